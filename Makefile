@@ -1,0 +1,36 @@
+# Plain pip into .venv. Each set-up step leaves a stamp, so that none is done twice.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin
+export ZLORA_HOME ?= $(CURDIR)/build/zlora
+
+.PHONY: setup demo test check bench clean
+
+setup: $(VENV)/dev.stamp
+
+$(VENV)/python.stamp:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/python.stamp pyproject.toml
+	$(RUN)/pip install --quiet --editable '.[worker,local]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(RUN)/pip install --quiet --editable '.[worker,local,flower,dev]'
+	touch $@
+
+demo: $(VENV)/demo.stamp
+	$(RUN)/zlora demo
+
+check: $(VENV)/dev.stamp
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+test: check
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest
+
+clean:
+	rm -rf build dist

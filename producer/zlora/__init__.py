@@ -1,0 +1,34 @@
+"""z-image-lora: queue SDXL pictures with LoRAs, get pictures and a receipt back.
+
+from zlora import Client
+
+result = Client.from_env().submit({"prompt": "a portrait in anime style"}).result(timeout=600)
+print(result.images[0].url)
+"""
+
+from zlora import errors
+from zlora.client import Client, JobHandle
+from zlora.job import (
+    Asset,
+    GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    JobState,
+    JobStatus,
+    LoraReceipt,
+    LoraSpec,
+)
+
+__all__ = [
+    "Asset",
+    "Client",
+    "GenerateRequest",
+    "GenerateResult",
+    "ImageRef",
+    "JobHandle",
+    "JobState",
+    "JobStatus",
+    "LoraReceipt",
+    "LoraSpec",
+    "errors",
+]

@@ -1,0 +1,51 @@
+"""`zlora ...`: the command line. Commands of the worker's side come in by entry point."""
+
+import os
+import signal
+import time
+from importlib.metadata import entry_points
+from typing import Any
+
+import click
+
+from zlora.errors import ZloraError
+from zlora.local import Stack
+
+
+class _Commands(click.Group):
+    """A group that turns a `ZloraError` into one line and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZloraError as error:
+            raise click.ClickException(f"{error} [{error.code}]") from error
+
+
+@click.group(cls=_Commands)
+@click.version_option(package_name="z-image-lora")
+def main() -> None:
+    """Queue SDXL pictures with LoRAs."""
+
+
+@main.command()
+@click.option("--flower", is_flag=True, help="Watch the queue in a browser, on this machine only.")
+@click.option("--flower-port", default=5555, show_default=True)
+def up(flower: bool, flower_port: int) -> None:
+    """Run a broker, a worker and a store folder here until Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with Stack(os.environ, flower_port=flower_port if flower else None) as stack:
+        click.echo(f"broker  {stack.broker_url}")
+        click.echo(f"data    {stack.home}")
+        if flower:
+            click.echo(f"flower  http://127.0.0.1:{flower_port}")
+        try:
+            while True:
+                stack.check()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            click.echo("stopping: a running job is finished first")
+
+
+for _point in entry_points(group="zlora.commands"):
+    main.add_command(_point.load(), _point.name)

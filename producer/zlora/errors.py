@@ -1,0 +1,227 @@
+"""The words for failure, shared by producer and worker.
+
+```
+ZloraError
+├── InvalidRequest            invalid_request        the document breaks the schema or a bound
+│   └── InvalidJobId          invalid_job_id         the task id cannot be a path
+├── LoraError
+│   ├── LoraNotAllowed        lora_not_allowed       scheme, host or address the operator does not allow
+│   ├── LoraNotFound          lora_not_found         the source says that there is no such file
+│   ├── LoraForbidden         lora_forbidden         the source wants other credentials
+│   ├── LoraUnreachable       lora_unreachable       no answer, a broken one, or too slow        retryable
+│   ├── LoraTooLarge          lora_too_large         more bytes than a LoRA may have
+│   ├── LoraCorrupt           lora_corrupt           bytes and digest differ
+│   ├── NotSafetensors        not_safetensors        another kind of file, or a damaged one
+│   ├── LoraMismatch          lora_mismatch          a sound file that does not fit the resident model
+│   └── CacheFull             cache_full             no room for the file in the LoRA cache      retryable
+├── GenerationFailed          generation_failed      the model gave NaN, Inf or nothing
+├── BaseNotRestored           base_not_restored      the base differs after the job              retryable
+├── StoreFailed               store_failed           the picture could not be stored             retryable
+├── InternalError             internal               a fault of the worker's own
+├── ModelUnavailable          model_unavailable      the base model cannot be loaded
+├── BrokerUnavailable         broker_unavailable     Redis does not answer                       retryable
+├── ResultTimeout             result_timeout         no result within the caller's patience      retryable
+├── JobLost                   job_lost               the worker died over the job                retryable
+├── JobRevoked                job_revoked            the job was cancelled before it was drawn
+├── InvalidSetting            invalid_setting        an environment variable that makes no sense
+└── StackError                stack_error            the embedded stack cannot start
+```
+
+`code` is the word that dashboards and programs match on; `retryable` says whether the same request may succeed
+later. Both are facts of the class. An instance is one message for people and one dict of plain JSON details: exactly
+`args`, which is what Celery's JSON result carries, so an error raised in the worker arrives as the same class.
+"""
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "BaseNotRestored",
+    "BrokerUnavailable",
+    "CacheFull",
+    "GenerationFailed",
+    "InternalError",
+    "InvalidJobId",
+    "InvalidRequest",
+    "InvalidSetting",
+    "JobLost",
+    "JobRevoked",
+    "LoraCorrupt",
+    "LoraError",
+    "LoraForbidden",
+    "LoraMismatch",
+    "LoraNotAllowed",
+    "LoraNotFound",
+    "LoraTooLarge",
+    "LoraUnreachable",
+    "ModelUnavailable",
+    "NotSafetensors",
+    "ResultTimeout",
+    "StackError",
+    "StoreFailed",
+    "ZloraError",
+]
+
+
+class ZloraError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str] = "error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None, details: dict[str, Any] | None = None) -> None:
+        """Take the sentence for people (default: the class's own) and details that JSON can carry."""
+        self.message = message or _first_line(type(self))
+        self.details = details or {}
+        super().__init__(self.message, self.details)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or cls.__name__).strip().splitlines()[0]
+
+
+class InvalidRequest(ZloraError):
+    """The request breaks the schema. Details: `path`, `value`, `expected`."""
+
+    code = "invalid_request"
+
+
+class InvalidJobId(InvalidRequest):
+    """The job id is not 1 to 64 characters of A-Z, a-z, 0-9, `_` and `-`."""
+
+    code = "invalid_job_id"
+
+
+class LoraError(ZloraError):
+    """A LoRA cannot be used."""
+
+    code = "lora_error"
+
+
+class LoraNotAllowed(LoraError):
+    """The LoRA's address is not one that this worker may open."""
+
+    code = "lora_not_allowed"
+
+
+class LoraNotFound(LoraError):
+    """There is no LoRA at that address."""
+
+    code = "lora_not_found"
+
+
+class LoraForbidden(LoraError):
+    """The source of the LoRA refuses this worker's credentials."""
+
+    code = "lora_forbidden"
+
+
+class LoraUnreachable(LoraError):
+    """The source of the LoRA does not answer, or not as it should."""
+
+    code = "lora_unreachable"
+    retryable = True
+
+
+class LoraTooLarge(LoraError):
+    """The LoRA has more bytes than this worker takes."""
+
+    code = "lora_too_large"
+
+
+class LoraCorrupt(LoraError):
+    """The bytes of the LoRA are not those that its digest names."""
+
+    code = "lora_corrupt"
+
+
+class NotSafetensors(LoraError):
+    """The LoRA is not a sound safetensors file."""
+
+    code = "not_safetensors"
+
+
+class LoraMismatch(LoraError):
+    """The LoRA does not fit the resident model."""
+
+    code = "lora_mismatch"
+
+
+class CacheFull(LoraError):
+    """The LoRA cache has no room for the file: all of it is in use."""
+
+    code = "cache_full"
+    retryable = True
+
+
+class GenerationFailed(ZloraError):
+    """The model gave no usable picture."""
+
+    code = "generation_failed"
+
+
+class BaseNotRestored(ZloraError):
+    """The base model is not what it was before the job: nothing drawn with it can be trusted."""
+
+    code = "base_not_restored"
+    retryable = True
+
+
+class StoreFailed(ZloraError):
+    """The result could not be stored."""
+
+    code = "store_failed"
+    retryable = True
+
+
+class InternalError(ZloraError):
+    """The worker met a fault of its own."""
+
+    code = "internal"
+
+
+class ModelUnavailable(ZloraError):
+    """The base model cannot be loaded."""
+
+    code = "model_unavailable"
+
+
+class BrokerUnavailable(ZloraError):
+    """The broker does not answer."""
+
+    code = "broker_unavailable"
+    retryable = True
+
+
+class ResultTimeout(ZloraError):
+    """There is no result yet."""
+
+    code = "result_timeout"
+    retryable = True
+
+
+class JobLost(ZloraError):
+    """The worker died over the job."""
+
+    code = "job_lost"
+    retryable = True
+
+
+class JobRevoked(ZloraError):
+    """The job was cancelled before it was drawn."""
+
+    code = "job_revoked"
+
+
+class InvalidSetting(ZloraError):
+    """An environment variable has a value that makes no sense. Details: `name`."""
+
+    code = "invalid_setting"
+
+
+class StackError(ZloraError):
+    """The embedded stack cannot start."""
+
+    code = "stack_error"

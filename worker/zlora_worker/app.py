@@ -1,0 +1,79 @@
+"""The worker's Celery app: `celery -A zlora_worker.app worker`. Every Celery option is here or in `zlora.wire`.
+
+Importing this loads no torch: the parent forks, and CUDA does not survive a fork.
+"""
+
+import os
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_process_init
+from celery.utils.log import get_logger
+from zlora import wire
+from zlora.errors import InvalidSetting, ZloraError
+from zlora.job import TASK_NAME
+from zlora_worker import tasks
+from zlora_worker.lifecycle import EXIT_NO_MODEL, GateWatch, ModelGate, marks
+from zlora_worker.settings import Settings
+
+logger = get_logger(__name__)
+
+try:
+    settings = Settings.from_env()
+except InvalidSetting as error:
+    raise SystemExit(f"zlora: {error}") from None
+
+app = Celery("zlora_worker")
+app.conf.update(
+    **wire.shared_config(broker_url=settings.broker_url, result_backend=settings.result_backend, queue=settings.queue),
+    # One child, one model, one GPU; a machine with more GPUs runs more workers.
+    worker_pool="prefork",
+    worker_concurrency=1,
+    # One job running and none reserved, so that an idle worker finds what a busy one has not begun.
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    # A job leaves the broker when it is done, and comes back when its child is killed.
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    worker_deduplicate_successful_tasks=True,
+    # True would lose the running job where Redis restarts (celery 5.7, measured).
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    # A child that replaces a lost one is killed where it does not report in time, and it reports after loading.
+    worker_proc_alive_timeout=float(settings.load_timeout),
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    # Without it a result that meets a Redis restart turns a finished job into a failed one.
+    result_backend_always_retry=True,
+    result_extended=True,
+    task_track_started=True,
+    worker_send_task_events=True,
+    task_send_sent_event=True,
+    # A resident SDXL is far above any limit on memory that would make sense, and a new child costs a load.
+    worker_max_tasks_per_child=None,
+    worker_max_memory_per_child=None,
+)
+app.task(name=TASK_NAME, bind=True, throws=(ZloraError,))(tasks.generate)
+app.steps["worker"].add(ModelGate)
+app.steps["consumer"].add(GateWatch)
+
+
+@worker_process_init.connect
+def load_model(**_: Any) -> None:
+    """In the child: load the base and hand it to the task, or say why not and leave."""
+    marks.loading()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns while it is imported, of what is not used here
+    try:
+        from zlora_worker.generate import Runtime
+
+        tasks.install(Runtime.open(settings))
+    except ZloraError as error:
+        _give_up(str(error))
+    except Exception as error:  # the boundary of the child's start: Celery would log it and serve without a model
+        logger.exception("loading %s failed", settings.model)
+        _give_up(f"loading {settings.model} failed: {type(error).__name__}: {error}")
+    marks.loaded()
+
+
+def _give_up(reason: str) -> None:
+    marks.failed(reason)
+    os._exit(EXIT_NO_MODEL)

@@ -1,0 +1,136 @@
+"""LoRA files on disk, named by their sha256, shared by the workers of a machine.
+
+`files/<sha256>.safetensors`, `index/<hash of the address>.json` (what the address gave last), and `drafts/`. Files
+appear whole by rename and go by unlink only: a reader may have one mapped.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+from zlora.errors import CacheFull, LoraCorrupt, NotSafetensors
+from zlora.header import read_header
+from zlora.job import Asset, without_secrets
+from zlora_worker.fetch import Fetched, Fetcher
+
+_IN_USE: Final = 900  # seconds after its last use in which a job may still read a file: the longest job
+_ABANDONED: Final = 3600  # seconds without a byte after which a draft is a dead process's
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedFile:
+    """A checked safetensors file, and how it came here."""
+
+    path: Path
+    sha256: str
+    size: int
+    source: str
+    tier: Literal["disk", "network"]
+    seconds: float
+
+
+class Cache:
+    """Content-addressed files under `folder`, at most `max_bytes` of them."""
+
+    def __init__(self, folder: Path, *, max_bytes: int, fetcher: Fetcher) -> None:
+        self._files, self._index, self._drafts = folder / "files", folder / "index", folder / "drafts"
+        self._max_bytes = max_bytes
+        self._fetcher = fetcher
+        for part in (self._files, self._index, self._drafts):
+            part.mkdir(parents=True, exist_ok=True)
+        for draft in self._drafts.iterdir():
+            if time.time() - draft.stat().st_mtime > _ABANDONED:
+                draft.unlink(missing_ok=True)
+
+    def path(self, asset: Asset) -> CachedFile:
+        """The file of an asset, fetched where it is not here; raises a `LoraError`."""
+        start = time.monotonic()
+        pinned = Fetched(sha256=asset.sha256, size=0) if asset.sha256 else None
+        tier: Literal["disk", "network"] = "disk"
+        if pinned and self._use(pinned.sha256):
+            found = pinned
+        else:
+            known = self._known(asset.address)
+            found = self._fetch(asset, known)
+            tier = "disk" if found is known else "network"
+        path = self._file(found.sha256)
+        return CachedFile(
+            path=path,
+            sha256=found.sha256,
+            size=path.stat().st_size,
+            source=without_secrets(asset.address),
+            tier=tier,
+            seconds=time.monotonic() - start,
+        )
+
+    def _fetch(self, asset: Asset, known: Fetched | None) -> Fetched:
+        descriptor, name = tempfile.mkstemp(dir=self._drafts)
+        draft = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as sink:
+                fetched = self._fetcher.fetch(asset.address, sink, known=known)
+            if asset.sha256 and fetched.sha256 != asset.sha256:
+                where = without_secrets(asset.address)
+                raise LoraCorrupt(f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}")
+            if fetched is not known:
+                _check(draft, without_secrets(asset.address))
+                self._make_room(fetched.size)
+                os.replace(draft, self._file(fetched.sha256))
+                self._remember(asset.address, fetched)
+            return fetched
+        except OSError as error:  # of this disk: the network's are `LoraError`s by now
+            raise CacheFull(f"the LoRA cache cannot be written: {error.strerror}") from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _file(self, sha256: str) -> Path:
+        return self._files / f"{sha256}.safetensors"
+
+    def _use(self, sha256: str) -> bool:
+        """Mark a file as used now; False where it is not here."""
+        try:
+            os.utime(self._file(sha256))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _entry(self, address: str) -> Path:
+        return self._index / f"{hashlib.sha256(address.encode()).hexdigest()}.json"
+
+    def _known(self, address: str) -> Fetched | None:
+        try:
+            known = msgspec.json.decode(self._entry(address).read_bytes(), type=Fetched)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        return known if self._use(known.sha256) else None
+
+    def _remember(self, address: str, fetched: Fetched) -> None:
+        descriptor, name = tempfile.mkstemp(dir=self._drafts)
+        with os.fdopen(descriptor, "wb") as draft:
+            draft.write(msgspec.json.encode(fetched))
+        os.replace(name, self._entry(address))
+
+    def _make_room(self, size: int) -> None:
+        """Let the files go that were not used for longest; raises `CacheFull` where all others are in use."""
+        files = sorted(((path.stat(), path) for path in self._files.iterdir()), key=lambda file: file[0].st_mtime)
+        total = size + sum(entry.st_size for entry, _ in files)
+        for entry, path in files:
+            if total > self._max_bytes and time.time() - entry.st_mtime > _IN_USE:
+                path.unlink(missing_ok=True)
+                total -= entry.st_size
+        if total > self._max_bytes:
+            raise CacheFull(
+                f"the LoRA cache holds {self._max_bytes} bytes, all of them in use", {"max_bytes": self._max_bytes}
+            )
+
+
+def _check(draft: Path, source: str) -> None:
+    try:
+        read_header(draft)
+    except NotSafetensors as error:
+        raise NotSafetensors(f"{source}: {error}", error.details) from None

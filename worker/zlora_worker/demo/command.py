@@ -1,0 +1,171 @@
+"""`zlora demo`: the four request documents through a real broker and worker, a table and a contact sheet."""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from zlora import wire
+from zlora.client import Client, JobHandle
+from zlora.job import GenerateRequest, GenerateResult, JobState, read_request, seed_of
+from zlora.local import Stack
+from zlora_worker.demo.folder import demo_folder
+from zlora_worker.demo.server import TOKEN, serving
+
+_DOCUMENTS: Final = ("basic", "single_lora", "multiple_loras", "cozy_ref")
+_PHASES: Final = ("queued", "fetch", "apply", "denoise", "upload")
+_PATIENCE: Final = 300.0  # seconds for one job, the load of the model included
+_NOTE: Final = "The demo model is random: it shows that each LoRA acts, and draws no scenes."
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One job of the demo: a document as it is, or with other LoRAs and the same seed."""
+
+    document: str
+    caption: str
+    request: GenerateRequest
+    handle: JobHandle
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("build/demo"),
+    show_default=True,
+    help="Folder for the contact sheet.",
+)
+def demo(out: Path) -> None:
+    """Draw four documents with the built-in random model, and show what each LoRA does."""
+    if not all(map(find_spec, ("torch", "diffusers", "PIL"))):
+        raise click.ClickException("the demo needs the worker: pip install 'z-image-lora[worker,local]'")
+    console = Console(width=None if os.isatty(1) else 160)
+    home = wire.home(os.environ)
+    console.print("[bold]z-image-lora demo[/]: " + _NOTE)
+    loras = demo_folder(home) / "loras"  # the worker builds them with its model, before it takes a job
+    with serving(loras) as host, Stack(_environ(host), log_folder=home / "logs") as stack:
+        console.print(f"broker {stack.broker_url}, logs in {home / 'logs'}")
+        with Client.from_env(stack.environ) as client:
+            variants = [variant for name in _DOCUMENTS for variant in _submit(client, name, host)]
+            results = _watch(variants, stack, console)
+    console.print(_table(variants, results))
+    sheet = out / "contact-sheet.png"
+    _draw(variants, results, sheet)
+    console.print(f"contact sheet: {sheet}")
+
+
+def _environ(host: str) -> dict[str, str]:
+    """This process's environment, with the demo's model, its own queue and its own server of LoRAs."""
+    return {
+        **os.environ,
+        "ZLORA_MODEL": "demo",
+        "ZLORA_STORE": (wire.home(os.environ) / "store").as_uri(),
+        "ZLORA_DEVICE": "cpu",
+        "ZLORA_ALLOW_HOSTS": host,
+        "FILE_API_BASE_URL": f"http://{host}",
+        "FILE_API_TOKEN": TOKEN,
+        wire.QUEUE: f"demo-{os.getpid()}",
+        "OMP_NUM_THREADS": "1",  # the model is too small to share a step
+    }
+
+
+def read_document(name: str, host: str) -> GenerateRequest:
+    """One of the four documents, as it is but for the host of its URLs, which becomes `host` over plain http."""
+    text = Path(__file__).with_name("requests").joinpath(f"{name}.json").read_text()
+    return read_request(msgspec.json.decode(text.replace("https://example.com", f"http://{host}")))
+
+
+def _submit(client: Client, name: str, host: str) -> Iterator[Variant]:
+    """The document itself first; then, with its seed, without LoRAs and with each of several alone."""
+    request = read_document(name, host)
+    run = f"{name}-{secrets.token_hex(3)}"
+    handle = client.submit(request, job_id=run)
+    yield Variant(name, "as it is", request, handle)
+    alone = [(spec,) for spec in request.loras] if len(request.loras) > 1 else []
+    for index, loras in enumerate([(), *alone] if request.loras else []):
+        other = msgspec.structs.replace(request, loras=loras, seed=seed_of(run))
+        yield Variant(name, _names(other) or "no LoRA", other, client.submit(other, job_id=f"{run}-{index}"))
+
+
+def _names(request: GenerateRequest) -> str:
+    return " + ".join(f"{Path(urlsplit(spec.file.address).path).stem} {spec.weight:g}" for spec in request.loras)
+
+
+def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[GenerateResult]:
+    """Wait for all, with a bar each; without a terminal, with a line each."""
+    columns = (
+        TextColumn("{task.description:34}"),
+        BarColumn(),
+        TextColumn("{task.fields[phase]}"),
+        TimeElapsedColumn(),
+    )
+    results = []
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = [progress.add_task(_title(variant), total=1, phase="", start=False) for variant in variants]
+        for bar, variant in zip(bars, variants, strict=True):
+            progress.start_task(bar)
+            _follow(variant.handle, stack, partial(progress.update, bar))
+            results.append(variant.handle.result(timeout=10))
+            progress.update(bar, total=1, completed=1, phase="done")
+            progress.stop_task(bar)
+            if not console.is_terminal:
+                console.print(f"[{len(results)}/{len(variants)}] {_title(variant)}")
+    return results
+
+
+def _follow(handle: JobHandle, stack: Stack, show: Any) -> None:
+    end = time.monotonic() + _PATIENCE
+    while (status := handle.status()).state not in (JobState.SUCCESS, JobState.FAILURE) and time.monotonic() < end:
+        stack.check()
+        waiting = "waiting for the worker" if status.state is JobState.PENDING else ""
+        show(completed=status.step or 0, total=status.steps or 1, phase=status.phase or waiting)
+        time.sleep(0.1)
+
+
+def _title(variant: Variant) -> str:
+    return f"{variant.document}: {variant.caption}"
+
+
+def _table(variants: Sequence[Variant], results: Sequence[GenerateResult]) -> Table:
+    table = Table("job", "state", "LoRAs", *_PHASES, title="seconds by phase")
+    table.add_column("image", overflow="fold")
+    for variant, result in zip(variants, results, strict=True):
+        if variant.caption == "as it is":
+            seconds = [f"{result.timings[phase]:.3f}" for phase in _PHASES]
+            loras = _names(variant.request) or "-"
+            state = variant.handle.status().state.value
+            table.add_row(variant.document, state, loras, *seconds, str(_path(result)))
+    return table
+
+
+def _path(result: GenerateResult) -> Path:
+    path = Path(unquote(urlsplit(result.images[0].url).path))
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _caption(request: GenerateRequest) -> str:
+    return "all together" if len(request.loras) > 1 else _names(request) or "no LoRA"
+
+
+def _draw(variants: Sequence[Variant], results: Sequence[GenerateResult], target: Path) -> None:
+    from zlora_worker.demo.sheet import Row, draw_sheet  # Pillow
+
+    rows = []
+    for name in _DOCUMENTS:
+        of_name = [(v, r) for v, r in zip(variants, results, strict=True) if v.document == name]
+        (first, drawn), others = of_name[0], of_name[1:]
+        pictures = [(variant.caption, _path(result)) for variant, result in others]
+        rows.append(Row(first.request.prompt, [*pictures, (_caption(first.request), _path(drawn))]))
+    draw_sheet(rows, target, note=_NOTE)

@@ -1,0 +1,137 @@
+"""SDXL, resident: loaded once, lent to one job at a time, and shown to be the same afterwards."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any, Final
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+from zlora.errors import BaseNotRestored, GenerationFailed
+from zlora.job import GenerateRequest
+
+COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
+_SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+Fingerprint = dict[str, int]
+
+
+class EngineState(StrEnum):
+    """READY is proven: from the moment that a job borrows the model until its weights are compared it is DIRTY."""
+
+    READY = "ready"
+    DIRTY = "dirty"
+
+
+class Engine:
+    """One pipeline on one device."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, *, name: str, device: torch.device) -> None:
+        """Move the pipeline to the device, for good."""
+        self.name, self.device, self.state = name, device, EngineState.READY
+        self.pipeline = pipeline.to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        for component in COMPONENTS:
+            getattr(pipeline, component).requires_grad_(False)  # once: it changes the last bit of a picture
+        self._scheduler = pipeline.scheduler
+        self._fingerprint = self.fingerprint()
+
+    @contextmanager
+    def borrowed(self) -> Iterator[StableDiffusionXLPipeline]:
+        """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs afterwards."""
+        if self.state is not EngineState.READY:
+            raise BaseNotRestored
+        self.state = EngineState.DIRTY
+        try:
+            yield self.pipeline
+        finally:
+            changed = self._fingerprint.items() ^ self.fingerprint().items()
+            if changed:
+                names = sorted({name for name, _ in changed})
+                raise BaseNotRestored(f"{len(names)} tensors of the base differ after the job, such as {names[0]}")
+            self.state = EngineState.READY
+
+    def fingerprint(self) -> Fingerprint:
+        """The sum of each tensor's bits read as integers, by name: any flipped bit and any stray module changes it."""
+        named = {
+            f"{component}.{name}": tensor
+            for component in COMPONENTS
+            for name, tensor in getattr(self.pipeline, component).state_dict().items()
+        }
+        sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in named.values()])
+        return dict(zip(named, sums.tolist(), strict=True))  # one transfer from the device
+
+    def size(self, request: GenerateRequest) -> tuple[int, int]:
+        """Width and height in pixels: what is absent is the model's native size."""
+        native = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return request.width or native, request.height or native
+
+    def draw(self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]) -> Image.Image:
+        """One RGB image; `on_step` hears each finished denoising step, from 1.
+
+        Raises `GenerationFailed` where the picture has NaN or Inf.
+        """
+        width, height = self.size(request)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.pipeline.scheduler = self._fresh_scheduler(request.scheduler)
+
+        def step_end(pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            # A second-order scheduler calls the model about twice a step.
+            on_step((call + 1) * request.num_inference_steps // pipeline.num_timesteps)
+            return tensors
+
+        output = self.pipeline(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            width=width,
+            height=height,
+            latents=self._noise(width, height, generator),
+            generator=generator,
+            callback_on_step_end=step_end,
+            output_type="pt",
+        )
+        return _to_image(output.images[0])
+
+    def _noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
+        """Initial latents, drawn in fp32 on the CPU whatever the device: a seed means the same noise anywhere."""
+        factor = self.pipeline.vae_scale_factor
+        shape = (1, self.pipeline.unet.config.in_channels, height // factor, width // factor)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return noise.to(self.device, self.pipeline.unet.dtype)
+
+    def _fresh_scheduler(self, name: str | None) -> Any:
+        """A scheduler that no other job has stepped."""
+        if name is None:
+            return type(self._scheduler).from_config(self._scheduler.config)
+        kind, options = _SCHEDULERS[name]
+        return getattr(diffusers, kind).from_config(self._scheduler.config, **options)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(widths[tensor.element_size()])
+
+
+def _to_image(pixels: Tensor) -> Image.Image:
+    """From [3, height, width] in 0..1."""
+    if not bool(torch.isfinite(pixels).all()):
+        raise GenerationFailed(
+            "the picture has NaN or Inf values: a LoRA or its weight is too strong, or the VAE overflows"
+        )
+    array = (pixels.float().permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+    return Image.fromarray(array)

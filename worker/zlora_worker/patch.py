@@ -1,0 +1,81 @@
+"""LoRAs into the resident model, and the base back."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from zlora.errors import LoraMismatch
+from zlora_worker.lora import Lora
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2")
+# What diffusers and peft raise for a file that they cannot place: a shape, a key, a spelling, a missing half.
+_MISFITS: Final = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One LoRA with the weights of this job, and its name in messages."""
+
+    lora: Lora
+    source: str
+    unet_weight: float
+    text_encoder_weight: float
+
+    def weights(self, components: Sequence[str]) -> dict[str, float]:
+        """The weight for each of the pipeline's components named."""
+        return {name: self.unet_weight if name == "unet" else self.text_encoder_weight for name in components}
+
+
+@contextmanager
+def applied(pipeline: "StableDiffusionXLPipeline", adapters: Sequence[Adapter]) -> Iterator[list[dict[str, int]]]:
+    """The pipeline with all adapters active; yields, for each, the modules it changes by component.
+
+    Raises `LoraMismatch` where any part of a file lands nowhere. Whatever happens, nothing stays in the pipeline.
+    """
+    if not adapters:
+        yield []
+        return
+    try:
+        yield _load(pipeline, adapters)
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _load(pipeline: "StableDiffusionXLPipeline", adapters: Sequence[Adapter]) -> list[dict[str, int]]:
+    changed = []
+    names = [f"a{index}" for index in range(len(adapters))]  # a user's name with a dot is a path to peft
+    for name, adapter in zip(names, adapters, strict=True):
+        try:
+            pipeline.load_lora_weights(
+                str(adapter.lora.path), adapter_name=name, use_safetensors=True, local_files_only=True
+            )
+        except _MISFITS as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise LoraMismatch(f"{adapter.source}: does not fit the resident model: {reason}") from error
+        changed.append(_modules(pipeline, name))
+        _refuse_partial(adapter, changed[-1])
+    weights: Any = [adapter.weights(list(modules)) for adapter, modules in zip(adapters, changed, strict=True)]
+    pipeline.set_adapters(names, weights)
+    return changed
+
+
+def _modules(pipeline: "StableDiffusionXLPipeline", name: str) -> dict[str, int]:
+    """How many modules of each component hold the adapter, components without any left out."""
+    counts = {
+        component: sum(name in getattr(module, "lora_A", {}) for module in getattr(pipeline, component).modules())
+        for component in COMPONENTS
+    }
+    return {component: count for component, count in counts.items() if count}
+
+
+def _refuse_partial(adapter: Adapter, modules: dict[str, int]) -> None:
+    landed, meant = sum(modules.values()), adapter.lora.modules
+    if landed != meant:
+        raise LoraMismatch(
+            f"{adapter.source}: only {landed} of the {meant} modules that it changes are in the resident model",
+            {"modules": meant, "landed": landed},
+        )

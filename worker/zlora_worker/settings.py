@@ -1,0 +1,152 @@
+"""The worker's settings: the only reader of the environment. One field a variable, with its default and its meaning."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from zlora import wire
+from zlora.errors import InvalidSetting
+from zlora.job import QUEUE
+
+_SECRET = "secret"  # noqa: S105 - a key of metadata
+
+
+def _hosts(text: str) -> frozenset[str]:
+    hosts = frozenset(name.strip().lower() for name in text.split(",") if name.strip())
+    for host in hosts:
+        parts = urlsplit(f"//{host}")
+        if parts.netloc != host or not parts.hostname or parts.port == 0:  # `port` raises ValueError by itself
+            raise ValueError(f"{host!r} is not `host` or `host:port`")
+    return hosts
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"expected one of {', '.join(allowed)}")
+        return text
+
+    return check
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError("expected a number above 0")
+    return value
+
+
+def _from(*names: str, default: str = "", read: Callable[[str], Any] = str, note: str, secret: bool = False) -> Any:
+    """A field read from the first of the variables `names` that is set; `note` is its line in the README's table."""
+    return field(metadata={"names": names, "default": default, "read": read, "note": note, _SECRET: secret})
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
+    """All of a worker's settings. `repr` shows no secret."""
+
+    home: Path
+    broker_url: str
+    result_backend: str
+    queue: str = _from(wire.QUEUE, default=QUEUE, note="Queue to serve; one base model per queue")
+    model: str = _from(
+        "ZLORA_MODEL",
+        default="stabilityai/stable-diffusion-xl-base-1.0",
+        note="Base: a hub id, a diffusers folder, a single `.safetensors` file, or `demo`",
+    )
+    model_config: str = _from(
+        "ZLORA_MODEL_CONFIG", note="Folder with configuration and tokenizers for a single file; SDXL's are built in"
+    )
+    vae: str = _from("ZLORA_VAE", note="Another VAE: a hub id or a folder, such as one made for fp16")
+    device: str = _from(
+        "ZLORA_DEVICE", default="auto", note="`cuda`, `cuda:1`, `cpu`; `auto` is CUDA where there is a GPU"
+    )
+    dtype: str = _from(
+        "ZLORA_DTYPE",
+        default="auto",
+        read=_choice("auto", "float16", "bfloat16", "float32"),
+        note="`auto` is `float16` on CUDA and `float32` on a CPU",
+    )
+    load_timeout: int = _from(
+        "ZLORA_LOAD_TIMEOUT",
+        default="1800",
+        read=_count,
+        note="Seconds that loading the base may take, download included",
+    )
+    store: str = _from(
+        "ZLORA_STORE", note="`file:///folder` or `s3://bucket/prefix`; default: `store` in the data folder"
+    )
+    s3_endpoint: str = _from(
+        "ZLORA_S3_ENDPOINT",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_ENDPOINT_URL",
+        note="S3 server other than AWS, with buckets as paths",
+    )
+    lora_cache: str = _from("ZLORA_LORA_CACHE", note="Folder of the LoRA cache; default: `loras` in the data folder")
+    lora_cache_bytes: int = _from(
+        "ZLORA_LORA_CACHE_BYTES", default="20000000000", read=_count, note="Bytes that the LoRA cache may hold"
+    )
+    lora_max_bytes: int = _from(
+        "ZLORA_LORA_MAX_BYTES", default="2147483648", read=_count, note="Bytes that one LoRA may have"
+    )
+    lora_deadline: int = _from(
+        "ZLORA_LORA_DEADLINE", default="300", read=_count, note="Seconds that one LoRA's download may take"
+    )
+    allow_hosts: frozenset[str] = _from(
+        "ZLORA_ALLOW_HOSTS",
+        read=_hosts,
+        note="`host` or `host:port`, comma-separated: may be private and speak plain `http`",
+    )
+    hub_url: str = _from("FILE_API_BASE_URL", "COZY_HUB_URL", note="Base URL of the hub behind `cozy_ref`")
+    hub_token: str = _from("FILE_API_TOKEN", "COZY_HUB_TOKEN", note="Bearer token for the hub", secret=True)
+    hub_tenant: str = _from("COZY_TENANT_ID", note="Tenant sent to the hub")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """Read all variables; raises `InvalidSetting` that names the variable."""
+        broker = wire.broker_url(environ)
+        values: dict[str, Any] = {
+            "home": wire.home(environ),
+            "broker_url": broker,
+            "result_backend": environ.get(wire.RESULT_BACKEND) or broker,
+        }
+        for item in fields(cls):
+            if item.metadata:
+                values[item.name] = _read(item.metadata, environ)
+        return cls(**values)
+
+    @property
+    def store_url(self) -> str:
+        """The store, with its default."""
+        return self.store or (self.home / "store").as_uri()
+
+    @property
+    def cache_folder(self) -> Path:
+        """The LoRA cache's folder, with its default."""
+        return Path(self.lora_cache).absolute() if self.lora_cache else self.home / "loras"
+
+    def __repr__(self) -> str:
+        shown = {item.name: _masked(getattr(self, item.name), item.metadata.get(_SECRET)) for item in fields(self)}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
+    name = next((name for name in metadata["names"] if environ.get(name)), metadata["names"][0])
+    text = environ.get(name) or metadata["default"]
+    try:
+        return metadata["read"](text)
+    except ValueError as error:
+        shown = "***" if metadata[_SECRET] else repr(text)
+        raise InvalidSetting(f"{name}={shown}: {error}", {"name": name}) from None
+
+
+def _masked(value: Any, secret: bool | None) -> Any:
+    if secret and value:
+        return "***"
+    if isinstance(value, str) and "@" in value and "://" in value:
+        parts = urlsplit(value)
+        return urlunsplit(parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}"))
+    return value
