@@ -19,7 +19,8 @@ def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder in which the demo model is built, shared by all test processes of a run."""
     from zlora_worker.demo.folder import build_demo
 
-    home = tmp_path_factory.getbasetemp().parent / "model-home"
+    run = tmp_path_factory.getbasetemp()
+    home = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "model-home"
     home.mkdir(exist_ok=True)
     with FileLock(home / "lock"):
         build_demo(home)

@@ -27,7 +27,7 @@ class Lora:
 
 
 def read(path: Path, *, source: str) -> Lora:
-    """What the file at `path` is, named `source` in messages; raises `NotSafetensors` or, without a LoRA, `LoraMismatch`."""
+    """What the file at `path` is, named `source` in messages; raises `NotSafetensors` or `LoraMismatch`."""
     tensors = read_header(path).tensors
     spelling = next((name for name, form in _FORMATS.items() if any(map(form.search, tensors))), None)
     ranks = [info.shape[0] for key, info in tensors.items() if _DOWN.search(key) and info.shape]
