@@ -1,19 +1,19 @@
 """The producer's door to the queue: submit a request, wait for its result."""
 
+import math
 import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
-import celery.exceptions
 import kombu.exceptions
 import msgspec
 import redis.exceptions
 from celery import Celery
-from celery.result import AsyncResult
+from celery.states import READY_STATES
 
 from zlora import wire
 from zlora.errors import BrokerUnavailable, JobLost, JobRevoked, ResultTimeout, ZloraError
@@ -29,9 +29,15 @@ from zlora.job import (
     read_request,
 )
 
-_UNREACHABLE = (kombu.exceptions.OperationalError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+_UNREACHABLE: Final = (
+    kombu.exceptions.OperationalError,
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+)
+_FIRST_LOOK: Final = 0.02  # seconds between looks for a result, growing to the last: a job takes seconds
+_LAST_LOOK: Final = 0.3
 # Bounds the wait for a broker that is down: three tries within about a second.
-_SEND_RETRIES = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
+_SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
 
 
 class Client:
@@ -84,44 +90,49 @@ class Client:
 
     def job(self, job_id: str) -> "JobHandle":
         """The handle of a job that was submitted before, here or elsewhere."""
-        return JobHandle(AsyncResult(check_job_id(job_id), app=self._app))
+        return JobHandle(check_job_id(job_id), self._app)
 
 
 class JobHandle:
     """One submitted job."""
 
-    def __init__(self, answer: "AsyncResult[Any]") -> None:
-        self._answer = answer
-
-    @property
-    def id(self) -> str:
-        """Job id, task id and key prefix in one."""
-        return str(self._answer.id)
+    def __init__(self, job_id: str, app: Celery) -> None:
+        self.id = job_id  # job id, task id and key prefix in one
+        self._app = app
 
     def status(self) -> JobStatus:
         """The state now, with phase and step while the job runs."""
-        with _broker_errors():
-            # State and progress of one moment: `state` and `info` of the answer are two reads.
-            meta = self._answer.backend.get_task_meta(self.id)
+        meta = self._meta()
         progress = meta["result"] if meta["status"] == JobState.PROGRESS else {}
         return msgspec.convert({"state": meta["status"], **progress}, JobStatus)
 
     def result(self, timeout: float | None = None) -> GenerateResult:
         """Wait up to `timeout` seconds for the result; raises the job's typed error, or `ResultTimeout`."""
-        try:
-            with _broker_errors():
-                document = self._answer.get(timeout=timeout)
-        except ZloraError:
-            raise
-        except celery.exceptions.TimeoutError:
-            raise ResultTimeout(f"no result of job {self.id} within {timeout} s", {"job_id": self.id}) from None
-        except celery.exceptions.TaskRevokedError as error:
-            raise JobRevoked(f"job {self.id} was cancelled", {"job_id": self.id}) from error
-        except (
-            Exception
-        ) as error:  # the other side of the wire: whatever failed there is rebuilt here under its own class
-            raise JobLost(f"job {self.id} failed outside the task: {error}", {"job_id": self.id}) from error
-        return msgspec.convert(document, GenerateResult)
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        pause = _FIRST_LOOK
+        while (meta := self._meta())["status"] not in READY_STATES:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise ResultTimeout(f"no result of job {self.id} within {timeout} s", {"job_id": self.id})
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, _LAST_LOOK)
+        if meta["status"] == JobState.SUCCESS:
+            return msgspec.convert(meta["result"], GenerateResult)
+        raise self._error(meta)
+
+    def _meta(self) -> dict[str, Any]:
+        """State and answer of one moment. No `AsyncResult`: it subscribes, and complains at exit where Redis is gone."""
+        with _broker_errors():
+            meta: dict[str, Any] = self._app.backend.get_task_meta(self.id)
+        return meta
+
+    def _error(self, meta: dict[str, Any]) -> ZloraError:
+        error = meta["result"]
+        if isinstance(error, ZloraError):
+            return error
+        if meta["status"] == JobState.REVOKED:
+            return JobRevoked(f"job {self.id} was cancelled", {"job_id": self.id})
+        return JobLost(f"job {self.id} failed outside the task: {error!r}", {"job_id": self.id})
 
 
 @contextmanager

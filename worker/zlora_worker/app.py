@@ -4,6 +4,7 @@ Importing this loads no torch: the parent forks, and CUDA does not survive a for
 """
 
 import os
+import time
 from typing import Any
 
 from celery import Celery
@@ -65,7 +66,9 @@ def load_model(**_: Any) -> None:
     try:
         from zlora_worker.generate import Runtime
 
+        start = time.monotonic()
         tasks.install(Runtime.open(settings))
+        logger.info("%s is resident after %.1f s", settings.model, time.monotonic() - start)
     except ZloraError as error:
         _give_up(str(error))
     except Exception as error:  # the boundary of the child's start: Celery would log it and serve without a model

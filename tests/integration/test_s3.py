@@ -1,0 +1,125 @@
+"""Results in a real S3 server."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+import msgspec
+import pytest
+import requests
+from botocore.config import Config
+from processes import free_port, wait_until, worker
+from zlora import GenerateResult
+from zlora.errors import StoreFailed
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
+MAY = ("Read:pictures", "List:pictures", "Write:pictures")
+
+
+def user(name: str, *actions: str) -> dict[str, object]:
+    credentials = {"accessKey": f"{name}-key", "secretKey": f"{name}-secret"}
+    return {"name": name, "credentials": [credentials], "actions": list(actions)}
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A SeaweedFS with one user, on free ports of loopback."""
+    folder = tmp_path_factory.mktemp("seaweed")
+    (folder / "s3.json").write_text(json.dumps({"identities": [user("admin", "Admin"), user("worker", *MAY)]}))
+    ports = {name: low_port() for name in ("master", "volume", "filer", "s3")}
+    command = [
+        str(Path(sys.executable).with_name("weed")),
+        "server",
+        "-dir",
+        str(folder),
+        "-ip",
+        "127.0.0.1",
+        "-ip.bind",
+        "127.0.0.1",
+        "-s3",
+        "-filer",
+    ]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    command += ["-master.telemetry=false", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += [f"-s3.config={folder / 's3.json'}", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{ports['s3']}"
+        wait_until(lambda: is_healthy(url), "SeaweedFS is healthy")
+        yield url
+    finally:
+        server.kill()  # its clean end takes 16 s, and nothing of it is kept
+        server.wait(10)
+
+
+def low_port() -> int:
+    """A free port whose companion 10,000 above, where SeaweedFS speaks gRPC, is a port too."""
+    return wait_until(lambda: port if (port := free_port()) < 55_000 else None, "a port below 55,000")
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/healthz", timeout=2).ok
+    except requests.ConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def s3(endpoint: str) -> "S3Client":
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id="admin-key",
+        aws_secret_access_key="admin-secret",
+        region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}),
+    )
+    wait_until(lambda: client.create_bucket(Bucket="pictures"), "the bucket is made")
+    return client
+
+
+@pytest.fixture
+def s3_environ(worker_environ: dict[str, str], endpoint: str) -> dict[str, str]:
+    return worker_environ | {
+        "ZLORA_STORE": "s3://pictures/team/a",
+        "ZLORA_S3_ENDPOINT": endpoint,
+        "AWS_ACCESS_KEY_ID": "worker-key",
+        "AWS_SECRET_ACCESS_KEY": "worker-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def test_pictures_and_manifest_lie_under_the_prefix(s3_environ: dict[str, str], s3: "S3Client", tmp_path: Path) -> None:
+    with worker(s3_environ, tmp_path / "log") as running:
+        running.wait_ready()
+        result = running.client.submit(SMALL, job_id="s3-1").result(timeout=60)
+
+    (image,) = result.images
+    assert image.url == "s3://pictures/team/a/runs/s3-1/outputs/0.png"
+    answer = s3.get_object(Bucket="pictures", Key="team/a/runs/s3-1/outputs/0.png")
+    assert answer["ContentType"] == "image/png"
+    assert answer["Body"].read().startswith(b"\x89PNG")
+    manifest = s3.get_object(Bucket="pictures", Key="team/a/runs/s3-1/manifest.json")["Body"].read()
+    assert msgspec.json.decode(manifest, type=GenerateResult) == result
+
+
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(
+    "fault", [{"ZLORA_STORE": "s3://of-others/x"}, {"AWS_SECRET_ACCESS_KEY": "wrong"}], ids=["bucket", "secret"]
+)
+def test_a_store_that_refuses_is_a_typed_error_and_the_worker_lives(
+    s3_environ: dict[str, str], tmp_path: Path, fault: dict[str, str]
+) -> None:
+    with worker(s3_environ | fault | {"ZLORA_QUEUE": "refused"}, tmp_path / "log") as running:
+        running.wait_ready()
+        for _ in range(2):
+            with pytest.raises(StoreFailed, match="cannot be stored"):
+                running.client.submit(SMALL).result(timeout=60)

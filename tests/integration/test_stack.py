@@ -1,0 +1,144 @@
+"""`zlora up`: the embedded stack as its user starts and stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+from processes import clean_environ, free_port, wait_until
+from zlora import Client, JobState, wire
+from zlora.errors import StackError
+from zlora.local import Stack
+
+SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    return {"ZLORA_HOME": str(tmp_path / "home"), "ZLORA_MODEL": "demo", "ZLORA_DEVICE": "cpu"}
+
+
+@contextmanager
+def up(environ: Mapping[str, str], log: Path, *options: str) -> "Iterator[subprocess.Popen[bytes]]":
+    command = [str(Path(sys.executable).with_name("zlora")), "up", *options]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=clean_environ(environ), stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.kill()  # where the test has not ended it: its children end with it
+        process.wait()
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below `pid`."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | descendants(child)
+    return found
+
+
+def alive(pids: set[int]) -> list[str]:
+    """The command lines of those that still run; a zombie does not."""
+    lines = (Path(f"/proc/{pid}/cmdline") for pid in pids)
+    return [text for line in lines if line.exists() and (text := line.read_text())]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_client_finds_the_running_stack_and_nothing_of_it_stays(
+    environ: dict[str, str], tmp_path: Path, end: signal.Signals
+) -> None:
+    """With the data folder alone in common, a job goes through; however `zlora up` ends, its children end too."""
+    port = free_port()
+    with up(environ, tmp_path / "log", "--flower", f"--flower-port={port}") as stack:
+        url = wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        with Client.from_env(environ) as client:
+            assert client.submit(SMALL).result(timeout=90).base_intact
+        page = wait_until(lambda: flower_page(port), "Flower answers")
+        assert "zlora" in page or "Flower" in page
+        children = descendants(stack.pid)
+        assert len(children) >= 4  # broker, worker, its child, Flower
+
+        os.kill(stack.pid, end)
+        status = stack.wait(60)
+
+        wait_until(lambda: not alive(children), f"its children end: {alive(children)}")
+        assert status == (-signal.SIGKILL if end is signal.SIGKILL else 0)
+        if end is not signal.SIGKILL:
+            assert not Path(url.partition("://")[2]).exists()
+        assert wire.recorded_broker(Path(environ["ZLORA_HOME"])) is None
+
+
+def flower_page(port: int) -> str | None:
+    try:
+        return requests.get(f"http://127.0.0.1:{port}/tasks", timeout=5).text
+    except requests.ConnectionError:
+        return None
+
+
+def test_jobs_outlive_the_stack(environ: dict[str, str], tmp_path: Path) -> None:
+    """What was queued when the stack was stopped is drawn when it runs again: the broker writes a log."""
+    with up(environ, tmp_path / "first") as stack:
+        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        with Client.from_env(environ) as client:
+            done = client.submit(SMALL)
+            done.result(timeout=90)
+            running = client.submit({**SMALL, "num_inference_steps": 200})
+            waiting = client.submit(SMALL)
+            wait_until(lambda: running.status().state is JobState.PROGRESS, "the job runs")
+        stack.terminate()
+        assert stack.wait(60) == 0
+
+    with up(environ, tmp_path / "second"):
+        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        with Client.from_env(environ) as client:
+            for handle, patience in ((done, 5), (running, 5), (waiting, 90)):
+                assert client.job(handle.id).result(timeout=patience).job_id == handle.id
+
+
+def test_an_explicit_broker_wins(environ: dict[str, str], tmp_path: Path, broker_url: str) -> None:
+    with Stack(clean_environ(environ | {"ZLORA_BROKER_URL": broker_url}), log_folder=tmp_path / "logs") as stack:
+        assert stack.broker_url == broker_url
+        assert not (Path(environ["ZLORA_HOME"]) / "broker").exists()
+        with Client(broker_url) as client:
+            assert client.submit(SMALL).result(timeout=90).base_intact
+
+
+def test_a_second_stack_uses_the_broker_of_the_first(environ: dict[str, str], tmp_path: Path) -> None:
+    full = clean_environ(environ)
+    with Stack(full, log_folder=tmp_path / "a") as first, Stack(full, log_folder=tmp_path / "b") as second:
+        assert first.broker_url == second.broker_url
+
+
+def test_a_record_of_a_dead_broker_is_no_broker(environ: dict[str, str], tmp_path: Path) -> None:
+    home = Path(environ["ZLORA_HOME"])
+    home.mkdir()
+    wire.broker_record(home).write_text(json.dumps({"url": f"redis+socket://{tmp_path}/gone.sock", "pid": 1}))
+
+    with Stack(clean_environ(environ), log_folder=tmp_path / "logs") as stack:
+        assert "gone.sock" not in stack.broker_url
+
+
+def test_a_worker_that_cannot_load_ends_the_stack_with_a_reason(environ: dict[str, str], tmp_path: Path) -> None:
+    with Stack(clean_environ(environ | {"ZLORA_MODEL": "/nonexistent"}), log_folder=tmp_path / "logs") as stack:
+
+        def ended() -> StackError | None:
+            try:
+                stack.check()
+            except StackError as error:
+                return error
+            return None
+
+        error = wait_until(ended, "the worker ends")
+
+    assert error.details["status"] == 70
+    assert "worker.log" in str(error)

@@ -1,0 +1,163 @@
+"""A worker's start, the loss of its child, and its end: no job is taken without a model, and none is lost."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import redis
+from processes import wait_until, worker
+from zlora import Client, JobState
+
+SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
+LONG = {"prompt": "a city at night", "num_inference_steps": 200, "seed": 1}
+RESIDENT = "is resident after"
+
+
+def queued(environ: dict[str, str], queue: str) -> int:
+    """How many messages lie on the lists of a queue: one list a priority."""
+    with redis.Redis.from_url(environ["ZLORA_BROKER_URL"]) as broker:
+        return sum(int(broker.llen(name)) for name in broker.scan_iter(f"{queue}*") if broker.type(name) == b"list")
+
+
+def test_a_worker_without_its_model_leaves_with_one_clear_line_and_takes_no_job(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
+    environ = worker_environ | {"ZLORA_MODEL": "/nonexistent", "ZLORA_QUEUE": "no-model"}
+
+    with Client.from_env(environ) as client:
+        handle = client.submit(SMALL)
+        with worker(environ, tmp_path / "log") as failing:
+            status = failing.process.wait(60)
+
+        assert status == 70
+        assert [line.partition("no model, no jobs: ")[2] for line in failing.lines("CRITICAL")] == [
+            "/nonexistent: no such file or folder, and not a hub id such as owner/name"
+        ]
+        assert not failing.lines("Traceback")
+        assert handle.status().state is JobState.PENDING
+        assert queued(environ, "no-model") == 1
+
+
+def test_a_killed_child_is_replaced_and_its_job_drawn(worker_environ: dict[str, str], tmp_path: Path) -> None:
+    """kill -9 in the middle of a job, and again of an idle child: one more load each, and every job succeeds."""
+    environ = worker_environ | {"ZLORA_QUEUE": "killed"}
+    with worker(environ, tmp_path / "log") as running:
+        running.wait_ready()
+        first = running.child()
+        handle = running.client.submit(LONG)
+        wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+
+        os.kill(first, signal.SIGKILL)
+        result = handle.result(timeout=90)
+        assert result.base_intact
+        assert len(running.lines(RESIDENT)) == 2
+
+        os.kill(running.child(), signal.SIGKILL)
+        assert running.client.submit(SMALL).result(timeout=90).base_intact
+        assert len(running.lines(RESIDENT)) == 3
+        assert running.child() != first
+
+
+def test_a_replacement_without_a_model_ends_the_worker_and_the_job_stays_queued(
+    worker_environ: dict[str, str], model_home: Path, tmp_path: Path
+) -> None:
+    """The model's folder disappears, then the child is killed: exit status 70, and the job is there for another."""
+    folder = tmp_path / "model"
+    shutil.copytree(next((model_home / "demo").glob("v*")), folder)
+    environ = worker_environ | {"ZLORA_MODEL": str(folder), "ZLORA_QUEUE": "replaced"}
+    with worker(environ, tmp_path / "log") as running:
+        running.wait_ready()
+        handle = running.client.submit(LONG)
+        wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+
+        shutil.rmtree(folder)
+        os.kill(running.child(), signal.SIGKILL)
+
+        assert running.process.wait(60) == 70
+        assert queued(environ, "replaced") == 1
+
+
+def test_the_parent_holds_no_model_and_no_torch(worker_environ: dict[str, str], tmp_path: Path) -> None:
+    with worker(worker_environ | {"ZLORA_QUEUE": "light"}, tmp_path / "log") as running:
+        running.wait_ready()
+
+        assert "libtorch" in Path(f"/proc/{running.child()}/maps").read_text()
+        assert "libtorch" not in Path(f"/proc/{running.process.pid}/maps").read_text()
+
+
+@pytest.mark.parametrize(("options", "reason"), [(("-P", "solo"), "prefork"), (("-c", "2"), "concurrency")])
+def test_a_pool_that_cannot_hold_one_model_is_refused(
+    worker_environ: dict[str, str], tmp_path: Path, options: tuple[str, str], reason: str
+) -> None:
+    with worker(worker_environ, tmp_path / "log", *options) as refused:
+        assert refused.process.wait(60) == 70
+        assert reason in refused.lines("CRITICAL")[0]
+
+
+def test_a_worker_told_to_stop_finishes_its_job(worker_environ: dict[str, str], tmp_path: Path) -> None:
+    with worker(worker_environ | {"ZLORA_QUEUE": "stopped"}, tmp_path / "log") as running:
+        running.wait_ready()
+        handle = running.client.submit(LONG)
+        wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+
+        running.process.terminate()
+
+        assert running.process.wait(60) == 0
+        assert handle.status().state is JobState.SUCCESS
+
+
+def test_a_setting_without_sense_ends_the_worker_in_one_line(worker_environ: dict[str, str], tmp_path: Path) -> None:
+    with worker(worker_environ | {"ZLORA_DTYPE": "float8"}, tmp_path / "log") as refused:
+        assert refused.process.wait(60) != 0
+
+    text = refused.log.read_text()
+    assert "ZLORA_DTYPE='float8': expected one of auto, float16, bfloat16, float32" in text
+    assert "Traceback" not in text
+
+
+def test_a_base_left_changed_is_never_drawn_with_again(worker_environ: dict[str, str], tmp_path: Path) -> None:
+    """A job after which the base differs fails with a typed error; the next is put back and drawn by a fresh child."""
+    from zlora.errors import BaseNotRestored
+
+    fault = tmp_path / "fault"
+    fault.mkdir()
+    (fault / "sitecustomize.py").write_text(_LEAVE_A_WEIGHT_CHANGED.format(once=str(tmp_path / "done")))
+    environ = worker_environ | {"ZLORA_QUEUE": "dirty", "PYTHONPATH": str(fault)}
+    with worker(environ, tmp_path / "log") as running:
+        running.wait_ready()
+        with pytest.raises(BaseNotRestored, match="unet"):
+            running.client.submit(SMALL).result(timeout=60)
+
+        assert running.client.submit(SMALL).result(timeout=90).base_intact
+        assert len(running.lines(RESIDENT)) == 2
+
+
+# Wraps the draw of the first job only, in the child: the marker file outlives it.
+_LEAVE_A_WEIGHT_CHANGED = """
+import sys, pathlib, importlib.abc, importlib.util
+
+class Fault(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "zlora_worker.generate":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            from zlora_worker.engine import Engine
+            draw, marker = Engine.draw, pathlib.Path({once!r})
+            def once(engine, *arguments):
+                picture = draw(engine, *arguments)
+                if not marker.exists():
+                    marker.touch()
+                    engine.pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-6
+                return picture
+            Engine.draw = once
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Fault())
+"""

@@ -1,0 +1,88 @@
+"""Real processes for tests: brokers and workers, each stopped by the test that started it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from zlora import Client
+
+PATIENCE = 90.0  # seconds for a process to do its part on a busy machine
+
+
+T = TypeVar("T")
+
+
+def wait_until(look: Callable[[], T | None], what: str) -> T:
+    """What `look` returns as soon as it is not None or False."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if found := look():
+            return found
+        time.sleep(0.05)
+    raise TimeoutError(f"{what}: not within {PATIENCE:.0f} s")
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `variables`, and none of the project's own beside them."""
+    ours = ("ZLORA_", "COZY_", "FILE_API_", "AWS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(variables)
+
+
+class Worker:
+    """A `celery -A zlora_worker.app worker` process with its log in a file."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, client: Client) -> None:
+        self.process, self.log, self.client = process, log, client
+
+    def lines(self, text: str) -> list[str]:
+        """The log's lines that hold `text`."""
+        return [line for line in self.log.read_text().splitlines() if text in line]
+
+    def wait_ready(self) -> None:
+        """Wait until it takes jobs."""
+
+        def look() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return bool(self.lines(" ready."))
+
+        wait_until(look, "the worker is ready")
+
+    def child(self) -> int:
+        """The process id of its one pool child."""
+        parent = self.process.pid
+        text = wait_until(Path(f"/proc/{parent}/task/{parent}/children").read_text, "the worker has a child")
+        (child,) = text.split()
+        return int(child)
+
+
+@contextmanager
+def worker(environ: Mapping[str, str], log: Path, *options: str) -> Iterator[Worker]:
+    """A worker process; at the end it gets a SIGTERM, and a SIGKILL where that does not end it."""
+    full = clean_environ(environ)
+    command = [sys.executable, "-m", "celery", "-A", "zlora_worker.app", "worker", "--loglevel", "INFO", *options]
+    with log.open("wb") as output, Client.from_env(full) as client:
+        process = subprocess.Popen(command, env=full, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            yield Worker(process, log, client)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
