@@ -32,5 +32,12 @@ check: $(VENV)/dev.stamp
 test: check
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest
 
+# make bench-<name> runs tests/benchmarks/<name>.py; make bench runs the short forms of all.
+bench: ARGS = --thin
+bench: bench-queue
+
+bench-%: $(VENV)/dev.stamp
+	PYTHONPATH=tests $(RUN)/python -P tests/benchmarks/$*.py $(ARGS)
+
 clean:
 	rm -rf build dist

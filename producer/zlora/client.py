@@ -34,8 +34,8 @@ _UNREACHABLE: Final = (
     redis.exceptions.ConnectionError,
     redis.exceptions.TimeoutError,
 )
-_FIRST_LOOK: Final = 0.02  # seconds between looks for a result, growing to the last: a job takes seconds
-_LAST_LOOK: Final = 0.3
+_LOOK_SHARE: Final = 0.1  # of the time waited so far until the next look: a result is seen at most that much late
+_LOOK_BOUNDS: Final = (0.005, 0.25)  # seconds
 # Bounds the wait for a broker that is down: three tries within about a second.
 _SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
 
@@ -108,20 +108,18 @@ class JobHandle:
 
     def result(self, timeout: float | None = None) -> GenerateResult:
         """Wait up to `timeout` seconds for the result; raises the job's typed error, or `ResultTimeout`."""
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_LOOK
+        start, patience = time.monotonic(), math.inf if timeout is None else timeout
         while (meta := self._meta())["status"] not in READY_STATES:
-            left = end - time.monotonic()
-            if left <= 0:
+            waited = time.monotonic() - start
+            if waited >= patience:
                 raise ResultTimeout(f"no result of job {self.id} within {timeout} s", {"job_id": self.id})
-            time.sleep(min(pause, left))
-            pause = min(1.5 * pause, _LAST_LOOK)
+            time.sleep(min(_pause(waited), patience - waited))
         if meta["status"] == JobState.SUCCESS:
             return msgspec.convert(meta["result"], GenerateResult)
         raise self._error(meta)
 
     def _meta(self) -> dict[str, Any]:
-        """State and answer of one moment. No `AsyncResult`: it subscribes, and complains at exit where Redis is gone."""
+        """State and answer of one moment. No `AsyncResult`: it subscribes, and complains at exit without Redis."""
         with _broker_errors():
             meta: dict[str, Any] = self._app.backend.get_task_meta(self.id)
         return meta
@@ -133,6 +131,11 @@ class JobHandle:
         if meta["status"] == JobState.REVOKED:
             return JobRevoked(f"job {self.id} was cancelled", {"job_id": self.id})
         return JobLost(f"job {self.id} failed outside the task: {error!r}", {"job_id": self.id})
+
+
+def _pause(waited: float) -> float:
+    shortest, longest = _LOOK_BOUNDS
+    return min(max(_LOOK_SHARE * waited, shortest), longest)
 
 
 @contextmanager
