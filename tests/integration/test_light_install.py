@@ -1,0 +1,42 @@
+"""What a producer gets from `pip install z-image-lora`, in an environment of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "boto3", "requests", "pillow", "numpy"}
+SUBMIT = """
+import sys
+import zlora
+assert not {'torch', 'diffusers', 'boto3'} & set(sys.modules)
+with zlora.Client.from_env() as client:
+    handle = client.submit({"prompt": "a city"}, job_id="light-1")
+    print(handle.status().state)
+"""
+
+
+def test_a_producer_is_light_and_can_submit(broker_url: str, tmp_path: Path) -> None:
+    """The base install brings none of the worker's libraries, yet all that submitting a job takes."""
+    environ = os.environ | {"ZLORA_BROKER_URL": broker_url}
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", ROOT], check=True)
+
+    listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+    submitted = subprocess.run(
+        [python, "-c", SUBMIT], check=True, capture_output=True, text=True, env=environ, cwd=tmp_path
+    )
+    worker_side = subprocess.run(
+        [python, "-c", "import zlora_worker.app, sys; print('torch' in sys.modules)"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+
+    assert "z-image-lora" in listed
+    assert not HEAVY & {line.split()[0].lower() for line in listed.splitlines() if line}
+    assert submitted.stdout.strip() == "PENDING"
+    assert worker_side.stdout.strip() == "False"
