@@ -26,6 +26,8 @@ from zlora_worker.demo.server import TOKEN, serving
 _DOCUMENTS: Final = ("basic", "single_lora", "multiple_loras", "cozy_ref")
 _PHASES: Final = ("queued", "fetch", "apply", "denoise", "upload")
 _PATIENCE: Final = 300.0  # seconds for one job, the load of the model included
+_LOG_WIDTH: Final = 240  # characters: a path in a log is not to be folded
+_AS_IT_IS: Final = "as it is"
 _NOTE: Final = "The demo model is random: it shows that each LoRA acts, and draws no scenes."
 
 
@@ -37,6 +39,21 @@ class Variant:
     caption: str
     request: GenerateRequest
     handle: JobHandle
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What became of it."""
+
+    variant: Variant
+    state: JobState
+    result: GenerateResult
+
+    @property
+    def path(self) -> Path:
+        """Its picture in the store folder, as short as it can be said from here."""
+        path = Path(unquote(urlsplit(self.result.images[0].url).path))
+        return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @click.command()
@@ -51,7 +68,7 @@ def demo(out: Path) -> None:
     """Draw four documents with the built-in random model, and show what each LoRA does."""
     if not all(map(find_spec, ("torch", "diffusers", "PIL"))):
         raise click.ClickException("the demo needs the worker: pip install 'z-image-lora[worker,local]'")
-    console = Console(width=None if os.isatty(1) else 160)
+    console = Console(width=None if os.isatty(1) else _LOG_WIDTH)
     home = wire.home(os.environ)
     console.print("[bold]z-image-lora demo[/]: " + _NOTE)
     loras = demo_folder(home) / "loras"  # the worker builds them with its model, before it takes a job
@@ -59,10 +76,10 @@ def demo(out: Path) -> None:
         console.print(f"broker {stack.broker_url}, logs in {home / 'logs'}")
         with Client.from_env(stack.environ) as client:
             variants = [variant for name in _DOCUMENTS for variant in _submit(client, name, host)]
-            results = _watch(variants, stack, console)
-    console.print(_table(variants, results))
+            drawn = _watch(variants, stack, console)
+    console.print(_table(drawn))
     sheet = out / "contact-sheet.png"
-    _draw(variants, results, sheet)
+    _draw_sheet(drawn, sheet)
     console.print(f"contact sheet: {sheet}")
 
 
@@ -92,7 +109,7 @@ def _submit(client: Client, name: str, host: str) -> Iterator[Variant]:
     request = read_document(name, host)
     run = f"{name}-{secrets.token_hex(3)}"
     handle = client.submit(request, job_id=run)
-    yield Variant(name, "as it is", request, handle)
+    yield Variant(name, _AS_IT_IS, request, handle)
     alone = [(spec,) for spec in request.loras] if len(request.loras) > 1 else []
     for index, loras in enumerate([(), *alone] if request.loras else []):
         other = msgspec.structs.replace(request, loras=loras, seed=seed_of(run))
@@ -103,7 +120,7 @@ def _names(request: GenerateRequest) -> str:
     return " + ".join(f"{Path(urlsplit(spec.file.address).path).stem} {spec.weight:g}" for spec in request.loras)
 
 
-def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[GenerateResult]:
+def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[Drawn]:
     """Wait for all, with a bar each; without a terminal, with a line each."""
     columns = (
         TextColumn("{task.description:34}"),
@@ -111,18 +128,18 @@ def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[
         TextColumn("{task.fields[phase]}"),
         TimeElapsedColumn(),
     )
-    results = []
+    drawn = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars = [progress.add_task(_title(variant), total=1, phase="", start=False) for variant in variants]
         for bar, variant in zip(bars, variants, strict=True):
             progress.start_task(bar)
             _follow(variant.handle, stack, partial(progress.update, bar))
-            results.append(variant.handle.result(timeout=10))
+            drawn.append(Drawn(variant, variant.handle.status().state, variant.handle.result(timeout=10)))
             progress.update(bar, total=1, completed=1, phase="done")
             progress.stop_task(bar)
             if not console.is_terminal:
-                console.print(f"[{len(results)}/{len(variants)}] {_title(variant)}")
-    return results
+                console.print(f"[{len(drawn)}/{len(variants)}] {_title(variant)}")
+    return drawn
 
 
 def _follow(handle: JobHandle, stack: Stack, show: Any) -> None:
@@ -138,34 +155,29 @@ def _title(variant: Variant) -> str:
     return f"{variant.document}: {variant.caption}"
 
 
-def _table(variants: Sequence[Variant], results: Sequence[GenerateResult]) -> Table:
+def _table(drawn: Sequence[Drawn]) -> Table:
     table = Table("job", "state", "LoRAs", *_PHASES, title="seconds by phase")
     table.add_column("image", overflow="fold")
-    for variant, result in zip(variants, results, strict=True):
-        if variant.caption == "as it is":
-            seconds = [f"{result.timings[phase]:.3f}" for phase in _PHASES]
-            loras = _names(variant.request) or "-"
-            state = variant.handle.status().state.value
-            table.add_row(variant.document, state, loras, *seconds, str(_path(result)))
+    for one in drawn:
+        if one.variant.caption == _AS_IT_IS:
+            seconds = [f"{one.result.timings[phase]:.3f}" for phase in _PHASES]
+            loras = _names(one.variant.request) or "-"
+            table.add_row(one.variant.document, one.state.value, loras, *seconds, str(one.path))
     return table
 
 
-def _path(result: GenerateResult) -> Path:
-    path = Path(unquote(urlsplit(result.images[0].url).path))
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _caption(request: GenerateRequest) -> str:
-    return "all together" if len(request.loras) > 1 else _names(request) or "no LoRA"
-
-
-def _draw(variants: Sequence[Variant], results: Sequence[GenerateResult], target: Path) -> None:
+def _draw_sheet(drawn: Sequence[Drawn], target: Path) -> None:
+    """A row a document: without LoRAs first, the document as it is last."""
     from zlora_worker.demo.sheet import Row, draw_sheet  # Pillow
 
     rows = []
     for name in _DOCUMENTS:
-        of_name = [(v, r) for v, r in zip(variants, results, strict=True) if v.document == name]
-        (first, drawn), others = of_name[0], of_name[1:]
-        pictures = [(variant.caption, _path(result)) for variant, result in others]
-        rows.append(Row(first.request.prompt, [*pictures, (_caption(first.request), _path(drawn))]))
+        document, *others = [one for one in drawn if one.variant.document == name]
+        pictures = [(one.variant.caption, one.path) for one in [*others, document]]
+        pictures[-1] = (_caption(document.variant.request), document.path)
+        rows.append(Row(document.variant.request.prompt, pictures))
     draw_sheet(rows, target, note=_NOTE)
+
+
+def _caption(request: GenerateRequest) -> str:
+    return "all together" if len(request.loras) > 1 else _names(request) or "no LoRA"

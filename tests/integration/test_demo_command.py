@@ -1,0 +1,31 @@
+"""`zlora demo`, as its user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+from processes import clean_environ
+
+DOCUMENTS = ("basic", "single_lora", "multiple_loras", "cozy_ref")
+
+
+def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> None:
+    """In an empty data folder: exit status 0, four rows of SUCCESS with their pictures, one tile for each variant."""
+    environ = clean_environ({"ZLORA_HOME": str(tmp_path / "home"), "COLUMNS": "200"})
+    command = [str(Path(sys.executable).with_name("zlora")), "demo", "--out", str(tmp_path / "out")]
+
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert ended.returncode == 0, ended.stderr
+    rows = {line.split()[1]: line for line in ended.stdout.splitlines() if " SUCCESS " in line}
+    assert tuple(rows) == DOCUMENTS
+    for line in rows.values():
+        with Image.open(tmp_path / line.split("│")[-2].strip()) as picture:
+            assert picture.size == (64, 64)
+    with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
+        tiles = [
+            sheet.crop((12 + x * 204, 34 + y * 248, 204 + x * 204, 226 + y * 248)) for y in range(4) for x in range(4)
+        ]
+    drawn = [tile.tobytes() for tile in tiles if len(tile.getcolors(1 << 16) or ()) > 100]
+    assert len(drawn) == len(set(drawn)) == 9
