@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -40,7 +41,7 @@ class Stack:
         self.environ = {"OMP_WAIT_POLICY": "PASSIVE", **environ}
         self.flower_port = flower_port
         self._log_folder = log_folder
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._children = ExitStack()
 
     def __enter__(self) -> Self:
@@ -48,7 +49,8 @@ class Stack:
             self._children = started
             self.home.mkdir(parents=True, exist_ok=True)
             self.environ[wire.BROKER_URL] = self._broker()
-            self._worker = self._start("worker", _celery("worker", "--loglevel", "INFO"), grace=_WORKER_GRACE)
+            name = f"zlora-{os.getpid()}@%h"  # stacks may share a broker
+            self._start("worker", _celery("worker", "--loglevel", "INFO", "-n", name), grace=_WORKER_GRACE)
             if self.flower_port is not None:
                 address = ("--address=127.0.0.1", f"--port={self.flower_port}")
                 self._start("flower", _celery("flower", *address), grace=_SERVER_GRACE)
@@ -66,10 +68,11 @@ class Stack:
         return self.environ[wire.BROKER_URL]
 
     def check(self) -> None:
-        """Raise `StackError` where the worker has ended."""
-        if self._worker and (status := self._worker.poll()) is not None:
-            where = f"see {self._log_folder / 'worker.log'}" if self._log_folder else "see above"
-            raise StackError(f"the worker has ended with status {status}: {where}", {"status": status})
+        """Raise `StackError` where a child has ended."""
+        for name, child in self._running.items():
+            if (status := child.poll()) is not None:
+                where = f"see {self._log_folder / f'{name}.log'}" if self._log_folder else "see above"
+                raise StackError(f"the {name} has ended with status {status}: {where}", {"status": status})
 
     def _broker(self) -> str:
         if explicit := self.environ.get(wire.BROKER_URL):
@@ -120,6 +123,7 @@ class Stack:
             # Safe beside threads: between fork and exec it takes no lock.
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
         )
+        self._running[name] = child
         self._children.callback(_stop, child, grace)
         return child
 
