@@ -4,7 +4,6 @@ import hashlib
 import re
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, get_args
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -173,17 +172,13 @@ def plain(value: Struct) -> dict[str, Any]:
 
 def without_secrets(address: str) -> str:
     """An address fit for logs and receipts: no credentials, no query, no fragment."""
-    scheme, mark, _ = address.partition("://")
+    scheme, mark, rest = re.split(r"[?#]", address, maxsplit=1)[0].partition("://")
     if not mark:
-        return address.partition("?")[0]
+        return scheme.rpartition("@")[2]
     if scheme == "cozy":
-        return address.partition("?")[0]
-    try:
-        parts = urlsplit(address)
-    except ValueError:  # such as an unclosed [ in the host
-        return f"{scheme}://"
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+        return f"cozy://{without_secrets(rest) if '://' in rest else rest}"
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
 _CHOICES = {"scheduler": get_args(Scheduler), "output_format": get_args(OutputFormat)}

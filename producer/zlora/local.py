@@ -50,7 +50,11 @@ class Stack:
             self.home.mkdir(parents=True, exist_ok=True)
             self.environ[wire.BROKER_URL] = self._broker()
             name = f"zlora-{os.getpid()}@%h"  # stacks may share a broker
-            self._start("worker", _celery("worker", "--loglevel", "INFO", "-n", name), grace=_WORKER_GRACE)
+            self._start(
+                "worker",
+                _celery("worker", "--loglevel", "INFO", "-n", name, "--without-gossip", "--without-mingle"),
+                grace=_WORKER_GRACE,
+            )
             if self.flower_port is not None:
                 address = ("--address=127.0.0.1", f"--port={self.flower_port}")
                 self._start("flower", _celery("flower", *address), grace=_SERVER_GRACE)

@@ -95,7 +95,7 @@ class Engine:
 
         output = self.pipeline(
             prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
+            negative_prompt=request.negative_prompt or None,  # none is zeros to SDXL, an empty one is not
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             width=width,

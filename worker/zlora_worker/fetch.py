@@ -74,7 +74,7 @@ class Fetcher:
             raise LoraNotAllowed(f"{name}: {_refusal(error)}") from None
         except requests.exceptions.InvalidURL:
             raise LoraNotAllowed(f"{name}: not a URL") from None
-        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             raise LoraUnreachable(f"{name}: {_network_reason(error)}") from None
 
 
@@ -164,7 +164,7 @@ def _network_reason(error: Exception) -> str:
     """A word for the cause: the libraries' own texts quote the whole URL, with its query."""
     if isinstance(error, requests.exceptions.SSLError):
         return "the server's certificate does not hold"
-    if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
+    if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError):
         return "no answer in time"
     if isinstance(error, requests.exceptions.ConnectionError):
         return "no connection"
