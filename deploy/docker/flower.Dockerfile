@@ -6,5 +6,5 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY producer producer
 COPY worker worker
 RUN pip install --no-cache-dir '.[flower]'
-USER zlora
+USER 10001
 CMD ["celery", "-A", "zlora_worker.app", "flower", "--address=0.0.0.0", "--port=5555"]

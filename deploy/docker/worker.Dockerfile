@@ -9,6 +9,6 @@ RUN mkdir -p producer/zlora worker/zlora_worker && touch producer/zlora/__init__
 COPY producer producer
 COPY worker worker
 RUN pip install --no-cache-dir --no-deps --force-reinstall '.[worker]'
-USER zlora
+USER 10001
 ENV ZLORA_HOME=/data HF_HOME=/data/huggingface
 CMD ["celery", "-A", "zlora_worker.app", "worker", "--loglevel", "INFO"]

@@ -1,6 +1,9 @@
 """The four request documents through a real broker and a real prefork worker."""
 
 import hashlib
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import msgspec
 import pytest
 from celery import Celery
 from PIL import Image
-from processes import Worker, free_port, worker
+from processes import Worker, clean_environ, free_port, worker
 from zlora import Client, GenerateRequest, GenerateResult, JobState
 from zlora.errors import InvalidRequest, LoraNotAllowed, LoraNotFound, LoraUnreachable, ResultTimeout
 from zlora.job import plain
@@ -151,6 +154,20 @@ def test_any_celery_program_can_enqueue(client: Client, environ: dict[str, str])
 
     assert msgspec.convert(document, GenerateResult) == client.job("bare-1").result(timeout=5)
     assert document["job_id"] == "bare-1"
+
+
+def test_the_lines_of_python_in_readme_print_a_picture_s_address(
+    environ: dict[str, str], host: str, running: Worker
+) -> None:
+    assert running.process.poll() is None
+    (lines, *_) = re.findall(r"```python\n(.+?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
+    here = lines.replace("https://example.com", f"http://{host}")
+
+    ended = subprocess.run(
+        [sys.executable, "-c", here], env=clean_environ(environ), capture_output=True, text=True, check=True
+    )
+
+    assert path_of(ended.stdout.strip()).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_bad_request_is_refused_by_name_and_the_worker_goes_on(client: Client, environ: dict[str, str]) -> None:
