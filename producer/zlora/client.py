@@ -46,10 +46,12 @@ class Client:
     def __init__(self, broker_url: str, *, result_backend: str | None = None, queue: str = QUEUE) -> None:
         """Connect at the first use. `result_backend` is the broker where it is not given."""
         self.queue = queue
+        config = wire.shared_config(broker_url=broker_url, result_backend=result_backend or broker_url, queue=queue)
         self._app = Celery("zlora", set_as_current=False)
-        self._app.conf.update(
-            wire.shared_config(broker_url=broker_url, result_backend=result_backend or broker_url, queue=queue)
-        )
+        self._app.conf.update(config)
+        # To send through an app with a result backend would subscribe to each result, and wait for Redis for 20 s.
+        self._sender = Celery("zlora", set_as_current=False)
+        self._sender.conf.update(config | {"result_backend": "disabled://"})
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -70,6 +72,7 @@ class Client:
 
     def close(self) -> None:
         """Give the connections back."""
+        self._sender.close()
         self._app.close()
 
     def submit(self, request: GenerateRequest | dict[str, Any], *, job_id: str | None = None) -> "JobHandle":
@@ -77,7 +80,7 @@ class Client:
         document = plain(read_request(request))
         name = check_job_id(str(uuid.uuid4()) if job_id is None else job_id)
         with _broker_errors():
-            self._app.send_task(
+            self._sender.send_task(
                 TASK_NAME,
                 args=[document],
                 task_id=name,

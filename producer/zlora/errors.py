@@ -70,12 +70,17 @@ class ZloraError(Exception):
 
     def __init__(self, message: str | None = None, details: dict[str, Any] | None = None) -> None:
         """Take the sentence for people (default: the class's own) and details that JSON can carry."""
-        self.message = message or _first_line(type(self))
+        self.message = _one_line(message or _first_line(type(self)))
         self.details = details or {}
         super().__init__(self.message, self.details)
 
     def __str__(self) -> str:
         return self.message
+
+
+def _one_line(text: str) -> str:
+    """Text that can be logged and sent: what a stranger chose in it, a name or a value, forges no line."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _first_line(cls: type) -> str:

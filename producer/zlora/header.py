@@ -4,9 +4,10 @@ Format: 8 bytes little-endian length, that many bytes of JSON, then the tensors'
 (https://huggingface.co/docs/safetensors, "Format").
 """
 
+import json
 import math
 from pathlib import Path
-from typing import Annotated, BinaryIO, Final
+from typing import Annotated, Any, BinaryIO, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -17,6 +18,7 @@ MAX_HEADER: Final = (
     16 * 2**20
 )  # bytes; a LoRA of 3,000 tensors has 0.4 MB, and a parsed header costs four times its size
 _LENGTH: Final = 8  # bytes of the header's length
+_MAX_ELEMENTS: Final = 2**48
 _BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
@@ -27,7 +29,7 @@ class TensorInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor's entry: where its bytes are, counted from the end of the header."""
 
     dtype: str
-    shape: tuple[Annotated[int, Meta(ge=0)], ...]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=8)]
     data_offsets: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
 
 
@@ -55,12 +57,20 @@ def _parse(file: BinaryIO, size: int) -> tuple[Header, int]:
     if length > MAX_HEADER or length > size - _LENGTH:
         raise NotSafetensors(_what_it_is(start + file.read(56)), {"header_bytes": length, "file_bytes": size})
     try:
-        entries = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(entries.pop("__metadata__", b"{}"), type=dict[str, str])
-        tensors = {name: msgspec.json.decode(entry, type=TensorInfo) for name, entry in entries.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        entries = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
+        metadata = msgspec.convert(entries.pop("__metadata__", {}), dict[str, str])
+        tensors = msgspec.convert(entries, dict[str, TensorInfo])
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise NotSafetensors(f"not a safetensors file: its header is no such JSON ({str(error)[:120]})") from None
     return Header(tensors, metadata), length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object that says each thing once: of two entries, readers would take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("the same name twice")
+    return found
 
 
 def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
@@ -71,6 +81,8 @@ def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
             raise NotSafetensors(
                 f"damaged safetensors file: tensor {name[:100]!r} has the unknown type {info.dtype[:20]!r}"
             )
+        if math.prod(max(side, 1) for side in info.shape) > _MAX_ELEMENTS:
+            raise NotSafetensors(f"damaged safetensors file: tensor {name[:100]!r} has a shape that no memory holds")
         if info.data_offsets[0] != end or info.data_offsets[1] - end != math.prod(info.shape) * _BITS[info.dtype] // 8:
             raise NotSafetensors(
                 f"damaged safetensors file: the bytes of tensor {name[:100]!r} are not where they should be"

@@ -30,7 +30,7 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     url: Address | None = None
     cozy_ref: Address | None = None
     ref: Address | None = None
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("url", "cozy_ref", "ref") if getattr(self, name) is not None]
@@ -159,9 +159,13 @@ def read_request(document: object) -> GenerateRequest:
     """A checked request from JSON data or a `GenerateRequest`; raises `InvalidRequest` with path, value and bound."""
     data = msgspec.to_builtins(document) if isinstance(document, GenerateRequest) else document
     try:
-        return msgspec.convert(data, GenerateRequest)
+        request = msgspec.convert(data, GenerateRequest)
+        msgspec.json.encode(request)
     except msgspec.ValidationError as error:
         raise _explained(str(error), data) from None
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"$: Expected text that UTF-8 can carry; {error.reason}", {"path": "$"}) from None
+    return request
 
 
 def plain(value: Struct) -> dict[str, Any]:
@@ -175,8 +179,10 @@ def without_secrets(address: str) -> str:
     scheme, mark, rest = re.split(r"[?#]", address, maxsplit=1)[0].partition("://")
     if not mark:
         return scheme.rpartition("@")[2]
-    if scheme == "cozy":
-        return f"cozy://{without_secrets(rest) if '://' in rest else rest}"
+    if scheme == "cozy" and "://" not in rest:
+        return f"cozy://{rest}"
+    if "://" in rest or rest.startswith("/"):
+        return f"{scheme}://{without_secrets(rest.lstrip('/'))}"
     authority, slash, path = rest.partition("/")
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
@@ -201,8 +207,11 @@ def _explained(reason: str, document: object) -> InvalidRequest:
 
 def _value_at(document: object, path: str) -> object:
     value: Any = document
-    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
-        value = value[key] if key else value[int(index)]
+    try:
+        for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+            value = value[key] if key else value[int(index)]
+    except (IndexError, KeyError, TypeError):  # no path of msgspec's, but part of a field's name
+        return document
     return value
 
 

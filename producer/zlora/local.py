@@ -1,7 +1,6 @@
 """The embedded stack: a broker, a worker and a store folder on this machine, as child processes that end with it."""
 
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
+import msgspec
 import redis
 
 from zlora import wire
@@ -107,7 +107,7 @@ class Stack:
         url = f"redis+socket://{socket}"
         _wait_for(url, server)
         record = wire.broker_record(self.home)
-        record.write_text(json.dumps({"url": url, "pid": server.pid}))
+        record.write_bytes(msgspec.json.encode(wire.BrokerRecord(url=url, pid=server.pid)))
         self._children.callback(record.unlink, missing_ok=True)
         return url
 

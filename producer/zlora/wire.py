@@ -1,9 +1,10 @@
 """What both sides must agree on: variable names, transport options, priorities, and where an embedded broker is."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 BROKER_URL: Final = "ZLORA_BROKER_URL"
 RESULT_BACKEND: Final = "ZLORA_RESULT_BACKEND"
@@ -52,13 +53,20 @@ def home(environ: Mapping[str, str]) -> Path:
     """The data folder: `ZLORA_HOME`, else `zlora` in the user's data folder (XDG Base Directory)."""
     if named := environ.get(HOME):
         return Path(named).expanduser().absolute()
-    data = environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "zlora"
+    data = Path(environ.get("XDG_DATA_HOME", ""))
+    return (data if data.is_absolute() else Path.home() / ".local" / "share") / "zlora"
 
 
 def broker_url(environ: Mapping[str, str]) -> str:
     """The broker: the explicit URL, else the embedded one that runs in the data folder, else Redis on this machine."""
     return environ.get(BROKER_URL) or recorded_broker(home(environ)) or DEFAULT_BROKER
+
+
+class BrokerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the embedded stack writes down of its broker."""
+
+    url: str
+    pid: int
 
 
 def broker_record(folder: Path) -> Path:
@@ -69,8 +77,7 @@ def broker_record(folder: Path) -> Path:
 def recorded_broker(folder: Path) -> str | None:
     """The URL of the embedded broker whose socket is there, or None."""
     try:
-        record = json.loads(broker_record(folder).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        url = msgspec.json.decode(broker_record(folder).read_bytes(), type=BrokerRecord).url
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
         return None
-    url = str(record["url"])
     return url if Path(url.partition("://")[2]).is_socket() else None

@@ -8,6 +8,8 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -43,8 +45,8 @@ class Cache:
         self._fetcher = fetcher
         for part in (self._files, self._index, self._drafts):
             part.mkdir(parents=True, exist_ok=True)
-        for draft in self._drafts.iterdir():
-            if time.time() - draft.stat().st_mtime > _ABANDONED:
+        for entry, draft in _listed(self._drafts):
+            if time.time() - entry.st_mtime > _ABANDONED:
                 draft.unlink(missing_ok=True)
 
     def path(self, asset: Asset) -> CachedFile:
@@ -79,7 +81,8 @@ class Cache:
                 raise LoraCorrupt(f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}")
             if fetched is not known:
                 _check(draft, without_secrets(asset.address))
-                self._make_room(fetched.size)
+                if not self._use(fetched.sha256):
+                    self._make_room(fetched.size)
                 os.replace(draft, self._file(fetched.sha256))
                 self._remember(asset.address, fetched)
             return fetched
@@ -100,7 +103,7 @@ class Cache:
         return True
 
     def _entry(self, address: str) -> Path:
-        return self._index / f"{hashlib.sha256(address.encode()).hexdigest()}.json"
+        return self._index / f"{hashlib.sha256(address.encode(errors='surrogatepass')).hexdigest()}.json"
 
     def _known(self, address: str) -> Fetched | None:
         try:
@@ -117,7 +120,7 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         """Let the files go that were not used for longest; raises `CacheFull` where all others are in use."""
-        files = sorted(((path.stat(), path) for path in self._files.iterdir()), key=lambda file: file[0].st_mtime)
+        files = sorted(_listed(self._files), key=lambda file: file[0].st_mtime)
         total = size + sum(entry.st_size for entry, _ in files)
         for entry, path in files:
             if total > self._max_bytes and time.time() - entry.st_mtime > _IN_USE:
@@ -127,6 +130,13 @@ class Cache:
             raise CacheFull(
                 f"the LoRA cache holds {self._max_bytes} bytes, all of them in use", {"max_bytes": self._max_bytes}
             )
+
+
+def _listed(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    """The files of a folder that another worker may be clearing."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            yield path.stat(), path
 
 
 def _check(draft: Path, source: str) -> None:

@@ -40,6 +40,7 @@ def load(settings: Settings) -> Engine:
         pipeline = _pipeline(settings, dtype)
         if settings.vae:
             pipeline.vae = AutoencoderKL.from_pretrained(settings.vae, dtype=dtype, use_safetensors=True)
+            _require_whole(pipeline, settings.vae)
     except _LOAD_ERRORS as error:
         raise ModelUnavailable(f"{settings.model} cannot be loaded: {_short(error)}") from error
     if not settings.vae:
@@ -64,27 +65,59 @@ def _pipeline(settings: Settings, dtype: torch.dtype) -> StableDiffusionXLPipeli
 def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if not (folder / "model_index.json").is_file():
         raise ModelUnavailable(f"{folder} has no model_index.json: not a pipeline in diffusers' layout")
+    for name in ("tokenizer", "tokenizer_2"):
+        _require_vocabulary(folder / name)
     halves = dtype is torch.float16 and any(folder.glob("unet/*.fp16.*safetensors*"))
-    return _from_pretrained(str(folder), dtype, variant="fp16" if halves else None, local_files_only=True)
+    pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        variant="fp16" if halves else None,
+        local_files_only=True,
+        use_safetensors=True,
+        add_watermarker=False,
+    )
+    _require_whole(pipeline, str(folder))
+    _require_text_weights(folder, pipeline)
+    return pipeline
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """Download what is not in the hub's cache, then load from that folder."""
     if dtype is torch.float16:
         try:
-            return _from_pretrained(name, dtype, variant="fp16")
+            return _from_folder(_download(name, variant="fp16"), dtype)
         except ValueError as error:
             if _NO_VARIANT not in str(error):
                 raise
-    return _from_pretrained(name, dtype, variant=None)
+    return _from_folder(_download(name, variant=None), dtype)
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDiffusionXLPipeline:
-    pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, add_watermarker=False, **options
-    )
-    if not isinstance(pipeline, StableDiffusionXLPipeline):
-        raise ModelUnavailable(f"{name} is a {type(pipeline).__name__}: only SDXL is served")
-    return pipeline
+def _download(name: str, *, variant: str | None) -> Path:
+    return Path(StableDiffusionXLPipeline.download(name, variant=variant, use_safetensors=True))
+
+
+def _require_whole(pipeline: StableDiffusionXLPipeline, name: str) -> None:
+    """Loaders leave out what they do not find: a component, or single weights of one."""
+    for component in COMPONENTS:
+        module = getattr(pipeline, component, None)
+        if module is None:
+            raise ModelUnavailable(f"{name} has no {component}: only SDXL is served")
+        if hollow := [weight for weight, tensor in module.named_parameters() if tensor.is_meta]:
+            raise ModelUnavailable(f"{name} lacks {len(hollow)} weights of {component}, such as {hollow[0]}")
+
+
+def _require_text_weights(folder: Path, pipeline: StableDiffusionXLPipeline) -> None:
+    """transformers fills what a file lacks with random numbers. Its names may have lost a prefix since the file."""
+    for component in ("text_encoder", "text_encoder_2"):
+        files = [read_header(path).tensors for path in (folder / component).glob("*.safetensors")]
+        stored = {key.split(".", start)[-1] for tensors in files for key in tensors for start in range(3)}
+        lacking = [name for name, _ in getattr(pipeline, component).named_parameters() if not _stored(name, stored)]
+        if lacking:
+            raise ModelUnavailable(f"{folder} lacks {len(lacking)} weights of {component}, such as {lacking[0]}")
+
+
+def _stored(name: str, stored: set[str]) -> bool:
+    return name in stored or name.removeprefix("text_model.") in stored
 
 
 def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
@@ -102,9 +135,7 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiff
         tokenizer_2=_tokenizer(folder, "tokenizer_2"),
         add_watermarker=False,
     )
-    for component in COMPONENTS:
-        if hollow := [name for name, weight in getattr(pipeline, component).named_parameters() if weight.is_meta]:
-            raise ModelUnavailable(f"{path} lacks {len(hollow)} weights of {component}, such as {hollow[0]}")
+    _require_whole(pipeline, str(path))
     return pipeline
 
 
@@ -128,19 +159,24 @@ def _tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     options: dict[str, Any] = {}
     if name == "tokenizer_2" and not (folder / name).is_dir():
         name, options = "tokenizer", {"pad_token": "!"}
-    if not any((folder / name / file).is_file() for file in ("vocab.json", "tokenizer.json")):
-        raise ModelUnavailable(f"{folder / name} has no vocabulary")  # transformers would make one of three tokens
+    _require_vocabulary(folder / name)
     tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True, **options)
     return tokenizer
 
 
+def _require_vocabulary(folder: Path) -> None:
+    """Without one, transformers would make a tokenizer of three tokens."""
+    if not any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+        raise ModelUnavailable(f"{folder} has no vocabulary: vocab.json with merges.txt, or tokenizer.json")
+
+
 def _device(name: str) -> torch.device:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ModelUnavailable(f"ZLORA_DEVICE={name}: no such kind of device") from None
+        return torch.device("cuda" if gpus else "cpu")
+    if name not in ("cpu", *gpus, *(["cuda"] if gpus else [])):
+        raise ModelUnavailable(f"ZLORA_DEVICE={name}: this machine has {', '.join(['cpu', *gpus])}")
+    return torch.device(name)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

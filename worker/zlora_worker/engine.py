@@ -1,5 +1,6 @@
 """SDXL, resident: loaded once, lent to one job at a time, and shown to be the same afterwards."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -25,6 +26,8 @@ _SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "lcm": ("LCMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+
+_LCM_STEPS: Final = 50  # that latent consistency models are distilled from
 
 Fingerprint = dict[str, int]
 
@@ -86,26 +89,46 @@ class Engine:
         """
         width, height = self.size(request)
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.pipeline.scheduler = self._fresh_scheduler(request.scheduler)
+        self.pipeline.scheduler = self._fresh_scheduler(request)
 
         def step_end(pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             # A second-order scheduler calls the model about twice a step.
-            on_step((call + 1) * request.num_inference_steps // pipeline.num_timesteps)
+            on_step(math.ceil((call + 1) * request.num_inference_steps / pipeline.num_timesteps))
             return tensors
 
-        output = self.pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt or None,  # none is zeros to SDXL, an empty one is not
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            width=width,
-            height=height,
-            latents=self._noise(width, height, generator),
-            generator=generator,
-            callback_on_step_end=step_end,
-            output_type="pt",
-        )
+        with self._decoded_finite() as all_finite:
+            output = self.pipeline(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt or None,  # none is zeros to SDXL, an empty one is not
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                width=width,
+                height=height,
+                latents=self._noise(width, height, generator),
+                generator=generator,
+                callback_on_step_end=step_end,
+                output_type="pt",
+            )
+        if not all_finite():
+            raise GenerationFailed(
+                "the picture has NaN or Inf values: a LoRA's weight is too strong, or the VAE overflows"
+            )
         return _to_image(output.images[0])
+
+    @contextmanager
+    def _decoded_finite(self) -> Iterator[Callable[[], bool]]:
+        """Yields whether what the VAE decodes inside is finite: the pipeline's clamp would turn Inf into white.
+
+        Only looks, since the pipeline casts the VAE back after it has decoded.
+        """
+        seen: list[Tensor] = []
+        hook = self.pipeline.vae.decoder.register_forward_hook(
+            lambda *call: seen.append(torch.isfinite(call[-1]).all())
+        )
+        try:
+            yield lambda: all(map(bool, seen))
+        finally:
+            hook.remove()
 
     def _noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
         """Initial latents, drawn in fp32 on the CPU whatever the device: a seed means the same noise anywhere."""
@@ -114,12 +137,15 @@ class Engine:
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return noise.to(self.device, self.pipeline.unet.dtype)
 
-    def _fresh_scheduler(self, name: str | None) -> Any:
+    def _fresh_scheduler(self, request: GenerateRequest) -> Any:
         """A scheduler that no other job has stepped."""
-        if name is None:
-            return type(self._scheduler).from_config(self._scheduler.config)
-        kind, options = _SCHEDULERS[name]
-        return getattr(diffusers, kind).from_config(self._scheduler.config, **options)
+        config = self._scheduler.config
+        if request.scheduler is None:
+            return type(self._scheduler).from_config(config)
+        kind, options = _SCHEDULERS[request.scheduler]
+        if request.scheduler == "lcm":  # it picks its steps among so many
+            options = {"original_inference_steps": max(_LCM_STEPS, request.num_inference_steps)}
+        return getattr(diffusers, kind).from_config(config, **options)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -129,9 +155,5 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _to_image(pixels: Tensor) -> Image.Image:
     """From [3, height, width] in 0..1."""
-    if not bool(torch.isfinite(pixels).all()):
-        raise GenerationFailed(
-            "the picture has NaN or Inf values: a LoRA or its weight is too strong, or the VAE overflows"
-        )
     array = (pixels.float().permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     return Image.fromarray(array)

@@ -1,7 +1,7 @@
 """Bytes in: a LoRA's address to a stream, by scheme, capped, with a deadline, hashed on the way."""
 
 import hashlib
-import time
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 import requests
 import urllib3.exceptions
 from requests import Response
-from ssrfguard import SSRFGuardError, TooManyRedirectsError
+from ssrfguard import SSRFGuardError
 from zlora.errors import (
     LoraCorrupt,
     LoraError,
@@ -27,6 +27,7 @@ from zlora.job import without_secrets
 from zlora_worker.settings import Settings
 
 _CHUNK: Final = 2**18  # bytes
+_LENGTH: Final = re.compile("[0-9]{1,18}")  # digits of a Content-Length that can be meant
 _PASSING: Final = frozenset({408, 425, 429})  # client errors that the same request may overcome later
 
 
@@ -52,10 +53,19 @@ class Fetcher:
 
         Raises a `LoraError` of the kind that fits; what it says holds no query and no credentials.
         """
+        name, seconds = without_secrets(address), self.settings.lora_deadline
         source = SCHEMES.get(address.partition("://")[0].lower())
-        if source is None:
-            raise LoraNotAllowed(f"{without_secrets(address)}: the scheme is none of {', '.join(SCHEMES)}")
-        return source(self, address, sink, known)
+        if source is None or not address.isprintable():
+            raise LoraNotAllowed(f"{name}: not a URL of {', '.join(SCHEMES)}")
+        with self.session.deadline(seconds) as over:
+            try:
+                fetched = source(self, address, sink, known)
+            except LoraUnreachable:
+                if not over.is_set():
+                    raise
+        if over.is_set():
+            raise LoraUnreachable(f"{name}: not complete after {seconds} s")
+        return fetched
 
     @contextmanager
     def request(self, method: str, url: str, headers: dict[str, str], name: str) -> Iterator[Response]:
@@ -68,7 +78,7 @@ class Fetcher:
             ) as response:
                 _check_status(response.status_code, name)
                 yield response
-        except TooManyRedirectsError:
+        except requests.exceptions.TooManyRedirects:
             raise LoraUnreachable(f"{name}: too many redirects") from None
         except SSRFGuardError as error:
             raise LoraNotAllowed(f"{name}: {_refusal(error)}") from None
@@ -119,23 +129,21 @@ SCHEMES: Final[dict[str, Callable[[Fetcher, str, BinaryIO, Fetched | None], Fetc
 
 
 def _stream(response: Response, sink: BinaryIO, settings: Settings, name: str, *, version: str | None) -> Fetched:
-    """Copy the body as it arrives. `read1` returns what is there, so that a dripping server meets the deadline."""
+    """Copy the body as it arrives: `read1` returns what is there."""
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise LoraUnreachable(f"{name}: the server encodes the body although asked not to")
-    announced = response.headers.get("Content-Length", "")
-    if announced.isdigit() and int(announced) > settings.lora_max_bytes:
+    header = response.headers.get("Content-Length", "")
+    announced = int(header) if _LENGTH.fullmatch(header) else None
+    if announced is not None and announced > settings.lora_max_bytes:
         raise _too_large(name, settings)
-    deadline = time.monotonic() + settings.lora_deadline
     digest, size = hashlib.sha256(), 0
     while chunk := response.raw.read1(_CHUNK, decode_content=False):
         size += len(chunk)
         if size > settings.lora_max_bytes:
             raise _too_large(name, settings)
-        if time.monotonic() > deadline:
-            raise LoraUnreachable(f"{name}: not complete after {settings.lora_deadline} s")
         digest.update(chunk)
         sink.write(chunk)
-    if announced.isdigit() and size != int(announced):
+    if announced is not None and size != announced:
         raise LoraUnreachable(f"{name}: broken off after {size} of {announced} bytes")
     return Fetched(sha256=digest.hexdigest(), size=size, version=version)
 

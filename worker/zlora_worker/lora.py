@@ -1,37 +1,89 @@
 """File to LoRA: what a checked safetensors file says it is, before the model is touched."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from safetensors import safe_open
 from zlora.errors import LoraMismatch
 from zlora.header import read_header
 
-_DOWN: Final = re.compile(r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight$")
-_FORMATS: Final = {
-    "kohya": re.compile(r"^lora_(unet|te|te1|te2)_"),
-    "peft": re.compile(r"\.lora_[AB]\."),
-    "diffusers": re.compile(r"\.lora(_linear_layer)?\.(down|up)\."),
+# One spelling is a pattern for each of a module's tensors; the first group is the module.
+_SPELLINGS: Final[dict[str, dict[str, re.Pattern[str]]]] = {
+    "kohya": {
+        "down": re.compile(r"^(lora_(?:unet|te|te1|te2)_\w+)\.lora_down\.weight$"),
+        "up": re.compile(r"^(lora_(?:unet|te|te1|te2)_\w+)\.lora_up\.weight$"),
+        "alpha": re.compile(r"^(lora_(?:unet|te|te1|te2)_\w+)\.alpha$"),
+    },
+    "peft": {
+        "down": re.compile(r"^(.+)\.lora_A\.weight$"),
+        "up": re.compile(r"^(.+)\.lora_B\.weight$"),
+        "magnitude": re.compile(r"^(.+)\.lora_magnitude_vector(?:\.weight)?$"),
+    },
+    "diffusers": {
+        "down": re.compile(r"^(.+)\.lora(?:_linear_layer)?\.down\.weight$"),
+        "up": re.compile(r"^(.+)\.lora(?:_linear_layer)?\.up\.weight$"),
+        "alpha": re.compile(r"^(.+)\.alpha$"),
+    },
 }
+_NAMED: Final = 3  # keys named in a message
+
+Scales = Counter[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A LoRA file: its spelling, its ranks in ascending order, and how many modules it means to change."""
+    """A LoRA file: its spelling, its ranks in ascending order, and how many modules it means to change.
+
+    `scales` counts the modules by rank and alpha / rank; None where the spelling leaves that to the file's metadata.
+    """
 
     path: Path
     format: str
     ranks: tuple[int, ...]
     modules: int
+    scales: Scales | None
 
 
 def read(path: Path, *, source: str) -> Lora:
-    """What the file at `path` is, named `source` in messages; raises `NotSafetensors` or `LoraMismatch`."""
+    """What the file at `path` is, named `source` in messages.
+
+    Raises `NotSafetensors`; or `LoraMismatch` where it holds no LoRA, half of one, or a tensor of another kind.
+    """
     tensors = read_header(path).tensors
-    spelling = next((name for name, form in _FORMATS.items() if any(map(form.search, tensors))), None)
-    ranks = [info.shape[0] for key, info in tensors.items() if _DOWN.search(key) and info.shape]
-    if spelling is None or not ranks:
-        first = ", ".join(sorted(tensors)[:3])[:200] or "none"
-        raise LoraMismatch(f"{source}: no LoRA that this worker reads: {len(tensors)} tensors, the first are {first}")
-    return Lora(path=path, format=spelling, ranks=tuple(sorted(set(ranks))), modules=len(ranks))
+    spelling, parts = _most_fitting(tensors)
+    modules = {part: {found[1] for key in tensors if (found := form.match(key))} for part, form in parts.items()}
+    if not modules["down"]:
+        raise LoraMismatch(f"{source}: no LoRA that this worker reads: {_shown(tensors)}")
+    if strangers := [key for key in tensors if not any(form.match(key) for form in parts.values())]:
+        raise LoraMismatch(f"{source}: a {spelling} LoRA with what this worker does not read: {_shown(strangers)}")
+    halves = (modules["down"] ^ modules["up"]).union(*modules.values()) - (modules["down"] & modules["up"])
+    if halves:
+        raise LoraMismatch(f"{source}: {len(halves)} of its modules are half a LoRA, such as {min(halves)[:100]}")
+    ranks = {form[1]: tensors[form[0]].shape[0] for form in map(parts["down"].match, tensors) if form}
+    scales = _scales(path, parts["alpha"], ranks) if "alpha" in parts else None
+    return Lora(path=path, format=spelling, ranks=tuple(sorted(set(ranks.values()))), modules=len(ranks), scales=scales)
+
+
+def _most_fitting(tensors: Iterable[str]) -> tuple[str, dict[str, re.Pattern[str]]]:
+    """The spelling that reads most keys."""
+    keys = list(tensors)
+    return max(
+        _SPELLINGS.items(), key=lambda item: sum(any(form.match(key) for form in item[1].values()) for key in keys)
+    )
+
+
+def _scales(path: Path, alpha: re.Pattern[str], ranks: Mapping[str, int]) -> Scales:
+    """Each module's rank and alpha / rank; without an alpha that is 1 (kohya's `sd-scripts`)."""
+    with safe_open(path, "pt") as file:
+        alphas = {found[1]: float(file.get_tensor(found[0])) for found in map(alpha.match, file.keys()) if found}
+    return Counter((rank, round(alphas.get(module, rank) / rank, 4)) for module, rank in ranks.items())
+
+
+def _shown(keys: Iterable[str]) -> str:
+    """How many tensors, and the first of their names, short."""
+    names = sorted(keys)
+    return f"{len(names)} tensors, such as {', '.join(name[:60] for name in names[:_NAMED]) or 'none'}"

@@ -1,5 +1,7 @@
 """LoRAs into the resident model, and the base back."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,14 +52,16 @@ def _load(pipeline: "StableDiffusionXLPipeline", adapters: Sequence[Adapter]) ->
     names = [f"a{index}" for index in range(len(adapters))]  # a user's name with a dot is a path to peft
     for name, adapter in zip(names, adapters, strict=True):
         try:
-            pipeline.load_lora_weights(
-                str(adapter.lora.path), adapter_name=name, use_safetensors=True, local_files_only=True
-            )
+            with warnings.catch_warnings(action="ignore"):  # what they tell of is counted below, and refused
+                pipeline.load_lora_weights(
+                    str(adapter.lora.path), adapter_name=name, use_safetensors=True, local_files_only=True
+                )
         except _MISFITS as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise LoraMismatch(f"{adapter.source}: does not fit the resident model: {reason}") from error
         changed.append(_modules(pipeline, name))
         _refuse_partial(adapter, changed[-1])
+        _refuse_misscaled(adapter, pipeline, name)
     weights: Any = [adapter.weights(list(modules)) for adapter, modules in zip(adapters, changed, strict=True)]
     pipeline.set_adapters(names, weights)
     return changed
@@ -78,4 +82,20 @@ def _refuse_partial(adapter: Adapter, modules: dict[str, int]) -> None:
         raise LoraMismatch(
             f"{adapter.source}: only {landed} of the {meant} modules that it changes are in the resident model",
             {"modules": meant, "landed": landed},
+        )
+
+
+def _refuse_misscaled(adapter: Adapter, pipeline: "StableDiffusionXLPipeline", name: str) -> None:
+    """diffusers confuses modules of one name where their ranks or alphas differ, and draws with the wrong scale."""
+    if adapter.lora.scales is None:
+        return
+    modules = (module for component in COMPONENTS for module in getattr(pipeline, component).modules())
+    found = Counter(
+        (module.r[name], round(module.scaling[name], 4)) for module in modules if name in getattr(module, "lora_A", {})
+    )
+    if wrong := sum((adapter.lora.scales - found).values()):
+        raise LoraMismatch(
+            f"{adapter.source}: its ranks or alphas differ from module to module, and the loader gets {wrong} of "
+            f"{adapter.lora.modules} wrong",
+            {"modules": adapter.lora.modules, "wrong": wrong},
         )

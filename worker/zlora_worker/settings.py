@@ -1,11 +1,12 @@
 """The worker's settings: the only reader of the environment. One field a variable, with its default and its meaning."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from zlora import wire
 from zlora.errors import InvalidSetting
@@ -18,9 +19,18 @@ def _hosts(text: str) -> frozenset[str]:
     hosts = frozenset(name.strip().lower() for name in text.split(",") if name.strip())
     for host in hosts:
         parts = urlsplit(f"//{host}")
-        if parts.netloc != host or not parts.hostname or parts.port == 0:  # `port` raises ValueError by itself
+        if (
+            parts.netloc != host or "@" in host or not parts.hostname or parts.port == 0
+        ):  # `port` raises ValueError by itself
             raise ValueError(f"{host!r} is not `host` or `host:port`")
     return hosts
+
+
+def _web_url(text: str) -> str:
+    parts = urlsplit(text)
+    if text and (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0):
+        raise ValueError("expected http://host or https://host")
+    return text
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -100,7 +110,9 @@ class Settings:
         read=_hosts,
         note="`host` or `host:port`, comma-separated: may be private and speak plain `http`",
     )
-    hub_url: str = _from("FILE_API_BASE_URL", "COZY_HUB_URL", note="Base URL of the hub behind `cozy_ref`")
+    hub_url: str = _from(
+        "FILE_API_BASE_URL", "COZY_HUB_URL", read=_web_url, note="Base URL of the hub behind `cozy_ref`"
+    )
     hub_token: str = _from("FILE_API_TOKEN", "COZY_HUB_TOKEN", note="Bearer token for the hub", secret=True)
     hub_tenant: str = _from("COZY_TENANT_ID", note="Tenant sent to the hub")
 
@@ -146,7 +158,4 @@ def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
 def _masked(value: Any, secret: bool | None) -> Any:
     if secret and value:
         return "***"
-    if isinstance(value, str) and "@" in value and "://" in value:
-        parts = urlsplit(value)
-        return urlunsplit(parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}"))
-    return value
+    return re.sub(r"://[^;]*@", "://***@", value) if isinstance(value, str) else value

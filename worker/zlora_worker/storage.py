@@ -38,7 +38,7 @@ def open_store(settings: Settings) -> Store:
         return FolderStore(Path(unquote(parts.path)))
     if parts.scheme == "s3" and parts.netloc:
         return S3Store(parts.netloc, prefix=parts.path.strip("/"), endpoint=settings.s3_endpoint or None)
-    raise InvalidSetting(f"ZLORA_STORE={settings.store_url!r}: expected file:///folder or s3://bucket/prefix")
+    raise InvalidSetting("ZLORA_STORE: expected file:///folder or s3://bucket/prefix", {"name": "ZLORA_STORE"})
 
 
 class FolderStore:
@@ -51,13 +51,22 @@ class FolderStore:
         path = self._folder / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".draft-", delete=False) as draft:
-                draft.write(data)
-            os.chmod(draft.name, 0o644)
-            os.replace(draft.name, path)
+            _write_whole(path, data)
         except OSError as error:
             raise StoreFailed(f"{key} cannot be written to the store folder: {error.strerror}") from error
         return path.as_uri()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    draft = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".draft-", delete=False)  # noqa: SIM115 - renamed below
+    try:
+        with draft:
+            draft.write(data)
+        os.chmod(draft.name, 0o644)
+        os.replace(draft.name, path)
+    except OSError:
+        os.unlink(draft.name)
+        raise
 
 
 class S3Store:

@@ -39,7 +39,12 @@ def _factors(
     for component in components:
         for name, module in getattr(pipeline, component).named_modules():
             if targets.search(name) and isinstance(module, nn.Linear | nn.Conv2d):
-                yield _Factors(component, name, *_random_change(module, strength, generator))
+                yield _Factors(component, _as_in_files(component, name), *_random_change(module, strength, generator))
+
+
+def _as_in_files(component: str, module: str) -> str:
+    """Text encoders' modules have lost a prefix in transformers that files have kept."""
+    return module if component == "unet" else f"text_model.{module.removeprefix('text_model.')}"
 
 
 def _random_change(module: nn.Linear | nn.Conv2d, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

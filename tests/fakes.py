@@ -1,0 +1,145 @@
+"""Factories: the tiny model in this process, LoRA files of a few KB for it, and a store in memory."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from zlora.errors import StoreFailed
+from zlora.job import GenerateRequest
+from zlora_worker import checkpoint
+from zlora_worker.demo.folder import demo_folder
+from zlora_worker.engine import Engine
+from zlora_worker.settings import Settings
+
+Tensors: TypeAlias = dict[str, Tensor]
+
+PARTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")  # whatever has weights
+DEMO_LORAS: Final = ("anime-style", "cyberpunk-style", "neon-lights", "product-photography-v1")
+
+
+class Target(NamedTuple):
+    """A linear layer of the tiny model, in both spellings that people have for it; its weight is `rows` x `columns`."""
+
+    component: str
+    module: str
+    kohya: str
+    rows: int
+    columns: int
+
+
+_BLOCK = ("down_blocks.1.attentions.0.transformer_blocks.0.", "lora_unet_input_blocks_4_1_transformer_blocks_0_")
+_LAYER = "text_model.encoder.layers.0."
+UNET: Final = tuple(
+    Target("unet", _BLOCK[0] + name, _BLOCK[1] + name.replace(".", "_"), rows, columns)
+    for name, rows, columns in (("attn1.to_q", 32, 32), ("attn2.to_k", 32, 80), ("ff.net.0.proj", 256, 32))
+)
+TEXT: Final = tuple(
+    Target(component, _LAYER + name, f"{te}_{_LAYER}{name}".replace(".", "_"), rows, width)
+    for component, te, width in (("text_encoder", "lora_te1", 32), ("text_encoder_2", "lora_te2", 48))
+    for name, rows in (("self_attn.q_proj", width), ("self_attn.out_proj", width), ("mlp.fc1", 2 * width))
+)
+
+# What the libraries say of their own insides; the pictures tell whether it matters.
+second_adapter: Final = pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config` attribute:UserWarning", "ignore:Adapter a1 was active:UserWarning"
+)
+upcast_vae: Final = pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+
+
+def settings(home: Path, **variables: str) -> Settings:
+    """The settings of a worker on the CPU whose data folder has the demo model."""
+    return Settings.from_env({"ZLORA_HOME": str(home), "ZLORA_MODEL": "demo", "ZLORA_DEVICE": "cpu"} | variables)
+
+
+def load_engine(home: Path, **variables: str) -> Engine:
+    """An engine as a worker would have it, on one thread: pictures depend on their number."""
+    torch.set_num_threads(1)
+    return checkpoint.load(settings(home, **variables))
+
+
+def a_request(**fields: Any) -> GenerateRequest:
+    """A small job: the model's native size and one step where `fields` say nothing else."""
+    small: dict[str, Any] = {"prompt": "a city at night", "num_inference_steps": 1}
+    return GenerateRequest(**small | fields)
+
+
+def pixels(engine: Engine, *, seed: int = 7, **fields: Any) -> bytes:
+    """The picture of a small job, as RGB bytes."""
+    return engine.draw(a_request(**fields), seed, lambda _step: None).tobytes()
+
+
+def difference(one: bytes, other: bytes) -> int:
+    """The greatest difference between two pictures of equal size, in steps of 1/255."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def weights(engine: Engine, component: str) -> Tensors:
+    """The tensors of a component themselves, so that a test can damage them."""
+    tensors: Tensors = getattr(engine.pipeline, component).state_dict()
+    return tensors
+
+
+def copy_model(home: Path, target: Path) -> Path:
+    """A copy of the demo model's folder, without its LoRAs, to be damaged."""
+    shutil.copytree(demo_folder(home), target, ignore=shutil.ignore_patterns("loras"))
+    return target
+
+
+def write(path: Path, tensors: Tensors) -> Path:
+    """A safetensors file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    return path
+
+
+def demo_lora(home: Path, name: str) -> Tensors:
+    """The tensors of one of the demo's LoRAs."""
+    tensors: Tensors = load_file(demo_folder(home) / "loras" / f"{name}.safetensors")
+    return tensors
+
+
+def peft_lora(targets: Sequence[Target] = UNET, *, ranks: Sequence[int] = (2,)) -> Tensors:
+    """A random LoRA in peft's spelling; the ranks go round."""
+    return {
+        f"{target.component}.{target.module}.lora_{factor}.weight": tensor
+        for target, pair in _factors(targets, ranks)
+        for factor, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def kohya_lora(targets: Sequence[Target] = UNET) -> Tensors:
+    """The same change in kohya's spelling: alpha is half the rank, and the up factors are doubled."""
+    tensors: Tensors = {}
+    for target, (down, up) in _factors(targets, (2,)):
+        tensors[f"{target.kohya}.alpha"] = torch.tensor(len(down) / 2)
+        tensors[f"{target.kohya}.lora_down.weight"] = down
+        tensors[f"{target.kohya}.lora_up.weight"] = 2 * up
+    return tensors
+
+
+def _factors(targets: Sequence[Target], ranks: Sequence[int]) -> Iterator[tuple[Target, tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(20260101)
+    for target, rank in zip(targets, cycle(ranks), strict=False):
+        down = torch.randn(rank, target.columns, generator=generator)
+        yield target, (down, torch.randn(target.rows, rank, generator=generator))
+
+
+class MemoryStore:
+    """A store in memory, in the order of arrival, with room for so many objects."""
+
+    def __init__(self, room: int = 100) -> None:
+        self.objects: dict[str, tuple[bytes, str]] = {}
+        self._room = room
+
+    def put(self, key: str, data: bytes, content_type: str) -> str:
+        """Keep the object, or fail where there is no room."""
+        if len(self.objects) >= self._room:
+            raise StoreFailed(f"{key}: the store is full")
+        self.objects[key] = (data, content_type)
+        return f"memory:///{key}"

@@ -1,0 +1,241 @@
+"""The resident model: one seed, one picture; lent, compared, and never trusted once it differs."""
+
+import copy
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from fakes import PARTS, a_request, load_engine, pixels, weights
+from zlora.errors import BaseNotRestored, GenerationFailed
+from zlora.job import Scheduler
+from zlora_worker.demo.folder import demo_folder
+from zlora_worker.engine import Engine, EngineState
+
+SCHEDULERS = get_args(Scheduler)
+SOME_WEIGHT = {  # by the end of its name: releases of transformers differ in how the rest is written
+    "unet": "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+    "text_encoder": "encoder.layers.1.mlp.fc1.bias",
+    "text_encoder_2": "encoder.layers.1.mlp.fc1.bias",
+    "vae": "decoder.conv_in.bias",
+}
+
+
+@pytest.fixture(scope="module")
+def engine(model_home: Path) -> Engine:
+    return load_engine(model_home)
+
+
+@pytest.fixture(scope="module")
+def own(engine: Engine) -> bytes:
+    """The picture by the model's own scheduler, drawn before any other."""
+    return pixels(engine, num_inference_steps=3)
+
+
+@pytest.fixture
+def doomed(engine: Engine) -> Engine:
+    """A copy for one test, which leaves it damaged."""
+    return copy.deepcopy(engine)
+
+
+def flip(tensor: torch.Tensor, bit: int, *, at: int = 0) -> None:
+    """Flip one bit of one number in place; the same call again puts it back."""
+    width = 8 * tensor.element_size()
+    numbers = tensor.view({16: torch.int16, 32: torch.int32}[width]).view(-1)
+    numbers[at % len(numbers)] ^= -(2 ** (width - 1)) if bit == width - 1 else 2**bit
+
+
+def test_one_seed_draws_one_picture_and_another_seed_another(engine: Engine) -> None:
+    first, other, again = (pixels(engine, seed=seed) for seed in (1, 2, 1))
+
+    assert first == again
+    assert first != other
+
+
+def test_a_picture_uses_the_prompt_and_the_negative_prompt(engine: Engine) -> None:
+    pictures = {
+        pixels(engine),
+        pixels(engine, prompt="a portrait"),
+        pixels(engine, negative_prompt="blurry"),
+        pixels(engine, guidance_scale=1.0),
+    }
+
+    assert len(pictures) == 4
+
+
+def test_no_negative_prompt_is_not_a_blank_one(engine: Engine) -> None:
+    """SDXL was trained with zeros where there is no prompt; a blank is encoded like any other text."""
+    assert pixels(engine) == pixels(engine, negative_prompt="")
+    assert pixels(engine) != pixels(engine, negative_prompt=" ")
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_no_scheduler_leaves_a_trace_in_the_next_job(engine: Engine, own: bytes, scheduler: Scheduler) -> None:
+    """Each job has a scheduler of its own: what the multistep ones remember is gone with it."""
+    first = pixels(engine, num_inference_steps=3, scheduler=scheduler)
+
+    assert pixels(engine, num_inference_steps=3) == own
+    assert pixels(engine, num_inference_steps=3, scheduler=scheduler) == first
+
+
+def test_each_scheduler_is_another_way_to_the_picture(engine: Engine, own: bytes) -> None:
+    pictures = {name: pixels(engine, num_inference_steps=3, scheduler=name) for name in SCHEDULERS}
+
+    assert pictures["euler"] == own
+    assert len(set(pictures.values())) == len(SCHEDULERS)
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "heun"])
+def test_each_step_is_heard_once_from_the_first_to_the_last(engine: Engine, scheduler: Scheduler) -> None:
+    heard: list[int] = []
+
+    engine.draw(a_request(num_inference_steps=3, scheduler=scheduler), 1, heard.append)
+
+    assert heard == [1, 2, 3]
+
+
+def test_a_second_order_scheduler_is_heard_more_often_but_never_before_its_first_or_after_its_last_step(
+    engine: Engine,
+) -> None:
+    heard: list[int] = []
+
+    engine.draw(a_request(num_inference_steps=3, scheduler="heun"), 1, heard.append)
+
+    assert heard == sorted(heard)
+    assert set(heard) == {1, 2, 3}
+
+
+def test_lcm_takes_more_steps_than_its_own_fifty(engine: Engine) -> None:
+    """Every scheduler takes every number of steps that a request may have."""
+    heard: list[int] = []
+
+    engine.draw(a_request(num_inference_steps=51, scheduler="lcm"), 1, heard.append)
+
+    assert heard[-1] == 51
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, (64, 64)),
+        ({"width": 128}, (128, 64)),
+        ({"height": 96}, (64, 96)),
+        ({"width": 72, "height": 88}, (72, 88)),
+    ],
+)
+def test_a_picture_has_the_size_asked_for_and_else_the_models_own(
+    engine: Engine, fields: dict[str, int], size: tuple[int, int]
+) -> None:
+    request = a_request(**fields)
+
+    assert engine.size(request) == size
+    assert engine.draw(request, 1, lambda _step: None).size == size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_seed_means_the_same_initial_noise_in_every_dtype(model_home: Path, dtype: str) -> None:
+    """Noise is drawn in fp32 on the CPU and cast: nothing of the model's own type or device is in it."""
+    engine = load_engine(model_home, ZLORA_DTYPE=dtype)
+
+    noise = engine._noise(64, 128, torch.Generator("cpu").manual_seed(11))
+
+    expected = torch.randn((1, 4, 16, 8), generator=torch.Generator("cpu").manual_seed(11), dtype=torch.float32)
+    assert noise.dtype is getattr(torch, dtype)
+    assert torch.equal(noise, expected.to(noise.dtype))
+
+
+@pytest.mark.parametrize(("component", "weight"), [("unet", "conv_in.bias"), ("vae", "decoder.conv_out.bias")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_picture_with_nan_or_inf_is_a_failure_and_no_picture(
+    doomed: Engine, component: str, weight: str, value: float
+) -> None:
+    weights(doomed, component)[weight][0] = value
+
+    with pytest.raises(GenerationFailed, match="NaN or Inf"):
+        pixels(doomed)
+
+
+def test_a_loaded_model_keeps_no_gradients(engine: Engine) -> None:
+    for component in PARTS:
+        assert not [
+            name for name, weight in getattr(engine.pipeline, component).named_parameters() if weight.requires_grad
+        ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_flipped_bit_of_any_tensor_changes_its_sum(model_home: Path, dtype: str) -> None:
+    engine = load_engine(model_home, ZLORA_DTYPE=dtype)
+    tensors = [tensor for component in PARTS for tensor in weights(engine, component).values()]
+    before = engine.fingerprint()
+    assert len(before) == len(tensors)
+
+    for bit in range(8 * tensors[0].element_size()):
+        for tensor in tensors:
+            flip(tensor, bit, at=7919 * bit)
+        flipped = engine.fingerprint()
+        for tensor in tensors:
+            flip(tensor, bit, at=7919 * bit)
+
+        assert [name for name in before if flipped[name] == before[name]] == []
+    assert engine.fingerprint() == before
+
+
+@pytest.mark.parametrize("component", PARTS)
+def test_a_base_with_one_flipped_bit_is_found_and_lent_no_more(doomed: Engine, component: str) -> None:
+    (name,) = (name for name in weights(doomed, component) if name.endswith(SOME_WEIGHT[component]))
+
+    with pytest.raises(BaseNotRestored, match=rf"1 tensors .* {component}\.{name}"), doomed.borrowed():
+        flip(weights(doomed, component)[name], 0)
+
+    assert doomed.state is EngineState.DIRTY
+    with pytest.raises(BaseNotRestored), doomed.borrowed():
+        pytest.fail("a dirty engine was lent")
+
+
+def test_a_module_left_behind_is_found(doomed: Engine) -> None:
+    with pytest.raises(BaseNotRestored, match=r"unet\.stray"), doomed.borrowed() as pipeline:
+        pipeline.unet.add_module("stray", torch.nn.Linear(2, 2))
+
+    assert doomed.state is EngineState.DIRTY
+
+
+def test_a_lora_left_behind_is_found(doomed: Engine, model_home: Path) -> None:
+    path = demo_folder(model_home) / "loras" / "cyberpunk-style.safetensors"
+
+    with pytest.raises(BaseNotRestored), doomed.borrowed() as pipeline:
+        pipeline.load_lora_weights(str(path), adapter_name="left")
+
+    assert doomed.state is EngineState.DIRTY
+
+
+def test_a_model_is_dirty_while_it_is_lent_and_lent_to_one_job_only(engine: Engine) -> None:
+    with engine.borrowed():
+        lent = engine.state
+        with pytest.raises(BaseNotRestored), engine.borrowed():
+            pytest.fail("the engine was lent twice")
+
+    assert (lent, engine.state) == (EngineState.DIRTY, EngineState.READY)
+
+
+def test_a_job_that_fails_gives_an_intact_model_back(engine: Engine) -> None:
+    before = pixels(engine)
+
+    with pytest.raises(KeyError, match="of the job"), engine.borrowed():
+        raise KeyError("of the job")
+
+    assert engine.state is EngineState.READY
+    assert pixels(engine) == before
+
+
+def test_a_job_that_fails_and_leaves_damage_is_reported_as_damage(doomed: Engine) -> None:
+    """The worker must learn that the base is lost; what the job failed of stays to be read as the context."""
+
+    def job() -> None:
+        flip(weights(doomed, "vae")["decoder.conv_in.bias"], 3)
+        raise KeyError("of the job")
+
+    with pytest.raises(BaseNotRestored) as raised, doomed.borrowed():
+        job()
+
+    assert isinstance(raised.value.__context__, KeyError)
+    assert doomed.state is EngineState.DIRTY

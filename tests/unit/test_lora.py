@@ -1,0 +1,93 @@
+"""What a file says of itself, before a model is touched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import Tensors, kohya_lora, peft_lora, write
+from zlora.errors import LoraMismatch, NotSafetensors
+from zlora_worker import lora
+
+SOURCE = "https://example.com/a.safetensors"
+
+
+def old_diffusers_lora() -> Tensors:
+    spelling = {"lora_A": "lora.down", "lora_B": "lora.up"}
+    return {
+        key.replace(new, old): tensor
+        for key, tensor in peft_lora().items()
+        for new, old in spelling.items()
+        if new in key
+    }
+
+
+def refusal(path: Path) -> str:
+    """The message of a refused file: one line, and it names the source."""
+    with pytest.raises(LoraMismatch) as raised:
+        lora.read(path, source=SOURCE)
+    message = str(raised.value)
+    assert message.startswith(SOURCE)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize(
+    ("tensors", "spelling"), [(kohya_lora(), "kohya"), (peft_lora(), "peft"), (old_diffusers_lora(), "diffusers")]
+)
+def test_each_spelling_is_told(tmp_path: Path, tensors: Tensors, spelling: str) -> None:
+    read = lora.read(write(tmp_path / "a", tensors), source=SOURCE)
+
+    assert (read.format, read.ranks, read.modules) == (spelling, (2,), 3)
+    assert read.path == tmp_path / "a"
+
+
+def test_ranks_are_those_found_in_ascending_order(tmp_path: Path) -> None:
+    read = lora.read(write(tmp_path / "a", peft_lora(ranks=(8, 4, 8))), source=SOURCE)
+
+    assert read.ranks == (4, 8)
+    assert read.modules == 3
+
+
+def test_the_rank_of_a_convolution_is_its_first_side(tmp_path: Path) -> None:
+    module = "lora_unet_input_blocks_1_0_in_layers_2"
+    tensors = {
+        f"{module}.lora_down.weight": torch.ones(5, 16, 3, 3),
+        f"{module}.lora_up.weight": torch.ones(16, 5, 1, 1),
+    }
+
+    assert lora.read(write(tmp_path / "a", tensors), source=SOURCE).ranks == (5,)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"weight": torch.ones(2)},
+        {"lora_unet_input_blocks_4_1_proj_in.hada_w1_a": torch.ones(4, 4)},
+        {"lora_unet_input_blocks_4_1_proj_in.lokr_w1": torch.ones(4, 4)},
+        {"lora_unet_input_blocks_4_1_proj_in.diff": torch.ones(4, 4)},
+        {f"unet.{'deep.' * 200}weight": torch.ones(1)},
+    ],
+    ids=["empty", "no LoRA", "LoHa", "LoKr", "full difference", "long names"],
+)
+def test_a_sound_file_that_is_no_lora_is_refused_with_what_it_holds(tmp_path: Path, tensors: Tensors) -> None:
+    message = refusal(write(tmp_path / "a", tensors))
+
+    assert f"{len(tensors)} tensors" in message
+
+
+def test_a_tensor_cannot_forge_a_line_of_the_log(tmp_path: Path) -> None:
+    """Names in a file come from strangers: a message shows them without the line breaks that they may hold."""
+    tensors = {"weight\nCRITICAL all is lost": torch.ones(2)}
+
+    message = refusal(write(tmp_path / "a", tensors))
+
+    assert "weight" in message
+
+
+def test_a_file_that_is_no_safetensors_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("<!DOCTYPE html><title>Log in</title>" * 10)
+
+    with pytest.raises(NotSafetensors, match="web page"):
+        lora.read(tmp_path / "a", source=SOURCE)

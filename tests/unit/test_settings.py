@@ -1,0 +1,195 @@
+"""The worker's settings: each variable is read, what makes no sense is refused by name, and no secret is shown."""
+
+import re
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zlora import wire
+from zlora.errors import InvalidSetting
+from zlora_worker.settings import Settings
+
+README = Path(__file__).parents[2] / "README.md"
+READ: list["Field[Any]"] = [item for item in fields(Settings) if item.metadata]
+
+# A value other than the default for each field that is read from a variable, and what the field then is.
+VALUES: dict[str, tuple[str, object]] = {
+    "queue": ("other", "other"),
+    "model": ("demo", "demo"),
+    "model_config": ("/models/config", "/models/config"),
+    "vae": ("owner/vae", "owner/vae"),
+    "device": ("cuda:1", "cuda:1"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "load_timeout": ("60", 60),
+    "store": ("s3://bucket/prefix", "s3://bucket/prefix"),
+    "s3_endpoint": ("http://localhost:9000", "http://localhost:9000"),
+    "lora_cache": ("/cache", "/cache"),
+    "lora_cache_bytes": ("1000", 1000),
+    "lora_max_bytes": ("100", 100),
+    "lora_deadline": ("5", 5),
+    "allow_hosts": ("Example.COM, 10.0.0.1:8080,,[::1]:80", frozenset({"example.com", "10.0.0.1:8080", "[::1]:80"})),
+    "hub_url": ("https://hub.example.com", "https://hub.example.com"),
+    "hub_token": ("t0ken", "t0ken"),
+    "hub_tenant": ("tenant", "tenant"),
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> dict[str, str]:
+    """The variables of a worker that says nothing but where its data is."""
+    return {"ZLORA_HOME": str(tmp_path)}
+
+
+# --- reading
+
+
+def test_every_field_has_a_variable_in_this_test() -> None:
+    assert set(VALUES) == {item.name for item in READ}
+    assert {item.name for item in fields(Settings)} - set(VALUES) == {"home", "broker_url", "result_backend"}
+
+
+@pytest.mark.parametrize("item", READ, ids=lambda item: item.name)
+def test_each_of_a_field_s_variables_is_read(home: dict[str, str], item: "Field[Any]") -> None:
+    text, value = VALUES[item.name]
+
+    for name in item.metadata["names"]:
+        assert getattr(Settings.from_env({**home, name: text}), item.name) == value
+
+
+@pytest.mark.parametrize("item", READ, ids=lambda item: item.name)
+def test_the_first_of_a_field_s_variables_that_says_something_wins(home: dict[str, str], item: "Field[Any]") -> None:
+    first, *others = item.metadata["names"]
+    text, value = VALUES[item.name]
+
+    assert getattr(Settings.from_env({**home, first: text, **dict.fromkeys(others, "7")}), item.name) == value
+    assert getattr(Settings.from_env({**home, first: "", **dict.fromkeys(others, text)}), item.name) == (
+        value if others else getattr(Settings.from_env(home), item.name)
+    )
+
+
+def test_what_both_sides_share_is_read_as_the_producer_reads_it(tmp_path: Path) -> None:
+    environ = {"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL": "redis://b/1"}
+
+    assert Settings.from_env(environ).home == tmp_path
+    assert Settings.from_env(environ).broker_url == Settings.from_env(environ).result_backend == "redis://b/1"
+    assert Settings.from_env(environ | {"ZLORA_RESULT_BACKEND": "redis://r/2"}).result_backend == "redis://r/2"
+    assert Settings.from_env({"ZLORA_HOME": str(tmp_path)}).broker_url == wire.DEFAULT_BROKER
+
+
+def test_an_unset_variable_gives_the_default(home: dict[str, str]) -> None:
+    plain = Settings.from_env(home)
+
+    assert (plain.queue, plain.model) == ("gpu", "stabilityai/stable-diffusion-xl-base-1.0")
+    assert (plain.device, plain.dtype, plain.load_timeout) == ("auto", "auto", 1800)
+    assert (plain.lora_cache_bytes, plain.lora_max_bytes, plain.lora_deadline) == (20_000_000_000, 2**31, 300)
+    assert (plain.allow_hosts, plain.hub_url, plain.hub_token, plain.store) == (frozenset(), "", "", "")
+
+
+def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
+    home: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert Settings.from_env(home).store_url == (tmp_path / "store").as_uri()
+    assert Settings.from_env(home).cache_folder == tmp_path / "loras"
+    assert Settings.from_env(home | {"ZLORA_STORE": "s3://b"}).store_url == "s3://b"
+    assert Settings.from_env(home | {"ZLORA_LORA_CACHE": "relative"}).cache_folder == tmp_path / "relative"
+
+
+# --- refusing
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ZLORA_DTYPE", "fp16"),
+        *(
+            (name, text)
+            for name in ("ZLORA_LOAD_TIMEOUT", "ZLORA_LORA_CACHE_BYTES", "ZLORA_LORA_MAX_BYTES", "ZLORA_LORA_DEADLINE")
+            for text in ("0", "-1", "1.5", "20GB", "inf")
+        ),
+        ("ZLORA_ALLOW_HOSTS", "http://example.com"),
+        ("ZLORA_ALLOW_HOSTS", "example.com/loras"),
+        ("ZLORA_ALLOW_HOSTS", "ok.example.com, example.com:0"),
+        ("ZLORA_ALLOW_HOSTS", "example.com:99999"),
+        ("ZLORA_ALLOW_HOSTS", "example.com:https"),
+        ("ZLORA_ALLOW_HOSTS", "::1"),
+        ("ZLORA_ALLOW_HOSTS", "10.0.0.0/8"),
+        ("ZLORA_ALLOW_HOSTS", "[::1"),
+        ("ZLORA_ALLOW_HOSTS", "user@example.com"),
+        ("COZY_HUB_URL", "http://["),
+        ("COZY_HUB_URL", "http://hub.example.com:99999"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_the_variable_s_name(
+    home: dict[str, str], name: str, text: str
+) -> None:
+    with pytest.raises(InvalidSetting, match=name) as raised:
+        Settings.from_env({**home, name: text})
+
+    assert raised.value.details == {"name": name}
+    assert text in str(raised.value)
+
+
+# --- secrets
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("FILE_API_TOKEN", "s3cret"),
+        ("COZY_HUB_TOKEN", "s3cret"),
+        ("ZLORA_BROKER_URL", "redis://:s3cret@localhost/0"),
+        ("ZLORA_BROKER_URL", "redis://user:s3cret@localhost/0"),
+        ("ZLORA_BROKER_URL", "redis://user:p@s3cret@localhost/0"),
+        ("ZLORA_BROKER_URL", "sentinel://:s3cret@one:26379;sentinel://:s3cret@two:26379"),
+        ("ZLORA_RESULT_BACKEND", "rediss://:s3cret@localhost/0"),
+        ("ZLORA_S3_ENDPOINT", "http://key:s3cret@localhost:9000"),
+        ("ZLORA_STORE", "s3://key:s3cret@bucket/prefix"),
+        ("COZY_HUB_URL", "https://user:s3cret@hub.example.com"),
+    ],
+)
+def test_repr_shows_no_secret(home: dict[str, str], name: str, text: str) -> None:
+    """It shows that there is one, and the host that it is for."""
+    shown = repr(Settings.from_env({**home, name: text}))
+
+    assert "s3cret" not in shown
+    assert "***" in shown
+    assert ("localhost" in shown) or "localhost" not in text
+
+
+def test_repr_shows_what_is_not_secret(home: dict[str, str], tmp_path: Path) -> None:
+    shown = repr(Settings.from_env({**home, "ZLORA_BROKER_URL": "redis://h/1", "ZLORA_ALLOW_HOSTS": "one.example.com"}))
+
+    for part in (str(tmp_path), "redis://h/1", "one.example.com", "queue='gpu'", "hub_token=''"):
+        assert part in shown
+    assert "***" not in shown
+
+
+def test_settings_do_not_change(home: dict[str, str]) -> None:
+    read = Settings.from_env(home)
+
+    with pytest.raises(AttributeError):
+        read.queue = "other"  # type: ignore[misc]
+
+
+# --- README's table
+
+
+def test_the_table_of_variables_is_the_fields() -> None:
+    """One row a field, in the same order: names, default, and the field's note; before them what both sides share."""
+    rows = re.findall(r"^\| (`[A-Z0-9_`, ]+`) \| (\S+) \| (.+) \|$", README.read_text(), re.MULTILINE)
+    table = [(tuple(re.findall(r"`(\w+)`", names)), default, note) for names, default, note in rows]
+
+    shared, of_fields = table[:3], table[3:]
+    assert [(names, default) for names, default, _ in shared] == [
+        ((wire.BROKER_URL,), f"`{wire.DEFAULT_BROKER}`"),
+        ((wire.RESULT_BACKEND,), "-"),
+        ((wire.HOME,), "-"),
+    ]
+    assert of_fields == [
+        (item.metadata["names"], f"`{item.metadata['default']}`" if item.metadata["default"] else "-", note)
+        for item, note in ((item, item.metadata["note"]) for item in READ)
+    ]
+    assert all(item.default is MISSING for item in fields(Settings))
