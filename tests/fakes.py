@@ -45,10 +45,7 @@ TEXT: Final = tuple(
     for name, rows in (("self_attn.q_proj", width), ("self_attn.out_proj", width), ("mlp.fc1", 2 * width))
 )
 
-# What the libraries say of their own insides; the pictures tell whether it matters.
-second_adapter: Final = pytest.mark.filterwarnings(
-    "ignore:Already found a `peft_config` attribute:UserWarning", "ignore:Adapter a1 was active:UserWarning"
-)
+# What diffusers says of its own insides, once a picture; the pictures tell whether it matters.
 upcast_vae: Final = pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
 
 

@@ -58,6 +58,7 @@ def _parse(file: BinaryIO, size: int) -> tuple[Header, int]:
         raise NotSafetensors(_what_it_is(start + file.read(56)), {"header_bytes": length, "file_bytes": size})
     try:
         entries = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
+        msgspec.json.encode(entries)  # half a surrogate pair, which Python's JSON lets through, is a ValueError here
         metadata = msgspec.convert(entries.pop("__metadata__", {}), dict[str, str])
         tensors = msgspec.convert(entries, dict[str, TensorInfo])
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -79,7 +80,7 @@ def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
     for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         if info.dtype not in _BITS:
             raise NotSafetensors(
-                f"damaged safetensors file: tensor {name[:100]!r} has the unknown type {info.dtype[:20]!r}"
+                f"tensor {name[:100]!r} has the type {info.dtype[:20]!r}, which this worker does not read"
             )
         if math.prod(max(side, 1) for side in info.shape) > _MAX_ELEMENTS:
             raise NotSafetensors(f"damaged safetensors file: tensor {name[:100]!r} has a shape that no memory holds")

@@ -157,14 +157,18 @@ def seed_of(job_id: str) -> int:
 
 def read_request(document: object) -> GenerateRequest:
     """A checked request from JSON data or a `GenerateRequest`; raises `InvalidRequest` with path, value and bound."""
-    data = msgspec.to_builtins(document) if isinstance(document, GenerateRequest) else document
+    try:
+        data = msgspec.to_builtins(document) if isinstance(document, GenerateRequest) else document
+    except TypeError as error:
+        raise InvalidRequest(f"$: {error}", {"path": "$", "value": _shown(document), "expected": "JSON data"}) from None
     try:
         request = msgspec.convert(data, GenerateRequest)
         msgspec.json.encode(request)
     except msgspec.ValidationError as error:
         raise _explained(str(error), data) from None
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"$: Expected text that UTF-8 can carry; {error.reason}", {"path": "$"}) from None
+        details = {"path": "$", "value": _shown(data), "expected": "Expected text that UTF-8 can carry"}
+        raise InvalidRequest(f"$: {details['expected']}; {error.reason}", details) from None
     return request
 
 

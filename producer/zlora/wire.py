@@ -78,6 +78,6 @@ def recorded_broker(folder: Path) -> str | None:
     """The URL of the embedded broker whose socket is there, or None."""
     try:
         url = msgspec.json.decode(broker_record(folder).read_bytes(), type=BrokerRecord).url
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError):
         return None
     return url if Path(url.partition("://")[2]).is_socket() else None

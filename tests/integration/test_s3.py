@@ -15,6 +15,8 @@ from botocore.config import Config
 from processes import free_port, wait_until, worker
 from zlora import GenerateResult
 from zlora.errors import StoreFailed
+from zlora_worker.settings import Settings
+from zlora_worker.storage import open_store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -115,11 +117,13 @@ def test_pictures_and_manifest_lie_under_the_prefix(s3_environ: dict[str, str], 
 @pytest.mark.parametrize(
     "fault", [{"ZLORA_STORE": "s3://of-others/x"}, {"AWS_SECRET_ACCESS_KEY": "wrong"}], ids=["bucket", "secret"]
 )
-def test_a_store_that_refuses_is_a_typed_error_and_the_worker_lives(
-    s3_environ: dict[str, str], tmp_path: Path, fault: dict[str, str]
+def test_a_server_that_refuses_is_a_failed_store(
+    s3_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, fault: dict[str, str]
 ) -> None:
-    with worker(s3_environ | fault | {"ZLORA_QUEUE": "refused"}, tmp_path / "log") as running:
-        running.wait_ready()
-        for _ in range(2):
-            with pytest.raises(StoreFailed, match="cannot be stored"):
-                running.client.submit(SMALL).result(timeout=60)
+    environ = s3_environ | fault
+    for name, value in environ.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+
+    with pytest.raises(StoreFailed, match="cannot be stored"):
+        open_store(Settings.from_env(environ)).put("runs/x/manifest.json", b"{}", "application/json")

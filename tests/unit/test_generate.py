@@ -18,7 +18,6 @@ from fakes import (
     load_engine,
     peft_lora,
     pixels,
-    second_adapter,
     settings,
     write,
 )
@@ -179,7 +178,6 @@ def test_a_folder_that_cannot_be_written_is_a_store_failure(engine: Engine, cach
 # --- what a watcher hears, what the receipt says
 
 
-@second_adapter
 def test_phases_and_steps_are_reported_in_order(
     runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
@@ -210,7 +208,6 @@ def test_every_phase_has_its_seconds(runtime: Runtime) -> None:
     assert direct.timings["denoise"] > 0
 
 
-@second_adapter
 def test_the_receipt_says_what_was_used_of_each_lora(
     runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:

@@ -77,6 +77,23 @@ def test_a_sound_file_that_is_no_lora_is_refused_with_what_it_holds(tmp_path: Pa
     assert f"{len(tensors)} tensors" in message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": torch.ones(3)},
+        {"alpha": torch.ones(0)},
+        {"lora_down.weight": torch.tensor(1.0)},
+        {"lora_down.weight": torch.ones(0, 32), "lora_up.weight": torch.ones(32, 0)},
+    ],
+    ids=["three alphas", "no alpha in alpha", "a number for a matrix", "rank 0"],
+)
+def test_a_lora_whose_tensors_cannot_be_factors_is_refused(tmp_path: Path, change: Tensors) -> None:
+    module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    changed = {f"{module}.{leaf}": tensor for leaf, tensor in change.items()}
+
+    refusal(write(tmp_path / "a", kohya_lora() | changed))
+
+
 def test_a_tensor_cannot_forge_a_line_of_the_log(tmp_path: Path) -> None:
     """Names in a file come from strangers: a message shows them without the line breaks that they may hold."""
     tensors = {"weight\nCRITICAL all is lost": torch.ones(2)}

@@ -20,7 +20,6 @@ from fakes import (
     load_engine,
     peft_lora,
     pixels,
-    second_adapter,
     write,
 )
 from single_file import original_layout
@@ -171,7 +170,6 @@ def test_names_and_shapes_that_people_have_act_as_if_merged_by_hand(
     assert difference(picture, base) > 16
 
 
-@second_adapter
 def test_two_loras_act_as_if_both_were_merged(engine: Engine, base: bytes, model_home: Path) -> None:
     """Each with its own weights, and with weights for the text encoders that differ from the UNet's."""
     merged = copy.deepcopy(engine)
@@ -225,7 +223,6 @@ def test_unet_and_text_encoders_are_weighed_apart(
 # --- several at once
 
 
-@second_adapter
 def test_two_loras_are_not_either_of_them_alone(engine: Engine, base: bytes, tmp_path: Path) -> None:
     one = adapter(write(tmp_path / "one.safetensors", kohya_lora(UNET)))
     other = adapter(write(tmp_path / "other.safetensors", peft_lora(TEXT)))
@@ -235,7 +232,6 @@ def test_two_loras_are_not_either_of_them_alone(engine: Engine, base: bytes, tmp
     assert len(pictures) == 4
 
 
-@second_adapter
 def test_one_file_twice_acts_twice(engine: Engine, base: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", peft_lora((*UNET, *TEXT)))
 
@@ -246,7 +242,6 @@ def test_one_file_twice_acts_twice(engine: Engine, base: bytes, tmp_path: Path) 
     assert difference(twice, base) > 16
 
 
-@second_adapter
 @pytest.mark.parametrize("names", [("v1.5", "v1.5"), ("a1", "a0")])
 def test_no_name_of_a_source_reaches_the_model(engine: Engine, tmp_path: Path, names: Sequence[str]) -> None:
     """A name with a dot is a path to peft, and a name given twice an error: what users call their files is neither."""
@@ -336,7 +331,6 @@ def test_a_refusal_counts_what_landed(engine: Engine, tmp_path: Path) -> None:
     assert "only 3 of the 4 modules" in mismatch(engine, bad)
 
 
-@second_adapter
 @pytest.mark.parametrize(
     "case", ["peft, another width", "kohya, half unknown", "transformer.*", "UNet fits, text encoders are narrower"]
 )
@@ -347,7 +341,6 @@ def test_the_first_of_two_loras_goes_when_the_second_is_refused(engine: Engine, 
     mismatch(engine, good, bad)
 
 
-@second_adapter
 def test_loras_go_when_the_job_fails(engine: Engine, tmp_path: Path) -> None:
     """Whatever the job raises comes through as it is."""
     paths = [write(tmp_path / "1.safetensors", kohya_lora()), write(tmp_path / "2.safetensors", peft_lora(TEXT))]

@@ -257,11 +257,11 @@ def test_a_watcher_sees_the_progress_in_the_backend(child: Child, clock: Clock) 
     def draw(_request: GenerateRequest, report: Report) -> None:
         for step in (1, 2):
             report("denoising", step, 2)
-            seen.append(child.app.backend.get_task_meta("job-1"))
+            seen.append(child.app.backend.get_task_meta("watched"))
             clock.now += 0.1
 
     child.draw = draw
-    child.run()
+    child.run(job_id="watched")  # the backend in memory is one for all apps of the process
 
     assert [(meta["status"], meta["result"]["step"]) for meta in seen] == [("PROGRESS", 1), ("PROGRESS", 1)]
 

@@ -1,5 +1,6 @@
 """File to LoRA: what a checked safetensors file says it is, before the model is touched."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from typing import Final
 
 from safetensors import safe_open
 from zlora.errors import LoraMismatch
-from zlora.header import read_header
+from zlora.header import TensorInfo, read_header
 
 # One spelling is a pattern for each of a module's tensors; the first group is the module.
 _SPELLINGS: Final[dict[str, dict[str, re.Pattern[str]]]] = {
@@ -54,17 +55,19 @@ def read(path: Path, *, source: str) -> Lora:
     Raises `NotSafetensors`; or `LoraMismatch` where it holds no LoRA, half of one, or a tensor of another kind.
     """
     tensors = read_header(path).tensors
-    spelling, parts = _most_fitting(tensors)
-    modules = {part: {found[1] for key in tensors if (found := form.match(key))} for part, form in parts.items()}
-    if not modules["down"]:
+    spelling, forms = _most_fitting(tensors)
+    parts = {
+        part: {found[1]: tensors[found[0]] for found in map(form.match, tensors) if found}
+        for part, form in forms.items()
+    }
+    if not parts["down"]:
         raise LoraMismatch(f"{source}: no LoRA that this worker reads: {_shown(tensors)}")
-    if strangers := [key for key in tensors if not any(form.match(key) for form in parts.values())]:
+    if strangers := [key for key in tensors if not any(form.match(key) for form in forms.values())]:
         raise LoraMismatch(f"{source}: a {spelling} LoRA with what this worker does not read: {_shown(strangers)}")
-    halves = (modules["down"] ^ modules["up"]).union(*modules.values()) - (modules["down"] & modules["up"])
-    if halves:
-        raise LoraMismatch(f"{source}: {len(halves)} of its modules are half a LoRA, such as {min(halves)[:100]}")
-    ranks = {form[1]: tensors[form[0]].shape[0] for form in map(parts["down"].match, tensors) if form}
-    scales = _scales(path, parts["alpha"], ranks) if "alpha" in parts else None
+    if broken := _broken(parts):
+        raise LoraMismatch(f"{source}: {len(broken)} of its modules are no whole LoRA, such as {min(broken)[:100]}")
+    ranks = {module: info.shape[0] for module, info in parts["down"].items()}
+    scales = _scales(path, forms["alpha"], ranks) if "alpha" in forms else None
     return Lora(path=path, format=spelling, ranks=tuple(sorted(set(ranks.values()))), modules=len(ranks), scales=scales)
 
 
@@ -74,6 +77,19 @@ def _most_fitting(tensors: Iterable[str]) -> tuple[str, dict[str, re.Pattern[str
     return max(
         _SPELLINGS.items(), key=lambda item: sum(any(form.match(key) for form in item[1].values()) for key in keys)
     )
+
+
+def _broken(parts: Mapping[str, Mapping[str, TensorInfo]]) -> set[str]:
+    """The modules without a down or an up, and those with a tensor that can be no factor."""
+    whole = parts["down"].keys() & parts["up"].keys()
+    halves = {module for found in parts.values() for module in found} - whole
+    empty = {module for part in ("down", "up") for module, info in parts[part].items() if not _is_matrix(info)}
+    alphas = {module for module, info in parts.get("alpha", {}).items() if math.prod(info.shape) != 1}
+    return halves | empty | alphas
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return len(info.shape) > 1 and math.prod(info.shape) > 0
 
 
 def _scales(path: Path, alpha: re.Pattern[str], ranks: Mapping[str, int]) -> Scales:

@@ -99,4 +99,4 @@ def _s3_client(endpoint: str | None) -> "S3Client":
         read_timeout=30,
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
-    return boto3.client("s3", endpoint_url=endpoint, config=config)
+    return boto3.Session().client("s3", endpoint_url=endpoint, config=config)
