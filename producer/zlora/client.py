@@ -13,10 +13,11 @@ import kombu.exceptions
 import msgspec
 import redis.exceptions
 from celery import Celery
+from celery.exceptions import WorkerLostError
 from celery.states import READY_STATES
 
 from zlora import wire
-from zlora.errors import BrokerUnavailable, JobLost, JobRevoked, ResultTimeout, ZloraError
+from zlora.errors import BrokerUnavailable, InternalError, JobLost, JobRevoked, ResultTimeout, ZloraError
 from zlora.job import (
     QUEUE,
     TASK_NAME,
@@ -133,7 +134,9 @@ class JobHandle:
             return error
         if meta["status"] == JobState.REVOKED:
             return JobRevoked(f"job {self.id} was cancelled", {"job_id": self.id})
-        return JobLost(f"job {self.id} failed outside the task: {error!r}", {"job_id": self.id})
+        if isinstance(error, WorkerLostError):
+            return JobLost(f"the worker died over job {self.id}", {"job_id": self.id})
+        return InternalError(f"job {self.id} failed outside the task: {error!r}", {"job_id": self.id})
 
 
 def _pause(waited: float) -> float:

@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 from celery import Celery, current_app
+from celery.exceptions import WorkerLostError
 from processes import free_port
 from servers import watched_connections
 from zlora import Client, JobState, wire
 from zlora.errors import (
     BrokerUnavailable,
+    InternalError,
     InvalidJobId,
     InvalidRequest,
     JobLost,
     JobRevoked,
     LoraMismatch,
     ResultTimeout,
+    ZloraError,
 )
 from zlora.job import GenerateResult, plain
 
@@ -167,12 +170,18 @@ def test_the_job_s_own_error_is_raised_with_its_details(client: Client) -> None:
     assert client.job("job-5").status().state is JobState.FAILURE
 
 
-def test_a_failure_outside_the_task_is_a_lost_job(client: Client) -> None:
-    store(client, "job-6", RuntimeError("Worker exited prematurely"), "FAILURE")
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(WorkerLostError("exited prematurely"), JobLost), (TypeError("missing argument"), InternalError)],
+    ids=["the worker died", "the task could not be called"],
+)
+def test_a_failure_outside_the_task_is_typed_too(client: Client, failure: Exception, error: type[ZloraError]) -> None:
+    store(client, "job-6", failure, "FAILURE")
 
-    with pytest.raises(JobLost, match="exited prematurely") as raised:
+    with pytest.raises(error, match="job-6") as raised:
         client.job("job-6").result(timeout=0)
 
+    assert type(raised.value) is error
     assert raised.value.details == {"job_id": "job-6"}
 
 
