@@ -1,5 +1,5 @@
 # Plain pip into .venv. Each set-up step leaves a stamp, so that none is done twice.
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin
 export ZLORA_HOME ?= $(CURDIR)/build/zlora
