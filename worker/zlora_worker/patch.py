@@ -64,6 +64,8 @@ def _load(pipeline: "StableDiffusionXLPipeline", adapters: Sequence[Adapter]) ->
         _refuse_misscaled(adapter, pipeline, name)
     weights: Any = [adapter.weights(list(modules)) for adapter, modules in zip(adapters, changed, strict=True)]
     pipeline.set_adapters(names, weights)
+    for component in COMPONENTS:
+        getattr(pipeline, component).eval()  # a file's metadata can ask for dropout, which draws at random
     return changed
 
 
