@@ -84,6 +84,41 @@ def test_a_replacement_without_a_model_ends_the_worker_and_the_job_stays_queued(
         assert queued(environ, "replaced") == 1
 
 
+def test_a_child_killed_while_it_loads_ends_the_worker_and_the_job_stays_queued(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
+    """At the start, and as the replacement of a lost child: exit status 70, and no loop of loads."""
+    fault, arm = tmp_path / "fault", tmp_path / "armed"
+    fault.mkdir()
+    (fault / "sitecustomize.py").write_text(_DIE_WHILE_LOADING.format(arm=str(arm)))
+    environ = worker_environ | {"ZLORA_QUEUE": "dying", "PYTHONPATH": str(fault)}
+    with worker(environ, tmp_path / "log") as running:
+        running.wait_ready()
+        handle = running.client.submit(LONG)
+        wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+        arm.touch()
+        os.kill(running.child(), signal.SIGKILL)
+        assert running.process.wait(60) == 70
+        assert queued(environ, "dying") == 1
+
+    with worker(environ, tmp_path / "second") as failing:
+        assert failing.process.wait(60) == 70
+        assert queued(environ, "dying") == 1
+
+
+# Kills the child at the first import of its load, where the file is there.
+_DIE_WHILE_LOADING = """
+import os, pathlib, signal, sys
+
+class Fault:
+    def find_spec(self, name, path, target=None):
+        if name == "zlora_worker.generate" and pathlib.Path({arm!r}).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.meta_path.insert(0, Fault())
+"""
+
+
 @pytest.mark.parametrize(("options", "reason"), [(("-P", "solo"), "prefork"), (("-c", "2"), "concurrency")])
 def test_a_pool_that_cannot_hold_one_model_is_refused(
     worker_environ: dict[str, str], tmp_path: Path, options: tuple[str, str], reason: str

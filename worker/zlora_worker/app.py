@@ -61,9 +61,9 @@ app.steps["consumer"].add(GateWatch)
 @worker_process_init.connect
 def load_model(**_: Any) -> None:
     """In the child: load the base and hand it to the task, or say why not and leave."""
-    marks.loading()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns while it is imported, of what is not used here
     try:
+        marks.loading()
         from zlora_worker.generate import Runtime
 
         start = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any, Final
 from celery import bootsteps
 from celery.utils.log import get_logger
 from celery.worker import state
+from zlora.errors import ModelUnavailable
 
 EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a failure, not a clean end
 
@@ -18,15 +19,16 @@ logger = get_logger(__name__)
 
 
 class LoadMarks:
-    """Two files by which a child tells its parent how loading ended.
+    """Files by which a child tells its parent, and the child after it, how loading went.
 
-    Two, since one would be overwritten: the child after a failed one starts to load at once.
+    One would be overwritten: the child after a failed one starts to load at once.
     """
 
     def open(self) -> None:
         """In the parent, before it forks: make the folder, and delete it when the parent ends."""
         folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
         self._ready, self._failed, self._draft = folder / "ready", folder / "failed", folder / "draft"
+        self._trying = folder / "trying"
 
         def remove() -> None:
             if os.getpid() == owner:
@@ -35,11 +37,17 @@ class LoadMarks:
         atexit.register(remove)
 
     def loading(self) -> None:
-        """A child begins."""
+        """A child begins; raises `ModelUnavailable` where the one before was killed over the same."""
         self._ready.unlink(missing_ok=True)
+        if self._trying.exists():
+            raise ModelUnavailable(
+                "the child before was killed while it loaded the model (out of memory, or too slow?)"
+            )
+        self._trying.touch()
 
     def loaded(self) -> None:
         """The child has its model."""
+        self._trying.unlink()
         self._ready.touch()
 
     def failed(self, reason: str) -> None:
@@ -81,6 +89,8 @@ class ModelGate(bootsteps.StartStopStep):
             state.maybe_shutdown()  # a SIGTERM while loading ends the worker at once
             if (reason := marks.failure()) is not None:
                 _leave(reason)
+            if any(child.exitcode is not None for child in parent.pool._pool._pool):  # noqa: SLF001 - no public list
+                _leave("the child was killed while it loaded the model (out of memory?)")
             if time.monotonic() > end:
                 _leave(f"the model was not loaded within {timeout:.0f} s (ZLORA_LOAD_TIMEOUT)")
             time.sleep(0.05)
