@@ -1,6 +1,7 @@
 """The embedded stack: a broker, a worker and a store folder on this machine, as child processes that end with it."""
 
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -81,10 +83,12 @@ class Stack:
     def _broker(self) -> str:
         if explicit := self.environ.get(wire.BROKER_URL):
             return explicit
-        recorded = wire.recorded_broker(self.home)
-        if recorded and _answers(recorded):
-            return recorded
-        return self._start_valkey(_server_binary())
+        with (self.home / "broker.lock").open("w") as lock:  # two brokers would ruin one append-only file
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            recorded = wire.recorded_broker(self.home)
+            if recorded and _answers(recorded):
+                return recorded
+            return self._start_valkey(_server_binary())
 
     def _start_valkey(self, binary: str) -> str:
         folder = self.home / "broker"
@@ -113,6 +117,8 @@ class Stack:
 
     def _start(self, name: str, command: list[str], *, grace: float) -> "subprocess.Popen[bytes]":
         """A child in a session of its own: Ctrl-C reaches it only through `_stop`, in order."""
+        # Where this process is killed the broker closes its log; a worker told so would wait for that broker for ever.
+        orphaned = signal.SIGTERM if name == "broker" else signal.SIGKILL
         output: IO[bytes] | None = None
         if self._log_folder:
             self._log_folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +131,7 @@ class Stack:
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
             # Safe beside threads: between fork and exec it takes no lock.
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+            preexec_fn=partial(_end_with_parent, orphaned) if sys.platform == "linux" else None,  # noqa: PLW1509
         )
         self._running[name] = child
         self._children.callback(_stop, child, grace)
@@ -147,9 +153,9 @@ def _server_binary() -> str:
     return str(get_binary_path())
 
 
-def _end_with_parent() -> None:
-    """Between fork and exec: ask the kernel for a SIGTERM when the parent dies, however it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with_parent(end: signal.Signals) -> None:
+    """Between fork and exec: ask the kernel for a signal when the parent dies, however it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, end)
 
 
 def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:
@@ -157,9 +163,11 @@ def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:
         child.terminate()
     try:
         child.wait(grace)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # the second Ctrl-C, too, must leave no child behind
         child.kill()
         child.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
 
 
 def _answers(url: str) -> bool:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,37 @@ def test_jobs_outlive_the_stack(environ: dict[str, str], tmp_path: Path) -> None
         with Client.from_env(environ) as client:
             for handle, patience in ((done, 5), (running, 5), (waiting, 90)):
                 assert client.job(handle.id).result(timeout=patience).job_id == handle.id
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGKILL,), (signal.SIGINT, signal.SIGINT)], ids=["killed", "Ctrl-C twice"])
+def test_nothing_stays_of_a_stack_that_ends_in_mid_job(
+    environ: dict[str, str], tmp_path: Path, signals: tuple[signal.Signals, ...]
+) -> None:
+    with up(environ, tmp_path / "log") as stack:
+        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        with Client.from_env(environ) as client:
+            handle = client.submit({**SMALL, "num_inference_steps": 200, "num_images": 8})
+            wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+        children = descendants(stack.pid)
+        for sent in signals:
+            os.kill(stack.pid, sent)
+            time.sleep(1)
+        stack.wait(20)
+
+        wait_until(lambda: not alive(children), "its children end")
+
+
+def test_stacks_started_at_once_share_one_broker(environ: dict[str, str], tmp_path: Path) -> None:
+    with up(environ, tmp_path / "a") as first, up(environ, tmp_path / "b") as second:
+        wait_until(lambda: all("broker  " in (tmp_path / name).read_text() for name in "ab"), "both have a broker")
+        brokers = [
+            line
+            for pid in (first.pid, second.pid)
+            for line in alive(descendants(pid))
+            if "unixsocket" in line or "valkey" in line
+        ]
+
+    assert len(brokers) == 1
 
 
 def test_an_explicit_broker_wins(environ: dict[str, str], tmp_path: Path, broker_url: str) -> None:
