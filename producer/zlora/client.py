@@ -13,11 +13,19 @@ import kombu.exceptions
 import msgspec
 import redis.exceptions
 from celery import Celery
-from celery.exceptions import WorkerLostError
+from celery.exceptions import ImproperlyConfigured, WorkerLostError
 from celery.states import READY_STATES
 
 from zlora import wire
-from zlora.errors import BrokerUnavailable, InternalError, JobLost, JobRevoked, ResultTimeout, ZloraError
+from zlora.errors import (
+    BrokerUnavailable,
+    InternalError,
+    InvalidSetting,
+    JobLost,
+    JobRevoked,
+    ResultTimeout,
+    ZloraError,
+)
 from zlora.job import (
     QUEUE,
     TASK_NAME,
@@ -30,11 +38,9 @@ from zlora.job import (
     read_request,
 )
 
-_UNREACHABLE: Final = (
-    kombu.exceptions.OperationalError,
-    redis.exceptions.ConnectionError,
-    redis.exceptions.TimeoutError,
-)
+_UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.RedisError)
+_NO_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, ValueError)  # what Celery says of one
+_OUTAGE: Final = 30.0  # seconds that a wait for a result outlasts a Redis that does not answer, such as its restart
 _LOOK_SHARE: Final = 0.1  # of the time waited so far until the next look: a result is seen at most that much late
 _LOOK_BOUNDS: Final = (0.005, 0.25)  # seconds
 # Bounds the wait for a broker that is down: three tries within about a second.
@@ -45,11 +51,15 @@ class Client:
     """Submits jobs over its own Celery app, so that another app in the process keeps its settings."""
 
     def __init__(self, broker_url: str, *, result_backend: str | None = None, queue: str = QUEUE) -> None:
-        """Connect at the first use. `result_backend` is the broker where it is not given."""
+        """Connect at the first use. `result_backend` is the broker where it is not given.
+
+        Raises `InvalidSetting` where either is no URL that Celery can open.
+        """
         self.queue = queue
-        config = wire.shared_config(broker_url=broker_url, result_backend=result_backend or broker_url, queue=queue)
+        config = wire.impatient_config(broker_url=broker_url, result_backend=result_backend or broker_url, queue=queue)
         self._app = Celery("zlora", set_as_current=False)
         self._app.conf.update(config)
+        check_urls(self._app)
         # To send through an app with a result backend would subscribe to each result, and wait for Redis for 20 s.
         self._sender = Celery("zlora", set_as_current=False)
         self._sender.conf.update(config | {"result_backend": "disabled://"})
@@ -108,25 +118,50 @@ class JobHandle:
         """The state now, with phase and step while the job runs."""
         meta = self._meta()
         progress = meta["result"] if meta["status"] == JobState.PROGRESS else {}
-        return msgspec.convert({"state": meta["status"], **progress}, JobStatus)
+        with self._readable():
+            return msgspec.convert({"state": meta["status"], **progress}, JobStatus)
 
     def result(self, timeout: float | None = None) -> GenerateResult:
-        """Wait up to `timeout` seconds for the result; raises the job's typed error, or `ResultTimeout`."""
-        start, patience = time.monotonic(), math.inf if timeout is None else timeout
-        while (meta := self._meta())["status"] not in READY_STATES:
-            waited = time.monotonic() - start
-            if waited >= patience:
-                raise ResultTimeout(f"no result of job {self.id} within {timeout} s", {"job_id": self.id})
-            time.sleep(min(_pause(waited), patience - waited))
+        """Wait up to `timeout` seconds for the result; raises the job's typed error, or `ResultTimeout`.
+
+        A Redis that restarts meanwhile is waited for; raises `BrokerUnavailable` where it is away for longer.
+        """
+        meta = self._last_meta(math.inf if timeout is None else timeout)
+        if meta is None:
+            raise ResultTimeout(f"no result of job {self.id} within {timeout} s", {"job_id": self.id})
         if meta["status"] == JobState.SUCCESS:
-            return msgspec.convert(meta["result"], GenerateResult)
+            with self._readable():
+                return msgspec.convert(meta["result"], GenerateResult)
         raise self._error(meta)
+
+    def _last_meta(self, patience: float) -> dict[str, Any] | None:
+        """The state that does not change any more, or None where it does not come within `patience` seconds."""
+        start = heard = time.monotonic()
+        while True:
+            waited = time.monotonic() - start
+            try:
+                if (meta := self._meta())["status"] in READY_STATES:
+                    return meta
+                heard = time.monotonic()
+            except BrokerUnavailable:
+                if waited >= patience or time.monotonic() - heard > _OUTAGE:
+                    raise
+            if waited >= patience:
+                return None
+            time.sleep(max(0.0, min(_pause(waited), patience - waited)))
 
     def _meta(self) -> dict[str, Any]:
         """State and answer of one moment. No `AsyncResult`: it subscribes, and complains at exit without Redis."""
         with _broker_errors():
             meta: dict[str, Any] = self._app.backend.get_task_meta(self.id)
         return meta
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except msgspec.ValidationError as error:
+            raise InternalError(f"what is stored for job {self.id} is no answer of a worker: {error}") from None
 
     def _error(self, meta: dict[str, Any]) -> ZloraError:
         error = meta["result"]
@@ -137,6 +172,20 @@ class JobHandle:
         if isinstance(error, WorkerLostError):
             return JobLost(f"the worker died over job {self.id}", {"job_id": self.id})
         return InternalError(f"job {self.id} failed outside the task: {error!r}", {"job_id": self.id})
+
+
+def check_urls(app: Celery) -> None:
+    """Raise `InvalidSetting` where the app's broker or result backend is no URL that Celery can open."""
+    for name, url, opened in (
+        (wire.BROKER_URL, app.conf.broker_url, lambda: app.connection_for_write().transport),
+        (wire.RESULT_BACKEND, app.conf.result_backend, lambda: app.backend),
+    ):
+        try:
+            opened()
+        except _NO_URL:
+            scheme, mark, _ = url.partition("://")
+            shown = f"{scheme}://..." if mark else "without ://"  # the rest may hold a password, and so may the reason
+            raise InvalidSetting(f"{name}: no URL that Celery can open ({shown})", {"name": name}) from None
 
 
 def _pause(waited: float) -> float:

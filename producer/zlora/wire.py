@@ -14,6 +14,7 @@ HOME: Final = "ZLORA_HOME"
 DEFAULT_BROKER: Final = "redis://localhost:6379/0"
 DEFAULT_PRIORITY: Final = 5  # 0 is first on Redis, and a message without a priority counts as 0
 RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the store outlives it
+_IMPATIENCE: Final = 2  # seconds
 SUBMITTED_AT: Final = "zlora_submitted_at"  # message header: seconds since the epoch on the producer's clock
 
 
@@ -46,6 +47,18 @@ def shared_config(*, broker_url: str, result_backend: str, queue: str) -> dict[s
         "redis_socket_connect_timeout": 5,
         "redis_backend_health_check_interval": 5,
         "redis_retry_on_timeout": True,
+    }
+
+
+def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:
+    """The same for what is better without Redis than late: one try, over within seconds where Redis never answers."""
+    config = shared_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
+    config["broker_transport_options"] |= {"socket_timeout": _IMPATIENCE, "socket_connect_timeout": _IMPATIENCE}
+    return config | {
+        "redis_socket_timeout": _IMPATIENCE,
+        "redis_socket_connect_timeout": _IMPATIENCE,
+        "redis_retry_on_timeout": False,
+        "result_backend_transport_options": {"retry_policy": {"max_retries": 0}},
     }
 
 

@@ -4,6 +4,7 @@ import hashlib
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 import pytest
 from celery import Celery
+from kombu import Connection
 from PIL import Image
 from processes import Worker, clean_environ, free_port, worker
 from zlora import Client, GenerateRequest, GenerateResult, JobState
@@ -188,6 +190,70 @@ def test_a_task_id_that_is_no_path_is_refused(client: Client, environ: dict[str,
         get_bare(environ, "../../escape")
 
     assert draw(client, SMALL).base_intact
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [60, 600, 5000])
+def test_a_document_nested_deeply_is_a_bad_request(client: Client, environ: dict[str, str], levels: int) -> None:
+    """From 600 levels on the parent could not hand it to its child, and would end."""
+    task_id = send_raw(environ, f'[[{{"prompt": {"[" * levels}{"]" * levels}}}], {{}}, {{}}]')
+
+    with pytest.raises(InvalidRequest):
+        client.job(task_id).result(timeout=60)
+
+    assert draw(client, SMALL).base_intact
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        ("null", {}),
+        ("7", {}),
+        ("[]", {}),
+        ("[[], {}]", {}),
+        ("[{}, {}, {}]", {}),
+        ("{", {}),
+        ("\udcff", {}),
+        ('[[], {}, {"__type__": "datetime", "__value__": "x"}]', {}),
+        ("[[], {}, {}]", {"content_type": "application/x-python-serialize"}),
+        ("[[], {}, {}]", {"compression": "application/x-gzip"}),
+        ("[[], {}, {}]", {"extra": nested(600)}),
+    ],
+)
+def test_a_message_that_cannot_be_read_fails_its_job_and_the_worker_goes_on(
+    client: Client, environ: dict[str, str], body: str, options: dict[str, Any]
+) -> None:
+    """A producer that waits for its answer gets one."""
+    task_id = send_raw(environ, body, **options)
+
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        client.job(task_id).result(timeout=60)
+
+    assert draw(client, SMALL).base_intact
+
+
+def send_raw(environ: dict[str, str], body: str, **options: Any) -> str:
+    """Put a message with these very bytes as its body on the queue; returns its task id."""
+    task_id = str(uuid.uuid4())
+    headers = {"id": task_id, "task": "zlora.generate", "lang": "py"} | {
+        name: value for name, value in options.items() if name in ("compression", "extra")
+    }
+    with Connection(environ["ZLORA_BROKER_URL"]) as connection, connection.Producer() as producer:
+        producer.publish(
+            body.encode(errors="surrogateescape"),
+            routing_key="gpu",
+            headers=headers,
+            content_type=options.get("content_type", "application/json"),
+            content_encoding="utf-8",
+            correlation_id=task_id,
+        )
+    return task_id
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,31 @@ def test_a_killed_child_is_replaced_and_its_job_drawn(worker_environ: dict[str, 
         assert running.child() != first
 
 
+def test_a_redis_that_is_full_in_mid_job_costs_neither_the_job_nor_its_result(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
+    """The result waits for room; whoever waits for it sees a success."""
+    environ = worker_environ | {"ZLORA_QUEUE": "full"}
+    with (
+        worker(environ, tmp_path / "log") as running,
+        redis.Redis.from_url(environ["ZLORA_BROKER_URL"]) as broker,
+    ):
+        running.wait_ready()
+        handle = running.client.submit(LONG)
+        wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+        broker.config_set("maxmemory", 1)
+        try:
+            wait_until(lambda: running.lines("no progress is shown"), "progress fails")
+            wait_until(lambda: running.lines("Retry ("), "the result is refused")
+            assert handle.status().state is JobState.PROGRESS
+        finally:
+            broker.config_set("maxmemory", 0)
+
+        assert handle.result(timeout=60).base_intact
+        assert len(running.lines(RESIDENT)) == 1
+        assert queued(environ, "full") == 0
+
+
 def test_a_replacement_without_a_model_ends_the_worker_and_the_job_stays_queued(
     worker_environ: dict[str, str], model_home: Path, tmp_path: Path
 ) -> None:

@@ -1,10 +1,14 @@
 """The producer's door, without a broker: what is refused before it is sent, and what a broker that is down means."""
 
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
+import zlora.client
 from celery import Celery, current_app
 from celery.exceptions import WorkerLostError
 from processes import free_port
@@ -15,6 +19,7 @@ from zlora.errors import (
     InternalError,
     InvalidJobId,
     InvalidRequest,
+    InvalidSetting,
     JobLost,
     JobRevoked,
     LoraMismatch,
@@ -120,6 +125,70 @@ def test_a_backend_that_is_down_is_told_to_who_asks_for_a_result(lonely: Client)
         handle.result(timeout=1)
 
 
+@contextmanager
+def mute() -> Iterator[str]:
+    """The address of a server that accepts, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
+
+
+def test_a_redis_that_never_answers_is_tried_once_for_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_IMPATIENCE", 0.2)
+    with mute() as url, Client(url) as client, watched_connections() as connections:
+        with pytest.raises(BrokerUnavailable):
+            client.job("job-1").status()
+        assert len(connections) == 1
+
+        with pytest.raises(BrokerUnavailable):
+            client.job("job-1").result(timeout=0)
+        with pytest.raises(BrokerUnavailable):
+            client.submit(REQUEST)
+
+
+@pytest.mark.parametrize("error", [redis.ResponseError("WRONGTYPE"), redis.ReadOnlyError("a replica")])
+def test_any_answer_of_redis_that_is_an_error_is_typed(
+    client: Client, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_job_id: str) -> None:
+        raise error
+
+    monkeypatch.setattr(client._app.backend, "get_task_meta", fail)
+    with pytest.raises(BrokerUnavailable, match=str(error)):
+        client.job("job-1").status()
+
+
+def test_an_outage_shorter_than_the_wait_is_outlasted(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart of Redis while somebody waits; one that stays away is told before the wait is over."""
+    real, left = client._app.backend.get_task_meta, [10]
+
+    def restarting(job_id: str) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise redis.ConnectionError("refused")
+        return real(job_id)
+
+    monkeypatch.setattr(client._app.backend, "get_task_meta", restarting)
+    store(client, "job-1", plain(RESULT), "SUCCESS")
+    assert client.job("job-1").result(timeout=60) == RESULT
+
+    left[0] = 10**9
+    monkeypatch.setattr(zlora.client, "_OUTAGE", 0.1)
+    with pytest.raises(BrokerUnavailable):
+        client.job("job-1").result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nonsense", "http://h", "redis://[", "redis://h:99999/0", "redis://:pa/ss@h:1/0", "redis://h/0?socket_timeout=s3cret"],
+)  # fmt: skip
+def test_a_url_that_celery_cannot_open_is_refused_at_once_and_not_shown(url: str) -> None:
+    with pytest.raises(InvalidSetting) as raised:
+        Client(url)
+
+    assert raised.value.details["name"] in (wire.BROKER_URL, wire.RESULT_BACKEND)
+    assert not [secret for secret in ("pa", "s3cret") if secret in str(raised.value).removeprefix(wire.BROKER_URL)]
+
+
 def test_a_password_in_the_broker_s_url_is_not_told() -> None:
     with Client(f"redis://:s3cret@127.0.0.1:{free_port()}/0") as lonely, pytest.raises(BrokerUnavailable) as raised:
         lonely.submit(REQUEST)
@@ -158,6 +227,22 @@ def test_a_field_that_a_newer_worker_adds_does_no_harm(client: Client) -> None:
     store(client, "job-4", {**plain(RESULT), "more": 1}, "SUCCESS")
 
     assert client.job("job-4").result(timeout=0) == RESULT
+
+
+@pytest.mark.parametrize("result", [{}, None, [1]])
+def test_a_success_that_is_none_of_ours_is_a_typed_error(client: Client, result: Any) -> None:
+    store(client, f"other-{result is None}", result, "SUCCESS")
+
+    with pytest.raises(InternalError, match="other"):
+        client.job(f"other-{result is None}").result(timeout=0)
+
+
+@pytest.mark.parametrize("state", ["RECEIVED", "CUSTOM"])
+def test_a_state_that_is_none_of_ours_is_a_typed_error(client: Client, state: str) -> None:
+    store(client, f"job-{state}", None, state)
+
+    with pytest.raises(InternalError, match=state):
+        client.job(f"job-{state}").status()
 
 
 def test_the_job_s_own_error_is_raised_with_its_details(client: Client) -> None:

@@ -4,6 +4,7 @@ A real Celery task, run in this process; only the drawing is made up.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -12,8 +13,9 @@ from typing import Any, NoReturn, cast
 
 import msgspec
 import pytest
+import redis
 import zlora_worker.generate
-from celery import Celery, Task
+from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import untimed
@@ -41,16 +43,7 @@ class Child:
         self.draw: Draw = lambda _request, _report: None
         self.app = Celery("test", broker="memory://", backend="cache+memory://", set_as_current=False)
         self.app.conf.update(accept_content=["json"], result_serializer="json")
-        reports = self.reports
-
-        class Watched(Task):  # type: ignore[type-arg]
-            def update_state(self, *args: Any, **options: Any) -> None:
-                reports.append(options)
-                super().update_state(*args, **options)
-
-        self.task: Any = self.app.task(name="zlora.generate", bind=True, base=Watched, throws=(ZloraError,))(
-            tasks.generate
-        )
+        self.task: Any = self.app.task(name="zlora.generate", bind=True, throws=(ZloraError,))(tasks.generate)
 
     def generate(
         self, runtime: Runtime, job_id: str, request: GenerateRequest, report: Report, *, queued: float | None = None
@@ -61,9 +54,14 @@ class Child:
             job_id=job_id, images=(), loras=(), seed=3, timings={}, base_intact=True, model="m", versions={}
         )
 
+    def store_result(self, job_id: str, meta: dict[str, Any], state: str, **options: Any) -> None:
+        """The backend for progress: the app's own, watched."""
+        self.reports.append({"state": state, "meta": meta})
+        self.app.backend.store_result(job_id, meta, state, **options)
+
     def run(self, request: object = REQUEST, *, job_id: object = "job-1", **options: Any) -> Any:
         """The task's outcome as Celery sees it."""
-        outcome = self.task.apply(args=[request], task_id=job_id, **options)
+        outcome = self.task.apply(**{"args": [request], "task_id": job_id} | options)
         return outcome.get(propagate=True)
 
 
@@ -77,6 +75,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
     started = Child()
     monkeypatch.setattr(tasks, "os", SimpleNamespace(_exit=leave))
     monkeypatch.setattr(zlora_worker.generate, "generate", started.generate)
+    monkeypatch.setattr(tasks, "_progress_backend", lambda _app: started)
     monkeypatch.setattr(tasks, "_runtime", None)
     tasks.install(runtime(EngineState.READY))
     with started.app:
@@ -120,6 +119,29 @@ def test_a_bad_request_is_refused_before_the_model_is_touched(child: Child) -> N
             child.run(request)
 
     assert child.jobs == []
+
+
+def test_the_request_may_have_its_name(child: Child) -> None:
+    assert child.run(args=[], kwargs={"request": REQUEST})["job_id"] == "job-1"
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ([], {}),
+        ([REQUEST, 1], {}),
+        ([REQUEST], {"seed": 1}),
+        ([], {"requst": REQUEST}),
+        ([], {"task": 1}),
+        ([], REQUEST),
+    ],
+)
+def test_any_other_arguments_are_an_invalid_request(child: Child, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Not a `TypeError` of Celery's, which no producer could tell from a fault of the worker."""
+    with pytest.raises(InvalidRequest, match="one argument, the request") as raised:
+        child.run(args=args, kwargs=kwargs)
+
+    assert raised.value.details["path"] == "$"
 
 
 # --- what goes wrong
@@ -272,10 +294,11 @@ def test_no_two_reports_of_a_phase_are_closer_than_half_a_second(calls: list[tup
     """And every change of phase is one."""
     clock = Clock()
     reported: list[tuple[str, float]] = []
-    task: Any = SimpleNamespace(update_state=lambda *, state, meta: reported.append((meta["phase"], clock.now)))  # noqa: ARG005
+    backend = SimpleNamespace(store_result=lambda _id, meta, *_, **__: reported.append((meta["phase"], clock.now)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "time", clock)
-        report = tasks._Reporter(task)
+        patch.setattr(tasks, "_progress_backend", lambda _app: backend)
+        report = tasks._Reporter(cast("Any", SimpleNamespace(app=None, request=None)), "job-1")
         changes, last = [], ""
         for phase, wait in calls:
             clock.now += wait
@@ -286,6 +309,27 @@ def test_no_two_reports_of_a_phase_are_closer_than_half_a_second(calls: list[tup
 
     assert set(changes) <= set(reported)
     assert all(later - earlier > 0.499 for (one, earlier), (other, later) in pairwise(reported) if one == other)
+
+
+@pytest.mark.parametrize("error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")])
+def test_a_redis_that_takes_no_progress_costs_the_job_nothing(child: Child, clock: Clock, error: Exception) -> None:
+    """One try in ten seconds, whatever the phase, and then again."""
+    tries: list[float] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        tries.append(clock.now - 1000)
+        raise error
+
+    def draw(_request: GenerateRequest, report: Report) -> None:
+        for step in range(50):
+            report(f"phase {step % 2}", step, 50)
+            clock.now += 0.5
+
+    child.draw = draw
+    child.store_result = fail  # type: ignore[method-assign]
+
+    assert child.run()["base_intact"] is True
+    assert tries == [0, 10, 20]
 
 
 # --- the time in the queue
@@ -301,6 +345,11 @@ def test_no_two_reports_of_a_phase_are_closer_than_half_a_second(calls: list[tup
         (None, None),
         ({wire.SUBMITTED_AT: "yesterday"}, None),
         ({wire.SUBMITTED_AT: None}, None),
+        ({wire.SUBMITTED_AT: True}, None),
+        ({wire.SUBMITTED_AT: 10**400}, None),
+        ({wire.SUBMITTED_AT: -math.inf}, None),
+        ({wire.SUBMITTED_AT: math.nan}, None),
+        ({wire.SUBMITTED_AT: -1e6}, None),
     ],
 )
 def test_the_seconds_in_the_queue_are_known_where_the_producer_says_when(

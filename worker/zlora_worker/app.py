@@ -11,6 +11,7 @@ from celery import Celery
 from celery.signals import worker_process_init
 from celery.utils.log import get_logger
 from zlora import wire
+from zlora.client import check_urls
 from zlora.errors import InvalidSetting, ZloraError
 from zlora.job import TASK_NAME
 from zlora_worker import tasks
@@ -30,6 +31,7 @@ app.conf.update(
     # One child, one model, one GPU; a machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
+    worker_consumer="zlora_worker.intake:Intake",
     # One job running and none reserved, so that an idle worker finds what a busy one has not begun.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
@@ -43,8 +45,9 @@ app.conf.update(
     worker_proc_alive_timeout=float(settings.load_timeout),
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    # Without it a result that meets a Redis restart turns a finished job into a failed one.
+    # Without it a result that meets a Redis restart turns a finished job into a failed one; and so does a full Redis.
     result_backend_always_retry=True,
+    result_backend_transport_options={"additional_connection_errors": ["redis.exceptions:OutOfMemoryError"]},
     result_extended=True,
     task_track_started=True,
     worker_send_task_events=True,
@@ -53,6 +56,10 @@ app.conf.update(
     worker_max_tasks_per_child=None,
     worker_max_memory_per_child=None,
 )
+try:
+    check_urls(app)
+except InvalidSetting as error:
+    raise SystemExit(f"zlora: {error}") from None
 app.task(name=TASK_NAME, bind=True, throws=(ZloraError,))(tasks.generate)
 app.steps["worker"].add(ModelGate)
 app.steps["consumer"].add(GateWatch)

@@ -2,19 +2,24 @@
 
 import os
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from celery import Task
+from celery import Celery, Task
 from celery.utils.log import get_task_logger
+from redis import RedisError
 from zlora import wire
-from zlora.errors import InternalError, ZloraError
+from zlora.errors import InternalError, InvalidRequest, ZloraError
 from zlora.job import JobState, check_job_id, plain, read_request
 
 if TYPE_CHECKING:
+    from celery.backends.base import Backend
     from zlora_worker.generate import Runtime
 
 EXIT_DIRTY: Final = 71  # exit status of a child whose base is not what it was
 _REPORT_EVERY: Final = 0.5  # seconds; what a watcher sees as live, and a thousandth of a job's own traffic
+_REPORT_AGAIN: Final = 10.0  # seconds without a report after one that failed, which may have taken two
+_CLOCKS_APART: Final = 7 * 86_400.0  # seconds in a queue beyond which a producer's word is no time
 
 logger = get_task_logger(__name__)
 _runtime: "Runtime | None" = None
@@ -26,18 +31,18 @@ def install(runtime: "Runtime") -> None:
     _runtime = runtime
 
 
-def generate(task: "Task[Any, Any]", request: object) -> dict[str, Any]:
-    """Draw the job that `request` describes and answer with its result, as plain JSON data.
+def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -> dict[str, Any]:
+    """Draw the job that the one argument, `request`, describes and answer with its result, as plain JSON data.
 
     Raises a `ZloraError` for anything that goes wrong, whose class, message and details reach the producer.
     """
     from zlora_worker.generate import generate as draw  # torch: in the child only
 
     job_id = check_job_id(task.request.id)
-    checked = read_request(request)
+    checked = read_request(_request(arguments, options))
     runtime = _ready_runtime()
     try:
-        result = draw(runtime, job_id, checked, _Reporter(task), queued=_seconds_queued(task))
+        result = draw(runtime, job_id, checked, _Reporter(task, job_id), queued=_seconds_queued(task))
     except ZloraError as error:
         logger.warning("job %s: %s: %s", job_id, error.code, error)
         raise
@@ -45,6 +50,18 @@ def generate(task: "Task[Any, Any]", request: object) -> dict[str, Any]:
         logger.exception("job %s", job_id)
         raise InternalError(f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}") from error
     return plain(result)
+
+
+def _request(arguments: tuple[object, ...], options: dict[str, object]) -> object:
+    """The one argument, by place or by name. Celery itself would answer with a `TypeError`."""
+    match arguments, options:
+        case ((request,), {**others}) if not others:
+            return request
+        case ((), {"request": request, **others}) if not others:
+            return request
+    found = ", ".join([f"{len(arguments)} by place", *sorted(options)])[:200]
+    details = {"path": "$", "value": found, "expected": "Expected one argument, the request"}
+    raise InvalidRequest(f"$: {details['expected']}; there are {found}", details)
 
 
 def _ready_runtime() -> "Runtime":
@@ -58,21 +75,45 @@ def _ready_runtime() -> "Runtime":
 
 
 def _seconds_queued(task: "Task[Any, Any]") -> float | None:
-    """Seconds between submission and start, as two clocks see them; None where the producer sent no time."""
-    submitted = (task.request.headers or {}).get(wire.SUBMITTED_AT)
-    return max(0.0, round(time.time() - submitted, 6)) if isinstance(submitted, int | float) else None
+    """Seconds between submission and start, as two clocks see them; None where the producer sent no time.
+
+    The header is anybody's to write: a time that cannot be one is none.
+    """
+    submitted: Any = (task.request.headers or {}).get(wire.SUBMITTED_AT)
+    now = time.time()
+    if type(submitted) not in (int, float) or not now - _CLOCKS_APART < submitted < now + _CLOCKS_APART:
+        return None
+    return float(max(0.0, round(now - submitted, 6)))
+
+
+@cache
+def _progress_backend(app: Celery) -> "Backend":
+    """The app's result backend once more, but one that does not wait for Redis."""
+    conf = app.conf
+    config = wire.impatient_config(
+        broker_url=conf.broker_url, result_backend=conf.result_backend, queue=conf.task_default_queue
+    )
+    return Celery("zlora_progress", set_as_current=False, config_source=config).backend
 
 
 class _Reporter:
-    """Progress into the result backend, at most twice a second, and at once where the phase changes."""
+    """Progress into the result backend, at most twice a second, and at once where the phase changes.
 
-    def __init__(self, task: "Task[Any, Any]") -> None:
-        self._task = task
-        self._phase, self._next = "", 0.0
+    Best effort: a Redis that is full or away costs the watcher a picture of the job, and the job no time.
+    """
+
+    def __init__(self, task: "Task[Any, Any]", job_id: str) -> None:
+        self._backend, self._request, self._job_id = _progress_backend(task.app), task.request, job_id
+        self._phase, self._next, self._silent_until = "", 0.0, 0.0
 
     def __call__(self, phase: str, step: int, steps: int) -> None:
         now = time.monotonic()
-        if phase == self._phase and now < self._next:
+        if now < self._silent_until or (phase == self._phase and now < self._next):
             return
         self._phase, self._next = phase, now + _REPORT_EVERY
-        self._task.update_state(state=JobState.PROGRESS.value, meta={"phase": phase, "step": step, "steps": steps})
+        meta = {"phase": phase, "step": step, "steps": steps}
+        try:
+            self._backend.store_result(self._job_id, meta, JobState.PROGRESS.value, request=self._request)
+        except RedisError as error:
+            self._silent_until = time.monotonic() + _REPORT_AGAIN
+            logger.warning("no progress is shown for %.0f s: %s", _REPORT_AGAIN, error)
