@@ -13,7 +13,7 @@ ZloraError
 │   ├── LoraCorrupt           lora_corrupt           bytes and digest differ
 │   ├── NotSafetensors        not_safetensors        another kind of file, or a damaged one
 │   ├── LoraMismatch          lora_mismatch          a sound file that does not fit the resident model
-│   └── CacheFull             cache_full             no room for the file in the LoRA cache      retryable
+│   └── CacheFull             cache_full             the LoRA cache has no room, or a bad disk   retryable
 ├── GenerationFailed          generation_failed      the model gave NaN, Inf or nothing
 ├── BaseNotRestored           base_not_restored      the base differs after the job              retryable
 ├── StoreFailed               store_failed           the picture could not be stored             retryable
@@ -155,7 +155,7 @@ class LoraMismatch(LoraError):
 
 
 class CacheFull(LoraError):
-    """The LoRA cache has no room for the file: all of it is in use."""
+    """The LoRA cache cannot take the file: all of it is in use, or its disk fails."""
 
     code = "cache_full"
     retryable = True

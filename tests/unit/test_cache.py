@@ -2,14 +2,25 @@
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from servers import Answer, Host, Request, fetching, lora_bytes, reply, serving, tensor_file
-from zlora.errors import CacheFull, LoraCorrupt, LoraError, LoraNotFound, LoraUnreachable, NotSafetensors
+from zlora.errors import (
+    CacheFull,
+    InvalidSetting,
+    LoraCorrupt,
+    LoraError,
+    LoraNotFound,
+    LoraTooLarge,
+    LoraUnreachable,
+    NotSafetensors,
+)
 from zlora.job import Asset
 from zlora_worker.cache import Cache, CachedFile
 
@@ -299,17 +310,58 @@ def test_a_file_that_goes_while_the_folder_is_read_does_no_harm(tmp_path: Path) 
         assert cache.path(Asset(url=f"{host.url}/a")).tier == "network"
 
 
-def test_a_folder_that_cannot_be_written_is_a_full_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [ONE[:-1], TWO, b"", ONE[:-1] + b"\xff"], ids=["cut", "another", "empty", "one byte"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_file_that_is_not_what_its_name_says_is_fetched_anew(tmp_path: Path, data: bytes, restarted: bool) -> None:
+    """Changed while the worker runs, or before it started: no receipt names a digest that the bytes do not have."""
+    with serving(with_etag(ONE)) as host, cache_of(tmp_path, host) as cache:
+        for pin in ({}, {"sha256": digest(ONE)}):
+            cache.path(Asset(url=f"{host.url}/a", **pin)).path.write_bytes(data)
+            user = Cache(tmp_path / "loras", max_bytes=10**9, fetcher=cache._fetcher) if restarted else cache
+
+            assert told(user.path(Asset(url=f"{host.url}/a", **pin))) == (digest(ONE), SIZE, "network", ONE)
+
+        assert kept(tmp_path) == files(ONE)
+
+
+def test_a_file_is_hashed_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at each job; a use by another process is no change."""
+    watched = Mock(side_effect=hashlib.file_digest)
+    monkeypatch.setattr(hashlib, "file_digest", watched)
+    with serving(with_etag(ONE)) as host, cache_of(tmp_path, host) as cache, cache_of(tmp_path, host) as other:
+        for user in (cache, other, cache, other):
+            user.path(Asset(url=f"{host.url}/a"))
+
+    assert watched.call_count == 1
+
+
+@pytest.mark.parametrize("pin", [{}, {"sha256": digest(ONE)}])
+def test_a_cache_that_somebody_cleared_is_filled_anew(tmp_path: Path, pin: dict[str, str]) -> None:
+    with serving(with_etag(ONE)) as host, cache_of(tmp_path, host) as cache:
+        cache.path(Asset(url=f"{host.url}/a", **pin))
+        shutil.rmtree(tmp_path / "loras")
+
+        assert told(cache.path(Asset(url=f"{host.url}/a", **pin))) == (digest(ONE), SIZE, "network", ONE)
+
+
+@pytest.mark.parametrize("folder", ["drafts", "files", "index"])
+def test_a_folder_that_cannot_be_written_is_a_typed_error(tmp_path: Path, folder: str) -> None:
     """A disk error is an error of this worker: the same request may succeed on another."""
     with serving(with_etag(ONE)) as host, cache_of(tmp_path, host) as cache:
-        (tmp_path / "loras/files").rmdir()
-        (tmp_path / "loras/files").touch()
+        (tmp_path / "loras" / folder).rmdir()
+        (tmp_path / "loras" / folder).touch()
 
         with pytest.raises(CacheFull) as raised:
             cache.path(Asset(url=f"{host.url}/a"))
 
     assert raised.value.retryable
-    assert list((tmp_path / "loras/drafts").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_a_setting_without_sense(tmp_path: Path) -> None:
+    (tmp_path / "loras").touch()
+
+    with pytest.raises(InvalidSetting, match="ZLORA_LORA_CACHE"), cache_of(tmp_path):
+        pass
 
 
 # --- the cap
@@ -385,9 +437,11 @@ def test_a_file_that_is_here_already_costs_no_other_its_place(tmp_path: Path) ->
         assert kept(tmp_path) == files(ONE, TWO)
 
 
-def test_a_file_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
-    with serving(with_etag(ONE)) as host, cache_of(tmp_path, host, max_bytes=SIZE - 1) as cache:
-        with pytest.raises(CacheFull):
-            cache.path(Asset(url=f"{host.url}/a"))
+def test_a_file_larger_than_the_cache_is_refused_and_costs_no_other_its_place(tmp_path: Path) -> None:
+    large = lora_bytes(9, size=8192)
+    with full_cache(tmp_path, (ONE, LONG_AGO), (TWO, 2 * LONG_AGO), more=[large]) as (cache, host):
+        with pytest.raises(LoraTooLarge) as raised:
+            use(cache, host, large)
 
-        assert kept(tmp_path) == {}
+        assert kept(tmp_path) == files(ONE, TWO)
+        assert raised.value.details == {"max_bytes": 2 * SIZE}
