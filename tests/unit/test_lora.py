@@ -108,3 +108,34 @@ def test_a_file_that_is_no_safetensors_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(NotSafetensors, match="web page"):
         lora.read(tmp_path / "a", source=SOURCE)
+
+
+@pytest.mark.parametrize("zeros", [("lora_up",), ("lora_down",), ("alpha",), ("lora_up", "alpha")], ids=" and ".join)
+def test_a_file_that_changes_nothing_is_refused(tmp_path: Path, zeros: tuple[str, ...]) -> None:
+    """A training run that never began; a job with it would give the picture without it, and a receipt."""
+    tensors = {
+        key: torch.zeros_like(tensor) if any(part in key for part in zeros) else tensor
+        for key, tensor in kohya_lora().items()
+    }
+
+    assert "changes nothing" in refusal(write(tmp_path / "a", tensors))
+
+
+def test_a_file_of_which_one_module_changes_nothing_is_read(tmp_path: Path) -> None:
+    """As trainers leave a layer that was frozen."""
+    tensors = kohya_lora()
+    first = next(key for key in tensors if "lora_up" in key)
+
+    read = lora.read(write(tmp_path / "a", tensors | {first: torch.zeros_like(tensors[first])}), source=SOURCE)
+
+    assert read.modules == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["lora_up", "lora_down", "alpha"])
+def test_a_number_that_is_none_is_refused_by_its_tensor(tmp_path: Path, part: str, value: float) -> None:
+    tensors = kohya_lora()
+    key = next(key for key in tensors if part in key)
+    tensors[key].view(-1)[-1] = value
+
+    assert key in refusal(write(tmp_path / "a", tensors))

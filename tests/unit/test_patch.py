@@ -1,9 +1,11 @@
 """LoRAs into the resident model: exactly what their files say, all of it or none, and the base afterwards."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from fakes import (
     pixels,
     write,
 )
+from safetensors.torch import save_file
 from single_file import original_layout
 from zlora.errors import LoraMismatch
 from zlora_worker import lora, patch
@@ -352,3 +355,39 @@ def test_loras_go_when_the_job_fails(engine: Engine, tmp_path: Path) -> None:
         patch.applied(pipeline, adapters),
     ):
         _ = 1 / 0
+
+
+def test_no_metadata_makes_a_lora_draw_at_random(engine: Engine, tmp_path: Path) -> None:
+    """A file may say with which dropout it was trained, and diffusers believes it."""
+    modules = [target.module for target in UNET]
+    told = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.9, "target_modules": modules}
+    path = tmp_path / "dropout.safetensors"
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({f"unet.{key}": told[key] for key in told})}
+    save_file(peft_lora(), path, metadata=metadata)
+    plain = write(tmp_path / "plain.safetensors", peft_lora())
+
+    assert drawn(engine, adapter(path)) == drawn(engine, adapter(path)) == drawn(engine, adapter(plain))
+
+
+def test_a_lora_with_a_magnitude_in_some_modules_only_is_refused(engine: Engine, tmp_path: Path) -> None:
+    """peft makes one for every module, and leaves those without values that the file does not hold."""
+    tensors = peft_lora() | {f"unet.{UNET[0].module}.lora_magnitude_vector": torch.ones(UNET[0].rows)}
+
+    assert "missing" in mismatch(engine, adapter(write(tmp_path / "bad.safetensors", tensors)))
+
+
+def test_a_gpu_without_room_is_no_fault_of_the_file(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = adapter(write(tmp_path / "good.safetensors", peft_lora()))
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(engine.pipeline, "load_lora_weights", full)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        drawn(engine, good)
+
+
+def test_a_shape_that_does_not_fit_is_told_by_its_module(engine: Engine, tmp_path: Path) -> None:
+    bad = adapter(write(tmp_path / "bad.safetensors", MISFITS["peft, another width"]))
+
+    assert UNET[0].module.rpartition(".")[2] in mismatch(engine, bad)

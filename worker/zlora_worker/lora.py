@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from safetensors import safe_open
 from zlora.errors import LoraMismatch
@@ -52,7 +52,8 @@ class Lora:
 def read(path: Path, *, source: str) -> Lora:
     """What the file at `path` is, named `source` in messages.
 
-    Raises `NotSafetensors`; or `LoraMismatch` where it holds no LoRA, half of one, or a tensor of another kind.
+    Raises `NotSafetensors`; or `LoraMismatch` where it holds no LoRA, half of one, a tensor of another kind, one with
+    NaN or Inf, or no change at all.
     """
     tensors = read_header(path).tensors
     spelling, forms = _most_fitting(tensors)
@@ -67,7 +68,9 @@ def read(path: Path, *, source: str) -> Lora:
     if broken := _broken(parts):
         raise LoraMismatch(f"{source}: {len(broken)} of its modules are no whole LoRA, such as {min(broken)[:100]}")
     ranks = {module: info.shape[0] for module, info in parts["down"].items()}
-    scales = _scales(path, forms["alpha"], ranks) if "alpha" in forms else None
+    with safe_open(path, "pt") as file:
+        _refuse_empty(file, forms, parts, source)
+        scales = _scales(file, forms["alpha"], ranks) if "alpha" in forms else None
     return Lora(path=path, format=spelling, ranks=tuple(sorted(set(ranks.values()))), modules=len(ranks), scales=scales)
 
 
@@ -92,10 +95,26 @@ def _is_matrix(info: TensorInfo) -> bool:
     return len(info.shape) > 1 and math.prod(info.shape) > 0
 
 
-def _scales(path: Path, alpha: re.Pattern[str], ranks: Mapping[str, int]) -> Scales:
+def _refuse_empty(
+    file: Any, forms: Mapping[str, re.Pattern[str]], parts: Mapping[str, Mapping[str, TensorInfo]], source: str
+) -> None:
+    """A training run that diverged leaves NaN; one that never began leaves zeros, and a picture without the LoRA."""
+    zero: dict[str, set[str]] = {part: set() for part in forms}
+    for part, form in forms.items():
+        for found in filter(None, map(form.match, file.keys())):
+            tensor = file.get_tensor(found[0])
+            if not tensor.isfinite().all():
+                raise LoraMismatch(f"{source}: NaN or Inf in {found[0][:100]}")
+            if not tensor.any():
+                zero[part].add(found[1])
+    unchanged = zero["down"] | zero["up"] | zero.get("alpha", set())
+    if not parts["down"].keys() - unchanged and not parts.get("magnitude"):
+        raise LoraMismatch(f"{source}: changes nothing: a factor of each of its {len(parts['down'])} modules is zero")
+
+
+def _scales(file: Any, alpha: re.Pattern[str], ranks: Mapping[str, int]) -> Scales:
     """Each module's rank and alpha / rank; without an alpha that is 1 (kohya's `sd-scripts`)."""
-    with safe_open(path, "pt") as file:
-        alphas = {found[1]: float(file.get_tensor(found[0])) for found in map(alpha.match, file.keys()) if found}
+    alphas = {found[1]: float(file.get_tensor(found[0])) for found in map(alpha.match, file.keys()) if found}
     return Counter((rank, round(alphas.get(module, rank) / rank, 4)) for module, rank in ranks.items())
 
 
