@@ -7,7 +7,7 @@ ZloraError
 ├── LoraError
 │   ├── LoraNotAllowed        lora_not_allowed       scheme, host or address the operator does not allow
 │   ├── LoraNotFound          lora_not_found         the source says that there is no such file
-│   ├── LoraForbidden         lora_forbidden         the source wants other credentials
+│   ├── LoraForbidden         lora_forbidden         the source refuses it to this worker
 │   ├── LoraUnreachable       lora_unreachable       no answer, a broken one, or too slow        retryable
 │   ├── LoraTooLarge          lora_too_large         more bytes than a LoRA may have
 │   ├── LoraCorrupt           lora_corrupt           bytes and digest differ
@@ -118,7 +118,7 @@ class LoraNotFound(LoraError):
 
 
 class LoraForbidden(LoraError):
-    """The source of the LoRA refuses this worker's credentials."""
+    """The source of the LoRA refuses it to this worker."""
 
     code = "lora_forbidden"
 

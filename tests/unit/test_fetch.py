@@ -168,6 +168,19 @@ def test_a_redirect_into_the_network_is_not_allowed_and_not_opened(tmp_path: Pat
         assert inside.connections == 0
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["http://[::1", "https://[", "https://h:x/", "ftp://example.com/x", "data:,x", "http://\xff\xfe/x",
+     "/\xff?sig=s3cret", "https://a..b/", "javascript:alert(1)", "https://" + "a" * 70 + ".example/"],
+)  # fmt: skip
+def test_a_redirect_to_what_is_no_address_is_a_typed_error(tmp_path: Path, target: str) -> None:
+    error = failure_of(tmp_path, reply(status=302, Location=target))
+
+    assert isinstance(error, LoraNotAllowed | LoraUnreachable)
+    if not target.startswith("/"):
+        assert type(error) is LoraNotAllowed
+
+
 def test_redirects_in_a_circle_are_unreachable(tmp_path: Path) -> None:
     assert type(failure_of(tmp_path, reply(status=302, Location="/again?sig=s3cret"))) is LoraUnreachable
 
@@ -181,7 +194,7 @@ def test_redirects_in_a_circle_are_unreachable(tmp_path: Path) -> None:
         *((status, LoraNotFound) for status in (404, 410)),
         *((status, LoraForbidden) for status in (400, 401, 402, 403, 405, 451)),
         *((status, LoraUnreachable) for status in (408, 425, 429, 500, 502, 503, 504)),
-        *((status, LoraUnreachable) for status in (201, 204, 206, 300, 305)),
+        *((status, LoraUnreachable) for status in (201, 204, 206, 300, 304, 305)),
     ],
 )
 def test_each_status_has_its_word(tmp_path: Path, status: int, kind: type[LoraError]) -> None:

@@ -69,30 +69,38 @@ class Fetcher:
 
     @contextmanager
     def request(self, method: str, url: str, headers: dict[str, str], name: str) -> Iterator[Response]:
-        """An answer with status 200 or 304; every other outcome is a `LoraError` that names `name`."""
-        headers = {"Accept-Encoding": "identity", **headers}
-        timeout = (CONNECT_SECONDS, READ_SECONDS)
+        """An answer with status 200, or 304 where `headers` ask for it; all else is a `LoraError` that names `name`."""
+        wanted = {HTTPStatus.OK, HTTPStatus.NOT_MODIFIED} if "If-None-Match" in headers else {HTTPStatus.OK}
         try:
-            with self.session.request(
-                method, url, headers=headers, stream=True, timeout=timeout, allow_redirects=True
-            ) as response:
-                _check_status(response.status_code, name)
+            with self._open(method, url, headers, name) as response:
+                if response.status_code not in wanted:
+                    raise _status_error(response.status_code, name)
                 yield response
         except requests.exceptions.TooManyRedirects:
             raise LoraUnreachable(f"{name}: too many redirects") from None
         except SSRFGuardError as error:
             raise LoraNotAllowed(f"{name}: {_refusal(error)}") from None
-        except requests.exceptions.InvalidURL:
-            raise LoraNotAllowed(f"{name}: not a URL") from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             raise LoraUnreachable(f"{name}: {_network_reason(error)}") from None
+
+    def _open(self, method: str, url: str, headers: dict[str, str], name: str) -> Response:
+        headers = {"Accept-Encoding": "identity", **headers}
+        timeout = (CONNECT_SECONDS, READ_SECONDS)
+        try:
+            return self.session.request(
+                method, url, headers=headers, stream=True, timeout=timeout, allow_redirects=True
+            )
+        except SSRFGuardError:
+            raise
+        except ValueError:  # requests' own for addresses are among these, and urllib's bare ones for a redirect's
+            raise LoraNotAllowed(f"{name}: no URL that this worker opens, or a redirect to one") from None
 
 
 def _https(fetcher: Fetcher, address: str, sink: BinaryIO, known: Fetched | None) -> Fetched:
     headers = {"If-None-Match": known.version} if known and known.version else {}
     name = without_secrets(address)
     with fetcher.request("GET", address, headers, name) as response:
-        if response.status_code == HTTPStatus.NOT_MODIFIED and known:
+        if known and response.status_code == HTTPStatus.NOT_MODIFIED:
             return known
         return _stream(response, sink, fetcher.settings, name, version=response.headers.get("ETag"))
 
@@ -152,15 +160,13 @@ def _too_large(name: str, settings: Settings) -> LoraTooLarge:
     return LoraTooLarge(f"{name}: more than {settings.lora_max_bytes} bytes", {"max_bytes": settings.lora_max_bytes})
 
 
-def _check_status(status: int, name: str) -> None:
-    if status in (HTTPStatus.OK, HTTPStatus.NOT_MODIFIED):
-        return
+def _status_error(status: int, name: str) -> LoraError:
     kind: type[LoraError] = LoraUnreachable
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         kind = LoraNotFound
     elif HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _PASSING:
         kind = LoraForbidden
-    raise kind(f"{name}: the server answers {status}", {"status": status})
+    return kind(f"{name}: the server answers {status}", {"status": status})
 
 
 def _refusal(error: SSRFGuardError) -> str:
