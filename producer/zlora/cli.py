@@ -26,6 +26,7 @@ class _Commands(click.Group):
 @click.version_option(package_name="z-image-lora")
 def main() -> None:
     """Queue SDXL pictures with LoRAs."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever runs cleans up behind itself
 
 
 @main.command()
@@ -33,7 +34,6 @@ def main() -> None:
 @click.option("--flower-port", default=5555, show_default=True)
 def up(flower: bool, flower_port: int) -> None:
     """Run a broker, a worker and a store folder here until Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Stack(os.environ, flower_port=flower_port if flower else None) as stack:
         click.echo(f"broker  {stack.broker_url}")
         click.echo(f"data    {stack.home}")

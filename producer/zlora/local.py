@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from zlora.errors import StackError
 
 _WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
 _SERVER_GRACE: Final = 10.0  # seconds
+_LONGEST_TMPDIR: Final = 80  # bytes, which leaves room for the names below it
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -44,13 +45,17 @@ class Stack:
         self.flower_port = flower_port
         self._log_folder = log_folder
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._borrowed = ""  # URL of a broker that another stack runs
         self._children = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as started:  # undoes the part that was started where the next fails
             self._children = started
-            self.home.mkdir(parents=True, exist_ok=True)
-            self.environ[wire.BROKER_URL] = self._broker()
+            try:
+                self.home.mkdir(parents=True, exist_ok=True)
+                self.environ[wire.BROKER_URL] = self._broker()
+            except OSError as error:
+                raise StackError(f"{wire.HOME}={self.home}: {error.strerror}") from error
             name = f"zlora-{os.getpid()}@%h"  # stacks may share a broker
             self._start(
                 "worker",
@@ -74,7 +79,9 @@ class Stack:
         return self.environ[wire.BROKER_URL]
 
     def check(self) -> None:
-        """Raise `StackError` where a child has ended."""
+        """Raise `StackError` where a child has ended, or the broker that another stack has started."""
+        if self._borrowed and not _socket_of(self._borrowed).is_socket():
+            raise StackError("the `zlora up` that started the broker has ended")
         for name, child in self._running.items():
             if (status := child.poll()) is not None:
                 where = f"see {self._log_folder / f'{name}.log'}" if self._log_folder else "see above"
@@ -87,14 +94,18 @@ class Stack:
             fcntl.flock(lock, fcntl.LOCK_EX)
             recorded = wire.recorded_broker(self.home)
             if recorded and _answers(recorded):
+                self._borrowed = recorded
                 return recorded
             return self._start_valkey(_server_binary())
 
     def _start_valkey(self, binary: str) -> str:
         folder = self.home / "broker"
         folder.mkdir(exist_ok=True)
-        # A socket's path has at most 107 bytes: a data folder's may have more.
-        sockets = self._children.enter_context(tempfile.TemporaryDirectory(prefix="zlora-"))
+        # A socket's path has at most 107 bytes: a data folder's may have more, and so may TMPDIR.
+        room = len(os.fsencode(tempfile.gettempdir())) < _LONGEST_TMPDIR
+        sockets = self._children.enter_context(
+            tempfile.TemporaryDirectory(prefix="zlora-", dir=None if room else "/tmp")  # noqa: S108 - private by mkdtemp
+        )
         socket = f"{sockets}/broker.sock"
         command = [binary, "--port", "0", "--unixsocket", socket, "--unixsocketperm", "700", "--dir", str(folder)]
         command += [
@@ -112,7 +123,7 @@ class Stack:
         _wait_for(url, server)
         record = wire.broker_record(self.home)
         record.write_bytes(msgspec.json.encode(wire.BrokerRecord(url=url, pid=server.pid)))
-        self._children.callback(record.unlink, missing_ok=True)
+        self._children.callback(_forget, record, url)
         return url
 
     def _start(self, name: str, command: list[str], *, grace: float) -> "subprocess.Popen[bytes]":
@@ -170,8 +181,19 @@ def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:
             raise
 
 
+def _forget(record: Path, url: str) -> None:
+    """Delete the record of a broker, unless by now it is another's."""
+    with suppress(FileNotFoundError):
+        if url.encode() in record.read_bytes():
+            record.unlink()
+
+
+def _socket_of(url: str) -> Path:
+    return Path(url.partition("://")[2])
+
+
 def _answers(url: str) -> bool:
-    client: Any = redis.Redis(unix_socket_path=url.partition("://")[2], socket_timeout=2)
+    client: Any = redis.Redis(unix_socket_path=str(_socket_of(url)), socket_timeout=2)
     try:
         with client:
             return bool(client.ping())

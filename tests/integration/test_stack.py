@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -151,6 +152,47 @@ def test_a_second_stack_uses_the_broker_of_the_first(environ: dict[str, str], tm
         assert first.broker_url == second.broker_url
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_second_stack_ends_with_the_broker_of_the_first(
+    environ: dict[str, str], tmp_path: Path, end: signal.Signals
+) -> None:
+    full = clean_environ(environ)
+    with up(environ, tmp_path / "first") as first:
+        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        with Stack(full, log_folder=tmp_path / "b") as second:
+            second.check()
+            os.kill(first.pid, end)
+
+            assert "started the broker" in str(wait_until(lambda: failure(second), "the second notices"))
+
+
+def failure(stack: Stack) -> StackError | None:
+    """Why a stack cannot go on, if it cannot."""
+    try:
+        stack.check()
+    except StackError as error:
+        return error
+    return None
+
+
+def test_a_data_folder_that_is_a_file_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+
+    with pytest.raises(StackError, match="ZLORA_HOME"), Stack(clean_environ({"ZLORA_HOME": str(tmp_path / "home")})):
+        pass
+
+
+def test_a_temporary_folder_with_a_long_name_takes_a_broker_too(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket's path has at most 107 bytes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
+    (tmp_path / ("x" * 100)).mkdir()
+
+    with Stack(clean_environ(environ), log_folder=tmp_path / "logs") as stack:
+        stack.check()
+
+
 def test_a_record_of_a_dead_broker_is_no_broker(environ: dict[str, str], tmp_path: Path) -> None:
     home = Path(environ["ZLORA_HOME"])
     home.mkdir()
@@ -162,15 +204,7 @@ def test_a_record_of_a_dead_broker_is_no_broker(environ: dict[str, str], tmp_pat
 
 def test_a_worker_that_cannot_load_ends_the_stack_with_a_reason(environ: dict[str, str], tmp_path: Path) -> None:
     with Stack(clean_environ(environ | {"ZLORA_MODEL": "/nonexistent"}), log_folder=tmp_path / "logs") as stack:
-
-        def ended() -> StackError | None:
-            try:
-                stack.check()
-            except StackError as error:
-                return error
-            return None
-
-        error = wait_until(ended, "the worker ends")
+        error = wait_until(lambda: failure(stack), "the worker ends")
 
     assert error.details["status"] == 70
     assert "worker.log" in str(error)

@@ -94,6 +94,23 @@ def test_a_single_file_has_every_tensor_of_its_folder_and_draws_the_same(
     assert [pixels(loaded, seed=seed) for seed in (1, 2)] == [pixels(engine, seed=seed) for seed in (1, 2)]
 
 
+def test_a_model_s_files_may_change_under_the_worker(model_home: Path, demo: Path, tmp_path: Path) -> None:
+    """Written over in place, which a copy to the same name does."""
+    folder = copy_model(model_home, tmp_path / "model")
+    single = write_single_file(demo, tmp_path / "tiny.safetensors")
+    loaded = [
+        load_engine(model_home, ZLORA_MODEL=str(folder)),
+        load_engine(model_home, ZLORA_MODEL=str(single), ZLORA_MODEL_CONFIG=str(demo)),
+    ]
+    before = [engine.fingerprint() for engine in loaded]
+
+    for path in (*folder.glob("*/*.safetensors"), single):
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+
+    assert [engine.fingerprint() for engine in loaded] == before
+
+
 def test_a_hub_id_is_loaded_from_what_was_downloaded_before(engine: Engine, model_home: Path, hub_cache: Path) -> None:
     put_in_hub_cache(hub_cache, model_home, "owner/tiny")
 

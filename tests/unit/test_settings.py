@@ -95,6 +95,8 @@ def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
     assert Settings.from_env(home).cache_folder == tmp_path / "loras"
     assert Settings.from_env(home | {"ZLORA_STORE": "s3://b"}).store_url == "s3://b"
     assert Settings.from_env(home | {"ZLORA_LORA_CACHE": "relative"}).cache_folder == tmp_path / "relative"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings.from_env(home | {"ZLORA_LORA_CACHE": "~/x"}).cache_folder == tmp_path / "x"
 
 
 # --- refusing
@@ -119,6 +121,26 @@ def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
         ("ZLORA_ALLOW_HOSTS", "[::1"),
         ("ZLORA_ALLOW_HOSTS", "user@example.com"),
         ("COZY_HUB_URL", "http://["),
+        *(
+            ("ZLORA_STORE", text)
+            for text in (
+                "/srv/pictures",
+                "pictures",
+                "https://example.com/x",
+                "file://host/folder",
+                "file:",
+                "file:a",
+                "file:/a",
+                "file:///a#b",
+                "file:///a?b",
+                "s3://",
+                "s3:///prefix",
+                "s3://two words/x",
+                "s3://Bad_Bucket!",
+                "gs://b",
+                "s3://[",
+            )
+        ),
         ("COZY_HUB_URL", "http://hub.example.com:99999"),
     ],
 )
@@ -135,6 +157,14 @@ def test_a_value_that_makes_no_sense_is_refused_by_the_variable_s_name(
 # --- secrets
 
 
+@pytest.mark.parametrize("text", ["s3://key:s3cret@bucket/prefix", "https://key:s3cret@example.com/x"])
+def test_a_refusal_shows_no_password(home: dict[str, str], text: str) -> None:
+    with pytest.raises(InvalidSetting, match="ZLORA_STORE") as raised:
+        Settings.from_env({**home, "ZLORA_STORE": text})
+
+    assert "s3cret" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -146,7 +176,6 @@ def test_a_value_that_makes_no_sense_is_refused_by_the_variable_s_name(
         ("ZLORA_BROKER_URL", "sentinel://:s3cret@one:26379;sentinel://:s3cret@two:26379"),
         ("ZLORA_RESULT_BACKEND", "rediss://:s3cret@localhost/0"),
         ("ZLORA_S3_ENDPOINT", "http://key:s3cret@localhost:9000"),
-        ("ZLORA_STORE", "s3://key:s3cret@bucket/prefix"),
         ("COZY_HUB_URL", "https://user:s3cret@hub.example.com"),
     ],
 )

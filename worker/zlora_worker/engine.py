@@ -48,7 +48,10 @@ class Engine:
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         for component in COMPONENTS:
-            getattr(pipeline, component).requires_grad_(False)  # once: it changes the last bit of a picture
+            module = getattr(pipeline, component)
+            module.requires_grad_(False)  # once: it changes the last bit of a picture
+            if device.type == "cpu":
+                _take_from_file(module)
         self._scheduler = pipeline.scheduler
         self._fingerprint = self.fingerprint()
 
@@ -146,6 +149,16 @@ class Engine:
         if request.scheduler == "lcm":  # it picks its steps among so many
             options = {"original_inference_steps": max(_LCM_STEPS, request.num_inference_steps)}
         return getattr(diffusers, kind).from_config(config, **options)
+
+
+def _take_from_file(module: torch.nn.Module) -> None:
+    """Copy weights that lie in a mapped file.
+
+    The file may change under a worker; and where in it a weight lies changes the last bit of a picture, since kernels
+    differ by alignment.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _bits(tensor: Tensor) -> Tensor:

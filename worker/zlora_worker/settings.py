@@ -12,6 +12,7 @@ from zlora import wire
 from zlora.errors import InvalidSetting
 from zlora.job import QUEUE
 
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
 _SECRET = "secret"  # noqa: S105 - a key of metadata
 
 
@@ -30,6 +31,14 @@ def _web_url(text: str) -> str:
     parts = urlsplit(text)
     if text and (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0):
         raise ValueError("expected http://host or https://host")
+    return text
+
+
+def _store_url(text: str) -> str:
+    parts = urlsplit(text)
+    folder = text.startswith("file:///") and not parts.query and not parts.fragment  # these are %3F and %23 in a path
+    if text and not folder and not (parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc)):
+        raise ValueError("expected file:///folder or s3://bucket/prefix")
     return text
 
 
@@ -87,7 +96,9 @@ class Settings:
         note="Seconds that loading the base may take, download included",
     )
     store: str = _from(
-        "ZLORA_STORE", note="`file:///folder` or `s3://bucket/prefix`; default: `store` in the data folder"
+        "ZLORA_STORE",
+        read=_store_url,
+        note="`file:///folder` or `s3://bucket/prefix`; default: `store` in the data folder",
     )
     s3_endpoint: str = _from(
         "ZLORA_S3_ENDPOINT",
@@ -138,7 +149,7 @@ class Settings:
     @property
     def cache_folder(self) -> Path:
         """The LoRA cache's folder, with its default."""
-        return Path(self.lora_cache).absolute() if self.lora_cache else self.home / "loras"
+        return Path(self.lora_cache).expanduser().absolute() if self.lora_cache else self.home / "loras"
 
     def __repr__(self) -> str:
         shown = {item.name: _masked(getattr(self, item.name), item.metadata.get(_SECRET)) for item in fields(self)}
@@ -151,7 +162,7 @@ def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
     try:
         return metadata["read"](text)
     except ValueError as error:
-        shown = "***" if metadata[_SECRET] else repr(text)
+        shown = "***" if metadata[_SECRET] else repr(_masked(text, None))
         raise InvalidSetting(f"{name}={shown}: {error}", {"name": name}) from None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
-from zlora.errors import InvalidSetting, StoreFailed
+from zlora.errors import StoreFailed
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,13 +32,11 @@ class Store(Protocol):
 
 
 def open_store(settings: Settings) -> Store:
-    """The store of `ZLORA_STORE`; raises `InvalidSetting`."""
+    """The store of `ZLORA_STORE`."""
     parts = urlsplit(settings.store_url)
-    if parts.scheme == "file" and not parts.netloc and parts.path:
+    if parts.scheme == "file":
         return FolderStore(Path(unquote(parts.path)))
-    if parts.scheme == "s3" and parts.netloc:
-        return S3Store(parts.netloc, prefix=parts.path.strip("/"), endpoint=settings.s3_endpoint or None)
-    raise InvalidSetting("ZLORA_STORE: expected file:///folder or s3://bucket/prefix", {"name": "ZLORA_STORE"})
+    return S3Store(parts.netloc, prefix=parts.path.strip("/"), endpoint=settings.s3_endpoint or None)
 
 
 class FolderStore:
