@@ -26,7 +26,8 @@ class _Commands(click.Group):
 @click.version_option(package_name="z-image-lora")
 def main() -> None:
     """Queue SDXL pictures with LoRAs."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever runs cleans up behind itself
+    for end in (signal.SIGTERM, signal.SIGHUP):  # the second where a terminal is closed
+        signal.signal(end, signal.default_int_handler)  # whatever runs cleans up behind itself
 
 
 @main.command()

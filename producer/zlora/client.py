@@ -43,7 +43,7 @@ _NO_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, Val
 _OUTAGE: Final = 30.0  # seconds that a wait for a result outlasts a Redis that does not answer, such as its restart
 _LOOK_SHARE: Final = 0.1  # of the time waited so far until the next look: a result is seen at most that much late
 _LOOK_BOUNDS: Final = (0.005, 0.25)  # seconds
-# Bounds the wait for a broker that is down: three tries within about a second.
+# Bounds the wait for a broker: three tries within about a second where it is down, within nine where it is silent.
 _SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
 
 

@@ -11,8 +11,18 @@ DOCUMENTS = ("basic", "single_lora", "multiple_loras", "cozy_ref")
 
 
 def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> None:
-    """In an empty data folder: exit status 0, four rows of SUCCESS with their pictures, one tile for each variant."""
-    environ = clean_environ({"ZLORA_HOME": str(tmp_path / "home"), "COLUMNS": "200"})
+    """In an empty data folder: exit status 0, four rows of SUCCESS with their pictures, one tile for each variant.
+
+    What a user has set for a real model is none of the demo's.
+    """
+    environ = clean_environ(
+        {
+            "ZLORA_HOME": str(tmp_path / "home"),
+            "ZLORA_VAE": str(tmp_path / "a-vae"),
+            "ZLORA_RESULT_BACKEND": "redis://127.0.0.1:1/0",
+            "COLUMNS": "200",
+        }
+    )
     command = [str(Path(sys.executable).with_name("zlora")), "demo", "--out", str(tmp_path / "out")]
 
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path, check=False)

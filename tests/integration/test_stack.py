@@ -152,6 +152,21 @@ def test_a_second_stack_uses_the_broker_of_the_first(environ: dict[str, str], tm
         assert first.broker_url == second.broker_url
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_stack_leaves_nothing(
+    environ: dict[str, str], tmp_path: Path, end: signal.Signals
+) -> None:
+    """The second is what a shell sends when its terminal is closed."""
+    home = Path(environ["ZLORA_HOME"])
+    with up(environ, tmp_path / "logs") as stack:
+        url = wait_until(lambda: wire.recorded_broker(home), "the broker is recorded")
+        os.kill(stack.pid, end)
+        stack.wait(60)
+
+    assert not Path(url.partition("://")[2]).parent.exists()
+    assert wire.recorded_broker(home) is None
+
+
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_second_stack_ends_with_the_broker_of_the_first(
     environ: dict[str, str], tmp_path: Path, end: signal.Signals

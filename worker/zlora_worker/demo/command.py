@@ -88,12 +88,14 @@ def _environ(host: str) -> dict[str, str]:
     return {
         **os.environ,
         "ZLORA_MODEL": "demo",
+        "ZLORA_VAE": "",
         "ZLORA_STORE": (wire.home(os.environ) / "store").as_uri(),
         "ZLORA_DEVICE": "cpu",
         "ZLORA_ALLOW_HOSTS": host,
         "FILE_API_BASE_URL": f"http://{host}",
         "FILE_API_TOKEN": TOKEN,
         wire.QUEUE: f"demo-{os.getpid()}",
+        wire.RESULT_BACKEND: "",  # the broker's own
         "OMP_NUM_THREADS": "1",  # the model is too small to share a step
     }
 
