@@ -27,7 +27,8 @@ class _Commands(click.Group):
 def main() -> None:
     """Queue SDXL pictures with LoRAs."""
     for end in (signal.SIGTERM, signal.SIGHUP):  # the second where a terminal is closed
-        signal.signal(end, signal.default_int_handler)  # whatever runs cleans up behind itself
+        if signal.getsignal(end) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(end, signal.default_int_handler)  # whatever runs cleans up behind itself
 
 
 @main.command()
