@@ -52,6 +52,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     weight: Weight = 1.0
     unet_weight: Weight | None = None  # instead of `weight`, in the UNet
     text_encoder_weight: Weight | None = None  # instead of `weight`, in both text encoders
+    strict: bool = True  # refuse a file of which a part lands nowhere in the model
     adapter_name: Annotated[str, Meta(max_length=200)] | None = None
 
 
@@ -91,8 +92,10 @@ class ImageRef(Struct, frozen=True, kw_only=True):
 class LoraReceipt(Struct, frozen=True, kw_only=True):
     """What was used of one LoRA.
 
-    `source` has no query and no credentials; `tier` is where the bytes came from; `modules` counts the layers changed
-    in each component; `ranks` are those found, ascending; `milliseconds` has one entry a phase.
+    `source` has no query and no credentials. `format` is the tool that spells tensors so, `kinds` are the kinds of
+    change, `ranks` those found, ascending. `modules` counts the layers changed in each component, `unmatched` the
+    tensors that land nowhere, of which `unmatched_names` are the first. `relative_norm` is |change| / |weight| over the
+    weights that it touches. `tier` is where it came from; `milliseconds` has one entry a phase.
     """
 
     source: str
@@ -103,13 +106,21 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     unet_weight: float
     text_encoder_weight: float
     modules: dict[str, int]
-    tier: Literal["disk", "network"]
+    tier: Literal["memory", "disk", "network"]
     milliseconds: dict[str, float]
     adapter_name: str | None = None
+    kinds: tuple[str, ...] = ()
+    unmatched: dict[str, int] = {}
+    unmatched_names: tuple[str, ...] = ()
+    relative_norm: float | None = None
 
 
 class GenerateResult(Struct, frozen=True, kw_only=True):
-    """Pictures and receipt. `timings` are seconds by phase; fields may be added, never changed."""
+    """Pictures and receipt. `timings` are seconds by phase; fields may be added, never changed.
+
+    `base_intact` says that the base was compared with what was loaded, after the job; `base_checked` is the share of
+    its bytes that was read for that.
+    """
 
     job_id: str
     images: tuple[ImageRef, ...]
@@ -119,6 +130,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     base_intact: bool
     model: str
     versions: dict[str, str]
+    base_checked: float = 1.0
 
 
 class JobState(StrEnum):

@@ -9,6 +9,7 @@ import pytest
 import redis
 from processes import wait_until, worker
 from zlora import Client, JobState
+from zlora.errors import BaseNotRestored
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a city at night", "num_inference_steps": 200, "seed": 1}
@@ -162,24 +163,51 @@ def test_a_setting_without_sense_ends_the_worker_in_one_line(worker_environ: dic
     assert "Traceback" not in text
 
 
-def test_a_base_left_changed_is_never_drawn_with_again(worker_environ: dict[str, str], tmp_path: Path) -> None:
-    """A job after which the base differs fails with a typed error; the next is put back and drawn by a fresh child."""
-    from zlora.errors import BaseNotRestored
-
-    fault = tmp_path / "fault"
-    fault.mkdir()
-    (fault / "sitecustomize.py").write_text(_LEAVE_A_WEIGHT_CHANGED.format(once=str(tmp_path / "done")))
-    environ = worker_environ | {"ZLORA_QUEUE": "dirty", "PYTHONPATH": str(fault)}
+def test_a_job_after_which_the_base_differs_is_drawn_by_a_fresh_child(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
+    """The fault is found, the child leaves, the job is put back: its user sees a picture, and one load more."""
+    environ = worker_environ | {"ZLORA_QUEUE": "dirty", "PYTHONPATH": str(faulty(tmp_path, times=1))}
     with worker(environ, tmp_path / "log") as running:
         running.wait_ready()
-        with pytest.raises(BaseNotRestored, match="unet"):
-            running.client.submit(SMALL).result(timeout=60)
+        result = running.client.submit(SMALL).result(timeout=90)
 
-        assert running.client.submit(SMALL).result(timeout=90).base_intact
+        assert result.base_intact
+        assert len(running.lines("tensors of the base are not what was loaded, such as unet.conv_in.weight")) == 1
         assert len(running.lines(RESIDENT)) == 2
 
 
-# Wraps the draw of the first job only, in the child: the marker file outlives it.
+def test_a_job_that_spoils_two_bases_fails_and_the_next_is_drawn(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
+    """No endless loop of loads; and nothing is drawn with what it left."""
+    environ = worker_environ | {"ZLORA_QUEUE": "dirty-twice", "PYTHONPATH": str(faulty(tmp_path, times=2))}
+    with worker(environ, tmp_path / "log") as running:
+        running.wait_ready()
+        with pytest.raises(BaseNotRestored, match="unet"):
+            running.client.submit(SMALL).result(timeout=90)
+
+        assert running.client.submit(SMALL).result(timeout=90).base_intact
+        assert len(running.lines(RESIDENT)) == 3
+
+
+def test_a_child_that_is_told_to_end_checks_the_whole_base(worker_environ: dict[str, str], tmp_path: Path) -> None:
+    with worker(worker_environ | {"ZLORA_QUEUE": "drained"}, tmp_path / "log") as running:
+        running.wait_ready()
+        running.client.submit(SMALL).result(timeout=60)
+
+    assert len(running.lines("at the end: the base is what was loaded")) == 1
+
+
+def faulty(folder: Path, *, times: int) -> Path:
+    """A folder for PYTHONPATH by which the first so many jobs leave a weight changed."""
+    fault = folder / "fault"
+    fault.mkdir()
+    (fault / "sitecustomize.py").write_text(_LEAVE_A_WEIGHT_CHANGED.format(marks=str(folder), times=times))
+    return fault
+
+
+# Wraps the draw of the first jobs, in the child: the files that count them outlive it.
 _LEAVE_A_WEIGHT_CHANGED = """
 import sys, pathlib, importlib.abc, importlib.util
 
@@ -193,11 +221,12 @@ class Fault(importlib.abc.MetaPathFinder):
         def exec_module(module):
             run(module)
             from zlora_worker.engine import Engine
-            draw, marker = Engine.draw, pathlib.Path({once!r})
+            draw, marks = Engine.draw, pathlib.Path({marks!r})
             def once(engine, *arguments):
                 picture = draw(engine, *arguments)
-                if not marker.exists():
-                    marker.touch()
+                count = len(list(marks.glob("mark-*")))
+                if count < {times}:
+                    (marks / f"mark-{{count}}").touch()
                     engine.pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-6
                 return picture
             Engine.draw = once

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from fakes import DEMO_LORAS, Tensors, demo_lora
+from fakes import DEMO_LORAS, Tensors, demo_lora, load_engine
 from PIL import Image, ImageChops
 from processes import clean_environ
-from zlora_worker import lora
 from zlora_worker.demo import loras
 from zlora_worker.demo.command import _DOCUMENTS, read_document
 from zlora_worker.demo.folder import build_demo, demo_folder
@@ -119,7 +118,7 @@ PEFT = (
 def test_each_lora_is_spelt_as_people_have_it(model_home: Path, name: str, spelling: str, pattern: str) -> None:
     path = demo_folder(model_home) / "loras" / f"{name}.safetensors"
 
-    assert lora.read(path, source=name).format == spelling
+    assert load_engine(model_home).reader.read(path, digest=name, source=name).format == spelling
     assert [key for key in demo_lora(model_home, name) if not re.fullmatch(pattern, key)] == []
 
 

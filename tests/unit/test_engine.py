@@ -1,6 +1,6 @@
 """The resident model: one seed, one picture; lent, compared, and never trusted once it differs."""
 
-import copy
+import contextlib
 from pathlib import Path
 from typing import get_args
 
@@ -33,9 +33,9 @@ def own(engine: Engine) -> bytes:
 
 
 @pytest.fixture
-def doomed(engine: Engine) -> Engine:
-    """A copy for one test, which leaves it damaged."""
-    return copy.deepcopy(engine)
+def doomed(model_home: Path) -> Engine:
+    """An engine for one test, which leaves it damaged."""
+    return load_engine(model_home)
 
 
 def flip(tensor: torch.Tensor, bit: int, *, at: int = 0) -> None:
@@ -163,21 +163,81 @@ def test_a_loaded_model_keeps_no_gradients(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_flipped_bit_of_any_tensor_changes_its_sum(model_home: Path, dtype: str) -> None:
+def test_any_flipped_bit_of_any_tensor_is_found(model_home: Path, dtype: str) -> None:
     engine = load_engine(model_home, ZLORA_DTYPE=dtype)
-    tensors = [tensor for component in PARTS for tensor in weights(engine, component).values()]
-    before = engine.fingerprint()
-    assert len(before) == len(tensors)
+    named = {f"{part}.{name}": tensor for part in PARTS for name, tensor in weights(engine, part).items()}
 
-    for bit in range(8 * tensors[0].element_size()):
-        for tensor in tensors:
+    for bit in range(8 * next(iter(named.values())).element_size()):
+        for tensor in named.values():
             flip(tensor, bit, at=7919 * bit)
-        flipped = engine.fingerprint()
-        for tensor in tensors:
+        found = engine._fingerprint.check()
+        for tensor in named.values():
             flip(tensor, bit, at=7919 * bit)
 
-        assert [name for name in before if flipped[name] == before[name]] == []
-    assert engine.fingerprint() == before
+        assert set(found.changed) == set(named)
+        assert found.share == 1.0
+    engine.check()
+
+
+def test_a_short_job_pays_for_a_slice_and_slices_go_round(doomed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is damaged is found after at most so many jobs as there are slices, and the share read is told."""
+    monkeypatch.setattr("zlora_worker.fingerprint._SLICE", 2**20)
+    monkeypatch.setattr("zlora_worker.engine._CHECK_SHARE", 0.0)
+    monkeypatch.setattr(doomed._fingerprint, "_seconds", 1e9)
+    with doomed.borrowed():
+        pass
+    share = doomed.base_checked
+    assert 0.1 < share < 0.5
+    flip(weights(doomed, "vae")["decoder.conv_in.bias"], 3)
+
+    found = 0
+    while doomed.state is EngineState.READY and found < 1 / share + 1:
+        found += 1
+        with contextlib.suppress(BaseNotRestored), doomed.borrowed():
+            pass
+
+    assert doomed.state is EngineState.DIRTY
+
+
+def test_a_long_job_and_a_demand_pay_for_all_of_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zlora_worker.engine._CHECK_SHARE", 1e9)
+    with engine.borrowed():
+        pass
+
+    assert engine.base_checked == 1.0
+
+
+def test_a_setting_has_all_of_it_checked_after_every_job(model_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(model_home, ZLORA_BASE_CHECK="all")
+    monkeypatch.setattr(engine._fingerprint, "_seconds", 1e9)
+
+    with engine.borrowed():
+        pass
+
+    assert engine.base_checked == 1.0
+
+
+def test_a_parameter_that_is_not_at_the_base_is_found_by_any_check(doomed: Engine) -> None:
+    """Even one with the same values: what is drawn with is not what is watched."""
+    weight = doomed.pipeline.unet.conv_in.weight
+
+    with pytest.raises(BaseNotRestored, match=r"unet\.conv_in\.weight"), doomed.borrowed():
+        weight.data = weight.data.clone()
+
+
+def test_a_vae_left_in_another_type_is_put_back(model_home: Path) -> None:
+    """The pipeline decodes in fp32 and casts back; a job that ends in between leaves it so."""
+    engine = load_engine(model_home, ZLORA_DTYPE="float16")
+
+    def job() -> None:
+        engine.pipeline.vae.to(torch.float32)
+        raise KeyError
+
+    with pytest.raises(KeyError), engine.borrowed():
+        job()
+
+    assert engine.state is EngineState.READY
+    assert engine.pipeline.vae.dtype is torch.float16
 
 
 @pytest.mark.parametrize("component", PARTS)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+import torch
 from fakes import (
     TEXT,
     UNET,
@@ -28,6 +29,7 @@ from zlora_worker.cache import Cache
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.fetch import Fetcher
 from zlora_worker.generate import Report, Runtime, generate
+from zlora_worker.shelf import Shelf
 from zlora_worker.storage import FolderStore, Store
 
 PHASES = ["fetch", "parse", "apply", "denoise", "restore", "encode", "upload"]
@@ -55,7 +57,12 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def runtime(engine: Engine, cache: Cache, store: MemoryStore) -> Runtime:
-    return Runtime(engine=engine, cache=cache, store=store)
+    return a_runtime(engine, cache, store)
+
+
+def a_runtime(engine: Engine, cache: Cache, store: Store) -> Runtime:
+    """A runtime as a child has it when it starts."""
+    return Runtime(engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store)
 
 
 @pytest.fixture
@@ -137,7 +144,7 @@ def test_the_manifest_is_written_last_and_is_the_result(runtime: Runtime, store:
 
 
 def test_a_job_delivered_twice_leaves_one_set_of_pictures(engine: Engine, cache: Cache, tmp_path: Path) -> None:
-    runtime = Runtime(engine=engine, cache=cache, store=FolderStore(tmp_path / "store"))
+    runtime = a_runtime(engine, cache, FolderStore(tmp_path / "store"))
 
     first, again = (generate(runtime, "twice", a_request(), silent) for _ in range(2))
 
@@ -153,7 +160,7 @@ def test_a_store_that_fails_leaves_no_manifest_and_a_sound_model(
     """At the first picture, at the second, and at the manifest itself."""
     before = pixels(engine)
     store = MemoryStore(room)
-    runtime = Runtime(engine=engine, cache=cache, store=store)
+    runtime = a_runtime(engine, cache, store)
     spec = pinned(write(tmp_path / "a.safetensors", kohya_lora()))
     request = a_request(num_images=2, loras=(spec,))
 
@@ -170,7 +177,7 @@ def test_a_folder_that_cannot_be_written_is_a_store_failure(engine: Engine, cach
     store: Store = FolderStore(tmp_path / "store")
 
     with pytest.raises(StoreFailed, match=r"runs/job/outputs/0\.png"):
-        generate(Runtime(engine=engine, cache=cache, store=store), "job", a_request(), silent)
+        generate(a_runtime(engine, cache, store), "job", a_request(), silent)
 
     assert engine.state is EngineState.READY
 
@@ -230,12 +237,50 @@ def test_the_receipt_says_what_was_used_of_each_lora(
     assert (two.unet_weight, two.text_encoder_weight, two.adapter_name) == (0.75, 0.25, "a.b")
     assert one.modules == {"unet": 3}
     assert two.modules == {"unet": 3, "text_encoder": 3, "text_encoder_2": 3}
-    assert all(receipt.milliseconds["fetch"] >= 0 for receipt in result.loras)
+    assert all(receipt.milliseconds[phase] >= 0 for receipt in result.loras for phase in ("fetch", "parse"))
+    assert all(receipt.relative_norm is not None and receipt.relative_norm > 0.1 for receipt in result.loras)
+    assert {receipt.kinds for receipt in result.loras} == {("lora",)}
     assert result.base_intact
+    assert 0 < result.base_checked <= 1
     assert result.model == runtime.engine.name == "demo"
     assert {"z-image-lora", "torch", "diffusers"} <= result.versions.keys()
     assert "pa55" not in repr(result)
     assert "s3cret" not in repr(result)
+
+
+def test_a_lora_seen_before_comes_from_memory(
+    runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """With any weight: weights are no part of what is kept. The picture is the one of the first time."""
+    file = write(tmp_path / "a.safetensors", kohya_lora())
+    requests = [a_request(seed=1, loras=(pinned(file, weight=weight),)) for weight in (0.5, 0.9, 0.5)]
+
+    first, other, again = (generate(runtime, "memory", request, silent) for request in requests)
+
+    assert [result.loras[0].tier for result in (first, other, again)] == ["disk", "memory", "memory"]
+    assert first.images[0].sha256 == again.images[0].sha256 != other.images[0].sha256
+
+
+def test_a_part_that_lands_nowhere_is_let_through_where_asked_for_and_told(
+    runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """The same file is refused before and after: what one job allows is no part of what is kept."""
+    stray = {"unet.nowhere.lora_A.weight": torch.ones(2, 2), "emphasis": torch.ones(2)}
+    file = write(tmp_path / "a.safetensors", peft_lora() | stray)
+    plain = write(tmp_path / "b.safetensors", peft_lora())
+    strict, lenient = (a_request(seed=1, loras=(pinned(file, strict=strict),)) for strict in (True, False))
+
+    with pytest.raises(LoraMismatch, match="strict"):
+        generate(runtime, "strict", strict, silent)
+    result = generate(runtime, "lenient", lenient, silent)
+    with pytest.raises(LoraMismatch, match="strict"):
+        generate(runtime, "strict", strict, silent)
+
+    (receipt,) = result.loras
+    assert receipt.unmatched == {"unet": 1, "unknown": 1}
+    assert receipt.unmatched_names == ("emphasis", "unet.nowhere.lora_A.weight")
+    without_stray = generate(runtime, "plain", a_request(seed=1, loras=(pinned(plain),)), silent)
+    assert result.images[0].sha256 == without_stray.images[0].sha256
 
 
 def test_weights_of_one_part_take_the_place_of_weight(
@@ -301,5 +346,4 @@ def test_a_watcher_that_fails_costs_its_job_only(
         generate(runtime, "unwatched", a_request(loras=(spec,)), report)
 
     assert runtime.engine.state is EngineState.READY
-    assert runtime.engine.pipeline.get_list_adapters() == {}
     assert pixels(runtime.engine) == before

@@ -1,14 +1,27 @@
-"""What a file says of itself, before a model is touched."""
+"""What a file changes in the resident model, before anything is changed."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import Tensors, kohya_lora, peft_lora, write
+from fakes import Tensors, kohya_lora, load_engine, peft_lora, write
 from zlora.errors import LoraMismatch, NotSafetensors
-from zlora_worker import lora
+from zlora_worker.lora import Lora, Reader, require_whole
+from zlora_worker.shelf import Shelf
 
 SOURCE = "https://example.com/a.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reader(model_home: Path) -> Reader:
+    return load_engine(model_home).reader
+
+
+def read(reader: Reader, path: Path) -> Lora:
+    """A whole file, as a strict job has it."""
+    found = reader.read(path, digest="d", source=SOURCE)
+    require_whole(found, source=SOURCE)
+    return found
 
 
 def old_diffusers_lora() -> Tensors:
@@ -21,10 +34,10 @@ def old_diffusers_lora() -> Tensors:
     }
 
 
-def refusal(path: Path) -> str:
+def refusal(reader: Reader, path: Path) -> str:
     """The message of a refused file: one line, and it names the source."""
     with pytest.raises(LoraMismatch) as raised:
-        lora.read(path, source=SOURCE)
+        read(reader, path)
     message = str(raised.value)
     assert message.startswith(SOURCE)
     assert len(message.splitlines()) == 1
@@ -35,44 +48,38 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize(
     ("tensors", "spelling"), [(kohya_lora(), "kohya"), (peft_lora(), "peft"), (old_diffusers_lora(), "diffusers")]
 )
-def test_each_spelling_is_told(tmp_path: Path, tensors: Tensors, spelling: str) -> None:
-    read = lora.read(write(tmp_path / "a", tensors), source=SOURCE)
+def test_each_spelling_is_told(reader: Reader, tmp_path: Path, tensors: Tensors, spelling: str) -> None:
+    found = read(reader, write(tmp_path / "a", tensors))
 
-    assert (read.format, read.ranks, read.modules) == (spelling, (2,), 3)
-    assert read.path == tmp_path / "a"
-
-
-def test_ranks_are_those_found_in_ascending_order(tmp_path: Path) -> None:
-    read = lora.read(write(tmp_path / "a", peft_lora(ranks=(8, 4, 8))), source=SOURCE)
-
-    assert read.ranks == (4, 8)
-    assert read.modules == 3
+    assert (found.format, found.kinds, found.ranks, found.modules) == (spelling, ("lora",), (2,), {"unet": 3})
 
 
-def test_the_rank_of_a_convolution_is_its_first_side(tmp_path: Path) -> None:
+def test_ranks_are_those_found_in_ascending_order(reader: Reader, tmp_path: Path) -> None:
+    found = read(reader, write(tmp_path / "a", peft_lora(ranks=(8, 4, 8))))
+
+    assert found.ranks == (4, 8)
+    assert found.modules == {"unet": 3}
+
+
+def test_the_rank_of_a_convolution_is_its_first_side(reader: Reader, tmp_path: Path) -> None:
     module = "lora_unet_input_blocks_1_0_in_layers_2"
     tensors = {
         f"{module}.lora_down.weight": torch.ones(5, 16, 3, 3),
         f"{module}.lora_up.weight": torch.ones(16, 5, 1, 1),
     }
 
-    assert lora.read(write(tmp_path / "a", tensors), source=SOURCE).ranks == (5,)
+    assert read(reader, write(tmp_path / "a", tensors)).ranks == (5,)
 
 
 @pytest.mark.parametrize(
     "tensors",
-    [
-        {},
-        {"weight": torch.ones(2)},
-        {"lora_unet_input_blocks_4_1_proj_in.hada_w1_a": torch.ones(4, 4)},
-        {"lora_unet_input_blocks_4_1_proj_in.lokr_w1": torch.ones(4, 4)},
-        {"lora_unet_input_blocks_4_1_proj_in.diff": torch.ones(4, 4)},
-        {f"unet.{'deep.' * 200}weight": torch.ones(1)},
-    ],
-    ids=["empty", "no LoRA", "LoHa", "LoKr", "full difference", "long names"],
+    [{}, {"weight": torch.ones(2)}, {f"unet.{'deep.' * 200}weight": torch.ones(1)}],
+    ids=["empty", "no LoRA", "long names"],
 )
-def test_a_sound_file_that_is_no_lora_is_refused_with_what_it_holds(tmp_path: Path, tensors: Tensors) -> None:
-    message = refusal(write(tmp_path / "a", tensors))
+def test_a_sound_file_that_is_no_lora_is_refused_with_what_it_holds(
+    reader: Reader, tmp_path: Path, tensors: Tensors
+) -> None:
+    message = refusal(reader, write(tmp_path / "a", tensors))
 
     assert f"{len(tensors)} tensors" in message
 
@@ -87,55 +94,89 @@ def test_a_sound_file_that_is_no_lora_is_refused_with_what_it_holds(tmp_path: Pa
     ],
     ids=["three alphas", "no alpha in alpha", "a number for a matrix", "rank 0"],
 )
-def test_a_lora_whose_tensors_cannot_be_factors_is_refused(tmp_path: Path, change: Tensors) -> None:
+def test_a_lora_whose_tensors_cannot_be_factors_is_refused(reader: Reader, tmp_path: Path, change: Tensors) -> None:
     module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     changed = {f"{module}.{leaf}": tensor for leaf, tensor in change.items()}
 
-    refusal(write(tmp_path / "a", kohya_lora() | changed))
+    refusal(reader, write(tmp_path / "a", kohya_lora() | changed))
 
 
-def test_a_tensor_cannot_forge_a_line_of_the_log(tmp_path: Path) -> None:
+def test_a_tensor_cannot_forge_a_line_of_the_log(reader: Reader, tmp_path: Path) -> None:
     """Names in a file come from strangers: a message shows them without the line breaks that they may hold."""
     tensors = {"weight\nCRITICAL all is lost": torch.ones(2)}
 
-    message = refusal(write(tmp_path / "a", tensors))
+    message = refusal(reader, write(tmp_path / "a", tensors))
 
     assert "weight" in message
 
 
-def test_a_file_that_is_no_safetensors_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_no_safetensors_says_so(reader: Reader, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("<!DOCTYPE html><title>Log in</title>" * 10)
 
     with pytest.raises(NotSafetensors, match="web page"):
-        lora.read(tmp_path / "a", source=SOURCE)
+        read(reader, tmp_path / "a")
 
 
 @pytest.mark.parametrize("zeros", [("lora_up",), ("lora_down",), ("alpha",), ("lora_up", "alpha")], ids=" and ".join)
-def test_a_file_that_changes_nothing_is_refused(tmp_path: Path, zeros: tuple[str, ...]) -> None:
+def test_a_file_that_changes_nothing_is_refused(reader: Reader, tmp_path: Path, zeros: tuple[str, ...]) -> None:
     """A training run that never began; a job with it would give the picture without it, and a receipt."""
     tensors = {
         key: torch.zeros_like(tensor) if any(part in key for part in zeros) else tensor
         for key, tensor in kohya_lora().items()
     }
 
-    assert "changes nothing" in refusal(write(tmp_path / "a", tensors))
+    assert "changes nothing" in refusal(reader, write(tmp_path / "a", tensors))
 
 
-def test_a_file_of_which_one_module_changes_nothing_is_read(tmp_path: Path) -> None:
+def test_a_file_of_which_one_module_changes_nothing_is_read(reader: Reader, tmp_path: Path) -> None:
     """As trainers leave a layer that was frozen."""
     tensors = kohya_lora()
     first = next(key for key in tensors if "lora_up" in key)
 
-    read = lora.read(write(tmp_path / "a", tensors | {first: torch.zeros_like(tensors[first])}), source=SOURCE)
+    found = read(reader, write(tmp_path / "a", tensors | {first: torch.zeros_like(tensors[first])}))
 
-    assert read.modules == 3
+    assert found.modules == {"unet": 3}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("part", ["lora_up", "lora_down", "alpha"])
-def test_a_number_that_is_none_is_refused_by_its_tensor(tmp_path: Path, part: str, value: float) -> None:
+def test_a_number_that_is_none_is_refused_by_its_tensor(
+    reader: Reader, tmp_path: Path, part: str, value: float
+) -> None:
     tensors = kohya_lora()
     key = next(key for key in tensors if part in key)
     tensors[key].view(-1)[-1] = value
 
-    assert key in refusal(write(tmp_path / "a", tensors))
+    assert key in refusal(reader, write(tmp_path / "a", tensors))
+
+
+def test_nothing_of_a_file_stays_mapped(reader: Reader, tmp_path: Path) -> None:
+    """A cached file that is cut short under a mapping would kill the process."""
+    path = write(tmp_path / "mapped.safetensors", peft_lora())
+    found = read(reader, path)
+    before = [batch.up.clone() for batch in found.batches]
+
+    assert "mapped.safetensors" not in Path("/proc/self/maps").read_text()
+    path.write_bytes(b"")
+
+    assert all(torch.equal(batch.up, kept) for batch, kept in zip(found.batches, before, strict=True))
+
+
+def test_a_lora_is_read_once_while_there_is_room(reader: Reader, tmp_path: Path) -> None:
+    """The least recently used goes first; one above the bound is read each time."""
+    paths = {
+        name: write(tmp_path / name, peft_lora(ranks=(rank,)))
+        for name, rank in (("a", 2), ("b", 2), ("c", 2), ("big", 8))
+    }
+    shelf, reads = Shelf(max_bytes=2 * read(reader, paths["a"]).nbytes), list[str]()
+
+    def get(name: str) -> bool:
+        def load() -> Lora:
+            reads.append(name)
+            return reader.read(paths[name], digest=name, source=name)
+
+        return shelf.get(name, load)[1]
+
+    assert [get(name) for name in ("a", "b", "a", "c", "a", "b", "big", "big")] == [0, 0, 1, 0, 1, 0, 0, 0]
+    assert reads == ["a", "b", "c", "b", "big", "big"]
+    assert shelf.nbytes <= 2 * read(reader, paths["a"]).nbytes

@@ -149,7 +149,7 @@ def test_any_other_arguments_are_an_invalid_request(child: Child, args: list[Any
 
 @pytest.mark.parametrize(
     "error",
-    [LoraNotFound("there is none", {"status": 404}), BaseNotRestored(), InternalError("known"), ZloraError("bare")],
+    [LoraNotFound("there is none", {"status": 404}), InternalError("known"), ZloraError("bare")],
 )
 def test_a_typed_error_passes_as_it_is(child: Child, error: ZloraError) -> None:
     def fail(_request: GenerateRequest, _report: Report) -> None:
@@ -218,6 +218,28 @@ def test_a_child_without_a_sound_model_draws_nothing_and_leaves(child: Child, br
 
     assert raised.value.args == (tasks.EXIT_DIRTY,)
     assert child.jobs == []
+
+
+def spoil(_request: GenerateRequest, _report: Report) -> None:
+    raise BaseNotRestored("1 tensors of the base are not what was loaded")
+
+
+def test_a_child_whose_base_a_job_spoilt_leaves_and_the_job_goes_to_another(child: Child) -> None:
+    child.draw = spoil
+
+    with pytest.raises(Left) as raised:
+        child.run()
+
+    assert raised.value.args == (tasks.EXIT_DIRTY,)
+
+
+def test_a_job_that_spoilt_a_base_before_is_not_given_a_third(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would cost the pool a load of the model for ever. The child leaves with the job after it."""
+    child.draw = spoil
+    monkeypatch.setattr(tasks, "_redelivered", lambda _task: True)
+
+    with pytest.raises(BaseNotRestored):
+        child.run()
 
 
 # --- progress

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_process_shutdown
 from celery.utils.log import get_logger
 from zlora import wire
 from zlora.client import check_urls
@@ -82,6 +82,12 @@ def load_model(**_: Any) -> None:
         logger.exception("loading %s failed", settings.model)
         _give_up(f"loading {settings.model} failed: {type(error).__name__}: {error}")
     marks.loaded()
+
+
+@worker_process_shutdown.connect
+def check_base(**_: Any) -> None:
+    """In the child, when it is told to end."""
+    tasks.last_check()
 
 
 def _give_up(reason: str) -> None:

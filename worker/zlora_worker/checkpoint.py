@@ -46,7 +46,13 @@ def load(settings: Settings) -> Engine:
     if not settings.vae:
         # SDXL's own VAE overflows in fp16 and draws black: decode in fp32, whatever a copy's configuration says.
         pipeline.vae.register_to_config(force_upcast=True)
-    return Engine(pipeline, name=settings.model, device=device)
+    return Engine(
+        pipeline,
+        name=settings.model,
+        device=device,
+        patch_mode=settings.patch,
+        check_all=settings.base_check == "all",
+    )
 
 
 def _pipeline(settings: Settings, dtype: torch.dtype) -> StableDiffusionXLPipeline:

@@ -1,6 +1,7 @@
 """SDXL, resident: loaded once, lent to one job at a time, and shown to be the same afterwards."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,8 +15,13 @@ from PIL import Image
 from torch import Tensor
 from zlora.errors import BaseNotRestored, GenerationFailed
 from zlora.job import GenerateRequest
+from zlora_worker.fingerprint import Fingerprint
+from zlora_worker.lora import Reader
+from zlora_worker.patch import Patch, mode_for
+from zlora_worker.weights import Weights
 
 COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
+ADAPTED: Final = COMPONENTS[:3]  # that LoRAs are made for
 _SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "ddim": ("DDIMScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
@@ -28,8 +34,7 @@ _SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 _LCM_STEPS: Final = 50  # that latent consistency models are distilled from
-
-Fingerprint = dict[str, int]
+_CHECK_SHARE: Final = 0.01  # of a job's time, that it may cost to show that the base is back
 
 
 class EngineState(StrEnum):
@@ -40,45 +45,59 @@ class EngineState(StrEnum):
 
 
 class Engine:
-    """One pipeline on one device."""
+    """One pipeline on one device: its weights, what changes them, and what shows that they are the same afterwards."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, *, name: str, device: torch.device) -> None:
-        """Move the pipeline to the device, for good."""
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        *,
+        name: str,
+        device: torch.device,
+        patch_mode: str = "auto",
+        check_all: bool = False,
+    ) -> None:
+        """Move the pipeline to the device, for good. `check_all` checks the whole base after each job."""
         self.name, self.device, self.state = name, device, EngineState.READY
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        for component in COMPONENTS:
-            module = getattr(pipeline, component)
+        components = {component: getattr(pipeline, component) for component in COMPONENTS}
+        for module in components.values():
             module.requires_grad_(False)  # once: it changes the last bit of a picture
             if device.type == "cpu":
                 _take_from_file(module)
+        weights = Weights({component: components[component] for component in ADAPTED})
+        self.reader = Reader(weights)
+        self.patch = Patch(weights, mode=mode_for(weights, patch_mode))
+        self.base_checked = 1.0  # share of the base that was read after the last job
+        self._check_all = check_all
         self._scheduler = pipeline.scheduler
-        self._fingerprint = self.fingerprint()
+        self._vae_dtype = pipeline.vae.dtype
+        self._fingerprint = Fingerprint(components, weights)
 
     @contextmanager
     def borrowed(self) -> Iterator[StableDiffusionXLPipeline]:
         """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs afterwards."""
         if self.state is not EngineState.READY:
             raise BaseNotRestored
-        self.state = EngineState.DIRTY
+        self.state, start = EngineState.DIRTY, time.monotonic()
         try:
             yield self.pipeline
         finally:
-            changed = self._fingerprint.items() ^ self.fingerprint().items()
-            if changed:
-                names = sorted({name for name, _ in changed})
-                raise BaseNotRestored(f"{len(names)} tensors of the base differ after the job, such as {names[0]}")
-            self.state = EngineState.READY
+            self.patch.restore()  # where a signal came between a merge and the block that puts it back
+            if self.pipeline.vae.dtype is not self._vae_dtype:  # a picture that fails in mid-decode leaves it in fp32
+                self.pipeline.vae.to(self._vae_dtype)
+            self.check(None if self._check_all else _CHECK_SHARE * (time.monotonic() - start))
 
-    def fingerprint(self) -> Fingerprint:
-        """The sum of each tensor's bits read as integers, by name: any flipped bit and any stray module changes it."""
-        named = {
-            f"{component}.{name}": tensor
-            for component in COMPONENTS
-            for name, tensor in getattr(self.pipeline, component).state_dict().items()
-        }
-        sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in named.values()])
-        return dict(zip(named, sums.tolist(), strict=True))  # one transfer from the device
+    def check(self, seconds: float | None = None) -> None:
+        """Compare the base with what was loaded, all of it or as much as so many seconds allow.
+
+        READY where nothing differs; raises `BaseNotRestored`, and is DIRTY, where anything does.
+        """
+        self.state = EngineState.DIRTY
+        changed, self.base_checked = self._fingerprint.check(seconds)
+        if changed:
+            raise BaseNotRestored(f"{len(changed)} tensors of the base are not what was loaded, such as {changed[0]}")
+        self.state = EngineState.READY
 
     def size(self, request: GenerateRequest) -> tuple[int, int]:
         """Width and height in pixels: what is absent is the model's native size."""
@@ -159,11 +178,6 @@ def _take_from_file(module: torch.nn.Module) -> None:
     """
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(widths[tensor.element_size()])
 
 
 def _to_image(pixels: Tensor) -> Image.Image:

@@ -5,23 +5,27 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import msgspec
 from PIL.Image import Image
 from zlora.job import GenerateRequest, GenerateResult, ImageRef, LoraReceipt, LoraSpec, OutputFormat, seed_of
-from zlora_worker import checkpoint, images, lora, patch
+from zlora_worker import checkpoint, images, lora
 from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.fetch import Fetcher
+from zlora_worker.merge import Adapter
 from zlora_worker.settings import Settings
+from zlora_worker.shelf import Shelf
 from zlora_worker.storage import Store, image_key, manifest_key, open_store
 
 Report = Callable[[str, int, int], None]  # phase, step, steps
 
 _VERSIONS: Final = {
-    name: importlib.metadata.version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers", "peft")
+    name: importlib.metadata.version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers")
 }
+
+_UNMATCHED_NAMES: Final = 20  # in a receipt; it travels with every look at the result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,7 @@ class Runtime:
 
     engine: Engine
     cache: Cache
+    shelf: Shelf
     store: Store
 
     @classmethod
@@ -37,7 +42,8 @@ class Runtime:
         """Load the base and open cache and store; raises `ModelUnavailable` or `InvalidSetting`."""
         store = open_store(settings)
         cache = Cache(settings.cache_folder, max_bytes=settings.lora_cache_bytes, fetcher=Fetcher(settings))
-        return cls(engine=checkpoint.load(settings), cache=cache, store=store)
+        shelf = Shelf(max_bytes=settings.lora_memory_bytes)
+        return cls(engine=checkpoint.load(settings), cache=cache, shelf=shelf, store=store)
 
 
 def generate(
@@ -52,12 +58,13 @@ def generate(
     report("fetching", 0, len(request.loras))
     files = [runtime.cache.path(spec.file) for spec in request.loras]
     laps.end("fetch")
-    adapters = [_adapter(spec, file) for spec, file in zip(request.loras, files, strict=True)]
+    readings = [_read(runtime, spec, file) for spec, file in zip(request.loras, files, strict=True)]
+    adapters = [_adapter(spec, reading.lora) for spec, reading in zip(request.loras, readings, strict=True)]
     laps.end("parse")
 
     report("applying", 0, len(adapters))
     seed = seed_of(job_id) if request.seed is None else request.seed
-    with engine.borrowed() as pipeline, patch.applied(pipeline, adapters) as changed:
+    with engine.borrowed(), engine.patch.applied(adapters) as norms:
         laps.end("apply")
         pictures = [
             engine.draw(request, seed + index, _steps(report, index, request)) for index in range(request.num_images)
@@ -75,7 +82,7 @@ def generate(
     ]
     laps.end("upload")
 
-    receipts = [_receipt(*parts) for parts in zip(request.loras, files, adapters, changed, strict=True)]
+    receipts = [_receipt(*parts) for parts in zip(request.loras, files, readings, adapters, norms, strict=True)]
     result = GenerateResult(
         job_id=job_id,
         images=tuple(refs),
@@ -85,6 +92,7 @@ def generate(
         base_intact=engine.state is EngineState.READY,  # proven on the way out of `borrowed`
         model=engine.name,
         versions=_VERSIONS,
+        base_checked=round(engine.base_checked, 4),
     )
     runtime.store.put(manifest_key(job_id), msgspec.json.encode(result), "application/json")
     return result
@@ -103,12 +111,27 @@ class Laps:
         self.seconds[phase], self._last = round(now - self._last, 6), now
 
 
-def _adapter(spec: LoraSpec, file: CachedFile) -> patch.Adapter:
-    text = spec.text_encoder_weight
-    return patch.Adapter(
-        lora=lora.read(file.path, source=file.source),
-        source=file.source,
-        unet_weight=spec.weight if spec.unet_weight is None else spec.unet_weight,
+class _Reading(NamedTuple):
+    lora: lora.Lora
+    from_memory: bool
+    seconds: float
+
+
+def _read(runtime: Runtime, spec: LoraSpec, file: CachedFile) -> _Reading:
+    start = time.perf_counter()
+    found, from_memory = runtime.shelf.get(
+        file.sha256, lambda: runtime.engine.reader.read(file.path, digest=file.sha256, source=file.source)
+    )
+    if spec.strict:
+        lora.require_whole(found, source=file.source)
+    return _Reading(found, from_memory, time.perf_counter() - start)
+
+
+def _adapter(spec: LoraSpec, read: lora.Lora) -> Adapter:
+    unet, text = spec.unet_weight, spec.text_encoder_weight
+    return Adapter(
+        lora=read,
+        unet_weight=spec.weight if unet is None else unet,
         text_encoder_weight=spec.weight if text is None else text,
     )
 
@@ -132,17 +155,22 @@ def _put(store: Store, key: str, data: bytes, picture: Image, output_format: Out
     )
 
 
-def _receipt(spec: LoraSpec, file: CachedFile, adapter: patch.Adapter, changed: dict[str, int]) -> LoraReceipt:
+def _receipt(spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapter, norm: float) -> LoraReceipt:
+    read = reading.lora
     return LoraReceipt(
         source=file.source,
         sha256=file.sha256,
         size=file.size,
-        format=adapter.lora.format,
-        ranks=adapter.lora.ranks,
+        format=read.format,
+        ranks=read.ranks,
         unet_weight=adapter.unet_weight,
         text_encoder_weight=adapter.text_encoder_weight,
-        modules=changed,
-        tier=file.tier,
-        milliseconds={"fetch": round(1000 * file.seconds, 3)},
+        modules=read.modules,
+        tier="memory" if reading.from_memory and file.tier == "disk" else file.tier,
+        milliseconds={"fetch": round(1000 * file.seconds, 3), "parse": round(1000 * reading.seconds, 3)},
         adapter_name=spec.adapter_name,
+        kinds=read.kinds,
+        unmatched=read.unmatched_counts(),
+        unmatched_names=read.unmatched[:_UNMATCHED_NAMES],
+        relative_norm=round(norm, 6),
     )

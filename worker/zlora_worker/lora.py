@@ -1,121 +1,254 @@
-"""File to LoRA: what a checked safetensors file says it is, before the model is touched."""
+"""File to layers: what a checked safetensors file changes in the resident model, and by how much."""
 
-import math
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import safe_open
-from zlora.errors import LoraMismatch
-from zlora.header import TensorInfo, read_header
+import torch
+from torch import Tensor
+from zlora.errors import LoraMismatch, NotSafetensors
+from zlora.header import Header, TensorInfo, read_header
+from zlora_worker import kinds, origins, spelling
+from zlora_worker.adapter_config import AdapterConfig
+from zlora_worker.changes import Change, Product, Unfit
+from zlora_worker.spelling import Module, Names
+from zlora_worker.weights import Place, Weights, as_matrices
 
-# One spelling is a pattern for each of a module's tensors; the first group is the module.
-_SPELLINGS: Final[dict[str, dict[str, re.Pattern[str]]]] = {
-    "kohya": {
-        "down": re.compile(r"^(lora_(?:unet|te|te1|te2)_\w+)\.lora_down\.weight$"),
-        "up": re.compile(r"^(lora_(?:unet|te|te1|te2)_\w+)\.lora_up\.weight$"),
-        "alpha": re.compile(r"^(lora_(?:unet|te|te1|te2)_\w+)\.alpha$"),
-    },
-    "peft": {
-        "down": re.compile(r"^(.+)\.lora_A\.weight$"),
-        "up": re.compile(r"^(.+)\.lora_B\.weight$"),
-        "magnitude": re.compile(r"^(.+)\.lora_magnitude_vector(?:\.weight)?$"),
-    },
-    "diffusers": {
-        "down": re.compile(r"^(.+)\.lora(?:_linear_layer)?\.down\.weight$"),
-        "up": re.compile(r"^(.+)\.lora(?:_linear_layer)?\.up\.weight$"),
-        "alpha": re.compile(r"^(.+)\.alpha$"),
-    },
-}
-_NAMED: Final = 3  # keys named in a message
+_DTYPES: Final = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_INTEGERS: Final = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_NAMED: Final = 3  # names shown in a message
 
-Scales = Counter[tuple[int, float]]
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """LoRAs of one stack and rank, ready for one batched product; `rows` ascend, the scale is within `up`."""
+
+    stack: int
+    rows: tuple[int, ...]
+    up: Tensor  # [rows, out, rank], fp32
+    down: Tensor  # [rows, rank, in * kernel], fp32
+    squared_norm: float  # of all its products at weight 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A LoRA file: its spelling, its ranks in ascending order, and how many modules it means to change.
+    """A file's change of one resident model. Weights are no part of it: it is read once for any of them.
 
-    `scales` counts the modules by rank and alpha / rank; None where the spelling leaves that to the file's metadata.
+    `modules` counts those changed by component; `unmatched` are the tensors that land nowhere.
     """
 
-    path: Path
+    digest: str
     format: str
+    kinds: tuple[str, ...]
     ranks: tuple[int, ...]
-    modules: int
-    scales: Scales | None
+    modules: dict[str, int]
+    unmatched: tuple[str, ...]
+    batches: tuple[Batch, ...]
+    changes: tuple[tuple[Place, Change], ...]  # of all other kinds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its tensors take."""
+        batched = sum(batch.up.nbytes + batch.down.nbytes for batch in self.batches)
+        return batched + sum(change.nbytes for _, change in self.changes)
+
+    def unmatched_counts(self) -> dict[str, int]:
+        """How many tensors land nowhere, by the component that they are meant for."""
+        return dict(Counter(map(spelling.component_of, self.unmatched)))
 
 
-def read(path: Path, *, source: str) -> Lora:
-    """What the file at `path` is, named `source` in messages.
+class Reader:
+    """Reads LoRA files for one resident model."""
 
-    Raises `NotSafetensors`; or `LoraMismatch` where it holds no LoRA, half of one, a tensor of another kind, one with
-    NaN or Inf, or no change at all.
-    """
-    tensors = read_header(path).tensors
-    spelling, forms = _most_fitting(tensors)
-    parts = {
-        part: {found[1]: tensors[found[0]] for found in map(form.match, tensors) if found}
-        for part, form in forms.items()
-    }
-    if not parts["down"]:
-        raise LoraMismatch(f"{source}: no LoRA that this worker reads: {_shown(tensors)}")
-    if strangers := [key for key in tensors if not any(form.match(key) for form in forms.values())]:
-        raise LoraMismatch(f"{source}: a {spelling} LoRA with what this worker does not read: {_shown(strangers)}")
-    if broken := _broken(parts):
-        raise LoraMismatch(f"{source}: {len(broken)} of its modules are no whole LoRA, such as {min(broken)[:100]}")
-    ranks = {module: info.shape[0] for module, info in parts["down"].items()}
-    with safe_open(path, "pt") as file:
-        _refuse_empty(file, forms, parts, source)
-        scales = _scales(file, forms["alpha"], ranks) if "alpha" in forms else None
-    return Lora(path=path, format=spelling, ranks=tuple(sorted(set(ranks.values()))), modules=len(ranks), scales=scales)
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._names = Names(weights.modules())
+
+    def read(self, path: Path, *, digest: str, source: str) -> Lora:
+        """The layers of the file at `path`, named `source` in messages; nothing of it stays open or mapped.
+
+        Tensors that land nowhere are left to `require_whole`. Raises `NotSafetensors`; or `LoraMismatch` where the
+        file is no LoRA, made for another base, half of one, of a kind that is not supported, holds NaN or Inf, or
+        changes nothing.
+        """
+        header = read_header(path)
+        try:
+            return self._read(path, header, digest)
+        except _Refusal as refusal:
+            raise LoraMismatch(f"{source}: {refusal}", refusal.details) from None
+
+    def _read(self, path: Path, header: Header, digest: str) -> Lora:
+        _require_floats(header.tensors)
+        found, unmatched = self._sorted(header)
+        tensors = _load(path, header.tensors)
+        _require_finite(tensors)
+        readings = self._readings(header, found, tensors)
+        placed, homeless = self._placed(readings)
+        batches, changes = _stacked(placed)
+        lora = Lora(
+            digest=digest,
+            format=Counter(map(spelling.format_of, header.tensors)).most_common(1)[0][0],
+            kinds=tuple(sorted({reading.kind for reading in readings.values()})),
+            ranks=tuple(sorted({reading.rank for reading in readings.values() if reading.rank})),
+            modules=dict(Counter(component for component, _ in readings)),
+            unmatched=tuple(sorted([*unmatched, *(found[module][part] for module, part in homeless)])),
+            batches=batches,
+            changes=changes,
+        )
+        _require_effect(lora, self._weights)
+        return lora
+
+    def _sorted(self, header: Header) -> tuple[dict[Module, dict[str, str]], list[str]]:
+        """The tensors' names by module and part, and those that land nowhere."""
+        found: dict[Module, dict[str, str]] = defaultdict(dict)
+        unmatched = []
+        for name in header.tensors:
+            if kind := spelling.unsupported_kind(name):
+                raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
+            key = spelling.split(name)
+            module = self._names.find(key.module) if key else None
+            if key is None or module is None:
+                unmatched.append(name)
+            elif key.part in found[module]:
+                raise _Refusal(f"two tensors for one place: {found[module][key.part][:100]} and {name[:100]}")
+            else:
+                found[module][key.part] = name
+        if not found:
+            raise _Refusal(self._nothing_lands(header))
+        return found, sorted(unmatched)
+
+    def _nothing_lands(self, header: Header) -> str:
+        if not any(map(spelling.split, header.tensors)):
+            return f"no LoRA that this worker reads: {_shown(header.tensors)}"
+        if origin := origins.told(header.tensors, header.metadata, self._weights):
+            return origin
+        return f"none of its modules is in the resident model: {_shown(header.tensors)}"
+
+    def _readings(
+        self, header: Header, found: Mapping[Module, Mapping[str, str]], tensors: Mapping[str, Tensor]
+    ) -> dict[Module, kinds.Reading]:
+        readings = {}
+        try:
+            config = AdapterConfig(header.metadata)
+            for module, parts in found.items():
+                own = {part: tensors[name] for part, name in parts.items()}
+                target = self._weights.shape(self._weights.places[(*module, "weight")])
+                readings[module] = kinds.read(own, target, partial(config.scale, *module))
+        except Unfit as misfit:
+            origin = origins.told(header.tensors, header.metadata, self._weights)
+            raise _Refusal(f"{origin}{'; ' if origin else ''}{'.'.join(module)[:120]} {misfit}") from None
+        except ValueError as error:
+            raise _Refusal(str(error)) from None
+        return readings
+
+    def _placed(
+        self, readings: Mapping[Module, kinds.Reading]
+    ) -> tuple[list[tuple[Place, Change]], list[tuple[Module, str]]]:
+        """The changes by place; and those, as module and part, of biases that a module has not."""
+        placed, homeless = [], []
+        for module, reading in readings.items():
+            for leaf, change in (("weight", reading.weight), ("bias", reading.bias)):
+                place = self._weights.places.get((*module, leaf))
+                if change and place:
+                    placed.append((place, change))
+                elif change:
+                    homeless.append((module, reading.bias_part))
+        return placed, homeless
 
 
-def _most_fitting(tensors: Iterable[str]) -> tuple[str, dict[str, re.Pattern[str]]]:
-    """The spelling that reads most keys."""
-    keys = list(tensors)
-    return max(
-        _SPELLINGS.items(), key=lambda item: sum(any(form.match(key) for form in item[1].values()) for key in keys)
+class _Refusal(Exception):
+    """A file that is not used; the message follows the name of its source."""
+
+    def __init__(self, message: str, details: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+def require_whole(lora: Lora, *, source: str) -> None:
+    """Raises `LoraMismatch` where a tensor of the file lands nowhere."""
+    if lora.unmatched:
+        raise LoraMismatch(
+            f"{source}: part of it lands nowhere in the resident model: {_shown(lora.unmatched)}; "
+            "with `strict: false` the rest is used",
+            {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
+        )
+
+
+def _require_floats(tensors: Mapping[str, TensorInfo]) -> None:
+    odd = [
+        name
+        for name, info in tensors.items()
+        if info.dtype not in _DTYPES and not (name.endswith(".alpha") and info.dtype in _INTEGERS)
+    ]
+    if odd:
+        raise _Refusal(f"{odd[0][:100]} is of the type {tensors[odd[0]].dtype}: quantised files are not read")
+
+
+def _load(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """All tensors in memory of this process: a mapped file that is cut short would kill it."""
+    data = bytearray(path.read_bytes())
+    size = max(info.data_offsets[1] for info in tensors.values())
+    start = len(data) - size
+    if start < 0:
+        raise NotSafetensors("damaged safetensors file: it has become shorter while it was read")
+    return {name: _tensor(data, start, info) for name, info in tensors.items()}
+
+
+def _tensor(data: bytearray, start: int, info: TensorInfo) -> Tensor:
+    dtype = _DTYPES.get(info.dtype) or _INTEGERS[info.dtype]
+    first, last = info.data_offsets
+    if first == last:
+        return torch.empty(info.shape, dtype=dtype)
+    raw = torch.frombuffer(data, dtype=torch.uint8, count=last - first, offset=start + first)
+    aligned = raw.clone() if (start + first) % dtype.itemsize else raw
+    return aligned.view(dtype).view(info.shape)
+
+
+def _stacked(placed: Iterable[tuple[Place, Change]]) -> tuple[tuple[Batch, ...], tuple[tuple[Place, Change], ...]]:
+    """LoRAs in batches by stack and rank, and the other changes."""
+    products: dict[tuple[int, int], dict[int, Product]] = defaultdict(dict)
+    changes = []
+    for place, change in placed:
+        if isinstance(change, Product):
+            products[place.stack, change.rank][place.row] = change
+        else:
+            changes.append((place, change))
+    return tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)), tuple(changes)
+
+
+def _batch(stack: int, by_row: Mapping[int, Product]) -> Batch:
+    rows = tuple(sorted(by_row))
+    up = torch.stack([by_row[row].up for row in rows])
+    down = torch.stack([by_row[row].down for row in rows])
+    return Batch(stack=stack, rows=rows, up=up, down=down, squared_norm=_squared_norm(up, down))
+
+
+def _squared_norm(up: Tensor, down: Tensor) -> float:
+    """|up @ down|², by the factors' Gram matrices: the products themselves are never made."""
+    return max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64)))
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """A training run that diverged leaves NaN, which would draw black."""
+    for name, tensor in tensors.items():
+        if not tensor.float().isfinite().all():
+            raise _Refusal(f"NaN or Inf in {name[:100]}")
+
+
+def _require_effect(lora: Lora, weights: Weights) -> None:
+    """A run that never began leaves zeros, which would give the picture without the LoRA, and a receipt."""
+    moved = any(batch.squared_norm for batch in lora.batches)
+    still = (
+        change.is_nothing(as_matrices(weights.stacks[place.stack].base)[place.row]) for place, change in lora.changes
     )
-
-
-def _broken(parts: Mapping[str, Mapping[str, TensorInfo]]) -> set[str]:
-    """The modules without a down or an up, and those with a tensor that can be no factor."""
-    whole = parts["down"].keys() & parts["up"].keys()
-    halves = {module for found in parts.values() for module in found} - whole
-    empty = {module for part in ("down", "up") for module, info in parts[part].items() if not _is_matrix(info)}
-    alphas = {module for module, info in parts.get("alpha", {}).items() if math.prod(info.shape) != 1}
-    return halves | empty | alphas
-
-
-def _is_matrix(info: TensorInfo) -> bool:
-    return len(info.shape) > 1 and math.prod(info.shape) > 0
-
-
-def _refuse_empty(
-    file: Any, forms: Mapping[str, re.Pattern[str]], parts: Mapping[str, Mapping[str, TensorInfo]], source: str
-) -> None:
-    """A training run that diverged leaves NaN; one that never began leaves zeros, and a picture without the LoRA."""
-    zero: dict[str, set[str]] = {part: set() for part in forms}
-    for part, form in forms.items():
-        for found in filter(None, map(form.match, file.keys())):
-            tensor = file.get_tensor(found[0])
-            if not tensor.isfinite().all():
-                raise LoraMismatch(f"{source}: NaN or Inf in {found[0][:100]}")
-            if not tensor.any():
-                zero[part].add(found[1])
-    unchanged = zero["down"] | zero["up"] | zero.get("alpha", set())
-    if not parts["down"].keys() - unchanged and not parts.get("magnitude"):
-        raise LoraMismatch(f"{source}: changes nothing: a factor of each of its {len(parts['down'])} modules is zero")
-
-
-def _scales(file: Any, alpha: re.Pattern[str], ranks: Mapping[str, int]) -> Scales:
-    """Each module's rank and alpha / rank; without an alpha that is 1 (kohya's `sd-scripts`)."""
-    alphas = {found[1]: float(file.get_tensor(found[0])) for found in map(alpha.match, file.keys()) if found}
-    return Counter((rank, round(alphas.get(module, rank) / rank, 4)) for module, rank in ranks.items())
+    if not moved and all(still):
+        raise _Refusal(f"changes nothing: a factor of each of its {sum(lora.modules.values())} modules is zero")
 
 
 def _shown(keys: Iterable[str]) -> str:

@@ -1,121 +1,126 @@
-"""LoRAs into the resident model, and the base back."""
+"""LoRAs into the resident model, and the base back.
 
-import warnings
-from collections import Counter
+Where memory allows, the base is never written: merged weights lie in a shadow of their own, and a parameter is pointed
+at its shadow for the job and at the base after it. Elsewhere the merge is written in place, from a pristine copy in
+host memory that is copied back. Nothing is ever subtracted.
+"""
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final, Literal
 
-from torch import OutOfMemoryError
-from zlora.errors import LoraMismatch
-from zlora_worker.lora import Lora
+import torch
+from torch import Tensor, nn
+from zlora.errors import BaseNotRestored
+from zlora_worker.merge import Adapter, Block, Plan, in_threads, insist
+from zlora_worker.weights import Weights
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
-
-ADAPTED: Final = ("unet", "text_encoder", "text_encoder_2")  # the components that LoRAs are made for
-# What diffusers and peft raise for a file that they cannot place: a shape, a key, a spelling, a missing half.
-_MISFITS: Final = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+Mode = Literal["shadow", "inplace"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """One LoRA with the weights of this job, and its name in messages."""
+class Patch:
+    """The one way to change the model's weights, and back."""
 
-    lora: Lora
-    source: str
-    unet_weight: float
-    text_encoder_weight: float
+    def __init__(self, weights: Weights, *, mode: Mode) -> None:
+        """Take the pristine copy of an `inplace` patch; shadows are made as they are first needed."""
+        self.mode: Final = mode
+        self._weights = weights
+        self._base = {number: stack.matrices() for number, stack in enumerate(weights.stacks)}
+        self._pristine = {number: _on_host(stack) for number, stack in self._base.items()} if mode == "inplace" else {}
+        self._shadows: dict[int, Tensor] = {}
+        self._merged: Plan | None = None  # what the shadows hold; None while they are written
+        self._pointers: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, shadow and home
+        self._written: list[Block] = []  # of the base
+        self._scratch: list[Tensor] = []
 
-    def weights(self, components: Sequence[str]) -> dict[str, float]:
-        """The weight for each of the pipeline's components named."""
-        return {name: self.unet_weight if name == "unet" else self.text_encoder_weight for name in components}
+    @contextmanager
+    def applied(self, adapters: Sequence[Adapter]) -> Iterator[list[float]]:
+        """The model with all adapters merged; yields |change| / |weight| of each, over the weights that it touches.
+
+        The base is back when this is left, whatever leaves it; `BaseNotRestored` is raised where it cannot be.
+        """
+        try:
+            plan = self._apply(adapters)
+            yield [plan.relative_norm(adapter) for adapter in adapters]
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Bring the base back; does nothing where it is."""
+        try:
+            insist(self._put_back)
+        except RuntimeError as error:  # of the device
+            raise BaseNotRestored(f"the base cannot be put back: {str(error)[:200]}") from error
+
+    def forget(self) -> None:
+        """Let go of the merged weights: the next job merges anew."""
+        self._merged = None
+
+    def _apply(self, adapters: Sequence[Adapter]) -> Plan:
+        key = tuple(sorted(adapter.key for adapter in adapters))
+        merged = self._merged
+        if merged is None or merged.key != key:
+            merged = self._merge(Plan(self._weights, adapters))
+        for parameter, shadow, _ in self._pointers:
+            parameter.data = shadow
+        return merged
+
+    def _put_back(self) -> None:
+        for parameter, _, home in self._pointers:
+            parameter.data = home
+        for block in self._written:
+            block.of(self._base[block.stack]).copy_(block.of(self._pristine[block.stack]))
+        if self._written:
+            self._written, self._merged = [], None
+
+    def _merge(self, plan: Plan) -> Plan:
+        self._merged, self._pointers = None, []
+        if self.mode == "inplace":
+            self._written = list(plan.blocks(self._base))  # known before the first is written
+            self._run(plan, source=self._pristine, target=self._base)
+        else:
+            for stack in plan.rows.keys() - self._shadows.keys():
+                self._shadows[stack] = torch.empty_like(self._base[stack])
+            self._run(plan, source=self._base, target=self._shadows)
+            self._pointers = [pointer for stack, rows in plan.rows.items() for pointer in self._pointing(stack, rows)]
+        self._merged = plan
+        return plan
+
+    def _pointing(self, number: int, rows: list[int]) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+        stack = self._weights.stacks[number]
+        shadows = self._shadows[number].view(stack.base.shape).unbind()
+        return ((stack.parameters[row], shadows[row], stack.homes[row]) for row in rows)
+
+    def _run(self, plan: Plan, *, source: dict[int, Tensor], target: dict[int, Tensor]) -> None:
+        blocks = list(plan.blocks(self._base))
+        device = self._weights.device
+        threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
+        room = max((block.of(self._base[block.stack]).numel() for block in blocks), default=0)
+        while len(self._scratch) < threads or any(len(scratch) < room for scratch in self._scratch):
+            self._scratch = [torch.empty(room, dtype=torch.float32, device=device) for _ in range(threads)]
+
+        def merge(block: Block, thread: int) -> None:
+            written = block.of(target[block.stack])
+            plan.merge(block, source, written, self._scratch[thread][: written.numel()].view(written.shape))
+
+        in_threads(threads, blocks, merge)
 
 
-@contextmanager
-def applied(pipeline: "StableDiffusionXLPipeline", adapters: Sequence[Adapter]) -> Iterator[list[dict[str, int]]]:
-    """The pipeline with all adapters active; yields, for each, the modules it changes by component.
+def mode_for(weights: Weights, setting: str) -> Mode:
+    """`shadow` or `inplace`; of `auto`, whichever there is memory for.
 
-    Raises `LoraMismatch` where any part of a file lands nowhere. Whatever happens, nothing stays in the pipeline.
+    A shadow is as large as the weights. On a GPU it is taken where as much again stays free: a picture's activations
+    need that. In host memory both ways cost the same.
     """
-    if not adapters:
-        yield []
-        return
-    try:
-        yield _load(pipeline, adapters)
-    finally:
-        pipeline.unload_lora_weights()
+    if setting in ("shadow", "inplace"):
+        return "shadow" if setting == "shadow" else "inplace"
+    if weights.device.type != "cuda":
+        return "shadow"
+    free, _ = torch.cuda.mem_get_info(weights.device)
+    return "shadow" if free > 2 * weights.nbytes else "inplace"
 
 
-def _load(pipeline: "StableDiffusionXLPipeline", adapters: Sequence[Adapter]) -> list[dict[str, int]]:
-    names = [f"a{index}" for index in range(len(adapters))]  # a user's name with a dot is a path to peft
-    changed = [_load_one(pipeline, name, adapter) for name, adapter in zip(names, adapters, strict=True)]
-    weights: Any = [adapter.weights(list(modules)) for adapter, modules in zip(adapters, changed, strict=True)]
-    pipeline.set_adapters(names, weights)
-    for component in ADAPTED:
-        getattr(pipeline, component).eval()  # a file's metadata can ask for dropout, which draws at random
-    return changed
-
-
-def _load_one(pipeline: "StableDiffusionXLPipeline", name: str, adapter: Adapter) -> dict[str, int]:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what they tell of is counted below, and refused
-            pipeline.load_lora_weights(
-                str(adapter.lora.path), adapter_name=name, use_safetensors=True, local_files_only=True
-            )
-    except OutOfMemoryError:
-        raise  # a fault of this worker, not of the file
-    except _MISFITS as error:
-        raise LoraMismatch(f"{adapter.source}: does not fit the resident model: {_reason(error)}") from error
-    changed = _modules(pipeline, name)
-    _refuse_partial(adapter, changed)
-    _refuse_hollow(adapter, pipeline)
-    _refuse_misscaled(adapter, pipeline, name)
-    return changed
-
-
-def _reason(error: Exception) -> str:
-    """The first lines of an error, in one: torch's say `Error(s) in loading` first, and name the module after."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _modules(pipeline: "StableDiffusionXLPipeline", name: str) -> dict[str, int]:
-    """How many modules of each component hold the adapter, components without any left out."""
-    counts = {
-        component: sum(name in getattr(module, "lora_A", {}) for module in getattr(pipeline, component).modules())
-        for component in ADAPTED
-    }
-    return {component: count for component, count in counts.items() if count}
-
-
-def _refuse_partial(adapter: Adapter, modules: dict[str, int]) -> None:
-    landed, meant = sum(modules.values()), adapter.lora.modules
-    if landed != meant:
-        raise LoraMismatch(
-            f"{adapter.source}: only {landed} of the {meant} modules that it changes are in the resident model",
-            {"modules": meant, "landed": landed},
-        )
-
-
-def _refuse_hollow(adapter: Adapter, pipeline: "StableDiffusionXLPipeline") -> None:
-    """peft leaves parameters without values where only some of a file's modules have a DoRA magnitude."""
-    parameters = (item for component in ADAPTED for item in getattr(pipeline, component).named_parameters())
-    if hollow := [parameter_name for parameter_name, parameter in parameters if parameter.is_meta]:
-        raise LoraMismatch(f"{adapter.source}: {len(hollow)} of its tensors are missing, such as {hollow[0][:100]}")
-
-
-def _refuse_misscaled(adapter: Adapter, pipeline: "StableDiffusionXLPipeline", name: str) -> None:
-    """diffusers confuses modules of one name where their ranks or alphas differ, and draws with the wrong scale."""
-    if adapter.lora.scales is None:
-        return
-    modules = (module for component in ADAPTED for module in getattr(pipeline, component).modules())
-    found = Counter(
-        (module.r[name], round(module.scaling[name], 4)) for module in modules if name in getattr(module, "lora_A", {})
-    )
-    if wrong := sum((adapter.lora.scales - found).values()):
-        raise LoraMismatch(
-            f"{adapter.source}: its ranks or alphas differ from module to module, and the loader gets {wrong} of "
-            f"{adapter.lora.modules} wrong",
-            {"modules": adapter.lora.modules, "wrong": wrong},
-        )
+def _on_host(matrices: Tensor) -> Tensor:
+    """A copy in host memory, from which a GPU can read at full speed."""
+    copy = matrices.to("cpu", copy=True)
+    return copy.pin_memory() if matrices.device.type == "cuda" else copy

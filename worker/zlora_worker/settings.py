@@ -113,8 +113,26 @@ class Settings:
     lora_max_bytes: int = _from(
         "ZLORA_LORA_MAX_BYTES", default="2147483648", read=_count, note="Bytes that one LoRA may have"
     )
+    lora_memory_bytes: int = _from(
+        "ZLORA_LORA_MEMORY_BYTES",
+        default="4000000000",
+        read=_count,
+        note="Bytes of host memory for LoRAs that were read before",
+    )
     lora_deadline: int = _from(
         "ZLORA_LORA_DEADLINE", default="300", read=_count, note="Seconds that one LoRA's download may take"
+    )
+    patch: str = _from(
+        "ZLORA_PATCH",
+        default="auto",
+        read=_choice("auto", "shadow", "inplace"),
+        note="Merged weights go to memory of their own, or in place with a copy in host memory; `auto`: by the room",
+    )
+    base_check: str = _from(
+        "ZLORA_BASE_CHECK",
+        default="auto",
+        read=_choice("auto", "all"),
+        note="How much of the base is compared after each job: what 1 % of its time allows, or all",
     )
     allow_hosts: frozenset[str] = _from(
         "ZLORA_ALLOW_HOSTS",

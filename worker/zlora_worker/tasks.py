@@ -3,13 +3,13 @@
 import os
 import time
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from celery import Celery, Task
 from celery.utils.log import get_task_logger
 from redis import RedisError
 from zlora import wire
-from zlora.errors import InternalError, InvalidRequest, ZloraError
+from zlora.errors import BaseNotRestored, InternalError, InvalidRequest, ZloraError
 from zlora.job import JobState, check_job_id, plain, read_request
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def install(runtime: "Runtime") -> None:
 def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -> dict[str, Any]:
     """Draw the job that the one argument, `request`, describes and answer with its result, as plain JSON data.
 
-    Raises a `ZloraError` for anything that goes wrong, whose class, message and details reach the producer.
+    Raises a `ZloraError` for anything that goes wrong, whose class, message and details reach the producer. A child
+    whose base differs after the job leaves, and the job goes to a fresh one: once, since a job that spoils two bases is
+    the cause.
     """
     from zlora_worker.generate import generate as draw  # torch: in the child only
 
@@ -43,6 +45,11 @@ def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -
     runtime = _ready_runtime()
     try:
         result = draw(runtime, job_id, checked, _Reporter(task, job_id), queued=_seconds_queued(task))
+    except BaseNotRestored as error:
+        logger.critical("job %s: %s", job_id, error)
+        if _redelivered(task):
+            raise
+        _leave()
     except ZloraError as error:
         logger.warning("job %s: %s: %s", job_id, error.code, error)
         raise
@@ -70,8 +77,30 @@ def _ready_runtime() -> "Runtime":
 
     if _runtime is None or _runtime.engine.state is not EngineState.READY:
         logger.critical("no sound model in this child: it leaves, and the job goes to a fresh one")
-        os._exit(EXIT_DIRTY)  # the one exit that Celery answers by redelivery, with `task_reject_on_worker_lost`
+        _leave()
     return _runtime
+
+
+def _leave() -> NoReturn:
+    """End the child at once: the one end that Celery answers by redelivery, with `task_reject_on_worker_lost`."""
+    os._exit(EXIT_DIRTY)
+
+
+def last_check() -> None:
+    """In a child that ends: compare the whole base once more, and say so where it differs."""
+    if _runtime is None:
+        return
+    try:
+        _runtime.engine.check()
+    except BaseNotRestored as error:
+        logger.critical("at the end: %s", error)
+    else:
+        logger.info("at the end: the base is what was loaded")
+
+
+def _redelivered(task: "Task[Any, Any]") -> bool:
+    """Whether another child had the job before."""
+    return bool((task.request.delivery_info or {}).get("redelivered"))
 
 
 def _seconds_queued(task: "Task[Any, Any]") -> float | None:

@@ -1,0 +1,116 @@
+"""SDXL for benchmarks, with random weights: at its true shape (REAL), and of the same topology but thin (THIN).
+
+Both have SDXL's own configuration from the package, so that kohya's names and the number of modules are the real ones:
+722 linear layers of the UNet and 264 of the text encoders are what trainers adapt.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from zlora_worker.checkpoint import SDXL_CONFIG
+
+UNET_TARGETS: Final = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$|ff\.net\.(0\.proj|2)$|proj_(in|out)$")
+TEXT_TARGETS: Final = re.compile(r"self_attn\.(q|k|v|out)_proj$|mlp\.fc[12]$")
+_THIN_UNET: Final = {
+    "block_out_channels": (32, 64, 128),
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 192,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 128 + 6 * 8,
+}
+_THIN_TEXT: Final = (
+    {"hidden_size": 64, "intermediate_size": 256, "projection_dim": 64, "num_attention_heads": 2},
+    {"hidden_size": 128, "intermediate_size": 512, "projection_dim": 128, "num_attention_heads": 4},
+)
+
+
+def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusionXLPipeline:
+    """A pipeline with random weights. REAL in bf16 takes 7 GB and about ten seconds."""
+    unet = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | (_THIN_UNET if thin else {})
+    texts = [_text_config(folder, thin=thin) for folder in ("text_encoder", "text_encoder_2")]
+    vae = dict(AutoencoderKL.load_config(SDXL_CONFIG / "vae")) | (
+        {"block_out_channels": (32, 32, 32, 32)} if thin else {}
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(SDXL_CONFIG / "tokenizer")
+    with torch.device("meta"):
+        modules = (
+            UNet2DConditionModel.from_config(unet),
+            CLIPTextModel(texts[0]),
+            CLIPTextModelWithProjection(texts[1]),
+            AutoencoderKL.from_config(vae),
+        )
+    filled = [_filled(module, dtype) for module in modules]
+    return StableDiffusionXLPipeline(
+        unet=filled[0],
+        text_encoder=filled[1],
+        text_encoder_2=filled[2],
+        vae=filled[3],
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=EulerDiscreteScheduler.from_pretrained(SDXL_CONFIG / "scheduler"),
+        add_watermarker=False,
+    )
+
+
+def write_lora(
+    pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int, dtype: torch.dtype
+) -> Path:
+    """A file in peft's spelling, which diffusers reads right; each change has a tenth of its weight's norm."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for component, name, module in targets(pipeline, with_text=with_text):
+        out, columns = module.weight.shape
+        down = torch.randn(rank, columns, generator=generator) / columns**0.5
+        up = (
+            torch.randn(out, rank, generator=generator)
+            * (0.1 * float(module.weight.float().std()) * columns**0.5)
+            / rank**0.5
+        )
+        spelt = name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+        tensors[f"{component}.{spelt}.lora_A.weight"] = down.to(dtype)
+        tensors[f"{component}.{spelt}.lora_B.weight"] = up.to(dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+def targets(pipeline: StableDiffusionXLPipeline, *, with_text: bool) -> Iterator[tuple[str, str, nn.Linear]]:
+    """The linear layers that trainers adapt, as component, name and module."""
+    for component, pattern in (
+        ("unet", UNET_TARGETS),
+        ("text_encoder", TEXT_TARGETS),
+        ("text_encoder_2", TEXT_TARGETS),
+    ):
+        if component == "unet" or with_text:
+            for name, module in getattr(pipeline, component).named_modules():
+                if pattern.search(name):
+                    yield component, name, module
+
+
+def _text_config(folder: str, *, thin: bool) -> CLIPTextConfig:
+    config: dict[str, Any] = json.loads((SDXL_CONFIG / folder / "config.json").read_text())
+    return CLIPTextConfig(**config | (_THIN_TEXT[folder.endswith("2")] if thin else {}))
+
+
+def _filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Random weights of a trained model's magnitude. A fixed pool is repeated: random numbers of 7 GB take minutes."""
+    pool = torch.randn(2**22, generator=torch.Generator().manual_seed(1)).to(dtype)
+    module.to(dtype).to_empty(device="cpu")
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name.endswith("position_ids"):
+            tensor.copy_(torch.arange(tensor.shape[-1]).expand_as(tensor))
+        elif tensor.dim() < 2:  # biases are zeros, and the weights of norms ones
+            tensor.data.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            flat = tensor.data.view(-1)
+            for start in range(0, len(flat), len(pool)):
+                part = flat[start : start + len(pool)]
+                part.copy_(pool[: len(part)]).mul_(0.5 / tensor[0].numel() ** 0.5)
+    return module.eval()

@@ -1,0 +1,176 @@
+"""From the tensors that a file holds for one module to the change that they mean, by kind."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from zlora_worker.changes import Change, Decomposed, Full, Hadamard, Kronecker, Product, Unfit, shown
+
+Parts = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+
+_FACTORS: Final = {
+    "lora": frozenset({"down", "up", "mid"}),
+    "loha": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
+    "lokr": frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+    "full": frozenset({"diff"}),
+}
+_MAGNITUDES: Final = frozenset({"magnitude", "dora_scale"})
+_BIASES: Final = frozenset({"diff_b", "up_bias"})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a module's tensors mean: a change of its weight, one of its bias; either may be none."""
+
+    kind: str
+    rank: int | None
+    weight: Change | None
+    bias: Change | None
+    bias_part: str = ""  # the tensor that the bias's change is
+
+
+def read(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> Reading:
+    """The change of a weight of the shape `target` and of its bias.
+
+    `peft_scale` is what the file's metadata says for a rank where there is no `alpha`. Raises `Unfit`.
+    """
+    kinds = [kind for kind, factors in _FACTORS.items() if factors & parts.keys()]
+    if len(kinds) > 1:
+        raise Unfit(f"has both a {kinds[0]} and a {kinds[1]}")
+    if not kinds and (parts.keys() - _BIASES):
+        raise Unfit(f"has {', '.join(sorted(parts))} and no factors")
+    kind = kinds[0] if kinds else "full"
+    rank, factors, scale = None, None, 1.0
+    if kinds:
+        rank = _rank(kind, parts)
+        scale = _scale(parts, rank, peft_scale)
+        factors = _BUILDERS[kind](parts, scale)
+        _require_shape(factors, target)
+    weight = _decomposed(factors, parts, target)
+    bias_part = next(iter(_BIASES & parts.keys()), "")
+    bias = _bias(parts[bias_part], scale if bias_part == "up_bias" else 1.0, target) if bias_part else None
+    return Reading(f"dora-{kind}" if weight is not factors else kind, rank, weight, bias, bias_part)
+
+
+def _rank(kind: str, parts: Parts) -> int | None:
+    """The inner size; None for what has none."""
+    named = {"lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b"), "full": ()}[kind]
+    return next((len(parts[name]) for name in named if name in parts and parts[name].dim()), None)
+
+
+def _scale(parts: Parts, rank: int | None, peft_scale: Callable[[int], float]) -> float:
+    if rank is None:  # LyCORIS ignores alpha where there is no rank
+        return 1.0
+    if not rank:
+        raise Unfit("has the rank 0")
+    if "alpha" not in parts:
+        return peft_scale(rank)
+    if parts["alpha"].numel() != 1:
+        raise Unfit(f"has an alpha of {parts['alpha'].numel()} numbers")
+    return float(parts["alpha"]) / rank
+
+
+def _lora(parts: Parts, scale: float) -> Change:
+    up, down = _two(parts, "up", "down")
+    if "mid" in parts:  # a convolution between the factors: part of the down
+        down = _joined("q i, p q ... -> p i ...", down, parts["mid"])
+    return Product(_matrix(up).mul_(scale), _matrix(down))
+
+
+def _loha(parts: Parts, scale: float) -> Change:
+    halves = []
+    for half in ("1", "2"):
+        up, down = _two(parts, f"hada_w{half}_a", f"hada_w{half}_b")
+        if f"hada_t{half}" in parts:
+            up, down = up.T, _joined("q i, p q ... -> p i ...", down, parts[f"hada_t{half}"])
+        halves.append(Product(_matrix(up), _matrix(down)))
+    halves[0].up.mul_(scale)
+    return Hadamard(*halves)
+
+
+def _lokr(parts: Parts, scale: float) -> Change:
+    small = parts["lokr_w1"].float() if "lokr_w1" in parts else _multiplied(*_two(parts, "lokr_w1_a", "lokr_w1_b"))
+    if "lokr_w2" in parts:
+        large = parts["lokr_w2"].float().clone()
+    elif "lokr_t2" in parts:
+        up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
+        large = _joined("p o, p i ... -> o i ...", up, _joined("q i, p q ... -> p i ...", down, parts["lokr_t2"]))
+    else:
+        up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
+        large = _multiplied(up, down.flatten(1)).view(len(up), *down.shape[1:])
+    if small.dim() != 2 or large.dim() < 2 or not small.numel() or not large.numel():  # noqa: PLR2004
+        raise Unfit(f"has factors of {shown(small.shape)} and {shown(large.shape)}")
+    return Kronecker(small * scale, large)
+
+
+def _full(parts: Parts, scale: float) -> Change:
+    return Full(_matrix(parts["diff"]) * scale)
+
+
+_BUILDERS: Final[dict[str, Callable[[Parts, float], Change]]] = {
+    "lora": _lora,
+    "loha": _loha,
+    "lokr": _lokr,
+    "full": _full,
+}
+
+
+def _decomposed(change: Change | None, parts: Parts, target: Shape) -> Change | None:
+    found = sorted(_MAGNITUDES & parts.keys())
+    if not found or change is None:
+        return change
+    if len(found) > 1:
+        raise Unfit("has a magnitude in two spellings")
+    name = found[0]
+    magnitude, (out, inputs) = parts[name].float(), (*target, 1)[:2]
+    if name == "dora_scale" and magnitude.shape[:2] == (1, inputs):
+        return Decomposed(change, magnitude.reshape(1, inputs, 1).clone(), weighs_inside=False)
+    if magnitude.numel() != out:
+        raise Unfit(f"has a magnitude of {shown(magnitude.shape)} for a weight of {shown(target)}")
+    return Decomposed(change, magnitude.reshape(out, 1).clone(), weighs_inside=name == "magnitude")
+
+
+def _bias(tensor: Tensor, scale: float, target: Shape) -> Change:
+    if tensor.shape != target[:1]:
+        raise Unfit(f"changes a bias of {shown(tensor.shape)}, the weight is {shown(target)}")
+    return Full(_matrix(tensor).mul_(scale))
+
+
+def _require_shape(change: Change, target: Shape) -> None:
+    matrix = (target[0], math.prod(target[1:]))
+    if change.shape != matrix:
+        raise Unfit(f"makes a change of {shown(change.shape)}, the weight is {shown(matrix)}")
+
+
+def _two(parts: Parts, one: str, other: str) -> tuple[Tensor, Tensor]:
+    lacking = [name for name in (one, other) if name not in parts]
+    if lacking:
+        raise Unfit(f"lacks {' and '.join(lacking)}")
+    if bad := [name for name in (one, other) if parts[name].dim() < 2 or not parts[name].numel()]:  # noqa: PLR2004
+        raise Unfit(f"has a {bad[0]} of shape {shown(parts[bad[0]].shape)}, which is no matrix")
+    return parts[one].float(), parts[other].float()
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """[out, in * kernel] in fp32, a copy; a vector is a column."""
+    if not tensor.dim() or not tensor.numel():
+        raise Unfit(f"has a tensor of shape {shown(tensor.shape)}, which is no matrix")
+    return tensor.to(torch.float32, copy=True).reshape(len(tensor), -1)
+
+
+def _joined(equation: str, one: Tensor, other: Tensor) -> Tensor:
+    """Tucker's middle tensor taken into a factor."""
+    try:
+        return torch.einsum(equation, one.flatten(2).squeeze(-1) if one.dim() > 2 else one, other.float())  # noqa: PLR2004
+    except RuntimeError:
+        raise Unfit(f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}") from None
+
+
+def _multiplied(one: Tensor, other: Tensor) -> Tensor:
+    if one.dim() != 2 or other.dim() != 2 or one.shape[1] != len(other):  # noqa: PLR2004
+        raise Unfit(f"has factors of {shown(one.shape)} and {shown(other.shape)}")
+    return one @ other
