@@ -1,6 +1,7 @@
 """peft's configuration as diffusers packs it into a LoRA file's header: what stands for `alpha` there."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -18,7 +19,7 @@ class AdapterConfig:
             packed = json.loads(metadata.get(FIELD, "{}"))
             self._values: dict[str, Any] = dict(packed)
             self._alphas = {
-                key.partition(".")[0]: [(_name(pattern), float(alpha)) for pattern, alpha in (value or {}).items()]
+                key.partition(".")[0]: [(_name(pattern), _number(alpha)) for pattern, alpha in (value or {}).items()]
                 for key, value in self._values.items()
                 if key.endswith(".alpha_pattern")
             }
@@ -28,19 +29,27 @@ class AdapterConfig:
     def scale(self, component: str, module: str, rank: int) -> float:
         """alpha / rank; 1 where the file says nothing. Raises `ValueError` for an alpha that is no number."""
         alpha = self._values.get(f"{component}.lora_alpha")
-        for name, own in self._alphas.get(component, ()):
-            if module == name or module.endswith(f".{name}"):
+        for (name, anchored), own in self._alphas.get(component, ()):
+            if module == name or (not anchored and module.endswith(f".{name}")):
                 alpha = own
+                break  # as peft: the first that fits
         if alpha is None:
             return 1.0
-        try:
-            return float(alpha) / (rank**0.5 if self._values.get(f"{component}.use_rslora") else rank)
-        except TypeError:
-            raise ValueError(f"its {FIELD} has an alpha that is no number") from None
+        return _number(alpha) / (rank**0.5 if self._values.get(f"{component}.use_rslora") else rank)
 
 
-def _name(pattern: str) -> str:
+def _name(pattern: str) -> tuple[str, bool]:
     """The module's name that a pattern is. Expressions of strangers are never run: one can take for ever."""
     if found := _PLAIN.fullmatch(pattern):
-        return found[1]
+        return found[1], pattern.startswith("^")
     raise ValueError(f"the pattern {pattern[:60]!r} is no module's name")
+
+
+def _number(alpha: Any) -> float:
+    try:
+        number = float(alpha)
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"its {FIELD} has an alpha that is no number")
+    return number

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Final
@@ -63,9 +63,9 @@ class Engine:
         components = {component: getattr(pipeline, component) for component in COMPONENTS}
         for module in components.values():
             module.requires_grad_(False)  # once: it changes the last bit of a picture
-            if device.type == "cpu":
-                _take_from_file(module)
         weights = Weights({component: components[component] for component in ADAPTED})
+        if device.type == "cpu":
+            _take_from_files(components.values(), weights)
         self.reader = Reader(weights)
         self.patch = Patch(weights, mode=mode_for(weights, patch_mode))
         self.base_checked = 1.0  # share of the base that was read after the last job
@@ -170,14 +170,17 @@ class Engine:
         return getattr(diffusers, kind).from_config(config, **options)
 
 
-def _take_from_file(module: torch.nn.Module) -> None:
-    """Copy weights that lie in a mapped file.
+def _take_from_files(components: Iterable[torch.nn.Module], weights: Weights) -> None:
+    """Copy tensors that lie in a mapped file, and that no stack holds.
 
     The file may change under a worker; and where in it a weight lies changes the last bit of a picture, since kernels
     differ by alignment.
     """
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone()
+    stacked = {id(parameter) for stack in weights.stacks for parameter in stack.parameters}
+    for module in components:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in stacked:
+                tensor.data = tensor.data.clone()
 
 
 def _to_image(pixels: Tensor) -> Image.Image:

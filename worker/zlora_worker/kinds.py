@@ -51,6 +51,8 @@ def read(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> Rea
         factors = _BUILDERS[kind](parts, scale)
         _require_shape(factors, target)
     weight = _decomposed(factors, parts, target)
+    if len(_BIASES & parts.keys()) > 1:
+        raise Unfit("has a bias in two spellings")
     bias_part = next(iter(_BIASES & parts.keys()), "")
     bias = _bias(parts[bias_part], scale if bias_part == "up_bias" else 1.0, target) if bias_part else None
     return Reading(f"dora-{kind}" if weight is not factors else kind, rank, weight, bias, bias_part)
@@ -93,6 +95,9 @@ def _loha(parts: Parts, scale: float) -> Change:
 
 
 def _lokr(parts: Parts, scale: float) -> Change:
+    for factor in ("lokr_w1", "lokr_w2"):
+        if factor in parts and parts.keys() & {f"{factor}_a", f"{factor}_b"}:
+            raise Unfit(f"has a {factor} both whole and in factors")
     small = parts["lokr_w1"].float() if "lokr_w1" in parts else _multiplied(*_two(parts, "lokr_w1_a", "lokr_w1_b"))
     if "lokr_w2" in parts:
         large = parts["lokr_w2"].float().clone()

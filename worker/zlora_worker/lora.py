@@ -1,5 +1,6 @@
 """File to layers: what a checked safetensors file changes in the resident model, and by how much."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -77,9 +78,10 @@ class Reader:
         file is no LoRA, made for another base, half of one, of a kind that is not supported, holds NaN or Inf, or
         changes nothing.
         """
-        header = read_header(path)
         try:
-            return self._read(path, header, digest)
+            return self._read(path, read_header(path), digest)
+        except NotSafetensors as error:
+            raise NotSafetensors(f"{source}: {error}", error.details) from None
         except _Refusal as refusal:
             raise LoraMismatch(f"{source}: {refusal}", refusal.details) from None
 
@@ -231,7 +233,8 @@ def _batch(stack: int, by_row: Mapping[int, Product]) -> Batch:
 
 def _squared_norm(up: Tensor, down: Tensor) -> float:
     """|up @ down|², by the factors' Gram matrices: the products themselves are never made."""
-    return max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64)))
+    square = float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
+    return 0.0 if square < 0 else square  # NaN stays NaN
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -243,6 +246,8 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _require_effect(lora: Lora, weights: Weights) -> None:
     """A run that never began leaves zeros, which would give the picture without the LoRA, and a receipt."""
+    if not all(math.isfinite(batch.squared_norm) for batch in lora.batches):
+        raise _Refusal("its change of the model is not finite")
     moved = any(batch.squared_norm for batch in lora.batches)
     still = (
         change.is_nothing(as_matrices(weights.stacks[place.stack].base)[place.row]) for place, change in lora.changes

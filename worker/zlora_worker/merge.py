@@ -13,7 +13,7 @@ from zlora_worker.changes import Change
 from zlora_worker.lora import Batch, Lora
 from zlora_worker.weights import Place, Weights
 
-_CPU_ELEMENTS: Final = 2**21  # merged at a time: 8 MB of fp32, which a core's share of the caches holds
+_CPU_ELEMENTS: Final = 2**20  # merged at a time: 4 MB of fp32, which a core's share of the caches holds
 _GPU_ELEMENTS: Final = 2**26
 
 Matrices = Mapping[int, Tensor]  # by stack: [rows, out, in * kernel]
@@ -137,6 +137,7 @@ def in_threads(threads: int, blocks: Sequence[Block], merge: Callable[[Block, in
     waiting, faults = deque(blocks), list[BaseException]()
 
     def work(number: int) -> None:
+        torch.set_num_threads(1)  # holds for the thread that says so
         try:
             while (block := _next(waiting)) is not None:
                 merge(block, number)
@@ -147,7 +148,6 @@ def in_threads(threads: int, blocks: Sequence[Block], merge: Callable[[Block, in
     width = torch.get_num_threads()
     others = [threading.Thread(target=work, args=(number,), name="zlora-merge") for number in range(1, threads)]
     try:
-        torch.set_num_threads(1)
         for thread in others:
             thread.start()
         work(0)
