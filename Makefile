@@ -34,7 +34,7 @@ test: check
 
 # make bench-<name> runs tests/benchmarks/<name>.py; make bench runs the short forms of all.
 bench: ARGS = --thin
-bench: bench-queue
+bench: bench-queue bench-lora
 
 bench-%: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/benchmarks/$*.py $(ARGS)

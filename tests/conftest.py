@@ -42,3 +42,17 @@ def environ(model_home: Path, tmp_path: Path) -> dict[str, str]:
         "ZLORA_STORE": (tmp_path / "store").as_uri(),
         "ZLORA_LORA_CACHE": str(tmp_path / "loras"),
     }
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _has_gpu():
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if item not in on_gpu]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

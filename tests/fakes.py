@@ -20,6 +20,12 @@ from zlora_worker.settings import Settings
 Tensors: TypeAlias = dict[str, Tensor]
 
 PARTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")  # whatever has weights
+# Where merged weights can be: the variables of a worker. Those of a GPU run where there is one.
+PLACES: Final = tuple(
+    pytest.param({"ZLORA_PATCH": mode, "ZLORA_DEVICE": device}, id=f"{mode}-{device}", marks=marks)
+    for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+    for mode in ("shadow", "inplace")
+)
 DEMO_LORAS: Final = ("anime-style", "cyberpunk-style", "neon-lights", "product-photography-v1")
 
 

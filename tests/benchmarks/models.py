@@ -60,10 +60,8 @@ def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusion
     )
 
 
-def write_lora(
-    pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int, dtype: torch.dtype
-) -> Path:
-    """A file in peft's spelling, which diffusers reads right; each change has a tenth of its weight's norm."""
+def write_lora(pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int) -> Path:
+    """A file of fp16 in peft's spelling, which diffusers reads right; each change has a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for component, name, module in targets(pipeline, with_text=with_text):
@@ -71,12 +69,12 @@ def write_lora(
         down = torch.randn(rank, columns, generator=generator) / columns**0.5
         up = (
             torch.randn(out, rank, generator=generator)
-            * (0.1 * float(module.weight.float().std()) * columns**0.5)
+            * (0.1 * float(module.weight.detach().float().std()) * columns**0.5)
             / rank**0.5
         )
         spelt = name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
-        tensors[f"{component}.{spelt}.lora_A.weight"] = down.to(dtype)
-        tensors[f"{component}.{spelt}.lora_B.weight"] = up.to(dtype)
+        tensors[f"{component}.{spelt}.lora_A.weight"] = down.half()
+        tensors[f"{component}.{spelt}.lora_B.weight"] = up.half()
     save_file(tensors, path, metadata={"format": "pt"})
     return path
 
@@ -92,6 +90,23 @@ def targets(pipeline: StableDiffusionXLPipeline, *, with_text: bool) -> Iterator
             for name, module in getattr(pipeline, component).named_modules():
                 if pattern.search(name):
                     yield component, name, module
+
+
+def step_inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """Of one denoising step of a 256x256 picture with guidance."""
+    generator = torch.Generator().manual_seed(6)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(unet.dtype)
+
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    ids = torch.tensor([[256, 256, 0, 0, 256, 256]] * 2).to(unet.dtype)
+    return {
+        "sample": noise(2, 4, 32, 32),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": noise(2, 77, unet.config.cross_attention_dim),
+        "added_cond_kwargs": {"text_embeds": noise(2, pooled), "time_ids": ids},
+    }
 
 
 def _text_config(folder: str, *, thin: bool) -> CLIPTextConfig:

@@ -1,6 +1,7 @@
 """The resident model: one seed, one picture; lent, compared, and never trusted once it differs."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -259,6 +260,51 @@ def test_a_module_left_behind_is_found(doomed: Engine) -> None:
     assert doomed.state is EngineState.DIRTY
 
 
+def in_another_order(engine: Engine) -> None:
+    weight = weights(engine, "unet")["conv_in.weight"]
+    weight.copy_(weight.flip(0))
+
+
+def two_signs(engine: Engine) -> None:
+    """Whose bits add to nothing in a sum of words."""
+    weight = weights(engine, "unet")["mid_block.resnets.0.conv1.weight"].view(-1)
+    weight[[1, 2001]] *= -1
+
+
+def another_parameter(engine: Engine) -> None:
+    engine.pipeline.unet.conv_in.weight = torch.nn.Parameter(3 * engine.pipeline.unet.conv_in.weight)
+
+
+def another_module(engine: Engine) -> None:
+    engine.pipeline.unet.time_embedding.linear_1 = torch.nn.Linear(16, 64)
+
+
+def another_layout(engine: Engine) -> None:
+    weight = engine.pipeline.unet.time_embedding.linear_2.weight
+    weight.data = weight.data.t()
+
+
+def a_buffer(engine: Engine) -> None:
+    """One that no state dict has."""
+    ids = engine.pipeline.text_encoder.embeddings.position_ids
+    ids.copy_(ids.flip(-1))
+
+
+def training(engine: Engine) -> None:
+    engine.pipeline.unet.train()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [in_another_order, two_signs, another_parameter, another_module, another_layout, a_buffer, training],
+)
+def test_whatever_a_job_can_leave_changed_is_found(doomed: Engine, damage: Callable[[Engine], None]) -> None:
+    with pytest.raises(BaseNotRestored), doomed.borrowed():
+        damage(doomed)
+
+    assert not doomed.is_sound()
+
+
 def test_a_lora_left_behind_is_found(doomed: Engine, model_home: Path) -> None:
     path = demo_folder(model_home) / "loras" / "cyberpunk-style.safetensors"
 
@@ -268,13 +314,33 @@ def test_a_lora_left_behind_is_found(doomed: Engine, model_home: Path) -> None:
     assert doomed.state is EngineState.DIRTY
 
 
-def test_a_model_is_dirty_while_it_is_lent_and_lent_to_one_job_only(engine: Engine) -> None:
+def test_a_model_is_lent_to_one_job_only(engine: Engine) -> None:
     with engine.borrowed():
         lent = engine.state
         with pytest.raises(BaseNotRestored), engine.borrowed():
             pytest.fail("the engine was lent twice")
 
-    assert (lent, engine.state) == (EngineState.DIRTY, EngineState.READY)
+    assert (lent, engine.state) == (EngineState.LENT, EngineState.READY)
+
+
+def test_a_check_that_a_signal_cuts_short_is_made_before_the_next_job(
+    doomed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is not lost for it, as it would be for a base that differs."""
+
+    def cut_short(_seconds: float | None) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as context:
+        context.setattr(doomed._fingerprint, "check", cut_short)
+        with pytest.raises(InterruptedError), doomed.borrowed():
+            pass
+    states = [doomed.state]
+
+    with doomed.borrowed():
+        pass
+
+    assert [*states, doomed.state] == [EngineState.DIRTY, EngineState.READY]
 
 
 def test_a_job_that_fails_gives_an_intact_model_back(engine: Engine) -> None:

@@ -10,6 +10,7 @@ import torch
 from fakes import (
     DEMO_LORAS,
     PARTS,
+    PLACES,
     TEXT,
     UNET,
     Target,
@@ -29,7 +30,7 @@ from zlora.errors import BaseNotRestored
 from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.lora import Reader
-from zlora_worker.merge import Adapter, Plan, insist
+from zlora_worker.merge import Adapter, Crew, Plan, insist
 from zlora_worker.patch import Mode, Patch, mode_for
 from zlora_worker.weights import Weights
 
@@ -37,16 +38,16 @@ WITH_TEXT = ("anime-style", "product-photography-v1")
 MODES: tuple[Mode, ...] = ("shadow", "inplace")
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=PLACES)
 def engine(request: pytest.FixtureRequest, model_home: Path) -> Engine:
-    """In both ways to hold merged weights: a test of this file says what neither may change."""
-    return load_engine(model_home, ZLORA_PATCH=request.param)
+    """In both ways to hold merged weights, on each device: a test of this file says what none may change."""
+    return load_engine(model_home, **request.param)
 
 
 @pytest.fixture
-def spare(model_home: Path) -> Engine:
-    """Another engine, to be merged into by hand."""
-    return load_engine(model_home)
+def spare(engine: Engine, model_home: Path) -> Engine:
+    """Another engine on the same device, to be merged into by hand."""
+    return load_engine(model_home, ZLORA_DEVICE=str(engine.device))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def merge_by_hand(engine: Engine, tensors: Tensors, *, weight: float, text_encod
         scale = float(tensors.get(f"{module}.alpha", torch.tensor(len(down)))) / len(down)
         strength = weight if "unet" in module.partition("_blocks")[0] else text_encoder_weight
         target = targets[module]
-        change = (up.flatten(1) @ down.flatten(1)).view_as(target)
+        change = (up.flatten(1) @ down.flatten(1)).view_as(target).to(target.device)
         target.copy_(target.double() + strength * scale * change)
 
 
@@ -427,6 +428,31 @@ def test_no_thread_still_merges_when_a_merge_is_cut_short(model_home: Path, monk
         torch.set_num_threads(1)
 
     assert [thread.name for thread in threading.enumerate() if "merge" in thread.name] == []
+
+
+@pytest.mark.parametrize("step", ["merge", "disband"])
+def test_torch_has_its_threads_again_after_a_merge_was_cut_short(
+    model_home: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Else every later picture is drawn on one. A signal may come before the merge's end, and while it is awaited."""
+    engine = load_engine(model_home)
+    whole, signals = getattr(Crew, step), [Interrupted()]
+
+    def interrupted(crew: Crew, *arguments: Any) -> None:
+        if step == "disband" and signals:
+            raise signals.pop()
+        whole(crew, *arguments)
+        if signals:
+            raise signals.pop()
+
+    monkeypatch.setattr(Crew, step, interrupted)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(Interrupted):
+            drawn(engine, adapter(engine, demo_path(model_home, "anime-style")))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_threads_change_no_bit(model_home: Path) -> None:

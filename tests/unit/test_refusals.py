@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -14,6 +15,7 @@ import torch
 from fakes import TEXT, UNET, Tensors, kohya_lora, load_engine, peft_lora, write
 from lora_files import State, merged_by_hand, only_inside, require_equal, snapshot
 from safetensors.torch import save, save_file
+from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors, ZloraError
 from zlora_worker.engine import Engine
 from zlora_worker.lora import Lora, require_whole
@@ -375,6 +377,63 @@ def test_tensors_that_make_no_change_of_the_model_are_refused(engine: Engine, tm
 
 
 REGEX: Final = "(a+)+$"
+HUGE: Final = {  # a product of so many numbers, from a file of 160 KB
+    "LoKr": named(QUERY, {"lokr_w1_a": torch.ones(20_000, 1), "lokr_w1_b": torch.ones(1, 20_000),
+                          "lokr_w2": torch.ones(1, 1)}),
+    "a middle": named(KERNEL, {"lora_mid.weight": torch.ones(20_000, 1, 1, 1),
+                               "lora_down.weight": torch.ones(1, 20_000), "lora_up.weight": torch.ones(32, 20_000)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", HUGE.values(), ids=HUGE)
+def test_a_small_file_that_means_a_huge_product_is_refused_before_it_is_made(
+    engine: Engine, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "einsum", None)
+    monkeypatch.setattr(Tensor, "__matmul__", None)
+
+    assert "20000" in refusal(engine, write(tmp_path / "a", tensors))
+
+
+def test_a_rank_far_above_the_weights_size_takes_no_gram_matrix_of_it(engine: Engine, tmp_path: Path) -> None:
+    """Of 20,000 by 20,000 numbers it would be: 1.6 GB."""
+    tensors = named(QUERY, random(**{"lora_down.weight": (20_000, 32), "lora_up.weight": (32, 20_000)}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    read(engine, write(tmp_path / "a", tensors))
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+
+
+def test_a_kernel_of_other_sides_is_refused_though_its_numbers_are_as_many(engine: Engine, tmp_path: Path) -> None:
+    """As channels-last tools write it: it would be scrambled."""
+    assert "3x16" in refusal(engine, write(tmp_path / "a", {f"{KERNEL}.diff": torch.ones(32, 3, 3, 16)}))
+
+
+def test_integers_that_land_nowhere_are_no_reason_where_a_part_may(engine: Engine, tmp_path: Path) -> None:
+    strays = {"text_model.embeddings.position_ids": torch.arange(77), "global_step": torch.tensor(3)}
+
+    found = read(engine, write(tmp_path / "a", kohya_lora() | strays))
+
+    assert set(found.unmatched) == set(strays)
+
+
+@pytest.mark.parametrize(("tensors", "words"), [
+    ({"lokr_w1": torch.full((1, 1), 1e30), "lokr_w2": torch.full((32, 32), 1e30)}, "not finite"),
+    ({"hada_w1_a": torch.tensor([[1.0, -1.0]]).repeat(32, 1), "hada_w1_b": torch.ones(2, 32),
+      "hada_w2_a": torch.ones(32, 1), "hada_w2_b": torch.ones(1, 32)}, "changes nothing"),
+])  # fmt: skip
+def test_a_product_that_is_not_finite_or_nothing_is_refused_at_the_merge(
+    engine: Engine, tmp_path: Path, tensors: Tensors, words: str
+) -> None:
+    """Its factors are sound; what they make is seen when it is made."""
+    lora = read(engine, write(tmp_path / "a", named(QUERY, tensors)))
+
+    applied = engine.patch.applied([Adapter(lora=lora, source=SOURCE)])
+    with pytest.raises(LoraMismatch, match=rf"^{SOURCE}: .*{words}"), applied:
+        pytest.fail("it was applied")
+
+
 HOSTILE: Final = {
     "not JSON": "{",
     "a list": "[1]",

@@ -84,7 +84,8 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
 
 def runtime(state: EngineState) -> Runtime:
     """As much of a runtime as the task looks at."""
-    return cast("Runtime", SimpleNamespace(engine=SimpleNamespace(state=state)))
+    engine = SimpleNamespace(is_sound=lambda: state is EngineState.READY)
+    return cast("Runtime", SimpleNamespace(engine=engine))
 
 
 # --- what goes through

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Final
 
@@ -38,9 +38,10 @@ _CHECK_SHARE: Final = 0.01  # of a job's time, that it may cost to show that the
 
 
 class EngineState(StrEnum):
-    """READY is proven: from the moment that a job borrows the model until its weights are compared it is DIRTY."""
+    """READY is shown, by a comparison of the weights; DIRTY is what a model is after a job, until they are compared."""
 
     READY = "ready"
+    LENT = "lent"
     DIRTY = "dirty"
 
 
@@ -63,7 +64,7 @@ class Engine:
         components = {component: getattr(pipeline, component) for component in COMPONENTS}
         for module in components.values():
             module.requires_grad_(False)  # once: it changes the last bit of a picture
-        weights = Weights({component: components[component] for component in ADAPTED})
+        self.weights = weights = Weights({component: components[component] for component in ADAPTED})
         if device.type == "cpu":
             _take_from_files(components.values(), weights)
         self.reader = Reader(weights)
@@ -76,17 +77,31 @@ class Engine:
 
     @contextmanager
     def borrowed(self) -> Iterator[StableDiffusionXLPipeline]:
-        """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs afterwards."""
-        if self.state is not EngineState.READY:
+        """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs before it or after."""
+        if not self.is_sound():
             raise BaseNotRestored
-        self.state, start = EngineState.DIRTY, time.monotonic()
+        start = time.monotonic()
         try:
+            self.state = EngineState.LENT
             yield self.pipeline
         finally:
-            self.patch.restore()  # where a signal came between a merge and the block that puts it back
-            if self.pipeline.vae.dtype is not self._vae_dtype:  # a picture that fails in mid-decode leaves it in fp32
-                self.pipeline.vae.to(self._vae_dtype)
+            self.state = EngineState.DIRTY
+            self._put_back()
             self.check(None if self._check_all else _CHECK_SHARE * (time.monotonic() - start))
+
+    def is_sound(self) -> bool:
+        """Whether it is READY, or can be shown to be: a signal may have cut short what follows a job."""
+        if self.state is EngineState.DIRTY:
+            with suppress(BaseNotRestored):
+                self._put_back()
+                self.check()
+        return self.state is EngineState.READY
+
+    def _put_back(self) -> None:
+        """What a signal can have left between a merge or a picture and the block that undoes it."""
+        self.patch.restore()
+        if self.pipeline.vae.dtype is not self._vae_dtype:  # a picture that fails in mid-decode leaves it in fp32
+            self.pipeline.vae.to(self._vae_dtype)
 
     def check(self, seconds: float | None = None) -> None:
         """Compare the base with what was loaded, all of it or as much as so many seconds allow.

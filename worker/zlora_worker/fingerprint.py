@@ -1,8 +1,9 @@
 """Whether the base is what it was: sums of its bits, all of them or a slice that goes round."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,13 @@ _SLICE: Final = 64 * 2**20  # bytes summed at a time, and at least at each check
 _WORDS: Final = {
     size: dtype for dtype, size in ((torch.uint8, 1), (torch.int16, 2), (torch.int32, 4), (torch.int64, 8))
 }
+
+
+_SEGMENT: Final = 64  # words; shorter ones cost time, and within one the order is not seen
+
+_MIX: Final = 29  # bits by which a sum is folded onto itself
+
+_Identity = tuple[Any, ...]
 
 
 class Check(NamedTuple):
@@ -33,31 +41,32 @@ class _Part(NamedTuple):
 
 
 class Fingerprint:
-    """A sum for each tensor of the base, taken when it was loaded, to compare with.
+    """Sums of the base's bits, taken when it was loaded, to compare with; and what the model is made of.
 
-    The words of 8 bytes are added with wrap-around: any flipped bit and any other value changes a sum. It finds faults,
-    and forgery it does not.
+    Words of 8 bytes are added with wrap-around in segments, and the segments' sums weighed by their place: any flipped
+    bit changes a sum, and so do numbers in another order, but for their order within 512 bytes. It finds faults, and
+    forgery it does not.
     """
 
     def __init__(self, components: Mapping[str, nn.Module], weights: Weights) -> None:
         """Sum everything once."""
         self._components, self._weights = components, weights
-        self._names = set(self._named())
+        self._structure = self._found()
         self._stacked = {f"{stack.component}.{name}" for stack in weights.stacks for name in stack.names}
         start = time.perf_counter()
-        self._sums = _sums(self._parts(self._named()))
+        self._sums = _sums(self._parts())
         self._seconds = time.perf_counter() - start  # for all of it
         self._next = 0
 
     def check(self, seconds: float | None = None) -> Check:
         """Compare the base with what it was: all of it, or as much as so many seconds allow where that is less.
 
-        That every parameter lies at the base, and that no module was added or lost, is always compared. A slice begins
-        where the last one ended.
+        That the model still is made of its own modules and parameters, every one at the base, is always compared. A
+        slice begins where the last one ended.
         """
-        named = self._named()
-        stray = sorted(self._names ^ named.keys()) + self._weights.strays()
-        parts = list(self._parts(named))
+        found = self._found()
+        stray = [name for name in self._structure | found if self._structure.get(name) != found.get(name)]
+        parts = list(self._parts())
         total = sum(part.nbytes for part in parts)
         if seconds is None or seconds >= self._seconds:
             chosen = parts
@@ -68,8 +77,8 @@ class Fingerprint:
         read = sum(part.nbytes for part in chosen)
         if read == total:
             self._seconds = time.perf_counter() - start
-        changed = [name for name, found in sums.items() if self._sums.get(name) != found]
-        return Check(stray + changed, read / total if total else 1.0)
+        changed = [name for name, found_sum in sums.items() if self._sums.get(name) != found_sum]
+        return Check(sorted({*stray, *self._weights.strays(), *changed}), read / total if total else 1.0)
 
     def _slice(self, parts: list[_Part], budget: float) -> list[_Part]:
         chosen: list[_Part] = []
@@ -78,23 +87,32 @@ class Fingerprint:
         self._next = (self._next + len(chosen)) % len(parts)
         return chosen
 
-    def _named(self) -> dict[str, Tensor]:
-        return {
-            f"{component}.{name}": tensor
-            for component, module in self._components.items()
-            for name, tensor in module.state_dict().items()
-        }
+    def _found(self) -> dict[str, _Identity]:
+        """What the model is made of: its modules, its parameters and its buffers with their layout.
 
-    def _parts(self, named: Mapping[str, Tensor]) -> Iterator[_Part]:
+        Hooks are no part of it: transformers leaves its own at the first picture.
+        """
+        found: dict[str, _Identity] = {}
+        for component, model in self._components.items():
+            for name, module in model.named_modules():
+                found[f"{component}.{name}"] = (id(module), module.training)
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                found[f"{component}.{name}"] = (id(parameter), tuple(parameter.shape), parameter.stride())
+            for name, buffer in model.named_buffers(remove_duplicate=False):
+                found[f"{component}.{name}"] = (tuple(buffer.shape), buffer.stride())
+        return found
+
+    def _parts(self) -> Iterator[_Part]:
         """Stacks in slices of rows, and every other tensor by itself."""
         for stack in self._weights.stacks:
             rows = max(1, _SLICE // max(1, stack.base[0].nbytes))
             for first in range(0, len(stack.names), rows):
                 names = tuple(f"{stack.component}.{name}" for name in stack.names[first : first + rows])
                 yield _Part(names, _words(stack.base[first : first + rows]))
-        for name, tensor in named.items():
-            if name not in self._stacked:
-                yield _Part((name,), _words(tensor.unsqueeze(0)))
+        for component, model in self._components.items():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                if f"{component}.{name}" not in self._stacked and tensor.numel():
+                    yield _Part((f"{component}.{name}",), _words(tensor.data.unsqueeze(0)))
 
 
 def _words(rows: Tensor) -> Tensor:
@@ -104,10 +122,14 @@ def _words(rows: Tensor) -> Tensor:
     return flat.view(_WORDS[size])
 
 
-def _sums(parts: Iterator[_Part] | list[_Part]) -> dict[str, int]:
+def _sums(parts: Iterable[_Part]) -> dict[str, int]:
     names: list[str] = []
     sums: list[Tensor] = []
     for part in parts:
         names += part.names
-        sums.append(part.words.sum(dim=1, dtype=torch.int64))
+        rows, words = part.words.shape
+        segments = part.words.view(rows, -1, math.gcd(words, _SEGMENT)).sum(dim=2, dtype=torch.int64)
+        segments ^= segments >> _MIX  # else the top bits of two segments would add to nothing
+        places = torch.arange(1, 2 * segments.shape[1], 2, device=segments.device)  # odd: no product loses a bit
+        sums.append((segments * places).sum(dim=1))
     return dict(zip(names, torch.cat(sums).tolist(), strict=True))  # one transfer from the device

@@ -26,6 +26,7 @@ _VERSIONS: Final = {
 }
 
 _UNMATCHED_NAMES: Final = 20  # in a receipt; it travels with every look at the result
+_NAME_LENGTH: Final = 200  # characters; a stranger chose them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,9 @@ def generate(
     files = [runtime.cache.path(spec.file) for spec in request.loras]
     laps.end("fetch")
     readings = [_read(runtime, spec, file) for spec, file in zip(request.loras, files, strict=True)]
-    adapters = [_adapter(spec, reading.lora) for spec, reading in zip(request.loras, readings, strict=True)]
+    adapters = [
+        _adapter(spec, file, reading.lora) for spec, file, reading in zip(request.loras, files, readings, strict=True)
+    ]
     laps.end("parse")
 
     report("applying", 0, len(adapters))
@@ -127,12 +130,13 @@ def _read(runtime: Runtime, spec: LoraSpec, file: CachedFile) -> _Reading:
     return _Reading(found, from_memory, time.perf_counter() - start)
 
 
-def _adapter(spec: LoraSpec, read: lora.Lora) -> Adapter:
+def _adapter(spec: LoraSpec, file: CachedFile, read: lora.Lora) -> Adapter:
     unet, text = spec.unet_weight, spec.text_encoder_weight
     return Adapter(
         lora=read,
         unet_weight=spec.weight if unet is None else unet,
         text_encoder_weight=spec.weight if text is None else text,
+        source=file.source,
     )
 
 
@@ -171,6 +175,6 @@ def _receipt(spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapt
         adapter_name=spec.adapter_name,
         kinds=read.kinds,
         unmatched=read.unmatched_counts(),
-        unmatched_names=read.unmatched[:_UNMATCHED_NAMES],
+        unmatched_names=tuple(name[:_NAME_LENGTH] for name in read.unmatched[:_UNMATCHED_NAMES]),
         relative_norm=round(norm, 6),
     )

@@ -18,6 +18,7 @@ _FACTORS: Final = {
     "lokr": frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
     "full": frozenset({"diff"}),
 }
+_RANK: Final = 512  # that a change may have whatever it changes; trainers give one rank to all layers
 _MAGNITUDES: Final = frozenset({"magnitude", "dora_scale"})
 _BIASES: Final = frozenset({"diff_b", "up_bias"})
 
@@ -46,9 +47,11 @@ def read(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> Rea
     kind = kinds[0] if kinds else "full"
     rank, factors, scale = None, None, 1.0
     if kinds:
+        _require_kernel(parts, target)
         rank = _rank(kind, parts)
         scale = _scale(parts, rank, peft_scale)
-        factors = _BUILDERS[kind](parts, scale)
+        room = max(target[0], _RANK) * math.prod(target[1:])  # numbers that a product of factors may have
+        factors = _BUILDERS[kind](parts, scale, room)
         _require_shape(factors, target)
     weight = _decomposed(factors, parts, target)
     if len(_BIASES & parts.keys()) > 1:
@@ -76,47 +79,50 @@ def _scale(parts: Parts, rank: int | None, peft_scale: Callable[[int], float]) -
     return float(parts["alpha"]) / rank
 
 
-def _lora(parts: Parts, scale: float) -> Change:
+def _lora(parts: Parts, scale: float, room: int) -> Change:
     up, down = _two(parts, "up", "down")
     if "mid" in parts:  # a convolution between the factors: part of the down
-        down = _joined("q i, p q ... -> p i ...", down, parts["mid"])
+        down = _joined(room, "q i, p q ... -> p i ...", down, parts["mid"])
     return Product(_matrix(up).mul_(scale), _matrix(down))
 
 
-def _loha(parts: Parts, scale: float) -> Change:
+def _loha(parts: Parts, scale: float, room: int) -> Change:
     halves = []
     for half in ("1", "2"):
         up, down = _two(parts, f"hada_w{half}_a", f"hada_w{half}_b")
         if f"hada_t{half}" in parts:
-            up, down = up.T, _joined("q i, p q ... -> p i ...", down, parts[f"hada_t{half}"])
+            up, down = up.T, _joined(room, "q i, p q ... -> p i ...", down, parts[f"hada_t{half}"])
         halves.append(Product(_matrix(up), _matrix(down)))
     halves[0].up.mul_(scale)
     return Hadamard(*halves)
 
 
-def _lokr(parts: Parts, scale: float) -> Change:
+def _lokr(parts: Parts, scale: float, room: int) -> Change:
     for factor in ("lokr_w1", "lokr_w2"):
         if factor in parts and parts.keys() & {f"{factor}_a", f"{factor}_b"}:
             raise Unfit(f"has a {factor} both whole and in factors")
-    small = parts["lokr_w1"].float() if "lokr_w1" in parts else _multiplied(*_two(parts, "lokr_w1_a", "lokr_w1_b"))
+    small = (
+        parts["lokr_w1"].float() if "lokr_w1" in parts else _multiplied(room, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
+    )
     if "lokr_w2" in parts:
         large = parts["lokr_w2"].float().clone()
     elif "lokr_t2" in parts:
         up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
-        large = _joined("p o, p i ... -> o i ...", up, _joined("q i, p q ... -> p i ...", down, parts["lokr_t2"]))
+        inner = _joined(room, "q i, p q ... -> p i ...", down, parts["lokr_t2"])
+        large = _joined(room, "p o, p i ... -> o i ...", up, inner)
     else:
         up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
-        large = _multiplied(up, down.flatten(1)).view(len(up), *down.shape[1:])
+        large = _multiplied(room, up, down.flatten(1)).view(len(up), *down.shape[1:])
     if small.dim() != 2 or large.dim() < 2 or not small.numel() or not large.numel():  # noqa: PLR2004
         raise Unfit(f"has factors of {shown(small.shape)} and {shown(large.shape)}")
     return Kronecker(small * scale, large)
 
 
-def _full(parts: Parts, scale: float) -> Change:
+def _full(parts: Parts, scale: float, room: int) -> Change:  # noqa: ARG001 - as the others
     return Full(_matrix(parts["diff"]) * scale)
 
 
-_BUILDERS: Final[dict[str, Callable[[Parts, float], Change]]] = {
+_BUILDERS: Final[dict[str, Callable[[Parts, float, int], Change]]] = {
     "lora": _lora,
     "loha": _loha,
     "lokr": _lokr,
@@ -145,6 +151,14 @@ def _bias(tensor: Tensor, scale: float, target: Shape) -> Change:
     return Full(_matrix(tensor).mul_(scale))
 
 
+def _require_kernel(parts: Parts, target: Shape) -> None:
+    """A kernel has the weight's own sides: others of the same number of elements would be scrambled."""
+    for name, tensor in parts.items():
+        kernel = tuple(tensor.shape[2:])
+        if name not in _MAGNITUDES and any(side != 1 for side in kernel) and kernel != target[2:]:
+            raise Unfit(f"has a {name} with a kernel of {shown(kernel)}, the weight is {shown(target)}")
+
+
 def _require_shape(change: Change, target: Shape) -> None:
     matrix = (target[0], math.prod(target[1:]))
     if change.shape != matrix:
@@ -167,15 +181,20 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True).reshape(len(tensor), -1)
 
 
-def _joined(equation: str, one: Tensor, other: Tensor) -> Tensor:
-    """Tucker's middle tensor taken into a factor."""
+def _joined(room: int, equation: str, one: Tensor, other: Tensor) -> Tensor:
+    """A factor [inner, side] taken together with Tucker's middle tensor."""
+    factor = one.flatten(2).squeeze(-1) if one.dim() > 2 else one  # noqa: PLR2004
+    if factor.dim() != 2 or factor.shape[1] * other.numel() > room * len(factor):  # noqa: PLR2004
+        raise Unfit(f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}")
     try:
-        return torch.einsum(equation, one.flatten(2).squeeze(-1) if one.dim() > 2 else one, other.float())  # noqa: PLR2004
+        return torch.einsum(equation, factor, other.float())
     except RuntimeError:
         raise Unfit(f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}") from None
 
 
-def _multiplied(one: Tensor, other: Tensor) -> Tensor:
-    if one.dim() != 2 or other.dim() != 2 or one.shape[1] != len(other):  # noqa: PLR2004
+def _multiplied(room: int, one: Tensor, other: Tensor) -> Tensor:
+    """Two factors' product, where it is not larger than what it may change: a small file can mean a huge one."""
+    fitting = one.dim() == other.dim() == 2 and one.shape[1] == len(other)  # noqa: PLR2004
+    if not fitting or len(one) * other.shape[1] > room:
         raise Unfit(f"has factors of {shown(one.shape)} and {shown(other.shape)}")
     return one @ other

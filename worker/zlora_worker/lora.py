@@ -86,9 +86,10 @@ class Reader:
             raise LoraMismatch(f"{source}: {refusal}", refusal.details) from None
 
     def _read(self, path: Path, header: Header, digest: str) -> Lora:
-        _require_floats(header.tensors)
         found, unmatched = self._sorted(header)
-        tensors = _load(path, header.tensors)
+        used = {name: header.tensors[name] for parts in found.values() for name in parts.values()}
+        _require_floats(used)
+        tensors = _load(path, header.tensors, used)
         _require_finite(tensors)
         readings = self._readings(header, found, tensors)
         placed, homeless = self._placed(readings)
@@ -192,14 +193,14 @@ def _require_floats(tensors: Mapping[str, TensorInfo]) -> None:
         raise _Refusal(f"{odd[0][:100]} is of the type {tensors[odd[0]].dtype}: quantised files are not read")
 
 
-def _load(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """All tensors in memory of this process: a mapped file that is cut short would kill it."""
+def _load(path: Path, tensors: Mapping[str, TensorInfo], used: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """The tensors that are used, in memory of this process: a mapped file that is cut short would kill it."""
     data = bytearray(path.read_bytes())
     size = max(info.data_offsets[1] for info in tensors.values())
     start = len(data) - size
     if start < 0:
         raise NotSafetensors("damaged safetensors file: it has become shorter while it was read")
-    return {name: _tensor(data, start, info) for name, info in tensors.items()}
+    return {name: _tensor(data, start, info) for name, info in used.items()}
 
 
 def _tensor(data: bytearray, start: int, info: TensorInfo) -> Tensor:
@@ -232,7 +233,10 @@ def _batch(stack: int, by_row: Mapping[int, Product]) -> Batch:
 
 
 def _squared_norm(up: Tensor, down: Tensor) -> float:
-    """|up @ down|², by the factors' Gram matrices: the products themselves are never made."""
+    """|up @ down|²; where ranks are small by the factors' Gram matrices, and the products are never made."""
+    rank = up.shape[2]
+    if rank * rank > up.shape[1] * down.shape[2]:
+        return sum(float((one @ other).square().sum()) for one, other in zip(up, down, strict=True))
     square = float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
     return 0.0 if square < 0 else square  # NaN stays NaN
 

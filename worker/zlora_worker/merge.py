@@ -1,5 +1,6 @@
 """A set of LoRAs to merged weights: round(W + sum of their changes), added in fp32 and rounded once."""
 
+import math
 import threading
 from bisect import bisect_left
 from collections import defaultdict, deque
@@ -9,6 +10,7 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+from zlora.errors import LoraMismatch
 from zlora_worker.changes import Change
 from zlora_worker.lora import Batch, Lora
 from zlora_worker.weights import Place, Weights
@@ -26,6 +28,7 @@ class Adapter:
     lora: Lora
     unet_weight: float = 1.0
     text_encoder_weight: float = 1.0
+    source: str = "the LoRA"  # in messages
 
     def weight(self, component: str) -> float:
         """For the modules of a component."""
@@ -70,6 +73,7 @@ class Plan:
             sum(weights.stacks[stack].squared_norm(row) for stack in rows for row in rows[stack]) for rows in touched
         ]
         self._squares = [_batched_square(weights, adapter) for adapter in ordered]  # complete after the merge
+        self._sources = [adapter.source for adapter in ordered]
         self._adding = threading.Lock()
 
     def _take(self, weights: Weights, index: int, adapter: Adapter) -> dict[int, set[int]]:
@@ -90,6 +94,12 @@ class Plan:
         index = self.key.index(adapter.key)
         base = self._base_squares[index]
         return float((self._squares[index] / base) ** 0.5) if base else 0.0
+
+    def require_effect(self) -> None:
+        """After the merge: raises `LoraMismatch` where an adapter touches weights and changes none."""
+        for source, square, base in zip(self._sources, self._squares, self._base_squares, strict=True):
+            if base and not square:
+                raise LoraMismatch(f"{source}: changes nothing in the resident model")
 
     def blocks(self, base: Matrices) -> Iterator[Block]:
         """All rows that are changed, in pieces that scratch memory holds.
@@ -118,8 +128,11 @@ class Plan:
             for index, weight, change in self._changes.get(Place(block.stack, row), ()):
                 delta = change.delta(base[block.stack][row].to(total), weight)
                 total[row - block.first] += delta
+                square = float(delta.square().sum())
+                if not math.isfinite(square):
+                    raise LoraMismatch(f"{self._sources[index]}: its change of the model is not finite")
                 with self._adding:
-                    self._squares[index] += float(delta.square().sum())
+                    self._squares[index] += square
         target.copy_(total)
 
 
@@ -128,35 +141,50 @@ def _elements(matrices: Tensor) -> int:
     return _CPU_ELEMENTS if matrices.device.type == "cpu" else _GPU_ELEMENTS
 
 
-def in_threads(threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]) -> None:
-    """Merge all blocks, in so many threads of one torch thread each, the caller's among them; `merge` hears which.
+class Crew:
+    """Merges blocks, on a CPU as many at a time as torch has threads, in threads of one torch thread each.
 
-    The products are too thin for torch to share one among threads. No block is being merged when this is left,
-    whatever leaves it.
+    The products are too thin for torch to share one among threads.
     """
-    waiting, faults = deque(blocks), list[BaseException]()
 
-    def work(number: int) -> None:
-        torch.set_num_threads(1)  # holds for the thread that says so
-        try:
-            while (block := _next(waiting)) is not None:
-                merge(block, number)
-        except BaseException as fault:  # noqa: BLE001 - a thread's boundary: raised below, in the caller's
-            waiting.clear()
-            faults.append(fault)
+    def __init__(self) -> None:
+        self._waiting: deque[Block] = deque()
+        self._others: list[threading.Thread] = []
+        self._width: int | None = None  # torch's threads, while they are set to one
 
-    width = torch.get_num_threads()
-    others = [threading.Thread(target=work, args=(number,), name="zlora-merge") for number in range(1, threads)]
-    try:
-        for thread in others:
+    def merge(self, threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]) -> None:
+        """Merge all blocks, the caller's thread among so many; `merge` hears which. To be followed by `disband`."""
+        waiting, faults = deque(blocks), list[BaseException]()
+
+        def work(number: int) -> None:
+            torch.set_num_threads(1)  # holds for the thread that says so, and for those that begin later
+            try:
+                while (block := _next(waiting)) is not None:
+                    merge(block, number)
+            except BaseException as fault:  # noqa: BLE001 - a thread's boundary: raised below, in the caller's
+                waiting.clear()
+                faults.append(fault)
+
+        self._waiting, self._width = waiting, torch.get_num_threads()
+        self._others = [
+            threading.Thread(target=work, args=(number,), name="zlora-merge") for number in range(1, threads)
+        ]
+        for thread in self._others:
             thread.start()
         work(0)
-    finally:
-        waiting.clear()
-        insist(lambda: _join(others))
-        torch.set_num_threads(width)
-    if faults:
-        raise faults[0]
+        self.disband()
+        if faults:
+            raise faults[0]
+
+    def disband(self) -> None:
+        """No block is being merged after this, whatever cut a merge short; may be repeated."""
+        self._waiting.clear()
+        for thread in self._others:
+            if thread.ident is not None:  # one that has not begun finds nothing waiting
+                thread.join()
+        if self._width is not None:
+            torch.set_num_threads(self._width)
+            self._width = None
 
 
 def insist(action: Callable[[], None], attempts: int = 5) -> None:
@@ -182,12 +210,6 @@ def _next(waiting: deque[Block]) -> Block | None:
         return waiting.popleft()
     except IndexError:
         return None
-
-
-def _join(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join()
 
 
 def _add(total: Tensor, batch: Batch, block: Block, weight: float) -> None:

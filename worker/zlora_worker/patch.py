@@ -12,7 +12,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
-from zlora_worker.merge import Adapter, Block, Plan, in_threads, insist
+from zlora_worker.merge import Adapter, Block, Crew, Plan, insist
 from zlora_worker.weights import Weights
 
 Mode = Literal["shadow", "inplace"]
@@ -32,6 +32,7 @@ class Patch:
         self._pointers: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, shadow and home
         self._written: list[Block] = []  # of the base
         self._scratch: list[Tensor] = []
+        self._crew = Crew()
 
     @contextmanager
     def applied(self, adapters: Sequence[Adapter]) -> Iterator[list[float]]:
@@ -66,12 +67,14 @@ class Patch:
         return merged
 
     def _put_back(self) -> None:
+        self._crew.disband()
         for parameter, _, home in self._pointers:
             parameter.data = home
+        if self._written:
+            self._merged = None  # first: what is put back is merged no more
         for block in self._written:
             block.of(self._base[block.stack]).copy_(block.of(self._pristine[block.stack]))
-        if self._written:
-            self._written, self._merged = [], None
+        self._written = []
 
     def _merge(self, plan: Plan) -> Plan:
         self._merged, self._pointers = None, []
@@ -83,6 +86,7 @@ class Patch:
                 self._shadows[stack] = torch.empty_like(self._base[stack])
             self._run(plan, source=self._base, target=self._shadows)
             self._pointers = [pointer for stack, rows in plan.rows.items() for pointer in self._pointing(stack, rows)]
+        plan.require_effect()
         self._merged = plan
         return plan
 
@@ -103,7 +107,7 @@ class Patch:
             written = block.of(target[block.stack])
             plan.merge(block, source, written, self._scratch[thread][: written.numel()].view(written.shape))
 
-        in_threads(threads, blocks, merge)
+        self._crew.merge(threads, blocks, merge)
 
 
 def mode_for(weights: Weights, setting: str) -> Mode:

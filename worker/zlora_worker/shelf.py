@@ -19,8 +19,8 @@ class Shelf:
             self._loras.move_to_end(digest)
             return self._loras[digest], True
         lora = read()
-        self._make_room(lora.nbytes)
         if lora.nbytes <= self._max_bytes:
+            self._make_room(lora.nbytes)
             self._loras[digest] = lora
         return lora, False
 

@@ -73,9 +73,7 @@ def _request(arguments: tuple[object, ...], options: dict[str, object]) -> objec
 
 def _ready_runtime() -> "Runtime":
     """The child's model. A child without one, or with a base that a job left changed, leaves: the job is put back."""
-    from zlora_worker.engine import EngineState
-
-    if _runtime is None or _runtime.engine.state is not EngineState.READY:
+    if _runtime is None or not _runtime.engine.is_sound():
         logger.critical("no sound model in this child: it leaves, and the job goes to a fresh one")
         _leave()
     return _runtime

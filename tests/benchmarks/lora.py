@@ -1,0 +1,298 @@
+"""The LoRA engine against today's ways, side by side in one process; see `rivals.py` for what each does.
+
+THIN has SDXL's topology and few numbers, so that Python decides, as on a GPU. REAL has SDXL's true shape in bf16, so
+that memory and multiply-adds decide. Ways alternate; ours has a second turn in each round, for the noise. After each
+turn some layers are asked whether the LoRAs act, and whether they do so as in the other ways. `--thin` runs THIN alone.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import msgspec
+import torch
+import transformers
+from benchmarks import models
+from benchmarks.lora_proofs import base_bytes, errors, memory
+from benchmarks.report import Row, compare, publish
+from benchmarks.rivals import FuseAndUnfuse, HotSwap, KeptLoaded, LoadAndUnload, Ours, Probe, Way, Weighted
+from diffusers.utils import logging as diffusers_logging
+from zlora_worker.engine import COMPONENTS, Engine
+from zlora_worker.fingerprint import Fingerprint
+from zlora_worker.merge import Plan, runs
+
+PROBED = ("down_blocks.1.attentions.0.proj_in", "mid_block.attentions.0.transformer_blocks.3.ff.net.0.proj")
+STEPS = 28
+
+
+def main(*, thin_only: bool) -> None:
+    """Measure and publish."""
+    diffusers_logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
+        rows: list[Row] = []
+        facts: dict[str, float] = {}
+        if not thin_only:
+            rows, facts = real(Path(folder, "real"))
+        rows += thin(Path(folder, "thin"), short=thin_only)
+    publish("lora-thin" if thin_only else "lora", rows, **facts)
+
+
+class Bench:
+    """A model with LoRA files for it, and the clock."""
+
+    def __init__(self, folder: Path, *, is_thin: bool) -> None:
+        folder.mkdir()
+        note(f"building {folder.name}")
+        self.pipeline = models.build(thin=is_thin)
+        self.files = {
+            name: models.write_lora(self.pipeline, folder / f"{name}.safetensors", rank=rank, with_text=text, seed=seed)
+            for name, rank, text, seed in (
+                ("r16", 16, False, 1), ("other-r16", 16, False, 2), ("r64", 64, False, 3), ("r32-text", 32, True, 4),
+            )
+        }  # fmt: skip
+        self.engine = Engine(self.pipeline, name=folder.name, device=torch.device("cpu"))
+        self.ours = Ours(self.engine)
+        self._probe = Probe(self.pipeline, PROBED)
+        self._base = self._probe.answers()
+        self._inputs = models.step_inputs(self.pipeline.unet)
+        self._seen: dict[Any, torch.Tensor] = {}
+
+    def pair(self, strength: float) -> Weighted:
+        """The two LoRAs of the comparisons: r16 for the UNet, r32 for UNet and text encoders."""
+        return [(self.files["r16"], strength), (self.files["r32-text"], strength / 2)]
+
+    def alternated(self, rival: Way, loras: Callable[[float], Weighted], rounds: int) -> "Turns":
+        """A warm-up of each, then rounds of theirs, ours and ours again, each with weights of its own."""
+        turns = Turns([], [], [])
+        for index in range(rounds + 1):
+            for way, seconds, more in (
+                (rival, turns.rival, 0),
+                (self.ours, turns.ours, 0),
+                (self.ours, turns.again, 0.01),
+            ):
+                seconds.append(self.turn(way, loras(weight(index) + more)))
+                note(f"{type(rival).__name__}, round {index} of {rounds}")
+        return Turns(*(seconds[1:] for seconds in turns))
+
+    def turn(self, way: Way, loras: Weighted) -> tuple[float, float]:
+        """Seconds in and out; raises where the LoRAs did not act, or otherwise than in the way before."""
+        start = time.perf_counter()
+        way.enter(loras)
+        entered = time.perf_counter() - start
+        answers = self._probe.answers()
+        expected = self._seen.setdefault(tuple(loras), answers)
+        start = time.perf_counter()
+        way.leave()
+        left = time.perf_counter() - start
+        effect = float((expected - self._base).norm())
+        if effect < 0.01 * float(self._base.norm()) or float((answers - expected).norm()) > 0.2 * effect:
+            raise AssertionError(f"{type(way).__name__} does not act as the others")
+        if isinstance(way, FuseAndUnfuse):
+            self.adopt()
+        elif isinstance(way, Ours):
+            self.engine.check()
+        return entered, left
+
+    def adopt(self) -> None:
+        """Take the base as it is for the base: a way has left another one."""
+        components = {name: getattr(self.pipeline, name) for name in COMPONENTS}
+        self.engine._fingerprint = Fingerprint(components, self.engine.weights)
+        self.engine.patch.forget()
+
+    def step(self) -> float:
+        """Seconds of one denoising step."""
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.pipeline.unet(**self._inputs)
+        return time.perf_counter() - start
+
+
+class Turns(NamedTuple):
+    """Seconds in and out of a rival, and of ours, twice for the noise."""
+
+    rival: list[tuple[float, float]]
+    ours: list[tuple[float, float]]
+    again: list[tuple[float, float]]
+
+    def row(self, name: str, rival: str, take: Callable[[tuple[float, float]], float], *, goal: float | None) -> Row:
+        """A comparison of what `take` takes of each turn."""
+        parts = ([take(turn) for turn in turns] for turns in self)
+        return judged(compare(name, rival, *parts), goal)
+
+
+def thin(folder: Path, *, short: bool) -> list[Row]:
+    """Where Python decides, and what does not depend on size."""
+    rounds = 3 if short else 9
+    bench = Bench(folder, is_thin=True)
+    load, fuse = LoadAndUnload(bench.pipeline), FuseAndUnfuse(bench.pipeline)
+    name, fused = "two LoRAs in and out, THIN", "load + fuse + unfuse + unload"
+    return [
+        bench.alternated(load, bench.pair, rounds).row(name, "load + set + unload", sum, goal=100),
+        bench.alternated(fuse, bench.pair, 1 if short else 3).row(name, fused, sum, goal=None),
+        *kept(bench, "THIN", rounds),
+        *steps(bench, 3 * rounds),
+        *errors(folder, files=1 if short else 5),
+        base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=200 if short else 1000),
+        *memory(folder, note, jobs=30 if short else 500, files=15 if short else 60),
+    ]
+
+
+def real(folder: Path) -> tuple[list[Row], dict[str, float]]:
+    """Where memory and multiply-adds decide."""
+    bench = Bench(folder, is_thin=False)
+    rate, best = {}, 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        rate[dtype] = matmul_rate(dtype)
+        best = max(best, rate[dtype])
+    turns = bench.alternated(LoadAndUnload(bench.pipeline), bench.pair, 5)
+    fused = bench.alternated(FuseAndUnfuse(bench.pipeline), bench.pair, 2)
+    same = [bench.turn(bench.ours, bench.pair(0.8)) for _ in range(8)][1:]
+    checks = [timed(bench.engine.check) for _ in range(5)]
+    step = [bench.step() for _ in range(4)][1:]
+    rows = [
+        turns.row("two LoRAs in and out, REAL", "load + set + unload", sum, goal=1.8),
+        Turns(turns.rival, same, same[::-1]).row("the same set again, REAL", "load + set + unload", sum, goal=300),
+        turns.row("restore, REAL", "unload", itemgetter(1), goal=30),
+        fused.row("restore, REAL", "unfuse + unload", itemgetter(1), goal=500),
+        fused.row("two LoRAs in and out, REAL", "load + fuse + unfuse + unload", sum, goal=None),
+        *kept(bench, "REAL", 3),
+        *(floor(bench, name, rates, goal) for name, goal in (("r16", 1.8), ("r64", 1.5))
+          for rates in (("the best matmul", best), ("fp32 matmul", rate[torch.float32]))),
+        *taxes(turns, same, checks, step),
+    ]  # fmt: skip
+    return rows, {
+        "fp32 matmul, GFLOP/s": round(rate[torch.float32]),
+        "bf16 matmul, GFLOP/s": round(rate[torch.bfloat16]),
+        "step of REAL, s": round(median(step), 3),
+        "check of all of REAL's base, s": round(median(checks), 3),
+    }
+
+
+def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
+    """Rivals that serve the same LoRAs, or the same targets, again and again."""
+    stay, swap = KeptLoaded(bench.pipeline), HotSwap(bench.pipeline)
+    with stay.loaded(bench.pair(0.8)):
+        theirs = [bench.turn(stay, bench.pair(weight(index))) for index in range(rounds)]
+    ours = [[bench.turn(bench.ours, bench.pair(weight(index))) for index in range(rounds)] for _ in range(2)]
+    rows = [
+        Turns(theirs, *ours).row(
+            f"two LoRAs with other weights, {name}", "kept loaded (and slower steps)", sum, goal=None
+        )
+    ]
+    one = [[(bench.files[("r16", "other-r16")[index % 2]], 0.8)] for index in range(rounds)]
+    with swap.loaded(one[1]):
+        theirs = [bench.turn(swap, loras) for loras in one]
+    ours = [[bench.turn(bench.ours, loras) for loras in one] for _ in range(2)]
+    rows.append(Turns(theirs, *ours).row(f"one LoRA of the UNet for another, {name}", "hotswap", sum, goal=None))
+    return rows
+
+
+def steps(bench: Bench, rounds: int) -> list[Row]:
+    """A step with LoRAs against a step without: base / with, of each round; the noise is base / base of each round."""
+    rows, files = [], [bench.files["r16"], bench.files["r32-text"], bench.files["other-r16"], bench.files["r64"]]
+    for count in (1, 2, 8):
+        loras = [(files[index % len(files)], 0.1 * (index + 1)) for index in range(count)]
+        base, again, ours, theirs = [], [], [], []
+        load = LoadAndUnload(bench.pipeline)
+        for index in range(rounds):
+            base.append(bench.step())
+            bench.ours.enter(loras)
+            ours.append(bench.step())
+            bench.ours.leave()
+            again.append(bench.step())
+            note(f"steps with {count} LoRAs, round {index + 1} of {rounds}")
+        load.enter(loras[:4])
+        theirs = [bench.step() for _ in range(rounds)]
+        load.leave()
+        ratios = sorted(one / other for one, other in zip(again, base, strict=True))
+        quarter = max(1, len(ratios) // 4)
+        found = median(one / other for one, other in zip(ours, base, strict=True))
+        row = compare(
+            f"a step with {count} LoRAs / without, THIN", f"peft, {min(count, 4)} adapters", theirs, ours, base
+        )
+        rows.append(msgspec.structs.replace(
+            row, rival_median=median(theirs) / median(base), ours_median=found, ratio=found, noise=median(ratios),
+            goal=f"A/A quartiles {ratios[quarter - 1]:.3f} to {ratios[-quarter]:.3f}",
+            met=ratios[quarter - 1] <= found <= ratios[-quarter]))  # fmt: skip
+    return rows
+
+
+def floor(bench: Bench, name: str, rate: tuple[str, float], goal: float) -> Row:
+    """merge / (copy of the touched tensors + multiply-adds at a rate); the ratio is ours / floor."""
+    what, flops = rate
+    loras = [(bench.files[name], 0.8)]
+    adapters = bench.ours.adapters(loras)
+    plan = Plan(bench.engine.weights, adapters)
+    stacks = bench.engine.weights.stacks
+    rows = [(stacks[stack].base[first:last], torch.empty_like(stacks[stack].base[first:last]))
+            for stack, touched in plan.rows.items() for first, last in runs(touched)]  # fmt: skip
+    operations = sum(2 * base.numel() * adapters[0].lora.ranks[0] for base, _ in rows)
+    merges: list[float] = []
+    copies: list[float] = []
+    again: list[float] = []
+    for index in range(6):
+        copies.append(timed(lambda: [copy.copy_(base) for base, copy in rows]))
+        for seconds, strength in ((merges, weight(index)), (again, weight(index) + 0.01)):
+            seconds.append(bench.turn(bench.ours, [(bench.files[name], strength)])[0])
+        note(f"floor of {name}, round {index + 1} of 6")
+    least = median(copies[1:]) + operations / flops / 1e9
+    row = compare(f"merge of {name} / floor of copy and {what}, REAL", "the floor", [least], merges[1:], again[1:])
+    ratio = row.ours_median / least
+    return msgspec.structs.replace(row, ratio=ratio, goal=f"<= {goal}", met=ratio <= goal)
+
+
+def taxes(
+    turns: Turns, same: Sequence[tuple[float, float]], checks: Sequence[float], step: Sequence[float]
+) -> list[Row]:
+    """What two LoRAs add to a job of 28 steps, as a share of it: in and out, and for ours the check of the base."""
+    job = STEPS * median(step)
+    theirs = median(map(sum, turns.rival)) / job
+    rows = []
+    for name, own, goal in (("", turns.ours, 0.02), (", the same set again", same, 0.003)):
+        parts = [(sum(turn) + median(checks)) / job for turn in own]
+        row = compare(f"share of a 28-step job{name}, REAL", "load + set + unload", [theirs], parts, parts)
+        rows.append(msgspec.structs.replace(row, goal=f"ours <= {goal}", met=row.ours_median <= goal))
+    return rows
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a square product, at best."""
+    side = 4096
+    one, other, out = (torch.randn(side, side).to(dtype) for _ in range(3))
+    return 2 * side**3 / min(timed(lambda: torch.mm(one, other, out=out)) for _ in range(4)) / 1e9
+
+
+def judged(row: Row, goal: float | None) -> Row:
+    """The row with what it was to reach."""
+    return row if goal is None else msgspec.structs.replace(row, goal=f">= {goal:g}", met=row.ratio >= goal)
+
+
+def weight(index: int) -> float:
+    """Another one each time: another set, so that nothing is the last set again."""
+    return 0.5 + 0.05 * (index % 7)
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds of an action."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def note(text: str) -> None:
+    """Progress, on one line."""
+    print(f"\r\033[K{time.strftime('%H:%M:%S')} {text}", end="", file=sys.stderr, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(thin_only="--thin" in sys.argv)

@@ -1,0 +1,158 @@
+"""Today's ways to draw with LoRAs, each at its best legal setting, beside ours: all on the same resident pipeline."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from zlora_worker.engine import Engine
+from zlora_worker.lora import Lora
+from zlora_worker.merge import Adapter
+
+Weighted = Sequence[tuple[Path, float]]  # LoRA files with their weights
+
+
+class Way(Protocol):
+    """One way to bring LoRAs into the model and out again. Files are in memory before the clock starts."""
+
+    def enter(self, loras: Weighted) -> None:
+        """The model draws with these LoRAs."""
+
+    def leave(self) -> None:
+        """The model draws as the base."""
+
+
+class Ours:
+    """Parsed layers in memory; a merge into the shadow, or pointers alone where the set is the last one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loras: dict[Path, Lora] = {}
+        self._applied: Any = None
+
+    def adapters(self, loras: Weighted) -> list[Adapter]:
+        """As a job has them."""
+        for path, _ in loras:
+            if path not in self._loras:
+                self._loras[path] = self._engine.reader.read(path, digest=str(path), source=path.name)
+        return [
+            Adapter(lora=self._loras[path], unet_weight=weight, text_encoder_weight=weight) for path, weight in loras
+        ]
+
+    def enter(self, loras: Weighted) -> None:
+        self._applied = self._engine.patch.applied(self.adapters(loras))
+        self._applied.__enter__()
+
+    def leave(self) -> None:
+        self._applied.__exit__(None, None, None)
+
+
+class _Diffusers:
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self._files: dict[Path, Mapping[str, Tensor]] = {}
+
+    def load(self, loras: Weighted) -> None:
+        """All files as adapters with their weights."""
+        with warnings.catch_warnings(action="ignore"):
+            for index, (path, _) in enumerate(loras):
+                self.pipeline.load_lora_weights(dict(self._file(path)), adapter_name=f"a{index}")
+        self.weigh(loras)
+
+    def weigh(self, loras: Weighted) -> None:
+        """Adapters that are there, with these weights."""
+        self.pipeline.set_adapters([f"a{index}" for index in range(len(loras))], [weight for _, weight in loras])
+
+    def forget(self) -> None:
+        """Let go of the files."""
+        self._files.clear()
+
+    def _file(self, path: Path) -> Mapping[str, Tensor]:
+        if path not in self._files:
+            self._files[path] = load_file(path)
+        return self._files[path]
+
+
+class LoadAndUnload(_Diffusers):
+    """What the seed does: load_lora_weights from memory, set_adapters, unload_lora_weights."""
+
+    def enter(self, loras: Weighted) -> None:
+        self.load(loras)
+
+    def leave(self) -> None:
+        self.pipeline.unload_lora_weights()
+
+
+class KeptLoaded(_Diffusers):
+    """Adapters stay loaded, which only the same LoRAs can use, and each step pays for: set_adapters, disable_lora."""
+
+    @contextmanager
+    def loaded(self, loras: Weighted) -> Iterator[None]:
+        """Loaded before the clock starts."""
+        self.load(loras)
+        self.pipeline.disable_lora()
+        try:
+            yield
+        finally:
+            self.pipeline.unload_lora_weights()
+
+    def enter(self, loras: Weighted) -> None:
+        self.pipeline.enable_lora()
+        self.weigh(loras)
+
+    def leave(self) -> None:
+        self.pipeline.disable_lora()
+
+
+class HotSwap(_Diffusers):
+    """One adapter's tensors replaced by another's of the same targets and rank; not for text encoders."""
+
+    @contextmanager
+    def loaded(self, loras: Weighted) -> Iterator[None]:
+        """The first, before the clock starts."""
+        self.load(loras)
+        try:
+            yield
+        finally:
+            self.pipeline.unload_lora_weights()
+
+    def enter(self, loras: Weighted) -> None:
+        ((path, weight),) = loras
+        self.pipeline.load_lora_weights(dict(self._file(path)), adapter_name="a0", hotswap=True)
+        self.pipeline.enable_lora()
+        self.pipeline.set_adapters(["a0"], [weight])
+
+    def leave(self) -> None:
+        self.pipeline.disable_lora()
+
+
+class FuseAndUnfuse(_Diffusers):
+    """Loaded, added to the weights, subtracted from them, unloaded. It leaves another base."""
+
+    def enter(self, loras: Weighted) -> None:
+        self.load(loras)
+        self.pipeline.fuse_lora(adapter_names=[f"a{index}" for index in range(len(loras))])
+
+    def leave(self) -> None:
+        self.pipeline.unfuse_lora()
+        self.pipeline.unload_lora_weights()
+
+
+class Probe:
+    """What some layers answer: it must be another answer with LoRAs, and the same one in every way."""
+
+    def __init__(self, pipeline: Any, names: Sequence[str]) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self._unet, self._inputs = pipeline.unet, {}
+        for name in names:
+            weight = pipeline.unet.get_parameter(f"{name}.weight")
+            self._inputs[name] = torch.randn(2, weight.shape[1], generator=generator).to(weight.dtype)
+
+    def answers(self) -> Tensor:
+        """Of all layers, in one row."""
+        with torch.no_grad():
+            return torch.cat([self._unet.get_submodule(name)(x).float().flatten() for name, x in self._inputs.items()])
