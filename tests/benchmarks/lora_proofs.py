@@ -26,9 +26,9 @@ _SHELF: Final = 60_000_000  # bytes: a fifth of the files of the memory row, so 
 
 
 def errors(folder: Path, *, files: int) -> list[Row]:
-    """|merged - fp64 merge|: of a module the mean over its numbers, of the UNet's own answer the norm; means over files.
+    """|merged - fp64 merge|: of a module the mean over its numbers, of the UNet's own answer the norm.
 
-    Of modules the one counts whose error is the greatest against the rival's.
+    Of modules the one counts whose error is the greatest against the rival's. Means over so many LoRA files.
     """
     rows = []
     for dtype in (torch.bfloat16, torch.float16):
