@@ -2,9 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -26,9 +27,18 @@ class _Commands(click.Group):
 @click.version_option(package_name="z-image-lora")
 def main() -> None:
     """Queue SDXL pictures with LoRAs."""
-    for end in (signal.SIGTERM, signal.SIGHUP):  # the second where a terminal is closed
+    for end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last where a terminal is closed
         if signal.getsignal(end) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(end, signal.default_int_handler)  # whatever runs cleans up behind itself
+            signal.signal(end, _end)
+
+
+_ended: Final = threading.Event()
+
+
+def _end(*_: object) -> None:
+    """Whatever runs cleans up behind itself. An exception that strikes in a destructor is lost: the event stays."""
+    _ended.set()
+    raise KeyboardInterrupt
 
 
 @main.command()
@@ -42,11 +52,12 @@ def up(flower: bool, flower_port: int) -> None:
         if flower:
             click.echo(f"flower  http://127.0.0.1:{flower_port}")
         try:
-            while True:
+            while not _ended.is_set():
                 stack.check()
                 time.sleep(0.5)
         except KeyboardInterrupt:
-            click.echo("stopping: a running job is finished first")
+            pass
+        click.echo("stopping: a running job is finished first")
 
 
 for _point in entry_points(group="zlora.commands"):

@@ -171,6 +171,7 @@ def real(folder: Path) -> tuple[list[Row], dict[str, float]]:
         *taxes(turns, same, checks, step),
     ]  # fmt: skip
     return rows, {
+        "copy_, GB/s read and written": round(copy_rate(), 1),
         "fp32 matmul, GFLOP/s": round(rate[torch.float32]),
         "bf16 matmul, GFLOP/s": round(rate[torch.bfloat16]),
         "step of REAL, s": round(median(step), 3),
@@ -275,6 +276,12 @@ def matmul_rate(dtype: torch.dtype) -> float:
     side = 4096
     one, other, out = (torch.randn(side, side).to(dtype) for _ in range(3))
     return 2 * side**3 / min(timed(lambda: torch.mm(one, other, out=out)) for _ in range(4)) / 1e9
+
+
+def copy_rate() -> float:
+    """GB/s, read and written, of a copy that no cache holds, at best."""
+    one, other = (torch.zeros(2**29, dtype=torch.uint8) for _ in range(2))
+    return 2 * one.nbytes / min(timed(lambda: other.copy_(one)) for _ in range(4)) / 1e9
 
 
 def judged(row: Row, goal: float | None) -> Row:
