@@ -2,7 +2,8 @@
 
 THIN has SDXL's topology and few numbers, so that Python decides, as on a GPU. REAL has SDXL's true shape in bf16, so
 that memory and multiply-adds decide. Ways alternate; ours has a second turn in each round, for the noise. After each
-turn some layers are asked whether the LoRAs act, and whether they do so as in the other ways. `--thin` runs THIN alone.
+turn some layers are asked whether the LoRAs act, and whether they do so as in the other ways. `--thin` runs THIN alone,
+and shorter; `--real` runs REAL alone.
 """
 
 import os
@@ -34,17 +35,20 @@ PROBED = ("down_blocks.1.attentions.0.proj_in", "mid_block.attentions.0.transfor
 STEPS = 28
 
 
-def main(*, thin_only: bool) -> None:
-    """Measure and publish."""
+def main(*, only: str) -> None:
+    """Measure and publish; `only` is `thin`, `real` or empty for both."""
     diffusers_logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    rows: list[Row] = []
+    facts: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
-        rows: list[Row] = []
-        facts: dict[str, float] = {}
-        if not thin_only:
+        if only != "thin":
             rows, facts = real(Path(folder, "real"))
-        rows += thin(Path(folder, "thin"), short=thin_only)
-    publish("lora-thin" if thin_only else "lora", rows, **facts)
+        if only != "real":
+            rows += thin(Path(folder, "thin"), short=only == "thin")
+    if isa := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        facts["ONEDNN_MAX_CPU_ISA"] = isa
+    publish(f"lora-{only}" if only else "lora", rows, **facts)
 
 
 class Bench:
@@ -136,18 +140,20 @@ def thin(folder: Path, *, short: bool) -> list[Row]:
     bench = Bench(folder, is_thin=True)
     load, fuse = LoadAndUnload(bench.pipeline), FuseAndUnfuse(bench.pipeline)
     name, fused = "two LoRAs in and out, THIN", "load + fuse + unfuse + unload"
+    rows = [bench.alternated(load, bench.pair, rounds).row(name, "load + set + unload", sum, goal=100)]
+    if not short:
+        rows.append(bench.alternated(fuse, bench.pair, 3).row(name, fused, sum, goal=None))
     return [
-        bench.alternated(load, bench.pair, rounds).row(name, "load + set + unload", sum, goal=100),
-        bench.alternated(fuse, bench.pair, 1 if short else 3).row(name, fused, sum, goal=None),
+        *rows,
         *kept(bench, "THIN", rounds),
-        *steps(bench, 3 * rounds),
+        *steps(bench, 5 if short else 27),
         *errors(folder, files=1 if short else 5),
-        base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=200 if short else 1000),
-        *memory(folder, note, jobs=30 if short else 500, files=15 if short else 60),
+        base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=100 if short else 1000),
+        *memory(folder, note, jobs=20 if short else 500, files=10 if short else 60),
     ]
 
 
-def real(folder: Path) -> tuple[list[Row], dict[str, float]]:
+def real(folder: Path) -> tuple[list[Row], dict[str, float | str]]:
     """Where memory and multiply-adds decide."""
     bench = Bench(folder, is_thin=False)
     rate, best = {}, 0.0
@@ -307,4 +313,4 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(thin_only="--thin" in sys.argv)
+    main(only=next((part for part in ("thin", "real") if f"--{part}" in sys.argv), ""))
