@@ -1,6 +1,8 @@
 """LoRAs into the resident model: exactly what their files say, one rounding, and the base afterwards."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -338,6 +340,19 @@ def test_the_same_set_again_is_a_change_of_pointers(model_home: Path, merges: li
     assert len(merges) == 1
     assert drawn(engine, one, adapter(engine, demo_path(model_home, "neon-lights"), weight=0.9)) != first
     assert len(merges) == 2
+
+
+def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
+    """They are the shelf's, whose bound on memory holds while a set is merged."""
+    engine = load_engine(model_home)
+    demo = adapter(engine, demo_path(model_home, "anime-style"))
+    held = weakref.ref(demo.lora.batches[0].up)
+    drawn(engine, demo)
+
+    del demo
+    gc.collect()
+
+    assert held() is None
 
 
 def test_a_set_after_another_is_the_set_alone(model_home: Path) -> None:

@@ -13,10 +13,7 @@ _SLICE: Final = 64 * 2**20  # bytes summed at a time, and at least at each check
 _WORDS: Final = {
     size: dtype for dtype, size in ((torch.uint8, 1), (torch.int16, 2), (torch.int32, 4), (torch.int64, 8))
 }
-
-
 _SEGMENT: Final = 64  # words; shorter ones cost time, and within one the order is not seen
-
 _MIX: Final = 29  # bits by which a sum is folded onto itself
 
 _Identity = tuple[Any, ...]

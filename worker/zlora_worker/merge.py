@@ -101,6 +101,11 @@ class Plan:
             if base and not square:
                 raise LoraMismatch(f"{source}: changes nothing in the resident model")
 
+    def release(self) -> None:
+        """After the merge: let go of the LoRAs' tensors, which the shelf may have let go of."""
+        self._batches.clear()
+        self._changes.clear()
+
     def blocks(self, base: Matrices) -> Iterator[Block]:
         """All rows that are changed, in pieces that scratch memory holds.
 
@@ -197,7 +202,7 @@ def insist(action: Callable[[], None], attempts: int = 5) -> None:
         try:
             action()
             break
-        except BaseException as error:
+        except BaseException as error:  # a signal's boundary: raised below, once the action is done
             if attempt == attempts - 1:
                 raise
             interruption = error

@@ -87,6 +87,7 @@ class Patch:
             self._run(plan, source=self._base, target=self._shadows)
             self._pointers = [pointer for stack, rows in plan.rows.items() for pointer in self._pointing(stack, rows)]
         plan.require_effect()
+        plan.release()
         self._merged = plan
         return plan
 
@@ -100,7 +101,7 @@ class Patch:
         device = self._weights.device
         threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
         room = max((block.of(self._base[block.stack]).numel() for block in blocks), default=0)
-        while len(self._scratch) < threads or any(len(scratch) < room for scratch in self._scratch):
+        if len(self._scratch) < threads or any(len(scratch) < room for scratch in self._scratch):
             self._scratch = [torch.empty(room, dtype=torch.float32, device=device) for _ in range(threads)]
 
         def merge(block: Block, thread: int) -> None:
