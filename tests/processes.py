@@ -63,10 +63,28 @@ class Worker:
 
     def child(self) -> int:
         """The process id of its one pool child."""
-        parent = self.process.pid
-        text = wait_until(Path(f"/proc/{parent}/task/{parent}/children").read_text, "the worker has a child")
-        (child,) = text.split()
-        return int(child)
+
+        def look() -> list[int]:
+            return [child for child in children(self.process.pid) if not _is_companion(child)]
+
+        (child,) = wait_until(look, "the worker has a child")
+        return child
+
+    def companion(self) -> int:
+        """The process id of its companion."""
+        return wait_until(lambda: next(filter(_is_companion, children(self.process.pid)), None), "there is a companion")
+
+
+def children(parent: int) -> list[int]:
+    """The process ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def _is_companion(process: int) -> bool:
+    try:
+        return b"zlora_worker.companion" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

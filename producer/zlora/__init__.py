@@ -7,9 +7,11 @@ print(result.images[0].url)
 """
 
 from zlora import errors
-from zlora.client import Client, JobHandle
+from zlora.client import Client
+from zlora.handle import JobHandle
 from zlora.job import (
     Asset,
+    Cancellation,
     GenerateRequest,
     GenerateResult,
     ImageRef,
@@ -21,6 +23,7 @@ from zlora.job import (
 
 __all__ = [
     "Asset",
+    "Cancellation",
     "Client",
     "GenerateRequest",
     "GenerateResult",

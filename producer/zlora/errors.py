@@ -15,6 +15,7 @@ ZloraError
 │   ├── LoraMismatch          lora_mismatch          a sound file that does not fit the resident model
 │   └── CacheFull             cache_full             the LoRA cache has no room, or a bad disk   retryable
 ├── GenerationFailed          generation_failed      the model gave NaN, Inf or nothing
+├── OutOfMemory               out_of_memory          the picture needs more memory than the worker has
 ├── BaseNotRestored           base_not_restored      the base differs after the job              retryable
 ├── StoreFailed               store_failed           the picture could not be stored             retryable
 ├── InternalError             internal               a fault of the worker's own
@@ -22,7 +23,12 @@ ZloraError
 ├── BrokerUnavailable         broker_unavailable     Redis does not answer                       retryable
 ├── ResultTimeout             result_timeout         no result within the caller's patience      retryable
 ├── JobLost                   job_lost               the worker died over the job                retryable
-├── JobRevoked                job_revoked            the job was cancelled before it was drawn
+├── JobPoisoned               poisoned               worker after worker died over the job
+├── JobTimeout                timeout                the job took longer than it may
+├── JobExpired                expired                the job was not begun in time
+├── JobRevoked                job_revoked            the job was cancelled
+├── JobUnknown                unknown                no job has this id
+├── Conflict                  conflict               the job id belongs to another request
 ├── InvalidSetting            invalid_setting        an environment variable that makes no sense
 └── StackError                stack_error            the embedded stack cannot start
 ```
@@ -38,13 +44,18 @@ __all__ = [
     "BaseNotRestored",
     "BrokerUnavailable",
     "CacheFull",
+    "Conflict",
     "GenerationFailed",
     "InternalError",
     "InvalidJobId",
     "InvalidRequest",
     "InvalidSetting",
+    "JobExpired",
     "JobLost",
+    "JobPoisoned",
     "JobRevoked",
+    "JobTimeout",
+    "JobUnknown",
     "LoraCorrupt",
     "LoraError",
     "LoraForbidden",
@@ -55,6 +66,7 @@ __all__ = [
     "LoraUnreachable",
     "ModelUnavailable",
     "NotSafetensors",
+    "OutOfMemory",
     "ResultTimeout",
     "StackError",
     "StoreFailed",
@@ -73,6 +85,11 @@ class ZloraError(Exception):
         self.message = _one_line(message or _first_line(type(self)))
         self.details = details or {}
         super().__init__(self.message, self.details)
+
+    def tell(self, **details: Any) -> None:
+        """Add details that are known only later; they travel too."""
+        self.details = {**self.details, **details}
+        self.args = (self.message, self.details)
 
     def __str__(self) -> str:
         return self.message
@@ -167,6 +184,12 @@ class GenerationFailed(ZloraError):
     code = "generation_failed"
 
 
+class OutOfMemory(ZloraError):
+    """The job needs more memory than this worker has. Details: `width`, `height`."""
+
+    code = "out_of_memory"
+
+
 class BaseNotRestored(ZloraError):
     """The base model is not what it was before the job: nothing drawn with it can be trusted."""
 
@@ -214,10 +237,40 @@ class JobLost(ZloraError):
     retryable = True
 
 
+class JobPoisoned(ZloraError):
+    """Worker after worker died over the job. Details: `attempts`, each with `host`, `worker`, `at` and `signal`."""
+
+    code = "poisoned"
+
+
+class JobTimeout(ZloraError):
+    """The job took longer than it may. Details: `seconds`."""
+
+    code = "timeout"
+
+
+class JobExpired(ZloraError):
+    """The job was not begun by the time that its producer set."""
+
+    code = "expired"
+
+
 class JobRevoked(ZloraError):
-    """The job was cancelled before it was drawn."""
+    """The job was cancelled."""
 
     code = "job_revoked"
+
+
+class JobUnknown(ZloraError):
+    """No job has this id, or all that was known of it is gone."""
+
+    code = "unknown"
+
+
+class Conflict(ZloraError):
+    """The job id belongs to another request: one id, one job."""
+
+    code = "conflict"
 
 
 class InvalidSetting(ZloraError):

@@ -70,6 +70,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
     scheduler: Scheduler | None = None  # None is the model's own
     output_format: OutputFormat = "png"
+    timeout: Annotated[float, Meta(gt=0, le=86_400)] | None = (
+        None  # seconds from its start; None is the operator's bound
+    )
 
     def __post_init__(self) -> None:
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
@@ -119,7 +122,9 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Pictures and receipt. `timings` are seconds by phase; fields may be added, never changed.
 
     `base_intact` says that the base was compared with what was loaded, after the job; `base_checked` is the share of
-    its bytes that was read for that.
+    its bytes that was read for that. `tiled` says that memory sufficed for a decode in tiles only, which differs a
+    little. `attempt` counts from 1; `started_at` and `finished_at` are seconds since the epoch on the worker's clock,
+    and `request_sha256` names the request.
     """
 
     job_id: str
@@ -131,11 +136,17 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     model: str
     versions: dict[str, str]
     base_checked: float = 1.0
+    tiled: bool = False
+    attempt: int = 1
+    started_at: float | None = None
+    finished_at: float | None = None
+    request_sha256: str | None = None
 
 
 class JobState(StrEnum):
-    """Where a job is. PENDING is also what an id that was never submitted looks like."""
+    """Where a job is. UNKNOWN is an id that nobody submitted by a `Client`, and that no worker has seen."""
 
+    UNKNOWN = "UNKNOWN"
     PENDING = "PENDING"
     STARTED = "STARTED"
     PROGRESS = "PROGRESS"
@@ -145,13 +156,33 @@ class JobState(StrEnum):
     REVOKED = "REVOKED"
 
 
-class JobStatus(Struct, frozen=True, kw_only=True):
-    """A state and, while the job runs, its phase and the denoising step of all images together."""
+class JobStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A state and, as long as there is no verdict, how far the job is.
+
+    `phase` is queued, with `position` (jobs before it, the running ones among them); fetching, with `received` of
+    `expected` bytes of the present file; loading; denoising, with the step of all images together and `eta` in seconds;
+    uploading; or waiting, before a retry for the reason that `code` names. `attempt` counts from 1.
+    """
 
     state: JobState
     phase: str | None = None
     step: int | None = None
     steps: int | None = None
+    eta: float | None = None
+    position: int | None = None
+    received: int | None = None
+    expected: int | None = None
+    attempt: int | None = None
+    code: str | None = None
+
+
+class Cancellation(StrEnum):
+    """Where a job was when it was cancelled; one that was finished stays so."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+    UNKNOWN = "unknown"  # it is refused if it comes
 
 
 def check_job_id(job_id: object) -> str:
@@ -182,6 +213,39 @@ def read_request(document: object) -> GenerateRequest:
         details = {"path": "$", "value": _shown(data), "expected": "Expected text that UTF-8 can carry"}
         raise InvalidRequest(f"$: {details['expected']}; {error.reason}", details) from None
     return request
+
+
+def digest_of(request: GenerateRequest) -> str:
+    """One request, one digest, whatever defaults it spells out: sha256, in hex, of its JSON without them.
+
+    So a field that is added with a default changes no digest.
+    """
+    return hashlib.sha256(msgspec.json.encode(_without_defaults(request), order="deterministic")).hexdigest()
+
+
+def _without_defaults(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_without_defaults(item) for item in value]
+    if not isinstance(value, Struct):
+        return value
+    fields = {field.name: (field.default, getattr(value, field.name)) for field in msgspec.structs.fields(value)}
+    return {name: _without_defaults(given) for name, (default, given) in fields.items() if given != default}
+
+
+def shown(request: object) -> str:
+    """A request in one line for logs and watchers: prompt, names and numbers, and of addresses what may be shown."""
+    if not isinstance(request, dict):
+        return _shown(request)
+    parts = [f"{_printable(name)}={_told(name, value)}" for name, value in request.items() if name != "loras"]
+    loras = request.get("loras")
+    files = [spec.get("file") for spec in loras if isinstance(spec, dict)] if isinstance(loras, list | tuple) else []
+    addresses = [value for file in files if isinstance(file, dict) for value in file.values()]
+    return ", ".join([*parts, *(f"lora={_shown(address)}" for address in addresses)])[:1000]
+
+
+def _told(name: object, value: object) -> str:
+    """Texts as they are: only elsewhere may there be an address."""
+    return _cut(repr(value)) if name in ("prompt", "negative_prompt") and isinstance(value, str) else _shown(value)
 
 
 def plain(value: Struct) -> dict[str, Any]:
@@ -234,8 +298,16 @@ def _value_at(document: object, path: str) -> object:
 def _shown(value: object) -> str:
     """A value in one short line; of an address only what may be shown."""
     if isinstance(value, dict):
-        return f"an object with {', '.join(sorted(map(str, value))) or 'no fields'}"[:200]
+        return f"an object with {', '.join(sorted(map(_printable, value))) or 'no fields'}"[:200]
     if isinstance(value, list | tuple):
         return f"an array of {len(value)}"
-    text = repr(without_secrets(value) if isinstance(value, str) else value)
+    return _cut(repr(without_secrets(value) if isinstance(value, str) else value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _printable(name: object) -> str:
+    """A stranger's field name, which forges no line."""
+    return "".join(character if character.isprintable() else "?" for character in str(name))

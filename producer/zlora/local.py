@@ -142,7 +142,7 @@ class Stack:
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
             # Safe beside threads: between fork and exec it takes no lock.
-            preexec_fn=partial(_end_with_parent, orphaned) if sys.platform == "linux" else None,  # noqa: PLW1509
+            preexec_fn=partial(end_with_parent, orphaned) if sys.platform == "linux" else None,  # noqa: PLW1509
         )
         self._running[name] = child
         self._children.callback(_stop, child, grace)
@@ -164,7 +164,7 @@ def _server_binary() -> str:
     return str(get_binary_path())
 
 
-def _end_with_parent(end: signal.Signals) -> None:
+def end_with_parent(end: signal.Signals) -> None:
     """Between fork and exec: ask the kernel for a signal when the parent dies, however it dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, end)
 

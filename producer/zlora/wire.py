@@ -1,8 +1,9 @@
-"""What both sides must agree on: variable names, transport options, priorities, and where an embedded broker is."""
+"""What both sides must agree on: names of variables and keys, transport options, and where an embedded broker is."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import msgspec
 
@@ -11,17 +12,66 @@ RESULT_BACKEND: Final = "ZLORA_RESULT_BACKEND"
 QUEUE: Final = "ZLORA_QUEUE"
 HOME: Final = "ZLORA_HOME"
 
+SCHEMES: Final = ("redis", "rediss", "redis+socket")  # of a broker
 DEFAULT_BROKER: Final = "redis://localhost:6379/0"
-DEFAULT_PRIORITY: Final = 5  # 0 is first on Redis, and a message without a priority counts as 0
+PRIORITIES: Final = {"high": 0, "normal": 5, "low": 9}  # 0 is first on Redis; a message without one counts as 0
+PRIORITY_STEPS: Final = list(range(10))  # all of them: strict order
+DEFAULT_PRIORITY: Final = PRIORITIES["normal"]
+VISIBILITY: Final = 30  # seconds after a dead worker's last heartbeat until its job goes to another
 RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the store outlives it
-_IMPATIENCE: Final = 2  # seconds
+RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds that a job may wait in its queue
+IMPATIENCE: Final = 2  # seconds
 SUBMITTED_AT: Final = "zlora_submitted_at"  # message header: seconds since the epoch on the producer's clock
 
 
-def transport_options() -> dict[str, Any]:
+def job_key(job_id: str) -> str:
+    """The hash of what Redis knows of a job, beside the job's message and result."""
+    return f"zlora:job:{job_id}"
+
+
+def lease_key(job_id: str) -> str:
+    """Which worker draws a job now."""
+    return f"zlora:lease:{job_id}"
+
+
+def ledger_key(queue: str) -> str:
+    """The sorted set of a queue's jobs without a verdict, in the order in which they are due."""
+    return f"zlora:ledger:{queue}"
+
+
+def expiring_key(queue: str) -> str:
+    """The sorted set of a queue's jobs that must begin in time, by that time."""
+    return f"zlora:expiring:{queue}"
+
+
+def sweep_key(queue: str) -> str:
+    """Which companion sweeps a queue's ledger now."""
+    return f"zlora:sweep:{queue}"
+
+
+def recall_key(queue: str) -> str:
+    """The list of questions for results that have expired."""
+    return f"zlora:recall:{queue}"
+
+
+def refused_key(queue: str) -> str:
+    """The count of messages that could not be read, and name no job."""
+    return f"zlora:refused:{queue}"
+
+
+def waiting_lists(queue: str) -> list[str]:
+    """The lists on which kombu's Redis transport keeps a queue's messages, by priority."""
+    return [queue, *(f"{queue}\x06\x16{step}" for step in PRIORITY_STEPS[1:])]
+
+
+def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
     """Options of kombu's Redis transport. Priority steps differ between two sides only at the price of lost order."""
     return {
-        "priority_steps": list(range(10)),
+        "visibility_timeout": visibility,
+        "unacked_restore_interval": max(1, visibility // 10),  # seconds between two looks for jobs of dead workers
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": 30,
+        "priority_steps": list(PRIORITY_STEPS),
         "queue_order_strategy": "priority",
         "socket_timeout": 10,  # seconds; without it a half-open connection is never noticed
         "socket_connect_timeout": 5,
@@ -31,12 +81,12 @@ def transport_options() -> dict[str, Any]:
     }
 
 
-def shared_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:
-    """The Celery options that producer and worker must set alike."""
+def shared_config(*, broker_url: str, result_backend: str, queue: str, visibility: int = VISIBILITY) -> dict[str, Any]:
+    """The Celery options that producer and worker must set alike; the visibility is the workers' own."""
     return {
         "broker_url": broker_url,
         "result_backend": result_backend,
-        "broker_transport_options": transport_options(),
+        "broker_transport_options": transport_options(visibility=visibility),
         "task_default_queue": queue,
         "task_default_priority": DEFAULT_PRIORITY,
         "task_serializer": "json",  # any Celery client can enqueue
@@ -53,13 +103,28 @@ def shared_config(*, broker_url: str, result_backend: str, queue: str) -> dict[s
 def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:
     """The same for what is better without Redis than late: one try, over within seconds where Redis never answers."""
     config = shared_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
-    config["broker_transport_options"] |= {"socket_timeout": _IMPATIENCE, "socket_connect_timeout": _IMPATIENCE}
+    config["broker_transport_options"] |= {"socket_timeout": IMPATIENCE, "socket_connect_timeout": IMPATIENCE}
     return config | {
-        "redis_socket_timeout": _IMPATIENCE,
-        "redis_socket_connect_timeout": _IMPATIENCE,
+        "redis_socket_timeout": IMPATIENCE,
+        "redis_socket_connect_timeout": IMPATIENCE,
         "redis_retry_on_timeout": False,
         "result_backend_transport_options": {"retry_policy": {"max_retries": 0}},
     }
+
+
+def redis_url(url: str) -> str:
+    """A Celery URL of one Redis as redis-py spells it; raises `ValueError` for any other broker.
+
+    Celery writes a socket as `redis+socket:///path?virtual_host=1`, and knows `CERT_REQUIRED` for `required`.
+    """
+    parts = urlsplit(url)
+    names = {"virtual_host": "db"} if parts.scheme == "redis+socket" else {}
+    query = [(names.get(name, name), value) for name, value in parse_qsl(parts.query)]
+    query = [(name, value.lower().removeprefix("cert_") if name == "ssl_cert_reqs" else value) for name, value in query]
+    if parts.scheme not in SCHEMES or ";" in url:
+        raise ValueError(f"expected one URL of {', '.join(SCHEMES)}")
+    scheme = "unix" if parts.scheme == "redis+socket" else parts.scheme
+    return f"{scheme}://{parts.netloc}{parts.path}{'?' if query else ''}{urlencode(query)}"
 
 
 def home(environ: Mapping[str, str]) -> Path:

@@ -17,7 +17,7 @@ from kombu import Connection
 from PIL import Image
 from processes import Worker, clean_environ, free_port, worker
 from zlora import Client, GenerateRequest, GenerateResult, JobState
-from zlora.errors import InvalidRequest, LoraNotAllowed, LoraNotFound, LoraUnreachable, ResultTimeout
+from zlora.errors import InvalidRequest, JobUnknown, LoraNotAllowed, LoraNotFound, LoraUnreachable
 from zlora.job import plain
 from zlora_worker.demo.command import read_document
 from zlora_worker.demo.folder import demo_folder
@@ -289,8 +289,8 @@ def test_progress_is_seen_while_a_job_runs(client: Client) -> None:
     assert handle.status().state is JobState.SUCCESS
 
 
-def test_a_result_that_is_not_there_yet_is_a_timeout(client: Client) -> None:
-    with pytest.raises(ResultTimeout):
+def test_an_id_that_nobody_knows_is_told_after_the_wait(client: Client) -> None:
+    with pytest.raises(JobUnknown):
         client.job("never-submitted").result(timeout=0.2)
 
 

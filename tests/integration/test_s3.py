@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Event
 from typing import TYPE_CHECKING
 
 import boto3
@@ -16,7 +18,7 @@ from processes import free_port, wait_until, worker
 from zlora import GenerateResult
 from zlora.errors import StoreFailed
 from zlora_worker.settings import Settings
-from zlora_worker.storage import open_store
+from zlora_worker.storage import Store, open_store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -113,6 +115,78 @@ def test_pictures_and_manifest_lie_under_the_prefix(s3_environ: dict[str, str], 
     assert msgspec.json.decode(manifest, type=GenerateResult) == result
 
 
+@pytest.fixture
+def store(s3_environ: dict[str, str], s3: "S3Client", monkeypatch: pytest.MonkeyPatch) -> Store:  # noqa: ARG001 - the bucket
+    return opened(s3_environ, monkeypatch)
+
+
+def opened(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store of these variables; boto3 looks for its own in the environment of the process."""
+    for name, value in environ.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    return open_store(Settings.from_env(environ))
+
+
+def test_what_is_there_stays_until_it_is_deleted(store: Store) -> None:
+    key = "runs/stays/manifest.json"
+    store.delete(key)
+    assert store.get(key) is None
+
+    assert store.put_new(key, b"first", "application/json") is True
+    assert store.put_new(key, b"second", "application/json") is False
+    assert store.get(key) == b"first"
+
+    store.delete(key)
+    assert store.get(key) is None
+    assert store.put_new(key, b"", "application/json") is True
+    assert store.get(key) == b""
+
+
+def test_of_many_writers_exactly_one_creates_the_object_and_its_bytes_are_there(store: Store) -> None:
+    hands, rounds = 4, 8
+    start = Barrier(hands)
+
+    def write(hand: int) -> list[bool]:
+        created = []
+        for index in range(rounds):
+            start.wait(60)
+            created.append(store.put_new(f"runs/race/outputs/{index}.png", bytes([hand]) * 100_000, "image/png"))
+        return created
+
+    with ThreadPoolExecutor(hands) as pool:
+        created = list(pool.map(write, range(hands)))
+
+    for index, answers in enumerate(zip(*created, strict=True)):
+        assert sum(answers) == 1
+        assert store.get(f"runs/race/outputs/{index}.png") == bytes([answers.index(True)]) * 100_000
+
+
+def test_a_reader_sees_nothing_or_the_whole_object(store: Store) -> None:
+    key, looked, done = "runs/read/outputs/0.png", Event(), Event()
+    whole, seen = bytes(range(256)) * 8_000, set()
+
+    def look() -> None:
+        while not done.is_set():
+            if (found := store.get(key)) is not None:
+                seen.add(found)
+                looked.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(look)
+        try:
+            for _ in range(20):
+                looked.clear()
+                assert store.put_new(key, whole, "image/png")
+                assert looked.wait(60)
+                store.delete(key)
+        finally:
+            done.set()
+        reader.result()
+
+    assert seen == {whole}
+
+
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize(
     "fault", [{"ZLORA_STORE": "s3://of-others/x"}, {"AWS_SECRET_ACCESS_KEY": "wrong"}], ids=["bucket", "secret"]
@@ -120,10 +194,12 @@ def test_pictures_and_manifest_lie_under_the_prefix(s3_environ: dict[str, str], 
 def test_a_server_that_refuses_is_a_failed_store(
     s3_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, fault: dict[str, str]
 ) -> None:
-    environ = s3_environ | fault
-    for name, value in environ.items():
-        if name.startswith("AWS_"):
-            monkeypatch.setenv(name, value)
+    """Nor is it taken for one that has nothing."""
+    store, key = opened(s3_environ | fault, monkeypatch), "runs/x/manifest.json"
 
     with pytest.raises(StoreFailed, match="cannot be stored"):
-        open_store(Settings.from_env(environ)).put("runs/x/manifest.json", b"{}", "application/json")
+        store.put_new(key, b"{}", "application/json")
+    with pytest.raises(StoreFailed, match="cannot be read"):
+        store.get(key)
+    with pytest.raises(StoreFailed, match="cannot be deleted"):
+        store.delete(key)

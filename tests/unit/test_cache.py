@@ -14,6 +14,8 @@ from servers import Answer, Host, Request, fetching, lora_bytes, reply, serving,
 from zlora.errors import (
     CacheFull,
     InvalidSetting,
+    JobRevoked,
+    JobTimeout,
     LoraCorrupt,
     LoraError,
     LoraNotFound,
@@ -249,6 +251,40 @@ def test_an_address_that_no_url_can_say_is_a_lora_error(tmp_path: Path) -> None:
     """JSON can carry half of a surrogate pair, UTF-8 cannot."""
     with cache_of(tmp_path) as cache, pytest.raises(LoraError):
         cache.path(Asset(url="https://example.com/\ud800"))
+
+
+# --- a download that is watched
+
+
+def test_a_download_is_heard_of_and_a_cached_file_is_not(tmp_path: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    with serving(with_etag(ONE)) as host, cache_of(tmp_path, host) as cache:
+        for _ in range(2):
+            cache.path(Asset(url=f"{host.url}/a"), lambda *piece: heard.append(piece))
+        cache.path(Asset(url=f"{host.url}/a", sha256=digest(ONE)), lambda *piece: heard.append(piece))
+
+    assert heard[-1] == (SIZE, SIZE)
+    assert sum(received == SIZE for received, _ in heard) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [JobRevoked("cancelled"), JobTimeout(), RuntimeError("any"), KeyboardInterrupt()],
+)
+def test_what_a_watcher_raises_ends_the_download_and_arrives_as_it_is(tmp_path: Path, error: BaseException) -> None:
+    """No draft is left, and the next use fetches the file."""
+
+    def end(_received: int, _expected: int) -> None:
+        raise error
+
+    with serving(with_etag(ONE)) as host, cache_of(tmp_path, host) as cache:
+        with pytest.raises(BaseException) as raised:  # noqa: PT011 - which one is looked at below
+            cache.path(Asset(url=f"{host.url}/a"), end)
+        assert kept(tmp_path) == {}
+        assert list((tmp_path / "loras/index").iterdir()) == []
+
+        assert told(cache.path(Asset(url=f"{host.url}/a"))) == (digest(ONE), SIZE, "network", ONE)
+    assert raised.value is error
 
 
 # --- a folder that others have touched

@@ -11,6 +11,8 @@ from threading import Event
 import pytest
 from servers import Answer, Host, Request, fetching, reply, serving, watched_connections
 from zlora.errors import (
+    JobRevoked,
+    JobTimeout,
     LoraCorrupt,
     LoraError,
     LoraForbidden,
@@ -392,6 +394,70 @@ def test_the_deadline_is_one_for_all_redirects(tmp_path: Path) -> None:
 
     with serving(answer) as host, fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher:
         assert type(failure(fetcher, f"{host.url}/4")) is LoraUnreachable
+
+
+# --- a download that is watched
+
+
+def heard_of(fetcher: Fetcher, address: str, known: Fetched | None = None) -> list[tuple[int, int]]:
+    """What a watcher hears of a download."""
+    heard: list[tuple[int, int]] = []
+    fetcher.fetch(address, io.BytesIO(), known=known, on_bytes=lambda *piece: heard.append(piece))
+    return heard
+
+
+def test_a_watcher_hears_each_piece_as_it_is_written(tmp_path: Path) -> None:
+    """Ascending, to the end, each with what the host has announced."""
+    size = 2**20
+    with serving(reply(bytes(size))) as host, fetching(tmp_path, host) as fetcher:
+        heard = heard_of(fetcher, f"{host.url}/x")
+
+    received = [received for received, _ in heard]
+    assert received == sorted(set(received))
+    assert received[-1] == size
+    assert len(received) >= 4
+    assert {expected for _, expected in heard} == {size}
+
+
+@pytest.mark.parametrize(
+    "answer", [reply(BODY, length=None), reply(BODY, Content_Length="many", length=None)], ids=["none", "no number"]
+)
+def test_a_length_that_is_not_known_is_told_as_zero(tmp_path: Path, answer: bytes) -> None:
+    with serving(answer) as host, fetching(tmp_path, host) as fetcher:
+        assert set(heard_of(fetcher, f"{host.url}/x")) >= {(len(BODY), 0)}
+
+
+def test_of_what_is_not_downloaded_nothing_is_heard(tmp_path: Path) -> None:
+    known = Fetched(sha256=DIGEST, size=len(BODY), version='"1"')
+    with serving(reply(status=304, length=None)) as host, fetching(tmp_path, host) as fetcher:
+        assert heard_of(fetcher, f"{host.url}/x", known) == []
+
+
+def test_a_hub_s_file_is_watched_too(tmp_path: Path) -> None:
+    with serving(hub()) as host, fetching(tmp_path, COZY_HUB_URL=host.url) as fetcher:
+        assert heard_of(fetcher, "cozy://owner/x")[-1] == (len(BODY), len(BODY))
+
+
+@pytest.mark.parametrize(
+    "error", [JobRevoked("cancelled"), JobTimeout(), TimeoutError("of the broker"), RuntimeError()]
+)
+def test_what_a_watcher_raises_ends_the_download_and_arrives_as_it_is(tmp_path: Path, error: Exception) -> None:
+    """At once: what is left of the body is not read; and the fetcher is as good as before."""
+
+    def end(_received: int, _expected: int) -> None:
+        raise error
+
+    with (
+        serving(endless(reply(length=None))) as host,
+        fetching(tmp_path, host) as fetcher,
+        pytest.raises(type(error)) as raised,
+    ):
+        fetcher.fetch(f"{host.url}/x", io.BytesIO(), on_bytes=end)
+    assert raised.value is error
+    assert host.sent < 2**25
+
+    with serving(reply(BODY)) as host, fetching(tmp_path, host) as fetcher:
+        assert got(fetcher, f"{host.url}/x")[0] == BODY
 
 
 # --- asking whether it is still the same

@@ -1,8 +1,9 @@
-"""The story of a job, with the real model and cache; nothing is fetched, since each LoRA is pinned and there."""
+"""The story of a job, with the real model and cache; where nothing else is said each LoRA is pinned and there."""
 
 import hashlib
 import io
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -23,8 +24,23 @@ from fakes import (
     write,
 )
 from PIL import Image
-from zlora.errors import LoraMismatch, NotSafetensors, StoreFailed
-from zlora.job import MAX_IMAGES, MAX_SEED, Asset, GenerateResult, LoraSpec, OutputFormat, seed_of
+from servers import reply, serving
+from zlora.errors import (
+    JobRevoked,
+    LoraMismatch,
+    NotSafetensors,
+    StoreFailed,
+)
+from zlora.job import (
+    MAX_IMAGES,
+    MAX_SEED,
+    Asset,
+    GenerateResult,
+    LoraSpec,
+    OutputFormat,
+    digest_of,
+    seed_of,
+)
 from zlora_worker.cache import Cache
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.fetch import Fetcher
@@ -32,7 +48,7 @@ from zlora_worker.generate import Report, Runtime, generate
 from zlora_worker.shelf import Shelf
 from zlora_worker.storage import FolderStore, Store
 
-PHASES = ["fetch", "parse", "apply", "denoise", "restore", "encode", "upload"]
+PHASES = ["fetch", "parse", "apply", "denoise", "encode", "upload", "restore"]
 
 
 def silent(_phase: str, _step: int, _steps: int) -> None:
@@ -62,7 +78,7 @@ def runtime(engine: Engine, cache: Cache, store: MemoryStore) -> Runtime:
 
 def a_runtime(engine: Engine, cache: Cache, store: Store) -> Runtime:
     """A runtime as a child has it when it starts."""
-    return Runtime(engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store)
+    return Runtime(engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store, job_timeout=870)
 
 
 @pytest.fixture
@@ -77,6 +93,10 @@ def pinned(cache: Cache) -> Callable[..., LoraSpec]:
         return LoraSpec(file=Asset(url=url, sha256=digest), **fields)
 
     return put
+
+
+def kohya_bytes(folder: Path) -> bytes:
+    return write(folder / "served.safetensors", kohya_lora()).read_bytes()
 
 
 def read(data: bytes) -> Image.Image:
@@ -176,7 +196,7 @@ def test_a_folder_that_cannot_be_written_is_a_store_failure(engine: Engine, cach
     (tmp_path / "store").write_text("a file where the folder should be")
     store: Store = FolderStore(tmp_path / "store")
 
-    with pytest.raises(StoreFailed, match=r"runs/job/outputs/0\.png"):
+    with pytest.raises(StoreFailed, match="runs/job/"):
         generate(a_runtime(engine, cache, store), "job", a_request(), silent)
 
     assert engine.state is EngineState.READY
@@ -197,11 +217,87 @@ def test_phases_and_steps_are_reported_in_order(
     generate(runtime, "watched", a_request(num_images=2, num_inference_steps=3, loras=loras), report)
 
     assert heard == [
-        ("fetching", 0, 2),
-        ("applying", 0, 2),
-        *(("denoising", step, 6) for step in range(1, 7)),
+        ("loading", 0, 2),
+        *(("denoising", step, 6) for step in (1, 2, 3)),
         ("uploading", 0, 2),
+        *(("denoising", step, 6) for step in (4, 5, 6)),
+        ("uploading", 1, 2),
+        ("uploading", 2, 2),
     ]
+
+
+def test_a_download_is_reported_with_its_bytes(
+    engine: Engine, model_home: Path, store: MemoryStore, tmp_path: Path
+) -> None:
+    """Before all else; from the cache there is nothing to report."""
+    heard: list[tuple[str, int, int]] = []
+    report: Report = lambda *event: heard.append(event)  # noqa: E731 - typed as what a job takes
+    data = kohya_bytes(tmp_path)
+    with serving(reply(data, ETag='"1"')) as host:
+        fetcher = Fetcher(settings(model_home, ZLORA_ALLOW_HOSTS=host.name))
+        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, fetcher=fetcher), store)
+        url = f"{host.url}/a.safetensors"
+        generate(runtime, "fetched", a_request(loras=(LoraSpec(file=Asset(url=url)),)), report)
+        fetcher.session.close()
+
+    pieces = [event for event in heard if event[0] == "fetching"]
+    assert pieces
+    assert heard[: len(pieces)] == pieces
+    assert pieces[-1] == ("fetching", len(data), len(data))
+    assert [received for _, received, _ in pieces] == sorted({received for _, received, _ in pieces})
+    assert heard[len(pieces)] == ("loading", 0, 1)
+
+
+def test_a_job_that_is_cancelled_in_a_download_ends_there(
+    engine: Engine, model_home: Path, store: MemoryStore, tmp_path: Path
+) -> None:
+    cancelled = JobRevoked("job was cancelled", {"job_id": "job"})
+
+    def report(phase: str, received: int, _expected: int) -> None:
+        assert phase == "fetching"
+        if received:
+            raise cancelled
+
+    with serving(reply(kohya_bytes(tmp_path))) as host:
+        fetcher = Fetcher(settings(model_home, ZLORA_ALLOW_HOSTS=host.name))
+        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, fetcher=fetcher), store)
+        with pytest.raises(JobRevoked) as raised:
+            generate(runtime, "job", a_request(loras=(LoraSpec(file=Asset(url=f"{host.url}/a")),)), report)
+        fetcher.session.close()
+
+    assert raised.value is cancelled
+    assert store.objects == {}
+    assert [path for path in (tmp_path / "loras").rglob("*") if path.is_file()] == []
+
+
+def test_the_result_tells_when_how_and_for_which_request_it_was_drawn(runtime: Runtime) -> None:
+    request, before = a_request(seed=3), time.time()
+
+    result = generate(runtime, "job", request, silent, attempt=3)
+
+    assert result.started_at is not None
+    assert result.finished_at is not None
+    assert before <= result.started_at <= result.finished_at <= time.time()
+    assert (result.attempt, result.tiled, result.request_sha256) == (3, False, digest_of(request))
+    assert result.finished_at - result.started_at >= sum(result.timings.values()) - 0.01
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_result_tells_that_a_picture_of_it_was_decoded_in_tiles(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    """Whichever of several."""
+    decode, decoded = runtime.engine._decode_whole, list[int]()
+
+    def small(*arguments: Any, **options: Any) -> Any:
+        decoded.append(1)
+        if len(decoded) == index + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(runtime.engine, "_decode_whole", small)
+
+    assert generate(runtime, "tiled", a_request(num_images=2), silent).tiled
 
 
 def test_every_phase_has_its_seconds(runtime: Runtime) -> None:
@@ -255,7 +351,7 @@ def test_a_lora_seen_before_comes_from_memory(
     file = write(tmp_path / "a.safetensors", kohya_lora())
     requests = [a_request(seed=1, loras=(pinned(file, weight=weight),)) for weight in (0.5, 0.9, 0.5)]
 
-    first, other, again = (generate(runtime, "memory", request, silent) for request in requests)
+    first, other, again = (generate(runtime, f"memory-{i}", request, silent) for i, request in enumerate(requests))
 
     assert [result.loras[0].tier for result in (first, other, again)] == ["disk", "memory", "memory"]
     assert first.images[0].sha256 == again.images[0].sha256 != other.images[0].sha256
@@ -297,10 +393,10 @@ def test_weights_of_one_part_take_the_place_of_weight(
     ]
 
     digests = [
-        generate(runtime, "weights", a_request(seed=7, loras=(pinned(file, **case),)), silent).images[0].sha256
-        for case in cases
+        generate(runtime, f"weights-{i}", a_request(seed=7, loras=(pinned(file, **case),)), silent).images[0].sha256
+        for i, case in enumerate(cases)
     ]
-    without = generate(runtime, "weights", a_request(seed=7), silent).images[0].sha256
+    without = generate(runtime, "without", a_request(seed=7), silent).images[0].sha256
 
     assert digests[0] == digests[1]
     assert digests[4] == without

@@ -1,10 +1,16 @@
 """Pixels to bytes: every format is read back as what it says it is."""
 
 import io
+import struct
+import zlib
 from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from servers import untimed
+from zlora.errors import StoreFailed
 from zlora.job import OutputFormat
 from zlora_worker import images
 
@@ -41,3 +47,55 @@ def test_one_picture_is_always_the_same_bytes(picture: Image.Image, output_forma
     first, again = (images.encode(picture, output_format) for _ in range(2))
 
     assert first == again
+
+
+# --- a picture that is stored
+
+
+@pytest.mark.parametrize("output_format", get_args(OutputFormat))
+def test_the_size_of_a_file_is_the_picture_s(picture: Image.Image, output_format: OutputFormat) -> None:
+    assert images.size(images.encode(picture, output_format)) == (96, 64)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no picture", b'{"job_id": "a"}', b"\x89PNG\r\n\x1a\n", b"RIFF\x00\x00\x00\x00WEBP"]
+)
+def test_what_is_no_picture_has_no_size(data: bytes) -> None:
+    with pytest.raises(StoreFailed) as raised:
+        images.size(data)
+
+    assert raised.value.retryable
+
+
+@pytest.mark.parametrize("output_format", get_args(OutputFormat))
+def test_a_file_that_is_cut_has_its_size_or_none(picture: Image.Image, output_format: OutputFormat) -> None:
+    """Wherever it is cut, there is no other error."""
+    data = images.encode(picture, output_format)
+
+    for end in (*range(200), *range(200, len(data), 97)):
+        try:
+            assert images.size(data[:end]) == (96, 64)
+        except StoreFailed:
+            continue
+
+
+@untimed
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, of damage that it gets over
+@given(start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF"]), rest=st.binary(max_size=200))
+def test_any_bytes_have_a_size_or_are_a_store_failure(start: bytes, rest: bytes) -> None:
+    try:
+        width, height = images.size(start + rest)
+    except StoreFailed:
+        return
+    assert width > 0
+    assert height > 0
+
+
+def test_a_picture_that_claims_more_pixels_than_memory_holds_is_a_store_failure() -> None:
+    header = b"IHDR" + struct.pack(">IIBBBBB", 2**16, 2**16, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, b"IDAT"):
+        data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+    with pytest.raises(StoreFailed):
+        images.size(data)

@@ -17,9 +17,11 @@ from zlora.job import (
     GenerateRequest,
     LoraSpec,
     check_job_id,
+    digest_of,
     plain,
     read_request,
     seed_of,
+    shown,
     without_secrets,
 )
 
@@ -112,6 +114,9 @@ INSIDE: list[dict[str, Any]] = [
     document(seed=0),
     document(seed=MAX_SEED),
     document(seed=MAX_SEED - 7, num_images=8),
+    document(timeout=86_400),
+    document(timeout=0.001),
+    document(timeout=None),
     document(num_images=8),
     *(document(output_format=name) for name in ("png", "jpeg", "webp")),
     *(document(scheduler=name) for name in ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral")),
@@ -150,6 +155,9 @@ OUTSIDE: list[tuple[Any, str, str]] = [
     (document(seed=2**64), "$.seed", str(MAX_SEED)),
     (document(num_images=0), "$.num_images", "1"),
     (document(num_images=MAX_IMAGES + 1), "$.num_images", str(MAX_IMAGES)),
+    *((document(timeout=value), "$.timeout", "0") for value in (0, -1, -0.0)),
+    (document(timeout=86_400.1), "$.timeout", "86400"),
+    *((document(timeout=value), "$.timeout", "float") for value in (NAN, INF, True, "60")),
     (document(output_format="gif"), "$.output_format", "png, jpeg, webp"),
     (document(scheduler="Euler"), "$.scheduler", "euler_ancestral"),
     *(
@@ -506,3 +514,103 @@ def test_a_job_s_own_seed_is_the_same_for_ever() -> None:
 
 def test_two_jobs_have_two_seeds() -> None:
     assert len({seed_of(f"job-{index}") for index in range(1000)}) == 1000
+
+
+# --- one request, one digest
+
+
+def digest(**fields: Any) -> str:
+    return digest_of(read_request(document(**fields)))
+
+
+def test_a_request_has_one_digest_however_it_is_spelt() -> None:
+    """What is absent is its default; the order of fields, and whether a number is written 1 or 1.0, say nothing."""
+    lora = {"file": {"url": URL}}
+    spelt: list[dict[str, Any]] = [
+        document(loras=[lora]),
+        {"loras": [{"weight": 1.0, **lora}], "prompt": "a portrait"},
+        document(loras=[{"strict": True, "weight": 1, **lora}], num_images=1, guidance_scale=7.5, seed=None),
+        document(loras=[lora], negative_prompt="", width=None, scheduler=None, output_format="png", timeout=None),
+        plain(read_request(document(loras=[lora]))),
+        over_the_wire(document(loras=[lora])),
+    ]
+
+    assert len({digest_of(read_request(data)) for data in spelt}) == 1
+
+
+def test_any_other_request_has_another_digest() -> None:
+    loras = [{"file": {"url": URL}}, {"file": {"url": URL + "?v=2"}}]
+    others = [
+        digest(),
+        digest(prompt="another"),
+        digest(seed=0),
+        digest(num_images=2),
+        digest(timeout=60),
+        digest(loras=loras),
+        digest(loras=loras[::-1]),
+        digest(loras=loras[:1]),
+        digest(loras=[{**loras[0], "weight": 0.5}]),
+        digest(loras=[{"file": {"url": URL, "sha256": "0" * 64}}]),
+    ]
+
+    assert len(set(others)) == len(others)
+
+
+def test_a_digest_is_the_same_for_ever() -> None:
+    """A golden value: a record of yesterday is of the same request tomorrow, whatever fields are added meanwhile."""
+    assert digest() == "cf1acbd6e17513bf30457771ee3ff90188e6335c1dd90f5f19f7c3c3587af59a"
+
+
+# --- a request in one line
+
+
+def test_a_request_is_shown_with_its_prompt_and_its_loras() -> None:
+    data = document(seed=3, loras=[{"file": {"url": SECRET_URL}}, {"file": {"cozy_ref": "owner/anime"}, "weight": 0.5}])
+
+    line = shown(data)
+
+    for part in ("prompt='a portrait'", "seed=3", "'https://example.com/x.safetensors'", "'owner/anime'"):
+        assert part in line
+    assert not [secret for secret in SECRETS if secret in line]
+
+
+def test_a_prompt_is_shown_as_it_is() -> None:
+    """It is no address: what follows a question mark is not its query."""
+    assert "a cat? or #2 dogs" in shown(document(prompt="a cat? or #2 dogs"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None, 7, "text", [], [document()], {}, {"loras": 1}, {"loras": [1, {}, {"file": 1}, {"file": {}}]},
+        {"loras": {"file": {}}}, {"prompt": ["x" * 5000]}, {"prompt": "a\nb"}, {"a\nb": 1}, {"x" * 5000: 1},
+        {1: {2: 3}}, {"loras": [{"file": {"url": 7}}] * 1000},
+    ],
+    ids=lambda data: repr(data)[:30],
+)  # fmt: skip
+def test_what_a_stranger_sent_is_shown_in_one_short_line_too(data: Any) -> None:
+    line = shown(data)
+
+    assert len(line) <= 1000
+    assert line.isprintable()
+
+
+@untimed
+@given(
+    st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+)
+def test_anything_is_shown_without_an_error(data: Any) -> None:
+    assert len(shown(data)) <= 1000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"url": SECRET_URL}, {"loras": [{"file": {"url": SECRET_URL, "odd": SECRET_URL}}]}, SECRET_URL, [SECRET_URL],
+        {"loras": [SECRET_URL]}, {"loras": SECRET_URL}, {"loras": [{"file": SECRET_URL}]},
+        {"request": {"x": SECRET_URL}},
+    ],
+    ids=lambda data: repr(data)[:30],
+)  # fmt: skip
+def test_an_address_in_the_wrong_place_shows_no_secret(data: Any) -> None:
+    assert not [secret for secret in SECRETS if secret in shown(data)]

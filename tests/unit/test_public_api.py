@@ -6,8 +6,8 @@ from importlib.resources import files
 
 import zlora
 import zlora_worker
-from zlora import Client, GenerateResult, JobStatus
-from zlora.client import JobHandle
+from zlora import Cancellation, Client, GenerateResult, JobState, JobStatus
+from zlora.handle import JobHandle
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -20,7 +20,7 @@ def test_all_is_sorted_and_complete() -> None:
 
 def test_what_the_client_hands_out_is_public() -> None:
     """Every class of the main way can be imported from `zlora` for an annotation."""
-    for cls in (Client, JobHandle, JobStatus, GenerateResult):
+    for cls in (Cancellation, Client, JobHandle, JobState, JobStatus, GenerateResult):
         assert getattr(zlora, cls.__name__) is cls
 
 

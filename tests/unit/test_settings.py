@@ -22,6 +22,12 @@ VALUES: dict[str, tuple[str, object]] = {
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
     "load_timeout": ("60", 60),
+    "job_timeout": ("3600", 3600),
+    "hard_grace": ("10", 10),
+    "shutdown_timeout": ("20", 20),
+    "visibility": ("60", 60),
+    "sweep": ("2", 2),
+    "probes": ("/run/zlora", "/run/zlora"),
     "store": ("s3://bucket/prefix", "s3://bucket/prefix"),
     "s3_endpoint": ("http://localhost:9000", "http://localhost:9000"),
     "lora_cache": ("/cache", "/cache"),
@@ -86,7 +92,14 @@ def test_an_unset_variable_gives_the_default(home: dict[str, str]) -> None:
     assert (plain.queue, plain.model) == ("gpu", "stabilityai/stable-diffusion-xl-base-1.0")
     assert (plain.device, plain.dtype, plain.load_timeout) == ("auto", "auto", 1800)
     assert (plain.lora_cache_bytes, plain.lora_max_bytes, plain.lora_deadline) == (20_000_000_000, 2**31, 300)
+    assert (plain.job_timeout, plain.hard_grace, plain.shutdown_timeout) == (870, 30, 0)
+    assert (plain.visibility, plain.sweep, plain.probes) == (wire.VISIBILITY, 15, "")
+    assert plain.job_timeout + plain.hard_grace == 900  # seconds: the hard limit of 15 minutes
     assert (plain.allow_hosts, plain.hub_url, plain.hub_token, plain.store) == (frozenset(), "", "", "")
+
+
+def test_a_shutdown_without_a_deadline_is_zero(home: dict[str, str]) -> None:
+    assert Settings.from_env(home | {"ZLORA_SHUTDOWN_TIMEOUT": "0"}).shutdown_timeout == 0
 
 
 def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
@@ -111,9 +124,19 @@ def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
         ("ZLORA_DTYPE", "fp16"),
         *(
             (name, text)
-            for name in ("ZLORA_LOAD_TIMEOUT", "ZLORA_LORA_CACHE_BYTES", "ZLORA_LORA_MAX_BYTES", "ZLORA_LORA_DEADLINE")
+            for name in (
+                "ZLORA_LOAD_TIMEOUT",
+                "ZLORA_JOB_TIMEOUT",
+                "ZLORA_HARD_GRACE",
+                "ZLORA_VISIBILITY",
+                "ZLORA_SWEEP",
+                "ZLORA_LORA_CACHE_BYTES",
+                "ZLORA_LORA_MAX_BYTES",
+                "ZLORA_LORA_DEADLINE",
+            )
             for text in ("0", "-1", "1.5", "20GB", "inf")
         ),
+        *(("ZLORA_SHUTDOWN_TIMEOUT", text) for text in ("-1", "1.5", "never")),
         ("ZLORA_ALLOW_HOSTS", "http://example.com"),
         ("ZLORA_ALLOW_HOSTS", "example.com/loras"),
         ("ZLORA_ALLOW_HOSTS", "ok.example.com, example.com:0"),

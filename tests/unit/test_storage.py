@@ -1,19 +1,31 @@
-"""The store folder, and which store a URL means. S3 is tried on a real server in tests/integration."""
+"""The store folder, which store a URL means, and answers that S3 gives rarely; tests/integration has a real server."""
 
+import errno
+import os
 import resource
+import signal
 import stat
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier, Event
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from servers import settings, untimed
+from servers import Answer, Host, reply, serving, settings, untimed
 from zlora.errors import StoreFailed
+from zlora_worker import storage
 from zlora_worker.storage import FolderStore, S3Store, image_key, manifest_key, open_store
+
+KEY: Final = "runs/job-1/outputs/0.png"
+PICTURE: Final = "image/png"
 
 
 def stored(folder: Path) -> list[str]:
@@ -38,74 +50,245 @@ def test_keys_lie_under_the_job_s_own_prefix() -> None:
 # --- the folder
 
 
-def test_what_is_put_is_read_back_under_its_url(tmp_path: Path) -> None:
+def test_what_is_put_is_read_back_under_its_key_and_its_url(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "a store, 100% é?#")
+    url = store.url(KEY)
+    assert stored(tmp_path) == []  # asking where it will be makes nothing
 
-    url = store.put("runs/job-1/outputs/0.png", b"picture", "image/png")
+    assert store.put_new(KEY, b"picture", PICTURE) is True
 
-    assert read(url) == b"picture"
-    assert stored(tmp_path / "a store, 100% é?#") == ["runs/job-1/outputs/0.png"]
+    assert store.get(KEY) == read(url) == b"picture"
+    assert store.url(KEY) == url
+    assert stored(tmp_path / "a store, 100% é?#") == [KEY]
 
 
 @hypothesis_settings(untimed, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.binary(max_size=100), second=st.binary(max_size=100))
-def test_a_second_put_replaces_the_first(tmp_path: Path, first: bytes, second: bytes) -> None:
-    """A job that is drawn again after a redelivery stores the same keys."""
+def test_what_is_there_stays_until_it_is_deleted(tmp_path: Path, first: bytes, second: bytes) -> None:
+    """A job that is drawn again after a redelivery stores the same keys, and people may have seen the first picture."""
     store = FolderStore(tmp_path)
+    store.delete(KEY)
+    assert store.get(KEY) is None
 
-    urls = [store.put("runs/job-1/outputs/0.png", data, "image/png") for data in (first, second)]
+    assert store.put_new(KEY, first, PICTURE) is True
+    assert store.put_new(KEY, second, PICTURE) is False
+    assert store.get(KEY) == first
+    assert stored(tmp_path) == [KEY]
 
-    assert urls[0] == urls[1]
-    assert read(urls[0]) == second
-    assert stored(tmp_path) == ["runs/job-1/outputs/0.png"]
+    store.delete(KEY)
+    assert store.get(KEY) is None
+    assert stored(tmp_path) == []
+    assert store.put_new(KEY, second, PICTURE) is True
+    assert store.get(KEY) == second
 
 
-def test_a_reader_of_the_old_file_keeps_it_whole(tmp_path: Path) -> None:
-    """The new file takes the name, and the old one's bytes are never written to."""
+def test_a_reader_of_a_deleted_file_keeps_it_whole(tmp_path: Path) -> None:
+    """What comes after it takes the name; the old bytes are never written to."""
     store = FolderStore(tmp_path)
-    url = store.put("key", b"old", "image/png")
+    store.put_new(KEY, b"old", PICTURE)
 
-    with Path(unquote(urlsplit(url).path)).open("rb") as reader:
-        store.put("key", b"longer and new", "image/png")
+    with (tmp_path / KEY).open("rb") as reader:
+        store.delete(KEY)
+        store.put_new(KEY, b"longer and new", PICTURE)
         assert reader.read() == b"old"
 
 
 def test_others_may_read_what_is_stored(tmp_path: Path) -> None:
     """A draft is private to the worker's user; a web server runs as another."""
-    FolderStore(tmp_path).put("runs/x.png", b"picture", "image/png")
+    FolderStore(tmp_path).put_new(KEY, b"picture", PICTURE)
 
-    assert stat.S_IMODE((tmp_path / "runs/x.png").stat().st_mode) == 0o644
-
-
-def test_a_file_in_the_place_of_the_folder_is_a_failed_store(tmp_path: Path) -> None:
-    (tmp_path / "store").write_text("not a folder")
-
-    with pytest.raises(StoreFailed, match=r"runs/x\.png") as raised:
-        FolderStore(tmp_path / "store").put("runs/x.png", b"picture", "image/png")
-
-    assert raised.value.retryable
-    assert (tmp_path / "store").read_text() == "not a folder"
+    assert stat.S_IMODE((tmp_path / KEY).stat().st_mode) == 0o644
 
 
-def test_a_folder_in_the_place_of_the_file_is_a_failed_store_and_leaves_no_draft(tmp_path: Path) -> None:
-    (tmp_path / "runs/x.png").mkdir(parents=True)
+# --- one key, many hands
 
-    with pytest.raises(StoreFailed):
-        FolderStore(tmp_path).put("runs/x.png", b"picture", "image/png")
 
+def test_of_many_threads_exactly_one_creates_the_object_and_its_bytes_are_there(tmp_path: Path) -> None:
+    store, hands, rounds = FolderStore(tmp_path), 4, 100
+    start = Barrier(hands)
+
+    def write(hand: int) -> list[bool]:
+        created = []
+        for index in range(rounds):
+            start.wait(60)
+            created.append(store.put_new(f"runs/{index}.png", bytes([hand]) * 10_000, PICTURE))
+        return created
+
+    with ThreadPoolExecutor(hands) as pool:
+        created = list(pool.map(write, range(hands)))
+
+    for index, answers in enumerate(zip(*created, strict=True)):
+        assert sum(answers) == 1
+        assert store.get(f"runs/{index}.png") == bytes([answers.index(True)]) * 10_000
+    assert len(stored(tmp_path)) == rounds  # and no draft
+
+
+# Storing under `KEY` in a process of its own, in the folder that it is told; faults come before it.
+WRITE: Final = """
+import os, signal, sys
+from pathlib import Path
+from zlora_worker.storage import FolderStore
+
+die, link, store = lambda: os.kill(os.getpid(), signal.SIGKILL), os.link, FolderStore(Path(sys.argv[1]))
+"""
+RACE: Final = """
+print("ready", flush=True)
+sys.stdin.readline()
+won = [i for i in range(200) if store.put_new(f"runs/{i}.png", sys.argv[2].encode() * 10_000, "image/png")]
+print(*won)
+"""
+
+
+def test_of_many_processes_exactly_one_creates_the_object_and_its_bytes_are_there(tmp_path: Path) -> None:
+    """Two workers have the same job where one was slow, and the broker gave it to the other."""
+    hands = ["a", "b", "c"]
+    processes = [start_python(WRITE + RACE, str(tmp_path), hand) for hand in hands]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    won = {hand: process.communicate(timeout=60)[0].split() for hand, process in zip(hands, processes, strict=True)}
+
+    winner = {int(index): hand for hand, indices in won.items() for index in indices}
+    assert sum(map(len, won.values())) == len(winner) == 200
+    assert all(FolderStore(tmp_path).get(f"runs/{i}.png") == hand.encode() * 10_000 for i, hand in winner.items())
+    assert len(stored(tmp_path)) == 200
+
+
+def start_python(script: str, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_reader_sees_nothing_or_the_whole_object(tmp_path: Path) -> None:
+    store, looked, done = FolderStore(tmp_path), Event(), Event()
+    wholes, seen = [bytes([index]) * 300_000 for index in range(100)], set()
+
+    def look() -> None:
+        while not done.is_set():
+            if (found := store.get(KEY)) is not None:
+                seen.add(found)
+                looked.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(look)
+        try:
+            for whole in wholes:
+                looked.clear()
+                assert store.put_new(KEY, whole, PICTURE)
+                assert looked.wait(60)
+                store.delete(KEY)
+        finally:
+            done.set()
+        reader.result()
+
+    assert seen <= set(wholes)
+
+
+def test_a_draft_is_whole_on_disk_and_not_under_the_key_until_it_is_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power loss a name must not be there without its bytes."""
+    store, link, fsync, synced, seen = FolderStore(tmp_path), os.link, os.fsync, [], []
+
+    def look_and_sync(file: int) -> None:
+        synced.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+        fsync(file)
+
+    def look_and_link(draft: str, path: Path) -> None:
+        seen.append((store.get(KEY), (os.stat(draft).st_ino, os.stat(draft).st_size)))
+        link(draft, path)
+
+    monkeypatch.setattr(os, "fsync", look_and_sync)
+    monkeypatch.setattr(os, "link", look_and_link)
+    store.put_new(KEY, b"picture", PICTURE)
+
+    assert [size for _, size in synced] == [len(b"picture")]
+    assert seen == [(None, synced[0])]
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [("os.link = lambda *paths: die()", None), ("os.link = lambda *paths: (link(*paths), die())", b"whole")],
+    ids=["before the link", "after the link"],
+)
+def test_a_killed_writer_leaves_nothing_or_the_whole_object(tmp_path: Path, fault: str, found: bytes | None) -> None:
+    """The draft that it leaves is no result, and is in nobody's way."""
+    script = f"{WRITE}\n{fault}\nstore.put_new({KEY!r}, b'whole', 'image/png')"
+    process = start_python(script, str(tmp_path))
+    process.communicate(timeout=60)
+
+    assert process.returncode == -signal.SIGKILL
+    drafts = [name for name in stored(tmp_path) if "/.draft-" in name]
+    assert len(drafts) == 1
+    store = FolderStore(tmp_path)
+    assert store.get(KEY) == found
+    assert store.put_new(KEY, b"later", PICTURE) is (found is None)
+    assert store.get(KEY) == (found or b"later")
+
+
+# --- folders that fail
+
+
+@pytest.mark.parametrize("place", ["", "runs", "runs/job-1/outputs"])
+def test_a_file_in_the_place_of_a_folder_is_a_failed_store(tmp_path: Path, place: str) -> None:
+    """It is not taken for the object, nor for the lack of it."""
+    store, file = FolderStore(tmp_path / "store"), tmp_path / "store" / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("not a folder")
+
+    for act in acts(store):
+        with pytest.raises(
+            StoreFailed, match=f"{KEY} cannot be .* the store folder: (File exists|Not a dir)"
+        ) as raised:
+            act()
+        assert raised.value.retryable
+
+    assert file.read_text() == "not a folder"
+
+
+def acts(store: FolderStore) -> list[Callable[[], object]]:
+    """All that asks the store, with `KEY`."""
+    return [lambda: store.put_new(KEY, b"picture", PICTURE), lambda: store.get(KEY), lambda: store.delete(KEY)]
+
+
+def test_a_folder_in_the_place_of_the_file_is_left_alone(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    (tmp_path / KEY).mkdir(parents=True)
+
+    assert store.put_new(KEY, b"picture", PICTURE) is False
+    for act in acts(store)[1:]:
+        with pytest.raises(StoreFailed, match="Is a directory"):
+            act()
+
+    assert (tmp_path / KEY).is_dir()
     assert stored(tmp_path) == []
 
 
-def test_a_disk_that_takes_no_more_is_a_failed_store_and_leaves_no_draft(tmp_path: Path) -> None:
-    """Else each job of a full disk takes a bit more of it."""
+@pytest.mark.parametrize("size", [2_000, 100_000], ids=["at the flush", "at the write"])
+def test_a_disk_that_takes_no_more_is_a_failed_store_and_leaves_no_draft(tmp_path: Path, size: int) -> None:
+    """Else each job of a full disk takes a bit more of it. Where there is room again, the object can be stored."""
     store = FolderStore(tmp_path)
-    store.put("key", b"old", "image/png")
 
     with files_of_at_most(1000), pytest.raises(StoreFailed, match="File too large"):
-        store.put("key", bytes(100_000), "image/png")
+        store.put_new(KEY, bytes(size), PICTURE)
 
-    assert stored(tmp_path) == ["key"]
-    assert (tmp_path / "key").read_bytes() == b"old"
+    assert stored(tmp_path) == []
+    assert store.get(KEY) is None
+    assert store.put_new(KEY, bytes(size), PICTURE) is True
+    assert store.get(KEY) == bytes(size)
+
+
+def test_what_is_stored_needs_no_room_again(tmp_path: Path) -> None:
+    """A job that comes back to a full disk finds what it has stored."""
+    store = FolderStore(tmp_path)
+    store.put_new(KEY, b"first", PICTURE)
+
+    with files_of_at_most(1000):
+        assert store.put_new(KEY, bytes(100_000), PICTURE) is False
 
 
 @contextmanager
@@ -119,23 +302,156 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_process_without_file_handles_is_a_failed_store(tmp_path: Path) -> None:
+    """An object that cannot be opened is not one that is not there."""
+    store = FolderStore(tmp_path)
+    store.put_new(KEY, b"picture", PICTURE)
+
+    with no_more_files():
+        with pytest.raises(StoreFailed, match="Too many open files"):
+            store.put_new("runs/job-1/outputs/1.png", b"picture", PICTURE)
+        with pytest.raises(StoreFailed, match="Too many open files"):
+            store.get(KEY)
+
+    assert stored(tmp_path) == [KEY]
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process can open no file more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])
+def test_a_file_system_without_hard_links_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """FAT, some FUSE and network file systems: the operator has to choose another folder."""
+
+    def link(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+
+    with pytest.raises(StoreFailed, match=f"must support hard links .{os.strerror(number)}"):
+        FolderStore(tmp_path).put_new(KEY, b"picture", PICTURE)
+
+    assert stored(tmp_path) == []
+
+
 # --- which store
 
 
 def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
     store = open_store(settings(tmp_path, ZLORA_STORE=(tmp_path / "a b").as_uri()))
 
-    assert read(store.put("key", b"x", "image/png")) == b"x"
+    assert store.put_new("key", b"x", PICTURE)
+    assert read(store.url("key")) == b"x"
     assert stored(tmp_path) == ["a b/key"]
 
 
 def test_the_default_store_is_in_the_data_folder(tmp_path: Path) -> None:
-    open_store(settings(tmp_path)).put("key", b"x", "image/png")
+    open_store(settings(tmp_path)).put_new("key", b"x", PICTURE)
 
     assert stored(tmp_path) == ["store/key"]
 
 
-def test_an_s3_url_is_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+@pytest.mark.usefixtures("s3_variables")
+@pytest.mark.parametrize(("url", "prefix"), [("s3://bucket", ""), ("s3://bucket/a/b/", "a/b/")])
+def test_an_s3_url_is_a_bucket(tmp_path: Path, url: str, prefix: str) -> None:
+    store = open_store(settings(tmp_path, ZLORA_STORE=url))
 
-    assert isinstance(open_store(settings(tmp_path, ZLORA_STORE="s3://bucket/prefix")), S3Store)
+    assert isinstance(store, S3Store)
+    assert store.url(KEY) == f"s3://bucket/{prefix}{KEY}"
+
+
+# --- answers that S3 gives rarely
+
+
+@pytest.fixture
+def s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What boto3 needs to sign a request, whoever reads it."""
+    variables = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def s3_store(folder: Path, host: Host) -> S3Store:
+    store = open_store(settings(folder, ZLORA_STORE="s3://bucket", ZLORA_S3_ENDPOINT=host.url))
+    assert isinstance(store, S3Store)
+    return store
+
+
+def refusal(status: int, code: str) -> bytes:
+    """S3's answer to a request that it does not grant."""
+    return reply(f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode(), status=status)
+
+
+def in_turn(*answers: bytes) -> Answer:
+    """Each answer once; none is a dropped connection."""
+    rest = iter(answers)
+    return lambda _request: next(rest)
+
+
+TAKEN: Final = refusal(412, "PreconditionFailed")
+BUSY: Final = refusal(409, "ConditionalRequestConflict")
+
+
+@pytest.mark.usefixtures("s3_variables")
+@pytest.mark.parametrize(
+    ("answers", "created"),
+    [
+        ([reply()], True),
+        ([TAKEN], False),
+        ([BUSY, BUSY, reply()], True),
+        ([BUSY, TAKEN], False),
+        ([b"", TAKEN], False),
+        ([b"", reply()], True),
+    ],
+    ids=["free", "taken", "busy, free", "busy, taken", "dropped, taken", "dropped, free"],
+)
+def test_a_write_is_conditional_and_is_tried_again(tmp_path: Path, answers: list[bytes], created: bool) -> None:
+    """Where the answer is lost, the second try may meet what the first has stored: it is there, and stays."""
+    with serving(in_turn(*answers)) as host:
+        assert s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE) is created
+
+    assert host.asked == [f"PUT /bucket/{KEY}"] * len(answers)
+    assert all(request.headers["if-none-match"] == "*" for request in host.requests)
+
+
+@pytest.mark.usefixtures("s3_variables")
+def test_a_key_that_stays_busy_is_a_failed_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_CONFLICT_PAUSES", (0, 0))
+
+    with serving(BUSY) as host, pytest.raises(StoreFailed, match="ConditionalRequestConflict") as raised:
+        s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE)
+
+    assert raised.value.retryable
+    assert len(host.requests) == 3
+
+
+@pytest.mark.usefixtures("s3_variables")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refusal(403, "AccessDenied"),
+        refusal(404, "NoSuchBucket"),
+        reply(b"not found", status=404),
+        reply(b"half a pic", length=20),
+    ],
+    ids=["no right", "no bucket", "no S3", "half an object"],
+)
+def test_no_other_answer_of_s3_is_taken_for_nothing(tmp_path: Path, answer: bytes) -> None:
+    with serving(answer) as host, pytest.raises(StoreFailed, match=f"{KEY} cannot be read from bucket bucket"):
+        s3_store(tmp_path, host).get(KEY)
+
+
+@pytest.mark.usefixtures("s3_variables")
+def test_a_key_that_s3_does_not_know_has_nothing(tmp_path: Path) -> None:
+    with serving(refusal(404, "NoSuchKey")) as host:
+        assert s3_store(tmp_path, host).get(KEY) is None

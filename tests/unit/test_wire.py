@@ -6,8 +6,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import redis
+from kombu import Connection
+from kombu.transport.redis import Channel
 from zlora import wire
 
 
@@ -93,8 +98,9 @@ def test_a_data_folder_that_is_a_file_has_no_broker(tmp_path: Path) -> None:
 # --- options
 
 
-def test_the_options_are_handed_out_anew_each_time() -> None:
-    """Celery changes what it is given: no two apps share a dictionary."""
+def test_the_options_are_handed_out_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery changes what it is given: no two apps share a dictionary, or a list in it."""
+    monkeypatch.setattr(wire, "PRIORITY_STEPS", list(range(10)))
     options = wire.shared_config(broker_url="redis://a", result_backend="redis://b", queue="q")
     options["broker_transport_options"]["priority_steps"].clear()
 
@@ -122,3 +128,103 @@ def test_no_wait_for_redis_is_without_a_bound() -> None:
     names = ("socket_timeout", "socket_connect_timeout")
     waits = [options[f"redis_{name}"] for name in names] + [options["broker_transport_options"][name] for name in names]
     assert all(wait > 0 for wait in waits)
+
+
+def test_the_impatient_wait_no_longer_than_they_say_and_try_once() -> None:
+    options = wire.impatient_config(broker_url="redis://a", result_backend="redis://b", queue="q")
+
+    names = ("socket_timeout", "socket_connect_timeout")
+    assert {options[f"redis_{name}"] for name in names} == {wire.IMPATIENCE}
+    assert {options["broker_transport_options"][name] for name in names} == {wire.IMPATIENCE}
+    assert not options["redis_retry_on_timeout"]
+    assert options["result_backend_transport_options"] == {"retry_policy": {"max_retries": 0}}
+    assert options["broker_transport_options"]["priority_steps"] == wire.PRIORITY_STEPS
+
+
+@pytest.mark.parametrize("visibility", [1, 5, 30, 3600])
+def test_lost_jobs_are_looked_for_several_times_within_the_visibility(visibility: int) -> None:
+    options = wire.transport_options(visibility=visibility)
+
+    assert options["visibility_timeout"] == visibility
+    assert 1 <= options["unacked_restore_interval"] <= max(1, visibility / 6)
+
+
+def test_each_priority_has_a_list_of_its_own_and_the_first_is_the_queue_s() -> None:
+    lists = wire.waiting_lists("q")
+
+    assert lists[0] == "q"
+    assert len(set(lists)) == len(wire.PRIORITY_STEPS)
+    assert wire.PRIORITIES["high"] < wire.DEFAULT_PRIORITY == wire.PRIORITIES["normal"] < wire.PRIORITIES["low"]
+    assert set(wire.PRIORITIES.values()) <= set(wire.PRIORITY_STEPS)
+
+
+def test_what_belongs_to_a_job_or_to_a_queue_has_a_key_of_its_own() -> None:
+    of_jobs = [key(job_id) for key in (wire.job_key, wire.lease_key) for job_id in ("a", "b")]
+    of_queues = [
+        key(queue)
+        for key in (wire.ledger_key, wire.expiring_key, wire.sweep_key, wire.recall_key, wire.refused_key)
+        for queue in ("a", "b")
+    ]
+
+    assert len({*of_jobs, *of_queues}) == 14
+    assert all(key.startswith("zlora:") for key in (*of_jobs, *of_queues))
+
+
+# --- a broker as redis-py spells it
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://h", {"host": "h"}),
+        ("redis://:p%40ss@h:7/3", {"host": "h", "port": 7, "db": 3, "password": "p@ss"}),
+        ("redis://user:pass@h/0", {"username": "user", "password": "pass", "db": 0}),
+        ("redis://[::1]:7/1", {"host": "::1", "port": 7, "db": 1}),
+        ("rediss://h/0?ssl_cert_reqs=CERT_REQUIRED", {"ssl_cert_reqs": "required"}),
+        ("rediss://h/0?ssl_cert_reqs=required", {"ssl_cert_reqs": "required"}),
+        ("rediss://h/0?ssl_cert_reqs=CERT_NONE", {"ssl_cert_reqs": "none"}),
+        (
+            "rediss://h/0?ssl_cert_reqs=optional&ssl_ca_certs=%2Fetc%2Fa%20b.pem",
+            {"ssl_cert_reqs": "optional", "ssl_ca_certs": "/etc/a b.pem"},
+        ),
+        ("redis+socket:///run/zlora/s", {"path": "/run/zlora/s"}),
+        ("redis+socket:///run/s?virtual_host=2", {"path": "/run/s", "db": 2}),
+        ("redis+socket://:p%40ss@/run/s?virtual_host=2", {"path": "/run/s", "db": 2, "password": "p@ss"}),
+    ],
+)
+def test_celery_s_url_means_the_same_to_redis_py(url: str, expected: dict[str, object]) -> None:
+    options = redis.Redis.from_url(wire.redis_url(url)).connection_pool.connection_kwargs
+
+    assert {name: options[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://h", "redis://h//2", "redis://:p%2540ss@h:7/3", "redis://user:pass@h/0", "redis+socket:///run/a%20b",
+     "redis+socket://:p%40ss@/run/s?virtual_host=2"],
+)  # fmt: skip
+def test_ledger_and_queue_are_in_one_database(url: str) -> None:
+    """By kombu's own reading of the URL."""
+    channel: Any = Channel.__new__(Channel)  # to construct one is to connect
+    channel._closed = True
+    channel.connection = SimpleNamespace(client=Connection(url), default_port=6379)
+
+    ours = redis.Redis.from_url(wire.redis_url(url)).connection_pool.connection_kwargs
+
+    default = {"host": None, "port": 6379, "path": None, "username": None, "password": None, "db": 0}
+    theirs = channel._connparams()
+    if "path" in theirs:
+        default["port"] = None
+    assert {name: ours.get(name, other) for name, other in default.items()} == {
+        name: theirs.get(name, other) for name, other in default.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sentinel://h:26379", "amqp://h//", "memory://", "cache+memory://", "sqs://", "redis://a/0;redis://b/0", "",
+     "redis", "unix:///run/s", "http://h"],
+)  # fmt: skip
+def test_what_is_not_one_redis_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="expected one URL of redis, "):
+        wire.redis_url(url)

@@ -14,8 +14,10 @@ from zlora import wire
 from zlora.client import check_urls
 from zlora.errors import InvalidSetting, ZloraError
 from zlora.job import TASK_NAME
-from zlora_worker import tasks
-from zlora_worker.lifecycle import EXIT_NO_MODEL, GateWatch, ModelGate, marks
+from zlora_worker import tasks, transport
+from zlora_worker.custody import Heartbeat, JobRequest
+from zlora_worker.delivery import Deliveries
+from zlora_worker.lifecycle import EXIT_NO_MODEL, Companion, GateWatch, ModelGate, ShutdownLimit, marks
 from zlora_worker.settings import Settings
 
 logger = get_logger(__name__)
@@ -25,9 +27,15 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
+transport.use()
 app = Celery("zlora_worker")
 app.conf.update(
-    **wire.shared_config(broker_url=settings.broker_url, result_backend=settings.result_backend, queue=settings.queue),
+    **wire.shared_config(
+        broker_url=settings.broker_url,
+        result_backend=settings.result_backend,
+        queue=settings.queue,
+        visibility=settings.visibility,
+    ),
     # One child, one model, one GPU; a machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
@@ -48,10 +56,13 @@ app.conf.update(
     # Without it a result that meets a Redis restart turns a finished job into a failed one; and so does a full Redis.
     result_backend_always_retry=True,
     result_backend_transport_options={"additional_connection_errors": ["redis.exceptions:OutOfMemoryError"]},
-    result_extended=True,
-    task_track_started=True,
+    # Celery would say STARTED before the job's lease is held, over whatever is known of it; the job says it itself.
+    task_track_started=False,
     worker_send_task_events=True,
     task_send_sent_event=True,
+    # This project's own, for its steps.
+    zlora_probes=settings.probes,
+    zlora_shutdown_timeout=settings.shutdown_timeout,
     # A resident SDXL is far above any limit on memory that would make sense, and a new child costs a load.
     worker_max_tasks_per_child=None,
     worker_max_memory_per_child=None,
@@ -60,9 +71,16 @@ try:
     check_urls(app)
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
-app.task(name=TASK_NAME, bind=True, throws=(ZloraError,))(tasks.generate)
-app.steps["worker"].add(ModelGate)
-app.steps["consumer"].add(GateWatch)
+deliveries = Deliveries(settings.broker_url, settings.queue)
+
+
+class _Request(JobRequest):
+    deliveries, settings = deliveries, settings
+
+
+app.task(name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request)(tasks.generate)
+app.steps["worker"].update((ModelGate, ShutdownLimit, Companion))
+app.steps["consumer"].update((GateWatch, Heartbeat))
 
 
 @worker_process_init.connect
@@ -74,7 +92,7 @@ def load_model(**_: Any) -> None:
         from zlora_worker.generate import Runtime
 
         start = time.monotonic()
-        tasks.install(Runtime.open(settings))
+        tasks.install(Runtime.open(settings), deliveries)
         logger.info("%s is resident after %.1f s", settings.model, time.monotonic() - start)
     except ZloraError as error:
         _give_up(str(error))

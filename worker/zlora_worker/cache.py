@@ -19,7 +19,7 @@ import msgspec
 from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraTooLarge, NotSafetensors
 from zlora.header import read_header
 from zlora.job import Asset, without_secrets
-from zlora_worker.fetch import Fetched, Fetcher
+from zlora_worker.fetch import Fetched, Fetcher, OnBytes, nobody
 
 _IN_USE: Final = 900  # seconds after its last use in which a job may still read a file: the longest job
 _ABANDONED: Final = 3600  # seconds without a byte after which a draft is a dead process's
@@ -55,11 +55,14 @@ class Cache:
             reason = f"ZLORA_LORA_CACHE={folder}: {error.strerror}"
             raise InvalidSetting(reason, {"name": "ZLORA_LORA_CACHE"}) from error
 
-    def path(self, asset: Asset) -> CachedFile:
-        """The file of an asset, fetched where it is not here; raises a `LoraError`."""
+    def path(self, asset: Asset, on_bytes: OnBytes = nobody) -> CachedFile:
+        """The file of an asset, fetched where it is not here; raises a `LoraError`.
+
+        `on_bytes` hears how much of a download has come; a `ZloraError` that it raises ends the download.
+        """
         start = time.monotonic()
         try:
-            sha256, tier = self._find(asset)
+            sha256, tier = self._find(asset, on_bytes)
             path = self._file(sha256)
             size = path.stat().st_size
         except OSError as error:  # of this disk: the network's are `LoraError`s by now
@@ -73,20 +76,20 @@ class Cache:
             seconds=time.monotonic() - start,
         )
 
-    def _find(self, asset: Asset) -> tuple[str, Literal["disk", "network"]]:
+    def _find(self, asset: Asset, on_bytes: OnBytes) -> tuple[str, Literal["disk", "network"]]:
         if asset.sha256 and self._use(asset.sha256):
             return asset.sha256, "disk"
         known = self._known(asset.address)
-        fetched = self._fetch(asset, known)
+        fetched = self._fetch(asset, known, on_bytes)
         return fetched.sha256, "disk" if fetched is known else "network"
 
-    def _fetch(self, asset: Asset, known: Fetched | None) -> Fetched:
+    def _fetch(self, asset: Asset, known: Fetched | None, on_bytes: OnBytes) -> Fetched:
         self._make_folders()  # whoever clears the cache deletes them
         descriptor, name = tempfile.mkstemp(dir=self._drafts)
         draft = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as sink:
-                fetched = self._fetcher.fetch(asset.address, sink, known=known)
+                fetched = self._fetcher.fetch(asset.address, sink, known=known, on_bytes=on_bytes)
             if asset.sha256 and fetched.sha256 != asset.sha256:
                 where = without_secrets(asset.address)
                 raise LoraCorrupt(f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}")

@@ -2,6 +2,7 @@
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -13,7 +14,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from zlora.errors import BaseNotRestored, GenerationFailed
+from zlora.errors import BaseNotRestored, GenerationFailed, OutOfMemory
 from zlora.job import GenerateRequest
 from zlora_worker.fingerprint import Fingerprint
 from zlora_worker.lora import Reader
@@ -35,6 +36,8 @@ _SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 
 _LCM_STEPS: Final = 50  # that latent consistency models are distilled from
 _CHECK_SHARE: Final = 0.01  # of a job's time, that it may cost to show that the base is back
+# How torch says it where it has no class for it: the allocator of a CPU, pinned memory, cuBLAS.
+_RAN_OUT: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 class EngineState(StrEnum):
@@ -70,20 +73,34 @@ class Engine:
         self.reader = Reader(weights)
         self.patch = Patch(weights, mode=mode_for(weights, patch_mode))
         self.base_checked = 1.0  # share of the base that was read after the last job
+        self.tiled = False  # whether the last picture was decoded in tiles, which is not quite what it is as a whole
         self._check_all = check_all
         self._scheduler = pipeline.scheduler
         self._vae_dtype = pipeline.vae.dtype
         self._fingerprint = Fingerprint(components, weights)
+        self._decode_whole = pipeline.vae.decode
+        pipeline.vae.decode = self._decode
+        # Half of the native size: with tiles of its own size, which a VAE has, a native picture is one tile.
+        pipeline.vae.tile_latent_min_size = tile = pipeline.default_sample_size // 2
+        pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
 
     @contextmanager
-    def borrowed(self) -> Iterator[StableDiffusionXLPipeline]:
-        """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs before it or after."""
+    def borrowed(self, request: GenerateRequest | None = None) -> Iterator[StableDiffusionXLPipeline]:
+        """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs before it or after.
+
+        Whatever of the job runs out of memory is raised as `OutOfMemory`, with the size that `request` has.
+        """
         if not self.is_sound():
             raise BaseNotRestored
         start = time.monotonic()
         try:
             self.state = EngineState.LENT
             yield self.pipeline
+        except (RuntimeError, MemoryError) as error:
+            if not _ran_out(error):
+                raise
+            self._free(error)  # first: the comparison below needs memory too
+            raise self._out_of_memory(request, error) from error
         finally:
             self.state = EngineState.DIRTY
             self._put_back()
@@ -100,16 +117,20 @@ class Engine:
     def _put_back(self) -> None:
         """What a signal can have left between a merge or a picture and the block that undoes it."""
         self.patch.restore()
+        self.pipeline.vae.disable_tiling()
         if self.pipeline.vae.dtype is not self._vae_dtype:  # a picture that fails in mid-decode leaves it in fp32
             self.pipeline.vae.to(self._vae_dtype)
 
     def check(self, seconds: float | None = None) -> None:
         """Compare the base with what was loaded, all of it or as much as so many seconds allow.
 
-        READY where nothing differs; raises `BaseNotRestored`, and is DIRTY, where anything does.
+        READY where nothing differs; raises `BaseNotRestored`, and is DIRTY, where anything does or cannot be compared.
         """
         self.state = EngineState.DIRTY
-        changed, self.base_checked = self._fingerprint.check(seconds)
+        try:
+            changed, self.base_checked = self._fingerprint.check(seconds)
+        except (RuntimeError, MemoryError) as error:  # of the device
+            raise BaseNotRestored(f"the base cannot be compared: {str(error)[:200]}") from error
         if changed:
             raise BaseNotRestored(f"{len(changed)} tensors of the base are not what was loaded, such as {changed[0]}")
         self.state = EngineState.READY
@@ -122,8 +143,9 @@ class Engine:
     def draw(self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]) -> Image.Image:
         """One RGB image; `on_step` hears each finished denoising step, from 1.
 
-        Raises `GenerationFailed` where the picture has NaN or Inf.
+        Raises `GenerationFailed` where the picture has NaN or Inf. `tiled` tells how it was decoded.
         """
+        self.tiled = False
         width, height = self.size(request)
         generator = torch.Generator("cpu").manual_seed(seed)
         self.pipeline.scheduler = self._fresh_scheduler(request)
@@ -152,9 +174,39 @@ class Engine:
             )
         return _to_image(output.images[0])
 
+    def _decode(self, latents: Tensor, **options: Any) -> Any:
+        """The VAE's `decode`, as the pipeline calls it: whole, and in tiles where that runs out of memory.
+
+        From the same latents: nothing is denoised again, and the pipeline's own casts hold for both ways.
+        """
+        try:
+            return self._decode_whole(latents, **options)
+        except (RuntimeError, MemoryError) as error:
+            if not _ran_out(error):
+                raise
+            self._free(error)
+        self.tiled = True
+        try:
+            self.pipeline.vae.enable_tiling()
+            return self._decode_whole(latents, **options)
+        finally:
+            self.pipeline.vae.disable_tiling()
+
+    def _free(self, error: BaseException) -> None:
+        """Let go of what ran out of memory: an error's traceback keeps its frames, and they their tensors."""
+        traceback.clear_frames(error.__traceback__)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _out_of_memory(self, request: GenerateRequest | None, error: BaseException) -> OutOfMemory:
+        width, height = self.size(request) if request else (None, None)
+        size = f" at {width} x {height} pixels" if request else ""
+        text = f"the job needs more memory than this worker has{size}: {type(error).__name__}: {str(error)[:200]}"
+        return OutOfMemory(text, {"width": width, "height": height})
+
     @contextmanager
     def _decoded_finite(self) -> Iterator[Callable[[], bool]]:
-        """Yields whether what the VAE decodes inside is finite: the pipeline's clamp would turn Inf into white.
+        """Yields whether what the VAE decodes inside, whole or each tile, is finite: a clamp would turn Inf into white.
 
         Only looks, since the pipeline casts the VAE back after it has decoded.
         """
@@ -183,6 +235,10 @@ class Engine:
         if request.scheduler == "lcm":  # it picks its steps among so many
             options = {"original_inference_steps": max(_LCM_STEPS, request.num_inference_steps)}
         return getattr(diffusers, kind).from_config(config, **options)
+
+
+def _ran_out(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _RAN_OUT)
 
 
 def _take_from_files(components: Iterable[torch.nn.Module], weights: Weights) -> None:

@@ -40,6 +40,27 @@ class Fetched:
     version: str | None = None
 
 
+OnBytes = Callable[[int, int], None]  # received, expected (0 where that is not known); may raise to end a download
+
+
+def nobody(_received: int, _expected: int) -> None:
+    """Hears of a download that nobody watches."""
+
+
+class Sink:
+    """Where a download goes, and who hears of it."""
+
+    def __init__(self, file: BinaryIO, on_bytes: OnBytes) -> None:
+        self._file, self._on_bytes = file, on_bytes
+        self.received = self.expected = 0
+
+    def write(self, piece: bytes) -> None:
+        """Take the next piece."""
+        self._file.write(piece)
+        self.received += len(piece)
+        self._on_bytes(self.received, self.expected)
+
+
 class Fetcher:
     """Downloads LoRAs as the settings allow. One for the life of the process: its connections are kept."""
 
@@ -48,10 +69,13 @@ class Fetcher:
         self.settings = settings
         self.session = GuardedSession(settings.allow_hosts | ({hub} if hub else set()))
 
-    def fetch(self, address: str, sink: BinaryIO, *, known: Fetched | None = None) -> Fetched:
-        """Write the file at `address` to `sink`; `known` comes back, nothing written, where the source still has it.
+    def fetch(
+        self, address: str, file: BinaryIO, *, known: Fetched | None = None, on_bytes: OnBytes = nobody
+    ) -> Fetched:
+        """Write what is at `address` to `file`; `known` comes back, nothing written, where the source still has it.
 
-        Raises a `LoraError` of the kind that fits; what it says holds no query and no credentials.
+        Raises a `LoraError` of the kind that fits, or what `on_bytes` raises; what it says holds no query and no
+        credentials.
         """
         name, seconds = without_secrets(address), self.settings.lora_deadline
         source = SCHEMES.get(address.partition("://")[0].lower())
@@ -59,7 +83,7 @@ class Fetcher:
             raise LoraNotAllowed(f"{name}: not a URL of {', '.join(SCHEMES)}")
         with self.session.deadline(seconds) as over:
             try:
-                fetched = source(self, address, sink, known)
+                fetched = source(self, address, Sink(file, on_bytes), known)
             except LoraUnreachable:
                 if not over.is_set():
                     raise
@@ -96,7 +120,7 @@ class Fetcher:
             raise LoraNotAllowed(f"{name}: no URL that this worker opens, or a redirect to one") from None
 
 
-def _https(fetcher: Fetcher, address: str, sink: BinaryIO, known: Fetched | None) -> Fetched:
+def _https(fetcher: Fetcher, address: str, sink: Sink, known: Fetched | None) -> Fetched:
     headers = {"If-None-Match": known.version} if known and known.version else {}
     name = without_secrets(address)
     with fetcher.request("GET", address, headers, name) as response:
@@ -105,7 +129,7 @@ def _https(fetcher: Fetcher, address: str, sink: BinaryIO, known: Fetched | None
         return _stream(response, sink, fetcher.settings, name, version=response.headers.get("ETag"))
 
 
-def _cozy(fetcher: Fetcher, address: str, sink: BinaryIO, known: Fetched | None) -> Fetched:
+def _cozy(fetcher: Fetcher, address: str, sink: Sink, known: Fetched | None) -> Fetched:
     """The hub's protocol: HEAD tells the digest, GET the bytes; `X-Cozy-SHA256` is compared, never believed."""
     settings, name = fetcher.settings, without_secrets(address)
     segments = address.partition("://")[2].split("/")
@@ -129,14 +153,14 @@ def _cozy(fetcher: Fetcher, address: str, sink: BinaryIO, known: Fetched | None)
     return fetched
 
 
-SCHEMES: Final[dict[str, Callable[[Fetcher, str, BinaryIO, Fetched | None], Fetched]]] = {
+SCHEMES: Final[dict[str, Callable[[Fetcher, str, Sink, Fetched | None], Fetched]]] = {
     "https": _https,
     "http": _https,  # the guard refuses it but for the hosts that the operator allows
     "cozy": _cozy,
 }
 
 
-def _stream(response: Response, sink: BinaryIO, settings: Settings, name: str, *, version: str | None) -> Fetched:
+def _stream(response: Response, sink: Sink, settings: Settings, name: str, *, version: str | None) -> Fetched:
     """Copy the body as it arrives: `read1` returns what is there."""
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise LoraUnreachable(f"{name}: the server encodes the body although asked not to")
@@ -144,6 +168,7 @@ def _stream(response: Response, sink: BinaryIO, settings: Settings, name: str, *
     announced = int(header) if _LENGTH.fullmatch(header) else None
     if announced is not None and announced > settings.lora_max_bytes:
         raise _too_large(name, settings)
+    sink.expected = announced or 0
     digest, size = hashlib.sha256(), 0
     while chunk := response.raw.read1(_CHUNK, decode_content=False):
         size += len(chunk)

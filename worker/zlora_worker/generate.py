@@ -7,19 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
-import msgspec
-from PIL.Image import Image
-from zlora.job import GenerateRequest, GenerateResult, ImageRef, LoraReceipt, LoraSpec, OutputFormat, seed_of
+from zlora.errors import StoreFailed
+from zlora.job import (
+    GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    LoraReceipt,
+    LoraSpec,
+    OutputFormat,
+    digest_of,
+    seed_of,
+)
 from zlora_worker import checkpoint, images, lora
 from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.fetch import Fetcher
 from zlora_worker.merge import Adapter
+from zlora_worker.outcome import discard, first, image_keys, publish
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
-from zlora_worker.storage import Store, image_key, manifest_key, open_store
+from zlora_worker.storage import Store, open_store
 
-Report = Callable[[str, int, int], None]  # phase, step, steps
+Report = Callable[[str, int, int], None]  # phase, done, of how much; raises where the job is to end
 
 _VERSIONS: Final = {
     name: importlib.metadata.version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers")
@@ -37,6 +46,7 @@ class Runtime:
     cache: Cache
     shelf: Shelf
     store: Store
+    job_timeout: int  # seconds
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -44,46 +54,56 @@ class Runtime:
         store = open_store(settings)
         cache = Cache(settings.cache_folder, max_bytes=settings.lora_cache_bytes, fetcher=Fetcher(settings))
         shelf = Shelf(max_bytes=settings.lora_memory_bytes)
-        return cls(engine=checkpoint.load(settings), cache=cache, shelf=shelf, store=store)
+        engine = checkpoint.load(settings)
+        return cls(engine=engine, cache=cache, shelf=shelf, store=store, job_timeout=settings.job_timeout)
 
 
 def generate(
-    runtime: Runtime, job_id: str, request: GenerateRequest, report: Report, *, queued: float | None = None
+    runtime: Runtime,
+    job_id: str,
+    request: GenerateRequest,
+    report: Report,
+    *,
+    attempt: int = 1,
+    resumed: bool = False,
+    queued: float | None = None,
 ) -> GenerateResult:
     """Draw one job and store its pictures, the manifest last; raises a `ZloraError`, and the base is the base again.
 
-    `queued` are the seconds that the job waited, where they are known.
+    Where the job is `resumed` a picture that an earlier delivery has stored is not drawn again; else what is there is
+    of another job with this id, long gone. `queued` are the seconds that the job waited, where they are known.
     """
-    engine, laps = runtime.engine, Laps()
+    engine, store, laps, started = runtime.engine, runtime.store, Laps(), time.time()
 
-    report("fetching", 0, len(request.loras))
-    files = [runtime.cache.path(spec.file) for spec in request.loras]
+    files = [runtime.cache.path(spec.file, _pieces(report)) for spec in request.loras]
     laps.end("fetch")
+    report("loading", 0, len(files))
     readings = [_read(runtime, spec, file) for spec, file in zip(request.loras, files, strict=True)]
     adapters = [
         _adapter(spec, file, reading.lora) for spec, file, reading in zip(request.loras, files, readings, strict=True)
     ]
     laps.end("parse")
 
-    report("applying", 0, len(adapters))
     seed = seed_of(job_id) if request.seed is None else request.seed
-    with engine.borrowed(), engine.patch.applied(adapters) as norms:
+    keys = image_keys(job_id, request)
+    if not resumed:
+        discard(store, job_id, request)
+    refs: list[ImageRef] = []
+    tiled = False
+    with engine.borrowed(request), engine.patch.applied(adapters) as norms:
         laps.end("apply")
-        pictures = [
-            engine.draw(request, seed + index, _steps(report, index, request)) for index in range(request.num_images)
-        ]
-        laps.end("denoise")
+        for index, key in enumerate(keys):
+            if (data := store.get(key) if resumed else None) is None:
+                picture = engine.draw(request, seed + index, _steps(report, index, request))
+                laps.end("denoise")
+                tiled = tiled or engine.tiled
+                data = images.encode(picture, request.output_format)
+                laps.end("encode")
+                report("uploading", index, len(keys))
+                data = first(store, key, data, images.content_type(request.output_format))
+            refs.append(_image_ref(store, key, data, request.output_format, seed=seed + index))
+            laps.end("upload")
     laps.end("restore")
-
-    report("uploading", 0, len(pictures))
-    encoded = [images.encode(picture, request.output_format) for picture in pictures]
-    laps.end("encode")
-    keys = [image_key(job_id, index, request.output_format) for index in range(len(pictures))]
-    refs = [
-        _put(runtime.store, key, data, picture, request.output_format, seed=seed + index)
-        for index, (key, data, picture) in enumerate(zip(keys, encoded, pictures, strict=True))
-    ]
-    laps.end("upload")
 
     receipts = [_receipt(*parts) for parts in zip(request.loras, files, readings, adapters, norms, strict=True)]
     result = GenerateResult(
@@ -96,13 +116,18 @@ def generate(
         model=engine.name,
         versions=_VERSIONS,
         base_checked=round(engine.base_checked, 4),
+        tiled=tiled,
+        attempt=attempt,
+        started_at=started,
+        finished_at=time.time(),
+        request_sha256=digest_of(request),
     )
-    runtime.store.put(manifest_key(job_id), msgspec.json.encode(result), "application/json")
-    return result
+    report("uploading", len(keys), len(keys))  # the last word of whoever does not want it any more
+    return publish(store, result)
 
 
 class Laps:
-    """Seconds by phase: each from the end of the phase before it."""
+    """Seconds by phase: each from the end of the phase before it, and summed where a phase comes again."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -111,7 +136,8 @@ class Laps:
     def end(self, phase: str) -> None:
         """The phase ends now."""
         now = time.perf_counter()
-        self.seconds[phase], self._last = round(now - self._last, 6), now
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 6)
+        self._last = now
 
 
 class _Reading(NamedTuple):
@@ -145,14 +171,23 @@ def _steps(report: Report, index: int, request: GenerateRequest) -> Callable[[in
     return lambda step: report("denoising", done + step, total)
 
 
-def _put(store: Store, key: str, data: bytes, picture: Image, output_format: OutputFormat, *, seed: int) -> ImageRef:
-    kind = images.content_type(output_format)
+def _pieces(report: Report) -> Callable[[int, int], None]:
+    return lambda received, expected: report("fetching", received, expected)
+
+
+def _image_ref(store: Store, key: str, data: bytes, output_format: OutputFormat, *, seed: int) -> ImageRef:
+    """One stored picture; raises `StoreFailed` where it is damaged, and deletes it, so that the next try draws it."""
+    try:
+        width, height = images.size(data)
+    except StoreFailed:
+        store.delete(key)
+        raise
     return ImageRef(
         key=key,
-        url=store.put(key, data, kind),
-        width=picture.width,
-        height=picture.height,
-        content_type=kind,
+        url=store.url(key),
+        width=width,
+        height=height,
+        content_type=images.content_type(output_format),
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         seed=seed,

@@ -1,18 +1,21 @@
-"""What the parent lets through to its child: messages that can be handed over, and a typed answer to all others.
-
-A message's parts: https://docs.celeryq.dev/en/stable/internals/protocol.html
-"""
+"""What the parent lets through to its child: messages that can be handed over, and a typed answer to all others."""
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
+from celery.utils.log import get_logger
+from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Message
 from kombu.exceptions import DecodeError
+from redis import RedisError
 from zlora.errors import InvalidRequest
-from zlora.job import JOB_ID, JobState
+from zlora.job import JOB_ID, TASK_NAME, JobState
+from zlora_worker.delivery import Deliveries
+from zlora_worker.lifecycle import marks
+from zlora_worker.transport import MAX_DEPTH, deeper_than
 
-_MAX_DEPTH: Final = 64  # levels of arrays and objects; from about 600 on, pickling for the child ends the worker
+logger = get_logger(__name__)
 
 
 class Intake(Consumer):
@@ -41,44 +44,68 @@ class Intake(Consumer):
         self._answer(message, exc)
         super().on_invalid_task(body, message, exc)
 
-    def _answer(self, message: Message, error: Exception) -> None:
-        job_id = (message.headers or {}).get("id")
-        if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
-            reason = InvalidRequest(f"the message cannot be read: {str(error)[:200]}")
+    def on_unknown_task(self, _body: Any, message: Message, _exc: Exception) -> None:
+        """Celery would answer with its own class."""
+        name = str(message.headers.get("task"))[:200]
+        logger.error("no task is named %s", name)
+        self._answer(message, f"no task is named {name}")
+        message.ack_log_error(logger, self.app.connection_for_read().connection_errors)
+
+    def apply_eta_task(self, task: Any) -> None:
+        """Begin a job whose countdown is over, or where the child is busy leave it to any worker that is not."""
+        if not state.reserved_requests:
+            super().apply_eta_task(task)
+            return
+        consumer: Any = self  # whose `qos` the stubs do not have
+        state.task_ready(task)
+        consumer.qos.decrement_eventually()
+        task.reject(requeue=True)
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Say that the worker lives, as long as it waits for Redis too."""
+        ensure = conn.ensure_connection
+
+        def patiently(*arguments: Any, callback: Callable[[], Any], **options: Any) -> Any:
+            def each_second() -> None:
+                marks.alive()
+                callback()
+
+            return ensure(*arguments, callback=each_second, **options)
+
+        conn.ensure_connection = patiently
+        return super().ensure_connected(conn)
+
+    def _answer(self, message: Message, error: object) -> None:
+        headers = message.headers or {}
+        job_id = headers.get("id")
+        if isinstance(job_id, str) and JOB_ID.fullmatch(job_id) and not self._is_known(job_id):
+            reason = InvalidRequest(f"the message cannot be read: {str(headers.get('fault', error))[:200]}")
             self.app.backend.store_result(job_id, reason, JobState.FAILURE.value)
+
+    def _is_known(self, job_id: str) -> bool:
+        """Whether the message comes under another job's id, which it must not fail."""
+        request: Any = self.app.tasks[TASK_NAME].Request
+        deliveries: Deliveries = request.deliveries
+        try:
+            return deliveries.is_known(job_id)
+        except RedisError as error:
+            logger.warning("job %s: not answered: %s", job_id, error)
+            return True
 
 
 def _check(message: Message) -> None:
-    """Raises `DecodeError` where the message's parts are not Celery's, or too deep to be handed to a child."""
-    if _deeper_than(_MAX_DEPTH, [message.headers, message.properties]):
-        message.headers = {name: message.headers.get(name, "") for name in ("id", "task")}
-        raise DecodeError(f"headers deeper than {_MAX_DEPTH} levels")
+    """Raises `DecodeError` where the body is not Celery's, or too deep to be handed to a child."""
     if message.content_type != "application/json":
         return  # Celery refuses it by its `accept_content`
     try:
         body = message.payload
     except Exception as error:  # the boundary to strangers' bytes: what encodings and compressions raise is their own
         raise DecodeError(f"{type(error).__name__}: {error}") from error
-    if _deeper_than(_MAX_DEPTH, body):
-        raise DecodeError(f"deeper than {_MAX_DEPTH} levels")
-    if isinstance(body, dict):
-        return  # Celery's first protocol, which its strategy checks
+    if deeper_than(MAX_DEPTH, body):
+        raise DecodeError(f"deeper than {MAX_DEPTH} levels")
     match body:
-        case [list(), dict(), dict() | None]:
+        case [list(), dict(), dict() | None] if isinstance(message.headers.get("id"), str):
             return
+        case {"task": str(), "id": str(), **rest} if isinstance(rest.get("args", []), list):
+            return  # Celery's first protocol
     raise DecodeError("the body is not [args, kwargs, options]")
-
-
-def _deeper_than(limit: int, value: Any) -> bool:
-    """Level by level, since a recursion would fail just there."""
-    level = [value]
-    for _ in range(limit):
-        level = [
-            child
-            for part in level
-            if isinstance(part, dict | list)
-            for child in (part.values() if isinstance(part, dict) else part)
-        ]
-        if not level:
-            return False
-    return True

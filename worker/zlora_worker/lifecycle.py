@@ -3,38 +3,64 @@
 import atexit
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from celery import bootsteps
+from celery.signals import worker_shutting_down
 from celery.utils.log import get_logger
 from celery.worker import state
 from zlora.errors import ModelUnavailable
+from zlora.job import TASK_NAME
+from zlora.local import end_with_parent
 
 EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a failure, not a clean end
+
+_RELAUNCH: Final = 5.0  # seconds
+_LAST_WORDS: Final = 2.0  # seconds for a child to end by itself where its job is put back
+_LAST: Final = partial(end_with_parent, signal.SIGTERM) if sys.platform == "linux" else None
 
 logger = get_logger(__name__)
 
 
 class LoadMarks:
-    """Files by which a child tells its parent, and the child after it, how loading went.
+    """Files by which a child tells its parent, the child after it, and whoever watches the worker, how it is.
 
-    One would be overwritten: the child after a failed one starts to load at once.
+    `ready` is there while the newest child has its model. `alive` is touched every second while the parent goes about
+    its work, waiting for a model or for Redis included. The others are between parent and child: one file would be
+    overwritten, since the child after a failed one starts to load at once.
     """
 
-    def open(self) -> None:
-        """In the parent, before it forks: make the folder, and delete it when the parent ends."""
-        folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
-        self._ready, self._failed, self._draft = folder / "ready", folder / "failed", folder / "draft"
-        self._trying = folder / "trying"
+    def open(self, named: str) -> None:
+        """In the parent, before it forks: make the folder, clear it, and leave nothing when the parent ends."""
+        folder, owner = Path(named or tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / name for name in ("ready", "alive", "failed", "draft", "trying")]
+        self._ready, self._alive, self._failed, self._draft, self._trying = files
 
         def remove() -> None:
-            if os.getpid() == owner:
+            if os.getpid() != owner:
+                return
+            for file in files:
+                file.unlink(missing_ok=True)
+            if not named:
                 shutil.rmtree(folder, ignore_errors=True)
 
+        for stale in files:
+            stale.unlink(missing_ok=True)
         atexit.register(remove)
+        self.alive()
+
+    def alive(self) -> None:
+        """The parent goes about its work."""
+        self._alive.touch()
 
     def loading(self) -> None:
         """A child begins; raises `ModelUnavailable` where the one before was killed over the same."""
@@ -78,7 +104,11 @@ class ModelGate(bootsteps.StartStopStep):
     def __init__(self, parent: Any, **options: Any) -> None:
         """Runs before any child is forked."""
         super().__init__(parent, **options)
-        marks.open()
+        named = parent.app.conf.zlora_probes
+        try:
+            marks.open(named)
+        except OSError as error:
+            _leave(f"ZLORA_PROBES={named}: {error.strerror}")
 
     def start(self, parent: Any) -> None:
         """Runs after the pool's start and before the consumer's."""
@@ -86,6 +116,7 @@ class ModelGate(bootsteps.StartStopStep):
         timeout = parent.app.conf.worker_proc_alive_timeout
         end = time.monotonic() + timeout
         while not marks.is_loaded():
+            marks.alive()
             state.maybe_shutdown()  # a SIGTERM while loading ends the worker at once
             if (reason := marks.failure()) is not None:
                 _leave(reason)
@@ -96,8 +127,73 @@ class ModelGate(bootsteps.StartStopStep):
             time.sleep(0.05)
 
 
+class ShutdownLimit(bootsteps.StartStopStep):
+    """A warm shutdown waits for the job; where its time is over it becomes a cold one, which puts the job back.
+
+    Celery's own soft shutdown waits to the end of its time even where the job is done.
+    """
+
+    requires = (ModelGate,)
+
+    def start(self, parent: Any) -> None:
+        """Runs once there may be a job."""
+        self._parent, self._seconds = parent, parent.app.conf.zlora_shutdown_timeout
+        self._jobs: list[str] = []
+        worker_shutting_down.connect(self._limit)
+
+    def _limit(self, how: str = "", **_: Any) -> None:
+        if how == "Warm" and self._seconds:  # an alarm, since the main thread waits in the pool
+            signal.signal(signal.SIGALRM, self._put_back)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def _put_back(self, *_: Any) -> None:
+        self._jobs = [request.id for request in state.active_requests]
+        signal.signal(signal.SIGALRM, self._kill)
+        signal.setitimer(signal.ITIMER_REAL, _LAST_WORDS)
+        os.kill(os.getpid(), signal.SIGQUIT)
+
+    def _kill(self, *_: Any) -> None:
+        """A child that hangs hears nothing else, and has renewed its lease until now."""
+        for child in self._parent.pool._pool._pool:  # noqa: SLF001 - no public list
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+        for job_id in self._jobs:
+            self._parent.app.tasks[TASK_NAME].Request.deliveries.give_back(job_id)
+
+
+class Companion(bootsteps.StartStopStep):
+    """The one helper process beside the parent, which forks children and so runs no threads of its own."""
+
+    requires = (ModelGate,)
+
+    def start(self, parent: Any) -> None:
+        """Runs once there is a model."""
+        parent.companion = self
+        self._launch()
+
+    def look(self) -> None:
+        """Start it again where it has ended."""
+        if self._process.poll() is not None and time.monotonic() - self._launched > _RELAUNCH:
+            logger.error("the companion has ended with status %s: it is started again", self._process.returncode)
+            self._launch()
+
+    def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Ends with the worker."""
+        if getattr(self, "_process", None) is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    terminate = stop
+
+    def _launch(self) -> None:
+        command = [sys.executable, "-m", "zlora_worker.companion"]
+        # Ctrl-C in a terminal is for the parent, which ends it in its turn; the kernel does where the parent is killed.
+        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=_LAST)  # noqa: PLW1509
+        self._launched = time.monotonic()
+
+
 class GateWatch(bootsteps.StartStopStep):
-    """Stops the worker where a child that replaced a lost one cannot load the model."""
+    """Stops the worker where a child that replaced a lost one cannot load the model; says that the parent lives."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
@@ -105,6 +201,8 @@ class GateWatch(bootsteps.StartStopStep):
         """Runs with each connection to the broker."""
 
         def look() -> None:
+            marks.alive()
+            consumer.controller.companion.look()
             if (reason := marks.failure()) is not None and not state.should_stop:
                 logger.critical("no model, no jobs: %s", reason)
                 state.should_stop = EXIT_NO_MODEL  # type: ignore[assignment]  # an exit code, as Celery reads it

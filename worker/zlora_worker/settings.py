@@ -58,6 +58,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _count_or_none(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("expected a number, or 0")
+    return value
+
+
 def _from(*names: str, default: str = "", read: Callable[[str], Any] = str, note: str, secret: bool = False) -> Any:
     """A field read from the first of the variables `names` that is set; `note` is its line in the README's table."""
     return field(metadata={"names": names, "default": default, "read": read, "note": note, _SECRET: secret})
@@ -94,6 +101,37 @@ class Settings:
         default="1800",
         read=_count,
         note="Seconds that loading the base may take, download included",
+    )
+    job_timeout: int = _from(
+        "ZLORA_JOB_TIMEOUT",
+        default="870",
+        read=_count,
+        note="Seconds that a job may take, and the most that its `timeout` may ask for",
+    )
+    hard_grace: int = _from(
+        "ZLORA_HARD_GRACE",
+        default="30",
+        read=_count,
+        note="Seconds after a job's time in which it must have ended; then its child is killed",
+    )
+    shutdown_timeout: int = _from(
+        "ZLORA_SHUTDOWN_TIMEOUT",
+        default="0",
+        read=_count_or_none,
+        note="Seconds after a SIGTERM until a job is put back; 0 waits for its end",
+    )
+    visibility: int = _from(
+        "ZLORA_VISIBILITY",
+        default=str(wire.VISIBILITY),
+        read=_count,
+        note="Seconds after a dead worker's last sign until its job goes to another; alike for all workers of a broker",
+    )
+    sweep: int = _from(
+        "ZLORA_SWEEP", default="15", read=_count, note="Seconds between two looks for jobs whose message is lost"
+    )
+    probes: str = _from(
+        "ZLORA_PROBES",
+        note="Folder for the files `ready` and `alive`, one a worker; default: a temporary one",
     )
     store: str = _from(
         "ZLORA_STORE",

@@ -1,9 +1,14 @@
 """Where results go: a folder or S3. The one place for the key scheme, and the only importer of boto3."""
 
+import errno
 import os
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import unquote, urlsplit
 
 from zlora.errors import StoreFailed
@@ -11,6 +16,12 @@ from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+# What `link` says on file systems without hard links, each in its own way.
+_NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+# Seconds between tries of a write that meets another one of the same key; such a writer is done in a moment.
+_CONFLICT_PAUSES: Final = (0.1, 0.2, 0.4)
 
 
 def image_key(job_id: str, index: int, extension: str) -> str:
@@ -24,10 +35,25 @@ def manifest_key(job_id: str) -> str:
 
 
 class Store(Protocol):
-    """A place for bytes under keys."""
+    """A place for bytes under keys. Every method but `url` raises `StoreFailed`."""
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:
-        """Store whole or not at all; returns the URL; raises `StoreFailed`."""
+    def put_new(self, key: str, data: bytes, content_type: str) -> bool:
+        """Store whole or not at all, and only where nothing is under the key; whether it was created now.
+
+        False: something is there already, untouched. It may be this call's own bytes, where a request was repeated.
+        """
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """What is under the key; None where nothing is, and never for a store that does not answer."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Nothing is under the key afterwards, as perhaps before."""
+        ...
+
+    def url(self, key: str) -> str:
+        """Where the object is or will be; asks nobody."""
         ...
 
 
@@ -40,31 +66,66 @@ def open_store(settings: Settings) -> Store:
 
 
 class FolderStore:
-    """Files under a folder; each appears whole, by rename."""
+    """Files under a folder; each appears whole, as a hard link to its draft."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002 - a file has no content type
+    def put_new(self, key: str, data: bytes, content_type: str) -> bool:  # noqa: ARG002 - a file has no content type
         path = self._folder / key
-        try:
+        with _failing_files(f"{key} cannot be written to the store folder"):
+            if os.path.lexists(path):  # a job that comes back needs no room for what it has stored
+                return False
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, data)
-        except OSError as error:
-            raise StoreFailed(f"{key} cannot be written to the store folder: {error.strerror}") from error
-        return path.as_uri()
+            return _create(path, data)
+
+    def get(self, key: str) -> bytes | None:
+        with _failing_files(f"{key} cannot be read from the store folder"):
+            try:
+                return (self._folder / key).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def delete(self, key: str) -> None:
+        with _failing_files(f"{key} cannot be deleted from the store folder"):
+            (self._folder / key).unlink(missing_ok=True)
+
+    def url(self, key: str) -> str:
+        return (self._folder / key).as_uri()
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    draft = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".draft-", delete=False)  # noqa: SIM115 - renamed below
+@contextmanager
+def _failing_files(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"{what}: {error.strerror}") from error
+
+
+def _create(path: Path, data: bytes) -> bool:
+    draft = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".draft-", delete=False)  # noqa: SIM115 - closed below
     try:
         with draft:
             draft.write(data)
-        os.chmod(draft.name, 0o644)
-        os.replace(draft.name, path)
-    except OSError:
+            draft.flush()
+            os.fchmod(draft.fileno(), 0o644)
+            # A name may reach the disk before its bytes do: after a power loss the manifest would be there, and empty.
+            os.fsync(draft.fileno())
+        return _link_new(draft.name, path)
+    finally:
         os.unlink(draft.name)
+
+
+def _link_new(draft: str, path: Path) -> bool:
+    try:
+        os.link(draft, path)  # a rename would take the name from the file that has it
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_HARD_LINKS:
+            raise OSError(error.errno, f"its file system must support hard links ({error.strerror})") from error
         raise
+    return True
 
 
 class S3Store:
@@ -74,16 +135,52 @@ class S3Store:
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._client = _s3_client(endpoint)
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
+    def put_new(self, key: str, data: bytes, content_type: str) -> bool:
+        with _failing_requests(f"{key} cannot be stored in bucket {self._bucket}"):
+            return self._create(self._prefix + key, data, content_type)
 
-        name = self._prefix + key
-        try:
-            self._client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentType=content_type)
-        except (Boto3Error, BotoCoreError, ClientError) as error:
-            raise StoreFailed(f"{key} cannot be stored in bucket {self._bucket}: {error}") from error
-        return f"s3://{self._bucket}/{name}"
+    def get(self, key: str) -> bytes | None:
+        with _failing_requests(f"{key} cannot be read from bucket {self._bucket}"):
+            try:
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
+            except self._client.exceptions.NoSuchKey:
+                return None
+            return answer["Body"].read()
+
+    def delete(self, key: str) -> None:
+        with _failing_requests(f"{key} cannot be deleted from bucket {self._bucket}"):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def url(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    def _create(self, name: str, data: bytes, content_type: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        put, pauses = self._client.put_object, iter(_CONFLICT_PAUSES)
+        while True:
+            try:
+                put(Bucket=self._bucket, Key=name, Body=data, ContentType=content_type, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+                if status == HTTPStatus.PRECONDITION_FAILED:
+                    # Perhaps by this very call: where an answer is lost botocore asks again, and meets its own first
+                    # try. That is well, since the caller adopts what is there.
+                    return False
+                if status != HTTPStatus.CONFLICT or (pause := next(pauses, None)) is None:
+                    raise
+                time.sleep(pause)
+
+
+@contextmanager
+def _failing_requests(what: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise StoreFailed(f"{what}: {error}") from error
 
 
 def _s3_client(endpoint: str | None) -> "S3Client":

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from zlora import wire
-from zlora.client import Client, JobHandle
+from zlora.client import Client
+from zlora.handle import JobHandle
 from zlora.job import GenerateRequest, GenerateResult, JobState, read_request, seed_of
 from zlora.local import Stack
 from zlora_worker.demo.folder import demo_folder
@@ -148,8 +149,8 @@ def _follow(handle: JobHandle, stack: Stack, show: Any) -> None:
     end = time.monotonic() + _PATIENCE
     while (status := handle.status()).state not in (JobState.SUCCESS, JobState.FAILURE) and time.monotonic() < end:
         stack.check()
-        waiting = "waiting for the worker" if status.state is JobState.PENDING else ""
-        show(completed=status.step or 0, total=status.steps or 1, phase=status.phase or waiting)
+        phase = "waiting for the worker" if status.state is JobState.PENDING else status.phase or ""
+        show(completed=status.step or 0, total=status.steps or 1, phase=phase)
         time.sleep(0.1)
 
 

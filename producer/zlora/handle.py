@@ -1,0 +1,195 @@
+"""One submitted job, as its producer sees it: where it is, how it ended, and an end to it."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Literal
+
+import kombu.exceptions
+import msgspec
+import redis.exceptions
+from celery import Celery
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.states import READY_STATES
+
+from zlora.errors import (
+    BrokerUnavailable,
+    InternalError,
+    JobExpired,
+    JobLost,
+    JobRevoked,
+    JobTimeout,
+    JobUnknown,
+    ResultTimeout,
+    ZloraError,
+)
+from zlora.job import Cancellation, GenerateResult, JobState, JobStatus, plain
+from zlora.ledger import Ledger
+
+EXPIRED: Final = "expired"  # the reason of a REVOKED job that nobody cancelled: Celery's own word
+
+_UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.RedisError)
+# What a value that is no worker's raises, here and inside Celery.
+_UNDECODED: Final = (msgspec.DecodeError, kombu.exceptions.DecodeError)
+_NO_ANSWER: Final = (*_UNDECODED, AttributeError, LookupError, TypeError, ValueError)
+_ASK_AGAIN: Final = 10.0  # seconds after a question for an old result that no worker has answered
+_OUTAGE: Final = 30.0  # seconds that a wait for a result outlasts a Redis that does not answer, such as its restart
+_LOOK_SHARE: Final = 0.1  # of the time waited so far until the next look: a result is seen at most that much late
+_LOOK_BOUNDS: Final = (0.005, 0.25)  # seconds
+
+
+class JobHandle:
+    """One submitted job."""
+
+    def __init__(self, job_id: str, app: Celery, ledger: Ledger) -> None:
+        self.id = job_id  # job id, task id and key prefix in one
+        self._app = app
+        self._ledger = ledger
+
+    def status(self) -> JobStatus:
+        """The state now, and how far the job is where it has no verdict.
+
+        Where the result has expired a worker is asked for the manifest, for up to two seconds.
+        """
+        meta = self._meta()
+        if meta["status"] == JobState.PENDING:
+            return self._unstarted()
+        with self._readable():
+            return msgspec.convert({**_progress(meta), "state": meta["status"]}, JobStatus)
+
+    def result(self, timeout: float | None = None) -> GenerateResult:
+        """Wait up to `timeout` seconds for the result; raises the job's typed error, or `ResultTimeout`.
+
+        An id that nobody knows is waited for too, since any Celery program may submit it; in the end it is
+        `JobUnknown`, where a worker says so. A Redis that restarts meanwhile is waited for; raises `BrokerUnavailable`
+        where it is away for longer.
+        """
+        meta = self._last_meta(math.inf if timeout is None else timeout)
+        if meta["status"] == JobState.SUCCESS:
+            with self._readable():
+                return msgspec.convert(meta["result"], GenerateResult)
+        raise self._error(meta)
+
+    def cancel(self) -> Cancellation:
+        """Cancel the job for good, and say where it was. It ends as REVOKED, and what it has stored is deleted.
+
+        A queued job has ended when this returns; a running one ends with its present step.
+        """
+        if self._meta()["status"] in READY_STATES or self._recalled():
+            return Cancellation.FINISHED
+        with broker_errors({"job_id": self.id}):
+            known, running = self._ledger.cancel(self.id)
+            if running:
+                return Cancellation.RUNNING
+            if not known:
+                return Cancellation.UNKNOWN
+            self._app.backend.mark_as_revoked(self.id, "cancelled")
+            self._ledger.close(self.id, self._revoked())
+        return Cancellation.QUEUED
+
+    def _unstarted(self) -> JobStatus:
+        """PENDING where the job waits, SUCCESS where its result has expired, else UNKNOWN."""
+        with broker_errors({"job_id": self.id}):
+            known, position = self._ledger.position(self.id)
+        if known:
+            return JobStatus(state=JobState.PENDING, phase="queued", position=position)
+        return JobStatus(state=JobState.SUCCESS if self._recalled() else JobState.UNKNOWN)
+
+    def _recalled(self, patience: float = math.inf) -> GenerateResult | Literal[False] | None:
+        """The result from the store, where all that Redis knew has expired.
+
+        False where a worker says that there is none, and where Redis knows the job; None where nobody says anything.
+        """
+        with broker_errors({"job_id": self.id}):
+            if self._ledger.position(self.id)[0]:
+                return False
+            manifest = self._ledger.recall(self.id, patience=patience)
+        if not manifest:
+            return None if manifest is None else False
+        with self._readable():
+            return msgspec.json.decode(manifest, type=GenerateResult)
+
+    def _last_meta(self, patience: float) -> dict[str, Any]:
+        """The state that does not change any more; raises `ResultTimeout` or `JobUnknown` after `patience` seconds."""
+        start = heard = time.monotonic()
+        asked_again, denied = 0.0, False
+        while True:
+            waited = time.monotonic() - start
+            try:
+                if (meta := self._meta())["status"] in READY_STATES:
+                    return meta
+                if meta["status"] == JobState.PENDING and waited >= asked_again:
+                    old = self._recalled(patience - waited)
+                    if old:
+                        return {"status": JobState.SUCCESS, "result": plain(old)}
+                    denied = old is False
+                    asked_again = waited + _ASK_AGAIN if old is None else math.inf
+                heard = time.monotonic()
+            except BrokerUnavailable:
+                if waited >= patience or time.monotonic() - heard > _OUTAGE:
+                    raise
+            if waited >= patience:
+                raise self._no_result(patience, denied=denied)
+            time.sleep(max(0.0, min(_pause(waited), patience - waited)))
+
+    def _no_result(self, patience: float, *, denied: bool) -> ZloraError:
+        """Why there is nothing after the wait; a worker that is not there cannot say that a job is unknown."""
+        with broker_errors({"job_id": self.id}):
+            known, _ = self._ledger.position(self.id)
+        if denied and not known and self._meta()["status"] == JobState.PENDING:
+            return JobUnknown(f"no job {self.id} is known", {"job_id": self.id})
+        return ResultTimeout(f"no result of job {self.id} within {patience:g} s", {"job_id": self.id})
+
+    def _meta(self) -> dict[str, Any]:
+        """State and answer of one moment. No `AsyncResult`: it subscribes, and complains at exit without Redis."""
+        with broker_errors({"job_id": self.id}), self._readable():
+            meta: dict[str, Any] = self._app.backend.get_task_meta(self.id)
+            return {"status": meta["status"], "result": meta.get("result")}
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except _NO_ANSWER as error:
+            raise InternalError(f"what is stored for job {self.id} is no answer of a worker: {error}") from None
+
+    def _revoked(self) -> JobRevoked:
+        return JobRevoked(f"job {self.id} was cancelled", {"job_id": self.id})
+
+    def _error(self, meta: dict[str, Any]) -> ZloraError:
+        error, details = meta["result"], {"job_id": self.id}
+        if isinstance(error, ZloraError):
+            return error
+        if meta["status"] == JobState.REVOKED:
+            if str(error) == EXPIRED:
+                return JobExpired(f"job {self.id} was not begun in time", details)
+            return self._revoked()
+        if isinstance(error, TimeLimitExceeded):
+            return JobTimeout(f"job {self.id} took longer than it may, and its worker's child was killed", details)
+        if isinstance(error, WorkerLostError):
+            return JobLost(f"the worker died over job {self.id}", details)
+        return InternalError(f"job {self.id} failed outside the task: {error!r}", details)
+
+
+def _progress(meta: dict[str, Any]) -> dict[str, Any]:
+    answer = meta["result"]
+    if meta["status"] == JobState.PROGRESS:
+        return dict(answer)
+    if meta["status"] == JobState.RETRY and isinstance(answer, ZloraError):
+        return {"phase": "waiting", "code": answer.code, "attempt": answer.details.get("attempt")}
+    return {}
+
+
+def _pause(waited: float) -> float:
+    shortest, longest = _LOOK_BOUNDS
+    return min(max(_LOOK_SHARE * waited, shortest), longest)
+
+
+@contextmanager
+def broker_errors(details: dict[str, Any]) -> Iterator[None]:
+    """What Redis and Celery raise where the broker is away, as `BrokerUnavailable` with `details`."""
+    try:
+        yield
+    except _UNREACHABLE as error:
+        raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error

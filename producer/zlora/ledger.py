@@ -1,0 +1,233 @@
+"""What Redis knows of a job beside its message and its result: the promise that it ends, and that it ends once.
+
+A job's record is the hash `wire.job_key`:
+
+| field | meaning |
+| --- | --- |
+| `digest` | of the request: another one under the same id is refused |
+| `message` | what was sent, to send it again where a dying worker took it along; until there is a verdict |
+| `sent` | the broker had the message |
+| `cancelled` | somebody does not want the job any more: seconds since the epoch |
+| `attempt:...` | a delivery that is under way, or whose worker died: an `Attempt` |
+| `begun` | a worker has begun the job at least once |
+| `spoilt` | how many bases the job has left changed |
+| `verdict` | the error that the job ended with; a success is in the store, as its manifest |
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+import redis
+from msgspec import Struct
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from zlora import errors, wire
+from zlora.errors import Conflict, ZloraError
+
+ATTEMPT: Final = "attempt:"
+_EPOCHS: Final = 1e11  # above any time in seconds: a score is a priority and, within it, a time
+_PATIENCE: Final = 100_000  # tries of at most two seconds: a Redis that is away is waited for
+_ANSWER: Final = 1.5  # seconds; below a socket's patience
+_BRIEFLY: Final = 0.05  # seconds; Redis takes 0 for ever
+_ASKED: Final = 60  # seconds that a question for an old result stays
+
+_OPEN: Final = """
+if redis.call('HSETNX', KEYS[1], 'digest', ARGV[1]) == 0 then
+  local known = redis.call('HMGET', KEYS[1], 'digest', 'sent', 'message')
+  return {known[1], known[2] or '', known[3] or ''}
+end
+redis.call('HSET', KEYS[1], 'message', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[4])
+redis.call('EXPIRE', KEYS[2], ARGV[5])
+if ARGV[6] ~= '' then
+  redis.call('ZADD', KEYS[3], ARGV[6], ARGV[4])
+  redis.call('EXPIRE', KEYS[3], ARGV[5])
+end
+return {ARGV[1], '', ARGV[2]}
+"""
+
+
+class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is sent, and sent again. Times are seconds since the epoch."""
+
+    request: dict[str, Any]
+    priority: int
+    submitted: float
+    expires: float | None = None
+
+
+class Attempt(Struct, frozen=True, kw_only=True):
+    """A delivery that a worker began. `signal` is what its child died of, where its parent lived to see it."""
+
+    host: str
+    worker: str
+    pid: int
+    at: float
+    signal: str | None = None
+
+
+def connect(url: str, *, patient: bool = False) -> "redis.Redis":
+    """A client of the broker's Redis, which connects at its first use.
+
+    A patient one waits for a Redis that is away; any other has two seconds.
+    """
+    options: dict[str, Any] = {
+        "socket_timeout": wire.IMPATIENCE,
+        "socket_connect_timeout": wire.IMPATIENCE,
+        "health_check_interval": 5,
+        "decode_responses": True,
+        "encoding_errors": "replace",  # anybody may write to a queue
+        "client_name": "z-image-lora",
+        "retry": Retry(ExponentialBackoff(cap=2, base=0.1), _PATIENCE if patient else 0),
+    }
+    if patient:
+        options["retry_on_error"] = [
+            redis.ConnectionError,
+            redis.TimeoutError,
+            redis.BusyLoadingError,
+            redis.OutOfMemoryError,
+        ]
+    return redis.Redis.from_url(wire.redis_url(url), **options)
+
+
+class Ledger:
+    """The records of one queue. Any method raises `redis.RedisError` where Redis does not do its part."""
+
+    def __init__(self, client: "redis.Redis", queue: str) -> None:
+        self.redis: Any = client  # its stubs mix the answers of two kinds of clients
+        self.queue = queue
+        self._open = self.redis.register_script(_OPEN)
+
+    def open(self, job_id: str, submission: Submission, digest: str) -> Submission | None:
+        """Write a job down before it is sent; raises `Conflict`.
+
+        Returns what is to be sent: what was written down first, and nothing where that was sent.
+        """
+        score = submission.priority * _EPOCHS + submission.submitted
+        message = msgspec.json.encode(submission)
+        known, sent, written = self._open(
+            keys=[wire.job_key(job_id), wire.ledger_key(self.queue), wire.expiring_key(self.queue)],
+            args=[digest, message, score, job_id, wire.RECORD_EXPIRES, submission.expires or ""],
+        )
+        if known != digest:
+            raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
+        return msgspec.json.decode(written, type=Submission) if written and not sent else None
+
+    def sent(self, job_id: str) -> None:
+        """The broker has the message."""
+        key = wire.job_key(job_id)
+        with self.redis.pipeline() as pipe:
+            pipe.hset(key, "sent", 1)
+            pipe.expire(key, wire.RECORD_EXPIRES, nx=True)  # where Redis has lost the record
+            pipe.execute()
+
+    def cancel(self, job_id: str) -> tuple[bool, bool]:
+        """Set the flag; whether the job is known, and whether it is being drawn."""
+        key = wire.job_key(job_id)
+        with self.redis.pipeline() as pipe:
+            pipe.hset(key, "cancelled", time.time())
+            pipe.expire(key, wire.RECORD_EXPIRES, nx=True)  # an end has set an earlier one
+            pipe.hexists(key, "digest")
+            pipe.exists(wire.lease_key(job_id))
+            _, _, known, leased = pipe.execute()
+        return bool(known), bool(leased)
+
+    def position(self, job_id: str) -> tuple[bool, int | None]:
+        """Whether the job is known, and how many jobs are due before it."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hexists(wire.job_key(job_id), "digest")
+            pipe.zrank(wire.ledger_key(self.queue), job_id)
+            known, rank = pipe.execute()
+        return bool(known), rank
+
+    def recall(self, job_id: str, *, patience: float = _ANSWER) -> bytes | None:
+        """The manifest of a job whose result has expired, from a worker's companion.
+
+        Empty where there is no such job, None where no companion says either within `patience` seconds.
+        """
+        reply = f"{wire.recall_key(self.queue)}:{uuid.uuid4()}"
+        with self.redis.pipeline() as pipe:
+            pipe.lpush(wire.recall_key(self.queue), msgspec.json.encode([job_id, reply]))
+            pipe.expire(wire.recall_key(self.queue), _ASKED)
+            pipe.execute()
+        answer = self.redis.blpop(reply, timeout=min(max(patience, _BRIEFLY), _ANSWER))
+        return answer[1].encode() if answer else None
+
+    def asked(self, seconds: float) -> tuple[str, str] | None:
+        """The next question for an old result within so many seconds: job id, and where the answer goes."""
+        if (item := self.redis.brpop(wire.recall_key(self.queue), timeout=seconds)) is None:
+            return None
+        try:
+            job_id, reply = msgspec.json.decode(item[1], type=tuple[str, str])
+        except msgspec.DecodeError:
+            return None  # a stranger's
+        return (job_id, reply) if reply.startswith(wire.recall_key(self.queue)) else None
+
+    def answer(self, reply: str, manifest: bytes) -> None:
+        """Answer a question; empty means that there is no such job."""
+        with self.redis.pipeline() as pipe:
+            pipe.rpush(reply, manifest.decode(errors="replace"))  # a damaged one is for the reader to refuse
+            pipe.expire(reply, _ASKED)
+            pipe.execute()
+
+    def unfinished(self, *, before: float) -> list[str]:
+        """The ids of jobs without a verdict that were submitted before that time."""
+        entries = self.redis.zrange(wire.ledger_key(self.queue), 0, -1, withscores=True)
+        return [job_id for job_id, score in entries if score % _EPOCHS < before]
+
+    def expired(self) -> list[str]:
+        """The ids of jobs whose time to begin is over, begun or not."""
+        return list(self.redis.zrangebyscore(wire.expiring_key(self.queue), "-inf", time.time()))
+
+    def keep(self, job_id: str) -> None:
+        """The job has begun in time."""
+        self.redis.zrem(wire.expiring_key(self.queue), job_id)
+
+    def leased(self, job_ids: list[str]) -> set[str]:
+        """Those of the jobs that a worker draws now."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.exists(wire.lease_key(job_id))
+            return {job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if held}
+
+    def submission(self, job_id: str) -> Submission | None:
+        """What was sent; None where the job has a verdict, or its record is gone."""
+        text = self.redis.hget(wire.job_key(job_id), "message")
+        return msgspec.json.decode(text, type=Submission) if text else None
+
+    def close(self, job_id: str, verdict: ZloraError | None = None) -> None:
+        """The job has ended, with that error or well; the first verdict stands."""
+        key = wire.job_key(job_id)
+        with self.redis.pipeline() as pipe:
+            if verdict is not None:
+                pipe.hsetnx(key, "verdict", json.dumps([verdict.code, verdict.message, verdict.details]))
+            pipe.hdel(key, "message")
+            pipe.expire(key, wire.RESULT_EXPIRES)
+            pipe.zrem(wire.ledger_key(self.queue), job_id)
+            pipe.zrem(wire.expiring_key(self.queue), job_id)
+            pipe.execute()
+
+
+def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:
+    """The error that a job ended with, as its record has it."""
+    if (text := record.get("verdict")) is None:
+        return None
+    code, message, details = json.loads(text)  # as it was written: msgspec refuses half a surrogate pair
+    return _BY_CODE.get(code, ZloraError)(message, details)
+
+
+def attempts_of(record: dict[str, str]) -> dict[str, Attempt]:
+    """The deliveries of a job that are under way, or whose worker died, by their fields."""
+    found = {name: msgspec.json.decode(text, type=Attempt) for name, text in record.items() if name.startswith(ATTEMPT)}
+    return dict(sorted(found.items(), key=lambda item: item[1].at))
+
+
+_BY_CODE: Final[dict[str, type[ZloraError]]] = {
+    kind.code: kind for name in errors.__all__ if issubclass(kind := getattr(errors, name), ZloraError)
+}

@@ -1,0 +1,165 @@
+"""The companion process of a worker: `python -m zlora_worker.companion`, started and watched by the worker's parent.
+
+It sends again what was lost, ends what was not begun in time, and answers for results that have expired. Several may
+serve one queue: one at a time sweeps. It imports no torch.
+"""
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final
+
+import kombu.exceptions
+import msgspec
+import redis
+from celery import Celery
+from celery.states import READY_STATES
+from msgspec import Struct
+from zlora import wire
+from zlora.client import send
+from zlora.errors import JobExpired, StoreFailed
+from zlora.handle import EXPIRED
+from zlora.job import JOB_ID, JobState
+from zlora.ledger import Ledger, connect
+from zlora_worker.settings import Settings
+from zlora_worker.storage import Store, manifest_key, open_store
+
+_WINDOW: Final = 500  # messages read from a list at once
+_COST: Final = 50  # times as long as a sweep took is the least until the next: deep queues are not read all the time
+_AWAY: Final = 2.0  # seconds until the next try where Redis does not answer
+
+logger = logging.getLogger("zlora_worker.companion")
+
+
+class Sweeper:
+    """Sends jobs again that are in the ledger, and neither queued, nor drawn, nor finished, at two looks in a row.
+
+    A worker that is killed takes a message along that it has popped and not yet noted as taken. A message on its way
+    between two lists is nowhere too: hence two looks.
+    """
+
+    def __init__(self, ledger: Ledger, app: Celery, *, every: float) -> None:
+        self._ledger, self._app, self._every = ledger, app, every
+        self._me, self._due, self._missed = str(uuid.uuid4()), 0.0, set[str]()
+
+    def sweep(self) -> None:
+        """Look, where it is time and no other companion has."""
+        start = time.monotonic()
+        if start < self._due or not self._hold():
+            return
+        self._expire()
+        self._missed = self._look()
+        pause = max(self._every, _COST * (time.monotonic() - start))
+        self._due = time.monotonic() + pause
+        self._hold(pause)
+
+    def _hold(self, pause: float = 0.0) -> bool:
+        """Whether this companion is the one that sweeps, which it stays as long as it does."""
+        redis_: Any = self._ledger.redis
+        lock, seconds = wire.sweep_key(self._ledger.queue), math.ceil(max(4 * self._every, 2 * pause))
+        if redis_.get(lock) != self._me:
+            return bool(redis_.set(lock, self._me, nx=True, ex=seconds))
+        redis_.expire(lock, seconds)
+        return True
+
+    def _look(self) -> set[str]:
+        """The jobs that were nowhere at this look for the first time."""
+        open_ids = self._ledger.unfinished(before=time.time() - self._every)
+        if not open_ids:
+            return set()
+        there = set(self._queued())
+        missing = [job_id for job_id in open_ids if job_id not in there]
+        leased = self._ledger.leased(missing)
+        missed = set()
+        for job_id in missing:
+            if job_id in leased:
+                continue
+            if self._app.backend.get_task_meta(job_id)["status"] in READY_STATES:
+                self._ledger.close(job_id)
+            elif job_id not in self._missed:
+                missed.add(job_id)
+            elif (submission := self._ledger.submission(job_id)) is None:
+                self._ledger.close(job_id)
+            else:
+                logger.warning("job %s is sent again: its message was lost", job_id)
+                send(self._app, self._ledger.queue, job_id, submission)
+        return missed
+
+    def _queued(self) -> Iterator[str]:
+        """The jobs whose message is on a list, or taken by a worker; the lists first, since that is a message's way."""
+        client: Any = self._ledger.redis
+        for name in wire.waiting_lists(self._ledger.queue):
+            start = 0
+            while items := client.lrange(name, start, start + _WINDOW - 1):
+                yield from filter(None, map(_id_of, items))
+                start += _WINDOW
+                self._hold()
+        for _, item in client.hscan_iter("unacked", count=_WINDOW):
+            with suppress(msgspec.DecodeError, msgspec.ValidationError):
+                yield msgspec.json.decode(item, type=tuple[_Envelope, Any, Any])[0].headers.id or ""
+
+    def _expire(self) -> None:
+        """End the jobs whose time to begin is over while no worker had a look at them."""
+        ids = self._ledger.expired()
+        drawn = self._ledger.leased(ids)
+        for job_id in ids:
+            if job_id in drawn or self._app.backend.get_task_meta(job_id)["status"] != JobState.PENDING:
+                self._ledger.keep(job_id)
+                continue
+            self._app.backend.mark_as_revoked(job_id, EXPIRED)
+            self._ledger.close(job_id, JobExpired(f"job {job_id} was not begun in time", {"job_id": job_id}))
+
+
+def answer(ledger: Ledger, store: Store, question: tuple[str, str]) -> None:
+    """Answer for a result that has expired, from the store."""
+    job_id, reply = question
+    try:
+        manifest = store.get(manifest_key(job_id)) if JOB_ID.fullmatch(job_id) else None
+    except StoreFailed as error:
+        logger.warning("job %s: no answer: %s", job_id, error)
+        return
+    ledger.answer(reply, manifest or b"")
+
+
+def run(settings: Settings) -> None:
+    """Work until the process is ended."""
+    store = open_store(settings)
+    ledger = Ledger(connect(settings.broker_url), settings.queue)
+    config = wire.impatient_config(
+        broker_url=settings.broker_url, result_backend=settings.result_backend, queue=settings.queue
+    )
+    app = Celery("zlora_companion", set_as_current=False, changes=config)
+    sweeper = Sweeper(ledger, app, every=settings.sweep)
+    while True:
+        try:
+            if (question := ledger.asked(1.0)) is not None:
+                answer(ledger, store, question)
+            sweeper.sweep()
+        except (redis.RedisError, kombu.exceptions.OperationalError) as error:
+            logger.warning("Redis does not answer: %s", error)
+            time.sleep(_AWAY)
+
+
+class _Headers(Struct, frozen=True):
+    id: str | None = None
+
+
+class _Envelope(Struct, frozen=True):
+    headers: _Headers = _Headers()
+
+
+def _id_of(message: str) -> str | None:
+    """The job of a message; None where it is none of Celery's."""
+    try:
+        return msgspec.json.decode(message, type=_Envelope).headers.id
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return None
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s: %(levelname)s/companion] %(message)s")
+    with suppress(KeyboardInterrupt):
+        run(Settings.from_env())

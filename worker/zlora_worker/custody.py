@@ -1,0 +1,115 @@
+"""The parent's care for the jobs that it holds: they stay its own while it lives, and none stays for ever."""
+
+import re
+import time
+from contextlib import suppress
+from typing import Any, ClassVar, Final
+
+from celery import bootsteps
+from celery.exceptions import WorkerLostError
+from celery.utils.log import get_logger
+from celery.worker import state
+from celery.worker.request import Request
+from zlora.errors import ZloraError
+from zlora.job import GenerateResult, JobState, digest_of, plain, read_request, shown
+from zlora_worker.delivery import Deliveries
+from zlora_worker.outcome import discard, finished
+from zlora_worker.settings import Settings
+from zlora_worker.storage import open_store
+from zlora_worker.watch import overdue
+
+_SOFT_GRACE: Final = 2.0  # seconds after a job's time until its child is interrupted: most jobs end by themselves
+_BEATS: Final = 4  # in the time in which a job without one goes to another worker
+logger = get_logger(__name__)
+_SIGNAL: Final = re.compile(r"signal \d+ \((\w+)\)")
+
+
+class Heartbeat(bootsteps.StartStopStep):
+    """Keeps the messages that this worker holds from being given to another, as long as its parent lives.
+
+    kombu restores a message some time after it was taken, however long its job may be. Only the parent says so: a child
+    may hang. A message that was restored already is not taken back.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        """Runs with each connection to the broker."""
+        channel = consumer.task_consumer.channel
+
+        def beat() -> None:
+            scheduled = state.scheduled_requests  # type: ignore[attr-defined]  # newer than the stubs
+            requests = {*state.active_requests, *state.reserved_requests, *scheduled}
+            held = [request.message.delivery_tag for request in requests if not request.acknowledged]
+            if held:
+                with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
+                    client.zadd(channel.unacked_index_key, dict.fromkeys(held, time.time()), xx=True)
+
+        self._timer = consumer.timer.call_repeatedly(channel.visibility_timeout / _BEATS, beat)
+
+    def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Ends with the connection."""
+        self._timer.cancel()
+
+
+class JobRequest(Request):
+    """A job in its child's hands: the time that it has, and what is noted where the child does not live to say it.
+
+    Its time is the request's own `timeout` within the operator's bound; what the message's headers say is anybody's to
+    write.
+    """
+
+    deliveries: ClassVar[Deliveries]
+    settings: ClassVar[Settings]
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self._document = document = self.args[0] if self.args else (self.kwargs or {}).get("request")
+        self._seconds = _seconds(document, self.settings.job_timeout)
+        self.time_limits = (self._seconds + self.settings.hard_grace, self._seconds + _SOFT_GRACE)
+        self._argsrepr, self._kwargsrepr = f"({shown(document)})", "{}"  # of an address only what may be shown
+
+    def maybe_expire(self) -> None:
+        """Left to the child, which knows whether this is a copy of a job that runs in time."""
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """The child was killed: the job has failed, unless its manifest is there and only the broker was away."""
+        if soft or state.should_terminate:
+            super().on_timeout(soft, timeout)
+        elif (result := self._finished()) is not None:
+            state.task_ready(self)
+            self.task.backend.store_result(self.id, plain(result), JobState.SUCCESS.value)
+            self.acknowledge()
+        else:
+            self.deliveries.ended(self.id, overdue(self.id, self._seconds))  # for late copies of the message
+            super().on_timeout(soft, timeout)
+
+    def _finished(self) -> GenerateResult | None:
+        try:
+            request = read_request(self._document)
+            store = open_store(self.settings)
+            if (result := finished(store, self.id, digest_of(request))) is None:
+                discard(store, self.id, request)
+        except ZloraError as error:
+            logger.warning("job %s: %s", self.id, error)
+            return None
+        return result
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """Where the child has died the message goes back to its queue: note what it died of."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(error, WorkerLostError | SystemExit | KeyboardInterrupt):
+            found = _SIGNAL.search(str(error))
+            self.deliveries.died(self.id, found[1] if found else str(error)[:100])
+        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A worker that ends puts the job back: no fault of the job's."""
+        self.deliveries.forgive(self.id)
+        super().cancel(pool, signal, emit_retry)
+
+
+def _seconds(document: Any, bound: int) -> float:
+    asked: Any = document.get("timeout") if isinstance(document, dict) else None
+    sound = isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked < bound
+    return float(asked if sound else bound)

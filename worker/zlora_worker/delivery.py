@@ -1,0 +1,225 @@
+"""Jobs come at least once; here they are taken so that each is drawn by one worker at a time, and ends once.
+
+The worker's side of `zlora.ledger`: lease, attempts, verdicts.
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import redis
+from celery.utils.log import get_task_logger
+from zlora import wire
+from zlora.errors import JobPoisoned, JobRevoked, ZloraError
+from zlora.ledger import ATTEMPT, Attempt, Ledger, attempts_of, connect, verdict_of
+
+LEASE: Final = 10.0  # seconds that a job stays with a worker that says nothing more
+_RENEW: Final = 2.0  # seconds between two signs
+_GRACE: Final = 4.0  # seconds in which a live worker takes a lease again that it lost with Redis
+_POISON: Final = 3  # deliveries without a verdict
+
+logger = get_task_logger(__name__)
+
+# A worker has one child: whoever holds a lease under the name of its own worker is that child's dead predecessor.
+_TAKE: Final = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_GIVE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
+
+class Leased(Exception):
+    """Another worker draws the job now, or may."""
+
+
+class Taken(Exception):
+    """The id belongs to another request, whose job it stays."""
+
+
+class Begun(NamedTuple):
+    """What was before an attempt: how many ended in a death, and whether there was any."""
+
+    deaths: int
+    before: bool
+
+
+class Ended(Exception):
+    """The job has failed, been cancelled or expired before."""
+
+    def __init__(self, verdict: ZloraError) -> None:
+        super().__init__(verdict)
+        self.verdict = verdict
+
+
+class Deliveries:
+    """What a worker knows of the jobs that it takes; made in the parent, used in the child."""
+
+    def __init__(self, broker_url: str, queue: str) -> None:
+        self.ledger = Ledger(connect(broker_url, patient=True), queue)  # a job that begins waits for Redis
+        self.hasty: Any = connect(broker_url)  # one that runs does not
+        self._hasty_ledger = Ledger(self.hasty, queue)
+        self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._take = self.ledger.redis.register_script(_TAKE)
+        self._give = self.ledger.redis.register_script(_GIVE)
+        self._take_now = self.hasty.register_script(_TAKE)
+
+    def look(self, job_id: str, digest: str) -> dict[str, str]:
+        """The job's record; raises `Taken`, and `Ended` where the job has a verdict."""
+        record = self.record(job_id)
+        if record.get("digest", digest) != digest:
+            raise Taken(f"job {job_id} is another request")
+        if (verdict := verdict_of(record)) is not None:
+            raise Ended(verdict)
+        return record
+
+    def is_known(self, job_id: str) -> bool:
+        """Whether the id is a job's; in the parent, so without waiting for Redis."""
+        return bool(self.hasty.hexists(wire.job_key(job_id), "digest"))
+
+    def require_wanted(self, job_id: str) -> None:
+        """Raises `JobRevoked` where a running job is cancelled, and `Ended` where another worker has ended it.
+
+        Does not wait: raises `redis.RedisError` where Redis does not answer.
+        """
+        names = ("cancelled", "verdict")
+        record = dict(zip(names, self.hasty.hmget(wire.job_key(job_id), names), strict=True))
+        if record["verdict"] is not None and (verdict := verdict_of(record)) is not None:
+            raise Ended(verdict)
+        if record["cancelled"] is not None:
+            raise revoked(job_id)
+
+    def record(self, job_id: str) -> dict[str, str]:
+        """All that is written down of a job."""
+        found: dict[str, str] = self.ledger.redis.hgetall(wire.job_key(job_id))
+        return found
+
+    @contextmanager
+    def leased(self, job_id: str) -> Iterator[None]:
+        """Hold the job's lease; raises `Leased` where another worker has it.
+
+        After a verdict the lease is left to expire: until the broker knows of the end, the job is not free.
+        """
+        key = wire.lease_key(job_id)
+        if not self._take_lease(key) or (self._others(job_id) and not self._take_after_grace(key)):
+            raise Leased
+        over = threading.Event()
+        renewal = threading.Thread(target=self._renew, args=(key, over), name="lease", daemon=True)
+        renewal.start()
+        try:
+            yield
+        finally:
+            over.set()
+            renewal.join()
+
+    def give_back(self, job_id: str) -> None:
+        """Let another worker have the job at once."""
+        with suppress(redis.RedisError):  # it expires by itself
+            self._give(keys=[wire.lease_key(job_id)], args=[self.worker], client=self.hasty)
+
+    @contextmanager
+    def attempt(self, job_id: str, digest: str) -> Iterator[Begun]:
+        """Count a delivery, and forget it at its orderly end; yields what was before it.
+
+        Raises `JobPoisoned` where that were too many. What is counted stays where this process is killed inside.
+        """
+        dead = list(attempts_of(self.record(job_id)).values())
+        if len(dead) >= _POISON:
+            evidence = {"attempts": [msgspec.to_builtins(attempt) for attempt in dead]}
+            raise JobPoisoned(f"{len(dead)} workers died over job {job_id}", evidence)
+        field, first = self._begin(job_id, digest)
+        try:
+            yield Begun(deaths=len(dead), before=not first)
+        finally:
+            self.forget(job_id, field)
+
+    def _begin(self, job_id: str, digest: str) -> tuple[str, bool]:
+        attempt = Attempt(host=socket.gethostname(), worker=self.worker, pid=os.getpid(), at=time.time())
+        key, field = wire.job_key(job_id), f"{ATTEMPT}{uuid.uuid4()}"
+        with self.ledger.redis.pipeline() as pipe:
+            pipe.hsetnx(key, "begun", 1)
+            pipe.hset(key, field, msgspec.json.encode(attempt))
+            pipe.hsetnx(key, "digest", digest)
+            pipe.hset(key, "sent", 1)
+            pipe.expire(key, wire.RECORD_EXPIRES)
+            first, *_ = pipe.execute()
+        return field, bool(first)
+
+    def forget(self, job_id: str, field: str) -> None:
+        """An attempt has ended in order."""
+        with suppress(redis.RedisError):  # then it counts as one that did not: the job has two more
+            self.hasty.hdel(wire.job_key(job_id), field)
+
+    def forgive(self, job_id: str) -> None:
+        """In the parent: this worker gives the job up of its own will, and its child does not live to say so."""
+        with suppress(redis.RedisError):
+            for field, attempt in attempts_of(self.hasty.hgetall(wire.job_key(job_id))).items():
+                if attempt.worker == self.worker and attempt.signal is None:
+                    self.forget(job_id, field)
+            self.give_back(job_id)
+
+    def died(self, job_id: str, reason: str) -> None:
+        """In the parent: note what its child died of, and let the next worker have the job."""
+        key = wire.job_key(job_id)
+        with suppress(redis.RedisError):
+            for field, attempt in attempts_of(self.hasty.hgetall(key)).items():
+                if attempt.worker == self.worker and attempt.signal is None:
+                    noted = msgspec.structs.replace(attempt, signal=reason)
+                    self.hasty.hset(key, field, msgspec.json.encode(noted))
+                    self.hasty.expire(key, wire.RECORD_EXPIRES, nx=True)
+            self.give_back(job_id)
+
+    def spoilt(self, job_id: str) -> int:
+        """Count a base that the job has left changed."""
+        with self.ledger.redis.pipeline() as pipe:
+            pipe.hincrby(wire.job_key(job_id), "spoilt", 1)
+            pipe.expire(wire.job_key(job_id), wire.RECORD_EXPIRES, nx=True)
+            count, _ = pipe.execute()
+        return int(count)
+
+    def end(self, job_id: str, verdict: ZloraError | None = None) -> None:
+        """The job has ended. A failure is written down for good, so that no late message draws it after all."""
+        if verdict is not None:
+            self.ledger.close(job_id, verdict)
+            return
+        with suppress(redis.RedisError):  # the manifest is the verdict; the sweeper finds what is left here
+            self._hasty_ledger.close(job_id)
+
+    def ended(self, job_id: str, verdict: ZloraError) -> None:
+        """In the parent: its child was killed with the job, for good."""
+        with suppress(redis.RedisError):  # the result backend has it
+            self._hasty_ledger.close(job_id, verdict)
+
+    def _others(self, job_id: str) -> bool:
+        """Whether another worker began the job, and nobody has seen its end."""
+        attempts = attempts_of(self.record(job_id)).values()
+        return any(attempt.worker != self.worker and attempt.signal is None for attempt in attempts)
+
+    def _take_lease(self, key: str) -> bool:
+        return bool(self._take(keys=[key], args=[self.worker, int(LEASE * 1000)]))
+
+    def _take_after_grace(self, key: str) -> bool:
+        """The other may live, and have lost its lease with Redis: it has time to take it again."""
+        self._give(keys=[key], args=[self.worker])
+        time.sleep(_GRACE)
+        return self._take_lease(key)
+
+    def _renew(self, key: str, over: threading.Event) -> None:
+        while not over.wait(_RENEW):
+            try:
+                if not self._take_now(keys=[key], args=[self.worker, int(LEASE * 1000)]):
+                    logger.warning("%s: another worker draws this job too; the first to end has it", key)
+            except redis.RedisError as error:
+                logger.warning("%s is not renewed: %s", key, error)
+
+
+def revoked(job_id: str) -> JobRevoked:
+    """The error of a job that nobody wants any more."""
+    return JobRevoked(f"job {job_id} was cancelled", {"job_id": job_id})

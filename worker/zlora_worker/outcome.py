@@ -1,0 +1,50 @@
+"""What the store holds of a job: its pictures, and the manifest that makes them its result. Each is created once."""
+
+import msgspec
+from zlora.errors import Conflict, InternalError, StoreFailed
+from zlora.job import GenerateRequest, GenerateResult
+from zlora_worker.storage import Store, image_key, manifest_key
+
+
+def image_keys(job_id: str, request: GenerateRequest) -> list[str]:
+    """Where the pictures of a job go."""
+    return [image_key(job_id, index, request.output_format) for index in range(request.num_images)]
+
+
+def publish(store: Store, result: GenerateResult) -> GenerateResult:
+    """Write the manifest; returns the one that was first, if there is one."""
+    manifest = first(store, manifest_key(result.job_id), msgspec.json.encode(result), "application/json")
+    return _result(manifest, result.job_id)
+
+
+def finished(store: Store, job_id: str, digest: str) -> GenerateResult | None:
+    """The result of a job whose manifest is there; raises `Conflict` where it is of another request."""
+    if (manifest := store.get(manifest_key(job_id))) is None:
+        return None
+    result = _result(manifest, job_id)
+    if result.request_sha256 not in (None, digest):
+        raise Conflict(f"job {job_id} was another request", {"job_id": job_id})
+    return result
+
+
+def discard(store: Store, job_id: str, request: GenerateRequest) -> None:
+    """Delete the pictures of a job that has no result, and will have none of these; raises `StoreFailed`."""
+    if store.get(manifest_key(job_id)) is None:  # another worker may have ended the job, where a lease was lost
+        for key in image_keys(job_id, request):
+            store.delete(key)
+
+
+def first(store: Store, key: str, data: bytes, content_type: str) -> bytes:
+    """What is under the key: `data`, or what another delivery of the job has put there before."""
+    if store.put_new(key, data, content_type):
+        return data
+    if (there := store.get(key)) is None:
+        raise StoreFailed(f"{key} was there, and is gone")
+    return there
+
+
+def _result(manifest: bytes, job_id: str) -> GenerateResult:
+    try:
+        return msgspec.json.decode(manifest, type=GenerateResult)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise InternalError(f"the manifest of job {job_id} is damaged: {error}", {"job_id": job_id}) from None
