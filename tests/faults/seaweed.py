@@ -1,0 +1,70 @@
+"""A real S3 server."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+import requests
+from botocore.config import Config
+from processes import free_port, wait_until
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+BUCKET = "pictures"
+_USER = {"name": "all", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
+_OPTIONS = ("-ip", "127.0.0.1", "-ip.bind", "127.0.0.1", "-s3", "-filer", "-master.telemetry=false", "-s3.iam=false")
+_SMALL = ("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20", "-master.volumeSizeLimitMB=64")
+ENVIRON = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@contextmanager
+def seaweed(folder: Path) -> Iterator[int]:
+    """A SeaweedFS with an empty bucket; the port of its S3."""
+    (folder / "s3.json").write_text(json.dumps({"identities": [_USER]}))
+    ports = {name: _low_port() for name in ("master", "volume", "filer", "s3")}
+    command = [str(Path(sys.executable).with_name("weed")), "server", "-dir", str(folder), *_OPTIONS, *_SMALL]
+    command += [f"-{name}.port={port}" for name, port in ports.items()] + [f"-s3.config={folder / 's3.json'}"]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: _is_healthy(ports["s3"]), "SeaweedFS is healthy")
+        wait_until(lambda: client(ports["s3"]).create_bucket(Bucket=BUCKET), "the bucket is made")
+        yield ports["s3"]
+    finally:
+        server.kill()  # its clean end takes 16 s, and nothing of it is kept
+        server.wait(10)
+
+
+def client(port: int) -> "S3Client":
+    """A client that may do everything."""
+    return boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}),
+    )
+
+
+def keys(port: int) -> list[str]:
+    """All that the bucket has."""
+    return [item["Key"] for item in client(port).list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+
+
+def _low_port() -> int:
+    """A free port whose companion 10,000 above, where SeaweedFS speaks gRPC, is a port too."""
+    return wait_until(lambda: port if (port := free_port()) < 55_000 else None, "a port below 55,000")
+
+
+def _is_healthy(port: int) -> bool:
+    try:
+        return requests.get(f"http://127.0.0.1:{port}/healthz", timeout=2).ok
+    except requests.ConnectionError:
+        return False

@@ -1,0 +1,232 @@
+"""What a producer has in hand: cancel, order, deadlines, and one job an id."""
+
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+
+import pytest
+from faults.scene import Scene, request
+from processes import wait_until
+from servers import Request, lora_bytes, reply, serving
+from zlora import JobHandle, JobState
+from zlora.errors import Conflict, JobExpired, JobRevoked, JobUnknown, ResultTimeout
+
+# Celery's own call, where a queued job is cancelled.
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+
+STEP = 0.4  # seconds
+KNOWN_WITHIN = STEP + 0.5  # seconds from the cancel of a job that is drawn
+
+
+def test_a_job_cancelled_in_the_queue_is_never_drawn_though_every_worker_is_replaced(scene: Scene) -> None:
+    """Celery's own word for it is in the memory of workers."""
+    with scene.worker(ZLORA_SHUTDOWN_TIMEOUT="1") as first:
+        busy = scene.submit(do=["sleep"], seconds=60)
+        scene.wait_begun(busy)
+        cancelled, other = scene.submit(), scene.submit()
+        assert cancelled.cancel() == "queued"
+        first.process.send_signal(signal.SIGTERM)
+        first.process.wait(30)
+
+    with scene.worker("two"):
+        assert other.result(timeout=60).base_intact
+        assert busy.result(timeout=60).base_intact
+        assert_revoked(scene, cancelled)
+        assert scene.begun(cancelled) == 0
+
+
+def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stays(scene: Scene) -> None:
+    with scene.worker():
+        cancelled, next_one = scene.submit(steps=100, step=STEP), scene.submit()
+        scene.wait_step(cancelled, 2)
+
+        start = time.monotonic()
+        assert cancelled.cancel() == "running"
+        with pytest.raises(JobRevoked):
+            cancelled.result(timeout=30)
+        seconds = time.monotonic() - start
+        scene.tally.notes.append(f"a cancel was known after {seconds:.2f} s, of a job with steps of {STEP} s")
+        assert seconds < KNOWN_WITHIN
+
+        assert next_one.result(timeout=30).base_intact
+        assert_revoked(scene, cancelled)
+        assert len(scene.events("loaded")) == 1
+
+
+def test_a_job_cancelled_before_its_child_is_killed_is_not_drawn_again(scene: Scene) -> None:
+    """The flag is in Redis, not in a worker's memory."""
+    with scene.worker() as running:
+        cancelled = scene.submit(steps=1, step=60)
+        scene.wait_begun(cancelled)
+        cancelled.cancel()
+        scene.kill(scene.child(running))
+
+        wait_until(lambda: cancelled.status().state is JobState.REVOKED, "the job is revoked")
+        assert scene.submit().result(timeout=30).base_intact
+        assert_revoked(scene, cancelled)
+        assert scene.begun(cancelled) == 1
+
+
+def test_a_job_cancelled_while_a_lora_comes_is_not_drawn(scene: Scene) -> None:
+    """A slow source: ten seconds for a file of a few KB."""
+    with serving(slowly) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
+        cancelled = scene.submit(fields={"loras": [{"file": {"url": f"{host.url}/a.safetensors"}}]})
+        wait_until(lambda: host.sent > 0, "the file comes")
+
+        start = time.monotonic()
+        assert cancelled.cancel() == "running"
+        wait_until(lambda: cancelled.status().state is JobState.REVOKED, "the job is revoked")
+        assert time.monotonic() - start < 2
+        assert scene.submit().result(timeout=30).base_intact
+        assert_revoked(scene, cancelled)
+        assert scene.begun(cancelled) == 0
+
+
+def test_a_job_cancelled_too_late_keeps_its_result(scene: Scene) -> None:
+    with scene.worker():
+        handle = scene.submit()
+        result = handle.result(timeout=30)
+
+        assert handle.cancel() == "finished"
+        assert handle.result(timeout=1) == result
+        assert handle.status().state is JobState.SUCCESS
+
+
+def test_jobs_are_drawn_by_priority_and_then_in_order(scene: Scene) -> None:
+    with scene.worker():
+        first = scene.submit(steps=1, step=1.5)
+        scene.wait_begun(first)
+        order = ["low", "normal", "high", "low", "normal", "high"]
+        handles = [scene.submit(options={"priority": priority}) for priority in order]
+        for handle in handles:
+            handle.result(timeout=30)
+
+    begun = [event["label"] for event in scene.events("begin")]
+    assert [handles.index(scene.handles[label]) for label in begun[1:]] == [2, 5, 1, 4, 0, 3]
+
+
+def test_a_job_without_a_priority_is_normal(scene: Scene) -> None:
+    with scene.worker():
+        first = scene.submit(steps=1, step=1.5)
+        scene.wait_begun(first)
+        low, plain, high = (
+            scene.submit(options=options) for options in ({"priority": "low"}, {}, {"priority": "high"})
+        )
+        for handle in (low, plain, high):
+            handle.result(timeout=30)
+
+    assert [event["label"] for event in scene.events("begin")] == [first.id, high.id, plain.id, low.id]
+
+
+def test_a_job_that_is_not_begun_in_time_expires_and_one_that_is_goes_on(scene: Scene) -> None:
+    with scene.worker():
+        in_time = scene.submit(steps=1, step=2.5, options={"expires_in": 1.5})
+        scene.wait_begun(in_time)
+        late = scene.submit(options={"expires_in": 1})
+
+        assert in_time.result(timeout=30).base_intact
+        with pytest.raises(JobExpired):
+            late.result(timeout=30)
+        assert scene.begun(late) == 0
+
+
+def test_one_id_submitted_again_is_one_job(scene: Scene) -> None:
+    """While it is queued, while it is drawn, and when it is done; but another request is refused."""
+    again = partial(scene.submit, job_id="one", steps=5, step=0.2)
+    again(), again()
+    with scene.worker(), scene.worker("two"):
+        handle = scene.handles["one"]
+        scene.wait_begun(handle)
+        again()
+        with pytest.raises(Conflict):
+            scene.client.submit(request("one", steps=6), job_id="one")
+        result = handle.result(timeout=30)
+
+        assert again().result(timeout=30) == result
+        assert scene.submit().result(timeout=30).base_intact
+        assert scene.begun(handle) == 1
+
+
+def test_an_id_that_nobody_submitted_is_unknown(scene: Scene) -> None:
+    """Only a worker knows what is in the store: without one there is no answer."""
+    stranger = scene.client.job("never-submitted")
+    assert stranger.status().state is JobState.UNKNOWN
+    with pytest.raises(ResultTimeout):
+        stranger.result(timeout=0.5)
+
+    with scene.worker(), pytest.raises(JobUnknown):
+        stranger.result(timeout=5)
+
+
+def test_a_result_that_has_expired_is_answered_from_the_store(scene: Scene) -> None:
+    with scene.worker(), scene.broker() as broker:
+        result = scene.submit(job_id="old").result(timeout=30)
+        scene.handles.clear()  # nobody submits it any more
+        assert broker.delete(*(name for name in broker.scan_iter("*old")))
+
+        handle = scene.client.job("old")
+        assert handle.status().state is JobState.SUCCESS
+        assert handle.result(timeout=10) == result
+        assert handle.cancel() == "finished"
+
+
+def test_nothing_of_a_job_stays_in_redis_for_ever(scene: Scene) -> None:
+    """Redis must not evict, so that all must expire: drawn, failed, cancelled, queued or killed in between."""
+    with scene.worker() as running, scene.broker() as broker:
+        scene.submit().result(timeout=30)
+        failed = scene.submit(do="nan")
+        killed = scene.submit(do=["kill-child"], options={"expires_in": 60})
+        wait_until(lambda: failed.status().state is JobState.FAILURE, "the job fails")
+        killed.result(timeout=30)
+        busy = scene.submit(steps=40, step=0.1)
+        scene.wait_step(busy)
+        queued, cancelled = scene.submit(options={"expires_in": 60}), scene.submit()
+        cancelled.cancel()
+        assert running.process.poll() is None
+
+        names = [name for name in broker.scan_iter("*") if name.startswith(("zlora:", "celery-task-meta-"))]
+        assert {name.split(":")[1] for name in names if ":" in name} >= {"job", "ledger", "lease", "expiring"}
+        assert [name for name in names if int(broker.ttl(name)) < 0] == []
+        assert queued.result(timeout=30).base_intact
+
+
+def test_a_producer_sees_position_phase_step_and_eta(scene: Scene) -> None:
+    first = scene.submit(steps=20, step=0.1)
+    others = [scene.submit() for _ in range(3)]
+    places = [handle.status().position for handle in others]
+    assert all(place is not None for place in places)
+    assert all(later - earlier == 1 for earlier, later in pairwise(map(int, filter(None, places))))
+
+    with scene.worker():
+        seen = [wait_until(lambda: first.status() if first.status().step else None, "a step is seen")]
+        while (status := first.status()).state is JobState.PROGRESS:
+            seen.append(status)
+            time.sleep(0.05)
+        for handle in others:
+            handle.result(timeout=30)
+
+    denoising = [status for status in seen if status.phase == "denoising"]
+    steps = [status.step for status in denoising if status.step is not None]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 2
+    assert {status.steps for status in denoising} == {20}
+    etas = [status.eta for status in denoising if status.eta is not None]
+    assert etas
+    assert all(0 <= eta < 20 for eta in etas)
+
+
+def slowly(_: Request) -> Iterator[bytes]:
+    """A sound answer in pieces."""
+    answer = reply(lora_bytes())
+    for start in range(0, len(answer), 100):
+        yield answer[start : start + 100]
+        time.sleep(0.4)
+
+
+def assert_revoked(scene: Scene, handle: JobHandle) -> None:
+    assert handle.status().state is JobState.REVOKED
+    with pytest.raises(JobRevoked):
+        handle.result(timeout=1)
+    assert not scene.files(handle)

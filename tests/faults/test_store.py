@@ -1,0 +1,94 @@
+"""A store that fails in the middle of a job: the job is tried again, and no manifest speaks of what is not there."""
+
+import resource
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+from faults import seaweed
+from faults.figures import Tally
+from faults.proxy import Proxy
+from faults.scene import Scene
+from processes import wait_until
+from zlora import GenerateResult
+from zlora.errors import StoreFailed
+
+ROOM = 100_000  # bytes that a file may have on a full disk: above this test's logs, below a picture of noise
+NOISE = 256  # pixels a side: 196 KB as png
+
+
+@pytest.fixture(scope="module")
+def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A real S3 server."""
+    with seaweed.seaweed(tmp_path_factory.mktemp("seaweed")) as port:
+        yield port
+
+
+def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(scene: Scene, s3_port: int, tally: Tally) -> None:
+    """The picture that is there is not drawn again, and the manifest comes last."""
+    with Proxy(s3_port, tally) as proxy:
+        variables = {"ZLORA_STORE": f"s3://{seaweed.BUCKET}/a", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}"}
+        scene.environ |= variables | seaweed.ENVIRON
+        proxy.break_at(rb"PUT \S+/outputs/1\.png")
+        with scene.worker():
+            handle = scene.submit(fields={"num_images": 2})
+            folder = f"a/runs/{handle.id}"
+            wait_until(lambda: proxy.is_down, "the second picture meets a server that is away")
+            assert seaweed.keys(s3_port) == [f"{folder}/outputs/0.png"]
+            proxy.restore()
+
+            result = handle.result(timeout=60)
+
+    assert scene.begun(handle) == 1
+    names = ["manifest.json", "outputs/0.png", "outputs/1.png"]
+    assert sorted(seaweed.keys(s3_port)) == [f"{folder}/{name}" for name in names]
+    manifest = seaweed.client(s3_port).get_object(Bucket=seaweed.BUCKET, Key=f"{folder}/manifest.json")
+    assert msgspec.json.decode(manifest["Body"].read(), type=GenerateResult) == result
+
+
+def test_a_disk_that_has_room_again_takes_the_job(scene: Scene) -> None:
+    with scene.worker() as running:
+        fill_disk(scene, scene.child(running))
+        handle = scene.submit(noise=NOISE)
+        wait_until(lambda: running.lines("store_failed"), "the store fails")
+        assert not scene.files(handle)
+        free_disk(scene.child(running))
+
+        result = handle.result(timeout=60)
+        assert result.base_intact
+        assert result.attempt > 1
+        assert len(scene.events("loaded")) == 1
+
+
+def test_a_disk_that_stays_full_fails_the_job_after_some_tries_and_the_next_is_stored(scene: Scene) -> None:
+    with scene.worker() as running:
+        fill_disk(scene, scene.child(running))
+        handle, small = scene.submit(noise=NOISE), scene.submit()
+
+        assert small.result(timeout=30).base_intact
+        with pytest.raises(StoreFailed) as found:
+            handle.result(timeout=90)
+        assert found.value.details["attempt"] == scene.begun(handle) > 1
+        assert not scene.files(handle)
+        assert len(scene.events("loaded")) == 1
+
+
+def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene: Scene) -> None:
+    with scene.worker():
+        handle = scene.submit(do=["nothing", "kill-child"], fields={"num_images": 3})
+
+        result = handle.result(timeout=60)
+        assert [image.seed for image in result.images] == [result.seed, result.seed + 1, result.seed + 2]
+        drawn = [event["seed"] - result.seed for event in scene.events("end", handle)]
+        assert drawn == [0, 1, 2]
+
+
+def fill_disk(scene: Scene, child: int) -> None:
+    """From now on the kernel refuses the child files of some size."""
+    scene.tally.fault()
+    resource.prlimit(child, resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+
+
+def free_disk(child: int) -> None:
+    """There is room again."""
+    resource.prlimit(child, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
