@@ -32,7 +32,7 @@ EXPIRED: Final = "expired"  # the reason of a REVOKED job that nobody cancelled:
 _UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.RedisError)
 # What a value that is no worker's raises, here and inside Celery.
 _UNDECODED: Final = (msgspec.DecodeError, kombu.exceptions.DecodeError)
-_NO_ANSWER: Final = (*_UNDECODED, AttributeError, LookupError, TypeError, ValueError)
+NO_ANSWER: Final = (*_UNDECODED, AttributeError, LookupError, TypeError, ValueError)
 _ASK_AGAIN: Final = 10.0  # seconds after a question for an old result that no worker has answered
 _OUTAGE: Final = 30.0  # seconds that a wait for a result outlasts a Redis that does not answer, such as its restart
 _LOOK_SHARE: Final = 0.1  # of the time waited so far until the next look: a result is seen at most that much late
@@ -151,7 +151,7 @@ class JobHandle:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except _NO_ANSWER as error:
+        except NO_ANSWER as error:
             raise InternalError(f"what is stored for job {self.id} is no answer of a worker: {error}") from None
 
     def _revoked(self) -> JobRevoked:

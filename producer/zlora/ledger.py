@@ -11,6 +11,7 @@ A job's record is the hash `wire.job_key`:
 | `attempt:...` | a delivery that is under way, or whose worker died: an `Attempt` |
 | `begun` | a worker has begun the job at least once |
 | `spoilt` | how many bases the job has left changed |
+| `overtime` | the seconds that the job may take, where its child was killed over them |
 | `verdict` | the error that the job ended with; a success is in the store, as its manifest |
 """
 
@@ -72,14 +73,14 @@ class Attempt(Struct, frozen=True, kw_only=True):
     signal: str | None = None
 
 
-def connect(url: str, *, patient: bool = False) -> "redis.Redis":
+def connect(url: str, *, patient: bool = False, seconds: float = wire.IMPATIENCE) -> "redis.Redis":
     """A client of the broker's Redis, which connects at its first use.
 
-    A patient one waits for a Redis that is away; any other has two seconds.
+    A patient one waits for a Redis that is away; any other tries once, for so many seconds.
     """
     options: dict[str, Any] = {
-        "socket_timeout": wire.IMPATIENCE,
-        "socket_connect_timeout": wire.IMPATIENCE,
+        "socket_timeout": seconds,
+        "socket_connect_timeout": seconds,
         "health_check_interval": 5,
         "decode_responses": True,
         "encoding_errors": "replace",  # anybody may write to a queue
@@ -201,8 +202,8 @@ class Ledger:
         text = self.redis.hget(wire.job_key(job_id), "message")
         return msgspec.json.decode(text, type=Submission) if text else None
 
-    def close(self, job_id: str, verdict: ZloraError | None = None) -> None:
-        """The job has ended, with that error or well; the first verdict stands."""
+    def close(self, job_id: str, verdict: ZloraError | None = None) -> ZloraError | None:
+        """The job has ended, with that error or well. Returns the verdict that was first, where it is another."""
         key = wire.job_key(job_id)
         with self.redis.pipeline() as pipe:
             if verdict is not None:
@@ -211,7 +212,10 @@ class Ledger:
             pipe.expire(key, wire.RESULT_EXPIRES)
             pipe.zrem(wire.ledger_key(self.queue), job_id)
             pipe.zrem(wire.expiring_key(self.queue), job_id)
-            pipe.execute()
+            was_first, *_ = pipe.execute()
+        if verdict is None or was_first:
+            return None
+        return verdict_of({"verdict": self.redis.hget(key, "verdict")})
 
 
 def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:

@@ -18,7 +18,7 @@ from celery.worker import state
 from kombu import Consumer, Queue
 from servers import settings
 from zlora import wire
-from zlora.errors import JobTimeout, LoraNotFound
+from zlora.errors import LoraNotFound
 from zlora.job import TASK_NAME
 from zlora.ledger import attempts_of, verdict_of
 from zlora_worker.custody import Heartbeat, JobRequest
@@ -113,22 +113,22 @@ def info(error: BaseException) -> Any:
 )  # fmt: skip
 def test_a_job_has_the_time_that_it_asks_for_within_the_bound(parent: Parent, asked: Any, seconds: float) -> None:
     """First it is interrupted, and then its child is killed. What makes no sense is refused later."""
-    assert parent.request({**REQUEST, "timeout": asked}).time_limits == (seconds + 30, seconds + 2)
+    assert parent.request({**REQUEST, "timeout": asked}).time_limits == (seconds + 30, None)
 
 
 @pytest.mark.parametrize("document", [None, "x", [], 5, {"timeout": {}}])
 def test_any_document_has_a_time(parent: Parent, document: Any) -> None:
-    assert parent.request(document).time_limits == (90, 62)
-    assert parent.request(args=[], kwargs={"request": document}).time_limits == (90, 62)
-    assert parent.request(args=[]).time_limits == (90, 62)
+    assert parent.request(document).time_limits == (90, None)
+    assert parent.request(args=[], kwargs={"request": document}).time_limits == (90, None)
+    assert parent.request(args=[]).time_limits == (90, None)
 
 
 def test_the_request_by_name_has_its_time_too(parent: Parent) -> None:
-    assert parent.request(args=[], kwargs={"request": {"timeout": 10}}).time_limits == (40, 12)
+    assert parent.request(args=[], kwargs={"request": {"timeout": 10}}).time_limits == (40, None)
 
 
 def test_the_message_s_own_limits_are_not_heard(parent: Parent) -> None:
-    assert parent.request(time_limit=1e6, soft_time_limit=1e5).time_limits == (90, 62)
+    assert parent.request(time_limit=1e6, soft_time_limit=1e5).time_limits == (90, None)
 
 
 def test_watchers_see_no_secret(parent: Parent) -> None:
@@ -200,27 +200,18 @@ def test_a_job_that_is_put_back_is_forgiven(parent: Parent) -> None:
     assert (parent.signals(), verdict_of(parent.deliveries.record(parent.job))) == ([], None)
 
 
-def test_a_child_that_is_killed_over_its_time_leaves_a_verdict(parent: Parent) -> None:
-    """Celery's failure goes to the producer, and a late copy of the message finds the same."""
-    request = parent.request({**REQUEST, "timeout": 5})
-    request.on_timeout(True, 7)
-    assert verdict_of(parent.deliveries.record(parent.job)) is None
+def test_a_job_whose_child_is_killed_over_its_time_is_put_back_with_a_note(parent: Parent) -> None:
+    """No death of the job's; nothing is told before the store was asked, which only a child does."""
+    with parent.deliveries.attempt(parent.job, "d"):
+        request = parent.request({**REQUEST, "timeout": 5})
+        request.on_failure(info(TimeLimitExceeded(40)))
+        request.on_timeout(False, 40)
 
-    request.on_timeout(False, 35)
+        record = parent.deliveries.record(parent.job)
 
-    verdict = verdict_of(parent.deliveries.record(parent.job))
-    assert (type(verdict), verdict and verdict.details["seconds"]) == (JobTimeout, 5)
-    meta = parent.app.backend.get_task_meta(parent.job)
-    assert (meta["status"], type(meta["result"])) == ("FAILURE", TimeLimitExceeded)
-    assert parent.acknowledged == [True]
-
-
-def test_a_cold_shutdown_is_no_timeout(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "should_terminate", 1)
-
-    parent.request().on_timeout(False, 35)
-
-    assert verdict_of(parent.deliveries.record(parent.job)) is None
+    assert (record["overtime"], attempts_of(record), verdict_of(record)) == ("5.0", {}, None)
+    assert parent.app.backend.get_task_meta(parent.job)["status"] == "PENDING"
+    assert (parent.rejected, parent.acknowledged) == ([True], [])
 
 
 def test_a_death_while_redis_is_away_costs_the_parent_nothing(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +223,7 @@ def test_a_death_while_redis_is_away_costs_the_parent_nothing(parent: Parent, mo
 
     request.on_failure(info(WorkerLostError("signal 9 (SIGKILL)")))
     parent.deliveries.forgive(parent.job)
-    parent.deliveries.ended(parent.job, JobTimeout())
+    parent.deliveries.overtime(parent.job, 5)
 
 
 # --- messages that cannot be read

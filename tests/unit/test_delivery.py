@@ -248,7 +248,7 @@ def test_a_job_is_wanted_until_it_is_cancelled_or_has_a_verdict(hire: Hire, job:
     with pytest.raises(JobRevoked):
         desk.require_wanted(job)
 
-    desk.end(job, LoraNotFound("there is none", {"status": 404}))
+    desk.fail(job, LoraNotFound("there is none", {"status": 404}))
     with pytest.raises(Ended) as raised:
         desk.look(job, "d")
     with pytest.raises(Ended):
@@ -260,9 +260,9 @@ def test_a_job_is_wanted_until_it_is_cancelled_or_has_a_verdict(hire: Hire, job:
 def test_a_first_verdict_stands(hire: Hire, job: str) -> None:
     """Two may draw at once where Redis was away."""
     desk = hire()
-    desk.end(job, LoraNotFound("first"))
-    desk.ended(job, JobRevoked("second"))
-    desk.end(job, JobRevoked("third"))
+    desk.fail(job, LoraNotFound("first"))
+    assert str(desk.fail(job, JobRevoked("second"))) == "first"
+    desk.fail(job, JobRevoked("third"))
 
     with pytest.raises(Ended) as raised:
         desk.require_wanted(job)
@@ -277,7 +277,7 @@ def test_every_record_expires(hire: Hire, job: str, write: str) -> None:
         with desk.attempt(job, "d"):
             pass
     elif write == "end":
-        desk.end(job, LoraNotFound())
+        desk.fail(job, LoraNotFound())
     elif write == "cancel":
         desk.ledger.cancel(job)
     elif write == "died":

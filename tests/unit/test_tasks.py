@@ -4,7 +4,6 @@ A real Celery task on a real broker, run in this process; only the drawing is ma
 """
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ import pytest
 import redis
 import zlora_worker.generate
 from billiard.exceptions import SoftTimeLimitExceeded
-from billiard.pool import SIG_SOFT_TIMEOUT
 from celery import Celery
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
@@ -39,7 +37,7 @@ from zlora.errors import (
     ZloraError,
 )
 from zlora.job import TASK_NAME, GenerateRequest, GenerateResult, digest_of, read_request
-from zlora_worker import tasks
+from zlora_worker import endings, tasks
 from zlora_worker.delivery import LEASE, Deliveries
 from zlora_worker.engine import EngineState
 from zlora_worker.generate import Report, Runtime
@@ -144,7 +142,7 @@ def child(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
 
     monkeypatch.setattr(celery.backends.redis, "task_join_will_block", lambda: True)  # as in a child: no subscription
     started = Child(broker_url)
-    monkeypatch.setattr(tasks, "os", SimpleNamespace(_exit=leave))
+    monkeypatch.setattr(endings, "os", SimpleNamespace(_exit=leave))
     monkeypatch.setattr(zlora_worker.generate, "generate", started.generate)
     monkeypatch.setattr(tasks, "_runtime", None)
     monkeypatch.setattr(tasks, "_deliveries", None)
@@ -400,24 +398,79 @@ def test_what_a_job_meets_after_its_time_is_a_timeout(child: Child, job: str, er
     assert (state, type(raised), raised.details["seconds"]) == ("FAILURE", JobTimeout, 0.01)
 
 
-@pytest.mark.parametrize("where", ["generate", "end"])
-def test_a_soft_limit_that_strikes_after_the_manifest_leaves_a_success(
-    child: Child, job: str, where: str, monkeypatch: pytest.MonkeyPatch
+def test_a_job_that_does_not_end_by_itself_is_interrupted(
+    child: Child, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The manifest is the verdict: one job has one result. What strikes late does not strike the next job either."""
+    """In a phase that looks at no clock; the model stays, and the next job has its own time."""
+    monkeypatch.setattr(tasks, "_GRACE", 0.1)
+    child.draw = lambda _request, _report: time.sleep(30)
+    start = time.monotonic()
 
-    def strikes(*_: Any, **__: Any) -> None:
-        child.finish(job)
-        os.kill(os.getpid(), SIG_SOFT_TIMEOUT)
-        assert where == "end"  # is only come to where the signal is not heard
-
-    owner = zlora_worker.generate if where == "generate" else child.deliveries
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, where, strikes)
-        child.deliver(job)
+    child.deliver(job, {**REQUEST, "timeout": 0.1})
+    assert time.monotonic() - start < 10
+    child.draw = lambda _request, _report: time.sleep(0.3)
     child.deliver(f"{job}-next")
 
-    assert (child.meta(job)[0], child.meta(f"{job}-next")[0]) == ("SUCCESS", "SUCCESS")
+    state, raised = child.meta(job)
+    assert (state, type(raised), child.meta(f"{job}-next")[0]) == ("FAILURE", JobTimeout, "SUCCESS")
+
+
+def test_an_interruption_after_the_manifest_leaves_a_success(
+    child: Child, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest is the verdict: one job has one result."""
+    monkeypatch.setattr(tasks, "_GRACE", 0.0)
+
+    def late(request: GenerateRequest, _report: Report) -> None:
+        child.finish(job, request)
+        time.sleep(30)
+
+    child.draw = late
+
+    child.deliver(job, {**REQUEST, "timeout": 0.1})
+
+    assert child.meta(job)[0] == "SUCCESS"
+
+
+def test_waits_before_and_after_the_drawing_are_none_of_the_job_s_time(
+    child: Child, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a lease, and for Redis where it is away."""
+    monkeypatch.setattr(tasks, "_GRACE", 0.0)
+    look, end = child.deliveries.look, child.deliveries.end
+
+    def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*given: Any) -> Any:
+            time.sleep(0.3)
+            return real(*given)
+
+        return wait
+
+    monkeypatch.setattr(child.deliveries, "look", slowly(look))
+    monkeypatch.setattr(child.deliveries, "end", slowly(end))
+
+    child.deliver(job, {**REQUEST, "timeout": 0.2})
+
+    assert child.meta(job)[0] == "SUCCESS"
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_job_whose_child_was_killed_over_its_time_is_ended_by_the_next_delivery(
+    child: Child, job: str, is_done: bool
+) -> None:
+    """By what is in the store: the child may have been done, and have waited for Redis."""
+    child.deliveries.overtime(job, 5)
+    if is_done:
+        child.finish(job)
+
+    child.deliver(job)
+
+    state, raised = child.meta(job)
+    assert child.jobs == []
+    if is_done:
+        assert state == "SUCCESS"
+    else:
+        assert (state, type(raised), raised.details["seconds"]) == ("FAILURE", JobTimeout, 5)
 
 
 def test_a_job_that_another_worker_has_failed_meanwhile_does_not_succeed(child: Child, job: str) -> None:
@@ -550,7 +603,7 @@ def test_a_child_without_a_sound_model_draws_nothing_and_leaves(child: Child, st
     with pytest.raises(Left) as raised:
         child.run()
 
-    assert raised.value.args == (tasks.EXIT_DIRTY,)
+    assert raised.value.args == (endings.EXIT_DIRTY,)
     assert child.jobs == []
 
 
@@ -560,7 +613,7 @@ def test_a_job_that_spoils_a_base_goes_to_another_child_once(child: Child, job: 
 
     with pytest.raises(Left) as raised:
         child.run(job_id=job)
-    assert raised.value.args == (tasks.EXIT_DIRTY,)
+    assert raised.value.args == (endings.EXIT_DIRTY,)
     assert not [field for field in child.deliveries.record(job) if field.startswith("attempt:")]
 
     with pytest.raises(BaseNotRestored):

@@ -27,7 +27,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-transport.use()
+transport.use(marks.alive)
 app = Celery("zlora_worker")
 app.conf.update(
     **wire.shared_config(

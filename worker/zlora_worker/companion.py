@@ -21,7 +21,7 @@ from msgspec import Struct
 from zlora import wire
 from zlora.client import send
 from zlora.errors import JobExpired, StoreFailed
-from zlora.handle import EXPIRED
+from zlora.handle import EXPIRED, NO_ANSWER
 from zlora.job import JOB_ID, JobState
 from zlora.ledger import Ledger, connect
 from zlora_worker.settings import Settings
@@ -59,7 +59,7 @@ class Sweeper:
     def _hold(self, pause: float = 0.0) -> bool:
         """Whether this companion is the one that sweeps, which it stays as long as it does."""
         redis_: Any = self._ledger.redis
-        lock, seconds = wire.sweep_key(self._ledger.queue), math.ceil(max(4 * self._every, 2 * pause))
+        lock, seconds = wire.sweep_key(self._ledger.queue), math.ceil(max(2 * self._every, 2 * pause))
         if redis_.get(lock) != self._me:
             return bool(redis_.set(lock, self._me, nx=True, ex=seconds))
         redis_.expire(lock, seconds)
@@ -77,7 +77,7 @@ class Sweeper:
         for job_id in missing:
             if job_id in leased:
                 continue
-            if self._app.backend.get_task_meta(job_id)["status"] in READY_STATES:
+            if self._state(job_id) in READY_STATES:
                 self._ledger.close(job_id)
             elif job_id not in self._missed:
                 missed.add(job_id)
@@ -87,6 +87,14 @@ class Sweeper:
                 logger.warning("job %s is sent again: its message was lost", job_id)
                 send(self._app, self._ledger.queue, job_id, submission)
         return missed
+
+    def _state(self, job_id: str) -> str | None:
+        """The job's state; None where somebody else has written there what is none."""
+        try:
+            return str(self._app.backend.get_task_meta(job_id)["status"])
+        except NO_ANSWER as error:
+            logger.warning("job %s: what is stored is no answer of a worker: %r", job_id, error)
+            return None
 
     def _queued(self) -> Iterator[str]:
         """The jobs whose message is on a list, or taken by a worker; the lists first, since that is a message's way."""
@@ -98,7 +106,7 @@ class Sweeper:
                 start += _WINDOW
                 self._hold()
         for _, item in client.hscan_iter("unacked", count=_WINDOW):
-            with suppress(msgspec.DecodeError, msgspec.ValidationError):
+            with suppress(msgspec.DecodeError):
                 yield msgspec.json.decode(item, type=tuple[_Envelope, Any, Any])[0].headers.id or ""
 
     def _expire(self) -> None:
@@ -106,7 +114,7 @@ class Sweeper:
         ids = self._ledger.expired()
         drawn = self._ledger.leased(ids)
         for job_id in ids:
-            if job_id in drawn or self._app.backend.get_task_meta(job_id)["status"] != JobState.PENDING:
+            if job_id in drawn or self._state(job_id) != JobState.PENDING:
                 self._ledger.keep(job_id)
                 continue
             self._app.backend.mark_as_revoked(job_id, EXPIRED)
@@ -155,7 +163,7 @@ def _id_of(message: str) -> str | None:
     """The job of a message; None where it is none of Celery's."""
     try:
         return msgspec.json.decode(message, type=_Envelope).headers.id
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except msgspec.DecodeError:
         return None
 
 

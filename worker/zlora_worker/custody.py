@@ -6,19 +6,14 @@ from contextlib import suppress
 from typing import Any, ClassVar, Final
 
 from celery import bootsteps
-from celery.exceptions import WorkerLostError
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.request import Request
-from zlora.errors import ZloraError
-from zlora.job import GenerateResult, JobState, digest_of, plain, read_request, shown
+from zlora.job import shown
 from zlora_worker.delivery import Deliveries
-from zlora_worker.outcome import discard, finished
 from zlora_worker.settings import Settings
-from zlora_worker.storage import open_store
-from zlora_worker.watch import overdue
 
-_SOFT_GRACE: Final = 2.0  # seconds after a job's time until its child is interrupted: most jobs end by themselves
 _BEATS: Final = 4  # in the time in which a job without one goes to another worker
 logger = get_logger(__name__)
 _SIGNAL: Final = re.compile(r"signal \d+ \((\w+)\)")
@@ -64,40 +59,29 @@ class JobRequest(Request):
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
-        self._document = document = self.args[0] if self.args else (self.kwargs or {}).get("request")
+        document = self.args[0] if self.args else (self.kwargs or {}).get("request")
         self._seconds = _seconds(document, self.settings.job_timeout)
-        self.time_limits = (self._seconds + self.settings.hard_grace, self._seconds + _SOFT_GRACE)
+        self.time_limits = (self._seconds + self.settings.hard_grace, None)
         self._argsrepr, self._kwargsrepr = f"({shown(document)})", "{}"  # of an address only what may be shown
 
     def maybe_expire(self) -> None:
         """Left to the child, which knows whether this is a copy of a job that runs in time."""
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """The child was killed: the job has failed, unless its manifest is there and only the broker was away."""
-        if soft or state.should_terminate:
-            super().on_timeout(soft, timeout)
-        elif (result := self._finished()) is not None:
-            state.task_ready(self)
-            self.task.backend.store_result(self.id, plain(result), JobState.SUCCESS.value)
-            self.acknowledge()
-        else:
-            self.deliveries.ended(self.id, overdue(self.id, self._seconds))  # for late copies of the message
-            super().on_timeout(soft, timeout)
+        """The child is killed. Celery would fail the job here, which may be done and wait for Redis or the store only.
 
-    def _finished(self) -> GenerateResult | None:
-        try:
-            request = read_request(self._document)
-            store = open_store(self.settings)
-            if (result := finished(store, self.id, digest_of(request))) is None:
-                discard(store, self.id, request)
-        except ZloraError as error:
-            logger.warning("job %s: %s", self.id, error)
-            return None
-        return result
+        So it is put back, with a note: the next delivery ends it, by what is in the store.
+        """
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Where the child has died the message goes back to its queue: note what it died of."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(error, TimeLimitExceeded):
+            logger.error("job %s takes longer than %.0f s: its child is killed", self.id, self._seconds)
+            self.deliveries.overtime(self.id, self._seconds)
+            state.task_ready(self)
+            self.reject(requeue=True)
+            return None
         if isinstance(error, WorkerLostError | SystemExit | KeyboardInterrupt):
             found = _SIGNAL.search(str(error))
             self.deliveries.died(self.id, found[1] if found else str(error)[:100])

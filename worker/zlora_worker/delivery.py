@@ -17,11 +17,12 @@ import redis
 from celery.utils.log import get_task_logger
 from zlora import wire
 from zlora.errors import JobPoisoned, JobRevoked, ZloraError
-from zlora.ledger import ATTEMPT, Attempt, Ledger, attempts_of, connect, verdict_of
+from zlora.ledger import ATTEMPT, Attempt, Ledger, Submission, attempts_of, connect, verdict_of
 
 LEASE: Final = 10.0  # seconds that a job stays with a worker that says nothing more
 _RENEW: Final = 2.0  # seconds between two signs
 _GRACE: Final = 4.0  # seconds in which a live worker takes a lease again that it lost with Redis
+_HASTE: Final = 1.0  # seconds that a running job may lose to a Redis that is silent
 _POISON: Final = 3  # deliveries without a verdict
 
 logger = get_task_logger(__name__)
@@ -64,7 +65,7 @@ class Deliveries:
 
     def __init__(self, broker_url: str, queue: str) -> None:
         self.ledger = Ledger(connect(broker_url, patient=True), queue)  # a job that begins waits for Redis
-        self.hasty: Any = connect(broker_url)  # one that runs does not
+        self.hasty: Any = connect(broker_url, seconds=_HASTE)  # one that runs does not
         self._hasty_ledger = Ledger(self.hasty, queue)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._take = self.ledger.redis.register_script(_TAKE)
@@ -79,6 +80,14 @@ class Deliveries:
         if (verdict := verdict_of(record)) is not None:
             raise Ended(verdict)
         return record
+
+    def is_own(self, job_id: str, document: object) -> bool:
+        """Whether a request that cannot be read is the job's own, or the first under its id."""
+        record = self.record(job_id)
+        if "digest" not in record:
+            return True
+        text = record.get("message")
+        return text is not None and msgspec.json.decode(text, type=Submission).request == document
 
     def is_known(self, job_id: str) -> bool:
         """Whether the id is a job's; in the parent, so without waiting for Redis."""
@@ -130,15 +139,17 @@ class Deliveries:
 
         Raises `JobPoisoned` where that were too many. What is counted stays where this process is killed inside.
         """
-        dead = list(attempts_of(self.record(job_id)).values())
+        record = self.record(job_id)
+        dead = list(attempts_of(record).values())
         if len(dead) >= _POISON:
             evidence = {"attempts": [msgspec.to_builtins(attempt) for attempt in dead]}
             raise JobPoisoned(f"{len(dead)} workers died over job {job_id}", evidence)
         field, first = self._begin(job_id, digest)
         try:
-            yield Begun(deaths=len(dead), before=not first)
+            # Of what was drawn with a base that changed nothing is taken over.
+            yield Begun(deaths=len(dead), before=not first and "spoilt" not in record)
         finally:
-            self.forget(job_id, field)
+            self.ledger.redis.hdel(wire.job_key(job_id), field)
 
     def _begin(self, job_id: str, digest: str) -> tuple[str, bool]:
         attempt = Attempt(host=socket.gethostname(), worker=self.worker, pid=os.getpid(), at=time.time())
@@ -152,28 +163,28 @@ class Deliveries:
             first, *_ = pipe.execute()
         return field, bool(first)
 
-    def forget(self, job_id: str, field: str) -> None:
-        """An attempt has ended in order."""
-        with suppress(redis.RedisError):  # then it counts as one that did not: the job has two more
-            self.hasty.hdel(wire.job_key(job_id), field)
-
     def forgive(self, job_id: str) -> None:
         """In the parent: this worker gives the job up of its own will, and its child does not live to say so."""
-        with suppress(redis.RedisError):
-            for field, attempt in attempts_of(self.hasty.hgetall(wire.job_key(job_id))).items():
-                if attempt.worker == self.worker and attempt.signal is None:
-                    self.forget(job_id, field)
+        with suppress(redis.RedisError):  # then it counts as a death: the job has two more
+            self._forget_own(job_id)
             self.give_back(job_id)
+
+    def _forget_own(self, job_id: str) -> None:
+        for field in self._own_attempts(job_id):
+            self.hasty.hdel(wire.job_key(job_id), field)
+
+    def _own_attempts(self, job_id: str) -> dict[str, Attempt]:
+        found = attempts_of(self.hasty.hgetall(wire.job_key(job_id)))
+        return {name: one for name, one in found.items() if one.worker == self.worker and one.signal is None}
 
     def died(self, job_id: str, reason: str) -> None:
         """In the parent: note what its child died of, and let the next worker have the job."""
         key = wire.job_key(job_id)
         with suppress(redis.RedisError):
-            for field, attempt in attempts_of(self.hasty.hgetall(key)).items():
-                if attempt.worker == self.worker and attempt.signal is None:
-                    noted = msgspec.structs.replace(attempt, signal=reason)
-                    self.hasty.hset(key, field, msgspec.json.encode(noted))
-                    self.hasty.expire(key, wire.RECORD_EXPIRES, nx=True)
+            for field, attempt in self._own_attempts(job_id).items():
+                noted = msgspec.structs.replace(attempt, signal=reason)
+                self.hasty.hset(key, field, msgspec.json.encode(noted))
+                self.hasty.expire(key, wire.RECORD_EXPIRES, nx=True)
             self.give_back(job_id)
 
     def spoilt(self, job_id: str) -> int:
@@ -184,18 +195,21 @@ class Deliveries:
             count, _ = pipe.execute()
         return int(count)
 
-    def end(self, job_id: str, verdict: ZloraError | None = None) -> None:
-        """The job has ended. A failure is written down for good, so that no late message draws it after all."""
-        if verdict is not None:
-            self.ledger.close(job_id, verdict)
-            return
-        with suppress(redis.RedisError):  # the manifest is the verdict; the sweeper finds what is left here
+    def end(self, job_id: str) -> None:
+        """The job has a result: its manifest is the verdict."""
+        with suppress(redis.RedisError):  # the sweeper finds what is left here
             self._hasty_ledger.close(job_id)
 
-    def ended(self, job_id: str, verdict: ZloraError) -> None:
-        """In the parent: its child was killed with the job, for good."""
-        with suppress(redis.RedisError):  # the result backend has it
-            self._hasty_ledger.close(job_id, verdict)
+    def fail(self, job_id: str, verdict: ZloraError) -> ZloraError:
+        """Write the job's failure down for good, so that no late message draws it after all; the first one stands."""
+        return self.ledger.close(job_id, verdict) or verdict
+
+    def overtime(self, job_id: str, seconds: float) -> None:
+        """In the parent: its child is killed, since the job took longer than it may; the next delivery ends the job."""
+        with suppress(redis.RedisError):  # then it is drawn again, as after a death
+            self.hasty.hset(wire.job_key(job_id), "overtime", seconds)
+            self.hasty.expire(wire.job_key(job_id), wire.RECORD_EXPIRES, nx=True)
+            self._forget_own(job_id)
 
     def _others(self, job_id: str) -> bool:
         """Whether another worker began the job, and nobody has seen its end."""

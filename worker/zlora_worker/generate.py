@@ -23,7 +23,7 @@ from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.fetch import Fetcher
 from zlora_worker.merge import Adapter
-from zlora_worker.outcome import discard, first, image_keys, publish
+from zlora_worker.outcome import first, image_keys, publish
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
 from zlora_worker.storage import Store, open_store
@@ -87,7 +87,8 @@ def generate(
     seed = seed_of(job_id) if request.seed is None else request.seed
     keys = image_keys(job_id, request)
     if not resumed:
-        discard(store, job_id, request)
+        for key in keys:
+            store.delete(key)
     refs: list[ImageRef] = []
     tiled = False
     with engine.borrowed(request), engine.patch.applied(adapters) as norms:

@@ -14,6 +14,7 @@ from zlora.job import JOB_ID, TASK_NAME, JobState
 from zlora_worker.delivery import Deliveries
 from zlora_worker.lifecycle import marks
 from zlora_worker.transport import MAX_DEPTH, deeper_than
+from zlora_worker.watch import progress_backend
 
 logger = get_logger(__name__)
 
@@ -75,12 +76,15 @@ class Intake(Consumer):
         conn.ensure_connection = patiently
         return super().ensure_connected(conn)
 
-    def _answer(self, message: Message, error: object) -> None:
+    def _answer(self, message: Message, fault: object) -> None:
         headers = message.headers or {}
         job_id = headers.get("id")
         if isinstance(job_id, str) and JOB_ID.fullmatch(job_id) and not self._is_known(job_id):
-            reason = InvalidRequest(f"the message cannot be read: {str(headers.get('fault', error))[:200]}")
-            self.app.backend.store_result(job_id, reason, JobState.FAILURE.value)
+            reason = InvalidRequest(f"the message cannot be read: {str(headers.get('fault', fault))[:200]}")
+            try:
+                progress_backend(self.app).store_result(job_id, reason, JobState.FAILURE.value)
+            except RedisError as error:  # the parent has more to do than to wait
+                logger.warning("job %s: not answered: %s", job_id, error)
 
     def _is_known(self, job_id: str) -> bool:
         """Whether the message comes under another job's id, which it must not fail."""

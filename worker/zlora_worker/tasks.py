@@ -3,8 +3,6 @@
 Holds the child's one `Runtime`.
 """
 
-import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -13,36 +11,28 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from billiard.exceptions import SoftTimeLimitExceeded
-from billiard.pool import SIG_SOFT_TIMEOUT, soft_timeout_sighandler
 from celery import Task
 from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
-from kombu.exceptions import OperationalError
-from redis import RedisError
 from zlora import wire
 from zlora.errors import (
     BaseNotRestored,
-    Conflict,
     InternalError,
     InvalidRequest,
     JobExpired,
-    JobRevoked,
     StoreFailed,
     ZloraError,
 )
-from zlora.handle import EXPIRED
-from zlora.job import GenerateRequest, GenerateResult, JobState, check_job_id, digest_of, plain, read_request, shown
-from zlora_worker.delivery import LEASE, Begun, Deliveries, Ended, Leased, Taken, revoked
+from zlora.job import GenerateRequest, GenerateResult, check_job_id, digest_of, plain, read_request
+from zlora_worker.delivery import Begun, Deliveries, Ended, Leased, Taken, revoked
+from zlora_worker.endings import answer, fail, leave, leave_dirty, may_succeed_later, put_off, retries_of
 from zlora_worker.outcome import discard, finished
 from zlora_worker.watch import Watch, overdue, progress_backend
 
 if TYPE_CHECKING:
     from zlora_worker.generate import Runtime
 
-EXIT_DIRTY: Final = 71  # exit status of a child whose base is not what it was
-_RETRIES: Final = 3
-_BACKOFF: Final = 2.0  # seconds before the first retry, doubled for each after it
-_SPOILT: Final = 2  # bases that a job may leave changed: it is the cause
+_GRACE: Final = 2.0  # seconds after a job's time until it is interrupted: most end by themselves, at their next step
 _CLOCKS_APART: Final = 7 * 86_400.0  # seconds in a queue beyond which a producer's word is no time
 
 logger = get_task_logger(__name__)
@@ -64,7 +54,6 @@ def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -
     another worker's.
     """
     job_id, deliveries = check_job_id(task.request.id), _desk()
-    _mind_time_limit()
     try:
         request = _readable(deliveries, job_id, arguments, options)
         result = _one_result(_Job(task, _sound_runtime(), deliveries, job_id, request))
@@ -72,25 +61,13 @@ def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -
         logger.warning("%s, which stays as it is", error)
         raise Ignore(str(error)) from None
     except Ended as error:
-        _tell_again(task, job_id, error.verdict)
+        answer(task, error.verdict)
     except Leased:
-        _send_again(task, countdown=LEASE)
-        raise Ignore(f"job {job_id} is drawn by another worker") from None
+        put_off(task)
     except ZloraError as error:
-        _fail(task, deliveries, job_id, error)
-    _outlast_time_limit()
+        fail(task, deliveries, job_id, error)
     deliveries.end(job_id)
     return plain(result)
-
-
-def _outlast_time_limit() -> None:
-    """The job is done: what follows waits for Redis, for as long as it is away."""
-    signal.signal(SIG_SOFT_TIMEOUT, signal.SIG_IGN)
-
-
-def _mind_time_limit() -> None:
-    """As every child does from its start."""
-    signal.signal(SIG_SOFT_TIMEOUT, soft_timeout_sighandler)
 
 
 class _Job(NamedTuple):
@@ -111,13 +88,18 @@ def _one_result(job: _Job) -> GenerateResult:
     """
     _task, runtime, deliveries, job_id, request = job
     digest = digest_of(request)
-    unwanted = "cancelled" in deliveries.look(job_id, digest)
-    if not unwanted and (result := finished(runtime.store, job_id, digest)) is not None:
-        return result
+    try:
+        unwanted = "cancelled" in deliveries.look(job_id, digest)
+    except Ended:
+        with suppress(StoreFailed):  # of a job that was cancelled while nobody drew it
+            discard(runtime.store, job_id, request)
+        raise
+    with suppress(ZloraError):  # it comes again under the lease
+        if not unwanted and (result := finished(runtime.store, job_id, digest)) is not None:
+            return result
     with deliveries.leased(job_id):
         try:
-            with _in_time(job_id):
-                return _leased_result(job, digest)
+            return _leased_result(job, digest)
         except ZloraError as error:
             return _settled(job, digest, error)
 
@@ -129,6 +111,8 @@ def _leased_result(job: _Job, digest: str) -> GenerateResult:
         raise revoked(job_id)
     if (result := finished(runtime.store, job_id, digest)) is not None:
         return result
+    if "overtime" in record:
+        raise overdue(job_id, float(record["overtime"]))
     _require_within_bound(request, runtime.job_timeout)
     if "begun" not in record:
         _require_in_time(task, job_id)
@@ -142,30 +126,17 @@ def _settled(job: _Job, digest: str, error: ZloraError) -> GenerateResult:
     Where it fails for good nothing that it has drawn stays, and where the base is not what it was neither.
     """
     task, runtime, deliveries, job_id, request = job
-    if _may_succeed_later(task, error):
+    if may_succeed_later(task, error):
         raise error
-    if not isinstance(error, Conflict):
-        with suppress(StoreFailed):  # without a manifest the pictures are no result
-            if (result := finished(runtime.store, job_id, digest)) is not None:
-                return result  # a signal struck late, or a lease was lost
-            discard(runtime.store, job_id, request)
+    with suppress(ZloraError):  # a damaged manifest, or one of another request; without one the pictures are no result
+        if (result := finished(runtime.store, job_id, digest)) is not None:
+            return result  # the time was over late, or a lease was lost
+        discard(runtime.store, job_id, request)
     if isinstance(error, BaseNotRestored):
-        _leave_dirty(deliveries, job_id, error)
+        leave_dirty(deliveries, job_id, error)
     if error.retryable:
-        error.tell(attempt=_retries(task) + 1)
-    deliveries.end(job_id, error)
-    if isinstance(error, JobRevoked | JobExpired):
-        _revoke(task, job_id, error)
-    raise error
-
-
-@contextmanager
-def _in_time(job_id: str, seconds: float | None = None) -> Iterator[None]:
-    """What the signal raises as the error of ours. Where no job is drawn yet, it was Redis that took so long."""
-    try:
-        yield
-    except SoftTimeLimitExceeded:
-        raise overdue(job_id, seconds) from None
+        error.tell(attempt=retries_of(task) + 1)
+    raise Ended(deliveries.fail(job_id, error))
 
 
 def _draw(job: _Job, begun: Begun) -> GenerateResult:
@@ -173,12 +144,12 @@ def _draw(job: _Job, begun: Begun) -> GenerateResult:
 
     task, runtime, deliveries, job_id, request = job
     seconds, start = request.timeout or runtime.job_timeout, time.monotonic()
-    attempt = 1 + begun.deaths + _retries(task)
+    attempt = 1 + begun.deaths + retries_of(task)
     backend = progress_backend(task.app)
     watch = Watch(task.request, deliveries, backend, job_id=job_id, seconds=seconds, attempt=attempt)
     queued = _seconds_queued(task)
     try:
-        with _in_time(job_id, seconds):
+        with _interrupted_after(seconds + _GRACE):
             return draw(runtime, job_id, request, watch, attempt=attempt, resumed=begun.before, queued=queued)
     except (ZloraError, Ended):
         raise
@@ -189,14 +160,35 @@ def _draw(job: _Job, begun: Begun) -> GenerateResult:
         raise InternalError(f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}") from error
 
 
+@contextmanager
+def _interrupted_after(seconds: float) -> Iterator[None]:
+    """Raise `SoftTimeLimitExceeded` inside where it takes longer.
+
+    Celery's own limit counts from when the child took the message: with the waits for a lease and for Redis before the
+    drawing, and for Redis after it.
+    """
+
+    def interrupt(*_: object) -> NoReturn:
+        raise SoftTimeLimitExceeded(seconds)
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _readable(
     deliveries: Deliveries, job_id: str, arguments: tuple[object, ...], options: dict[str, object]
 ) -> GenerateRequest:
-    """The request; raises `InvalidRequest`, or `Conflict` where the id is another job's."""
+    """The request; raises `InvalidRequest`, or `Taken` where the id is another job's."""
+    document: object = None
     try:
-        return read_request(_request(arguments, options))
+        document = _request(arguments, options)
+        return read_request(document)
     except InvalidRequest as error:
-        if "digest" in deliveries.record(job_id):
+        if not deliveries.is_own(job_id, document):  # a newer client's, perhaps, which this worker does not understand
             raise Taken(f"job {job_id} is another request: {error}") from error
         raise
 
@@ -215,10 +207,9 @@ def _request(arguments: tuple[object, ...], options: dict[str, object]) -> objec
 
 def _require_within_bound(request: GenerateRequest, bound: int) -> None:
     if request.timeout is not None and request.timeout > bound:
-        details = {"path": "$.timeout", "value": f"{request.timeout:g}", "expected": f"Expected up to {bound}"}
-        raise InvalidRequest(
-            f"$.timeout: {details['expected']}, this worker's bound; the value is {details['value']}", details
-        )
+        expected, value = f"Expected up to {bound}, this worker's bound", f"{request.timeout:g}"
+        details = {"path": "$.timeout", "value": value, "expected": expected}
+        raise InvalidRequest(f"$.timeout: {expected}; the value is {value}", details)
 
 
 def _require_in_time(task: "Task[Any, Any]", job_id: str) -> None:
@@ -246,71 +237,7 @@ def _sound_runtime() -> "Runtime":
 
 def _leave_without_model() -> NoReturn:
     logger.critical("no sound model in this child: it leaves, and the job goes to a fresh one")
-    _leave()
-
-
-def _leave_dirty(deliveries: Deliveries, job_id: str, error: BaseNotRestored) -> None:
-    """Give the job to a fresh child: once, since a job that spoils two bases is the cause."""
-    logger.critical("job %s: %s", job_id, error)
-    if deliveries.spoilt(job_id) < _SPOILT:
-        _leave()
-
-
-def _leave() -> NoReturn:
-    """End the child at once: the one end that Celery answers by redelivery, with `task_reject_on_worker_lost`."""
-    os._exit(EXIT_DIRTY)
-
-
-def _tell_again(task: "Task[Any, Any]", job_id: str, verdict: ZloraError) -> NoReturn:
-    """A late delivery of a job that has failed: its verdict stands, and may not have reached the producer."""
-    if isinstance(verdict, JobRevoked | JobExpired):
-        _revoke(task, job_id, verdict)
-    raise verdict
-
-
-def _revoke(task: "Task[Any, Any]", job_id: str, error: ZloraError) -> NoReturn:
-    """End the job as REVOKED, which is what Celery calls it too where nobody wants a task any more."""
-    logger.info("job %s: %s", job_id, error)
-    reason = EXPIRED if isinstance(error, JobExpired) else "cancelled"
-    task.backend.mark_as_revoked(job_id, reason, request=task.request)
-    task.send_event("task-revoked", terminated=False, signum=None, expired=isinstance(error, JobExpired))
-    raise Ignore(reason)
-
-
-def _fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: ZloraError) -> NoReturn:
-    """Answer with the error, or send the job again where the same may succeed later."""
-    logger.warning("job %s: %s: %s", job_id, error.code, error)
-    retries = _retries(task)
-    if not _may_succeed_later(task, error):
-        raise error
-    error.tell(attempt=retries + 1)
-    countdown = _BACKOFF * 2**retries * random.uniform(0.75, 1.25)  # noqa: S311 - so that jobs do not come in step
-    task.backend.store_result(job_id, error, JobState.RETRY.value, request=task.request)
-    _send_again(task, countdown=countdown, retries=retries + 1)
-    deliveries.give_back(job_id)
-    raise Ignore(f"job {job_id} is tried again in {countdown:.0f} s: {error.code}")
-
-
-def _may_succeed_later(task: "Task[Any, Any]", error: ZloraError) -> bool:
-    return error.retryable and not isinstance(error, BaseNotRestored) and _retries(task) < _RETRIES
-
-
-def _retries(task: "Task[Any, Any]") -> int:
-    return max(0, int(task.request.retries or 0))
-
-
-def _send_again(task: "Task[Any, Any]", **options: Any) -> None:
-    """A message like this delivery's, before this one is acknowledged; a Redis that is away or full is waited for."""
-    described = shown(next(iter(task.request.args or ()), None))
-    copy = task.signature_from_request(task.request, argsrepr=f"({described})", kwargsrepr="{}", **options)
-    while True:
-        try:
-            copy.apply_async()
-        except (OperationalError, RedisError) as error:
-            logger.warning("job %s is not sent again yet: %s", task.request.id, error)
-            time.sleep(1)
-        else:
-            return
+    leave()
 
 
 def last_check() -> None:

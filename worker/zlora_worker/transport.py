@@ -20,13 +20,18 @@ from zlora import wire
 from zlora.job import JOB_ID
 
 MAX_DEPTH: Final = 64  # levels of arrays and objects; from about 600 on, pickling for the child ends the worker
+_PARTING: Final = 5.0  # seconds after a SIGTERM in which Redis may still take note of a message
 UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of what stands for a message that cannot be read
 
 logger = get_logger(__name__)
 
 
-def use() -> None:
-    """Make this the transport of `redis://` URLs in this process."""
+_listeners: list[Callable[[], None]] = []  # kombu makes the objects below
+
+
+def use(on_wait: Callable[[], None]) -> None:
+    """Make this the transport of `redis://` URLs in this process; `on_wait` is called while it waits for Redis."""
+    _listeners.append(on_wait)
     for scheme in ("redis", "rediss"):
         TRANSPORT_ALIASES[scheme] = "zlora_worker.transport:Transport"
 
@@ -56,8 +61,10 @@ class _Client(redis.Redis):
         logger.error("a message on %s is dropped: %s, and it names no job", queue, reason)
         counter = wire.refused_key(queue)
         try:
-            self.incr(counter)
-            self.expire(counter, wire.RECORD_EXPIRES)
+            with self.pipeline() as pipe:
+                pipe.incr(counter)
+                pipe.expire(counter, wire.RECORD_EXPIRES)
+                pipe.execute()
         except redis.RedisError as error:
             logger.warning("%s is not counted: %s", counter, error)
 
@@ -67,16 +74,20 @@ class QoS(stock.QoS):
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Enter a message; only this process has it, until it is entered."""
-        warned = False
+        warned, patience = False, time.monotonic() + _PARTING
         while True:
             try:
                 super().append(message, delivery_tag)
             except (redis.OutOfMemoryError, redis.ConnectionError, redis.TimeoutError) as error:
-                if state.should_terminate:
-                    raise
+                if not state.should_stop:
+                    patience = time.monotonic() + _PARTING
+                if state.should_terminate or time.monotonic() > patience:
+                    raise  # the sweeper sends it again
                 if not warned:
                     logger.warning("a message waits until Redis takes note of it: %s", error)
                     warned = True
+                for on_wait in _listeners:
+                    on_wait()
                 time.sleep(0.5)
             else:
                 return

@@ -1,0 +1,96 @@
+"""What becomes of a delivery that does not end in a result: an error, a state, a later delivery, or the child's end."""
+
+import os
+import random
+import time
+from typing import Any, Final, NoReturn
+
+from celery import Task
+from celery.exceptions import Ignore
+from celery.utils.log import get_task_logger
+from kombu.exceptions import OperationalError
+from redis import RedisError
+from zlora.errors import BaseNotRestored, JobExpired, JobRevoked, ZloraError
+from zlora.handle import EXPIRED
+from zlora.job import JobState, shown
+from zlora_worker.delivery import LEASE, Deliveries
+
+EXIT_DIRTY: Final = 71  # exit status of a child whose base is not what it was
+_RETRIES: Final = 3
+_BACKOFF: Final = 2.0  # seconds before the first retry, doubled for each after it
+_SPOILT: Final = 2  # bases that a job may leave changed: it is the cause
+
+logger = get_task_logger(__name__)
+
+
+def retries_of(task: "Task[Any, Any]") -> int:
+    """How often the job was sent again for an error."""
+    return max(0, int(task.request.retries or 0))
+
+
+def may_succeed_later(task: "Task[Any, Any]", error: ZloraError) -> bool:
+    """Whether the job is to be sent again for this error."""
+    return error.retryable and not isinstance(error, BaseNotRestored) and retries_of(task) < _RETRIES
+
+
+def answer(task: "Task[Any, Any]", verdict: ZloraError) -> NoReturn:
+    """Tell the producer how the job has ended; a late delivery tells it again."""
+    logger.warning("job %s: %s: %s", task.request.id, verdict.code, verdict)
+    if isinstance(verdict, JobRevoked | JobExpired):
+        _revoke(task, verdict)
+    raise verdict
+
+
+def fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: ZloraError) -> NoReturn:
+    """Send the job again where the same may succeed later, else answer with the error."""
+    if not may_succeed_later(task, error):
+        answer(task, error)
+    logger.warning("job %s: %s: %s", job_id, error.code, error)
+    retries = retries_of(task)
+    error.tell(attempt=retries + 1)
+    countdown = _BACKOFF * 2**retries * random.uniform(0.75, 1.25)  # noqa: S311 - so that jobs do not come in step
+    task.backend.store_result(job_id, error, JobState.RETRY.value, request=task.request)
+    _send_again(task, countdown=countdown, retries=retries + 1)
+    deliveries.give_back(job_id)
+    raise Ignore(f"job {job_id} is tried again in {countdown:.0f} s: {error.code}")
+
+
+def put_off(task: "Task[Any, Any]") -> NoReturn:
+    """Look again later: another worker draws the job."""
+    _send_again(task, countdown=LEASE)
+    raise Ignore(f"job {task.request.id} is drawn by another worker")
+
+
+def _revoke(task: "Task[Any, Any]", error: ZloraError) -> NoReturn:
+    """End the job as REVOKED, which is what Celery calls it too where nobody wants a task any more."""
+    expired = isinstance(error, JobExpired)
+    reason = EXPIRED if expired else "cancelled"
+    task.backend.mark_as_revoked(str(task.request.id), reason, request=task.request)
+    task.send_event("task-revoked", terminated=False, signum=None, expired=expired)
+    raise Ignore(reason)
+
+
+def _send_again(task: "Task[Any, Any]", **options: Any) -> None:
+    """A message like this delivery's, before this one is acknowledged; a Redis that is away or full is waited for."""
+    described = shown(next(iter(task.request.args or ()), None))
+    copy = task.signature_from_request(task.request, argsrepr=f"({described})", kwargsrepr="{}", **options)
+    while True:
+        try:
+            copy.apply_async()
+        except (OperationalError, RedisError) as error:
+            logger.warning("job %s is not sent again yet: %s", task.request.id, error)
+            time.sleep(1)
+        else:
+            return
+
+
+def leave_dirty(deliveries: Deliveries, job_id: str, error: BaseNotRestored) -> None:
+    """Give the job to a fresh child: once, since a job that spoils two bases is the cause."""
+    logger.critical("job %s: %s", job_id, error)
+    if deliveries.spoilt(job_id) < _SPOILT:
+        leave()
+
+
+def leave() -> NoReturn:
+    """End the child at once: the one end that Celery answers by redelivery, with `task_reject_on_worker_lost`."""
+    os._exit(EXIT_DIRTY)
