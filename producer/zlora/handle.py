@@ -25,7 +25,7 @@ from zlora.errors import (
     ZloraError,
 )
 from zlora.job import Cancellation, GenerateResult, JobState, JobStatus, plain
-from zlora.ledger import Ledger
+from zlora.ledger import Ledger, Standing
 
 EXPIRED: Final = "expired"  # the reason of a REVOKED job that nobody cancelled: Celery's own word
 
@@ -76,7 +76,10 @@ class JobHandle:
 
         A queued job has ended when this returns; a running one ends with its present step.
         """
-        if self._meta()["status"] in READY_STATES or self._recalled():
+        if self._meta()["status"] in READY_STATES:
+            return Cancellation.FINISHED
+        standing = self._standing()
+        if standing.verdict is not None or (not standing.is_open and self._recalled()):
             return Cancellation.FINISHED
         with broker_errors({"job_id": self.id}):
             known, running = self._ledger.cancel(self.id)
@@ -89,26 +92,41 @@ class JobHandle:
         return Cancellation.QUEUED
 
     def _unstarted(self) -> JobStatus:
-        """PENDING where the job waits, SUCCESS where its result has expired, else UNKNOWN."""
-        with broker_errors({"job_id": self.id}):
-            known, position = self._ledger.position(self.id)
-        if known:
-            return JobStatus(state=JobState.PENDING, phase="queued", position=position)
+        """PENDING where the job waits, its end where Celery's result has expired or is lost, else UNKNOWN."""
+        standing = self._standing()
+        if standing.is_open:
+            return JobStatus(state=JobState.PENDING, phase="queued", position=standing.position)
+        if isinstance(standing.verdict, JobRevoked | JobExpired):
+            return JobStatus(state=JobState.REVOKED)
+        if standing.verdict is not None:
+            return JobStatus(state=JobState.FAILURE)
         return JobStatus(state=JobState.SUCCESS if self._recalled() else JobState.UNKNOWN)
 
-    def _recalled(self, patience: float = math.inf) -> GenerateResult | Literal[False] | None:
-        """The result from the store, where all that Redis knew has expired.
+    def _standing(self) -> Standing:
+        with broker_errors({"job_id": self.id}):
+            return self._ledger.standing(self.id)
 
-        False where a worker says that there is none, and where Redis knows the job; None where nobody says anything.
+    def _recalled(self, patience: float = math.inf) -> GenerateResult | Literal[False] | None:
+        """The result from the store, where Celery's has expired or is lost.
+
+        False where a worker says that there is none; None where nobody says anything.
         """
         with broker_errors({"job_id": self.id}):
-            if self._ledger.position(self.id)[0]:
-                return False
             manifest = self._ledger.recall(self.id, patience=patience)
         if not manifest:
             return None if manifest is None else False
         with self._readable():
             return msgspec.json.decode(manifest, type=GenerateResult)
+
+    def _old_meta(self, patience: float) -> dict[str, Any] | None:
+        """The end of a job whose result is not in Celery's backend any more; None where nobody says anything."""
+        standing = self._standing()
+        if standing.verdict is not None:
+            return {"status": JobState.FAILURE, "result": standing.verdict}
+        if standing.is_open:
+            return {}
+        old = self._recalled(patience)
+        return {"status": JobState.SUCCESS, "result": plain(old)} if old else None if old is None else {}
 
     def _last_meta(self, patience: float) -> dict[str, Any]:
         """The state that does not change any more; raises `ResultTimeout` or `JobUnknown` after `patience` seconds."""
@@ -120,11 +138,10 @@ class JobHandle:
                 if (meta := self._meta())["status"] in READY_STATES:
                     return meta
                 if meta["status"] == JobState.PENDING and waited >= asked_again:
-                    old = self._recalled(patience - waited)
-                    if old:
-                        return {"status": JobState.SUCCESS, "result": plain(old)}
-                    denied = old is False
-                    asked_again = waited + _ASK_AGAIN if old is None else math.inf
+                    if old := self._old_meta(patience - waited):
+                        return old
+                    denied = old is not None
+                    asked_again = waited + _ASK_AGAIN
                 heard = time.monotonic()
             except BrokerUnavailable:
                 if waited >= patience or time.monotonic() - heard > _OUTAGE:
@@ -135,9 +152,7 @@ class JobHandle:
 
     def _no_result(self, patience: float, *, denied: bool) -> ZloraError:
         """Why there is nothing after the wait; a worker that is not there cannot say that a job is unknown."""
-        with broker_errors({"job_id": self.id}):
-            known, _ = self._ledger.position(self.id)
-        if denied and not known and self._meta()["status"] == JobState.PENDING:
+        if denied and not self._standing().is_open and self._meta()["status"] == JobState.PENDING:
             return JobUnknown(f"no job {self.id} is known", {"job_id": self.id})
         return ResultTimeout(f"no result of job {self.id} within {patience:g} s", {"job_id": self.id})
 

@@ -12,6 +12,7 @@ A job's record is the hash `wire.job_key`:
 | `begun` | a worker has begun the job at least once |
 | `spoilt` | how many bases the job has left changed |
 | `overtime` | the seconds that the job may take, where its child was killed over them |
+| `closed` | the job has ended |
 | `verdict` | the error that the job ended with; a success is in the store, as its manifest |
 """
 
@@ -19,7 +20,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import redis
@@ -61,6 +62,14 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int
     submitted: float
     expires: float | None = None
+
+
+class Standing(NamedTuple):
+    """What Redis knows of a job beside its result: `position` counts the jobs that are due before it."""
+
+    is_open: bool
+    position: int | None
+    verdict: ZloraError | None
 
 
 class Attempt(Struct, frozen=True, kw_only=True):
@@ -129,23 +138,27 @@ class Ledger:
             pipe.execute()
 
     def cancel(self, job_id: str) -> tuple[bool, bool]:
-        """Set the flag; whether the job is known, and whether it is being drawn."""
+        """Set the flag; whether the job is known, and whether it is being drawn or may be, where Redis was away."""
         key = wire.job_key(job_id)
         with self.redis.pipeline() as pipe:
             pipe.hset(key, "cancelled", time.time())
             pipe.expire(key, wire.RECORD_EXPIRES, nx=True)  # an end has set an earlier one
-            pipe.hexists(key, "digest")
+            pipe.hgetall(key)
             pipe.exists(wire.lease_key(job_id))
-            _, _, known, leased = pipe.execute()
-        return bool(known), bool(leased)
+            _, _, record, leased = pipe.execute()
+        begun = any(attempt.signal is None for attempt in attempts_of(record).values())
+        return "digest" in record, bool(leased) or begun
 
-    def position(self, job_id: str) -> tuple[bool, int | None]:
-        """Whether the job is known, and how many jobs are due before it."""
+    def standing(self, job_id: str) -> "Standing":
+        """What is known of a job that has no result in Celery's backend."""
+        fields = ("digest", "closed", "verdict")
         with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hexists(wire.job_key(job_id), "digest")
+            pipe.hmget(wire.job_key(job_id), fields)
             pipe.zrank(wire.ledger_key(self.queue), job_id)
-            known, rank = pipe.execute()
-        return bool(known), rank
+            (digest, closed, verdict), rank = pipe.execute()
+        return Standing(
+            is_open=digest is not None and closed is None, position=rank, verdict=verdict_of({"verdict": verdict})
+        )
 
     def recall(self, job_id: str, *, patience: float = _ANSWER) -> bytes | None:
         """The manifest of a job whose result has expired, from a worker's companion.
@@ -200,7 +213,10 @@ class Ledger:
     def submission(self, job_id: str) -> Submission | None:
         """What was sent; None where the job has a verdict, or its record is gone."""
         text = self.redis.hget(wire.job_key(job_id), "message")
-        return msgspec.json.decode(text, type=Submission) if text else None
+        try:
+            return msgspec.json.decode(text, type=Submission) if text else None
+        except msgspec.DecodeError:
+            return None  # a stranger's
 
     def close(self, job_id: str, verdict: ZloraError | None = None) -> ZloraError | None:
         """The job has ended, with that error or well. Returns the verdict that was first, where it is another."""
@@ -208,6 +224,7 @@ class Ledger:
         with self.redis.pipeline() as pipe:
             if verdict is not None:
                 pipe.hsetnx(key, "verdict", json.dumps([verdict.code, verdict.message, verdict.details]))
+            pipe.hset(key, "closed", 1)
             pipe.hdel(key, "message")
             pipe.expire(key, wire.RESULT_EXPIRES)
             pipe.zrem(wire.ledger_key(self.queue), job_id)

@@ -349,6 +349,37 @@ def test_a_running_job_that_is_cancelled_is_flagged_and_ends_by_itself(client: C
     assert job.status().state is JobState.PROGRESS
 
 
+def test_a_job_that_a_worker_began_and_has_not_ended_is_running(client: Client, broker: Any) -> None:
+    """Its lease may have expired while Redis was away, and its end be on its way."""
+    job = client.submit(REQUEST, job_id="job-1")
+    attempt = {"host": "h", "worker": "w", "pid": 1, "at": 1.0}
+    broker.hset(wire.job_key("job-1"), "attempt:1", msgspec.json.encode(attempt))
+
+    assert job.cancel() is Cancellation.RUNNING
+    assert job.status().state is JobState.PENDING
+
+    broker.hset(wire.job_key("job-1"), "attempt:1", msgspec.json.encode(attempt | {"signal": "SIGKILL"}))
+    assert job.cancel() is Cancellation.QUEUED
+
+
+def test_an_end_is_told_where_celery_s_result_is_lost(client: Client, broker_url: str, broker: Any) -> None:
+    """The two may be in two Redis."""
+    jobs = [client.submit(REQUEST, job_id=job_id) for job_id in ("job-1", "failed", "cancelled")]
+    client._ledger.close("job-1")
+    client._ledger.close("failed", LoraMismatch("it does not fit"))
+    jobs[2].cancel()
+    broker.delete(*broker.keys("celery-task-meta-*"))
+
+    with companion(broker_url, {"job-1": MANIFEST}):
+        assert [job.status().state for job in jobs] == [JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED]
+        assert jobs[0].result(timeout=5) == RESULT
+        with pytest.raises(LoraMismatch):
+            jobs[1].result(timeout=5)
+        with pytest.raises(JobRevoked):
+            jobs[2].result(timeout=5)
+        assert {job.cancel() for job in jobs} == {Cancellation.FINISHED}
+
+
 @pytest.mark.parametrize("state", ["SUCCESS", "FAILURE", "REVOKED"])
 def test_a_finished_job_stays_as_it_is(client: Client, broker: Any, state: str) -> None:
     job = client.submit(REQUEST, job_id="job-1")

@@ -103,7 +103,7 @@ def test_jobs_are_due_by_priority_and_then_by_time(ledger: Ledger) -> None:
     for job_id, priority, age in (("low", 9, 3), ("late", 5, 1), ("early", 5, 2), ("high", 0, 0)):
         ledger.open(job_id, submission(priority, submitted=now - age), "digest")
 
-    places = {job_id: ledger.position(job_id) for job_id in ("high", "early", "late", "low", "never")}
+    places = {job_id: ledger.standing(job_id)[:2] for job_id in ("high", "early", "late", "low", "never")}
 
     assert places == {
         "high": (True, 0), "early": (True, 1), "late": (True, 2), "low": (True, 3), "never": (False, None)
@@ -145,7 +145,7 @@ def test_two_queues_have_two_ledgers(ledger: Ledger, broker_url: str) -> None:
         other = Ledger(connection, "other")
 
         assert other.unfinished(before=time.time() + 1) == []
-        assert other.position("a") == (True, None)
+        assert other.standing("a") == (True, None, None)
 
 
 # --- cancelling and ending

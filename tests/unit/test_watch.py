@@ -117,10 +117,10 @@ def test_a_job_ends_when_its_time_is_over(clock: Clock, desk: Desk) -> None:
 
 @pytest.mark.parametrize("error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")])
 @pytest.mark.parametrize("where", ["require_wanted", "store_result"])
-def test_a_redis_that_is_full_or_away_costs_ten_seconds_of_silence(
+def test_a_redis_that_is_full_or_away_costs_five_seconds_of_silence(
     clock: Clock, desk: Desk, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One try in ten seconds whatever the phase, no job; and the job's time is kept meanwhile."""
+    """One try in five seconds whatever the phase, no job; and the job's time is kept meanwhile."""
     tries: list[float] = []
 
     def fail(*_: Any, **__: Any) -> None:
@@ -133,10 +133,28 @@ def test_a_redis_that_is_full_or_away_costs_ten_seconds_of_silence(
         report(["denoising", "uploading"][step % 2], step, 50)
         clock.now += 0.5
 
-    assert tries == [0, 10, 20]
+    assert tries == [0, 5, 10, 15, 20]
     clock.now += 0.1
     with pytest.raises(JobTimeout):
         report("denoising", 50, 50)
+
+
+def test_the_look_before_the_manifest_is_taken_in_the_silence_too(clock: Clock, desk: Desk) -> None:
+    """A job that is cancelled must not succeed because Redis was away for a moment."""
+    report = a_watch(desk)
+
+    def fail() -> None:
+        raise redis.ConnectionError("gone")
+
+    desk.fail = fail
+    report("denoising", 1, 2)
+    desk.fail = lambda: None
+    desk.cancelled = True
+    clock.now += 0.1
+    report("denoising", 2, 2)
+
+    with pytest.raises(JobRevoked):
+        report("uploading", 1, 1)
 
 
 # --- what it tells

@@ -109,5 +109,7 @@ def check_base(**_: Any) -> None:
 
 
 def _give_up(reason: str) -> None:
-    marks.failed(reason)
-    os._exit(EXIT_NO_MODEL)
+    try:
+        marks.failed(reason)
+    finally:
+        os._exit(EXIT_NO_MODEL)

@@ -86,6 +86,7 @@ class Sweeper:
             else:
                 logger.warning("job %s is sent again: its message was lost", job_id)
                 send(self._app, self._ledger.queue, job_id, submission)
+                self._hold()
         return missed
 
     def _state(self, job_id: str) -> str | None:

@@ -149,6 +149,8 @@ class Deliveries:
             # Of what was drawn with a base that changed nothing is taken over.
             yield Begun(deaths=len(dead), before=not first and "spoilt" not in record)
         finally:
+            # First, so that the job is somebody's until Celery has stored its end: an outage may have let it expire.
+            self._take_lease(wire.lease_key(job_id))
             self.ledger.redis.hdel(wire.job_key(job_id), field)
 
     def _begin(self, job_id: str, digest: str) -> tuple[str, bool]:

@@ -24,7 +24,7 @@ from zlora.local import end_with_parent
 EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a failure, not a clean end
 
 _RELAUNCH: Final = 5.0  # seconds
-_LAST_WORDS: Final = 2.0  # seconds for a child to end by itself where its job is put back
+_LAST_WORDS: Final = 2.0  # seconds for a process to end by itself
 _LAST: Final = partial(end_with_parent, signal.SIGTERM) if sys.platform == "linux" else None
 
 logger = get_logger(__name__)
@@ -33,34 +33,43 @@ logger = get_logger(__name__)
 class LoadMarks:
     """Files by which a child tells its parent, the child after it, and whoever watches the worker, how it is.
 
-    `ready` is there while the newest child has its model. `alive` is touched every second while the parent goes about
-    its work, waiting for a model or for Redis included. The others are between parent and child: one file would be
-    overwritten, since the child after a failed one starts to load at once.
+    Between parent and child there is one for each fact: a single one would be overwritten, since the child after a
+    failed one starts to load at once. For others there are `ready`, while the newest child has its model, and `alive`,
+    touched every second while the parent goes about its work, waiting for a model or for Redis included.
     """
 
-    def open(self, named: str) -> None:
-        """In the parent, before it forks: make the folder, clear it, and leave nothing when the parent ends."""
-        folder, owner = Path(named or tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / name for name in ("ready", "alive", "failed", "draft", "trying")]
-        self._ready, self._alive, self._failed, self._draft, self._trying = files
+    def open(self, probes: str) -> None:
+        """In the parent, before it forks: make the folders, and leave nothing when the parent ends."""
+        self._folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
+        names = ("ready", "failed", "draft", "trying")
+        self._ready, self._failed, self._draft, self._trying = (self._folder / name for name in names)
+        self._probes = Path(probes) if probes else None
+        if self._probes:
+            self._probes.mkdir(parents=True, exist_ok=True)
+            self._probe("ready", there=False)
 
         def remove() -> None:
-            if os.getpid() != owner:
-                return
-            for file in files:
-                file.unlink(missing_ok=True)
-            if not named:
-                shutil.rmtree(folder, ignore_errors=True)
+            if os.getpid() == owner:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                self._probe("ready", there=False)
+                self._probe("alive", there=False)
 
-        for stale in files:
-            stale.unlink(missing_ok=True)
         atexit.register(remove)
         self.alive()
 
     def alive(self) -> None:
-        """The parent goes about its work."""
-        self._alive.touch()
+        """The parent goes about its work; what others see of it must not end it."""
+        self._probe("alive", there=True)
+        self._probe("ready", there=self.is_loaded())
+
+    def _probe(self, name: str, *, there: bool) -> None:
+        if self._probes is None:
+            return
+        file = self._probes / name
+        try:
+            file.touch() if there else file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("the probe %s cannot be written: %s", file, error.strerror)
 
     def loading(self) -> None:
         """A child begins; raises `ModelUnavailable` where the one before was killed over the same."""
@@ -69,15 +78,18 @@ class LoadMarks:
             raise ModelUnavailable(
                 "the child before was killed while it loaded the model (out of memory, or too slow?)"
             )
+        self._folder.mkdir(exist_ok=True)  # whoever clears temporary folders may have come by
         self._trying.touch()
 
     def loaded(self) -> None:
         """The child has its model."""
-        self._trying.unlink()
+        self._trying.unlink(missing_ok=True)
+        self._folder.mkdir(exist_ok=True)
         self._ready.touch()
 
     def failed(self, reason: str) -> None:
         """The child cannot have it, for one reason in one line."""
+        self._folder.mkdir(exist_ok=True)
         self._draft.write_text(reason)
         self._draft.rename(self._failed)
 
@@ -181,7 +193,11 @@ class Companion(bootsteps.StartStopStep):
         """Ends with the worker."""
         if getattr(self, "_process", None) is not None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(_LAST_WORDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     terminate = stop
 

@@ -104,9 +104,11 @@ class Channel(stock.Channel):
 
 
 class Transport(stock.Transport):
-    """kombu's, with this channel."""
+    """kombu's, with this channel. A Redis that is full is one that is away: the worker waits, and comes back."""
 
     Channel = Channel
+
+    connection_errors = (*stock.Transport.connection_errors, redis.OutOfMemoryError)
 
 
 def deeper_than(limit: int, value: Any) -> bool:

@@ -16,7 +16,7 @@ from zlora_worker.delivery import Deliveries
 
 _LOOK_EVERY: Final = 0.05  # seconds between two looks at the flag in a download, which has many pieces
 _REPORTS: Final = 2  # a second
-_SILENCE: Final = 10.0  # seconds without a try after one that failed, which may have taken two
+_SILENCE: Final = 5.0  # seconds without a try after one that failed, which may have taken one
 
 logger = get_task_logger(__name__)
 
@@ -44,7 +44,8 @@ class Watch:
         now = time.monotonic()
         if now > self._end:
             raise overdue(self._job_id, self._seconds)
-        if now < self._heard_again:
+        last = phase == "uploading" and done == total  # before the manifest: a cancelled job must not succeed
+        if now < self._heard_again and not last:
             return
         try:
             if phase != "fetching" or now > self._next_look:
@@ -59,6 +60,8 @@ class Watch:
         self._deliveries.require_wanted(self._job_id)
 
     def _report(self, now: float, phase: str, done: int, total: int) -> None:
+        if getattr(self._request, "ignore_result", False):
+            return
         eta = self._eta(now, done, total) if phase == "denoising" else None
         if now - self._reports[0] < 1:
             return
