@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from faults import figures
 from faults.figures import Tally
-from faults.scene import Scene
+from faults.scene import CLEAN, Scene
 from faults.valkey import Valkey
 
 MakeScene = Callable[..., Scene]
@@ -41,6 +41,6 @@ def scene(tmp_path: Path, valkey: Valkey, tally: Tally, request: pytest.FixtureR
     made = Scene(tmp_path / "scene", tally, broker_url=valkey.url, queue=queue)
     yield made
     try:
-        assert made.audit() == ([], [])
+        assert made.audit() == CLEAN
     finally:
         made.close()

@@ -19,7 +19,8 @@ class Tally:
     faults: int = 0
     lost: int = 0  # ids without a terminal state at the end
     drawn_twice: int = 0  # pictures that were drawn to the end more than once: work lost, no harm done
-    two_results: int = 0  # ids of which two answers differ
+    two_results: int = 0  # ids of which two answers differ, or two that were ever shown
+    left_behind: int = 0  # ids that failed or were cancelled, and have pictures or a manifest
     notes: list[str] = field(default_factory=list)  # what was measured on the way
 
     def fault(self) -> None:

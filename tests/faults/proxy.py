@@ -3,13 +3,14 @@
 import re
 import socket
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock, Thread
 from typing import Final, Self
 
 from faults.figures import Tally
 
 _CHUNK: Final = 65_536  # bytes
+_GO_ON: Final = b"HTTP/1.1 100 "  # no answer yet: the request's body may come
 
 
 @dataclass
@@ -19,7 +20,7 @@ class _Link:
     client: socket.socket
     server: socket.socket
     dark: bool = False
-    threads: list[Thread] = field(default_factory=list)
+    mute: bool = False  # what the server answers next ends it
 
     def close(self) -> None:
         for end in (self.client, self.server):
@@ -35,6 +36,7 @@ class Proxy:
         self._target, self._tally, self._lock = target, tally, Lock()
         self._dark = self._down = False
         self._fuse: re.Pattern[bytes] | None = None
+        self._answered = False
         self._links: list[_Link] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -68,24 +70,23 @@ class Proxy:
     def break_at(self, pattern: bytes) -> None:
         """As soon as a client sends what matches: nothing more is forwarded, and every connection is refused."""
         with self._lock:
-            self._fuse = re.compile(pattern)
+            self._fuse, self._answered = re.compile(pattern), False
+
+    def lose_answer_to(self, pattern: bytes) -> None:
+        """As `break_at`, but the server has the request, and has answered it: only the client does not hear of it."""
+        with self._lock:
+            self._fuse, self._answered = re.compile(pattern), True
 
     @property
     def is_down(self) -> bool:
         """Whether it refuses."""
         return self._down
 
-    def cut(self) -> int:
-        """Close every connection; how many there were."""
-        self._tally.fault()
-        return self._close_all()
-
-    def _close_all(self) -> int:
+    def _close_all(self) -> None:
         with self._lock:
             links, self._links = self._links, []
         for link in links:
             link.close()
-        return len(links)
 
     def _accept(self) -> None:
         while True:
@@ -113,12 +114,21 @@ class Proxy:
         try:
             while data := source.recv(_CHUNK):
                 if self._fuse and self._fuse.search(data):
-                    self._tally.fault()
-                    self._down, self._fuse = True, None
-                    self._close_all()
+                    self._fuse = None
+                    if self._answered:
+                        link.mute = True
+                    else:
+                        self._break()
+                elif link.mute and source is link.server and not data.startswith(_GO_ON):
+                    self._break()
                 if not link.dark:
                     sink.sendall(data)
-        except OSError:  # closed by `cut`, or by the peer
+        except OSError:  # closed by a fault, or by the peer
             pass
         if not link.dark:
             link.close()
+
+    def _break(self) -> None:
+        self._tally.fault()
+        self._down = True
+        self._close_all()

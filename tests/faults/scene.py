@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -18,12 +18,23 @@ import processes
 import redis
 from celery import Celery
 from faults.figures import Tally
+from faults.witness import TERMINAL, Witness
 from processes import Worker, wait_until
 from zlora import Client, GenerateResult, JobHandle, JobState, wire
 
 TESTS: Final = Path(__file__).parents[1]
-TERMINAL: Final = (JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED)
 _QUIET: Final = ("--without-gossip", "--without-mingle")  # a second less to start
+
+
+class Audit(NamedTuple):
+    """The ids that something is wrong with."""
+
+    lost: list[str]  # without a terminal state
+    doubled: list[str]  # with two answers, or two that were ever shown
+    left: list[str]  # failed or cancelled, and pictures or a manifest are there
+
+
+CLEAN: Final = Audit([], [], [])
 
 
 class Scene:
@@ -47,6 +58,7 @@ class Scene:
             **variables,
         }
         self.client = Client.from_env(self.environ)
+        self.witness = Witness(broker_url)
         self.handles: dict[str, JobHandle] = {}
 
     # Workers
@@ -149,27 +161,35 @@ class Scene:
 
     # The reckoning
 
-    def audit(self) -> tuple[list[str], list[str]]:
-        """Ids without a terminal state, and ids with two answers; both into the tally."""
-        lost = [name for name, handle in self.handles.items() if handle.status().state not in TERMINAL]
-        done = [handle for handle in self.handles.values() if handle.status().state is JobState.SUCCESS]
-        doubled = [handle.id for handle in done if not self._has_one_result(handle)]
+    def audit(self) -> Audit:
+        """What is wrong with the jobs, into the tally too."""
+        self.witness.look_back()
+        states = {name: handle.status().state for name, handle in self.handles.items()}
+        lost = [name for name, state in states.items() if state not in TERMINAL]
+        doubled = [name for name in states if len(self.witness.verdicts(name)) > 1 or not self._has_one_result(name)]
+        failed = (JobState.FAILURE, JobState.REVOKED)
+        left = [name for name, state in states.items() if state in failed and self.kept(self.handles[name])]
         ends = Counter((event["label"], event["seed"]) for event in self.events("end"))
         self.tally.jobs += len(self.handles)
         self.tally.faults += len(self.events("fault"))
         self.tally.lost += len(lost)
         self.tally.drawn_twice += sum(count > 1 for count in ends.values())
         self.tally.two_results += len(doubled)
-        return lost, doubled
+        self.tally.left_behind += len(left)
+        return Audit(lost, doubled, left)
 
-    def _has_one_result(self, handle: JobHandle) -> bool:
-        """What the client is told, the manifest says, and the files are."""
+    def _has_one_result(self, name: str) -> bool:
+        """Of a success: what the client is told, the manifest says, and the files are."""
+        handle = self.handles[name]
+        if handle.status().state is not JobState.SUCCESS or not self._is_folder():
+            return True  # the tests of another store look themselves
         result = handle.result(timeout=5)
-        if urlsplit(self.environ["ZLORA_STORE"]).scheme != "file":
-            return True  # the test looks itself
         kept = self.manifest(handle)
         digests = [hashlib.sha256(Path(unquote(urlsplit(image.url).path)).read_bytes()) for image in result.images]
         return kept == result and [digest.hexdigest() for digest in digests] == [item.sha256 for item in result.images]
+
+    def _is_folder(self) -> bool:
+        return urlsplit(self.environ["ZLORA_STORE"]).scheme == "file"
 
     def manifest(self, handle: JobHandle) -> GenerateResult:
         """What the store says of a job."""
@@ -184,8 +204,23 @@ class Scene:
         """All that is stored of a job, drafts too."""
         return [path for path in self.run_folder(handle).rglob("*") if path.is_file()]
 
+    def kept(self, handle: JobHandle) -> list[Path]:
+        """Pictures and manifest of a job; drafts of killed workers are neither."""
+        return [path for path in self.files(handle) if not path.name.startswith(".draft-")] if self._is_folder() else []
+
+    def wait_settled(self) -> None:
+        """Wait until no copy of a message is anywhere: duplicates have been put off, and answered."""
+        with self.broker() as broker:
+
+            def is_settled() -> bool:
+                taken = [json.loads(item)[2] for item in broker.hvals("unacked")]  # message, exchange, queue
+                return not self.queue_lists() and self.queue not in taken
+
+            wait_until(is_settled, "the queue is empty")
+
     def close(self) -> None:
         """Give the connections back."""
+        self.witness.close()
         self.client.close()
 
 

@@ -1,8 +1,9 @@
 """Minutes of faults at random: `make soak`, or with `ARGS="--minutes 3"`. Not part of `make test`.
 
 Small jobs come all the time to workers with a fake model, most of them idle, and one runs for ten minutes. Workers are
-killed (200 in 20 minutes), children die, connections are cut, Redis stops and restarts. In the end every id that was
-submitted has an answer, and only one, and the long job was begun once; otherwise the exit status is 1.
+killed (the goal is 200 in 20 minutes), children die, connections are cut, Redis stops and restarts. In the end every id
+that was submitted has an answer, only one was ever shown, it is one that its kind of job may have, and the long job was
+begun once; otherwise the exit status is 1.
 """
 
 import argparse
@@ -19,17 +20,33 @@ from pathlib import Path
 from typing import Final
 
 from faults.figures import Tally
-from faults.scene import TERMINAL, Scene
+from faults.scene import CLEAN, Scene
 from faults.valkey import Valkey
+from faults.witness import TERMINAL
 from processes import Worker
 from zlora import JobHandle
 from zlora.errors import BrokerUnavailable, JobPoisoned, ZloraError
 
 WORKERS: Final = 3  # beside the one with the long job
-KILLS_A_MINUTE: Final = 12  # of them 17 minutes of 20: about 200
-SETTLING: Final = 2.5  # minutes at the end without faults, in which what is open is to end
+KILLS_A_MINUTE: Final = 13  # in 17 of 20 minutes
+GOAL: Final = 10  # workers killed in a minute of the whole run
+SETTLING: Final = 150.0  # seconds at the end without faults, in which what is open is to end
+RECKONING: Final = 30.0  # seconds after that
 LONG: Final = 600  # seconds of the job that must not be begun twice
 PAUSES: Final = (0.02, 0.3)  # seconds between two jobs
+POISONED: Final = "poisoned, 3 attempts"
+
+# What a job may come to. The slow ones meet workers that die under them, now and then three in a row.
+ALLOWED: Final = {
+    "plain": {"drawn"},
+    "twice": {"drawn"},
+    "slow": {"drawn", POISONED},
+    "cancelled": {"job_revoked", "drawn"},
+    "dying": {"drawn", POISONED},
+    "long": {"drawn"},
+}
+SHOWN: Final = 20  # ids in the report of each kind of wrong
+NEVER: Final = ("internal", "timeout", "unknown")
 
 
 @dataclass
@@ -39,6 +56,7 @@ class Fleet:
     scene: Scene
     running: list[tuple[Worker, ExitStack]] = field(default_factory=list)
     started: int = 0
+    killed: int = 0
 
     def start(self) -> None:
         """One more, which loads its model while the jobs come."""
@@ -47,11 +65,15 @@ class Fleet:
         self.running.append((stack.enter_context(self.scene.starting_worker(f"w{self.started}")), stack))
 
     def kill_one(self) -> None:
-        """kill -9 of a parent, busy or not; another takes its place."""
-        worker, stack = self.running.pop(random.randrange(len(self.running)))  # noqa: S311 - a fault
+        """kill -9 of a parent, busy or not, of those that take jobs if there is one; another takes its place."""
+        ready = [item for item in self.running if item[0].lines(" ready.")]
+        item = random.choice(ready or self.running)  # noqa: S311 - a fault
+        self.running.remove(item)
+        worker, stack = item
         if worker.process.poll() is not None:
             raise SystemExit(f"a worker has ended by itself, with status {worker.process.returncode}: {worker.log}")
         self.scene.kill(worker.process.pid)
+        self.killed += 1
         stack.close()
         self.start()
 
@@ -110,7 +132,9 @@ SUBMIT: Final[dict[str, Callable[[Scene, str], object]]] = {
 
 def main(minutes: float) -> int:
     """The exit status."""
-    tally, faulty = Tally(), max(60 * (minutes - SETTLING), 30.0)
+    start = time.monotonic()
+    tally, settled_by = Tally(), start + max(60 * minutes - RECKONING, 60.0)
+    calm_from = max(settled_by - SETTLING, start + 40.0)
     with tempfile.TemporaryDirectory(prefix="zlora-soak-") as name, ExitStack() as stack:
         folder = Path(name)
         (folder / "valkey").mkdir()
@@ -119,31 +143,35 @@ def main(minutes: float) -> int:
         stack.callback(scene.close)
         # The worker of the long job is none of those that die.
         stack.enter_context(scene.worker("steady"))
-        long = scene.submit(job_id="long", steps=200, step=min(LONG, 0.8 * faulty) / 200)
+        seconds = min(LONG, 0.8 * (calm_from - time.monotonic()))
+        long = scene.submit(job_id="long", steps=200, step=seconds / 200)
         scene.wait_begun(long)
         fleet, producer = Fleet(scene), Producer(scene)
         stack.callback(fleet.stop)
         for _ in range(WORKERS):
             fleet.start()
-        hurt(scene, valkey, fleet, producer, seconds=faulty)
-        settle(scene, seconds=60 * SETTLING)
+        hurt(scene, valkey, fleet, producer, until=calm_from)
+        settle(scene, until=settled_by)
+        say(f"{fleet.killed} workers were killed; the goal is {round(GOAL * minutes)} in {minutes:g} minutes")
+        if fleet.killed < GOAL * minutes:
+            say(f"that is {round(GOAL * minutes) - fleet.killed} less than the goal")
         return verdict(scene, long)
 
 
-def hurt(scene: Scene, valkey: Valkey, fleet: Fleet, producer: Producer, *, seconds: float) -> None:
+def hurt(scene: Scene, valkey: Valkey, fleet: Fleet, producer: Producer, *, until: float) -> None:
     """One fault after the other, while jobs come."""
     every: dict[Callable[[], object], float] = {
         fleet.kill_one: 60 / KILLS_A_MINUTE,
         valkey.cut_all: 47,
         lambda: pause(valkey): 101,
         lambda: restart(valkey): 163,
-        lambda: report(scene, producer.kinds, killed=fleet.started - WORKERS): 30,
+        lambda: report(scene, producer.kinds, killed=fleet.killed): 30,
     }
     start = time.monotonic()
     due = {act: start + period for act, period in every.items()}
     thread = threading.Thread(target=producer.run, daemon=True)
     thread.start()
-    while (now := time.monotonic()) < start + seconds:
+    while (now := time.monotonic()) < until:
         for act in [act for act, at in due.items() if at <= now]:
             act()
             due[act] += every[act]
@@ -166,10 +194,9 @@ def restart(valkey: Valkey) -> None:
     valkey.start()
 
 
-def settle(scene: Scene, *, seconds: float) -> None:
+def settle(scene: Scene, *, until: float) -> None:
     """Wait until every job has ended."""
-    end = time.monotonic() + seconds
-    while (left := open_jobs(scene)) and time.monotonic() < end:
+    while (left := open_jobs(scene)) and time.monotonic() < until:
         say(f"{len(left)} jobs are open, such as {', '.join(left[:5])}")
         time.sleep(5)
 
@@ -187,23 +214,33 @@ def report(scene: Scene, kinds: Counter[str], *, killed: int) -> None:
 
 def verdict(scene: Scene, long: JobHandle) -> int:
     """Say what came of it all."""
-    lost, doubled = scene.audit()
-    answers = Counter(answer(handle) for handle in scene.handles.values())
-    say(f"answers: {dict(answers)}")
-    say(f"the job of minutes was begun {scene.begun(long)} times and came to: {answer(long)}")
+    found = scene.audit()
+    answers = {name: answer(handle) for name, handle in scene.handles.items()}
+    for kind in ALLOWED:
+        say(f"{kind}: {dict(Counter(told for name, told in answers.items() if kind_of(name) == kind))}")
+    never = Counter(told for told in answers.values() if told in NEVER)
+    say(", ".join(f"{code} {never[code]}" for code in NEVER))
+    wrong = [name for name, told in answers.items() if told not in ALLOWED[kind_of(name)]]
+    say(f"the job of minutes was begun {scene.begun(long)} times; {len(wrong)} jobs came to what they may not")
     say(scene.tally.row())
-    for name, handle in ((name, scene.handles[name]) for name in (*lost, *doubled)):
-        say(f"{name}: {handle.status()}, begun {scene.begun(handle)} times")
-    sound = not lost and not doubled and scene.begun(long) == 1 and answer(long) == "drawn"
-    return 0 if sound else 1
+    for what, names in {**found._asdict(), "wrong": wrong}.items():
+        for handle in (scene.handles[name] for name in names[:SHOWN]):
+            say(f"{what}: {handle.id}: {answers[handle.id]}, begun {scene.begun(handle)} times")
+            say(f"    was shown: {scene.witness.states(handle.id)} {scene.witness.verdicts(handle.id)}")
+    return 0 if found == CLEAN and not wrong and scene.begun(long) == 1 else 1
+
+
+def kind_of(name: str) -> str:
+    """The kind of a job, which its id begins with."""
+    return name.partition("-")[0]
 
 
 def answer(handle: JobHandle) -> str:
-    """What a job came to, in a word."""
+    """What a job came to, in a word or two."""
     try:
         handle.result(timeout=0)
     except JobPoisoned as error:
-        return f"{error.code} ({len(error.details['attempts'])} deaths)"
+        return f"{error.code}, {len(error.details['attempts'])} attempts"
     except ZloraError as error:
         return error.code
     return "drawn"

@@ -2,13 +2,18 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from faults.figures import Tally
+from faults.proxy import Proxy
 from faults.scene import Scene
 from faults.valkey import Valkey
 from processes import wait_until
 from zlora import JobState
-from zlora.errors import BrokerUnavailable
+from zlora.errors import BrokerUnavailable, GenerationFailed
 
 DOWN = 3.0  # seconds
 
@@ -22,8 +27,27 @@ def test_a_job_whose_connections_are_cut_twice_is_drawn_once(scene: Scene, valke
             assert valkey.cut_all() > 0
 
         assert handle.result(timeout=60).base_intact
-        wait_settled(scene)
+        scene.wait_settled()
         assert scene.begun(handle) == 1
+
+
+def test_a_second_worker_with_a_broken_store_says_nothing_of_a_job_that_runs(
+    scene: Scene, valkey: Valkey, tmp_path: Path
+) -> None:
+    """It gets the copy that kombu puts back, and cannot look for the manifest."""
+    (tmp_path / "file").touch()
+    broken = {"ZLORA_STORE": (tmp_path / "file" / "store").as_uri()}
+    with scene.worker():
+        handle = scene.submit(steps=30, step=0.2)
+        scene.wait_step(handle)
+        with scene.worker("two", **broken) as second:
+            valkey.cut_all()
+            wait_until(lambda: second.lines(f"[{handle.id}] received"), "the second worker has the copy")
+
+            assert handle.result(timeout=60).base_intact
+            scene.wait_settled()
+    assert set(scene.witness.states(handle.id)) <= {"PROGRESS", "SUCCESS"}
+    assert scene.begun(handle) == 1
 
 
 def test_a_worker_that_is_idle_while_redis_restarts_takes_the_next_job(scene: Scene, valkey: Valkey) -> None:
@@ -36,9 +60,9 @@ def test_a_worker_that_is_idle_while_redis_restarts_takes_the_next_job(scene: Sc
 def test_jobs_in_a_redis_that_restarts_are_drawn_once(scene: Scene, valkey: Valkey) -> None:
     """One runs, three are queued."""
     with scene.worker(), scene.worker("two"):
-        running = scene.submit(steps=40, step=0.2)
+        running = scene.submit(steps=30, step=0.2)
         scene.wait_step(running)
-        second = scene.submit(steps=40, step=0.2)
+        second = scene.submit(steps=30, step=0.2)
         scene.wait_step(second)
         queued = [scene.submit() for _ in range(3)]
 
@@ -55,7 +79,7 @@ def test_a_job_that_ends_while_redis_is_away_has_its_result(scene: Scene, valkey
         scene.wait_step(handle)
         valkey.kill()
         wait_until(lambda: scene.events("end", handle), "the job ends")
-        time.sleep(6)  # more than the few seconds for which Celery itself tries again
+        time.sleep(3)  # more than the two for which Celery itself tries again
         valkey.start()
 
         assert handle.result(timeout=60).base_intact
@@ -73,7 +97,7 @@ def test_a_job_submitted_while_redis_is_away_can_be_submitted_again(scene: Scene
             valkey.start()
 
         assert scene.submit(job_id="again").result(timeout=60).base_intact
-        wait_settled(scene)
+        scene.wait_settled()
         assert len(scene.events("begin")) == 1
 
 
@@ -83,15 +107,46 @@ def test_a_redis_that_is_silent_over_the_end_of_a_job_costs_neither_the_job_nor_
     with scene.worker():
         handle = scene.submit(steps=10, step=0.2)
         scene.wait_step(handle)
-        valkey.pause()
-        try:
+        with silent(valkey):
             wait_until(lambda: scene.events("end", handle), "the job ends")
             time.sleep(3)
-        finally:
-            valkey.resume()
 
         assert handle.result(timeout=60).base_intact
         assert scene.begun(handle) == 1
+
+
+def test_a_job_that_fails_while_redis_is_silent_fails_for_its_own_reason(scene: Scene, valkey: Valkey) -> None:
+    """Its time runs out while it waits to say so: that is no verdict."""
+    with scene.worker(ZLORA_VISIBILITY="120"):  # so that the parent, too, is free to say that the time is over
+        handle = scene.submit(steps=2, step=0.6, do="nan", at=2, fields={"timeout": 1.8})
+        scene.wait_step(handle)
+        with silent(valkey):
+            wait_until(lambda: scene.events("fault", handle), "the job fails")
+            time.sleep(4.5)
+
+        with pytest.raises(GenerationFailed):
+            handle.result(timeout=60)
+        assert scene.begun(handle) == 1
+
+
+def test_a_manifest_outlives_a_child_that_is_killed_because_its_result_cannot_be_sent(
+    scene: Scene, valkey: Valkey, tally: Tally
+) -> None:
+    """The hard limit passes while the result waits: the next delivery finds what is there."""
+    with Proxy(valkey.port, tally) as proxy, scene.worker(ZLORA_HARD_GRACE="1", ZLORA_RESULT_BACKEND=proxy.url) as one:
+        handle = scene.submit(steps=2, step=0.3, fields={"timeout": 4})
+        first = scene.child(one)
+        scene.wait_step(handle)
+        proxy.black_out()
+        wait_until((scene.run_folder(handle) / "manifest.json").exists, "the manifest is there")
+        wait_until(lambda: not Path(f"/proc/{first}").exists(), "the child is killed")
+        assert handle.status().state is JobState.PROGRESS
+        proxy.restore()
+
+        assert handle.result(timeout=60).base_intact
+        assert scene.submit().result(timeout=30).base_intact
+        assert scene.begun(handle) == 1
+        assert len(scene.events("loaded")) == 2
 
 
 def test_a_worker_that_waits_for_redis_ends_when_told(scene: Scene, valkey: Valkey) -> None:
@@ -105,15 +160,18 @@ def test_a_worker_that_waits_for_redis_ends_when_told(scene: Scene, valkey: Valk
             valkey.start()
 
 
+@contextmanager
+def silent(valkey: Valkey) -> Iterator[None]:
+    """Redis says nothing for so long."""
+    valkey.pause()
+    try:
+        yield
+    finally:
+        valkey.resume()
+
+
 def restart(valkey: Valkey) -> None:
     """kill -9, and the append-only file some seconds later."""
     valkey.kill()
     time.sleep(DOWN)
     valkey.start()
-
-
-def wait_settled(scene: Scene) -> None:
-    """Wait until no copy of a message is anywhere: a duplicate has been put off, and answered."""
-    assert all(handle.status().state is JobState.SUCCESS for handle in scene.handles.values())
-    with scene.broker() as broker:
-        wait_until(lambda: not scene.queue_lists() and not broker.hlen("unacked"), "the queue is empty")

@@ -10,7 +10,7 @@ import pytest
 from faults.scene import Scene, request
 from processes import wait_until
 from servers import Request, lora_bytes, reply, serving
-from zlora import JobHandle, JobState
+from zlora import JobHandle, JobState, wire
 from zlora.errors import Conflict, JobExpired, JobRevoked, JobUnknown, ResultTimeout
 
 # Celery's own call, where a queued job is cancelled.
@@ -55,18 +55,25 @@ def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stay
         assert len(scene.events("loaded")) == 1
 
 
-def test_a_job_cancelled_before_its_child_is_killed_is_not_drawn_again(scene: Scene) -> None:
-    """The flag is in Redis, not in a worker's memory."""
-    with scene.worker() as running:
-        cancelled = scene.submit(steps=1, step=60)
-        scene.wait_begun(cancelled)
-        cancelled.cancel()
+@pytest.mark.parametrize("where", ["running", "queued"])
+def test_a_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(scene: Scene, where: str) -> None:
+    """The flag is in Redis, not in a worker's memory; of the two pictures the first was stored, and does not stay."""
+    with scene.worker(FAKE_RELOAD_SECONDS="1.5") as running:
+        cancelled = scene.submit(do=["nothing", "sleep"], seconds=60, fields={"num_images": 2})
+        wait_until(lambda: scene.events("fault", cancelled)[1:], "the second picture is begun")
+        assert [path.name for path in scene.files(cancelled)] == ["0.png"]
+        if where == "running":
+            assert cancelled.cancel() == "running"
         scene.kill(scene.child(running))
+        if where == "queued":
+            wait_until(lambda: not is_leased(scene, cancelled), "the parent sees the death")
+            assert cancelled.cancel() == "queued"
 
         wait_until(lambda: cancelled.status().state is JobState.REVOKED, "the job is revoked")
+        scene.wait_settled()
         assert scene.submit().result(timeout=30).base_intact
         assert_revoked(scene, cancelled)
-        assert scene.begun(cancelled) == 1
+        assert len(scene.events("begin", cancelled)) == 2
 
 
 def test_a_job_cancelled_while_a_lora_comes_is_not_drawn(scene: Scene) -> None:
@@ -215,6 +222,12 @@ def test_a_producer_sees_position_phase_step_and_eta(scene: Scene) -> None:
     etas = [status.eta for status in denoising if status.eta is not None]
     assert etas
     assert all(0 <= eta < 20 for eta in etas)
+
+
+def is_leased(scene: Scene, handle: JobHandle) -> bool:
+    """Whether a worker has the job."""
+    with scene.broker() as broker:
+        return bool(broker.exists(wire.lease_key(handle.id)))
 
 
 def slowly(_: Request) -> Iterator[bytes]:

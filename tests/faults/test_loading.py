@@ -28,7 +28,7 @@ def test_a_model_that_does_not_load_ends_the_worker_and_leaves_the_job_to_others
 
 def test_a_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
     """One load for each death: a child that takes its time is not killed over it, again and again."""
-    with scene.worker(FAKE_LOAD_SECONDS=str(SLOW)) as running:
+    with scene.worker(FAKE_RELOAD_SECONDS=str(SLOW)) as running:
         handle = scene.submit(steps=10, step=0.1)
         scene.wait_step(handle)
         scene.kill(scene.child(running))
@@ -74,7 +74,7 @@ def test_a_worker_that_loads_takes_no_job_and_leaves_at_once_when_told(scene: Sc
 def test_the_probe_files_say_whether_jobs_are_taken_and_whether_the_worker_lives(scene: Scene, tmp_path: Path) -> None:
     """`ready` is there while the model is; `alive` is touched while the worker's loop turns, whatever it waits for."""
     ready, alive = tmp_path / "probes" / "ready", tmp_path / "probes" / "alive"
-    variables = {"ZLORA_PROBES": str(tmp_path / "probes"), "FAKE_LOAD_SECONDS": "2"}
+    variables = {"ZLORA_PROBES": str(tmp_path / "probes"), "FAKE_LOAD_SECONDS": "1"}
     with scene.starting_worker(**variables) as running:
         wait_until(lambda: scene.events("loading"), "the child loads")
         assert not ready.exists()
@@ -86,7 +86,7 @@ def test_the_probe_files_say_whether_jobs_are_taken_and_whether_the_worker_lives
         wait_until(lambda: not ready.exists(), "the worker says that it is not ready")
         wait_until(ready.exists, "the worker says that it is ready again")
 
-        busy = scene.submit(steps=1, step=4)
+        busy = scene.submit(steps=1, step=2.5)
         scene.wait_begun(busy)
         wait_touched(alive)
         assert busy.result(timeout=30).base_intact

@@ -13,8 +13,8 @@ from celery import Celery
 from faults.scene import Scene, request
 from processes import wait_until
 from servers import Request, lora_bytes, reply, serving
-from zlora import JobHandle
-from zlora.errors import InvalidRequest
+from zlora import JobHandle, JobState
+from zlora.errors import InvalidRequest, LoraForbidden
 from zlora.job import TASK_NAME
 
 SECRET = "0123456789secret"
@@ -92,6 +92,36 @@ def test_what_watchers_see_of_a_job_has_no_secret_of_its_lora(scene: Scene) -> N
         assert SECRET not in json.dumps(events)
         assert SECRET not in str(result)
         assert SECRET not in running.log.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own call, in `cancel`
+def test_a_lora_that_cannot_be_had_gives_no_secret_away(scene: Scene) -> None:
+    """Refused for good, and out of order for now: neither error nor result, event nor log has the signature."""
+    with serving(reply(status=403)) as refusing, serving(reply(status=503)) as broken:
+        names = f"{refusing.name},{broken.name}"
+        with scene.worker(ZLORA_ALLOW_HOSTS=names) as running, watched_events(scene) as events:
+            refused, waiting = (
+                scene.submit(fields={"loras": [{"file": {"url": f"{url}/a.safetensors?X-Amz-Signature={SECRET}"}}]})
+                for url in (refusing.url, broken.url)
+            )
+            with pytest.raises(LoraForbidden) as found:
+                refused.result(timeout=30)
+            wait_until(lambda: waiting.status().state is JobState.RETRY, "the other is to be tried again")
+            shown = [stored_meta(scene, handle) for handle in (refused, waiting)]
+            status = waiting.status()
+            waiting.cancel()
+            wait_until(lambda: kinds(events, refused) >= {"task-received", "task-failed"}, "the events arrive")
+
+        assert [SECRET in host.requests[0].target for host in (refusing, broken)] == [True, True]
+        assert all("503" in text or "403" in text or "lora" in text.lower() for text in shown)
+        for text in (*shown, str(status), repr(found.value), json.dumps(events), running.log.read_text()):
+            assert SECRET not in text
+
+
+def stored_meta(scene: Scene, handle: JobHandle) -> str:
+    """A job's state and result as Redis has them."""
+    with scene.broker() as broker:
+        return str(broker.get(f"celery-task-meta-{handle.id}"))
 
 
 def sent(scene: Scene, app: Celery, job_id: str, task: str, arguments: list[Any], **options: Any) -> JobHandle:

@@ -27,23 +27,36 @@ def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(scene: Scene, s3_port: int, tally: Tally) -> None:
     """The picture that is there is not drawn again, and the manifest comes last."""
     with Proxy(s3_port, tally) as proxy:
-        variables = {"ZLORA_STORE": f"s3://{seaweed.BUCKET}/a", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}"}
-        scene.environ |= variables | seaweed.ENVIRON
+        scene.environ |= s3_environ("a", proxy)
         proxy.break_at(rb"PUT \S+/outputs/1\.png")
         with scene.worker():
             handle = scene.submit(fields={"num_images": 2})
             folder = f"a/runs/{handle.id}"
             wait_until(lambda: proxy.is_down, "the second picture meets a server that is away")
-            assert seaweed.keys(s3_port) == [f"{folder}/outputs/0.png"]
+            assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
             proxy.restore()
 
             result = handle.result(timeout=60)
 
     assert scene.begun(handle) == 1
     names = ["manifest.json", "outputs/0.png", "outputs/1.png"]
-    assert sorted(seaweed.keys(s3_port)) == [f"{folder}/{name}" for name in names]
-    manifest = seaweed.client(s3_port).get_object(Bucket=seaweed.BUCKET, Key=f"{folder}/manifest.json")
-    assert msgspec.json.decode(manifest["Body"].read(), type=GenerateResult) == result
+    assert sorted(stored(s3_port, folder)) == [f"{folder}/{name}" for name in names]
+    assert s3_manifest(s3_port, folder) == result
+
+
+def test_a_manifest_whose_answer_is_lost_is_the_result(scene: Scene, s3_port: int, tally: Tally) -> None:
+    """S3 has it, and the worker does not know: it asks again, and adopts what is there."""
+    with Proxy(s3_port, tally) as proxy:
+        scene.environ |= s3_environ("b", proxy)
+        proxy.lose_answer_to(rb"PUT \S+/manifest\.json")
+        with scene.worker():
+            handle = scene.submit()
+            wait_until(lambda: proxy.is_down, "the answer is lost")
+            kept = s3_manifest(s3_port, f"b/runs/{handle.id}")
+            proxy.restore()
+
+            assert handle.result(timeout=60) == kept == s3_manifest(s3_port, f"b/runs/{handle.id}")
+    assert scene.begun(handle) == 1
 
 
 def test_a_disk_that_has_room_again_takes_the_job(scene: Scene) -> None:
@@ -81,6 +94,23 @@ def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene
         assert [image.seed for image in result.images] == [result.seed, result.seed + 1, result.seed + 2]
         drawn = [event["seed"] - result.seed for event in scene.events("end", handle)]
         assert drawn == [0, 1, 2]
+
+
+def s3_environ(prefix: str, proxy: Proxy) -> dict[str, str]:
+    """A prefix of the bucket, through the proxy."""
+    store = {"ZLORA_STORE": f"s3://{seaweed.BUCKET}/{prefix}", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}"}
+    return store | seaweed.ENVIRON
+
+
+def stored(port: int, folder: str) -> list[str]:
+    """What the bucket has of a job."""
+    return [key for key in seaweed.keys(port) if key.startswith(f"{folder}/")]
+
+
+def s3_manifest(port: int, folder: str) -> GenerateResult:
+    """What the bucket says of a job."""
+    answer = seaweed.client(port).get_object(Bucket=seaweed.BUCKET, Key=f"{folder}/manifest.json")
+    return msgspec.json.decode(answer["Body"].read(), type=GenerateResult)
 
 
 def fill_disk(scene: Scene, child: int) -> None:

@@ -1,4 +1,4 @@
-"""Workers that are killed, ended and replaced: another draws the job, soon and once."""
+"""Workers that are killed, ended, replaced or cut off: each job is drawn by one that is there, soon and once."""
 
 import signal
 import time
@@ -7,14 +7,18 @@ from contextlib import ExitStack, closing
 
 import pytest
 from faults.figures import Tally
-from faults.scene import Scene, request
+from faults.proxy import Proxy
+from faults.scene import CLEAN, Scene, request
 from faults.valkey import Valkey
 from processes import Worker
 from zlora import JobHandle, JobState
 from zlora.job import TASK_NAME
 
 TAKEN_OVER_WITHIN = 45.0  # seconds after the death of a worker, at the default settings
-SHORT = {"ZLORA_VISIBILITY": "3", "ZLORA_SWEEP": "2"}
+LITTLE = 1.5  # seconds of a job's own, less than what passes until another worker may have it
+PARTITION = 6.0  # seconds
+RECOVERS_WITHIN = 60.0  # seconds after it
+SHORT = {"ZLORA_VISIBILITY": "2", "ZLORA_SWEEP": "1"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,17 +33,45 @@ def orphan(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[t
     with Valkey(folder / "valkey", tally) as server:
         scene = Scene(folder / "scene", tally, broker_url=server.url, queue="orphan")
         with closing(scene), scene.worker(), scene.worker("two"):
-            handle = scene.submit(do=["sleep"], seconds=300)
+            handle = scene.submit(do=["sleep"], seconds=300, fields={"timeout": LITTLE})
             scene.wait_begun(handle)
             scene.kill(scene.owner(handle))
             yield scene, handle, time.time()
             handle.result(timeout=60)
-            assert scene.audit() == ([], [])
+            assert scene.audit() == CLEAN
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parted(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[tuple[Scene, Scene, float]]:
+    """Two queues whose workers lost sight of the broker for a while, one idle and one over a job; and until when.
+
+    For some seconds every byte is swallowed, those of new connections too; what was open then stays dead for good. This
+    takes a minute as well, and goes on beside the other tests.
+    """
+    folder = tmp_path_factory.mktemp("parted")
+    (folder / "valkey").mkdir()
+    with Valkey(folder / "valkey", tally) as server, Proxy(server.port, tally) as proxy, ExitStack() as stack:
+        idle, busy = (
+            stack.enter_context(closing(Scene(folder / name, tally, broker_url=server.url, queue=name)))
+            for name in ("idle", "busy")
+        )
+        for scene in (idle, busy):  # producers go without the proxy
+            stack.enter_context(scene.worker(ZLORA_BROKER_URL=proxy.url))
+        running = busy.submit(steps=20, step=0.2)
+        busy.wait_step(running)
+        busy.submit()
+        proxy.black_out()
+        waiting = idle.submit()
+        time.sleep(PARTITION)
+        assert not idle.begun(waiting)
+        proxy.restore()
+        yield idle, busy, time.time()
+        assert (idle.audit(), busy.audit()) == (CLEAN, CLEAN)
 
 
 def test_a_job_longer_than_the_visibility_timeout_is_drawn_once(scene: Scene) -> None:
     with scene.worker(**SHORT) as one, scene.worker("two", **SHORT) as two:
-        handle = scene.submit(steps=10, step=1)
+        handle = scene.submit(steps=7, step=1)
 
         assert handle.result(timeout=60).base_intact
         assert scene.begun(handle) == 1
@@ -53,12 +85,12 @@ def test_a_job_for_later_than_the_visibility_timeout_is_drawn_once(scene: Scene)
     later = scene.answer_for(scene.client.job("later"))
     with scene.worker(**SHORT), scene.worker("two", **SHORT):
         with scene.any_client() as other:
-            other.send_task(TASK_NAME, args=[request(later.id)], task_id=later.id, countdown=8)
+            other.send_task(TASK_NAME, args=[request(later.id)], task_id=later.id, countdown=6)
 
         assert later.result(timeout=60).base_intact
-        time.sleep(2)
+        time.sleep(1)
         (begin,) = scene.events("begin", later)
-        assert begin["at"] - start >= 8
+        assert begin["at"] - start >= 6
 
 
 def test_a_worker_that_is_told_to_end_finishes_its_job_and_takes_no_other(scene: Scene) -> None:
@@ -138,6 +170,21 @@ def test_a_message_that_a_killed_worker_takes_with_it_is_sent_again(scene: Scene
         assert handle.result(timeout=60).base_intact
 
 
+def test_garbage_in_the_place_of_a_result_keeps_no_other_job_from_being_sent_again(scene: Scene) -> None:
+    """The ledger has it before the other; what becomes of the damaged one is for whoever can write there."""
+    damaged = scene.submit()
+    del scene.handles[damaged.id]
+    lost = scene.submit()
+    with scene.broker() as broker:
+        for name in scene.queue_lists():
+            broker.delete(name)
+        broker.set(f"celery-task-meta-{damaged.id}", b"\xff\xfe{garbage", ex=600)
+    scene.tally.fault()
+
+    with scene.worker(**SHORT):
+        assert lost.result(timeout=60).base_intact
+
+
 def test_idle_workers_killed_under_load_lose_nothing(scene: Scene) -> None:
     handles = []
     for _ in range(6):
@@ -159,6 +206,27 @@ def test_another_worker_takes_over_from_a_killed_one_within_45_seconds(orphan: t
     scene.tally.notes.append(f"another worker began a killed worker's job after {seconds:.1f} s")
     assert seconds < TAKEN_OVER_WITHIN
     assert handle.result(timeout=30).base_intact
+
+
+def test_a_job_with_little_time_is_drawn_after_the_death_of_its_worker(orphan: tuple[Scene, JobHandle, float]) -> None:
+    """What passes until another worker may have it is none of its time."""
+    scene, handle, _ = orphan
+
+    assert handle.result(timeout=60).base_intact
+    assert scene.begun(handle) == 2
+
+
+def test_workers_behind_a_partition_take_jobs_within_a_minute(parted: tuple[Scene, Scene, float]) -> None:
+    *scenes, restored = parted
+    for scene in scenes:
+        for handle in scene.handles.values():
+            assert handle.result(timeout=RECOVERS_WITHIN).base_intact
+            assert scene.begun(handle) == 1
+            assert scene.at(handle, 1) - restored < RECOVERS_WITHIN
+
+    scene = scenes[0]
+    (waiting,) = scene.handles.values()
+    scene.tally.notes.append(f"an idle worker took a job {scene.at(waiting, 1) - restored:.1f} s after a partition")
 
 
 def end_over(scene: Scene, handle: JobHandle, leaving: Worker, *, begun: int) -> None:

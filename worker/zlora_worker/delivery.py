@@ -145,12 +145,16 @@ class Deliveries:
             evidence = {"attempts": [msgspec.to_builtins(attempt) for attempt in dead]}
             raise JobPoisoned(f"{len(dead)} workers died over job {job_id}", evidence)
         field, first = self._begin(job_id, digest)
+        leaving = False  # told to end: the job is given back
         try:
             # Of what was drawn with a base that changed nothing is taken over.
             yield Begun(deaths=len(dead), before=not first and "spoilt" not in record)
+        except (SystemExit, KeyboardInterrupt):
+            leaving = True
+            raise
         finally:
-            # First, so that the job is somebody's until Celery has stored its end: an outage may have let it expire.
-            self._take_lease(wire.lease_key(job_id))
+            if not leaving:  # the job is its worker's until Celery has stored its end; an outage may have let it go
+                self._take_lease(wire.lease_key(job_id))
             self.ledger.redis.hdel(wire.job_key(job_id), field)
 
     def _begin(self, job_id: str, digest: str) -> tuple[str, bool]:

@@ -1,6 +1,7 @@
 """In place of `zlora_worker.checkpoint`: a model that loads as slowly, or as badly, as a test asks.
 
-`FAKE_LOAD_SECONDS` is how long; `FAKE_LOAD_FAILS` names a file, and where it is the load raises.
+`FAKE_LOAD_SECONDS` is how long, and `FAKE_RELOAD_SECONDS` for a worker's children after its first; `FAKE_LOAD_FAILS`
+names a file, and where it is the load raises.
 """
 
 import os
@@ -17,9 +18,18 @@ def load(settings: Settings) -> Engine:
     from faults.engines import journal
 
     journal.write("loading")
-    time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
+    time.sleep(_seconds())
     fault = os.environ.get("FAKE_LOAD_FAILS", "")
     if fault and Path(fault).exists():
         raise ModelUnavailable(f"{settings.model} cannot be loaded: a test says so")
     journal.write("loaded")
     return Engine(name=settings.model)  # type: ignore[call-arg]  # the fake's, see `sitecustomize`
+
+
+def _seconds() -> float:
+    seconds = os.environ.get("FAKE_LOAD_SECONDS", "0")
+    try:
+        Path(os.environ["FAKE_MARKS"], f"loaded-{os.getppid()}").touch(exist_ok=False)
+    except FileExistsError:
+        seconds = os.environ.get("FAKE_RELOAD_SECONDS", seconds)
+    return float(seconds)
