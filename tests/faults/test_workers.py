@@ -66,6 +66,8 @@ def parted(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[t
         assert not idle.begun(waiting)
         proxy.restore()
         yield idle, busy, time.time()
+        for handle in [*idle.handles.values(), *busy.handles.values()]:
+            handle.result(timeout=60)
         assert (idle.audit(), busy.audit()) == (CLEAN, CLEAN)
 
 
