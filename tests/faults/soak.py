@@ -71,7 +71,8 @@ class Fleet:
         self.running.remove(item)
         worker, stack = item
         if worker.process.poll() is not None:
-            raise SystemExit(f"a worker has ended by itself, with status {worker.process.returncode}: {worker.log}")
+            last = worker.log.read_text()[-4000:]
+            raise SystemExit(f"a worker has ended by itself, with status {worker.process.returncode}:\n{last}")
         self.scene.kill(worker.process.pid)
         self.killed += 1
         stack.close()
