@@ -262,6 +262,22 @@ def test_a_message_waits_until_a_full_redis_takes_note_of_it(reader: Reader) -> 
     assert reader.redis.hexists("unacked", "waits")
 
 
+def test_a_channel_whose_connection_is_gone_closes_and_leaves_its_messages_in_the_books(reader: Reader) -> None:
+    """They come back when their time is over: kombu would raise, and the worker end."""
+    options: Any = {"transport": "zlora_worker.transport:Transport", "transport_options": wire.transport_options()}
+    reader.redis.delete(reader.queue)
+    reader.redis.lpush(reader.queue, altered(("properties", "delivery_tag"), "held"))
+    with Connection(reader.url, **options) as connection, connection.channel() as opened:
+        channel: Any = opened
+        assert channel.basic_get(reader.queue, no_ack=False) is not None
+        channel._disconnect_pools()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channel.connection, "client", None)
+            channel.qos.restore_unacked_once()
+
+    assert reader.redis.hexists("unacked", "held")
+
+
 @given(depth=st.integers(0, 100), limit=st.integers(1, 80))
 def test_depth_is_counted_level_by_level(depth: int, limit: int) -> None:
     assert deeper_than(limit, nested(depth)) is (depth >= limit)

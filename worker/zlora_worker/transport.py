@@ -92,6 +92,16 @@ class QoS(stock.QoS):
             else:
                 return
 
+    def restore_unacked(self, client: Any = None) -> None:
+        """Put back what is held; where the connection is gone it stays entered, and comes back in its time.
+
+        kombu would fail here, and the worker end, where Redis dies while the worker connects.
+        """
+        if self.channel.connection is not None and self.channel.connection.client is not None:
+            super().restore_unacked(client)
+        else:
+            self._delivered.clear()
+
 
 class Channel(stock.Channel):
     """kombu's, with these two."""
