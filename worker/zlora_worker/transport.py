@@ -99,7 +99,7 @@ class QoS(stock.QoS):
         """
         if self.channel.connection is not None and self.channel.connection.client is not None:
             super().restore_unacked(client)
-        else:
+        elif self._delivered is not None:
             self._delivered.clear()
 
 
