@@ -35,7 +35,7 @@ _UNDECODED: Final = (msgspec.DecodeError, kombu.exceptions.DecodeError)
 NO_ANSWER: Final = (*_UNDECODED, AttributeError, LookupError, TypeError, ValueError)
 _ASK_AGAIN: Final = 10.0  # seconds after a question for an old result that no worker has answered
 _OUTAGE: Final = 30.0  # seconds that a wait for a result outlasts a Redis that does not answer, such as its restart
-_LOOK_SHARE: Final = 0.1  # of the time waited so far until the next look: a result is seen at most that much late
+_LOOK_SHARE: Final = 0.05  # of the time waited so far until the next look: a result is seen at most that much late
 _LOOK_BOUNDS: Final = (0.005, 0.25)  # seconds
 
 
