@@ -88,7 +88,7 @@ class JobHandle:
             if not known:
                 return Cancellation.UNKNOWN
             self._app.backend.mark_as_revoked(self.id, "cancelled")
-            self._ledger.close(self.id, self._revoked())
+            self._ledger.close(self.id, revoked(self.id))
         return Cancellation.QUEUED
 
     def _unstarted(self) -> JobStatus:
@@ -169,22 +169,29 @@ class JobHandle:
         except NO_ANSWER as error:
             raise InternalError(f"what is stored for job {self.id} is no answer of a worker: {error}") from None
 
-    def _revoked(self) -> JobRevoked:
-        return JobRevoked(f"job {self.id} was cancelled", {"job_id": self.id})
-
     def _error(self, meta: dict[str, Any]) -> ZloraError:
         error, details = meta["result"], {"job_id": self.id}
         if isinstance(error, ZloraError):
             return error
         if meta["status"] == JobState.REVOKED:
             if str(error) == EXPIRED:
-                return JobExpired(f"job {self.id} was not begun in time", details)
-            return self._revoked()
+                return expired(self.id)
+            return revoked(self.id)
         if isinstance(error, TimeLimitExceeded):
             return JobTimeout(f"job {self.id} took longer than it may, and its worker's child was killed", details)
         if isinstance(error, WorkerLostError):
             return JobLost(f"the worker died over job {self.id}", details)
         return InternalError(f"job {self.id} failed outside the task: {error!r}", details)
+
+
+def revoked(job_id: str) -> JobRevoked:
+    """The error of a job that nobody wants any more."""
+    return JobRevoked(f"job {job_id} was cancelled", {"job_id": job_id})
+
+
+def expired(job_id: str) -> JobExpired:
+    """The error of a job that no worker began in time."""
+    return JobExpired(f"job {job_id} was not begun in time", {"job_id": job_id})
 
 
 def _progress(meta: dict[str, Any]) -> dict[str, Any]:

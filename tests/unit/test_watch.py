@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from servers import untimed
 from zlora import wire
 from zlora.errors import JobRevoked, JobTimeout
+from zlora.handle import revoked
 from zlora_worker import watch
-from zlora_worker.delivery import Deliveries, revoked
-from zlora_worker.watch import Watch, overdue, progress_backend
+from zlora_worker.delivery import Deliveries
+from zlora_worker.watch import Watch, progress_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # by Celery's backend
 
@@ -112,7 +113,6 @@ def test_a_job_ends_when_its_time_is_over(clock: Clock, desk: Desk) -> None:
 
     assert raised.value.details == {"job_id": "job-1", "seconds": 5}
     assert "5 s" in str(raised.value)
-    assert overdue("job-1").details == {"job_id": "job-1"}
 
 
 @pytest.mark.parametrize("error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")])

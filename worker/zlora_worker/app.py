@@ -56,7 +56,7 @@ app.conf.update(
     # Without it a result that meets a Redis restart turns a finished job into a failed one; and so does a full Redis.
     result_backend_always_retry=True,
     result_backend_transport_options={"additional_connection_errors": ["redis.exceptions:OutOfMemoryError"]},
-    # Celery would say STARTED before the job's lease is held, over whatever is known of it; the job says it itself.
+    # Celery would say STARTED before the lease is held, over whatever is known of the job, which says PROGRESS at once.
     task_track_started=False,
     worker_send_task_events=True,
     task_send_sent_event=True,

@@ -20,8 +20,8 @@ from celery.states import READY_STATES
 from msgspec import Struct
 from zlora import wire
 from zlora.client import send
-from zlora.errors import JobExpired, StoreFailed
-from zlora.handle import EXPIRED, NO_ANSWER
+from zlora.errors import StoreFailed
+from zlora.handle import EXPIRED, NO_ANSWER, expired
 from zlora.job import JOB_ID, JobState
 from zlora.ledger import Ledger, connect
 from zlora_worker.settings import Settings
@@ -119,7 +119,7 @@ class Sweeper:
                 self._ledger.keep(job_id)
                 continue
             self._app.backend.mark_as_revoked(job_id, EXPIRED)
-            self._ledger.close(job_id, JobExpired(f"job {job_id} was not begun in time", {"job_id": job_id}))
+            self._ledger.close(job_id, expired(job_id))
 
 
 def answer(ledger: Ledger, store: Store, question: tuple[str, str]) -> None:

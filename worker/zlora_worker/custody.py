@@ -15,8 +15,9 @@ from zlora_worker.delivery import Deliveries
 from zlora_worker.settings import Settings
 
 _BEATS: Final = 4  # in the time in which a job without one goes to another worker
-logger = get_logger(__name__)
 _SIGNAL: Final = re.compile(r"signal \d+ \((\w+)\)")
+
+logger = get_logger(__name__)
 
 
 class Heartbeat(bootsteps.StartStopStep):

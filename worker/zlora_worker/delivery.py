@@ -16,8 +16,9 @@ import msgspec
 import redis
 from celery.utils.log import get_task_logger
 from zlora import wire
-from zlora.errors import JobPoisoned, JobRevoked, ZloraError
-from zlora.ledger import ATTEMPT, Attempt, Ledger, Submission, attempts_of, connect, verdict_of
+from zlora.errors import JobPoisoned, ZloraError
+from zlora.handle import revoked
+from zlora.ledger import ATTEMPT, Attempt, Ledger, attempts_of, connect, verdict_of
 
 LEASE: Final = 10.0  # seconds that a job stays with a worker that says nothing more
 _RENEW: Final = 2.0  # seconds between two signs
@@ -83,11 +84,10 @@ class Deliveries:
 
     def is_own(self, job_id: str, document: object) -> bool:
         """Whether a request that cannot be read is the job's own, or the first under its id."""
-        record = self.record(job_id)
-        if "digest" not in record:
+        if "digest" not in self.record(job_id):
             return True
-        text = record.get("message")
-        return text is not None and msgspec.json.decode(text, type=Submission).request == document
+        submission = self.ledger.submission(job_id)
+        return submission is not None and submission.request == document
 
     def is_known(self, job_id: str) -> bool:
         """Whether the id is a job's; in the parent, so without waiting for Redis."""
@@ -238,8 +238,3 @@ class Deliveries:
                     logger.warning("%s: another worker draws this job too; the first to end has it", key)
             except redis.RedisError as error:
                 logger.warning("%s is not renewed: %s", key, error)
-
-
-def revoked(job_id: str) -> JobRevoked:
-    """The error of a job that nobody wants any more."""
-    return JobRevoked(f"job {job_id} was cancelled", {"job_id": job_id})

@@ -46,5 +46,5 @@ def first(store: Store, key: str, data: bytes, content_type: str) -> bytes:
 def _result(manifest: bytes, job_id: str) -> GenerateResult:
     try:
         return msgspec.json.decode(manifest, type=GenerateResult)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except msgspec.DecodeError as error:
         raise InternalError(f"the manifest of job {job_id} is damaged: {error}", {"job_id": job_id}) from None

@@ -19,12 +19,12 @@ from zlora.errors import (
     BaseNotRestored,
     InternalError,
     InvalidRequest,
-    JobExpired,
     StoreFailed,
     ZloraError,
 )
+from zlora.handle import expired, revoked
 from zlora.job import GenerateRequest, GenerateResult, check_job_id, digest_of, plain, read_request
-from zlora_worker.delivery import Begun, Deliveries, Ended, Leased, Taken, revoked
+from zlora_worker.delivery import Begun, Deliveries, Ended, Leased, Taken
 from zlora_worker.endings import answer, fail, leave, leave_dirty, may_succeed_later, put_off, retries_of
 from zlora_worker.outcome import discard, finished
 from zlora_worker.watch import Watch, overdue, progress_backend
@@ -219,7 +219,7 @@ def _require_in_time(task: "Task[Any, Any]", job_id: str) -> None:
         return
     moment = datetime.fromisoformat(expires) if isinstance(expires, str) else expires
     if datetime.now(UTC) > (moment if moment.tzinfo else moment.replace(tzinfo=UTC)):
-        raise JobExpired(f"job {job_id} was not begun in time", {"job_id": job_id})
+        raise expired(job_id)
 
 
 def _desk() -> Deliveries:

@@ -81,10 +81,10 @@ class Watch:
         return round((now - start) / (done - first) * (total - done), 3) if done > first else None
 
 
-def overdue(job_id: str, seconds: float | None = None) -> JobTimeout:
+def overdue(job_id: str, seconds: float) -> JobTimeout:
     """The error of a job that takes longer than it may, which is `seconds` from the start of its drawing."""
-    details = {"job_id": job_id} if seconds is None else {"job_id": job_id, "seconds": seconds}
-    return JobTimeout(f"job {job_id} takes longer than it may{f', {seconds:g} s' if seconds else ''}", details)
+    details = {"job_id": job_id, "seconds": seconds}
+    return JobTimeout(f"job {job_id} takes longer than it may, {seconds:g} s", details)
 
 
 @cache
