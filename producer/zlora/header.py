@@ -7,7 +7,7 @@ Format: 8 bytes little-endian length, that many bytes of JSON, then the tensors'
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -18,6 +18,8 @@ MAX_HEADER: Final = (
     16 * 2**20
 )  # bytes; a LoRA of 3,000 tensors has 0.4 MB, and a parsed header costs four times its size
 _LENGTH: Final = 8  # bytes of the header's length
+_IMPOSTOR: Final = 64  # bytes by which the usual impostors are told
+_PIECE: Final = 2**20  # bytes
 _MAX_ELEMENTS: Final = 2**48
 _BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -40,30 +42,74 @@ class Header(Struct, frozen=True):
     metadata: dict[str, str]
 
 
+class Arriving:
+    """A safetensors file on its way: its header is checked as soon as it is there, its length with every byte.
+
+    `header` is None and `total`, the bytes of the whole file, 0 until then.
+    """
+
+    def __init__(self) -> None:
+        self.header: Header | None = None
+        self.total = 0
+        self.received = 0
+        self._start = bytearray()
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next bytes; raises `NotSafetensors` as soon as they cannot be of such a file."""
+        self.received += len(piece)
+        if self.header is None:
+            self._start += piece
+            self._look()
+        if self.total and self.received > self.total:
+            raise _other_size(self.received, self.total)
+
+    def end(self) -> None:
+        """There are no more bytes; raises `NotSafetensors` where some are missing."""
+        if self.header is None:
+            raise self.missing()
+        if self.received != self.total:
+            raise _other_size(self.received, self.total)
+
+    def missing(self) -> NotSafetensors:
+        """What to raise where the file is over before its header is."""
+        if self.received < _LENGTH:
+            return NotSafetensors(f"not a safetensors file: {self.received} bytes are too few for a header")
+        length = int.from_bytes(self._start[:_LENGTH], "little")
+        return NotSafetensors(_what_it_is(bytes(self._start[:_IMPOSTOR])), {"header_bytes": length})
+
+    def _look(self) -> None:
+        length = int.from_bytes(self._start[:_LENGTH], "little")
+        if len(self._start) >= _IMPOSTOR and (length > MAX_HEADER or self._start[_LENGTH] != ord("{")):
+            raise self.missing()
+        end = _LENGTH + length
+        if len(self._start) >= _LENGTH and end <= min(len(self._start), _LENGTH + MAX_HEADER):
+            self.header = _parsed(bytes(self._start[_LENGTH:end]))
+            self.total = end + _data_size(self.header.tensors)
+            self._start.clear()
+
+
 def read_header(path: Path) -> Header:
     """The checked header of a whole file; raises `NotSafetensors` with the reason."""
-    size = path.stat().st_size
+    size, arriving = path.stat().st_size, Arriving()
     with path.open("rb") as file:
-        header, length = _parse(file, size)
-    _check_layout(header.tensors, size - _LENGTH - length)
-    return header
+        while arriving.header is None and (piece := file.read(_PIECE)):
+            arriving.feed(piece)
+    if arriving.header is None:
+        raise arriving.missing()
+    if size != arriving.total:
+        raise _other_size(size, arriving.total)
+    return arriving.header
 
 
-def _parse(file: BinaryIO, size: int) -> tuple[Header, int]:
-    if size < _LENGTH:
-        raise NotSafetensors(f"not a safetensors file: {size} bytes are too few for a header")
-    start = file.read(_LENGTH)
-    length = int.from_bytes(start, "little")
-    if length > MAX_HEADER or length > size - _LENGTH:
-        raise NotSafetensors(_what_it_is(start + file.read(56)), {"header_bytes": length, "file_bytes": size})
+def _parsed(text: bytes) -> Header:
     try:
-        entries = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
+        entries = json.loads(text.decode(), object_pairs_hook=_unique)
         msgspec.json.encode(entries)  # half a surrogate pair, which Python's JSON lets through, is a ValueError here
         metadata = msgspec.convert(entries.pop("__metadata__", {}), dict[str, str])
         tensors = msgspec.convert(entries, dict[str, TensorInfo])
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise NotSafetensors(f"not a safetensors file: its header is no such JSON ({str(error)[:120]})") from None
-    return Header(tensors, metadata), length
+    return Header(tensors, metadata)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,8 +120,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
-    """Every byte after the header belongs to exactly one tensor, whose size is its shape's."""
+def _data_size(tensors: dict[str, TensorInfo]) -> int:
+    """Bytes after the header, each of which belongs to exactly one tensor, whose size is its shape's."""
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         if info.dtype not in _BITS:
@@ -89,8 +135,11 @@ def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
                 f"damaged safetensors file: the bytes of tensor {name[:100]!r} are not where they should be"
             )
         end = info.data_offsets[1]
-    if end != data_size:
-        raise NotSafetensors(f"damaged safetensors file: {data_size} bytes of tensors where the header names {end}")
+    return end
+
+
+def _other_size(found: int, named: int) -> NotSafetensors:
+    return NotSafetensors(f"damaged safetensors file: {found} bytes where its header names {named}")
 
 
 def _what_it_is(start: bytes) -> str:

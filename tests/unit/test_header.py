@@ -235,7 +235,7 @@ def test_a_header_longer_than_any_lora_s_is_refused_unread(tmp_path: Path) -> No
     with pytest.raises(NotSafetensors) as raised:
         read_header(path)
 
-    assert raised.value.details == {"header_bytes": MAX_HEADER + 1, "file_bytes": MAX_HEADER + 9}
+    assert raised.value.details == {"header_bytes": MAX_HEADER + 1}
 
 
 def test_a_tensor_of_more_dimensions_than_any_model_has_is_refused(tmp_path: Path) -> None:
