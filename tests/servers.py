@@ -1,7 +1,11 @@
 """Loopback servers that say what a test tells them, a count of this process's connections, and files to serve."""
 
+import hashlib
+import io
 import json
 import socket
+import ssl
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +15,13 @@ from threading import Thread
 from typing import Any, Final
 
 import hypothesis
+import pytest
+from zlora.errors import LoraError
+from zlora.job import Asset
+from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.fetch import Fetcher
 from zlora_worker.settings import Settings
+from zlora_worker.stream import Fetched
 
 _PATIENCE: Final = 30.0  # seconds after which a peer that does nothing is given up
 _TLS_HANDSHAKE: Final = b"\x16"  # first byte of a TLS record of that kind (RFC 8446, 5.1)
@@ -51,6 +60,7 @@ class Host:
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     sent: int = 0
+    tls: ssl.SSLContext | None = None
 
     @property
     def name(self) -> str:
@@ -77,34 +87,41 @@ class Host:
             self.connections += 1
             with connection:
                 connection.settimeout(_PATIENCE)
+                self._greet(connection)
+
+    def _greet(self, connection: socket.socket) -> None:
+        try:
+            if self.tls:
+                with self.tls.wrap_socket(connection, server_side=True) as secured:
+                    self._talk(secured)
+            elif connection.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
+                connection.sendall(reply(status=400))
+            else:
                 self._talk(connection)
+        except OSError:  # the client has left, as some tests want, or has no trust in the certificate
+            return
 
     def _talk(self, connection: socket.socket) -> None:
-        try:
-            if connection.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
-                connection.sendall(reply(status=400))
+        with connection.makefile("rb") as lines:
+            if not (first := lines.readline().decode("latin-1").split()):
                 return
-            with connection.makefile("rb") as lines:
-                if not (first := lines.readline().decode("latin-1").split()):
-                    return
-                pairs = (line.decode("latin-1").partition(":") for line in iter(lines.readline, b"\r\n"))
-                headers = {name.lower(): value.strip() for name, _, value in pairs}
-            request = Request(method=first[0], target=first[1], headers=headers)
-            self.requests.append(request)
-            answer = self.answer(request)
-            for piece in [answer] if isinstance(answer, bytes) else answer:
-                connection.sendall(piece)
-                self.sent += len(piece)
-        except OSError:  # the client has left, as some tests want
-            return
+            pairs = (line.decode("latin-1").partition(":") for line in iter(lines.readline, b"\r\n"))
+            headers = {name.lower(): value.strip() for name, _, value in pairs}
+        request = Request(method=first[0], target=first[1], headers=headers)
+        self.requests.append(request)
+        answer = self.answer(request)
+        for piece in [answer] if isinstance(answer, bytes) else answer:
+            connection.sendall(piece)
+            self.sent += len(piece)
 
 
 @contextmanager
-def serving(answer: Answer | bytes) -> Iterator[Host]:
-    """A server on a free loopback port for as long as the block runs."""
+def serving(answer: Answer | bytes, *, tls: ssl.SSLContext | None = None) -> Iterator[Host]:
+    """A server on a free loopback port for as long as the block runs; with `tls` it speaks that."""
     fixed = answer if isinstance(answer, bytes) else b""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host = Host(listener.getsockname()[1], (lambda _: fixed) if isinstance(answer, bytes) else answer)
+        host.tls = tls
         thread = Thread(target=host.serve, args=(listener,))
         thread.start()
         try:
@@ -112,6 +129,32 @@ def serving(answer: Answer | bytes) -> Iterator[Host]:
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join(_PATIENCE)
+
+
+class Authority:
+    """A certificate authority that nobody trusts but by its `bundle`, made by the `openssl` program."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.bundle = folder / "ca.pem"
+        self._make(self.bundle, "/CN=An authority of tests", "-addext", "keyUsage=keyCertSign")
+
+    def server(self, name: str) -> ssl.SSLContext:
+        """A server's side of TLS, with a certificate for `name`."""
+        certificate = self._folder / f"{name}.pem"
+        if not certificate.exists():
+            signer = ["-CA", str(self.bundle), "-CAkey", str(self.bundle.with_suffix(".key"))]
+            facts = ["-addext", f"subjectAltName=DNS:{name}", "-addext", "basicConstraints=critical,CA:FALSE"]
+            self._make(certificate, f"/CN={name}", *signer, *facts)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+        return context
+
+    def _make(self, certificate: Path, subject: str, *options: str) -> None:
+        kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-days", "2"]
+        files = ["-keyout", str(certificate.with_suffix(".key")), "-out", str(certificate)]
+        command = ["openssl", "req", "-x509", *kind, "-subj", subject, *files, *options]
+        subprocess.run(command, check=True, capture_output=True)
 
 
 _watches: list[list[str]] = []
@@ -154,7 +197,32 @@ def fetching(folder: Path, *hosts: Host, **variables: str) -> Iterator[Fetcher]:
     try:
         yield fetcher
     finally:
-        fetcher.session.close()
+        fetcher.close()
+
+
+SECRETS: Final = ("s3cret", "us3r", "t0ken", "fr4g")  # what tests put into addresses and settings, and nothing says
+
+
+def downloaded(fetcher: Fetcher, address: str, known: Fetched | None = None) -> tuple[bytes, Fetched]:
+    """What is written, and what is told of it."""
+    sink = io.BytesIO()
+    fetched = fetcher.fetch(address, sink, known=known)
+    return sink.getvalue(), fetched
+
+
+def failure(fetcher: Fetcher, address: str, **options: Any) -> LoraError:
+    """How a fetch fails; no failure shows a secret of its address."""
+    with pytest.raises(LoraError) as raised:
+        fetcher.fetch(address, io.BytesIO(), **options)
+    said = f"{raised.value} {raised.value.details} {raised.value!r}"
+    assert not [secret for secret in SECRETS if secret in said]
+    return raised.value
+
+
+def failure_of(folder: Path, answer: Answer | bytes, **variables: str) -> LoraError:
+    """How a fetch fails from a host that answers so."""
+    with serving(answer) as host, fetching(folder, host, **variables) as fetcher:
+        return failure(fetcher, f"{host.url}/x?sig=s3cret#fr4g")
 
 
 def tensor_file(header: object, data: bytes = b"") -> bytes:
@@ -175,3 +243,55 @@ def lora_bytes(fill: int = 0, *, size: int = 2048) -> bytes:
         for index, (letter, shape) in enumerate({"A": [4, half // 8], "B": [half // 8, 4]}.items())
     }
     return tensor_file({"__metadata__": {"format": "pt"}, **factors}, bytes([fill]) * size)
+
+
+def digest(data: bytes) -> str:
+    """What a file of these bytes is named by."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def with_etag(data: bytes) -> Answer:
+    """A host that has one file, and says 304 to who has it."""
+    tag = f'"{digest(data)}"'
+
+    def answer(request: Request) -> bytes:
+        return reply(status=304, length=None) if request.headers.get("if-none-match") == tag else reply(data, ETag=tag)
+
+    return answer
+
+
+def by_path(contents: Mapping[str, bytes]) -> Answer:
+    """A host of files with ETags; where no address with that query is named, whatever the query."""
+
+    def answer(request: Request) -> bytes:
+        data = contents.get(request.target, contents.get(request.target.partition("?")[0]))
+        whole = reply(status=404) if data is None else with_etag(data)(request)
+        return whole if isinstance(whole, bytes) else b"".join(whole)
+
+    return answer
+
+
+@contextmanager
+def caching(
+    folder: Path, *hosts: Host, max_bytes: int = 10**9, free_bytes: int = 0, **variables: str
+) -> Iterator[Cache]:
+    """A cache in `folder / "loras"` that may ask `hosts`."""
+    with fetching(folder, *hosts, **variables) as fetcher:
+        yield Cache(folder / "loras", max_bytes=max_bytes, free_bytes=free_bytes, fetcher=fetcher)
+
+
+def got(cache: Cache, asset: Asset, **options: Any) -> CachedFile:
+    """The file of one asset, which is given back at once."""
+    with cache.files([asset], **options) as (file,):
+        return file
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """What a cache has in `files`, by name; and nothing may be left of drafts and locks."""
+    assert [path for part in ("drafts", "locks") for path in (folder / "loras" / part).iterdir()] == []
+    return {path.name: path.read_bytes() for path in (folder / "loras/files").iterdir()}
+
+
+def named(*contents: bytes) -> dict[str, bytes]:
+    """Files as a cache names them."""
+    return {f"{digest(data)}.safetensors": data for data in contents}

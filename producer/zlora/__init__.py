@@ -20,6 +20,8 @@ from zlora.job import (
     LoraReceipt,
     LoraSpec,
 )
+from zlora.origins import LoraInfo
+from zlora.preflight import Preflight
 
 __all__ = [
     "Asset",
@@ -31,7 +33,9 @@ __all__ = [
     "JobHandle",
     "JobState",
     "JobStatus",
+    "LoraInfo",
     "LoraReceipt",
     "LoraSpec",
+    "Preflight",
     "errors",
 ]

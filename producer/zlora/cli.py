@@ -8,9 +8,15 @@ from importlib.metadata import entry_points
 from typing import Any, Final
 
 import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from zlora.errors import ZloraError
 from zlora.local import Stack
+from zlora.origins import LoraInfo
+from zlora.preflight import Preflight
 
 
 class _Commands(click.Group):
@@ -58,6 +64,38 @@ def up(flower: bool, flower_port: int) -> None:
         except KeyboardInterrupt:
             pass
         click.echo("stopping: a running job is finished first")
+
+
+@main.command()
+@click.argument("address")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(address: str, as_json: bool) -> None:
+    """Tell what the LoRA at ADDRESS is, by its header alone.
+
+    ADDRESS is a URL, `hf://owner/repo/file`, `owner/repo` or `civitai://<version id>`.
+    """
+    info = Preflight.from_env().inspect(address if "://" in address else f"hf://{address}")
+    if as_json:
+        click.echo(msgspec.json.encode(info))
+    else:
+        Console().print(_table(info))
+
+
+def _table(info: LoraInfo) -> Table:
+    """A stranger's words are shown as they are: none of them is markup."""
+    table = Table(box=None, show_header=False)
+    for name, value in {
+        "source": info.source,
+        "size": f"{info.size:,} bytes",
+        "format": info.format,
+        "kinds": ", ".join(info.kinds),
+        "ranks": ", ".join(map(str, info.ranks)) or "none",
+        "base": info.base or "not told",
+        "trigger words": ", ".join(info.trigger_words) or "not told",
+        "modules": ", ".join(f"{count} in {component}" for component, count in info.modules.items()),
+    }.items():
+        table.add_row(name, Text(value, overflow="fold"))
+    return table
 
 
 for _point in entry_points(group="zlora.commands"):

@@ -3,8 +3,9 @@
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -25,6 +26,7 @@ from zlora.job import (
     shown,
 )
 from zlora.ledger import Ledger, Submission, connect
+from zlora.preflight import Preflight
 
 Priority = Literal["high", "normal", "low"]
 
@@ -36,10 +38,18 @@ _SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step"
 class Client:
     """Submits jobs over its own Celery app, so that another app in the process keeps its settings."""
 
-    def __init__(self, broker_url: str, *, result_backend: str | None = None, queue: str = QUEUE) -> None:
+    def __init__(
+        self,
+        broker_url: str,
+        *,
+        result_backend: str | None = None,
+        queue: str = QUEUE,
+        preflight: Callable[[], Preflight] = Preflight,
+    ) -> None:
         """Connect at the first use. `result_backend` is the broker where it is not given.
 
-        Raises `InvalidSetting` where either is no URL that Celery can open, or the broker is not one Redis.
+        `preflight` makes what looks at LoRAs, at the first job that asks for it: others need none of its packages.
+        Raises `InvalidSetting` where either URL is none that Celery can open, or the broker is not one Redis.
         """
         self.queue = queue
         config = wire.impatient_config(broker_url=broker_url, result_backend=result_backend or broker_url, queue=queue)
@@ -50,14 +60,19 @@ class Client:
         self._sender = Celery("zlora", set_as_current=False)
         self._sender.conf.update(config | {"result_backend": "disabled://"})
         self._ledger = Ledger(connect(broker_url), queue)
+        self._make_preflight = preflight
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read `ZLORA_BROKER_URL`, `ZLORA_RESULT_BACKEND`, `ZLORA_QUEUE`; without a URL, find a running `zlora up`."""
+        """Read `ZLORA_BROKER_URL`, `ZLORA_RESULT_BACKEND`, `ZLORA_QUEUE`; without a URL, find a running `zlora up`.
+
+        The variables of `Preflight.from_env` are read when a LoRA is looked at.
+        """
         return cls(
             wire.broker_url(environ),
             result_backend=environ.get(wire.RESULT_BACKEND),
             queue=environ.get(wire.QUEUE) or QUEUE,
+            preflight=partial(Preflight.from_env, environ),
         )
 
     def __enter__(self) -> Self:
@@ -81,27 +96,37 @@ class Client:
         job_id: str | None = None,
         priority: Priority = "normal",
         expires_in: float | None = None,
+        preflight: bool = False,
     ) -> JobHandle:
         """Check the request, write it down, and put it on the queue.
 
-        A job that has not begun `expires_in` seconds from now fails with `JobExpired`. The same request under the same
-        id is the same job, whatever became of it. Raises `InvalidRequest`, `Conflict` where the id has another request,
-        or `BrokerUnavailable`, after which the job may run, and to submit it again under the same id is safe.
+        With `preflight` its LoRAs are looked at first (`Preflight.check`): one that is not there, is no safetensors
+        file or made for another base raises its `LoraError`, and nothing is queued. A job that has not begun
+        `expires_in` seconds from now fails with `JobExpired`. The same request under the same id is the same job,
+        whatever became of it. Raises `InvalidRequest`, `Conflict` where the id has another request, or
+        `BrokerUnavailable`, after which the job may run, and to submit it again under the same id is safe.
         """
         checked = read_request(request)
         name = check_job_id(str(uuid.uuid4()) if job_id is None else job_id)
+        rank, patience = _priority(priority), None if expires_in is None else _seconds(expires_in)
+        if preflight:
+            self._preflight.check(checked)
         now = time.time()
         submission = Submission(
             request=plain(checked),
-            priority=_priority(priority),
+            priority=rank,
             submitted=now,
-            expires=None if expires_in is None else now + _seconds(expires_in),
+            expires=None if patience is None else now + patience,
         )
         with broker_errors({"job_id": name}):
             if (unsent := self._ledger.open(name, submission, digest_of(checked))) is not None:
                 send(self._sender, self.queue, name, unsent)
                 self._ledger.sent(name)
         return self.job(name)
+
+    @cached_property
+    def _preflight(self) -> Preflight:
+        return self._make_preflight()
 
     def job(self, job_id: str) -> JobHandle:
         """The handle of a job that was submitted before, here or elsewhere."""

@@ -91,6 +91,12 @@ class ZloraError(Exception):
         self.details = {**self.details, **details}
         self.args = (self.message, self.details)
 
+    @property
+    def retry_after(self) -> float:
+        """Seconds that a server asks to be left alone; 0 where it says nothing."""
+        seconds = self.details.get("retry_after")
+        return float(seconds) if isinstance(seconds, int | float) else 0.0
+
     def __str__(self) -> str:
         return self.message
 
@@ -141,7 +147,7 @@ class LoraForbidden(LoraError):
 
 
 class LoraUnreachable(LoraError):
-    """The source of the LoRA does not answer, or not as it should."""
+    """The source of the LoRA does not answer, or not as it should. Details: `status`, `retry_after` in seconds."""
 
     code = "lora_unreachable"
     retryable = True

@@ -3,11 +3,15 @@
 Built on ssrfguard, which resolves a name once, checks every answer and connects to that answer, at every redirect.
 """
 
+import logging
 import socket
+import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from http.cookiejar import DefaultCookiePolicy
 from ipaddress import ip_network
-from threading import Event, Timer
+from threading import Event, Thread, Timer, local
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -19,13 +23,25 @@ from ssrfguard.requests import SafeAdapter
 
 # Azure's metadata and DNS server: a public address by the registries, and inside every Azure machine.
 _AZURE: Final = Block(ip_network("168.63.129.16/32"), "Azure's platform", "", Reach.DENIED)
-_DENIED: Final = AddressTable((*DEFAULT_DENIED.blocks, _AZURE))
+# What IANA has given to nobody: an address there means what the local network makes of it, as ::ffff:0:127.0.0.1 does.
+_OUTSIDE: Final = [
+    Block(ip_network(network), "not global unicast", "", Reach.DENIED) for network in ("::/3", "4000::/2", "8000::/1")
+]
+_DENIED: Final = AddressTable((*DEFAULT_DENIED.blocks, _AZURE, *_OUTSIDE))
 _ANY: Final = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 _MAX_REDIRECTS: Final = 5
+_NO_LINGERING: Final = struct.pack("ii", 1, 0)  # `struct linger`: on, for no time
 # What may follow a redirect to another origin; all else may be a credential.
-_PUBLIC_HEADERS: Final = frozenset({"accept", "accept-encoding", "connection", "if-none-match", "user-agent"})
-CONNECT_SECONDS: Final = 5.0
+_PUBLIC_HEADERS: Final = frozenset({"accept", "accept-encoding", "connection", "if-none-match", "range", "user-agent"})
+_MAX_ATTEMPTS: Final = 2  # addresses of one name that are tried
+NAME_SECONDS: Final = 5.0  # for the name service, which has no deadline of its own
+CONNECT_SECONDS: Final = 5.0  # for each attempt
+ANSWER_SECONDS: Final = 30.0  # for the head of an answer: a server that drips it satisfies every timeout
 READ_SECONDS: Final = 10.0  # between two pieces of an answer; the whole has the caller's deadline
+
+
+class NoAnswer(requests.exceptions.RequestException):
+    """The head of an answer was not there in time."""
 
 
 class Deadline:
@@ -47,12 +63,17 @@ class Deadline:
     def end(self) -> None:
         """The time is over."""
         self.over.set()
-        self.cut()
+        self.cut(abruptly=True)
 
-    def cut(self) -> None:
-        """End all connections so far: whoever reads meets the end of the stream."""
+    def cut(self, *, abruptly: bool = False) -> None:
+        """End all connections so far: whoever reads meets the end of the stream.
+
+        `abruptly` tells the server too, which else may wait for a minute until it can send on.
+        """
         while self._watched:
             with suppress(OSError), self._watched.pop() as connection:  # it may have ended by itself
+                if abruptly:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGERING)
                 connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -60,16 +81,25 @@ class GuardedSession(requests.Session):
     """Opens https on port 443 of public addresses, and what the operator allows.
 
     `allow_hosts` holds `host` or `host:port` in lower case: these may be private, speak plain http and, where named,
-    listen on that port. Refusals are `ssrfguard.SSRFGuardError`. For one thread at a time.
+    listen on that port. `certificates` is a file of those to trust instead of certifi's. Refusals are
+    `ssrfguard.SSRFGuardError`. For one thread at a time.
     """
 
-    def __init__(self, allow_hosts: Iterable[str] = ()) -> None:
+    def __init__(self, allow_hosts: Iterable[str] = (), *, certificates: str = "") -> None:
         super().__init__()
+        self.verify = certificates or True
         self.trust_env = False  # a proxy would resolve the name a second time; .netrc would add credentials
         self.max_redirects = _MAX_REDIRECTS
+        # What a site sets for one producer must not open it to the next.
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.headers["Connection"] = "close"  # so that each connection is opened, and watched, within its own deadline
         self._deadline: Deadline | None = None
-        strict = Policy(allowed_schemes=frozenset({"https"}), allowed_ports=frozenset({443}), denied_networks=_DENIED)
+        strict = Policy(
+            allowed_schemes=frozenset({"https"}),
+            allowed_ports=frozenset({443}),
+            denied_networks=_DENIED,
+            max_connection_attempts=_MAX_ATTEMPTS,
+        )
         for scheme in ("http", "https"):
             self.mount(f"{scheme}://", _Adapter(strict, self))
         for host in allow_hosts:
@@ -77,7 +107,11 @@ class GuardedSession(requests.Session):
 
     def _allow(self, host: str) -> None:
         port = urlsplit(f"//{host}").port
-        policy = Policy(allowed_ports=frozenset({port} if port else {80, 443}), allowed_networks=_ANY)
+        policy = Policy(
+            allowed_ports=frozenset({port} if port else {80, 443}),
+            allowed_networks=_ANY,
+            max_connection_attempts=_MAX_ATTEMPTS,
+        )
         for scheme in ("http", "https"):
             # The slash ends the authority, so that no other host begins with this prefix.
             self.mount(f"{scheme}://{host}/", _Adapter(policy, self))
@@ -127,7 +161,7 @@ class _Adapter(SafeAdapter):
 
     def __init__(self, policy: Policy, session: GuardedSession) -> None:
         self._session = session
-        super().__init__(policy=policy)
+        super().__init__(policy=policy, resolver=_addresses)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         super().init_poolmanager(*arguments, **options)
@@ -137,12 +171,63 @@ class _Adapter(SafeAdapter):
         }
 
     def send(self, request: PreparedRequest, *arguments: Any, **options: Any) -> Response:
-        response = super().send(request, *arguments, **options)
+        late = Event()
+
+        def cut() -> None:
+            late.set()
+            self._session.cut()
+
+        timer = Timer(ANSWER_SECONDS, cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            with _quiet():
+                response = super().send(request, *arguments, **options)
+        except requests.exceptions.RequestException as error:
+            raise NoAnswer(request=request) if late.is_set() else error from None
+        finally:
+            timer.cancel()
         if response.is_redirect:
             response.close()
             self._session.cut()
             response._content = b""  # noqa: SLF001 - what a response that was read has
         return response
+
+
+class _Quiet(logging.Filter):
+    """Drops what urllib3 says of guarded requests: whole URLs, in warnings too, and they may hold secrets."""
+
+    asking = local()
+
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002 - whatever it is
+        return not getattr(self.asking, "now", False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    _Quiet.asking.now = True
+    try:
+        yield
+    finally:
+        _Quiet.asking.now = False
+
+
+for _name in ("connection", "connectionpool", "poolmanager", "util.retry"):
+    logging.getLogger(f"urllib3.{_name}").addFilter(_Quiet())
+
+
+def _addresses(*question: Any) -> Any:
+    """What the name service answers, within its time: a hostile one could hold the caller for as long as it likes."""
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(*question))
+        except Exception as error:  # noqa: BLE001 - it is raised where the answer is waited for
+            answer.set_exception(error)
+
+    Thread(target=ask, daemon=True).start()
+    return answer.result(NAME_SECONDS)
 
 
 def _watched(pool: Any, session: GuardedSession) -> Any:

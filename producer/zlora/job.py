@@ -14,6 +14,7 @@ TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
+_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face, by itself
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # it becomes a path and an object key
 
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -39,7 +40,9 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
 
     @property
     def address(self) -> str:
-        """One spelling for all forms: a URL; a hub reference has the scheme `cozy`."""
+        """One spelling for all forms: a URL; a hub reference has the scheme `cozy`, a bare `owner/repo` has `hf`."""
+        if self.url and _REPOSITORY.fullmatch(self.url):
+            return f"hf://{self.url}"
         if self.url or (self.ref and "://" in self.ref):
             return str(self.url or self.ref)
         return f"cozy://{self.cozy_ref or self.ref}"

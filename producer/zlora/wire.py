@@ -1,4 +1,4 @@
-"""What both sides must agree on: names of variables and keys, transport options, and where an embedded broker is."""
+"""What both sides must agree on: variables and their values, keys, transport options, where an embedded broker is."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,10 @@ BROKER_URL: Final = "ZLORA_BROKER_URL"
 RESULT_BACKEND: Final = "ZLORA_RESULT_BACKEND"
 QUEUE: Final = "ZLORA_QUEUE"
 HOME: Final = "ZLORA_HOME"
+ALLOW_HOSTS: Final = "ZLORA_ALLOW_HOSTS"
+CERTIFICATES: Final = "ZLORA_CA_BUNDLE"
+HUGGING_FACE: Final = ("ZLORA_HF_ENDPOINT", "HF_ENDPOINT")  # the first that is set
+CIVITAI: Final = "ZLORA_CIVITAI_URL"
 
 SCHEMES: Final = ("redis", "rediss", "redis+socket")  # of a broker
 DEFAULT_BROKER: Final = "redis://localhost:6379/0"
@@ -22,6 +26,17 @@ RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the store outlives it
 RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds that a job may wait in its queue
 IMPATIENCE: Final = 2  # seconds
 SUBMITTED_AT: Final = "zlora_submitted_at"  # message header: seconds since the epoch on the producer's clock
+
+
+def submitted(headers: Mapping[str, Any], now: float) -> float | None:
+    """When a message's job was submitted, seconds since the epoch; None where its header is no time that can be meant.
+
+    The header is anybody's to write. A clock that is ahead of this one may make it later than `now`.
+    """
+    said: Any = headers.get(SUBMITTED_AT)
+    if type(said) in (int, float) and now - RECORD_EXPIRES < said < now + RECORD_EXPIRES:
+        return float(said)
+    return None
 
 
 def job_key(job_id: str) -> str:
@@ -138,6 +153,31 @@ def home(environ: Mapping[str, str]) -> Path:
 def broker_url(environ: Mapping[str, str]) -> str:
     """The broker: the explicit URL, else the embedded one that runs in the data folder, else Redis on this machine."""
     return environ.get(BROKER_URL) or recorded_broker(home(environ)) or DEFAULT_BROKER
+
+
+def hosts(text: str) -> frozenset[str]:
+    """`host` or `host:port`, comma-separated, in lower case; raises `ValueError`."""
+    found = frozenset(name.strip().lower() for name in text.split(",") if name.strip())
+    for host in found:
+        parts = urlsplit(f"//{host}")
+        if parts.netloc != host or "@" in host or not parts.hostname or parts.port == 0:  # `port` raises by itself
+            raise ValueError("expected `host` or `host:port`, comma-separated")
+    return found
+
+
+def web_url(text: str) -> str:
+    """A site's base URL, or nothing; raises `ValueError`."""
+    parts = urlsplit(text)
+    if text and (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0):
+        raise ValueError("expected http://host or https://host")
+    return text
+
+
+def existing_file(text: str) -> str:
+    """A file's path, or nothing; raises `ValueError`."""
+    if text and not Path(text).is_file():
+        raise ValueError("expected a file that is there")
+    return text
 
 
 class BrokerRecord(msgspec.Struct, frozen=True, kw_only=True):

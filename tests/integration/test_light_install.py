@@ -14,11 +14,18 @@ assert not {'torch', 'diffusers', 'boto3'} & set(sys.modules)
 with zlora.Client.from_env() as client:
     handle = client.submit({"prompt": "a city"}, job_id="light-1")
     print(handle.status().state)
+    try:
+        client.submit({"prompt": "a city"}, preflight=True)
+    except zlora.errors.InvalidSetting as error:
+        print(error)
 """
 
 
 def test_a_producer_is_light_and_can_submit(broker_url: str, tmp_path: Path) -> None:
-    """The base install brings none of the worker's libraries, yet all that submitting a job takes."""
+    """The base install brings none of the worker's libraries, yet all that submitting a job takes.
+
+    Who wants LoRAs looked at first is told what to install.
+    """
     environ = os.environ | {"ZLORA_BROKER_URL": broker_url}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -38,5 +45,7 @@ def test_a_producer_is_light_and_can_submit(broker_url: str, tmp_path: Path) -> 
 
     assert "z-image-lora" in listed
     assert not HEAVY & {line.split()[0].lower() for line in listed.splitlines() if line}
-    assert submitted.stdout.strip() == "PENDING"
+    state, advice = submitted.stdout.splitlines()
+    assert state == "PENDING"
+    assert advice.endswith("pip install 'z-image-lora[preflight]'")
     assert worker_side.stdout.strip() == "False"

@@ -63,7 +63,7 @@ def engine(model_home: Path) -> Engine:
 @pytest.fixture
 def cache(model_home: Path, tmp_path: Path) -> Cache:
     folder = tmp_path / "loras"
-    return Cache(folder, max_bytes=10**9, fetcher=Fetcher(settings(model_home)))
+    return Cache(folder, max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(model_home)))
 
 
 @pytest.fixture
@@ -235,10 +235,10 @@ def test_a_download_is_reported_with_its_bytes(
     data = kohya_bytes(tmp_path)
     with serving(reply(data, ETag='"1"')) as host:
         fetcher = Fetcher(settings(model_home, ZLORA_ALLOW_HOSTS=host.name))
-        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, fetcher=fetcher), store)
+        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher), store)
         url = f"{host.url}/a.safetensors"
         generate(runtime, "fetched", a_request(loras=(LoraSpec(file=Asset(url=url)),)), report)
-        fetcher.session.close()
+        fetcher.close()
 
     pieces = [event for event in heard if event[0] == "fetching"]
     assert pieces
@@ -260,10 +260,10 @@ def test_a_job_that_is_cancelled_in_a_download_ends_there(
 
     with serving(reply(kohya_bytes(tmp_path))) as host:
         fetcher = Fetcher(settings(model_home, ZLORA_ALLOW_HOSTS=host.name))
-        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, fetcher=fetcher), store)
+        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher), store)
         with pytest.raises(JobRevoked) as raised:
             generate(runtime, "job", a_request(loras=(LoraSpec(file=Asset(url=f"{host.url}/a")),)), report)
-        fetcher.session.close()
+        fetcher.close()
 
     assert raised.value is cancelled
     assert store.objects == {}

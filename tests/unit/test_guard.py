@@ -3,6 +3,7 @@
 On real sockets and loopback; only the answers of the name service are made up.
 """
 
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -41,6 +42,13 @@ PRIVATE = [
     "64:ff9b::7f00:1",
     "64:ff9b::a83f:8110",
     "2002:7f00:1::",
+    "::ffff:0:127.0.0.1",  # a translator's word for it (RFC 2765)
+    "::ffff:0:8.8.8.8",
+    "::5efe:7f00:1",
+    "fec0::1",
+    "1234::1",
+    "4000::1",
+    "e000::1",
 ]
 SPELLINGS = [
     "2130706433",
@@ -307,3 +315,16 @@ def test_neither_a_proxy_nor_a_netrc_of_the_environment_is_used(
         assert answer.content == b"x"
         assert "authorization" not in host.requests[0].headers
         assert proxy.connections == 0
+
+
+def test_of_a_guarded_request_no_log_has_the_url_and_of_others_it_has(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """urllib3 quotes it in debug lines, and in a warning where a header cannot be read."""
+    host.answer = lambda _: b"HTTP/1.1 200 OK\r\nno header\r\nContent-Length: 0\r\n\r\n"
+    with caplog.at_level(logging.DEBUG), GuardedSession([host.name]) as session:
+        session.get(f"{host.url}/x?sig=s3cret")
+        assert "s3cret" not in caplog.text
+
+        requests.get(f"{host.url}/x?sig=0ther", timeout=5)
+        assert "0ther" in caplog.text

@@ -282,6 +282,11 @@ def test_a_file_has_exactly_one_address(fields: dict[str, Any], got: str) -> Non
         (Asset(cozy_ref="loras/anime-v1"), "cozy://loras/anime-v1"),
         (Asset(ref="loras/anime-v1"), "cozy://loras/anime-v1"),
         (Asset(ref="cozy://loras/anime-v1"), "cozy://loras/anime-v1"),
+        (Asset(url="owner/repo"), "hf://owner/repo"),
+        (Asset(url="owner/repo@refs/pr/1"), "hf://owner/repo@refs/pr/1"),
+        (Asset(url="owner/repo/file.safetensors"), "owner/repo/file.safetensors"),
+        (Asset(url="s3://owner/repo"), "s3://owner/repo"),
+        (Asset(ref="owner/repo"), "cozy://owner/repo"),
     ],
 )
 def test_each_form_of_an_address_has_one_spelling(asset: Asset, address: str) -> None:

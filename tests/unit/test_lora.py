@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import Tensors, kohya_lora, load_engine, peft_lora, write
+from fakes import TEXT, UNET, Tensors, kohya_lora, load_engine, peft_lora, write
 from zlora.errors import LoraMismatch, NotSafetensors
+from zlora.header import read_header
+from zlora.origins import describe
 from zlora_worker.lora import Lora, Reader, require_whole
 from zlora_worker.shelf import Shelf
 
@@ -52,6 +54,37 @@ def test_each_spelling_is_told(reader: Reader, tmp_path: Path, tensors: Tensors,
     found = read(reader, write(tmp_path / "a", tensors))
 
     assert (found.format, found.kinds, found.ranks, found.modules) == (spelling, ("lora",), (2,), {"unet": 3})
+
+
+LOHA = {
+    f"{UNET[0].kohya}.{part}": torch.randn(shape)
+    for part, shape in {"hada_w1_a": (32, 5), "hada_w1_b": (5, 32), "hada_w2_a": (32, 5), "hada_w2_b": (5, 32)}.items()
+}
+LOKR = {
+    f"{UNET[0].kohya}.{part}": torch.randn(shape)
+    for part, shape in {"lokr_w1": (4, 4), "lokr_w2_a": (8, 3), "lokr_w2_b": (3, 8)}.items()
+}
+DORA = kohya_lora() | {f"{UNET[0].kohya}.dora_scale": torch.ones(32, 1)}
+FULL = {f"{UNET[0].kohya}.diff": torch.randn(32, 32), f"{UNET[2].kohya}.diff_b": torch.randn(256)}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [kohya_lora((*UNET, *TEXT)), peft_lora((*UNET, *TEXT), ranks=(8, 4)), old_diffusers_lora(), LOHA, LOKR, DORA, FULL],
+)
+def test_a_producer_is_told_by_the_header_what_the_receipt_says(
+    reader: Reader, tmp_path: Path, tensors: Tensors
+) -> None:
+    path = write(tmp_path / "a", tensors)
+
+    found, told = read(reader, path), describe(read_header(path), source=SOURCE, size=path.stat().st_size)
+
+    assert (told.format, told.kinds, told.ranks, told.modules) == (
+        found.format,
+        found.kinds,
+        found.ranks,
+        found.modules,
+    )
 
 
 def test_ranks_are_those_found_in_ascending_order(reader: Reader, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Jobs:
     def __init__(self, home: Path, folder: Path, place: dict[str, str]) -> None:
         self.engine: Engine = load_engine(home, **place)
         self._folder = folder
-        self._cache = Cache(folder / "cache", max_bytes=10**9, fetcher=Fetcher(settings(home)))
+        self._cache = Cache(folder / "cache", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(home)))
         self._shelf = Shelf(max_bytes=200_000)  # about one file: some are read again
         first, second = self._put("first", kohya_lora((*UNET, *TEXT))), self._put("second", peft_lora((*UNET, *TEXT)))
         unfit = self._put("unfit", peft_lora() | {"unet.nowhere.lora_A.weight": next(iter(peft_lora().values()))})

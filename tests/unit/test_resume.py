@@ -35,7 +35,7 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def runtime(engine: Engine, store: MemoryStore, model_home: Path, tmp_path: Path) -> Runtime:
-    cache = Cache(tmp_path / "loras", max_bytes=10**9, fetcher=Fetcher(settings(model_home)))
+    cache = Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(model_home)))
     return Runtime(engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store, job_timeout=870)
 
 

@@ -35,12 +35,32 @@ VALUES: dict[str, tuple[str, object]] = {
     "lora_max_bytes": ("100", 100),
     "lora_memory_bytes": ("10", 10),
     "lora_deadline": ("5", 5),
+    "lora_free_bytes": ("0", 0),
+    "lora_min_rate": ("1", 1),
+    "look_ahead": ("0", 0),
     "patch": ("inplace", "inplace"),
     "base_check": ("all", "all"),
     "allow_hosts": ("Example.COM, 10.0.0.1:8080,,[::1]:80", frozenset({"example.com", "10.0.0.1:8080", "[::1]:80"})),
+    "certificates": (__file__, __file__),
+    "lora_roots": ("/models, /mnt/loras,", (Path("/models"), Path("/mnt/loras"))),
+    "lora_buckets": ("loras, shared/team-a/", ("loras", "shared/team-a")),
+    "lora_s3_endpoint": ("http://localhost:9001", "http://localhost:9001"),
+    "lora_s3_region": ("eu-west-1", "eu-west-1"),
+    "lora_s3_key": ("key", "key"),
+    "lora_s3_secret": ("s3cret", "s3cret"),
+    "hf_endpoint": ("https://mirror.example.com", "https://mirror.example.com"),
+    "hf_token": ("t0ken", "t0ken"),
+    "civitai_url": ("https://civitai.example.com", "https://civitai.example.com"),
+    "civitai_token": ("t0ken", "t0ken"),
     "hub_url": ("https://hub.example.com", "https://hub.example.com"),
     "hub_token": ("t0ken", "t0ken"),
     "hub_tenant": ("tenant", "tenant"),
+}
+
+# Of what makes no sense without its other half: the other half.
+HALVES = {
+    "lora_s3_key": {"ZLORA_LORA_S3_SECRET_ACCESS_KEY": "s3cret"},
+    "lora_s3_secret": {"ZLORA_LORA_S3_ACCESS_KEY_ID": "key"},
 }
 
 
@@ -61,6 +81,7 @@ def test_every_field_has_a_variable_in_this_test() -> None:
 @pytest.mark.parametrize("item", READ, ids=lambda item: item.name)
 def test_each_of_a_field_s_variables_is_read(home: dict[str, str], item: "Field[Any]") -> None:
     text, value = VALUES[item.name]
+    home |= HALVES.get(item.name, {})
 
     for name in item.metadata["names"]:
         assert getattr(Settings.from_env({**home, name: text}), item.name) == value
@@ -70,8 +91,11 @@ def test_each_of_a_field_s_variables_is_read(home: dict[str, str], item: "Field[
 def test_the_first_of_a_field_s_variables_that_says_something_wins(home: dict[str, str], item: "Field[Any]") -> None:
     first, *others = item.metadata["names"]
     text, value = VALUES[item.name]
+    home |= HALVES.get(item.name, {})
 
     assert getattr(Settings.from_env({**home, first: text, **dict.fromkeys(others, "7")}), item.name) == value
+    if item.name in HALVES:
+        return  # an empty one is none, and refused: see below
     assert getattr(Settings.from_env({**home, first: "", **dict.fromkeys(others, text)}), item.name) == (
         value if others else getattr(Settings.from_env(home), item.name)
     )
@@ -136,7 +160,15 @@ def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
             )
             for text in ("0", "-1", "1.5", "20GB", "inf")
         ),
-        *(("ZLORA_SHUTDOWN_TIMEOUT", text) for text in ("-1", "1.5", "never")),
+        *(
+            (name, text)
+            for name in ("ZLORA_SHUTDOWN_TIMEOUT", "ZLORA_LORA_FREE_BYTES", "ZLORA_LORA_MIN_RATE", "ZLORA_LOOK_AHEAD")
+            for text in ("-1", "1.5", "never")
+        ),
+        ("ZLORA_CA_BUNDLE", "/nowhere/ca.pem"),
+        ("ZLORA_LORA_ROOTS", "/models, loras"),
+        *(("ZLORA_LORA_S3", text) for text in ("two words", "ok, a/../b", "a//b", "s3://a")),
+        ("HF_ENDPOINT", "huggingface.co"),
         ("ZLORA_ALLOW_HOSTS", "http://example.com"),
         ("ZLORA_ALLOW_HOSTS", "example.com/loras"),
         ("ZLORA_ALLOW_HOSTS", "ok.example.com, example.com:0"),
@@ -180,6 +212,13 @@ def test_a_value_that_makes_no_sense_is_refused_by_the_variable_s_name(
     assert text in str(raised.value)
 
 
+def test_a_key_without_its_secret_is_refused(home: dict[str, str]) -> None:
+    for name in ("ZLORA_LORA_S3_ACCESS_KEY_ID", "ZLORA_LORA_S3_SECRET_ACCESS_KEY"):
+        with pytest.raises(InvalidSetting, match=name) as raised:
+            Settings.from_env({**home, name: "s3cret"})
+        assert "s3cret" not in str(raised.value)
+
+
 # --- secrets
 
 
@@ -196,6 +235,8 @@ def test_a_refusal_shows_no_password(home: dict[str, str], text: str) -> None:
     [
         ("FILE_API_TOKEN", "s3cret"),
         ("COZY_HUB_TOKEN", "s3cret"),
+        ("HF_TOKEN", "s3cret"),
+        ("CIVITAI_TOKEN", "s3cret"),
         ("ZLORA_BROKER_URL", "redis://:s3cret@localhost/0"),
         ("ZLORA_BROKER_URL", "redis://user:s3cret@localhost/0"),
         ("ZLORA_BROKER_URL", "redis://user:p@s3cret@localhost/0"),

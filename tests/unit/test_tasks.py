@@ -33,6 +33,7 @@ from zlora.errors import (
     JobRevoked,
     JobTimeout,
     LoraNotFound,
+    LoraUnreachable,
     StoreFailed,
     ZloraError,
 )
@@ -526,6 +527,16 @@ def test_a_retryable_error_is_tried_three_times_more_with_growing_pauses(child: 
     assert (child.meta(job)[0], child.meta(job)[1].details["attempt"]) == ("FAILURE", 4)
     assert [drawn["attempt"] for drawn in child.jobs] == [1, 2, 3, 4]
     assert (child.take(), child.redis.exists(wire.lease_key(job))) == (None, 1)
+
+
+@pytest.mark.parametrize(("asked", "pause"), [(7.5, 7.5), (3600.0, 120.0), ("soon", 2.0), (None, 2.0)])
+def test_a_server_that_asks_to_be_left_alone_is(child: Child, job: str, asked: object, pause: float) -> None:
+    child.fails(LoraUnreachable("busy", {"status": 429, "retry_after": asked}))
+
+    assert child.deliver(job) == "IGNORED"
+
+    left = (datetime.fromisoformat(child.take().headers["eta"]) - datetime.now(UTC)).total_seconds()
+    assert pause * 0.7 < left < pause * 1.3
 
 
 @pytest.mark.parametrize(

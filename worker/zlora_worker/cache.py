@@ -1,28 +1,33 @@
-"""LoRA files on disk, named by their sha256, shared by the workers of a machine.
+"""LoRA files on disk, named by their sha256, shared by all processes of a machine.
 
-`files/<sha256>.safetensors`, `index/<hash of the address>.json` (what the address gave last), and `drafts/`. Files
-appear whole by rename and go by unlink only: a reader may have one mapped. Each process hashes a file before its first
-use of it, and again where it was changed; the time of the last use is the file's access time.
+`files/<sha256>.safetensors` appear whole by rename and go by unlink; `drafts/` are downloads, each of one process at a
+time, which holds its lock in `locks/`; `index/`, `failed/` and `sound/` are `Index`'s. The time of a file's last use is
+its access time; whoever uses one holds it.
 """
 
+import errno
 import hashlib
 import os
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
-import msgspec
-from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraTooLarge, NotSafetensors
-from zlora.header import read_header
+from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraError, LoraUnreachable
 from zlora.job import Asset, without_secrets
-from zlora_worker.fetch import Fetched, Fetcher, OnBytes, nobody
+from zlora_worker.fetch import Fetcher
+from zlora_worker.index import Index, digest_of, source_of
+from zlora_worker.locks import alone, in_use
+from zlora_worker.settings import Settings
+from zlora_worker.space import Space, listed, written
+from zlora_worker.stream import Fetched, OnBytes, nobody
 
-_IN_USE: Final = 900  # seconds after its last use in which a job may still read a file: the longest job
-_ABANDONED: Final = 3600  # seconds without a byte after which a draft is a dead process's
+_LOOK: Final = 0.05  # seconds between two looks whether another process has brought a file
+_RECENT: Final = 900.0  # seconds since its last use in which a file does not go for one that is fetched ahead
+
+Tier = Literal["disk", "network"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,152 +38,254 @@ class CachedFile:
     sha256: str
     size: int
     source: str
-    tier: Literal["disk", "network"]
+    tier: Tier
     seconds: float
 
 
 class Cache:
-    """Content-addressed files under `folder`, at most `max_bytes` of them."""
+    """Content-addressed files under `folder`."""
 
-    def __init__(self, folder: Path, *, max_bytes: int, fetcher: Fetcher) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, free_bytes: int, fetcher: Fetcher) -> None:
         """Raises `InvalidSetting` where the folder cannot be made."""
-        self._files, self._index, self._drafts = folder / "files", folder / "index", folder / "drafts"
-        self._max_bytes = max_bytes
+        self._files, self._drafts, self._locks = folder / "files", folder / "drafts", folder / "locks"
+        self.index = Index(folder, asker=fetcher.asker)
+        self.space = Space(
+            files=self._files,
+            drafts=self._drafts,
+            locks=self._locks,
+            max_bytes=max_bytes,
+            free_bytes=free_bytes,
+        )
         self._fetcher = fetcher
-        self._sound: dict[str, _Identity] = {}
         try:
-            self._make_folders()
-            for entry, draft in _listed(self._drafts):
-                if time.time() - entry.st_mtime > _ABANDONED:
-                    draft.unlink(missing_ok=True)
+            self.tidy()
         except OSError as error:
             reason = f"ZLORA_LORA_CACHE={folder}: {error.strerror}"
             raise InvalidSetting(reason, {"name": "ZLORA_LORA_CACHE"}) from error
 
-    def path(self, asset: Asset, on_bytes: OnBytes = nobody) -> CachedFile:
-        """The file of an asset, fetched where it is not here; raises a `LoraError`.
+    @classmethod
+    def open(cls, settings: Settings) -> Self:
+        """The cache of a worker, for one thread; raises `InvalidSetting`."""
+        return cls(
+            settings.cache_folder,
+            max_bytes=settings.lora_cache_bytes,
+            free_bytes=settings.lora_free_bytes,
+            fetcher=Fetcher(settings),
+        )
 
-        `on_bytes` hears how much of a download has come; a `ZloraError` that it raises ends the download.
+    @contextmanager
+    def files(
+        self, assets: Sequence[Asset], *, since: float | None = None, on_bytes: OnBytes = nobody
+    ) -> Iterator[list[CachedFile]]:
+        """The files of assets, fetched where they are not here; none goes as long as the block runs.
+
+        What a source has said `since` then (seconds since the epoch; now) is not asked again. `on_bytes` hears how much
+        of a download has come; a `ZloraError` that it raises ends the wait. Raises a `LoraError`.
         """
+        since = time.time() if since is None else since
+        with ExitStack() as held:
+            with _disk():
+                found = [self._file_of(asset, held, since, on_bytes) for asset in assets]
+            yield found
+
+    def bring(self, asset: Asset, *, since: float) -> None:
+        """Fetch a file ahead of its use, where it is not here and nobody else does; nothing used lately goes for it.
+
+        Raises a `LoraError`, which is not remembered: the job that needs the file asks itself.
+        """
+        with ExitStack() as held, _disk():
+            self._make_folders()
+            with alone(*self._lock_files(asset)) as mine:
+                if mine and self._here(asset, held, since) is None and self.index.failure(asset) is None:
+                    self._bring(asset, held, nobody, spare=_RECENT)
+
+    def _file_of(self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes) -> CachedFile:
         start = time.monotonic()
-        try:
-            sha256, tier = self._find(asset, on_bytes)
-            path = self._file(sha256)
-            size = path.stat().st_size
-        except OSError as error:  # of this disk: the network's are `LoraError`s by now
-            raise CacheFull(f"the LoRA cache cannot be used: {error.strerror}") from error
+        sha256, tier = self._find(asset, held, since, on_bytes)
+        path = self.file(sha256)
         return CachedFile(
             path=path,
             sha256=sha256,
-            size=size,
+            size=path.stat().st_size,
             source=without_secrets(asset.address),
             tier=tier,
             seconds=time.monotonic() - start,
         )
 
-    def _find(self, asset: Asset, on_bytes: OnBytes) -> tuple[str, Literal["disk", "network"]]:
-        if asset.sha256 and self._use(asset.sha256):
-            return asset.sha256, "disk"
-        known = self._known(asset.address)
-        fetched = self._fetch(asset, known, on_bytes)
-        return fetched.sha256, "disk" if fetched is known else "network"
+    def _find(self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes) -> tuple[str, Tier]:
+        """The digest of an asset's file, which is held from then on; one process brings it, however many ask."""
+        end = time.monotonic() + self._fetcher.settings.lora_deadline
+        while (sha256 := self._told(asset, held, since)) is None:
+            self._make_folders()  # whoever clears the cache deletes them
+            with alone(*self._lock_files(asset)) as mine:
+                if mine:  # and whoever was inside before may have told
+                    sha256 = self._told(asset, held, since)
+                    return (sha256, "disk") if sha256 else self._bring_or_remember(asset, held, on_bytes)
+            self._wait(asset, on_bytes, end)
+        return sha256, "disk"
 
-    def _fetch(self, asset: Asset, known: Fetched | None, on_bytes: OnBytes) -> Fetched:
-        self._make_folders()  # whoever clears the cache deletes them
-        descriptor, name = tempfile.mkstemp(dir=self._drafts)
-        draft = Path(name)
+    def _told(self, asset: Asset, held: ExitStack, since: float) -> str | None:
+        """The digest of an asset's file, where no source needs to be asked; raises how it failed a short while ago."""
+        if (sha256 := self._here(asset, held, since)) is None and (failure := self.index.failure(asset)) is not None:
+            raise failure
+        return sha256
+
+    def _here(self, asset: Asset, held: ExitStack, since: float) -> str | None:
+        """The digest of an asset's file, where it is here and has been asked for `since` then."""
+        if asset.sha256 and self._hold(asset.sha256, held):
+            return asset.sha256
+        entry = self.index.entry(asset.address)
+        asked = self.index.asked(asset.address, entry) if entry else None
+        if entry is None or asked is None or not since <= asked <= time.time():
+            return None
+        if asset.sha256 and asset.sha256 != entry.sha256:
+            return None
+        return entry.sha256 if self._hold(entry.sha256, held) else None
+
+    def _bring_or_remember(self, asset: Asset, held: ExitStack, on_bytes: OnBytes) -> tuple[str, Tier]:
         try:
-            with os.fdopen(descriptor, "wb") as sink:
-                fetched = self._fetcher.fetch(asset.address, sink, known=known, on_bytes=on_bytes)
-            if asset.sha256 and fetched.sha256 != asset.sha256:
-                where = without_secrets(asset.address)
-                raise LoraCorrupt(f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}")
-            if fetched is not known:
-                _check(draft, without_secrets(asset.address))
-                if not self._use(fetched.sha256):
-                    self._make_room(fetched.size)
-                self._sound[fetched.sha256] = _identity(draft.stat())
-                os.replace(draft, self._file(fetched.sha256))
-                self._remember(asset.address, fetched)
-            return fetched
+            return self._bring(asset, held, on_bytes, spare=0.0)
+        except CacheFull:
+            raise
+        except LoraError as error:
+            with suppress(OSError):  # of two failures the source's says more
+                self.index.failed(asset, error)
+            raise
+
+    def _bring(self, asset: Asset, held: ExitStack, on_bytes: OnBytes, *, spare: float) -> tuple[str, Tier]:
+        """Ask the source, under the asset's lock."""
+        asked, entry, draft = time.time(), self.index.entry(asset.address), self._draft(asset)
+        known = entry.fetched if entry and self._hold(entry.sha256, held) else None
+        draft.unlink(missing_ok=True)  # a dead process's; were it alive, what it writes is in no name's way
+        try:
+            with draft.open("xb") as file:
+                fetched = self._fetcher.fetch(
+                    asset.address,
+                    file,
+                    known=known,
+                    have=lambda sha256: self._fetched(sha256, held),
+                    on_bytes=on_bytes,
+                    make_room=lambda size: self.space.reserve(file, size, spare=spare),
+                )
+                tier: Tier = "network" if file.tell() == fetched.size else "disk"
+                mine = os.fstat(file.fileno())
+            _require_pin(asset, fetched)
+            while not self._hold(fetched.sha256, held):
+                if tier == "disk":  # and the draft is none of it
+                    raise _deleted()
+                self._keep(draft, mine, fetched.sha256, held)
+            self.index.remember(asset.address, fetched, asked=asked)
         finally:
             draft.unlink(missing_ok=True)
+        return fetched.sha256, tier
 
-    def _make_folders(self) -> None:
-        for part in (self._files, self._index, self._drafts):
-            part.mkdir(parents=True, exist_ok=True)
+    def _wait(self, asset: Asset, on_bytes: OnBytes, end: float) -> None:
+        """Another process brings it; its draft tells how far it is."""
+        if time.monotonic() > end:
+            raise LoraUnreachable(f"{without_secrets(asset.address)}: another process did not bring it in time")
+        received = expected = 0
+        with suppress(FileNotFoundError):
+            draft = self._draft(asset).stat()
+            received, expected = written(draft), draft.st_size
+        on_bytes(received, expected)
+        time.sleep(_LOOK)
 
-    def _file(self, sha256: str) -> Path:
+    # Files
+
+    def file(self, sha256: str) -> Path:
+        """Where the file of that digest is, or would be."""
         return self._files / f"{sha256}.safetensors"
 
-    def _use(self, sha256: str) -> bool:
-        """Mark a file as used now; False where it is not here, or not what its name says any more."""
-        path = self._file(sha256)
-        try:
-            found = path.stat()
-            if self._sound.get(sha256) != _identity(found):
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != sha256:
-                    path.unlink()
-                    return False
-                self._sound[sha256] = _identity(found)
-            with suppress(OSError):  # on a disk that is read-only nothing is let go either
-                os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
-        except FileNotFoundError:
+    def _hold(self, sha256: str, held: ExitStack) -> bool:
+        """Mark a file as used now and keep it from going; False where it is not here, or not what its name says."""
+        path = self.file(sha256)
+        if (descriptor := in_use(path)) is None:
             return False
+        held.callback(os.close, descriptor)
+        found = os.fstat(descriptor)
+        if not self.index.is_sound(sha256, found):
+            if _digest(descriptor) != sha256:
+                self.space.drop(descriptor, path)
+                return False
+            with suppress(OSError):  # on a disk that is read-only it is hashed each time
+                self.index.sound(sha256, found)
+        with suppress(OSError):  # there nothing is let go either
+            os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
         return True
 
-    def _entry(self, address: str) -> Path:
-        return self._index / f"{hashlib.sha256(address.encode(errors='surrogatepass')).hexdigest()}.json"
-
-    def _known(self, address: str) -> Fetched | None:
-        try:
-            known = msgspec.json.decode(self._entry(address).read_bytes(), type=Fetched)
-        except (FileNotFoundError, msgspec.DecodeError):
+    def _fetched(self, sha256: str, held: ExitStack) -> Fetched | None:
+        if not self._hold(sha256, held):
             return None
-        return known if self._use(known.sha256) else None
+        return Fetched(sha256=sha256, size=self.file(sha256).stat().st_size)
 
-    def _remember(self, address: str, fetched: Fetched) -> None:
-        descriptor, name = tempfile.mkstemp(dir=self._drafts)
-        with os.fdopen(descriptor, "wb") as draft:
-            draft.write(msgspec.json.encode(fetched))
-        os.replace(name, self._entry(address))
+    def _keep(self, draft: Path, mine: os.stat_result, sha256: str, held: ExitStack) -> None:
+        """Give a checked draft its name, where there is no such file; it is held before others can see it."""
+        descriptor = in_use(draft)
+        if descriptor is None or not os.path.samestat(os.fstat(descriptor), mine):
+            raise _deleted()
+        held.callback(os.close, descriptor)
+        with self.space.turn():
+            if not self.file(sha256).exists():
+                self.index.sound(sha256, os.fstat(descriptor))
+                os.replace(draft, self.file(sha256))
 
-    def _make_room(self, size: int) -> None:
-        """Let the files go that were not used for longest; raises `CacheFull` where all others are in use."""
-        if size > self._max_bytes:
-            raise LoraTooLarge(
-                f"{size} bytes, and the LoRA cache holds {self._max_bytes}", {"max_bytes": self._max_bytes}
-            )
-        files = sorted(_listed(self._files), key=lambda file: file[0].st_atime)
-        total = size + sum(entry.st_size for entry, _ in files)
-        for entry, path in files:
-            if total > self._max_bytes and time.time() - entry.st_atime > _IN_USE:
-                path.unlink(missing_ok=True)
-                total -= entry.st_size
-        if total > self._max_bytes:
-            raise CacheFull(
-                f"the LoRA cache holds {self._max_bytes} bytes, all of them in use", {"max_bytes": self._max_bytes}
-            )
+    def _draft(self, asset: Asset) -> Path:
+        return self._drafts / digest_of(source_of(asset.address))
+
+    def _lock_files(self, asset: Asset) -> list[Path]:
+        """Of the content where it is known before, and of the source."""
+        names = [asset.sha256] if asset.sha256 else []
+        return [self._locks / name for name in (*names, digest_of(source_of(asset.address)))]
+
+    # Upkeep
+
+    def tidy(self) -> None:
+        """Forget what is over: failures, drafts and locks of the dead, and what was known of files that are gone."""
+        self._make_folders()
+        with self.space.turn():
+            self.index.tidy(lambda sha256: self.file(sha256).exists())
+        for lock in list(self._locks.iterdir()):
+            with alone(lock):
+                pass  # one that nobody holds goes
+        self.space.clear_drafts()
+
+    def verify(self) -> Iterator[tuple[str, bool]]:
+        """Hash every file; tells which are what their name says, and drops the others."""
+        for entry, path in sorted(listed(self._files), key=lambda found: found[1]):
+            if (descriptor := in_use(path)) is None:
+                continue
+            with os.fdopen(descriptor, "rb") as file:
+                sound = _digest(file.fileno()) == path.stem
+                if not sound:
+                    self.space.drop(file.fileno(), path)
+                os.utime(file.fileno(), ns=(entry.st_atime_ns, entry.st_mtime_ns))  # a look is no use
+            yield path.stem, sound
+
+    def _make_folders(self) -> None:
+        for part in (self._files, self._drafts, self._locks, *self.index.folders):
+            part.mkdir(parents=True, exist_ok=True)
 
 
-_Identity = tuple[int, int, int]  # of a file's bytes, as far as the file system tells: inode, size, time of change
-
-
-def _identity(entry: os.stat_result) -> _Identity:
-    return entry.st_ino, entry.st_size, entry.st_mtime_ns
-
-
-def _listed(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
-    """The files of a folder that another worker may be clearing."""
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            yield path.stat(), path
-
-
-def _check(draft: Path, source: str) -> None:
+@contextmanager
+def _disk() -> Iterator[None]:
+    """The errors of this disk; the network's are `LoraError`s by then."""
     try:
-        read_header(draft)
-    except NotSafetensors as error:
-        raise NotSafetensors(f"{source}: {error}", error.details) from None
+        yield
+    except OSError as error:
+        raise CacheFull(f"the LoRA cache cannot be used: {error.strerror}") from error
+
+
+def _deleted() -> OSError:
+    return FileNotFoundError(errno.ENOENT, "a file of it was deleted by somebody else")
+
+
+def _require_pin(asset: Asset, fetched: Fetched) -> None:
+    if asset.sha256 and fetched.sha256 != asset.sha256:
+        where = without_secrets(asset.address)
+        raise LoraCorrupt(f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}")
+
+
+def _digest(descriptor: int) -> str:
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()

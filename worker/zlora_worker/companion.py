@@ -1,7 +1,7 @@
 """The companion process of a worker: `python -m zlora_worker.companion`, started and watched by the worker's parent.
 
-It sends again what was lost, ends what was not begun in time, and answers for results that have expired. Several may
-serve one queue: one at a time sweeps. It imports no torch.
+It sends again what was lost, ends what was not begun in time, answers for results that have expired, and fetches LoRAs
+ahead. Several may serve one queue: one at a time sweeps. It imports no torch.
 """
 
 import logging
@@ -24,6 +24,7 @@ from zlora.errors import StoreFailed
 from zlora.handle import EXPIRED, NO_ANSWER, expired
 from zlora.job import JOB_ID, JobState
 from zlora.ledger import Ledger, connect
+from zlora_worker import lookahead
 from zlora_worker.settings import Settings
 from zlora_worker.storage import Store, manifest_key, open_store
 
@@ -142,6 +143,7 @@ def run(settings: Settings) -> None:
     )
     app = Celery("zlora_companion", set_as_current=False, changes=config)
     sweeper = Sweeper(ledger, app, every=settings.sweep)
+    lookahead.start(settings)
     while True:
         try:
             if (question := ledger.asked(1.0)) is not None:

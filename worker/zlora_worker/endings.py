@@ -18,6 +18,7 @@ from zlora_worker.delivery import LEASE, Deliveries
 EXIT_DIRTY: Final = 71  # exit status of a child whose base is not what it was
 _RETRIES: Final = 3
 _BACKOFF: Final = 2.0  # seconds before the first retry, doubled for each after it
+_PATIENCE: Final = 120.0  # seconds up to which a server of LoRAs may ask to be left alone
 _SPOILT: Final = 2  # bases that a job may leave changed: it is the cause
 
 logger = get_task_logger(__name__)
@@ -49,6 +50,7 @@ def fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: Zlo
     retries = retries_of(task)
     error.tell(attempt=retries + 1)
     countdown = _BACKOFF * 2**retries * random.uniform(0.75, 1.25)  # noqa: S311 - so that jobs do not come in step
+    countdown = max(countdown, min(error.retry_after, _PATIENCE))
     task.backend.store_result(job_id, error, JobState.RETRY.value, request=task.request)
     _send_again(task, countdown=countdown, retries=retries + 1)
     deliveries.give_back(job_id)

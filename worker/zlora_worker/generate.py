@@ -21,7 +21,6 @@ from zlora.job import (
 from zlora_worker import checkpoint, images, lora
 from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.engine import Engine, EngineState
-from zlora_worker.fetch import Fetcher
 from zlora_worker.merge import Adapter
 from zlora_worker.outcome import first, image_keys, publish
 from zlora_worker.settings import Settings
@@ -52,7 +51,7 @@ class Runtime:
     def open(cls, settings: Settings) -> Self:
         """Load the base and open cache and store; raises `ModelUnavailable` or `InvalidSetting`."""
         store = open_store(settings)
-        cache = Cache(settings.cache_folder, max_bytes=settings.lora_cache_bytes, fetcher=Fetcher(settings))
+        cache = Cache.open(settings)
         shelf = Shelf(max_bytes=settings.lora_memory_bytes)
         engine = checkpoint.load(settings)
         return cls(engine=engine, cache=cache, shelf=shelf, store=store, job_timeout=settings.job_timeout)
@@ -75,10 +74,11 @@ def generate(
     """
     engine, store, laps, started = runtime.engine, runtime.store, Laps(), time.time()
 
-    files = [runtime.cache.path(spec.file, _pieces(report)) for spec in request.loras]
-    laps.end("fetch")
-    report("loading", 0, len(files))
-    readings = [_read(runtime, spec, file) for spec, file in zip(request.loras, files, strict=True)]
+    assets, since = [spec.file for spec in request.loras], started - (queued or 0.0)
+    with runtime.cache.files(assets, since=since, on_bytes=_pieces(report)) as files:
+        laps.end("fetch")
+        report("loading", 0, len(files))
+        readings = [_read(runtime, spec, file) for spec, file in zip(request.loras, files, strict=True)]
     adapters = [
         _adapter(spec, file, reading.lora) for spec, file, reading in zip(request.loras, files, readings, strict=True)
     ]

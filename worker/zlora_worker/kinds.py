@@ -7,19 +7,13 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from zlora.spelling import MAGNITUDES, RANKED, factored
 from zlora_worker.changes import Change, Decomposed, Full, Hadamard, Kronecker, Product, Unfit, shown
 
 Parts = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
-_FACTORS: Final = {
-    "lora": frozenset({"down", "up", "mid"}),
-    "loha": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
-    "lokr": frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
-    "full": frozenset({"diff"}),
-}
 _RANK: Final = 512  # that a change may have whatever it changes; trainers give one rank to all layers
-_MAGNITUDES: Final = frozenset({"magnitude", "dora_scale"})
 _BIASES: Final = frozenset({"diff_b", "up_bias"})
 
 
@@ -39,7 +33,7 @@ def read(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> Rea
 
     `peft_scale` is what the file's metadata says for a rank where there is no `alpha`. Raises `Unfit`.
     """
-    kinds = [kind for kind, factors in _FACTORS.items() if factors & parts.keys()]
+    kinds = factored(parts.keys())
     if len(kinds) > 1:
         raise Unfit(f"has both a {kinds[0]} and a {kinds[1]}")
     if not kinds and (parts.keys() - _BIASES):
@@ -63,8 +57,7 @@ def read(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> Rea
 
 def _rank(kind: str, parts: Parts) -> int | None:
     """The inner size; None for what has none."""
-    named = {"lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b"), "full": ()}[kind]
-    return next((len(parts[name]) for name in named if name in parts and parts[name].dim()), None)
+    return next((len(parts[name]) for name in RANKED[kind] if name in parts and parts[name].dim()), None)
 
 
 def _scale(parts: Parts, rank: int | None, peft_scale: Callable[[int], float]) -> float:
@@ -131,7 +124,7 @@ _BUILDERS: Final[dict[str, Callable[[Parts, float, int], Change]]] = {
 
 
 def _decomposed(change: Change | None, parts: Parts, target: Shape) -> Change | None:
-    found = sorted(_MAGNITUDES & parts.keys())
+    found = sorted(MAGNITUDES & parts.keys())
     if not found or change is None:
         return change
     if len(found) > 1:
@@ -155,7 +148,7 @@ def _require_kernel(parts: Parts, target: Shape) -> None:
     """A kernel has the weight's own sides: others of the same number of elements would be scrambled."""
     for name, tensor in parts.items():
         kernel = tuple(tensor.shape[2:])
-        if name not in _MAGNITUDES and any(side != 1 for side in kernel) and kernel != target[2:]:
+        if name not in MAGNITUDES and any(side != 1 for side in kernel) and kernel != target[2:]:
             raise Unfit(f"has a {name} with a kernel of {shown(kernel)}, the weight is {shown(target)}")
 
 

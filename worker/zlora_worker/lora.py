@@ -10,12 +10,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from zlora import spelling
 from zlora.errors import LoraMismatch, NotSafetensors
 from zlora.header import Header, TensorInfo, read_header
-from zlora_worker import kinds, origins, spelling
+from zlora_worker import kinds, origins
 from zlora_worker.adapter_config import AdapterConfig
 from zlora_worker.changes import Change, Product, Unfit
-from zlora_worker.spelling import Module, Names
+from zlora_worker.names import Module, Names
 from zlora_worker.weights import Place, Weights, as_matrices
 
 _DTYPES: Final = {
@@ -23,7 +24,6 @@ _DTYPES: Final = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _INTEGERS: Final = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
-_NAMED: Final = 3  # names shown in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Reader:
         batches, changes = _stacked(placed)
         lora = Lora(
             digest=digest,
-            format=Counter(map(spelling.format_of, header.tensors)).most_common(1)[0][0],
+            format=spelling.format_of(header.tensors),
             kinds=tuple(sorted({reading.kind for reading in readings.values()})),
             ranks=tuple(sorted({reading.rank for reading in readings.values() if reading.rank})),
             modules=dict(Counter(component for component, _ in readings)),
@@ -128,10 +128,10 @@ class Reader:
 
     def _nothing_lands(self, header: Header) -> str:
         if not any(map(spelling.split, header.tensors)):
-            return f"no LoRA that this worker reads: {_shown(header.tensors)}"
-        if origin := origins.told(header.tensors, header.metadata, self._weights):
+            return f"no LoRA that this worker reads: {spelling.some(header.tensors)}"
+        if origin := origins.told(header, self._weights):
             return origin
-        return f"none of its modules is in the resident model: {_shown(header.tensors)}"
+        return f"none of its modules is in the resident model: {spelling.some(header.tensors)}"
 
     def _readings(
         self, header: Header, found: Mapping[Module, Mapping[str, str]], tensors: Mapping[str, Tensor]
@@ -144,7 +144,7 @@ class Reader:
                 target = self._weights.shape(self._weights.places[(*module, "weight")])
                 readings[module] = kinds.read(own, target, partial(config.scale, *module))
         except Unfit as misfit:
-            origin = origins.told(header.tensors, header.metadata, self._weights)
+            origin = origins.told(header, self._weights)
             raise _Refusal(f"{origin}{'; ' if origin else ''}{'.'.join(module)[:120]} {misfit}") from None
         except ValueError as error:
             raise _Refusal(str(error)) from None
@@ -177,7 +177,7 @@ def require_whole(lora: Lora, *, source: str) -> None:
     """Raises `LoraMismatch` where a tensor of the file lands nowhere."""
     if lora.unmatched:
         raise LoraMismatch(
-            f"{source}: part of it lands nowhere in the resident model: {_shown(lora.unmatched)}; "
+            f"{source}: part of it lands nowhere in the resident model: {spelling.some(lora.unmatched)}; "
             "with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )
@@ -258,9 +258,3 @@ def _require_effect(lora: Lora, weights: Weights) -> None:
     )
     if not moved and all(still):
         raise _Refusal(f"changes nothing: a factor of each of its {sum(lora.modules.values())} modules is zero")
-
-
-def _shown(keys: Iterable[str]) -> str:
-    """How many tensors, and the first of their names, short."""
-    names = sorted(keys)
-    return f"{len(names)} tensors, such as {', '.join(name[:60] for name in names[:_NAMED]) or 'none'}"

@@ -11,27 +11,14 @@ from urllib.parse import urlsplit
 from zlora import wire
 from zlora.errors import InvalidSetting
 from zlora.job import QUEUE
+from zlora.references import CIVITAI, HUGGING_FACE
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
 _SECRET = "secret"  # noqa: S105 - a key of metadata
 
 
-def _hosts(text: str) -> frozenset[str]:
-    hosts = frozenset(name.strip().lower() for name in text.split(",") if name.strip())
-    for host in hosts:
-        parts = urlsplit(f"//{host}")
-        if (
-            parts.netloc != host or "@" in host or not parts.hostname or parts.port == 0
-        ):  # `port` raises ValueError by itself
-            raise ValueError(f"{host!r} is not `host` or `host:port`")
-    return hosts
-
-
-def _web_url(text: str) -> str:
-    parts = urlsplit(text)
-    if text and (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0):
-        raise ValueError("expected http://host or https://host")
-    return text
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _store_url(text: str) -> str:
@@ -40,6 +27,23 @@ def _store_url(text: str) -> str:
     if text and not folder and not (parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc)):
         raise ValueError("expected file:///folder or s3://bucket/prefix")
     return text
+
+
+def _folders(text: str) -> tuple[Path, ...]:
+    folders = tuple(Path(part).expanduser() for part in _listed(text))
+    for folder in folders:
+        if not folder.is_absolute():
+            raise ValueError(f"{str(folder)!r} is no absolute path")
+    return folders
+
+
+def _buckets(text: str) -> tuple[str, ...]:
+    found = _listed(text)
+    for part in found:
+        bucket, _, folder = part.rstrip("/").partition("/")
+        if not _BUCKET.fullmatch(bucket) or any(name in ("", ".", "..") for name in folder.split("/") if folder):
+            raise ValueError(f"{part!r} is not `bucket` or `bucket/folder`")
+    return tuple(part.rstrip("/") for part in found)
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -160,6 +164,24 @@ class Settings:
     lora_deadline: int = _from(
         "ZLORA_LORA_DEADLINE", default="300", read=_count, note="Seconds that one LoRA's download may take"
     )
+    lora_free_bytes: int = _from(
+        "ZLORA_LORA_FREE_BYTES",
+        default="1000000000",
+        read=_count_or_none,
+        note="Bytes of the LoRA cache's disk that stay free",
+    )
+    lora_min_rate: int = _from(
+        "ZLORA_LORA_MIN_RATE",
+        default="10000",
+        read=_count_or_none,
+        note="Bytes a second below which a download is given up",
+    )
+    look_ahead: int = _from(
+        "ZLORA_LOOK_AHEAD",
+        default="4",
+        read=_count_or_none,
+        note="Jobs next in line whose LoRAs are fetched while another is drawn; 0 fetches none ahead",
+    )
     patch: str = _from(
         "ZLORA_PATCH",
         default="auto",
@@ -173,12 +195,43 @@ class Settings:
         note="How much of the base is compared after each job: what 1 % of its time allows, or all",
     )
     allow_hosts: frozenset[str] = _from(
-        "ZLORA_ALLOW_HOSTS",
-        read=_hosts,
+        wire.ALLOW_HOSTS,
+        read=wire.hosts,
         note="`host` or `host:port`, comma-separated: may be private and speak plain `http`",
     )
+    certificates: str = _from(
+        wire.CERTIFICATES,
+        read=wire.existing_file,
+        note="File of the certificates to trust for LoRA sources; default: certifi's",
+    )
+    lora_roots: tuple[Path, ...] = _from(
+        "ZLORA_LORA_ROOTS", read=_folders, note="Folders, comma-separated, whose files `file://` may name"
+    )
+    lora_buckets: tuple[str, ...] = _from(
+        "ZLORA_LORA_S3",
+        read=_buckets,
+        note="`bucket` or `bucket/folder`, comma-separated: what `s3://` may name",
+    )
+    lora_s3_endpoint: str = _from(
+        "ZLORA_LORA_S3_ENDPOINT", read=wire.web_url, note="S3 server of `s3://` sources; default: the store's"
+    )
+    lora_s3_region: str = _from("ZLORA_LORA_S3_REGION", note="Its region; default: boto3's own rules")
+    lora_s3_key: str = _from(
+        "ZLORA_LORA_S3_ACCESS_KEY_ID", note="Credentials for `s3://` sources; default: boto3's own rules"
+    )
+    lora_s3_secret: str = _from("ZLORA_LORA_S3_SECRET_ACCESS_KEY", note="The key's secret", secret=True)
+    hf_endpoint: str = _from(
+        *wire.HUGGING_FACE, default=HUGGING_FACE, read=wire.web_url, note="The hub of `hf://`, or a mirror of it"
+    )
+    hf_token: str = _from(
+        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", note="Token for that hub, and for nobody else", secret=True
+    )
+    civitai_url: str = _from(wire.CIVITAI, default=CIVITAI, read=wire.web_url, note="Civitai, or a mirror of it")
+    civitai_token: str = _from(
+        "CIVITAI_TOKEN", "CIVITAI_API_TOKEN", note="Token for Civitai, and for nobody else", secret=True
+    )
     hub_url: str = _from(
-        "FILE_API_BASE_URL", "COZY_HUB_URL", read=_web_url, note="Base URL of the hub behind `cozy_ref`"
+        "FILE_API_BASE_URL", "COZY_HUB_URL", read=wire.web_url, note="Base URL of the hub behind `cozy_ref`"
     )
     hub_token: str = _from("FILE_API_TOKEN", "COZY_HUB_TOKEN", note="Bearer token for the hub", secret=True)
     hub_tenant: str = _from("COZY_TENANT_ID", note="Tenant sent to the hub")
@@ -195,12 +248,20 @@ class Settings:
         for item in fields(cls):
             if item.metadata:
                 values[item.name] = _read(item.metadata, environ)
+        if bool(values["lora_s3_key"]) != bool(values["lora_s3_secret"]):
+            name = "ZLORA_LORA_S3_SECRET_ACCESS_KEY"
+            raise InvalidSetting(f"{name} and ZLORA_LORA_S3_ACCESS_KEY_ID: one without the other", {"name": name})
         return cls(**values)
 
     @property
     def store_url(self) -> str:
         """The store, with its default."""
         return self.store or (self.home / "store").as_uri()
+
+    @property
+    def source_endpoint(self) -> str:
+        """The S3 server of `s3://` sources; empty for AWS."""
+        return self.lora_s3_endpoint or self.s3_endpoint
 
     @property
     def cache_folder(self) -> Path:

@@ -1,6 +1,7 @@
 """Where results go: a folder or S3. The one place for the key scheme, and the only importer of boto3."""
 
 import errno
+import logging
 import os
 import tempfile
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import unquote, urlsplit
 
-from zlora.errors import StoreFailed
+from zlora.errors import LoraForbidden, LoraNotFound, StoreFailed
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -183,15 +184,53 @@ def _failing_requests(what: str) -> Iterator[None]:
         raise StoreFailed(f"{what}: {error}") from error
 
 
-def _s3_client(endpoint: str | None) -> "S3Client":
+class SourceBuckets:
+    """What `s3://` sources may name: objects by URLs that carry the worker's signature; nothing is asked here."""
+
+    _SECONDS: Final = 900  # that a signature holds; it begins a download, and need not outlast it
+
+    def __init__(self, settings: Settings) -> None:
+        self._client = _s3_client(
+            settings.source_endpoint or None,
+            key=settings.lora_s3_key or None,
+            secret=settings.lora_s3_secret or None,
+            region=settings.lora_s3_region or None,
+        )
+
+    def url(self, bucket: str, key: str, *, name: str) -> str:
+        """The URL of an object; it is a secret. Raises a `LoraError` that says `name` where there can be none."""
+        from botocore.exceptions import BotoCoreError, ParamValidationError
+
+        try:
+            return self._client.generate_presigned_url(
+                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=self._SECONDS
+            )
+        except ParamValidationError:  # a bucket's or key's name that S3 does not know
+            raise LoraNotFound(f"{name}: no object of S3") from None
+        except BotoCoreError:
+            raise LoraForbidden(f"{name}: this worker has no credentials for it") from None
+
+
+def _s3_client(
+    endpoint: str | None, *, key: str | None = None, secret: str | None = None, region: str | None = None
+) -> "S3Client":
     import boto3
     from botocore.config import Config
 
+    logging.getLogger("botocore").setLevel(logging.INFO)  # its debug lines hold signatures
     # Servers other than AWS rarely answer to bucket names as hosts.
     config = Config(
         retries={"mode": "standard", "max_attempts": 5},
         connect_timeout=5,
         read_timeout=30,
+        signature_version="s3v4",
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
-    return boto3.Session().client("s3", endpoint_url=endpoint, config=config)
+    return boto3.Session().client(
+        "s3",
+        endpoint_url=endpoint,
+        config=config,
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        region_name=region,
+    )

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from zlora_worker.generate import Runtime
 
 _GRACE: Final = 2.0  # seconds after a job's time until it is interrupted: most end by themselves, at their next step
-_CLOCKS_APART: Final = 7 * 86_400.0  # seconds in a queue beyond which a producer's word is no time
 
 logger = get_task_logger(__name__)
 _runtime: "Runtime | None" = None
@@ -253,12 +252,7 @@ def last_check() -> None:
 
 
 def _seconds_queued(task: "Task[Any, Any]") -> float | None:
-    """Seconds between submission and start, as two clocks see them; None where the producer sent no time.
-
-    The header is anybody's to write: a time that cannot be one is none.
-    """
-    submitted: Any = (task.request.headers or {}).get(wire.SUBMITTED_AT)
+    """Seconds between submission and start, as two clocks see them; None where the producer sent no time."""
     now = time.time()
-    if type(submitted) not in (int, float) or not now - _CLOCKS_APART < submitted < now + _CLOCKS_APART:
-        return None
-    return float(max(0.0, round(now - submitted, 6)))
+    submitted = wire.submitted(task.request.headers or {}, now)
+    return None if submitted is None else max(0.0, round(now - submitted, 6))

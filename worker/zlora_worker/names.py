@@ -1,68 +1,12 @@
-"""How LoRA files spell the modules of a model and the tensors of a change: the only tables of such names."""
+"""Every spelling that a LoRA file may have for the modules of one resident model, made from the model's own names."""
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
+
+from zlora.spelling import PREFIXES, SOLE_TEXT_ENCODER, flat
 
 Module = tuple[str, str]  # component, and the module's name in it
-
-# What tools write before a module's name, dots as underscores. An empty one is a file for one network alone.
-_PREFIXES: Final[dict[str, tuple[str, ...]]] = {
-    "unet": ("unet", "lora_unet", "lycoris", "diffusion_model", "model_diffusion_model", ""),
-    "transformer": ("transformer", "lora_transformer", "lycoris", "diffusion_model", "model_diffusion_model", ""),
-    "text_encoder": ("text_encoder", "lora_te1", "te1", "lycoris_te1", "clip_l", "text_encoders_clip_l_transformer"),
-    "text_encoder_2": (
-        "text_encoder_2",
-        "lora_te2",
-        "te2",
-        "lycoris_te2",
-        "clip_g",
-        "text_encoders_clip_g_transformer",
-    ),
-}
-_SOLE_TEXT_ENCODER: Final = "lora_te"  # kohya's for models that have one
-
-# The end of a tensor's name, and what the tensor is. `\2` of peft's is the adapter's name, where it was left in.
-_PARTS: Final = tuple(
-    (re.compile(rf"^(.+?){pattern}$"), part)
-    for pattern, part in (
-        (r"\.lora_down\.weight", "down"),
-        (r"\.lora_up\.weight", "up"),
-        (r"\.lora_mid\.weight", "mid"),
-        (r"\.lora_A(?:\.\w+)?\.weight", "down"),
-        (r"\.lora_B(?:\.\w+)?\.weight", "up"),
-        (r"\.lora_B(?:\.\w+)?\.bias", "up_bias"),
-        (r"\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "magnitude"),
-        (r"(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight", "down"),
-        (r"(?:\.lora|\.lora_linear_layer|_lora)\.up\.weight", "up"),
-        (r"\.alpha", "alpha"),
-        (r"\.dora_scale", "dora_scale"),
-        (r"\.(?:diff|w_norm)", "diff"),
-        (r"\.(?:diff_b|b_norm)", "diff_b"),
-        (r"\.(hada_(?:w[12]_[ab]|t[12]))", ""),
-        (r"\.(lokr_(?:w[12](?:_[ab])?|t2))", ""),
-    )
-)
-
-# Kinds that are refused by name: they turn or scale activations, and are no change of a weight that could be added.
-_UNSUPPORTED: Final = (
-    (re.compile(r"\.(?:oft_\w+|oft_R\b.*)"), "OFT"),
-    (re.compile(r"\.boft_\w+"), "BOFT"),
-    (re.compile(r"\.(?:ia3_l\b|on_input$)"), "IA3"),
-    (re.compile(r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight$"), "GLoRA"),
-    (re.compile(r"\.(?:vera_lambda_\w+|lora_embedding_[AB])\b"), "VeRA or an embedding's LoRA"),
-    (re.compile(r"\.(?:reshape_weight|set_weight)$"), "a weight's replacement"),
-)
-
-# Which tool writes so, by what a key looks like; the first that fits. Only for the receipt.
-_FORMATS: Final = (
-    (re.compile(r"^lycoris_"), "lycoris"),
-    (re.compile(r"^(?:diffusion_model|model\.diffusion_model|text_encoders)\."), "comfyui"),
-    (re.compile(r"\.lora_(?:[AB]|magnitude_vector)\b"), "peft"),
-    (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.(?:up|down)\.weight$"), "diffusers"),
-    (re.compile(r"^lora_(?:unet|te\d?|transformer)_\w+\."), "kohya"),
-    (re.compile(r"^(?:lora_)?(?:unet|transformer|te\d|clip_[lg])\."), "onetrainer"),
-)
 
 _LDM_RESNET: Final = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -80,39 +24,6 @@ _LDM_STEM: Final = {
 _OLD_ATTENTION: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-class Key(NamedTuple):
-    """A tensor's name taken apart: the module as the file spells it, and what the tensor is of its change."""
-
-    module: str
-    part: str
-
-
-def split(name: str) -> Key | None:
-    """The parts of a tensor's name; None where no tool is known to write it."""
-    for pattern, part in _PARTS:
-        if found := pattern.match(name):
-            return Key(found[1], part or found[2])
-    return None
-
-
-def unsupported_kind(name: str) -> str | None:
-    """The kind of change that a tensor belongs to, where that is one which is known and not supported."""
-    return next((kind for pattern, kind in _UNSUPPORTED if pattern.search(name)), None)
-
-
-def format_of(name: str) -> str:
-    """The tool that spells a tensor's name so."""
-    return next((format_ for pattern, format_ in _FORMATS if pattern.search(name)), "unknown")
-
-
-def component_of(name: str) -> str:
-    """The component that a tensor's name is meant for, by its prefix alone; `unknown` where it has none."""
-    flat = _flat(name)
-    prefixes = [(prefix, component) for component, group in _PREFIXES.items() for prefix in group if prefix]
-    fitting = [pair for pair in prefixes if flat.startswith(f"{pair[0]}_")]
-    return max(fitting, key=lambda pair: len(pair[0]))[1] if fitting else "unknown"
-
-
 class Names:
     """Every spelling of every module of one resident model.
 
@@ -126,18 +37,18 @@ class Names:
         ldm = LdmNames(name for component, name in modules if component == "unet")
         self._modules: dict[str, Module] = {}
         for component, name in modules:
-            prefixes = _PREFIXES.get(component, (component,))
+            prefixes = PREFIXES.get(component, (component,))
             if component == "text_encoder" and "text_encoder_2" not in components:
-                prefixes += (_SOLE_TEXT_ENCODER,)
+                prefixes += (SOLE_TEXT_ENCODER,)
             for alias in _aliases(component, name, ldm):
                 for prefix in prefixes:
-                    spelling = _flat(f"{prefix}.{alias}" if prefix else alias)
+                    spelling = flat(f"{prefix}.{alias}" if prefix else alias)
                     if self._modules.setdefault(spelling, (component, name)) != (component, name):
                         raise ValueError(f"two modules are spelt {spelling}: {name} and {self._modules[spelling][1]}")
 
     def find(self, spelling: str) -> Module | None:
         """The module that a file means, if the model has it."""
-        return self._modules.get(_flat(spelling))
+        return self._modules.get(flat(spelling))
 
 
 class LdmNames:
@@ -204,10 +115,6 @@ def _aliases(component: str, name: str, ldm: LdmNames) -> Iterator[str]:
             block, _, leaf = spelt.rpartition(".")
             if leaf in _OLD_ATTENTION:
                 yield f"{block}.{_OLD_ATTENTION[leaf]}"
-
-
-def _flat(spelling: str) -> str:
-    return spelling.removeprefix("base_model.model.").replace(".", "_")
 
 
 def _has(parts: set[str], block: str) -> bool:

@@ -1,0 +1,409 @@
+"""Room in the cache: a cap, a floor of free disk, who goes first, who never goes, and a disk that is full."""
+
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from servers import (
+    Host,
+    Request,
+    by_path,
+    caching,
+    digest,
+    got,
+    kept,
+    lora_bytes,
+    named,
+    reply,
+    serving,
+    untimed,
+)
+from zlora.errors import CacheFull, LoraTooLarge
+from zlora.job import Asset
+from zlora_worker.cache import Cache
+from zlora_worker.locks import alone
+from zlora_worker.space import Pruned, written
+
+ONE, TWO, THREE, FOUR = (lora_bytes(fill) for fill in (1, 2, 3, 4))
+SIZE = len(ONE)
+LARGE = lora_bytes(9, size=8192)
+
+Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as shutil has it
+
+
+@contextmanager
+def full_cache(folder: Path, *ages: tuple[bytes, float], more: Iterable[bytes] = ()) -> Iterator[tuple[Cache, Host]]:
+    """A cache with room for as many files as `ages` names, filled with them; `more` are at the host only."""
+    contents = {f"/{digest(data)}": data for data in (*(data for data, _ in ages), *more)}
+    with serving(by_path(contents)) as host, caching(folder, host, max_bytes=len(ages) * SIZE) as cache:
+        for data, seconds in ages:
+            got(cache, of(host, data))
+            age(cache, data, seconds)
+        yield cache, host
+
+
+def of(host: Host, data: bytes) -> Asset:
+    return Asset(url=f"{host.url}/{digest(data)}")
+
+
+def age(cache: Cache, data: bytes, seconds: float) -> None:
+    """As if a file was last used so many seconds ago."""
+    path = cache.file(digest(data))
+    os.utime(path, (time.time() - seconds, path.stat().st_mtime))
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, folder: Path, size: int) -> None:
+    """As if the disk had `size` bytes for this cache alone."""
+    parts = (folder / "loras/files", folder / "loras/drafts")
+
+    def usage(_path: object) -> Usage:
+        used = sum(written(path.stat()) for part in parts for path in part.iterdir())
+        return Usage(size, used, size - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+# --- the cap
+
+
+def test_the_file_that_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    with full_cache(tmp_path, (ONE, 10), (TWO, 20), more=[THREE]) as (cache, host):
+        got(cache, of(host, THREE))
+
+        assert kept(tmp_path) == named(ONE, THREE)
+
+
+def test_a_use_makes_a_file_young(tmp_path: Path) -> None:
+    """By address, by pin, and ahead of a job."""
+    with full_cache(tmp_path, (ONE, 20), (TWO, 10), more=[THREE, FOUR]) as (cache, host):
+        got(cache, of(host, ONE))
+        got(cache, of(host, THREE))
+        assert kept(tmp_path) == named(ONE, THREE)
+
+        age(cache, THREE, 20)
+        age(cache, ONE, 10)
+        got(cache, Asset(url=f"{host.url}/x", sha256=digest(THREE)))
+        got(cache, of(host, TWO))
+        assert kept(tmp_path) == named(THREE, TWO)
+
+        age(cache, THREE, 20)
+        age(cache, TWO, 10)
+        cache.bring(of(host, THREE), since=0)
+        got(cache, of(host, FOUR))
+        assert kept(tmp_path) == named(THREE, FOUR)
+
+
+def test_a_file_that_is_here_already_needs_no_room(tmp_path: Path) -> None:
+    """A source without ETags sends it each time, and only one copy is kept."""
+    with serving(reply(ONE)) as host, caching(tmp_path, host, max_bytes=2 * SIZE) as cache:
+        for _ in range(3):
+            got(cache, Asset(url=f"{host.url}/a"))
+
+    assert kept(tmp_path) == named(ONE)
+
+
+@pytest.mark.parametrize("length", [-1, None])
+def test_a_file_larger_than_the_cache_is_refused_and_costs_no_other_its_place(
+    tmp_path: Path, length: int | None
+) -> None:
+    """By its header, whatever the server announces: nothing of its tensors is written."""
+    with full_cache(tmp_path, (ONE, 10), (TWO, 20)) as (cache, _), serving(reply(LARGE, length=length)) as host:
+        with caching(tmp_path, host, max_bytes=2 * SIZE) as user, pytest.raises(LoraTooLarge) as raised:
+            got(user, Asset(url=f"{host.url}/large"))
+
+        assert kept(tmp_path) == named(ONE, TWO)
+        assert raised.value.details == {"max_bytes": 2 * SIZE}
+        assert cache.space.held == 2 * SIZE
+
+
+# --- files in use
+
+
+def test_a_file_in_use_is_never_let_go(tmp_path: Path) -> None:
+    """However long ago its use began; the next oldest goes."""
+    with full_cache(tmp_path, (ONE, 900), (TWO, 20), more=[THREE]) as (cache, host):
+        with cache.files([of(host, ONE)]) as (file,):
+            age(cache, ONE, 9000)
+            got(cache, of(host, THREE))
+
+            assert kept(tmp_path) == named(ONE, THREE)
+            assert file.path.read_bytes() == ONE
+        age(cache, ONE, 9000)
+        got(cache, of(host, TWO))
+        assert kept(tmp_path) == named(THREE, TWO)
+
+
+def test_a_file_in_use_keeps_its_name_when_another_source_brings_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would see that it is in use: here it comes just before the second is to have its name."""
+    with serving(by_path({"/a": ONE, "/b": ONE})) as host, caching(tmp_path, host) as cache, ExitStack() as stack:
+        keep = cache._keep
+
+        def late(*arguments: Any) -> None:
+            monkeypatch.undo()
+            stack.enter_context(cache.files([Asset(url=f"{host.url}/b")]))
+            keep(*arguments)
+
+        monkeypatch.setattr(cache, "_keep", late)
+        got(cache, Asset(url=f"{host.url}/a"))
+
+        assert cache.space.prune() == Pruned(files=0, size=0, in_use=1)
+
+
+def test_a_cache_whose_files_are_all_in_use_is_full(tmp_path: Path) -> None:
+    """Until the job that uses them ends; its own next file counts like any other's."""
+    with full_cache(tmp_path, (ONE, 20), (TWO, 10), more=[THREE]) as (cache, host):
+        with cache.files([of(host, data) for data in (ONE, TWO)]):
+            with pytest.raises(CacheFull) as raised:
+                got(cache, of(host, THREE))
+
+            assert kept(tmp_path) == named(ONE, TWO)
+            assert raised.value.details == {"max_bytes": 2 * SIZE}
+        with pytest.raises(CacheFull), cache.files([of(host, data) for data in (ONE, TWO, THREE)]):
+            pass
+
+        got(cache, of(host, THREE))
+        assert len(kept(tmp_path)) == 2
+
+
+def test_where_all_that_may_go_is_too_little_nothing_goes(tmp_path: Path) -> None:
+    """Those files would have been let go for nothing."""
+    large = lora_bytes(8, size=2 * SIZE // 16 * 16)
+    with (
+        full_cache(tmp_path, (ONE, 30), (TWO, 20), (THREE, 10), more=[large]) as (cache, host),
+        cache.files([of(host, TWO)]),
+        pytest.raises(CacheFull),
+    ):
+        got(cache, of(host, large))
+
+    assert kept(tmp_path) == named(ONE, TWO, THREE)
+
+
+def test_nothing_used_lately_goes_for_a_file_that_is_fetched_ahead(tmp_path: Path) -> None:
+    with full_cache(tmp_path, (ONE, 800), (TWO, 10), more=[THREE]) as (cache, host):
+        with pytest.raises(CacheFull):
+            cache.bring(of(host, THREE), since=0)
+        assert kept(tmp_path) == named(ONE, TWO)
+
+        age(cache, ONE, 1000)
+        cache.bring(of(host, THREE), since=0)
+        assert kept(tmp_path) == named(THREE, TWO)
+
+
+def test_a_file_of_the_future_may_go(tmp_path: Path) -> None:
+    """The clock was set back."""
+    with full_cache(tmp_path, (ONE, -9000), more=[TWO]) as (cache, host):
+        got(cache, of(host, TWO))
+
+        assert kept(tmp_path) == named(TWO)
+
+
+# --- downloads on their way
+
+
+def test_a_draft_has_its_room_from_its_beginning(tmp_path: Path) -> None:
+    """Two downloads that do not fit together: the second is refused by its header, and the first comes through."""
+    errors: list[type[Exception]] = []
+    with full_cache(tmp_path, (ONE, 10), more=[TWO]) as (cache, host), caching(tmp_path, host, max_bytes=SIZE) as other:
+
+        def ask(received: int, _expected: int) -> None:
+            if not errors and received:
+                errors.append(CacheFull)
+                with pytest.raises(CacheFull):
+                    got(other, of(host, ONE))
+
+        with serving(_in_pieces(TWO)) as slow, caching(tmp_path, slow, max_bytes=SIZE) as user:
+            got(user, Asset(url=f"{slow.url}/two"), on_bytes=ask)
+
+        assert errors
+        assert kept(tmp_path) == named(TWO)
+        assert cache.space.held == SIZE
+
+
+def _in_pieces(data: bytes) -> Callable[[Request], Iterable[bytes]]:
+    whole = reply(data)
+    return lambda _: [whole[:1500], whole[1500:]]
+
+
+def test_a_draft_of_a_dead_process_takes_no_room(tmp_path: Path) -> None:
+    """Nor does it wait for the next start of a worker."""
+    with full_cache(tmp_path, (ONE, 10), more=[TWO]) as (cache, host):
+        cache._draft(of(host, THREE)).write_bytes(bytes(SIZE))
+        got(cache, of(host, TWO))
+
+        assert kept(tmp_path) == named(TWO)
+
+
+def test_a_draft_of_a_living_process_counts(tmp_path: Path) -> None:
+    with full_cache(tmp_path, (ONE, 10), (TWO, 5), more=[THREE]) as (cache, host):
+        draft = cache._draft(of(host, FOUR))
+        draft.write_bytes(bytes(SIZE))
+        with alone(tmp_path / "loras/locks" / draft.name):
+            got(cache, of(host, THREE))
+
+            assert draft.exists()
+            assert {path.name: path.read_bytes() for path in cache.file("").parent.iterdir()} == named(THREE)
+
+
+# --- the floor
+
+
+def test_a_floor_of_free_disk_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files go although the cap has room, and no more than needed."""
+    contents = {f"/{digest(data)}": data for data in (ONE, TWO, THREE, LARGE)}
+    with serving(by_path(contents)) as host, caching(tmp_path, host, free_bytes=SIZE) as cache:
+        with_free(monkeypatch, tmp_path, 3 * SIZE)
+        for seconds, data in ((20, ONE), (10, TWO), (0, THREE)):
+            got(cache, of(host, data))
+            age(cache, data, seconds)
+        assert kept(tmp_path) == named(TWO, THREE)
+
+        with pytest.raises(CacheFull):
+            got(cache, of(host, LARGE))
+        assert kept(tmp_path) == named(TWO, THREE)
+
+
+def test_what_a_draft_is_still_to_take_of_the_disk_is_not_free(tmp_path: Path) -> None:
+    with caching(tmp_path) as cache, (tmp_path / "loras/drafts/living").open("wb") as draft:
+        before = cache.space.free
+        draft.truncate(2**40)
+
+        assert before - cache.space.free > 2**39
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A folder with a disk of its own."""
+    folder.mkdir()
+    command = ["/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a disk; the next test does without")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["/bin/umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
+    """Somebody else writes on it meanwhile; with room the next use fetches the file."""
+    data = lora_bytes(7, size=2**19)
+    whole, ballast, begun = reply(data, ETag='"7"'), tmp_path / "disk/ballast", Event()
+
+    def answer(_request: Request) -> Iterator[bytes]:
+        yield whole[: 2**18]
+        if len(host.requests) == 1:
+            assert begun.wait(30)
+            with suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        yield whole[2**18 :]
+
+    with small_disk(tmp_path / "disk", 2**20) as disk, serving(answer) as host, caching(disk, host) as cache:
+        asset = Asset(url=f"{host.url}/a")
+        with pytest.raises(CacheFull, match="No space left") as raised:
+            got(cache, asset, on_bytes=lambda *_: begun.set())
+        assert raised.value.retryable
+        assert ballast.stat().st_size
+        assert kept(disk) == {}
+
+        ballast.unlink()
+        assert got(cache, asset).path.read_bytes() == data
+        assert kept(disk) == named(data)
+
+
+def test_a_disk_that_takes_no_more_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
+    """As a quota of the system's: here on the size of any file."""
+    with serving(reply(LARGE)) as host, caching(tmp_path, host) as cache:
+        asset, (soft, hard) = Asset(url=f"{host.url}/a"), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))
+        try:
+            with pytest.raises(CacheFull, match="File too large"):
+                got(cache, asset)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert kept(tmp_path) == {}
+
+        assert got(cache, asset).path.read_bytes() == LARGE
+
+
+def test_a_file_that_goes_while_the_folder_is_read_does_no_harm(tmp_path: Path) -> None:
+    """Another worker finishes a draft or lets a file go between the listing and the look: here a link to nothing."""
+    with serving(reply(ONE)) as host, caching(tmp_path, host, max_bytes=SIZE) as cache:
+        for folder in ("drafts", "files"):
+            (tmp_path / "loras" / folder / "gone").symlink_to(tmp_path / "nothing")
+
+        assert got(cache, Asset(url=f"{host.url}/a")).tier == "network"
+        assert cache.space.prune().files == 1
+
+
+# --- whatever happens
+
+
+class Story:
+    """A cache with room for two of four files, and what befalls it."""
+
+    def __init__(self, folder: Path, host: Host, cache: Cache, contents: dict[str, bytes]) -> None:
+        self.folder, self.host, self.cache, self.contents = folder, host, cache, contents
+        self.fill = len(contents)
+
+    def ask(self, path: str) -> None:
+        """A job without a pin gets what the source has now."""
+        assert got(self.cache, Asset(url=self.host.url + path)).sha256 == digest(self.contents[path])
+
+    def pin(self, path: str) -> None:
+        """A job with a pin gets those bytes."""
+        data = self.contents[path]
+        with self.cache.files([Asset(url=self.host.url + path, sha256=digest(data))]) as (file,):
+            assert file.path.read_bytes() == data
+
+    def ahead(self, path: str) -> None:
+        """Nothing that was used lately goes for a file that is fetched ahead."""
+        with suppress(CacheFull):
+            self.cache.bring(Asset(url=self.host.url + path), since=time.time())
+
+    def change(self, path: str) -> None:
+        self.fill += 1
+        self.contents[path] = lora_bytes(self.fill)
+
+    def damage(self, path: str) -> None:
+        file = self.cache.file(digest(self.contents[path]))
+        if file.exists():
+            file.write_bytes(bytes(SIZE))
+
+    def delete(self, path: str) -> None:
+        self.cache.file(digest(self.contents[path])).unlink(missing_ok=True)
+
+    def clear(self, _path: str) -> None:
+        shutil.rmtree(self.folder / "loras")
+        self.cache.tidy()
+
+    def tidy(self, _path: str) -> None:
+        self.cache.tidy()
+
+
+EVENTS = (Story.ask, Story.pin, Story.ahead, Story.change, Story.damage, Story.delete, Story.clear, Story.tidy)
+
+
+@untimed
+@given(events=st.lists(st.tuples(st.sampled_from(EVENTS), st.sampled_from(["/0", "/1", "/2", "/3"])), max_size=12))
+def test_whatever_happens_a_job_gets_what_the_source_has_and_the_cap_holds(
+    events: list[tuple[Callable[[Story, str], None], str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, contents = tmp_path_factory.mktemp("cache"), {f"/{index}": lora_bytes(index) for index in range(4)}
+    with serving(by_path(contents)) as host, caching(folder, host, max_bytes=2 * SIZE) as cache:
+        story = Story(folder, host, cache, contents)
+        for event, path in events:
+            event(story, path)
+            assert len(kept(folder)) <= 2

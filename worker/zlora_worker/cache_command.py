@@ -1,0 +1,166 @@
+"""`zlora cache ls|prune|verify`: what the LoRA cache of this machine holds, beside the workers that use it."""
+
+import os
+import re
+import time
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+import click
+import msgspec
+from msgspec import Struct
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from zlora_worker.settings import Settings
+
+if TYPE_CHECKING:  # it needs what a producer alone has not, and `zlora` starts without
+    from zlora_worker.cache import Cache
+
+_MB: Final = 10**6
+_DIGITS: Final = 12  # of a sha256, for people
+_WIDTH: Final = 240  # characters where no terminal says
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_AGE: Final = re.compile("([0-9]{1,9})([smhd]?)")
+
+
+class FileRow(Struct, frozen=True, kw_only=True):
+    """One file. `last_used` is in seconds since the epoch; `sources` have no secrets."""
+
+    sha256: str
+    size: int
+    last_used: float
+    in_use: bool
+    sources: tuple[str, ...]
+
+
+class Listing(Struct, frozen=True, kw_only=True):
+    """A cache: the most recently used first. Sizes are in bytes; `drafts` are downloads on their way."""
+
+    folder: str
+    files: tuple[FileRow, ...]
+    drafts: int
+    held: int
+    max_bytes: int
+    disk_free: int
+    free_bytes: int
+
+
+def _age(text: str) -> float:
+    """Seconds."""
+    if (found := _AGE.fullmatch(text)) is None:
+        raise click.BadParameter(f"{text!r} is no number of seconds, nor one with s, m, h or d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+@click.group()
+def cache() -> None:
+    """Look at this machine's LoRA cache, make room in it, or check its files."""
+
+
+@cache.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def ls(as_json: bool) -> None:
+    """List the files, the most recently used first."""
+    listing = _listing(_open())
+    if as_json:
+        click.echo(msgspec.json.encode(listing))
+        return
+    console = Console(width=None if os.isatty(1) else _WIDTH)
+    console.print(_table(listing))
+    console.print(
+        f"{len(listing.files)} files, {_mb(listing.held)} of {_mb(listing.max_bytes)} MB, "
+        f"{_mb(listing.drafts)} of them on their way; "
+        f"{_mb(listing.disk_free)} MB of the disk are free, {_mb(listing.free_bytes)} stay free",
+        highlight=False,
+    )
+
+
+@cache.command()
+@click.option("--max-bytes", type=click.IntRange(min=0), help="Until so many are left. [default: the cache's cap]")
+@click.option("--older-than", type=_age, metavar="AGE", help="What was not used for so long: seconds, or 15m, 12h, 7d.")
+@click.option("--all", "everything", is_flag=True, help="Whatever is not in use.")
+def prune(max_bytes: int | None, older_than: float | None, everything: bool) -> None:
+    """Let files go, the least recently used first. Those that a worker uses stay."""
+    if everything and (max_bytes, older_than) != (None, None):
+        raise click.UsageError("--all leaves nothing to choose")
+    space = _open().space
+    if max_bytes is None:
+        max_bytes = 0 if everything or older_than is not None else space.max_bytes
+    pruned = space.prune(max_bytes=max_bytes, older_than=older_than or 0.0)
+    stayed = f"; {pruned.in_use} are in use and stayed" if pruned.in_use else ""
+    click.echo(f"{pruned.files} files went, {_mb(pruned.size)} MB{stayed}")
+
+
+@cache.command()
+@click.pass_context
+def verify(ctx: click.Context) -> None:
+    """Hash every file and drop the damaged ones; exit status 1 where there were some."""
+    opened = _open()
+    console = Console(stderr=True)
+    columns = (TextColumn("hashing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total, checked, damaged = len(list(opened.space.files.iterdir())), 0, list[str]()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("", total=total)
+        for sha256, sound in opened.verify():
+            checked += 1
+            if not sound:
+                damaged.append(sha256)
+            progress.advance(bar)
+    for sha256 in damaged:
+        click.echo(f"damaged, and dropped: {sha256}")
+    click.echo(f"{checked} files, {checked - len(damaged)} of them sound")
+    ctx.exit(1 if damaged else 0)
+
+
+def _open() -> "Cache":
+    if not all(map(find_spec, ("requests", "ssrfguard"))):
+        raise click.ClickException("the cache is the worker's: pip install 'z-image-lora[worker]'")
+    from zlora_worker.cache import Cache
+
+    return Cache.open(Settings.from_env())
+
+
+def _listing(cache: "Cache") -> Listing:
+    from zlora_worker.locks import unused
+    from zlora_worker.space import listed
+
+    space, sources = cache.space, dict[str, set[str]]()
+    for _, entry in cache.index.entries():
+        sources.setdefault(entry.sha256, set()).add(entry.source)
+    rows = []
+    for found, path in sorted(listed(space.files), key=lambda item: -item[0].st_atime_ns):
+        with unused(path) as free:
+            names = tuple(sorted(sources.get(path.stem, ())))
+            rows.append(
+                FileRow(sha256=path.stem, size=found.st_size, last_used=found.st_atime, in_use=not free, sources=names)
+            )
+    return Listing(
+        folder=str(space.files.parent),
+        files=tuple(rows),
+        drafts=sum(entry.st_size for entry, _ in listed(space.drafts)),
+        held=space.held,
+        max_bytes=space.max_bytes,
+        disk_free=space.free,
+        free_bytes=space.free_bytes,
+    )
+
+
+def _table(listing: Listing) -> Table:
+    """A stranger's words are shown as they are: none of them is markup."""
+    table = Table("sha256", "MB", "last used", "in use", "sources", title=Text(listing.folder), box=None)
+    for row in listing.files:
+        sources = Text("\n".join(row.sources) or "not known any more", overflow="fold")
+        used = "now" if row.in_use else ""
+        table.add_row(row.sha256[:_DIGITS], _mb(row.size), _ago(time.time() - row.last_used), used, sources)
+    return table
+
+
+def _ago(seconds: float) -> str:
+    unit = next((unit for unit in "dhm" if seconds >= _SECONDS[unit]), "s")
+    return f"{max(0, int(seconds / _SECONDS[unit]))} {unit} ago"
+
+
+def _mb(size: int) -> str:
+    return f"{size / _MB:,.1f}"

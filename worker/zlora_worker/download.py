@@ -1,0 +1,90 @@
+"""One file on its way: what a source may use to bring it."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import urlsplit
+
+from requests import Response
+from zlora.errors import LoraCorrupt, LoraForbidden, LoraTooLarge
+from zlora.web import Web
+from zlora_worker.settings import Settings
+from zlora_worker.storage import SourceBuckets
+from zlora_worker.stream import CHUNK, Fetched, Sink, copy
+
+_VERSION: Final = re.compile(r'(W/)?"[\x21\x23-\x7e]{0,200}"')  # an ETag (RFC 9110, 8.8.3) that can be sent back
+_LOGIN: Final = "/login"  # where sites send those who may not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """One file on its way. `known` is what its address had last, `have` tells a file that is here by its sha256."""
+
+    settings: Settings
+    web: Web
+    buckets: Callable[[], SourceBuckets]
+    sink: Sink
+    known: Fetched | None
+    have: Callable[[str], Fetched | None]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.sink.name
+
+    def get(self, url: str, *, headers: Mapping[str, str] | None = None, promised: str = "") -> Fetched:
+        """The file at a URL, or the one that is here where the server says that it has not changed.
+
+        Raises `LoraCorrupt` where the bytes are not those of the sha256 that was `promised`.
+        """
+        version = self.known.version if self.known else None
+        asking = {"If-None-Match": version} if version else {}
+        return self._get(url, {**(headers or {}), **asking}, promised=promised)
+
+    def get_anew(self, url: str, headers: Mapping[str, str], *, promised: str, digest_header: str) -> Fetched:
+        """The file at a URL, whatever was there last: for a server whose word for a version may be another tenant's.
+
+        Raises `LoraCorrupt` as `get` does; what the server itself promises with the bytes, in `digest_header`, is the
+        later word.
+        """
+        return self._get(url, headers, promised=promised, digest_header=digest_header)
+
+    def _get(self, url: str, headers: Mapping[str, str], *, promised: str, digest_header: str = "") -> Fetched:
+        statuses = (HTTPStatus.OK, HTTPStatus.NOT_MODIFIED) if "If-None-Match" in headers else (HTTPStatus.OK,)
+        with self.web.open(url, name=self.name, headers=headers, statuses=statuses) as answer:
+            if self.known and answer.status_code == HTTPStatus.NOT_MODIFIED:
+                return self.known
+            if answer.history and urlsplit(answer.url).path == _LOGIN:
+                raise LoraForbidden(f"{self.name}: the site wants a login")
+            if not answer.history:  # where it was sent on, this one is not who promises
+                promised = answer.headers.get(digest_header, promised).lower()
+            fetched = copy(answer, self.sink, version=_version(answer))
+        if promised and fetched.sha256 != promised:
+            raise LoraCorrupt(f"{self.name}: the hub names sha256 {promised[:64]}, the bytes have {fetched.sha256}")
+        return fetched
+
+    @contextmanager
+    def head(self, url: str, headers: Mapping[str, str], *, statuses: tuple[int, ...] = (200,)) -> Iterator[Response]:
+        """What is told of a file, the answer to a redirect included where `statuses` has it."""
+        with self.web.open(
+            url, name=self.name, method="HEAD", headers=headers, statuses=statuses, redirects=len(statuses) == 1
+        ) as answer:
+            yield answer
+
+    def text(self, url: str, headers: Mapping[str, str], *, max_bytes: int) -> bytes:
+        """A short answer; raises `LoraTooLarge` where it is none."""
+        with self.web.open(url, name=self.name, headers=headers) as answer:
+            found = bytearray()
+            while piece := answer.raw.read1(CHUNK, decode_content=False):
+                found += piece
+                if len(found) > max_bytes:
+                    raise LoraTooLarge(f"{self.name}: what is told of it has more than {max_bytes} bytes")
+        return bytes(found)
+
+
+def _version(answer: Response) -> str | None:
+    version = answer.headers.get("ETag", "")
+    return version if _VERSION.fullmatch(version) else None

@@ -1,0 +1,153 @@
+"""Room for LoRA files: a cap on their bytes, a floor of free disk, and the least recently used goes first."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from zlora.errors import CacheFull, LoraTooLarge
+from zlora_worker.index import DRAFT
+from zlora_worker.locks import alone, in_turn, is_at, unused
+
+_BLOCK: Final = 512  # bytes; stat(2)'s unit, whatever the disk's is
+_ABANDONED: Final = 3600.0  # seconds after which a draft of the index is a dead process's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What was let go: files and their bytes. `in_use` counts those that would have gone, had nobody used them."""
+
+    files: int
+    size: int
+    in_use: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The files in `files` and the drafts in `drafts`, at most `max_bytes` together; `free_bytes` of disk stay free.
+
+    A draft has the length of its file as soon as that is known, so that of many downloads at once each has its room.
+    """
+
+    files: Path
+    drafts: Path
+    locks: Path
+    max_bytes: int
+    free_bytes: int
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Whoever gives a file its name, or takes it away, does so inside: one process at a time."""
+        return in_turn(self.locks / "space")
+
+    def reserve(self, draft: BinaryIO, size: int, *, spare: float = 0.0) -> None:
+        """Let files go until a draft may have `size` bytes; one that is in use, or was within `spare` seconds, stays.
+
+        Raises `LoraTooLarge` where they never fit, `CacheFull` where they do not now, and then nothing is let go.
+        """
+        if size > self.max_bytes:
+            raise LoraTooLarge(
+                f"{size} bytes, and the LoRA cache holds {self.max_bytes}", {"max_bytes": self.max_bytes}
+            )
+        with self.turn():
+            if self._missing(size) > 0:
+                self.clear_drafts()
+                self._let_go(size, spare)
+            draft.truncate(size)
+
+    def prune(self, *, max_bytes: int = 0, older_than: float = 0.0) -> Pruned:
+        """Let files go, the least recently used first, until `max_bytes` of them are left.
+
+        One that was used within `older_than` seconds stays.
+        """
+        gone = size = in_use = 0
+        with self.turn():
+            oldest = self._oldest()
+            total = sum(entry.st_size for entry, _ in oldest)
+            for entry, path in oldest:
+                if total - size <= max_bytes or _is_younger(entry, older_than):
+                    break
+                with unused(path) as free:
+                    if free:
+                        path.unlink()
+                        gone, size = gone + 1, size + entry.st_size
+                    else:
+                        in_use += 1
+        return Pruned(files=gone, size=size, in_use=in_use)
+
+    def drop(self, descriptor: int, path: Path) -> None:
+        """Take the name of an open file that is damaged, where it is still this one's."""
+        with self.turn():
+            if is_at(descriptor, path):
+                path.unlink(missing_ok=True)
+
+    def clear_drafts(self) -> None:
+        """Delete drafts that no living process writes."""
+        for entry, draft in listed(self.drafts):
+            if draft.name.startswith(DRAFT):
+                if time.time() - entry.st_mtime > _ABANDONED:
+                    draft.unlink(missing_ok=True)
+                continue
+            with alone(self.locks / draft.name) as mine:
+                if mine:
+                    draft.unlink(missing_ok=True)
+
+    @property
+    def held(self) -> int:
+        """Bytes of files and drafts."""
+        return sum(entry.st_size for folder in (self.files, self.drafts) for entry, _ in listed(folder))
+
+    @property
+    def free(self) -> int:
+        """Bytes of the disk that are free, and no draft's to come."""
+        to_come = sum(max(0, entry.st_size - written(entry)) for entry, _ in listed(self.drafts))
+        return shutil.disk_usage(self.files).free - to_come
+
+    def _let_go(self, size: int, spare: float) -> None:
+        """All that has to go, or nothing."""
+        missing = self._missing(size)
+        with ExitStack() as stack:
+            going: list[Path] = []
+            for entry, path in self._oldest():
+                if missing <= 0:
+                    break
+                if not _is_younger(entry, spare) and stack.enter_context(unused(path)):
+                    going.append(path)
+                    missing -= entry.st_size
+            if missing <= 0:
+                for path in going:
+                    path.unlink()
+                missing = self._missing(size)  # a file that somebody holds otherwise frees no disk
+        if missing > 0:
+            raise CacheFull(
+                f"the LoRA cache holds {self.max_bytes} bytes and leaves {self.free_bytes} of its disk free: no room "
+                f"for {size} more, and what it has is in use",
+                {"max_bytes": self.max_bytes},
+            )
+
+    def _oldest(self) -> list[tuple[os.stat_result, Path]]:
+        return sorted(listed(self.files), key=lambda found: found[0].st_atime_ns)
+
+    def _missing(self, size: int) -> int:
+        """Bytes by which `size` more are too many."""
+        return max(self.held + size - self.max_bytes, size + self.free_bytes - self.free)
+
+
+def listed(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    """The files of a folder that another process may be clearing."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            yield path.stat(), path
+
+
+def written(entry: os.stat_result) -> int:
+    """Bytes of a draft that have come, as far as the disk tells."""
+    return min(entry.st_size, entry.st_blocks * _BLOCK)
+
+
+def _is_younger(entry: os.stat_result, seconds: float) -> bool:
+    """Whether a file was used within so many seconds; with 0 none was, whatever the clock says."""
+    return seconds > 0 and time.time() - entry.st_atime <= seconds
