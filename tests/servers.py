@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -182,6 +183,11 @@ def watched_connections() -> Iterator[list[str]]:
         yield seen
     finally:
         _watches.remove(seen)
+
+
+def open_files() -> int:
+    """Descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
 
 
 def settings(folder: Path, **variables: str) -> Settings:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zlora.errors import ZloraError
+from zlora.job import Asset
 from zlora.local import Stack
 from zlora.origins import LoraInfo
 from zlora.preflight import Preflight
@@ -74,7 +75,7 @@ def inspect(address: str, as_json: bool) -> None:
 
     ADDRESS is a URL, `hf://owner/repo/file`, `owner/repo` or `civitai://<version id>`.
     """
-    info = Preflight.from_env().inspect(address if "://" in address else f"hf://{address}")
+    info = Preflight.from_env().inspect(Asset(url=address))
     if as_json:
         click.echo(msgspec.json.encode(info))
     else:

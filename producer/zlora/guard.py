@@ -71,7 +71,8 @@ class Deadline:
         `abruptly` tells the server too, which else may wait for a minute until it can send on.
         """
         while self._watched:
-            with suppress(OSError), self._watched.pop() as connection:  # it may have ended by itself
+            # It may have ended by itself, or been taken by the timer's thread meanwhile.
+            with suppress(OSError, IndexError), self._watched.pop() as connection:
                 if abruptly:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGERING)
                 connection.shutdown(socket.SHUT_RDWR)

@@ -14,9 +14,8 @@ from msgspec import Meta, Struct
 
 from zlora.errors import NotSafetensors
 
-MAX_HEADER: Final = (
-    16 * 2**20
-)  # bytes; a LoRA of 3,000 tensors has 0.4 MB, and a parsed header costs four times its size
+# Bytes. A LoRA of 3,000 tensors has 0.4 MB, and a parsed header costs four times its size.
+MAX_HEADER: Final = 16 * 2**20
 _LENGTH: Final = 8  # bytes of the header's length
 _IMPOSTOR: Final = 64  # bytes by which the usual impostors are told
 _PIECE: Final = 2**20  # bytes

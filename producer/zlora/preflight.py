@@ -19,7 +19,6 @@ from zlora.errors import (
     LoraForbidden,
     LoraMismatch,
     LoraNotAllowed,
-    LoraTooLarge,
     LoraUnreachable,
     NotSafetensors,
 )
@@ -40,12 +39,11 @@ _WORKERS: Final = ("s3", "cozy", "file")  # by its own settings and credentials
 _PACKAGES: Final = ("requests", "ssrfguard", "huggingface_hub")
 _SECONDS: Final = 30.0  # for one LoRA, redirects and further tries included
 _FIRST_RANGE: Final = 2**18  # bytes; few headers have more
+_MAX_RANGES: Final = 8  # of one header; two are enough where a server gives what it is asked for
 _PIECE: Final = 2**16  # bytes; as much may be read beyond a header
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
-_LENGTH: Final = re.compile("[0-9]{1,18}")  # digits of a Content-Length that can be meant
 _ANSWERS: Final = (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
 _TOKENS: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)  # what a server answers to those who have none
-_LOGIN: Final = "/login"  # where sites send those who may not
 
 
 class Preflight:
@@ -92,9 +90,9 @@ class Preflight:
         return origins.describe(found.header, source=name, size=found.size)
 
     def check(self, request: GenerateRequest) -> None:
-        """Raise the `LoraError` that a worker would, with the `index` of the LoRA in its details, as far as is known.
+        """Raise a `LoraError`, with the `index` of the LoRA in its details, where one is not there or not fit.
 
-        Another base than SDXL is a `LoraMismatch`.
+        Another base than SDXL, by its tensors or by its own word, is a `LoraMismatch`.
         """
         for index, spec in enumerate(request.loras):
             try:
@@ -142,10 +140,7 @@ class Preflight:
             raise LoraNotAllowed(f"{name}: only a worker opens {scheme}://")
         if scheme not in _OPENED or not address.isprintable():
             raise LoraNotAllowed(f"{name}: not a URL of {', '.join(_OPENED + _WORKERS)}")
-        try:
-            return reference(address, hub=self._hub, civitai=self._civitai)
-        except ValueError:  # urllib's, for what is no URL
-            raise LoraNotAllowed(f"{name}: no URL that is opened") from None
+        return reference(address, hub=self._hub, civitai=self._civitai)
 
     def _allowed(self, address: str) -> frozenset[str]:
         """The hosts that may be private: for a reference also the operator's own mirror of its site."""
@@ -162,7 +157,7 @@ class Preflight:
             return address
         file = hub_file(address, endpoint=self._hub)
         if not file.path:
-            file = file.sole(_listing(web, file.listing_url(self._hub), name), name=name)
+            file = file.sole(web.text(file.listing_url(self._hub), name=name, max_bytes=MAX_LISTING), name=name)
         return file.url(self._hub)
 
 
@@ -175,23 +170,14 @@ def _scheme(address: str) -> str:
     return address.partition("://")[0].lower()
 
 
-def _listing(web: "Web", url: str, name: str) -> bytes:
-    with web.open(url, name=name) as response:
-        _require_plain(response, name)
-        found = bytearray()
-        while piece := response.raw.read1(_PIECE, decode_content=False):
-            found += piece
-            if len(found) > MAX_LISTING:
-                raise LoraTooLarge(f"{name}: the hub's list of its files has more than {MAX_LISTING} bytes")
-    return bytes(found)
-
-
 def _read(web: "Web", url: str, name: str) -> _Found:
-    """The header, in one range or two; a server that knows no ranges is left as soon as the header is there."""
-    arriving, told = Arriving(), None
+    """The header, in one range or few; a server that knows no ranges is left as soon as the header is there."""
+    arriving, told, ranges = Arriving(), None, 0
     try:
         while arriving.header is None:
-            told = _feed(arriving, web, url, name)
+            if ranges == _MAX_RANGES:
+                raise LoraUnreachable(f"{name}: the server gives less than it is asked for")
+            told, ranges = _feed(arriving, web, url, name), ranges + 1
     except NotSafetensors as error:
         raise NotSafetensors(f"{name}: {error}", error.details) from None
     if told not in (None, arriving.total):
@@ -208,8 +194,6 @@ def _feed(arriving: Arriving, web: "Web", url: str, name: str) -> int | None:
     first = arriving.received
     last = (MAX_HEADER + 8 if first else _FIRST_RANGE) - 1
     with web.open(url, name=name, headers={"Range": f"bytes={first}-{last}"}, statuses=_ANSWERS) as response:
-        if response.history and urlsplit(str(response.url)).path == _LOGIN:
-            raise LoraForbidden(f"{name}: the site wants a login", {"status": int(HTTPStatus.UNAUTHORIZED)})
         if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise arriving.missing()
         _require_plain(response, name)
@@ -225,9 +209,9 @@ def _feed(arriving: Arriving, web: "Web", url: str, name: str) -> int | None:
 
 def _take(arriving: Arriving, response: "Response", name: str) -> None:
     """The body up to the header's end; raises `Passing` where it breaks off before."""
-    from zlora.web import Passing
+    from zlora.web import Passing, number
 
-    before, announced = arriving.received, _number(response.headers.get("Content-Length", ""))
+    before, announced = arriving.received, number(response.headers.get("Content-Length", ""))
     while arriving.header is None and (piece := response.raw.read1(_PIECE, decode_content=False)):
         arriving.feed(piece)
     came = arriving.received - before
@@ -237,16 +221,14 @@ def _take(arriving: Arriving, response: "Response", name: str) -> None:
 
 def _told_total(response: "Response", first: int, name: str) -> int | None:
     """Bytes of the whole file (RFC 9110, 14.4); raises `LoraUnreachable` where the answer is another range."""
+    from zlora.web import number
+
     found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if response.status_code == HTTPStatus.PARTIAL_CONTENT and found and int(found[1]) == first:
-        return _number(found[2])
+        return number(found[2])
     if response.status_code == HTTPStatus.OK and not first:
-        return _number(response.headers.get("Content-Length", ""))
+        return number(response.headers.get("Content-Length", ""))
     raise LoraUnreachable(f"{name}: the server answers with another range than it was asked for")
-
-
-def _number(text: str) -> int | None:
-    return int(text) if _LENGTH.fullmatch(text) else None
 
 
 def _require_plain(response: "Response", name: str) -> None:

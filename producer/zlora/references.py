@@ -7,12 +7,14 @@ from urllib.parse import parse_qs, quote, urlsplit
 import msgspec
 from msgspec import Struct
 
-from zlora.errors import LoraNotFound, NotSafetensors
+from zlora.errors import LoraNotAllowed, LoraNotFound, NotSafetensors
 from zlora.job import without_secrets
 
 HUGGING_FACE: Final = "https://huggingface.co"
 CIVITAI: Final = "https://civitai.com"
 PUBLIC: Final = frozenset({HUGGING_FACE, CIVITAI})  # reached as any address is; an operator's own may be private
+_HUBS: Final = ("https://hf.co",)  # other names of the two
+_CIVITAIS: Final = ("https://www.civitai.com",)
 MAX_LISTING: Final = 8 * 2**20  # bytes of a repository's list of files
 _REVISION_LAST: Final = re.compile(r"hf://((?:(?:model|dataset|space)s/)?+[^/@]+/[^/@]+)/(.+)@([^@]+)")
 _VERSION: Final = re.compile(r"civitai://([0-9]{1,12})(\?.*)?")
@@ -102,15 +104,21 @@ def civitai_url(address: str, *, site: str = CIVITAI) -> str:
 
 
 def reference(url: str, *, hub: str = HUGGING_FACE, civitai: str = CIVITAI) -> str:
-    """What a URL of one of the two sites refers to, as `hf://` or `civitai://`; any other URL as it is.
+    """What a URL of the two sites refers to, as `hf://` or `civitai://`; others with their scheme in lower case.
 
-    Pages that people paste are understood. Raises `LoraNotFound` for a page of Civitai that names no version.
+    Pages that people paste are understood. Raises `LoraNotFound` for a page of Civitai that names no version,
+    `LoraNotAllowed` for what is no URL.
     """
-    parts = urlsplit(url)
+    scheme, mark, rest = url.partition("://")
+    url = f"{scheme.lower()}{mark}{rest}"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise LoraNotAllowed(f"{without_secrets(url)}: no URL that is opened") from None
     origin = f"{parts.scheme}://{parts.netloc}".lower()
-    if origin == civitai.rstrip("/").lower():
+    if origin in (civitai.rstrip("/").lower(), *(_CIVITAIS if civitai == CIVITAI else ())):
         return _civitai_reference(url)
-    if origin == hub.rstrip("/").lower():
+    if origin in (hub.rstrip("/").lower(), *(_HUBS if hub == HUGGING_FACE else ())):
         try:
             file = hub_file(url, endpoint=hub)
         except LoraNotFound:

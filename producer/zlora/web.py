@@ -11,13 +11,14 @@ from http import HTTPStatus
 from ssl import SSLCertVerificationError
 from threading import Event
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 import urllib3.exceptions
 from requests import Response
 from ssrfguard import SSRFGuardError
 
-from zlora.errors import LoraError, LoraForbidden, LoraNotAllowed, LoraNotFound, LoraUnreachable
+from zlora.errors import LoraError, LoraForbidden, LoraNotAllowed, LoraNotFound, LoraTooLarge, LoraUnreachable
 from zlora.guard import CONNECT_SECONDS, READ_SECONDS, GuardedSession, NoAnswer
 
 T = TypeVar("T")
@@ -28,6 +29,9 @@ _LONGEST: Final = 3600  # seconds of a `Retry-After` that is believed
 _SLICE: Final = 0.2  # seconds between two looks whether somebody still waits
 _PASSING: Final = frozenset({408, 425, 429})  # client errors that the same request may overcome later
 _SECONDS: Final = re.compile("[0-9]{1,9}")
+_BYTES: Final = re.compile("[0-9]{1,18}")
+_PIECE: Final = 2**16  # bytes
+_LOGIN: Final = "/login"  # where sites send those who may not
 
 
 class Passing(Exception):
@@ -62,6 +66,8 @@ class Web:
         """
         try:
             with self._send(method, url, headers or {}, name, redirects=redirects) as response:
+                if response.history and urlsplit(str(response.url)).path == _LOGIN:
+                    raise LoraForbidden(f"{name}: the site wants a login", {"status": int(HTTPStatus.UNAUTHORIZED)})
                 if response.status_code not in statuses:
                     raise _status_error(response, name)
                 yield response
@@ -75,6 +81,20 @@ class Web:
             if _is_of(error, SSLCertVerificationError):
                 raise LoraNotAllowed(f"{name}: the server's certificate does not hold") from None
             raise Passing(LoraUnreachable(f"{name}: {_network_reason(error)}")) from None
+        finally:
+            self.session.cut()  # each is watched by a descriptor of its own
+
+    def text(self, url: str, *, name: str, headers: Mapping[str, str] | None = None, max_bytes: int) -> bytes:
+        """A short answer, such as a list; raises `LoraTooLarge` where it is none."""
+        with self.open(url, name=name, headers=headers) as response:
+            if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+                raise LoraUnreachable(f"{name}: the server encodes the body although asked not to")
+            found = bytearray()
+            while piece := response.raw.read1(_PIECE, decode_content=False):
+                found += piece
+                if len(found) > max_bytes:
+                    raise LoraTooLarge(f"{name}: what is told of it has more than {max_bytes} bytes")
+        return bytes(found)
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], name: str, *, redirects: bool) -> Response:
         headers = {"Accept-Encoding": "identity", **headers}
@@ -87,6 +107,11 @@ class Web:
             raise
         except ValueError:  # requests' own for addresses are among these, and urllib's bare ones for a redirect's
             raise LoraNotAllowed(f"{name}: no URL that is opened, or a redirect to one") from None
+
+
+def number(text: str) -> int | None:
+    """A count of bytes in a header; None where it is none that can be meant."""
+    return int(text) if _BYTES.fullmatch(text) else None
 
 
 def tried(web: Web, attempt: Callable[[], T], *, name: str, seconds: float, on_pause: Callable[[], None]) -> T:

@@ -1,8 +1,10 @@
 """LoRA files on disk: one file for each content, asked for once, checked before it is kept."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.job import Asset
+from zlora_worker import cache as cache_module
 from zlora_worker.cache import Cache, CachedFile
 
 ONE, TWO, THREE = (lora_bytes(fill) for fill in (1, 2, 3))
@@ -128,6 +131,58 @@ def test_a_hub_s_file_that_is_here_costs_a_head(tmp_path: Path) -> None:
         assert first.source == "cozy://loras/anime-v1"
 
 
+@pytest.mark.parametrize("is_here", [True, False])
+@pytest.mark.parametrize("sends_on", [True, False])
+def test_what_a_storage_names_where_a_hub_sends_on_is_not_believed(
+    tmp_path: Path, is_here: bool, sends_on: bool
+) -> None:
+    """It could choose any file that is here; the bytes are fetched, and are the hub's."""
+
+    def storage_answer(request: Request) -> bytes:
+        return reply(b"" if request.method == "HEAD" else ONE, length=SIZE, X_Cozy_SHA256=digest(TWO))
+
+    with serving(storage_answer) as storage, serving(with_etag(TWO)) as elsewhere:
+
+        def hub(request: Request) -> bytes:
+            if sends_on or request.method == "HEAD":
+                return reply(status=307, Location=f"{storage.url}/b")
+            return reply(ONE, X_Cozy_SHA256=digest(ONE))
+
+        with serving(hub) as host, caching(tmp_path, storage, elsewhere, COZY_HUB_URL=host.url) as cache:
+            if is_here:
+                got(cache, Asset(url=f"{elsewhere.url}/a"))
+
+            assert told(got(cache, Asset(cozy_ref="loras/x"))) == (digest(ONE), SIZE, "network", ONE)
+            assert [line.partition(" ")[0] for line in host.asked] == ["HEAD", "GET"]
+
+
+@pytest.mark.parametrize("is_stale", [True, False])
+def test_a_file_of_hugging_face_is_the_one_that_it_names(tmp_path: Path, is_stale: bool) -> None:
+    """What is asked for by its digest is not asked about by its version: an old one may be what a mirror answers."""
+    named_now, bodies = [ONE], [ONE]
+
+    def answer(request: Request) -> bytes:
+        if request.method == "HEAD":
+            return reply(X_Linked_ETag=f'"{digest(named_now[-1])}"')
+        if "if-none-match" in request.headers:
+            return reply(status=304, length=None)
+        return reply(bodies[-1], ETag='"one"')
+
+    with serving(answer) as host, caching(tmp_path, HF_ENDPOINT=host.url) as cache:
+        asset = Asset(url="hf://owner/repo/x.safetensors")
+        assert got(cache, asset).path.read_bytes() == ONE
+        named_now.append(TWO)
+        bodies.append(ONE if is_stale else TWO)
+
+        if is_stale:
+            with pytest.raises(LoraCorrupt):
+                got(cache, asset)
+        else:
+            assert told(got(cache, asset)) == (digest(TWO), SIZE, "network", TWO)
+        assert [request.method for request in host.requests] == ["HEAD", "GET", "HEAD", "GET"]
+        assert kept(tmp_path) == (named(ONE) if is_stale else named(ONE, TWO))
+
+
 # --- pins
 
 
@@ -166,6 +221,60 @@ def test_a_pin_holds_for_a_file_that_the_source_says_has_not_changed(tmp_path: P
             got(cache, Asset(url=f"{host.url}/a", sha256=digest(TWO)))
 
         assert kept(tmp_path) == named(ONE)
+
+
+@pytest.mark.parametrize("drips", [True, False])
+def test_the_same_pin_at_another_address_waits_for_a_slow_source_no_longer_than_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drips: bool
+) -> None:
+    """Whoever names a source that never ends does not hold up those who name a good one; both have one file."""
+    monkeypatch.setattr(cache_module, "_SAME", 0.3)
+    begun, enough = Event(), Event()
+
+    def slowly(_request: Request) -> Iterator[bytes]:
+        whole = reply(ONE)
+        rest = iter(whole[1000:])
+        yield whole[:1000]
+        begun.set()
+        while not enough.wait(0.05):
+            yield bytes([next(rest)]) if drips else b""
+        yield bytes(rest)
+
+    with serving(slowly) as slow, serving(with_etag(ONE)) as good, ThreadPoolExecutor(1) as pool:
+        try:
+            with caching(tmp_path, slow) as one, caching(tmp_path, good) as other:
+                first = pool.submit(got, one, Asset(url=f"{slow.url}/a", sha256=digest(ONE)))
+                assert begun.wait(30)
+                second = got(other, Asset(url=f"{good.url}/b", sha256=digest(ONE)))
+
+                assert told(second) == (digest(ONE), SIZE, "network", ONE)
+                assert 0.3 <= second.seconds < 5
+                assert not first.done()
+                enough.set()
+                assert first.result(30).path == second.path
+        finally:
+            enough.set()
+    assert kept(tmp_path) == named(ONE)
+
+
+def test_the_same_pin_at_another_address_is_one_download_where_that_is_quick(tmp_path: Path) -> None:
+    begun = Event()
+
+    def soon(_request: Request) -> Iterator[bytes]:
+        whole = reply(ONE)
+        yield whole[:1000]
+        begun.set()
+        Event().wait(0.2)
+        yield whole[1000:]
+
+    with serving(soon) as host, serving(with_etag(ONE)) as good, ThreadPoolExecutor(1) as pool:
+        with caching(tmp_path, host) as one, caching(tmp_path, good) as other:
+            first = pool.submit(got, one, Asset(url=f"{host.url}/a", sha256=digest(ONE)))
+            assert begun.wait(30)
+
+            assert got(other, Asset(url=f"{good.url}/b", sha256=digest(ONE))).tier == "disk"
+            assert first.result(30).tier == "network"
+        assert good.connections == 0
 
 
 # --- what is not kept

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import requests
-from servers import Host, Request, reply, serving, watched_connections
+from servers import Host, Request, open_files, reply, serving, watched_connections
 from ssrfguard import SSRFGuardError
+from zlora.errors import LoraError
 from zlora.guard import GuardedSession
+from zlora.web import Passing, Web
 
 PRIVATE = [
     "127.0.0.1",
@@ -294,6 +296,29 @@ def test_redirects_in_a_circle_come_to_an_end() -> None:
             session.get(f"{host.url}/x", timeout=5)
 
         assert host.connections < 50
+
+
+# --- the deadline
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    "answer",
+    [reply(b"x" * 1000), reply(b"x", length=1000), reply(status=404), reply(status=302, Location="/x"), b"no HTTP"],
+    ids=["well", "cut", "missing", "sent on", "no HTTP"],
+)
+def test_of_many_requests_within_one_deadline_none_keeps_a_descriptor(method: str, answer: bytes) -> None:
+    """Though each connection is watched until the end: by a duplicate, which is given back with it."""
+    with serving(answer) as host:
+        web, seen = Web([host.name]), list[int]()
+        with web.session.deadline(60.0):
+            for _ in range(20):
+                with suppress(LoraError, Passing), web.open(f"{host.url}/x", name="x", method=method) as response:
+                    response.raw.read(10)
+                seen.append(open_files())
+        web.session.close()
+
+    assert max(seen) - min(seen) <= 2  # the server's own end of one or the other
 
 
 # --- the environment

@@ -14,7 +14,7 @@ import zlora.preflight
 from click.testing import CliRunner
 from fakes import Tensors, kohya_lora
 from safetensors.torch import save
-from servers import Answer, Host, Request, lora_bytes, reply, serving, tensor_file, watched_connections
+from servers import Answer, Host, Request, lora_bytes, open_files, reply, serving, tensor_file, watched_connections
 from zlora import Client, LoraInfo, Preflight, wire
 from zlora.cli import main
 from zlora.errors import (
@@ -166,6 +166,22 @@ def test_a_long_header_without_ranges_costs_one_request() -> None:
         assert preflight(host).inspect(f"{host.url}/a").size == len(LONG)
 
     assert len(host.requests) == 1
+
+
+@pytest.mark.parametrize("most", [1, 10_000])
+def test_a_server_of_tiny_ranges_is_given_up_after_a_few(most: int) -> None:
+    """Else each of sixteen million bytes could be a request, and a descriptor until the last."""
+    seen: list[int] = []
+
+    def answer(request: Request) -> bytes:
+        seen.append(open_files())
+        return ranged(LONG, most=most)(request)
+
+    error = failure_of(answer)
+
+    assert (type(error), error.retryable) == (LoraUnreachable, True)
+    assert 1 < len(seen) <= 8
+    assert max(seen) - min(seen) <= 2  # the server's own end of one or the other
 
 
 def test_a_header_beyond_all_bounds_is_refused_after_its_length() -> None:

@@ -97,6 +97,11 @@ def test_any_text_is_a_reference_below_the_hub_or_a_typed_error(text: str) -> No
         (f"{HUB}/o/r/resolve/v1/x.safetensors?download=true", "hf://models/o/r@v1/x.safetensors"),
         ("https://civitai.com/api/download/models/7?token=x", "civitai://7?token=x"),
         ("https://civitai.com/models/1/name?modelVersionId=7", "civitai://7"),
+        ("https://www.civitai.com/api/download/models/7?token=x", "civitai://7?token=x"),
+        ("https://www.civitai.com/models/1/name?modelVersionId=7", "civitai://7"),
+        ("https://hf.co/o/r", "hf://models/o/r@main"),
+        ("https://hf.co/o/r/blob/main/x.safetensors", "hf://models/o/r@main/x.safetensors"),
+        ("https://HF.co/o/r/resolve/v1/x.safetensors?download=true", "hf://models/o/r@v1/x.safetensors"),
     ],
 )
 def test_a_page_means_its_file(page: str, meant: str) -> None:
@@ -107,7 +112,10 @@ def test_a_page_means_its_file(page: str, meant: str) -> None:
     "url",
     [f"{HUB}/api/models/o/r", f"{HUB}@evil.example/o/r", f"{HUB}.evil.example/o/r", f"{HUB}:444/o/r/blob/main/x",
      "https://civitai.com/user/x", "http://civitai.com/api/download/models/7", "https://evil.example/o/r/resolve/main/x",
-     "https://x@civitai.com/api/download/models/7", "s3://civitai.com/models/7"],
+     "https://x@civitai.com/api/download/models/7", "s3://civitai.com/models/7",
+     "http://www.civitai.com/api/download/models/7", "https://www.civitai.com.evil.example/api/download/models/7",
+     "https://wwww.civitai.com/api/download/models/7", "http://hf.co/o/r/blob/main/x", "https://x@hf.co/o/r/blob/main/x",
+     "https://hf.co:444/o/r/blob/main/x", "https://evil-hf.co/o/r/blob/main/x", "https://hf.co.evil.example/o/r"],
 )  # fmt: skip
 def test_any_other_url_means_itself(url: str) -> None:
     """It is asked for without a token."""
@@ -125,7 +133,9 @@ def test_a_page_of_many_versions_says_what_to_name() -> None:
         reference("https://civitai.com/models/1?sig=s3cret")
 
 
-@pytest.mark.parametrize("site", ["https://civitai.com", "https://huggingface.co"])
+@pytest.mark.parametrize(
+    "site", ["https://civitai.com", "https://huggingface.co", "https://www.civitai.com", "https://hf.co"]
+)
 @pytest.mark.parametrize("form", ["{0}@{1}/x", "{0}.evil.example@{1}/x", "{0}:443@{1}/api/download/models/1"])
 def test_a_host_that_looks_like_a_site_gets_no_token_and_no_connection(tmp_path: Path, site: str, form: str) -> None:
     with (
@@ -250,6 +260,19 @@ def test_a_list_of_files_that_breaks_off_is_unreachable(tmp_path: Path) -> None:
         assert type(failure(fetcher, "hf://owner/repo")) is LoraUnreachable
 
     assert len(host.requests) == 3
+
+
+def test_the_short_name_of_the_hub_means_the_public_one(tmp_path: Path) -> None:
+    """Whoever has a mirror gets no page of another site from it, nor does that site get the mirror's token."""
+    with (
+        serving(repository()) as host,
+        fetching(tmp_path, HF_ENDPOINT=host.url, HF_TOKEN="t0ken") as fetcher,
+        watched_connections() as connections,
+    ):
+        failure(fetcher, "https://hf.co/owner/repo/blob/main/x.safetensors")
+
+    assert host.connections == 0
+    assert not [address for address in connections if str(host.port) in address]
 
 
 # --- Civitai

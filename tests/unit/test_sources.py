@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from servers import (
@@ -300,6 +301,57 @@ def test_an_object_is_asked_for_by_one_signed_request_to_its_own_endpoint(tmp_pa
     assert "key%2F" in request.target
     assert "%2Fr-1%2Fs3%2F" in request.target
     assert store.connections == 0
+
+
+def test_a_temporary_key_s_token_goes_into_the_url_and_no_message(tmp_path: Path) -> None:
+    session = {"ZLORA_LORA_S3_SESSION_TOKEN": "t0ken"}
+    with (
+        serving(reply(status=403)) as host,
+        fetching(tmp_path, ZLORA_LORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras", **S3 | session) as fetcher,
+    ):
+        assert type(failure(fetcher, "s3://loras/x")) is LoraForbidden
+
+    (request,) = host.requests
+    assert parse_qs(urlsplit(request.target).query)["X-Amz-Security-Token"] == ["t0ken"]
+    assert not {"t0ken"} & {*request.headers.values()}
+
+
+def test_a_key_of_its_own_is_not_sent_with_the_store_s_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "t0ken")
+    with (
+        serving(reply(BODY)) as host,
+        fetching(tmp_path, ZLORA_LORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras", **S3) as fetcher,
+    ):
+        assert downloaded(fetcher, "s3://loras/x")[0] == BODY
+
+    assert "t0ken" not in str(host.requests)
+
+
+@pytest.mark.parametrize(
+    ("variables", "environ"),
+    [
+        (S3 | {"ZLORA_LORA_S3_REGION": "eu west"}, {}),
+        (S3, {"AWS_PROFILE": "nope"}),
+        ({}, {"AWS_PROFILE": "nope"}),
+        ({}, {"AWS_DEFAULT_REGION": "eu west", "AWS_ACCESS_KEY_ID": "us3r", "AWS_SECRET_ACCESS_KEY": "s3cret"}),
+    ],
+    ids=["region", "profile", "profile alone", "region of the machine"],
+)
+def test_what_boto3_makes_no_sense_of_is_forbidden_and_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], environ: dict[str, str]
+) -> None:
+    """Each time, and no other source suffers."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with (
+        serving(reply(BODY)) as host,
+        fetching(tmp_path, host, ZLORA_LORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras", **variables) as fetcher,
+    ):
+        for _ in range(2):
+            assert type(failure(fetcher, "s3://loras/x")) is LoraForbidden
+        assert host.connections == 0
+
+        assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
 
 
 def test_without_credentials_an_object_is_forbidden_and_not_asked(tmp_path: Path) -> None:

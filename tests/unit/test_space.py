@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +33,7 @@ from servers import (
 from zlora.errors import CacheFull, LoraTooLarge
 from zlora.job import Asset
 from zlora_worker.cache import Cache
-from zlora_worker.locks import alone
+from zlora_worker.locks import alone, in_use
 from zlora_worker.space import Pruned, written
 
 ONE, TWO, THREE, FOUR = (lora_bytes(fill) for fill in (1, 2, 3, 4))
@@ -202,12 +203,118 @@ def test_nothing_used_lately_goes_for_a_file_that_is_fetched_ahead(tmp_path: Pat
         assert kept(tmp_path) == named(THREE, TWO)
 
 
+def test_a_changed_file_s_old_version_may_go_for_the_new_one(tmp_path: Path) -> None:
+    """At the first ask: what the source had last is in use only until it is known to have another."""
+    contents = {"/a": ONE}
+    with serving(by_path(contents)) as host, caching(tmp_path, host, max_bytes=SIZE * 3 // 2) as cache:
+        got(cache, Asset(url=f"{host.url}/a"))
+        contents["/a"] = TWO
+
+        assert got(cache, Asset(url=f"{host.url}/a")).tier == "network"
+        assert kept(tmp_path) == named(TWO)
+        assert len(host.requests) == 2
+
+
+def test_a_changed_file_s_old_version_stays_for_a_job_that_uses_it(tmp_path: Path) -> None:
+    contents = {"/a": ONE}
+    with serving(by_path(contents)) as host, caching(tmp_path, host, max_bytes=SIZE * 3 // 2) as cache:
+        asset = Asset(url=f"{host.url}/a")
+        with cache.files([asset]):
+            contents["/a"] = TWO
+            with pytest.raises(CacheFull):
+                got(cache, asset)
+            assert kept(tmp_path) == named(ONE)
+
+        assert got(cache, asset).sha256 == digest(TWO)
+        assert kept(tmp_path) == named(TWO)
+
+
 def test_a_file_of_the_future_may_go(tmp_path: Path) -> None:
     """The clock was set back."""
     with full_cache(tmp_path, (ONE, -9000), more=[TWO]) as (cache, host):
         got(cache, of(host, TWO))
 
         assert kept(tmp_path) == named(TWO)
+
+
+# --- many files
+
+MANY = 500
+LOCKED = """
+import fcntl, os, sys
+for name in os.listdir(sys.argv[1]):
+    fcntl.flock(os.open(os.path.join(sys.argv[1], name), os.O_RDONLY), fcntl.LOCK_SH)
+print("in use", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def crowd(folder: Path) -> Iterator[Cache]:
+    """A cache of many small files that is full, in a process that may have few open."""
+    with caching(folder, max_bytes=MANY * 100) as cache:
+        for index in range(MANY):
+            path = cache.file(f"{index:064}")
+            path.write_bytes(bytes(100))
+            os.utime(path, (index, index))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+        try:
+            yield cache
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def all_in_use(folder: Path) -> Iterator[None]:
+    """Another process uses every file of a folder."""
+    command = [sys.executable, "-S", "-c", LOCKED, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"in use\n"
+            yield
+        finally:
+            process.kill()
+
+
+def reserve(folder: Path, cache: Cache, size: int) -> int:
+    """How many files are left when a draft has its room."""
+    with (folder / "loras/drafts/large").open("wb") as draft:
+        cache.space.reserve(draft, size)
+    return len(list((folder / "loras/files").iterdir()))
+
+
+@pytest.mark.parametrize("count", [1, 400, MANY])
+def test_any_number_of_files_go_for_one_and_no_more_than_needed(tmp_path: Path, count: int) -> None:
+    """Though a process may not have as many open."""
+    with crowd(tmp_path) as cache:
+        assert reserve(tmp_path, cache, count * 100) == MANY - count
+
+        assert all(cache.file(f"{index:064}").exists() == (index >= count) for index in range(MANY))
+
+
+def test_of_any_number_of_files_in_use_none_goes(tmp_path: Path) -> None:
+    with crowd(tmp_path) as cache:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        with all_in_use(tmp_path / "loras/files"):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            with pytest.raises(CacheFull):
+                reserve(tmp_path, cache, 100)
+            assert len(list((tmp_path / "loras/files").iterdir())) == MANY
+
+        assert reserve(tmp_path, cache, 40_000) == MANY - 400
+
+
+def test_of_any_number_of_files_none_goes_where_one_that_has_to_is_in_use(tmp_path: Path) -> None:
+    """The one that is looked at last."""
+    with crowd(tmp_path) as cache, ExitStack() as stack:
+        stack.callback(os.close, in_use(cache.file(f"{MANY - 1:064}")) or -1)
+        with pytest.raises(CacheFull):
+            reserve(tmp_path, cache, MANY * 100)
+        assert len(list((tmp_path / "loras/files").iterdir())) == MANY
+
+        assert reserve(tmp_path, cache, MANY * 100 - 100) == 1
 
 
 # --- downloads on their way
@@ -284,58 +391,55 @@ def test_what_a_draft_is_still_to_take_of_the_disk_is_not_free(tmp_path: Path) -
 
 
 @contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A folder with a disk of its own."""
-    folder.mkdir()
-    command = ["/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root may mount a disk; the next test does without")
+def no_file_above(size: int) -> Iterator[None]:
+    """As a quota of the system's: here on the size of any file of this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        yield folder
+        yield
     finally:
-        subprocess.run(["/bin/umount", "-l", str(folder)], check=True)
-
-
-def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
-    """Somebody else writes on it meanwhile; with room the next use fetches the file."""
-    data = lora_bytes(7, size=2**19)
-    whole, ballast, begun = reply(data, ETag='"7"'), tmp_path / "disk/ballast", Event()
-
-    def answer(_request: Request) -> Iterator[bytes]:
-        yield whole[: 2**18]
-        if len(host.requests) == 1:
-            assert begun.wait(30)
-            with suppress(OSError), ballast.open("wb", buffering=0) as file:
-                while file.write(bytes(4096)):
-                    pass
-        yield whole[2**18 :]
-
-    with small_disk(tmp_path / "disk", 2**20) as disk, serving(answer) as host, caching(disk, host) as cache:
-        asset = Asset(url=f"{host.url}/a")
-        with pytest.raises(CacheFull, match="No space left") as raised:
-            got(cache, asset, on_bytes=lambda *_: begun.set())
-        assert raised.value.retryable
-        assert ballast.stat().st_size
-        assert kept(disk) == {}
-
-        ballast.unlink()
-        assert got(cache, asset).path.read_bytes() == data
-        assert kept(disk) == named(data)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_takes_no_more_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
-    """As a quota of the system's: here on the size of any file."""
     with serving(reply(LARGE)) as host, caching(tmp_path, host) as cache:
-        asset, (soft, hard) = Asset(url=f"{host.url}/a"), resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))
-        try:
-            with pytest.raises(CacheFull, match="File too large"):
-                got(cache, asset)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        asset = Asset(url=f"{host.url}/a")
+        with no_file_above(SIZE), pytest.raises(CacheFull, match="File too large"):
+            got(cache, asset)
         assert kept(tmp_path) == {}
 
         assert got(cache, asset).path.read_bytes() == LARGE
+
+
+def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
+    """Somebody else writes on it meanwhile; with room the next use fetches the file. `test_cache_disk` has a disk."""
+    data, begun, full = lora_bytes(7, size=2**20), Event(), Event()
+    whole = reply(data, ETag='"7"')
+
+    def answer(_request: Request) -> Iterator[bytes]:
+        yield whole[: 2**19]
+        begun.wait(30)
+        yield whole[2**19 :]
+
+    with serving(answer) as host, caching(tmp_path, host) as cache, ExitStack() as stack:
+        asset, most = Asset(url=f"{host.url}/a"), list[int]()
+
+        def fill(received: int, _expected: int) -> None:
+            most.append(received)
+            if not full.is_set():
+                full.set()
+                stack.enter_context(no_file_above(2**19))
+                begun.set()
+
+        with stack, pytest.raises(CacheFull, match="File too large") as raised:
+            got(cache, asset, on_bytes=fill)
+        assert raised.value.retryable
+        assert 0 < most[0] <= most[-1] <= 2**19
+        assert kept(tmp_path) == {}
+        assert list((tmp_path / "loras/index").iterdir()) == []
+
+        assert got(cache, asset).path.read_bytes() == data
+        assert kept(tmp_path) == named(data)
 
 
 def test_a_file_that_goes_while_the_folder_is_read_does_no_harm(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from zlora_worker.space import Space, listed, written
 from zlora_worker.stream import Fetched, OnBytes, nobody
 
 _LOOK: Final = 0.05  # seconds between two looks whether another process has brought a file
+_SAME: Final = 10.0  # seconds to wait for the same content from elsewhere: that source may be a slow one
 _RECENT: Final = 900.0  # seconds since its last use in which a file does not go for one that is fetched ahead
 
 Tier = Literal["disk", "network"]
@@ -114,10 +115,11 @@ class Cache:
 
     def _find(self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes) -> tuple[str, Tier]:
         """The digest of an asset's file, which is held from then on; one process brings it, however many ask."""
-        end = time.monotonic() + self._fetcher.settings.lora_deadline
+        start = time.monotonic()
+        end = start + self._fetcher.settings.lora_deadline
         while (sha256 := self._told(asset, held, since)) is None:
             self._make_folders()  # whoever clears the cache deletes them
-            with alone(*self._lock_files(asset)) as mine:
+            with alone(*self._lock_files(asset, same=time.monotonic() < start + _SAME)) as mine:
                 if mine:  # and whoever was inside before may have told
                     sha256 = self._told(asset, held, since)
                     return (sha256, "disk") if sha256 else self._bring_or_remember(asset, held, on_bytes)
@@ -155,17 +157,23 @@ class Cache:
     def _bring(self, asset: Asset, held: ExitStack, on_bytes: OnBytes, *, spare: float) -> tuple[str, Tier]:
         """Ask the source, under the asset's lock."""
         asked, entry, draft = time.time(), self.index.entry(asset.address), self._draft(asset)
-        known = entry.fetched if entry and self._hold(entry.sha256, held) else None
+        before = held.enter_context(ExitStack())  # holds what the source had last, until it is known to have another
+        known = entry.fetched if entry and self._hold(entry.sha256, before) else None
         draft.unlink(missing_ok=True)  # a dead process's; were it alive, what it writes is in no name's way
         try:
             with draft.open("xb") as file:
+
+                def make_room(size: int) -> None:
+                    before.close()
+                    self.space.reserve(file, size, spare=spare)
+
                 fetched = self._fetcher.fetch(
                     asset.address,
                     file,
                     known=known,
                     have=lambda sha256: self._fetched(sha256, held),
                     on_bytes=on_bytes,
-                    make_room=lambda size: self.space.reserve(file, size, spare=spare),
+                    make_room=make_room,
                 )
                 tier: Tier = "network" if file.tell() == fetched.size else "disk"
                 mine = os.fstat(file.fileno())
@@ -232,9 +240,9 @@ class Cache:
     def _draft(self, asset: Asset) -> Path:
         return self._drafts / digest_of(source_of(asset.address))
 
-    def _lock_files(self, asset: Asset) -> list[Path]:
-        """Of the content where it is known before, and of the source."""
-        names = [asset.sha256] if asset.sha256 else []
+    def _lock_files(self, asset: Asset, *, same: bool = True) -> list[Path]:
+        """Of the source; and of the `same` content wherever it comes from, where that is known before."""
+        names = [asset.sha256] if same and asset.sha256 else []
         return [self._locks / name for name in (*names, digest_of(source_of(asset.address)))]
 
     # Upkeep

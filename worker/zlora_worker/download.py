@@ -6,17 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
-from urllib.parse import urlsplit
 
 from requests import Response
-from zlora.errors import LoraCorrupt, LoraForbidden, LoraTooLarge
+from zlora.errors import LoraCorrupt
 from zlora.web import Web
 from zlora_worker.settings import Settings
 from zlora_worker.storage import SourceBuckets
-from zlora_worker.stream import CHUNK, Fetched, Sink, copy
+from zlora_worker.stream import Fetched, Sink, copy
 
 _VERSION: Final = re.compile(r'(W/)?"[\x21\x23-\x7e]{0,200}"')  # an ETag (RFC 9110, 8.8.3) that can be sent back
-_LOGIN: Final = "/login"  # where sites send those who may not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class Download:
 
         Raises `LoraCorrupt` where the bytes are not those of the sha256 that was `promised`.
         """
-        version = self.known.version if self.known else None
+        version = self.known.version if self.known and not promised else None  # a digest says more than a version
         asking = {"If-None-Match": version} if version else {}
         return self._get(url, {**(headers or {}), **asking}, promised=promised)
 
@@ -57,8 +55,6 @@ class Download:
         with self.web.open(url, name=self.name, headers=headers, statuses=statuses) as answer:
             if self.known and answer.status_code == HTTPStatus.NOT_MODIFIED:
                 return self.known
-            if answer.history and urlsplit(answer.url).path == _LOGIN:
-                raise LoraForbidden(f"{self.name}: the site wants a login")
             if not answer.history:  # where it was sent on, this one is not who promises
                 promised = answer.headers.get(digest_header, promised).lower()
             fetched = copy(answer, self.sink, version=_version(answer))
@@ -67,22 +63,14 @@ class Download:
         return fetched
 
     @contextmanager
-    def head(self, url: str, headers: Mapping[str, str], *, statuses: tuple[int, ...] = (200,)) -> Iterator[Response]:
-        """What is told of a file, the answer to a redirect included where `statuses` has it."""
+    def head(
+        self, url: str, headers: Mapping[str, str], *, statuses: tuple[int, ...] = (HTTPStatus.OK,), redirects: bool
+    ) -> Iterator[Response]:
+        """What is told of a file."""
         with self.web.open(
-            url, name=self.name, method="HEAD", headers=headers, statuses=statuses, redirects=len(statuses) == 1
+            url, name=self.name, method="HEAD", headers=headers, statuses=statuses, redirects=redirects
         ) as answer:
             yield answer
-
-    def text(self, url: str, headers: Mapping[str, str], *, max_bytes: int) -> bytes:
-        """A short answer; raises `LoraTooLarge` where it is none."""
-        with self.web.open(url, name=self.name, headers=headers) as answer:
-            found = bytearray()
-            while piece := answer.raw.read1(CHUNK, decode_content=False):
-                found += piece
-                if len(found) > max_bytes:
-                    raise LoraTooLarge(f"{self.name}: what is told of it has more than {max_bytes} bytes")
-        return bytes(found)
 
 
 def _version(answer: Response) -> str | None:

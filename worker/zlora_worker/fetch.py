@@ -58,7 +58,7 @@ class Fetcher:
             (told.hub_url, told.hub_token, told.hub_tenant),
             (told.hf_endpoint, told.hf_token),
             (told.civitai_url, told.civitai_token),
-            (told.source_endpoint, told.lora_s3_key, told.lora_s3_secret, told.lora_buckets),
+            (told.source_endpoint, told.lora_s3_key, told.lora_s3_secret, told.lora_s3_token, told.lora_buckets),
             (told.lora_roots, sorted(told.allow_hosts)),
         )
         return hashlib.sha256(repr(ours).encode()).hexdigest()
@@ -107,12 +107,6 @@ class Fetcher:
 
     def _reference(self, address: str, name: str) -> str:
         """The address, or the reference that it is a page of; raises `LoraNotAllowed` where there is no such scheme."""
-        scheme, _, rest = address.partition("://")
-        if scheme.lower() not in SCHEMES or not address.isprintable():
+        if address.partition("://")[0].lower() not in SCHEMES or not address.isprintable():
             raise LoraNotAllowed(f"{name}: not a URL of {', '.join(SCHEMES)}")
-        try:
-            return reference(
-                f"{scheme.lower()}://{rest}", hub=self.settings.hf_endpoint, civitai=self.settings.civitai_url
-            )
-        except ValueError:  # urllib's, for what is no URL
-            raise LoraNotAllowed(f"{name}: no URL that is opened") from None
+        return reference(address, hub=self.settings.hf_endpoint, civitai=self.settings.civitai_url)

@@ -14,6 +14,7 @@ from zlora.job import QUEUE
 from zlora.references import CIVITAI, HUGGING_FACE
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
+_DEEPEST = 64  # jobs that a companion may look ahead at: it reads as many messages twice a second
 _SECRET = "secret"  # noqa: S105 - a key of metadata
 
 
@@ -66,6 +67,13 @@ def _count_or_none(text: str) -> int:
     value = int(text)
     if value < 0:
         raise ValueError("expected a number, or 0")
+    return value
+
+
+def _depth(text: str) -> int:
+    value = _count_or_none(text)
+    if value > _DEEPEST:
+        raise ValueError(f"expected 0 to {_DEEPEST}")
     return value
 
 
@@ -146,6 +154,7 @@ class Settings:
         "ZLORA_S3_ENDPOINT",
         "AWS_ENDPOINT_URL_S3",
         "AWS_ENDPOINT_URL",
+        read=wire.web_url,
         note="S3 server other than AWS, with buckets as paths",
     )
     lora_cache: str = _from("ZLORA_LORA_CACHE", note="Folder of the LoRA cache; default: `loras` in the data folder")
@@ -179,7 +188,7 @@ class Settings:
     look_ahead: int = _from(
         "ZLORA_LOOK_AHEAD",
         default="4",
-        read=_count_or_none,
+        read=_depth,
         note="Jobs next in line whose LoRAs are fetched while another is drawn; 0 fetches none ahead",
     )
     patch: str = _from(
@@ -220,6 +229,7 @@ class Settings:
         "ZLORA_LORA_S3_ACCESS_KEY_ID", note="Credentials for `s3://` sources; default: boto3's own rules"
     )
     lora_s3_secret: str = _from("ZLORA_LORA_S3_SECRET_ACCESS_KEY", note="The key's secret", secret=True)
+    lora_s3_token: str = _from("ZLORA_LORA_S3_SESSION_TOKEN", note="The token of a temporary key", secret=True)
     hf_endpoint: str = _from(
         *wire.HUGGING_FACE, default=HUGGING_FACE, read=wire.web_url, note="The hub of `hf://`, or a mirror of it"
     )

@@ -46,7 +46,9 @@ def hugging_face(download: Download, address: str) -> Fetched:
     headers = _bearer(download.settings.hf_token)
     file = hub_file(address, endpoint=endpoint)
     if not file.path:
-        listing = download.text(file.listing_url(endpoint), headers, max_bytes=MAX_LISTING)
+        listing = download.web.text(
+            file.listing_url(endpoint), name=download.name, headers=headers, max_bytes=MAX_LISTING
+        )
         file = file.sole(listing, name=download.name)
     promised, url = _linked_digest(download, file.url(endpoint), headers)
     if promised and (here := download.have(promised)):
@@ -57,7 +59,7 @@ def hugging_face(download: Download, address: str) -> Fetched:
 def _linked_digest(download: Download, url: str, headers: dict[str, str]) -> tuple[str, str]:
     """The sha256 that the hub names, if it does, and the file's URL; what it links to is not asked."""
     for _ in range(_RENAMES):
-        with download.head(url, headers, statuses=(HTTPStatus.OK, *_MOVED)) as answer:
+        with download.head(url, headers, statuses=(HTTPStatus.OK, *_MOVED), redirects=False) as answer:
             digest = answer.headers.get(_LINKED_DIGEST, "").strip('"').lower()
             target = _within(url, answer.headers.get("Location", "")) if answer.is_redirect else None
         if _SHA256.fullmatch(digest):
@@ -92,8 +94,9 @@ def cozy(download: Download, address: str) -> Fetched:
     headers = _bearer(settings.hub_token)
     if settings.hub_tenant:
         headers["X-Cozy-Tenant-Id"] = settings.hub_tenant
-    with download.head(url, headers) as answer:
-        promised = answer.headers.get(_OWN_DIGEST, "").lower()
+    with download.head(url, headers, redirects=True) as answer:
+        # Where it was sent on, this one is not who promises.
+        promised = "" if answer.history else answer.headers.get(_OWN_DIGEST, "").lower()
     if _SHA256.fullmatch(promised) and (here := download.have(promised)):
         return here
     return download.get_anew(url, headers, promised=promised, digest_header=_OWN_DIGEST)

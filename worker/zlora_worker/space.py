@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -46,7 +46,8 @@ class Space:
     def reserve(self, draft: BinaryIO, size: int, *, spare: float = 0.0) -> None:
         """Let files go until a draft may have `size` bytes; one that is in use, or was within `spare` seconds, stays.
 
-        Raises `LoraTooLarge` where they never fit, `CacheFull` where they do not now, and then nothing is let go.
+        Raises `LoraTooLarge` where they never fit, `CacheFull` where they do not now; then nothing is let go, but where
+        a disk has not the room that it should.
         """
         if size > self.max_bytes:
             raise LoraTooLarge(
@@ -107,26 +108,32 @@ class Space:
         return shutil.disk_usage(self.files).free - to_come
 
     def _let_go(self, size: int, spare: float) -> None:
-        """All that has to go, or nothing."""
+        """All that has to go, or nothing; one file is open at a time, however many there are."""
         missing = self._missing(size)
-        with ExitStack() as stack:
-            going: list[Path] = []
-            for entry, path in self._oldest():
-                if missing <= 0:
-                    break
-                if not _is_younger(entry, spare) and stack.enter_context(unused(path)):
-                    going.append(path)
-                    missing -= entry.st_size
-            if missing <= 0:
-                for path in going:
-                    path.unlink()
-                missing = self._missing(size)  # a file that somebody holds otherwise frees no disk
+        oldest = [(entry, path) for entry, path in self._oldest() if not _is_younger(entry, spare)]
+        idle = 0
+        for entry, path in oldest:
+            if idle < missing:
+                with unused(path) as free:
+                    idle += entry.st_size if free else 0
+        if idle >= missing:
+            self._unlink(oldest, missing)
+            missing = self._missing(size)
         if missing > 0:
             raise CacheFull(
                 f"the LoRA cache holds {self.max_bytes} bytes and leaves {self.free_bytes} of its disk free: no room "
                 f"for {size} more, and what it has is in use",
                 {"max_bytes": self.max_bytes},
             )
+
+    def _unlink(self, oldest: list[tuple[os.stat_result, Path]], missing: int) -> None:
+        for entry, path in oldest:
+            if missing <= 0:
+                return
+            with unused(path) as free:
+                if free:
+                    path.unlink()
+                    missing -= entry.st_size
 
     def _oldest(self) -> list[tuple[os.stat_result, Path]]:
         return sorted(listed(self.files), key=lambda found: found[0].st_atime_ns)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -190,16 +191,22 @@ class SourceBuckets:
     _SECONDS: Final = 900  # that a signature holds; it begins a download, and need not outlast it
 
     def __init__(self, settings: Settings) -> None:
-        self._client = _s3_client(
-            settings.source_endpoint or None,
-            key=settings.lora_s3_key or None,
-            secret=settings.lora_s3_secret or None,
-            region=settings.lora_s3_region or None,
+        self._settings = settings
+
+    @cached_property
+    def _client(self) -> "S3Client":
+        told = self._settings
+        return _s3_client(
+            told.source_endpoint or None,
+            key=told.lora_s3_key or None,
+            secret=told.lora_s3_secret or None,
+            token=told.lora_s3_token or None,
+            region=told.lora_s3_region or None,
         )
 
     def url(self, bucket: str, key: str, *, name: str) -> str:
         """The URL of an object; it is a secret. Raises a `LoraError` that says `name` where there can be none."""
-        from botocore.exceptions import BotoCoreError, ParamValidationError
+        from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
         try:
             return self._client.generate_presigned_url(
@@ -207,12 +214,17 @@ class SourceBuckets:
             )
         except ParamValidationError:  # a bucket's or key's name that S3 does not know
             raise LoraNotFound(f"{name}: no object of S3") from None
-        except BotoCoreError:
-            raise LoraForbidden(f"{name}: this worker has no credentials for it") from None
+        except (BotoCoreError, ClientError, ValueError) as error:  # credentials, a profile, a region, an endpoint
+            raise LoraForbidden(f"{name}: this worker cannot sign for it ({type(error).__name__})") from None
 
 
 def _s3_client(
-    endpoint: str | None, *, key: str | None = None, secret: str | None = None, region: str | None = None
+    endpoint: str | None,
+    *,
+    key: str | None = None,
+    secret: str | None = None,
+    token: str | None = None,
+    region: str | None = None,
 ) -> "S3Client":
     import boto3
     from botocore.config import Config
@@ -232,5 +244,6 @@ def _s3_client(
         config=config,
         aws_access_key_id=key,
         aws_secret_access_key=secret,
+        aws_session_token=token,
         region_name=region,
     )

@@ -1,7 +1,6 @@
 """A body to a file as it arrives: counted before and after its encoding, hashed, its header checked, never too slow."""
 
 import hashlib
-import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,12 +10,11 @@ from typing import BinaryIO, Final
 from requests import Response
 from zlora.errors import LoraTooLarge, LoraUnreachable, NotSafetensors
 from zlora.header import Arriving
-from zlora.web import Passing
+from zlora.web import Passing, number
 
 CHUNK: Final = 2**18  # bytes
 PACE_SECONDS: Final = 15.0  # over which the rate of a download is taken
 _TELLING: Final = 64  # bytes of another kind of file by which `Arriving` tells it
-_LENGTH: Final = re.compile("[0-9]{1,18}")  # digits of a Content-Length that can be meant
 _GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's word for gzip alone
 
 
@@ -62,7 +60,8 @@ class Sink:
     ) -> None:
         self.name, self.limits = name, limits
         self._file, self._on_bytes, self._make_room = file, on_bytes, make_room
-        self.received = 0
+        self._announced = self.received = 0
+        self._digest, self._arriving = hashlib.sha256(), Arriving()
 
     def begin(self, announced: int = 0) -> None:
         """A body comes, of so many bytes where that is known; of an earlier try nothing stays."""
@@ -131,8 +130,7 @@ def copy(response: Response, sink: Sink, *, version: str | None) -> Fetched:
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in _DECODERS:
         raise LoraUnreachable(f"{sink.name}: the server encodes the body although asked not to")
-    header = response.headers.get("Content-Length", "")
-    announced = int(header) if _LENGTH.fullmatch(header) else None
+    announced = number(response.headers.get("Content-Length", ""))
     sink.begin((announced or 0) if encoding == "identity" else 0)
     pieces = _paced(response, sink, announced)
     for piece in _DECODERS[encoding](pieces, sink.name):
