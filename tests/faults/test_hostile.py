@@ -21,7 +21,7 @@ from faults.scene import CLEAN, Scene
 from faults.test_messages import stored_meta, watched_events
 from faults.valkey import Valkey
 from processes import PATIENCE
-from servers import SECRETS, Answer, Authority, Host, Request, lora_bytes, reply, serving, tensor_file
+from servers import SECRETS, Answer, Authority, Host, Request, digest, lora_bytes, reply, serving, tensor_file
 from zlora import JobHandle, JobState
 from zlora.errors import ZloraError
 
@@ -42,8 +42,10 @@ NAMES: Final = {
     "metadata.test": ["169.254.169.254"],
     "mapped.test": ["::ffff:127.0.0.1"],
     "loopback.test": ["127.0.0.1"],
-    "rebinding.test": ["8.8.8.8", "127.0.0.1"],
+    "rebinding.test": ["9.9.9.9", "127.0.0.1"],
+    "moving.test": ["149.112.112.112", "127.0.0.1"],  # the same, where a redirect leads
 }
+REBINDING: Final = {(NAMES[name][0], 443) for name in ("rebinding.test", "moving.test")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,9 @@ def refused(*urls: str) -> dict[str, Case]:
 def sent_on(*targets: str) -> dict[str, Case]:
     return {
         f"redirect to {target.partition('?')[0]}": Case(
-            code="lora_not_allowed", url=f"{{host}}/{QUERY}", answer=reply(status=302, Location=target)
+            code="lora_not_allowed",
+            url=f"{{host}}/{QUERY}",
+            answer=reply(status=302, Location=target.encode().decode("latin-1")),
         )
         for target in targets
     }
@@ -143,7 +147,9 @@ CASES: dict[str, Case] = {
         f"http://{{inside}}/{QUERY}",
         f"https://us3r:s3cret@{{inside}}/{QUERY}",
         "//{inside}/x",
-        *(f"https://{host}/{METADATA}" for host in PRIVATE if host.isascii()),
+        *(f"https://{host}/{METADATA}" for host in PRIVATE),
+        f"https://127%E3%80%820%E3%80%820%E3%80%821/{METADATA}",
+        f"https://moving.test/{QUERY}",
         "file:///etc/passwd",
         "ftp://8.8.8.8/x",
     ),
@@ -243,6 +249,9 @@ class Outcome:
     connections: set[tuple[str, int]]
     allowed: set[tuple[str, int]]
     left: list[Path]
+    files: list[str]  # what the cache has, and from where
+    sources: list[str]
+    source: str  # of the good one
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +298,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tal
         }
         lines = (network / "connections").read_text().split("\n")[:-1]
         tried = {(host, int(port)) for host, port in (line.rsplit(" ", 1) for line in lines)}
+        cache = scene.folder / "loras"
         yield Outcome(
             codes=codes,
             said=said,
@@ -297,7 +307,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tal
             inside=inside.connections,
             connections=tried,
             allowed={("127.0.0.1", port) for port in (*ports, own.port, valkey.port)},
-            left=list((scene.folder / "loras" / "drafts").iterdir()),
+            left=list((cache / "drafts").iterdir()),
+            files=[path.name for path in (cache / "files").iterdir()],
+            sources=[json.loads(path.read_text())["source"] for path in (cache / "index").iterdir()],
+            source=f"{files.url}/x.safetensors",
         )
         assert scene.audit() == CLEAN
         scene.close()
@@ -358,9 +371,9 @@ def test_the_worker_lives_and_draws_the_next_job_with_the_same_child(outcome: Ou
 
 
 def test_no_refused_address_gets_a_connection(outcome: Outcome) -> None:
-    """Of the name that resolves differently the second time, the public address is tried, and never the other."""
+    """Of names that resolve differently the second time, the public address is tried, and never the other."""
     assert outcome.inside == 0
-    assert outcome.connections - {("8.8.8.8", 443)} <= outcome.allowed
+    assert outcome.connections - outcome.allowed == REBINDING
 
 
 def test_nothing_anywhere_says_a_secret(outcome: Outcome) -> None:
@@ -371,4 +384,7 @@ def test_nothing_anywhere_says_a_secret(outcome: Outcome) -> None:
 
 
 def test_nothing_of_a_refused_body_is_kept(outcome: Outcome) -> None:
+    """Nor known from where it came: there is the good one alone, though some refused sources had its bytes."""
     assert outcome.left == []
+    assert outcome.files == [f"{digest(GOOD)}.safetensors"]
+    assert outcome.sources == [outcome.source]

@@ -104,6 +104,12 @@ def test_without_credentials_of_its_own_a_source_has_the_store_s(
             LoraForbidden,
             id="wrong secret",
         ),
+        pytest.param(
+            "s3://pictures/loras/ä b%2F.safetensors",
+            {"ZLORA_LORA_S3_SESSION_TOKEN": "wr0ng"},
+            LoraForbidden,
+            id="wrong session",
+        ),
         pytest.param("s3://pictures/loras/absent", {}, LoraNotFound, id="missing key"),
         pytest.param("s3://absent/x", {}, LoraNotFound, id="missing bucket"),
         pytest.param("s3://pictures/page/../private/x", {}, LoraNotFound, id="climbing key"),

@@ -251,18 +251,13 @@ sys.stdin.read()
 
 @contextmanager
 def crowd(folder: Path) -> Iterator[Cache]:
-    """A cache of many small files that is full, in a process that may have few open."""
+    """A cache that is full, of many small files."""
     with caching(folder, max_bytes=MANY * 100) as cache:
         for index in range(MANY):
             path = cache.file(f"{index:064}")
             path.write_bytes(bytes(100))
             os.utime(path, (index, index))
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
-        try:
-            yield cache
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        yield cache
 
 
 @contextmanager
@@ -278,43 +273,63 @@ def all_in_use(folder: Path) -> Iterator[None]:
             process.kill()
 
 
-def reserve(folder: Path, cache: Cache, size: int) -> int:
-    """How many files are left when a draft has its room."""
-    with (folder / "loras/drafts/large").open("wb") as draft:
-        cache.space.reserve(draft, size)
-    return len(list((folder / "loras/files").iterdir()))
+@contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    """This process may not have more of something."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+def reserve(cache: Cache, count: int) -> None:
+    """Make room for as much as so many of them have, in a process that may have few open."""
+    draft = cache.space.drafts / "large"
+    with limited(resource.RLIMIT_NOFILE, 128), draft.open("wb") as file:
+        cache.space.reserve(file, count * 100)
+
+
+def left(cache: Cache) -> list[int]:
+    """Which of them are there."""
+    return [index for index in range(MANY) if cache.file(f"{index:064}").exists()]
 
 
 @pytest.mark.parametrize("count", [1, 400, MANY])
 def test_any_number_of_files_go_for_one_and_no_more_than_needed(tmp_path: Path, count: int) -> None:
     """Though a process may not have as many open."""
     with crowd(tmp_path) as cache:
-        assert reserve(tmp_path, cache, count * 100) == MANY - count
+        reserve(cache, count)
 
-        assert all(cache.file(f"{index:064}").exists() == (index >= count) for index in range(MANY))
+        assert left(cache) == list(range(count, MANY))
 
 
 def test_of_any_number_of_files_in_use_none_goes(tmp_path: Path) -> None:
     with crowd(tmp_path) as cache:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-        with all_in_use(tmp_path / "loras/files"):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        with all_in_use(cache.space.files):
             with pytest.raises(CacheFull):
-                reserve(tmp_path, cache, 100)
-            assert len(list((tmp_path / "loras/files").iterdir())) == MANY
+                reserve(cache, 1)
+            assert len(left(cache)) == MANY
 
-        assert reserve(tmp_path, cache, 40_000) == MANY - 400
+        reserve(cache, 400)
+        assert len(left(cache)) == MANY - 400
 
 
 def test_of_any_number_of_files_none_goes_where_one_that_has_to_is_in_use(tmp_path: Path) -> None:
     """The one that is looked at last."""
-    with crowd(tmp_path) as cache, ExitStack() as stack:
-        stack.callback(os.close, in_use(cache.file(f"{MANY - 1:064}")) or -1)
-        with pytest.raises(CacheFull):
-            reserve(tmp_path, cache, MANY * 100)
-        assert len(list((tmp_path / "loras/files").iterdir())) == MANY
+    with crowd(tmp_path) as cache:
+        descriptor = in_use(cache.file(f"{MANY - 1:064}"))
+        assert descriptor
+        try:
+            with pytest.raises(CacheFull):
+                reserve(cache, MANY)
+            assert len(left(cache)) == MANY
 
-        assert reserve(tmp_path, cache, MANY * 100 - 100) == 1
+            reserve(cache, MANY - 1)
+            assert left(cache) == [MANY - 1]
+        finally:
+            os.close(descriptor)
 
 
 # --- downloads on their way
@@ -390,21 +405,11 @@ def test_what_a_draft_is_still_to_take_of_the_disk_is_not_free(tmp_path: Path) -
         assert before - cache.space.free > 2**39
 
 
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """As a quota of the system's: here on the size of any file of this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_takes_no_more_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
+    """As a quota of the system's: here on the size of any file of this process."""
     with serving(reply(LARGE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a")
-        with no_file_above(SIZE), pytest.raises(CacheFull, match="File too large"):
+        with limited(resource.RLIMIT_FSIZE, SIZE), pytest.raises(CacheFull, match="File too large"):
             got(cache, asset)
         assert kept(tmp_path) == {}
 
@@ -413,7 +418,7 @@ def test_a_disk_that_takes_no_more_is_a_typed_error_and_no_bad_entry(tmp_path: P
 
 def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
     """Somebody else writes on it meanwhile; with room the next use fetches the file. `test_cache_disk` has a disk."""
-    data, begun, full = lora_bytes(7, size=2**20), Event(), Event()
+    data, begun = lora_bytes(7, size=2**20), Event()
     whole = reply(data, ETag='"7"')
 
     def answer(_request: Request) -> Iterator[bytes]:
@@ -426,9 +431,8 @@ def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(tmp
 
         def fill(received: int, _expected: int) -> None:
             most.append(received)
-            if not full.is_set():
-                full.set()
-                stack.enter_context(no_file_above(2**19))
+            if not begun.is_set():
+                stack.enter_context(limited(resource.RLIMIT_FSIZE, 2**19))
                 begun.set()
 
         with stack, pytest.raises(CacheFull, match="File too large") as raised:

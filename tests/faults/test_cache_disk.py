@@ -1,0 +1,148 @@
+"""The cache's disk fills in mid-download: the job is told so, nothing of the half is kept, and the worker goes on."""
+
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import Final
+
+import pytest
+from faults.scene import Scene
+from processes import wait_until
+from servers import Answer, Request, digest, lora_bytes, reply, serving
+from zlora import JobHandle, JobState
+from zlora_worker.space import listed, written
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's, in `cancel`
+
+DATA: Final = lora_bytes(7, size=900_000)
+FIRST: Final = 400_000  # bytes that come before the disk is full
+ROOM: Final = 500_000  # bytes that a file may have then
+DISK: Final = 2**20  # bytes
+NOTHING: Final[dict[str, list[str]]] = {part: [] for part in ("drafts", "files", "index", "failed", "sound")}
+
+Fill = Callable[[int], Callable[[], object]]  # fills the disk of a child, and returns what makes room again
+Disk = Callable[[Path], AbstractContextManager[Fill]]
+
+
+@contextmanager
+def quota(_folder: Path) -> Iterator[Fill]:
+    """From some moment on the kernel refuses the child a file of more bytes."""
+
+    def limit(child: int, most: int) -> None:
+        resource.prlimit(child, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+    def fill(child: int) -> Callable[[], object]:
+        limit(child, ROOM)
+        return lambda: limit(child, resource.RLIM_INFINITY)
+
+    yield fill
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Fill]:
+    """Somebody else writes on the same disk until nothing is left of it."""
+    ballast = folder / "ballast"
+
+    def fill(_child: int) -> Callable[[], object]:
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        assert ballast.stat().st_size
+        return ballast.unlink
+
+    folder.mkdir()
+    assert mount(folder)
+    try:
+        yield fill
+    finally:
+        subprocess.run(["/bin/umount", "-l", str(folder)], check=True)
+
+
+def mount(folder: Path) -> bool:
+    """Put a disk there, and tell whether that may be."""
+    command = ["/bin/mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    try:
+        return not subprocess.run(command, check=False, capture_output=True).returncode
+    except FileNotFoundError:
+        return False
+
+
+def may_mount() -> bool:
+    """Whether there may be a disk of its own: in most places for root alone."""
+    with TemporaryDirectory() as folder:
+        mounted = mount(Path(folder))
+        if mounted:
+            subprocess.run(["/bin/umount", folder], check=True)
+        return mounted
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With a quota anywhere, and with a disk too where there may be one."""
+    if "disk" in metafunc.fixturenames:
+        disks: list[Disk] = [quota, small_disk] if may_mount() else [quota]
+        metafunc.parametrize("disk", disks, ids=["quota", "disk"][: len(disks)])
+
+
+def test_a_disk_that_fills_in_mid_download_leaves_nothing_and_costs_the_worker_nothing(
+    scene: Scene, tmp_path: Path, disk: Disk
+) -> None:
+    """The same child draws the next job at once, and one with that LoRA as soon as there is room."""
+    loras, go_on = tmp_path / "disk/loras", Event()
+    scene.environ |= {"ZLORA_LORA_CACHE": str(loras), "ZLORA_LORA_FREE_BYTES": "0", "ZLORA_LOOK_AHEAD": "0"}
+    with ExitStack() as stack:
+        fill, host = stack.enter_context(disk(tmp_path / "disk")), stack.enter_context(serving(in_two(DATA, go_on)))
+        stack.callback(go_on.set)
+        running = stack.enter_context(scene.worker(ZLORA_ALLOW_HOSTS=host.name))
+        child = scene.child(running)
+        hindered = with_lora(scene, host.url)
+        wait_until(lambda: drafted(loras) > FIRST // 2, "a part of it is on the disk")
+        scene.tally.fault()
+        make_room = fill(child)
+        go_on.set()
+        wait_until(lambda: hindered.status().state is JobState.RETRY, "the job is to be tried again")
+        assert hindered.status().code == "cache_full"
+        hindered.cancel()
+        wait_until(lambda: hindered.status().state is JobState.REVOKED, "nobody wants it any more")
+
+        assert {part: names(loras / part) for part in NOTHING} == NOTHING
+        assert scene.submit().result(timeout=60).base_intact
+
+        make_room()
+        (receipt,) = with_lora(scene, host.url).result(timeout=60).loras
+        assert (receipt.tier, receipt.sha256, len(host.requests)) == ("network", digest(DATA), 2)
+        (file,) = (loras / "files").iterdir()
+        assert (file.name, file.read_bytes()) == (f"{digest(DATA)}.safetensors", DATA)
+        assert scene.child(running) == child
+        assert len(scene.events("loaded")) == 1
+
+
+def in_two(data: bytes, go_on: Event) -> Answer:
+    """A host of one file, whose second part waits."""
+    whole = reply(data, ETag='"7"')
+
+    def answer(_: Request) -> Iterator[bytes]:
+        yield whole[:FIRST]
+        go_on.wait(60)
+        yield whole[FIRST:]
+
+    return answer
+
+
+def with_lora(scene: Scene, url: str) -> JobHandle:
+    """A job with the file of a host."""
+    return scene.submit(fields={"loras": [{"file": {"url": f"{url}/a.safetensors"}}]})
+
+
+def drafted(loras: Path) -> int:
+    """Bytes of drafts that have come."""
+    folder = loras / "drafts"
+    return sum(written(entry) for entry, _ in listed(folder)) if folder.exists() else 0
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
