@@ -178,7 +178,7 @@ class LoraMismatch(LoraError):
 
 
 class CacheFull(LoraError):
-    """The LoRA cache cannot take the file: all of it is in use, or its disk fails."""
+    """The LoRA cache cannot take the file: all of it is in use, or its disk is too small or fails."""
 
     code = "cache_full"
     retryable = True

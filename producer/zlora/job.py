@@ -14,6 +14,7 @@ TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
+_AUTHORITY: Final = re.compile(r"(?:.*@)?(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII | re.DOTALL)
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face, by itself
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # it becomes a path and an object key
 
@@ -264,9 +265,13 @@ def without_secrets(address: str) -> str:
         return scheme.rpartition("@")[2]
     if scheme == "cozy" and "://" not in rest:
         return f"cozy://{rest}"
+    if scheme.lower() == "file" and rest.startswith("/"):
+        return f"{scheme}://{rest}"
     if "://" in rest or rest.startswith("/"):
         return f"{scheme}://{without_secrets(rest.lstrip('/'))}"
     authority, slash, path = rest.partition("/")
+    if not _AUTHORITY.fullmatch(authority):  # a password with a slash that should be %2F
+        return f"{scheme}://{rest.rpartition('@')[2]}"
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
@@ -166,11 +166,13 @@ def hosts(text: str) -> frozenset[str]:
 
 
 def web_url(text: str) -> str:
-    """A site's base URL, or nothing; raises `ValueError`."""
+    """A site's base URL in its one spelling, or nothing; raises `ValueError`."""
     parts = urlsplit(text)
     if text and (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0):
         raise ValueError("expected http://host or https://host")
-    return text
+    user, mark, host = parts.netloc.rpartition("@")
+    host = host.lower().removesuffix(":443" if parts.scheme == "https" else ":80")
+    return urlunsplit(parts._replace(netloc=f"{user}{mark}{host}", path=parts.path.rstrip("/")))
 
 
 def existing_file(text: str) -> str:

@@ -35,8 +35,9 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.job import Asset
-from zlora_worker import cache as cache_module
+from zlora_worker import turns
 from zlora_worker.cache import Cache, CachedFile
+from zlora_worker.locks import alone
 
 ONE, TWO, THREE = (lora_bytes(fill) for fill in (1, 2, 3))
 SIZE = len(ONE)
@@ -228,7 +229,7 @@ def test_the_same_pin_at_another_address_waits_for_a_slow_source_no_longer_than_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drips: bool
 ) -> None:
     """Whoever names a source that never ends does not hold up those who name a good one; both have one file."""
-    monkeypatch.setattr(cache_module, "_SAME", 0.3)
+    monkeypatch.setattr(turns, "_SAME", 0.3)
     begun, enough = Event(), Event()
 
     def slowly(_request: Request) -> Iterator[bytes]:
@@ -254,6 +255,23 @@ def test_the_same_pin_at_another_address_waits_for_a_slow_source_no_longer_than_
                 assert first.result(30).path == second.path
         finally:
             enough.set()
+    assert kept(tmp_path) == named(ONE)
+
+
+def test_a_process_that_is_stopped_over_a_download_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives, so that the kernel keeps its lock, and its draft does not grow."""
+    monkeypatch.setattr(turns, "_STALLED", 0.3)
+    with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
+        asset = Asset(url=f"{host.url}/a")
+        with alone(*cache._turn(asset).locks) as mine:
+            assert mine
+            cache._turn(asset).draft.write_bytes(ONE[:1000])
+            assert told(got(cache, asset)) == (digest(ONE), SIZE, "network", ONE)
+            cache._turn(asset).draft.unlink()
+
+        assert got(cache, asset, since=1.0).tier == "disk"
     assert kept(tmp_path) == named(ONE)
 
 
@@ -351,7 +369,8 @@ def test_a_download_is_heard_of_and_a_cached_file_is_not(tmp_path: Path) -> None
             got(cache, Asset(url=f"{host.url}/a"), on_bytes=lambda *piece: heard.append(piece))
         got(cache, Asset(url=f"{host.url}/a", sha256=digest(ONE)), on_bytes=lambda *piece: heard.append(piece))
 
-    assert heard[-1] == (SIZE, SIZE)
+    assert (heard[0], heard[-1], heard.count((0, 0))) == ((0, 0), (0, 0), 2)  # each time that the source is asked
+    assert heard[-2] == (SIZE, SIZE)
     assert sum(received == SIZE for received, _ in heard) == 1
 
 
@@ -435,9 +454,9 @@ def test_a_lock_or_a_draft_that_somebody_left_is_no_hindrance(tmp_path: Path) ->
     """Of a process that was killed in mid-download: its lock is the kernel's to let go of."""
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a", sha256=digest(ONE))
-        for path in cache._lock_files(asset):
+        for path in cache._turn(asset).locks:
             path.touch()
-        cache._draft(asset).write_bytes(bytes(2 * SIZE))
+        cache._turn(asset).draft.write_bytes(bytes(2 * SIZE))
 
         assert told(got(cache, asset)) == (digest(ONE), SIZE, "network", ONE)
         assert kept(tmp_path) == named(ONE)
@@ -467,8 +486,8 @@ def test_a_draft_that_is_another_s_gets_no_name(tmp_path: Path) -> None:
         asset = Asset(url=f"{host.url}/a")
 
         def clear(_received: int, _expected: int) -> None:
-            cache._draft(asset).unlink()
-            cache._draft(asset).write_bytes(b"half of a file")
+            cache._turn(asset).draft.unlink()
+            cache._turn(asset).draft.write_bytes(b"half of a file")
 
         with pytest.raises(CacheFull):
             got(cache, asset, on_bytes=clear)

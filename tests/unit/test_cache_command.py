@@ -1,5 +1,6 @@
 """`zlora cache`: what it tells of a cache, what it lets go, and what it finds damaged."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -93,8 +95,10 @@ def test_a_file_in_use_is_shown_as_such(cache: Cache, data: bytes) -> None:
 def test_an_empty_cache_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZLORA_HOME", str(tmp_path))
 
+    (tmp_path / "loras").mkdir()
+
     assert "0 files" in run("ls").output
-    assert json.loads(run("ls", "--json").output)["files"] == []
+    assert json.loads(run("ls", "--json").stdout)["files"] == []
 
 
 def test_a_look_is_no_use(cache: Cache) -> None:
@@ -151,7 +155,7 @@ def test_what_a_worker_uses_stays(cache: Cache, tmp_path: Path) -> None:
 )
 def test_what_makes_no_sense_lets_nothing_go(cache: Cache, tmp_path: Path, options: list[str]) -> None:
     assert run("prune", *options).exit_code == 2
-    assert len(kept(tmp_path)) == len(list(cache.verify())) == 3
+    assert len(kept(tmp_path)) == len(list(cache.space.verify())) == 3
 
 
 # --- verify
@@ -177,6 +181,100 @@ def test_damaged_files_are_named_dropped_and_an_exit_status(cache: Cache, tmp_pa
     assert result.output == f"damaged, and dropped: {digest(TWO)}\n3 files, 2 of them sound\n"
     assert kept(tmp_path) == named(ONE, THREE)
     assert run("verify").exit_code == 0
+
+
+# --- folders that are not there, not the cache's, not this user's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ls"], "0 files, 0.0 of 20,000.0 MB"),
+        (["ls", "--json"], '"files":[]'),
+        (["prune", "--all"], "0 files went, 0.0 MB"),
+        (["verify"], "0 files, 0 of them sound"),
+    ],
+)
+@pytest.mark.parametrize("made", ["", "loras"])
+def test_where_there_is_no_cache_none_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str, made: str
+) -> None:
+    """Its folders would be those of whoever looks, and no worker's."""
+    monkeypatch.setenv("ZLORA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("ZLORA_LORA_CACHE", raising=False)
+    (tmp_path / "home" / made).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*arguments)
+
+    assert result.exit_code == 0, result.output
+    assert said in result.stdout
+    assert result.stderr == f"{tmp_path / 'home/loras'}: there is no LoRA cache yet\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_not_the_cache_s_is_not_listed_and_stays(cache: Cache) -> None:
+    foreign = [cache.space.files / name for name in ("README", "folder")]
+    foreign[0].write_text("Do not delete")
+    foreign[1].mkdir()
+
+    assert len(json.loads(run("ls", "--json").output)["files"]) == 3
+    assert run("verify").output == "3 files, 3 of them sound\n"
+    assert run("prune", "--all").output == "3 files went, 0.0 MB\n"
+    assert sorted(cache.space.files.iterdir()) == foreign
+
+
+@pytest.fixture
+def read_only(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """As if the cache were on a mount without writing."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def opened(path: str, flags: int, *more: Any, **options: Any) -> int:
+        if flags & (os.O_CREAT | os.O_RDWR | os.O_WRONLY):
+            refuse()
+        return os_open(path, flags, *more, **options)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", opened)
+    for name in ("mkdir", "replace", "unlink", "utime"):
+        monkeypatch.setattr(os, name, refuse)
+    return cache
+
+
+def test_a_cache_that_cannot_be_written_is_listed_and_checked(read_only: Cache) -> None:
+    path = read_only.file(digest(TWO))
+    assert len(json.loads(run("ls", "--json").output)["files"]) == 3
+    assert run("verify").output == "3 files, 3 of them sound\n"
+
+    path.write_bytes(bytes(SIZE))
+    result = run("verify")
+    assert result.exit_code == 1
+    assert result.output == f"damaged, and cannot be dropped: {digest(TWO)}\n3 files, 2 of them sound\n"
+    assert path.exists()
+
+
+@pytest.mark.usefixtures("read_only")
+def test_nothing_goes_from_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    result = run("prune", "--all")
+
+    assert (result.exit_code, result.output) == (1, f"Error: {tmp_path / 'loras'}: Read-only file system\n")
+    assert kept(tmp_path) == named(ONE, TWO, THREE)
+
+
+def test_what_another_user_alone_may_read_of_the_sources_is_not_known(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are listed all the same."""
+
+    def read_bytes(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    rows = json.loads(run("ls", "--json").output)["files"]
+
+    assert [(row["sha256"], row["sources"]) for row in rows] == [(digest(data), []) for data in (THREE, TWO, ONE)]
+    assert cache.space.held == 3 * SIZE
 
 
 # --- its start

@@ -243,6 +243,7 @@ def test_a_download_is_reported_with_its_bytes(
     pieces = [event for event in heard if event[0] == "fetching"]
     assert pieces
     assert heard[: len(pieces)] == pieces
+    assert pieces[0] == ("fetching", 0, 0)  # before the server says anything
     assert pieces[-1] == ("fetching", len(data), len(data))
     assert [received for _, received, _ in pieces] == sorted({received for _, received, _ in pieces})
     assert heard[len(pieces)] == ("loading", 0, 1)

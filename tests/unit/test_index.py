@@ -69,7 +69,7 @@ def test_ahead_of_a_job_nobody_waits_for_another_process(tmp_path: Path) -> None
     """Whoever holds the lock of the file or of its content brings it."""
     with serving(reply(ONE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a", sha256=digest(ONE))
-        for path in cache._lock_files(asset):
+        for path in cache._turn(asset).locks:
             with alone(path):
                 cache.bring(asset, since=0)
         assert host.asked == []
@@ -219,6 +219,29 @@ def test_upkeep_forgets_failures_that_are_over(tmp_path: Path, monkeypatch: pyte
         at(monkeypatch, 31)
         cache.tidy()
         assert list(failed.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["index", "failed"])
+def test_upkeep_forgets_the_oldest_of_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Of sources, each with a query of its own, and of failures; it reads none that it forgets."""
+    monkeypatch.setattr(index, "_MOST", 3)
+    with caching(tmp_path) as cache:
+        cache.file(digest(ONE)).write_bytes(ONE)
+        folder, ages = tmp_path / "loras" / part, dict[Path, int]()
+        for number in (4, 1, 5, 2, 3):
+            asset = Asset(url=f"https://nowhere.invalid/a?{number}")
+            cache.index.remember(asset.address, Fetched(sha256=digest(ONE), size=SIZE), asked=0)
+            cache.index.failed(asset, LoraNotFound("not there"))
+            (path,) = {*folder.iterdir()} - {*ages}
+            os.utime(path, (0, time.time() - number))
+            ages[path] = number
+        (folder / "folder").mkdir()
+        watched = Mock(side_effect=index._read)
+        monkeypatch.setattr(index, "_read", watched)
+        cache.tidy()
+
+        assert {ages[path] for path in folder.iterdir() if path.is_file()} == {1, 2, 3}
+        assert {ages[path] for (path, _), _ in watched.call_args_list if path in ages} == {1, 2, 3}
 
 
 def test_a_failure_that_another_process_met_meanwhile_is_not_asked_for(tmp_path: Path) -> None:

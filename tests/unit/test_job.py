@@ -356,7 +356,7 @@ def test_a_request_within_the_bounds_survives_the_wire_field_by_field(data: dict
 
     assert all(getattr(request, name) == value for name, value in data.items() if name != "loras")
     for spec, given_spec in zip(request.loras, data.get("loras", []), strict=True):
-        assert spec.file.address == given_spec["file"]["url"]
+        assert spec.file.url == given_spec["file"]["url"]
         assert all(getattr(spec, name) == value for name, value in given_spec.items() if name != "file")
 
 
@@ -427,6 +427,10 @@ def test_of_an_address_only_scheme_host_and_path_are_shown(
         ("loras/anime-v1", "loras/anime-v1"),
         ("https://example.com?sig=t0ken", "https://example.com"),
         ("https://example.com/@scope/x", "https://example.com/@scope/x"),
+        ("https://[::1]:8443/@scope/x", "https://[::1]:8443/@scope/x"),
+        ("https://us3r:pa/55@example.com/x", "https://example.com/x"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("file:///models/a@b?c", "file:///models/a@b"),
         ("//us3r:pa55@example.com/x", "example.com/x"),
         ("https:us3r:pa55@example.com/x", "example.com/x"),
         ("https:/us3r:pa55@example.com/x", "example.com/x"),

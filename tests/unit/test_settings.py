@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from zlora import wire
 from zlora.errors import InvalidSetting
+from zlora.references import HUGGING_FACE
 from zlora_worker.settings import Settings
 
 README = Path(__file__).parents[2] / "README.md"
@@ -109,6 +110,13 @@ def test_what_both_sides_share_is_read_as_the_producer_reads_it(tmp_path: Path) 
     assert Settings.from_env(environ).broker_url == Settings.from_env(environ).result_backend == "redis://b/1"
     assert Settings.from_env(environ | {"ZLORA_RESULT_BACKEND": "redis://r/2"}).result_backend == "redis://r/2"
     assert Settings.from_env({"ZLORA_HOME": str(tmp_path)}).broker_url == wire.DEFAULT_BROKER
+
+
+def test_a_site_has_one_spelling(home: dict[str, str]) -> None:
+    """So that a public one is known as such, and what is allowed for an operator's own is not for it."""
+    for text in ("https://HuggingFace.co", "HTTPS://huggingface.co/", "https://huggingface.co:443//"):
+        assert Settings.from_env({**home, "HF_ENDPOINT": text}).hf_endpoint == HUGGING_FACE
+    assert Settings.from_env({**home, "COZY_HUB_URL": "http://u:P@Hub:80/A/"}).hub_url == "http://u:P@hub/A"
 
 
 def test_an_unset_variable_gives_the_default(home: dict[str, str]) -> None:

@@ -389,6 +389,26 @@ def test_an_endless_answer_beside_its_body_meets_the_deadline(tmp_path: Path, st
     assert len(host.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        (reply(chunked(BODY)[:-2], length=None, Transfer_Encoding="chunked"), b"X: y\r\n"),
+        (reply(gzip.compress(BODY), length=None, Content_Encoding="gzip"), bytes(4000)),
+        (reply(BODY, length=None), b""),
+    ],
+    ids=["trailers", "after gzip", "nothing"],
+)
+def test_an_answer_that_does_not_end_with_its_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, piece: bytes
+) -> None:
+    """Long before its deadline: of what follows a watcher hears nothing, and no cap counts it."""
+    monkeypatch.setattr(stream, "_END_SECONDS", 0.2)
+    with serving(dripping(start, piece=piece)) as host, fetching(tmp_path, host) as fetcher, suppress(LoraUnreachable):
+        fetcher.fetch(f"{host.url}/x", io.BytesIO())
+
+    assert host.sent <= len(host.requests) * (len(start) + 50 * len(piece))
+
+
 def test_a_download_below_the_rate_is_given_up_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

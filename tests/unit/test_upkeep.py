@@ -26,14 +26,14 @@ def test_upkeep_leaves_what_lives(tmp_path: Path) -> None:
         one, two = (got(cache, Asset(url=f"{host.url}/{name}")) for name in "ab")
         two.path.unlink()
         living, dead = (Asset(url=f"{host.url}/{name}") for name in ("living", "dead"))
-        (lock,) = cache._lock_files(living)
+        (lock,) = cache._turn(living).locks
         for asset in (living, dead):
-            cache._draft(asset).write_bytes(b"half a file")
+            cache._turn(asset).draft.write_bytes(b"half a file")
         (tmp_path / "loras/locks/left").touch()
         with alone(lock):
             cache.tidy()
 
-            assert list((tmp_path / "loras/drafts").iterdir()) == [cache._draft(living)]
+            assert list((tmp_path / "loras/drafts").iterdir()) == [cache._turn(living).draft]
             assert list((tmp_path / "loras/locks").iterdir()) == [lock]
         cache.tidy()
 
@@ -73,9 +73,9 @@ def test_a_check_of_all_files_drops_the_damaged_and_is_no_use(tmp_path: Path) ->
         overwrite(files[1].path, bytes(SIZE))
         before = [os.stat(file.path).st_atime_ns for file in files]
 
-        found = dict(cache.verify())
+        found = dict(cache.space.verify())
 
-        assert found == {digest(ONE): True, digest(TWO): False, digest(THREE): True}
+        assert found == {digest(ONE): "sound", digest(TWO): "dropped", digest(THREE): "sound"}
         assert [os.stat(files[index].path).st_atime_ns for index in (0, 2)] == [before[0], before[2]]
         assert kept(tmp_path) == named(ONE, THREE)
 
@@ -135,3 +135,11 @@ def test_files_in_use_stay_and_are_counted(tmp_path: Path) -> None:
 
         assert cache.space.prune() == Pruned(files=1, size=SIZE, in_use=1)
         assert kept(tmp_path) == named(ONE)
+
+
+def test_a_draft_of_a_dead_process_goes_with_them(tmp_path: Path) -> None:
+    with three_files(tmp_path) as cache:
+        cache._turn(pinned(ONE)).draft.write_bytes(ONE)
+        cache.space.prune(max_bytes=3 * SIZE)
+
+        assert kept(tmp_path) == named(ONE, TWO, THREE)

@@ -6,7 +6,6 @@ its access time; whoever uses one holds it.
 """
 
 import errno
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -15,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraError, LoraUnreachable
+from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraError
 from zlora.job import Asset, without_secrets
 from zlora_worker.fetch import Fetcher
-from zlora_worker.index import Index, digest_of, source_of
+from zlora_worker.index import Index
 from zlora_worker.locks import alone, in_use
 from zlora_worker.settings import Settings
-from zlora_worker.space import Space, listed, written
+from zlora_worker.space import Space, sha256_of
 from zlora_worker.stream import Fetched, OnBytes, nobody
+from zlora_worker.turns import Turn
 
-_LOOK: Final = 0.05  # seconds between two looks whether another process has brought a file
-_SAME: Final = 10.0  # seconds to wait for the same content from elsewhere: that source may be a slow one
 _RECENT: Final = 900.0  # seconds since its last use in which a file does not go for one that is fetched ahead
 
 Tier = Literal["disk", "network"]
@@ -50,13 +48,7 @@ class Cache:
         """Raises `InvalidSetting` where the folder cannot be made."""
         self._files, self._drafts, self._locks = folder / "files", folder / "drafts", folder / "locks"
         self.index = Index(folder, asker=fetcher.asker)
-        self.space = Space(
-            files=self._files,
-            drafts=self._drafts,
-            locks=self._locks,
-            max_bytes=max_bytes,
-            free_bytes=free_bytes,
-        )
+        self.space = Space.under(folder, max_bytes=max_bytes, free_bytes=free_bytes)
         self._fetcher = fetcher
         try:
             self.tidy()
@@ -96,9 +88,10 @@ class Cache:
         """
         with ExitStack() as held, _disk():
             self._make_folders()
-            with alone(*self._lock_files(asset)) as mine:
+            turn = self._turn(asset)
+            with alone(*turn.locks) as mine:
                 if mine and self._here(asset, held, since) is None and self.index.failure(asset) is None:
-                    self._bring(asset, held, nobody, spare=_RECENT)
+                    self._bring(asset, turn.draft, held, nobody, spare=_RECENT)
 
     def _file_of(self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes) -> CachedFile:
         start = time.monotonic()
@@ -115,15 +108,14 @@ class Cache:
 
     def _find(self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes) -> tuple[str, Tier]:
         """The digest of an asset's file, which is held from then on; one process brings it, however many ask."""
-        start = time.monotonic()
-        end = start + self._fetcher.settings.lora_deadline
+        turn = self._turn(asset)
         while (sha256 := self._told(asset, held, since)) is None:
             self._make_folders()  # whoever clears the cache deletes them
-            with alone(*self._lock_files(asset, same=time.monotonic() < start + _SAME)) as mine:
+            with alone(*turn.locks) as mine:
                 if mine:  # and whoever was inside before may have told
                     sha256 = self._told(asset, held, since)
-                    return (sha256, "disk") if sha256 else self._bring_or_remember(asset, held, on_bytes)
-            self._wait(asset, on_bytes, end)
+                    return (sha256, "disk") if sha256 else self._bring_or_remember(asset, turn.draft, held, on_bytes)
+            turn.wait(on_bytes)
         return sha256, "disk"
 
     def _told(self, asset: Asset, held: ExitStack, since: float) -> str | None:
@@ -144,9 +136,9 @@ class Cache:
             return None
         return entry.sha256 if self._hold(entry.sha256, held) else None
 
-    def _bring_or_remember(self, asset: Asset, held: ExitStack, on_bytes: OnBytes) -> tuple[str, Tier]:
+    def _bring_or_remember(self, asset: Asset, draft: Path, held: ExitStack, on_bytes: OnBytes) -> tuple[str, Tier]:
         try:
-            return self._bring(asset, held, on_bytes, spare=0.0)
+            return self._bring(asset, draft, held, on_bytes, spare=0.0)
         except CacheFull:
             raise
         except LoraError as error:
@@ -154,9 +146,12 @@ class Cache:
                 self.index.failed(asset, error)
             raise
 
-    def _bring(self, asset: Asset, held: ExitStack, on_bytes: OnBytes, *, spare: float) -> tuple[str, Tier]:
-        """Ask the source, under the asset's lock."""
-        asked, entry, draft = time.time(), self.index.entry(asset.address), self._draft(asset)
+    def _bring(
+        self, asset: Asset, draft: Path, held: ExitStack, on_bytes: OnBytes, *, spare: float
+    ) -> tuple[str, Tier]:
+        """Ask the source, in turn."""
+        on_bytes(0, 0)  # it may say nothing for long
+        asked, entry = time.time(), self.index.entry(asset.address)
         before = held.enter_context(ExitStack())  # holds what the source had last, until it is known to have another
         known = entry.fetched if entry and self._hold(entry.sha256, before) else None
         draft.unlink(missing_ok=True)  # a dead process's; were it alive, what it writes is in no name's way
@@ -187,17 +182,6 @@ class Cache:
             draft.unlink(missing_ok=True)
         return fetched.sha256, tier
 
-    def _wait(self, asset: Asset, on_bytes: OnBytes, end: float) -> None:
-        """Another process brings it; its draft tells how far it is."""
-        if time.monotonic() > end:
-            raise LoraUnreachable(f"{without_secrets(asset.address)}: another process did not bring it in time")
-        received = expected = 0
-        with suppress(FileNotFoundError):
-            draft = self._draft(asset).stat()
-            received, expected = written(draft), draft.st_size
-        on_bytes(received, expected)
-        time.sleep(_LOOK)
-
     # Files
 
     def file(self, sha256: str) -> Path:
@@ -212,7 +196,7 @@ class Cache:
         held.callback(os.close, descriptor)
         found = os.fstat(descriptor)
         if not self.index.is_sound(sha256, found):
-            if _digest(descriptor) != sha256:
+            if sha256_of(descriptor) != sha256:
                 self.space.drop(descriptor, path)
                 return False
             with suppress(OSError):  # on a disk that is read-only it is hashed each time
@@ -237,13 +221,9 @@ class Cache:
                 self.index.sound(sha256, os.fstat(descriptor))
                 os.replace(draft, self.file(sha256))
 
-    def _draft(self, asset: Asset) -> Path:
-        return self._drafts / digest_of(source_of(asset.address))
-
-    def _lock_files(self, asset: Asset, *, same: bool = True) -> list[Path]:
-        """Of the source; and of the `same` content wherever it comes from, where that is known before."""
-        names = [asset.sha256] if same and asset.sha256 else []
-        return [self._locks / name for name in (*names, digest_of(source_of(asset.address)))]
+    def _turn(self, asset: Asset) -> Turn:
+        seconds = self._fetcher.settings.lora_deadline
+        return Turn(asset, locks=self._locks, drafts=self._drafts, seconds=seconds)
 
     # Upkeep
 
@@ -256,18 +236,6 @@ class Cache:
             with alone(lock):
                 pass  # one that nobody holds goes
         self.space.clear_drafts()
-
-    def verify(self) -> Iterator[tuple[str, bool]]:
-        """Hash every file; tells which are what their name says, and drops the others."""
-        for entry, path in sorted(listed(self._files), key=lambda found: found[1]):
-            if (descriptor := in_use(path)) is None:
-                continue
-            with os.fdopen(descriptor, "rb") as file:
-                sound = _digest(file.fileno()) == path.stem
-                if not sound:
-                    self.space.drop(file.fileno(), path)
-                os.utime(file.fileno(), ns=(entry.st_atime_ns, entry.st_mtime_ns))  # a look is no use
-            yield path.stem, sound
 
     def _make_folders(self) -> None:
         for part in (self._files, self._drafts, self._locks, *self.index.folders):
@@ -291,9 +259,3 @@ def _require_pin(asset: Asset, fetched: Fetched) -> None:
     if asset.sha256 and fetched.sha256 != asset.sha256:
         where = without_secrets(asset.address)
         raise LoraCorrupt(f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}")
-
-
-def _digest(descriptor: int) -> str:
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()

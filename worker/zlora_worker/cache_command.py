@@ -3,6 +3,8 @@
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +18,7 @@ from rich.text import Text
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:  # it needs what a producer alone has not, and `zlora` starts without
-    from zlora_worker.cache import Cache
+    from zlora_worker.space import Space, Verdict
 
 _MB: Final = 10**6
 _DIGITS: Final = 12  # of a sha256, for people
@@ -63,7 +65,8 @@ def cache() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def ls(as_json: bool) -> None:
     """List the files, the most recently used first."""
-    listing = _listing(_open())
+    with _opened() as space:
+        listing = _listing(space)
     if as_json:
         click.echo(msgspec.json.encode(listing))
         return
@@ -85,10 +88,10 @@ def prune(max_bytes: int | None, older_than: float | None, everything: bool) -> 
     """Let files go, the least recently used first. Those that a worker uses stay."""
     if everything and (max_bytes, older_than) != (None, None):
         raise click.UsageError("--all leaves nothing to choose")
-    space = _open().space
-    if max_bytes is None:
-        max_bytes = 0 if everything or older_than is not None else space.max_bytes
-    pruned = space.prune(max_bytes=max_bytes, older_than=older_than or 0.0)
+    with _opened() as space:
+        if max_bytes is None:
+            max_bytes = 0 if everything or older_than is not None else space.max_bytes
+        pruned = space.prune(max_bytes=max_bytes, older_than=older_than or 0.0)
     stayed = f"; {pruned.in_use} are in use and stayed" if pruned.in_use else ""
     click.echo(f"{pruned.files} files went, {_mb(pruned.size)} MB{stayed}")
 
@@ -97,47 +100,56 @@ def prune(max_bytes: int | None, older_than: float | None, everything: bool) -> 
 @click.pass_context
 def verify(ctx: click.Context) -> None:
     """Hash every file and drop the damaged ones; exit status 1 where there were some."""
-    opened = _open()
     console = Console(stderr=True)
     columns = (TextColumn("hashing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total, checked, damaged = len(list(opened.space.files.iterdir())), 0, list[str]()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=total)
-        for sha256, sound in opened.verify():
-            checked += 1
-            if not sound:
-                damaged.append(sha256)
+    progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    with _opened() as space, progress:
+        bar = progress.add_task("", total=sum(1 for _ in space.loras()))
+        verdicts = dict[str, "Verdict"]()
+        for sha256, verdict in space.verify():
+            verdicts[sha256] = verdict
             progress.advance(bar)
-    for sha256 in damaged:
-        click.echo(f"damaged, and dropped: {sha256}")
-    click.echo(f"{checked} files, {checked - len(damaged)} of them sound")
+    damaged = {sha256: verdict for sha256, verdict in verdicts.items() if verdict != "sound"}
+    for sha256, verdict in damaged.items():
+        click.echo(f"damaged, and {'dropped' if verdict == 'dropped' else 'cannot be dropped'}: {sha256}")
+    click.echo(f"{len(verdicts)} files, {len(verdicts) - len(damaged)} of them sound")
     ctx.exit(1 if damaged else 0)
 
 
-def _open() -> "Cache":
+@contextmanager
+def _opened() -> Iterator["Space"]:
+    """The cache of this environment as it is; what is made or tidied by this user may be out of a worker's reach."""
     if not all(map(find_spec, ("requests", "ssrfguard"))):
         raise click.ClickException("the cache is the worker's: pip install 'z-image-lora[worker]'")
-    from zlora_worker.cache import Cache
+    from zlora_worker.space import Space
 
-    return Cache.open(Settings.from_env())
+    settings = Settings.from_env()
+    folder = settings.cache_folder
+    try:
+        if not (folder / "files").is_dir():
+            click.echo(f"{folder}: there is no LoRA cache yet", err=True)
+        yield Space.under(folder, max_bytes=settings.lora_cache_bytes, free_bytes=settings.lora_free_bytes)
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or folder}: {error.strerror}") from error
 
 
-def _listing(cache: "Cache") -> Listing:
+def _listing(space: "Space") -> Listing:
+    from zlora_worker.index import Index
     from zlora_worker.locks import unused
     from zlora_worker.space import listed
 
-    space, sources = cache.space, dict[str, set[str]]()
-    for _, entry in cache.index.entries():
+    folder, sources = space.files.parent, dict[str, set[str]]()
+    for _, entry in Index(folder, asker="").entries():
         sources.setdefault(entry.sha256, set()).add(entry.source)
     rows = []
-    for found, path in sorted(listed(space.files), key=lambda item: -item[0].st_atime_ns):
+    for found, path in sorted(space.loras(), key=lambda item: -item[0].st_atime_ns):
         with unused(path) as free:
             names = tuple(sorted(sources.get(path.stem, ())))
             rows.append(
                 FileRow(sha256=path.stem, size=found.st_size, last_used=found.st_atime, in_use=not free, sources=names)
             )
     return Listing(
-        folder=str(space.files.parent),
+        folder=str(folder),
         files=tuple(rows),
         drafts=sum(entry.st_size for entry, _ in listed(space.drafts)),
         held=space.held,

@@ -57,7 +57,7 @@ class Download:
                 return self.known
             if not answer.history:  # where it was sent on, this one is not who promises
                 promised = answer.headers.get(digest_header, promised).lower()
-            fetched = copy(answer, self.sink, version=_version(answer))
+            fetched = copy(answer, self.sink, version=_version(answer), cut=self.web.session.cut)
         if promised and fetched.sha256 != promised:
             raise LoraCorrupt(f"{self.name}: the hub names sha256 {promised[:64]}, the bytes have {fetched.sha256}")
         return fetched

@@ -18,15 +18,16 @@ from msgspec import Struct
 from zlora import errors
 from zlora.errors import LoraError
 from zlora.job import Asset, without_secrets
+from zlora_worker.space import INDEX_DRAFT, listed
 from zlora_worker.stream import Fetched
 
 T = TypeVar("T")
 
-DRAFT: Final = "index-"  # begins the names of drafts that are none of a file
 _PERMANENT: Final = 30.0  # seconds in which a failure that the source means is not asked for again
 _PASSING: Final = 1.5  # the same of one that may be over, or its `Retry-After`; jobs come again no sooner
 _LONGEST: Final = 300.0
 _ASKERS: Final = 32  # addresses of one source of which it is known when they were asked last
+_MOST: Final = 10_000  # sources that are known, and failures: some 40 MB of disk each
 
 # Parameters that sign an address, and say nothing of what is there: S3's, Google's, CloudFront's, Azure's.
 _SIGNING: Final = ("x-amz-", "x-goog-")
@@ -84,7 +85,7 @@ class Index:
 
     def entries(self) -> Iterator[tuple[Path, Entry]]:
         """All entries that can be read."""
-        for path in self._entries.iterdir():
+        for _, path in listed(self._entries):
             if (entry := _read(path, Entry)) is not None:
                 yield path, entry
 
@@ -144,20 +145,22 @@ class Index:
         self._write(self._sound / f"{sha256}.json", _identity(found))
 
     def tidy(self, is_kept: Callable[[str], bool]) -> None:
-        """Forget failures that are over, and files that are not kept, by their sha256."""
+        """Forget failures that are over, and files that are not kept, by their sha256; of the rest the newest stay."""
+        for path in (*_beyond(self._entries), *_beyond(self._failed)):
+            path.unlink(missing_ok=True)
         for path, entry in self.entries():
             if not is_kept(entry.sha256):
                 path.unlink(missing_ok=True)
-        for path in self._sound.iterdir():
+        for _, path in listed(self._sound):
             if not is_kept(path.stem):
                 path.unlink(missing_ok=True)
-        for path in self._failed.iterdir():
+        for _, path in listed(self._failed):
             failure = _read(path, _Failure)
             if failure is None or failure.until < time.time():
                 path.unlink(missing_ok=True)
 
     def _write(self, path: Path, value: Struct) -> None:
-        descriptor, name = tempfile.mkstemp(dir=self._drafts, prefix=DRAFT)
+        descriptor, name = tempfile.mkstemp(dir=self._drafts, prefix=INDEX_DRAFT)
         try:
             with os.fdopen(descriptor, "wb") as draft:
                 draft.write(msgspec.json.encode(value))
@@ -215,10 +218,18 @@ def _identity(found: os.stat_result) -> _Identity:
     return _Identity(_boot(), found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def _beyond(folder: Path) -> list[Path]:
+    """All but the newest files of a folder, none of which is read for it."""
+    newest = sorted(listed(folder), key=lambda found: found[0].st_mtime_ns, reverse=True)
+    return [path for _, path in newest[_MOST:]]
+
+
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (FileNotFoundError, ValueError, RecursionError):  # msgspec's own is among them, and of bad UTF-8 Python's
+    except (FileNotFoundError, PermissionError):  # the latter where another user looks
+        return None
+    except (ValueError, RecursionError):  # msgspec's own is among them, and of bad UTF-8 Python's
         return None
 
 

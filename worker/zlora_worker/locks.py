@@ -51,7 +51,7 @@ def in_turn(path: Path) -> Iterator[None]:
 def in_use(path: Path) -> int | None:
     """A descriptor as long as which nobody deletes the file at `path`; None where there is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe with such a name would hold whoever opens it
     except FileNotFoundError:
         return None
     with ExitStack() as undo:

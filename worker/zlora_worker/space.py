@@ -1,20 +1,27 @@
 """Room for LoRA files: a cap on their bytes, a floor of free disk, and the least recently used goes first."""
 
+import hashlib
 import os
+import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Literal, Self
 
 from zlora.errors import CacheFull, LoraTooLarge
-from zlora_worker.index import DRAFT
-from zlora_worker.locks import alone, in_turn, is_at, unused
+from zlora_worker.locks import alone, in_turn, in_use, is_at, unused
 
+INDEX_DRAFT: Final = "index-"  # begins the names of drafts that are no download's
+_LORA: Final = re.compile(r"[0-9a-f]{64}\.safetensors")
 _BLOCK: Final = 512  # bytes; stat(2)'s unit, whatever the disk's is
 _ABANDONED: Final = 3600.0  # seconds after which a draft of the index is a dead process's
+
+Verdict = Literal["sound", "dropped", "damaged"]  # the last where a damaged file cannot be dropped
+Found = tuple[os.stat_result, Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class Space:
     """The files in `files` and the drafts in `drafts`, at most `max_bytes` together; `free_bytes` of disk stay free.
 
     A draft has the length of its file as soon as that is known, so that of many downloads at once each has its room.
+    What a stranger has put among the files is not counted and not touched.
     """
 
     files: Path
@@ -38,6 +46,16 @@ class Space:
     locks: Path
     max_bytes: int
     free_bytes: int
+
+    @classmethod
+    def under(cls, folder: Path, *, max_bytes: int, free_bytes: int) -> Self:
+        """That of the cache in a folder, of which nothing has to be there."""
+        parts = {name: folder / name for name in ("files", "drafts", "locks")}
+        return cls(**parts, max_bytes=max_bytes, free_bytes=free_bytes)
+
+    def loras(self) -> Iterator[Found]:
+        """The cache's own files, which are all that is ever listed, hashed or let go."""
+        return (found for found in listed(self.files) if _LORA.fullmatch(found[1].name))
 
     def turn(self) -> AbstractContextManager[None]:
         """Whoever gives a file its name, or takes it away, does so inside: one process at a time."""
@@ -64,8 +82,11 @@ class Space:
 
         One that was used within `older_than` seconds stays.
         """
-        gone = size = in_use = 0
+        gone = size = busy = 0
+        if not self.files.exists():  # nor is the folder of its locks, which is not made for this
+            return Pruned(files=0, size=0, in_use=0)
         with self.turn():
+            self.clear_drafts()
             oldest = self._oldest()
             total = sum(entry.st_size for entry, _ in oldest)
             for entry, path in oldest:
@@ -76,8 +97,30 @@ class Space:
                         path.unlink()
                         gone, size = gone + 1, size + entry.st_size
                     else:
-                        in_use += 1
-        return Pruned(files=gone, size=size, in_use=in_use)
+                        busy += 1
+        return Pruned(files=gone, size=size, in_use=busy)
+
+    def verify(self) -> Iterator[tuple[str, Verdict]]:
+        """Hash every file, and drop those that are not what their name says."""
+        for entry, path in sorted(self.loras(), key=lambda found: found[1]):
+            if (descriptor := in_use(path)) is None:
+                continue
+            try:
+                verdict = self._verdict(descriptor, path)
+                with suppress(OSError):  # a look is no use, but what is another user's or read-only stays as it is
+                    os.utime(descriptor, ns=(entry.st_atime_ns, entry.st_mtime_ns))
+            finally:
+                os.close(descriptor)
+            yield path.stem, verdict
+
+    def _verdict(self, descriptor: int, path: Path) -> Verdict:
+        if sha256_of(descriptor) == path.stem:
+            return "sound"
+        try:
+            self.drop(descriptor, path)
+        except OSError:
+            return "damaged"
+        return "dropped"
 
     def drop(self, descriptor: int, path: Path) -> None:
         """Take the name of an open file that is damaged, where it is still this one's."""
@@ -88,7 +131,7 @@ class Space:
     def clear_drafts(self) -> None:
         """Delete drafts that no living process writes."""
         for entry, draft in listed(self.drafts):
-            if draft.name.startswith(DRAFT):
+            if draft.name.startswith(INDEX_DRAFT):
                 if time.time() - entry.st_mtime > _ABANDONED:
                     draft.unlink(missing_ok=True)
                 continue
@@ -99,13 +142,14 @@ class Space:
     @property
     def held(self) -> int:
         """Bytes of files and drafts."""
-        return sum(entry.st_size for folder in (self.files, self.drafts) for entry, _ in listed(folder))
+        return sum(entry.st_size for entry, _ in (*self.loras(), *listed(self.drafts)))
 
     @property
     def free(self) -> int:
-        """Bytes of the disk that are free, and no draft's to come."""
+        """Bytes that are free and no draft's to come, of the disk that the files are on, or will be."""
         to_come = sum(max(0, entry.st_size - written(entry)) for entry, _ in listed(self.drafts))
-        return shutil.disk_usage(self.files).free - to_come
+        there = next(folder for folder in (self.files, *self.files.parents) if folder.exists())
+        return shutil.disk_usage(there).free - to_come
 
     def _let_go(self, size: int, spare: float) -> None:
         """All that has to go, or nothing; one file is open at a time, however many there are."""
@@ -122,11 +166,17 @@ class Space:
         if missing > 0:
             raise CacheFull(
                 f"the LoRA cache holds {self.max_bytes} bytes and leaves {self.free_bytes} of its disk free: no room "
-                f"for {size} more, and what it has is in use",
+                f"for {size} more, and {self._reason(size, spare)}",
                 {"max_bytes": self.max_bytes},
             )
 
-    def _unlink(self, oldest: list[tuple[os.stat_result, Path]], missing: int) -> None:
+    def _reason(self, size: int, spare: float) -> str:
+        """Why nothing that goes would be enough."""
+        if self._missing_on_disk(size) > self.held:
+            return "the disk has not that much, whatever goes"
+        return "what it has is in use, or was lately" if spare else "what it has is in use"
+
+    def _unlink(self, oldest: list[Found], missing: int) -> None:
         for entry, path in oldest:
             if missing <= 0:
                 return
@@ -135,19 +185,31 @@ class Space:
                     path.unlink()
                     missing -= entry.st_size
 
-    def _oldest(self) -> list[tuple[os.stat_result, Path]]:
-        return sorted(listed(self.files), key=lambda found: found[0].st_atime_ns)
+    def _oldest(self) -> list[Found]:
+        return sorted(self.loras(), key=lambda found: found[0].st_atime_ns)
 
     def _missing(self, size: int) -> int:
         """Bytes by which `size` more are too many."""
-        return max(self.held + size - self.max_bytes, size + self.free_bytes - self.free)
+        return max(self.held + size - self.max_bytes, self._missing_on_disk(size))
+
+    def _missing_on_disk(self, size: int) -> int:
+        return size + self.free_bytes - self.free
 
 
-def listed(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
-    """The files of a folder that another process may be clearing."""
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            yield path.stat(), path
+def listed(folder: Path) -> Iterator[Found]:
+    """The regular files of a folder that another process may be clearing; none where it is not there."""
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG((found := path.lstat()).st_mode):
+                    yield found, path
+
+
+def sha256_of(descriptor: int) -> str:
+    """The digest of an open file's bytes."""
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def written(entry: os.stat_result) -> int:

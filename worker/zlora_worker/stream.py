@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Timer
 from typing import BinaryIO, Final
 
 from requests import Response
@@ -13,6 +14,7 @@ from zlora.header import Arriving
 from zlora.web import Passing, number
 
 CHUNK: Final = 2**18  # bytes
+_END_SECONDS: Final = 2.0  # after its file's last byte in which an answer ends
 PACE_SECONDS: Final = 15.0  # over which the rate of a download is taken
 _TELLING: Final = 64  # bytes of another kind of file by which `Arriving` tells it
 _GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's word for gzip alone
@@ -97,6 +99,11 @@ class Sink:
         return Fetched(sha256=self._digest.hexdigest(), size=self.received, version=version)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all bytes that the header names are here."""
+        return self._arriving.header is not None and self.received == self._arriving.total
+
+    @property
     def is_cut(self) -> bool:
         """Whether what has come may be the beginning of a safetensors file, which is then too short."""
         begun = self._arriving.header is not None or not 0 < self.received < _TELLING
@@ -125,16 +132,26 @@ class Sink:
         return NotSafetensors(f"{self.name}: {error}", error.details)
 
 
-def copy(response: Response, sink: Sink, *, version: str | None) -> Fetched:
-    """All of an answer's body, as it arrives; raises `Passing` where it breaks off."""
+def copy(response: Response, sink: Sink, *, version: str | None, cut: Callable[[], None]) -> Fetched:
+    """All of an answer's body, as it arrives; raises `Passing` where it breaks off.
+
+    `cut` ends the connection of an answer that does not end with its file: what follows is neither heard nor counted.
+    """
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in _DECODERS:
         raise LoraUnreachable(f"{sink.name}: the server encodes the body although asked not to")
     announced = number(response.headers.get("Content-Length", ""))
     sink.begin((announced or 0) if encoding == "identity" else 0)
     pieces = _paced(response, sink, announced)
-    for piece in _DECODERS[encoding](pieces, sink.name):
-        sink.write(piece)
+    last = Timer(_END_SECONDS, cut)
+    last.daemon = True
+    try:
+        for piece in _DECODERS[encoding](pieces, sink.name):
+            sink.write(piece)
+            if sink.is_whole and not last.is_alive():
+                last.start()
+    finally:
+        last.cancel()
     # Else only the end of the stream tells the end of the body, and it may be the connection's.
     if sink.is_cut and announced is None and not response.raw.chunked:
         raise Passing(LoraUnreachable(f"{sink.name}: broken off after {sink.received} bytes"))
