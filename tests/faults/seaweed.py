@@ -1,6 +1,7 @@
 """A real S3 server."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 BUCKET = "pictures"
+_ATTEMPTS = 3
+_HIGHEST = 55_000
 _USER = {"name": "all", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
 _OPTIONS = ("-ip", "127.0.0.1", "-ip.bind", "127.0.0.1", "-s3", "-filer", "-master.telemetry=false", "-s3.iam=false")
 _SMALL = ("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20", "-master.volumeSizeLimitMB=64")
@@ -25,20 +28,28 @@ ENVIRON = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_D
 
 @contextmanager
 def seaweed(folder: Path) -> Iterator[int]:
-    """A SeaweedFS with an empty bucket; the port of its S3."""
+    """A SeaweedFS with an empty bucket; the port of its S3. One whose ports were taken meanwhile gets others."""
+    for attempt in range(_ATTEMPTS):
+        server, port = _started(folder / str(attempt))
+        try:
+            wait_until(lambda: server.poll() is not None or _is_healthy(port), "SeaweedFS is healthy, or has ended")  # noqa: B023
+            if server.poll() is None or attempt == _ATTEMPTS - 1:
+                wait_until(lambda: client(port).create_bucket(Bucket=BUCKET), "the bucket is made")  # noqa: B023
+                yield port
+                return
+        finally:
+            server.kill()  # its clean end takes 16 s, and nothing of it is kept
+            server.wait(10)
+
+
+def _started(folder: Path) -> tuple["subprocess.Popen[bytes]", int]:
+    folder.mkdir()
     (folder / "s3.json").write_text(json.dumps({"identities": [_USER]}))
-    ports = {name: _low_port() for name in ("master", "volume", "filer", "s3")}
+    ports = dict(zip(("master", "volume", "filer", "s3"), _ports(4), strict=True))
     command = [str(Path(sys.executable).with_name("weed")), "server", "-dir", str(folder), *_OPTIONS, *_SMALL]
     command += [f"-{name}.port={port}" for name, port in ports.items()] + [f"-s3.config={folder / 's3.json'}"]
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        wait_until(lambda: _is_healthy(ports["s3"]), "SeaweedFS is healthy")
-        wait_until(lambda: client(ports["s3"]).create_bucket(Bucket=BUCKET), "the bucket is made")
-        yield ports["s3"]
-    finally:
-        server.kill()  # its clean end takes 16 s, and nothing of it is kept
-        server.wait(10)
+        return subprocess.Popen(command, stdout=log, stderr=log), ports["s3"]
 
 
 def client(port: int) -> "S3Client":
@@ -58,9 +69,19 @@ def keys(port: int) -> list[str]:
     return [item["Key"] for item in client(port).list_objects_v2(Bucket=BUCKET).get("Contents", [])]
 
 
-def _low_port() -> int:
-    """A free port whose companion 10,000 above, where SeaweedFS speaks gRPC, is a port too."""
-    return wait_until(lambda: port if (port := free_port()) < 55_000 else None, "a port below 55,000")
+def _ports(count: int) -> list[int]:
+    """Free ports whose companions 10,000 above, where SeaweedFS speaks gRPC, are free too."""
+    found: list[int] = []
+    while len(found) < count:
+        port = free_port()
+        if port < _HIGHEST and not {port, port + 10_000} & {*found, *(other + 10_000 for other in found)}:
+            found += [port] if _is_free(port + 10_000) else []
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _is_healthy(port: int) -> bool:
