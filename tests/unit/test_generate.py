@@ -312,6 +312,20 @@ def test_every_phase_has_its_seconds(runtime: Runtime) -> None:
     assert direct.timings["denoise"] > 0
 
 
+def test_two_loras_may_have_one_label(runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path) -> None:
+    """It is the producer's word, and names nothing in the worker."""
+    files = [
+        write(tmp_path / "one.safetensors", kohya_lora(UNET)),
+        write(tmp_path / "two.safetensors", peft_lora(UNET)),
+    ]
+    loras = tuple(pinned(file, adapter_name="my.style") for file in files)
+
+    result = generate(runtime, "labels", a_request(loras=loras), silent)
+
+    assert [receipt.adapter_name for receipt in result.loras] == ["my.style", "my.style"]
+    assert [receipt.format for receipt in result.loras] == ["kohya", "peft"]
+
+
 def test_the_receipt_says_what_was_used_of_each_lora(
     runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
