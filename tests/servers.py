@@ -292,6 +292,11 @@ def got(cache: Cache, asset: Asset, **options: Any) -> CachedFile:
         return file
 
 
+def told(file: CachedFile) -> tuple[str, int, str, bytes]:
+    """Digest, size, tier and bytes of a cached file."""
+    return file.sha256, file.size, file.tier, file.path.read_bytes()
+
+
 def kept(folder: Path) -> dict[str, bytes]:
     """What a cache has in `files`, by name; and nothing may be left of drafts and locks."""
     assert [path for part in ("drafts", "locks") for path in (folder / "loras" / part).iterdir()] == []

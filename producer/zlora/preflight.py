@@ -59,13 +59,13 @@ class Preflight:
     ) -> None:
         """`allow_hosts` and `certificates` are as in `zlora.guard`, `hub` and `civitai` are base URLs.
 
-        Raises `InvalidSetting` where the packages for it are not installed.
+        Raises `InvalidSetting` where the packages for it are not installed, `ValueError` where one is no base URL.
         """
         if missing := [name for name in _PACKAGES if not find_spec(name)]:
             advice = "pip install 'z-image-lora[preflight]'"
             raise InvalidSetting(f"preflight: {', '.join(missing)} not installed: {advice}", {"name": "preflight"})
         self._hosts, self._certificates = frozenset(allow_hosts), certificates
-        self._hub, self._civitai = hub, civitai
+        self._hub, self._civitai = wire.web_url(hub), wire.web_url(civitai)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -191,12 +191,14 @@ def _feed(arriving: Arriving, web: "Web", url: str, name: str) -> int | None:
 
     Raises `NotSafetensors` where the file is over before its header is.
     """
+    from zlora.web import require_plain
+
     first = arriving.received
     last = (MAX_HEADER + 8 if first else _FIRST_RANGE) - 1
     with web.open(url, name=name, headers={"Range": f"bytes={first}-{last}"}, statuses=_ANSWERS) as response:
         if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise arriving.missing()
-        _require_plain(response, name)
+        require_plain(response, name)
         total = _told_total(response, first, name)
         _take(arriving, response, name)
         whole = response.status_code == HTTPStatus.OK or arriving.received == total
@@ -229,11 +231,6 @@ def _told_total(response: "Response", first: int, name: str) -> int | None:
     if response.status_code == HTTPStatus.OK and not first:
         return number(response.headers.get("Content-Length", ""))
     raise LoraUnreachable(f"{name}: the server answers with another range than it was asked for")
-
-
-def _require_plain(response: "Response", name: str) -> None:
-    if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
-        raise LoraUnreachable(f"{name}: the server encodes the body although asked not to")
 
 
 def _setting(environ: Mapping[str, str], *names: str, read: Callable[[str], T]) -> T:

@@ -34,14 +34,12 @@ class HubFile(NamedTuple):
         """Where its bytes are."""
         from huggingface_hub import hf_hub_url
 
-        return hf_hub_url(
-            self.repository, self.path, repo_type=self.kind, revision=self.revision, endpoint=endpoint.rstrip("/")
-        )
+        return hf_hub_url(self.repository, self.path, repo_type=self.kind, revision=self.revision, endpoint=endpoint)
 
     def listing_url(self, endpoint: str) -> str:
         """What the repository has at this revision."""
         revision = quote(self.revision, safe="")
-        return f"{endpoint.rstrip('/')}/api/{self.kind}s/{self.repository}/revision/{revision}"
+        return f"{endpoint}/api/{self.kind}s/{self.repository}/revision/{revision}"
 
     def sole(self, listing: bytes, *, name: str) -> "HubFile":
         """The one LoRA of a repository whose list of files is given, at its commit.
@@ -100,14 +98,14 @@ def civitai_url(address: str, *, site: str = CIVITAI) -> str:
     """The download of `civitai://<version id>`, with its query if it has one; raises `LoraNotFound`."""
     if not (found := _VERSION.fullmatch(address)):
         raise LoraNotFound(f"{without_secrets(address)}: expected civitai://<version id>, a number")
-    return f"{site.rstrip('/')}/api/download/models/{found[1]}{found[2] or ''}"
+    return f"{site}/api/download/models/{found[1]}{found[2] or ''}"
 
 
 def reference(url: str, *, hub: str = HUGGING_FACE, civitai: str = CIVITAI) -> str:
     """What a URL of the two sites refers to, as `hf://` or `civitai://`; others with their scheme in lower case.
 
-    Pages that people paste are understood. Raises `LoraNotFound` for a page of Civitai that names no version,
-    `LoraNotAllowed` for what is no URL.
+    Pages that people paste are understood. The sites are base URLs as `wire.web_url` spells them. Raises `LoraNotFound`
+    for a page of Civitai that names no version, `LoraNotAllowed` for what is no URL.
     """
     scheme, mark, rest = url.partition("://")
     url = f"{scheme.lower()}{mark}{rest}"
@@ -116,9 +114,9 @@ def reference(url: str, *, hub: str = HUGGING_FACE, civitai: str = CIVITAI) -> s
     except ValueError:
         raise LoraNotAllowed(f"{without_secrets(url)}: no URL that is opened") from None
     origin = f"{parts.scheme}://{parts.netloc}".lower()
-    if origin in (civitai.rstrip("/").lower(), *(_CIVITAIS if civitai == CIVITAI else ())):
+    if origin in (civitai, *(_CIVITAIS if civitai == CIVITAI else ())):
         return _civitai_reference(url)
-    if origin in (hub.rstrip("/").lower(), *(_HUBS if hub == HUGGING_FACE else ())):
+    if origin in (hub, *(_HUBS if hub == HUGGING_FACE else ())):
         try:
             file = hub_file(url, endpoint=hub)
         except LoraNotFound:

@@ -87,8 +87,7 @@ class Web:
     def text(self, url: str, *, name: str, headers: Mapping[str, str] | None = None, max_bytes: int) -> bytes:
         """A short answer, such as a list; raises `LoraTooLarge` where it is none."""
         with self.open(url, name=name, headers=headers) as response:
-            if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
-                raise LoraUnreachable(f"{name}: the server encodes the body although asked not to")
+            require_plain(response, name)
             found = bytearray()
             while piece := response.raw.read1(_PIECE, decode_content=False):
                 found += piece
@@ -107,6 +106,12 @@ class Web:
             raise
         except ValueError:  # requests' own for addresses are among these, and urllib's bare ones for a redirect's
             raise LoraNotAllowed(f"{name}: no URL that is opened, or a redirect to one") from None
+
+
+def require_plain(response: Response, name: str) -> None:
+    """Raise `LoraUnreachable` where the body is encoded, although that was not asked for."""
+    if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+        raise LoraUnreachable(f"{name}: the server encodes the body although asked not to")
 
 
 def number(text: str) -> int | None:

@@ -1,10 +1,8 @@
 """LoRA files on disk: one file for each content, asked for once, checked before it is kept."""
 
 import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from servers import (
     reply,
     serving,
     tensor_file,
+    told,
     with_etag,
 )
 from zlora.errors import (
@@ -35,9 +34,7 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.job import Asset
-from zlora_worker import turns
-from zlora_worker.cache import Cache, CachedFile
-from zlora_worker.locks import alone
+from zlora_worker.cache import Cache
 
 ONE, TWO, THREE = (lora_bytes(fill) for fill in (1, 2, 3))
 SIZE = len(ONE)
@@ -47,10 +44,6 @@ def forget_failures(folder: Path) -> None:
     """As if they were a while ago."""
     for path in (folder / "loras/failed").iterdir():
         path.unlink()
-
-
-def told(file: CachedFile) -> tuple[str, int, str, bytes]:
-    return file.sha256, file.size, file.tier, file.path.read_bytes()
 
 
 # --- one file for each content
@@ -222,77 +215,6 @@ def test_a_pin_holds_for_a_file_that_the_source_says_has_not_changed(tmp_path: P
             got(cache, Asset(url=f"{host.url}/a", sha256=digest(TWO)))
 
         assert kept(tmp_path) == named(ONE)
-
-
-@pytest.mark.parametrize("drips", [True, False])
-def test_the_same_pin_at_another_address_waits_for_a_slow_source_no_longer_than_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drips: bool
-) -> None:
-    """Whoever names a source that never ends does not hold up those who name a good one; both have one file."""
-    monkeypatch.setattr(turns, "_SAME", 0.3)
-    begun, enough = Event(), Event()
-
-    def slowly(_request: Request) -> Iterator[bytes]:
-        whole = reply(ONE)
-        rest = iter(whole[1000:])
-        yield whole[:1000]
-        begun.set()
-        while not enough.wait(0.05):
-            yield bytes([next(rest)]) if drips else b""
-        yield bytes(rest)
-
-    with serving(slowly) as slow, serving(with_etag(ONE)) as good, ThreadPoolExecutor(1) as pool:
-        try:
-            with caching(tmp_path, slow) as one, caching(tmp_path, good) as other:
-                first = pool.submit(got, one, Asset(url=f"{slow.url}/a", sha256=digest(ONE)))
-                assert begun.wait(30)
-                second = got(other, Asset(url=f"{good.url}/b", sha256=digest(ONE)))
-
-                assert told(second) == (digest(ONE), SIZE, "network", ONE)
-                assert 0.3 <= second.seconds < 5
-                assert not first.done()
-                enough.set()
-                assert first.result(30).path == second.path
-        finally:
-            enough.set()
-    assert kept(tmp_path) == named(ONE)
-
-
-def test_a_process_that_is_stopped_over_a_download_holds_up_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It lives, so that the kernel keeps its lock, and its draft does not grow."""
-    monkeypatch.setattr(turns, "_STALLED", 0.3)
-    with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
-        asset = Asset(url=f"{host.url}/a")
-        with alone(*cache._turn(asset).locks) as mine:
-            assert mine
-            cache._turn(asset).draft.write_bytes(ONE[:1000])
-            assert told(got(cache, asset)) == (digest(ONE), SIZE, "network", ONE)
-            cache._turn(asset).draft.unlink()
-
-        assert got(cache, asset, since=1.0).tier == "disk"
-    assert kept(tmp_path) == named(ONE)
-
-
-def test_the_same_pin_at_another_address_is_one_download_where_that_is_quick(tmp_path: Path) -> None:
-    begun = Event()
-
-    def soon(_request: Request) -> Iterator[bytes]:
-        whole = reply(ONE)
-        yield whole[:1000]
-        begun.set()
-        Event().wait(0.2)
-        yield whole[1000:]
-
-    with serving(soon) as host, serving(with_etag(ONE)) as good, ThreadPoolExecutor(1) as pool:
-        with caching(tmp_path, host) as one, caching(tmp_path, good) as other:
-            first = pool.submit(got, one, Asset(url=f"{host.url}/a", sha256=digest(ONE)))
-            assert begun.wait(30)
-
-            assert got(other, Asset(url=f"{good.url}/b", sha256=digest(ONE))).tier == "disk"
-            assert first.result(30).tier == "network"
-        assert good.connections == 0
 
 
 # --- what is not kept

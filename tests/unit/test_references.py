@@ -62,7 +62,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_reference_is_a_url_of_the_hub(address: str, url: str) -> None:
     assert hub_file(address).url(HUB) == f"{HUB}{url}"
-    assert hub_file(address).url("http://mirror/") == f"http://mirror{url}"
+    assert hub_file(address).url("http://mirror") == f"http://mirror{url}"
 
 
 @pytest.mark.parametrize(

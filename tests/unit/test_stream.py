@@ -32,6 +32,8 @@ from zlora.header import MAX_HEADER
 from zlora_worker import stream
 
 BODY = lora_bytes(1)
+_ENCODER = zlib.compressobj(wbits=31)
+GZIP_OPEN = _ENCODER.compress(BODY) + _ENCODER.flush(zlib.Z_SYNC_FLUSH)  # all of it, and no end
 MEGABYTE = 2**20
 BUFFERS = 24 * MEGABYTE  # more than two sockets hold between them
 
@@ -394,9 +396,10 @@ def test_an_endless_answer_beside_its_body_meets_the_deadline(tmp_path: Path, st
     [
         (reply(chunked(BODY)[:-2], length=None, Transfer_Encoding="chunked"), b"X: y\r\n"),
         (reply(gzip.compress(BODY), length=None, Content_Encoding="gzip"), bytes(4000)),
+        (reply(GZIP_OPEN, length=None, Content_Encoding="gzip"), b"\x00\x00\x00\xff\xff"),
         (reply(BODY, length=None), b""),
     ],
-    ids=["trailers", "after gzip", "nothing"],
+    ids=["trailers", "after gzip", "gzip of nothing", "nothing"],
 )
 def test_an_answer_that_does_not_end_with_its_file_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, piece: bytes

@@ -233,8 +233,8 @@ class Cache:
         with self.space.turn():
             self.index.tidy(lambda sha256: self.file(sha256).exists())
         for lock in list(self._locks.iterdir()):
-            with alone(lock):
-                pass  # one that nobody holds goes
+            with ExitStack() as stack:
+                stack.enter_context(alone(lock))  # where nobody holds it, it goes as this lets it go
         self.space.clear_drafts()
 
     def _make_folders(self) -> None:

@@ -165,9 +165,8 @@ class Index:
             with os.fdopen(descriptor, "wb") as draft:
                 draft.write(msgspec.json.encode(value))
             os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        finally:
+            Path(name).unlink(missing_ok=True)  # gone already, where all went well
 
 
 def source_of(address: str) -> str:

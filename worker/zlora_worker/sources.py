@@ -42,7 +42,7 @@ def s3(download: Download, address: str) -> Fetched:
 
 def hugging_face(download: Download, address: str) -> Fetched:
     """`hf://owner/repo/file@rev`, or a repository that has one LoRA. What the hub tells by HEAD names the sha256."""
-    endpoint = download.settings.hf_endpoint.rstrip("/")
+    endpoint = download.settings.hf_endpoint
     headers = _bearer(download.settings.hf_token)
     file = hub_file(address, endpoint=endpoint)
     if not file.path:
@@ -90,7 +90,7 @@ def cozy(download: Download, address: str) -> Fetched:
         raise LoraNotAllowed(f"{name}: this worker knows no hub (COZY_HUB_URL)")
     if any(segment in ("", ".", "..") for segment in segments):
         raise LoraNotFound(f"{name}: not a hub reference")
-    url = f"{settings.hub_url.rstrip('/')}/api/v1/file/{'/'.join(quote(segment, safe='') for segment in segments)}"
+    url = f"{settings.hub_url}/api/v1/file/{'/'.join(quote(segment, safe='') for segment in segments)}"
     headers = _bearer(settings.hub_token)
     if settings.hub_tenant:
         headers["X-Cozy-Tenant-Id"] = settings.hub_tenant

@@ -143,12 +143,13 @@ def copy(response: Response, sink: Sink, *, version: str | None, cut: Callable[[
     announced = number(response.headers.get("Content-Length", ""))
     sink.begin((announced or 0) if encoding == "identity" else 0)
     pieces = _paced(response, sink, announced)
-    last = Timer(_END_SECONDS, cut)
+    last, is_last = Timer(_END_SECONDS, cut), False
     last.daemon = True
     try:
         for piece in _DECODERS[encoding](pieces, sink.name):
             sink.write(piece)
-            if sink.is_whole and not last.is_alive():
+            if sink.is_whole and not is_last:
+                is_last = True
                 last.start()
     finally:
         last.cancel()
