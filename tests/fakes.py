@@ -15,7 +15,9 @@ from zlora.job import GenerateRequest
 from zlora_worker import checkpoint
 from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine
+from zlora_worker.links import Links
 from zlora_worker.settings import Settings
+from zlora_worker.storage import Store
 
 Tensors: TypeAlias = dict[str, Tensor]
 
@@ -133,8 +135,15 @@ def _factors(targets: Sequence[Target], ranks: Sequence[int]) -> Iterator[tuple[
         yield target, (down, torch.randn(target.rows, rank, generator=generator))
 
 
+def links(store: Store) -> Links:
+    """What a worker with no settings makes of its results."""
+    return Links(store, Settings.from_env({}))
+
+
 class MemoryStore:
     """A store in memory, in the order of arrival, with room for so many objects."""
+
+    own_urls: Final = "file"
 
     def __init__(self, room: int = 100) -> None:
         self.objects: dict[str, tuple[bytes, str]] = {}
@@ -157,6 +166,10 @@ class MemoryStore:
         """Forget the object."""
         self.objects.pop(key, None)
 
-    def url(self, key: str) -> str:
+    def name(self, key: str) -> str:
+        """The key as it is."""
+        return key
+
+    def url(self, key: str, seconds: int) -> str:  # noqa: ARG002 - it has no end
         """Where it would be."""
         return f"memory:///{key}"

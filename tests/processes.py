@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
 
-from zlora import Client
+from msgspec.structs import replace
+from zlora import Client, GenerateResult
 
 PATIENCE = 90.0  # seconds for a process to do its part on a busy machine
 
@@ -34,6 +36,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def path_of(url: str | None) -> Path:
+    """The file of a `file://` URL."""
+    assert url is not None
+    return Path(unquote(urlsplit(url).path))
+
+
+def unlinked(result: GenerateResult) -> GenerateResult:
+    """A result as its manifest has it: URLs are made when somebody asks."""
+    images = [replace(image, url=None, url_expires_at=None, data_uri=None) for image in result.images]
+    return replace(result, images=tuple(images))
 
 
 def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:

@@ -15,18 +15,10 @@ from celery.exceptions import ImproperlyConfigured
 from zlora import wire
 from zlora.errors import InvalidRequest, InvalidSetting
 from zlora.handle import JobHandle, broker_errors
-from zlora.job import (
-    QUEUE,
-    TASK_NAME,
-    GenerateRequest,
-    check_job_id,
-    digest_of,
-    plain,
-    read_request,
-    shown,
-)
+from zlora.job import QUEUE, TASK_NAME, GenerateRequest, check_job_id, digest_of, plain, read_request
 from zlora.ledger import Ledger, Submission, connect
 from zlora.preflight import Preflight
+from zlora.redaction import shown
 
 Priority = Literal["high", "normal", "low"]
 

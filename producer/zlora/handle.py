@@ -25,6 +25,7 @@ from zlora.errors import (
     ZloraError,
 )
 from zlora.job import Cancellation, GenerateResult, JobState, JobStatus, plain
+from zlora.later import read_result
 from zlora.ledger import Ledger, Standing
 
 EXPIRED: Final = "expired"  # the reason of a REVOKED job that nobody cancelled: Celery's own word
@@ -68,7 +69,7 @@ class JobHandle:
         meta = self._last_meta(math.inf if timeout is None else timeout)
         if meta["status"] == JobState.SUCCESS:
             with self._readable():
-                return msgspec.convert(meta["result"], GenerateResult)
+                return read_result(meta["result"])
         raise self._error(meta)
 
     def cancel(self) -> Cancellation:
@@ -116,7 +117,7 @@ class JobHandle:
         if not manifest:
             return None if manifest is None else False
         with self._readable():
-            return msgspec.json.decode(manifest, type=GenerateResult)
+            return read_result(manifest)
 
     def _old_meta(self, patience: float) -> dict[str, Any] | None:
         """The end of a job whose result is not in Celery's backend any more; None where nobody says anything."""

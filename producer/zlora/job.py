@@ -9,12 +9,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from zlora.errors import InvalidJobId, InvalidRequest
+from zlora.redaction import printable
 
 TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
-_AUTHORITY: Final = re.compile(r"(?:.*@)?(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII | re.DOTALL)
+MAX_URL_SECONDS: Final = 604_800  # seven days: no signature of S3 holds for longer
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face, by itself
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # it becomes a path and an object key
 
@@ -23,6 +24,7 @@ Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf fall outside the bou
 Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
 Text = Annotated[str, Meta(max_length=10_000)]  # characters; the model itself reads 77 tokens
 OutputFormat = Literal["png", "jpeg", "webp"]
+UrlPolicy = Literal["presigned", "public", "file", "key"]
 Scheduler = Literal["ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral", "heun", "lcm", "unipc"]
 
 
@@ -74,6 +76,12 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
     scheduler: Scheduler | None = None  # None is the model's own
     output_format: OutputFormat = "png"
+    quality: Annotated[int, Meta(ge=1, le=100)] | None = None  # of jpeg and webp; None is 95
+    lossless: bool = False  # webp that keeps every pixel, as png does
+    embed_metadata: bool = True  # write into each picture what draws it again
+    url_policy: UrlPolicy | None = None  # None is the operator's first
+    url_expires_in: Annotated[int, Meta(ge=1, le=MAX_URL_SECONDS)] | None = None  # seconds; None is the operator's
+    inline: bool = False  # small pictures come as data URIs too
     timeout: Annotated[float, Meta(gt=0, le=86_400)] | None = (
         None  # seconds from its start; None is the operator's bound
     )
@@ -81,19 +89,39 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     def __post_init__(self) -> None:
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"Expected `seed` + `num_images` - 1 <= {MAX_SEED}")
+        if self.lossless and self.output_format != "webp":
+            raise ValueError("Expected `lossless` with `output_format` webp only: png always is, jpeg never")
+        if self.quality is not None and self.keeps_pixels:
+            raise ValueError("Expected no `quality` where every pixel is kept")
+        if self.url_expires_in is not None and self.url_policy not in (None, "presigned"):
+            raise ValueError("Expected `url_expires_in` with `url_policy` presigned only")
+
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether its pictures are stored as they are drawn."""
+        return self.output_format == "png" or self.lossless
 
 
 class ImageRef(Struct, frozen=True, kw_only=True):
-    """One picture in the store. `size` is in bytes."""
+    """One picture in the store. `size` is in bytes, and `sha256` the file's.
+
+    `url` is as the request's `url_policy` has it, None for `key`; `url_expires_at` is in seconds since the epoch.
+    `pixels_sha256` is of the RGB bytes as they were drawn, row by row, and `tiled` says how that was. `data_uri`
+    (RFC 2397) is there where the request says `inline` and the operator's bound allows it.
+    """
 
     key: str
-    url: str
     width: int
     height: int
     content_type: str
     size: int
     sha256: str
     seed: int
+    url: str | None = None
+    url_expires_at: float | None = None
+    pixels_sha256: str | None = None
+    tiled: bool = False
+    data_uri: str | None = None
 
 
 class LoraReceipt(Struct, frozen=True, kw_only=True):
@@ -102,7 +130,8 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     `source` has no query and no credentials. `format` is the tool that spells tensors so, `kinds` are the kinds of
     change, `ranks` those found, ascending. `modules` counts the layers changed in each component, `unmatched` the
     tensors that land nowhere, of which `unmatched_names` are the first. `relative_norm` is |change| / |weight| over the
-    weights that it touches. `tier` is where it came from; `milliseconds` has one entry a phase.
+    weights that it touches. `tier` is where it came from; `milliseconds` has one entry a phase. `tensors_sha256` is of
+    the file without its header, by which A1111 and Civitai (as AutoV3) name a LoRA.
     """
 
     source: str
@@ -120,15 +149,21 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     unmatched: dict[str, int] = {}
     unmatched_names: tuple[str, ...] = ()
     relative_norm: float | None = None
+    tensors_sha256: str | None = None
 
 
 class GenerateResult(Struct, frozen=True, kw_only=True):
-    """Pictures and receipt. `timings` are seconds by phase; fields may be added, never changed.
+    """Pictures and receipt; fields may be added, never changed.
 
-    `base_intact` says that the base was compared with what was loaded, after the job; `base_checked` is the share of
-    its bytes that was read for that. `tiled` says that memory sufficed for a decode in tiles only, which differs a
-    little. `attempt` counts from 1; `started_at` and `finished_at` are seconds since the epoch on the worker's clock,
-    and `request_sha256` names the request.
+    `timings` are seconds by phase: `tail` is what storing the pictures took after the last one was drawn; `encode` and
+    `upload` were done beside the drawing, and add nothing. `base_intact` says that the base was compared with what was
+    loaded, after the job; `base_checked` is the share of its bytes that was read for that. `tiled` says that memory
+    sufficed for a decode in tiles only, which differs a little. `attempt` counts from 1; `started_at` and `finished_at`
+    are seconds since the epoch on the worker's clock, and `request_sha256` names the request.
+
+    What draws the pictures again: `request`, whose addresses have no query and whose LoRAs are pinned; `base_sha256`,
+    of the base's weights as they lay in memory, and `model_sha256`, of the single file that they came from;
+    `scheduler`, as diffusers names it; `device`, `dtype`, and on a CPU the `threads`, on which the last bits depend.
     """
 
     job_id: str
@@ -145,6 +180,13 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     started_at: float | None = None
     finished_at: float | None = None
     request_sha256: str | None = None
+    request: GenerateRequest | None = None
+    base_sha256: str | None = None
+    model_sha256: str | None = None
+    scheduler: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
 
 
 class JobState(StrEnum):
@@ -193,8 +235,8 @@ def check_job_id(job_id: object) -> str:
     """The id itself, if it may become a path; raises `InvalidJobId`."""
     if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
         return job_id
-    details = {"path": "job_id", "value": _shown(job_id), "expected": JOB_ID.pattern}
-    raise InvalidJobId(f"job id {_shown(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details)
+    details = {"path": "job_id", "value": printable(job_id), "expected": JOB_ID.pattern}
+    raise InvalidJobId(f"job id {printable(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details)
 
 
 def seed_of(job_id: str) -> int:
@@ -207,14 +249,16 @@ def read_request(document: object) -> GenerateRequest:
     try:
         data = msgspec.to_builtins(document) if isinstance(document, GenerateRequest) else document
     except TypeError as error:
-        raise InvalidRequest(f"$: {error}", {"path": "$", "value": _shown(document), "expected": "JSON data"}) from None
+        raise InvalidRequest(
+            f"$: {error}", {"path": "$", "value": printable(document), "expected": "JSON data"}
+        ) from None
     try:
         request = msgspec.convert(data, GenerateRequest)
         msgspec.json.encode(request)
     except msgspec.ValidationError as error:
         raise _explained(str(error), data) from None
     except UnicodeEncodeError as error:
-        details = {"path": "$", "value": _shown(data), "expected": "Expected text that UTF-8 can carry"}
+        details = {"path": "$", "value": printable(data), "expected": "Expected text that UTF-8 can carry"}
         raise InvalidRequest(f"$: {details['expected']}; {error.reason}", details) from None
     return request
 
@@ -236,47 +280,17 @@ def _without_defaults(value: object) -> object:
     return {name: _without_defaults(given) for name, (default, given) in fields.items() if given != default}
 
 
-def shown(request: object) -> str:
-    """A request in one line for logs and watchers: prompt, names and numbers, and of addresses what may be shown."""
-    if not isinstance(request, dict):
-        return _shown(request)
-    parts = [f"{_printable(name)}={_told(name, value)}" for name, value in request.items() if name != "loras"]
-    loras = request.get("loras")
-    files = [spec.get("file") for spec in loras if isinstance(spec, dict)] if isinstance(loras, list | tuple) else []
-    addresses = [value for file in files if isinstance(file, dict) for value in file.values()]
-    return ", ".join([*parts, *(f"lora={_shown(address)}" for address in addresses)])[:1000]
-
-
-def _told(name: object, value: object) -> str:
-    """Texts as they are: only elsewhere may there be an address."""
-    return _cut(repr(value)) if name in ("prompt", "negative_prompt") and isinstance(value, str) else _shown(value)
-
-
 def plain(value: Struct) -> dict[str, Any]:
     """The JSON document of a struct, as Celery's serializer takes it."""
     document: dict[str, Any] = msgspec.to_builtins(value)
     return document
 
 
-def without_secrets(address: str) -> str:
-    """An address fit for logs and receipts: no credentials, no query, no fragment."""
-    scheme, mark, rest = re.split(r"[?#]", address, maxsplit=1)[0].partition("://")
-    if not mark:
-        return scheme.rpartition("@")[2]
-    if scheme == "cozy" and "://" not in rest:
-        return f"cozy://{rest}"
-    if scheme.lower() == "file" and rest.startswith("/"):
-        return f"{scheme}://{rest}"
-    if "://" in rest or rest.startswith("/"):
-        return f"{scheme}://{without_secrets(rest.lstrip('/'))}"
-    authority, slash, path = rest.partition("/")
-    if not _AUTHORITY.fullmatch(authority):  # a password with a slash that should be %2F
-        return f"{scheme}://{rest.rpartition('@')[2]}"
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
-
-
-_CHOICES = {"scheduler": get_args(Scheduler), "output_format": get_args(OutputFormat)}
-_SHOWN = 80  # characters of a value in a message
+_CHOICES = {
+    "scheduler": get_args(Scheduler),
+    "output_format": get_args(OutputFormat),
+    "url_policy": get_args(UrlPolicy),
+}
 _PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
@@ -287,7 +301,7 @@ def _explained(reason: str, document: object) -> InvalidRequest:
     expected = _PATH.sub("", reason)[:200]
     if expected.startswith("Invalid enum value"):
         expected = f"Expected one of {', '.join(_CHOICES[path.rpartition('.')[2]])}"
-    value = _shown(_value_at(document, path))
+    value = printable(_value_at(document, path))
     return InvalidRequest(
         f"${path}: {expected}; the value is {value}", {"path": f"${path}", "value": value, "expected": expected}
     )
@@ -301,21 +315,3 @@ def _value_at(document: object, path: str) -> object:
     except (IndexError, KeyError, TypeError):  # no path of msgspec's, but part of a field's name
         return document
     return value
-
-
-def _shown(value: object) -> str:
-    """A value in one short line; of an address only what may be shown."""
-    if isinstance(value, dict):
-        return f"an object with {', '.join(sorted(map(_printable, value))) or 'no fields'}"[:200]
-    if isinstance(value, list | tuple):
-        return f"an array of {len(value)}"
-    return _cut(repr(without_secrets(value) if isinstance(value, str) else value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _printable(name: object) -> str:
-    """A stranger's field name, which forges no line."""
-    return "".join(character if character.isprintable() else "?" for character in str(name))

@@ -23,8 +23,9 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.header import MAX_HEADER, Arriving, Header
-from zlora.job import Asset, GenerateRequest, without_secrets
+from zlora.job import Asset, GenerateRequest
 from zlora.origins import LoraInfo
+from zlora.redaction import without_secrets
 from zlora.references import CIVITAI, HUGGING_FACE, MAX_LISTING, PUBLIC, civitai_url, hub_file, reference
 
 if TYPE_CHECKING:

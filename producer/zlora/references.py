@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from zlora.errors import LoraNotAllowed, LoraNotFound, NotSafetensors
-from zlora.job import without_secrets
+from zlora.redaction import without_secrets
 
 HUGGING_FACE: Final = "https://huggingface.co"
 CIVITAI: Final = "https://civitai.com"

@@ -185,8 +185,10 @@ class Scene:
             return True  # the tests of another store look themselves
         result = handle.result(timeout=5)
         kept = self.manifest(handle)
-        digests = [hashlib.sha256(Path(unquote(urlsplit(image.url).path)).read_bytes()) for image in result.images]
-        return kept == result and [digest.hexdigest() for digest in digests] == [item.sha256 for item in result.images]
+        digests = [hashlib.sha256(processes.path_of(image.url).read_bytes()) for image in result.images]
+        return kept == processes.unlinked(result) and [digest.hexdigest() for digest in digests] == [
+            item.sha256 for item in result.images
+        ]
 
     def _is_folder(self) -> bool:
         return urlsplit(self.environ["ZLORA_STORE"]).scheme == "file"

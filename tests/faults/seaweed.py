@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
+import pytest
 import requests
 from botocore.config import Config
 from processes import free_port, wait_until
+from zlora_worker.settings import Settings
+from zlora_worker.storage import Store, open_store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -20,10 +23,20 @@ if TYPE_CHECKING:
 BUCKET = "pictures"
 _ATTEMPTS = 3
 _HIGHEST = 55_000
-_USER = {"name": "all", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
+_ADMIN = {"name": "all", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
+_WORKER = {
+    "name": "worker",
+    "credentials": [{"accessKey": "worker-key", "secretKey": "worker-secret"}],
+    "actions": [f"{right}:{BUCKET}" for right in ("Read", "List", "Write")],
+}
 _OPTIONS = ("-ip", "127.0.0.1", "-ip.bind", "127.0.0.1", "-s3", "-filer", "-master.telemetry=false", "-s3.iam=false")
 _SMALL = ("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20", "-master.volumeSizeLimitMB=64")
-ENVIRON = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+# A worker's, which has no more rights than it needs.
+ENVIRON = {
+    "AWS_ACCESS_KEY_ID": "worker-key",
+    "AWS_SECRET_ACCESS_KEY": "worker-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 @contextmanager
@@ -44,7 +57,7 @@ def seaweed(folder: Path) -> Iterator[int]:
 
 def _started(folder: Path) -> tuple["subprocess.Popen[bytes]", int]:
     folder.mkdir()
-    (folder / "s3.json").write_text(json.dumps({"identities": [_USER]}))
+    (folder / "s3.json").write_text(json.dumps({"identities": [_ADMIN, _WORKER]}))
     ports = dict(zip(("master", "volume", "filer", "s3"), _ports(4), strict=True))
     command = [str(Path(sys.executable).with_name("weed")), "server", "-dir", str(folder), *_OPTIONS, *_SMALL]
     command += [f"-{name}.port={port}" for name, port in ports.items()] + [f"-s3.config={folder / 's3.json'}"]
@@ -64,9 +77,26 @@ def client(port: int) -> "S3Client":
     )
 
 
-def keys(port: int) -> list[str]:
-    """All that the bucket has."""
-    return [item["Key"] for item in client(port).list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+def keys(port: int, prefix: str = "") -> list[str]:
+    """All that the bucket has under a prefix."""
+    return [item["Key"] for item in client(port).list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])]
+
+
+def uploads(port: int, prefix: str = "") -> list[str]:
+    """The keys of uploads that were begun under a prefix, and neither ended nor given up."""
+    return [
+        item["Key"] for item in client(port).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix).get("Uploads", [])
+    ]
+
+
+def store(port: int, prefix: str, **variables: str) -> Store:
+    """A worker's store, on any port; boto3 looks for its own variables in this process's environment."""
+    told = {"ZLORA_STORE": f"s3://{BUCKET}/{prefix}", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}", **variables}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (ENVIRON | variables).items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, value)
+        return open_store(Settings.from_env(told))
 
 
 def _ports(count: int) -> list[int]:

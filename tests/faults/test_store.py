@@ -1,5 +1,6 @@
 """A store that fails in the middle of a job: the job is tried again, and no manifest speaks of what is not there."""
 
+import hashlib
 import resource
 from collections.abc import Iterator
 
@@ -8,10 +9,12 @@ import pytest
 from faults import seaweed
 from faults.figures import Tally
 from faults.proxy import Proxy
+from faults.s3_proxy import S3Proxy, hold
 from faults.scene import Scene
-from processes import wait_until
+from processes import unlinked, wait_until
 from zlora import GenerateResult
 from zlora.errors import StoreFailed
+from zlora_worker import outcome
 
 ROOM = 100_000  # bytes that a file may have on a full disk: above this test's logs, below a picture of noise
 NOISE = 256  # pixels a side: 196 KB as png
@@ -30,7 +33,7 @@ def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(scene: Scene,
         scene.environ |= s3_environ("a", proxy)
         proxy.break_at(rb"PUT \S+/outputs/1\.png")
         with scene.worker():
-            handle = scene.submit(fields={"num_images": 2})
+            handle = scene.submit(step=0.3, fields={"num_images": 2})  # the first is stored while the second is drawn
             folder = f"a/runs/{handle.id}"
             wait_until(lambda: proxy.is_down, "the second picture meets a server that is away")
             assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
@@ -41,7 +44,7 @@ def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(scene: Scene,
     assert scene.begun(handle) == 1
     names = ["manifest.json", "outputs/0.png", "outputs/1.png"]
     assert sorted(stored(s3_port, folder)) == [f"{folder}/{name}" for name in names]
-    assert s3_manifest(s3_port, folder) == result
+    assert s3_manifest(s3_port, folder) == unlinked(result)
 
 
 def test_a_manifest_whose_answer_is_lost_is_the_result(scene: Scene, s3_port: int, tally: Tally) -> None:
@@ -55,8 +58,42 @@ def test_a_manifest_whose_answer_is_lost_is_the_result(scene: Scene, s3_port: in
             kept = s3_manifest(s3_port, f"b/runs/{handle.id}")
             proxy.restore()
 
-            assert handle.result(timeout=60) == kept == s3_manifest(s3_port, f"b/runs/{handle.id}")
+            result = unlinked(handle.result(timeout=60))
+            assert result == kept == s3_manifest(s3_port, f"b/runs/{handle.id}")
     assert scene.begun(handle) == 1
+
+
+@pytest.mark.parametrize(
+    ("noise", "upload"),
+    [(600, r"PUT \S+/outputs/1\.png$"), (1700, r"PUT \S+/outputs/1\.png\?\S*partNumber=2")],
+    ids=["one piece", "parts"],
+)
+def test_a_child_that_dies_in_mid_upload_leaves_no_result_and_the_job_completes(
+    scene: Scene, s3_port: int, noise: int, upload: str
+) -> None:
+    """The server has half of the second picture, and waits for the rest until all is done."""
+    with S3Proxy(s3_port, scene.tally) as proxy:
+        scene.environ |= s3_environ("c", proxy)
+        proxy.meet(upload, hold)
+        with scene.worker() as running:
+            handle = scene.submit(noise=noise, step=0.3, fields={"num_images": 2})
+            folder = f"c/runs/{handle.id}"
+            wait_until(proxy.held.is_set, "the second picture is on its way")
+            wait_until(lambda: stored(s3_port, folder), "the first picture is stored")
+            scene.kill(scene.child(running))
+            assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
+            assert outcome.stored(seaweed.store(s3_port, "c"), handle.id) is None
+
+            result = handle.result(timeout=60)
+            proxy.released.set()
+
+    assert [image.seed for image in result.images] == [result.seed, result.seed + 1]
+    names = ["manifest.json", "outputs/0.png", "outputs/1.png"]
+    assert sorted(stored(s3_port, folder)) == [f"{folder}/{name}" for name in names]
+    assert s3_manifest(s3_port, folder) == unlinked(result)
+    digests = [hashlib.sha256(s3_object(s3_port, f"c/{image.key}")).hexdigest() for image in result.images]
+    assert digests == [image.sha256 for image in result.images]
+    assert scene.begun(handle) == 1  # the first picture: it was there
 
 
 def test_a_disk_that_has_room_again_takes_the_job(scene: Scene) -> None:
@@ -88,7 +125,8 @@ def test_a_disk_that_stays_full_fails_the_job_after_some_tries_and_the_next_is_s
 
 def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene: Scene) -> None:
     with scene.worker():
-        handle = scene.submit(do=["nothing", "kill-child"], fields={"num_images": 3})
+        # Before the second one's first step ends, the first one is stored.
+        handle = scene.submit(do=["nothing", "kill-child"], step=0.5, fields={"num_images": 3})
 
         result = handle.result(timeout=60)
         assert [image.seed for image in result.images] == [result.seed, result.seed + 1, result.seed + 2]
@@ -96,7 +134,7 @@ def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene
         assert drawn == [0, 1, 2]
 
 
-def s3_environ(prefix: str, proxy: Proxy) -> dict[str, str]:
+def s3_environ(prefix: str, proxy: Proxy | S3Proxy) -> dict[str, str]:
     """A prefix of the bucket, through the proxy."""
     store = {"ZLORA_STORE": f"s3://{seaweed.BUCKET}/{prefix}", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}"}
     return store | seaweed.ENVIRON
@@ -104,13 +142,17 @@ def s3_environ(prefix: str, proxy: Proxy) -> dict[str, str]:
 
 def stored(port: int, folder: str) -> list[str]:
     """What the bucket has of a job."""
-    return [key for key in seaweed.keys(port) if key.startswith(f"{folder}/")]
+    return seaweed.keys(port, f"{folder}/")
 
 
 def s3_manifest(port: int, folder: str) -> GenerateResult:
     """What the bucket says of a job."""
-    answer = seaweed.client(port).get_object(Bucket=seaweed.BUCKET, Key=f"{folder}/manifest.json")
-    return msgspec.json.decode(answer["Body"].read(), type=GenerateResult)
+    return msgspec.json.decode(s3_object(port, f"{folder}/manifest.json"), type=GenerateResult)
+
+
+def s3_object(port: int, key: str) -> bytes:
+    """What the bucket has under a key."""
+    return seaweed.client(port).get_object(Bucket=seaweed.BUCKET, Key=key)["Body"].read()
 
 
 def fill_disk(scene: Scene, child: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from celery import Celery
+from fakes import links
 from zlora import Client, wire
 from zlora.errors import JobExpired, LoraNotFound
 from zlora.job import GenerateResult, JobState, digest_of, read_request
@@ -287,7 +288,7 @@ def serve(place: Place, tmp_path: Path) -> Iterator[Callable[..., None]]:
     def one() -> None:
         while (question := place.ledger.asked(1)) is None:
             pass
-        answer(place.ledger, FolderStore(tmp_path), question)
+        answer(place.ledger, FolderStore(tmp_path), links(FolderStore(tmp_path)), question)
 
     def start() -> None:
         threads.append(Thread(target=one))
@@ -327,7 +328,7 @@ def test_a_path_is_no_job(place: Place, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("secret")
     reply = f"{wire.recall_key(place.queue)}:{uuid.uuid4()}"
 
-    answer(place.ledger, FolderStore(tmp_path), ("..", reply))
+    answer(place.ledger, FolderStore(tmp_path), links(FolderStore(tmp_path)), ("..", reply))
 
     assert place.redis.lrange(reply, 0, -1) == [""]
     assert 0 < place.redis.ttl(reply) <= 60

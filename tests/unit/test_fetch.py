@@ -322,3 +322,28 @@ def test_no_log_line_says_a_secret_of_an_address(tmp_path: Path, caplog: pytest.
 
     assert "s3cret" not in caplog.text
     assert "fr4g" not in caplog.text
+
+
+# --- what receipts and recipes call it
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("https://us3r:pa55@example.com/a.safetensors?sig=t0ken#x", "https://example.com/a.safetensors"),
+        ("HTTPS://example.com/A.safetensors", "https://example.com/A.safetensors"),
+        ("https://civitai.com/models/1?modelVersionId=2", "civitai://2"),
+        ("https://civitai.com/api/download/models/2?token=t0ken", "civitai://2"),
+        ("https://huggingface.co/o/r/blob/main/a.safetensors", "hf://models/o/r@main/a.safetensors"),
+        ("hf://o/r/a.safetensors@v1", "hf://o/r/a.safetensors@v1"),
+        ("s3://bucket/a@b.safetensors", "s3://bucket/a@b.safetensors"),
+        ("cozy://owner/name", "cozy://owner/name"),
+        ("ftp://us3r:pa55@example.com/a?sig=t0ken", "ftp://example.com/a"),
+        ("https://civitai.com/models/1", "https://civitai.com/models/1"),
+    ],
+)
+def test_a_source_has_no_secret_and_means_the_same_file(tmp_path: Path, address: str, source: str) -> None:
+    """A page whose query names the version becomes a reference: without its query it would be another's."""
+    with fetching(tmp_path) as fetcher:
+        assert fetcher.source(address) == source
+        assert fetcher.source(source) == source

@@ -1,9 +1,11 @@
 """Pixels to bytes: every format is read back as what it says it is."""
 
+import hashlib
 import io
+import random
 import struct
 import zlib
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from servers import untimed
 from zlora.errors import StoreFailed
-from zlora.job import OutputFormat
+from zlora.job import GenerateRequest, OutputFormat
 from zlora_worker import images
 
 
@@ -22,10 +24,14 @@ def picture() -> Image.Image:
     return Image.merge("RGB", (red, green, red.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
 
 
+def asked(output_format: OutputFormat, **fields: Any) -> GenerateRequest:
+    return GenerateRequest(prompt="", output_format=output_format, **fields)
+
+
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
 def test_a_picture_is_read_back_in_its_size_and_format(picture: Image.Image, output_format: OutputFormat) -> None:
     """The media type is the one that the reader finds, and no pixel is far from what it was."""
-    data = images.encode(picture, output_format)
+    data = images.encode(picture, asked(output_format))
 
     with Image.open(io.BytesIO(data)) as read:
         assert read.size == picture.size
@@ -35,7 +41,7 @@ def test_a_picture_is_read_back_in_its_size_and_format(picture: Image.Image, out
 
 
 def test_png_keeps_every_pixel(picture: Image.Image) -> None:
-    data = images.encode(picture, "png")
+    data = images.encode(picture, asked("png"))
 
     with Image.open(io.BytesIO(data)) as read:
         assert read.tobytes() == picture.tobytes()
@@ -44,9 +50,38 @@ def test_png_keeps_every_pixel(picture: Image.Image) -> None:
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
 def test_one_picture_is_always_the_same_bytes(picture: Image.Image, output_format: OutputFormat) -> None:
     """Nothing of the clock or the process is in a file: a job drawn again gives the same digest."""
-    first, again = (images.encode(picture, output_format) for _ in range(2))
+    first, again = (images.encode(picture, asked(output_format)) for _ in range(2))
 
     assert first == again
+
+
+@pytest.mark.parametrize("fields", [{}, {"output_format": "webp", "lossless": True}], ids=["png", "webp"])
+@pytest.mark.parametrize("noise", [False, True])
+def test_what_keeps_every_pixel_does(picture: Image.Image, fields: dict[str, Any], noise: bool) -> None:
+    """Also where the pixels are random, and no colour may be taken for another."""
+    random_bytes = random.Random(1).randbytes(3 * 96 * 64)  # noqa: S311 - a picture
+    drawn = Image.frombytes("RGB", (96, 64), random_bytes) if noise else picture
+    request = GenerateRequest(prompt="", **fields)
+
+    assert request.keeps_pixels
+    with Image.open(io.BytesIO(images.encode(drawn, request))) as read:
+        assert read.convert("RGB").tobytes() == drawn.tobytes()
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_a_lower_quality_is_a_smaller_file(picture: Image.Image, output_format: OutputFormat) -> None:
+    """And none is 95."""
+    sizes = [len(images.encode(picture, asked(output_format, quality=quality))) for quality in (10, 95, None)]
+
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
+def test_the_pixels_have_one_digest_in_every_mode_that_holds_them(picture: Image.Image) -> None:
+    digest = images.pixels_sha256(picture)
+
+    assert digest == hashlib.sha256(picture.tobytes()).hexdigest()
+    assert digest == images.pixels_sha256(picture.convert("RGBA"))
+    assert digest != images.pixels_sha256(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
 
 
 # --- a picture that is stored
@@ -54,7 +89,7 @@ def test_one_picture_is_always_the_same_bytes(picture: Image.Image, output_forma
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
 def test_the_size_of_a_file_is_the_picture_s(picture: Image.Image, output_format: OutputFormat) -> None:
-    assert images.size(images.encode(picture, output_format)) == (96, 64)
+    assert images.size(images.encode(picture, asked(output_format))) == (96, 64)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +105,7 @@ def test_what_is_no_picture_has_no_size(data: bytes) -> None:
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
 def test_a_file_that_is_cut_has_its_size_or_none(picture: Image.Image, output_format: OutputFormat) -> None:
     """Wherever it is cut, there is no other error."""
-    data = images.encode(picture, output_format)
+    data = images.encode(picture, asked(output_format))
 
     for end in (*range(200), *range(200, len(data), 97)):
         try:

@@ -1,4 +1,4 @@
-"""The request document: what is taken, how a refusal reads, and what is shown of an address."""
+"""The request document: what is taken, and how a refusal reads."""
 
 import json
 import string
@@ -21,8 +21,6 @@ from zlora.job import (
     plain,
     read_request,
     seed_of,
-    shown,
-    without_secrets,
 )
 
 DOCUMENTS = sorted((Path(__file__).parents[1] / "requests").glob("*.json"))
@@ -400,59 +398,6 @@ def test_a_refusal_shows_no_secret_of_an_address(data: object) -> None:
     assert not [secret for secret in SECRETS if secret in said]
 
 
-@untimed
-@given(
-    scheme=st.sampled_from(["https", "http", "HTTPS", "ftp", "cozy://https"]),
-    userinfo=st.text(st.characters(exclude_characters="/?#", exclude_categories=["Cs"]), max_size=30),
-    query=st.text(max_size=30),
-    fragment=st.text(max_size=30),
-    path=st.text(characters + "/-_.", max_size=20),
-)
-@example(scheme="https", userinfo="a@b:c@d", query="", fragment="", path="x")
-@example(scheme="https", userinfo="a\\b:c", query="", fragment="", path="x")
-def test_of_an_address_only_scheme_host_and_path_are_shown(
-    scheme: str, userinfo: str, query: str, fragment: str, path: str
-) -> None:
-    address = f"{scheme}://{userinfo}@example.com:8443/{path}?{query}#{fragment}"
-
-    assert without_secrets(address) == f"{scheme}://example.com:8443/{path}"
-
-
-@pytest.mark.parametrize(
-    ("address", "shown"),
-    [
-        ("cozy://loras/anime-v1", "cozy://loras/anime-v1"),
-        ("cozy://loras/anime@2", "cozy://loras/anime@2"),
-        ("cozy://loras/anime?sig=t0ken", "cozy://loras/anime"),
-        ("loras/anime-v1", "loras/anime-v1"),
-        ("https://example.com?sig=t0ken", "https://example.com"),
-        ("https://example.com/@scope/x", "https://example.com/@scope/x"),
-        ("https://[::1]:8443/@scope/x", "https://[::1]:8443/@scope/x"),
-        ("https://us3r:pa/55@example.com/x", "https://example.com/x"),
-        ("s3://bucket/a@b", "s3://bucket/a@b"),
-        ("file:///models/a@b?c", "file:///models/a@b"),
-        ("//us3r:pa55@example.com/x", "example.com/x"),
-        ("https:us3r:pa55@example.com/x", "example.com/x"),
-        ("https:/us3r:pa55@example.com/x", "example.com/x"),
-        ("https:\\\\us3r:pa55@example.com/x", "example.com/x"),
-    ],
-)
-def test_an_address_of_another_spelling_is_shown_as_far_as_it_is_safe(address: str, shown: str) -> None:
-    assert without_secrets(address) == shown
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "COZY://https://us3r:pa55@example.com/x",
-        "https:///us3r:pa55@example.com/x",
-        "https://https://us3r:pa55@example.com/x",
-    ],
-)
-def test_a_misspelt_address_shows_no_credentials_either(address: str) -> None:
-    assert "pa55" not in without_secrets(address)
-
-
 # --- job ids and seeds
 
 
@@ -525,6 +470,46 @@ def test_two_jobs_have_two_seeds() -> None:
     assert len({seed_of(f"job-{index}") for index in range(1000)}) == 1000
 
 
+# --- how pictures are stored
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"quality": 0, "output_format": "jpeg"}, "$.quality"),
+        ({"quality": 101, "output_format": "jpeg"}, "$.quality"),
+        ({"quality": 90}, "$"),
+        ({"quality": 90, "output_format": "webp", "lossless": True}, "$"),
+        ({"lossless": True}, "$"),
+        ({"lossless": True, "output_format": "jpeg"}, "$"),
+        ({"url_policy": "secret"}, "$.url_policy"),
+        ({"url_expires_in": 0}, "$.url_expires_in"),
+        ({"url_expires_in": 604_801}, "$.url_expires_in"),
+        ({"url_expires_in": 60, "url_policy": "public"}, "$"),
+        ({"url_expires_in": 60, "url_policy": "key"}, "$"),
+        ({"inline": 1}, "$.inline"),
+        ({"embed_metadata": "no"}, "$.embed_metadata"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_a_format_cannot_be_is_refused(fields: dict[str, Any], path: str) -> None:
+    """A quality of a picture that keeps every pixel would be a silent nothing."""
+    assert refusal(document(**fields)).details["path"] == path
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, True),
+        ({"output_format": "jpeg", "quality": 100}, False),
+        ({"output_format": "webp", "quality": 80}, False),
+        ({"output_format": "webp", "lossless": True}, True),
+    ],
+)
+def test_which_pictures_keep_every_pixel(fields: dict[str, Any], kept: bool) -> None:
+    assert read_request(document(**fields)).keeps_pixels is kept
+
+
 # --- one request, one digest
 
 
@@ -568,58 +553,3 @@ def test_any_other_request_has_another_digest() -> None:
 def test_a_digest_is_the_same_for_ever() -> None:
     """A golden value: a record of yesterday is of the same request tomorrow, whatever fields are added meanwhile."""
     assert digest() == "cf1acbd6e17513bf30457771ee3ff90188e6335c1dd90f5f19f7c3c3587af59a"
-
-
-# --- a request in one line
-
-
-def test_a_request_is_shown_with_its_prompt_and_its_loras() -> None:
-    data = document(seed=3, loras=[{"file": {"url": SECRET_URL}}, {"file": {"cozy_ref": "owner/anime"}, "weight": 0.5}])
-
-    line = shown(data)
-
-    for part in ("prompt='a portrait'", "seed=3", "'https://example.com/x.safetensors'", "'owner/anime'"):
-        assert part in line
-    assert not [secret for secret in SECRETS if secret in line]
-
-
-def test_a_prompt_is_shown_as_it_is() -> None:
-    """It is no address: what follows a question mark is not its query."""
-    assert "a cat? or #2 dogs" in shown(document(prompt="a cat? or #2 dogs"))
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        None, 7, "text", [], [document()], {}, {"loras": 1}, {"loras": [1, {}, {"file": 1}, {"file": {}}]},
-        {"loras": {"file": {}}}, {"prompt": ["x" * 5000]}, {"prompt": "a\nb"}, {"a\nb": 1}, {"x" * 5000: 1},
-        {1: {2: 3}}, {"loras": [{"file": {"url": 7}}] * 1000},
-    ],
-    ids=lambda data: repr(data)[:30],
-)  # fmt: skip
-def test_what_a_stranger_sent_is_shown_in_one_short_line_too(data: Any) -> None:
-    line = shown(data)
-
-    assert len(line) <= 1000
-    assert line.isprintable()
-
-
-@untimed
-@given(
-    st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
-)
-def test_anything_is_shown_without_an_error(data: Any) -> None:
-    assert len(shown(data)) <= 1000
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"url": SECRET_URL}, {"loras": [{"file": {"url": SECRET_URL, "odd": SECRET_URL}}]}, SECRET_URL, [SECRET_URL],
-        {"loras": [SECRET_URL]}, {"loras": SECRET_URL}, {"loras": [{"file": SECRET_URL}]},
-        {"request": {"x": SECRET_URL}},
-    ],
-    ids=lambda data: repr(data)[:30],
-)  # fmt: skip
-def test_an_address_in_the_wrong_place_shows_no_secret(data: Any) -> None:
-    assert not [secret for secret in SECRETS if secret in shown(data)]

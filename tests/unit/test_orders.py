@@ -18,6 +18,7 @@ from fakes import (
     Tensors,
     a_request,
     kohya_lora,
+    links,
     load_engine,
     peft_lora,
     settings,
@@ -85,7 +86,9 @@ class Jobs:
     def run(self, kind: str) -> str:
         """One job; the digest of its picture."""
         store = MemoryStore(0 if kind == "unstored" else 100)
-        runtime = Runtime(engine=self.engine, cache=self._cache, shelf=self._shelf, store=store, job_timeout=870)
+        runtime = Runtime(
+            engine=self.engine, cache=self._cache, shelf=self._shelf, store=store, links=links(store), job_timeout=870
+        )
         request = a_request(seed=3, loras=self._loras.get(kind, self._loras["both"]))
         report: Report = _cancel if kind == "cancelled" else lambda *_: None
         return generate(runtime, "job", request, report).images[0].sha256

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fakes import MemoryStore, a_request, load_engine, pixels, settings
+from fakes import MemoryStore, a_request, links, load_engine, pixels, settings
 from PIL import Image
 from zlora.errors import Conflict, InternalError, StoreFailed
 from zlora.job import GenerateRequest, digest_of
@@ -36,7 +36,9 @@ def store() -> MemoryStore:
 @pytest.fixture
 def runtime(engine: Engine, store: MemoryStore, model_home: Path, tmp_path: Path) -> Runtime:
     cache = Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(model_home)))
-    return Runtime(engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store, job_timeout=870)
+    return Runtime(
+        engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store, links=links(store), job_timeout=870
+    )
 
 
 def read(data: bytes) -> Image.Image:
@@ -100,17 +102,23 @@ def test_a_picture_that_is_there_is_adopted_as_it_is(runtime: Runtime, store: Me
     assert store.objects["runs/job/outputs/0.png"][0] == buffer.getvalue()
 
 
-def test_a_picture_that_another_worker_stores_meanwhile_is_adopted(runtime: Runtime, store: MemoryStore) -> None:
-    buffer = io.BytesIO()
+def test_a_picture_that_another_worker_stores_meanwhile_is_adopted(
+    runtime: Runtime, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the last moment; its pixels are told too, and not those that were drawn here."""
+    buffer, put_new = io.BytesIO(), store.put_new
     Image.new("RGB", (64, 64), "red").save(buffer, "png")
 
-    def report(phase: str, _done: int, _total: int) -> None:
-        if phase == "uploading":
-            store.put_new("runs/job/outputs/0.png", buffer.getvalue(), "image/png")
+    def put_late(key: str, data: bytes, content_type: str) -> bool:
+        put_new("runs/job/outputs/0.png", buffer.getvalue(), "image/png")
+        return put_new(key, data, content_type)
 
-    (image,) = generate(runtime, "job", a_request(), report).images
+    monkeypatch.setattr(store, "put_new", put_late)
+
+    (image,) = generate(runtime, "job", a_request(), silent).images
 
     assert image.sha256 == hashlib.sha256(buffer.getvalue()).hexdigest()
+    assert image.pixels_sha256 == hashlib.sha256(bytes([255, 0, 0]) * 64 * 64).hexdigest()
 
 
 def test_the_first_manifest_is_the_result_of_all(runtime: Runtime, store: MemoryStore) -> None:

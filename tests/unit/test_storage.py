@@ -1,4 +1,4 @@
-"""The store folder, which store a URL means, and answers that S3 gives rarely; tests/integration has a real server."""
+"""The store folder, and which store a URL means."""
 
 import errno
 import os
@@ -19,10 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from servers import Answer, Host, reply, serving, settings, untimed
+from servers import settings, untimed
 from zlora.errors import StoreFailed
-from zlora_worker import storage
-from zlora_worker.storage import FolderStore, S3Store, image_key, manifest_key, open_store
+from zlora_worker.storage import FolderStore, image_key, manifest_key, open_store
 
 KEY: Final = "runs/job-1/outputs/0.png"
 PICTURE: Final = "image/png"
@@ -52,13 +51,13 @@ def test_keys_lie_under_the_job_s_own_prefix() -> None:
 
 def test_what_is_put_is_read_back_under_its_key_and_its_url(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "a store, 100% é?#")
-    url = store.url(KEY)
+    url = store.url(KEY, 60)
     assert stored(tmp_path) == []  # asking where it will be makes nothing
 
     assert store.put_new(KEY, b"picture", PICTURE) is True
 
     assert store.get(KEY) == read(url) == b"picture"
-    assert store.url(KEY) == url
+    assert store.url(KEY, 60) == url
     assert stored(tmp_path / "a store, 100% é?#") == [KEY]
 
 
@@ -351,7 +350,7 @@ def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
     store = open_store(settings(tmp_path, ZLORA_STORE=(tmp_path / "a b").as_uri()))
 
     assert store.put_new("key", b"x", PICTURE)
-    assert read(store.url("key")) == b"x"
+    assert read(store.url("key", 60)) == b"x"
     assert stored(tmp_path) == ["a b/key"]
 
 
@@ -359,99 +358,3 @@ def test_the_default_store_is_in_the_data_folder(tmp_path: Path) -> None:
     open_store(settings(tmp_path)).put_new("key", b"x", PICTURE)
 
     assert stored(tmp_path) == ["store/key"]
-
-
-@pytest.mark.usefixtures("s3_variables")
-@pytest.mark.parametrize(("url", "prefix"), [("s3://bucket", ""), ("s3://bucket/a/b/", "a/b/")])
-def test_an_s3_url_is_a_bucket(tmp_path: Path, url: str, prefix: str) -> None:
-    store = open_store(settings(tmp_path, ZLORA_STORE=url))
-
-    assert isinstance(store, S3Store)
-    assert store.url(KEY) == f"s3://bucket/{prefix}{KEY}"
-
-
-# --- answers that S3 gives rarely
-
-
-@pytest.fixture
-def s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What boto3 needs to sign a request, whoever reads it."""
-    variables = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-
-def s3_store(folder: Path, host: Host) -> S3Store:
-    store = open_store(settings(folder, ZLORA_STORE="s3://bucket", ZLORA_S3_ENDPOINT=host.url))
-    assert isinstance(store, S3Store)
-    return store
-
-
-def refusal(status: int, code: str) -> bytes:
-    """S3's answer to a request that it does not grant."""
-    return reply(f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode(), status=status)
-
-
-def in_turn(*answers: bytes) -> Answer:
-    """Each answer once; none is a dropped connection."""
-    rest = iter(answers)
-    return lambda _request: next(rest)
-
-
-TAKEN: Final = refusal(412, "PreconditionFailed")
-BUSY: Final = refusal(409, "ConditionalRequestConflict")
-
-
-@pytest.mark.usefixtures("s3_variables")
-@pytest.mark.parametrize(
-    ("answers", "created"),
-    [
-        ([reply()], True),
-        ([TAKEN], False),
-        ([BUSY, BUSY, reply()], True),
-        ([BUSY, TAKEN], False),
-        ([b"", TAKEN], False),
-        ([b"", reply()], True),
-    ],
-    ids=["free", "taken", "busy, free", "busy, taken", "dropped, taken", "dropped, free"],
-)
-def test_a_write_is_conditional_and_is_tried_again(tmp_path: Path, answers: list[bytes], created: bool) -> None:
-    """Where the answer is lost, the second try may meet what the first has stored: it is there, and stays."""
-    with serving(in_turn(*answers)) as host:
-        assert s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE) is created
-
-    assert host.asked == [f"PUT /bucket/{KEY}"] * len(answers)
-    assert all(request.headers["if-none-match"] == "*" for request in host.requests)
-
-
-@pytest.mark.usefixtures("s3_variables")
-def test_a_key_that_stays_busy_is_a_failed_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_CONFLICT_PAUSES", (0, 0))
-
-    with serving(BUSY) as host, pytest.raises(StoreFailed, match="ConditionalRequestConflict") as raised:
-        s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE)
-
-    assert raised.value.retryable
-    assert len(host.requests) == 3
-
-
-@pytest.mark.usefixtures("s3_variables")
-@pytest.mark.parametrize(
-    "answer",
-    [
-        refusal(403, "AccessDenied"),
-        refusal(404, "NoSuchBucket"),
-        reply(b"not found", status=404),
-        reply(b"half a pic", length=20),
-    ],
-    ids=["no right", "no bucket", "no S3", "half an object"],
-)
-def test_no_other_answer_of_s3_is_taken_for_nothing(tmp_path: Path, answer: bytes) -> None:
-    with serving(answer) as host, pytest.raises(StoreFailed, match=f"{KEY} cannot be read from bucket bucket"):
-        s3_store(tmp_path, host).get(KEY)
-
-
-@pytest.mark.usefixtures("s3_variables")
-def test_a_key_that_s3_does_not_know_has_nothing(tmp_path: Path) -> None:
-    with serving(refusal(404, "NoSuchKey")) as host:
-        assert s3_store(tmp_path, host).get(KEY) is None

@@ -20,7 +20,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
-from fakes import MemoryStore
+from fakes import MemoryStore, links
 from zlora import wire
 from zlora.errors import (
     BaseNotRestored,
@@ -63,6 +63,7 @@ class Child:
         self.jobs: list[dict[str, Any]] = []
         self.draw: Draw = lambda _request, _report: None
         self.store = MemoryStore()
+        self.links: Any = links(self.store)
         self.deliveries = Deliveries(broker_url, self.queue)
         self.app = Celery("test", set_as_current=False)
         config = wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
@@ -74,7 +75,7 @@ class Child:
     def runtime(self, state: EngineState = EngineState.READY, *, timeout: int = 60) -> Runtime:
         """As much of a runtime as the task looks at."""
         engine = SimpleNamespace(is_sound=lambda: state is EngineState.READY)
-        return cast("Runtime", SimpleNamespace(engine=engine, store=self.store, job_timeout=timeout))
+        return cast("Runtime", SimpleNamespace(engine=engine, store=self.store, links=self.links, job_timeout=timeout))
 
     def install(self, state: EngineState = EngineState.READY, *, timeout: int = 60) -> None:
         tasks.install(self.runtime(state, timeout=timeout), self.deliveries)
@@ -244,6 +245,30 @@ def test_a_timeout_above_the_operator_s_bound_is_refused(child: Child) -> None:
         child.run({**REQUEST, "timeout": 61})
 
     assert child.run({**REQUEST, "timeout": 60})["base_intact"]
+
+
+def test_a_request_for_links_that_the_operator_does_not_give_is_refused_before_anything_is_drawn(child: Child) -> None:
+    with pytest.raises(InvalidRequest, match=r"url_policy: Expected one of file, key"):
+        child.run({**REQUEST, "url_policy": "public"})
+
+    assert child.jobs == []
+
+
+def test_a_result_whose_links_cannot_be_made_yet_is_told_later_and_drawn_once(child: Child, job: str) -> None:
+    """The store has the result: nothing may call the job failed."""
+    made = iter([StoreFailed("the store is away")])
+
+    def shown(result: GenerateResult) -> GenerateResult:
+        for failure in made:
+            raise failure
+        return result
+
+    child.links = SimpleNamespace(require=lambda _request: None, shown=shown)
+    child.install()
+
+    assert child.deliver(job) == "IGNORED"
+    assert (child.begin(child.take()), len(child.jobs)) == ("SUCCESS", 1)
+    assert child.meta(job)[1]["job_id"] == job
 
 
 # --- duplicates

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final, Literal, Self
 
 from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraError
-from zlora.job import Asset, without_secrets
+from zlora.job import Asset
+from zlora.redaction import without_secrets
 from zlora_worker.fetch import Fetcher
 from zlora_worker.index import Index
 from zlora_worker.locks import alone, in_use
@@ -101,7 +102,7 @@ class Cache:
             path=path,
             sha256=sha256,
             size=path.stat().st_size,
-            source=without_secrets(asset.address),
+            source=self._fetcher.source(asset.address),
             tier=tier,
             seconds=time.monotonic() - start,
         )

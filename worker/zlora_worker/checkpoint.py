@@ -1,5 +1,6 @@
 """The base model from where `ZLORA_MODEL` points: a hub id, a diffusers folder, a single file, or `demo`."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -48,11 +49,26 @@ def load(settings: Settings) -> Engine:
         pipeline.vae.register_to_config(force_upcast=True)
     return Engine(
         pipeline,
-        name=settings.model,
+        name=_name(settings.model),
         device=device,
         patch_mode=settings.patch,
         check_all=settings.base_check == "all",
+        file_sha256=_file_sha256(Path(settings.model).expanduser()),
     )
+
+
+def _name(model: str) -> str:
+    """As results and pictures tell it to everybody: of a path on this machine only the last part."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() and model != "demo" else model
+
+
+def _file_sha256(path: Path) -> str | None:
+    """By this sites know a checkpoint; a folder has no such name."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pipeline(settings: Settings, dtype: torch.dtype) -> StableDiffusionXLPipeline:

@@ -20,13 +20,15 @@ from celery.states import READY_STATES
 from msgspec import Struct
 from zlora import wire
 from zlora.client import send
-from zlora.errors import StoreFailed
+from zlora.errors import InternalError, StoreFailed
 from zlora.handle import EXPIRED, NO_ANSWER, expired
 from zlora.job import JOB_ID, JobState
 from zlora.ledger import Ledger, connect
 from zlora_worker import lookahead
+from zlora_worker.links import Links
+from zlora_worker.outcome import stored
 from zlora_worker.settings import Settings
-from zlora_worker.storage import Store, manifest_key, open_store
+from zlora_worker.storage import Store, open_store
 
 _WINDOW: Final = 500  # messages read from a list at once
 _COST: Final = 50  # times as long as a sweep took is the least until the next: deep queues are not read all the time
@@ -123,20 +125,24 @@ class Sweeper:
             self._ledger.close(job_id, expired(job_id))
 
 
-def answer(ledger: Ledger, store: Store, question: tuple[str, str]) -> None:
+def answer(ledger: Ledger, store: Store, links: Links, question: tuple[str, str]) -> None:
     """Answer for a result that has expired, from the store."""
     job_id, reply = question
     try:
-        manifest = store.get(manifest_key(job_id)) if JOB_ID.fullmatch(job_id) else None
+        result = stored(store, job_id) if JOB_ID.fullmatch(job_id) else None
+        document = b"" if result is None else msgspec.json.encode(links.shown(result))
+    except InternalError as error:  # a damaged manifest: whoever asks meets what cannot be read, and says so
+        document = str(error).encode()
     except StoreFailed as error:
         logger.warning("job %s: no answer: %s", job_id, error)
         return
-    ledger.answer(reply, manifest or b"")
+    ledger.answer(reply, document)
 
 
 def run(settings: Settings) -> None:
     """Work until the process is ended."""
     store = open_store(settings)
+    links = Links(store, settings)
     ledger = Ledger(connect(settings.broker_url), settings.queue)
     config = wire.impatient_config(
         broker_url=settings.broker_url, result_backend=settings.result_backend, queue=settings.queue
@@ -147,7 +153,7 @@ def run(settings: Settings) -> None:
     while True:
         try:
             if (question := ledger.asked(1.0)) is not None:
-                answer(ledger, store, question)
+                answer(ledger, store, links, question)
             sweeper.sweep()
         except (redis.RedisError, kombu.exceptions.OperationalError) as error:
             logger.warning("Redis does not answer: %s", error)

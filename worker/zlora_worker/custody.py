@@ -10,7 +10,7 @@ from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.request import Request
-from zlora.job import shown
+from zlora.redaction import shown
 from zlora_worker.delivery import Deliveries
 from zlora_worker.settings import Settings
 

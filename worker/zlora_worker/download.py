@@ -10,8 +10,8 @@ from typing import Final
 from requests import Response
 from zlora.errors import LoraCorrupt
 from zlora.web import Web
+from zlora_worker.s3 import SourceBuckets
 from zlora_worker.settings import Settings
-from zlora_worker.storage import SourceBuckets
 from zlora_worker.stream import Fetched, Sink, copy
 
 _VERSION: Final = re.compile(r'(W/)?"[\x21\x23-\x7e]{0,200}"')  # an ETag (RFC 9110, 8.8.3) that can be sent back

@@ -12,7 +12,8 @@ from kombu.exceptions import OperationalError
 from redis import RedisError
 from zlora.errors import BaseNotRestored, JobExpired, JobRevoked, ZloraError
 from zlora.handle import EXPIRED
-from zlora.job import JobState, shown
+from zlora.job import JobState
+from zlora.redaction import shown
 from zlora_worker.delivery import LEASE, Deliveries
 
 EXIT_DIRTY: Final = 71  # exit status of a child whose base is not what it was
@@ -57,10 +58,10 @@ def fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: Zlo
     raise Ignore(f"job {job_id} is tried again in {countdown:.0f} s: {error.code}")
 
 
-def put_off(task: "Task[Any, Any]") -> NoReturn:
-    """Look again later: another worker draws the job."""
+def put_off(task: "Task[Any, Any]", reason: str) -> NoReturn:
+    """Look again later: nothing is wrong with the job."""
     _send_again(task, countdown=LEASE)
-    raise Ignore(f"job {task.request.id} is drawn by another worker")
+    raise Ignore(f"job {task.request.id} is looked at again: {reason}")
 
 
 def _revoke(task: "Task[Any, Any]", error: ZloraError) -> NoReturn:

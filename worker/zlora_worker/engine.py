@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import diffusers
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from zlora.errors import BaseNotRestored, GenerationFailed, OutOfMemory
 from zlora.job import GenerateRequest
-from zlora_worker.fingerprint import Fingerprint
+from zlora_worker.fingerprint import Fingerprint, weights_sha256
 from zlora_worker.lora import Reader
 from zlora_worker.patch import Patch, mode_for
 from zlora_worker.weights import Weights
@@ -48,6 +48,14 @@ class EngineState(StrEnum):
     DIRTY = "dirty"
 
 
+class Machine(NamedTuple):
+    """What a picture's last bits depend on beside its request and the weights. `threads` is a CPU's."""
+
+    device: str
+    dtype: str
+    threads: int | None
+
+
 class Engine:
     """One pipeline on one device: its weights, what changes them, and what shows that they are the same afterwards."""
 
@@ -59,12 +67,17 @@ class Engine:
         device: torch.device,
         patch_mode: str = "auto",
         check_all: bool = False,
+        file_sha256: str | None = None,
     ) -> None:
-        """Move the pipeline to the device, for good. `check_all` checks the whole base after each job."""
+        """Move the pipeline to the device, for good. `check_all` checks the whole base after each job.
+
+        `file_sha256` is of the single file that the weights are from, where they are.
+        """
         self.name, self.device, self.state = name, device, EngineState.READY
+        components = {component: getattr(pipeline, component) for component in COMPONENTS}
+        self.base_sha256, self.file_sha256 = weights_sha256(components), file_sha256
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        components = {component: getattr(pipeline, component) for component in COMPONENTS}
         for module in components.values():
             module.requires_grad_(False)  # once: it changes the last bit of a picture
         self.weights = weights = Weights({component: components[component] for component in ADAPTED})
@@ -139,6 +152,19 @@ class Engine:
         """Width and height in pixels: what is absent is the model's native size."""
         native = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return request.width or native, request.height or native
+
+    @property
+    def machine(self) -> Machine:
+        """Where this engine draws now."""
+        dtype = str(self.pipeline.unet.dtype).removeprefix("torch.")
+        if self.device.type == "cuda":
+            return Machine(torch.cuda.get_device_name(self.device), dtype, None)
+        return Machine(f"cpu {torch.backends.cpu.get_cpu_capability()}", dtype, torch.get_num_threads())
+
+    def scheduler_name(self, request: GenerateRequest) -> str:
+        """The scheduler that draws a request: diffusers' name, and whether its noise levels are Karras'."""
+        scheduler = self._fresh_scheduler(request)
+        return f"{type(scheduler).__name__}{' karras' if scheduler.config.get('use_karras_sigmas') else ''}"
 
     def draw(self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]) -> Image.Image:
         """One RGB image; `on_step` hears each finished denoising step, from 1.

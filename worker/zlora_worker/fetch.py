@@ -2,18 +2,19 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import BinaryIO, Final
 from urllib.parse import urlsplit
 
-from zlora.errors import LoraNotAllowed
-from zlora.job import without_secrets
+from zlora.errors import LoraError, LoraNotAllowed
+from zlora.redaction import without_secrets
 from zlora.references import PUBLIC, reference
 from zlora.web import Web, tried
 from zlora_worker import sources
 from zlora_worker.download import Download
+from zlora_worker.s3 import SourceBuckets
 from zlora_worker.settings import Settings
-from zlora_worker.storage import SourceBuckets
 from zlora_worker.stream import Fetched, Limits, OnBytes, Sink, anywhere, nobody
 
 SCHEMES: Final[dict[str, Callable[[Download, str], Fetched]]] = {
@@ -66,6 +67,13 @@ class Fetcher:
     @cached_property
     def _buckets(self) -> SourceBuckets:
         return SourceBuckets(self.settings)
+
+    def source(self, address: str) -> str:
+        """What an address means, in its one spelling and fit for receipts."""
+        name = without_secrets(address)
+        with suppress(LoraError):  # a file that is here is not refused for it
+            return without_secrets(self._reference(address, name))
+        return name
 
     def close(self) -> None:
         """Give the connections back."""

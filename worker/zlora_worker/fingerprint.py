@@ -1,8 +1,11 @@
 """Whether the base is what it was: sums of its bits, all of them or a slice that goes round."""
 
+import hashlib
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -110,6 +113,25 @@ class Fingerprint:
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 if f"{component}.{name}" not in self._stacked and tensor.numel():
                     yield _Part((f"{component}.{name}",), _words(tensor.data.unsqueeze(0)))
+
+
+def weights_sha256(components: Mapping[str, nn.Module]) -> str:
+    """One digest, in hex, for all the weights as they lie in memory: the same from any file that they come from.
+
+    Of the digests of each component's parameters (type, shape, bytes), sorted: what loaders call them changes with
+    their version.
+    """
+    tensors = [(name, parameter) for name, module in components.items() for parameter in module.parameters()]
+    with ThreadPoolExecutor(os.cpu_count()) as hands:
+        digests = sorted(hands.map(_tensor_digest, *zip(*tensors, strict=True)))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _tensor_digest(component: str, tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    digest = hashlib.sha256(f"{component} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(data)
+    return f"{component} {digest.hexdigest()}\n"
 
 
 def _words(rows: Tensor) -> Tensor:

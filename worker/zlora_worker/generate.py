@@ -1,28 +1,27 @@
 """The story of a job: fetch, apply, draw, put the base back, store."""
 
-import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
-from zlora.errors import StoreFailed
 from zlora.job import (
     GenerateRequest,
     GenerateResult,
-    ImageRef,
     LoraReceipt,
     LoraSpec,
-    OutputFormat,
     digest_of,
     seed_of,
 )
-from zlora_worker import checkpoint, images, lora
+from zlora_worker import checkpoint, lora
 from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.engine import Engine, EngineState
+from zlora_worker.links import Links
 from zlora_worker.merge import Adapter
-from zlora_worker.outcome import first, image_keys, publish
+from zlora_worker.outcome import publish
+from zlora_worker.pictures import Pictures
+from zlora_worker.recipe import Recipe, pinned, shared
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
 from zlora_worker.storage import Store, open_store
@@ -30,7 +29,7 @@ from zlora_worker.storage import Store, open_store
 Report = Callable[[str, int, int], None]  # phase, done, of how much; raises where the job is to end
 
 _VERSIONS: Final = {
-    name: importlib.metadata.version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers")
+    name: importlib.metadata.version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers", "pillow")
 }
 
 _UNMATCHED_NAMES: Final = 20  # in a receipt; it travels with every look at the result
@@ -45,16 +44,18 @@ class Runtime:
     cache: Cache
     shelf: Shelf
     store: Store
+    links: Links
     job_timeout: int  # seconds
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """Load the base and open cache and store; raises `ModelUnavailable` or `InvalidSetting`."""
         store = open_store(settings)
+        links = Links(store, settings)
         cache = Cache.open(settings)
         shelf = Shelf(max_bytes=settings.lora_memory_bytes)
         engine = checkpoint.load(settings)
-        return cls(engine=engine, cache=cache, shelf=shelf, store=store, job_timeout=settings.job_timeout)
+        return cls(engine=engine, cache=cache, shelf=shelf, store=store, links=links, job_timeout=settings.job_timeout)
 
 
 def generate(
@@ -72,7 +73,7 @@ def generate(
     Where the job is `resumed` a picture that an earlier delivery has stored is not drawn again; else what is there is
     of another job with this id, long gone. `queued` are the seconds that the job waited, where they are known.
     """
-    engine, store, laps, started = runtime.engine, runtime.store, Laps(), time.time()
+    engine, laps, started = runtime.engine, Laps(), time.time()
 
     assets, since = [spec.file for spec in request.loras], started - (queued or 0.0)
     with runtime.cache.files(assets, since=since, on_bytes=_pieces(report)) as files:
@@ -84,47 +85,60 @@ def generate(
     ]
     laps.end("parse")
 
-    seed = seed_of(job_id) if request.seed is None else request.seed
-    keys = image_keys(job_id, request)
-    if not resumed:
-        for key in keys:
-            store.delete(key)
-    refs: list[ImageRef] = []
-    tiled = False
-    with engine.borrowed(request), engine.patch.applied(adapters) as norms:
-        laps.end("apply")
-        for index, key in enumerate(keys):
-            if (data := store.get(key) if resumed else None) is None:
-                picture = engine.draw(request, seed + index, _steps(report, index, request))
-                laps.end("denoise")
-                tiled = tiled or engine.tiled
-                data = images.encode(picture, request.output_format)
-                laps.end("encode")
-                report("uploading", index, len(keys))
-                data = first(store, key, data, images.content_type(request.output_format))
-            refs.append(_image_ref(store, key, data, request.output_format, seed=seed + index))
-            laps.end("upload")
-    laps.end("restore")
+    recipe = _recipe(engine, job_id, pinned(request, files))
+    digests = [reading.lora.tensors_sha256 for reading in readings]
+    with Pictures(runtime.store, recipe, digests=digests) as pictures:
+        if not resumed:
+            pictures.clear()
+        with engine.borrowed(request), engine.patch.applied(adapters) as norms:
+            laps.end("apply")
+            for index in range(request.num_images):
+                if not (resumed and pictures.take_over()):
+                    picture = engine.draw(request, recipe.seed + index, _steps(report, index, request))
+                    pictures.add(picture, tiled=engine.tiled)
+            laps.end("denoise")
+        laps.end("restore")
+        refs = pictures.stored(lambda done: report("uploading", done, request.num_images))
+        laps.end("tail")
 
     receipts = [_receipt(*parts) for parts in zip(request.loras, files, readings, adapters, norms, strict=True)]
+    timings = {} if queued is None else {"queued": queued}
     result = GenerateResult(
-        job_id=job_id,
-        images=tuple(refs),
+        images=refs,
         loras=tuple(receipts),
-        seed=seed,
-        timings=laps.seconds if queued is None else {"queued": queued, **laps.seconds},
+        timings=timings | laps.seconds | pictures.seconds,
         base_intact=engine.state is EngineState.READY,  # proven on the way out of `borrowed`
-        model=engine.name,
-        versions=_VERSIONS,
         base_checked=round(engine.base_checked, 4),
-        tiled=tiled,
+        tiled=any(ref.tiled for ref in refs),
         attempt=attempt,
         started_at=started,
         finished_at=time.time(),
         request_sha256=digest_of(request),
+        **shared(recipe),
     )
-    report("uploading", len(keys), len(keys))  # the last word of whoever does not want it any more
-    return publish(store, result)
+    report("uploading", request.num_images, request.num_images)  # the last word of whoever does not want it any more
+    return publish(runtime.store, result)
+
+
+def _recipe(engine: Engine, job_id: str, request: GenerateRequest) -> Recipe:
+    """Of the job's first picture."""
+    width, height = engine.size(request)
+    device, dtype, threads = engine.machine
+    return Recipe(
+        job_id=job_id,
+        seed=seed_of(job_id) if request.seed is None else request.seed,
+        width=width,
+        height=height,
+        request=request,
+        model=engine.name,
+        base_sha256=engine.base_sha256,
+        model_sha256=engine.file_sha256,
+        scheduler=engine.scheduler_name(request),
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        versions=_VERSIONS,
+    )
 
 
 class Laps:
@@ -176,25 +190,6 @@ def _pieces(report: Report) -> Callable[[int, int], None]:
     return lambda received, expected: report("fetching", received, expected)
 
 
-def _image_ref(store: Store, key: str, data: bytes, output_format: OutputFormat, *, seed: int) -> ImageRef:
-    """One stored picture; raises `StoreFailed` where it is damaged, and deletes it, so that the next try draws it."""
-    try:
-        width, height = images.size(data)
-    except StoreFailed:
-        store.delete(key)
-        raise
-    return ImageRef(
-        key=key,
-        url=store.url(key),
-        width=width,
-        height=height,
-        content_type=images.content_type(output_format),
-        size=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        seed=seed,
-    )
-
-
 def _receipt(spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapter, norm: float) -> LoraReceipt:
     read = reading.lora
     return LoraReceipt(
@@ -213,4 +208,5 @@ def _receipt(spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapt
         unmatched=read.unmatched_counts(),
         unmatched_names=tuple(name[:_NAME_LENGTH] for name in read.unmatched[:_UNMATCHED_NAMES]),
         relative_norm=round(norm, 6),
+        tensors_sha256=read.tensors_sha256,
     )

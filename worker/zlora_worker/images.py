@@ -1,29 +1,53 @@
-"""Pixels to bytes."""
+"""Pixels to files, and files to pixels."""
 
+import hashlib
 import io
+import zlib
 from typing import Any, Final
 
 from PIL import Image
 from zlora.errors import StoreFailed
-from zlora.job import OutputFormat
+from zlora.job import GenerateRequest, OutputFormat
 
-_SAVE: Final[dict[str, dict[str, Any]]] = {"png": {}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}
+_QUALITY: Final = 95
+_FORMATS: Final = ("PNG", "JPEG", "WEBP")
+_PNG: Final[dict[str, Any]] = {"compress_type": zlib.Z_RLE}  # chosen by measurement: docs/decisions.md
+_LOSSLESS: Final[dict[str, Any]] = {"lossless": True, "exact": True, "quality": 0, "method": 0}
 
 
-def encode(image: Image.Image, output_format: OutputFormat) -> bytes:
-    """The file of an RGB image; png is lossless."""
+def encode(image: Image.Image, request: GenerateRequest, **embedded: Any) -> bytes:
+    """The file of an RGB image as the request has it; `embedded` are options of Pillow's `save`."""
     buffer = io.BytesIO()
-    image.save(buffer, format=output_format.upper(), **_SAVE[output_format])
+    image.save(buffer, format=request.output_format.upper(), **_options(request), **embedded)
     return buffer.getvalue()
+
+
+def _options(request: GenerateRequest) -> dict[str, Any]:
+    if request.output_format == "png":
+        return _PNG
+    return _LOSSLESS if request.lossless else {"quality": request.quality or _QUALITY}
+
+
+def opened(data: bytes) -> Image.Image:
+    """A picture of ours, of which only the header is read; raises `StoreFailed` where it is none."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (OSError, Image.DecompressionBombError):
+        raise StoreFailed("what is stored for this job is no picture") from None
 
 
 def size(data: bytes) -> tuple[int, int]:
     """Width and height of an encoded picture, in pixels; raises `StoreFailed` where it is none."""
+    with opened(data) as image:
+        return image.size
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """The digest of the RGB bytes, row by row; raises `StoreFailed` where the file of a picture is damaged."""
     try:
-        with Image.open(io.BytesIO(data), formats=[name.upper() for name in _SAVE]) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError):
-        raise StoreFailed("what is stored for this job is no picture") from None
+        return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for it
+        raise StoreFailed(f"what is stored for this job is a damaged picture: {str(error)[:200]}") from None
 
 
 def content_type(output_format: OutputFormat) -> str:

@@ -17,7 +17,8 @@ import msgspec
 from msgspec import Struct
 from zlora import errors
 from zlora.errors import LoraError
-from zlora.job import Asset, without_secrets
+from zlora.job import Asset
+from zlora.redaction import without_secrets
 from zlora_worker.space import INDEX_DRAFT, listed
 from zlora_worker.stream import Fetched
 

@@ -1,5 +1,6 @@
 """File to layers: what a checked safetensors file changes in the resident model, and by how much."""
 
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -41,10 +42,12 @@ class Batch:
 class Lora:
     """A file's change of one resident model. Weights are no part of it: it is read once for any of them.
 
-    `modules` counts those changed by component; `unmatched` are the tensors that land nowhere.
+    `modules` counts those changed by component; `unmatched` are the tensors that land nowhere. `tensors_sha256` is of
+    the file without its header.
     """
 
     digest: str
+    tensors_sha256: str
     format: str
     kinds: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -89,13 +92,15 @@ class Reader:
         found, unmatched = self._sorted(header)
         used = {name: header.tensors[name] for parts in found.values() for name in parts.values()}
         _require_floats(used)
-        tensors = _load(path, header.tensors, used)
+        data, start = _bytes(path, header.tensors)
+        tensors = {name: _tensor(data, start, info) for name, info in used.items()}
         _require_finite(tensors)
         readings = self._readings(header, found, tensors)
         placed, homeless = self._placed(readings)
         batches, changes = _stacked(placed)
         lora = Lora(
             digest=digest,
+            tensors_sha256=hashlib.sha256(memoryview(data)[start:]).hexdigest(),
             format=spelling.format_of(header.tensors),
             kinds=tuple(sorted({reading.kind for reading in readings.values()})),
             ranks=tuple(sorted({reading.rank for reading in readings.values() if reading.rank})),
@@ -193,14 +198,13 @@ def _require_floats(tensors: Mapping[str, TensorInfo]) -> None:
         raise _Refusal(f"{odd[0][:100]} is of the type {tensors[odd[0]].dtype}: quantised files are not read")
 
 
-def _load(path: Path, tensors: Mapping[str, TensorInfo], used: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """The tensors that are used, in memory of this process: a mapped file that is cut short would kill it."""
+def _bytes(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[bytearray, int]:
+    """The file in memory of this process, and where its tensors begin: a mapped one that is cut short would kill it."""
     data = bytearray(path.read_bytes())
-    size = max(info.data_offsets[1] for info in tensors.values())
-    start = len(data) - size
+    start = len(data) - max(info.data_offsets[1] for info in tensors.values())
     if start < 0:
         raise NotSafetensors("damaged safetensors file: it has become shorter while it was read")
-    return {name: _tensor(data, start, info) for name, info in used.items()}
+    return data, start
 
 
 def _tensor(data: bytearray, start: int, info: TensorInfo) -> Tensor:

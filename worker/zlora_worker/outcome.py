@@ -3,6 +3,7 @@
 import msgspec
 from zlora.errors import Conflict, InternalError, StoreFailed
 from zlora.job import GenerateRequest, GenerateResult
+from zlora.later import read_result
 from zlora_worker.storage import Store, image_key, manifest_key
 
 
@@ -19,12 +20,17 @@ def publish(store: Store, result: GenerateResult) -> GenerateResult:
 
 def finished(store: Store, job_id: str, digest: str) -> GenerateResult | None:
     """The result of a job whose manifest is there; raises `Conflict` where it is of another request."""
-    if (manifest := store.get(manifest_key(job_id))) is None:
+    if (result := stored(store, job_id)) is None:
         return None
-    result = _result(manifest, job_id)
     if result.request_sha256 not in (None, digest):
         raise Conflict(f"job {job_id} was another request", {"job_id": job_id})
     return result
+
+
+def stored(store: Store, job_id: str) -> GenerateResult | None:
+    """The result of a job whose manifest is there; raises `InternalError` where it is damaged."""
+    manifest = store.get(manifest_key(job_id))
+    return None if manifest is None else _result(manifest, job_id)
 
 
 def discard(store: Store, job_id: str, request: GenerateRequest) -> None:
@@ -45,6 +51,6 @@ def first(store: Store, key: str, data: bytes, content_type: str) -> bytes:
 
 def _result(manifest: bytes, job_id: str) -> GenerateResult:
     try:
-        return msgspec.json.decode(manifest, type=GenerateResult)
+        return read_result(manifest)
     except msgspec.DecodeError as error:
         raise InternalError(f"the manifest of job {job_id} is damaged: {error}", {"job_id": job_id}) from None

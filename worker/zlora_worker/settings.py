@@ -5,76 +5,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import Any, Literal, Self
 
 from zlora import wire
 from zlora.errors import InvalidSetting
-from zlora.job import QUEUE
+from zlora.job import QUEUE, UrlPolicy
 from zlora.references import CIVITAI, HUGGING_FACE
+from zlora_worker import variables
 
-_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
-_DEEPEST = 64  # jobs that a companion may look ahead at: it reads as many messages twice a second
 _SECRET = "secret"  # noqa: S105 - a key of metadata
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _store_url(text: str) -> str:
-    parts = urlsplit(text)
-    folder = text.startswith("file:///") and not parts.query and not parts.fragment  # these are %3F and %23 in a path
-    if text and not folder and not (parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc)):
-        raise ValueError("expected file:///folder or s3://bucket/prefix")
-    return text
-
-
-def _folders(text: str) -> tuple[Path, ...]:
-    folders = tuple(Path(part).expanduser() for part in _listed(text))
-    for folder in folders:
-        if not folder.is_absolute():
-            raise ValueError(f"{str(folder)!r} is no absolute path")
-    return folders
-
-
-def _buckets(text: str) -> tuple[str, ...]:
-    found = _listed(text)
-    for part in found:
-        bucket, _, folder = part.rstrip("/").partition("/")
-        if not _BUCKET.fullmatch(bucket) or any(name in ("", ".", "..") for name in folder.split("/") if folder):
-            raise ValueError(f"{part!r} is not `bucket` or `bucket/folder`")
-    return tuple(part.rstrip("/") for part in found)
-
-
-def _choice(*allowed: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if text not in allowed:
-            raise ValueError(f"expected one of {', '.join(allowed)}")
-        return text
-
-    return check
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise ValueError("expected a number above 0")
-    return value
-
-
-def _count_or_none(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("expected a number, or 0")
-    return value
-
-
-def _depth(text: str) -> int:
-    value = _count_or_none(text)
-    if value > _DEEPEST:
-        raise ValueError(f"expected 0 to {_DEEPEST}")
-    return value
 
 
 def _from(*names: str, default: str = "", read: Callable[[str], Any] = str, note: str, secret: bool = False) -> Any:
@@ -105,41 +44,44 @@ class Settings:
     dtype: str = _from(
         "ZLORA_DTYPE",
         default="auto",
-        read=_choice("auto", "float16", "bfloat16", "float32"),
+        read=variables.choice("auto", "float16", "bfloat16", "float32"),
         note="`auto` is `float16` on CUDA and `float32` on a CPU",
     )
     load_timeout: int = _from(
         "ZLORA_LOAD_TIMEOUT",
         default="1800",
-        read=_count,
+        read=variables.count,
         note="Seconds that loading the base may take, download included",
     )
     job_timeout: int = _from(
         "ZLORA_JOB_TIMEOUT",
         default="870",
-        read=_count,
+        read=variables.count,
         note="Seconds that a job may take, and the most that its `timeout` may ask for",
     )
     hard_grace: int = _from(
         "ZLORA_HARD_GRACE",
         default="30",
-        read=_count,
+        read=variables.count,
         note="Seconds after a job's time in which it must have ended; then its child is killed",
     )
     shutdown_timeout: int = _from(
         "ZLORA_SHUTDOWN_TIMEOUT",
         default="0",
-        read=_count_or_none,
+        read=variables.count_or_none,
         note="Seconds after a SIGTERM until a job is put back; 0 waits for its end",
     )
     visibility: int = _from(
         "ZLORA_VISIBILITY",
         default=str(wire.VISIBILITY),
-        read=_count,
+        read=variables.count,
         note="Seconds after a dead worker's last sign until its job goes to another; alike for all workers of a broker",
     )
     sweep: int = _from(
-        "ZLORA_SWEEP", default="15", read=_count, note="Seconds between two looks for jobs whose message is lost"
+        "ZLORA_SWEEP",
+        default="15",
+        read=variables.count,
+        note="Seconds between two looks for jobs whose message is lost",
     )
     probes: str = _from(
         "ZLORA_PROBES",
@@ -147,7 +89,7 @@ class Settings:
     )
     store: str = _from(
         "ZLORA_STORE",
-        read=_store_url,
+        read=variables.store_url,
         note="`file:///folder` or `s3://bucket/prefix`; default: `store` in the data folder",
     )
     s3_endpoint: str = _from(
@@ -157,50 +99,89 @@ class Settings:
         read=wire.web_url,
         note="S3 server other than AWS, with buckets as paths",
     )
+    s3_public_endpoint: str = _from(
+        "ZLORA_S3_PUBLIC_ENDPOINT",
+        read=wire.web_url,
+        note="The same server as its users reach it; presigned URLs are for it",
+    )
+    s3_addressing: Literal["auto", "path", "virtual"] = _from(
+        "ZLORA_S3_ADDRESSING",
+        default="auto",
+        read=variables.choice("auto", "path", "virtual"),
+        note="Bucket in the path or in the host; `auto`: in the path where `ZLORA_S3_ENDPOINT` is set",
+    )
+    s3_put: Mapping[str, Any] = _from(
+        "ZLORA_S3_PUT",
+        read=variables.options,
+        note='More arguments of each put, as JSON: `{"StorageClass": "STANDARD_IA"}`',
+        secret=True,
+    )
+    urls: tuple[UrlPolicy, ...] = _from(
+        "ZLORA_URLS",
+        read=variables.url_policies,
+        note="`presigned`, `public`, `file`, `key`, comma-separated: what requests may ask for, the default first",
+    )
+    public_url: str = _from(
+        "ZLORA_PUBLIC_URL",
+        read=wire.web_url,
+        note="Base of public URLs, in front of prefix and key; makes them the default",
+    )
+    url_seconds: int = _from(
+        "ZLORA_URL_SECONDS",
+        default="86400",
+        read=variables.url_seconds,
+        note="Seconds that a presigned URL holds, and the most that a request may ask for",
+    )
+    inline_bytes: int = _from(
+        "ZLORA_INLINE_BYTES",
+        default="1000000",
+        read=variables.count_or_none,
+        note="Bytes of all pictures of a job up to which they come inline where a request asks for it",
+    )
     lora_cache: str = _from("ZLORA_LORA_CACHE", note="Folder of the LoRA cache; default: `loras` in the data folder")
     lora_cache_bytes: int = _from(
-        "ZLORA_LORA_CACHE_BYTES", default="20000000000", read=_count, note="Bytes that the LoRA cache may hold"
+        "ZLORA_LORA_CACHE_BYTES", default="20000000000", read=variables.count, note="Bytes that the LoRA cache may hold"
     )
     lora_max_bytes: int = _from(
-        "ZLORA_LORA_MAX_BYTES", default="2147483648", read=_count, note="Bytes that one LoRA may have"
+        "ZLORA_LORA_MAX_BYTES", default="2147483648", read=variables.count, note="Bytes that one LoRA may have"
     )
     lora_memory_bytes: int = _from(
         "ZLORA_LORA_MEMORY_BYTES",
         default="4000000000",
-        read=_count,
+        read=variables.count,
         note="Bytes of host memory for LoRAs that were read before",
     )
     lora_deadline: int = _from(
-        "ZLORA_LORA_DEADLINE", default="300", read=_count, note="Seconds that one LoRA's download may take"
+        "ZLORA_LORA_DEADLINE", default="300", read=variables.count, note="Seconds that one LoRA's download may take"
     )
     lora_free_bytes: int = _from(
         "ZLORA_LORA_FREE_BYTES",
         default="1000000000",
-        read=_count_or_none,
+        read=variables.count_or_none,
         note="Bytes of the LoRA cache's disk that stay free",
     )
     lora_min_rate: int = _from(
         "ZLORA_LORA_MIN_RATE",
         default="10000",
-        read=_count_or_none,
+        read=variables.count_or_none,
         note="Bytes a second below which a download is given up",
     )
     look_ahead: int = _from(
         "ZLORA_LOOK_AHEAD",
         default="4",
-        read=_depth,
+        read=variables.depth,
         note="Jobs next in line whose LoRAs are fetched while another is drawn; 0 fetches none ahead",
     )
     patch: str = _from(
         "ZLORA_PATCH",
         default="auto",
-        read=_choice("auto", "shadow", "inplace"),
+        read=variables.choice("auto", "shadow", "inplace"),
         note="Merged weights go to memory of their own, or in place with a copy in host memory; `auto`: by the room",
     )
     base_check: str = _from(
         "ZLORA_BASE_CHECK",
         default="auto",
-        read=_choice("auto", "all"),
+        read=variables.choice("auto", "all"),
         note="How much of the base is compared after each job: what 1 % of its time allows, or all",
     )
     allow_hosts: frozenset[str] = _from(
@@ -214,11 +195,11 @@ class Settings:
         note="File of the certificates to trust for LoRA sources; default: certifi's",
     )
     lora_roots: tuple[Path, ...] = _from(
-        "ZLORA_LORA_ROOTS", read=_folders, note="Folders, comma-separated, whose files `file://` may name"
+        "ZLORA_LORA_ROOTS", read=variables.folders, note="Folders, comma-separated, whose files `file://` may name"
     )
     lora_buckets: tuple[str, ...] = _from(
         "ZLORA_LORA_S3",
-        read=_buckets,
+        read=variables.buckets,
         note="`bucket` or `bucket/folder`, comma-separated: what `s3://` may name",
     )
     lora_s3_endpoint: str = _from(

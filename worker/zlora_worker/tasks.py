@@ -55,14 +55,15 @@ def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -
     job_id, deliveries = check_job_id(task.request.id), _desk()
     try:
         request = _readable(deliveries, job_id, arguments, options)
-        result = _one_result(_Job(task, _sound_runtime(), deliveries, job_id, request))
+        job = _Job(task, _sound_runtime(), deliveries, job_id, request)
+        result = _shown(job, _one_result(job))
     except Taken as error:
         logger.warning("%s, which stays as it is", error)
         raise Ignore(str(error)) from None
     except Ended as error:
         answer(task, error.verdict)
     except Leased:
-        put_off(task)
+        put_off(task, "it is drawn by another worker")
     except ZloraError as error:
         fail(task, deliveries, job_id, error)
     deliveries.end(job_id)
@@ -103,6 +104,15 @@ def _one_result(job: _Job) -> GenerateResult:
             return _settled(job, digest, error)
 
 
+def _shown(job: _Job, result: GenerateResult) -> GenerateResult:
+    """The result with its links. Where the store fails now the job stays as it is: only its answer comes later."""
+    try:
+        return job.runtime.links.shown(result)
+    except StoreFailed as error:
+        logger.warning("job %s: no links: %s", job.id, error)
+        put_off(job.task, "its links cannot be made yet")
+
+
 def _leased_result(job: _Job, digest: str) -> GenerateResult:
     task, runtime, deliveries, job_id, request = job
     record = deliveries.look(job_id, digest)
@@ -113,6 +123,7 @@ def _leased_result(job: _Job, digest: str) -> GenerateResult:
     if "overtime" in record:
         raise overdue(job_id, float(record["overtime"]))
     _require_within_bound(request, runtime.job_timeout)
+    runtime.links.require(request)
     if "begun" not in record:
         _require_in_time(task, job_id)
     with deliveries.attempt(job_id, digest) as begun:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final
 
 from zlora.errors import LoraUnreachable
-from zlora.job import Asset, without_secrets
+from zlora.job import Asset
+from zlora.redaction import without_secrets
 from zlora_worker.index import digest_of, source_of
 from zlora_worker.space import written
 from zlora_worker.stream import OnBytes

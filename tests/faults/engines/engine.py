@@ -46,6 +46,8 @@ class Engine:
     def __init__(self, *, name: str) -> None:
         self.name, self.state = name, EngineState.READY
         self.base_checked, self.tiled = 1.0, False
+        self.base_sha256, self.file_sha256 = "0" * 64, None
+        self.machine = ("fake", "float32", 1)
         self.patch, self.reader = Patch(), Reader()  # type: ignore[call-arg]  # the fake's, see `sitecustomize`
         self.spoiled = False
 
@@ -77,6 +79,10 @@ class Engine:
     def size(self, request: GenerateRequest) -> tuple[int, int]:
         """Width and height in pixels."""
         return request.width or 64, request.height or 64
+
+    def scheduler_name(self, request: GenerateRequest) -> str:  # noqa: ARG002 - the real one's
+        """None of diffusers'."""
+        return "FakeScheduler"
 
     def draw(self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]) -> Image.Image:
         """One picture whose colour is the seed's, after the time and the accidents that the prompt orders."""

@@ -9,6 +9,7 @@ class Lora:
     """What a receipt needs of a file."""
 
     digest: str
+    tensors_sha256: str = "0" * 64
     format: str = "fake"
     kinds: tuple[str, ...] = ("lora",)
     ranks: tuple[int, ...] = (4,)

@@ -25,7 +25,7 @@ from zlora_worker.demo.folder import demo_folder
 from zlora_worker.demo.server import TOKEN, serving
 
 _DOCUMENTS: Final = ("basic", "single_lora", "multiple_loras", "cozy_ref")
-_PHASES: Final = ("queued", "fetch", "apply", "denoise", "upload")
+_PHASES: Final = ("queued", "fetch", "apply", "denoise", "tail")
 _PATIENCE: Final = 300.0  # seconds for one job, the load of the model included
 _LOG_WIDTH: Final = 240  # characters: a path in a log is not to be folded
 _AS_IT_IS: Final = "as it is"

@@ -1,0 +1,368 @@
+"""Results in a real S3 server."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Barrier, Event
+from typing import Any, Final
+
+import msgspec
+import pytest
+import requests
+from faults import seaweed
+from faults.figures import Tally
+from faults.s3_proxy import S3Proxy
+from faults.seaweed import BUCKET, client, keys, uploads
+from processes import unlinked, worker
+from zlora import GenerateResult
+from zlora.errors import StoreFailed
+from zlora_worker.outcome import finished, publish, stored
+from zlora_worker.storage import Store, image_key, manifest_key
+
+LIFECYCLE: Final = Path(__file__).parents[2] / "deploy" / "s3" / "lifecycle.json"
+SMALL: Final = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
+PART: Final = 8 * 2**20  # bytes
+LARGE: Final = PART + 1_000_001  # bytes: two parts
+JSON: Final = "application/json"
+PICTURE: Final = "image/png"
+OPTIONS: Final = {"CacheControl": "max-age=60", "Metadata": {"team": "a"}, "StorageClass": "STANDARD_IA"}
+
+OpenStore = Callable[..., Store]
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A SeaweedFS on free ports of loopback."""
+    with seaweed.seaweed(tmp_path_factory.mktemp("seaweed")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def public(port: int) -> Iterator[str]:
+    """The server by another name and port, as from outside of its network."""
+    with S3Proxy(port, Tally()) as proxy:
+        yield f"http://localhost:{proxy.port}"
+
+
+@pytest.fixture(scope="module")
+def open_store(port: int) -> OpenStore:
+    """A worker's store under a prefix, with variables beside its own."""
+    return lambda prefix="team/a", **variables: seaweed.store(port, prefix, **variables)
+
+
+@pytest.fixture(scope="module")
+def store(open_store: OpenStore, public: str) -> Store:
+    return open_store(ZLORA_S3_PUBLIC_ENDPOINT=public)
+
+
+def large(fill: int) -> bytes:
+    """Bytes that go in parts, each another one."""
+    return bytes([fill]) * PART + os.urandom(LARGE - PART)
+
+
+def test_pictures_and_manifest_lie_under_the_prefix_and_whoever_asked_gets_them_from_outside(
+    worker_environ: dict[str, str], port: int, public: str, tmp_path: Path
+) -> None:
+    told = {"ZLORA_STORE": f"s3://{BUCKET}/team/w", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}"}
+    environ = worker_environ | seaweed.ENVIRON | told | {"ZLORA_S3_PUBLIC_ENDPOINT": public}
+    with worker(environ, tmp_path / "log") as running:
+        running.wait_ready()
+        result = running.client.submit(SMALL, job_id="s3-1").result(timeout=60)
+
+    (image,) = result.images
+    assert image.url is not None
+    assert image.url.startswith(f"{public}/{BUCKET}/team/w/runs/s3-1/outputs/0.png?")
+    answer = requests.get(image.url, timeout=10)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, PICTURE)
+    assert hashlib.sha256(answer.content).hexdigest() == image.sha256
+    manifest = client(port).get_object(Bucket=BUCKET, Key="team/w/runs/s3-1/manifest.json")
+    assert manifest["ContentType"] == JSON
+    assert msgspec.json.decode(manifest["Body"].read(), type=GenerateResult) == unlinked(result)
+    assert sorted(keys(port, "team/w")) == ["team/w/runs/s3-1/manifest.json", "team/w/runs/s3-1/outputs/0.png"]
+
+
+# --- objects
+
+
+def test_what_is_there_stays_until_it_is_deleted(store: Store) -> None:
+    key = manifest_key("stays")
+    store.delete(key)
+    assert store.get(key) is None
+
+    assert store.put_new(key, b"first", JSON) is True
+    assert store.put_new(key, b"second", JSON) is False
+    assert store.get(key) == b"first"
+
+    store.delete(key)
+    assert store.get(key) is None
+    assert store.put_new(key, b"", JSON) is True
+    assert store.get(key) == b""
+
+
+@pytest.mark.parametrize("size", [PART, PART + 1, LARGE], ids=["one piece", "a byte more", "parts"])
+def test_a_large_object_is_created_whole_and_once_and_leaves_no_parts(
+    open_store: OpenStore, port: int, size: int
+) -> None:
+    store, key, data = open_store("large"), f"runs/{size}/outputs/0.png", os.urandom(size)
+
+    assert store.put_new(key, data, PICTURE) is True
+    assert store.put_new(key, large(2), PICTURE) is False
+
+    assert store.get(key) == data
+    assert uploads(port, "large") == []
+    head = client(port).head_object(Bucket=BUCKET, Key=f"large/{key}")
+    assert (head["ContentLength"], head["ContentType"]) == (size, PICTURE)
+    assert head["ETag"].endswith('-2"') is (size > PART)
+
+
+@pytest.mark.parametrize("size", [10, LARGE], ids=["one piece", "parts"])
+def test_an_object_is_stored_as_the_operator_tells(open_store: OpenStore, port: int, size: int) -> None:
+    store, key = open_store("told", ZLORA_S3_PUT=json.dumps(OPTIONS)), f"runs/{size}/outputs/0.png"
+
+    assert store.put_new(key, bytes(size), PICTURE)
+
+    head: Any = client(port).head_object(Bucket=BUCKET, Key=f"told/{key}")
+    assert {name: head[name] for name in OPTIONS} == OPTIONS
+
+
+# --- several hands
+
+
+def test_of_many_writers_exactly_one_creates_the_object_and_its_bytes_are_there(store: Store) -> None:
+    hands, rounds = 3, 4
+    start = Barrier(hands)
+
+    def write(hand: int) -> list[bool]:
+        created = []
+        for index in range(rounds):
+            start.wait(60)
+            created.append(store.put_new(image_key("race", index, "png"), bytes([hand]) * 100_000, PICTURE))
+        return created
+
+    with ThreadPoolExecutor(hands) as pool:
+        created = list(pool.map(write, range(hands)))
+
+    for index, answers in enumerate(zip(*created, strict=True)):
+        assert sum(answers) == 1
+        assert store.get(image_key("race", index, "png")) == bytes([answers.index(True)]) * 100_000
+
+
+def test_of_two_uploads_in_parts_one_becomes_the_object_and_the_other_leaves_nothing(
+    open_store: OpenStore, port: int
+) -> None:
+    store, key, start = open_store("two"), image_key("job", 0, "png"), Barrier(2)
+    datas = [large(1), large(2)]
+
+    def write(data: bytes) -> bool:
+        start.wait(60)
+        return store.put_new(key, data, PICTURE)
+
+    with ThreadPoolExecutor(2) as pool:
+        created = list(pool.map(write, datas))
+
+    assert sorted(created) == [False, True]
+    assert store.get(key) == datas[created.index(True)]
+    assert uploads(port, "two") == []
+
+
+def a_result(job_id: str, attempt: int) -> GenerateResult:
+    return GenerateResult(
+        job_id=job_id,
+        images=(),
+        loras=(),
+        seed=1,
+        timings={},
+        base_intact=True,
+        model="demo",
+        versions={},
+        attempt=attempt,
+        request_sha256="digest",
+    )
+
+
+def test_two_workers_with_one_job_publish_one_result_and_both_answer_with_it(open_store: OpenStore) -> None:
+    stores, rounds, start = [open_store(), open_store()], 8, Barrier(2)
+
+    def write(hand: int) -> list[GenerateResult]:
+        answers = []
+        for index in range(rounds):
+            start.wait(60)
+            answers.append(publish(stores[hand], a_result(f"published-{index}", hand)))
+        return answers
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(write, range(2))
+
+    assert one == other == [stored(stores[0], f"published-{index}") for index in range(rounds)]
+
+
+def test_pictures_without_a_manifest_are_no_result(store: Store, port: int) -> None:
+    """Nor are the parts of an upload, nor a draft of the manifest itself, which a death has left."""
+    begun = [f"team/a/{image_key('orphan', 1, 'png')}", f"team/a/{manifest_key('orphan')}"]
+    for key in begun:
+        upload = client(port).create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+        client(port).upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"{}")
+    assert store.put_new(image_key("orphan", 0, "png"), b"picture", PICTURE)
+
+    assert stored(store, "orphan") is finished(store, "orphan", "digest") is None
+    assert keys(port, "team/a/runs/orphan") == [f"team/a/{image_key('orphan', 0, 'png')}"]
+    assert sorted(uploads(port, "team/a/runs/orphan")) == sorted(begun)
+
+    made = publish(store, a_result("orphan", 2))
+    assert stored(store, "orphan") == finished(store, "orphan", "digest") == made
+
+
+def test_a_reader_sees_nothing_or_the_whole_object(store: Store) -> None:
+    key, looked, done = image_key("read", 0, "png"), Event(), Event()
+    whole, seen = bytes(range(256)) * 8_000, set()
+
+    def look() -> None:
+        while not done.is_set():
+            if (found := store.get(key)) is not None:
+                seen.add(found)
+                looked.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(look)
+        try:
+            for _ in range(20):
+                looked.clear()
+                assert store.put_new(key, whole, PICTURE)
+                assert looked.wait(60)
+                store.delete(key)
+        finally:
+            done.set()
+        reader.result()
+
+    assert seen == {whole}
+
+
+# --- URLs
+
+
+def test_a_presigned_url_is_read_from_outside_by_plain_http(open_store: OpenStore, public: str) -> None:
+    store, key = open_store("a b/ä+%", ZLORA_S3_PUBLIC_ENDPOINT=public), image_key("shown", 0, "png")
+    store.put_new(key, b"picture", PICTURE)
+
+    url = store.url(key, 60)
+    assert url.startswith(f"{public}/{BUCKET}/")
+    assert requests.get(url, timeout=10).content == b"picture"
+    assert requests.get(url.partition("?")[0], timeout=10).status_code == 403
+    assert requests.put(url, b"mine", timeout=10).status_code == 403
+    assert store.get(key) == b"picture"
+
+
+def test_an_expired_url_is_refused(store: Store) -> None:
+    key = image_key("expired", 0, "png")
+    store.put_new(key, b"picture", PICTURE)
+
+    url = store.url(key, 1)
+    time.sleep(2.1)  # the time is told in whole seconds
+    assert requests.get(url, timeout=10).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("true", "false"),
+    [
+        ("/mine/outputs", "/other/outputs"),
+        ("X-Amz-Expires=60", "X-Amz-Expires=600000"),
+        ("X-Amz-Signature=", "X-Amz-Signature=0"),
+        ("X-Amz-Credential=worker-key", "X-Amz-Credential=key"),
+        ("//localhost", "//127.0.0.1"),
+    ],
+    ids=["key", "expiry", "signature", "credential", "host"],
+)
+def test_a_changed_url_is_refused(store: Store, true: str, false: str) -> None:
+    for job in ("mine", "other"):
+        store.put_new(image_key(job, 0, "png"), b"picture", PICTURE)
+    url = store.url(image_key("mine", 0, "png"), 60)
+    assert requests.get(url, timeout=10).status_code == 200
+
+    assert url.count(true) == 1
+    assert requests.get(url.replace(true, false), timeout=10).status_code == 403
+
+
+# --- servers that refuse
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"ZLORA_STORE": "s3://of-others/x"},
+        {"AWS_SECRET_ACCESS_KEY": "wrong"},
+        {"AWS_ACCESS_KEY_ID": "nobody"},
+        {"AWS_SESSION_TOKEN": "wrong"},
+    ],
+    ids=["bucket", "secret", "key", "session"],
+)
+def test_a_server_that_refuses_is_a_failed_store(open_store: OpenStore, fault: dict[str, str]) -> None:
+    """Nor is it taken for one that has nothing."""
+    store, key = open_store(**fault), manifest_key("x")
+
+    for data in (b"{}", bytes(LARGE)):
+        with pytest.raises(StoreFailed, match="cannot be stored"):
+            store.put_new(key, data, JSON)
+    with pytest.raises(StoreFailed, match="cannot be read"):
+        store.get(key)
+    with pytest.raises(StoreFailed, match="cannot be deleted"):
+        store.delete(key)
+
+
+def test_a_bucket_that_is_missing_is_a_failed_store(open_store: OpenStore) -> None:
+    """Whoever has all rights is told so, and not that a key is not there."""
+    admin = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+
+    with pytest.raises(StoreFailed, match="NoSuchBucket"):
+        open_store(ZLORA_STORE="s3://absent", **admin).get(manifest_key("x"))
+
+
+def test_a_bucket_s_policy_holds_and_may_open_results_to_everybody(open_store: OpenStore, port: int) -> None:
+    """As behind `ZLORA_PUBLIC_URL`."""
+    opened, closed, key = open_store("opened"), open_store("closed"), image_key("x", 0, "png")
+    opened.put_new(key, b"picture", PICTURE)
+    url = f"http://127.0.0.1:{port}/{BUCKET}/{opened.name(key)}"
+    assert requests.get(url, timeout=10).status_code == 403
+
+    with policy(port, allow=("s3:GetObject", "opened"), deny=("s3:PutObject", "closed")):
+        assert requests.get(url, timeout=10).content == b"picture"
+        assert requests.get(url.replace(key, "runs/y"), timeout=10).status_code in (403, 404)
+        for data in (b"picture", bytes(LARGE)):
+            with pytest.raises(StoreFailed, match="AccessDenied"):
+                closed.put_new(key, data, PICTURE)
+    assert closed.get(key) is None
+    assert uploads(port, "closed") == []
+
+
+@contextmanager
+def policy(port: int, *, allow: tuple[str, str], deny: tuple[str, str]) -> Iterator[None]:
+    """For everybody: an action that is allowed under one prefix, and one that is denied under another."""
+    statements = [
+        {"Effect": effect, "Principal": "*", "Action": action, "Resource": f"arn:aws:s3:::{BUCKET}/{prefix}/*"}
+        for effect, (action, prefix) in (("Allow", allow), ("Deny", deny))
+    ]
+    document = json.dumps({"Version": "2012-10-17", "Statement": statements})
+    client(port).put_bucket_policy(Bucket=BUCKET, Policy=document)
+    try:
+        yield
+    finally:
+        client(port).delete_bucket_policy(Bucket=BUCKET)
+
+
+# --- rules of the bucket
+
+
+def test_the_lifecycle_rules_are_some_that_s3_takes(port: int) -> None:
+    """In a bucket of their own: what is under test here must not expire."""
+    rules, admin = json.loads(LIFECYCLE.read_text()), client(port)
+    admin.create_bucket(Bucket="ruled")
+
+    admin.put_bucket_lifecycle_configuration(Bucket="ruled", LifecycleConfiguration=rules)
+
+    kept: Any = admin.get_bucket_lifecycle_configuration(Bucket="ruled")["Rules"]
+    assert kept == rules["Rules"]
+    assert {rule["Filter"]["Prefix"] for rule in kept} == {manifest_key("").partition("/")[0] + "/"}

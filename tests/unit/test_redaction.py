@@ -1,0 +1,129 @@
+"""What may be shown of a stranger's words: one short line, and of an address nothing that is secret."""
+
+import string
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from servers import untimed
+from zlora.redaction import shown, without_secrets
+
+SECRETS = ("us3r", "pa55", "t0ken", "fr4g")
+SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken#fr4g"
+characters = string.ascii_letters + string.digits
+
+
+def document(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "a portrait", **fields}
+
+
+# --- an address
+
+
+@untimed
+@given(
+    scheme=st.sampled_from(["https", "http", "HTTPS", "ftp", "cozy://https"]),
+    userinfo=st.text(st.characters(exclude_characters="/?#", exclude_categories=["Cs"]), max_size=30),
+    query=st.text(max_size=30),
+    fragment=st.text(max_size=30),
+    path=st.text(characters + "/-_.", max_size=20),
+)
+@example(scheme="https", userinfo="a@b:c@d", query="", fragment="", path="x")
+@example(scheme="https", userinfo="a\\b:c", query="", fragment="", path="x")
+def test_of_an_address_only_scheme_host_and_path_are_shown(
+    scheme: str, userinfo: str, query: str, fragment: str, path: str
+) -> None:
+    address = f"{scheme}://{userinfo}@example.com:8443/{path}?{query}#{fragment}"
+
+    assert without_secrets(address) == f"{scheme}://example.com:8443/{path}"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("cozy://loras/anime-v1", "cozy://loras/anime-v1"),
+        ("cozy://loras/anime@2", "cozy://loras/anime@2"),
+        ("cozy://loras/anime?sig=t0ken", "cozy://loras/anime"),
+        ("loras/anime-v1", "loras/anime-v1"),
+        ("https://example.com?sig=t0ken", "https://example.com"),
+        ("https://example.com/@scope/x", "https://example.com/@scope/x"),
+        ("https://[::1]:8443/@scope/x", "https://[::1]:8443/@scope/x"),
+        ("https://us3r:pa/55@example.com/x", "https://example.com/x"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("file:///models/a@b?c", "file:///models/a@b"),
+        ("//us3r:pa55@example.com/x", "example.com/x"),
+        ("https:us3r:pa55@example.com/x", "example.com/x"),
+        ("https:/us3r:pa55@example.com/x", "example.com/x"),
+        ("https:\\\\us3r:pa55@example.com/x", "example.com/x"),
+    ],
+)
+def test_an_address_of_another_spelling_is_shown_as_far_as_it_is_safe(address: str, shown: str) -> None:
+    assert without_secrets(address) == shown
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "COZY://https://us3r:pa55@example.com/x",
+        "https:///us3r:pa55@example.com/x",
+        "https://https://us3r:pa55@example.com/x",
+    ],
+)
+def test_a_misspelt_address_shows_no_credentials_either(address: str) -> None:
+    assert "pa55" not in without_secrets(address)
+
+
+# --- a request in one line
+
+
+def test_a_request_is_shown_with_its_prompt_and_its_loras() -> None:
+    data = document(seed=3, loras=[{"file": {"url": SECRET_URL}}, {"file": {"cozy_ref": "owner/anime"}, "weight": 0.5}])
+
+    line = shown(data)
+
+    for part in ("prompt='a portrait'", "seed=3", "'https://example.com/x.safetensors'", "'owner/anime'"):
+        assert part in line
+    assert not [secret for secret in SECRETS if secret in line]
+
+
+def test_a_prompt_is_shown_as_it_is() -> None:
+    """It is no address: what follows a question mark is not its query."""
+    assert "a cat? or #2 dogs" in shown(document(prompt="a cat? or #2 dogs"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None, 7, "text", [], [document()], {}, {"loras": 1}, {"loras": [1, {}, {"file": 1}, {"file": {}}]},
+        {"loras": {"file": {}}}, {"prompt": ["x" * 5000]}, {"prompt": "a\nb"}, {"a\nb": 1}, {"x" * 5000: 1},
+        {1: {2: 3}}, {"loras": [{"file": {"url": 7}}] * 1000},
+    ],
+    ids=lambda data: repr(data)[:30],
+)  # fmt: skip
+def test_what_a_stranger_sent_is_shown_in_one_short_line_too(data: Any) -> None:
+    line = shown(data)
+
+    assert len(line) <= 1000
+    assert line.isprintable()
+
+
+@untimed
+@given(
+    st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+)
+def test_anything_is_shown_without_an_error(data: Any) -> None:
+    assert len(shown(data)) <= 1000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"url": SECRET_URL}, {"loras": [{"file": {"url": SECRET_URL, "odd": SECRET_URL}}]}, SECRET_URL, [SECRET_URL],
+        {"loras": [SECRET_URL]}, {"loras": SECRET_URL}, {"loras": [{"file": SECRET_URL}]},
+        {"request": {"x": SECRET_URL}},
+    ],
+    ids=lambda data: repr(data)[:30],
+)  # fmt: skip
+def test_an_address_in_the_wrong_place_shows_no_secret(data: Any) -> None:
+    assert not [secret for secret in SECRETS if secret in shown(data)]

@@ -1,0 +1,138 @@
+"""A job's pictures on their way to the store: each is encoded and stored while the next one is drawn."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, Self
+
+import msgspec
+from PIL import Image
+from zlora.errors import StoreFailed
+from zlora.job import GenerateRequest, ImageRef
+from zlora_worker import images
+from zlora_worker.embedding import embedded, recipe_of
+from zlora_worker.infotext import infotext
+from zlora_worker.outcome import first, image_keys
+from zlora_worker.recipe import Recipe
+from zlora_worker.storage import Store
+
+_HANDS: Final = 4  # pictures that are encoded and stored at a time; a put mostly waits
+
+
+class Pictures:
+    """The pictures of one job, in order. What fails on the way is raised by the next call; leaving waits for the rest.
+
+    `seconds` are what encoding and storing took, summed over all pictures.
+    """
+
+    def __init__(self, store: Store, recipe: Recipe, *, digests: Sequence[str]) -> None:
+        """`recipe` is any picture's, and `digests` those of its LoRAs for `infotext`."""
+        self._store, self._recipe, self._digests = store, recipe, digests
+        self._keys = image_keys(recipe.job_id, recipe.request)
+        self._refs: list[Future[ImageRef]] = []
+        self._cleared: list[Future[None]] = []
+        self._lock = threading.Lock()
+        self.seconds = {"encode": 0.0, "upload": 0.0}
+
+    def __enter__(self) -> Self:
+        self._hands = ThreadPoolExecutor(_HANDS, thread_name_prefix="pictures")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is stored any more afterwards, so that what was can be deleted."""
+        self._hands.shutdown(cancel_futures=True)
+
+    def clear(self) -> None:
+        """Delete what is under the keys: it is of another job with this id, long gone."""
+        self._cleared = [self._hands.submit(self._store.delete, key) for key in self._keys]
+
+    def take_over(self) -> bool:
+        """Whether the next picture is in the store already, where an earlier delivery of the job has put it."""
+        self._raise_failure()
+        index = len(self._refs)
+        if (data := self._store.get(self._keys[index])) is None:
+            return False
+        self._refs.append(self._hands.submit(self._ref, index, data))
+        return True
+
+    def add(self, image: Image.Image, *, tiled: bool) -> None:
+        """The next picture, as it was drawn."""
+        self._raise_failure()
+        self._refs.append(self._hands.submit(self._stored, len(self._refs), image, tiled))
+
+    def stored(self, on_picture: Callable[[int], None]) -> tuple[ImageRef, ...]:
+        """All of them, once they are stored; `on_picture` hears how many are, before each."""
+        refs = list[ImageRef]()
+        for ref in self._refs:
+            on_picture(len(refs))
+            refs.append(ref.result())
+        return tuple(refs)
+
+    def _raise_failure(self) -> None:
+        for ref in self._refs:
+            if ref.done():
+                ref.result()
+
+    def _stored(self, index: int, image: Image.Image, tiled: bool) -> ImageRef:
+        start = time.perf_counter()
+        request, key = self._recipe.request, self._keys[index]
+        recipe = msgspec.structs.replace(
+            self._recipe,
+            index=index,
+            seed=self._recipe.seed + index,
+            pixels_sha256=images.pixels_sha256(image),
+            tiled=tiled,
+        )
+        data = images.encode(image, request, **self._embedded(recipe))
+        encoded = time.perf_counter()
+        if self._cleared:
+            self._cleared[index].result()
+        there = first(self._store, key, data, images.content_type(request.output_format))
+        with self._lock:
+            self.seconds["encode"] += encoded - start
+            self.seconds["upload"] += time.perf_counter() - encoded
+        return self._ref(index, there, recipe if there is data else None)
+
+    def _embedded(self, recipe: Recipe) -> dict[str, Any]:
+        if not recipe.request.embed_metadata:
+            return {}
+        return embedded(recipe, infotext(recipe, self._digests), recipe.request.output_format)
+
+    def _ref(self, index: int, data: bytes, recipe: Recipe | None = None) -> ImageRef:
+        """A stored picture; raises `StoreFailed` where it is damaged, and deletes it, so that the next try draws it."""
+        key, request = self._keys[index], self._recipe.request
+        try:
+            with images.opened(data) as image:
+                width, height = image.size
+                drawn = _Drawn(recipe.pixels_sha256, recipe.tiled) if recipe else _drawn(image, request)
+        except StoreFailed:
+            self._store.delete(key)
+            raise
+        return ImageRef(
+            key=key,
+            width=width,
+            height=height,
+            content_type=images.content_type(request.output_format),
+            size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            seed=self._recipe.seed + index,
+            pixels_sha256=drawn.pixels_sha256,
+            tiled=drawn.tiled,
+        )
+
+
+class _Drawn(NamedTuple):
+    pixels_sha256: str | None
+    tiled: bool
+
+
+def _drawn(image: Image.Image, request: GenerateRequest) -> _Drawn:
+    """Of a picture that another delivery has drawn: by its pixels, or else by what it says of itself."""
+    recipe = None
+    with suppress(msgspec.DecodeError):  # not ours, though it is at our key
+        recipe = recipe_of(image)
+    told = recipe.pixels_sha256 if recipe else None
+    return _Drawn(images.pixels_sha256(image) if request.keeps_pixels else told, recipe is not None and recipe.tiled)

@@ -1,0 +1,102 @@
+"""What a variable's text means: each function takes it, and raises `ValueError` with what was expected."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+from zlora.job import MAX_URL_SECONDS, UrlPolicy
+
+_BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
+_DEEPEST: Final = 64  # jobs that a companion may look ahead at: it reads as many messages twice a second
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Parts between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def store_url(text: str) -> str:
+    """`file:///folder` or `s3://bucket/prefix`; or nothing."""
+    parts = urlsplit(text)
+    folder = text.startswith("file:///") and not parts.query and not parts.fragment  # these are %3F and %23 in a path
+    if text and not folder and not (parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc)):
+        raise ValueError("expected file:///folder or s3://bucket/prefix")
+    return text
+
+
+def folders(text: str) -> tuple[Path, ...]:
+    """Absolute paths between commas."""
+    folders = tuple(Path(part).expanduser() for part in listed(text))
+    for folder in folders:
+        if not folder.is_absolute():
+            raise ValueError(f"{str(folder)!r} is no absolute path")
+    return folders
+
+
+def buckets(text: str) -> tuple[str, ...]:
+    """`bucket` or `bucket/folder`, between commas."""
+    found = listed(text)
+    for part in found:
+        bucket, _, folder = part.rstrip("/").partition("/")
+        if not _BUCKET.fullmatch(bucket) or any(name in ("", ".", "..") for name in folder.split("/") if folder):
+            raise ValueError(f"{part!r} is not `bucket` or `bucket/folder`")
+    return tuple(part.rstrip("/") for part in found)
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """One of the words."""
+
+    def check(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"expected one of {', '.join(allowed)}")
+        return text
+
+    return check
+
+
+def count(text: str) -> int:
+    """A number above 0."""
+    value = int(text)
+    if value <= 0:
+        raise ValueError("expected a number above 0")
+    return value
+
+
+def count_or_none(text: str) -> int:
+    """A number from 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError("expected a number, or 0")
+    return value
+
+
+def depth(text: str) -> int:
+    """How many jobs to look ahead at."""
+    value = count_or_none(text)
+    if value > _DEEPEST:
+        raise ValueError(f"expected 0 to {_DEEPEST}")
+    return value
+
+
+def url_policies(text: str) -> tuple[UrlPolicy, ...]:
+    """Policies between commas, the first one the default."""
+    return tuple(msgspec.convert(part, UrlPolicy) for part in listed(text))
+
+
+def url_seconds(text: str) -> int:
+    """A time that S3's signatures may hold."""
+    value = count(text)
+    if value > MAX_URL_SECONDS:
+        raise ValueError(f"expected up to {MAX_URL_SECONDS}, seven days")
+    return value
+
+
+def options(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ValueError(f"expected a JSON object: {error}") from None
