@@ -1,8 +1,6 @@
 """What is told of pictures that are drawn again: identical, or what drifted and why; and what is refused."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -12,32 +10,26 @@ import msgspec
 import pytest
 import torch
 from fakes import (
-    MemoryStore,
     Tensors,
     a_request,
     copy_model,
     kohya_lora,
-    links,
     load_engine,
     peft_lora,
     settings,
     write,
 )
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from redrawing import Drawing, recipe_in, rewritten, silent
 from safetensors.torch import load_file
 from servers import SECRETS, reply, serving
-from zlora.errors import GenerationFailed, InvalidRequest, ModelUnavailable
-from zlora.job import Asset, GenerateRequest, LoraSpec, OutputFormat
-from zlora_worker import checkpoint, images, replay
-from zlora_worker.cache import Cache
-from zlora_worker.embedding import embedded, recipe_of
+from zlora.errors import GenerationFailed, ModelUnavailable
+from zlora.job import Asset, GenerateRequest, LoraSpec
+from zlora_worker import checkpoint, replay
 from zlora_worker.engine import Engine
-from zlora_worker.generate import Runtime, generate
-from zlora_worker.recipe import Recipe
-from zlora_worker.replay import Redrawn, Replay, Replayer, subjects
+from zlora_worker.replay import Redrawn, Replay, Replayer
 from zlora_worker.settings import Settings
-from zlora_worker.shelf import Shelf
+from zlora_worker.subjects import Subject, subjects
 
 LOSSLESS: list[dict[str, Any]] = [{"output_format": "png"}, {"output_format": "webp", "lossless": True}]
 LOSSY: list[dict[str, Any]] = [
@@ -48,13 +40,14 @@ LOSSY: list[dict[str, Any]] = [
 OTHER = "0123456789abcdef" * 4
 
 
-def silent(_phase: str, _done: int, _total: int) -> None:
-    """Nobody watches."""
-
-
 @pytest.fixture(scope="module")
 def engine(model_home: Path) -> Engine:
     return load_engine(model_home)
+
+
+@pytest.fixture(scope="module")
+def drawing(engine: Engine) -> Drawing:
+    return Drawing(engine)
 
 
 @pytest.fixture
@@ -64,33 +57,12 @@ def machine(model_home: Path, tmp_path: Path) -> Settings:
     return settings(model_home, **variables)
 
 
-@pytest.fixture(scope="module")
-def stored() -> dict[tuple[bytes, str], dict[str, bytes]]:
-    """What the store has of the jobs without LoRAs that were drawn: most tests look at one and the same."""
-    return {}
-
-
 @pytest.fixture
-def draw(
-    engine: Engine, machine: Settings, tmp_path: Path, stored: dict[tuple[bytes, str], dict[str, bytes]]
-) -> Callable[..., list[Path]]:
-    """Draws a job as a worker of that machine does; its pictures as they lie in a store, beside their manifest."""
-
-    def objects(request: GenerateRequest, its: Settings, job_id: str) -> dict[str, bytes]:
-        store, cache, shelf = MemoryStore(), Cache.open(its), Shelf(max_bytes=10**9)
-        runtime = Runtime(engine=engine, cache=cache, shelf=shelf, store=store, links=links(store), job_timeout=60)
-        generate(runtime, job_id, request, silent)
-        return {key: data for key, (data, _) in store.objects.items()}
+def draw(drawing: Drawing, machine: Settings, tmp_path: Path) -> Callable[..., list[Path]]:
+    """The pictures of a job, drawn on that machine or another."""
 
     def drawn(request: GenerateRequest | None = None, *, its: Settings = machine, job_id: str = "job") -> list[Path]:
-        request = request or a_request(seed=7)
-        name = (msgspec.json.encode(request), job_id)
-        if request.loras or name not in stored:
-            stored[name] = objects(request, its, job_id)
-        for key, data in stored[name].items():
-            (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / key).write_bytes(data)
-        return sorted(tmp_path / key for key in stored[name] if "/outputs/" in key)
+        return drawing(tmp_path, its, request or a_request(seed=7), job_id)
 
     return drawn
 
@@ -106,28 +78,10 @@ def again(engine: Engine, machine: Settings) -> Callable[..., Replay]:
     return told
 
 
-def redrawn(subject: replay.Subject, base: Engine, its: Settings) -> Redrawn:
+def redrawn(subject: Subject, base: Engine, its: Settings) -> Redrawn:
     replayer = Replayer(dataclasses.replace(its, model=base.name), model_named=True)
     replayer._engine, replayer._loaded = base, base.name
     return replayer.replay(subject, silent)
-
-
-def recipe_in(path: Path) -> Recipe:
-    with Image.open(path) as picture:
-        picture.load()
-        recipe = recipe_of(picture)
-    assert recipe
-    return recipe
-
-
-def rewritten(path: Path, *, edit: Callable[[Image.Image], Image.Image] = Image.Image.copy, **fields: Any) -> Path:
-    """The same file with its pixels edited, or with other words in what it says of itself."""
-    recipe = recipe_in(path)
-    with Image.open(path) as picture:
-        pixels = edit(picture.convert("RGB"))
-    said = msgspec.structs.replace(recipe, **fields)
-    path.write_bytes(images.encode(pixels, recipe.request, **embedded(said, "", recipe.request.output_format)))
-    return path
 
 
 def dotted(picture: Image.Image) -> Image.Image:
@@ -406,114 +360,3 @@ def test_the_demo_draws_its_own_where_no_base_is_named(
             replayer.replay(subjects(path)[0], silent)
 
     assert asked == [(loaded, "a-vae" if named else ""), ("some/base", "a-vae")]
-
-
-# --- what is refused
-
-
-def refusal(path: Path) -> str:
-    """One line that names the file."""
-    with pytest.raises(InvalidRequest) as raised:
-        subjects(path)
-    assert str(raised.value).startswith(f"{path}: ") or path.name == "manifest.json"
-    assert str(raised.value).isprintable()
-    return str(raised.value)
-
-
-def test_what_is_no_picture_of_this_project_is_refused(tmp_path: Path) -> None:
-    files: dict[str, bytes] = {"text": b"a city at night", "empty": b"", "gif": b"GIF89a" + bytes(50)}
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-        assert "neither a PNG, JPEG or WebP picture" in refusal(tmp_path / name)
-    assert "No such file" in refusal(tmp_path / "missing")
-    assert "not a file" in refusal(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    assert "not a file" in refusal(tmp_path / "pipe")
-
-
-@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
-def test_a_picture_that_says_nothing_or_is_damaged_is_refused(
-    draw: Callable[..., list[Path]], output_format: OutputFormat
-) -> None:
-    (silent_one,) = draw(a_request(seed=7, output_format=output_format, embed_metadata=False))
-    (path,) = draw(a_request(seed=7, output_format=output_format), job_id="other")
-    data = path.read_bytes()
-
-    assert "does not say what it was drawn from" in refusal(silent_one)
-    for length in (len(data) - 40, 3 * len(data) // 4, 200):
-        path.write_bytes(data[:length])
-        assert "damaged" in refusal(path) or "neither" in refusal(path)
-
-
-@pytest.mark.parametrize("said", [b"{", b"[" * 10_000, b"{}", b'{"job_id": "../x"}', b"\xff"])
-def test_words_that_are_no_recipe_are_refused(tmp_path: Path, said: bytes) -> None:
-    chunks = PngInfo()
-    chunks.add(b"iTXt", b"zlora\0\0\0\0\0" + said)
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=chunks)
-
-    assert refusal(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize(
-    "fields", [{"width": 80_000}, {"height": 60}, {"width": 0}, {"seed": -1}, {"seed": 2**60}, {"job_id": "../../x"}]
-)
-def test_a_picture_that_asks_for_more_than_a_job_may_is_refused(
-    draw: Callable[..., list[Path]], fields: dict[str, Any]
-) -> None:
-    (path,) = draw()
-
-    assert next(iter(fields)) in refusal(rewritten(path, **fields))
-
-
-def test_files_and_pictures_have_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before their pixels are decoded; where Pillow would warn or raise by itself, it is the same."""
-    Image.new("L", (4104, 8)).save(tmp_path / "wide.png")
-    Image.new("1", (30_000, 4000)).save(tmp_path / "warned.png")
-    Image.new("1", (60_000, 4000)).save(tmp_path / "bomb.png")
-
-    assert "more than 4096 pixels" in refusal(tmp_path / "wide.png")
-    assert "could be decompression bomb" in refusal(tmp_path / "warned.png")
-    assert "could be decompression bomb" in refusal(tmp_path / "bomb.png")
-    monkeypatch.setattr(replay, "_MAX_BYTES", 50)
-    assert "more than 50 bytes" in refusal(tmp_path / "wide.png")
-
-
-def without(*names: str) -> Callable[[dict[str, Any]], object]:
-    return lambda manifest: {name: value for name, value in manifest.items() if name not in names}
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (without("request"), "does not say what its pictures were drawn from"),
-        (without("base_sha256"), "does not say what its pictures were drawn from"),
-        (without("scheduler"), "scheduler"),
-        (without("device"), "device"),
-        (without("images"), "no manifest"),
-        (lambda manifest: manifest | {"images": []}, "1 to 8 pictures"),
-        (lambda manifest: manifest | {"images": 9 * manifest["images"]}, "1 to 8 pictures"),
-        (lambda manifest: manifest | {"job_id": "../../x"}, "job_id"),
-        (lambda manifest: manifest | {"seed": "7"}, "no manifest"),
-    ],
-)
-def test_a_manifest_that_is_not_whole_is_refused(
-    draw: Callable[..., list[Path]], change: Callable[[dict[str, Any]], object], reason: str
-) -> None:
-    """Also one of before pictures said what they are."""
-    manifest = draw()[0].parents[1] / "manifest.json"
-    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
-
-    assert reason in refusal(manifest)
-
-
-@pytest.mark.parametrize("key", ["", "..", "a/../../secret", "x" * 5000, "a\0b", "/etc/passwd"])
-def test_a_manifest_names_no_file_elsewhere(draw: Callable[..., list[Path]], key: str) -> None:
-    manifest = draw()[0].parents[1] / "manifest.json"
-    document = json.loads(manifest.read_text())
-    document["images"][0]["key"] = key
-    manifest.write_text(json.dumps(document))
-
-    (subject,) = subjects(manifest)
-
-    assert subject.file is None
-    assert subject.source.parent == manifest.parent / "outputs" or key in ("", "..")

@@ -1,30 +1,19 @@
-"""Pictures drawn again from what they say of themselves, and what has drifted since.
-
-They are a stranger's files: what is read of them is bounded, and what they name is fetched as any job's.
-"""
+"""Pictures drawn again from what they say of themselves, and what has drifted since."""
 
 import dataclasses
-import io
-import os
-import struct
-import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal, NamedTuple, NoReturn
+from typing import Any, Final, Literal, NamedTuple
 
-import msgspec
 import torch
 from msgspec import Struct
-from PIL import Image, ImageChops, ImageStat, UnidentifiedImageError
-from zlora.errors import GenerationFailed, InvalidRequest, LoraError, OutOfMemory
-from zlora.job import MAX_IMAGES, GenerateRequest, GenerateResult, read_request
-from zlora.later import read_result
+from PIL import Image, ImageChops, ImageStat
+from zlora.errors import GenerationFailed, LoraError, OutOfMemory
+from zlora.job import GenerateResult
 from zlora_worker import checkpoint, images
 from zlora_worker.cache import Cache
-from zlora_worker.embedding import recipe_of
 from zlora_worker.engine import Engine
 from zlora_worker.generate import Report, Runtime, generate
 from zlora_worker.links import Links
@@ -32,18 +21,12 @@ from zlora_worker.recipe import Recipe, recipes
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
 from zlora_worker.storage import FolderStore, Store
+from zlora_worker.subjects import Subject
 
-_SIDE: Final = 4096  # pixels, the most that a request may ask for
-_MAX_BYTES: Final = 2**26  # of a file; the pixels of the greatest picture are 48 MiB
 _MAX_THREADS: Final = 256  # of a CPU, that a stranger may ask for
 _MAX_VERSIONS: Final = 20  # that are compared
 _SHOWN: Final = 80  # characters of a stranger's word
 _DIGITS: Final = 12  # of a sha256, for people
-# What Pillow raises for files that are damaged, of another kind, or made to fill the memory.
-_DAMAGED: Final = (
-    EOFError, OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)  # fmt: skip
 
 
 class Replay(Struct, frozen=True, kw_only=True):
@@ -69,20 +52,6 @@ class Replay(Struct, frozen=True, kw_only=True):
     code: str | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A picture to be drawn again: `source` names it, `file` is there or not, `request` is a job of it alone."""
-
-    source: Path
-    file: Path | None
-    recipe: Recipe
-    request: GenerateRequest
-
-    def pixels(self) -> Image.Image | None:
-        """The file's own; raises `InvalidRequest`."""
-        return _picture(self.file, _read(self.file)).convert("RGB") if self.file else None
-
-
 class Redrawn(NamedTuple):
     """A picture of now: the verdict, the file, its pixels, and those of the file that was there."""
 
@@ -90,83 +59,6 @@ class Redrawn(NamedTuple):
     data: bytes | None
     now: Image.Image | None
     before: Image.Image | None
-
-
-def subjects(path: Path) -> list[Subject]:
-    """The pictures of a file, which is one or a manifest; raises `InvalidRequest` where it does not say what it is."""
-    data = _read(path)
-    if data.lstrip().startswith(b"{"):
-        return _of_manifest(path, data)
-    try:
-        recipe = recipe_of(_picture(path, data))
-    except msgspec.DecodeError as error:
-        _refuse(path, f"what it says of itself cannot be read: {error}")
-    if recipe is None:
-        _refuse(path, "it does not say what it was drawn from")
-    return [_subject(path, path, recipe)]
-
-
-def _of_manifest(path: Path, data: bytes) -> list[Subject]:
-    """Its pictures are looked for where a store has them, beside it."""
-    try:
-        result = read_result(data)
-        if not 0 < len(result.images) <= MAX_IMAGES:
-            _refuse(path, f"expected a manifest of 1 to {MAX_IMAGES} pictures")
-        found = recipes(result)
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        _refuse(path, f"no manifest to draw from: {error}")
-    files = [path.parent / "outputs" / PurePath(image.key).name for image in result.images]
-    return [
-        _subject(file, file if os.path.isfile(file) else None, recipe)
-        for file, recipe in zip(files, found, strict=True)
-    ]
-
-
-def _subject(source: Path, file: Path | None, recipe: Recipe) -> Subject:
-    """Its parts checked, as any job's are: a manifest's fields, and a picture's own size, are bound by nothing yet."""
-    try:
-        recipe = msgspec.convert(msgspec.to_builtins(recipe), Recipe)
-        own = {"width": recipe.width, "height": recipe.height, "seed": recipe.seed, "num_images": 1}
-        request = read_request(msgspec.structs.replace(recipe.request, **own))
-    except (msgspec.ValidationError, InvalidRequest) as error:
-        _refuse(source, str(error))
-    subject = Subject(source=source, file=file, recipe=recipe, request=request)
-    if subject.pixels() is None and recipe.pixels_sha256 is None:
-        _refuse(source, "neither the picture nor a hash of its pixels is there to compare with")
-    return subject
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if os.path.lexists(path) and not path.is_file():  # a pipe would hold whoever opens it
-            _refuse(path, "not a file")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        _refuse(path, error.strerror or "cannot be read")
-    if len(data) > _MAX_BYTES:
-        _refuse(path, f"more than {_MAX_BYTES} bytes")
-    return data
-
-
-def _picture(path: Path, data: bytes) -> Image.Image:
-    """All of it decoded, since PNG may say what it is after its pixels."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of odd Exif data, which is not read
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-            if max(picture.size) > _SIDE:
-                _refuse(path, f"more than {_SIDE} pixels wide or high")
-            picture.load()
-    except UnidentifiedImageError:
-        _refuse(path, "neither a PNG, JPEG or WebP picture nor a manifest")
-    except _DAMAGED as error:
-        _refuse(path, f"a damaged picture: {error}")
-    return picture
-
-
-def _refuse(path: Path, reason: str) -> NoReturn:
-    raise InvalidRequest(f"{path}: {reason[:300]}", {"path": str(path)}) from None
 
 
 class Replayer:

@@ -15,7 +15,8 @@ from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:  # it needs torch, and `zlora` starts without
     from PIL import Image
-    from zlora_worker.replay import Redrawn, Replay, Subject
+    from zlora_worker.replay import Redrawn, Replay
+    from zlora_worker.subjects import Subject
 
 _DRIFTED: Final = 3  # exit status
 _COLOURS: Final = {"identical": "green", "drifted": "yellow", "impossible": "red"}
@@ -48,7 +49,7 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     if not all(map(find_spec, ("torch", "diffusers", "PIL", "ssrfguard"))):
         raise click.ClickException("pictures are drawn by the worker: pip install 'z-image-lora[worker]'")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it advises on other models
-    from zlora_worker.replay import subjects
+    from zlora_worker.subjects import subjects
 
     found = [subject for path in paths for subject in subjects(path)]
     replays = list(_replays(found, out))
