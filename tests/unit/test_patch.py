@@ -1,6 +1,7 @@
 """LoRAs into the resident model: exactly what their files say, one rounding, and the base afterwards."""
 
 import gc
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,9 @@ from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
 from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine, EngineState
+from zlora_worker.interruption import insist
 from zlora_worker.lora import Reader
-from zlora_worker.merge import Adapter, Crew, Plan, insist
+from zlora_worker.merge import Adapter, Block, Crew, Plan
 from zlora_worker.patch import Mode, Patch, mode_for
 from zlora_worker.weights import Weights
 
@@ -443,6 +445,38 @@ def test_no_thread_still_merges_when_a_merge_is_cut_short(model_home: Path, monk
         torch.set_num_threads(1)
 
     assert [thread.name for thread in threading.enumerate() if "merge" in thread.name] == []
+
+
+def test_no_thread_still_merges_after_a_signal_while_they_are_waited_for() -> None:
+    """CPython takes a thread for ended where a signal has interrupted the wait for it."""
+    crew, begun, gate, merged = Crew(), threading.Event(), threading.Event(), list[int]()
+
+    def merge(_block: Block, thread: int) -> None:
+        if thread == 0:
+            assert begun.wait(30)
+            return
+        begun.set()
+        assert gate.wait(30)
+        merged.append(thread)
+
+    def strike(*_: object) -> None:
+        threading.Timer(0.05, gate.set).start()
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, strike)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(Interrupted):
+            crew.merge(2, blocks(2), merge)
+        insist(crew.disband)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert merged == [1]
+
+
+def blocks(count: int) -> list[Block]:
+    return [Block(stack=0, first=0, last=1, top=index, bottom=index + 1) for index in range(count)]
 
 
 @pytest.mark.parametrize("step", ["merge", "disband"])

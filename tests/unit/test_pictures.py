@@ -3,13 +3,14 @@
 import hashlib
 import io
 import random
+import signal
 from collections.abc import Callable
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, Timer
 
 import pytest
 from fakes import MemoryStore, a_request
 from PIL import Image
-from zlora.errors import JobRevoked, StoreFailed
+from zlora.errors import JobRevoked, JobTimeout, StoreFailed
 from zlora_worker.pictures import Pictures
 from zlora_worker.recipe import Recipe
 
@@ -158,6 +159,32 @@ def test_nothing_is_stored_after_the_job_has_ended(store: Gate) -> None:
 
     assert sorted(store.objects) == [key(index) for index in range(4)]
     assert len(store.begun) == 4
+
+
+def test_a_signal_that_strikes_at_the_end_is_raised_when_nothing_is_stored_any_more(store: Gate) -> None:
+    """As the end of a job's time does, while the last picture is on its way."""
+    gate = store.shut("put", 0)
+
+    def strike(*_: object) -> None:
+        Timer(0.05, gate.set).start()
+        raise JobTimeout
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        with pytest.raises(JobTimeout):
+            leave_at_once(store)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert key(0) in store.objects
+
+
+def leave_at_once(store: Gate) -> None:
+    with pictures(store, 1) as made:
+        made.add(picture(), tiled=False)
+        while not store.begun:
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 
 def test_what_another_job_has_left_is_deleted_first_and_never_the_new_picture(store: Gate) -> None:

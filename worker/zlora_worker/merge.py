@@ -154,14 +154,14 @@ class Crew:
 
     def __init__(self) -> None:
         self._waiting: deque[Block] = deque()
-        self._others: list[threading.Thread] = []
+        self._others: list[tuple[threading.Thread, threading.Event]] = []  # the event is its end
         self._width: int | None = None  # torch's threads, while they are set to one
 
     def merge(self, threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]) -> None:
         """Merge all blocks, the caller's thread among so many; `merge` hears which. To be followed by `disband`."""
         waiting, faults = deque(blocks), list[BaseException]()
 
-        def work(number: int) -> None:
+        def work(number: int, end: threading.Event) -> None:
             torch.set_num_threads(1)  # holds for the thread that says so, and for those that begin later
             try:
                 while (block := _next(waiting)) is not None:
@@ -169,14 +169,18 @@ class Crew:
             except BaseException as fault:  # noqa: BLE001 - a thread's boundary: raised below, in the caller's
                 waiting.clear()
                 faults.append(fault)
+            finally:
+                end.set()
 
         self._waiting, self._width = waiting, torch.get_num_threads()
+        ends = [threading.Event() for _ in range(1, threads)]
         self._others = [
-            threading.Thread(target=work, args=(number,), name="zlora-merge") for number in range(1, threads)
+            (threading.Thread(target=work, args=(number, end), name="zlora-merge"), end)
+            for number, end in enumerate(ends, start=1)
         ]
-        for thread in self._others:
+        for thread, _ in self._others:
             thread.start()
-        work(0)
+        work(0, threading.Event())
         self.disband()
         if faults:
             raise faults[0]
@@ -184,30 +188,13 @@ class Crew:
     def disband(self) -> None:
         """No block is being merged after this, whatever cut a merge short; may be repeated."""
         self._waiting.clear()
-        for thread in self._others:
+        for thread, end in self._others:
             if thread.ident is not None:  # one that has not begun finds nothing waiting
+                end.wait()  # not by a join only: after a signal in one CPython takes the thread for ended
                 thread.join()
         if self._width is not None:
             torch.set_num_threads(self._width)
             self._width = None
-
-
-def insist(action: Callable[[], None], attempts: int = 5) -> None:
-    """Run an action that may be repeated to its end, whatever a signal raises in the middle; then raise that.
-
-    Celery's soft time limit and a cancel are exceptions that a signal raises between any two instructions.
-    """
-    interruption: BaseException | None = None
-    for attempt in range(attempts):
-        try:
-            action()
-            break
-        except BaseException as error:  # a signal's boundary: raised below, once the action is done
-            if attempt == attempts - 1:
-                raise
-            interruption = error
-    if interruption:
-        raise interruption
 
 
 def _next(waiting: deque[Block]) -> Block | None:

@@ -12,7 +12,8 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
-from zlora_worker.merge import Adapter, Block, Crew, Plan, insist
+from zlora_worker.interruption import insist
+from zlora_worker.merge import Adapter, Block, Crew, Plan
 from zlora_worker.weights import Weights
 
 Mode = Literal["shadow", "inplace"]

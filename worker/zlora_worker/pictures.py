@@ -4,7 +4,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, Self
 
@@ -15,6 +15,7 @@ from zlora.job import GenerateRequest, ImageRef
 from zlora_worker import images
 from zlora_worker.embedding import embedded, recipe_of
 from zlora_worker.infotext import infotext
+from zlora_worker.interruption import insist
 from zlora_worker.outcome import first, image_keys
 from zlora_worker.recipe import Recipe
 from zlora_worker.storage import Store
@@ -43,7 +44,7 @@ class Pictures:
 
     def __exit__(self, *_: object) -> None:
         """Nothing is stored any more afterwards, so that what was can be deleted."""
-        self._hands.shutdown(cancel_futures=True)
+        insist(self._end)
 
     def clear(self) -> None:
         """Delete what is under the keys: it is of another job with this id, long gone."""
@@ -70,6 +71,12 @@ class Pictures:
             on_picture(len(refs))
             refs.append(ref.result())
         return tuple(refs)
+
+    def _end(self) -> None:
+        """Wait for what is on its way, and join no thread: after a signal in a join CPython takes it for ended."""
+        self._hands.shutdown(wait=False, cancel_futures=True)
+        begun: list[Future[Any]] = [*self._refs, *self._cleared]
+        wait(work for work in begun if not work.cancelled())
 
     def _raise_failure(self) -> None:
         for ref in self._refs:
