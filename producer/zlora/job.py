@@ -105,7 +105,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
 class ImageRef(Struct, frozen=True, kw_only=True):
     """One picture in the store. `size` is in bytes, and `sha256` the file's.
 
-    `url` is as the request's `url_policy` has it, None for `key`; `url_expires_at` is in seconds since the epoch.
+    `url` is as the request's `url_policy` has it, None for `key`; `url_expires_at` is in seconds since the epoch, or
+    sooner where the worker's own credentials end sooner.
     `pixels_sha256` is of the RGB bytes as they were drawn, row by row, and `tiled` says how that was. `data_uri`
     (RFC 2397) is there where the request says `inline` and the operator's bound allows it.
     """

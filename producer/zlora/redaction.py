@@ -24,6 +24,11 @@ def without_secrets(address: str) -> str:
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
+def label(name: str | None) -> str | None:
+    """A stranger's name for something, which may be an address."""
+    return without_secrets(name) if name and "://" in name else name
+
+
 def shown(request: object) -> str:
     """A request in one line for logs and watchers: prompt, names and numbers, and of addresses what may be shown."""
     if not isinstance(request, dict):

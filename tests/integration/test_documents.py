@@ -1,5 +1,6 @@
 """The four request documents through a real broker and a real prefork worker."""
 
+import base64
 import hashlib
 import re
 import subprocess
@@ -99,6 +100,16 @@ def test_the_manifest_is_the_result(client: Client) -> None:
 
     manifest = path_of(result.images[0].url).parents[1] / "manifest.json"
     assert msgspec.json.decode(manifest.read_bytes(), type=GenerateResult) == unlinked(result)
+
+
+def test_small_pictures_come_inside_the_answer_and_the_manifest_has_neither_them_nor_their_urls(client: Client) -> None:
+    result = draw(client, SMALL | {"inline": True, "num_images": 2})
+
+    for image in result.images:
+        file = path_of(image.url).read_bytes()
+        assert image.data_uri == f"data:image/png;base64,{base64.b64encode(file).decode()}"
+    manifest = path_of(result.images[0].url).parents[1] / "manifest.json"
+    assert not [word for word in ("data:", "file:") if word in manifest.read_text()]
 
 
 def test_a_lora_changes_its_own_job_and_no_other(client: Client, host: str) -> None:

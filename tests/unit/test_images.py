@@ -24,6 +24,11 @@ def picture() -> Image.Image:
     return Image.merge("RGB", (red, green, red.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
 
 
+def size(data: bytes) -> tuple[int, int]:
+    with images.opened(data) as image:
+        return image.size
+
+
 def asked(output_format: OutputFormat, **fields: Any) -> GenerateRequest:
     return GenerateRequest(prompt="", output_format=output_format, **fields)
 
@@ -89,7 +94,7 @@ def test_the_pixels_have_one_digest_in_every_mode_that_holds_them(picture: Image
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
 def test_the_size_of_a_file_is_the_picture_s(picture: Image.Image, output_format: OutputFormat) -> None:
-    assert images.size(images.encode(picture, asked(output_format))) == (96, 64)
+    assert size(images.encode(picture, asked(output_format))) == (96, 64)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_the_size_of_a_file_is_the_picture_s(picture: Image.Image, output_format
 )
 def test_what_is_no_picture_has_no_size(data: bytes) -> None:
     with pytest.raises(StoreFailed) as raised:
-        images.size(data)
+        size(data)
 
     assert raised.value.retryable
 
@@ -109,7 +114,7 @@ def test_a_file_that_is_cut_has_its_size_or_none(picture: Image.Image, output_fo
 
     for end in (*range(200), *range(200, len(data), 97)):
         try:
-            assert images.size(data[:end]) == (96, 64)
+            assert size(data[:end]) == (96, 64)
         except StoreFailed:
             continue
 
@@ -119,7 +124,7 @@ def test_a_file_that_is_cut_has_its_size_or_none(picture: Image.Image, output_fo
 @given(start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF"]), rest=st.binary(max_size=200))
 def test_any_bytes_have_a_size_or_are_a_store_failure(start: bytes, rest: bytes) -> None:
     try:
-        width, height = images.size(start + rest)
+        width, height = size(start + rest)
     except StoreFailed:
         return
     assert width > 0
@@ -133,4 +138,4 @@ def test_a_picture_that_claims_more_pixels_than_memory_holds_is_a_store_failure(
         data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
     with pytest.raises(StoreFailed):
-        images.size(data)
+        size(data)

@@ -120,6 +120,26 @@ def test_what_the_operator_does_not_list_is_refused_by_name(policy: str) -> None
         made.require(a_request(url_policy=policy))
 
 
+def test_an_old_request_is_given_what_the_operator_gives_today() -> None:
+    """A result that is asked for again goes by the settings of now: those of its day may have been wrong."""
+    old: dict[str, Any] = {"url_policy": "presigned", "url_expires_in": 604_800}
+
+    assert [image.url for image in links(S3 | {"ZLORA_URLS": "key"}).shown(result(**old)).images] == [None, None]
+    (image, _) = links(S3 | {"ZLORA_URL_SECONDS": "60"}).shown(result(**old)).images
+    assert image.url is not None
+    assert "X-Amz-Expires=60&" in image.url
+    (image, _) = links(S3 | CDN).shown(result(**old)).images
+    assert image.url == f"https://cdn.example.com/pictures/team%20a/{KEYS[0]}"
+
+
+def test_an_old_request_of_another_store_is_given_this_one_s_urls(tmp_path: Path) -> None:
+    made = links({}, FolderStore(tmp_path))
+
+    for policy in ("presigned", "public"):
+        (image, _) = made.shown(result(url_policy=policy)).images
+        assert (image.url, image.url_expires_at) == ((tmp_path / KEYS[0]).as_uri(), None)
+
+
 # --- how long
 
 
@@ -204,6 +224,8 @@ def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(m
         ({"ZLORA_URLS": "secret"}, "ZLORA_URLS='secret'"),
         ({"ZLORA_URL_SECONDS": "604801"}, "seven days"),
         ({"ZLORA_PUBLIC_URL": "cdn.example.com"}, "ZLORA_PUBLIC_URL"),
+        ({"ZLORA_PUBLIC_URL": "https://cdn.example.com/x?y=1"}, "ZLORA_PUBLIC_URL.*no user, query or fragment"),
+        ({"ZLORA_PUBLIC_URL": "https://u:p@cdn.example.com"}, "ZLORA_PUBLIC_URL.*no user, query or fragment"),
         (S3 | {"ZLORA_S3_PUT": "STANDARD_IA"}, "ZLORA_S3_PUT=.*JSON object"),
         (S3 | {"ZLORA_S3_PUT": '{"Body": "x"}'}, "ZLORA_S3_PUT: Body: "),
         (S3 | {"ZLORA_S3_PUT": '{"StorageClas": "x"}'}, "ZLORA_S3_PUT: .*StorageClas"),
@@ -217,6 +239,10 @@ def test_what_makes_no_sense_is_refused_at_the_start(variables: dict[str, str], 
 
 
 def test_put_arguments_may_be_secret_and_are_not_shown() -> None:
-    told = Settings.from_env(S3 | {"ZLORA_S3_PUT": '{"SSECustomerKey": "s3cret"}'})
+    """Neither where settings are told, nor where one of them is refused."""
+    told = Settings.from_env(S3 | {"ZLORA_S3_PUT": '{"Metadata": {"a": ["s3cret"]}}'})
 
     assert "s3cret" not in repr(told)
+    with pytest.raises(InvalidSetting, match="ZLORA_S3_PUT: Metadata: not of the type") as raised:
+        links(S3 | {"ZLORA_S3_PUT": '{"Metadata": {"a": ["s3cret"]}}'})
+    assert "s3cret" not in repr(raised.value)

@@ -9,6 +9,7 @@ from threading import Event, Lock, Thread, Timer
 
 import pytest
 from fakes import MemoryStore, a_request
+from msgspec.structs import replace
 from PIL import Image
 from zlora.errors import JobRevoked, JobTimeout, StoreFailed
 from zlora_worker.pictures import Pictures
@@ -202,6 +203,42 @@ def test_what_another_job_has_left_is_deleted_first_and_never_the_new_picture(st
 
     assert hashlib.sha256(store.objects[key(0)][0]).hexdigest() == ref.sha256
     assert store.begun == [("delete", key(0)), ("put", key(0))]
+
+
+def test_the_deletions_are_all_done_where_the_job_ends_among_them(store: Gate) -> None:
+    """Else the next delivery of the job would take over what is left."""
+    for index in range(8):
+        store.objects[key(index)] = (b"of another job", "image/png")
+    slow = store.shut("delete", 0)
+    Timer(0.05, slow.set).start()
+
+    with pytest.raises(JobRevoked):
+        clear_and_end(store)
+
+    assert store.objects == {}
+
+
+def clear_and_end(store: Gate) -> None:
+    with pictures(store, 8) as made:
+        made.clear()
+        raise JobRevoked
+
+
+@pytest.mark.parametrize("of", [{"prompt": "a forest"}, {"base": "f" * 64}], ids=["request", "base"])
+def test_a_picture_that_says_it_is_another_job_s_is_not_taken_over(store: Gate, of: dict[str, str]) -> None:
+    """As where a delivery died before it had deleted what an old job with this id had left."""
+    other = recipe(1) if "base" in of else recipe(1, prompt="a forest")
+    other = replace(other, base_sha256=of.get("base", other.base_sha256))
+    with Pictures(store, other, digests=[]) as made:
+        made.add(picture(9), tiled=False)
+        made.stored(silent)
+
+    with pictures(store, 1) as again:
+        assert not again.take_over()
+        again.add(picture(3), tiled=False)
+        (ref,) = again.stored(silent)
+
+    assert ref.pixels_sha256 == hashlib.sha256(picture(3).tobytes()).hexdigest()
 
 
 def test_a_picture_that_is_there_is_taken_over_and_the_next_one_is_not(store: Gate) -> None:

@@ -182,6 +182,13 @@ def test_a_write_is_conditional_and_is_tried_again(tmp_path: Path, answers: list
     assert all(request.headers["x-amz-checksum-crc32"] == crc(b"picture") for request in host.requests)
 
 
+def test_a_server_that_is_busy_is_asked_more_slowly(tmp_path: Path) -> None:
+    """boto3 has a mode for it: the rate goes down where a server throttles, and up again."""
+    config: Any = s3_store(tmp_path)._client.meta.config
+
+    assert config.retries["mode"] == "adaptive"
+
+
 @pytest.mark.parametrize(
     ("answer", "tries"),
     [(BUSY, 4), (CHANGED, 4), (refusal(403, "AccessDenied"), 1), (b"", 8), (refusal(500, "InternalError"), 8)],

@@ -187,26 +187,46 @@ def test_a_reader_sees_nothing_or_the_whole_object(tmp_path: Path) -> None:
     assert seen <= set(wholes)
 
 
-def test_a_draft_is_whole_on_disk_and_not_under_the_key_until_it_is_linked(
+def test_a_draft_is_whole_on_disk_before_it_is_linked_and_its_name_when_it_is_said_to_be_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power loss a name must not be there without its bytes."""
-    store, link, fsync, synced, seen = FolderStore(tmp_path), os.link, os.fsync, [], []
+    """After a power loss a name must not be there without its bytes, nor a result be gone that was told."""
+    store, link, fsync, done = FolderStore(tmp_path / "store"), os.link, os.fsync, list[str]()
 
     def look_and_sync(file: int) -> None:
-        synced.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+        found = Path(os.readlink(f"/proc/self/fd/{file}"))
+        if found.is_file():
+            assert found.read_bytes() == b"picture"
+        done.append("draft" if found.is_file() else str(found.relative_to(tmp_path)))
         fsync(file)
 
     def look_and_link(draft: str, path: Path) -> None:
-        seen.append((store.get(KEY), (os.stat(draft).st_ino, os.stat(draft).st_size)))
+        assert not path.exists()
         link(draft, path)
+        done.append("link")
 
     monkeypatch.setattr(os, "fsync", look_and_sync)
     monkeypatch.setattr(os, "link", look_and_link)
     store.put_new(KEY, b"picture", PICTURE)
+    store.put_new(f"{KEY}-2", b"picture", PICTURE)
 
-    assert [size for _, size in synced] == [len(b"picture")]
-    assert seen == [(None, synced[0])]
+    folder = f"store/{Path(KEY).parent}"
+    made = [str(Path(folder).parents[index]) for index in range(len(Path(folder).parts))]
+    assert sorted(done[: len(made)]) == sorted(made)
+    assert done[len(made) :] == ["draft", "link", folder, "draft", "link", folder]
+
+
+def test_a_file_system_that_syncs_no_folders_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refuse(file: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{file}")).is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+    assert FolderStore(tmp_path).put_new(KEY, b"picture", PICTURE) is True
 
 
 @pytest.mark.parametrize(

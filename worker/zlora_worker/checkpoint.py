@@ -1,6 +1,7 @@
 """The base model from where `ZLORA_MODEL` points: a hub id, a diffusers folder, a single file, or `demo`."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -60,7 +61,7 @@ def load(settings: Settings) -> Engine:
 def _name(model: str) -> str:
     """As results and pictures tell it to everybody: of a path on this machine only the last part."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.exists() and model != "demo" else model
+    return Path(os.path.abspath(path)).name if path.exists() and model != "demo" else model
 
 
 def _file_sha256(path: Path) -> str | None:

@@ -14,6 +14,7 @@ from zlora.job import (
     digest_of,
     seed_of,
 )
+from zlora.redaction import label
 from zlora_worker import checkpoint, lora
 from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.engine import Engine, EngineState
@@ -203,7 +204,7 @@ def _receipt(spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapt
         modules=read.modules,
         tier="memory" if reading.from_memory and file.tier == "disk" else file.tier,
         milliseconds={"fetch": round(1000 * file.seconds, 3), "parse": round(1000 * reading.seconds, 3)},
-        adapter_name=spec.adapter_name,
+        adapter_name=label(spec.adapter_name),
         kinds=read.kinds,
         unmatched=read.unmatched_counts(),
         unmatched_names=tuple(name[:_NAME_LENGTH] for name in read.unmatched[:_UNMATCHED_NAMES]),

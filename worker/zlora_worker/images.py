@@ -36,12 +36,6 @@ def opened(data: bytes) -> Image.Image:
         raise StoreFailed("what is stored for this job is no picture") from None
 
 
-def size(data: bytes) -> tuple[int, int]:
-    """Width and height of an encoded picture, in pixels; raises `StoreFailed` where it is none."""
-    with opened(data) as image:
-        return image.size
-
-
 def pixels_sha256(image: Image.Image) -> str:
     """The digest of the RGB bytes, row by row; raises `StoreFailed` where the file of a picture is damaged."""
     try:

@@ -50,7 +50,9 @@ class Links:
         return msgspec.structs.replace(result, images=images)
 
     def _policy(self, request: GenerateRequest) -> UrlPolicy:
-        return request.url_policy or self._policies[0]
+        """What a request asked for may be given no more when its result is asked for again."""
+        asked = request.url_policy
+        return asked if asked and asked in ("key", *self._policies) else self._policies[0]
 
     def _linked(self, image: ImageRef, request: GenerateRequest) -> ImageRef:
         policy, expires_at = self._policy(request), None
@@ -58,7 +60,8 @@ class Links:
         if policy == "public":
             url = f"{self._settings.public_url}/{quote(self._store.name(image.key))}"
         elif policy != "key":
-            seconds = request.url_expires_in or self._settings.url_seconds
+            bound = self._settings.url_seconds
+            seconds = min(request.url_expires_in or bound, bound)
             expires_at = time.time() + seconds if policy == "presigned" else None
             url = self._store.url(image.key, seconds)
         return msgspec.structs.replace(image, url=url, url_expires_at=expires_at)

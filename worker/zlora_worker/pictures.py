@@ -43,18 +43,22 @@ class Pictures:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is stored any more afterwards, so that what was can be deleted."""
+        """Nothing is stored or deleted any more afterwards; the deletions are all done."""
         insist(self._end)
 
     def clear(self) -> None:
         """Delete what is under the keys: it is of another job with this id, long gone."""
-        self._cleared = [self._hands.submit(self._store.delete, key) for key in self._keys]
+        for key in self._keys:
+            self._cleared.append(self._hands.submit(self._store.delete, key))
 
     def take_over(self) -> bool:
         """Whether the next picture is in the store already, where an earlier delivery of the job has put it."""
         self._raise_failure()
         index = len(self._refs)
         if (data := self._store.get(self._keys[index])) is None:
+            return False
+        if self._is_another_job_s(data):  # that was not cleared, since the delivery that was to do it died
+            self._store.delete(self._keys[index])
             return False
         self._refs.append(self._hands.submit(self._ref, index, data))
         return True
@@ -74,7 +78,9 @@ class Pictures:
 
     def _end(self) -> None:
         """Wait for what is on its way, and join no thread: after a signal in a join CPython takes it for ended."""
-        self._hands.shutdown(wait=False, cancel_futures=True)
+        for ref in self._refs:
+            ref.cancel()
+        self._hands.shutdown(wait=False)
         begun: list[Future[Any]] = [*self._refs, *self._cleared]
         wait(work for work in begun if not work.cancelled())
 
@@ -102,6 +108,14 @@ class Pictures:
             self.seconds["encode"] += encoded - start
             self.seconds["upload"] += time.perf_counter() - encoded
         return self._ref(index, there, recipe if there is data else None)
+
+    def _is_another_job_s(self, data: bytes) -> bool:
+        """Whether a stored picture says that it was drawn from something else."""
+        recipe = None
+        with suppress(StoreFailed, msgspec.DecodeError), images.opened(data) as image:
+            recipe = recipe_of(image)
+        ours = (self._recipe.request, self._recipe.base_sha256)
+        return recipe is not None and (recipe.request, recipe.base_sha256) != ours
 
     def _embedded(self, recipe: Recipe) -> dict[str, Any]:
         if not recipe.request.embed_metadata:

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 from zlora.job import JOB_ID, MAX_SEED, Asset, GenerateRequest, GenerateResult
 from zlora.later import LaterRequest
+from zlora.redaction import label
 from zlora_worker.cache import CachedFile
 
 SOFTWARE: Final = "z-image-lora"
@@ -50,7 +51,10 @@ _SHARED: Final = (
 
 def pinned(request: GenerateRequest, files: Iterable[CachedFile]) -> GenerateRequest:
     """The request with its LoRAs as the files that they were, at addresses without secrets."""
-    loras = [msgspec.structs.replace(spec, file=_pinned(file)) for spec, file in zip(request.loras, files, strict=True)]
+    loras = [
+        msgspec.structs.replace(spec, file=_pinned(file), adapter_name=label(spec.adapter_name))
+        for spec, file in zip(request.loras, files, strict=True)
+    ]
     return msgspec.structs.replace(request, loras=tuple(loras))
 
 

@@ -52,11 +52,14 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     from zlora_worker.subjects import subjects
 
     found = [subject for path in paths for subject in subjects(path)]
-    replays = list(_replays(found, out))
-    if as_json:
-        click.echo(msgspec.json.encode(replays))
-    else:
-        _print(replays)
+    replays = list["Replay"]()
+    try:
+        replays.extend(_replays(found, out))
+    finally:  # what was told before a base could not be loaded, or Ctrl-C, is told
+        if as_json:
+            click.echo(msgspec.json.encode(replays))
+        elif replays:
+            _print(replays)
     if failed := [one for one in replays if one.verdict == "impossible"]:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise click.ClickException(f"{failed[0].source} cannot be drawn: {failed[0].causes[0]}{more}")

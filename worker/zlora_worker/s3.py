@@ -27,7 +27,7 @@ _PASSING: Final = frozenset(
 # Put arguments that are not the operator's: the store sets them, or could not read back what they have made.
 _OURS: Final = frozenset(
     {"Bucket", "Key", "ContentType", "ContentEncoding", "ChecksumAlgorithm"}
-    | {"SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"}
+    | {"RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"}
 )
 
 _T = TypeVar("_T")
@@ -185,10 +185,11 @@ def _require_put_options(client: "S3Client", options: Mapping[str, Any]) -> None
     whole, parted = (operation(put).input_shape for put in ("PutObject", "CreateMultipartUpload"))
     if refused := sorted(options.keys() - (whole.members.keys() & parted.members.keys() - _OURS)):
         raise InvalidSetting(f"{name}: {', '.join(refused)}: nothing that a put may be told here", {"name": name})
-    try:
-        validate_parameters({"Bucket": "bucket", "Key": "key", **options}, whole)
-    except ParamValidationError as error:
-        raise InvalidSetting(f"{name}: {' '.join(str(error).split())[:300]}", {"name": name}) from None
+    for option, value in options.items():
+        try:
+            validate_parameters({"Bucket": "bucket", "Key": "key", option: value}, whole)
+        except ParamValidationError:  # its text holds the value, which may be a secret
+            raise InvalidSetting(f"{name}: {option}: not of the type that S3 knows", {"name": name}) from None
 
 
 @contextmanager

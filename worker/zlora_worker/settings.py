@@ -123,7 +123,7 @@ class Settings:
     )
     public_url: str = _from(
         "ZLORA_PUBLIC_URL",
-        read=wire.web_url,
+        read=variables.public_url,
         note="Base of public URLs, in front of prefix and key; makes them the default",
     )
     url_seconds: int = _from(

@@ -15,6 +15,7 @@ from zlora_worker.settings import Settings
 
 # What `link` says on file systems without hard links, each in its own way.
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.EOPNOTSUPP)  # of file systems that know none, mostly those of a network
 
 
 def image_key(job_id: str, index: int, extension: str) -> str:
@@ -56,7 +57,7 @@ class Store(Protocol):
         ...
 
     def url(self, key: str, seconds: int) -> str:
-        """Where the object can be had, for so many seconds where it is a signature that lets it; asks nobody."""
+        """Where the object can be had, for so many seconds where it is a signature that lets it."""
         ...
 
 
@@ -81,8 +82,15 @@ class FolderStore:
         with _failing_files(f"{key} cannot be written to the store folder"):
             if os.path.lexists(path):  # a job that comes back needs no room for what it has stored
                 return False
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             return _create(path, data)
+
+    def _make_folder(self, folder: Path) -> None:
+        """So that it is there after a loss of power too."""
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in made:
+            _sync(each.parent)
 
     def get(self, key: str) -> bytes | None:
         with _failing_files(f"{key} cannot be read from the store folder"):
@@ -119,9 +127,24 @@ def _create(path: Path, data: bytes) -> bool:
             os.fchmod(draft.fileno(), 0o644)
             # A name may reach the disk before its bytes do: after a power loss the manifest would be there, and empty.
             os.fsync(draft.fileno())
-        return _link_new(draft.name, path)
+        if not _link_new(draft.name, path):
+            return False
+        _sync(path.parent)
+        return True
     finally:
         os.unlink(draft.name)
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _link_new(draft: str, path: Path) -> bool:

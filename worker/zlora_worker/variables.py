@@ -7,6 +7,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
+from zlora import wire
 from zlora.job import MAX_URL_SECONDS, UrlPolicy
 
 _BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
@@ -84,6 +85,15 @@ def depth(text: str) -> int:
 def url_policies(text: str) -> tuple[UrlPolicy, ...]:
     """Policies between commas, the first one the default."""
     return tuple(msgspec.convert(part, UrlPolicy) for part in listed(text))
+
+
+def public_url(text: str) -> str:
+    """A base URL that everybody may see, and that a key can follow; or nothing."""
+    base = wire.web_url(text)
+    parts = urlsplit(base)
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("expected no user, query or fragment")
+    return base
 
 
 def url_seconds(text: str) -> int:
