@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from servers import untimed
-from zlora.redaction import shown, without_secrets
+from zlora.redaction import label, shown, without_secrets
 
 SECRETS = ("us3r", "pa55", "t0ken", "fr4g")
 SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken#fr4g"
@@ -72,6 +72,19 @@ def test_an_address_of_another_spelling_is_shown_as_far_as_it_is_safe(address: s
 )
 def test_a_misspelt_address_shows_no_credentials_either(address: str) -> None:
     assert "pa55" not in without_secrets(address)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (None, None),
+        ("my.style", "my.style"),
+        ("a? or #2", "a? or #2"),
+        (SECRET_URL, "https://example.com/x.safetensors"),
+    ],
+)
+def test_a_label_is_as_it_is_unless_it_is_an_address(name: str | None, told: str | None) -> None:
+    assert label(name) == told
 
 
 # --- a request in one line
