@@ -17,6 +17,7 @@ from PIL import Image
 from processes import clean_environ
 from safetensors.torch import load_file
 from zlora.cli import main
+from zlora.errors import BaseNotRestored, ModelUnavailable, StoreFailed
 from zlora.job import Asset, LoraSpec
 from zlora_worker import checkpoint, images
 from zlora_worker.cache import Cache
@@ -25,10 +26,12 @@ from zlora_worker.demo.folder import demo_folder
 from zlora_worker.demo.server import TOKEN, serving
 from zlora_worker.embedding import embedded, recipe_of
 from zlora_worker.engine import Engine
-from zlora_worker.generate import Runtime, generate
+from zlora_worker.generate import Report, Runtime, generate
+from zlora_worker.replay import Redrawn, Replayer
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
 from zlora_worker.storage import FolderStore
+from zlora_worker.subjects import Subject
 
 PNG: Final[dict[str, Any]] = {"output_format": "png"}
 WEBP: Final[dict[str, Any]] = {"output_format": "webp", "lossless": True}
@@ -148,6 +151,27 @@ def test_twenty_pictures_are_identical(scene: Scene, tmp_path: Path) -> None:
     assert len(list((tmp_path / "files").iterdir())) == 4
 
 
+def test_pictures_whose_files_are_gone_are_told_by_their_manifest(scene: Scene, run: Callable[..., Result]) -> None:
+    """In the text and the JSON alike: what is identical is what was recorded."""
+    here, gone = scene.draw("half", num_images=2)
+    gone.unlink()
+    manifest = here.parents[1] / "manifest.json"
+
+    result, told = run(manifest), json.loads(run(manifest, "--json").stdout)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        f"identical   {here}",
+        f"identical   {manifest}, index 1",
+        "            no file there: compared with the recorded hash",
+        "2 pictures: 2 identical",
+    ]
+    assert [(one["source"], one["file"], one["verdict"]) for one in told] == [
+        (str(here), str(here), "identical"),
+        (f"{manifest}, index 1", None, "identical"),
+    ]
+
+
 # --- drifted
 
 
@@ -176,6 +200,26 @@ def test_what_drifted_is_told_and_shown(scene: Scene, run: Callable[..., Result]
         tiles = [sheet.crop((8 + x * 264, 28, 264 + x * 264, 284)) for x in range(3)]
     assert images.pixels_sha256(tiles[0].resize((64, 64), Image.Resampling.NEAREST)) == recipe(path).pixels_sha256
     assert max(tiles[2].tobytes()) > 127
+
+
+def test_a_file_that_is_not_opaque_is_shown_as_it_is_seen(
+    scene: Scene, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """On white, though its colours are there."""
+    (path,) = scene.draw("clear")
+    with Image.open(path) as picture:
+        said, clear = recipe_of(picture), picture.convert("RGBA")
+    assert said
+    clear.putalpha(0)
+    path.write_bytes(images.encode(clear, said.request, **embedded(said, "", "png")))
+
+    result = run(path, "--out", tmp_path)
+
+    assert (result.exit_code, result.stderr) == (3, "")
+    assert "  the file was edited after it was drawn: it is not opaque\n" in result.stdout
+    with Image.open(tmp_path / "1-clear-0-drift.png") as sheet:
+        assert set(sheet.crop((8, 28, 264, 284)).tobytes()) == {255}
+        assert max(sheet.crop((536, 28, 792, 284)).tobytes()) > 127
 
 
 def recipe(path: Path) -> Any:
@@ -238,6 +282,47 @@ def test_a_picture_that_cannot_be_drawn_is_one_line_after_the_verdicts(
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["2-sound-0.png"]
 
 
+@pytest.mark.parametrize(
+    ("end", "line"),
+    [
+        (ModelUnavailable("some/base is gone"), "Error: some/base is gone [model_unavailable]"),
+        (BaseNotRestored(), f"Error: {BaseNotRestored()} [{BaseNotRestored.code}]"),
+        (StoreFailed("no space"), "Error: no space [store_failed]"),
+        (KeyboardInterrupt(), "Aborted!"),
+    ],
+    ids=lambda end: type(end).__name__,
+)
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_verdicts_before_an_end_are_told(
+    scene: Scene,
+    run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    end: BaseException,
+    line: str,
+    drawn: int,
+) -> None:
+    """And the end is what it is without them: one line and its exit status."""
+    (path,) = scene.draw("ended")
+
+    class Ending(Replayer):
+        def replay(self, subject: Subject, report: Report) -> Redrawn:
+            if next(left) == 0:
+                raise end
+            return super().replay(subject, report)
+
+    monkeypatch.setattr("zlora_worker.replay.Replayer", Ending)
+    left = iter(range(drawn, -1, -1))
+    told = run(path, path, path)
+    left = iter(range(drawn, -1, -1))
+    told_json = run(path, path, path, "--json")
+
+    verdicts = f"identical   {path}\n1 picture: 1 identical\n" if drawn else ""
+    assert (told.exit_code, told.stdout, told.stderr.strip()) == (1, verdicts, line)
+    assert (told_json.exit_code, told_json.stderr.strip()) == (1, line)
+    assert [one["verdict"] for one in json.loads(told_json.stdout)] == drawn * ["identical"]
+
+
 def text(folder: Path, _picture: Path) -> Path:
     (folder / "notes.txt").write_text("a city at night")
     return folder / "notes.txt"
@@ -270,22 +355,28 @@ def older(folder: Path, picture: Path) -> Path:
 def test_what_does_not_say_what_it_is_is_one_line(
     scene: Scene, run: Callable[..., Result], tmp_path: Path, given: Callable[[Path, Path], Path]
 ) -> None:
-    """Before anything is drawn, whatever is beside it."""
+    """Before anything is drawn, whatever is beside it; as JSON, nothing is an array too."""
     (picture,) = scene.draw("beside")
     path = given(tmp_path, picture)
 
     result = run(picture, path, "--out", tmp_path / "out")
+    as_json = run(picture, path, "--json")
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"Error: {path}: ")
     assert result.stderr.count("\n") == 1
+    assert (as_json.exit_code, as_json.stdout, as_json.stderr) == (1, "[]\n", result.stderr)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(scene: Scene, run: Callable[..., Result], tmp_path: Path) -> None:
+    """After the verdict of what could not be written there."""
     (tmp_path / "out").write_text("a file")
-    result = run(*scene.draw("unwritten"), "--out", tmp_path / "out")
+    (path,) = scene.draw("unwritten")
 
+    result = run(path, "--out", tmp_path / "out")
+
+    assert result.stdout == f"identical   {path}\n1 picture: 1 identical\n"
     assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / 'out'}: File exists\n")
 
 

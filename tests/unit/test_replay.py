@@ -9,16 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from fakes import (
-    Tensors,
-    a_request,
-    copy_model,
-    kohya_lora,
-    load_engine,
-    peft_lora,
-    settings,
-    write,
-)
+from fakes import Tensors, a_request, copy_model, kohya_lora, load_engine, peft_lora, settings, write
 from PIL import Image
 from redrawing import Drawing, recipe_in, rewritten, silent
 from safetensors.torch import load_file
@@ -37,6 +28,7 @@ LOSSY: list[dict[str, Any]] = [
     {"output_format": "webp"},
     {"output_format": "jpeg", "quality": 40},
 ]
+Edit = Callable[[Image.Image], Image.Image]
 OTHER = "0123456789abcdef" * 4
 
 
@@ -113,17 +105,17 @@ def test_a_picture_of_any_format_is_drawn_again(
 def test_the_pictures_of_a_manifest_are_drawn_again(
     draw: Callable[..., list[Path]], engine: Engine, machine: Settings, there: bool
 ) -> None:
-    """Each by its own seed, beside its file or by the hash of its pixels alone."""
+    """Each by its own seed, beside its file or by the hash of its pixels alone, which is told."""
     paths = draw(a_request(seed=40, num_images=2, embed_metadata=False, scheduler="heun"))
     for path in [] if there else paths:
         path.unlink()
 
-    found = subjects(paths[0].parents[1] / "manifest.json")
-    told = [redrawn(subject, engine, machine).replay for subject in found]
+    manifest = paths[0].parents[1] / "manifest.json"
+    told = [redrawn(subject, engine, machine).replay for subject in subjects(manifest)]
 
-    assert [(one.source, one.verdict, one.index, one.seed) for one in told] == [
-        (str(paths[0]), "identical", 0, 40),
-        (str(paths[1]), "identical", 1, 41),
+    assert [(one.verdict, one.index, one.seed) for one in told] == [("identical", 0, 40), ("identical", 1, 41)]
+    assert [(one.source, one.file) for one in told] == [
+        (str(path), str(path)) if there else (f"{manifest}, index {index}", None) for index, path in enumerate(paths)
     ]
     assert {(one.mean_difference, one.edited) for one in told} == {(0, False) if there else (None, None)}
 
@@ -332,11 +324,54 @@ def test_a_file_that_was_edited_is_found(
     assert 0 < (told.mean_difference or 0) < (told.greatest_difference or 0)
 
 
-def test_a_file_of_another_size_is_edited(draw: Callable[..., list[Path]], again: Callable[..., Replay]) -> None:
-    """There is no difference between pixels to tell then."""
-    told = again(rewritten(draw()[0], edit=lambda picture: picture.crop((0, 0, 32, 64))))
+def folded(picture: Image.Image) -> Image.Image:
+    """The same bytes in rows of half the length."""
+    return Image.frombytes("RGB", (picture.width // 2, picture.height * 2), picture.tobytes())
+
+
+@pytest.mark.parametrize("fields", LOSSLESS + LOSSY, ids=str)
+@pytest.mark.parametrize("edit", [lambda picture: picture.crop((0, 0, 32, 64)), folded])
+def test_a_file_of_another_size_is_edited(
+    draw: Callable[..., list[Path]], again: Callable[..., Replay], fields: dict[str, Any], edit: Edit
+) -> None:
+    """There is no difference between pixels to tell then. What it says of itself is its old size."""
+    told = again(rewritten(draw(a_request(seed=7, **fields))[0], edit=edit))
 
     assert (told.verdict, told.edited, told.mean_difference) == ("drifted", True, None)
+    assert told.causes == ("the file was edited after it was drawn: it has another size",)
+
+
+def seen_through(alpha: int) -> Edit:
+    return lambda picture: Image.merge("RGBA", (*picture.split(), Image.new("L", picture.size, alpha)))
+
+
+@pytest.mark.parametrize("fields", [*LOSSLESS, LOSSY[1]], ids=str)
+@pytest.mark.parametrize("alpha", [0, 254])
+def test_a_file_that_is_not_opaque_is_edited(
+    draw: Callable[..., list[Path]], again: Callable[..., Replay], fields: dict[str, Any], alpha: int
+) -> None:
+    """Though its colours are those that were drawn; also where no hash is recorded."""
+    (path,) = draw(a_request(seed=7, **fields))
+
+    told = again(rewritten(path, edit=seen_through(alpha)))
+    unrecorded = again(rewritten(path, edit=seen_through(alpha), pixels_sha256=None))
+
+    assert (told.verdict, told.edited, unrecorded.verdict, unrecorded.edited) == ("drifted", True, "drifted", True)
+    assert told.pixels_sha256 == told.recorded_pixels_sha256
+    assert told.causes == ("the file was edited after it was drawn: it is not opaque",)
+    assert (told.greatest_difference or 0) >= 255 - alpha
+
+
+def test_a_file_of_another_mode_is_edited_where_it_shows_another_picture(
+    draw: Callable[..., list[Path]], again: Callable[..., Replay]
+) -> None:
+    (path,) = draw()
+
+    opaque = again(rewritten(path, edit=seen_through(255)))
+    grey = again(rewritten(path, edit=lambda picture: picture.convert("L")))
+
+    assert (opaque.verdict, opaque.edited) == ("identical", False)
+    assert (grey.verdict, grey.edited) == ("drifted", True)
 
 
 # --- which base

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from zlora.errors import InvalidRequest
 from zlora.job import GenerateRequest, OutputFormat
 from zlora_worker import subjects as reading
 from zlora_worker.subjects import subjects
+
+UNTOLD = "it does not say what it was drawn from: look for its manifest.json"
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +66,53 @@ def test_a_picture_that_says_nothing_or_is_damaged_is_refused(
     (path,) = draw(a_request(seed=7, output_format=output_format), job_id="other")
     data = path.read_bytes()
 
-    assert "does not say what it was drawn from" in refusal(silent_one)
+    assert refusal(silent_one) == f"{silent_one}: {UNTOLD}"
     for length in (len(data) - 40, 3 * len(data) // 4, 200):
         path.write_bytes(data[:length])
         assert "damaged" in refusal(path) or "neither" in refusal(path)
+
+
+def test_a_jpeg_without_room_for_what_it_was_drawn_from_is_by_its_manifest(draw: Callable[..., list[Path]]) -> None:
+    """The refusal says where to look."""
+    (path,) = draw(a_request(seed=7, output_format="jpeg", prompt="🐱" * 10_000, negative_prompt="🐶" * 10_000))
+
+    assert refusal(path) == f"{path}: {UNTOLD}"
+    assert [subject.file for subject in subjects(path.parents[1] / "manifest.json")] == [path]
+
+
+def clear(picture: Image.Image) -> Image.Image:
+    picture.putalpha(0)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "mode"),
+    [
+        (lambda picture: picture, {}, "RGB"),
+        (lambda picture: picture.convert("RGBA"), {}, "RGB"),
+        (lambda picture: picture.convert("P"), {}, "RGB"),
+        (lambda picture: picture.convert("L"), {}, "RGB"),
+        (lambda picture: picture.convert("P"), {"transparency": b"\xff" * 256}, "RGB"),
+        (clear, {}, "RGBA"),
+        (lambda picture: clear(picture.convert("L")), {}, "RGBA"),
+        (lambda picture: picture.convert("P"), {"transparency": b"\xff" * 60 + b"\xfe" * 196}, "RGBA"),
+        (lambda picture: picture, {"transparency": (1, 2, 3)}, "RGBA"),
+    ],
+)
+def test_pixels_that_are_seen_through_have_alpha(
+    draw: Callable[..., list[Path]], edit: Callable[[Image.Image], Image.Image], options: dict[str, Any], mode: str
+) -> None:
+    """However a PNG says so; any others are RGB, as ours are."""
+    (path,) = draw()
+    (subject,) = subjects(path)
+    with Image.open(path) as picture:
+        picture.putpixel((0, 0), (1, 2, 3))
+        edit(picture.copy()).save(path, **options)
+
+    pixels = subject.pixels()
+
+    assert pixels
+    assert pixels.mode == mode
 
 
 @pytest.mark.parametrize("said", [b"{", b"[" * 10_000, b"{}", b'{"job_id": "../x"}', b"\xff"])
@@ -98,6 +146,19 @@ def test_files_and_pictures_have_bounds(tmp_path: Path, monkeypatch: pytest.Monk
     assert "could be decompression bomb" in refusal(tmp_path / "bomb.png")
     monkeypatch.setattr(reading, "_MAX_BYTES", 50)
     assert "more than 50 bytes" in refusal(tmp_path / "wide.png")
+
+
+def test_a_damaged_palette_is_refused(tmp_path: Path) -> None:
+    """Pillow finds it only when it is asked for colours: there is none, or it has fewer than there are alphas."""
+    Image.new("P", (8, 8)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    start, end = data.index(b"PLTE") - 4, data.index(b"IDAT") - 4
+    alphas = b"tRNS" + b"\xff" * 400
+    longer = struct.pack(">I", 400) + alphas + struct.pack(">I", zlib.crc32(alphas))
+
+    for palette in (b"", data[start:end] + longer):
+        (tmp_path / "a.png").write_bytes(data[:start] + palette + data[end:])
+        assert re.search("a damaged picture: .", refusal(tmp_path / "a.png"))
 
 
 def without(*names: str) -> Callable[[dict[str, Any]], object]:
@@ -138,4 +199,4 @@ def test_a_manifest_names_no_file_elsewhere(draw: Callable[..., list[Path]], key
     (subject,) = subjects(manifest)
 
     assert subject.file is None
-    assert subject.source.parent == manifest.parent / "outputs" or key in ("", "..")
+    assert subject.source == f"{manifest}, index 0"

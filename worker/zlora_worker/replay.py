@@ -32,13 +32,16 @@ _DIGITS: Final = 12  # of a sha256, for people
 class Replay(Struct, frozen=True, kw_only=True):
     """What became of one picture.
 
-    `impossible` is one that could not be drawn, for the reason that `code` names. `pixels_sha256` is of the RGB bytes
-    as they are drawn now. The differences are the mean and the greatest between the file's pixels and those of the same
-    format now, in steps of 1/255; None where there is no file, or one of another size. `edited` is whether the file's
-    pixels are no more those that were drawn; None where that cannot be told. `causes` are what differs.
+    `source` is its file or, where that is not there, the manifest and the index in it; `file` is None then, and what is
+    compared is the recorded hash. `impossible` is one that could not be drawn, for the reason that `code` names.
+    `pixels_sha256` is of the RGB bytes as they are drawn now. The differences are the mean and the greatest between the
+    file's pixels and those of the same format now, in steps of 1/255, with alpha where the file is not opaque; None
+    where there is no file, or one of another size. `edited` is whether the file's pixels are no more those that were
+    drawn; None where that cannot be told. `causes` are what differs.
     """
 
     source: str
+    file: str | None
     job_id: str
     index: int
     seed: int
@@ -53,7 +56,7 @@ class Replay(Struct, frozen=True, kw_only=True):
 
 
 class Redrawn(NamedTuple):
-    """A picture of now: the verdict, the file, its pixels, and those of the file that was there."""
+    """A picture of now: the verdict, the file, its pixels, and the `Subject`'s own, of the file that was there."""
 
     replay: Replay
     data: bytes | None
@@ -128,19 +131,15 @@ def _compared(subject: Subject, data: bytes, result: GenerateResult) -> Redrawn:
     before = subject.pixels()
     mean, greatest = _difference(before, now)
     same = drawn.pixels_sha256 == recorded if recorded else greatest == 0
-    edited = None
-    if before and recorded and subject.request.keeps_pixels:
-        edited = images.pixels_sha256(before) != recorded
-    elif before and recorded and same:  # encoded again, it is the file, but where somebody or another codec made that
-        edited = greatest != 0
+    edit = _edit(subject, before, now, same=same)
     replay = _told(
         subject,
-        verdict="identical" if same and not edited else "drifted",
+        verdict="identical" if same and not edit else "drifted",
         pixels_sha256=drawn.pixels_sha256,
         mean_difference=mean,
         greatest_difference=greatest,
-        edited=edited,
-        causes=tuple(_causes(subject, *recipes(result), same=same, edited=edited)),
+        edited=None if edit is None else bool(edit),
+        causes=tuple(_causes(subject, *recipes(result), same=same, edit=edit)),
     )
     return Redrawn(replay, data, now, before)
 
@@ -148,21 +147,37 @@ def _compared(subject: Subject, data: bytes, result: GenerateResult) -> Redrawn:
 def _told(subject: Subject, **facts: Any) -> Replay:
     recipe, source = subject.recipe, _shown(subject.source, None)
     facts |= {name: getattr(recipe, name) for name in ("job_id", "index", "seed")}
-    return Replay(source=source, recorded_pixels_sha256=recipe.pixels_sha256, **facts)
+    facts |= {"source": source, "file": source if subject.file else None}
+    return Replay(recorded_pixels_sha256=recipe.pixels_sha256, **facts)
+
+
+def _edit(subject: Subject, before: Image.Image | None, now: Image.Image, *, same: bool) -> str | None:
+    """How the file became another than was drawn; empty where it did not, None where that cannot be told."""
+    if before is None:
+        return None
+    recorded, edited = subject.recipe.pixels_sha256, "the file was edited after it was drawn"
+    if before.size != now.size:
+        return f"{edited}: it has another size"
+    if before.mode != now.mode:  # which a digest of RGB bytes does not tell, as it does not tell a size
+        return f"{edited}: it is not opaque"
+    if recorded and subject.request.keeps_pixels:
+        return edited if images.pixels_sha256(before) != recorded else ""
+    if recorded and same:  # encoded again, it is the file, but where somebody or another codec made that
+        return f"{edited}, or another version of its codec wrote it" if _difference(before, now) != (0, 0) else ""
+    return None
 
 
 def _difference(one: Image.Image | None, other: Image.Image) -> tuple[float | None, int | None]:
     """The mean and the greatest, in steps of 1/255; None without two pictures of one size."""
     if one is None or one.size != other.size:
         return None, None
-    found = ImageStat.Stat(ImageChops.difference(one, other))
+    found = ImageStat.Stat(ImageChops.difference(one, other.convert(one.mode)))
     return round(sum(found.mean) / len(found.mean), 6), int(max(high for _, high in found.extrema))
 
 
-def _causes(subject: Subject, present: Recipe, *, same: bool, edited: bool | None) -> Iterator[str]:
-    if edited:
-        codec = "" if subject.request.keeps_pixels else ", or another version of its codec wrote it"
-        yield f"the file was edited after it was drawn{codec}"
+def _causes(subject: Subject, present: Recipe, *, same: bool, edit: str | None) -> Iterator[str]:
+    if edit:
+        yield edit
     note = ", which changed nothing" if same else ""
     tiles = ["the picture was decoded in tiles, for want of memory"] if subject.recipe.tiled and not same else []
     differing = tiles + [f"{difference}{note}" for difference in _differing(subject.recipe, present)]

@@ -37,8 +37,9 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     """Draw pictures again from what they say of themselves, and tell what drifted.
 
     IMAGE is a PNG, JPEG or WebP picture of this project, MANIFEST a job's `manifest.json`, whose pictures are looked
-    for beside it, in `outputs`. Settings are a worker's: the base is that of ZLORA_MODEL, or the demo model where that
-    is not set and the picture is the demo's. LoRAs come from the cache by their sha256, else by their address.
+    for beside it, in `outputs`; where one is not there, its recorded hash is compared. Settings are a worker's: the
+    base is that of ZLORA_MODEL, or the demo model where that is not set and the picture is the demo's. LoRAs come from
+    the cache by their sha256, else by their address.
 
     A picture is identical where all its pixels are drawn again and its file still has them. With --out a picture that
     drifted is shown beside the one of now, and the difference between them, amplified.
@@ -51,11 +52,11 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it advises on other models
     from zlora_worker.subjects import subjects
 
-    found = [subject for path in paths for subject in subjects(path)]
     replays = list["Replay"]()
     try:
+        found = [subject for path in paths for subject in subjects(path)]
         replays.extend(_replays(found, out))
-    finally:  # what was told before a base could not be loaded, or Ctrl-C, is told
+    finally:  # what was told before a base could not be loaded, or Ctrl-C, is told; and JSON is an array always
         if as_json:
             click.echo(msgspec.json.encode(replays))
         elif replays:
@@ -73,9 +74,9 @@ def _replays(found: Sequence["Subject"], out: Path | None) -> Iterator["Replay"]
     with _progress(found) as report_of:
         for number, (subject, report) in enumerate(zip(found, report_of, strict=True), start=1):
             redrawn = replayer.replay(subject, report)
+            yield redrawn.replay  # before it is written, which may fail
             if out:
                 _write(redrawn, out, f"{number}-{subject.recipe.job_id}-{subject.recipe.index}", subject)
-            yield redrawn.replay
 
 
 @contextmanager
@@ -100,6 +101,8 @@ def _progress(found: Sequence["Subject"]) -> Iterator[list[_Report]]:
 def _print(replays: Sequence["Replay"]) -> None:
     for one in replays:
         click.echo(f"{click.style(f'{one.verdict:{len(_INDENT)}}', fg=_COLOURS[one.verdict])}{one.source}")
+        if one.file is None and one.pixels_sha256:
+            click.echo(f"{_INDENT}no file there: compared with the recorded hash")
         if one.greatest_difference:
             click.echo(f"{_INDENT}{one.mean_difference:g} of 255 on average, {one.greatest_difference} at most")
         for cause in one.causes:
@@ -125,6 +128,8 @@ def _side_by_side(before: "Image.Image", now: "Image.Image") -> "Image.Image":
     """The file, what is drawn now and, where they are of one size, their difference, made as bright as it can be."""
     from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
+    if before.mode == "RGBA":  # as it is seen on the sheet
+        before = Image.alpha_composite(Image.new("RGBA", before.size, "white"), before).convert("RGB")
     tiles = [("the file", before), ("now", now)]
     if before.size == now.size:
         difference = ImageChops.difference(before, now)

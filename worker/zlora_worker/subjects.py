@@ -24,23 +24,26 @@ _SIDE: Final = 4096  # pixels, the most that a request may ask for
 _MAX_BYTES: Final = 2**26  # of a file; the pixels of the greatest picture are 48 MiB
 # What Pillow raises for files that are damaged, of another kind, or made to fill the memory.
 _DAMAGED: Final = (
-    EOFError, OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
+    AssertionError, EOFError, OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A picture to be drawn again: `source` names it, `file` is there or not, `request` is a job of it alone."""
+    """A picture to be drawn again: `request` is a job of it alone.
 
-    source: Path
+    `source` is its file or, where that is not there, the manifest and the index in it; `file` is None then.
+    """
+
+    source: str
     file: Path | None
     recipe: Recipe
     request: GenerateRequest
 
     def pixels(self) -> Image.Image | None:
-        """The file's own; raises `InvalidRequest`."""
-        return _picture(self.file, _read(self.file)).convert("RGB") if self.file else None
+        """The file's own: RGB, or RGBA where they are not all opaque, as ours are; raises `InvalidRequest`."""
+        return _picture(self.file, _read(self.file)) if self.file else None
 
 
 def subjects(path: Path) -> list[Subject]:
@@ -53,8 +56,8 @@ def subjects(path: Path) -> list[Subject]:
     except msgspec.DecodeError as error:
         _refuse(path, f"what it says of itself cannot be read: {error}")
     if recipe is None:
-        _refuse(path, "it does not say what it was drawn from")
-    return [_subject(path, path, recipe)]
+        _refuse(path, "it does not say what it was drawn from: look for its manifest.json")
+    return [_subject(str(path), path, recipe)]
 
 
 def _of_manifest(path: Path, data: bytes) -> list[Subject]:
@@ -68,12 +71,12 @@ def _of_manifest(path: Path, data: bytes) -> list[Subject]:
         _refuse(path, f"no manifest to draw from: {error}")
     files = [path.parent / "outputs" / PurePath(image.key).name for image in result.images]
     return [
-        _subject(file, file if os.path.isfile(file) else None, recipe)
-        for file, recipe in zip(files, found, strict=True)
+        _subject(str(file), file, recipe) if os.path.isfile(file) else _subject(f"{path}, index {index}", None, recipe)
+        for index, (file, recipe) in enumerate(zip(files, found, strict=True))
     ]
 
 
-def _subject(source: Path, file: Path | None, recipe: Recipe) -> Subject:
+def _subject(source: str, file: Path | None, recipe: Recipe) -> Subject:
     """Its parts checked, as any job's are: a manifest's fields, and a picture's own size, are bound by nothing yet."""
     try:
         recipe = msgspec.convert(msgspec.to_builtins(recipe), Recipe)
@@ -101,7 +104,7 @@ def _read(path: Path) -> bytes:
 
 
 def _picture(path: Path, data: bytes) -> Image.Image:
-    """All of it decoded, since PNG may say what it is after its pixels."""
+    """All of it decoded, since PNG may say what it is after its pixels; RGB, or RGBA where they are not all opaque."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd Exif data, which is not read
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -109,12 +112,21 @@ def _picture(path: Path, data: bytes) -> Image.Image:
             if max(picture.size) > _SIDE:
                 _refuse(path, f"more than {_SIDE} pixels wide or high")
             picture.load()
+            seen = _seen(picture)
     except UnidentifiedImageError:
         _refuse(path, "neither a PNG, JPEG or WebP picture nor a manifest")
     except _DAMAGED as error:
-        _refuse(path, f"a damaged picture: {error}")
-    return picture
+        _refuse(path, f"a damaged picture: {str(error) or type(error).__name__}")
+    return seen
 
 
-def _refuse(path: Path, reason: str) -> NoReturn:
+def _seen(picture: Image.Image) -> Image.Image:
+    """Transparent may be an alpha channel, but also an entry of a palette or, in a PNG, one colour."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    seen = picture.convert("RGBA")
+    return seen.convert("RGB") if seen.getchannel("A").getextrema() == (255, 255) else seen
+
+
+def _refuse(path: Path | str, reason: str) -> NoReturn:
     raise InvalidRequest(f"{path}: {reason[:300]}", {"path": str(path)}) from None
