@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Literal
 
 import kombu.exceptions
@@ -24,9 +24,9 @@ from zlora.errors import (
     ResultTimeout,
     ZloraError,
 )
-from zlora.job import Cancellation, GenerateResult, JobState, JobStatus, plain
+from zlora.job import Cancellation, GenerateResult, ImageRef, JobState, JobStatus
 from zlora.later import read_result
-from zlora.ledger import Ledger, Standing
+from zlora.ledger import BRIEFLY, Ledger, Standing
 
 EXPIRED: Final = "expired"  # the reason of a REVOKED job that nobody cancelled: Celery's own word
 
@@ -36,6 +36,7 @@ _UNDECODED: Final = (msgspec.DecodeError, kombu.exceptions.DecodeError)
 NO_ANSWER: Final = (*_UNDECODED, AttributeError, LookupError, TypeError, ValueError)
 _ASK_AGAIN: Final = 10.0  # seconds after a question for an old result that no worker has answered
 _OUTAGE: Final = 30.0  # seconds that a wait for a result outlasts a Redis that does not answer, such as its restart
+_URL_SPARE: Final = 3.0  # seconds that a URL is worth giving for; a producer's clock may be that late of the worker's
 _LOOK_SHARE: Final = 0.05  # of the time waited so far until the next look: a result is seen at most that much late
 _LOOK_BOUNDS: Final = (0.005, 0.25)  # seconds
 
@@ -51,7 +52,8 @@ class JobHandle:
     def status(self) -> JobStatus:
         """The state now, and how far the job is where it has no verdict.
 
-        Where the result has expired a worker is asked for the manifest, for up to two seconds.
+        Where the result has expired a worker is asked for the manifest, for up to two seconds. It is UNKNOWN
+        where none answers, too: only `result` tells that from a worker's word that there is none.
         """
         meta = self._meta()
         if meta["status"] == JobState.PENDING:
@@ -65,12 +67,19 @@ class JobHandle:
         An id that nobody knows is waited for too, since any Celery program may submit it; in the end it is
         `JobUnknown`, where a worker says so. A Redis that restarts meanwhile is waited for; raises `BrokerUnavailable`
         where it is away for longer.
+
+        Where signed URLs have ended since the worker answered, one is asked for new ones; the old are given where none
+        answers within two seconds.
         """
-        meta = self._last_meta(math.inf if timeout is None else timeout)
-        if meta["status"] == JobState.SUCCESS:
-            with self._readable():
-                return read_result(meta["result"])
-        raise self._error(meta)
+        start, patience = time.monotonic(), math.inf if timeout is None else timeout
+        meta = self._last_meta(patience)
+        if meta["status"] != JobState.SUCCESS:
+            raise self._error(meta)
+        if isinstance(meta["result"], GenerateResult):  # a worker's answer of this moment
+            return meta["result"]
+        with self._readable():
+            result = read_result(meta["result"])
+        return self._renewed(result, patience - (time.monotonic() - start))
 
     def cancel(self) -> Cancellation:
         """Cancel the job for good, and say where it was. It ends as REVOKED, and what it has stored is deleted.
@@ -119,6 +128,14 @@ class JobHandle:
         with self._readable():
             return read_result(manifest)
 
+    def _renewed(self, result: GenerateResult, patience: float) -> GenerateResult:
+        """The result with URLs that hold, where its own do not and a worker makes others within `patience` seconds."""
+        if patience <= BRIEFLY or all(map(_holds, result.images)):
+            return result
+        with suppress(BrokerUnavailable, InternalError):  # what is at hand is the result, but for its URLs
+            return self._recalled(patience) or result
+        return result
+
     def _old_meta(self, patience: float) -> dict[str, Any] | None:
         """The end of a job whose result is not in Celery's backend any more; None where nobody says anything."""
         standing = self._standing()
@@ -127,7 +144,7 @@ class JobHandle:
         if standing.is_open:
             return {}
         old = self._recalled(patience)
-        return {"status": JobState.SUCCESS, "result": plain(old)} if old else None if old is None else {}
+        return {"status": JobState.SUCCESS, "result": old} if old else None if old is None else {}
 
     def _last_meta(self, patience: float) -> dict[str, Any]:
         """The state that does not change any more; raises `ResultTimeout` or `JobUnknown` after `patience` seconds."""
@@ -202,6 +219,11 @@ def _progress(meta: dict[str, Any]) -> dict[str, Any]:
     if meta["status"] == JobState.RETRY and isinstance(answer, ZloraError):
         return {"phase": "waiting", "code": answer.code, "attempt": answer.details.get("attempt")}
     return {}
+
+
+def _holds(image: ImageRef) -> bool:
+    """Whether its URL is good, by this machine's clock: one that is early costs a question, and is given no worse."""
+    return image.url_expires_at is None or image.url_expires_at - _URL_SPARE > time.time()
 
 
 def _pause(waited: float) -> float:

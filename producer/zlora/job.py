@@ -191,7 +191,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
 
 
 class JobState(StrEnum):
-    """Where a job is. UNKNOWN is an id that nobody submitted by a `Client`, and that no worker has seen."""
+    """Where a job is. UNKNOWN is an id that nobody submitted by a `Client`, and of which no worker knows or answers."""
 
     UNKNOWN = "UNKNOWN"
     PENDING = "PENDING"

@@ -32,10 +32,10 @@ from zlora import errors, wire
 from zlora.errors import Conflict, ZloraError
 
 ATTEMPT: Final = "attempt:"
+BRIEFLY: Final = 0.05  # seconds that an answer is waited for at least; Redis takes 0 for ever
 _EPOCHS: Final = 1e11  # above any time in seconds: a score is a priority and, within it, a time
 _PATIENCE: Final = 100_000  # tries of at most two seconds: a Redis that is away is waited for
 _ANSWER: Final = 1.5  # seconds; below a socket's patience
-_BRIEFLY: Final = 0.05  # seconds; Redis takes 0 for ever
 _ASKED: Final = 60  # seconds that a question for an old result stays
 
 _OPEN: Final = """
@@ -170,7 +170,7 @@ class Ledger:
             pipe.lpush(wire.recall_key(self.queue), msgspec.json.encode([job_id, reply]))
             pipe.expire(wire.recall_key(self.queue), _ASKED)
             pipe.execute()
-        answer = self.redis.blpop(reply, timeout=min(max(patience, _BRIEFLY), _ANSWER))
+        answer = self.redis.blpop(reply, timeout=min(max(patience, BRIEFLY), _ANSWER))
         return answer[1].encode() if answer else None
 
     def asked(self, seconds: float) -> tuple[str, str] | None:

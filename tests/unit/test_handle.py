@@ -25,7 +25,7 @@ from zlora.errors import (
     ResultTimeout,
     ZloraError,
 )
-from zlora.job import GenerateResult, plain
+from zlora.job import GenerateResult, ImageRef, plain
 from zlora.ledger import Ledger, connect
 
 # Celery stores a result as redis-py does not like any more.
@@ -36,6 +36,7 @@ RESULT = GenerateResult(
     job_id="job-1", images=(), loras=(), seed=7, timings={"denoise": 0.5}, base_intact=True, model="m", versions={}
 )
 MANIFEST = msgspec.json.encode(RESULT)
+HOUR = 3600.0
 
 
 @pytest.fixture
@@ -57,6 +58,18 @@ def store(client: Client, job_id: str, result: Any, state: str) -> JobHandle:
     """What a worker leaves in the backend."""
     client._app.backend.store_result(job_id, result, state)
     return client.job(job_id)
+
+
+def signed(*seconds: float | None, by: str = "old") -> GenerateResult:
+    """A result with a picture for each number of seconds that its URL holds from now on; None has no end."""
+    images = tuple(
+        ImageRef(
+            key=f"{index}.png", width=8, height=8, content_type="image/png", size=3, sha256="0" * 64, seed=index,
+            url=f"https://s3.example.com/{index}.png?{by}", url_expires_at=None if left is None else time.time() + left,
+        )
+        for index, left in enumerate(seconds)
+    )  # fmt: skip
+    return msgspec.structs.replace(RESULT, images=images)
 
 
 def lease(broker: Any, job_id: str) -> None:
@@ -321,6 +334,85 @@ def test_a_manifest_that_nobody_answers_for_at_first_is_asked_for_again(
 def test_where_no_worker_is_there_nobody_says_that_an_id_is_unknown(client: Client) -> None:
     with pytest.raises(ResultTimeout):
         client.job("never").result(timeout=0.5)
+
+
+# --- URLs that have ended
+
+
+@pytest.mark.parametrize("left", [(-HOUR,), (HOUR, -1), (1.0,)], ids=["all", "one of them", "nearly"])
+def test_urls_that_have_ended_are_made_anew(client: Client, broker_url: str, left: tuple[float, ...]) -> None:
+    """Redis keeps a worker's answer for a day, and a signature may be asked to hold for seconds."""
+    job, fresh = store(client, "job-1", plain(signed(*left)), "SUCCESS"), signed(*[HOUR] * len(left), by="new")
+
+    with companion(broker_url, {"job-1": msgspec.json.encode(fresh)}) as asked:
+        assert job.result(timeout=5) == fresh
+        assert job.result() == fresh
+    assert asked == ["job-1", "job-1"]
+
+
+@pytest.mark.parametrize("left", [(), (None,), (HOUR, HOUR)], ids=["no picture", "no end", "signed"])
+def test_of_urls_that_hold_nobody_is_asked(client: Client, broker: Any, left: tuple[float | None, ...]) -> None:
+    result = signed(*left)
+
+    assert store(client, "job-1", plain(result), "SUCCESS").result(timeout=5) == result
+    assert not broker.exists(wire.recall_key("gpu"))
+
+
+def test_where_nobody_answers_ended_urls_are_given_after_one_question(client: Client, broker: Any) -> None:
+    result = signed(-1)
+
+    assert store(client, "job-1", plain(result), "SUCCESS").result() == result
+    assert broker.llen(wire.recall_key("gpu")) == 1
+
+
+@pytest.mark.parametrize("manifest", [b"", b"the manifest is damaged"], ids=["there is none", "it is damaged"])
+def test_where_a_worker_has_no_other_ended_urls_are_given(client: Client, broker_url: str, manifest: bytes) -> None:
+    result = signed(-1)
+    job = store(client, "job-1", plain(result), "SUCCESS")
+
+    with companion(broker_url, {"job-1": manifest}) as asked:
+        assert job.result(timeout=5) == result
+    assert asked == ["job-1"]
+
+
+def test_where_redis_is_away_by_then_ended_urls_are_given(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recall(_job_id: str, *, patience: float) -> None:
+        raise redis.ConnectionError(f"refused, {patience}")
+
+    monkeypatch.setattr(client._ledger, "recall", recall)
+    result = signed(-1)
+
+    assert store(client, "job-1", plain(result), "SUCCESS").result(timeout=5) == result
+
+
+@pytest.mark.parametrize(("timeout", "questions"), [(0, 0), (0.01, 0), (1, 1), (None, 1)])
+def test_new_urls_are_waited_for_as_long_as_the_caller_waits(
+    client: Client, monkeypatch: pytest.MonkeyPatch, timeout: float | None, questions: int
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(client._ledger, "recall", lambda _job_id, *, patience: told.append(patience))
+    result = signed(-1)
+
+    assert store(client, "job-1", plain(result), "SUCCESS").result(timeout=timeout) == result
+    assert len(told) == questions
+    assert timeout is None or all(0 < patience < timeout for patience in told)
+
+
+def test_urls_that_were_made_just_now_are_not_made_again(client: Client, broker_url: str) -> None:
+    """A request may ask for a second; Celery's result has expired, and the manifest was asked for."""
+    result = signed(1)
+
+    with companion(broker_url, {"job-1": msgspec.json.encode(result)}) as asked:
+        assert client.job("job-1").result(timeout=5) == result
+    assert asked == ["job-1"]
+
+
+def test_an_error_has_no_urls_to_make_anew(client: Client, broker_url: str) -> None:
+    job = store(client, "job-1", LoraMismatch("it does not fit"), "FAILURE")
+
+    with companion(broker_url, {"job-1": MANIFEST}) as asked, pytest.raises(LoraMismatch):
+        job.result(timeout=5)
+    assert asked == []
 
 
 # --- cancel
