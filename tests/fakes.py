@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from threading import Event
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import pytest
@@ -149,7 +150,7 @@ class MemoryStore:
         self.objects: dict[str, tuple[bytes, str]] = {}
         self._room = room
 
-    def put_new(self, key: str, data: bytes, content_type: str) -> bool:
+    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:  # noqa: ARG002
         """Keep the object where there is none, or fail where there is no room."""
         if key in self.objects:
             return False
@@ -165,6 +166,9 @@ class MemoryStore:
     def delete(self, key: str) -> None:
         """Forget the object."""
         self.objects.pop(key, None)
+
+    def probe(self) -> None:
+        """There is nothing that could refuse."""
 
     def name(self, key: str) -> str:
         """The key as it is."""

@@ -4,12 +4,13 @@ import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Final, Self
 
 from faults.figures import Tally
 
 _CHUNK: Final = 65_536  # bytes
+_PATIENCE: Final = 60.0  # seconds
 _GO_ON: Final = b"HTTP/1.1 100 "  # no answer yet: the request's body may come
 
 
@@ -37,6 +38,7 @@ class Proxy:
         self._dark = self._down = False
         self._fuse: re.Pattern[bytes] | None = None
         self._answered = False
+        self._once: Event | None = None
         self._links: list[_Link] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -67,15 +69,18 @@ class Proxy:
             self._dark = self._down = False
             self._fuse = None
 
-    def break_at(self, pattern: bytes) -> None:
-        """As soon as a client sends what matches: nothing more is forwarded, and every connection is refused."""
+    def break_at(self, pattern: bytes, once: Event | None = None) -> None:
+        """As soon as a client sends what matches: nothing more is forwarded, and every connection is refused.
+
+        What matches is kept waiting, and all else is forwarded, until `once` is set.
+        """
         with self._lock:
-            self._fuse, self._answered = re.compile(pattern), False
+            self._fuse, self._answered, self._once = re.compile(pattern), False, once
 
     def lose_answer_to(self, pattern: bytes) -> None:
         """As `break_at`, but the server has the request, and has answered it: only the client does not hear of it."""
         with self._lock:
-            self._fuse, self._answered = re.compile(pattern), True
+            self._fuse, self._answered, self._once = re.compile(pattern), True, None
 
     @property
     def is_down(self) -> bool:
@@ -113,8 +118,7 @@ class Proxy:
         """Carry bytes one way until either end is closed; in the dark, until the source's end."""
         try:
             while data := source.recv(_CHUNK):
-                if self._fuse and self._fuse.search(data):
-                    self._fuse = None
+                if self._is_fused(data):
                     if self._answered:
                         link.mute = True
                     else:
@@ -127,6 +131,19 @@ class Proxy:
             pass
         if not link.dark:
             link.close()
+
+    def _is_fused(self, data: bytes) -> bool:
+        """Whether this is what it waits for; of several who send that at a time, one is told so."""
+        with self._lock:
+            fuse, once = self._fuse, self._once
+        if fuse is None or not fuse.search(data):
+            return False
+        if once:
+            once.wait(_PATIENCE)
+        with self._lock:
+            is_first = self._fuse is fuse
+            self._fuse = None if is_first else self._fuse
+        return is_first
 
     def _break(self) -> None:
         self._tally.fault()

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -44,6 +46,8 @@ class Scene:
         self.folder, self.tally, self.queue = folder, tally, queue
         self.journal = folder / "journal.jsonl"
         self.store = folder / "store"
+        # What killed workers leave. pytest's folders have names that are too long for sockets in them.
+        self._temporary = Path(tempfile.mkdtemp(prefix="zt-"))
         (folder / "marks").mkdir(parents=True)
         self.environ = {
             "ZLORA_BROKER_URL": broker_url,
@@ -54,6 +58,7 @@ class Scene:
             "ZLORA_LORA_CACHE": str(folder / "loras"),
             "FAKE_JOURNAL": str(self.journal),
             "FAKE_MARKS": str(folder / "marks"),
+            "TMPDIR": str(self._temporary),
             "PYTHONPATH": _python_path(),
             **variables,
         }
@@ -221,9 +226,10 @@ class Scene:
             wait_until(is_settled, "the queue is empty")
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back, and remove what the workers have left in their TMPDIR; they have ended."""
         self.witness.close()
         self.client.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def request(label: str, *, steps: int = 2, fields: Mapping[str, Any] | None = None, **told: Any) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """A real S3 server."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 BUCKET = "pictures"
 _ATTEMPTS = 3
 _HIGHEST = 55_000
+_GRPC = 10_000  # above each port is its companion, where SeaweedFS speaks gRPC
 _ADMIN = {"name": "all", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
 _WORKER = {
     "name": "worker",
@@ -43,7 +45,8 @@ ENVIRON = {
 def seaweed(folder: Path) -> Iterator[int]:
     """A SeaweedFS with an empty bucket; the port of its S3. One whose ports were taken meanwhile gets others."""
     for attempt in range(_ATTEMPTS):
-        server, port = _started(folder / str(attempt))
+        ports = dict(zip(("master", "volume", "filer", "s3"), _ports(4), strict=True))
+        server, port = _started(folder / str(attempt), ports), ports["s3"]
         try:
             wait_until(lambda: server.poll() is not None or _is_healthy(port), "SeaweedFS is healthy, or has ended")  # noqa: B023
             if server.poll() is None or attempt == _ATTEMPTS - 1:
@@ -53,16 +56,24 @@ def seaweed(folder: Path) -> Iterator[int]:
         finally:
             server.kill()  # its clean end takes 16 s, and nothing of it is kept
             server.wait(10)
+            _remove_sockets(ports.values())
 
 
-def _started(folder: Path) -> tuple["subprocess.Popen[bytes]", int]:
+def _started(folder: Path, ports: Mapping[str, int]) -> "subprocess.Popen[bytes]":
     folder.mkdir()
     (folder / "s3.json").write_text(json.dumps({"identities": [_ADMIN, _WORKER]}))
-    ports = dict(zip(("master", "volume", "filer", "s3"), _ports(4), strict=True))
     command = [str(Path(sys.executable).with_name("weed")), "server", "-dir", str(folder), *_OPTIONS, *_SMALL]
     command += [f"-{name}.port={port}" for name, port in ports.items()] + [f"-s3.config={folder / 's3.json'}"]
     with (folder / "log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log), ports["s3"]
+        return subprocess.Popen(command, env=os.environ | {"TMPDIR": str(folder)}, stdout=log, stderr=log)
+
+
+def _remove_sockets(ports: Iterable[int]) -> None:
+    """Those of a server that was killed: it has them in /tmp, whatever TMPDIR says, under its ports' names."""
+    for port in ports:
+        for own in (port, port + _GRPC):
+            for path in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):
+                path.unlink(missing_ok=True)
 
 
 def client(port: int) -> "S3Client":
@@ -100,12 +111,12 @@ def store(port: int, prefix: str, **variables: str) -> Store:
 
 
 def _ports(count: int) -> list[int]:
-    """Free ports whose companions 10,000 above, where SeaweedFS speaks gRPC, are free too."""
+    """Free ports whose companions are free too."""
     found: list[int] = []
     while len(found) < count:
         port = free_port()
-        if port < _HIGHEST and not {port, port + 10_000} & {*found, *(other + 10_000 for other in found)}:
-            found += [port] if _is_free(port + 10_000) else []
+        if port < _HIGHEST and not {port, port + _GRPC} & {*found, *(other + _GRPC for other in found)}:
+            found += [port] if _is_free(port + _GRPC) else []
     return found
 
 

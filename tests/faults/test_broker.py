@@ -1,5 +1,6 @@
 """A Redis that drops connections, restarts or is away: work goes on, and nothing is lost or done twice."""
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -34,17 +35,20 @@ def test_a_job_whose_connections_are_cut_twice_is_drawn_once(scene: Scene, valke
 def test_a_second_worker_with_a_broken_store_says_nothing_of_a_job_that_runs(
     scene: Scene, valkey: Valkey, tmp_path: Path
 ) -> None:
-    """It gets the copy that kombu puts back, and cannot look for the manifest."""
-    (tmp_path / "file").touch()
-    broken = {"ZLORA_STORE": (tmp_path / "file" / "store").as_uri()}
+    """It gets the copy that kombu puts back, and cannot look for the manifest: its store breaks once it is ready."""
+    store = tmp_path / "store"
     with scene.worker():
         handle = scene.submit(steps=30, step=0.2)
         scene.wait_step(handle)
-        with scene.worker("two", **broken) as second:
+        with scene.worker("two", ZLORA_STORE=store.as_uri()) as second:
+            shutil.rmtree(store)
+            store.touch()
             valkey.cut_all()
             wait_until(lambda: second.lines(f"[{handle.id}] received"), "the second worker has the copy")
 
             assert handle.result(timeout=60).base_intact
+            second.process.send_signal(signal.SIGTERM)  # else it has the copy again and again, and waits for its store
+            second.process.wait(30)
             scene.wait_settled()
     assert set(scene.witness.states(handle.id)) <= {"PROGRESS", "SUCCESS"}
     assert scene.begun(handle) == 1

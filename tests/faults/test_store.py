@@ -3,6 +3,7 @@
 import hashlib
 import resource
 from collections.abc import Iterator
+from threading import Event
 
 import msgspec
 import pytest
@@ -31,10 +32,13 @@ def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(scene: Scene,
     """The picture that is there is not drawn again, and the manifest comes last."""
     with Proxy(s3_port, tally) as proxy:
         scene.environ |= s3_environ("a", proxy)
-        proxy.break_at(rb"PUT \S+/outputs/1\.png")
+        first_is_stored = Event()
+        proxy.break_at(rb"PUT \S+/outputs/1\.png", once=first_is_stored)
         with scene.worker():
-            handle = scene.submit(step=0.3, fields={"num_images": 2})  # the first is stored while the second is drawn
+            handle = scene.submit(fields={"num_images": 2})
             folder = f"a/runs/{handle.id}"
+            wait_until(lambda: stored(s3_port, folder), "the first picture is stored")
+            first_is_stored.set()
             wait_until(lambda: proxy.is_down, "the second picture meets a server that is away")
             assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
             proxy.restore()
@@ -124,9 +128,11 @@ def test_a_disk_that_stays_full_fails_the_job_after_some_tries_and_the_next_is_s
 
 
 def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene: Scene) -> None:
-    with scene.worker():
-        # Before the second one's first step ends, the first one is stored.
-        handle = scene.submit(do=["nothing", "kill-child"], step=0.5, fields={"num_images": 3})
+    with scene.worker() as running:
+        handle = scene.submit(do=["nothing", "hang"], fields={"num_images": 3})
+        wait_until(lambda: scene.kept(handle), "the first picture is stored")
+        wait_until(lambda: len(scene.events("fault", handle)) == 2, "the second one is being drawn")
+        scene.kill(scene.child(running))
 
         result = handle.result(timeout=60)
         assert [image.seed for image in result.images] == [result.seed, result.seed + 1, result.seed + 2]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from faults.figures import Tally
 from faults.s3_proxy import S3Proxy
 from faults.seaweed import BUCKET, client, keys, uploads
 from processes import unlinked, worker
-from zlora import GenerateResult
+from zlora import Client, GenerateResult, JobState
 from zlora.errors import StoreFailed
 from zlora_worker.outcome import finished, publish, stored
 from zlora_worker.storage import Store, image_key, manifest_key
@@ -311,6 +312,45 @@ def test_a_server_that_refuses_is_a_failed_store(open_store: OpenStore, fault: d
         store.get(key)
     with pytest.raises(StoreFailed, match="cannot be deleted"):
         store.delete(key)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"\(SignatureDoesNotMatch\)"),
+        ({"ZLORA_STORE": "s3://absent/x"}, r"\(AccessDenied\)"),  # what S3 says to who may not list buckets
+    ],
+    ids=["secret", "bucket"],
+)
+def test_a_worker_whose_store_refuses_leaves_with_one_clear_line_and_takes_no_job(
+    worker_environ: dict[str, str], port: int, tmp_path: Path, fault: dict[str, str], said: str
+) -> None:
+    told = {"ZLORA_STORE": f"s3://{BUCKET}/wrong", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}"}
+    environ = worker_environ | seaweed.ENVIRON | told | {"ZLORA_QUEUE": "wrong-store"} | fault
+
+    with Client.from_env(environ) as producer:
+        handle = producer.submit(SMALL)
+        with worker(environ, tmp_path / "log") as failing:
+            assert failing.process.wait(60) == 70
+
+        (line,) = failing.lines("CRITICAL")
+        assert re.search(rf"ZLORA_STORE: runs/\.probe-\w+ cannot be stored in bucket \w+: .*{said}", line)
+        assert not failing.lines("Traceback")
+        assert handle.status().state is JobState.PENDING
+
+
+def test_probes_of_several_workers_at_once_leave_nothing(open_store: OpenStore, port: int) -> None:
+    stores = [open_store("probed") for _ in range(4)]
+    start = Barrier(len(stores))
+
+    def probe(store: Store) -> None:
+        start.wait(60)
+        store.probe()
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        list(pool.map(probe, stores))
+
+    assert keys(port, "probed") == uploads(port, "probed") == []
 
 
 def test_a_bucket_that_is_missing_is_a_failed_store(open_store: OpenStore) -> None:

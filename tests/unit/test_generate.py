@@ -221,7 +221,7 @@ def test_phases_and_steps_are_reported_in_order(
 
     generate(runtime, "watched", a_request(num_images=2, num_inference_steps=3, loras=loras), report)
 
-    assert heard == [
+    assert list(dict.fromkeys(heard)) == [  # the last ones again and again, as long as they take
         ("loading", 0, 2),
         *(("denoising", step, 6) for step in range(1, 7)),
         *(("uploading", done, 2) for done in range(3)),

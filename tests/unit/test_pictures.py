@@ -55,10 +55,10 @@ class Gate(MemoryStore):
         if gate := self.gates.get((what, name)):
             assert gate.wait(PATIENCE)
 
-    def put_new(self, key: str, data: bytes, content_type: str) -> bool:
+    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:
         """Wait, then store."""
         self._pass("put", key)
-        return super().put_new(key, data, content_type)
+        return super().put_new(key, data, content_type, stop=stop)
 
     def delete(self, key: str) -> None:
         """Wait, then delete."""
@@ -317,7 +317,7 @@ def test_who_waits_for_all_hears_how_many_are_stored(store: Gate) -> None:
             made.add(picture(index), tiled=False)
         made.stored(heard.append)
 
-    assert heard == [0, 1, 2]
+    assert list(dict.fromkeys(heard)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("embed", [True, False])

@@ -109,7 +109,7 @@ def test_a_picture_that_another_worker_stores_meanwhile_is_adopted(
     buffer, put_new = io.BytesIO(), store.put_new
     Image.new("RGB", (64, 64), "red").save(buffer, "png")
 
-    def put_late(key: str, data: bytes, content_type: str) -> bool:
+    def put_late(key: str, data: bytes, content_type: str, **_: object) -> bool:
         put_new("runs/job/outputs/0.png", buffer.getvalue(), "image/png")
         return put_new(key, data, content_type)
 

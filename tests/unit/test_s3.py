@@ -13,7 +13,7 @@ import pytest
 from servers import Answer, Host, Request, reply, serving, settings, watched_connections
 from urllib3.exceptions import SSLError
 from zlora.errors import InvalidSetting, StoreFailed
-from zlora_worker import s3
+from zlora_worker import s3, s3_answers
 from zlora_worker.s3 import S3Store
 from zlora_worker.storage import open_store
 
@@ -31,7 +31,7 @@ def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (variables | files | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
-    monkeypatch.setattr(s3, "_PAUSES", (0, 0, 0))
+    monkeypatch.setattr(s3_answers, "_PAUSES", (0, 0, 0))
 
 
 def s3_store(folder: Path, *hosts: Host, **variables: str) -> S3Store:

@@ -20,6 +20,8 @@ from zlora_worker.delivery import Deliveries
 from zlora_worker.lifecycle import EXIT_NO_MODEL, Companion, GateWatch, ModelGate, ShutdownLimit, marks
 from zlora_worker.settings import Settings
 
+_SHOWN = 60  # characters of a result in logs and events: not as far as its first URL, whose signature is a secret
+
 logger = get_logger(__name__)
 
 try:
@@ -78,7 +80,7 @@ class _Request(JobRequest):
     deliveries, settings = deliveries, settings
 
 
-app.task(name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request)(tasks.generate)
+app.task(name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request, resultrepr_maxsize=_SHOWN)(tasks.generate)
 app.steps["worker"].update((ModelGate, ShutdownLimit, Companion))
 app.steps["consumer"].update((GateWatch, Heartbeat))
 

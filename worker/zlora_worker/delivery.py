@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +25,7 @@ _RENEW: Final = 2.0  # seconds between two signs
 _GRACE: Final = 4.0  # seconds in which a live worker takes a lease again that it lost with Redis
 _HASTE: Final = 1.0  # seconds that a running job may lose to a Redis that is silent
 _POISON: Final = 3  # deliveries without a verdict
+_AWAY: Final = "store_away"  # in a job's record: since when the store does not answer, in seconds since the epoch
 
 logger = get_task_logger(__name__)
 
@@ -200,6 +201,21 @@ class Deliveries:
             pipe.expire(wire.job_key(job_id), wire.RECORD_EXPIRES, nx=True)
             count, _ = pipe.execute()
         return int(count)
+
+    def store_is_away(self, job_id: str) -> float:
+        """Note that the job has met a store that does not answer; seconds since it first has."""
+        key = wire.job_key(job_id)
+        with self.ledger.redis.pipeline() as pipe:
+            pipe.hsetnx(key, _AWAY, time.time())
+            pipe.hget(key, _AWAY)
+            pipe.expire(key, wire.RECORD_EXPIRES, nx=True)
+            _, since, _ = pipe.execute()
+        return time.time() - float(since)
+
+    def store_is_back(self, job_id: str, record: Mapping[str, str]) -> None:
+        """The store has answered: the next outage is another one."""
+        if _AWAY in record:
+            self.ledger.redis.hdel(wire.job_key(job_id), _AWAY)
 
     def end(self, job_id: str) -> None:
         """The job has a result: its manifest is the verdict."""

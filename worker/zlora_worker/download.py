@@ -10,7 +10,7 @@ from typing import Final
 from requests import Response
 from zlora.errors import LoraCorrupt
 from zlora.web import Web
-from zlora_worker.s3 import SourceBuckets
+from zlora_worker.s3_client import SourceBuckets
 from zlora_worker.settings import Settings
 from zlora_worker.stream import Fetched, Sink, copy
 

@@ -13,7 +13,7 @@ from zlora.references import PUBLIC, reference
 from zlora.web import Web, tried
 from zlora_worker import sources
 from zlora_worker.download import Download
-from zlora_worker.s3 import SourceBuckets
+from zlora_worker.s3_client import SourceBuckets
 from zlora_worker.settings import Settings
 from zlora_worker.stream import Fetched, Limits, OnBytes, Sink, anywhere, nobody
 

@@ -50,9 +50,10 @@ class Runtime:
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
-        """Load the base and open cache and store; raises `ModelUnavailable` or `InvalidSetting`."""
+        """Open store and cache and load the base; raises `ModelUnavailable` or `InvalidSetting`."""
         store = open_store(settings)
         links = Links(store, settings)
+        store.probe()  # before a load: a worker whose store is wrong would drain the queue
         cache = Cache.open(settings)
         shelf = Shelf(max_bytes=settings.lora_memory_bytes)
         engine = checkpoint.load(settings)

@@ -1,5 +1,7 @@
 """What the store holds of a job: its pictures, and the manifest that makes them its result. Each is created once."""
 
+from threading import Event
+
 import msgspec
 from zlora.errors import Conflict, InternalError, StoreFailed
 from zlora.job import GenerateRequest, GenerateResult
@@ -40,9 +42,12 @@ def discard(store: Store, job_id: str, request: GenerateRequest) -> None:
             store.delete(key)
 
 
-def first(store: Store, key: str, data: bytes, content_type: str) -> bytes:
-    """What is under the key: `data`, or what another delivery of the job has put there before."""
-    if store.put_new(key, data, content_type):
+def first(store: Store, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bytes:
+    """What is under the key: `data`, or what another delivery of the job has put there before.
+
+    Nothing is sent any more once `stop` is set.
+    """
+    if store.put_new(key, data, content_type, stop=stop):
         return data
     if (there := store.get(key)) is None:
         raise StoreFailed(f"{key} was there, and is gone")

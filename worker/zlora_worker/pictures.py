@@ -21,6 +21,10 @@ from zlora_worker.recipe import Recipe
 from zlora_worker.storage import Store
 
 _HANDS: Final = 4  # pictures that are encoded and stored at a time; a put mostly waits
+_LOOK: Final = 0.2  # seconds between two looks at whether the job is still wanted
+_PATIENCE: Final = (
+    12.0  # seconds for what is on its way when a job ends: a try of the store that nobody answers takes 10
+)
 
 
 class Pictures:
@@ -36,6 +40,7 @@ class Pictures:
         self._refs: list[Future[ImageRef]] = []
         self._cleared: list[Future[None]] = []
         self._lock = threading.Lock()
+        self._over = threading.Event()
         self.seconds = {"encode": 0.0, "upload": 0.0}
 
     def __enter__(self) -> Self:
@@ -43,7 +48,7 @@ class Pictures:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is stored or deleted any more afterwards; the deletions are all done."""
+        """No picture is sent any more afterwards; and none is on its way, nor a deletion, unless the store hangs."""
         insist(self._end)
 
     def clear(self) -> None:
@@ -69,20 +74,22 @@ class Pictures:
         self._refs.append(self._hands.submit(self._stored, len(self._refs), image, tiled))
 
     def stored(self, on_picture: Callable[[int], None]) -> tuple[ImageRef, ...]:
-        """All of them, once they are stored; `on_picture` hears how many are, before each."""
+        """All of them, once they are stored; `on_picture` hears how many are, again and again, and may end the wait."""
         refs = list[ImageRef]()
-        for ref in self._refs:
+        while len(refs) < len(self._refs):
             on_picture(len(refs))
-            refs.append(ref.result())
+            with suppress(TimeoutError):
+                refs.append(self._refs[len(refs)].result(_LOOK))
         return tuple(refs)
 
     def _end(self) -> None:
         """Wait for what is on its way, and join no thread: after a signal in a join CPython takes it for ended."""
+        self._over.set()
         for ref in self._refs:
             ref.cancel()
         self._hands.shutdown(wait=False)
         begun: list[Future[Any]] = [*self._refs, *self._cleared]
-        wait(work for work in begun if not work.cancelled())
+        wait((work for work in begun if not work.cancelled()), timeout=_PATIENCE)
 
     def _raise_failure(self) -> None:
         for ref in self._refs:
@@ -103,11 +110,11 @@ class Pictures:
         encoded = time.perf_counter()
         if self._cleared:
             self._cleared[index].result()
-        there = first(self._store, key, data, images.content_type(request.output_format))
+        there = first(self._store, key, data, images.content_type(request.output_format), stop=self._over)
         with self._lock:
             self.seconds["encode"] += encoded - start
             self.seconds["upload"] += time.perf_counter() - encoded
-        return self._ref(index, there, recipe if there is data else None)
+        return self._ref(index, there, recipe if there == data else None)
 
     def _is_another_job_s(self, data: bytes) -> bool:
         """Whether a stored picture says that it was drawn from something else."""

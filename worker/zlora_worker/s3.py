@@ -1,36 +1,36 @@
-"""S3: the store of results, and the sources of LoRAs. The only importer of boto3."""
+"""S3 as the store of results."""
 
 import base64
 import logging
+import math
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cached_property
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from threading import Event
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
-from zlora.errors import InvalidSetting, LoraForbidden, LoraNotFound, StoreFailed
+from zlora.errors import InvalidSetting, StoreFailed
+from zlora_worker.s3_answers import created, failing_requests, given_up, is_final, persistent
+from zlora_worker.s3_client import s3_client
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:
-    from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
 
 _PART: Final = 8 * 2**20  # bytes; what is larger goes in such parts: S3's least is 5 MiB, and reads count on these
-# Seconds between tries of what botocore does not try again, as a write that meets another one of the same key.
-_PAUSES: Final = (0.1, 0.2, 0.4)
-# What S3 answers where a body or a part came to harm on the way, or an upload's end was heard and its answer lost.
-_PASSING: Final = frozenset(
-    {"BadDigest", "IncompleteBody", "NoSuchUpload", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
-)
+# Seconds in which tries of a call begin; a job that ends on a store that hangs has half a minute.
+_SMALL: Final = 8.0
+_PUT: Final = 60.0
 # Put arguments that are not the operator's: the store sets them, or could not read back what they have made.
 _OURS: Final = frozenset(
     {"Bucket", "Key", "ContentType", "ContentEncoding", "ChecksumAlgorithm"}
     | {"RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"}
 )
 
-_T = TypeVar("_T")
+logger = logging.getLogger(__name__)
 
 
 class S3Store:
@@ -45,30 +45,78 @@ class S3Store:
         public = settings.s3_public_endpoint
         # A signature covers the host, so that of another host needs a client of its own.
         self._signer = _store_client(public, settings) if public else self._client
+        self._own = threading.local()  # of each thread, what its present call may take
+        self._client.meta.events.register("before-send.s3", self._require_time)
         self._put_options = settings.s3_put
         _require_put_options(self._client, settings.s3_put)
 
-    def put_new(self, key: str, data: bytes, content_type: str) -> bool:
+    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:
         put = self._put if len(data) <= _PART else self._put_parts
-        with _failing_requests(f"{key} cannot be stored in bucket {self._bucket}"):
+        with failing_requests(f"{key} cannot be stored in bucket {self._bucket}"), self._tries(_PUT, stop):
             target = {"Bucket": self._bucket, "Key": self._prefix + key}
-            return _created(lambda: put(target, data, content_type))
+            return created(lambda: put(target, data, content_type))
 
     def get(self, key: str) -> bytes | None:
-        with _failing_requests(f"{key} cannot be read from bucket {self._bucket}"):
-            return _persistent(lambda: self._get(key))
+        with failing_requests(f"{key} cannot be read from bucket {self._bucket}"), self._tries(_SMALL):
+            return persistent(lambda: self._get(key))
 
     def delete(self, key: str) -> None:
-        with _failing_requests(f"{key} cannot be deleted from bucket {self._bucket}"):
+        with failing_requests(f"{key} cannot be deleted from bucket {self._bucket}"), self._tries(_SMALL):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def probe(self) -> None:
+        from botocore.exceptions import ParamValidationError
+        from botocore.parsers import ResponseParserError
+
+        try:  # where results are: rights may reach no further, and a rule of the bucket clears what a death leaves
+            self._try_out(f"runs/.probe-{uuid4().hex}", b"probe")
+        except StoreFailed as error:
+            if isinstance(error.__cause__, ParamValidationError):  # its text holds the value, which may be a secret
+                raise _wrong("boto3 refuses an argument of a put (ZLORA_S3_PUT)") from None
+            if is_final(error.__cause__):
+                raise _wrong(str(error)) from error
+            logger.warning("the store may be away: %s", error)
+        except (ResponseParserError, RecursionError) as error:  # the second of redirects without end
+            raise _wrong(f"what answers for bucket {self._bucket} is no S3: {type(error).__name__}") from error
 
     def name(self, key: str) -> str:
         return self._prefix + key
 
     def url(self, key: str, seconds: int) -> str:
-        with _failing_requests(f"{key} in bucket {self._bucket} cannot be signed for"):
+        with failing_requests(f"{key} in bucket {self._bucket} cannot be signed for"):
             params = {"Bucket": self._bucket, "Key": self._prefix + key}
             return self._signer.generate_presigned_url("get_object", Params=params, ExpiresIn=seconds)
+
+    @contextmanager
+    def _tries(self, seconds: float, stop: Event | None = None) -> Iterator[None]:
+        """No request is sent inside after so many seconds, or once `stop` is set: botocore's tries have no such end."""
+        self._own.end, self._own.stop = time.monotonic() + seconds, stop
+        try:
+            yield
+        finally:
+            self._own.end, self._own.stop = math.inf, None
+
+    def _require_time(self, **_: Any) -> None:
+        stop: Event | None = getattr(self._own, "stop", None)
+        if stop is not None and stop.is_set():
+            raise given_up("the job has ended")
+        if time.monotonic() > getattr(self._own, "end", math.inf):
+            raise given_up("it does not answer in time")
+
+    def _try_out(self, key: str, data: bytes) -> None:
+        """Raises `StoreFailed`, or `InvalidSetting` where other bytes come back; a server that hangs costs 20 s."""
+        target = {"Bucket": self._bucket, "Key": self._prefix + key}
+        with failing_requests(f"{key} cannot be stored in bucket {self._bucket}"), self._tries(_SMALL):
+            created(lambda: self._put(target, data, "text/plain"))
+        try:
+            found = self.get(key)
+        finally:
+            self.delete(key)
+        if found != data:
+            raise _wrong(f"bucket {self._bucket} gives other bytes than it has taken")
+        what = f"bucket {self._bucket} does not say that an object is not there (s3:ListBucket?)"
+        with failing_requests(what), self._tries(_SMALL):
+            persistent(lambda: self._get(key))
 
     def _get(self, key: str) -> bytes | None:
         from botocore.exceptions import ResponseStreamingError
@@ -133,46 +181,8 @@ def _require_checksum(data: bytes, told: str) -> None:
         raise FlexibleChecksumError(error_msg=f"Expected checksum {told} of the parts did not match")
 
 
-def _created(create: Callable[[], object]) -> bool:
-    """Whether `create` has created its object; False where there is one already."""
-    from botocore.exceptions import ClientError
-
-    try:
-        _persistent(create)
-    except ClientError as error:
-        # Perhaps by this very call: where an answer is lost botocore asks again, and meets its own first try. That is
-        # well, since the caller adopts what is there.
-        if _status(error) == HTTPStatus.PRECONDITION_FAILED:
-            return False
-        raise
-    return True
-
-
-def _persistent(act: Callable[[], _T]) -> _T:
-    """What `act` returns, in a few tries where it fails in a way that passes, and that botocore takes for final."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    for pause in _PAUSES:
-        try:
-            return act()
-        except (BotoCoreError, ClientError) as error:
-            if not _passes(error):
-                raise
-        time.sleep(pause)
-    return act()
-
-
-def _passes(error: Exception) -> bool:
-    from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
-
-    if isinstance(error, ClientError):
-        return _status(error) == HTTPStatus.CONFLICT or error.response.get("Error", {}).get("Code") in _PASSING
-    # A body that broke off or was changed. One that stalls has taken its time already.
-    return isinstance(error, (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError))
-
-
-def _status(error: "ClientError") -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
+def _wrong(reason: str) -> InvalidSetting:
+    return InvalidSetting(f"ZLORA_STORE: {reason}", {"name": "ZLORA_STORE"})
 
 
 def _require_put_options(client: "S3Client", options: Mapping[str, Any]) -> None:
@@ -192,91 +202,10 @@ def _require_put_options(client: "S3Client", options: Mapping[str, Any]) -> None
             raise InvalidSetting(f"{name}: {option}: not of the type that S3 knows", {"name": name}) from None
 
 
-@contextmanager
-def _failing_requests(what: str) -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        raise StoreFailed(f"{what}: {error}") from error
-
-
-class SourceBuckets:
-    """What `s3://` sources may name: objects by URLs that carry the worker's signature; nothing is asked here."""
-
-    _SECONDS: Final = 900  # that a signature holds; it begins a download, and need not outlast it
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    @cached_property
-    def _client(self) -> "S3Client":
-        told = self._settings
-        return _s3_client(
-            told.source_endpoint,
-            key=told.lora_s3_key or None,
-            secret=told.lora_s3_secret or None,
-            token=told.lora_s3_token or None,
-            region=told.lora_s3_region or None,
-        )
-
-    def url(self, bucket: str, key: str, *, name: str) -> str:
-        """The URL of an object; it is a secret. Raises a `LoraError` that says `name` where there can be none."""
-        from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
-
-        try:
-            return self._client.generate_presigned_url(
-                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=self._SECONDS
-            )
-        except ParamValidationError:  # a bucket's or key's name that S3 does not know
-            raise LoraNotFound(f"{name}: no object of S3") from None
-        except (BotoCoreError, ClientError, ValueError) as error:  # credentials, a profile, a region, an endpoint
-            raise LoraForbidden(f"{name}: this worker cannot sign for it ({type(error).__name__})") from None
-
-
 def _store_client(endpoint: str, settings: Settings) -> "S3Client":
     from botocore.exceptions import BotoCoreError
 
     try:
-        return _s3_client(endpoint, addressing=settings.s3_addressing)
+        return s3_client(endpoint, addressing=settings.s3_addressing)
     except (BotoCoreError, ValueError) as error:  # a profile or a region that is none, an endpoint
         raise InvalidSetting(f"ZLORA_STORE: boto3 makes no client of S3: {error}", {"name": "ZLORA_STORE"}) from error
-
-
-def _s3_client(
-    endpoint: str,
-    *,
-    addressing: Literal["auto", "path", "virtual"] = "auto",
-    key: str | None = None,
-    secret: str | None = None,
-    token: str | None = None,
-    region: str | None = None,
-) -> "S3Client":
-    import boto3
-    from botocore.config import Config
-
-    logging.getLogger("botocore").setLevel(logging.INFO)  # its debug lines hold signatures
-    if addressing == "auto":
-        # Servers other than AWS rarely answer to bucket names as hosts. boto3's own "auto" signs URLs for AWS's oldest
-        # region, which redirects to the bucket's, where the signature does not hold.
-        addressing = "path" if endpoint else "virtual"
-    config = Config(
-        # Seven waits: some 3 s together where a server is away for a moment, and 30 s where it says that it is busy.
-        retries={"mode": "adaptive", "total_max_attempts": 8},
-        connect_timeout=5,
-        read_timeout=30,
-        signature_version="s3v4",
-        s3={"addressing_style": addressing},
-        request_checksum_calculation="when_supported",
-        response_checksum_validation="when_supported",
-    )
-    return boto3.Session().client(
-        "s3",
-        endpoint_url=endpoint or None,
-        config=config,
-        aws_access_key_id=key,
-        aws_secret_access_key=secret,
-        aws_session_token=token,
-        region_name=region,
-    )

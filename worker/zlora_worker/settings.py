@@ -101,7 +101,7 @@ class Settings:
     )
     s3_public_endpoint: str = _from(
         "ZLORA_S3_PUBLIC_ENDPOINT",
-        read=wire.web_url,
+        read=variables.public_url,
         note="The same server as its users reach it; presigned URLs are for it",
     )
     s3_addressing: Literal["auto", "path", "virtual"] = _from(

@@ -1,21 +1,31 @@
 """Where results go: the key scheme, what a store does, and the one that is a folder."""
 
 import errno
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Final, Literal, Protocol
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
-from zlora.errors import StoreFailed
+from zlora.errors import InvalidSetting, StoreFailed
 from zlora_worker.s3 import S3Store
 from zlora_worker.settings import Settings
 
 # What `link` says on file systems without hard links, each in its own way.
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# A disk that is full or away, a process that has too much: another time it may be well.
+_PASSING: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.EOPNOTSUPP)  # of file systems that know none, mostly those of a network
+
+logger = logging.getLogger(__name__)
 
 
 def image_key(job_id: str, index: int, extension: str) -> str:
@@ -29,7 +39,9 @@ def manifest_key(job_id: str) -> str:
 
 
 class Store(Protocol):
-    """A place for bytes under keys, for several threads at once. Every method but `name` raises `StoreFailed`.
+    """A place for bytes under keys, for several threads at once.
+
+    Every method but `probe` and `name` raises `StoreFailed`.
 
     `own_urls` says of what kind `url` is.
     """
@@ -37,9 +49,10 @@ class Store(Protocol):
     @property
     def own_urls(self) -> Literal["presigned", "file"]: ...
 
-    def put_new(self, key: str, data: bytes, content_type: str) -> bool:
+    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:
         """Store whole or not at all, and only where nothing is under the key; whether it was created now.
 
+        Fails as soon as it would try again and `stop` is set.
         False: something is there already, untouched. It may be this call's own bytes, where a request was repeated.
         """
         ...
@@ -50,6 +63,14 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Nothing is under the key afterwards, as perhaps before."""
+        ...
+
+    def probe(self) -> None:
+        """Create, read and delete a small object of its own.
+
+        Raises `InvalidSetting` where the store refuses for good, and logs a warning where it does not answer: it may be
+        away for a moment.
+        """
         ...
 
     def name(self, key: str) -> str:
@@ -77,7 +98,14 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def put_new(self, key: str, data: bytes, content_type: str) -> bool:  # noqa: ARG002 - a file has no content type
+    def put_new(
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,  # noqa: ARG002 - a file has none
+        *,
+        stop: Event | None = None,  # noqa: ARG002 - there is one try
+    ) -> bool:
         path = self._folder / key
         with _failing_files(f"{key} cannot be written to the store folder"):
             if os.path.lexists(path):  # a job that comes back needs no room for what it has stored
@@ -103,11 +131,32 @@ class FolderStore:
         with _failing_files(f"{key} cannot be deleted from the store folder"):
             (self._folder / key).unlink(missing_ok=True)
 
+    def probe(self) -> None:
+        try:
+            self._try_out(f"runs/.probe-{uuid4().hex}", b"probe")
+        except StoreFailed as error:
+            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING):
+                raise _wrong(f"{self._folder}: {error}") from error
+            logger.warning("the store may be full or away: %s", error)
+
+    def _try_out(self, key: str, data: bytes) -> None:
+        self.put_new(key, data, "text/plain")
+        try:
+            found = self.get(key)
+        finally:
+            self.delete(key)
+        if found != data:
+            raise _wrong(f"{self._folder} gives other bytes than it has taken")
+
     def name(self, key: str) -> str:
         return key
 
     def url(self, key: str, seconds: int) -> str:  # noqa: ARG002 - a file's has no end
         return (self._folder / key).as_uri()
+
+
+def _wrong(reason: str) -> InvalidSetting:
+    return InvalidSetting(f"ZLORA_STORE: {reason}", {"name": "ZLORA_STORE"})
 
 
 @contextmanager

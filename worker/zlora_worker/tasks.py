@@ -5,7 +5,7 @@ Holds the child's one `Runtime`.
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
@@ -32,6 +32,7 @@ from zlora_worker.watch import Watch, overdue, progress_backend
 if TYPE_CHECKING:
     from zlora_worker.generate import Runtime
 
+_OUTAGE: Final = 300.0  # seconds that a job waits for a store that does not answer
 _GRACE: Final = 2.0  # seconds after a job's time until it is interrupted: most end by themselves, at their next step
 
 logger = get_task_logger(__name__)
@@ -118,7 +119,7 @@ def _leased_result(job: _Job, digest: str) -> GenerateResult:
     record = deliveries.look(job_id, digest)
     if "cancelled" in record:
         raise revoked(job_id)
-    if (result := finished(runtime.store, job_id, digest)) is not None:
+    if (result := _finished(job, digest, record)) is not None:
         return result
     if "overtime" in record:
         raise overdue(job_id, float(record["overtime"]))
@@ -128,6 +129,22 @@ def _leased_result(job: _Job, digest: str) -> GenerateResult:
         _require_in_time(task, job_id)
     with deliveries.attempt(job_id, digest) as begun:
         return _draw(job, begun)
+
+
+def _finished(job: _Job, digest: str, record: Mapping[str, str]) -> GenerateResult | None:
+    """The result of a job that has one. A store that does not answer is waited for: that is no fault of the job's.
+
+    Nothing is drawn meanwhile, since it could not be stored. Raises `StoreFailed` where it takes too long.
+    """
+    try:
+        result = finished(job.runtime.store, job.id, digest)
+    except StoreFailed as error:
+        if job.deliveries.store_is_away(job.id) > _OUTAGE:
+            raise
+        logger.warning("job %s waits for the store: %s", job.id, error)
+        put_off(job.task, "the store does not answer")
+    job.deliveries.store_is_back(job.id, record)
+    return result
 
 
 def _settled(job: _Job, digest: str, error: ZloraError) -> GenerateResult:

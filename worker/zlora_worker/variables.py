@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -22,8 +22,8 @@ def listed(text: str) -> tuple[str, ...]:
 def store_url(text: str) -> str:
     """`file:///folder` or `s3://bucket/prefix`; or nothing."""
     parts = urlsplit(text)
-    folder = text.startswith("file:///") and not parts.query and not parts.fragment  # these are %3F and %23 in a path
-    if text and not folder and not (parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc)):
+    known = text.startswith("file:///") or (parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc))
+    if text and (not known or parts.query or parts.fragment):  # these are %3F and %23 in a path
         raise ValueError("expected file:///folder or s3://bucket/prefix")
     return text
 
@@ -84,7 +84,11 @@ def depth(text: str) -> int:
 
 def url_policies(text: str) -> tuple[UrlPolicy, ...]:
     """Policies between commas, the first one the default."""
-    return tuple(msgspec.convert(part, UrlPolicy) for part in listed(text))
+    known = get_args(UrlPolicy)
+    found = tuple(map(choice(*known), listed(text)))
+    if text and not found:
+        raise ValueError(f"expected some of {', '.join(known)}")
+    return cast("tuple[UrlPolicy, ...]", found)
 
 
 def public_url(text: str) -> str:
