@@ -271,6 +271,49 @@ def test_a_result_whose_links_cannot_be_made_yet_is_told_later_and_drawn_once(ch
     assert child.meta(job)[1]["job_id"] == job
 
 
+def test_a_result_whose_links_can_never_be_made_is_told_without_them(
+    child: Child, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(_result: GenerateResult) -> GenerateResult:
+        raise StoreFailed("nobody signs")
+
+    child.links = SimpleNamespace(require=lambda _request: None, shown=shown)
+    child.install()
+    assert child.deliver(job) == "IGNORED"
+
+    monkeypatch.setattr(tasks, "_OUTAGE", -1.0)
+
+    assert (child.begin(child.take()), len(child.jobs)) == ("SUCCESS", 1)
+    assert child.meta(job)[1]["job_id"] == job
+
+
+def test_a_job_waits_for_a_store_that_does_not_answer_and_fails_in_the_end(
+    child: Child, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not drawn needs no store; each outage is a new one."""
+    get, away = child.store.get, True
+
+    def look(key: str) -> bytes | None:
+        if away:
+            raise StoreFailed("the store is away")
+        return get(key)
+
+    monkeypatch.setattr(child.store, "get", look)
+    assert child.deliver(job) == "IGNORED"
+    since = child.redis.hget(wire.job_key(job), "store_away")
+    assert child.begin(child.take()) == "IGNORED"
+    assert child.redis.hget(wire.job_key(job), "store_away") == since
+    assert child.jobs == []
+
+    away = False
+    assert (child.begin(child.take()), len(child.jobs)) == ("SUCCESS", 1)
+
+    away = True
+    monkeypatch.setattr(tasks, "_OUTAGE", -1.0)
+    with pytest.raises(StoreFailed):
+        child.run(job_id=f"{job}-2", retries=3)
+
+
 # --- duplicates
 
 

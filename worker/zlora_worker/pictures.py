@@ -22,9 +22,7 @@ from zlora_worker.storage import Store
 
 _HANDS: Final = 4  # pictures that are encoded and stored at a time; a put mostly waits
 _LOOK: Final = 0.2  # seconds between two looks at whether the job is still wanted
-_PATIENCE: Final = (
-    12.0  # seconds for what is on its way when a job ends: a try of the store that nobody answers takes 10
-)
+_PATIENCE: Final = 12.0  # seconds for what is on its way when a job ends; a request that nobody answers takes 10
 
 
 class Pictures:

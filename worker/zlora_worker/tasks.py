@@ -106,10 +106,12 @@ def _one_result(job: _Job) -> GenerateResult:
 
 
 def _shown(job: _Job, result: GenerateResult) -> GenerateResult:
-    """The result with its links. Where the store fails now the job stays as it is: only its answer comes later."""
+    """The result with its links; where they cannot be made now it is told later, and in the end without them."""
     try:
         return job.runtime.links.shown(result)
     except StoreFailed as error:
+        if job.deliveries.store_is_away(job.id) > _OUTAGE:
+            return result
         logger.warning("job %s: no links: %s", job.id, error)
         put_off(job.task, "its links cannot be made yet")
 
