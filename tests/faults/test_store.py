@@ -3,6 +3,7 @@
 import hashlib
 import resource
 from collections.abc import Iterator
+from itertools import repeat
 from threading import Event
 
 import msgspec
@@ -76,17 +77,19 @@ def test_a_child_that_dies_in_mid_upload_leaves_no_result_and_the_job_completes(
     scene: Scene, s3_port: int, noise: int, upload: str
 ) -> None:
     """The server has half of the second picture, and waits for the rest until all is done."""
+    store = seaweed.store(s3_port, "c")
     with S3Proxy(s3_port, scene.tally) as proxy:
         scene.environ |= s3_environ("c", proxy)
-        proxy.meet(upload, hold)
+        proxy.meet(upload, *repeat(hold, 3))  # a worker gives a request up after 10 s, and asks again
         with scene.worker() as running:
             handle = scene.submit(noise=noise, step=0.3, fields={"num_images": 2})
             folder = f"c/runs/{handle.id}"
             wait_until(proxy.held.is_set, "the second picture is on its way")
             wait_until(lambda: stored(s3_port, folder), "the first picture is stored")
-            scene.kill(scene.child(running))
             assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
-            assert outcome.stored(seaweed.store(s3_port, "c"), handle.id) is None
+            assert outcome.stored(store, handle.id) is None
+            scene.kill(scene.child(running))
+            proxy.meet("-")
 
             result = handle.result(timeout=60)
             proxy.released.set()
