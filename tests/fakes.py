@@ -17,6 +17,7 @@ from zlora_worker import checkpoint
 from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine
 from zlora_worker.links import Links
+from zlora_worker.recipe import Recipe
 from zlora_worker.settings import Settings
 from zlora_worker.storage import Store
 
@@ -73,6 +74,24 @@ def a_request(**fields: Any) -> GenerateRequest:
     """A small job: the model's native size and one step where `fields` say nothing else."""
     small: dict[str, Any] = {"prompt": "a city at night", "num_inference_steps": 1}
     return GenerateRequest(**small | fields)
+
+
+def a_recipe(request: GenerateRequest, **fields: Any) -> Recipe:
+    """Of a picture that nobody has drawn."""
+    some: dict[str, Any] = {
+        "job_id": "some-job",
+        "seed": 7,
+        "width": 64,
+        "height": 72,
+        "request": request,
+        "model": "models/some.safetensors",
+        "base_sha256": "b" * 64,
+        "scheduler": "EulerDiscreteScheduler",
+        "device": "cpu",
+        "dtype": "float32",
+        "versions": {"z-image-lora": "1.2"},
+    }
+    return Recipe(**some | fields)
 
 
 def pixels(engine: Engine, *, seed: int = 7, **fields: Any) -> bytes:

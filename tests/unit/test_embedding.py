@@ -13,13 +13,25 @@ from xml.etree import ElementTree as ET
 
 import msgspec
 import pytest
-from fakes import TEXT, UNET, MemoryStore, a_request, kohya_lora, links, load_engine, peft_lora, settings, write
+from fakes import (
+    TEXT,
+    UNET,
+    MemoryStore,
+    a_recipe,
+    a_request,
+    kohya_lora,
+    links,
+    load_engine,
+    peft_lora,
+    settings,
+    write,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
-from zlora.job import Asset, GenerateRequest, GenerateResult, LoraSpec, OutputFormat, read_request
+from zlora.job import Asset, GenerateResult, LoraSpec, OutputFormat, read_request
 from zlora_worker import images
 from zlora_worker.cache import Cache
 from zlora_worker.embedding import embedded, recipe_of
@@ -53,24 +65,6 @@ LONGEST: Final = {
     "negative_prompt": "\uffff\0<" * 3_333,
     "loras": [{"file": {"url": "\U0001f600" * 4096}, "adapter_name": "\U0001f600" * 200}] * 8,
 }
-
-
-def a_recipe(request: GenerateRequest, **fields: Any) -> Recipe:
-    """Of a picture that nobody has drawn."""
-    some: dict[str, Any] = {
-        "job_id": "some-job",
-        "seed": 7,
-        "width": 64,
-        "height": 72,
-        "request": request,
-        "model": "models/some.safetensors",
-        "base_sha256": "b" * 64,
-        "scheduler": "EulerDiscreteScheduler",
-        "device": "cpu",
-        "dtype": "float32",
-        "versions": {"z-image-lora": "1.2"},
-    }
-    return Recipe(**some | fields)
 
 
 def drawn(recipe: Recipe) -> tuple[Image.Image, str]:

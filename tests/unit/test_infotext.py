@@ -5,13 +5,12 @@ import re
 from typing import Any, Final, get_args
 
 import pytest
-from fakes import a_request
+from fakes import a_recipe, a_request
 from hypothesis import example, given
 from hypothesis import strategies as st
 from zlora.job import Asset, GenerateRequest, LoraSpec, Scheduler, read_request
 from zlora_worker import engine
 from zlora_worker.infotext import infotext
-from zlora_worker.recipe import Recipe
 
 NEGATIVE: Final = "Negative prompt: "
 UNFIT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
@@ -34,24 +33,6 @@ REQUESTS: Final = st.fixed_dictionaries(
         "output_format": st.sampled_from(["png", "jpeg", "webp"]),
     },
 )
-
-
-def a_recipe(request: GenerateRequest, **fields: Any) -> Recipe:
-    """Of a picture that nobody has drawn."""
-    some: dict[str, Any] = {
-        "job_id": "some-job",
-        "seed": 7,
-        "width": 64,
-        "height": 72,
-        "request": request,
-        "model": "models/some.safetensors",
-        "base_sha256": "b" * 64,
-        "scheduler": "EulerDiscreteScheduler",
-        "device": "cpu",
-        "dtype": "float32",
-        "versions": {"z-image-lora": "1.2"},
-    }
-    return Recipe(**some | fields)
 
 
 def spec(url: str = "https://a.invalid/b.safetensors", **fields: Any) -> LoraSpec:

@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import msgspec
 import pytest
-from fakes import a_request, settings
+from fakes import a_recipe, a_request, settings
 from hypothesis import example, given
 from hypothesis import strategies as st
-from zlora.job import Asset, GenerateRequest, GenerateResult, ImageRef, LoraSpec, read_request
+from zlora.job import Asset, GenerateResult, ImageRef, LoraSpec, read_request
 from zlora_worker.cache import CachedFile
 from zlora_worker.fetch import Fetcher
 from zlora_worker.recipe import Recipe, pinned, read_recipe, recipes, shared
@@ -31,22 +31,10 @@ def fetcher(model_home: Path) -> Iterator[Fetcher]:
     fetcher.close()
 
 
-def a_recipe(request: GenerateRequest | None = None, **fields: Any) -> Recipe:
-    """Of a picture that nobody has drawn."""
-    some: dict[str, Any] = {
-        "job_id": "some-job",
-        "seed": 7,
-        "width": 64,
-        "height": 72,
-        "request": request or a_request(loras=(LoraSpec(file=Asset(url="https://a.invalid/b", sha256=DIGEST)),)),
-        "model": "models/some.safetensors",
-        "base_sha256": DIGEST,
-        "scheduler": "EulerDiscreteScheduler",
-        "device": "cpu",
-        "dtype": "float32",
-        "versions": {"z-image-lora": "1.2"},
-    }
-    return Recipe(**some | fields)
+def a_pinned_recipe(**fields: Any) -> Recipe:
+    """Of a picture with a LoRA."""
+    request = a_request(loras=(LoraSpec(file=Asset(url="https://a.invalid/b", sha256=DIGEST)),))
+    return a_recipe(request, base_sha256=DIGEST, **fields)
 
 
 def document_of(recipe: Recipe) -> dict[str, Any]:
@@ -83,7 +71,7 @@ def test_a_pinned_request_is_a_request(fetcher: Fetcher, form: str, address: str
 
 
 def test_a_manifest_has_a_recipe_for_each_picture() -> None:
-    recipe = a_recipe(pixels_sha256=DIGEST, model_sha256=DIGEST, threads=1, tiled=True)
+    recipe = a_pinned_recipe(pixels_sha256=DIGEST, model_sha256=DIGEST, threads=1, tiled=True)
     size: dict[str, Any] = {"width": 64, "height": 72, "size": 1}
     own: dict[str, Any] = {"pixels_sha256": DIGEST, "tiled": True}
     images = tuple(ImageRef(key="", content_type="", sha256="", seed=seed, **size, **own) for seed in (7, 8))
@@ -102,7 +90,7 @@ def test_a_manifest_has_a_recipe_for_each_picture() -> None:
 @given(data=JSON_DATA)
 def test_what_a_later_version_adds_is_passed_over(data: object) -> None:
     """At every level, whatever its type."""
-    recipe = a_recipe()
+    recipe = a_pinned_recipe()
     document = document_of(recipe)
     spec = document["request"]["loras"][0]
 
@@ -115,7 +103,7 @@ def test_what_a_later_version_adds_is_passed_over(data: object) -> None:
 @given(data=st.data())
 def test_one_field_of_any_other_value_is_read_or_refused(data: st.DataObject) -> None:
     """What is read is in its bounds: it can be written and read again."""
-    document = document_of(a_recipe(pixels_sha256=DIGEST, threads=1))
+    document = document_of(a_pinned_recipe(pixels_sha256=DIGEST, threads=1))
     spec = document["request"]["loras"][0]
     level = data.draw(st.sampled_from([document, document["request"], spec, spec["file"]]))
     level[data.draw(st.sampled_from(sorted(level)))] = data.draw(JSON_DATA)
@@ -148,12 +136,12 @@ def test_one_field_of_any_other_value_is_read_or_refused(data: st.DataObject) ->
 def test_a_field_out_of_its_bounds_is_refused(field: str, value: object) -> None:
     """A stranger's recipe is drawn, and its job id may become a path."""
     with pytest.raises(msgspec.ValidationError):
-        read_recipe(json.dumps(document_of(a_recipe()) | {field: value}))
+        read_recipe(json.dumps(document_of(a_pinned_recipe()) | {field: value}))
 
 
 @pytest.mark.parametrize("field", ["job_id", "seed", "request", "model", "base_sha256", "versions"])
 def test_a_recipe_without_what_draws_it_is_refused(field: str) -> None:
-    document = document_of(a_recipe())
+    document = document_of(a_pinned_recipe())
     del document[field]
 
     with pytest.raises(msgspec.ValidationError, match=field):
@@ -175,7 +163,7 @@ def test_a_recipe_without_what_draws_it_is_refused(field: str) -> None:
         b'{"seed": 1e999}',
         b'{"later": ' + b"[" * 100_000,
         b'{"later":' * 100_000,
-        msgspec.json.encode(a_recipe(model="x" * 2**22)),
+        msgspec.json.encode(a_pinned_recipe(model="x" * 2**22)),
     ],
     ids=range(13),
 )

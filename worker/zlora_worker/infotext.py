@@ -28,6 +28,7 @@ _LORA_DIGITS: Final = 12  # of a LoRA's
 _LABEL: Final = 200  # characters of a name; an address may be all one name
 _JPEG_ROOM: Final = 32_000  # UTF-16 units of an Exif segment, which has 65,533 bytes, less what stands around
 _KARRAS: Final = " karras"
+_SOFTWARE: Final = "z-image-lora"
 # Controls, and what is a byte order mark, or one for the other order, or no character, in UTF-16.
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _OTHER_LINES: Final = re.compile(r"Negative prompt(?=:)|^Steps(?=:)")
@@ -69,7 +70,7 @@ def _settings(recipe: Recipe) -> dict[str, str]:
 
 
 def _version(recipe: Recipe) -> str:
-    return f"{recipe.software} {recipe.versions.get(recipe.software, '')}".rstrip()
+    return f"{_SOFTWARE} {recipe.versions.get(_SOFTWARE, '')}".rstrip()
 
 
 def _name(spec: LoraSpec) -> str:

@@ -10,8 +10,6 @@ from zlora.later import LaterRequest
 from zlora.redaction import label
 from zlora_worker.cache import CachedFile
 
-SOFTWARE: Final = "z-image-lora"
-
 _LONGEST: Final = 2**22  # bytes of a recipe's JSON; the longest request has about a tenth
 
 
@@ -22,7 +20,6 @@ class Recipe(Struct, frozen=True, kw_only=True, omit_defaults=True):
     the RGB bytes as they were drawn. The other fields are those of `GenerateResult`.
     """
 
-    software: str = SOFTWARE
     job_id: Annotated[str, Meta(pattern=rf"^{JOB_ID.pattern}\Z")]
     index: Annotated[int, Meta(ge=0)] = 0
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)]

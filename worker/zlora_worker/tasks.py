@@ -121,7 +121,7 @@ def _leased_result(job: _Job, digest: str) -> GenerateResult:
     record = deliveries.look(job_id, digest)
     if "cancelled" in record:
         raise revoked(job_id)
-    if (result := _finished(job, digest, record)) is not None:
+    if (result := _earlier_result(job, digest, record)) is not None:
         return result
     if "overtime" in record:
         raise overdue(job_id, float(record["overtime"]))
@@ -133,7 +133,7 @@ def _leased_result(job: _Job, digest: str) -> GenerateResult:
         return _draw(job, begun)
 
 
-def _finished(job: _Job, digest: str, record: Mapping[str, str]) -> GenerateResult | None:
+def _earlier_result(job: _Job, digest: str, record: Mapping[str, str]) -> GenerateResult | None:
     """The result of a job that has one. A store that does not answer is waited for: that is no fault of the job's.
 
     Nothing is drawn meanwhile, since it could not be stored. Raises `StoreFailed` where it takes too long.
