@@ -306,3 +306,14 @@ def kept(folder: Path) -> dict[str, bytes]:
 def named(*contents: bytes) -> dict[str, bytes]:
     """Files as a cache names them."""
     return {f"{digest(data)}.safetensors": data for data in contents}
+
+
+def sign_as(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
+    """What boto3 signs with, and nothing of this machine's own AWS; between two tries nobody waits."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    files = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    for name, value in {**variables, **files, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    monkeypatch.setattr("zlora_worker.s3_answers._PAUSES", (0, 0, 0))

@@ -15,9 +15,9 @@ from typing import Final
 
 import pytest
 from fakes import settings as worker_settings
-from servers import SECRETS, Answer, Authority, Host, Request, reply, serving, settings
+from servers import SECRETS, Answer, Authority, Host, Request, reply, serving, settings, sign_as
 from zlora.errors import InvalidSetting
-from zlora_worker import checkpoint, s3, s3_answers
+from zlora_worker import checkpoint, s3
 from zlora_worker.generate import Runtime
 from zlora_worker.storage import FolderStore, open_store
 
@@ -28,15 +28,9 @@ WHOLE: Final = ["PUT", "GET", "DELETE", "GET"]
 @pytest.fixture(autouse=True)
 def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What boto3 needs to sign a request, and nothing of this machine's own AWS; nobody waits."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
     variables = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "us3r", "AWS_SECRET_ACCESS_KEY": "s3cret"}
-    files = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    for name, value in (variables | files | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    sign_as(monkeypatch, variables)
     monkeypatch.setattr("botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: True)  # of a server's rate
-    monkeypatch.setattr(s3_answers, "_PAUSES", (0, 0, 0))
 
 
 class Bucket:

@@ -1,7 +1,6 @@
 """What S3 is asked, and answers that it gives rarely; tests/integration and tests/faults have a real server."""
 
 import base64
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -10,10 +9,10 @@ from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from servers import Answer, Host, Request, reply, serving, settings, watched_connections
+from servers import Answer, Host, Request, reply, serving, settings, sign_as, watched_connections
 from urllib3.exceptions import SSLError
 from zlora.errors import InvalidSetting, StoreFailed
-from zlora_worker import s3, s3_answers
+from zlora_worker import s3
 from zlora_worker.s3 import S3Store
 from zlora_worker.storage import open_store
 
@@ -24,14 +23,8 @@ PICTURE: Final = "image/png"
 @pytest.fixture(autouse=True)
 def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What boto3 needs to sign a request, and nothing of this machine's own AWS; nobody waits."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
     variables = {"AWS_DEFAULT_REGION": "eu-central-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    files = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    for name, value in (variables | files | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
-    monkeypatch.setattr(s3_answers, "_PAUSES", (0, 0, 0))
+    sign_as(monkeypatch, variables)
 
 
 def s3_store(folder: Path, *hosts: Host, **variables: str) -> S3Store:
