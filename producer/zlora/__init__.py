@@ -7,7 +7,8 @@ print(result.images[0].url)
 """
 
 from zlora import errors
-from zlora.client import Client
+from zlora.async_client import AsyncClient, AsyncJobHandle
+from zlora.client import Client, Options, job_id_of
 from zlora.handle import JobHandle
 from zlora.job import (
     Asset,
@@ -25,6 +26,8 @@ from zlora.preflight import Preflight
 
 __all__ = [
     "Asset",
+    "AsyncClient",
+    "AsyncJobHandle",
     "Cancellation",
     "Client",
     "GenerateRequest",
@@ -36,6 +39,8 @@ __all__ = [
     "LoraInfo",
     "LoraReceipt",
     "LoraSpec",
+    "Options",
     "Preflight",
     "errors",
+    "job_id_of",
 ]

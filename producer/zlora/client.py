@@ -1,34 +1,55 @@
 """The producer's door to the queue: submit a request, wait for its result."""
 
+import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, NamedTuple, Self, TypedDict, Unpack
 
-from celery import Celery
-from celery.exceptions import ImproperlyConfigured
-
-from zlora import wire
-from zlora.errors import InvalidRequest, InvalidSetting
-from zlora.handle import JobHandle, broker_errors
-from zlora.job import QUEUE, TASK_NAME, GenerateRequest, check_job_id, digest_of, plain, read_request
-from zlora.ledger import Ledger, Submission, connect
+from zlora import webhook, wire
+from zlora.broker import Broker, Entry
+from zlora.errors import Conflict, InvalidRequest
+from zlora.handle import JobHandle
+from zlora.job import QUEUE, GenerateRequest, check_job_id, digest_of, plain, read_request
+from zlora.ledger import Submission
 from zlora.preflight import Preflight
-from zlora.redaction import shown
+from zlora.redaction import printable
+from zlora.redis_broker import RedisBroker
 
 Priority = Literal["high", "normal", "low"]
+Request = GenerateRequest | dict[str, Any]
 
-_NO_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, ValueError)  # what Celery says of one
-# Bounds the wait for a broker: three tries within about a second where it is down, within nine where it is silent.
-_SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
+_APART: Final = 0.00025  # seconds between two jobs of one call: the ledger's order is by time, and has no finer one
+_LONGEST_KEY: Final = 1000  # characters of an idempotency key
+
+
+class Options(TypedDict, total=False):
+    """How a job is queued. None of it is part of the request: where an id comes again, the first options hold.
+
+    * `priority`: `high`, `normal` (the default) or `low`, strictly.
+    * `expires_in`: seconds in which the job must begin, else it fails with `JobExpired`.
+    * `preflight`: look at the LoRAs first (`Preflight.check`): one that is not there, is no safetensors file or made
+      for another base raises its `LoraError`, and nothing is queued.
+    * `webhook_url`: where a worker tells the end of the job, signed (`zlora.webhook`).
+    * `webhook_events`: those that are told, of `webhook.EVENTS`; all, where it is not given.
+    """
+
+    priority: Priority
+    expires_in: float | None
+    preflight: bool
+    webhook_url: str | None
+    webhook_events: Sequence[str] | None
 
 
 class Client:
-    """Submits jobs over its own Celery app, so that another app in the process keeps its settings."""
+    """Submits jobs over its own Celery app, so that another app in the process keeps its settings.
+
+    For any number of threads. Of those that wait for results none polls: one more connection, subscribed to the jobs
+    that are waited for, rings.
+    """
 
     def __init__(
         self,
@@ -41,17 +62,9 @@ class Client:
         """Connect at the first use. `result_backend` is the broker where it is not given.
 
         `preflight` makes what looks at LoRAs, at the first job that asks for it: others need none of its packages.
-        Raises `InvalidSetting` where either URL is none that Celery can open, or the broker is not one Redis.
+        Raises `InvalidSetting` where either URL is not one Redis that Celery can open.
         """
-        self.queue = queue
-        config = wire.impatient_config(broker_url=broker_url, result_backend=result_backend or broker_url, queue=queue)
-        self._app = Celery("zlora", set_as_current=False)
-        self._app.conf.update(config)
-        check_urls(self._app)
-        # To send through an app with a result backend would subscribe to each result, and wait for Redis for 20 s.
-        self._sender = Celery("zlora", set_as_current=False)
-        self._sender.conf.update(config | {"result_backend": "disabled://"})
-        self._ledger = Ledger(connect(broker_url), queue)
+        self._broker: Broker = RedisBroker(broker_url, result_backend=result_backend or broker_url, queue=queue)
         self._make_preflight = preflight
 
     @classmethod
@@ -67,6 +80,13 @@ class Client:
             preflight=partial(Preflight.from_env, environ),
         )
 
+    @classmethod
+    def over(cls, broker: Broker, *, preflight: Callable[[], Preflight] = Preflight) -> Self:
+        """A client of another broker than Redis, such as that of `zlora.testing`."""
+        client = cls.__new__(cls)
+        client._broker, client._make_preflight = broker, preflight  # noqa: SLF001 - its own
+        return client
+
     def __enter__(self) -> Self:
         return self
 
@@ -77,44 +97,58 @@ class Client:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._ledger.redis.close()
-        self._sender.close()
-        self._app.close()
+        self._broker.close()
+
+    @property
+    def queue(self) -> str:
+        """The queue that the jobs go to."""
+        return self._broker.queue
 
     def submit(
         self,
-        request: GenerateRequest | dict[str, Any],
+        request: Request,
         *,
         job_id: str | None = None,
-        priority: Priority = "normal",
-        expires_in: float | None = None,
-        preflight: bool = False,
+        idempotency_key: str | None = None,
+        **options: Unpack[Options],
     ) -> JobHandle:
         """Check the request, write it down, and put it on the queue.
 
-        With `preflight` its LoRAs are looked at first (`Preflight.check`): one that is not there, is no safetensors
-        file or made for another base raises its `LoraError`, and nothing is queued. A job that has not begun
-        `expires_in` seconds from now fails with `JobExpired`. The same request under the same id is the same job,
-        whatever became of it. Raises `InvalidRequest`, `Conflict` where the id has another request, or
-        `BrokerUnavailable`, after which the job may run, and to submit it again under the same id is safe.
+        The same request under the same `job_id` is the same job, whatever became of it; an `idempotency_key`, any text
+        of up to 1,000 characters such as an order's number, makes the id (`job_id_of`). Without either each call is a
+        job of its own. Raises `InvalidRequest`, `Conflict` where the id has another request, or `BrokerUnavailable`,
+        after which the job may run, and to submit it again under the same id is safe: `details` name it.
         """
-        checked = read_request(request)
-        name = check_job_id(str(uuid.uuid4()) if job_id is None else job_id)
-        rank, patience = _priority(priority), None if expires_in is None else _seconds(expires_in)
-        if preflight:
-            self._preflight.check(checked)
+        if job_id is not None and idempotency_key is not None:
+            raise InvalidRequest("expected one of `job_id` and `idempotency_key`", {"path": "idempotency_key"})
+        name = job_id if idempotency_key is None else job_id_of(idempotency_key)
+        (handle,) = self.submit_many([request], job_ids=None if name is None else [name], **options)
+        return handle
+
+    def submit_many(
+        self, requests: Iterable[Request], *, job_ids: Iterable[str] | None = None, **options: Unpack[Options]
+    ) -> list[JobHandle]:
+        """Submit jobs in order, with the same options; all of them are checked before the first is sent.
+
+        `job_ids` names one for each. Raises as `submit` does; where the broker goes away in the middle some are queued,
+        and to submit all of them again under the same ids is safe.
+        """
+        checked = [read_request(request) for request in requests]
+        names = [str(uuid.uuid4()) for _ in checked] if job_ids is None else [check_job_id(name) for name in job_ids]
+        if len(names) != len(checked):
+            raise InvalidRequest(f"{len(names)} job ids for {len(checked)} requests", {"path": "job_ids"})
+        how = _How.read(options)
+        if options.get("preflight"):
+            for request in checked:
+                self._preflight.check(request)
         now = time.time()
-        submission = Submission(
-            request=plain(checked),
-            priority=rank,
-            submitted=now,
-            expires=None if patience is None else now + patience,
-        )
-        with broker_errors({"job_id": name}):
-            if (unsent := self._ledger.open(name, submission, digest_of(checked))) is not None:
-                send(self._sender, self.queue, name, unsent)
-                self._ledger.sent(name)
-        return self.job(name)
+        entries = [
+            Entry(name, how.submission(request, now + place * _APART), digest_of(request))
+            for place, (name, request) in enumerate(zip(names, checked, strict=True))
+        ]
+        _require_one_each(entries)
+        self._broker.put(entries)
+        return [JobHandle(name, self._broker) for name in names]
 
     @cached_property
     def _preflight(self) -> Preflight:
@@ -122,56 +156,69 @@ class Client:
 
     def job(self, job_id: str) -> JobHandle:
         """The handle of a job that was submitted before, here or elsewhere."""
-        return JobHandle(check_job_id(job_id), self._app, self._ledger)
+        return JobHandle(check_job_id(job_id), self._broker)
 
 
-def send(app: Celery, queue: str, job_id: str, submission: Submission) -> None:
-    """Put a job's message on its queue."""
-    expires = submission.expires
-    app.send_task(
-        TASK_NAME,
-        args=[submission.request],
-        argsrepr=shown(submission.request),
-        task_id=job_id,
-        queue=queue,
-        priority=submission.priority,
-        expires=None if expires is None else datetime.fromtimestamp(expires, UTC),
-        headers={wire.SUBMITTED_AT: submission.submitted},
-        retry_policy=_SEND_RETRIES,
-    )
+def job_id_of(idempotency_key: str) -> str:
+    """The id of the job that was submitted with this key; raises `InvalidRequest`."""
+    if not isinstance(idempotency_key, str) or not 0 < len(idempotency_key) <= _LONGEST_KEY:
+        expected = f"Expected a text of 1 to {_LONGEST_KEY} characters"
+        raise _refused("idempotency_key", idempotency_key, expected)
+    return f"key-{hashlib.sha256(idempotency_key.encode(errors='surrogatepass')).hexdigest()[:40]}"
 
 
-def check_urls(app: Celery) -> None:
-    """Raise `InvalidSetting` where the app's broker or result backend is no URL that Celery can open."""
-    for name, url, opened in (
-        (wire.BROKER_URL, app.conf.broker_url, lambda: app.connection_for_write().transport),
-        (wire.RESULT_BACKEND, app.conf.result_backend, lambda: app.backend),
-    ):
-        scheme, mark, _ = url.partition("://")
-        shown = f"{scheme}://..." if mark else "without ://"  # the rest may hold a password, and so may the reason
-        if name == wire.BROKER_URL and (scheme not in wire.SCHEMES or ";" in url):
-            expected = ", ".join(f"{known}://" for known in wire.SCHEMES)
-            raise InvalidSetting(f"{name}: expected one Redis, as one of {expected} ({shown})", {"name": name})
-        try:
-            opened()
-            if name == wire.BROKER_URL:
-                connect(url)
-        except _NO_URL:
-            raise InvalidSetting(f"{name}: no URL that Celery can open ({shown})", {"name": name}) from None
+class _How(NamedTuple):
+    """The options of a call, checked: what they make of each of its submissions."""
+
+    priority: int
+    patience: float | None
+    webhook: webhook.Webhook | None
+
+    @classmethod
+    def read(cls, options: Options) -> "_How":
+        if unknown := options.keys() - Options.__annotations__.keys():  # as Python says of any other argument
+            raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
+        patience = options.get("expires_in")
+        url, events = options.get("webhook_url"), options.get("webhook_events")
+        if url is None and events is not None:
+            raise _refused("webhook_events", events, "Expected none without `webhook_url`")
+        return cls(
+            priority=_priority(options.get("priority", "normal")),
+            patience=None if patience is None else _seconds(patience),
+            webhook=None if url is None else webhook.read(url, events or ()),
+        )
+
+    def submission(self, request: GenerateRequest, at: float) -> Submission:
+        return Submission(
+            request=plain(request),
+            priority=self.priority,
+            submitted=at,
+            expires=None if self.patience is None else at + self.patience,
+            webhook=self.webhook,
+        )
+
+
+def _require_one_each(entries: Sequence[Entry]) -> None:
+    """Raise `Conflict` where one id is given to two requests of a call."""
+    digests: dict[str, str] = {}
+    for job_id, _, digest in entries:
+        if digests.setdefault(job_id, digest) != digest:
+            raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
 
 
 def _priority(name: str) -> int:
     try:
         return wire.PRIORITIES[name]
     except (KeyError, TypeError):
-        expected = f"Expected one of {', '.join(wire.PRIORITIES)}"
-        details = {"path": "priority", "value": repr(name)[:80], "expected": expected}
-        raise InvalidRequest(f"priority: {expected}; the value is {details['value']}", details) from None
+        raise _refused("priority", name, f"Expected one of {', '.join(wire.PRIORITIES)}") from None
 
 
-def _seconds(value: float) -> float:
+def _seconds(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= wire.RECORD_EXPIRES:
         return float(value)
-    expected = f"Expected seconds above 0 and up to {wire.RECORD_EXPIRES}"
-    details = {"path": "expires_in", "value": repr(value)[:80], "expected": expected}
-    raise InvalidRequest(f"expires_in: {expected}; the value is {details['value']}", details)
+    raise _refused("expires_in", value, f"Expected seconds above 0 and up to {wire.RECORD_EXPIRES}")
+
+
+def _refused(path: str, value: object, expected: str) -> InvalidRequest:
+    details = {"path": path, "value": printable(value), "expected": expected}
+    return InvalidRequest(f"{path}: {expected}; the value is {details['value']}", details)

@@ -22,6 +22,7 @@ ZloraError
 ├── ModelUnavailable          model_unavailable      the base model cannot be loaded
 ├── BrokerUnavailable         broker_unavailable     Redis does not answer                       retryable
 ├── ResultTimeout             result_timeout         no result within the caller's patience      retryable
+├── PictureUnavailable        picture_unavailable    a result's picture cannot be fetched       retryable
 ├── JobLost                   job_lost               the worker died over the job                retryable
 ├── JobPoisoned               poisoned               worker after worker died over the job
 ├── JobTimeout                timeout                the job took longer than it may
@@ -29,6 +30,7 @@ ZloraError
 ├── JobRevoked                job_revoked            the job was cancelled
 ├── JobUnknown                unknown                no job has this id
 ├── Conflict                  conflict               the job id belongs to another request
+├── InvalidWebhook            invalid_webhook        a webhook that is not ours, too old, or was heard before
 ├── InvalidSetting            invalid_setting        an environment variable that makes no sense
 └── StackError                stack_error            the embedded stack cannot start
 ```
@@ -38,7 +40,7 @@ later. Both are facts of the class. An instance is one message for people and on
 `args`, which is what Celery's JSON result carries, so an error raised in the worker arrives as the same class.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 __all__ = [
     "BaseNotRestored",
@@ -50,6 +52,7 @@ __all__ = [
     "InvalidJobId",
     "InvalidRequest",
     "InvalidSetting",
+    "InvalidWebhook",
     "JobExpired",
     "JobLost",
     "JobPoisoned",
@@ -67,6 +70,7 @@ __all__ = [
     "ModelUnavailable",
     "NotSafetensors",
     "OutOfMemory",
+    "PictureUnavailable",
     "ResultTimeout",
     "StackError",
     "StoreFailed",
@@ -236,6 +240,13 @@ class ResultTimeout(ZloraError):
     retryable = True
 
 
+class PictureUnavailable(ZloraError):
+    """A picture cannot be brought here. Details: `key`."""
+
+    code = "picture_unavailable"
+    retryable = True
+
+
 class JobLost(ZloraError):
     """The worker died over the job."""
 
@@ -279,6 +290,12 @@ class Conflict(ZloraError):
     code = "conflict"
 
 
+class InvalidWebhook(ZloraError):
+    """The webhook is not to be believed. Details: `reason`."""
+
+    code = "invalid_webhook"
+
+
 class InvalidSetting(ZloraError):
     """An environment variable has a value that makes no sense. Details: `name`."""
 
@@ -289,3 +306,11 @@ class StackError(ZloraError):
     """The embedded stack cannot start."""
 
     code = "stack_error"
+
+
+def named(code: str) -> type[ZloraError]:
+    """The class of a code; a code that is not known here, such as a newer worker's, is a `ZloraError`."""
+    return _BY_CODE.get(code, ZloraError)
+
+
+_BY_CODE: Final[dict[str, type[ZloraError]]] = {globals()[name].code: globals()[name] for name in __all__}

@@ -1,53 +1,43 @@
 """One submitted job, as its producer sees it: where it is, how it ended, and an end to it."""
 
 import math
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Final, Literal
+from collections.abc import Generator
+from contextlib import suppress
+from typing import Final, Literal
 
-import kombu.exceptions
-import msgspec
-import redis.exceptions
-from celery import Celery
-from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.states import READY_STATES
 
+from zlora.answers import error_of, readable, status_of
+from zlora.broker import Broker
 from zlora.errors import (
     BrokerUnavailable,
     InternalError,
     JobExpired,
-    JobLost,
     JobRevoked,
-    JobTimeout,
     JobUnknown,
     ResultTimeout,
     ZloraError,
 )
 from zlora.job import Cancellation, GenerateResult, ImageRef, JobState, JobStatus
 from zlora.later import read_result
-from zlora.ledger import BRIEFLY, Ledger, Standing
+from zlora.ledger import BRIEFLY
+from zlora.waiting import Wait
 
-EXPIRED: Final = "expired"  # the reason of a REVOKED job that nobody cancelled: Celery's own word
-
-_UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.RedisError)
-# What a value that is no worker's raises, here and inside Celery.
-_UNDECODED: Final = (msgspec.DecodeError, kombu.exceptions.DecodeError)
-NO_ANSWER: Final = (*_UNDECODED, AttributeError, LookupError, TypeError, ValueError)
-_ASK_AGAIN: Final = 10.0  # seconds after a question for an old result that no worker has answered
-_OUTAGE: Final = 30.0  # seconds that a wait for a result outlasts a Redis that does not answer, such as its restart
 _URL_SPARE: Final = 3.0  # seconds that a URL is worth giving for; a producer's clock may be that late of the worker's
-_LOOK_SHARE: Final = 0.05  # of the time waited so far until the next look: a result is seen at most that much late
-_LOOK_BOUNDS: Final = (0.005, 0.25)  # seconds
+_MOVES: Final = 2.0  # seconds between two looks at the place of a job in its queue, which nobody publishes
 
 
 class JobHandle:
-    """One submitted job."""
+    """One submitted job. For any number of threads: all of them are rung over one connection of the client's."""
 
-    def __init__(self, job_id: str, app: Celery, ledger: Ledger) -> None:
+    def __init__(self, job_id: str, broker: Broker) -> None:
         self.id = job_id  # job id, task id and key prefix in one
-        self._app = app
-        self._ledger = ledger
+        self._broker = broker
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id!r})"
 
     def status(self) -> JobStatus:
         """The state now, and how far the job is where it has no verdict.
@@ -55,11 +45,26 @@ class JobHandle:
         Where the result has expired a worker is asked for the manifest, for up to two seconds. It is UNKNOWN
         where none answers, too: only `result` tells that from a worker's word that there is none.
         """
-        meta = self._meta()
-        if meta["status"] == JobState.PENDING:
-            return self._unstarted()
-        with self._readable():
-            return msgspec.convert({**_progress(meta), "state": meta["status"]}, JobStatus)
+        answer = self._broker.answer(self.id)
+        return self._unstarted() if answer.state == JobState.PENDING else status_of(self.id, answer)
+
+    def events(self, timeout: float | None = None) -> Generator[JobStatus, None, None]:
+        """Each status that differs from the one before, as it comes; the last is the job's end.
+
+        A watcher that is slow misses what was in between, and never the end. Raises as `result` does where there is
+        no end within `timeout` seconds, and not for a job that fails: that is a status.
+        """
+        wait, rung, last = Wait(self._broker, self.id, timeout), threading.Event(), None
+        with self._broker.watch(self.id, rung.set):
+            while True:
+                rung.clear()
+                status = self.report(wait)
+                if status is not None and status != last:
+                    yield status
+                    last = status
+                if has_ended(last):
+                    return
+                rung.wait(wait.pause(pause_after(last)))
 
     def result(self, timeout: float | None = None) -> GenerateResult:
         """Wait up to `timeout` seconds for the result; raises the job's typed error, or `ResultTimeout`.
@@ -71,39 +76,61 @@ class JobHandle:
         Where signed URLs have ended since the worker answered, one is asked for new ones; the old are given where none
         answers within two seconds.
         """
-        start, patience = time.monotonic(), math.inf if timeout is None else timeout
-        meta = self._last_meta(patience)
-        if meta["status"] != JobState.SUCCESS:
-            raise self._error(meta)
-        if isinstance(meta["result"], GenerateResult):  # a worker's answer of this moment
-            return meta["result"]
-        with self._readable():
-            result = read_result(meta["result"])
-        return self._renewed(result, patience - (time.monotonic() - start))
+        wait, rung = Wait(self._broker, self.id, timeout), threading.Event()
+        if (found := self.look(wait)) is not None:
+            return found
+        with self._broker.watch(self.id, rung.set):
+            while True:
+                rung.wait(wait.pause())
+                rung.clear()
+                if (found := self.look(wait)) is not None:
+                    return found
 
     def cancel(self) -> Cancellation:
         """Cancel the job for good, and say where it was. It ends as REVOKED, and what it has stored is deleted.
 
         A queued job has ended when this returns; a running one ends with its present step.
         """
-        if self._meta()["status"] in READY_STATES:
+        if self._broker.answer(self.id).state in READY_STATES:
             return Cancellation.FINISHED
-        standing = self._standing()
+        standing = self._broker.standing(self.id)
         if standing.verdict is not None or (not standing.is_open and self._recalled()):
             return Cancellation.FINISHED
-        with broker_errors({"job_id": self.id}):
-            known, running = self._ledger.cancel(self.id)
-            if running:
-                return Cancellation.RUNNING
-            if not known:
-                return Cancellation.UNKNOWN
-            self._app.backend.mark_as_revoked(self.id, "cancelled")
-            self._ledger.close(self.id, revoked(self.id))
-        return Cancellation.QUEUED
+        return self._broker.cancel(self.id)
+
+    def report(self, wait: Wait) -> JobStatus | None:
+        """One look of a watcher's: the status, or None where Redis does not answer, which may pass."""
+        status = wait.look(self.status)
+        if wait.is_over and not has_ended(status):
+            raise self._no_result(wait)
+        return status
+
+    def look(self, wait: Wait) -> GenerateResult | None:
+        """One look of somebody who waits: the result, or None where there is none yet; raises as `result` does."""
+        asks = wait.is_due()
+
+        def now() -> GenerateResult | None:
+            answer = self._broker.answer(self.id)
+            if answer.state == JobState.SUCCESS:
+                with readable(self.id):
+                    result = read_result(answer.value)
+                return self._renewed(result, wait.left)
+            if answer.state in READY_STATES:
+                raise error_of(self.id, answer)
+            if answer.state != JobState.PENDING or not asks:
+                return None
+            old = self._old_result(wait.left)
+            wait.denied = old is False
+            return old or None
+
+        found = wait.look(now)
+        if found is None and wait.is_over:
+            raise self._no_result(wait)
+        return found
 
     def _unstarted(self) -> JobStatus:
         """PENDING where the job waits, its end where Celery's result has expired or is lost, else UNKNOWN."""
-        standing = self._standing()
+        standing = self._broker.standing(self.id)
         if standing.is_open:
             return JobStatus(state=JobState.PENDING, phase="queued", position=standing.position)
         if isinstance(standing.verdict, JobRevoked | JobExpired):
@@ -112,20 +139,15 @@ class JobHandle:
             return JobStatus(state=JobState.FAILURE)
         return JobStatus(state=JobState.SUCCESS if self._recalled() else JobState.UNKNOWN)
 
-    def _standing(self) -> Standing:
-        with broker_errors({"job_id": self.id}):
-            return self._ledger.standing(self.id)
-
     def _recalled(self, patience: float = math.inf) -> GenerateResult | Literal[False] | None:
         """The result from the store, where Celery's has expired or is lost.
 
         False where a worker says that there is none; None where nobody says anything.
         """
-        with broker_errors({"job_id": self.id}):
-            manifest = self._ledger.recall(self.id, patience=patience)
+        manifest = self._broker.recall(self.id, patience)
         if not manifest:
             return None if manifest is None else False
-        with self._readable():
+        with readable(self.id):
             return read_result(manifest)
 
     def _renewed(self, result: GenerateResult, patience: float) -> GenerateResult:
@@ -136,105 +158,36 @@ class JobHandle:
             return self._recalled(patience) or result
         return result
 
-    def _old_meta(self, patience: float) -> dict[str, Any] | None:
-        """The end of a job whose result is not in Celery's backend any more; None where nobody says anything."""
-        standing = self._standing()
+    def _old_result(self, patience: float) -> GenerateResult | Literal[False] | None:
+        """The result of a job whose answer is not in Celery's backend any more; raises the error that it ended with.
+
+        False where a worker knows of none; None where the job is still to come, or nobody says anything.
+        """
+        standing = self._broker.standing(self.id)
         if standing.verdict is not None:
-            return {"status": JobState.FAILURE, "result": standing.verdict}
-        if standing.is_open:
-            return {}
-        old = self._recalled(patience)
-        return {"status": JobState.SUCCESS, "result": old} if old else None if old is None else {}
+            raise standing.verdict
+        return None if standing.is_open else self._recalled(patience)
 
-    def _last_meta(self, patience: float) -> dict[str, Any]:
-        """The state that does not change any more; raises `ResultTimeout` or `JobUnknown` after `patience` seconds."""
-        start = heard = time.monotonic()
-        asked_again, denied = 0.0, False
-        while True:
-            waited = time.monotonic() - start
-            try:
-                if (meta := self._meta())["status"] in READY_STATES:
-                    return meta
-                if meta["status"] == JobState.PENDING and waited >= asked_again:
-                    if old := self._old_meta(patience - waited):
-                        return old
-                    denied = old is not None
-                    asked_again = waited + _ASK_AGAIN
-                heard = time.monotonic()
-            except BrokerUnavailable:
-                if waited >= patience or time.monotonic() - heard > _OUTAGE:
-                    raise
-            if waited >= patience:
-                raise self._no_result(patience, denied=denied)
-            time.sleep(max(0.0, min(_pause(waited), patience - waited)))
-
-    def _no_result(self, patience: float, *, denied: bool) -> ZloraError:
+    def _no_result(self, wait: Wait) -> ZloraError:
         """Why there is nothing after the wait; a worker that is not there cannot say that a job is unknown."""
-        if denied and not self._standing().is_open and self._meta()["status"] == JobState.PENDING:
+        if wait.denied and not self._broker.standing(self.id).is_open and self._is_silent():
             return JobUnknown(f"no job {self.id} is known", {"job_id": self.id})
-        return ResultTimeout(f"no result of job {self.id} within {patience:g} s", {"job_id": self.id})
+        return ResultTimeout(f"no result of job {self.id} within {wait.seconds:g} s", {"job_id": self.id})
 
-    def _meta(self) -> dict[str, Any]:
-        """State and answer of one moment. No `AsyncResult`: it subscribes, and complains at exit without Redis."""
-        with broker_errors({"job_id": self.id}), self._readable():
-            meta: dict[str, Any] = self._app.backend.get_task_meta(self.id)
-            return {"status": meta["status"], "result": meta.get("result")}
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except NO_ANSWER as error:
-            raise InternalError(f"what is stored for job {self.id} is no answer of a worker: {error}") from None
-
-    def _error(self, meta: dict[str, Any]) -> ZloraError:
-        error, details = meta["result"], {"job_id": self.id}
-        if isinstance(error, ZloraError):
-            return error
-        if meta["status"] == JobState.REVOKED:
-            if str(error) == EXPIRED:
-                return expired(self.id)
-            return revoked(self.id)
-        if isinstance(error, TimeLimitExceeded):
-            return JobTimeout(f"job {self.id} took longer than it may, and its worker's child was killed", details)
-        if isinstance(error, WorkerLostError):
-            return JobLost(f"the worker died over job {self.id}", details)
-        return InternalError(f"job {self.id} failed outside the task: {error!r}", details)
+    def _is_silent(self) -> bool:
+        return self._broker.answer(self.id).state == JobState.PENDING
 
 
-def revoked(job_id: str) -> JobRevoked:
-    """The error of a job that nobody wants any more."""
-    return JobRevoked(f"job {job_id} was cancelled", {"job_id": job_id})
+def has_ended(status: JobStatus | None) -> bool:
+    """Whether nothing comes after this status."""
+    return status is not None and status.state in READY_STATES
 
 
-def expired(job_id: str) -> JobExpired:
-    """The error of a job that no worker began in time."""
-    return JobExpired(f"job {job_id} was not begun in time", {"job_id": job_id})
-
-
-def _progress(meta: dict[str, Any]) -> dict[str, Any]:
-    answer = meta["result"]
-    if meta["status"] == JobState.PROGRESS:
-        return dict(answer)
-    if meta["status"] == JobState.RETRY and isinstance(answer, ZloraError):
-        return {"phase": "waiting", "code": answer.code, "attempt": answer.details.get("attempt")}
-    return {}
+def pause_after(status: JobStatus | None) -> float:
+    """Seconds until a watcher looks again by itself."""
+    return _MOVES if status is not None and status.position is not None else math.inf
 
 
 def _holds(image: ImageRef) -> bool:
     """Whether its URL is good, by this machine's clock: one that is early costs a question, and is given no worse."""
     return image.url_expires_at is None or image.url_expires_at - _URL_SPARE > time.time()
-
-
-def _pause(waited: float) -> float:
-    shortest, longest = _LOOK_BOUNDS
-    return min(max(_LOOK_SHARE * waited, shortest), longest)
-
-
-@contextmanager
-def broker_errors(details: dict[str, Any]) -> Iterator[None]:
-    """What Redis and Celery raise where the broker is away, as `BrokerUnavailable` with `details`."""
-    try:
-        yield
-    except _UNREACHABLE as error:
-        raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error

@@ -12,14 +12,15 @@ A job's record is the hash `wire.job_key`:
 | `begun` | a worker has begun the job at least once |
 | `spoilt` | how many bases the job has left changed |
 | `overtime` | the seconds that the job may take, where its child was killed over them |
-| `closed` | the job has ended |
+| `webhook` | whom the job's end is told: a `Webhook` |
+| `closed` | when the job has ended: seconds since the epoch by Redis's clock |
 | `verdict` | the error that the job ended with; a success is in the store, as its manifest |
 """
 
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -30,6 +31,7 @@ from redis.retry import Retry
 
 from zlora import errors, wire
 from zlora.errors import Conflict, ZloraError
+from zlora.webhook import Webhook
 
 ATTEMPT: Final = "attempt:"
 BRIEFLY: Final = 0.05  # seconds that an answer is waited for at least; Redis takes 0 for ever
@@ -44,6 +46,7 @@ if redis.call('HSETNX', KEYS[1], 'digest', ARGV[1]) == 0 then
   return {known[1], known[2] or '', known[3] or ''}
 end
 redis.call('HSET', KEYS[1], 'message', ARGV[2])
+if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'webhook', ARGV[7]) end
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[4])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
@@ -54,6 +57,26 @@ end
 return {ARGV[1], '', ARGV[2]}
 """
 
+# The webhook is due in the same moment in which the job has ended, whoever ends it, and once: by Redis's clock, since
+# those who end jobs, and those who send, have clocks of their own.
+_CLOSE: Final = """
+local first = ''
+if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
+  first = redis.call('HGET', KEYS[1], 'verdict')
+end
+local now = redis.call('TIME')[1]
+local ended = redis.call('HSETNX', KEYS[1], 'closed', now)
+redis.call('HDEL', KEYS[1], 'message')
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZREM', KEYS[3], ARGV[1])
+if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
+  redis.call('ZADD', KEYS[4], now, ARGV[1])
+  redis.call('EXPIRE', KEYS[4], ARGV[4])
+end
+return first
+"""
+
 
 class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is sent, and sent again. Times are seconds since the epoch."""
@@ -62,6 +85,7 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int
     submitted: float
     expires: float | None = None
+    webhook: Webhook | None = None
 
 
 class Standing(NamedTuple):
@@ -113,28 +137,57 @@ class Ledger:
         self.redis: Any = client  # its stubs mix the answers of two kinds of clients
         self.queue = queue
         self._open = self.redis.register_script(_OPEN)
+        self._close = self.redis.register_script(_CLOSE)
+
+    def require_same(self, digests: Mapping[str, str]) -> None:
+        """Raise `Conflict` where one of the ids, each with its request's digest, is another request's."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in digests:
+                pipe.hget(wire.job_key(job_id), "digest")
+            for (job_id, digest), known in zip(digests.items(), pipe.execute(), strict=True):
+                if known not in (None, digest):
+                    raise _conflict(job_id)
 
     def open(self, job_id: str, submission: Submission, digest: str) -> Submission | None:
         """Write a job down before it is sent; raises `Conflict`.
 
         Returns what is to be sent: what was written down first, and nothing where that was sent.
         """
-        score = submission.priority * _EPOCHS + submission.submitted
-        message = msgspec.json.encode(submission)
-        known, sent, written = self._open(
-            keys=[wire.job_key(job_id), wire.ledger_key(self.queue), wire.expiring_key(self.queue)],
-            args=[digest, message, score, job_id, wire.RECORD_EXPIRES, submission.expires or ""],
-        )
-        if known != digest:
-            raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
-        return msgspec.json.decode(written, type=Submission) if written and not sent else None
+        (unsent,) = self.open_many([(job_id, submission, digest)])
+        return unsent
 
-    def sent(self, job_id: str) -> None:
-        """The broker has the message."""
-        key = wire.job_key(job_id)
+    def open_many(self, entries: Iterable[tuple[str, Submission, str]]) -> list[Submission | None]:
+        """`open` for jobs with their submissions and digests, in one round trip.
+
+        Raises `Conflict` that names the first id of another request; the jobs before and after it are written down.
+        """
+        found: list[Submission | None] = []
+        entries = list(entries)
+        with self.redis.pipeline(transaction=False) as pipe:
+            pipe.script_load(_OPEN)
+            for job_id, submission, digest in entries:
+                keys = [wire.job_key(job_id), wire.ledger_key(self.queue), wire.expiring_key(self.queue)]
+                pipe.evalsha(self._open.sha, len(keys), *keys, *self._told(job_id, submission, digest))
+            _, *answers = pipe.execute()
+        for (job_id, _, digest), (known, sent, written) in zip(entries, answers, strict=True):
+            if known != digest:
+                raise _conflict(job_id)
+            found.append(msgspec.json.decode(written, type=Submission) if written and not sent else None)
+        return found
+
+    @staticmethod
+    def _told(job_id: str, submission: Submission, digest: str) -> list[Any]:
+        score = submission.priority * _EPOCHS + submission.submitted
+        webhook = msgspec.json.encode(submission.webhook) if submission.webhook else ""
+        message, expires = msgspec.json.encode(submission), submission.expires or ""
+        return [digest, message, score, job_id, wire.RECORD_EXPIRES, expires, webhook]
+
+    def sent(self, *job_ids: str) -> None:
+        """The broker has their messages."""
         with self.redis.pipeline() as pipe:
-            pipe.hset(key, "sent", 1)
-            pipe.expire(key, wire.RECORD_EXPIRES, nx=True)  # where Redis has lost the record
+            for key in map(wire.job_key, job_ids):
+                pipe.hset(key, "sent", 1)
+                pipe.expire(key, wire.RECORD_EXPIRES, nx=True)  # where Redis has lost the record
             pipe.execute()
 
     def cancel(self, job_id: str) -> tuple[bool, bool]:
@@ -219,20 +272,21 @@ class Ledger:
             return None  # a stranger's
 
     def close(self, job_id: str, verdict: ZloraError | None = None) -> ZloraError | None:
-        """The job has ended, with that error or well. Returns the verdict that was first, where it is another."""
-        key = wire.job_key(job_id)
-        with self.redis.pipeline() as pipe:
-            if verdict is not None:
-                pipe.hsetnx(key, "verdict", json.dumps([verdict.code, verdict.message, verdict.details]))
-            pipe.hset(key, "closed", 1)
-            pipe.hdel(key, "message")
-            pipe.expire(key, wire.RESULT_EXPIRES)
-            pipe.zrem(wire.ledger_key(self.queue), job_id)
-            pipe.zrem(wire.expiring_key(self.queue), job_id)
-            was_first, *_ = pipe.execute()
-        if verdict is None or was_first:
-            return None
-        return verdict_of({"verdict": self.redis.hget(key, "verdict")})
+        """The job has ended, with that error or well. Returns the verdict that was first, where it is another.
+
+        At its first end, its webhook goes to the outbox (`zlora.outbox`).
+        """
+        text = "" if verdict is None else json.dumps([verdict.code, verdict.message, verdict.details])
+        names = (wire.ledger_key, wire.expiring_key, wire.outbox_key)
+        first = self._close(
+            keys=[wire.job_key(job_id), *(name(self.queue) for name in names)],
+            args=[job_id, text, wire.RESULT_EXPIRES, wire.RECORD_EXPIRES],
+        )
+        return verdict_of({"verdict": first or None})
+
+
+def _conflict(job_id: str) -> Conflict:
+    return Conflict(f"job {job_id} is another request", {"job_id": job_id})
 
 
 def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:
@@ -240,15 +294,10 @@ def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:
     if (text := record.get("verdict")) is None:
         return None
     code, message, details = json.loads(text)  # as it was written: msgspec refuses half a surrogate pair
-    return _BY_CODE.get(code, ZloraError)(message, details)
+    return errors.named(code)(message, details)
 
 
 def attempts_of(record: dict[str, str]) -> dict[str, Attempt]:
     """The deliveries of a job that are under way, or whose worker died, by their fields."""
     found = {name: msgspec.json.decode(text, type=Attempt) for name, text in record.items() if name.startswith(ATTEMPT)}
     return dict(sorted(found.items(), key=lambda item: item[1].at))
-
-
-_BY_CODE: Final[dict[str, type[ZloraError]]] = {
-    kind.code: kind for name in errors.__all__ if issubclass(kind := getattr(errors, name), ZloraError)
-}

@@ -21,6 +21,7 @@ import redis
 
 from zlora import wire
 from zlora.errors import StackError
+from zlora.webhook import new_secret
 
 _WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
 _SERVER_GRACE: Final = 10.0  # seconds
@@ -54,6 +55,8 @@ class Stack:
             try:
                 self.home.mkdir(parents=True, exist_ok=True)
                 self.environ[wire.BROKER_URL] = self._broker()
+                if not self.environ.get(wire.WEBHOOK_SECRET):
+                    self.environ[wire.WEBHOOK_SECRET] = _webhook_secret(self.home)
             except OSError as error:
                 raise StackError(f"{wire.HOME}={self.home}: {error.strerror}") from error
             name = f"zlora-{os.getpid()}@%h"  # stacks may share a broker
@@ -147,6 +150,18 @@ class Stack:
         self._running[name] = child
         self._children.callback(_stop, child, grace)
         return child
+
+
+def _webhook_secret(home: Path) -> str:
+    """The secret of this data folder's webhooks, made at the first start: only this user may read it."""
+    kept = wire.webhook_secret(home)
+    if not kept.exists():
+        with tempfile.NamedTemporaryFile("w", dir=home, prefix=".draft-") as draft:  # mode 600
+            draft.write(new_secret())
+            draft.flush()
+            with suppress(FileExistsError):  # another stack was first: all of it is there, or nothing
+                os.link(draft.name, kept)
+    return kept.read_text()
 
 
 def _celery(*arguments: str) -> list[str]:

@@ -74,13 +74,13 @@ class Web:
         except requests.exceptions.TooManyRedirects:
             raise LoraNotAllowed(f"{name}: too many redirects") from None
         except SSRFGuardError as error:
-            raise LoraNotAllowed(f"{name}: {_refusal(error)}") from None
+            raise LoraNotAllowed(f"{name}: {refusal(error)}") from None
         except NoAnswer:
             raise LoraUnreachable(f"{name}: no answer in time") from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             if _is_of(error, SSLCertVerificationError):
                 raise LoraNotAllowed(f"{name}: the server's certificate does not hold") from None
-            raise Passing(LoraUnreachable(f"{name}: {_network_reason(error)}")) from None
+            raise Passing(LoraUnreachable(f"{name}: {network_reason(error)}")) from None
         finally:
             self.session.cut()  # each is watched by a descriptor of its own
 
@@ -159,7 +159,7 @@ def _status_error(response: Response, name: str) -> LoraError | Passing:
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         return LoraNotFound(said, details)
     if status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        seconds = _retry_after(response)
+        seconds = retry_after(response)
         return Passing(
             LoraUnreachable(said, details if seconds is None else {**details, "retry_after": seconds}), seconds=seconds
         )
@@ -168,7 +168,7 @@ def _status_error(response: Response, name: str) -> LoraError | Passing:
     return LoraUnreachable(said, details)
 
 
-def _retry_after(response: Response) -> float | None:
+def retry_after(response: Response) -> float | None:
     """Seconds (RFC 9110, 10.2.3), bounded; None where the server says nothing that can be meant."""
     text = response.headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
@@ -181,7 +181,7 @@ def _retry_after(response: Response) -> float | None:
     return min(max(left, 0.0), float(_LONGEST))
 
 
-def _refusal(error: SSRFGuardError) -> str:
+def refusal(error: SSRFGuardError) -> str:
     """Why the guard refuses, without the URL that it quotes."""
     return f"refused ({type(error).__name__}): only https on port 443 of public addresses, and ZLORA_ALLOW_HOSTS"
 
@@ -192,7 +192,7 @@ def _is_of(error: BaseException, kind: type[BaseException]) -> bool:
     return isinstance(error, kind) or any(_is_of(found, kind) for found in inner if isinstance(found, BaseException))
 
 
-def _network_reason(error: Exception) -> str:
+def network_reason(error: Exception) -> str:
     """A word for the cause: the libraries' own texts quote the whole URL, with its query."""
     if isinstance(error, requests.exceptions.SSLError):
         return "no TLS that holds"

@@ -15,6 +15,7 @@ ALLOW_HOSTS: Final = "ZLORA_ALLOW_HOSTS"
 CERTIFICATES: Final = "ZLORA_CA_BUNDLE"
 HUGGING_FACE: Final = ("ZLORA_HF_ENDPOINT", "HF_ENDPOINT")  # the first that is set
 CIVITAI: Final = "ZLORA_CIVITAI_URL"
+WEBHOOK_SECRET: Final = "ZLORA_WEBHOOK_SECRET"  # noqa: S105 - a name
 
 SCHEMES: Final = ("redis", "rediss", "redis+socket")  # of a broker
 DEFAULT_BROKER: Final = "redis://localhost:6379/0"
@@ -67,6 +68,16 @@ def sweep_key(queue: str) -> str:
 def recall_key(queue: str) -> str:
     """The list of questions for results that have expired."""
     return f"zlora:recall:{queue}"
+
+
+def outbox_key(queue: str) -> str:
+    """The sorted set of a queue's jobs that have ended and whose webhook is to be sent, by the time of the next try."""
+    return f"zlora:outbox:{queue}"
+
+
+def dead_key(queue: str) -> str:
+    """The sorted set of a queue's webhooks that were given up, by the time of that."""
+    return f"zlora:dead:{queue}"
 
 
 def refused_key(queue: str) -> str:
@@ -180,6 +191,11 @@ def existing_file(text: str) -> str:
     if text and not Path(text).is_file():
         raise ValueError("expected a file that is there")
     return text
+
+
+def webhook_secret(folder: Path) -> Path:
+    """Where the embedded stack keeps the secret that signs its webhooks, for its receivers on this machine."""
+    return folder / "webhook.secret"
 
 
 class BrokerRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -12,13 +13,22 @@ from typing import Any
 
 import pytest
 import redis
-import zlora.client
+import zlora.redis_broker
 from celery import Celery, current_app
 from kombu.exceptions import OperationalError
 from processes import free_port
 from servers import watched_connections
-from zlora import Client, wire
-from zlora.errors import BrokerUnavailable, Conflict, InvalidJobId, InvalidRequest, InvalidSetting
+from zlora import Client, job_id_of, wire
+from zlora.errors import (
+    BrokerUnavailable,
+    Conflict,
+    InvalidJobId,
+    InvalidRequest,
+    InvalidSetting,
+    LoraMismatch,
+    ResultTimeout,
+    ZloraError,
+)
 from zlora.job import GenerateRequest, digest_of, read_request
 from zlora.ledger import Ledger
 
@@ -50,6 +60,11 @@ def lonely() -> Iterator[Client]:
         yield opened
 
 
+def inside(client: Client) -> Any:
+    """The client's side of Redis."""
+    return client._broker
+
+
 def on_list(broker: Any, name: str) -> list[dict[str, Any]]:
     """The messages on one of kombu's lists, the oldest first."""
     messages = [json.loads(text) for text in reversed(broker.lrange(name, 0, -1))]
@@ -75,7 +90,7 @@ def unsendable() -> Iterator[None]:
         raise OperationalError("Connection reset by peer")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zlora.client, "send", fail)
+        patch.setattr(zlora.redis_broker, "send", fail)
         yield
 
 
@@ -223,6 +238,119 @@ def test_every_key_that_a_submission_leaves_expires(client: Client, broker: Any)
     assert [key for key in ours if not 0 < broker.ttl(key) <= wire.RECORD_EXPIRES] == []
 
 
+# --- many at once, and by a key
+
+
+def test_many_jobs_are_queued_in_order_under_their_ids(client: Client, broker: Any) -> None:
+    handles = client.submit_many([{**REQUEST, "seed": index} for index in range(450)], priority="low")
+
+    found = on_list(broker, "gpu\x06\x169")
+    assert [message["headers"]["id"] for message in found] == [handle.id for handle in handles]
+    assert [message["args"][0]["seed"] for message in found] == list(range(450))
+    assert not [handle.id for handle in handles if "sent" not in record(broker, handle.id)]
+    assert broker.zrange(wire.ledger_key("gpu"), 0, -1) == [handle.id for handle in handles]
+    assert client.submit_many([]) == []
+
+
+def test_of_many_jobs_none_is_sent_where_one_is_refused(client: Client, broker: Any) -> None:
+    client.submit({"prompt": "another"}, job_id="taken")
+    cases: list[tuple[list[dict[str, Any]], list[str], type[ZloraError]]] = [
+        ([REQUEST, {**REQUEST, "wieght": 1}], ["a", "b"], InvalidRequest),
+        ([REQUEST, REQUEST], ["a", "../b"], InvalidJobId),
+        ([REQUEST, REQUEST], ["a"], InvalidRequest),
+        ([REQUEST, {"prompt": "b"}], ["a", "a"], Conflict),
+        ([REQUEST, REQUEST], ["a", "taken"], Conflict),
+    ]
+    for requests, job_ids, kind in cases:
+        with pytest.raises(kind):
+            client.submit_many(requests, job_ids=job_ids)
+
+    assert [message["headers"]["id"] for message in waiting(broker)] == ["taken"]
+    assert record(broker, "a") == {}
+
+
+def test_many_jobs_that_are_submitted_again_are_the_same(client: Client, broker: Any) -> None:
+    names = [f"job-{index}" for index in range(3)]
+    client.submit_many([REQUEST] * 2, job_ids=names[:2])
+
+    handles = client.submit_many([REQUEST] * 3, job_ids=names)
+
+    assert [handle.id for handle in handles] == names
+    assert [message["headers"]["id"] for message in waiting(broker)] == names
+
+
+def test_an_idempotency_key_is_one_job(client: Client, broker: Any) -> None:
+    """Any text: the id that comes of it is told, and is the same wherever it is made."""
+    keys = ["order 17/portrait", "Bestellung №17 ☃", "a" * 1000, "\ud800"]
+    handles = [client.submit(REQUEST, idempotency_key=key) for key in [*keys, *keys]]
+
+    assert [handle.id for handle in handles] == [job_id_of(key) for key in [*keys, *keys]]
+    assert len(waiting(broker)) == len(set(keys))
+    with pytest.raises(Conflict):
+        client.submit({"prompt": "another"}, idempotency_key=keys[0])
+
+
+@pytest.mark.parametrize("key", ["", "a" * 1001, 17, None, ["a"]])
+def test_an_odd_idempotency_key_is_refused(lonely: Client, key: Any) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        job_id_of(key)
+    assert raised.value.details["path"] == "idempotency_key"
+    with pytest.raises(InvalidRequest, match="one of"):
+        lonely.submit(REQUEST, idempotency_key="a", job_id="b")
+
+
+def test_a_webhook_is_written_down_and_not_sent_along(client: Client, broker: Any) -> None:
+    """Its address may hold a token: messages are for workers and those who watch them."""
+    url = "https://example.com/hook?token=s3cret"
+    client.submit(REQUEST, job_id="job-1", webhook_url=url, webhook_events=["job.failed"])
+
+    assert json.loads(record(broker, "job-1")["webhook"]) == {"url": url, "events": ["job.failed"]}
+    assert "s3cret" not in json.dumps(waiting(broker))
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [({"webhook_url": "ftp://h/"}, "webhook_url"), ({"webhook_events": ["job.failed"]}, "webhook_events"),
+     ({"webhook_url": "https://h/", "webhook_events": ["x"]}, "webhook_events")],
+)  # fmt: skip
+def test_an_odd_webhook_is_refused(lonely: Client, options: Any, path: str) -> None:
+    with watched_connections() as connections, pytest.raises(InvalidRequest) as raised:
+        lonely.submit(REQUEST, **options)
+
+    assert raised.value.details["path"] == path
+    assert connections == []
+
+
+def test_a_misspelt_option_is_an_error(lonely: Client) -> None:
+    options: Any = {"prioriti": "high"}
+    with pytest.raises(TypeError, match="prioriti"):
+        lonely.submit(REQUEST, **options)
+
+
+# --- processes and threads
+
+
+def test_a_client_that_was_used_works_on_in_a_forked_process(client: Client, broker: Any) -> None:
+    """As where a web server loads its application, and forks then; both go on, each over connections of its own."""
+    job = client.submit(REQUEST, job_id="parent-1")
+    with pytest.raises(ResultTimeout):
+        job.result(timeout=0.1)  # it listens
+    child = os.fork()
+    if child == 0:
+        theirs = client.submit(REQUEST, job_id="child-1")
+        inside(client)._backend.store_result("child-1", LoraMismatch("it does not fit"), "FAILURE")
+        try:
+            theirs.result(timeout=10)
+        except LoraMismatch:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    client.submit(REQUEST, job_id="parent-2")
+
+    assert {message["headers"]["id"] for message in waiting(broker)} == {"parent-1", "child-1", "parent-2"}
+
+
 # --- what is refused
 
 
@@ -325,9 +453,11 @@ def test_an_option_of_a_url_that_nobody_knows_is_refused_at_once() -> None:
         Client("redis://127.0.0.1/0?no_such_option=1")
 
 
-def test_a_result_backend_that_celery_cannot_open_is_refused() -> None:
+def test_a_result_backend_that_is_not_one_redis_is_refused() -> None:
     with pytest.raises(InvalidSetting, match=wire.RESULT_BACKEND):
         Client("redis://h/0", result_backend="nonsense")
+    with pytest.raises(InvalidSetting, match=wire.RESULT_BACKEND):  # nobody would be rung by another than Redis
+        Client("redis://h/0", result_backend="rpc://")
 
 
 def test_a_password_in_the_broker_s_url_is_not_told() -> None:
@@ -344,13 +474,15 @@ def test_the_environment_names_broker_backend_and_queue() -> None:
     environ = {"ZLORA_BROKER_URL": "redis://b/1", "ZLORA_RESULT_BACKEND": "redis://r/2", "ZLORA_QUEUE": "q"}
 
     with Client.from_env(environ) as client:
-        assert (client._app.conf.broker_url, client._app.conf.result_backend) == ("redis://b/1", "redis://r/2")
+        conf = inside(client)._app.conf
+        assert (conf.broker_url, conf.result_backend) == ("redis://b/1", "redis://r/2")
         assert client.queue == "q"
 
 
 def test_the_backend_is_the_broker_where_nothing_else_is_said(tmp_path: Path) -> None:
     with Client.from_env({"ZLORA_HOME": str(tmp_path), "ZLORA_RESULT_BACKEND": "", "ZLORA_QUEUE": ""}) as client:
-        assert client._app.conf.result_backend == client._app.conf.broker_url == "redis://localhost:6379/0"
+        conf = inside(client)._app.conf
+        assert conf.result_backend == conf.broker_url == "redis://localhost:6379/0"
         assert client.queue == "gpu"
 
 
@@ -359,7 +491,7 @@ def test_another_celery_app_of_the_process_stays_the_current_one(tmp_path: Path)
         theirs.set_current()
         theirs.conf.task_default_queue = "theirs"
         with Client.from_env({"ZLORA_HOME": str(tmp_path)}) as client:
-            assert client._app is not theirs
+            assert inside(client)._app is not theirs
             assert current_app.main == "theirs"
             assert (current_app.conf.broker_url, current_app.conf.task_default_queue) == ("memory://", "theirs")
 

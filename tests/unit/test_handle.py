@@ -11,7 +11,7 @@ import pytest
 import redis
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from processes import free_port
-from zlora import Cancellation, Client, JobHandle, JobState, JobStatus, handle, wire
+from zlora import Cancellation, Client, JobHandle, JobState, JobStatus, waiting, wire
 from zlora.errors import (
     BrokerUnavailable,
     InternalError,
@@ -54,9 +54,14 @@ def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - 
         yield opened
 
 
+def inside(client: Client) -> Any:
+    """The client's side of Redis."""
+    return client._broker
+
+
 def store(client: Client, job_id: str, result: Any, state: str) -> JobHandle:
     """What a worker leaves in the backend."""
-    client._app.backend.store_result(job_id, result, state)
+    inside(client)._backend.store_result(job_id, result, state)
     return client.job(job_id)
 
 
@@ -271,7 +276,7 @@ def test_a_failure_outside_the_task_is_typed_too(client: Client, failure: Except
 
 @pytest.mark.parametrize(("reason", "error"), [("expired", JobExpired), ("cancelled", JobRevoked), ("", JobRevoked)])
 def test_a_revoked_job_was_cancelled_or_expired(client: Client, reason: str, error: type[ZloraError]) -> None:
-    client._app.backend.mark_as_revoked("job-7", reason)
+    inside(client)._backend.mark_as_revoked("job-7", reason)
 
     with pytest.raises(error) as raised:
         client.job("job-7").result(timeout=0)
@@ -325,8 +330,8 @@ def test_a_manifest_that_nobody_answers_for_at_first_is_asked_for_again(
             raise redis.ConnectionError("refused")
         return None if len(tries) == 1 else MANIFEST
 
-    monkeypatch.setattr(client._ledger, "recall", recall)
-    monkeypatch.setattr(handle, "_ASK_AGAIN", 0.1)
+    monkeypatch.setattr(inside(client)._ledger, "recall", recall)
+    monkeypatch.setattr(waiting, "_LOOKS", (0.1, 0.1))
 
     assert client.job("job-1").result(timeout=3) == RESULT
 
@@ -379,7 +384,7 @@ def test_where_redis_is_away_by_then_ended_urls_are_given(client: Client, monkey
     def recall(_job_id: str, *, patience: float) -> None:
         raise redis.ConnectionError(f"refused, {patience}")
 
-    monkeypatch.setattr(client._ledger, "recall", recall)
+    monkeypatch.setattr(inside(client)._ledger, "recall", recall)
     result = signed(-1)
 
     assert store(client, "job-1", plain(result), "SUCCESS").result(timeout=5) == result
@@ -390,7 +395,7 @@ def test_new_urls_are_waited_for_as_long_as_the_caller_waits(
     client: Client, monkeypatch: pytest.MonkeyPatch, timeout: float | None, questions: int
 ) -> None:
     told: list[float] = []
-    monkeypatch.setattr(client._ledger, "recall", lambda _job_id, *, patience: told.append(patience))
+    monkeypatch.setattr(inside(client)._ledger, "recall", lambda _job_id, *, patience: told.append(patience))
     result = signed(-1)
 
     assert store(client, "job-1", plain(result), "SUCCESS").result(timeout=timeout) == result
@@ -457,8 +462,8 @@ def test_a_job_that_a_worker_began_and_has_not_ended_is_running(client: Client, 
 def test_an_end_is_told_where_celery_s_result_is_lost(client: Client, broker_url: str, broker: Any) -> None:
     """The two may be in two Redis."""
     jobs = [client.submit(REQUEST, job_id=job_id) for job_id in ("job-1", "failed", "cancelled")]
-    client._ledger.close("job-1")
-    client._ledger.close("failed", LoraMismatch("it does not fit"))
+    inside(client)._ledger.close("job-1")
+    inside(client)._ledger.close("failed", LoraMismatch("it does not fit"))
     jobs[2].cancel()
     broker.delete(*broker.keys("celery-task-meta-*"))
 
@@ -542,14 +547,15 @@ def test_any_answer_of_redis_that_is_an_error_is_typed(
     def fail(_job_id: str) -> None:
         raise error
 
-    monkeypatch.setattr(client._app.backend, "get_task_meta", fail)
+    monkeypatch.setattr(inside(client)._backend, "get_task_meta", fail)
     with pytest.raises(BrokerUnavailable, match=str(error)):
         ask(client.job("job-1"))
 
 
 def test_an_outage_shorter_than_the_wait_is_outlasted(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart of Redis while somebody waits; one that stays away is told before the wait is over."""
-    real, left = client._app.backend.get_task_meta, [10]
+    monkeypatch.setattr(waiting, "_AGAIN", 0.01)
+    real, left = inside(client)._backend.get_task_meta, [10]
 
     def restarting(job_id: str) -> Any:
         left[0] -= 1
@@ -557,11 +563,11 @@ def test_an_outage_shorter_than_the_wait_is_outlasted(client: Client, monkeypatc
             raise redis.ConnectionError("refused")
         return real(job_id)
 
-    monkeypatch.setattr(client._app.backend, "get_task_meta", restarting)
+    monkeypatch.setattr(inside(client)._backend, "get_task_meta", restarting)
     job = store(client, "job-1", plain(RESULT), "SUCCESS")
     assert job.result(timeout=60) == RESULT
 
     left[0] = 10**9
-    monkeypatch.setattr(handle, "_OUTAGE", 0.1)
+    monkeypatch.setattr(waiting, "_OUTAGE", 0.1)
     with pytest.raises(BrokerUnavailable):
         job.result(timeout=60)

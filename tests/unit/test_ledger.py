@@ -9,8 +9,9 @@ import msgspec
 import pytest
 import redis
 from zlora import errors, wire
-from zlora.errors import Conflict, LoraMismatch, ZloraError
+from zlora.errors import Conflict, JobRevoked, LoraMismatch, ZloraError
 from zlora.ledger import ATTEMPT, Attempt, Ledger, Submission, attempts_of, connect, verdict_of
+from zlora.webhook import Webhook
 
 CLASSES: list[type[ZloraError]] = [getattr(errors, name) for name in errors.__all__]
 DETAILS = {"path": "$.loras[0]", "max_bytes": 7, "names": ["a", None], "deep": {"é": 0.5}}
@@ -93,6 +94,41 @@ def test_what_was_sent_can_be_sent_again_until_there_is_a_verdict(ledger: Ledger
 
     assert ledger.submission("a") is None
     assert ledger.submission("never") is None
+
+
+def test_many_are_opened_and_sent_as_one_by_one(ledger: Ledger, broker: Any) -> None:
+    """Each answer is its own job's, in order: what is to be sent, or nothing where that was done."""
+    many = [(f"job-{index}", submission(index, expires=time.time() + 60), "digest") for index in range(5)]
+    ledger.open(*many[1])
+    ledger.sent("job-1")
+
+    assert ledger.open_many(many) == [sent if name != "job-1" else None for name, sent, _ in many]
+    ledger.sent(*(name for name, _, _ in many))
+    assert ledger.open_many(many) == [None] * 5
+    assert ledger.open_many([]) == []
+    assert broker.zcard(wire.ledger_key("gpu")) == broker.zcard(wire.expiring_key("gpu")) == 5
+    assert [key for key, life in lifetimes(broker).items() if life < 0] == []
+
+
+def test_of_many_the_first_that_is_another_s_is_named_and_all_others_are_there(ledger: Ledger) -> None:
+    for name in ("b", "c"):
+        ledger.open(name, submission(), "other")
+
+    with pytest.raises(Conflict) as raised:
+        ledger.open_many([(name, submission(), "digest") for name in "abcd"])
+
+    assert raised.value.details == {"job_id": "b"}
+    assert [ledger.submission(name) is not None for name in "abcd"] == [True] * 4
+    assert ledger.open("d", submission(), "digest") is not None
+
+
+def test_many_are_opened_also_where_redis_has_forgotten_the_script(ledger: Ledger, broker: Any) -> None:
+    """It does with every restart."""
+    for name in "ab":
+        broker.script_flush()
+        assert len(ledger.open_many([(name, submission(), "digest")])) == 1
+        broker.script_flush()
+        assert ledger.close(name, LoraMismatch("no")) is None
 
 
 # --- places
@@ -182,6 +218,43 @@ def test_a_verdict_of_a_newer_worker_is_an_error_too() -> None:
     assert type(read) is ZloraError
     assert (str(read), read.details) == ("it says", {"a": 1})
     assert verdict_of({}) is None
+
+
+def test_the_first_verdict_stands(ledger: Ledger) -> None:
+    assert ledger.close("a", LoraMismatch("first")) is None
+
+    second = ledger.close("a", JobRevoked("second"))
+
+    assert (type(second), str(second)) == (LoraMismatch, "first")
+    assert ledger.close("a") is None
+
+
+@pytest.mark.parametrize("verdict", [None, LoraMismatch("no")])
+def test_a_webhook_is_due_once_whoever_ends_the_job_and_however_often(
+    ledger: Ledger, broker: Any, verdict: ZloraError | None
+) -> None:
+    asked = Webhook(url="https://example.com/", events=("job.failed",))
+    for name, webhook in (("told", asked), ("untold", None)):
+        ledger.open(name, msgspec.structs.replace(submission(), webhook=webhook), "digest")
+        assert not broker.exists(wire.outbox_key("gpu"))
+
+    for name in ("untold", "told"):
+        ledger.close(name, verdict)
+    assert broker.zrange(wire.outbox_key("gpu"), 0, -1) == ["told"]
+    assert msgspec.json.decode(broker.hget(wire.job_key("told"), "webhook"), type=Webhook) == asked
+    assert abs(float(broker.hget(wire.job_key("told"), "closed")) - time.time()) < 60
+
+    broker.zrem(wire.outbox_key("gpu"), "told")  # it is sent
+    ledger.close("told", JobRevoked("late"))
+    assert not broker.exists(wire.outbox_key("gpu"))
+
+
+def test_a_job_that_is_submitted_again_has_the_webhook_that_was_first(ledger: Ledger, broker: Any) -> None:
+    for url in ("https://first/", "https://second/"):
+        asked = msgspec.structs.replace(submission(), webhook=Webhook(url=url))
+        assert ledger.open("a", asked, "digest") == ledger.submission("a")
+
+    assert "first" in broker.hget(wire.job_key("a"), "webhook")
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\x00", "a\nb", float("nan")], ids=ascii)

@@ -64,6 +64,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "hub_url": ("https://hub.example.com", "https://hub.example.com"),
     "hub_token": ("t0ken", "t0ken"),
     "hub_tenant": ("tenant", "tenant"),
+    "webhook_secret": ("whsec_" + "a" * 32, "whsec_" + "a" * 32),
 }
 
 # Of what makes no sense without its other half: the other half.
@@ -262,6 +263,7 @@ def test_a_refusal_shows_no_password(home: dict[str, str], text: str) -> None:
         ("ZLORA_RESULT_BACKEND", "rediss://:s3cret@localhost/0"),
         ("ZLORA_S3_ENDPOINT", "http://key:s3cret@localhost:9000"),
         ("COZY_HUB_URL", "https://user:s3cret@hub.example.com"),
+        ("ZLORA_WEBHOOK_SECRET", "whsec_s3cret" + "a" * 26),
     ],
 )
 def test_repr_shows_no_secret(home: dict[str, str], name: str, text: str) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import untimed
 from zlora import wire
+from zlora.answers import revoked
 from zlora.errors import JobRevoked, JobTimeout
-from zlora.handle import revoked
 from zlora_worker import watch
 from zlora_worker.delivery import Deliveries
 from zlora_worker.watch import Watch, progress_backend

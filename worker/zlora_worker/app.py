@@ -5,15 +5,16 @@ Importing this loads no torch: the parent forks, and CUDA does not survive a for
 
 import os
 import time
+from importlib.metadata import version
 from typing import Any
 
 from celery import Celery
 from celery.signals import worker_process_init, worker_process_shutdown
 from celery.utils.log import get_logger
 from zlora import wire
-from zlora.client import check_urls
 from zlora.errors import InvalidSetting, ZloraError
 from zlora.job import TASK_NAME
+from zlora.redis_broker import check_urls
 from zlora_worker import tasks, transport
 from zlora_worker.custody import Heartbeat, JobRequest
 from zlora_worker.delivery import Deliveries
@@ -62,7 +63,8 @@ app.conf.update(
     task_track_started=False,
     worker_send_task_events=True,
     task_send_sent_event=True,
-    # This project's own, for its steps.
+    # This project's own.
+    zlora_version=version("z-image-lora"),  # for `zlora doctor`
     zlora_probes=settings.probes,
     zlora_shutdown_timeout=settings.shutdown_timeout,
     # A resident SDXL is far above any limit on memory that would make sense, and a new child costs a load.

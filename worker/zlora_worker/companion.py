@@ -1,7 +1,7 @@
 """The companion process of a worker: `python -m zlora_worker.companion`, started and watched by the worker's parent.
 
-It sends again what was lost, ends what was not begun in time, answers for results that have expired, and fetches LoRAs
-ahead. Several may serve one queue: one at a time sweeps. It imports no torch.
+It sends again what was lost, ends what was not begun in time, answers for results that have expired, fetches LoRAs
+ahead, and sends webhooks. Several may serve one queue: one at a time sweeps. It imports no torch.
 """
 
 import logging
@@ -19,12 +19,13 @@ from celery import Celery
 from celery.states import READY_STATES
 from msgspec import Struct
 from zlora import wire
-from zlora.client import send
-from zlora.errors import InternalError, StoreFailed
-from zlora.handle import EXPIRED, NO_ANSWER, expired
+from zlora.answers import EXPIRED, NO_ANSWER, error_of, expired
+from zlora.broker import Answer
+from zlora.errors import InternalError, StoreFailed, ZloraError
 from zlora.job import JOB_ID, JobState
 from zlora.ledger import Ledger, connect
-from zlora_worker import lookahead
+from zlora.redis_broker import send
+from zlora_worker import lookahead, webhooks
 from zlora_worker.links import Links
 from zlora_worker.outcome import stored
 from zlora_worker.settings import Settings
@@ -139,6 +140,20 @@ def answer(ledger: Ledger, store: Store, links: Links, question: tuple[str, str]
     ledger.answer(reply, document)
 
 
+def failure_by(backend: Any) -> webhooks.Failure:
+    """What a Celery backend says of jobs that failed outside the task; it serves all threads."""
+
+    def failure(job_id: str) -> ZloraError | None:
+        try:
+            meta = backend.get_task_meta(job_id)
+            answer = Answer(meta["status"], meta.get("result"))
+        except NO_ANSWER:
+            return None
+        return error_of(job_id, answer) if answer.state in (JobState.FAILURE, JobState.REVOKED) else None
+
+    return failure
+
+
 def run(settings: Settings) -> None:
     """Work until the process is ended."""
     store = open_store(settings)
@@ -150,6 +165,7 @@ def run(settings: Settings) -> None:
     app = Celery("zlora_companion", set_as_current=False, changes=config)
     sweeper = Sweeper(ledger, app, every=settings.sweep)
     lookahead.start(settings)
+    webhooks.start(settings, webhooks.Ends(store, links, failure_by(app.backend)))
     while True:
         try:
             if (question := ledger.asked(1.0)) is not None:

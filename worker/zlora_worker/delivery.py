@@ -16,8 +16,8 @@ import msgspec
 import redis
 from celery.utils.log import get_task_logger
 from zlora import wire
+from zlora.answers import revoked
 from zlora.errors import JobPoisoned, ZloraError
-from zlora.handle import revoked
 from zlora.ledger import ATTEMPT, Attempt, Ledger, attempts_of, connect, verdict_of
 
 LEASE: Final = 10.0  # seconds that a job stays with a worker that says nothing more

@@ -10,8 +10,8 @@ from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
 from kombu.exceptions import OperationalError
 from redis import RedisError
+from zlora.answers import EXPIRED
 from zlora.errors import BaseNotRestored, JobExpired, JobRevoked, ZloraError
-from zlora.handle import EXPIRED
 from zlora.job import JobState
 from zlora.redaction import shown
 from zlora_worker.delivery import LEASE, Deliveries

@@ -192,7 +192,7 @@ class Settings:
     certificates: str = _from(
         wire.CERTIFICATES,
         read=wire.existing_file,
-        note="File of the certificates to trust for LoRA sources; default: certifi's",
+        note="File of the certificates to trust for LoRA sources and webhooks; default: certifi's",
     )
     lora_roots: tuple[Path, ...] = _from(
         "ZLORA_LORA_ROOTS", read=variables.folders, note="Folders, comma-separated, whose files `file://` may name"
@@ -226,6 +226,12 @@ class Settings:
     )
     hub_token: str = _from("FILE_API_TOKEN", "COZY_HUB_TOKEN", note="Bearer token for the hub", secret=True)
     hub_tenant: str = _from("COZY_TENANT_ID", note="Tenant sent to the hub")
+    webhook_secret: str = _from(
+        wire.WEBHOOK_SECRET,
+        read=variables.webhook_secrets,
+        note="Secrets, separated by spaces, each of which signs webhooks: `whsec_...`",
+        secret=True,
+    )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:

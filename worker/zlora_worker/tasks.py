@@ -15,6 +15,7 @@ from celery import Task
 from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
 from zlora import wire
+from zlora.answers import expired, revoked
 from zlora.errors import (
     BaseNotRestored,
     InternalError,
@@ -22,7 +23,6 @@ from zlora.errors import (
     StoreFailed,
     ZloraError,
 )
-from zlora.handle import expired, revoked
 from zlora.job import GenerateRequest, GenerateResult, check_job_id, digest_of, plain, read_request
 from zlora_worker.delivery import Begun, Deliveries, Ended, Leased, Taken
 from zlora_worker.endings import answer, fail, leave, leave_dirty, may_succeed_later, put_off, retries_of

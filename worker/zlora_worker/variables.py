@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 from zlora import wire
 from zlora.job import MAX_URL_SECONDS, UrlPolicy
+from zlora.webhook import keys_of
 
 _BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
 _DEEPEST: Final = 64  # jobs that a companion may look ahead at: it reads as many messages twice a second
@@ -106,6 +107,12 @@ def url_seconds(text: str) -> int:
     if value > MAX_URL_SECONDS:
         raise ValueError(f"expected up to {MAX_URL_SECONDS}, seven days")
     return value
+
+
+def webhook_secrets(text: str) -> str:
+    """Secrets between spaces, or none."""
+    keys_of(text)
+    return text
 
 
 def options(text: str) -> dict[str, Any]:

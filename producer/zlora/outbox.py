@@ -1,0 +1,151 @@
+"""The webhooks of jobs that have ended, until a receiver has taken them: what is due, what was given up.
+
+A job comes into the outbox in the moment in which it ends (`Ledger.close`), and stays until its webhook is sent or
+given up. Its record has two more fields then:
+
+| field | meaning |
+| --- | --- |
+| `tries` | how often its webhook was sent, or was about to be |
+| `tried` | when it was first: seconds since the epoch by Redis's clock, as all times here |
+"""
+
+import time
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from zlora import wire
+from zlora.webhook import Webhook
+
+_DEAD_EXPIRES: Final = 7 * 86_400  # seconds
+_MOST_DEAD: Final = 1000  # letters; the oldest go
+
+# Whoever claims a job and dies costs it one repetition: its next time stands already.
+_CLAIM: Final = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])
+for _, id in ipairs(due) do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[2], id) end
+return due
+"""
+# Not where it is there no more: it was sent by another meanwhile.
+_LATER: Final = """
+local now = redis.call('TIME')
+for index = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now[1] + now[2] / 1e6 + ARGV[1], ARGV[index]) end
+"""
+_BEGIN: Final = """
+local now = redis.call('TIME')[1]
+redis.call('HSETNX', KEYS[1], 'tried', now)
+local tries = redis.call('HINCRBY', KEYS[1], 'tries', 1)
+redis.call('EXPIRE', KEYS[1], ARGV[1], 'NX')
+return {tries, redis.call('HGET', KEYS[1], 'tried'), now}
+"""
+_RESEND: Final = """
+local asked = redis.call('HMGET', KEYS[1], 'webhook', 'closed')
+if not asked[1] or not asked[2] then return 0 end
+redis.call('HDEL', KEYS[1], 'tries', 'tried')
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[1])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+
+
+class Ended(NamedTuple):
+    """A job that has ended, with its record, which is empty where it has expired."""
+
+    job_id: str
+    record: dict[str, str]
+
+    @property
+    def webhook(self) -> Webhook | None:
+        """Whom its end is to be told; None where nobody knows any more."""
+        try:
+            return msgspec.json.decode(self.record["webhook"], type=Webhook)
+        except (KeyError, msgspec.DecodeError):  # the latter is a stranger's
+            return None
+
+
+class Try(NamedTuple):
+    """The number of a try, from 1, when the first one was, and when this one is."""
+
+    number: int
+    first: float
+    now: float
+
+
+class DeadLetter(Struct, frozen=True, kw_only=True):
+    """A webhook that was given up, and why; of `url` what may be shown. `first` and `last` are times of tries."""
+
+    job_id: str
+    event: str
+    url: str
+    tries: int
+    first: float | None
+    last: float
+    reason: str
+
+
+class Outbox:
+    """The webhooks of one queue. Any method raises `redis.RedisError` where Redis does not do its part."""
+
+    def __init__(self, client: Any, queue: str) -> None:
+        """Take a client as `zlora.ledger.connect` makes it."""
+        self._redis = client
+        self._waiting, self._dead = wire.outbox_key(queue), wire.dead_key(queue)
+        self._claim = client.register_script(_CLAIM)
+        self._later = client.register_script(_LATER)
+        self._begin = client.register_script(_BEGIN)
+        self._resend = client.register_script(_RESEND)
+
+    def pending(self) -> int:
+        """How many are not sent yet."""
+        return int(self._redis.zcard(self._waiting))
+
+    def dead(self) -> list[DeadLetter]:
+        """What was given up within the last seven days, the latest 1,000, the oldest first."""
+        texts = self._redis.zrangebyscore(self._dead, time.time() - _DEAD_EXPIRES, "+inf")
+        return [msgspec.json.decode(text, type=DeadLetter) for text in texts]
+
+    def resend(self, job_id: str) -> bool:
+        """Send a job's webhook once more, with two hours for it; False where its record has none, or is gone."""
+        keys, lives = [wire.job_key(job_id), self._waiting], (wire.RESULT_EXPIRES, wire.RECORD_EXPIRES)
+        if not self._resend(keys=keys, args=[job_id, *lives]):
+            return False
+        for letter in self.dead():
+            if letter.job_id == job_id:
+                self._redis.zrem(self._dead, msgspec.json.encode(letter))
+        return True
+
+    def claim(self, most: int, seconds: float) -> list[Ended]:
+        """Jobs that are due; nobody else has them for so many seconds."""
+        job_ids = self._claim(keys=[self._waiting], args=[most, seconds])
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hgetall(wire.job_key(job_id))
+            records = pipe.execute()
+        return [Ended(job_id, record) for job_id, record in zip(job_ids, records, strict=True)]
+
+    def begin(self, job_id: str) -> Try:
+        """Count a try."""
+        number, first, now = self._begin(keys=[wire.job_key(job_id)], args=[wire.RESULT_EXPIRES])
+        return Try(int(number), float(first), float(now))
+
+    def put_off(self, seconds: float, *job_ids: str) -> None:
+        """Look at jobs again so many seconds from now."""
+        self._later(keys=[self._waiting], args=[seconds, *job_ids])
+
+    def done(self, job_id: str) -> None:
+        """There is nothing left to send."""
+        self._redis.zrem(self._waiting, job_id)
+
+    def bury(self, letter: DeadLetter) -> None:
+        """Give a webhook up."""
+        with self._redis.pipeline() as pipe:
+            pipe.zadd(self._dead, {msgspec.json.encode(letter): letter.last})
+            pipe.zremrangebyrank(self._dead, 0, -_MOST_DEAD - 1)
+            pipe.zremrangebyscore(self._dead, "-inf", letter.last - _DEAD_EXPIRES)
+            pipe.expire(self._dead, _DEAD_EXPIRES)
+            pipe.zrem(self._waiting, letter.job_id)
+            pipe.execute()

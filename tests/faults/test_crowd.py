@@ -1,0 +1,37 @@
+"""Many jobs of one process, all waited for at once, while the broker restarts in the middle.
+
+`make bench-producer` does the same with a thousand.
+"""
+
+import asyncio
+
+import pytest
+from crowd import gathered
+from faults.scene import Scene
+from faults.valkey import Valkey
+from zlora import AsyncClient
+
+JOBS = 150
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+
+
+def test_no_result_is_missed_of_many_when_the_broker_restarts(scene: Scene, valkey: Valkey) -> None:
+    restarts = 0
+
+    def restart_in_the_middle(done: int) -> None:
+        nonlocal restarts
+        if done >= JOBS // 3 and not restarts:
+            restarts += 1
+            valkey.kill()
+            valkey.start()
+
+    async def run() -> None:
+        async with AsyncClient(valkey.url, queue=scene.queue) as client:
+            crowd = await gathered(client, JOBS, look=restart_in_the_middle)
+        assert crowd.missed == []
+        assert 0 < crowd.connections <= 24
+
+    with scene.worker():
+        asyncio.run(run())
+    assert restarts == 1

@@ -1,0 +1,38 @@
+"""A webhook through a real worker: its child ends the job, and its companion tells the receiver."""
+
+import base64
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Final
+
+from faults.scene import Scene
+from processes import wait_until
+from zlora import wire
+from zlora.webhook import Event, Verifier
+
+SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
+
+
+def test_what_was_submitted_with_a_webhook_ends_as_an_event_that_a_receiver_believes(scene: Scene) -> None:
+    """With the result, as its producer has it."""
+    events: list[Event] = []
+    verifier = Verifier(SECRET)
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            events.append(verifier.verify(body, dict(self.headers)))
+            self.send_response(204)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Receiver) as server:
+        host = f"127.0.0.1:{server.server_port}"
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with scene.worker(**{wire.WEBHOOK_SECRET: SECRET, wire.ALLOW_HOSTS: host}):
+            job = scene.submit(options={"webhook_url": f"http://{host}/jobs"})
+            result = job.result(timeout=30)
+            wait_until(lambda: events, "the receiver is told")
+        server.shutdown()
+
+    (event,) = events
+    assert (event.job_id, event.type, event.result) == (job.id, "job.succeeded", result)

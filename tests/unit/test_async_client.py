@@ -1,0 +1,160 @@
+"""The asynchronous door: thousands wait in one event loop, and a wait that is cancelled leaves nothing behind."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from processes import free_port
+from zlora import AsyncClient, AsyncJobHandle, Cancellation, Client, JobState
+from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobRevoked, LoraMismatch, ResultTimeout
+from zlora.job import GenerateResult, plain
+from zlora.testing import MemoryWorker
+
+# Celery stores a result as redis-py does not like any more.
+pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")]
+
+REQUEST = {"prompt": "a portrait"}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def result_of(job_id: str) -> GenerateResult:
+    return GenerateResult(
+        job_id=job_id, images=(), loras=(), seed=7, timings={}, base_intact=True, model="m", versions={}
+    )
+
+
+@pytest.fixture
+def broker(broker_url: str) -> Iterator[Any]:
+    """An empty Redis, to look into."""
+    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
+        connection.flushall()
+        yield connection
+
+
+class Played:
+    """A worker's part: what it says of jobs."""
+
+    def __init__(self, url: str) -> None:
+        self.client = Client(url)
+
+    async def says(self, job_id: str, value: Any, state: str) -> None:
+        backend: Any = self.client._broker._backend  # type: ignore[attr-defined]
+        await asyncio.to_thread(backend.store_result, job_id, value, state)
+
+    async def ends(self, job_id: str) -> None:
+        await self.says(job_id, plain(result_of(job_id)), "SUCCESS")
+
+
+@pytest.fixture
+def worker(broker_url: str, broker: Any) -> Iterator[Played]:  # noqa: ARG001 - emptied
+    played = Played(broker_url)
+    yield played
+    played.client.close()
+
+
+async def watched(broker: Any, job_id: str, count: int = 1) -> None:
+    """Until so many connections are subscribed to the job."""
+    channel = f"celery-task-meta-{job_id}"
+    async with asyncio.timeout(10):
+        while (await asyncio.to_thread(broker.pubsub_numsub, channel))[0][1] != count:  # noqa: ASYNC110 - it is Redis that knows
+            await asyncio.sleep(0.01)
+
+
+async def test_its_names_are_those_of_the_other_door() -> None:
+    for ours, theirs in ((AsyncClient, Client), (AsyncJobHandle, type(MemoryWorker().client().job("a")))):
+        names = {name for name in vars(theirs) if not name.startswith("_")} - {"look", "report"}
+        assert names <= {name for name in vars(ours) if not name.startswith("_")}
+
+
+async def test_a_result_is_there_as_soon_as_a_worker_says_it(broker_url: str, broker: Any, worker: Played) -> None:
+    """Nobody polls: the next look by itself would come ten seconds later."""
+    async with AsyncClient(broker_url) as client:
+        job = await client.submit(REQUEST, job_id="job-1")
+        waiting = asyncio.create_task(job.result(timeout=60))
+        await watched(broker, "job-1")
+        await worker.says("job-1", {"phase": "denoising", "step": 1, "steps": 2, "attempt": 1}, "PROGRESS")
+        async with asyncio.timeout(8):
+            await worker.ends("job-1")
+            assert await waiting == result_of("job-1")
+
+
+async def test_many_wait_at_once_over_a_handful_of_connections(broker_url: str, broker: Any, worker: Played) -> None:
+    before = broker.info("clients")["connected_clients"]
+    async with AsyncClient(broker_url) as client:
+        jobs = await client.submit_many([REQUEST] * 300)
+        waiting = [asyncio.create_task(job.result(timeout=60)) for job in jobs]
+        await watched(broker, jobs[-1].id)
+        connections = broker.info("clients")["connected_clients"] - before
+        for job in jobs:
+            await worker.ends(job.id)
+        assert [result.job_id for result in await asyncio.gather(*waiting)] == [job.id for job in jobs]
+
+    assert connections <= 20
+
+
+async def test_events_tell_each_change_to_the_end(broker_url: str, broker: Any, worker: Played) -> None:
+    async with AsyncClient(broker_url) as client:
+        job = await client.submit(REQUEST, job_id="job-1")
+        events = job.events(timeout=60)
+        seen = [await anext(events)]
+        await watched(broker, "job-1")
+        await worker.says("job-1", {"phase": "denoising", "step": 1, "steps": 2, "attempt": 1}, "PROGRESS")
+        seen.append(await anext(events))
+        await worker.says("job-1", LoraMismatch("it does not fit"), "FAILURE")
+        seen.extend([status async for status in events])
+
+    assert [(status.state, status.phase, status.step) for status in seen] == [
+        (JobState.PENDING, "queued", None),
+        (JobState.PROGRESS, "denoising", 1),
+        (JobState.FAILURE, None, None),
+    ]
+
+
+async def test_a_wait_that_is_cancelled_watches_no_more(broker_url: str, broker: Any) -> None:
+    async with AsyncClient(broker_url) as client:
+        job = await client.submit(REQUEST, job_id="job-1")
+        waiting = asyncio.create_task(job.result())
+        await watched(broker, "job-1")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await watched(broker, "job-1", 0)
+
+
+async def test_errors_are_those_of_the_other_door(broker_url: str, broker: Any) -> None:  # noqa: ARG001 - emptied
+    async with AsyncClient(broker_url) as client:
+        job = await client.submit(REQUEST, job_id="job-1")
+        with pytest.raises(Conflict):
+            await client.submit({"prompt": "another"}, job_id="job-1")
+        with pytest.raises(InvalidRequest, match="`wieght`"):
+            await client.submit({**REQUEST, "wieght": 1})
+        with pytest.raises(ResultTimeout):
+            await job.result(timeout=0.05)
+        assert await job.cancel() is Cancellation.QUEUED
+        with pytest.raises(JobRevoked):
+            await job.result()
+    async with AsyncClient(f"redis://127.0.0.1:{free_port()}/0") as lonely:
+        with pytest.raises(BrokerUnavailable):
+            await lonely.submit(REQUEST)
+
+
+async def test_one_client_serves_several_loops(broker_url: str, broker: Any, worker: Played) -> None:  # noqa: ARG001
+    client = AsyncClient(broker_url)
+    for name in ("a", "b"):
+
+        def run(name: str = name) -> GenerateResult:
+            return asyncio.run(go(name))
+
+        async def go(name: str) -> GenerateResult:
+            job = await client.submit(REQUEST, job_id=name)
+            await worker.ends(name)
+            return await job.result(timeout=10)
+
+        assert (await asyncio.to_thread(run)).job_id == name
+    await client.close()

@@ -1,0 +1,166 @@
+"""Whoever waits for a job is rung and polls nobody, outlasts a restart of Redis, and is told of a lasting outage."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+from faults.figures import Tally
+from faults.proxy import Proxy
+from processes import wait_until
+from zlora import AsyncClient, Client, JobState, listener, waiting, wire
+from zlora.errors import BrokerUnavailable, LoraMismatch, ResultTimeout
+from zlora.job import GenerateResult, plain
+
+# Celery stores a result as redis-py does not like any more.
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+
+REQUEST = {"prompt": "a portrait"}
+
+
+@pytest.fixture
+def broker(broker_url: str) -> Iterator[Any]:
+    """An empty Redis, to look into."""
+    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
+        connection.flushall()
+        yield connection
+
+
+@pytest.fixture
+def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - emptied
+    with Client(broker_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def proxy(broker_url: str) -> Iterator[Proxy]:
+    with Proxy(urlsplit(broker_url).port or 0, Tally()) as opened:
+        yield opened
+
+
+def says(client: Client, job_id: str, value: Any, state: str) -> None:
+    """A worker's answer."""
+    inside: Any = client._broker
+    inside._backend.store_result(job_id, value, state)
+
+
+def ends(client: Client, job_id: str) -> None:
+    result = GenerateResult(
+        job_id=job_id, images=(), loras=(), seed=7, timings={}, base_intact=True, model="m", versions={}
+    )
+    says(client, job_id, plain(result), "SUCCESS")
+
+
+def watched(broker: Any, job_id: str) -> None:
+    wait_until(lambda: broker.pubsub_numsub(f"celery-task-meta-{job_id}")[0][1], "somebody listens")
+
+
+def asked(broker: Any) -> int:
+    """Commands that have read something since the counts were set to nothing."""
+    return sum(calls(broker, name) for name in ("get", "hmget", "hgetall", "mget"))
+
+
+def calls(broker: Any, command: str) -> int:
+    return int(broker.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+def test_many_threads_wait_over_one_connection_and_ask_nothing(client: Client, broker: Any) -> None:
+    jobs = client.submit_many([REQUEST] * 20)
+    with ThreadPoolExecutor(20) as threads:
+        results = [threads.submit(job.result, 60) for job in jobs]
+        for job in jobs:
+            watched(broker, job.id)
+        time.sleep(0.2)  # each looks once more where its subscription holds
+        broker.config_resetstat()
+        time.sleep(0.5)
+        assert asked(broker) == 0
+        assert len([item for item in broker.client_list() if int(item["sub"]) > 0]) == 1
+
+        for job in jobs:
+            ends(client, job.id)
+        assert [result.result(10).job_id for result in results] == [job.id for job in jobs]
+
+
+def test_events_tell_each_change_to_the_end(client: Client) -> None:
+    job = client.submit(REQUEST, job_id="job-1")
+    events = job.events(timeout=30)
+    seen = [next(events)]
+    says(client, "job-1", {"phase": "denoising", "step": 1, "steps": 2, "attempt": 1}, "PROGRESS")
+    seen.append(next(events))
+    says(client, "job-1", LoraMismatch("it does not fit"), "FAILURE")
+    seen.extend(events)
+
+    assert [(status.state, status.phase, status.step) for status in seen] == [
+        (JobState.PENDING, "queued", None),
+        (JobState.PROGRESS, "denoising", 1),
+        (JobState.FAILURE, None, None),
+    ]
+
+
+def test_a_watcher_sees_its_job_move_up_although_nobody_publishes_that(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zlora.handle._MOVES", 0.05)
+    first, second = client.submit_many([REQUEST] * 2, job_ids=["a", "b"])
+    events = second.events(timeout=30)
+    assert next(events).position == 1
+
+    first.cancel()
+
+    assert next(events).position == 0
+
+
+def test_events_of_a_job_without_an_end_stop_with_a_typed_error(client: Client) -> None:
+    events = client.submit(REQUEST, job_id="job-1").events(timeout=0.1)
+
+    assert next(events).state is JobState.PENDING
+    with pytest.raises(ResultTimeout):
+        next(events)
+
+
+def test_a_restart_of_redis_is_outlasted(broker: Any, proxy: Proxy, client: Client) -> None:
+    """What was published meanwhile is found."""
+    found = []
+    with Client(proxy.url) as cut:
+        job = cut.submit(REQUEST, job_id="job-1")
+        waiter = threading.Thread(target=lambda: found.append(job.result(timeout=60)))
+        waiter.start()
+        watched(broker, "job-1")
+        proxy.break_at(b"PING|SUBSCRIBE|GET")
+        broker.client_kill_filter(_type="pubsub")
+        ends(client, "job-1")
+        wait_until(lambda: not broker.pubsub_numsub("celery-task-meta-job-1")[0][1], "nobody listens")
+        proxy.restore()
+        waiter.join(30)
+
+    assert [result.job_id for result in found] == ["job-1"]
+
+
+def test_an_outage_that_lasts_is_told_to_all_who_wait_and_not_found_out_by_each(
+    broker: Any, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Redis that swallows everything costs whoever asks it two seconds: one connection finds out for all."""
+    monkeypatch.setattr(wire, "IMPATIENCE", 0.3)
+    monkeypatch.setattr(listener, "_SILENCE", 0.2)
+    monkeypatch.setattr(waiting, "_OUTAGE", 0.5)
+
+    async def run() -> list[BaseException | GenerateResult]:
+        async with AsyncClient(proxy.url) as client:
+            jobs = await client.submit_many([REQUEST] * 200)
+            broker.config_resetstat()
+            waits = [asyncio.create_task(job.result()) for job in jobs]
+            looked = 2 * len(jobs)  # at first, and where its subscription holds
+            await asyncio.to_thread(wait_until, lambda: calls(broker, "get") >= looked, "all of them wait")
+            proxy.black_out()
+            async with asyncio.timeout(20):  # each for itself, in eight threads: 200 / 8 * 0.3 s and more, for ever
+                return await asyncio.gather(*waits, return_exceptions=True)
+
+    ends = asyncio.run(run())
+
+    assert {type(end) for end in ends} == {BrokerUnavailable}
+    assert len(ends) == 200

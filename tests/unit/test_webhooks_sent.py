@@ -1,0 +1,553 @@
+"""Webhooks on their way: each is sent until it is taken, or for two hours, and one receiver holds up no other."""
+
+import base64
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+import redis
+from celery import Celery
+from processes import clean_environ, wait_until
+from servers import settings
+from standardwebhooks import Webhook as Oracle
+from zlora import Client, wire
+from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
+from zlora.job import GenerateResult, ImageRef
+from zlora.ledger import Ledger, Submission, connect
+from zlora.outbox import DeadLetter, Ended, Outbox
+from zlora.webhook import Event, Verifier, Webhook
+from zlora_worker import webhooks
+from zlora_worker.companion import failure_by
+from zlora_worker.links import Links
+from zlora_worker.storage import FolderStore, manifest_key
+from zlora_worker.webhooks import Dispatcher, Ends, Sender
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # by Celery's backend
+
+SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
+PAUSES: Final = (5, 30, 120, 300, 600, 1200, 1800, 3000)  # seconds, each 0.8 to 1.2 times
+TWO_HOURS: Final = 7200
+
+Reply = tuple[int, Mapping[str, str]]
+
+
+class Heard(NamedTuple):
+    """One request to a receiver."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class Receiver:
+    """An HTTP server on loopback; `answer` may look at the requests so far, and block."""
+
+    def __init__(self, port: int, answer: Callable[[list[Heard]], Reply]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.answer = answer
+        self.heard: list[Heard] = []
+
+    def events(self) -> list[Event]:
+        """What was heard, verified by both implementations; a receiver of each request's own time."""
+        for one in self.heard:
+            Verifier(SECRET, clock=lambda one=one: float(one.headers["webhook-timestamp"])).verify(  # type: ignore[misc]
+                one.body, one.headers
+            )
+        receiver = Verifier(SECRET, tolerance=10**6)
+        return [receiver.verify(one.body, one.headers) for one in self.heard]
+
+
+@contextmanager
+def receiving(answer: Callable[[list[Heard]], Reply] | int = 204, **headers: str) -> Iterator[Receiver]:
+    """A receiver for as long as the block runs, of one status or whatever `answer` says."""
+    reply = (lambda _: (answer, headers)) if isinstance(answer, int) else answer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            told = {name.lower(): value for name, value in self.headers.items()}
+            receiver.heard.append(Heard(self.path, told, body))
+            status, more = receiver.answer(receiver.heard)
+            self.send_response(status)
+            for name, value in more.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing to the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        receiver = Receiver(server.server_port, reply)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield receiver
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class AwayStore(FolderStore):
+    """A store that does not answer."""
+
+    def get(self, key: str) -> bytes | None:
+        raise StoreFailed(f"{key}: away")
+
+
+class Place:
+    """A queue of its own with a store, and companions that may send."""
+
+    def __init__(self, broker_url: str, folder: Path) -> None:
+        self.url, self.queue, self.folder, self.now = broker_url, uuid.uuid4().hex, folder, time.time()
+        self.redis: Any = connect(broker_url)
+        self.ledger, self.outbox = Ledger(self.redis, self.queue), Outbox(self.redis, self.queue)
+        self.store = FolderStore(folder)
+        self.allowed: set[str] = set()
+        config = wire.impatient_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
+        self.app = Celery("test", set_as_current=False, changes=config)
+
+    def job(self, url: str, *events: str) -> str:
+        """A job that was submitted with a webhook."""
+        job_id = uuid.uuid4().hex
+        self.allowed.add(urlsplit(url).netloc)
+        asked = Webhook(url=url, events=events)
+        told = Submission(request={"prompt": "p"}, priority=5, submitted=time.time(), webhook=asked)
+        self.ledger.open(job_id, told, "digest")
+        return job_id
+
+    def end(self, job_id: str, verdict: ZloraError | None = None) -> str:
+        """End a job, well where there is no verdict."""
+        if verdict is None:
+            image = ImageRef(
+                key=f"runs/{job_id}/outputs/0.png",
+                width=8,
+                height=8,
+                content_type="image/png",
+                size=1,
+                sha256="",
+                seed=3,
+            )
+            made = GenerateResult(
+                job_id=job_id, images=(image,), loras=(), seed=3, timings={}, base_intact=True, model="m", versions={}
+            )
+            self.store.put_new(manifest_key(job_id), msgspec.json.encode(made), "application/json")
+        self.ledger.close(job_id, verdict)
+        return job_id
+
+    def ended(self, url: str, verdict: ZloraError | None = None) -> str:
+        return self.end(self.job(url), verdict)
+
+    def sender(self, store: FolderStore | None = None, **variables: str) -> Sender:
+        """Of a companion that has just been started."""
+        told = {wire.WEBHOOK_SECRET: SECRET, wire.ALLOW_HOSTS: ",".join(self.allowed)} | variables
+        read = settings(self.folder, **told)
+        there = store or self.store
+        ends = Ends(there, Links(there, read), failure_by(self.app.backend))
+        return Sender(self.outbox, ends, read, clock=lambda: self.now)
+
+    def work(self, sender: Sender | None = None) -> int:
+        """Send what is due; how many that was."""
+        jobs = self.outbox.claim(100, 60)
+        for job in jobs:
+            (sender or self.sender()).send(job)
+        return len(jobs)
+
+    def due_in(self, job_id: str) -> float | None:
+        """Seconds until the next try; None where there is none."""
+        score = self.redis.zscore(wire.outbox_key(self.queue), job_id)
+        return None if score is None else float(score) - time.time()
+
+    def pass_time(self, seconds: float) -> None:
+        """As if so many seconds had gone by."""
+        self.now += seconds
+        key = wire.outbox_key(self.queue)
+        for job_id in self.redis.zrange(key, 0, -1):
+            self.redis.zincrby(key, -seconds, job_id)
+            if tried := self.redis.hget(wire.job_key(job_id), "tried"):
+                self.redis.hset(wire.job_key(job_id), "tried", float(tried) - seconds)
+
+    def letter(self) -> DeadLetter:
+        (found,) = self.outbox.dead()
+        return found
+
+
+@pytest.fixture
+def place(broker_url: str, tmp_path: Path) -> Iterator[Place]:
+    made = Place(broker_url, tmp_path)
+    yield made
+    backend: Any = made.app.backend
+    backend.client.connection_pool.disconnect()
+    if (watching := backend.result_consumer._pubsub) is not None:
+        watching.close()
+    made.app.close()
+    made.redis.close()
+
+
+# --- what is told
+
+
+def test_a_success_is_told_once_with_urls_of_now(place: Place) -> None:
+    with receiving() as receiver:
+        job = place.ended(f"{receiver.url}/hook?token=t")
+        while place.work():
+            pass
+
+    (event,) = receiver.events()
+    assert (event.id, event.type, event.job_id) == (f"msg_{job}", "job.succeeded", job)
+    assert event.result is not None
+    assert str(event.result.images[0].url).startswith("file://")
+    assert abs(event.timestamp.timestamp() - time.time()) < 60
+    assert (receiver.heard[0].path, receiver.heard[0].headers["content-type"]) == ("/hook?token=t", "application/json")
+    Oracle(SECRET).verify(receiver.heard[0].body, receiver.heard[0].headers)
+    assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
+
+
+@pytest.mark.parametrize("verdict", [LoraMismatch("no", {"names": ["\ud800"]}), JobExpired("late")])
+def test_a_failure_is_told_with_its_error(place: Place, verdict: ZloraError) -> None:
+    with receiving() as receiver:
+        place.ended(receiver.url, verdict)
+        place.work()
+
+    (event,) = receiver.events()
+    assert (event.type, type(event.error), str(event.error)) == ("job.failed", type(verdict), str(verdict))
+
+
+def test_a_failure_that_only_celery_knows_of_is_told(place: Place) -> None:
+    """A child that was killed at the hard limit wrote no verdict; the sweeper finds its job."""
+    with receiving() as receiver:
+        job = place.job(receiver.url)
+        place.app.backend.store_result(job, JobLost("died"), "FAILURE")
+        place.ledger.close(job)
+        place.work()
+
+    (event,) = receiver.events()
+    assert (event.type, str(event.error)) == ("job.failed", "died")
+
+
+def test_a_queued_job_that_its_client_cancels_is_told(place: Place) -> None:
+    with receiving() as receiver, Client(place.url, queue=place.queue) as client:
+        place.allowed.add(urlsplit(receiver.url).netloc)
+        handle = client.submit({"prompt": "p"}, webhook_url=receiver.url, webhook_events=["job.cancelled"])
+        assert place.work() == 0
+        handle.cancel()
+        place.work()
+
+    (event,) = receiver.events()
+    assert (event.type, event.job_id) == ("job.cancelled", handle.id)
+
+
+def test_only_the_events_that_were_asked_for_are_told(place: Place) -> None:
+    with receiving() as receiver:
+        place.end(place.job(receiver.url, "job.failed"))
+        wanted = place.end(place.job(receiver.url, "job.failed", "job.cancelled"), LoraMismatch("no"))
+        while place.work():
+            pass
+
+    assert [event.job_id for event in receiver.events()] == [wanted]
+    assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
+
+
+def test_a_job_without_a_webhook_and_one_that_has_not_ended_tell_nobody(place: Place) -> None:
+    place.ledger.open("plain", Submission(request={}, priority=5, submitted=0.0), "digest")
+    place.ledger.close("plain")
+    place.job("http://127.0.0.1:1")
+
+    assert place.work() == 0
+
+
+# --- once more
+
+
+def test_what_was_not_taken_is_sent_again_by_whoever_is_there_then(place: Place) -> None:
+    """With the same id and a later time; a restart forgets nothing."""
+    with receiving(lambda heard: (500 if len(heard) < 3 else 200, {})) as receiver:
+        job = place.ended(receiver.url)
+        for pause in PAUSES[:3]:
+            assert place.work(place.sender()) == 1
+            assert place.work(place.sender()) == 0
+            place.pass_time(1.2 * pause)
+
+    events = receiver.events()
+    times = [int(one.headers["webhook-timestamp"]) for one in receiver.heard]
+    assert [event.id for event in events] == [f"msg_{job}"] * 3
+    assert times == sorted(set(times))
+    assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
+
+
+def test_the_pauses_grow_for_two_hours_and_then_it_is_a_dead_letter(place: Place) -> None:
+    waited: list[float] = []
+    with receiving(503) as receiver:
+        job = place.ended(f"{receiver.url}/hook?token=s3cret")
+        while place.work():
+            if (due := place.due_in(job)) is not None:
+                waited.append(due)
+                place.pass_time(due + 0.01)
+
+    for pause, expected in zip(waited[:6], PAUSES, strict=False):
+        assert 0.8 * expected - 2 < pause < 1.2 * expected + 2
+    assert TWO_HOURS - 20 < sum(waited) < TWO_HOURS + 20
+    letter = place.letter()
+    assert (letter.job_id, letter.event, letter.url) == (job, "job.succeeded", f"{receiver.url}/hook")
+    assert (letter.tries, letter.reason) == (len(receiver.heard), "the receiver answers 503")
+    assert len(receiver.heard) == len(waited) + 1
+    assert (place.outbox.pending(), place.work()) == (0, 0)
+
+
+def test_a_receiver_that_asks_to_be_left_alone_is_for_what_is_left_of_two_hours(place: Place) -> None:
+    with receiving(429, Retry_After="3000") as receiver:
+        job = place.ended(receiver.url)
+        for expected in (3000, 3000, 1200):
+            place.work()
+            due = place.due_in(job) or 0.0
+            assert abs(due - expected) < 10
+            place.pass_time(due)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed_and_no_delivery(place: Place, status: int) -> None:
+    with receiving() as other, receiving(status, Location=other.url) as receiver:
+        job = place.ended(receiver.url)
+        place.work()
+
+    assert (len(receiver.heard), other.heard) == (1, [])
+    assert place.due_in(job) is not None
+
+
+def test_a_receiver_that_is_not_there_is_tried_again(place: Place) -> None:
+    with receiving() as receiver:
+        url = receiver.url
+    job = place.ended(url)
+    place.work()
+
+    assert place.due_in(job) is not None
+
+
+def test_a_store_that_is_away_is_no_failure_of_the_receiver(place: Place) -> None:
+    with receiving() as receiver:
+        job = place.ended(receiver.url)
+        place.work(place.sender(AwayStore(place.folder)))
+        assert (receiver.heard, place.redis.hget(wire.job_key(job), "tries")) == ([], None)
+        place.pass_time(place.due_in(job) or 0.0)
+        place.work()
+
+    assert len(receiver.events()) == 1
+
+
+# --- given up
+
+
+def test_a_receiver_that_is_gone_is_given_up_at_once(place: Place) -> None:
+    with receiving(410) as receiver:
+        place.ended(receiver.url)
+        while place.work():
+            pass
+
+    assert (len(receiver.heard), place.letter().reason) == (1, "the receiver answers 410")
+
+
+def test_an_address_that_the_guard_refuses_is_given_up_unasked(place: Place) -> None:
+    with receiving() as receiver:
+        place.ended(f"{receiver.url}/hook?token=s3cret")
+        place.work(place.sender(ZLORA_ALLOW_HOSTS=""))
+
+    assert receiver.heard == []
+    letter = place.letter()
+    assert (letter.tries, "refused" in letter.reason, "s3cret" in str(letter)) == (1, True, False)
+
+
+def test_nothing_is_sent_unsigned(place: Place) -> None:
+    with receiving() as receiver:
+        place.ended(receiver.url)
+        place.work(place.sender(ZLORA_WEBHOOK_SECRET=""))
+
+    assert (receiver.heard, wire.WEBHOOK_SECRET in place.letter().reason) == ([], True)
+
+
+def test_a_job_of_which_nothing_is_known_any_more_is_given_up(place: Place) -> None:
+    """The result expired, and the retention of the store took the manifest; or Redis has lost the record."""
+    without_end = place.job("http://127.0.0.1:1")
+    place.ledger.close(without_end)
+    without_record = place.ended("http://127.0.0.1:1")
+    place.redis.delete(wire.job_key(without_record))
+    damaged = place.ended("http://127.0.0.1:1")
+    (place.folder / manifest_key(damaged)).write_text("{")
+
+    place.work()
+
+    assert {letter.job_id for letter in place.outbox.dead()} == {without_end, without_record, damaged}
+    assert place.outbox.pending() == 0
+
+
+def test_a_dead_letter_is_sent_again_where_its_operator_says_so(place: Place) -> None:
+    """With all of its time once more."""
+    with receiving(lambda heard: ((410, 500, 204)[len(heard) - 1], {})) as receiver:
+        job = place.ended(receiver.url)
+        place.work()
+        place.redis.hincrby(wire.job_key(job), "tried", -TWO_HOURS)
+        place.now += TWO_HOURS
+        assert (place.letter().job_id, place.outbox.resend(job)) == (job, True)
+        assert (place.outbox.dead(), place.outbox.pending()) == ([], 1)
+        place.work()
+        place.pass_time(place.due_in(job) or 0.0)
+        place.work()
+
+    assert [event.id for event in receiver.events()] == [f"msg_{job}"] * 3
+    assert (place.outbox.pending(), place.outbox.resend("never"), place.outbox.resend(place.job("http://a/"))) == (
+        0, False, False
+    )  # fmt: skip
+
+
+def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zlora.outbox._MOST_DEAD", 2)
+    facts: dict[str, Any] = {"event": "job.failed", "url": "https://a/", "tries": 1, "first": None, "reason": "no"}
+    for age in (8 * 86_400, 3, 2, 1):
+        place.outbox.bury(DeadLetter(job_id=str(age), last=time.time() - age, **facts))
+
+    assert [letter.job_id for letter in place.outbox.dead()] == ["2", "1"]
+
+
+# --- several at once
+
+
+def test_of_two_companions_one_sends(place: Place) -> None:
+    job = place.ended("http://127.0.0.1:1")
+    claims: list[list[Ended]] = []
+    threads = [threading.Thread(target=lambda: claims.append(place.outbox.claim(10, 60))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [claimed.job_id for claim in claims for claimed in claim] == [job]
+
+
+def test_what_a_dead_companion_had_claimed_is_sent_by_another(place: Place) -> None:
+    with receiving() as receiver:
+        job = place.ended(receiver.url)
+        place.outbox.claim(10, 60)
+        assert place.work() == 0
+        place.pass_time(61)
+        place.work()
+
+    assert [event.job_id for event in receiver.events()] == [job]
+
+
+def test_a_slow_receiver_holds_up_no_other_and_has_few_at_once(place: Place) -> None:
+    over = threading.Event()
+
+    def slow(_: list[Heard]) -> Reply:
+        over.wait(30)
+        return 204, {}
+
+    with receiving(slow) as first, receiving() as second:
+        try:
+            later = place.job(second.url)
+            for _ in range(5):
+                place.ended(first.url)
+            dispatcher = Dispatcher(place.outbox, place.sender())
+            dispatcher.step()
+            wait_until(lambda: len(first.heard) == 2, "the slow receiver is asked")
+            place.end(later)
+            wait_until(lambda: dispatcher.step() and second.heard, "the other receiver is asked")
+            assert len(first.heard) == 2
+        finally:
+            over.set()
+        wait_until(lambda: dispatcher.step() and place.outbox.pending() == 0, "all are sent")
+
+    assert (len(first.events()), len(second.events())) == (5, 1)
+
+
+def test_a_fault_in_one_is_no_fault_of_another_and_it_comes_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiving() as receiver:
+        broken, sound = place.ended(receiver.url), place.ended(receiver.url)
+        sender, send = place.sender(), Sender.send
+
+        def send_one(self: Sender, job: Ended) -> None:
+            if job.job_id == broken:
+                raise RuntimeError
+            send(self, job)
+
+        monkeypatch.setattr(Sender, "send", send_one)
+        dispatcher = Dispatcher(place.outbox, sender)
+        dispatcher.step()
+        wait_until(lambda: place.outbox.pending() == 1, "the sound one is sent")
+        wait_until(lambda: not dispatcher._under_way, "there is room again")
+
+    assert [event.job_id for event in receiver.events()] == [sound]
+    assert (place.due_in(broken) or 0) > webhooks._CLAIM - 60
+
+
+# --- the companion
+
+
+def test_a_redis_that_is_away_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "_AWAY", 0.0)
+
+    class Faulty(Dispatcher):
+        steps = 0
+
+        def step(self) -> float:
+            self.steps += 1
+            if self.steps == 1:
+                raise redis.ConnectionError
+            if place.outbox.pending() == 0:
+                raise SystemExit
+            return super().step()
+
+    with receiving() as receiver:
+        job = place.ended(receiver.url)
+        with pytest.raises(SystemExit):
+            webhooks._work(Faulty(place.outbox, place.sender()))
+
+    assert [event.job_id for event in receiver.events()] == [job]
+
+
+def test_a_companion_sends_what_has_ended_and_what_it_ends_itself(place: Place) -> None:
+    """In its own process: a job that nobody began in time ends there, and its webhook goes out."""
+    variables = {
+        "ZLORA_HOME": str(place.folder), "ZLORA_BROKER_URL": place.url, "ZLORA_QUEUE": place.queue, "ZLORA_SWEEP": "1",
+        "ZLORA_STORE": place.folder.as_uri(), "ZLORA_LOOK_AHEAD": "0", wire.WEBHOOK_SECRET: SECRET,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "zlora_worker.companion"]
+    with receiving() as receiver, Client(place.url, queue=place.queue) as client:
+        first = place.ended(receiver.url)
+        variables[wire.ALLOW_HOSTS] = ",".join(place.allowed)
+        process = subprocess.Popen(command, env=clean_environ(os.environ | variables))
+        try:
+            wait_until(lambda: receiver.heard, "the first is told")
+            second = client.submit({"prompt": "p"}, expires_in=0.05, webhook_url=receiver.url).id
+            wait_until(lambda: len(receiver.heard) == 2, "the second is told")
+        finally:
+            process.kill()
+            process.wait()
+
+    events = receiver.events()
+    assert [(event.job_id, getattr(event.error, "code", None)) for event in events] == [
+        (first, None), (second, "expired")
+    ]  # fmt: skip
+
+
+def test_whatever_is_written_expires(place: Place) -> None:
+    """Redis evicts nothing."""
+    with receiving(lambda heard: (410 if len(heard) == 1 else 500, {})) as receiver:
+        jobs = [place.ended(receiver.url) for _ in range(2)]
+        place.work()
+
+    keys = [wire.job_key(job) for job in jobs] + [wire.outbox_key(place.queue), wire.dead_key(place.queue)]
+    lives = [place.redis.ttl(key) for key in keys]
+    assert all(0 < life <= wire.RECORD_EXPIRES for life in lives)
+    assert min(lives[:2]) > TWO_HOURS
