@@ -96,6 +96,13 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
         if self.url_expires_in is not None and self.url_policy not in (None, "presigned"):
             raise ValueError("Expected `url_expires_in` with `url_policy` presigned only")
 
+    @classmethod
+    def from_fal(cls, document: dict[str, Any]) -> "GenerateRequest":
+        """The request that a document of fal's endpoints means; raises `InvalidRequest` as `read_request` does."""
+        from zlora import fal
+
+        return fal.read(document)
+
     @property
     def keeps_pixels(self) -> bool:
         """Whether its pictures are stored as they are drawn."""
@@ -188,6 +195,12 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     device: str | None = None
     dtype: str | None = None
     threads: int | None = None
+
+    def to_fal(self) -> dict[str, Any]:
+        """The answer of fal's endpoints; raises `InvalidRequest` where a picture has no URL."""
+        from zlora import fal
+
+        return fal.written(self)
 
 
 class JobState(StrEnum):

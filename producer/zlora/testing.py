@@ -1,0 +1,269 @@
+"""An in-memory worker, for the tests of programs that submit jobs: no Redis, no GPU, no thread of its own.
+
+from zlora.testing import MemoryWorker
+
+worker = MemoryWorker()
+with worker.client() as client:
+    result = client.submit({"prompt": "a portrait"}).result(timeout=1)
+"""
+
+import heapq
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from zlora import webhook
+from zlora.answers import expired, revoked
+from zlora.async_client import AsyncClient
+from zlora.broker import Answer, Entry
+from zlora.client import Client
+from zlora.errors import Conflict, InternalError, JobExpired, JobRevoked, ZloraError
+from zlora.job import QUEUE, Cancellation, GenerateRequest, GenerateResult, JobState, read_request
+from zlora.later import read_result
+from zlora.ledger import Standing, Submission, verdict_of
+from zlora.placeholder import placeholder
+
+__all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "placeholder"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase, how much of it is done, and of how much; raises `JobRevoked` where the job was cancelled."""
+
+Draw = Callable[[str, GenerateRequest, Progress], GenerateResult]
+"""Answers a job, of which it gets the id, the request and what its watchers hear by; may raise any `ZloraError`."""
+
+
+class Posted(NamedTuple):
+    """A webhook that a worker would post, with headers by `zlora.webhook.sign(body, secret, message_id=message_id)`."""
+
+    url: str
+    message_id: str
+    body: bytes
+
+
+_UNSTARTED: Final = Answer(JobState.PENDING.value, None)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Job:
+    id: str
+    digest: str
+    submission: Submission
+    place: int  # among all jobs, by when it came
+    cancelled: bool
+    taken: bool = False  # by who draws it or ends it
+    closed: bool = False
+    answer: Answer = _UNSTARTED
+    verdict: ZloraError | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return self.submission.priority, self.place
+
+
+class MemoryWorker:
+    """Broker and worker in one, for any number of clients and threads: it answers a job before `submit` returns.
+
+    `draw` makes the results; without one they are `placeholder`'s. It runs in the thread that submits. What it raises
+    is the job's error; what is no `ZloraError` fails the job with `InternalError`, as a worker's fault does, and comes
+    out of `submit` too.
+
+    A worker that is `paused` answers nothing but by `run`. `webhooks` are those that a worker would post; nobody is
+    called. `clock` says when the time of a job to begin is over, in
+    seconds since the epoch.
+    """
+
+    queue = QUEUE
+
+    def __init__(
+        self, *, draw: Draw | None = None, paused: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.webhooks: list[Posted] = []
+        self._draw = draw or _draw_nothing
+        self._paused = paused
+        self._clock = clock
+        self._lock = Lock()
+        self._jobs: dict[str, _Job] = {}
+        self._line: list[tuple[tuple[int, int], _Job]] = []  # a heap
+        self._unwanted: set[str] = set()  # cancelled before they came
+        self._rings: dict[str, list[Callable[[], None]]] = {}
+
+    def client(self) -> Client:
+        """A client of this worker."""
+        return Client.over(self)
+
+    def async_client(self) -> AsyncClient:
+        """A client of this worker, for programs with an event loop."""
+        return AsyncClient.over(self)
+
+    @property
+    def requests(self) -> dict[str, GenerateRequest]:
+        """What was submitted, by job id, in order; a job that was submitted twice is there once."""
+        with self._lock:
+            return {job.id: read_request(job.submission.request) for job in self._jobs.values()}
+
+    def run(self, count: int | None = None) -> int:
+        """Answer so many of the jobs that wait, or all, in order of priority; returns how many it were."""
+        answered = 0
+        while (count is None or answered < count) and (job := self._next()) is not None:
+            self._work(job)
+            answered += 1
+        return answered
+
+    def put(self, entries: Sequence[Entry]) -> None:
+        """As a broker does; and where the worker is not paused, all that waits is answered."""
+        try:
+            for entry in entries:
+                self._queue(entry)
+        finally:
+            if not self._paused:
+                self.run()
+
+    def answer(self, job_id: str) -> Answer:
+        job = self._look(job_id)
+        return _UNSTARTED if job is None else job.answer
+
+    def standing(self, job_id: str) -> Standing:
+        if (job := self._look(job_id)) is None or job.closed:
+            return Standing(is_open=False, position=None, verdict=None if job is None else job.verdict)
+        with self._lock:
+            before = [other for other in self._jobs.values() if not other.closed and other.rank < job.rank]
+        return Standing(is_open=True, position=len(before), verdict=None)
+
+    def recall(self, job_id: str, patience: float) -> bytes | None:  # noqa: ARG002 - it answers at once
+        state, value = self.answer(job_id)
+        return msgspec.json.encode(value) if state == JobState.SUCCESS else b""
+
+    def cancel(self, job_id: str) -> Cancellation:
+        job = self._look(job_id)
+        with self._lock:
+            if job is None:
+                self._unwanted.add(job_id)
+                return Cancellation.UNKNOWN
+            if job.closed:
+                return Cancellation.FINISHED
+            job.cancelled = True
+            running, job.taken = job.taken, True
+        if running:
+            return Cancellation.RUNNING
+        self._fail(job, revoked(job_id))
+        return Cancellation.QUEUED
+
+    @contextmanager
+    def watch(self, job_id: str, ring: Callable[[], None]) -> Iterator[None]:
+        with self._lock:
+            self._rings.setdefault(job_id, []).append(ring)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._rings[job_id].remove(ring)
+
+    def away(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        """Nothing is held, and other clients may go on."""
+
+    def _queue(self, entry: Entry) -> None:
+        job_id, submission, digest = entry
+        with self._lock:
+            if (known := self._jobs.get(job_id)) is None:
+                job = _Job(
+                    id=job_id,
+                    digest=digest,
+                    submission=submission,
+                    place=len(self._jobs),
+                    cancelled=job_id in self._unwanted,
+                )
+                self._jobs[job_id] = job
+                heapq.heappush(self._line, (job.rank, job))
+            elif known.digest != digest:
+                raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
+
+    def _look(self, job_id: str) -> _Job | None:
+        """A job, which has ended where its time to begin is over."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+            over = job is not None and not job.taken and self._is_late(job)
+            if job is not None and over:
+                job.taken = True
+        if job is not None and over:
+            self._fail(job, expired(job_id))
+        return job
+
+    def _is_late(self, job: _Job) -> bool:
+        return job.submission.expires is not None and self._clock() > job.submission.expires
+
+    def _next(self) -> _Job | None:
+        """The first job in line that nobody has taken; it is the caller's."""
+        with self._lock:
+            while self._line:
+                _, job = heapq.heappop(self._line)
+                if not job.taken:
+                    job.taken = True
+                    return job
+        return None
+
+    def _work(self, job: _Job) -> None:
+        try:
+            self._require_in_time(job)
+            self._report(job, "loading", 0, 0)
+            result = self._draw(job.id, read_request(job.submission.request), partial(self._report, job))
+            document = msgspec.json.decode(msgspec.json.encode(result))
+        except ZloraError as error:
+            self._fail(job, error)
+        except BaseException as error:
+            self._fail(job, InternalError(f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}"))
+            raise
+        else:
+            self._tell(job, Answer(JobState.SUCCESS.value, document), closed=True)
+
+    def _require_in_time(self, job: _Job) -> None:
+        if self._is_late(job) and not job.cancelled:
+            raise expired(job.id)
+
+    def _report(self, job: _Job, phase: str, done: int, total: int) -> None:
+        if job.cancelled:
+            raise revoked(job.id)
+        names = {"denoising": ("step", "steps"), "fetching": ("received", "expected")}.get(phase, ())
+        status: dict[str, Any] = dict(zip(names, (done, total), strict=False))
+        self._tell(job, Answer(JobState.PROGRESS.value, {"phase": phase, "attempt": 1, **status}))
+
+    def _fail(self, job: _Job, error: ZloraError) -> None:
+        verdict = verdict_of({"verdict": json.dumps([error.code, error.message, error.details])})
+        state = JobState.REVOKED if isinstance(verdict, JobRevoked | JobExpired) else JobState.FAILURE
+        self._tell(job, Answer(state.value, verdict), closed=True, verdict=verdict)
+
+    def _tell(self, job: _Job, answer: Answer, *, closed: bool = False, verdict: ZloraError | None = None) -> None:
+        with self._lock:
+            if closed and verdict is None and job.cancelled:  # in the moment between drawing and this
+                verdict = revoked(job.id)
+                answer = Answer(JobState.REVOKED.value, verdict)
+            job.answer, job.closed, job.verdict = answer, closed, verdict
+            rings = list(self._rings.get(job.id, ()))
+        if closed:
+            self._post(job)
+        for ring in rings:
+            ring()
+
+    def _post(self, job: _Job) -> None:
+        if (asked := job.submission.webhook) is None:
+            return
+        end = job.verdict or read_result(job.answer.value)
+        if not asked.events or webhook.type_of(end) in asked.events:
+            body = webhook.body_of(job.id, end, at=self._clock())
+            self.webhooks.append(Posted(asked.url, f"msg_{job.id}", body))
+
+
+def _draw_nothing(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+    steps = request.num_images * request.num_inference_steps
+    progress("denoising", 0, steps)
+    progress("denoising", steps, steps)
+    return placeholder(job_id, request)
