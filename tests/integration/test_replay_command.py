@@ -283,14 +283,14 @@ def test_a_picture_that_cannot_be_drawn_is_one_line_after_the_verdicts(
 
 
 @pytest.mark.parametrize(
-    ("end", "line"),
+    ("end", "line", "status"),
     [
-        (ModelUnavailable("some/base is gone"), "Error: some/base is gone [model_unavailable]"),
-        (BaseNotRestored(), f"Error: {BaseNotRestored()} [{BaseNotRestored.code}]"),
-        (StoreFailed("no space"), "Error: no space [store_failed]"),
-        (KeyboardInterrupt(), "Aborted!"),
+        (ModelUnavailable("some/base is gone"), "Error: some/base is gone [model_unavailable]", 69),
+        (BaseNotRestored(), f"Error: {BaseNotRestored()} [{BaseNotRestored.code}]", 75),
+        (StoreFailed("no space"), "Error: no space [store_failed]", 75),
+        (KeyboardInterrupt(), "interrupted [interrupted]", 130),
     ],
-    ids=lambda end: type(end).__name__,
+    ids=lambda end: type(end).__name__ if isinstance(end, BaseException) else "",
 )
 @pytest.mark.parametrize("drawn", [0, 1])
 def test_verdicts_before_an_end_are_told(
@@ -300,6 +300,7 @@ def test_verdicts_before_an_end_are_told(
     *,
     end: BaseException,
     line: str,
+    status: int,
     drawn: int,
 ) -> None:
     """And the end is what it is without them: one line and its exit status."""
@@ -318,8 +319,8 @@ def test_verdicts_before_an_end_are_told(
     told_json = run(path, path, path, "--json")
 
     verdicts = f"identical   {path}\n1 picture: 1 identical\n" if drawn else ""
-    assert (told.exit_code, told.stdout, told.stderr.strip()) == (1, verdicts, line)
-    assert (told_json.exit_code, told_json.stderr.strip()) == (1, line)
+    assert (told.exit_code, told.stdout, told.stderr.strip()) == (status, verdicts, line)
+    assert (told_json.exit_code, told_json.stderr.strip()) == (status, line)
     assert [one["verdict"] for one in json.loads(told_json.stdout)] == drawn * ["identical"]
 
 
@@ -362,10 +363,10 @@ def test_what_does_not_say_what_it_is_is_one_line(
     result = run(picture, path, "--out", tmp_path / "out")
     as_json = run(picture, path, "--json")
 
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (65, "")
     assert result.stderr.startswith(f"Error: {path}: ")
     assert result.stderr.count("\n") == 1
-    assert (as_json.exit_code, as_json.stdout, as_json.stderr) == (1, "[]\n", result.stderr)
+    assert (as_json.exit_code, as_json.stdout, as_json.stderr) == (65, "[]\n", result.stderr)
     assert not (tmp_path / "out").exists()
 
 

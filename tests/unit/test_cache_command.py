@@ -190,7 +190,7 @@ def test_damaged_files_are_named_dropped_and_an_exit_status(cache: Cache, tmp_pa
     ("arguments", "said"),
     [
         (["ls"], "0 files, 0.0 of 20,000.0 MB"),
-        (["ls", "--json"], '"files":[]'),
+        (["ls", "--json"], '"files": []'),
         (["prune", "--all"], "0 files went, 0.0 MB"),
         (["verify"], "0 files, 0 of them sound"),
     ],
@@ -258,7 +258,10 @@ def test_a_cache_that_cannot_be_written_is_listed_and_checked(read_only: Cache) 
 def test_nothing_goes_from_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     result = run("prune", "--all")
 
-    assert (result.exit_code, result.output) == (1, f"Error: {tmp_path / 'loras'}: Read-only file system\n")
+    assert (result.exit_code, result.output) == (
+        73,
+        f"Error: {tmp_path / 'loras'}: Read-only file system [cannot_write]\n",
+    )
     assert kept(tmp_path) == named(ONE, TWO, THREE)
 
 
@@ -277,6 +280,17 @@ def test_what_another_user_alone_may_read_of_the_sources_is_not_known(
     assert cache.space.held == 3 * SIZE
 
 
+def test_each_command_answers_a_program(cache: Cache) -> None:
+    cache.file(digest(TWO)).write_bytes(bytes(SIZE))
+
+    verified = run("verify", "--json")
+    pruned = run("prune", "--all", "--json")
+
+    assert json.loads(verified.stdout) == {digest(ONE): "sound", digest(TWO): "dropped", digest(THREE): "sound"}
+    assert verified.exit_code == 1
+    assert json.loads(pruned.stdout) == {"files": 2, "size": 2 * SIZE, "in_use": 0}
+
+
 # --- its start
 
 
@@ -284,8 +298,10 @@ def test_a_setting_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ZLORA_LORA_CACHE_BYTES", "many")
     result = run("ls")
 
-    assert result.exit_code == 1
+    assert result.exit_code == 78
     assert "ZLORA_LORA_CACHE_BYTES" in result.output
+    told = run("verify", "--json")
+    assert (told.exit_code, json.loads(told.stdout)["error"]["code"]) == (78, "invalid_setting")
 
 
 def test_the_command_brings_in_no_library_of_the_worker() -> None:

@@ -572,9 +572,9 @@ def test_inspect_prints_json_where_asked_and_takes_a_bare_repository(monkeypatch
     assert (told["source"], told["base"], told["ranks"]) == ("hf://me/mine", "SDXL", [4])
 
 
-def test_inspect_ends_with_the_error_in_one_line_and_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_ends_with_the_error_in_one_line_and_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(reply(status=404)) as host:
         result = run(monkeypatch, f"{host.url}/a{QUERY}", ZLORA_ALLOW_HOSTS=host.name)
 
-    assert result.exit_code == 1
+    assert result.exit_code == 66
     assert result.output.strip() == f"Error: {host.url}/a: the server answers 404 [lora_not_found]"

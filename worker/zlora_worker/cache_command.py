@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 import click
-import msgspec
 from msgspec import Struct
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from zlora.cli.exits import writing
+from zlora.cli.printing import json_option, print_json
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:  # it needs what a producer alone has not, and `zlora` starts without
@@ -62,13 +63,13 @@ def cache() -> None:
 
 
 @cache.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def ls(as_json: bool) -> None:
     """List the files, the most recently used first."""
     with _opened() as space:
         listing = _listing(space)
     if as_json:
-        click.echo(msgspec.json.encode(listing))
+        print_json(listing)
         return
     console = Console(width=None if os.isatty(1) else _WIDTH)
     console.print(_table(listing))
@@ -84,7 +85,8 @@ def ls(as_json: bool) -> None:
 @click.option("--max-bytes", type=click.IntRange(min=0), help="Until so many are left. [default: the cache's cap]")
 @click.option("--older-than", type=_age, metavar="AGE", help="What was not used for so long: seconds, or 15m, 12h, 7d.")
 @click.option("--all", "everything", is_flag=True, help="Whatever is not in use.")
-def prune(max_bytes: int | None, older_than: float | None, everything: bool) -> None:
+@json_option
+def prune(max_bytes: int | None, older_than: float | None, everything: bool, as_json: bool) -> None:
     """Let files go, the least recently used first. Those that a worker uses stay."""
     if everything and (max_bytes, older_than) != (None, None):
         raise click.UsageError("--all leaves nothing to choose")
@@ -92,13 +94,17 @@ def prune(max_bytes: int | None, older_than: float | None, everything: bool) -> 
         if max_bytes is None:
             max_bytes = 0 if everything or older_than is not None else space.max_bytes
         pruned = space.prune(max_bytes=max_bytes, older_than=older_than or 0.0)
+    if as_json:
+        print_json(pruned)
+        return
     stayed = f"; {pruned.in_use} are in use and stayed" if pruned.in_use else ""
     click.echo(f"{pruned.files} files went, {_mb(pruned.size)} MB{stayed}")
 
 
 @cache.command()
+@json_option
 @click.pass_context
-def verify(ctx: click.Context) -> None:
+def verify(ctx: click.Context, as_json: bool) -> None:
     """Hash every file and drop the damaged ones; exit status 1 where there were some."""
     console = Console(stderr=True)
     columns = (TextColumn("hashing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -110,9 +116,12 @@ def verify(ctx: click.Context) -> None:
             verdicts[sha256] = verdict
             progress.advance(bar)
     damaged = {sha256: verdict for sha256, verdict in verdicts.items() if verdict != "sound"}
-    for sha256, verdict in damaged.items():
-        click.echo(f"damaged, and {'dropped' if verdict == 'dropped' else 'cannot be dropped'}: {sha256}")
-    click.echo(f"{len(verdicts)} files, {len(verdicts) - len(damaged)} of them sound")
+    if as_json:
+        print_json(verdicts)
+    else:
+        for sha256, verdict in damaged.items():
+            click.echo(f"damaged, and {'dropped' if verdict == 'dropped' else 'cannot be dropped'}: {sha256}")
+        click.echo(f"{len(verdicts)} files, {len(verdicts) - len(damaged)} of them sound")
     ctx.exit(1 if damaged else 0)
 
 
@@ -125,12 +134,10 @@ def _opened() -> Iterator["Space"]:
 
     settings = Settings.from_env()
     folder = settings.cache_folder
-    try:
+    with writing(folder):
         if not (folder / "files").is_dir():
             click.echo(f"{folder}: there is no LoRA cache yet", err=True)
         yield Space.under(folder, max_bytes=settings.lora_cache_bytes, free_bytes=settings.lora_free_bytes)
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or folder}: {error.strerror}") from error
 
 
 def _listing(space: "Space") -> Listing:

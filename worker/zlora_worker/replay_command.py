@@ -44,8 +44,8 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     A picture is identical where all its pixels are drawn again and its file still has them. With --out a picture that
     drifted is shown beside the one of now, and the difference between them, amplified.
 
-    Exit status: 0 where all are identical, 3 where one drifted, 1 where one cannot be drawn; and where a file is no
-    such picture, before anything is drawn.
+    Exit status: 0 where all are identical, 3 where one drifted, 1 where one cannot be drawn; before anything is
+    drawn 65 where a file is no such picture, and what `docs/cli.md` says of other errors.
     """
     if not all(map(find_spec, ("torch", "diffusers", "PIL", "ssrfguard"))):
         raise click.ClickException("pictures are drawn by the worker: pip install 'z-image-lora[worker]'")

@@ -1,0 +1,28 @@
+"""`zlora ...`: the command line. Commands of the worker's side come in by entry point."""
+
+import click
+
+from zlora.cli import batch, doctor, generate, inspection, interruption, jobs, schema, stack
+from zlora.cli.commands import Commands
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="z-image-lora")
+def main() -> None:
+    """Queue SDXL pictures with LoRAs."""
+    interruption.install()
+
+
+for _command in (
+    batch.batch,
+    jobs.cancel,
+    doctor.doctor,
+    generate.generate,
+    inspection.inspect,
+    jobs.result,
+    schema.schema,
+    jobs.status,
+    jobs.submit,
+    stack.up,
+):
+    main.add_command(_command)

@@ -1,0 +1,79 @@
+"""`zlora batch`: a file of jobs, to the end and over any interruption."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zlora.cli import connection, jobs_file
+from zlora.cli.batch_display import BatchDisplay
+from zlora.cli.batch_run import BatchRun
+from zlora.cli.exits import BATCH_FAILED, writing
+from zlora.cli.jobs_file import Line
+from zlora.cli.printing import json_option
+from zlora.cli.results_file import ResultsFile, Todo
+from zlora.client import Priority
+from zlora.errors import InvalidRequest
+from zlora.wire import PRIORITIES
+
+
+@click.command()
+@click.argument("jobs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, metavar="RESULTS", help="A line a job."
+)
+@click.option("--pictures", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="Save pictures there.")
+@click.option("--in-flight", type=click.IntRange(1, 1000), default=16, show_default=True, help="Jobs at a time.")
+@click.option("--name", help="Part of the jobs' ids: the same is the same batch.  [default: of JOBS, without its end]")
+@click.option("--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True)
+@click.option("--retry-failed", is_flag=True, help="Draw lines that have failed again.")
+@click.option("-v", "--verbose", is_flag=True, help="A line on stderr for each job that ends.")
+@json_option
+@click.pass_context
+def batch(
+    ctx: click.Context,
+    /,
+    jobs: Path,
+    *,
+    out: Path,
+    folder: Path | None,
+    in_flight: int,
+    name: str | None,
+    priority: Priority,
+    retry_failed: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Draw all jobs of the file JOBS and write a line for each to RESULTS as it ends.
+
+    A line of JOBS is a request document, or {"request": {...}, "job_id": "...", "priority": "low"}. All are checked
+    before any is sent.
+
+    After any end of this command the same command goes on: what is in RESULTS is not drawn again, but for jobs that
+    were cancelled; what was in flight is met again under its id. Ctrl-C asks whether to cancel what is in flight.
+    """
+    lines = _checked(jobs)
+    with writing(out), ResultsFile.opened(out) as results:
+        todo = results.todo(lines, name or jobs.stem, retry_failed=retry_failed)
+        done = len(lines) - len(todo)
+        with BatchDisplay(total=len(lines), done=done, as_json=as_json, verbose=verbose) as display:
+            asyncio.run(_draw(results, todo, in_flight=in_flight, priority=priority, folder=folder, display=display))
+        failed = results.failed
+    click.echo(f"{len(lines)} jobs: {len(lines) - failed} drawn, {failed} failed", err=as_json)
+    ctx.exit(BATCH_FAILED if failed else 0)
+
+
+def _checked(path: Path) -> list[Line]:
+    try:
+        return jobs_file.read(path)
+    except InvalidRequest as error:
+        for wrong in error.details["lines"]:
+            click.echo(f"line {wrong['line']}: {wrong['message']}", err=True)
+        raise
+
+
+async def _draw(results: ResultsFile, todo: Sequence[Todo], *, in_flight: int, **options: Any) -> None:
+    async with connection.async_client() as client:
+        await BatchRun(client, results, **options).draw(todo, in_flight=min(in_flight, len(todo)))

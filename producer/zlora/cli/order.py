@@ -1,0 +1,130 @@
+"""What `generate` and `submit` are told: a request, and how to queue it."""
+
+import re
+from collections.abc import Callable
+from typing import IO, Any, Final, NamedTuple, get_args
+
+import click
+import msgspec
+
+from zlora import webhook
+from zlora.client import Client, Options, job_id_of
+from zlora.errors import InvalidRequest
+from zlora.handle import JobHandle
+from zlora.job import GenerateRequest, OutputFormat, Scheduler, read_request
+from zlora.wire import PRIORITIES
+
+_WEIGHTED: Final = re.compile(r"(.+):([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))", re.ASCII | re.DOTALL)
+_SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
+_FIELDS: Final = (  # options with the name of a request's field
+    "prompt",
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "seed",
+    "num_images",
+    "scheduler",
+    "output_format",
+    "quality",
+    "timeout",
+)
+
+
+class Order(NamedTuple):
+    """A checked request, the names that its job is to have, and how to queue it."""
+
+    request: GenerateRequest
+    job_id: str | None
+    idempotency_key: str | None
+    options: Options
+
+    def named(self, job_id: str) -> "Order":
+        """The same, under this id where it has no name."""
+        return self if self.job_id or self.idempotency_key is not None else self._replace(job_id=job_id)
+
+    def handle(self, client: Client) -> JobHandle:
+        """The job of an order that has a name, submitted or not."""
+        return client.job(self.job_id or job_id_of(self.idempotency_key or ""))
+
+    def submit(self, client: Client) -> JobHandle:
+        """Queue it."""
+        names = {"job_id": self.job_id, "idempotency_key": self.idempotency_key}
+        return client.submit(self.request, **names, **self.options)
+
+
+def _lora(_ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [_spec(text) for text in texts]
+
+
+def _spec(text: str) -> dict[str, Any]:
+    """A LoRA's document from `address` or `address:weight`. An address has colons too, but none before a number."""
+    found = _WEIGHTED.fullmatch(text)
+    address = found[1] if found else text
+    hub, name = "cozy_ref" if address.startswith("cozy://") else "url", address.removeprefix("cozy://")
+    return {"file": {hub: name}, "weight": float(found[2]) if found else 1.0}
+
+
+def _sides(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    if (found := _SIZE.fullmatch(text)) is None:
+        raise click.BadParameter(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 1024x768")
+    return {"width": int(found[1]), "height": int(found[2])}
+
+
+_OPTIONS: Final = (
+    click.argument("prompt", required=False),
+    click.option("--lora", "loras", multiple=True, callback=_lora, metavar="ADDRESS[:WEIGHT]", help="May be repeated."),
+    click.option("--negative", "negative_prompt", metavar="TEXT", help="What is not to be seen."),
+    click.option("--steps", "num_inference_steps", type=int),
+    click.option("--guidance", "guidance_scale", type=float),
+    click.option("--size", callback=_sides, metavar="WIDTHxHEIGHT", help="In pixels."),
+    click.option("--seed", type=int),
+    click.option("-n", "num_images", type=int, help="Number of pictures."),
+    click.option("--scheduler", type=click.Choice(get_args(Scheduler))),
+    click.option("--format", "output_format", type=click.Choice(get_args(OutputFormat))),
+    click.option("--quality", type=int, help="Of jpeg and webp, 1 to 100."),
+    click.option("--timeout", type=float, metavar="SECONDS", help="The most that drawing may take."),
+    click.option("--request", "document", type=click.File("rb"), help="A document, or - for stdin; options go first."),
+    click.option("--job-id"),
+    click.option("--idempotency-key", metavar="TEXT", help="The same key is the same job, such as an order's number."),
+    click.option("--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True),
+    click.option("--expires-in", type=float, metavar="SECONDS", help="Fail if the job has not begun by then."),
+    click.option("--preflight", is_flag=True, help="Look at the LoRAs first, and queue no job with a wrong one."),
+    click.option("--webhook-url", metavar="URL", help="Where a worker tells the job's end."),
+    click.option("--webhook-event", "webhook_events", multiple=True, type=click.Choice(webhook.EVENTS)),
+)
+
+
+def order_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of an order; it gets them as keywords, which `read` takes."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def read(given: dict[str, Any]) -> Order:
+    """The order that the options make; raises `InvalidRequest`, `InvalidJobId`."""
+    document = _document(given["document"])
+    document |= {name: given[name] for name in _FIELDS if given[name] is not None} | given["size"]
+    if given["loras"]:
+        document["loras"] = given["loras"]
+    if "prompt" not in document:
+        raise click.UsageError("Missing argument 'PROMPT', or --request with a document that has one.")
+    options: Options = {
+        "priority": given["priority"],
+        "expires_in": given["expires_in"],
+        "preflight": given["preflight"],
+        "webhook_url": given["webhook_url"],
+        "webhook_events": given["webhook_events"] or None,
+    }
+    return Order(read_request(document), given["job_id"], given["idempotency_key"], options)
+
+
+def _document(file: IO[bytes] | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        return msgspec.json.decode(file.read(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"--request: {error}", {"path": "$", "expected": "a JSON object"}) from None

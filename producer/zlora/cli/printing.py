@@ -1,0 +1,66 @@
+"""What commands print: documents for programs, tables for terminals, plain lines elsewhere."""
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import IO, TYPE_CHECKING, Final
+
+import click
+import msgspec
+
+if TYPE_CHECKING:  # 40 ms, and only terminals need it
+    from rich.console import Console
+
+_JSON: Final = "zlora.cli.json"
+
+
+def _note(ctx: click.Context, _parameter: click.Parameter, value: bool) -> bool:
+    ctx.meta[_JSON] = value  # for who tells how the command ended
+    return value
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, is_eager=True, callback=_note, help="Print JSON on stdout, and nothing else."
+)
+
+
+def is_json(ctx: click.Context) -> bool:
+    """Whether the command was told to print JSON."""
+    return bool(ctx.meta.get(_JSON))
+
+
+def print_json(document: object) -> None:
+    """One line of ASCII: a stranger's half of a surrogate pair breaks no output."""
+    click.echo(json.dumps(msgspec.to_builtins(document)))
+
+
+def terminal(stream: IO[str]) -> "Console | None":
+    """The terminal behind a stream; None where there is none that can be written over."""
+    if not stream.isatty():
+        return None
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False)
+    return console if console.is_interactive else None
+
+
+def shown(text: str) -> str:
+    """A stranger's words for a terminal: nothing in them moves its cursor or forges a line."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Names and values: a table on a terminal, else `name: value` lines. No word of them is markup."""
+    if (console := terminal(sys.stdout)) is None:
+        for name, value in facts:
+            click.echo(f"{name}: {shown(value)}")
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, Text(shown(value), overflow="fold"))
+    console.print(table)

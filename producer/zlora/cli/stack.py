@@ -1,0 +1,29 @@
+"""`zlora up`: the embedded stack, until Ctrl-C."""
+
+import os
+import time
+
+import click
+
+from zlora.cli import interruption
+
+
+@click.command()
+@click.option("--flower", is_flag=True, help="Watch the queue in a browser, on this machine only.")
+@click.option("--flower-port", default=5555, show_default=True)
+def up(flower: bool, flower_port: int) -> None:
+    """Run a broker, a worker and a store folder here until Ctrl-C."""
+    from zlora.local import Stack
+
+    with Stack(os.environ, flower_port=flower_port if flower else None) as stack:
+        click.echo(f"broker  {stack.broker_url}")
+        click.echo(f"data    {stack.home}")
+        if flower:
+            click.echo(f"flower  http://127.0.0.1:{flower_port}")
+        try:
+            while not interruption.has_come():
+                stack.check()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            pass
+        click.echo("stopping: a running job is finished first")

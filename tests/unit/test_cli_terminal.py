@@ -1,0 +1,223 @@
+"""The commands as somebody at a terminal meets them: bars, tables, and the question after Ctrl-C."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from processes import clean_environ, wait_until
+from zlora import Client, JobState
+from zlora.job import GenerateRequest, plain, read_request
+from zlora.testing import placeholder
+
+# Celery stores a result as redis-py does not like any more.
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+
+ZLORA = str(Path(sys.executable).with_name("zlora"))
+CTRL_C = b"\x03"
+SMALL = ("generate", "a city", "--job-id", "j")
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, environ: dict[str, str], *arguments: str, width: int = 100) -> None:
+        self._master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, width))
+        self.process = subprocess.Popen(
+            [ZLORA, *arguments],
+            env=environ | {"TERM": "xterm"},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=partial(os.login_tty, slave),  # noqa: PLW1509 - Ctrl-C needs a controlling terminal
+        )
+        os.close(slave)
+        self.text = ""
+
+    def sees(self, pattern: str) -> None:
+        """Wait until such words are there; what was seen before is left out."""
+        found = wait_until(lambda: re.search(pattern, self._read(), re.DOTALL), f"{pattern} in {self.text!r}")
+        self.text = self.text[found.end() :]
+
+    def types(self, keys: bytes) -> None:
+        os.write(self._master, keys)
+
+    def ends(self) -> int:
+        """Its exit status; all that it wrote has been read."""
+        wait_until(lambda: (self._read(), self.process.poll() is not None)[1], "it ends")
+        self._read()
+        return self.process.wait()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def _read(self) -> str:
+        while select.select([self._master], [], [], 0)[0]:
+            try:
+                self.text += re.sub(r"\x1b\[[0-9;]*m", "", os.read(self._master, 65_536).decode())
+            except OSError:  # nobody writes there any more
+                break
+        return self.text
+
+
+@pytest.fixture
+def client(broker_url: str) -> Iterator[Client]:
+    with redis.Redis.from_url(broker_url) as connection:
+        connection.flushall()
+    with Client(broker_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def environ(broker_url: str) -> dict[str, str]:
+    return clean_environ({"ZLORA_BROKER_URL": broker_url})
+
+
+@pytest.fixture
+def terminal(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Terminal]]:
+    monkeypatch.chdir(tmp_path)
+    opened: list[Terminal] = []
+
+    def begin(*arguments: str, **options: Any) -> Terminal:
+        opened.append(Terminal(environ, *arguments, **options))
+        return opened[-1]
+
+    yield begin
+    for one in opened:
+        one.close()
+
+
+def inside(client: Client) -> Any:
+    """The client's side of Redis."""
+    return client._broker
+
+
+def tell(client: Client, state: JobState, value: object) -> None:
+    """As a worker that says so of the job."""
+    inside(client)._backend.store_result("j", value, state)
+
+
+def test_a_bar_shows_how_far_the_job_is_and_a_table_what_was_used(
+    client: Client, terminal: Callable[..., Terminal]
+) -> None:
+    """On a narrow terminal each path is there in full, if over several lines."""
+    shell = terminal(*SMALL, "--lora", "owner/repo:0.8", "--out", "a-folder-with-a-long-name" * 2, width=81)
+    shell.sees("job j\r\n")
+    shell.sees(r"queued.*\(0 before it\)")
+    tell(client, JobState.PROGRESS, {"phase": "fetching", "received": 1_000_000, "expected": 4_000_000})
+    shell.sees(r"fetching.*━.*\(1.0 of 4.0 MB\)")
+    tell(client, JobState.PROGRESS, {"phase": "denoising", "step": 3, "steps": 28, "eta": 12.3})
+    shell.sees(r"denoising.*━.*\(step 3 of 28, 12 s left\)")
+    request = read_request({"prompt": "a city", "inline": True, "loras": [{"file": {"url": "owner/repo"}}]})
+    made = placeholder("j", request)
+    receipt = msgspec.structs.replace(made.loras[0], ranks=(8,), modules={"unet": 722}, relative_norm=0.0125)
+    tell(client, JobState.SUCCESS, plain(msgspec.structs.replace(made, loras=(receipt,))))
+
+    assert shell.ends() == 0
+    lines = "".join(line.strip() for line in shell.text.splitlines())
+    assert "a-folder-with-a-long-name" * 2 + "/j-0.png" in lines
+    assert re.search(r"LoRA +weight +rank +modules +relative norm +from", shell.text)
+    assert re.search(r"hf://owner/repo +1 +8 +722 in unet +0.0125 +memory", shell.text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "said"),
+    [
+        (b"\n", JobState.REVOKED, "job j is cancelled"),
+        (b"n\n", JobState.PENDING, "job j goes on: zlora result j"),
+        (CTRL_C, JobState.PENDING, "job j goes on: zlora result j"),
+    ],
+)
+def test_ctrl_c_asks_once_whether_to_cancel(
+    client: Client, terminal: Callable[..., Terminal], answer: bytes, state: JobState, said: str
+) -> None:
+    """Enter is a yes, another Ctrl-C a no."""
+    shell = terminal(*SMALL)
+    shell.sees("queued")
+    shell.types(CTRL_C)
+    shell.sees(r"Cancel job j\? \[Y/n\]: ")
+    shell.types(answer)
+
+    assert shell.ends() == 130
+    assert said in shell.text
+    assert client.job("j").status().state is state
+
+
+@pytest.mark.parametrize(("end", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_from_outside_cancels_without_a_question(
+    client: Client, terminal: Callable[..., Terminal], end: signal.Signals, status: int
+) -> None:
+    shell = terminal(*SMALL)
+    shell.sees("queued")
+    shell.process.send_signal(end)
+
+    assert shell.ends() == status
+    assert "Cancel" not in shell.text
+    assert client.job("j").status().state is JobState.REVOKED
+
+
+def test_ctrl_c_cancels_no_job_that_the_command_has_not_submitted(
+    client: Client, terminal: Callable[..., Terminal]
+) -> None:
+    client.submit(GenerateRequest(prompt="a city"), job_id="j")
+    shell = terminal("result", "j", "--wait", "inf")
+    shell.sees("queued")
+    shell.types(CTRL_C)
+
+    assert shell.ends() == 130
+    assert client.job("j").status().state is JobState.PENDING
+
+
+def test_where_nobody_can_be_asked_ctrl_c_cancels(client: Client, environ: dict[str, str], tmp_path: Path) -> None:
+    """Without a terminal there are lines, one a phase, and no control character."""
+    process = subprocess.Popen(
+        [ZLORA, *SMALL, "--json"], env=environ, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        told = [process.stderr.readline(), process.stderr.readline()]
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert told == ["job j\n", "queued (0 before it)\n"]
+    assert process.returncode == 130
+    assert msgspec.json.decode(output)["error"]["details"] == {"job_id": "j", "cancelled": "queued"}
+    assert client.job("j").status().state is JobState.REVOKED
+
+
+def test_a_batch_asks_once_for_all_in_flight(client: Client, terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    """No leaves them, and the same command meets them again."""
+    lines = [{"request": {"prompt": "a city"}, "job_id": name} for name in ("j", "k", "l")]
+    (tmp_path / "jobs.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
+    shell = terminal("batch", "jobs.jsonl", "--out", "results.jsonl", "--in-flight", "2")
+    shell.sees("0/3")
+    wait_until(lambda: len(inside(client)._ledger.unfinished(before=float("inf"))) == 2, "two are in flight")
+    tell(client, JobState.SUCCESS, plain(placeholder("j", GenerateRequest(prompt="a city"))))
+    shell.sees("━.*1/3")
+    shell.types(CTRL_C)
+    shell.sees(r"Cancel the 2 jobs in flight\? \[Y/n\]: ")
+    shell.types(b"n\n")
+
+    assert shell.ends() == 130
+    assert "2 jobs go on; the same command meets them again" in shell.text
+    assert [client.job(name).status().state for name in ("k", "l")] == [JobState.PENDING, JobState.PENDING]

@@ -1,0 +1,288 @@
+"""`zlora doctor`: what is well, what is not and what to do about it; its exit status, and no secret in it."""
+
+import json
+import os
+import pty
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import redis
+import zlora.checks
+import zlora_worker.checks
+from celery import Celery
+from celery.contrib.testing.worker import start_worker
+from click.testing import CliRunner, Result
+from processes import free_port, wait_until
+from zlora import Client, wire
+from zlora.cli import main
+
+
+@pytest.fixture
+def broker(broker_url: str) -> Iterator[Any]:
+    """An empty Redis, to set up."""
+    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
+        connection.flushall()
+        yield connection
+        connection.config_set("appendonly", "yes")
+        connection.config_set("maxmemory", 0)
+        connection.config_set("maxmemory-policy", "noeviction")
+
+
+@contextmanager
+def mute() -> Iterator[str]:
+    """The address of a server that accepts, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"redis://:s3cret@127.0.0.1:{listener.getsockname()[1]}/0"
+
+
+def producer(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The checks of a producer's side, by name."""
+    return {check.name: check for check in zlora.checks.checks(environ)}
+
+
+def worker(environ: Mapping[str, str], **changed: str) -> dict[str, Any]:
+    """The checks of a worker's side, by name."""
+    found = zlora_worker.checks.checks({**environ, **changed})
+    return {check.name.removeprefix("worker: "): check for check in found}
+
+
+def doctor(environ: Mapping[str, str], *options: str) -> Result:
+    return CliRunner().invoke(main, ["doctor", *options], env=environ)
+
+
+# --- the broker
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers on this machine answer at once."""
+    monkeypatch.setattr(zlora.checks, "_REPLY", 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sound_broker_is_well_and_a_queue_without_workers_is_not(broker_url: str, broker: Any) -> None:
+    with Client(broker_url) as client:
+        client.submit({"prompt": "x"}, priority="high")
+        client.submit({"prompt": "x"})
+        client.submit({"prompt": "x"})
+    broker.rpush("gpu", json.dumps({"headers": {wire.SUBMITTED_AT: time.time() - 3600}}))
+    broker.rpush(wire.waiting_lists("gpu")[9], "anybody may write to a queue")
+
+    found = producer({wire.BROKER_URL: broker_url})
+
+    statuses = {name: check.status for name, check in found.items()}
+    assert statuses == {
+        **dict.fromkeys(("software", "broker", "broker: persistence", "broker: memory", "broker: clock"), "ok"),
+        "result backend": "ok",
+        "queue": "ok",
+        "workers": "fail",
+    }
+    assert "5 jobs wait (2 high, 2 normal, 1 low), the oldest for 36" in found["queue"].told
+    assert "celery -A zlora_worker.app worker" in found["workers"].advice
+    assert found["workers"].code == "model_unavailable"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_broker_that_may_lose_jobs_is_told(broker_url: str, broker: Any) -> None:
+    broker.config_set("appendonly", "no")
+    broker.config_set("maxmemory-policy", "allkeys-lru")
+    unbounded = producer({wire.BROKER_URL: broker_url})
+    broker.config_set("maxmemory", "100mb")
+    bounded = producer({wire.BROKER_URL: broker_url})
+    broker.config_set("maxmemory-policy", "noeviction")
+    broker.config_set("maxmemory", broker.info()["used_memory"] + 10_000)
+    full = producer({wire.BROKER_URL: broker_url})
+
+    assert unbounded["broker: persistence"].status == "warn"
+    assert "appendonly yes" in unbounded["broker: persistence"].advice
+    assert [found["broker: memory"].status for found in (unbounded, bounded, full)] == ["warn", "fail", "warn"]
+    assert "noeviction" in bounded["broker: memory"].advice
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_nobody_can_read_and_nobody_hears_is_told(broker_url: str, broker: Any) -> None:
+    broker.zadd(wire.dead_key("gpu"), {"job-1": 1})
+    given_up = producer({wire.BROKER_URL: broker_url})["queue"]
+    broker.set(wire.refused_key("gpu"), 7)
+    refused = producer({wire.BROKER_URL: broker_url})["queue"]
+
+    assert (given_up.status, refused.status) == ("warn", "warn")
+    assert "1 given up" in given_up.told
+    assert "7 messages" in refused.told
+
+
+def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
+    broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert broker.dbsize() == 0
+    monkeypatch.setattr(zlora.checks, "_REPLY", 0.4)
+    monkeypatch.setattr(zlora.checks, "version", lambda _: "2.0.0")
+    app = Celery("served", set_as_current=False)
+    app.conf.update(wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
+    app.conf.update(zlora_version="1.0.0")
+    looks: list[Any] = []
+
+    def is_found() -> bool:
+        looks.append(producer({wire.BROKER_URL: broker_url})["workers"])
+        return bool(looks[-1].status != "fail")
+
+    with start_worker(app, perform_ping_check=False, pool="solo"):
+        wait_until(is_found, "the worker answers")
+        elsewhere = producer({wire.BROKER_URL: broker_url, wire.QUEUE: "other"})["workers"]
+
+    found = looks[-1]
+    assert found.status == "warn"
+    assert "1 serve it" in found.told
+    assert "1.0.0" in found.told
+    assert "here is 2.0.0" in found.advice
+    assert elsewhere.status == "fail"
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_redis_that_is_down_or_mute_costs_a_bounded_time(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs it is skipped, and its password is not told."""
+    monkeypatch.setattr(wire, "IMPATIENCE", 0.2)
+    start = time.monotonic()
+    with mute() as silence:
+        url = silence if silent else f"redis://:s3cret@127.0.0.1:{free_port()}/0"
+        found = producer({wire.BROKER_URL: url, wire.RESULT_BACKEND: url})
+
+    assert time.monotonic() - start < 5
+    assert found["broker"].code == "broker_unavailable"
+    assert wire.BROKER_URL in found["broker"].advice
+    assert [found[name].status for name in ("result backend", "queue", "workers")] == ["skip"] * 3
+    assert "s3cret" not in repr(found)
+
+
+def test_a_url_that_is_no_redis_is_told_and_not_shown() -> None:
+    found = producer({wire.BROKER_URL: "amqp://u:s3cret@h//"})
+
+    assert (found["broker"].status, found["broker"].code) == ("fail", "invalid_setting")
+    assert "s3cret" not in repr(found)
+
+
+# --- the worker's side
+
+
+def test_a_worker_that_can_start_is_well(environ: dict[str, str]) -> None:
+    found = worker(environ)
+
+    assert {name: check.status for name, check in found.items()} == dict.fromkeys(
+        ("software", "settings", "store", "device", "model", "LoRA cache"), "ok"
+    )
+    for package in ("torch", "diffusers", "transformers"):
+        assert package in found["software"].told
+
+
+def test_a_setting_that_makes_no_sense_is_told_and_no_more_is_looked_at(environ: dict[str, str]) -> None:
+    found = worker(environ, ZLORA_JOB_TIMEOUT="soon")
+
+    assert list(found) == ["software", "settings"]
+    assert (found["settings"].status, found["settings"].code) == ("fail", "invalid_setting")
+    assert "ZLORA_JOB_TIMEOUT" in found["settings"].advice
+
+
+def test_what_a_worker_would_not_start_with_fails(environ: dict[str, str], tmp_path: Path) -> None:
+    """Each by itself: the others are looked at too."""
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+
+    found = worker(
+        environ,
+        ZLORA_STORE=file.as_uri(),
+        ZLORA_MODEL="/no/such/model.safetensors",
+        ZLORA_DEVICE="cuda:77",
+        ZLORA_LORA_CACHE=str(file),
+    )
+
+    codes = {name: check.code for name, check in found.items() if check.status == "fail"}
+    assert codes == {
+        "store": "invalid_setting",
+        "device": "model_unavailable",
+        "model": "model_unavailable",
+        "LoRA cache": "invalid_setting",
+    }
+    assert all(found[name].advice for name in codes)
+
+
+def test_a_disk_without_room_for_loras_fails(environ: dict[str, str]) -> None:
+    found = worker(environ, ZLORA_LORA_FREE_BYTES=str(10**18))
+
+    assert found["LoRA cache"].code == "cache_full"
+
+
+@pytest.mark.parametrize(
+    ("model", "status"), [("owner/sd.xl-1.0", "fail"), ("owner", "fail"), ("owner/x.safetensors", "fail")]
+)
+def test_a_model_of_the_hub_must_be_here_where_the_hub_may_not_be_asked(
+    environ: dict[str, str], model: str, status: str
+) -> None:
+    """As `HF_HUB_OFFLINE` has it in these tests; what is no hub's name is nowhere."""
+    found = worker(environ, ZLORA_MODEL=model)["model"]
+
+    assert found.status == status
+    assert ("HF_HUB_OFFLINE" in found.advice) == (model == "owner/sd.xl-1.0")
+
+
+def test_a_cpu_and_a_real_model_is_slow(environ: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+
+    found = worker(environ, ZLORA_MODEL=str(tmp_path))
+
+    assert (found["model"].status, found["device"].status) == ("ok", "warn")
+    assert "GPU" in found["device"].advice
+
+
+# --- the command
+
+
+def test_the_exit_status_is_that_of_the_first_failure(environ: dict[str, str]) -> None:
+    """And each line says how a thing is; with `--json` it is one document of the same."""
+    away = {**environ, wire.BROKER_URL: f"redis://:s3cret@127.0.0.1:{free_port()}/0"}
+
+    lines, document = doctor(away), doctor(away, "--json")
+
+    assert lines.exit_code == document.exit_code == 75
+    checks = json.loads(document.output)
+    assert [check["name"] for check in checks if check["status"] == "fail"] == ["broker"]
+    assert {"worker: settings", "worker: store", "worker: device"} <= {check["name"] for check in checks}
+    for check in checks:
+        assert f"{check['status']:<5} {check['name']}: " in lines.output
+    assert "\x1b" not in lines.output
+    assert "s3cret" not in lines.output + document.output
+
+
+def test_a_terminal_gets_one_table(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same checks, in colours."""
+    away = {**environ, wire.BROKER_URL: f"redis://127.0.0.1:{free_port()}/0", "TERM": "xterm", "COLUMNS": "100"}
+    for name, value in away.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ours, theirs = pty.openpty()
+    written: list[bytes] = []
+    reading = Thread(target=lambda: written.extend(iter(lambda: _read(ours), b"")))
+    reading.start()
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert main(["doctor"], standalone_mode=False) == 75
+        monkeypatch.undo()
+    reading.join()
+    os.close(ours)
+
+    screen = b"".join(written).decode()
+    assert "\x1b[1;31mfail" in screen
+    assert "worker: store" in screen
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # the other side is closed
+        return b""
