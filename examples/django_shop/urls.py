@@ -1,0 +1,11 @@
+"""Where the shop's views are."""
+
+from django.urls import path
+
+from examples.django_shop import views
+
+urlpatterns = [
+    path("orders", views.orders),
+    path("orders/<uuid:key>", views.order, name="order"),
+    path("webhook", views.webhook, name="webhook"),
+]
