@@ -38,7 +38,7 @@ soak: $(VENV)/dev.stamp
 
 # make bench-<name> runs tests/benchmarks/<name>.py; make bench runs the short forms of all.
 bench: ARGS = --thin
-bench: bench-queue bench-lora bench-fetch bench-results bench-png
+bench: bench-queue bench-lora bench-fetch bench-results bench-png bench-producer
 
 bench-%: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/benchmarks/$*.py $(ARGS)

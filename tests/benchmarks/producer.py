@@ -1,0 +1,210 @@
+"""What the producer's side costs: its import, a submission, and a thousand jobs that one process waits for.
+
+- `import zlora` against `from celery import Celery; import redis, msgspec`, each in a process of its own, by turns: the
+  sum of what `-X importtime` counts, less what an empty program counts.
+- `Client.submit` against a bare `send_task` of the same document to the same Valkey, by turns.
+- 1,000 jobs that one process submits and waits for: through the in-memory worker, and through Valkey and a worker whose
+  engine draws in no time, one after the other in a thread, and all at once in an event loop; the last once more while
+  the broker is killed and started in the middle. Printed are seconds, memory grown, connections and results missed.
+
+`--thin` takes 100 jobs and a fifth of the rounds.
+"""
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from benchmarks.report import Row, publish
+from celery import Celery
+from crowd import Crowd, gathered, submitted_and_awaited
+from faults.figures import Tally
+from faults.scene import Scene
+from faults.valkey import Valkey
+from zlora import AsyncClient, Client, wire
+from zlora.testing import MemoryWorker
+
+IMPORT: Final = 1.3  # times the libraries that it stands on
+SUBMIT: Final = 2.0  # times a bare send_task
+SUBMIT_SECONDS: Final = 0.003  # at the median
+OURS: Final = "import zlora"
+LIBRARIES: Final = "from celery import Celery; import redis, msgspec"
+REQUEST: Final = {"prompt": "a portrait in anime style", "num_inference_steps": 28}
+
+
+class Rounds(NamedTuple):
+    """How much of each is done."""
+
+    imports: int
+    submissions: int
+    jobs: int
+
+
+FULL: Final = Rounds(imports=20, submissions=1000, jobs=1000)
+THIN: Final = Rounds(imports=4, submissions=200, jobs=100)
+
+
+def main(rounds: Rounds) -> None:
+    """Measure and publish."""
+    rows = [import_row(rounds.imports)]
+    with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder, Valkey(Path(folder), Tally()) as valkey:
+        rows += submit_rows(valkey.url, rounds.submissions)
+        crowds = all_crowds(Path(folder), valkey, rounds.jobs)
+    publish("producer", rows, **{name: told(crowd) for name, crowd in crowds.items()})
+
+
+# The import
+
+
+def import_row(count: int) -> Row:
+    """Ours and the libraries' by turns; ours twice, for the noise."""
+    ours, theirs, again = list[float](), list[float](), list[float]()
+    for _ in range(count):
+        for program, found in ((OURS, ours), (LIBRARIES, theirs), (OURS, again)):
+            found.append(imported(program) - imported("pass"))
+    return reversed_row("import zlora (ours / rival)", LIBRARIES, theirs, ours, again, goal=IMPORT)
+
+
+def imported(program: str) -> float:
+    """Seconds of all imports of a program."""
+    command = [sys.executable, "-X", "importtime", "-c", program]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
+    own = [line.split("|")[0].rpartition(":")[2].strip() for line in lines if line.startswith("import time:")]
+    return sum(int(microseconds) for microseconds in own if microseconds.isdigit()) / 1e6
+
+
+# A submission
+
+
+def submit_rows(url: str, count: int) -> list[Row]:
+    """Ours and Celery's by turns."""
+    ours, theirs, again = list[float](), list[float](), list[float]()
+    with Client(url, queue="bench") as client, Celery("bare", set_as_current=False) as app:
+        app.conf.update(wire.shared_config(broker_url=url, result_backend=url, queue="bench"))
+
+        def bare() -> object:
+            return app.send_task("zlora.generate", args=[REQUEST], queue="bench", priority=wire.DEFAULT_PRIORITY)
+
+        def submit() -> object:
+            return client.submit(REQUEST)
+
+        submit(), bare()
+        for _ in range(count):
+            for action, found in ((submit, ours), (bare, theirs), (submit, again)):
+                found.append(timed(action))
+    row = reversed_row("submit (ours / rival)", "a bare send_task", theirs, ours, again, goal=SUBMIT)
+    median = statistics.median(ours)
+    return [row, absolute_row("ms of a submit, at the median (not a ratio)", median, statistics.median(again))]
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+# A thousand jobs
+
+
+def all_crowds(folder: Path, valkey: Valkey, jobs: int) -> dict[str, Crowd]:
+    """Each way."""
+    crowds = {
+        f"{jobs} jobs, in memory, a thread": in_memory(jobs),
+        f"{jobs} jobs, in memory, an event loop": asyncio.run(in_memory_at_once(jobs)),
+    }
+    with scene(folder / "a", valkey) as (url, queue), Client(url, queue=queue) as client:
+        crowds[f"{jobs} jobs, Valkey, a thread"] = submitted_and_awaited(client, jobs)
+    with scene(folder / "b", valkey) as (url, queue):
+        crowds[f"{jobs} jobs, Valkey, an event loop"] = asyncio.run(at_once(url, queue, jobs, lambda _: None))
+    with scene(folder / "c", valkey) as (url, queue):
+        restarting = Restart(valkey, after=jobs // 3)
+        crowds[f"{jobs} jobs, an event loop, the broker killed"] = asyncio.run(at_once(url, queue, jobs, restarting))
+        assert restarting.done
+    return crowds
+
+
+def in_memory(jobs: int) -> Crowd:
+    """Through the worker of `zlora.testing`."""
+    return submitted_and_awaited(MemoryWorker().client(), jobs)
+
+
+async def in_memory_at_once(jobs: int) -> Crowd:
+    """The same."""
+    async with MemoryWorker().async_client() as client:
+        return await gathered(client, jobs)
+
+
+async def at_once(url: str, queue: str, jobs: int, look: Callable[[int], None]) -> Crowd:
+    """Through Valkey and a worker."""
+    async with AsyncClient(url, queue=queue) as client:
+        return await gathered(client, jobs, look=look)
+
+
+class Restart:
+    """Kills the broker once, and starts it again on what its log has."""
+
+    def __init__(self, valkey: Valkey, *, after: int) -> None:
+        self._valkey, self._after, self.done = valkey, after, False
+
+    def __call__(self, results: int) -> None:
+        if results >= self._after and not self.done:
+            self.done = True
+            self._valkey.kill()
+            self._valkey.start()
+
+
+@contextmanager
+def scene(folder: Path, valkey: Valkey) -> Iterator[tuple[str, str]]:
+    """A queue with a worker of its own, whose ids are free."""
+    with valkey.client() as broker:
+        broker.flushall()
+    made = Scene(folder, Tally(), broker_url=valkey.url, queue=f"crowd-{folder.name}")
+    try:
+        with made.worker():
+            yield valkey.url, made.queue
+    finally:
+        made.close()
+
+
+def told(crowd: Crowd) -> str:
+    """For people."""
+    return (
+        f"{crowd.seconds:.1f} s, {crowd.megabytes:.1f} MB grown, {crowd.connections} connections at most, "
+        f"{len(crowd.missed)} missed"
+    )
+
+
+# The report
+
+
+def reversed_row(
+    name: str, rival: str, theirs: list[float], ours: list[float], again: list[float], *, goal: float
+) -> Row:
+    """A row whose ratio is ours / rival."""
+    rival_median, ours_median = statistics.median(theirs), statistics.median(ours)
+    ratio, noise = ours_median / rival_median, statistics.median(again) / ours_median
+    return Row(
+        name=name, rival=rival, rival_median=rival_median, ours_median=ours_median, ratio=ratio, noise=noise,
+        goal=f"<= {goal:g}", met=ratio <= goal,
+    )  # fmt: skip
+
+
+def absolute_row(name: str, median: float, again: float) -> Row:
+    """Milliseconds in place of a ratio."""
+    return Row(
+        name=name, rival="-", rival_median=0.0, ours_median=median, ratio=1000 * median, noise=again / median,
+        goal=f"<= {1000 * SUBMIT_SECONDS:g}", met=median <= SUBMIT_SECONDS,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    main(THIN if "--thin" in sys.argv else FULL)
