@@ -57,7 +57,7 @@ async def job_of(job_id: str, client: Client) -> AsyncJobHandle:
 async def refuse(_request: Request, error: ZloraError) -> Response:
     """The error as JSON; of a wrong field `details` has path, value and what was expected."""
     headers = {"Retry-After": "5"} if error.retryable else None
-    return JSONResponse(told(error), STATUSES.get(error.code, 500), headers)
+    return JSONResponse(error.as_document(), STATUSES.get(error.code, 500), headers)
 
 
 @app.post("/pictures", status_code=202)
@@ -115,14 +115,9 @@ async def end_of(job: AsyncJobHandle) -> dict[str, Any]:
     except BrokerUnavailable:
         raise
     except ZloraError as error:
-        return {"error": told(error)}
+        return {"error": error.as_document()}
 
 
 def event(name: str, data: object) -> str:
     """One server-sent event: this JSON has no line breaks."""
     return f"event: {name}\ndata: {msgspec.json.encode(data).decode()}\n\n"
-
-
-def told(error: ZloraError) -> dict[str, Any]:
-    """An error for people and programs."""
-    return {"code": error.code, "message": error.message, "retryable": error.retryable, "details": error.details}

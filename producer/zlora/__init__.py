@@ -2,13 +2,14 @@
 
 from zlora import Client
 
-result = Client.from_env().submit({"prompt": "a portrait in anime style"}).result(timeout=600)
+with Client.from_env() as client:
+    result = client.submit({"prompt": "a portrait in anime style"}).result(timeout=600)
 print(result.images[0].url)
 """
 
 from zlora import errors
 from zlora.async_client import AsyncClient, AsyncJobHandle
-from zlora.client import Client, Options, job_id_of
+from zlora.client import Client, Options, Priority, job_id_of
 from zlora.handle import JobHandle
 from zlora.job import (
     Asset,
@@ -41,6 +42,7 @@ __all__ = [
     "LoraSpec",
     "Options",
     "Preflight",
+    "Priority",
     "errors",
     "job_id_of",
 ]

@@ -15,6 +15,7 @@ from typing import Final, Self, TypeVar, Unpack
 
 from zlora.broker import Broker
 from zlora.client import Client, Options, Request
+from zlora.errors import BrokerUnavailable
 from zlora.handle import JobHandle, has_ended, pause_after
 from zlora.job import QUEUE, Cancellation, GenerateResult, JobStatus
 from zlora.preflight import Preflight
@@ -22,7 +23,9 @@ from zlora.waiting import Wait
 
 T = TypeVar("T")
 
-_THREADS: Final = 8  # and so many connections at most: a look takes a fraction of a millisecond
+_SENDERS: Final = 4  # threads, each with a connection or two: a submission takes a millisecond
+# A look takes a fraction of one, but that a worker who is not there is asked for old results for up to two seconds.
+_LOOKERS: Final = 8
 
 
 class AsyncClient:
@@ -57,7 +60,7 @@ class AsyncClient:
 
     def _use(self, client: Client) -> None:
         self._client = client
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="zlora")
+        self._senders, self._lookers = _Threads(_SENDERS, "zlora-send"), _Threads(_LOOKERS, "zlora-look")
 
     async def __aenter__(self) -> Self:
         return self
@@ -69,8 +72,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Give the connections and threads back."""
-        await _in(self._threads, self._client.close)
-        self._threads.shutdown(wait=False)
+        await asyncio.to_thread(self._client.close)
+        self._senders.close()
+        self._lookers.close()
 
     @property
     def queue(self) -> str:
@@ -87,27 +91,27 @@ class AsyncClient:
     ) -> "AsyncJobHandle":
         """As `Client.submit`. A call that is cancelled may have submitted the job: under an id, that is found out."""
         submit = partial(self._client.submit, request, job_id=job_id, idempotency_key=idempotency_key, **options)
-        return self._handle(await _in(self._threads, submit))
+        return self._handle(await self._senders.run(submit))
 
     async def submit_many(
         self, requests: Iterable[Request], *, job_ids: Iterable[str] | None = None, **options: Unpack[Options]
     ) -> "list[AsyncJobHandle]":
         """As `Client.submit_many`."""
         submit = partial(self._client.submit_many, requests, job_ids=job_ids, **options)
-        return [self._handle(handle) for handle in await _in(self._threads, submit)]
+        return [self._handle(handle) for handle in await self._senders.run(submit)]
 
     def job(self, job_id: str) -> "AsyncJobHandle":
         """As `Client.job`."""
         return self._handle(self._client.job(job_id))
 
     def _handle(self, handle: JobHandle) -> "AsyncJobHandle":
-        return AsyncJobHandle(handle, self._client._broker, self._threads)  # noqa: SLF001 - two faces of one client
+        return AsyncJobHandle(handle, self._client._broker, self._lookers)  # noqa: SLF001 - two faces of one client
 
 
 class AsyncJobHandle:
     """`JobHandle` for asyncio."""
 
-    def __init__(self, handle: JobHandle, broker: Broker, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, handle: JobHandle, broker: Broker, threads: "_Threads") -> None:
         self.id = handle.id
         self._handle, self._broker, self._threads = handle, broker, threads
 
@@ -116,7 +120,7 @@ class AsyncJobHandle:
 
     async def status(self) -> JobStatus:
         """As `JobHandle.status`."""
-        return await _in(self._threads, self._handle.status)
+        return await self._threads.run(self._handle.status)
 
     async def events(self, timeout: float | None = None) -> AsyncGenerator[JobStatus, None]:  # noqa: ASYNC109 - as `result`
         """As `JobHandle.events`."""
@@ -124,7 +128,7 @@ class AsyncJobHandle:
         with self._watched() as rung:
             while True:
                 rung.clear()
-                status = await _in(self._threads, partial(self._handle.report, wait))
+                status = await self._threads.run(partial(self._handle.report, wait))
                 if status is not None and status != last:
                     yield status
                     last = status
@@ -137,14 +141,14 @@ class AsyncJobHandle:
         wait = Wait(self._broker, self.id, timeout)
         look = partial(self._handle.look, wait)
         with self._watched() as rung:
-            while (found := await _in(self._threads, look)) is None:
+            while (found := await self._threads.run(look)) is None:
                 await _rung(rung, wait.pause())
                 rung.clear()
         return found
 
     async def cancel(self) -> Cancellation:
         """As `JobHandle.cancel`."""
-        return await _in(self._threads, self._handle.cancel)
+        return await self._threads.run(self._handle.cancel)
 
     @contextmanager
     def _watched(self) -> Iterator[asyncio.Event]:
@@ -159,8 +163,22 @@ class AsyncJobHandle:
             yield rung
 
 
-async def _in(threads: ThreadPoolExecutor, ask: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, ask)
+class _Threads:
+    """A few threads in which a client asks Redis."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._executor, self._is_closed = ThreadPoolExecutor(count, thread_name_prefix=name), False
+
+    async def run(self, ask: Callable[[], T]) -> T:
+        """What `ask` returns; raises `BrokerUnavailable` where the client is closed."""
+        if self._is_closed:
+            raise BrokerUnavailable("the client is closed")
+        return await asyncio.get_running_loop().run_in_executor(self._executor, ask)
+
+    def close(self) -> None:
+        """Take nothing more; what is under way ends."""
+        self._is_closed = True
+        self._executor.shutdown(wait=False)
 
 
 async def _rung(rung: asyncio.Event, seconds: float) -> None:

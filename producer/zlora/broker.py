@@ -59,9 +59,9 @@ class Broker(Protocol):
         ...
 
     def away(self) -> float:
-        """Seconds since the connection over which `watch` hears was lost; 0 while it is there."""
+        """Seconds since the connection over which `watch` hears was lost; 0 while it is there, infinite once closed."""
         ...
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back, and ring everybody: there is nothing more to wait for."""
         ...

@@ -13,10 +13,9 @@ from zlora import webhook, wire
 from zlora.broker import Broker, Entry
 from zlora.errors import Conflict, InvalidRequest
 from zlora.handle import JobHandle
-from zlora.job import QUEUE, GenerateRequest, check_job_id, digest_of, plain, read_request
+from zlora.job import QUEUE, GenerateRequest, check_job_id, digest_of, plain, read_request, refused
 from zlora.ledger import Submission
 from zlora.preflight import Preflight
-from zlora.redaction import printable
 from zlora.redis_broker import RedisBroker
 
 Priority = Literal["high", "normal", "low"]
@@ -131,12 +130,11 @@ class Client:
         """Submit jobs in order, with the same options; all of them are checked before the first is sent.
 
         `job_ids` names one for each. Raises as `submit` does; where the broker goes away in the middle some are queued,
-        and to submit all of them again under the same ids is safe.
+        and to submit all of them again under the ids in `details` is safe. A `Conflict` is raised before any is queued,
+        but where another process takes an id in the same moment: then the others may run.
         """
         checked = [read_request(request) for request in requests]
-        names = [str(uuid.uuid4()) for _ in checked] if job_ids is None else [check_job_id(name) for name in job_ids]
-        if len(names) != len(checked):
-            raise InvalidRequest(f"{len(names)} job ids for {len(checked)} requests", {"path": "job_ids"})
+        names = _names(job_ids, len(checked))
         how = _How.read(options)
         if options.get("preflight"):
             for request in checked:
@@ -146,8 +144,7 @@ class Client:
             Entry(name, how.submission(request, now + place * _APART), digest_of(request))
             for place, (name, request) in enumerate(zip(names, checked, strict=True))
         ]
-        _require_one_each(entries)
-        self._broker.put(entries)
+        self._broker.put(_one_each(entries))
         return [JobHandle(name, self._broker) for name in names]
 
     @cached_property
@@ -163,7 +160,7 @@ def job_id_of(idempotency_key: str) -> str:
     """The id of the job that was submitted with this key; raises `InvalidRequest`."""
     if not isinstance(idempotency_key, str) or not 0 < len(idempotency_key) <= _LONGEST_KEY:
         expected = f"Expected a text of 1 to {_LONGEST_KEY} characters"
-        raise _refused("idempotency_key", idempotency_key, expected)
+        raise refused("idempotency_key", idempotency_key, expected)
     return f"key-{hashlib.sha256(idempotency_key.encode(errors='surrogatepass')).hexdigest()[:40]}"
 
 
@@ -181,11 +178,11 @@ class _How(NamedTuple):
         patience = options.get("expires_in")
         url, events = options.get("webhook_url"), options.get("webhook_events")
         if url is None and events is not None:
-            raise _refused("webhook_events", events, "Expected none without `webhook_url`")
+            raise refused("webhook_events", events, "Expected none without `webhook_url`")
         return cls(
             priority=_priority(options.get("priority", "normal")),
             patience=None if patience is None else _seconds(patience),
-            webhook=None if url is None else webhook.read(url, events or ()),
+            webhook=None if url is None else webhook.read(url, events),
         )
 
     def submission(self, request: GenerateRequest, at: float) -> Submission:
@@ -198,27 +195,34 @@ class _How(NamedTuple):
         )
 
 
-def _require_one_each(entries: Sequence[Entry]) -> None:
-    """Raise `Conflict` where one id is given to two requests of a call."""
-    digests: dict[str, str] = {}
-    for job_id, _, digest in entries:
-        if digests.setdefault(job_id, digest) != digest:
-            raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
+def _names(job_ids: Iterable[str] | None, count: int) -> list[str]:
+    if job_ids is None:
+        return [str(uuid.uuid4()) for _ in range(count)]
+    if isinstance(job_ids, str):
+        raise refused("job_ids", job_ids, "Expected an id for each request")
+    names = [check_job_id(name) for name in job_ids]
+    if len(names) != count:
+        raise InvalidRequest(f"{len(names)} job ids for {count} requests", {"path": "job_ids"})
+    return names
+
+
+def _one_each(entries: Sequence[Entry]) -> list[Entry]:
+    """One entry an id; raises `Conflict` where one is given to two requests of a call."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        if found.setdefault(entry.job_id, entry).digest != entry.digest:
+            raise Conflict(f"job {entry.job_id} is another request", {"job_id": entry.job_id})
+    return list(found.values())
 
 
 def _priority(name: str) -> int:
     try:
         return wire.PRIORITIES[name]
     except (KeyError, TypeError):
-        raise _refused("priority", name, f"Expected one of {', '.join(wire.PRIORITIES)}") from None
+        raise refused("priority", name, f"Expected one of {', '.join(wire.PRIORITIES)}") from None
 
 
 def _seconds(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= wire.RECORD_EXPIRES:
         return float(value)
-    raise _refused("expires_in", value, f"Expected seconds above 0 and up to {wire.RECORD_EXPIRES}")
-
-
-def _refused(path: str, value: object, expected: str) -> InvalidRequest:
-    details = {"path": path, "value": printable(value), "expected": expected}
-    return InvalidRequest(f"{path}: {expected}; the value is {details['value']}", details)
+    raise refused("expires_in", value, f"Expected seconds above 0 and up to {wire.RECORD_EXPIRES}")

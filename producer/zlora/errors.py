@@ -95,6 +95,10 @@ class ZloraError(Exception):
         self.details = {**self.details, **details}
         self.args = (self.message, self.details)
 
+    def as_document(self) -> dict[str, Any]:
+        """The error for a program, as plain JSON data."""
+        return {"code": self.code, "message": self.message, "retryable": self.retryable, "details": self.details}
+
     @property
     def retry_after(self) -> float:
         """Seconds that a server asks to be left alone; 0 where it says nothing."""

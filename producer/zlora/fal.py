@@ -1,11 +1,10 @@
 """fal's documents: the request of its SDXL and Z-Image LoRA endpoints, and their answer."""
 
 from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from zlora.errors import InvalidRequest
-from zlora.job import GenerateRequest, GenerateResult, ImageRef, read_request
-from zlora.redaction import printable
+from zlora.job import GenerateRequest, GenerateResult, ImageRef, read_request, refused
 
 SIZES: Final = {  # pixels: width and height
     "square_hd": (1024, 1024),
@@ -26,6 +25,7 @@ _IDLE: Final[dict[str, tuple[Any, ...]]] = {
     "enable_prompt_expansion": (False,),
     "expand_prompt": (False,),
     "embeddings": ([],),
+    "safety_checker_version": ("v1", "v2"),  # of the checker that is not enabled
 }
 _KNOWN: Final = (*_ALIKE, *_RENAMED, *_IDLE, "image_size", "loras")
 
@@ -33,11 +33,11 @@ _KNOWN: Final = (*_ALIKE, *_RENAMED, *_IDLE, "image_size", "loras")
 def read(document: object) -> GenerateRequest:
     """The request that a document of fal's means; raises `InvalidRequest`, whose `path` is one of that document."""
     if not isinstance(document, Mapping):
-        _refuse("$", document, "Expected `object`")
+        raise refused("$", document, "Expected `object`")
     for name, value in document.items():
         _require_known(name, value)
     if "format" in document and "output_format" in document:
-        _refuse("$.format", document["format"], "Expected one of `format` and `output_format`")
+        raise refused("$.format", document["format"], "Expected one of `format` and `output_format`")
     ours = {name: document[name] for name in _ALIKE if name in document}
     ours |= {_RENAMED[name]: document[name] for name in _RENAMED if name in document}
     ours |= _size(document.get("image_size", DEFAULT_SIZE))
@@ -62,17 +62,17 @@ def written(result: GenerateResult) -> dict[str, Any]:
 
 def _require_known(name: object, value: object) -> None:
     if name not in _KNOWN:
-        _refuse(f"$.{str(name)[:80]}", value, f"Expected no field but {', '.join(_KNOWN)}")
+        raise refused(f"$.{str(name)[:80]}", value, f"Expected no field but {', '.join(_KNOWN)}")
     choices = _IDLE.get(str(name))
     if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
-        _refuse(f"$.{name}", value, f"Expected {' or '.join(map(repr, choices))}: nothing here does more")
+        raise refused(f"$.{name}", value, f"Expected {' or '.join(map(repr, choices))}: nothing here does more")
 
 
 def _size(size: object) -> dict[str, Any]:
     if isinstance(size, Mapping) and size.keys() == {"width", "height"}:
         return {"width": size["width"], "height": size["height"]}
     if not isinstance(size, str) or size not in SIZES:
-        _refuse("$.image_size", size, f"Expected one of {', '.join(SIZES)}, or an object with width and height")
+        raise refused("$.image_size", size, f"Expected one of {', '.join(SIZES)}, or an object with width and height")
     width, height = SIZES[size]
     return {"width": width, "height": height}
 
@@ -84,7 +84,7 @@ def _loras(loras: object) -> object:
 
 def _lora(index: int, lora: object) -> dict[str, Any]:
     if not isinstance(lora, Mapping) or "path" not in lora or not lora.keys() <= {"path", "scale"}:
-        _refuse(f"$.loras[{index}]", lora, "Expected an object with `path`, and no other field but `scale`")
+        raise refused(f"$.loras[{index}]", lora, "Expected an object with `path`, and no other field but `scale`")
     return {"file": {"url": lora["path"]}, "weight": lora.get("scale", 1.0)}
 
 
@@ -101,16 +101,11 @@ def _renamed(error: InvalidRequest, document: Mapping[str, Any]) -> InvalidReque
     return InvalidRequest(f"{path}: {details['expected']}; the value is {details['value']}", details)
 
 
-def _refuse(path: str, value: object, expected: str) -> NoReturn:
-    shown = printable(value)
-    details = {"path": path, "value": shown, "expected": expected}
-    raise InvalidRequest(f"{path}: {expected}; the value is {shown}", details)
-
-
 def _picture(image: ImageRef) -> dict[str, Any]:
     url = image.data_uri or image.url
     if url is None:
-        _refuse("$.url_policy", "key", "Expected a policy by which pictures have URLs, since fal's answer is of URLs")
+        expected = "Expected a policy by which pictures have URLs, since fal's answer is of URLs"
+        raise refused("$.url_policy", "key", expected)
     return {
         "url": url,
         "width": image.width,

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -97,7 +98,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
             raise ValueError("Expected `url_expires_in` with `url_policy` presigned only")
 
     @classmethod
-    def from_fal(cls, document: dict[str, Any]) -> "GenerateRequest":
+    def from_fal(cls, document: Mapping[str, Any]) -> "GenerateRequest":
         """The request that a document of fal's endpoints means; raises `InvalidRequest` as `read_request` does."""
         from zlora import fal
 
@@ -271,9 +272,8 @@ def read_request(document: object) -> GenerateRequest:
         msgspec.json.encode(request)
     except msgspec.ValidationError as error:
         raise _explained(str(error), data) from None
-    except UnicodeEncodeError as error:
-        details = {"path": "$", "value": printable(data), "expected": "Expected text that UTF-8 can carry"}
-        raise InvalidRequest(f"$: {details['expected']}; {error.reason}", details) from None
+    except UnicodeEncodeError:
+        raise refused("$", data, "Expected text that UTF-8 can carry") from None
     return request
 
 
@@ -308,6 +308,13 @@ _CHOICES = {
 _PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
+def refused(path: str, value: object, expected: str) -> InvalidRequest:
+    """The error of a value that is not what was expected, with the value as it may be shown."""
+    shown = printable(value)
+    details = {"path": path, "value": shown, "expected": expected}
+    return InvalidRequest(f"{path}: {expected}; the value is {shown}", details)
+
+
 def _explained(reason: str, document: object) -> InvalidRequest:
     """msgspec says where and what it expected; add the value that stands there."""
     found = _PATH.search(reason)
@@ -315,10 +322,7 @@ def _explained(reason: str, document: object) -> InvalidRequest:
     expected = _PATH.sub("", reason)[:200]
     if expected.startswith("Invalid enum value"):
         expected = f"Expected one of {', '.join(_CHOICES[path.rpartition('.')[2]])}"
-    value = printable(_value_at(document, path))
-    return InvalidRequest(
-        f"${path}: {expected}; the value is {value}", {"path": f"${path}", "value": value, "expected": expected}
-    )
+    return refused(f"${path}", _value_at(document, path), expected)
 
 
 def _value_at(document: object, path: str) -> object:

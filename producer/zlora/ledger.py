@@ -12,6 +12,7 @@ A job's record is the hash `wire.job_key`:
 | `begun` | a worker has begun the job at least once |
 | `spoilt` | how many bases the job has left changed |
 | `overtime` | the seconds that the job may take, where its child was killed over them |
+| `queue` | whose job it is: it may be ended by who asks for another queue |
 | `webhook` | whom the job's end is told: a `Webhook` |
 | `closed` | when the job has ended: seconds since the epoch by Redis's clock |
 | `verdict` | the error that the job ended with; a success is in the store, as its manifest |
@@ -45,7 +46,7 @@ if redis.call('HSETNX', KEYS[1], 'digest', ARGV[1]) == 0 then
   local known = redis.call('HMGET', KEYS[1], 'digest', 'sent', 'message')
   return {known[1], known[2] or '', known[3] or ''}
 end
-redis.call('HSET', KEYS[1], 'message', ARGV[2])
+redis.call('HSET', KEYS[1], 'message', ARGV[2], 'queue', ARGV[8])
 if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'webhook', ARGV[7]) end
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[4])
@@ -58,7 +59,7 @@ return {ARGV[1], '', ARGV[2]}
 """
 
 # The webhook is due in the same moment in which the job has ended, whoever ends it, and once: by Redis's clock, since
-# those who end jobs, and those who send, have clocks of their own.
+# those who end jobs, and those who send, have clocks of their own. In the job's own queue, whichever the caller's is.
 _CLOSE: Final = """
 local first = ''
 if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
@@ -68,11 +69,12 @@ local now = redis.call('TIME')[1]
 local ended = redis.call('HSETNX', KEYS[1], 'closed', now)
 redis.call('HDEL', KEYS[1], 'message')
 redis.call('EXPIRE', KEYS[1], ARGV[3])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('ZREM', KEYS[3], ARGV[1])
+local queue = redis.call('HGET', KEYS[1], 'queue') or ARGV[5]
+redis.call('ZREM', ARGV[6] .. queue, ARGV[1])
+redis.call('ZREM', ARGV[7] .. queue, ARGV[1])
 if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
-  redis.call('ZADD', KEYS[4], now, ARGV[1])
-  redis.call('EXPIRE', KEYS[4], ARGV[4])
+  redis.call('ZADD', ARGV[8] .. queue, now, ARGV[1])
+  redis.call('EXPIRE', ARGV[8] .. queue, ARGV[4])
 end
 return first
 """
@@ -118,6 +120,7 @@ def connect(url: str, *, patient: bool = False, seconds: float = wire.IMPATIENCE
         "decode_responses": True,
         "encoding_errors": "replace",  # anybody may write to a queue
         "client_name": "z-image-lora",
+        "max_connections": wire.MAX_CONNECTIONS,
         "retry": Retry(ExponentialBackoff(cap=2, base=0.1), _PATIENCE if patient else 0),
     }
     if patient:
@@ -175,12 +178,11 @@ class Ledger:
             found.append(msgspec.json.decode(written, type=Submission) if written and not sent else None)
         return found
 
-    @staticmethod
-    def _told(job_id: str, submission: Submission, digest: str) -> list[Any]:
+    def _told(self, job_id: str, submission: Submission, digest: str) -> list[Any]:
         score = submission.priority * _EPOCHS + submission.submitted
         webhook = msgspec.json.encode(submission.webhook) if submission.webhook else ""
         message, expires = msgspec.json.encode(submission), submission.expires or ""
-        return [digest, message, score, job_id, wire.RECORD_EXPIRES, expires, webhook]
+        return [digest, message, score, job_id, wire.RECORD_EXPIRES, expires, webhook, self.queue]
 
     def sent(self, *job_ids: str) -> None:
         """The broker has their messages."""
@@ -277,11 +279,9 @@ class Ledger:
         At its first end, its webhook goes to the outbox (`zlora.outbox`).
         """
         text = "" if verdict is None else json.dumps([verdict.code, verdict.message, verdict.details])
-        names = (wire.ledger_key, wire.expiring_key, wire.outbox_key)
-        first = self._close(
-            keys=[wire.job_key(job_id), *(name(self.queue) for name in names)],
-            args=[job_id, text, wire.RESULT_EXPIRES, wire.RECORD_EXPIRES],
-        )
+        prefixes = [name("") for name in (wire.ledger_key, wire.expiring_key, wire.outbox_key)]
+        lives = (wire.RESULT_EXPIRES, wire.RECORD_EXPIRES)
+        first = self._close(keys=[wire.job_key(job_id)], args=[job_id, text, *lives, self.queue, *prefixes])
         return verdict_of({"verdict": first or None})
 
 

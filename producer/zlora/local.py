@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -155,13 +155,26 @@ class Stack:
 def _webhook_secret(home: Path) -> str:
     """The secret of this data folder's webhooks, made at the first start: only this user may read it."""
     kept = wire.webhook_secret(home)
-    if not kept.exists():
-        with tempfile.NamedTemporaryFile("w", dir=home, prefix=".draft-") as draft:  # mode 600
-            draft.write(new_secret())
-            draft.flush()
-            with suppress(FileExistsError):  # another stack was first: all of it is there, or nothing
-                os.link(draft.name, kept)
-    return kept.read_text()
+    with _locked(home):  # stacks that start at once have one secret
+        if not kept.exists() or not kept.stat().st_size:  # a machine that loses power may leave an empty one
+            kept.unlink(missing_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=home, prefix=".draft-") as draft:  # mode 600
+                draft.write(new_secret())
+                draft.flush()
+                os.fsync(draft.fileno())
+                os.link(draft.name, kept)  # all of it is there, or nothing
+        return kept.read_text()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process or thread at a time is inside."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _celery(*arguments: str) -> list[str]:

@@ -10,9 +10,11 @@ given up. Its record has two more fields then:
 """
 
 import time
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgspec
+import redis
 from msgspec import Struct
 
 from zlora import wire
@@ -21,18 +23,27 @@ from zlora.webhook import Webhook
 _DEAD_EXPIRES: Final = 7 * 86_400  # seconds
 _MOST_DEAD: Final = 1000  # letters; the oldest go
 
+_DUE: Final = """
+local now = redis.call('TIME')
+return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now[1] + now[2] / 1e6, 'LIMIT', ARGV[1], ARGV[2])
+"""
 # Whoever claims a job and dies costs it one repetition: its next time stands already.
 _CLAIM: Final = """
-local time = redis.call('TIME')
+local time, won = redis.call('TIME'), {}
 local now = time[1] + time[2] / 1e6
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])
-for _, id in ipairs(due) do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[2], id) end
-return due
+for index = 2, #ARGV do
+  local due = redis.call('ZSCORE', KEYS[1], ARGV[index])
+  if due and tonumber(due) <= now then
+    redis.call('ZADD', KEYS[1], now + ARGV[1], ARGV[index])
+    won[#won + 1] = ARGV[index]
+  end
+end
+return won
 """
 # Not where it is there no more: it was sent by another meanwhile.
 _LATER: Final = """
 local now = redis.call('TIME')
-for index = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now[1] + now[2] / 1e6 + ARGV[1], ARGV[index]) end
+redis.call('ZADD', KEYS[1], 'XX', now[1] + now[2] / 1e6 + ARGV[1], ARGV[2])
 """
 _BEGIN: Final = """
 local now = redis.call('TIME')[1]
@@ -61,10 +72,15 @@ class Ended(NamedTuple):
     @property
     def webhook(self) -> Webhook | None:
         """Whom its end is to be told; None where nobody knows any more."""
+        return _webhook(self.record.get("webhook"))
+
+    @property
+    def closed(self) -> float:
+        """When it has ended, in seconds since the epoch; 0 where its record does not say."""
         try:
-            return msgspec.json.decode(self.record["webhook"], type=Webhook)
-        except (KeyError, msgspec.DecodeError):  # the latter is a stranger's
-            return None
+            return float(self.record["closed"])
+        except (KeyError, ValueError):  # the latter is a stranger's
+            return 0.0
 
 
 class Try(NamedTuple):
@@ -94,6 +110,7 @@ class Outbox:
         """Take a client as `zlora.ledger.connect` makes it."""
         self._redis = client
         self._waiting, self._dead = wire.outbox_key(queue), wire.dead_key(queue)
+        self._due = client.register_script(_DUE)
         self._claim = client.register_script(_CLAIM)
         self._later = client.register_script(_LATER)
         self._begin = client.register_script(_BEGIN)
@@ -118,23 +135,34 @@ class Outbox:
                 self._redis.zrem(self._dead, msgspec.json.encode(letter))
         return True
 
-    def claim(self, most: int, seconds: float) -> list[Ended]:
-        """Jobs that are due; nobody else has them for so many seconds."""
-        job_ids = self._claim(keys=[self._waiting], args=[most, seconds])
+    def due(self, start: int, most: int) -> list[str]:
+        """The jobs that are due, the longest first, without the first `start` of them; they are nobody's yet."""
+        return list(self._due(keys=[self._waiting], args=[start, most]))
+
+    def webhooks(self, job_ids: Iterable[str]) -> list[Webhook | None]:
+        """Whom the ends of jobs are to be told."""
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
+                pipe.hget(wire.job_key(job_id), "webhook")
+            return [_webhook(_known(text)) for text in pipe.execute(raise_on_error=False)]
+
+    def claim(self, job_ids: Iterable[str], seconds: float) -> list[Ended]:
+        """Those of the jobs that are still due; nobody else has them for so many seconds."""
+        claimed = self._claim(keys=[self._waiting], args=[seconds, *job_ids])
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in claimed:
                 pipe.hgetall(wire.job_key(job_id))
-            records = pipe.execute()
-        return [Ended(job_id, record) for job_id, record in zip(job_ids, records, strict=True)]
+            records = pipe.execute(raise_on_error=False)
+        return [Ended(job_id, _known(record) or {}) for job_id, record in zip(claimed, records, strict=True)]
 
     def begin(self, job_id: str) -> Try:
         """Count a try."""
         number, first, now = self._begin(keys=[wire.job_key(job_id)], args=[wire.RESULT_EXPIRES])
         return Try(int(number), float(first), float(now))
 
-    def put_off(self, seconds: float, *job_ids: str) -> None:
-        """Look at jobs again so many seconds from now."""
-        self._later(keys=[self._waiting], args=[seconds, *job_ids])
+    def put_off(self, seconds: float, job_id: str) -> None:
+        """Look at a job again so many seconds from now."""
+        self._later(keys=[self._waiting], args=[seconds, job_id])
 
     def done(self, job_id: str) -> None:
         """There is nothing left to send."""
@@ -149,3 +177,19 @@ class Outbox:
             pipe.expire(self._dead, _DEAD_EXPIRES)
             pipe.zrem(self._waiting, letter.job_id)
             pipe.execute()
+
+
+def _webhook(text: str | None) -> Webhook | None:
+    try:
+        return msgspec.json.decode(text, type=Webhook) if text else None
+    except msgspec.DecodeError:  # a stranger's
+        return None
+
+
+def _known(answer: Any) -> Any:
+    """What a record says. A key of another type is a stranger's, and no record; it delays no other job."""
+    if not isinstance(answer, Exception):
+        return answer
+    if isinstance(answer, redis.ResponseError) and str(answer).startswith("WRONGTYPE"):
+        return None
+    raise answer

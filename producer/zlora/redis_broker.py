@@ -1,5 +1,7 @@
 """Jobs on Redis: messages by Celery, records by the ledger, answers in Celery's result backend."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
@@ -15,14 +17,16 @@ from zlora.answers import readable, revoked
 from zlora.broker import Answer, Entry
 from zlora.errors import BrokerUnavailable, InvalidSetting
 from zlora.job import TASK_NAME, Cancellation
-from zlora.ledger import Ledger, Standing, Submission, connect
+from zlora.ledger import BRIEFLY, Ledger, Standing, Submission, connect
 from zlora.listener import Listener
+from zlora.own_app import OwnApp
 from zlora.redaction import shown
 
 _UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.RedisError)
 _NO_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, ValueError)  # what Celery says of one
 # Bounds the wait for a broker: three tries within about a second where it is down, within nine where it is silent.
 _SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
+_UNANSWERED: Final = 1.0  # seconds in which nobody is asked again where no companion has answered
 _BATCH: Final = 200  # jobs that are written down by one command
 
 
@@ -33,25 +37,24 @@ class RedisBroker:
         """Connect at the first use; raises `InvalidSetting` where either URL is not one Redis that Celery can open."""
         self.queue = queue
         config = wire.impatient_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
-        self._app = Celery("zlora", set_as_current=False)
-        self._app.conf.update(config)
-        check_urls(self._app)
+        self._app = OwnApp("zlora", config)
+        check_urls(self._app, broker_url=broker_url, result_backend=result_backend)
         # To send through an app with a result backend would subscribe to each result, and wait for Redis for 20 s.
-        self._sender = Celery("zlora", set_as_current=False)
-        self._sender.conf.update(config | {"result_backend": "disabled://"})
+        self._sender = OwnApp("zlora", config | {"result_backend": "disabled://"})
         self._ledger = Ledger(connect(broker_url), queue)
         self._backend: Any = self._app.backend  # one for all threads: Celery would make one, with connections, for each
         self._listener = Listener(result_backend, self._channel)
+        self._closed = False
+        self._unanswered = -math.inf  # when a question was given up, by the monotonic clock
 
     def put(self, entries: Sequence[Entry]) -> None:
         """The record first, then the message, then a note that it is sent: whatever fails, to put it again is safe."""
         batches = [entries[start : start + _BATCH] for start in range(0, len(entries), _BATCH)]
-        if len(entries) > 1:  # where there is one, writing it down says as much
-            for batch in batches:
-                with broker_errors(_named(batch)):
+        with self._reached(_named(entries)):
+            if len(entries) > 1:  # where there is one, writing it down says as much
+                for batch in batches:
                     self._ledger.require_same({entry.job_id: entry.digest for entry in batch})
-        for batch in batches:
-            with broker_errors(_named(batch)):
+            for batch in batches:
                 self._put(batch)
 
     def _put(self, batch: Sequence[Entry]) -> None:
@@ -64,21 +67,26 @@ class RedisBroker:
 
     def answer(self, job_id: str) -> Answer:
         """No `AsyncResult`: it subscribes for each job, and complains at exit without Redis."""
-        with broker_errors({"job_id": job_id}), readable(job_id):
+        with self._reached({"job_id": job_id}), readable(job_id):
             meta: dict[str, Any] = self._backend.get_task_meta(job_id)
             return Answer(meta["status"], meta.get("result"))
 
     def standing(self, job_id: str) -> Standing:
-        with broker_errors({"job_id": job_id}):
+        with self._reached({"job_id": job_id}):
             return self._ledger.standing(job_id)
 
     def recall(self, job_id: str, patience: float) -> bytes | None:
-        """A worker's companion is asked."""
-        with broker_errors({"job_id": job_id}):
-            return self._ledger.recall(job_id, patience=patience)
+        """A worker's companion is asked, but for a moment after one that nobody has answered: each costs a thread."""
+        if time.monotonic() - self._unanswered < _UNANSWERED:
+            return None
+        with self._reached({"job_id": job_id}):
+            manifest = self._ledger.recall(job_id, patience=patience)
+        if manifest is None and patience > BRIEFLY:
+            self._unanswered = time.monotonic()
+        return manifest
 
     def cancel(self, job_id: str) -> Cancellation:
-        with broker_errors({"job_id": job_id}):
+        with self._reached({"job_id": job_id}):
             known, running = self._ledger.cancel(job_id)
             if running:
                 return Cancellation.RUNNING
@@ -92,13 +100,25 @@ class RedisBroker:
         return self._listener.watch(job_id, ring)
 
     def away(self) -> float:
-        return self._listener.away()
+        return math.inf if self._closed else self._listener.away()
 
     def close(self) -> None:
+        self._closed = True
         self._listener.close()
         self._ledger.redis.close()
+        self._backend.client.connection_pool.disconnect()
         self._sender.close()
         self._app.close()
+
+    @contextmanager
+    def _reached(self, details: dict[str, Any]) -> Iterator[None]:
+        """What Redis and Celery raise where the broker is away, as `BrokerUnavailable` with `details`."""
+        if self._closed:
+            raise BrokerUnavailable("the client is closed", details)
+        try:
+            yield
+        except _UNREACHABLE as error:
+            raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
 
     def _channel(self, job_id: str) -> str:
         key: bytes = self._backend.get_key_for_task(job_id)
@@ -121,31 +141,22 @@ def send(app: Celery, queue: str, job_id: str, submission: Submission) -> None:
     )
 
 
-def check_urls(app: Celery) -> None:
+def check_urls(app: Celery, *, broker_url: str, result_backend: str) -> None:
     """Raise `InvalidSetting` where the app's broker or result backend is not one Redis that Celery can open."""
     for name, url, opened in (
-        (wire.BROKER_URL, app.conf.broker_url, lambda: app.connection_for_write().transport),
-        (wire.RESULT_BACKEND, app.conf.result_backend, lambda: app.backend),
+        (wire.BROKER_URL, broker_url, lambda: app.connection_for_write().transport),
+        (wire.RESULT_BACKEND, result_backend, lambda: app.backend),
     ):
         scheme, mark, _ = url.partition("://")
-        shown = f"{scheme}://..." if mark else "without ://"  # the rest may hold a password, and so may the reason
+        told = f"{scheme}://..." if mark else "without ://"  # the rest may hold a password, and so may the reason
         if scheme not in wire.SCHEMES or ";" in url:
             expected = ", ".join(f"{known}://" for known in wire.SCHEMES)
-            raise InvalidSetting(f"{name}: expected one Redis, as one of {expected} ({shown})", {"name": name})
+            raise InvalidSetting(f"{name}: expected one Redis, as one of {expected} ({told})", {"name": name})
         try:
             opened()
             connect(url)
         except _NO_URL:
-            raise InvalidSetting(f"{name}: no URL that Celery can open ({shown})", {"name": name}) from None
-
-
-@contextmanager
-def broker_errors(details: dict[str, Any]) -> Iterator[None]:
-    """What Redis and Celery raise where the broker is away, as `BrokerUnavailable` with `details`."""
-    try:
-        yield
-    except _UNREACHABLE as error:
-        raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
+            raise InvalidSetting(f"{name}: no URL that Celery can open ({told})", {"name": name}) from None
 
 
 def _named(entries: Sequence[Entry]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -88,7 +88,8 @@ class MemoryWorker:
         self._draw = draw or _draw_nothing
         self._paused = paused
         self._clock = clock
-        self._lock = Lock()
+        # Taken again by its own thread where a generator that watches is collected while it is held.
+        self._lock = RLock()
         self._jobs: dict[str, _Job] = {}
         self._line: list[tuple[tuple[int, int], _Job]] = []  # a heap
         self._unwanted: set[str] = set()  # cancelled before they came
@@ -118,12 +119,14 @@ class MemoryWorker:
 
     def put(self, entries: Sequence[Entry]) -> None:
         """As a broker does; and where the worker is not paused, all that waits is answered."""
-        try:
+        with self._lock:
+            for job_id, _, digest in entries:
+                if job_id in self._jobs and self._jobs[job_id].digest != digest:
+                    raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
             for entry in entries:
                 self._queue(entry)
-        finally:
-            if not self._paused:
-                self.run()
+        if not self._paused:
+            self.run()
 
     def answer(self, job_id: str) -> Answer:
         job = self._look(job_id)
@@ -173,19 +176,12 @@ class MemoryWorker:
 
     def _queue(self, entry: Entry) -> None:
         job_id, submission, digest = entry
-        with self._lock:
-            if (known := self._jobs.get(job_id)) is None:
-                job = _Job(
-                    id=job_id,
-                    digest=digest,
-                    submission=submission,
-                    place=len(self._jobs),
-                    cancelled=job_id in self._unwanted,
-                )
-                self._jobs[job_id] = job
-                heapq.heappush(self._line, (job.rank, job))
-            elif known.digest != digest:
-                raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
+        if job_id in self._jobs:
+            return
+        cancelled, place = job_id in self._unwanted, len(self._jobs)
+        job = _Job(id=job_id, digest=digest, submission=submission, place=place, cancelled=cancelled)
+        self._jobs[job_id] = job
+        heapq.heappush(self._line, (job.rank, job))
 
     def _look(self, job_id: str) -> _Job | None:
         """A job, which has ended where its time to begin is over."""
@@ -216,7 +212,9 @@ class MemoryWorker:
             self._require_in_time(job)
             self._report(job, "loading", 0, 0)
             result = self._draw(job.id, read_request(job.submission.request), partial(self._report, job))
-            document = msgspec.json.decode(msgspec.json.encode(result))
+            sent = msgspec.json.encode(result)
+            read_result(sent)  # a `draw` may return anything
+            document = msgspec.json.decode(sent)
         except ZloraError as error:
             self._fail(job, error)
         except BaseException as error:
@@ -258,8 +256,9 @@ class MemoryWorker:
             return
         end = job.verdict or read_result(job.answer.value)
         if not asked.events or webhook.type_of(end) in asked.events:
-            body = webhook.body_of(job.id, end, at=self._clock())
-            self.webhooks.append(Posted(asked.url, f"msg_{job.id}", body))
+            at = self._clock()
+            body = webhook.body_of(job.id, end, at=at)
+            self.webhooks.append(Posted(asked.url, webhook.id_of(job.id, at), body))
 
 
 def _draw_nothing(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:

@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 
 from zlora.broker import Broker
 from zlora.errors import BrokerUnavailable
+from zlora.job import refused
 
 T = TypeVar("T")
 
@@ -20,8 +21,9 @@ class Wait:
     """One wait of up to `timeout` seconds."""
 
     def __init__(self, broker: Broker, job_id: str, timeout: float | None) -> None:
+        """Raise `InvalidRequest` where `timeout` is no number of seconds."""
         self._broker, self._job_id = broker, job_id
-        self.seconds = math.inf if timeout is None else timeout
+        self.seconds = math.inf if timeout is None else _seconds(timeout)
         self._end = time.monotonic() + self.seconds
         self._failing: float | None = None  # since when no look succeeds, by the monotonic clock
         self._has_looked = False
@@ -55,13 +57,15 @@ class Wait:
         self._has_looked = True
         if away:  # thousands may wait: one connection finds out, and rings
             if self.is_over or away > _OUTAGE:
-                raise BrokerUnavailable(f"the broker has not answered for {away:.0f} s", {"job_id": self._job_id})
+                reason = "the client is closed" if away == math.inf else f"the broker is away for {away:.0f} s"
+                raise BrokerUnavailable(reason, {"job_id": self._job_id})
             return None
         try:
             found = ask()
         except BrokerUnavailable:
             now = time.monotonic()
             self._failing = self._failing or now
+            self._due = 0.0  # what was to be asked was not
             if self.is_over or now - self._failing > _OUTAGE:
                 raise
             return None
@@ -75,3 +79,9 @@ class Wait:
         outage = max(0.0, _OUTAGE - away) + _SPARE if away else math.inf
         due = max(0.0, self._due - time.monotonic()) if self._due else self._interval
         return min(self.left, longest, soon, outage, due)
+
+
+def _seconds(timeout: object) -> float:
+    if isinstance(timeout, int | float) and not math.isnan(timeout):  # which is never over
+        return timeout
+    raise refused("timeout", timeout, "Expected seconds, or None")

@@ -26,6 +26,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -34,10 +35,9 @@ import msgspec
 from msgspec import Struct
 
 from zlora import errors, wire
-from zlora.errors import InvalidRequest, InvalidSetting, InvalidWebhook, JobRevoked, ZloraError
-from zlora.job import GenerateResult, plain
+from zlora.errors import InvalidSetting, InvalidWebhook, JobRevoked, ZloraError
+from zlora.job import GenerateResult, plain, refused
 from zlora.later import read_result
-from zlora.redaction import printable
 
 SUCCEEDED: Final = "job.succeeded"
 FAILED: Final = "job.failed"
@@ -54,6 +54,7 @@ _NEW_BYTES: Final = 32
 _LONGEST_URL: Final = 2048  # characters
 _REMEMBERED: Final = 100_000  # messages, some 20 MB
 _SECONDS: Final = re.compile("[0-9]{1,12}", re.ASCII)
+_BRACKETED: Final = re.compile(r"\[[0-9a-fA-F:.]+\](:[0-9]+)?")  # an address by number, as a host
 
 Seen = Callable[[str, float], bool]
 """Whether a message's key was given before; if not, it is remembered for so many seconds."""
@@ -64,6 +65,11 @@ class Webhook(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     url: str
     events: tuple[str, ...] = ()
+
+    @property
+    def host(self) -> str:
+        """In lower case, without a port; empty where `url` is none that may be asked for."""
+        return (urlsplit(self.url).hostname or "").rstrip(".") if _is_open(self.url) else ""
 
 
 class Event(Struct, frozen=True, kw_only=True):
@@ -81,13 +87,16 @@ class Event(Struct, frozen=True, kw_only=True):
     error: ZloraError | None = None
 
 
-def read(url: object, events: Collection[str] = ()) -> Webhook:
-    """A checked webhook; raises `InvalidRequest` with path, value and bound."""
+def read(url: object, events: Collection[str] | None = None) -> Webhook:
+    """A checked webhook, of all events where none are given; raises `InvalidRequest` with path, value and bound."""
     if not isinstance(url, str) or not _is_open(url):
         expected = f"Expected an http or https URL of up to {_LONGEST_URL} characters, without a user"
-        raise _refused("webhook_url", url, expected)
-    if not isinstance(events, list | tuple | set | frozenset) or any(name not in EVENTS for name in events):
-        raise _refused("webhook_events", events, f"Expected some of {', '.join(EVENTS)}")
+        raise refused("webhook_url", url, expected)
+    if events is None:
+        return Webhook(url=url)
+    is_some = isinstance(events, list | tuple | set | frozenset) and bool(events)
+    if not is_some or any(name not in EVENTS for name in events):
+        raise refused("webhook_events", events, f"Expected some of {', '.join(EVENTS)}")
     return Webhook(url=url, events=tuple(events))
 
 
@@ -98,13 +107,10 @@ def _is_open(url: str) -> bool:
         known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+    if ("[" in parts.netloc or "]" in parts.netloc) and not _BRACKETED.fullmatch(parts.netloc):
+        return False
     plain_text = url.isprintable() and " " not in url and len(url) <= _LONGEST_URL
     return known and plain_text and "@" not in parts.netloc
-
-
-def _refused(path: str, value: object, expected: str) -> InvalidRequest:
-    details = {"path": path, "value": printable(value), "expected": expected}
-    return InvalidRequest(f"{path}: {expected}; the value is {details['value']}", details)
 
 
 # --- writing
@@ -115,6 +121,11 @@ def type_of(end: GenerateResult | ZloraError) -> str:
     if isinstance(end, JobRevoked):
         return CANCELLED
     return FAILED if isinstance(end, ZloraError) else SUCCEEDED
+
+
+def id_of(job_id: str, at: float) -> str:
+    """The id of the event that a job ended at that time: an id may be another job's when its record has expired."""
+    return f"msg_{job_id}_{int(at)}"
 
 
 def body_of(job_id: str, end: GenerateResult | ZloraError, *, at: float) -> bytes:
@@ -217,19 +228,19 @@ class Verifier:
     ) -> Self:
         """Read `ZLORA_WEBHOOK_SECRET`; without it, find the secret of this machine's `zlora up`.
 
-        Raises `InvalidSetting` where there is neither.
+        Raises `InvalidSetting` where there is neither, or it cannot be read.
         """
-        kept = wire.webhook_secret(wire.home(environ))
-        secret = environ.get(wire.WEBHOOK_SECRET) or (kept.read_text() if kept.is_file() else "")
+        secret = environ.get(wire.WEBHOOK_SECRET) or _kept(wire.webhook_secret(wire.home(environ)))
         return cls(secret, tolerance=tolerance, seen=seen)
 
-    def verify(self, body: bytes, headers: Mapping[str, str]) -> Event:
-        """The event of a request, of which `body` are the bytes as they came; header names in any case.
+    def verify(self, body: bytes | str, headers: Mapping[str, str]) -> Event:
+        """The event of a request, of which `body` are the bytes as they came, or their text; header names in any case.
 
         Raises `InvalidWebhook`, whose details name the `reason`: `header` where one is missing, or no time; `stale`,
         `future`, `signature`, `replayed`; and `unreadable` of what holds otherwise.
         """
-        given = {name.lower(): value for name, value in headers.items()}
+        body = body.encode(errors="replace") if isinstance(body, str) else body
+        given = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
         for name in (_ID, _TIMESTAMP, _SIGNATURE):
             if not given.get(name):
                 raise _invalid("header", f"there is no header {name}")
@@ -256,6 +267,17 @@ class Verifier:
         made = [_signature(key, message_id, timestamp, body).encode() for key in self._keys]
         if not any([hmac.compare_digest(mine, other) for mine in made for other in given]):  # noqa: C419 - in one time
             raise _invalid("signature", "no signature holds")
+
+
+def _kept(path: Path) -> str:
+    """What a file holds; nothing where there is none."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:  # the latter where it is no text
+        said = f"{wire.WEBHOOK_SECRET} is not set, and {path} cannot be read: {type(error).__name__}"
+        raise InvalidSetting(said, {"name": wire.WEBHOOK_SECRET}) from None
 
 
 class _Heard:

@@ -26,6 +26,7 @@ VISIBILITY: Final = 30  # seconds after a dead worker's last heartbeat until its
 RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the store outlives it
 RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds that a job may wait in its queue
 IMPATIENCE: Final = 2  # seconds
+MAX_CONNECTIONS: Final = 10_000  # of a process: redis-py's own bound, 100, is an error to the thread after it
 SUBMITTED_AT: Final = "zlora_submitted_at"  # message header: seconds since the epoch on the producer's clock
 
 
@@ -134,6 +135,7 @@ def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dic
         "redis_socket_timeout": IMPATIENCE,
         "redis_socket_connect_timeout": IMPATIENCE,
         "redis_retry_on_timeout": False,
+        "redis_max_connections": MAX_CONNECTIONS,
         "result_backend_transport_options": {"retry_policy": {"max_retries": 0}},
     }
 

@@ -11,7 +11,7 @@ from faults.scene import Scene
 from faults.valkey import Valkey
 from zlora import AsyncClient
 
-JOBS = 150
+JOBS = 60
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
 

@@ -1,16 +1,16 @@
 """The asynchronous door: thousands wait in one event loop, and a wait that is cancelled leaves nothing behind."""
 
 import asyncio
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
 from processes import free_port
-from zlora import AsyncClient, AsyncJobHandle, Cancellation, Client, JobState
+from zlora import AsyncClient, AsyncJobHandle, Cancellation, Client, JobHandle, JobState
 from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobRevoked, LoraMismatch, ResultTimeout
 from zlora.job import GenerateResult, plain
-from zlora.testing import MemoryWorker
 
 # Celery stores a result as redis-py does not like any more.
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")]
@@ -66,10 +66,18 @@ async def watched(broker: Any, job_id: str, count: int = 1) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_its_names_are_those_of_the_other_door() -> None:
-    for ours, theirs in ((AsyncClient, Client), (AsyncJobHandle, type(MemoryWorker().client().job("a")))):
-        names = {name for name in vars(theirs) if not name.startswith("_")} - {"look", "report"}
-        assert names <= {name for name in vars(ours) if not name.startswith("_")}
+@pytest.mark.parametrize(("ours", "theirs"), [(AsyncClient, Client), (AsyncJobHandle, JobHandle)])
+async def test_its_names_and_parameters_are_those_of_the_other_door(ours: type, theirs: type) -> None:
+    names = {name for name in vars(theirs) if not name.startswith("_")} - {"look", "report"}
+    for name in ["__init__", *names] if theirs is Client else names:
+        here, there = inspect.getattr_static(ours, name), inspect.getattr_static(theirs, name)
+        if not isinstance(there, property):
+            assert parameters_of(here) == parameters_of(there), name
+
+
+def parameters_of(function: Any) -> list[tuple[str, Any, Any]]:
+    found = inspect.signature(getattr(function, "__func__", function)).parameters.values()
+    return [(parameter.name, parameter.kind, parameter.default) for parameter in found]
 
 
 async def test_a_result_is_there_as_soon_as_a_worker_says_it(broker_url: str, broker: Any, worker: Played) -> None:
@@ -158,3 +166,16 @@ async def test_one_client_serves_several_loops(broker_url: str, broker: Any, wor
 
         assert (await asyncio.to_thread(run)).job_id == name
     await client.close()
+
+
+async def test_questions_that_nobody_answers_hold_up_no_submission(broker_url: str, broker: Any) -> None:  # noqa: ARG001
+    """Where no worker runs, each status of an unknown id waits for one and a half seconds; anybody may ask for ids."""
+    async with AsyncClient(broker_url) as client:
+        asked = [asyncio.create_task(client.job(f"never-{index}").status()) for index in range(40)]
+        await asyncio.sleep(0)
+        job = await client.submit(REQUEST)
+        assert not any(task.done() for task in asked)
+        async with asyncio.timeout(6):  # five rounds of eight, each for itself, would be seven seconds and a half
+            states = [status.state for status in await asyncio.gather(*asked)]
+        assert set(states) == {JobState.UNKNOWN}
+        assert (await job.status()).state is JobState.PENDING

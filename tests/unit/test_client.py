@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -254,10 +256,11 @@ def test_many_jobs_are_queued_in_order_under_their_ids(client: Client, broker: A
 
 def test_of_many_jobs_none_is_sent_where_one_is_refused(client: Client, broker: Any) -> None:
     client.submit({"prompt": "another"}, job_id="taken")
-    cases: list[tuple[list[dict[str, Any]], list[str], type[ZloraError]]] = [
+    cases: list[tuple[list[dict[str, Any]], Any, type[ZloraError]]] = [
         ([REQUEST, {**REQUEST, "wieght": 1}], ["a", "b"], InvalidRequest),
         ([REQUEST, REQUEST], ["a", "../b"], InvalidJobId),
         ([REQUEST, REQUEST], ["a"], InvalidRequest),
+        ([REQUEST, REQUEST], "ab", InvalidRequest),  # no ids, but a text
         ([REQUEST, {"prompt": "b"}], ["a", "a"], Conflict),
         ([REQUEST, REQUEST], ["a", "taken"], Conflict),
     ]
@@ -277,6 +280,21 @@ def test_many_jobs_that_are_submitted_again_are_the_same(client: Client, broker:
 
     assert [handle.id for handle in handles] == names
     assert [message["headers"]["id"] for message in waiting(broker)] == names
+
+
+def test_an_id_that_a_call_has_twice_is_one_job(client: Client, broker: Any) -> None:
+    handles = client.submit_many([REQUEST] * 3, job_ids=["a", "b", "a"])
+
+    assert [handle.id for handle in handles] == ["a", "b", "a"]
+    assert [message["headers"]["id"] for message in waiting(broker)] == ["a", "b"]
+
+
+def test_where_the_broker_goes_away_the_ids_of_all_jobs_are_told(client: Client) -> None:
+    """Those that were made here too: some are queued, and to submit all again under these ids is safe."""
+    with unsendable(), pytest.raises(BrokerUnavailable) as raised:
+        client.submit_many([REQUEST] * 450)
+
+    assert len(set(raised.value.details["job_ids"])) == 450
 
 
 def test_an_idempotency_key_is_one_job(client: Client, broker: Any) -> None:
@@ -311,7 +329,8 @@ def test_a_webhook_is_written_down_and_not_sent_along(client: Client, broker: An
 @pytest.mark.parametrize(
     ("options", "path"),
     [({"webhook_url": "ftp://h/"}, "webhook_url"), ({"webhook_events": ["job.failed"]}, "webhook_events"),
-     ({"webhook_url": "https://h/", "webhook_events": ["x"]}, "webhook_events")],
+     ({"webhook_url": "https://h/", "webhook_events": ["x"]}, "webhook_events"),
+     ({"webhook_url": "https://h/", "webhook_events": []}, "webhook_events")],
 )  # fmt: skip
 def test_an_odd_webhook_is_refused(lonely: Client, options: Any, path: str) -> None:
     with watched_connections() as connections, pytest.raises(InvalidRequest) as raised:
@@ -494,6 +513,48 @@ def test_another_celery_app_of_the_process_stays_the_current_one(tmp_path: Path)
             assert inside(client)._app is not theirs
             assert current_app.main == "theirs"
             assert (current_app.conf.broker_url, current_app.conf.task_default_queue) == ("memory://", "theirs")
+
+
+def test_what_the_environment_tells_another_celery_app_is_not_the_client_s(
+    monkeypatch: pytest.MonkeyPatch, broker_url: str, broker: Any, tmp_path: Path
+) -> None:
+    """Celery itself prefers these variables to whatever an app is given."""
+    (tmp_path / "theirs.py").write_text("task_always_eager = True\ntask_create_missing_queues = False\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("CELERY_BROKER_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"):
+        monkeypatch.setenv(name, f"redis://127.0.0.1:{free_port()}/0")
+    monkeypatch.setenv("CELERY_CONFIG_MODULE", "theirs")
+
+    with Client(broker_url) as client:
+        job = client.submit(REQUEST, job_id="job-1")
+        inside(client)._backend.store_result("job-1", LoraMismatch("it does not fit"), "FAILURE")
+        with pytest.raises(LoraMismatch):
+            job.result(timeout=5)
+
+    assert [message["headers"]["id"] for message in waiting(broker)] == ["job-1"]
+
+
+def test_hundreds_of_threads_have_each_a_connection(client: Client) -> None:
+    barrier = threading.Barrier(150)
+
+    def submit(index: int) -> str:
+        barrier.wait(30)
+        return client.submit(REQUEST, job_id=f"job-{index}").id
+
+    with ThreadPoolExecutor(150) as threads:
+        assert len(set(threads.map(submit, range(150)))) == 150
+
+
+def test_a_client_that_is_closed_keeps_no_connection(broker_url: str, broker: Any) -> None:
+    before = len(broker.client_list())
+    client = Client(broker_url)
+    client.submit(REQUEST).status()
+    client.close()
+
+    kept = [item for item in broker.client_list()[before:] if item["cmd"] not in ("lpush", "smembers")]
+    assert kept == []  # but for kombu's pool, which all clients of a process share
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        client.submit(REQUEST)
 
 
 def test_a_message_is_read_as_the_request_that_was_submitted(client: Client, broker: Any) -> None:

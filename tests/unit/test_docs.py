@@ -26,3 +26,18 @@ def test_every_test_that_readme_names_is_there() -> None:
         assert function in functions
     for path in re.findall(r"`(tests/\S+\.py)`", README):
         assert (tests.parent / path).is_file()
+
+
+def test_every_page_and_file_that_the_docs_link_is_there() -> None:
+    root = Path(__file__).parents[2]
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("examples/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())]
+
+    assert len(links) > 20
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_no_page_has_a_place_that_is_still_to_be_filled() -> None:
+    root = Path(__file__).parents[2]
+    for page in [*root.glob("*.md"), *root.glob("docs/*.md")]:
+        assert not re.search(r"^[A-Z]{6,}$", page.read_text(), re.MULTILINE), page.name

@@ -249,6 +249,21 @@ def test_a_webhook_is_due_once_whoever_ends_the_job_and_however_often(
     assert not broker.exists(wire.outbox_key("gpu"))
 
 
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_job_ends_in_its_own_queue_whichever_asks(ledger: Ledger, broker: Any, is_old: bool) -> None:
+    """A record of an earlier version does not say which: then it is that of who asks."""
+    asked = Webhook(url="https://example.com/")
+    ledger.open("a", msgspec.structs.replace(submission(expires=time.time() + 60), webhook=asked), "digest")
+    if is_old:
+        broker.hdel(wire.job_key("a"), "queue")
+
+    Ledger(ledger.redis, "gpu" if is_old else "other").close("a", JobRevoked("c"))
+
+    assert broker.zrange(wire.outbox_key("gpu"), 0, -1) == ["a"]
+    assert not broker.exists(wire.ledger_key("gpu"), wire.expiring_key("gpu"), wire.outbox_key("other"))
+    assert broker.ttl(wire.outbox_key("gpu")) > 0
+
+
 def test_a_job_that_is_submitted_again_has_the_webhook_that_was_first(ledger: Ledger, broker: Any) -> None:
     for url in ("https://first/", "https://second/"):
         asked = msgspec.structs.replace(submission(), webhook=Webhook(url=url))

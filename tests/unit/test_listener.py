@@ -1,7 +1,9 @@
 """One subscribing connection rings whoever waits: at news, and where there may have been some that nobody heard."""
 
+import gc
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -156,3 +158,64 @@ def test_a_process_that_was_forked_listens_by_itself(ears: Listener, broker: Any
 
 def subscribers_of_child(broker: Any) -> bool:
     return subscribers(broker, "b") == {"b": 1}
+
+
+def test_a_connection_that_is_lost_while_watches_come_and_go_is_replaced(ears: Listener, broker: Any) -> None:
+    """Redis-py connects again within a command, beside whoever reads: then nobody would be rung any more."""
+    over = threading.Event()
+
+    def come_and_go(name: str) -> None:
+        while not over.is_set():
+            with ears.watch(name, lambda: None):
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=come_and_go, args=(f"job-{index}",)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):
+        time.sleep(0.05)
+        broker.client_kill_filter(_type="pubsub")
+    over.set()
+    for thread in threads:
+        thread.join()
+
+    bell = Bell()
+    with ears.watch("late", bell.ring):
+        assert bell.heard()
+        wait_until(lambda: ears.away() == 0, "it is there again")
+        wait_until(lambda: subscribers(broker, "late") == {"late": 1}, "it is subscribed to")
+        while not bell.is_silent():
+            pass
+        broker.publish(channel_of("late"), "news")
+        assert bell.heard()
+
+
+def test_who_may_not_subscribe_is_away_and_ends_at_once(broker_url: str, broker: Any) -> None:
+    """As a user of Redis is made by default: without any channel."""
+    broker.acl_setuser("deaf", enabled=True, nopass=True, commands=["+@all"], keys=["*"], reset_channels=True)
+    bell = Bell()
+    ears = Listener(broker_url.replace("redis://", "redis://deaf:any@"), channel_of)
+    with ears.watch("a", bell.ring):
+        assert bell.heard()
+        wait_until(lambda: ears.away() > 0.3, "it stays away, try after try")
+    thread = next(one for one in threading.enumerate() if one.name == "zlora-listener" and one.is_alive())
+    ears.close()
+    assert not thread.is_alive()
+
+
+def test_a_listener_that_nobody_closes_takes_its_thread_along(broker_url: str) -> None:
+    before = threading.active_count()
+    ears, bell = Listener(broker_url, channel_of), Bell()
+    with ears.watch("a", bell.ring):
+        assert bell.heard()
+    del ears
+    gc.collect()
+    wait_until(lambda: threading.active_count() == before, "the thread ends")
+
+
+def test_who_waits_is_rung_where_the_listener_is_closed(ears: Listener) -> None:
+    bell = Bell()
+    with ears.watch("a", bell.ring):
+        assert bell.heard()
+        ears.close()
+        assert bell.heard()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from zlora import Client, webhook
@@ -84,6 +85,15 @@ def test_another_request_under_the_same_id_is_a_conflict(client: Client) -> None
 
     assert raised.value.details == {"job_id": "job-1"}
     assert client.job("job-1").status().state == JobState.PENDING
+
+
+def test_of_many_jobs_none_is_there_where_one_is_a_conflict(client: Client) -> None:
+    client.submit({"prompt": "another"}, job_id="taken")
+
+    with pytest.raises(Conflict):
+        client.submit_many([REQUEST] * 2, job_ids=["a", "taken"])
+
+    assert client.submit({"prompt": "a city"}, job_id="a").status().position == 1
 
 
 def test_a_position_counts_the_jobs_that_are_due_before(client: Client) -> None:
@@ -210,6 +220,15 @@ def failing(error: Exception) -> Callable[..., GenerateResult]:
 
 
 # --- a worker that waits to be told
+
+
+def test_a_draw_that_returns_no_result_is_a_fault_of_the_test_s() -> None:
+    nothing: Any = lambda *_: None  # noqa: E731
+    with MemoryWorker(draw=nothing).client() as client:
+        with pytest.raises(msgspec.ValidationError):
+            client.submit(REQUEST, job_id="job-1", webhook_url="https://example.com/hook")
+        with pytest.raises(InternalError):
+            client.job("job-1").result(timeout=0)
 
 
 def test_jobs_are_answered_in_order_of_priority() -> None:

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import zlora
 import zlora_worker
-from zlora import Cancellation, Client, GenerateResult, JobState, JobStatus
+from zlora import AsyncClient, AsyncJobHandle, Cancellation, Client, GenerateResult, JobState, JobStatus
 from zlora.handle import JobHandle
 
 
@@ -20,7 +20,7 @@ def test_all_is_sorted_and_complete() -> None:
 
 def test_what_the_client_hands_out_is_public() -> None:
     """Every class of the main way can be imported from `zlora` for an annotation."""
-    for cls in (Cancellation, Client, JobHandle, JobState, JobStatus, GenerateResult):
+    for cls in (AsyncClient, AsyncJobHandle, Cancellation, Client, GenerateResult, JobHandle, JobState, JobStatus):
         assert getattr(zlora, cls.__name__) is cls
 
 

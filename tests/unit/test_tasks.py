@@ -38,6 +38,8 @@ from zlora.errors import (
     ZloraError,
 )
 from zlora.job import TASK_NAME, GenerateRequest, GenerateResult, digest_of, read_request
+from zlora.ledger import Submission
+from zlora.webhook import Webhook
 from zlora_worker import endings, tasks
 from zlora_worker.delivery import LEASE, Deliveries
 from zlora_worker.engine import EngineState
@@ -215,6 +217,34 @@ def test_a_bad_request_is_refused_before_the_model_is_touched(child: Child) -> N
     for request in requests:
         with pytest.raises(InvalidRequest):
             child.run(request)
+
+
+def test_a_job_whose_request_a_worker_refuses_has_ended(child: Child, job: str) -> None:
+    """With a verdict, so that its webhook is due at once, whether or not a client wrote the job down."""
+    later = {**REQUEST, "colour": 1}  # a newer client's
+    asked = Webhook(url="https://example.com/")
+    known = Submission(request=later, priority=5, submitted=time.time(), webhook=asked)
+    child.deliveries.ledger.open(job, known, "digest")
+
+    for name in (job, f"{job}-bare"):
+        assert child.deliver(name, later) == "FAILURE"
+        verdict, told = child.deliveries.ledger.standing(name).verdict, child.meta(name)[1]
+        assert (type(verdict), type(told), str(verdict)) == (InvalidRequest, InvalidRequest, str(told))
+    assert child.deliveries.ledger.unfinished(before=time.time() + 60) == []
+    assert child.redis.zrange(wire.outbox_key(child.queue), 0, -1) == [job]
+
+
+def test_a_copy_that_a_worker_does_not_understand_does_not_end_the_job_that_another_draws(
+    child: Child, job: str
+) -> None:
+    later = {**REQUEST, "colour": 1}
+    child.deliveries.ledger.open(job, Submission(request=later, priority=5, submitted=time.time()), "digest")
+
+    with child.other.leased(job):
+        assert child.deliver(job, later) == "IGNORED"
+
+    assert "verdict" not in child.deliveries.record(job)
+    assert child.take().headers["id"] == job
 
 
 def test_the_request_may_have_its_name(child: Child) -> None:

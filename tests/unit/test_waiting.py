@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +14,7 @@ from faults.figures import Tally
 from faults.proxy import Proxy
 from processes import wait_until
 from zlora import AsyncClient, Client, JobState, listener, waiting, wire
-from zlora.errors import BrokerUnavailable, LoraMismatch, ResultTimeout
+from zlora.errors import BrokerUnavailable, InvalidRequest, LoraMismatch, ResultTimeout
 from zlora.job import GenerateResult, plain
 
 # Celery stores a result as redis-py does not like any more.
@@ -71,11 +71,11 @@ def calls(broker: Any, command: str) -> int:
 
 def test_many_threads_wait_over_one_connection_and_ask_nothing(client: Client, broker: Any) -> None:
     jobs = client.submit_many([REQUEST] * 20)
+    broker.config_resetstat()
     with ThreadPoolExecutor(20) as threads:
         results = [threads.submit(job.result, 60) for job in jobs]
-        for job in jobs:
-            watched(broker, job.id)
-        time.sleep(0.2)  # each looks once more where its subscription holds
+        looked = 2 * len(jobs)  # at first, and where its subscription holds
+        wait_until(lambda: calls(broker, "get") >= looked, "all of them wait")
         broker.config_resetstat()
         time.sleep(0.5)
         assert asked(broker) == 0
@@ -151,16 +151,38 @@ def test_an_outage_that_lasts_is_told_to_all_who_wait_and_not_found_out_by_each(
 
     async def run() -> list[BaseException | GenerateResult]:
         async with AsyncClient(proxy.url) as client:
-            jobs = await client.submit_many([REQUEST] * 200)
+            jobs = await client.submit_many([REQUEST] * 60)
             broker.config_resetstat()
             waits = [asyncio.create_task(job.result()) for job in jobs]
             looked = 2 * len(jobs)  # at first, and where its subscription holds
             await asyncio.to_thread(wait_until, lambda: calls(broker, "get") >= looked, "all of them wait")
             proxy.black_out()
-            async with asyncio.timeout(20):  # each for itself, in eight threads: 200 / 8 * 0.3 s and more, for ever
+            async with asyncio.timeout(20):  # each for itself, in eight threads, a look 0.3 s and more, for ever
                 return await asyncio.gather(*waits, return_exceptions=True)
 
     ends = asyncio.run(run())
 
     assert {type(end) for end in ends} == {BrokerUnavailable}
-    assert len(ends) == 200
+    assert len(ends) == 60
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), "5", [5]])
+def test_a_wait_of_no_number_of_seconds_is_refused(client: Client, timeout: Any) -> None:
+    """A wait of NaN seconds would never be over."""
+    with pytest.raises(InvalidRequest) as raised:
+        client.job("job-1").result(timeout=timeout)
+    assert raised.value.details["path"] == "timeout"
+
+
+def test_a_client_that_is_closed_ends_what_waits_with_it(client: Client) -> None:
+    job = client.submit(REQUEST, job_id="job-1")
+    with ThreadPoolExecutor(2) as threads:
+        waits: list[Future[Any]] = [threads.submit(job.result), threads.submit(lambda: list(job.events()))]
+        wait_until(lambda: client._broker._listener._ear, "they wait")  # type: ignore[attr-defined]
+        client.close()
+        for wait in waits:
+            with pytest.raises(BrokerUnavailable, match="closed"):
+                wait.result(20)
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        job.status()
+    client.close()

@@ -48,7 +48,7 @@ def signed(body: bytes = BODY, *, secret: str = SECRET, at: float = NOW, **chang
     return headers | {f"webhook-{name}": value for name, value in changed.items()}
 
 
-def refusal(body: bytes, headers: dict[str, str], by: Verifier | None = None) -> str:
+def refusal(body: bytes | str, headers: dict[str, str], by: Verifier | None = None) -> str:
     with pytest.raises(InvalidWebhook) as raised:
         (by or verifier()).verify(body, headers)
     return str(raised.value.details["reason"])
@@ -58,7 +58,14 @@ def refusal(body: bytes, headers: dict[str, str], by: Verifier | None = None) ->
 
 
 @pytest.mark.parametrize(
-    "url", ["https://example.com/hook?token=t", "http://[::1]:8000/", "https://exämple.com/ä", "https://a" + "/" * 2038]
+    "url",
+    [
+        "https://example.com/hook?token=t",
+        "http://[::1]:8000/",
+        "https://[::FFFF:1.2.3.4]/",
+        "https://exämple.com/ä",
+        "https://a" + "/" * 2038,
+    ],
 )
 def test_an_address_of_the_web_may_be_asked_for(url: str) -> None:
     assert read(url) == Webhook(url=url)
@@ -69,6 +76,7 @@ def test_an_address_of_the_web_may_be_asked_for(url: str) -> None:
     [
         "", "example.com/hook", "ftp://example.com", "https://", "https:///x", "http://a b/", "https://example.com/\n",
         "https://example.com/\x7f", "https://example.com/\ud800", "https://[", "https://example.com:99999/",
+        "https://[::1]x/", "https://[v1.a]/", "https://[fe80::1%25eth0]/", "https://a[::1]/", "https://[::1]:/",
         "https://example.com:0/", "https://user:s3cret@example.com/", "https://a" + "/" * 2040, None, 5, b"https://a/",
     ],
 )  # fmt: skip
@@ -80,11 +88,24 @@ def test_any_other_address_is_refused_without_its_secrets(url: object) -> None:
     assert "s3cret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://Example.COM.:8443/a", "example.com"), ("http://[::1]:8000/", "::1"), ("https://[/", ""),
+        ("https://[v1.a]/", ""), ("https://a:b/", ""), ("no url", ""),
+    ],
+)  # fmt: skip
+def test_a_host_is_the_same_in_all_its_spellings(url: str, host: str) -> None:
+    """One that a stranger wrote into Redis may be none."""
+    assert Webhook(url=url).host == host
+
+
 def test_events_are_those_that_there_are() -> None:
     assert read("https://a/", ["job.failed"]).events == ("job.failed",)
     assert read("https://a/", EVENTS).events == EVENTS
+    assert read("https://a/", None).events == ()  # all of them
     unknown: Any
-    for unknown in (["job.done"], "job.failed", [None], [["job.failed"]], 5):
+    for unknown in (["job.done"], "job.failed", [None], [["job.failed"]], 5, [], (), ""):
         with pytest.raises(InvalidRequest) as raised:
             read("https://a/", unknown)
         assert raised.value.details["path"] == "webhook_events"
@@ -297,6 +318,19 @@ def test_one_of_many_threads_that_hear_a_message_believes_it() -> None:
     assert sorted(believed) == ["msg_a", *["replayed"] * 7]
 
 
+def test_a_body_may_be_the_text_that_a_framework_makes_of_it() -> None:
+    body = body_of("ä", RESULT, at=NOW)
+
+    assert verifier().verify(body.decode(), signed(body)).job_id == "ä"
+    assert refusal("\ud800", signed(body)) == "signature"
+
+
+@pytest.mark.parametrize("name", ["id", "timestamp", "signature"])
+@pytest.mark.parametrize("value", [None, b"bytes", 5, ["v1,"]])
+def test_a_header_that_is_no_text_is_none(name: str, value: Any) -> None:
+    assert refusal(BODY, signed(**{name: value})) == "header"
+
+
 def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """By number, and by time: what is too old to be believed need not be known."""
     monkeypatch.setattr("zlora.webhook._REMEMBERED", 3)
@@ -343,6 +377,31 @@ def test_the_stack_makes_one_secret_that_its_receivers_find(tmp_path: Path) -> N
     assert stat.S_IMODE(kept.stat().st_mode) == stat.S_IRUSR | stat.S_IWUSR
     found = Verifier.from_env({"ZLORA_HOME": str(tmp_path)})
     assert found.verify(BODY, sign(BODY, secret, message_id="msg_a")).job_id == "a"
+
+
+def test_the_stack_takes_a_secret_that_is_empty_for_none(tmp_path: Path) -> None:
+    """As a machine leaves it that loses power."""
+    wire.webhook_secret(tmp_path).touch()
+    with pytest.raises(InvalidSetting, match=wire.WEBHOOK_SECRET):
+        Verifier.from_env({"ZLORA_HOME": str(tmp_path)})
+
+    secret = local._webhook_secret(tmp_path)
+
+    assert verifier(secret).verify(BODY, signed(secret=secret)).job_id == "a"
+    assert local._webhook_secret(tmp_path) == secret
+
+
+def test_a_secret_that_cannot_be_read_is_refused_by_its_name_and_not_shown(tmp_path: Path) -> None:
+    kept = wire.webhook_secret(tmp_path)
+    kept.write_bytes(b"whsec_\xff\xfes3cret")
+    with pytest.raises(InvalidSetting, match=kept.name) as raised:
+        Verifier.from_env({"ZLORA_HOME": str(tmp_path)})
+    assert "s3cret" not in str(raised.value)
+
+    kept.unlink()
+    kept.mkdir()
+    with pytest.raises(InvalidSetting, match=kept.name):
+        Verifier.from_env({"ZLORA_HOME": str(tmp_path)})
 
 
 def test_the_variable_wins_over_the_stack_s_secret(tmp_path: Path) -> None:

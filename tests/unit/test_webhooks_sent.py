@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -23,13 +24,15 @@ from servers import settings
 from standardwebhooks import Webhook as Oracle
 from zlora import Client, wire
 from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
+from zlora.guard import GuardedSession
 from zlora.job import GenerateResult, ImageRef
 from zlora.ledger import Ledger, Submission, connect
 from zlora.outbox import DeadLetter, Ended, Outbox
 from zlora.webhook import Event, Verifier, Webhook
 from zlora_worker import webhooks
-from zlora_worker.companion import failure_by
+from zlora_worker.companion import end_by
 from zlora_worker.links import Links
+from zlora_worker.post import post
 from zlora_worker.storage import FolderStore, manifest_key
 from zlora_worker.webhooks import Dispatcher, Ends, Sender
 
@@ -99,6 +102,16 @@ def receiving(answer: Callable[[list[Heard]], Reply] | int = 204, **headers: str
             thread.join()
 
 
+def result_of(job_id: str, *, url: str | None = None) -> GenerateResult:
+    image = ImageRef(
+        key=f"runs/{job_id}/outputs/0.png", url=url, width=8, height=8, content_type="image/png", size=1, sha256="",
+        seed=3,
+    )  # fmt: skip
+    return GenerateResult(
+        job_id=job_id, images=(image,), loras=(), seed=3, timings={}, base_intact=True, model="m", versions={}
+    )
+
+
 class AwayStore(FolderStore):
     """A store that does not answer."""
 
@@ -130,19 +143,8 @@ class Place:
     def end(self, job_id: str, verdict: ZloraError | None = None) -> str:
         """End a job, well where there is no verdict."""
         if verdict is None:
-            image = ImageRef(
-                key=f"runs/{job_id}/outputs/0.png",
-                width=8,
-                height=8,
-                content_type="image/png",
-                size=1,
-                sha256="",
-                seed=3,
-            )
-            made = GenerateResult(
-                job_id=job_id, images=(image,), loras=(), seed=3, timings={}, base_intact=True, model="m", versions={}
-            )
-            self.store.put_new(manifest_key(job_id), msgspec.json.encode(made), "application/json")
+            manifest = msgspec.json.encode(result_of(job_id))
+            self.store.put_new(manifest_key(job_id), manifest, "application/json")
         self.ledger.close(job_id, verdict)
         return job_id
 
@@ -154,12 +156,12 @@ class Place:
         told = {wire.WEBHOOK_SECRET: SECRET, wire.ALLOW_HOSTS: ",".join(self.allowed)} | variables
         read = settings(self.folder, **told)
         there = store or self.store
-        ends = Ends(there, Links(there, read), failure_by(self.app.backend))
+        ends = Ends(there, Links(there, read), end_by(self.app.backend))
         return Sender(self.outbox, ends, read, clock=lambda: self.now)
 
     def work(self, sender: Sender | None = None) -> int:
         """Send what is due; how many that was."""
-        jobs = self.outbox.claim(100, 60)
+        jobs = self.outbox.claim(self.outbox.due(0, 100), 60)
         for job in jobs:
             (sender or self.sender()).send(job)
         return len(jobs)
@@ -178,9 +180,36 @@ class Place:
             if tried := self.redis.hget(wire.job_key(job_id), "tried"):
                 self.redis.hset(wire.job_key(job_id), "tried", float(tried) - seconds)
 
+    def message_id(self, job_id: str) -> str:
+        """Of the event that the job ended."""
+        return f"msg_{job_id}_{self.redis.hget(wire.job_key(job_id), 'closed')}"
+
+    def backlog(self, url: str, count: int) -> None:
+        """So many jobs that have ended, with one webhook, all due before any that ends from now on."""
+        names = [f"{self.queue}-{index}" for index in range(count)]
+        facts: dict[str, Any] = {"webhook": msgspec.json.encode(Webhook(url=url)), "closed": int(time.time()) - 60}
+        facts["verdict"] = '["lora_mismatch","no",{}]'
+        with self.redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hset(wire.job_key(name), mapping=facts)
+                pipe.expire(wire.job_key(name), 600)
+            pipe.zadd(wire.outbox_key(self.queue), dict.fromkeys(names, facts["closed"]))
+            pipe.expire(wire.outbox_key(self.queue), 600)
+            pipe.execute()
+
     def letter(self) -> DeadLetter:
         (found,) = self.outbox.dead()
         return found
+
+
+def commands(client: Any) -> Counter[str]:
+    """How often the server was asked to do what, scripts included."""
+    stats = client.info("commandstats")
+    return Counter({name.removeprefix("cmdstat_").partition("|")[0]: one["calls"] for name, one in stats.items()})
+
+
+def no_thread(**_: object) -> NoReturn:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.fixture
@@ -205,7 +234,7 @@ def test_a_success_is_told_once_with_urls_of_now(place: Place) -> None:
             pass
 
     (event,) = receiver.events()
-    assert (event.id, event.type, event.job_id) == (f"msg_{job}", "job.succeeded", job)
+    assert (event.id, event.type, event.job_id) == (place.message_id(job), "job.succeeded", job)
     assert event.result is not None
     assert str(event.result.images[0].url).startswith("file://")
     assert abs(event.timestamp.timestamp() - time.time()) < 60
@@ -236,16 +265,63 @@ def test_a_failure_that_only_celery_knows_of_is_told(place: Place) -> None:
     assert (event.type, str(event.error)) == ("job.failed", "died")
 
 
-def test_a_queued_job_that_its_client_cancels_is_told(place: Place) -> None:
-    with receiving() as receiver, Client(place.url, queue=place.queue) as client:
+def test_a_success_that_this_store_knows_nothing_of_is_told_as_its_producer_has_it(place: Place) -> None:
+    """It is another machine's folder, or its retention was short."""
+    with receiving() as receiver:
+        job = place.job(receiver.url)
+        made = result_of(job, url="file:///elsewhere/0.png")
+        place.app.backend.store_result(job, msgspec.to_builtins(made), "SUCCESS")
+        place.ledger.close(job)
+        place.work()
+
+    (event,) = receiver.events()
+    assert (event.type, event.result) == ("job.succeeded", made)
+
+
+def test_another_end_of_the_same_id_is_another_event(place: Place) -> None:
+    """A record lives for a day after the end: then its id is free."""
+    with receiving() as receiver:
+        job = place.ended(receiver.url)
+        place.work()
+        place.redis.hincrby(wire.job_key(job), "closed", 90_000)
+        place.outbox.resend(job)
+        place.work()
+
+    first, second = (event.id for event in receiver.events())
+    assert first != second
+
+
+@pytest.mark.parametrize("written", ["1", None, "long ago"])
+def test_an_end_whose_time_is_not_written_down_is_told_with_a_time_of_now(place: Place, written: str | None) -> None:
+    """An earlier version wrote none."""
+    with receiving() as receiver:
+        job = place.ended(receiver.url)
+        place.redis.hdel(wire.job_key(job), "closed")
+        if written is not None:
+            place.redis.hset(wire.job_key(job), "closed", written)
+        place.work()
+
+    (event,) = receiver.events()
+    assert abs(event.timestamp.timestamp() - place.now) < 60
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_queued_job_that_its_client_cancels_is_told(place: Place, own: bool) -> None:
+    """Also by a client of another queue."""
+    with (
+        receiving() as receiver,
+        Client(place.url, queue=place.queue) as client,
+        Client(place.url, queue=place.queue if own else "other") as canceller,
+    ):
         place.allowed.add(urlsplit(receiver.url).netloc)
         handle = client.submit({"prompt": "p"}, webhook_url=receiver.url, webhook_events=["job.cancelled"])
         assert place.work() == 0
-        handle.cancel()
+        canceller.job(handle.id).cancel()
         place.work()
 
     (event,) = receiver.events()
     assert (event.type, event.job_id) == ("job.cancelled", handle.id)
+    assert place.ledger.unfinished(before=time.time() + 60) == []
 
 
 def test_only_the_events_that_were_asked_for_are_told(place: Place) -> None:
@@ -281,7 +357,7 @@ def test_what_was_not_taken_is_sent_again_by_whoever_is_there_then(place: Place)
 
     events = receiver.events()
     times = [int(one.headers["webhook-timestamp"]) for one in receiver.heard]
-    assert [event.id for event in events] == [f"msg_{job}"] * 3
+    assert [event.id for event in events] == [place.message_id(job)] * 3
     assert times == sorted(set(times))
     assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
 
@@ -367,12 +443,30 @@ def test_an_address_that_the_guard_refuses_is_given_up_unasked(place: Place) -> 
     assert (letter.tries, "refused" in letter.reason, "s3cret" in str(letter)) == (1, True, False)
 
 
-def test_nothing_is_sent_unsigned(place: Place) -> None:
+def test_nothing_is_sent_unsigned_and_what_waits_may_be_signed_by_another_companion(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     with receiving() as receiver:
-        place.ended(receiver.url)
+        jobs = [place.ended(receiver.url) for _ in range(2)]
         place.work(place.sender(ZLORA_WEBHOOK_SECRET=""))
+        assert (receiver.heard, place.outbox.dead()) == ([], [])
+        assert caplog.text.count(wire.WEBHOOK_SECRET) == 1
+        place.pass_time(max(place.due_in(job) or 0.0 for job in jobs) + 0.01)
+        place.work()
 
-    assert (receiver.heard, wire.WEBHOOK_SECRET in place.letter().reason) == ([], True)
+    assert {event.job_id for event in receiver.events()} == set(jobs)
+
+
+def test_what_nobody_signs_for_two_hours_is_given_up_with_the_reason(place: Place) -> None:
+    job, unwanted = place.ended("http://127.0.0.1:1"), place.end(place.job("http://127.0.0.1:1", "job.failed"))
+    sender, waited = place.sender(ZLORA_WEBHOOK_SECRET=""), 0.0
+    while place.work(sender):
+        waited += (due := place.due_in(job) or 0.0)
+        place.pass_time(due + 0.01)
+
+    assert TWO_HOURS - 60 < waited < TWO_HOURS + 120
+    assert (place.letter().job_id, wire.WEBHOOK_SECRET in place.letter().reason) == (job, True)
+    assert (place.due_in(unwanted), place.outbox.pending()) == (None, 0)
 
 
 def test_a_job_of_which_nothing_is_known_any_more_is_given_up(place: Place) -> None:
@@ -390,6 +484,32 @@ def test_a_job_of_which_nothing_is_known_any_more_is_given_up(place: Place) -> N
     assert place.outbox.pending() == 0
 
 
+@pytest.mark.parametrize("url", ["https://[/", "https://[v1.x]/", "https://host:port/", "https://a b/"])
+def test_what_a_stranger_wrote_for_an_address_is_given_up_and_delays_nothing(place: Place, url: str) -> None:
+    with receiving() as receiver:
+        place.backlog(url, 1)
+        job = place.ended(receiver.url)
+        dispatcher = Dispatcher(place.outbox, place.sender())
+        dispatcher.step()
+        wait_until(lambda: place.outbox.pending() == 0, "both have ended")
+
+    assert (place.letter().reason, place.letter().tries) == ("no URL that is opened", 0)
+    assert [event.job_id for event in receiver.events()] == [job]
+
+
+def test_a_record_that_is_none_delays_no_other(place: Place) -> None:
+    """A stranger has written another type of key there."""
+    with receiving() as receiver:
+        broken, sound = place.ended(receiver.url), place.ended(receiver.url)
+        place.redis.delete(wire.job_key(broken))
+        place.redis.set(wire.job_key(broken), "text", ex=60)
+        assert place.outbox.webhooks([broken, sound]) == [None, Webhook(url=receiver.url)]
+        assert place.work() == 2
+
+    assert [event.job_id for event in receiver.events()] == [sound]
+    assert place.letter().job_id == broken
+
+
 def test_a_dead_letter_is_sent_again_where_its_operator_says_so(place: Place) -> None:
     """With all of its time once more."""
     with receiving(lambda heard: ((410, 500, 204)[len(heard) - 1], {})) as receiver:
@@ -403,7 +523,7 @@ def test_a_dead_letter_is_sent_again_where_its_operator_says_so(place: Place) ->
         place.pass_time(place.due_in(job) or 0.0)
         place.work()
 
-    assert [event.id for event in receiver.events()] == [f"msg_{job}"] * 3
+    assert [event.id for event in receiver.events()] == [place.message_id(job)] * 3
     assert (place.outbox.pending(), place.outbox.resend("never"), place.outbox.resend(place.job("http://a/"))) == (
         0, False, False
     )  # fmt: skip
@@ -424,7 +544,7 @@ def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch
 def test_of_two_companions_one_sends(place: Place) -> None:
     job = place.ended("http://127.0.0.1:1")
     claims: list[list[Ended]] = []
-    threads = [threading.Thread(target=lambda: claims.append(place.outbox.claim(10, 60))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: claims.append(place.outbox.claim([job], 60))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -436,7 +556,7 @@ def test_of_two_companions_one_sends(place: Place) -> None:
 def test_what_a_dead_companion_had_claimed_is_sent_by_another(place: Place) -> None:
     with receiving() as receiver:
         job = place.ended(receiver.url)
-        place.outbox.claim(10, 60)
+        place.outbox.claim([job], 60)
         assert place.work() == 0
         place.pass_time(61)
         place.work()
@@ -453,7 +573,7 @@ def test_a_slow_receiver_holds_up_no_other_and_has_few_at_once(place: Place) -> 
 
     with receiving(slow) as first, receiving() as second:
         try:
-            later = place.job(second.url)
+            later = place.job(second.url.replace("127.0.0.1", "localhost"))
             for _ in range(5):
                 place.ended(first.url)
             dispatcher = Dispatcher(place.outbox, place.sender())
@@ -467,6 +587,110 @@ def test_a_slow_receiver_holds_up_no_other_and_has_few_at_once(place: Place) -> 
         wait_until(lambda: dispatcher.step() and place.outbox.pending() == 0, "all are sent")
 
     assert (len(first.events()), len(second.events())) == (5, 1)
+
+
+class Held(Sender):
+    """Sends nothing, and has jobs under way until it is let go, those of `quick` hosts at once."""
+
+    def __init__(self, place: Place, *quick: str) -> None:
+        super().__init__(place.outbox, cast("Ends", None), settings(place.folder))
+        self.begun: list[str] = []
+        self.quick, self.over = quick, threading.Event()
+
+    def send(self, job: Ended) -> None:
+        host = job.webhook.host if job.webhook else ""
+        self.begun.append(host)
+        if host not in self.quick:
+            self.over.wait(30)
+
+
+def test_a_backlog_for_a_receiver_that_hangs_costs_redis_next_to_nothing(place: Place) -> None:
+    """It is looked at, not written to."""
+    place.backlog("https://hanging.example/", 300)
+    sender = Held(place)
+    dispatcher, end = Dispatcher(place.outbox, sender), time.monotonic() + 0.5
+    before = commands(place.redis)
+    while time.monotonic() < end:
+        dispatcher.rest(dispatcher.step())
+    spent = commands(place.redis) - before
+    sender.over.set()
+
+    assert sender.begun == ["hanging.example"] * 2
+    assert spent["zadd"] + spent["zrem"] + spent["hset"] + spent["hincrby"] < 10
+    assert spent.total() < 400
+
+
+def test_many_jobs_of_one_host_hide_none_of_another(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do more of them than are known at once."""
+    monkeypatch.setattr(webhooks, "_WINDOW", 4000)
+    place.backlog("https://hanging.example:1/", 5000)
+    place.ended("https://quick.example/", LoraMismatch("no"))
+    sender = Held(place, "quick.example")
+    dispatcher = Dispatcher(place.outbox, sender)
+    for _ in range(2):
+        dispatcher._next_look = 0.0
+        dispatcher.step()
+    wait_until(lambda: "quick.example" in sender.begun, "the other host's is begun")
+    sender.over.set()
+
+    assert sorted(sender.begun) == ["hanging.example"] * 2 + ["quick.example"]
+
+
+def test_hosts_that_were_slow_do_not_take_all_places(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"slow-{number}.example" for number in range(8)]
+    for name in names:
+        place.ended(f"https://{name}/", LoraMismatch("no"))
+    sender = Held(place, *names)
+    dispatcher = Dispatcher(place.outbox, sender)
+    monkeypatch.setattr(webhooks, "_SLOW", -1.0)
+    dispatcher.step()
+    wait_until(lambda: len(dispatcher._slow) == 8 and not dispatcher._under_way, "all were slow once")
+
+    monkeypatch.setattr(webhooks, "_SLOW", 60.0)
+    sender.begun.clear()
+    sender.quick = ()
+    for name in [*names, *names, "other.example"]:
+        place.ended(f"https://{name}/", LoraMismatch("no"))
+    dispatcher._next_look = 0.0
+    dispatcher.step()
+    wait_until(lambda: len(sender.begun) == 9, "as many as may be are begun")
+    assert (dispatcher._under_way.total(), dispatcher._under_way["other.example"]) == (9, 1)
+    sender.over.set()
+    wait_until(lambda: not dispatcher._under_way, "all have ended")
+    dispatcher.step()
+    wait_until(lambda: len(sender.begun) == 17, "the others follow")
+    assert dispatcher._slow == {}
+
+
+def test_where_there_is_no_thread_a_job_comes_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiving() as receiver:
+        job = place.ended(receiver.url)
+        dispatcher = Dispatcher(place.outbox, place.sender())
+        with monkeypatch.context() as patched:
+            patched.setattr(webhooks, "Thread", no_thread)
+            dispatcher.step()
+        assert (receiver.heard, dispatcher._under_way) == ([], {})
+        assert 0 < (place.due_in(job) or 0.0) <= webhooks._NO_THREAD
+        place.pass_time(webhooks._NO_THREAD)
+        dispatcher._next_look = 0.0
+        wait_until(lambda: dispatcher.step() and place.outbox.pending() == 0, "it is sent")
+
+    assert [event.job_id for event in receiver.events()] == [job]
+
+
+def test_a_receiver_may_be_silent_for_all_of_its_time() -> None:
+    """The first byte of its answer may come as late as the last."""
+    waits: list[tuple[float, float]] = []
+
+    class Watched(GuardedSession):
+        def send(self, *given: Any, **options: Any) -> Any:
+            waits.append(options["timeout"])
+            return super().send(*given, **options)
+
+    with receiving() as receiver, Watched([urlsplit(receiver.url).netloc]) as session:
+        post(session, receiver.url, b"{}", {})
+
+    assert [read for _, read in waits] == [15.0]
 
 
 def test_a_fault_in_one_is_no_fault_of_another_and_it_comes_again(
@@ -494,7 +718,9 @@ def test_a_fault_in_one_is_no_fault_of_another_and_it_comes_again(
 # --- the companion
 
 
-def test_a_redis_that_is_away_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_a_redis_that_is_away_nor_a_fault_ends_the_sending(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(webhooks, "_AWAY", 0.0)
 
     class Faulty(Dispatcher):
@@ -502,8 +728,8 @@ def test_a_redis_that_is_away_is_waited_for(place: Place, monkeypatch: pytest.Mo
 
         def step(self) -> float:
             self.steps += 1
-            if self.steps == 1:
-                raise redis.ConnectionError
+            if self.steps < 3:
+                raise redis.ConnectionError if self.steps == 1 else ValueError("s3cret")
             if place.outbox.pending() == 0:
                 raise SystemExit
             return super().step()
@@ -514,6 +740,7 @@ def test_a_redis_that_is_away_is_waited_for(place: Place, monkeypatch: pytest.Mo
             webhooks._work(Faulty(place.outbox, place.sender()))
 
     assert [event.job_id for event in receiver.events()] == [job]
+    assert ("ValueError" in caplog.text, "s3cret" in caplog.text) == (True, False)
 
 
 def test_a_companion_sends_what_has_ended_and_what_it_ends_itself(place: Place) -> None:

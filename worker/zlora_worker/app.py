@@ -8,12 +8,12 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from celery import Celery
 from celery.signals import worker_process_init, worker_process_shutdown
 from celery.utils.log import get_logger
 from zlora import wire
 from zlora.errors import InvalidSetting, ZloraError
 from zlora.job import TASK_NAME
+from zlora.own_app import OwnApp
 from zlora.redis_broker import check_urls
 from zlora_worker import tasks, transport
 from zlora_worker.custody import Heartbeat, JobRequest
@@ -31,14 +31,14 @@ except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
 transport.use(marks.alive)
-app = Celery("zlora_worker")
+shared = wire.shared_config(
+    broker_url=settings.broker_url,
+    result_backend=settings.result_backend,
+    queue=settings.queue,
+    visibility=settings.visibility,
+)
+app = OwnApp("zlora_worker", shared, set_as_current=True)
 app.conf.update(
-    **wire.shared_config(
-        broker_url=settings.broker_url,
-        result_backend=settings.result_backend,
-        queue=settings.queue,
-        visibility=settings.visibility,
-    ),
     # One child, one model, one GPU; a machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
@@ -72,7 +72,7 @@ app.conf.update(
     worker_max_memory_per_child=None,
 )
 try:
-    check_urls(app)
+    check_urls(app, broker_url=settings.broker_url, result_backend=settings.result_backend)
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 deliveries = Deliveries(settings.broker_url, settings.queue)

@@ -22,8 +22,10 @@ from zlora import wire
 from zlora.answers import EXPIRED, NO_ANSWER, error_of, expired
 from zlora.broker import Answer
 from zlora.errors import InternalError, StoreFailed, ZloraError
-from zlora.job import JOB_ID, JobState
+from zlora.job import JOB_ID, GenerateResult, JobState
+from zlora.later import read_result
 from zlora.ledger import Ledger, connect
+from zlora.own_app import OwnApp
 from zlora.redis_broker import send
 from zlora_worker import lookahead, webhooks
 from zlora_worker.links import Links
@@ -140,18 +142,20 @@ def answer(ledger: Ledger, store: Store, links: Links, question: tuple[str, str]
     ledger.answer(reply, document)
 
 
-def failure_by(backend: Any) -> webhooks.Failure:
-    """What a Celery backend says of jobs that failed outside the task; it serves all threads."""
+def end_by(backend: Any) -> webhooks.End:
+    """What a Celery backend says of jobs that ended outside the task or this store; it serves all threads."""
 
-    def failure(job_id: str) -> ZloraError | None:
+    def end(job_id: str) -> GenerateResult | ZloraError | None:
         try:
             meta = backend.get_task_meta(job_id)
             answer = Answer(meta["status"], meta.get("result"))
+            if answer.state == JobState.SUCCESS:
+                return read_result(answer.value)
         except NO_ANSWER:
             return None
         return error_of(job_id, answer) if answer.state in (JobState.FAILURE, JobState.REVOKED) else None
 
-    return failure
+    return end
 
 
 def run(settings: Settings) -> None:
@@ -162,10 +166,10 @@ def run(settings: Settings) -> None:
     config = wire.impatient_config(
         broker_url=settings.broker_url, result_backend=settings.result_backend, queue=settings.queue
     )
-    app = Celery("zlora_companion", set_as_current=False, changes=config)
+    app = OwnApp("zlora_companion", config)
     sweeper = Sweeper(ledger, app, every=settings.sweep)
     lookahead.start(settings)
-    webhooks.start(settings, webhooks.Ends(store, links, failure_by(app.backend)))
+    webhooks.start(settings, webhooks.Ends(store, links, end_by(app.backend)))
     while True:
         try:
             if (question := ledger.asked(1.0)) is not None:

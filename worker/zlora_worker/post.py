@@ -7,10 +7,10 @@ import urllib3.exceptions
 from requests import Response
 from requests.exceptions import InvalidSchema, InvalidURL, RequestException
 from ssrfguard import SSRFGuardError
-from zlora.guard import CONNECT_SECONDS, READ_SECONDS, GuardedSession
+from zlora.guard import CONNECT_SECONDS, GuardedSession
 from zlora.web import network_reason, refusal, retry_after
 
-_SECONDS: Final = 15.0  # for all of it
+_SECONDS: Final = 15.0  # for all of it: a receiver may be silent until then
 
 
 class Undelivered(Exception):
@@ -34,7 +34,7 @@ def post(session: GuardedSession, url: str, body: bytes, headers: dict[str, str]
                 data=body,
                 headers=told | headers,
                 stream=True,
-                timeout=(CONNECT_SECONDS, READ_SECONDS),
+                timeout=(CONNECT_SECONDS, _SECONDS),
                 allow_redirects=False,
             ) as response:
                 _require_taken(response)

@@ -211,7 +211,10 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
 def _readable(
     deliveries: Deliveries, job_id: str, arguments: tuple[object, ...], options: dict[str, object]
 ) -> GenerateRequest:
-    """The request; raises `InvalidRequest`, or `Taken` where the id is another job's."""
+    """The request; raises `Ended` where it is none, or `Taken` where the id is another job's.
+
+    Under the lease: another worker may understand it, and draw it now. Raises `Leased` then.
+    """
     document: object = None
     try:
         document = _request(arguments, options)
@@ -219,7 +222,8 @@ def _readable(
     except InvalidRequest as error:
         if not deliveries.is_own(job_id, document):  # a newer client's, perhaps, which this worker does not understand
             raise Taken(f"job {job_id} is another request: {error}") from error
-        raise
+        with deliveries.leased(job_id):
+            raise Ended(deliveries.fail(job_id, error)) from error
 
 
 def _request(arguments: tuple[object, ...], options: dict[str, object]) -> object:

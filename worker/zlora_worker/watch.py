@@ -12,6 +12,7 @@ from redis import RedisError
 from zlora import wire
 from zlora.errors import JobTimeout
 from zlora.job import JobState
+from zlora.own_app import OwnApp
 from zlora_worker.delivery import Deliveries
 
 _LOOK_EVERY: Final = 0.05  # seconds between two looks at the flag in a download, which has many pieces
@@ -94,4 +95,4 @@ def progress_backend(app: Celery) -> Backend:
     config = wire.impatient_config(
         broker_url=conf.broker_url, result_backend=conf.result_backend, queue=conf.task_default_queue
     )
-    return Celery("zlora_progress", set_as_current=False, config_source=config).backend
+    return OwnApp("zlora_progress", config).backend

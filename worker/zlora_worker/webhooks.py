@@ -6,11 +6,11 @@ In threads of their own, so that a slow receiver holds up neither the companion'
 import logging
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from threading import Lock, Thread
+from contextlib import suppress
+from threading import Event, Lock, Thread
 from typing import Final
-from urllib.parse import urlsplit
 
 import redis
 from zlora import webhook
@@ -33,13 +33,18 @@ _STORE_AWAY: Final = 30.0  # seconds until a store that did not answer is asked 
 _CLAIM: Final = 120.0  # seconds after which a companion that has said nothing of a job is taken for dead
 _AT_ONCE: Final = 16  # messages on their way
 _TO_ONE_HOST: Final = 2  # of them
-_WINDOW: Final = 100  # jobs that are looked at at once
-_EVERY: Final = 0.5  # seconds between two looks where nothing is due
-_BUSY: Final = 0.1  # seconds between two looks where something waits for others to end
+_TO_SLOW_HOSTS: Final = 8  # of them, to all of these together
+_SLOW: Final = 4.0  # seconds: below those in which a host that cannot be reached is given up
+_WINDOW: Final = 10_000  # due jobs that are known at once; the next ones are looked at after these
+_EVERY: Final = 0.5  # seconds between two looks
+_COST: Final = 10  # times as long as a look took is the least until the next: long lists are not read all the time
 _AWAY: Final = 2.0  # seconds until the next look where Redis does not answer
+_NO_THREAD: Final = 5.0  # seconds until a job comes again for which there was no thread
+_NO_SECRET: Final = 60.0  # seconds until a job comes again that cannot be signed here
+_EPOCH: Final = 1e9  # seconds; earlier versions wrote 1 for a time
 
-Failure = Callable[[str], ZloraError | None]
-"""The error of a job by what Celery knows of it; None where that is nothing, or no failure."""
+End = Callable[[str], GenerateResult | ZloraError | None]
+"""How a job has ended by what Celery knows of it; None where that is nothing."""
 
 logger = logging.getLogger("zlora_worker.webhooks")
 
@@ -53,11 +58,11 @@ def start(settings: Settings, ends: "Ends") -> None:
 class Ends:
     """How jobs have ended, as their webhooks tell it."""
 
-    def __init__(self, store: Store, links: Links, failure: Failure) -> None:
-        self._store, self._links, self._failure = store, links, failure
+    def __init__(self, store: Store, links: Links, end: End) -> None:
+        self._store, self._links, self._end = store, links, end
 
     def of(self, job: Ended) -> GenerateResult | ZloraError:
-        """The verdict, or the result with URLs as of now, or the failure that only Celery knows of.
+        """The verdict, or the result with URLs as of now, or what only Celery knows of.
 
         Raises `StoreFailed`, `InternalError` where a manifest is damaged, and `JobUnknown` where nothing is known.
         """
@@ -65,8 +70,9 @@ class Ends:
             return verdict
         if (result := stored(self._store, job.job_id)) is not None:
             return self._links.shown(result)
-        if (failure := self._failure(job.job_id)) is not None:
-            return failure
+        # With the worker's own URLs: a store without the manifest, such as another machine's folder, has no pictures.
+        if (end := self._end(job.job_id)) is not None:
+            return end
         raise JobUnknown("there is neither a result nor an error any more")
 
 
@@ -77,12 +83,28 @@ class Sender:
         self, outbox: Outbox, ends: Ends, settings: Settings, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._outbox, self._ends, self._settings, self._clock = outbox, ends, settings, clock
+        self._has_complained = False
 
     def send(self, job: Ended) -> None:
         """Send what a claimed job has to tell; raises `redis.RedisError`: then it comes again."""
-        if (asked := job.webhook) is None:
+        asked = job.webhook
+        if asked is None:
             self._give_up(job, "the job's record is gone")
-            return
+        elif not asked.host:
+            self._give_up(job, "no URL that is opened")
+        elif not self._settings.webhook_secret and self._clock() - job.closed < _PATIENCE:
+            self._leave_to_others(job)
+        else:
+            self._send(job, asked)
+
+    def _leave_to_others(self, job: Ended) -> None:
+        """Another companion of the queue may have the secret."""
+        if not self._has_complained:
+            logger.warning("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
+        self._has_complained = True
+        self._outbox.put_off(_NO_SECRET, job.job_id)
+
+    def _send(self, job: Ended, asked: Webhook) -> None:
         try:
             end = self._ends.of(job)
         except StoreFailed as error:
@@ -100,14 +122,14 @@ class Sender:
         elif not self._settings.webhook_secret:
             self._give_up(job, f"{WEBHOOK_SECRET} is not set for the workers", event=event)
         else:
-            body = webhook.body_of(job.job_id, end, at=float(job.record["closed"]))
-            self._try(job, asked, event, body)
+            at = job.closed if job.closed > _EPOCH else self._clock()
+            self._try(job, asked, event, webhook.body_of(job.job_id, end, at=at))
 
     def _try(self, job: Ended, asked: Webhook, event: str, body: bytes) -> None:
         from zlora.guard import GuardedSession  # with all of requests: where there are webhooks only
         from zlora_worker.post import Undelivered, post
 
-        name, secret = f"msg_{job.job_id}", self._settings.webhook_secret
+        name, secret = webhook.id_of(job.job_id, job.closed), self._settings.webhook_secret
         headers = webhook.sign(body, secret, message_id=name, timestamp=self._clock())
         count = self._outbox.begin(job.job_id)
         try:
@@ -139,33 +161,96 @@ class Sender:
 
 
 class Dispatcher:
-    """Starts what is due, some at once, and few to one host."""
+    """Starts what is due, some at once, few to one host, and to slow hosts not all.
+
+    What waits for a place is only read, not written to, so that a backlog for one host costs Redis next to nothing.
+    """
 
     def __init__(self, outbox: Outbox, sender: Sender) -> None:
         self._outbox, self._sender = outbox, sender
-        self._lock = Lock()
+        self._lock, self._free = Lock(), Event()  # the latter is set where a place becomes free
         self._under_way: Counter[str] = Counter()  # messages, by host
+        self._slow: dict[str, float] = {}  # hosts whose last try took long, and when that was
+        self._hosts: dict[str, str] = {}  # of the jobs that were due at the last look
+        self._due: dict[str, deque[str]] = {}  # those that are not started yet, by host: whose turn it is comes first
+        self._start_at, self._next_look = 0, 0.0
 
     def step(self) -> float:
         """Start what is due and has room; seconds until the next look. Raises `redis.RedisError`."""
-        if self._under_way.total() >= _AT_ONCE:
-            return _BUSY
-        jobs = self._outbox.claim(_WINDOW, _CLAIM)
-        waiting = [job.job_id for job in jobs if not self._start(job)]
-        if waiting:
-            self._outbox.put_off(_BUSY, *waiting)
-        return _BUSY if waiting else 0.0 if jobs else _EVERY
+        self._free.clear()  # before the places are counted
+        if time.monotonic() >= self._next_look:
+            self._look()
+        while picked := self._pick():
+            self._start(picked)
+        return max(0.0, self._next_look - time.monotonic())
 
-    def _start(self, job: Ended) -> bool:
-        host = urlsplit(job.webhook.url).netloc if job.webhook else ""
+    def rest(self, seconds: float) -> None:
+        """Wait so many seconds, or until a place becomes free."""
+        self._free.wait(seconds)
+
+    def _look(self) -> None:
+        start = time.monotonic()
+        due = self._outbox.due(self._start_at, _WINDOW)
+        self._start_at = self._start_at + _WINDOW if len(due) == _WINDOW else 0
+        new = [job_id for job_id in due if job_id not in self._hosts]
+        asked = self._outbox.webhooks(new)
+        hosts = self._hosts | {job_id: one.host if one else "" for job_id, one in zip(new, asked, strict=True)}
+        self._hosts = {job_id: hosts[job_id] for job_id in due}
+        found: dict[str, deque[str]] = {}
+        for job_id, host in self._hosts.items():
+            found.setdefault(host, deque()).append(job_id)
+        self._due = {host: found[host] for host in (*self._due, *found) if host in found}
+        now = time.monotonic()
+        self._next_look = now + max(_EVERY, _COST * (now - start))
         with self._lock:
-            if self._under_way.total() >= _AT_ONCE or self._under_way[host] >= _TO_ONE_HOST:
-                return False
-            self._under_way[host] += 1
-        Thread(target=self._carry, args=(job, host), daemon=True).start()
-        return True
+            self._slow = {host: at for host, at in self._slow.items() if now - at < _PATIENCE}
+
+    def _pick(self) -> list[tuple[str, str]]:
+        """Jobs with their hosts that have a place each, the caller's to give back."""
+        picked = []
+        with self._lock:
+            for host in list(self._due):
+                if self._under_way.total() >= _AT_ONCE:
+                    break
+                waiting = self._due[host]
+                while waiting and self._has_room(host):
+                    self._under_way[host] += 1
+                    picked.append((waiting.popleft(), host))
+                    self._due[host] = self._due.pop(host)  # the others are first now
+        return picked
+
+    def _has_room(self, host: str) -> bool:
+        if self._under_way.total() >= _AT_ONCE or self._under_way[host] >= _TO_ONE_HOST:
+            return False
+        slow = sum(count for name, count in self._under_way.items() if name in self._slow)
+        return host not in self._slow or slow < _TO_SLOW_HOSTS
+
+    def _start(self, picked: list[tuple[str, str]]) -> None:
+        """Claim jobs and send them; of those that another companion was faster with the places are given back."""
+        claimed: dict[str, Ended] = {}
+        try:
+            jobs = self._outbox.claim([job_id for job_id, _ in picked], _CLAIM)
+            claimed = {job.job_id: job for job in jobs}
+        finally:
+            for job_id, host in picked:
+                if job_id not in claimed:
+                    self._give_back(host)
+        for job_id, host in picked:
+            if job_id in claimed:
+                self._carry_off(claimed[job_id], host)
+
+    def _carry_off(self, job: Ended, host: str) -> None:
+        try:
+            Thread(target=self._carry, args=(job, host), daemon=True).start()
+        except (RuntimeError, MemoryError):  # the machine has no more threads
+            logger.warning("webhook of job %s: there is no thread for it", job.job_id)
+            self._give_back(host)
+            self._due.clear()  # until the next look: no other would have one
+            with suppress(redis.RedisError):  # then it comes again when its claim is over
+                self._outbox.put_off(_NO_THREAD, job.job_id)
 
     def _carry(self, job: Ended, host: str) -> None:
+        start = time.monotonic()
         try:
             self._sender.send(job)
         except redis.RedisError as error:
@@ -174,9 +259,20 @@ class Dispatcher:
             # Its text may hold an address with its secrets.
             logger.error("webhook of job %s: %s", job.job_id, type(error).__name__)  # noqa: TRY400
         finally:
-            with self._lock:
-                self._under_way[host] -= 1
-                self._under_way += Counter()  # forgets who has none
+            self._note(host, time.monotonic() - start)
+            self._give_back(host)
+
+    def _note(self, host: str, seconds: float) -> None:
+        with self._lock:
+            self._slow.pop(host, None)
+            if seconds > _SLOW:
+                self._slow[host] = time.monotonic()
+
+    def _give_back(self, host: str) -> None:
+        with self._lock:
+            self._under_way[host] -= 1
+            self._under_way += Counter()  # forgets who has none
+        self._free.set()
 
 
 def _pause(tries: int) -> float:
@@ -186,8 +282,10 @@ def _pause(tries: int) -> float:
 def _work(dispatcher: Dispatcher) -> None:
     while True:
         try:
-            pause = dispatcher.step()
+            dispatcher.rest(dispatcher.step())
         except redis.RedisError as error:
             logger.warning("Redis does not answer: %s", error)
-            pause = _AWAY
-        time.sleep(pause)
+            time.sleep(_AWAY)
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: without it nothing would be sent any more
+            logger.error("webhooks: %s", type(error).__name__)  # noqa: TRY400 - its text may hold an address
+            time.sleep(_AWAY)
