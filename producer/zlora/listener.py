@@ -155,7 +155,7 @@ class _Ear:
             except* Exception as errors:  # noqa: BLE001
                 if self.lost is None:
                     self.lost, pause = time.monotonic(), shortest
-                    logger.warning("results are not heard: %r", errors.exceptions[0])
+                    logger.info("results are not heard for now: %s", errors.exceptions[0])
                 self._ring_all()
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
