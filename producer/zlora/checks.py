@@ -2,13 +2,14 @@
 
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Any, Final, Literal
-from urllib.parse import urlsplit
+from typing import Any, Final, Literal, TypeVar
 
+import msgspec
 import redis
 from msgspec import Struct
 
@@ -16,7 +17,9 @@ from zlora import wire
 from zlora.errors import BrokerUnavailable, InvalidSetting, ModelUnavailable, ZloraError
 from zlora.job import QUEUE
 from zlora.ledger import connect
+from zlora.redaction import without_secrets
 
+T = TypeVar("T")
 Status = Literal["ok", "warn", "fail", "skip"]
 
 _PACKAGES: Final = ("z-image-lora", "celery", "kombu", "redis", "msgspec")
@@ -26,6 +29,7 @@ _SKEW: Final = 2.0  # seconds by which two clocks may differ
 _REPLY: Final = 1.0  # seconds in which workers answer, however many there are
 _LONGEST_REPLY: Final = 5.0  # seconds that known workers have
 _PATIENCE: Final = {"max_retries": 1, "interval_start": 0.1, "interval_max": 0.1}  # of kombu, where Redis goes away
+_PERCENT: Final = "In a password write / as %2F, # as %23, ? as %3F, @ as %40 and % as %25."
 _START: Final = "Start one, by `celery -A zlora_worker.app worker` or `zlora up`; while it loads it does not answer."
 
 
@@ -70,7 +74,7 @@ def checks(environ: Mapping[str, str]) -> Iterator[Check]:
     try:
         _require_urls(url, backend, queue)
     except InvalidSetting as error:
-        yield failed("broker", error, f"Set {error.details['name']} to one Redis, such as {wire.DEFAULT_BROKER}.")
+        yield _no_url(error, url, backend)
         return
     broken = yield from _redis("broker", url, wire.BROKER_URL)
     if backend == url:
@@ -100,34 +104,94 @@ def _require_urls(url: str, backend: str, queue: str) -> None:
     RedisBroker(url, result_backend=backend, queue=queue).close()
 
 
+def _no_url(error: InvalidSetting, url: str, backend: str) -> Check:
+    """The result backend is the broker where it has no variable of its own: then that one is not to be named."""
+    name, wrong = (wire.BROKER_URL, url) if backend == url else (error.details["name"], backend)
+    wrong = url if name == wire.BROKER_URL else wrong
+    told = InvalidSetting(f"{name}{str(error).removeprefix(error.details['name'])}", {"name": name})
+    return failed("broker", told, f"Set {name} to one Redis, such as {wire.DEFAULT_BROKER}.{_spelling(wrong)}")
+
+
+def _spelling(url: str) -> str:
+    """More advice, where a password may have cut the URL short."""
+    return f" {_PERCENT}" if _is_cut(url) else ""
+
+
+def _is_cut(url: str) -> bool:
+    """Whether a user or password seems to go on after what is read as the host."""
+    host, *rest = re.split("[/?#]", url.partition("://")[2], maxsplit=1)
+    return "@" not in host and "@" in "".join(rest)
+
+
+def _shown(url: str) -> str:
+    return f"{url.partition('://')[0]}://..." if _is_cut(url) else without_secrets(url)
+
+
 def _redis(name: str, url: str, variable: str) -> Generator[Check, None, bool]:
     """The checks of one Redis; returns whether it cannot be used."""
     try:
         with connect(url, seconds=wire.IMPATIENCE) as client:
             start = time.time()
-            info: dict[str, Any] = client.info()
+            client.ping()
             took = time.time() - start
-            skew = _skew(client)
+            info, skew = _allowed(client.info), _allowed(lambda: _skew(client))
     except redis.RedisError as error:
-        refused = BrokerUnavailable(f"{_shown(url)}: {error}")
-        yield failed(name, refused, f"Start a Redis there (`zlora up` brings one), or set {variable} to one that runs.")
+        yield _unusable(name, error, url, variable)
         return True
-    yield _answering(name, f"{_shown(url)} answers in {1000 * took:.0f} ms", info)
-    yield _persistence(f"{name}: persistence", info)
-    yield _memory(f"{name}: memory", info)
-    yield _clock(f"{name}: clock", skew)
+    told = f"{_shown(url)} answers in {1000 * took:.0f} ms"
+    if info is None:
+        yield skipped(name, f"{told}; its user may not ask by INFO what it is, what it keeps and how full it is")
+    else:
+        yield _answering(name, told, info, variable)
+        yield _persistence(f"{name}: persistence", info)
+        yield _memory(f"{name}: memory", info)
+    yield skipped(f"{name}: clock", "its user may not ask for it") if skew is None else _clock(f"{name}: clock", skew)
     return False
 
 
-def _answering(name: str, told: str, info: Mapping[str, Any]) -> Check:
+def _allowed(ask: Callable[[], T]) -> T | None:
+    """An answer, or None where the user may not ask."""
+    try:
+        return ask()
+    except redis.exceptions.NoPermissionError:
+        return None
+
+
+def _unusable(name: str, error: redis.RedisError, url: str, variable: str) -> Check:
+    told = f"{_shown(url)}: {error}"
+    match error:
+        case redis.AuthenticationError():
+            return failed(name, InvalidSetting(told), f"Put the right user and password into {variable}. {_PERCENT}")
+        case redis.exceptions.NoPermissionError():
+            return failed(name, InvalidSetting(told), f"Name another user in {variable}, or give this one more rights.")
+        case redis.ResponseError() if "DB index" in str(error):
+            return failed(
+                name, InvalidSetting(told), f"End {variable} with the number of a database that is there: /0."
+            )
+    advice = f"Start a Redis there (`zlora up` brings one), or set {variable} to one that runs.{_spelling(url)}"
+    return failed(name, BrokerUnavailable(told), advice)
+
+
+def _answering(name: str, told: str, info: Mapping[str, Any], variable: str) -> Check:
     spoken = str(info.get("redis_version", "0"))
     kind = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {spoken}"
     if int(spoken.partition(".")[0] or 0) < _OLDEST:
         return failed(name, InvalidSetting(f"{told}: {kind}"), f"Use Redis {_OLDEST} or later, or Valkey.")
+    if info.get("role") == "slave":
+        copy = InvalidSetting(f"{told}: {kind}, a replica, which takes no jobs")
+        primary = f"{info.get('master_host')}:{info.get('master_port')}"
+        return failed(name, copy, f"Set {variable} to its primary, {primary}.")
     return ok(name, f"{told}: {kind}")
 
 
 def _persistence(name: str, info: Mapping[str, Any]) -> Check:
+    if info.get("aof_enabled") and info.get("aof_last_write_status", "ok") != "ok":
+        unwritten = BrokerUnavailable("the last write to the append-only file has failed: Redis takes no jobs")
+        return failed(name, unwritten, "Look at Redis' disk and its log.")
+    for told, field in (("snapshot", "rdb_last_bgsave_status"), ("rewrite", "aof_last_bgrewrite_status")):
+        if info.get(field, "ok") != "ok":
+            said = f"the last {told} of the data has failed: Redis may stop to take jobs"
+            return doubtful(name, said, "Look at Redis' disk, its memory and its log.")
     if info.get("aof_enabled"):
         return ok(name, "appendonly is on")
     return doubtful(name, "appendonly is off: a restart loses the jobs", "Set `appendonly yes` in Redis.")
@@ -140,6 +204,8 @@ def _memory(name: str, info: Mapping[str, Any]) -> Check:
         advice = "Set `maxmemory-policy noeviction` in Redis: any other lets jobs go where memory is short."
         lossy = InvalidSetting(f"{told}: Redis may drop jobs")
         return failed(name, lossy, advice) if most else doubtful(name, told, advice)
+    if most and used >= most:
+        return failed(name, BrokerUnavailable(f"{told}: it takes no job"), "Raise `maxmemory` of Redis.")
     if most and used > _FULL * most:
         return doubtful(name, told, "Raise `maxmemory` of Redis, or start workers: a full Redis takes no job.")
     return ok(name, told)
@@ -165,8 +231,10 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
 
     try:
         return check()
+    except redis.exceptions.NoPermissionError as error:
+        return failed(name, InvalidSetting(str(error)), "Give the user of the broker's URL this right in Redis.")
     except (redis.RedisError, OperationalError) as error:
-        return failed(name, BrokerUnavailable(str(error)), "Look at Redis, and at what its user may do there.")
+        return failed(name, BrokerUnavailable(str(error)), "Look at Redis: it has answered a moment ago.")
 
 
 def _queue(url: str, queue: str) -> Check:
@@ -179,7 +247,8 @@ def _queue(url: str, queue: str) -> Check:
         pipe.zcard(wire.outbox_key(queue))
         pipe.zcard(wire.dead_key(queue))
         pipe.get(wire.refused_key(queue))
-        *found, pending, dead, refused = pipe.execute()
+        pipe.zrange(wire.dead_key(queue), -1, -1)
+        *found, pending, dead, refused, latest = pipe.execute()
     counts, oldest = found[::2], _age(found[1::2])
     ranks = ", ".join(f"{counts[step]} {name}" for name, step in wire.PRIORITIES.items())
     waiting = f", the oldest for {oldest:.0f} s" if oldest is not None else ""
@@ -188,8 +257,21 @@ def _queue(url: str, queue: str) -> Check:
         advice = "Look for a program that sends other messages to this queue; the workers' logs show them."
         return doubtful("queue", f"{told}; {int(refused)} messages could not be read", advice)
     if dead:
-        return doubtful("queue", told, "Look at the receivers of webhooks: what they refuse for two hours is given up.")
+        advice = (
+            "Look at the receivers: what they refuse for two hours is given up. `zlora webhooks` tells and resends."
+        )
+        return doubtful("queue", f"{told}{_reason(latest)}", advice)
     return ok("queue", told)
+
+
+def _reason(letters: list[str]) -> str:
+    """Why the latest webhook was given up, where that is written there."""
+    from zlora.outbox import DeadLetter
+
+    with suppress(msgspec.DecodeError):
+        for letter in letters:
+            return f", the latest because: {msgspec.json.decode(letter, type=DeadLetter).reason}"
+    return ""
 
 
 def _age(messages: list[str | None]) -> float | None:
@@ -204,12 +286,11 @@ def _age(messages: list[str | None]) -> float | None:
 
 def _workers(url: str, backend: str, queue: str) -> Check:
     """Who serves the queue. A worker answers once its model is loaded, and while it draws."""
-    from celery import Celery
+    from zlora.own_app import OwnApp
 
     config = wire.impatient_config(broker_url=url, result_backend=backend, queue=queue)
     config["broker_transport_options"] |= _PATIENCE
-    with Celery("zlora_doctor", set_as_current=False) as app:
-        app.conf.update(config, broker_connection_retry=False)
+    with OwnApp("zlora_doctor", config | {"broker_connection_retry": False}) as app:
         queues = app.control.inspect(timeout=_REPLY).active_queues() or {}
         serving = sorted(name for name, served in queues.items() if queue in [item.get("name") for item in served])
         if not serving:
@@ -227,9 +308,3 @@ def _versions(serving: list[str], versions: Mapping[str, str | None]) -> Check:
         advice = f"Bring workers and producers to one version, workers first: here is {own}."
         return doubtful("workers", told, advice)
     return ok("workers", told)
-
-
-def _shown(url: str) -> str:
-    """Without credentials and options."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

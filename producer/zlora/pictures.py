@@ -27,14 +27,25 @@ def save(result: GenerateResult, folder: Path) -> list[Path]:
     The folder is made where it is not there; what has such a name is replaced. Raises `PictureUnavailable`, and
     `OSError` where the folder cannot be written.
     """
-    name = check_job_id(result.job_id)  # it becomes a path
+    files = paths(result, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, image in enumerate(result.images):
-        path = folder / f"{name}-{index}.{_ending(image)}"
-        _write(path, read(image))
-        paths.append(path)
-    return paths
+    for path, image in zip(files, result.images, strict=True):
+        _write(path, _of(result, image))
+    return files
+
+
+def paths(result: GenerateResult, folder: Path) -> list[Path]:
+    """Where `save` writes a result's pictures; raises `PictureUnavailable` where one is of no kind that is known."""
+    name = check_job_id(result.job_id)  # it becomes a path
+    return [folder / f"{name}-{index}.{_ending(image)}" for index, image in enumerate(result.images)]
+
+
+def _of(result: GenerateResult, image: ImageRef) -> bytes:
+    try:
+        return read(image)
+    except PictureUnavailable as error:
+        error.tell(job_id=result.job_id)
+        raise
 
 
 def read(image: ImageRef, *, timeout: float = 30.0) -> bytes:

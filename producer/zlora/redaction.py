@@ -14,7 +14,7 @@ def without_secrets(address: str) -> str:
         return scheme.rpartition("@")[2]
     if scheme == "cozy" and "://" not in rest:
         return f"cozy://{rest}"
-    if scheme.lower() == "file" and rest.startswith("/"):
+    if scheme.lower() in ("file", "redis+socket", "unix") and rest.startswith("/"):
         return f"{scheme}://{rest}"
     if "://" in rest or rest.startswith("/"):
         return f"{scheme}://{without_secrets(rest.lstrip('/'))}"
@@ -33,7 +33,7 @@ def shown(request: object) -> str:
     """A request in one line for logs and watchers: prompt, names and numbers, and of addresses what may be shown."""
     if not isinstance(request, dict):
         return printable(request)
-    parts = [f"{_on_one_line(name)}={_told(name, value)}" for name, value in request.items() if name != "loras"]
+    parts = [f"{on_one_line(name)}={_told(name, value)}" for name, value in request.items() if name != "loras"]
     loras = request.get("loras")
     files = [spec.get("file") for spec in loras if isinstance(spec, dict)] if isinstance(loras, list | tuple) else []
     addresses = [value for file in files if isinstance(file, dict) for value in file.values()]
@@ -48,7 +48,7 @@ def _told(name: object, value: object) -> str:
 def printable(value: object) -> str:
     """A value in one short line; of an address only what may be shown."""
     if isinstance(value, dict):
-        return f"an object with {', '.join(sorted(map(_on_one_line, value))) or 'no fields'}"[:200]
+        return f"an object with {', '.join(sorted(map(on_one_line, value))) or 'no fields'}"[:200]
     if isinstance(value, list | tuple):
         return f"an array of {len(value)}"
     return _cut(repr(without_secrets(value) if isinstance(value, str) else value))
@@ -58,6 +58,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _on_one_line(name: object) -> str:
+def on_one_line(name: object) -> str:
     """A stranger's field name, which forges no line."""
     return "".join(character if character.isprintable() else "?" for character in str(name))

@@ -1,5 +1,6 @@
 """`zlora demo`, as its user runs it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ DOCUMENTS = ("basic", "single_lora", "multiple_loras", "cozy_ref")
 def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> None:
     """In an empty data folder: exit status 0, four rows of SUCCESS with their pictures, one tile for each variant.
 
-    What a user has set for a real model is none of the demo's.
+    What a user has set for a real model is none of the demo's. Told as JSON the same is on stderr, and for a program
+    on stdout.
     """
     environ = clean_environ(
         {
@@ -23,12 +25,12 @@ def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> No
             "COLUMNS": "200",
         }
     )
-    command = [str(Path(sys.executable).with_name("zlora")), "demo", "--out", str(tmp_path / "out")]
+    command = [str(Path(sys.executable).with_name("zlora")), "demo", "--json", "--out", str(tmp_path / "out")]
 
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path, check=False)
 
     assert ended.returncode == 0, ended.stderr
-    rows = {line.split()[1]: line for line in ended.stdout.splitlines() if " SUCCESS " in line}
+    rows = {line.split()[1]: line for line in ended.stderr.splitlines() if " SUCCESS " in line}
     assert tuple(rows) == DOCUMENTS
     for line in rows.values():
         with Image.open(tmp_path / line.split("│")[-2].strip()) as picture:
@@ -39,3 +41,6 @@ def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> No
         ]
     drawn = [tile.tobytes() for tile in tiles if len(tile.getcolors(1 << 16) or ()) > 100]
     assert len(drawn) == len(set(drawn)) == 9
+    told = json.loads(ended.stdout)
+    assert told["sheet"] == str(tmp_path / "out" / "contact-sheet.png")
+    assert len([job for job in told["jobs"] if job["result"]["base_intact"]]) == 9

@@ -378,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(scene: Scene, run: Callable
     result = run(path, "--out", tmp_path / "out")
 
     assert result.stdout == f"identical   {path}\n1 picture: 1 identical\n"
-    assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / 'out'}: File exists\n")
+    assert (result.exit_code, result.stderr) == (73, f"Error: {tmp_path / 'out'}: File exists [cannot_write]\n")
 
 
 def test_the_command_brings_in_no_library_of_the_worker() -> None:

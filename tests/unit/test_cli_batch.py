@@ -20,7 +20,7 @@ from zlora.async_client import AsyncClient
 from zlora.broker import Entry
 from zlora.cli import connection, main
 from zlora.errors import BrokerUnavailable, LoraNotFound
-from zlora.job import GenerateRequest, GenerateResult, plain
+from zlora.job import Cancellation, GenerateRequest, GenerateResult, plain
 from zlora.testing import MemoryWorker, Progress, placeholder
 
 # Celery stores a result as redis-py does not like any more.
@@ -79,11 +79,15 @@ def prompts(count: int) -> list[dict[str, Any]]:
 
 
 def test_each_line_has_its_result_and_the_job_is_its_own(site: Site) -> None:
-    """Also two lines that are alike; empty lines are none, and still count."""
+    """Also two lines that are alike; empty lines are none, and still count. What fails is told as it does."""
     site.write({"prompt": "a city"}, "", {"prompt": "a city"}, {"request": {"prompt": "gone"}})
     result = site.run()
 
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "3 jobs: 2 drawn, 1 failed\n", "")
+    (failed,) = (end for end in site.ends if "error" in end)
+    assert (result.exit_code, result.stdout) == (1, "3 jobs: 2 drawn, 1 failed\n")
+    assert result.stderr.startswith(f"line 4: {failed['job_id']} ")
+    assert result.stderr.endswith(" [lora_not_found]\n")
+    assert result.stderr.count("\n") == 1
     assert site.outcomes == [(1, "drawn"), (3, "drawn"), (4, "lora_not_found")]
     assert sorted(end["job_id"] for end in site.ends) == sorted(site.worker.requests)
     drawn = [msgspec.convert(end["result"], GenerateResult) for end in site.ends if "result" in end]
@@ -162,13 +166,17 @@ def test_all_lines_that_are_no_jobs_are_told_and_nothing_is_sent(site: Site) -> 
         {"request": {"prompt": "another"}, "job_id": "mine"},
         {"request": {"prompt": "a city"}, "priority": "urgent"},
         ["a city"],
+        "\ufeff" + json.dumps({"prompt": "a city"}),
+        '{"prompt": ' + 5000 * "[" + 5000 * "]" + "}",
     )
+    with site.jobs.open("ab") as file:
+        file.write(b'{"prompt": "\xff"}\n')
     result = site.run("--json")
 
     told = json.loads(result.stdout)["error"]
     assert (result.exit_code, told["code"]) == (65, "invalid_request")
-    assert [wrong["line"] for wrong in told["details"]["lines"]] == [2, 3, 4, 6, 7, 8]
-    for line in ("line 2: ", "wieght", "line 6: job_id: mine is line 5's", "line 7: "):
+    assert [wrong["line"] for wrong in told["details"]["lines"]] == [2, 3, 4, 6, 7, 8, 9, 10, 11]
+    for line in ("line 2: ", "wieght", "line 6: job_id: mine is line 5's", "line 7: ", "byte order mark", "line 11: "):
         assert line in result.stderr
     assert not site.worker.requests
     assert not site.results.exists()
@@ -223,6 +231,27 @@ def test_where_results_cannot_be_written_nothing_is_sent(site: Site, tmp_path: P
 
     assert site.run().exit_code == 73
     assert not site.worker.requests
+
+
+def test_pictures_that_cannot_be_written_are_not_drawn(site: Site, tmp_path: Path) -> None:
+    site.write({"prompt": "a city"})
+    (tmp_path / "pictures").write_text("a file")
+
+    assert site.run("--pictures", str(tmp_path / "pictures")).exit_code == 73
+    assert not site.worker.requests
+
+
+def test_results_go_to_a_file_or_nowhere(site: Site) -> None:
+    """A pipe would be waited for; and a batch has a name."""
+    site.write({"prompt": "a city"})
+    os.mkfifo(site.results)
+
+    piped = site.run()
+    assert (piped.exit_code, "no regular file" in piped.stderr) == (2, True)
+    site.results = Path(os.devnull)
+    assert site.run("--name", "").exit_code == 2
+    assert not site.worker.requests
+    assert site.run().exit_code == 0
 
 
 # --- again
@@ -309,6 +338,113 @@ def test_a_picture_that_cannot_be_brought_here_is_asked_for_again(site: Site, tm
     assert len(site.worker.requests) == 2
 
 
+def test_pictures_of_lines_that_are_done_are_brought_later(site: Site, tmp_path: Path) -> None:
+    """From what is written down, or by new URLs where the old have ended; and only those that are not there."""
+    site.write(*prompts(2))
+    site.run("--in-flight", "1")
+    ended, whole = site.ends
+    ended["result"]["images"][0] |= {"data_uri": None, "url": "file:///no/such/0.png"}
+    site.results.write_text(f"{json.dumps(ended)}\n{json.dumps(whole)}\n")
+    folder = tmp_path / "pictures"
+
+    assert site.run("--pictures", str(folder)).exit_code == 0
+    assert {path.name for path in folder.iterdir()} == {f"{end['job_id']}-0.png" for end in (ended, whole)}
+    assert len(site.ends) == len(site.worker.requests) == 2
+    (folder / f"{whole['job_id']}-0.png").write_bytes(b"as it is")
+    site.worker = MemoryWorker()
+    assert site.run("--pictures", str(folder)).exit_code == 0
+    assert (folder / f"{whole['job_id']}-0.png").read_bytes() == b"as it is"
+
+
+def test_pictures_that_are_gone_are_told_with_their_job(site: Site, tmp_path: Path) -> None:
+    site.write({"prompt": "a city", "url_policy": "key"})
+    site.run()
+    result = site.run("--pictures", str(tmp_path / "pictures"), "--json")
+
+    (name,) = site.worker.requests
+    told = json.loads(result.stdout)["error"]
+    assert (result.exit_code, told["code"], told["details"]["job_id"]) == (75, "picture_unavailable", name)
+
+
+# --- cancelled
+
+
+def test_a_job_that_another_has_cancelled_is_drawn_under_an_id_of_its_own(site: Site) -> None:
+    """And that is told: it may be a run that was killed before it wrote it down."""
+    site.write({"prompt": "a city"})
+    site.run()
+    (first,) = site.worker.requests
+    site.results.unlink()
+    site.worker = MemoryWorker()
+    site.worker.client().job(first).cancel()
+    result = site.run()
+
+    assert (result.exit_code, site.outcomes) == (0, [(1, "drawn"), (1, "job_revoked")])
+    before, second = [end["job_id"] for end in site.ends]
+    assert before == first != second
+    assert f"[job_revoked]: drawn again as {second}\n" in result.stderr
+    assert site.run().exit_code == 0
+    assert len(site.ends) == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_job_that_is_cancelled_whenever_it_comes_is_an_error(site: Site, named: bool) -> None:
+    """At once where its line names it, and else at its second id."""
+
+    class Refusing(MemoryWorker):
+        def put(self, entries: Any) -> None:
+            for entry in entries:
+                self.cancel(entry.job_id)
+            super().put(entries)
+
+    site.worker = Refusing()
+    site.write({"request": {"prompt": "a city"}, "job_id": "mine"} if named else {"prompt": "a city"})
+    result = site.run()
+
+    assert result.exit_code == 1
+    assert site.outcomes == (1 if named else 2) * [(1, "job_revoked")]
+    assert result.stderr.startswith(f"line 1: {site.ends[0]['job_id']} ")
+
+
+class Signalling(MemoryWorker):
+    """Sends a signal when two jobs wait, and all of them while jobs are cancelled."""
+
+    def put(self, entries: Any) -> None:
+        super().put(entries)
+        if len(self.requests) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def cancel(self, job_id: str) -> Cancellation:
+        for end in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            os.kill(os.getpid(), end)
+        return super().cancel(job_id)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The handlers of this process's signals are its own again after the test."""
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(end) for end in ends]
+    yield
+    for end, handler in zip(ends, before, strict=True):
+        signal.signal(end, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_signals_while_jobs_are_cancelled_change_nothing(site: Site) -> None:
+    """All are cancelled and written down, but for those that a line names: these may be somebody else's."""
+    site.worker = Signalling(paused=True)
+    site.write({"prompt": "a city"}, {"request": {"prompt": "a city"}, "job_id": "mine"}, {"prompt": "never sent"})
+    result = site.run("--in-flight", "2")
+
+    assert (result.exit_code, site.outcomes) == (143, [(1, "job_revoked")])
+    assert result.stderr == (
+        "1 jobs are cancelled; 1 jobs that lines name go on: they may be somebody else's; "
+        "the same command goes on [interrupted]\n"
+    )
+    assert site.worker.run() == 1
+
+
 # --- kill -9, and signals, with a broker that outlives the command
 
 
@@ -389,9 +525,8 @@ def test_a_batch_that_is_killed_goes_on_and_draws_nothing_twice(
         assert len(looking.keys("zlora:job:*")) == 4
 
 
-@pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_where_nobody_can_be_asked_a_signal_cancels_what_is_in_flight(
-    client: Client, start: Callable[[], "subprocess.Popen[str]"], tmp_path: Path, end: signal.Signals, status: int
+    client: Client, start: Callable[[], "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
     """And the next run draws it under other ids."""
     site = Site(tmp_path)
@@ -400,10 +535,10 @@ def test_where_nobody_can_be_asked_a_signal_cancels_what_is_in_flight(
     wait_until(lambda: len(waiting(client)) == 2, "two are in flight")
     cancelled = waiting(client)
 
-    os.kill(process.pid, end)
+    process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
 
-    assert (process.returncode, told) == (status, "2 jobs are cancelled; the same command goes on [interrupted]\n")
+    assert (process.returncode, told) == (130, "2 jobs are cancelled; the same command goes on [interrupted]\n")
     assert [client.job(job_id).status().state for job_id in cancelled] == ["REVOKED", "REVOKED"]
     assert [end["error"]["code"] for end in site.ends] == ["job_revoked", "job_revoked"]
     start()

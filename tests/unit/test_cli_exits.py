@@ -1,15 +1,20 @@
 """How commands end: one status a class of errors, one line or one document for each."""
 
 import json
+import os
 import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from click.testing import CliRunner, Result
 from zlora import errors
 from zlora.cli import connection, exits, main
 from zlora.errors import ZloraError
+from zlora.testing import MemoryWorker
 
 DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 CLASSES: list[type[ZloraError]] = [getattr(errors, name) for name in errors.__all__]
@@ -74,6 +79,95 @@ def test_a_command_that_is_misspelt_is_told_with_status_2() -> None:
 
     assert result.exit_code == 2
     assert "sumbit" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["submit", "--stepz", "--json"], ["submit", "--json", "--steps", "x"]])
+def test_with_json_what_makes_no_sense_is_a_document_too(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+
+    assert (result.exit_code, result.stderr) == (2, "")
+    assert json.loads(result.stdout)["error"]["code"] == "usage"
+
+
+def test_an_error_is_one_line_whoever_chose_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = Path("a\nname\x1b[2J")
+    result = ending(monkeypatch, FileNotFoundError(2, "No such file", str(name)))
+
+    assert (result.exit_code, result.stderr) == (73, "Error: a?name?[2J: No such file [cannot_write]\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("cache_command", ["cache", "ls"]), ("replay_command", ["replay", "x.png"]), ("demo.command", ["demo"])],
+)
+def test_a_command_whose_packages_are_not_here_is_a_setting_that_makes_no_sense(
+    monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(f"zlora_worker.{module}.find_spec", lambda _: None)
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+
+    assert (result.exit_code, result.stderr) == (78, "")
+    error = json.loads(result.stdout)["error"]
+    assert (error["code"], "pip install 'z-image-lora[worker" in error["message"]) == ("invalid_setting", True)
+
+
+@contextmanager
+def _full() -> Iterator[IO[str]]:
+    with open("/dev/full", "w") as stream:
+        yield stream
+
+
+@contextmanager
+def _left() -> Iterator[IO[str]]:
+    """A pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        yield stream
+
+
+def run(stream: str, opened: Callable[[], AbstractContextManager[IO[str]]], *arguments: str) -> int:
+    """The exit status of a command with such a stream; what is left in it to be flushed would raise."""
+    with opened() as other, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, stream, other)
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("opened", "status", "options", "lines"),
+    [(_full, 73, [], 2), (_full, 73, ["--json"], 0), (_left, 141, [], 0), (_left, 141, ["--json"], 0)],
+)
+def test_what_cannot_be_printed_is_told_and_what_nobody_reads_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    *,
+    opened: Callable[[], AbstractContextManager[IO[str]]],
+    status: int,
+    options: list[str],
+    lines: int,
+) -> None:
+    """And Python has nothing left to complain of; the results of a batch are in its file."""
+    worker = MemoryWorker()
+    monkeypatch.setattr(connection, "client", worker.client)
+    monkeypatch.setattr(connection, "async_client", worker.async_client)
+    jobs, results = tmp_path / "jobs.jsonl", tmp_path / "results.jsonl"
+    jobs.write_text('{"prompt": "a city"}')
+
+    for arguments in (["submit", "a city"], ["batch", str(jobs), "--out", str(results)]):
+        assert run("stdout", opened, *arguments, *options) == status
+    told = capsys.readouterr().err
+    assert told.count("the output: No space left on device [cannot_write]\n") == lines
+    assert "Traceback" not in told
+    assert len(results.read_text().splitlines()) == 1
+
+
+def test_where_not_even_the_error_can_be_printed_its_status_tells() -> None:
+    assert run("stderr", _full, "submit", "a city", "--steps", "0") == 65
+    assert run("stderr", _full, "sumbit") == 73
 
 
 def test_the_docs_have_the_table() -> None:

@@ -3,6 +3,10 @@
 import base64
 import hashlib
 import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from zlora.cli import connection, main
 from zlora.errors import LoraNotFound
-from zlora.job import GenerateRequest, GenerateResult, plain, read_request
+from zlora.job import Cancellation, GenerateRequest, GenerateResult, plain, read_request
 from zlora.testing import MemoryWorker, Progress, placeholder
 
 DATA = b"the bytes of a picture"
@@ -84,6 +88,7 @@ def test_an_option_is_a_field_of_the_request(
         (f"{LORA}:0.8", {"url": LORA}, 0.8),
         (f"{LORA}:-1", {"url": LORA}, -1.0),
         (f"{LORA}:.5", {"url": LORA}, 0.5),
+        (f"{LORA}:1e-1", {"url": LORA}, 0.1),
         ("hf://owner/repo/x.safetensors@main:2", {"url": "hf://owner/repo/x.safetensors@main"}, 2.0),
         ("civitai://123", {"url": "civitai://123"}, 1.0),
         ("civitai://123:0.3", {"url": "civitai://123"}, 0.3),
@@ -122,6 +127,9 @@ def test_options_go_before_the_document(worker: MemoryWorker, tmp_path: Path, na
         (["a city", "--size", "big"], 2, "WIDTHxHEIGHT"),
         (["a city", "--format", "gif"], 2, "gif"),
         ([], 2, "PROMPT"),
+        (["a city", "--timeout", "nan"], 2, "nan"),
+        (["a city", "--expires-in", "nan"], 2, "nan"),
+        (["--request", "no/such"], 2, "No such file"),
         (["a city", "--steps", "0"], 65, "$.num_inference_steps"),
         (["a city", "--lora", "owner/repo:9"], 65, "$.loras[0].weight"),
         (["a city", "--job-id", "../x"], 65, "[invalid_job_id]"),
@@ -232,11 +240,120 @@ def test_after_the_wait_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
     assert worker.run() == 1
 
 
-@pytest.mark.usefixtures("worker")
-def test_where_pictures_cannot_be_written_it_is_told_with_status_73(tmp_path: Path) -> None:
+def test_a_wait_that_is_no_number_is_refused_before_anything_is_sent(worker: MemoryWorker) -> None:
+    assert run("generate", "a city", "--wait", "nan").exit_code == run("result", "x", "--wait", "nan").exit_code == 2
+    assert not worker.requests
+
+
+@pytest.mark.parametrize("given", [b"\xef\xbb\xbf{}", b'{"prompt": "\xff"}', 5000 * b"[", b""])
+def test_whatever_a_document_is_it_is_refused_in_one_line(worker: MemoryWorker, given: bytes) -> None:
+    result = CliRunner().invoke(main, ["submit", "--request", "-"], input=given)
+
+    assert (result.exit_code, result.stderr.count("\n")) == (65, 1)
+    assert result.stderr.startswith("Error: --request: ")
+    assert not worker.requests
+
+
+def test_where_pictures_cannot_be_written_nothing_is_drawn(worker: MemoryWorker, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     told, as_json = run("generate", "a city", "--out", "out"), run("generate", "a city", "--out", "out", "--json")
 
-    assert told.exit_code == as_json.exit_code == 73
-    assert told.stderr.endswith("Error: out: File exists [cannot_write]\n")
+    assert (told.exit_code, told.stderr) == (73, "Error: out: File exists [cannot_write]\n")
+    assert as_json.exit_code == 73
     assert json.loads(as_json.stdout)["error"]["details"] == {"path": "out"}
+    assert not worker.requests
+
+
+def test_an_error_after_the_job_is_drawn_names_it(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker, tmp_path: Path
+) -> None:
+    """Whether its pictures cannot be brought here or cannot be written."""
+
+    def spoil(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+        (tmp_path / "out").rmdir()
+        (tmp_path / "out").write_text("a file")
+        return placeholder(job_id, request)
+
+    monkeypatch.setattr(worker, "_draw", placeholder_of)
+    unseen = run("generate", "a city", "--job-id", "unseen", "--json")
+    monkeypatch.setattr(worker, "_draw", spoil)
+    unwritten = run("generate", "a city", "--job-id", "unwritten", "--json", "--out", "out")
+
+    assert (unseen.exit_code, unwritten.exit_code) == (75, 73)
+    assert json.loads(unseen.stdout)["error"]["details"] == {"key": "runs/unseen/outputs/0.png", "job_id": "unseen"}
+    assert json.loads(unwritten.stdout)["error"]["details"] == {"path": "out", "job_id": "unwritten"}
+
+
+def placeholder_of(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+    """A result whose pictures have keys alone."""
+    return placeholder(job_id, msgspec.structs.replace(request, url_policy="key"))
+
+
+# --- streams and signals
+
+
+class Signalling(MemoryWorker):
+    """Sends a signal when a job has come, and all of them while it is cancelled."""
+
+    def put(self, entries: Any) -> None:
+        super().put(entries)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def cancel(self, job_id: str) -> Cancellation:
+        for end in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            os.kill(os.getpid(), end)
+        return super().cancel(job_id)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The handlers of this process's signals are its own again after the test."""
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(end) for end in ends]
+    yield
+    for end, handler in zip(ends, before, strict=True):
+        signal.signal(end, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("name", [[], ["--job-id", "mine"], ["--idempotency-key", "order 7"]])
+def test_without_a_question_a_job_is_cancelled_unless_it_may_be_another_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: list[str]
+) -> None:
+    """Whatever signals come meanwhile."""
+    worker = Signalling(paused=True)
+    monkeypatch.setattr(connection, "client", worker.client)
+    monkeypatch.chdir(tmp_path)
+    result = run("generate", "a city", *name)
+
+    (job_id,) = worker.requests
+    assert (result.exit_code, worker.run()) == (143, 1 if name else 0)
+    said = "goes on, since a job with a name of yours may be somebody else's" if name else "is cancelled"
+    assert f"job {job_id} {said}" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_streams_that_are_closed_stop_nothing(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker, tmp_path: Path
+) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+
+    for arguments, status in ((["generate", "a city", "--job-id", "j"], 0), (["submit", "--request", "-"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == status
+    assert (tmp_path / "j-0.png").exists()
+    assert list(worker.requests) == ["j"]
+
+
+def test_output_that_cannot_be_encoded_is_escaped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(connection, "client", MemoryWorker(draw=draw).client)
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "printed").open("w", encoding="latin-1") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", "a city", "--out", "\u0416"])
+
+    assert ended.value.code == 0
+    assert "picture: \\u0416/" in (tmp_path / "printed").read_text()

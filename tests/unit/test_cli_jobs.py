@@ -43,6 +43,12 @@ def test_status_is_a_line_a_job() -> None:
 
 
 @pytest.mark.usefixtures("worker")
+def test_an_id_that_is_given_twice_is_told_twice_and_cancelled_once() -> None:
+    assert run("status", "done", "done").stdout == "done  SUCCESS\ndone  SUCCESS\n"
+    assert run("cancel", "first", "first").stdout == "first  cancelled, not begun\n"
+
+
+@pytest.mark.usefixtures("worker")
 def test_status_as_json_is_an_array_of_any_number() -> None:
     assert json.loads(run("status", "second", "--json").stdout) == [
         {"job_id": "second", "state": "PENDING", "phase": "queued", "position": 1}

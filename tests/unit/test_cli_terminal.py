@@ -46,10 +46,11 @@ class Terminal:
         os.close(slave)
         self.text = ""
 
-    def sees(self, pattern: str) -> None:
-        """Wait until such words are there; what was seen before is left out."""
+    def sees(self, pattern: str) -> str:
+        """Wait until such words are there, and give the first group; what was seen before is left out."""
         found = wait_until(lambda: re.search(pattern, self._read(), re.DOTALL), f"{pattern} in {self.text!r}")
         self.text = self.text[found.end() :]
+        return "".join(found.groups()[:1])
 
     def types(self, keys: bytes) -> None:
         os.write(self._master, keys)
@@ -140,7 +141,6 @@ def test_a_bar_shows_how_far_the_job_is_and_a_table_what_was_used(
     ("answer", "state", "said"),
     [
         (b"\n", JobState.REVOKED, "job j is cancelled"),
-        (b"n\n", JobState.PENDING, "job j goes on: zlora result j"),
         (CTRL_C, JobState.PENDING, "job j goes on: zlora result j"),
     ],
 )
@@ -159,17 +159,21 @@ def test_ctrl_c_asks_once_whether_to_cancel(
     assert client.job("j").status().state is state
 
 
-@pytest.mark.parametrize(("end", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_from_outside_cancels_without_a_question(
-    client: Client, terminal: Callable[..., Terminal], end: signal.Signals, status: int
+@pytest.mark.parametrize(("asked", "end", "status"), [(False, signal.SIGHUP, 129), (True, signal.SIGTERM, 143)])
+def test_a_signal_from_outside_cancels_without_an_answer(
+    client: Client, terminal: Callable[..., Terminal], asked: bool, end: signal.Signals, status: int
 ) -> None:
-    shell = terminal(*SMALL)
-    shell.sees("queued")
+    """Also in the middle of the question."""
+    shell = terminal("generate", "a city")
+    job_id = shell.sees(r"job (\S+)\r\n.*queued")
+    if asked:
+        shell.types(CTRL_C)
+        shell.sees(r"Cancel job .* \[Y/n\]: ")
     shell.process.send_signal(end)
 
     assert shell.ends() == status
-    assert "Cancel" not in shell.text
-    assert client.job("j").status().state is JobState.REVOKED
+    assert f"job {job_id} is cancelled" in shell.text
+    assert client.job(job_id).status().state is JobState.REVOKED
 
 
 def test_ctrl_c_cancels_no_job_that_the_command_has_not_submitted(
@@ -185,10 +189,10 @@ def test_ctrl_c_cancels_no_job_that_the_command_has_not_submitted(
 
 
 def test_where_nobody_can_be_asked_ctrl_c_cancels(client: Client, environ: dict[str, str], tmp_path: Path) -> None:
-    """Without a terminal there are lines, one a phase, and no control character."""
+    """As where stdin is closed. Without a terminal there are lines, one a phase, and no control character."""
     process = subprocess.Popen(
-        [ZLORA, *SMALL, "--json"], env=environ, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        ["/bin/sh", "-c", 'exec "$0" generate "a city" --json <&-', ZLORA], env=environ, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert process.stderr is not None
@@ -199,14 +203,15 @@ def test_where_nobody_can_be_asked_ctrl_c_cancels(client: Client, environ: dict[
         process.kill()
         process.communicate()
 
-    assert told == ["job j\n", "queued (0 before it)\n"]
+    job_id = told[0].split()[1]
+    assert told == [f"job {job_id}\n", "queued (0 before it)\n"]
     assert process.returncode == 130
-    assert msgspec.json.decode(output)["error"]["details"] == {"job_id": "j", "cancelled": "queued"}
-    assert client.job("j").status().state is JobState.REVOKED
+    assert msgspec.json.decode(output)["error"]["details"] == {"job_id": job_id, "cancelled": "queued"}
+    assert client.job(job_id).status().state is JobState.REVOKED
 
 
 def test_a_batch_asks_once_for_all_in_flight(client: Client, terminal: Callable[..., Terminal], tmp_path: Path) -> None:
-    """No leaves them, and the same command meets them again."""
+    """Ctrl-D is a no and leaves them, and the same command meets them again."""
     lines = [{"request": {"prompt": "a city"}, "job_id": name} for name in ("j", "k", "l")]
     (tmp_path / "jobs.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
     shell = terminal("batch", "jobs.jsonl", "--out", "results.jsonl", "--in-flight", "2")
@@ -216,7 +221,7 @@ def test_a_batch_asks_once_for_all_in_flight(client: Client, terminal: Callable[
     shell.sees("━.*1/3")
     shell.types(CTRL_C)
     shell.sees(r"Cancel the 2 jobs in flight\? \[Y/n\]: ")
-    shell.types(b"n\n")
+    shell.types(b"\x04")
 
     assert shell.ends() == 130
     assert "2 jobs go on; the same command meets them again" in shell.text

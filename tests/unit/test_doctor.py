@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 import zlora.checks
@@ -22,6 +23,7 @@ from click.testing import CliRunner, Result
 from processes import free_port, wait_until
 from zlora import Client, wire
 from zlora.cli import main
+from zlora.outbox import DeadLetter
 
 
 @pytest.fixture
@@ -57,6 +59,18 @@ def doctor(environ: Mapping[str, str], *options: str) -> Result:
     return CliRunner().invoke(main, ["doctor", *options], env=environ)
 
 
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """A worker's variables, in an empty data folder: nothing here is to draw."""
+    return {
+        "ZLORA_HOME": str(tmp_path / "home"),
+        "ZLORA_MODEL": "demo",
+        "ZLORA_DEVICE": "cpu",
+        "ZLORA_STORE": (tmp_path / "store").as_uri(),
+        "ZLORA_LORA_CACHE": str(tmp_path / "new" / "loras"),
+    }
+
+
 # --- the broker
 
 
@@ -89,32 +103,42 @@ def test_a_sound_broker_is_well_and_a_queue_without_workers_is_not(broker_url: s
     assert found["workers"].code == "model_unavailable"
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_broker_that_may_lose_jobs_is_told(broker_url: str, broker: Any) -> None:
+def test_a_broker_that_may_lose_jobs_is_told(broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zlora.checks, "_workers", lambda *_: zlora.checks.ok("workers", ""))
     broker.config_set("appendonly", "no")
     broker.config_set("maxmemory-policy", "allkeys-lru")
     unbounded = producer({wire.BROKER_URL: broker_url})
     broker.config_set("maxmemory", "100mb")
     bounded = producer({wire.BROKER_URL: broker_url})
     broker.config_set("maxmemory-policy", "noeviction")
-    broker.config_set("maxmemory", broker.info()["used_memory"] + 10_000)
+    broker.config_set("maxmemory", int(broker.info()["used_memory"] / 0.95))
+    nearly = producer({wire.BROKER_URL: broker_url})
+    broker.config_set("maxmemory", 1)
     full = producer({wire.BROKER_URL: broker_url})
 
     assert unbounded["broker: persistence"].status == "warn"
     assert "appendonly yes" in unbounded["broker: persistence"].advice
-    assert [found["broker: memory"].status for found in (unbounded, bounded, full)] == ["warn", "fail", "warn"]
+    assert [found["broker: memory"].status for found in (unbounded, bounded, nearly, full)] == [
+        "warn",
+        "fail",
+        "warn",
+        "fail",
+    ]
+    assert full["broker: memory"].code == "broker_unavailable"
     assert "noeviction" in bounded["broker: memory"].advice
 
 
 @pytest.mark.usefixtures("quick")
 def test_what_nobody_can_read_and_nobody_hears_is_told(broker_url: str, broker: Any) -> None:
-    broker.zadd(wire.dead_key("gpu"), {"job-1": 1})
+    letter = DeadLetter(job_id="j", event="job.failed", url="https://x", tries=9, first=1, last=2, reason="it says 500")
+    broker.zadd(wire.dead_key("gpu"), {"a stranger's": 1, msgspec.json.encode(letter): 2})
     given_up = producer({wire.BROKER_URL: broker_url})["queue"]
     broker.set(wire.refused_key("gpu"), 7)
     refused = producer({wire.BROKER_URL: broker_url})["queue"]
 
     assert (given_up.status, refused.status) == ("warn", "warn")
-    assert "1 given up" in given_up.told
+    assert "2 given up, the latest because: it says 500" in given_up.told
+    assert "`zlora webhooks`" in given_up.advice
     assert "7 messages" in refused.told
 
 
@@ -143,6 +167,55 @@ def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
     assert "1.0.0" in found.told
     assert "here is 2.0.0" in found.advice
     assert elsewhere.status == "fail"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("said", "check", "status"),
+    [
+        ({"role": "slave", "master_host": "primary", "master_port": 7}, "broker", "fail"),
+        ({"aof_last_write_status": "err"}, "broker: persistence", "fail"),
+        ({"rdb_last_bgsave_status": "err"}, "broker: persistence", "warn"),
+    ],
+)
+def test_a_redis_that_takes_no_jobs_is_told(
+    broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch, *, said: dict[str, Any], check: str, status: str
+) -> None:
+    """As it says of itself."""
+    info = broker.info() | said
+    monkeypatch.setattr(redis.Redis, "info", lambda _: info)
+    monkeypatch.setattr(zlora.checks, "_workers", lambda *_: zlora.checks.ok("workers", ""))
+    found = producer({wire.BROKER_URL: broker_url})[check]
+
+    assert found.status == status
+    assert "role" not in said or "primary:7" in found.advice
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_user_without_rights_is_told_and_what_may_be_asked_is(broker_url: str, broker: Any) -> None:
+    broker.execute_command("ACL", "SETUSER", "meek", "on", ">pw", "~*", "&*", "+@all", "-info", "-time", "-llen")
+    found = producer({wire.BROKER_URL: broker_url.replace("//", "//meek:pw@")})
+    refused = producer({wire.BROKER_URL: broker_url.replace("//", "//meek:s3cret@")})["broker"]
+    absent = producer({wire.BROKER_URL: broker_url.removesuffix("0") + "99"})["broker"]
+
+    assert (found["broker"].status, found["broker: clock"].status) == ("skip", "skip")
+    assert (found["queue"].code, "right" in found["queue"].advice) == ("invalid_setting", True)
+    assert (refused.code, absent.code) == ("invalid_setting", "invalid_setting")
+    assert "password" in refused.advice
+    assert "database" in absent.advice
+    assert "s3cret" not in repr(refused)
+
+
+@pytest.mark.parametrize("url", ["redis://:s3/cret@h:1/0", "redis://:s3#cret@h/0", "redis://:s3?cret@h/0"])
+@pytest.mark.parametrize("variable", [wire.BROKER_URL, wire.RESULT_BACKEND])
+def test_a_password_that_is_not_escaped_is_told_by_the_variable_that_has_it(url: str, variable: str) -> None:
+    found = producer({wire.BROKER_URL: "redis://127.0.0.1:1/0", variable: url})["broker"]
+
+    assert found.code == "invalid_setting"
+    assert found.told.startswith(variable)
+    assert f"Set {variable} to" in found.advice
+    assert "%2F" in found.advice
+    assert "s3" not in repr(found)
 
 
 @pytest.mark.parametrize("silent", [True, False])
@@ -179,6 +252,12 @@ def test_a_worker_that_can_start_is_well(environ: dict[str, str]) -> None:
     )
     for package in ("torch", "diffusers", "transformers"):
         assert package in found["software"].told
+    assert not Path(environ["ZLORA_LORA_CACHE"]).parent.exists()
+    Path(environ["ZLORA_HOME"]).mkdir(exist_ok=True)
+    Path(environ["ZLORA_HOME"], "webhook.secret").write_text("of `zlora up`")
+    assert "sent by no other worker here" in next(
+        check.told for check in zlora_worker.checks.checks(environ) if check.name == "worker: settings"
+    )
 
 
 def test_a_setting_that_makes_no_sense_is_told_and_no_more_is_looked_at(environ: dict[str, str]) -> None:
@@ -210,6 +289,7 @@ def test_what_a_worker_would_not_start_with_fails(environ: dict[str, str], tmp_p
         "LoRA cache": "invalid_setting",
     }
     assert all(found[name].advice for name in codes)
+    assert f"Make {file} for the worker's user" in found["LoRA cache"].advice
 
 
 def test_a_disk_without_room_for_loras_fails(environ: dict[str, str]) -> None:

@@ -142,8 +142,9 @@ def test_pictures_are_saved_under_job_and_index(tmp_path: Path) -> None:
 def test_what_cannot_be_brought_here_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "job-1-0.png").write_bytes(b"older")
 
-    with pytest.raises(PictureUnavailable):
+    with pytest.raises(PictureUnavailable) as raised:
         pictures.save(result(image(data_uri=inline(b"others"))), tmp_path)
+    assert raised.value.details["job_id"] == "job-1"
 
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("job-1-0.png", b"older")]
 

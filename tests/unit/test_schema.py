@@ -9,9 +9,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 from zlora.cli import main
-from zlora.errors import InvalidRequest
+from zlora.errors import InvalidRequest, JobRevoked, LoraNotFound, ZloraError
 from zlora.job import GenerateResult, JobState, JobStatus, read_request
 from zlora.testing import placeholder
+from zlora.webhook import body_of
 
 DOCUMENTS = sorted((Path(__file__).parents[1] / "requests").glob("*.json"))
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool}
@@ -54,7 +55,7 @@ def _number(value: Any) -> bool:
 
 
 _RULES: dict[str, Any] = {
-    **dict.fromkeys(("$schema", "$defs", "title", "description", "default"), lambda *_: True),
+    **dict.fromkeys(("$schema", "$defs", "title", "description", "default", "format"), lambda *_: True),
     "$ref": lambda said, value, root, _: takes(_named(said, root), value, root),
     "anyOf": lambda said, value, root, _: any(takes(each, value, root) for each in said),
     "enum": lambda said, value, *_: value in said,
@@ -133,7 +134,26 @@ def test_an_event_is_taken(state: JobState) -> None:
     assert not takes(schema, {"state": "DREAMING"}, schema)
 
 
-@pytest.mark.parametrize("document", ["request", "result", "event"])
+@pytest.mark.parametrize("end", [LoraNotFound("gone", {"status": 404}), JobRevoked(), None])
+def test_an_error_and_a_webhook_are_taken(end: ZloraError | None) -> None:
+    """As they are told, whatever has ended a job."""
+    error, hook = printed("error"), printed("webhook")
+    made = placeholder("job-1", read_request({"prompt": "x", "inline": True}))
+
+    assert takes(hook, json.loads(body_of("job-1", end or made, at=1.0)), hook)
+    assert not takes(hook, {"type": "job.dreamt", "timestamp": "", "data": {"job_id": "job-1"}}, hook)
+    assert end is None or takes(error, end.as_document(), error)
+    assert not takes(error, {"code": "internal"}, error)
+
+
+def test_with_json_it_is_one_line() -> None:
+    text = CliRunner().invoke(main, ["schema", "result", "--json"]).output
+
+    assert text.count("\n") == 1
+    assert json.loads(text) == printed("result")
+
+
+@pytest.mark.parametrize("document", ["request", "result", "event", "error", "webhook"])
 def test_a_schema_says_what_it_is_of_and_in_which_dialect(document: str) -> None:
     schema = printed(document)
 

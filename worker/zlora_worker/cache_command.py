@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from zlora.cli.exits import writing
 from zlora.cli.printing import json_option, print_json
+from zlora.errors import InvalidSetting
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:  # it needs what a producer alone has not, and `zlora` starts without
@@ -129,7 +130,7 @@ def verify(ctx: click.Context, as_json: bool) -> None:
 def _opened() -> Iterator["Space"]:
     """The cache of this environment as it is; what is made or tidied by this user may be out of a worker's reach."""
     if not all(map(find_spec, ("requests", "ssrfguard"))):
-        raise click.ClickException("the cache is the worker's: pip install 'z-image-lora[worker]'")
+        raise InvalidSetting("the cache is the worker's: pip install 'z-image-lora[worker]'", {"name": "worker"})
     from zlora_worker.space import Space
 
     settings = Settings.from_env()

@@ -5,11 +5,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Final
 
+from zlora import wire
 from zlora.checks import Check, doubtful, failed, ok, skipped, software
 from zlora.errors import CacheFull, InvalidSetting, ModelUnavailable
 from zlora.redaction import without_secrets
@@ -36,6 +39,8 @@ def checks(environ: Mapping[str, str]) -> Iterator[Check]:
         yield failed("worker: settings", error, f"Set {error.details['name']} as the README's table has it.")
         return
     webhooks = "signed" if settings.webhook_secret else "not sent, without ZLORA_WEBHOOK_SECRET"
+    if not settings.webhook_secret and wire.webhook_secret(settings.home).exists():
+        webhooks = "signed by `zlora up`, which has a secret of its own, and sent by no other worker here"
     yield ok("worker: settings", f"model {settings.model}, queue {settings.queue}, webhooks {webhooks}")
     for name, check in _CHECKS.items():
         yield check(f"worker: {name}", settings)
@@ -142,11 +147,14 @@ def _hub_model(name: str, repository: str) -> Check:
 
 
 def _cache(name: str, settings: Settings) -> Check:
-    folder = settings.cache_folder
-    there = _existing(folder)
-    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
-        wrong = InvalidSetting(f"ZLORA_LORA_CACHE={folder}: {there} cannot be written to")
-        return failed(name, wrong, "Set ZLORA_LORA_CACHE to a folder of the worker's user.")
+    folder, there = settings.cache_folder, _existing(settings.cache_folder)
+    try:
+        _try(folder)
+    except OSError as error:
+        wrong = InvalidSetting(f"{folder} cannot be written to: {error.strerror}")
+        return failed(
+            name, wrong, f"Make {folder} for the worker's user, or set ZLORA_LORA_CACHE to a folder of theirs."
+        )
     free, floor = shutil.disk_usage(there).free, settings.lora_free_bytes
     told = f"{folder}: {free / _GB:.1f} GB of the disk are free, {floor / _GB:.1f} stay free"
     if free <= floor:
@@ -154,6 +162,18 @@ def _cache(name: str, settings: Settings) -> Check:
     if free - floor < settings.lora_max_bytes:
         return doubtful(name, told, "Make room on that disk: the greatest LoRA that is allowed does not fit.")
     return ok(name, told)
+
+
+def _try(folder: Path) -> None:
+    """Whether files can be made in it; what was made for that is gone again."""
+    made = list(takewhile(lambda each: not os.path.lexists(each), (folder, *folder.parents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    finally:
+        for each in made:
+            with suppress(OSError):  # where it could not be made, or is another's already
+                each.rmdir()
 
 
 def _existing(path: Path) -> Path:

@@ -11,6 +11,9 @@ import click
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from zlora.cli.exits import writing
+from zlora.cli.printing import has_printed, json_option
+from zlora.errors import InvalidSetting
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:  # it needs torch, and `zlora` starts without
@@ -30,8 +33,8 @@ _Report = Callable[[str, int, int], None]
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="IMAGE|MANIFEST...", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array, an object a picture.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the new pictures, and for what drifted.")
+@json_option
 @click.pass_context
 def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
     """Draw pictures again from what they say of themselves, and tell what drifted.
@@ -45,10 +48,11 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     drifted is shown beside the one of now, and the difference between them, amplified.
 
     Exit status: 0 where all are identical, 3 where one drifted, 1 where one cannot be drawn; before anything is
-    drawn 65 where a file is no such picture, and what `docs/cli.md` says of other errors.
+    drawn 65 where a file is no such picture, and what `docs/cli.md` says of other errors. With --json there is an
+    array, an object a picture, also before an error.
     """
     if not all(map(find_spec, ("torch", "diffusers", "PIL", "ssrfguard"))):
-        raise click.ClickException("pictures are drawn by the worker: pip install 'z-image-lora[worker]'")
+        raise InvalidSetting("pictures are drawn by the worker: pip install 'z-image-lora[worker]'", {"name": "worker"})
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it advises on other models
     from zlora_worker.subjects import subjects
 
@@ -59,6 +63,7 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     finally:  # what was told before a base could not be loaded, or Ctrl-C, is told; and JSON is an array always
         if as_json:
             click.echo(msgspec.json.encode(replays))
+            has_printed(ctx)
         elif replays:
             _print(replays)
     if failed := [one for one in replays if one.verdict == "impossible"]:
@@ -115,13 +120,11 @@ def _print(replays: Sequence["Replay"]) -> None:
 def _write(redrawn: "Redrawn", folder: Path, name: str, subject: "Subject") -> None:
     if redrawn.data is None or redrawn.now is None:
         return
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.{subject.request.output_format}").write_bytes(redrawn.data)
         if redrawn.replay.verdict == "drifted" and redrawn.before:
             _side_by_side(redrawn.before, redrawn.now).save(folder / f"{name}-drift.png")
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or folder}: {error.strerror}") from error
 
 
 def _side_by_side(before: "Image.Image", now: "Image.Image") -> "Image.Image":

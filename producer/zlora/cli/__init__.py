@@ -2,7 +2,7 @@
 
 import click
 
-from zlora.cli import batch, doctor, generate, inspection, interruption, jobs, schema, stack
+from zlora.cli import batch, doctor, generate, inspection, interruption, jobs, schema, stack, webhooks
 from zlora.cli.commands import Commands
 
 
@@ -24,5 +24,6 @@ for _command in (
     jobs.status,
     jobs.submit,
     stack.up,
+    webhooks.webhooks,
 ):
     main.add_command(_command)

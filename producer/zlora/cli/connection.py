@@ -1,11 +1,15 @@
 """Where the commands get their client: the one place for tests to put another."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from zlora.client import Client
 
 if TYPE_CHECKING:
     from zlora.async_client import AsyncClient
+    from zlora.outbox import Outbox
 
 
 def client() -> Client:
@@ -18,3 +22,20 @@ def async_client() -> "AsyncClient":
     from zlora.async_client import AsyncClient
 
     return AsyncClient.from_env()
+
+
+@contextmanager
+def outbox() -> "Iterator[Outbox]":
+    """The webhooks of the environment's queue; raises as a client does."""
+    import redis
+
+    from zlora import wire
+    from zlora.errors import BrokerUnavailable
+    from zlora.ledger import connect
+    from zlora.outbox import Outbox
+
+    with client() as checked, connect(wire.broker_url(os.environ)) as connection:
+        try:
+            yield Outbox(connection, checked.queue)
+        except redis.RedisError as error:
+            raise BrokerUnavailable(f"the broker does not answer: {error}") from error

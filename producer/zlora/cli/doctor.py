@@ -12,7 +12,8 @@ import click
 from zlora import errors
 from zlora.checks import Check, checks
 from zlora.cli.exits import status_of
-from zlora.cli.printing import json_option, print_json, shown, terminal
+from zlora.cli.printing import json_option, print_json, terminal
+from zlora.redaction import on_one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,9 +49,9 @@ def _of_others() -> Iterator[Check]:
 
 
 def _in_line(check: Check) -> Check:
-    click.echo(f"{check.status:<5} {check.name}: {shown(check.told)}")
+    click.echo(f"{check.status:<5} {check.name}: {on_one_line(check.told)}")
     if check.advice:
-        click.echo(f"      {check.advice}")
+        click.echo(f"      {on_one_line(check.advice)}")
     return check
 
 
@@ -80,9 +81,9 @@ def _table(done: Iterable[Check]) -> "Table":
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in done:
-        told = Text(shown(check.told))
+        told = Text(on_one_line(check.told))
         if check.advice:
-            told.append(f"\n{check.advice}", style="italic")
+            told.append(f"\n{on_one_line(check.advice)}", style="italic")
         table.add_row(Text(check.status, style=_COLOURS[check.status]), Text(check.name), told)
     return table
 

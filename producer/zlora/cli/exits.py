@@ -1,6 +1,8 @@
 """How a command ends where it has no answer: one table of exit statuses, and what is told of the end."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +12,12 @@ import click
 
 from zlora import errors
 from zlora.errors import ZloraError
+from zlora.redaction import on_one_line
 
 BATCH_FAILED: Final = 1  # `zlora batch`: lines have failed, and the results file tells each
-_CANNOT_WRITE: Final = 73
+OUTPUT: Final = Path("the output")  # what is printed, as `writing` calls it
+CANNOT_WRITE: Final = 73
+NOBODY_READS: Final = 141  # as a shell has it of SIGPIPE
 
 # As sysexits.h has them, but for the last three. A class without an entry ends as its parent does.
 STATUSES: Final[dict[type[ZloraError], int]] = {
@@ -49,16 +54,6 @@ def status_of(kind: type[ZloraError]) -> int:
     return next((STATUSES[parent] for parent in kind.__mro__ if parent in STATUSES), 70)
 
 
-def told(error: ZloraError) -> dict[str, Any]:
-    """An error as `--json` prints it."""
-    return {
-        "code": error.code,
-        "message": str(error),
-        "retryable": error.retryable,
-        "details": error.details,
-    }
-
-
 class Failure(click.ClickException):
     """An end without an answer: one line for people or, with `--json`, one document on stdout."""
 
@@ -73,13 +68,17 @@ class Failure(click.ClickException):
     @classmethod
     def of(cls, error: ZloraError) -> Self:
         """The end by that error."""
-        return cls(told(error), status_of(type(error)))
+        return cls(error.as_document(), status_of(type(error)))
 
     def show(self, file: IO[Any] | None = None) -> None:
-        if self.as_json:
-            click.echo(json.dumps({"error": self.document}), file=file)
-        else:
-            click.echo(f"{self.label}{self.message} [{self.document['code']}]", file=file, err=True)
+        """Print it; where nothing can be printed the exit status tells."""
+        try:
+            if self.as_json:
+                click.echo(json.dumps({"error": self.document}), file=file)
+            else:
+                click.echo(on_one_line(f"{self.label}{self.message} [{self.document['code']}]"), file=file, err=True)
+        except OSError:
+            let_go()
 
 
 class Interrupted(Failure):
@@ -93,14 +92,26 @@ class Interrupted(Failure):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What cannot be written ends the command with its name and why."""
+def writing(path: Path, **details: Any) -> Iterator[None]:
+    """What cannot be written ends the command with its name and why, and with `details`."""
     try:
         yield
     except BrokenPipeError:  # nobody reads what is printed: not a file's matter
         raise
     except OSError as error:
+        let_go()
         name = str(error.filename or path)
         message = f"{name}: {error.strerror}"
-        document = {"code": "cannot_write", "message": message, "retryable": False, "details": {"path": name}}
-        raise Failure(document, _CANNOT_WRITE) from error
+        told = {"path": name, **details}
+        document = {"code": "cannot_write", "message": message, "retryable": False, "details": told}
+        raise Failure(document, CANNOT_WRITE) from error
+
+
+def let_go() -> None:
+    """Forget what could not be printed: Python would try it again as it ends, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

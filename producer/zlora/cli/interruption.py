@@ -4,19 +4,54 @@ import asyncio
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
 from functools import partial
 from typing import Final
 
 import click
 
 _ENDS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last where a terminal is closed
-_came: Final[list[int]] = []  # an exception that strikes in a destructor is lost: what came stays here
+
+
+class Answer(Enum):
+    """To the question whether jobs are to be cancelled."""
+
+    YES = auto()
+    NO = auto()
+    NOBODY = auto()  # can be asked
+
+
+class _Ear:
+    """What came: an exception that strikes in a destructor is lost. What comes while jobs are cancelled is not heard.
+
+    Of several signals that come at once, as where a terminal is closed, the first interrupts. Another Ctrl-C does
+    until there is an answer; any signal is one.
+    """
+
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self.asking = self.answered = False
+
+    def clear(self) -> None:
+        """Begin anew: one process may run several commands, as tests do."""
+        self.came.clear()
+        self.asking = self.answered = False
+
+    def hears(self, number: int) -> bool:
+        """Note a signal; whether it interrupts what runs."""
+        if self.came and not self.asking and (self.answered or number != signal.SIGINT):
+            return False
+        self.came.append(number)
+        return True
+
+
+_ear: Final = _Ear()
 
 
 def install() -> None:
     """From now on whatever runs is interrupted by `KeyboardInterrupt`, and cleans up behind itself."""
-    _came.clear()
+    _ear.clear()
     _raise_at_ends()
 
 
@@ -31,17 +66,17 @@ def _heard() -> list[signal.Signals]:
 
 
 def _end(number: int, _frame: object) -> None:
-    _came.append(number)
-    raise KeyboardInterrupt
+    if _ear.hears(number):
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def as_event() -> Iterator[asyncio.Event]:
-    """Within an event loop: the signals set an event, and interrupt nothing."""
+    """Within an event loop: the signals set an event, and interrupt nothing but the question."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
 
     def note(number: int) -> None:
-        _came.append(number)
+        _ear.hears(number)
         event.set()
 
     heard = _heard()
@@ -57,31 +92,57 @@ def as_event() -> Iterator[asyncio.Event]:
 
 def has_come() -> bool:
     """Whether a signal asked for the end."""
-    return bool(_came)
+    return bool(_ear.came)
 
 
 def check() -> None:
     """Raise the `KeyboardInterrupt` that was lost."""
-    if _came:
+    if _ear.came:
         raise KeyboardInterrupt
 
 
 def exit_status() -> int:
-    """As a shell has it of a program that a signal ends."""
-    return 128 + (_came[0] if _came else signal.SIGINT)
+    """As a shell has it of a program that a signal ends; Ctrl-C counts where no other has come."""
+    others = [number for number in _ear.came if number != signal.SIGINT]
+    return 128 + next(iter(others), signal.SIGINT)
 
 
-def cancels(question: str) -> bool:
-    """Whether jobs are to be cancelled: asked once, and only who pressed Ctrl-C at a terminal; else they are.
+def ask(question: str) -> Answer:
+    """Ask, once, and only who pressed Ctrl-C at a terminal. From the answer on no signal is heard any more.
 
-    Another Ctrl-C is a no.
+    Another Ctrl-C is a no, and so is the end of the input. Another signal ends the question.
     """
-    if _came and _came[-1] != signal.SIGINT:
-        return True
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return True
+    by_ctrl_c = not _ear.came or _ear.came[-1] == signal.SIGINT
     try:
-        return click.confirm(question, default=True, err=True)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo(err=True)
-        return False
+        return _asked(question) if by_ctrl_c and _is_terminal() else Answer.NOBODY
+    finally:
+        _ear.answered = True
+
+
+def _is_terminal() -> bool:
+    """A stream that was closed before the program's start is None."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
+def _asked(question: str) -> Answer:
+    with _interrupting():
+        try:
+            return Answer.YES if click.confirm(question, default=True, err=True) else Answer.NO
+        except (click.Abort, KeyboardInterrupt, OSError):  # the last where the terminal has gone
+            with suppress(OSError):
+                click.echo(err=True)
+            return Answer.NO if _ear.came[-1:] in ([], [signal.SIGINT]) else Answer.NOBODY
+
+
+@contextmanager
+def _interrupting() -> Iterator[None]:
+    """Signals interrupt, also where an event loop has others to take them."""
+    before = {end: signal.signal(end, _end) for end in _heard()}
+    _ear.asking = True
+    try:
+        yield
+    finally:
+        _ear.asking = False
+        _ear.answered = True
+        for end, handler in before.items():
+            signal.signal(end, handler)

@@ -5,12 +5,12 @@ from typing import Any, Final
 
 import click
 
-from zlora import pictures
 from zlora.cli import connection, order
-from zlora.cli.exits import status_of, writing
+from zlora.cli.exits import OUTPUT, status_of, writing
 from zlora.cli.printing import json_option, print_json
 from zlora.cli.progress import detail_of, follow, phase_of
 from zlora.cli.receipt import document, print_receipt
+from zlora.cli.saving import require_folder, save
 from zlora.errors import JobUnknown
 from zlora.job import Cancellation, JobState, JobStatus, check_job_id, plain
 
@@ -30,10 +30,11 @@ def submit(as_json: bool, **given: Any) -> None:
     wanted = order.read(given)
     with connection.client() as client:
         handle = wanted.submit(client)
-    if as_json:
-        print_json({"job_id": handle.id})
-    else:
-        click.echo(handle.id)
+    with writing(OUTPUT, job_id=handle.id):
+        if as_json:
+            print_json({"job_id": handle.id})
+        else:
+            click.echo(handle.id)
 
 
 @click.command()
@@ -44,13 +45,13 @@ def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
     """Tell where jobs are: a line each, or with --json an array."""
     names = [check_job_id(name) for name in ids]
     with connection.client() as client:
-        found = {name: client.job(name).status() for name in names}
+        found = [(name, client.job(name).status()) for name in names]
     if as_json:
-        print_json([{"job_id": name, **plain(one)} for name, one in found.items()])
+        print_json([{"job_id": name, **plain(one)} for name, one in found])
     else:
-        for name, one in found.items():
+        for name, one in found:
             click.echo(f"{name}  {_words(one)}")
-    _end_if(ctx, unknown=any(one.state is JobState.UNKNOWN for one in found.values()))
+    _end_if(ctx, unknown=any(one.state is JobState.UNKNOWN for _, one in found))
 
 
 @click.command()
@@ -58,6 +59,7 @@ def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
+    callback=order.a_number,
     default=2.0,
     show_default=True,
     metavar="SECONDS",
@@ -67,12 +69,11 @@ def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def result(job_id: str, wait: float, out: Path | None, as_json: bool) -> None:
     """Print what came of a job, and save its pictures where --out says."""
+    if out is not None:
+        require_folder(out)
     with connection.client() as client:
         found = follow(client.job(job_id), wait)
-    files: list[Path] = []
-    if out is not None:
-        with writing(out):
-            files = pictures.save(found, out)
+    files = [] if out is None else save(found, out)
     if as_json:
         print_json(document(found, files))
     else:
@@ -85,7 +86,7 @@ def result(job_id: str, wait: float, out: Path | None, as_json: bool) -> None:
 @click.pass_context
 def cancel(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
     """Cancel jobs for good, and tell where each was. One that had ended stays so."""
-    names = [check_job_id(name) for name in ids]
+    names = [check_job_id(name) for name in dict.fromkeys(ids)]
     with connection.client() as client:
         found = {name: client.job(name).cancel() for name in names}
     if as_json:

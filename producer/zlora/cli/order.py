@@ -1,20 +1,24 @@
 """What `generate` and `submit` are told: a request, and how to queue it."""
 
+import math
 import re
+import sys
 from collections.abc import Callable
-from typing import IO, Any, Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple, get_args
 
 import click
-import msgspec
 
 from zlora import webhook
+from zlora.cli import documents
 from zlora.client import Client, Options, job_id_of
 from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
 from zlora.job import GenerateRequest, OutputFormat, Scheduler, read_request
 from zlora.wire import PRIORITIES
 
-_WEIGHTED: Final = re.compile(r"(.+):([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))", re.ASCII | re.DOTALL)
+_WEIGHTED: Final = re.compile(
+    r"(.+):([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.ASCII | re.DOTALL | re.IGNORECASE
+)
 _SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
 _FIELDS: Final = (  # options with the name of a request's field
     "prompt",
@@ -40,7 +44,12 @@ class Order(NamedTuple):
 
     def named(self, job_id: str) -> "Order":
         """The same, under this id where it has no name."""
-        return self if self.job_id or self.idempotency_key is not None else self._replace(job_id=job_id)
+        return self if self.is_named else self._replace(job_id=job_id)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether its job has a name of the user's, under which it may be another's as well."""
+        return bool(self.job_id) or self.idempotency_key is not None
 
     def handle(self, client: Client) -> JobHandle:
         """The job of an order that has a name, submitted or not."""
@@ -72,6 +81,13 @@ def _sides(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -
     return {"width": int(found[1]), "height": int(found[2])}
 
 
+def a_number(_ctx: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    """What `float` takes, but for that which is no number: every comparison with it is false."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is not a number")
+    return value
+
+
 _OPTIONS: Final = (
     click.argument("prompt", required=False),
     click.option("--lora", "loras", multiple=True, callback=_lora, metavar="ADDRESS[:WEIGHT]", help="May be repeated."),
@@ -84,12 +100,14 @@ _OPTIONS: Final = (
     click.option("--scheduler", type=click.Choice(get_args(Scheduler))),
     click.option("--format", "output_format", type=click.Choice(get_args(OutputFormat))),
     click.option("--quality", type=int, help="Of jpeg and webp, 1 to 100."),
-    click.option("--timeout", type=float, metavar="SECONDS", help="The most that drawing may take."),
-    click.option("--request", "document", type=click.File("rb"), help="A document, or - for stdin; options go first."),
+    click.option("--timeout", type=float, callback=a_number, metavar="SECONDS", help="The most that drawing may take."),
+    click.option("--request", "document", metavar="FILE", help="A document, or - for stdin; options go first."),
     click.option("--job-id"),
     click.option("--idempotency-key", metavar="TEXT", help="The same key is the same job, such as an order's number."),
     click.option("--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True),
-    click.option("--expires-in", type=float, metavar="SECONDS", help="Fail if the job has not begun by then."),
+    click.option(
+        "--expires-in", type=float, callback=a_number, metavar="SECONDS", help="Fail if the job has not begun by then."
+    ),
     click.option("--preflight", is_flag=True, help="Look at the LoRAs first, and queue no job with a wrong one."),
     click.option("--webhook-url", metavar="URL", help="Where a worker tells the job's end."),
     click.option("--webhook-event", "webhook_events", multiple=True, type=click.Choice(webhook.EVENTS)),
@@ -121,10 +139,24 @@ def read(given: dict[str, Any]) -> Order:
     return Order(read_request(document), given["job_id"], given["idempotency_key"], options)
 
 
-def _document(file: IO[bytes] | None) -> dict[str, Any]:
-    if file is None:
+def _document(name: str | None) -> dict[str, Any]:
+    if name is None:
         return {}
     try:
-        return msgspec.json.decode(file.read(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"--request: {error}", {"path": "$", "expected": "a JSON object"}) from None
+        document = documents.read(_bytes(name))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"--request: {error}", error.details) from None
+    if not isinstance(document, dict):
+        raise InvalidRequest("--request: Expected a JSON object", {"path": "$", "expected": "a JSON object"})
+    return document
+
+
+def _bytes(name: str) -> bytes:
+    if name == "-" and sys.stdin is None:
+        raise click.UsageError("--request: stdin is closed")
+    try:
+        with click.open_file(name, "rb") as file:
+            data: bytes = file.read()
+    except OSError as error:
+        raise click.UsageError(f"--request: {name}: {error.strerror}") from None
+    return data

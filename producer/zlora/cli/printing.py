@@ -2,11 +2,13 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Final
 
 import click
 import msgspec
+
+from zlora.redaction import on_one_line
 
 if TYPE_CHECKING:  # 40 ms, and only terminals need it
     from rich.console import Console
@@ -24,9 +26,14 @@ json_option = click.option(
 )
 
 
-def is_json(ctx: click.Context) -> bool:
-    """Whether the command was told to print JSON."""
-    return bool(ctx.meta.get(_JSON))
+def is_json(ctx: click.Context, given: Sequence[str]) -> bool:
+    """Whether a command's document is still to be printed; where its arguments make no sense, whether one names it."""
+    return bool(ctx.meta.get(_JSON, "--json" in given))
+
+
+def has_printed(ctx: click.Context) -> None:
+    """A command has printed its document, and may fail yet: that is told on stderr."""
+    ctx.meta[_JSON] = False
 
 
 def print_json(document: object) -> None:
@@ -34,9 +41,9 @@ def print_json(document: object) -> None:
     click.echo(json.dumps(msgspec.to_builtins(document)))
 
 
-def terminal(stream: IO[str]) -> "Console | None":
-    """The terminal behind a stream; None where there is none that can be written over."""
-    if not stream.isatty():
+def terminal(stream: IO[str] | None) -> "Console | None":
+    """The terminal behind a stream; None where there is none that can be written over, or the stream is closed."""
+    if stream is None or not stream.isatty():
         return None
     from rich.console import Console
 
@@ -44,16 +51,11 @@ def terminal(stream: IO[str]) -> "Console | None":
     return console if console.is_interactive else None
 
 
-def shown(text: str) -> str:
-    """A stranger's words for a terminal: nothing in them moves its cursor or forges a line."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Names and values: a table on a terminal, else `name: value` lines. No word of them is markup."""
     if (console := terminal(sys.stdout)) is None:
         for name, value in facts:
-            click.echo(f"{name}: {shown(value)}")
+            click.echo(f"{name}: {on_one_line(value)}")
         return
     from rich.table import Table
     from rich.text import Text
@@ -62,5 +64,5 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, Text(shown(value), overflow="fold"))
+        table.add_row(name, Text(on_one_line(value), overflow="fold"))
     console.print(table)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from zlora.cli import interruption
-from zlora.cli.printing import shown, terminal
+from zlora.cli.printing import terminal
 from zlora.errors import ResultTimeout, ZloraError
 from zlora.handle import JobHandle, has_ended
 from zlora.job import GenerateResult, JobState, JobStatus
+from zlora.redaction import on_one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +96,7 @@ def _bar(console: "Console") -> Iterator[Show]:
 
 def phase_of(status: JobStatus) -> str:
     """One word."""
-    return shown(status.phase or status.state.value.lower())
+    return on_one_line(status.phase or status.state.value.lower())
 
 
 def detail_of(status: JobStatus) -> str:
@@ -111,7 +112,7 @@ def detail_of(status: JobStatus) -> str:
         case JobStatus(step=int(step), steps=int(steps)):
             return f"(step {step} of {steps})"
         case JobStatus(code=str(code)):
-            return shown(f"(after {code})")
+            return on_one_line(f"(after {code})")
     return ""
 
 

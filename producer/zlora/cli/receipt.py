@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from zlora.cli.printing import print_facts, shown, terminal
+from zlora.cli.printing import print_facts, terminal
 from zlora.job import GenerateResult, LoraReceipt
+from zlora.redaction import on_one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,5 +71,5 @@ def _print_table(console: "Console", receipts: Sequence[LoraReceipt]) -> None:
     for heading in _HEADINGS:
         table.add_column(heading, overflow="fold")
     for receipt in receipts:
-        table.add_row(*(Text(shown(cell)) for cell in _cells(receipt)))
+        table.add_row(*(Text(on_one_line(cell)) for cell in _cells(receipt)))
     console.print(table)

@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from zlora import wire
+from zlora.cli.printing import json_option, print_json
+from zlora.cli.saving import require_folder
 from zlora.client import Client
+from zlora.errors import InvalidSetting
 from zlora.handle import JobHandle
 from zlora.job import GenerateRequest, GenerateResult, JobState, read_request, seed_of
 from zlora.local import Stack
@@ -65,11 +68,14 @@ class Drawn:
     show_default=True,
     help="Folder for the contact sheet.",
 )
-def demo(out: Path) -> None:
+@json_option
+def demo(out: Path, as_json: bool) -> None:
     """Draw four documents with the built-in random model, and show what each LoRA does."""
     if not all(map(find_spec, ("torch", "diffusers", "PIL"))):
-        raise click.ClickException("the demo needs the worker: pip install 'z-image-lora[worker,local]'")
-    console = Console(width=None if os.isatty(1) else _LOG_WIDTH)
+        advice = "pip install 'z-image-lora[worker,local]'"
+        raise InvalidSetting(f"the demo needs the worker: {advice}", {"name": "worker"})
+    require_folder(out)
+    console = Console(width=None if os.isatty(1) else _LOG_WIDTH, stderr=as_json)
     home = wire.home(os.environ)
     console.print("[bold]z-image-lora demo[/]: " + _NOTE)
     loras = demo_folder(home) / "loras"  # the worker builds them with its model, before it takes a job
@@ -82,6 +88,11 @@ def demo(out: Path) -> None:
     sheet = out / "contact-sheet.png"
     _draw_sheet(drawn, sheet)
     console.print(f"contact sheet: {sheet}")
+    if as_json:
+        jobs = [
+            {"document": one.variant.document, "caption": one.variant.caption, "result": one.result} for one in drawn
+        ]
+        print_json({"jobs": jobs, "sheet": str(sheet)})
 
 
 def _environ(host: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ A line of the jobs file that was drawn again has several, of which the last is t
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,10 @@ from typing import IO, Any, Final, NamedTuple, Self
 import msgspec
 from msgspec import Struct
 
-from zlora.cli.exits import told
-from zlora.cli.jobs_file import Line
+from zlora.cli.batch_jobs import Line
 from zlora.errors import InvalidRequest, JobRevoked, ZloraError
 from zlora.job import GenerateResult
+from zlora.later import read_result
 
 _BEGINNING: Final = b'{"line": '
 
@@ -39,11 +40,31 @@ class End(Struct, frozen=True, kw_only=True):
     error: _Error | None = None
 
 
+class _Drawn(End, frozen=True, kw_only=True):
+    """One with its result, which may be long."""
+
+    result: dict[str, Any] | None = None
+
+
 class Todo(NamedTuple):
-    """A line that is to be drawn, and the id of its job."""
+    """A line that is to be drawn in a batch of that name; `attempt` counts from 0, and each has an id of its own."""
 
     line: Line
-    job_id: str
+    batch: str
+    attempt: int
+
+    @property
+    def job_id(self) -> str:
+        return self.line.job_id_of(self.batch, self.attempt)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the id is the line's own, under which the job may be somebody else's as well."""
+        return self.job_id == self.line.job_id
+
+    def again(self) -> "Todo":
+        """The next attempt."""
+        return self._replace(attempt=self.attempt + 1)
 
 
 class ResultsFile:
@@ -61,7 +82,8 @@ class ResultsFile:
         """Raises `InvalidRequest` where another batch writes it, or it is none of a batch's; `OSError`."""
         with path.open("a+b") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # /dev/null is everybody's
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InvalidRequest(f"{path}: another batch writes it") from None
             yield cls(path, file)
@@ -77,7 +99,7 @@ class ResultsFile:
             ends = self._ends.get(line.number, [])
             again = not ends or _is_cancelled(ends[-1]) or (retry_failed and ends[-1].error is not None)
             if again:
-                left.append(Todo(line, line.job_id_of(batch, len(ends))))
+                left.append(Todo(line, batch, len(ends)))
         return left
 
     @property
@@ -85,11 +107,19 @@ class ResultsFile:
         """How many lines have an error for their last end."""
         return sum(ends[-1].error is not None for ends in self._ends.values())
 
+    def drawn(self) -> Iterator[GenerateResult]:
+        """The results of lines that are done, one at a time; nothing may be added meanwhile."""
+        self._file.seek(0)
+        for text in self._file:
+            end = msgspec.json.decode(text, type=_Drawn)
+            if end.result is not None and end.job_id == self._ends[end.line][-1].job_id:
+                yield read_result(end.result)
+
     def add(self, todo: Todo, outcome: GenerateResult | ZloraError) -> dict[str, Any]:
         """Write an end down, and return it."""
         document: dict[str, Any] = {"line": todo.line.number, "job_id": todo.job_id}
         if isinstance(outcome, ZloraError):
-            document["error"] = told(outcome)
+            document["error"] = outcome.as_document()
         else:
             document["result"] = msgspec.to_builtins(outcome)
         self._file.write(json.dumps(document).encode() + b"\n")

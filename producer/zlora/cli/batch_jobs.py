@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
+from zlora.cli import documents
 from zlora.client import Priority
 from zlora.errors import InvalidRequest
 from zlora.job import GenerateRequest, check_job_id, digest_of, read_request
@@ -70,12 +71,12 @@ def _texts(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _line(number: int, text: bytes) -> Line:
+    document = documents.read(text)
+    if not isinstance(document, dict) or "request" not in document:
+        return Line(number, read_request(document))
     try:
-        document = msgspec.json.decode(text)
-        if not isinstance(document, dict) or "request" not in document:
-            return Line(number, read_request(document))
         named = msgspec.convert(document, _Named)
-    except msgspec.DecodeError as error:
+    except msgspec.ValidationError as error:
         raise InvalidRequest(str(error)) from None
     job_id = None if named.job_id is None else check_job_id(named.job_id)
     return Line(number, read_request(named.request), job_id, named.priority)

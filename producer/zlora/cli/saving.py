@@ -1,0 +1,26 @@
+"""Pictures into a folder of the user's, which is looked at before anything is drawn for it."""
+
+from pathlib import Path
+
+from zlora import pictures
+from zlora.cli.exits import writing
+from zlora.job import GenerateResult
+
+
+def require_folder(folder: Path) -> None:
+    """Make it, and end the command where it cannot be written to."""
+    from tempfile import TemporaryFile
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
+            error.filename = folder  # the name of its own that it tried says nothing
+            raise
+
+
+def save(result: GenerateResult, folder: Path) -> list[Path]:
+    """`pictures.save`, whose errors end the command; the details of all of them name the job."""
+    with writing(folder, job_id=result.job_id):
+        return pictures.save(result, folder)
