@@ -12,7 +12,6 @@ from faults.valkey import Valkey
 from zlora.errors import GenerationFailed, JobTimeout
 
 # Celery's own call, where it stores a result.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

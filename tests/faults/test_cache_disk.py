@@ -16,8 +16,6 @@ from servers import Answer, Request, digest, lora_bytes, reply, serving
 from zlora import JobHandle, JobState
 from zlora_worker.space import listed, written
 
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's, in `cancel`
-
 DATA: Final = lora_bytes(7, size=900_000)
 FIRST: Final = 400_000  # bytes that come before the disk is full
 ROOM: Final = 500_000  # bytes that a file may have then

@@ -14,8 +14,6 @@ from zlora import JobHandle, JobState, wire
 from zlora.errors import Conflict, JobExpired, JobRevoked, JobUnknown, ResultTimeout
 
 # Celery's own call, where a queued job is cancelled.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
-
 STEP = 0.4  # seconds
 KNOWN_WITHIN = STEP + 0.5  # seconds from the cancel of a job that is drawn
 

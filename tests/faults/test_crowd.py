@@ -5,15 +5,12 @@
 
 import asyncio
 
-import pytest
 from crowd import gathered
 from faults.scene import Scene
 from faults.valkey import Valkey
 from zlora import AsyncClient
 
 JOBS = 60
-
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
 
 
 def test_no_result_is_missed_of_many_when_the_broker_restarts(scene: Scene, valkey: Valkey) -> None:

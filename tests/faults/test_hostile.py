@@ -26,7 +26,6 @@ from zlora import JobHandle, JobState
 from zlora.errors import ZloraError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning"),  # Celery's own, in `cancel`
     pytest.mark.timeout(300),  # all cases are one fixture: about a minute on a machine that has nothing else to do
 ]
 

@@ -1,5 +1,6 @@
 """A worker takes no job without a model, says so to whoever watches it, and can be ended while it loads."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -103,6 +104,6 @@ def wait_touched(file: Path) -> None:
 
 
 def taken(scene: Scene) -> int:
-    """How many messages workers hold."""
+    """How many messages of the queue workers hold."""
     with scene.broker() as broker:
-        return int(broker.hlen("unacked"))
+        return [json.loads(item)[2] for item in broker.hvals("unacked")].count(scene.queue)  # message, exchange, queue

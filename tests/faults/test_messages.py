@@ -94,7 +94,6 @@ def test_what_watchers_see_of_a_job_has_no_secret_of_its_lora(scene: Scene) -> N
         assert SECRET not in running.log.read_text()
 
 
-@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own call, in `cancel`
 def test_a_lora_that_cannot_be_had_gives_no_secret_away(scene: Scene) -> None:
     """Refused for good, and out of order for now: neither error nor result, event nor log has the signature."""
     with serving(reply(status=403)) as refusing, serving(reply(status=503)) as broken:

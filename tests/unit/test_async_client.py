@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import redis
+from played import ends, result_of, says
 from processes import free_port
 from zlora import AsyncClient, AsyncJobHandle, Cancellation, Client, JobHandle, JobState
 from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobRevoked, LoraMismatch, ResultTimeout
-from zlora.job import GenerateResult, plain
+from zlora.job import GenerateResult
 
-# Celery stores a result as redis-py does not like any more.
-pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")]
+pytestmark = pytest.mark.anyio
 
 REQUEST = {"prompt": "a portrait"}
 
@@ -23,32 +22,17 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def result_of(job_id: str) -> GenerateResult:
-    return GenerateResult(
-        job_id=job_id, images=(), loras=(), seed=7, timings={}, base_intact=True, model="m", versions={}
-    )
-
-
-@pytest.fixture
-def broker(broker_url: str) -> Iterator[Any]:
-    """An empty Redis, to look into."""
-    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        connection.flushall()
-        yield connection
-
-
 class Played:
-    """A worker's part: what it says of jobs."""
+    """A worker's part, beside an event loop."""
 
     def __init__(self, url: str) -> None:
         self.client = Client(url)
 
     async def says(self, job_id: str, value: Any, state: str) -> None:
-        backend: Any = self.client._broker._backend  # type: ignore[attr-defined]
-        await asyncio.to_thread(backend.store_result, job_id, value, state)
+        await asyncio.to_thread(says, self.client, job_id, value, state)
 
     async def ends(self, job_id: str) -> None:
-        await self.says(job_id, plain(result_of(job_id)), "SUCCESS")
+        await asyncio.to_thread(ends, self.client, job_id)
 
 
 @pytest.fixture

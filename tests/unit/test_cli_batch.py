@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import redis
 from click.testing import CliRunner, Result
+from played import inside, says
 from processes import clean_environ, wait_until
 from zlora import Client
 from zlora.async_client import AsyncClient
@@ -22,9 +23,6 @@ from zlora.cli import connection, main
 from zlora.errors import BrokerUnavailable, LoraNotFound
 from zlora.job import Cancellation, GenerateRequest, GenerateResult, plain
 from zlora.testing import MemoryWorker, Progress, placeholder
-
-# Celery stores a result as redis-py does not like any more.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
 
 ZLORA = str(Path(sys.executable).with_name("zlora"))
 
@@ -458,16 +456,14 @@ def client(broker_url: str) -> Iterator[Client]:
 
 def waiting(client: Client) -> list[str]:
     """The ids of the jobs that are queued."""
-    inside: Any = client._broker
-    return sorted(inside._ledger.unfinished(before=float("inf")))
+    return sorted(inside(client)._ledger.unfinished(before=float("inf")))
 
 
 def finish(client: Client, job_id: str) -> None:
     """As a worker that has drawn a job."""
-    inside: Any = client._broker
     made = placeholder(job_id, GenerateRequest(prompt="a city"))
-    inside._backend.store_result(job_id, plain(made), "SUCCESS")
-    inside._ledger.close(job_id)
+    says(client, job_id, plain(made), "SUCCESS")
+    inside(client)._ledger.close(job_id)
 
 
 @pytest.fixture

@@ -16,13 +16,11 @@ from typing import Any
 import msgspec
 import pytest
 import redis
+from played import inside
 from processes import clean_environ, wait_until
 from zlora import Client, JobState
 from zlora.job import GenerateRequest, plain, read_request
 from zlora.testing import placeholder
-
-# Celery stores a result as redis-py does not like any more.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
 
 ZLORA = str(Path(sys.executable).with_name("zlora"))
 CTRL_C = b"\x03"
@@ -102,11 +100,6 @@ def terminal(
     yield begin
     for one in opened:
         one.close()
-
-
-def inside(client: Client) -> Any:
-    """The client's side of Redis."""
-    return client._broker
 
 
 def tell(client: Client, state: JobState, value: object) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 import zlora.redis_broker
 from celery import Celery, current_app
 from kombu.exceptions import OperationalError
+from played import inside, says
 from processes import free_port
 from servers import watched_connections
 from zlora import Client, job_id_of, wire
@@ -34,19 +34,8 @@ from zlora.errors import (
 from zlora.job import GenerateRequest, digest_of, read_request
 from zlora.ledger import Ledger
 
-# Celery stores a result as redis-py does not like any more.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
-
 REQUEST = {"prompt": "a portrait"}
 DIGEST = digest_of(GenerateRequest(prompt="a portrait"))
-
-
-@pytest.fixture
-def broker(broker_url: str) -> Iterator[Any]:
-    """An empty Redis, to look into."""
-    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        connection.flushall()
-        yield connection
 
 
 @pytest.fixture
@@ -60,11 +49,6 @@ def lonely() -> Iterator[Client]:
     """A client of a Redis that is not there."""
     with Client(f"redis://127.0.0.1:{free_port()}/0") as opened:
         yield opened
-
-
-def inside(client: Client) -> Any:
-    """The client's side of Redis."""
-    return client._broker
 
 
 def on_list(broker: Any, name: str) -> list[dict[str, Any]]:
@@ -357,7 +341,7 @@ def test_a_client_that_was_used_works_on_in_a_forked_process(client: Client, bro
     child = os.fork()
     if child == 0:
         theirs = client.submit(REQUEST, job_id="child-1")
-        inside(client)._backend.store_result("child-1", LoraMismatch("it does not fit"), "FAILURE")
+        says(client, "child-1", LoraMismatch("it does not fit"), "FAILURE")
         try:
             theirs.result(timeout=10)
         except LoraMismatch:
@@ -527,7 +511,7 @@ def test_what_the_environment_tells_another_celery_app_is_not_the_client_s(
 
     with Client(broker_url) as client:
         job = client.submit(REQUEST, job_id="job-1")
-        inside(client)._backend.store_result("job-1", LoraMismatch("it does not fit"), "FAILURE")
+        says(client, "job-1", LoraMismatch("it does not fit"), "FAILURE")
         with pytest.raises(LoraMismatch):
             job.result(timeout=5)
 

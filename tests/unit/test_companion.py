@@ -19,8 +19,6 @@ from zlora_worker import companion
 from zlora_worker.companion import Sweeper, answer
 from zlora_worker.storage import FolderStore, manifest_key
 
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # by Celery's backend
-
 REQUEST = {"prompt": "a portrait"}
 
 

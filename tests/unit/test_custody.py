@@ -25,8 +25,6 @@ from zlora_worker.custody import Heartbeat, JobRequest
 from zlora_worker.delivery import Deliveries
 from zlora_worker.intake import Intake
 
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # by Celery's backend
-
 TASK = "test.custody"  # a name of its own: Celery knows names of all apps in a process
 REQUEST = {"prompt": "a portrait"}
 

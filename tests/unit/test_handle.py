@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import redis
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from played import inside, result_of, says
 from processes import free_port
 from zlora import Cancellation, Client, JobHandle, JobState, JobStatus, waiting, wire
 from zlora.errors import (
@@ -28,13 +29,8 @@ from zlora.errors import (
 from zlora.job import GenerateResult, ImageRef, plain
 from zlora.ledger import Ledger, connect
 
-# Celery stores a result as redis-py does not like any more.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
-
 REQUEST = {"prompt": "a portrait"}
-RESULT = GenerateResult(
-    job_id="job-1", images=(), loras=(), seed=7, timings={"denoise": 0.5}, base_intact=True, model="m", versions={}
-)
+RESULT = result_of("job-1")
 MANIFEST = msgspec.json.encode(RESULT)
 HOUR = 3600.0
 
@@ -54,14 +50,9 @@ def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - 
         yield opened
 
 
-def inside(client: Client) -> Any:
-    """The client's side of Redis."""
-    return client._broker
-
-
 def store(client: Client, job_id: str, result: Any, state: str) -> JobHandle:
     """What a worker leaves in the backend."""
-    inside(client)._backend.store_result(job_id, result, state)
+    says(client, job_id, result, state)
     return client.job(job_id)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import redis
 from zlora import errors, wire
 from zlora.errors import Conflict, JobRevoked, LoraMismatch, ZloraError
 from zlora.ledger import ATTEMPT, Attempt, Ledger, Submission, attempts_of, connect, verdict_of
@@ -15,14 +14,6 @@ from zlora.webhook import Webhook
 
 CLASSES: list[type[ZloraError]] = [getattr(errors, name) for name in errors.__all__]
 DETAILS = {"path": "$.loras[0]", "max_bytes": 7, "names": ["a", None], "deep": {"é": 0.5}}
-
-
-@pytest.fixture
-def broker(broker_url: str) -> Iterator[Any]:
-    """An empty Redis, to look into."""
-    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        connection.flushall()
-        yield connection
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import redis
 from faults.figures import Tally
 from faults.proxy import Proxy
 from processes import free_port, wait_until
@@ -19,13 +18,6 @@ from zlora.listener import Listener
 
 def channel_of(job_id: str) -> str:
     return f"celery-task-meta-{job_id}"
-
-
-@pytest.fixture
-def broker(broker_url: str) -> Iterator[Any]:
-    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        connection.flushall()
-        yield connection
 
 
 @pytest.fixture

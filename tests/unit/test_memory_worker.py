@@ -35,9 +35,6 @@ from zlora.job import (
 )
 from zlora.testing import MemoryWorker, Progress, placeholder
 
-# Celery stores a result as redis-py does not like any more.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
-
 REQUEST = {"prompt": "a portrait"}
 SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import redis
 import torch
 import zlora.preflight
 from click.testing import CliRunner
@@ -394,14 +393,6 @@ def test_a_private_hub_is_open_to_references_alone() -> None:
 
 
 # --- a job is checked before anything is queued
-
-
-@pytest.fixture
-def broker(broker_url: str) -> Iterator[Any]:
-    """An empty Redis, to look into."""
-    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        connection.flushall()
-        yield connection
 
 
 def submitted(broker_url: str, checks: Preflight, *addresses: str) -> None:

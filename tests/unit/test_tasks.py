@@ -46,8 +46,6 @@ from zlora_worker.engine import EngineState
 from zlora_worker.generate import Report, Runtime
 from zlora_worker.storage import image_key, manifest_key
 
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # by Celery's backend
-
 REQUEST = {"prompt": "a portrait", "seed": 3}
 SIGNED = {"prompt": "a portrait", "loras": [{"file": {"url": "https://host/file?signature=0123456789secret"}}]}
 Draw = Callable[[GenerateRequest, Report], None]

@@ -9,26 +9,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import redis
 from faults.figures import Tally
 from faults.proxy import Proxy
+from played import ends, inside, says
 from processes import wait_until
 from zlora import AsyncClient, Client, JobState, listener, waiting, wire
 from zlora.errors import BrokerUnavailable, InvalidRequest, LoraMismatch, ResultTimeout
-from zlora.job import GenerateResult, plain
-
-# Celery stores a result as redis-py does not like any more.
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+from zlora.job import GenerateResult
 
 REQUEST = {"prompt": "a portrait"}
-
-
-@pytest.fixture
-def broker(broker_url: str) -> Iterator[Any]:
-    """An empty Redis, to look into."""
-    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        connection.flushall()
-        yield connection
 
 
 @pytest.fixture
@@ -41,19 +30,6 @@ def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - 
 def proxy(broker_url: str) -> Iterator[Proxy]:
     with Proxy(urlsplit(broker_url).port or 0, Tally()) as opened:
         yield opened
-
-
-def says(client: Client, job_id: str, value: Any, state: str) -> None:
-    """A worker's answer."""
-    inside: Any = client._broker
-    inside._backend.store_result(job_id, value, state)
-
-
-def ends(client: Client, job_id: str) -> None:
-    result = GenerateResult(
-        job_id=job_id, images=(), loras=(), seed=7, timings={}, base_intact=True, model="m", versions={}
-    )
-    says(client, job_id, plain(result), "SUCCESS")
 
 
 def watched(broker: Any, job_id: str) -> None:
@@ -178,7 +154,7 @@ def test_a_client_that_is_closed_ends_what_waits_with_it(client: Client) -> None
     job = client.submit(REQUEST, job_id="job-1")
     with ThreadPoolExecutor(2) as threads:
         waits: list[Future[Any]] = [threads.submit(job.result), threads.submit(lambda: list(job.events()))]
-        wait_until(lambda: client._broker._listener._ear, "they wait")  # type: ignore[attr-defined]
+        wait_until(lambda: inside(client)._listener._ear, "they wait")
         client.close()
         for wait in waits:
             with pytest.raises(BrokerUnavailable, match="closed"):

@@ -18,8 +18,6 @@ from zlora_worker import watch
 from zlora_worker.delivery import Deliveries
 from zlora_worker.watch import Watch, progress_backend
 
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # by Celery's backend
-
 
 class Clock:
     """Time as a test tells it."""

@@ -36,8 +36,6 @@ from zlora_worker.post import post
 from zlora_worker.storage import FolderStore, manifest_key
 from zlora_worker.webhooks import Dispatcher, Ends, Sender
 
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # by Celery's backend
-
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 PAUSES: Final = (5, 30, 120, 300, 600, 1200, 1800, 3000)  # seconds, each 0.8 to 1.2 times
 TWO_HOURS: Final = 7200
