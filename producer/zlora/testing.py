@@ -217,7 +217,7 @@ class MemoryWorker:
             document = msgspec.json.decode(sent)
         except ZloraError as error:
             self._fail(job, error)
-        except BaseException as error:
+        except BaseException as error:  # the boundary to a test's own code: told as a worker tells it, and raised again
             self._fail(job, InternalError(f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}"))
             raise
         else:

@@ -1,10 +1,12 @@
 """What many unit tests look into."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
+from zlora import Client
 
 
 @pytest.fixture
@@ -13,3 +15,20 @@ def broker(broker_url: str) -> Iterator[Any]:
     with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
         connection.flushall()
         yield connection
+
+
+@pytest.fixture
+def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - emptied
+    """A client of that Redis."""
+    with Client(broker_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The handlers of this process's signals are its own again after the test."""
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(end) for end in ends]
+    yield
+    for end, handler in zip(ends, before, strict=True):
+        signal.signal(end, handler)

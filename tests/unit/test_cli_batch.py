@@ -14,14 +14,14 @@ import msgspec
 import pytest
 import redis
 from click.testing import CliRunner, Result
-from played import inside, says
+from played import Signalling, inside, says
 from processes import clean_environ, wait_until
 from zlora import Client
 from zlora.async_client import AsyncClient
 from zlora.broker import Entry
 from zlora.cli import connection, main
 from zlora.errors import BrokerUnavailable, LoraNotFound
-from zlora.job import Cancellation, GenerateRequest, GenerateResult, plain
+from zlora.job import GenerateRequest, GenerateResult, plain
 from zlora.testing import MemoryWorker, Progress, placeholder
 
 ZLORA = str(Path(sys.executable).with_name("zlora"))
@@ -404,34 +404,10 @@ def test_a_job_that_is_cancelled_whenever_it_comes_is_an_error(site: Site, named
     assert result.stderr.startswith(f"line 1: {site.ends[0]['job_id']} ")
 
 
-class Signalling(MemoryWorker):
-    """Sends a signal when two jobs wait, and all of them while jobs are cancelled."""
-
-    def put(self, entries: Any) -> None:
-        super().put(entries)
-        if len(self.requests) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def cancel(self, job_id: str) -> Cancellation:
-        for end in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            os.kill(os.getpid(), end)
-        return super().cancel(job_id)
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The handlers of this process's signals are its own again after the test."""
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(end) for end in ends]
-    yield
-    for end, handler in zip(ends, before, strict=True):
-        signal.signal(end, handler)
-
-
 @pytest.mark.usefixtures("handlers")
 def test_signals_while_jobs_are_cancelled_change_nothing(site: Site) -> None:
     """All are cancelled and written down, but for those that a line names: these may be somebody else's."""
-    site.worker = Signalling(paused=True)
+    site.worker = Signalling(after=2)
     site.write({"prompt": "a city"}, {"request": {"prompt": "a city"}, "job_id": "mine"}, {"prompt": "never sent"})
     result = site.run("--in-flight", "2")
 
@@ -444,14 +420,6 @@ def test_signals_while_jobs_are_cancelled_change_nothing(site: Site) -> None:
 
 
 # --- kill -9, and signals, with a broker that outlives the command
-
-
-@pytest.fixture
-def client(broker_url: str) -> Iterator[Client]:
-    with redis.Redis.from_url(broker_url) as connection:
-        connection.flushall()
-    with Client(broker_url) as opened:
-        yield opened
 
 
 def waiting(client: Client) -> list[str]:

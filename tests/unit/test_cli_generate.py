@@ -3,19 +3,17 @@
 import base64
 import hashlib
 import json
-import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from played import Signalling
 from zlora.cli import connection, main
 from zlora.errors import LoraNotFound
-from zlora.job import Cancellation, GenerateRequest, GenerateResult, plain, read_request
+from zlora.job import GenerateRequest, GenerateResult, plain, read_request
 from zlora.testing import MemoryWorker, Progress, placeholder
 
 DATA = b"the bytes of a picture"
@@ -292,36 +290,13 @@ def placeholder_of(job_id: str, request: GenerateRequest, _progress: Progress) -
 # --- streams and signals
 
 
-class Signalling(MemoryWorker):
-    """Sends a signal when a job has come, and all of them while it is cancelled."""
-
-    def put(self, entries: Any) -> None:
-        super().put(entries)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def cancel(self, job_id: str) -> Cancellation:
-        for end in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            os.kill(os.getpid(), end)
-        return super().cancel(job_id)
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The handlers of this process's signals are its own again after the test."""
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(end) for end in ends]
-    yield
-    for end, handler in zip(ends, before, strict=True):
-        signal.signal(end, handler)
-
-
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("name", [[], ["--job-id", "mine"], ["--idempotency-key", "order 7"]])
 def test_without_a_question_a_job_is_cancelled_unless_it_may_be_another_s(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: list[str]
 ) -> None:
     """Whatever signals come meanwhile."""
-    worker = Signalling(paused=True)
+    worker = Signalling(after=1)
     monkeypatch.setattr(connection, "client", worker.client)
     monkeypatch.chdir(tmp_path)
     result = run("generate", "a city", *name)

@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import redis
 from played import inside
 from processes import clean_environ, wait_until
 from zlora import Client, JobState
@@ -71,14 +70,6 @@ class Terminal:
             except OSError:  # nobody writes there any more
                 break
         return self.text
-
-
-@pytest.fixture
-def client(broker_url: str) -> Iterator[Client]:
-    with redis.Redis.from_url(broker_url) as connection:
-        connection.flushall()
-    with Client(broker_url) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -39,12 +39,6 @@ DIGEST = digest_of(GenerateRequest(prompt="a portrait"))
 
 
 @pytest.fixture
-def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - emptied
-    with Client(broker_url) as opened:
-        yield opened
-
-
-@pytest.fixture
 def lonely() -> Iterator[Client]:
     """A client of a Redis that is not there."""
     with Client(f"redis://127.0.0.1:{free_port()}/0") as opened:

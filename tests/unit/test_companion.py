@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from celery import Celery
 from fakes import links
+from played import hang_up
 from zlora import Client, wire
 from zlora.errors import JobExpired, LoraNotFound
 from zlora.job import GenerateResult, JobState, digest_of, read_request
@@ -70,11 +71,7 @@ def place(broker_url: str) -> Iterator[Place]:
     made = Place(broker_url)
     yield made
     made.client.close()
-    backend: Any = made.app.backend
-    backend.client.connection_pool.disconnect()
-    if (watching := backend.result_consumer._pubsub) is not None:
-        watching.close()
-    made.app.close()
+    hang_up(made.app)
     made.redis.close()
 
 

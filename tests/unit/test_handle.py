@@ -44,12 +44,6 @@ def broker(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield connection
 
 
-@pytest.fixture
-def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - emptied
-    with Client(broker_url) as opened:
-        yield opened
-
-
 def store(client: Client, job_id: str, result: Any, state: str) -> JobHandle:
     """What a worker leaves in the backend."""
     says(client, job_id, result, state)

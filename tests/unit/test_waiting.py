@@ -21,12 +21,6 @@ REQUEST = {"prompt": "a portrait"}
 
 
 @pytest.fixture
-def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - emptied
-    with Client(broker_url) as opened:
-        yield opened
-
-
-@pytest.fixture
 def proxy(broker_url: str) -> Iterator[Proxy]:
     with Proxy(urlsplit(broker_url).port or 0, Tally()) as opened:
         yield opened

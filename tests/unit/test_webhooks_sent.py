@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import redis
 from celery import Celery
+from played import hang_up
 from processes import clean_environ, wait_until
 from servers import settings
 from standardwebhooks import Webhook as Oracle
@@ -214,11 +215,7 @@ def no_thread(**_: object) -> NoReturn:
 def place(broker_url: str, tmp_path: Path) -> Iterator[Place]:
     made = Place(broker_url, tmp_path)
     yield made
-    backend: Any = made.app.backend
-    backend.client.connection_pool.disconnect()
-    if (watching := backend.result_consumer._pubsub) is not None:
-        watching.close()
-    made.app.close()
+    hang_up(made.app)
     made.redis.close()
 
 
