@@ -106,8 +106,8 @@ def _require_urls(url: str, backend: str, queue: str) -> None:
 
 def _no_url(error: InvalidSetting, url: str, backend: str) -> Check:
     """The result backend is the broker where it has no variable of its own: then that one is not to be named."""
-    name, wrong = (wire.BROKER_URL, url) if backend == url else (error.details["name"], backend)
-    wrong = url if name == wire.BROKER_URL else wrong
+    name = wire.BROKER_URL if backend == url else error.details["name"]
+    wrong = url if name == wire.BROKER_URL else backend
     told = InvalidSetting(f"{name}{str(error).removeprefix(error.details['name'])}", {"name": name})
     return failed("broker", told, f"Set {name} to one Redis, such as {wire.DEFAULT_BROKER}.{_spelling(wrong)}")
 
@@ -257,20 +257,25 @@ def _queue(url: str, queue: str) -> Check:
         advice = "Look for a program that sends other messages to this queue; the workers' logs show them."
         return doubtful("queue", f"{told}; {int(refused)} messages could not be read", advice)
     if dead:
-        advice = (
-            "Look at the receivers: what they refuse for two hours is given up. `zlora webhooks` tells and resends."
-        )
-        return doubtful("queue", f"{told}{_reason(latest)}", advice)
+        return _given_up(told, _reason(latest))
     return ok("queue", told)
 
 
+def _given_up(told: str, reason: str) -> Check:
+    advice = "Look at the receivers: what they refuse for two hours is given up."
+    if wire.ALLOW_HOSTS in reason:  # as the guard of the workers says it
+        advice = f"List the receiver's host in {wire.ALLOW_HOSTS} of the workers, if jobs may reach it."
+    latest = f", the latest because: {reason}" if reason else ""
+    return doubtful("queue", f"{told}{latest}", f"{advice} `zlora webhooks` tells and resends.")
+
+
 def _reason(letters: list[str]) -> str:
-    """Why the latest webhook was given up, where that is written there."""
+    """Why the latest webhook was given up, or nothing where that is not written there."""
     from zlora.outbox import DeadLetter
 
     with suppress(msgspec.DecodeError):
         for letter in letters:
-            return f", the latest because: {msgspec.json.decode(letter, type=DeadLetter).reason}"
+            return msgspec.json.decode(letter, type=DeadLetter).reason
     return ""
 
 

@@ -32,6 +32,7 @@ from redis.retry import Retry
 
 from zlora import errors, wire
 from zlora.errors import Conflict, ZloraError
+from zlora.job import Cancellation
 from zlora.webhook import Webhook
 
 ATTEMPT: Final = "attempt:"
@@ -192,8 +193,8 @@ class Ledger:
                 pipe.expire(key, wire.RECORD_EXPIRES, nx=True)  # where Redis has lost the record
             pipe.execute()
 
-    def cancel(self, job_id: str) -> tuple[bool, bool]:
-        """Set the flag; whether the job is known, and whether it is being drawn or may be, where Redis was away."""
+    def cancel(self, job_id: str) -> Cancellation:
+        """Set the flag; where the job was. One that may be drawn, where Redis was away, is RUNNING too."""
         key = wire.job_key(job_id)
         with self.redis.pipeline() as pipe:
             pipe.hset(key, "cancelled", time.time())
@@ -201,8 +202,11 @@ class Ledger:
             pipe.hgetall(key)
             pipe.exists(wire.lease_key(job_id))
             _, _, record, leased = pipe.execute()
-        begun = any(attempt.signal is None for attempt in attempts_of(record).values())
-        return "digest" in record, bool(leased) or begun
+        if "closed" in record:
+            return Cancellation.FINISHED
+        if leased or any(attempt.signal is None for attempt in attempts_of(record).values()):
+            return Cancellation.RUNNING
+        return Cancellation.QUEUED if "digest" in record else Cancellation.UNKNOWN
 
     def standing(self, job_id: str) -> "Standing":
         """What is known of a job that has no result in Celery's backend."""

@@ -21,6 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from zlora import wire
+from zlora.errors import BrokerUnavailable
 
 Ring = Callable[[], None]
 
@@ -38,11 +39,15 @@ class Listener:
         """`url` is that of the result backend; `channel_of` names a job's channel there."""
         self._url, self._channel_of = url, channel_of
         self._ear: _Ear | None = None
-        self._opening = threading.Lock()
+        self._stop_ear: weakref.finalize[Any, Any] | None = None  # for a client that nobody closes
+        self._opening, self._is_closed = threading.Lock(), False
 
     @contextmanager
     def watch(self, job_id: str, ring: Ring) -> Iterator[None]:
-        """Ring at each answer to the job from now on, and where one may have been missed."""
+        """Ring at each answer to the job from now on, and where one may have been missed.
+
+        Raises `BrokerUnavailable` where the listener is closed.
+        """
         ear, channel = self._open(), self._channel_of(job_id)
         ear.ask(_Watch(channel, ring, begins=True))
         try:
@@ -56,17 +61,22 @@ class Listener:
         return 0.0 if lost is None else time.monotonic() - lost
 
     def close(self) -> None:
-        """Ring everybody, end the thread, and give its connection back."""
-        ear, self._ear = self._ear, None
-        if ear is not None:
-            ear.stop()
+        """Ring everybody, end the thread, and give its connection back; nothing is watched any more."""
+        with self._opening:
+            self._is_closed, ear = True, self._ear
+        if self._stop_ear is not None and ear is not None:
+            self._stop_ear()
             ear.join()
 
     def _open(self) -> "_Ear":
         with self._opening:
+            if self._is_closed:
+                raise BrokerUnavailable("the client is closed")
             if self._ear is None or not self._ear.listens():
+                if self._stop_ear is not None:
+                    self._stop_ear.detach()
                 self._ear = _Ear(self._url, self._channel_of(str(uuid.uuid4())))
-                weakref.finalize(self, self._ear.stop)  # for a client that nobody closes
+                self._stop_ear = weakref.finalize(self, self._ear.stop)
             return self._ear
 
 

@@ -54,8 +54,9 @@ class Stack:
             self._children = started
             try:
                 self.home.mkdir(parents=True, exist_ok=True)
+                is_shared = bool(self.environ.get(wire.BROKER_URL))
                 self.environ[wire.BROKER_URL] = self._broker()
-                if not self.environ.get(wire.WEBHOOK_SECRET):
+                if not is_shared and not self.environ.get(wire.WEBHOOK_SECRET):  # else one for all of its workers
                     self.environ[wire.WEBHOOK_SECRET] = _webhook_secret(self.home)
             except OSError as error:
                 raise StackError(f"{wire.HOME}={self.home}: {error.strerror}") from error

@@ -25,7 +25,8 @@ _MOST_DEAD: Final = 1000  # letters; the oldest go
 
 _DUE: Final = """
 local now = redis.call('TIME')
-return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now[1] + now[2] / 1e6, 'LIMIT', ARGV[1], ARGV[2])
+local due = now[1] + now[2] / 1e6 - ARGV[3]
+return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', due, 'LIMIT', ARGV[1], ARGV[2])
 """
 # Whoever claims a job and dies costs it one repetition: its next time stands already.
 _CLAIM: Final = """
@@ -135,9 +136,12 @@ class Outbox:
                 self._redis.zrem(self._dead, msgspec.json.encode(letter))
         return True
 
-    def due(self, start: int, most: int) -> list[str]:
-        """The jobs that are due, the longest first, without the first `start` of them; they are nobody's yet."""
-        return list(self._due(keys=[self._waiting], args=[start, most]))
+    def due(self, start: int, most: int, *, since: float = 0.0) -> list[str]:
+        """The jobs that are due, the longest first, without the first `start` of them; they are nobody's yet.
+
+        With `since` only those that have been due for so many seconds.
+        """
+        return list(self._due(keys=[self._waiting], args=[start, most, since]))
 
     def webhooks(self, job_ids: Iterable[str]) -> list[Webhook | None]:
         """Whom the ends of jobs are to be told."""

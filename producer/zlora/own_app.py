@@ -23,12 +23,15 @@ class OwnApp(Celery):
         """`config` has `broker_url` and `result_backend`."""
         # Without fixups: Django's is for the app of the project.
         super().__init__(name, loader=_Loader, fixups=[], set_as_current=set_as_current)
-        self._own_broker: str = config["broker_url"]
+        self.own_broker: str = config["broker_url"]
         self.backend_cls: str = config["result_backend"]  # a URL is one too
         self.conf.update(config)
 
     def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
-        return super().connection_for_read(url or self._own_broker, **options)
+        return super().connection_for_read(url or self.own_broker, **options)
 
     def connection_for_write(self, url: str | None = None, **options: Any) -> Any:
-        return super().connection_for_write(url or self._own_broker, **options)
+        return super().connection_for_write(url or self.own_broker, **options)
+
+    def connection(self, hostname: str | None = None, *arguments: Any, **options: Any) -> Any:
+        return super().connection(hostname or self.own_broker, *arguments, **options)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import http.client
 import os
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -48,19 +49,22 @@ def _of(result: GenerateResult, image: ImageRef) -> bytes:
         raise
 
 
-def read(image: ImageRef, *, timeout: float = 30.0) -> bytes:
+def read(image: ImageRef, *, timeout: float = 30.0, deadline: float = 300.0) -> bytes:
     """The bytes of a picture: from its `data_uri`, else from its `url` (`http`, `https`, `file` or `data`).
 
-    They have the size and the sha256 that the result names. A server may be silent for `timeout` seconds. Raises
-    `PictureUnavailable`.
+    They have the size and the sha256 that the result names. A server may be silent for `timeout` seconds, and all of
+    the picture may take `deadline` seconds. Raises `PictureUnavailable`.
     """
+    end = time.monotonic() + deadline
     address = image.data_uri or image.url
     if address is None:
         raise _unavailable(image, f"{printable(image.key)} has no URL: its request or the operator asks for keys alone")
     with closing(_pieces(image, address, timeout)) as pieces:
-        data = b"".join(_up_to(image.size, pieces))
+        data = b"".join(_up_to(image.size, pieces, end=end))
     if len(data) != image.size or hashlib.sha256(data).hexdigest() != image.sha256:
-        raise _unavailable(image, f"{_shown(address)}: the bytes there are not those of the picture")
+        late = time.monotonic() > end
+        why = f"it takes more than {deadline:g} s" if late else "the bytes there are not those of the picture"
+        raise _unavailable(image, f"{_shown(address)}: {why}")
     return data
 
 
@@ -85,18 +89,18 @@ def _fetched(image: ImageRef, address: str, timeout: float) -> Iterator[bytes]:
 
     try:
         with _web().open(address, timeout=timeout) as answer:
-            yield from iter(lambda: answer.read(_PIECE), b"")
+            yield from iter(lambda: answer.read1(_PIECE), b"")  # what has come: `read` waits for all of a piece
     except HTTPError as error:
         with error:
             raise _unavailable(image, f"{_shown(address)}: the server answers {error.code}") from None
 
 
-def _up_to(size: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces until there are too many bytes."""
+def _up_to(size: int, pieces: Iterator[bytes], *, end: float) -> Iterator[bytes]:
+    """The pieces until there are too many bytes, or it is too late."""
     for piece in pieces:
         size -= len(piece)
         yield piece
-        if size < 0:
+        if size < 0 or time.monotonic() > end:
             return
 
 

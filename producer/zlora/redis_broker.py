@@ -87,14 +87,11 @@ class RedisBroker:
 
     def cancel(self, job_id: str) -> Cancellation:
         with self._reached({"job_id": job_id}):
-            known, running = self._ledger.cancel(job_id)
-            if running:
-                return Cancellation.RUNNING
-            if not known:
-                return Cancellation.UNKNOWN
-            self._backend.mark_as_revoked(job_id, "cancelled")
-            self._ledger.close(job_id, revoked(job_id))
-        return Cancellation.QUEUED
+            where = self._ledger.cancel(job_id)
+            if where is Cancellation.QUEUED:
+                self._backend.mark_as_revoked(job_id, "cancelled")
+                self._ledger.close(job_id, revoked(job_id))
+        return where
 
     def watch(self, job_id: str, ring: Callable[[], None]) -> AbstractContextManager[None]:
         return self._listener.watch(job_id, ring)
@@ -105,10 +102,13 @@ class RedisBroker:
     def close(self) -> None:
         self._closed = True
         self._listener.close()
-        self._ledger.redis.close()
-        self._backend.client.connection_pool.disconnect()
+        self._hang_up()
         self._sender.close()
         self._app.close()
+
+    def _hang_up(self) -> None:
+        self._ledger.redis.connection_pool.disconnect()
+        self._backend.client.connection_pool.disconnect()
 
     @contextmanager
     def _reached(self, details: dict[str, Any]) -> Iterator[None]:
@@ -119,6 +119,13 @@ class RedisBroker:
             yield
         except _UNREACHABLE as error:
             raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
+        except Exception:
+            if self._closed:  # a socket that is closed under whoever reads it raises anything
+                raise BrokerUnavailable("the client is closed", details) from None
+            raise
+        finally:
+            if self._closed:  # by another thread, meanwhile: this one may have connected again
+                self._hang_up()
 
     def _channel(self, job_id: str) -> str:
         key: bytes = self._backend.get_key_for_task(job_id)
@@ -154,7 +161,7 @@ def check_urls(app: Celery, *, broker_url: str, result_backend: str) -> None:
             raise InvalidSetting(f"{name}: expected one Redis, as one of {expected} ({told})", {"name": name})
         try:
             opened()
-            connect(url)
+            connect(url).connection_pool.make_connection()  # which opens none, and takes the URL's options
         except _NO_URL:
             raise InvalidSetting(f"{name}: no URL that Celery can open ({told})", {"name": name}) from None
 

@@ -448,6 +448,8 @@ def test_an_option_of_a_url_that_nobody_knows_is_refused_at_once() -> None:
     """Else it is a `TypeError` at the first job."""
     with pytest.raises(InvalidSetting):
         Client("redis://127.0.0.1/0?no_such_option=1")
+    with pytest.raises(InvalidSetting):  # an option of rediss only
+        Client("redis://127.0.0.1/0?ssl=true")
 
 
 def test_a_result_backend_that_is_not_one_redis_is_refused() -> None:

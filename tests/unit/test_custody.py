@@ -12,7 +12,6 @@ import celery.backends.redis
 import pytest
 import redis
 from billiard.einfo import ExceptionInfo
-from celery import Celery
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker import state
 from kombu import Consumer, Queue
@@ -21,6 +20,7 @@ from zlora import wire
 from zlora.errors import LoraNotFound
 from zlora.job import TASK_NAME
 from zlora.ledger import attempts_of, verdict_of
+from zlora.own_app import OwnApp
 from zlora_worker.custody import Heartbeat, JobRequest
 from zlora_worker.delivery import Deliveries
 from zlora_worker.intake import Intake
@@ -45,8 +45,8 @@ class Parent:
 
     def __init__(self, broker_url: str, folder: Path) -> None:
         self.queue, self.job = uuid.uuid4().hex, uuid.uuid4().hex
-        self.app = Celery("test", set_as_current=False)
-        self.app.conf.update(wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue))
+        config = wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
+        self.app = OwnApp("test", config)
         self.app.conf.update(task_acks_late=True, task_reject_on_worker_lost=True)
         self.app.task(name=TASK, shared=False)(_task)
         self.deliveries = Deliveries(broker_url, self.queue)

@@ -17,7 +17,6 @@ import pytest
 import redis
 import zlora_worker.generate
 from billiard.exceptions import SoftTimeLimitExceeded
-from celery import Celery
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
 from fakes import MemoryStore, links
@@ -39,6 +38,7 @@ from zlora.errors import (
 )
 from zlora.job import TASK_NAME, GenerateRequest, GenerateResult, digest_of, read_request
 from zlora.ledger import Submission
+from zlora.own_app import OwnApp
 from zlora.webhook import Webhook
 from zlora_worker import endings, tasks
 from zlora_worker.delivery import LEASE, Deliveries
@@ -65,9 +65,8 @@ class Child:
         self.store = MemoryStore()
         self.links: Any = links(self.store)
         self.deliveries = Deliveries(broker_url, self.queue)
-        self.app = Celery("test", set_as_current=False)
         config = wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
-        self.app.conf.update(config, task_acks_late=True)
+        self.app = OwnApp("test", config | {"task_acks_late": True})
         self.task: Any = self.app.task(name=TASK_NAME, bind=True, shared=False, throws=(ZloraError,))(tasks.generate)
         self.other = Deliveries(broker_url, self.queue)  # another worker's
         self.redis: Any = self.deliveries.ledger.redis
@@ -218,16 +217,18 @@ def test_a_bad_request_is_refused_before_the_model_is_touched(child: Child) -> N
 
 
 def test_a_job_whose_request_a_worker_refuses_has_ended(child: Child, job: str) -> None:
-    """With a verdict, so that its webhook is due at once, whether or not a client wrote the job down."""
+    """With a verdict, so that its webhook is due at once. Of a plain message nothing is written down."""
     later = {**REQUEST, "colour": 1}  # a newer client's
     asked = Webhook(url="https://example.com/")
     known = Submission(request=later, priority=5, submitted=time.time(), webhook=asked)
     child.deliveries.ledger.open(job, known, "digest")
 
-    for name in (job, f"{job}-bare"):
-        assert child.deliver(name, later) == "FAILURE"
-        verdict, told = child.deliveries.ledger.standing(name).verdict, child.meta(name)[1]
-        assert (type(verdict), type(told), str(verdict)) == (InvalidRequest, InvalidRequest, str(told))
+    assert child.deliver(job, later) == "FAILURE"
+    verdict, told = child.deliveries.ledger.standing(job).verdict, child.meta(job)[1]
+    assert (type(verdict), type(told), str(verdict)) == (InvalidRequest, InvalidRequest, str(told))
+    assert child.deliver(f"{job}-bare", later) == "FAILURE"
+    assert type(child.meta(f"{job}-bare")[1]) is InvalidRequest
+    assert child.deliveries.record(f"{job}-bare") == {}
     assert child.deliveries.ledger.unfinished(before=time.time() + 60) == []
     assert child.redis.zrange(wire.outbox_key(child.queue), 0, -1) == [job]
 

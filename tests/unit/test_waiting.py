@@ -1,10 +1,12 @@
 """Whoever waits for a job is rung and polls nobody, outlasts a restart of Redis, and is told of a lasting outage."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +20,7 @@ from zlora.errors import BrokerUnavailable, InvalidRequest, LoraMismatch, Result
 from zlora.job import GenerateResult
 
 REQUEST = {"prompt": "a portrait"}
+SHARED = 10  # connections of kombu's pool, which all clients of a process have in common
 
 
 @pytest.fixture
@@ -156,3 +159,29 @@ def test_a_client_that_is_closed_ends_what_waits_with_it(client: Client) -> None
     with pytest.raises(BrokerUnavailable, match="closed"):
         job.status()
     client.close()
+
+
+def submit_on_and_on(client: Client) -> None:
+    while True:
+        client.submit(REQUEST)
+
+
+def test_a_client_that_is_closed_in_the_middle_of_anything_says_so(broker_url: str, broker: Any) -> None:
+    """Sockets that are closed under their readers raise what they like; and nobody opens others."""
+    threads_before, connections_before = threading.active_count(), len(broker.client_list())
+    for _ in range(5):
+        client = Client(broker_url)
+        with ThreadPoolExecutor(4) as pool:
+            asks = [partial(submit_on_and_on, client)] * 2 + [client.job("never").result] * 2
+            ends = [pool.submit(ask) for ask in asks]
+            time.sleep(0.05)
+            client.close()
+            errors = [end.exception(20) for end in ends]
+        assert {type(error) for error in errors} == {BrokerUnavailable}
+        with pytest.raises(BrokerUnavailable, match="closed"):
+            next(client.job("late").events())
+
+    wait_until(lambda: threading.active_count() == threads_before, "no thread is left")
+    del client, asks, ends, errors
+    gc.collect()  # what was opened in the moment of the closing
+    wait_until(lambda: len(broker.client_list()) <= connections_before + SHARED, "no connection is left")

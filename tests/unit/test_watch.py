@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import pytest
 import redis
-from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import untimed
 from zlora import wire
 from zlora.answers import revoked
 from zlora.errors import JobRevoked, JobTimeout
+from zlora.own_app import OwnApp
 from zlora_worker import watch
 from zlora_worker.delivery import Deliveries
 from zlora_worker.watch import Watch, progress_backend
@@ -218,14 +218,13 @@ def test_a_report_can_be_made_of_nothing(desk: Desk) -> None:
 
 
 @pytest.fixture
-def app(broker_url: str) -> Iterator[Celery]:
-    made = Celery("test", set_as_current=False)
-    made.conf.update(wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
+def app(broker_url: str) -> Iterator[OwnApp]:
+    made = OwnApp("test", wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
     yield made
     made.close()
 
 
-def test_a_watcher_sees_the_progress_and_a_producer_is_heard(app: Celery, broker_url: str) -> None:
+def test_a_watcher_sees_the_progress_and_a_producer_is_heard(app: OwnApp, broker_url: str) -> None:
     job, deliveries = uuid.uuid4().hex, Deliveries(broker_url, "gpu")
     request: Any = SimpleNamespace(group=None, chord=None, parent_id=None, id=job)
     report = Watch(request, deliveries, progress_backend(app), job_id=job, seconds=60, attempt=1)

@@ -222,6 +222,8 @@ def _readable(
     except InvalidRequest as error:
         if not deliveries.is_own(job_id, document):  # a newer client's, perhaps, which this worker does not understand
             raise Taken(f"job {job_id} is another request: {error}") from error
+        if not deliveries.is_known(job_id):  # of a plain message nothing is written down, and its id stays free
+            raise
         with deliveries.leased(job_id):
             raise Ended(deliveries.fail(job_id, error)) from error
 

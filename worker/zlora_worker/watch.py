@@ -5,7 +5,6 @@ from collections import deque
 from functools import cache
 from typing import Any, Final
 
-from celery import Celery
 from celery.backends.base import Backend
 from celery.utils.log import get_task_logger
 from redis import RedisError
@@ -89,10 +88,9 @@ def overdue(job_id: str, seconds: float) -> JobTimeout:
 
 
 @cache
-def progress_backend(app: Celery) -> Backend:
+def progress_backend(app: OwnApp) -> Backend:
     """The app's result backend once more, but one that does not wait for Redis."""
-    conf = app.conf
     config = wire.impatient_config(
-        broker_url=conf.broker_url, result_backend=conf.result_backend, queue=conf.task_default_queue
+        broker_url=app.own_broker, result_backend=app.backend_cls, queue=app.conf.task_default_queue
     )
     return OwnApp("zlora_progress", config).backend

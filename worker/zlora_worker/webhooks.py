@@ -33,14 +33,13 @@ _STORE_AWAY: Final = 30.0  # seconds until a store that did not answer is asked 
 _CLAIM: Final = 120.0  # seconds after which a companion that has said nothing of a job is taken for dead
 _AT_ONCE: Final = 16  # messages on their way
 _TO_ONE_HOST: Final = 2  # of them
-_TO_SLOW_HOSTS: Final = 8  # of them, to all of these together
-_SLOW: Final = 4.0  # seconds: below those in which a host that cannot be reached is given up
+_TO_OTHERS: Final = 8  # of them, to all hosts together that have not just been quick
+_QUICK: Final = 4.0  # seconds of a try: below those in which a host that cannot be reached is given up
 _WINDOW: Final = 10_000  # due jobs that are known at once; the next ones are looked at after these
 _EVERY: Final = 0.5  # seconds between two looks
 _COST: Final = 10  # times as long as a look took is the least until the next: long lists are not read all the time
 _AWAY: Final = 2.0  # seconds until the next look where Redis does not answer
 _NO_THREAD: Final = 5.0  # seconds until a job comes again for which there was no thread
-_NO_SECRET: Final = 60.0  # seconds until a job comes again that cannot be signed here
 _EPOCH: Final = 1e9  # seconds; earlier versions wrote 1 for a time
 
 End = Callable[[str], GenerateResult | ZloraError | None]
@@ -51,6 +50,8 @@ logger = logging.getLogger("zlora_worker.webhooks")
 
 def start(settings: Settings, ends: "Ends") -> None:
     """Send until the process ends."""
+    if not settings.webhook_secret:
+        logger.info("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
     outbox = Outbox(connect(settings.broker_url), settings.queue)
     Thread(target=_work, args=(Dispatcher(outbox, Sender(outbox, ends, settings)),), daemon=True).start()
 
@@ -83,7 +84,11 @@ class Sender:
         self, outbox: Outbox, ends: Ends, settings: Settings, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._outbox, self._ends, self._settings, self._clock = outbox, ends, settings, clock
-        self._has_complained = False
+
+    @property
+    def since(self) -> float:
+        """Seconds that a job has been due before it is this companion's: others, with a secret, have their time."""
+        return 0.0 if self._settings.webhook_secret else float(_PATIENCE)
 
     def send(self, job: Ended) -> None:
         """Send what a claimed job has to tell; raises `redis.RedisError`: then it comes again."""
@@ -92,17 +97,8 @@ class Sender:
             self._give_up(job, "the job's record is gone")
         elif not asked.host:
             self._give_up(job, "no URL that is opened")
-        elif not self._settings.webhook_secret and self._clock() - job.closed < _PATIENCE:
-            self._leave_to_others(job)
         else:
             self._send(job, asked)
-
-    def _leave_to_others(self, job: Ended) -> None:
-        """Another companion of the queue may have the secret."""
-        if not self._has_complained:
-            logger.warning("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
-        self._has_complained = True
-        self._outbox.put_off(_NO_SECRET, job.job_id)
 
     def _send(self, job: Ended, asked: Webhook) -> None:
         try:
@@ -161,7 +157,7 @@ class Sender:
 
 
 class Dispatcher:
-    """Starts what is due, some at once, few to one host, and to slow hosts not all.
+    """Starts what is due, some at once, few to one host, and not all to hosts that are slow or not known.
 
     What waits for a place is only read, not written to, so that a backlog for one host costs Redis next to nothing.
     """
@@ -170,7 +166,7 @@ class Dispatcher:
         self._outbox, self._sender = outbox, sender
         self._lock, self._free = Lock(), Event()  # the latter is set where a place becomes free
         self._under_way: Counter[str] = Counter()  # messages, by host
-        self._slow: dict[str, float] = {}  # hosts whose last try took long, and when that was
+        self._quick: dict[str, float] = {}  # hosts whose last try was over soon, and when that was
         self._hosts: dict[str, str] = {}  # of the jobs that were due at the last look
         self._due: dict[str, deque[str]] = {}  # those that are not started yet, by host: whose turn it is comes first
         self._start_at, self._next_look = 0, 0.0
@@ -190,7 +186,7 @@ class Dispatcher:
 
     def _look(self) -> None:
         start = time.monotonic()
-        due = self._outbox.due(self._start_at, _WINDOW)
+        due = self._outbox.due(self._start_at, _WINDOW, since=self._sender.since)
         self._start_at = self._start_at + _WINDOW if len(due) == _WINDOW else 0
         new = [job_id for job_id in due if job_id not in self._hosts]
         asked = self._outbox.webhooks(new)
@@ -203,7 +199,7 @@ class Dispatcher:
         now = time.monotonic()
         self._next_look = now + max(_EVERY, _COST * (now - start))
         with self._lock:
-            self._slow = {host: at for host, at in self._slow.items() if now - at < _PATIENCE}
+            self._quick = {host: at for host, at in self._quick.items() if now - at < _PATIENCE}
 
     def _pick(self) -> list[tuple[str, str]]:
         """Jobs with their hosts that have a place each, the caller's to give back."""
@@ -222,8 +218,8 @@ class Dispatcher:
     def _has_room(self, host: str) -> bool:
         if self._under_way.total() >= _AT_ONCE or self._under_way[host] >= _TO_ONE_HOST:
             return False
-        slow = sum(count for name, count in self._under_way.items() if name in self._slow)
-        return host not in self._slow or slow < _TO_SLOW_HOSTS
+        others = sum(count for name, count in self._under_way.items() if name not in self._quick)
+        return host in self._quick or others < _TO_OTHERS
 
     def _start(self, picked: list[tuple[str, str]]) -> None:
         """Claim jobs and send them; of those that another companion was faster with the places are given back."""
@@ -264,9 +260,9 @@ class Dispatcher:
 
     def _note(self, host: str, seconds: float) -> None:
         with self._lock:
-            self._slow.pop(host, None)
-            if seconds > _SLOW:
-                self._slow[host] = time.monotonic()
+            self._quick.pop(host, None)
+            if seconds < _QUICK:
+                self._quick[host] = time.monotonic()
 
     def _give_back(self, host: str) -> None:
         with self._lock:
