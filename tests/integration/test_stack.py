@@ -142,6 +142,8 @@ def test_an_explicit_broker_wins(environ: dict[str, str], tmp_path: Path, broker
     with Stack(clean_environ(environ | {"ZLORA_BROKER_URL": broker_url}), log_folder=tmp_path / "logs") as stack:
         assert stack.broker_url == broker_url
         assert not (Path(environ["ZLORA_HOME"]) / "broker").exists()
+        # Its workers have one secret for their webhooks, and no data folder's.
+        assert not wire.webhook_secret(Path(environ["ZLORA_HOME"])).exists()
         with Client(broker_url) as client:
             assert client.submit(SMALL).result(timeout=90).base_intact
 

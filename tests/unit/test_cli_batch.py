@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -16,13 +17,14 @@ import redis
 from click.testing import CliRunner, Result
 from played import Signalling, inside, says
 from processes import clean_environ, wait_until
-from zlora import Client
+from servers import Request, reply, serving
+from zlora import Cancellation, Client
 from zlora.async_client import AsyncClient
 from zlora.broker import Entry
-from zlora.cli import connection, main
+from zlora.cli import batch_jobs, connection, main
 from zlora.errors import BrokerUnavailable, LoraNotFound
 from zlora.job import GenerateRequest, GenerateResult, plain
-from zlora.testing import MemoryWorker, Progress, placeholder
+from zlora.testing import Draw, MemoryWorker, Progress, placeholder
 
 ZLORA = str(Path(sys.executable).with_name("zlora"))
 
@@ -43,6 +45,13 @@ class Site:
         """The jobs file; a text is a line as it is."""
         lines = (one if isinstance(one, str) else json.dumps(one) for one in documents)
         self.jobs.write_text("".join(f"{line}\n" for line in lines))
+
+    def write_drawn(self, drawn: Draw) -> None:
+        """The results file of a run that has drawn the first line."""
+        (line, *_) = batch_jobs.read(self.jobs)
+        job_id = line.job_id_of(self.jobs.stem, 0)
+        result = plain(drawn(job_id, line.request, lambda *_: None))
+        self.results.write_text(json.dumps({"line": 1, "job_id": job_id, "result": result}) + "\n")
 
     def async_client(self) -> AsyncClient:
         """A client of the worker of the moment."""
@@ -364,6 +373,83 @@ def test_pictures_that_are_gone_are_told_with_their_job(site: Site, tmp_path: Pa
     assert (result.exit_code, told["code"], told["details"]["job_id"]) == (75, "picture_unavailable", name)
 
 
+def test_pictures_that_are_gone_for_good_are_told_each_and_counted(site: Site, tmp_path: Path) -> None:
+    """The job is drawn, whatever is known of it by now; others are brought all the same."""
+    site.write(*prompts(3))
+    site.run("--in-flight", "1")
+    gone = site.ends[:2]
+    for end in gone:
+        end["result"]["images"][0] |= {"data_uri": None, "url": "file:///no/such/0.png"}
+    site.results.write_text("".join(f"{json.dumps(end)}\n" for end in [*gone, site.ends[2]]))
+    site.worker = MemoryWorker(paused=True)
+    for end in gone:
+        site.worker.client().submit({"prompt": "a city"}, job_id=end["job_id"]).cancel()
+    result = site.run("--pictures", str(tmp_path / "pictures"), "--in-flight", "1")
+
+    why = "file:///no/such/0.png: there is no such file on this machine [picture_unavailable]"
+    told = [f"job {end['job_id']}: {why}" for end in gone]
+    assert (result.exit_code, result.stderr.splitlines()) == (75, [*told, f"Error: {why}"])
+    assert result.stdout == "3 jobs: 3 drawn, 0 failed; pictures of 2 are missing\n"
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+
+
+@pytest.mark.parametrize("found", [{}, {"job_id": "another"}, {"images": 7}])
+def test_a_result_of_another_shape_is_told_with_file_and_line(
+    site: Site, tmp_path: Path, found: dict[str, Any]
+) -> None:
+    site.write(*prompts(2))
+    site.run("--in-flight", "1")
+    first, second = site.ends
+    second["result"] = second["result"] | found if found else {}
+    site.results.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    result = site.run("--pictures", str(tmp_path / "pictures"))
+
+    assert result.exit_code == 65
+    assert f"{site.results}: line 2 has " in result.stderr
+
+
+class Insisting(MemoryWorker):
+    """Its pictures come from a server; Ctrl-C comes again as the client is closed."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(draw=self.elsewhere)
+        self._url = url
+
+    def elsewhere(self, job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+        made = placeholder(job_id, request)
+        images = tuple(msgspec.structs.replace(image, size=100, data_uri=None, url=self._url) for image in made.images)
+        return msgspec.structs.replace(made, images=images)
+
+    def close(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        super().close()
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("before", [True, False])
+def test_a_batch_is_ended_while_a_picture_comes_slowly(site: Site, tmp_path: Path, before: bool) -> None:
+    """That of a line which was finished before, or of a job in flight."""
+    ended, waited = Event(), list[bool]()
+
+    def answer(_: Request) -> Iterator[bytes]:
+        yield reply(b"a", length=100)
+        os.kill(os.getpid(), signal.SIGINT)
+        waited.append(ended.wait(20))
+
+    site.write({"prompt": "a city"})
+    with serving(answer) as host:
+        site.worker = Insisting(host.url)
+        if before:
+            site.write_drawn(site.worker.elsewhere)
+        result = site.run("--pictures", str(tmp_path / "pictures"))
+        ended.set()
+        wait_until(lambda: waited, "the server has ended")
+
+    said = "nothing is in flight" if before else "0 jobs are cancelled"
+    assert (result.exit_code, result.stderr) == (130, f"{said}; the same command goes on [interrupted]\n")
+    assert waited == [True]
+
+
 # --- cancelled
 
 
@@ -417,6 +503,24 @@ def test_signals_while_jobs_are_cancelled_change_nothing(site: Site) -> None:
         "the same command goes on [interrupted]\n"
     )
     assert site.worker.run() == 1
+
+
+@pytest.mark.usefixtures("handlers")
+def test_jobs_that_cannot_be_cancelled_may_go_on_and_that_is_told(site: Site) -> None:
+    class Silent(Signalling):
+        def cancel(self, job_id: str) -> Cancellation:
+            if self.requests[job_id].prompt == "lost":
+                raise BrokerUnavailable("the broker does not answer")
+            return super().cancel(job_id)
+
+    site.worker = Silent(after=3)
+    site.write({"prompt": "lost"}, {"prompt": "lost"}, {"prompt": "a city"})
+    result = site.run()
+
+    assert (result.exit_code, site.outcomes) == (75, [(3, "job_revoked")])
+    assert result.stderr == (
+        "Error: the broker does not answer; 2 jobs may go on: the same command meets them again [broker_unavailable]\n"
+    )
 
 
 # --- kill -9, and signals, with a broker that outlives the command

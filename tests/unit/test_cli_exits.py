@@ -2,12 +2,14 @@
 
 import json
 import os
+import pty
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import pytest
 from click.testing import CliRunner, Result
@@ -168,6 +170,44 @@ def test_what_cannot_be_printed_is_told_and_what_nobody_reads_is_not(
 def test_where_not_even_the_error_can_be_printed_its_status_tells() -> None:
     assert run("stderr", _full, "submit", "a city", "--steps", "0") == 65
     assert run("stderr", _full, "sumbit") == 73
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stack_whose_terminal_is_closed_has_ended_well(monkeypatch: pytest.MonkeyPatch, end: signal.Signals) -> None:
+    class Closing:
+        """A stack whose terminal goes with the signal."""
+
+        broker_url, home = "redis://h", "/home"
+
+        def __init__(self, *_: object, **_options: object) -> None:
+            """As `Stack`."""
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            ended.append("stopped")
+
+        def check(self) -> None:
+            os.close(master)
+            os.kill(os.getpid(), end)
+
+    @contextmanager
+    def terminal() -> Iterator[IO[str]]:
+        with open(slave, "w") as stream:
+            yield stream
+
+    ended = list[str]()
+    master, slave = pty.openpty()
+    monkeypatch.setattr("zlora.local.Stack", Closing)
+
+    assert (run("stdout", terminal, "up"), ended) == (0, ["stopped"])
+
+
+@pytest.mark.parametrize("code", ["usage", "cannot_write", "interrupted"])
+def test_the_docs_have_the_codes_that_are_no_error_s(code: str) -> None:
+    assert re.search(rf"^\| [0-9, ]+ \| \| .*`{code}` \|$", DOCS, re.MULTILINE)
 
 
 def test_the_docs_have_the_table() -> None:

@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from played import Signalling
+from servers import Request, reply, serving
 from zlora.cli import connection, main
 from zlora.errors import LoraNotFound
 from zlora.job import GenerateRequest, GenerateResult, plain, read_request
@@ -306,6 +309,32 @@ def test_without_a_question_a_job_is_cancelled_unless_it_may_be_another_s(
     said = "goes on, since a job with a name of yours may be somebody else's" if name else "is cancelled"
     assert f"job {job_id} {said}" in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.usefixtures("handlers")
+def test_ctrl_c_while_pictures_are_saved_tells_how_to_save_them(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker
+) -> None:
+    def answer(_: Request) -> bytes:
+        os.kill(os.getpid(), signal.SIGINT)
+        return reply(b"a", length=100)
+
+    with serving(answer) as host:
+
+        def elsewhere(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+            made = placeholder(job_id, request)
+            images = tuple(msgspec.structs.replace(image, size=100, url=host.url) for image in made.images)
+            return msgspec.structs.replace(made, images=images)
+
+        monkeypatch.setattr(worker, "_draw", elsewhere)
+        drawn = run("generate", "a city", "--job-id", "j", "--out", "my pictures")
+        brought = run("result", "j", "--out", "my pictures", "--json")
+
+    said = "job j is done: zlora result j --out 'my pictures'"
+    assert (drawn.exit_code, brought.exit_code) == (130, 130)
+    assert drawn.stderr.endswith(f"\n{said} [interrupted]\n")
+    told = json.loads(brought.stdout)["error"]
+    assert (told["message"], told["details"]) == (said, {"job_id": "j"})
 
 
 def test_streams_that_are_closed_stop_nothing(

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,19 @@ def test_what_is_not_known_any_more_is_told_beside_the_others(client: Client) ->
         "j  is sent again",
         "1 wait, 0 given up",
     ]
+
+
+@pytest.mark.parametrize("command", [["webhooks"], ["batch", "jobs.jsonl", "--out", "results.jsonl"]])
+def test_a_url_that_nobody_can_open_is_a_typed_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    monkeypatch.setenv("ZLORA_BROKER_URL", "redis://:s3cret@h/0?ssl=true")
+    monkeypatch.chdir(tmp_path)
+    Path("jobs.jsonl").write_text('{"prompt": "a city"}')
+    result = CliRunner().invoke(main, [*command, "--json"])
+
+    assert (result.exit_code, json.loads(result.stdout)["error"]["code"]) == (78, "invalid_setting")
+    assert "s3cret" not in result.output
 
 
 def test_a_broker_that_is_away_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,11 @@ from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from click.testing import CliRunner, Result
 from processes import free_port, wait_until
+from ssrfguard import SSRFGuardError
 from zlora import Client, wire
 from zlora.cli import main
 from zlora.outbox import DeadLetter
+from zlora.web import refusal
 
 
 @pytest.fixture
@@ -139,7 +141,18 @@ def test_what_nobody_can_read_and_nobody_hears_is_told(broker_url: str, broker: 
     assert (given_up.status, refused.status) == ("warn", "warn")
     assert "2 given up, the latest because: it says 500" in given_up.told
     assert "`zlora webhooks`" in given_up.advice
+    assert wire.ALLOW_HOSTS not in given_up.advice
     assert "7 messages" in refused.told
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_receiver_that_the_guard_refuses_is_told_by_its_setting(broker_url: str, broker: Any) -> None:
+    letter = DeadLetter(
+        job_id="j", event="job.failed", url="https://x", tries=1, first=1, last=2, reason=refusal(SSRFGuardError())
+    )
+    broker.zadd(wire.dead_key("gpu"), {msgspec.json.encode(letter): 1})
+
+    assert f"host in {wire.ALLOW_HOSTS} of the workers" in producer({wire.BROKER_URL: broker_url})["queue"].advice
 
 
 def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
@@ -234,8 +247,9 @@ def test_a_redis_that_is_down_or_mute_costs_a_bounded_time(silent: bool, monkeyp
     assert "s3cret" not in repr(found)
 
 
-def test_a_url_that_is_no_redis_is_told_and_not_shown() -> None:
-    found = producer({wire.BROKER_URL: "amqp://u:s3cret@h//"})
+@pytest.mark.parametrize("url", ["amqp://u:s3cret@h//", "redis://:s3cret@h/0?ssl=true"])
+def test_a_url_that_is_no_redis_is_told_and_not_shown(url: str) -> None:
+    found = producer({wire.BROKER_URL: url})
 
     assert (found["broker"].status, found["broker"].code) == ("fail", "invalid_setting")
     assert "s3cret" not in repr(found)

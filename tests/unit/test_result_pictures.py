@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -119,6 +121,20 @@ def test_what_is_not_there_is_told_without_its_query(url: str | None, reason: st
 def test_a_server_that_does_not_give_it_is_told(answer: bytes, reason: str) -> None:
     with serving(answer) as host:
         assert reason in refusal(image(url=f"{host.url}/0.png{QUERY}"))
+
+
+def test_a_picture_that_comes_too_slowly_is_left() -> None:
+    """Whatever comes of it meanwhile."""
+    left = Event()
+
+    def answer(_: Request) -> Iterator[bytes]:
+        yield reply(DATA[:1], length=len(DATA))
+        left.wait(20)
+
+    with serving(answer) as host:
+        with pytest.raises(PictureUnavailable, match="it takes more than 0 s"):
+            pictures.read(image(url=f"{host.url}/0.png"), timeout=5, deadline=0)
+        left.set()
 
 
 # --- save

@@ -187,7 +187,8 @@ class Settings:
     allow_hosts: frozenset[str] = _from(
         wire.ALLOW_HOSTS,
         read=wire.hosts,
-        note="`host` or `host:port`, comma-separated: may be private and speak plain `http`",
+        note="`host` or `host:port`, comma-separated, of LoRAs and of receivers of webhooks: "
+        "may be private, speak plain `http` and listen on other ports than 443",
     )
     certificates: str = _from(
         wire.CERTIFICATES,
@@ -229,7 +230,8 @@ class Settings:
     webhook_secret: str = _from(
         wire.WEBHOOK_SECRET,
         read=variables.webhook_secrets,
-        note="Secrets, separated by spaces, each of which signs webhooks: `whsec_...`",
+        note="Secrets, separated by spaces, each of which signs webhooks: `whsec_...`; "
+        "default: none, and `zlora up` makes one. How to make one: docs/webhooks.md",
         secret=True,
     )
 

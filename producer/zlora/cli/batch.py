@@ -17,7 +17,7 @@ from zlora.cli.exits import BATCH_FAILED, writing
 from zlora.cli.printing import json_option
 from zlora.cli.saving import require_folder
 from zlora.client import Priority
-from zlora.errors import InvalidRequest
+from zlora.errors import InvalidRequest, ZloraError
 from zlora.redaction import on_one_line
 from zlora.wire import PRIORITIES
 
@@ -87,9 +87,13 @@ def batch(
         todo = results.todo(lines, name or jobs.stem, retry_failed=retry_failed)
         done = len(lines) - len(todo)
         with BatchDisplay(total=len(lines), done=done, as_json=as_json, verbose=verbose) as display:
-            asyncio.run(_draw(results, todo, in_flight=in_flight, priority=priority, folder=folder, display=display))
+            run = _draw(results, todo, in_flight=in_flight, priority=priority, folder=folder, display=display)
+            missing = asyncio.run(run)
         failed = results.failed
-    click.echo(f"{len(lines)} jobs: {len(lines) - failed} drawn, {failed} failed", err=as_json)
+    lost = f"; pictures of {len(missing)} are missing" if missing else ""
+    click.echo(f"{len(lines)} jobs: {len(lines) - failed} drawn, {failed} failed{lost}", err=as_json)
+    if missing:
+        raise missing[0]
     ctx.exit(BATCH_FAILED if failed else 0)
 
 
@@ -102,6 +106,6 @@ def _checked(path: Path) -> list[Line]:
         raise
 
 
-async def _draw(results: ResultsFile, todo: Sequence[Todo], **options: Any) -> None:
+async def _draw(results: ResultsFile, todo: Sequence[Todo], **options: Any) -> list[ZloraError]:
     async with connection.async_client() as client:
-        await BatchRun(client, results, **options).draw(todo)
+        return await BatchRun(client, results, **options).draw(todo)

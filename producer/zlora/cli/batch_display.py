@@ -11,6 +11,7 @@ from zlora.cli import interruption
 from zlora.cli.exits import OUTPUT, writing
 from zlora.cli.interruption import Answer
 from zlora.cli.printing import print_json, terminal
+from zlora.errors import ZloraError
 from zlora.redaction import on_one_line
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class BatchDisplay:
                 self._progress.advance(self._progress.task_ids[0])
             if self._as_json:
                 print_json(document)
+
+    def miss(self, error: ZloraError) -> None:
+        """Pictures of a job, which the error names, could not be brought here."""
+        self._say(f"job {error.details['job_id']}: {on_one_line(str(error))} [{error.code}]")
 
     def _say(self, line: str) -> None:
         """A line on stderr, above the bar where there is one."""

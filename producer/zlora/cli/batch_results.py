@@ -26,6 +26,7 @@ from zlora.job import GenerateResult
 from zlora.later import read_result
 
 _BEGINNING: Final = b'{"line": '
+_NO_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what is raised of any bytes
 
 
 class _Error(Struct, frozen=True):
@@ -108,12 +109,22 @@ class ResultsFile:
         return sum(ends[-1].error is not None for ends in self._ends.values())
 
     def drawn(self) -> Iterator[GenerateResult]:
-        """The results of lines that are done, one at a time; nothing may be added meanwhile."""
+        """The results of lines that are done, one at a time; nothing may be added meanwhile.
+
+        Raises `InvalidRequest` where one is no result of its job.
+        """
         self._file.seek(0)
-        for text in self._file:
-            end = msgspec.json.decode(text, type=_Drawn)
-            if end.result is not None and end.job_id == self._ends[end.line][-1].job_id:
-                yield read_result(end.result)
+        for number, text in enumerate(self._file, start=1):
+            try:
+                end = msgspec.json.decode(text, type=_Drawn)
+                result = None if end.result is None else read_result(end.result)
+            except _NO_JSON:
+                raise self._refused(number, "has no result of a job") from None
+            if result is None or end.job_id != self._ends[end.line][-1].job_id:
+                continue
+            if result.job_id != end.job_id:
+                raise self._refused(number, "has the result of another job")
+            yield result
 
     def add(self, todo: Todo, outcome: GenerateResult | ZloraError) -> dict[str, Any]:
         """Write an end down, and return it."""
@@ -136,9 +147,13 @@ class ResultsFile:
                 return
             try:
                 yield msgspec.json.decode(text, type=End)
-            except msgspec.DecodeError:
-                raise InvalidRequest(f"{self._path}: line {number} is no batch's; choose another --out") from None
+            except _NO_JSON:
+                raise self._refused(number, "is no batch's") from None
             whole += len(text)
+
+    def _refused(self, number: int, why: str) -> InvalidRequest:
+        message = f"{self._path}: line {number} {why}; choose another --out"
+        return InvalidRequest(message, {"line": number})
 
     def _require_same(self, lines: Sequence[Line], batch: str) -> None:
         known = {line.number: line for line in lines}

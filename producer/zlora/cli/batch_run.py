@@ -2,7 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Final, TypeVar
 
 from zlora import pictures
@@ -19,6 +22,8 @@ from zlora.job import Cancellation, GenerateResult
 T = TypeVar("T")
 
 _ANSWER: Final = 10.0  # seconds for the result of a job that has ended, with new URLs
+_SAVED_AT_ONCE: Final = 16  # jobs, each on a thread with its pictures in memory
+_OF_ALL: Final = (BrokerUnavailable, InvalidSetting)  # no fault of a job's: all would meet it
 
 
 class BatchRun:
@@ -38,12 +43,13 @@ class BatchRun:
         self._priority, self._folder, self._most = priority, folder, in_flight
         self._flying: dict[int, Todo] = {}  # by line
         self._missing: list[ZloraError] = []
+        self._saving = asyncio.Semaphore(_SAVED_AT_ONCE)
 
-    async def draw(self, todo: Sequence[Todo]) -> None:
-        """Return when all have ended.
+    async def draw(self, todo: Sequence[Todo]) -> list[ZloraError]:
+        """Return when all have ended, with the errors of jobs whose pictures could not be brought here.
 
-        Raises `BrokerUnavailable` where the broker is away for long, `InvalidSetting`, `PictureUnavailable` where
-        pictures could not be brought here, each of which leaves lines unfinished; `Interrupted` at a signal.
+        Such a line is unfinished, or was finished before. Raises `BrokerUnavailable` where the broker is away for
+        long and `InvalidSetting`, which leave lines unfinished; `Interrupted` at a signal.
         """
         with interruption.as_event() as interrupted:
             drawing = asyncio.create_task(self._draw(todo))
@@ -55,8 +61,7 @@ class BatchRun:
             if drawing.cancelled():
                 raise await self._interrupted()
         await drawing
-        if self._missing:
-            raise self._missing[0]
+        return self._missing
 
     async def _draw(self, todo: Sequence[Todo]) -> None:
         if self._folder is not None:
@@ -82,11 +87,15 @@ class BatchRun:
         """The pictures of a job that was drawn before, where they are not there."""
         try:
             await self._bring_by_any(result)
-        except (BrokerUnavailable, InvalidSetting):
+        except _OF_ALL:
             raise
         except ZloraError as error:  # its own: others are brought all the same
-            error.tell(job_id=result.job_id)
-            self._missing.append(error)
+            self._miss(result.job_id, error)
+
+    def _miss(self, job_id: str, error: ZloraError) -> None:
+        error.tell(job_id=job_id)
+        self._missing.append(error)
+        self._display.miss(error)
 
     async def _bring_by_any(self, result: GenerateResult) -> None:
         """By the URLs that were written down, else by new ones."""
@@ -94,42 +103,46 @@ class BatchRun:
             return
         try:
             await self._save(result)
-        except PictureUnavailable:
-            await self._save(await self._client.job(result.job_id).result(_ANSWER))
+        except PictureUnavailable as error:
+            await self._save_anew(result.job_id, error)
+
+    async def _save_anew(self, job_id: str, missing: PictureUnavailable) -> None:
+        try:
+            await self._save(await self._client.job(job_id).result(_ANSWER))
+        except _OF_ALL:
+            raise
+        except ZloraError:  # the job is drawn, whatever is known of it now: it is a picture that is missing
+            raise missing from None
 
     async def _take(self, todo: Todo) -> None:
+        """To its end, or to that of its next attempt.
+
+        A job whose id is the batch's own may have been cancelled by a run that wrote down nothing: it is drawn again,
+        once.
+        """
         self._flying[todo.line.number] = todo
-        try:
-            await self._follow(todo)
-        except JobRevoked as error:  # by somebody else: this run cancels as its last
-            await self._follow_again(todo, error)
+        revoked = await self._follow(todo)
+        if revoked is not None and not todo.is_named:
+            again = self._flying[todo.line.number] = todo.again()
+            self._display.tell(self._results.add(todo, revoked), f"drawn again as {again.job_id}")
+            todo, revoked = again, await self._follow(again)
+        if revoked is not None:
+            self._end(todo, revoked)
         del self._flying[todo.line.number]
 
-    async def _follow(self, todo: Todo) -> None:
+    async def _follow(self, todo: Todo) -> JobRevoked | None:
+        """To its end; one that was cancelled by somebody else is the caller's: this run cancels as its last."""
         try:
             self._end(todo, await self._result(todo))
+        except JobRevoked as error:
+            return error
         except PictureUnavailable as error:  # the job is well: the next run meets its result, and asks again
-            self._missing.append(error)
-        except (
-            BrokerUnavailable,
-            InvalidSetting,
-            JobRevoked,
-        ):  # the first are no fault of the job's: all would meet it
+            self._miss(todo.job_id, error)
+        except _OF_ALL:
             raise
         except ZloraError as error:
             self._end(todo, error)
-
-    async def _follow_again(self, todo: Todo, error: JobRevoked) -> None:
-        """Once more, where its id is the batch's own: it may have been cancelled by a run that wrote down nothing."""
-        if todo.is_named:
-            self._end(todo, error)
-            return
-        again = self._flying[todo.line.number] = todo.again()
-        self._display.tell(self._results.add(todo, error), f"drawn again as {again.job_id}")
-        try:
-            await self._follow(again)
-        except JobRevoked as another:
-            self._end(again, another)
+        return None
 
     async def _result(self, todo: Todo) -> GenerateResult:
         priority = todo.line.priority or self._priority
@@ -141,7 +154,8 @@ class BatchRun:
     async def _save(self, result: GenerateResult) -> None:
         if self._folder is not None:
             with writing(self._folder, job_id=result.job_id):
-                await asyncio.to_thread(pictures.save, result, self._folder)
+                async with self._saving:
+                    await _on_a_thread(partial(pictures.save, result, self._folder))
 
     def _end(self, todo: Todo, outcome: GenerateResult | ZloraError) -> None:
         self._display.tell(self._results.add(todo, outcome))
@@ -149,15 +163,27 @@ class BatchRun:
     async def _interrupted(self) -> Interrupted:
         """What becomes of the jobs in flight. Without a question those that lines name are left alone."""
         flying = list(self._flying.values())
-        answer = self._display.ask(f"Cancel the {len(flying)} jobs in flight?") if flying else Answer.NOBODY
+        if not flying:
+            interruption.settle()
+            message, status = "nothing is in flight; the same command goes on", interruption.exit_status()
+            return Interrupted(message, status, cancelled=0, in_flight=0)
+        answer = self._display.ask(f"Cancel the {len(flying)} jobs in flight?")
         wanted = [todo for todo in flying if answer is Answer.YES or (answer is Answer.NOBODY and not todo.is_named)]
-        found = await asyncio.gather(*map(self._cancel, wanted), return_exceptions=True)
-        for error in found:
-            if isinstance(error, BaseException):  # by now all that are cancelled are written down
-                raise error
-        cancelled, left = sum(map(bool, found)), len(flying) - len(wanted)
+        cancelled, left = await self._cancel_all(wanted), len(flying) - len(wanted)
         message = _told(answer, cancelled, left)
         return Interrupted(message, interruption.exit_status(), cancelled=cancelled, in_flight=left)
+
+    async def _cancel_all(self, wanted: Sequence[Todo]) -> int:
+        """How many were cancelled; raises only when all of them are written down."""
+        found = await asyncio.gather(*map(self._cancel, wanted), return_exceptions=True)
+        errors = [error for error in found if isinstance(error, BaseException)]
+        for error in errors:
+            if not isinstance(error, BrokerUnavailable):
+                raise error
+        for error in errors:
+            message = f"{error}; {len(errors)} jobs may go on: the same command meets them again"
+            raise BrokerUnavailable(message, {"in_flight": len(errors)})
+        return sum(map(bool, found))
 
     async def _cancel(self, todo: Todo) -> bool:
         """Whether it was cancelled: what had ended is met again."""
@@ -166,6 +192,23 @@ class BatchRun:
         error = JobRevoked(f"job {todo.job_id} was cancelled", {"job_id": todo.job_id})
         self._display.count(self._results.add(todo, error))
         return True
+
+
+async def _on_a_thread(work: Callable[[], object]) -> None:
+    """As `asyncio.to_thread`, but that nobody waits for the thread where the program ends."""
+    done = Future[None]()
+    done.set_running_or_notify_cancel()  # it cannot be cancelled: a thread goes on
+    Thread(target=_work, args=(work, done), daemon=True).start()
+    await asyncio.wrap_future(done)
+
+
+def _work(work: Callable[[], object], done: Future[None]) -> None:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - the thread's boundary: raised where it is waited for
+        done.set_exception(error)
+    else:
+        done.set_result(None)
 
 
 def _told(answer: Answer, cancelled: int, left: int) -> str:

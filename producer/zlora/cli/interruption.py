@@ -22,6 +22,14 @@ class Answer(Enum):
     NOBODY = auto()  # can be asked
 
 
+class _Stage(Enum):
+    """How far the end is."""
+
+    RUNNING = auto()
+    ASKING = auto()
+    ANSWERED = auto()
+
+
 class _Ear:
     """What came: an exception that strikes in a destructor is lost. What comes while jobs are cancelled is not heard.
 
@@ -31,19 +39,25 @@ class _Ear:
 
     def __init__(self) -> None:
         self.came: list[int] = []
-        self.asking = self.answered = False
+        self.stage = _Stage.RUNNING
 
     def clear(self) -> None:
         """Begin anew: one process may run several commands, as tests do."""
         self.came.clear()
-        self.asking = self.answered = False
+        self.stage = _Stage.RUNNING
 
     def hears(self, number: int) -> bool:
         """Note a signal; whether it interrupts what runs."""
-        if self.came and not self.asking and (self.answered or number != signal.SIGINT):
-            return False
-        self.came.append(number)
-        return True
+        match self.stage:
+            case _Stage.RUNNING:
+                heard = not self.came or number == signal.SIGINT
+            case _Stage.ASKING:
+                heard = True
+            case _Stage.ANSWERED:
+                heard = False
+        if heard:
+            self.came.append(number)
+        return heard
 
 
 _ear: Final = _Ear()
@@ -116,7 +130,12 @@ def ask(question: str) -> Answer:
     try:
         return _asked(question) if by_ctrl_c and _is_terminal() else Answer.NOBODY
     finally:
-        _ear.answered = True
+        settle()
+
+
+def settle() -> None:
+    """What is to become of jobs is known, asked for or not: no signal is heard any more."""
+    _ear.stage = _Stage.ANSWERED
 
 
 def _is_terminal() -> bool:
@@ -138,11 +157,10 @@ def _asked(question: str) -> Answer:
 def _interrupting() -> Iterator[None]:
     """Signals interrupt, also where an event loop has others to take them."""
     before = {end: signal.signal(end, _end) for end in _heard()}
-    _ear.asking = True
+    _ear.stage = _Stage.ASKING
     try:
         yield
     finally:
-        _ear.asking = False
-        _ear.answered = True
+        settle()
         for end, handler in before.items():
             signal.signal(end, handler)

@@ -1,9 +1,11 @@
 """Pictures into a folder of the user's, which is looked at before anything is drawn for it."""
 
+import shlex
 from pathlib import Path
 
 from zlora import pictures
-from zlora.cli.exits import writing
+from zlora.cli import interruption
+from zlora.cli.exits import Interrupted, writing
 from zlora.job import GenerateResult
 
 
@@ -22,5 +24,10 @@ def require_folder(folder: Path) -> None:
 
 def save(result: GenerateResult, folder: Path) -> list[Path]:
     """`pictures.save`, whose errors end the command; the details of all of them name the job."""
-    with writing(folder, job_id=result.job_id):
-        return pictures.save(result, folder)
+    try:
+        with writing(folder, job_id=result.job_id):
+            return pictures.save(result, folder)
+    except KeyboardInterrupt:
+        again = f"zlora result {result.job_id} --out {shlex.quote(str(folder))}"
+        message, status = f"job {result.job_id} is done: {again}", interruption.exit_status()
+        raise Interrupted(message, status, job_id=result.job_id) from None

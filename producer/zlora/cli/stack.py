@@ -6,13 +6,17 @@ import time
 import click
 
 from zlora.cli import interruption
+from zlora.cli.exits import let_go
 
 
 @click.command()
 @click.option("--flower", is_flag=True, help="Watch the queue in a browser, on this machine only.")
 @click.option("--flower-port", default=5555, show_default=True)
 def up(flower: bool, flower_port: int) -> None:
-    """Run a broker, a worker and a store folder here until Ctrl-C."""
+    """Run a broker, a worker and a store folder here until Ctrl-C.
+
+    A running job is finished first, and the exit status is 0. Ctrl-C again ends it at once.
+    """
     from zlora.local import Stack
 
     with Stack(os.environ, flower_port=flower_port if flower else None) as stack:
@@ -26,4 +30,11 @@ def up(flower: bool, flower_port: int) -> None:
                 time.sleep(0.5)
         except KeyboardInterrupt:
             pass
-        click.echo("stopping: a running job is finished first")
+        _say_last("stopping: a running job is finished first")
+
+
+def _say_last(line: str) -> None:
+    try:
+        click.echo(line)
+    except OSError:  # the terminal has gone with the signal, and that is no failure
+        let_go()
