@@ -211,9 +211,10 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
 def _readable(
     deliveries: Deliveries, job_id: str, arguments: tuple[object, ...], options: dict[str, object]
 ) -> GenerateRequest:
-    """The request; raises `Ended` where it is none, or `Taken` where the id is another job's.
+    """The request; raises `Taken` where the id is another job's, `Ended` where the job's own is none.
 
-    Under the lease: another worker may understand it, and draw it now. Raises `Leased` then.
+    It ends under the lease: another worker may understand it, and draw it now. Raises `Leased` then. Of a plain message
+    nothing is written down, and its id stays free: raises `InvalidRequest`.
     """
     document: object = None
     try:
@@ -222,7 +223,7 @@ def _readable(
     except InvalidRequest as error:
         if not deliveries.is_own(job_id, document):  # a newer client's, perhaps, which this worker does not understand
             raise Taken(f"job {job_id} is another request: {error}") from error
-        if not deliveries.is_known(job_id):  # of a plain message nothing is written down, and its id stays free
+        if "digest" not in deliveries.record(job_id):
             raise
         with deliveries.leased(job_id):
             raise Ended(deliveries.fail(job_id, error)) from error
