@@ -119,8 +119,8 @@ class RedisBroker:
             yield
         except _UNREACHABLE as error:
             raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
-        except Exception:
-            if self._closed:  # a socket that is closed under whoever reads it raises anything
+        except Exception:  # the boundary to Redis: a socket that is closed under whoever reads it raises anything
+            if self._closed:
                 raise BrokerUnavailable("the client is closed", details) from None
             raise
         finally:
