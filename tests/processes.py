@@ -103,8 +103,8 @@ def _is_companion(process: int) -> bool:
 
 @contextmanager
 def worker(environ: Mapping[str, str], log: Path, *options: str) -> Iterator[Worker]:
-    """A worker process; at the end it gets a SIGTERM, and a SIGKILL where that does not end it."""
-    full = clean_environ(environ)
+    """A worker process that logs text; at the end it gets a SIGTERM, and a SIGKILL where that does not end it."""
+    full = clean_environ({"ZLORA_LOG": "text", **environ})
     command = [sys.executable, "-m", "celery", "-A", "zlora_worker.app", "worker", "--loglevel", "INFO", *options]
     with log.open("wb") as output, Client.from_env(full) as client:
         process = subprocess.Popen(command, env=full, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)

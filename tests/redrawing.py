@@ -13,6 +13,7 @@ from zlora_worker.cache import Cache
 from zlora_worker.embedding import embedded, recipe_of
 from zlora_worker.engine import Engine
 from zlora_worker.generate import Runtime, generate
+from zlora_worker.metrics import Meter
 from zlora_worker.recipe import Recipe
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
@@ -42,7 +43,9 @@ class Drawing:
     def _objects(self, machine: Settings, request: GenerateRequest, job_id: str) -> dict[str, bytes]:
         store = MemoryStore()
         parts: dict[str, Any] = {"engine": self._engine, "cache": Cache.open(machine), "shelf": Shelf(max_bytes=10**9)}
-        generate(Runtime(**parts, store=store, links=links(store), job_timeout=60), job_id, request, silent)
+        generate(
+            Runtime(**parts, store=store, links=links(store), job_timeout=60, meter=Meter()), job_id, request, silent
+        )
         return {key: data for key, (data, _) in store.objects.items()}
 
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,31 +159,36 @@ class Authority:
         subprocess.run(command, check=True, capture_output=True)
 
 
-_watches: list[list[str]] = []
+_watches: list[tuple[list[str], set[int]]] = []  # what was seen, and the threads that were there before
 _hooks: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
 def _on_audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "socket.connect" and _watches:
-        address = str(arguments[1])
-        for seen in _watches:
-            seen.append(address)
+        address, thread = str(arguments[1]), threading.get_ident()
+        for seen, earlier in _watches:
+            if thread not in earlier:
+                seen.append(address)
         if not address.startswith(("('127.", "('::1", "/")):
             raise ConnectionRefusedError(f"a test must not connect to {address}")
 
 
 @contextmanager
 def watched_connections() -> Iterator[list[str]]:
-    """The address of every connection that this process attempts in the block (PEP 578): none leaves the machine."""
+    """The address of every connection that the block attempts (PEP 578): none leaves the machine.
+
+    That is by its own thread, or one that is begun in it: another test's may be there, and look for its broker.
+    """
     if not _hooks:
         _hooks.append(_on_audit)
         sys.addaudithook(_on_audit)  # for good: a hook cannot be taken out
     seen: list[str] = []
-    _watches.append(seen)
+    watch = (seen, {thread.ident or 0 for thread in threading.enumerate()} - {threading.get_ident()})
+    _watches.append(watch)
     try:
         yield seen
     finally:
-        _watches.remove(seen)
+        _watches.remove(watch)
 
 
 def open_files() -> int:

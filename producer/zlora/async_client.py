@@ -38,9 +38,11 @@ class AsyncClient:
         result_backend: str | None = None,
         queue: str = QUEUE,
         preflight: Callable[[], Preflight] = Preflight,
+        prompts: str = "shown",
     ) -> None:
         """As `Client`."""
-        self._use(Client(broker_url, result_backend=result_backend, queue=queue, preflight=preflight))
+        client = Client(broker_url, result_backend=result_backend, queue=queue, preflight=preflight, prompts=prompts)
+        self._use(client)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:

@@ -69,8 +69,13 @@ def skipped(name: str, told: str) -> Check:
 def checks(environ: Mapping[str, str]) -> Iterator[Check]:
     """Each as soon as it is made; a Redis that does not answer costs some seconds, and what needs it is skipped."""
     yield ok("software", software(_PACKAGES))
-    url, queue = wire.broker_url(environ), environ.get(wire.QUEUE) or QUEUE
-    backend = environ.get(wire.RESULT_BACKEND) or url
+    try:
+        url, queue = wire.broker_url(environ), environ.get(wire.QUEUE) or QUEUE
+        backend = wire.value_of(environ, wire.RESULT_BACKEND) or url
+    except InvalidSetting as error:
+        name = error.details["name"].removesuffix("_FILE")
+        yield failed("broker", error, f"Set {name} to the URL, or {name}_FILE to a file with it.")
+        return
     try:
         _require_urls(url, backend, queue)
     except InvalidSetting as error:

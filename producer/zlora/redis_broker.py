@@ -20,7 +20,7 @@ from zlora.job import TASK_NAME, Cancellation
 from zlora.ledger import BRIEFLY, Ledger, Standing, Submission, connect
 from zlora.listener import Listener
 from zlora.own_app import OwnApp
-from zlora.redaction import shown
+from zlora.redaction import PROMPTS, shown
 
 _UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.RedisError)
 _NO_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, ValueError)  # what Celery says of one
@@ -33,10 +33,15 @@ _BATCH: Final = 200  # jobs that are written down by one command
 class RedisBroker:
     """A `Broker` over Celery apps of its own, so that another app in the process keeps its settings."""
 
-    def __init__(self, broker_url: str, *, result_backend: str, queue: str) -> None:
-        """Connect at the first use; raises `InvalidSetting` where either URL is not one Redis that Celery can open."""
+    def __init__(self, broker_url: str, *, result_backend: str, queue: str, prompts: str = "shown") -> None:
+        """Connect at the first use; raises `InvalidSetting` where either URL is not one Redis that Celery can open.
+
+        `prompts` is "shown", or "hashed" for who watches the queue.
+        """
         self.queue = queue
+        _check_prompts(prompts)
         config = wire.impatient_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
+        config["zlora_prompts"] = prompts
         self._app = OwnApp("zlora", config)
         check_urls(self._app, broker_url=broker_url, result_backend=result_backend)
         # To send through an app with a result backend would subscribe to each result, and wait for Redis for 20 s.
@@ -133,12 +138,12 @@ class RedisBroker:
 
 
 def send(app: Celery, queue: str, job_id: str, submission: Submission) -> None:
-    """Put a job's message on its queue."""
+    """Put a job's message on its queue. The app's `zlora_prompts` says what watchers see of the prompts."""
     expires = submission.expires
     app.send_task(
         TASK_NAME,
         args=[submission.request],
-        argsrepr=shown(submission.request),
+        argsrepr=shown(submission.request, prompts=app.conf.get("zlora_prompts", "shown")),
         task_id=job_id,
         queue=queue,
         priority=submission.priority,
@@ -164,6 +169,11 @@ def check_urls(app: Celery, *, broker_url: str, result_backend: str) -> None:
             connect(url).connection_pool.make_connection()  # which opens none, and takes the URL's options
         except _NO_URL:
             raise InvalidSetting(f"{name}: no URL that Celery can open ({told})", {"name": name}) from None
+
+
+def _check_prompts(prompts: str) -> None:
+    if prompts not in PROMPTS:
+        raise InvalidSetting(f"{wire.PROMPTS}: expected one of {', '.join(PROMPTS)}", {"name": wire.PROMPTS})
 
 
 def _named(entries: Sequence[Entry]) -> dict[str, Any]:

@@ -230,7 +230,7 @@ class Verifier:
 
         Raises `InvalidSetting` where there is neither, or it cannot be read.
         """
-        secret = environ.get(wire.WEBHOOK_SECRET) or _kept(wire.webhook_secret(wire.home(environ)))
+        secret = wire.value_of(environ, wire.WEBHOOK_SECRET) or _kept(wire.webhook_secret(wire.home(environ)))
         return cls(secret, tolerance=tolerance, seen=seen)
 
     def verify(self, body: bytes | str, headers: Mapping[str, str]) -> Event:

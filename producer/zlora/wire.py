@@ -7,6 +7,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
+from zlora.errors import InvalidSetting
+
 BROKER_URL: Final = "ZLORA_BROKER_URL"
 RESULT_BACKEND: Final = "ZLORA_RESULT_BACKEND"
 QUEUE: Final = "ZLORA_QUEUE"
@@ -15,6 +17,7 @@ ALLOW_HOSTS: Final = "ZLORA_ALLOW_HOSTS"
 CERTIFICATES: Final = "ZLORA_CA_BUNDLE"
 HUGGING_FACE: Final = ("ZLORA_HF_ENDPOINT", "HF_ENDPOINT")  # the first that is set
 CIVITAI: Final = "ZLORA_CIVITAI_URL"
+PROMPTS: Final = "ZLORA_PROMPTS"
 WEBHOOK_SECRET: Final = "ZLORA_WEBHOOK_SECRET"  # noqa: S105 - a name
 
 SCHEMES: Final = ("redis", "rediss", "redis+socket")  # of a broker
@@ -163,9 +166,30 @@ def home(environ: Mapping[str, str]) -> Path:
     return (data if data.is_absolute() else Path.home() / ".local" / "share") / "zlora"
 
 
+def value_of(environ: Mapping[str, str], name: str) -> str:
+    """A variable's value, or the content of the file that `<name>_FILE` names, as secrets are mounted; "" for neither.
+
+    A newline at the file's end is not part of it. Raises `InvalidSetting` where both are set, and of a file that is not
+    there.
+    """
+    value, file = environ.get(name, ""), environ.get(f"{name}_FILE")
+    if not file:
+        return value
+    if value:
+        raise InvalidSetting(f"{name} and {name}_FILE: expected one of them", {"name": name})
+    try:
+        return Path(file).read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InvalidSetting(f"{name}_FILE={file}: {reason}", {"name": f"{name}_FILE"}) from None
+
+
 def broker_url(environ: Mapping[str, str]) -> str:
-    """The broker: the explicit URL, else the embedded one that runs in the data folder, else Redis on this machine."""
-    return environ.get(BROKER_URL) or recorded_broker(home(environ)) or DEFAULT_BROKER
+    """The broker: the explicit URL, else the embedded one that runs in the data folder, else Redis on this machine.
+
+    Raises `InvalidSetting` of a file that cannot be read.
+    """
+    return value_of(environ, BROKER_URL) or recorded_broker(home(environ)) or DEFAULT_BROKER
 
 
 def hosts(text: str) -> frozenset[str]:

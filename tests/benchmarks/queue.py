@@ -24,6 +24,7 @@ from zlora import Client
 from zlora.job import read_request
 from zlora.local import Stack
 from zlora_worker.generate import Runtime, generate
+from zlora_worker.metrics import Meter
 from zlora_worker.settings import Settings
 
 JOB = {"prompt": "a city at night", "num_inference_steps": 4, "seed": 1}
@@ -35,7 +36,7 @@ def main(*, rounds: int) -> None:
     """Measure and publish."""
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
         environ = os.environ | {"ZLORA_HOME": folder, "ZLORA_MODEL": "demo", "ZLORA_DEVICE": "cpu"}
-        runtime = Runtime.open(Settings.from_env(environ))
+        runtime = Runtime.open(Settings.from_env(environ), Meter())
         with Stack(environ, log_folder=Path(folder, "logs")) as stack, Client.from_env(stack.environ) as client:
             through_queue(client), directly(runtime, "warm")
             direct, queued, again = [], [], []

@@ -45,7 +45,7 @@ ENVIRON = {
 def seaweed(folder: Path) -> Iterator[int]:
     """A SeaweedFS with an empty bucket; the port of its S3. One whose ports were taken meanwhile gets others."""
     for attempt in range(_ATTEMPTS):
-        ports = dict(zip(("master", "volume", "filer", "s3"), _ports(4), strict=True))
+        ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
         server, port = _started(folder / str(attempt), ports), ports["s3"]
         try:
             wait_until(lambda: server.poll() is not None or _is_healthy(port), "SeaweedFS is healthy, or has ended")  # noqa: B023
@@ -110,7 +110,7 @@ def store(port: int, prefix: str, **variables: str) -> Store:
         return open_store(Settings.from_env(told))
 
 
-def _ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Free ports whose companions are free too."""
     found: list[int] = []
     while len(found) < count:

@@ -27,6 +27,7 @@ from zlora_worker.demo.server import TOKEN, serving
 from zlora_worker.embedding import embedded, recipe_of
 from zlora_worker.engine import Engine
 from zlora_worker.generate import Report, Runtime, generate
+from zlora_worker.metrics import Meter
 from zlora_worker.replay import Redrawn, Replayer
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
@@ -53,7 +54,9 @@ class Scene(NamedTuple):
         """The pictures of a job, as they lie in the store."""
         store, cache = FolderStore(self.folder), Cache.open(self.settings)
         shelf = Shelf(max_bytes=10**9)
-        runtime = Runtime(engine=self.engine, cache=cache, shelf=shelf, store=store, links=links(store), job_timeout=60)
+        runtime = Runtime(
+            engine=self.engine, cache=cache, shelf=shelf, store=store, links=links(store), job_timeout=60, meter=Meter()
+        )
         result = generate(runtime, job_id, a_request(**fields), lambda *_: None)
         return [self.folder / image.key for image in result.images]
 

@@ -15,7 +15,7 @@ import pytest
 import requests
 from processes import clean_environ, free_port, wait_until
 from zlora import Client, JobState, wire
-from zlora.errors import StackError
+from zlora.errors import InvalidSetting, StackError
 from zlora.local import Stack
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
@@ -139,7 +139,10 @@ def test_stacks_started_at_once_share_one_broker(environ: dict[str, str], tmp_pa
 
 
 def test_an_explicit_broker_wins(environ: dict[str, str], tmp_path: Path, broker_url: str) -> None:
-    with Stack(clean_environ(environ | {"ZLORA_BROKER_URL": broker_url}), log_folder=tmp_path / "logs") as stack:
+    """Told by a file, as a secret is."""
+    (tmp_path / "url").write_text(f"{broker_url}\n")
+    told = environ | {"ZLORA_BROKER_URL_FILE": str(tmp_path / "url")}
+    with Stack(clean_environ(told), log_folder=tmp_path / "logs") as stack:
         assert stack.broker_url == broker_url
         assert not (Path(environ["ZLORA_HOME"]) / "broker").exists()
         # Its workers have one secret for their webhooks, and no data folder's.
@@ -197,6 +200,15 @@ def test_a_data_folder_that_is_a_file_is_a_typed_error(tmp_path: Path) -> None:
 
     with pytest.raises(StackError, match="ZLORA_HOME"), Stack(clean_environ({"ZLORA_HOME": str(tmp_path / "home")})):
         pass
+
+
+def test_a_secret_s_file_that_is_not_there_is_named_and_nothing_stays(environ: dict[str, str]) -> None:
+    before = descendants(os.getpid())
+    for name in (wire.BROKER_URL, wire.WEBHOOK_SECRET):
+        stack = Stack(clean_environ(environ | {f"{name}_FILE": "/nowhere"}))
+        with pytest.raises(InvalidSetting, match=f"{name}_FILE=/nowhere: No such file"), stack:
+            pass
+        assert not alive(descendants(os.getpid()) - before)
 
 
 def test_a_temporary_folder_with_a_long_name_takes_a_broker_too(

@@ -18,6 +18,7 @@ from zlora.job import GenerateResult, JobState, digest_of, read_request
 from zlora.ledger import Ledger, Submission, connect
 from zlora_worker import companion
 from zlora_worker.companion import Sweeper, answer
+from zlora_worker.metrics import Meter
 from zlora_worker.storage import FolderStore, manifest_key
 
 REQUEST = {"prompt": "a portrait"}
@@ -36,7 +37,7 @@ class Place:
         self.sweeper = self.companion()
 
     def companion(self) -> Sweeper:
-        return Sweeper(self.ledger, self.app, every=1)
+        return Sweeper(self.ledger, self.app, Meter(), every=1)
 
     def look(self, sweeper: Sweeper | None = None) -> None:
         """A sweep, as if it were time."""
@@ -182,7 +183,8 @@ def test_a_job_whose_record_is_gone_leaves_the_ledger(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\xff\xfe\x00", b"", b"5", b"[" * 5000, b'{"headers": 5}', b'{"headers": {"id": 5}}']
+    "garbage",
+    [b"\xff\xfe\x00", b"", b"5", b"[" * 5000, b'{"x": ' + b"[" * 5000, b'{"headers": 5}', b'{"headers": {"id": 5}}'],
 )
 def test_garbage_on_a_queue_does_not_stop_the_sweep(place: Place, garbage: bytes) -> None:
     """It may stand there for long, behind a thousand jobs."""

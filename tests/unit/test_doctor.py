@@ -255,6 +255,23 @@ def test_a_url_that_is_no_redis_is_told_and_not_shown(url: str) -> None:
     assert "s3cret" not in repr(found)
 
 
+@pytest.mark.usefixtures("quick", "broker")
+def test_a_broker_in_a_file_is_looked_at_and_a_file_that_is_not_there_told(broker_url: str, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text(f"{broker_url}\n")
+    there = producer({f"{wire.BROKER_URL}_FILE": str(tmp_path / "url")})
+    absent = {
+        name: producer({wire.BROKER_URL: "redis://127.0.0.1:1/0"} | {name: "", f"{name}_FILE": "/nowhere"})
+        for name in (wire.BROKER_URL, wire.RESULT_BACKEND)
+    }
+
+    assert there["broker"].status == there["result backend"].status == "ok"
+    for name, found in absent.items():
+        assert list(found) == ["software", "broker"]
+        assert (found["broker"].status, found["broker"].code) == ("fail", "invalid_setting")
+        assert f"{name}_FILE=/nowhere: No such file" in found["broker"].told
+        assert found["broker"].advice == f"Set {name} to the URL, or {name}_FILE to a file with it."
+
+
 # --- the worker's side
 
 
@@ -280,6 +297,15 @@ def test_a_setting_that_makes_no_sense_is_told_and_no_more_is_looked_at(environ:
     assert list(found) == ["software", "settings"]
     assert (found["settings"].status, found["settings"].code) == ("fail", "invalid_setting")
     assert "ZLORA_JOB_TIMEOUT" in found["settings"].advice
+
+
+def test_a_worker_s_secret_in_a_file_that_is_not_there_is_told(environ: dict[str, str]) -> None:
+    found = worker(environ, HF_TOKEN_FILE="/nowhere")
+
+    assert list(found) == ["software", "settings"]
+    assert found["settings"].code == "invalid_setting"
+    assert "HF_TOKEN_FILE=/nowhere: No such file" in found["settings"].told
+    assert "Set HF_TOKEN_FILE as" in found["settings"].advice
 
 
 def test_what_a_worker_would_not_start_with_fails(environ: dict[str, str], tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from zlora_worker.embedding import embedded, recipe_of
 from zlora_worker.fetch import Fetcher
 from zlora_worker.generate import Runtime, generate
 from zlora_worker.infotext import infotext
+from zlora_worker.metrics import Meter
 from zlora_worker.recipe import Recipe, recipes
 from zlora_worker.shelf import Shelf
 
@@ -209,6 +210,7 @@ class Jobs:
             store=self.store,
             links=links(self.store),
             job_timeout=870,
+            meter=Meter(),
         )
         files = (
             write(folder / "one.safetensors", kohya_lora()),

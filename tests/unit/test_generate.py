@@ -46,6 +46,7 @@ from zlora_worker.cache import Cache
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.fetch import Fetcher
 from zlora_worker.generate import Report, Runtime, generate
+from zlora_worker.metrics import Meter
 from zlora_worker.shelf import Shelf
 from zlora_worker.storage import FolderStore, Store
 
@@ -80,7 +81,13 @@ def runtime(engine: Engine, cache: Cache, store: MemoryStore) -> Runtime:
 def a_runtime(engine: Engine, cache: Cache, store: Store) -> Runtime:
     """A runtime as a child has it when it starts."""
     return Runtime(
-        engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store, links=links(store), job_timeout=870
+        engine=engine,
+        cache=cache,
+        shelf=Shelf(max_bytes=10**9),
+        store=store,
+        links=links(store),
+        job_timeout=870,
+        meter=Meter(),
     )
 
 

@@ -19,6 +19,7 @@ from servers import SECRETS, Answer, Authority, Host, Request, reply, serving, s
 from zlora.errors import InvalidSetting
 from zlora_worker import checkpoint, s3
 from zlora_worker.generate import Runtime
+from zlora_worker.metrics import Meter
 from zlora_worker.storage import FolderStore, open_store
 
 KEY: Final = re.compile(r"/bucket/a/runs/\.probe-[0-9a-f]{32}")
@@ -312,6 +313,6 @@ def test_a_wrong_store_costs_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
     loads: list[object] = []
     monkeypatch.setattr(checkpoint, "load", loads.append)
 
-    refused(lambda: Runtime.open(worker_settings(tmp_path, ZLORA_STORE="file:///proc/nosuch")))
+    refused(lambda: Runtime.open(worker_settings(tmp_path, ZLORA_STORE="file:///proc/nosuch"), Meter()))
 
     assert loads == []

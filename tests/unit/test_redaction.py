@@ -100,6 +100,48 @@ def test_a_request_is_shown_with_its_prompt_and_its_loras() -> None:
     assert not [secret for secret in SECRETS if secret in line]
 
 
+def test_a_lora_is_shown_by_the_name_that_it_is_given_else_by_its_address_and_its_weight() -> None:
+    specs = [
+        {"file": {"url": SECRET_URL}, "adapter_name": "my style", "weight": 0.8},
+        {"file": {"url": SECRET_URL, "sha256": "0" * 64}, "weight": -1},
+        {"file": {"ref": "hf://owner/name/x"}, "adapter_name": None},
+    ]
+
+    assert shown({"loras": specs}) == (
+        "lora='my style' 0.8, lora='https://example.com/x.safetensors' -1, lora='hf://owner/name/x'"
+    )
+
+
+def test_of_a_long_address_the_host_and_the_file_are_shown() -> None:
+    line = shown({"loras": [{"file": {"url": f"https://example.com/{'x' * 500}/anime.safetensors?sig=t0ken"}}]})
+
+    assert line.startswith("lora='https://example.com/...")
+    assert line.endswith("xxx/anime.safetensors'")
+    assert len(line) < 100
+
+
+def test_eight_loras_with_the_longest_names_are_all_shown() -> None:
+    specs = [{"file": {"url": SECRET_URL}, "adapter_name": str(place) * 200, "weight": 0.12345} for place in range(8)]
+
+    assert shown(document(loras=specs)).count("lora=") == 8
+
+
+HASHED = "sha256:afd4124d75f4"  # sha256sum of "a portrait", as far as it is shown
+
+
+def test_a_prompt_may_be_shown_by_its_hash_alone() -> None:
+    """So may any text that could be one; what a request says beside them stays."""
+    data = document(
+        negative_prompt="fog", promt="a portrait", scheduler="euler", seed=3, loras=[{"file": {"ref": "x"}}]
+    )
+
+    line = shown(data, prompts="hashed")
+
+    assert line.startswith(f"prompt={HASHED}, negative_prompt=sha256:")
+    assert f"promt={HASHED}, scheduler='euler', seed=3, lora='x'" in line
+    assert not [text for text in ("portrait", "fog") if text in line + shown("a portrait", prompts="hashed")]
+
+
 def test_a_prompt_is_shown_as_it_is() -> None:
     """It is no address: what follows a question mark is not its query."""
     assert "a cat? or #2 dogs" in shown(document(prompt="a cat? or #2 dogs"))
@@ -134,7 +176,8 @@ def test_anything_is_shown_without_an_error(data: Any) -> None:
     [
         {"url": SECRET_URL}, {"loras": [{"file": {"url": SECRET_URL, "odd": SECRET_URL}}]}, SECRET_URL, [SECRET_URL],
         {"loras": [SECRET_URL]}, {"loras": SECRET_URL}, {"loras": [{"file": SECRET_URL}]},
-        {"request": {"x": SECRET_URL}},
+        {"request": {"x": SECRET_URL}}, {"loras": [{"adapter_name": SECRET_URL}]},
+        {"loras": [{"adapter_name": "//us3r:pa55@host/x", "file": {"url": SECRET_URL}, "weight": SECRET_URL}]},
     ],
     ids=lambda data: repr(data)[:30],
 )  # fmt: skip

@@ -15,6 +15,7 @@ from zlora_worker.cache import Cache
 from zlora_worker.engine import Engine
 from zlora_worker.fetch import Fetcher
 from zlora_worker.generate import Report, Runtime, generate
+from zlora_worker.metrics import Meter
 from zlora_worker.outcome import discard, finished
 from zlora_worker.shelf import Shelf
 
@@ -37,7 +38,13 @@ def store() -> MemoryStore:
 def runtime(engine: Engine, store: MemoryStore, model_home: Path, tmp_path: Path) -> Runtime:
     cache = Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(model_home)))
     return Runtime(
-        engine=engine, cache=cache, shelf=Shelf(max_bytes=10**9), store=store, links=links(store), job_timeout=870
+        engine=engine,
+        cache=cache,
+        shelf=Shelf(max_bytes=10**9),
+        store=store,
+        links=links(store),
+        job_timeout=870,
+        meter=Meter(),
     )
 
 

@@ -29,6 +29,9 @@ VALUES: dict[str, tuple[str, object]] = {
     "visibility": ("60", 60),
     "sweep": ("2", 2),
     "probes": ("/run/zlora", "/run/zlora"),
+    "metrics": ("127.0.0.1:9808", ("127.0.0.1", 9808)),
+    "log": ("json", "json"),
+    "prompts": ("hashed", "hashed"),
     "store": ("s3://bucket/prefix", "s3://bucket/prefix"),
     "s3_endpoint": ("http://localhost:9000", "http://localhost:9000"),
     "s3_public_endpoint": ("https://s3.example.com", "https://s3.example.com"),
@@ -156,6 +159,49 @@ def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
     assert Settings.from_env(home | {"ZLORA_LORA_CACHE": "~/x"}).cache_folder == tmp_path / "x"
 
 
+def test_an_address_of_ipv6_is_in_brackets(home: dict[str, str]) -> None:
+    assert Settings.from_env(home | {"ZLORA_METRICS": "[::1]:9808"}).metrics == ("::1", 9808)
+    assert Settings.from_env(home).metrics is None
+
+
+# --- secrets in files
+
+
+SECRET: list["Field[Any]"] = [item for item in READ if item.metadata["secret"]]
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        *((item.name, name) for item in SECRET for name in item.metadata["names"]),
+        ("lora_s3_key", "ZLORA_LORA_S3_ACCESS_KEY_ID"),
+        ("broker_url", "ZLORA_BROKER_URL"),
+        ("result_backend", "ZLORA_RESULT_BACKEND"),
+    ],
+)
+def test_a_secret_may_be_in_a_file_and_is_the_same(home: dict[str, str], tmp_path: Path, field: str, name: str) -> None:
+    text, value = VALUES.get(field, ("redis://:s3cret@b/1",) * 2)
+    home |= HALVES.get(field, {})
+    file = tmp_path / "secret"
+    file.write_text(f"{text}\n")
+
+    assert getattr(Settings.from_env({**home, f"{name}_FILE": str(file)}), field) == value
+    with pytest.raises(InvalidSetting, match=f"{name} and {name}_FILE") as both:
+        Settings.from_env({**home, name: text, f"{name}_FILE": str(file)})
+    with pytest.raises(InvalidSetting, match=f"{name}_FILE=/nowhere/secret: No such file") as absent:
+        Settings.from_env({**home, f"{name}_FILE": "/nowhere/secret"})
+    assert (both.value.details, absent.value.details) == ({"name": name}, {"name": f"{name}_FILE"})
+    assert text not in str(both.value)
+
+
+def test_a_file_s_value_is_refused_without_being_shown(home: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s3cret, and no secret of webhooks")
+
+    with pytest.raises(InvalidSetting, match="ZLORA_WEBHOOK_SECRET") as raised:
+        Settings.from_env({**home, "ZLORA_WEBHOOK_SECRET_FILE": str(tmp_path / "secret")})
+    assert "s3cret" not in str(raised.value)
+
+
 # --- refusing
 
 
@@ -182,6 +228,12 @@ def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
             for name in ("ZLORA_SHUTDOWN_TIMEOUT", "ZLORA_LORA_FREE_BYTES", "ZLORA_LORA_MIN_RATE", "ZLORA_LOOK_AHEAD")
             for text in ("-1", "1.5", "never")
         ),
+        *(
+            ("ZLORA_METRICS", text)
+            for text in ("9808", "h", ":1", "h:0", "h:65536", "h:x", "u@h:1", "h:1/metrics", "http://h:1", "::1:1")
+        ),
+        ("ZLORA_LOG", "yaml"),
+        ("ZLORA_PROMPTS", "hidden"),
         ("ZLORA_CA_BUNDLE", "/nowhere/ca.pem"),
         ("ZLORA_LORA_ROOTS", "/models, loras"),
         *(("ZLORA_LORA_S3", text) for text in ("two words", "ok, a/../b", "a//b", "s3://a")),
@@ -273,6 +325,20 @@ def test_repr_shows_no_secret(home: dict[str, str], name: str, text: str) -> Non
     assert "s3cret" not in shown
     assert "***" in shown
     assert ("localhost" in shown) or "localhost" not in text
+
+
+def test_the_secrets_are_all_values_that_must_not_be_read(home: dict[str, str]) -> None:
+    """Each of several in one variable, and a password as its URL spells it and as it is."""
+    environ = {item.metadata["names"][0]: f"word-of-{item.name}" for item in SECRET}
+    environ |= {"ZLORA_S3_PUT": '{"SSECustomerKey": "word-of-s3_put"}', "ZLORA_LORA_S3_ACCESS_KEY_ID": "key"}
+    environ |= {"ZLORA_WEBHOOK_SECRET": " ".join(signers := ["whsec_" + letter * 32 for letter in "ab"])}
+    environ |= {"ZLORA_BROKER_URL": "redis://:br%40ker@h/0", "ZLORA_RESULT_BACKEND": "redis://user:backend@h/0"}
+
+    found = Settings.from_env({**home, **environ}).secrets
+
+    words = {f"word-of-{item.name}" for item in SECRET if item.name != "webhook_secret"}
+    assert set(filter(None, found)) == words | {*signers, "br%40ker", "br@ker", "backend"}
+    assert not any(Settings.from_env(home).secrets)
 
 
 def test_repr_shows_what_is_not_secret(home: dict[str, str], tmp_path: Path) -> None:

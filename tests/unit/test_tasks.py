@@ -20,6 +20,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
 from fakes import MemoryStore, links
+from scraped import Scraped
 from zlora import wire
 from zlora.errors import (
     BaseNotRestored,
@@ -44,6 +45,7 @@ from zlora_worker import endings, tasks
 from zlora_worker.delivery import LEASE, Deliveries
 from zlora_worker.engine import EngineState
 from zlora_worker.generate import Report, Runtime
+from zlora_worker.metrics import Meter
 from zlora_worker.storage import image_key, manifest_key
 
 REQUEST = {"prompt": "a portrait", "seed": 3}
@@ -64,6 +66,7 @@ class Child:
         self.draw: Draw = lambda _request, _report: None
         self.store = MemoryStore()
         self.links: Any = links(self.store)
+        self.meter = Meter()
         self.deliveries = Deliveries(broker_url, self.queue)
         config = wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
         self.app = OwnApp("test", config | {"task_acks_late": True})
@@ -74,7 +77,8 @@ class Child:
     def runtime(self, state: EngineState = EngineState.READY, *, timeout: int = 60) -> Runtime:
         """As much of a runtime as the task looks at."""
         engine = SimpleNamespace(is_sound=lambda: state is EngineState.READY)
-        return cast("Runtime", SimpleNamespace(engine=engine, store=self.store, links=self.links, job_timeout=timeout))
+        parts = {"store": self.store, "links": self.links, "meter": self.meter}
+        return cast("Runtime", SimpleNamespace(engine=engine, job_timeout=timeout, **parts))
 
     def install(self, state: EngineState = EngineState.READY, *, timeout: int = 60) -> None:
         tasks.install(self.runtime(state, timeout=timeout), self.deliveries)
@@ -126,6 +130,11 @@ class Child:
         """State and answer, as a producer sees them."""
         meta = self.app.backend.get_task_meta(job_id)
         return meta["status"], meta["result"]
+
+    def counted(self) -> dict[tuple[str, ...], float]:
+        """The ends for Prometheus by code and outcome, those that there are."""
+        counts = Scraped.of(self.meter.registry).named("zlora_jobs_total")
+        return {labels: count for labels, count in counts.items() if count}
 
     def fails(self, error: BaseException) -> None:
         def fail(_request: GenerateRequest, _report: Report) -> NoReturn:
@@ -364,6 +373,7 @@ def test_a_duplicate_is_put_off_while_another_worker_draws_and_then_answered(chi
     child.finish(job, read_request(SIGNED))
     assert (child.begin(copy), child.jobs) == ("SUCCESS", [])
     assert child.meta(job)[1]["job_id"] == job
+    assert child.counted() == {}  # it is the other's
 
 
 def test_a_job_that_another_worker_ended_just_before_the_lease_is_not_drawn(
@@ -394,6 +404,7 @@ def test_a_late_delivery_of_a_job_that_ended_badly_gets_the_same_verdict(
     assert len(child.jobs) == 1
     assert (child.meta(job)[0], str(child.meta(job)[1])) == (first[0], str(first[1]))
     assert first[0] == ("FAILURE" if isinstance(error, LoraNotFound) else "REVOKED")
+    assert child.counted() == {(error.code, "failure" if isinstance(error, LoraNotFound) else "revoked"): 1}
 
 
 @pytest.mark.parametrize("request_", [{"prompt": "another"}, {"prompt": 5}])
@@ -624,6 +635,7 @@ def test_a_retryable_error_is_tried_three_times_more_with_growing_pauses(child: 
     assert (child.meta(job)[0], child.meta(job)[1].details["attempt"]) == ("FAILURE", 4)
     assert [drawn["attempt"] for drawn in child.jobs] == [1, 2, 3, 4]
     assert (child.take(), child.redis.exists(wire.lease_key(job))) == (None, 1)
+    assert child.counted() == {("store_failed", "retried"): 3, ("store_failed", "failure"): 1}
 
 
 @pytest.mark.parametrize(("asked", "pause"), [(7.5, 7.5), (3600.0, 120.0), ("soon", 2.0), (None, 2.0)])

@@ -21,6 +21,7 @@ import redis
 from celery import Celery
 from played import hang_up
 from processes import clean_environ, wait_until
+from scraped import Scraped
 from servers import settings
 from standardwebhooks import Webhook as Oracle
 from zlora import Client, wire
@@ -33,6 +34,7 @@ from zlora.webhook import Event, Verifier, Webhook
 from zlora_worker import webhooks
 from zlora_worker.companion import end_by
 from zlora_worker.links import Links
+from zlora_worker.metrics import Meter
 from zlora_worker.post import post
 from zlora_worker.storage import FolderStore, manifest_key
 from zlora_worker.webhooks import Dispatcher, Ends, Sender
@@ -127,6 +129,7 @@ class Place:
         self.ledger, self.outbox = Ledger(self.redis, self.queue), Outbox(self.redis, self.queue)
         self.store = FolderStore(folder)
         self.allowed: set[str] = set()
+        self.meter = Meter()
         config = wire.impatient_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
         self.app = Celery("test", set_as_current=False, changes=config)
 
@@ -156,7 +159,7 @@ class Place:
         read = settings(self.folder, **told)
         there = store or self.store
         ends = Ends(there, Links(there, read), end_by(self.app.backend))
-        return Sender(self.outbox, ends, read, clock=lambda: self.now)
+        return Sender(self.outbox, ends, read, self.meter, clock=lambda: self.now)
 
     def work(self, sender: Sender | None = None) -> int:
         """Send what is due; how many that was."""
@@ -165,6 +168,11 @@ class Place:
         for job in jobs:
             sender.send(job)
         return len(jobs)
+
+    def counted(self) -> dict[str, float]:
+        """The tries for Prometheus, by what became of them."""
+        counts = Scraped.of(self.meter.registry).named("zlora_webhooks_total")
+        return {outcome: count for (outcome,), count in counts.items()}
 
     def due_in(self, job_id: str) -> float | None:
         """Seconds until the next try; None where there is none."""
@@ -356,6 +364,7 @@ def test_what_was_not_taken_is_sent_again_by_whoever_is_there_then(place: Place)
     assert [event.id for event in events] == [place.message_id(job)] * 3
     assert times == sorted(set(times))
     assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
+    assert place.counted() == {"sent": 1, "retried": 2, "given_up": 0}
 
 
 def test_the_pauses_grow_for_two_hours_and_then_it_is_a_dead_letter(place: Place) -> None:
@@ -375,6 +384,7 @@ def test_the_pauses_grow_for_two_hours_and_then_it_is_a_dead_letter(place: Place
     assert (letter.tries, letter.reason) == (len(receiver.heard), "the receiver answers 503")
     assert len(receiver.heard) == len(waited) + 1
     assert (place.outbox.pending(), place.work()) == (0, 0)
+    assert place.counted() == {"sent": 0, "retried": len(waited), "given_up": 1}
 
 
 def test_a_receiver_that_asks_to_be_left_alone_is_for_what_is_left_of_two_hours(place: Place) -> None:
@@ -587,7 +597,8 @@ class Held(Sender):
     """Sends nothing, and has jobs under way until it is let go, those of `quick` hosts at once."""
 
     def __init__(self, place: Place, *quick: str) -> None:
-        super().__init__(place.outbox, cast("Ends", None), settings(place.folder, **{wire.WEBHOOK_SECRET: SECRET}))
+        read = settings(place.folder, **{wire.WEBHOOK_SECRET: SECRET})
+        super().__init__(place.outbox, cast("Ends", None), read, Meter())
         self.begun: list[str] = []
         self.quick, self.over = quick, threading.Event()
 

@@ -13,7 +13,9 @@ import pytest
 import redis
 from kombu import Connection
 from kombu.transport.redis import Channel
-from zlora import wire
+from zlora import Client, wire
+from zlora.errors import InvalidSetting
+from zlora.webhook import Verifier, new_secret
 
 
 @contextmanager
@@ -93,6 +95,68 @@ def test_a_data_folder_that_is_a_file_has_no_broker(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     assert wire.recorded_broker(tmp_path / "file") is None
+
+
+# --- values in files
+
+
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [("redis://h/1\n", "redis://h/1"), ("redis://h/1", "redis://h/1"), (" a b \n\n", " a b \n"), ("", ""), ("\n", "")],
+)
+def test_a_value_is_all_of_its_file_but_one_newline_at_the_end(tmp_path: Path, content: str, value: str) -> None:
+    (tmp_path / "secret").write_text(content)
+
+    assert wire.value_of({"NAME_FILE": str(tmp_path / "secret")}, "NAME") == value
+    assert wire.value_of({"NAME_FILE": str(tmp_path / "secret"), "NAME": ""}, "NAME") == value
+
+
+def test_without_a_file_a_value_is_the_variable_s_as_it_is() -> None:
+    assert wire.value_of({"NAME": "a\n", "NAME_FILE": ""}, "NAME") == "a\n"
+    assert wire.value_of({}, "NAME") == ""
+
+
+def test_a_value_in_two_places_or_in_no_text_is_refused_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"s3cret\xff")
+    file = {"NAME_FILE": str(tmp_path / "secret")}
+
+    for environ, reason in (
+        ({"NAME": "s3cret", **file}, "NAME and NAME_FILE: expected one of them"),
+        (file, "it is no text"),
+        ({"NAME_FILE": str(tmp_path)}, "Is a directory"),
+        ({"NAME_FILE": str(tmp_path / "absent")}, "No such file or directory"),
+    ):
+        with pytest.raises(InvalidSetting, match=reason) as raised:
+            wire.value_of(environ, "NAME")
+        assert "s3cret" not in str(raised.value)
+
+
+def test_a_broker_in_a_file_wins_over_a_running_one(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("redis://elsewhere/1\n")
+    with listening(tmp_path / "s") as url:
+        record(tmp_path, json.dumps({"url": url, "pid": 1}))
+
+        found = wire.broker_url({"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL_FILE": str(tmp_path / "url")})
+
+    assert found == "redis://elsewhere/1"
+
+
+def test_a_producer_reads_its_secrets_from_files(tmp_path: Path, broker_url: str) -> None:
+    """The client its broker, and the receiver of webhooks what signs them."""
+    (tmp_path / "url").write_text(f"{broker_url}\n")
+    (tmp_path / "secret").write_text(f"{new_secret()}\n")
+    environ = {"ZLORA_HOME": str(tmp_path), "ZLORA_QUEUE": "files", "ZLORA_BROKER_URL_FILE": str(tmp_path / "url")}
+    with Client.from_env(environ) as client:
+        client.submit({"prompt": "x"})
+    with redis.Redis.from_url(broker_url) as broker:
+        assert sum(int(broker.llen(name)) for name in wire.waiting_lists("files")) == 1
+    Verifier.from_env({"ZLORA_WEBHOOK_SECRET_FILE": str(tmp_path / "secret")})
+
+    with pytest.raises(InvalidSetting, match="ZLORA_WEBHOOK_SECRET_FILE=/nowhere: No such file"):
+        Verifier.from_env({"ZLORA_WEBHOOK_SECRET_FILE": "/nowhere"})
+    for name in ("ZLORA_BROKER_URL", "ZLORA_RESULT_BACKEND"):
+        with pytest.raises(InvalidSetting, match=f"{name}_FILE=/nowhere: No such file"):
+            Client.from_env({"ZLORA_HOME": str(tmp_path), f"{name}_FILE": "/nowhere"})
 
 
 # --- options

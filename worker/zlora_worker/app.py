@@ -3,25 +3,32 @@
 Importing this loads no torch: the parent forks, and CUDA does not survive a fork.
 """
 
+import logging
 import os
 import time
 from importlib.metadata import version
 from typing import Any
 
-from celery.signals import worker_process_init, worker_process_shutdown
+from celery.signals import (
+    after_setup_logger,
+    after_setup_task_logger,
+    celeryd_init,
+    worker_process_init,
+    worker_process_shutdown,
+)
 from celery.utils.log import get_logger
 from zlora import wire
 from zlora.errors import InvalidSetting, ZloraError
 from zlora.job import TASK_NAME
 from zlora.own_app import OwnApp
 from zlora.redis_broker import check_urls
-from zlora_worker import tasks, transport
+from zlora_worker import logs, tasks, transport
 from zlora_worker.custody import Heartbeat, JobRequest
 from zlora_worker.delivery import Deliveries
 from zlora_worker.lifecycle import EXIT_NO_MODEL, Companion, GateWatch, ModelGate, ShutdownLimit, marks
+from zlora_worker.metrics import Meter
 from zlora_worker.settings import Settings
-
-_SHOWN = 60  # characters of a result in logs and events: not as far as its first URL, whose signature is a secret
+from zlora_worker.shown import MAX_SHOWN
 
 logger = get_logger(__name__)
 
@@ -66,6 +73,8 @@ app.conf.update(
     # This project's own.
     zlora_version=version("z-image-lora"),  # for `zlora doctor`
     zlora_probes=settings.probes,
+    zlora_prompts=settings.prompts,
+    zlora_metrics=settings.metrics,
     zlora_shutdown_timeout=settings.shutdown_timeout,
     # A resident SDXL is far above any limit on memory that would make sense, and a new child costs a load.
     worker_max_tasks_per_child=None,
@@ -82,9 +91,30 @@ class _Request(JobRequest):
     deliveries, settings = deliveries, settings
 
 
-app.task(name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request, resultrepr_maxsize=_SHOWN)(tasks.generate)
+app.task(name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request, resultrepr_maxsize=MAX_SHOWN)(
+    tasks.generate
+)
 app.steps["worker"].update((ModelGate, ShutdownLimit, Companion))
 app.steps["consumer"].update((GateWatch, Heartbeat))
+
+
+@celeryd_init.connect
+def leave_out_banner(instance: Any, **_: Any) -> None:
+    """It is none of a program's to read."""
+    instance.quiet = instance.quiet or logs.is_json(settings.log)
+
+
+@after_setup_logger.connect
+@after_setup_task_logger.connect
+def write_log(logger: logging.Logger, **_: Any) -> None:
+    """In the parent, before it forks."""
+    logs.use(settings.log, settings.secrets, logger=logger, process="parent")
+
+
+@after_setup_logger.connect
+def write_pool_log(**_: Any) -> None:
+    """The pool's logger has a handler of its own, which Celery hands to nobody."""
+    logs.use(settings.log, settings.secrets, logger=logging.getLogger("multiprocessing"), process="parent")
 
 
 @worker_process_init.connect
@@ -92,12 +122,14 @@ def load_model(**_: Any) -> None:
     """In the child: load the base and hand it to the task, or say why not and leave."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns while it is imported, of what is not used here
     try:
-        marks.loading()
+        replaces = marks.loading()
         from zlora_worker.generate import Runtime
 
-        start = time.monotonic()
-        tasks.install(Runtime.open(settings), deliveries)
-        logger.info("%s is resident after %.1f s", settings.model, time.monotonic() - start)
+        start, meter = time.monotonic(), Meter.of_process("child")
+        tasks.install(Runtime.open(settings, meter), deliveries)
+        seconds = time.monotonic() - start
+        meter.loaded(seconds, replaces=replaces)
+        logger.info("%s is resident after %.1f s", settings.model, seconds)
     except ZloraError as error:
         _give_up(str(error))
     except Exception as error:  # the boundary of the child's start: Celery would log it and serve without a model

@@ -6,6 +6,9 @@ ahead, and sends webhooks. Several may serve one queue: one at a time sweeps. It
 
 import logging
 import math
+import os
+import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +21,8 @@ import redis
 from celery import Celery
 from celery.states import READY_STATES
 from msgspec import Struct
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 from zlora import wire
 from zlora.answers import EXPIRED, NO_ANSWER, error_of, expired
 from zlora.broker import Answer
@@ -27,15 +32,20 @@ from zlora.later import read_result
 from zlora.ledger import Ledger, connect
 from zlora.own_app import OwnApp
 from zlora.redis_broker import send
-from zlora_worker import lookahead, webhooks
+from zlora_worker import logs, lookahead, webhooks
+from zlora_worker.exposition import serve
+from zlora_worker.gpu import GpuCollector
 from zlora_worker.links import Links
+from zlora_worker.metrics import Meter, WorkerCollector, shared_folder
 from zlora_worker.outcome import stored
+from zlora_worker.queue_metrics import QueueCollector
 from zlora_worker.settings import Settings
 from zlora_worker.storage import Store, open_store
 
 _WINDOW: Final = 500  # messages read from a list at once
 _COST: Final = 50  # times as long as a sweep took is the least until the next: deep queues are not read all the time
 _AWAY: Final = 2.0  # seconds until the next try where Redis does not answer
+_NO_MESSAGE: Final = (msgspec.DecodeError, RecursionError)  # what is raised of what anybody may write to a queue
 
 logger = logging.getLogger("zlora_worker.companion")
 
@@ -47,8 +57,8 @@ class Sweeper:
     between two lists is nowhere too: hence two looks.
     """
 
-    def __init__(self, ledger: Ledger, app: Celery, *, every: float) -> None:
-        self._ledger, self._app, self._every = ledger, app, every
+    def __init__(self, ledger: Ledger, app: Celery, meter: Meter, *, every: float) -> None:
+        self._ledger, self._app, self._meter, self._every = ledger, app, meter, every
         self._me, self._due, self._missed = str(uuid.uuid4()), 0.0, set[str]()
 
     def sweep(self) -> None:
@@ -90,8 +100,9 @@ class Sweeper:
             elif (submission := self._ledger.submission(job_id)) is None:
                 self._ledger.close(job_id)
             else:
-                logger.warning("job %s is sent again: its message was lost", job_id)
+                logger.warning("job %s is sent again: its message was lost", job_id, extra={"job": job_id})
                 send(self._app, self._ledger.queue, job_id, submission)
+                self._meter.resent()
                 self._hold()
         return missed
 
@@ -100,7 +111,7 @@ class Sweeper:
         try:
             return str(self._app.backend.get_task_meta(job_id)["status"])
         except NO_ANSWER as error:
-            logger.warning("job %s: what is stored is no answer of a worker: %r", job_id, error)
+            logger.warning("job %s: what is stored is no answer of a worker: %r", job_id, error, extra={"job": job_id})
             return None
 
     def _queued(self) -> Iterator[str]:
@@ -113,7 +124,7 @@ class Sweeper:
                 start += _WINDOW
                 self._hold()
         for _, item in client.hscan_iter("unacked", count=_WINDOW):
-            with suppress(msgspec.DecodeError):
+            with suppress(*_NO_MESSAGE):
                 yield msgspec.json.decode(item, type=tuple[_Envelope, Any, Any])[0].headers.id or ""
 
     def _expire(self) -> None:
@@ -125,7 +136,8 @@ class Sweeper:
                 self._ledger.keep(job_id)
                 continue
             self._app.backend.mark_as_revoked(job_id, EXPIRED)
-            self._ledger.close(job_id, expired(job_id))
+            self._ledger.close(job_id, verdict := expired(job_id))
+            self._meter.ended(verdict)
 
 
 def answer(ledger: Ledger, store: Store, links: Links, question: tuple[str, str]) -> None:
@@ -137,7 +149,7 @@ def answer(ledger: Ledger, store: Store, links: Links, question: tuple[str, str]
     except InternalError as error:  # a damaged manifest: whoever asks meets what cannot be read, and says so
         document = str(error).encode()
     except StoreFailed as error:
-        logger.warning("job %s: no answer: %s", job_id, error)
+        logger.warning("job %s: no answer: %s", job_id, error, extra={"job": job_id})
         return
     ledger.answer(reply, document)
 
@@ -158,18 +170,32 @@ def end_by(backend: Any) -> webhooks.End:
     return end
 
 
-def run(settings: Settings) -> None:
-    """Work until the process is ended."""
+def show_metrics(settings: Settings, listener: socket.socket) -> None:
+    """Serve what the worker's processes count, its GPU and its queue, until the process ends."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, shared_folder())  # type: ignore[no-untyped-call]
+    registry.register(WorkerCollector(model=settings.model, queue=settings.queue))
+    registry.register(QueueCollector(connect(settings.broker_url), settings.queue))
+    if (gpu := GpuCollector.open(settings.device, os.environ)) is not None:
+        registry.register(gpu)
+    serve(listener, registry)
+
+
+def run(settings: Settings, listener: socket.socket | None = None) -> None:
+    """Work until the process is ended; `listener` is where Prometheus asks, if anywhere."""
+    meter = Meter.of_process("companion")
+    if listener is not None:
+        show_metrics(settings, listener)
     store = open_store(settings)
     links = Links(store, settings)
     ledger = Ledger(connect(settings.broker_url), settings.queue)
     config = wire.impatient_config(
         broker_url=settings.broker_url, result_backend=settings.result_backend, queue=settings.queue
     )
-    app = OwnApp("zlora_companion", config)
-    sweeper = Sweeper(ledger, app, every=settings.sweep)
+    app = OwnApp("zlora_companion", config | {"zlora_prompts": settings.prompts})
+    sweeper = Sweeper(ledger, app, meter, every=settings.sweep)
     lookahead.start(settings)
-    webhooks.start(settings, webhooks.Ends(store, links, end_by(app.backend)))
+    webhooks.start(settings, webhooks.Ends(store, links, end_by(app.backend)), meter)
     while True:
         try:
             if (question := ledger.asked(1.0)) is not None:
@@ -192,11 +218,13 @@ def _id_of(message: str) -> str | None:
     """The job of a message; None where it is none of Celery's."""
     try:
         return msgspec.json.decode(message, type=_Envelope).headers.id
-    except msgspec.DecodeError:
+    except _NO_MESSAGE:
         return None
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s: %(levelname)s/companion] %(message)s")
+    told = Settings.from_env()
+    logs.use(told.log, told.secrets, logger=logging.getLogger(), process="companion")
     with suppress(KeyboardInterrupt):
-        run(Settings.from_env())
+        run(told, *(socket.socket(fileno=int(handed)) for handed in sys.argv[1:]))

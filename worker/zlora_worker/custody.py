@@ -10,6 +10,7 @@ from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.request import Request
+from zlora.errors import JobTimeout
 from zlora.redaction import shown
 from zlora_worker.delivery import Deliveries
 from zlora_worker.settings import Settings
@@ -63,7 +64,12 @@ class JobRequest(Request):
         document = self.args[0] if self.args else (self.kwargs or {}).get("request")
         self._seconds = _seconds(document, self.settings.job_timeout)
         self.time_limits = (self._seconds + self.settings.hard_grace, None)
-        self._argsrepr, self._kwargsrepr = f"({shown(document)})", "{}"  # of an address only what may be shown
+        # Whatever the message's headers say of it.
+        self._argsrepr, self._kwargsrepr = f"({shown(document, prompts=self.settings.prompts)})", "{}"
+
+    def info(self, safe: bool = False) -> Any:  # noqa: ARG002 - Celery's signature
+        """What is told to whoever inspects the worker, as Flower does for its pages: never the arguments themselves."""
+        return super().info(safe=True)
 
     def maybe_expire(self) -> None:
         """Left to the child, which knows whether this is a copy of a job that runs in time."""
@@ -78,7 +84,8 @@ class JobRequest(Request):
         """Where the child has died the message goes back to its queue: note what it died of."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, TimeLimitExceeded):
-            logger.error("job %s takes longer than %.0f s: its child is killed", self.id, self._seconds)
+            told = {"job": self.id, "code": JobTimeout.code}
+            logger.error("job %s takes longer than %.0f s: its child is killed", self.id, self._seconds, extra=told)
             self.deliveries.overtime(self.id, self._seconds)
             state.task_ready(self)
             self.reject(requeue=True)

@@ -55,11 +55,11 @@ class Begun(NamedTuple):
 
 
 class Ended(Exception):
-    """The job has failed, been cancelled or expired before."""
+    """The job has failed, been cancelled or expired: by this delivery where that `is_news`, else before."""
 
-    def __init__(self, verdict: ZloraError) -> None:
+    def __init__(self, verdict: ZloraError, *, is_news: bool = False) -> None:
         super().__init__(verdict)
-        self.verdict = verdict
+        self.verdict, self.is_news = verdict, is_news
 
 
 class Deliveries:

@@ -37,7 +37,7 @@ def may_succeed_later(task: "Task[Any, Any]", error: ZloraError) -> bool:
 
 def answer(task: "Task[Any, Any]", verdict: ZloraError) -> NoReturn:
     """Tell the producer how the job has ended; a late delivery tells it again."""
-    logger.warning("job %s: %s: %s", task.request.id, verdict.code, verdict)
+    logger.warning("job %s: %s: %s", task.request.id, verdict.code, verdict, extra={"code": verdict.code})
     if isinstance(verdict, JobRevoked | JobExpired):
         _revoke(task, verdict)
     raise verdict
@@ -47,7 +47,7 @@ def fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: Zlo
     """Send the job again where the same may succeed later, else answer with the error."""
     if not may_succeed_later(task, error):
         answer(task, error)
-    logger.warning("job %s: %s: %s", job_id, error.code, error)
+    logger.warning("job %s: %s: %s", job_id, error.code, error, extra={"code": error.code})
     retries = retries_of(task)
     error.tell(attempt=retries + 1)
     countdown = _BACKOFF * 2**retries * random.uniform(0.75, 1.25)  # noqa: S311 - so that jobs do not come in step
@@ -75,7 +75,8 @@ def _revoke(task: "Task[Any, Any]", error: ZloraError) -> NoReturn:
 
 def _send_again(task: "Task[Any, Any]", **options: Any) -> None:
     """A message like this delivery's, before this one is acknowledged; a Redis that is away or full is waited for."""
-    described = shown(next(iter(task.request.args or ()), None))
+    prompts = task.app.conf.get("zlora_prompts", "shown")
+    described = shown(next(iter(task.request.args or ()), None), prompts=prompts)
     copy = task.signature_from_request(task.request, argsrepr=f"({described})", kwargsrepr="{}", **options)
     while True:
         try:
@@ -89,7 +90,7 @@ def _send_again(task: "Task[Any, Any]", **options: Any) -> None:
 
 def leave_dirty(deliveries: Deliveries, job_id: str, error: BaseNotRestored) -> None:
     """Give the job to a fresh child: once, since a job that spoils two bases is the cause."""
-    logger.critical("job %s: %s", job_id, error)
+    logger.critical("job %s: %s", job_id, error, extra={"code": error.code})
     if deliveries.spoilt(job_id) < _SPOILT:
         leave()
 

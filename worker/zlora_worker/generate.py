@@ -20,6 +20,7 @@ from zlora_worker.cache import Cache, CachedFile
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.links import Links
 from zlora_worker.merge import Adapter
+from zlora_worker.metrics import Meter
 from zlora_worker.outcome import publish
 from zlora_worker.pictures import Pictures
 from zlora_worker.recipe import Recipe, pinned, shared
@@ -47,9 +48,10 @@ class Runtime:
     store: Store
     links: Links
     job_timeout: int  # seconds
+    meter: Meter
 
     @classmethod
-    def open(cls, settings: Settings) -> Self:
+    def open(cls, settings: Settings, meter: Meter) -> Self:
         """Open store and cache and load the base; raises `ModelUnavailable` or `InvalidSetting`."""
         store = open_store(settings)
         links = Links(store, settings)
@@ -57,7 +59,15 @@ class Runtime:
         cache = Cache.open(settings)
         shelf = Shelf(max_bytes=settings.lora_memory_bytes)
         engine = checkpoint.load(settings)
-        return cls(engine=engine, cache=cache, shelf=shelf, store=store, links=links, job_timeout=settings.job_timeout)
+        return cls(
+            engine=engine,
+            cache=cache,
+            shelf=shelf,
+            store=store,
+            links=links,
+            job_timeout=settings.job_timeout,
+            meter=meter,
+        )
 
 
 def generate(
@@ -96,7 +106,7 @@ def generate(
             laps.end("apply")
             for index in range(request.num_images):
                 if not (resumed and pictures.take_over()):
-                    picture = engine.draw(request, recipe.seed + index, _steps(report, index, request))
+                    picture = engine.draw(request, recipe.seed + index, _steps(runtime.meter, report, index, request))
                     pictures.add(picture, tiled=engine.tiled)
             laps.end("denoise")
         laps.end("restore")
@@ -183,9 +193,17 @@ def _adapter(spec: LoraSpec, file: CachedFile, read: lora.Lora) -> Adapter:
     )
 
 
-def _steps(report: Report, index: int, request: GenerateRequest) -> Callable[[int], None]:
+def _steps(meter: Meter, report: Report, index: int, request: GenerateRequest) -> Callable[[int], None]:
     done, total = index * request.num_inference_steps, request.num_images * request.num_inference_steps
-    return lambda step: report("denoising", done + step, total)
+    counted = 0
+
+    def stepped(step: int) -> None:
+        nonlocal counted
+        meter.stepped(step - counted)
+        counted = step
+        report("denoising", done + step, total)
+
+    return stepped
 
 
 def _pieces(report: Report) -> Callable[[int, int], None]:

@@ -84,7 +84,7 @@ class Intake(Consumer):
             try:
                 progress_backend(self.app).store_result(job_id, reason, JobState.FAILURE.value)
             except RedisError as error:  # the parent has more to do than to wait
-                logger.warning("job %s: not answered: %s", job_id, error)
+                logger.warning("job %s: not answered: %s", job_id, error, extra={"job": job_id})
 
     def _is_known(self, job_id: str) -> bool:
         """Whether the message comes under another job's id, which it must not fail."""
@@ -93,7 +93,7 @@ class Intake(Consumer):
         try:
             return deliveries.is_known(job_id)
         except RedisError as error:
-            logger.warning("job %s: not answered: %s", job_id, error)
+            logger.warning("job %s: not answered: %s", job_id, error, extra={"job": job_id})
             return True
 
 

@@ -17,9 +17,11 @@ from celery import bootsteps
 from celery.signals import worker_shutting_down
 from celery.utils.log import get_logger
 from celery.worker import state
-from zlora.errors import ModelUnavailable
+from zlora.errors import InvalidSetting, ModelUnavailable
 from zlora.job import TASK_NAME
 from zlora.local import end_with_parent
+from zlora_worker import metrics
+from zlora_worker.exposition import listen
 
 EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a failure, not a clean end
 
@@ -38,11 +40,16 @@ class LoadMarks:
     touched every second while the parent goes about its work, waiting for a model or for Redis included.
     """
 
-    def open(self, probes: str) -> None:
-        """In the parent, before it forks: make the folders, and leave nothing when the parent ends."""
+    def open(self, probes: str, *, counts: bool = False) -> None:
+        """In the parent, before it forks: make the folders, and leave nothing when the parent ends.
+
+        With `counts` there is one for what its processes count.
+        """
         self._folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
         names = ("ready", "failed", "draft", "trying")
         self._ready, self._failed, self._draft, self._trying = (self._folder / name for name in names)
+        if counts:
+            metrics.share(self._folder / "counts")
         self._probes = Path(probes) if probes else None
         if self._probes:
             self._probes.mkdir(parents=True, exist_ok=True)
@@ -71,8 +78,12 @@ class LoadMarks:
         except OSError as error:
             logger.warning("the probe %s cannot be written: %s", file, error.strerror)
 
-    def loading(self) -> None:
-        """A child begins; raises `ModelUnavailable` where the one before was killed over the same."""
+    def loading(self) -> bool:
+        """A child begins: whether another had the model before it.
+
+        Raises `ModelUnavailable` where the one before was killed over the same.
+        """
+        replaces = self._ready.exists()
         self._ready.unlink(missing_ok=True)
         if self._trying.exists():
             raise ModelUnavailable(
@@ -80,6 +91,7 @@ class LoadMarks:
             )
         self._folder.mkdir(exist_ok=True)  # whoever clears temporary folders may have come by
         self._trying.touch()
+        return replaces
 
     def loaded(self) -> None:
         """The child has its model."""
@@ -118,7 +130,7 @@ class ModelGate(bootsteps.StartStopStep):
         super().__init__(parent, **options)
         named = parent.app.conf.zlora_probes
         try:
-            marks.open(named)
+            marks.open(named, counts=bool(parent.app.conf.zlora_metrics))
         except OSError as error:
             _leave(f"ZLORA_PROBES={named}: {error.strerror}")
 
@@ -178,6 +190,14 @@ class Companion(bootsteps.StartStopStep):
 
     requires = (ModelGate,)
 
+    def __init__(self, parent: Any, **options: Any) -> None:
+        """Take the metrics' address at once, for all companions that there will be."""
+        super().__init__(parent, **options)
+        try:
+            self._listener = listen(parent.app.conf.zlora_metrics) if parent.app.conf.zlora_metrics else None
+        except InvalidSetting as error:
+            _leave(str(error))
+
     def start(self, parent: Any) -> None:
         """Runs once there is a model."""
         parent.companion = self
@@ -203,8 +223,14 @@ class Companion(bootsteps.StartStopStep):
 
     def _launch(self) -> None:
         command = [sys.executable, "-m", "zlora_worker.companion"]
+        handed = [] if self._listener is None else [self._listener.fileno()]
         # Ctrl-C in a terminal is for the parent, which ends it in its turn; the kernel does where the parent is killed.
-        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=_LAST)  # noqa: PLW1509
+        self._process = subprocess.Popen(
+            [*command, *map(str, handed)],
+            pass_fds=handed,
+            start_new_session=True,
+            preexec_fn=_LAST,  # noqa: PLW1509
+        )
         self._launched = time.monotonic()
 
 

@@ -17,6 +17,7 @@ from zlora_worker.cache import Cache
 from zlora_worker.engine import Engine
 from zlora_worker.generate import Report, Runtime, generate
 from zlora_worker.links import Links
+from zlora_worker.metrics import Meter
 from zlora_worker.recipe import Recipe, recipes
 from zlora_worker.settings import Settings
 from zlora_worker.shelf import Shelf
@@ -105,7 +106,13 @@ class Replayer:
         own = dataclasses.replace(self._settings, urls=(), public_url="")
         links, seconds = Links(store, own), own.job_timeout
         return Runtime(
-            engine=engine, cache=self._cache, shelf=self._shelf, store=store, links=links, job_timeout=seconds
+            engine=engine,
+            cache=self._cache,
+            shelf=self._shelf,
+            store=store,
+            links=links,
+            job_timeout=seconds,
+            meter=Meter(),
         )
 
 

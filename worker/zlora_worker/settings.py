@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 from zlora import wire
 from zlora.errors import InvalidSetting
@@ -86,6 +87,24 @@ class Settings:
     probes: str = _from(
         "ZLORA_PROBES",
         note="Folder for the files `ready` and `alive`, one a worker; default: a temporary one",
+    )
+    metrics: tuple[str, int] | None = _from(
+        "ZLORA_METRICS",
+        read=variables.address,
+        note="`host:port` at which Prometheus finds `/metrics`: `0.0.0.0:9808`; default: nowhere",
+    )
+    log: Literal["auto", "json", "text"] = _from(
+        "ZLORA_LOG",
+        default="auto",
+        read=variables.choice("auto", "json", "text"),
+        note="Lines of JSON or of text; `auto` is text on a terminal and JSON elsewhere",
+    )
+    prompts: Literal["shown", "hashed"] = _from(
+        wire.PROMPTS,
+        default="shown",
+        read=variables.choice("shown", "hashed"),
+        note="What Flower and logs have of prompts: their text, or 12 digits by which equal ones are known; "
+        "for clients too",
     )
     store: str = _from(
         "ZLORA_STORE",
@@ -242,7 +261,7 @@ class Settings:
         values: dict[str, Any] = {
             "home": wire.home(environ),
             "broker_url": broker,
-            "result_backend": environ.get(wire.RESULT_BACKEND) or broker,
+            "result_backend": wire.value_of(environ, wire.RESULT_BACKEND) or broker,
         }
         for item in fields(cls):
             if item.metadata:
@@ -267,14 +286,22 @@ class Settings:
         """The LoRA cache's folder, with its default."""
         return Path(self.lora_cache).expanduser().absolute() if self.lora_cache else self.home / "loras"
 
+    @property
+    def secrets(self) -> list[str]:
+        """All values that must not be read anywhere, such as in a log."""
+        values = [getattr(self, item.name) for item in fields(self) if item.metadata.get(_SECRET)]
+        words = [word for value in values if isinstance(value, str) for word in value.split()]
+        passwords = [urlsplit(url).password or "" for url in (self.broker_url, self.result_backend)]
+        return [*words, *passwords, *map(unquote, passwords), *(str(value) for value in self.s3_put.values())]
+
     def __repr__(self) -> str:
         shown = {item.name: _masked(getattr(self, item.name), item.metadata.get(_SECRET)) for item in fields(self)}
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
-    name = next((name for name in metadata["names"] if environ.get(name)), metadata["names"][0])
-    text = environ.get(name) or metadata["default"]
+    told = {name: value for name in metadata["names"] if (value := wire.value_of(environ, name))}
+    name, text = next(iter(told.items()), (metadata["names"][0], metadata["default"]))
     try:
         return metadata["read"](text)
     except ValueError as error:

@@ -23,14 +23,17 @@ from zlora.errors import (
     StoreFailed,
     ZloraError,
 )
-from zlora.job import GenerateRequest, GenerateResult, check_job_id, digest_of, plain, read_request
+from zlora.job import GenerateRequest, GenerateResult, check_job_id, digest_of, read_request
+from zlora_worker import logs
 from zlora_worker.delivery import Begun, Deliveries, Ended, Leased, Taken
 from zlora_worker.endings import answer, fail, leave, leave_dirty, may_succeed_later, put_off, retries_of
 from zlora_worker.outcome import discard, finished
+from zlora_worker.shown import Answer
 from zlora_worker.watch import Watch, overdue, progress_backend
 
 if TYPE_CHECKING:
     from zlora_worker.generate import Runtime
+    from zlora_worker.metrics import Meter
 
 _OUTAGE: Final = 300.0  # seconds that a job waits for a store that does not answer
 _GRACE: Final = 2.0  # seconds after a job's time until it is interrupted: most end by themselves, at their next step
@@ -46,14 +49,24 @@ def install(runtime: "Runtime", deliveries: Deliveries) -> None:
     _runtime, _deliveries = runtime, deliveries
 
 
-def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -> dict[str, Any]:
+def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -> Answer:
     """Draw the job that the one argument, `request`, describes and answer with its result, as plain JSON data.
 
     A job that was drawn before is answered from the store. Raises a `ZloraError` for anything that goes wrong, whose
     class, message and details reach the producer; `Ignore` where the job is revoked, goes to a later delivery, or is
     another worker's.
     """
-    job_id, deliveries = check_job_id(task.request.id), _desk()
+    job_id = check_job_id(task.request.id)
+    with logs.about(job_id):
+        return _delivered(task, job_id, arguments, options)
+
+
+def _delivered(
+    task: "Task[Any, Any]", job_id: str, arguments: tuple[object, ...], options: dict[str, object]
+) -> Answer:
+    deliveries, meter = _desk()
+    if (task.request.delivery_info or {}).get("redelivered"):
+        meter.redelivered()
     try:
         request = _readable(deliveries, job_id, arguments, options)
         job = _Job(task, _sound_runtime(), deliveries, job_id, request)
@@ -62,13 +75,16 @@ def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -
         logger.warning("%s, which stays as it is", error)
         raise Ignore(str(error)) from None
     except Ended as error:
+        if error.is_news:
+            meter.ended(error.verdict)
         answer(task, error.verdict)
     except Leased:
         put_off(task, "it is drawn by another worker")
     except ZloraError as error:
+        meter.retried(error) if may_succeed_later(task, error) else meter.ended(error)
         fail(task, deliveries, job_id, error)
     deliveries.end(job_id)
-    return plain(result)
+    return Answer(result)
 
 
 class _Job(NamedTuple):
@@ -165,7 +181,7 @@ def _settled(job: _Job, digest: str, error: ZloraError) -> GenerateResult:
         leave_dirty(deliveries, job_id, error)
     if error.retryable:
         error.tell(attempt=retries_of(task) + 1)
-    raise Ended(deliveries.fail(job_id, error))
+    raise Ended(deliveries.fail(job_id, error), is_news=True)
 
 
 def _draw(job: _Job, begun: Begun) -> GenerateResult:
@@ -179,7 +195,8 @@ def _draw(job: _Job, begun: Begun) -> GenerateResult:
     queued = _seconds_queued(task)
     try:
         with _interrupted_after(seconds + _GRACE):
-            return draw(runtime, job_id, request, watch, attempt=attempt, resumed=begun.before, queued=queued)
+            result = draw(runtime, job_id, request, watch, attempt=attempt, resumed=begun.before, queued=queued)
+        runtime.meter.drawn(result)
     except (ZloraError, Ended):
         raise
     except Exception as error:  # the boundary to the broker: the producer gets a typed error, the worker goes on
@@ -187,6 +204,7 @@ def _draw(job: _Job, begun: Begun) -> GenerateResult:
             raise overdue(job_id, seconds) from error
         logger.exception("job %s", job_id)
         raise InternalError(f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}") from error
+    return result
 
 
 @contextmanager
@@ -226,7 +244,7 @@ def _readable(
         if "digest" not in deliveries.record(job_id):
             raise
         with deliveries.leased(job_id):
-            raise Ended(deliveries.fail(job_id, error)) from error
+            raise Ended(deliveries.fail(job_id, error), is_news=True) from error
 
 
 def _request(arguments: tuple[object, ...], options: dict[str, object]) -> object:
@@ -258,10 +276,10 @@ def _require_in_time(task: "Task[Any, Any]", job_id: str) -> None:
         raise expired(job_id)
 
 
-def _desk() -> Deliveries:
-    if _deliveries is None:
+def _desk() -> "tuple[Deliveries, Meter]":
+    if _deliveries is None or _runtime is None:
         _leave_without_model()
-    return _deliveries
+    return _deliveries, _runtime.meter
 
 
 def _sound_runtime() -> "Runtime":

@@ -83,6 +83,16 @@ def depth(text: str) -> int:
     return value
 
 
+def address(text: str) -> tuple[str, int] | None:
+    """A host's name or address and a port, `[::]:9808` for one of IPv6; or nothing."""
+    if not text:
+        return None
+    parts = urlsplit(f"//{text}")
+    if parts.netloc != text or "@" in text or not parts.hostname or not parts.port:  # `port` raises by itself
+        raise ValueError("expected `host:port`")
+    return parts.hostname, parts.port
+
+
 def url_policies(text: str) -> tuple[UrlPolicy, ...]:
     """Policies between commas, the first one the default."""
     known = get_args(UrlPolicy)

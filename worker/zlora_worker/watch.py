@@ -12,6 +12,7 @@ from zlora import wire
 from zlora.errors import JobTimeout
 from zlora.job import JobState
 from zlora.own_app import OwnApp
+from zlora_worker import logs
 from zlora_worker.delivery import Deliveries
 
 _LOOK_EVERY: Final = 0.05  # seconds between two looks at the flag in a download, which has many pieces
@@ -41,6 +42,7 @@ class Watch:
         self._pace: tuple[float, int] | None = None  # when the denoising was where
 
     def __call__(self, phase: str, done: int, total: int) -> None:
+        logs.enter(phase)
         now = time.monotonic()
         if now > self._end:
             raise overdue(self._job_id, self._seconds)

@@ -22,6 +22,7 @@ from zlora.redaction import without_secrets
 from zlora.webhook import Webhook
 from zlora.wire import WEBHOOK_SECRET
 from zlora_worker.links import Links
+from zlora_worker.metrics import Meter
 from zlora_worker.outcome import stored
 from zlora_worker.settings import Settings
 from zlora_worker.storage import Store
@@ -48,12 +49,12 @@ End = Callable[[str], GenerateResult | ZloraError | None]
 logger = logging.getLogger("zlora_worker.webhooks")
 
 
-def start(settings: Settings, ends: "Ends") -> None:
+def start(settings: Settings, ends: "Ends", meter: Meter) -> None:
     """Send until the process ends."""
     if not settings.webhook_secret:
         logger.info("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
     outbox = Outbox(connect(settings.broker_url), settings.queue)
-    Thread(target=_work, args=(Dispatcher(outbox, Sender(outbox, ends, settings)),), daemon=True).start()
+    Thread(target=_work, args=(Dispatcher(outbox, Sender(outbox, ends, settings, meter)),), daemon=True).start()
 
 
 class Ends:
@@ -81,9 +82,10 @@ class Sender:
     """Sends one job's webhook: once, and says when again."""
 
     def __init__(
-        self, outbox: Outbox, ends: Ends, settings: Settings, *, clock: Callable[[], float] = time.time
+        self, outbox: Outbox, ends: Ends, settings: Settings, meter: Meter, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._outbox, self._ends, self._settings, self._clock = outbox, ends, settings, clock
+        self._meter = meter
 
     @property
     def since(self) -> float:
@@ -104,7 +106,7 @@ class Sender:
         try:
             end = self._ends.of(job)
         except StoreFailed as error:
-            logger.warning("job %s: no webhook yet: %s", job.job_id, error)
+            logger.warning("job %s: no webhook yet: %s", job.job_id, error, extra={"job": job.job_id})
             self._outbox.put_off(_STORE_AWAY, job.job_id)
         except (InternalError, JobUnknown) as error:
             self._give_up(job, str(error))
@@ -137,13 +139,16 @@ class Sender:
                 self._give_up(job, str(failure), event=event, count=count)
                 return
             pause = min(max(_pause(count.number), failure.retry_after), left)
-            logger.info("webhook of job %s: %s; again in %.0f s", job.job_id, failure, pause)
+            logger.info("webhook of job %s: %s; again in %.0f s", job.job_id, failure, pause, extra={"job": job.job_id})
+            self._meter.told("retried")
             self._outbox.put_off(pause, job.job_id)
         else:
+            self._meter.told("sent")
             self._outbox.done(job.job_id)
 
     def _give_up(self, job: Ended, reason: str, *, event: str = "", count: Try | None = None) -> None:
-        logger.warning("webhook of job %s is given up: %s", job.job_id, reason)
+        logger.warning("webhook of job %s is given up: %s", job.job_id, reason, extra={"job": job.job_id})
+        self._meter.told("given_up")
         letter = DeadLetter(
             job_id=job.job_id,
             event=event,
@@ -239,7 +244,7 @@ class Dispatcher:
         try:
             Thread(target=self._carry, args=(job, host), daemon=True).start()
         except (RuntimeError, MemoryError):  # the machine has no more threads
-            logger.warning("webhook of job %s: there is no thread for it", job.job_id)
+            logger.warning("webhook of job %s: there is no thread for it", job.job_id, extra={"job": job.job_id})
             self._give_back(host)
             self._due.clear()  # until the next look: no other would have one
             with suppress(redis.RedisError):  # then it comes again when its claim is over
@@ -250,10 +255,12 @@ class Dispatcher:
         try:
             self._sender.send(job)
         except redis.RedisError as error:
-            logger.warning("webhook of job %s: Redis does not answer: %s", job.job_id, error)
+            told = {"job": job.job_id}
+            logger.warning("webhook of job %s: Redis does not answer: %s", job.job_id, error, extra=told)
         except Exception as error:  # noqa: BLE001 - the thread's boundary: the job comes again when its claim is over
             # Its text may hold an address with its secrets.
-            logger.error("webhook of job %s: %s", job.job_id, type(error).__name__)  # noqa: TRY400
+            told = {"job": job.job_id}
+            logger.error("webhook of job %s: %s", job.job_id, type(error).__name__, extra=told)  # noqa: TRY400
         finally:
             self._note(host, time.monotonic() - start)
             self._give_back(host)

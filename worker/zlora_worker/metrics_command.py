@@ -1,0 +1,31 @@
+"""`zlora metrics`: a queue's metrics for Prometheus, also while no worker runs."""
+
+import time
+
+import click
+from prometheus_client import CollectorRegistry
+from zlora.cli import interruption
+from zlora.errors import InvalidSetting
+from zlora.ledger import connect
+from zlora_worker.exposition import listen, serve
+from zlora_worker.queue_metrics import QueueCollector
+from zlora_worker.settings import Settings
+
+
+@click.command()
+def metrics() -> None:
+    """Serve a queue's metrics at ZLORA_METRICS, such as 0.0.0.0:9808, until told to end."""
+    settings = Settings.from_env()
+    if settings.metrics is None:
+        raise InvalidSetting("ZLORA_METRICS: expected `host:port`", {"name": "ZLORA_METRICS"})
+    listener = listen(settings.metrics)
+    registry = CollectorRegistry()
+    registry.register(QueueCollector(connect(settings.broker_url), settings.queue))
+    serve(listener, registry)
+    host, port = settings.metrics
+    click.echo(f"queue {settings.queue}: http://{host}:{port}/metrics")
+    try:
+        while not interruption.has_come():
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        pass

@@ -1,0 +1,109 @@
+"""A queue as Redis holds it, for Prometheus. Whoever watches it needs neither a worker nor torch.
+
+Each worker of a queue tells the same: `max by (queue, priority)` is the queue.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import redis
+from msgspec import Struct
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from zlora import wire
+
+_NAMES: Final = {step: name for name, step in wire.PRIORITIES.items()}
+_WINDOW: Final = 500  # messages that workers hold, read at once
+_NO_MESSAGE: Final = (msgspec.DecodeError, RecursionError)  # what is raised of what anybody may write to a queue
+
+Found = list[tuple[tuple[str, ...], float]]
+
+
+class QueueCollector(Collector):
+    """Looks at each scrape. Where Redis does not answer `zlora_queue_up` is 0 and the others are left out."""
+
+    def __init__(self, client: Any, queue: str) -> None:
+        """`client` is a Redis that answers soon or not at all."""
+        self._redis, self._queue = client, queue
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as of now."""
+        try:
+            found = self._look()
+        except redis.RedisError:
+            found = {}
+        up = self._gauge("up", "Whether Redis answered for this look", ())
+        up.add_metric([self._queue], float(bool(found)))
+        yield up
+        for (name, told, *labels), values in found.items():
+            gauge = self._gauge(name, told, labels)
+            for words, value in values:
+                gauge.add_metric([self._queue, *words], value)
+            yield gauge
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the registry must not ask Redis to know the names."""
+        return iter(())
+
+    def _look(self) -> dict[tuple[str, ...], Found]:
+        """Values by a metric's name, help and labels; raises `redis.RedisError`."""
+        lists = wire.waiting_lists(self._queue)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for name in lists:
+                pipe.llen(name)
+            for name in lists:
+                pipe.lindex(name, -1)  # kombu takes from this end
+            pipe.zcard(wire.outbox_key(self._queue))
+            pipe.zcard(wire.dead_key(self._queue))
+            pipe.get(wire.refused_key(self._queue))
+            answers = pipe.execute()
+        steps, now = len(lists), time.time()
+        names = [(_NAMES.get(step, str(step)),) for step in wire.PRIORITY_STEPS]
+        lengths, firsts = answers[:steps], answers[steps : 2 * steps]
+        waiting, dead, refused = answers[2 * steps :]
+        return {
+            ("jobs", "Jobs that wait", "priority"): list(zip(names, map(float, lengths), strict=True)),
+            ("oldest_seconds", "Seconds that the job next in line waits", "priority"): [
+                (name, _age(first, now)) for name, first in zip(names, firsts, strict=True)
+            ],
+            ("running_jobs", "Jobs that workers hold"): [((), float(self._held()))],
+            ("webhooks", "Ends of jobs still to be told, and those given up", "state"): [
+                (("waiting",), float(waiting)),
+                (("dead",), float(dead)),
+            ],
+            ("refused_messages", "Messages of the last week that could not be read"): [((), float(refused or 0))],
+        }
+
+    def _held(self) -> int:
+        """Of this queue: one hash has those of all queues of the database."""
+        items = self._redis.hscan_iter("unacked", count=_WINDOW)
+        return sum(1 for _, item in items if _routed(item) == self._queue)
+
+    def _gauge(self, name: str, told: str, labels: "tuple[str, ...] | list[str]") -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"zlora_queue_{name}", told, labels=["queue", *labels])
+
+
+class _Envelope(Struct, frozen=True):
+    headers: dict[str, Any] = {}
+
+
+def _age(message: str | None, now: float) -> float:
+    """Seconds since a message's job was submitted; 0 without a message, or a time in it."""
+    if message is None:
+        return 0.0
+    try:
+        submitted = wire.submitted(msgspec.json.decode(message, type=_Envelope).headers, now)
+    except _NO_MESSAGE:
+        return 0.0
+    return 0.0 if submitted is None else max(0.0, now - submitted)
+
+
+def _routed(item: str) -> str | None:
+    """The queue to which a message was sent that a worker holds."""
+    try:
+        return msgspec.json.decode(item, type=tuple[Any, Any, str])[2]
+    except _NO_MESSAGE:
+        return None
