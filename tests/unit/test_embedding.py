@@ -27,6 +27,7 @@ from fakes import (
     write,
 )
 from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -92,6 +93,7 @@ def packet_of(picture: Image.Image) -> str | None:
     return ET.fromstring(picture.info["xmp"]).findtext(".//{urn:x-zlora:1}recipe")  # noqa: S314 - our own
 
 
+@hypothesis_settings(deadline=None)
 @given(document=REQUESTS)
 @example(document=LONGEST | {"output_format": "png"})
 @example(document=LONGEST | {"output_format": "jpeg"})

@@ -226,5 +226,10 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s: %(levelname)s/companion] %(message)s")
     told = Settings.from_env()
     logs.use(told.log, told.secrets, logger=logging.getLogger(), process="companion")
-    with suppress(KeyboardInterrupt):
+    try:
         run(told, *(socket.socket(fileno=int(handed)) for handed in sys.argv[1:]))
+    except KeyboardInterrupt:
+        pass
+    except Exception:  # the process's boundary: Python's own traceback would be plain text, and show what it likes
+        logger.exception("the companion ends")
+        sys.exit(1)

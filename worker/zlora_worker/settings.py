@@ -292,7 +292,8 @@ class Settings:
         values = [getattr(self, item.name) for item in fields(self) if item.metadata.get(_SECRET)]
         words = [word for value in values if isinstance(value, str) for word in value.split()]
         passwords = [urlsplit(url).password or "" for url in (self.broker_url, self.result_backend)]
-        return [*words, *passwords, *map(unquote, passwords), *(str(value) for value in self.s3_put.values())]
+        keys = [str(value) for name, value in self.s3_put.items() if "Key" in name]  # `SSEKMSKeyId`, and not `ACL`
+        return [*words, *passwords, *map(unquote, passwords), *keys]
 
     def __repr__(self) -> str:
         shown = {item.name: _masked(getattr(self, item.name), item.metadata.get(_SECRET)) for item in fields(self)}
