@@ -1,0 +1,316 @@
+"""What a job costs its Redis, and what workers cost it that have none: bytes, commands, and the server's own seconds.
+
+- Bytes of a job, queued and ended, by its LoRAs and its prompt: message, record, answer, memory, append-only file.
+- Commands, seconds of the server's main thread and bytes on the wire of whole jobs, submitted and waited for by a
+  client and drawn by a worker with a fake engine: for a job, for a denoising step and for a second of drawing. They are
+  solved from jobs with few steps, with many and with slow ones; another kind of job is foretold by them, and measured.
+- Submissions by one process and by several, and what the server was busy meanwhile.
+- Workers with nothing to do, and one with a long queue before it: commands, connections, bytes and seconds.
+- The events that Flower reads.
+
+Each round measures all of it. Ours is the median of the rounds, the noise the largest of them by the smallest; nothing
+is a ratio. `--thin` takes fewer jobs and shorter looks, and 2 rounds, else 3.
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import redis
+from benchmarks.fetch import progress
+from benchmarks.job_bytes import WAITED, Found, scene, shapes
+from benchmarks.report import Row, publish
+from faults.figures import Tally
+from faults.scene import Scene
+from faults.valkey import Valkey
+from processes import wait_until
+from zlora import AsyncClient, Client, wire
+
+EVENTS: Final = "/0.celeryev*"  # the channels of kombu's fan-out
+SETTLE: Final = 8.0  # seconds until the companion of a new worker is at its work
+
+
+class Size(NamedTuple):
+    """How much of each is done."""
+
+    rounds: int
+    shaped: int  # jobs of a shape
+    drawn: int  # short jobs; a fifth as many are long ones
+    sent: int  # jobs of a producer process
+    seconds: float  # of a look at idle workers
+    backlog: int  # jobs
+
+
+FULL: Final = Size(rounds=3, shaped=100, drawn=50, sent=2000, seconds=30.0, backlog=10_000)
+THIN: Final = Size(rounds=2, shaped=20, drawn=20, sent=300, seconds=10.0, backlog=1_000)
+
+
+class Kind(NamedTuple):
+    """A job for the fake engine."""
+
+    steps: int
+    pace: float  # seconds of a step
+
+
+SHORT: Final = Kind(4, 0.01)
+SOLVED: Final = (SHORT, Kind(104, 0.01), Kind(28, 0.15))  # few steps, many, slow ones
+FORETOLD: Final = Kind(28, 0.07)
+
+
+class Reading(NamedTuple):
+    """What a server has done since its start."""
+
+    commands: float
+    cpu: float  # seconds of its main thread, on which every command runs
+    net: float  # bytes, both ways
+    at: float
+
+    @classmethod
+    def of(cls, broker: "redis.Redis") -> "Reading":
+        info: Any = broker.info("all")
+        cpu = info["used_cpu_user_main_thread"] + info["used_cpu_sys_main_thread"]
+        net = info["total_net_input_bytes"] + info["total_net_output_bytes"]
+        return cls(info["total_commands_processed"], cpu, net, time.monotonic())
+
+    def since(self, start: "Reading") -> "Reading":
+        """What came between the two."""
+        return Reading(*(mine - before for mine, before in zip(self, start, strict=True)))
+
+
+def main(size: Size) -> None:
+    """Measure and publish."""
+    rounds: list[Found] = []
+    for index in range(size.rounds):
+        with tempfile.TemporaryDirectory(prefix="zlora-bench-") as name:
+            rounds.append(measured(Path(name), size))
+        progress(f"{index + 1}/{size.rounds} rounds")
+    rows = [row(name, [found[name] for found in rounds]) for name in rounds[0]]
+    publish("scale", rows, cpu=processor(), rounds=size.rounds, engine="a fake one: no GPU")
+
+
+def measured(folder: Path, size: Size) -> Found:
+    """All of it once, on a server of its own."""
+    found: Found = {}
+    with Valkey(folder, Tally()) as valkey, valkey.client() as broker:
+        found |= shapes(folder / "shapes", valkey, broker, size.shaped)
+        found |= lives(folder / "lives", valkey, broker, size.drawn)
+        found |= submissions(valkey, broker, size.sent)
+        for workers in range(3):
+            found |= idle(folder / f"idle-{workers}", valkey, broker, workers, size.seconds)
+        found |= behind(folder / "behind", valkey, broker, size)
+    return found
+
+
+# Whole jobs
+
+
+def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
+    """Of a job, a step and a second; and whether they foretell another job."""
+    with scene(folder, valkey) as made, made.worker():
+        time.sleep(SETTLE)
+        asyncio.run(drawn(made, SHORT, 2, watched=True))
+        solved = [life(made, broker, kind, jobs if kind is SHORT else jobs // 5, watched=True) for kind in SOLVED]
+        other = life(made, broker, FORETOLD, jobs // 5, watched=True)
+        with heard(valkey) as events:
+            unwatched = life(made, broker, SHORT, jobs, watched=False)
+    factors = [[1, kind.steps, one.at] for kind, one in zip(SOLVED, solved, strict=True)]
+    found: Found = {}
+    for what, unit in (("commands", 1.0), ("cpu", 1e6), ("net", 1.0)):
+        sums = [unit * getattr(one, what) for one in solved]
+        fixed, step, second = map(float, np.linalg.solve(np.array(factors), np.array(sums)))
+        told = NAMES[what]
+        found[f"{told} of a job, beside its steps and seconds"] = fixed
+        found |= {f"{told} of a step": step, f"{told} of a drawing second": second}
+        foretold = fixed + step * FORETOLD.steps + second * other.at
+        found[f"{told} of a job of {FORETOLD.steps} steps, {other_seconds()} s"] = unit * getattr(other, what)
+        found[f"{told} of the same by those foretold"] = unit * getattr(other, what) / foretold
+        found[f"{told} of a short job that is waited for"] = sums[0]
+        found[f"{told} of a short job that nobody waits for"] = unit * getattr(unwatched, what)
+    sent = sum(length for name, length in events if "/task." in name)
+    return found | {"events: bytes of a job": sent / jobs, "events: messages of a job": count(events, "/task.") / jobs}
+
+
+NAMES: Final = {"commands": "commands", "cpu": "us of the server", "net": "bytes on the wire"}
+
+
+def other_seconds() -> float:
+    """Of the foretold job's drawing."""
+    return round(FORETOLD.steps * FORETOLD.pace, 2)
+
+
+def count(events: list[tuple[str, int]], kind: str) -> int:
+    """Messages of a kind."""
+    return sum(kind in name for name, _ in events)
+
+
+def life(made: Scene, broker: "redis.Redis", kind: Kind, jobs: int, *, watched: bool) -> Reading:
+    """What one job of these took, from its submission on; `at` is its share of the seconds."""
+    start = Reading.of(broker)
+    asyncio.run(drawn(made, kind, jobs, watched=watched))
+    looks = wait_closed(broker, made.queue)
+    took = Reading.of(broker).since(start)
+    return Reading((took.commands - looks) / jobs, took.cpu / jobs, took.net / jobs, took.at / jobs)
+
+
+async def drawn(made: Scene, kind: Kind, jobs: int, *, watched: bool) -> None:
+    """Submit jobs one by one, and wait for all of them at once or for none."""
+    document = {"prompt": json.dumps({"step": kind.pace}), "num_inference_steps": kind.steps}
+    async with AsyncClient.from_env(made.environ) as client:
+        handles = [await client.submit(document) for _ in range(jobs)]
+        if watched:
+            await asyncio.gather(*(handle.result(timeout=WAITED) for handle in handles))
+
+
+def wait_closed(broker: "redis.Redis", queue: str) -> int:
+    """Wait until every job has ended; how often the server was asked."""
+    looks = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        return not broker.zcard(wire.ledger_key(queue))
+
+    wait_until(look, "every job has ended")
+    return looks
+
+
+@contextmanager
+def heard(valkey: Valkey) -> Iterator[list[tuple[str, int]]]:
+    """The channel and the bytes of each event; they are there after the block."""
+    events: list[tuple[str, int]] = []
+    with valkey.client() as connection, connection.pubsub() as channel:  # type: ignore[no-untyped-call]  # redis-py's
+        channel.psubscribe(EVENTS)
+        yield events
+        while (message := channel.get_message(timeout=1.0)) is not None:
+            if message["type"] == "pmessage":
+                events.append((message["channel"], len(message["data"].encode())))
+
+
+# Submissions
+
+
+def submissions(valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
+    """By so many processes at once, one by one and 200 in a call."""
+    found: Found = {}
+    for processes, together in ((1, 1), (2, 1), (4, 1), (1, 200), (2, 200)):
+        broker.flushall()
+        took = sent(valkey, broker, processes, jobs, together)
+        name, total = f"{processes} x {'submit' if together == 1 else f'submit_many of {together}'}", processes * jobs
+        found |= {
+            f"{name}: jobs a second": total / took.at,
+            f"{name}: busy share of the server": took.cpu / took.at,
+            f"{name}: us of the server a job": 1e6 * took.cpu / total,
+            f"{name}: commands a job": took.commands / total,
+        }
+    return found
+
+
+def sent(valkey: Valkey, broker: "redis.Redis", processes: int, jobs: int, together: int) -> Reading:
+    """What the server did from when all processes were ready until the last was done."""
+    context = get_context("spawn")
+    gate = context.Barrier(processes + 1)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=hold, initargs=(gate,)) as pool:
+        done = [pool.submit(produce, valkey.url, jobs, together) for _ in range(processes)]
+        gate.wait()
+        start = Reading.of(broker)
+        for one in done:
+            one.result()
+        return Reading.of(broker).since(start)
+
+
+_gate: list[Any] = []
+
+
+def hold(gate: Any) -> None:
+    """In a producer: where it waits for the others."""
+    _gate.append(gate)
+
+
+def produce(url: str, jobs: int, together: int) -> None:
+    """In a producer: its jobs."""
+    document = {"prompt": "a portrait in anime style, soft light", "num_inference_steps": 28}
+    with Client(url) as client:
+        client.submit(document)
+        _gate[0].wait()
+        for _ in range(jobs // together):
+            client.submit_many([document] * together)
+
+
+# Workers
+
+
+def idle(folder: Path, valkey: Valkey, broker: "redis.Redis", workers: int, seconds: float) -> Found:
+    """So many workers, and nothing to do."""
+    with scene(folder, valkey) as made, ExitStack() as stack:
+        for index in range(workers):
+            stack.enter_context(made.worker(f"idle-{index}"))
+        time.sleep(SETTLE)
+        connected = connections(broker)
+        took = looked(broker, seconds)
+    return {f"{workers} idle workers: connections": connected} | of_a_second(f"{workers} idle workers", took)
+
+
+def behind(folder: Path, valkey: Valkey, broker: "redis.Redis", size: Size) -> Found:
+    """One worker with a long job, and a long queue."""
+    with scene(folder, valkey) as made:
+        document = {"prompt": "a portrait in anime style, soft light"}
+        slow = {"prompt": json.dumps({"step": 1.0}), "num_inference_steps": 200}
+        made.client.submit(slow, priority="high")
+        with made.worker():
+            made.client.submit_many([document] * size.backlog)
+            time.sleep(SETTLE)
+            took = looked(broker, size.seconds)
+    return of_a_second(f"1 worker that draws before {size.backlog:,} jobs", took)
+
+
+def of_a_second(name: str, took: Reading) -> Found:
+    """By the second."""
+    return {
+        f"{name}: commands a second": took.commands / took.at,
+        f"{name}: us of the server a second": 1e6 * took.cpu / took.at,
+        f"{name}: bytes on the wire a second": took.net / took.at,
+    }
+
+
+def looked(broker: "redis.Redis", seconds: float) -> Reading:
+    """What the server does meanwhile."""
+    start = Reading.of(broker)
+    time.sleep(seconds)
+    return Reading.of(broker).since(start)
+
+
+def connections(broker: "redis.Redis") -> int:
+    """Of all, ours too."""
+    info: Any = broker.info("clients")
+    return int(info["connected_clients"])
+
+
+# The report
+
+
+def row(name: str, values: list[float]) -> Row:
+    """The median of the rounds, and the largest of them by the smallest."""
+    median, noise = statistics.median(values), max(values) / min(values)
+    return Row(name=name, rival="-", rival_median=0.0, ours_median=median, ratio=median, noise=noise)
+
+
+def processor() -> str:
+    """The machine's, as the kernel names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "not said")
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    main(THIN if "--thin" in sys.argv else FULL)
