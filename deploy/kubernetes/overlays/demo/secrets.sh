@@ -1,0 +1,26 @@
+#!/bin/sh
+# Makes the demo's Secrets with fresh values, in the cluster that kubectl speaks to. Values go by files that only this
+# user can read, since anybody can read a command line. What is there already is refused by the cluster.
+set -eu
+umask 077
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+
+fresh() { od -An -N 24 -tx1 /dev/urandom | tr -d ' \n'; }
+broker=$(fresh) key=$(fresh) secret=$(fresh)
+
+printf 'redis://:%s@zlora-broker:6379/0' "$broker" >url
+printf 'zlora-broker:6379' >address
+printf '%s' "$broker" >password
+printf 'requirepass %s\n' "$broker" >valkey.conf
+printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$key" "$secret" >credentials
+printf '{"identities": [{"name": "worker", "credentials": [{"accessKey": "%s", "secretKey": "%s"}],
+  "actions": ["Read:pictures", "List:pictures", "Write:pictures"]}]}\n' "$key" "$secret" >s3.json
+printf 'admin:%s\n' "$(fresh)" >auth
+
+kubectl get namespace zlora >namespace 2>&1 || kubectl create namespace zlora
+make() { kubectl --namespace zlora create secret generic "$@"; }
+make zlora-broker --from-file=url --from-file=address --from-file=password --from-file=valkey.conf
+make zlora-store --from-file=credentials --from-file=s3.json
+make zlora-flower --from-file=auth

@@ -1,0 +1,82 @@
+#!/bin/sh
+# Makes the secrets of docker-compose.yml in deploy/secrets/, or in the folder $1. What is there is kept, and never
+# written over.
+#
+# Compose mounts each file as it lies here, with its owner and mode, and the containers have users of their own: so the
+# files must be readable by all. The folder keeps everybody else on this machine out (0700), and a container sees only the
+# files that it names.
+#
+# A new broker password: rm -f deploy/secrets/broker_*; sh deploy/secrets.sh; docker compose up -d --force-recreate
+set -eu
+umask 077
+folder=${1:-$(dirname "$0")/secrets}
+
+random() { # $1 bytes as hexadecimal digits, which need no quoting in a URL, a configuration or JSON
+    od -An -v -N"$1" -tx1 /dev/urandom | tr -d ' \n'
+}
+
+write() { # standard input into the new file $1, of mode $2
+    (set -C && cat >"$folder/$1") # -C: refuses a file that is there
+    chmod "${2:-0444}" "$folder/$1"
+}
+
+missing() { # whether none of the files is there; ends where only some are, since all hold the same secret
+    there=0
+    for name in "$@"; do
+        [ ! -e "$folder/$name" ] || there=$((there + 1))
+    done
+    if [ "$there" -ne 0 ] && [ "$there" -ne $# ]; then
+        echo "$folder has only some of $*: remove these, or bring the others back" >&2
+        exit 1
+    fi
+    [ "$there" -eq 0 ] || echo "kept: $*"
+    [ "$there" -eq 0 ]
+}
+
+mkdir -p "$folder"
+chmod 0700 "$folder"
+
+if missing broker_password broker_config broker_url; then
+    password=$(random 24)
+    printf '%s\n' "$password" | write broker_password
+    printf 'requirepass %s\n' "$password" | write broker_config
+    printf 'redis://:%s@broker:6379/0\n' "$password" | write broker_url
+fi
+
+if missing store_identities store_credentials; then
+    key=$(random 10)
+    secret=$(random 20)
+    write store_identities <<END
+{
+  "identities": [
+    {
+      "name": "worker",
+      "credentials": [{"accessKey": "$key", "secretKey": "$secret"}],
+      "actions": ["Read:pictures", "List:pictures", "Write:pictures"]
+    }
+  ]
+}
+END
+    printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$key" "$secret" | write store_credentials
+fi
+
+if missing webhook_secret; then
+    printf 'whsec_%s\n' "$(random 24)" | write webhook_secret # 48 digits, which are base64 of 36 bytes too
+fi
+
+if missing flower_auth flower_metrics_password; then
+    scraper=$(random 12)
+    printf 'operator:%s\nprometheus:%s\n' "$(random 12)" "$scraper" | write flower_auth
+    printf '%s\n' "$scraper" | write flower_metrics_password
+fi
+
+if missing grafana_password; then
+    printf '%s\n' "$(random 12)" | write grafana_password # Grafana takes it at its first start
+fi
+
+for token in hf_token civitai_token; do # yours to fill in, where you have one
+    if missing "$token"; then
+        write "$token" 0644 </dev/null
+    fi
+done
+echo "Flower: operator and the password in $folder/flower_auth; Grafana: admin and $folder/grafana_password"
