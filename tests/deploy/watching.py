@@ -1,0 +1,272 @@
+"""What watches the queue: the alert rules and the dashboard, read, checked, and asked of a real Prometheus.
+
+`python -P tests/deploy/watching.py` checks the files with promtool, which must be installed. `unanswered` and `unborn`
+need a Prometheus that scrapes a worker.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import requests
+import yaml
+from zlora import errors
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+RULES: Final = ROOT / "deploy/prometheus/rules.yml"
+RULES_TEST: Final = ROOT / "deploy/prometheus/rules_test.yml"
+CONFIG: Final = ROOT / "deploy/prometheus/prometheus.yml"
+DASHBOARD: Final = ROOT / "deploy/grafana/dashboards/z-image-lora.json"
+PAGE: Final = ROOT / "docs/operations.md"
+
+# What Grafana puts into a query: a window of four scrapes, the time shown, every queue and worker.
+VARIABLES: Final = {"__rate_interval": "1m", "__range": "3h", "queue": ".+", "instance": ".+"}
+
+# Panels that may rightly show nothing, and when.
+MAY_BE_EMPTY: Final = {
+    "Failures by code": "no job has failed",
+    "GPU memory": "there is no NVIDIA GPU",
+    "GPU busy": "there is no NVIDIA GPU",
+    "Alerts": "none fires",
+}
+
+# Metrics and their labels, beside Prometheus' own `job` and `instance`.
+_METRICS: Final = {
+    "zlora_jobs_total": ("outcome", "code"),
+    "zlora_job_phase_seconds": ("phase",),
+    "zlora_lora_files_total": ("tier",),
+    "zlora_lora_bytes_total": ("tier",),
+    "zlora_denoising_steps_total": (),
+    "zlora_images_total": (),
+    "zlora_model_load_seconds": (),
+    "zlora_child_deaths_total": (),
+    "zlora_redeliveries_total": (),
+    "zlora_jobs_resent_total": (),
+    "zlora_webhooks_total": ("outcome",),
+    "zlora_gpu_memory_bytes": ("kind",),
+    "zlora_gpu_busy_ratio": (),
+    "zlora_worker_info": ("version", "model", "queue"),
+    "zlora_queue_jobs": ("queue", "priority"),
+    "zlora_queue_oldest_seconds": ("queue", "priority"),
+    "zlora_queue_running_jobs": ("queue",),
+    "zlora_queue_webhooks": ("queue", "state"),
+    "zlora_queue_refused_messages": ("queue",),
+    "zlora_queue_up": ("queue",),
+}
+_SUMS: Final = {"zlora:jobs:increase30m": "zlora_jobs_total"}  # recorded with all labels of their counter
+_SELECTOR: Final = re.compile(r"\b(zlora[_:][a-z0-9_:]+)(?:\{([^}]*)\})?")
+_MATCHER: Final = re.compile(r'(\w+)\s*=~?\s*"([^"]*)"')
+_HISTOGRAM: Final = re.compile(r"_(bucket|sum|count)$")
+_WIDTH: Final = 24  # columns of Grafana's grid
+_SCREEN: Final = 28  # rows of it on a screen of 1080 lines without the browser's frame
+_SECONDS: Final = 10  # for an answer of Prometheus
+
+Query = tuple[str, str]  # a panel's title, and PromQL
+
+
+class RefusedQueryError(Exception):
+    """Prometheus does not take the query. The message is its own."""
+
+
+def known_metrics() -> Mapping[str, tuple[str, ...]]:
+    """The metrics that there are, each with its labels; a histogram by its name without `_bucket` and the like."""
+    return _METRICS
+
+
+def panels(dashboard: Path) -> list[dict[str, Any]]:
+    """The dashboard's panels."""
+    found: list[dict[str, Any]] = json.loads(dashboard.read_text())["panels"]
+    return found
+
+
+def queries(dashboard: Path, variables: Mapping[str, str]) -> list[Query]:
+    """Each query of each panel, with Grafana's variables replaced; raises `KeyError` for one that has no value here."""
+
+    def filled(expr: str) -> str:
+        return re.sub(r"\$(\w+)", lambda name: variables[name[1]], expr)
+
+    return [(panel["title"], filled(target["expr"])) for panel in panels(dashboard) for target in panel["targets"]]
+
+
+def choices(dashboard: Path) -> list[Query]:
+    """What the dashboard's own variables ask: a variable's name, and a query that is Grafana's and not PromQL."""
+    variables = json.loads(dashboard.read_text())["templating"]["list"]
+    return [(variable["name"], variable["query"]["query"]) for variable in variables if variable["type"] == "query"]
+
+
+def rules(path: Path) -> list[dict[str, Any]]:
+    """The rules of all groups of a rule file."""
+    return [rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+
+
+def alerts(path: Path) -> dict[str, dict[str, Any]]:
+    """The alerts of a rule file, by name."""
+    return {rule["alert"]: rule for rule in rules(path) if "alert" in rule}
+
+
+def ask(prometheus_url: str, expr: str) -> list[dict[str, Any]]:
+    """The series that a query returns now, each with `metric` and `value`; raises `RefusedQueryError`."""
+    answer = requests.post(f"{prometheus_url}/api/v1/query", data={"query": expr}, timeout=_SECONDS).json()
+    if answer["status"] != "success":
+        raise RefusedQueryError(answer["error"])
+    result = answer["data"]["result"]
+    return result if answer["data"]["resultType"] == "vector" else [{"metric": {}, "value": result}]
+
+
+def unanswered(
+    prometheus_url: str,
+    dashboard: Path = DASHBOARD,
+    variables: Mapping[str, str] = VARIABLES,
+    *,
+    may_be_empty: Mapping[str, str] = MAY_BE_EMPTY,
+) -> list[str]:
+    """The panels' queries that Prometheus refuses, or that no series answers with a number; a line each."""
+    found = []
+    for title, expr in queries(dashboard, variables):
+        try:
+            numbers = [series for series in ask(prometheus_url, expr) if series["value"][1] != "NaN"]
+        except RefusedQueryError as error:
+            found.append(f"{title}: {error}: {expr}")
+        else:
+            if not numbers and title not in may_be_empty:
+                found.append(f"{title}: nothing answers {expr}")
+    return found
+
+
+def unborn(prometheus_url: str, path: Path = RULES) -> list[str]:
+    """Counters that the rules count and that are not there yet: the first 1 of such a series is no increase."""
+    return [selector for selector in counted(path) if not ask(prometheus_url, selector)]
+
+
+def counted(path: Path) -> list[str]:
+    """A selector for each single counter that the rules name, with one value for each label."""
+    found = set()
+    for rule in rules(path):
+        for name, labels in _selectors(rule["expr"]):
+            counter = _SUMS.get(name, name)
+            if counter.endswith("_total"):
+                values = [[f'{label}="{value}"' for value in text.split("|")] for label, text in labels.items()]
+                found |= {f"{counter}{{{', '.join(matchers)}}}" for matchers in product(*values)}
+    return sorted(found)
+
+
+def foreign_words(exprs: list[Query], recorded: set[str]) -> Iterator[str]:
+    """Metrics, labels and error codes in queries that are none."""
+    known, codes = known_metrics(), {getattr(errors, name).code for name in errors.__all__}
+    for where, expr in exprs:
+        for name, labels in _selectors(expr):
+            metric = name if name in known else _HISTOGRAM.sub("", name)
+            if name not in recorded and metric not in known:
+                yield f"{where}: there is no {name}"
+            elif metric in known and (wrong := set(labels) - {*known[metric], "job", "instance"}):
+                yield f"{where}: {metric} has no label {', '.join(sorted(wrong))}"
+            yield from (f"{where}: no error has the code {code}" for code in _codes(labels) - codes)
+
+
+def _selectors(expr: str) -> Iterator[tuple[str, dict[str, str]]]:
+    for name, matchers in _SELECTOR.findall(expr):
+        yield name, dict(_MATCHER.findall(matchers))
+
+
+def _codes(labels: Mapping[str, str]) -> set[str]:
+    return set(filter(None, labels.get("code", "").split("|")))
+
+
+def misplaced(dashboard: Path) -> Iterator[str]:
+    """Panels that overlap, leave the grid or the screen, share an id, or say too little."""
+    found = panels(dashboard)
+    for panel in found:
+        place = panel["gridPos"]
+        if place["x"] + place["w"] > _WIDTH or place["y"] + place["h"] > _SCREEN:
+            yield f"{panel['title']}: beyond the screen"
+        if not (panel["description"] and panel["fieldConfig"]["defaults"].get("unit")):
+            yield f"{panel['title']}: no description, or no unit"
+        if any(target["legendFormat"] == "__auto" and target["range"] for target in panel["targets"]):
+            yield f"{panel['title']}: a series without a legend"
+    for one, other in combinations(found, 2):
+        if _overlap(one["gridPos"], other["gridPos"]):
+            yield f"{one['title']} and {other['title']}: overlap"
+        if one["id"] == other["id"] or one["title"] == other["title"]:
+            yield f"{one['title']} and {other['title']}: the same id or title"
+
+
+def _overlap(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    return all(
+        one[start] < other[start] + other[size] and other[start] < one[start] + one[size]
+        for start, size in (("x", "w"), ("y", "h"))
+    )
+
+
+def unfinished(path: Path, tests: Path, page: Path) -> Iterator[str]:
+    """Alerts without their words, without a case that fires or one that does not, or not on the operator's page."""
+    cases = yaml.safe_load(tests.read_text())["tests"]
+    firing, told = set(_firing(cases)), page.read_text()
+    for name, alert in alerts(path).items():
+        if alert["labels"]["severity"] not in ("critical", "warning"):
+            yield f"{name}: its severity is neither critical nor warning"
+        if set(alert["annotations"]) != {"summary", "description", "runbook"}:
+            yield f"{name}: its annotations are not summary, description and runbook"
+        if name not in firing:
+            yield f"{name}: no case in which it fires"
+        if not any(case["name"].startswith(f"{name} quiet") for case in cases):
+            yield f"{name}: no case in which it does not fire"
+        if f"`{name}`" not in told:
+            yield f"{name}: not in {page.name}"
+
+
+def _firing(cases: list[dict[str, Any]]) -> Iterator[str]:
+    for case in cases:
+        yield from (test["alertname"] for test in case.get("alert_rule_test", ()) if test["exp_alerts"])
+        for test in case.get("promql_expr_test", ()):
+            for sample in test["exp_samples"]:
+                yield from re.findall(r'alertname="(\w+)"', sample["labels"])
+
+
+def promtool(*words: str) -> list[str]:
+    """What promtool finds wrong; empty where nothing is."""
+    done = subprocess.run(["promtool", *words], capture_output=True, text=True, check=False)  # noqa: S607 - by PATH
+    return [] if done.returncode == 0 else (done.stdout + done.stderr).strip().splitlines()
+
+
+def unparsed(exprs: list[Query]) -> list[str]:
+    """Queries that are no PromQL, by promtool's own parser: each as a rule that records it."""
+    names = [{"record": f"panel:{number}", "expr": expr} for number, (_, expr) in enumerate(exprs)]
+    with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+        yaml.safe_dump({"groups": [{"name": "dashboard", "rules": names}]}, file)
+        file.flush()
+        return promtool("check", "rules", "--lint=none", file.name)
+
+
+def problems(page: Path = PAGE) -> dict[str, list[str]]:
+    """What is wrong with the files, by check; all empty where nothing is."""
+    asked = queries(DASHBOARD, VARIABLES)
+    ruled = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules(RULES)]
+    recorded = {rule["record"] for rule in rules(RULES) if "record" in rule}
+    return {
+        "promtool check config": promtool("check", "config", "--syntax-only", str(CONFIG)),
+        "promtool check rules": promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES)),
+        "promtool test rules": promtool("test", "rules", str(RULES_TEST)),
+        "every alert tested and described": list(unfinished(RULES, RULES_TEST, page)),
+        "the dashboard's queries are PromQL": unparsed(asked),
+        "the dashboard's panels have their place": list(misplaced(DASHBOARD)),
+        "metrics, labels and codes exist": list(foreign_words([*asked, *choices(DASHBOARD), *ruled], recorded)),
+    }
+
+
+def main() -> int:
+    """Tell of each check; 1 where one found something."""
+    found = problems()
+    for check, lines in found.items():
+        click.echo("\n    ".join([f"{check}: {'FAILED' if lines else 'ok'}", *lines]))
+    return int(any(found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
