@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from msgspec.structs import replace
@@ -19,6 +19,12 @@ PATIENCE = 90.0  # seconds for a process to do its part on a busy machine
 
 
 T = TypeVar("T")
+
+
+class Enter(Protocol):
+    """Enters a block, and does not leave it."""
+
+    def __call__(self, block: AbstractContextManager[T], /) -> T: ...
 
 
 def wait_until(look: Callable[[], T | None], what: str) -> T:

@@ -2,10 +2,12 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import redis
+from processes import Enter
 from zlora import Client
 
 
@@ -15,6 +17,17 @@ def broker(broker_url: str) -> Iterator[Any]:
     with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
         connection.flushall()
         yield connection
+
+
+@pytest.fixture
+def killed_in(broker_url: str) -> Iterator[Enter]:  # noqa: ARG001 - it is there until all is let go
+    """Enters a block as a process does that is killed inside: it does not leave while the test looks.
+
+    It is left at the end, with the broker that its clean-up needs. Forgotten, it would be left when Python collects
+    garbage: in another test, and without that broker for minutes.
+    """
+    with ExitStack() as blocks:
+        yield blocks.enter_context
 
 
 @pytest.fixture

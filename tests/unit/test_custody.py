@@ -15,6 +15,7 @@ from billiard.einfo import ExceptionInfo
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker import state
 from kombu import Consumer, Queue
+from processes import Enter
 from servers import settings
 from zlora import wire
 from zlora.errors import LoraNotFound
@@ -162,11 +163,12 @@ def test_expiry_is_left_to_the_child(parent: Parent) -> None:
         (SystemExit(3), "3"),
     ],
 )
-def test_what_a_child_died_of_is_noted_and_its_job_is_free(parent: Parent, error: BaseException, signal: str) -> None:
+def test_what_a_child_died_of_is_noted_and_its_job_is_free(
+    parent: Parent, error: BaseException, signal: str, killed_in: Enter
+) -> None:
     """The message goes back to its queue, to whoever is first."""
     request = parent.request()
-    killed = parent.deliveries.attempt(parent.job, "d")
-    killed.__enter__()
+    killed_in(parent.deliveries.attempt(parent.job, "d"))
     parent.deliveries.ledger.redis.set(wire.lease_key(parent.job), parent.deliveries.worker, px=10_000)
 
     request.on_failure(info(error))
@@ -184,11 +186,10 @@ def test_an_error_of_the_job_is_no_death(parent: Parent) -> None:
         assert parent.signals() == [None]
 
 
-def test_a_job_that_is_put_back_is_forgiven(parent: Parent) -> None:
+def test_a_job_that_is_put_back_is_forgiven(parent: Parent, killed_in: Enter) -> None:
     """A worker that ends is no fault of the job's."""
     request = parent.request()
-    killed = parent.deliveries.attempt(parent.job, "d")
-    killed.__enter__()
+    killed_in(parent.deliveries.attempt(parent.job, "d"))
     pool = SimpleNamespace(terminate_job=lambda _pid, _signal: None)
     request.time_start = time.time()
 

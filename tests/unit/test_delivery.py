@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from processes import Enter
 from zlora import wire
 from zlora.errors import JobPoisoned, JobRevoked, LoraNotFound
 from zlora.ledger import Attempt, attempts_of
@@ -121,20 +122,20 @@ def test_a_worker_that_lost_its_lease_to_another_does_not_take_it_back(
             assert owner(first, job) == second.worker
 
 
-def test_the_next_child_of_a_worker_takes_a_dead_one_s_job_at_once(hire: Hire, job: str) -> None:
+def test_the_next_child_of_a_worker_takes_a_dead_one_s_job_at_once(hire: Hire, job: str, killed_in: Enter) -> None:
     first = hire()
-    killed = first.leased(job), first.attempt(job, "d")
-    for held in killed:
-        held.__enter__()
+    killed_in(first.leased(job))
+    killed_in(first.attempt(job, "d"))
 
     assert seconds_of(lambda: take(first, job)) < 0.4
 
 
-def test_another_worker_waits_before_it_takes_a_job_that_has_an_open_attempt(hire: Hire, job: str) -> None:
+def test_another_worker_waits_before_it_takes_a_job_that_has_an_open_attempt(
+    hire: Hire, job: str, killed_in: Enter
+) -> None:
     """Its worker may live, and have lost its lease with Redis; not where its parent saw it die."""
     first, second, third = hire(), hire(), hire()
-    killed = first.attempt(job, "d")
-    killed.__enter__()
+    killed_in(first.attempt(job, "d"))
 
     assert seconds_of(lambda: take(second, job)) >= 0.5
     second.give_back(job)
@@ -143,9 +144,8 @@ def test_another_worker_waits_before_it_takes_a_job_that_has_an_open_attempt(hir
     assert seconds_of(lambda: take(third, job)) < 0.4
 
 
-def test_two_workers_that_wait_for_a_third_do_not_both_take_its_job(hire: Hire, job: str) -> None:
-    killed = hire().attempt(job, "d")
-    killed.__enter__()
+def test_two_workers_that_wait_for_a_third_do_not_both_take_its_job(hire: Hire, job: str, killed_in: Enter) -> None:
+    killed_in(hire().attempt(job, "d"))
     outcomes: list[str] = []
 
     def try_it(desk: Deliveries) -> None:
@@ -180,11 +180,10 @@ def test_an_attempt_is_written_down_as_long_as_it_lasts(hire: Hire, job: str) ->
     assert attempts(desk, job) == []
 
 
-def test_after_three_deaths_a_job_is_poison_and_says_by_what(hire: Hire, job: str) -> None:
+def test_after_three_deaths_a_job_is_poison_and_says_by_what(hire: Hire, job: str, killed_in: Enter) -> None:
     """Of any workers; the deaths before are counted for the one who tries."""
     workers = [hire(), hire(), hire()]
-    killed = [worker.attempt(job, "d") for worker in workers]
-    assert [attempt.__enter__() for attempt in killed] == [(0, False), (1, True), (2, True)]
+    assert [killed_in(worker.attempt(job, "d")) for worker in workers] == [(0, False), (1, True), (2, True)]
     workers[1].died(job, "SIGSEGV")
 
     with pytest.raises(JobPoisoned) as raised, hire().attempt(job, "d"):
@@ -197,14 +196,13 @@ def test_after_three_deaths_a_job_is_poison_and_says_by_what(hire: Hire, job: st
     msgspec.json.encode(evidence)
 
 
-def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(hire: Hire, job: str) -> None:
+def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(hire: Hire, job: str, killed_in: Enter) -> None:
     """Not another's attempt, nor one that ended in a death."""
     first, second = hire(), hire()
-    dead, strange, put_back = first.attempt(job, "d"), second.attempt(job, "d"), first.attempt(job, "d")
-    dead.__enter__()
+    killed_in(first.attempt(job, "d"))
     first.died(job, "SIGKILL")
-    strange.__enter__()
-    put_back.__enter__()
+    killed_in(second.attempt(job, "d"))
+    killed_in(first.attempt(job, "d"))
     first.ledger.redis.set(wire.lease_key(job), first.worker, px=10_000)
 
     first.forgive(job)
@@ -216,10 +214,9 @@ def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(hire: Hire, job: s
     assert owner(first, job) is None
 
 
-def test_a_death_frees_the_job_and_no_other_worker_s(hire: Hire, job: str) -> None:
+def test_a_death_frees_the_job_and_no_other_worker_s(hire: Hire, job: str, killed_in: Enter) -> None:
     first, second = hire(), hire()
-    killed = first.attempt(job, "d")
-    killed.__enter__()
+    killed_in(first.attempt(job, "d"))
     first.ledger.redis.set(wire.lease_key(job), second.worker, px=10_000)
 
     first.died(job, "SIGKILL")
@@ -292,11 +289,10 @@ def test_every_record_expires(hire: Hire, job: str, write: str) -> None:
 
 
 def test_a_note_of_a_death_does_not_revive_a_record_that_has_expired(
-    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch
+    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch, killed_in: Enter
 ) -> None:
     desk = hire()
-    killed = desk.attempt(job, "d")
-    killed.__enter__()
+    killed_in(desk.attempt(job, "d"))
     record = desk.record(job)
     desk.ledger.redis.delete(wire.job_key(job))
     monkeypatch.setattr(desk.hasty, "hgetall", lambda _key: record)

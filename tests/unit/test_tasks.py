@@ -20,6 +20,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
 from fakes import MemoryStore, links
+from processes import Enter
 from scraped import Scraped
 from zlora import wire
 from zlora.errors import (
@@ -692,10 +693,9 @@ def test_an_order_to_stop_is_no_error_of_the_job(child: Child, stop: type[BaseEx
         child.run()
 
 
-def test_a_job_over_which_three_workers_died_is_not_given_a_fourth(child: Child, job: str) -> None:
-    killed = [child.deliveries.attempt(job, digest_of(read_request(REQUEST))) for _ in range(3)]
-    for attempt in killed:
-        attempt.__enter__()
+def test_a_job_over_which_three_workers_died_is_not_given_a_fourth(child: Child, job: str, killed_in: Enter) -> None:
+    for _ in range(3):
+        killed_in(child.deliveries.attempt(job, digest_of(read_request(REQUEST))))
         child.deliveries.died(job, "SIGKILL")
 
     assert (child.deliver(job), child.jobs) == ("FAILURE", [])
