@@ -10,14 +10,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import click
 import requests
 import yaml
 from zlora import errors
+from zlora_worker.gpu import GpuCollector
+from zlora_worker.metrics import Meter, WorkerCollector
+from zlora_worker.queue_metrics import GAUGES
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 RULES: Final = ROOT / "deploy/prometheus/rules.yml"
@@ -37,29 +41,6 @@ MAY_BE_EMPTY: Final = {
     "Alerts": "none fires",
 }
 
-# Metrics and their labels, beside Prometheus' own `job` and `instance`.
-_METRICS: Final = {
-    "zlora_jobs_total": ("outcome", "code"),
-    "zlora_job_phase_seconds": ("phase",),
-    "zlora_lora_files_total": ("tier",),
-    "zlora_lora_bytes_total": ("tier",),
-    "zlora_denoising_steps_total": (),
-    "zlora_images_total": (),
-    "zlora_model_load_seconds": (),
-    "zlora_child_deaths_total": (),
-    "zlora_redeliveries_total": (),
-    "zlora_jobs_resent_total": (),
-    "zlora_webhooks_total": ("outcome",),
-    "zlora_gpu_memory_bytes": ("kind",),
-    "zlora_gpu_busy_ratio": (),
-    "zlora_worker_info": ("version", "model", "queue"),
-    "zlora_queue_jobs": ("queue", "priority"),
-    "zlora_queue_oldest_seconds": ("queue", "priority"),
-    "zlora_queue_running_jobs": ("queue",),
-    "zlora_queue_webhooks": ("queue", "state"),
-    "zlora_queue_refused_messages": ("queue",),
-    "zlora_queue_up": ("queue",),
-}
 _SUMS: Final = {"zlora:jobs:increase30m": "zlora_jobs_total"}  # recorded with all labels of their counter
 _SELECTOR: Final = re.compile(r"\b(zlora[_:][a-z0-9_:]+)(?:\{([^}]*)\})?")
 _MATCHER: Final = re.compile(r'(\w+)\s*=~?\s*"([^"]*)"')
@@ -77,7 +58,18 @@ class RefusedQueryError(Exception):
 
 def known_metrics() -> Mapping[str, tuple[str, ...]]:
     """The metrics that there are, each with its labels; a histogram by its name without `_bucket` and the like."""
-    return _METRICS
+    amount = SimpleNamespace(used=0, total=0, gpu=0)
+    nvml = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlDeviceGetMemoryInfo=lambda _: amount,
+        nvmlDeviceGetUtilizationRates=lambda _: amount,
+    )
+    served = [Meter().registry, WorkerCollector(model="", queue=""), GpuCollector(nvml, None)]
+    found = {name: ("queue", *labels) for name, (_, *labels) in GAUGES.items()}
+    for family in chain.from_iterable(one.collect() for one in served):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        found[name] = tuple(label for label in family.samples[0].labels if label != "le")
+    return found
 
 
 def panels(dashboard: Path) -> list[dict[str, Any]]:

@@ -15,11 +15,23 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from zlora import wire
 
+# What each tells, and its labels beside `queue`.
+GAUGES: Final = {
+    "zlora_queue_up": ("Whether Redis answered for this look",),
+    "zlora_queue_jobs": ("Jobs that wait", "priority"),
+    "zlora_queue_oldest_seconds": ("Seconds that the job next in line waits", "priority"),
+    "zlora_queue_running_jobs": ("Jobs that workers hold",),
+    "zlora_queue_webhooks": ("Ends of jobs still to be told, and those given up", "state"),
+    "zlora_queue_refused_messages": ("Messages of the last week that could not be read",),
+}
+
 _NAMES: Final = {step: name for name, step in wire.PRIORITIES.items()}
 _WINDOW: Final = 500  # messages that workers hold, read at once
 _NO_MESSAGE: Final = (msgspec.DecodeError, RecursionError)  # what is raised of what anybody may write to a queue
 
 Found = list[tuple[tuple[str, ...], float]]
+_ONE: Final[Found] = [((), 1.0)]
+_NONE: Final[Found] = [((), 0.0)]
 
 
 class QueueCollector(Collector):
@@ -32,14 +44,12 @@ class QueueCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics, as of now."""
         try:
-            found = self._look()
+            found = {"zlora_queue_up": _ONE, **self._look()}
         except redis.RedisError:
-            found = {}
-        up = self._gauge("up", "Whether Redis answered for this look", ())
-        up.add_metric([self._queue], float(bool(found)))
-        yield up
-        for (name, told, *labels), values in found.items():
-            gauge = self._gauge(name, told, labels)
+            found = {"zlora_queue_up": _NONE}
+        for name, values in found.items():
+            told, *labels = GAUGES[name]
+            gauge = GaugeMetricFamily(name, told, labels=["queue", *labels])
             for words, value in values:
                 gauge.add_metric([self._queue, *words], value)
             yield gauge
@@ -48,8 +58,8 @@ class QueueCollector(Collector):
         """Nothing: the registry must not ask Redis to know the names."""
         return iter(())
 
-    def _look(self) -> dict[tuple[str, ...], Found]:
-        """Values by a metric's name, help and labels; raises `redis.RedisError`."""
+    def _look(self) -> dict[str, Found]:
+        """Values with their labels, by name; raises `redis.RedisError`."""
         lists = wire.waiting_lists(self._queue)
         with self._redis.pipeline(transaction=False) as pipe:
             for name in lists:
@@ -65,25 +75,17 @@ class QueueCollector(Collector):
         lengths, firsts = answers[:steps], answers[steps : 2 * steps]
         waiting, dead, refused = answers[2 * steps :]
         return {
-            ("jobs", "Jobs that wait", "priority"): list(zip(names, map(float, lengths), strict=True)),
-            ("oldest_seconds", "Seconds that the job next in line waits", "priority"): [
-                (name, _age(first, now)) for name, first in zip(names, firsts, strict=True)
-            ],
-            ("running_jobs", "Jobs that workers hold"): [((), float(self._held()))],
-            ("webhooks", "Ends of jobs still to be told, and those given up", "state"): [
-                (("waiting",), float(waiting)),
-                (("dead",), float(dead)),
-            ],
-            ("refused_messages", "Messages of the last week that could not be read"): [((), float(refused or 0))],
+            "zlora_queue_jobs": list(zip(names, map(float, lengths), strict=True)),
+            "zlora_queue_oldest_seconds": [(name, _age(first, now)) for name, first in zip(names, firsts, strict=True)],
+            "zlora_queue_running_jobs": [((), float(self._held()))],
+            "zlora_queue_webhooks": [(("waiting",), float(waiting)), (("dead",), float(dead))],
+            "zlora_queue_refused_messages": [((), float(refused or 0))],
         }
 
     def _held(self) -> int:
         """Of this queue: one hash has those of all queues of the database."""
         items = self._redis.hscan_iter("unacked", count=_WINDOW)
         return sum(1 for _, item in items if _routed(item) == self._queue)
-
-    def _gauge(self, name: str, told: str, labels: "tuple[str, ...] | list[str]") -> GaugeMetricFamily:
-        return GaugeMetricFamily(f"zlora_queue_{name}", told, labels=["queue", *labels])
 
 
 class _Envelope(Struct, frozen=True):
