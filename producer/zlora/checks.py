@@ -70,7 +70,7 @@ def checks(environ: Mapping[str, str]) -> Iterator[Check]:
     """Each as soon as it is made; a Redis that does not answer costs some seconds, and what needs it is skipped."""
     yield ok("software", software(_PACKAGES))
     try:
-        url, queue = wire.broker_url(environ), environ.get(wire.QUEUE) or QUEUE
+        url, queue = wire.broker_url(environ), wire.value_of(environ, wire.QUEUE) or QUEUE
         backend = wire.value_of(environ, wire.RESULT_BACKEND) or url
     except InvalidSetting as error:
         name = error.details["name"].removesuffix("_FILE")
@@ -258,9 +258,10 @@ def _queue(url: str, queue: str) -> Check:
     ranks = ", ".join(f"{counts[step]} {name}" for name, step in wire.PRIORITIES.items())
     waiting = f", the oldest for {oldest:.0f} s" if oldest is not None else ""
     told = f"{queue}: {sum(counts)} jobs wait ({ranks}){waiting}; {pending} webhooks wait, {dead} given up"
-    if int(refused or 0):
+    refused = int(refused) if str(refused).isdecimal() else 0
+    if refused:
         advice = "Look for a program that sends other messages to this queue; the workers' logs show them."
-        return doubtful("queue", f"{told}; {int(refused)} messages could not be read", advice)
+        return doubtful("queue", f"{told}; {refused} messages could not be read", advice)
     if dead:
         return _given_up(told, _reason(latest))
     return ok("queue", told)

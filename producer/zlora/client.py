@@ -79,9 +79,9 @@ class Client:
         return cls(
             wire.broker_url(environ),
             result_backend=wire.value_of(environ, wire.RESULT_BACKEND) or None,
-            queue=environ.get(wire.QUEUE) or QUEUE,
+            queue=wire.value_of(environ, wire.QUEUE) or QUEUE,
             preflight=partial(Preflight.from_env, environ),
-            prompts=environ.get(wire.PROMPTS) or "shown",
+            prompts=wire.value_of(environ, wire.PROMPTS) or "shown",
         )
 
     @classmethod

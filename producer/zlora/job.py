@@ -310,7 +310,8 @@ _PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 def refused(path: str, value: object, expected: str) -> InvalidRequest:
     """The error of a value that is not what was expected, with the value as it may be shown."""
-    shown = printable(value)
+    is_prompt = isinstance(value, str) and path in ("$", "$.prompt", "$.negative_prompt")  # the log may not have them
+    shown = f"a text of {len(str(value))} characters" if is_prompt else printable(value)
     details = {"path": path, "value": shown, "expected": expected}
     return InvalidRequest(f"{path}: {expected}; the value is {shown}", details)
 

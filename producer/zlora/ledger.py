@@ -77,7 +77,7 @@ if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
   redis.call('ZADD', ARGV[8] .. queue, now, ARGV[1])
   redis.call('EXPIRE', ARGV[8] .. queue, ARGV[4])
 end
-return first
+return {first, ended}
 """
 
 
@@ -282,11 +282,20 @@ class Ledger:
 
         At its first end, its webhook goes to the outbox (`zlora.outbox`).
         """
+        first, _ = self._end(job_id, verdict)
+        return verdict_of({"verdict": first or None})
+
+    def finish(self, job_id: str) -> bool:
+        """The job has ended well; whether nobody has said so before."""
+        return self._end(job_id, None)[1] == 1
+
+    def _end(self, job_id: str, verdict: ZloraError | None) -> tuple[str, int]:
+        """The verdict that was first, and 1 where this is the job's first end."""
         text = "" if verdict is None else json.dumps([verdict.code, verdict.message, verdict.details])
         prefixes = [name("") for name in (wire.ledger_key, wire.expiring_key, wire.outbox_key)]
         lives = (wire.RESULT_EXPIRES, wire.RECORD_EXPIRES)
-        first = self._close(keys=[wire.job_key(job_id)], args=[job_id, text, *lives, self.queue, *prefixes])
-        return verdict_of({"verdict": first or None})
+        first, ended = self._close(keys=[wire.job_key(job_id)], args=[job_id, text, *lives, self.queue, *prefixes])
+        return first, ended
 
 
 def _conflict(job_id: str) -> Conflict:

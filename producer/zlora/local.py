@@ -58,6 +58,7 @@ class Stack:
                 self.environ.pop(f"{wire.BROKER_URL}_FILE", None)
                 self.environ[wire.BROKER_URL] = explicit or self._broker()
                 if not explicit and not wire.value_of(self.environ, wire.WEBHOOK_SECRET):  # else one for all workers
+                    self.environ.pop(f"{wire.WEBHOOK_SECRET}_FILE", None)  # an empty one
                     self.environ[wire.WEBHOOK_SECRET] = _webhook_secret(self.home)
             except OSError as error:
                 raise StackError(f"{wire.HOME}={self.home}: {error.strerror}") from error

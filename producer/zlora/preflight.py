@@ -236,8 +236,9 @@ def _told_total(response: "Response", first: int, name: str) -> int | None:
 
 def _setting(environ: Mapping[str, str], *names: str, read: Callable[[str], T]) -> T:
     """The first of the variables that is set. Its value is not shown: a URL may hold a password."""
-    name = next((name for name in names if environ.get(name)), names[0])
+    told = {name: value for name in names if (value := wire.value_of(environ, name))}
+    name, text = next(iter(told.items()), (names[0], ""))
     try:
-        return read(environ.get(name, ""))
+        return read(text)
     except ValueError as error:
         raise InvalidSetting(f"{name}: {error}", {"name": name}) from None

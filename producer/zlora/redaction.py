@@ -10,6 +10,7 @@ _HOST: Final = 30  # characters of a long address's host, and
 _END: Final = 35  # of its end
 _DIGITS: Final = 12  # of a hash, in hex: enough to tell a day's prompts apart
 _WORDS: Final = ("scheduler", "output_format", "url_policy")  # texts of a request that are no prompt
+_WORD: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # one of their values, or anybody's short misspelling
 _AUTHORITY: Final = re.compile(r"(?:.*@)?(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII | re.DOTALL)
 
 
@@ -52,7 +53,7 @@ def shown(request: object, *, prompts: str = "shown") -> str:
 
 
 def _told(name: object, value: object, prompts: str) -> str:
-    if isinstance(value, str) and prompts == "hashed" and name not in _WORDS:
+    if isinstance(value, str) and prompts == "hashed" and not (name in _WORDS and _WORD.fullmatch(value)):
         return _hash(value)
     if isinstance(value, str) and name in ("prompt", "negative_prompt"):
         return _cut(repr(value))  # as it is: only elsewhere may there be an address

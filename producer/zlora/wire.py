@@ -1,5 +1,6 @@
 """What both sides must agree on: variables and their values, keys, transport options, where an embedded broker is."""
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -169,8 +170,7 @@ def home(environ: Mapping[str, str]) -> Path:
 def value_of(environ: Mapping[str, str], name: str) -> str:
     """A variable's value, or the content of the file that `<name>_FILE` names, as secrets are mounted; "" for neither.
 
-    A newline at the file's end is not part of it. Raises `InvalidSetting` where both are set, and of a file that is not
-    there.
+    Newlines at the file's end are not part of it. Raises `InvalidSetting` where both are set, and of what is no file.
     """
     value, file = environ.get(name, ""), environ.get(f"{name}_FILE")
     if not file:
@@ -178,7 +178,9 @@ def value_of(environ: Mapping[str, str], name: str) -> str:
     if value:
         raise InvalidSetting(f"{name} and {name}_FILE: expected one of them", {"name": name})
     try:
-        return Path(file).read_text(encoding="utf-8").removesuffix("\n")
+        if stat.S_ISFIFO(Path(file).stat().st_mode):
+            raise InvalidSetting(f"{name}_FILE={file}: it is a pipe", {"name": f"{name}_FILE"})  # and waited for
+        return Path(file).read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise InvalidSetting(f"{name}_FILE={file}: {reason}", {"name": f"{name}_FILE"}) from None
@@ -187,9 +189,13 @@ def value_of(environ: Mapping[str, str], name: str) -> str:
 def broker_url(environ: Mapping[str, str]) -> str:
     """The broker: the explicit URL, else the embedded one that runs in the data folder, else Redis on this machine.
 
-    Raises `InvalidSetting` of a file that cannot be read.
+    Raises `InvalidSetting` of a file that cannot be read, or has no URL: no other broker was meant.
     """
-    return value_of(environ, BROKER_URL) or recorded_broker(home(environ)) or DEFAULT_BROKER
+    if told := value_of(environ, BROKER_URL):
+        return told
+    if environ.get(f"{BROKER_URL}_FILE"):
+        raise InvalidSetting(f"{BROKER_URL}_FILE: the file is empty", {"name": f"{BROKER_URL}_FILE"})
+    return recorded_broker(home(environ)) or DEFAULT_BROKER
 
 
 def hosts(text: str) -> frozenset[str]:

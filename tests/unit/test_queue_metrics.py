@@ -89,16 +89,19 @@ def test_jobs_wait_by_priority_also_those_of_any_celery_client(broker_url: str, 
     assert look(broker_url, "other")("zlora_queue_jobs", queue="other", priority="normal") == 1
 
 
-def test_the_age_is_that_of_the_job_next_in_line(broker_url: str, broker: Any) -> None:
-    """Which is the last of its list; a clock that is ahead makes none younger than now."""
+@pytest.mark.parametrize("ages", [(1000, 7, 5), (7, 5, 1000)], ids=["next in line", "sent again"])
+def test_the_age_is_that_of_the_older_job_at_the_ends_of_the_line(
+    broker_url: str, broker: Any, ages: tuple[int, ...]
+) -> None:
+    """A clock that is ahead makes none younger than now."""
     first, *_, low = wire.waiting_lists("gpu")
-    broker.lpush(first, message(1000), message(3600))
+    broker.lpush(first, *map(message, ages))
     broker.lpush(low, message(-500))
 
-    ages = look(broker_url).named("zlora_queue_oldest_seconds")
+    found = look(broker_url).named("zlora_queue_oldest_seconds")
 
-    assert 1000 <= ages["high", "gpu"] < 1100
-    assert ages["low", "gpu"] == 0
+    assert 1000 <= found["high", "gpu"] < 1100
+    assert found["low", "gpu"] == 0
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda garbage: repr(garbage[:20]))
@@ -169,8 +172,14 @@ def test_without_redis_there_is_the_one_word_that_it_is_away(is_silent: bool) ->
     assert scraped("zlora_queue_up", queue="gpu") == 0
 
 
-def test_a_redis_that_gives_no_answer_to_a_question_is_away_too(broker_url: str, broker: Any) -> None:
-    """Where somebody else keeps another thing under a name of ours."""
+def test_what_somebody_else_keeps_under_a_name_of_ours_costs_its_own_value_only(broker_url: str, broker: Any) -> None:
+    broker.lpush("gpu", message(5))
     broker.set(wire.dead_key("gpu"), "no sorted set")
+    broker.set("unacked", "no hash")
+    broker.set(wire.refused_key("gpu"), "no number")
 
-    assert [family.name for family in look(broker_url).families] == ["zlora_queue_up"]
+    scraped = look(broker_url)
+
+    assert scraped("zlora_queue_up", queue="gpu") == scraped("zlora_queue_jobs", queue="gpu", priority="high") == 1
+    assert scraped("zlora_queue_webhooks", queue="gpu", state="dead") == 0
+    assert scraped("zlora_queue_running_jobs", queue="gpu") == scraped("zlora_queue_refused_messages", queue="gpu") == 0

@@ -23,6 +23,7 @@ from fakes import MemoryStore, links
 from processes import Enter
 from scraped import Scraped
 from zlora import wire
+from zlora.answers import revoked
 from zlora.errors import (
     BaseNotRestored,
     Conflict,
@@ -374,7 +375,14 @@ def test_a_duplicate_is_put_off_while_another_worker_draws_and_then_answered(chi
     child.finish(job, read_request(SIGNED))
     assert (child.begin(copy), child.jobs) == ("SUCCESS", [])
     assert child.meta(job)[1]["job_id"] == job
-    assert child.counted() == {}  # it is the other's
+    assert child.counted() == {("", "success"): 1.0}  # nobody else has said so: its worker is dead
+
+
+def test_a_job_that_was_cancelled_while_it_waited_is_counted_when_its_message_comes(child: Child, job: str) -> None:
+    child.deliveries.ledger.close(job, revoked(job))
+
+    assert (child.deliver(job), child.jobs) == ("IGNORED", [])
+    assert child.counted() == {("job_revoked", "revoked"): 1}
 
 
 def test_a_job_that_another_worker_ended_just_before_the_lease_is_not_drawn(

@@ -102,13 +102,30 @@ def test_a_data_folder_that_is_a_file_has_no_broker(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "value"),
-    [("redis://h/1\n", "redis://h/1"), ("redis://h/1", "redis://h/1"), (" a b \n\n", " a b \n"), ("", ""), ("\n", "")],
+    [
+        ("redis://h/1\n", "redis://h/1"),
+        ("redis://h/1", "redis://h/1"),
+        (" a b \n\n", " a b "),
+        ("a\r\n", "a"),
+        ("", ""),
+        ("\n", ""),
+    ],
 )
-def test_a_value_is_all_of_its_file_but_one_newline_at_the_end(tmp_path: Path, content: str, value: str) -> None:
+def test_a_value_is_all_of_its_file_but_the_newlines_at_the_end(tmp_path: Path, content: str, value: str) -> None:
     (tmp_path / "secret").write_text(content)
 
     assert wire.value_of({"NAME_FILE": str(tmp_path / "secret")}, "NAME") == value
     assert wire.value_of({"NAME_FILE": str(tmp_path / "secret"), "NAME": ""}, "NAME") == value
+
+
+def test_a_pipe_is_not_waited_for_and_an_empty_broker_is_no_other_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+
+    with pytest.raises(InvalidSetting, match="it is a pipe"):
+        wire.value_of({"NAME_FILE": str(tmp_path / "pipe")}, "NAME")
+    with pytest.raises(InvalidSetting, match="ZLORA_BROKER_URL_FILE: the file is empty"):
+        wire.broker_url({"ZLORA_BROKER_URL_FILE": str(tmp_path / "empty")})
 
 
 def test_without_a_file_a_value_is_the_variable_s_as_it_is() -> None:
@@ -145,7 +162,9 @@ def test_a_producer_reads_its_secrets_from_files(tmp_path: Path, broker_url: str
     """The client its broker, and the receiver of webhooks what signs them."""
     (tmp_path / "url").write_text(f"{broker_url}\n")
     (tmp_path / "secret").write_text(f"{new_secret()}\n")
-    environ = {"ZLORA_HOME": str(tmp_path), "ZLORA_QUEUE": "files", "ZLORA_BROKER_URL_FILE": str(tmp_path / "url")}
+    (tmp_path / "queue").write_text("files")
+    told = {name: str(tmp_path / file) for name, file in (("BROKER_URL_FILE", "url"), ("QUEUE_FILE", "queue"))}
+    environ = {"ZLORA_HOME": str(tmp_path)} | {f"ZLORA_{name}": file for name, file in told.items()}
     with Client.from_env(environ) as client:
         client.submit({"prompt": "x"})
     with redis.Redis.from_url(broker_url) as broker:

@@ -136,8 +136,7 @@ class Sweeper:
                 self._ledger.keep(job_id)
                 continue
             self._app.backend.mark_as_revoked(job_id, EXPIRED)
-            self._ledger.close(job_id, verdict := expired(job_id))
-            self._meter.ended(verdict)
+            self._ledger.close(job_id, expired(job_id))
 
 
 def answer(ledger: Ledger, store: Store, links: Links, question: tuple[str, str]) -> None:

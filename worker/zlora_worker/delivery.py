@@ -17,7 +17,7 @@ import redis
 from celery.utils.log import get_task_logger
 from zlora import wire
 from zlora.answers import revoked
-from zlora.errors import JobPoisoned, ZloraError
+from zlora.errors import JobExpired, JobPoisoned, JobRevoked, ZloraError
 from zlora.ledger import ATTEMPT, Attempt, Ledger, attempts_of, connect, verdict_of
 
 LEASE: Final = 10.0  # seconds that a job stays with a worker that says nothing more
@@ -55,7 +55,7 @@ class Begun(NamedTuple):
 
 
 class Ended(Exception):
-    """The job has failed, been cancelled or expired: by this delivery where that `is_news`, else before."""
+    """The job has failed, been cancelled or expired. It `is_news` where no other delivery has said so."""
 
     def __init__(self, verdict: ZloraError, *, is_news: bool = False) -> None:
         super().__init__(verdict)
@@ -80,7 +80,8 @@ class Deliveries:
         if record.get("digest", digest) != digest:
             raise Taken(f"job {job_id} is another request")
         if (verdict := verdict_of(record)) is not None:
-            raise Ended(verdict)
+            waited = "begun" not in record and isinstance(verdict, JobRevoked | JobExpired)
+            raise Ended(verdict, is_news=waited)  # its producer or a companion ended it, who count nothing
         return record
 
     def is_own(self, job_id: str, document: object) -> bool:
@@ -93,6 +94,14 @@ class Deliveries:
     def is_known(self, job_id: str) -> bool:
         """Whether the id is a job's; in the parent, so without waiting for Redis."""
         return bool(self.hasty.hexists(wire.job_key(job_id), "digest"))
+
+    def count_refused(self) -> None:
+        """One more message of the queue could not be read; in the parent, so without waiting for Redis."""
+        counter = wire.refused_key(self.ledger.queue)
+        with suppress(redis.RedisError), self.hasty.pipeline() as pipe:
+            pipe.incr(counter)
+            pipe.expire(counter, wire.RECORD_EXPIRES)
+            pipe.execute()
 
     def require_wanted(self, job_id: str) -> None:
         """Raises `JobRevoked` where a running job is cancelled, and `Ended` where another worker has ended it.
@@ -217,10 +226,11 @@ class Deliveries:
         if _AWAY in record:
             self.ledger.redis.hdel(wire.job_key(job_id), _AWAY)
 
-    def end(self, job_id: str) -> None:
-        """The job has a result: its manifest is the verdict."""
+    def end(self, job_id: str) -> bool:
+        """The job has a result: its manifest is the verdict. Whether nobody has said so before, as far as is known."""
         with suppress(redis.RedisError):  # the sweeper finds what is left here
-            self._hasty_ledger.close(job_id)
+            return self._hasty_ledger.finish(job_id)
+        return True
 
     def fail(self, job_id: str, verdict: ZloraError) -> ZloraError:
         """Write the job's failure down for good, so that no late message draws it after all; the first one stands."""

@@ -36,21 +36,16 @@ class Intake(Consumer):
         return on_message
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
-        """Celery logs it and lets the message go; its producer would wait for ever."""
-        self._answer(message, exc)
-        super().on_decode_error(message, exc)
+        """Celery would log all of it, prompts and addresses, and let it go; its producer would wait for ever."""
+        self._refuse(message, exc)
 
-    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
+    def on_invalid_task(self, _body: Any, message: Message, exc: Exception) -> None:
         """The same, for another serializer than JSON."""
-        self._answer(message, exc)
-        super().on_invalid_task(body, message, exc)
+        self._refuse(message, exc)
 
     def on_unknown_task(self, _body: Any, message: Message, _exc: Exception) -> None:
         """Celery would answer with its own class."""
-        name = str(message.headers.get("task"))[:200]
-        logger.error("no task is named %s", name)
-        self._answer(message, f"no task is named {name}")
-        message.ack_log_error(logger, self.app.connection_for_read().connection_errors)
+        self._refuse(message, f"no task is named {str(message.headers.get('task'))[:200]}")
 
     def apply_eta_task(self, task: Any) -> None:
         """Begin a job whose countdown is over, or where the child is busy leave it to any worker that is not."""
@@ -76,22 +71,32 @@ class Intake(Consumer):
         conn.ensure_connection = patiently
         return super().ensure_connected(conn)
 
-    def _answer(self, message: Message, fault: object) -> None:
-        headers = message.headers or {}
-        job_id = headers.get("id")
+    def _refuse(self, message: Message, fault: object) -> None:
+        """Fail the job that the message names, count it, and let it go."""
+        fault = str((message.headers or {}).get("fault", fault))[:200]
+        logger.error("a message is refused: %s (%s, %d bytes)", fault, message.content_type, len(message.body or ""))
+        self._answer(message, fault)
+        self._deliveries().count_refused()
+        message.ack_log_error(logger, self.app.connection_for_read().connection_errors)
+
+    def _answer(self, message: Message, fault: str) -> None:
+        job_id = (message.headers or {}).get("id")
         if isinstance(job_id, str) and JOB_ID.fullmatch(job_id) and not self._is_known(job_id):
-            reason = InvalidRequest(f"the message cannot be read: {str(headers.get('fault', fault))[:200]}")
+            reason = InvalidRequest(f"the message cannot be read: {fault}")
             try:
                 progress_backend(self.app).store_result(job_id, reason, JobState.FAILURE.value)
             except RedisError as error:  # the parent has more to do than to wait
                 logger.warning("job %s: not answered: %s", job_id, error, extra={"job": job_id})
 
+    def _deliveries(self) -> Deliveries:
+        request: Any = self.app.tasks[TASK_NAME].Request
+        found: Deliveries = request.deliveries
+        return found
+
     def _is_known(self, job_id: str) -> bool:
         """Whether the message comes under another job's id, which it must not fail."""
-        request: Any = self.app.tasks[TASK_NAME].Request
-        deliveries: Deliveries = request.deliveries
         try:
-            return deliveries.is_known(job_id)
+            return self._deliveries().is_known(job_id)
         except RedisError as error:
             logger.warning("job %s: not answered: %s", job_id, error, extra={"job": job_id})
             return True

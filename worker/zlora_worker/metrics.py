@@ -68,9 +68,12 @@ class Meter:
             values.ValueClass = values.MultiProcessValue(lambda: name)  # type: ignore[no-untyped-call]
         return cls()
 
+    def succeeded(self) -> None:
+        """A job ended with a result."""
+        self._jobs.labels("success", "").inc()
+
     def drawn(self, result: GenerateResult) -> None:
         """A job was drawn, by this very delivery."""
-        self._jobs.labels("success", "").inc()
         self._images.inc(len(result.images))
         for phase in PHASES:
             if phase in result.timings:

@@ -19,7 +19,7 @@ from zlora import wire
 GAUGES: Final = {
     "zlora_queue_up": ("Whether Redis answered for this look",),
     "zlora_queue_jobs": ("Jobs that wait", "priority"),
-    "zlora_queue_oldest_seconds": ("Seconds that the job next in line waits", "priority"),
+    "zlora_queue_oldest_seconds": ("Seconds since the older job at the two ends of the line was submitted", "priority"),
     "zlora_queue_running_jobs": ("Jobs that workers hold",),
     "zlora_queue_webhooks": ("Ends of jobs still to be told, and those given up", "state"),
     "zlora_queue_refused_messages": ("Messages of the last week that could not be read",),
@@ -59,42 +59,54 @@ class QueueCollector(Collector):
         return iter(())
 
     def _look(self) -> dict[str, Found]:
-        """Values with their labels, by name; raises `redis.RedisError`."""
+        """Values with their labels, by name; raises `redis.RedisError`.
+
+        What is there in another form than ours is anybody's, and costs its own value only.
+        """
         lists = wire.waiting_lists(self._queue)
         with self._redis.pipeline(transaction=False) as pipe:
             for name in lists:
                 pipe.llen(name)
-            for name in lists:
                 pipe.lindex(name, -1)  # kombu takes from this end
+                pipe.lindex(name, 0)  # where jobs come that are sent again
             pipe.zcard(wire.outbox_key(self._queue))
             pipe.zcard(wire.dead_key(self._queue))
             pipe.get(wire.refused_key(self._queue))
-            answers = pipe.execute()
-        steps, now = len(lists), time.time()
+            *answers, waiting, dead, refused = pipe.execute(raise_on_error=False)
+        now = time.time()
         names = [(_NAMES.get(step, str(step)),) for step in wire.PRIORITY_STEPS]
-        lengths, firsts = answers[:steps], answers[steps : 2 * steps]
-        waiting, dead, refused = answers[2 * steps :]
+        ages = [
+            max(_age(first, now), _age(last, now)) for first, last in zip(answers[1::3], answers[2::3], strict=True)
+        ]
         return {
-            "zlora_queue_jobs": list(zip(names, map(float, lengths), strict=True)),
-            "zlora_queue_oldest_seconds": [(name, _age(first, now)) for name, first in zip(names, firsts, strict=True)],
+            "zlora_queue_jobs": [(name, _number(length)) for name, length in zip(names, answers[::3], strict=True)],
+            "zlora_queue_oldest_seconds": list(zip(names, ages, strict=True)),
             "zlora_queue_running_jobs": [((), float(self._held()))],
-            "zlora_queue_webhooks": [(("waiting",), float(waiting)), (("dead",), float(dead))],
-            "zlora_queue_refused_messages": [((), float(refused or 0))],
+            "zlora_queue_webhooks": [(("waiting",), _number(waiting)), (("dead",), _number(dead))],
+            "zlora_queue_refused_messages": [((), _number(refused))],
         }
 
     def _held(self) -> int:
         """Of this queue: one hash has those of all queues of the database."""
-        items = self._redis.hscan_iter("unacked", count=_WINDOW)
-        return sum(1 for _, item in items if _routed(item) == self._queue)
+        try:
+            items = self._redis.hscan_iter("unacked", count=_WINDOW)
+            return sum(1 for _, item in items if _routed(item) == self._queue)
+        except redis.ResponseError:
+            return 0
 
 
 class _Envelope(Struct, frozen=True):
     headers: dict[str, Any] = {}
 
 
-def _age(message: str | None, now: float) -> float:
+def _number(answer: object) -> float:
+    """What Redis says of a count; 0 where it has none."""
+    return float(answer) if isinstance(answer, int | str) and str(answer).isdecimal() else 0.0
+
+
+def _age(message: object, now: float) -> float:
     """Seconds since a message's job was submitted; 0 without a message, or a time in it."""
-    if message is None:
+    if not isinstance(message, str):
         return 0.0
     try:
         submitted = wire.submitted(msgspec.json.decode(message, type=_Envelope).headers, now)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from zlora import wire
 from zlora.errors import InvalidSetting
@@ -291,7 +291,9 @@ class Settings:
         """All values that must not be read anywhere, such as in a log."""
         values = [getattr(self, item.name) for item in fields(self) if item.metadata.get(_SECRET)]
         words = [word for value in values if isinstance(value, str) for word in value.split()]
-        passwords = [urlsplit(url).password or "" for url in (self.broker_url, self.result_backend)]
+        urls = [urlsplit(url) for url in (self.broker_url, self.result_backend)]
+        passwords = [url.password or "" for url in urls]
+        passwords += [value for url in urls for name, value in parse_qsl(url.query) if name == "password"]
         keys = [str(value) for name, value in self.s3_put.items() if "Key" in name]  # `SSEKMSKeyId`, and not `ACL`
         return [*words, *passwords, *map(unquote, passwords), *keys]
 

@@ -83,7 +83,8 @@ def _delivered(
     except ZloraError as error:
         meter.retried(error) if may_succeed_later(task, error) else meter.ended(error)
         fail(task, deliveries, job_id, error)
-    deliveries.end(job_id)
+    if deliveries.end(job_id):
+        meter.succeeded()
     return Answer(result)
 
 

@@ -7,6 +7,7 @@ import click
 
 from zlora.cli import interruption
 from zlora.cli.exits import let_go
+from zlora.redaction import without_secrets
 
 
 @click.command()
@@ -20,7 +21,7 @@ def up(flower: bool, flower_port: int) -> None:
     from zlora.local import Stack
 
     with Stack(os.environ, flower_port=flower_port if flower else None) as stack:
-        click.echo(f"broker  {stack.broker_url}")
+        click.echo(f"broker  {without_secrets(stack.broker_url)}")
         click.echo(f"data    {stack.home}")
         if flower:
             click.echo(f"flower  http://127.0.0.1:{flower_port}")
