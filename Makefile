@@ -4,8 +4,9 @@ VENV := .venv
 RUN := $(VENV)/bin
 export ZLORA_HOME ?= $(CURDIR)/build/zlora
 
-# What `make check-deploy` runs beside .venv, by Debian's names; apt-get is asked only where something is missing.
-DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium
+# What `make check-deploy` runs beside .venv, by Debian's names; apt-get is asked only where something is missing. Where
+# systemd runs, Debian starts a Prometheus on port 9090 as it installs it: systemctl disable --now prometheus
+DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget
 
 .PHONY: setup demo test check check-deploy soak bench clean
 
@@ -38,8 +39,9 @@ test: check
 # The files of deploy/ and docker-compose.yml, checked and run as plain processes; no container engine is needed.
 check-deploy: $(VENV)/dev.stamp
 	for name in $(DEPLOY_PROGRAMS); do command -v $$name >/dev/null || \
-	    { apt-get update -qq && apt-get install -y -qq $(DEPLOY_PROGRAMS) >/dev/null && break; } || exit 1; done
-	$(RUN)/python -P tests/deploy/compose_check.py
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(DEPLOY_PROGRAMS) >/dev/null && break; } \
+	    || exit 1; done
+	PYTHONPATH=tests $(RUN)/python -P tests/deploy/compose_check.py
 	$(RUN)/python -P tests/deploy/manifests.py
 	$(RUN)/python -P tests/deploy/watching.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/deploy

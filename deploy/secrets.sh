@@ -6,10 +6,17 @@
 # files must be readable by all. The folder keeps everybody else on this machine out (0700), and a container sees only the
 # files that it names.
 #
+# The files of deploy/ that containers read as well are made readable too: a clone under umask 077 keeps them out.
+#
 # A new broker password: rm -f deploy/secrets/broker_*; sh deploy/secrets.sh; docker compose up -d --force-recreate
 set -eu
 umask 077
 folder=${1:-$(dirname "$0")/secrets}
+
+command -v openssl >/dev/null || { # ends before anything is made
+    echo "openssl is missing, which makes the certificate of the store" >&2
+    exit 1
+}
 
 random() { # $1 bytes as hexadecimal digits, which need no quoting in a URL, a configuration or JSON
     od -An -v -N"$1" -tx1 /dev/urandom | tr -d ' \n'
@@ -60,8 +67,16 @@ END
     printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$key" "$secret" | write store_credentials
 fi
 
-if missing webhook_secret; then
-    printf 'whsec_%s\n' "$(random 24)" | write webhook_secret # 48 digits, which are base64 of 36 bytes too
+if missing store_grpc; then # no name in it is ever looked at, and it lasts 100 years
+    pem=$(openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=nobody -days 36500 -keyout /dev/stdout 2>/dev/null) || {
+        echo "openssl makes no certificate" >&2
+        exit 1
+    }
+    printf '%s\n' "$pem" | write store_grpc
+fi
+
+if missing webhook_secret; then # yours to add to
+    printf 'whsec_%s\n' "$(random 24)" | write webhook_secret 0644 # 48 digits, which are base64 of 36 bytes too
 fi
 
 if missing flower_auth flower_metrics_password; then
@@ -78,5 +93,9 @@ for token in hf_token civitai_token; do # yours to fill in, where you have one
     if missing "$token"; then
         write "$token" 0644 </dev/null
     fi
+done
+
+for mounted in s3 prometheus grafana; do
+    find "$(dirname "$0")/$mounted" ! -perm -004 -exec chmod a+rX {} +
 done
 echo "Flower: operator and the password in $folder/flower_auth; Grafana: admin and $folder/grafana_password"

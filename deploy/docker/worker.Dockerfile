@@ -33,9 +33,10 @@ FROM base AS worker
 RUN useradd --no-create-home --uid 10001 zlora && install -d -o zlora -g zlora /models /loras /run/zlora
 COPY deploy/docker/constraints.txt /constraints.txt
 COPY --from=requirements /requirements.txt /requirements.txt
-# Another index, for torch and what it needs: without one pip takes the CUDA wheels.
+# Another index, for torch alone: what it needs comes from the usual one, in the pinned versions. Without one pip takes
+# the CUDA wheels.
 ARG TORCH_INDEX=""
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --constraint /constraints.txt torch \
+RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX" --no-deps} --constraint /constraints.txt torch \
     && pip install --constraint /constraints.txt --requirement /requirements.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 ENV HOME=/tmp ZLORA_HOME=/models HF_HOME=/models/huggingface ZLORA_LORA_CACHE=/loras ZLORA_PROBES=/run/zlora
@@ -48,7 +49,7 @@ FROM worker AS baked
 ARG MODEL=stabilityai/stable-diffusion-xl-base-1.0
 USER 0
 # In diffusers' layout, weights in fp16 only: what a worker loads on CUDA.
-RUN hf download "$MODEL" --local-dir /model --include '*.json' --include '*.txt' --include '*.fp16.safetensors' \
-    --exclude 'vae_1_0/*' && rm -r /model/.cache
+RUN HF_HOME=/tmp/hf hf download "$MODEL" --local-dir /model --include '*.json' --include '*.txt' \
+    --include '*.fp16.safetensors' --exclude 'vae_1_0/*' && rm -rf /model/.cache /tmp/hf
 USER 10001
 ENV ZLORA_MODEL=/model

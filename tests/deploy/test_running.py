@@ -1,7 +1,7 @@
 """What docker-compose.yml starts does its work: its own commands and environment, run as plain processes.
 
-`make check-deploy` runs this; it needs Debian's docker-compose, prometheus and chromium. Pictures of Flower's and
-Prometheus' pages are left in build/deploy.
+`make check-deploy` runs this; it needs Debian's docker-compose, prometheus, chromium, curl, openssl and wget. Pictures
+of Flower's and Prometheus' pages are left in build/deploy.
 """
 
 import shutil
@@ -19,7 +19,8 @@ from urllib.parse import quote
 import pytest
 import redis
 import requests
-from deploy.plain import ROOT, Machine, Running, parsed, secret
+from deploy.accounts import is_known, is_made, own_key
+from deploy.plain import GRPC, ROOT, Machine, Running, parsed, secret
 from deploy.watching import unanswered, unborn
 from processes import wait_until
 from zlora import Client
@@ -27,6 +28,8 @@ from zlora.errors import LoraNotAllowed
 from zlora.job import GenerateResult
 
 JOBS: Final = 20
+WATCHING: Final = ("queue-metrics", "flower", "prometheus")
+CHECKED: Final = ("store", "worker", *WATCHING)  # the broker's and Grafana's checks need their images' own programs
 SIGNATURE: Final = "0f1e2d3c4b5a"  # of a LoRA's link, which nobody may read
 GRAPH: Final = "sum by (phase) (rate(zlora_job_phase_seconds_sum[1m]))"
 PICTURES: Final = ROOT / "build/deploy"
@@ -44,6 +47,7 @@ class Outcome:
     tasks: dict[str, Mapping[str, Any]]  # Flower's, by job
     statuses: dict[str, int]  # exit statuses, of what ended
     said: str  # by the producer
+    early: set[str]  # services that called themselves healthy before they were started
 
     def url(self, service: str, port: int) -> str:
         return f"http://127.0.0.1:{self.machine.port(service, port)}"
@@ -71,19 +75,21 @@ def ran(machine: Machine) -> Iterator[Outcome]:
         def start(service: str, number: int = 1) -> Running:
             return stack.enter_context(machine.started(service, number))
 
+        early = {service for service in CHECKED if machine.healthy(service)}
         broker_url = (machine.folder / "secrets/broker_url").read_text().strip()
         client = stack.enter_context(Client(broker_url))
         start("broker")
         wait_until(lambda: _pings(broker_url), "the broker answers")
         start("store")
-        wait_until(lambda: _answers(machine, "store", 8333, "/healthz"), "the store is healthy")
+        wait_until(lambda: machine.healthy("store"), "the store is healthy")
         statuses = {"bucket": start("bucket").process.wait(60)}
         workers = [start("worker", number) for number in (1, 2)]
-        for service in ("queue-metrics", "flower", "prometheus"):
+        for service in WATCHING:
             start(service)
         for number, worker in enumerate(workers, 1):
             wait_until(partial(_is_ready, machine, worker, number), f"worker {number} is ready")
-        wait_until(lambda: _answers(machine, "flower", 5555, "/healthcheck"), "Flower answers")
+        for service in WATCHING:
+            wait_until(partial(machine.healthy, service), f"{service} is healthy")
         wait_until(lambda: _targets(machine) == {"up"}, "Prometheus finds all targets")
 
         producer = start("producer")
@@ -95,7 +101,7 @@ def ran(machine: Machine) -> Iterator[Outcome]:
         statuses["worker-2"], more = _stopped_in_the_middle(client, workers[1])
         with pytest.raises(LoraNotAllowed):
             client.submit(_with_lora(f"http://10.0.0.1/anime.safetensors?X-Amz-Signature={SIGNATURE}")).result(60)
-        yield Outcome(machine, client, [*results, *more], tasks, statuses, producer.log.read_text())
+        yield Outcome(machine, client, [*results, *more], tasks, statuses, producer.log.read_text(), early)
 
 
 def _with_lora(url: str) -> dict[str, Any]:
@@ -141,6 +147,43 @@ def test_links_open_the_pictures_and_nothing_else_does(ran: Outcome) -> None:
     assert url.startswith(ran.url("store", 8333))
     assert requests.get(url, timeout=5).content.startswith(b"\x89PNG")
     assert requests.get(url.partition("?")[0], timeout=5).status_code == 403
+
+
+def test_a_container_with_a_loopback_of_its_own_has_pictures_from_the_store(ran: Outcome) -> None:
+    """By links for the machine's loopback, which the producer takes to the store as to a proxy."""
+    url = ran.results[0].images[0].url
+    assert url is not None
+    elsewhere = url.replace(ran.url("store", 8333), "http://127.0.0.1:1")  # where nobody listens
+    proxy = ran.machine.environ("producer", "producer-1")["http_proxy"]
+    assert requests.get(url, proxies={"http": proxy}, timeout=5).content.startswith(b"\x89PNG")
+    assert requests.get(elsewhere, proxies={"http": proxy}, timeout=5).status_code == 403, "a link is for one address"
+
+
+def test_health_checks_tell_services_that_run_from_those_that_do_not(ran: Outcome) -> None:
+    assert ran.early == set()
+    assert {service for service in CHECKED if ran.machine.healthy(service)} == set(CHECKED)
+    assert not ran.machine.healthy("worker", 2), "it was stopped"
+
+
+def test_the_broker_keeps_jobs_on_the_disk_and_drops_none_for_memory(ran: Outcome) -> None:
+    with redis.Redis.from_url((ran.machine.folder / "secrets/broker_url").read_text().strip()) as broker:
+        told = broker.config_get("appendonly", "appendfsync", "maxmemory-policy", "maxmemory")
+    assert told["appendonly"] == "yes"
+    assert told["appendfsync"] == "everysec"
+    assert told["maxmemory-policy"] == "noeviction"
+    assert int(told["maxmemory"]) > 0
+
+
+def test_nobody_makes_accounts_of_the_store_without_its_key(ran: Outcome) -> None:
+    """On the port beside S3's. Whoever has the key can: so that it is the key that strangers lack."""
+    port, scratch = ran.machine.port("store", 8333), ran.machine.folder
+    key = str(scratch / "secrets/store_grpc")
+    for scheme in ("http", "https"):
+        assert not is_made(f"{scheme}://127.0.0.1:{port + GRPC}", "stranger", scratch)
+    assert not is_made(f"https://127.0.0.1:{port + GRPC}", "stranger", scratch, key=own_key(scratch))
+    assert not is_known(port, "stranger")
+    assert is_made(f"https://127.0.0.1:{port + GRPC}", "owner", scratch, key=key)
+    assert is_known(port, "owner")
 
 
 def test_flower_and_its_metrics_ask_for_an_account(ran: Outcome) -> None:
@@ -219,13 +262,8 @@ def _answers(machine: Machine, service: str, port: int, path: str) -> bool:
 
 
 def _is_ready(machine: Machine, worker: Running, number: int) -> bool:
-    """By the service's own health check."""
     assert worker.process.poll() is None, worker.log.read_text()
-    kind, command = machine.services["worker"]["healthcheck"]["test"]
-    assert kind == "CMD-SHELL"
-    probes = machine.folder / f"worker-{number}/probes"
-    told = command.replace("$$", "$").replace("/run/zlora", str(probes))
-    return subprocess.run(["/bin/sh", "-c", told], check=False).returncode == 0
+    return machine.healthy("worker", number)
 
 
 def _targets(machine: Machine) -> set[str]:

@@ -8,7 +8,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -170,6 +172,31 @@ def test_the_same_port_answers_after_the_companion_was_killed(watched: Watched) 
 
     assert watched.worker.companion() != first
     assert jobs(after) == jobs(before)
+
+
+def test_the_child_does_not_hold_the_address(watched: Watched) -> None:
+    """It may outlive its parent, and then the next worker could not have it."""
+    worker, scene = watched.worker, watched.scene
+    (listening,) = _listening(watched.port)
+
+    assert listening in _sockets(worker.process.pid)
+    assert listening in _sockets(worker.companion())
+    assert listening not in _sockets(scene.child(worker))
+
+
+def _listening(port: int) -> list[str]:
+    """The sockets that listen there, as the kernel names them."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [f"socket:[{line[9]}]" for line in lines if line[1].endswith(f":{port:04X}") and line[3] == "0A"]
+
+
+def _sockets(process: int) -> list[str]:
+    """And what else a process has open."""
+    found = []
+    for entry in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(entry))
+    return found
 
 
 def test_a_redis_that_does_not_answer_is_told_and_hides_no_count(watched: Watched, valkey: Valkey) -> None:

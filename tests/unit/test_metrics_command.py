@@ -1,4 +1,4 @@
-"""`zlora metrics`: a queue's metrics without any worker, and the server behind them, which a worker has too."""
+"""`zlora metrics`: a queue's metrics without any worker."""
 
 import signal
 import socket
@@ -13,13 +13,9 @@ import pytest
 import requests
 from click.testing import CliRunner
 from processes import clean_environ, free_port, wait_until
-from prometheus_client import CollectorRegistry
 from scraped import Scraped
 from zlora import Client
 from zlora.cli import main
-from zlora.errors import InvalidSetting
-from zlora_worker.exposition import listen, serve
-from zlora_worker.metrics import WorkerCollector
 
 ZLORA = str(Path(sys.executable).with_name("zlora"))
 
@@ -82,28 +78,3 @@ def test_without_an_address_or_with_one_that_is_taken_the_command_says_so_and_en
         assert "ZLORA_METRICS" in outcome.output
         assert told in outcome.output
         assert "Traceback" not in outcome.output
-
-
-# --- the server
-
-
-def test_an_address_that_is_not_this_machine_s_is_refused_by_the_variable_s_name() -> None:
-    with pytest.raises(InvalidSetting, match=r"ZLORA_METRICS=192\.0\.2\.1:9808: Cannot assign") as raised:
-        listen(("192.0.2.1", 9808))
-
-    assert raised.value.details == {"name": "ZLORA_METRICS"}
-
-
-def test_whoever_connects_and_says_nothing_holds_up_nobody() -> None:
-    port, registry = free_port(), CollectorRegistry()
-    registry.register(WorkerCollector(model="demo", queue="gpu"))
-    serve(listen(("127.0.0.1", port)), registry)
-
-    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
-    broken = socket.create_connection(("127.0.0.1", port))
-    broken.sendall(b"GET /metr")
-
-    assert len(Scraped.at(port).named("zlora_worker_info")) == 1
-    for connection in (*silent, broken):
-        connection.close()
-    assert len(Scraped.at(port).named("zlora_worker_info")) == 1

@@ -183,3 +183,9 @@ def test_anything_is_shown_without_an_error(data: Any) -> None:
 )  # fmt: skip
 def test_an_address_in_the_wrong_place_shows_no_secret(data: Any) -> None:
     assert not [secret for secret in SECRETS if secret in shown(data)]
+
+
+def test_an_address_in_a_thousand_others_ends_nothing() -> None:
+    """A stranger's: it must cost its job an error, and not the worker its stack."""
+    assert without_secrets("a://" * 1000 + "u:pa55@h") == "***"
+    assert "pa55" not in shown({"prompt": "x", "loras": [{"file": {"url": "a://" * 1000 + "u:pa55@h"}}]})

@@ -17,6 +17,7 @@ from torch import Tensor
 from zlora.errors import BaseNotRestored, GenerationFailed, OutOfMemory
 from zlora.job import GenerateRequest
 from zlora_worker.fingerprint import Fingerprint, weights_sha256
+from zlora_worker.logs import said_by
 from zlora_worker.lora import Reader
 from zlora_worker.patch import Patch, mode_for
 from zlora_worker.weights import Weights
@@ -143,7 +144,7 @@ class Engine:
         try:
             changed, self.base_checked = self._fingerprint.check(seconds)
         except (RuntimeError, MemoryError) as error:  # of the device
-            raise BaseNotRestored(f"the base cannot be compared: {str(error)[:200]}") from error
+            raise BaseNotRestored(f"the base cannot be compared: {said_by(error)}") from error
         if changed:
             raise BaseNotRestored(f"{len(changed)} tensors of the base are not what was loaded, such as {changed[0]}")
         self.state = EngineState.READY
@@ -227,7 +228,7 @@ class Engine:
     def _out_of_memory(self, request: GenerateRequest | None, error: BaseException) -> OutOfMemory:
         width, height = self.size(request) if request else (None, None)
         size = f" at {width} x {height} pixels" if request else ""
-        text = f"the job needs more memory than this worker has{size}: {type(error).__name__}: {str(error)[:200]}"
+        text = f"the job needs more memory than this worker has{size}: {type(error).__name__}: {said_by(error)}"
         return OutOfMemory(text, {"width": width, "height": height})
 
     @contextmanager

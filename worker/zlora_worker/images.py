@@ -8,6 +8,7 @@ from typing import Any, Final
 from PIL import Image
 from zlora.errors import StoreFailed
 from zlora.job import GenerateRequest, OutputFormat
+from zlora_worker.logs import said_by
 
 _QUALITY: Final = 95
 _FORMATS: Final = ("PNG", "JPEG", "WEBP")
@@ -41,7 +42,7 @@ def pixels_sha256(image: Image.Image) -> str:
     try:
         return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for it
-        raise StoreFailed(f"what is stored for this job is a damaged picture: {str(error)[:200]}") from None
+        raise StoreFailed(f"what is stored for this job is a damaged picture: {said_by(error)}") from None
 
 
 def content_type(output_format: OutputFormat) -> str:

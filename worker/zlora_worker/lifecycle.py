@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from billiard.util import register_after_fork
 from celery import bootsteps
 from celery.signals import worker_shutting_down
 from celery.utils.log import get_logger
@@ -197,6 +199,8 @@ class Companion(bootsteps.StartStopStep):
             self._listener = listen(parent.app.conf.zlora_metrics) if parent.app.conf.zlora_metrics else None
         except InvalidSetting as error:
             _leave(str(error))
+        if self._listener is not None:  # a child that outlives its parent must not keep the address
+            register_after_fork(self._listener, socket.socket.close)
 
     def start(self, parent: Any) -> None:
         """Runs once there is a model."""

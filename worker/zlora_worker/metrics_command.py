@@ -1,5 +1,6 @@
 """`zlora metrics`: a queue's metrics for Prometheus, also while no worker runs."""
 
+import logging
 import time
 
 import click
@@ -7,7 +8,8 @@ from prometheus_client import CollectorRegistry
 from zlora.cli import interruption
 from zlora.errors import InvalidSetting
 from zlora.ledger import connect
-from zlora_worker.exposition import listen, serve
+from zlora_worker import logs
+from zlora_worker.exposition import listen, serve, spelled
 from zlora_worker.queue_metrics import QueueCollector
 from zlora_worker.settings import Settings
 
@@ -18,12 +20,13 @@ def metrics() -> None:
     settings = Settings.from_env()
     if settings.metrics is None:
         raise InvalidSetting("ZLORA_METRICS: expected `host:port`", {"name": "ZLORA_METRICS"})
+    logging.basicConfig(level=logging.INFO)
+    logs.use(settings.log, settings.secrets, logger=logging.getLogger(), process="metrics")
     listener = listen(settings.metrics)
     registry = CollectorRegistry()
     registry.register(QueueCollector(connect(settings.broker_url), settings.queue))
     serve(listener, registry)
-    host, port = settings.metrics
-    click.echo(f"queue {settings.queue}: http://{host}:{port}/metrics")
+    click.echo(f"queue {settings.queue}: http://{spelled(settings.metrics)}/metrics")
     try:
         while not interruption.has_come():
             time.sleep(0.5)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
 from zlora_worker.interruption import insist
+from zlora_worker.logs import said_by
 from zlora_worker.merge import Adapter, Block, Crew, Plan
 from zlora_worker.weights import Weights
 
@@ -52,7 +53,7 @@ class Patch:
         try:
             insist(self._put_back)
         except RuntimeError as error:  # of the device
-            raise BaseNotRestored(f"the base cannot be put back: {str(error)[:200]}") from error
+            raise BaseNotRestored(f"the base cannot be put back: {said_by(error)}") from error
 
     def forget(self) -> None:
         """Let go of the merged weights: the next job merges anew."""

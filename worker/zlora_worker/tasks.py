@@ -204,7 +204,7 @@ def _draw(job: _Job, begun: Begun) -> GenerateResult:
         if time.monotonic() - start > seconds:  # libraries turn what a signal raises inside them into errors of theirs
             raise overdue(job_id, seconds) from error
         logger.exception("job %s", job_id)
-        raise InternalError(f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}") from error
+        raise InternalError(f"the worker met a fault: {type(error).__name__}: {logs.said_by(error)}") from error
     return result
 
 

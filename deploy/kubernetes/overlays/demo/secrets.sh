@@ -11,16 +11,19 @@ fresh() { od -An -N 24 -tx1 /dev/urandom | tr -d ' \n'; }
 broker=$(fresh) key=$(fresh) secret=$(fresh)
 
 printf 'redis://:%s@zlora-broker:6379/0' "$broker" >url
-printf 'zlora-broker:6379' >address
+printf 'zlora-broker.zlora.svc:6379' >address # as KEDA finds it from its own namespace
 printf '%s' "$broker" >password
 printf 'requirepass %s\n' "$broker" >valkey.conf
 printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$key" "$secret" >credentials
 printf '{"identities": [{"name": "worker", "credentials": [{"accessKey": "%s", "secretKey": "%s"}],
   "actions": ["Read:pictures", "List:pictures", "Write:pictures"]}]}\n' "$key" "$secret" >s3.json
+# The store's gRPC lets in who has this certificate, and only the store has it.
+openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=nobody -days 3650 -keyout grpc.key -out grpc.crt 2>openssl ||
+  { cat openssl >&2; exit 1; }
 printf 'admin:%s\n' "$(fresh)" >auth
 
 kubectl get namespace zlora >namespace 2>&1 || kubectl create namespace zlora
 make() { kubectl --namespace zlora create secret generic "$@"; }
 make zlora-broker --from-file=url --from-file=address --from-file=password --from-file=valkey.conf
-make zlora-store --from-file=credentials --from-file=s3.json
+make zlora-store --from-file=credentials --from-file=s3.json --from-file=grpc.crt --from-file=grpc.key
 make zlora-flower --from-file=auth

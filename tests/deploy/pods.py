@@ -1,0 +1,173 @@
+"""What is wrong with the pods of a build: their settings, times, rights and secrets."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Final
+
+from deploy.kustomized import Build, mounted
+from zlora import wire
+from zlora.errors import InvalidSetting
+from zlora_worker.settings import Settings
+
+ROOT: Final = Path(__file__).parents[2]
+# What containers are told beside this project's settings: boto3's, Hugging Face's, NVIDIA's, Flower's, a home's.
+FOREIGN: Final = {"AWS_SHARED_CREDENTIALS_FILE", "AWS_DEFAULT_REGION", "HF_HOME", "NVIDIA_DRIVER_CAPABILITIES"}
+FOREIGN_TOO: Final = {"FLOWER_ADDRESS", "FLOWER_AUTH_FILE", "HOME"}
+CERTIFICATE: Final = {"WEED_GRPC_S3_CERT", "WEED_GRPC_S3_KEY", "WEED_GRPC_CA"}
+NAMED: Final = [field for field in fields(Settings) if field.metadata]
+SECRETS: Final = {name for field in NAMED if field.metadata["secret"] for name in field.metadata["names"]}
+SETTINGS: Final = {
+    *(name for field in NAMED for name in field.metadata["names"]),
+    *(wire.BROKER_URL, wire.RESULT_BACKEND, wire.HOME),
+}
+
+
+def settings(found: Build) -> Iterator[str]:
+    """Every variable is somebody's, none is a secret's value, and the worker accepts them."""
+    for name, spec, container in found.containers():
+        told = found.told(container)
+        known = SETTINGS | {f"{setting}_FILE" for setting in SETTINGS} | FOREIGN | FOREIGN_TOO | CERTIFICATE
+        yield from (f"{name}: {variable}: no such setting" for variable in sorted(told.keys() - known))
+        yield from (f"{name}: {variable}: a secret's value" for variable in sorted(told.keys() & SECRETS))
+        yield from (f"{name}: {key}: has a password" for key, text in told.items() if re.search(r"://[^/]*@", text))
+        paths = [path for path in told.values() if path.startswith("/run/secrets/")]
+        yield from (f"{name}: {path}: no mounted secret" for path in paths if path not in mounted(spec, container))
+        if told.get("ZLORA_METRICS"):
+            ports = {str(port["containerPort"]) for port in container["ports"] if port["name"] == "metrics"}
+            if {told["ZLORA_METRICS"].rpartition(":")[2]} != ports:
+                yield f"{name}: ZLORA_METRICS and the port named metrics: {ports}"
+    yield from (f"Secret {secret['metadata']['name']}: in the manifests" for secret in found.of("Secret"))
+
+
+def worker(found: Build) -> Iterator[str]:
+    """The worker's times are longer than what they wait for, and its probes look where it writes."""
+    spec = found.named("Deployment", "zlora-worker")["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    told = _built_in(ROOT / "deploy/docker/worker.Dockerfile") | found.told(container)
+    try:
+        heeded = Settings.from_env({name: value for name, value in told.items() if not name.endswith("_FILE")})
+    except InvalidSetting as error:
+        yield f"the worker refuses {error}"
+        return
+    longest, grace = heeded.job_timeout + heeded.hard_grace, spec["terminationGracePeriodSeconds"]
+    if grace <= longest:
+        yield f"terminationGracePeriodSeconds {grace} is no longer than the longest job, {longest}"
+    startup = container["startupProbe"]
+    if startup["periodSeconds"] * startup["failureThreshold"] <= heeded.load_timeout:
+        yield f"the startup probe ends before a load, {heeded.load_timeout} s"
+    for probe, file in (("startup", "ready"), ("readiness", "ready"), ("liveness", "alive")):
+        if f"{heeded.probes}/{file}" not in " ".join(container[f"{probe}Probe"]["exec"]["command"]):
+            yield f"the {probe} probe does not look at {heeded.probes}/{file}"
+    written = (heeded.home, heeded.cache_folder, Path(told["HF_HOME"]), Path(heeded.probes), Path("/tmp"))
+    writable = {Path(mount["mountPath"]) for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    yield from (f"{path}: not writable" for path in written if not writable & {path, *path.parents})
+    if "worker@%h" not in container["command"]:
+        yield "the workers' Celery names are not their pods'"
+
+
+def gpus(found: Build) -> Iterator[str]:
+    """Each worker has a GPU of its own, unless it draws on CPUs; of the base alone nobody knows yet."""
+    container = found.worker()
+    told, had = found.told(container), container["resources"]["limits"].get("nvidia.com/gpu")
+    if "ZLORA_MODEL" in told and had != (None if told.get("ZLORA_DEVICE") == "cpu" else "1"):
+        yield f"the worker has {had} GPUs"
+
+
+def rollout(found: Build) -> Iterator[str]:
+    """A new worker waits for an old one's GPU, and a node with the only worker can be drained."""
+    if found.named("Deployment", "zlora-worker")["spec"]["strategy"]["rollingUpdate"]["maxSurge"] != 0:
+        yield "maxSurge: there is no spare GPU"
+    for budget in found.of("PodDisruptionBudget"):
+        if budget["spec"].get("maxUnavailable") in (None, 0, "0%"):
+            yield f"PodDisruptionBudget: no node of a worker can be drained: {budget['spec']}"
+
+
+def _built_in(dockerfile: Path) -> dict[str, str]:
+    """The variables that an image sets."""
+    lines = re.findall(r"^ENV (.*)$", dockerfile.read_text("utf-8"), re.MULTILINE)
+    return dict(re.findall(r"(\w+)=(\S+)", " ".join(lines)))
+
+
+def hardening(found: Build) -> Iterator[str]:
+    """No container has more rights than it needs, nor an image that may change."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    for name, spec, container in found.containers():
+        pod, own = spec.get("securityContext", {}), container.get("securityContext", {})
+        image, _, tag = container["image"].rpartition(":")
+        ours, has_registry = "z-image-lora/" in image, "." in image.partition("/")[0]
+        yield from _missing(
+            name,
+            {
+                "runAsNonRoot": pod.get("runAsNonRoot") is True and pod.get("runAsUser", 0) > 0,
+                "uid 10001": pod.get("runAsUser") == 10001 or not ours,
+                "fsGroup, which may read the secrets": pod.get("fsGroup", 0) == pod.get("runAsGroup"),
+                "seccompProfile RuntimeDefault": pod.get("seccompProfile", {}).get("type") == "RuntimeDefault",
+                "readOnlyRootFilesystem": own.get("readOnlyRootFilesystem") is True,
+                "no privilege escalation": own.get("allowPrivilegeEscalation") is False and not own.get("privileged"),
+                "drop ALL": own.get("capabilities") == {"drop": ["ALL"]},
+                "no token": spec.get("automountServiceAccountToken") is False,
+                "no service links": spec.get("enableServiceLinks") is False,
+                "memory request and limit": all(
+                    "memory" in container["resources"][key] for key in ("requests", "limits")
+                ),
+                "a pinned image": bool(image) and "/" not in tag and tag != "latest",
+                "a registry in the image's name, or never a pull": not ours
+                or has_registry is (container.get("imagePullPolicy") != "Never"),
+                "this version's image": tag == version or not ours,
+                "a readiness and a liveness probe": {"readinessProbe", "livenessProbe"} <= container.keys(),
+            },
+        )
+
+
+def _missing(name: str, held: dict[str, bool]) -> Iterator[str]:
+    yield from (f"{name}: expected {what}" for what, holds in held.items() if not holds)
+
+
+def demo(found: Build) -> Iterator[str]:
+    """A broker of the overlay's own keeps what it took; of a store S3 alone is open, and to nobody without a key."""
+    for name, spec, container in found.containers():
+        program, *words = container["command"]
+        held, told = mounted(spec, container), found.told(container)
+        options = {"--appendonly": "yes", "--maxmemory-policy": "noeviction"}
+        if program == "valkey-server" and not (
+            words[0] in held and options.items() <= set(zip(words[1::2], words[2::2], strict=True))
+        ):
+            yield f"{name}: expected a password and {options}"
+        if program == "weed":
+            yield from _missing(
+                name,
+                {
+                    "logs by standard error": "-logtostderr" in words,
+                    "loopback for all but S3": "-ip.bind=127.0.0.1" in words,
+                    "identities": any(f"-s3.config={path}" in words for path in held),
+                    "a certificate for S3's gRPC": {told.get(variable) for variable in CERTIFICATE} <= held,
+                },
+            )
+
+
+def secrets(found: Build, folder: Path) -> Iterator[str]:
+    """Every Secret that must be there is made by the README's commands; the demo's by its script."""
+    asked = {
+        (volume["secret"]["secretName"], item["key"])
+        for _, pod in found.pods()
+        for volume in pod["spec"].get("volumes", [])
+        if "secret" in volume
+        for item in volume["secret"].get("items", [{"key": "every key, by no `items`"}])
+    } | {
+        (reference["name"], reference["key"])
+        for trigger in found.of("TriggerAuthentication")
+        for reference in trigger["spec"]["secretTargetRef"]
+    }
+    source = folder / found.name / "secrets.sh"
+    source = source if source.is_file() else folder / "README.md"
+    yield from (f"{name}: {key}: not made in {source.name}" for name, key in sorted(asked - _made(source)))
+
+
+def _made(source: Path) -> set[tuple[str, str]]:
+    """The Secrets and keys that the commands of a file make."""
+    lines = source.read_text("utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^(?:kubectl .*secret generic|make) (\S+) (.*)$", lines, re.MULTILINE)
+    return {(name, key) for name, rest in commands for key in re.findall(r"--from-file=([\w.-]+)", rest)}
