@@ -42,8 +42,8 @@ check-deploy: $(VENV)/dev.stamp
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(DEPLOY_PROGRAMS) >/dev/null && break; } \
 	    || exit 1; done
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/compose_check.py
-	$(RUN)/python -P tests/deploy/manifests.py
-	$(RUN)/python -P tests/deploy/watching.py
+	PYTHONPATH=tests $(RUN)/python -P tests/deploy/manifests.py
+	PYTHONPATH=tests $(RUN)/python -P tests/deploy/watching.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/deploy
 
 # Twenty minutes of faults at random; ARGS="--minutes 5" for fewer.
@@ -52,7 +52,7 @@ soak: $(VENV)/dev.stamp
 
 # make bench-<name> runs tests/benchmarks/<name>.py; make bench runs the short forms of all.
 bench: ARGS = --thin
-bench: bench-queue bench-lora bench-fetch bench-results bench-png bench-producer
+bench: bench-queue bench-lora bench-fetch bench-results bench-png bench-producer bench-scale
 
 bench-%: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/benchmarks/$*.py $(ARGS)

@@ -43,7 +43,7 @@ ENV HOME=/tmp ZLORA_HOME=/models HF_HOME=/models/huggingface ZLORA_LORA_CACHE=/l
 USER 10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m \
     CMD ["sh", "-c", "test -f /run/zlora/ready && test -n \"$(find /run/zlora/alive -mmin -1)\""]
-CMD ["celery", "-A", "zlora_worker.app", "worker", "--without-gossip", "--without-mingle", "-n", "sdxl@%h"]
+CMD ["celery", "-A", "zlora_worker.app", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "-n", "sdxl@%h"]
 
 FROM worker AS baked
 ARG MODEL=stabilityai/stable-diffusion-xl-base-1.0

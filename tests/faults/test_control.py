@@ -26,7 +26,7 @@ def test_a_job_cancelled_in_the_queue_is_never_drawn_though_every_worker_is_repl
         cancelled, other = scene.submit(), scene.submit()
         assert cancelled.cancel() == "queued"
         first.process.send_signal(signal.SIGTERM)
-        first.process.wait(30)
+        assert first.process.wait(30) == 0
 
     with scene.worker("two"):
         assert other.result(timeout=60).base_intact

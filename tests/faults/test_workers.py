@@ -4,13 +4,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 from faults.figures import Tally
 from faults.proxy import Proxy
 from faults.scene import CLEAN, Scene, request
 from faults.valkey import Valkey
-from processes import Worker
+from processes import Worker, free_port, wait_until
+from scraped import Scraped
 from zlora import JobHandle, JobState
 from zlora.job import TASK_NAME
 
@@ -95,13 +97,18 @@ def test_a_job_for_later_than_the_visibility_timeout_is_drawn_once(scene: Scene)
         assert begin["at"] - start >= 6
 
 
-def test_a_worker_that_is_told_to_end_finishes_its_job_and_takes_no_other(scene: Scene) -> None:
-    with scene.worker() as ending:
+def test_a_worker_that_is_told_to_end_finishes_its_job_and_takes_no_other(scene: Scene, tmp_path: Path) -> None:
+    """It is watched until then: it lives, and what it counts is seen."""
+    port = free_port()
+    with scene.worker(ZLORA_METRICS=f"127.0.0.1:{port}", ZLORA_PROBES=str(tmp_path)) as ending:
         handle = scene.submit(steps=20, step=0.1)
         scene.wait_step(handle)
         ending.process.send_signal(signal.SIGTERM)
         queued = scene.submit()
 
+        (tmp_path / "alive").unlink()
+        wait_until((tmp_path / "alive").exists, "it says that it lives")
+        assert Scraped.at(port)("zlora_denoising_steps_total") > 0
         assert handle.result(timeout=30).base_intact
         assert ending.process.wait(30) == 0
         assert scene.begun(handle) == 1
@@ -236,4 +243,4 @@ def end_over(scene: Scene, handle: JobHandle, leaving: Worker, *, begun: int) ->
     scene.wait_begun(handle, begun)
     scene.tally.fault()
     leaving.process.send_signal(signal.SIGTERM)
-    leaving.process.wait(15)
+    assert leaving.process.wait(15) == 0

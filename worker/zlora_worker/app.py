@@ -25,7 +25,7 @@ from zlora.redis_broker import check_urls
 from zlora_worker import logs, tasks, transport
 from zlora_worker.custody import Heartbeat, JobRequest
 from zlora_worker.delivery import Deliveries
-from zlora_worker.lifecycle import EXIT_NO_MODEL, Companion, GateWatch, ModelGate, ShutdownLimit, marks
+from zlora_worker.lifecycle import EXIT_NO_MODEL, Companion, Drain, GateWatch, ModelGate, marks
 from zlora_worker.metrics import Meter
 from zlora_worker.settings import Settings
 from zlora_worker.shown import MAX_SHOWN
@@ -94,7 +94,7 @@ class _Request(JobRequest):
 app.task(name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request, resultrepr_maxsize=MAX_SHOWN)(
     tasks.generate
 )
-app.steps["worker"].update((ModelGate, ShutdownLimit, Companion))
+app.steps["worker"].update((ModelGate, Drain, Companion))
 app.steps["consumer"].update((GateWatch, Heartbeat))
 
 

@@ -1,6 +1,7 @@
 """The parent's side of a child's life: no job is taken before the model is resident, and none without it."""
 
 import atexit
+import math
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ from zlora_worker.exposition import listen
 EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a failure, not a clean end
 
 _RELAUNCH: Final = 5.0  # seconds
+_LOOK: Final = 0.5  # seconds between two looks while a worker drains
 _LAST_WORDS: Final = 2.0  # seconds for a process to end by itself
 _LAST: Final = partial(end_with_parent, signal.SIGTERM) if sys.platform == "linux" else None
 
@@ -153,38 +155,53 @@ class ModelGate(bootsteps.StartStopStep):
             time.sleep(0.05)
 
 
-class ShutdownLimit(bootsteps.StartStopStep):
+class Drain(bootsteps.StartStopStep):
     """A warm shutdown waits for the job; where its time is over it becomes a cold one, which puts the job back.
 
-    Celery's own soft shutdown waits to the end of its time even where the job is done.
+    Meanwhile the worker shows that it lives, as before. Celery's own soft shutdown waits to the end of its time even
+    where the job is done.
     """
 
     requires = (ModelGate,)
 
     def start(self, parent: Any) -> None:
         """Runs once there may be a job."""
-        self._parent, self._seconds = parent, parent.app.conf.zlora_shutdown_timeout
+        self._parent, self._seconds = parent, parent.app.conf.zlora_shutdown_timeout or math.inf
         self._jobs: list[str] = []
-        worker_shutting_down.connect(self._limit)
+        worker_shutting_down.connect(self._begin)
 
-    def _limit(self, how: str = "", **_: Any) -> None:
-        if how == "Warm" and self._seconds:  # an alarm, since the main thread waits in the pool
-            signal.signal(signal.SIGALRM, self._put_back)
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+    def _begin(self, how: str = "", **_: Any) -> None:
+        if how == "Warm":
+            self._limit, self._step = time.monotonic() + self._seconds, self._put_back
+            signal.signal(signal.SIGALRM, self._look)  # an alarm, since the main thread waits in the pool
+            signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
+            atexit.register(_disarm)
 
-    def _put_back(self, *_: Any) -> None:
+    def _look(self, *_: Any) -> None:
+        marks.alive()
+        self._parent.companion.look()
+        if time.monotonic() > self._limit:
+            self._step()
+
+    def _put_back(self) -> None:
         self._jobs = [request.id for request in state.active_requests]
-        signal.signal(signal.SIGALRM, self._kill)
-        signal.setitimer(signal.ITIMER_REAL, _LAST_WORDS)
+        self._limit, self._step = time.monotonic() + _LAST_WORDS, self._kill
         os.kill(os.getpid(), signal.SIGQUIT)
 
-    def _kill(self, *_: Any) -> None:
+    def _kill(self) -> None:
         """A child that hangs hears nothing else, and has renewed its lease until now."""
+        self._limit = math.inf
         for child in self._parent.pool._pool._pool:  # noqa: SLF001 - no public list
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
         for job_id in self._jobs:
             self._parent.app.tasks[TASK_NAME].Request.deliveries.give_back(job_id)
+
+
+def _disarm() -> None:
+    """An alarm after Python has let go of its handlers would be the worker's end, and its exit status."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 class Companion(bootsteps.StartStopStep):
@@ -206,6 +223,7 @@ class Companion(bootsteps.StartStopStep):
         """Runs once there is a model."""
         parent.companion = self
         self._launch()
+        atexit.register(self._end)
 
     def look(self) -> None:
         """Start it again where it has ended."""
@@ -213,17 +231,14 @@ class Companion(bootsteps.StartStopStep):
             logger.error("the companion has ended with status %s: it is started again", self._process.returncode)
             self._launch()
 
-    def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Ends with the worker."""
-        if getattr(self, "_process", None) is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(_LAST_WORDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    terminate = stop
+    def _end(self) -> None:
+        """With the worker, after its last job: that is counted and told too."""
+        self._process.terminate()
+        try:
+            self._process.wait(_LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _launch(self) -> None:
         command = [sys.executable, "-m", "zlora_worker.companion"]
