@@ -96,7 +96,7 @@ def test_a_drawn_job_counts_by_phase_and_by_where_its_loras_were(counts: Path) -
     meter.drawn(a_result("network", "disk", "disk", images=2, queued=0.5, denoise=3.0, tail=7.0))
     scraped = shown(counts)
 
-    assert scraped("zlora_jobs_total", outcome="success", code="") == 1
+    assert scraped("zlora_jobs_total", outcome="success", code="") == 0  # its result is still to be told
     assert scraped("zlora_images_total") == 2
     assert scraped.named("zlora_lora_files_total") == {("memory",): 0, ("disk",): 2, ("network",): 1}
     assert scraped.named("zlora_lora_bytes_total") == {("memory",): 0, ("disk",): 2000, ("network",): 1000}
@@ -147,11 +147,11 @@ def test_what_a_stranger_chooses_is_nowhere(counts: Path) -> None:
 def test_child_and_companion_count_together_and_a_new_child_goes_on_where_the_last_was(counts: Path) -> None:
     first, companion = Meter.of_process("child"), Meter.of_process("companion")
     first.loaded(2.0, replaces=False)
-    first.drawn(a_result())
+    first.succeeded()
     companion.ended(JobExpired())
     second = Meter.of_process("child")
     second.loaded(3.0, replaces=True)
-    second.drawn(a_result())
+    second.succeeded()
     second.ended(JobExpired())
 
     scraped = shown(counts)

@@ -26,7 +26,6 @@ from zlora_worker import logs, tasks, transport
 from zlora_worker.custody import Heartbeat, JobRequest
 from zlora_worker.delivery import Deliveries
 from zlora_worker.lifecycle import EXIT_NO_MODEL, Companion, Drain, GateWatch, ModelGate, marks
-from zlora_worker.metrics import Meter
 from zlora_worker.settings import Settings
 from zlora_worker.shown import MAX_SHOWN
 
@@ -124,6 +123,7 @@ def load_model(**_: Any) -> None:
     try:
         replaces = marks.loading()
         from zlora_worker.generate import Runtime
+        from zlora_worker.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
         tasks.install(Runtime.open(settings, meter), deliveries)

@@ -23,8 +23,6 @@ from celery.worker import state
 from zlora.errors import InvalidSetting, ModelUnavailable
 from zlora.job import TASK_NAME
 from zlora.local import end_with_parent
-from zlora_worker import metrics
-from zlora_worker.exposition import listen
 
 EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a failure, not a clean end
 
@@ -53,6 +51,8 @@ class LoadMarks:
         names = ("ready", "failed", "draft", "trying")
         self._ready, self._failed, self._draft, self._trying = (self._folder / name for name in names)
         if counts:
+            from zlora_worker import metrics  # prometheus_client: a producer that imports the app has it not
+
             metrics.share(self._folder / "counts")
         self._probes = Path(probes) if probes else None
         if self._probes:
@@ -212,12 +212,8 @@ class Companion(bootsteps.StartStopStep):
     def __init__(self, parent: Any, **options: Any) -> None:
         """Take the metrics' address at once, for all companions that there will be."""
         super().__init__(parent, **options)
-        try:
-            self._listener = listen(parent.app.conf.zlora_metrics) if parent.app.conf.zlora_metrics else None
-        except InvalidSetting as error:
-            _leave(str(error))
-        if self._listener is not None:  # a child that outlives its parent must not keep the address
-            register_after_fork(self._listener, socket.socket.close)
+        address = parent.app.conf.zlora_metrics
+        self._listener = None if address is None else _listen(address)
 
     def start(self, parent: Any) -> None:
         """Runs once there is a model."""
@@ -273,6 +269,17 @@ class GateWatch(bootsteps.StartStopStep):
     def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
         """Ends with the connection."""
         self._timer.cancel()
+
+
+def _listen(address: tuple[str, int]) -> socket.socket:
+    from zlora_worker.exposition import listen
+
+    try:
+        listener = listen(address)
+    except InvalidSetting as error:
+        _leave(str(error))
+    register_after_fork(listener, socket.socket.close)  # a child that outlives its parent must not keep the address
+    return listener
 
 
 def _require_one_prefork_child(parent: Any) -> None:

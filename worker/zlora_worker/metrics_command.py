@@ -4,19 +4,20 @@ import logging
 import time
 
 import click
-from prometheus_client import CollectorRegistry
 from zlora.cli import interruption
 from zlora.errors import InvalidSetting
 from zlora.ledger import connect
 from zlora_worker import logs
-from zlora_worker.exposition import listen, serve, spelled
-from zlora_worker.queue_metrics import QueueCollector
 from zlora_worker.settings import Settings
 
 
 @click.command()
 def metrics() -> None:
     """Serve a queue's metrics at ZLORA_METRICS, such as 0.0.0.0:9808, until told to end."""
+    from prometheus_client import CollectorRegistry  # a producer alone has it not, and `zlora` starts without
+    from zlora_worker.exposition import listen, serve, spelled
+    from zlora_worker.queue_metrics import QueueCollector
+
     settings = Settings.from_env()
     if settings.metrics is None:
         raise InvalidSetting("ZLORA_METRICS: expected `host:port`", {"name": "ZLORA_METRICS"})
