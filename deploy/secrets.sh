@@ -8,7 +8,7 @@
 #
 # The files of deploy/ that containers read as well are made readable too: a clone under umask 077 keeps them out.
 #
-# A new broker password: rm -f deploy/secrets/broker_*; sh deploy/secrets.sh; docker compose up -d --force-recreate
+# New ones: docs/operations.md, "Rotate secrets".
 set -eu
 umask 077
 folder=${1:-$(dirname "$0")/secrets}

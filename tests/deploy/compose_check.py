@@ -41,7 +41,7 @@ rules:
   comments: {min-spaces-from-content: 1}
 """
 # Of other programs: boto3, the hub's client, Flower, Python's own.
-_FOREIGN = {"AWS_SHARED_CREDENTIALS_FILE", "AWS_DEFAULT_REGION", "HF_HOME", "HF_TOKEN_PATH"} | {
+_FOREIGN = {"no_proxy", "AWS_SHARED_CREDENTIALS_FILE", "AWS_DEFAULT_REGION", "HF_HOME", "HF_TOKEN_PATH"} | {
     "FLOWER_AUTH_FILE",
     "FLOWER_ADDRESS",
     "http_proxy",

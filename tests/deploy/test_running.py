@@ -92,7 +92,9 @@ def ran(machine: Machine) -> Iterator[Outcome]:
             wait_until(partial(machine.healthy, service), f"{service} is healthy")
         wait_until(lambda: _targets(machine) == {"up"}, "Prometheus finds all targets")
 
-        producer = start("producer")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NO_PROXY", "localhost,127.0.0.1")  # as Docker's client configuration may say to containers
+            producer = start("producer")
         statuses["producer"] = producer.process.wait(90)
         requests_ = [{"prompt": f"picture {number}", "num_inference_steps": 12} for number in range(JOBS)]
         handles = client.submit_many(requests_)

@@ -47,6 +47,8 @@ def _networks(services: Services, networks: Mapping[str, Any]) -> Iterator[str]:
         of = set(service.get("networks") or {})
         if bool(of & (outward - masked)) != (name in _OUTWARD):
             yield f"{name}: {'it reaches the internet' if name not in _OUTWARD else 'it has no way out'}"
+        if service.get("ports") and not of & outward:
+            yield f"{name}: a port of an internal network cannot be published"
         if of != _PRIVATE.get(name, of):
             yield f"{name}: expected the networks {sorted(_PRIVATE[name])}"
     for name in sorted(_PRIVATE["store"]):
