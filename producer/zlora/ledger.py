@@ -10,6 +10,7 @@ A job's record is the hash `wire.job_key`:
 | `cancelled` | somebody does not want the job any more: seconds since the epoch |
 | `attempt:...` | a delivery that is under way, or whose worker died: an `Attempt` |
 | `begun` | a worker has begun the job at least once |
+| `counted` | a worker has counted how the job failed, or that it was not wanted |
 | `spoilt` | how many bases the job has left changed |
 | `overtime` | the seconds that the job may take, where its child was killed over them |
 | `queue` | whose job it is: it may be ended by who asks for another queue |

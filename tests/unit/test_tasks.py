@@ -378,11 +378,16 @@ def test_a_duplicate_is_put_off_while_another_worker_draws_and_then_answered(chi
     assert child.counted() == {("", "success"): 1.0}  # nobody else has said so: its worker is dead
 
 
-def test_a_job_that_was_cancelled_while_it_waited_is_counted_when_its_message_comes(child: Child, job: str) -> None:
+@pytest.mark.parametrize("begun", [False, True], ids=["in the queue", "before its retry"])
+def test_a_job_that_was_cancelled_while_it_waited_is_counted_once_when_its_message_comes(
+    child: Child, job: str, begun: bool
+) -> None:
+    if begun:
+        child.deliveries.ledger.redis.hset(wire.job_key(job), "begun", 1)
     child.deliveries.ledger.close(job, revoked(job))
 
-    assert (child.deliver(job), child.jobs) == ("IGNORED", [])
-    assert child.counted() == {("job_revoked", "revoked"): 1}
+    assert [child.deliver(job) for _ in range(2)] == ["IGNORED"] * 2
+    assert (child.jobs, child.counted()) == ([], {("job_revoked", "revoked"): 1})
 
 
 def test_a_job_that_another_worker_ended_just_before_the_lease_is_not_drawn(

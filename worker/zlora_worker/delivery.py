@@ -17,7 +17,7 @@ import redis
 from celery.utils.log import get_task_logger
 from zlora import wire
 from zlora.answers import revoked
-from zlora.errors import JobExpired, JobPoisoned, JobRevoked, ZloraError
+from zlora.errors import JobPoisoned, ZloraError
 from zlora.ledger import ATTEMPT, Attempt, Ledger, attempts_of, connect, verdict_of
 
 LEASE: Final = 10.0  # seconds that a job stays with a worker that says nothing more
@@ -55,11 +55,11 @@ class Begun(NamedTuple):
 
 
 class Ended(Exception):
-    """The job has failed, been cancelled or expired. It `is_news` where no other delivery has said so."""
+    """The job has failed, been cancelled or expired."""
 
-    def __init__(self, verdict: ZloraError, *, is_news: bool = False) -> None:
+    def __init__(self, verdict: ZloraError) -> None:
         super().__init__(verdict)
-        self.verdict, self.is_news = verdict, is_news
+        self.verdict = verdict
 
 
 class Deliveries:
@@ -80,8 +80,7 @@ class Deliveries:
         if record.get("digest", digest) != digest:
             raise Taken(f"job {job_id} is another request")
         if (verdict := verdict_of(record)) is not None:
-            waited = "begun" not in record and isinstance(verdict, JobRevoked | JobExpired)
-            raise Ended(verdict, is_news=waited)  # its producer or a companion ended it, who count nothing
+            raise Ended(verdict)
         return record
 
     def is_own(self, job_id: str, document: object) -> bool:
@@ -230,6 +229,18 @@ class Deliveries:
         """The job has a result: its manifest is the verdict. Whether nobody has said so before, as far as is known."""
         with suppress(redis.RedisError):  # the sweeper finds what is left here
             return self._hasty_ledger.finish(job_id)
+        return True
+
+    def is_first_to_count(self, job_id: str) -> bool:
+        """Whether nobody has counted how the job ended; from now on somebody has.
+
+        Whoever ends it need not: its producer may cancel it, and a companion let it expire.
+        """
+        key = wire.job_key(job_id)
+        with suppress(redis.RedisError), self.hasty.pipeline() as pipe:
+            pipe.hsetnx(key, "counted", 1)
+            pipe.expire(key, wire.RECORD_EXPIRES, nx=True)
+            return bool(pipe.execute()[0])
         return True
 
     def fail(self, job_id: str, verdict: ZloraError) -> ZloraError:

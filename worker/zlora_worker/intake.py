@@ -1,7 +1,7 @@
 """What the parent lets through to its child: messages that can be handed over, and a typed answer to all others."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -11,10 +11,13 @@ from kombu.exceptions import DecodeError
 from redis import RedisError
 from zlora.errors import InvalidRequest
 from zlora.job import JOB_ID, TASK_NAME, JobState
+from zlora.redaction import on_one_line
 from zlora_worker.delivery import Deliveries
 from zlora_worker.lifecycle import marks
 from zlora_worker.transport import MAX_DEPTH, deeper_than
 from zlora_worker.watch import progress_backend
+
+_KIND: Final = 60  # characters of what a stranger says that a message is
 
 logger = get_logger(__name__)
 
@@ -73,8 +76,9 @@ class Intake(Consumer):
 
     def _refuse(self, message: Message, fault: object) -> None:
         """Fail the job that the message names, count it, and let it go."""
-        fault = str((message.headers or {}).get("fault", fault))[:200]
-        logger.error("a message is refused: %s (%s, %d bytes)", fault, message.content_type, len(message.body or ""))
+        fault = on_one_line((message.headers or {}).get("fault", fault))[:200]
+        kind = on_one_line(message.content_type)[:_KIND]
+        logger.error("a message is refused: %s (%s, %d bytes)", fault, kind, len(message.body or ""))
         self._answer(message, fault)
         self._deliveries().count_refused()
         message.ack_log_error(logger, self.app.connection_for_read().connection_errors)

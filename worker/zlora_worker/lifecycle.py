@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from billiard.util import register_after_fork
 from celery import bootsteps
-from celery.signals import worker_shutting_down
+from celery.signals import worker_shutdown, worker_shutting_down
 from celery.utils.log import get_logger
 from celery.worker import state
 from zlora.errors import InvalidSetting, ModelUnavailable
@@ -168,18 +168,22 @@ class Drain(bootsteps.StartStopStep):
         """Runs once there may be a job."""
         self._parent, self._seconds = parent, parent.app.conf.zlora_shutdown_timeout or math.inf
         self._jobs: list[str] = []
+        self._is_begun = False
         worker_shutting_down.connect(self._begin)
 
     def _begin(self, how: str = "", **_: Any) -> None:
-        if how == "Warm":
+        if how == "Warm" and not self._is_begun:  # told again, its time is the same
+            self._is_begun = True
             self._limit, self._step = time.monotonic() + self._seconds, self._put_back
             signal.signal(signal.SIGALRM, self._look)  # an alarm, since the main thread waits in the pool
             signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
+            worker_shutdown.connect(_disarm)
             atexit.register(_disarm)
 
     def _look(self, *_: Any) -> None:
         marks.alive()
-        self._parent.companion.look()
+        with suppress(OSError):  # without memory for another companion the last job is drawn all the same
+            self._parent.companion.look()
         if time.monotonic() > self._limit:
             self._step()
 
@@ -191,14 +195,15 @@ class Drain(bootsteps.StartStopStep):
     def _kill(self) -> None:
         """A child that hangs hears nothing else, and has renewed its lease until now."""
         self._limit = math.inf
-        for child in self._parent.pool._pool._pool:  # noqa: SLF001 - no public list
+        pool = self._parent.pool._pool  # noqa: SLF001 - None once it has ended
+        for child in pool._pool if pool else ():  # noqa: SLF001 - no public list
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
         for job_id in self._jobs:
             self._parent.app.tasks[TASK_NAME].Request.deliveries.give_back(job_id)
 
 
-def _disarm() -> None:
+def _disarm(**_: Any) -> None:
     """An alarm after Python has let go of its handlers would be the worker's end, and its exit status."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
@@ -219,7 +224,8 @@ class Companion(bootsteps.StartStopStep):
         """Runs once there is a model."""
         parent.companion = self
         self._launch()
-        atexit.register(self._end)
+        worker_shutdown.connect(self._end)  # before what Celery does at exit, which on SIGHUP is a new start
+        atexit.register(self._end)  # of a worker that is terminated no signal tells
 
     def look(self) -> None:
         """Start it again where it has ended."""
@@ -227,8 +233,8 @@ class Companion(bootsteps.StartStopStep):
             logger.error("the companion has ended with status %s: it is started again", self._process.returncode)
             self._launch()
 
-    def _end(self) -> None:
-        """With the worker, after its last job: that is counted and told too."""
+    def _end(self, **_: Any) -> None:
+        """With the worker, after its last job: that is counted and told too. Again it does nothing."""
         self._process.terminate()
         try:
             self._process.wait(_LAST_WORDS)

@@ -75,7 +75,7 @@ def _delivered(
         logger.warning("%s, which stays as it is", error)
         raise Ignore(str(error)) from None
     except Ended as error:
-        if error.is_news:
+        if deliveries.is_first_to_count(job_id):
             meter.ended(error.verdict)
         answer(task, error.verdict)
     except Leased:
@@ -182,7 +182,7 @@ def _settled(job: _Job, digest: str, error: ZloraError) -> GenerateResult:
         leave_dirty(deliveries, job_id, error)
     if error.retryable:
         error.tell(attempt=retries_of(task) + 1)
-    raise Ended(deliveries.fail(job_id, error), is_news=True)
+    raise Ended(deliveries.fail(job_id, error))
 
 
 def _draw(job: _Job, begun: Begun) -> GenerateResult:
@@ -245,7 +245,7 @@ def _readable(
         if "digest" not in deliveries.record(job_id):
             raise
         with deliveries.leased(job_id):
-            raise Ended(deliveries.fail(job_id, error), is_news=True) from error
+            raise Ended(deliveries.fail(job_id, error)) from error
 
 
 def _request(arguments: tuple[object, ...], options: dict[str, object]) -> object:
