@@ -62,6 +62,18 @@ class Ended(Exception):
         self.verdict = verdict
 
 
+def count_refused(client: Any, queue: str) -> None:
+    """One more message of the queue could not be read; where Redis does not take it, it is only logged."""
+    counter = wire.refused_key(queue)
+    try:
+        with client.pipeline() as pipe:
+            pipe.incr(counter)
+            pipe.expire(counter, wire.RECORD_EXPIRES)
+            pipe.execute()
+    except redis.RedisError as error:
+        logger.warning("%s is not counted: %s", counter, error)
+
+
 class Deliveries:
     """What a worker knows of the jobs that it takes; made in the parent, used in the child."""
 
@@ -93,14 +105,6 @@ class Deliveries:
     def is_known(self, job_id: str) -> bool:
         """Whether the id is a job's; in the parent, so without waiting for Redis."""
         return bool(self.hasty.hexists(wire.job_key(job_id), "digest"))
-
-    def count_refused(self) -> None:
-        """One more message of the queue could not be read; in the parent, so without waiting for Redis."""
-        counter = wire.refused_key(self.ledger.queue)
-        with suppress(redis.RedisError), self.hasty.pipeline() as pipe:
-            pipe.incr(counter)
-            pipe.expire(counter, wire.RECORD_EXPIRES)
-            pipe.execute()
 
     def require_wanted(self, job_id: str) -> None:
         """Raises `JobRevoked` where a running job is cancelled, and `Ended` where another worker has ended it.

@@ -12,7 +12,7 @@ from redis import RedisError
 from zlora.errors import InvalidRequest
 from zlora.job import JOB_ID, TASK_NAME, JobState
 from zlora.redaction import on_one_line
-from zlora_worker.delivery import Deliveries
+from zlora_worker.delivery import Deliveries, count_refused
 from zlora_worker.lifecycle import marks
 from zlora_worker.transport import MAX_DEPTH, deeper_than
 from zlora_worker.watch import progress_backend
@@ -80,7 +80,8 @@ class Intake(Consumer):
         kind = on_one_line(message.content_type)[:_KIND]
         logger.error("a message is refused: %s (%s, %d bytes)", fault, kind, len(message.body or ""))
         self._answer(message, fault)
-        self._deliveries().count_refused()
+        deliveries = self._deliveries()  # whose client does not wait for Redis: the parent has more to do
+        count_refused(deliveries.hasty, deliveries.ledger.queue)
         message.ack_log_error(logger, self.app.connection_for_read().connection_errors)
 
     def _answer(self, message: Message, fault: str) -> None:

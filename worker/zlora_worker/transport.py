@@ -16,8 +16,8 @@ from celery.worker import state
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as stock
 from kombu.utils.json import loads
-from zlora import wire
 from zlora.job import JOB_ID
+from zlora_worker.delivery import count_refused
 
 MAX_DEPTH: Final = 64  # levels of arrays and objects; from about 600 on, pickling for the child ends the worker
 _PARTING: Final = 5.0  # seconds after a SIGTERM in which Redis may still take note of a message
@@ -59,14 +59,7 @@ class _Client(redis.Redis):
 
     def _refuse(self, queue: str, reason: str) -> None:
         logger.error("a message on %s is dropped: %s, and it names no job", queue, reason)
-        counter = wire.refused_key(queue)
-        try:
-            with self.pipeline() as pipe:
-                pipe.incr(counter)
-                pipe.expire(counter, wire.RECORD_EXPIRES)
-                pipe.execute()
-        except redis.RedisError as error:
-            logger.warning("%s is not counted: %s", counter, error)
+        count_refused(self, queue)
 
 
 class QoS(stock.QoS):
