@@ -1,5 +1,6 @@
 """What many unit tests look into."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +29,18 @@ def killed_in(broker_url: str) -> Iterator[Enter]:  # noqa: ARG001 - it is there
     """
     with ExitStack() as blocks:
         yield blocks.enter_context
+
+
+@pytest.fixture
+def own_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nobody but pytest hears the log: a Celery app that another test has started would write it to standard error."""
+    root = logging.getLogger()
+    others = [handler for handler in root.handlers if not isinstance(handler, type(caplog.handler))]
+    for handler in others:
+        root.removeHandler(handler)
+    yield
+    for handler in others:
+        root.addHandler(handler)
 
 
 @pytest.fixture

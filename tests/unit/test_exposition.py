@@ -20,6 +20,8 @@ from zlora_worker import exposition
 from zlora_worker.exposition import listen, serve
 from zlora_worker.metrics import WorkerCollector
 
+pytestmark = pytest.mark.usefixtures("own_log")
+
 
 class Broken(Collector):
     """As one whose files are gone."""

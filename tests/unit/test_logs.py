@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from zlora.errors import OutOfMemory
 from zlora_worker import logs
 
+pytestmark = pytest.mark.usefixtures("own_log")
+
 SECRET = "s3cret-t0ken"
 QUERY = "X-Amz-Signature=0a1b2c"
 
