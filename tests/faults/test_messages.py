@@ -14,7 +14,7 @@ from faults.scene import Scene, request
 from processes import wait_until
 from servers import Request, lora_bytes, reply, serving
 from zlora import JobHandle, JobState
-from zlora.errors import InvalidRequest, LoraForbidden
+from zlora.errors import InvalidRequest, JobRevoked, LoraForbidden
 from zlora.job import TASK_NAME
 
 SECRET = "0123456789secret"
@@ -112,6 +112,8 @@ def test_a_lora_that_cannot_be_had_gives_no_secret_away(scene: Scene) -> None:
             shown = [stored_meta(scene, handle) for handle in (refused, waiting)]
             status = waiting.status()
             waiting.cancel()
+            with pytest.raises(JobRevoked):  # by its worker, where that has the lease yet
+                waiting.result(timeout=30)
             wait_until(lambda: kinds(events, refused) >= {"task-received", "task-failed"}, "the events arrive")
 
         assert [SECRET in host.requests[0].target for host in (refusing, broken)] == [True, True]

@@ -22,7 +22,7 @@ from celery.worker.request import Request
 from fakes import MemoryStore, links
 from processes import Enter
 from scraped import Scraped
-from zlora import wire
+from zlora import Client, JobHandle, wire
 from zlora.answers import revoked
 from zlora.errors import (
     BaseNotRestored,
@@ -39,7 +39,7 @@ from zlora.errors import (
     StoreFailed,
     ZloraError,
 )
-from zlora.job import TASK_NAME, GenerateRequest, GenerateResult, digest_of, read_request
+from zlora.job import TASK_NAME, Cancellation, GenerateRequest, GenerateResult, digest_of, read_request
 from zlora.ledger import Submission
 from zlora.own_app import OwnApp
 from zlora.webhook import Webhook
@@ -171,6 +171,13 @@ def child(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
 @pytest.fixture
 def job() -> str:
     return uuid.uuid4().hex
+
+
+@pytest.fixture
+def handle(child: Child, broker_url: str) -> Iterator[JobHandle]:
+    """A producer's own job, on the child's queue."""
+    with Client(broker_url, queue=child.queue) as client:
+        yield client.submit(REQUEST)
 
 
 # --- what goes through
@@ -650,6 +657,75 @@ def test_a_retryable_error_is_tried_three_times_more_with_growing_pauses(child: 
     assert [drawn["attempt"] for drawn in child.jobs] == [1, 2, 3, 4]
     assert (child.take(), child.redis.exists(wire.lease_key(job))) == (None, 1)
     assert child.counted() == {("store_failed", "retried"): 3, ("store_failed", "failure"): 1}
+
+
+@pytest.mark.parametrize("lapsed", [False, True], ids=["leased", "lapsed"])
+@pytest.mark.parametrize("step", ["store_result", "signature_from_request", "give_back", "require_wanted"])
+def test_a_job_that_is_cancelled_at_any_step_on_its_way_to_a_retry_ends_there(
+    child: Child, handle: JobHandle, monkeypatch: pytest.MonkeyPatch, step: str, lapsed: bool
+) -> None:
+    """By its worker where that has the lease, else by the producer, whose REVOKED no RETRY hides."""
+    child.fails(StoreFailed("full"))
+    places: list[Cancellation] = []
+
+    def cancel() -> None:
+        if lapsed:
+            child.redis.delete(wire.lease_key(handle.id))
+        places.append(handle.cancel())
+
+    before(child, step, cancel, monkeypatch)
+    assert child.begin(child.take()) == "IGNORED"
+
+    assert places == [Cancellation.QUEUED if lapsed or step == "require_wanted" else Cancellation.RUNNING]
+    assert (child.meta(handle.id)[0], handle.cancel()) == ("REVOKED", Cancellation.FINISHED)
+    assert isinstance(child.deliveries.ledger.standing(handle.id).verdict, JobRevoked)
+    assert (child.begin(child.take()), child.meta(handle.id)[0], len(child.jobs)) == ("IGNORED", "REVOKED", 1)
+    assert child.counted() == {("store_failed", "retried"): 1, ("job_revoked", "revoked"): 1}
+
+
+def test_a_retry_does_not_hide_the_end_that_another_worker_gave_the_job(
+    child: Child, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child.fails(StoreFailed("full"))
+    before(child, "store_result", lambda: child.other.fail(job, LoraNotFound("none")), monkeypatch)
+
+    assert child.deliver(job) == "FAILURE"
+
+    assert type(child.meta(job)[1]) is LoraNotFound
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_cancelled_job_on_its_way_to_a_retry_is_left_to_another_worker_that_draws_or_has_drawn_it(
+    child: Child, job: str, monkeypatch: pytest.MonkeyPatch, killed_in: Enter, is_done: bool
+) -> None:
+    child.fails(StoreFailed("full"))
+
+    def cancel() -> None:
+        child.redis.delete(wire.lease_key(job))
+        if is_done:
+            child.finish(job)
+            child.other.end(job)
+        else:
+            killed_in(child.other.leased(job))
+        child.deliveries.ledger.cancel(job)
+
+    before(child, "store_result", cancel, monkeypatch)
+
+    assert (child.deliver(job), "verdict" in child.deliveries.record(job)) == ("IGNORED", False)
+    assert child.begin(child.take()) == ("SUCCESS" if is_done else "IGNORED")
+
+
+def before(child: Child, step: str, happens: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something happens once, just before a step of the worker's."""
+    owner = next(one for one in (child.app.backend, child.task, child.deliveries) if hasattr(one, step))
+    real = getattr(owner, step)
+
+    def late(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, step, real)
+        happens()
+        return real(*given, **options)
+
+    monkeypatch.setattr(owner, step, late)
 
 
 @pytest.mark.parametrize(("asked", "pause"), [(7.5, 7.5), (3600.0, 120.0), ("soon", 2.0), (None, 2.0)])

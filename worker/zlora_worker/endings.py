@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 from celery import Task
@@ -14,7 +15,7 @@ from zlora.answers import EXPIRED
 from zlora.errors import BaseNotRestored, JobExpired, JobRevoked, ZloraError
 from zlora.job import JobState
 from zlora.redaction import shown
-from zlora_worker.delivery import LEASE, Deliveries
+from zlora_worker.delivery import LEASE, Deliveries, Ended, Leased
 
 EXIT_DIRTY: Final = 71  # exit status of a child whose base is not what it was
 _RETRIES: Final = 3
@@ -44,7 +45,10 @@ def answer(task: "Task[Any, Any]", verdict: ZloraError) -> NoReturn:
 
 
 def fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: ZloraError) -> NoReturn:
-    """Send the job again where the same may succeed later, else answer with the error."""
+    """Send the job again where the same may succeed later, else answer with the error.
+
+    Where it was cancelled or ended meanwhile, the answer is that.
+    """
     if not may_succeed_later(task, error):
         answer(task, error)
     logger.warning("job %s: %s: %s", job_id, error.code, error, extra={"code": error.code})
@@ -55,7 +59,26 @@ def fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: Zlo
     task.backend.store_result(job_id, error, JobState.RETRY.value, request=task.request)
     _send_again(task, countdown=countdown, retries=retries + 1)
     deliveries.give_back(job_id)
+    with suppress(RedisError):  # then the copy ends it
+        _answer_if_ended(task, deliveries, job_id)
     raise Ignore(f"job {job_id} is tried again in {countdown:.0f} s: {error.code}")
+
+
+def _answer_if_ended(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str) -> None:
+    """Answer for a job that was cancelled or ended meanwhile; the copy deletes what the job has stored.
+
+    The lease is given back by now, and the state is RETRY. Whoever cancels before the former leaves the end to this
+    worker, and a REVOKED from before the latter is hidden. Another worker that has the lease, or a result, decides.
+    """
+    try:
+        deliveries.require_wanted(job_id)
+    except Ended as error:
+        answer(task, error.verdict)
+    except JobRevoked as error:
+        with suppress(Leased), deliveries.leased(job_id):
+            record = deliveries.record(job_id)
+            if "verdict" in record or "closed" not in record:  # one that ended well has no verdict
+                answer(task, deliveries.fail(job_id, error))
 
 
 def put_off(task: "Task[Any, Any]", reason: str) -> NoReturn:
