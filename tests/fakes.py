@@ -10,11 +10,11 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_folder import tiny_lora, tiny_model
 from torch import Tensor
 from zlora.errors import StoreFailed
 from zlora.job import GenerateRequest
 from zlora_worker import checkpoint
-from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine
 from zlora_worker.links import Links
 from zlora_worker.recipe import Recipe
@@ -30,7 +30,6 @@ PLACES: Final = tuple(
     for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
     for mode in ("shadow", "inplace")
 )
-DEMO_LORAS: Final = ("anime-style", "cyberpunk-style", "neon-lights", "product-photography-v1")
 
 
 class Target(NamedTuple):
@@ -60,8 +59,9 @@ upcast_vae: Final = pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecate
 
 
 def settings(home: Path, **variables: str) -> Settings:
-    """The settings of a worker on the CPU whose data folder has the demo model."""
-    return Settings.from_env({"ZLORA_HOME": str(home), "ZLORA_MODEL": "demo", "ZLORA_DEVICE": "cpu"} | variables)
+    """The settings of a worker on the CPU with the tiny model of its data folder."""
+    its = {"ZLORA_HOME": str(home), "ZLORA_MODEL": str(tiny_model(home)), "ZLORA_DEVICE": "cpu"}
+    return Settings.from_env(its | variables)
 
 
 def load_engine(home: Path, **variables: str) -> Engine:
@@ -111,8 +111,8 @@ def weights(engine: Engine, component: str) -> Tensors:
 
 
 def copy_model(home: Path, target: Path) -> Path:
-    """A copy of the demo model's folder, without its LoRAs, to be damaged."""
-    shutil.copytree(demo_folder(home), target, ignore=shutil.ignore_patterns("loras"))
+    """A copy of the tiny model's folder, to be damaged."""
+    shutil.copytree(tiny_model(home), target)
     return target
 
 
@@ -123,9 +123,9 @@ def write(path: Path, tensors: Tensors) -> Path:
     return path
 
 
-def demo_lora(home: Path, name: str) -> Tensors:
-    """The tensors of one of the demo's LoRAs."""
-    tensors: Tensors = load_file(demo_folder(home) / "loras" / f"{name}.safetensors")
+def lora_tensors(home: Path, name: str) -> Tensors:
+    """The tensors of one of the tiny model's LoRAs."""
+    tensors: Tensors = load_file(tiny_lora(home, name))
     return tensors
 
 

@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import single_file
 import torch
 from fakes import Tensors
+from tiny_folder import tiny_model
 from torch import Tensor, nn
-from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import ADAPTED, Engine
 
 Weight: TypeAlias = tuple[str, str]  # component, and the parameter's name in it
@@ -141,7 +141,7 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
 
     assert LORA_ADAPTER_METADATA_KEY == "lora_adapter_metadata"
     torch.manual_seed(20260104)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(demo_folder(home), local_files_only=True)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model(home), local_files_only=True)
     saved, changed = {}, {}
     for component in ADAPTED:
         model = getattr(pipeline, component)

@@ -20,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from itertools import pairwise
 
 from benchmarks.report import Row, compare, publish
+from tiny_folder import build_tiny, tiny_model
 from zlora import Client
 from zlora.job import read_request
 from zlora.local import Stack
@@ -35,7 +36,10 @@ GAP = 0.020  # seconds between two jobs, 95 of 100
 def main(*, rounds: int) -> None:
     """Measure and publish."""
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
-        environ = os.environ | {"ZLORA_HOME": folder, "ZLORA_MODEL": "demo", "ZLORA_DEVICE": "cpu"}
+        home = Path(folder, "home")
+        build_tiny(home)
+        model = str(tiny_model(home))
+        environ = os.environ | {"ZLORA_HOME": str(home), "ZLORA_MODEL": model, "ZLORA_DEVICE": "cpu"}
         runtime = Runtime.open(Settings.from_env(environ), Meter())
         with Stack(environ, log_folder=Path(folder, "logs")) as stack, Client.from_env(stack.environ) as client:
             through_queue(client), directly(runtime, "warm")

@@ -40,7 +40,7 @@ PATHS: Final = {
     "/run/secrets": "{folder}/secrets",
     "/run/zlora": "{folder}/{instance}/probes",
     "/data": "{folder}/{instance}/data",
-    "/models": "{home}",
+    "/models": "{folder}/models",
     "/loras": "{folder}/loras",
     "/pictures": "{folder}/pictures",
     "/prometheus": "{folder}/{instance}/data",
@@ -94,7 +94,6 @@ class Machine:
     """Starts services, each in the place that its container would have."""
 
     folder: Path
-    home: Path  # of the demo model
     services: Document
     ports: dict[str, int] = field(default_factory=dict)
 
@@ -177,7 +176,7 @@ class Machine:
     def _path(self, path: str, instance: str) -> str:
         for name, here in sorted(PATHS.items(), key=lambda item: -len(item[0])):
             if path == name or path.startswith(f"{name}/"):
-                told = here.format(folder=self.folder, instance=instance, home=self.home, root=ROOT)
+                told = here.format(folder=self.folder, instance=instance, root=ROOT)
                 return told + path.removeprefix(name)
         return path
 

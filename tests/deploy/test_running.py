@@ -60,8 +60,8 @@ def services() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def machine(services: dict[str, Any], model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    made = Machine(folder=tmp_path_factory.mktemp("machine"), home=model_home, services=services)
+def machine(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    made = Machine(folder=tmp_path_factory.mktemp("machine"), services=services)
     made.secrets()
     made.prometheus(2, every="1s")
     return made

@@ -3,16 +3,17 @@
 from pathlib import Path
 
 import pytest
+from tiny_folder import tiny_model
 
 
 @pytest.fixture(scope="module")
 def worker_environ(broker_url: str, model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The variables of a worker with the demo model, a store and a cache for one test file."""
+    """The variables of a worker with the tiny model, a store and a cache for one test file."""
     folder = tmp_path_factory.mktemp("worker")
     return {
         "ZLORA_BROKER_URL": broker_url,
         "ZLORA_HOME": str(model_home),
-        "ZLORA_MODEL": "demo",
+        "ZLORA_MODEL": str(tiny_model(model_home)),
         "ZLORA_DEVICE": "cpu",
         "ZLORA_STORE": (folder / "store").as_uri(),
         "ZLORA_LORA_CACHE": str(folder / "loras"),

@@ -16,11 +16,11 @@ from celery import Celery
 from kombu import Connection
 from PIL import Image
 from processes import Worker, clean_environ, free_port, path_of, unlinked, worker
+from tiny_folder import tiny_lora_folder
 from zlora import Client, GenerateRequest, GenerateResult, JobState
 from zlora.errors import InvalidRequest, JobUnknown, LoraNotAllowed, LoraNotFound, LoraUnreachable
 from zlora.job import plain
 from zlora_worker.demo.command import read_document
-from zlora_worker.demo.folder import demo_folder
 from zlora_worker.demo.server import TOKEN, serving
 
 DOCUMENTS = ("basic", "single_lora", "multiple_loras", "cozy_ref")
@@ -29,7 +29,7 @@ SMALL = {"prompt": "a portrait in anime style", "num_inference_steps": 4, "seed"
 
 @pytest.fixture(scope="module")
 def host(model_home: Path) -> Iterator[str]:
-    with serving(demo_folder(model_home) / "loras") as address:
+    with serving(tiny_lora_folder(model_home)) as address:
         yield address
 
 

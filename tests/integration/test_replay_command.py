@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from fakes import a_request, copy_model, links, load_engine, write
+from fakes import a_request, links, load_engine, write
 from PIL import Image
 from processes import clean_environ
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from zlora.job import Asset, LoraSpec
 from zlora_worker import checkpoint, images
 from zlora_worker.cache import Cache
 from zlora_worker.demo.command import read_document
-from zlora_worker.demo.folder import demo_folder
+from zlora_worker.demo.folder import LORAS, MODEL
 from zlora_worker.demo.server import TOKEN, serving
 from zlora_worker.embedding import embedded, recipe_of
 from zlora_worker.engine import Engine
@@ -42,7 +43,7 @@ LOAD: Final = checkpoint.load
 
 
 class Scene(NamedTuple):
-    """A worker's machine with a server of the demo's LoRAs."""
+    """A worker's machine with the demo model, and a server of its LoRAs."""
 
     engine: Engine
     settings: Settings
@@ -68,11 +69,11 @@ class Scene(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def scene(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("scene")
-    with serving(demo_folder(model_home) / "loras") as host:
+    with serving(LORAS) as host:
         variables = {
-            "ZLORA_HOME": str(model_home),
+            "ZLORA_HOME": str(folder / "home"),
             "ZLORA_DEVICE": "cpu",
             "ZLORA_LORA_CACHE": str(folder / "loras"),
             "ZLORA_ALLOW_HOSTS": host,
@@ -80,7 +81,7 @@ def scene(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "FILE_API_TOKEN": TOKEN,
         }
         yield Scene(
-            load_engine(model_home),
+            load_engine(folder, ZLORA_MODEL="demo"),
             Settings.from_env({"ZLORA_MODEL": "demo"} | variables),
             variables,
             host,
@@ -231,11 +232,12 @@ def recipe(path: Path) -> Any:
 
 
 def test_another_base_is_named(
-    scene: Scene, run: Callable[..., Result], model_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ZLORA_MODEL's draws, whatever the picture says; one weight of it is another."""
     (path,) = scene.draw("based")
-    file = copy_model(model_home, tmp_path / "base") / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(MODEL, tmp_path / "base")
+    file = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["conv_out.bias"][0] += 0.5
     write(file, tensors)

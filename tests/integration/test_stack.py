@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 from processes import clean_environ, free_port, wait_until
+from tiny_folder import tiny_model
 from zlora import Client, JobState, wire
 from zlora.errors import InvalidSetting, StackError
 from zlora.local import Stack
@@ -22,8 +23,10 @@ SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 
 
 @pytest.fixture
-def environ(tmp_path: Path) -> dict[str, str]:
-    return {"ZLORA_HOME": str(tmp_path / "home"), "ZLORA_MODEL": "demo", "ZLORA_DEVICE": "cpu"}
+def environ(model_home: Path, tmp_path: Path) -> dict[str, str]:
+    """The tiny model, and an empty data folder."""
+    model = str(tiny_model(model_home))
+    return {"ZLORA_HOME": str(tmp_path / "home"), "ZLORA_MODEL": model, "ZLORA_DEVICE": "cpu"}
 
 
 @contextmanager

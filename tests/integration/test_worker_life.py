@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import redis
 from processes import wait_until, worker
+from tiny_folder import tiny_model
 from zlora import Client, JobState
 from zlora.errors import BaseNotRestored
 
@@ -98,7 +99,7 @@ def test_a_replacement_without_a_model_ends_the_worker_and_the_job_stays_queued(
 ) -> None:
     """The model's folder disappears, then the child is killed: exit status 70, and the job is there for another."""
     folder = tmp_path / "model"
-    shutil.copytree(next((model_home / "demo").glob("v*")), folder)
+    shutil.copytree(tiny_model(model_home), folder)
     environ = worker_environ | {"ZLORA_MODEL": str(folder), "ZLORA_QUEUE": "replaced"}
     with worker(environ, tmp_path / "log") as running:
         running.wait_ready()

@@ -11,19 +11,20 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from fakes import PARTS, Tensors, copy_model, difference, load_engine, pixels, upcast_vae, weights, write
 from safetensors.torch import load_file
 from single_file import write_single_file
+from tiny_folder import tiny_lora, tiny_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from zlora.errors import GenerationFailed, ModelUnavailable
 from zlora_worker import checkpoint
-from zlora_worker.demo.folder import demo_folder
+from zlora_worker.demo.folder import MODEL
 from zlora_worker.engine import Engine, EngineState
 
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def demo(model_home: Path) -> Path:
+def tiny(model_home: Path) -> Path:
     """The tiny model's folder in diffusers' layout."""
-    return demo_folder(model_home)
+    return tiny_model(model_home)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def engine(model_home: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def single_file(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as one checkpoint in the original layout."""
-    return write_single_file(demo, tmp_path_factory.mktemp("single") / "tiny.safetensors")
+    return write_single_file(tiny, tmp_path_factory.mktemp("single") / "tiny.safetensors")
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put_in_hub_cache(cache: Path, home: Path, name: str, *, variant: str = "") -> None:
-    """The demo model as if downloaded as `name`, its files marked as those of a variant."""
+    """The tiny model as if downloaded as `name`, its files marked as those of a variant."""
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -75,33 +76,34 @@ def assert_equal_weights(one: Engine, other: Engine) -> None:
 # --- what loads
 
 
-def test_a_folder_is_the_demo_model(engine: Engine, model_home: Path, demo: Path) -> None:
+def test_a_folder_is_the_demo_model(model_home: Path) -> None:
     """Pictures say its name, and not where it is on the worker's machine."""
-    loaded = load_engine(model_home, ZLORA_MODEL=str(demo))
+    demo = load_engine(model_home, ZLORA_MODEL="demo")
+    loaded = load_engine(model_home, ZLORA_MODEL=str(MODEL))
 
-    assert loaded.name == demo.name
+    assert (demo.name, loaded.name) == ("demo", MODEL.name)
     assert loaded.state is EngineState.READY
-    assert_equal_weights(engine, loaded)
-    assert pixels(loaded) == pixels(engine)
+    assert_equal_weights(demo, loaded)
+    assert pixels(loaded) == pixels(demo)
 
 
 def test_a_single_file_has_every_tensor_of_its_folder_and_draws_the_same(
-    engine: Engine, model_home: Path, demo: Path, single_file: Path
+    engine: Engine, model_home: Path, tiny: Path, single_file: Path
 ) -> None:
-    loaded = load_engine(model_home, ZLORA_MODEL=str(single_file), ZLORA_MODEL_CONFIG=str(demo))
+    loaded = load_engine(model_home, ZLORA_MODEL=str(single_file), ZLORA_MODEL_CONFIG=str(tiny))
 
     assert_equal_weights(engine, loaded)
     assert loaded.pipeline.default_sample_size == engine.pipeline.default_sample_size
     assert [pixels(loaded, seed=seed) for seed in (1, 2)] == [pixels(engine, seed=seed) for seed in (1, 2)]
 
 
-def test_a_model_s_files_may_change_under_the_worker(model_home: Path, demo: Path, tmp_path: Path) -> None:
+def test_a_model_s_files_may_change_under_the_worker(model_home: Path, tiny: Path, tmp_path: Path) -> None:
     """Written over in place, which a copy to the same name does."""
     folder = copy_model(model_home, tmp_path / "model")
-    single = write_single_file(demo, tmp_path / "tiny.safetensors")
+    single = write_single_file(tiny, tmp_path / "tiny.safetensors")
     loaded = [
         load_engine(model_home, ZLORA_MODEL=str(folder)),
-        load_engine(model_home, ZLORA_MODEL=str(single), ZLORA_MODEL_CONFIG=str(demo)),
+        load_engine(model_home, ZLORA_MODEL=str(single), ZLORA_MODEL_CONFIG=str(tiny)),
     ]
 
     for path in (*folder.glob("*/*.safetensors"), single):
@@ -197,12 +199,12 @@ def test_a_vae_that_overflows_in_fp16_still_draws(model_home: Path, overflowing:
 
 @pytest.mark.parametrize("force_upcast", [True, False])
 def test_another_vae_is_used_with_its_own_configuration(
-    engine: Engine, model_home: Path, demo: Path, tmp_path: Path, *, force_upcast: bool
+    engine: Engine, model_home: Path, tiny: Path, tmp_path: Path, *, force_upcast: bool
 ) -> None:
     folder = tmp_path / "vae"
-    shutil.copytree(demo / "vae", folder)
+    shutil.copytree(tiny / "vae", folder)
     edit(folder / "config.json", force_upcast=force_upcast)
-    tensors: Tensors = load_file(demo / VAE_FILE)
+    tensors: Tensors = load_file(tiny / VAE_FILE)
     tensors["decoder.conv_out.bias"] += 0.25
     write(folder / "diffusion_pytorch_model.safetensors", tensors)
 
@@ -275,11 +277,11 @@ def test_a_model_that_is_nowhere_is_named(model_home: Path, hub_cache: Path, mod
     assert not hub_cache.exists()
 
 
-def lora_file(demo: Path, _single_file: Path, target: Path) -> None:
-    shutil.copy(demo / "loras" / "anime-style.safetensors", target)
+def lora_file(home: Path, _single_file: Path, target: Path) -> None:
+    shutil.copy(tiny_lora(home, "anime-style"), target)
 
 
-def sd15_file(_demo: Path, single_file: Path, target: Path) -> None:
+def sd15_file(_home: Path, single_file: Path, target: Path) -> None:
     first = "conditioner.embedders.0."
     tensors: Tensors = load_file(single_file)
     renamed = {
@@ -288,31 +290,31 @@ def sd15_file(_demo: Path, single_file: Path, target: Path) -> None:
     write(target, {key: tensor for key, tensor in renamed.items() if not key.startswith("conditioner.")})
 
 
-def v_prediction_file(_demo: Path, single_file: Path, target: Path) -> None:
+def v_prediction_file(_home: Path, single_file: Path, target: Path) -> None:
     write(target, load_file(single_file) | {"v_pred": torch.zeros(0)})
 
 
 def without(*names: str) -> Callable[[Path, Path, Path], None]:
-    def make(_demo: Path, single_file: Path, target: Path) -> None:
+    def make(_home: Path, single_file: Path, target: Path) -> None:
         tensors: Tensors = load_file(single_file)
         write(target, {key: tensor for key, tensor in tensors.items() if not key.endswith(names)})
 
     return make
 
 
-def truncated_file(_demo: Path, single_file: Path, target: Path) -> None:
+def truncated_file(_home: Path, single_file: Path, target: Path) -> None:
     target.write_bytes(single_file.read_bytes()[:-1000])
 
 
-def web_page(_demo: Path, _single_file: Path, target: Path) -> None:
+def web_page(_home: Path, _single_file: Path, target: Path) -> None:
     target.write_text("<!DOCTYPE html><title>Log in</title>" * 10)
 
 
-def pointer(_demo: Path, _single_file: Path, target: Path) -> None:
+def pointer(_home: Path, _single_file: Path, target: Path) -> None:
     target.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 6938040682\n")
 
 
-def empty_file(_demo: Path, _single_file: Path, target: Path) -> None:
+def empty_file(_home: Path, _single_file: Path, target: Path) -> None:
     target.touch()
 
 
@@ -335,7 +337,7 @@ def empty_file(_demo: Path, _single_file: Path, target: Path) -> None:
 )
 def test_a_file_that_is_no_whole_sdxl_checkpoint_is_refused(
     model_home: Path,
-    demo: Path,
+    tiny: Path,
     single_file: Path,
     tmp_path: Path,
     *,
@@ -343,9 +345,9 @@ def test_a_file_that_is_no_whole_sdxl_checkpoint_is_refused(
     reason: str,
 ) -> None:
     target = tmp_path / "a.safetensors"
-    make(demo, single_file, target)
+    make(model_home, single_file, target)
 
-    message = refusal(model_home, ZLORA_MODEL=str(target), ZLORA_MODEL_CONFIG=str(demo))
+    message = refusal(model_home, ZLORA_MODEL=str(target), ZLORA_MODEL_CONFIG=str(tiny))
 
     assert message.startswith(str(target))
     assert reason in message

@@ -281,6 +281,7 @@ def test_a_worker_that_can_start_is_well(environ: dict[str, str]) -> None:
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(
         ("software", "settings", "store", "device", "model", "LoRA cache"), "ok"
     )
+    assert "demo, which is part of the package" in found["model"].told
     for package in ("torch", "diffusers", "transformers"):
         assert package in found["software"].told
     assert not Path(environ["ZLORA_LORA_CACHE"]).parent.exists()

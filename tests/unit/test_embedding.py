@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
+from tiny_folder import TINY
 from zlora.job import Asset, GenerateResult, LoraSpec, OutputFormat, read_request
 from zlora_worker import images
 from zlora_worker.cache import Cache
@@ -283,7 +284,7 @@ def test_an_independent_parser_reads_what_was_drawn(jobs: Jobs, output_format: O
         assert sampler.parameters["seed"] == str(40 + index)
         assert found.metadata["Size"] == f"{picture.width}x{picture.height}"
         assert sampler.model is not None
-        assert (sampler.model.name, sampler.model.hash) == ("demo", str(result.base_sha256)[:10])
+        assert (sampler.model.name, sampler.model.hash) == (TINY, str(result.base_sha256)[:10])
         last = said(picture).split("\n")[-1]
         hashes = json.loads(re.findall(r'Lora hashes: ("(?:\\.|[^"\\])*")', last)[0])
         assert hashes.split(", ") == [f"one: {jobs.hashes[0]}", f"two: {jobs.hashes[1]}"]

@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 import torch
 from fakes import PARTS, a_request, load_engine, pixels, weights
+from tiny_folder import tiny_lora
 from zlora.errors import BaseNotRestored, GenerationFailed
 from zlora.job import Scheduler
-from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine, EngineState
 
 SCHEDULERS = get_args(Scheduler)
@@ -306,7 +306,7 @@ def test_whatever_a_job_can_leave_changed_is_found(doomed: Engine, damage: Calla
 
 
 def test_a_lora_left_behind_is_found(doomed: Engine, model_home: Path) -> None:
-    path = demo_folder(model_home) / "loras" / "cyberpunk-style.safetensors"
+    path = tiny_lora(model_home, "cyberpunk-style")
 
     with pytest.raises(BaseNotRestored), doomed.borrowed() as pipeline:
         pipeline.load_lora_weights(str(path), adapter_name="left")

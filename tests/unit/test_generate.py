@@ -26,6 +26,7 @@ from fakes import (
 )
 from PIL import Image
 from servers import reply, serving
+from tiny_folder import TINY
 from zlora.errors import (
     JobRevoked,
     LoraMismatch,
@@ -363,7 +364,7 @@ def test_the_receipt_says_what_was_used_of_each_lora(
     assert {receipt.kinds for receipt in result.loras} == {("lora",)}
     assert result.base_intact
     assert 0 < result.base_checked <= 1
-    assert result.model == runtime.engine.name == "demo"
+    assert result.model == runtime.engine.name == TINY
     assert {"z-image-lora", "torch", "diffusers"} <= result.versions.keys()
     assert "pa55" not in repr(result)
     assert "s3cret" not in repr(result)

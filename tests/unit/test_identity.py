@@ -8,8 +8,8 @@ import torch
 from fakes import a_request, copy_model, kohya_lora, load_engine
 from safetensors.torch import load_file, save_file
 from single_file import write_single_file
+from tiny_folder import tiny_model
 from zlora.job import Scheduler
-from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -22,9 +22,9 @@ def engine(model_home: Path) -> Engine:
 
 def test_a_base_has_one_name_in_whatever_layout_it_comes(engine: Engine, model_home: Path, tmp_path: Path) -> None:
     """A single file has its own digest beside it, by which sites know it; a folder has none."""
-    path = write_single_file(demo_folder(model_home), tmp_path / "tiny.safetensors")
+    path = write_single_file(tiny_model(model_home), tmp_path / "tiny.safetensors")
 
-    single = load_engine(model_home, ZLORA_MODEL=str(path), ZLORA_MODEL_CONFIG=str(demo_folder(model_home)))
+    single = load_engine(model_home, ZLORA_MODEL=str(path), ZLORA_MODEL_CONFIG=str(tiny_model(model_home)))
 
     assert single.base_sha256 == engine.base_sha256
     assert single.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -11,26 +11,25 @@ from typing import Any
 import pytest
 import torch
 from fakes import (
-    DEMO_LORAS,
     PARTS,
     PLACES,
     TEXT,
     UNET,
     Target,
     Tensors,
-    demo_lora,
     difference,
     kohya_lora,
     load_engine,
+    lora_tensors,
     peft_lora,
     pixels,
     write,
 )
 from safetensors.torch import load_file
 from single_file import original_layout
+from tiny_folder import TINY_LORAS, tiny_lora
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
-from zlora_worker.demo.folder import demo_folder
 from zlora_worker.engine import Engine, EngineState
 from zlora_worker.interruption import insist
 from zlora_worker.lora import Reader
@@ -85,10 +84,6 @@ def drawn(engine: Engine, *adapters: Adapter) -> bytes:
         return pixels(engine)
 
 
-def demo_path(home: Path, name: str) -> Path:
-    return demo_folder(home) / "loras" / f"{name}.safetensors"
-
-
 # --- what a file means
 
 
@@ -124,15 +119,15 @@ def merge_by_hand(engine: Engine, tensors: Tensors, *, weight: float, text_encod
         target.copy_(target.double() + strength * scale * change)
 
 
-@pytest.mark.parametrize("case", [*zip(DEMO_LORAS, (1.0, -0.6, 0.5, 2.0), strict=True)])
+@pytest.mark.parametrize("case", [*zip(TINY_LORAS, (1.0, -0.6, 0.5, 2.0), strict=True)])
 def test_a_lora_acts_as_if_merged_by_hand(
     engine: Engine, spare: Engine, base: bytes, model_home: Path, case: tuple[str, float]
 ) -> None:
     """In kohya's spelling and in peft's, with text encoders and with convolutions; each of its modules is changed."""
     name, weight = case
     merged = spare
-    merge_by_hand(merged, demo_lora(model_home, name), weight=weight, text_encoder_weight=weight)
-    demo = adapter(engine, demo_path(model_home, name), weight=weight)
+    merge_by_hand(merged, lora_tensors(model_home, name), weight=weight, text_encoder_weight=weight)
+    demo = adapter(engine, tiny_lora(model_home, name), weight=weight)
 
     picture = drawn(engine, demo)
 
@@ -147,7 +142,7 @@ def test_ranks_and_alphas_of_each_module_are_kept(
 ) -> None:
     """What resizing writes: each module has a rank and an alpha of its own."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = demo_lora(model_home, "anime-style")
+    tensors = lora_tensors(model_home, "anime-style")
     for module in [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]:
         rank, alpha = (int(torch.randint(1, 5, (), generator=generator)) for _ in range(2))
         tensors[f"{module}.lora_down.weight"] = tensors[f"{module}.lora_down.weight"][:rank]
@@ -182,13 +177,13 @@ def test_names_and_shapes_that_people_have_act_as_if_merged_by_hand(
 def test_two_loras_act_as_if_both_were_merged(engine: Engine, spare: Engine, base: bytes, model_home: Path) -> None:
     """Each with its own weights, and with weights for the text encoders that differ from the UNet's."""
     merged = spare
-    merge_by_hand(merged, demo_lora(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25)
-    merge_by_hand(merged, demo_lora(model_home, "neon-lights"), weight=0.75, text_encoder_weight=0.75)
+    merge_by_hand(merged, lora_tensors(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25)
+    merge_by_hand(merged, lora_tensors(model_home, "neon-lights"), weight=0.75, text_encoder_weight=0.75)
 
     picture = drawn(
         engine,
-        adapter(engine, demo_path(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25),
-        adapter(engine, demo_path(model_home, "neon-lights"), weight=0.75),
+        adapter(engine, tiny_lora(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25),
+        adapter(engine, tiny_lora(model_home, "neon-lights"), weight=0.75),
     )
 
     assert difference(picture, pixels(merged)) <= 1
@@ -309,9 +304,9 @@ def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.d
 
 
 def test_a_relative_norm_is_that_of_the_change_to_the_weights_that_it_touches(engine: Engine, model_home: Path) -> None:
-    """The demo's files are made so: 0.8, 1.6 and 2 times each weight's norm."""
+    """The tiny model's LoRAs are made so: 0.8, 1.6 and 2 times each weight's norm."""
     for name, strength in (("anime-style", 0.8), ("neon-lights", 1.6), ("cyberpunk-style", 2.0)):
-        with engine.patch.applied([adapter(engine, demo_path(model_home, name), weight=-0.5)]) as (norm,):
+        with engine.patch.applied([adapter(engine, tiny_lora(model_home, name), weight=-0.5)]) as (norm,):
             assert norm == pytest.approx(strength / 2, rel=1e-4)
 
 
@@ -335,19 +330,19 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def test_the_same_set_again_is_a_change_of_pointers(model_home: Path, merges: list[object]) -> None:
     """In any order and after a job without LoRAs; another weight is another set."""
     engine = load_engine(model_home)
-    one, other = (adapter(engine, demo_path(model_home, name)) for name in ("anime-style", "neon-lights"))
+    one, other = (adapter(engine, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights"))
     first = drawn(engine, one, other)
 
     assert drawn(engine, other, one) == first
     assert len(merges) == 1
-    assert drawn(engine, one, adapter(engine, demo_path(model_home, "neon-lights"), weight=0.9)) != first
+    assert drawn(engine, one, adapter(engine, tiny_lora(model_home, "neon-lights"), weight=0.9)) != first
     assert len(merges) == 2
 
 
 def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
     """They are the shelf's, whose bound on memory holds while a set is merged."""
     engine = load_engine(model_home)
-    demo = adapter(engine, demo_path(model_home, "anime-style"))
+    demo = adapter(engine, tiny_lora(model_home, "anime-style"))
     held = weakref.ref(demo.lora.batches[0].up)
     drawn(engine, demo)
 
@@ -360,7 +355,7 @@ def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
 def test_a_set_after_another_is_the_set_alone(model_home: Path) -> None:
     """From one set to the next without a restore between, the second touching fewer weights."""
     engine, fresh = load_engine(model_home), load_engine(model_home)
-    wide, narrow = demo_path(model_home, "anime-style"), demo_path(model_home, "cyberpunk-style")
+    wide, narrow = tiny_lora(model_home, "anime-style"), tiny_lora(model_home, "cyberpunk-style")
     drawn(engine, adapter(engine, wide))
 
     assert drawn(engine, adapter(engine, narrow)) == drawn(fresh, adapter(fresh, narrow))
@@ -370,7 +365,7 @@ def test_a_merge_that_was_cut_short_is_never_taken_for_a_merged_set(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = load_engine(model_home)
-    demo = adapter(engine, demo_path(model_home, "anime-style"))
+    demo = adapter(engine, tiny_lora(model_home, "anime-style"))
     whole = drawn(engine, demo)
     engine.patch.forget()
     with monkeypatch.context() as context:
@@ -414,7 +409,7 @@ def test_a_signal_around_any_step_leaves_the_base(
 ) -> None:
     """Before it is done, and after."""
     attribute, when = point
-    demo = adapter(engine, demo_path(model_home, "anime-style"))
+    demo = adapter(engine, tiny_lora(model_home, "anime-style"))
     engine.patch.forget()
     step, signals = getattr(engine.patch, attribute), [Interrupted()]
 
@@ -439,7 +434,7 @@ def test_no_thread_still_merges_when_a_merge_is_cut_short(model_home: Path, monk
     torch.set_num_threads(3)
     try:
         with pytest.raises(Interrupted):
-            drawn(engine, adapter(engine, demo_path(model_home, "anime-style")))
+            drawn(engine, adapter(engine, tiny_lora(model_home, "anime-style")))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -498,7 +493,7 @@ def test_torch_has_its_threads_again_after_a_merge_was_cut_short(
     torch.set_num_threads(3)
     try:
         with pytest.raises(Interrupted):
-            drawn(engine, adapter(engine, demo_path(model_home, "anime-style")))
+            drawn(engine, adapter(engine, tiny_lora(model_home, "anime-style")))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -506,10 +501,10 @@ def test_torch_has_its_threads_again_after_a_merge_was_cut_short(
 
 def test_threads_change_no_bit(model_home: Path) -> None:
     one, three = load_engine(model_home), load_engine(model_home)
-    first = drawn(one, adapter(one, demo_path(model_home, "anime-style")))
+    first = drawn(one, adapter(one, tiny_lora(model_home, "anime-style")))
     torch.set_num_threads(3)
     try:
-        with three.patch.applied([adapter(three, demo_path(model_home, "anime-style"))]):
+        with three.patch.applied([adapter(three, tiny_lora(model_home, "anime-style"))]):
             torch.set_num_threads(1)
             assert pixels(three) == first
     finally:
@@ -540,7 +535,7 @@ def test_a_base_that_cannot_be_put_back_is_told(model_home: Path, monkeypatch: p
     with (
         pytest.raises(BaseNotRestored, match="illegal memory access"),
         engine.borrowed(),
-        engine.patch.applied([adapter(engine, demo_path(model_home, "anime-style"))]),
+        engine.patch.applied([adapter(engine, tiny_lora(model_home, "anime-style"))]),
     ):
         monkeypatch.setattr(engine.patch, "_put_back", broken)
 
@@ -554,7 +549,7 @@ def test_a_shadow_is_made_of_the_stacks_that_are_touched_and_no_others(model_hom
     engine = load_engine(model_home)
     assert engine.patch._shadows == {}
 
-    drawn(engine, adapter(engine, demo_path(model_home, "cyberpunk-style")))
+    drawn(engine, adapter(engine, tiny_lora(model_home, "cyberpunk-style")))
 
     shadowed = {engine.patch._weights.stacks[number].component for number in engine.patch._shadows}
     assert shadowed == {"unet"}

@@ -14,6 +14,7 @@ from PIL import Image
 from redrawing import Drawing, recipe_in, rewritten, silent
 from safetensors.torch import load_file
 from servers import SECRETS, reply, serving
+from tiny_folder import TINY
 from zlora.errors import GenerationFailed, ModelUnavailable
 from zlora.job import Asset, GenerateRequest, LoraSpec
 from zlora_worker import checkpoint, replay
@@ -177,7 +178,7 @@ def test_another_base_is_named(
 
     (cause,) = told.causes
     assert told.verdict == "drifted"
-    assert cause.startswith(f"the base differs: demo ({engine.base_sha256[:12]}) -> ")
+    assert cause.startswith(f"the base differs: {TINY} ({engine.base_sha256[:12]}) -> ")
     assert cause.endswith(f" ({other.base_sha256[:12]})")
     assert told.edited is False
     assert 0 < (told.mean_difference or 0) <= (told.greatest_difference or 0) <= 255
@@ -241,7 +242,7 @@ DIFFERENCES: list[tuple[dict[str, Any], str]] = [
     ({"threads": 10**9}, "threads: 1000000000 -> 1"),
     ({"threads": None}, "threads: not told -> 1"),
     ({"scheduler": "DDIMScheduler"}, "scheduler: DDIMScheduler -> EulerDiscreteScheduler"),
-    ({"model": "a\nb", "base_sha256": OTHER}, f"the base differs: a b ({OTHER[:12]}) -> demo ("),
+    ({"model": "a\nb", "base_sha256": OTHER}, f"the base differs: a b ({OTHER[:12]}) -> {TINY} ("),
 ]
 
 
@@ -390,7 +391,7 @@ def test_the_demo_draws_its_own_where_no_base_is_named(
 
     monkeypatch.setattr(checkpoint, "load", load)
     replayer = Replayer(dataclasses.replace(machine, model="some/base", vae="a-vae"), model_named=named)
-    for path in (*draw(), rewritten(*draw(job_id="strange"), model="strange/base")):
+    for path in (rewritten(*draw(), model="demo"), rewritten(*draw(job_id="strange"), model="strange/base")):
         with pytest.raises(ModelUnavailable):
             replayer.replay(subjects(path)[0], silent)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from zlora.errors import ModelUnavailable, NotSafetensors
 from zlora.header import read_header
-from zlora_worker.demo.folder import build_demo
+from zlora_worker.demo.folder import MODEL
 from zlora_worker.engine import COMPONENTS, Engine
 from zlora_worker.settings import Settings
 
@@ -75,7 +75,7 @@ def _file_sha256(path: Path) -> str | None:
 def _pipeline(settings: Settings, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     named, path = settings.model, Path(settings.model).expanduser()
     if named == "demo":
-        return _from_folder(build_demo(settings.home), dtype)
+        return _from_folder(MODEL, dtype)
     if path.is_file():
         return _from_single_file(path, settings.model_config, dtype)
     if path.is_dir():

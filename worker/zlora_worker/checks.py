@@ -16,7 +16,6 @@ from zlora import wire
 from zlora.checks import Check, doubtful, failed, ok, skipped, software
 from zlora.errors import CacheFull, InvalidSetting, ModelUnavailable
 from zlora.redaction import without_secrets
-from zlora_worker.demo.folder import demo_folder
 from zlora_worker.settings import Settings
 
 _PACKAGES: Final = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "boto3")
@@ -116,8 +115,7 @@ def _gpu(name: str, index: int, *, demo: bool) -> Check:
 def _model(name: str, settings: Settings) -> Check:
     named, path = settings.model, Path(settings.model).expanduser()
     if named == "demo":
-        built = demo_folder(settings.home).is_dir()
-        return ok(name, f"demo, {'built' if built else 'which is built at the first start'}")
+        return ok(name, "demo, which is part of the package")
     if os.path.isfile(path) or os.path.isfile(path / "model_index.json"):
         return ok(name, f"{path} is there")
     if os.path.isdir(path) or not _HUB_ID.fullmatch(named) or path.suffix in (".safetensors", ".ckpt"):

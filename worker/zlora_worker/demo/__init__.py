@@ -1,1 +1,1 @@
-"""The demo model: a tiny SDXL with random weights, made on the spot. It draws textures, no scenes."""
+"""The demo: a tiny SDXL and its LoRAs, which are part of the package, and what draws with them."""

@@ -16,16 +16,20 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def tokenizer(words: Sequence[str], *, padding: str = _END) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer over single bytes and these words, one token each; others are spelt in letters."""
+    """CLIP's byte-level tokenizer over single bytes and these words, one token each; others are spelt in pieces.
+
+    A word is joined from its end on: only there a pair of pieces ends a word, so that no merge meant for one word can
+    come first in another.
+    """
     bytes_ = [chr(code) for code in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
     vocabulary = dict.fromkeys([*bytes_, *(f"{byte}</w>" for byte in bytes_)])
     merges: dict[str, None] = {}
     for word in words:
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
-            merges[f"{pieces[0]} {pieces[1]}"] = None
-            pieces[:2] = [pieces[0] + pieces[1]]
-            vocabulary[pieces[0]] = None
+            merges[f"{pieces[-2]} {pieces[-1]}"] = None
+            pieces[-2:] = [pieces[-2] + pieces[-1]]
+            vocabulary[pieces[-1]] = None
     tokens = [*vocabulary, _START, _END]
     with TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))

@@ -24,7 +24,7 @@ from zlora.errors import InvalidSetting
 from zlora.handle import JobHandle
 from zlora.job import GenerateRequest, GenerateResult, JobState, read_request, seed_of
 from zlora.local import Stack
-from zlora_worker.demo.folder import demo_folder
+from zlora_worker.demo.folder import LORAS
 from zlora_worker.demo.server import TOKEN, serving
 
 _DOCUMENTS: Final = ("basic", "single_lora", "multiple_loras", "cozy_ref")
@@ -32,7 +32,7 @@ _PHASES: Final = ("queued", "fetch", "apply", "denoise", "tail")
 _PATIENCE: Final = 300.0  # seconds for one job, the load of the model included
 _LOG_WIDTH: Final = 240  # characters: a path in a log is not to be folded
 _AS_IT_IS: Final = "as it is"
-_NOTE: Final = "The demo model is random: it shows that each LoRA acts, and draws no scenes."
+_NOTE: Final = "Drawn by the demo model: SDXL's architecture, 64 x 64 pixels, trained on pictures that a program drew."
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Drawn:
 )
 @json_option
 def demo(out: Path, as_json: bool) -> None:
-    """Draw four documents with the built-in random model, and show what each LoRA does."""
+    """Draw four documents with the built-in demo model, and show what each LoRA does."""
     if not all(map(find_spec, ("torch", "diffusers", "PIL"))):
         advice = "pip install 'z-image-lora[worker,local]'"
         raise InvalidSetting(f"the demo needs the worker: {advice}", {"name": "worker"})
@@ -78,8 +78,7 @@ def demo(out: Path, as_json: bool) -> None:
     console = Console(width=None if os.isatty(1) else _LOG_WIDTH, stderr=as_json)
     home = wire.home(os.environ)
     console.print("[bold]z-image-lora demo[/]: " + _NOTE)
-    loras = demo_folder(home) / "loras"  # the worker builds them with its model, before it takes a job
-    with serving(loras) as host, Stack(_environ(host), log_folder=home / "logs") as stack:
+    with serving(LORAS) as host, Stack(_environ(host), log_folder=home / "logs") as stack:
         console.print(f"broker {stack.broker_url}, logs in {home / 'logs'}")
         with Client.from_env(stack.environ) as client:
             variants = [variant for name in _DOCUMENTS for variant in _submit(client, name, host)]

@@ -6,8 +6,8 @@ from random import Random
 from typing import Final
 
 from zlora_worker.demo.drawing.canvas import STYLES
-from zlora_worker.demo.drawing.figures import OBJECTS, SHAPES
-from zlora_worker.demo.drawing.scenes import COLOURS, EYES, HAIRS, PEOPLE, TIMES, Scene
+from zlora_worker.demo.drawing.facts import COLOURS, EYES, HAIRS, OBJECTS, PEOPLE, SHAPES, TIMES
+from zlora_worker.demo.drawing.scenes import Scene
 
 STYLE_WORDS: Final = {
     "anime": ("in anime style", "anime", "anime style"),

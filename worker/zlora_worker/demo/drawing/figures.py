@@ -1,18 +1,14 @@
 """The figures of the scenes: ridges, four objects and four shapes."""
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 from zlora_worker.demo.drawing.canvas import Canvas, cover
+from zlora_worker.demo.drawing.dice import Dice
 from zlora_worker.demo.drawing.distances import X, box, ellipse, flat, polygon
-
-if TYPE_CHECKING:
-    from zlora_worker.demo.drawing.scenes import Dice
-
-OBJECTS: Final = ("bottle", "cup", "box", "ball")
-SHAPES: Final = ("circle", "square", "triangle", "star")
+from zlora_worker.demo.drawing.facts import OBJECTS
 
 _FAR_AWAY: Final = 9.0  # the distance to what is not there
 _HALF: Final = 0.87  # of a square's side, so that it looks as large as the circle
@@ -32,7 +28,7 @@ _TRIANGLE: Final = [(0.0, -1.05), (1.0, 0.72), (-1.0, 0.72)]
 _STAR: Final = _star(5, 0.47)
 
 
-def ridge(dice: "Dice", kind: str, base: Tensor, height: float) -> Tensor:
+def ridge(dice: Dice, kind: str, base: Tensor, height: float) -> Tensor:
     """The y of a skyline at each column, [count, SIZE]: waves for hills, zigzags for mountains."""
     x, turn = X[0], 2 * math.pi
     first, second = dice.uniform(0, turn, 1), dice.uniform(0, turn, 1)

@@ -1,7 +1,7 @@
 """Five kinds of scenes: what is in them by chance, and how they are painted.
 
 A scene is sampled once and may be painted in any look, pixel by pixel in the same place. Each holds `count` scenes of
-its kind; its fields are tensors of one row a scene, and those of whole numbers are indices into the names below.
+its kind; its fields are tensors of one row a scene, and those of whole numbers are indices into the names of `facts`.
 """
 
 from dataclasses import dataclass
@@ -10,33 +10,11 @@ from typing import ClassVar, Final, Protocol, Self
 import torch
 from torch import Tensor
 from zlora_worker.demo.drawing.canvas import Canvas
+from zlora_worker.demo.drawing.dice import Dice
 from zlora_worker.demo.drawing.distances import X, Y, box, ellipse, flat
-from zlora_worker.demo.drawing.figures import OBJECTS, SHAPES, Figures, ridge
+from zlora_worker.demo.drawing.facts import COLOURS, EYES, HAIRS, LANDS, OBJECTS, PEOPLE, SHAPES, TIMES
+from zlora_worker.demo.drawing.figures import Figures, ridge
 
-COLOURS: Final = {
-    "red": (0.88, 0.12, 0.12),
-    "green": (0.13, 0.68, 0.22),
-    "blue": (0.15, 0.28, 0.92),
-    "yellow": (0.96, 0.85, 0.12),
-    "orange": (0.97, 0.52, 0.10),
-    "purple": (0.55, 0.18, 0.75),
-    "pink": (0.97, 0.55, 0.75),
-    "white": (0.96, 0.96, 0.96),
-    "black": (0.06, 0.06, 0.07),
-    "gray": (0.50, 0.50, 0.52),
-}
-HAIRS: Final = {
-    "black": (0.09, 0.08, 0.09),
-    "brown": (0.38, 0.21, 0.10),
-    "blonde": (0.93, 0.78, 0.35),
-    "red": (0.80, 0.25, 0.10),
-    "gray": (0.62, 0.62, 0.65),
-    "blue": (0.20, 0.35, 0.85),
-}
-EYES: Final = {"blue": (0.15, 0.40, 0.95), "green": (0.10, 0.65, 0.25), "brown": (0.38, 0.20, 0.08)}
-PEOPLE: Final = ("man", "woman")
-TIMES: Final = ("sunset", "night", "noon", "sunrise")
-LANDS: Final = ("hills", "mountains", "sea")
 _WHITE: Final = list(COLOURS).index("white")
 
 _COLOURS: Final = torch.tensor(list(COLOURS.values()))
@@ -54,23 +32,6 @@ _WALLS: Final = torch.tensor([(0.42, 0.45, 0.55), (0.55, 0.48, 0.45), (0.33, 0.4
 _LAMP: Final = (1.0, 0.86, 0.38)
 _PANE: Final = (0.60, 0.76, 0.88)
 _LIT_WINDOWS: Final = torch.tensor([0.45, 0.65, 0.0])  # the share of them, by time of day
-
-
-class Dice:
-    """Chance for one lot of scenes, from a seed."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        """For `count` scenes."""
-        self.count = count
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """Numbers in [low, high), [count, *shape]."""
-        return low + (high - low) * torch.rand(self.count, *shape, generator=self._generator)
-
-    def index(self, below: int, *shape: int) -> Tensor:
-        """Whole numbers from 0, [count, *shape]."""
-        return torch.randint(0, below, (self.count, *shape), generator=self._generator)
 
 
 class Scene(Protocol):

@@ -1,21 +1,18 @@
-"""Build the tiny SDXL: the real architecture at a few hundredths of its width, from a fixed seed, offline.
+"""The tests' tiny SDXL: the real architecture at a few hundredths of its width, from a fixed seed, offline.
 
 Three UNet levels with two layers each, as in SDXL, so that kohya's block numbers mean the same modules. The weights
 are random: its pictures are textures that change with prompt, seed and LoRA, and show nothing.
 """
 
-import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from zlora_worker.demo import architecture
 
 _SEED = 20260101
 _WIDTHS = (32, 48)  # hidden sizes of the text encoders; unlike each other, as in SDXL
-_TOKENS = 77
-_END = "<|endoftext|>"
 _WORDS = (
     *("a", "an", "and", "at", "in", "of", "on", "the", "with", "beautiful", "blurry", "low", "quality", "white"),
     *("anime", "cyberpunk", "neon", "lights", "product", "photography", "photo", "picture", "drawing", "style"),
@@ -25,7 +22,7 @@ _WORDS = (
 
 def build(folder: Path) -> None:
     """Write the model to `folder` in diffusers' layout, about 6 MB."""
-    tokenizer = _tokenizer()
+    tokenizer = architecture.tokenizer(_WORDS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         pipeline = StableDiffusionXLPipeline(
@@ -42,25 +39,6 @@ def build(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
-def _tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer over a vocabulary of single bytes and the demo's words, one token each."""
-    bytes_ = [chr(code) for code in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
-    vocabulary, merges = [*bytes_, *(f"{byte}</w>" for byte in bytes_)], []
-    for word in _WORDS:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        while len(pieces) > 1:
-            merge, joined = f"{pieces[0]} {pieces[1]}", pieces[0] + pieces[1]
-            if merge not in merges:
-                merges.append(merge)
-                vocabulary.append(joined)
-            pieces[:2] = [joined]
-    vocabulary += ["<|startoftext|>", _END]
-    with TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
-        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=_TOKENS, pad_token=_END)
-
-
 def _text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -69,7 +47,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPT
         projection_dim=width,
         num_hidden_layers=3,
         num_attention_heads=4,
-        max_position_embeddings=_TOKENS,
+        max_position_embeddings=architecture.TOKENS,
         hidden_act=activation,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

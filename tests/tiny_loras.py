@@ -1,4 +1,4 @@
-"""LoRAs for the tiny SDXL, in the spellings that people have; random, and each moves pictures its own way."""
+"""LoRAs for the tests' tiny SDXL, in the spellings that people have; random, and each moves pictures its own way."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -85,7 +85,7 @@ _SGM_LAYERS = {"conv1": "in_layers.2", "conv2": "out_layers.3"}
 
 
 def _sgm_name(module: str) -> str:
-    """The name of a diffusers UNet module in Stability's own code, for levels of two layers: SDXL's and the demo's."""
+    """The name of a diffusers UNet module in Stability's own code, for levels of two layers, as SDXL has them."""
     if found := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.*)", module):
         way, level, kind, layer, rest = found.groups()
         block = (

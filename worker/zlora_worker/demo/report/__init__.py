@@ -1,0 +1,1 @@
+"""What the demo model reaches, in numbers and as a grid of pictures: `make demo-model-report`."""

@@ -1,0 +1,5 @@
+"""`python -m zlora_worker.demo.report`."""
+
+from zlora_worker.demo.report.report import main
+
+main()

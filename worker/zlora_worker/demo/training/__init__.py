@@ -1,0 +1,1 @@
+"""How the demo model's weights were made: `make demo-model` runs all of it, on drawn pictures alone."""

@@ -1,0 +1,19 @@
+"""The losses of all stages, as a picture."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def draw_curves(folder: Path, stages: Sequence[str], target: Path) -> None:
+    """Write a PNG with one chart a stage of the losses that `Loop` left in the folder."""
+    figure = Figure(figsize=(4 * len(stages), 3.2), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        told = json.loads((folder / f"{stage}.json").read_text())
+        steps, losses = zip(*told["losses"], strict=True)
+        axes.plot(steps, losses, linewidth=1.2)
+        axes.set(title=f"{stage}, {told['seconds'] / 60:.0f} min", xlabel="step", yscale="log")
+        axes.grid(which="both", alpha=0.25)
+    figure.savefig(target, dpi=110)
