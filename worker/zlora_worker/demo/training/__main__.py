@@ -22,7 +22,7 @@ from zlora_worker.demo.training.loop import Loop
 from zlora_worker.demo.training.text import Reader
 
 _STAGES: Final = tuple(
-    plan.name for plan in (autoencoder.PLAN, base.WARM_UP, base.PLAN, autoencoder.POLISH, styles.PLAN)
+    plan.name for plan in (autoencoder.PLAN, base.WARM_UP, base.PLAN, styles.PLAN, autoencoder.POLISH)
 )
 
 
