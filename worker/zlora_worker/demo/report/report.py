@@ -24,6 +24,7 @@ from zlora_worker.demo.training.loop import Loop
 from zlora_worker.fingerprint import weights_sha256
 
 _PROMPTS, _STYLE_PROMPTS = 61, 62  # seeds of the prompts
+_LOG_WIDTH: Final = 120  # characters, where there is no terminal
 _NOISE: Final = 1000  # the seed of the first picture
 _UNITS: Final = {"": "{:.3f}", "dB": "{:.2f} dB", "s": "{:.2f} s", "bytes": "{:,.0f} bytes"}
 
@@ -63,7 +64,7 @@ def main(  # noqa: PLR0917 - click passes options by name
 ) -> None:
     """Draw with the demo model, and print what it reaches beside its goals."""
     torch.set_num_threads(threads)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if os.isatty(1) else _LOG_WIDTH)
     sampler = Sampler(checkpoint, loras)
     vae = sampler.engine.pipeline.vae
     trained = _judge(sampler, out, console)
