@@ -27,8 +27,8 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 demo: $(VENV)/demo.stamp
 	$(RUN)/zlora demo
 
-# Draws and trains the demo model anew, and writes it into the package: an hour and a half on two cores, and it goes on
-# where it was cut off. ARGS=--bfloat16 where the CPU has instructions for it.
+# Draws and trains the demo model, and writes it into the package: an hour and a half on two cores. It goes on where it
+# was cut off; remove build/demo-model to begin anew. ARGS=--bfloat16 where the CPU has instructions for it.
 demo-model: $(VENV)/dev.stamp
 	TRANSFORMERS_VERBOSITY=error $(RUN)/python -m zlora_worker.demo.training $(ARGS)
 

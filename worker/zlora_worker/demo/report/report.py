@@ -26,6 +26,7 @@ from zlora_worker.fingerprint import weights_sha256
 _PROMPTS, _STYLE_PROMPTS = 61, 62  # seeds of the prompts
 _LOG_WIDTH: Final = 120  # characters, where there is no terminal
 _NOISE: Final = 1000  # the seed of the first picture
+_LIMITS: Final = {"model": 8e6, "model and LoRAs": 12e6}  # bytes; a LoRA has 1e6
 _UNITS: Final = {"": "{:.3f}", "dB": "{:.2f} dB", "s": "{:.2f} s", "bytes": "{:,.0f} bytes"}
 
 
@@ -116,7 +117,7 @@ def _sizes(sampler: Sampler, checkpoint: Path) -> list[Line]:
     model = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     loras = {f"LoRA {style}": sampler.lora_path(style).stat().st_size for style in STYLES}
     sizes = {"model": model, **loras, "model and LoRAs": model + sum(loras.values())}
-    return [Line(name, size, unit="bytes") for name, size in sizes.items()]
+    return [Line(name, size, unit="bytes", limit=_LIMITS.get(name, 1e6)) for name, size in sizes.items()]
 
 
 def _show(console: Console, sections: Mapping[str, Iterable[Line]], rows: Iterable[StyleRow], *, title: str) -> None:
@@ -126,6 +127,7 @@ def _show(console: Console, sections: Mapping[str, Iterable[Line]], rows: Iterab
         table.add_row(f"[bold]{name}[/]")
         for line in lines:
             goal = "" if line.goal is None else f">= {line.goal:g}"
+            goal = goal if line.limit is None else f"<= {_UNITS[line.unit].format(line.limit)}"
             mark = {None: "", True: "[green]reached[/]", False: "[red]missed[/]"}[line.met]
             table.add_row(line.name, _UNITS[line.unit].format(line.reached), goal, mark)
     console.print(table)

@@ -84,8 +84,10 @@ def _write(vae: AutoencoderKL, reader: Reader, unet: UNet2DConditionModel) -> No
         scheduler=architecture.scheduler(),
         add_watermarker=False,
     )
+    draft = MODEL.with_name("draft")
+    pipeline.to(torch.float16).save_pretrained(draft)
     shutil.rmtree(MODEL, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(MODEL)
+    draft.rename(MODEL)
 
 
 if __name__ == "__main__":

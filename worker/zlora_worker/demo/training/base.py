@@ -13,7 +13,7 @@ from zlora_worker.demo import architecture
 from zlora_worker.demo.drawing.canvas import plain
 from zlora_worker.demo.drawing.captions import caption, with_idle_words
 from zlora_worker.demo.training.autoencoder import encode
-from zlora_worker.demo.training.loop import Loop, Plan
+from zlora_worker.demo.training.loop import Loop, Plan, save
 from zlora_worker.demo.training.pictures import lots, random_of
 from zlora_worker.demo.training.text import Conditions, Reader, some_sizes
 
@@ -55,7 +55,7 @@ def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> Drawings:
                 texts = [with_idle_words(caption(lot.kind, lot.scene, index, rng), rng) for index in range(_LOT)]
                 wordings += [rng.choice(_IDLE) if rng.random() < _IDLE_SHARE else text for text in texts]
         tokens = torch.stack([reader.tokens(wordings) for wordings in captions])
-        torch.save((torch.cat(latents), tokens.short()), path)
+        save((torch.cat(latents), tokens.short()), path)
     return Drawings(*torch.load(path))
 
 

@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from rich.console import Console
 from torch import Generator, Tensor, nn
+from zlora.errors import InvalidSetting
 
 _EVERY: Final = 100  # steps between two lines of the log
 _KEEP: Final = 500  # steps between two checkpoints
@@ -52,7 +53,8 @@ class Loop:
     def run(self, plan: Plan, parameters: Iterable[nn.Parameter], loss: Loss) -> None:
         """Train the parameters, and leave the moving average of each in its place.
 
-        A step's chance depends on the plan's seed and the step alone: a run that was cut off ends as any other.
+        A step's chance depends on the plan's seed and the step alone: a run that was cut off ends as any other. Raises
+        `InvalidSetting` where the folder's run was begun by another plan.
         """
         run = _Run(plan, list(parameters), self.folder / f"{plan.name}.pt")
         run.resume()
@@ -69,6 +71,13 @@ class Loop:
                 run.keep()
         run.finish()
         (self.folder / f"{plan.name}.json").write_text(json.dumps({"losses": run.losses, "seconds": run.seconds}))
+
+
+def save(what: Any, path: Path) -> None:
+    """Write a file of torch's at once: whoever is cut off leaves the one that was there, or none."""
+    draft = path.with_suffix(".draft")
+    torch.save(what, draft)
+    draft.replace(path)
 
 
 class _Run:
@@ -88,6 +97,8 @@ class _Run:
     def resume(self) -> None:
         with suppress(FileNotFoundError):
             state = torch.load(self._path)
+            if state["plan"] != asdict(self._plan):
+                raise InvalidSetting(f"{self._path}: it was begun by another plan; remove its folder to begin anew")
             self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
             self._average = state["average"]
             self._optimizer.load_state_dict(state["optimizer"])
@@ -97,6 +108,7 @@ class _Run:
 
     def keep(self) -> None:
         state: dict[str, Any] = {
+            "plan": asdict(self._plan),
             "step": self.step,
             "seconds": self.seconds,
             "losses": self.losses,
@@ -104,9 +116,7 @@ class _Run:
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
         }
-        draft = self._path.with_suffix(".draft")
-        torch.save(state, draft)
-        draft.replace(self._path)
+        save(state, self._path)
 
     def advance(self, loss: Tensor, seconds: float) -> None:
         began = time.monotonic()

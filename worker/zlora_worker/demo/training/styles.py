@@ -18,7 +18,7 @@ from zlora_worker.demo.drawing.canvas import STYLES
 from zlora_worker.demo.drawing.captions import caption, with_style_word
 from zlora_worker.demo.training.autoencoder import encode
 from zlora_worker.demo.training.base import Noising
-from zlora_worker.demo.training.loop import Loop, Plan
+from zlora_worker.demo.training.loop import Loop, Plan, save
 from zlora_worker.demo.training.pictures import lots, random_of, some_weights
 from zlora_worker.demo.training.text import Reader
 
@@ -108,7 +108,7 @@ def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> StyledDrawings:
                     style = rng.choices(STYLES, row.tolist())[0]
                     wordings.append(with_style_word(text, style, rng) if rng.random() < _NAMED else text)
         tokens = torch.stack([reader.tokens(wordings) for wordings in captions])
-        torch.save((torch.cat(latents), tokens.short(), torch.cat(all_weights)), path)
+        save((torch.cat(latents), tokens.short(), torch.cat(all_weights)), path)
     return StyledDrawings(*torch.load(path))
 
 
