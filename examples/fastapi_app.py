@@ -21,8 +21,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from zlora import AsyncClient, AsyncJobHandle, Cancellation, JobState
 from zlora.errors import BrokerUnavailable, JobUnknown, ResultTimeout, ZloraError
 
-STATUSES = {"invalid_request": 422, "invalid_job_id": 404, "unknown": 404, "conflict": 409, "broker_unavailable": 503}
-KEEP_ALIVE = 15.0  # seconds after which a status is repeated, so that no proxy takes the stream for dead
+STATUSES = {
+    "invalid_request": 422,
+    "invalid_job_id": 404,
+    "unknown": 404,
+    "conflict": 409,
+    "broker_unavailable": 503,
+}
+KEEP_ALIVE = (
+    15.0  # seconds after which a status is repeated, so that no proxy takes the stream for dead
+)
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -78,7 +86,11 @@ async def show(job: Annotated[AsyncJobHandle, Depends(job_of)]) -> dict[str, Any
     """Where the job is; of one that has ended `result`, with URLs, or `error`."""
     status = await job.status()
     ended = status.state in (JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED)
-    return {"id": job.id, "status": msgspec.to_builtins(status), **(await end_of(job) if ended else {})}
+    return {
+        "id": job.id,
+        "status": msgspec.to_builtins(status),
+        **(await end_of(job) if ended else {}),
+    }
 
 
 @app.get("/pictures/{job_id}/events")

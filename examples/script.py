@@ -27,14 +27,18 @@ def main() -> str | None:
     given = parser.parse_args()
     try:
         with Client.from_env() as client:
-            result = wait(client.submit({"prompt": given.prompt, "loras": given.lora, "num_images": 2}))
+            result = wait(
+                client.submit({"prompt": given.prompt, "loras": given.lora, "num_images": 2})
+            )
         print_receipt(result, pictures.save(result, given.out))
     except BrokerUnavailable as error:
         return f"{error}; does `zlora up` run?"
     except LoraError as error:
         return f"{error.code}: {error}; look at the LoRA"
     except ZloraError as error:
-        return f"{error.code}: {error}; {'it may' if error.retryable else 'it will not'} succeed later"
+        return (
+            f"{error.code}: {error}; {'it may' if error.retryable else 'it will not'} succeed later"
+        )
     return None
 
 
@@ -71,8 +75,12 @@ def print_receipt(result: GenerateResult, files: list[Path]) -> None:
     for image, file in zip(result.images, files, strict=True):
         print(f"{file}: {image.width}x{image.height}, seed {image.seed}, sha256 {image.sha256}")
     for used in result.loras:
-        print(f"{used.source}: weight {used.unet_weight}, rank {used.ranks}, changed {used.relative_norm}")
-    print(f"{result.model}: {result.timings['denoise']:.1f} s of denoising, base intact: {result.base_intact}")
+        print(
+            f"{used.source}: weight {used.unet_weight}, rank {used.ranks}, changed {used.relative_norm}"
+        )
+    print(
+        f"{result.model}: {result.timings['denoise']:.1f} s of denoising, base intact: {result.base_intact}"
+    )
 
 
 if __name__ == "__main__":

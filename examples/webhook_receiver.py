@@ -24,7 +24,9 @@ from zlora.webhook import Event, Verifier
 
 DATABASE = os.environ.get("RECEIVER_DATABASE", "webhooks.db")
 LARGEST = 10_000_000  # bytes of a message; a usual one has some 3,000
-TABLE = "CREATE TABLE IF NOT EXISTS ended (event TEXT PRIMARY KEY, job TEXT, picture TEXT, error TEXT)"
+TABLE = (
+    "CREATE TABLE IF NOT EXISTS ended (event TEXT PRIMARY KEY, job TEXT, picture TEXT, error TEXT)"
+)
 
 
 class Receiver(BaseHTTPRequestHandler):
@@ -58,7 +60,9 @@ def record(event: Event) -> bool:
     row = (event.id, event.job_id, picture, event.error.code if event.error else None)
     with closing(sqlite3.connect(DATABASE)) as database, database:
         database.execute(TABLE)
-        return database.execute("INSERT OR IGNORE INTO ended VALUES (?, ?, ?, ?)", row).rowcount == 1
+        return (
+            database.execute("INSERT OR IGNORE INTO ended VALUES (?, ?, ?, ?)", row).rowcount == 1
+        )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,16 @@ def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Valkey on a free port of loopback, with an append-only file."""
     port = free_port()
     folder = tmp_path_factory.mktemp("broker")
-    options = ["--bind", "127.0.0.1", "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
+    options = [
+        "--bind",
+        "127.0.0.1",
+        "--appendonly",
+        "yes",
+        "--save",
+        "",
+        "--maxmemory-policy",
+        "noeviction",
+    ]
     command = [str(get_binary_path()), "--port", str(port), "--dir", str(folder), *options]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

@@ -22,7 +22,9 @@ class Crowd(NamedTuple):
     seconds: float
     missed: list[str]  # without a result of its own
     megabytes: float
-    connections: int  # at most, as counted while the jobs were waited for; those of before are left out
+    connections: (
+        int  # at most, as counted while the jobs were waited for; those of before are left out
+    )
 
 
 def submitted_and_awaited(client: Client, jobs: int, *, look: Look | None = None) -> Crowd:

@@ -42,16 +42,30 @@ class Target(NamedTuple):
     columns: int
 
 
-_BLOCK = ("down_blocks.1.attentions.0.transformer_blocks.0.", "lora_unet_input_blocks_4_1_transformer_blocks_0_")
+_BLOCK = (
+    "down_blocks.1.attentions.0.transformer_blocks.0.",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_",
+)
 _LAYER = "text_model.encoder.layers.0."
 UNET: Final = tuple(
     Target("unet", _BLOCK[0] + name, _BLOCK[1] + name.replace(".", "_"), rows, columns)
-    for name, rows, columns in (("attn1.to_q", 32, 32), ("attn2.to_k", 32, 80), ("ff.net.0.proj", 256, 32))
+    for name, rows, columns in (
+        ("attn1.to_q", 32, 32),
+        ("attn2.to_k", 32, 80),
+        ("ff.net.0.proj", 256, 32),
+    )
 )
 TEXT: Final = tuple(
     Target(component, _LAYER + name, f"{te}_{_LAYER}{name}".replace(".", "_"), rows, width)
-    for component, te, width in (("text_encoder", "lora_te1", 32), ("text_encoder_2", "lora_te2", 48))
-    for name, rows in (("self_attn.q_proj", width), ("self_attn.out_proj", width), ("mlp.fc1", 2 * width))
+    for component, te, width in (
+        ("text_encoder", "lora_te1", 32),
+        ("text_encoder_2", "lora_te2", 48),
+    )
+    for name, rows in (
+        ("self_attn.q_proj", width),
+        ("self_attn.out_proj", width),
+        ("mlp.fc1", 2 * width),
+    )
 )
 
 # What diffusers says of its own insides, once a picture; the pictures tell whether it matters.
@@ -119,7 +133,11 @@ def copy_model(home: Path, target: Path) -> Path:
 def write(path: Path, tensors: Tensors) -> Path:
     """A safetensors file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {key: tensor.clone().contiguous() for key, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
     return path
 
 
@@ -148,7 +166,9 @@ def kohya_lora(targets: Sequence[Target] = UNET) -> Tensors:
     return tensors
 
 
-def _factors(targets: Sequence[Target], ranks: Sequence[int]) -> Iterator[tuple[Target, tuple[Tensor, Tensor]]]:
+def _factors(
+    targets: Sequence[Target], ranks: Sequence[int]
+) -> Iterator[tuple[Target, tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(20260101)
     for target, rank in zip(targets, cycle(ranks), strict=False):
         down = torch.randn(rank, target.columns, generator=generator)
@@ -169,7 +189,9 @@ class MemoryStore:
         self.objects: dict[str, tuple[bytes, str]] = {}
         self._room = room
 
-    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:  # noqa: ARG002
+    def put_new(
+        self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
+    ) -> bool:
         """Keep the object where there is none, or fail where there is no room."""
         if key in self.objects:
             return False
@@ -193,6 +215,6 @@ class MemoryStore:
         """The key as it is."""
         return key
 
-    def url(self, key: str, seconds: int) -> str:  # noqa: ARG002 - it has no end
+    def url(self, key: str, seconds: int) -> str:
         """Where it would be."""
         return f"memory:///{key}"

@@ -22,7 +22,15 @@ Speller: TypeAlias = Callable[["Layer", Names], Tensors]
 TOLERANCE: Final = 1e-5  # of the greatest weight, in fp32
 
 
-PEFTS_TARGETS: Final = ["to_q", "to_out.0", "ff.net.2", "q_proj", "fc1", "conv1", "conv_shortcut"]  # modules
+PEFTS_TARGETS: Final = [
+    "to_q",
+    "to_out.0",
+    "ff.net.2",
+    "q_proj",
+    "fc1",
+    "conv1",
+    "conv_shortcut",
+]  # modules
 
 
 class Layer(NamedTuple):
@@ -60,7 +68,9 @@ def only_inside(engine: Engine) -> Iterator[None]:
     before = snapshot(engine)
     yield
     after = snapshot(engine)
-    assert [weight for weight, tensor in before.items() if not torch.equal(tensor, after[weight])] == []
+    assert [
+        weight for weight, tensor in before.items() if not torch.equal(tensor, after[weight])
+    ] == []
 
 
 def require_equal(merged: State, base: State, expected: Mapping[Weight, Tensor]) -> None:
@@ -69,8 +79,14 @@ def require_equal(merged: State, base: State, expected: Mapping[Weight, Tensor])
     for weight, tensor in expected.items():
         assert not torch.equal(merged[weight], base[weight]), f"{weight} is the base's"
         off = (merged[weight].double() - tensor.double().view_as(merged[weight])).abs().max()
-        assert float(off) <= TOLERANCE * float(tensor.abs().max()), f"{weight} is off by {float(off)}"
-    assert [weight for weight in base.keys() - expected.keys() if not torch.equal(merged[weight], base[weight])] == []
+        assert float(off) <= TOLERANCE * float(tensor.abs().max()), (
+            f"{weight} is off by {float(off)}"
+        )
+    assert [
+        weight
+        for weight in base.keys() - expected.keys()
+        if not torch.equal(merged[weight], base[weight])
+    ] == []
 
 
 def stability_names(unet: Any) -> dict[str, str]:
@@ -81,7 +97,9 @@ def stability_names(unet: Any) -> dict[str, str]:
     return {_module(key): _module(by_tensor[id(tensor)]) for key, tensor in state.items()}
 
 
-def layers_for(weights: Mapping[Weight, Tensor], *, ranks: Sequence[int] = (2, 3, 1)) -> list[Layer]:
+def layers_for(
+    weights: Mapping[Weight, Tensor], *, ranks: Sequence[int] = (2, 3, 1)
+) -> list[Layer]:
     """A random layer for each matrix or kernel, but no embeddings; ranks go round, and each has another alpha."""
     generator = torch.Generator().manual_seed(20260102)
     layers, rank_of, alpha_of = [], cycle(ranks), cycle((1.0, 0.5, 4.0, 2.5))
@@ -96,7 +114,11 @@ def layers_for(weights: Mapping[Weight, Tensor], *, ranks: Sequence[int] = (2, 3
 
 
 def merged_by_hand(
-    base: Mapping[Weight, Tensor], layers: Sequence[Layer], strengths: Mapping[str, float], *, with_alpha: bool
+    base: Mapping[Weight, Tensor],
+    layers: Sequence[Layer],
+    strengths: Mapping[str, float],
+    *,
+    with_alpha: bool,
 ) -> State:
     """The weights that change, in fp64."""
     merged = {}
@@ -117,7 +139,10 @@ def spelt(layers: Sequence[Layer], speller: Speller, names: Names) -> Tensors:
 
 def lycoris_tensors(module: nn.Module, prefix: str) -> Tensors:
     """The tensors of one of LyCORIS' modules, as its own files name them."""
-    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in module.custom_state_dict().items()}  # type: ignore[operator] # its modules
+    return {
+        f"{prefix}.{name}": tensor.detach().clone()
+        for name, tensor in module.custom_state_dict().items()
+    }  # type: ignore[operator] # its modules
 
 
 def effect(layer: nn.Module, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -192,7 +217,10 @@ def _prefixed(unet: str, text: str, layer: Layer, unet_name: str) -> str:
 
 
 def kohya_of_stability(layer: Layer, names: Names) -> Tensors:
-    return _kohya(_flat(_prefixed("lora_unet_", "lora_te{number}_", layer, names.get(layer.module, ""))), layer)
+    return _kohya(
+        _flat(_prefixed("lora_unet_", "lora_te{number}_", layer, names.get(layer.module, ""))),
+        layer,
+    )
 
 
 def kohya_of_diffusers(layer: Layer, _names: Names) -> Tensors:

@@ -28,7 +28,14 @@ def ends(client: Client, job_id: str) -> None:
 def result_of(job_id: str) -> GenerateResult:
     """A result without pictures."""
     return GenerateResult(
-        job_id=job_id, images=(), loras=(), seed=7, timings={"denoise": 0.5}, base_intact=True, model="m", versions={}
+        job_id=job_id,
+        images=(),
+        loras=(),
+        seed=7,
+        timings={"denoise": 0.5},
+        base_intact=True,
+        model="m",
+        versions={},
     )
 
 

@@ -52,14 +52,18 @@ def path_of(url: str | None) -> Path:
 
 def unlinked(result: GenerateResult) -> GenerateResult:
     """A result as its manifest has it: URLs are made when somebody asks."""
-    images = [replace(image, url=None, url_expires_at=None, data_uri=None) for image in result.images]
+    images = [
+        replace(image, url=None, url_expires_at=None, data_uri=None) for image in result.images
+    ]
     return replace(result, images=tuple(images))
 
 
 def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with `variables`, and none of the project's own beside them."""
     ours = ("ZLORA_", "COZY_", "FILE_API_", "AWS_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(variables)
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(
+        variables
+    )
 
 
 class Worker:
@@ -92,12 +96,17 @@ class Worker:
 
     def companion(self) -> int:
         """The process id of its companion."""
-        return wait_until(lambda: next(filter(_is_companion, children(self.process.pid)), None), "there is a companion")
+        return wait_until(
+            lambda: next(filter(_is_companion, children(self.process.pid)), None),
+            "there is a companion",
+        )
 
 
 def children(parent: int) -> list[int]:
     """The process ids of a process's children."""
-    return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    return [
+        int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    ]
 
 
 def _is_companion(process: int) -> bool:
@@ -111,9 +120,21 @@ def _is_companion(process: int) -> bool:
 def worker(environ: Mapping[str, str], log: Path, *options: str) -> Iterator[Worker]:
     """A worker process that logs text; at the end it gets a SIGTERM, and a SIGKILL where that does not end it."""
     full = clean_environ({"ZLORA_LOG": "text", **environ})
-    command = [sys.executable, "-m", "celery", "-A", "zlora_worker.app", "worker", "--loglevel", "INFO", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "zlora_worker.app",
+        "worker",
+        "--loglevel",
+        "INFO",
+        *options,
+    ]
     with log.open("wb") as output, Client.from_env(full) as client:
-        process = subprocess.Popen(command, env=full, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=full, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             yield Worker(process, log, client)
         finally:

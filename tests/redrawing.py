@@ -30,7 +30,9 @@ class Drawing:
         self._engine = engine
         self._stored = dict[tuple[bytes, str], dict[str, bytes]]()
 
-    def __call__(self, folder: Path, machine: Settings, request: GenerateRequest, job_id: str) -> list[Path]:
+    def __call__(
+        self, folder: Path, machine: Settings, request: GenerateRequest, job_id: str
+    ) -> list[Path]:
         """Its pictures as they lie in a store's folder, beside their manifest."""
         name = (msgspec.json.encode(request), job_id)
         if request.loras or name not in self._stored:
@@ -40,11 +42,20 @@ class Drawing:
             (folder / key).write_bytes(data)
         return sorted(folder / key for key in self._stored[name] if "/outputs/" in key)
 
-    def _objects(self, machine: Settings, request: GenerateRequest, job_id: str) -> dict[str, bytes]:
+    def _objects(
+        self, machine: Settings, request: GenerateRequest, job_id: str
+    ) -> dict[str, bytes]:
         store = MemoryStore()
-        parts: dict[str, Any] = {"engine": self._engine, "cache": Cache.open(machine), "shelf": Shelf(max_bytes=10**9)}
+        parts: dict[str, Any] = {
+            "engine": self._engine,
+            "cache": Cache.open(machine),
+            "shelf": Shelf(max_bytes=10**9),
+        }
         generate(
-            Runtime(**parts, store=store, links=links(store), job_timeout=60, meter=Meter()), job_id, request, silent
+            Runtime(**parts, store=store, links=links(store), job_timeout=60, meter=Meter()),
+            job_id,
+            request,
+            silent,
         )
         return {key: data for key, (data, _) in store.objects.items()}
 
@@ -57,11 +68,15 @@ def recipe_in(path: Path) -> Recipe:
     return recipe
 
 
-def rewritten(path: Path, *, edit: Callable[[Image.Image], Image.Image] = Image.Image.copy, **fields: Any) -> Path:
+def rewritten(
+    path: Path, *, edit: Callable[[Image.Image], Image.Image] = Image.Image.copy, **fields: Any
+) -> Path:
     """The same file with its pixels edited, or with other words in what it says of itself."""
     recipe = recipe_in(path)
     with Image.open(path) as picture:
         pixels = edit(picture.convert("RGB"))
     said = msgspec.structs.replace(recipe, **fields)
-    path.write_bytes(images.encode(pixels, recipe.request, **embedded(said, "", recipe.request.output_format)))
+    path.write_bytes(
+        images.encode(pixels, recipe.request, **embedded(said, "", recipe.request.output_format))
+    )
     return path

@@ -12,7 +12,18 @@ LABELS: Final = {
     "outcome", "code", "phase", "tier", "le", "kind", "version", "model", "queue", "priority", "state",
 }  # fmt: skip
 _NAME: Final = re.compile(r"zlora(_[a-z]+)+")
-_UNITS: Final = {"ms", "milliseconds", "minutes", "hours", "mb", "megabytes", "kb", "percent", "gauge", "counter"}
+_UNITS: Final = {
+    "ms",
+    "milliseconds",
+    "minutes",
+    "hours",
+    "mb",
+    "megabytes",
+    "kb",
+    "percent",
+    "gauge",
+    "counter",
+}
 
 
 class Scraped:
@@ -57,7 +68,11 @@ class Scraped:
 
 def _faults(name: str, family: object) -> list[str]:
     kind, samples = family.type, family.samples  # type: ignore[attr-defined]
-    found = [f"{sample.name}: the labels {sample.labels}" for sample in samples if not set(sample.labels) <= LABELS]
+    found = [
+        f"{sample.name}: the labels {sample.labels}"
+        for sample in samples
+        if not set(sample.labels) <= LABELS
+    ]
     if not family.documentation:  # type: ignore[attr-defined]
         found.append(f"{name}: no help")
     if not _NAME.fullmatch(name) or _UNITS & set(name.split("_")):

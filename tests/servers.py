@@ -29,7 +29,9 @@ _PATIENCE: Final = 30.0  # seconds after which a peer that does nothing is given
 _TLS_HANDSHAKE: Final = b"\x16"  # first byte of a TLS record of that kind (RFC 8446, 5.1)
 
 # For tests that hypothesis drives: a busy machine is no failure.
-untimed: Final = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+untimed: Final = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,14 @@ class Request:
     headers: Mapping[str, str]
 
 
-Answer = Callable[[Request], bytes | Iterable[bytes]]  # the bytes of a whole answer, or of its pieces
+Answer = Callable[
+    [Request], bytes | Iterable[bytes]
+]  # the bytes of a whole answer, or of its pieces
 
 
-def reply(body: bytes = b"", *, status: int = 200, length: int | None = -1, **headers: str) -> bytes:
+def reply(
+    body: bytes = b"", *, status: int = 200, length: int | None = -1, **headers: str
+) -> bytes:
     """An HTTP answer; `length` -1 is the body's own, None is no Content-Length; `X_Y` is the header `X-Y`."""
     lines = [f"HTTP/1.1 {status} As Told", "Connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -100,14 +106,18 @@ class Host:
                 connection.sendall(reply(status=400))
             else:
                 self._talk(connection)
-        except OSError:  # the client has left, as some tests want, or has no trust in the certificate
+        except (
+            OSError
+        ):  # the client has left, as some tests want, or has no trust in the certificate
             return
 
     def _talk(self, connection: socket.socket) -> None:
         with connection.makefile("rb") as lines:
             if not (first := lines.readline().decode("latin-1").split()):
                 return
-            pairs = (line.decode("latin-1").partition(":") for line in iter(lines.readline, b"\r\n"))
+            pairs = (
+                line.decode("latin-1").partition(":") for line in iter(lines.readline, b"\r\n")
+            )
             headers = {name.lower(): value.strip() for name, _, value in pairs}
         request = Request(method=first[0], target=first[1], headers=headers)
         self.requests.append(request)
@@ -122,7 +132,9 @@ def serving(answer: Answer | bytes, *, tls: ssl.SSLContext | None = None) -> Ite
     """A server on a free loopback port for as long as the block runs; with `tls` it speaks that."""
     fixed = answer if isinstance(answer, bytes) else b""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        host = Host(listener.getsockname()[1], (lambda _: fixed) if isinstance(answer, bytes) else answer)
+        host = Host(
+            listener.getsockname()[1], (lambda _: fixed) if isinstance(answer, bytes) else answer
+        )
         host.tls = tls
         thread = Thread(target=host.serve, args=(listener,))
         thread.start()
@@ -146,7 +158,12 @@ class Authority:
         certificate = self._folder / f"{name}.pem"
         if not certificate.exists():
             signer = ["-CA", str(self.bundle), "-CAkey", str(self.bundle.with_suffix(".key"))]
-            facts = ["-addext", f"subjectAltName=DNS:{name}", "-addext", "basicConstraints=critical,CA:FALSE"]
+            facts = [
+                "-addext",
+                f"subjectAltName=DNS:{name}",
+                "-addext",
+                "basicConstraints=critical,CA:FALSE",
+            ]
             self._make(certificate, f"/CN={name}", *signer, *facts)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, certificate.with_suffix(".key"))
@@ -159,7 +176,9 @@ class Authority:
         subprocess.run(command, check=True, capture_output=True)
 
 
-_watches: list[tuple[list[str], set[int]]] = []  # what was seen, and the threads that were there before
+_watches: list[
+    tuple[list[str], set[int]]
+] = []  # what was seen, and the threads that were there before
 _hooks: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
@@ -183,7 +202,10 @@ def watched_connections() -> Iterator[list[str]]:
         _hooks.append(_on_audit)
         sys.addaudithook(_on_audit)  # for good: a hook cannot be taken out
     seen: list[str] = []
-    watch = (seen, {thread.ident or 0 for thread in threading.enumerate()} - {threading.get_ident()})
+    watch = (
+        seen,
+        {thread.ident or 0 for thread in threading.enumerate()} - {threading.get_ident()},
+    )
     _watches.append(watch)
     try:
         yield seen
@@ -212,10 +234,17 @@ def fetching(folder: Path, *hosts: Host, **variables: str) -> Iterator[Fetcher]:
         fetcher.close()
 
 
-SECRETS: Final = ("s3cret", "us3r", "t0ken", "fr4g")  # what tests put into addresses and settings, and nothing says
+SECRETS: Final = (
+    "s3cret",
+    "us3r",
+    "t0ken",
+    "fr4g",
+)  # what tests put into addresses and settings, and nothing says
 
 
-def downloaded(fetcher: Fetcher, address: str, known: Fetched | None = None) -> tuple[bytes, Fetched]:
+def downloaded(
+    fetcher: Fetcher, address: str, known: Fetched | None = None
+) -> tuple[bytes, Fetched]:
     """What is written, and what is told of it."""
     sink = io.BytesIO()
     fetched = fetcher.fetch(address, sink, known=known)
@@ -267,7 +296,11 @@ def with_etag(data: bytes) -> Answer:
     tag = f'"{digest(data)}"'
 
     def answer(request: Request) -> bytes:
-        return reply(status=304, length=None) if request.headers.get("if-none-match") == tag else reply(data, ETag=tag)
+        return (
+            reply(status=304, length=None)
+            if request.headers.get("if-none-match") == tag
+            else reply(data, ETag=tag)
+        )
 
     return answer
 
@@ -305,7 +338,9 @@ def told(file: CachedFile) -> tuple[str, int, str, bytes]:
 
 def kept(folder: Path) -> dict[str, bytes]:
     """What a cache has in `files`, by name; and nothing may be left of drafts and locks."""
-    assert [path for part in ("drafts", "locks") for path in (folder / "loras" / part).iterdir()] == []
+    assert [
+        path for part in ("drafts", "locks") for path in (folder / "loras" / part).iterdir()
+    ] == []
     return {path.name: path.read_bytes() for path in (folder / "loras/files").iterdir()}
 
 

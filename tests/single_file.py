@@ -76,9 +76,13 @@ def original_layout(configs: Mapping[str, Mapping[str, Any]], states: Mapping[st
         "model.diffusion_model.": _moved(states["unet"], _unet_places(configs["unet"]), UNET_INNER),
         "first_stage_model.": _vae(configs["vae"], states["vae"]),
         "conditioner.embedders.0.transformer.text_model.": _clip(states["text_encoder"]),
-        "conditioner.embedders.1.model.": _open_clip(configs["text_encoder_2"], states["text_encoder_2"]),
+        "conditioner.embedders.1.model.": _open_clip(
+            configs["text_encoder_2"], states["text_encoder_2"]
+        ),
     }
-    return {prefix + key: tensor for prefix, model in models.items() for key, tensor in model.items()}
+    return {
+        prefix + key: tensor for prefix, model in models.items() for key, tensor in model.items()
+    }
 
 
 def _moved(state: State, places: Mapping[str, str], inner: Mapping[str, str]) -> State:
@@ -127,7 +131,9 @@ def _unet_places(config: Mapping[str, Any]) -> dict[str, str]:
             if "CrossAttn" in kind:
                 places[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
             block += 1
-        places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"  # the last level has none
+        places[f"down_blocks.{level}.downsamplers.0.conv"] = (
+            f"input_blocks.{block}.0.op"  # the last level has none
+        )
         block += 1
     block = 0
     for level, kind in enumerate(config["up_block_types"]):

@@ -27,7 +27,9 @@ def build_tiny(home: Path) -> None:
     """Make the data folder, with the model and its LoRAs. They are built aside: it is whole or absent."""
     import tiny_loras
     import tiny_sdxl
-    from diffusers import StableDiffusionXLPipeline  # seconds to import: only where there is something to build
+    from diffusers import (
+        StableDiffusionXLPipeline,
+    )  # seconds to import: only where there is something to build
 
     draft = home.with_name(f"{home.name}-draft")
     tiny_sdxl.build(tiny_model(draft))

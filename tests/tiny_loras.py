@@ -26,20 +26,39 @@ def build(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     attention = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$|self_attn\.(q|k|v|out)_proj$")
     convolutions = re.compile(r"resnets\.\d\.conv[12]$|attn[12]\.to_(q|k|v|out\.0)$")
     texts = ("text_encoder", "text_encoder_2")
-    _write(folder / "anime-style.safetensors", _kohya, _factors(pipeline, ("unet", *texts), attention, 0.8))
-    _write(folder / "cyberpunk-style.safetensors", _peft, _factors(pipeline, ("unet",), attention, 2.0))
-    _write(folder / "neon-lights.safetensors", _kohya, _factors(pipeline, ("unet",), convolutions, 1.6))
-    _write(folder / "product-photography-v1.safetensors", _peft, _factors(pipeline, ("unet", *texts), attention, 1.0))
+    _write(
+        folder / "anime-style.safetensors",
+        _kohya,
+        _factors(pipeline, ("unet", *texts), attention, 0.8),
+    )
+    _write(
+        folder / "cyberpunk-style.safetensors", _peft, _factors(pipeline, ("unet",), attention, 2.0)
+    )
+    _write(
+        folder / "neon-lights.safetensors", _kohya, _factors(pipeline, ("unet",), convolutions, 1.6)
+    )
+    _write(
+        folder / "product-photography-v1.safetensors",
+        _peft,
+        _factors(pipeline, ("unet", *texts), attention, 1.0),
+    )
 
 
 def _factors(
-    pipeline: StableDiffusionXLPipeline, components: tuple[str, ...], targets: re.Pattern[str], strength: float
+    pipeline: StableDiffusionXLPipeline,
+    components: tuple[str, ...],
+    targets: re.Pattern[str],
+    strength: float,
 ) -> Iterator[_Factors]:
     generator = torch.Generator().manual_seed(round(100 * strength) + len(components))
     for component in components:
         for name, module in getattr(pipeline, component).named_modules():
             if targets.search(name) and isinstance(module, nn.Linear | nn.Conv2d):
-                yield _Factors(component, _as_in_files(component, name), *_random_change(module, strength, generator))
+                yield _Factors(
+                    component,
+                    _as_in_files(component, name),
+                    *_random_change(module, strength, generator),
+                )
 
 
 def _as_in_files(component: str, module: str) -> str:
@@ -47,7 +66,9 @@ def _as_in_files(component: str, module: str) -> str:
     return module if component == "unet" else f"text_model.{module.removeprefix('text_model.')}"
 
 
-def _random_change(module: nn.Linear | nn.Conv2d, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random_change(
+    module: nn.Linear | nn.Conv2d, strength: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Down and up factors of the module's own shape whose product has `strength` times the norm of its weight."""
     weight = module.weight
     down = torch.randn(_RANK, *weight.shape[1:], generator=generator)
@@ -56,11 +77,17 @@ def _random_change(module: nn.Linear | nn.Conv2d, strength: float, generator: to
     return down, up * (strength * weight.norm() / change.norm())
 
 
-def _write(path: Path, spell: Callable[[_Factors], dict[str, Tensor]], all_factors: Iterator[_Factors]) -> None:
+def _write(
+    path: Path, spell: Callable[[_Factors], dict[str, Tensor]], all_factors: Iterator[_Factors]
+) -> None:
     tensors: dict[str, Tensor] = {}
     for factors in all_factors:
         tensors |= spell(factors)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def _peft(factors: _Factors) -> dict[str, Tensor]:
@@ -70,7 +97,9 @@ def _peft(factors: _Factors) -> dict[str, Tensor]:
 
 def _kohya(factors: _Factors) -> dict[str, Tensor]:
     """kohya's `sd-scripts` spelling, with alpha half the rank, so that the up factor is doubled to mean the same."""
-    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[factors.component]
+    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[
+        factors.component
+    ]
     module = _sgm_name(factors.module) if factors.component == "unet" else factors.module
     key = f"{prefix}_{module.replace('.', '_')}"
     return {

@@ -7,15 +7,46 @@ are random: its pictures are textures that change with prompt, seed and LoRA, an
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from zlora_worker.demo import architecture
 
 _SEED = 20260101
 _WIDTHS = (32, 48)  # hidden sizes of the text encoders; unlike each other, as in SDXL
 _WORDS = (
-    *("a", "an", "and", "at", "in", "of", "on", "the", "with", "beautiful", "blurry", "low", "quality", "white"),
-    *("anime", "cyberpunk", "neon", "lights", "product", "photography", "photo", "picture", "drawing", "style"),
+    *(
+        "a",
+        "an",
+        "and",
+        "at",
+        "in",
+        "of",
+        "on",
+        "the",
+        "with",
+        "beautiful",
+        "blurry",
+        "low",
+        "quality",
+        "white",
+    ),
+    *(
+        "anime",
+        "cyberpunk",
+        "neon",
+        "lights",
+        "product",
+        "photography",
+        "photo",
+        "picture",
+        "drawing",
+        "style",
+    ),
     *("landscape", "portrait", "city", "background", "sunset", "sunrise", "night"),
 )
 
@@ -87,7 +118,11 @@ def _vae() -> AutoencoderKL:
 
 def _scheduler() -> EulerDiscreteScheduler:
     return EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
     )
 
 

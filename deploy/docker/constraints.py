@@ -18,10 +18,14 @@ while wanted:
         continue
     seen.add((name, extras))
     found = distribution(name)
-    pins[found.name] = Version(found.version).public  # an index of CPU wheels has the same version with a suffix
+    pins[found.name] = Version(
+        found.version
+    ).public  # an index of CPU wheels has the same version with a suffix
     for line in found.requires or []:
         needed = Requirement(line)
-        if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+        if not needed.marker or any(
+            needed.marker.evaluate({"extra": extra}) for extra in ("", *extras)
+        ):
             wanted.append((needed.name, frozenset(needed.extras)))
 del pins["z-image-lora"]
 print("# Written by deploy/docker/constraints.py: what the tests ran with.")  # noqa: T201 - for a file

@@ -6,5 +6,8 @@ from pathlib import Path
 
 file, *extras = sys.argv[1:]
 project = tomllib.loads(Path(file).read_text(encoding="utf-8"))["project"]
-lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+lines = [
+    *project["dependencies"],
+    *(line for extra in extras for line in project["optional-dependencies"][extra]),
+]
 print("\n".join(sorted(set(lines))))  # noqa: T201 - for a file

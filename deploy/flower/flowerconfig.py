@@ -31,14 +31,18 @@ def accounts() -> list[str]:
     except UnicodeDecodeError:
         raise SystemExit(f"flower: {name}: it is no text") from None
     if not found or not all(map(_is_account, found)):
-        raise SystemExit(f"flower: {name}: expected `user:password` in ASCII, each without spaces around it")
+        raise SystemExit(
+            f"flower: {name}: expected `user:password` in ASCII, each without spaces around it"
+        )
     return found
 
 
 def _is_account(text: str) -> bool:
     """ASCII, since Flower compares accounts by a function that takes no other text."""
     user, _, password = text.partition(":")
-    return bool(user and password) and text.isascii() and text.isprintable() and text == text.strip()
+    return (
+        bool(user and password) and text.isascii() and text.isprintable() and text == text.strip()
+    )
 
 
 @authenticated

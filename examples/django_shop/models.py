@@ -18,8 +18,12 @@ class Order(models.Model):
 
     key = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     prompt = models.CharField(max_length=1000)
-    state = models.CharField(max_length=10, choices=State.choices, default=State.OPEN, editable=False)
-    picture = models.CharField(max_length=300, editable=False)  # where it is in the store, which lasts; a URL may end
+    state = models.CharField(
+        max_length=10, choices=State.choices, default=State.OPEN, editable=False
+    )
+    picture = models.CharField(
+        max_length=300, editable=False
+    )  # where it is in the store, which lasts; a URL may end
     url = models.TextField(editable=False)
     error = models.CharField(max_length=50, editable=False)  # a code of `zlora.errors`
     job_id = models.CharField(max_length=64, unique=True, editable=False)

@@ -5,12 +5,21 @@ import os
 from django.core.management.utils import get_random_secret_key
 
 SECRET_KEY = os.environ.get("SHOP_SECRET_KEY") or get_random_secret_key()
-ALLOWED_HOSTS = ["127.0.0.1", "localhost"]  # the webhook's address is made of the host that was asked for
+ALLOWED_HOSTS = [
+    "127.0.0.1",
+    "localhost",
+]  # the webhook's address is made of the host that was asked for
 INSTALLED_APPS = ["examples.django_shop"]
-MIDDLEWARE = ["django.middleware.common.CommonMiddleware", "django.middleware.csrf.CsrfViewMiddleware"]
+MIDDLEWARE = [
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+]
 ROOT_URLCONF = "examples.django_shop.urls"
 DATABASES = {
-    "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": os.environ.get("SHOP_DATABASE", "shop.sqlite3")}
+    "default": {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": os.environ.get("SHOP_DATABASE", "shop.sqlite3"),
+    }
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 EMAIL_BACKEND = "django.core.mail.backends.console.EmailBackend"

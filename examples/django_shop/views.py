@@ -48,16 +48,22 @@ def orders(request: HttpRequest) -> HttpResponse:
         with transaction.atomic():
             made = form.save()
             # Robust: where Redis is away the order stays open, and `submit` may be called for it again.
-            transaction.on_commit(partial(submit, made, request.build_absolute_uri(reverse("webhook"))), robust=True)
+            transaction.on_commit(
+                partial(submit, made, request.build_absolute_uri(reverse("webhook"))), robust=True
+            )
             charge(request.POST.get("card", ""))
     except CardRefused:
         return JsonResponse({"error": "the card is refused"}, status=402)
-    return JsonResponse({"key": made.key}, status=202, headers={"Location": reverse("order", args=[made.key])})
+    return JsonResponse(
+        {"key": made.key}, status=202, headers={"Location": reverse("order", args=[made.key])}
+    )
 
 
 def submit(order: Order, webhook_url: str) -> None:
     """Queue an order's picture. For all open orders this may be done again at any time: one key, one job."""
-    client().submit({"prompt": order.prompt}, idempotency_key=str(order.key), webhook_url=webhook_url)
+    client().submit(
+        {"prompt": order.prompt}, idempotency_key=str(order.key), webhook_url=webhook_url
+    )
 
 
 def charge(card: str) -> None:
@@ -84,8 +90,15 @@ def webhook(request: HttpRequest) -> HttpResponse:
         image = event.result.images[0]
         change = {"state": Order.State.DRAWN, "picture": image.key, "url": image.url or ""}
     else:
-        change = {"state": Order.State.FAILED, "error": event.error.code if event.error else event.type}
-    with transaction.atomic():  # where the mail fails the order stays open, and the worker comes again
+        change = {
+            "state": Order.State.FAILED,
+            "error": event.error.code if event.error else event.type,
+        }
+    with (
+        transaction.atomic()
+    ):  # where the mail fails the order stays open, and the worker comes again
         if Order.objects.filter(job_id=event.job_id, state=Order.State.OPEN).update(**change):
-            send_mail("Your picture", f"{event.job_id}: {event.type}", None, ["customer@example.com"])
+            send_mail(
+                "Your picture", f"{event.job_id}: {event.type}", None, ["customer@example.com"]
+            )
     return HttpResponse(status=204)

@@ -25,7 +25,9 @@ def readable(job_id: str) -> Iterator[None]:
     try:
         yield
     except NO_ANSWER as error:
-        raise InternalError(f"what is stored for job {job_id} is no answer of a worker: {error}") from None
+        raise InternalError(
+            f"what is stored for job {job_id} is no answer of a worker: {error}"
+        ) from None
 
 
 def status_of(job_id: str, answer: Answer) -> JobStatus:
@@ -42,7 +44,9 @@ def error_of(job_id: str, answer: Answer) -> ZloraError:
     if answer.state == JobState.REVOKED:
         return expired(job_id) if str(error) == EXPIRED else revoked(job_id)
     if isinstance(error, TimeLimitExceeded):
-        return JobTimeout(f"job {job_id} took longer than it may, and its worker's child was killed", details)
+        return JobTimeout(
+            f"job {job_id} took longer than it may, and its worker's child was killed", details
+        )
     if isinstance(error, WorkerLostError):
         return JobLost(f"the worker died over job {job_id}", details)
     return InternalError(f"job {job_id} failed outside the task: {error!r}", details)

@@ -41,7 +41,13 @@ class AsyncClient:
         prompts: str = "shown",
     ) -> None:
         """As `Client`."""
-        client = Client(broker_url, result_backend=result_backend, queue=queue, preflight=preflight, prompts=prompts)
+        client = Client(
+            broker_url,
+            result_backend=result_backend,
+            queue=queue,
+            preflight=preflight,
+            prompts=prompts,
+        )
         self._use(client)
 
     @classmethod
@@ -62,13 +68,19 @@ class AsyncClient:
 
     def _use(self, client: Client) -> None:
         self._client = client
-        self._senders, self._lookers = _Threads(_SENDERS, "zlora-send"), _Threads(_LOOKERS, "zlora-look")
+        self._senders, self._lookers = (
+            _Threads(_SENDERS, "zlora-send"),
+            _Threads(_LOOKERS, "zlora-look"),
+        )
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.close()
 
@@ -92,11 +104,17 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> "AsyncJobHandle":
         """As `Client.submit`. A call that is cancelled may have submitted the job: under an id, that is found out."""
-        submit = partial(self._client.submit, request, job_id=job_id, idempotency_key=idempotency_key, **options)
+        submit = partial(
+            self._client.submit, request, job_id=job_id, idempotency_key=idempotency_key, **options
+        )
         return self._handle(await self._senders.run(submit))
 
     async def submit_many(
-        self, requests: Iterable[Request], *, job_ids: Iterable[str] | None = None, **options: Unpack[Options]
+        self,
+        requests: Iterable[Request],
+        *,
+        job_ids: Iterable[str] | None = None,
+        **options: Unpack[Options],
     ) -> "list[AsyncJobHandle]":
         """As `Client.submit_many`."""
         submit = partial(self._client.submit_many, requests, job_ids=job_ids, **options)

@@ -28,7 +28,11 @@ _FULL: Final = 0.9  # of the memory that Redis may use
 _SKEW: Final = 2.0  # seconds by which two clocks may differ
 _REPLY: Final = 1.0  # seconds in which workers answer, however many there are
 _LONGEST_REPLY: Final = 5.0  # seconds that known workers have
-_PATIENCE: Final = {"max_retries": 1, "interval_start": 0.1, "interval_max": 0.1}  # of kombu, where Redis goes away
+_PATIENCE: Final = {
+    "max_retries": 1,
+    "interval_start": 0.1,
+    "interval_max": 0.1,
+}  # of kombu, where Redis goes away
 _PERCENT: Final = "In a password write / as %2F, # as %23, ? as %3F, @ as %40 and % as %25."
 _START: Final = "Start one, by `celery -A zlora_worker.app worker` or `zlora up`; while it loads it does not answer."
 
@@ -114,7 +118,9 @@ def _no_url(error: InvalidSetting, url: str, backend: str) -> Check:
     name = wire.BROKER_URL if backend == url else error.details["name"]
     wrong = url if name == wire.BROKER_URL else backend
     told = InvalidSetting(f"{name}{str(error).removeprefix(error.details['name'])}", {"name": name})
-    return failed("broker", told, f"Set {name} to one Redis, such as {wire.DEFAULT_BROKER}.{_spelling(wrong)}")
+    return failed(
+        "broker", told, f"Set {name} to one Redis, such as {wire.DEFAULT_BROKER}.{_spelling(wrong)}"
+    )
 
 
 def _spelling(url: str) -> str:
@@ -145,12 +151,19 @@ def _redis(name: str, url: str, variable: str) -> Generator[Check, None, bool]:
         return True
     told = f"{_shown(url)} answers in {1000 * took:.0f} ms"
     if info is None:
-        yield skipped(name, f"{told}; its user may not ask by INFO what it is, what it keeps and how full it is")
+        yield skipped(
+            name,
+            f"{told}; its user may not ask by INFO what it is, what it keeps and how full it is",
+        )
     else:
         yield _answering(name, told, info, variable)
         yield _persistence(f"{name}: persistence", info)
         yield _memory(f"{name}: memory", info)
-    yield skipped(f"{name}: clock", "its user may not ask for it") if skew is None else _clock(f"{name}: clock", skew)
+    yield (
+        skipped(f"{name}: clock", "its user may not ask for it")
+        if skew is None
+        else _clock(f"{name}: clock", skew)
+    )
     return False
 
 
@@ -166,12 +179,22 @@ def _unusable(name: str, error: redis.RedisError, url: str, variable: str) -> Ch
     told = f"{_shown(url)}: {error}"
     match error:
         case redis.AuthenticationError():
-            return failed(name, InvalidSetting(told), f"Put the right user and password into {variable}. {_PERCENT}")
+            return failed(
+                name,
+                InvalidSetting(told),
+                f"Put the right user and password into {variable}. {_PERCENT}",
+            )
         case redis.exceptions.NoPermissionError():
-            return failed(name, InvalidSetting(told), f"Name another user in {variable}, or give this one more rights.")
+            return failed(
+                name,
+                InvalidSetting(told),
+                f"Name another user in {variable}, or give this one more rights.",
+            )
         case redis.ResponseError() if "DB index" in str(error):
             return failed(
-                name, InvalidSetting(told), f"End {variable} with the number of a database that is there: /0."
+                name,
+                InvalidSetting(told),
+                f"End {variable} with the number of a database that is there: /0.",
             )
     advice = f"Start a Redis there (`zlora up` brings one), or set {variable} to one that runs.{_spelling(url)}"
     return failed(name, BrokerUnavailable(told), advice)
@@ -181,7 +204,9 @@ def _answering(name: str, told: str, info: Mapping[str, Any], variable: str) -> 
     spoken = str(info.get("redis_version", "0"))
     kind = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {spoken}"
     if int(spoken.partition(".")[0] or 0) < _OLDEST:
-        return failed(name, InvalidSetting(f"{told}: {kind}"), f"Use Redis {_OLDEST} or later, or Valkey.")
+        return failed(
+            name, InvalidSetting(f"{told}: {kind}"), f"Use Redis {_OLDEST} or later, or Valkey."
+        )
     if info.get("role") == "slave":
         copy = InvalidSetting(f"{told}: {kind}, a replica, which takes no jobs")
         primary = f"{info.get('master_host')}:{info.get('master_port')}"
@@ -191,28 +216,43 @@ def _answering(name: str, told: str, info: Mapping[str, Any], variable: str) -> 
 
 def _persistence(name: str, info: Mapping[str, Any]) -> Check:
     if info.get("aof_enabled") and info.get("aof_last_write_status", "ok") != "ok":
-        unwritten = BrokerUnavailable("the last write to the append-only file has failed: Redis takes no jobs")
+        unwritten = BrokerUnavailable(
+            "the last write to the append-only file has failed: Redis takes no jobs"
+        )
         return failed(name, unwritten, "Look at Redis' disk and its log.")
-    for told, field in (("snapshot", "rdb_last_bgsave_status"), ("rewrite", "aof_last_bgrewrite_status")):
+    for told, field in (
+        ("snapshot", "rdb_last_bgsave_status"),
+        ("rewrite", "aof_last_bgrewrite_status"),
+    ):
         if info.get(field, "ok") != "ok":
             said = f"the last {told} of the data has failed: Redis may stop to take jobs"
             return doubtful(name, said, "Look at Redis' disk, its memory and its log.")
     if info.get("aof_enabled"):
         return ok(name, "appendonly is on")
-    return doubtful(name, "appendonly is off: a restart loses the jobs", "Set `appendonly yes` in Redis.")
+    return doubtful(
+        name, "appendonly is off: a restart loses the jobs", "Set `appendonly yes` in Redis."
+    )
 
 
 def _memory(name: str, info: Mapping[str, Any]) -> Check:
-    used, most, policy = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)), info.get("maxmemory_policy")
+    used, most, policy = (
+        int(info.get("used_memory", 0)),
+        int(info.get("maxmemory", 0)),
+        info.get("maxmemory_policy"),
+    )
     told = f"{used / 1e6:,.0f} MB of {f'{most / 1e6:,.0f} MB' if most else 'any amount'}, {policy}"
     if policy != "noeviction":
         advice = "Set `maxmemory-policy noeviction` in Redis: any other lets jobs go where memory is short."
         lossy = InvalidSetting(f"{told}: Redis may drop jobs")
         return failed(name, lossy, advice) if most else doubtful(name, told, advice)
     if most and used >= most:
-        return failed(name, BrokerUnavailable(f"{told}: it takes no job"), "Raise `maxmemory` of Redis.")
+        return failed(
+            name, BrokerUnavailable(f"{told}: it takes no job"), "Raise `maxmemory` of Redis."
+        )
     if most and used > _FULL * most:
-        return doubtful(name, told, "Raise `maxmemory` of Redis, or start workers: a full Redis takes no job.")
+        return doubtful(
+            name, told, "Raise `maxmemory` of Redis, or start workers: a full Redis takes no job."
+        )
     return ok(name, told)
 
 
@@ -237,9 +277,15 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except redis.exceptions.NoPermissionError as error:
-        return failed(name, InvalidSetting(str(error)), "Give the user of the broker's URL this right in Redis.")
+        return failed(
+            name,
+            InvalidSetting(str(error)),
+            "Give the user of the broker's URL this right in Redis.",
+        )
     except (redis.RedisError, OperationalError) as error:
-        return failed(name, BrokerUnavailable(str(error)), "Look at Redis: it has answered a moment ago.")
+        return failed(
+            name, BrokerUnavailable(str(error)), "Look at Redis: it has answered a moment ago."
+        )
 
 
 def _queue(url: str, queue: str) -> Check:
@@ -270,7 +316,9 @@ def _queue(url: str, queue: str) -> Check:
 def _given_up(told: str, reason: str) -> Check:
     advice = "Look at the receivers: what they refuse for two hours is given up."
     if wire.ALLOW_HOSTS in reason:  # as the guard of the workers says it
-        advice = f"List the receiver's host in {wire.ALLOW_HOSTS} of the workers, if jobs may reach it."
+        advice = (
+            f"List the receiver's host in {wire.ALLOW_HOSTS} of the workers, if jobs may reach it."
+        )
     latest = f", the latest because: {reason}" if reason else ""
     return doubtful("queue", f"{told}{latest}", f"{advice} `zlora webhooks` tells and resends.")
 
@@ -289,7 +337,9 @@ def _age(messages: list[str | None]) -> float | None:
     """Seconds since the first of these messages was sent; None where none says."""
     now, sent = time.time(), []
     for text in filter(None, messages):
-        with suppress(ValueError, AttributeError, LookupError, TypeError):  # anybody may write to a queue
+        with suppress(
+            ValueError, AttributeError, LookupError, TypeError
+        ):  # anybody may write to a queue
             sent.append(wire.submitted(json.loads(text)["headers"], now))
     known = [moment for moment in sent if moment is not None]
     return max(0.0, now - min(known)) if known else None
@@ -303,12 +353,23 @@ def _workers(url: str, backend: str, queue: str) -> Check:
     config["broker_transport_options"] |= _PATIENCE
     with OwnApp("zlora_doctor", config | {"broker_connection_retry": False}) as app:
         queues = app.control.inspect(timeout=_REPLY).active_queues() or {}
-        serving = sorted(name for name, served in queues.items() if queue in [item.get("name") for item in served])
+        serving = sorted(
+            name
+            for name, served in queues.items()
+            if queue in [item.get("name") for item in served]
+        )
         if not serving:
             told = f"none serves queue {queue}, {len(queues)} serve others or are of other programs"
             return failed("workers", ModelUnavailable(told), _START)
-        settings = app.control.inspect(destination=serving, timeout=_LONGEST_REPLY, limit=len(serving)).conf() or {}
-    return _versions(serving, {name: settings.get(name, {}).get("zlora_version") for name in serving})
+        settings = (
+            app.control.inspect(
+                destination=serving, timeout=_LONGEST_REPLY, limit=len(serving)
+            ).conf()
+            or {}
+        )
+    return _versions(
+        serving, {name: settings.get(name, {}).get("zlora_version") for name in serving}
+    )
 
 
 def _versions(serving: list[str], versions: Mapping[str, str | None]) -> Check:

@@ -95,7 +95,10 @@ class Client:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -124,13 +127,19 @@ class Client:
         after which the job may run, and to submit it again under the same id is safe: `details` name it.
         """
         if job_id is not None and idempotency_key is not None:
-            raise InvalidRequest("expected one of `job_id` and `idempotency_key`", {"path": "idempotency_key"})
+            raise InvalidRequest(
+                "expected one of `job_id` and `idempotency_key`", {"path": "idempotency_key"}
+            )
         name = job_id if idempotency_key is None else job_id_of(idempotency_key)
         (handle,) = self.submit_many([request], job_ids=None if name is None else [name], **options)
         return handle
 
     def submit_many(
-        self, requests: Iterable[Request], *, job_ids: Iterable[str] | None = None, **options: Unpack[Options]
+        self,
+        requests: Iterable[Request],
+        *,
+        job_ids: Iterable[str] | None = None,
+        **options: Unpack[Options],
     ) -> list[JobHandle]:
         """Submit jobs in order, with the same options; all of them are checked before the first is sent.
 
@@ -178,7 +187,9 @@ class _How(NamedTuple):
 
     @classmethod
     def read(cls, options: Options) -> "_How":
-        if unknown := options.keys() - Options.__annotations__.keys():  # as Python says of any other argument
+        if (
+            unknown := options.keys() - Options.__annotations__.keys()
+        ):  # as Python says of any other argument
             raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
         patience = options.get("expires_in")
         url, events = options.get("webhook_url"), options.get("webhook_events")
@@ -228,6 +239,10 @@ def _priority(name: str) -> int:
 
 
 def _seconds(value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= wire.RECORD_EXPIRES:
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 < value <= wire.RECORD_EXPIRES
+    ):
         return float(value)
     raise refused("expires_in", value, f"Expected seconds above 0 and up to {wire.RECORD_EXPIRES}")

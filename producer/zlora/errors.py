@@ -97,7 +97,12 @@ class ZloraError(Exception):
 
     def as_document(self) -> dict[str, Any]:
         """The error for a program, as plain JSON data."""
-        return {"code": self.code, "message": self.message, "retryable": self.retryable, "details": self.details}
+        return {
+            "code": self.code,
+            "message": self.message,
+            "retryable": self.retryable,
+            "details": self.details,
+        }
 
     @property
     def retry_after(self) -> float:
@@ -317,4 +322,6 @@ def named(code: str) -> type[ZloraError]:
     return _BY_CODE.get(code, ZloraError)
 
 
-_BY_CODE: Final[dict[str, type[ZloraError]]] = {globals()[name].code: globals()[name] for name in __all__}
+_BY_CODE: Final[dict[str, type[ZloraError]]] = {
+    globals()[name].code: globals()[name] for name in __all__
+}

@@ -15,9 +15,20 @@ SIZES: Final = {  # pixels: width and height
     "landscape_16_9": (1024, 576),
 }
 DEFAULT_SIZE: Final = "landscape_4_3"
-_ALIKE: Final = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "num_images")
+_ALIKE: Final = (
+    "prompt",
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "seed",
+    "num_images",
+)
 # Theirs, and ours with another name; `format` is that of fast-sdxl.
-_RENAMED: Final = {"output_format": "output_format", "format": "output_format", "sync_mode": "inline"}
+_RENAMED: Final = {
+    "output_format": "output_format",
+    "format": "output_format",
+    "sync_mode": "inline",
+}
 # What is taken because it asks for nothing that is not done here, with what it may say.
 _IDLE: Final[dict[str, tuple[Any, ...]]] = {
     "acceleration": ("none", "regular", "high"),
@@ -37,7 +48,9 @@ def read(document: object) -> GenerateRequest:
     for name, value in document.items():
         _require_known(name, value)
     if "format" in document and "output_format" in document:
-        raise refused("$.format", document["format"], "Expected one of `format` and `output_format`")
+        raise refused(
+            "$.format", document["format"], "Expected one of `format` and `output_format`"
+        )
     ours = {name: document[name] for name in _ALIKE if name in document}
     ours |= {_RENAMED[name]: document[name] for name in _RENAMED if name in document}
     ours |= _size(document.get("image_size", DEFAULT_SIZE))
@@ -65,26 +78,42 @@ def _require_known(name: object, value: object) -> None:
         raise refused(f"$.{str(name)[:80]}", value, f"Expected no field but {', '.join(_KNOWN)}")
     choices = _IDLE.get(str(name))
     if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise refused(f"$.{name}", value, f"Expected {' or '.join(map(repr, choices))}: nothing here does more")
+        raise refused(
+            f"$.{name}",
+            value,
+            f"Expected {' or '.join(map(repr, choices))}: nothing here does more",
+        )
 
 
 def _size(size: object) -> dict[str, Any]:
     if isinstance(size, Mapping) and size.keys() == {"width", "height"}:
         return {"width": size["width"], "height": size["height"]}
     if not isinstance(size, str) or size not in SIZES:
-        raise refused("$.image_size", size, f"Expected one of {', '.join(SIZES)}, or an object with width and height")
+        raise refused(
+            "$.image_size",
+            size,
+            f"Expected one of {', '.join(SIZES)}, or an object with width and height",
+        )
     width, height = SIZES[size]
     return {"width": width, "height": height}
 
 
 def _loras(loras: object) -> object:
     """What is no list is refused by `read_request`."""
-    return [_lora(index, lora) for index, lora in enumerate(loras)] if isinstance(loras, list | tuple) else loras
+    return (
+        [_lora(index, lora) for index, lora in enumerate(loras)]
+        if isinstance(loras, list | tuple)
+        else loras
+    )
 
 
 def _lora(index: int, lora: object) -> dict[str, Any]:
     if not isinstance(lora, Mapping) or "path" not in lora or not lora.keys() <= {"path", "scale"}:
-        raise refused(f"$.loras[{index}]", lora, "Expected an object with `path`, and no other field but `scale`")
+        raise refused(
+            f"$.loras[{index}]",
+            lora,
+            "Expected an object with `path`, and no other field but `scale`",
+        )
     return {"file": {"url": lora["path"]}, "weight": lora.get("scale", 1.0)}
 
 
@@ -98,7 +127,9 @@ def _renamed(error: InvalidRequest, document: Mapping[str, Any]) -> InvalidReque
     elif path == "$.output_format" and "format" in document:
         path = "$.format"
     details = {**error.details, "path": path}
-    return InvalidRequest(f"{path}: {details['expected']}; the value is {details['value']}", details)
+    return InvalidRequest(
+        f"{path}: {details['expected']}; the value is {details['value']}", details
+    )
 
 
 def _picture(image: ImageRef) -> dict[str, Any]:

@@ -25,18 +25,23 @@ from ssrfguard.requests import SafeAdapter
 _AZURE: Final = Block(ip_network("168.63.129.16/32"), "Azure's platform", "", Reach.DENIED)
 # What IANA has given to nobody: an address there means what the local network makes of it, as ::ffff:0:127.0.0.1 does.
 _OUTSIDE: Final = [
-    Block(ip_network(network), "not global unicast", "", Reach.DENIED) for network in ("::/3", "4000::/2", "8000::/1")
+    Block(ip_network(network), "not global unicast", "", Reach.DENIED)
+    for network in ("::/3", "4000::/2", "8000::/1")
 ]
 _DENIED: Final = AddressTable((*DEFAULT_DENIED.blocks, _AZURE, *_OUTSIDE))
 _ANY: Final = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 _MAX_REDIRECTS: Final = 5
 _NO_LINGERING: Final = struct.pack("ii", 1, 0)  # `struct linger`: on, for no time
 # What may follow a redirect to another origin; all else may be a credential.
-_PUBLIC_HEADERS: Final = frozenset({"accept", "accept-encoding", "connection", "if-none-match", "range", "user-agent"})
+_PUBLIC_HEADERS: Final = frozenset(
+    {"accept", "accept-encoding", "connection", "if-none-match", "range", "user-agent"}
+)
 _MAX_ATTEMPTS: Final = 2  # addresses of one name that are tried
 NAME_SECONDS: Final = 5.0  # for the name service, which has no deadline of its own
 CONNECT_SECONDS: Final = 5.0  # for each attempt
-ANSWER_SECONDS: Final = 30.0  # for the head of an answer: a server that drips it satisfies every timeout
+ANSWER_SECONDS: Final = (
+    30.0  # for the head of an answer: a server that drips it satisfies every timeout
+)
 READ_SECONDS: Final = 10.0  # between two pieces of an answer; the whole has the caller's deadline
 
 
@@ -89,11 +94,15 @@ class GuardedSession(requests.Session):
     def __init__(self, allow_hosts: Iterable[str] = (), *, certificates: str = "") -> None:
         super().__init__()
         self.verify = certificates or True
-        self.trust_env = False  # a proxy would resolve the name a second time; .netrc would add credentials
+        self.trust_env = (
+            False  # a proxy would resolve the name a second time; .netrc would add credentials
+        )
         self.max_redirects = _MAX_REDIRECTS
         # What a site sets for one producer must not open it to the next.
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self.headers["Connection"] = "close"  # so that each connection is opened, and watched, within its own deadline
+        self.headers["Connection"] = (
+            "close"  # so that each connection is opened, and watched, within its own deadline
+        )
         self._deadline: Deadline | None = None
         strict = Policy(
             allowed_schemes=frozenset({"https"}),
@@ -153,7 +162,9 @@ class GuardedSession(requests.Session):
         super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
         here, there = str(response.request.url), str(prepared_request.url)
         if self.should_strip_auth(here, there):  # type: ignore[no-untyped-call]
-            for name in [name for name in prepared_request.headers if name.lower() not in _PUBLIC_HEADERS]:
+            for name in [
+                name for name in prepared_request.headers if name.lower() not in _PUBLIC_HEADERS
+            ]:
                 del prepared_request.headers[name]
 
 

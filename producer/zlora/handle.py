@@ -26,7 +26,9 @@ from zlora.ledger import BRIEFLY
 from zlora.waiting import Wait
 
 _URL_SPARE: Final = 3.0  # seconds that a URL is worth giving for; a producer's clock may be that late of the worker's
-_MOVES: Final = 2.0  # seconds between two looks at the place of a job in its queue, which nobody publishes
+_MOVES: Final = (
+    2.0  # seconds between two looks at the place of a job in its queue, which nobody publishes
+)
 
 
 class JobHandle:
@@ -154,7 +156,9 @@ class JobHandle:
         """The result with URLs that hold, where its own do not and a worker makes others within `patience` seconds."""
         if patience <= BRIEFLY or all(map(_holds, result.images)):
             return result
-        with suppress(BrokerUnavailable, InternalError):  # what is at hand is the result, but for its URLs
+        with suppress(
+            BrokerUnavailable, InternalError
+        ):  # what is at hand is the result, but for its URLs
             return self._recalled(patience) or result
         return result
 
@@ -172,7 +176,9 @@ class JobHandle:
         """Why there is nothing after the wait; a worker that is not there cannot say that a job is unknown."""
         if wait.denied and not self._broker.standing(self.id).is_open and self._is_silent():
             return JobUnknown(f"no job {self.id} is known", {"job_id": self.id})
-        return ResultTimeout(f"no result of job {self.id} within {wait.seconds:g} s", {"job_id": self.id})
+        return ResultTimeout(
+            f"no result of job {self.id} within {wait.seconds:g} s", {"job_id": self.id}
+        )
 
     def _is_silent(self) -> bool:
         return self._broker.answer(self.id).state == JobState.PENDING

@@ -72,13 +72,17 @@ class Arriving:
     def missing(self) -> NotSafetensors:
         """What to raise where the file is over before its header is."""
         if self.received < _LENGTH:
-            return NotSafetensors(f"not a safetensors file: {self.received} bytes are too few for a header")
+            return NotSafetensors(
+                f"not a safetensors file: {self.received} bytes are too few for a header"
+            )
         length = int.from_bytes(self._start[:_LENGTH], "little")
         return NotSafetensors(_what_it_is(bytes(self._start[:_IMPOSTOR])), {"header_bytes": length})
 
     def _look(self) -> None:
         length = int.from_bytes(self._start[:_LENGTH], "little")
-        if len(self._start) >= _IMPOSTOR and (length > MAX_HEADER or self._start[_LENGTH] != ord("{")):
+        if len(self._start) >= _IMPOSTOR and (
+            length > MAX_HEADER or self._start[_LENGTH] != ord("{")
+        ):
             raise self.missing()
         end = _LENGTH + length
         if len(self._start) >= _LENGTH and end <= min(len(self._start), _LENGTH + MAX_HEADER):
@@ -103,11 +107,15 @@ def read_header(path: Path) -> Header:
 def _parsed(text: bytes) -> Header:
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique)
-        msgspec.json.encode(entries)  # half a surrogate pair, which Python's JSON lets through, is a ValueError here
+        msgspec.json.encode(
+            entries
+        )  # half a surrogate pair, which Python's JSON lets through, is a ValueError here
         metadata = msgspec.convert(entries.pop("__metadata__", {}), dict[str, str])
         tensors = msgspec.convert(entries, dict[str, TensorInfo])
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise NotSafetensors(f"not a safetensors file: its header is no such JSON ({str(error)[:120]})") from None
+        raise NotSafetensors(
+            f"not a safetensors file: its header is no such JSON ({str(error)[:120]})"
+        ) from None
     return Header(tensors, metadata)
 
 
@@ -128,8 +136,13 @@ def _data_size(tensors: dict[str, TensorInfo]) -> int:
                 f"tensor {name[:100]!r} has the type {info.dtype[:20]!r}, which this worker does not read"
             )
         if math.prod(max(side, 1) for side in info.shape) > _MAX_ELEMENTS:
-            raise NotSafetensors(f"damaged safetensors file: tensor {name[:100]!r} has a shape that no memory holds")
-        if info.data_offsets[0] != end or info.data_offsets[1] - end != math.prod(info.shape) * _BITS[info.dtype] // 8:
+            raise NotSafetensors(
+                f"damaged safetensors file: tensor {name[:100]!r} has a shape that no memory holds"
+            )
+        if (
+            info.data_offsets[0] != end
+            or info.data_offsets[1] - end != math.prod(info.shape) * _BITS[info.dtype] // 8
+        ):
             raise NotSafetensors(
                 f"damaged safetensors file: the bytes of tensor {name[:100]!r} are not where they should be"
             )

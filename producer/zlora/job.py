@@ -17,7 +17,9 @@ QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
 MAX_URL_SECONDS: Final = 604_800  # seven days: no signature of S3 holds for longer
-_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face, by itself
+_REPOSITORY: Final = re.compile(
+    r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII
+)  # of Hugging Face, by itself
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # it becomes a path and an object key
 
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -26,7 +28,9 @@ Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the V
 Text = Annotated[str, Meta(max_length=10_000)]  # characters; the model itself reads 77 tokens
 OutputFormat = Literal["png", "jpeg", "webp"]
 UrlPolicy = Literal["presigned", "public", "file", "key"]
-Scheduler = Literal["ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral", "heun", "lcm", "unipc"]
+Scheduler = Literal[
+    "ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral", "heun", "lcm", "unipc"
+]
 
 
 class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -40,7 +44,9 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     def __post_init__(self) -> None:
         given = [name for name in ("url", "cozy_ref", "ref") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"Expected exactly one of `url`, `cozy_ref`, `ref`, got {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"Expected exactly one of `url`, `cozy_ref`, `ref`, got {', '.join(given) or 'none'}"
+            )
 
     @property
     def address(self) -> str:
@@ -63,7 +69,9 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     adapter_name: Annotated[str, Meta(max_length=200)] | None = None
 
 
-class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class GenerateRequest(
+    Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """One job. Absent `width` and `height` mean the model's native size; an absent `seed` comes from the job id."""
 
     prompt: Text
@@ -81,7 +89,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
     lossless: bool = False  # webp that keeps every pixel, as png does
     embed_metadata: bool = True  # write into each picture what draws it again
     url_policy: UrlPolicy | None = None  # None is the operator's first
-    url_expires_in: Annotated[int, Meta(ge=1, le=MAX_URL_SECONDS)] | None = None  # seconds; None is the operator's
+    url_expires_in: Annotated[int, Meta(ge=1, le=MAX_URL_SECONDS)] | None = (
+        None  # seconds; None is the operator's
+    )
     inline: bool = False  # small pictures come as data URIs too
     timeout: Annotated[float, Meta(gt=0, le=86_400)] | None = (
         None  # seconds from its start; None is the operator's bound
@@ -91,7 +101,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, for
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"Expected `seed` + `num_images` - 1 <= {MAX_SEED}")
         if self.lossless and self.output_format != "webp":
-            raise ValueError("Expected `lossless` with `output_format` webp only: png always is, jpeg never")
+            raise ValueError(
+                "Expected `lossless` with `output_format` webp only: png always is, jpeg never"
+            )
         if self.quality is not None and self.keeps_pixels:
             raise ValueError("Expected no `quality` where every pixel is kept")
         if self.url_expires_in is not None and self.url_policy not in (None, "presigned"):
@@ -251,7 +263,9 @@ def check_job_id(job_id: object) -> str:
     if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
         return job_id
     details = {"path": "job_id", "value": printable(job_id), "expected": JOB_ID.pattern}
-    raise InvalidJobId(f"job id {printable(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details)
+    raise InvalidJobId(
+        f"job id {printable(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details
+    )
 
 
 def seed_of(job_id: str) -> int:
@@ -282,7 +296,9 @@ def digest_of(request: GenerateRequest) -> str:
 
     So a field that is added with a default changes no digest.
     """
-    return hashlib.sha256(msgspec.json.encode(_without_defaults(request), order="deterministic")).hexdigest()
+    return hashlib.sha256(
+        msgspec.json.encode(_without_defaults(request), order="deterministic")
+    ).hexdigest()
 
 
 def _without_defaults(value: object) -> object:
@@ -290,8 +306,15 @@ def _without_defaults(value: object) -> object:
         return [_without_defaults(item) for item in value]
     if not isinstance(value, Struct):
         return value
-    fields = {field.name: (field.default, getattr(value, field.name)) for field in msgspec.structs.fields(value)}
-    return {name: _without_defaults(given) for name, (default, given) in fields.items() if given != default}
+    fields = {
+        field.name: (field.default, getattr(value, field.name))
+        for field in msgspec.structs.fields(value)
+    }
+    return {
+        name: _without_defaults(given)
+        for name, (default, given) in fields.items()
+        if given != default
+    }
 
 
 def plain(value: Struct) -> dict[str, Any]:
@@ -310,7 +333,11 @@ _PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 def refused(path: str, value: object, expected: str) -> InvalidRequest:
     """The error of a value that is not what was expected, with the value as it may be shown."""
-    is_prompt = isinstance(value, str) and path in ("$", "$.prompt", "$.negative_prompt")  # the log may not have them
+    is_prompt = isinstance(value, str) and path in (
+        "$",
+        "$.prompt",
+        "$.negative_prompt",
+    )  # the log may not have them
     shown = f"a text of {len(str(value))} characters" if is_prompt else printable(value)
     details = {"path": path, "value": shown, "expected": expected}
     return InvalidRequest(f"{path}: {expected}; the value is {shown}", details)

@@ -171,13 +171,21 @@ class Ledger:
         with self.redis.pipeline(transaction=False) as pipe:
             pipe.script_load(_OPEN)
             for job_id, submission, digest in entries:
-                keys = [wire.job_key(job_id), wire.ledger_key(self.queue), wire.expiring_key(self.queue)]
-                pipe.evalsha(self._open.sha, len(keys), *keys, *self._told(job_id, submission, digest))
+                keys = [
+                    wire.job_key(job_id),
+                    wire.ledger_key(self.queue),
+                    wire.expiring_key(self.queue),
+                ]
+                pipe.evalsha(
+                    self._open.sha, len(keys), *keys, *self._told(job_id, submission, digest)
+                )
             _, *answers = pipe.execute()
         for (job_id, _, digest), (known, sent, written) in zip(entries, answers, strict=True):
             if known != digest:
                 raise _conflict(job_id)
-            found.append(msgspec.json.decode(written, type=Submission) if written and not sent else None)
+            found.append(
+                msgspec.json.decode(written, type=Submission) if written and not sent else None
+            )
         return found
 
     def _told(self, job_id: str, submission: Submission, digest: str) -> list[Any]:
@@ -217,7 +225,9 @@ class Ledger:
             pipe.zrank(wire.ledger_key(self.queue), job_id)
             (digest, closed, verdict), rank = pipe.execute()
         return Standing(
-            is_open=digest is not None and closed is None, position=rank, verdict=verdict_of({"verdict": verdict})
+            is_open=digest is not None and closed is None,
+            position=rank,
+            verdict=verdict_of({"verdict": verdict}),
         )
 
     def recall(self, job_id: str, *, patience: float = _ANSWER) -> bytes | None:
@@ -246,7 +256,9 @@ class Ledger:
     def answer(self, reply: str, manifest: bytes) -> None:
         """Answer a question; empty means that there is no such job."""
         with self.redis.pipeline() as pipe:
-            pipe.rpush(reply, manifest.decode(errors="replace"))  # a damaged one is for the reader to refuse
+            pipe.rpush(
+                reply, manifest.decode(errors="replace")
+            )  # a damaged one is for the reader to refuse
             pipe.expire(reply, _ASKED)
             pipe.execute()
 
@@ -292,10 +304,14 @@ class Ledger:
 
     def _end(self, job_id: str, verdict: ZloraError | None) -> tuple[str, int]:
         """The verdict that was first, and 1 where this is the job's first end."""
-        text = "" if verdict is None else json.dumps([verdict.code, verdict.message, verdict.details])
+        text = (
+            "" if verdict is None else json.dumps([verdict.code, verdict.message, verdict.details])
+        )
         prefixes = [name("") for name in (wire.ledger_key, wire.expiring_key, wire.outbox_key)]
         lives = (wire.RESULT_EXPIRES, wire.RECORD_EXPIRES)
-        first, ended = self._close(keys=[wire.job_key(job_id)], args=[job_id, text, *lives, self.queue, *prefixes])
+        first, ended = self._close(
+            keys=[wire.job_key(job_id)], args=[job_id, text, *lives, self.queue, *prefixes]
+        )
         return first, ended
 
 
@@ -307,11 +323,17 @@ def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:
     """The error that a job ended with, as its record has it."""
     if (text := record.get("verdict")) is None:
         return None
-    code, message, details = json.loads(text)  # as it was written: msgspec refuses half a surrogate pair
+    code, message, details = json.loads(
+        text
+    )  # as it was written: msgspec refuses half a surrogate pair
     return errors.named(code)(message, details)
 
 
 def attempts_of(record: dict[str, str]) -> dict[str, Attempt]:
     """The deliveries of a job that are under way, or whose worker died, by their fields."""
-    found = {name: msgspec.json.decode(text, type=Attempt) for name, text in record.items() if name.startswith(ATTEMPT)}
+    found = {
+        name: msgspec.json.decode(text, type=Attempt)
+        for name, text in record.items()
+        if name.startswith(ATTEMPT)
+    }
     return dict(sorted(found.items(), key=lambda item: item[1].at))

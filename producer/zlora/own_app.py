@@ -19,7 +19,9 @@ class _Loader(AppLoader):
 class OwnApp(Celery):
     """An app of its own broker and result backend; raises what Celery does where it cannot open the latter."""
 
-    def __init__(self, name: str, config: Mapping[str, Any], *, set_as_current: bool = False) -> None:
+    def __init__(
+        self, name: str, config: Mapping[str, Any], *, set_as_current: bool = False
+    ) -> None:
         """`config` has `broker_url` and `result_backend`."""
         # Without fixups: Django's is for the app of the project.
         super().__init__(name, loader=_Loader, fixups=[], set_as_current=set_as_current)

@@ -38,7 +38,9 @@ def save(result: GenerateResult, folder: Path) -> list[Path]:
 def paths(result: GenerateResult, folder: Path) -> list[Path]:
     """Where `save` writes a result's pictures; raises `PictureUnavailable` where one is of no kind that is known."""
     name = check_job_id(result.job_id)  # it becomes a path
-    return [folder / f"{name}-{index}.{_ending(image)}" for index, image in enumerate(result.images)]
+    return [
+        folder / f"{name}-{index}.{_ending(image)}" for index, image in enumerate(result.images)
+    ]
 
 
 def _of(result: GenerateResult, image: ImageRef) -> bytes:
@@ -58,12 +60,19 @@ def read(image: ImageRef, *, timeout: float = 30.0, deadline: float = 300.0) -> 
     end = time.monotonic() + deadline
     address = image.data_uri or image.url
     if address is None:
-        raise _unavailable(image, f"{printable(image.key)} has no URL: its request or the operator asks for keys alone")
+        raise _unavailable(
+            image,
+            f"{printable(image.key)} has no URL: its request or the operator asks for keys alone",
+        )
     with closing(_pieces(image, address, timeout)) as pieces:
         data = b"".join(_up_to(image.size, pieces, end=end))
     if len(data) != image.size or hashlib.sha256(data).hexdigest() != image.sha256:
         late = time.monotonic() > end
-        why = f"it takes more than {deadline:g} s" if late else "the bytes there are not those of the picture"
+        why = (
+            f"it takes more than {deadline:g} s"
+            if late
+            else "the bytes there are not those of the picture"
+        )
         raise _unavailable(image, f"{_shown(address)}: {why}")
     return data
 
@@ -79,7 +88,9 @@ def _pieces(image: ImageRef, address: str, timeout: float) -> Generator[bytes]:
             case "http" | "https":
                 yield from _fetched(image, address, timeout)
             case scheme:
-                raise _unavailable(image, f"{_shown(address)}: no pictures come by {printable(scheme)}")
+                raise _unavailable(
+                    image, f"{_shown(address)}: no pictures come by {printable(scheme)}"
+                )
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _unavailable(image, f"{_shown(address)}: {_reason(error)}") from None
 
@@ -89,10 +100,14 @@ def _fetched(image: ImageRef, address: str, timeout: float) -> Iterator[bytes]:
 
     try:
         with _web().open(address, timeout=timeout) as answer:
-            yield from iter(lambda: answer.read1(_PIECE), b"")  # what has come: `read` waits for all of a piece
+            yield from iter(
+                lambda: answer.read1(_PIECE), b""
+            )  # what has come: `read` waits for all of a piece
     except HTTPError as error:
         with error:
-            raise _unavailable(image, f"{_shown(address)}: the server answers {error.code}") from None
+            raise _unavailable(
+                image, f"{_shown(address)}: the server answers {error.code}"
+            ) from None
 
 
 def _up_to(size: int, pieces: Iterator[bytes], *, end: float) -> Iterator[bytes]:
@@ -107,7 +122,11 @@ def _up_to(size: int, pieces: Iterator[bytes], *, end: float) -> Iterator[bytes]
 def _inline(address: str) -> bytes:
     """The bytes of a data URI (RFC 2397); raises `ValueError`."""
     kind, _, data = address.partition(",")
-    return base64.b64decode(data, validate=True) if kind.endswith(";base64") else unquote_to_bytes(data)
+    return (
+        base64.b64decode(data, validate=True)
+        if kind.endswith(";base64")
+        else unquote_to_bytes(data)
+    )
 
 
 def _web() -> "OpenerDirector":
@@ -146,7 +165,9 @@ def _unavailable(image: ImageRef, message: str) -> PictureUnavailable:
 
 def _ending(image: ImageRef) -> str:
     if (ending := _ENDINGS.get(image.content_type)) is None:
-        raise _unavailable(image, f"{printable(image.key)} is no picture but {printable(image.content_type)}")
+        raise _unavailable(
+            image, f"{printable(image.key)} is no picture but {printable(image.content_type)}"
+        )
     return ending
 
 

@@ -6,7 +6,16 @@ from typing import Final
 
 import msgspec
 
-from zlora.job import Asset, GenerateRequest, GenerateResult, ImageRef, LoraReceipt, LoraSpec, digest_of, seed_of
+from zlora.job import (
+    Asset,
+    GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    LoraReceipt,
+    LoraSpec,
+    digest_of,
+    seed_of,
+)
 from zlora.redaction import label, without_secrets
 
 _NOTHING: Final = hashlib.sha256(b"").hexdigest()
@@ -25,10 +34,14 @@ def placeholder(job_id: str, request: GenerateRequest) -> GenerateResult:
     seed = seed_of(job_id) if request.seed is None else request.seed
     return GenerateResult(
         job_id=job_id,
-        images=tuple(_picture(job_id, request, index, seed + index) for index in range(request.num_images)),
+        images=tuple(
+            _picture(job_id, request, index, seed + index) for index in range(request.num_images)
+        ),
         loras=tuple(map(_receipt, request.loras)),
         seed=seed,
-        timings=dict.fromkeys(("queued", "fetch", "parse", "apply", "denoise", "restore", "tail"), 0.0),
+        timings=dict.fromkeys(
+            ("queued", "fetch", "parse", "apply", "denoise", "restore", "tail"), 0.0
+        ),
         base_intact=True,
         model="zlora.testing",
         versions={"z-image-lora": version("z-image-lora")},
@@ -72,7 +85,9 @@ def _receipt(spec: LoraSpec) -> LoraReceipt:
         format="unknown",
         ranks=(),
         unet_weight=spec.weight if spec.unet_weight is None else spec.unet_weight,
-        text_encoder_weight=spec.weight if spec.text_encoder_weight is None else spec.text_encoder_weight,
+        text_encoder_weight=spec.weight
+        if spec.text_encoder_weight is None
+        else spec.text_encoder_weight,
         modules={},
         tier="memory",
         milliseconds={"fetch": 0.0, "parse": 0.0},

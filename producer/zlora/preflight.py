@@ -26,7 +26,15 @@ from zlora.header import MAX_HEADER, Arriving, Header
 from zlora.job import Asset, GenerateRequest
 from zlora.origins import LoraInfo
 from zlora.redaction import without_secrets
-from zlora.references import CIVITAI, HUGGING_FACE, MAX_LISTING, PUBLIC, civitai_url, hub_file, reference
+from zlora.references import (
+    CIVITAI,
+    HUGGING_FACE,
+    MAX_LISTING,
+    PUBLIC,
+    civitai_url,
+    hub_file,
+    reference,
+)
 
 if TYPE_CHECKING:
     from requests import Response
@@ -43,8 +51,15 @@ _FIRST_RANGE: Final = 2**18  # bytes; few headers have more
 _MAX_RANGES: Final = 8  # of one header; two are enough where a server gives what it is asked for
 _PIECE: Final = 2**16  # bytes; as much may be read beyond a header
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
-_ANSWERS: Final = (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
-_TOKENS: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)  # what a server answers to those who have none
+_ANSWERS: Final = (
+    HTTPStatus.OK,
+    HTTPStatus.PARTIAL_CONTENT,
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+)
+_TOKENS: Final = (
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+)  # what a server answers to those who have none
 
 
 class Preflight:
@@ -64,7 +79,9 @@ class Preflight:
         """
         if missing := [name for name in _PACKAGES if not find_spec(name)]:
             advice = "pip install 'z-image-lora[preflight]'"
-            raise InvalidSetting(f"preflight: {', '.join(missing)} not installed: {advice}", {"name": "preflight"})
+            raise InvalidSetting(
+                f"preflight: {', '.join(missing)} not installed: {advice}", {"name": "preflight"}
+            )
         self._hosts, self._certificates = frozenset(allow_hosts), certificates
         self._hub, self._civitai = wire.web_url(hub), wire.web_url(civitai)
 
@@ -114,7 +131,10 @@ class Preflight:
         name = without_secrets(address)
         origins.require_lora(header, name)
         if (origin := origins.told(header)) and origin.family != origins.SDXL:
-            raise LoraMismatch(f"{name}: {origin.clause}; the queue draws with {origins.SDXL}", {"base": origin.family})
+            raise LoraMismatch(
+                f"{name}: {origin.clause}; the queue draws with {origins.SDXL}",
+                {"base": origin.family},
+            )
 
     def _look(self, address: str) -> "_Found":
         """The header behind an address and the size of its file."""
@@ -158,7 +178,9 @@ class Preflight:
             return address
         file = hub_file(address, endpoint=self._hub)
         if not file.path:
-            file = file.sole(web.text(file.listing_url(self._hub), name=name, max_bytes=MAX_LISTING), name=name)
+            file = file.sole(
+                web.text(file.listing_url(self._hub), name=name, max_bytes=MAX_LISTING), name=name
+            )
         return file.url(self._hub)
 
 
@@ -196,7 +218,9 @@ def _feed(arriving: Arriving, web: "Web", url: str, name: str) -> int | None:
 
     first = arriving.received
     last = (MAX_HEADER + 8 if first else _FIRST_RANGE) - 1
-    with web.open(url, name=name, headers={"Range": f"bytes={first}-{last}"}, statuses=_ANSWERS) as response:
+    with web.open(
+        url, name=name, headers={"Range": f"bytes={first}-{last}"}, statuses=_ANSWERS
+    ) as response:
         if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise arriving.missing()
         require_plain(response, name)

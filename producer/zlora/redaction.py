@@ -9,10 +9,18 @@ _SHOWN: Final = 80  # characters of a value in a message
 _HOST: Final = 30  # characters of a long address's host, and
 _END: Final = 35  # of its end
 _DIGITS: Final = 12  # of a hash, in hex: enough to tell a day's prompts apart
-_WORDS: Final = ("scheduler", "output_format", "url_policy")  # texts of a request that are no prompt
-_WORD: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # one of their values, or anybody's short misspelling
+_WORDS: Final = (
+    "scheduler",
+    "output_format",
+    "url_policy",
+)  # texts of a request that are no prompt
+_WORD: Final = re.compile(
+    r"[a-z0-9_]{1,20}", re.ASCII
+)  # one of their values, or anybody's short misspelling
 _NESTED: Final = 8  # addresses in one another, each looked into: a thousand would end the process
-_AUTHORITY: Final = re.compile(r"(?:.*@)?(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII | re.DOTALL)
+_AUTHORITY: Final = re.compile(
+    r"(?:.*@)?(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII | re.DOTALL
+)
 
 
 def without_secrets(address: str) -> str:
@@ -50,7 +58,11 @@ def shown(request: object, *, prompts: str = "shown") -> str:
     With `prompts="hashed"` of every text that may be a prompt only its hash.
     """
     if not isinstance(request, dict):
-        return _hash(request) if isinstance(request, str) and prompts == "hashed" else printable(request)
+        return (
+            _hash(request)
+            if isinstance(request, str) and prompts == "hashed"
+            else printable(request)
+        )
     parts: list[str] = []
     for name, value in request.items():
         if name == "loras":
@@ -61,7 +73,11 @@ def shown(request: object, *, prompts: str = "shown") -> str:
 
 
 def _told(name: object, value: object, prompts: str) -> str:
-    if isinstance(value, str) and prompts == "hashed" and not (name in _WORDS and _WORD.fullmatch(value)):
+    if (
+        isinstance(value, str)
+        and prompts == "hashed"
+        and not (name in _WORDS and _WORD.fullmatch(value))
+    ):
         return _hash(value)
     if isinstance(value, str) and name in ("prompt", "negative_prompt"):
         return _cut(repr(value))  # as it is: only elsewhere may there be an address
@@ -75,14 +91,22 @@ def _hash(text: str) -> str:
 
 def _loras(specs: object) -> list[str]:
     """Each LoRA by the name that its request gives it, else by its address, and its weight where it has one."""
-    found = [spec for spec in specs if isinstance(spec, dict)] if isinstance(specs, list | tuple) else []
+    found = (
+        [spec for spec in specs if isinstance(spec, dict)]
+        if isinstance(specs, list | tuple)
+        else []
+    )
     return [f"lora={_name(spec)}{_weight(spec.get('weight'))}" for spec in found]
 
 
 def _name(spec: dict[str, Any]) -> str:
     file = spec.get("file")
-    addresses = [file.get(field) for field in ("url", "cozy_ref", "ref")] if isinstance(file, dict) else []
-    names = (name for name in (spec.get("adapter_name"), *addresses) if isinstance(name, str) and name)
+    addresses = (
+        [file.get(field) for field in ("url", "cozy_ref", "ref")] if isinstance(file, dict) else []
+    )
+    names = (
+        name for name in (spec.get("adapter_name"), *addresses) if isinstance(name, str) and name
+    )
     return short(next(names, "?"))
 
 

@@ -23,7 +23,13 @@ from zlora.own_app import OwnApp
 from zlora.redaction import PROMPTS, shown
 
 _UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.RedisError)
-_NO_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, ValueError)  # what Celery says of one
+_NO_URL: Final = (
+    ImproperlyConfigured,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+)  # what Celery says of one
 # Bounds the wait for a broker: three tries within about a second where it is down, within nine where it is silent.
 _SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
 _UNANSWERED: Final = 1.0  # seconds in which nobody is asked again where no companion has answered
@@ -33,21 +39,27 @@ _BATCH: Final = 200  # jobs that are written down by one command
 class RedisBroker:
     """A `Broker` over Celery apps of its own, so that another app in the process keeps its settings."""
 
-    def __init__(self, broker_url: str, *, result_backend: str, queue: str, prompts: str = "shown") -> None:
+    def __init__(
+        self, broker_url: str, *, result_backend: str, queue: str, prompts: str = "shown"
+    ) -> None:
         """Connect at the first use; raises `InvalidSetting` where either URL is not one Redis that Celery can open.
 
         `prompts` is "shown", or "hashed" for who watches the queue.
         """
         self.queue = queue
         _check_prompts(prompts)
-        config = wire.impatient_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
+        config = wire.impatient_config(
+            broker_url=broker_url, result_backend=result_backend, queue=queue
+        )
         config["zlora_prompts"] = prompts
         self._app = OwnApp("zlora", config)
         check_urls(self._app, broker_url=broker_url, result_backend=result_backend)
         # To send through an app with a result backend would subscribe to each result, and wait for Redis for 20 s.
         self._sender = OwnApp("zlora", config | {"result_backend": "disabled://"})
         self._ledger = Ledger(connect(broker_url), queue)
-        self._backend: Any = self._app.backend  # one for all threads: Celery would make one, with connections, for each
+        self._backend: Any = (
+            self._app.backend
+        )  # one for all threads: Celery would make one, with connections, for each
         self._listener = Listener(result_backend, self._channel)
         self._closed = False
         self._unanswered = -math.inf  # when a question was given up, by the monotonic clock
@@ -64,7 +76,9 @@ class RedisBroker:
 
     def _put(self, batch: Sequence[Entry]) -> None:
         unsent = self._ledger.open_many(batch)
-        new = [(entry.job_id, job) for entry, job in zip(batch, unsent, strict=True) if job is not None]
+        new = [
+            (entry.job_id, job) for entry, job in zip(batch, unsent, strict=True) if job is not None
+        ]
         for job_id, job in new:
             send(self._sender, self.queue, job_id, job)
         if new:
@@ -124,7 +138,9 @@ class RedisBroker:
             yield
         except _UNREACHABLE as error:
             raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
-        except Exception:  # the boundary to Redis: a socket that is closed under whoever reads it raises anything
+        except (
+            Exception
+        ):  # the boundary to Redis: a socket that is closed under whoever reads it raises anything
             if self._closed:
                 raise BrokerUnavailable("the client is closed", details) from None
             raise
@@ -160,20 +176,30 @@ def check_urls(app: Celery, *, broker_url: str, result_backend: str) -> None:
         (wire.RESULT_BACKEND, result_backend, lambda: app.backend),
     ):
         scheme, mark, _ = url.partition("://")
-        told = f"{scheme}://..." if mark else "without ://"  # the rest may hold a password, and so may the reason
+        told = (
+            f"{scheme}://..." if mark else "without ://"
+        )  # the rest may hold a password, and so may the reason
         if scheme not in wire.SCHEMES or ";" in url:
             expected = ", ".join(f"{known}://" for known in wire.SCHEMES)
-            raise InvalidSetting(f"{name}: expected one Redis, as one of {expected} ({told})", {"name": name})
+            raise InvalidSetting(
+                f"{name}: expected one Redis, as one of {expected} ({told})", {"name": name}
+            )
         try:
             opened()
-            connect(url).connection_pool.make_connection()  # which opens none, and takes the URL's options
+            connect(
+                url
+            ).connection_pool.make_connection()  # which opens none, and takes the URL's options
         except _NO_URL:
-            raise InvalidSetting(f"{name}: no URL that Celery can open ({told})", {"name": name}) from None
+            raise InvalidSetting(
+                f"{name}: no URL that Celery can open ({told})", {"name": name}
+            ) from None
 
 
 def _check_prompts(prompts: str) -> None:
     if prompts not in PROMPTS:
-        raise InvalidSetting(f"{wire.PROMPTS}: expected one of {', '.join(PROMPTS)}", {"name": wire.PROMPTS})
+        raise InvalidSetting(
+            f"{wire.PROMPTS}: expected one of {', '.join(PROMPTS)}", {"name": wire.PROMPTS}
+        )
 
 
 def _named(entries: Sequence[Entry]) -> dict[str, Any]:

@@ -12,11 +12,15 @@ from zlora.redaction import without_secrets
 
 HUGGING_FACE: Final = "https://huggingface.co"
 CIVITAI: Final = "https://civitai.com"
-PUBLIC: Final = frozenset({HUGGING_FACE, CIVITAI})  # reached as any address is; an operator's own may be private
+PUBLIC: Final = frozenset(
+    {HUGGING_FACE, CIVITAI}
+)  # reached as any address is; an operator's own may be private
 _HUBS: Final = ("https://hf.co",)  # other names of the two
 _CIVITAIS: Final = ("https://www.civitai.com",)
 MAX_LISTING: Final = 8 * 2**20  # bytes of a repository's list of files
-_REVISION_LAST: Final = re.compile(r"hf://((?:(?:model|dataset|space)s/)?+[^/@]+/[^/@]+)/(.+)@([^@]+)")
+_REVISION_LAST: Final = re.compile(
+    r"hf://((?:(?:model|dataset|space)s/)?+[^/@]+/[^/@]+)/(.+)@([^@]+)"
+)
 _VERSION: Final = re.compile(r"civitai://([0-9]{1,12})(\?.*)?")
 _COMMIT: Final = re.compile("[0-9a-f]{40,64}")
 _SHOWN: Final = 5  # file names in a message
@@ -34,7 +38,13 @@ class HubFile(NamedTuple):
         """Where its bytes are."""
         from huggingface_hub import hf_hub_url
 
-        return hf_hub_url(self.repository, self.path, repo_type=self.kind, revision=self.revision, endpoint=endpoint)
+        return hf_hub_url(
+            self.repository,
+            self.path,
+            repo_type=self.kind,
+            revision=self.revision,
+            endpoint=endpoint,
+        )
 
     def listing_url(self, endpoint: str) -> str:
         """What the repository has at this revision."""
@@ -53,10 +63,14 @@ class HubFile(NamedTuple):
         names = [file.rfilename for file in found.siblings if not _climbs(file.rfilename)]
         loras = sorted(file for file in names if file.endswith(".safetensors"))
         if not loras:
-            raise NotSafetensors(f"{name}: none of the repository's {len(names)} files is a safetensors file")
+            raise NotSafetensors(
+                f"{name}: none of the repository's {len(names)} files is a safetensors file"
+            )
         if len(loras) > 1:
             shown = ", ".join(file[:100] for file in loras[:_SHOWN])
-            raise LoraNotFound(f"{name}: the repository has {len(loras)} safetensors files, name one: {shown}")
+            raise LoraNotFound(
+                f"{name}: the repository has {len(loras)} safetensors files, name one: {shown}"
+            )
         commit = found.sha if found.sha and _COMMIT.fullmatch(found.sha) else self.revision
         return self._replace(path=loras[0], revision=commit)
 
@@ -83,7 +97,9 @@ def hub_file(address: str, *, endpoint: str = HUGGING_FACE) -> HubFile:
     try:
         uri = parse_hf_uri(address, endpoint=endpoint)
     except ValueError:  # its text quotes the whole address
-        raise LoraNotFound(f"{name}: no file of the hub; expected hf://owner/repo/file@revision") from None
+        raise LoraNotFound(
+            f"{name}: no file of the hub; expected hf://owner/repo/file@revision"
+        ) from None
     if not uri.is_repo or _climbs(uri.path_in_repo) or _climbs(uri.revision or ""):
         raise LoraNotFound(f"{name}: no file of a repository")
     return HubFile(uri.type, uri.id, uri.revision or "main", uri.path_in_repo)
@@ -121,7 +137,9 @@ def reference(url: str, *, hub: str = HUGGING_FACE, civitai: str = CIVITAI) -> s
             file = hub_file(url, endpoint=hub)
         except LoraNotFound:
             return url
-        return f"hf://{file.kind}s/{file.repository}@{quote(file.revision, safe='')}/{file.path}".rstrip("/")
+        return f"hf://{file.kind}s/{file.repository}@{quote(file.revision, safe='')}/{file.path}".rstrip(
+            "/"
+        )
     return url
 
 
@@ -132,5 +150,7 @@ def _civitai_reference(url: str) -> str:
     if parts.path.startswith("/models/"):
         if version := parse_qs(parts.query).get("modelVersionId"):
             return f"civitai://{version[0]}"
-        raise LoraNotFound(f"{without_secrets(url)}: a page of many versions; name one: civitai://<version id>")
+        raise LoraNotFound(
+            f"{without_secrets(url)}: a page of many versions; name one: civitai://<version id>"
+        )
     return url

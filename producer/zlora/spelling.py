@@ -9,8 +9,22 @@ from typing import Final, NamedTuple
 # What tools write before a module's name, dots as underscores. An empty one is a file for one network alone.
 PREFIXES: Final[dict[str, tuple[str, ...]]] = {
     "unet": ("unet", "lora_unet", "lycoris", "diffusion_model", "model_diffusion_model", ""),
-    "transformer": ("transformer", "lora_transformer", "lycoris", "diffusion_model", "model_diffusion_model", ""),
-    "text_encoder": ("text_encoder", "lora_te1", "te1", "lycoris_te1", "clip_l", "text_encoders_clip_l_transformer"),
+    "transformer": (
+        "transformer",
+        "lora_transformer",
+        "lycoris",
+        "diffusion_model",
+        "model_diffusion_model",
+        "",
+    ),
+    "text_encoder": (
+        "text_encoder",
+        "lora_te1",
+        "te1",
+        "lycoris_te1",
+        "clip_l",
+        "text_encoders_clip_l_transformer",
+    ),
     "text_encoder_2": (
         "text_encoder_2",
         "lora_te2",
@@ -68,7 +82,9 @@ _FORMATS: Final = (
 FACTORS: Final = {
     "lora": frozenset({"down", "up", "mid"}),
     "loha": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
-    "lokr": frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+    "lokr": frozenset(
+        {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
+    ),
     "full": frozenset({"diff"}),
 }
 RANKED: Final = {  # whose first side is the rank, the first that is there
@@ -111,14 +127,19 @@ def kind_of(parts: AbstractSet[str]) -> str:
 
 def format_of(names: Iterable[str]) -> str:
     """The tool that spells most of these tensors' names so; `unknown` for none."""
-    tools = Counter(next((tool for pattern, tool in _FORMATS if pattern.search(name)), "unknown") for name in names)
+    tools = Counter(
+        next((tool for pattern, tool in _FORMATS if pattern.search(name)), "unknown")
+        for name in names
+    )
     return tools.most_common(1)[0][0] if tools else "unknown"
 
 
 def component_of(name: str) -> str:
     """The component that a tensor's name is meant for, by its prefix alone; `unknown` where it has none."""
     spelt = flat(name)
-    prefixes = [(prefix, component) for component, group in PREFIXES.items() for prefix in group if prefix]
+    prefixes = [
+        (prefix, component) for component, group in PREFIXES.items() for prefix in group if prefix
+    ]
     fitting = [pair for pair in prefixes if spelt.startswith(f"{pair[0]}_")]
     return max(fitting, key=lambda pair: len(pair[0]))[1] if fitting else "unknown"
 
@@ -126,7 +147,9 @@ def component_of(name: str) -> str:
 def some(names: Iterable[str]) -> str:
     """How many tensors, and the first of their names, short: for a message."""
     found = sorted(names)
-    return f"{len(found)} tensors, such as {', '.join(name[:60] for name in found[:_SHOWN]) or 'none'}"
+    return (
+        f"{len(found)} tensors, such as {', '.join(name[:60] for name in found[:_SHOWN]) or 'none'}"
+    )
 
 
 def flat(spelling: str) -> str:

@@ -82,7 +82,11 @@ class MemoryWorker:
     queue = QUEUE
 
     def __init__(
-        self, *, draw: Draw | None = None, paused: bool = False, clock: Callable[[], float] = time.time
+        self,
+        *,
+        draw: Draw | None = None,
+        paused: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.webhooks: list[Posted] = []
         self._draw = draw or _draw_nothing
@@ -134,9 +138,13 @@ class MemoryWorker:
 
     def standing(self, job_id: str) -> Standing:
         if (job := self._look(job_id)) is None or job.closed:
-            return Standing(is_open=False, position=None, verdict=None if job is None else job.verdict)
+            return Standing(
+                is_open=False, position=None, verdict=None if job is None else job.verdict
+            )
         with self._lock:
-            before = [other for other in self._jobs.values() if not other.closed and other.rank < job.rank]
+            before = [
+                other for other in self._jobs.values() if not other.closed and other.rank < job.rank
+            ]
         return Standing(is_open=True, position=len(before), verdict=None)
 
     def recall(self, job_id: str, patience: float) -> bytes | None:  # noqa: ARG002 - it answers at once
@@ -179,7 +187,9 @@ class MemoryWorker:
         if job_id in self._jobs:
             return
         cancelled, place = job_id in self._unwanted, len(self._jobs)
-        job = _Job(id=job_id, digest=digest, submission=submission, place=place, cancelled=cancelled)
+        job = _Job(
+            id=job_id, digest=digest, submission=submission, place=place, cancelled=cancelled
+        )
         self._jobs[job_id] = job
         heapq.heappush(self._line, (job.rank, job))
 
@@ -211,14 +221,21 @@ class MemoryWorker:
         try:
             self._require_in_time(job)
             self._report(job, "loading", 0, 0)
-            result = self._draw(job.id, read_request(job.submission.request), partial(self._report, job))
+            result = self._draw(
+                job.id, read_request(job.submission.request), partial(self._report, job)
+            )
             sent = msgspec.json.encode(result)
             read_result(sent)  # a `draw` may return anything
             document = msgspec.json.decode(sent)
         except ZloraError as error:
             self._fail(job, error)
         except BaseException as error:  # the boundary to a test's own code: told as a worker tells it, and raised again
-            self._fail(job, InternalError(f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}"))
+            self._fail(
+                job,
+                InternalError(
+                    f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}"
+                ),
+            )
             raise
         else:
             self._tell(job, Answer(JobState.SUCCESS.value, document), closed=True)
@@ -230,18 +247,26 @@ class MemoryWorker:
     def _report(self, job: _Job, phase: str, done: int, total: int) -> None:
         if job.cancelled:
             raise revoked(job.id)
-        names = {"denoising": ("step", "steps"), "fetching": ("received", "expected")}.get(phase, ())
+        names = {"denoising": ("step", "steps"), "fetching": ("received", "expected")}.get(
+            phase, ()
+        )
         status: dict[str, Any] = dict(zip(names, (done, total), strict=False))
         self._tell(job, Answer(JobState.PROGRESS.value, {"phase": phase, "attempt": 1, **status}))
 
     def _fail(self, job: _Job, error: ZloraError) -> None:
         verdict = verdict_of({"verdict": json.dumps([error.code, error.message, error.details])})
-        state = JobState.REVOKED if isinstance(verdict, JobRevoked | JobExpired) else JobState.FAILURE
+        state = (
+            JobState.REVOKED if isinstance(verdict, JobRevoked | JobExpired) else JobState.FAILURE
+        )
         self._tell(job, Answer(state.value, verdict), closed=True, verdict=verdict)
 
-    def _tell(self, job: _Job, answer: Answer, *, closed: bool = False, verdict: ZloraError | None = None) -> None:
+    def _tell(
+        self, job: _Job, answer: Answer, *, closed: bool = False, verdict: ZloraError | None = None
+    ) -> None:
         with self._lock:
-            if closed and verdict is None and job.cancelled:  # in the moment between drawing and this
+            if (
+                closed and verdict is None and job.cancelled
+            ):  # in the moment between drawing and this
                 verdict = revoked(job.id)
                 answer = Answer(JobState.REVOKED.value, verdict)
             job.answer, job.closed, job.verdict = answer, closed, verdict

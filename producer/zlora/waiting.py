@@ -11,10 +11,15 @@ from zlora.job import refused
 
 T = TypeVar("T")
 
-_OUTAGE: Final = 30.0  # seconds that a wait outlasts a Redis that does not answer, such as its restart
+_OUTAGE: Final = (
+    30.0  # seconds that a wait outlasts a Redis that does not answer, such as its restart
+)
 _AGAIN: Final = 1.0  # seconds until the next look where one has failed
 _SPARE: Final = 0.1  # seconds after an outage has lasted too long
-_LOOKS: Final = (10.0, 160.0)  # seconds until a look that nobody has rung for, the first and at most; doubled
+_LOOKS: Final = (
+    10.0,
+    160.0,
+)  # seconds until a look that nobody has rung for, the first and at most; doubled
 
 
 class Wait:
@@ -57,7 +62,11 @@ class Wait:
         self._has_looked = True
         if away:  # thousands may wait: one connection finds out, and rings
             if self.is_over or away > _OUTAGE:
-                reason = "the client is closed" if away == math.inf else f"the broker is away for {away:.0f} s"
+                reason = (
+                    "the client is closed"
+                    if away == math.inf
+                    else f"the broker is away for {away:.0f} s"
+                )
                 raise BrokerUnavailable(reason, {"job_id": self._job_id})
             return None
         try:

@@ -18,16 +18,30 @@ import urllib3.exceptions
 from requests import Response
 from ssrfguard import SSRFGuardError
 
-from zlora.errors import LoraError, LoraForbidden, LoraNotAllowed, LoraNotFound, LoraTooLarge, LoraUnreachable
+from zlora.errors import (
+    LoraError,
+    LoraForbidden,
+    LoraNotAllowed,
+    LoraNotFound,
+    LoraTooLarge,
+    LoraUnreachable,
+)
 from zlora.guard import CONNECT_SECONDS, READ_SECONDS, GuardedSession, NoAnswer
 
 T = TypeVar("T")
 
-_PAUSES: Final = (0.4, 1.2)  # seconds before the second and the third try, more or less: a GPU waits meanwhile
-_PATIENCE: Final = 3.0  # seconds up to which a server's `Retry-After` is waited for here; the job waits for more
+_PAUSES: Final = (
+    0.4,
+    1.2,
+)  # seconds before the second and the third try, more or less: a GPU waits meanwhile
+_PATIENCE: Final = (
+    3.0  # seconds up to which a server's `Retry-After` is waited for here; the job waits for more
+)
 _LONGEST: Final = 3600  # seconds of a `Retry-After` that is believed
 _SLICE: Final = 0.2  # seconds between two looks whether somebody still waits
-_PASSING: Final = frozenset({408, 425, 429})  # client errors that the same request may overcome later
+_PASSING: Final = frozenset(
+    {408, 425, 429}
+)  # client errors that the same request may overcome later
 _SECONDS: Final = re.compile("[0-9]{1,9}")
 _BYTES: Final = re.compile("[0-9]{1,18}")
 _PIECE: Final = 2**16  # bytes
@@ -67,7 +81,9 @@ class Web:
         try:
             with self._send(method, url, headers or {}, name, redirects=redirects) as response:
                 if response.history and urlsplit(str(response.url)).path == _LOGIN:
-                    raise LoraForbidden(f"{name}: the site wants a login", {"status": int(HTTPStatus.UNAUTHORIZED)})
+                    raise LoraForbidden(
+                        f"{name}: the site wants a login", {"status": int(HTTPStatus.UNAUTHORIZED)}
+                    )
                 if response.status_code not in statuses:
                     raise _status_error(response, name)
                 yield response
@@ -84,7 +100,9 @@ class Web:
         finally:
             self.session.cut()  # each is watched by a descriptor of its own
 
-    def text(self, url: str, *, name: str, headers: Mapping[str, str] | None = None, max_bytes: int) -> bytes:
+    def text(
+        self, url: str, *, name: str, headers: Mapping[str, str] | None = None, max_bytes: int
+    ) -> bytes:
         """A short answer, such as a list; raises `LoraTooLarge` where it is none."""
         with self.open(url, name=name, headers=headers) as response:
             require_plain(response, name)
@@ -92,19 +110,33 @@ class Web:
             while piece := response.raw.read1(_PIECE, decode_content=False):
                 found += piece
                 if len(found) > max_bytes:
-                    raise LoraTooLarge(f"{name}: what is told of it has more than {max_bytes} bytes")
+                    raise LoraTooLarge(
+                        f"{name}: what is told of it has more than {max_bytes} bytes"
+                    )
         return bytes(found)
 
-    def _send(self, method: str, url: str, headers: Mapping[str, str], name: str, *, redirects: bool) -> Response:
+    def _send(
+        self, method: str, url: str, headers: Mapping[str, str], name: str, *, redirects: bool
+    ) -> Response:
         headers = {"Accept-Encoding": "identity", **headers}
         timeout = (CONNECT_SECONDS, READ_SECONDS)
         try:
             return self.session.request(
-                method, url, headers=headers, stream=True, timeout=timeout, allow_redirects=redirects
+                method,
+                url,
+                headers=headers,
+                stream=True,
+                timeout=timeout,
+                allow_redirects=redirects,
             )
-        except (SSRFGuardError, requests.exceptions.InvalidHeader):  # the latter is an answer's, such as two lengths
+        except (
+            SSRFGuardError,
+            requests.exceptions.InvalidHeader,
+        ):  # the latter is an answer's, such as two lengths
             raise
-        except ValueError:  # requests' own for addresses are among these, and urllib's bare ones for a redirect's
+        except (
+            ValueError
+        ):  # requests' own for addresses are among these, and urllib's bare ones for a redirect's
             raise LoraNotAllowed(f"{name}: no URL that is opened, or a redirect to one") from None
 
 
@@ -119,7 +151,9 @@ def number(text: str) -> int | None:
     return int(text) if _BYTES.fullmatch(text) else None
 
 
-def tried(web: Web, attempt: Callable[[], T], *, name: str, seconds: float, on_pause: Callable[[], None]) -> T:
+def tried(
+    web: Web, attempt: Callable[[], T], *, name: str, seconds: float, on_pause: Callable[[], None]
+) -> T:
     """What `attempt` returns, made up to three times within `seconds` where it meets what may pass.
 
     The seconds are those of all requests, redirects and pauses together; `on_pause` is called in the pauses, and may
@@ -161,7 +195,10 @@ def _status_error(response: Response, name: str) -> LoraError | Passing:
     if status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         seconds = retry_after(response)
         return Passing(
-            LoraUnreachable(said, details if seconds is None else {**details, "retry_after": seconds}), seconds=seconds
+            LoraUnreachable(
+                said, details if seconds is None else {**details, "retry_after": seconds}
+            ),
+            seconds=seconds,
         )
     if status >= HTTPStatus.BAD_REQUEST:
         return LoraForbidden(said, details)
@@ -189,7 +226,9 @@ def refusal(error: SSRFGuardError) -> str:
 def _is_of(error: BaseException, kind: type[BaseException]) -> bool:
     """Whether an error, or one that it was made from, is of a kind: libraries wrap them in arguments and causes."""
     inner = [error.__cause__, error.__context__, getattr(error, "reason", None), *error.args]
-    return isinstance(error, kind) or any(_is_of(found, kind) for found in inner if isinstance(found, BaseException))
+    return isinstance(error, kind) or any(
+        _is_of(found, kind) for found in inner if isinstance(found, BaseException)
+    )
 
 
 def network_reason(error: Exception) -> str:

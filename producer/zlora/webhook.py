@@ -90,7 +90,9 @@ class Event(Struct, frozen=True, kw_only=True):
 def read(url: object, events: Collection[str] | None = None) -> Webhook:
     """A checked webhook, of all events where none are given; raises `InvalidRequest` with path, value and bound."""
     if not isinstance(url, str) or not _is_open(url):
-        expected = f"Expected an http or https URL of up to {_LONGEST_URL} characters, without a user"
+        expected = (
+            f"Expected an http or https URL of up to {_LONGEST_URL} characters, without a user"
+        )
         raise refused("webhook_url", url, expected)
     if events is None:
         return Webhook(url=url)
@@ -131,7 +133,9 @@ def id_of(job_id: str, at: float) -> str:
 def body_of(job_id: str, end: GenerateResult | ZloraError, *, at: float) -> bytes:
     """What is sent of a job that ended at that time, in seconds since the epoch."""
     if isinstance(end, ZloraError):
-        failure = _Failure(code=end.code, message=end.message, retryable=end.retryable, details=_sound(end.details))
+        failure = _Failure(
+            code=end.code, message=end.message, retryable=end.retryable, details=_sound(end.details)
+        )
         data = _Data(job_id=job_id, error=failure)
     else:
         data = _Data(job_id=job_id, result=plain(end))
@@ -146,7 +150,9 @@ def _sound(details: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def sign(body: bytes, secret: str, *, message_id: str, timestamp: float | None = None) -> dict[str, str]:
+def sign(
+    body: bytes, secret: str, *, message_id: str, timestamp: float | None = None
+) -> dict[str, str]:
     """The headers of a message, with a signature for each secret; raises `ValueError` where one is none.
 
     `timestamp` is when it is sent, in seconds since the epoch; None is now. A receiver's tests may sign so too.
@@ -216,7 +222,9 @@ class Verifier:
         try:
             self._keys = keys_of(secret)
         except ValueError as error:
-            raise InvalidSetting(f"{wire.WEBHOOK_SECRET}: {error}", {"name": wire.WEBHOOK_SECRET}) from None
+            raise InvalidSetting(
+                f"{wire.WEBHOOK_SECRET}: {error}", {"name": wire.WEBHOOK_SECRET}
+            ) from None
         if not self._keys:
             raise InvalidSetting(f"{wire.WEBHOOK_SECRET} is not set", {"name": wire.WEBHOOK_SECRET})
         self._tolerance, self._clock = tolerance, clock
@@ -224,13 +232,19 @@ class Verifier:
 
     @classmethod
     def from_env(
-        cls, environ: Mapping[str, str] = os.environ, *, tolerance: float = TOLERANCE, seen: Seen | None = None
+        cls,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        tolerance: float = TOLERANCE,
+        seen: Seen | None = None,
     ) -> Self:
         """Read `ZLORA_WEBHOOK_SECRET`; without it, find the secret of this machine's `zlora up`.
 
         Raises `InvalidSetting` where there is neither, or it cannot be read.
         """
-        secret = wire.value_of(environ, wire.WEBHOOK_SECRET) or _kept(wire.webhook_secret(wire.home(environ)))
+        secret = wire.value_of(environ, wire.WEBHOOK_SECRET) or _kept(
+            wire.webhook_secret(wire.home(environ))
+        )
         return cls(secret, tolerance=tolerance, seen=seen)
 
     def verify(self, body: bytes | str, headers: Mapping[str, str]) -> Event:
@@ -262,7 +276,9 @@ class Verifier:
         if -late > self._tolerance:
             raise _invalid("future", f"it was sent {-late:.0f} s from now: look at the clocks")
 
-    def _require_signature(self, signatures: str, message_id: str, timestamp: str, body: bytes) -> None:
+    def _require_signature(
+        self, signatures: str, message_id: str, timestamp: str, body: bytes
+    ) -> None:
         given = [part.encode(errors="replace") for part in signatures.split(" ")]
         made = [_signature(key, message_id, timestamp, body).encode() for key in self._keys]
         if not any([hmac.compare_digest(mine, other) for mine in made for other in given]):  # noqa: C419 - in one time
@@ -276,7 +292,9 @@ def _kept(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:  # the latter where it is no text
-        said = f"{wire.WEBHOOK_SECRET} is not set, and {path} cannot be read: {type(error).__name__}"
+        said = (
+            f"{wire.WEBHOOK_SECRET} is not set, and {path} cannot be read: {type(error).__name__}"
+        )
         raise InvalidSetting(said, {"name": wire.WEBHOOK_SECRET}) from None
 
 
@@ -285,12 +303,16 @@ class _Heard:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._lock = clock, Lock()
-        self._until: dict[str, float] = {}  # in the order of their times, since all are kept for as long
+        self._until: dict[
+            str, float
+        ] = {}  # in the order of their times, since all are kept for as long
 
     def __call__(self, key: str, seconds: float) -> bool:
         now = self._clock()
         with self._lock:
-            while self._until and (len(self._until) >= _REMEMBERED or self._until[self._oldest] <= now):
+            while self._until and (
+                len(self._until) >= _REMEMBERED or self._until[self._oldest] <= now
+            ):
                 del self._until[self._oldest]
             if key in self._until:
                 return True
@@ -312,7 +334,12 @@ def _event(message_id: str, body: bytes) -> Event:
     if failure is not None:
         found = errors.named(failure.code)(failure.message, failure.details)
     return Event(
-        id=message_id, type=said.type, timestamp=said.timestamp, job_id=said.data.job_id, result=result, error=found
+        id=message_id,
+        type=said.type,
+        timestamp=said.timestamp,
+        job_id=said.data.job_id,
+        result=result,
+        error=found,
     )
 
 

@@ -23,15 +23,23 @@ WEBHOOK_SECRET: Final = "ZLORA_WEBHOOK_SECRET"  # noqa: S105 - a name
 
 SCHEMES: Final = ("redis", "rediss", "redis+socket")  # of a broker
 DEFAULT_BROKER: Final = "redis://localhost:6379/0"
-PRIORITIES: Final = {"high": 0, "normal": 5, "low": 9}  # 0 is first on Redis; a message without one counts as 0
+PRIORITIES: Final = {
+    "high": 0,
+    "normal": 5,
+    "low": 9,
+}  # 0 is first on Redis; a message without one counts as 0
 PRIORITY_STEPS: Final = list(range(10))  # all of them: strict order
 DEFAULT_PRIORITY: Final = PRIORITIES["normal"]
 VISIBILITY: Final = 30  # seconds after a dead worker's last heartbeat until its job goes to another
 RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the store outlives it
 RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds that a job may wait in its queue
 IMPATIENCE: Final = 2  # seconds
-MAX_CONNECTIONS: Final = 10_000  # of a process: redis-py's own bound, 100, is an error to the thread after it
-SUBMITTED_AT: Final = "zlora_submitted_at"  # message header: seconds since the epoch on the producer's clock
+MAX_CONNECTIONS: Final = (
+    10_000  # of a process: redis-py's own bound, 100, is an error to the thread after it
+)
+SUBMITTED_AT: Final = (
+    "zlora_submitted_at"  # message header: seconds since the epoch on the producer's clock
+)
 
 
 def submitted(headers: Mapping[str, Any], now: float) -> float | None:
@@ -99,7 +107,9 @@ def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
     """Options of kombu's Redis transport. Priority steps differ between two sides only at the price of lost order."""
     return {
         "visibility_timeout": visibility,
-        "unacked_restore_interval": max(1, visibility // 10),  # seconds between two looks for jobs of dead workers
+        "unacked_restore_interval": max(
+            1, visibility // 10
+        ),  # seconds between two looks for jobs of dead workers
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 30,
         "priority_steps": list(PRIORITY_STEPS),
@@ -112,7 +122,9 @@ def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
     }
 
 
-def shared_config(*, broker_url: str, result_backend: str, queue: str, visibility: int = VISIBILITY) -> dict[str, Any]:
+def shared_config(
+    *, broker_url: str, result_backend: str, queue: str, visibility: int = VISIBILITY
+) -> dict[str, Any]:
     """The Celery options that producer and worker must set alike; the visibility is the workers' own."""
     return {
         "broker_url": broker_url,
@@ -134,7 +146,10 @@ def shared_config(*, broker_url: str, result_backend: str, queue: str, visibilit
 def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:
     """The same for what is better without Redis than late: one try, over within seconds where Redis never answers."""
     config = shared_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
-    config["broker_transport_options"] |= {"socket_timeout": IMPATIENCE, "socket_connect_timeout": IMPATIENCE}
+    config["broker_transport_options"] |= {
+        "socket_timeout": IMPATIENCE,
+        "socket_connect_timeout": IMPATIENCE,
+    }
     return config | {
         "redis_socket_timeout": IMPATIENCE,
         "redis_socket_connect_timeout": IMPATIENCE,
@@ -152,7 +167,10 @@ def redis_url(url: str) -> str:
     parts = urlsplit(url)
     names = {"virtual_host": "db"} if parts.scheme == "redis+socket" else {}
     query = [(names.get(name, name), value) for name, value in parse_qsl(parts.query)]
-    query = [(name, value.lower().removeprefix("cert_") if name == "ssl_cert_reqs" else value) for name, value in query]
+    query = [
+        (name, value.lower().removeprefix("cert_") if name == "ssl_cert_reqs" else value)
+        for name, value in query
+    ]
     if parts.scheme not in SCHEMES or ";" in url:
         raise ValueError(f"expected one URL of {', '.join(SCHEMES)}")
     scheme = "unix" if parts.scheme == "redis+socket" else parts.scheme
@@ -179,7 +197,9 @@ def value_of(environ: Mapping[str, str], name: str) -> str:
         raise InvalidSetting(f"{name} and {name}_FILE: expected one of them", {"name": name})
     try:
         if stat.S_ISFIFO(Path(file).stat().st_mode):
-            raise InvalidSetting(f"{name}_FILE={file}: it is a pipe", {"name": f"{name}_FILE"})  # and waited for
+            raise InvalidSetting(
+                f"{name}_FILE={file}: it is a pipe", {"name": f"{name}_FILE"}
+            )  # and waited for
         return Path(file).read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
@@ -194,7 +214,9 @@ def broker_url(environ: Mapping[str, str]) -> str:
     if told := value_of(environ, BROKER_URL):
         return told
     if environ.get(f"{BROKER_URL}_FILE"):
-        raise InvalidSetting(f"{BROKER_URL}_FILE: the file is empty", {"name": f"{BROKER_URL}_FILE"})
+        raise InvalidSetting(
+            f"{BROKER_URL}_FILE: the file is empty", {"name": f"{BROKER_URL}_FILE"}
+        )
     return recorded_broker(home(environ)) or DEFAULT_BROKER
 
 
@@ -203,7 +225,9 @@ def hosts(text: str) -> frozenset[str]:
     found = frozenset(name.strip().lower() for name in text.split(",") if name.strip())
     for host in found:
         parts = urlsplit(f"//{host}")
-        if parts.netloc != host or "@" in host or not parts.hostname or parts.port == 0:  # `port` raises by itself
+        if (
+            parts.netloc != host or "@" in host or not parts.hostname or parts.port == 0
+        ):  # `port` raises by itself
             raise ValueError("expected `host` or `host:port`, comma-separated")
     return found
 

@@ -59,7 +59,9 @@ class Batch(NamedTuple):
 
     def tail(self, share: int) -> float:
         """Seconds that the tails of so many jobs of a hundred keep within."""
-        return statistics.quantiles([sum(tail) for tail in self.tails], n=100, method="inclusive")[share - 1]
+        return statistics.quantiles([sum(tail) for tail in self.tails], n=100, method="inclusive")[
+            share - 1
+        ]
 
 
 class Arrivals:
@@ -106,15 +108,26 @@ class Hall:
                 result = handle.result(timeout=60 + 2 * jobs * IMAGES * PACE)
                 assert [image.width for image in result.images] == [1024] * IMAGES, result
                 progress(f"{design}: {index + 1}/{jobs} jobs")
-            wait_until(lambda: all(handle.id in arrivals.at for handle in handles), "all results were published")
+            wait_until(
+                lambda: all(handle.id in arrivals.at for handle in handles),
+                "all results were published",
+            )
             return self._seen(design, handles, arrivals.at, (self._redis_bytes() - before) / jobs)
         finally:
             arrivals.close()
 
-    def _seen(self, design: str, handles: list[JobHandle], arrived: dict[str, float], size: float) -> Batch:
+    def _seen(
+        self, design: str, handles: list[JobHandle], arrived: dict[str, float], size: float
+    ) -> Batch:
         scene = self.scenes[design]
-        begun = {handle.id: min(event["at"] for event in scene.events("begin", handle)) for handle in handles}
-        ended = {handle.id: max(event["at"] for event in scene.events("end", handle)) for handle in handles}
+        begun = {
+            handle.id: min(event["at"] for event in scene.events("begin", handle))
+            for handle in handles
+        }
+        ended = {
+            handle.id: max(event["at"] for event in scene.events("end", handle))
+            for handle in handles
+        }
         order = sorted(begun, key=begun.__getitem__)
         return Batch(
             jobs=len(handles),
@@ -156,7 +169,9 @@ def hall(folder: Path, pictures: Path) -> Iterator[Hall]:
         port = stack.enter_context(seaweed.seaweed(_made(folder / "seaweed")))
         store = stack.enter_context(slow_store(port, delay=DELAY))
         scenes = {design: _scene(folder, design, valkey, store) for design in DESIGNS}
-        workers = [stack.enter_context(_drawing(scenes[design], design, pictures)) for design in DESIGNS]
+        workers = [
+            stack.enter_context(_drawing(scenes[design], design, pictures)) for design in DESIGNS
+        ]
         stack.enter_context(_publishing(scenes["handed"]))
         for worker in workers:
             worker.wait_ready()
@@ -177,27 +192,50 @@ def _scene(folder: Path, design: str, valkey: Valkey, store: SlowStore) -> Scene
         "ZLORA_STORE": f"s3://{seaweed.BUCKET}/{design}",
         "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{store.port}",
     }
-    return Scene(folder / design, Tally(), broker_url=valkey.url, queue=design, **variables, **seaweed.ENVIRON)
+    return Scene(
+        folder / design,
+        Tally(),
+        broker_url=valkey.url,
+        queue=design,
+        **variables,
+        **seaweed.ENVIRON,
+    )
 
 
 @contextmanager
 def _drawing(scene: Scene, design: str, pictures: Path) -> Iterator[Worker]:
     variables = {"BENCH_DESIGN": design, "BENCH_PICTURES": str(pictures)}
     options = ("-n", f"{design}@%h", *_QUIET, "--include", "benchmarks.designs")
-    with processes.worker(scene.environ | variables, scene.folder / "worker.log", *options) as running:
+    with processes.worker(
+        scene.environ | variables, scene.folder / "worker.log", *options
+    ) as running:
         yield running
 
 
 @contextmanager
 def _publishing(scene: Scene) -> Iterator[None]:
     """The other worker of the design that hands pixels over."""
-    command = [sys.executable, "-m", "celery", "-A", "benchmarks.publisher", "worker", "--loglevel", "INFO"]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "benchmarks.publisher",
+        "worker",
+        "--loglevel",
+        "INFO",
+    ]
     command += ["-n", "publisher@%h", *_QUIET]
     log, environ = scene.folder / "publisher.log", processes.clean_environ(scene.environ)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environ, stdout=output, stderr=output, start_new_session=True
+        )
     try:
-        wait_until(lambda: process.poll() is not None or b" ready." in log.read_bytes(), "the publisher is ready")
+        wait_until(
+            lambda: process.poll() is not None or b" ready." in log.read_bytes(),
+            "the publisher is ready",
+        )
         assert process.poll() is None, log.read_text()
         yield
     finally:

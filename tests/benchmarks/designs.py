@@ -28,7 +28,7 @@ T = TypeVar("T")
 _DRAWN: Final = pictures_made.opened(Path(os.environ["BENCH_PICTURES"]))
 
 
-def _picture(seed: int, noise: int) -> Image.Image:  # noqa: ARG001 - the fake's signature
+def _picture(seed: int, noise: int) -> Image.Image:
     return _DRAWN[seed % len(_DRAWN)].copy()
 
 
@@ -56,7 +56,7 @@ class Handed(Pictures):
         publisher.give_picture(self._recipe, self._digests, self._count, image, tiled=tiled)
         self._count += 1
 
-    def stored(self, on_picture: Callable[[int], None]) -> tuple[ImageRef, ...]:  # noqa: ARG002 - the real one's
+    def stored(self, on_picture: Callable[[int], None]) -> tuple[ImageRef, ...]:
         return ()
 
 
@@ -73,9 +73,16 @@ def _use(design: str) -> None:
     changes: dict[str, list[tuple[Any, str, Any]]] = {
         "ours": [],
         "inline": [(pictures, "ThreadPoolExecutor", AtOnce)],
-        "handed": [(generate, "Pictures", Handed), (generate, "publish", _give_result), (tasks, "plain", _no_answer)],
+        "handed": [
+            (generate, "Pictures", Handed),
+            (generate, "publish", _give_result),
+            (tasks, "plain", _no_answer),
+        ],
     }
-    for module, name, value in [(engine, "picture", _picture), *changes[design]]:  # the engine is the fake one
+    for module, name, value in [
+        (engine, "picture", _picture),
+        *changes[design],
+    ]:  # the engine is the fake one
         assert hasattr(module, name), name  # else the worker has changed, and this would be ours
         setattr(module, name, value)
 

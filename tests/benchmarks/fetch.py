@@ -57,7 +57,10 @@ def main(rounds: Rounds) -> None:
         for index in range(rounds.jobs):
             (served / f"small-{index}").write_bytes(lora_bytes(index, size=100_000))
         with serving_files(served) as host:
-            rows = [download_row(folder, host, rounds.downloads), *hit_rows(folder, host, rounds.hits)]
+            rows = [
+                download_row(folder, host, rounds.downloads),
+                *hit_rows(folder, host, rounds.hits),
+            ]
         with serving_files(served, delay=DELAY) as host:
             rows.append(stream_row(folder, host, rounds.jobs))
     publish("fetch", rows)
@@ -95,7 +98,13 @@ def download_row(folder: Path, host: str, rounds: int) -> Row:
         theirs.append(by_curl(folder, host))
         again.append(by_cache(folder, host))
         progress(f"{index + 1}/{rounds} downloads")
-    row = compare(f"seconds of {SIZE // 10**6} MB, fetched and hashed", "curl, then sha256sum", theirs, ours, again)
+    row = compare(
+        f"seconds of {SIZE // 10**6} MB, fetched and hashed",
+        "curl, then sha256sum",
+        theirs,
+        ours,
+        again,
+    )
     row.goal, row.met = f">= {RATE:g}", row.ratio >= RATE
     return row
 
@@ -105,8 +114,8 @@ def by_curl(folder: Path, host: str) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         file = Path(name, "file")
         start = time.perf_counter()
-        subprocess.run(["curl", "-s", "-o", str(file), f"http://{host}/large"], check=True)  # noqa: S607
-        subprocess.run(["sha256sum", str(file)], check=True, stdout=subprocess.DEVNULL)  # noqa: S607
+        subprocess.run(["curl", "-s", "-o", str(file), f"http://{host}/large"], check=True)
+        subprocess.run(["sha256sum", str(file)], check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
 
@@ -142,7 +151,9 @@ def hit_rows(folder: Path, host: str, rounds: int) -> list[Row]:
             ours.append(hit(cache, wanted, since))
             bare.append(opened(path))
             again.append(hit(cache, wanted, since))
-        rows.append(hit_row(f"ms of a file that is here, by {name} (not a ratio)", bare, ours, again))
+        rows.append(
+            hit_row(f"ms of a file that is here, by {name} (not a ratio)", bare, ours, again)
+        )
     return rows
 
 
@@ -213,7 +224,10 @@ def waits(folder: Path, broker_url: str, host: str, jobs: int, *, look_ahead: st
     scene = Scene(folder, Tally(), broker_url=broker_url, queue=folder.name, **variables)
     try:
         with scene.worker():
-            loras = [{"loras": [{"file": {"url": f"http://{host}/small-{index}"}}]} for index in range(jobs)]
+            loras = [
+                {"loras": [{"file": {"url": f"http://{host}/small-{index}"}}]}
+                for index in range(jobs)
+            ]
             handles = [scene.submit(steps=STEPS, step=1 / STEPS, fields=fields) for fields in loras]
             found = []
             for index, handle in enumerate(handles):

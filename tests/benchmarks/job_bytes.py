@@ -46,7 +46,10 @@ def shapes(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fo
     for index in range(LORAS):
         (served / f"style-{index}").write_bytes(lora_bytes(index))
     found: Found = {}
-    with serving_files(served) as host, scene(folder / "scene", valkey, ZLORA_ALLOW_HOSTS=host) as made:
+    with (
+        serving_files(served) as host,
+        scene(folder / "scene", valkey, ZLORA_ALLOW_HOSTS=host) as made,
+    ):
         made.client.submit(request("first"))  # scripts, connections and bindings are nobody's
         queued: dict[str, list[JobHandle]] = {}
         for shape, document in documents(host).items():
@@ -58,7 +61,10 @@ def shapes(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fo
                     handle.result(timeout=WAITED)
             made.wait_settled()
         for shape, handles in queued.items():
-            found |= {f"bytes, {shape}: {what}": value for what, value in ended(made, broker, handles).items()}
+            found |= {
+                f"bytes, {shape}: {what}": value
+                for what, value in ended(made, broker, handles).items()
+            }
     return found
 
 
@@ -69,7 +75,10 @@ def documents(host: str) -> dict[str, dict[str, Any]]:
     def loras(count: int, characters: int) -> list[dict[str, Any]]:
         addresses = [f"http://{host}/loras?signature={{}}/style-{index}" for index in range(count)]
         filled = [address.format("x" * (characters - len(address) + 2)) for address in addresses]
-        return [{"file": {"url": url}, "weight": 0.8, "adapter_name": f"style-{at}"} for at, url in enumerate(filled)]
+        return [
+            {"file": {"url": url}, "weight": 0.8, "adapter_name": f"style-{at}"}
+            for at, url in enumerate(filled)
+        ]
 
     return {
         "no LoRA": plain,
@@ -90,7 +99,9 @@ def queue(
     messages: Any = broker.lrange(name, 0, jobs - 1)  # the newest are the first
     return handles, {
         "its message": statistics.mean(len(message.encode()) for message in messages),
-        "its record, queued": statistics.mean(usage(broker, wire.job_key(handle.id)) for handle in handles),
+        "its record, queued": statistics.mean(
+            usage(broker, wire.job_key(handle.id)) for handle in handles
+        ),
         "all memory, queued": took / jobs,
         "append-only file, submitted": wrote / jobs,
     }
@@ -101,7 +112,9 @@ def ended(made: Scene, broker: "redis.Redis", handles: list[JobHandle]) -> dict[
     answers = [f"{RESULT}{handle.id}" for handle in handles]
     records = [wire.job_key(handle.id) for handle in handles]
     document = statistics.mean(int(broker.strlen(name)) for name in answers)
-    manifest = statistics.mean((made.run_folder(handle) / "manifest.json").stat().st_size for handle in handles)
+    manifest = statistics.mean(
+        (made.run_folder(handle) / "manifest.json").stat().st_size for handle in handles
+    )
     hours = [max(int(broker.ttl(name)) for name in names) / 3600 for names in (answers, records)]
     return {
         "its answer": document,

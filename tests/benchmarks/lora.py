@@ -25,13 +25,25 @@ import transformers
 from benchmarks import models
 from benchmarks.lora_proofs import base_bytes, errors, memory
 from benchmarks.report import Row, compare, publish
-from benchmarks.rivals import FuseAndUnfuse, HotSwap, KeptLoaded, LoadAndUnload, Ours, Probe, Way, Weighted
+from benchmarks.rivals import (
+    FuseAndUnfuse,
+    HotSwap,
+    KeptLoaded,
+    LoadAndUnload,
+    Ours,
+    Probe,
+    Way,
+    Weighted,
+)
 from diffusers.utils import logging as diffusers_logging
 from zlora_worker.engine import COMPONENTS, Engine
 from zlora_worker.fingerprint import Fingerprint
 from zlora_worker.merge import Plan, runs
 
-PROBED = ("down_blocks.1.attentions.0.proj_in", "mid_block.attentions.0.transformer_blocks.3.ff.net.0.proj")
+PROBED = (
+    "down_blocks.1.attentions.0.proj_in",
+    "mid_block.attentions.0.transformer_blocks.3.ff.net.0.proj",
+)
 STEPS = 28
 
 
@@ -99,7 +111,10 @@ class Bench:
         way.leave()
         left = time.perf_counter() - start
         effect = float((expected - self._base).norm())
-        if effect < 0.01 * float(self._base.norm()) or float((answers - expected).norm()) > 0.2 * effect:
+        if (
+            effect < 0.01 * float(self._base.norm())
+            or float((answers - expected).norm()) > 0.2 * effect
+        ):
             raise AssertionError(f"{type(way).__name__} does not act as the others")
         if isinstance(way, FuseAndUnfuse):
             self.adopt()
@@ -128,7 +143,14 @@ class Turns(NamedTuple):
     ours: list[tuple[float, float]]
     again: list[tuple[float, float]]
 
-    def row(self, name: str, rival: str, take: Callable[[tuple[float, float]], float], *, goal: float | None) -> Row:
+    def row(
+        self,
+        name: str,
+        rival: str,
+        take: Callable[[tuple[float, float]], float],
+        *,
+        goal: float | None,
+    ) -> Row:
         """A comparison of what `take` takes of each turn."""
         parts = ([take(turn) for turn in turns] for turns in self)
         return judged(compare(name, rival, *parts), goal)
@@ -140,7 +162,9 @@ def thin(folder: Path, *, short: bool) -> list[Row]:
     bench = Bench(folder, is_thin=True)
     load, fuse = LoadAndUnload(bench.pipeline), FuseAndUnfuse(bench.pipeline)
     name, fused = "two LoRAs in and out, THIN", "load + fuse + unfuse + unload"
-    rows = [bench.alternated(load, bench.pair, rounds).row(name, "load + set + unload", sum, goal=100)]
+    rows = [
+        bench.alternated(load, bench.pair, rounds).row(name, "load + set + unload", sum, goal=100)
+    ]
     if not short:
         rows.append(bench.alternated(fuse, bench.pair, 3).row(name, fused, sum, goal=None))
     return [
@@ -190,23 +214,36 @@ def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
     stay, swap = KeptLoaded(bench.pipeline), HotSwap(bench.pipeline)
     with stay.loaded(bench.pair(0.8)):
         theirs = [bench.turn(stay, bench.pair(weight(index))) for index in range(rounds)]
-    ours = [[bench.turn(bench.ours, bench.pair(weight(index))) for index in range(rounds)] for _ in range(2)]
+    ours = [
+        [bench.turn(bench.ours, bench.pair(weight(index))) for index in range(rounds)]
+        for _ in range(2)
+    ]
     rows = [
         Turns(theirs, *ours).row(
-            f"two LoRAs with other weights, {name}", "kept loaded (and slower steps)", sum, goal=None
+            f"two LoRAs with other weights, {name}",
+            "kept loaded (and slower steps)",
+            sum,
+            goal=None,
         )
     ]
     one = [[(bench.files[("r16", "other-r16")[index % 2]], 0.8)] for index in range(rounds)]
     with swap.loaded(one[1]):
         theirs = [bench.turn(swap, loras) for loras in one]
     ours = [[bench.turn(bench.ours, loras) for loras in one] for _ in range(2)]
-    rows.append(Turns(theirs, *ours).row(f"one LoRA of the UNet for another, {name}", "hotswap", sum, goal=None))
+    rows.append(
+        Turns(theirs, *ours).row(
+            f"one LoRA of the UNet for another, {name}", "hotswap", sum, goal=None
+        )
+    )
     return rows
 
 
 def steps(bench: Bench, rounds: int) -> list[Row]:
     """A step with LoRAs against a step without: base / with, of each round; the noise is base / base of each round."""
-    rows, files = [], [bench.files["r16"], bench.files["r32-text"], bench.files["other-r16"], bench.files["r64"]]
+    rows, files = (
+        [],
+        [bench.files["r16"], bench.files["r32-text"], bench.files["other-r16"], bench.files["r64"]],
+    )
     for count in (1, 2, 8):
         loras = [(files[index % len(files)], 0.1 * (index + 1)) for index in range(count)]
         base, again, ours, theirs = [], [], [], []
@@ -225,7 +262,11 @@ def steps(bench: Bench, rounds: int) -> list[Row]:
         quarter = max(1, len(ratios) // 4)
         found = median(one / other for one, other in zip(ours, base, strict=True))
         row = compare(
-            f"a step with {count} LoRAs / without, THIN", f"peft, {min(count, 4)} adapters", theirs, ours, base
+            f"a step with {count} LoRAs / without, THIN",
+            f"peft, {min(count, 4)} adapters",
+            theirs,
+            ours,
+            base,
         )
         rows.append(msgspec.structs.replace(
             row, rival_median=median(theirs) / median(base), ours_median=found, ratio=found, noise=median(ratios),
@@ -253,13 +294,22 @@ def floor(bench: Bench, name: str, rate: tuple[str, float], goal: float) -> Row:
             seconds.append(bench.turn(bench.ours, [(bench.files[name], strength)])[0])
         note(f"floor of {name}, round {index + 1} of 6")
     least = median(copies[1:]) + operations / flops / 1e9
-    row = compare(f"merge of {name} / floor of copy and {what}, REAL", "the floor", [least], merges[1:], again[1:])
+    row = compare(
+        f"merge of {name} / floor of copy and {what}, REAL",
+        "the floor",
+        [least],
+        merges[1:],
+        again[1:],
+    )
     ratio = row.ours_median / least
     return msgspec.structs.replace(row, ratio=ratio, goal=f"<= {goal}", met=ratio <= goal)
 
 
 def taxes(
-    turns: Turns, same: Sequence[tuple[float, float]], checks: Sequence[float], step: Sequence[float]
+    turns: Turns,
+    same: Sequence[tuple[float, float]],
+    checks: Sequence[float],
+    step: Sequence[float],
 ) -> list[Row]:
     """What two LoRAs add to a job of 28 steps, as a share of it; and what the check takes, which every job has."""
     job = STEPS * median(step)
@@ -273,7 +323,9 @@ def taxes(
     for name, ours, goal in shares:
         rival = ("-", ours) if "check" in name else ("load + set + unload", theirs)
         row = compare(f"share of a {STEPS}-step job, REAL: {name}", *rival, ours, ours[::-1])
-        rows.append(msgspec.structs.replace(row, goal=f"ours <= {goal}", met=row.ours_median <= goal))
+        rows.append(
+            msgspec.structs.replace(row, goal=f"ours <= {goal}", met=row.ours_median <= goal)
+        )
     return rows
 
 
@@ -292,7 +344,11 @@ def copy_rate() -> float:
 
 def judged(row: Row, goal: float | None) -> Row:
     """The row with what it was to reach."""
-    return row if goal is None else msgspec.structs.replace(row, goal=f">= {goal:g}", met=row.ratio >= goal)
+    return (
+        row
+        if goal is None
+        else msgspec.structs.replace(row, goal=f">= {goal:g}", met=row.ratio >= goal)
+    )
 
 
 def weight(index: int) -> float:

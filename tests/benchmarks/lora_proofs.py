@@ -22,7 +22,9 @@ from zlora_worker.patch import Patch
 from zlora_worker.shelf import Shelf
 from zlora_worker.weights import Weights
 
-_SHELF: Final = 60_000_000  # bytes: a fifth of the files of the memory row, so that most are read again
+_SHELF: Final = (
+    60_000_000  # bytes: a fifth of the files of the memory row, so that most are read again
+)
 
 
 def errors(folder: Path, *, files: int) -> list[Row]:
@@ -35,7 +37,9 @@ def errors(folder: Path, *, files: int) -> list[Row]:
         kind = str(dtype).removeprefix("torch.")
         for count in (1, 2):
             found = [_compared(folder, dtype, count, seed) for seed in range(files)]
-            module, answer = (tuple(fmean(one[part][way] for one in found) for way in (0, 1)) for part in (0, 1))
+            module, answer = (
+                tuple(fmean(one[part][way] for one in found) for way in (0, 1)) for part in (0, 1)
+            )
             what = f"{count} LoRA{'s' if count > 1 else ''}, {kind}"
             rows += [
                 _error_row(f"error of the worst module, {what}", *module),
@@ -49,7 +53,13 @@ def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[t
     pipeline = models.build(thin=True, dtype=dtype)
     loras = [
         (
-            models.write_lora(pipeline, folder / f"{seed}-{index}", rank=16, with_text=False, seed=100 * seed + index),
+            models.write_lora(
+                pipeline,
+                folder / f"{seed}-{index}",
+                rank=16,
+                with_text=False,
+                seed=100 * seed + index,
+            ),
             0.7,
         )
         for index in range(count)
@@ -59,7 +69,9 @@ def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[t
     expected = _answer(pipeline, truth)
     fuse = FuseAndUnfuse(pipeline)
     fuse.enter(loras)
-    found = {name.replace(".base_layer", ""): weight for name, weight in pipeline.unet.named_parameters()}
+    found = {
+        name.replace(".base_layer", ""): weight for name, weight in pipeline.unet.named_parameters()
+    }
     fused = {name: found[name].detach().clone() for name in kept}
     fuse.leave()
     for name, weight in pipeline.unet.named_parameters():
@@ -86,12 +98,16 @@ def _exact(weights: dict[str, Tensor], loras: Weighted) -> dict[str, Tensor]:
         tensors = load_file(path)
         for key in [key for key in tensors if key.endswith("lora_A.weight")]:
             down, up = tensors[key].double(), tensors[key.replace("lora_A", "lora_B")].double()
-            exact[f"{key.removeprefix('unet.').removesuffix('.lora_A.weight')}.weight"] += strength * up @ down
+            exact[f"{key.removeprefix('unet.').removesuffix('.lora_A.weight')}.weight"] += (
+                strength * up @ down
+            )
     return exact
 
 
 def _by_module(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    errors = {name: float((weight.double() - truth[name]).abs().mean()) for name, weight in found.items()}
+    errors = {
+        name: float((weight.double() - truth[name]).abs().mean()) for name, weight in found.items()
+    }
     return {name: error for name, error in errors.items() if error}
 
 
@@ -107,7 +123,7 @@ def _answer(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
 def base_bytes(engine: Engine, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
     """Bytes of the base that differ after cycles of which a third fails, at a random point."""
     kept = [stack.base.clone() for stack in engine.weights.stacks]
-    chance = random.Random(1)  # noqa: S311 - a benchmark's
+    chance = random.Random(1)
     merge: Any = Plan.merge
 
     def failing(*arguments: Any) -> None:
@@ -134,7 +150,14 @@ def base_bytes(engine: Engine, ours: Ours, loras: Weighted, *, cycles: int) -> R
     )
     name = f"bytes of the base changed after {cycles} cycles, {failed} of them failed"
     return Row(
-        name=name, rival="-", rival_median=0.0, ours_median=changed, ratio=1.0, noise=1.0, goal="0", met=not changed
+        name=name,
+        rival="-",
+        rival_median=0.0,
+        ours_median=changed,
+        ratio=1.0,
+        noise=1.0,
+        goal="0",
+        met=not changed,
     )
 
 
@@ -142,7 +165,9 @@ def memory(folder: Path, note: Callable[[str], None], *, jobs: int, files: int) 
     """MB that the process grows by over so many jobs of two of so many LoRAs each, after a warm-up of a tenth."""
     pipeline = models.build(thin=True)
     paths = [
-        models.write_lora(pipeline, folder / f"many-{seed}.safetensors", rank=4, with_text=True, seed=seed)
+        models.write_lora(
+            pipeline, folder / f"many-{seed}.safetensors", rank=4, with_text=True, seed=seed
+        )
         for seed in range(files)
     ]
     pairs = [[paths[job % files], paths[(7 * job + 3) % files]] for job in range(jobs)]
@@ -156,11 +181,16 @@ def memory(folder: Path, note: Callable[[str], None], *, jobs: int, files: int) 
 
     few = jobs // 10  # the rival takes seconds a job
     grown[0] = _growth(pairs[:few], theirs, note) * jobs / few
-    weights = Weights({name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")})
+    weights = Weights(
+        {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    )
     reader, patch, shelf = Reader(weights), Patch(weights, mode="shadow"), Shelf(max_bytes=_SHELF)
 
     def own(pair: Sequence[Path]) -> None:
-        loras = [shelf.get(str(path), partial(reader.read, path, digest=str(path), source="-"))[0] for path in pair]
+        loras = [
+            shelf.get(str(path), partial(reader.read, path, digest=str(path), source="-"))[0]
+            for path in pair
+        ]
         with patch.applied([Adapter(lora=lora) for lora in loras]):
             pass
 
@@ -172,7 +202,9 @@ def memory(folder: Path, note: Callable[[str], None], *, jobs: int, files: int) 
 
 
 def _growth(
-    pairs: Sequence[Sequence[Path]], job: Callable[[Sequence[Path]], None], note: Callable[[str], None]
+    pairs: Sequence[Sequence[Path]],
+    job: Callable[[Sequence[Path]], None],
+    note: Callable[[str], None],
 ) -> float:
     """MB from after a warm-up of a tenth to the end."""
     warm, start = len(pairs) // 10, 0.0

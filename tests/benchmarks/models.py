@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from zlora_worker.checkpoint import SDXL_CONFIG
 
-UNET_TARGETS: Final = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$|ff\.net\.(0\.proj|2)$|proj_(in|out)$")
+UNET_TARGETS: Final = re.compile(
+    r"attn[12]\.to_(q|k|v|out\.0)$|ff\.net\.(0\.proj|2)$|proj_(in|out)$"
+)
 TEXT_TARGETS: Final = re.compile(r"self_attn\.(q|k|v|out)_proj$|mlp\.fc[12]$")
 _THIN_UNET: Final = {
     "block_out_channels": (32, 64, 128),
@@ -34,7 +41,9 @@ _THIN_TEXT: Final = (
 
 def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusionXLPipeline:
     """A pipeline with random weights. REAL in bf16 takes 7 GB and about ten seconds."""
-    unet = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | (_THIN_UNET if thin else {})
+    unet = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | (
+        _THIN_UNET if thin else {}
+    )
     texts = [_text_config(folder, thin=thin) for folder in ("text_encoder", "text_encoder_2")]
     vae = dict(AutoencoderKL.load_config(SDXL_CONFIG / "vae")) | (
         {"block_out_channels": (32, 32, 32, 32)} if thin else {}
@@ -60,7 +69,9 @@ def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusion
     )
 
 
-def write_lora(pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int) -> Path:
+def write_lora(
+    pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int
+) -> Path:
     """A file of fp16 in peft's spelling, which diffusers reads right; each change has a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -79,7 +90,9 @@ def write_lora(pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, wi
     return path
 
 
-def targets(pipeline: StableDiffusionXLPipeline, *, with_text: bool) -> Iterator[tuple[str, str, nn.Linear]]:
+def targets(
+    pipeline: StableDiffusionXLPipeline, *, with_text: bool
+) -> Iterator[tuple[str, str, nn.Linear]]:
     """The linear layers that trainers adapt, as component, name and module."""
     for component, pattern in (
         ("unet", UNET_TARGETS),
@@ -99,7 +112,9 @@ def step_inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(unet.dtype)
 
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    pooled = (
+        unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    )
     ids = torch.tensor([[256, 256, 0, 0, 256, 256]] * 2).to(unet.dtype)
     return {
         "sample": noise(2, 4, 32, 32),

@@ -15,7 +15,18 @@ _LIGHT: Final = 45.0  # levels of 256, one standard deviation over the picture
 _TINT: Final = 12.0  # as _LIGHT, of what differs between the channels
 _SHADE: Final = 60  # levels of 256, on either side
 _PATCHES: Final = 7  # things with an outline in a photograph
-_WORDS: Final = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "0123456789")
+_WORDS: Final = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "0123456789",
+)
 
 Plane = NDArray[np.float64]
 
@@ -68,8 +79,12 @@ def drawing(seed: int) -> Image.Image:
     draw = ImageDraw.Draw(large)
     for index in range(20):
         fill = _colour(random, low=30, high=226)
-        x, y, width, height = (int(value) for value in random.integers((-200, -200, 60, 60), (side, side, 700, 700)))
-        points = [(x + int(right), y + int(down)) for right, down in random.integers(0, 700, (5, 2))]
+        x, y, width, height = (
+            int(value) for value in random.integers((-200, -200, 60, 60), (side, side, 700, 700))
+        )
+        points = [
+            (x + int(right), y + int(down)) for right, down in random.integers(0, 700, (5, 2))
+        ]
         if index % 3 == 0:
             draw.ellipse((x, y, x + width, y + height), fill=fill, outline=(20, 20, 30), width=6)
         elif index % 3 == 1:
@@ -87,7 +102,9 @@ def flat_drawing(seed: int) -> Image.Image:
     large = _sky(random, 2 * SIDE)
     draw = ImageDraw.Draw(large)
     for _ in range(18):
-        x, y, width, height = (int(value) for value in random.integers((0, 0, 120, 120), (1800, 1800, 720, 720)))
+        x, y, width, height = (
+            int(value) for value in random.integers((0, 0, 120, 120), (1800, 1800, 720, 720))
+        )
         shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
         shape((x, y, x + width, y + height), fill=_colour(random), outline=(20, 20, 30), width=6)
     for _ in range(25):
@@ -105,7 +122,9 @@ def flat_drawing(seed: int) -> Image.Image:
 def decoded(picture: Image.Image, seed: int) -> Image.Image:
     """A picture as a model's VAE decodes it: no area is quite flat."""
     noise = np.random.default_rng(seed).normal(0, _GRAIN, size=(SIDE, SIDE, 3))
-    return Image.fromarray(np.clip(np.rint(np.asarray(picture) + noise), 0, 255).astype(np.uint8), "RGB")
+    return Image.fromarray(
+        np.clip(np.rint(np.asarray(picture) + noise), 0, 255).astype(np.uint8), "RGB"
+    )
 
 
 def _sky(random: np.random.Generator, side: int) -> Image.Image:

@@ -65,14 +65,26 @@ def main(folders: Mapping[str, Path | None], count: int, rounds: int) -> None:
     versions = {name: str(module.__version__) for name, module in modules.items()}
     names = [name for name in encoders if name != AGAIN]
     print(markdown(kinds, names))  # noqa: T201 - for docs/decisions.md
-    rows = [row for name in names if name != DEFAULT for kind in kinds for row in rows_of(name, kind, kinds[kind])]
+    rows = [
+        row
+        for name in names
+        if name != DEFAULT
+        for kind in kinds
+        for row in rows_of(name, kind, kinds[kind])
+    ]
     publish("png", rows, **facts(kinds, folders, rounds), **versions)
 
 
 def taken(kind: str, folder: Path | None, count: int) -> list[Image.Image]:
     """The pictures of a folder, or some made here."""
-    pictures = [MADE[kind](seed) for seed in range(count)] if folder is None else pictures_made.opened(folder)
-    assert all(picture.size == (pictures_made.SIDE, pictures_made.SIDE) for picture in pictures), f"{folder}: sizes"
+    pictures = (
+        [MADE[kind](seed) for seed in range(count)]
+        if folder is None
+        else pictures_made.opened(folder)
+    )
+    assert all(picture.size == (pictures_made.SIDE, pictures_made.SIDE) for picture in pictures), (
+        f"{folder}: sizes"
+    )
     return pictures
 
 
@@ -90,7 +102,11 @@ def settings(modules: Mapping[str, Any]) -> dict[str, Encode]:
         "strategy fixed, level 6": partial(save, compress_type=zlib.Z_FIXED, compress_level=6),
         AGAIN: save,  # not beside the default, however the order is rotated
         OURS: partial(images.encode, request=GenerateRequest(prompt="a picture")),
-        **{name: partial(encode, modules[key]) for name, (key, encode) in RIVALS.items() if key in modules},
+        **{
+            name: partial(encode, modules[key])
+            for name, (key, encode) in RIVALS.items()
+            if key in modules
+        },
         "lossless WebP": partial(images.encode, request=lossless),
     }
     for encode in encoders.values():
@@ -118,7 +134,9 @@ def imported(modules: Iterable[str]) -> dict[str, Any]:
 
 def opencv(module: Any, picture: Image.Image) -> bytes:
     """Level 1, run lengths of the filter Sub; it takes blue, green and red in this order."""
-    return bytes(module.imencode(".png", module.cvtColor(np.asarray(picture), module.COLOR_RGB2BGR))[1])
+    return bytes(
+        module.imencode(".png", module.cvtColor(np.asarray(picture), module.COLOR_RGB2BGR))[1]
+    )
 
 
 def imagecodecs(module: Any, picture: Image.Image) -> bytes:
@@ -128,7 +146,9 @@ def imagecodecs(module: Any, picture: Image.Image) -> bytes:
 
 def vips(module: Any, picture: Image.Image) -> bytes:
     """The same by libvips, which has no strategy to choose."""
-    return bytes(module.Image.new_from_array(np.asarray(picture)).pngsave_buffer(compression=3, filter=PAETH))
+    return bytes(
+        module.Image.new_from_array(np.asarray(picture)).pngsave_buffer(compression=3, filter=PAETH)
+    )
 
 
 RIVALS: Final[Mapping[str, tuple[str, Callable[[Any, Image.Image], bytes]]]] = {
@@ -142,7 +162,9 @@ RIVALS: Final[Mapping[str, tuple[str, Callable[[Any, Image.Image], bytes]]]] = {
 # Measuring
 
 
-def measured(kind: str, pictures: Sequence[Image.Image], encoders: Mapping[str, Encode], rounds: int) -> Kind:
+def measured(
+    kind: str, pictures: Sequence[Image.Image], encoders: Mapping[str, Encode], rounds: int
+) -> Kind:
     """One picture after the other."""
     found = []
     for index, picture in enumerate(pictures):
@@ -163,13 +185,18 @@ def one(picture: Image.Image, encoders: Mapping[str, Encode], rounds: int) -> di
         if index == 0:
             changed = [name for name, data in files.items() if decoded(data) != picture.tobytes()]
             assert not changed, f"not every pixel is kept by {', '.join(changed)}"
-    return {name: figures(seconds[name], seconds[DEFAULT], len(files[name]), len(files[DEFAULT])) for name in encoders}
+    return {
+        name: figures(seconds[name], seconds[DEFAULT], len(files[name]), len(files[DEFAULT]))
+        for name in encoders
+    }
 
 
 def rotated(names: list[str], index: int, rounds: int) -> list[str]:
     """Those that have their turn in this round; over all rounds the start goes once around."""
     start = index * len(names) // rounds
-    return [name for name in names[start:] + names[:start] if index < SLOW_ROUNDS or name not in SLOW]
+    return [
+        name for name in names[start:] + names[:start] if index < SLOW_ROUNDS or name not in SLOW
+    ]
 
 
 def decoded(data: bytes) -> bytes:
@@ -177,9 +204,13 @@ def decoded(data: bytes) -> bytes:
     return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 
-def figures(seconds: Sequence[float], defaults: Sequence[float], size: int, default: int) -> Figures:
+def figures(
+    seconds: Sequence[float], defaults: Sequence[float], size: int, default: int
+) -> Figures:
     """The medians over the rounds."""
-    shares = [own / theirs for own, theirs in zip(seconds, defaults, strict=False)]  # the slow have fewer
+    shares = [
+        own / theirs for own, theirs in zip(seconds, defaults, strict=False)
+    ]  # the slow have fewer
     return Figures(statistics.median(seconds), statistics.median(shares), size, size / default)
 
 
@@ -188,7 +219,12 @@ def figures(seconds: Sequence[float], defaults: Sequence[float], size: int, defa
 
 def median(kind: Kind, setting: str) -> Figures:
     """Each figure's own median over the pictures."""
-    return Figures(*(statistics.median(values) for values in zip(*(each[setting] for each in kind), strict=True)))
+    return Figures(
+        *(
+            statistics.median(values)
+            for values in zip(*(each[setting] for each in kind), strict=True)
+        )
+    )
 
 
 def rows_of(setting: str, name: str, kind: Kind) -> list[Row]:
@@ -200,14 +236,27 @@ def rows_of(setting: str, name: str, kind: Kind) -> list[Row]:
     return [
         row(f"{what}: seconds", (default.seconds, own.seconds, own.share), noise.share, faster),
         row(f"{what}: bytes, median", (default.size, own.size, own.growth), noise.growth, larger),
-        row(f"{what}: bytes, worst", (worst[DEFAULT].size, worst[setting].size, worst[setting].growth), noise.growth),
+        row(
+            f"{what}: bytes, worst",
+            (worst[DEFAULT].size, worst[setting].size, worst[setting].growth),
+            noise.growth,
+        ),
     ]
 
 
-def row(name: str, found: tuple[float, float, float], noise: float, goal: float | None = None) -> Row:
+def row(
+    name: str, found: tuple[float, float, float], noise: float, goal: float | None = None
+) -> Row:
     """`found` are the default's figure, the setting's, and the median of the pictures' ratios."""
     theirs, ours, ratio = found
-    plain = Row(name=name, rival="Pillow's default", rival_median=theirs, ours_median=ours, ratio=ratio, noise=noise)
+    plain = Row(
+        name=name,
+        rival="Pillow's default",
+        rival_median=theirs,
+        ours_median=ours,
+        ratio=ratio,
+        noise=noise,
+    )
     return plain if goal is None else replace(plain, goal=f"<= {goal:g}", met=ratio <= goal)
 
 
@@ -228,13 +277,19 @@ def cells(setting: str, kind: Kind) -> str:
     return f" {share} | {found.growth:.2f}, {worst:.2f} |"
 
 
-def facts(kinds: Mapping[str, Kind], folders: Mapping[str, Path | None], rounds: int) -> dict[str, str]:
+def facts(
+    kinds: Mapping[str, Kind], folders: Mapping[str, Path | None], rounds: int
+) -> dict[str, str]:
     """What was measured, how far the default differs from itself, and what Pillow was built with."""
-    found = {"pillow": PIL.__version__} | {name: features.version(name) or "none" for name in ("zlib_ng", "webp")}
+    found = {"pillow": PIL.__version__} | {
+        name: features.version(name) or "none" for name in ("zlib_ng", "webp")
+    }
     for name, kind in kinds.items():
         shares = [picture[AGAIN].share for picture in kind]
         found[name] = f"{len(kind)}, {'made here' if folders[name] is None else 'given'}"
-        found[f"A/A of {name}"] = f"{statistics.median(shares):.3f}, each {min(shares):.3f} to {max(shares):.3f}"
+        found[f"A/A of {name}"] = (
+            f"{statistics.median(shares):.3f}, each {min(shares):.3f} to {max(shares):.3f}"
+        )
     return found | {"rounds": f"{rounds}, of {' and '.join(SLOW)} {min(rounds, SLOW_ROUNDS)}"}
 
 

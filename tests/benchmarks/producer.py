@@ -54,7 +54,10 @@ THIN: Final = Rounds(imports=4, submissions=200, jobs=100)
 def main(rounds: Rounds) -> None:
     """Measure and publish."""
     rows = [import_row(rounds.imports)]
-    with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder, Valkey(Path(folder), Tally()) as valkey:
+    with (
+        tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder,
+        Valkey(Path(folder), Tally()) as valkey,
+    ):
         rows += submit_rows(valkey.url, rounds.submissions)
         crowds = all_crowds(Path(folder), valkey, rounds.jobs)
     publish("producer", rows, **{name: told(crowd) for name, crowd in crowds.items()})
@@ -76,7 +79,11 @@ def imported(program: str) -> float:
     """Seconds of all imports of a program."""
     command = [sys.executable, "-X", "importtime", "-c", program]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
-    own = [line.split("|")[0].rpartition(":")[2].strip() for line in lines if line.startswith("import time:")]
+    own = [
+        line.split("|")[0].rpartition(":")[2].strip()
+        for line in lines
+        if line.startswith("import time:")
+    ]
     return sum(int(microseconds) for microseconds in own if microseconds.isdigit()) / 1e6
 
 
@@ -90,7 +97,9 @@ def submit_rows(url: str, count: int) -> list[Row]:
         app.conf.update(wire.shared_config(broker_url=url, result_backend=url, queue="bench"))
 
         def bare() -> object:
-            return app.send_task("zlora.generate", args=[REQUEST], queue="bench", priority=wire.DEFAULT_PRIORITY)
+            return app.send_task(
+                "zlora.generate", args=[REQUEST], queue="bench", priority=wire.DEFAULT_PRIORITY
+            )
 
         def submit() -> object:
             return client.submit(REQUEST)
@@ -99,9 +108,16 @@ def submit_rows(url: str, count: int) -> list[Row]:
         for _ in range(count):
             for action, found in ((submit, ours), (bare, theirs), (submit, again)):
                 found.append(timed(action))
-    row = reversed_row("submit (ours / rival)", "a bare send_task", theirs, ours, again, goal=SUBMIT)
+    row = reversed_row(
+        "submit (ours / rival)", "a bare send_task", theirs, ours, again, goal=SUBMIT
+    )
     median = statistics.median(ours)
-    return [row, absolute_row("ms of a submit, at the median (not a ratio)", median, statistics.median(again))]
+    return [
+        row,
+        absolute_row(
+            "ms of a submit, at the median (not a ratio)", median, statistics.median(again)
+        ),
+    ]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -123,10 +139,14 @@ def all_crowds(folder: Path, valkey: Valkey, jobs: int) -> dict[str, Crowd]:
     with scene(folder / "a", valkey) as (url, queue), Client(url, queue=queue) as client:
         crowds[f"{jobs} jobs, Valkey, a thread"] = submitted_and_awaited(client, jobs)
     with scene(folder / "b", valkey) as (url, queue):
-        crowds[f"{jobs} jobs, Valkey, an event loop"] = asyncio.run(at_once(url, queue, jobs, lambda _: None))
+        crowds[f"{jobs} jobs, Valkey, an event loop"] = asyncio.run(
+            at_once(url, queue, jobs, lambda _: None)
+        )
     with scene(folder / "c", valkey) as (url, queue):
         restarting = Restart(valkey, after=jobs // 3)
-        crowds[f"{jobs} jobs, an event loop, the broker killed"] = asyncio.run(at_once(url, queue, jobs, restarting))
+        crowds[f"{jobs} jobs, an event loop, the broker killed"] = asyncio.run(
+            at_once(url, queue, jobs, restarting)
+        )
         assert restarting.done
     return crowds
 
@@ -186,7 +206,13 @@ def told(crowd: Crowd) -> str:
 
 
 def reversed_row(
-    name: str, rival: str, theirs: list[float], ours: list[float], again: list[float], *, goal: float
+    name: str,
+    rival: str,
+    theirs: list[float],
+    ours: list[float],
+    again: list[float],
+    *,
+    goal: float,
 ) -> Row:
     """A row whose ratio is ours / rival."""
     rival_median, ours_median = statistics.median(theirs), statistics.median(ours)

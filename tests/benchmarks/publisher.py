@@ -30,7 +30,9 @@ settings: Final = Settings.from_env()
 queue: Final = f"{settings.queue}-publish"
 app: Final = Celery("publisher", set_as_current=False)
 app.conf.update(
-    **wire.shared_config(broker_url=settings.broker_url, result_backend=settings.result_backend, queue=queue),
+    **wire.shared_config(
+        broker_url=settings.broker_url, result_backend=settings.result_backend, queue=queue
+    ),
     worker_concurrency=1,
     worker_prefetch_multiplier=1,
     task_acks_late=True,
@@ -68,10 +70,14 @@ def _refs_key(job_id: str) -> str:
 # In the child that draws
 
 
-def give_picture(recipe: Recipe, digests: Sequence[str], index: int, image: Image.Image, *, tiled: bool) -> None:
+def give_picture(
+    recipe: Recipe, digests: Sequence[str], index: int, image: Image.Image, *, tiled: bool
+) -> None:
     """Put a picture into the publisher's hands."""
     _broker().set(_pixels_key(recipe.job_id, index), image.tobytes(), ex=_EXPIRES)
-    app.send_task(_STORE, [plain(recipe), list(digests), index, list(image.size), tiled], queue=queue)
+    app.send_task(
+        _STORE, [plain(recipe), list(digests), index, list(image.size), tiled], queue=queue
+    )
 
 
 def give_result(result: GenerateResult) -> None:
@@ -83,7 +89,9 @@ def give_result(result: GenerateResult) -> None:
 
 
 @app.task(name=_STORE)
-def store_picture(document: Any, digests: list[str], index: int, size: list[int], tiled: bool) -> None:
+def store_picture(
+    document: Any, digests: list[str], index: int, size: list[int], tiled: bool
+) -> None:
     """Encode and store one picture, and remember its reference."""
     broker, recipe = _broker(), msgspec.convert(document, Recipe)
     pixels = broker.get(_pixels_key(recipe.job_id, index))

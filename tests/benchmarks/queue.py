@@ -39,9 +39,16 @@ def main(*, rounds: int) -> None:
         home = Path(folder, "home")
         build_tiny(home)
         model = str(tiny_model(home))
-        environ = os.environ | {"ZLORA_HOME": str(home), "ZLORA_MODEL": model, "ZLORA_DEVICE": "cpu"}
+        environ = os.environ | {
+            "ZLORA_HOME": str(home),
+            "ZLORA_MODEL": model,
+            "ZLORA_DEVICE": "cpu",
+        }
         runtime = Runtime.open(Settings.from_env(environ), Meter())
-        with Stack(environ, log_folder=Path(folder, "logs")) as stack, Client.from_env(stack.environ) as client:
+        with (
+            Stack(environ, log_folder=Path(folder, "logs")) as stack,
+            Client.from_env(stack.environ) as client,
+        ):
             through_queue(client), directly(runtime, "warm")
             direct, queued, again = [], [], []
             for index in range(rounds):
@@ -54,7 +61,10 @@ def main(*, rounds: int) -> None:
     rows = [
         compare("a job of 4 steps through the queue", "generate() directly", direct, queued, again),
         added_row(direct, queued, again),
-        *(gap_row(gaps, gaps_again, share, goal) for share, goal in ((50, None), (95, GAP), (99, None))),
+        *(
+            gap_row(gaps, gaps_again, share, goal)
+            for share, goal in ((50, None), (95, GAP), (99, None))
+        ),
     ]
     publish("queue", rows)
 

@@ -32,7 +32,10 @@ from zlora_worker import images
 FASTER: Final = 0.4  # of the time of Pillow's default
 LARGER: Final = 1.15  # of its bytes
 SPAN: Final = 1.15  # of the sum of the denoising
-RIVALS: Final = {"inline": "encode and PUT inline in the child", "handed": "pixels through Redis to a publisher"}
+RIVALS: Final = {
+    "inline": "encode and PUT inline in the child",
+    "handed": "pixels through Redis to a publisher",
+}
 
 
 class Rounds(NamedTuple):
@@ -50,8 +53,14 @@ THIN: Final = Rounds(pictures=1, encodings=9, jobs=3, rival_jobs=2)
 
 def main(rounds: Rounds, given: Path | None) -> None:
     """Measure and publish."""
-    kinds = made(rounds.pictures) if given is None else {"picture given": pictures_made.opened(given)}
-    rows = [row for kind, pictures in kinds.items() for row in encode_rows(kind, pictures, rounds.encodings)]
+    kinds = (
+        made(rounds.pictures) if given is None else {"picture given": pictures_made.opened(given)}
+    )
+    rows = [
+        row
+        for kind, pictures in kinds.items()
+        for row in encode_rows(kind, pictures, rounds.encodings)
+    ]
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as name:
         folder = Path(name)
         batches = all_batches(folder, write(next(iter(kinds.values())), folder / "drawn"), rounds)
@@ -105,11 +114,21 @@ def encode_rows(kind: str, pictures: Sequence[Image.Image], rounds: int) -> list
         theirs.append(seconds_of(by_default, pictures))
         again.append(seconds_of(by_us, pictures))
         progress(f"{kind}: {index + 1}/{rounds} rounds of encoding")
-    sizes = [statistics.mean(len(encode(picture)) for picture in pictures) for encode in (by_default, by_us)]
+    sizes = [
+        statistics.mean(len(encode(picture)) for picture in pictures)
+        for encode in (by_default, by_us)
+    ]
     times = [statistics.median(values) for values in (theirs, ours, again)]
     return [
-        share_row(f"seconds to encode a {kind}, ours / rival", "Pillow's default PNG", times, goal=FASTER),
-        share_row(f"bytes of a {kind}, ours / rival", "Pillow's default PNG", [*sizes, sizes[1]], goal=LARGER),
+        share_row(
+            f"seconds to encode a {kind}, ours / rival", "Pillow's default PNG", times, goal=FASTER
+        ),
+        share_row(
+            f"bytes of a {kind}, ours / rival",
+            "Pillow's default PNG",
+            [*sizes, sizes[1]],
+            goal=LARGER,
+        ),
     ]
 
 
@@ -172,7 +191,11 @@ def design_rows(design: str, batches: Mapping[str, Batch]) -> list[Row]:
         "MB through Redis a job": lambda batch: batch.redis_bytes / 1e6,
     }
     return [
-        design_row(f"{name}, rival / ours", design, [figure(batches[key]) for key in (design, "ours", "again")])
+        design_row(
+            f"{name}, rival / ours",
+            design,
+            [figure(batches[key]) for key in (design, "ours", "again")],
+        )
         for name, figure in figures.items()
     ]
 

@@ -38,9 +38,12 @@ class Ours:
         """As a job has them."""
         for path, _ in loras:
             if path not in self._loras:
-                self._loras[path] = self._engine.reader.read(path, digest=str(path), source=path.name)
+                self._loras[path] = self._engine.reader.read(
+                    path, digest=str(path), source=path.name
+                )
         return [
-            Adapter(lora=self._loras[path], unet_weight=weight, text_encoder_weight=weight) for path, weight in loras
+            Adapter(lora=self._loras[path], unet_weight=weight, text_encoder_weight=weight)
+            for path, weight in loras
         ]
 
     def enter(self, loras: Weighted) -> None:
@@ -65,7 +68,9 @@ class _Diffusers:
 
     def weigh(self, loras: Weighted) -> None:
         """Adapters that are there, with these weights."""
-        self.pipeline.set_adapters([f"a{index}" for index in range(len(loras))], [weight for _, weight in loras])
+        self.pipeline.set_adapters(
+            [f"a{index}" for index in range(len(loras))], [weight for _, weight in loras]
+        )
 
     def forget(self) -> None:
         """Let go of the files."""
@@ -150,9 +155,16 @@ class Probe:
         self._unet, self._inputs = pipeline.unet, {}
         for name in names:
             weight = pipeline.unet.get_parameter(f"{name}.weight")
-            self._inputs[name] = torch.randn(2, weight.shape[1], generator=generator).to(weight.dtype)
+            self._inputs[name] = torch.randn(2, weight.shape[1], generator=generator).to(
+                weight.dtype
+            )
 
     def answers(self) -> Tensor:
         """Of all layers, in one row."""
         with torch.no_grad():
-            return torch.cat([self._unet.get_submodule(name)(x).float().flatten() for name, x in self._inputs.items()])
+            return torch.cat(
+                [
+                    self._unet.get_submodule(name)(x).float().flatten()
+                    for name, x in self._inputs.items()
+                ]
+            )

@@ -120,7 +120,10 @@ def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fou
     with scene(folder, valkey) as made, made.worker():
         time.sleep(SETTLE)
         asyncio.run(drawn(made, SHORT, 2, watched=True))
-        solved = [life(made, broker, kind, jobs if kind is SHORT else jobs // 5, watched=True) for kind in SOLVED]
+        solved = [
+            life(made, broker, kind, jobs if kind is SHORT else jobs // 5, watched=True)
+            for kind in SOLVED
+        ]
         other = life(made, broker, FORETOLD, jobs // 5, watched=True)
         with heard(valkey) as events:
             unwatched = life(made, broker, SHORT, jobs, watched=False)
@@ -133,12 +136,17 @@ def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fou
         found[f"{told} of a job, beside its steps and seconds"] = fixed
         found |= {f"{told} of a step": step, f"{told} of a drawing second": second}
         foretold = fixed + step * FORETOLD.steps + second * other.at
-        found[f"{told} of a job of {FORETOLD.steps} steps, {other_seconds()} s"] = unit * getattr(other, what)
+        found[f"{told} of a job of {FORETOLD.steps} steps, {other_seconds()} s"] = unit * getattr(
+            other, what
+        )
         found[f"{told} of the same by those foretold"] = unit * getattr(other, what) / foretold
         found[f"{told} of a short job that is waited for"] = sums[0]
         found[f"{told} of a short job that nobody waits for"] = unit * getattr(unwatched, what)
     sent = sum(length for name, length in events if "/task." in name)
-    return found | {"events: bytes of a job": sent / jobs, "events: messages of a job": count(events, "/task.") / jobs}
+    return found | {
+        "events: bytes of a job": sent / jobs,
+        "events: messages of a job": count(events, "/task.") / jobs,
+    }
 
 
 NAMES: Final = {"commands": "commands", "cpu": "us of the server", "net": "bytes on the wire"}
@@ -206,7 +214,10 @@ def submissions(valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
     for processes, together in ((1, 1), (2, 1), (4, 1), (1, 200), (2, 200)):
         broker.flushall()
         took = sent(valkey, broker, processes, jobs, together)
-        name, total = f"{processes} x {'submit' if together == 1 else f'submit_many of {together}'}", processes * jobs
+        name, total = (
+            f"{processes} x {'submit' if together == 1 else f'submit_many of {together}'}",
+            processes * jobs,
+        )
         found |= {
             f"{name}: jobs a second": total / took.at,
             f"{name}: busy share of the server": took.cpu / took.at,
@@ -216,11 +227,15 @@ def submissions(valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
     return found
 
 
-def sent(valkey: Valkey, broker: "redis.Redis", processes: int, jobs: int, together: int) -> Reading:
+def sent(
+    valkey: Valkey, broker: "redis.Redis", processes: int, jobs: int, together: int
+) -> Reading:
     """What the server did from when all processes were ready until the last was done."""
     context = get_context("spawn")
     gate = context.Barrier(processes + 1)
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=hold, initargs=(gate,)) as pool:
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=hold, initargs=(gate,)
+    ) as pool:
         done = [pool.submit(produce, valkey.url, jobs, together) for _ in range(processes)]
         gate.wait()
         start = Reading.of(broker)
@@ -250,7 +265,9 @@ def produce(url: str, jobs: int, together: int) -> None:
 # Workers
 
 
-def idle(folder: Path, valkey: Valkey, broker: "redis.Redis", workers: int, seconds: float) -> Found:
+def idle(
+    folder: Path, valkey: Valkey, broker: "redis.Redis", workers: int, seconds: float
+) -> Found:
     """So many workers, and nothing to do."""
     with scene(folder, valkey) as made, ExitStack() as stack:
         for index in range(workers):
@@ -258,7 +275,9 @@ def idle(folder: Path, valkey: Valkey, broker: "redis.Redis", workers: int, seco
         time.sleep(SETTLE)
         connected = connections(broker)
         took = looked(broker, seconds)
-    return {f"{workers} idle workers: connections": connected} | of_a_second(f"{workers} idle workers", took)
+    return {f"{workers} idle workers: connections": connected} | of_a_second(
+        f"{workers} idle workers", took
+    )
 
 
 def behind(folder: Path, valkey: Valkey, broker: "redis.Redis", size: Size) -> Found:
@@ -302,13 +321,18 @@ def connections(broker: "redis.Redis") -> int:
 def row(name: str, values: list[float]) -> Row:
     """The median of the rounds, and the largest of them by the smallest."""
     median, noise = statistics.median(values), max(values) / min(values)
-    return Row(name=name, rival="-", rival_median=0.0, ours_median=median, ratio=median, noise=noise)
+    return Row(
+        name=name, rival="-", rival_median=0.0, ours_median=median, ratio=median, noise=noise
+    )
 
 
 def processor() -> str:
     """The machine's, as the kernel names it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "not said")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        "not said",
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from urllib.parse import unquote
 
 _CHUNK: Final = 262_144  # bytes
 _PUT: Final = re.compile(rb"PUT (\S+) HTTP/1\.1\r\n")
-_ANSWER: Final = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) ")  # 100 is none yet: the request's body may come
+_ANSWER: Final = re.compile(
+    rb"HTTP/1\.1 ([2-5]\d\d) "
+)  # 100 is none yet: the request's body may come
 
 
 @dataclass

@@ -21,7 +21,12 @@ def is_made(place: str, name: str, scratch: Path, *, key: str | None = None) -> 
     body = scratch / "identity"
     body.write_bytes(_message(name))
     command = ["curl", "--silent", "--insecure", "--include", "--max-time", "10", *_GRPC]
-    command += [_HTTP2[place.partition(":")[0]], "--data-binary", f"@{body}", *(("--cert", key) if key else ())]
+    command += [
+        _HTTP2[place.partition(":")[0]],
+        "--data-binary",
+        f"@{body}",
+        *(("--cert", key) if key else ()),
+    ]
     done = subprocess.run([*command, place + _METHOD], capture_output=True, check=False)
     return done.returncode == 0 and b"grpc-status: 0" in done.stdout.lower()
 

@@ -32,7 +32,12 @@ _STACKS = {
     "all profiles": ["-f", "docker-compose.yml", "--profile", "monitoring", "--profile", "example"],
 }
 _ONCE = {"bucket", "producer"}  # services that end by themselves
-_YAML = ("docker-compose.yml", "docker-compose.cpu.yml", "deploy/prometheus/prometheus.yml", "deploy/grafana")
+_YAML = (
+    "docker-compose.yml",
+    "docker-compose.cpu.yml",
+    "deploy/prometheus/prometheus.yml",
+    "deploy/grafana",
+)
 _YAML_RULES = """
 extends: default
 rules:
@@ -41,7 +46,13 @@ rules:
   comments: {min-spaces-from-content: 1}
 """
 # Of other programs: boto3, the hub's client, Flower, Python's own.
-_FOREIGN = {"no_proxy", "AWS_SHARED_CREDENTIALS_FILE", "AWS_DEFAULT_REGION", "HF_HOME", "HF_TOKEN_PATH"} | {
+_FOREIGN = {
+    "no_proxy",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_DEFAULT_REGION",
+    "HF_HOME",
+    "HF_TOKEN_PATH",
+} | {
     "FLOWER_AUTH_FILE",
     "FLOWER_ADDRESS",
     "http_proxy",
@@ -58,7 +69,9 @@ def problems() -> Iterator[str]:
             yield f"docker-compose config, {title}: {done.stderr.strip()}"
         else:
             stacks[title] = json.loads(done.stdout)
-    yield from _said("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml")
+    yield from _said(
+        "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"
+    )
     yield from _said("hadolint", *map(str, images.files(ROOT)))
     yield from _said("yamllint", "--strict", "-d", _YAML_RULES, *_YAML)
     for title, stack in stacks.items():
@@ -93,7 +106,9 @@ def _stack(stack: Mapping[str, Any]) -> Iterator[str]:
         environ = service.get("environment") or {}
         yield from (f"{name}: {problem}" for problem in _values(environ))
         if service["image"].startswith(wiring.OURS):
-            yield from (f"{name}: nothing reads {variable}" for variable in environ if variable not in known)
+            yield from (
+                f"{name}: nothing reads {variable}" for variable in environ if variable not in known
+            )
     yield from wiring.problems(ROOT, stack)
 
 
@@ -111,7 +126,10 @@ def _life(name: str, service: Mapping[str, Any]) -> Iterator[str]:
         yield "no health check"
     settings = Settings.from_env({})
     if name == "worker":
-        if images.seconds(service["stop_grace_period"]) < settings.job_timeout + settings.hard_grace:
+        if (
+            images.seconds(service["stop_grace_period"])
+            < settings.job_timeout + settings.hard_grace
+        ):
             yield f"a job may take longer than stop_grace_period {service['stop_grace_period']}"
         if images.seconds(service["healthcheck"]["start_period"]) < settings.load_timeout:
             yield f"loading the model may take longer than start_period {service['healthcheck']['start_period']}"
@@ -139,7 +157,9 @@ def _files(_: str, service: Mapping[str, Any]) -> Iterator[str]:
     named = set(re.findall(r"/run/secrets/\w+", json.dumps(told)))
     yield from (f"it is told of {path}, and does not have it" for path in sorted(named - has))
     for mount in service.get("volumes", []):
-        if mount["type"] == "bind" and not (Path(mount["source"]).exists() and mount.get("read_only")):
+        if mount["type"] == "bind" and not (
+            Path(mount["source"]).exists() and mount.get("read_only")
+        ):
             yield f"{mount['source']}: expected a file or folder that is there, mounted to be read only"
 
 
@@ -158,7 +178,9 @@ def _known_names() -> set[str]:
 
 def _devices(stacks: Mapping[str, Any]) -> Iterator[str]:
     worker = stacks["plain"]["services"]["worker"]
-    devices = worker.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+    devices = (
+        worker.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+    )
     if [(item["driver"], item["count"]) for item in devices] != [("nvidia", 1)]:
         yield f"plain: expected one GPU for a worker, not {devices}"
     worker = stacks["cpu"]["services"]["worker"]
@@ -168,7 +190,10 @@ def _devices(stacks: Mapping[str, Any]) -> Iterator[str]:
 
 def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:
     """The script makes what the compose file names, readable for all users in a folder that is not, and keeps it."""
-    script, composed = ROOT / "deploy/secrets.sh", (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    script, composed = (
+        ROOT / "deploy/secrets.sh",
+        (ROOT / "docker-compose.yml").read_text(encoding="utf-8"),
+    )
     names = set(yaml.safe_load(composed)["secrets"])  # docker-compose leaves out what nobody uses
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "secrets")
@@ -182,13 +207,20 @@ def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:
             yield "deploy/secrets.sh: expected a folder of its owner and files for all users"
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         again = _run("sh", str(script), str(folder))
-        if again.returncode or {path.name: path.read_bytes() for path in folder.iterdir()} != before:
+        if (
+            again.returncode
+            or {path.name: path.read_bytes() for path in folder.iterdir()} != before
+        ):
             yield f"deploy/secrets.sh: it does not keep what is there: {again.stderr}"
         (folder / "broker_url").unlink()
         if not _run("sh", str(script), str(folder)).returncode:
             yield "deploy/secrets.sh: it takes a password without its URL"
         yield from _readable(Path(scratch, "clone"))
-    used = {item["source"] for service in stack["services"].values() for item in service.get("secrets", [])}
+    used = {
+        item["source"]
+        for service in stack["services"].values()
+        for item in service.get("secrets", [])
+    }
     yield from (f"nobody uses the secret {name}" for name in sorted(names - used))
 
 

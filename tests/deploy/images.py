@@ -58,14 +58,27 @@ def _context(root: Path) -> Iterator[str]:
     allowed = {line[1:] for line in lines if line.startswith("!")}
     if "*" not in lines:
         yield ".dockerignore: expected a list of what is let in"
-    copied = {source for file in files(root) for sources, _ in _copies(file) for source in sources.split()}
-    yield from (f"{source} is copied, and not there" for source in sorted(copied) if not (root / source).exists())
-    yield from (f".dockerignore keeps {source} out, and it is copied" for source in sorted(copied - allowed))
-    yield from (f".dockerignore lets {source} in, and nobody copies it" for source in sorted(allowed - copied))
+    copied = {
+        source for file in files(root) for sources, _ in _copies(file) for source in sources.split()
+    }
+    yield from (
+        f"{source} is copied, and not there"
+        for source in sorted(copied)
+        if not (root / source).exists()
+    )
+    yield from (
+        f".dockerignore keeps {source} out, and it is copied" for source in sorted(copied - allowed)
+    )
+    yield from (
+        f".dockerignore lets {source} in, and nobody copies it"
+        for source in sorted(allowed - copied)
+    )
 
 
 def _copies(file: Path) -> list[tuple[str, str]]:
-    return re.findall(r"^COPY (?!--from)(.*) (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return re.findall(
+        r"^COPY (?!--from)(.*) (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def _pins(root: Path) -> Iterator[str]:
@@ -74,8 +87,15 @@ def _pins(root: Path) -> Iterator[str]:
     text = (folder / "constraints.txt").read_text(encoding="utf-8")
     pins = dict(line.lower().split("==") for line in text.splitlines() if "==" in line)
     extras = [extra for wanted in _EXTRAS.values() for extra in wanted]
-    command = [sys.executable, str(folder / "requirements.py"), str(root / "pyproject.toml"), *extras]
-    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+    command = [
+        sys.executable,
+        str(folder / "requirements.py"),
+        str(root / "pyproject.toml"),
+        *extras,
+    ]
+    for line in subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         wanted = Requirement(line)
         if not wanted.specifier.contains(pins.get(wanted.name.lower(), "0")):
             yield f"constraints.txt: {wanted.name} {pins.get(wanted.name.lower())}, and pyproject.toml asks for {line}"
@@ -83,15 +103,25 @@ def _pins(root: Path) -> Iterator[str]:
 
 def _built(services: Mapping[str, Any]) -> Iterator[str]:
     """Each image of ours is built by one service that is always there, and asked of no registry."""
-    ours = {name: service for name, service in services.items() if service["image"].startswith(OURS)}
+    ours = {
+        name: service for name, service in services.items() if service["image"].startswith(OURS)
+    }
     for image in sorted({service["image"] for service in ours.values()}):
-        by = [name for name, service in ours.items() if service["image"] == image and service.get("build")]
+        by = [
+            name
+            for name, service in ours.items()
+            if service["image"] == image and service.get("build")
+        ]
         files = {ours[name]["build"]["dockerfile"] for name in by}
         if files != {str(dockerfile(Path(), image))}:
             yield f"{image}: expected it of its own Dockerfile, not {files}"
         if len(by) != 1 or ours[by[0]].get("profiles"):
             yield f"{image}: expected one service without a profile to build it, not {by}"
-    yield from (f"{name}: expected pull_policy never" for name in ours if ours[name].get("pull_policy") != "never")
+    yield from (
+        f"{name}: expected pull_policy never"
+        for name in ours
+        if ours[name].get("pull_policy") != "never"
+    )
 
 
 def _flower(root: Path, flower: Mapping[str, Any]) -> Iterator[str]:

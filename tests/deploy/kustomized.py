@@ -45,19 +45,33 @@ class Build:
 
     def worker(self) -> Document:
         """The workers' container."""
-        container: Document = self.named("Deployment", "zlora-worker")["spec"]["template"]["spec"]["containers"][0]
+        container: Document = self.named("Deployment", "zlora-worker")["spec"]["template"]["spec"][
+            "containers"
+        ][0]
         return container
 
     def told(self, container: Document) -> dict[str, str]:
         """The variables that stand in the manifests, of ConfigMaps first."""
-        names = [source["configMapRef"]["name"] for source in container.get("envFrom", []) if "configMapRef" in source]
-        found = {key: value for name in names for key, value in self.named("ConfigMap", name)["data"].items()}
-        return found | {item["name"]: item["value"] for item in container.get("env", []) if "value" in item}
+        names = [
+            source["configMapRef"]["name"]
+            for source in container.get("envFrom", [])
+            if "configMapRef" in source
+        ]
+        found = {
+            key: value
+            for name in names
+            for key, value in self.named("ConfigMap", name)["data"].items()
+        }
+        return found | {
+            item["name"]: item["value"] for item in container.get("env", []) if "value" in item
+        }
 
 
 def mounted(spec: Document, container: Document) -> set[str]:
     """The paths of the keys of Secrets in a container."""
-    secrets = {volume["name"]: volume["secret"] for volume in spec.get("volumes", []) if "secret" in volume}
+    secrets = {
+        volume["name"]: volume["secret"] for volume in spec.get("volumes", []) if "secret" in volume
+    }
     return {
         f"{mount['mountPath']}/{item['path']}"
         for mount in container.get("volumeMounts", [])
@@ -67,7 +81,9 @@ def mounted(spec: Document, container: Document) -> set[str]:
 
 def build(folder: Path, name: str) -> Build:
     """Raises `subprocess.CalledProcessError` where kustomize refuses."""
-    made = subprocess.run(["kustomize", "build", str(folder / name)], check=True, capture_output=True, text=True)  # noqa: S607
+    made = subprocess.run(
+        ["kustomize", "build", str(folder / name)], check=True, capture_output=True, text=True
+    )
     return Build(name, list(yaml.safe_load_all(made.stdout)))
 
 

@@ -37,10 +37,14 @@ def schemas(found: Build, folder: Path) -> Iterator[str]:
     """By Kubernetes' schemas, and those beside the manifests; a warning is a failure, and so is a kind of neither."""
     known = [document for document in found.documents if document["apiVersion"] in BUILTIN]
     yield from _checked(["kubernetes-validate", "--strict", "--quiet"], yaml.safe_dump_all(known))
-    for custom in (document for document in found.documents if document["apiVersion"] not in BUILTIN):
+    for custom in (
+        document for document in found.documents if document["apiVersion"] not in BUILTIN
+    ):
         schema = folder / "schemas" / f"{custom['kind'].lower()}.json"
         if schema.is_file():
-            yield from _checked(["check-jsonschema", "--schemafile", str(schema)], json.dumps(custom))
+            yield from _checked(
+                ["check-jsonschema", "--schemafile", str(schema)], json.dumps(custom)
+            )
         else:
             yield f"{custom['apiVersion']} {custom['kind']}: no schema"
 
@@ -50,7 +54,9 @@ def _checked(command: list[str], text: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(text)
         file.flush()
-        ran = subprocess.run([BIN / command[0], *command[1:], file.name], check=False, capture_output=True, text=True)
+        ran = subprocess.run(
+            [BIN / command[0], *command[1:], file.name], check=False, capture_output=True, text=True
+        )
     said = ran.stdout + ran.stderr
     if ran.returncode or said not in ("", "ok -- validation done\n"):
         yield f"{command[0]}: {said}"
@@ -59,10 +65,13 @@ def _checked(command: list[str], text: str) -> Iterator[str]:
 def alerts(folder: Path) -> str:
     """The PrometheusRule with the groups of the alert rules, word for word."""
     groups = (folder.parent / "prometheus" / "rules.yml").read_text("utf-8")
-    indented = "".join(f"  {line}" if line.strip() else line for line in groups.splitlines(keepends=True))
+    indented = "".join(
+        f"  {line}" if line.strip() else line for line in groups.splitlines(keepends=True)
+    )
     return (
         "# Made of deploy/prometheus/rules.yml by `tests/deploy/manifests.py --write`.\n"
-        "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: zlora\nspec:\n" + indented
+        "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: zlora\nspec:\n"
+        + indented
     )
 
 
@@ -80,7 +89,9 @@ def wrong(folder: Path) -> Iterator[str]:
         except subprocess.CalledProcessError as error:
             yield f"{name}: kustomize: {error.stderr}"
             continue
-        said = list(schemas(found, folder)) or facts(found, folder)  # what is malformed has no facts
+        said = list(schemas(found, folder)) or facts(
+            found, folder
+        )  # what is malformed has no facts
         yield from (f"{name}: {what}" for what in said)
 
 

@@ -57,7 +57,10 @@ PORTS: Final = {
     ),
     "flower": ("--port={flower:5555}",),
 }
-LISTENERS: Final = {"-s3.ip.bind=0.0.0.0": "-s3.ip.bind=127.0.0.1", "-s3.port=8333": "-s3.port={store:8333}"}
+LISTENERS: Final = {
+    "-s3.ip.bind=0.0.0.0": "-s3.ip.bind=127.0.0.1",
+    "-s3.port=8333": "-s3.port={store:8333}",
+}
 GRPC: Final = 10_000  # above each port of the store is another
 # Whose each port is that a word names; None is the service's own, of which there may be several.
 ADDRESSES: Final = {8333: "store", 9333: "store", 5555: "flower", 9808: None, 9090: None}
@@ -145,13 +148,18 @@ class Machine:
         words = ["/bin/sh", "-c", words[0].replace("$$", "$")] if kind == "CMD-SHELL" else words
         command = [PROGRAMS[words[0]], *(self._here(word, instance) for word in words[1:])]
         environ = self.environ(service, instance)
-        return subprocess.run(command, env=environ, capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(command, env=environ, capture_output=True, check=False).returncode == 0
+        )
 
     def environ(self, service: str, instance: str) -> dict[str, str]:
         told = self.services[service].get("environment") or {}
         environ = {name: self._here(str(value), instance) for name, value in told.items()}
         place = self.folder / instance
-        return clean_environ(environ) | {"TMPDIR": str(place), "PATH": f"{OWN}:{os.environ['PATH']}"}
+        return clean_environ(environ) | {
+            "TMPDIR": str(place),
+            "PATH": f"{OWN}:{os.environ['PATH']}",
+        }
 
     def _remove_sockets(self) -> None:
         """Those of a store that was killed: it has them in /tmp under its ports' names."""
@@ -163,10 +171,18 @@ class Machine:
     def _here(self, word: str, instance: str) -> str:
         """A word of a command or a value, for this machine."""
         word = LISTENERS.get(word, word)
-        word = re.sub(r"(?<![\w./])(/[\w/]+(?:\.sh)?)", lambda found: self._path(found[1], instance), word)
-        word = re.sub(r"\{([a-z-]+):(\d+)\}", lambda found: str(self.port(found[1], int(found[2]))), word)
+        word = re.sub(
+            r"(?<![\w./])(/[\w/]+(?:\.sh)?)", lambda found: self._path(found[1], instance), word
+        )
+        word = re.sub(
+            r"\{([a-z-]+):(\d+)\}", lambda found: str(self.port(found[1], int(found[2]))), word
+        )
         for port, service in ADDRESSES.items():
-            word = re.sub(rf"(0\.0\.0\.0|127\.0\.0\.1|store):{port}\b", self._at(service or instance, port), word)
+            word = re.sub(
+                rf"(0\.0\.0\.0|127\.0\.0\.1|store):{port}\b",
+                self._at(service or instance, port),
+                word,
+            )
         word = "127.0.0.1" if word == "0.0.0.0" else word  # noqa: S104 - what is replaced
         return word.replace("%h", instance)
 
@@ -183,10 +199,14 @@ class Machine:
     def secrets(self) -> None:
         """deploy/secrets.sh, and the broker's name in what it wrote."""
         folder = self.folder / "secrets"
-        subprocess.run(["/bin/sh", "deploy/secrets.sh", str(folder)], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            ["/bin/sh", "deploy/secrets.sh", str(folder)], cwd=ROOT, check=True, capture_output=True
+        )
         url = folder / "broker_url"
         url.chmod(0o644)
-        url.write_text(url.read_text().replace("broker:6379", f"127.0.0.1:{self.port('broker', 6379)}"))
+        url.write_text(
+            url.read_text().replace("broker:6379", f"127.0.0.1:{self.port('broker', 6379)}")
+        )
 
     def prometheus(self, workers: int, *, every: str) -> None:
         """Prometheus' folder, with this machine's addresses, and looks that are as many as a test has time for."""
@@ -198,7 +218,10 @@ class Machine:
             if asked := job.pop("dns_sd_configs", None):
                 name, port = asked[0]["names"][0], asked[0]["port"]
                 assert name in self.services["worker"]["networks"]["inside"]["aliases"]
-                targets = [f"127.0.0.1:{self.port(f'worker-{number}', port)}" for number in range(1, workers + 1)]
+                targets = [
+                    f"127.0.0.1:{self.port(f'worker-{number}', port)}"
+                    for number in range(1, workers + 1)
+                ]
                 job["static_configs"] = [{"targets": targets}]
             else:
                 (asked,) = job["static_configs"]

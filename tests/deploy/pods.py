@@ -14,11 +14,18 @@ from zlora_worker.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
 # What containers are told beside this project's settings: boto3's, Hugging Face's, NVIDIA's, Flower's, a home's.
-FOREIGN: Final = {"AWS_SHARED_CREDENTIALS_FILE", "AWS_DEFAULT_REGION", "HF_HOME", "NVIDIA_DRIVER_CAPABILITIES"}
+FOREIGN: Final = {
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_DEFAULT_REGION",
+    "HF_HOME",
+    "NVIDIA_DRIVER_CAPABILITIES",
+}
 FOREIGN_TOO: Final = {"FLOWER_ADDRESS", "FLOWER_AUTH_FILE", "HOME"}
 CERTIFICATE: Final = {"WEED_GRPC_S3_CERT", "WEED_GRPC_S3_KEY", "WEED_GRPC_CA"}
 NAMED: Final = [field for field in fields(Settings) if field.metadata]
-SECRETS: Final = {name for field in NAMED if field.metadata["secret"] for name in field.metadata["names"]}
+SECRETS: Final = {
+    name for field in NAMED if field.metadata["secret"] for name in field.metadata["names"]
+}
 SETTINGS: Final = {
     *(name for field in NAMED for name in field.metadata["names"]),
     *(wire.BROKER_URL, wire.RESULT_BACKEND, wire.HOME),
@@ -29,17 +36,41 @@ def settings(found: Build) -> Iterator[str]:
     """Every variable is somebody's, none is a secret's value, and the worker accepts them."""
     for name, spec, container in found.containers():
         told = found.told(container)
-        known = SETTINGS | {f"{setting}_FILE" for setting in SETTINGS} | FOREIGN | FOREIGN_TOO | CERTIFICATE
-        yield from (f"{name}: {variable}: no such setting" for variable in sorted(told.keys() - known))
-        yield from (f"{name}: {variable}: a secret's value" for variable in sorted(told.keys() & SECRETS))
-        yield from (f"{name}: {key}: has a password" for key, text in told.items() if re.search(r"://[^/]*@", text))
+        known = (
+            SETTINGS
+            | {f"{setting}_FILE" for setting in SETTINGS}
+            | FOREIGN
+            | FOREIGN_TOO
+            | CERTIFICATE
+        )
+        yield from (
+            f"{name}: {variable}: no such setting" for variable in sorted(told.keys() - known)
+        )
+        yield from (
+            f"{name}: {variable}: a secret's value" for variable in sorted(told.keys() & SECRETS)
+        )
+        yield from (
+            f"{name}: {key}: has a password"
+            for key, text in told.items()
+            if re.search(r"://[^/]*@", text)
+        )
         paths = [path for path in told.values() if path.startswith("/run/secrets/")]
-        yield from (f"{name}: {path}: no mounted secret" for path in paths if path not in mounted(spec, container))
+        yield from (
+            f"{name}: {path}: no mounted secret"
+            for path in paths
+            if path not in mounted(spec, container)
+        )
         if told.get("ZLORA_METRICS"):
-            ports = {str(port["containerPort"]) for port in container["ports"] if port["name"] == "metrics"}
+            ports = {
+                str(port["containerPort"])
+                for port in container["ports"]
+                if port["name"] == "metrics"
+            }
             if {told["ZLORA_METRICS"].rpartition(":")[2]} != ports:
                 yield f"{name}: ZLORA_METRICS and the port named metrics: {ports}"
-    yield from (f"Secret {secret['metadata']['name']}: in the manifests" for secret in found.of("Secret"))
+    yield from (
+        f"Secret {secret['metadata']['name']}: in the manifests" for secret in found.of("Secret")
+    )
 
 
 def worker(found: Build) -> Iterator[str]:
@@ -48,7 +79,9 @@ def worker(found: Build) -> Iterator[str]:
     container = spec["containers"][0]
     told = _built_in(ROOT / "deploy/docker/worker.Dockerfile") | found.told(container)
     try:
-        heeded = Settings.from_env({name: value for name, value in told.items() if not name.endswith("_FILE")})
+        heeded = Settings.from_env(
+            {name: value for name, value in told.items() if not name.endswith("_FILE")}
+        )
     except InvalidSetting as error:
         yield f"the worker refuses {error}"
         return
@@ -61,8 +94,16 @@ def worker(found: Build) -> Iterator[str]:
     for probe, file in (("startup", "ready"), ("readiness", "ready"), ("liveness", "alive")):
         if f"{heeded.probes}/{file}" not in " ".join(container[f"{probe}Probe"]["exec"]["command"]):
             yield f"the {probe} probe does not look at {heeded.probes}/{file}"
-    written = (heeded.home, heeded.cache_folder, Path(told["HF_HOME"]), Path(heeded.probes), Path("/tmp"))
-    writable = {Path(mount["mountPath"]) for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    written = (
+        heeded.home,
+        heeded.cache_folder,
+        Path(told["HF_HOME"]),
+        Path(heeded.probes),
+        Path("/tmp"),
+    )
+    writable = {
+        Path(mount["mountPath"]) for mount in container["volumeMounts"] if not mount.get("readOnly")
+    }
     yield from (f"{path}: not writable" for path in written if not writable & {path, *path.parents})
     if "worker@%h" not in container["command"]:
         yield "the workers' Celery names are not their pods'"
@@ -78,7 +119,10 @@ def gpus(found: Build) -> Iterator[str]:
 
 def rollout(found: Build) -> Iterator[str]:
     """A new worker waits for an old one's GPU, and a node with the only worker can be drained."""
-    if found.named("Deployment", "zlora-worker")["spec"]["strategy"]["rollingUpdate"]["maxSurge"] != 0:
+    if (
+        found.named("Deployment", "zlora-worker")["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+        != 0
+    ):
         yield "maxSurge: there is no spare GPU"
     for budget in found.of("PodDisruptionBudget"):
         if budget["spec"].get("maxUnavailable") in (None, 0, "0%"):
@@ -103,10 +147,13 @@ def hardening(found: Build) -> Iterator[str]:
             {
                 "runAsNonRoot": pod.get("runAsNonRoot") is True and pod.get("runAsUser", 0) > 0,
                 "uid 10001": pod.get("runAsUser") == 10001 or not ours,
-                "fsGroup, which may read the secrets": pod.get("fsGroup", 0) == pod.get("runAsGroup"),
-                "seccompProfile RuntimeDefault": pod.get("seccompProfile", {}).get("type") == "RuntimeDefault",
+                "fsGroup, which may read the secrets": pod.get("fsGroup", 0)
+                == pod.get("runAsGroup"),
+                "seccompProfile RuntimeDefault": pod.get("seccompProfile", {}).get("type")
+                == "RuntimeDefault",
                 "readOnlyRootFilesystem": own.get("readOnlyRootFilesystem") is True,
-                "no privilege escalation": own.get("allowPrivilegeEscalation") is False and not own.get("privileged"),
+                "no privilege escalation": own.get("allowPrivilegeEscalation") is False
+                and not own.get("privileged"),
                 "drop ALL": own.get("capabilities") == {"drop": ["ALL"]},
                 "no token": spec.get("automountServiceAccountToken") is False,
                 "no service links": spec.get("enableServiceLinks") is False,
@@ -117,7 +164,8 @@ def hardening(found: Build) -> Iterator[str]:
                 "a registry in the image's name, or never a pull": not ours
                 or has_registry is (container.get("imagePullPolicy") != "Never"),
                 "this version's image": tag == version or not ours,
-                "a readiness and a liveness probe": {"readinessProbe", "livenessProbe"} <= container.keys(),
+                "a readiness and a liveness probe": {"readinessProbe", "livenessProbe"}
+                <= container.keys(),
             },
         )
 
@@ -143,7 +191,8 @@ def demo(found: Build) -> Iterator[str]:
                     "logs by standard error": "-logtostderr" in words,
                     "loopback for all but S3": "-ip.bind=127.0.0.1" in words,
                     "identities": any(f"-s3.config={path}" in words for path in held),
-                    "a certificate for S3's gRPC": {told.get(variable) for variable in CERTIFICATE} <= held,
+                    "a certificate for S3's gRPC": {told.get(variable) for variable in CERTIFICATE}
+                    <= held,
                 },
             )
 
@@ -163,11 +212,15 @@ def secrets(found: Build, folder: Path) -> Iterator[str]:
     }
     source = folder / found.name / "secrets.sh"
     source = source if source.is_file() else folder / "README.md"
-    yield from (f"{name}: {key}: not made in {source.name}" for name, key in sorted(asked - _made(source)))
+    yield from (
+        f"{name}: {key}: not made in {source.name}" for name, key in sorted(asked - _made(source))
+    )
 
 
 def _made(source: Path) -> set[tuple[str, str]]:
     """The Secrets and keys that the commands of a file make."""
     lines = source.read_text("utf-8").replace("\\\n", " ")
     commands = re.findall(r"^(?:kubectl .*secret generic|make) (\S+) (.*)$", lines, re.MULTILINE)
-    return {(name, key) for name, rest in commands for key in re.findall(r"--from-file=([\w.-]+)", rest)}
+    return {
+        (name, key) for name, rest in commands for key in re.findall(r"--from-file=([\w.-]+)", rest)
+    }

@@ -9,15 +9,50 @@ from typing import Final
 
 from deploy.kustomized import Build, Document, selects
 
-SCRAPED: Final = {"zlora-worker", "zlora-queue"}  # the services, whose names the alert rules know as `job`
+SCRAPED: Final = {
+    "zlora-worker",
+    "zlora-queue",
+}  # the services, whose names the alert rules know as `job`
 BROKER: Final = 6379
 STORE: Final = 8333
 # Not public: IANA's special addresses, multicast, and the one public address of a cloud's platform.
 CLOSED: Final = (
-    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16", "172.16.0.0/12"),
-    *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
-    *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4", "::/8", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64"),
-    *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16", "fc00::/7", "fe80::/10", "fec0::/10"),
+    *(
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "168.63.129.16/32",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+    ),
+    *(
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+    ),
+    *(
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+        "::/8",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "100::/64",
+    ),
+    *(
+        "2001::/23",
+        "2001:db8::/32",
+        "2002::/16",
+        "3fff::/20",
+        "5f00::/16",
+        "fc00::/7",
+        "fe80::/10",
+        "fec0::/10",
+    ),
     "ff00::/8",
 )
 OPEN: Final = ("1.1.1.1", "151.101.1.69", "2606:4700:4700::1111", "2a00:1450:4001:800::200e")
@@ -44,14 +79,20 @@ INGRESS: Final = Pod("the ingress", "ingress", {"app.kubernetes.io/name": "ingre
 
 def network(found: Build) -> Iterator[str]:
     """All is denied but what is named, and of addresses only the public ones, by https."""
-    if {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} not in [p["spec"] for p in found.of("NetworkPolicy")]:
+    if {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} not in [
+        p["spec"] for p in found.of("NetworkPolicy")
+    ]:
         yield "no policy denies all"
     reached = set()
     for name, cidr, excepted, ports in _blocks(found):
         if cidr.prefixlen == cidr.max_prefixlen and {port["port"] for port in ports} == {53}:
             continue  # a node's DNS cache
-        yield from (f"{name}: {text} is not within {cidr}" for text in excepted if not _within(text, cidr))
-        yield from (f"{name}: {text} is open" for text in CLOSED if _opens(cidr, excepted, ip_network(text)))
+        yield from (
+            f"{name}: {text} is not within {cidr}" for text in excepted if not _within(text, cidr)
+        )
+        yield from (
+            f"{name}: {text} is open" for text in CLOSED if _opens(cidr, excepted, ip_network(text))
+        )
         reached |= {text for text in OPEN if _opens(cidr, excepted, ip_network(text))}
         if ports != [{"protocol": "TCP", "port": 443}]:
             yield f"{name}: {cidr}: other ports than 443"
@@ -63,9 +104,16 @@ def _blocks(found: Build) -> Iterator[tuple[str, Network, list[Network], list[Do
     anywhere = [{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}]
     for policy in found.of("NetworkPolicy"):
         for rule in policy["spec"].get("egress", []):
-            for block in (peer["ipBlock"] for peer in rule.get("to") or anywhere if "ipBlock" in peer):
+            for block in (
+                peer["ipBlock"] for peer in rule.get("to") or anywhere if "ipBlock" in peer
+            ):
                 excepted = [ip_network(text) for text in block.get("except", [])]
-                yield policy["metadata"]["name"], ip_network(block["cidr"]), excepted, rule.get("ports", [])
+                yield (
+                    policy["metadata"]["name"],
+                    ip_network(block["cidr"]),
+                    excepted,
+                    rule.get("ports", []),
+                )
 
 
 def _within(inner: Network, outer: Network) -> bool:
@@ -74,20 +122,30 @@ def _within(inner: Network, outer: Network) -> bool:
 
 def _opens(cidr: Network, excepted: list[Network], asked: Network) -> bool:
     """Whether a part of a network is let through."""
-    return asked.version == cidr.version and asked.overlaps(cidr) and not any(_within(asked, e) for e in excepted)
+    return (
+        asked.version == cidr.version
+        and asked.overlaps(cidr)
+        and not any(_within(asked, e) for e in excepted)
+    )
 
 
 def selectors(found: Build) -> Iterator[str]:
     """Whatever selects pods selects one at least; Prometheus finds what the alert rules know."""
     labels = [pod["metadata"]["labels"] for _, pod in found.pods()]
-    for document in found.of("Service", "NetworkPolicy", "PodDisruptionBudget", "Deployment", "StatefulSet"):
+    for document in found.of(
+        "Service", "NetworkPolicy", "PodDisruptionBudget", "Deployment", "StatefulSet"
+    ):
         spec = document["spec"]
         selector = spec.get("podSelector", spec.get("selector"))
         wanted = {"matchLabels": selector} if document["kind"] == "Service" else selector
         if not any(selects(wanted, own) for own in labels):
             yield f"{document['kind']} {document['metadata']['name']}: selects no pod"
     for monitor in found.of("ServiceMonitor"):
-        services = [s for s in found.of("Service") if selects(monitor["spec"]["selector"], s["metadata"]["labels"])]
+        services = [
+            s
+            for s in found.of("Service")
+            if selects(monitor["spec"]["selector"], s["metadata"]["labels"])
+        ]
         if {service["metadata"]["name"] for service in services} != SCRAPED:
             yield f"ServiceMonitor: expected the services {SCRAPED}"
         ports = {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]}
@@ -110,8 +168,14 @@ def reach(found: Build) -> Iterator[str]:
 def _needed(found: Build) -> Iterator[tuple[Pod, Pod, str, int]]:
     """Who connects to whom, by what they are told and the ports they name."""
     own = list(_own(found))
-    brokers = [pod for pod, _ in own if "redis" in pod.ports] or [_foreign("valkey"), _foreign("redis")]
-    stores = [pod for pod, _ in own if "s3" in pod.ports] or [_foreign("seaweedfs"), _foreign("minio")]
+    brokers = [pod for pod, _ in own if "redis" in pod.ports] or [
+        _foreign("valkey"),
+        _foreign("redis"),
+    ]
+    stores = [pod for pod, _ in own if "s3" in pod.ports] or [
+        _foreign("seaweedfs"),
+        _foreign("minio"),
+    ]
     for pod, told in own:
         yield from ((pod, DNS, protocol, 53) for protocol in ("UDP", "TCP"))
         if "ZLORA_BROKER_URL_FILE" in told:
@@ -119,7 +183,11 @@ def _needed(found: Build) -> Iterator[tuple[Pod, Pod, str, int]]:
         if "AWS_SHARED_CREDENTIALS_FILE" in told:
             yield from ((pod, store, "TCP", STORE) for store in stores)
         askers = {"metrics": PROMETHEUS, "http": INGRESS, "redis": KEDA}
-        yield from ((askers[name], pod, "TCP", number) for name, number in pod.ports.items() if name in askers)
+        yield from (
+            (askers[name], pod, "TCP", number)
+            for name, number in pod.ports.items()
+            if name in askers
+        )
 
 
 def _own(found: Build) -> Iterator[tuple[Pod, dict[str, str]]]:
@@ -127,21 +195,27 @@ def _own(found: Build) -> Iterator[tuple[Pod, dict[str, str]]]:
     for name, template in found.pods():
         (container,) = template["spec"]["containers"]
         ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
-        yield Pod(name, found.namespace, template["metadata"]["labels"], ports), found.told(container)
+        yield (
+            Pod(name, found.namespace, template["metadata"]["labels"], ports),
+            found.told(container),
+        )
 
 
 def _foreign(name: str) -> Pod:
     return Pod(name, "elsewhere", {"app.kubernetes.io/name": name}, {})
 
 
-def _lets(found: Build, way: str, here: Pod, there: Pod, asked: tuple[str, int, Mapping[str, int]]) -> bool:
+def _lets(
+    found: Build, way: str, here: Pod, there: Pod, asked: tuple[str, int, Mapping[str, int]]
+) -> bool:
     """Whether a policy lets a pod here connect to one there, or the other way round."""
     peers = {"Egress": "to", "Ingress": "from"}[way]
     return any(
         any(_is_peer(found, peer, there) for peer in rule.get(peers, [{}]))
         and any(_is_port(port, *asked) for port in rule.get("ports", [{}]))
         for policy in found.of("NetworkPolicy")
-        if way in policy["spec"]["policyTypes"] and selects(policy["spec"]["podSelector"], here.labels)
+        if way in policy["spec"]["policyTypes"]
+        and selects(policy["spec"]["podSelector"], here.labels)
         for rule in policy["spec"].get(way.lower(), [])
     )
 
@@ -149,7 +223,9 @@ def _lets(found: Build, way: str, here: Pod, there: Pod, asked: tuple[str, int, 
 def _is_peer(found: Build, peer: Document, pod: Pod) -> bool:
     if "ipBlock" in peer:
         return False
-    spaces = peer.get("namespaceSelector", {"matchLabels": {"kubernetes.io/metadata.name": found.namespace}})
+    spaces = peer.get(
+        "namespaceSelector", {"matchLabels": {"kubernetes.io/metadata.name": found.namespace}}
+    )
     spaced = selects(spaces, {"kubernetes.io/metadata.name": pod.namespace})
     return not peer or (spaced and selects(peer.get("podSelector", {}), pod.labels))
 
@@ -164,7 +240,11 @@ def services(found: Build, folder: Path) -> Iterator[str]:
     """A Service's port is one of its pods', and what is told of a Service in this namespace is there."""
     open_ports = set()
     for service in found.of("Service"):
-        pods = [pod for pod, _ in _own(found) if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)]
+        pods = [
+            pod
+            for pod, _ in _own(found)
+            if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)
+        ]
         name = service["metadata"]["name"]
         for port in service["spec"]["ports"]:
             open_ports.add((name, str(port["port"])))
@@ -174,7 +254,9 @@ def services(found: Build, folder: Path) -> Iterator[str]:
     texts = [text for _, told in _own(found) for text in told.values()]
     texts += [script.read_text("utf-8")] if script.is_file() else []
     for host, number in re.findall(
-        rf"(?:^|[/@'])([a-z][\w-]*)(?:\.{found.namespace}\.svc)?:(\d+)", "\n".join(texts), re.MULTILINE
+        rf"(?:^|[/@'])([a-z][\w-]*)(?:\.{found.namespace}\.svc)?:(\d+)",
+        "\n".join(texts),
+        re.MULTILINE,
     ):
         if (host, number) not in open_ports:
             yield f"{host}:{number}: no such Service"

@@ -6,7 +6,10 @@ from typing import Final
 from deploy.kustomized import Build, Document
 from zlora import wire
 
-ASKED: Final = {"address", "password"}  # parameters of KEDA's trigger `redis` that come from the Secret
+ASKED: Final = {
+    "address",
+    "password",
+}  # parameters of KEDA's trigger `redis` that come from the Secret
 DATABASE: Final = "0"  # of the README's address
 
 
@@ -35,6 +38,8 @@ def _trigger(found: Build, trigger: Document) -> Iterator[str]:
         yield f"trigger {name}: not the broker's database"
     wanted = trigger["authenticationRef"]["name"]
     known = [one for one in found.of("TriggerAuthentication") if one["metadata"]["name"] == wanted]
-    parameters = {reference["parameter"] for one in known for reference in one["spec"]["secretTargetRef"]}
+    parameters = {
+        reference["parameter"] for one in known for reference in one["spec"]["secretTargetRef"]
+    }
     if parameters != ASKED:
         yield f"trigger {name}: its authentication has {sorted(parameters)}, and not {sorted(ASKED)}"

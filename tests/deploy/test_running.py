@@ -29,12 +29,28 @@ from zlora.job import GenerateResult
 
 JOBS: Final = 20
 WATCHING: Final = ("queue-metrics", "flower", "prometheus")
-CHECKED: Final = ("store", "worker", *WATCHING)  # the broker's and Grafana's checks need their images' own programs
+CHECKED: Final = (
+    "store",
+    "worker",
+    *WATCHING,
+)  # the broker's and Grafana's checks need their images' own programs
 SIGNATURE: Final = "0f1e2d3c4b5a"  # of a LoRA's link, which nobody may read
 GRAPH: Final = "sum by (phase) (rate(zlora_job_phase_seconds_sum[1m]))"
 PICTURES: Final = ROOT / "build/deploy"
-BROWSER: Final = ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
-QUIET: Final = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars")
+BROWSER: Final = (
+    "chromium",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+)
+QUIET: Final = (
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
 
 
 @dataclass
@@ -93,17 +109,27 @@ def ran(machine: Machine) -> Iterator[Outcome]:
         wait_until(lambda: _targets(machine) == {"up"}, "Prometheus finds all targets")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("NO_PROXY", "localhost,127.0.0.1")  # as Docker's client configuration may say to containers
+            patch.setenv(
+                "NO_PROXY", "localhost,127.0.0.1"
+            )  # as Docker's client configuration may say to containers
             producer = start("producer")
         statuses["producer"] = producer.process.wait(90)
-        requests_ = [{"prompt": f"picture {number}", "num_inference_steps": 12} for number in range(JOBS)]
+        requests_ = [
+            {"prompt": f"picture {number}", "num_inference_steps": 12} for number in range(JOBS)
+        ]
         handles = client.submit_many(requests_)
         results = [handle.result(timeout=120) for handle in handles]
-        tasks = wait_until(lambda: _tasks(machine, [handle.id for handle in handles]), "Flower has heard of all")
+        tasks = wait_until(
+            lambda: _tasks(machine, [handle.id for handle in handles]), "Flower has heard of all"
+        )
         statuses["worker-2"], more = _stopped_in_the_middle(client, workers[1])
         with pytest.raises(LoraNotAllowed):
-            client.submit(_with_lora(f"http://10.0.0.1/anime.safetensors?X-Amz-Signature={SIGNATURE}")).result(60)
-        yield Outcome(machine, client, [*results, *more], tasks, statuses, producer.log.read_text(), early)
+            client.submit(
+                _with_lora(f"http://10.0.0.1/anime.safetensors?X-Amz-Signature={SIGNATURE}")
+            ).result(60)
+        yield Outcome(
+            machine, client, [*results, *more], tasks, statuses, producer.log.read_text(), early
+        )
 
 
 def _with_lora(url: str) -> dict[str, Any]:
@@ -112,7 +138,9 @@ def _with_lora(url: str) -> dict[str, Any]:
 
 def _stopped_in_the_middle(client: Client, worker: Running) -> tuple[int, list[GenerateResult]]:
     """More jobs, and a worker that is told to end while it draws; its exit status."""
-    handles = client.submit_many([{"prompt": f"more {number}", "num_inference_steps": 12} for number in range(JOBS)])
+    handles = client.submit_many(
+        [{"prompt": f"more {number}", "num_inference_steps": 12} for number in range(JOBS)]
+    )
     with ThreadPoolExecutor(1) as thread:
         handles[2].result(timeout=120)
         status = thread.submit(worker.stop, 60)
@@ -133,7 +161,9 @@ def test_two_workers_share_a_queue_and_both_work_until_the_last_job(ran: Outcome
 
     assert sorted(ends) == ["sdxl@worker-1", "sdxl@worker-2"]
     first, last = sorted(ends.values(), key=max)
-    assert max(first) >= sorted(last)[-2], "a worker had nothing to do while the other drew the last jobs"
+    assert max(first) >= sorted(last)[-2], (
+        "a worker had nothing to do while the other drew the last jobs"
+    )
     assert min(map(len, ends.values())) >= JOBS // 4
 
 
@@ -158,7 +188,9 @@ def test_a_container_with_a_loopback_of_its_own_has_pictures_from_the_store(ran:
     elsewhere = url.replace(ran.url("store", 8333), "http://127.0.0.1:1")  # where nobody listens
     proxy = ran.machine.environ("producer", "producer-1")["http_proxy"]
     assert requests.get(url, proxies={"http": proxy}, timeout=5).content.startswith(b"\x89PNG")
-    assert requests.get(elsewhere, proxies={"http": proxy}, timeout=5).status_code == 403, "a link is for one address"
+    assert requests.get(elsewhere, proxies={"http": proxy}, timeout=5).status_code == 403, (
+        "a link is for one address"
+    )
 
 
 def test_health_checks_tell_services_that_run_from_those_that_do_not(ran: Outcome) -> None:
@@ -168,7 +200,9 @@ def test_health_checks_tell_services_that_run_from_those_that_do_not(ran: Outcom
 
 
 def test_the_broker_keeps_jobs_on_the_disk_and_drops_none_for_memory(ran: Outcome) -> None:
-    with redis.Redis.from_url((ran.machine.folder / "secrets/broker_url").read_text().strip()) as broker:
+    with redis.Redis.from_url(
+        (ran.machine.folder / "secrets/broker_url").read_text().strip()
+    ) as broker:
         told = broker.config_get("appendonly", "appendfsync", "maxmemory-policy", "maxmemory")
     assert told["appendonly"] == "yes"
     assert told["appendfsync"] == "everysec"
@@ -182,7 +216,9 @@ def test_nobody_makes_accounts_of_the_store_without_its_key(ran: Outcome) -> Non
     key = str(scratch / "secrets/store_grpc")
     for scheme in ("http", "https"):
         assert not is_made(f"{scheme}://127.0.0.1:{port + GRPC}", "stranger", scratch)
-    assert not is_made(f"https://127.0.0.1:{port + GRPC}", "stranger", scratch, key=own_key(scratch))
+    assert not is_made(
+        f"https://127.0.0.1:{port + GRPC}", "stranger", scratch, key=own_key(scratch)
+    )
     assert not is_known(port, "stranger")
     assert is_made(f"https://127.0.0.1:{port + GRPC}", "owner", scratch, key=key)
     assert is_known(port, "owner")
@@ -192,7 +228,9 @@ def test_flower_and_its_metrics_ask_for_an_account(ran: Outcome) -> None:
     place = ran.url("flower", 5555)
     for path in ("/", "/metrics", "/api/workers", "/api/tasks"):
         assert requests.get(place + path, timeout=5).status_code == 401, path
-        assert requests.get(place + path, auth=_operator(ran.machine), timeout=20).status_code == 200, path
+        assert (
+            requests.get(place + path, auth=_operator(ran.machine), timeout=20).status_code == 200
+        ), path
 
 
 def test_every_panel_and_every_rule_is_answered_by_a_real_prometheus(ran: Outcome) -> None:
@@ -200,7 +238,9 @@ def test_every_panel_and_every_rule_is_answered_by_a_real_prometheus(ran: Outcom
     assert _left_unanswered(place) == []
     assert unborn(place) == []
     drawn = 'sum(max_over_time(zlora_jobs_total{outcome="success"}[10m]))'
-    (series,) = requests.get(f"{place}/api/v1/query", params={"query": drawn}, timeout=5).json()["data"]["result"]
+    (series,) = requests.get(f"{place}/api/v1/query", params={"query": drawn}, timeout=5).json()[
+        "data"
+    ]["result"]
     assert float(series["value"][1]) >= JOBS
 
 
@@ -234,9 +274,19 @@ def _dumped(url: str, picture: Path, folder: Path) -> str:
     """The page as the browser has it after its scripts; its picture is saved."""
     profile = folder / "browser"
     shutil.rmtree(profile, ignore_errors=True)
-    base = [*BROWSER, *QUIET, f"--user-data-dir={profile}", "--window-size=1900,900", "--virtual-time-budget=8000"]
-    subprocess.run([*base, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=90)
-    dumped = subprocess.run([*base, "--dump-dom", url], check=True, capture_output=True, timeout=90, text=True)
+    base = [
+        *BROWSER,
+        *QUIET,
+        f"--user-data-dir={profile}",
+        "--window-size=1900,900",
+        "--virtual-time-budget=8000",
+    ]
+    subprocess.run(
+        [*base, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=90
+    )
+    dumped = subprocess.run(
+        [*base, "--dump-dom", url], check=True, capture_output=True, timeout=90, text=True
+    )
     return dumped.stdout
 
 
@@ -280,7 +330,9 @@ def _tasks(machine: Machine, ids: list[str]) -> dict[str, Mapping[str, Any]] | N
     """Flower's tasks, once it has the end of each."""
     url = f"http://127.0.0.1:{machine.port('flower', 5555)}/api/tasks"
     found = requests.get(url, auth=_operator(machine), timeout=10).json()
-    ours = {name: task for name, task in found.items() if name in ids and task["state"] == "SUCCESS"}
+    ours = {
+        name: task for name, task in found.items() if name in ids and task["state"] == "SUCCESS"
+    }
     time.sleep(0.2)
     return ours if len(ours) == len(ids) else None
 

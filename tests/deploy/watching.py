@@ -41,7 +41,9 @@ MAY_BE_EMPTY: Final = {
     "Alerts": "none fires",
 }
 
-_SUMS: Final = {"zlora:jobs:increase30m": "zlora_jobs_total"}  # recorded with all labels of their counter
+_SUMS: Final = {
+    "zlora:jobs:increase30m": "zlora_jobs_total"
+}  # recorded with all labels of their counter
 _SELECTOR: Final = re.compile(r"\b(zlora[_:][a-z0-9_:]+)(?:\{([^}]*)\})?")
 _MATCHER: Final = re.compile(r'(\w+)\s*=~?\s*"([^"]*)"')
 _HISTOGRAM: Final = re.compile(r"_(bucket|sum|count)$")
@@ -84,13 +86,21 @@ def queries(dashboard: Path, variables: Mapping[str, str]) -> list[Query]:
     def filled(expr: str) -> str:
         return re.sub(r"\$(\w+)", lambda name: variables[name[1]], expr)
 
-    return [(panel["title"], filled(target["expr"])) for panel in panels(dashboard) for target in panel["targets"]]
+    return [
+        (panel["title"], filled(target["expr"]))
+        for panel in panels(dashboard)
+        for target in panel["targets"]
+    ]
 
 
 def choices(dashboard: Path) -> list[Query]:
     """What the dashboard's own variables ask: a variable's name, and a query that is Grafana's and not PromQL."""
     variables = json.loads(dashboard.read_text())["templating"]["list"]
-    return [(variable["name"], variable["query"]["query"]) for variable in variables if variable["type"] == "query"]
+    return [
+        (variable["name"], variable["query"]["query"])
+        for variable in variables
+        if variable["type"] == "query"
+    ]
 
 
 def rules(path: Path) -> list[dict[str, Any]]:
@@ -105,7 +115,9 @@ def alerts(path: Path) -> dict[str, dict[str, Any]]:
 
 def ask(prometheus_url: str, expr: str) -> list[dict[str, Any]]:
     """The series that a query returns now, each with `metric` and `value`; raises `RefusedQueryError`."""
-    answer = requests.post(f"{prometheus_url}/api/v1/query", data={"query": expr}, timeout=_SECONDS).json()
+    answer = requests.post(
+        f"{prometheus_url}/api/v1/query", data={"query": expr}, timeout=_SECONDS
+    ).json()
     if answer["status"] != "success":
         raise RefusedQueryError(answer["error"])
     result = answer["data"]["result"]
@@ -123,7 +135,9 @@ def unanswered(
     found = []
     for title, expr in queries(dashboard, variables):
         try:
-            numbers = [series for series in ask(prometheus_url, expr) if series["value"][1] != "NaN"]
+            numbers = [
+                series for series in ask(prometheus_url, expr) if series["value"][1] != "NaN"
+            ]
         except RefusedQueryError as error:
             found.append(f"{title}: {error}: {expr}")
         else:
@@ -144,7 +158,10 @@ def counted(path: Path) -> list[str]:
         for name, labels in _selectors(rule["expr"]):
             counter = _SUMS.get(name, name)
             if counter.endswith("_total"):
-                values = [[f'{label}="{value}"' for value in text.split("|")] for label, text in labels.items()]
+                values = [
+                    [f'{label}="{value}"' for value in text.split("|")]
+                    for label, text in labels.items()
+                ]
                 found |= {f"{counter}{{{', '.join(matchers)}}}" for matchers in product(*values)}
     return sorted(found)
 
@@ -180,7 +197,9 @@ def misplaced(dashboard: Path) -> Iterator[str]:
             yield f"{panel['title']}: beyond the screen"
         if not (panel["description"] and panel["fieldConfig"]["defaults"].get("unit")):
             yield f"{panel['title']}: no description, or no unit"
-        if any(target["legendFormat"] == "__auto" and target["range"] for target in panel["targets"]):
+        if any(
+            target["legendFormat"] == "__auto" and target["range"] for target in panel["targets"]
+        ):
             yield f"{panel['title']}: a series without a legend"
     for one, other in combinations(found, 2):
         if _overlap(one["gridPos"], other["gridPos"]):
@@ -215,7 +234,9 @@ def unfinished(path: Path, tests: Path, page: Path) -> Iterator[str]:
 
 def _firing(cases: list[dict[str, Any]]) -> Iterator[str]:
     for case in cases:
-        yield from (test["alertname"] for test in case.get("alert_rule_test", ()) if test["exp_alerts"])
+        yield from (
+            test["alertname"] for test in case.get("alert_rule_test", ()) if test["exp_alerts"]
+        )
         for test in case.get("promql_expr_test", ()):
             for sample in test["exp_samples"]:
                 yield from re.findall(r'alertname="(\w+)"', sample["labels"])
@@ -223,7 +244,7 @@ def _firing(cases: list[dict[str, Any]]) -> Iterator[str]:
 
 def promtool(*words: str) -> list[str]:
     """What promtool finds wrong; empty where nothing is."""
-    done = subprocess.run(["promtool", *words], capture_output=True, text=True, check=False)  # noqa: S607 - by PATH
+    done = subprocess.run(["promtool", *words], capture_output=True, text=True, check=False)
     return [] if done.returncode == 0 else (done.stdout + done.stderr).strip().splitlines()
 
 
@@ -243,12 +264,16 @@ def problems(page: Path = PAGE) -> dict[str, list[str]]:
     recorded = {rule["record"] for rule in rules(RULES) if "record" in rule}
     return {
         "promtool check config": promtool("check", "config", "--syntax-only", str(CONFIG)),
-        "promtool check rules": promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES)),
+        "promtool check rules": promtool(
+            "check", "rules", "--lint=all", "--lint-fatal", str(RULES)
+        ),
         "promtool test rules": promtool("test", "rules", str(RULES_TEST)),
         "every alert tested and described": list(unfinished(RULES, RULES_TEST, page)),
         "the dashboard's queries are PromQL": unparsed(asked),
         "the dashboard's panels have their place": list(misplaced(DASHBOARD)),
-        "metrics, labels and codes exist": list(foreign_words([*asked, *choices(DASHBOARD), *ruled], recorded)),
+        "metrics, labels and codes exist": list(
+            foreign_words([*asked, *choices(DASHBOARD), *ruled], recorded)
+        ),
     }
 
 

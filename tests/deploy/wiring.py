@@ -42,7 +42,11 @@ def problems(root: Path, stack: Mapping[str, Any]) -> Iterator[str]:
 
 def _networks(services: Services, networks: Mapping[str, Any]) -> Iterator[str]:
     outward = {name for name, network in networks.items() if not network.get("internal")}
-    masked = {name for name in outward if networks[name].get("driver_opts", {}).get(_MASQUERADE) == "false"}
+    masked = {
+        name
+        for name in outward
+        if networks[name].get("driver_opts", {}).get(_MASQUERADE) == "false"
+    }
     for name, service in services.items():
         of = set(service.get("networks") or {})
         if bool(of & (outward - masked)) != (name in _OUTWARD):
@@ -52,7 +56,9 @@ def _networks(services: Services, networks: Mapping[str, Any]) -> Iterator[str]:
         if of != _PRIVATE.get(name, of):
             yield f"{name}: expected the networks {sorted(_PRIVATE[name])}"
     for name in sorted(_PRIVATE["store"]):
-        users = {other for other, service in services.items() if name in (service.get("networks") or {})}
+        users = {
+            other for other, service in services.items() if name in (service.get("networks") or {})
+        }
         if not users <= {"store", *_OUTWARD}:
             yield f"the network {name} is the store's, and has {sorted(users)}"
     if "workers" not in (services["worker"]["networks"]["inside"] or {}).get("aliases", []):
@@ -83,7 +89,9 @@ def _addresses(services: Services, name: str) -> Iterator[str]:
         if host != "127.0.0.1" or int(port) not in listeners(name, service):
             yield f"its health check asks {host}:{port}, and it does not listen there"
     told = json.dumps([service.get("command"), service.get("environment")])
-    published = {int(port["published"]) for other in services.values() for port in other.get("ports", [])}
+    published = {
+        int(port["published"]) for other in services.values() for port in other.get("ports", [])
+    }
     for host, port in _ADDRESS.findall(told):
         if host == "127.0.0.1" and int(port) not in published:
             yield f"it is told of {host}:{port}, and nothing is published there"
@@ -118,20 +126,31 @@ def _folders(root: Path, service: Mapping[str, Any]) -> Iterator[str]:
     if "working_dir" in service:
         told["working_dir"] = service["working_dir"]
     for name, path in told.items():
-        if not any(path == place or path.startswith(f"{place}/") for place in volumes | set(memory)):
+        if not any(
+            path == place or path.startswith(f"{place}/") for place in volumes | set(memory)
+        ):
             yield f"{name} is {path}, which is on no volume"
     for place, options in memory.items():
         if "mode=1777" not in options and f"uid={_USER}" not in options.split(","):
             yield f"user {_USER} cannot write to {place}"
     file = dockerfile(root, service["image"])
-    made = re.findall(r"install -d -o zlora -g zlora (.*?)(?: &&|$)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    made = re.findall(
+        r"install -d -o zlora -g zlora (.*?)(?: &&|$)",
+        file.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     for place in sorted(volumes - set(" ".join(made).split())):
         yield f"{file.name} does not make {place} for its user, as whose the volume begins"
 
 
 def _store(store: Mapping[str, Any]) -> Iterator[str]:
     """Only S3 is on the network, it knows its accounts, and nobody makes further ones."""
-    needed = {"-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.config=/run/secrets/store_identities", "-s3.iam=false"}
+    needed = {
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-s3.config=/run/secrets/store_identities",
+        "-s3.iam=false",
+    }
     yield from (f"store: expected {word}" for word in sorted(needed - set(store["command"])))
     for name in ("WEED_GRPC_S3_CERT", "WEED_GRPC_S3_KEY", "WEED_GRPC_CA"):
         if store["environment"].get(name) != "/run/secrets/store_grpc":
@@ -149,16 +168,30 @@ def _queue(command: list[str]) -> Iterator[str]:
 def _scraped(root: Path, services: Services) -> Iterator[str]:
     config = yaml.safe_load((root / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))
     for job in config["scrape_configs"]:
-        found = [("worker", item["port"]) for item in job.get("dns_sd_configs", []) if item["names"] == ["workers"]]
-        found += [target.rsplit(":", 1) for item in job.get("static_configs", []) for target in item["targets"]]
+        found = [
+            ("worker", item["port"])
+            for item in job.get("dns_sd_configs", [])
+            if item["names"] == ["workers"]
+        ]
+        found += [
+            target.rsplit(":", 1)
+            for item in job.get("static_configs", [])
+            for target in item["targets"]
+        ]
         if not found:
             yield f"prometheus.yml: {job['job_name']} finds nobody"
         for host, port in found:
-            yield from (f"prometheus: {problem}" for problem in _reaches(services, "prometheus", host, int(port)))
+            yield from (
+                f"prometheus: {problem}"
+                for problem in _reaches(services, "prometheus", host, int(port))
+            )
 
 
 def _pictured(root: Path, services: Services) -> Iterator[str]:
     for file in sorted((root / "deploy/grafana/provisioning/datasources").iterdir()):
         for source in yaml.safe_load(file.read_text(encoding="utf-8"))["datasources"]:
             for host, port in _ADDRESS.findall(source["url"]):
-                yield from (f"{file.name}: {problem}" for problem in _reaches(services, "grafana", host, int(port)))
+                yield from (
+                    f"{file.name}: {problem}"
+                    for problem in _reaches(services, "grafana", host, int(port))
+                )

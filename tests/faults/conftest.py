@@ -35,7 +35,9 @@ def valkey(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[V
 
 
 @pytest.fixture
-def scene(tmp_path: Path, valkey: Valkey, tally: Tally, request: pytest.FixtureRequest) -> Iterator[Scene]:
+def scene(
+    tmp_path: Path, valkey: Valkey, tally: Tally, request: pytest.FixtureRequest
+) -> Iterator[Scene]:
     """A queue for one test. At its end every job has an answer, and only one."""
     queue = re.sub(r"\W+", "-", request.node.name)
     made = Scene(tmp_path / "scene", tally, broker_url=valkey.url, queue=queue)

@@ -18,7 +18,9 @@ class Tally:
     jobs: int = 0
     faults: int = 0
     lost: int = 0  # ids without a terminal state at the end
-    drawn_twice: int = 0  # pictures that were drawn to the end more than once: work lost, no harm done
+    drawn_twice: int = (
+        0  # pictures that were drawn to the end more than once: work lost, no harm done
+    )
     two_results: int = 0  # ids of which two answers differ, or two that were ever shown
     left_behind: int = 0  # ids that failed or were cancelled, and have pictures or a manifest
     notes: list[str] = field(default_factory=list)  # what was measured on the way
@@ -28,7 +30,12 @@ class Tally:
         self.faults += 1
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
+        return Tally(
+            **{
+                item.name: getattr(self, item.name) + getattr(other, item.name)
+                for item in fields(self)
+            }
+        )
 
     def row(self) -> str:
         """All figures in one line."""
@@ -47,7 +54,9 @@ def shared_folder(own: Path) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """In the end, where fault tests ran."""
     file = config._tmp_path_factory.getbasetemp() / _FILE  # type: ignore[attr-defined]  # no public way from here
     if file.exists():

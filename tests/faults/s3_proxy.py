@@ -12,7 +12,9 @@ from typing import BinaryIO, Final, Self
 from faults.figures import Tally
 
 _PATIENCE: Final = 60.0  # seconds after which a peer that does nothing is given up
-_SLOW_DOWN: Final = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_SLOW_DOWN: Final = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 _GO_ON: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -152,10 +154,17 @@ class S3Proxy:
             with HTTPResponse(server, method=request.method) as answer:
                 answer.begin()
                 content = answer.read()
-                told = [(name, value) for name, value in answer.getheaders() if name.lower() != "transfer-encoding"]
+                told = [
+                    (name, value)
+                    for name, value in answer.getheaders()
+                    if name.lower() != "transfer-encoding"
+                ]
                 if answer.chunked:
                     told.append(("Content-Length", str(len(content))))
-                lines = [f"HTTP/1.1 {answer.status} {answer.reason}", *(f"{name}: {value}" for name, value in told)]
+                lines = [
+                    f"HTTP/1.1 {answer.status} {answer.reason}",
+                    *(f"{name}: {value}" for name, value in told),
+                ]
                 return "\r\n".join([*lines, "", ""]).encode("latin-1"), content
 
     def _accept(self) -> None:
@@ -195,9 +204,13 @@ def _received(client: socket.socket, stream: BinaryIO) -> Request | None:
     lines = list(iter(stream.readline, b"\r\n")) if (first := stream.readline()) else []
     if not first:
         return None
-    told = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+    told = {
+        name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)
+    }
     if b"expect" in told:
         client.sendall(_GO_ON)
-    head = b"".join([first, *(line for line in lines if not line.lower().startswith(b"expect:")), b"\r\n"])
+    head = b"".join(
+        [first, *(line for line in lines if not line.lower().startswith(b"expect:")), b"\r\n"]
+    )
     method, target, _ = first.decode("latin-1").split()
     return Request(method, target, head, stream.read(int(told.get(b"content-length", 0))))

@@ -42,7 +42,9 @@ CLEAN: Final = Audit([], [], [])
 class Scene:
     """A queue of its own on a broker. `environ` is a worker's; the fake takes its orders from the prompt."""
 
-    def __init__(self, folder: Path, tally: Tally, *, broker_url: str, queue: str, **variables: str) -> None:
+    def __init__(
+        self, folder: Path, tally: Tally, *, broker_url: str, queue: str, **variables: str
+    ) -> None:
         self.folder, self.tally, self.queue = folder, tally, queue
         self.journal = folder / "journal.jsonl"
         self.store = folder / "store"
@@ -73,14 +75,18 @@ class Scene:
         """A worker that takes jobs, with `variables` besides the scene's."""
         with self.starting_worker(name, **variables) as running:
             running.wait_ready()
-            time.sleep(0.3)  # Celery sees the death of a child at once, but for its first moments: then within 5 s
+            time.sleep(
+                0.3
+            )  # Celery sees the death of a child at once, but for its first moments: then within 5 s
             yield running
 
     @contextmanager
     def starting_worker(self, name: str = "one", **variables: str) -> Iterator[Worker]:
         """A worker that has just been started."""
         log = self.folder / f"{name}-{uuid.uuid4().hex[:6]}.log"
-        with processes.worker(self.environ | variables, log, "-n", f"{name}@%h", *_QUIET) as running:
+        with processes.worker(
+            self.environ | variables, log, "-n", f"{name}@%h", *_QUIET
+        ) as running:
             try:
                 yield running
             finally:
@@ -93,11 +99,15 @@ class Scene:
 
     def child(self, worker: Worker) -> int:
         """The process that holds a worker's model."""
-        return wait_until(lambda: self._child(worker.process.pid), "the worker has a child with a model")
+        return wait_until(
+            lambda: self._child(worker.process.pid), "the worker has a child with a model"
+        )
 
     def owner(self, handle: JobHandle) -> int:
         """The parent of the child that began a job last."""
-        return wait_until(lambda: parent_of(self.events("begin", handle)[-1]["pid"]), "a child draws the job")
+        return wait_until(
+            lambda: parent_of(self.events("begin", handle)[-1]["pid"]), "a child draws the job"
+        )
 
     def _child(self, parent: int) -> int | None:
         loaded = [event["pid"] for event in self.events("loaded")]
@@ -106,31 +116,44 @@ class Scene:
     @contextmanager
     def broker(self) -> Iterator["redis.Redis"]:
         """A connection to look at what is on the broker."""
-        with redis.Redis.from_url(self.environ["ZLORA_BROKER_URL"], decode_responses=True) as connection:
+        with redis.Redis.from_url(
+            self.environ["ZLORA_BROKER_URL"], decode_responses=True
+        ) as connection:
             yield connection
 
     def queue_lists(self) -> list[str]:
         """The lists of the queue that have a message: each priority has one."""
         with self.broker() as broker:
-            return [name for name in broker.scan_iter(f"{self.queue}*") if broker.type(name) == "list"]
+            return [
+                name for name in broker.scan_iter(f"{self.queue}*") if broker.type(name) == "list"
+            ]
 
     @contextmanager
     def any_client(self) -> Iterator[Celery]:
         """A producer that knows Celery and the settings, and not this project's client."""
         url = self.environ["ZLORA_BROKER_URL"]
         with Celery("other", set_as_current=False) as app:
-            app.conf.update(wire.shared_config(broker_url=url, result_backend=url, queue=self.queue))
+            app.conf.update(
+                wire.shared_config(broker_url=url, result_backend=url, queue=self.queue)
+            )
             yield app
 
     # Jobs
 
     def submit(
-        self, *, job_id: str | None = None, steps: int = 2, fields: Mapping[str, Any] | None = None, **told: Any
+        self,
+        *,
+        job_id: str | None = None,
+        steps: int = 2,
+        fields: Mapping[str, Any] | None = None,
+        **told: Any,
     ) -> JobHandle:
         """A job of so many steps; `told` are the fake's orders, `fields` the request's and `options` the client's."""
         options = told.pop("options", {})
         name = job_id or f"job-{uuid.uuid4().hex[:10]}"
-        handle = self.client.submit(request(name, steps=steps, fields=fields, **told), job_id=name, **options)
+        handle = self.client.submit(
+            request(name, steps=steps, fields=fields, **told), job_id=name, **options
+        )
         return self.answer_for(handle)
 
     def answer_for(self, handle: JobHandle) -> JobHandle:
@@ -144,8 +167,16 @@ class Scene:
         """What the fakes wrote down, in order; of one job where it is given."""
         if not self.journal.exists():
             return []
-        found = [json.loads(line) for line in self.journal.read_bytes().splitlines() if line.endswith(b"}")]
-        return [event for event in found if event["what"] == what and (not handle or event.get("label") == handle.id)]
+        found = [
+            json.loads(line)
+            for line in self.journal.read_bytes().splitlines()
+            if line.endswith(b"}")
+        ]
+        return [
+            event
+            for event in found
+            if event["what"] == what and (not handle or event.get("label") == handle.id)
+        ]
 
     def begun(self, handle: JobHandle) -> int:
         """How often the first picture of a job was begun."""
@@ -162,7 +193,10 @@ class Scene:
 
     def wait_step(self, handle: JobHandle, step: int = 1) -> None:
         """Wait until a job has done so many steps."""
-        wait_until(lambda: any(event["step"] >= step for event in self.events("step", handle)), "the job runs")
+        wait_until(
+            lambda: any(event["step"] >= step for event in self.events("step", handle)),
+            "the job runs",
+        )
 
     # The reckoning
 
@@ -171,9 +205,17 @@ class Scene:
         self.witness.look_back()
         states = {name: handle.status().state for name, handle in self.handles.items()}
         lost = [name for name, state in states.items() if state not in TERMINAL]
-        doubled = [name for name in states if len(self.witness.verdicts(name)) > 1 or not self._has_one_result(name)]
+        doubled = [
+            name
+            for name in states
+            if len(self.witness.verdicts(name)) > 1 or not self._has_one_result(name)
+        ]
         failed = (JobState.FAILURE, JobState.REVOKED)
-        left = [name for name, state in states.items() if state in failed and self.kept(self.handles[name])]
+        left = [
+            name
+            for name, state in states.items()
+            if state in failed and self.kept(self.handles[name])
+        ]
         ends = Counter((event["label"], event["seed"]) for event in self.events("end"))
         self.tally.jobs += len(self.handles)
         self.tally.faults += len(self.events("fault"))
@@ -190,10 +232,12 @@ class Scene:
             return True  # the tests of another store look themselves
         result = handle.result(timeout=5)
         kept = self.manifest(handle)
-        digests = [hashlib.sha256(processes.path_of(image.url).read_bytes()) for image in result.images]
-        return kept == processes.unlinked(result) and [digest.hexdigest() for digest in digests] == [
-            item.sha256 for item in result.images
+        digests = [
+            hashlib.sha256(processes.path_of(image.url).read_bytes()) for image in result.images
         ]
+        return kept == processes.unlinked(result) and [
+            digest.hexdigest() for digest in digests
+        ] == [item.sha256 for item in result.images]
 
     def _is_folder(self) -> bool:
         return urlsplit(self.environ["ZLORA_STORE"]).scheme == "file"
@@ -213,14 +257,20 @@ class Scene:
 
     def kept(self, handle: JobHandle) -> list[Path]:
         """Pictures and manifest of a job; drafts of killed workers are neither."""
-        return [path for path in self.files(handle) if not path.name.startswith(".draft-")] if self._is_folder() else []
+        return (
+            [path for path in self.files(handle) if not path.name.startswith(".draft-")]
+            if self._is_folder()
+            else []
+        )
 
     def wait_settled(self) -> None:
         """Wait until no copy of a message is anywhere: duplicates have been put off, and answered."""
         with self.broker() as broker:
 
             def is_settled() -> bool:
-                taken = [json.loads(item)[2] for item in broker.hvals("unacked")]  # message, exchange, queue
+                taken = [
+                    json.loads(item)[2] for item in broker.hvals("unacked")
+                ]  # message, exchange, queue
                 return not self.queue_lists() and self.queue not in taken
 
             wait_until(is_settled, "the queue is empty")
@@ -232,9 +282,15 @@ class Scene:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-def request(label: str, *, steps: int = 2, fields: Mapping[str, Any] | None = None, **told: Any) -> dict[str, Any]:
+def request(
+    label: str, *, steps: int = 2, fields: Mapping[str, Any] | None = None, **told: Any
+) -> dict[str, Any]:
     """The request of a job with orders for the fake."""
-    return {"prompt": json.dumps({"label": label, **told}), "num_inference_steps": steps, **(fields or {})}
+    return {
+        "prompt": json.dumps({"label": label, **told}),
+        "num_inference_steps": steps,
+        **(fields or {}),
+    }
 
 
 def _python_path() -> str:

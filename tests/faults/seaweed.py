@@ -25,14 +25,32 @@ BUCKET = "pictures"
 _ATTEMPTS = 3
 _HIGHEST = 55_000
 _GRPC = 10_000  # above each port is its companion, where SeaweedFS speaks gRPC
-_ADMIN = {"name": "all", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
+_ADMIN = {
+    "name": "all",
+    "credentials": [{"accessKey": "key", "secretKey": "secret"}],
+    "actions": ["Admin"],
+}
 _WORKER = {
     "name": "worker",
     "credentials": [{"accessKey": "worker-key", "secretKey": "worker-secret"}],
     "actions": [f"{right}:{BUCKET}" for right in ("Read", "List", "Write")],
 }
-_OPTIONS = ("-ip", "127.0.0.1", "-ip.bind", "127.0.0.1", "-s3", "-filer", "-master.telemetry=false", "-s3.iam=false")
-_SMALL = ("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20", "-master.volumeSizeLimitMB=64")
+_OPTIONS = (
+    "-ip",
+    "127.0.0.1",
+    "-ip.bind",
+    "127.0.0.1",
+    "-s3",
+    "-filer",
+    "-master.telemetry=false",
+    "-s3.iam=false",
+)
+_SMALL = (
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+    "-volume.max=20",
+    "-master.volumeSizeLimitMB=64",
+)
 # A worker's, which has no more rights than it needs.
 ENVIRON = {
     "AWS_ACCESS_KEY_ID": "worker-key",
@@ -48,9 +66,12 @@ def seaweed(folder: Path) -> Iterator[int]:
         ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
         server, port = _started(folder / str(attempt), ports), ports["s3"]
         try:
-            wait_until(lambda: server.poll() is not None or _is_healthy(port), "SeaweedFS is healthy, or has ended")  # noqa: B023
+            wait_until(
+                lambda: server.poll() is not None or _is_healthy(port),
+                "SeaweedFS is healthy, or has ended",
+            )
             if server.poll() is None or attempt == _ATTEMPTS - 1:
-                wait_until(lambda: client(port).create_bucket(Bucket=BUCKET), "the bucket is made")  # noqa: B023
+                wait_until(lambda: client(port).create_bucket(Bucket=BUCKET), "the bucket is made")
                 yield port
                 return
         finally:
@@ -62,10 +83,21 @@ def seaweed(folder: Path) -> Iterator[int]:
 def _started(folder: Path, ports: Mapping[str, int]) -> "subprocess.Popen[bytes]":
     folder.mkdir()
     (folder / "s3.json").write_text(json.dumps({"identities": [_ADMIN, _WORKER]}))
-    command = [str(Path(sys.executable).with_name("weed")), "server", "-dir", str(folder), *_OPTIONS, *_SMALL]
-    command += [f"-{name}.port={port}" for name, port in ports.items()] + [f"-s3.config={folder / 's3.json'}"]
+    command = [
+        str(Path(sys.executable).with_name("weed")),
+        "server",
+        "-dir",
+        str(folder),
+        *_OPTIONS,
+        *_SMALL,
+    ]
+    command += [f"-{name}.port={port}" for name, port in ports.items()] + [
+        f"-s3.config={folder / 's3.json'}"
+    ]
     with (folder / "log").open("wb") as log:
-        return subprocess.Popen(command, env=os.environ | {"TMPDIR": str(folder)}, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, env=os.environ | {"TMPDIR": str(folder)}, stdout=log, stderr=log
+        )
 
 
 def _remove_sockets(ports: Iterable[int]) -> None:
@@ -90,19 +122,29 @@ def client(port: int) -> "S3Client":
 
 def keys(port: int, prefix: str = "") -> list[str]:
     """All that the bucket has under a prefix."""
-    return [item["Key"] for item in client(port).list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])]
+    return [
+        item["Key"]
+        for item in client(port).list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    ]
 
 
 def uploads(port: int, prefix: str = "") -> list[str]:
     """The keys of uploads that were begun under a prefix, and neither ended nor given up."""
     return [
-        item["Key"] for item in client(port).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix).get("Uploads", [])
+        item["Key"]
+        for item in client(port)
+        .list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+        .get("Uploads", [])
     ]
 
 
 def store(port: int, prefix: str, **variables: str) -> Store:
     """A worker's store, on any port; boto3 looks for its own variables in this process's environment."""
-    told = {"ZLORA_STORE": f"s3://{BUCKET}/{prefix}", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}", **variables}
+    told = {
+        "ZLORA_STORE": f"s3://{BUCKET}/{prefix}",
+        "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}",
+        **variables,
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (ENVIRON | variables).items():
             if name.startswith("AWS_"):
@@ -115,7 +157,10 @@ def free_ports(count: int) -> list[int]:
     found: list[int] = []
     while len(found) < count:
         port = free_port()
-        if port < _HIGHEST and not {port, port + _GRPC} & {*found, *(other + _GRPC for other in found)}:
+        if port < _HIGHEST and not {port, port + _GRPC} & {
+            *found,
+            *(other + _GRPC for other in found),
+        }:
             found += [port] if _is_free(port + _GRPC) else []
     return found
 

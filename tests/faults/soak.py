@@ -62,17 +62,21 @@ class Fleet:
         """One more, which loads its model while the jobs come."""
         self.started += 1
         stack = ExitStack()
-        self.running.append((stack.enter_context(self.scene.starting_worker(f"w{self.started}")), stack))
+        self.running.append(
+            (stack.enter_context(self.scene.starting_worker(f"w{self.started}")), stack)
+        )
 
     def kill_one(self) -> None:
         """kill -9 of a parent, busy or not, of those that take jobs if there is one; another takes its place."""
         ready = [item for item in self.running if item[0].lines(" ready.")]
-        item = random.choice(ready or self.running)  # noqa: S311 - a fault
+        item = random.choice(ready or self.running)
         self.running.remove(item)
         worker, stack = item
         if worker.process.poll() is not None:
             last = worker.log.read_text()[-4000:]
-            raise SystemExit(f"a worker has ended by itself, with status {worker.process.returncode}:\n{last}")
+            raise SystemExit(
+                f"a worker has ended by itself, with status {worker.process.returncode}:\n{last}"
+            )
         self.scene.kill(worker.process.pid)
         self.killed += 1
         stack.close()
@@ -94,11 +98,13 @@ class Producer:
 
     def run(self) -> None:
         """The thread."""
-        while not self.over.wait(random.uniform(*PAUSES)):  # noqa: S311 - a load
-            kind = random.choices(("plain", "slow", "dying", "twice", "cancelled"), (70, 10, 5, 10, 5))[0]  # noqa: S311
+        while not self.over.wait(random.uniform(*PAUSES)):
+            kind = random.choices(
+                ("plain", "slow", "dying", "twice", "cancelled"), (70, 10, 5, 10, 5)
+            )[0]
             self.kinds[kind] += 1
             name = f"{kind}-{self.kinds[kind]}"
-            patiently(lambda: SUBMIT[kind](self.scene, name))  # noqa: B023 - called at once
+            patiently(lambda: SUBMIT[kind](self.scene, name))
 
 
 def patiently(submit: Callable[[], object]) -> None:
@@ -153,7 +159,9 @@ def main(minutes: float) -> int:
             fleet.start()
         hurt(scene, valkey, fleet, producer, until=calm_from)
         settle(scene, until=settled_by)
-        say(f"{fleet.killed} workers were killed; the goal is {round(GOAL * minutes)} in {minutes:g} minutes")
+        say(
+            f"{fleet.killed} workers were killed; the goal is {round(GOAL * minutes)} in {minutes:g} minutes"
+        )
         if fleet.killed < GOAL * minutes:
             say(f"that is {round(GOAL * minutes) - fleet.killed} less than the goal")
         return verdict(scene, long)
@@ -204,7 +212,11 @@ def settle(scene: Scene, *, until: float) -> None:
 
 def open_jobs(scene: Scene) -> list[str]:
     """Ids without a verdict."""
-    return [name for name, handle in list(scene.handles.items()) if handle.status().state not in TERMINAL]
+    return [
+        name
+        for name, handle in list(scene.handles.items())
+        if handle.status().state not in TERMINAL
+    ]
 
 
 def report(scene: Scene, kinds: Counter[str], *, killed: int) -> None:
@@ -218,16 +230,22 @@ def verdict(scene: Scene, long: JobHandle) -> int:
     found = scene.audit()
     answers = {name: answer(handle) for name, handle in scene.handles.items()}
     for kind in ALLOWED:
-        say(f"{kind}: {dict(Counter(told for name, told in answers.items() if kind_of(name) == kind))}")
+        say(
+            f"{kind}: {dict(Counter(told for name, told in answers.items() if kind_of(name) == kind))}"
+        )
     never = Counter(told for told in answers.values() if told in NEVER)
     say(", ".join(f"{code} {never[code]}" for code in NEVER))
     wrong = [name for name, told in answers.items() if told not in ALLOWED[kind_of(name)]]
-    say(f"the job of minutes was begun {scene.begun(long)} times; {len(wrong)} jobs came to what they may not")
+    say(
+        f"the job of minutes was begun {scene.begun(long)} times; {len(wrong)} jobs came to what they may not"
+    )
     say(scene.tally.row())
     for what, names in {**found._asdict(), "wrong": wrong}.items():
         for handle in (scene.handles[name] for name in names[:SHOWN]):
             say(f"{what}: {handle.id}: {answers[handle.id]}, begun {scene.begun(handle)} times")
-            say(f"    was shown: {scene.witness.states(handle.id)} {scene.witness.verdicts(handle.id)}")
+            say(
+                f"    was shown: {scene.witness.states(handle.id)} {scene.witness.verdicts(handle.id)}"
+            )
     return 0 if found == CLEAN and not wrong and scene.begun(long) == 1 else 1
 
 
@@ -254,6 +272,10 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="how long it takes in all (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=20, help="how long it takes in all (default: %(default)s)"
+    )
     sys.exit(main(parser.parse_args().minutes))

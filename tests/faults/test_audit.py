@@ -28,7 +28,9 @@ def watched(tmp_path: Path, valkey: Valkey) -> Iterator[Scene]:
     made.close()
 
 
-def test_an_end_that_was_shown_and_is_another_now_counts_as_two_results(watched: Scene, valkey: Valkey) -> None:
+def test_an_end_that_was_shown_and_is_another_now_counts_as_two_results(
+    watched: Scene, valkey: Valkey
+) -> None:
     job_id = watched.submit().id
     with watched.any_client() as app:
         fail(app, job_id, GenerationFailed("a"))

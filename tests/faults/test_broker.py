@@ -44,17 +44,23 @@ def test_a_second_worker_with_a_broken_store_says_nothing_of_a_job_that_runs(
             shutil.rmtree(store)
             store.touch()
             valkey.cut_all()
-            wait_until(lambda: second.lines(f"[{handle.id}] received"), "the second worker has the copy")
+            wait_until(
+                lambda: second.lines(f"[{handle.id}] received"), "the second worker has the copy"
+            )
 
             assert handle.result(timeout=60).base_intact
-            second.process.send_signal(signal.SIGTERM)  # else it has the copy again and again, and waits for its store
+            second.process.send_signal(
+                signal.SIGTERM
+            )  # else it has the copy again and again, and waits for its store
             second.process.wait(30)
             scene.wait_settled()
     assert set(scene.witness.states(handle.id)) <= {"PROGRESS", "SUCCESS"}
     assert scene.begun(handle) == 1
 
 
-def test_a_worker_that_is_idle_while_redis_restarts_takes_the_next_job(scene: Scene, valkey: Valkey) -> None:
+def test_a_worker_that_is_idle_while_redis_restarts_takes_the_next_job(
+    scene: Scene, valkey: Valkey
+) -> None:
     with scene.worker():
         restart(valkey)
 
@@ -91,7 +97,9 @@ def test_a_job_that_ends_while_redis_is_away_has_its_result(scene: Scene, valkey
         assert scene.submit().result(timeout=60).base_intact
 
 
-def test_a_job_submitted_while_redis_is_away_can_be_submitted_again(scene: Scene, valkey: Valkey) -> None:
+def test_a_job_submitted_while_redis_is_away_can_be_submitted_again(
+    scene: Scene, valkey: Valkey
+) -> None:
     with scene.worker():
         valkey.kill()
         try:
@@ -119,9 +127,13 @@ def test_a_redis_that_is_silent_over_the_end_of_a_job_costs_neither_the_job_nor_
         assert scene.begun(handle) == 1
 
 
-def test_a_job_that_fails_while_redis_is_silent_fails_for_its_own_reason(scene: Scene, valkey: Valkey) -> None:
+def test_a_job_that_fails_while_redis_is_silent_fails_for_its_own_reason(
+    scene: Scene, valkey: Valkey
+) -> None:
     """Its time runs out while it waits to say so: that is no verdict."""
-    with scene.worker(ZLORA_VISIBILITY="120"):  # so that the parent, too, is free to say that the time is over
+    with scene.worker(
+        ZLORA_VISIBILITY="120"
+    ):  # so that the parent, too, is free to say that the time is over
         handle = scene.submit(steps=2, step=0.6, do="nan", at=2, fields={"timeout": 1.8})
         scene.wait_step(handle)
         with silent(valkey):
@@ -137,7 +149,10 @@ def test_a_manifest_outlives_a_child_that_is_killed_because_its_result_cannot_be
     scene: Scene, valkey: Valkey, tally: Tally
 ) -> None:
     """The hard limit passes while the result waits: the next delivery finds what is there."""
-    with Proxy(valkey.port, tally) as proxy, scene.worker(ZLORA_HARD_GRACE="1", ZLORA_RESULT_BACKEND=proxy.url) as one:
+    with (
+        Proxy(valkey.port, tally) as proxy,
+        scene.worker(ZLORA_HARD_GRACE="1", ZLORA_RESULT_BACKEND=proxy.url) as one,
+    ):
         handle = scene.submit(steps=2, step=0.3, fields={"timeout": 4})
         first = scene.child(one)
         scene.wait_step(handle)
@@ -157,7 +172,9 @@ def test_a_worker_that_waits_for_redis_ends_when_told(scene: Scene, valkey: Valk
     with scene.worker() as waiting:
         valkey.kill()
         try:
-            wait_until(lambda: waiting.lines("Connection to broker lost"), "the worker waits for Redis")
+            wait_until(
+                lambda: waiting.lines("Connection to broker lost"), "the worker waits for Redis"
+            )
             waiting.process.send_signal(signal.SIGTERM)
             waiting.process.wait(30)
         finally:

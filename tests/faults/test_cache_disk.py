@@ -20,9 +20,13 @@ DATA: Final = lora_bytes(7, size=900_000)
 FIRST: Final = 400_000  # bytes that come before the disk is full
 ROOM: Final = 500_000  # bytes that a file may have then
 DISK: Final = 2**20  # bytes
-NOTHING: Final[dict[str, list[str]]] = {part: [] for part in ("drafts", "files", "index", "failed", "sound")}
+NOTHING: Final[dict[str, list[str]]] = {
+    part: [] for part in ("drafts", "files", "index", "failed", "sound")
+}
 
-Fill = Callable[[int], Callable[[], object]]  # fills the disk of a child, and returns what makes room again
+Fill = Callable[
+    [int], Callable[[], object]
+]  # fills the disk of a child, and returns what makes room again
 Disk = Callable[[Path], AbstractContextManager[Fill]]
 
 
@@ -90,9 +94,16 @@ def test_a_disk_that_fills_in_mid_download_leaves_nothing_and_costs_the_worker_n
 ) -> None:
     """The same child draws the next job at once, and one with that LoRA as soon as there is room."""
     loras, go_on = tmp_path / "disk/loras", Event()
-    scene.environ |= {"ZLORA_LORA_CACHE": str(loras), "ZLORA_LORA_FREE_BYTES": "0", "ZLORA_LOOK_AHEAD": "0"}
+    scene.environ |= {
+        "ZLORA_LORA_CACHE": str(loras),
+        "ZLORA_LORA_FREE_BYTES": "0",
+        "ZLORA_LOOK_AHEAD": "0",
+    }
     with ExitStack() as stack:
-        fill, host = stack.enter_context(disk(tmp_path / "disk")), stack.enter_context(serving(in_two(DATA, go_on)))
+        fill, host = (
+            stack.enter_context(disk(tmp_path / "disk")),
+            stack.enter_context(serving(in_two(DATA, go_on))),
+        )
         stack.callback(go_on.set)
         running = stack.enter_context(scene.worker(ZLORA_ALLOW_HOSTS=host.name))
         child = scene.child(running)
@@ -101,7 +112,9 @@ def test_a_disk_that_fills_in_mid_download_leaves_nothing_and_costs_the_worker_n
         scene.tally.fault()
         make_room = fill(child)
         go_on.set()
-        wait_until(lambda: hindered.status().state is JobState.RETRY, "the job is to be tried again")
+        wait_until(
+            lambda: hindered.status().state is JobState.RETRY, "the job is to be tried again"
+        )
         assert hindered.status().code == "cache_full"
         hindered.cancel()
         wait_until(lambda: hindered.status().state is JobState.REVOKED, "nobody wants it any more")

@@ -119,7 +119,8 @@ def test_a_job_over_its_own_time_fails_and_the_model_stays(scene: Scene) -> None
 
 
 @pytest.mark.parametrize(
-    ("accident", "kind"), [("oom", OutOfMemory), ("nan", GenerationFailed), ("raise", InternalError)]
+    ("accident", "kind"),
+    [("oom", OutOfMemory), ("nan", GenerationFailed), ("raise", InternalError)],
 )
 def test_a_job_that_fails_has_a_typed_error_and_the_model_stays(
     scene: Scene, accident: str, kind: type[ZloraError]

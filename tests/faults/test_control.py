@@ -18,7 +18,9 @@ STEP = 0.4  # seconds
 KNOWN_WITHIN = STEP + 0.5  # seconds from the cancel of a job that is drawn
 
 
-def test_a_job_cancelled_in_the_queue_is_never_drawn_though_every_worker_is_replaced(scene: Scene) -> None:
+def test_a_job_cancelled_in_the_queue_is_never_drawn_though_every_worker_is_replaced(
+    scene: Scene,
+) -> None:
     """Celery's own word for it is in the memory of workers."""
     with scene.worker(ZLORA_SHUTDOWN_TIMEOUT="1") as first:
         busy = scene.submit(do=["sleep"], seconds=60)
@@ -35,7 +37,9 @@ def test_a_job_cancelled_in_the_queue_is_never_drawn_though_every_worker_is_repl
         assert scene.begun(cancelled) == 0
 
 
-def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stays(scene: Scene) -> None:
+def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stays(
+    scene: Scene,
+) -> None:
     with scene.worker():
         cancelled, next_one = scene.submit(steps=100, step=STEP), scene.submit()
         scene.wait_step(cancelled, 2)
@@ -45,7 +49,9 @@ def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stay
         with pytest.raises(JobRevoked):
             cancelled.result(timeout=30)
         seconds = time.monotonic() - start
-        scene.tally.notes.append(f"a cancel was known after {seconds:.2f} s, of a job with steps of {STEP} s")
+        scene.tally.notes.append(
+            f"a cancel was known after {seconds:.2f} s, of a job with steps of {STEP} s"
+        )
         assert seconds < KNOWN_WITHIN
 
         assert next_one.result(timeout=30).base_intact
@@ -54,7 +60,9 @@ def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stay
 
 
 @pytest.mark.parametrize("where", ["running", "queued"])
-def test_a_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(scene: Scene, where: str) -> None:
+def test_a_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(
+    scene: Scene, where: str
+) -> None:
     """The flag is in Redis, not in a worker's memory; of the two pictures the first was stored, and does not stay."""
     with scene.worker(FAKE_RELOAD_SECONDS="1.5") as running:
         cancelled = scene.submit(do=["nothing", "sleep"], seconds=60, fields={"num_images": 2})
@@ -117,12 +125,18 @@ def test_a_job_without_a_priority_is_normal(scene: Scene) -> None:
         first = scene.submit(steps=1, step=1.5)
         scene.wait_begun(first)
         low, plain, high = (
-            scene.submit(options=options) for options in ({"priority": "low"}, {}, {"priority": "high"})
+            scene.submit(options=options)
+            for options in ({"priority": "low"}, {}, {"priority": "high"})
         )
         for handle in (low, plain, high):
             handle.result(timeout=30)
 
-    assert [event["label"] for event in scene.events("begin")] == [first.id, high.id, plain.id, low.id]
+    assert [event["label"] for event in scene.events("begin")] == [
+        first.id,
+        high.id,
+        plain.id,
+        low.id,
+    ]
 
 
 def test_a_job_that_is_not_begun_in_time_expires_and_one_that_is_goes_on(scene: Scene) -> None:
@@ -191,8 +205,17 @@ def test_nothing_of_a_job_stays_in_redis_for_ever(scene: Scene) -> None:
         cancelled.cancel()
         assert running.process.poll() is None
 
-        names = [name for name in broker.scan_iter("*") if name.startswith(("zlora:", "celery-task-meta-"))]
-        assert {name.split(":")[1] for name in names if ":" in name} >= {"job", "ledger", "lease", "expiring"}
+        names = [
+            name
+            for name in broker.scan_iter("*")
+            if name.startswith(("zlora:", "celery-task-meta-"))
+        ]
+        assert {name.split(":")[1] for name in names if ":" in name} >= {
+            "job",
+            "ledger",
+            "lease",
+            "expiring",
+        }
         assert [name for name in names if int(broker.ttl(name)) < 0] == []
         assert queued.result(timeout=30).base_intact
 
@@ -205,7 +228,9 @@ def test_a_producer_sees_position_phase_step_and_eta(scene: Scene) -> None:
     assert all(later - earlier == 1 for earlier, later in pairwise(map(int, filter(None, places))))
 
     with scene.worker():
-        seen = [wait_until(lambda: first.status() if first.status().step else None, "a step is seen")]
+        seen = [
+            wait_until(lambda: first.status() if first.status().step else None, "a step is seen")
+        ]
         while (status := first.status()).state is JobState.PROGRESS:
             seen.append(status)
             time.sleep(0.05)

@@ -31,7 +31,10 @@ def test_the_next_job_s_lora_comes_while_a_job_is_drawn(scene: Scene) -> None:
 
 
 def test_a_worker_with_no_look_ahead_fetches_for_the_job_alone(scene: Scene) -> None:
-    with serving(reply(SOUND)) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name, ZLORA_LOOK_AHEAD="0"):
+    with (
+        serving(reply(SOUND)) as host,
+        scene.worker(ZLORA_ALLOW_HOSTS=host.name, ZLORA_LOOK_AHEAD="0"),
+    ):
         (receipt,) = with_lora(scene, host.url).result(timeout=60).loras
 
         assert (receipt.tier, host.asked) == ("network", ["GET /a.safetensors"])
@@ -41,7 +44,10 @@ def test_a_companion_killed_in_a_download_leaves_the_job_what_it_needs(scene: Sc
     """The draft is taken over, by the job or by the companion after it."""
     begun, dead = threading.Event(), threading.Event()
 
-    with serving(once_endless(begun, dead)) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name) as running:
+    with (
+        serving(once_endless(begun, dead)) as host,
+        scene.worker(ZLORA_ALLOW_HOSTS=host.name) as running,
+    ):
         drawn = scene.submit(steps=200, step=0.5)
         scene.wait_begun(drawn)
         following = with_lora(scene, host.url)
@@ -78,7 +84,9 @@ def test_a_job_that_meets_a_download_of_the_companion_waits_for_it(scene: Scene)
         assert (following.result(timeout=60).loras[0].tier, len(host.requests)) == ("disk", 1)
 
 
-def test_a_broker_that_goes_away_and_comes_back_is_looked_at_again(scene: Scene, valkey: Any) -> None:
+def test_a_broker_that_goes_away_and_comes_back_is_looked_at_again(
+    scene: Scene, valkey: Any
+) -> None:
     with serving(reply(SOUND)) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
         drawn = scene.submit(steps=200, step=0.5)
         scene.wait_begun(drawn)

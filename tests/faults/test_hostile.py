@@ -21,12 +21,25 @@ from faults.scene import CLEAN, Scene
 from faults.test_messages import stored_meta, watched_events
 from faults.valkey import Valkey
 from processes import PATIENCE
-from servers import SECRETS, Answer, Authority, Host, Request, digest, lora_bytes, reply, serving, tensor_file
+from servers import (
+    SECRETS,
+    Answer,
+    Authority,
+    Host,
+    Request,
+    digest,
+    lora_bytes,
+    reply,
+    serving,
+    tensor_file,
+)
 from zlora import JobHandle, JobState
 from zlora.errors import ZloraError
 
 pytestmark = [
-    pytest.mark.timeout(300),  # all cases are one fixture: about a minute on a machine that has nothing else to do
+    pytest.mark.timeout(
+        300
+    ),  # all cases are one fixture: about a minute on a machine that has nothing else to do
 ]
 
 LIMIT: Final = 1_000_000  # bytes of a LoRA
@@ -90,11 +103,17 @@ def zipped(data: bytes, *, length: int | None = -1) -> bytes:
 
 def bomb(start: bytes, piece: bytes) -> bytes:
     packer = zlib.compressobj(9, wbits=31)
-    return packer.compress(start) + b"".join(packer.compress(piece * 2**20) for _ in range(64)) + packer.flush()
+    return (
+        packer.compress(start)
+        + b"".join(packer.compress(piece * 2**20) for _ in range(64))
+        + packer.flush()
+    )
 
 
 def refused(*urls: str) -> dict[str, Case]:
-    return {f"address {url.partition('?')[0]}": Case(code="lora_not_allowed", url=url) for url in urls}
+    return {
+        f"address {url.partition('?')[0]}": Case(code="lora_not_allowed", url=url) for url in urls
+    }
 
 
 def sent_on(*targets: str) -> dict[str, Case]:
@@ -109,7 +128,9 @@ def sent_on(*targets: str) -> dict[str, Case]:
 
 
 def answered(code: str, **answers: Answer | bytes) -> dict[str, Case]:
-    return {name.replace("_", " "): Case(code=code, answer=answer) for name, answer in answers.items()}
+    return {
+        name.replace("_", " "): Case(code=code, answer=answer) for name, answer in answers.items()
+    }
 
 
 PRIVATE = [
@@ -155,11 +176,15 @@ CASES: dict[str, Case] = {
     "20 redirects": Case(
         code="lora_not_allowed",
         answer=lambda request: (
-            reply(GOOD) if request.target == "/" + "x" * 20 else reply(status=302, Location=f"{request.target[:20]}x")
+            reply(GOOD)
+            if request.target == "/" + "x" * 20
+            else reply(status=302, Location=f"{request.target[:20]}x")
         ),
         url="{host}/",
     ),
-    "a circle of redirects": Case(code="lora_not_allowed", answer=reply(status=307, Location="/again?sig=s3cret")),
+    "a circle of redirects": Case(
+        code="lora_not_allowed", answer=reply(status=307, Location="/again?sig=s3cret")
+    ),
     # TLS
     "a certificate of another name": Case(
         code="lora_not_allowed", url=f"https://right.test:{{port}}/{QUERY}", tls="other.test"
@@ -175,8 +200,12 @@ CASES: dict[str, Case] = {
         }.items()
         for status in statuses
     },
-    "a long Retry-After": Case(code="lora_unreachable", answer=reply(status=429, Retry_After="3000")),
-    "a broken Retry-After": Case(code="lora_unreachable", answer=reply(status=503, Retry_After="-1e999")),
+    "a long Retry-After": Case(
+        code="lora_unreachable", answer=reply(status=429, Retry_After="3000")
+    ),
+    "a broken Retry-After": Case(
+        code="lora_unreachable", answer=reply(status=503, Retry_After="-1e999")
+    ),
     # Answers that do not end, or too early
     **answered(
         "lora_unreachable",
@@ -202,9 +231,12 @@ CASES: dict[str, Case] = {
         a_pickle=reply(b"PK\x03\x04" + bytes(10_000)),
         an_old_pickle=reply(b"\x80\x02}q\x00." + bytes(10_000)),
         a_large_header=endless(
-            reply((100 * 2**20).to_bytes(8, "little") + b'{"a":' + b" " * 100, length=None), b" " * 2**16
+            reply((100 * 2**20).to_bytes(8, "little") + b'{"a":' + b" " * 100, length=None),
+            b" " * 2**16,
         ),
-        a_header_that_lies=reply(tensor_file({"a": {"dtype": "F16", "shape": [9], "data_offsets": [0, 4]}}, bytes(4))),
+        a_header_that_lies=reply(
+            tensor_file({"a": {"dtype": "F16", "shape": [9], "data_offsets": [0, 4]}}, bytes(4))
+        ),
         a_deep_header=reply(tensor_file(b'{"a":' * 50_000)),
         a_pointer=reply(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64),
         no_bytes=reply(b""),
@@ -224,8 +256,12 @@ CASES: dict[str, Case] = {
     "another digest": Case(code="lora_corrupt", fields={"sha256": "0" * 64}),
     "a hub's other digest": Case(code="lora_corrupt", fields={"cozy_ref": "loras/other"}),
     "a hub's digest that is a path": Case(code="lora_corrupt", fields={"cozy_ref": "loras/path"}),
-    "a hub's reference that climbs": Case(code="lora_not_found", fields={"cozy_ref": "../../admin?sig=s3cret"}),
-    "a warning of a library": Case(code="lora_forbidden", answer=b"HTTP/1.1 403 No\r\nno header\r\n\r\n"),
+    "a hub's reference that climbs": Case(
+        code="lora_not_found", fields={"cozy_ref": "../../admin?sig=s3cret"}
+    ),
+    "a warning of a library": Case(
+        code="lora_forbidden", answer=b"HTTP/1.1 403 No\r\nno header\r\n\r\n"
+    ),
 }
 
 PATIENT: Final = "status 503"  # goes through all tries of a job; of others the first is enough
@@ -254,20 +290,28 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally) -> Iterator[Outcome]:
+def outcome(
+    tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally
+) -> Iterator[Outcome]:
     """All cases at once in the queue of one worker, and then a job with a good LoRA."""
     folder = tmp_path_factory.mktemp("hostile")
     network = folder / "network"
     network.mkdir()
     (network / "names.json").write_text(json.dumps(NAMES))
     authority = Authority(network)
-    scene = Scene(folder / "scene", tally, broker_url=valkey.url, queue="hostile", FAKE_NETWORK=str(network))
+    scene = Scene(
+        folder / "scene", tally, broker_url=valkey.url, queue="hostile", FAKE_NETWORK=str(network)
+    )
     with ExitStack() as stack:
-        inside, files, own = (stack.enter_context(serving(answer)) for answer in (reply(GOOD), reply(GOOD), hub))
+        inside, files, own = (
+            stack.enter_context(serving(answer)) for answer in (reply(GOOD), reply(GOOD), hub)
+        )
         hosts = {name: _host(case, stack, authority, inside) for name, case in CASES.items()}
         ports = [host.port for host in (*hosts.values(), files)]
         variables = {
-            "ZLORA_ALLOW_HOSTS": ",".join(f"{name}:{port}" for port in ports for name in ("127.0.0.1", "right.test")),
+            "ZLORA_ALLOW_HOSTS": ",".join(
+                f"{name}:{port}" for port in ports for name in ("127.0.0.1", "right.test")
+            ),
             "ZLORA_CA_BUNDLE": str(authority.bundle),
             "ZLORA_LORA_DEADLINE": "2",
             "ZLORA_LORA_MIN_RATE": "1000",
@@ -287,12 +331,16 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tal
         result = good.result(timeout=PATIENCE)
         said = {
             "errors": " ".join(errors),
-            "results": " ".join([str(result), *(stored_meta(scene, handle) for handle in (*handles.values(), good))]),
+            "results": " ".join(
+                [str(result), *(stored_meta(scene, handle) for handle in (*handles.values(), good))]
+            ),
             "events": json.dumps(events),
             "log": running.log.read_text(),
             "journal": scene.journal.read_text(),
             "cache": " ".join(
-                path.read_text("latin-1") for path in (scene.folder / "loras").rglob("*.json") if path.is_file()
+                path.read_text("latin-1")
+                for path in (scene.folder / "loras").rglob("*.json")
+                if path.is_file()
             ),
         }
         lines = (network / "connections").read_text().split("\n")[:-1]
@@ -308,7 +356,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tal
             allowed={("127.0.0.1", port) for port in (*ports, own.port, valkey.port)},
             left=list((cache / "drafts").iterdir()),
             files=[path.name for path in (cache / "files").iterdir()],
-            sources=[json.loads(path.read_text())["source"] for path in (cache / "index").iterdir()],
+            sources=[
+                json.loads(path.read_text())["source"] for path in (cache / "index").iterdir()
+            ],
             source=f"{files.url}/x.safetensors",
         )
         assert scene.audit() == CLEAN
@@ -319,7 +369,9 @@ def _host(case: Case, stack: ExitStack, authority: Authority, inside: Host) -> H
     answer = case.answer
     if isinstance(answer, bytes):
         answer = answer.replace(b"{inside}", inside.name.encode())
-    return stack.enter_context(serving(answer, tls=authority.server(case.tls) if case.tls else None))
+    return stack.enter_context(
+        serving(answer, tls=authority.server(case.tls) if case.tls else None)
+    )
 
 
 def _submit(scene: Scene, case: Case, host: Host, inside: Host) -> JobHandle:
@@ -376,9 +428,10 @@ def test_no_refused_address_gets_a_connection(outcome: Outcome) -> None:
 
 
 def test_nothing_anywhere_says_a_secret(outcome: Outcome) -> None:
-    assert {where: [secret for secret in SECRETS if secret in text] for where, text in outcome.said.items()} == {
-        where: [] for where in outcome.said
-    }
+    assert {
+        where: [secret for secret in SECRETS if secret in text]
+        for where, text in outcome.said.items()
+    } == {where: [] for where in outcome.said}
     assert all(outcome.said.values())
 
 

@@ -13,7 +13,9 @@ LEAVES_WITHIN = 2.0  # seconds from a SIGTERM, while the model is loaded
 SLOW = 5  # seconds; Celery's own patience with a new child is 4
 
 
-def test_a_model_that_does_not_load_ends_the_worker_and_leaves_the_job_to_others(scene: Scene, tmp_path: Path) -> None:
+def test_a_model_that_does_not_load_ends_the_worker_and_leaves_the_job_to_others(
+    scene: Scene, tmp_path: Path
+) -> None:
     fault = tmp_path / "fault"
     fault.touch()
     handle = scene.submit()
@@ -72,7 +74,9 @@ def test_a_worker_that_loads_takes_no_job_and_leaves_at_once_when_told(scene: Sc
         assert scene.begun(handle) == 1
 
 
-def test_the_probe_files_say_whether_jobs_are_taken_and_whether_the_worker_lives(scene: Scene, tmp_path: Path) -> None:
+def test_the_probe_files_say_whether_jobs_are_taken_and_whether_the_worker_lives(
+    scene: Scene, tmp_path: Path
+) -> None:
     """`ready` is there while the model is; `alive` is touched while the worker's loop turns, whatever it waits for."""
     ready, alive = tmp_path / "probes" / "ready", tmp_path / "probes" / "alive"
     variables = {"ZLORA_PROBES": str(tmp_path / "probes"), "FAKE_LOAD_SECONDS": "1"}
@@ -106,4 +110,6 @@ def wait_touched(file: Path) -> None:
 def taken(scene: Scene) -> int:
     """How many messages of the queue workers hold."""
     with scene.broker() as broker:
-        return [json.loads(item)[2] for item in broker.hvals("unacked")].count(scene.queue)  # message, exchange, queue
+        return [json.loads(item)[2] for item in broker.hvals("unacked")].count(
+            scene.queue
+        )  # message, exchange, queue

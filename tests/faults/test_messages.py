@@ -50,7 +50,9 @@ def test_jobs_that_cannot_be_read_fail_in_words_and_the_worker_lives(scene: Scen
         assert len(scene.events("loaded")) == 1
         assert has_refused(scene, 3)  # those that no child could take
         said = running.log.read_text()
-        assert not [prompt for prompt in ("'a city at night'", '"pickled"', '"yaml"') if prompt in said]
+        assert not [
+            prompt for prompt in ("'a city at night'", '"pickled"', '"yaml"') if prompt in said
+        ]
 
 
 def test_a_job_with_an_odd_header_is_answered(scene: Scene) -> None:
@@ -88,7 +90,10 @@ def test_what_watchers_see_of_a_job_has_no_secret_of_its_lora(scene: Scene) -> N
         with scene.worker(ZLORA_ALLOW_HOSTS=host.name) as running, watched_events(scene) as events:
             handle = scene.submit(fields={"loras": [{"file": {"url": url}}]})
             result = handle.result(timeout=30)
-            wait_until(lambda: kinds(events, handle) >= {"task-received", "task-succeeded"}, "the events arrive")
+            wait_until(
+                lambda: kinds(events, handle) >= {"task-received", "task-succeeded"},
+                "the events arrive",
+            )
 
         assert len(host.requests) == 1
         assert SECRET in host.requests[0].target
@@ -103,22 +108,39 @@ def test_a_lora_that_cannot_be_had_gives_no_secret_away(scene: Scene) -> None:
         names = f"{refusing.name},{broken.name}"
         with scene.worker(ZLORA_ALLOW_HOSTS=names) as running, watched_events(scene) as events:
             refused, waiting = (
-                scene.submit(fields={"loras": [{"file": {"url": f"{url}/a.safetensors?X-Amz-Signature={SECRET}"}}]})
+                scene.submit(
+                    fields={
+                        "loras": [
+                            {"file": {"url": f"{url}/a.safetensors?X-Amz-Signature={SECRET}"}}
+                        ]
+                    }
+                )
                 for url in (refusing.url, broken.url)
             )
             with pytest.raises(LoraForbidden) as found:
                 refused.result(timeout=30)
-            wait_until(lambda: waiting.status().state is JobState.RETRY, "the other is to be tried again")
+            wait_until(
+                lambda: waiting.status().state is JobState.RETRY, "the other is to be tried again"
+            )
             shown = [stored_meta(scene, handle) for handle in (refused, waiting)]
             status = waiting.status()
             waiting.cancel()
             with pytest.raises(JobRevoked):  # by its worker, where that has the lease yet
                 waiting.result(timeout=30)
-            wait_until(lambda: kinds(events, refused) >= {"task-received", "task-failed"}, "the events arrive")
+            wait_until(
+                lambda: kinds(events, refused) >= {"task-received", "task-failed"},
+                "the events arrive",
+            )
 
         assert [SECRET in host.requests[0].target for host in (refusing, broken)] == [True, True]
         assert all("503" in text or "403" in text or "lora" in text.lower() for text in shown)
-        for text in (*shown, str(status), repr(found.value), json.dumps(events), running.log.read_text()):
+        for text in (
+            *shown,
+            str(status),
+            repr(found.value),
+            json.dumps(events),
+            running.log.read_text(),
+        ):
             assert SECRET not in text
 
 
@@ -128,7 +150,9 @@ def stored_meta(scene: Scene, handle: JobHandle) -> str:
         return str(broker.get(f"celery-task-meta-{handle.id}"))
 
 
-def sent(scene: Scene, app: Celery, job_id: str, task: str, arguments: list[Any], **options: Any) -> JobHandle:
+def sent(
+    scene: Scene, app: Celery, job_id: str, task: str, arguments: list[Any], **options: Any
+) -> JobHandle:
     """A message of any Celery client."""
     scene.tally.fault()
     app.send_task(task, args=arguments, task_id=job_id, **options)
@@ -139,7 +163,9 @@ def tampered(scene: Scene, job_id: str, headers: dict[str, Any]) -> JobHandle:
     """A sound message with some headers replaced, on the queue."""
     scene.tally.fault()
     with scene.any_client() as other, scene.broker() as broker:
-        other.send_task(TASK_NAME, args=[request(job_id)], task_id=job_id, queue="drafts", priority=0)
+        other.send_task(
+            TASK_NAME, args=[request(job_id)], task_id=job_id, queue="drafts", priority=0
+        )
         message = json.loads(str(broker.rpop("drafts")))
         message["headers"] |= headers
         message["properties"]["delivery_info"]["routing_key"] = scene.queue
@@ -178,9 +204,13 @@ def watched_events(scene: Scene) -> Iterator[list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     with scene.any_client() as app, app.connection() as connection:
         receiver = app.events.Receiver(connection, handlers={"*": events.append})
-        watching = threading.Thread(target=lambda: receiver.capture(limit=None, timeout=None, wakeup=True))
+        watching = threading.Thread(
+            target=lambda: receiver.capture(limit=None, timeout=None, wakeup=True)
+        )
         watching.start()
-        wait_until(lambda: events, "an event is seen")  # a worker's heartbeat, which it sends when asked
+        wait_until(
+            lambda: events, "an event is seen"
+        )  # a worker's heartbeat, which it sends when asked
         try:
             yield events
         finally:

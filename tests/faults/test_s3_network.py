@@ -75,7 +75,12 @@ def test_a_busy_server_is_asked_again(proxy: S3Proxy, port: int, key: str) -> No
 
 @pytest.mark.parametrize(
     "faults",
-    [(drop_request, drop_request), (drop_answer,), (cut_request, cut_request), (change_request, change_request)],
+    [
+        (drop_request, drop_request),
+        (drop_answer,),
+        (cut_request, cut_request),
+        (change_request, change_request),
+    ],
     ids=["request dropped", "answer dropped", "body cut", "body changed"],
 )
 def test_a_put_through_a_bad_network_is_whole(
@@ -101,7 +106,14 @@ def test_a_put_through_a_bad_network_is_whole(
         (r"POST \S+uploadId", drop_request, cut_request),
         (r"POST \S+uploadId", drop_answer),
     ],
-    ids=["beginning dropped", "part dropped", "part cut", "part changed", "end dropped", "end's answer dropped"],
+    ids=[
+        "beginning dropped",
+        "part dropped",
+        "part cut",
+        "part changed",
+        "end dropped",
+        "end's answer dropped",
+    ],
 )
 def test_an_upload_in_parts_through_a_bad_network_is_whole(
     store: Store, proxy: S3Proxy, port: int, key: str, met: tuple[Any, ...]
@@ -176,7 +188,9 @@ def test_what_is_harmed_on_the_way_each_time_is_never_read(
     assert store.get(key) == whole
 
 
-def test_a_deletion_whose_answer_is_lost_is_one(store: Store, proxy: S3Proxy, port: int, key: str) -> None:
+def test_a_deletion_whose_answer_is_lost_is_one(
+    store: Store, proxy: S3Proxy, port: int, key: str
+) -> None:
     store.put_new(key, SMALL, PICTURE)
     proxy.meet("DELETE", drop_answer)
 

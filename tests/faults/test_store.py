@@ -29,7 +29,9 @@ def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
-def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(scene: Scene, s3_port: int, tally: Tally) -> None:
+def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(
+    scene: Scene, s3_port: int, tally: Tally
+) -> None:
     """The picture that is there is not drawn again, and the manifest comes last."""
     with Proxy(s3_port, tally) as proxy:
         scene.environ |= s3_environ("a", proxy)
@@ -52,7 +54,9 @@ def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(scene: Scene,
     assert s3_manifest(s3_port, folder) == unlinked(result)
 
 
-def test_a_manifest_whose_answer_is_lost_is_the_result(scene: Scene, s3_port: int, tally: Tally) -> None:
+def test_a_manifest_whose_answer_is_lost_is_the_result(
+    scene: Scene, s3_port: int, tally: Tally
+) -> None:
     """S3 has it, and the worker does not know: it asks again, and adopts what is there."""
     with Proxy(s3_port, tally) as proxy:
         scene.environ |= s3_environ("b", proxy)
@@ -80,7 +84,9 @@ def test_a_child_that_dies_in_mid_upload_leaves_no_result_and_the_job_completes(
     store = seaweed.store(s3_port, "c")
     with S3Proxy(s3_port, scene.tally) as proxy:
         scene.environ |= s3_environ("c", proxy)
-        proxy.meet(upload, *repeat(hold, 3))  # a worker gives a request up after 10 s, and asks again
+        proxy.meet(
+            upload, *repeat(hold, 3)
+        )  # a worker gives a request up after 10 s, and asks again
         with scene.worker() as running:
             handle = scene.submit(noise=noise, step=0.3, fields={"num_images": 2})
             folder = f"c/runs/{handle.id}"
@@ -98,7 +104,9 @@ def test_a_child_that_dies_in_mid_upload_leaves_no_result_and_the_job_completes(
     names = ["manifest.json", "outputs/0.png", "outputs/1.png"]
     assert sorted(stored(s3_port, folder)) == [f"{folder}/{name}" for name in names]
     assert s3_manifest(s3_port, folder) == unlinked(result)
-    digests = [hashlib.sha256(s3_object(s3_port, f"c/{image.key}")).hexdigest() for image in result.images]
+    digests = [
+        hashlib.sha256(s3_object(s3_port, f"c/{image.key}")).hexdigest() for image in result.images
+    ]
     assert digests == [image.sha256 for image in result.images]
     assert scene.begun(handle) == 1  # the first picture: it was there
 
@@ -117,7 +125,9 @@ def test_a_disk_that_has_room_again_takes_the_job(scene: Scene) -> None:
         assert len(scene.events("loaded")) == 1
 
 
-def test_a_disk_that_stays_full_fails_the_job_after_some_tries_and_the_next_is_stored(scene: Scene) -> None:
+def test_a_disk_that_stays_full_fails_the_job_after_some_tries_and_the_next_is_stored(
+    scene: Scene,
+) -> None:
     with scene.worker() as running:
         fill_disk(scene, scene.child(running))
         handle, small = scene.submit(noise=NOISE), scene.submit()
@@ -138,14 +148,21 @@ def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene
         scene.kill(scene.child(running))
 
         result = handle.result(timeout=60)
-        assert [image.seed for image in result.images] == [result.seed, result.seed + 1, result.seed + 2]
+        assert [image.seed for image in result.images] == [
+            result.seed,
+            result.seed + 1,
+            result.seed + 2,
+        ]
         drawn = [event["seed"] - result.seed for event in scene.events("end", handle)]
         assert drawn == [0, 1, 2]
 
 
 def s3_environ(prefix: str, proxy: Proxy | S3Proxy) -> dict[str, str]:
     """A prefix of the bucket, through the proxy."""
-    store = {"ZLORA_STORE": f"s3://{seaweed.BUCKET}/{prefix}", "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}"}
+    store = {
+        "ZLORA_STORE": f"s3://{seaweed.BUCKET}/{prefix}",
+        "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}",
+    }
     return store | seaweed.ENVIRON
 
 

@@ -61,7 +61,9 @@ def test_a_job_whose_upload_hangs_ends_in_its_time_and_nothing_of_it_stays(
     assert stored(s3_port, handle) == []
 
 
-def test_a_cancel_is_heard_while_the_last_picture_is_uploaded(scene: Scene, proxy: S3Proxy, s3_port: int) -> None:
+def test_a_cancel_is_heard_while_the_last_picture_is_uploaded(
+    scene: Scene, proxy: S3Proxy, s3_port: int
+) -> None:
     with scene.worker() as running:
         child = scene.child(running)
         proxy.meet(r"PUT \S+/outputs/", *repeat(never, MANY))
@@ -77,12 +79,16 @@ def test_a_cancel_is_heard_while_the_last_picture_is_uploaded(scene: Scene, prox
     assert stored(s3_port, handle) == []
 
 
-def test_jobs_wait_for_a_store_that_is_away_and_are_drawn_once_then(scene: Scene, proxy: S3Proxy, s3_port: int) -> None:
+def test_jobs_wait_for_a_store_that_is_away_and_are_drawn_once_then(
+    scene: Scene, proxy: S3Proxy, s3_port: int
+) -> None:
     """None fails, and none is drawn that could not be stored."""
     with scene.worker():
         proxy.meet(r"GET \S+/manifest", *repeat(drop_request, MANY))
         handles = [scene.submit() for _ in range(2)]
-        wait_until(lambda: len({line.split("?")[0] for line in proxy.asked}) == 2, "both jobs have met it")
+        wait_until(
+            lambda: len({line.split("?")[0] for line in proxy.asked}) == 2, "both jobs have met it"
+        )
         assert [scene.begun(handle) for handle in handles] == [0, 0]
         proxy.meet("-")
 

@@ -28,7 +28,9 @@ QUEUE = "watched"
 TOKEN = "hf-t0ken-0123456789"
 MARK = "a-stranger-s"
 SHORT = {"ZLORA_VISIBILITY": "2", "ZLORA_SWEEP": "1"}
-NOT_ROOT = {"PYTHONWARNINGS": "ignore:You're running the worker with superuser"}  # said before there is a log
+NOT_ROOT = {
+    "PYTHONWARNINGS": "ignore:You're running the worker with superuser"
+}  # said before there is a log
 
 
 class Watched(NamedTuple):
@@ -52,11 +54,21 @@ class Watched(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally) -> Iterator[Watched]:
+def watched(
+    tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally
+) -> Iterator[Watched]:
     """It logs to a file, as a container's log is none of a terminal's."""
     port = free_port()
-    variables = {"ZLORA_METRICS": f"127.0.0.1:{port}", "ZLORA_LOG": "auto", "HF_TOKEN": TOKEN, **SHORT, **NOT_ROOT}
-    made = Scene(tmp_path_factory.mktemp("scene"), tally, broker_url=valkey.url, queue=QUEUE, **variables)
+    variables = {
+        "ZLORA_METRICS": f"127.0.0.1:{port}",
+        "ZLORA_LOG": "auto",
+        "HF_TOKEN": TOKEN,
+        **SHORT,
+        **NOT_ROOT,
+    }
+    made = Scene(
+        tmp_path_factory.mktemp("scene"), tally, broker_url=valkey.url, queue=QUEUE, **variables
+    )
     try:
         with made.worker() as running:
             yield Watched(made, running, port)
@@ -72,7 +84,11 @@ def jobs(look: Scraped) -> dict[tuple[str, ...], float]:
 
 def more(before: Scraped, after: Scraped) -> dict[tuple[str, ...], float]:
     """The ends between two looks."""
-    return {labels: count for labels in jobs(after) if (count := jobs(after)[labels] - jobs(before).get(labels, 0))}
+    return {
+        labels: count
+        for labels in jobs(after)
+        if (count := jobs(after)[labels] - jobs(before).get(labels, 0))
+    }
 
 
 # --- counts
@@ -84,7 +100,9 @@ def test_a_worker_that_has_its_model_tells_of_it_before_its_first_job(watched: W
 
     look = watched.look()
 
-    assert look("zlora_worker_info", model="fake", queue=QUEUE, version=version("z-image-lora")) == 1
+    assert (
+        look("zlora_worker_info", model="fake", queue=QUEUE, version=version("z-image-lora")) == 1
+    )
     assert look("zlora_model_load_seconds_count") == 1
     assert look("zlora_queue_up", queue=QUEUE) == 1
     assert look.faults() == []
@@ -93,7 +111,9 @@ def test_a_worker_that_has_its_model_tells_of_it_before_its_first_job(watched: W
 def test_each_end_of_a_job_is_counted_once_and_nothing_of_it_is_told(watched: Watched) -> None:
     scene, before = watched.scene, watched.look()
     loras = [{"file": {"url": f"https://127.0.0.1/{MARK}?signature={MARK}"}, "adapter_name": MARK}]
-    drawn = scene.submit(job_id=f"{MARK}-1", steps=3, fields={"num_images": 2, "negative_prompt": MARK})
+    drawn = scene.submit(
+        job_id=f"{MARK}-1", steps=3, fields={"num_images": 2, "negative_prompt": MARK}
+    )
     refused = scene.submit(job_id=f"{MARK}-2", fields={"loras": loras})
     failed = scene.submit(do="oom")
     cancelled = scene.submit(steps=200, step=0.05)
@@ -106,7 +126,10 @@ def test_each_end_of_a_job_is_counted_once_and_nothing_of_it_is_told(watched: Wa
     with pytest.raises(JobRevoked):
         cancelled.result(timeout=60)
 
-    after = wait_until(lambda: look if sum(more(before, look := watched.look()).values()) >= 4 else None, "all ended")
+    after = wait_until(
+        lambda: look if sum(more(before, look := watched.look()).values()) >= 4 else None,
+        "all ended",
+    )
 
     assert more(before, after) == {
         ("", "success"): 1,
@@ -133,7 +156,10 @@ def test_steps_and_jobs_that_run_are_told_while_they_do(watched: Watched) -> Non
     assert look("zlora_queue_running_jobs", queue=QUEUE) == 1
     assert more(before, look) == {}
     assert handle.cancel()
-    wait_until(lambda: more(before, watched.look()) == {("job_revoked", "revoked"): 1}, "the cancelled job is counted")
+    wait_until(
+        lambda: more(before, watched.look()) == {("job_revoked", "revoked"): 1},
+        "the cancelled job is counted",
+    )
 
 
 # --- processes that die
@@ -150,7 +176,9 @@ def test_the_companion_s_counts_are_with_the_child_s(watched: Watched) -> None:
     assert after("zlora_jobs_resent_total") == before("zlora_jobs_resent_total") + 1
     assert more(before, after) == {("", "success"): 1}
     resent = [line for line in watched.said(handle) if line["process"] == "companion"]
-    assert [(line["level"], "sent again" in line["message"]) for line in resent] == [("warning", True)]
+    assert [(line["level"], "sent again" in line["message"]) for line in resent] == [
+        ("warning", True)
+    ]
 
 
 def _lost(scene: Scene) -> JobHandle:
@@ -187,7 +215,11 @@ def test_the_child_does_not_hold_the_address(watched: Watched) -> None:
 def _listening(port: int) -> list[str]:
     """The sockets that listen there, as the kernel names them."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [f"socket:[{line[9]}]" for line in lines if line[1].endswith(f":{port:04X}") and line[3] == "0A"]
+    return [
+        f"socket:[{line[9]}]"
+        for line in lines
+        if line[1].endswith(f":{port:04X}") and line[3] == "0A"
+    ]
 
 
 def _sockets(process: int) -> list[str]:
@@ -199,7 +231,9 @@ def _sockets(process: int) -> list[str]:
     return found
 
 
-def test_a_redis_that_does_not_answer_is_told_and_hides_no_count(watched: Watched, valkey: Valkey) -> None:
+def test_a_redis_that_does_not_answer_is_told_and_hides_no_count(
+    watched: Watched, valkey: Valkey
+) -> None:
     before = watched.look()
     valkey.pause()
     try:
@@ -208,8 +242,11 @@ def test_a_redis_that_does_not_answer_is_told_and_hides_no_count(watched: Watche
         valkey.resume()
 
     assert away("zlora_queue_up", queue=QUEUE) == 0
-    assert {family.name for family in before.families} - {family.name for family in away.families} == {
-        f"zlora_queue_{name}" for name in ("jobs", "oldest_seconds", "running_jobs", "webhooks", "refused_messages")
+    assert {family.name for family in before.families} - {
+        family.name for family in away.families
+    } == {
+        f"zlora_queue_{name}"
+        for name in ("jobs", "oldest_seconds", "running_jobs", "webhooks", "refused_messages")
     }
     assert jobs(away) == jobs(before)
     assert watched.look()("zlora_queue_up", queue=QUEUE) == 1
@@ -220,7 +257,9 @@ def test_counts_outlive_a_killed_child_and_its_end_is_counted(watched: Watched) 
     handle = scene.submit(do=["kill-child"], steps=3)
     assert handle.result(timeout=60).base_intact
 
-    after = wait_until(lambda: look if more(before, look := watched.look()) else None, "the job is counted")
+    after = wait_until(
+        lambda: look if more(before, look := watched.look()) else None, "the job is counted"
+    )
 
     assert more(before, after) == {("", "success"): 1}
     for name, added in (
@@ -237,9 +276,15 @@ def test_a_worker_whose_address_is_taken_leaves_in_one_line(watched: Watched) ->
     with watched.scene.starting_worker("two") as second:
         assert second.process.wait(60) == 70
 
-    critical = [line for line in map(json.loads, second.log.read_text().splitlines()) if line["level"] == "critical"]
+    critical = [
+        line
+        for line in map(json.loads, second.log.read_text().splitlines())
+        if line["level"] == "critical"
+    ]
     assert len(critical) == 1
-    assert f"ZLORA_METRICS=127.0.0.1:{watched.port}: Address already in use" in critical[0]["message"]
+    assert (
+        f"ZLORA_METRICS=127.0.0.1:{watched.port}: Address already in use" in critical[0]["message"]
+    )
     assert watched.look()("zlora_queue_up", queue=QUEUE) == 1
 
 
@@ -251,7 +296,9 @@ def test_each_line_says_whose_it_is_and_in_which_phase(watched: Watched) -> None
     with pytest.raises(OutOfMemory):
         failed.result(timeout=60)
 
-    lines = wait_until(lambda: [line for line in watched.said(failed) if "code" in line], "the end is in the log")
+    lines = wait_until(
+        lambda: [line for line in watched.said(failed) if "code" in line], "the end is in the log"
+    )
 
     assert {(line["process"], line["code"]) for line in lines} == {("child", "out_of_memory")}
     parent = [line for line in watched.said(failed) if line["process"] == "parent"]
@@ -266,10 +313,15 @@ def test_a_fault_is_one_line_with_its_traceback_and_without_a_secret(watched: Wa
     with pytest.raises(ZloraError):
         failed.result(timeout=60)
 
-    lines = wait_until(lambda: [line for line in watched.said(failed) if "exception" in line], "the fault is logged")
+    lines = wait_until(
+        lambda: [line for line in watched.said(failed) if "exception" in line],
+        "the fault is logged",
+    )
 
     assert any("RuntimeError: no kernel\nfor ***" in line["exception"] for line in lines)
-    assert {line["phase"] for line in lines if line["message"] == f"job {failed.id}"} == {"denoising"}
+    assert {line["phase"] for line in lines if line["message"] == f"job {failed.id}"} == {
+        "denoising"
+    }
     text = watched.worker.log.read_text()
     assert TOKEN not in text
     assert "other-secret" not in text

@@ -13,7 +13,9 @@ from zlora.webhook import Event, Verifier
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 
 
-def test_what_was_submitted_with_a_webhook_ends_as_an_event_that_a_receiver_believes(scene: Scene) -> None:
+def test_what_was_submitted_with_a_webhook_ends_as_an_event_that_a_receiver_believes(
+    scene: Scene,
+) -> None:
     """With the result, as its producer has it."""
     events: list[Event] = []
     verifier = Verifier(SECRET)

@@ -24,7 +24,9 @@ SHORT = {"ZLORA_VISIBILITY": "2", "ZLORA_SWEEP": "1"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def orphan(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[tuple[Scene, JobHandle, float]]:
+def orphan(
+    tmp_path_factory: pytest.TempPathFactory, tally: Tally
+) -> Iterator[tuple[Scene, JobHandle, float]]:
     """A job whose worker was killed, and when; another worker is there. It begins before the other tests and ends last.
 
     At the settings' defaults this takes the better part of a minute. The broker is its own: a worker with a shorter
@@ -44,7 +46,9 @@ def orphan(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[t
 
 
 @pytest.fixture(scope="module", autouse=True)
-def parted(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[tuple[Scene, Scene, float]]:
+def parted(
+    tmp_path_factory: pytest.TempPathFactory, tally: Tally
+) -> Iterator[tuple[Scene, Scene, float]]:
     """Two queues whose workers lost sight of the broker for a while, one idle and one over a job; and until when.
 
     For some seconds every byte is swallowed, those of new connections too; what was open then stays dead for good. This
@@ -52,9 +56,15 @@ def parted(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[t
     """
     folder = tmp_path_factory.mktemp("parted")
     (folder / "valkey").mkdir()
-    with Valkey(folder / "valkey", tally) as server, Proxy(server.port, tally) as proxy, ExitStack() as stack:
+    with (
+        Valkey(folder / "valkey", tally) as server,
+        Proxy(server.port, tally) as proxy,
+        ExitStack() as stack,
+    ):
         idle, busy = (
-            stack.enter_context(closing(Scene(folder / name, tally, broker_url=server.url, queue=name)))
+            stack.enter_context(
+                closing(Scene(folder / name, tally, broker_url=server.url, queue=name))
+            )
             for name in ("idle", "busy")
         )
         for scene in (idle, busy):  # producers go without the proxy
@@ -97,7 +107,9 @@ def test_a_job_for_later_than_the_visibility_timeout_is_drawn_once(scene: Scene)
         assert begin["at"] - start >= 6
 
 
-def test_a_worker_that_is_told_to_end_finishes_its_job_and_takes_no_other(scene: Scene, tmp_path: Path) -> None:
+def test_a_worker_that_is_told_to_end_finishes_its_job_and_takes_no_other(
+    scene: Scene, tmp_path: Path
+) -> None:
     """It is watched until then: it lives, and what it counts is seen."""
     port = free_port()
     with scene.worker(ZLORA_METRICS=f"127.0.0.1:{port}", ZLORA_PROBES=str(tmp_path)) as ending:
@@ -179,7 +191,9 @@ def test_a_message_that_a_killed_worker_takes_with_it_is_sent_again(scene: Scene
         assert handle.result(timeout=60).base_intact
 
 
-def test_garbage_in_the_place_of_a_result_keeps_no_other_job_from_being_sent_again(scene: Scene) -> None:
+def test_garbage_in_the_place_of_a_result_keeps_no_other_job_from_being_sent_again(
+    scene: Scene,
+) -> None:
     """The ledger has it before the other; what becomes of the damaged one is for whoever can write there."""
     damaged = scene.submit()
     del scene.handles[damaged.id]
@@ -207,7 +221,9 @@ def test_idle_workers_killed_under_load_lose_nothing(scene: Scene) -> None:
         assert all(handle.result(timeout=80).base_intact for handle in handles)
 
 
-def test_another_worker_takes_over_from_a_killed_one_within_45_seconds(orphan: tuple[Scene, JobHandle, float]) -> None:
+def test_another_worker_takes_over_from_a_killed_one_within_45_seconds(
+    orphan: tuple[Scene, JobHandle, float],
+) -> None:
     scene, handle, killed = orphan
 
     scene.wait_begun(handle, 2)
@@ -217,7 +233,9 @@ def test_another_worker_takes_over_from_a_killed_one_within_45_seconds(orphan: t
     assert handle.result(timeout=30).base_intact
 
 
-def test_a_job_with_little_time_is_drawn_after_the_death_of_its_worker(orphan: tuple[Scene, JobHandle, float]) -> None:
+def test_a_job_with_little_time_is_drawn_after_the_death_of_its_worker(
+    orphan: tuple[Scene, JobHandle, float],
+) -> None:
     """What passes until another worker may have it is none of its time."""
     scene, handle, _ = orphan
 
@@ -225,7 +243,9 @@ def test_a_job_with_little_time_is_drawn_after_the_death_of_its_worker(orphan: t
     assert scene.begun(handle) == 2
 
 
-def test_workers_behind_a_partition_take_jobs_within_a_minute(parted: tuple[Scene, Scene, float]) -> None:
+def test_workers_behind_a_partition_take_jobs_within_a_minute(
+    parted: tuple[Scene, Scene, float],
+) -> None:
     *scenes, restored = parted
     for scene in scenes:
         for handle in scene.handles.values():
@@ -235,7 +255,9 @@ def test_workers_behind_a_partition_take_jobs_within_a_minute(parted: tuple[Scen
 
     scene = scenes[0]
     (waiting,) = scene.handles.values()
-    scene.tally.notes.append(f"an idle worker took a job {scene.at(waiting, 1) - restored:.1f} s after a partition")
+    scene.tally.notes.append(
+        f"an idle worker took a job {scene.at(waiting, 1) - restored:.1f} s after a partition"
+    )
 
 
 def end_over(scene: Scene, handle: JobHandle, leaving: Worker, *, begun: int) -> None:

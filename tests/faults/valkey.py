@@ -34,7 +34,15 @@ class Valkey:
 
     def start(self) -> None:
         """Start it and wait for its answer; what its append-only file has is there again."""
-        command = [str(get_binary_path()), "--port", str(self.port), "--dir", str(self._folder), *_OPTIONS, *_LOGGED]
+        command = [
+            str(get_binary_path()),
+            "--port",
+            str(self.port),
+            "--dir",
+            str(self._folder),
+            *_OPTIONS,
+            *_LOGGED,
+        ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as probe:
             wait_until(lambda: _answers(probe), "the broker answers")
@@ -68,7 +76,11 @@ class Valkey:
         self._tally.fault()
         with self.client() as connection:
             mine = connection.client_id()
-            ids = [item["id"] for item in connection.client_list() if item["name"] != NAME and int(item["id"]) != mine]
+            ids = [
+                item["id"]
+                for item in connection.client_list()
+                if item["name"] != NAME and int(item["id"]) != mine
+            ]
             return sum(int(connection.client_kill_filter(_id=item)) for item in ids)
 
 

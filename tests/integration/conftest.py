@@ -7,7 +7,9 @@ from tiny_folder import tiny_model
 
 
 @pytest.fixture(scope="module")
-def worker_environ(broker_url: str, model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def worker_environ(
+    broker_url: str, model_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The variables of a worker with the tiny model, a store and a cache for one test file."""
     folder = tmp_path_factory.mktemp("worker")
     return {

@@ -38,7 +38,10 @@ class Source(ThreadingHTTPServer):
 
     def __init__(self, contents: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
-        self.contents, self.tags = contents, {path: f'"{digest(data)}"' for path, data in contents.items()}
+        self.contents, self.tags = (
+            contents,
+            {path: f'"{digest(data)}"' for path, data in contents.items()},
+        )
         self.gate, self.gets, self.counting = Event(), list[str](), Lock()
         self.name = f"127.0.0.1:{self.server_port}"
 
@@ -165,7 +168,7 @@ def hold(folder: Path, host: str, asset: Asset, max_bytes: int, line: Connection
 
 def work(folder: Path, host: str, seed: int, stop: Path, line: Connection) -> None:
     """Use one file after the other, with room for three, until `stop` is there; tell what goes wrong."""
-    choose = random.Random(seed)  # noqa: S311 - no secret
+    choose = random.Random(seed)
     with caching(folder, max_bytes=ROOM, ZLORA_ALLOW_HOSTS=host) as cache:
         line.send("at work")
         while not stop.exists():
@@ -173,7 +176,9 @@ def work(folder: Path, host: str, seed: int, stop: Path, line: Connection) -> No
             pin = {"sha256": digest(SMALL[index])} if choose.random() < 0.5 else {}
             try:
                 with cache.files([Asset(url=f"http://{host}/{index}", **pin)], since=0) as (file,):
-                    time.sleep(choose.choice([0, 0.05]))  # no matter how long: others bring files meanwhile
+                    time.sleep(
+                        choose.choice([0, 0.05])
+                    )  # no matter how long: others bring files meanwhile
                     assert digest(file.path.read_bytes()) == digest(SMALL[index])
             except CacheFull:  # the others have all places
                 continue
@@ -186,7 +191,9 @@ def work(folder: Path, host: str, seed: int, stop: Path, line: Connection) -> No
 # --- one download
 
 
-def test_many_processes_that_ask_for_one_file_are_one_download(tmp_path: Path, start: Start) -> None:
+def test_many_processes_that_ask_for_one_file_are_one_download(
+    tmp_path: Path, start: Start
+) -> None:
     """All ask while it is on its way, and each opens the cache, with its upkeep, as a worker does."""
     since = time.time()
     with source(large=LARGE) as host:
@@ -216,9 +223,13 @@ def test_a_job_with_a_pin_and_one_without_are_one_download(tmp_path: Path, start
         assert len(host.gets) == 2
 
 
-def test_many_processes_that_ask_for_what_is_not_there_are_one_request(tmp_path: Path, start: Start) -> None:
+def test_many_processes_that_ask_for_what_is_not_there_are_one_request(
+    tmp_path: Path, start: Start
+) -> None:
     with source() as host:
-        peers = [start(ask, tmp_path, host.name, host.asset("/none"), time.time()) for _ in range(16)]
+        peers = [
+            start(ask, tmp_path, host.name, host.asset("/none"), time.time()) for _ in range(16)
+        ]
         assert [peer.hear() for peer in peers] == ["asking"] * len(peers)
         host.gate.set()
 
@@ -230,15 +241,22 @@ def test_many_processes_that_ask_for_what_is_not_there_are_one_request(tmp_path:
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_another_process_finishes_what_a_killed_one_began(tmp_path: Path, start: Start, pinned: bool) -> None:
+def test_another_process_finishes_what_a_killed_one_began(
+    tmp_path: Path, start: Start, pinned: bool
+) -> None:
     """Killed in mid-stream, with half of the file on disk; who waits takes over, and nothing of the half is used."""
     since, pin = time.time(), {"sha256": digest(LARGE)} if pinned else {}
     drafts = tmp_path / "loras/drafts"
     with source(large=LARGE) as host:
-        peers = [start(ask, tmp_path, host.name, host.asset("/large", **pin), since) for _ in range(8)]
+        peers = [
+            start(ask, tmp_path, host.name, host.asset("/large", **pin), since) for _ in range(8)
+        ]
         assert [peer.hear() for peer in peers] == ["asking"] * 8
         half = len(LARGE) // 2 - 2**20
-        wait_until(lambda: sum(path.stat().st_blocks * 512 for path in drafts.iterdir()) > half, "half of it is there")
+        wait_until(
+            lambda: sum(path.stat().st_blocks * 512 for path in drafts.iterdir()) > half,
+            "half of it is there",
+        )
         (downloader,) = (peer for peer in peers if peer.has_open(drafts))
         downloader.kill()
         host.gate.set()
@@ -250,9 +268,11 @@ def test_another_process_finishes_what_a_killed_one_began(tmp_path: Path, start:
     assert sound(tmp_path) == [digest(LARGE)]
 
 
-def test_a_kill_at_any_point_leaves_no_bad_file_and_hinders_nobody(tmp_path: Path, start: Start) -> None:
+def test_a_kill_at_any_point_leaves_no_bad_file_and_hinders_nobody(
+    tmp_path: Path, start: Start
+) -> None:
     """Processes that bring, use and let go of files are killed at random; after each kill every file is whole."""
-    choose, stop, files = random.Random(5), tmp_path / "stop", tmp_path / "loras/files"  # noqa: S311 - no secret
+    choose, stop, files = random.Random(5), tmp_path / "stop", tmp_path / "loras/files"
     with source(**{str(index): data for index, data in enumerate(SMALL)}) as host:
         host.gate.set()
         peers = [start(work, tmp_path, host.name, seed, stop) for seed in range(4)]
@@ -265,7 +285,9 @@ def test_a_kill_at_any_point_leaves_no_bad_file_and_hinders_nobody(tmp_path: Pat
                     assert f"{digest(path.read_bytes())}.safetensors" == path.name
             peers.append(start(work, tmp_path, host.name, 100 + seed, stop))
             assert peers[-1].hear() == "at work"
-            assert not any(peer.line.poll() for peer in peers), [peer.hear() for peer in peers if peer.line.poll()]
+            assert not any(peer.line.poll() for peer in peers), [
+                peer.hear() for peer in peers if peer.line.poll()
+            ]
         stop.touch()
         assert [peer.hear() for peer in peers] == ["done"] * 4
         assert len(host.gets) > KILLS

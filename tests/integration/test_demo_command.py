@@ -25,9 +25,17 @@ def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> No
             "COLUMNS": "200",
         }
     )
-    command = [str(Path(sys.executable).with_name("zlora")), "demo", "--json", "--out", str(tmp_path / "out")]
+    command = [
+        str(Path(sys.executable).with_name("zlora")),
+        "demo",
+        "--json",
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path, check=False)
+    ended = subprocess.run(
+        command, env=environ, capture_output=True, text=True, cwd=tmp_path, check=False
+    )
 
     assert ended.returncode == 0, ended.stderr
     rows = {line.split()[1]: line for line in ended.stderr.splitlines() if " SUCCESS " in line}
@@ -37,7 +45,9 @@ def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> No
             assert picture.size == (64, 64)
     with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
         tiles = [
-            sheet.crop((12 + x * 204, 34 + y * 248, 204 + x * 204, 226 + y * 248)) for y in range(4) for x in range(4)
+            sheet.crop((12 + x * 204, 34 + y * 248, 204 + x * 204, 226 + y * 248))
+            for y in range(4)
+            for x in range(4)
         ]
     drawn = [tile.tobytes() for tile in tiles if len(tile.getcolors(1 << 16) or ()) > 100]
     assert len(drawn) == len(set(drawn)) == 9

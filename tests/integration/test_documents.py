@@ -64,7 +64,9 @@ def pixels(result: GenerateResult, index: int = 0) -> bytes:
         return image.tobytes()
 
 
-def draw(client: Client, request: GenerateRequest | dict[str, Any], **options: Any) -> GenerateResult:
+def draw(
+    client: Client, request: GenerateRequest | dict[str, Any], **options: Any
+) -> GenerateResult:
     return client.submit(request, **options).result(timeout=60)
 
 
@@ -73,7 +75,9 @@ def lora_at(url: str, **spec: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_each_document_becomes_a_picture_and_a_receipt(client: Client, host: str, name: str) -> None:
+def test_each_document_becomes_a_picture_and_a_receipt(
+    client: Client, host: str, name: str
+) -> None:
     request = read_document(name, host)
 
     handle = client.submit(request, job_id=f"doc-{name}")
@@ -102,7 +106,9 @@ def test_the_manifest_is_the_result(client: Client) -> None:
     assert msgspec.json.decode(manifest.read_bytes(), type=GenerateResult) == unlinked(result)
 
 
-def test_small_pictures_come_inside_the_answer_and_the_manifest_has_neither_them_nor_their_urls(client: Client) -> None:
+def test_small_pictures_come_inside_the_answer_and_the_manifest_has_neither_them_nor_their_urls(
+    client: Client,
+) -> None:
     result = draw(client, SMALL | {"inline": True, "num_images": 2})
 
     for image in result.images:
@@ -126,7 +132,9 @@ def test_one_seed_means_the_same_pixels_in_another_worker(
     request = lora_at(f"http://{host}/anime-style.safetensors") | {"num_images": 2}
     here = draw(client, request)
 
-    with worker(environ | {"ZLORA_QUEUE": "other"}, tmp_path / "other.log", "-n", "other@%h") as second:
+    with worker(
+        environ | {"ZLORA_QUEUE": "other"}, tmp_path / "other.log", "-n", "other@%h"
+    ) as second:
         second.wait_ready()
         there = draw(second.client, request)
 
@@ -145,12 +153,16 @@ def test_a_job_without_a_seed_draws_the_same_under_the_same_id(client: Client) -
 
 def send_bare(environ: dict[str, str], document: object, **options: Any) -> str:
     """Enqueue from an app that knows nothing of this project; returns the task id."""
-    with Celery("stranger", broker=environ["ZLORA_BROKER_URL"], backend=environ["ZLORA_BROKER_URL"]) as stranger:
+    with Celery(
+        "stranger", broker=environ["ZLORA_BROKER_URL"], backend=environ["ZLORA_BROKER_URL"]
+    ) as stranger:
         return str(stranger.send_task("zlora.generate", args=[document], queue="gpu", **options).id)
 
 
 def get_bare(environ: dict[str, str], task_id: str) -> Any:
-    with Celery("stranger", broker=environ["ZLORA_BROKER_URL"], backend=environ["ZLORA_BROKER_URL"]) as stranger:
+    with Celery(
+        "stranger", broker=environ["ZLORA_BROKER_URL"], backend=environ["ZLORA_BROKER_URL"]
+    ) as stranger:
         return stranger.AsyncResult(task_id).get(timeout=60)
 
 
@@ -168,18 +180,29 @@ def test_the_lines_of_python_in_readme_print_a_picture_s_address(
     environ: dict[str, str], host: str, running: Worker
 ) -> None:
     assert running.process.poll() is None
-    (lines, *_) = re.findall(r"```python\n(.+?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
+    (lines, *_) = re.findall(
+        r"```python\n(.+?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL
+    )
     here = lines.replace("https://example.com", f"http://{host}")
 
     ended = subprocess.run(
-        [sys.executable, "-c", here], env=clean_environ(environ), capture_output=True, text=True, check=True
+        [sys.executable, "-c", here],
+        env=clean_environ(environ),
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
     assert path_of(ended.stdout.strip()).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_bad_request_is_refused_by_name_and_the_worker_goes_on(client: Client, environ: dict[str, str]) -> None:
-    document = {**SMALL, "loras": [{"file": {"url": "https://example.com/x.safetensors"}, "wieght": 0.5}]}
+def test_a_bad_request_is_refused_by_name_and_the_worker_goes_on(
+    client: Client, environ: dict[str, str]
+) -> None:
+    document = {
+        **SMALL,
+        "loras": [{"file": {"url": "https://example.com/x.safetensors"}, "wieght": 0.5}],
+    }
     task_id = send_bare(environ, document)
 
     with pytest.raises(InvalidRequest, match="wieght") as raised:
@@ -206,7 +229,9 @@ def nested(levels: int) -> Any:
 
 
 @pytest.mark.parametrize("levels", [60, 600, 5000])
-def test_a_document_nested_deeply_is_a_bad_request(client: Client, environ: dict[str, str], levels: int) -> None:
+def test_a_document_nested_deeply_is_a_bad_request(
+    client: Client, environ: dict[str, str], levels: int
+) -> None:
     """From 600 levels on the parent could not hand it to its child, and would end."""
     task_id = send_raw(environ, f'[[{{"prompt": {"[" * levels}{"]" * levels}}}], {{}}, {{}}]')
 
@@ -275,7 +300,9 @@ def send_raw(environ: dict[str, str], body: str, **options: Any) -> str:
 def test_a_lora_that_cannot_be_had_is_a_typed_error_and_the_worker_goes_on(
     client: Client, host: str, dead_host: str, address: str, error: type[Exception]
 ) -> None:
-    handle = client.submit(lora_at(address.format(host=host, dead_host=dead_host) + "?token=s3cret"))
+    handle = client.submit(
+        lora_at(address.format(host=host, dead_host=dead_host) + "?token=s3cret")
+    )
 
     with pytest.raises(error) as raised:
         handle.result(timeout=60)

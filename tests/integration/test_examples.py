@@ -107,7 +107,9 @@ def environ_of(broker_url: str, folder: Path) -> dict[str, str]:
 def commands(example: str, instead: Mapping[str, str] = {}) -> list[list[str]]:
     """The commands in an example's docstring that start Python, with other words for some of theirs."""
     lines = docstring(example).splitlines()
-    found = [shlex.split(line) for line in lines if line.startswith(("    python ", "    uvicorn "))]
+    found = [
+        shlex.split(line) for line in lines if line.startswith(("    python ", "    uvicorn "))
+    ]
     assert instead.keys() <= {word for command in found for word in command}
     return [[instead.get(word, word) for word in command] for command in found]
 
@@ -123,7 +125,9 @@ def docstring(example: str) -> str:
 def serving(command: list[str], environ: dict[str, str], log: Path) -> Iterator[None]:
     """A server that is started, and ended at the end."""
     with log.open("wb") as output:
-        server = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         yield
     finally:
@@ -146,9 +150,13 @@ def ran(command: list[str], environ: dict[str, str], told: str = "") -> str:
     return over.stdout
 
 
-def run(command: list[str], environ: dict[str, str], told: str = "") -> "subprocess.CompletedProcess[str]":
+def run(
+    command: list[str], environ: dict[str, str], told: str = ""
+) -> "subprocess.CompletedProcess[str]":
     """A command that has ended."""
-    return subprocess.run(command, cwd=ROOT, env=environ, input=told, text=True, capture_output=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environ, input=told, text=True, capture_output=True, check=False
+    )
 
 
 def post(url: str, document: object, **headers: str) -> requests.Response:
@@ -164,13 +172,17 @@ def events(answer: requests.Response) -> list[tuple[str, Any]]:
         name, data = block.split("\n")
         assert name.startswith("event: ")
         assert data.startswith("data: ")
-        found.append((name.removeprefix("event: "), msgspec.json.decode(data.removeprefix("data: "))))
+        found.append(
+            (name.removeprefix("event: "), msgspec.json.decode(data.removeprefix("data: ")))
+        )
     return found
 
 
 def test_fastapi_accepts_a_picture_and_streams_its_events_until_the_result(stack: Stack) -> None:
     """202 and a Location; statuses to the last step and SUCCESS; then the end, which the Location has from then on."""
-    accepted = post(stack.api, {"prompt": '{"step": 0.05}', "num_inference_steps": 6, "num_images": 2})
+    accepted = post(
+        stack.api, {"prompt": '{"step": 0.05}', "num_inference_steps": 6, "num_images": 2}
+    )
     assert accepted.status_code == 202
     location = accepted.headers["Location"]
     assert location == f"/pictures/{accepted.json()['id']}"
@@ -202,22 +214,35 @@ def test_fastapi_takes_one_idempotency_key_for_one_job(stack: Stack) -> None:
 
     assert (again.status_code, again.json()) == (202, first.json())
     assert (other.status_code, other.json()["code"]) == (409, "conflict")
-    assert len([event for event in stack.scene.events("begin") if event.get("label") == "once"]) == 1
+    assert (
+        len([event for event in stack.scene.events("begin") if event.get("label") == "once"]) == 1
+    )
 
 
 def test_fastapi_says_what_is_wrong_by_status_and_field(stack: Stack) -> None:
     """A wrong field 422, with path, value and bound; what nobody knows 404; no Redis 503, and when to come again."""
     wrong = post(stack.api, {"prompt": "a cat", "num_inference_steps": 0})
     misspelt = post(stack.api, {"prompt": "a cat", "num_inference_step": 4})
-    unknown = [requests.get(f"{stack.api}/pictures/{name}", timeout=PATIENCE) for name in ("nobody", "no.id")]
+    unknown = [
+        requests.get(f"{stack.api}/pictures/{name}", timeout=PATIENCE)
+        for name in ("nobody", "no.id")
+    ]
     stream = requests.get(f"{stack.api}/pictures/nobody/events", timeout=PATIENCE)
     away = post(stack.api_without_redis, {"prompt": "a cat"})
 
     assert (wrong.status_code, misspelt.status_code) == (422, 422)
-    assert wrong.json()["details"] == {"path": "$.num_inference_steps", "value": "0", "expected": "Expected `int` >= 1"}
+    assert wrong.json()["details"] == {
+        "path": "$.num_inference_steps",
+        "value": "0",
+        "expected": "Expected `int` >= 1",
+    }
     assert "num_inference_step`" in misspelt.json()["message"]
     assert [answer.status_code for answer in (*unknown, stream)] == [404, 404, 404]
-    assert (away.status_code, away.json()["code"], away.headers["Retry-After"]) == (503, "broker_unavailable", "5")
+    assert (away.status_code, away.json()["code"], away.headers["Retry-After"]) == (
+        503,
+        "broker_unavailable",
+        "5",
+    )
 
 
 def test_fastapi_watches_no_job_whose_reader_has_gone_and_cancels_one(stack: Stack) -> None:
@@ -235,7 +260,10 @@ def test_fastapi_watches_no_job_whose_reader_has_gone_and_cancels_one(stack: Sta
             assert next(lines) == b"event: status"
             wait_until(lambda: watchers() == 1, "the job is watched")
         wait_until(lambda: watchers() == 0, "nobody watches")
-    wait_until(lambda: requests.get(path, timeout=PATIENCE).json()["status"]["state"] == "PROGRESS", "the job runs")
+    wait_until(
+        lambda: requests.get(path, timeout=PATIENCE).json()["status"]["state"] == "PROGRESS",
+        "the job runs",
+    )
 
     cancelled = requests.delete(path, timeout=PATIENCE)
     *_, (name, end) = events(requests.get(f"{path}/events", timeout=PATIENCE))
@@ -254,7 +282,9 @@ class Customer:
 
     def orders(self) -> list[dict[str, Any]]:
         """All that the shop has."""
-        found: list[dict[str, Any]] = self.session.get(f"{self.shop}/orders", timeout=PATIENCE).json()["orders"]
+        found: list[dict[str, Any]] = self.session.get(
+            f"{self.shop}/orders", timeout=PATIENCE
+        ).json()["orders"]
         return found
 
     def buy(self, prompt: str, card: str) -> requests.Response:
@@ -262,7 +292,9 @@ class Customer:
         self.orders()  # sets the cookie
         headers = {"X-CSRFToken": self.session.cookies["csrftoken"]}
         told = {"prompt": prompt, "card": card}
-        return self.session.post(f"{self.shop}/orders", data=told, headers=headers, timeout=PATIENCE)
+        return self.session.post(
+            f"{self.shop}/orders", data=told, headers=headers, timeout=PATIENCE
+        )
 
     def order(self, location: str) -> dict[str, Any]:
         """One order."""
@@ -291,7 +323,9 @@ def test_django_submits_at_the_commit_and_never_without_one(stack: Stack) -> Non
     job_id = job_id_of(order["key"])
     assert jobs(stack) - before == {wire.job_key(job_id)}
     assert stack.scene.client.job(job_id).result(timeout=PATIENCE).job_id == order["job_id"]
-    assert len([event for event in stack.scene.events("begin") if event.get("label") == "bought"]) == 1
+    assert (
+        len([event for event in stack.scene.events("begin") if event.get("label") == "bought"]) == 1
+    )
 
 
 def test_django_writes_a_picture_down_once_and_believes_no_forged_webhook(stack: Stack) -> None:
@@ -304,7 +338,9 @@ def test_django_writes_a_picture_down_once_and_believes_no_forged_webhook(stack:
     refused = deliver(f"{stack.shop}/webhook", forged, secret=webhook.new_secret())
     drawn = wait_until(lambda: ended(customer.order(location)), "the order is drawn")
     image = stack.scene.client.job(job_id).result(timeout=PATIENCE).images[0]
-    again = deliver(f"{stack.shop}/webhook", forged)  # by whoever has the secret: believed, and too late
+    again = deliver(
+        f"{stack.shop}/webhook", forged
+    )  # by whoever has the secret: believed, and too late
 
     assert (refused.status_code, again.status_code) == (400, 204)
     assert (drawn["state"], drawn["picture"], drawn["url"]) == ("drawn", image.key, image.url)
@@ -317,13 +353,17 @@ def ended(order: dict[str, Any]) -> dict[str, Any] | None:
     return None if order["state"] == "open" else order
 
 
-def deliver(url: str, body: bytes, *, secret: str = SECRET, name: str = "msg_1", late: float = 0) -> requests.Response:
+def deliver(
+    url: str, body: bytes, *, secret: str = SECRET, name: str = "msg_1", late: float = 0
+) -> requests.Response:
     """Send a webhook as a worker does."""
     headers = webhook.sign(body, secret, message_id=name, timestamp=time.time() + late)
     return requests.post(url, data=body, headers=headers, timeout=PATIENCE)
 
 
-def test_the_receiver_has_one_effect_for_each_event_and_none_for_what_is_not_signed(stack: Stack) -> None:
+def test_the_receiver_has_one_effect_for_each_event_and_none_for_what_is_not_signed(
+    stack: Stack,
+) -> None:
     """A worker's webhook is one row, also when it comes again; a body that was changed on its way is 400 and none."""
     handle = stack.scene.client.submit({"prompt": AT_ONCE}, webhook_url=stack.receiver)
     rows = wait_until(lambda: received(stack), "the webhook has come")
@@ -338,7 +378,12 @@ def test_the_receiver_has_one_effect_for_each_event_and_none_for_what_is_not_sig
     tampered = requests.post(stack.receiver, data=body + b" ", headers=headers, timeout=PATIENCE)
     unsigned = requests.post(stack.receiver, data=body, timeout=PATIENCE)
 
-    assert [again.status_code, replayed.status_code, tampered.status_code, unsigned.status_code] == [204, 400, 400, 400]
+    assert [
+        again.status_code,
+        replayed.status_code,
+        tampered.status_code,
+        unsigned.status_code,
+    ] == [204, 400, 400, 400]
     assert received(stack) == rows
     assert stack.log("receiver").count(f"job {handle.id} has ended") == 1
 
@@ -359,7 +404,9 @@ def test_the_script_tells_its_steps_and_saves_what_it_says(stack: Stack, tmp_pat
     printed = ran([*command, "--lora", f"{lora.as_uri()}:0.8"], stack.environ)
 
     saved = re.findall(r"^(\S+): 64x64, seed \d+, sha256 (\w+)$", printed, re.MULTILINE)
-    assert {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path, _ in saved} == dict(saved)
+    assert {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path, _ in saved} == dict(
+        saved
+    )
     assert sorted(Path(path) for path, _ in saved) == sorted(tmp_path.iterdir())
     assert len(saved) == 2
     assert re.search(r": step \d+ of 56$", printed, re.MULTILINE)
@@ -375,7 +422,9 @@ def test_the_script_says_what_went_wrong_and_cancels_its_job_at_a_ctrl_c(stack: 
     missing = [*command, "--lora", f"{(stack.folder / 'none.safetensors').as_uri()}:1"]
     nothing = run(missing, stack.environ)
     (slow,) = commands("script.py", {PROMPT: SLOWLY})
-    stopped = subprocess.Popen(slow, cwd=ROOT, env=stack.environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    stopped = subprocess.Popen(
+        slow, cwd=ROOT, env=stack.environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     with stopped:
         assert stopped.stdout is not None
         first = next(line for line in stopped.stdout if b": step " in line)
@@ -394,7 +443,10 @@ def test_gather_draws_eight_seeds_from_a_command_and_from_a_notebook(stack: Stac
     lines = re.findall(r"^ +>>> (.*)$", docstring("gather.py"), re.MULTILINE)
     cell = "\n".join(lines).replace(f'"{PROMPT}"', repr(AT_ONCE))
 
-    for printed in (ran(command, stack.environ), ran(["python", "-m", "asyncio"], stack.environ, told=f"{cell}\n")):
+    for printed in (
+        ran(command, stack.environ),
+        ran(["python", "-m", "asyncio"], stack.environ, told=f"{cell}\n"),
+    ):
         ends = re.findall(r"seed (\d+): (file:\S+)$", printed, re.MULTILINE)
         table = re.findall(r"^ +(\d+) +\d+\.\d\d +\d+\.\d\d$", printed, re.MULTILINE)
         assert sorted(seed for seed, _ in ends) == table == [str(seed) for seed in range(8)]

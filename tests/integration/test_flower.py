@@ -88,7 +88,9 @@ def watched(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         made = Watched(page, scene, worker, drawn, failed, waiting)
         wait_until(lambda: made.told(drawn).get("state") == "SUCCESS", "Flower knows of the end")
         wait_until(made.scheduled, "a job waits")
-        assert {f"GET /{name}.safetensors?X-Amz-Signature=t0ken" for name in NAMES[1:]} <= set(host.asked)
+        assert {f"GET /{name}.safetensors?X-Amz-Signature=t0ken" for name in NAMES[1:]} <= set(
+            host.asked
+        )
         yield made
 
 
@@ -96,7 +98,10 @@ def with_loras(host: Host, name: str) -> dict[str, Any]:
     """Two pictures with two LoRAs: one has a name of the request's own; a password in an address is refused."""
     address = host.url.replace("//", "//us3r:pa55@") if name == "refused" else host.url
     one = {"file": {"url": f"{address}/{name}.safetensors{QUERY}"}, "weight": 0.8}
-    return {"loras": [one, {"file": {"url": f"{host.url}/ink{QUERY}"}, "adapter_name": "ink"}], "num_images": 2}
+    return {
+        "loras": [one, {"file": {"url": f"{host.url}/ink{QUERY}"}, "adapter_name": "ink"}],
+        "num_images": 2,
+    }
 
 
 def by_name(request: Request) -> bytes:
@@ -119,7 +124,15 @@ def flower(environ: dict[str, str], **variables: str) -> Iterator[str]:
 
 
 def started(environ: dict[str, str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "celery", "-A", "zlora_worker.app", "flower", f"--conf={CONFIG}"]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "zlora_worker.app",
+        "flower",
+        f"--conf={CONFIG}",
+    ]
     return subprocess.Popen(command, env=clean_environ(environ), stderr=subprocess.PIPE, text=True)
 
 
@@ -133,14 +146,20 @@ def answers(url: str) -> bool:
 
 def workers_of(url: str) -> list[str]:
     """Those whose events have arrived."""
-    found: dict[str, bool] = requests.get(f"{url}/api/workers?status=1", auth=ACCOUNT, timeout=30).json()
+    found: dict[str, bool] = requests.get(
+        f"{url}/api/workers?status=1", auth=ACCOUNT, timeout=30
+    ).json()
     return [name for name, is_alive in found.items() if is_alive]
 
 
 def test_a_job_that_was_drawn_is_told_with_its_loras_and_what_it_came_to(watched: Watched) -> None:
     told = watched.told(watched.drawn)
 
-    assert (told["name"], told["state"], told["worker"]) == ("zlora.generate", "SUCCESS", watched.worker)
+    assert (told["name"], told["state"], told["worker"]) == (
+        "zlora.generate",
+        "SUCCESS",
+        watched.worker,
+    )
     assert told["runtime"] > 0
     assert watched.drawn.id in told["args"]  # which the fake's prompt names
     assert "anime.safetensors' 0.8, lora='ink'" in told["args"]
@@ -170,12 +189,18 @@ def test_a_job_that_waits_in_the_worker_is_told_as_it_may_be_shown(watched: Watc
 def test_nothing_that_can_be_read_has_a_secret(watched: Watched) -> None:
     answers = {path: watched.get(path) for path in watched.pages()}
 
-    assert {path: answer.status_code for path, answer in answers.items() if answer.status_code != 200} == {}
-    assert [(path, word) for path, answer in answers.items() for word in SECRETS if word in answer.text] == []
+    assert {
+        path: answer.status_code for path, answer in answers.items() if answer.status_code != 200
+    } == {}
+    assert [
+        (path, word) for path, answer in answers.items() for word in SECRETS if word in answer.text
+    ] == []
 
 
 @pytest.mark.parametrize("account", [None, ("operator", "word"), ("nobody", "a:word")])
-def test_nothing_is_read_without_an_account(watched: Watched, account: tuple[str, str] | None) -> None:
+def test_nothing_is_read_without_an_account(
+    watched: Watched, account: tuple[str, str] | None
+) -> None:
     answers = asked_as(watched, account)
 
     assert {answer.status_code for answer in answers} == {401}
@@ -204,9 +229,20 @@ def test_a_whole_result_is_not_told(watched: Watched) -> None:
 
 
 def test_nothing_acts(watched: Watched) -> None:
-    acting = [str(route[0]) for route in handlers if isinstance(route, tuple) and hasattr(route[1], "post")]
-    paths = [route.replace("(.+)", watched.worker) for route in acting if route.startswith("/api/") and "(.+)" in route]
-    codes = {path: requests.post(watched.url + path, auth=ACCOUNT, timeout=30).status_code for path in paths}
+    acting = [
+        str(route[0])
+        for route in handlers
+        if isinstance(route, tuple) and hasattr(route[1], "post")
+    ]
+    paths = [
+        route.replace("(.+)", watched.worker)
+        for route in acting
+        if route.startswith("/api/") and "(.+)" in route
+    ]
+    codes = {
+        path: requests.post(watched.url + path, auth=ACCOUNT, timeout=30).status_code
+        for path in paths
+    }
 
     posts = {path: code for path, code in codes.items() if code != 405}
     assert {"shutdown", "revoke", "send-task"} <= {path.split("/")[-2] for path in posts}
@@ -221,7 +257,9 @@ def test_it_listens_on_this_machine_alone_unless_told_otherwise(watched: Watched
 def test_prompts_are_hashed_where_that_is_set(watched: Watched, tmp_path: Path) -> None:
     """By the client in the message, and by the worker in all that Flower hears of it."""
     broker_url = watched.scene.environ["ZLORA_BROKER_URL"]
-    scene = Scene(tmp_path / "scene", Tally(), broker_url=broker_url, queue="hashed", ZLORA_PROMPTS="hashed")
+    scene = Scene(
+        tmp_path / "scene", Tally(), broker_url=broker_url, queue="hashed", ZLORA_PROMPTS="hashed"
+    )
     with closing(scene):
         job = scene.submit(fields={"negative_prompt": "fog"})
         (message,) = waiting_on(scene)
@@ -229,7 +267,10 @@ def test_prompts_are_hashed_where_that_is_set(watched: Watched, tmp_path: Path) 
             job.result(timeout=30)
             told = wait_until(lambda: ended(watched.told(job)), "Flower knows of the end")
 
-    digests = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in (request(job.id)["prompt"], "fog")]
+    digests = [
+        hashlib.sha256(text.encode()).hexdigest()[:12]
+        for text in (request(job.id)["prompt"], "fog")
+    ]
     for shown in (message["headers"]["argsrepr"], told["args"]):
         assert "prompt=sha256:{}, negative_prompt=sha256:{}, ".format(*digests) in shown
         assert job.id not in shown
@@ -243,21 +284,34 @@ def ended(told: dict[str, Any]) -> dict[str, Any] | None:
 def waiting_on(scene: Scene) -> list[dict[str, Any]]:
     """The messages on a queue."""
     with scene.broker() as broker:
-        return [json.loads(text) for name in scene.queue_lists() for text in broker.lrange(name, 0, -1)]
+        return [
+            json.loads(text) for name in scene.queue_lists() for text in broker.lrange(name, 0, -1)
+        ]
 
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What Flower says, started side by side with accounts that are none."""
     folder = tmp_path_factory.mktemp("accounts")
-    files = {"empty": "", "blank": "operator:word\n\n", "nameless": "word\n", "accent": "operator:w\u00f6rd\n"}
+    files = {
+        "empty": "",
+        "blank": "operator:word\n\n",
+        "nameless": "word\n",
+        "accent": "operator:w\u00f6rd\n",
+    }
     for name, text in files.items():
         (folder / name).write_text(text)
     cases = {name: {"FLOWER_AUTH_FILE": str(folder / name)} for name in (*files, "gone")}
     cases["none"] = {}
     cases["both"] = {"FLOWER_AUTH_FILE": str(folder / "gone"), "FLOWER_BASIC_AUTH": "a:b"}
-    running = {name: started({"FLOWER_PORT": str(free_port()), **variables}) for name, variables in cases.items()}
-    return {name: f"{process.communicate(timeout=60)[1]}{process.returncode}" for name, process in running.items()}
+    running = {
+        name: started({"FLOWER_PORT": str(free_port()), **variables})
+        for name, variables in cases.items()
+    }
+    return {
+        name: f"{process.communicate(timeout=60)[1]}{process.returncode}"
+        for name, process in running.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "boto3", "requests", "pillow", "numpy"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "boto3",
+    "requests",
+    "pillow",
+    "numpy",
+}
 SUBMIT = """
 import sys
 import zlora
@@ -31,9 +41,16 @@ def test_a_producer_is_light_and_can_submit(broker_url: str, tmp_path: Path) -> 
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", ROOT], check=True)
 
-    listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        [python, "-m", "pip", "list"], check=True, capture_output=True, text=True
+    ).stdout
     submitted = subprocess.run(
-        [python, "-c", SUBMIT], check=True, capture_output=True, text=True, env=environ, cwd=tmp_path
+        [python, "-c", SUBMIT],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environ,
+        cwd=tmp_path,
     )
     worker_side = subprocess.run(
         [python, "-c", "import zlora_worker.app, sys; print('torch' in sys.modules)"],

@@ -56,7 +56,13 @@ class Scene(NamedTuple):
         store, cache = FolderStore(self.folder), Cache.open(self.settings)
         shelf = Shelf(max_bytes=10**9)
         runtime = Runtime(
-            engine=self.engine, cache=cache, shelf=shelf, store=store, links=links(store), job_timeout=60, meter=Meter()
+            engine=self.engine,
+            cache=cache,
+            shelf=shelf,
+            store=store,
+            links=links(store),
+            job_timeout=60,
+            meter=Meter(),
         )
         result = generate(runtime, job_id, a_request(**fields), lambda *_: None)
         return [self.folder / image.key for image in result.images]
@@ -122,16 +128,43 @@ def test_twenty_pictures_are_identical(scene: Scene, tmp_path: Path) -> None:
     given = [
         *scene.draw("basic", **PNG, **scene.loras_of("basic"), num_inference_steps=4),
         *scene.draw("single", **PNG, **scene.loras_of("single_lora"), num_inference_steps=2),
-        *scene.draw("multiple", **PNG, **scene.loras_of("multiple_loras"), num_images=2, scheduler="euler_ancestral"),
+        *scene.draw(
+            "multiple",
+            **PNG,
+            **scene.loras_of("multiple_loras"),
+            num_images=2,
+            scheduler="euler_ancestral",
+        ),
         *scene.draw("cozy", **PNG, **scene.loras_of("cozy_ref"), width=72, height=128),
         *scene.draw("basic-webp", **WEBP, **scene.loras_of("basic"), scheduler="ddim", seed=0),
-        *scene.draw("single-webp", **WEBP, **scene.loras_of("single_lora"), scheduler="dpmpp_2m_karras", height=96),
-        *scene.draw("multiple-webp", **WEBP, **scene.loras_of("multiple_loras"), num_images=2, width=128),
-        *scene.draw("cozy-webp", **WEBP, **scene.loras_of("cozy_ref"), scheduler="unipc", num_inference_steps=3),
+        *scene.draw(
+            "single-webp",
+            **WEBP,
+            **scene.loras_of("single_lora"),
+            scheduler="dpmpp_2m_karras",
+            height=96,
+        ),
+        *scene.draw(
+            "multiple-webp", **WEBP, **scene.loras_of("multiple_loras"), num_images=2, width=128
+        ),
+        *scene.draw(
+            "cozy-webp",
+            **WEBP,
+            **scene.loras_of("cozy_ref"),
+            scheduler="unipc",
+            num_inference_steps=3,
+        ),
         *scene.draw("heun", **PNG, scheduler="heun", width=104),
         *scene.draw("lcm", **PNG, scheduler="lcm", guidance_scale=0.0),
         *scene.draw("dpmpp_2m", **WEBP, scheduler="dpmpp_2m", num_inference_steps=2),
-        *scene.draw("euler", **WEBP, scheduler="euler", negative_prompt="blurry", seed=2**53 - 2, num_images=2),
+        *scene.draw(
+            "euler",
+            **WEBP,
+            scheduler="euler",
+            negative_prompt="blurry",
+            seed=2**53 - 2,
+            num_images=2,
+        ),
     ]
     asset = Asset(url=f"http://{scene.host}/anime-style.safetensors?sig=s3cret")
     lora = LoraSpec(file=asset, weight=1.5, text_encoder_weight=0.25)
@@ -140,22 +173,34 @@ def test_twenty_pictures_are_identical(scene: Scene, tmp_path: Path) -> None:
         scene.draw("by-manifest-webp", **WEBP, num_images=2, width=200, embed_metadata=False),
     ]
     given += [pictures[0].parents[1] / "manifest.json" for pictures in manifests]
-    environ = clean_environ(scene.variables | {"ZLORA_LORA_CACHE": str(tmp_path), "OMP_NUM_THREADS": "2"})
+    environ = clean_environ(
+        scene.variables | {"ZLORA_LORA_CACHE": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    )
     zlora = str(Path(sys.executable).with_name("zlora"))
 
     ended = subprocess.run(
-        [zlora, "replay", "--json", *map(str, given)], env=environ, capture_output=True, text=True, check=False
+        [zlora, "replay", "--json", *map(str, given)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     assert (ended.returncode, ended.stderr) == (0, "")
     told = json.loads(ended.stdout)
-    assert [(one["source"], one["verdict"]) for one in told if one["verdict"] != "identical" or one["causes"]] == []
+    assert [
+        (one["source"], one["verdict"])
+        for one in told
+        if one["verdict"] != "identical" or one["causes"]
+    ] == []
     assert len(told) == len({one["pixels_sha256"] for one in told}) == 20
     assert {one["mean_difference"] for one in told} == {0.0}
     assert len(list((tmp_path / "files").iterdir())) == 4
 
 
-def test_pictures_whose_files_are_gone_are_told_by_their_manifest(scene: Scene, run: Callable[..., Result]) -> None:
+def test_pictures_whose_files_are_gone_are_told_by_their_manifest(
+    scene: Scene, run: Callable[..., Result]
+) -> None:
     """In the text and the JSON alike: what is identical is what was recorded."""
     here, gone = scene.draw("half", num_images=2)
     gone.unlink()
@@ -179,13 +224,18 @@ def test_pictures_whose_files_are_gone_are_told_by_their_manifest(scene: Scene, 
 # --- drifted
 
 
-def test_what_drifted_is_told_and_shown(scene: Scene, run: Callable[..., Result], tmp_path: Path) -> None:
+def test_what_drifted_is_told_and_shown(
+    scene: Scene, run: Callable[..., Result], tmp_path: Path
+) -> None:
     """By the version that differs, where the pixels are others too; and beside the picture of now."""
     (same,) = scene.draw("told")
     (path,) = scene.draw("drifting", guidance_scale=3.0)
     versions = dict(present := recipe(path).versions) | {"torch": "1.0"}
     other = with_words(
-        path, tmp_path / "other.png", versions=versions, request=a_request(guidance_scale=7.0, seed=recipe(path).seed)
+        path,
+        tmp_path / "other.png",
+        versions=versions,
+        request=a_request(guidance_scale=7.0, seed=recipe(path).seed),
     )
 
     result = run(same, other, "--out", tmp_path / "out")
@@ -194,7 +244,10 @@ def test_what_drifted_is_told_and_shown(scene: Scene, run: Callable[..., Result]
     lines = result.stdout.splitlines()
     assert lines[:2] == [f"identical   {same}", f"drifted     {other}"]
     assert re.fullmatch(r" {12}[\d.]+ of 255 on average, \d+ at most", lines[2])
-    assert lines[3:] == [f"            torch: 1.0 -> {present['torch']}", "2 pictures: 1 identical, 1 drifted"]
+    assert lines[3:] == [
+        f"            torch: 1.0 -> {present['torch']}",
+        "2 pictures: 1 identical, 1 drifted",
+    ]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "1-told-0.png", "2-drifting-0-drift.png", "2-drifting-0.png",
     ]  # fmt: skip
@@ -202,7 +255,10 @@ def test_what_drifted_is_told_and_shown(scene: Scene, run: Callable[..., Result]
         assert images.pixels_sha256(picture) == recipe(same).pixels_sha256
     with Image.open(tmp_path / "out" / "2-drifting-0-drift.png") as sheet:
         tiles = [sheet.crop((8 + x * 264, 28, 264 + x * 264, 284)) for x in range(3)]
-    assert images.pixels_sha256(tiles[0].resize((64, 64), Image.Resampling.NEAREST)) == recipe(path).pixels_sha256
+    assert (
+        images.pixels_sha256(tiles[0].resize((64, 64), Image.Resampling.NEAREST))
+        == recipe(path).pixels_sha256
+    )
     assert max(tiles[2].tobytes()) > 127
 
 
@@ -272,16 +328,23 @@ def test_a_picture_that_cannot_be_drawn_is_one_line_after_the_verdicts(
 ) -> None:
     """The others are drawn all the same."""
     (same,) = scene.draw("sound")
-    gone = LoraSpec(file=Asset(url=f"http://{scene.host}/gone.safetensors?sig=s3cret", sha256="0" * 64))
+    gone = LoraSpec(
+        file=Asset(url=f"http://{scene.host}/gone.safetensors?sig=s3cret", sha256="0" * 64)
+    )
     path = with_words(same, tmp_path / "gone.png", request=a_request(loras=(gone,)))
 
     result = run(path, same, "--out", tmp_path / "out")
 
     assert result.exit_code == 1
     assert result.stdout.splitlines()[0] == f"impossible  {path}"
-    assert result.stdout.splitlines()[2:] == [f"identical   {same}", "2 pictures: 1 identical, 1 impossible"]
+    assert result.stdout.splitlines()[2:] == [
+        f"identical   {same}",
+        "2 pictures: 1 identical, 1 impossible",
+    ]
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"Error: {path} cannot be drawn: http://{scene.host}/gone.safetensors: ")
+    assert result.stderr.startswith(
+        f"Error: {path} cannot be drawn: http://{scene.host}/gone.safetensors: "
+    )
     assert result.stderr.endswith("[lora_not_found]\n")
     assert "s3cret" not in result.output
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["2-sound-0.png"]
@@ -353,7 +416,9 @@ def older(folder: Path, picture: Path) -> Path:
     """A manifest of before pictures said what they are."""
     document = json.loads((picture.parents[1] / "manifest.json").read_text())
     new = ("request", "base_sha256", "model_sha256", "scheduler", "device", "dtype", "threads")
-    (folder / "manifest.json").write_text(json.dumps({name: document[name] for name in document if name not in new}))
+    (folder / "manifest.json").write_text(
+        json.dumps({name: document[name] for name in document if name not in new})
+    )
     return folder / "manifest.json"
 
 
@@ -375,7 +440,9 @@ def test_what_does_not_say_what_it_is_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(scene: Scene, run: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(
+    scene: Scene, run: Callable[..., Result], tmp_path: Path
+) -> None:
     """After the verdict of what could not be written there."""
     (tmp_path / "out").write_text("a file")
     (path,) = scene.draw("unwritten")
@@ -383,12 +450,21 @@ def test_a_folder_that_cannot_be_written_is_one_line(scene: Scene, run: Callable
     result = run(path, "--out", tmp_path / "out")
 
     assert result.stdout == f"identical   {path}\n1 picture: 1 identical\n"
-    assert (result.exit_code, result.stderr) == (73, f"Error: {tmp_path / 'out'}: File exists [cannot_write]\n")
+    assert (result.exit_code, result.stderr) == (
+        73,
+        f"Error: {tmp_path / 'out'}: File exists [cannot_write]\n",
+    )
 
 
 def test_the_command_brings_in_no_library_of_the_worker() -> None:
     """`zlora` loads it at each start, also where there is only a producer."""
     code = "import sys, zlora_worker.replay_command; print(sorted(sys.modules))"
-    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    modules = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
 
-    assert not [name for name in ("torch", "boto3", "PIL", "ssrfguard", "diffusers") if f"'{name}'" in modules]
+    assert not [
+        name
+        for name in ("torch", "boto3", "PIL", "ssrfguard", "diffusers")
+        if f"'{name}'" in modules
+    ]

@@ -23,7 +23,11 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with some objects, which knows one pair of credentials."""
     with seaweed(tmp_path_factory.mktemp("seaweed")) as port:
         s3 = client(port)
-        for key, body in {"loras/ä b%2F.safetensors": BODY, "page": b"<html>" * 100, "private/x": BODY}.items():
+        for key, body in {
+            "loras/ä b%2F.safetensors": BODY,
+            "page": b"<html>" * 100,
+            "private/x": BODY,
+        }.items():
             s3.put_object(Bucket=BUCKET, Key=key, Body=body)
         yield f"http://127.0.0.1:{port}"
 
@@ -40,7 +44,11 @@ def _no_other_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def variables(endpoint: str) -> dict[str, str]:
-    return {"ZLORA_LORA_S3_ENDPOINT": endpoint, "ZLORA_LORA_S3": f"{BUCKET}/loras,absent,{BUCKET}/page", **OWN}
+    return {
+        "ZLORA_LORA_S3_ENDPOINT": endpoint,
+        "ZLORA_LORA_S3": f"{BUCKET}/loras,absent,{BUCKET}/page",
+        **OWN,
+    }
 
 
 def failure(fetcher: Fetcher, address: str) -> LoraError:
@@ -52,16 +60,23 @@ def failure(fetcher: Fetcher, address: str) -> LoraError:
     return raised.value
 
 
-def test_an_object_is_fetched_and_the_next_time_only_asked_about(tmp_path: Path, variables: dict[str, str]) -> None:
+def test_an_object_is_fetched_and_the_next_time_only_asked_about(
+    tmp_path: Path, variables: dict[str, str]
+) -> None:
     with fetching(tmp_path, **variables) as fetcher, watched_connections() as connections:
         body, fetched = downloaded(fetcher, f"s3://{BUCKET}/loras/ä b%2F.safetensors")
         assert (body, fetched.sha256) == (BODY, digest(BODY))
-        assert downloaded(fetcher, f"s3://{BUCKET}/loras/ä b%2F.safetensors", fetched) == (b"", fetched)
+        assert downloaded(fetcher, f"s3://{BUCKET}/loras/ä b%2F.safetensors", fetched) == (
+            b"",
+            fetched,
+        )
 
     assert len(connections) == 2
 
 
-def test_a_changed_object_is_fetched_anew(tmp_path: Path, variables: dict[str, str], endpoint: str) -> None:
+def test_a_changed_object_is_fetched_anew(
+    tmp_path: Path, variables: dict[str, str], endpoint: str
+) -> None:
     s3, key = client(int(endpoint.rpartition(":")[2])), "loras/changing"
     with fetching(tmp_path, **variables) as fetcher:
         fetched: Fetched | None = None
@@ -79,7 +94,9 @@ def test_a_source_s_credentials_are_apart_from_the_store_s(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng")
     with (
         serving(reply(status=500)) as store,
-        fetching(tmp_path, ZLORA_STORE="s3://store", ZLORA_S3_ENDPOINT=store.url, **variables) as fetcher,
+        fetching(
+            tmp_path, ZLORA_STORE="s3://store", ZLORA_S3_ENDPOINT=store.url, **variables
+        ) as fetcher,
     ):
         assert downloaded(fetcher, f"s3://{BUCKET}/loras/ä b%2F.safetensors")[0] == BODY
         assert store.connections == 0
@@ -97,7 +114,9 @@ def test_without_credentials_of_its_own_a_source_has_the_store_s(
 @pytest.mark.parametrize(
     ("address", "more", "kind"),
     [
-        pytest.param("s3://pictures/loras/ä b%2F.safetensors", WRONG, LoraForbidden, id="wrong credentials"),
+        pytest.param(
+            "s3://pictures/loras/ä b%2F.safetensors", WRONG, LoraForbidden, id="wrong credentials"
+        ),
         pytest.param(
             "s3://pictures/loras/ä b%2F.safetensors",
             {"ZLORA_LORA_S3_SECRET_ACCESS_KEY": "wr0ng"},
@@ -116,14 +135,19 @@ def test_without_credentials_of_its_own_a_source_has_the_store_s(
     ],
 )
 def test_what_the_server_refuses_or_has_not_is_a_typed_error(
-    tmp_path: Path, variables: dict[str, str], address: str, more: dict[str, str], kind: type[LoraError]
+    tmp_path: Path,
+    variables: dict[str, str],
+    address: str,
+    more: dict[str, str],
+    kind: type[LoraError],
 ) -> None:
     with fetching(tmp_path, **variables | more) as fetcher:
         assert type(failure(fetcher, address)) is kind
 
 
 @pytest.mark.parametrize(
-    "key", ["private/x", "loras-2/x", "x", "loras", "../private/x", "loras%2F..%2Fprivate/x", "Loras/x"]
+    "key",
+    ["private/x", "loras-2/x", "x", "loras", "../private/x", "loras%2F..%2Fprivate/x", "Loras/x"],
 )
 def test_a_bucket_or_folder_that_is_not_allowed_is_not_asked(
     tmp_path: Path, variables: dict[str, str], key: str

@@ -31,7 +31,11 @@ PART: Final = 8 * 2**20  # bytes
 LARGE: Final = PART + 1_000_001  # bytes: two parts
 JSON: Final = "application/json"
 PICTURE: Final = "image/png"
-OPTIONS: Final = {"CacheControl": "max-age=60", "Metadata": {"team": "a"}, "StorageClass": "STANDARD_IA"}
+OPTIONS: Final = {
+    "CacheControl": "max-age=60",
+    "Metadata": {"team": "a"},
+    "StorageClass": "STANDARD_IA",
+}
 
 OpenStore = Callable[..., Store]
 
@@ -84,7 +88,10 @@ def test_pictures_and_manifest_lie_under_the_prefix_and_whoever_asked_gets_them_
     manifest = client(port).get_object(Bucket=BUCKET, Key="team/w/runs/s3-1/manifest.json")
     assert manifest["ContentType"] == JSON
     assert msgspec.json.decode(manifest["Body"].read(), type=GenerateResult) == unlinked(result)
-    assert sorted(keys(port, "team/w")) == ["team/w/runs/s3-1/manifest.json", "team/w/runs/s3-1/outputs/0.png"]
+    assert sorted(keys(port, "team/w")) == [
+        "team/w/runs/s3-1/manifest.json",
+        "team/w/runs/s3-1/outputs/0.png",
+    ]
 
 
 # --- objects
@@ -122,7 +129,9 @@ def test_a_large_object_is_created_whole_and_once_and_leaves_no_parts(
 
 
 @pytest.mark.parametrize("size", [10, LARGE], ids=["one piece", "parts"])
-def test_an_object_is_stored_as_the_operator_tells(open_store: OpenStore, port: int, size: int) -> None:
+def test_an_object_is_stored_as_the_operator_tells(
+    open_store: OpenStore, port: int, size: int
+) -> None:
     store, key = open_store("told", ZLORA_S3_PUT=json.dumps(OPTIONS)), f"runs/{size}/outputs/0.png"
 
     assert store.put_new(key, bytes(size), PICTURE)
@@ -134,7 +143,9 @@ def test_an_object_is_stored_as_the_operator_tells(open_store: OpenStore, port: 
 # --- several hands
 
 
-def test_of_many_writers_exactly_one_creates_the_object_and_its_bytes_are_there(store: Store) -> None:
+def test_of_many_writers_exactly_one_creates_the_object_and_its_bytes_are_there(
+    store: Store,
+) -> None:
     hands, rounds = 3, 4
     start = Barrier(hands)
 
@@ -142,7 +153,9 @@ def test_of_many_writers_exactly_one_creates_the_object_and_its_bytes_are_there(
         created = []
         for index in range(rounds):
             start.wait(60)
-            created.append(store.put_new(image_key("race", index, "png"), bytes([hand]) * 100_000, PICTURE))
+            created.append(
+                store.put_new(image_key("race", index, "png"), bytes([hand]) * 100_000, PICTURE)
+            )
         return created
 
     with ThreadPoolExecutor(hands) as pool:
@@ -189,7 +202,9 @@ def a_result(job_id: str, attempt: int) -> GenerateResult:
     )
 
 
-def test_two_workers_with_one_job_publish_one_result_and_both_answer_with_it(open_store: OpenStore) -> None:
+def test_two_workers_with_one_job_publish_one_result_and_both_answer_with_it(
+    open_store: OpenStore,
+) -> None:
     stores, rounds, start = [open_store(), open_store()], 8, Barrier(2)
 
     def write(hand: int) -> list[GenerateResult]:
@@ -249,8 +264,13 @@ def test_a_reader_sees_nothing_or_the_whole_object(store: Store) -> None:
 # --- URLs
 
 
-def test_a_presigned_url_is_read_from_outside_by_plain_http(open_store: OpenStore, public: str) -> None:
-    store, key = open_store("a b/ä+%", ZLORA_S3_PUBLIC_ENDPOINT=public), image_key("shown", 0, "png")
+def test_a_presigned_url_is_read_from_outside_by_plain_http(
+    open_store: OpenStore, public: str
+) -> None:
+    store, key = (
+        open_store("a b/ä+%", ZLORA_S3_PUBLIC_ENDPOINT=public),
+        image_key("shown", 0, "png"),
+    )
     store.put_new(key, b"picture", PICTURE)
 
     url = store.url(key, 60)
@@ -304,7 +324,9 @@ def test_a_changed_url_is_refused(store: Store, true: str, false: str) -> None:
     ],
     ids=["bucket", "secret", "key", "session"],
 )
-def test_a_server_that_refuses_is_a_failed_store(open_store: OpenStore, fault: dict[str, str]) -> None:
+def test_a_server_that_refuses_is_a_failed_store(
+    open_store: OpenStore, fault: dict[str, str]
+) -> None:
     """Nor is it taken for one that has nothing."""
     store, key = open_store(**fault), manifest_key("x")
 
@@ -321,7 +343,10 @@ def test_a_server_that_refuses_is_a_failed_store(open_store: OpenStore, fault: d
     ("fault", "said"),
     [
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"\(SignatureDoesNotMatch\)"),
-        ({"ZLORA_STORE": "s3://absent/x"}, r"\(AccessDenied\)"),  # what S3 says to who may not list buckets
+        (
+            {"ZLORA_STORE": "s3://absent/x"},
+            r"\(AccessDenied\)",
+        ),  # what S3 says to who may not list buckets
     ],
     ids=["secret", "bucket"],
 )
@@ -337,7 +362,9 @@ def test_a_worker_whose_store_refuses_leaves_with_one_clear_line_and_takes_no_jo
             assert failing.process.wait(60) == 70
 
         (line,) = failing.lines("CRITICAL")
-        assert re.search(rf"ZLORA_STORE: runs/\.probe-\w+ cannot be stored in bucket \w+: .*{said}", line)
+        assert re.search(
+            rf"ZLORA_STORE: runs/\.probe-\w+ cannot be stored in bucket \w+: .*{said}", line
+        )
         assert not failing.lines("Traceback")
         assert handle.status().state is JobState.PENDING
 
@@ -364,7 +391,9 @@ def test_a_bucket_that_is_missing_is_a_failed_store(open_store: OpenStore) -> No
         open_store(ZLORA_STORE="s3://absent", **admin).get(manifest_key("x"))
 
 
-def test_a_bucket_s_policy_holds_and_may_open_results_to_everybody(open_store: OpenStore, port: int) -> None:
+def test_a_bucket_s_policy_holds_and_may_open_results_to_everybody(
+    open_store: OpenStore, port: int
+) -> None:
     """As behind `ZLORA_PUBLIC_URL`."""
     opened, closed, key = open_store("opened"), open_store("closed"), image_key("x", 0, "png")
     opened.put_new(key, b"picture", PICTURE)
@@ -385,7 +414,12 @@ def test_a_bucket_s_policy_holds_and_may_open_results_to_everybody(open_store: O
 def policy(port: int, *, allow: tuple[str, str], deny: tuple[str, str]) -> Iterator[None]:
     """For everybody: an action that is allowed under one prefix, and one that is denied under another."""
     statements = [
-        {"Effect": effect, "Principal": "*", "Action": action, "Resource": f"arn:aws:s3:::{BUCKET}/{prefix}/*"}
+        {
+            "Effect": effect,
+            "Principal": "*",
+            "Action": action,
+            "Resource": f"arn:aws:s3:::{BUCKET}/{prefix}/*",
+        }
         for effect, (action, prefix) in (("Allow", allow), ("Deny", deny))
     ]
     document = json.dumps({"Version": "2012-10-17", "Statement": statements})

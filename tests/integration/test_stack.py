@@ -34,7 +34,11 @@ def up(environ: Mapping[str, str], log: Path, *options: str) -> "Iterator[subpro
     command = [str(Path(sys.executable).with_name("zlora")), "up", *options]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=clean_environ(environ), stdout=output, stderr=output, start_new_session=True
+            command,
+            env=clean_environ(environ),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         yield process
@@ -65,7 +69,9 @@ def test_a_client_finds_the_running_stack_and_nothing_of_it_stays(
     """With the data folder alone in common, a job goes through; however `zlora up` ends, its children end too."""
     port = free_port()
     with up(environ, tmp_path / "log", "--flower", f"--flower-port={port}") as stack:
-        url = wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        url = wait_until(
+            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+        )
         with Client.from_env(environ) as client:
             assert client.submit(SMALL).result(timeout=90).base_intact
         page = wait_until(lambda: flower_page(port), "Flower answers")
@@ -93,7 +99,9 @@ def flower_page(port: int) -> str | None:
 def test_jobs_outlive_the_stack(environ: dict[str, str], tmp_path: Path) -> None:
     """Told to stop, it finishes the job that runs; what was queued is drawn when it runs again."""
     with up(environ, tmp_path / "first") as stack:
-        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        wait_until(
+            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+        )
         with Client.from_env(environ) as client:
             done = client.submit(SMALL)
             done.result(timeout=90)
@@ -104,18 +112,24 @@ def test_jobs_outlive_the_stack(environ: dict[str, str], tmp_path: Path) -> None
         assert stack.wait(60) == 0
 
     with up(environ, tmp_path / "second"):
-        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        wait_until(
+            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+        )
         with Client.from_env(environ) as client:
             for handle, patience in ((done, 5), (running, 5), (waiting, 90)):
                 assert client.job(handle.id).result(timeout=patience).job_id == handle.id
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGKILL,), (signal.SIGINT, signal.SIGINT)], ids=["killed", "Ctrl-C twice"])
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGKILL,), (signal.SIGINT, signal.SIGINT)], ids=["killed", "Ctrl-C twice"]
+)
 def test_nothing_stays_of_a_stack_that_ends_in_mid_job(
     environ: dict[str, str], tmp_path: Path, signals: tuple[signal.Signals, ...]
 ) -> None:
     with up(environ, tmp_path / "log") as stack:
-        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        wait_until(
+            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+        )
         with Client.from_env(environ) as client:
             handle = client.submit({**SMALL, "num_inference_steps": 200, "num_images": 8})
             wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
@@ -130,7 +144,10 @@ def test_nothing_stays_of_a_stack_that_ends_in_mid_job(
 
 def test_stacks_started_at_once_share_one_broker(environ: dict[str, str], tmp_path: Path) -> None:
     with up(environ, tmp_path / "a") as first, up(environ, tmp_path / "b") as second:
-        wait_until(lambda: all("broker  " in (tmp_path / name).read_text() for name in "ab"), "both have a broker")
+        wait_until(
+            lambda: all("broker  " in (tmp_path / name).read_text() for name in "ab"),
+            "both have a broker",
+        )
         brokers = [
             line
             for pid in (first.pid, second.pid)
@@ -154,10 +171,15 @@ def test_an_explicit_broker_wins(environ: dict[str, str], tmp_path: Path, broker
             assert client.submit(SMALL).result(timeout=90).base_intact
 
 
-def test_a_second_stack_uses_the_broker_of_the_first(environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_second_stack_uses_the_broker_of_the_first(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "none").touch()  # no secret of the operator's: the stacks have one of their own
     full = clean_environ(environ | {"ZLORA_WEBHOOK_SECRET_FILE": str(tmp_path / "none")})
-    with Stack(full, log_folder=tmp_path / "a") as first, Stack(full, log_folder=tmp_path / "b") as second:
+    with (
+        Stack(full, log_folder=tmp_path / "a") as first,
+        Stack(full, log_folder=tmp_path / "b") as second,
+    ):
         assert first.broker_url == second.broker_url
 
 
@@ -182,12 +204,16 @@ def test_a_second_stack_ends_with_the_broker_of_the_first(
 ) -> None:
     full = clean_environ(environ)
     with up(environ, tmp_path / "first") as first:
-        wait_until(lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded")
+        wait_until(
+            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+        )
         with Stack(full, log_folder=tmp_path / "b") as second:
             second.check()
             os.kill(first.pid, end)
 
-            assert "started the broker" in str(wait_until(lambda: failure(second), "the second notices"))
+            assert "started the broker" in str(
+                wait_until(lambda: failure(second), "the second notices")
+            )
 
 
 def failure(stack: Stack) -> StackError | None:
@@ -202,11 +228,16 @@ def failure(stack: Stack) -> StackError | None:
 def test_a_data_folder_that_is_a_file_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "home").touch()
 
-    with pytest.raises(StackError, match="ZLORA_HOME"), Stack(clean_environ({"ZLORA_HOME": str(tmp_path / "home")})):
+    with (
+        pytest.raises(StackError, match="ZLORA_HOME"),
+        Stack(clean_environ({"ZLORA_HOME": str(tmp_path / "home")})),
+    ):
         pass
 
 
-def test_a_secret_s_file_that_is_not_there_is_named_and_nothing_stays(environ: dict[str, str]) -> None:
+def test_a_secret_s_file_that_is_not_there_is_named_and_nothing_stays(
+    environ: dict[str, str],
+) -> None:
     before = descendants(os.getpid())
     for name in (wire.BROKER_URL, wire.WEBHOOK_SECRET):
         stack = Stack(clean_environ(environ | {f"{name}_FILE": "/nowhere"}))
@@ -229,14 +260,20 @@ def test_a_temporary_folder_with_a_long_name_takes_a_broker_too(
 def test_a_record_of_a_dead_broker_is_no_broker(environ: dict[str, str], tmp_path: Path) -> None:
     home = Path(environ["ZLORA_HOME"])
     home.mkdir()
-    wire.broker_record(home).write_text(json.dumps({"url": f"redis+socket://{tmp_path}/gone.sock", "pid": 1}))
+    wire.broker_record(home).write_text(
+        json.dumps({"url": f"redis+socket://{tmp_path}/gone.sock", "pid": 1})
+    )
 
     with Stack(clean_environ(environ), log_folder=tmp_path / "logs") as stack:
         assert "gone.sock" not in stack.broker_url
 
 
-def test_a_worker_that_cannot_load_ends_the_stack_with_a_reason(environ: dict[str, str], tmp_path: Path) -> None:
-    with Stack(clean_environ(environ | {"ZLORA_MODEL": "/nonexistent"}), log_folder=tmp_path / "logs") as stack:
+def test_a_worker_that_cannot_load_ends_the_stack_with_a_reason(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    with Stack(
+        clean_environ(environ | {"ZLORA_MODEL": "/nonexistent"}), log_folder=tmp_path / "logs"
+    ) as stack:
         error = wait_until(lambda: failure(stack), "the worker ends")
 
     assert error.details["status"] == 70

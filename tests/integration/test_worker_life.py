@@ -21,7 +21,11 @@ RESIDENT = "is resident after"
 def queued(environ: dict[str, str], queue: str) -> int:
     """How many messages lie on the lists of a queue: one list a priority."""
     with redis.Redis.from_url(environ["ZLORA_BROKER_URL"]) as broker:
-        return sum(int(broker.llen(name)) for name in broker.scan_iter(f"{queue}*") if broker.type(name) == b"list")
+        return sum(
+            int(broker.llen(name))
+            for name in broker.scan_iter(f"{queue}*")
+            if broker.type(name) == b"list"
+        )
 
 
 def test_a_worker_without_its_model_leaves_with_one_clear_line_and_takes_no_job(
@@ -43,7 +47,9 @@ def test_a_worker_without_its_model_leaves_with_one_clear_line_and_takes_no_job(
         assert queued(environ, "no-model") == 1
 
 
-def test_a_killed_child_is_replaced_and_its_job_drawn(worker_environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_child_is_replaced_and_its_job_drawn(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
     """kill -9 in the middle of a job, and again of an idle child: one more load each, and every job succeeds.
 
     The parent has loaded neither the model nor torch: it must be free to fork.
@@ -148,7 +154,9 @@ sys.meta_path.insert(0, Fault())
 """
 
 
-@pytest.mark.parametrize(("options", "reason"), [(("-P", "solo"), "prefork"), (("-c", "2"), "concurrency")])
+@pytest.mark.parametrize(
+    ("options", "reason"), [(("-P", "solo"), "prefork"), (("-c", "2"), "concurrency")]
+)
 def test_a_pool_that_cannot_hold_one_model_is_refused(
     worker_environ: dict[str, str], tmp_path: Path, options: tuple[str, str], reason: str
 ) -> None:
@@ -157,7 +165,9 @@ def test_a_pool_that_cannot_hold_one_model_is_refused(
         assert reason in refused.lines("CRITICAL")[0]
 
 
-def test_a_setting_without_sense_ends_the_worker_in_one_line(worker_environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_setting_without_sense_ends_the_worker_in_one_line(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
     with worker(worker_environ | {"ZLORA_DTYPE": "float8"}, tmp_path / "log") as refused:
         assert refused.process.wait(60) != 0
 
@@ -170,13 +180,23 @@ def test_a_job_after_which_the_base_differs_is_drawn_by_a_fresh_child(
     worker_environ: dict[str, str], tmp_path: Path
 ) -> None:
     """The fault is found, the child leaves, the job is put back: its user sees a picture, and one load more."""
-    environ = worker_environ | {"ZLORA_QUEUE": "dirty", "PYTHONPATH": str(faulty(tmp_path, times=1))}
+    environ = worker_environ | {
+        "ZLORA_QUEUE": "dirty",
+        "PYTHONPATH": str(faulty(tmp_path, times=1)),
+    }
     with worker(environ, tmp_path / "log") as running:
         running.wait_ready()
         result = running.client.submit(SMALL).result(timeout=90)
 
         assert result.base_intact
-        assert len(running.lines("tensors of the base are not what was loaded, such as unet.conv_in.weight")) == 1
+        assert (
+            len(
+                running.lines(
+                    "tensors of the base are not what was loaded, such as unet.conv_in.weight"
+                )
+            )
+            == 1
+        )
         assert len(running.lines(RESIDENT)) == 2
 
 
@@ -184,7 +204,10 @@ def test_a_job_that_spoils_two_bases_fails_and_the_next_is_drawn(
     worker_environ: dict[str, str], tmp_path: Path
 ) -> None:
     """No endless loop of loads; and nothing is drawn with what it left."""
-    environ = worker_environ | {"ZLORA_QUEUE": "dirty-twice", "PYTHONPATH": str(faulty(tmp_path, times=2))}
+    environ = worker_environ | {
+        "ZLORA_QUEUE": "dirty-twice",
+        "PYTHONPATH": str(faulty(tmp_path, times=2)),
+    }
     with worker(environ, tmp_path / "log") as running:
         running.wait_ready()
         with pytest.raises(BaseNotRestored, match="unet"):
@@ -194,7 +217,9 @@ def test_a_job_that_spoils_two_bases_fails_and_the_next_is_drawn(
         assert len(running.lines(RESIDENT)) == 3
 
 
-def test_a_child_that_is_told_to_end_checks_the_whole_base(worker_environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_child_that_is_told_to_end_checks_the_whole_base(
+    worker_environ: dict[str, str], tmp_path: Path
+) -> None:
     with worker(worker_environ | {"ZLORA_QUEUE": "drained"}, tmp_path / "log") as running:
         running.wait_ready()
         running.client.submit(SMALL).result(timeout=60)
@@ -206,7 +231,9 @@ def faulty(folder: Path, *, times: int) -> Path:
     """A folder for PYTHONPATH by which the first so many jobs leave a weight changed."""
     fault = folder / "fault"
     fault.mkdir()
-    (fault / "sitecustomize.py").write_text(_LEAVE_A_WEIGHT_CHANGED.format(marks=str(folder), times=times))
+    (fault / "sitecustomize.py").write_text(
+        _LEAVE_A_WEIGHT_CHANGED.format(marks=str(folder), times=times)
+    )
     return fault
 
 

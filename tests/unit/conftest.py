@@ -21,7 +21,7 @@ def broker(broker_url: str) -> Iterator[Any]:
 
 
 @pytest.fixture
-def killed_in(broker_url: str) -> Iterator[Enter]:  # noqa: ARG001 - it is there until all is let go
+def killed_in(broker_url: str) -> Iterator[Enter]:
     """Enters a block as a process does that is killed inside: it does not leave while the test looks.
 
     It is left at the end, with the broker that its clean-up needs. Forgotten, it would be left when Python collects
@@ -44,7 +44,7 @@ def own_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.fixture
-def client(broker_url: str, broker: Any) -> Iterator[Client]:  # noqa: ARG001 - emptied
+def client(broker_url: str, broker: Any) -> Iterator[Client]:
     """A client of that Redis."""
     with Client(broker_url) as opened:
         yield opened

@@ -9,7 +9,14 @@ import pytest
 from played import ends, result_of, says
 from processes import free_port
 from zlora import AsyncClient, AsyncJobHandle, Cancellation, Client, JobHandle, JobState
-from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobRevoked, LoraMismatch, ResultTimeout
+from zlora.errors import (
+    BrokerUnavailable,
+    Conflict,
+    InvalidRequest,
+    JobRevoked,
+    LoraMismatch,
+    ResultTimeout,
+)
 from zlora.job import GenerateResult
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +43,7 @@ class Played:
 
 
 @pytest.fixture
-def worker(broker_url: str, broker: Any) -> Iterator[Played]:  # noqa: ARG001 - emptied
+def worker(broker_url: str, broker: Any) -> Iterator[Played]:
     played = Played(broker_url)
     yield played
     played.client.close()
@@ -51,7 +58,9 @@ async def watched(broker: Any, job_id: str, count: int = 1) -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(AsyncClient, Client), (AsyncJobHandle, JobHandle)])
-async def test_its_names_and_parameters_are_those_of_the_other_door(ours: type, theirs: type) -> None:
+async def test_its_names_and_parameters_are_those_of_the_other_door(
+    ours: type, theirs: type
+) -> None:
     names = {name for name in vars(theirs) if not name.startswith("_")} - {"look", "report"}
     for name in ["__init__", *names] if theirs is Client else names:
         here, there = inspect.getattr_static(ours, name), inspect.getattr_static(theirs, name)
@@ -64,19 +73,25 @@ def parameters_of(function: Any) -> list[tuple[str, Any, Any]]:
     return [(parameter.name, parameter.kind, parameter.default) for parameter in found]
 
 
-async def test_a_result_is_there_as_soon_as_a_worker_says_it(broker_url: str, broker: Any, worker: Played) -> None:
+async def test_a_result_is_there_as_soon_as_a_worker_says_it(
+    broker_url: str, broker: Any, worker: Played
+) -> None:
     """Nobody polls: the next look by itself would come ten seconds later."""
     async with AsyncClient(broker_url) as client:
         job = await client.submit(REQUEST, job_id="job-1")
         waiting = asyncio.create_task(job.result(timeout=60))
         await watched(broker, "job-1")
-        await worker.says("job-1", {"phase": "denoising", "step": 1, "steps": 2, "attempt": 1}, "PROGRESS")
+        await worker.says(
+            "job-1", {"phase": "denoising", "step": 1, "steps": 2, "attempt": 1}, "PROGRESS"
+        )
         async with asyncio.timeout(8):
             await worker.ends("job-1")
             assert await waiting == result_of("job-1")
 
 
-async def test_many_wait_at_once_over_a_handful_of_connections(broker_url: str, broker: Any, worker: Played) -> None:
+async def test_many_wait_at_once_over_a_handful_of_connections(
+    broker_url: str, broker: Any, worker: Played
+) -> None:
     before = broker.info("clients")["connected_clients"]
     async with AsyncClient(broker_url) as client:
         jobs = await client.submit_many([REQUEST] * 300)
@@ -85,18 +100,24 @@ async def test_many_wait_at_once_over_a_handful_of_connections(broker_url: str, 
         connections = broker.info("clients")["connected_clients"] - before
         for job in jobs:
             await worker.ends(job.id)
-        assert [result.job_id for result in await asyncio.gather(*waiting)] == [job.id for job in jobs]
+        assert [result.job_id for result in await asyncio.gather(*waiting)] == [
+            job.id for job in jobs
+        ]
 
     assert connections <= 20
 
 
-async def test_events_tell_each_change_to_the_end(broker_url: str, broker: Any, worker: Played) -> None:
+async def test_events_tell_each_change_to_the_end(
+    broker_url: str, broker: Any, worker: Played
+) -> None:
     async with AsyncClient(broker_url) as client:
         job = await client.submit(REQUEST, job_id="job-1")
         events = job.events(timeout=60)
         seen = [await anext(events)]
         await watched(broker, "job-1")
-        await worker.says("job-1", {"phase": "denoising", "step": 1, "steps": 2, "attempt": 1}, "PROGRESS")
+        await worker.says(
+            "job-1", {"phase": "denoising", "step": 1, "steps": 2, "attempt": 1}, "PROGRESS"
+        )
         seen.append(await anext(events))
         await worker.says("job-1", LoraMismatch("it does not fit"), "FAILURE")
         seen.extend([status async for status in events])
@@ -119,7 +140,7 @@ async def test_a_wait_that_is_cancelled_watches_no_more(broker_url: str, broker:
         await watched(broker, "job-1", 0)
 
 
-async def test_errors_are_those_of_the_other_door(broker_url: str, broker: Any) -> None:  # noqa: ARG001 - emptied
+async def test_errors_are_those_of_the_other_door(broker_url: str, broker: Any) -> None:
     async with AsyncClient(broker_url) as client:
         job = await client.submit(REQUEST, job_id="job-1")
         with pytest.raises(Conflict):
@@ -136,7 +157,9 @@ async def test_errors_are_those_of_the_other_door(broker_url: str, broker: Any) 
             await lonely.submit(REQUEST)
 
 
-async def test_one_client_serves_several_loops(broker_url: str, broker: Any, worker: Played) -> None:  # noqa: ARG001
+async def test_one_client_serves_several_loops(
+    broker_url: str, broker: Any, worker: Played
+) -> None:
     client = AsyncClient(broker_url)
     for name in ("a", "b"):
 
@@ -152,14 +175,18 @@ async def test_one_client_serves_several_loops(broker_url: str, broker: Any, wor
     await client.close()
 
 
-async def test_questions_that_nobody_answers_hold_up_no_submission(broker_url: str, broker: Any) -> None:  # noqa: ARG001
+async def test_questions_that_nobody_answers_hold_up_no_submission(
+    broker_url: str, broker: Any
+) -> None:
     """Where no worker runs, each status of an unknown id waits for one and a half seconds; anybody may ask for ids."""
     async with AsyncClient(broker_url) as client:
         asked = [asyncio.create_task(client.job(f"never-{index}").status()) for index in range(40)]
         await asyncio.sleep(0)
         job = await client.submit(REQUEST)
         assert not any(task.done() for task in asked)
-        async with asyncio.timeout(6):  # five rounds of eight, each for itself, would be seven seconds and a half
+        async with asyncio.timeout(
+            6
+        ):  # five rounds of eight, each for itself, would be seven seconds and a half
             states = [status.state for status in await asyncio.gather(*asked)]
         assert set(states) == {JobState.UNKNOWN}
         assert (await job.status()).state is JobState.PENDING

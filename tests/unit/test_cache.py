@@ -65,7 +65,10 @@ def test_the_second_use_costs_one_conditional_request(tmp_path: Path) -> None:
 
         assert (first.tier, second.tier) == ("network", "disk")
         assert second.path == first.path
-        assert [request.headers.get("if-none-match") for request in host.requests] == [None, f'"{digest(ONE)}"']
+        assert [request.headers.get("if-none-match") for request in host.requests] == [
+            None,
+            f'"{digest(ONE)}"',
+        ]
 
 
 def test_another_worker_of_the_machine_finds_the_file(tmp_path: Path) -> None:
@@ -108,14 +111,18 @@ def test_the_same_bytes_under_two_addresses_are_one_file(tmp_path: Path) -> None
 
 def test_addresses_that_differ_in_their_query_are_two(tmp_path: Path) -> None:
     with serving(by_path({"/a?v=1": ONE, "/a?v=2": TWO})) as host, caching(tmp_path, host) as cache:
-        digests = [got(cache, Asset(url=f"{host.url}/a?v={version}")).sha256 for version in (1, 2, 1)]
+        digests = [
+            got(cache, Asset(url=f"{host.url}/a?v={version}")).sha256 for version in (1, 2, 1)
+        ]
 
     assert digests == [digest(ONE), digest(TWO), digest(ONE)]
 
 
 def test_a_hub_s_file_that_is_here_costs_a_head(tmp_path: Path) -> None:
     def answer(request: Request) -> bytes:
-        return reply(b"" if request.method == "HEAD" else ONE, length=SIZE, X_Cozy_SHA256=digest(ONE))
+        return reply(
+            b"" if request.method == "HEAD" else ONE, length=SIZE, X_Cozy_SHA256=digest(ONE)
+        )
 
     with serving(answer) as host, caching(tmp_path, COZY_HUB_URL=host.url) as cache:
         first, second = (got(cache, Asset(cozy_ref="loras/anime-v1")) for _ in range(2))
@@ -133,7 +140,9 @@ def test_what_a_storage_names_where_a_hub_sends_on_is_not_believed(
     """It could choose any file that is here; the bytes are fetched, and are the hub's."""
 
     def storage_answer(request: Request) -> bytes:
-        return reply(b"" if request.method == "HEAD" else ONE, length=SIZE, X_Cozy_SHA256=digest(TWO))
+        return reply(
+            b"" if request.method == "HEAD" else ONE, length=SIZE, X_Cozy_SHA256=digest(TWO)
+        )
 
     with serving(storage_answer) as storage, serving(with_etag(TWO)) as elsewhere:
 
@@ -142,11 +151,19 @@ def test_what_a_storage_names_where_a_hub_sends_on_is_not_believed(
                 return reply(status=307, Location=f"{storage.url}/b")
             return reply(ONE, X_Cozy_SHA256=digest(ONE))
 
-        with serving(hub) as host, caching(tmp_path, storage, elsewhere, COZY_HUB_URL=host.url) as cache:
+        with (
+            serving(hub) as host,
+            caching(tmp_path, storage, elsewhere, COZY_HUB_URL=host.url) as cache,
+        ):
             if is_here:
                 got(cache, Asset(url=f"{elsewhere.url}/a"))
 
-            assert told(got(cache, Asset(cozy_ref="loras/x"))) == (digest(ONE), SIZE, "network", ONE)
+            assert told(got(cache, Asset(cozy_ref="loras/x"))) == (
+                digest(ONE),
+                SIZE,
+                "network",
+                ONE,
+            )
             assert [line.partition(" ")[0] for line in host.asked] == ["HEAD", "GET"]
 
 
@@ -194,7 +211,12 @@ def test_a_pinned_file_that_is_here_costs_no_request(tmp_path: Path) -> None:
 
 def test_a_pinned_file_that_is_not_here_is_fetched(tmp_path: Path) -> None:
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
-        assert told(got(cache, Asset(url=f"{host.url}/a", sha256=digest(ONE)))) == (digest(ONE), SIZE, "network", ONE)
+        assert told(got(cache, Asset(url=f"{host.url}/a", sha256=digest(ONE)))) == (
+            digest(ONE),
+            SIZE,
+            "network",
+            ONE,
+        )
 
 
 def test_bytes_that_are_not_those_of_the_pin_are_corrupt_and_not_kept(tmp_path: Path) -> None:
@@ -202,7 +224,9 @@ def test_bytes_that_are_not_those_of_the_pin_are_corrupt_and_not_kept(tmp_path: 
         with pytest.raises(LoraCorrupt) as raised:
             got(cache, Asset(url=f"{host.url}/a?sig=s3cret", sha256=digest(TWO)))
 
-        assert all(part in str(raised.value) for part in (f"{host.url}/a", digest(ONE), digest(TWO)))
+        assert all(
+            part in str(raised.value) for part in (f"{host.url}/a", digest(ONE), digest(TWO))
+        )
         assert "s3cret" not in str(raised.value)
         assert kept(tmp_path) == {}
 
@@ -248,9 +272,15 @@ def test_what_is_no_safetensors_file_is_refused_by_its_source_and_not_kept(
 
 @pytest.mark.parametrize(
     ("answer", "kind"),
-    [(reply(status=404), LoraNotFound), (reply(ONE[:-1], length=SIZE), LoraUnreachable), (b"", LoraUnreachable)],
+    [
+        (reply(status=404), LoraNotFound),
+        (reply(ONE[:-1], length=SIZE), LoraUnreachable),
+        (b"", LoraUnreachable),
+    ],
 )
-def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path, answer: bytes, kind: type[LoraError]) -> None:
+def test_a_fetch_that_fails_leaves_nothing(
+    tmp_path: Path, answer: bytes, kind: type[LoraError]
+) -> None:
     with serving(answer) as host, caching(tmp_path, host) as cache, pytest.raises(kind):
         got(cache, Asset(url=f"{host.url}/a"))
 
@@ -289,9 +319,17 @@ def test_a_download_is_heard_of_and_a_cached_file_is_not(tmp_path: Path) -> None
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
         for _ in range(2):
             got(cache, Asset(url=f"{host.url}/a"), on_bytes=lambda *piece: heard.append(piece))
-        got(cache, Asset(url=f"{host.url}/a", sha256=digest(ONE)), on_bytes=lambda *piece: heard.append(piece))
+        got(
+            cache,
+            Asset(url=f"{host.url}/a", sha256=digest(ONE)),
+            on_bytes=lambda *piece: heard.append(piece),
+        )
 
-    assert (heard[0], heard[-1], heard.count((0, 0))) == ((0, 0), (0, 0), 2)  # each time that the source is asked
+    assert (heard[0], heard[-1], heard.count((0, 0))) == (
+        (0, 0),
+        (0, 0),
+        2,
+    )  # each time that the source is asked
     assert heard[-2] == (SIZE, SIZE)
     assert sum(received == SIZE for received, _ in heard) == 1
 
@@ -300,7 +338,9 @@ def test_a_download_is_heard_of_and_a_cached_file_is_not(tmp_path: Path) -> None
     "error",
     [JobRevoked("cancelled"), JobTimeout(), RuntimeError("any"), KeyboardInterrupt()],
 )
-def test_what_a_watcher_raises_ends_the_download_and_arrives_as_it_is(tmp_path: Path, error: BaseException) -> None:
+def test_what_a_watcher_raises_ends_the_download_and_arrives_as_it_is(
+    tmp_path: Path, error: BaseException
+) -> None:
     """Nothing is left and nothing remembered: the next use fetches the file."""
 
     def end(_received: int, _expected: int) -> None:
@@ -328,17 +368,30 @@ def test_a_file_that_somebody_deleted_is_fetched_anew(tmp_path: Path) -> None:
         assert got(cache, Asset(url=f"{host.url}/a", sha256=digest(ONE))).tier == "network"
 
 
-@pytest.mark.parametrize("data", [ONE[:-1], TWO, b"", ONE[:-1] + b"\xff"], ids=["cut", "another", "empty", "one byte"])
+@pytest.mark.parametrize(
+    "data", [ONE[:-1], TWO, b"", ONE[:-1] + b"\xff"], ids=["cut", "another", "empty", "one byte"]
+)
 @pytest.mark.parametrize("restarted", [False, True])
-def test_a_file_that_is_not_what_its_name_says_is_fetched_anew(tmp_path: Path, data: bytes, restarted: bool) -> None:
+def test_a_file_that_is_not_what_its_name_says_is_fetched_anew(
+    tmp_path: Path, data: bytes, restarted: bool
+) -> None:
     """Changed while the worker runs, or before it started: no receipt names a digest that the bytes do not have."""
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
         for pin in ({}, {"sha256": digest(ONE)}):
             got(cache, Asset(url=f"{host.url}/a", **pin)).path.write_bytes(data)
             fetcher = cache._fetcher
-            user = Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher) if restarted else cache
+            user = (
+                Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher)
+                if restarted
+                else cache
+            )
 
-            assert told(got(user, Asset(url=f"{host.url}/a", **pin))) == (digest(ONE), SIZE, "network", ONE)
+            assert told(got(user, Asset(url=f"{host.url}/a", **pin))) == (
+                digest(ONE),
+                SIZE,
+                "network",
+                ONE,
+            )
 
         assert kept(tmp_path) == named(ONE)
 
@@ -349,7 +402,12 @@ def test_a_cache_that_somebody_cleared_is_filled_anew(tmp_path: Path, pin: dict[
         got(cache, Asset(url=f"{host.url}/a", **pin))
         shutil.rmtree(tmp_path / "loras")
 
-        assert told(got(cache, Asset(url=f"{host.url}/a", **pin))) == (digest(ONE), SIZE, "network", ONE)
+        assert told(got(cache, Asset(url=f"{host.url}/a", **pin))) == (
+            digest(ONE),
+            SIZE,
+            "network",
+            ONE,
+        )
 
 
 @pytest.mark.parametrize("folder", ["drafts", "files", "index"])
@@ -384,7 +442,9 @@ def test_a_lock_or_a_draft_that_somebody_left_is_no_hindrance(tmp_path: Path) ->
         assert kept(tmp_path) == named(ONE)
 
 
-def test_a_file_that_is_deleted_while_its_source_is_asked_gets_no_empty_one_for_it(tmp_path: Path) -> None:
+def test_a_file_that_is_deleted_while_its_source_is_asked_gets_no_empty_one_for_it(
+    tmp_path: Path,
+) -> None:
     """The source says that it has not changed, and nothing comes."""
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a")
@@ -418,17 +478,28 @@ def test_a_draft_that_is_another_s_gets_no_name(tmp_path: Path) -> None:
         assert told(got(cache, asset)) == (digest(ONE), SIZE, "network", ONE)
 
 
-@pytest.mark.parametrize("other", [{"COZY_TENANT_ID": "b"}, {"COZY_HUB_TOKEN": "b"}, {"HF_TOKEN": "b"}])
-def test_what_a_worker_was_told_is_not_another_s_with_other_credentials(tmp_path: Path, other: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "other", [{"COZY_TENANT_ID": "b"}, {"COZY_HUB_TOKEN": "b"}, {"HF_TOKEN": "b"}]
+)
+def test_what_a_worker_was_told_is_not_another_s_with_other_credentials(
+    tmp_path: Path, other: dict[str, str]
+) -> None:
     """They may share a folder; what a source lets one have, and why it refuses, is for each to hear."""
     asset = Asset(cozy_ref="loras/x")
     ours: dict[str, Any] = {"COZY_TENANT_ID": "a", "COZY_HUB_TOKEN": "a"}
-    answers = [reply(X_Cozy_SHA256=digest(ONE)), reply(ONE, X_Cozy_SHA256=digest(ONE)), reply(status=403)]
+    answers = [
+        reply(X_Cozy_SHA256=digest(ONE)),
+        reply(ONE, X_Cozy_SHA256=digest(ONE)),
+        reply(status=403),
+    ]
     with serving(lambda _: answers.pop(0)) as host:
         hub: dict[str, Any] = {"COZY_HUB_URL": host.url}
         with caching(tmp_path, host, **hub, **ours) as cache:
             got(cache, asset)
-        with caching(tmp_path, host, **hub, **(ours | other)) as cache, pytest.raises(LoraForbidden):
+        with (
+            caching(tmp_path, host, **hub, **(ours | other)) as cache,
+            pytest.raises(LoraForbidden),
+        ):
             got(cache, asset, since=1.0)
         with caching(tmp_path, host, **hub, **ours) as cache:
             assert got(cache, asset, since=1.0).tier == "disk"

@@ -61,7 +61,8 @@ def test_files_are_listed_with_their_sources_and_without_secrets() -> None:
     assert list(rows) == [digest(data)[:12] for data in (THREE, TWO, ONE)]
     assert rows[digest(THREE)[:12]][1:5] == ["0.0", "5", "m", "ago"]
     assert all(
-        any(word.endswith(name) for line in lines for word in line) for name in ("/a", "/again", "/c", "/[red]b")
+        any(word.endswith(name) for line in lines for word in line)
+        for name in ("/a", "/again", "/c", "/[red]b")
     )
     assert "3 files, 0.0 of 20,000.0 MB" in result.output
     assert "s3cret" not in result.output
@@ -76,9 +77,16 @@ def test_the_listing_for_programs_has_all_of_it(cache: Cache, tmp_path: Path) ->
         (digest(THREE), SIZE, False),
         (digest(TWO), SIZE, False),
     ]
-    assert [source.rpartition("/")[2] for source in listing["files"][0]["sources"]] == ["a", "again"]
+    assert [source.rpartition("/")[2] for source in listing["files"][0]["sources"]] == [
+        "a",
+        "again",
+    ]
     assert listing["files"][1]["last_used"] == pytest.approx(time.time() - 300, abs=60)
-    assert (listing["held"], listing["drafts"], listing["max_bytes"]) == (3 * SIZE, 0, 20_000_000_000)
+    assert (listing["held"], listing["drafts"], listing["max_bytes"]) == (
+        3 * SIZE,
+        0,
+        20_000_000_000,
+    )
     assert listing["folder"] == str(tmp_path / "loras")
 
 
@@ -125,7 +133,9 @@ def test_a_look_is_no_use(cache: Cache) -> None:
         (["--all"], []),
     ],
 )
-def test_what_is_asked_for_goes(cache: Cache, tmp_path: Path, options: list[str], left: list[bytes]) -> None:
+def test_what_is_asked_for_goes(
+    cache: Cache, tmp_path: Path, options: list[str], left: list[bytes]
+) -> None:
     result = run("prune", *options)
 
     assert result.exit_code == 0, result.output
@@ -134,7 +144,9 @@ def test_what_is_asked_for_goes(cache: Cache, tmp_path: Path, options: list[str]
     assert len(list(cache.space.files.iterdir())) == len(left)
 
 
-def test_without_a_word_the_cap_is_kept(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_word_the_cap_is_kept(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where an operator has lowered it."""
     monkeypatch.setenv("ZLORA_LORA_CACHE_BYTES", str(SIZE))
     run("prune")
@@ -151,9 +163,16 @@ def test_what_a_worker_uses_stays(cache: Cache, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--older-than", "soon"], ["--max-bytes", "-1"], ["--all", "--max-bytes", "5"], ["--all", "--older-than", "0"]],
+    [
+        ["--older-than", "soon"],
+        ["--max-bytes", "-1"],
+        ["--all", "--max-bytes", "5"],
+        ["--all", "--older-than", "0"],
+    ],
 )
-def test_what_makes_no_sense_lets_nothing_go(cache: Cache, tmp_path: Path, options: list[str]) -> None:
+def test_what_makes_no_sense_lets_nothing_go(
+    cache: Cache, tmp_path: Path, options: list[str]
+) -> None:
     assert run("prune", *options).exit_code == 2
     assert len(kept(tmp_path)) == len(list(cache.space.verify())) == 3
 
@@ -250,7 +269,10 @@ def test_a_cache_that_cannot_be_written_is_listed_and_checked(read_only: Cache) 
     path.write_bytes(bytes(SIZE))
     result = run("verify")
     assert result.exit_code == 1
-    assert result.output == f"damaged, and cannot be dropped: {digest(TWO)}\n3 files, 2 of them sound\n"
+    assert (
+        result.output
+        == f"damaged, and cannot be dropped: {digest(TWO)}\n3 files, 2 of them sound\n"
+    )
     assert path.exists()
 
 
@@ -276,7 +298,9 @@ def test_what_another_user_alone_may_read_of_the_sources_is_not_known(
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     rows = json.loads(run("ls", "--json").output)["files"]
 
-    assert [(row["sha256"], row["sources"]) for row in rows] == [(digest(data), []) for data in (THREE, TWO, ONE)]
+    assert [(row["sha256"], row["sources"]) for row in rows] == [
+        (digest(data), []) for data in (THREE, TWO, ONE)
+    ]
     assert cache.space.held == 3 * SIZE
 
 
@@ -286,7 +310,11 @@ def test_each_command_answers_a_program(cache: Cache) -> None:
     verified = run("verify", "--json")
     pruned = run("prune", "--all", "--json")
 
-    assert json.loads(verified.stdout) == {digest(ONE): "sound", digest(TWO): "dropped", digest(THREE): "sound"}
+    assert json.loads(verified.stdout) == {
+        digest(ONE): "sound",
+        digest(TWO): "dropped",
+        digest(THREE): "sound",
+    }
     assert verified.exit_code == 1
     assert json.loads(pruned.stdout) == {"files": 2, "size": 2 * SIZE, "in_use": 0}
 
@@ -307,6 +335,12 @@ def test_a_setting_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPat
 def test_the_command_brings_in_no_library_of_the_worker() -> None:
     """`zlora` loads it at each start, also where there is only a producer."""
     code = "import sys, zlora_worker.cache_command; print(sorted(sys.modules))"
-    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    modules = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
 
-    assert not [name for name in ("torch", "boto3", "requests", "ssrfguard", "diffusers") if f"'{name}'" in modules]
+    assert not [
+        name
+        for name in ("torch", "boto3", "requests", "ssrfguard", "diffusers")
+        if f"'{name}'" in modules
+    ]

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from fakes import PARTS, Tensors, copy_model, difference, load_engine, pixels, upcast_vae, weights, write
+from fakes import (
+    PARTS,
+    Tensors,
+    copy_model,
+    difference,
+    load_engine,
+    pixels,
+    upcast_vae,
+    weights,
+    write,
+)
 from safetensors.torch import load_file
 from single_file import write_single_file
 from tiny_folder import tiny_lora, tiny_model
@@ -94,10 +104,14 @@ def test_a_single_file_has_every_tensor_of_its_folder_and_draws_the_same(
 
     assert_equal_weights(engine, loaded)
     assert loaded.pipeline.default_sample_size == engine.pipeline.default_sample_size
-    assert [pixels(loaded, seed=seed) for seed in (1, 2)] == [pixels(engine, seed=seed) for seed in (1, 2)]
+    assert [pixels(loaded, seed=seed) for seed in (1, 2)] == [
+        pixels(engine, seed=seed) for seed in (1, 2)
+    ]
 
 
-def test_a_model_s_files_may_change_under_the_worker(model_home: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_model_s_files_may_change_under_the_worker(
+    model_home: Path, tiny: Path, tmp_path: Path
+) -> None:
     """Written over in place, which a copy to the same name does."""
     folder = copy_model(model_home, tmp_path / "model")
     single = write_single_file(tiny, tmp_path / "tiny.safetensors")
@@ -113,7 +127,9 @@ def test_a_model_s_files_may_change_under_the_worker(model_home: Path, tiny: Pat
     assert [engine._fingerprint.check().changed for engine in loaded] == [[] for _ in loaded]
 
 
-def test_a_hub_id_is_loaded_from_what_was_downloaded_before(engine: Engine, model_home: Path, hub_cache: Path) -> None:
+def test_a_hub_id_is_loaded_from_what_was_downloaded_before(
+    engine: Engine, model_home: Path, hub_cache: Path
+) -> None:
     put_in_hub_cache(hub_cache, model_home, "owner/tiny")
 
     loaded = load_engine(model_home, ZLORA_MODEL="owner/tiny")
@@ -158,7 +174,9 @@ def test_half_precision_draws_nearly_the_same_and_gives_the_model_back(
 
     assert half.state is EngineState.READY
     assert pixels(half) == first
-    assert {getattr(half.pipeline, component).dtype for component in PARTS} == {getattr(torch, dtype)}
+    assert {getattr(half.pipeline, component).dtype for component in PARTS} == {
+        getattr(torch, dtype)
+    }
     assert difference(first, pixels(engine)) <= 32
 
 
@@ -185,7 +203,10 @@ def test_a_vae_that_overflows_in_fp16_still_draws(model_home: Path, overflowing:
     in_full = load_engine(model_home, ZLORA_MODEL=str(overflowing))
     in_half = load_engine(model_home, ZLORA_MODEL=str(overflowing), ZLORA_DTYPE="float16")
     not_upcast = load_engine(
-        model_home, ZLORA_MODEL=str(overflowing), ZLORA_DTYPE="float16", ZLORA_VAE=str(overflowing / "vae")
+        model_home,
+        ZLORA_MODEL=str(overflowing),
+        ZLORA_DTYPE="float16",
+        ZLORA_VAE=str(overflowing / "vae"),
     )
 
     with pytest.raises(GenerationFailed):
@@ -211,7 +232,9 @@ def test_another_vae_is_used_with_its_own_configuration(
     loaded = load_engine(model_home, ZLORA_VAE=str(folder))
 
     assert loaded.pipeline.vae.config.force_upcast is force_upcast
-    assert torch.equal(weights(loaded, "vae")["decoder.conv_out.bias"], tensors["decoder.conv_out.bias"])
+    assert torch.equal(
+        weights(loaded, "vae")["decoder.conv_out.bias"], tensors["decoder.conv_out.bias"]
+    )
     assert pixels(loaded) != pixels(engine)
 
 
@@ -268,7 +291,9 @@ def refusal(home: Path, **variables: str) -> str:
         ("owner/tiny", "cannot be loaded"),
     ],
 )
-def test_a_model_that_is_nowhere_is_named(model_home: Path, hub_cache: Path, model: str, reason: str) -> None:
+def test_a_model_that_is_nowhere_is_named(
+    model_home: Path, hub_cache: Path, model: str, reason: str
+) -> None:
     """A path that looks like a hub id is not asked of the hub when it names a file."""
     message = refusal(model_home, ZLORA_MODEL=model)
 
@@ -285,9 +310,14 @@ def sd15_file(_home: Path, single_file: Path, target: Path) -> None:
     first = "conditioner.embedders.0."
     tensors: Tensors = load_file(single_file)
     renamed = {
-        key.replace(first, "cond_stage_model."): tensor for key, tensor in tensors.items() if "label_emb" not in key
+        key.replace(first, "cond_stage_model."): tensor
+        for key, tensor in tensors.items()
+        if "label_emb" not in key
     }
-    write(target, {key: tensor for key, tensor in renamed.items() if not key.startswith("conditioner.")})
+    write(
+        target,
+        {key: tensor for key, tensor in renamed.items() if not key.startswith("conditioner.")},
+    )
 
 
 def v_prediction_file(_home: Path, single_file: Path, target: Path) -> None:
@@ -311,7 +341,9 @@ def web_page(_home: Path, _single_file: Path, target: Path) -> None:
 
 
 def pointer(_home: Path, _single_file: Path, target: Path) -> None:
-    target.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 6938040682\n")
+    target.write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 6938040682\n"
+    )
 
 
 def empty_file(_home: Path, _single_file: Path, target: Path) -> None:
@@ -329,7 +361,10 @@ def empty_file(_home: Path, _single_file: Path, target: Path) -> None:
         (pointer, "git-lfs"),
         (empty_file, "0 bytes"),
         (without("out.2.bias"), "cannot be loaded"),
-        (without("transformer.text_model.final_layer_norm.bias"), "lacks 1 weights of text_encoder, such as"),
+        (
+            without("transformer.text_model.final_layer_norm.bias"),
+            "lacks 1 weights of text_encoder, such as",
+        ),
         (without("resblocks.1.ln_1.bias"), "lacks 1 weights of text_encoder_2, such as"),
         (without("decoder.norm_out.bias"), "cannot be loaded"),
     ],
@@ -353,7 +388,9 @@ def test_a_file_that_is_no_whole_sdxl_checkpoint_is_refused(
     assert reason in message
 
 
-def test_a_checkpoint_that_can_run_code_is_not_opened(model_home: Path, single_file: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_can_run_code_is_not_opened(
+    model_home: Path, single_file: Path, tmp_path: Path
+) -> None:
     """Even one with sound content: the name alone tells that a pickle was expected."""
     target = tmp_path / "model.ckpt"
     shutil.copy(single_file, target)
@@ -382,7 +419,9 @@ def test_a_folder_of_another_pipeline_is_refused(model_home: Path, tmp_path: Pat
     folder = copy_model(model_home, tmp_path / "sd")
     index = json.loads((folder / "model_index.json").read_text())
     del index["text_encoder_2"], index["tokenizer_2"]
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "StableDiffusionPipeline"})
+    )
 
     message = refusal(model_home, ZLORA_MODEL=str(folder))
 

@@ -39,7 +39,11 @@ class Site:
     """A folder with the files of a batch, and a worker for it."""
 
     def __init__(self, folder: Path) -> None:
-        self.jobs, self.results, self.worker = folder / "jobs.jsonl", folder / "results.jsonl", MemoryWorker(draw=draw)
+        self.jobs, self.results, self.worker = (
+            folder / "jobs.jsonl",
+            folder / "results.jsonl",
+            MemoryWorker(draw=draw),
+        )
 
     def write(self, *documents: Any) -> None:
         """The jobs file; a text is a line as it is."""
@@ -58,7 +62,9 @@ class Site:
         return self.worker.async_client()
 
     def run(self, *options: str) -> Result:
-        return CliRunner().invoke(main, ["batch", str(self.jobs), "--out", str(self.results), *options])
+        return CliRunner().invoke(
+            main, ["batch", str(self.jobs), "--out", str(self.results), *options]
+        )
 
     @property
     def ends(self) -> list[dict[str, Any]]:
@@ -68,7 +74,9 @@ class Site:
     @property
     def outcomes(self) -> list[tuple[int, str]]:
         """Lines in order, each with an error's code or `drawn`."""
-        return sorted((end["line"], end["error"]["code"] if "error" in end else "drawn") for end in self.ends)
+        return sorted(
+            (end["line"], end["error"]["code"] if "error" in end else "drawn") for end in self.ends
+        )
 
 
 @pytest.fixture
@@ -101,7 +109,9 @@ def test_each_line_has_its_result_and_the_job_is_its_own(site: Site) -> None:
     assert {result.job_id for result in drawn} < set(site.worker.requests)
 
 
-def test_a_line_may_name_its_job_and_its_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_may_name_its_job_and_its_priority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Noting(MemoryWorker):
         def put(self, entries: Any) -> None:
             put.extend(entries)
@@ -111,10 +121,16 @@ def test_a_line_may_name_its_job_and_its_priority(tmp_path: Path, monkeypatch: p
     site = Site(tmp_path)
     site.worker = Noting()
     monkeypatch.setattr(connection, "async_client", site.worker.async_client)
-    site.write({"request": {"prompt": "a city"}, "job_id": "mine", "priority": "high"}, {"prompt": "a city"})
+    site.write(
+        {"request": {"prompt": "a city"}, "job_id": "mine", "priority": "high"},
+        {"prompt": "a city"},
+    )
 
     assert site.run("--priority", "low").exit_code == 0
-    assert {entry.submission.priority: entry.job_id == "mine" for entry in put} == {0: True, 9: False}
+    assert {entry.submission.priority: entry.job_id == "mine" for entry in put} == {
+        0: True,
+        9: False,
+    }
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -183,7 +199,14 @@ def test_all_lines_that_are_no_jobs_are_told_and_nothing_is_sent(site: Site) -> 
     told = json.loads(result.stdout)["error"]
     assert (result.exit_code, told["code"]) == (65, "invalid_request")
     assert [wrong["line"] for wrong in told["details"]["lines"]] == [2, 3, 4, 6, 7, 8, 9, 10, 11]
-    for line in ("line 2: ", "wieght", "line 6: job_id: mine is line 5's", "line 7: ", "byte order mark", "line 11: "):
+    for line in (
+        "line 2: ",
+        "wieght",
+        "line 6: job_id: mine is line 5's",
+        "line 7: ",
+        "byte order mark",
+        "line 11: ",
+    ):
         assert line in result.stderr
     assert not site.worker.requests
     assert not site.results.exists()
@@ -200,7 +223,9 @@ def test_one_batch_at_a_time_writes_a_file(site: Site) -> None:
     assert not site.worker.requests
 
 
-@pytest.mark.parametrize("text", ["hello", '{"prompt": "a city"}\n', "[]\n", '{"line": 9, "job_id": "x"}\n'])
+@pytest.mark.parametrize(
+    "text", ["hello", '{"prompt": "a city"}\n', "[]\n", '{"line": 9, "job_id": "x"}\n']
+)
 def test_a_file_that_is_not_this_batch_s_stays_as_it_is(site: Site, text: str) -> None:
     site.write({"prompt": "a city"})
     site.results.write_text(text)
@@ -220,7 +245,9 @@ def test_a_file_that_is_not_this_batch_s_stays_as_it_is(site: Site, text: str) -
         lambda site: site.jobs.write_text(""),
     ],
 )
-def test_a_jobs_file_that_has_changed_above_its_ends_is_refused(site: Site, change: Callable[[Site], None]) -> None:
+def test_a_jobs_file_that_has_changed_above_its_ends_is_refused(
+    site: Site, change: Callable[[Site], None]
+) -> None:
     """Lines that are added below are welcome."""
     site.write({"prompt": "a city"})
     assert site.run().exit_code == 0
@@ -290,7 +317,9 @@ def test_the_last_end_of_a_line_is_what_counts(site: Site) -> None:
     assert "mine" not in site.worker.requests
 
 
-@pytest.mark.parametrize("torn", ['{"li', '{"line": 2, "job_id": "batch-', '{"line": 2, "job_id": "x", "result": {}}'])
+@pytest.mark.parametrize(
+    "torn", ['{"li', '{"line": 2, "job_id": "batch-', '{"line": 2, "job_id": "x", "result": {}}']
+)
 def test_a_torn_line_is_taken_for_none(site: Site, torn: str) -> None:
     site.write(*prompts(2))
     site.run("--in-flight", "1")
@@ -324,7 +353,10 @@ def test_a_broker_that_goes_away_is_no_fault_of_a_job_s(site: Site) -> None:
     site.write(*prompts(4))
     result = site.run("--in-flight", "1")
 
-    assert (result.exit_code, result.stderr) == (75, "Error: the broker does not answer [broker_unavailable]\n")
+    assert (result.exit_code, result.stderr) == (
+        75,
+        "Error: the broker does not answer [broker_unavailable]\n",
+    )
     assert site.outcomes == [(1, "drawn"), (2, "drawn")]
 
     site.worker = MemoryWorker()
@@ -332,7 +364,9 @@ def test_a_broker_that_goes_away_is_no_fault_of_a_job_s(site: Site) -> None:
     assert len(site.worker.requests) == 2
 
 
-def test_a_picture_that_cannot_be_brought_here_is_asked_for_again(site: Site, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_brought_here_is_asked_for_again(
+    site: Site, tmp_path: Path
+) -> None:
     """The job is well, so its line is unfinished and others go on."""
     site.write({"prompt": "a city", "url_policy": "key"}, *prompts(1))
     folder = str(tmp_path / "pictures")
@@ -355,7 +389,9 @@ def test_pictures_of_lines_that_are_done_are_brought_later(site: Site, tmp_path:
     folder = tmp_path / "pictures"
 
     assert site.run("--pictures", str(folder)).exit_code == 0
-    assert {path.name for path in folder.iterdir()} == {f"{end['job_id']}-0.png" for end in (ended, whole)}
+    assert {path.name for path in folder.iterdir()} == {
+        f"{end['job_id']}-0.png" for end in (ended, whole)
+    }
     assert len(site.ends) == len(site.worker.requests) == 2
     (folder / f"{whole['job_id']}-0.png").write_bytes(b"as it is")
     site.worker = MemoryWorker()
@@ -370,10 +406,16 @@ def test_pictures_that_are_gone_are_told_with_their_job(site: Site, tmp_path: Pa
 
     (name,) = site.worker.requests
     told = json.loads(result.stdout)["error"]
-    assert (result.exit_code, told["code"], told["details"]["job_id"]) == (75, "picture_unavailable", name)
+    assert (result.exit_code, told["code"], told["details"]["job_id"]) == (
+        75,
+        "picture_unavailable",
+        name,
+    )
 
 
-def test_pictures_that_are_gone_for_good_are_told_each_and_counted(site: Site, tmp_path: Path) -> None:
+def test_pictures_that_are_gone_for_good_are_told_each_and_counted(
+    site: Site, tmp_path: Path
+) -> None:
     """The job is drawn, whatever is known of it by now; others are brought all the same."""
     site.write(*prompts(3))
     site.run("--in-flight", "1")
@@ -415,9 +457,14 @@ class Insisting(MemoryWorker):
         super().__init__(draw=self.elsewhere)
         self._url = url
 
-    def elsewhere(self, job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+    def elsewhere(
+        self, job_id: str, request: GenerateRequest, _progress: Progress
+    ) -> GenerateResult:
         made = placeholder(job_id, request)
-        images = tuple(msgspec.structs.replace(image, size=100, data_uri=None, url=self._url) for image in made.images)
+        images = tuple(
+            msgspec.structs.replace(image, size=100, data_uri=None, url=self._url)
+            for image in made.images
+        )
         return msgspec.structs.replace(made, images=images)
 
     def close(self) -> None:
@@ -427,7 +474,9 @@ class Insisting(MemoryWorker):
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("before", [True, False])
-def test_a_batch_is_ended_while_a_picture_comes_slowly(site: Site, tmp_path: Path, before: bool) -> None:
+def test_a_batch_is_ended_while_a_picture_comes_slowly(
+    site: Site, tmp_path: Path, before: bool
+) -> None:
     """That of a line which was finished before, or of a job in flight."""
     ended, waited = Event(), list[bool]()
 
@@ -446,7 +495,10 @@ def test_a_batch_is_ended_while_a_picture_comes_slowly(site: Site, tmp_path: Pat
         wait_until(lambda: waited, "the server has ended")
 
     said = "nothing is in flight" if before else "0 jobs are cancelled"
-    assert (result.exit_code, result.stderr) == (130, f"{said}; the same command goes on [interrupted]\n")
+    assert (result.exit_code, result.stderr) == (
+        130,
+        f"{said}; the same command goes on [interrupted]\n",
+    )
     assert waited == [True]
 
 
@@ -482,7 +534,9 @@ def test_a_job_that_is_cancelled_whenever_it_comes_is_an_error(site: Site, named
             super().put(entries)
 
     site.worker = Refusing()
-    site.write({"request": {"prompt": "a city"}, "job_id": "mine"} if named else {"prompt": "a city"})
+    site.write(
+        {"request": {"prompt": "a city"}, "job_id": "mine"} if named else {"prompt": "a city"}
+    )
     result = site.run()
 
     assert result.exit_code == 1
@@ -494,7 +548,11 @@ def test_a_job_that_is_cancelled_whenever_it_comes_is_an_error(site: Site, named
 def test_signals_while_jobs_are_cancelled_change_nothing(site: Site) -> None:
     """All are cancelled and written down, but for those that a line names: these may be somebody else's."""
     site.worker = Signalling(after=2)
-    site.write({"prompt": "a city"}, {"request": {"prompt": "a city"}, "job_id": "mine"}, {"prompt": "never sent"})
+    site.write(
+        {"prompt": "a city"},
+        {"request": {"prompt": "a city"}, "job_id": "mine"},
+        {"prompt": "never sent"},
+    )
     result = site.run("--in-flight", "2")
 
     assert (result.exit_code, site.outcomes) == (143, [(1, "job_revoked")])
@@ -544,11 +602,22 @@ def start(broker_url: str, tmp_path: Path) -> Iterator[Callable[[], "subprocess.
     started: list[subprocess.Popen[str]] = []
 
     def begin() -> "subprocess.Popen[str]":
-        command = [ZLORA, "batch", str(tmp_path / "jobs.jsonl"), "--out", str(tmp_path / "results.jsonl")]
+        command = [
+            ZLORA,
+            "batch",
+            str(tmp_path / "jobs.jsonl"),
+            "--out",
+            str(tmp_path / "results.jsonl"),
+        ]
         command += ["--in-flight", "2"]
         environ = clean_environ({"ZLORA_BROKER_URL": broker_url})
         process = subprocess.Popen(
-            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         started.append(process)
         return process
@@ -606,7 +675,10 @@ def test_where_nobody_can_be_asked_a_signal_cancels_what_is_in_flight(
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
 
-    assert (process.returncode, told) == (130, "2 jobs are cancelled; the same command goes on [interrupted]\n")
+    assert (process.returncode, told) == (
+        130,
+        "2 jobs are cancelled; the same command goes on [interrupted]\n",
+    )
     assert [client.job(job_id).status().state for job_id in cancelled] == ["REVOKED", "REVOKED"]
     assert [end["error"]["code"] for end in site.ends] == ["job_revoked", "job_revoked"]
     start()

@@ -43,7 +43,9 @@ def test_75_is_what_may_succeed_later(cls: type[ZloraError]) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_an_error_is_one_line_and_its_status(monkeypatch: pytest.MonkeyPatch, cls: type[ZloraError]) -> None:
+def test_an_error_is_one_line_and_its_status(
+    monkeypatch: pytest.MonkeyPatch, cls: type[ZloraError]
+) -> None:
     result = ending(monkeypatch, cls("a sentence"))
 
     assert (result.exit_code, result.stdout) == (exits.status_of(cls), "")
@@ -59,7 +61,12 @@ def test_with_json_an_error_is_one_document_and_the_same_status(
 
     assert (result.exit_code, result.stderr) == (exits.status_of(cls), "")
     assert json.loads(result.stdout) == {
-        "error": {"code": cls.code, "message": "a sentence", "retryable": cls.retryable, "details": details}
+        "error": {
+            "code": cls.code,
+            "message": "a sentence",
+            "retryable": cls.retryable,
+            "details": details,
+        }
     }
 
 
@@ -69,7 +76,9 @@ def test_the_parent_s_status_holds_where_a_class_has_none() -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_ctrl_c_where_nothing_was_submitted_is_130(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+def test_ctrl_c_where_nothing_was_submitted_is_130(
+    monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
     result = ending(monkeypatch, KeyboardInterrupt(), *options)
 
     assert result.exit_code == 130
@@ -83,7 +92,9 @@ def test_a_command_that_is_misspelt_is_told_with_status_2() -> None:
     assert "sumbit" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["submit", "--stepz", "--json"], ["submit", "--json", "--steps", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["submit", "--stepz", "--json"], ["submit", "--json", "--steps", "x"]]
+)
 def test_with_json_what_makes_no_sense_is_a_document_too(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, arguments)
 
@@ -95,12 +106,19 @@ def test_an_error_is_one_line_whoever_chose_its_words(monkeypatch: pytest.Monkey
     name = Path("a\nname\x1b[2J")
     result = ending(monkeypatch, FileNotFoundError(2, "No such file", str(name)))
 
-    assert (result.exit_code, result.stderr) == (73, "Error: a?name?[2J: No such file [cannot_write]\n")
+    assert (result.exit_code, result.stderr) == (
+        73,
+        "Error: a?name?[2J: No such file [cannot_write]\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [("cache_command", ["cache", "ls"]), ("replay_command", ["replay", "x.png"]), ("demo.command", ["demo"])],
+    [
+        ("cache_command", ["cache", "ls"]),
+        ("replay_command", ["replay", "x.png"]),
+        ("demo.command", ["demo"]),
+    ],
 )
 def test_a_command_whose_packages_are_not_here_is_a_setting_that_makes_no_sense(
     monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[str]
@@ -110,7 +128,10 @@ def test_a_command_whose_packages_are_not_here_is_a_setting_that_makes_no_sense(
 
     assert (result.exit_code, result.stderr) == (78, "")
     error = json.loads(result.stdout)["error"]
-    assert (error["code"], "pip install 'z-image-lora[worker" in error["message"]) == ("invalid_setting", True)
+    assert (error["code"], "pip install 'z-image-lora[worker" in error["message"]) == (
+        "invalid_setting",
+        True,
+    )
 
 
 @contextmanager
@@ -140,7 +161,12 @@ def run(stream: str, opened: Callable[[], AbstractContextManager[IO[str]]], *arg
 
 @pytest.mark.parametrize(
     ("opened", "status", "options", "lines"),
-    [(_full, 73, [], 2), (_full, 73, ["--json"], 0), (_left, 141, [], 0), (_left, 141, ["--json"], 0)],
+    [
+        (_full, 73, [], 2),
+        (_full, 73, ["--json"], 0),
+        (_left, 141, [], 0),
+        (_left, 141, ["--json"], 0),
+    ],
 )
 def test_what_cannot_be_printed_is_told_and_what_nobody_reads_is_not(
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +200,9 @@ def test_where_not_even_the_error_can_be_printed_its_status_tells() -> None:
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stack_whose_terminal_is_closed_has_ended_well(monkeypatch: pytest.MonkeyPatch, end: signal.Signals) -> None:
+def test_a_stack_whose_terminal_is_closed_has_ended_well(
+    monkeypatch: pytest.MonkeyPatch, end: signal.Signals
+) -> None:
     class Closing:
         """A stack whose terminal goes with the signal."""
 
@@ -212,9 +240,13 @@ def test_the_docs_have_the_codes_that_are_no_error_s(code: str) -> None:
 
 def test_the_docs_have_the_table() -> None:
     rows = re.findall(r"^\| ([0-9]+) \| (.+?) \|", DOCS, re.MULTILINE)
-    told = {name: int(status) for status, names in rows for name in re.findall(r"`([A-Z]\w+)`", names)}
+    told = {
+        name: int(status) for status, names in rows for name in re.findall(r"`([A-Z]\w+)`", names)
+    }
 
-    assert told == {kind.__name__: status for kind, status in exits.STATUSES.items()} | {"ZloraError": 70}
+    assert told == {kind.__name__: status for kind, status in exits.STATUSES.items()} | {
+        "ZloraError": 70
+    }
 
 
 def test_the_docs_have_every_command() -> None:

@@ -90,7 +90,11 @@ def test_an_option_is_a_field_of_the_request(
         (f"{LORA}:-1", {"url": LORA}, -1.0),
         (f"{LORA}:.5", {"url": LORA}, 0.5),
         (f"{LORA}:1e-1", {"url": LORA}, 0.1),
-        ("hf://owner/repo/x.safetensors@main:2", {"url": "hf://owner/repo/x.safetensors@main"}, 2.0),
+        (
+            "hf://owner/repo/x.safetensors@main:2",
+            {"url": "hf://owner/repo/x.safetensors@main"},
+            2.0,
+        ),
         ("civitai://123", {"url": "civitai://123"}, 1.0),
         ("civitai://123:0.3", {"url": "civitai://123"}, 0.3),
         ("s3://bucket/a:b", {"url": "s3://bucket/a:b"}, 1.0),
@@ -111,14 +115,30 @@ def test_a_lora_s_weight_is_the_number_after_its_last_colon(
 @pytest.mark.parametrize("name", ["request.json", "-"])
 def test_options_go_before_the_document(worker: MemoryWorker, tmp_path: Path, name: str) -> None:
     """What no option says is the document's."""
-    document = {"prompt": "a city", "seed": 7, "loras": [{"file": {"url": "owner/one"}}], "inline": True}
+    document = {
+        "prompt": "a city",
+        "seed": 7,
+        "loras": [{"file": {"url": "owner/one"}}],
+        "inline": True,
+    }
     (tmp_path / "request.json").write_text(json.dumps(document))
 
-    result = run("submit", "--request", name, "--seed", "8", "--lora", "owner/two", given=json.dumps(document))
+    result = run(
+        "submit",
+        "--request",
+        name,
+        "--seed",
+        "8",
+        "--lora",
+        "owner/two",
+        given=json.dumps(document),
+    )
 
     assert result.exit_code == 0, result.output
     (request,) = worker.requests.values()
-    assert request == read_request(document | {"seed": 8, "loras": [{"file": {"url": "owner/two"}}]})
+    assert request == read_request(
+        document | {"seed": 8, "loras": [{"file": {"url": "owner/two"}}]}
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,14 +175,19 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_sent(
 
 
 def test_submit_prints_the_id_and_nothing_else(worker: MemoryWorker) -> None:
-    by_chance, named = run("submit", "a city").stdout, run("submit", "a city", "--json", "--job-id", "job-1").stdout
+    by_chance, named = (
+        run("submit", "a city").stdout,
+        run("submit", "a city", "--json", "--job-id", "job-1").stdout,
+    )
 
     assert list(worker.requests) == [by_chance.strip(), "job-1"]
     assert json.loads(named) == {"job_id": "job-1"}
 
 
 def test_the_same_key_is_the_same_job(worker: MemoryWorker) -> None:
-    first, second = (run("submit", "a city", "--idempotency-key", "order 7").stdout for _ in range(2))
+    first, second = (
+        run("submit", "a city", "--idempotency-key", "order 7").stdout for _ in range(2)
+    )
 
     assert first == second
     assert len(worker.requests) == 1
@@ -171,7 +196,9 @@ def test_the_same_key_is_the_same_job(worker: MemoryWorker) -> None:
 # --- generate
 
 
-def test_generate_saves_the_pictures_and_prints_what_was_used(worker: MemoryWorker, tmp_path: Path) -> None:
+def test_generate_saves_the_pictures_and_prints_what_was_used(
+    worker: MemoryWorker, tmp_path: Path
+) -> None:
     """Without a terminal: lines, one for each picture and LoRA, and none of them has a control character."""
     result = run(
         "generate", "a city", "--lora", f"{LORA}:0.8", "--lora", "owner/repo", "--seed", "7", "-n", "2",
@@ -207,9 +234,13 @@ def test_with_json_the_result_and_its_files_are_one_document() -> None:
     assert msgspec.convert(document["result"], GenerateResult).job_id == document["job_id"] == "j"
 
 
-def test_a_stranger_s_words_move_no_cursor(monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker) -> None:
+def test_a_stranger_s_words_move_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker
+) -> None:
     def strange(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
-        return msgspec.structs.replace(draw(job_id, request, progress), model="\x1b[2Jmodel\nbase intact: no")
+        return msgspec.structs.replace(
+            draw(job_id, request, progress), model="\x1b[2Jmodel\nbase intact: no"
+        )
 
     monkeypatch.setattr(worker, "_draw", strange)
 
@@ -242,12 +273,18 @@ def test_after_the_wait_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_wait_that_is_no_number_is_refused_before_anything_is_sent(worker: MemoryWorker) -> None:
-    assert run("generate", "a city", "--wait", "nan").exit_code == run("result", "x", "--wait", "nan").exit_code == 2
+    assert (
+        run("generate", "a city", "--wait", "nan").exit_code
+        == run("result", "x", "--wait", "nan").exit_code
+        == 2
+    )
     assert not worker.requests
 
 
 @pytest.mark.parametrize("given", [b"\xef\xbb\xbf{}", b'{"prompt": "\xff"}', 5000 * b"[", b""])
-def test_whatever_a_document_is_it_is_refused_in_one_line(worker: MemoryWorker, given: bytes) -> None:
+def test_whatever_a_document_is_it_is_refused_in_one_line(
+    worker: MemoryWorker, given: bytes
+) -> None:
     result = CliRunner().invoke(main, ["submit", "--request", "-"], input=given)
 
     assert (result.exit_code, result.stderr.count("\n")) == (65, 1)
@@ -255,9 +292,14 @@ def test_whatever_a_document_is_it_is_refused_in_one_line(worker: MemoryWorker, 
     assert not worker.requests
 
 
-def test_where_pictures_cannot_be_written_nothing_is_drawn(worker: MemoryWorker, tmp_path: Path) -> None:
+def test_where_pictures_cannot_be_written_nothing_is_drawn(
+    worker: MemoryWorker, tmp_path: Path
+) -> None:
     (tmp_path / "out").write_text("a file")
-    told, as_json = run("generate", "a city", "--out", "out"), run("generate", "a city", "--out", "out", "--json")
+    told, as_json = (
+        run("generate", "a city", "--out", "out"),
+        run("generate", "a city", "--out", "out", "--json"),
+    )
 
     assert (told.exit_code, told.stderr) == (73, "Error: out: File exists [cannot_write]\n")
     assert as_json.exit_code == 73
@@ -281,8 +323,14 @@ def test_an_error_after_the_job_is_drawn_names_it(
     unwritten = run("generate", "a city", "--job-id", "unwritten", "--json", "--out", "out")
 
     assert (unseen.exit_code, unwritten.exit_code) == (75, 73)
-    assert json.loads(unseen.stdout)["error"]["details"] == {"key": "runs/unseen/outputs/0.png", "job_id": "unseen"}
-    assert json.loads(unwritten.stdout)["error"]["details"] == {"path": "out", "job_id": "unwritten"}
+    assert json.loads(unseen.stdout)["error"]["details"] == {
+        "key": "runs/unseen/outputs/0.png",
+        "job_id": "unseen",
+    }
+    assert json.loads(unwritten.stdout)["error"]["details"] == {
+        "path": "out",
+        "job_id": "unwritten",
+    }
 
 
 def placeholder_of(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
@@ -306,7 +354,11 @@ def test_without_a_question_a_job_is_cancelled_unless_it_may_be_another_s(
 
     (job_id,) = worker.requests
     assert (result.exit_code, worker.run()) == (143, 1 if name else 0)
-    said = "goes on, since a job with a name of yours may be somebody else's" if name else "is cancelled"
+    said = (
+        "goes on, since a job with a name of yours may be somebody else's"
+        if name
+        else "is cancelled"
+    )
     assert f"job {job_id} {said}" in result.stderr
     assert "Traceback" not in result.output
 
@@ -323,7 +375,9 @@ def test_ctrl_c_while_pictures_are_saved_tells_how_to_save_them(
 
         def elsewhere(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
             made = placeholder(job_id, request)
-            images = tuple(msgspec.structs.replace(image, size=100, url=host.url) for image in made.images)
+            images = tuple(
+                msgspec.structs.replace(image, size=100, url=host.url) for image in made.images
+            )
             return msgspec.structs.replace(made, images=images)
 
         monkeypatch.setattr(worker, "_draw", elsewhere)
@@ -343,7 +397,10 @@ def test_streams_that_are_closed_stop_nothing(
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
 
-    for arguments, status in ((["generate", "a city", "--job-id", "j"], 0), (["submit", "--request", "-"], 2)):
+    for arguments, status in (
+        (["generate", "a city", "--job-id", "j"], 0),
+        (["submit", "--request", "-"], 2),
+    ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == status
@@ -351,7 +408,9 @@ def test_streams_that_are_closed_stop_nothing(
     assert list(worker.requests) == ["j"]
 
 
-def test_output_that_cannot_be_encoded_is_escaped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_output_that_cannot_be_encoded_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(connection, "client", MemoryWorker(draw=draw).client)
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "printed").open("w", encoding="latin-1") as output:

@@ -87,17 +87,24 @@ def test_cancel_tells_where_each_job_was(worker: MemoryWorker) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_result_prints_the_receipt_and_saves_where_it_is_told(tmp_path: Path) -> None:
-    told, as_json = run("result", "done"), run("result", "done", "--json", "--out", str(tmp_path / "new"))
+    told, as_json = (
+        run("result", "done"),
+        run("result", "done", "--json", "--out", str(tmp_path / "new")),
+    )
 
     assert told.exit_code == as_json.exit_code == 0
-    assert told.stdout.startswith("job: done\npicture: https://pictures.invalid/runs/done/outputs/0.png (seed ")
+    assert told.stdout.startswith(
+        "job: done\npicture: https://pictures.invalid/runs/done/outputs/0.png (seed "
+    )
     document = json.loads(as_json.stdout)
     assert document["files"] == [str(tmp_path / "new/done-0.png")]
     assert document["result"]["job_id"] == "done"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["done-0.png"]
 
 
-@pytest.mark.parametrize(("job_id", "status", "code"), [("gone", 4, "job_revoked"), ("first", 75, "result_timeout")])
+@pytest.mark.parametrize(
+    ("job_id", "status", "code"), [("gone", 4, "job_revoked"), ("first", 75, "result_timeout")]
+)
 @pytest.mark.usefixtures("worker")
 def test_where_there_is_no_result_the_error_says_why(job_id: str, status: int, code: str) -> None:
     result = run("result", job_id, "--wait", "0.1", "--json")

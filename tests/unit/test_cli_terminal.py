@@ -45,7 +45,9 @@ class Terminal:
 
     def sees(self, pattern: str) -> str:
         """Wait until such words are there, and give the first group; what was seen before is left out."""
-        found = wait_until(lambda: re.search(pattern, self._read(), re.DOTALL), f"{pattern} in {self.text!r}")
+        found = wait_until(
+            lambda: re.search(pattern, self._read(), re.DOTALL), f"{pattern} in {self.text!r}"
+        )
         self.text = self.text[found.end() :]
         return "".join(found.groups()[:1])
 
@@ -102,16 +104,26 @@ def test_a_bar_shows_how_far_the_job_is_and_a_table_what_was_used(
     client: Client, terminal: Callable[..., Terminal]
 ) -> None:
     """On a narrow terminal each path is there in full, if over several lines."""
-    shell = terminal(*SMALL, "--lora", "owner/repo:0.8", "--out", "a-folder-with-a-long-name" * 2, width=81)
+    shell = terminal(
+        *SMALL, "--lora", "owner/repo:0.8", "--out", "a-folder-with-a-long-name" * 2, width=81
+    )
     shell.sees("job j\r\n")
     shell.sees(r"queued.*\(0 before it\)")
-    tell(client, JobState.PROGRESS, {"phase": "fetching", "received": 1_000_000, "expected": 4_000_000})
+    tell(
+        client,
+        JobState.PROGRESS,
+        {"phase": "fetching", "received": 1_000_000, "expected": 4_000_000},
+    )
     shell.sees(r"fetching.*━.*\(1.0 of 4.0 MB\)")
     tell(client, JobState.PROGRESS, {"phase": "denoising", "step": 3, "steps": 28, "eta": 12.3})
     shell.sees(r"denoising.*━.*\(step 3 of 28, 12 s left\)")
-    request = read_request({"prompt": "a city", "inline": True, "loras": [{"file": {"url": "owner/repo"}}]})
+    request = read_request(
+        {"prompt": "a city", "inline": True, "loras": [{"file": {"url": "owner/repo"}}]}
+    )
     made = placeholder("j", request)
-    receipt = msgspec.structs.replace(made.loras[0], ranks=(8,), modules={"unet": 722}, relative_norm=0.0125)
+    receipt = msgspec.structs.replace(
+        made.loras[0], ranks=(8,), modules={"unet": 722}, relative_norm=0.0125
+    )
     tell(client, JobState.SUCCESS, plain(msgspec.structs.replace(made, loras=(receipt,))))
 
     assert shell.ends() == 0
@@ -143,7 +155,9 @@ def test_ctrl_c_asks_once_whether_to_cancel(
     assert client.job("j").status().state is state
 
 
-@pytest.mark.parametrize(("asked", "end", "status"), [(False, signal.SIGHUP, 129), (True, signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("asked", "end", "status"), [(False, signal.SIGHUP, 129), (True, signal.SIGTERM, 143)]
+)
 def test_a_signal_from_outside_cancels_without_an_answer(
     client: Client, terminal: Callable[..., Terminal], asked: bool, end: signal.Signals, status: int
 ) -> None:
@@ -172,7 +186,9 @@ def test_ctrl_c_cancels_no_job_that_the_command_has_not_submitted(
     assert client.job("j").status().state is JobState.PENDING
 
 
-def test_where_nobody_can_be_asked_ctrl_c_cancels(client: Client, environ: dict[str, str], tmp_path: Path) -> None:
+def test_where_nobody_can_be_asked_ctrl_c_cancels(
+    client: Client, environ: dict[str, str], tmp_path: Path
+) -> None:
     """As where stdin is closed. Without a terminal there are lines, one a phase, and no control character."""
     process = subprocess.Popen(
         ["/bin/sh", "-c", 'exec "$0" generate "a city" --json <&-', ZLORA], env=environ, cwd=tmp_path,
@@ -190,17 +206,25 @@ def test_where_nobody_can_be_asked_ctrl_c_cancels(client: Client, environ: dict[
     job_id = told[0].split()[1]
     assert told == [f"job {job_id}\n", "queued (0 before it)\n"]
     assert process.returncode == 130
-    assert msgspec.json.decode(output)["error"]["details"] == {"job_id": job_id, "cancelled": "queued"}
+    assert msgspec.json.decode(output)["error"]["details"] == {
+        "job_id": job_id,
+        "cancelled": "queued",
+    }
     assert client.job(job_id).status().state is JobState.REVOKED
 
 
-def test_a_batch_asks_once_for_all_in_flight(client: Client, terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_a_batch_asks_once_for_all_in_flight(
+    client: Client, terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
     """Ctrl-D is a no and leaves them, and the same command meets them again."""
     lines = [{"request": {"prompt": "a city"}, "job_id": name} for name in ("j", "k", "l")]
     (tmp_path / "jobs.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
     shell = terminal("batch", "jobs.jsonl", "--out", "results.jsonl", "--in-flight", "2")
     shell.sees("0/3")
-    wait_until(lambda: len(inside(client)._ledger.unfinished(before=float("inf"))) == 2, "two are in flight")
+    wait_until(
+        lambda: len(inside(client)._ledger.unfinished(before=float("inf"))) == 2,
+        "two are in flight",
+    )
     tell(client, JobState.SUCCESS, plain(placeholder("j", GenerateRequest(prompt="a city"))))
     shell.sees("━.*1/3")
     shell.types(CTRL_C)
@@ -209,4 +233,7 @@ def test_a_batch_asks_once_for_all_in_flight(client: Client, terminal: Callable[
 
     assert shell.ends() == 130
     assert "2 jobs go on; the same command meets them again" in shell.text
-    assert [client.job(name).status().state for name in ("k", "l")] == [JobState.PENDING, JobState.PENDING]
+    assert [client.job(name).status().state for name in ("k", "l")] == [
+        JobState.PENDING,
+        JobState.PENDING,
+    ]

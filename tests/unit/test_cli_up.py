@@ -27,7 +27,9 @@ class Standing:
         raise KeyboardInterrupt
 
 
-def test_the_broker_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch, handlers: None) -> None:  # noqa: ARG001
+def test_the_broker_is_told_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, handlers: None
+) -> None:
     monkeypatch.setattr(local, "Stack", Standing)
 
     told = CliRunner().invoke(main, ["up"]).output

@@ -38,7 +38,13 @@ def give_up(client: Client, job_id: str) -> None:
     client.submit({"prompt": "a city"}, job_id=job_id, webhook_url=URL)
     ledger.close(job_id, JobLost())
     letter = DeadLetter(
-        job_id=job_id, event="job.failed", url=URL, tries=9, first=1.0, last=time.time(), reason="it says\n500"
+        job_id=job_id,
+        event="job.failed",
+        url=URL,
+        tries=9,
+        first=1.0,
+        last=time.time(),
+        reason="it says\n500",
     )
     Outbox(ledger.redis, "gpu").bury(letter)
 
@@ -69,7 +75,9 @@ def test_what_is_not_known_any_more_is_told_beside_the_others(client: Client) ->
     ]
 
 
-@pytest.mark.parametrize("command", [["webhooks"], ["batch", "jobs.jsonl", "--out", "results.jsonl"]])
+@pytest.mark.parametrize(
+    "command", [["webhooks"], ["batch", "jobs.jsonl", "--out", "results.jsonl"]]
+)
 def test_a_url_that_nobody_can_open_is_a_typed_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
 ) -> None:
@@ -86,4 +94,7 @@ def test_a_broker_that_is_away_is_a_typed_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ZLORA_BROKER_URL", "redis://127.0.0.1:1/0")
     result = run("--json")
 
-    assert (result.exit_code, json.loads(result.stdout)["error"]["code"]) == (75, "broker_unavailable")
+    assert (result.exit_code, json.loads(result.stdout)["error"]["code"]) == (
+        75,
+        "broker_unavailable",
+    )

@@ -92,7 +92,9 @@ def test_a_job_is_sent_as_the_plain_document_under_its_own_id(client: Client, br
 def test_a_job_without_an_id_gets_one_of_its_own(client: Client, broker: Any) -> None:
     handles = [client.submit(REQUEST) for _ in range(3)]
 
-    assert [message["headers"]["id"] for message in waiting(broker)] == [handle.id for handle in handles]
+    assert [message["headers"]["id"] for message in waiting(broker)] == [
+        handle.id for handle in handles
+    ]
     assert len({handle.id for handle in handles}) == 3
 
 
@@ -105,7 +107,9 @@ def test_a_job_goes_to_the_client_s_queue(broker_url: str, broker: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("priority", "name"), [("high", "gpu"), ("normal", "gpu\x06\x165"), ("low", "gpu\x06\x169")], ids=str
+    ("priority", "name"),
+    [("high", "gpu"), ("normal", "gpu\x06\x165"), ("low", "gpu\x06\x169")],
+    ids=str,
 )
 def test_each_priority_has_its_list(client: Client, broker: Any, priority: Any, name: str) -> None:
     client.submit(REQUEST, job_id="job-1", priority=priority)
@@ -114,7 +118,9 @@ def test_each_priority_has_its_list(client: Client, broker: Any, priority: Any, 
     assert len(waiting(broker)) == 1
 
 
-def test_expires_in_is_a_moment_in_the_message_and_in_the_ledger(client: Client, broker: Any) -> None:
+def test_expires_in_is_a_moment_in_the_message_and_in_the_ledger(
+    client: Client, broker: Any
+) -> None:
     client.submit(REQUEST, job_id="job-1", expires_in=90.5)
 
     (message,) = waiting(broker)
@@ -124,15 +130,24 @@ def test_expires_in_is_a_moment_in_the_message_and_in_the_ledger(client: Client,
     assert abs(broker.zscore(wire.expiring_key("gpu"), "job-1") - moment.timestamp()) < 0.001
 
 
-def test_who_watches_the_queue_sees_the_prompt_and_of_an_address_what_may_be_shown(client: Client, broker: Any) -> None:
+def test_who_watches_the_queue_sees_the_prompt_and_of_an_address_what_may_be_shown(
+    client: Client, broker: Any
+) -> None:
     url = "https://us3r:pa55@example.com/anime.safetensors?sig=t0ken#fr4g"
-    client.submit({**REQUEST, "loras": [{"file": {"url": url}, "weight": 0.5}], "num_images": 2}, job_id="job-1")
+    client.submit(
+        {**REQUEST, "loras": [{"file": {"url": url}, "weight": 0.5}], "num_images": 2},
+        job_id="job-1",
+    )
 
     (message,) = waiting(broker)
     shown = message["headers"]["argsrepr"]
     for part in ("a portrait", "https://example.com/anime.safetensors", "num_images=2"):
         assert part in shown
-    assert not [secret for secret in ("us3r", "pa55", "t0ken", "fr4g") if secret in json.dumps(message["headers"])]
+    assert not [
+        secret
+        for secret in ("us3r", "pa55", "t0ken", "fr4g")
+        if secret in json.dumps(message["headers"])
+    ]
     assert message["args"][0]["loras"][0]["file"]["url"] == url
 
 
@@ -157,7 +172,9 @@ def test_the_record_is_written_before_the_message_is_sent(client: Client, broker
     assert "sent" in record(broker, "job-1")
 
 
-def test_what_is_sent_at_the_second_try_is_what_is_written_down(client: Client, broker: Any) -> None:
+def test_what_is_sent_at_the_second_try_is_what_is_written_down(
+    client: Client, broker: Any
+) -> None:
     """The sweeper sends from the record, and ends what the ledger says is over: it must not be another job's."""
     with unsendable(), pytest.raises(BrokerUnavailable):
         client.submit(REQUEST, job_id="job-1", priority="low", expires_in=60)
@@ -168,7 +185,9 @@ def test_what_is_sent_at_the_second_try_is_what_is_written_down(client: Client, 
     written = json.loads(record(broker, "job-1")["message"])
     assert message["properties"]["priority"] == written["priority"]
     assert (message["headers"]["expires"] is None) == ("expires" not in written)
-    assert (message["headers"]["expires"] is None) == (broker.zscore(wire.expiring_key("gpu"), "job-1") is None)
+    assert (message["headers"]["expires"] is None) == (
+        broker.zscore(wire.expiring_key("gpu"), "job-1") is None
+    )
 
 
 def test_the_same_request_under_the_same_id_is_the_same_job(client: Client, broker: Any) -> None:
@@ -176,15 +195,22 @@ def test_the_same_request_under_the_same_id_is_the_same_job(client: Client, brok
     first = client.submit(REQUEST, job_id="job-1")
     before = record(broker, "job-1"), broker.zrange(wire.ledger_key("gpu"), 0, -1, withscores=True)
 
-    again = client.submit(GenerateRequest(prompt="a portrait", num_images=1), job_id="job-1", priority="high")
+    again = client.submit(
+        GenerateRequest(prompt="a portrait", num_images=1), job_id="job-1", priority="high"
+    )
 
     assert first.id == again.id == "job-1"
     assert len(waiting(broker)) == 1
-    assert (record(broker, "job-1"), broker.zrange(wire.ledger_key("gpu"), 0, -1, withscores=True)) == before
+    assert (
+        record(broker, "job-1"),
+        broker.zrange(wire.ledger_key("gpu"), 0, -1, withscores=True),
+    ) == before
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_another_request_under_the_same_id_is_a_conflict(client: Client, broker: Any, ended: bool) -> None:
+def test_another_request_under_the_same_id_is_a_conflict(
+    client: Client, broker: Any, ended: bool
+) -> None:
     client.submit(REQUEST, job_id="job-1")
     if ended:
         Ledger(broker, "gpu").close("job-1")
@@ -222,7 +248,9 @@ def test_every_key_that_a_submission_leaves_expires(client: Client, broker: Any)
 
 
 def test_many_jobs_are_queued_in_order_under_their_ids(client: Client, broker: Any) -> None:
-    handles = client.submit_many([{**REQUEST, "seed": index} for index in range(450)], priority="low")
+    handles = client.submit_many(
+        [{**REQUEST, "seed": index} for index in range(450)], priority="low"
+    )
 
     found = on_list(broker, "gpu\x06\x169")
     assert [message["headers"]["id"] for message in found] == [handle.id for handle in handles]
@@ -345,7 +373,11 @@ def test_a_client_that_was_used_works_on_in_a_forked_process(client: Client, bro
 
     client.submit(REQUEST, job_id="parent-2")
 
-    assert {message["headers"]["id"] for message in waiting(broker)} == {"parent-1", "child-1", "parent-2"}
+    assert {message["headers"]["id"] for message in waiting(broker)} == {
+        "parent-1",
+        "child-1",
+        "parent-2",
+    }
 
 
 # --- what is refused
@@ -367,7 +399,10 @@ def test_an_invalid_request_is_refused_before_anything_is_sent(lonely: Client) -
 
 @pytest.mark.parametrize("priority", ["urgent", "", "HIGH", 0, None, ["high"]])
 def test_an_unknown_priority_is_an_invalid_request(lonely: Client, priority: Any) -> None:
-    with watched_connections() as connections, pytest.raises(InvalidRequest, match="high, normal, low") as raised:
+    with (
+        watched_connections() as connections,
+        pytest.raises(InvalidRequest, match="high, normal, low") as raised,
+    ):
         lonely.submit(REQUEST, priority=priority)
 
     assert raised.value.details["path"] == "priority"
@@ -375,7 +410,9 @@ def test_an_unknown_priority_is_an_invalid_request(lonely: Client, priority: Any
 
 
 @pytest.mark.parametrize(
-    "seconds", [0, -1, -0.0, float("nan"), float("inf"), True, "60", [60], wire.RECORD_EXPIRES + 1, 10**400], ids=str
+    "seconds",
+    [0, -1, -0.0, float("nan"), float("inf"), True, "60", [60], wire.RECORD_EXPIRES + 1, 10**400],
+    ids=str,
 )
 def test_an_odd_time_to_expire_is_an_invalid_request(lonely: Client, seconds: Any) -> None:
     with watched_connections() as connections, pytest.raises(InvalidRequest) as raised:
@@ -421,7 +458,9 @@ def test_a_redis_that_never_answers_costs_a_bounded_time(monkeypatch: pytest.Mon
     assert time.monotonic() - start < 5
 
 
-def test_connections_that_the_server_has_closed_cost_nobody_anything(client: Client, broker: Any) -> None:
+def test_connections_that_the_server_has_closed_cost_nobody_anything(
+    client: Client, broker: Any
+) -> None:
     """As after its restart: the first call that follows connects anew."""
     client.submit(REQUEST, job_id="job-1").status()
     broker.client_kill_filter(skipme=True, _type="normal")
@@ -455,12 +494,17 @@ def test_an_option_of_a_url_that_nobody_knows_is_refused_at_once() -> None:
 def test_a_result_backend_that_is_not_one_redis_is_refused() -> None:
     with pytest.raises(InvalidSetting, match=wire.RESULT_BACKEND):
         Client("redis://h/0", result_backend="nonsense")
-    with pytest.raises(InvalidSetting, match=wire.RESULT_BACKEND):  # nobody would be rung by another than Redis
+    with pytest.raises(
+        InvalidSetting, match=wire.RESULT_BACKEND
+    ):  # nobody would be rung by another than Redis
         Client("redis://h/0", result_backend="rpc://")
 
 
 def test_a_password_in_the_broker_s_url_is_not_told() -> None:
-    with Client(f"redis://:s3cret@127.0.0.1:{free_port()}/0") as lonely, pytest.raises(BrokerUnavailable) as raised:
+    with (
+        Client(f"redis://:s3cret@127.0.0.1:{free_port()}/0") as lonely,
+        pytest.raises(BrokerUnavailable) as raised,
+    ):
         lonely.submit(REQUEST)
 
     assert "s3cret" not in f"{raised.value} {raised.value.details}"
@@ -470,7 +514,11 @@ def test_a_password_in_the_broker_s_url_is_not_told() -> None:
 
 
 def test_the_environment_names_broker_backend_and_queue() -> None:
-    environ = {"ZLORA_BROKER_URL": "redis://b/1", "ZLORA_RESULT_BACKEND": "redis://r/2", "ZLORA_QUEUE": "q"}
+    environ = {
+        "ZLORA_BROKER_URL": "redis://b/1",
+        "ZLORA_RESULT_BACKEND": "redis://r/2",
+        "ZLORA_QUEUE": "q",
+    }
 
     with Client.from_env(environ) as client:
         conf = inside(client)._app.conf
@@ -479,7 +527,9 @@ def test_the_environment_names_broker_backend_and_queue() -> None:
 
 
 def test_the_backend_is_the_broker_where_nothing_else_is_said(tmp_path: Path) -> None:
-    with Client.from_env({"ZLORA_HOME": str(tmp_path), "ZLORA_RESULT_BACKEND": "", "ZLORA_QUEUE": ""}) as client:
+    with Client.from_env(
+        {"ZLORA_HOME": str(tmp_path), "ZLORA_RESULT_BACKEND": "", "ZLORA_QUEUE": ""}
+    ) as client:
         conf = inside(client)._app.conf
         assert conf.result_backend == conf.broker_url == "redis://localhost:6379/0"
         assert client.queue == "gpu"
@@ -492,14 +542,19 @@ def test_another_celery_app_of_the_process_stays_the_current_one(tmp_path: Path)
         with Client.from_env({"ZLORA_HOME": str(tmp_path)}) as client:
             assert inside(client)._app is not theirs
             assert current_app.main == "theirs"
-            assert (current_app.conf.broker_url, current_app.conf.task_default_queue) == ("memory://", "theirs")
+            assert (current_app.conf.broker_url, current_app.conf.task_default_queue) == (
+                "memory://",
+                "theirs",
+            )
 
 
 def test_what_the_environment_tells_another_celery_app_is_not_the_client_s(
     monkeypatch: pytest.MonkeyPatch, broker_url: str, broker: Any, tmp_path: Path
 ) -> None:
     """Celery itself prefers these variables to whatever an app is given."""
-    (tmp_path / "theirs.py").write_text("task_always_eager = True\ntask_create_missing_queues = False\n")
+    (tmp_path / "theirs.py").write_text(
+        "task_always_eager = True\ntask_create_missing_queues = False\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("CELERY_BROKER_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"):
         monkeypatch.setenv(name, f"redis://127.0.0.1:{free_port()}/0")
@@ -531,7 +586,9 @@ def test_a_client_that_is_closed_keeps_no_connection(broker_url: str, broker: An
     client.submit(REQUEST).status()
     client.close()
 
-    kept = [item for item in broker.client_list()[before:] if item["cmd"] not in ("lpush", "smembers")]
+    kept = [
+        item for item in broker.client_list()[before:] if item["cmd"] not in ("lpush", "smembers")
+    ]
     assert kept == []  # but for kombu's pool, which all clients of a process share
     with pytest.raises(BrokerUnavailable, match="closed"):
         client.submit(REQUEST)

@@ -29,7 +29,9 @@ class Place:
 
     def __init__(self, broker_url: str) -> None:
         self.url, self.queue = broker_url, uuid.uuid4().hex
-        config = wire.impatient_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
+        config = wire.impatient_config(
+            broker_url=broker_url, result_backend=broker_url, queue=self.queue
+        )
         self.app = Celery("test", set_as_current=False, changes=config)
         self.ledger = Ledger(connect(broker_url), self.queue)
         self.redis: Any = self.ledger.redis
@@ -47,7 +49,11 @@ class Place:
     def lost(self, **fields: Any) -> str:
         """A job that was submitted a minute ago, and whose message is nowhere."""
         job, request = uuid.uuid4().hex, read_request(REQUEST)
-        told: dict[str, Any] = {"request": REQUEST, "priority": 9, "submitted": time.time() - 60} | fields
+        told: dict[str, Any] = {
+            "request": REQUEST,
+            "priority": 9,
+            "submitted": time.time() - 60,
+        } | fields
         self.ledger.open(job, Submission(**told), digest_of(request))
         self.ledger.sent(job)
         return job
@@ -60,7 +66,10 @@ class Place:
             while message := channel.basic_get(self.queue, no_ack=True):
                 found.append(message)
         for message in found:
-            self.redis.lpush(f"{self.queue}\x06\x16{message.properties['priority']}", msgspec.json.encode(message._raw))
+            self.redis.lpush(
+                f"{self.queue}\x06\x16{message.properties['priority']}",
+                msgspec.json.encode(message._raw),
+            )
         return found
 
     def open(self) -> list[str]:
@@ -89,7 +98,11 @@ def test_a_lost_message_is_sent_again_at_the_second_look(place: Place) -> None:
         place.look()
 
     (message,) = place.messages()
-    assert (message.headers["id"], message.payload[0], message.properties["priority"]) == (job, [REQUEST], 9)
+    assert (message.headers["id"], message.payload[0], message.properties["priority"]) == (
+        job,
+        [REQUEST],
+        9,
+    )
     assert message.headers[wire.SUBMITTED_AT] < time.time() - 50
 
 
@@ -125,7 +138,9 @@ def test_what_is_missed_once_and_then_there_is_not_sent_again(place: Place) -> N
 @pytest.mark.parametrize("priority", [0, 5, 9])
 def test_a_queued_job_is_not_sent_again(place: Place, priority: int) -> None:
     job = place.lost()
-    place.app.send_task("zlora.generate", args=[REQUEST], task_id=job, queue=place.queue, priority=priority)
+    place.app.send_task(
+        "zlora.generate", args=[REQUEST], task_id=job, queue=place.queue, priority=priority
+    )
     for _ in range(3):
         place.look()
 
@@ -144,7 +159,9 @@ def test_a_job_deep_in_a_queue_is_found(place: Place, monkeypatch: pytest.Monkey
 
 def test_a_job_that_a_worker_has_taken_is_not_sent_again(place: Place) -> None:
     job = place.lost()
-    place.app.send_task("zlora.generate", args=[REQUEST], task_id=job, queue=place.queue, priority=5)
+    place.app.send_task(
+        "zlora.generate", args=[REQUEST], task_id=job, queue=place.queue, priority=5
+    )
     with place.app.connection_for_read() as connection:
         channel: Any = connection.default_channel
         assert channel.basic_get(place.queue).headers["id"] == job
@@ -184,7 +201,15 @@ def test_a_job_whose_record_is_gone_leaves_the_ledger(place: Place) -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"\xff\xfe\x00", b"", b"5", b"[" * 5000, b'{"x": ' + b"[" * 5000, b'{"headers": 5}', b'{"headers": {"id": 5}}'],
+    [
+        b"\xff\xfe\x00",
+        b"",
+        b"5",
+        b"[" * 5000,
+        b'{"x": ' + b"[" * 5000,
+        b'{"headers": 5}',
+        b'{"headers": {"id": 5}}',
+    ],
 )
 def test_garbage_on_a_queue_does_not_stop_the_sweep(place: Place, garbage: bytes) -> None:
     """It may stand there for long, behind a thousand jobs."""
@@ -257,7 +282,9 @@ def test_a_job_that_was_begun_does_not_expire(place: Place, state: str) -> None:
 
     place.look()
 
-    assert place.app.backend.get_task_meta(handle.id)["status"] == ("PENDING" if state == "leased" else state)
+    assert place.app.backend.get_task_meta(handle.id)["status"] == (
+        "PENDING" if state == "leased" else state
+    )
 
 
 def test_a_job_that_succeeded_does_not_expire_when_its_result_does(place: Place) -> None:
@@ -296,11 +323,22 @@ def serve(place: Place, tmp_path: Path) -> Iterator[Callable[..., None]]:
         thread.join(10)
 
 
-def test_an_old_result_comes_from_the_store(place: Place, tmp_path: Path, serve: Callable[[], None]) -> None:
+def test_an_old_result_comes_from_the_store(
+    place: Place, tmp_path: Path, serve: Callable[[], None]
+) -> None:
     made = GenerateResult(
-        job_id="old", images=(), loras=(), seed=3, timings={}, base_intact=True, model="m", versions={}
+        job_id="old",
+        images=(),
+        loras=(),
+        seed=3,
+        timings={},
+        base_intact=True,
+        model="m",
+        versions={},
     )
-    FolderStore(tmp_path).put_new(manifest_key("old"), msgspec.json.encode(made), "application/json")
+    FolderStore(tmp_path).put_new(
+        manifest_key("old"), msgspec.json.encode(made), "application/json"
+    )
 
     serve()
     assert place.client.job("old").status().state == JobState.SUCCESS
@@ -314,7 +352,9 @@ def test_an_id_that_nobody_knows_is_unknown(place: Place, serve: Callable[[], No
     assert place.client.job("never").status().state == JobState.UNKNOWN
 
 
-@pytest.mark.parametrize("question", [b"garbage", b"\xff\xfe", b"[1, 2]", b'["../x", "zlora:job:x"]', b'["a"]'])
+@pytest.mark.parametrize(
+    "question", [b"garbage", b"\xff\xfe", b"[1, 2]", b'["../x", "zlora:job:x"]', b'["a"]']
+)
 def test_a_stranger_s_question_is_no_question(place: Place, question: bytes) -> None:
     place.redis.lpush(wire.recall_key(place.queue), question)
 
@@ -337,5 +377,9 @@ def test_whatever_is_written_expires(place: Place) -> None:
     place.look()
 
     keys = [key for key in place.redis.scan_iter() if place.redis.ttl(key) < 0]
-    stay = {key for key in keys if not key.startswith(("_kombu.", "unacked")) and place.redis.type(key) != "list"}
+    stay = {
+        key
+        for key in keys
+        if not key.startswith(("_kombu.", "unacked")) and place.redis.type(key) != "list"
+    }
     assert (stay, any(key.startswith("zlora:") for key in keys)) == (set(), False)

@@ -46,7 +46,9 @@ class Parent:
 
     def __init__(self, broker_url: str, folder: Path) -> None:
         self.queue, self.job = uuid.uuid4().hex, uuid.uuid4().hex
-        config = wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
+        config = wire.shared_config(
+            broker_url=broker_url, result_backend=broker_url, queue=self.queue
+        )
         self.app = OwnApp("test", config)
         self.app.conf.update(task_acks_late=True, task_reject_on_worker_lost=True)
         self.app.task(name=TASK, shared=False)(_task)
@@ -57,12 +59,19 @@ class Parent:
         self.acknowledged: list[bool] = []
 
     def request(self, document: object = REQUEST, **options: Any) -> Any:
-        sent: dict[str, Any] = {"args": [document], "queue": self.queue, "priority": 5, "task_id": self.job} | options
+        sent: dict[str, Any] = {
+            "args": [document],
+            "queue": self.queue,
+            "priority": 5,
+            "task_id": self.job,
+        } | options
         self.app.send_task(TASK, **sent)
         with self.app.connection_for_read() as connection:
             channel: Any = connection.default_channel
             message = channel.basic_get(self.queue, no_ack=True)
-        kind = type("_Held", (JobRequest,), {"deliveries": self.deliveries, "settings": self.settings})
+        kind = type(
+            "_Held", (JobRequest,), {"deliveries": self.deliveries, "settings": self.settings}
+        )
         return kind(
             message,
             app=self.app,
@@ -71,7 +80,9 @@ class Parent:
         )
 
     def signals(self) -> list[str | None]:
-        return [attempt.signal for attempt in attempts_of(self.deliveries.record(self.job)).values()]
+        return [
+            attempt.signal for attempt in attempts_of(self.deliveries.record(self.job)).values()
+        ]
 
     def close(self) -> None:
         for desk in (self.deliveries, self.other):
@@ -84,7 +95,9 @@ class Parent:
 
 @pytest.fixture
 def parent(broker_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
-    monkeypatch.setattr(celery.backends.redis, "task_join_will_block", lambda: True)  # as in a worker: no subscription
+    monkeypatch.setattr(
+        celery.backends.redis, "task_join_will_block", lambda: True
+    )  # as in a worker: no subscription
     made = Parent(broker_url, tmp_path)
     yield made
     made.close()
@@ -110,7 +123,9 @@ def info(error: BaseException) -> Any:
         (0, 60), (-1, 60), (True, 60), ("10", 60), ([10], 60), (float("nan"), 60), (float("inf"), 60),
     ],
 )  # fmt: skip
-def test_a_job_has_the_time_that_it_asks_for_within_the_bound(parent: Parent, asked: Any, seconds: float) -> None:
+def test_a_job_has_the_time_that_it_asks_for_within_the_bound(
+    parent: Parent, asked: Any, seconds: float
+) -> None:
     """First it is interrupted, and then its child is killed. What makes no sense is refused later."""
     assert parent.request({**REQUEST, "timeout": asked}).time_limits == (seconds + 30, None)
 
@@ -131,13 +146,18 @@ def test_the_message_s_own_limits_are_not_heard(parent: Parent) -> None:
 
 
 def test_watchers_see_no_secret(parent: Parent) -> None:
-    signed = {"prompt": "p", "loras": [{"file": {"url": "https://user:word@host/file?signature=0123"}}]}
+    signed = {
+        "prompt": "p",
+        "loras": [{"file": {"url": "https://user:word@host/file?signature=0123"}}],
+    }
     request = parent.request(signed, argsrepr=repr(signed), kwargsrepr="0123")
 
     shown = str(request.info()) + request.argsrepr + request.kwargsrepr + repr(request)
     assert "https://host/file" in request.argsrepr
     assert not [
-        secret for secret in ("0123", "word") if secret in request.argsrepr + request.kwargsrepr + repr(request)
+        secret
+        for secret in ("0123", "word")
+        if secret in request.argsrepr + request.kwargsrepr + repr(request)
     ]
     assert shown
 
@@ -169,7 +189,9 @@ def test_what_a_child_died_of_is_noted_and_its_job_is_free(
     """The message goes back to its queue, to whoever is first."""
     request = parent.request()
     killed_in(parent.deliveries.attempt(parent.job, "d"))
-    parent.deliveries.ledger.redis.set(wire.lease_key(parent.job), parent.deliveries.worker, px=10_000)
+    parent.deliveries.ledger.redis.set(
+        wire.lease_key(parent.job), parent.deliveries.worker, px=10_000
+    )
 
     request.on_failure(info(error))
 
@@ -213,7 +235,9 @@ def test_a_job_whose_child_is_killed_over_its_time_is_put_back_with_a_note(paren
     assert (parent.rejected, parent.acknowledged) == ([True], [])
 
 
-def test_a_death_while_redis_is_away_costs_the_parent_nothing(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_while_redis_is_away_costs_the_parent_nothing(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def away(*_: Any, **__: Any) -> None:
         raise redis.ConnectionError("gone")
 
@@ -229,7 +253,9 @@ def test_a_death_while_redis_is_away_costs_the_parent_nothing(parent: Parent, mo
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_an_unreadable_message_fails_its_job_but_not_one_that_is_known(parent: Parent, known: bool) -> None:
+def test_an_unreadable_message_fails_its_job_but_not_one_that_is_known(
+    parent: Parent, known: bool
+) -> None:
     """A sound message of that job is on its way: else it would fail first and succeed later."""
     if known:
         with parent.deliveries.attempt(parent.job, "d"):
@@ -243,7 +269,9 @@ def test_an_unreadable_message_fails_its_job_but_not_one_that_is_known(parent: P
 
     intake._answer(message, "odd")
 
-    assert parent.app.backend.get_task_meta(parent.job)["status"] == ("PENDING" if known else "FAILURE")
+    assert parent.app.backend.get_task_meta(parent.job)["status"] == (
+        "PENDING" if known else "FAILURE"
+    )
 
 
 # --- the heartbeat

@@ -85,7 +85,9 @@ def test_a_lease_is_left_to_expire_and_can_be_given_back(hire: Hire, job: str) -
     take(second, job)
 
 
-def test_a_lease_is_renewed_as_long_as_it_is_held(hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_is_renewed_as_long_as_it_is_held(
+    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And expires after that."""
     monkeypatch.setattr(delivery, "LEASE", 0.3)
     monkeypatch.setattr(delivery, "_RENEW", 0.05)
@@ -99,7 +101,9 @@ def test_a_lease_is_renewed_as_long_as_it_is_held(hire: Hire, job: str, monkeypa
     take(second, job)
 
 
-def test_a_lease_that_redis_lost_is_taken_again(hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_redis_lost_is_taken_again(
+    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within the grace of a worker that finds the job free, which then has no part in it."""
     monkeypatch.setattr(delivery, "_RENEW", 0.05)
     first, second = hire(), hire()
@@ -122,7 +126,9 @@ def test_a_worker_that_lost_its_lease_to_another_does_not_take_it_back(
             assert owner(first, job) == second.worker
 
 
-def test_the_next_child_of_a_worker_takes_a_dead_one_s_job_at_once(hire: Hire, job: str, killed_in: Enter) -> None:
+def test_the_next_child_of_a_worker_takes_a_dead_one_s_job_at_once(
+    hire: Hire, job: str, killed_in: Enter
+) -> None:
     first = hire()
     killed_in(first.leased(job))
     killed_in(first.attempt(job, "d"))
@@ -144,7 +150,9 @@ def test_another_worker_waits_before_it_takes_a_job_that_has_an_open_attempt(
     assert seconds_of(lambda: take(third, job)) < 0.4
 
 
-def test_two_workers_that_wait_for_a_third_do_not_both_take_its_job(hire: Hire, job: str, killed_in: Enter) -> None:
+def test_two_workers_that_wait_for_a_third_do_not_both_take_its_job(
+    hire: Hire, job: str, killed_in: Enter
+) -> None:
     killed_in(hire().attempt(job, "d"))
     outcomes: list[str] = []
 
@@ -180,10 +188,16 @@ def test_an_attempt_is_written_down_as_long_as_it_lasts(hire: Hire, job: str) ->
     assert attempts(desk, job) == []
 
 
-def test_after_three_deaths_a_job_is_poison_and_says_by_what(hire: Hire, job: str, killed_in: Enter) -> None:
+def test_after_three_deaths_a_job_is_poison_and_says_by_what(
+    hire: Hire, job: str, killed_in: Enter
+) -> None:
     """Of any workers; the deaths before are counted for the one who tries."""
     workers = [hire(), hire(), hire()]
-    assert [killed_in(worker.attempt(job, "d")) for worker in workers] == [(0, False), (1, True), (2, True)]
+    assert [killed_in(worker.attempt(job, "d")) for worker in workers] == [
+        (0, False),
+        (1, True),
+        (2, True),
+    ]
     workers[1].died(job, "SIGSEGV")
 
     with pytest.raises(JobPoisoned) as raised, hire().attempt(job, "d"):
@@ -196,7 +210,9 @@ def test_after_three_deaths_a_job_is_poison_and_says_by_what(hire: Hire, job: st
     msgspec.json.encode(evidence)
 
 
-def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(hire: Hire, job: str, killed_in: Enter) -> None:
+def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(
+    hire: Hire, job: str, killed_in: Enter
+) -> None:
     """Not another's attempt, nor one that ended in a death."""
     first, second = hire(), hire()
     killed_in(first.attempt(job, "d"))
@@ -214,14 +230,19 @@ def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(hire: Hire, job: s
     assert owner(first, job) is None
 
 
-def test_a_death_frees_the_job_and_no_other_worker_s(hire: Hire, job: str, killed_in: Enter) -> None:
+def test_a_death_frees_the_job_and_no_other_worker_s(
+    hire: Hire, job: str, killed_in: Enter
+) -> None:
     first, second = hire(), hire()
     killed_in(first.attempt(job, "d"))
     first.ledger.redis.set(wire.lease_key(job), second.worker, px=10_000)
 
     first.died(job, "SIGKILL")
 
-    assert ([found.signal for found in attempts(first, job)], owner(first, job)) == (["SIGKILL"], second.worker)
+    assert ([found.signal for found in attempts(first, job)], owner(first, job)) == (
+        ["SIGKILL"],
+        second.worker,
+    )
 
 
 def test_spoilt_bases_are_counted(hire: Hire, job: str) -> None:
@@ -251,7 +272,11 @@ def test_a_job_is_wanted_until_it_is_cancelled_or_has_a_verdict(hire: Hire, job:
     with pytest.raises(Ended):
         desk.require_wanted(job)
     verdict = raised.value.verdict
-    assert (type(verdict), verdict.message, verdict.details) == (LoraNotFound, "there is none", {"status": 404})
+    assert (type(verdict), verdict.message, verdict.details) == (
+        LoraNotFound,
+        "there is none",
+        {"status": 404},
+    )
 
 
 def test_a_first_verdict_stands(hire: Hire, job: str) -> None:
@@ -284,7 +309,9 @@ def test_every_record_expires(hire: Hire, job: str, write: str) -> None:
     else:
         getattr(desk, write)(job)
 
-    keys = [key for key in (wire.job_key(job), wire.lease_key(job)) if desk.ledger.redis.exists(key)]
+    keys = [
+        key for key in (wire.job_key(job), wire.lease_key(job)) if desk.ledger.redis.exists(key)
+    ]
     assert all(desk.ledger.redis.ttl(key) > 0 for key in keys)
 
 

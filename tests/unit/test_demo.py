@@ -41,7 +41,9 @@ def test_model_and_loras_are_small() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(LORAS.iterdir()), ids=lambda path: path.stem)
-def test_each_lora_is_wholly_for_the_model_and_changes_its_pictures(engine: Engine, path: Path) -> None:
+def test_each_lora_is_wholly_for_the_model_and_changes_its_pictures(
+    engine: Engine, path: Path
+) -> None:
     lora = engine.reader.read(path, digest=path.stem, source=path.stem)
 
     require_whole(lora, source=path.stem)
@@ -57,7 +59,12 @@ PROMPTS = (
     "a red ball on a yellow background",
     "a blue star on a pink background",
 )
-MARGINS = {"anime": 0.05, "cyberpunk": 0.2, "neon": 0.3, "product": 0.4}  # of each style's own statistic
+MARGINS = {
+    "anime": 0.05,
+    "cyberpunk": 0.2,
+    "neon": 0.3,
+    "product": 0.4,
+}  # of each style's own statistic
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,12 @@ def test_the_hub_wants_its_token_and_tells_the_digest(host: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/missing.safetensors", "/../model/model_index.json", "/%2e%2e%2fmodel%2fmodel_index.json"],
+    [
+        "/",
+        "/missing.safetensors",
+        "/../model/model_index.json",
+        "/%2e%2e%2fmodel%2fmodel_index.json",
+    ],
 )
 def test_nothing_but_loras_is_served(host: str, path: str) -> None:
     assert (LORAS / "../model/model_index.json").is_file()
@@ -146,7 +158,9 @@ def test_a_contact_sheet_shows_every_picture(tmp_path: Path) -> None:
 
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         boxes = {name: _box(sheet, colour) for name, colour in colours.items()}
-    assert {(right - left, bottom - top) for left, top, right, bottom in boxes.values()} == {(192, 192)}
+    assert {(right - left, bottom - top) for left, top, right, bottom in boxes.values()} == {
+        (192, 192)
+    }
     assert boxes["red"][2] < boxes["lime"][0]
     assert boxes["red"][1] == boxes["lime"][1]
     assert boxes["red"][0] == boxes["blue"][0]

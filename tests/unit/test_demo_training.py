@@ -49,7 +49,9 @@ def test_every_word_of_a_caption_is_one_token() -> None:
         scene = sort.sample(Dice(40, 3))
         for index in range(40):
             text = with_style_word(caption(kind, scene, index, rng), rng.choice(STYLES), rng)
-            assert [token.removesuffix("</w>") for token in tokenizer.tokenize(text)] == text.replace(",", " ,").split()
+            assert [
+                token.removesuffix("</w>") for token in tokenizer.tokenize(text)
+            ] == text.replace(",", " ,").split()
 
 
 # --- the training
@@ -96,14 +98,18 @@ def test_a_run_of_another_plan_is_not_taken_up(tmp_path: Path) -> None:
         train(tmp_path / "run", rate=2e-2)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, padding=1, stride=2)], ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, padding=1, stride=2)], ids=["linear", "conv"]
+)
 def test_each_row_of_a_batch_has_weights_of_its_own(layer: nn.Linear | nn.Conv2d) -> None:
     """A row gives what a layer gives into which the row's LoRAs were merged."""
     generator = torch.Generator().manual_seed(1)
     weights = some_weights(4, seed=2)
     styled = Styled(layer, Mix(weights), generator)
     nn.init.normal_(styled.up, generator=generator)
-    values = torch.randn(4, 6, *((9, 9) if isinstance(layer, nn.Conv2d) else ()), generator=generator)
+    values = torch.randn(
+        4, 6, *((9, 9) if isinstance(layer, nn.Conv2d) else ()), generator=generator
+    )
 
     with torch.no_grad():
         given = styled(values)
@@ -111,9 +117,13 @@ def test_each_row_of_a_batch_has_weights_of_its_own(layer: nn.Linear | nn.Conv2d
     kept = layer.weight.detach().clone()
     for row, of_row in enumerate(weights):
         changes = {
-            style: (up.flatten(1) @ down.flatten(1)).view_as(kept) for style, down, up in styled.factors() if down.any()
+            style: (up.flatten(1) @ down.flatten(1)).view_as(kept)
+            for style, down, up in styled.factors()
+            if down.any()
         }
-        merged = kept + sum(weight * changes[style] for style, weight in zip(STYLES, of_row, strict=True))
+        merged = kept + sum(
+            weight * changes[style] for style, weight in zip(STYLES, of_row, strict=True)
+        )
         with torch.no_grad():
             layer.weight.copy_(merged)
             torch.testing.assert_close(given[row], layer(values[row : row + 1])[0])

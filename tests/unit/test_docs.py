@@ -20,7 +20,11 @@ def test_the_table_of_failures_is_the_error_classes() -> None:
 
 def test_every_test_that_readme_names_is_there() -> None:
     tests = Path(__file__).parents[1]
-    functions = {name for path in tests.rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    functions = {
+        name
+        for path in tests.rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
 
     for function in re.findall(r"`(test_\w+)`", README):
         assert function in functions
@@ -31,7 +35,11 @@ def test_every_test_that_readme_names_is_there() -> None:
 def test_every_page_and_file_that_the_docs_link_is_there() -> None:
     root = Path(__file__).parents[2]
     pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("examples/*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    ]
 
     assert len(links) > 20
     assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []

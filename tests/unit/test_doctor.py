@@ -83,7 +83,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_sound_broker_is_well_and_a_queue_without_workers_is_not(broker_url: str, broker: Any) -> None:
+def test_a_sound_broker_is_well_and_a_queue_without_workers_is_not(
+    broker_url: str, broker: Any
+) -> None:
     with Client(broker_url) as client:
         client.submit({"prompt": "x"}, priority="high")
         client.submit({"prompt": "x"})
@@ -95,7 +97,9 @@ def test_a_sound_broker_is_well_and_a_queue_without_workers_is_not(broker_url: s
 
     statuses = {name: check.status for name, check in found.items()}
     assert statuses == {
-        **dict.fromkeys(("software", "broker", "broker: persistence", "broker: memory", "broker: clock"), "ok"),
+        **dict.fromkeys(
+            ("software", "broker", "broker: persistence", "broker: memory", "broker: clock"), "ok"
+        ),
         "result backend": "ok",
         "queue": "ok",
         "workers": "fail",
@@ -105,7 +109,9 @@ def test_a_sound_broker_is_well_and_a_queue_without_workers_is_not(broker_url: s
     assert found["workers"].code == "model_unavailable"
 
 
-def test_a_broker_that_may_lose_jobs_is_told(broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broker_that_may_lose_jobs_is_told(
+    broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(zlora.checks, "_workers", lambda *_: zlora.checks.ok("workers", ""))
     broker.config_set("appendonly", "no")
     broker.config_set("maxmemory-policy", "allkeys-lru")
@@ -132,7 +138,15 @@ def test_a_broker_that_may_lose_jobs_is_told(broker_url: str, broker: Any, monke
 
 @pytest.mark.usefixtures("quick")
 def test_what_nobody_can_read_and_nobody_hears_is_told(broker_url: str, broker: Any) -> None:
-    letter = DeadLetter(job_id="j", event="job.failed", url="https://x", tries=9, first=1, last=2, reason="it says 500")
+    letter = DeadLetter(
+        job_id="j",
+        event="job.failed",
+        url="https://x",
+        tries=9,
+        first=1,
+        last=2,
+        reason="it says 500",
+    )
     broker.zadd(wire.dead_key("gpu"), {"a stranger's": 1, msgspec.json.encode(letter): 2})
     given_up = producer({wire.BROKER_URL: broker_url})["queue"]
     broker.set(wire.refused_key("gpu"), 7)
@@ -146,13 +160,24 @@ def test_what_nobody_can_read_and_nobody_hears_is_told(broker_url: str, broker: 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_receiver_that_the_guard_refuses_is_told_by_its_setting(broker_url: str, broker: Any) -> None:
+def test_a_receiver_that_the_guard_refuses_is_told_by_its_setting(
+    broker_url: str, broker: Any
+) -> None:
     letter = DeadLetter(
-        job_id="j", event="job.failed", url="https://x", tries=1, first=1, last=2, reason=refusal(SSRFGuardError())
+        job_id="j",
+        event="job.failed",
+        url="https://x",
+        tries=1,
+        first=1,
+        last=2,
+        reason=refusal(SSRFGuardError()),
     )
     broker.zadd(wire.dead_key("gpu"), {msgspec.json.encode(letter): 1})
 
-    assert f"host in {wire.ALLOW_HOSTS} of the workers" in producer({wire.BROKER_URL: broker_url})["queue"].advice
+    assert (
+        f"host in {wire.ALLOW_HOSTS} of the workers"
+        in producer({wire.BROKER_URL: broker_url})["queue"].advice
+    )
 
 
 def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
@@ -162,7 +187,9 @@ def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
     monkeypatch.setattr(zlora.checks, "_REPLY", 0.4)
     monkeypatch.setattr(zlora.checks, "version", lambda _: "2.0.0")
     app = Celery("served", set_as_current=False)
-    app.conf.update(wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
+    app.conf.update(
+        wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu")
+    )
     app.conf.update(zlora_version="1.0.0")
     looks: list[Any] = []
 
@@ -192,7 +219,13 @@ def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
     ],
 )
 def test_a_redis_that_takes_no_jobs_is_told(
-    broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch, *, said: dict[str, Any], check: str, status: str
+    broker_url: str,
+    broker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    said: dict[str, Any],
+    check: str,
+    status: str,
 ) -> None:
     """As it says of itself."""
     info = broker.info() | said
@@ -205,8 +238,12 @@ def test_a_redis_that_takes_no_jobs_is_told(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_user_without_rights_is_told_and_what_may_be_asked_is(broker_url: str, broker: Any) -> None:
-    broker.execute_command("ACL", "SETUSER", "meek", "on", ">pw", "~*", "&*", "+@all", "-info", "-time", "-llen")
+def test_a_user_without_rights_is_told_and_what_may_be_asked_is(
+    broker_url: str, broker: Any
+) -> None:
+    broker.execute_command(
+        "ACL", "SETUSER", "meek", "on", ">pw", "~*", "&*", "+@all", "-info", "-time", "-llen"
+    )
     found = producer({wire.BROKER_URL: broker_url.replace("//", "//meek:pw@")})
     refused = producer({wire.BROKER_URL: broker_url.replace("//", "//meek:s3cret@")})["broker"]
     absent = producer({wire.BROKER_URL: broker_url.removesuffix("0") + "99"})["broker"]
@@ -219,9 +256,13 @@ def test_a_user_without_rights_is_told_and_what_may_be_asked_is(broker_url: str,
     assert "s3cret" not in repr(refused)
 
 
-@pytest.mark.parametrize("url", ["redis://:s3/cret@h:1/0", "redis://:s3#cret@h/0", "redis://:s3?cret@h/0"])
+@pytest.mark.parametrize(
+    "url", ["redis://:s3/cret@h:1/0", "redis://:s3#cret@h/0", "redis://:s3?cret@h/0"]
+)
 @pytest.mark.parametrize("variable", [wire.BROKER_URL, wire.RESULT_BACKEND])
-def test_a_password_that_is_not_escaped_is_told_by_the_variable_that_has_it(url: str, variable: str) -> None:
+def test_a_password_that_is_not_escaped_is_told_by_the_variable_that_has_it(
+    url: str, variable: str
+) -> None:
     found = producer({wire.BROKER_URL: "redis://127.0.0.1:1/0", variable: url})["broker"]
 
     assert found.code == "invalid_setting"
@@ -232,7 +273,9 @@ def test_a_password_that_is_not_escaped_is_told_by_the_variable_that_has_it(url:
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_a_redis_that_is_down_or_mute_costs_a_bounded_time(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redis_that_is_down_or_mute_costs_a_bounded_time(
+    silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What needs it is skipped, and its password is not told."""
     monkeypatch.setattr(wire, "IMPATIENCE", 0.2)
     start = time.monotonic()
@@ -256,11 +299,15 @@ def test_a_url_that_is_no_redis_is_told_and_not_shown(url: str) -> None:
 
 
 @pytest.mark.usefixtures("quick", "broker")
-def test_a_broker_in_a_file_is_looked_at_and_a_file_that_is_not_there_told(broker_url: str, tmp_path: Path) -> None:
+def test_a_broker_in_a_file_is_looked_at_and_a_file_that_is_not_there_told(
+    broker_url: str, tmp_path: Path
+) -> None:
     (tmp_path / "url").write_text(f"{broker_url}\n")
     there = producer({f"{wire.BROKER_URL}_FILE": str(tmp_path / "url")})
     absent = {
-        name: producer({wire.BROKER_URL: "redis://127.0.0.1:1/0"} | {name: "", f"{name}_FILE": "/nowhere"})
+        name: producer(
+            {wire.BROKER_URL: "redis://127.0.0.1:1/0"} | {name: "", f"{name}_FILE": "/nowhere"}
+        )
         for name in (wire.BROKER_URL, wire.RESULT_BACKEND)
     }
 
@@ -288,11 +335,15 @@ def test_a_worker_that_can_start_is_well(environ: dict[str, str]) -> None:
     Path(environ["ZLORA_HOME"]).mkdir(exist_ok=True)
     Path(environ["ZLORA_HOME"], "webhook.secret").write_text("of `zlora up`")
     assert "sent by no other worker here" in next(
-        check.told for check in zlora_worker.checks.checks(environ) if check.name == "worker: settings"
+        check.told
+        for check in zlora_worker.checks.checks(environ)
+        if check.name == "worker: settings"
     )
 
 
-def test_a_setting_that_makes_no_sense_is_told_and_no_more_is_looked_at(environ: dict[str, str]) -> None:
+def test_a_setting_that_makes_no_sense_is_told_and_no_more_is_looked_at(
+    environ: dict[str, str],
+) -> None:
     found = worker(environ, ZLORA_JOB_TIMEOUT="soon")
 
     assert list(found) == ["software", "settings"]
@@ -340,7 +391,8 @@ def test_a_disk_without_room_for_loras_fails(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "status"), [("owner/sd.xl-1.0", "fail"), ("owner", "fail"), ("owner/x.safetensors", "fail")]
+    ("model", "status"),
+    [("owner/sd.xl-1.0", "fail"), ("owner", "fail"), ("owner/x.safetensors", "fail")],
 )
 def test_a_model_of_the_hub_must_be_here_where_the_hub_may_not_be_asked(
     environ: dict[str, str], model: str, status: str
@@ -373,16 +425,25 @@ def test_the_exit_status_is_that_of_the_first_failure(environ: dict[str, str]) -
     assert lines.exit_code == document.exit_code == 75
     checks = json.loads(document.output)
     assert [check["name"] for check in checks if check["status"] == "fail"] == ["broker"]
-    assert {"worker: settings", "worker: store", "worker: device"} <= {check["name"] for check in checks}
+    assert {"worker: settings", "worker: store", "worker: device"} <= {
+        check["name"] for check in checks
+    }
     for check in checks:
         assert f"{check['status']:<5} {check['name']}: " in lines.output
     assert "\x1b" not in lines.output
     assert "s3cret" not in lines.output + document.output
 
 
-def test_a_terminal_gets_one_table(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_one_table(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the same checks, in colours."""
-    away = {**environ, wire.BROKER_URL: f"redis://127.0.0.1:{free_port()}/0", "TERM": "xterm", "COLUMNS": "100"}
+    away = {
+        **environ,
+        wire.BROKER_URL: f"redis://127.0.0.1:{free_port()}/0",
+        "TERM": "xterm",
+        "COLUMNS": "100",
+    }
     for name, value in away.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)

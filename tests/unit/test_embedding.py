@@ -50,18 +50,29 @@ SECRETS: Final = ("s3cret", "pa55word", "fr4gment", "us3r")
 
 def lengthened(strategy: st.SearchStrategy[str], most: int) -> st.SearchStrategy[str]:
     """Texts of up to `most` characters, without as many choices."""
-    return st.builds(lambda text, times: (text * times)[:most], strategy, st.sampled_from([1, 1, 50, most]))
+    return st.builds(
+        lambda text, times: (text * times)[:most], strategy, st.sampled_from([1, 1, 50, most])
+    )
 
 
-ODD: Final = st.text(st.sampled_from("\0\t\n\r\x7f\x85\u2028\ufeff\ufffe\uffff\U0001f600<>&]\"\\'é "), max_size=20)
+ODD: Final = st.text(
+    st.sampled_from("\0\t\n\r\x7f\x85\u2028\ufeff\ufffe\uffff\U0001f600<>&]\"\\'é "), max_size=20
+)
 PROMPTS: Final = lengthened(st.text(max_size=20) | ODD, 10_000)
 SPECS: Final = st.fixed_dictionaries(
     {"file": st.fixed_dictionaries({"url": lengthened(st.text(min_size=1, max_size=20), 4096)})},
-    optional={"adapter_name": lengthened(st.text(max_size=20) | ODD, 200), "weight": st.floats(-4, 4)},
+    optional={
+        "adapter_name": lengthened(st.text(max_size=20) | ODD, 200),
+        "weight": st.floats(-4, 4),
+    },
 )
 REQUESTS: Final = st.fixed_dictionaries(
     {"prompt": PROMPTS, "output_format": st.sampled_from(FORMATS)},
-    optional={"negative_prompt": PROMPTS, "loras": st.lists(SPECS, max_size=8), "guidance_scale": st.floats(0, 50)},
+    optional={
+        "negative_prompt": PROMPTS,
+        "loras": st.lists(SPECS, max_size=8),
+        "guidance_scale": st.floats(0, 50),
+    },
 )
 LONGEST: Final = {
     "prompt": "\U0001f600" * 10_000,
@@ -81,7 +92,9 @@ def said(picture: Image.Image) -> str:
     """The infotext of an opened picture, where A1111 has it."""
     if picture.format == "PNG":
         return str(picture.info["parameters"])
-    assert b"\x92\x86\0\x07" in picture.info["exif"]  # its type is UNDEFINED: of another it is numbers to some readers
+    assert (
+        b"\x92\x86\0\x07" in picture.info["exif"]
+    )  # its type is UNDEFINED: of another it is numbers to some readers
     comment = picture.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
     return str(comment[8:].decode("utf-16-be"))
@@ -119,7 +132,9 @@ def test_a_picture_of_any_request_says_what_it_is(document: dict[str, Any]) -> N
 @pytest.mark.parametrize(("length", "there"), [(64_000, True), (64_800, False)])
 def test_the_json_is_in_a_jpeg_as_long_as_it_fits(length: int, there: bool) -> None:
     recipe = a_recipe(a_request(output_format="jpeg"))
-    longer = msgspec.structs.replace(recipe, model="x" * (length - len(msgspec.json.encode(recipe))))
+    longer = msgspec.structs.replace(
+        recipe, model="x" * (length - len(msgspec.json.encode(recipe)))
+    )
 
     picture, _ = drawn(longer)
 
@@ -162,15 +177,22 @@ def test_a_picture_of_another_tool_says_nothing(output_format: str) -> None:
     """Whatever else it has."""
     plain = saved({}, output_format)
     if output_format == "png":
-        others = saved({"parameters": "a city\nSteps: 1", "xmp": "\xff<zlora:recipe>{}", "prompt": "{}"})
+        others = saved(
+            {"parameters": "a city\nSteps: 1", "xmp": "\xff<zlora:recipe>{}", "prompt": "{}"}
+        )
     else:
-        others = saved({"xmp": b"<zlora:recipe>" * 1_000 + b"\xff", "exif": Image.Exif().tobytes()}, output_format)
+        others = saved(
+            {"xmp": b"<zlora:recipe>" * 1_000 + b"\xff", "exif": Image.Exif().tobytes()},
+            output_format,
+        )
 
     assert recipe_of(plain) is None
     assert recipe_of(others) is None
 
 
-@pytest.mark.parametrize("packet", [7, None, ("<zlora:recipe>{}</zlora:recipe>",), {}, "<zlora:recipe>", b""])
+@pytest.mark.parametrize(
+    "packet", [7, None, ("<zlora:recipe>{}</zlora:recipe>",), {}, "<zlora:recipe>", b""]
+)
 def test_an_xmp_packet_of_another_type_says_nothing(packet: object) -> None:
     picture = Image.new("RGB", (8, 8))
     picture.info = {"xmp": packet, "zlora": None}
@@ -186,12 +208,19 @@ def test_a_packet_is_read_as_text_too() -> None:
     assert recipe_of(picture) == recipe
 
 
-@given(document=st.text(max_size=30) | st.sampled_from(["{}", "[" * 9_999, '{"a":' * 9_999, "null", " "]))
+@given(
+    document=st.text(max_size=30)
+    | st.sampled_from(["{}", "[" * 9_999, '{"a":' * 9_999, "null", " "])
+)
 def test_what_is_no_recipe_is_one_kind_of_error(document: str) -> None:
     """In the chunk of a PNG and in XMP."""
     packet = b"<zlora:recipe>" + document.encode() + b"</zlora:recipe>"
 
-    for picture in (saved({"zlora": document}), saved({"xmp": packet}, "webp"), saved({"xmp": packet}, "jpeg")):
+    for picture in (
+        saved({"zlora": document}),
+        saved({"xmp": packet}, "webp"),
+        saved({"xmp": packet}, "jpeg"),
+    ):
         with pytest.raises(msgspec.DecodeError):
             recipe_of(picture)
 
@@ -267,18 +296,24 @@ def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_an_independent_parser_reads_what_was_drawn(jobs: Jobs, output_format: OutputFormat) -> None:
+def test_an_independent_parser_reads_what_was_drawn(
+    jobs: Jobs, output_format: OutputFormat
+) -> None:
     """The hashes of the LoRAs, which it drops, by the grammar: each that of the file without its header."""
     result = jobs.result(output_format)
 
-    opened = [images.opened(data) for data in jobs.pictures(result)]  # it remembers a picture by its id
+    opened = [
+        images.opened(data) for data in jobs.pictures(result)
+    ]  # it remembers a picture by its id
     for index, picture in enumerate(opened):
         found = ParserManager().parse(picture)
         assert found is not None
         (sampler,) = found.samplers
         (prompt,) = sampler.prompts
         assert prompt.value == "a café at night, (neon:1.2) <lora:one:0.5> <lora:two:0.5>"
-        assert [prompt.value for prompt in sampler.negative_prompts] == ["blurry: no, \N{GRINNING FACE}"]
+        assert [prompt.value for prompt in sampler.negative_prompts] == [
+            "blurry: no, \N{GRINNING FACE}"
+        ]
         assert (sampler.name, sampler.parameters["scheduler"]) == ("DPM++ 2M", "Karras")
         assert (sampler.parameters["steps"], sampler.parameters["cfg_scale"]) == ("1", "5.25")
         assert sampler.parameters["seed"] == str(40 + index)
@@ -327,7 +362,9 @@ def test_no_file_of_a_job_has_a_secret(jobs: Jobs, output_format: OutputFormat) 
         if key.startswith(f"runs/{result.job_id}/"):
             assert b"loras.invalid/one.safetensors" in data
             for secret in SECRETS:
-                spelt = [secret.encode(encoding) for encoding in ("utf-8", "utf-16-be", "utf-16-le")]
+                spelt = [
+                    secret.encode(encoding) for encoding in ("utf-8", "utf-16-be", "utf-16-le")
+                ]
                 assert not any(form in data for form in spelt)
             assert not re.search(rb"zTXt|iCCP|\x00zlora\x00\x01", data)
 

@@ -71,7 +71,9 @@ def test_no_negative_prompt_is_not_a_blank_one(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_no_scheduler_leaves_a_trace_in_the_next_job(engine: Engine, own: bytes, scheduler: Scheduler) -> None:
+def test_no_scheduler_leaves_a_trace_in_the_next_job(
+    engine: Engine, own: bytes, scheduler: Scheduler
+) -> None:
     """Each job has a scheduler of its own: what the multistep ones remember is gone with it."""
     first = pixels(engine, num_inference_steps=3, scheduler=scheduler)
 
@@ -87,7 +89,9 @@ def test_each_scheduler_is_another_way_to_the_picture(engine: Engine, own: bytes
 
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "heun"])
-def test_each_step_is_heard_once_from_the_first_to_the_last(engine: Engine, scheduler: Scheduler) -> None:
+def test_each_step_is_heard_once_from_the_first_to_the_last(
+    engine: Engine, scheduler: Scheduler
+) -> None:
     heard: list[int] = []
 
     engine.draw(a_request(num_inference_steps=3, scheduler=scheduler), 1, heard.append)
@@ -140,12 +144,16 @@ def test_a_seed_means_the_same_initial_noise_in_every_dtype(model_home: Path, dt
 
     noise = engine._noise(64, 128, torch.Generator("cpu").manual_seed(11))
 
-    expected = torch.randn((1, 4, 16, 8), generator=torch.Generator("cpu").manual_seed(11), dtype=torch.float32)
+    expected = torch.randn(
+        (1, 4, 16, 8), generator=torch.Generator("cpu").manual_seed(11), dtype=torch.float32
+    )
     assert noise.dtype is getattr(torch, dtype)
     assert torch.equal(noise, expected.to(noise.dtype))
 
 
-@pytest.mark.parametrize(("component", "weight"), [("unet", "conv_in.bias"), ("vae", "decoder.conv_out.bias")])
+@pytest.mark.parametrize(
+    ("component", "weight"), [("unet", "conv_in.bias"), ("vae", "decoder.conv_out.bias")]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_picture_with_nan_or_inf_is_a_failure_and_no_picture(
     doomed: Engine, component: str, weight: str, value: float
@@ -159,14 +167,18 @@ def test_a_picture_with_nan_or_inf_is_a_failure_and_no_picture(
 def test_a_loaded_model_keeps_no_gradients(engine: Engine) -> None:
     for component in PARTS:
         assert not [
-            name for name, weight in getattr(engine.pipeline, component).named_parameters() if weight.requires_grad
+            name
+            for name, weight in getattr(engine.pipeline, component).named_parameters()
+            if weight.requires_grad
         ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_flipped_bit_of_any_tensor_is_found(model_home: Path, dtype: str) -> None:
     engine = load_engine(model_home, ZLORA_DTYPE=dtype)
-    named = {f"{part}.{name}": tensor for part in PARTS for name, tensor in weights(engine, part).items()}
+    named = {
+        f"{part}.{name}": tensor for part in PARTS for name, tensor in weights(engine, part).items()
+    }
 
     for bit in range(8 * next(iter(named.values())).element_size()):
         for tensor in named.values():
@@ -180,7 +192,9 @@ def test_any_flipped_bit_of_any_tensor_is_found(model_home: Path, dtype: str) ->
     engine.check()
 
 
-def test_a_short_job_pays_for_a_slice_and_slices_go_round(doomed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_job_pays_for_a_slice_and_slices_go_round(
+    doomed: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever is damaged is found after at most so many jobs as there are slices, and the share read is told."""
     monkeypatch.setattr("zlora_worker.fingerprint._SLICE", 2**20)
     monkeypatch.setattr("zlora_worker.engine._CHECK_SHARE", 0.0)
@@ -200,7 +214,9 @@ def test_a_short_job_pays_for_a_slice_and_slices_go_round(doomed: Engine, monkey
     assert doomed.state is EngineState.DIRTY
 
 
-def test_a_long_job_and_a_demand_pay_for_all_of_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_job_and_a_demand_pay_for_all_of_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("zlora_worker.engine._CHECK_SHARE", 1e9)
     with engine.borrowed():
         pass
@@ -208,7 +224,9 @@ def test_a_long_job_and_a_demand_pay_for_all_of_it(engine: Engine, monkeypatch: 
     assert engine.base_checked == 1.0
 
 
-def test_a_setting_has_all_of_it_checked_after_every_job(model_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_has_all_of_it_checked_after_every_job(
+    model_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = load_engine(model_home, ZLORA_BASE_CHECK="all")
     monkeypatch.setattr(engine._fingerprint, "_seconds", 1e9)
 
@@ -242,10 +260,15 @@ def test_a_vae_left_in_another_type_is_put_back(model_home: Path) -> None:
 
 
 @pytest.mark.parametrize("component", PARTS)
-def test_a_base_with_one_flipped_bit_is_found_and_lent_no_more(doomed: Engine, component: str) -> None:
+def test_a_base_with_one_flipped_bit_is_found_and_lent_no_more(
+    doomed: Engine, component: str
+) -> None:
     (name,) = (name for name in weights(doomed, component) if name.endswith(SOME_WEIGHT[component]))
 
-    with pytest.raises(BaseNotRestored, match=rf"1 tensors .* {component}\.{name}"), doomed.borrowed():
+    with (
+        pytest.raises(BaseNotRestored, match=rf"1 tensors .* {component}\.{name}"),
+        doomed.borrowed(),
+    ):
         flip(weights(doomed, component)[name], 0)
 
     assert doomed.state is EngineState.DIRTY
@@ -272,7 +295,9 @@ def two_signs(engine: Engine) -> None:
 
 
 def another_parameter(engine: Engine) -> None:
-    engine.pipeline.unet.conv_in.weight = torch.nn.Parameter(3 * engine.pipeline.unet.conv_in.weight)
+    engine.pipeline.unet.conv_in.weight = torch.nn.Parameter(
+        3 * engine.pipeline.unet.conv_in.weight
+    )
 
 
 def another_module(engine: Engine) -> None:
@@ -296,9 +321,19 @@ def training(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [in_another_order, two_signs, another_parameter, another_module, another_layout, a_buffer, training],
+    [
+        in_another_order,
+        two_signs,
+        another_parameter,
+        another_module,
+        another_layout,
+        a_buffer,
+        training,
+    ],
 )
-def test_whatever_a_job_can_leave_changed_is_found(doomed: Engine, damage: Callable[[Engine], None]) -> None:
+def test_whatever_a_job_can_leave_changed_is_found(
+    doomed: Engine, damage: Callable[[Engine], None]
+) -> None:
     with pytest.raises(BaseNotRestored), doomed.borrowed():
         damage(doomed)
 

@@ -56,8 +56,13 @@ def test_code_and_retryable_are_facts_of_each_class() -> None:
 
 def drawn_tree() -> list[tuple[int, str, str, bool]]:
     """Depth, name, code and retryable of each line of the docstring's drawing."""
-    lines = re.findall(r"^([│ ]*)[├└]── (\w+)(?: +(\w+) +\S.*?)?( retryable)?$", errors.__doc__ or "", re.MULTILINE)
-    return [(1 + len(indent) // 4, name, code, bool(retryable)) for indent, name, code, retryable in lines]
+    lines = re.findall(
+        r"^([│ ]*)[├└]── (\w+)(?: +(\w+) +\S.*?)?( retryable)?$", errors.__doc__ or "", re.MULTILINE
+    )
+    return [
+        (1 + len(indent) // 4, name, code, bool(retryable))
+        for indent, name, code, retryable in lines
+    ]
 
 
 def test_the_drawn_tree_is_the_tree() -> None:
@@ -67,7 +72,9 @@ def test_the_drawn_tree_is_the_tree() -> None:
     for depth, name, code, retryable in drawn_tree():
         cls = getattr(errors, name)
         assert cls.__bases__ == (parents[depth - 1],)
-        assert (code, retryable) == (("", False) if name == "LoraError" else (cls.code, cls.retryable))
+        assert (code, retryable) == (
+            ("", False) if name == "LoraError" else (cls.code, cls.retryable)
+        )
         parents[depth] = cls
         drawn.append(cls)
 

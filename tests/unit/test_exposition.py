@@ -79,7 +79,9 @@ def at_rest() -> bool:
         ("ä" * 70, "ä{70}:9808: no name that a host could have"),
     ],
 )
-def test_an_address_that_is_not_this_machine_s_is_refused_by_the_variable_s_name(host: str, said: str) -> None:
+def test_an_address_that_is_not_this_machine_s_is_refused_by_the_variable_s_name(
+    host: str, said: str
+) -> None:
     with pytest.raises(InvalidSetting, match=f"ZLORA_METRICS={said}") as raised:
         listen((host, 9808))
 
@@ -111,7 +113,9 @@ def test_whoever_connects_and_says_nothing_holds_up_nobody(port: int) -> None:
 def test_of_many_connections_the_oldest_go_and_a_scraper_is_answered(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exposition, "_MOMENT", PATIENCE)  # on a busy machine their threads may be slow to end
+    monkeypatch.setattr(
+        exposition, "_MOMENT", PATIENCE
+    )  # on a busy machine their threads may be slow to end
     many = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
 
     assert told(port) == 1
@@ -132,7 +136,10 @@ def _is_ended(connection: socket.socket) -> bool:
 
 
 def test_a_request_that_only_drips_has_an_end(
-    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its time is that of the whole, not of each byte. It is no news."""
     monkeypatch.setattr(exposition, "_PATIENCE", 0.2)
@@ -153,7 +160,9 @@ def test_a_request_that_only_drips_has_an_end(
 
 
 def test_an_answer_that_nobody_reads_has_an_end_too(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     port = _served(WorkerCollector(model="m" * 20_000_000, queue="gpu"))
     with socket.create_connection(("127.0.0.1", port)) as deaf:
@@ -202,13 +211,17 @@ def test_metrics_that_cannot_be_told_are_one_line_of_the_log(
     answer = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10)
 
     assert answer.status_code == 500
-    assert [(record.getMessage(), str(record.exc_info[1])) for record in caplog.records if record.exc_info] == [
-        ("the metrics cannot be told", "no metrics")
-    ]
+    assert [
+        (record.getMessage(), str(record.exc_info[1]))
+        for record in caplog.records
+        if record.exc_info
+    ] == [("the metrics cannot be told", "no metrics")]
     assert capfd.readouterr().err == ""
 
 
-def test_where_there_are_no_descriptors_the_server_pauses_between_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_no_descriptors_the_server_pauses_between_its_tries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And answers once there are."""
     monkeypatch.setattr(exposition, "_MOMENT", 0.05)
     registry, taken = CollectorRegistry(), listen(("127.0.0.1", 0))

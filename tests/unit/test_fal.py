@@ -65,7 +65,9 @@ def test_a_document_of_fast_sdxl_is_a_request() -> None:
 
 def test_what_is_absent_is_ours_but_the_size() -> None:
     """Eight steps are right for a turbo model, and wrong for SDXL."""
-    assert GenerateRequest.from_fal({"prompt": "x"}) == GenerateRequest(prompt="x", width=1024, height=768)
+    assert GenerateRequest.from_fal({"prompt": "x"}) == GenerateRequest(
+        prompt="x", width=1024, height=768
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,12 +110,16 @@ def test_a_preset_is_its_size(name: str, size: tuple[int, int]) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_done_here_is_refused_at_its_place(fields: dict[str, Any], path: str, expected: str) -> None:
+def test_what_is_not_done_here_is_refused_at_its_place(
+    fields: dict[str, Any], path: str, expected: str
+) -> None:
     error = refusal({"prompt": "x", **fields})
 
     assert error.details["path"] == path
     assert expected in error.details["expected"]
-    assert str(error) == f"{path}: {error.details['expected']}; the value is {error.details['value']}"
+    assert (
+        str(error) == f"{path}: {error.details['expected']}; the value is {error.details['value']}"
+    )
 
 
 @pytest.mark.parametrize("document", [None, [], "prompt", {}, {"prompt": None}], ids=str)
@@ -128,7 +134,9 @@ def test_a_refusal_shows_no_secret_of_an_address() -> None:
 
 
 def test_the_answer_has_fal_s_fields() -> None:
-    result = placeholder("job-1", read_request({"prompt": "x", "seed": 3, "num_images": 2, "output_format": "jpeg"}))
+    result = placeholder(
+        "job-1", read_request({"prompt": "x", "seed": 3, "num_images": 2, "output_format": "jpeg"})
+    )
 
     assert msgspec.structs.replace(result, timings={"denoise": 2.5, "fetch": 9.0}).to_fal() == {
         "images": [
@@ -159,7 +167,9 @@ def test_a_request_of_fal_s_comes_back_as_its_answer() -> None:
 
 
 def test_pictures_without_urls_are_no_answer_of_fal_s() -> None:
-    result: GenerateResult = placeholder("job-1", read_request({"prompt": "x", "url_policy": "key"}))
+    result: GenerateResult = placeholder(
+        "job-1", read_request({"prompt": "x", "url_policy": "key"})
+    )
 
     with pytest.raises(InvalidRequest) as raised:
         result.to_fal()

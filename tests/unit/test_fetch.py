@@ -52,7 +52,9 @@ def test_what_a_host_sends_is_what_is_written_with_its_digest_and_size(tmp_path:
     (request,) = host.requests
     assert (request.method, request.target) == ("GET", "/a%20b/x?sig=s3cret&y=1")
     assert request.headers["accept-encoding"] == "identity"
-    assert not {"authorization", "cookie", "x-cozy-tenant-id", "if-none-match"} & set(request.headers)
+    assert not {"authorization", "cookie", "x-cozy-tenant-id", "if-none-match"} & set(
+        request.headers
+    )
 
 
 def test_the_scheme_s_case_does_not_matter(tmp_path: Path) -> None:
@@ -78,7 +80,10 @@ def test_one_fetcher_serves_many_downloads(tmp_path: Path) -> None:
 
 def test_what_a_site_sets_for_one_download_is_not_sent_with_the_next(tmp_path: Path) -> None:
     """One producer's login would open the site to all others."""
-    with serving(reply(BODY, Set_Cookie="session=s3cret; Path=/")) as host, fetching(tmp_path, host) as fetcher:
+    with (
+        serving(reply(BODY, Set_Cookie="session=s3cret; Path=/")) as host,
+        fetching(tmp_path, host) as fetcher,
+    ):
         for _ in range(2):
             downloaded(fetcher, f"{host.url}/x")
 
@@ -89,17 +94,50 @@ def test_what_a_site_sets_for_one_download_is_not_sent_with_the_next(tmp_path: P
 
 
 def test_an_address_inside_the_network_is_not_allowed_and_not_opened(tmp_path: Path) -> None:
-    hosts = ["127.0.0.1", "localhost", "10.0.0.1", "192.168.1.1", "169.254.1.1", "169.254.169.254", "168.63.129.16"]
-    hosts += ["[::1]", "[fe80::1]", "[fd00::1]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[fe80::1%25lo]"]
-    hosts += ["2130706433", "0x7f000001", "017700000001", "0177.0.0.1", "127.1", "2852039166", "us3r:s3cret@127.0.0.1"]
-    hosts += ["127\u30020\u30020\u30021", "127.0.0.1.", "huggingface.co@127.0.0.1", "civitai.com:443@127.0.0.1"]
+    hosts = [
+        "127.0.0.1",
+        "localhost",
+        "10.0.0.1",
+        "192.168.1.1",
+        "169.254.1.1",
+        "169.254.169.254",
+        "168.63.129.16",
+    ]
+    hosts += [
+        "[::1]",
+        "[fe80::1]",
+        "[fd00::1]",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:a9fe:a9fe]",
+        "[fe80::1%25lo]",
+    ]
+    hosts += [
+        "2130706433",
+        "0x7f000001",
+        "017700000001",
+        "0177.0.0.1",
+        "127.1",
+        "2852039166",
+        "us3r:s3cret@127.0.0.1",
+    ]
+    hosts += [
+        "127\u30020\u30020\u30021",
+        "127.0.0.1.",
+        "huggingface.co@127.0.0.1",
+        "civitai.com:443@127.0.0.1",
+    ]
 
     refusals(tmp_path, *(f"https://{host}/x?sig=s3cret" for host in hosts))
 
 
 def test_a_listener_that_is_not_allowed_sees_nobody(tmp_path: Path) -> None:
     with serving(reply(BODY)) as host:
-        refusals(tmp_path, f"{host.url}/x", f"https://{host.name}/x", f"http://localhost:{host.port}/x?sig=s3cret#fr4g")
+        refusals(
+            tmp_path,
+            f"{host.url}/x",
+            f"https://{host.name}/x",
+            f"http://localhost:{host.port}/x?sig=s3cret#fr4g",
+        )
 
         assert host.connections == 0
 
@@ -131,10 +169,14 @@ def test_a_host_of_the_operator_s_own_sources_is_not_allowed_to_producers(tmp_pa
 
 
 def test_plain_http_is_not_allowed_but_where_the_operator_says_so(tmp_path: Path) -> None:
-    refusals(tmp_path, "http://8.8.8.8/x?sig=s3cret", "http://example.com/x", "https://8.8.8.8:8443/x")
+    refusals(
+        tmp_path, "http://8.8.8.8/x?sig=s3cret", "http://example.com/x", "https://8.8.8.8:8443/x"
+    )
 
 
-@pytest.mark.parametrize("scheme", ["ftp", "file", "s3", "data", "javascript", "HTTPSX", "git+https", " https", ""])
+@pytest.mark.parametrize(
+    "scheme", ["ftp", "file", "s3", "data", "javascript", "HTTPSX", "git+https", " https", ""]
+)
 def test_another_scheme_is_not_allowed(tmp_path: Path, scheme: str) -> None:
     refusals(tmp_path, f"{scheme}://us3r:s3cret@example.com/x?sig=s3cret#fr4g")
 
@@ -253,7 +295,9 @@ def test_room_is_made_for_the_whole_file_before_its_tensors_are_written(tmp_path
 @pytest.mark.parametrize(
     "error", [JobRevoked("cancelled"), JobTimeout(), TimeoutError("of the broker"), RuntimeError()]
 )
-def test_what_a_watcher_raises_ends_the_download_and_arrives_as_it_is(tmp_path: Path, error: Exception) -> None:
+def test_what_a_watcher_raises_ends_the_download_and_arrives_as_it_is(
+    tmp_path: Path, error: Exception
+) -> None:
     """At once: what is left of the body is not read; and the fetcher is as good as before."""
 
     def end(_received: int, _expected: int) -> None:
@@ -299,7 +343,9 @@ def test_a_file_without_a_version_is_fetched_anew(tmp_path: Path) -> None:
     assert "if-none-match" not in host.requests[0].headers
 
 
-@pytest.mark.parametrize("tag", ['"a\r\n b"', '"' + "x" * 5000 + '"', "bare", '"\xe4"', "", '"a"b"'])
+@pytest.mark.parametrize(
+    "tag", ['"a\r\n b"', '"' + "x" * 5000 + '"', "bare", '"\xe4"', "", '"a"b"']
+)
 def test_a_version_that_cannot_be_sent_back_is_none(tmp_path: Path, tag: str) -> None:
     """Else the next request for the file would fail for a header that the server chose."""
     with serving(reply(BODY, ETag=tag)) as host, fetching(tmp_path, host) as fetcher:
@@ -311,7 +357,9 @@ def test_a_version_that_cannot_be_sent_back_is_none(tmp_path: Path, tag: str) ->
 # --- secrets
 
 
-def test_no_log_line_says_a_secret_of_an_address(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_line_says_a_secret_of_an_address(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not even where all is logged, and libraries warn of headers that they cannot read."""
     caplog.set_level(logging.DEBUG)
     broken = b"HTTP/1.1 200 OK\r\nno header at all\r\nConnection: close\r\n\r\n" + BODY
@@ -330,11 +378,17 @@ def test_no_log_line_says_a_secret_of_an_address(tmp_path: Path, caplog: pytest.
 @pytest.mark.parametrize(
     ("address", "source"),
     [
-        ("https://us3r:pa55@example.com/a.safetensors?sig=t0ken#x", "https://example.com/a.safetensors"),
+        (
+            "https://us3r:pa55@example.com/a.safetensors?sig=t0ken#x",
+            "https://example.com/a.safetensors",
+        ),
         ("HTTPS://example.com/A.safetensors", "https://example.com/A.safetensors"),
         ("https://civitai.com/models/1?modelVersionId=2", "civitai://2"),
         ("https://civitai.com/api/download/models/2?token=t0ken", "civitai://2"),
-        ("https://huggingface.co/o/r/blob/main/a.safetensors", "hf://models/o/r@main/a.safetensors"),
+        (
+            "https://huggingface.co/o/r/blob/main/a.safetensors",
+            "hf://models/o/r@main/a.safetensors",
+        ),
         ("hf://o/r/a.safetensors@v1", "hf://o/r/a.safetensors@v1"),
         ("s3://bucket/a@b.safetensors", "s3://bucket/a@b.safetensors"),
         ("cozy://owner/name", "cozy://owner/name"),
@@ -342,7 +396,9 @@ def test_no_log_line_says_a_secret_of_an_address(tmp_path: Path, caplog: pytest.
         ("https://civitai.com/models/1", "https://civitai.com/models/1"),
     ],
 )
-def test_a_source_has_no_secret_and_means_the_same_file(tmp_path: Path, address: str, source: str) -> None:
+def test_a_source_has_no_secret_and_means_the_same_file(
+    tmp_path: Path, address: str, source: str
+) -> None:
     """A page whose query names the version becomes a reference: without its query it would be another's."""
     with fetching(tmp_path) as fetcher:
         assert fetcher.source(address) == source

@@ -11,7 +11,17 @@ import lora_files
 import pytest
 import torch
 from fakes import Tensors, load_engine, write
-from lora_files import Layer, Speller, State, effect, layers_for, merged_by_hand, only_inside, require_equal, snapshot
+from lora_files import (
+    Layer,
+    Speller,
+    State,
+    effect,
+    layers_for,
+    merged_by_hand,
+    only_inside,
+    require_equal,
+    snapshot,
+)
 from torch import Tensor, nn
 from zlora_worker.engine import Engine
 from zlora_worker.lora import Lora, Reader, require_whole
@@ -149,7 +159,8 @@ def test_stabilitys_names_follow_the_depth_of_the_model(tmp_path: Path) -> None:
     layers = layers_for(base)
 
     weights = patched(
-        {"unet": unet}, write(tmp_path / "a", lora_files.spelt(layers, lora_files.kohya_of_stability, names))
+        {"unet": unet},
+        write(tmp_path / "a", lora_files.spelt(layers, lora_files.kohya_of_stability, names)),
     )
 
     assert all(
@@ -160,17 +171,38 @@ def test_stabilitys_names_follow_the_depth_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["transformer.{}", "diffusion_model.{}", "lora_transformer_{}", "lycoris_{}", "{}", "base_model.model.{}"]
+    "prefix",
+    [
+        "transformer.{}",
+        "diffusion_model.{}",
+        "lora_transformer_{}",
+        "lycoris_{}",
+        "{}",
+        "base_model.model.{}",
+    ],
 )
-def test_a_transformer_in_the_unets_place_is_read_by_its_own_names(tmp_path: Path, prefix: str) -> None:
-    block = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(8, 12), "to_k": nn.Linear(6, 12)})})
-    model = nn.ModuleDict({"transformer_blocks": nn.ModuleList([block, copy.deepcopy(block)]), "proj": nn.Linear(8, 4)})
+def test_a_transformer_in_the_unets_place_is_read_by_its_own_names(
+    tmp_path: Path, prefix: str
+) -> None:
+    block = nn.ModuleDict(
+        {"attn": nn.ModuleDict({"to_q": nn.Linear(8, 12), "to_k": nn.Linear(6, 12)})}
+    )
+    model = nn.ModuleDict(
+        {
+            "transformer_blocks": nn.ModuleList([block, copy.deepcopy(block)]),
+            "proj": nn.Linear(8, 4),
+        }
+    )
     components = {"transformer": model.requires_grad_(False)}
     base = copied(components)
     layers = layers_for(base)
     tensors: Tensors = {}
     for layer in layers:
-        name = layer.module if "." in prefix.replace("{}", "") or prefix == "{}" else layer.module.replace(".", "_")
+        name = (
+            layer.module
+            if "." in prefix.replace("{}", "") or prefix == "{}"
+            else layer.module.replace(".", "_")
+        )
         tensors |= {
             f"{prefix.format(name)}.lora_A.weight": layer.down,
             f"{prefix.format(name)}.lora_B.weight": layer.up,
@@ -178,19 +210,28 @@ def test_a_transformer_in_the_unets_place_is_read_by_its_own_names(tmp_path: Pat
 
     weights = patched(components, write(tmp_path / "a", tensors))
 
-    require_equal(weights, base, merged_by_hand(base, layers, {"transformer": 1.0}, with_alpha=False))
+    require_equal(
+        weights, base, merged_by_hand(base, layers, {"transformer": 1.0}, with_alpha=False)
+    )
 
 
 @pytest.mark.parametrize("prefix", ["lora_te", "lora_te1"])
-def test_the_only_text_encoder_of_a_model_has_kohyas_name_without_a_number(tmp_path: Path, prefix: str) -> None:
+def test_the_only_text_encoder_of_a_model_has_kohyas_name_without_a_number(
+    tmp_path: Path, prefix: str
+) -> None:
     components = {"text_encoder": nn.ModuleDict({"final": nn.Linear(8, 12)}).requires_grad_(False)}
     base = copied(components)
     (layer,) = layers_for(base)
-    tensors = {f"{prefix}_final.lora_down.weight": layer.down, f"{prefix}_final.lora_up.weight": layer.up}
+    tensors = {
+        f"{prefix}_final.lora_down.weight": layer.down,
+        f"{prefix}_final.lora_up.weight": layer.up,
+    }
 
     weights = patched(components, write(tmp_path / "a", tensors))
 
-    require_equal(weights, base, merged_by_hand(base, [layer], {"text_encoder": 1.0}, with_alpha=False))
+    require_equal(
+        weights, base, merged_by_hand(base, [layer], {"text_encoder": 1.0}, with_alpha=False)
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,34 +240,54 @@ def test_the_only_text_encoder_of_a_model_has_kohyas_name_without_a_number(tmp_p
 def test_a_file_of_another_precision_is_read_as_the_numbers_it_holds(
     engine: Engine, base: State, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    layers = [layer._replace(down=layer.down.to(dtype), up=layer.up.to(dtype)) for layer in layers_for(base)[::5]]
+    layers = [
+        layer._replace(down=layer.down.to(dtype), up=layer.up.to(dtype))
+        for layer in layers_for(base)[::5]
+    ]
     tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
 
     weights = merged(engine, read(engine, write(tmp_path / "a", tensors)))
 
-    require_equal(weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True))
+    require_equal(
+        weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
+    )
 
 
-def test_factors_shaped_as_1x1_convolutions_change_a_linear_layer(engine: Engine, base: State, tmp_path: Path) -> None:
+def test_factors_shaped_as_1x1_convolutions_change_a_linear_layer(
+    engine: Engine, base: State, tmp_path: Path
+) -> None:
     """As trainers that know SD 1.5 write them, whose projections are convolutions."""
     layers = [layer for layer in layers_for(base) if layer.down.dim() == 2][::4]
-    square = [layer._replace(down=layer.down[:, :, None, None], up=layer.up[:, :, None, None]) for layer in layers]
+    square = [
+        layer._replace(down=layer.down[:, :, None, None], up=layer.up[:, :, None, None])
+        for layer in layers
+    ]
 
-    lora = read(engine, write(tmp_path / "a", lora_files.spelt(square, lora_files.kohya_of_diffusers, {})))
+    lora = read(
+        engine, write(tmp_path / "a", lora_files.spelt(square, lora_files.kohya_of_diffusers, {}))
+    )
 
     expected = merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
     require_equal(merged(engine, lora), base, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16, torch.float64])
-def test_an_alpha_may_be_any_number(engine: Engine, base: State, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_an_alpha_may_be_any_number(
+    engine: Engine, base: State, tmp_path: Path, dtype: torch.dtype
+) -> None:
     layers = [layer._replace(alpha=4.0) for layer in layers_for(base)[::9]]
     tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
-    alphas = {key: tensor.to(dtype).reshape(1) for key, tensor in tensors.items() if key.endswith(".alpha")}
+    alphas = {
+        key: tensor.to(dtype).reshape(1)
+        for key, tensor in tensors.items()
+        if key.endswith(".alpha")
+    }
 
     weights = merged(engine, read(engine, write(tmp_path / "a", tensors | alphas)))
 
-    require_equal(weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True))
+    require_equal(
+        weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
+    )
 
 
 # --- kinds
@@ -245,7 +306,10 @@ def trained(engine: Engine, kind: type[nn.Module], name: str, **options: Any) ->
     return module
 
 
-LINEAR, WIDE = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj", "up_blocks.0.attentions.1.proj_out"
+LINEAR, WIDE = (
+    "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "up_blocks.0.attentions.1.proj_out",
+)
 KERNEL, POINT = "down_blocks.1.resnets.0.conv1", "up_blocks.2.resnets.0.conv_shortcut"
 LAYERS: Final = (LINEAR, WIDE, KERNEL, POINT)
 NORMS: Final = ("mid_block.attentions.0.norm", "mid_block.attentions.0.transformer_blocks.0.norm2")
@@ -287,7 +351,12 @@ def test_a_kind_of_lycoris_acts_as_in_training(
     file: Tensors = {}
     expected: State = {}
     for name in names:
-        one = trained(engine, getattr(lycoris.modules, module), name, **{"lora_dim": 4, "alpha": 3.0} | options)
+        one = trained(
+            engine,
+            getattr(lycoris.modules, module),
+            name,
+            **{"lora_dim": 4, "alpha": 3.0} | options,
+        )
         one.multiplier = weight
         layer, shape = one.org_module[0], one.shape
         one.apply_to()
@@ -308,7 +377,9 @@ def test_a_kind_of_lycoris_acts_as_in_training(
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.6])
-def test_norms_are_changed_as_lycoris_changes_them(engine: Engine, base: State, tmp_path: Path, weight: float) -> None:
+def test_norms_are_changed_as_lycoris_changes_them(
+    engine: Engine, base: State, tmp_path: Path, weight: float
+) -> None:
     from lycoris.modules import NormModule
 
     file: Tensors = {}
@@ -317,9 +388,13 @@ def test_norms_are_changed_as_lycoris_changes_them(engine: Engine, base: State, 
         one = trained(engine, NormModule, name)
         file |= {f"{one.lora_name}.w_norm": one.w_norm, f"{one.lora_name}.b_norm": one.b_norm}
         changed = one.get_merged_weight(multiplier=weight)
-        expected["unet", f"{name}.weight"], expected["unet", f"{name}.bias"] = (tensor.detach() for tensor in changed)
+        expected["unet", f"{name}.weight"], expected["unet", f"{name}.bias"] = (
+            tensor.detach() for tensor in changed
+        )
 
-    lora = read(engine, write(tmp_path / "a", {key: tensor.detach() for key, tensor in file.items()}))
+    lora = read(
+        engine, write(tmp_path / "a", {key: tensor.detach() for key, tensor in file.items()})
+    )
 
     require_equal(merged(engine, lora, unet=weight), base, expected)
 
@@ -328,7 +403,9 @@ def decomposed(base: Tensor, change: Tensor, scale: Tensor, weight: float) -> Te
     """ComfyUI's and A1111's arithmetic for `dora_scale`, in fp64: the whole difference to the base is weighed."""
     changed = base.double() + change.double()
     sides = [side for side in range(changed.dim()) if scale.shape[side] == 1]
-    normed: Tensor = changed / torch.linalg.vector_norm(changed, dim=sides, keepdim=True) * scale.double()
+    normed: Tensor = (
+        changed / torch.linalg.vector_norm(changed, dim=sides, keepdim=True) * scale.double()
+    )
     return base.double() + weight * (normed - base.double())
 
 
@@ -355,12 +432,23 @@ def test_dora_of_lycoris_brings_the_changed_weight_to_its_norms(
     file: Tensors = {}
     expected: State = {}
     for name in LAYERS:
-        chosen = {"lora_dim": 4, "alpha": 3.0, "weight_decompose": True, "wd_on_out": on_out} | options
+        chosen = {
+            "lora_dim": 4,
+            "alpha": 3.0,
+            "weight_decompose": True,
+            "wd_on_out": on_out,
+        } | options
         one = trained(engine, getattr(lycoris.modules, module), name, **chosen)
         layer, shape, start = one.org_module[0], one.shape, base["unet", f"{name}.weight"]
         file |= lora_files.lycoris_tensors(one, one.lora_name)
-        change = one.get_weight(shape) if hasattr(one, "get_weight") else one.get_diff_weight(shape=shape)[0]
-        expected["unet", f"{name}.weight"] = decomposed(start, change.detach(), one.dora_scale.detach(), weight)
+        change = (
+            one.get_weight(shape)
+            if hasattr(one, "get_weight")
+            else one.get_diff_weight(shape=shape)[0]
+        )
+        expected["unet", f"{name}.weight"] = decomposed(
+            start, change.detach(), one.dora_scale.detach(), weight
+        )
         one.apply_to()
         in_training = effect(layer, shape)[0]
         whole = decomposed(start, change.detach(), one.dora_scale.detach(), 1.0)
@@ -374,11 +462,25 @@ def test_dora_of_lycoris_brings_the_changed_weight_to_its_norms(
 
 PEFT: Final = [
     {"r": 4, "lora_alpha": 6},
-    {"r": 4, "lora_alpha": 2, "rank_pattern": {"to_q": 2, "fc1": 3}, "alpha_pattern": {"to_q": 5, "conv1": 3}},
+    {
+        "r": 4,
+        "lora_alpha": 2,
+        "rank_pattern": {"to_q": 2, "fc1": 3},
+        "alpha_pattern": {"to_q": 5, "conv1": 3},
+    },
     {"r": 4, "alpha_pattern": {"attn1.to_q": 3, "to_q": 5}},  # the first that fits
-    {"r": 4, "alpha_pattern": {"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 3, "^to_q": 5}},
+    {
+        "r": 4,
+        "alpha_pattern": {"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 3, "^to_q": 5},
+    },
     {"r": 4, "lora_alpha": 6, "use_rslora": True},
-    {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"conv1": 3}},
+    {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "rank_pattern": {"to_q": 2},
+        "alpha_pattern": {"conv1": 3},
+    },
     {"r": 4, "lora_alpha": 6, "lora_bias": True, "target_modules": ["to_out.0", "q_proj", "conv1"]},
     {"r": 4, "lora_alpha": 6, "use_dora": True},
     {"r": 4, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "rank_pattern": {"to_q": 2}},
@@ -387,10 +489,18 @@ PEFT: Final = [
 
 @pytest.mark.parametrize("weight", [1.0, 0.6])
 @pytest.mark.parametrize("options", PEFT, ids=str)
-@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # of the shape of a bias, and what a component has not
+@pytest.mark.filterwarnings(
+    "ignore:Adapter 'default'"
+)  # of the shape of a bias, and what a component has not
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
 def test_a_file_that_diffusers_writes_acts_as_peft_merges_it(
-    engine: Engine, base: State, model_home: Path, tmp_path: Path, *, options: dict[str, Any], weight: float
+    engine: Engine,
+    base: State,
+    model_home: Path,
+    tmp_path: Path,
+    *,
+    options: dict[str, Any],
+    weight: float,
 ) -> None:
     """With the scales of the configuration in the header, where the tensors are all of one rank or of many."""
     expected = lora_files.merged_by_peft(model_home, tmp_path, weight, options)
@@ -398,7 +508,10 @@ def test_a_file_that_diffusers_writes_acts_as_peft_merges_it(
     lora = read(engine, tmp_path / "a.safetensors")
 
     require_equal(merged(engine, lora, unet=weight, text=weight), base, expected)
-    assert (lora.format, lora.kinds) == ("peft", ("dora-lora" if options.get("use_dora") else "lora",))
+    assert (lora.format, lora.kinds) == (
+        "peft",
+        ("dora-lora" if options.get("use_dora") else "lora",),
+    )
 
 
 def test_adapters_of_several_kinds_add_up_and_each_tells_the_size_of_its_own_change(
@@ -411,16 +524,33 @@ def test_adapters_of_several_kinds_add_up_and_each_tells_the_size_of_its_own_cha
     changes: list[State] = []
     sizes: list[float] = []
     for number, (module, options) in enumerate(
-        (("LoConModule", {}), ("LohaModule", {}), ("LoConModule", {"weight_decompose": True}), ("FullModule", {}))
+        (
+            ("LoConModule", {}),
+            ("LohaModule", {}),
+            ("LoConModule", {"weight_decompose": True}),
+            ("FullModule", {}),
+        )
     ):
         file: Tensors = {}
         for name in LAYERS[number % 2 :]:
-            one = trained(engine, getattr(lycoris.modules, module), name, lora_dim=4, alpha=3.0, **options)
-            state = {"diff": one.weight, "diff_b": one.bias} if module == "FullModule" else one.custom_state_dict()
+            one = trained(
+                engine, getattr(lycoris.modules, module), name, lora_dim=4, alpha=3.0, **options
+            )
+            state = (
+                {"diff": one.weight, "diff_b": one.bias}
+                if module == "FullModule"
+                else one.custom_state_dict()
+            )
             file |= {f"{one.lora_name}.{key}": tensor.detach() for key, tensor in state.items()}
-        adapters.append(Adapter(lora=read(engine, write(tmp_path / str(number), file)), unet_weight=0.7))
+        adapters.append(
+            Adapter(lora=read(engine, write(tmp_path / str(number), file)), unet_weight=0.7)
+        )
         alone = merged(engine, adapters[-1].lora, unet=0.7)
-        own = {key: weight.double() - base[key] for key, weight in alone.items() if not torch.equal(weight, base[key])}
+        own = {
+            key: weight.double() - base[key]
+            for key, weight in alone.items()
+            if not torch.equal(weight, base[key])
+        }
         changes.append(own)
         sizes.append(_norm(own) / _norm({key: base[key] for key in own}))
 

@@ -119,7 +119,9 @@ def read(data: bytes) -> Image.Image:
 # --- pictures and seeds
 
 
-def test_image_i_is_the_picture_of_a_job_with_seed_plus_i(runtime: Runtime, store: MemoryStore) -> None:
+def test_image_i_is_the_picture_of_a_job_with_seed_plus_i(
+    runtime: Runtime, store: MemoryStore
+) -> None:
     result = generate(runtime, "many", a_request(seed=40, num_images=3), silent)
 
     assert result.seed == 40
@@ -137,7 +139,9 @@ def test_a_job_without_a_seed_has_the_one_of_its_id(runtime: Runtime, store: Mem
     assert results[0].images == results[1].images
     assert results[0].images[0].pixels_sha256 != results[2].images[0].pixels_sha256
     assert 0 <= results[0].seed <= MAX_SEED - MAX_IMAGES
-    assert read(store.objects["runs/one/outputs/0.png"][0]).tobytes() == pixels(runtime.engine, seed=seed_of("one"))
+    assert read(store.objects["runs/one/outputs/0.png"][0]).tobytes() == pixels(
+        runtime.engine, seed=seed_of("one")
+    )
 
 
 def test_seed_zero_is_a_seed(runtime: Runtime) -> None:
@@ -165,7 +169,9 @@ def test_a_picture_is_stored_as_its_reference_says(
 # --- the store
 
 
-def test_the_manifest_is_written_last_and_is_the_result(runtime: Runtime, store: MemoryStore) -> None:
+def test_the_manifest_is_written_last_and_is_the_result(
+    runtime: Runtime, store: MemoryStore
+) -> None:
     result = generate(runtime, "job-1", a_request(num_images=3), silent, queued=0.5)
 
     pictures = [f"runs/job-1/outputs/{index}.png" for index in range(3)]
@@ -176,7 +182,9 @@ def test_the_manifest_is_written_last_and_is_the_result(runtime: Runtime, store:
     assert content_type == "application/json"
 
 
-def test_a_job_delivered_twice_leaves_one_set_of_pictures(engine: Engine, cache: Cache, tmp_path: Path) -> None:
+def test_a_job_delivered_twice_leaves_one_set_of_pictures(
+    engine: Engine, cache: Cache, tmp_path: Path
+) -> None:
     runtime = a_runtime(engine, cache, FolderStore(tmp_path / "store"))
 
     first, again = (generate(runtime, "twice", a_request(), silent) for _ in range(2))
@@ -205,7 +213,9 @@ def test_a_store_that_fails_leaves_no_manifest_and_a_sound_model(
     assert pixels(engine) == before
 
 
-def test_a_folder_that_cannot_be_written_is_a_store_failure(engine: Engine, cache: Cache, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_store_failure(
+    engine: Engine, cache: Cache, tmp_path: Path
+) -> None:
     (tmp_path / "store").write_text("a file where the folder should be")
     store: Store = FolderStore(tmp_path / "store")
 
@@ -224,10 +234,15 @@ def test_phases_and_steps_are_reported_in_order(
     """Steps count through all images."""
     heard: list[tuple[str, int, int]] = []
     report: Report = lambda *event: heard.append(event)  # noqa: E731 - typed as what a job takes
-    files = [write(tmp_path / "1.safetensors", kohya_lora()), write(tmp_path / "2.safetensors", peft_lora())]
+    files = [
+        write(tmp_path / "1.safetensors", kohya_lora()),
+        write(tmp_path / "2.safetensors", peft_lora()),
+    ]
     loras = tuple(pinned(file) for file in files)
 
-    generate(runtime, "watched", a_request(num_images=2, num_inference_steps=3, loras=loras), report)
+    generate(
+        runtime, "watched", a_request(num_images=2, num_inference_steps=3, loras=loras), report
+    )
 
     assert list(dict.fromkeys(heard)) == [  # the last ones again and again, as long as they take
         ("loading", 0, 2),
@@ -245,7 +260,9 @@ def test_a_download_is_reported_with_its_bytes(
     data = kohya_bytes(tmp_path)
     with serving(reply(data, ETag='"1"')) as host:
         fetcher = Fetcher(settings(model_home, ZLORA_ALLOW_HOSTS=host.name))
-        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher), store)
+        runtime = a_runtime(
+            engine, Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher), store
+        )
         url = f"{host.url}/a.safetensors"
         generate(runtime, "fetched", a_request(loras=(LoraSpec(file=Asset(url=url)),)), report)
         fetcher.close()
@@ -255,7 +272,9 @@ def test_a_download_is_reported_with_its_bytes(
     assert heard[: len(pieces)] == pieces
     assert pieces[0] == ("fetching", 0, 0)  # before the server says anything
     assert pieces[-1] == ("fetching", len(data), len(data))
-    assert [received for _, received, _ in pieces] == sorted({received for _, received, _ in pieces})
+    assert [received for _, received, _ in pieces] == sorted(
+        {received for _, received, _ in pieces}
+    )
     assert heard[len(pieces)] == ("loading", 0, 1)
 
 
@@ -271,9 +290,16 @@ def test_a_job_that_is_cancelled_in_a_download_ends_there(
 
     with serving(reply(kohya_bytes(tmp_path))) as host:
         fetcher = Fetcher(settings(model_home, ZLORA_ALLOW_HOSTS=host.name))
-        runtime = a_runtime(engine, Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher), store)
+        runtime = a_runtime(
+            engine, Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher), store
+        )
         with pytest.raises(JobRevoked) as raised:
-            generate(runtime, "job", a_request(loras=(LoraSpec(file=Asset(url=f"{host.url}/a")),)), report)
+            generate(
+                runtime,
+                "job",
+                a_request(loras=(LoraSpec(file=Asset(url=f"{host.url}/a")),)),
+                report,
+            )
         fetcher.close()
 
     assert raised.value is cancelled
@@ -323,7 +349,9 @@ def test_every_phase_has_its_seconds(runtime: Runtime) -> None:
     assert direct.timings["denoise"] > 0
 
 
-def test_two_loras_may_have_one_label(runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path) -> None:
+def test_two_loras_may_have_one_label(
+    runtime: Runtime, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
     """It is the producer's word, and names nothing in the worker."""
     files = [
         write(tmp_path / "one.safetensors", kohya_lora(UNET)),
@@ -345,12 +373,17 @@ def test_the_receipt_says_what_was_used_of_each_lora(
         write(tmp_path / "one.safetensors", kohya_lora(UNET)),
         write(tmp_path / "two.safetensors", peft_lora((*UNET, *TEXT), ranks=(4, 2))),
     ]
-    loras = (pinned(files[0], weight=0.5), pinned(files[1], weight=0.75, text_encoder_weight=0.25, adapter_name="a.b"))
+    loras = (
+        pinned(files[0], weight=0.5),
+        pinned(files[1], weight=0.75, text_encoder_weight=0.25, adapter_name="a.b"),
+    )
 
     result = generate(runtime, "receipt", a_request(loras=loras), silent)
 
     one, two = result.loras
-    assert [receipt.source for receipt in result.loras] == [f"https://loras.invalid/{file.name}" for file in files]
+    assert [receipt.source for receipt in result.loras] == [
+        f"https://loras.invalid/{file.name}" for file in files
+    ]
     assert [receipt.sha256 for receipt in result.loras] == [spec.file.sha256 for spec in loras]
     assert [receipt.size for receipt in result.loras] == [file.stat().st_size for file in files]
     assert (one.format, one.ranks, one.tier) == ("kohya", (2,), "disk")
@@ -359,8 +392,13 @@ def test_the_receipt_says_what_was_used_of_each_lora(
     assert (two.unet_weight, two.text_encoder_weight, two.adapter_name) == (0.75, 0.25, "a.b")
     assert one.modules == {"unet": 3}
     assert two.modules == {"unet": 3, "text_encoder": 3, "text_encoder_2": 3}
-    assert all(receipt.milliseconds[phase] >= 0 for receipt in result.loras for phase in ("fetch", "parse"))
-    assert all(receipt.relative_norm is not None and receipt.relative_norm > 0.1 for receipt in result.loras)
+    assert all(
+        receipt.milliseconds[phase] >= 0 for receipt in result.loras for phase in ("fetch", "parse")
+    )
+    assert all(
+        receipt.relative_norm is not None and receipt.relative_norm > 0.1
+        for receipt in result.loras
+    )
     assert {receipt.kinds for receipt in result.loras} == {("lora",)}
     assert result.base_intact
     assert 0 < result.base_checked <= 1
@@ -375,12 +413,24 @@ def test_a_lora_seen_before_comes_from_memory(
 ) -> None:
     """With any weight: weights are no part of what is kept. The picture is the one of the first time."""
     file = write(tmp_path / "a.safetensors", kohya_lora())
-    requests = [a_request(seed=1, loras=(pinned(file, weight=weight),)) for weight in (0.5, 0.9, 0.5)]
+    requests = [
+        a_request(seed=1, loras=(pinned(file, weight=weight),)) for weight in (0.5, 0.9, 0.5)
+    ]
 
-    first, other, again = (generate(runtime, f"memory-{i}", request, silent) for i, request in enumerate(requests))
+    first, other, again = (
+        generate(runtime, f"memory-{i}", request, silent) for i, request in enumerate(requests)
+    )
 
-    assert [result.loras[0].tier for result in (first, other, again)] == ["disk", "memory", "memory"]
-    assert first.images[0].pixels_sha256 == again.images[0].pixels_sha256 != other.images[0].pixels_sha256
+    assert [result.loras[0].tier for result in (first, other, again)] == [
+        "disk",
+        "memory",
+        "memory",
+    ]
+    assert (
+        first.images[0].pixels_sha256
+        == again.images[0].pixels_sha256
+        != other.images[0].pixels_sha256
+    )
 
 
 def test_a_part_that_lands_nowhere_is_let_through_where_asked_for_and_told(
@@ -390,7 +440,9 @@ def test_a_part_that_lands_nowhere_is_let_through_where_asked_for_and_told(
     stray = {"unet.nowhere.lora_A.weight": torch.ones(2, 2), "emphasis": torch.ones(2)}
     file = write(tmp_path / "a.safetensors", peft_lora() | stray)
     plain = write(tmp_path / "b.safetensors", peft_lora())
-    strict, lenient = (a_request(seed=1, loras=(pinned(file, strict=strict),)) for strict in (True, False))
+    strict, lenient = (
+        a_request(seed=1, loras=(pinned(file, strict=strict),)) for strict in (True, False)
+    )
 
     with pytest.raises(LoraMismatch, match="strict"):
         generate(runtime, "strict", strict, silent)
@@ -436,13 +488,20 @@ def test_weights_of_one_part_take_the_place_of_weight(
 
 @pytest.mark.parametrize("error", [LoraMismatch, NotSafetensors])
 def test_a_lora_that_fails_costs_its_job_only(
-    runtime: Runtime, store: MemoryStore, pinned: Callable[..., LoraSpec], tmp_path: Path, error: type[Exception]
+    runtime: Runtime,
+    store: MemoryStore,
+    pinned: Callable[..., LoraSpec],
+    tmp_path: Path,
+    error: type[Exception],
 ) -> None:
     """Nothing is stored, and the next job draws what it drew before."""
     before = pixels(runtime.engine)
     bad = tmp_path / "bad.safetensors"
     if error is LoraMismatch:
-        write(bad, {key.replace("blocks.0", "blocks.9"): tensor for key, tensor in peft_lora().items()})
+        write(
+            bad,
+            {key.replace("blocks.0", "blocks.9"): tensor for key, tensor in peft_lora().items()},
+        )
     else:
         bad.write_text("<!DOCTYPE html><title>Log in</title>" * 10)
 

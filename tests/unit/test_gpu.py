@@ -31,8 +31,12 @@ class Nvml:
             "nvmlInit": lambda: None,
             "nvmlDeviceGetHandleByIndex": lambda number: self._found(range(len(UUIDS)), number),
             "nvmlDeviceGetHandleByUUID": lambda name: self._found((*UUIDS, HALF), name),
-            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=10 * (1 + handle), total=80),
-            "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=25 * handle, memory=99),
+            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(
+                used=10 * (1 + handle), total=80
+            ),
+            "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(
+                gpu=25 * handle, memory=99
+            ),
         }
         if name in self.away:
             return self._fail
@@ -76,7 +80,9 @@ def look(collector: GpuCollector | None) -> Scraped:
         ("auto", HALF, 3),
     ],
 )
-def test_the_gpu_is_the_one_that_cuda_gives_the_worker(device: str, visible: str | None, number: int) -> None:
+def test_the_gpu_is_the_one_that_cuda_gives_the_worker(
+    device: str, visible: str | None, number: int
+) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
 
     scraped = look(GpuCollector.open(device, environ))
@@ -89,7 +95,14 @@ def test_the_gpu_is_the_one_that_cuda_gives_the_worker(device: str, visible: str
 @pytest.mark.usefixtures("nvml")
 @pytest.mark.parametrize(
     ("device", "visible"),
-    [("cpu", None), ("cuda:3", None), ("auto", ""), ("auto", "-1"), ("cuda:1", "0"), ("auto", "GPU-elsewhere")],
+    [
+        ("cpu", None),
+        ("cuda:3", None),
+        ("auto", ""),
+        ("auto", "-1"),
+        ("cuda:1", "0"),
+        ("auto", "GPU-elsewhere"),
+    ],
 )
 def test_a_worker_without_a_gpu_has_none(device: str, visible: str | None) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}

@@ -84,7 +84,10 @@ def session() -> Iterator[GuardedSession]:
 
 def refused(session: requests.Session, url: str) -> list[str]:
     """The connections that were tried, of a request that did not come to an answer."""
-    with watched_connections() as connections, pytest.raises((SSRFGuardError, requests.exceptions.InvalidURL)):
+    with (
+        watched_connections() as connections,
+        pytest.raises((SSRFGuardError, requests.exceptions.InvalidURL)),
+    ):
         session.get(url, timeout=5)
     return connections
 
@@ -126,14 +129,18 @@ def test_the_count_of_connections_counts() -> None:
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_an_address_that_is_not_public_is_refused_unopened(session: GuardedSession, address: str) -> None:
+def test_an_address_that_is_not_public_is_refused_unopened(
+    session: GuardedSession, address: str
+) -> None:
     host = f"[{address}]" if ":" in address else address
 
     assert refused(session, f"https://{host}/x") == []
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_no_spelling_of_such_an_address_gets_through(session: GuardedSession, spelling: str) -> None:
+def test_no_spelling_of_such_an_address_gets_through(
+    session: GuardedSession, spelling: str
+) -> None:
     assert refused(session, f"https://{spelling}/x") == []
 
 
@@ -155,7 +162,9 @@ def test_a_name_of_a_public_and_a_private_address_is_refused_whole(
     assert refused(session, "https://rebinding.example/x") == []
 
 
-def test_a_name_that_does_not_exist_is_no_refusal(session: GuardedSession, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_does_not_exist_is_no_refusal(
+    session: GuardedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is the network's fault, and may be over soon."""
     names(monkeypatch, {})
 
@@ -163,7 +172,9 @@ def test_a_name_that_does_not_exist_is_no_refusal(session: GuardedSession, monke
         session.get("https://absent.example/x", timeout=5)
 
 
-def test_an_allowed_name_may_be_private_and_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allowed_name_may_be_private_and_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The address that was checked is the one that is opened."""
     with serving(reply(b"x")) as host, GuardedSession([f"loras.example:{host.port}"]) as session:
         asked = names(monkeypatch, {"loras.example": ["127.0.0.1"]})
@@ -199,7 +210,10 @@ def test_only_plain_https_on_its_own_port_is_opened(session: GuardedSession, url
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "gopher", "data", "ws"])
 def test_another_scheme_is_not_opened(session: GuardedSession, scheme: str) -> None:
-    with watched_connections() as connections, pytest.raises((SSRFGuardError, requests.exceptions.RequestException)):
+    with (
+        watched_connections() as connections,
+        pytest.raises((SSRFGuardError, requests.exceptions.RequestException)),
+    ):
         session.get(f"{scheme}://8.8.8.8/x", timeout=5)
 
     assert connections == []
@@ -255,11 +269,16 @@ def test_an_allowed_host_in_another_place_of_the_url_allows_nothing(host: Host, 
         assert other.connections == 0
 
 
-def test_an_allowed_host_without_a_port_has_the_two_usual_ones(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allowed_host_without_a_port_has_the_two_usual_ones(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hosts = ("loras.example", "more.loras.example", "loras.example.evil.example")
     names(monkeypatch, {name: ["127.0.0.1"] for name in hosts})
     with GuardedSession(["loras.example"]) as session:
-        with pytest.raises(requests.exceptions.ConnectionError), watched_connections() as connections:
+        with (
+            pytest.raises(requests.exceptions.ConnectionError),
+            watched_connections() as connections,
+        ):
             session.get("https://loras.example/x", timeout=5)
         assert {address for address in connections if "443" in address} == {str(("127.0.0.1", 443))}
 
@@ -272,7 +291,13 @@ def test_an_allowed_host_without_a_port_has_the_two_usual_ones(host: Host, monke
 
 
 def test_a_redirect_is_judged_as_any_address(host: Host) -> None:
-    targets = ["http://127.0.0.1/x", "https://127.0.0.1/x", "https://169.254.169.254/latest", "//10.0.0.1/x", host.url]
+    targets = [
+        "http://127.0.0.1/x",
+        "https://127.0.0.1/x",
+        "https://169.254.169.254/latest",
+        "//10.0.0.1/x",
+        host.url,
+    ]
     current = ""
     with serving(redirect(lambda: current)) as first, GuardedSession([first.name]) as session:
         for current in targets:  # noqa: B007 - the server looks at it
@@ -284,7 +309,10 @@ def test_a_redirect_is_judged_as_any_address(host: Host) -> None:
 
 
 def test_a_redirect_between_allowed_hosts_is_followed(host: Host) -> None:
-    with serving(redirect(lambda: f"{host.url}/y")) as first, GuardedSession([first.name, host.name]) as session:
+    with (
+        serving(redirect(lambda: f"{host.url}/y")) as first,
+        GuardedSession([first.name, host.name]) as session,
+    ):
         assert session.get(f"{first.url}/x", timeout=5).content == b"x"
 
     assert host.asked == ["GET /y"]
@@ -304,16 +332,27 @@ def test_redirects_in_a_circle_come_to_an_end() -> None:
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize(
     "answer",
-    [reply(b"x" * 1000), reply(b"x", length=1000), reply(status=404), reply(status=302, Location="/x"), b"no HTTP"],
+    [
+        reply(b"x" * 1000),
+        reply(b"x", length=1000),
+        reply(status=404),
+        reply(status=302, Location="/x"),
+        b"no HTTP",
+    ],
     ids=["well", "cut", "missing", "sent on", "no HTTP"],
 )
-def test_of_many_requests_within_one_deadline_none_keeps_a_descriptor(method: str, answer: bytes) -> None:
+def test_of_many_requests_within_one_deadline_none_keeps_a_descriptor(
+    method: str, answer: bytes
+) -> None:
     """Though each connection is watched until the end: by a duplicate, which is given back with it."""
     with serving(answer) as host:
         web, seen = Web([host.name]), list[int]()
         with web.session.deadline(60.0):
             for _ in range(20):
-                with suppress(LoraError, Passing), web.open(f"{host.url}/x", name="x", method=method) as response:
+                with (
+                    suppress(LoraError, Passing),
+                    web.open(f"{host.url}/x", name="x", method=method) as response,
+                ):
                     response.raw.read(10)
                 seen.append(open_files())
         web.session.close()

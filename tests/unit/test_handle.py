@@ -95,13 +95,23 @@ def companion(url: str, manifests: dict[str, bytes]) -> Iterator[list[str]]:
 
 def test_a_queued_job_tells_how_many_are_due_before_it(client: Client) -> None:
     """By priority, and within one by time."""
-    for job_id, priority in (("l1", "low"), ("n1", "normal"), ("n2", "normal"), ("h1", "high"), ("h2", "high")):
+    for job_id, priority in (
+        ("l1", "low"),
+        ("n1", "normal"),
+        ("n2", "normal"),
+        ("h1", "high"),
+        ("h2", "high"),
+    ):
         client.submit(REQUEST, job_id=job_id, priority=priority)  # type: ignore[arg-type]
 
-    positions = {job_id: client.job(job_id).status().position for job_id in ("h1", "h2", "n1", "n2", "l1")}
+    positions = {
+        job_id: client.job(job_id).status().position for job_id in ("h1", "h2", "n1", "n2", "l1")
+    }
 
     assert positions == {"h1": 0, "h2": 1, "n1": 2, "n2": 3, "l1": 4}
-    assert client.job("n1").status() == JobStatus(state=JobState.PENDING, phase="queued", position=2)
+    assert client.job("n1").status() == JobStatus(
+        state=JobState.PENDING, phase="queued", position=2
+    )
 
 
 def test_the_end_of_a_job_moves_those_behind_it_up(client: Client, broker: Any) -> None:
@@ -141,7 +151,9 @@ def test_a_job_that_is_tried_again_tells_why_and_how_often(client: Client) -> No
 
     status = store(client, "job-1", error, "RETRY").status()
 
-    assert status == JobStatus(state=JobState.RETRY, phase="waiting", code="lora_unreachable", attempt=2)
+    assert status == JobStatus(
+        state=JobState.RETRY, phase="waiting", code="lora_unreachable", attempt=2
+    )
 
 
 def test_an_id_that_was_never_seen_is_unknown(client: Client, broker_url: str) -> None:
@@ -165,9 +177,12 @@ def test_a_state_that_is_none_of_ours_is_a_typed_error(client: Client, state: st
 
 
 @pytest.mark.parametrize(
-    "text", ["no json", '{"status": "FAILURE", "result": "x"}', '{"status": "FAILURE", "result": {}}']
+    "text",
+    ["no json", '{"status": "FAILURE", "result": "x"}', '{"status": "FAILURE", "result": {}}'],
 )
-def test_a_result_key_that_somebody_else_wrote_is_a_typed_error(client: Client, broker: Any, text: str) -> None:
+def test_a_result_key_that_somebody_else_wrote_is_a_typed_error(
+    client: Client, broker: Any, text: str
+) -> None:
     broker.set("celery-task-meta-job-1", text, ex=60)
 
     with pytest.raises(InternalError, match="job-1"):
@@ -185,7 +200,9 @@ def test_a_result_arrives_as_it_was(client: Client) -> None:
 
 
 def test_a_field_that_a_newer_worker_adds_does_no_harm(client: Client) -> None:
-    assert store(client, "job-4", {**plain(RESULT), "more": 1}, "SUCCESS").result(timeout=0) == RESULT
+    assert (
+        store(client, "job-4", {**plain(RESULT), "more": 1}, "SUCCESS").result(timeout=0) == RESULT
+    )
 
 
 @pytest.mark.parametrize("result", [{}, None, [1]], ids=str)
@@ -251,7 +268,9 @@ def test_the_job_s_own_error_is_raised_with_its_details(client: Client) -> None:
     ],
     ids=["the child was killed", "the worker died", "the task could not be called"],
 )
-def test_a_failure_outside_the_task_is_typed_too(client: Client, failure: Exception, error: type[ZloraError]) -> None:
+def test_a_failure_outside_the_task_is_typed_too(
+    client: Client, failure: Exception, error: type[ZloraError]
+) -> None:
     with pytest.raises(error, match="job-6") as raised:
         store(client, "job-6", failure, "FAILURE").result(timeout=0)
 
@@ -259,8 +278,12 @@ def test_a_failure_outside_the_task_is_typed_too(client: Client, failure: Except
     assert raised.value.details["job_id"] == "job-6"
 
 
-@pytest.mark.parametrize(("reason", "error"), [("expired", JobExpired), ("cancelled", JobRevoked), ("", JobRevoked)])
-def test_a_revoked_job_was_cancelled_or_expired(client: Client, reason: str, error: type[ZloraError]) -> None:
+@pytest.mark.parametrize(
+    ("reason", "error"), [("expired", JobExpired), ("cancelled", JobRevoked), ("", JobRevoked)]
+)
+def test_a_revoked_job_was_cancelled_or_expired(
+    client: Client, reason: str, error: type[ZloraError]
+) -> None:
     inside(client)._backend.mark_as_revoked("job-7", reason)
 
     with pytest.raises(error) as raised:
@@ -294,7 +317,9 @@ def test_a_job_that_is_known_is_asked_of_nobody(client: Client, broker_url: str)
 
 
 @pytest.mark.parametrize("manifest", [b"{", b"[]", b"null", b"{}", b"\xff\xfe"], ids=str)
-def test_a_damaged_manifest_is_a_typed_error(client: Client, broker_url: str, manifest: bytes) -> None:
+def test_a_damaged_manifest_is_a_typed_error(
+    client: Client, broker_url: str, manifest: bytes
+) -> None:
     with companion(broker_url, {"job-1": manifest}):
         for ask in (client.job("job-1").status, client.job("job-1").result):
             with pytest.raises(InternalError, match="job-1"):
@@ -329,10 +354,17 @@ def test_where_no_worker_is_there_nobody_says_that_an_id_is_unknown(client: Clie
 # --- URLs that have ended
 
 
-@pytest.mark.parametrize("left", [(-HOUR,), (HOUR, -1), (1.0,)], ids=["all", "one of them", "nearly"])
-def test_urls_that_have_ended_are_made_anew(client: Client, broker_url: str, left: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    "left", [(-HOUR,), (HOUR, -1), (1.0,)], ids=["all", "one of them", "nearly"]
+)
+def test_urls_that_have_ended_are_made_anew(
+    client: Client, broker_url: str, left: tuple[float, ...]
+) -> None:
     """Redis keeps a worker's answer for a day, and a signature may be asked to hold for seconds."""
-    job, fresh = store(client, "job-1", plain(signed(*left)), "SUCCESS"), signed(*[HOUR] * len(left), by="new")
+    job, fresh = (
+        store(client, "job-1", plain(signed(*left)), "SUCCESS"),
+        signed(*[HOUR] * len(left), by="new"),
+    )
 
     with companion(broker_url, {"job-1": msgspec.json.encode(fresh)}) as asked:
         assert job.result(timeout=5) == fresh
@@ -340,23 +372,33 @@ def test_urls_that_have_ended_are_made_anew(client: Client, broker_url: str, lef
     assert asked == ["job-1", "job-1"]
 
 
-@pytest.mark.parametrize("left", [(), (None,), (HOUR, HOUR)], ids=["no picture", "no end", "signed"])
-def test_of_urls_that_hold_nobody_is_asked(client: Client, broker: Any, left: tuple[float | None, ...]) -> None:
+@pytest.mark.parametrize(
+    "left", [(), (None,), (HOUR, HOUR)], ids=["no picture", "no end", "signed"]
+)
+def test_of_urls_that_hold_nobody_is_asked(
+    client: Client, broker: Any, left: tuple[float | None, ...]
+) -> None:
     result = signed(*left)
 
     assert store(client, "job-1", plain(result), "SUCCESS").result(timeout=5) == result
     assert not broker.exists(wire.recall_key("gpu"))
 
 
-def test_where_nobody_answers_ended_urls_are_given_after_one_question(client: Client, broker: Any) -> None:
+def test_where_nobody_answers_ended_urls_are_given_after_one_question(
+    client: Client, broker: Any
+) -> None:
     result = signed(-1)
 
     assert store(client, "job-1", plain(result), "SUCCESS").result() == result
     assert broker.llen(wire.recall_key("gpu")) == 1
 
 
-@pytest.mark.parametrize("manifest", [b"", b"the manifest is damaged"], ids=["there is none", "it is damaged"])
-def test_where_a_worker_has_no_other_ended_urls_are_given(client: Client, broker_url: str, manifest: bytes) -> None:
+@pytest.mark.parametrize(
+    "manifest", [b"", b"the manifest is damaged"], ids=["there is none", "it is damaged"]
+)
+def test_where_a_worker_has_no_other_ended_urls_are_given(
+    client: Client, broker_url: str, manifest: bytes
+) -> None:
     result = signed(-1)
     job = store(client, "job-1", plain(result), "SUCCESS")
 
@@ -365,7 +407,9 @@ def test_where_a_worker_has_no_other_ended_urls_are_given(client: Client, broker
     assert asked == ["job-1"]
 
 
-def test_where_redis_is_away_by_then_ended_urls_are_given(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_redis_is_away_by_then_ended_urls_are_given(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def recall(_job_id: str, *, patience: float) -> None:
         raise redis.ConnectionError(f"refused, {patience}")
 
@@ -380,7 +424,9 @@ def test_new_urls_are_waited_for_as_long_as_the_caller_waits(
     client: Client, monkeypatch: pytest.MonkeyPatch, timeout: float | None, questions: int
 ) -> None:
     told: list[float] = []
-    monkeypatch.setattr(inside(client)._ledger, "recall", lambda _job_id, *, patience: told.append(patience))
+    monkeypatch.setattr(
+        inside(client)._ledger, "recall", lambda _job_id, *, patience: told.append(patience)
+    )
     result = signed(-1)
 
     assert store(client, "job-1", plain(result), "SUCCESS").result(timeout=timeout) == result
@@ -420,7 +466,9 @@ def test_a_queued_job_that_is_cancelled_has_ended(client: Client, broker: Any) -
     assert job.cancel() is Cancellation.FINISHED
 
 
-def test_a_running_job_that_is_cancelled_is_flagged_and_ends_by_itself(client: Client, broker: Any) -> None:
+def test_a_running_job_that_is_cancelled_is_flagged_and_ends_by_itself(
+    client: Client, broker: Any
+) -> None:
     job = client.submit(REQUEST, job_id="job-1")
     store(client, "job-1", {"phase": "denoising", "step": 1, "steps": 2}, "PROGRESS")
     lease(broker, "job-1")
@@ -431,7 +479,9 @@ def test_a_running_job_that_is_cancelled_is_flagged_and_ends_by_itself(client: C
     assert job.status().state is JobState.PROGRESS
 
 
-def test_a_job_that_a_worker_began_and_has_not_ended_is_running(client: Client, broker: Any) -> None:
+def test_a_job_that_a_worker_began_and_has_not_ended_is_running(
+    client: Client, broker: Any
+) -> None:
     """Its lease may have expired while Redis was away, and its end be on its way."""
     job = client.submit(REQUEST, job_id="job-1")
     attempt = {"host": "h", "worker": "w", "pid": 1, "at": 1.0}
@@ -440,11 +490,15 @@ def test_a_job_that_a_worker_began_and_has_not_ended_is_running(client: Client, 
     assert job.cancel() is Cancellation.RUNNING
     assert job.status().state is JobState.PENDING
 
-    broker.hset(wire.job_key("job-1"), "attempt:1", msgspec.json.encode(attempt | {"signal": "SIGKILL"}))
+    broker.hset(
+        wire.job_key("job-1"), "attempt:1", msgspec.json.encode(attempt | {"signal": "SIGKILL"})
+    )
     assert job.cancel() is Cancellation.QUEUED
 
 
-def test_an_end_is_told_where_celery_s_result_is_lost(client: Client, broker_url: str, broker: Any) -> None:
+def test_an_end_is_told_where_celery_s_result_is_lost(
+    client: Client, broker_url: str, broker: Any
+) -> None:
     """The two may be in two Redis."""
     jobs = [client.submit(REQUEST, job_id=job_id) for job_id in ("job-1", "failed", "cancelled")]
     inside(client)._ledger.close("job-1")
@@ -453,7 +507,11 @@ def test_an_end_is_told_where_celery_s_result_is_lost(client: Client, broker_url
     broker.delete(*broker.keys("celery-task-meta-*"))
 
     with companion(broker_url, {"job-1": MANIFEST}):
-        assert [job.status().state for job in jobs] == [JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED]
+        assert [job.status().state for job in jobs] == [
+            JobState.SUCCESS,
+            JobState.FAILURE,
+            JobState.REVOKED,
+        ]
         assert jobs[0].result(timeout=5) == RESULT
         with pytest.raises(LoraMismatch):
             jobs[1].result(timeout=5)
@@ -473,7 +531,9 @@ def test_a_finished_job_stays_as_it_is(client: Client, broker: Any, state: str) 
     assert "cancelled" not in broker.hgetall(wire.job_key("job-1"))
 
 
-def test_a_finished_job_whose_result_has_expired_stays_as_it_is(client: Client, broker: Any, broker_url: str) -> None:
+def test_a_finished_job_whose_result_has_expired_stays_as_it_is(
+    client: Client, broker: Any, broker_url: str
+) -> None:
     """No flag is left: submitted again, it is answered from its manifest and not refused."""
     with companion(broker_url, {"job-1": MANIFEST}):
         assert client.job("job-1").cancel() is Cancellation.FINISHED
@@ -482,7 +542,9 @@ def test_a_finished_job_whose_result_has_expired_stays_as_it_is(client: Client, 
     assert "cancelled" not in broker.hgetall(wire.job_key("job-1"))
 
 
-def test_a_job_that_is_cancelled_as_it_ends_does_not_forget_its_result(client: Client, broker: Any) -> None:
+def test_a_job_that_is_cancelled_as_it_ends_does_not_forget_its_result(
+    client: Client, broker: Any
+) -> None:
     """Its lease outlives its end; the record must not outlive the result for it."""
     job = client.submit(REQUEST, job_id="job-1")
     lease(broker, "job-1")
@@ -493,7 +555,9 @@ def test_a_job_that_is_cancelled_as_it_ends_does_not_forget_its_result(client: C
     assert broker.ttl(wire.job_key("job-1")) <= wire.RESULT_EXPIRES
 
 
-def test_an_unknown_job_that_is_cancelled_is_refused_if_it_comes(client: Client, broker: Any) -> None:
+def test_an_unknown_job_that_is_cancelled_is_refused_if_it_comes(
+    client: Client, broker: Any
+) -> None:
     assert client.job("never").cancel() is Cancellation.UNKNOWN
 
     assert list(broker.hgetall(wire.job_key("never"))) == ["cancelled"]
@@ -511,23 +575,35 @@ def test_a_job_that_waits_to_be_tried_again_is_cancelled_as_a_queued_one(client:
 # --- a Redis that is away
 
 
-ASKS: list[Callable[[JobHandle], object]] = [JobHandle.status, lambda job: job.result(timeout=0.2), JobHandle.cancel]
+ASKS: list[Callable[[JobHandle], object]] = [
+    JobHandle.status,
+    lambda job: job.result(timeout=0.2),
+    JobHandle.cancel,
+]
 
 
 @pytest.mark.parametrize("ask", ASKS, ids=["status", "result", "cancel"])
 def test_a_redis_that_is_down_is_typed_and_soon(ask: Callable[[JobHandle], object]) -> None:
     start = time.monotonic()
-    with Client(f"redis://127.0.0.1:{free_port()}/0") as lonely, pytest.raises(BrokerUnavailable) as raised:
+    with (
+        Client(f"redis://127.0.0.1:{free_port()}/0") as lonely,
+        pytest.raises(BrokerUnavailable) as raised,
+    ):
         ask(lonely.job("job-1"))
 
     assert raised.value.details == {"job_id": "job-1"}
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("error", [redis.ResponseError("WRONGTYPE"), redis.ReadOnlyError("a replica")])
+@pytest.mark.parametrize(
+    "error", [redis.ResponseError("WRONGTYPE"), redis.ReadOnlyError("a replica")]
+)
 @pytest.mark.parametrize("ask", ASKS, ids=["status", "result", "cancel"])
 def test_any_answer_of_redis_that_is_an_error_is_typed(
-    client: Client, error: Exception, ask: Callable[[JobHandle], object], monkeypatch: pytest.MonkeyPatch
+    client: Client,
+    error: Exception,
+    ask: Callable[[JobHandle], object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(_job_id: str) -> None:
         raise error
@@ -537,7 +613,9 @@ def test_any_answer_of_redis_that_is_an_error_is_typed(
         ask(client.job("job-1"))
 
 
-def test_an_outage_shorter_than_the_wait_is_outlasted(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_shorter_than_the_wait_is_outlasted(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A restart of Redis while somebody waits; one that stays away is told before the wait is over."""
     monkeypatch.setattr(waiting, "_AGAIN", 0.01)
     real, left = inside(client)._backend.get_task_meta, [10]

@@ -32,7 +32,9 @@ DTYPES = {
     torch.uint64: "U64",
     torch.float64: "F64",
 }
-one_folder = settings(untimed, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+one_folder = settings(
+    untimed, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def read(folder: Path, data: bytes) -> Header:
@@ -48,7 +50,9 @@ def refusal(folder: Path, data: bytes) -> str:
     return raised.value.message
 
 
-def entry(begin: int = 0, end: int = 4, *, dtype: str = "F16", shape: object = (2,)) -> dict[str, Any]:
+def entry(
+    begin: int = 0, end: int = 4, *, dtype: str = "F16", shape: object = (2,)
+) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
@@ -57,17 +61,25 @@ def entry(begin: int = 0, end: int = 4, *, dtype: str = "F16", shape: object = (
 
 @one_folder
 @given(
-    shapes=st.dictionaries(st.text(max_size=10), st.lists(st.integers(0, 4), max_size=4), max_size=5),
+    shapes=st.dictionaries(
+        st.text(max_size=10), st.lists(st.integers(0, 4), max_size=4), max_size=5
+    ),
     dtypes=st.lists(st.sampled_from(list(DTYPES)), min_size=5, max_size=5),
     metadata=st.none() | st.dictionaries(st.text(max_size=10), st.text(max_size=10), max_size=3),
 )
 def test_what_safetensors_writes_is_read_with_the_same_names_shapes_types_and_metadata(
-    tmp_path: Path, shapes: dict[str, list[int]], dtypes: list[torch.dtype], metadata: dict[str, str] | None
+    tmp_path: Path,
+    shapes: dict[str, list[int]],
+    dtypes: list[torch.dtype],
+    metadata: dict[str, str] | None,
 ) -> None:
     shapes.pop("__metadata__", None)  # the format's own word
-    assume(shapes or metadata != {})  # safetensors 0.8 writes of these two what it cannot read itself
+    assume(
+        shapes or metadata != {}
+    )  # safetensors 0.8 writes of these two what it cannot read itself
     tensors = {
-        name: torch.zeros(shape, dtype=dtype) for (name, shape), dtype in zip(shapes.items(), dtypes, strict=False)
+        name: torch.zeros(shape, dtype=dtype)
+        for (name, shape), dtype in zip(shapes.items(), dtypes, strict=False)
     }
 
     header = read(tmp_path, save(tensors, metadata))
@@ -94,7 +106,9 @@ headers = st.dictionaries(st.sampled_from(["a", "b", "", "\x00", "\ud800"]), ent
 @example(header={"a": entry(0, 0, dtype="U8", shape=[2**64 - 1, 2, 0])}, data_size=0)
 @example(header={"\ud800": entry(0, 4)}, data_size=4)
 @example(header={"__metadata__": {"a": "\ud800"}}, data_size=0)
-def test_what_is_taken_safetensors_reads_too(tmp_path: Path, header: dict[str, Any], data_size: int) -> None:
+def test_what_is_taken_safetensors_reads_too(
+    tmp_path: Path, header: dict[str, Any], data_size: int
+) -> None:
     """Else the file would fail later, in a job that has begun."""
     try:
         taken = read(tmp_path, tensor_file(header, bytes(data_size)))
@@ -128,7 +142,9 @@ def _open(folder: Path, data: bytes) -> None:
 
 json_bytes = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=10,
 ).map(lambda value: json.dumps(value).encode())
 
@@ -138,13 +154,19 @@ json_bytes = st.recursive(
     data=st.binary(max_size=200)
     | st.binary(max_size=100).map(tensor_file)
     | json_bytes.map(tensor_file)
-    | st.tuples(json_bytes, st.binary(max_size=20)).map(lambda parts: tensor_file(b'{"a":' + parts[0] + b"}", parts[1]))
+    | st.tuples(json_bytes, st.binary(max_size=20)).map(
+        lambda parts: tensor_file(b'{"a":' + parts[0] + b"}", parts[1])
+    )
 )
 @example(data=b"")
 @example(data=tensor_file(b'{"a":' + b"[" * 200_000))
 @example(data=tensor_file(b'{"a":{"dtype":"\xff","shape":[],"data_offsets":[0,1]}}', b"x"))
 @example(data=tensor_file(b'{"\\ud800":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', b"x"))
-@example(data=tensor_file(b'{"a":{"dtype":"U8","shape":[' + b"9" * 10_000 + b'],"data_offsets":[0,1]}}', b"x"))
+@example(
+    data=tensor_file(
+        b'{"a":{"dtype":"U8","shape":[' + b"9" * 10_000 + b'],"data_offsets":[0,1]}}', b"x"
+    )
+)
 @example(data=tensor_file(b'{"a":{"dtype":"U8","shape":[1e400],"data_offsets":[0,1]}}', b"x"))
 def test_any_bytes_are_a_header_or_refused(tmp_path: Path, data: bytes) -> None:
     try:
@@ -156,14 +178,18 @@ def test_any_bytes_are_a_header_or_refused(tmp_path: Path, data: bytes) -> None:
 
 @one_folder
 @given(position=st.integers(0, len(lora_bytes(size=16)) - 1), value=st.integers(0, 255))
-def test_a_sound_file_with_one_byte_changed_is_a_header_or_refused(tmp_path: Path, position: int, value: int) -> None:
+def test_a_sound_file_with_one_byte_changed_is_a_header_or_refused(
+    tmp_path: Path, position: int, value: int
+) -> None:
     data = bytearray(lora_bytes(size=16))
     data[position] = value
     try:
         header = read(tmp_path, bytes(data))
     except NotSafetensors:
         return
-    assert sum(info.data_offsets[1] - info.data_offsets[0] for info in header.tensors.values()) == 16
+    assert (
+        sum(info.data_offsets[1] - info.data_offsets[0] for info in header.tensors.values()) == 16
+    )
 
 
 # --- files that are not sound
@@ -201,7 +227,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         pytest.param({"a": entry(-4, 0)}, 0, id="negative offset"),
     ],
 )
-def test_a_file_whose_tensors_do_not_tile_it_is_refused(tmp_path: Path, header: dict[str, Any], size: int) -> None:
+def test_a_file_whose_tensors_do_not_tile_it_is_refused(
+    tmp_path: Path, header: dict[str, Any], size: int
+) -> None:
     refusal(tmp_path, tensor_file(header, bytes(size)))
 
 
@@ -264,5 +292,10 @@ def test_the_usual_impostors_are_named(tmp_path: Path, data: bytes, word: str) -
 
 def test_what_a_refusal_quotes_of_the_file_is_short(tmp_path: Path) -> None:
     name = "x" * 100_000
-    for header in ({name: entry(dtype=name)}, {name: entry(1, 5)}, {name: {name: 1}}, {"__metadata__": {name: 1}}):
+    for header in (
+        {name: entry(dtype=name)},
+        {name: entry(1, 5)},
+        {name: {name: 1}},
+        {"__metadata__": {name: 1}},
+    ):
         assert len(refusal(tmp_path, tensor_file(header, bytes(4)))) < 400

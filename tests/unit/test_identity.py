@@ -20,11 +20,15 @@ def engine(model_home: Path) -> Engine:
     return load_engine(model_home)
 
 
-def test_a_base_has_one_name_in_whatever_layout_it_comes(engine: Engine, model_home: Path, tmp_path: Path) -> None:
+def test_a_base_has_one_name_in_whatever_layout_it_comes(
+    engine: Engine, model_home: Path, tmp_path: Path
+) -> None:
     """A single file has its own digest beside it, by which sites know it; a folder has none."""
     path = write_single_file(tiny_model(model_home), tmp_path / "tiny.safetensors")
 
-    single = load_engine(model_home, ZLORA_MODEL=str(path), ZLORA_MODEL_CONFIG=str(tiny_model(model_home)))
+    single = load_engine(
+        model_home, ZLORA_MODEL=str(path), ZLORA_MODEL_CONFIG=str(tiny_model(model_home))
+    )
 
     assert single.base_sha256 == engine.base_sha256
     assert single.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -68,15 +72,21 @@ def test_a_machine_is_known_by_what_changes_last_bits(engine: Engine) -> None:
         ("dpmpp_2m_karras", "DPMSolverMultistepScheduler karras"),
     ],
 )
-def test_the_scheduler_of_a_job_has_diffusers_name(engine: Engine, scheduler: Scheduler | None, name: str) -> None:
+def test_the_scheduler_of_a_job_has_diffusers_name(
+    engine: Engine, scheduler: Scheduler | None, name: str
+) -> None:
     assert engine.scheduler_name(a_request(scheduler=scheduler)) == name
 
 
-def test_a_lora_s_tensors_have_one_name_whatever_the_header_says(engine: Engine, tmp_path: Path) -> None:
+def test_a_lora_s_tensors_have_one_name_whatever_the_header_says(
+    engine: Engine, tmp_path: Path
+) -> None:
     """As other tools compute it: of the bytes after the header."""
     tensors = {name: tensor.clone().contiguous() for name, tensor in kohya_lora().items()}
     found = []
-    for index, metadata in enumerate(({"format": "pt"}, {"format": "pt", "ss_output_name": "a" * 1000})):
+    for index, metadata in enumerate(
+        ({"format": "pt"}, {"format": "pt", "ss_output_name": "a" * 1000})
+    ):
         path = tmp_path / f"{index}.safetensors"
         save_file(tensors, path, metadata=metadata)
         data = path.read_bytes()

@@ -20,7 +20,10 @@ from zlora_worker import images
 @pytest.fixture
 def picture() -> Image.Image:
     """A smooth picture, wider than high, which a lossy format keeps nearly as it is."""
-    red, green = Image.linear_gradient("L").resize((96, 64)), Image.radial_gradient("L").resize((96, 64))
+    red, green = (
+        Image.linear_gradient("L").resize((96, 64)),
+        Image.radial_gradient("L").resize((96, 64)),
+    )
     return Image.merge("RGB", (red, green, red.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
 
 
@@ -34,7 +37,9 @@ def asked(output_format: OutputFormat, **fields: Any) -> GenerateRequest:
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
-def test_a_picture_is_read_back_in_its_size_and_format(picture: Image.Image, output_format: OutputFormat) -> None:
+def test_a_picture_is_read_back_in_its_size_and_format(
+    picture: Image.Image, output_format: OutputFormat
+) -> None:
     """The media type is the one that the reader finds, and no pixel is far from what it was."""
     data = images.encode(picture, asked(output_format))
 
@@ -53,18 +58,24 @@ def test_png_keeps_every_pixel(picture: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
-def test_one_picture_is_always_the_same_bytes(picture: Image.Image, output_format: OutputFormat) -> None:
+def test_one_picture_is_always_the_same_bytes(
+    picture: Image.Image, output_format: OutputFormat
+) -> None:
     """Nothing of the clock or the process is in a file: a job drawn again gives the same digest."""
     first, again = (images.encode(picture, asked(output_format)) for _ in range(2))
 
     assert first == again
 
 
-@pytest.mark.parametrize("fields", [{}, {"output_format": "webp", "lossless": True}], ids=["png", "webp"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"output_format": "webp", "lossless": True}], ids=["png", "webp"]
+)
 @pytest.mark.parametrize("noise", [False, True])
-def test_what_keeps_every_pixel_does(picture: Image.Image, fields: dict[str, Any], noise: bool) -> None:
+def test_what_keeps_every_pixel_does(
+    picture: Image.Image, fields: dict[str, Any], noise: bool
+) -> None:
     """Also where the pixels are random, and no colour may be taken for another."""
-    random_bytes = random.Random(1).randbytes(3 * 96 * 64)  # noqa: S311 - a picture
+    random_bytes = random.Random(1).randbytes(3 * 96 * 64)
     drawn = Image.frombytes("RGB", (96, 64), random_bytes) if noise else picture
     request = GenerateRequest(prompt="", **fields)
 
@@ -74,9 +85,14 @@ def test_what_keeps_every_pixel_does(picture: Image.Image, fields: dict[str, Any
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
-def test_a_lower_quality_is_a_smaller_file(picture: Image.Image, output_format: OutputFormat) -> None:
+def test_a_lower_quality_is_a_smaller_file(
+    picture: Image.Image, output_format: OutputFormat
+) -> None:
     """And none is 95."""
-    sizes = [len(images.encode(picture, asked(output_format, quality=quality))) for quality in (10, 95, None)]
+    sizes = [
+        len(images.encode(picture, asked(output_format, quality=quality)))
+        for quality in (10, 95, None)
+    ]
 
     assert sizes[0] < sizes[1] == sizes[2]
 
@@ -93,12 +109,15 @@ def test_the_pixels_have_one_digest_in_every_mode_that_holds_them(picture: Image
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
-def test_the_size_of_a_file_is_the_picture_s(picture: Image.Image, output_format: OutputFormat) -> None:
+def test_the_size_of_a_file_is_the_picture_s(
+    picture: Image.Image, output_format: OutputFormat
+) -> None:
     assert size(images.encode(picture, asked(output_format))) == (96, 64)
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no picture", b'{"job_id": "a"}', b"\x89PNG\r\n\x1a\n", b"RIFF\x00\x00\x00\x00WEBP"]
+    "data",
+    [b"", b"no picture", b'{"job_id": "a"}', b"\x89PNG\r\n\x1a\n", b"RIFF\x00\x00\x00\x00WEBP"],
 )
 def test_what_is_no_picture_has_no_size(data: bytes) -> None:
     with pytest.raises(StoreFailed) as raised:
@@ -108,7 +127,9 @@ def test_what_is_no_picture_has_no_size(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
-def test_a_file_that_is_cut_has_its_size_or_none(picture: Image.Image, output_format: OutputFormat) -> None:
+def test_a_file_that_is_cut_has_its_size_or_none(
+    picture: Image.Image, output_format: OutputFormat
+) -> None:
     """Wherever it is cut, there is no other error."""
     data = images.encode(picture, asked(output_format))
 
@@ -121,7 +142,10 @@ def test_a_file_that_is_cut_has_its_size_or_none(picture: Image.Image, output_fo
 
 @untimed
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, of damage that it gets over
-@given(start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF"]), rest=st.binary(max_size=200))
+@given(
+    start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF"]),
+    rest=st.binary(max_size=200),
+)
 def test_any_bytes_have_a_size_or_are_a_store_failure(start: bytes, rest: bytes) -> None:
     try:
         width, height = size(start + rest)

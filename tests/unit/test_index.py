@@ -12,7 +12,18 @@ from unittest.mock import Mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import Host, Request, caching, digest, got, lora_bytes, reply, serving, untimed, with_etag
+from servers import (
+    Host,
+    Request,
+    caching,
+    digest,
+    got,
+    lora_bytes,
+    reply,
+    serving,
+    untimed,
+    with_etag,
+)
 from zlora.errors import LoraCorrupt, LoraError, LoraForbidden, LoraNotFound
 from zlora.job import Asset
 from zlora_worker import index
@@ -79,7 +90,9 @@ def test_ahead_of_a_job_nobody_waits_for_another_process(tmp_path: Path) -> None
 
 
 def signed(host: Host, signature: str) -> Asset:
-    return Asset(url=f"{host.url}/b/a?X-Amz-Date={signature}&X-Amz-Expires=60&v=1&X-Amz-Signature={signature}")
+    return Asset(
+        url=f"{host.url}/b/a?X-Amz-Date={signature}&X-Amz-Expires=60&v=1&X-Amz-Signature={signature}"
+    )
 
 
 def test_two_signatures_for_one_object_are_one_download(tmp_path: Path) -> None:
@@ -88,7 +101,10 @@ def test_two_signatures_for_one_object_are_one_download(tmp_path: Path) -> None:
         files = [got(cache, signed(host, name), since=0) for name in ("one", "two", "one", "two")]
 
         assert [file.tier for file in files] == ["network", "disk", "disk", "disk"]
-        assert [request.headers.get("if-none-match") for request in host.requests] == [None, f'"{digest(ONE)}"']
+        assert [request.headers.get("if-none-match") for request in host.requests] == [
+            None,
+            f'"{digest(ONE)}"',
+        ]
         assert host.sent < 2 * SIZE
 
 
@@ -207,7 +223,9 @@ def test_a_failure_from_the_future_is_none(tmp_path: Path, monkeypatch: pytest.M
         assert got(cache, Asset(url=f"{host.url}/a")).sha256 == digest(ONE)
 
 
-def test_upkeep_forgets_failures_that_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upkeep_forgets_failures_that_are_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(reply(status=404)) as host, caching(tmp_path, host) as cache:
         with pytest.raises(LoraNotFound):
             got(cache, Asset(url=f"{host.url}/a"))
@@ -222,7 +240,9 @@ def test_upkeep_forgets_failures_that_are_over(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("part", ["index", "failed"])
-def test_upkeep_forgets_the_oldest_of_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_upkeep_forgets_the_oldest_of_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
     """Of sources, each with a query of its own, and of failures; it reads none that it forgets."""
     monkeypatch.setattr(index, "_MOST", 3)
     with caching(tmp_path) as cache:
@@ -285,7 +305,10 @@ def test_a_damaged_entry_costs_a_download(tmp_path: Path, data: bytes) -> None:
         (path,) = (tmp_path / "loras/index").iterdir()
         path.write_bytes(data)
 
-        assert [got(cache, Asset(url=f"{host.url}/a")).tier for _ in range(2)] == ["network", "disk"]
+        assert [got(cache, Asset(url=f"{host.url}/a")).tier for _ in range(2)] == [
+            "network",
+            "disk",
+        ]
 
 
 @pytest.mark.parametrize("data", DAMAGED, ids=range(len(DAMAGED)))
@@ -315,7 +338,9 @@ def test_of_a_source_with_many_signatures_the_last_are_known(tmp_path: Path) -> 
     with caching(tmp_path) as cache:
         for number in range(100):
             address = f"https://store.example/a?X-Amz-Signature={number}"
-            cache.index.remember(address, Fetched(sha256=digest(ONE), size=SIZE), asked=float(number))
+            cache.index.remember(
+                address, Fetched(sha256=digest(ONE), size=SIZE), asked=float(number)
+            )
         ((path, entry),) = cache.index.entries()
 
         assert min(entry.asked.values()) == 100 - len(entry.asked) > 0
@@ -326,7 +351,10 @@ def test_of_a_source_with_many_signatures_the_last_are_known(tmp_path: Path) -> 
 def test_nothing_that_is_written_down_holds_a_secret(tmp_path: Path) -> None:
     """Of an address that worked, and of one that failed."""
     answers = {"/a": reply(ONE), "/b": reply(status=404)}
-    with serving(lambda request: answers[request.target.partition("?")[0]]) as host, caching(tmp_path, host) as cache:
+    with (
+        serving(lambda request: answers[request.target.partition("?")[0]]) as host,
+        caching(tmp_path, host) as cache,
+    ):
         for name in "ab":
             url = f"{host.url}/{name}?X-Amz-Signature=s3cret&token=t0ken"
             with suppress(LoraNotFound):
@@ -368,11 +396,17 @@ def test_any_text_has_a_source_which_is_its_own(text: str, query: str) -> None:
 # --- soundness
 
 
-def test_a_file_is_hashed_once_a_start_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_once_a_start_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By all processes together: not where it came from the network, and after a start by the first that uses it."""
     watched = Mock(side_effect=hashlib.file_digest)
     monkeypatch.setattr(hashlib, "file_digest", watched)
-    with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache, caching(tmp_path, host) as other:
+    with (
+        serving(with_etag(ONE)) as host,
+        caching(tmp_path, host) as cache,
+        caching(tmp_path, host) as other,
+    ):
         for user in (cache, other, cache, other):
             got(user, Asset(url=f"{host.url}/a"))
         assert watched.call_count == 0

@@ -16,12 +16,19 @@ NEGATIVE: Final = "Negative prompt: "
 UNFIT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 LONG: Final = 10_000  # characters, the most that a prompt has
 # Characters that end a line, a value or a tag somewhere, or are none, or are two in UTF-16.
-ODD: Final = st.text(st.sampled_from("\0\t\n\r\x0b\x1c\x7f\x85\u2028\u2029\ufeff\ufffe\uffff\U0001f600:,\"\\<>'é "))
+ODD: Final = st.text(
+    st.sampled_from("\0\t\n\r\x0b\x1c\x7f\x85\u2028\u2029\ufeff\ufffe\uffff\U0001f600:,\"\\<>'é ")
+)
 TEXTS: Final = st.text(max_size=30) | ODD
 WEIGHTS: Final = st.floats(min_value=-4, max_value=4)
 SPECS: Final = st.fixed_dictionaries(
     {"file": st.fixed_dictionaries({"url": st.text(min_size=1, max_size=30) | ODD.filter(bool)})},
-    optional={"weight": WEIGHTS, "unet_weight": WEIGHTS, "text_encoder_weight": WEIGHTS, "adapter_name": TEXTS},
+    optional={
+        "weight": WEIGHTS,
+        "unet_weight": WEIGHTS,
+        "text_encoder_weight": WEIGHTS,
+        "adapter_name": TEXTS,
+    },
 )
 REQUESTS: Final = st.fixed_dictionaries(
     {"prompt": TEXTS},
@@ -40,7 +47,9 @@ def spec(url: str = "https://a.invalid/b.safetensors", **fields: Any) -> LoraSpe
 
 
 def written(request: GenerateRequest, **fields: Any) -> str:
-    return infotext(a_recipe(request, **fields), [digest(number) for number, _ in enumerate(request.loras)])
+    return infotext(
+        a_recipe(request, **fields), [digest(number) for number, _ in enumerate(request.loras)]
+    )
 
 
 def digest(number: int) -> str:
@@ -55,10 +64,15 @@ def test_an_example() -> None:
     request = a_request(
         prompt="a city,\nat night",
         negative_prompt="blurry",
-        loras=(spec(weight=0.8), spec(adapter_name="neon: lights, v2", unet_weight=0.5, text_encoder_weight=0.0)),
+        loras=(
+            spec(weight=0.8),
+            spec(adapter_name="neon: lights, v2", unet_weight=0.5, text_encoder_weight=0.0),
+        ),
     )
 
-    assert written(request, scheduler="DPMSolverMultistepScheduler karras", model_sha256="a" * 64, model="x, y") == (
+    assert written(
+        request, scheduler="DPMSolverMultistepScheduler karras", model_sha256="a" * 64, model="x, y"
+    ) == (
         "a city, at night <lora:b:0.8> <lora:neon lights v2:0:0.5>\n"
         "Negative prompt: blurry\n"
         "Steps: 1, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x72, "
@@ -68,9 +82,14 @@ def test_an_example() -> None:
 
 
 @given(document=REQUESTS, model=TEXTS)
-@example(document={"prompt": "Negative prompt: a", "negative_prompt": "Steps: 1, Sampler: b"}, model='"quoted"')
+@example(
+    document={"prompt": "Negative prompt: a", "negative_prompt": "Steps: 1, Sampler: b"},
+    model='"quoted"',
+)
 @example(document={"prompt": "Steps: 1, Sampler: b, Seed: 2, CFG scale: 3"}, model="a: b")
-@example(document={"prompt": "", "loras": [{"file": {"url": "a"}, "adapter_name": "\0"}] * 8}, model="..")
+@example(
+    document={"prompt": "", "loras": [{"file": {"url": "a"}, "adapter_name": "\0"}] * 8}, model=".."
+)
 def test_whatever_is_asked_for_is_read_back(document: dict[str, Any], model: str) -> None:
     """One line each, however lines are split; prompts but for spaces, numbers to their last digit, a hash for a tag."""
     request = read_request(document)
@@ -78,7 +97,9 @@ def test_whatever_is_asked_for_is_read_back(document: dict[str, Any], model: str
     text = written(request, model=model)
     lines = text.split("\n")
     settings = pairs(lines.pop())
-    negative = lines.pop().removeprefix(NEGATIVE) if lines and lines[-1].startswith(NEGATIVE) else ""
+    negative = (
+        lines.pop().removeprefix(NEGATIVE) if lines and lines[-1].startswith(NEGATIVE) else ""
+    )
     prompt = lines.pop() if lines else ""
 
     assert lines == []
@@ -117,7 +138,8 @@ def test_loras_of_one_name_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["https://a.invalid/", "file:///", "sha256:" + "0" * 64, "x" * 4096, "?", "civitai://7"]
+    "address",
+    ["https://a.invalid/", "file:///", "sha256:" + "0" * 64, "x" * 4096, "?", "civitai://7"],
 )
 def test_any_address_has_a_name(address: str) -> None:
     """Of a bounded length."""
@@ -139,7 +161,9 @@ def test_every_scheduler_has_the_name_that_the_web_ui_has_for_it(scheduler: str)
     assert settings.get("Schedule type") == ("Karras" if scheduler.endswith("karras") else None)
 
 
-@pytest.mark.parametrize(("prompt", "negative"), [(LONG, LONG), (LONG, 10), (10, LONG), (LONG, 0), (0, LONG)])
+@pytest.mark.parametrize(
+    ("prompt", "negative"), [(LONG, LONG), (LONG, 10), (10, LONG), (LONG, 0), (0, LONG)]
+)
 @pytest.mark.parametrize("character", ["a", "\u00e9", "\u6f22", "\U0001f600"])
 def test_long_prompts_are_cut_for_a_jpeg_only_and_only_where_they_must_be(
     character: str, prompt: int, negative: int
@@ -193,7 +217,9 @@ def tags(prompt: str, number: int) -> tuple[list[str], list[tuple[float, float]]
     """Names and weights (UNet's and text encoders') of the last so many tags."""
     found = re.findall(r"<lora:([^:<>,]+):([^:<>]+)(?::([^:<>]+))?>", prompt)
     last = found[len(found) - number :]
-    return [name for name, *_ in last], [(float(unet or text), float(text)) for _, text, unet in last]
+    return [name for name, *_ in last], [
+        (float(unet or text), float(text)) for _, text, unet in last
+    ]
 
 
 def both(lora: LoraSpec) -> tuple[float, float]:

@@ -68,13 +68,20 @@ def test_a_request_document_is_taken_unchanged(path: Path) -> None:
     expected = data | {"loras": [{"weight": 1.0, **spec} for spec in data.get("loras", [])]}
     for field in GenerateRequest.__struct_fields__:
         if field == "loras":
-            assert [plain(spec) | {"weight": spec.weight} for spec in request.loras] == expected["loras"]
+            assert [plain(spec) | {"weight": spec.weight} for spec in request.loras] == expected[
+                "loras"
+            ]
         else:
             assert getattr(request, field) == data.get(field, getattr(default, field))
 
 
 def test_there_are_four_request_documents() -> None:
-    assert [path.stem for path in DOCUMENTS] == ["basic", "cozy_ref", "multiple_loras", "single_lora"]
+    assert [path.stem for path in DOCUMENTS] == [
+        "basic",
+        "cozy_ref",
+        "multiple_loras",
+        "single_lora",
+    ]
 
 
 def test_defaults() -> None:
@@ -82,13 +89,24 @@ def test_defaults() -> None:
 
     assert request == GenerateRequest(prompt="a portrait", loras=(LoraSpec(file=Asset(url=URL)),))
     assert (request.num_inference_steps, request.guidance_scale, request.num_images) == (28, 7.5, 1)
-    assert (request.width, request.height, request.seed, request.scheduler) == (None, None, None, None)
-    assert (request.negative_prompt, request.output_format, request.loras[0].weight) == ("", "png", 1.0)
+    assert (request.width, request.height, request.seed, request.scheduler) == (
+        None,
+        None,
+        None,
+        None,
+    )
+    assert (request.negative_prompt, request.output_format, request.loras[0].weight) == (
+        "",
+        "png",
+        1.0,
+    )
 
 
 def test_a_request_is_its_own_document() -> None:
     """A struct, its plain document and that document's JSON are one request."""
-    request = read_request(with_lora(weight=0.5, adapter_name="a.b") | {"seed": 3, "scheduler": "euler"})
+    request = read_request(
+        with_lora(weight=0.5, adapter_name="a.b") | {"seed": 3, "scheduler": "euler"}
+    )
 
     assert read_request(request) == request
     assert read_request(plain(request)) == request
@@ -117,7 +135,10 @@ INSIDE: list[dict[str, Any]] = [
     document(timeout=None),
     document(num_images=8),
     *(document(output_format=name) for name in ("png", "jpeg", "webp")),
-    *(document(scheduler=name) for name in ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral")),
+    *(
+        document(scheduler=name)
+        for name in ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral")
+    ),
     *(document(scheduler=name) for name in ("heun", "lcm", "unipc", None)),
     with_lora(weight=-4),
     with_lora(weight=4),
@@ -175,7 +196,11 @@ OUTSIDE: list[tuple[Any, str, str]] = [
     (with_file(url=URL, sha256="0" * 65), "$.loras[0].file.sha256", "64"),
     (with_file(url=URL, sha256="A" * 64), "$.loras[0].file.sha256", "64"),
     (with_file(url=URL, sha256="0" * 64 + "\n"), "$.loras[0].file.sha256", "64"),
-    (document(loras=[{"file": {"url": URL}}, {"file": {"url": URL}, "weight": 5}]), "$.loras[1].weight", "4"),
+    (
+        document(loras=[{"file": {"url": URL}}, {"file": {"url": URL}, "weight": 5}]),
+        "$.loras[1].weight",
+        "4",
+    ),
     ({}, "$", "prompt"),
     (document(loras=[{"weight": 1}]), "$.loras[0]", "file"),
     (None, "$", "object"),
@@ -190,14 +215,19 @@ def test_a_value_on_its_bound_is_taken(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("data", "path", "bound"), OUTSIDE)
-def test_a_value_just_beyond_its_bound_is_refused_with_path_value_and_bound(data: Any, path: str, bound: str) -> None:
+def test_a_value_just_beyond_its_bound_is_refused_with_path_value_and_bound(
+    data: Any, path: str, bound: str
+) -> None:
     """In the message for people and in the details, here and after Celery's JSON."""
     for given_data in (data, over_the_wire(data)):
         error = refusal(given_data)
 
         assert error.details["path"] == path
         assert bound in error.details["expected"]
-        assert error.message == f"{path}: {error.details['expected']}; the value is {error.details['value']}"
+        assert (
+            error.message
+            == f"{path}: {error.details['expected']}; the value is {error.details['value']}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +275,12 @@ def test_a_field_name_that_looks_like_a_path_is_refused_as_any_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [document(prompt="\ud800"), with_file(url="https://example.com/\ud800"), with_lora(adapter_name="\udfff")]
+    "data",
+    [
+        document(prompt="\ud800"),
+        with_file(url="https://example.com/\ud800"),
+        with_lora(adapter_name="\udfff"),
+    ],
 )
 def test_text_that_no_encoding_carries_is_refused(data: dict[str, Any]) -> None:
     """JSON can say half of a surrogate pair; UTF-8, and with it a hash, a URL and a file name, cannot."""
@@ -301,7 +336,9 @@ def test_the_last_image_s_seed_is_bounded_too() -> None:
 
 json_values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -309,7 +346,9 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 @untimed
 @given(
     data=json_values
-    | st.fixed_dictionaries({"prompt": st.text()}, optional=dict.fromkeys(("seed", "loras", "width"), json_values))
+    | st.fixed_dictionaries(
+        {"prompt": st.text()}, optional=dict.fromkeys(("seed", "loras", "width"), json_values)
+    )
 )
 @example(data={"prompt": "x", "loras": [{"file": {"url": URL}, "weight": 10**400}]})
 @example(data={1: 2})
@@ -355,7 +394,9 @@ def test_a_request_within_the_bounds_survives_the_wire_field_by_field(data: dict
     assert all(getattr(request, name) == value for name, value in data.items() if name != "loras")
     for spec, given_spec in zip(request.loras, data.get("loras", []), strict=True):
         assert spec.file.url == given_spec["file"]["url"]
-        assert all(getattr(spec, name) == value for name, value in given_spec.items() if name != "file")
+        assert all(
+            getattr(spec, name) == value for name, value in given_spec.items() if name != "file"
+        )
 
 
 @untimed
@@ -401,7 +442,9 @@ def test_a_refusal_shows_no_secret_of_an_address(data: object) -> None:
 # --- job ids and seeds
 
 
-@pytest.mark.parametrize("job_id", ["a", "0", "-", "_", "A" * 64, "7d3f9e66-9a36-4f0f-a2f7-4b9f2a6c0d4e"])
+@pytest.mark.parametrize(
+    "job_id", ["a", "0", "-", "_", "A" * 64, "7d3f9e66-9a36-4f0f-a2f7-4b9f2a6c0d4e"]
+)
 def test_a_job_id_is_taken(job_id: str) -> None:
     assert check_job_id(job_id) == job_id
 
@@ -451,7 +494,10 @@ def test_a_job_id_is_taken_only_as_one_plain_word(job_id: str) -> None:
 
 
 @untimed
-@given(job_id=st.text(characters + "-_", min_size=1, max_size=64), num_images=st.integers(1, MAX_IMAGES))
+@given(
+    job_id=st.text(characters + "-_", min_size=1, max_size=64),
+    num_images=st.integers(1, MAX_IMAGES),
+)
 def test_a_job_s_own_seed_leaves_room_for_all_its_images(job_id: str, num_images: int) -> None:
     seed = seed_of(job_id)
 
@@ -523,8 +569,20 @@ def test_a_request_has_one_digest_however_it_is_spelt() -> None:
     spelt: list[dict[str, Any]] = [
         document(loras=[lora]),
         {"loras": [{"weight": 1.0, **lora}], "prompt": "a portrait"},
-        document(loras=[{"strict": True, "weight": 1, **lora}], num_images=1, guidance_scale=7.5, seed=None),
-        document(loras=[lora], negative_prompt="", width=None, scheduler=None, output_format="png", timeout=None),
+        document(
+            loras=[{"strict": True, "weight": 1, **lora}],
+            num_images=1,
+            guidance_scale=7.5,
+            seed=None,
+        ),
+        document(
+            loras=[lora],
+            negative_prompt="",
+            width=None,
+            scheduler=None,
+            output_format="png",
+            timeout=None,
+        ),
         plain(read_request(document(loras=[lora]))),
         over_the_wire(document(loras=[lora])),
     ]

@@ -10,7 +10,9 @@ from zlora.later import read_result
 
 @pytest.fixture
 def result() -> GenerateResult:
-    image = ImageRef(key="k", width=64, height=64, content_type="image/png", size=1, sha256="0" * 64, seed=1)
+    image = ImageRef(
+        key="k", width=64, height=64, content_type="image/png", size=1, sha256="0" * 64, seed=1
+    )
     lora = LoraSpec(file=Asset(url="https://example.com/a"), weight=0.5)
     return GenerateResult(
         job_id="job", images=(image,), loras=(), seed=1, timings={}, base_intact=True, model="m", versions={},
@@ -20,11 +22,19 @@ def result() -> GenerateResult:
 
 def places(document: dict[str, Any]) -> list[dict[str, Any]]:
     request = document["request"]
-    return [document, document["images"][0], request, request["loras"][0], request["loras"][0]["file"]]
+    return [
+        document,
+        document["images"][0],
+        request,
+        request["loras"][0],
+        request["loras"][0]["file"],
+    ]
 
 
 @pytest.mark.parametrize("place", range(5), ids=["result", "image", "request", "lora", "file"])
-def test_a_field_that_is_not_known_is_passed_over_wherever_it_is(result: GenerateResult, place: int) -> None:
+def test_a_field_that_is_not_known_is_passed_over_wherever_it_is(
+    result: GenerateResult, place: int
+) -> None:
     document = plain(result)
     places(document)[place]["added_later"] = {"by": "a newer worker"}
 
@@ -37,7 +47,11 @@ def test_what_is_read_has_the_types_that_are_submitted(result: GenerateResult) -
     found = read_result(msgspec.json.encode(result)).request
 
     assert found is not None
-    assert (type(found), type(found.loras[0]), type(found.loras[0].file)) == (GenerateRequest, LoraSpec, Asset)
+    assert (type(found), type(found.loras[0]), type(found.loras[0].file)) == (
+        GenerateRequest,
+        LoraSpec,
+        Asset,
+    )
 
 
 def test_a_result_of_before_there_were_requests_in_it_is_read(result: GenerateResult) -> None:

@@ -17,12 +17,14 @@ DETAILS = {"path": "$.loras[0]", "max_bytes": 7, "names": ["a", None], "deep": {
 
 
 @pytest.fixture
-def ledger(broker_url: str, broker: Any) -> Iterator[Ledger]:  # noqa: ARG001 - emptied
+def ledger(broker_url: str, broker: Any) -> Iterator[Ledger]:
     with connect(broker_url) as connection:
         yield Ledger(connection, "gpu")
 
 
-def submission(priority: int = 5, *, submitted: float | None = None, expires: float | None = None) -> Submission:
+def submission(
+    priority: int = 5, *, submitted: float | None = None, expires: float | None = None
+) -> Submission:
     moment = time.time() if submitted is None else submitted
     return Submission(request={"prompt": "p"}, priority=priority, submitted=moment, expires=expires)
 
@@ -43,13 +45,19 @@ def test_a_job_is_to_be_sent_until_it_is_sent(ledger: Ledger) -> None:
 
 def test_another_digest_is_a_conflict_and_changes_nothing(ledger: Ledger, broker: Any) -> None:
     ledger.open("a", submission(), "digest")
-    before = broker.hgetall(wire.job_key("a")), broker.zrange(wire.ledger_key("gpu"), 0, -1, withscores=True)
+    before = (
+        broker.hgetall(wire.job_key("a")),
+        broker.zrange(wire.ledger_key("gpu"), 0, -1, withscores=True),
+    )
 
     with pytest.raises(Conflict) as raised:
         ledger.open("a", submission(0, expires=time.time() + 9), "other")
 
     assert raised.value.details == {"job_id": "a"}
-    after = broker.hgetall(wire.job_key("a")), broker.zrange(wire.ledger_key("gpu"), 0, -1, withscores=True)
+    after = (
+        broker.hgetall(wire.job_key("a")),
+        broker.zrange(wire.ledger_key("gpu"), 0, -1, withscores=True),
+    )
     assert after == before
     assert not broker.exists(wire.expiring_key("gpu"))
 
@@ -89,7 +97,10 @@ def test_what_was_sent_can_be_sent_again_until_there_is_a_verdict(ledger: Ledger
 
 def test_many_are_opened_and_sent_as_one_by_one(ledger: Ledger, broker: Any) -> None:
     """Each answer is its own job's, in order: what is to be sent, or nothing where that was done."""
-    many = [(f"job-{index}", submission(index, expires=time.time() + 60), "digest") for index in range(5)]
+    many = [
+        (f"job-{index}", submission(index, expires=time.time() + 60), "digest")
+        for index in range(5)
+    ]
     ledger.open(*many[1])
     ledger.sent("job-1")
 
@@ -101,7 +112,9 @@ def test_many_are_opened_and_sent_as_one_by_one(ledger: Ledger, broker: Any) -> 
     assert [key for key, life in lifetimes(broker).items() if life < 0] == []
 
 
-def test_of_many_the_first_that_is_another_s_is_named_and_all_others_are_there(ledger: Ledger) -> None:
+def test_of_many_the_first_that_is_another_s_is_named_and_all_others_are_there(
+    ledger: Ledger,
+) -> None:
     for name in ("b", "c"):
         ledger.open(name, submission(), "other")
 
@@ -113,7 +126,9 @@ def test_of_many_the_first_that_is_another_s_is_named_and_all_others_are_there(l
     assert ledger.open("d", submission(), "digest") is not None
 
 
-def test_many_are_opened_also_where_redis_has_forgotten_the_script(ledger: Ledger, broker: Any) -> None:
+def test_many_are_opened_also_where_redis_has_forgotten_the_script(
+    ledger: Ledger, broker: Any
+) -> None:
     """It does with every restart."""
     for name in "ab":
         broker.script_flush()
@@ -130,7 +145,9 @@ def test_jobs_are_due_by_priority_and_then_by_time(ledger: Ledger) -> None:
     for job_id, priority, age in (("low", 9, 3), ("late", 5, 1), ("early", 5, 2), ("high", 0, 0)):
         ledger.open(job_id, submission(priority, submitted=now - age), "digest")
 
-    places = {job_id: ledger.standing(job_id)[:2] for job_id in ("high", "early", "late", "low", "never")}
+    places = {
+        job_id: ledger.standing(job_id)[:2] for job_id in ("high", "early", "late", "low", "never")
+    }
 
     assert places == {
         "high": (True, 0), "early": (True, 1), "late": (True, 2), "low": (True, 3), "never": (False, None)
@@ -186,7 +203,9 @@ def test_a_job_that_has_ended_is_not_cancelled(ledger: Ledger) -> None:
     assert ledger.cancel("done") == "finished"
 
 
-def test_cancel_tells_whether_the_job_is_known_and_whether_it_is_drawn(ledger: Ledger, broker: Any) -> None:
+def test_cancel_tells_whether_the_job_is_known_and_whether_it_is_drawn(
+    ledger: Ledger, broker: Any
+) -> None:
     ledger.open("queued", submission(), "digest")
     ledger.open("running", submission(), "digest")
     broker.set(wire.lease_key("running"), "worker", ex=60)
@@ -194,12 +213,19 @@ def test_cancel_tells_whether_the_job_is_known_and_whether_it_is_drawn(ledger: L
 
     answers = {job_id: ledger.cancel(job_id) for job_id in ("queued", "running", "never", "theirs")}
 
-    assert answers == {"queued": "queued", "running": "running", "never": "unknown", "theirs": "running"}
+    assert answers == {
+        "queued": "queued",
+        "running": "running",
+        "never": "unknown",
+        "theirs": "running",
+    }
     assert all(broker.hexists(wire.job_key(job_id), "cancelled") for job_id in answers)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_verdict_is_read_as_it_was_written(ledger: Ledger, broker: Any, cls: type[ZloraError]) -> None:
+def test_a_verdict_is_read_as_it_was_written(
+    ledger: Ledger, broker: Any, cls: type[ZloraError]
+) -> None:
     ledger.open("a", submission(), "digest")
     ledger.close("a", cls("a sentence, é", DETAILS))
 
@@ -247,21 +273,29 @@ def test_a_webhook_is_due_once_whoever_ends_the_job_and_however_often(
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-def test_a_job_ends_in_its_own_queue_whichever_asks(ledger: Ledger, broker: Any, is_old: bool) -> None:
+def test_a_job_ends_in_its_own_queue_whichever_asks(
+    ledger: Ledger, broker: Any, is_old: bool
+) -> None:
     """A record of an earlier version does not say which: then it is that of who asks."""
     asked = Webhook(url="https://example.com/")
-    ledger.open("a", msgspec.structs.replace(submission(expires=time.time() + 60), webhook=asked), "digest")
+    ledger.open(
+        "a", msgspec.structs.replace(submission(expires=time.time() + 60), webhook=asked), "digest"
+    )
     if is_old:
         broker.hdel(wire.job_key("a"), "queue")
 
     Ledger(ledger.redis, "gpu" if is_old else "other").close("a", JobRevoked("c"))
 
     assert broker.zrange(wire.outbox_key("gpu"), 0, -1) == ["a"]
-    assert not broker.exists(wire.ledger_key("gpu"), wire.expiring_key("gpu"), wire.outbox_key("other"))
+    assert not broker.exists(
+        wire.ledger_key("gpu"), wire.expiring_key("gpu"), wire.outbox_key("other")
+    )
     assert broker.ttl(wire.outbox_key("gpu")) > 0
 
 
-def test_a_job_that_is_submitted_again_has_the_webhook_that_was_first(ledger: Ledger, broker: Any) -> None:
+def test_a_job_that_is_submitted_again_has_the_webhook_that_was_first(
+    ledger: Ledger, broker: Any
+) -> None:
     for url in ("https://first/", "https://second/"):
         asked = msgspec.structs.replace(submission(), webhook=Webhook(url=url))
         assert ledger.open("a", asked, "digest") == ledger.submission("a")
@@ -270,7 +304,9 @@ def test_a_job_that_is_submitted_again_has_the_webhook_that_was_first(ledger: Le
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\x00", "a\nb", float("nan")], ids=ascii)
-def test_a_verdict_is_written_down_whatever_its_details_say(ledger: Ledger, broker: Any, text: object) -> None:
+def test_a_verdict_is_written_down_whatever_its_details_say(
+    ledger: Ledger, broker: Any, text: object
+) -> None:
     """Names of a stranger's file are among them; a job that cannot be ended comes again and again."""
     ledger.close("a", LoraMismatch(f"name {text}", {"names": [text]}))
 
@@ -279,9 +315,13 @@ def test_a_verdict_is_written_down_whatever_its_details_say(ledger: Ledger, brok
 
 def test_attempts_are_told_in_their_order() -> None:
     attempts = [
-        Attempt(host="h", worker="w", pid=1, at=at, signal=signal) for at, signal in ((2.0, None), (1.0, "KILL"))
+        Attempt(host="h", worker="w", pid=1, at=at, signal=signal)
+        for at, signal in ((2.0, None), (1.0, "KILL"))
     ]
-    record = {f"{ATTEMPT}{index}": msgspec.json.encode(attempt).decode() for index, attempt in enumerate(attempts)}
+    record = {
+        f"{ATTEMPT}{index}": msgspec.json.encode(attempt).decode()
+        for index, attempt in enumerate(attempts)
+    }
 
     assert list(attempts_of({**record, "digest": "d"}).items()) == [
         ("attempt:1", attempts[1]),
@@ -315,8 +355,12 @@ def test_a_question_that_nobody_answers_is_given_up_within_two_seconds(ledger: L
     assert time.monotonic() - start < 2.2
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", "[1,2]", '["a"]', '["a","gpu"]', '["a","zlora:job:b"]'])
-def test_a_stranger_s_question_writes_to_no_key_of_others(ledger: Ledger, broker: Any, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["no json", "[]", "[1,2]", '["a"]', '["a","gpu"]', '["a","zlora:job:b"]']
+)
+def test_a_stranger_s_question_writes_to_no_key_of_others(
+    ledger: Ledger, broker: Any, text: str
+) -> None:
     broker.lpush(wire.recall_key("gpu"), text)
 
     assert ledger.asked(0.1) is None
@@ -347,7 +391,9 @@ def test_every_key_expires(ledger: Ledger, broker: Any) -> None:
 
 
 @pytest.mark.parametrize("call", ["sent", "close", "cancel"])
-def test_a_record_that_redis_has_lost_does_not_come_back_for_ever(ledger: Ledger, broker: Any, call: str) -> None:
+def test_a_record_that_redis_has_lost_does_not_come_back_for_ever(
+    ledger: Ledger, broker: Any, call: str
+) -> None:
     """An append-only file that ends early, or a FLUSHALL, between two calls."""
     getattr(ledger, call)("a")
 

@@ -31,7 +31,15 @@ def links(variables: dict[str, str], store: Store | None = None) -> Links:
 
 def result(**fields: Any) -> GenerateResult:
     images = [
-        ImageRef(key=key, width=64, height=64, content_type="image/png", size=3, sha256="0" * 64, seed=index)
+        ImageRef(
+            key=key,
+            width=64,
+            height=64,
+            content_type="image/png",
+            size=3,
+            sha256="0" * 64,
+            seed=index,
+        )
         for index, key in enumerate(KEYS)
     ]
     return GenerateResult(
@@ -51,7 +59,9 @@ def urls(made: Links, **fields: Any) -> list[str | None]:
 def test_a_folder_s_pictures_are_files(tmp_path: Path) -> None:
     made = links({}, FolderStore(tmp_path))
 
-    assert urls(made) == urls(made, url_policy="file") == [(tmp_path / key).as_uri() for key in KEYS]
+    assert (
+        urls(made) == urls(made, url_policy="file") == [(tmp_path / key).as_uri() for key in KEYS]
+    )
 
 
 def test_s3_s_pictures_are_signed_for_and_say_until_when() -> None:
@@ -78,14 +88,20 @@ def test_signed_urls_are_for_the_public_endpoint() -> None:
 
 
 def test_a_bucket_may_stand_in_the_host() -> None:
-    (url, _) = urls(links(S3 | {"ZLORA_S3_ENDPOINT": "https://s3.example.com", "ZLORA_S3_ADDRESSING": "virtual"}))
+    (url, _) = urls(
+        links(
+            S3 | {"ZLORA_S3_ENDPOINT": "https://s3.example.com", "ZLORA_S3_ADDRESSING": "virtual"}
+        )
+    )
 
     assert url is not None
     assert url.startswith("https://bucket.s3.example.com/team%20a/runs/")
 
 
 @pytest.mark.parametrize("store", [S3, {}], ids=["s3", "folder"])
-def test_a_public_base_is_the_default_where_it_is_set(store: dict[str, str], tmp_path: Path) -> None:
+def test_a_public_base_is_the_default_where_it_is_set(
+    store: dict[str, str], tmp_path: Path
+) -> None:
     """In front of prefix and key, quoted; it needs no signature and has no end."""
     made = links(store | CDN, None if store else FolderStore(tmp_path))
 
@@ -124,7 +140,9 @@ def test_an_old_request_is_given_what_the_operator_gives_today() -> None:
     """A result that is asked for again goes by the settings of now: those of its day may have been wrong."""
     old: dict[str, Any] = {"url_policy": "presigned", "url_expires_in": 604_800}
 
-    assert [image.url for image in links(S3 | {"ZLORA_URLS": "key"}).shown(result(**old)).images] == [None, None]
+    assert [
+        image.url for image in links(S3 | {"ZLORA_URLS": "key"}).shown(result(**old)).images
+    ] == [None, None]
     (image, _) = links(S3 | {"ZLORA_URL_SECONDS": "60"}).shown(result(**old)).images
     assert image.url is not None
     assert "X-Amz-Expires=60&" in image.url
@@ -190,7 +208,9 @@ def test_small_pictures_come_inline_where_the_request_says_so() -> None:
         assert image.url == f"memory:///{image.key}"
 
 
-@pytest.mark.parametrize(("room", "fields"), [("5", {"inline": True}), ("0", {"inline": True}), ("6", {})])
+@pytest.mark.parametrize(
+    ("room", "fields"), [("5", {"inline": True}), ("0", {"inline": True}), ("6", {})]
+)
 def test_larger_ones_and_those_of_other_requests_do_not(room: str, fields: dict[str, bool]) -> None:
     """The bound is for all pictures of a job together: they travel in one answer."""
     made = links({"ZLORA_INLINE_BYTES": room}, filled())
@@ -198,7 +218,9 @@ def test_larger_ones_and_those_of_other_requests_do_not(room: str, fields: dict[
     assert [image.data_uri for image in made.shown(result(**fields)).images] == [None, None]
 
 
-def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Else a job that is done would not end."""
     gone, away = MemoryStore(), filled()
 
@@ -209,7 +231,9 @@ def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(m
 
     for store in (gone, away):
         shown = links({}, store).shown(result(inline=True))
-        assert [(image.data_uri, image.url) for image in shown.images] == [(None, f"memory:///{key}") for key in KEYS]
+        assert [(image.data_uri, image.url) for image in shown.images] == [
+            (None, f"memory:///{key}") for key in KEYS
+        ]
 
 
 # --- the operator's mistakes
@@ -224,8 +248,14 @@ def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(m
         ({"ZLORA_URLS": "secret"}, "ZLORA_URLS='secret'"),
         ({"ZLORA_URL_SECONDS": "604801"}, "seven days"),
         ({"ZLORA_PUBLIC_URL": "cdn.example.com"}, "ZLORA_PUBLIC_URL"),
-        ({"ZLORA_PUBLIC_URL": "https://cdn.example.com/x?y=1"}, "ZLORA_PUBLIC_URL.*no user, query or fragment"),
-        ({"ZLORA_PUBLIC_URL": "https://u:p@cdn.example.com"}, "ZLORA_PUBLIC_URL.*no user, query or fragment"),
+        (
+            {"ZLORA_PUBLIC_URL": "https://cdn.example.com/x?y=1"},
+            "ZLORA_PUBLIC_URL.*no user, query or fragment",
+        ),
+        (
+            {"ZLORA_PUBLIC_URL": "https://u:p@cdn.example.com"},
+            "ZLORA_PUBLIC_URL.*no user, query or fragment",
+        ),
         (S3 | {"ZLORA_S3_PUT": "STANDARD_IA"}, "ZLORA_S3_PUT=.*JSON object"),
         (S3 | {"ZLORA_S3_PUT": '{"Body": "x"}'}, "ZLORA_S3_PUT: Body: "),
         (S3 | {"ZLORA_S3_PUT": '{"StorageClas": "x"}'}, "ZLORA_S3_PUT: .*StorageClas"),
@@ -233,7 +263,9 @@ def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(m
         (S3 | {"ZLORA_S3_ADDRESSING": "host"}, "ZLORA_S3_ADDRESSING"),
     ],
 )
-def test_what_makes_no_sense_is_refused_at_the_start(variables: dict[str, str], named: str, tmp_path: Path) -> None:
+def test_what_makes_no_sense_is_refused_at_the_start(
+    variables: dict[str, str], named: str, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidSetting, match=named):
         links({"ZLORA_HOME": str(tmp_path)} | variables)
 

@@ -51,7 +51,9 @@ def subscribers(broker: Any, *jobs: str) -> dict[str, int]:
     return {job: broker.pubsub_numsub(channel_of(job))[0][1] for job in jobs}
 
 
-def test_a_watch_rings_once_its_subscription_holds_and_at_each_answer(ears: Listener, broker: Any) -> None:
+def test_a_watch_rings_once_its_subscription_holds_and_at_each_answer(
+    ears: Listener, broker: Any
+) -> None:
     """What was stored before that is found by looking then: nothing falls in between."""
     bell = Bell()
     with ears.watch("a", bell.ring):
@@ -118,7 +120,9 @@ def test_a_redis_that_is_not_there_is_away_from_the_first_try() -> None:
     ears.close()
 
 
-def test_a_connection_that_says_nothing_more_is_lost(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_says_nothing_more_is_lost(
+    broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A half-open connection delivers no news and raises nothing."""
     monkeypatch.setattr(listener, "_SILENCE", 0.2)
     with Proxy(port_of(broker_url), Tally()) as proxy:
@@ -152,7 +156,9 @@ def subscribers_of_child(broker: Any) -> bool:
     return subscribers(broker, "b") == {"b": 1}
 
 
-def test_a_connection_that_is_lost_while_watches_come_and_go_is_replaced(ears: Listener, broker: Any) -> None:
+def test_a_connection_that_is_lost_while_watches_come_and_go_is_replaced(
+    ears: Listener, broker: Any
+) -> None:
     """Redis-py connects again within a command, beside whoever reads: then nobody would be rung any more."""
     over = threading.Event()
 
@@ -184,13 +190,17 @@ def test_a_connection_that_is_lost_while_watches_come_and_go_is_replaced(ears: L
 
 def test_who_may_not_subscribe_is_away_and_ends_at_once(broker_url: str, broker: Any) -> None:
     """As a user of Redis is made by default: without any channel."""
-    broker.acl_setuser("deaf", enabled=True, nopass=True, commands=["+@all"], keys=["*"], reset_channels=True)
+    broker.acl_setuser(
+        "deaf", enabled=True, nopass=True, commands=["+@all"], keys=["*"], reset_channels=True
+    )
     bell = Bell()
     ears = Listener(broker_url.replace("redis://", "redis://deaf:any@"), channel_of)
     with ears.watch("a", bell.ring):
         assert bell.heard()
         wait_until(lambda: ears.away() > 0.3, "it stays away, try after try")
-    thread = next(one for one in threading.enumerate() if one.name == "zlora-listener" and one.is_alive())
+    thread = next(
+        one for one in threading.enumerate() if one.name == "zlora-listener" and one.is_alive()
+    )
     ears.close()
     assert not thread.is_alive()
 

@@ -65,7 +65,9 @@ def test_a_lock_whose_name_is_another_s_is_not_unlinked(tmp_path: Path) -> None:
             assert not third
 
 
-def test_a_lock_that_was_unlinked_before_it_was_taken_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_was_unlinked_before_it_was_taken_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the opening and the taking its holder has left, and another is inside with a new one."""
     lock, opened = tmp_path / "lock", os.open
 

@@ -29,7 +29,13 @@ QUERY = "X-Amz-Signature=0a1b2c"
 class Log:
     """What a logger writes in one of the two kinds."""
 
-    def __init__(self, kind: str, *secrets: str, process: str = "parent", logger: logging.Logger | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *secrets: str,
+        process: str = "parent",
+        logger: logging.Logger | None = None,
+    ) -> None:
         self.stream = io.StringIO()
         self.logger = logger or logging.Logger("zlora_worker.test")  # noqa: LOG001 - one of the test's own
         self.handler = logging.StreamHandler(self.stream)
@@ -91,7 +97,13 @@ def test_what_is_logged_over_a_job_is_about_it_and_its_phase() -> None:
     log.logger.info("idle")
 
     told = [(line.get("job"), line.get("phase")) for line in log.lines()]
-    assert told == [("one", None), ("one", "denoising"), ("two", None), ("three", None), (None, None)]
+    assert told == [
+        ("one", None),
+        ("one", "denoising"),
+        ("two", None),
+        ("three", None),
+        (None, None),
+    ]
 
 
 def test_a_line_of_celery_s_is_about_the_task_that_it_names() -> None:
@@ -115,7 +127,9 @@ def test_the_code_is_the_error_s_or_what_the_line_says() -> None:
     assert [line.get("code") for line in log.lines()] == ["timeout", "out_of_memory", None]
 
 
-@pytest.mark.parametrize(("name", "process"), [("MainProcess", "companion"), ("ForkPoolWorker-3", "child")])
+@pytest.mark.parametrize(
+    ("name", "process"), [("MainProcess", "companion"), ("ForkPoolWorker-3", "child")]
+)
 def test_a_forked_pool_process_is_the_child(name: str, process: str) -> None:
     log = Log("json", process="companion")
     record = log.logger.makeRecord("a", logging.INFO, "", 0, "x", (), None)
@@ -187,7 +201,9 @@ def test_a_line_fits_a_pipe_whatever_is_said(texts: list[str], times: list[int])
     log = Log("json")
     said, raised, name = (text * count for text, count in zip(texts, times, strict=True))
 
-    log.logger.error("%s", said, exc_info=ValueError(raised), stack_info=True, extra={"job": name, "code": name})
+    log.logger.error(
+        "%s", said, exc_info=ValueError(raised), stack_info=True, extra={"job": name, "code": name}
+    )
 
     assert len(log.text.encode()) <= SIZE
     assert {"message", "exception", "stack"} <= set(log.line())
@@ -233,7 +249,9 @@ for place in range(100):
 def test_processes_that_share_a_pipe_write_whole_lines(unbuffered: str) -> None:
     """Also where Python does not buffer, as containers have it."""
     environ = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    written = subprocess.run([sys.executable, "-c", CROWD], env=environ, check=True, stderr=subprocess.PIPE).stderr
+    written = subprocess.run(
+        [sys.executable, "-c", CROWD], env=environ, check=True, stderr=subprocess.PIPE
+    ).stderr
 
     said = [json.loads(line)["message"].split()[0] for line in written.splitlines()]
 
@@ -365,7 +383,9 @@ def test_text_is_that_of_the_logger_s_own_form(log: Callable[..., Log]) -> None:
         rf"b\'{{\"url\":\"https:\\/\\/u:other-pw@host\\/x?{QUERY}\"}}\'",
     ],
 )
-def test_no_secret_is_read_in_a_message_its_arguments_or_a_traceback(log: Callable[..., Log], said: str) -> None:
+def test_no_secret_is_read_in_a_message_its_arguments_or_a_traceback(
+    log: Callable[..., Log], said: str
+) -> None:
     """Nor of a cause. What is beside it stays."""
     written, error = log(SECRET), ValueError(f"outer: {said}")
     error.__cause__ = OSError(f"cause: {said}")
@@ -379,9 +399,14 @@ def test_no_secret_is_read_in_a_message_its_arguments_or_a_traceback(log: Callab
 def test_what_is_no_secret_of_an_address_stays(log: Callable[..., Log]) -> None:
     written = log()
 
-    written.logger.info("from https://u:p@host:8443/a/b.safetensors?sig=1 to redis://host:6379/0 (is that so? yes)")
+    written.logger.info(
+        "from https://u:p@host:8443/a/b.safetensors?sig=1 to redis://host:6379/0 (is that so? yes)"
+    )
 
-    assert "from https://host:8443/a/b.safetensors to redis://host:6379/0 (is that so? yes)" in written.text
+    assert (
+        "from https://host:8443/a/b.safetensors to redis://host:6379/0 (is that so? yes)"
+        in written.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -397,7 +422,9 @@ def test_what_only_looks_like_an_address_stays(log: Callable[..., Log], said: st
 
     written.logger.info("%s and so on", said)
 
-    assert f"{said} and so on" in (written.line()["message"] if written.text.startswith("{") else written.text)
+    assert f"{said} and so on" in (
+        written.line()["message"] if written.text.startswith("{") else written.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -409,7 +436,9 @@ def test_what_only_looks_like_an_address_stays(log: Callable[..., Log], said: st
         lambda text: quote(text, safe=""),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("secret", ["pass/wörd", 'it\'s"so"', "back\\slash", "tab\tbed", "smile😀y"])
+@pytest.mark.parametrize(
+    "secret", ["pass/wörd", 'it\'s"so"', "back\\slash", "tab\tbed", "smile😀y"]
+)
 def test_a_secret_is_masked_as_it_is_quoted_too(
     log: Callable[..., Log], spell: Callable[[str], str], secret: str
 ) -> None:
@@ -450,12 +479,18 @@ def test_of_secrets_in_one_another_the_longest_is_masked(log: Callable[..., Log]
 # A mask may be part of no secret here, nor may what masks an address: else taking one out could make another.
 words = st.text(st.characters(exclude_characters="*?:@#/", exclude_categories=["Cs"]))
 secrets = st.lists(
-    st.text(st.characters(exclude_characters="*?:@#/", exclude_categories=["Cs"]), min_size=6), min_size=1, max_size=4
+    st.text(st.characters(exclude_characters="*?:@#/", exclude_categories=["Cs"]), min_size=6),
+    min_size=1,
+    max_size=4,
 )
 
 
 @settings(deadline=None)
-@given(secrets=secrets, around=st.lists(words, min_size=5, max_size=5), kind=st.sampled_from(["json", "text"]))
+@given(
+    secrets=secrets,
+    around=st.lists(words, min_size=5, max_size=5),
+    kind=st.sampled_from(["json", "text"]),
+)
 def test_no_secret_survives_anywhere(secrets: list[str], around: list[str], kind: str) -> None:
     said = "".join(part for pair in zip(around, [*secrets, ""], strict=False) for part in pair)
     log = Log(kind, *secrets)

@@ -46,7 +46,10 @@ class Line:
         return Asset(url=f"{self.host.url}/{name}")
 
     def request(self, *names: str) -> dict[str, Any]:
-        return {"prompt": "a cat", "loras": [{"file": {"url": f"{self.host.url}/{name}"}} for name in names]}
+        return {
+            "prompt": "a cat",
+            "loras": [{"file": {"url": f"{self.host.url}/{name}"}} for name in names],
+        }
 
     def submit(self, *names: str, **options: Any) -> JobHandle:
         return self.client.submit(self.request(*names), **options)
@@ -55,7 +58,9 @@ class Line:
         """As any program can."""
         self.redis.lpush(wire.waiting_lists(self.queue)[priority], message)
 
-    def message(self, arguments: object, headers: dict[str, Any] | None = None, *, encoded: bool = True) -> bytes:
+    def message(
+        self, arguments: object, headers: dict[str, Any] | None = None, *, encoded: bool = True
+    ) -> bytes:
         """As kombu writes it, with the headers of Celery that matter, or other `headers`."""
         body = msgspec.json.encode(arguments)
         return msgspec.json.encode(
@@ -85,7 +90,9 @@ class Line:
 def by_path(request: Request) -> bytes:
     """A LoRA of its own at every path, and none under `/no`."""
     return (
-        reply(status=404) if request.target.startswith("/no") else reply(lora_bytes(sum(request.target.encode()) % 256))
+        reply(status=404)
+        if request.target.startswith("/no")
+        else reply(lora_bytes(sum(request.target.encode()) % 256))
     )
 
 
@@ -118,7 +125,10 @@ def test_what_is_first_in_line_comes_first(line: Line) -> None:
 
 def test_a_message_that_was_put_back_is_next(line: Line) -> None:
     line.submit("a")
-    line.redis.rpush(wire.waiting_lists(line.queue)[wire.DEFAULT_PRIORITY], line.message([[line.request("b")], {}, {}]))
+    line.redis.rpush(
+        wire.waiting_lists(line.queue)[wire.DEFAULT_PRIORITY],
+        line.message([[line.request("b")], {}, {}]),
+    )
 
     assert line.look() == ["b", "a"]
 
@@ -242,7 +252,9 @@ def test_a_job_of_another_client_is_seen(line: Line) -> None:
 
 def test_a_job_that_celery_alone_has_sent_is_seen(line: Line) -> None:
     inside: Any = line.client._broker
-    inside._sender.send_task("zlora.generate", kwargs={"request": line.request("a")}, queue=line.queue)
+    inside._sender.send_task(
+        "zlora.generate", kwargs={"request": line.request("a")}, queue=line.queue
+    )
 
     assert line.look() == ["a"]
 
@@ -357,9 +369,13 @@ def test_a_failure_is_said_without_secrets(line: Line, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize(
-    "variables", [{"ZLORA_LOOK_AHEAD": "0"}, {"ZLORA_BROKER_URL": "amqp://127.0.0.1//"}], ids=["off", "no Redis"]
+    "variables",
+    [{"ZLORA_LOOK_AHEAD": "0"}, {"ZLORA_BROKER_URL": "amqp://127.0.0.1//"}],
+    ids=["off", "no Redis"],
 )
-def test_nothing_is_started_where_it_is_off_or_the_broker_no_redis(tmp_path: Path, variables: dict[str, str]) -> None:
+def test_nothing_is_started_where_it_is_off_or_the_broker_no_redis(
+    tmp_path: Path, variables: dict[str, str]
+) -> None:
     before = threading.enumerate()
 
     lookahead.start(settings(tmp_path, **variables))
@@ -385,7 +401,10 @@ def test_a_companion_never_imports_torch() -> None:
     """Nor what comes with a download, which its threads import."""
     code = "import zlora_worker.companion, zlora_worker.cache, sys; print([n for n in sys.modules if n in ('torch',)])"
 
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip()
+        == b"[]"
+    )
 
 
 @contextmanager
@@ -401,7 +420,9 @@ def a_companion(line: Line, log: Path, **variables: str) -> Iterator["subprocess
     }
     command = [sys.executable, "-m", "zlora_worker.companion"]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=clean_environ(environ), stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=clean_environ(environ), stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             yield process
         finally:

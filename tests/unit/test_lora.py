@@ -48,17 +48,30 @@ def refusal(reader: Reader, path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "spelling"), [(kohya_lora(), "kohya"), (peft_lora(), "peft"), (old_diffusers_lora(), "diffusers")]
+    ("tensors", "spelling"),
+    [(kohya_lora(), "kohya"), (peft_lora(), "peft"), (old_diffusers_lora(), "diffusers")],
 )
-def test_each_spelling_is_told(reader: Reader, tmp_path: Path, tensors: Tensors, spelling: str) -> None:
+def test_each_spelling_is_told(
+    reader: Reader, tmp_path: Path, tensors: Tensors, spelling: str
+) -> None:
     found = read(reader, write(tmp_path / "a", tensors))
 
-    assert (found.format, found.kinds, found.ranks, found.modules) == (spelling, ("lora",), (2,), {"unet": 3})
+    assert (found.format, found.kinds, found.ranks, found.modules) == (
+        spelling,
+        ("lora",),
+        (2,),
+        {"unet": 3},
+    )
 
 
 LOHA = {
     f"{UNET[0].kohya}.{part}": torch.randn(shape)
-    for part, shape in {"hada_w1_a": (32, 5), "hada_w1_b": (5, 32), "hada_w2_a": (32, 5), "hada_w2_b": (5, 32)}.items()
+    for part, shape in {
+        "hada_w1_a": (32, 5),
+        "hada_w1_b": (5, 32),
+        "hada_w2_a": (32, 5),
+        "hada_w2_b": (5, 32),
+    }.items()
 }
 LOKR = {
     f"{UNET[0].kohya}.{part}": torch.randn(shape)
@@ -70,14 +83,25 @@ FULL = {f"{UNET[0].kohya}.diff": torch.randn(32, 32), f"{UNET[2].kohya}.diff_b":
 
 @pytest.mark.parametrize(
     "tensors",
-    [kohya_lora((*UNET, *TEXT)), peft_lora((*UNET, *TEXT), ranks=(8, 4)), old_diffusers_lora(), LOHA, LOKR, DORA, FULL],
+    [
+        kohya_lora((*UNET, *TEXT)),
+        peft_lora((*UNET, *TEXT), ranks=(8, 4)),
+        old_diffusers_lora(),
+        LOHA,
+        LOKR,
+        DORA,
+        FULL,
+    ],
 )
 def test_a_producer_is_told_by_the_header_what_the_receipt_says(
     reader: Reader, tmp_path: Path, tensors: Tensors
 ) -> None:
     path = write(tmp_path / "a", tensors)
 
-    found, told = read(reader, path), describe(read_header(path), source=SOURCE, size=path.stat().st_size)
+    found, told = (
+        read(reader, path),
+        describe(read_header(path), source=SOURCE, size=path.stat().st_size),
+    )
 
     assert (told.format, told.kinds, told.ranks, told.modules) == (
         found.format,
@@ -127,7 +151,9 @@ def test_a_sound_file_that_is_no_lora_is_refused_with_what_it_holds(
     ],
     ids=["three alphas", "no alpha in alpha", "a number for a matrix", "rank 0"],
 )
-def test_a_lora_whose_tensors_cannot_be_factors_is_refused(reader: Reader, tmp_path: Path, change: Tensors) -> None:
+def test_a_lora_whose_tensors_cannot_be_factors_is_refused(
+    reader: Reader, tmp_path: Path, change: Tensors
+) -> None:
     module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     changed = {f"{module}.{leaf}": tensor for leaf, tensor in change.items()}
 
@@ -150,8 +176,12 @@ def test_a_file_that_is_no_safetensors_says_so(reader: Reader, tmp_path: Path) -
         read(reader, tmp_path / "a")
 
 
-@pytest.mark.parametrize("zeros", [("lora_up",), ("lora_down",), ("alpha",), ("lora_up", "alpha")], ids=" and ".join)
-def test_a_file_that_changes_nothing_is_refused(reader: Reader, tmp_path: Path, zeros: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "zeros", [("lora_up",), ("lora_down",), ("alpha",), ("lora_up", "alpha")], ids=" and ".join
+)
+def test_a_file_that_changes_nothing_is_refused(
+    reader: Reader, tmp_path: Path, zeros: tuple[str, ...]
+) -> None:
     """A training run that never began; a job with it would give the picture without it, and a receipt."""
     tensors = {
         key: torch.zeros_like(tensor) if any(part in key for part in zeros) else tensor
@@ -192,7 +222,9 @@ def test_nothing_of_a_file_stays_mapped(reader: Reader, tmp_path: Path) -> None:
     assert "mapped.safetensors" not in Path("/proc/self/maps").read_text()
     path.write_bytes(b"")
 
-    assert all(torch.equal(batch.up, kept) for batch, kept in zip(found.batches, before, strict=True))
+    assert all(
+        torch.equal(batch.up, kept) for batch, kept in zip(found.batches, before, strict=True)
+    )
 
 
 def test_a_lora_is_read_once_while_there_is_room(reader: Reader, tmp_path: Path) -> None:
@@ -210,6 +242,15 @@ def test_a_lora_is_read_once_while_there_is_room(reader: Reader, tmp_path: Path)
 
         return shelf.get(name, load)[1]
 
-    assert [get(name) for name in ("a", "b", "a", "c", "a", "b", "big", "big")] == [0, 0, 1, 0, 1, 0, 0, 0]
+    assert [get(name) for name in ("a", "b", "a", "c", "a", "b", "big", "big")] == [
+        0,
+        0,
+        1,
+        0,
+        1,
+        0,
+        0,
+        0,
+    ]
     assert reads == ["a", "b", "c", "b", "big", "big"]
     assert shelf.nbytes <= 2 * read(reader, paths["a"]).nbytes

@@ -18,8 +18,12 @@ from zlora_worker.merge import Adapter, Plan
 FAULTS: Final[dict[str, Exception]] = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     "python": MemoryError(),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
-    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+    ),
+    "cublas": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
 }
 faults: Final = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 WIDE: Final = {"width": 128, "height": 64}  # twice as wide as the model's own pictures
@@ -31,7 +35,9 @@ def engine(model_home: Path) -> Engine:
 
 
 @contextlib.contextmanager
-def decoder_room(engine: Engine, columns: int, fault: Exception = FAULTS["gpu"]) -> Iterator[list[tuple[int, ...]]]:
+def decoder_room(
+    engine: Engine, columns: int, fault: Exception = FAULTS["gpu"]
+) -> Iterator[list[tuple[int, ...]]]:
     """A decoder with memory for latents of so many columns and rows; yields the sizes that it decodes."""
     decoder, sizes = engine.pipeline.vae.decoder, list[tuple[int, ...]]()
     forward = decoder.forward
@@ -79,7 +85,9 @@ def is_healthy(engine: Engine) -> bool:
 
 
 @faults
-@pytest.mark.parametrize("fields", [{}, WIDE, {"width": 72, "height": 104}], ids=["native", "wide", "odd"])
+@pytest.mark.parametrize(
+    "fields", [{}, WIDE, {"width": 72, "height": 104}], ids=["native", "wide", "odd"]
+)
 def test_a_decode_that_runs_out_of_memory_is_done_in_tiles(
     engine: Engine, fault: Exception, fields: dict[str, int]
 ) -> None:
@@ -138,7 +146,9 @@ def test_tiles_are_decoded_in_the_type_that_the_whole_is(model_home: Path) -> No
 
 @upcast_vae
 @faults
-def test_a_decode_that_runs_out_of_memory_in_tiles_too_is_a_typed_failure(model_home: Path, fault: Exception) -> None:
+def test_a_decode_that_runs_out_of_memory_in_tiles_too_is_a_typed_failure(
+    model_home: Path, fault: Exception
+) -> None:
     engine = load_engine(model_home, ZLORA_DTYPE="float16")
     before = job(engine)
 
@@ -242,7 +252,9 @@ def test_what_a_failed_attempt_holds_is_let_go_before_the_next_one(
     assert alive == [0, 0, 0]
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("Expected all tensors to be on the same device"), KeyError("latents")])
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("Expected all tensors to be on the same device"), KeyError("latents")]
+)
 def test_another_fault_is_not_taken_for_it(engine: Engine, fault: Exception) -> None:
     with decoder_room(engine, 4, fault), pytest.raises(type(fault)) as raised:
         job(engine)

@@ -68,7 +68,9 @@ def client(request: pytest.FixtureRequest) -> Iterator[Client]:
 
 def test_the_same_request_under_the_same_id_is_the_same_job(client: Client) -> None:
     client.submit(REQUEST, job_id="job-1")
-    client.submit(GenerateRequest(prompt="a portrait", num_images=1), job_id="job-1", priority="high")
+    client.submit(
+        GenerateRequest(prompt="a portrait", num_images=1), job_id="job-1", priority="high"
+    )
 
     assert client.submit(REQUEST, job_id="job-2").status().position == 1
 
@@ -146,8 +148,18 @@ def test_a_job_is_answered_before_submit_returns() -> None:
 
 
 def test_a_result_says_what_was_asked_for_and_no_secret() -> None:
-    loras = [{"file": {"url": SECRET_URL}, "weight": 0.5, "unet_weight": 0.7, "adapter_name": "anime"}]
-    request = {**REQUEST, "width": 512, "height": 768, "seed": 3, "loras": loras, "inline": True, "url_policy": "key"}
+    loras = [
+        {"file": {"url": SECRET_URL}, "weight": 0.5, "unet_weight": 0.7, "adapter_name": "anime"}
+    ]
+    request = {
+        **REQUEST,
+        "width": 512,
+        "height": 768,
+        "seed": 3,
+        "loras": loras,
+        "inline": True,
+        "url_policy": "key",
+    }
     with MemoryWorker().client() as client:
         result = client.submit(request).result(timeout=0)
 
@@ -167,7 +179,9 @@ def test_what_was_submitted_is_there_to_look_at_once_a_job() -> None:
         with pytest.raises(InvalidRequest):
             client.submit({"prompt": 1}, job_id="c")
 
-    assert list(worker.requests.items()) == [(name, GenerateRequest(prompt="a portrait")) for name in ("b", "a")]
+    assert list(worker.requests.items()) == [
+        (name, GenerateRequest(prompt="a portrait")) for name in ("b", "a")
+    ]
 
 
 def test_a_job_is_drawn_once_however_often_it_is_submitted() -> None:
@@ -186,7 +200,12 @@ def test_a_job_is_drawn_once_however_often_it_is_submitted() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [LoraNotFound("gone", {"status": 404}), StoreFailed(), JobExpired("late"), JobRevoked("unwanted")],
+    [
+        LoraNotFound("gone", {"status": 404}),
+        StoreFailed(),
+        JobExpired("late"),
+        JobRevoked("unwanted"),
+    ],
     ids=repr,
 )
 def test_the_error_that_a_draw_raises_is_the_job_s(error: ZloraError) -> None:
@@ -231,11 +250,22 @@ def test_a_draw_that_returns_no_result_is_a_fault_of_the_test_s() -> None:
 def test_jobs_are_answered_in_order_of_priority() -> None:
     worker = MemoryWorker(paused=True)
     with worker.client() as client:
-        order: list[tuple[str, Priority]] = [("a", "low"), ("b", "normal"), ("c", "high"), ("d", "normal")]
-        jobs = {name: client.submit(REQUEST, job_id=name, priority=priority) for name, priority in order}
+        order: list[tuple[str, Priority]] = [
+            ("a", "low"),
+            ("b", "normal"),
+            ("c", "high"),
+            ("d", "normal"),
+        ]
+        jobs = {
+            name: client.submit(REQUEST, job_id=name, priority=priority) for name, priority in order
+        }
         ended: list[str] = []
         while worker.run(1):
-            ended += [name for name, job in jobs.items() if name not in ended and job.status().state == "SUCCESS"]
+            ended += [
+                name
+                for name, job in jobs.items()
+                if name not in ended and job.status().state == "SUCCESS"
+            ]
 
     assert ended == ["c", "b", "d", "a"]
     assert worker.run() == 0
@@ -265,7 +295,11 @@ def test_watchers_see_every_step_of_a_job_in_another_thread() -> None:
                 heard.release()
         drawing.join()
 
-    told = [(status.state, status.phase, status.step, status.steps) for status in seen if status.phase != "loading"]
+    told = [
+        (status.state, status.phase, status.step, status.steps)
+        for status in seen
+        if status.phase != "loading"
+    ]
     assert told == [
         ("PENDING", "queued", None, None),
         *(("PROGRESS", "denoising", step, 3) for step in (1, 2, 3)),
@@ -276,7 +310,9 @@ def test_watchers_see_every_step_of_a_job_in_another_thread() -> None:
 def test_a_running_job_that_is_cancelled_ends_with_its_present_step() -> None:
     steps: list[int] = []
 
-    def cancelled_within(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+    def cancelled_within(
+        job_id: str, request: GenerateRequest, progress: Progress
+    ) -> GenerateResult:
         for step in range(1, 4):
             progress("denoising", step, 3)
             steps.append(step)
@@ -311,7 +347,10 @@ def test_a_job_that_is_not_begun_in_time_expires(looked_at: bool) -> None:
     clock = Clock()
     worker = MemoryWorker(paused=True, clock=clock)
     with worker.client() as client:
-        late, patient = client.submit(REQUEST, expires_in=60), client.submit(REQUEST, expires_in=600)
+        late, patient = (
+            client.submit(REQUEST, expires_in=60),
+            client.submit(REQUEST, expires_in=600),
+        )
         clock.ahead = 61
         if not looked_at:
             assert worker.run() == 2
@@ -329,17 +368,27 @@ def test_webhooks_are_there_to_be_given_to_a_receiver() -> None:
     with worker.client() as client:
         client.submit(REQUEST, job_id="quiet")
         client.submit(REQUEST, job_id="well", webhook_url="https://example.com/well")
-        client.submit(REQUEST, job_id="filtered", webhook_url="https://example.com/x", webhook_events=["job.failed"])
+        client.submit(
+            REQUEST,
+            job_id="filtered",
+            webhook_url="https://example.com/x",
+            webhook_events=["job.failed"],
+        )
         client.job("late").cancel()
         client.submit(REQUEST, job_id="late", webhook_url="https://example.com/late")
         drawn = client.job("well").result(timeout=0)
 
     verifier = webhook.Verifier(secret)
     events = [
-        verifier.verify(posted.body, webhook.sign(posted.body, secret, message_id=posted.message_id))
+        verifier.verify(
+            posted.body, webhook.sign(posted.body, secret, message_id=posted.message_id)
+        )
         for posted in worker.webhooks
     ]
-    assert [posted.url for posted in worker.webhooks] == ["https://example.com/well", "https://example.com/late"]
+    assert [posted.url for posted in worker.webhooks] == [
+        "https://example.com/well",
+        "https://example.com/late",
+    ]
     assert [(event.type, event.job_id) for event in events] == [
         (webhook.SUCCEEDED, "well"),
         (webhook.CANCELLED, "late"),
@@ -366,7 +415,9 @@ def test_threads_that_submit_at_once_lose_nothing() -> None:
     worker = MemoryWorker()
     with worker.client() as client:
         threads = [
-            threading.Thread(target=lambda: [client.submit(REQUEST).result(timeout=10) for _ in range(20)])
+            threading.Thread(
+                target=lambda: [client.submit(REQUEST).result(timeout=10) for _ in range(20)]
+            )
             for _ in range(8)
         ]
         for thread in threads:

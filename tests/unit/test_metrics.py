@@ -40,7 +40,14 @@ def shown(folder: Path) -> Scraped:
 def a_result(*tiers: str, images: int = 1, **timings: float) -> GenerateResult:
     """A job whose every word is a stranger's."""
     image = ImageRef(
-        key=MARK, url=f"https://{MARK}", width=8, height=8, content_type="image/png", size=1, sha256=MARK, seed=1
+        key=MARK,
+        url=f"https://{MARK}",
+        width=8,
+        height=8,
+        content_type="image/png",
+        size=1,
+        sha256=MARK,
+        seed=1,
     )
     receipts = tuple(
         LoraReceipt(
@@ -96,22 +103,40 @@ def test_a_drawn_job_counts_by_phase_and_by_where_its_loras_were(counts: Path) -
     meter.drawn(a_result("network", "disk", "disk", images=2, queued=0.5, denoise=3.0, tail=7.0))
     scraped = shown(counts)
 
-    assert scraped("zlora_jobs_total", outcome="success", code="") == 0  # its result is still to be told
+    assert (
+        scraped("zlora_jobs_total", outcome="success", code="") == 0
+    )  # its result is still to be told
     assert scraped("zlora_images_total") == 2
-    assert scraped.named("zlora_lora_files_total") == {("memory",): 0, ("disk",): 2, ("network",): 1}
-    assert scraped.named("zlora_lora_bytes_total") == {("memory",): 0, ("disk",): 2000, ("network",): 1000}
+    assert scraped.named("zlora_lora_files_total") == {
+        ("memory",): 0,
+        ("disk",): 2,
+        ("network",): 1,
+    }
+    assert scraped.named("zlora_lora_bytes_total") == {
+        ("memory",): 0,
+        ("disk",): 2000,
+        ("network",): 1000,
+    }
     assert scraped("zlora_job_phase_seconds_sum", phase="denoise") == 3
     assert scraped("zlora_job_phase_seconds_bucket", phase="denoise", le="2.5") == 0
     assert scraped("zlora_job_phase_seconds_bucket", phase="denoise", le="5.0") == 1
     phases = scraped.named("zlora_job_phase_seconds_count")
     assert {phase for (phase,), count in phases.items() if count} == {"queued", "denoise"}
-    assert scraped.named("zlora_job_phase_seconds_count").keys() == before.named("zlora_job_phase_seconds_count").keys()
+    assert (
+        scraped.named("zlora_job_phase_seconds_count").keys()
+        == before.named("zlora_job_phase_seconds_count").keys()
+    )
 
 
 def test_an_end_without_a_result_counts_by_its_code(counts: Path) -> None:
     meter = Meter.of_process("child")
 
-    for error in (OutOfMemory(MARK), JobRevoked(MARK), JobExpired(MARK), InvalidRequest(MARK, {"path": MARK})):
+    for error in (
+        OutOfMemory(MARK),
+        JobRevoked(MARK),
+        JobExpired(MARK),
+        InvalidRequest(MARK, {"path": MARK}),
+    ):
         meter.ended(error)
     meter.retried(LoraUnreachable(MARK))
 
@@ -144,7 +169,9 @@ def test_what_a_stranger_chooses_is_nowhere(counts: Path) -> None:
 # --- processes
 
 
-def test_child_and_companion_count_together_and_a_new_child_goes_on_where_the_last_was(counts: Path) -> None:
+def test_child_and_companion_count_together_and_a_new_child_goes_on_where_the_last_was(
+    counts: Path,
+) -> None:
     first, companion = Meter.of_process("child"), Meter.of_process("companion")
     first.loaded(2.0, replaces=False)
     first.succeeded()
@@ -160,7 +187,9 @@ def test_child_and_companion_count_together_and_a_new_child_goes_on_where_the_la
     assert scraped("zlora_model_load_seconds_count") == 2
     assert scraped("zlora_model_load_seconds_sum") == 5
     assert scraped("zlora_child_deaths_total") == 1
-    assert len(list(counts.iterdir())) == 4  # counters and histograms of two roles, however many processes there were
+    assert (
+        len(list(counts.iterdir())) == 4
+    )  # counters and histograms of two roles, however many processes there were
 
 
 def test_whoever_clears_temporary_folders_costs_the_counts_and_no_job(counts: Path) -> None:
@@ -185,7 +214,10 @@ def test_nothing_is_shared_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("model", "told"),
-    [("owner/model", "owner/model"), ("https://u:s3cret@host/m.safetensors?sig=s3cret", "https://host/m.safetensors")],
+    [
+        ("owner/model", "owner/model"),
+        ("https://u:s3cret@host/m.safetensors?sig=s3cret", "https://host/m.safetensors"),
+    ],
 )
 def test_a_worker_says_what_it_serves_and_no_secret_of_an_address(model: str, told: str) -> None:
     registry = CollectorRegistry()

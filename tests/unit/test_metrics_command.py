@@ -24,7 +24,9 @@ ZLORA = str(Path(sys.executable).with_name("zlora"))
 def serving(port: int, **environ: str) -> "Iterator[subprocess.Popen[bytes]]":
     """The command as a container has it."""
     full = clean_environ({"ZLORA_METRICS": f"127.0.0.1:{port}", **environ})
-    process = subprocess.Popen([ZLORA, "metrics"], env=full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [ZLORA, "metrics"], env=full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         yield process
     finally:
@@ -45,7 +47,10 @@ def test_a_queue_is_told_without_a_worker_or_torch_until_the_command_is_ended(
     """And anew at each look. The broker's URL, which has a password, comes by a file."""
     port = free_port()
     (tmp_path / "url").write_text(f"{broker_url}\n")
-    with serving(port, ZLORA_BROKER_URL_FILE=str(tmp_path / "url")) as command, Client(broker_url) as client:
+    with (
+        serving(port, ZLORA_BROKER_URL_FILE=str(tmp_path / "url")) as command,
+        Client(broker_url) as client,
+    ):
         empty = wait_until(lambda: scrape(port), "the command serves")
         client.submit({"prompt": "x"}, priority="low")
         full = Scraped.at(port)
@@ -70,10 +75,13 @@ def test_without_an_address_or_with_one_that_is_taken_the_command_says_so_and_en
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         outcomes = [
-            CliRunner().invoke(main, ["metrics"], env={"ZLORA_METRICS": address}) for address in ("", "9808", taken)
+            CliRunner().invoke(main, ["metrics"], env={"ZLORA_METRICS": address})
+            for address in ("", "9808", taken)
         ]
 
-    for outcome, told in zip(outcomes, ("expected `host:port`", "'9808'", "Address already in use"), strict=True):
+    for outcome, told in zip(
+        outcomes, ("expected `host:port`", "'9808'", "Address already in use"), strict=True
+    ):
         assert outcome.exit_code == 78
         assert "ZLORA_METRICS" in outcome.output
         assert told in outcome.output

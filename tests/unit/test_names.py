@@ -9,7 +9,11 @@ from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_dif
 from zlora_worker.checkpoint import SDXL_CONFIG
 from zlora_worker.names import LdmNames
 
-WAYS: Final = {"down_blocks": "input_blocks", "mid_block": "middle_block", "up_blocks": "output_blocks"}
+WAYS: Final = {
+    "down_blocks": "input_blocks",
+    "mid_block": "middle_block",
+    "up_blocks": "output_blocks",
+}
 
 
 def leaves(unet: Any) -> list[str]:
@@ -26,7 +30,9 @@ def block_of(module: str) -> str:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_stabilitys_block_numbers_are_those_that_diffusers_converts(layers: int) -> None:
     """Of each module of SDXL's own UNet, with as many layers a block; it has two."""
-    config = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | {"layers_per_block": layers}
+    config = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | {
+        "layers_per_block": layers
+    }
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     modules = leaves(unet)

@@ -39,7 +39,12 @@ from zlora_worker.shelf import Shelf
 
 GOOD = ("first", "second", "both", "none")
 BAD = ("unfit", "cancelled", "unstored")
-TIMES = (0.002, 0.01, 0.03, 0.08)  # seconds until a time limit strikes: in the merge, while drawing, or never
+TIMES = (
+    0.002,
+    0.01,
+    0.03,
+    0.08,
+)  # seconds until a time limit strikes: in the merge, while drawing, or never
 
 
 class Cancelled(Exception):
@@ -56,10 +61,17 @@ class Jobs:
     def __init__(self, home: Path, folder: Path, place: dict[str, str]) -> None:
         self.engine: Engine = load_engine(home, **place)
         self._folder = folder
-        self._cache = Cache(folder / "cache", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(home)))
+        self._cache = Cache(
+            folder / "cache", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(home))
+        )
         self._shelf = Shelf(max_bytes=200_000)  # about one file: some are read again
-        first, second = self._put("first", kohya_lora((*UNET, *TEXT))), self._put("second", peft_lora((*UNET, *TEXT)))
-        unfit = self._put("unfit", peft_lora() | {"unet.nowhere.lora_A.weight": next(iter(peft_lora().values()))})
+        first, second = (
+            self._put("first", kohya_lora((*UNET, *TEXT))),
+            self._put("second", peft_lora((*UNET, *TEXT))),
+        )
+        unfit = self._put(
+            "unfit", peft_lora() | {"unet.nowhere.lora_A.weight": next(iter(peft_lora().values()))}
+        )
         self._loras = {
             "none": (),
             "first": (first,),
@@ -129,7 +141,9 @@ def striking(seconds: float) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def jobs(request: pytest.FixtureRequest, model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def jobs(
+    request: pytest.FixtureRequest, model_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Jobs:
     return Jobs(model_home, tmp_path_factory.mktemp("jobs"), request.param)
 
 
@@ -141,7 +155,11 @@ KINDS = st.sampled_from([*GOOD, *BAD, *TIMES])
 @hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
 @given(order=st.lists(KINDS, min_size=2, max_size=8))
 def test_jobs_in_any_order_leave_the_base(jobs: Jobs, order: list[str | float]) -> None:
-    errors: dict[str, type[Exception]] = {"unfit": LoraMismatch, "cancelled": Cancelled, "unstored": StoreFailed}
+    errors: dict[str, type[Exception]] = {
+        "unfit": LoraMismatch,
+        "cancelled": Cancelled,
+        "unstored": StoreFailed,
+    }
     for kind in order:
         if isinstance(kind, float):
             run: Callable[[], object] = lambda: jobs.run("both")  # noqa: E731 - as a job is run below

@@ -69,7 +69,9 @@ def nothing_stays(engine: Engine, base: bytes) -> Iterator[None]:
     assert pixels(engine) == base
 
 
-def adapter(engine: Engine, path: Path, *, weight: float = 1.0, text_encoder_weight: float | None = None) -> Adapter:
+def adapter(
+    engine: Engine, path: Path, *, weight: float = 1.0, text_encoder_weight: float | None = None
+) -> Adapter:
     """A file with its weights; each file has a path of its own here."""
     return Adapter(
         lora=engine.reader.read(path, digest=str(path), source=path.name),
@@ -88,27 +90,42 @@ def drawn(engine: Engine, *adapters: Adapter) -> bytes:
 
 
 def _config(part: Any) -> dict[str, Any]:
-    config: dict[str, Any] = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    config: dict[str, Any] = (
+        part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    )
     return config
 
 
-def merge_by_hand(engine: Engine, tensors: Tensors, *, weight: float, text_encoder_weight: float) -> None:
+def merge_by_hand(
+    engine: Engine, tensors: Tensors, *, weight: float, text_encoder_weight: float
+) -> None:
     """Add `weight * alpha / rank * up @ down` to each weight in fp64. Shares no code with what is tested."""
     parts = {name: getattr(engine.pipeline, name) for name in PARTS}
     named = {name: part.state_dict() for name, part in parts.items()}
     layout = original_layout({name: _config(part) for name, part in parts.items()}, named)
     targets: Tensors = {
-        "lora_unet_" + key.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_"): tensor
+        "lora_unet_"
+        + key.removeprefix("model.diffusion_model.")
+        .removesuffix(".weight")
+        .replace(".", "_"): tensor
         for key, tensor in layout.items()
         if key.startswith("model.diffusion_model.")
     }
-    for component, kohya in (("unet", None), ("text_encoder", "lora_te1"), ("text_encoder_2", "lora_te2")):
+    for component, kohya in (
+        ("unet", None),
+        ("text_encoder", "lora_te1"),
+        ("text_encoder_2", "lora_te2"),
+    ):
         for key, tensor in named[component].items():
             bare = key.removesuffix(".weight").removeprefix("text_model.")
             for module in (bare, f"text_model.{bare}"):  # releases of transformers differ in it
                 targets[f"{component}.{module}"] = tensor
                 targets[f"{kohya}_{module}".replace(".", "_")] = tensor
-    downs = {key: key.rpartition(".lora_")[0] for key in tensors if key.endswith(("lora_down.weight", "lora_A.weight"))}
+    downs = {
+        key: key.rpartition(".lora_")[0]
+        for key in tensors
+        if key.endswith(("lora_down.weight", "lora_A.weight"))
+    }
     for key, module in downs.items():
         down = tensors[key].double()
         up = tensors[key.replace("lora_down", "lora_up").replace("lora_A", "lora_B")].double()
@@ -157,7 +174,11 @@ def test_ranks_and_alphas_of_each_module_are_kept(
 
 @pytest.mark.parametrize(
     "tensors",
-    [kohya_lora((*UNET, *TEXT)), peft_lora((*UNET, *TEXT)), peft_lora((*UNET, *TEXT), ranks=(2, 8, 4))],
+    [
+        kohya_lora((*UNET, *TEXT)),
+        peft_lora((*UNET, *TEXT)),
+        peft_lora((*UNET, *TEXT), ranks=(2, 8, 4)),
+    ],
     ids=["kohya", "peft", "ranks that differ"],
 )
 def test_names_and_shapes_that_people_have_act_as_if_merged_by_hand(
@@ -174,11 +195,17 @@ def test_names_and_shapes_that_people_have_act_as_if_merged_by_hand(
     assert difference(picture, base) > 16
 
 
-def test_two_loras_act_as_if_both_were_merged(engine: Engine, spare: Engine, base: bytes, model_home: Path) -> None:
+def test_two_loras_act_as_if_both_were_merged(
+    engine: Engine, spare: Engine, base: bytes, model_home: Path
+) -> None:
     """Each with its own weights, and with weights for the text encoders that differ from the UNet's."""
     merged = spare
-    merge_by_hand(merged, lora_tensors(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25)
-    merge_by_hand(merged, lora_tensors(model_home, "neon-lights"), weight=0.75, text_encoder_weight=0.75)
+    merge_by_hand(
+        merged, lora_tensors(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25
+    )
+    merge_by_hand(
+        merged, lora_tensors(model_home, "neon-lights"), weight=0.75, text_encoder_weight=0.75
+    )
 
     picture = drawn(
         engine,
@@ -227,7 +254,9 @@ def test_unet_and_text_encoders_are_weighed_apart(
 # --- several at once
 
 
-def test_two_loras_are_not_either_of_them_alone(engine: Engine, base: bytes, tmp_path: Path) -> None:
+def test_two_loras_are_not_either_of_them_alone(
+    engine: Engine, base: bytes, tmp_path: Path
+) -> None:
     one = adapter(engine, write(tmp_path / "one.safetensors", kohya_lora(UNET)))
     other = adapter(engine, write(tmp_path / "other.safetensors", peft_lora(TEXT)))
 
@@ -248,7 +277,9 @@ def test_one_file_twice_acts_twice(engine: Engine, base: bytes, tmp_path: Path) 
 
 def test_the_order_of_loras_changes_no_bit(engine: Engine, tmp_path: Path) -> None:
     one = adapter(engine, write(tmp_path / "1.safetensors", kohya_lora((*UNET, *TEXT))), weight=0.3)
-    other = adapter(engine, write(tmp_path / "2.safetensors", peft_lora((*UNET, *TEXT))), weight=0.7)
+    other = adapter(
+        engine, write(tmp_path / "2.safetensors", peft_lora((*UNET, *TEXT))), weight=0.7
+    )
 
     assert drawn(engine, one, other) == drawn(engine, other, one)
 
@@ -258,7 +289,11 @@ def test_the_order_of_loras_changes_no_bit(engine: Engine, tmp_path: Path) -> No
 
 def random_model(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(3)
-    return nn.ModuleDict({f"{index}": nn.Linear(48, 64) for index in range(5)}).to(dtype).requires_grad_(False)
+    return (
+        nn.ModuleDict({f"{index}": nn.Linear(48, 64) for index in range(5)})
+        .to(dtype)
+        .requires_grad_(False)
+    )
 
 
 def factors(path: Path, model: nn.Module, *, rank: int, seed: int, component: str = "unet") -> Path:
@@ -266,8 +301,12 @@ def factors(path: Path, model: nn.Module, *, rank: int, seed: int, component: st
     tensors: Tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            tensors[f"{component}.{name}.lora_A.weight"] = torch.randn(rank, 48, generator=generator)
-            tensors[f"{component}.{name}.lora_B.weight"] = torch.randn(64, rank, generator=generator) / 50
+            tensors[f"{component}.{name}.lora_A.weight"] = torch.randn(
+                rank, 48, generator=generator
+            )
+            tensors[f"{component}.{name}.lora_B.weight"] = (
+                torch.randn(64, rank, generator=generator) / 50
+            )
     return write(path, tensors)
 
 
@@ -278,7 +317,9 @@ def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.d
     model = random_model(dtype)
     weights = Weights({"unet": model})
     reader, patch = Reader(weights), Patch(weights, mode=mode)
-    paths = [factors(tmp_path / f"{rank}.safetensors", model, rank=rank, seed=rank) for rank in (4, 8, 3)]
+    paths = [
+        factors(tmp_path / f"{rank}.safetensors", model, rank=rank, seed=rank) for rank in (4, 8, 3)
+    ]
     adapters = [
         Adapter(lora=reader.read(path, digest=path.name, source=path.name), unet_weight=weight)
         for path, weight in zip(paths, (0.7, -0.4, 1.3), strict=True)
@@ -289,7 +330,10 @@ def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.d
         tensors = load_file(path)
         for name in [name for name in truth if name.endswith("weight")]:
             module = f"unet.{name.removesuffix('.weight')}"
-            change = tensors[f"{module}.lora_B.weight"].double() @ tensors[f"{module}.lora_A.weight"].double()
+            change = (
+                tensors[f"{module}.lora_B.weight"].double()
+                @ tensors[f"{module}.lora_A.weight"].double()
+            )
             truth[name] += weight * change
 
     with patch.applied(adapters):
@@ -303,10 +347,14 @@ def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.d
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
-def test_a_relative_norm_is_that_of_the_change_to_the_weights_that_it_touches(engine: Engine, model_home: Path) -> None:
+def test_a_relative_norm_is_that_of_the_change_to_the_weights_that_it_touches(
+    engine: Engine, model_home: Path
+) -> None:
     """The tiny model's LoRAs are made so: 0.8, 1.6 and 2 times each weight's norm."""
     for name, strength in (("anime-style", 0.8), ("neon-lights", 1.6), ("cyberpunk-style", 2.0)):
-        with engine.patch.applied([adapter(engine, tiny_lora(model_home, name), weight=-0.5)]) as (norm,):
+        with engine.patch.applied([adapter(engine, tiny_lora(model_home, name), weight=-0.5)]) as (
+            norm,
+        ):
             assert norm == pytest.approx(strength / 2, rel=1e-4)
 
 
@@ -330,12 +378,17 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def test_the_same_set_again_is_a_change_of_pointers(model_home: Path, merges: list[object]) -> None:
     """In any order and after a job without LoRAs; another weight is another set."""
     engine = load_engine(model_home)
-    one, other = (adapter(engine, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights"))
+    one, other = (
+        adapter(engine, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights")
+    )
     first = drawn(engine, one, other)
 
     assert drawn(engine, other, one) == first
     assert len(merges) == 1
-    assert drawn(engine, one, adapter(engine, tiny_lora(model_home, "neon-lights"), weight=0.9)) != first
+    assert (
+        drawn(engine, one, adapter(engine, tiny_lora(model_home, "neon-lights"), weight=0.9))
+        != first
+    )
     assert len(merges) == 2
 
 
@@ -399,13 +452,23 @@ def test_loras_go_when_the_job_fails(engine: Engine, tmp_path: Path) -> None:
     """Whatever the job raises comes through as it is."""
     path = write(tmp_path / "1.safetensors", kohya_lora())
 
-    with pytest.raises(ZeroDivisionError), engine.borrowed(), engine.patch.applied([adapter(engine, path)]):
+    with (
+        pytest.raises(ZeroDivisionError),
+        engine.borrowed(),
+        engine.patch.applied([adapter(engine, path)]),
+    ):
         _ = 1 / 0
 
 
-@pytest.mark.parametrize("point", [(step, when) for step in ("_apply", "_put_back", "_merge") for when in (0, 1)])
+@pytest.mark.parametrize(
+    "point", [(step, when) for step in ("_apply", "_put_back", "_merge") for when in (0, 1)]
+)
 def test_a_signal_around_any_step_leaves_the_base(
-    engine: Engine, base: bytes, model_home: Path, monkeypatch: pytest.MonkeyPatch, point: tuple[str, int]
+    engine: Engine,
+    base: bytes,
+    model_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    point: tuple[str, int],
 ) -> None:
     """Before it is done, and after."""
     attribute, when = point
@@ -427,7 +490,9 @@ def test_a_signal_around_any_step_leaves_the_base(
             assert pixels(engine) != base
 
 
-def test_no_thread_still_merges_when_a_merge_is_cut_short(model_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_still_merges_when_a_merge_is_cut_short(
+    model_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else it would write into the next job's weights."""
     engine = load_engine(model_home)
     monkeypatch.setattr("zlora_worker.merge.Plan.merge", raising_after(1))
@@ -525,7 +590,9 @@ def test_an_action_is_insisted_on_and_what_interrupted_it_is_raised_then() -> No
     assert done == [0, 1, 2]
 
 
-def test_a_base_that_cannot_be_put_back_is_told(model_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_cannot_be_put_back_is_told(
+    model_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A device that has failed: whatever the job was, the engine is lost."""
     engine = load_engine(model_home)
 
@@ -563,7 +630,9 @@ def test_a_gpu_has_a_shadow_where_as_much_again_stays_free(
     weights = Weights({"unet": random_model(torch.float16)})
     assert mode_for(weights, "auto") == "shadow"
     monkeypatch.setattr(Weights, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(free * weights.nbytes), 2**40))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda _device: (int(free * weights.nbytes), 2**40)
+    )
 
     assert mode_for(weights, "auto") == mode
     assert mode_for(weights, "shadow") == "shadow"
@@ -578,7 +647,9 @@ def test_weights_of_a_model_are_moved_and_keep_their_values() -> None:
 
     weights = Weights({"unet": model})
 
-    assert {name: weight.shape for name, weight in model.named_parameters()} == {n: w.shape for n, w in before.items()}
+    assert {name: weight.shape for name, weight in model.named_parameters()} == {
+        n: w.shape for n, w in before.items()
+    }
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     for (_, module, leaf), place in weights.places.items():
         found: Tensor = model.get_parameter(f"{module}.{leaf}")

@@ -30,7 +30,7 @@ def picture(number: int = 0) -> Image.Image:
 
 
 def noisy() -> Image.Image:
-    return Image.frombytes("RGB", (64, 64), random.Random(1).randbytes(3 * 64 * 64))  # noqa: S311 - a picture
+    return Image.frombytes("RGB", (64, 64), random.Random(1).randbytes(3 * 64 * 64))
 
 
 def key(index: int) -> str:
@@ -55,7 +55,9 @@ class Gate(MemoryStore):
         if gate := self.gates.get((what, name)):
             assert gate.wait(PATIENCE)
 
-    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:
+    def put_new(
+        self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
+    ) -> bool:
         """Wait, then store."""
         self._pass("put", key)
         return super().put_new(key, data, content_type, stop=stop)
@@ -107,8 +109,12 @@ def test_the_next_picture_is_drawn_while_one_is_stored(store: Gate) -> None:
 
     assert [ref.key for ref in refs] == [key(0), key(1)]
     assert [ref.seed for ref in refs] == [7, 8]
-    assert [ref.sha256 for ref in refs] == [hashlib.sha256(store.objects[key(i)][0]).hexdigest() for i in range(2)]
-    assert [ref.pixels_sha256 for ref in refs] == [hashlib.sha256(picture(i).tobytes()).hexdigest() for i in range(2)]
+    assert [ref.sha256 for ref in refs] == [
+        hashlib.sha256(store.objects[key(i)][0]).hexdigest() for i in range(2)
+    ]
+    assert [ref.pixels_sha256 for ref in refs] == [
+        hashlib.sha256(picture(i).tobytes()).hexdigest() for i in range(2)
+    ]
     assert [ref.tiled for ref in refs] == [False, True]
     assert made.seconds["encode"] > 0
     assert made.seconds["upload"] > 0
@@ -162,7 +168,9 @@ def test_nothing_is_stored_after_the_job_has_ended(store: Gate) -> None:
     assert len(store.begun) == 4
 
 
-def test_a_signal_that_strikes_at_the_end_is_raised_when_nothing_is_stored_any_more(store: Gate) -> None:
+def test_a_signal_that_strikes_at_the_end_is_raised_when_nothing_is_stored_any_more(
+    store: Gate,
+) -> None:
     """As the end of a job's time does, while the last picture is on its way."""
     gate = store.shut("put", 0)
 
@@ -224,8 +232,12 @@ def clear_and_end(store: Gate) -> None:
         raise JobRevoked
 
 
-@pytest.mark.parametrize("of", [{"prompt": "a forest"}, {"base": "f" * 64}], ids=["request", "base"])
-def test_a_picture_that_says_it_is_another_job_s_is_not_taken_over(store: Gate, of: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "of", [{"prompt": "a forest"}, {"base": "f" * 64}], ids=["request", "base"]
+)
+def test_a_picture_that_says_it_is_another_job_s_is_not_taken_over(
+    store: Gate, of: dict[str, str]
+) -> None:
     """As where a delivery died before it had deleted what an old job with this id had left."""
     other = recipe(1) if "base" in of else recipe(1, prompt="a forest")
     other = replace(other, base_sha256=of.get("base", other.base_sha256))
@@ -276,11 +288,15 @@ def test_of_a_picture_that_is_taken_over_the_drawn_pixels_are_told_where_anythin
         assert again.take_over()
         (ref,) = again.stored(silent)
 
-    assert ref.pixels_sha256 == (hashlib.sha256(picture(3).tobytes()).hexdigest() if known else None)
+    assert ref.pixels_sha256 == (
+        hashlib.sha256(picture(3).tobytes()).hexdigest() if known else None
+    )
 
 
 @pytest.mark.parametrize("damage", [slice(None, -40), slice(None, 200)])
-def test_a_stored_picture_that_is_cut_is_deleted_and_a_store_failure(store: Gate, damage: slice) -> None:
+def test_a_stored_picture_that_is_cut_is_deleted_and_a_store_failure(
+    store: Gate, damage: slice
+) -> None:
     with pictures(store, 1) as made:
         made.add(noisy(), tiled=False)
         made.stored(silent)

@@ -13,7 +13,17 @@ import zlora.preflight
 from click.testing import CliRunner
 from fakes import Tensors, kohya_lora
 from safetensors.torch import save
-from servers import Answer, Host, Request, lora_bytes, open_files, reply, serving, tensor_file, watched_connections
+from servers import (
+    Answer,
+    Host,
+    Request,
+    lora_bytes,
+    open_files,
+    reply,
+    serving,
+    tensor_file,
+    watched_connections,
+)
 from zlora import Client, LoraInfo, Preflight, wire
 from zlora.cli import main
 from zlora.errors import (
@@ -36,10 +46,14 @@ SECRETS: Final = ("s3cret", "us3r", "pa55", "fr4g")
 QUERY: Final = "?sig=s3cret#fr4g"
 SDXL: Final = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 COMMIT: Final = "c0ffee" + "0" * 34
-PAGE: Final = b"<!DOCTYPE html><html><body>Sign in to see this model, and all the others.</body></html>"
+PAGE: Final = (
+    b"<!DOCTYPE html><html><body>Sign in to see this model, and all the others.</body></html>"
+)
 
 
-def lora(module: str = SDXL, *, width: int = 2048, metadata: Mapping[str, str] | None = None) -> bytes:
+def lora(
+    module: str = SDXL, *, width: int = 2048, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """A LoRA of one module that reads `width` numbers, as kohya names it."""
     tensors = {
         f"{module}.lora_down.weight": torch.ones(4, width),
@@ -57,11 +71,15 @@ def ranged(body: bytes, *, most: int = 2**40) -> Callable[[Request], bytes]:
     """A server that honours ranges, of at most so many bytes each."""
 
     def answer(request: Request) -> bytes:
-        first, last = (int(text) for text in request.headers["range"].removeprefix("bytes=").split("-"))
+        first, last = (
+            int(text) for text in request.headers["range"].removeprefix("bytes=").split("-")
+        )
         if first >= len(body):
             return reply(status=416, Content_Range=f"bytes */{len(body)}")
         piece = body[first : min(last + 1, first + most)]
-        return reply(piece, status=206, Content_Range=f"bytes {first}-{first + len(piece) - 1}/{len(body)}")
+        return reply(
+            piece, status=206, Content_Range=f"bytes {first}-{first + len(piece) - 1}/{len(body)}"
+        )
 
     return answer
 
@@ -96,7 +114,9 @@ def failure_of(answer: Answer | bytes) -> LoraError:
 
 
 def request_for(*addresses: str) -> GenerateRequest:
-    return GenerateRequest(prompt="a city", loras=tuple(LoraSpec(file=Asset(url=address)) for address in addresses))
+    return GenerateRequest(
+        prompt="a city", loras=tuple(LoraSpec(file=Asset(url=address)) for address in addresses)
+    )
 
 
 # --- what a header tells
@@ -156,7 +176,10 @@ def test_a_long_header_costs_further_ranges(most: int) -> None:
     with serving(ranged(LONG, most=most)) as host:
         assert preflight(host).inspect(f"{host.url}/a").size == len(LONG)
 
-    firsts = [int(request.headers["range"].removeprefix("bytes=").split("-")[0]) for request in host.requests]
+    firsts = [
+        int(request.headers["range"].removeprefix("bytes=").split("-")[0])
+        for request in host.requests
+    ]
     assert firsts == ([0, 2**18] if most > len(LONG) else [0, 250_000, 500_000])
 
 
@@ -194,7 +217,9 @@ def test_a_header_beyond_all_bounds_is_refused_after_its_length() -> None:
 # --- what is no LoRA
 
 
-POINTER: Final = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 228456\n"
+POINTER: Final = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 228456\n"
+)
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])
@@ -214,7 +239,9 @@ POINTER: Final = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"
         (tensor_file(b"{broken"), "no such JSON"),
     ],
 )
-def test_what_is_no_safetensors_file_says_what_it_is(body: bytes, words: str, knows_ranges: bool) -> None:
+def test_what_is_no_safetensors_file_says_what_it_is(
+    body: bytes, words: str, knows_ranges: bool
+) -> None:
     error = failure_of(ranged(body) if knows_ranges else reply(body))
 
     assert type(error) is NotSafetensors
@@ -234,7 +261,9 @@ def test_a_page_in_the_second_range_is_no_header() -> None:
     assert type(failure_of(answer)) is LoraUnreachable
 
 
-@pytest.mark.parametrize("tensors", [{"model.weight": torch.ones(2)}, {f"{SDXL}.oft_blocks": torch.ones(2)}])
+@pytest.mark.parametrize(
+    "tensors", [{"model.weight": torch.ones(2)}, {f"{SDXL}.oft_blocks": torch.ones(2)}]
+)
 def test_a_sound_file_that_no_worker_reads_is_a_mismatch(tensors: Tensors) -> None:
     assert type(failure_of(ranged(saved(tensors)))) is LoraMismatch
 
@@ -259,7 +288,9 @@ def test_a_sound_file_that_no_worker_reads_is_a_mismatch(tensors: Tensors) -> No
         (reply(status=302, Location="file:///etc/passwd"), LoraNotAllowed),
     ],
 )
-def test_each_answer_is_the_error_that_a_worker_would_raise(answer: bytes, kind: type[LoraError]) -> None:
+def test_each_answer_is_the_error_that_a_worker_would_raise(
+    answer: bytes, kind: type[LoraError]
+) -> None:
     assert type(failure_of(answer)) is kind
 
 
@@ -297,16 +328,31 @@ def test_a_login_page_is_forbidden_to_those_without_a_token() -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["s3://b/a", "cozy://a/b", "file:///a", "ftp://h/a", "owner/repo", "", "https://[", "https://h/a\nb", "data:,a"],
+    [
+        "s3://b/a",
+        "cozy://a/b",
+        "file:///a",
+        "ftp://h/a",
+        "owner/repo",
+        "",
+        "https://[",
+        "https://h/a\nb",
+        "data:,a",
+    ],
 )
 def test_what_is_not_opened_here_is_not_allowed_and_connects_to_nothing(address: str) -> None:
     with watched_connections() as connections:
-        assert type(failure(preflight(), f"{address}{QUERY if '://' in address else ''}")) is LoraNotAllowed
+        assert (
+            type(failure(preflight(), f"{address}{QUERY if '://' in address else ''}"))
+            is LoraNotAllowed
+        )
 
     assert connections == []
 
 
-@pytest.mark.parametrize("name", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "[::1]", "2130706433", "localhost"])
+@pytest.mark.parametrize(
+    "name", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "[::1]", "2130706433", "localhost"]
+)
 def test_a_private_address_is_refused_and_never_connected(name: str) -> None:
     with watched_connections() as connections:
         assert type(failure(preflight(), f"https://us3r:pa55@{name}/a{QUERY}")) is LoraNotAllowed
@@ -315,14 +361,20 @@ def test_a_private_address_is_refused_and_never_connected(name: str) -> None:
 
 
 def test_a_redirect_into_the_network_is_refused_and_not_connected() -> None:
-    with serving(reply(lora())) as inside, serving(reply(status=302, Location=f"{inside.url}/a")) as outside:
+    with (
+        serving(reply(lora())) as inside,
+        serving(reply(status=302, Location=f"{inside.url}/a")) as outside,
+    ):
         assert type(failure(preflight(outside), f"{outside.url}/a")) is LoraNotAllowed
 
     assert inside.connections == 0
 
 
 def test_a_redirect_to_another_allowed_host_is_followed() -> None:
-    with serving(reply(lora())) as storage, serving(reply(status=302, Location=f"{storage.url}/b")) as host:
+    with (
+        serving(reply(lora())) as storage,
+        serving(reply(status=302, Location=f"{storage.url}/b")) as host,
+    ):
         assert preflight(host, storage).inspect(f"{host.url}/a").base == "SDXL"
 
 
@@ -333,7 +385,9 @@ def hub(*files: str, body: bytes = b"") -> Answer:
         if request.target.startswith("/api/models/me/mine/revision/"):
             siblings = [{"rfilename": name} for name in files]
             return reply(json.dumps({"sha": COMMIT, "siblings": siblings}).encode())
-        return ranged(body)(request) if request.target.endswith(".safetensors") else reply(status=404)
+        return (
+            ranged(body)(request) if request.target.endswith(".safetensors") else reply(status=404)
+        )
 
     return answer
 
@@ -345,7 +399,10 @@ def test_a_repository_with_one_lora_means_that(spelling: str) -> None:
         info = preflight(hub=host.url).inspect(spelling.format(host=host.url))
 
     assert info.base == "SDXL"
-    assert host.asked == ["GET /api/models/me/mine/revision/main", f"GET /me/mine/resolve/{COMMIT}/a%20b.safetensors"]
+    assert host.asked == [
+        "GET /api/models/me/mine/revision/main",
+        f"GET /me/mine/resolve/{COMMIT}/a%20b.safetensors",
+    ]
 
 
 def test_a_file_of_a_repository_is_opened_without_a_list() -> None:
@@ -365,7 +422,9 @@ def test_a_file_of_a_repository_is_opened_without_a_list() -> None:
     ],
     ids=["two", "none", "empty", "huge"],
 )
-def test_a_repository_that_has_not_exactly_one_lora_is_refused(files: tuple[str, ...], kind: type[LoraError]) -> None:
+def test_a_repository_that_has_not_exactly_one_lora_is_refused(
+    files: tuple[str, ...], kind: type[LoraError]
+) -> None:
     with serving(hub(*files)) as host:
         assert type(failure(preflight(hub=host.url), "hf://me/mine")) is kind
 
@@ -427,7 +486,11 @@ def test_a_lora_that_no_worker_takes_is_refused_and_nothing_is_queued(
     broker_url: str, broker: Any, body: bytes, kind: type[LoraError], words: str
 ) -> None:
     """The error names the LoRA's place in the request."""
-    with serving(ranged(lora())) as good, serving(ranged(body)) as bad, pytest.raises(kind, match=words) as raised:
+    with (
+        serving(ranged(lora())) as good,
+        serving(ranged(body)) as bad,
+        pytest.raises(kind, match=words) as raised,
+    ):
         submitted(broker_url, preflight(good, bad), f"{good.url}/a", f"{bad.url}/b{QUERY}")
 
     assert type(raised.value) is kind
@@ -436,7 +499,9 @@ def test_a_lora_that_no_worker_takes_is_refused_and_nothing_is_queued(
     assert queued(broker) == []
 
 
-def test_a_lora_that_is_not_there_is_refused_and_nothing_is_queued(broker_url: str, broker: Any) -> None:
+def test_a_lora_that_is_not_there_is_refused_and_nothing_is_queued(
+    broker_url: str, broker: Any
+) -> None:
     with serving(reply(status=404)) as host, pytest.raises(LoraNotFound) as raised:
         submitted(broker_url, preflight(host), f"{host.url}/a{QUERY}")
 
@@ -454,7 +519,9 @@ def test_what_only_a_worker_opens_is_left_to_it(broker_url: str, broker: Any, ad
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_what_a_worker_may_have_a_token_for_is_left_to_it(broker_url: str, broker: Any, status: int) -> None:
+def test_what_a_worker_may_have_a_token_for_is_left_to_it(
+    broker_url: str, broker: Any, status: int
+) -> None:
     with serving(reply(status=status)) as host:
         submitted(broker_url, preflight(host), f"{host.url}/a")
 
@@ -480,7 +547,10 @@ def test_nothing_is_looked_at_unless_it_is_asked_for(broker_url: str, broker: An
 
 
 def test_an_invalid_request_is_told_before_any_lora_is_looked_at(broker_url: str) -> None:
-    with serving(reply(status=404)) as host, Client(broker_url, preflight=lambda: preflight(host)) as client:
+    with (
+        serving(reply(status=404)) as host,
+        Client(broker_url, preflight=lambda: preflight(host)) as client,
+    ):
         for odd in ({"priority": "urgent"}, {"expires_in": -1}, {"job_id": "../x"}):
             with pytest.raises(InvalidRequest):
                 client.submit(request_for(f"{host.url}/a"), preflight=True, **odd)
@@ -492,8 +562,16 @@ def test_an_invalid_request_is_told_before_any_lora_is_looked_at(broker_url: str
 
 
 def test_the_environment_names_hosts_and_sites(broker_url: str, broker: Any) -> None:
-    with serving(hub(body=lora())) as hugging, serving(ranged(lora())) as site, serving(ranged(lora())) as own:
-        sites = {"HF_ENDPOINT": "http://h", "ZLORA_HF_ENDPOINT": hugging.url, "ZLORA_CIVITAI_URL": site.url}
+    with (
+        serving(hub(body=lora())) as hugging,
+        serving(ranged(lora())) as site,
+        serving(ranged(lora())) as own,
+    ):
+        sites = {
+            "HF_ENDPOINT": "http://h",
+            "ZLORA_HF_ENDPOINT": hugging.url,
+            "ZLORA_CIVITAI_URL": site.url,
+        }
         environ = {"ZLORA_BROKER_URL": broker_url, "ZLORA_ALLOW_HOSTS": own.name, **sites}
         with Client.from_env(environ) as client:
             addresses = ("hf://me/mine/a.safetensors", "civitai://1", f"{own.url}/a")
@@ -529,9 +607,13 @@ def test_certificates_of_an_own_authority_can_be_named(tmp_path: Path) -> None:
 
 
 def test_a_light_install_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zlora.preflight, "find_spec", lambda name: None if name != "ssrfguard" else object())
+    monkeypatch.setattr(
+        zlora.preflight, "find_spec", lambda name: None if name != "ssrfguard" else object()
+    )
 
-    with pytest.raises(InvalidSetting, match=r"requests, huggingface_hub .*pip install 'z-image-lora\[preflight\]'"):
+    with pytest.raises(
+        InvalidSetting, match=r"requests, huggingface_hub .*pip install 'z-image-lora\[preflight\]'"
+    ):
         Preflight()
 
 
@@ -550,12 +632,21 @@ def test_inspect_prints_what_the_lora_is(monkeypatch: pytest.MonkeyPatch) -> Non
         result = run(monkeypatch, f"{host.url}/a{QUERY}", ZLORA_ALLOW_HOSTS=host.name)
 
     assert result.exit_code == 0
-    for words in (f"{host.url}/a", f"{len(body):,} bytes", "kohya", "SDXL", "[bold]ohwx[/bold]", "1 in unet"):
+    for words in (
+        f"{host.url}/a",
+        f"{len(body):,} bytes",
+        "kohya",
+        "SDXL",
+        "[bold]ohwx[/bold]",
+        "1 in unet",
+    ):
         assert words in result.output
     assert not [secret for secret in SECRETS if secret in result.output]
 
 
-def test_inspect_prints_json_where_asked_and_takes_a_bare_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_prints_json_where_asked_and_takes_a_bare_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with serving(hub("a.safetensors", body=lora())) as host:
         result = run(monkeypatch, "me/mine", "--json", ZLORA_HF_ENDPOINT=host.url)
 
@@ -563,7 +654,9 @@ def test_inspect_prints_json_where_asked_and_takes_a_bare_repository(monkeypatch
     assert (told["source"], told["base"], told["ranks"]) == ("hf://me/mine", "SDXL", [4])
 
 
-def test_inspect_ends_with_the_error_in_one_line_and_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_ends_with_the_error_in_one_line_and_its_status(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with serving(reply(status=404)) as host:
         result = run(monkeypatch, f"{host.url}/a{QUERY}", ZLORA_ALLOW_HOSTS=host.name)
 

@@ -29,9 +29,15 @@ WHOLE: Final = ["PUT", "GET", "DELETE", "GET"]
 @pytest.fixture(autouse=True)
 def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What boto3 needs to sign a request, and nothing of this machine's own AWS; nobody waits."""
-    variables = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "us3r", "AWS_SECRET_ACCESS_KEY": "s3cret"}
+    variables = {
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "us3r",
+        "AWS_SECRET_ACCESS_KEY": "s3cret",
+    }
     sign_as(monkeypatch, variables)
-    monkeypatch.setattr("botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: True)  # of a server's rate
+    monkeypatch.setattr(
+        "botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: True
+    )  # of a server's rate
 
 
 class Bucket:
@@ -62,7 +68,9 @@ class Bucket:
 
 def refusal(status: int, code: str) -> bytes:
     """S3's answer to a request that it does not grant."""
-    return reply(f"<Error><Code>{code}</Code><Message>as\ntold</Message></Error>".encode(), status=status)
+    return reply(
+        f"<Error><Code>{code}</Code><Message>as\ntold</Message></Error>".encode(), status=status
+    )
 
 
 def probe(folder: Path, endpoint: str, **variables: str) -> None:
@@ -131,7 +139,9 @@ def test_an_s3_that_takes_gives_and_forgets_an_object_is_a_store(
         ("DELETE", 1, 403, "AccessDenied"),
     ],
 )
-def test_an_s3_that_refuses_is_wrong(tmp_path: Path, method: str, time: int, status: int, code: str) -> None:
+def test_an_s3_that_refuses_is_wrong(
+    tmp_path: Path, method: str, time: int, status: int, code: str
+) -> None:
     """The second GET is for what is not there: whoever may not list a bucket is told 403, and no job is drawn."""
     bucket = Bucket(method, refusal(status, code), time=time)
     with serving(bucket) as host:
@@ -189,7 +199,9 @@ def test_an_s3_that_does_not_answer_in_time_is_asked_no_more(
     assert host.asked == []
 
 
-@pytest.mark.parametrize("names", [["AWS_SECRET_ACCESS_KEY"], ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]])
+@pytest.mark.parametrize(
+    "names", [["AWS_SECRET_ACCESS_KEY"], ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]]
+)
 def test_without_credentials_an_s3_is_wrong_and_nobody_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
 ) -> None:
@@ -268,14 +280,18 @@ def test_a_folder_that_cannot_be_made_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOSYS])
-def test_a_folder_that_takes_no_links_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_folder_that_takes_no_links_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     monkeypatch.setattr(os, "link", failing(number))
 
     assert os.strerror(number) in refused(FolderStore(tmp_path).probe)
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE]
+)
 def test_a_disk_that_is_full_or_away_may_be_well_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
@@ -285,7 +301,9 @@ def test_a_disk_that_is_full_or_away_may_be_well_again(
     assert files(tmp_path) == []
 
 
-def test_a_disk_that_takes_no_byte_more_may_have_room_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_takes_no_byte_more_may_have_room_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
     try:
@@ -313,6 +331,8 @@ def test_a_wrong_store_costs_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
     loads: list[object] = []
     monkeypatch.setattr(checkpoint, "load", loads.append)
 
-    refused(lambda: Runtime.open(worker_settings(tmp_path, ZLORA_STORE="file:///proc/nosuch"), Meter()))
+    refused(
+        lambda: Runtime.open(worker_settings(tmp_path, ZLORA_STORE="file:///proc/nosuch"), Meter())
+    )
 
     assert loads == []

@@ -6,7 +6,15 @@ from importlib.resources import files
 
 import zlora
 import zlora_worker
-from zlora import AsyncClient, AsyncJobHandle, Cancellation, Client, GenerateResult, JobState, JobStatus
+from zlora import (
+    AsyncClient,
+    AsyncJobHandle,
+    Cancellation,
+    Client,
+    GenerateResult,
+    JobState,
+    JobStatus,
+)
 from zlora.handle import JobHandle
 
 
@@ -20,7 +28,16 @@ def test_all_is_sorted_and_complete() -> None:
 
 def test_what_the_client_hands_out_is_public() -> None:
     """Every class of the main way can be imported from `zlora` for an annotation."""
-    for cls in (AsyncClient, AsyncJobHandle, Cancellation, Client, GenerateResult, JobHandle, JobState, JobStatus):
+    for cls in (
+        AsyncClient,
+        AsyncJobHandle,
+        Cancellation,
+        Client,
+        GenerateResult,
+        JobHandle,
+        JobState,
+        JobStatus,
+    ):
         assert getattr(zlora, cls.__name__) is cls
 
 
@@ -32,7 +49,9 @@ def test_both_packages_are_typed() -> None:
 def test_importing_the_producer_loads_nothing_heavy() -> None:
     look = "import sys, zlora; print(sorted({name.partition('.')[0] for name in sys.modules}))"
 
-    loaded = subprocess.run([sys.executable, "-c", look], check=True, capture_output=True, text=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", look], check=True, capture_output=True, text=True
+    ).stdout
 
     for name in (
         "zlora_worker",

@@ -48,7 +48,9 @@ def message(seconds: float) -> str:
 def stranger(broker_url: str) -> Iterator[Celery]:
     """A producer that knows Celery, and a worker's hands: kombu takes what it is told to."""
     with Celery("other", set_as_current=False) as app:
-        app.conf.update(wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
+        app.conf.update(
+            wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu")
+        )
         yield app
         hang_up(app)
 
@@ -57,7 +59,18 @@ def stranger(broker_url: str) -> Iterator[Celery]:
 def test_an_empty_queue_has_all_its_series(broker_url: str) -> None:
     scraped = look(broker_url)
 
-    priorities = {("high",), ("1",), ("2",), ("3",), ("4",), ("normal",), ("6",), ("7",), ("8",), ("low",)}
+    priorities = {
+        ("high",),
+        ("1",),
+        ("2",),
+        ("3",),
+        ("4",),
+        ("normal",),
+        ("6",),
+        ("7",),
+        ("8",),
+        ("low",),
+    }
     for name in ("zlora_queue_jobs", "zlora_queue_oldest_seconds"):
         assert {labels[:1] for labels in scraped.named(name)} == priorities
         assert set(scraped.named(name).values()) == {0}
@@ -73,7 +86,9 @@ def test_an_empty_queue_has_all_its_series(broker_url: str) -> None:
 
 
 @pytest.mark.usefixtures("broker")
-def test_jobs_wait_by_priority_also_those_of_any_celery_client(broker_url: str, stranger: Celery) -> None:
+def test_jobs_wait_by_priority_also_those_of_any_celery_client(
+    broker_url: str, stranger: Celery
+) -> None:
     """A message without a priority is with those of the first; of one without a time the age is not known."""
     submit(broker_url, "high", "high", "normal", "low")
     submit(broker_url, "normal", queue="other")
@@ -105,22 +120,32 @@ def test_the_age_is_that_of_the_older_job_at_the_ends_of_the_line(
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda garbage: repr(garbage[:20]))
-def test_garbage_waits_like_any_message_and_hides_nothing(broker_url: str, broker: Any, garbage: bytes) -> None:
+def test_garbage_waits_like_any_message_and_hides_nothing(
+    broker_url: str, broker: Any, garbage: bytes
+) -> None:
     """Also where it is next in line, or a worker seems to hold it."""
     broker.lpush("gpu", garbage, garbage)
-    broker.hset("unacked", mapping={"a": garbage, "b": b"[" + garbage + b', "", "gpu"]', "c": json.dumps([{}, "", 5])})
+    broker.hset(
+        "unacked",
+        mapping={"a": garbage, "b": b"[" + garbage + b', "", "gpu"]', "c": json.dumps([{}, "", 5])},
+    )
     broker.hset("unacked", "d", json.dumps([{}, "", "gpu"]))
 
     scraped = look(broker_url)
 
     assert scraped("zlora_queue_jobs", queue="gpu", priority="high") == 2
     assert scraped("zlora_queue_oldest_seconds", queue="gpu", priority="high") == 0
-    assert scraped("zlora_queue_running_jobs", queue="gpu") in (1, 2)  # what can be read of "b" says that it is one
+    assert scraped("zlora_queue_running_jobs", queue="gpu") in (
+        1,
+        2,
+    )  # what can be read of "b" says that it is one
     assert scraped("zlora_queue_up", queue="gpu") == 1
 
 
 @pytest.mark.usefixtures("broker")
-def test_jobs_that_workers_hold_are_counted_for_their_own_queue(broker_url: str, stranger: Celery) -> None:
+def test_jobs_that_workers_hold_are_counted_for_their_own_queue(
+    broker_url: str, stranger: Celery
+) -> None:
     """All queues of a database have one book of them."""
     submit(broker_url, "low", "normal", "high")
     submit(broker_url, "normal", queue="other")
@@ -139,7 +164,9 @@ def test_jobs_that_workers_hold_are_counted_for_their_own_queue(broker_url: str,
 
 
 def test_webhooks_and_refused_messages_are_the_queue_s_own(broker_url: str, broker: Any) -> None:
-    letter = DeadLetter(job_id="j", event="job.failed", url="https://x", tries=9, first=1, last=2, reason="500")
+    letter = DeadLetter(
+        job_id="j", event="job.failed", url="https://x", tries=9, first=1, last=2, reason="500"
+    )
     broker.zadd(wire.outbox_key("gpu"), {"one": 1, "two": 2})
     broker.zadd(wire.dead_key("gpu"), {documents.encode(letter): 1, "a stranger's": 2, "third": 3})
     broker.set(wire.refused_key("gpu"), 7)
@@ -154,9 +181,15 @@ def test_webhooks_and_refused_messages_are_the_queue_s_own(broker_url: str, brok
 
 
 def test_what_is_on_a_queue_is_in_no_label(broker_url: str, broker: Any, stranger: Celery) -> None:
-    stranger.send_task(TASK_NAME, args=[{"prompt": "a-stranger-s"}], queue="gpu", task_id="a-stranger-s")
+    stranger.send_task(
+        TASK_NAME, args=[{"prompt": "a-stranger-s"}], queue="gpu", task_id="a-stranger-s"
+    )
     broker.lpush("gpu", "a-stranger-s")
-    broker.hset("unacked", "a-stranger-s", json.dumps([{"headers": {"id": "a-stranger-s"}}, "", "a-stranger-s"]))
+    broker.hset(
+        "unacked",
+        "a-stranger-s",
+        json.dumps([{"headers": {"id": "a-stranger-s"}}, "", "a-stranger-s"]),
+    )
 
     assert "a-stranger-s" not in look(broker_url).text
 
@@ -172,7 +205,9 @@ def test_without_redis_there_is_the_one_word_that_it_is_away(is_silent: bool) ->
     assert scraped("zlora_queue_up", queue="gpu") == 0
 
 
-def test_what_somebody_else_keeps_under_a_name_of_ours_costs_its_own_value_only(broker_url: str, broker: Any) -> None:
+def test_what_somebody_else_keeps_under_a_name_of_ours_costs_its_own_value_only(
+    broker_url: str, broker: Any
+) -> None:
     broker.lpush("gpu", message(5))
     broker.set(wire.dead_key("gpu"), "no sorted set")
     broker.set("unacked", "no hash")
@@ -180,6 +215,14 @@ def test_what_somebody_else_keeps_under_a_name_of_ours_costs_its_own_value_only(
 
     scraped = look(broker_url)
 
-    assert scraped("zlora_queue_up", queue="gpu") == scraped("zlora_queue_jobs", queue="gpu", priority="high") == 1
+    assert (
+        scraped("zlora_queue_up", queue="gpu")
+        == scraped("zlora_queue_jobs", queue="gpu", priority="high")
+        == 1
+    )
     assert scraped("zlora_queue_webhooks", queue="gpu", state="dead") == 0
-    assert scraped("zlora_queue_running_jobs", queue="gpu") == scraped("zlora_queue_refused_messages", queue="gpu") == 0
+    assert (
+        scraped("zlora_queue_running_jobs", queue="gpu")
+        == scraped("zlora_queue_refused_messages", queue="gpu")
+        == 0
+    )

@@ -18,8 +18,14 @@ from zlora_worker.recipe import Recipe, pinned, read_recipe, recipes, shared
 
 DIGEST: Final = "0123456789abcdef" * 4
 JSON_DATA: Final = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -43,7 +49,9 @@ def document_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def a_file(source: str) -> CachedFile:
-    return CachedFile(path=Path("file"), sha256=DIGEST, size=1, source=source, tier="disk", seconds=0.0)
+    return CachedFile(
+        path=Path("file"), sha256=DIGEST, size=1, source=source, tier="disk", seconds=0.0
+    )
 
 
 # --- pinned
@@ -74,11 +82,17 @@ def test_a_manifest_has_a_recipe_for_each_picture() -> None:
     recipe = a_pinned_recipe(pixels_sha256=DIGEST, model_sha256=DIGEST, threads=1, tiled=True)
     size: dict[str, Any] = {"width": 64, "height": 72, "size": 1}
     own: dict[str, Any] = {"pixels_sha256": DIGEST, "tiled": True}
-    images = tuple(ImageRef(key="", content_type="", sha256="", seed=seed, **size, **own) for seed in (7, 8))
-    result = GenerateResult(images=images, loras=(), timings={}, base_intact=True, tiled=True, **shared(recipe))
+    images = tuple(
+        ImageRef(key="", content_type="", sha256="", seed=seed, **size, **own) for seed in (7, 8)
+    )
+    result = GenerateResult(
+        images=images, loras=(), timings={}, base_intact=True, tiled=True, **shared(recipe)
+    )
 
     expected = [recipe, msgspec.structs.replace(recipe, index=1, seed=8)]
-    assert recipes(msgspec.json.decode(msgspec.json.encode(result), type=GenerateResult)) == expected
+    assert (
+        recipes(msgspec.json.decode(msgspec.json.encode(result), type=GenerateResult)) == expected
+    )
     for missing in ("request", "base_sha256"):
         with pytest.raises(ValueError, match="does not say"):
             recipes(msgspec.structs.replace(result, **{missing: None}))

@@ -24,7 +24,9 @@ def document(**fields: Any) -> dict[str, Any]:
 @untimed
 @given(
     scheme=st.sampled_from(["https", "http", "HTTPS", "ftp", "cozy://https"]),
-    userinfo=st.text(st.characters(exclude_characters="/?#", exclude_categories=["Cs"]), max_size=30),
+    userinfo=st.text(
+        st.characters(exclude_characters="/?#", exclude_categories=["Cs"]), max_size=30
+    ),
     query=st.text(max_size=30),
     fragment=st.text(max_size=30),
     path=st.text(characters + "/-_.", max_size=20),
@@ -58,7 +60,9 @@ def test_of_an_address_only_scheme_host_and_path_are_shown(
         ("https:\\\\us3r:pa55@example.com/x", "example.com/x"),
     ],
 )
-def test_an_address_of_another_spelling_is_shown_as_far_as_it_is_safe(address: str, shown: str) -> None:
+def test_an_address_of_another_spelling_is_shown_as_far_as_it_is_safe(
+    address: str, shown: str
+) -> None:
     assert without_secrets(address) == shown
 
 
@@ -91,11 +95,19 @@ def test_a_label_is_as_it_is_unless_it_is_an_address(name: str | None, told: str
 
 
 def test_a_request_is_shown_with_its_prompt_and_its_loras() -> None:
-    data = document(seed=3, loras=[{"file": {"url": SECRET_URL}}, {"file": {"cozy_ref": "owner/anime"}, "weight": 0.5}])
+    data = document(
+        seed=3,
+        loras=[{"file": {"url": SECRET_URL}}, {"file": {"cozy_ref": "owner/anime"}, "weight": 0.5}],
+    )
 
     line = shown(data)
 
-    for part in ("prompt='a portrait'", "seed=3", "'https://example.com/x.safetensors'", "'owner/anime'"):
+    for part in (
+        "prompt='a portrait'",
+        "seed=3",
+        "'https://example.com/x.safetensors'",
+        "'owner/anime'",
+    ):
         assert part in line
     assert not [secret for secret in SECRETS if secret in line]
 
@@ -113,7 +125,13 @@ def test_a_lora_is_shown_by_the_name_that_it_is_given_else_by_its_address_and_it
 
 
 def test_of_a_long_address_the_host_and_the_file_are_shown() -> None:
-    line = shown({"loras": [{"file": {"url": f"https://example.com/{'x' * 500}/anime.safetensors?sig=t0ken"}}]})
+    line = shown(
+        {
+            "loras": [
+                {"file": {"url": f"https://example.com/{'x' * 500}/anime.safetensors?sig=t0ken"}}
+            ]
+        }
+    )
 
     assert line.startswith("lora='https://example.com/...")
     assert line.endswith("xxx/anime.safetensors'")
@@ -121,7 +139,10 @@ def test_of_a_long_address_the_host_and_the_file_are_shown() -> None:
 
 
 def test_eight_loras_with_the_longest_names_are_all_shown() -> None:
-    specs = [{"file": {"url": SECRET_URL}, "adapter_name": str(place) * 200, "weight": 0.12345} for place in range(8)]
+    specs = [
+        {"file": {"url": SECRET_URL}, "adapter_name": str(place) * 200, "weight": 0.12345}
+        for place in range(8)
+    ]
 
     assert shown(document(loras=specs)).count("lora=") == 8
 
@@ -132,14 +153,20 @@ HASHED = "sha256:afd4124d75f4"  # sha256sum of "a portrait", as far as it is sho
 def test_a_prompt_may_be_shown_by_its_hash_alone() -> None:
     """So may any text that could be one; what a request says beside them stays."""
     data = document(
-        negative_prompt="fog", promt="a portrait", scheduler="euler", seed=3, loras=[{"file": {"ref": "x"}}]
+        negative_prompt="fog",
+        promt="a portrait",
+        scheduler="euler",
+        seed=3,
+        loras=[{"file": {"ref": "x"}}],
     )
 
     line = shown(data, prompts="hashed")
 
     assert line.startswith(f"prompt={HASHED}, negative_prompt=sha256:")
     assert f"promt={HASHED}, scheduler='euler', seed=3, lora='x'" in line
-    assert not [text for text in ("portrait", "fog") if text in line + shown("a portrait", prompts="hashed")]
+    assert not [
+        text for text in ("portrait", "fog") if text in line + shown("a portrait", prompts="hashed")
+    ]
 
 
 def test_a_prompt_is_shown_as_it_is() -> None:
@@ -165,7 +192,10 @@ def test_what_a_stranger_sent_is_shown_in_one_short_line_too(data: Any) -> None:
 
 @untimed
 @given(
-    st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+    st.recursive(
+        st.none() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
 )
 def test_anything_is_shown_without_an_error(data: Any) -> None:
     assert len(shown(data)) <= 1000
@@ -188,4 +218,6 @@ def test_an_address_in_the_wrong_place_shows_no_secret(data: Any) -> None:
 def test_an_address_in_a_thousand_others_ends_nothing() -> None:
     """A stranger's: it must cost its job an error, and not the worker its stack."""
     assert without_secrets("a://" * 1000 + "u:pa55@h") == "***"
-    assert "pa55" not in shown({"prompt": "x", "loras": [{"file": {"url": "a://" * 1000 + "u:pa55@h"}}]})
+    assert "pa55" not in shown(
+        {"prompt": "x", "loras": [{"file": {"url": "a://" * 1000 + "u:pa55@h"}}]}
+    )

@@ -101,7 +101,10 @@ def test_any_text_is_a_reference_below_the_hub_or_a_typed_error(text: str) -> No
         ("https://www.civitai.com/models/1/name?modelVersionId=7", "civitai://7"),
         ("https://hf.co/o/r", "hf://models/o/r@main"),
         ("https://hf.co/o/r/blob/main/x.safetensors", "hf://models/o/r@main/x.safetensors"),
-        ("https://HF.co/o/r/resolve/v1/x.safetensors?download=true", "hf://models/o/r@v1/x.safetensors"),
+        (
+            "https://HF.co/o/r/resolve/v1/x.safetensors?download=true",
+            "hf://models/o/r@v1/x.safetensors",
+        ),
     ],
 )
 def test_a_page_means_its_file(page: str, meant: str) -> None:
@@ -134,10 +137,15 @@ def test_a_page_of_many_versions_says_what_to_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "site", ["https://civitai.com", "https://huggingface.co", "https://www.civitai.com", "https://hf.co"]
+    "site",
+    ["https://civitai.com", "https://huggingface.co", "https://www.civitai.com", "https://hf.co"],
 )
-@pytest.mark.parametrize("form", ["{0}@{1}/x", "{0}.evil.example@{1}/x", "{0}:443@{1}/api/download/models/1"])
-def test_a_host_that_looks_like_a_site_gets_no_token_and_no_connection(tmp_path: Path, site: str, form: str) -> None:
+@pytest.mark.parametrize(
+    "form", ["{0}@{1}/x", "{0}.evil.example@{1}/x", "{0}:443@{1}/api/download/models/1"]
+)
+def test_a_host_that_looks_like_a_site_gets_no_token_and_no_connection(
+    tmp_path: Path, site: str, form: str
+) -> None:
     with (
         serving(reply(BODY)) as host,
         fetching(tmp_path, host, HF_TOKEN="t0ken", CIVITAI_TOKEN="t0ken") as fetcher,
@@ -173,7 +181,9 @@ def test_a_file_of_a_repository_is_asked_for_at_its_revision(tmp_path: Path) -> 
     assert host.asked == [f"HEAD {target}", f"GET {target}"]
 
 
-def test_the_one_lora_of_a_repository_is_taken_at_the_commit_that_was_listed(tmp_path: Path) -> None:
+def test_the_one_lora_of_a_repository_is_taken_at_the_commit_that_was_listed(
+    tmp_path: Path,
+) -> None:
     with (
         serving(repository("README.md", "lora.safetensors")) as host,
         fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher,
@@ -185,9 +195,17 @@ def test_the_one_lora_of_a_repository_is_taken_at_the_commit_that_was_listed(tmp
 
 
 def test_a_page_of_the_hub_is_understood_as_its_file(tmp_path: Path) -> None:
-    with serving(repository()) as host, fetching(tmp_path, HF_ENDPOINT=host.url, HF_TOKEN="t0ken") as fetcher:
+    with (
+        serving(repository()) as host,
+        fetching(tmp_path, HF_ENDPOINT=host.url, HF_TOKEN="t0ken") as fetcher,
+    ):
         for page in ("blob", "resolve"):
-            assert downloaded(fetcher, f"{host.url}/owner/repo/{page}/main/x.safetensors?download=true")[0] == BODY
+            assert (
+                downloaded(
+                    fetcher, f"{host.url}/owner/repo/{page}/main/x.safetensors?download=true"
+                )[0]
+                == BODY
+            )
 
     assert {request.headers["authorization"] for request in host.requests} == {"Bearer t0ken"}
 
@@ -199,7 +217,10 @@ def test_the_hub_s_digest_is_compared_with_the_bytes_and_saves_a_download(tmp_pa
         assert fetcher.fetch("hf://owner/repo/x.safetensors", io.BytesIO(), have=files.get) is here
         assert [request.method for request in host.requests] == ["HEAD"]
 
-    with serving(repository(linked="0" * 64)) as host, fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher:
+    with (
+        serving(repository(linked="0" * 64)) as host,
+        fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher,
+    ):
         assert type(failure(fetcher, "hf://owner/repo/x.safetensors")) is LoraCorrupt
 
 
@@ -209,19 +230,28 @@ def test_a_repository_that_has_another_name_now_is_followed_with_the_token(tmp_p
             return reply(status=307, Location=request.target.replace("old", "new"))
         return repository()(request)
 
-    with serving(renamed) as host, fetching(tmp_path, HF_ENDPOINT=host.url, HF_TOKEN="t0ken") as fetcher:
+    with (
+        serving(renamed) as host,
+        fetching(tmp_path, HF_ENDPOINT=host.url, HF_TOKEN="t0ken") as fetcher,
+    ):
         assert downloaded(fetcher, "hf://owner/old/x.safetensors")[0] == BODY
 
     assert host.asked[-1] == "GET /owner/new/resolve/main/x.safetensors"
     assert {request.headers["authorization"] for request in host.requests} == {"Bearer t0ken"}
 
 
-@pytest.mark.parametrize("location", ["http://[", "https://h:x/", "//", "\xff", "", "http://\xe2\x84\x80/x"])
-def test_a_hub_that_answers_head_with_a_strange_location_breaks_nothing(tmp_path: Path, location: str) -> None:
+@pytest.mark.parametrize(
+    "location", ["http://[", "https://h:x/", "//", "\xff", "", "http://\xe2\x84\x80/x"]
+)
+def test_a_hub_that_answers_head_with_a_strange_location_breaks_nothing(
+    tmp_path: Path, location: str
+) -> None:
     for status in (200, 302):
 
         def answer(request: Request, status: int = status) -> bytes:
-            return reply(status=status, Location=location) if request.method == "HEAD" else reply(BODY)
+            return (
+                reply(status=status, Location=location) if request.method == "HEAD" else reply(BODY)
+            )
 
         with serving(answer) as host, fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher:
             try:
@@ -240,10 +270,23 @@ def test_a_hub_that_answers_head_with_a_strange_location_breaks_nothing(tmp_path
         (b'{"siblings":[' + b'{"x":' * 100_000, LoraNotFound),
         (b'{"siblings":[{"rfilename":"a.bin"}]}', NotSafetensors),
         (b'{"siblings":[{"rfilename":"../../../x/a.safetensors"}]}', NotSafetensors),
-        (b'{"siblings":[{"rfilename":"a.safetensors"},{"rfilename":"b.safetensors"}]}', LoraNotFound),
+        (
+            b'{"siblings":[{"rfilename":"a.safetensors"},{"rfilename":"b.safetensors"}]}',
+            LoraNotFound,
+        ),
         (b" " * (8 * 2**20 + 1), LoraTooLarge),
     ],
-    ids=["empty", "a page", "no UTF-8", "deep", "deep list", "no LoRA", "climbs", "two LoRAs", "large"],
+    ids=[
+        "empty",
+        "a page",
+        "no UTF-8",
+        "deep",
+        "deep list",
+        "no LoRA",
+        "climbs",
+        "two LoRAs",
+        "large",
+    ],
 )
 def test_a_list_of_files_that_names_no_one_lora_is_a_typed_error(
     tmp_path: Path, listing: bytes, kind: type[Exception]
@@ -256,7 +299,10 @@ def test_a_list_of_files_that_names_no_one_lora_is_a_typed_error(
 
 def test_a_list_of_files_that_breaks_off_is_unreachable(tmp_path: Path) -> None:
     """Never taken for a repository that has no LoRA."""
-    with serving(reply(b'{"siblings":[', length=100)) as host, fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher:
+    with (
+        serving(reply(b'{"siblings":[', length=100)) as host,
+        fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher,
+    ):
         assert type(failure(fetcher, "hf://owner/repo")) is LoraUnreachable
 
     assert len(host.requests) == 3
@@ -279,7 +325,8 @@ def test_the_short_name_of_the_hub_means_the_public_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["civitai://128713", "{0}/api/download/models/128713", "{0}/models/9/a?modelVersionId=128713"]
+    "form",
+    ["civitai://128713", "{0}/api/download/models/128713", "{0}/models/9/a?modelVersionId=128713"],
 )
 def test_a_version_is_one_download_however_it_is_written(tmp_path: Path, form: str) -> None:
     with (
@@ -293,7 +340,10 @@ def test_a_version_is_one_download_however_it_is_written(tmp_path: Path, form: s
 
 
 def test_the_query_of_a_download_is_kept_and_told_to_nobody(tmp_path: Path) -> None:
-    with serving(reply(status=401)) as host, fetching(tmp_path, ZLORA_CIVITAI_URL=host.url) as fetcher:
+    with (
+        serving(reply(status=401)) as host,
+        fetching(tmp_path, ZLORA_CIVITAI_URL=host.url) as fetcher,
+    ):
         error = failure(fetcher, f"{host.url}/api/download/models/7?type=Model&token=s3cret")
 
     assert type(error) is LoraForbidden

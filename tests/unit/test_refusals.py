@@ -42,7 +42,10 @@ def nothing_stays(engine: Engine, tmp_path: Path) -> Iterator[None]:
         yield
     base = snapshot(engine)
     layers = lora_files.layers_for(base)[::40]
-    lora = read(engine, write(tmp_path / "next", lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})))
+    lora = read(
+        engine,
+        write(tmp_path / "next", lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})),
+    )
     expected = merged_by_hand(base, layers, dict.fromkeys(lora.modules, 1.0), with_alpha=True)
     require_equal(merged(engine, lora), base, expected)
 
@@ -88,8 +91,12 @@ def named(module: str, tensors: Tensors) -> Tensors:
 # --- another base
 
 
-@pytest.mark.parametrize(("family", "width"), [("SD 1.x", 768), ("SD 2.x", 1024), ("SDXL", 2048), ("another", 4096)])
-@pytest.mark.parametrize("module", [KEY, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v"])
+@pytest.mark.parametrize(
+    ("family", "width"), [("SD 1.x", 768), ("SD 2.x", 1024), ("SDXL", 2048), ("another", 4096)]
+)
+@pytest.mark.parametrize(
+    "module", [KEY, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v"]
+)
 def test_a_file_for_another_width_of_text_names_its_base_and_both_widths(
     engine: Engine, tmp_path: Path, module: str, family: str, width: int
 ) -> None:
@@ -99,13 +106,17 @@ def test_a_file_for_another_width_of_text_names_its_base_and_both_widths(
 
 
 @pytest.mark.parametrize("landing", [True, False], ids=["some land", "none lands"])
-def test_a_whole_sd15_file_is_refused_in_one_sentence(engine: Engine, tmp_path: Path, landing: bool) -> None:
+def test_a_whole_sd15_file_is_refused_in_one_sentence(
+    engine: Engine, tmp_path: Path, landing: bool
+) -> None:
     """192 modules with the names that this model has, or that it lacks."""
     tensors: Tensors = {}
     for level, depth in ((1, 2), (2, 2)) if landing else ((0, 2), (3, 2)):
         for layer in range(depth):
             block = f"lora_unet_down_blocks_{level}_attentions_{layer}_transformer_blocks_0"
-            tensors |= lora_of(f"{block}_attn1_to_q", 320, 320) | lora_of(f"{block}_attn2_to_k", 320, 768)
+            tensors |= lora_of(f"{block}_attn1_to_q", 320, 320) | lora_of(
+                f"{block}_attn2_to_k", 320, 768
+            )
 
     message = refusal(engine, write(tmp_path / "a", tensors))
 
@@ -124,7 +135,9 @@ def test_a_whole_sd15_file_is_refused_in_one_sentence(engine: Engine, tmp_path: 
         ("Z-Image", "diffusion_model.layers.0.attention.to_q"),
     ],
 )
-def test_another_architecture_is_named_by_its_layers(engine: Engine, tmp_path: Path, family: str, module: str) -> None:
+def test_another_architecture_is_named_by_its_layers(
+    engine: Engine, tmp_path: Path, family: str, module: str
+) -> None:
     for number, (down, up) in enumerate((("lora_down", "lora_up"), ("lora_A", "lora_B"))):
         tensors = named(module, random(**{f"{down}.weight": (2, 64), f"{up}.weight": (64, 2)}))
 
@@ -146,7 +159,9 @@ def test_another_base_is_named_by_the_header_where_shapes_tell_nothing(
     engine: Engine, tmp_path: Path, field: str, text: str, family: str
 ) -> None:
     tensors = lora_of(QUERY, 320, 320)
-    save_file(tensors, tmp_path / "a", metadata={field: text + "\nCRITICAL all is lost" + "x" * 5000})
+    save_file(
+        tensors, tmp_path / "a", metadata={field: text + "\nCRITICAL all is lost" + "x" * 5000}
+    )
 
     assert f"made for {family}" in refusal(engine, tmp_path / "a")
 
@@ -181,7 +196,11 @@ def test_what_lands_nowhere_is_refused_or_listed_and_the_rest_used(
 
 def changed(engine: Engine, lora: Lora) -> State:
     base = snapshot(engine)
-    return {weight: tensor for weight, tensor in merged(engine, lora).items() if not torch.equal(tensor, base[weight])}
+    return {
+        weight: tensor
+        for weight, tensor in merged(engine, lora).items()
+        if not torch.equal(tensor, base[weight])
+    }
 
 
 def test_a_message_shows_a_few_of_many_names(engine: Engine, tmp_path: Path) -> None:
@@ -193,7 +212,9 @@ def test_a_message_shows_a_few_of_many_names(engine: Engine, tmp_path: Path) -> 
     assert "900" in refusal(engine, write(tmp_path / "b", stray))
 
 
-@pytest.mark.parametrize("bad", [{f"{TEXT[0].kohya}.lora_up.weight": torch.randn(7, 2)}, {}], ids=["shape", "half"])
+@pytest.mark.parametrize(
+    "bad", [{f"{TEXT[0].kohya}.lora_up.weight": torch.randn(7, 2)}, {}], ids=["shape", "half"]
+)
 def test_a_file_whose_unet_is_good_and_text_encoder_bad_is_refused_whole(
     engine: Engine, tmp_path: Path, bad: Tensors
 ) -> None:
@@ -221,13 +242,17 @@ def test_a_number_that_is_none_is_refused_by_its_tensor(
 @pytest.mark.parametrize("tensor", [torch.full((32, 2), 1e300, dtype=torch.float64),
                                     torch.tensor(NAN).expand(32, 2).to(torch.float8_e4m3fn),
                                     torch.tensor(INF).expand(32, 2).to(torch.float8_e5m2)])  # fmt: skip
-def test_nan_and_inf_are_found_in_every_precision(engine: Engine, tmp_path: Path, tensor: torch.Tensor) -> None:
+def test_nan_and_inf_are_found_in_every_precision(
+    engine: Engine, tmp_path: Path, tensor: torch.Tensor
+) -> None:
     tensors = lora_of(QUERY, 32, 32) | {f"{QUERY}.lora_up.weight": tensor}
 
     assert "lora_up" in refusal(engine, write(tmp_path / "a", tensors))
 
 
-def test_finite_numbers_whose_change_is_not_finite_are_refused(engine: Engine, tmp_path: Path) -> None:
+def test_finite_numbers_whose_change_is_not_finite_are_refused(
+    engine: Engine, tmp_path: Path
+) -> None:
     tensors = kohya_lora()
     tensors |= {key: torch.tensor(3e38) for key in tensors if key.endswith(".alpha")}
 
@@ -237,8 +262,13 @@ def test_finite_numbers_whose_change_is_not_finite_are_refused(engine: Engine, t
 STILL: Final = {
     "LoRA up": {"lora_up.weight": torch.zeros(32, 2), "lora_down.weight": torch.ones(2, 32)},
     "LoRA down": {"lora_up.weight": torch.ones(32, 2), "lora_down.weight": torch.zeros(2, 32)},
-    "alpha": {"lora_up.weight": torch.ones(32, 2), "lora_down.weight": torch.ones(2, 32), "alpha": torch.tensor(0.0)},
-    "LoHa": random(hada_w1_a=(32, 2), hada_w1_b=(2, 32), hada_w2_b=(2, 32)) | {"hada_w2_a": torch.zeros(32, 2)},
+    "alpha": {
+        "lora_up.weight": torch.ones(32, 2),
+        "lora_down.weight": torch.ones(2, 32),
+        "alpha": torch.tensor(0.0),
+    },
+    "LoHa": random(hada_w1_a=(32, 2), hada_w1_b=(2, 32), hada_w2_b=(2, 32))
+    | {"hada_w2_a": torch.zeros(32, 2)},
     "LoKr": random(lokr_w1=(4, 4), lokr_w2_a=(8, 1)) | {"lokr_w2_b": torch.zeros(1, 8)},
     "LoKr's w1": random(lokr_w2=(8, 8)) | {"lokr_w1": torch.zeros(4, 4)},
     "full": {"diff": torch.zeros(32, 32)},
@@ -247,7 +277,9 @@ STILL: Final = {
 
 
 @pytest.mark.parametrize("tensors", STILL.values(), ids=STILL)
-def test_a_file_that_changes_nothing_is_refused(engine: Engine, tmp_path: Path, tensors: Tensors) -> None:
+def test_a_file_that_changes_nothing_is_refused(
+    engine: Engine, tmp_path: Path, tensors: Tensors
+) -> None:
     module = f"{BLOCK}attn1_to_out_0"
 
     assert "changes nothing" in refusal(engine, write(tmp_path / "a", named(module, tensors)))
@@ -257,7 +289,8 @@ def test_a_file_that_changes_nothing_is_refused(engine: Engine, tmp_path: Path, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("part", "by_input"), [("dora_scale", False), ("dora_scale", True), ("lora_magnitude_vector", False)]
+    ("part", "by_input"),
+    [("dora_scale", False), ("dora_scale", True), ("lora_magnitude_vector", False)],
 )
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_untrained_dora_changes_nothing_and_a_trained_magnitude_is_enough(
@@ -277,7 +310,9 @@ def test_an_untrained_dora_changes_nothing_and_a_trained_magnitude_is_enough(
         assert "changes nothing" in refusal(engine, path)
     else:
         weight = merged(engine, read(engine, path))["unet", f"{KERNEL_NAME}.weight"]
-        torch.testing.assert_close(weight, base * 1.25, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
+        torch.testing.assert_close(
+            weight, base * 1.25, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6
+        )
 
 
 # --- kinds
@@ -300,7 +335,9 @@ def test_a_kind_that_is_not_supported_is_named(
 
     layer = torch.nn.Linear(32, 32)
     one = getattr(lycoris.modules, name)(QUERY, layer, **options)
-    tensors = {f"{QUERY}.{key}": tensor.detach().float() for key, tensor in one.state_dict().items()}
+    tensors = {
+        f"{QUERY}.{key}": tensor.detach().float() for key, tensor in one.state_dict().items()
+    }
 
     assert kind in refusal(engine, write(tmp_path / "a", tensors))
     assert kind in refusal(engine, write(tmp_path / "b", lora_of(KEY, 32, 80) | tensors))
@@ -308,7 +345,13 @@ def test_a_kind_that_is_not_supported_is_named(
 
 @pytest.mark.parametrize(
     ("kind", "part"),
-    [("OFT", "oft_R.weight"), ("OFT", "oft_r"), ("BOFT", "boft_R"), ("IA3", "ia3_l"), ("VeRA", "vera_lambda_b")],
+    [
+        ("OFT", "oft_R.weight"),
+        ("OFT", "oft_r"),
+        ("BOFT", "boft_R"),
+        ("IA3", "ia3_l"),
+        ("VeRA", "vera_lambda_b"),
+    ],
 )
 def test_pefts_names_of_a_kind_that_is_not_supported_are_known(
     engine: Engine, tmp_path: Path, kind: str, part: str
@@ -369,7 +412,9 @@ UNFIT: Final = {
 
 
 @pytest.mark.parametrize("tensors", UNFIT.values(), ids=UNFIT)
-def test_tensors_that_make_no_change_of_the_model_are_refused(engine: Engine, tmp_path: Path, tensors: Tensors) -> None:
+def test_tensors_that_make_no_change_of_the_model_are_refused(
+    engine: Engine, tmp_path: Path, tensors: Tensors
+) -> None:
     refusal(engine, write(tmp_path / "a", tensors))
 
 
@@ -395,9 +440,13 @@ def test_a_small_file_that_means_a_huge_product_is_refused_before_it_is_made(
     assert "20000" in refusal(engine, write(tmp_path / "a", tensors))
 
 
-def test_a_rank_far_above_the_weights_size_takes_no_gram_matrix_of_it(engine: Engine, tmp_path: Path) -> None:
+def test_a_rank_far_above_the_weights_size_takes_no_gram_matrix_of_it(
+    engine: Engine, tmp_path: Path
+) -> None:
     """Of 20,000 by 20,000 numbers it would be: 1.6 GB."""
-    tensors = named(QUERY, random(**{"lora_down.weight": (20_000, 32), "lora_up.weight": (32, 20_000)}))
+    tensors = named(
+        QUERY, random(**{"lora_down.weight": (20_000, 32), "lora_up.weight": (32, 20_000)})
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     read(engine, write(tmp_path / "a", tensors))
@@ -405,13 +454,22 @@ def test_a_rank_far_above_the_weights_size_takes_no_gram_matrix_of_it(engine: En
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
 
 
-def test_a_kernel_of_other_sides_is_refused_though_its_numbers_are_as_many(engine: Engine, tmp_path: Path) -> None:
+def test_a_kernel_of_other_sides_is_refused_though_its_numbers_are_as_many(
+    engine: Engine, tmp_path: Path
+) -> None:
     """As channels-last tools write it: it would be scrambled."""
-    assert "3x16" in refusal(engine, write(tmp_path / "a", {f"{KERNEL}.diff": torch.ones(32, 3, 3, 16)}))
+    assert "3x16" in refusal(
+        engine, write(tmp_path / "a", {f"{KERNEL}.diff": torch.ones(32, 3, 3, 16)})
+    )
 
 
-def test_integers_that_land_nowhere_are_no_reason_where_a_part_may(engine: Engine, tmp_path: Path) -> None:
-    strays = {"text_model.embeddings.position_ids": torch.arange(77), "global_step": torch.tensor(3)}
+def test_integers_that_land_nowhere_are_no_reason_where_a_part_may(
+    engine: Engine, tmp_path: Path
+) -> None:
+    strays = {
+        "text_model.embeddings.position_ids": torch.arange(77),
+        "global_step": torch.tensor(3),
+    }
 
     found = read(engine, write(tmp_path / "a", kohya_lora() | strays))
 
@@ -450,12 +508,16 @@ HOSTILE: Final = {
     "alpha is Inf": '{"unet.lora_alpha": 1e999}',
     "alpha is beyond floats": '{"unet.lora_alpha": 1' + "0" * 400 + "}",
     "a pattern's alpha is NaN": '{"unet.alpha_pattern": {"attn1.to_q": NaN}}',
-    "a pattern's alpha is beyond floats": '{"unet.alpha_pattern": {"attn1.to_q": 1' + "0" * 400 + "}}",
+    "a pattern's alpha is beyond floats": '{"unet.alpha_pattern": {"attn1.to_q": 1'
+    + "0" * 400
+    + "}}",
 }
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_configuration_that_cannot_be_meant_is_refused_at_once(engine: Engine, tmp_path: Path, text: str) -> None:
+def test_a_configuration_that_cannot_be_meant_is_refused_at_once(
+    engine: Engine, tmp_path: Path, text: str
+) -> None:
     """Expressions of strangers are not run: one can take for ever."""
     save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": text})
     start = time.monotonic()
@@ -466,7 +528,11 @@ def test_a_configuration_that_cannot_be_meant_is_refused_at_once(engine: Engine,
 
 
 def test_modules_to_save_and_other_settings_do_nothing(engine: Engine, tmp_path: Path) -> None:
-    config = {"unet.modules_to_save": ["conv_out", "__import__('os')"], "unet.r": 99, "unet.target_modules": REGEX}
+    config = {
+        "unet.modules_to_save": ["conv_out", "__import__('os')"],
+        "unet.r": 99,
+        "unet.target_modules": REGEX,
+    }
     save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": json.dumps(config)})
     plain = read(engine, write(tmp_path / "b", peft_lora()))
 
@@ -480,7 +546,10 @@ def test_modules_to_save_and_other_settings_do_nothing(engine: Engine, tmp_path:
 def test_a_long_name_costs_no_time(engine: Engine, tmp_path: Path, name: str) -> None:
     start = time.monotonic()
 
-    refusal(engine, write(tmp_path / "a", {name: torch.ones(2), f"{name}.lora_down.weight": torch.ones(2)}))
+    refusal(
+        engine,
+        write(tmp_path / "a", {name: torch.ones(2), f"{name}.lora_down.weight": torch.ones(2)}),
+    )
 
     assert time.monotonic() - start < 5
 
@@ -502,7 +571,10 @@ DAMAGED: Final = {
     "cut in the header": (GOOD[:40], "damaged"),
     "longer": (GOOD + b"\0", "damaged"),
     "web page": (b"<!DOCTYPE html><title>Log in</title>" * 10, "web page"),
-    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs"),
+    "git-lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "git-lfs",
+    ),
     "pickle": (_pickle(), "pickle"),
     "99 MB of header": ((99 * 2**20).to_bytes(8, "little") + b"{" * 2**10, "header"),
     "a header of no JSON": ((4).to_bytes(8, "little") + b"{{{{", "JSON"),
@@ -519,7 +591,9 @@ def test_a_file_that_is_no_sound_safetensors_says_what_it_is(
 
 
 @pytest.mark.parametrize("odd", range(1, 8))
-def test_tensors_that_lie_at_odd_addresses_are_read(engine: Engine, tmp_path: Path, odd: int) -> None:
+def test_tensors_that_lie_at_odd_addresses_are_read(
+    engine: Engine, tmp_path: Path, odd: int
+) -> None:
     """A header may have any length, and then no number of the file is aligned."""
     length = int.from_bytes(GOOD[:8], "little")
     header = GOOD[8 : 8 + length].rstrip()

@@ -9,7 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from fakes import Tensors, a_request, copy_model, kohya_lora, load_engine, peft_lora, settings, write
+from fakes import (
+    Tensors,
+    a_request,
+    copy_model,
+    kohya_lora,
+    load_engine,
+    peft_lora,
+    settings,
+    write,
+)
 from PIL import Image
 from redrawing import Drawing, recipe_in, rewritten, silent
 from safetensors.torch import load_file
@@ -23,7 +32,10 @@ from zlora_worker.replay import Redrawn, Replay, Replayer
 from zlora_worker.settings import Settings
 from zlora_worker.subjects import Subject, subjects
 
-LOSSLESS: list[dict[str, Any]] = [{"output_format": "png"}, {"output_format": "webp", "lossless": True}]
+LOSSLESS: list[dict[str, Any]] = [
+    {"output_format": "png"},
+    {"output_format": "webp", "lossless": True},
+]
 LOSSY: list[dict[str, Any]] = [
     {"output_format": "jpeg"},
     {"output_format": "webp"},
@@ -54,7 +66,9 @@ def machine(model_home: Path, tmp_path: Path) -> Settings:
 def draw(drawing: Drawing, machine: Settings, tmp_path: Path) -> Callable[..., list[Path]]:
     """The pictures of a job, drawn on that machine or another."""
 
-    def drawn(request: GenerateRequest | None = None, *, its: Settings = machine, job_id: str = "job") -> list[Path]:
+    def drawn(
+        request: GenerateRequest | None = None, *, its: Settings = machine, job_id: str = "job"
+    ) -> list[Path]:
         return drawing(tmp_path, its, request or a_request(seed=7), job_id)
 
     return drawn
@@ -114,16 +128,25 @@ def test_the_pictures_of_a_manifest_are_drawn_again(
     manifest = paths[0].parents[1] / "manifest.json"
     told = [redrawn(subject, engine, machine).replay for subject in subjects(manifest)]
 
-    assert [(one.verdict, one.index, one.seed) for one in told] == [("identical", 0, 40), ("identical", 1, 41)]
-    assert [(one.source, one.file) for one in told] == [
-        (str(path), str(path)) if there else (f"{manifest}, index {index}", None) for index, path in enumerate(paths)
+    assert [(one.verdict, one.index, one.seed) for one in told] == [
+        ("identical", 0, 40),
+        ("identical", 1, 41),
     ]
-    assert {(one.mean_difference, one.edited) for one in told} == {(0, False) if there else (None, None)}
+    assert [(one.source, one.file) for one in told] == [
+        (str(path), str(path)) if there else (f"{manifest}, index {index}", None)
+        for index, path in enumerate(paths)
+    ]
+    assert {(one.mean_difference, one.edited) for one in told} == {
+        (0, False) if there else (None, None)
+    }
 
 
 @pytest.mark.parametrize("fields", [LOSSLESS[0], LOSSY[0]], ids=str)
 def test_without_a_hash_files_are_compared(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], engine: Engine, fields: dict[str, Any]
+    draw: Callable[..., list[Path]],
+    again: Callable[..., Replay],
+    engine: Engine,
+    fields: dict[str, Any],
 ) -> None:
     """Whether one was edited cannot be told then."""
     (path,) = draw(a_request(seed=7, **fields))
@@ -163,7 +186,11 @@ def test_a_recorded_number_of_threads_is_drawn_with(
 
 
 def test_another_base_is_named(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], model_home: Path, engine: Engine, tmp_path: Path
+    draw: Callable[..., list[Path]],
+    again: Callable[..., Replay],
+    model_home: Path,
+    engine: Engine,
+    tmp_path: Path,
 ) -> None:
     """One weight of it is enough. Both are told by name and digest."""
     (path,) = draw()
@@ -193,10 +220,16 @@ def test_another_base_is_named(
     ],
 )
 def test_a_lora_that_is_gone_or_another_file_is_named(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], tmp_path: Path, now: bytes | None, code: str
+    draw: Callable[..., list[Path]],
+    again: Callable[..., Replay],
+    tmp_path: Path,
+    now: bytes | None,
+    code: str,
 ) -> None:
     """By its error, without the secrets of its address. Where the cache still has it, it is drawn with."""
-    one, other = (write(tmp_path / kind.__name__, kind()).read_bytes() for kind in (kohya_lora, peft_lora))
+    one, other = (
+        write(tmp_path / kind.__name__, kind()).read_bytes() for kind in (kohya_lora, peft_lora)
+    )
     answers = [reply(one), now or reply(other)]
     with serving(lambda _: answers[0]) as host:
         here, elsewhere = (
@@ -230,14 +263,25 @@ def test_a_lora_that_is_not_pinned_is_named(
     write(file, peft_lora(ranks=(4,)))
     other = again(path)
 
-    assert same.causes == ("a LoRA's file is not recorded, only its address, which changed nothing",)
-    assert (other.verdict, other.causes) == ("drifted", ("a LoRA's file is not recorded, only its address",))
+    assert same.causes == (
+        "a LoRA's file is not recorded, only its address, which changed nothing",
+    )
+    assert (other.verdict, other.causes) == (
+        "drifted",
+        ("a LoRA's file is not recorded, only its address",),
+    )
 
 
 DIFFERENCES: list[tuple[dict[str, Any], str]] = [
-    ({"versions": {"torch": "1.0", "diffusers": metadata.version("diffusers")}}, f"torch: 1.0 -> {torch.__version__}"),
+    (
+        {"versions": {"torch": "1.0", "diffusers": metadata.version("diffusers")}},
+        f"torch: 1.0 -> {torch.__version__}",
+    ),
     ({"versions": {"some-engine": "3"}}, "some-engine: 3 -> not told"),
-    ({"device": "NVIDIA H100"}, f"device: NVIDIA H100 -> cpu {torch.backends.cpu.get_cpu_capability()}"),
+    (
+        {"device": "NVIDIA H100"},
+        f"device: NVIDIA H100 -> cpu {torch.backends.cpu.get_cpu_capability()}",
+    ),
     ({"dtype": "float16"}, "dtype: float16 -> float32"),
     ({"threads": 10**9}, "threads: 1000000000 -> 1"),
     ({"threads": None}, "threads: not told -> 1"),
@@ -246,9 +290,14 @@ DIFFERENCES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "sentence"), DIFFERENCES, ids=[sentence for _, sentence in DIFFERENCES])
+@pytest.mark.parametrize(
+    ("fields", "sentence"), DIFFERENCES, ids=[sentence for _, sentence in DIFFERENCES]
+)
 def test_whatever_is_recorded_and_differs_is_named(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], fields: dict[str, Any], sentence: str
+    draw: Callable[..., list[Path]],
+    again: Callable[..., Replay],
+    fields: dict[str, Any],
+    sentence: str,
 ) -> None:
     """As a cause where the pixels differ; where they are the same, it changed nothing."""
     (path,) = draw()
@@ -264,7 +313,10 @@ def test_whatever_is_recorded_and_differs_is_named(
 
 
 def test_a_picture_that_was_decoded_in_tiles_is_again(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], engine: Engine, monkeypatch: pytest.MonkeyPatch
+    draw: Callable[..., list[Path]],
+    again: Callable[..., Replay],
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tiles are told as a cause where it drifts all the same, and where they are new. Nothing of it stays."""
     decode = engine._decode_whole
@@ -333,7 +385,10 @@ def folded(picture: Image.Image) -> Image.Image:
 @pytest.mark.parametrize("fields", LOSSLESS + LOSSY, ids=str)
 @pytest.mark.parametrize("edit", [lambda picture: picture.crop((0, 0, 32, 64)), folded])
 def test_a_file_of_another_size_is_edited(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], fields: dict[str, Any], edit: Edit
+    draw: Callable[..., list[Path]],
+    again: Callable[..., Replay],
+    fields: dict[str, Any],
+    edit: Edit,
 ) -> None:
     """There is no difference between pixels to tell then. What it says of itself is its old size."""
     told = again(rewritten(draw(a_request(seed=7, **fields))[0], edit=edit))
@@ -343,13 +398,18 @@ def test_a_file_of_another_size_is_edited(
 
 
 def seen_through(alpha: int) -> Edit:
-    return lambda picture: Image.merge("RGBA", (*picture.split(), Image.new("L", picture.size, alpha)))
+    return lambda picture: Image.merge(
+        "RGBA", (*picture.split(), Image.new("L", picture.size, alpha))
+    )
 
 
 @pytest.mark.parametrize("fields", [*LOSSLESS, LOSSY[1]], ids=str)
 @pytest.mark.parametrize("alpha", [0, 254])
 def test_a_file_that_is_not_opaque_is_edited(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], fields: dict[str, Any], alpha: int
+    draw: Callable[..., list[Path]],
+    again: Callable[..., Replay],
+    fields: dict[str, Any],
+    alpha: int,
 ) -> None:
     """Though its colours are those that were drawn; also where no hash is recorded."""
     (path,) = draw(a_request(seed=7, **fields))
@@ -357,7 +417,12 @@ def test_a_file_that_is_not_opaque_is_edited(
     told = again(rewritten(path, edit=seen_through(alpha)))
     unrecorded = again(rewritten(path, edit=seen_through(alpha), pixels_sha256=None))
 
-    assert (told.verdict, told.edited, unrecorded.verdict, unrecorded.edited) == ("drifted", True, "drifted", True)
+    assert (told.verdict, told.edited, unrecorded.verdict, unrecorded.edited) == (
+        "drifted",
+        True,
+        "drifted",
+        True,
+    )
     assert told.pixels_sha256 == told.recorded_pixels_sha256
     assert told.causes == ("the file was edited after it was drawn: it is not opaque",)
     assert (told.greatest_difference or 0) >= 255 - alpha
@@ -380,7 +445,12 @@ def test_a_file_of_another_mode_is_edited_where_it_shows_another_picture(
 
 @pytest.mark.parametrize(("named", "loaded"), [(False, "demo"), (True, "some/base")])
 def test_the_demo_draws_its_own_where_no_base_is_named(
-    draw: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch, machine: Settings, *, named: bool, loaded: str
+    draw: Callable[..., list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Settings,
+    *,
+    named: bool,
+    loaded: str,
 ) -> None:
     """A picture's word is taken for nothing else: the base is the operator's choice."""
     asked = list[tuple[str, str]]()
@@ -390,8 +460,13 @@ def test_the_demo_draws_its_own_where_no_base_is_named(
         raise ModelUnavailable
 
     monkeypatch.setattr(checkpoint, "load", load)
-    replayer = Replayer(dataclasses.replace(machine, model="some/base", vae="a-vae"), model_named=named)
-    for path in (rewritten(*draw(), model="demo"), rewritten(*draw(job_id="strange"), model="strange/base")):
+    replayer = Replayer(
+        dataclasses.replace(machine, model="some/base", vae="a-vae"), model_named=named
+    )
+    for path in (
+        rewritten(*draw(), model="demo"),
+        rewritten(*draw(job_id="strange"), model="strange/base"),
+    ):
         with pytest.raises(ModelUnavailable):
             replayer.replay(subjects(path)[0], silent)
 

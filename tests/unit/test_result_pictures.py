@@ -90,7 +90,9 @@ def test_other_bytes_than_the_result_names_are_refused(body: bytes) -> None:
 
 def test_no_more_is_taken_than_the_picture_s_size() -> None:
     """A server that goes on for ever is left."""
-    with serving(lambda _: itertools.chain([reply(length=None)], itertools.repeat(bytes(65_536)))) as host:
+    with serving(
+        lambda _: itertools.chain([reply(length=None)], itertools.repeat(bytes(65_536)))
+    ) as host:
         assert refusal(image(url=f"{host.url}/0.png"))
 
 
@@ -147,7 +149,10 @@ def test_pictures_are_saved_under_job_and_index(tmp_path: Path) -> None:
     (folder / "job-1-0.png").write_bytes(b"older")
     (folder / "any").touch()
 
-    paths = pictures.save(result(image(data_uri=inline()), image(data_uri=inline(), content_type="image/webp")), folder)
+    paths = pictures.save(
+        result(image(data_uri=inline()), image(data_uri=inline(), content_type="image/webp")),
+        folder,
+    )
 
     assert [path.name for path in paths] == ["job-1-0.png", "job-1-1.webp"]
     assert [path.read_bytes() for path in paths] == [DATA, DATA]
@@ -162,13 +167,17 @@ def test_what_cannot_be_brought_here_replaces_nothing(tmp_path: Path) -> None:
         pictures.save(result(image(data_uri=inline(b"others"))), tmp_path)
     assert raised.value.details["job_id"] == "job-1"
 
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("job-1-0.png", b"older")]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        ("job-1-0.png", b"older")
+    ]
 
 
 def test_a_result_names_no_path_outside_the_folder(tmp_path: Path) -> None:
     with pytest.raises(InvalidJobId):
         pictures.save(result(image(data_uri=inline()), job_id="../job-1"), tmp_path / "folder")
     with pytest.raises(PictureUnavailable, match="no picture but"):
-        pictures.save(result(image(data_uri=inline(), content_type="image/../../x")), tmp_path / "folder")
+        pictures.save(
+            result(image(data_uri=inline(), content_type="image/../../x")), tmp_path / "folder"
+        )
 
     assert not list(tmp_path.rglob("*job*"))

@@ -36,7 +36,9 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def runtime(engine: Engine, store: MemoryStore, model_home: Path, tmp_path: Path) -> Runtime:
-    cache = Cache(tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(model_home)))
+    cache = Cache(
+        tmp_path / "loras", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(model_home))
+    )
     return Runtime(
         engine=engine,
         cache=cache,
@@ -141,15 +143,21 @@ def test_the_first_manifest_is_the_result_of_all(runtime: Runtime, store: Memory
 def test_a_picture_of_another_request_is_not_adopted(runtime: Runtime, store: MemoryStore) -> None:
     """What a failed job left, long after its record has expired: the same id may then be another request."""
     with pytest.raises(StoreFailed):
-        generate(runtime, "job", a_request(num_images=2), raising(StoreFailed(), phase="uploading", at=1))
+        generate(
+            runtime, "job", a_request(num_images=2), raising(StoreFailed(), phase="uploading", at=1)
+        )
     other = a_request(prompt="a forest in the morning", seed=99)
 
     (image,) = generate(runtime, "job", other, silent).images
 
-    assert read(store.objects[image.key][0]).tobytes() == pixels(runtime.engine, prompt=other.prompt, seed=99)
+    assert read(store.objects[image.key][0]).tobytes() == pixels(
+        runtime.engine, prompt=other.prompt, seed=99
+    )
 
 
-def test_what_is_stored_and_is_no_picture_is_a_store_failure(runtime: Runtime, store: MemoryStore) -> None:
+def test_what_is_stored_and_is_no_picture_is_a_store_failure(
+    runtime: Runtime, store: MemoryStore
+) -> None:
     store.put_new("runs/job/outputs/0.png", b"no picture", "image/png")
 
     with pytest.raises(StoreFailed):
@@ -159,7 +167,9 @@ def test_what_is_stored_and_is_no_picture_is_a_store_failure(runtime: Runtime, s
     assert generate(runtime, "job", a_request(), silent, resumed=True).images
 
 
-def test_pictures_are_discarded_where_there_is_no_result(runtime: Runtime, store: MemoryStore) -> None:
+def test_pictures_are_discarded_where_there_is_no_result(
+    runtime: Runtime, store: MemoryStore
+) -> None:
     """A lease can be lost with Redis: another worker may end the job while this one fails or is cancelled."""
     request = a_request(num_images=2)
     result = generate(runtime, "job", request, silent)
@@ -180,12 +190,16 @@ def test_a_job_without_a_manifest_is_not_finished(runtime: Runtime, store: Memor
     assert finished(store, "job", "digest") is None
 
     with pytest.raises(StoreFailed):
-        generate(runtime, "job", a_request(num_images=2), raising(StoreFailed(), phase="uploading", at=1))
+        generate(
+            runtime, "job", a_request(num_images=2), raising(StoreFailed(), phase="uploading", at=1)
+        )
 
     assert finished(store, "job", digest_of(a_request(num_images=2))) is None
 
 
-def test_a_finished_job_is_its_result_and_of_one_request(runtime: Runtime, store: MemoryStore) -> None:
+def test_a_finished_job_is_its_result_and_of_one_request(
+    runtime: Runtime, store: MemoryStore
+) -> None:
     result = generate(runtime, "job", a_request(), silent)
 
     assert finished(store, "job", digest_of(a_request())) == result
@@ -194,14 +208,20 @@ def test_a_finished_job_is_its_result_and_of_one_request(runtime: Runtime, store
     assert raised.value.details == {"job_id": "job"}
 
 
-def test_a_manifest_from_before_there_were_digests_is_a_result(runtime: Runtime, store: MemoryStore) -> None:
-    result = msgspec.structs.replace(generate(runtime, "job", a_request(), silent), request_sha256=None)
+def test_a_manifest_from_before_there_were_digests_is_a_result(
+    runtime: Runtime, store: MemoryStore
+) -> None:
+    result = msgspec.structs.replace(
+        generate(runtime, "job", a_request(), silent), request_sha256=None
+    )
     store.objects["runs/job/manifest.json"] = (msgspec.json.encode(result), "application/json")
 
     assert finished(store, "job", "any") == result
 
 
-@pytest.mark.parametrize("manifest", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"{}", b'{"job_id": 7}'], ids=str)
+@pytest.mark.parametrize(
+    "manifest", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"{}", b'{"job_id": 7}'], ids=str
+)
 def test_a_damaged_manifest_is_a_typed_error(store: MemoryStore, manifest: bytes) -> None:
     store.put_new("runs/job/manifest.json", manifest, "application/json")
 

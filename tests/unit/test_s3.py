@@ -23,7 +23,11 @@ PICTURE: Final = "image/png"
 @pytest.fixture(autouse=True)
 def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What boto3 needs to sign a request, and nothing of this machine's own AWS; nobody waits."""
-    variables = {"AWS_DEFAULT_REGION": "eu-central-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    variables = {
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
     sign_as(monkeypatch, variables)
 
 
@@ -37,7 +41,9 @@ def s3_store(folder: Path, *hosts: Host, **variables: str) -> S3Store:
 
 def refusal(status: int, code: str) -> bytes:
     """S3's answer to a request that it does not grant."""
-    return reply(f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode(), status=status)
+    return reply(
+        f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode(), status=status
+    )
 
 
 def in_turn(*answers: bytes) -> Answer:
@@ -69,8 +75,14 @@ def test_an_s3_url_is_a_bucket_and_a_prefix(tmp_path: Path, url: str, prefix: st
         ({"ZLORA_STORE": "s3://b.ck.t"}, "https://s3.eu-central-1.amazonaws.com/b.ck.t/"),
         ({"ZLORA_S3_ADDRESSING": "path"}, "https://s3.eu-central-1.amazonaws.com/bucket/"),
         ({"ZLORA_S3_ENDPOINT": "http://s3:9000"}, "http://s3:9000/bucket/"),
-        ({"ZLORA_S3_ENDPOINT": "http://s3:9000", "ZLORA_S3_ADDRESSING": "virtual"}, "http://bucket.s3:9000/"),
-        ({"ZLORA_S3_ENDPOINT": "http://s3:9000", "ZLORA_S3_PUBLIC_ENDPOINT": "https://s3.test"}, "https://s3.test/buc"),
+        (
+            {"ZLORA_S3_ENDPOINT": "http://s3:9000", "ZLORA_S3_ADDRESSING": "virtual"},
+            "http://bucket.s3:9000/",
+        ),
+        (
+            {"ZLORA_S3_ENDPOINT": "http://s3:9000", "ZLORA_S3_PUBLIC_ENDPOINT": "https://s3.test"},
+            "https://s3.test/buc",
+        ),
     ],
     ids=[
         "AWS",
@@ -94,13 +106,19 @@ def test_a_url_is_signed_for_the_host_that_its_users_reach_and_nobody_is_asked(
     assert connections == []
 
 
-def test_without_credentials_nothing_is_signed_or_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_credentials_nothing_is_signed_or_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
 
     with serving(reply()) as host:
         store = s3_store(tmp_path, host)
-        for act in (lambda: store.url(KEY, 60), lambda: store.get(KEY), lambda: store.put_new(KEY, b"", PICTURE)):
+        for act in (
+            lambda: store.url(KEY, 60),
+            lambda: store.get(KEY),
+            lambda: store.put_new(KEY, b"", PICTURE),
+        ):
             with pytest.raises(StoreFailed, match="Unable to locate credentials"):
                 act()
 
@@ -115,7 +133,10 @@ def test_without_credentials_nothing_is_signed_or_asked(tmp_path: Path, monkeypa
         ('{"Metadata": {"a": 1}}', "Metadata"),
         ('{"Key": "x", "Body": "x", "IfNoneMatch": "x"}', "Body, IfNoneMatch, Key"),
         ('{"ContentType": "x", "ChecksumCRC32": "AAAAAA=="}', "ChecksumCRC32, ContentType"),
-        ('{"SSECustomerKey": "x", "SSECustomerAlgorithm": "AES256"}', "SSECustomerAlgorithm, SSECustomerKey"),
+        (
+            '{"SSECustomerKey": "x", "SSECustomerAlgorithm": "AES256"}',
+            "SSECustomerAlgorithm, SSECustomerKey",
+        ),
     ],
 )
 def test_put_arguments_that_s3_does_not_know_or_the_store_sets_are_refused(
@@ -128,7 +149,9 @@ def test_put_arguments_that_s3_does_not_know_or_the_store_sets_are_refused(
     assert raised.value.details == {"name": "ZLORA_S3_PUT"}
 
 
-def test_a_profile_that_is_not_there_is_an_invalid_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_that_is_not_there_is_an_invalid_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_PROFILE", "absent")
 
     with pytest.raises(InvalidSetting, match="absent"):
@@ -136,7 +159,9 @@ def test_a_profile_that_is_not_there_is_an_invalid_setting(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("part", [100, 4], ids=["in one piece", "in parts"])
-def test_an_object_is_encrypted_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+def test_an_object_is_encrypted_as_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
     monkeypatch.setattr(s3, "_PART", part)
     told = '{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "mine"}'
 
@@ -163,16 +188,29 @@ def test_an_object_is_encrypted_as_told(tmp_path: Path, monkeypatch: pytest.Monk
         ([CHANGED, reply()], True),
         ([refusal(500, "InternalError"), refusal(503, "Unavailable"), reply()], True),
     ],
-    ids=["free", "taken", "busy", "busy, taken", "dropped, taken", "dropped", "changed on the way", "server's fault"],
+    ids=[
+        "free",
+        "taken",
+        "busy",
+        "busy, taken",
+        "dropped, taken",
+        "dropped",
+        "changed on the way",
+        "server's fault",
+    ],
 )
-def test_a_write_is_conditional_and_is_tried_again(tmp_path: Path, answers: list[bytes], created: bool) -> None:
+def test_a_write_is_conditional_and_is_tried_again(
+    tmp_path: Path, answers: list[bytes], created: bool
+) -> None:
     """Where the answer is lost, the second try may meet what the first has stored: it is there, and stays."""
     with serving(in_turn(*answers)) as host:
         assert s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE) is created
 
     assert host.asked == [f"PUT /bucket/{KEY}"] * len(answers)
     assert all(request.headers["if-none-match"] == "*" for request in host.requests)
-    assert all(request.headers["x-amz-checksum-crc32"] == crc(b"picture") for request in host.requests)
+    assert all(
+        request.headers["x-amz-checksum-crc32"] == crc(b"picture") for request in host.requests
+    )
 
 
 def test_a_server_that_is_busy_is_asked_more_slowly(tmp_path: Path) -> None:
@@ -184,11 +222,22 @@ def test_a_server_that_is_busy_is_asked_more_slowly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "tries"),
-    [(BUSY, 4), (CHANGED, 4), (refusal(403, "AccessDenied"), 1), (b"", 8), (refusal(500, "InternalError"), 8)],
+    [
+        (BUSY, 4),
+        (CHANGED, 4),
+        (refusal(403, "AccessDenied"), 1),
+        (b"", 8),
+        (refusal(500, "InternalError"), 8),
+    ],
     ids=["busy", "changed", "no right", "dropped", "server's fault"],
 )
-def test_an_answer_that_stays_so_is_a_failed_store_after_some_tries(tmp_path: Path, answer: bytes, tries: int) -> None:
-    with serving(answer) as host, pytest.raises(StoreFailed, match=f"{KEY} cannot be stored in bucket") as raised:
+def test_an_answer_that_stays_so_is_a_failed_store_after_some_tries(
+    tmp_path: Path, answer: bytes, tries: int
+) -> None:
+    with (
+        serving(answer) as host,
+        pytest.raises(StoreFailed, match=f"{KEY} cannot be stored in bucket") as raised,
+    ):
         s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE)
 
     assert raised.value.retryable
@@ -197,8 +246,12 @@ def test_an_answer_that_stays_so_is_a_failed_store_after_some_tries(tmp_path: Pa
 
 # --- puts in parts
 
-CREATE: Final = b"<InitiateMultipartUploadResult><UploadId>one</UploadId></InitiateMultipartUploadResult>"
-COMPLETE: Final = b"<CompleteMultipartUploadResult><ETag>whole</ETag></CompleteMultipartUploadResult>"
+CREATE: Final = (
+    b"<InitiateMultipartUploadResult><UploadId>one</UploadId></InitiateMultipartUploadResult>"
+)
+COMPLETE: Final = (
+    b"<CompleteMultipartUploadResult><ETag>whole</ETag></CompleteMultipartUploadResult>"
+)
 GONE: Final = refusal(404, "NoSuchUpload")
 WHOLE: Final = ("POST uploads", "PUT 1", "PUT 2", "POST")  # what an upload of two parts asks
 
@@ -220,7 +273,9 @@ def steps(host: Host) -> list[str]:
     for request in host.requests:
         query = urlsplit(request.target).query
         number = re.search(r"partNumber=(\d)", query)
-        found.append(f"{request.method} {number[1] if number else 'uploads' if query == 'uploads' else ''}".strip())
+        found.append(
+            f"{request.method} {number[1] if number else 'uploads' if query == 'uploads' else ''}".strip()
+        )
     return found
 
 
@@ -235,10 +290,22 @@ def steps(host: Host) -> list[str]:
         ([GONE, reply(COMPLETE)], True, [*WHOLE, "DELETE", *WHOLE]),
         ([refusal(200, "InternalError"), reply(COMPLETE)], True, [*WHOLE, "POST"]),
     ],
-    ids=["free", "taken", "busy", "answer lost", "answer lost, and the upload", "upload lost", "late error"],
+    ids=[
+        "free",
+        "taken",
+        "busy",
+        "answer lost",
+        "answer lost, and the upload",
+        "upload lost",
+        "late error",
+    ],
 )
 def test_an_upload_in_parts_ends_as_the_object_or_meets_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[bytes], created: bool, asked: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[bytes],
+    created: bool,
+    asked: list[str],
 ) -> None:
     """S3 wants a conflict to begin anew. An upload that is gone may have become the object, and so meets it."""
     monkeypatch.setattr(s3, "_PART", 4)
@@ -247,7 +314,11 @@ def test_an_upload_in_parts_ends_as_the_object_or_meets_it(
         assert s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE) is created
 
     assert steps(host) == asked
-    ends = [request for request in host.requests if request.method == "POST" and "uploadId" in request.target]
+    ends = [
+        request
+        for request in host.requests
+        if request.method == "POST" and "uploadId" in request.target
+    ]
     assert all(request.headers["if-none-match"] == "*" for request in ends)
 
 
@@ -264,7 +335,10 @@ def test_an_upload_that_cannot_go_on_is_a_failed_store_and_is_given_up_where_s3_
 ) -> None:
     monkeypatch.setattr(s3, "_PART", 4)
 
-    with serving(parts_by(lambda _: TAKEN, part=answer)) as host, pytest.raises(StoreFailed, match="cannot be stored"):
+    with (
+        serving(parts_by(lambda _: TAKEN, part=answer)) as host,
+        pytest.raises(StoreFailed, match="cannot be stored"),
+    ):
         s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE)
 
     assert steps(host) == asked
@@ -294,14 +368,24 @@ def crc_of_parts(*parts: bytes) -> str:
         reply(b"Picture", x_amz_checksum_crc32=crc(b"picture")),
         reply(b"Picture", x_amz_checksum_crc32=crc_of_parts(b"pict", b"ure")),
     ],
-    ids=["no right", "no bucket", "no S3", "half an object", "another byte", "another byte in parts"],
+    ids=[
+        "no right",
+        "no bucket",
+        "no S3",
+        "half an object",
+        "another byte",
+        "another byte in parts",
+    ],
 )
 def test_no_other_answer_of_s3_is_taken_for_nothing_or_for_the_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
 ) -> None:
     monkeypatch.setattr(s3, "_PART", 4)
 
-    with serving(answer) as host, pytest.raises(StoreFailed, match=f"{KEY} cannot be read from bucket bucket"):
+    with (
+        serving(answer) as host,
+        pytest.raises(StoreFailed, match=f"{KEY} cannot be read from bucket bucket"),
+    ):
         s3_store(tmp_path, host).get(KEY)
 
 
@@ -311,7 +395,10 @@ def test_no_other_answer_of_s3_is_taken_for_nothing_or_for_the_object(
         (reply(b"pict", length=7), ""),
         (b"", ""),
         (reply(b"Picture", x_amz_checksum_crc32=crc(b"picture")), crc(b"picture")),
-        (reply(b"Picture", x_amz_checksum_crc32=crc_of_parts(b"pict", b"ure")), crc_of_parts(b"pict", b"ure")),
+        (
+            reply(b"Picture", x_amz_checksum_crc32=crc_of_parts(b"pict", b"ure")),
+            crc_of_parts(b"pict", b"ure"),
+        ),
         (reply(b"pict", length=7), crc_of_parts(b"pi", b"ctu", b"re")),
     ],
     ids=["half an object", "dropped", "another byte", "another byte in parts", "another's parts"],
@@ -327,7 +414,9 @@ def test_a_read_that_comes_to_harm_is_tried_again(
         assert s3_store(tmp_path, host).get(KEY) == b"picture"
 
 
-def test_a_record_of_tls_that_comes_to_harm_is_a_failed_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_tls_that_comes_to_harm_is_a_failed_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """urllib3 raises it in the middle of a body, and botocore lets it through."""
     reads: list[None] = []
 
@@ -363,6 +452,8 @@ def test_a_server_that_is_away_is_a_failed_store(tmp_path: Path, act: Act, said:
     with serving(reply()) as host:
         store = s3_store(tmp_path, host)
 
-    with pytest.raises(StoreFailed, match=f"{KEY} cannot be {said} bucket bucket: Could not connect") as raised:
+    with pytest.raises(
+        StoreFailed, match=f"{KEY} cannot be {said} bucket bucket: Could not connect"
+    ) as raised:
         act(store)
     assert raised.value.retryable

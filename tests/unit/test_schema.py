@@ -15,7 +15,14 @@ from zlora.testing import placeholder
 from zlora.webhook import body_of
 
 DOCUMENTS = sorted((Path(__file__).parents[1] / "requests").glob("*.json"))
-TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool}
+TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": int | float,
+    "boolean": bool,
+}
 URL = "https://example.com/x.safetensors"
 
 
@@ -42,7 +49,9 @@ def _named(reference: str, root: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_objects(said: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
-    return not isinstance(value, dict) or all(takes(said[name], value[name], root) for name in said if name in value)
+    return not isinstance(value, dict) or all(
+        takes(said[name], value[name], root) for name in said if name in value
+    )
 
 
 def _others(said: Any, value: Any, root: dict[str, Any], schema: dict[str, Any]) -> bool:
@@ -55,7 +64,9 @@ def _number(value: Any) -> bool:
 
 
 _RULES: dict[str, Any] = {
-    **dict.fromkeys(("$schema", "$defs", "title", "description", "default", "format"), lambda *_: True),
+    **dict.fromkeys(
+        ("$schema", "$defs", "title", "description", "default", "format"), lambda *_: True
+    ),
     "$ref": lambda said, value, root, _: takes(_named(said, root), value, root),
     "anyOf": lambda said, value, root, _: any(takes(each, value, root) for each in said),
     "enum": lambda said, value, *_: value in said,
@@ -63,7 +74,9 @@ _RULES: dict[str, Any] = {
     "required": lambda said, value, *_: not isinstance(value, dict) or set(said) <= set(value),
     "properties": lambda said, value, root, _: _of_objects(said, value, root),
     "additionalProperties": _others,
-    "items": lambda said, value, root, _: not isinstance(value, list) or all(takes(said, each, root) for each in value),
+    "items": lambda said, value, root, _: (
+        not isinstance(value, list) or all(takes(said, each, root) for each in value)
+    ),
     "maxItems": lambda said, value, *_: not isinstance(value, list) or len(value) <= said,
     "minLength": lambda said, value, *_: not isinstance(value, str) or len(value) >= said,
     "maxLength": lambda said, value, *_: not isinstance(value, str) or len(value) <= said,
@@ -141,7 +154,9 @@ def test_an_error_and_a_webhook_are_taken(end: ZloraError | None) -> None:
     made = placeholder("job-1", read_request({"prompt": "x", "inline": True}))
 
     assert takes(hook, json.loads(body_of("job-1", end or made, at=1.0)), hook)
-    assert not takes(hook, {"type": "job.dreamt", "timestamp": "", "data": {"job_id": "job-1"}}, hook)
+    assert not takes(
+        hook, {"type": "job.dreamt", "timestamp": "", "data": {"job_id": "job-1"}}, hook
+    )
     assert end is None or takes(error, end.as_document(), error)
     assert not takes(error, {"code": "internal"}, error)
 

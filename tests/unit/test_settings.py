@@ -51,7 +51,10 @@ VALUES: dict[str, tuple[str, object]] = {
     "look_ahead": ("0", 0),
     "patch": ("inplace", "inplace"),
     "base_check": ("all", "all"),
-    "allow_hosts": ("Example.COM, 10.0.0.1:8080,,[::1]:80", frozenset({"example.com", "10.0.0.1:8080", "[::1]:80"})),
+    "allow_hosts": (
+        "Example.COM, 10.0.0.1:8080,,[::1]:80",
+        frozenset({"example.com", "10.0.0.1:8080", "[::1]:80"}),
+    ),
     "certificates": (__file__, __file__),
     "lora_roots": ("/models, /mnt/loras,", (Path("/models"), Path("/mnt/loras"))),
     "lora_buckets": ("loras, shared/team-a/", ("loras", "shared/team-a")),
@@ -88,7 +91,11 @@ def home(tmp_path: Path) -> dict[str, str]:
 
 def test_every_field_has_a_variable_in_this_test() -> None:
     assert set(VALUES) == {item.name for item in READ}
-    assert {item.name for item in fields(Settings)} - set(VALUES) == {"home", "broker_url", "result_backend"}
+    assert {item.name for item in fields(Settings)} - set(VALUES) == {
+        "home",
+        "broker_url",
+        "result_backend",
+    }
 
 
 @pytest.mark.parametrize("item", READ, ids=lambda item: item.name)
@@ -101,33 +108,52 @@ def test_each_of_a_field_s_variables_is_read(home: dict[str, str], item: "Field[
 
 
 @pytest.mark.parametrize("item", READ, ids=lambda item: item.name)
-def test_the_first_of_a_field_s_variables_that_says_something_wins(home: dict[str, str], item: "Field[Any]") -> None:
+def test_the_first_of_a_field_s_variables_that_says_something_wins(
+    home: dict[str, str], item: "Field[Any]"
+) -> None:
     first, *others = item.metadata["names"]
     text, value = VALUES[item.name]
     home |= HALVES.get(item.name, {})
 
-    assert getattr(Settings.from_env({**home, first: text, **dict.fromkeys(others, "7")}), item.name) == value
+    assert (
+        getattr(Settings.from_env({**home, first: text, **dict.fromkeys(others, "7")}), item.name)
+        == value
+    )
     if item.name in HALVES:
         return  # an empty one is none, and refused: see below
-    assert getattr(Settings.from_env({**home, first: "", **dict.fromkeys(others, text)}), item.name) == (
-        value if others else getattr(Settings.from_env(home), item.name)
-    )
+    assert getattr(
+        Settings.from_env({**home, first: "", **dict.fromkeys(others, text)}), item.name
+    ) == (value if others else getattr(Settings.from_env(home), item.name))
 
 
 def test_what_both_sides_share_is_read_as_the_producer_reads_it(tmp_path: Path) -> None:
     environ = {"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL": "redis://b/1"}
 
     assert Settings.from_env(environ).home == tmp_path
-    assert Settings.from_env(environ).broker_url == Settings.from_env(environ).result_backend == "redis://b/1"
-    assert Settings.from_env(environ | {"ZLORA_RESULT_BACKEND": "redis://r/2"}).result_backend == "redis://r/2"
+    assert (
+        Settings.from_env(environ).broker_url
+        == Settings.from_env(environ).result_backend
+        == "redis://b/1"
+    )
+    assert (
+        Settings.from_env(environ | {"ZLORA_RESULT_BACKEND": "redis://r/2"}).result_backend
+        == "redis://r/2"
+    )
     assert Settings.from_env({"ZLORA_HOME": str(tmp_path)}).broker_url == wire.DEFAULT_BROKER
 
 
 def test_a_site_has_one_spelling(home: dict[str, str]) -> None:
     """So that a public one is known as such, and what is allowed for an operator's own is not for it."""
-    for text in ("https://HuggingFace.co", "HTTPS://huggingface.co/", "https://huggingface.co:443//"):
+    for text in (
+        "https://HuggingFace.co",
+        "HTTPS://huggingface.co/",
+        "https://huggingface.co:443//",
+    ):
         assert Settings.from_env({**home, "HF_ENDPOINT": text}).hf_endpoint == HUGGING_FACE
-    assert Settings.from_env({**home, "COZY_HUB_URL": "http://u:P@Hub:80/A/"}).hub_url == "http://u:P@hub/A"
+    assert (
+        Settings.from_env({**home, "COZY_HUB_URL": "http://u:P@Hub:80/A/"}).hub_url
+        == "http://u:P@hub/A"
+    )
 
 
 def test_an_unset_variable_gives_the_default(home: dict[str, str]) -> None:
@@ -135,11 +161,20 @@ def test_an_unset_variable_gives_the_default(home: dict[str, str]) -> None:
 
     assert (plain.queue, plain.model) == ("gpu", "stabilityai/stable-diffusion-xl-base-1.0")
     assert (plain.device, plain.dtype, plain.load_timeout) == ("auto", "auto", 1800)
-    assert (plain.lora_cache_bytes, plain.lora_max_bytes, plain.lora_deadline) == (20_000_000_000, 2**31, 300)
+    assert (plain.lora_cache_bytes, plain.lora_max_bytes, plain.lora_deadline) == (
+        20_000_000_000,
+        2**31,
+        300,
+    )
     assert (plain.job_timeout, plain.hard_grace, plain.shutdown_timeout) == (870, 30, 0)
     assert (plain.visibility, plain.sweep, plain.probes) == (wire.VISIBILITY, 15, "")
     assert plain.job_timeout + plain.hard_grace == 900  # seconds: the hard limit of 15 minutes
-    assert (plain.allow_hosts, plain.hub_url, plain.hub_token, plain.store) == (frozenset(), "", "", "")
+    assert (plain.allow_hosts, plain.hub_url, plain.hub_token, plain.store) == (
+        frozenset(),
+        "",
+        "",
+        "",
+    )
 
 
 def test_a_shutdown_without_a_deadline_is_zero(home: dict[str, str]) -> None:
@@ -154,7 +189,10 @@ def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
     assert Settings.from_env(home).store_url == (tmp_path / "store").as_uri()
     assert Settings.from_env(home).cache_folder == tmp_path / "loras"
     assert Settings.from_env(home | {"ZLORA_STORE": "s3://b"}).store_url == "s3://b"
-    assert Settings.from_env(home | {"ZLORA_LORA_CACHE": "relative"}).cache_folder == tmp_path / "relative"
+    assert (
+        Settings.from_env(home | {"ZLORA_LORA_CACHE": "relative"}).cache_folder
+        == tmp_path / "relative"
+    )
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Settings.from_env(home | {"ZLORA_LORA_CACHE": "~/x"}).cache_folder == tmp_path / "x"
 
@@ -179,7 +217,9 @@ SECRET: list["Field[Any]"] = [item for item in READ if item.metadata["secret"]]
         ("result_backend", "ZLORA_RESULT_BACKEND"),
     ],
 )
-def test_a_secret_may_be_in_a_file_and_is_the_same(home: dict[str, str], tmp_path: Path, field: str, name: str) -> None:
+def test_a_secret_may_be_in_a_file_and_is_the_same(
+    home: dict[str, str], tmp_path: Path, field: str, name: str
+) -> None:
     text, value = VALUES.get(field, ("redis://:s3cret@b/1",) * 2)
     home |= HALVES.get(field, {})
     file = tmp_path / "secret"
@@ -188,13 +228,17 @@ def test_a_secret_may_be_in_a_file_and_is_the_same(home: dict[str, str], tmp_pat
     assert getattr(Settings.from_env({**home, f"{name}_FILE": str(file)}), field) == value
     with pytest.raises(InvalidSetting, match=f"{name} and {name}_FILE") as both:
         Settings.from_env({**home, name: text, f"{name}_FILE": str(file)})
-    with pytest.raises(InvalidSetting, match=f"{name}_FILE=/nowhere/secret: No such file") as absent:
+    with pytest.raises(
+        InvalidSetting, match=f"{name}_FILE=/nowhere/secret: No such file"
+    ) as absent:
         Settings.from_env({**home, f"{name}_FILE": "/nowhere/secret"})
     assert (both.value.details, absent.value.details) == ({"name": name}, {"name": f"{name}_FILE"})
     assert text not in str(both.value)
 
 
-def test_a_file_s_value_is_refused_without_being_shown(home: dict[str, str], tmp_path: Path) -> None:
+def test_a_file_s_value_is_refused_without_being_shown(
+    home: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "secret").write_text("s3cret, and no secret of webhooks")
 
     with pytest.raises(InvalidSetting, match="ZLORA_WEBHOOK_SECRET") as raised:
@@ -225,12 +269,28 @@ def test_a_file_s_value_is_refused_without_being_shown(home: dict[str, str], tmp
         ),
         *(
             (name, text)
-            for name in ("ZLORA_SHUTDOWN_TIMEOUT", "ZLORA_LORA_FREE_BYTES", "ZLORA_LORA_MIN_RATE", "ZLORA_LOOK_AHEAD")
+            for name in (
+                "ZLORA_SHUTDOWN_TIMEOUT",
+                "ZLORA_LORA_FREE_BYTES",
+                "ZLORA_LORA_MIN_RATE",
+                "ZLORA_LOOK_AHEAD",
+            )
             for text in ("-1", "1.5", "never")
         ),
         *(
             ("ZLORA_METRICS", text)
-            for text in ("9808", "h", ":1", "h:0", "h:65536", "h:x", "u@h:1", "h:1/metrics", "http://h:1", "::1:1")
+            for text in (
+                "9808",
+                "h",
+                ":1",
+                "h:0",
+                "h:65536",
+                "h:x",
+                "u@h:1",
+                "h:1/metrics",
+                "http://h:1",
+                "::1:1",
+            )
         ),
         ("ZLORA_LOG", "yaml"),
         ("ZLORA_PROMPTS", "hidden"),
@@ -293,7 +353,9 @@ def test_a_key_without_its_secret_is_refused(home: dict[str, str]) -> None:
 # --- secrets
 
 
-@pytest.mark.parametrize("text", ["s3://key:s3cret@bucket/prefix", "https://key:s3cret@example.com/x"])
+@pytest.mark.parametrize(
+    "text", ["s3://key:s3cret@bucket/prefix", "https://key:s3cret@example.com/x"]
+)
 def test_a_refusal_shows_no_password(home: dict[str, str], text: str) -> None:
     with pytest.raises(InvalidSetting, match="ZLORA_STORE") as raised:
         Settings.from_env({**home, "ZLORA_STORE": text})
@@ -330,9 +392,17 @@ def test_repr_shows_no_secret(home: dict[str, str], name: str, text: str) -> Non
 def test_the_secrets_are_all_values_that_must_not_be_read(home: dict[str, str]) -> None:
     """Each of several in one variable, and a password as its URL spells it and as it is."""
     environ = {item.metadata["names"][0]: f"word-of-{item.name}" for item in SECRET}
-    environ |= {"ZLORA_S3_PUT": '{"SSECustomerKey": "word-of-s3_put"}', "ZLORA_LORA_S3_ACCESS_KEY_ID": "key"}
-    environ |= {"ZLORA_WEBHOOK_SECRET": " ".join(signers := ["whsec_" + letter * 32 for letter in "ab"])}
-    environ |= {"ZLORA_BROKER_URL": "redis://:br%40ker@h/0", "ZLORA_RESULT_BACKEND": "redis://user:backend@h/0"}
+    environ |= {
+        "ZLORA_S3_PUT": '{"SSECustomerKey": "word-of-s3_put"}',
+        "ZLORA_LORA_S3_ACCESS_KEY_ID": "key",
+    }
+    environ |= {
+        "ZLORA_WEBHOOK_SECRET": " ".join(signers := ["whsec_" + letter * 32 for letter in "ab"])
+    }
+    environ |= {
+        "ZLORA_BROKER_URL": "redis://:br%40ker@h/0",
+        "ZLORA_RESULT_BACKEND": "redis://user:backend@h/0",
+    }
 
     found = Settings.from_env({**home, **environ}).secrets
 
@@ -342,7 +412,11 @@ def test_the_secrets_are_all_values_that_must_not_be_read(home: dict[str, str]) 
 
 
 def test_repr_shows_what_is_not_secret(home: dict[str, str], tmp_path: Path) -> None:
-    shown = repr(Settings.from_env({**home, "ZLORA_BROKER_URL": "redis://h/1", "ZLORA_ALLOW_HOSTS": "one.example.com"}))
+    shown = repr(
+        Settings.from_env(
+            {**home, "ZLORA_BROKER_URL": "redis://h/1", "ZLORA_ALLOW_HOSTS": "one.example.com"}
+        )
+    )
 
     for part in (str(tmp_path), "redis://h/1", "one.example.com", "queue='gpu'", "hub_token=''"):
         assert part in shown
@@ -361,7 +435,9 @@ def test_settings_do_not_change(home: dict[str, str]) -> None:
 
 def test_the_table_of_variables_is_the_fields() -> None:
     """One row a field, in the same order: names, default, and the field's note; before them what both sides share."""
-    rows = re.findall(r"^\| (`[A-Z0-9_`, ]+`) \| (\S+) \| (.+) \|$", README.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`[A-Z0-9_`, ]+`) \| (\S+) \| (.+) \|$", README.read_text(), re.MULTILINE
+    )
     table = [(tuple(re.findall(r"`(\w+)`", names)), default, note) for names, default, note in rows]
 
     shared, of_fields = table[:3], table[3:]
@@ -371,7 +447,11 @@ def test_the_table_of_variables_is_the_fields() -> None:
         ((wire.HOME,), "-"),
     ]
     assert of_fields == [
-        (item.metadata["names"], f"`{item.metadata['default']}`" if item.metadata["default"] else "-", note)
+        (
+            item.metadata["names"],
+            f"`{item.metadata['default']}`" if item.metadata["default"] else "-",
+            note,
+        )
         for item, note in ((item, item.metadata["note"]) for item in READ)
     ]
     assert all(item.default is MISSING for item in fields(Settings))

@@ -19,7 +19,13 @@ def result(pictures: int = 2, loras: tuple[LoraReceipt, ...] = (), **fields: Any
         )
         for index in range(pictures)
     )  # fmt: skip
-    whole: dict[str, Any] = {"seed": 3, "timings": {"denoise": 2.0}, "base_intact": True, "model": "m", "versions": {}}
+    whole: dict[str, Any] = {
+        "seed": 3,
+        "timings": {"denoise": 2.0},
+        "base_intact": True,
+        "model": "m",
+        "versions": {},
+    }
     return GenerateResult(job_id="job-1", images=images, loras=loras, **whole | fields)
 
 
@@ -38,7 +44,9 @@ def as_celery_shows(made: GenerateResult) -> str:
 
 def test_the_line_has_keys_proof_seconds_and_loras() -> None:
     made = result(
-        loras=(receipt(adapter_name="anime"), receipt(ranks=(4, 8), tier="disk")), started_at=10.0, finished_at=22.26
+        loras=(receipt(adapter_name="anime"), receipt(ranks=(4, 8), tier="disk")),
+        started_at=10.0,
+        finished_at=22.26,
     )
 
     assert as_celery_shows(made) == (
@@ -59,8 +67,16 @@ def test_the_line_says_no_more_than_the_result(made: GenerateResult, line: str) 
 
 
 def test_the_line_is_short_whatever_strangers_have_named_their_loras() -> None:
-    names = ["x" * 200, "a\nb\x1b[2J", "https://us3r:pa55@example.com/x?sig=t0ken", '"quoted"', "\u202eright to left"]
-    line = as_celery_shows(result(4, tuple(receipt(adapter_name=name, ranks=tuple(range(100))) for name in 2 * names)))
+    names = [
+        "x" * 200,
+        "a\nb\x1b[2J",
+        "https://us3r:pa55@example.com/x?sig=t0ken",
+        '"quoted"',
+        "\u202eright to left",
+    ]
+    line = as_celery_shows(
+        result(4, tuple(receipt(adapter_name=name, ranks=tuple(range(100))) for name in 2 * names))
+    )
 
     assert len(line) <= MAX_SHOWN
     assert line.isprintable()

@@ -39,7 +39,11 @@ from zlora_worker.stream import Fetched
 BODY = lora_bytes(1)
 DIGEST = digest(BODY)
 HUB = {"FILE_API_TOKEN": "t0ken", "COZY_TENANT_ID": "tenant-7"}
-S3 = {"ZLORA_LORA_S3_ACCESS_KEY_ID": "key", "ZLORA_LORA_S3_SECRET_ACCESS_KEY": "s3cret", "ZLORA_LORA_S3_REGION": "r-1"}
+S3 = {
+    "ZLORA_LORA_S3_ACCESS_KEY_ID": "key",
+    "ZLORA_LORA_S3_SECRET_ACCESS_KEY": "s3cret",
+    "ZLORA_LORA_S3_REGION": "r-1",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +79,14 @@ def hub(named: str = DIGEST, *, body: bytes = BODY) -> Answer:
 
 
 def test_a_hub_reference_is_a_head_and_a_get_with_the_worker_s_credentials(tmp_path: Path) -> None:
-    with serving(hub()) as host, fetching(tmp_path, FILE_API_BASE_URL=f"{host.url}/", **HUB) as fetcher:
-        assert downloaded(fetcher, "cozy://loras/product v1/ä#?%2f:x") == (BODY, Fetched(sha256=DIGEST, size=len(BODY)))
+    with (
+        serving(hub()) as host,
+        fetching(tmp_path, FILE_API_BASE_URL=f"{host.url}/", **HUB) as fetcher,
+    ):
+        assert downloaded(fetcher, "cozy://loras/product v1/ä#?%2f:x") == (
+            BODY,
+            Fetched(sha256=DIGEST, size=len(BODY)),
+        )
 
     target = "/api/v1/file/loras/product%20v1/%C3%A4%23%3F%252f%3Ax"
     assert host.asked == [f"HEAD {target}", f"GET {target}"]
@@ -105,7 +115,9 @@ def test_a_file_that_is_here_and_that_the_hub_names_is_not_fetched(tmp_path: Pat
     assert host.asked == ["HEAD /api/v1/file/a/b"]
 
 
-def test_without_the_hub_s_digest_its_file_is_fetched_each_time_and_whoever_asks_sees_his_own(tmp_path: Path) -> None:
+def test_without_the_hub_s_digest_its_file_is_fetched_each_time_and_whoever_asks_sees_his_own(
+    tmp_path: Path,
+) -> None:
     """One reference may be a file of each tenant: what another had is not asked about, even by its ETag."""
 
     def tenants(request: Request) -> bytes:
@@ -139,9 +151,16 @@ def test_where_the_hub_sends_on_it_is_the_hub_s_word_that_counts(tmp_path: Path)
     with serving(hub(digest(other), body=other)) as storage:
 
         def sending(request: Request) -> bytes | Iterable[bytes]:
-            return hub()(request) if request.method == "HEAD" else reply(status=307, Location=f"{storage.url}/x")
+            return (
+                hub()(request)
+                if request.method == "HEAD"
+                else reply(status=307, Location=f"{storage.url}/x")
+            )
 
-        with serving(sending) as host, fetching(tmp_path, storage, COZY_HUB_URL=host.url) as fetcher:
+        with (
+            serving(sending) as host,
+            fetching(tmp_path, storage, COZY_HUB_URL=host.url) as fetcher,
+        ):
             assert type(failure(fetcher, "cozy://a/b")) is LoraCorrupt
 
 
@@ -159,10 +178,16 @@ def test_only_what_is_a_digest_is_looked_for_among_the_files_that_are_here(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "tries"), [(404, LoraNotFound, 1), (401, LoraForbidden, 1), (503, LoraUnreachable, 3)]
+    ("status", "kind", "tries"),
+    [(404, LoraNotFound, 1), (401, LoraForbidden, 1), (503, LoraUnreachable, 3)],
 )
-def test_a_hub_s_status_has_its_word_too(tmp_path: Path, status: int, kind: type[Exception], tries: int) -> None:
-    with serving(reply(status=status)) as host, fetching(tmp_path, COZY_HUB_URL=host.url, **HUB) as fetcher:
+def test_a_hub_s_status_has_its_word_too(
+    tmp_path: Path, status: int, kind: type[Exception], tries: int
+) -> None:
+    with (
+        serving(reply(status=status)) as host,
+        fetching(tmp_path, COZY_HUB_URL=host.url, **HUB) as fetcher,
+    ):
         assert type(failure(fetcher, "cozy://a/b")) is kind
     assert host.asked == ["HEAD /api/v1/file/a/b"] * tries
 
@@ -176,8 +201,12 @@ def test_without_a_hub_a_reference_is_not_allowed(tmp_path: Path) -> None:
     assert "cozy://loras/anime-v1" in error.message
 
 
-@pytest.mark.parametrize("reference", ["", "a/../b", "..", "../admin", "a//b", "/a", "a/", "./a", "a/./b"])
-def test_a_reference_that_climbs_out_of_the_hub_s_files_is_refused_unasked(tmp_path: Path, reference: str) -> None:
+@pytest.mark.parametrize(
+    "reference", ["", "a/../b", "..", "../admin", "a//b", "/a", "a/", "./a", "a/./b"]
+)
+def test_a_reference_that_climbs_out_of_the_hub_s_files_is_refused_unasked(
+    tmp_path: Path, reference: str
+) -> None:
     with serving(hub()) as host, fetching(tmp_path, COZY_HUB_URL=host.url, **HUB) as fetcher:
         assert type(failure(fetcher, f"cozy://{reference}")) is LoraNotFound
         failure(fetcher, f"cozy://{reference}\ud800")  # which no URL can say
@@ -196,7 +225,9 @@ SOURCES: dict[str, Callable[[Host], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("address", SOURCES)
-def test_a_token_goes_to_its_site_and_not_where_that_redirects(tmp_path: Path, address: str) -> None:
+def test_a_token_goes_to_its_site_and_not_where_that_redirects(
+    tmp_path: Path, address: str
+) -> None:
     """To another port, and another name of the same machine; nor does the tenant, nor any header of the site's."""
     with serving(hub()) as storage:
         for target in (f"{storage.url}/b?sig=s3cret", f"http://localhost:{storage.port}/b"):
@@ -205,7 +236,8 @@ def test_a_token_goes_to_its_site_and_not_where_that_redirects(tmp_path: Path, a
                 fetching(
                     tmp_path,
                     storage,
-                    **SOURCES[address](host) | {"ZLORA_ALLOW_HOSTS": f"{storage.name},localhost:{storage.port}"},
+                    **SOURCES[address](host)
+                    | {"ZLORA_ALLOW_HOSTS": f"{storage.name},localhost:{storage.port}"},
                 ) as fetcher,
             ):
                 assert downloaded(fetcher, address)[0] == BODY
@@ -223,18 +255,26 @@ def test_a_token_that_was_left_behind_does_not_come_back(tmp_path: Path, address
         home: list[Host] = []
 
         def site(request: Request) -> bytes | Iterable[bytes]:
-            return hub()(request) if request.target == "/back" else reply(status=307, Location=f"{stranger.url}/x")
+            return (
+                hub()(request)
+                if request.target == "/back"
+                else reply(status=307, Location=f"{stranger.url}/x")
+            )
 
         with serving(site) as host:
             home.append(host)
             with fetching(tmp_path, stranger, **SOURCES[address](host)) as fetcher:
                 assert downloaded(fetcher, address)[0] == BODY
 
-    assert {request.target: request.headers.get("authorization") for request in host.requests}["/back"] is None
+    assert {request.target: request.headers.get("authorization") for request in host.requests}[
+        "/back"
+    ] is None
 
 
 @pytest.mark.parametrize("address", SOURCES)
-def test_a_redirect_of_a_source_into_the_network_is_not_allowed(tmp_path: Path, address: str) -> None:
+def test_a_redirect_of_a_source_into_the_network_is_not_allowed(
+    tmp_path: Path, address: str
+) -> None:
     """Nor to what another source of this worker may reach."""
     with serving(hub()) as inside, serving(reply(status=302, Location=f"{inside.url}/x")) as host:
         others = {"ZLORA_LORA_S3_ENDPOINT": inside.url}
@@ -260,18 +300,26 @@ def test_a_token_is_for_references_only(tmp_path: Path) -> None:
     ["s3://other/x", "s3://loras-2/x", "s3://us3r:s3cret@loras/x", "s3://team/b/x", "s3://team/ab/x",
      "s3://team/a", "s3://team/x?sig=s3cret", "s3:///x", "s3://Team/a/x"],
 )  # fmt: skip
-def test_what_is_not_among_the_buckets_and_folders_is_not_allowed_and_not_asked(tmp_path: Path, address: str) -> None:
+def test_what_is_not_among_the_buckets_and_folders_is_not_allowed_and_not_asked(
+    tmp_path: Path, address: str
+) -> None:
     with (
         serving(reply(BODY)) as host,
-        fetching(tmp_path, ZLORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras,team/a", **S3) as fetcher,
+        fetching(
+            tmp_path, ZLORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras,team/a", **S3
+        ) as fetcher,
     ):
         assert type(failure(fetcher, address)) is LoraNotAllowed
 
     assert host.connections == 0
 
 
-@pytest.mark.parametrize("key", ["..", "../x", "a/../../b/x", "./x", "a//b", "a/", "x?versionId=1", "x#y", "/x"])
-def test_a_key_that_means_another_object_is_not_found_and_not_asked(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["..", "../x", "a/../../b/x", "./x", "a//b", "a/", "x?versionId=1", "x#y", "/x"]
+)
+def test_a_key_that_means_another_object_is_not_found_and_not_asked(
+    tmp_path: Path, key: str
+) -> None:
     with (
         serving(reply(BODY)) as host,
         fetching(tmp_path, ZLORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="team/a", **S3) as fetcher,
@@ -297,7 +345,9 @@ def test_an_object_is_asked_for_by_one_signed_request_to_its_own_endpoint(tmp_pa
         assert downloaded(fetcher, "s3://team/a/%2e%2e/ä x.safetensors")[0] == BODY
 
     (request,) = host.requests
-    assert request.target.startswith("/team/a/%252e%252e/%C3%A4%20x.safetensors?X-Amz-Algorithm=AWS4-HMAC-SHA256")
+    assert request.target.startswith(
+        "/team/a/%252e%252e/%C3%A4%20x.safetensors?X-Amz-Algorithm=AWS4-HMAC-SHA256"
+    )
     assert "key%2F" in request.target
     assert "%2Fr-1%2Fs3%2F" in request.target
     assert store.connections == 0
@@ -307,7 +357,9 @@ def test_a_temporary_key_s_token_goes_into_the_url_and_no_message(tmp_path: Path
     session = {"ZLORA_LORA_S3_SESSION_TOKEN": "t0ken"}
     with (
         serving(reply(status=403)) as host,
-        fetching(tmp_path, ZLORA_LORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras", **S3 | session) as fetcher,
+        fetching(
+            tmp_path, ZLORA_LORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras", **S3 | session
+        ) as fetcher,
     ):
         assert type(failure(fetcher, "s3://loras/x")) is LoraForbidden
 
@@ -316,7 +368,9 @@ def test_a_temporary_key_s_token_goes_into_the_url_and_no_message(tmp_path: Path
     assert not {"t0ken"} & {*request.headers.values()}
 
 
-def test_a_key_of_its_own_is_not_sent_with_the_store_s_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_of_its_own_is_not_sent_with_the_store_s_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "t0ken")
     with (
         serving(reply(BODY)) as host,
@@ -333,19 +387,31 @@ def test_a_key_of_its_own_is_not_sent_with_the_store_s_token(tmp_path: Path, mon
         (S3 | {"ZLORA_LORA_S3_REGION": "eu west"}, {}),
         (S3, {"AWS_PROFILE": "nope"}),
         ({}, {"AWS_PROFILE": "nope"}),
-        ({}, {"AWS_DEFAULT_REGION": "eu west", "AWS_ACCESS_KEY_ID": "us3r", "AWS_SECRET_ACCESS_KEY": "s3cret"}),
+        (
+            {},
+            {
+                "AWS_DEFAULT_REGION": "eu west",
+                "AWS_ACCESS_KEY_ID": "us3r",
+                "AWS_SECRET_ACCESS_KEY": "s3cret",
+            },
+        ),
     ],
     ids=["region", "profile", "profile alone", "region of the machine"],
 )
 def test_what_boto3_makes_no_sense_of_is_forbidden_and_not_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], environ: dict[str, str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    environ: dict[str, str],
 ) -> None:
     """Each time, and no other source suffers."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with (
         serving(reply(BODY)) as host,
-        fetching(tmp_path, host, ZLORA_LORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras", **variables) as fetcher,
+        fetching(
+            tmp_path, host, ZLORA_LORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras", **variables
+        ) as fetcher,
     ):
         for _ in range(2):
             assert type(failure(fetcher, "s3://loras/x")) is LoraForbidden
@@ -378,12 +444,17 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_file_under_an_allowed_folder_is_copied_and_known_again(tmp_path: Path, root: Path) -> None:
+def test_a_file_under_an_allowed_folder_is_copied_and_known_again(
+    tmp_path: Path, root: Path
+) -> None:
     with fetching(tmp_path, ZLORA_LORA_ROOTS=str(root)) as fetcher:
         address = (root / "x.safetensors").as_uri()
         body, fetched = downloaded(fetcher, address)
         assert (body, fetched.sha256, fetched.size) == (BODY, DIGEST, len(BODY))
-        assert downloaded(fetcher, address.replace("file:///", "FILE://localhost/"), fetched) == (b"", fetched)
+        assert downloaded(fetcher, address.replace("file:///", "FILE://localhost/"), fetched) == (
+            b"",
+            fetched,
+        )
 
         (root / "x.safetensors").write_bytes(lora_bytes(2, size=4096))
         assert downloaded(fetcher, address, fetched)[0] == lora_bytes(2, size=4096)
@@ -441,7 +512,10 @@ def test_no_other_thing_of_this_machine_is_read(
         make(root)
     with fetching(tmp_path, ZLORA_LORA_ROOTS=str(root)) as fetcher:
         assert type(failure(fetcher, f"file://{root}/{path}")) in kinds
-        assert type(failure(fetcher, f"file://us3r@evil.example{root}/x.safetensors")) is LoraNotAllowed
+        assert (
+            type(failure(fetcher, f"file://us3r@evil.example{root}/x.safetensors"))
+            is LoraNotAllowed
+        )
 
 
 def test_a_link_that_is_put_there_after_the_look_is_not_followed(

@@ -46,10 +46,15 @@ Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as shutil has i
 
 
 @contextmanager
-def full_cache(folder: Path, *ages: tuple[bytes, float], more: Iterable[bytes] = ()) -> Iterator[tuple[Cache, Host]]:
+def full_cache(
+    folder: Path, *ages: tuple[bytes, float], more: Iterable[bytes] = ()
+) -> Iterator[tuple[Cache, Host]]:
     """A cache with room for as many files as `ages` names, filled with them; `more` are at the host only."""
     contents = {f"/{digest(data)}": data for data in (*(data for data, _ in ages), *more)}
-    with serving(by_path(contents)) as host, caching(folder, host, max_bytes=len(ages) * SIZE) as cache:
+    with (
+        serving(by_path(contents)) as host,
+        caching(folder, host, max_bytes=len(ages) * SIZE) as cache,
+    ):
         for data, seconds in ages:
             got(cache, of(host, data))
             age(cache, data, seconds)
@@ -121,8 +126,14 @@ def test_a_file_larger_than_the_cache_is_refused_and_costs_no_other_its_place(
     tmp_path: Path, length: int | None
 ) -> None:
     """By its header, whatever the server announces: nothing of its tensors is written."""
-    with full_cache(tmp_path, (ONE, 10), (TWO, 20)) as (cache, _), serving(reply(LARGE, length=length)) as host:
-        with caching(tmp_path, host, max_bytes=2 * SIZE) as user, pytest.raises(LoraTooLarge) as raised:
+    with (
+        full_cache(tmp_path, (ONE, 10), (TWO, 20)) as (cache, _),
+        serving(reply(LARGE, length=length)) as host,
+    ):
+        with (
+            caching(tmp_path, host, max_bytes=2 * SIZE) as user,
+            pytest.raises(LoraTooLarge) as raised,
+        ):
             got(user, Asset(url=f"{host.url}/large"))
 
         assert kept(tmp_path) == named(ONE, TWO)
@@ -151,7 +162,11 @@ def test_a_file_in_use_keeps_its_name_when_another_source_brings_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else nobody would see that it is in use: here it comes just before the second is to have its name."""
-    with serving(by_path({"/a": ONE, "/b": ONE})) as host, caching(tmp_path, host) as cache, ExitStack() as stack:
+    with (
+        serving(by_path({"/a": ONE, "/b": ONE})) as host,
+        caching(tmp_path, host) as cache,
+        ExitStack() as stack,
+    ):
         keep = cache._keep
 
         def late(*arguments: Any) -> None:
@@ -208,7 +223,10 @@ def test_nothing_used_lately_goes_for_a_file_that_is_fetched_ahead(tmp_path: Pat
 def test_a_changed_file_s_old_version_may_go_for_the_new_one(tmp_path: Path) -> None:
     """At the first ask: what the source had last is in use only until it is known to have another."""
     contents = {"/a": ONE}
-    with serving(by_path(contents)) as host, caching(tmp_path, host, max_bytes=SIZE * 3 // 2) as cache:
+    with (
+        serving(by_path(contents)) as host,
+        caching(tmp_path, host, max_bytes=SIZE * 3 // 2) as cache,
+    ):
         got(cache, Asset(url=f"{host.url}/a"))
         contents["/a"] = TWO
 
@@ -219,7 +237,10 @@ def test_a_changed_file_s_old_version_may_go_for_the_new_one(tmp_path: Path) -> 
 
 def test_a_changed_file_s_old_version_stays_for_a_job_that_uses_it(tmp_path: Path) -> None:
     contents = {"/a": ONE}
-    with serving(by_path(contents)) as host, caching(tmp_path, host, max_bytes=SIZE * 3 // 2) as cache:
+    with (
+        serving(by_path(contents)) as host,
+        caching(tmp_path, host, max_bytes=SIZE * 3 // 2) as cache,
+    ):
         asset = Asset(url=f"{host.url}/a")
         with cache.files([asset]):
             contents["/a"] = TWO
@@ -340,7 +361,10 @@ def test_of_any_number_of_files_none_goes_where_one_that_has_to_is_in_use(tmp_pa
 def test_a_draft_has_its_room_from_its_beginning(tmp_path: Path) -> None:
     """Two downloads that do not fit together: the second is refused by its header, and the first comes through."""
     errors: list[type[Exception]] = []
-    with full_cache(tmp_path, (ONE, 10), more=[TWO]) as (cache, host), caching(tmp_path, host, max_bytes=SIZE) as other:
+    with (
+        full_cache(tmp_path, (ONE, 10), more=[TWO]) as (cache, host),
+        caching(tmp_path, host, max_bytes=SIZE) as other,
+    ):
 
         def ask(received: int, _expected: int) -> None:
             if not errors and received:
@@ -378,7 +402,9 @@ def test_a_draft_of_a_living_process_counts(tmp_path: Path) -> None:
             got(cache, of(host, THREE))
 
             assert draft.exists()
-            assert {path.name: path.read_bytes() for path in cache.file("").parent.iterdir()} == named(THREE)
+            assert {
+                path.name: path.read_bytes() for path in cache.file("").parent.iterdir()
+            } == named(THREE)
 
 
 # --- the floor
@@ -398,9 +424,15 @@ def test_a_floor_of_free_disk_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
             got(cache, of(host, LARGE))
         assert kept(tmp_path) == named(TWO, THREE)
 
-        with cache.files([of(host, TWO)]), pytest.raises(CacheFull, match=r"what it has is in use$"):
+        with (
+            cache.files([of(host, TWO)]),
+            pytest.raises(CacheFull, match=r"what it has is in use$"),
+        ):
             cache.space.reserve(io.BytesIO(), 2 * SIZE)
-        with cache.files([of(host, TWO)]), pytest.raises(CacheFull, match="the disk has not that much"):
+        with (
+            cache.files([of(host, TWO)]),
+            pytest.raises(CacheFull, match="the disk has not that much"),
+        ):
             got(cache, of(host, LARGE))
 
 
@@ -423,7 +455,9 @@ def test_a_disk_that_takes_no_more_is_a_typed_error_and_no_bad_entry(tmp_path: P
         assert got(cache, asset).path.read_bytes() == LARGE
 
 
-def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
+def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(
+    tmp_path: Path,
+) -> None:
     """Somebody else writes on it meanwhile; with room the next use fetches the file. `test_cache_disk` has a disk."""
     data, begun = lora_bytes(7, size=2**20), Event()
     whole = reply(data, ETag='"7"')
@@ -458,7 +492,9 @@ def test_a_file_that_goes_while_the_folder_is_read_does_no_harm(
 ) -> None:
     """Another worker finishes a draft or lets a file go between the listing and the look."""
     iterdir = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda path: chain([path / named_file("gone")], iterdir(path)))
+    monkeypatch.setattr(
+        Path, "iterdir", lambda path: chain([path / named_file("gone")], iterdir(path))
+    )
     with serving(reply(ONE)) as host, caching(tmp_path, host, max_bytes=SIZE) as cache:
         assert got(cache, Asset(url=f"{host.url}/a")).tier == "network"
         assert cache.space.prune().files == 1
@@ -493,7 +529,10 @@ def strangers(files: Path) -> list[Path]:
 
 def test_what_is_not_the_cache_s_is_neither_counted_nor_touched(tmp_path: Path) -> None:
     """By making room, by pruning, by a check; nor does it stop any of them. So in the folder of drafts."""
-    with serving(by_path({"/a": ONE, "/b": TWO})) as host, caching(tmp_path, host, max_bytes=SIZE) as cache:
+    with (
+        serving(by_path({"/a": ONE, "/b": TWO})) as host,
+        caching(tmp_path, host, max_bytes=SIZE) as cache,
+    ):
         there = strangers(cache.space.files)
         folder = cache.space.drafts / "folder"
         folder.mkdir()
@@ -519,7 +558,9 @@ class Story:
 
     def ask(self, path: str) -> None:
         """A job without a pin gets what the source has now."""
-        assert got(self.cache, Asset(url=self.host.url + path)).sha256 == digest(self.contents[path])
+        assert got(self.cache, Asset(url=self.host.url + path)).sha256 == digest(
+            self.contents[path]
+        )
 
     def pin(self, path: str) -> None:
         """A job with a pin gets those bytes."""
@@ -552,15 +593,31 @@ class Story:
         self.cache.tidy()
 
 
-EVENTS = (Story.ask, Story.pin, Story.ahead, Story.change, Story.damage, Story.delete, Story.clear, Story.tidy)
+EVENTS = (
+    Story.ask,
+    Story.pin,
+    Story.ahead,
+    Story.change,
+    Story.damage,
+    Story.delete,
+    Story.clear,
+    Story.tidy,
+)
 
 
 @untimed
-@given(events=st.lists(st.tuples(st.sampled_from(EVENTS), st.sampled_from(["/0", "/1", "/2", "/3"])), max_size=12))
+@given(
+    events=st.lists(
+        st.tuples(st.sampled_from(EVENTS), st.sampled_from(["/0", "/1", "/2", "/3"])), max_size=12
+    )
+)
 def test_whatever_happens_a_job_gets_what_the_source_has_and_the_cap_holds(
     events: list[tuple[Callable[[Story, str], None], str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder, contents = tmp_path_factory.mktemp("cache"), {f"/{index}": lora_bytes(index) for index in range(4)}
+    folder, contents = (
+        tmp_path_factory.mktemp("cache"),
+        {f"/{index}": lora_bytes(index) for index in range(4)},
+    )
     with serving(by_path(contents)) as host, caching(folder, host, max_bytes=2 * SIZE) as cache:
         story = Story(folder, host, cache, contents)
         for event, path in events:

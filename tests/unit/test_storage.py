@@ -63,7 +63,9 @@ def test_what_is_put_is_read_back_under_its_key_and_its_url(tmp_path: Path) -> N
 
 @hypothesis_settings(untimed, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.binary(max_size=100), second=st.binary(max_size=100))
-def test_what_is_there_stays_until_it_is_deleted(tmp_path: Path, first: bytes, second: bytes) -> None:
+def test_what_is_there_stays_until_it_is_deleted(
+    tmp_path: Path, first: bytes, second: bytes
+) -> None:
     """A job that is drawn again after a redelivery stores the same keys, and people may have seen the first picture."""
     store = FolderStore(tmp_path)
     store.delete(KEY)
@@ -102,7 +104,9 @@ def test_others_may_read_what_is_stored(tmp_path: Path) -> None:
 # --- one key, many hands
 
 
-def test_of_many_threads_exactly_one_creates_the_object_and_its_bytes_are_there(tmp_path: Path) -> None:
+def test_of_many_threads_exactly_one_creates_the_object_and_its_bytes_are_there(
+    tmp_path: Path,
+) -> None:
     store, hands, rounds = FolderStore(tmp_path), 4, 100
     start = Barrier(hands)
 
@@ -138,7 +142,9 @@ print(*won)
 """
 
 
-def test_of_many_processes_exactly_one_creates_the_object_and_its_bytes_are_there(tmp_path: Path) -> None:
+def test_of_many_processes_exactly_one_creates_the_object_and_its_bytes_are_there(
+    tmp_path: Path,
+) -> None:
     """Two workers have the same job where one was slow, and the broker gave it to the other."""
     hands = ["a", "b", "c"]
     processes = [start_python(WRITE + RACE, str(tmp_path), hand) for hand in hands]
@@ -149,11 +155,17 @@ def test_of_many_processes_exactly_one_creates_the_object_and_its_bytes_are_ther
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    won = {hand: process.communicate(timeout=60)[0].split() for hand, process in zip(hands, processes, strict=True)}
+    won = {
+        hand: process.communicate(timeout=60)[0].split()
+        for hand, process in zip(hands, processes, strict=True)
+    }
 
     winner = {int(index): hand for hand, indices in won.items() for index in indices}
     assert sum(map(len, won.values())) == len(winner) == 200
-    assert all(FolderStore(tmp_path).get(f"runs/{i}.png") == hand.encode() * 10_000 for i, hand in winner.items())
+    assert all(
+        FolderStore(tmp_path).get(f"runs/{i}.png") == hand.encode() * 10_000
+        for i, hand in winner.items()
+    )
     assert len(stored(tmp_path)) == 200
 
 
@@ -216,7 +228,9 @@ def test_a_draft_is_whole_on_disk_before_it_is_linked_and_its_name_when_it_is_sa
     assert done[len(made) :] == ["draft", "link", folder, "draft", "link", folder]
 
 
-def test_a_file_system_that_syncs_no_folders_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_syncs_no_folders_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync = os.fsync
 
     def refuse(file: int) -> None:
@@ -231,10 +245,15 @@ def test_a_file_system_that_syncs_no_folders_is_one(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("fault", "found"),
-    [("os.link = lambda *paths: die()", None), ("os.link = lambda *paths: (link(*paths), die())", b"whole")],
+    [
+        ("os.link = lambda *paths: die()", None),
+        ("os.link = lambda *paths: (link(*paths), die())", b"whole"),
+    ],
     ids=["before the link", "after the link"],
 )
-def test_a_killed_writer_leaves_nothing_or_the_whole_object(tmp_path: Path, fault: str, found: bytes | None) -> None:
+def test_a_killed_writer_leaves_nothing_or_the_whole_object(
+    tmp_path: Path, fault: str, found: bytes | None
+) -> None:
     """The draft that it leaves is no result, and is in nobody's way."""
     script = f"{WRITE}\n{fault}\nstore.put_new({KEY!r}, b'whole', 'image/png')"
     process = start_python(script, str(tmp_path))
@@ -271,7 +290,11 @@ def test_a_file_in_the_place_of_a_folder_is_a_failed_store(tmp_path: Path, place
 
 def acts(store: FolderStore) -> list[Callable[[], object]]:
     """All that asks the store, with `KEY`."""
-    return [lambda: store.put_new(KEY, b"picture", PICTURE), lambda: store.get(KEY), lambda: store.delete(KEY)]
+    return [
+        lambda: store.put_new(KEY, b"picture", PICTURE),
+        lambda: store.get(KEY),
+        lambda: store.delete(KEY),
+    ]
 
 
 def test_a_folder_in_the_place_of_the_file_is_left_alone(tmp_path: Path) -> None:
@@ -288,7 +311,9 @@ def test_a_folder_in_the_place_of_the_file_is_left_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("size", [2_000, 100_000], ids=["at the flush", "at the write"])
-def test_a_disk_that_takes_no_more_is_a_failed_store_and_leaves_no_draft(tmp_path: Path, size: int) -> None:
+def test_a_disk_that_takes_no_more_is_a_failed_store_and_leaves_no_draft(
+    tmp_path: Path, size: int
+) -> None:
     """Else each job of a full disk takes a bit more of it. Where there is room again, the object can be stored."""
     store = FolderStore(tmp_path)
 

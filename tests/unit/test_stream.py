@@ -45,7 +45,12 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chunked(*parts: bytes, extension: bytes = b"", trailer: bytes = b"") -> bytes:
     """A body in chunks (RFC 9112, 7.1)."""
-    return b"".join(b"%x%b\r\n%b\r\n" % (len(part), extension, part) for part in parts) + b"0\r\n" + trailer + b"\r\n"
+    return (
+        b"".join(b"%x%b\r\n%b\r\n" % (len(part), extension, part) for part in parts)
+        + b"0\r\n"
+        + trailer
+        + b"\r\n"
+    )
 
 
 def endless(start: bytes, piece: bytes) -> Callable[[Request], Iterator[bytes]]:
@@ -53,7 +58,9 @@ def endless(start: bytes, piece: bytes) -> Callable[[Request], Iterator[bytes]]:
     return lambda _: itertools.chain([start], itertools.repeat(piece))
 
 
-def dripping(start: bytes, end: bytes = b"", *, piece: bytes = b"x") -> Callable[[Request], Iterator[bytes]]:
+def dripping(
+    start: bytes, end: bytes = b"", *, piece: bytes = b"x"
+) -> Callable[[Request], Iterator[bytes]]:
     """An answer that says a little now and then: never silent, and done after 2.5 seconds."""
 
     def answer(_: Request) -> Iterator[bytes]:
@@ -86,17 +93,33 @@ def held(start: bytes) -> tuple[Answer, Event]:
         reply(BODY, length=None),
         reply(chunked(BODY[:7], BODY[7:]), length=None, Transfer_Encoding="chunked"),
         reply(
-            chunked(BODY[:7], BODY[7:], extension=b";x=" + b"y" * 1000, trailer=b"Expires: never\r\n"),
+            chunked(
+                BODY[:7], BODY[7:], extension=b";x=" + b"y" * 1000, trailer=b"Expires: never\r\n"
+            ),
             length=None,
             Transfer_Encoding="chunked",
         ),
         reply(gzip.compress(BODY), Content_Encoding="gzip"),
         reply(gzip.compress(BODY), Content_Encoding="x-gzip", length=None),
-        reply(chunked(gzip.compress(BODY)), Content_Encoding="GZIP", length=None, Transfer_Encoding="chunked"),
+        reply(
+            chunked(gzip.compress(BODY)),
+            Content_Encoding="GZIP",
+            length=None,
+            Transfer_Encoding="chunked",
+        ),
         reply(BODY, Content_Encoding=""),
         reply(BODY, Content_Encoding="identity"),
     ],
-    ids=["of unknown length", "chunks", "odd chunks", "gzip", "x-gzip", "gzip in chunks", "no encoding", "identity"],
+    ids=[
+        "of unknown length",
+        "chunks",
+        "odd chunks",
+        "gzip",
+        "x-gzip",
+        "gzip in chunks",
+        "no encoding",
+        "identity",
+    ],
 )
 def test_a_body_is_taken_however_it_comes(tmp_path: Path, answer: bytes) -> None:
     with serving(answer) as host, fetching(tmp_path, host) as fetcher:
@@ -106,7 +129,9 @@ def test_a_body_is_taken_however_it_comes(tmp_path: Path, answer: bytes) -> None
     assert (fetched.sha256, fetched.size) == (digest(BODY), len(BODY))
 
 
-@pytest.mark.parametrize("encoding", ["br", "deflate", "zstd", "identity, gzip", "gzip, gzip", "\xff"])
+@pytest.mark.parametrize(
+    "encoding", ["br", "deflate", "zstd", "identity, gzip", "gzip, gzip", "\xff"]
+)
 def test_a_body_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     error = failure_of(tmp_path, reply(BODY, Content_Encoding=encoding))
 
@@ -126,10 +151,15 @@ def test_an_announced_length_that_is_no_number_breaks_nothing(tmp_path: Path, le
 
 
 # urllib3 leaves the socket of such an answer to the garbage collector.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("lengths", [f"{len(BODY)}, 12", f"{len(BODY)}\r\nContent-Length: 12"])
 def test_two_lengths_are_a_broken_answer(tmp_path: Path, lengths: str) -> None:
-    assert type(failure_of(tmp_path, reply(BODY, length=None, Content_Length=lengths))) is LoraUnreachable
+    assert (
+        type(failure_of(tmp_path, reply(BODY, length=None, Content_Length=lengths)))
+        is LoraUnreachable
+    )
     gc.collect()
 
 
@@ -137,7 +167,15 @@ def test_two_lengths_are_a_broken_answer(tmp_path: Path, lengths: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "chunks", [b"zz\r\n", b"5\r\nab", b"-5\r\nabcde\r\n", b"FFFFFFFFFFFFFFFFFF\r\nab", b"\r\n", b"5;" + b"x" * 70_000]
+    "chunks",
+    [
+        b"zz\r\n",
+        b"5\r\nab",
+        b"-5\r\nabcde\r\n",
+        b"FFFFFFFFFFFFFFFFFF\r\nab",
+        b"\r\n",
+        b"5;" + b"x" * 70_000,
+    ],
 )
 def test_broken_chunks_are_unreachable(tmp_path: Path, chunks: bytes) -> None:
     answer = reply(chunks, length=None, Transfer_Encoding="chunked")
@@ -170,7 +208,9 @@ def test_broken_chunks_are_unreachable(tmp_path: Path, chunks: bytes) -> None:
         "no gzip",
     ],
 )
-def test_a_body_that_breaks_off_is_unreachable_and_tried_three_times(tmp_path: Path, answer: bytes) -> None:
+def test_a_body_that_breaks_off_is_unreachable_and_tried_three_times(
+    tmp_path: Path, answer: bytes
+) -> None:
     """Never a fault of the file: the same may come whole a moment later."""
     with serving(answer) as host, fetching(tmp_path, host) as fetcher:
         assert type(failure(fetcher, f"{host.url}/x?sig=s3cret")) is LoraUnreachable
@@ -179,7 +219,9 @@ def test_a_body_that_breaks_off_is_unreachable_and_tried_three_times(tmp_path: P
 
 
 def test_after_a_body_that_broke_off_the_next_is_taken_from_its_start(tmp_path: Path) -> None:
-    answers = iter([reply(BODY[:1000], length=len(BODY)), reply(BODY[:1500], length=None), reply(BODY)])
+    answers = iter(
+        [reply(BODY[:1000], length=len(BODY)), reply(BODY[:1500], length=None), reply(BODY)]
+    )
     with serving(lambda _: next(answers)) as host, fetching(tmp_path, host) as fetcher:
         body, fetched = downloaded(fetcher, f"{host.url}/x")
 
@@ -199,14 +241,18 @@ LARGE = 2**31  # bytes
         pytest.param(b"<!DOCTYPE html><html>" + b" " * 100, id="a page"),
         pytest.param(b"PK\x03\x04" + bytes(100), id="a pickle"),
         pytest.param(b"\x80\x02}q\x00." + bytes(100), id="an old pickle"),
-        pytest.param((100 * MEGABYTE).to_bytes(8, "little") + b"{" + b" " * 100, id="100 MB of header"),
+        pytest.param(
+            (100 * MEGABYTE).to_bytes(8, "little") + b"{" + b" " * 100, id="100 MB of header"
+        ),
         pytest.param(bytes(100), id="zeros"),
         pytest.param(tensor_file(b"{broken" + b" " * 100), id="no JSON"),
         pytest.param(tensor_file(b"[" * 5000), id="a deep header"),
         pytest.param(BODY, id="another length"),
     ],
 )
-def test_a_large_file_of_the_wrong_kind_is_refused_after_its_first_bytes(tmp_path: Path, start: bytes) -> None:
+def test_a_large_file_of_the_wrong_kind_is_refused_after_its_first_bytes(
+    tmp_path: Path, start: bytes
+) -> None:
     """Of 2 GB less than one megabyte is asked for, and nothing is kept."""
     sink = io.BytesIO()
     answer, done = held(reply(length=LARGE) + start + bytes(MEGABYTE // 2))
@@ -227,7 +273,10 @@ def test_a_large_file_of_the_wrong_kind_is_refused_after_its_first_bytes(tmp_pat
         (b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 80, "git-lfs"),
         (b"<html>", "6 bytes"),
         (BODY + b"x", "where its header names"),
-        (tensor_file({"a": {"dtype": "F16", "shape": [4], "data_offsets": [0, 7]}}, bytes(7)), "where they should be"),
+        (
+            tensor_file({"a": {"dtype": "F16", "shape": [4], "data_offsets": [0, 7]}}, bytes(7)),
+            "where they should be",
+        ),
     ],
 )
 def test_another_file_is_named_as_what_it_is(tmp_path: Path, body: bytes, said: str) -> None:
@@ -238,9 +287,14 @@ def test_another_file_is_named_as_what_it_is(tmp_path: Path, body: bytes, said: 
 
 
 @pytest.mark.parametrize("wrong", [-1, 1, 1000])
-def test_a_length_that_is_not_the_file_s_is_refused_with_the_header(tmp_path: Path, wrong: int) -> None:
+def test_a_length_that_is_not_the_file_s_is_refused_with_the_header(
+    tmp_path: Path, wrong: int
+) -> None:
     data = lora_bytes(size=2**24)
-    with serving(reply(data, length=len(data) + wrong)) as host, fetching(tmp_path, host) as fetcher:
+    with (
+        serving(reply(data, length=len(data) + wrong)) as host,
+        fetching(tmp_path, host) as fetcher,
+    ):
         assert type(failure(fetcher, f"{host.url}/x")) is NotSafetensors
 
     assert len(host.requests) == 1
@@ -250,7 +304,9 @@ def test_a_length_that_is_not_the_file_s_is_refused_with_the_header(tmp_path: Pa
 
 
 @pytest.mark.parametrize("length", [-1, None], ids=["announced", "not announced"])
-def test_a_body_of_just_the_cap_is_taken_and_one_byte_more_is_not(tmp_path: Path, length: int | None) -> None:
+def test_a_body_of_just_the_cap_is_taken_and_one_byte_more_is_not(
+    tmp_path: Path, length: int | None
+) -> None:
     with serving(reply(BODY, length=length)) as host:
         with fetching(tmp_path, host, ZLORA_LORA_MAX_BYTES=str(len(BODY))) as fetcher:
             assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
@@ -266,7 +322,10 @@ def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(tmp_path:
     header = BODY[: -2048 + 8]
     for start in (reply(length=1001), reply(header, length=None)):
         answer, done = held(start)
-        with serving(answer) as host, fetching(tmp_path, host, ZLORA_LORA_MAX_BYTES="1000") as fetcher:
+        with (
+            serving(answer) as host,
+            fetching(tmp_path, host, ZLORA_LORA_MAX_BYTES="1000") as fetcher,
+        ):
             assert type(failure(fetcher, f"{host.url}/x")) is LoraTooLarge
             done.set()
 
@@ -274,7 +333,11 @@ def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(tmp_path:
 def bomb(size: int, *, start: bytes = b"", piece: bytes = bytes(MEGABYTE)) -> bytes:
     """Much in little: so many bytes in gzip."""
     packer = zlib.compressobj(9, wbits=31)
-    pieces = [packer.compress(start), *(packer.compress(piece) for _ in range(size // len(piece))), packer.flush()]
+    pieces = [
+        packer.compress(start),
+        *(packer.compress(piece) for _ in range(size // len(piece))),
+        packer.flush(),
+    ]
     return b"".join(pieces)
 
 
@@ -295,12 +358,21 @@ def traced() -> Iterator[list[int]]:
     [
         (bomb(64 * MEGABYTE), NotSafetensors),
         (bomb(64 * MEGABYTE, start=BODY), NotSafetensors),
-        (bomb(64 * MEGABYTE, start=(MAX_HEADER - 8).to_bytes(8, "little") + b"{", piece=b" " * MEGABYTE), LoraTooLarge),
+        (
+            bomb(
+                64 * MEGABYTE,
+                start=(MAX_HEADER - 8).to_bytes(8, "little") + b"{",
+                piece=b" " * MEGABYTE,
+            ),
+            LoraTooLarge,
+        ),
         (gzip.compress(bomb(64 * MEGABYTE, start=BODY)), NotSafetensors),
     ],
     ids=["of zeros", "behind a file", "in a header", "twice"],
 )
-def test_a_gzip_bomb_is_not_unpacked_past_the_cap(tmp_path: Path, body: bytes, kind: type[LoraError]) -> None:
+def test_a_gzip_bomb_is_not_unpacked_past_the_cap(
+    tmp_path: Path, body: bytes, kind: type[LoraError]
+) -> None:
     sink, limit = io.BytesIO(), 4 * MEGABYTE
     with (
         serving(reply(body, Content_Encoding="gzip")) as host,
@@ -319,7 +391,9 @@ def test_the_cap_counts_what_is_on_the_wire_too(tmp_path: Path) -> None:
     """An encoding may swallow any number of bytes and give none."""
     nothing = b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff"  # gzip's header with a field of 64 KiB
     with (
-        serving(endless(reply(length=None, Content_Encoding="gzip") + nothing, gzip.compress(b"") * 50)) as host,
+        serving(
+            endless(reply(length=None, Content_Encoding="gzip") + nothing, gzip.compress(b"") * 50)
+        ) as host,
         fetching(tmp_path, host, ZLORA_LORA_MAX_BYTES="50000") as fetcher,
     ):
         assert type(failure(fetcher, f"{host.url}/x")) is LoraTooLarge
@@ -345,13 +419,21 @@ def test_a_body_that_grows_too_large_is_not_read_to_its_end(tmp_path: Path) -> N
     ("start", "end", "piece"),
     [
         pytest.param(reply(BODY[:-100], length=len(BODY)), b"", b"x", id="body"),
-        pytest.param(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"\r\nContent-Length: 1\r\n\r\nx", b"x", id="headers"),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\nX-Slow: ", b"\r\nContent-Length: 1\r\n\r\nx", b"x", id="headers"
+        ),
         pytest.param(b"", reply(BODY), b"HTTP/1.1 100 Continue\r\n\r\n", id="continue"),
         pytest.param(
-            reply(chunked(BODY)[:-2], length=None, Transfer_Encoding="chunked"), b"\r\n", b"X: y\r\n", id="trailers"
+            reply(chunked(BODY)[:-2], length=None, Transfer_Encoding="chunked"),
+            b"\r\n",
+            b"X: y\r\n",
+            id="trailers",
         ),
         pytest.param(
-            reply(b"5;x=", length=None, Transfer_Encoding="chunked"), b"\r\nabcde\r\n0\r\n\r\n", b"x", id="extension"
+            reply(b"5;x=", length=None, Transfer_Encoding="chunked"),
+            b"\r\nabcde\r\n0\r\n\r\n",
+            b"x",
+            id="extension",
         ),
         pytest.param(
             reply(gzip.compress(b"")[:10], length=None, Content_Encoding="gzip"),
@@ -361,7 +443,9 @@ def test_a_body_that_grows_too_large_is_not_read_to_its_end(tmp_path: Path) -> N
         ),
     ],
 )
-def test_an_answer_that_drips_meets_the_deadline(tmp_path: Path, start: bytes, end: bytes, piece: bytes) -> None:
+def test_an_answer_that_drips_meets_the_deadline(
+    tmp_path: Path, start: bytes, end: bytes, piece: bytes
+) -> None:
     """The deadline ends it, not its own end."""
     with (
         serving(dripping(start, end, piece=piece)) as host,
@@ -381,7 +465,9 @@ def test_an_answer_that_drips_meets_the_deadline(tmp_path: Path, start: bytes, e
     ],
     ids=["continue", "trailers", "extensions"],
 )
-def test_an_endless_answer_beside_its_body_meets_the_deadline(tmp_path: Path, start: bytes, piece: bytes) -> None:
+def test_an_endless_answer_beside_its_body_meets_the_deadline(
+    tmp_path: Path, start: bytes, piece: bytes
+) -> None:
     with (
         serving(endless(start, piece)) as host,
         fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
@@ -406,7 +492,11 @@ def test_an_answer_that_does_not_end_with_its_file_is_cut(
 ) -> None:
     """Long before its deadline: of what follows a watcher hears nothing, and no cap counts it."""
     monkeypatch.setattr(stream, "_END_SECONDS", 0.2)
-    with serving(dripping(start, piece=piece)) as host, fetching(tmp_path, host) as fetcher, suppress(LoraUnreachable):
+    with (
+        serving(dripping(start, piece=piece)) as host,
+        fetching(tmp_path, host) as fetcher,
+        suppress(LoraUnreachable),
+    ):
         fetcher.fetch(f"{host.url}/x", io.BytesIO())
 
     assert host.sent <= len(host.requests) * (len(start) + 50 * len(piece))

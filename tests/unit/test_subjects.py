@@ -48,7 +48,11 @@ def refusal(path: Path) -> str:
 
 
 def test_what_is_no_picture_of_this_project_is_refused(tmp_path: Path) -> None:
-    files: dict[str, bytes] = {"text": b"a city at night", "empty": b"", "gif": b"GIF89a" + bytes(50)}
+    files: dict[str, bytes] = {
+        "text": b"a city at night",
+        "empty": b"",
+        "gif": b"GIF89a" + bytes(50),
+    }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         assert "neither a PNG, JPEG or WebP picture" in refusal(tmp_path / name)
@@ -72,9 +76,13 @@ def test_a_picture_that_says_nothing_or_is_damaged_is_refused(
         assert "damaged" in refusal(path) or "neither" in refusal(path)
 
 
-def test_a_jpeg_without_room_for_what_it_was_drawn_from_is_by_its_manifest(draw: Callable[..., list[Path]]) -> None:
+def test_a_jpeg_without_room_for_what_it_was_drawn_from_is_by_its_manifest(
+    draw: Callable[..., list[Path]],
+) -> None:
     """The refusal says where to look."""
-    (path,) = draw(a_request(seed=7, output_format="jpeg", prompt="🐱" * 10_000, negative_prompt="🐶" * 10_000))
+    (path,) = draw(
+        a_request(seed=7, output_format="jpeg", prompt="🐱" * 10_000, negative_prompt="🐶" * 10_000)
+    )
 
     assert refusal(path) == f"{path}: {UNTOLD}"
     assert [subject.file for subject in subjects(path.parents[1] / "manifest.json")] == [path]
@@ -95,12 +103,19 @@ def clear(picture: Image.Image) -> Image.Image:
         (lambda picture: picture.convert("P"), {"transparency": b"\xff" * 256}, "RGB"),
         (clear, {}, "RGBA"),
         (lambda picture: clear(picture.convert("L")), {}, "RGBA"),
-        (lambda picture: picture.convert("P"), {"transparency": b"\xff" * 60 + b"\xfe" * 196}, "RGBA"),
+        (
+            lambda picture: picture.convert("P"),
+            {"transparency": b"\xff" * 60 + b"\xfe" * 196},
+            "RGBA",
+        ),
         (lambda picture: picture, {"transparency": (1, 2, 3)}, "RGBA"),
     ],
 )
 def test_pixels_that_are_seen_through_have_alpha(
-    draw: Callable[..., list[Path]], edit: Callable[[Image.Image], Image.Image], options: dict[str, Any], mode: str
+    draw: Callable[..., list[Path]],
+    edit: Callable[[Image.Image], Image.Image],
+    options: dict[str, Any],
+    mode: str,
 ) -> None:
     """However a PNG says so; any others are RGB, as ours are."""
     (path,) = draw()
@@ -125,7 +140,15 @@ def test_words_that_are_no_recipe_are_refused(tmp_path: Path, said: bytes) -> No
 
 
 @pytest.mark.parametrize(
-    "fields", [{"width": 80_000}, {"height": 60}, {"width": 0}, {"seed": -1}, {"seed": 2**60}, {"job_id": "../../x"}]
+    "fields",
+    [
+        {"width": 80_000},
+        {"height": 60},
+        {"width": 0},
+        {"seed": -1},
+        {"seed": 2**60},
+        {"job_id": "../../x"},
+    ],
 )
 def test_a_picture_that_asks_for_more_than_a_job_may_is_refused(
     draw: Callable[..., list[Path]], fields: dict[str, Any]

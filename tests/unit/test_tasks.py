@@ -39,7 +39,14 @@ from zlora.errors import (
     StoreFailed,
     ZloraError,
 )
-from zlora.job import TASK_NAME, Cancellation, GenerateRequest, GenerateResult, digest_of, read_request
+from zlora.job import (
+    TASK_NAME,
+    Cancellation,
+    GenerateRequest,
+    GenerateResult,
+    digest_of,
+    read_request,
+)
 from zlora.ledger import Submission
 from zlora.own_app import OwnApp
 from zlora.webhook import Webhook
@@ -51,7 +58,10 @@ from zlora_worker.metrics import Meter
 from zlora_worker.storage import image_key, manifest_key
 
 REQUEST = {"prompt": "a portrait", "seed": 3}
-SIGNED = {"prompt": "a portrait", "loras": [{"file": {"url": "https://host/file?signature=0123456789secret"}}]}
+SIGNED = {
+    "prompt": "a portrait",
+    "loras": [{"file": {"url": "https://host/file?signature=0123456789secret"}}],
+}
 Draw = Callable[[GenerateRequest, Report], None]
 
 
@@ -70,9 +80,13 @@ class Child:
         self.links: Any = links(self.store)
         self.meter = Meter()
         self.deliveries = Deliveries(broker_url, self.queue)
-        config = wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
+        config = wire.shared_config(
+            broker_url=broker_url, result_backend=broker_url, queue=self.queue
+        )
         self.app = OwnApp("test", config | {"task_acks_late": True})
-        self.task: Any = self.app.task(name=TASK_NAME, bind=True, shared=False, throws=(ZloraError,))(tasks.generate)
+        self.task: Any = self.app.task(
+            name=TASK_NAME, bind=True, shared=False, throws=(ZloraError,)
+        )(tasks.generate)
         self.other = Deliveries(broker_url, self.queue)  # another worker's
         self.redis: Any = self.deliveries.ledger.redis
 
@@ -92,7 +106,9 @@ class Child:
         self.draw(request, report)
         return self.finish(job_id, request, attempt=told["attempt"])
 
-    def finish(self, job_id: str, request: GenerateRequest | None = None, *, attempt: int = 1) -> GenerateResult:
+    def finish(
+        self, job_id: str, request: GenerateRequest | None = None, *, attempt: int = 1
+    ) -> GenerateResult:
         """Store the manifest of a job."""
         digest = digest_of(request or read_request(REQUEST))
         made = GenerateResult(
@@ -105,10 +121,17 @@ class Child:
     def run(self, request: object = REQUEST, *, job_id: object = None, **options: Any) -> Any:
         """The task's outcome, as the function answers or raises."""
         task_id = uuid.uuid4().hex if job_id is None else job_id
-        return self.task.apply(**{"args": [request], "task_id": task_id} | options).get(propagate=True)
+        return self.task.apply(**{"args": [request], "task_id": task_id} | options).get(
+            propagate=True
+        )
 
     def send(self, job_id: str, request: object = REQUEST, **options: Any) -> None:
-        sent: dict[str, Any] = {"args": [request], "queue": self.queue, "priority": 5, "task_id": job_id} | options
+        sent: dict[str, Any] = {
+            "args": [request],
+            "queue": self.queue,
+            "priority": 5,
+            "task_id": job_id,
+        } | options
         self.app.send_task(TASK_NAME, **sent)
 
     def take(self) -> Any:
@@ -152,7 +175,9 @@ def child(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
     def leave(status: int) -> NoReturn:
         raise Left(status)
 
-    monkeypatch.setattr(celery.backends.redis, "task_join_will_block", lambda: True)  # as in a child: no subscription
+    monkeypatch.setattr(
+        celery.backends.redis, "task_join_will_block", lambda: True
+    )  # as in a child: no subscription
     started = Child(broker_url)
     monkeypatch.setattr(endings, "os", SimpleNamespace(_exit=leave))
     monkeypatch.setattr(zlora_worker.generate, "generate", started.generate)
@@ -183,13 +208,18 @@ def handle(child: Child, broker_url: str) -> Iterator[JobHandle]:
 # --- what goes through
 
 
-def test_a_job_is_drawn_under_the_task_s_id_and_answered_in_plain_json(child: Child, job: str) -> None:
+def test_a_job_is_drawn_under_the_task_s_id_and_answered_in_plain_json(
+    child: Child, job: str
+) -> None:
     assert child.deliver(job) == "SUCCESS"
 
     (drawn,) = child.jobs
     assert (drawn["job_id"], drawn["request"], drawn["attempt"]) == (job, read_request(REQUEST), 1)
     state, answer = child.meta(job)
-    assert (state, msgspec.convert(json.loads(json.dumps(answer)), GenerateResult).job_id) == ("SUCCESS", job)
+    assert (state, msgspec.convert(json.loads(json.dumps(answer)), GenerateResult).job_id) == (
+        "SUCCESS",
+        job,
+    )
     assert not [field for field in child.deliveries.record(job) if field.startswith("attempt:")]
 
 
@@ -228,7 +258,13 @@ def test_a_bad_job_id_is_refused_first(child: Child) -> None:
 def test_a_bad_request_is_refused_before_the_model_is_touched(child: Child) -> None:
     child.install(EngineState.DIRTY)
 
-    requests: list[object] = [{**REQUEST, "wieght": 1}, None, [], "x", {**REQUEST, "guidance_scale": float("nan")}]
+    requests: list[object] = [
+        {**REQUEST, "wieght": 1},
+        None,
+        [],
+        "x",
+        {**REQUEST, "guidance_scale": float("nan")},
+    ]
     for request in requests:
         with pytest.raises(InvalidRequest):
             child.run(request)
@@ -255,7 +291,9 @@ def test_a_copy_that_a_worker_does_not_understand_does_not_end_the_job_that_anot
     child: Child, job: str
 ) -> None:
     later = {**REQUEST, "colour": 1}
-    child.deliveries.ledger.open(job, Submission(request=later, priority=5, submitted=time.time()), "digest")
+    child.deliveries.ledger.open(
+        job, Submission(request=later, priority=5, submitted=time.time()), "digest"
+    )
 
     with child.other.leased(job):
         assert child.deliver(job, later) == "IGNORED"
@@ -279,7 +317,9 @@ def test_the_request_may_have_its_name(child: Child) -> None:
         ([], REQUEST),
     ],
 )
-def test_any_other_arguments_are_an_invalid_request(child: Child, args: list[Any], kwargs: dict[str, Any]) -> None:
+def test_any_other_arguments_are_an_invalid_request(
+    child: Child, args: list[Any], kwargs: dict[str, Any]
+) -> None:
     """Not a `TypeError` of Celery's, which no producer could tell from a fault of the worker."""
     with pytest.raises(InvalidRequest, match="one argument, the request") as raised:
         child.run(args=args, kwargs=kwargs)
@@ -294,14 +334,18 @@ def test_a_timeout_above_the_operator_s_bound_is_refused(child: Child) -> None:
     assert child.run({**REQUEST, "timeout": 60})["base_intact"]
 
 
-def test_a_request_for_links_that_the_operator_does_not_give_is_refused_before_anything_is_drawn(child: Child) -> None:
+def test_a_request_for_links_that_the_operator_does_not_give_is_refused_before_anything_is_drawn(
+    child: Child,
+) -> None:
     with pytest.raises(InvalidRequest, match=r"url_policy: Expected one of file, key"):
         child.run({**REQUEST, "url_policy": "public"})
 
     assert child.jobs == []
 
 
-def test_a_result_whose_links_cannot_be_made_yet_is_told_later_and_drawn_once(child: Child, job: str) -> None:
+def test_a_result_whose_links_cannot_be_made_yet_is_told_later_and_drawn_once(
+    child: Child, job: str
+) -> None:
     """The store has the result: nothing may call the job failed."""
     made = iter([StoreFailed("the store is away")])
 
@@ -364,7 +408,9 @@ def test_a_job_waits_for_a_store_that_does_not_answer_and_fails_in_the_end(
 # --- duplicates
 
 
-def test_a_duplicate_is_put_off_while_another_worker_draws_and_then_answered(child: Child, job: str) -> None:
+def test_a_duplicate_is_put_off_while_another_worker_draws_and_then_answered(
+    child: Child, job: str
+) -> None:
     """One copy of the message, like the first but for its time, and no address that is secret in it."""
     headers, later = {wire.SUBMITTED_AT: time.time()}, datetime.now(UTC) + timedelta(hours=1)
     with child.other.leased(job):
@@ -411,7 +457,9 @@ def test_a_job_that_another_worker_ended_just_before_the_lease_is_not_drawn(
     assert (child.deliver(job), child.jobs) == ("SUCCESS", [])
 
 
-@pytest.mark.parametrize("error", [LoraNotFound("none", {"status": 404}), JobRevoked("c"), JobExpired("e")])
+@pytest.mark.parametrize(
+    "error", [LoraNotFound("none", {"status": 404}), JobRevoked("c"), JobExpired("e")]
+)
 def test_a_late_delivery_of_a_job_that_ended_badly_gets_the_same_verdict(
     child: Child, job: str, error: ZloraError
 ) -> None:
@@ -425,12 +473,16 @@ def test_a_late_delivery_of_a_job_that_ended_badly_gets_the_same_verdict(
     assert len(child.jobs) == 1
     assert (child.meta(job)[0], str(child.meta(job)[1])) == (first[0], str(first[1]))
     assert first[0] == ("FAILURE" if isinstance(error, LoraNotFound) else "REVOKED")
-    assert child.counted() == {(error.code, "failure" if isinstance(error, LoraNotFound) else "revoked"): 1}
+    assert child.counted() == {
+        (error.code, "failure" if isinstance(error, LoraNotFound) else "revoked"): 1
+    }
 
 
 @pytest.mark.parametrize("request_", [{"prompt": "another"}, {"prompt": 5}])
 @pytest.mark.parametrize("end", ["none", "failure", "success"])
-def test_a_message_under_another_job_s_id_changes_nothing(child: Child, job: str, request_: object, end: str) -> None:
+def test_a_message_under_another_job_s_id_changes_nothing(
+    child: Child, job: str, request_: object, end: str
+) -> None:
     """Neither the state nor the record, whatever became of the job."""
     if end == "failure":
         child.fails(LoraNotFound("none"))
@@ -467,10 +519,15 @@ def test_an_old_job_under_the_same_id_keeps_its_pictures(child: Child, job: str)
     assert child.store.get(image_key(job, 0, "png")) == b"picture"
 
 
-def test_a_copy_that_this_worker_refuses_takes_no_picture_from_the_one_that_draws(child: Child, job: str) -> None:
+def test_a_copy_that_this_worker_refuses_takes_no_picture_from_the_one_that_draws(
+    child: Child, job: str
+) -> None:
     """Its bound is lower than the other's."""
     child.store.put_new(image_key(job, 0, "png"), b"picture", "image/png")
-    with child.other.leased(job), child.other.attempt(job, digest_of(read_request({**REQUEST, "timeout": 90}))):
+    with (
+        child.other.leased(job),
+        child.other.attempt(job, digest_of(read_request({**REQUEST, "timeout": 90}))),
+    ):
         child.deliver(job, {**REQUEST, "timeout": 90})
 
         assert child.store.get(image_key(job, 0, "png")) == b"picture"
@@ -512,8 +569,12 @@ def test_a_job_that_began_in_time_does_not_expire_at_its_retry(child: Child, job
     assert child.begin(child.take()) == "SUCCESS"
 
 
-@pytest.mark.parametrize("error", [SoftTimeLimitExceeded(), RuntimeError("interrupted by a signal")])
-def test_what_a_job_meets_after_its_time_is_a_timeout(child: Child, job: str, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [SoftTimeLimitExceeded(), RuntimeError("interrupted by a signal")]
+)
+def test_what_a_job_meets_after_its_time_is_a_timeout(
+    child: Child, job: str, error: Exception
+) -> None:
     """Libraries turn what a signal raises inside them into errors of their own."""
 
     def late(_request: GenerateRequest, _report: Report) -> None:
@@ -603,7 +664,9 @@ def test_a_job_whose_child_was_killed_over_its_time_is_ended_by_the_next_deliver
         assert (state, type(raised), raised.details["seconds"]) == ("FAILURE", JobTimeout, 5)
 
 
-def test_a_job_that_another_worker_has_failed_meanwhile_does_not_succeed(child: Child, job: str) -> None:
+def test_a_job_that_another_worker_has_failed_meanwhile_does_not_succeed(
+    child: Child, job: str
+) -> None:
     """Two may draw at once where Redis was away: the first to end has it."""
 
     def draw(_request: GenerateRequest, report: Report) -> None:
@@ -620,7 +683,16 @@ def test_a_job_that_another_worker_has_failed_meanwhile_does_not_succeed(child: 
 def test_the_seconds_in_the_queue_are_known_where_the_producer_says_when(child: Child) -> None:
     """Never less than none, since two machines have two clocks; and a time that cannot be one is none."""
     now = time.time()
-    sent: list[Any] = [now - 2.5, now + 60, None, "yesterday", True, 10**400, float("nan"), now - 1e6]
+    sent: list[Any] = [
+        now - 2.5,
+        now + 60,
+        None,
+        "yesterday",
+        True,
+        10**400,
+        float("nan"),
+        now - 1e6,
+    ]
 
     for submitted in sent:
         child.run(headers={wire.SUBMITTED_AT: submitted})
@@ -634,19 +706,31 @@ def test_the_seconds_in_the_queue_are_known_where_the_producer_says_when(child: 
 # --- what goes wrong
 
 
-def test_a_retryable_error_is_tried_three_times_more_with_growing_pauses(child: Child, job: str) -> None:
+def test_a_retryable_error_is_tried_three_times_more_with_growing_pauses(
+    child: Child, job: str
+) -> None:
     child.fails(StoreFailed("full", {"key": "k"}))
     pauses: list[float] = []
     child.send(job, SIGNED, priority=9)
     for retries in range(3):
         assert child.begin(child.take()) == "IGNORED"
         state, error = child.meta(job)
-        assert (state, type(error), error.details) == ("RETRY", StoreFailed, {"key": "k", "attempt": retries + 1})
+        assert (state, type(error), error.details) == (
+            "RETRY",
+            StoreFailed,
+            {"key": "k", "attempt": retries + 1},
+        )
         assert not child.redis.exists(wire.lease_key(job))
         copy = child.take()
-        assert (copy.headers["retries"], copy.properties["priority"], copy.payload[0]) == (retries + 1, 9, [SIGNED])
+        assert (copy.headers["retries"], copy.properties["priority"], copy.payload[0]) == (
+            retries + 1,
+            9,
+            [SIGNED],
+        )
         assert "secret" not in copy.headers["argsrepr"]
-        pauses.append((datetime.fromisoformat(copy.headers["eta"]) - datetime.now(UTC)).total_seconds())
+        pauses.append(
+            (datetime.fromisoformat(copy.headers["eta"]) - datetime.now(UTC)).total_seconds()
+        )
         child.send(job, SIGNED, priority=9, retries=retries + 1)
 
     assert child.begin(child.take()) == "FAILURE"
@@ -660,7 +744,9 @@ def test_a_retryable_error_is_tried_three_times_more_with_growing_pauses(child: 
 
 
 @pytest.mark.parametrize("lapsed", [False, True], ids=["leased", "lapsed"])
-@pytest.mark.parametrize("step", ["store_result", "signature_from_request", "give_back", "require_wanted"])
+@pytest.mark.parametrize(
+    "step", ["store_result", "signature_from_request", "give_back", "require_wanted"]
+)
 def test_a_job_that_is_cancelled_at_any_step_on_its_way_to_a_retry_ends_there(
     child: Child, handle: JobHandle, monkeypatch: pytest.MonkeyPatch, step: str, lapsed: bool
 ) -> None:
@@ -676,10 +762,16 @@ def test_a_job_that_is_cancelled_at_any_step_on_its_way_to_a_retry_ends_there(
     before(child, step, cancel, monkeypatch)
     assert child.begin(child.take()) == "IGNORED"
 
-    assert places == [Cancellation.QUEUED if lapsed or step == "require_wanted" else Cancellation.RUNNING]
+    assert places == [
+        Cancellation.QUEUED if lapsed or step == "require_wanted" else Cancellation.RUNNING
+    ]
     assert (child.meta(handle.id)[0], handle.cancel()) == ("REVOKED", Cancellation.FINISHED)
     assert isinstance(child.deliveries.ledger.standing(handle.id).verdict, JobRevoked)
-    assert (child.begin(child.take()), child.meta(handle.id)[0], len(child.jobs)) == ("IGNORED", "REVOKED", 1)
+    assert (child.begin(child.take()), child.meta(handle.id)[0], len(child.jobs)) == (
+        "IGNORED",
+        "REVOKED",
+        1,
+    )
     assert child.counted() == {("store_failed", "retried"): 1, ("job_revoked", "revoked"): 1}
 
 
@@ -715,9 +807,13 @@ def test_a_cancelled_job_on_its_way_to_a_retry_is_left_to_another_worker_that_dr
     assert child.begin(child.take()) == ("SUCCESS" if is_done else "IGNORED")
 
 
-def before(child: Child, step: str, happens: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def before(
+    child: Child, step: str, happens: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Something happens once, just before a step of the worker's."""
-    owner = next(one for one in (child.app.backend, child.task, child.deliveries) if hasattr(one, step))
+    owner = next(
+        one for one in (child.app.backend, child.task, child.deliveries) if hasattr(one, step)
+    )
     real = getattr(owner, step)
 
     def late(*given: Any, **options: Any) -> Any:
@@ -728,8 +824,12 @@ def before(child: Child, step: str, happens: Callable[[], object], monkeypatch: 
     monkeypatch.setattr(owner, step, late)
 
 
-@pytest.mark.parametrize(("asked", "pause"), [(7.5, 7.5), (3600.0, 120.0), ("soon", 2.0), (None, 2.0)])
-def test_a_server_that_asks_to_be_left_alone_is(child: Child, job: str, asked: object, pause: float) -> None:
+@pytest.mark.parametrize(
+    ("asked", "pause"), [(7.5, 7.5), (3600.0, 120.0), ("soon", 2.0), (None, 2.0)]
+)
+def test_a_server_that_asks_to_be_left_alone_is(
+    child: Child, job: str, asked: object, pause: float
+) -> None:
     child.fails(LoraUnreachable("busy", {"status": 429, "retry_after": asked}))
 
     assert child.deliver(job) == "IGNORED"
@@ -739,20 +839,31 @@ def test_a_server_that_asks_to_be_left_alone_is(child: Child, job: str, asked: o
 
 
 @pytest.mark.parametrize(
-    "error", [LoraNotFound("there is none", {"status": 404}), InternalError("known"), ZloraError("bare")]
+    "error",
+    [LoraNotFound("there is none", {"status": 404}), InternalError("known"), ZloraError("bare")],
 )
-def test_any_other_typed_error_ends_the_job_at_once_as_it_is(child: Child, job: str, error: ZloraError) -> None:
+def test_any_other_typed_error_ends_the_job_at_once_as_it_is(
+    child: Child, job: str, error: ZloraError
+) -> None:
     child.fails(error)
 
     assert child.deliver(job) == "FAILURE"
 
     raised = child.meta(job)[1]
-    assert (type(raised), raised.message, raised.details) == (type(error), error.message, error.details)
+    assert (type(raised), raised.message, raised.details) == (
+        type(error),
+        error.message,
+        error.details,
+    )
     assert child.take() is None
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA"), MemoryError(), KeyError("unet"), RuntimeError("x" * 10**6)])
-def test_any_other_exception_becomes_an_internal_error_that_names_it(child: Child, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA"), MemoryError(), KeyError("unet"), RuntimeError("x" * 10**6)]
+)
+def test_any_other_exception_becomes_an_internal_error_that_names_it(
+    child: Child, error: Exception
+) -> None:
     child.fails(error)
 
     with pytest.raises(InternalError, match=type(error).__name__) as raised:
@@ -782,7 +893,9 @@ def test_an_order_to_stop_is_no_error_of_the_job(child: Child, stop: type[BaseEx
         child.run()
 
 
-def test_a_job_over_which_three_workers_died_is_not_given_a_fourth(child: Child, job: str, killed_in: Enter) -> None:
+def test_a_job_over_which_three_workers_died_is_not_given_a_fourth(
+    child: Child, job: str, killed_in: Enter
+) -> None:
     for _ in range(3):
         killed_in(child.deliveries.attempt(job, digest_of(read_request(REQUEST))))
         child.deliveries.died(job, "SIGKILL")
@@ -794,7 +907,9 @@ def test_a_job_over_which_three_workers_died_is_not_given_a_fourth(child: Child,
     assert [attempt["signal"] for attempt in error.details["attempts"]] == ["SIGKILL"] * 3
 
 
-def test_a_broken_link_of_the_producer_s_does_not_leave_the_job_open(child: Child, job: str) -> None:
+def test_a_broken_link_of_the_producer_s_does_not_leave_the_job_open(
+    child: Child, job: str
+) -> None:
     """Celery calls what a message links to before it stores the result."""
     child.deliver(job, link=[{"task": None}])
 
@@ -805,7 +920,9 @@ def test_a_broken_link_of_the_producer_s_does_not_leave_the_job_open(child: Chil
 
 
 @pytest.mark.parametrize("state", [None, EngineState.DIRTY])
-def test_a_child_without_a_sound_model_draws_nothing_and_leaves(child: Child, state: EngineState | None) -> None:
+def test_a_child_without_a_sound_model_draws_nothing_and_leaves(
+    child: Child, state: EngineState | None
+) -> None:
     """With the one status that lets Celery put the job back."""
     tasks._runtime = None if state is None else child.runtime(state)
 
@@ -835,7 +952,9 @@ def test_whatever_is_written_expires(child: Child) -> None:
     stay = {key for key in keys if child.redis.ttl(key) < 0}
 
     assert [key for key in keys if key.startswith("zlora:")]
-    assert {key for key in stay if not key.startswith("_kombu.") and child.redis.type(key) != "list"} == set()
+    assert {
+        key for key in stay if not key.startswith("_kombu.") and child.redis.type(key) != "list"
+    } == set()
 
 
 def test_redis_is_waited_for_where_a_message_is_sent_again(

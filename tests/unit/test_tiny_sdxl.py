@@ -63,8 +63,12 @@ PEFT = (
         ("product-photography-v1", "peft", PEFT),
     ],
 )
-def test_each_lora_is_spelt_as_people_have_it(model_home: Path, name: str, spelling: str, pattern: str) -> None:
-    read = load_engine(model_home).reader.read(tiny_lora(model_home, name), digest=name, source=name)
+def test_each_lora_is_spelt_as_people_have_it(
+    model_home: Path, name: str, spelling: str, pattern: str
+) -> None:
+    read = load_engine(model_home).reader.read(
+        tiny_lora(model_home, name), digest=name, source=name
+    )
 
     assert read.format == spelling
     assert [key for key in lora_tensors(model_home, name) if not re.fullmatch(pattern, key)] == []
@@ -86,7 +90,9 @@ def starts(key: str, part: str) -> bool:
 def test_the_loras_cover_text_encoders_and_convolutions(model_home: Path) -> None:
     found = {name: parts(lora_tensors(model_home, name)) for name in TINY_LORAS}
     convolved = {
-        name for name in TINY_LORAS if any(tensor.ndim == 4 for tensor in lora_tensors(model_home, name).values())
+        name
+        for name in TINY_LORAS
+        if any(tensor.ndim == 4 for tensor in lora_tensors(model_home, name).values())
     }
 
     assert found == {
@@ -102,6 +108,14 @@ def test_kohyas_alpha_is_half_the_rank(model_home: Path) -> None:
     """An alpha that is ignored would show."""
     for name in ("anime-style", "neon-lights"):
         tensors = lora_tensors(model_home, name)
-        ranks = {key.removesuffix(".lora_down.weight"): len(down) for key, down in tensors.items() if "down" in key}
-        alphas = {key.removesuffix(".alpha"): float(alpha) for key, alpha in tensors.items() if key.endswith(".alpha")}
+        ranks = {
+            key.removesuffix(".lora_down.weight"): len(down)
+            for key, down in tensors.items()
+            if "down" in key
+        }
+        alphas = {
+            key.removesuffix(".alpha"): float(alpha)
+            for key, alpha in tensors.items()
+            if key.endswith(".alpha")
+        }
         assert alphas == {module: rank / 2 for module, rank in ranks.items()}

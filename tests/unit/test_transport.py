@@ -22,7 +22,13 @@ SOUND: dict[str, Any] = {
     "body": "W1tdLHt9LHt9XQ==",
     "content-encoding": "utf-8",
     "content-type": "application/json",
-    "headers": {"id": JOB, "task": "zlora.generate", "lang": "py", "retries": 0, "timelimit": [None, None]},
+    "headers": {
+        "id": JOB,
+        "task": "zlora.generate",
+        "lang": "py",
+        "retries": 0,
+        "timelimit": [None, None],
+    },
     "properties": {
         "correlation_id": JOB,
         "delivery_mode": 2,
@@ -48,17 +54,39 @@ KNOWN = [
 ]
 PLACES = [
     *((name,) for name in SOUND),
-    *(("headers", name) for name in [*SOUND["headers"], *KNOWN, "compression", "stamped_headers", "stranger"]),
+    *(
+        ("headers", name)
+        for name in [*SOUND["headers"], *KNOWN, "compression", "stamped_headers", "stranger"]
+    ),
     *(("properties", name) for name in [*SOUND["properties"], "reply_to"]),
     *(("properties", "delivery_info", name) for name in ("exchange", "routing_key")),
 ]
 ODD = st.recursive(
-    st.sampled_from([None, True, 0, -1, 10**400, 0.5, float("nan"), float("inf"), "", "x", "\ud800", "é", "\x00"]),
+    st.sampled_from(
+        [
+            None,
+            True,
+            0,
+            -1,
+            10**400,
+            0.5,
+            float("nan"),
+            float("inf"),
+            "",
+            "x",
+            "\ud800",
+            "é",
+            "\x00",
+        ]
+    ),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["a", "id", "exchange", "\ud800"]), inner, max_size=3)
         | st.fixed_dictionaries(
-            {"__type__": st.sampled_from(["uuid", "datetime", "nothing"]) | inner, "__value__": inner}
+            {
+                "__type__": st.sampled_from(["uuid", "datetime", "nothing"]) | inner,
+                "__value__": inner,
+            }
         )
     ),
     max_leaves=6,
@@ -98,7 +126,10 @@ class Reader:
         self.redis.delete(self.queue)
         self.redis.lpush(self.queue, *items, json.dumps(last))
         before()
-        options: Any = {"transport": "zlora_worker.transport:Transport", "transport_options": wire.transport_options()}
+        options: Any = {
+            "transport": "zlora_worker.transport:Transport",
+            "transport_options": wire.transport_options(),
+        }
         with Connection(self.url, **options) as connection, connection.channel() as opened:
             channel: Any = opened
             channel.qos.restore_at_shutdown = False
@@ -143,7 +174,9 @@ def test_a_sound_message_passes_as_it_is(reader: Reader) -> None:
 
 @examples
 @given(place=st.sampled_from(PLACES), value=ODD)
-def test_no_odd_value_raises_where_a_message_is_looked_at(reader: Reader, place: tuple[str, ...], value: Any) -> None:
+def test_no_odd_value_raises_where_a_message_is_looked_at(
+    reader: Reader, place: tuple[str, ...], value: Any
+) -> None:
     """It passes, is refused and counted, or has a stand-in under its id."""
     before = reader.refused()
 
@@ -155,7 +188,9 @@ def test_no_odd_value_raises_where_a_message_is_looked_at(reader: Reader, place:
 
 @examples
 @given(place=st.sampled_from(PLACES), value=ODD)
-def test_what_passes_can_be_read_by_kombu(reader: Reader, place: tuple[str, ...], value: Any) -> None:
+def test_what_passes_can_be_read_by_kombu(
+    reader: Reader, place: tuple[str, ...], value: Any
+) -> None:
     """What kombu raises while it reads a queue ends the worker."""
     reader.receive(altered(place, value))
 
@@ -165,13 +200,21 @@ def test_what_passes_can_be_read_by_kombu(reader: Reader, place: tuple[str, ...]
     [
         pytest.param(altered(("body",), "abc"), id="no base64"),
         pytest.param(altered(("body",), "\ud800"), id="half a character in the body"),
-        pytest.param(altered(("properties", "delivery_tag"), "\ud800"), id="half a character in the tag"),
+        pytest.param(
+            altered(("properties", "delivery_tag"), "\ud800"), id="half a character in the tag"
+        ),
         pytest.param(altered(("properties", "delivery_info"), {}), id="no exchange"),
         pytest.param(altered(("headers", "compression"), "zlib"), id="not compressed"),
         pytest.param(altered(("headers", "compression"), [1]), id="odd compression"),
-        pytest.param(altered(("headers", "x"), {"__type__": "datetime", "__value__": "soon"}), id="no time"),
-        pytest.param(altered(("headers", "x"), {"__type__": "nothing", "__value__": 1}), id="no type"),
-        pytest.param(altered(("headers",), {"__type__": "bytes", "__value__": "x"}), id="headers of a type"),
+        pytest.param(
+            altered(("headers", "x"), {"__type__": "datetime", "__value__": "soon"}), id="no time"
+        ),
+        pytest.param(
+            altered(("headers", "x"), {"__type__": "nothing", "__value__": 1}), id="no type"
+        ),
+        pytest.param(
+            altered(("headers",), {"__type__": "bytes", "__value__": "x"}), id="headers of a type"
+        ),
         pytest.param(json.dumps(SOUND).encode("utf-16"), id="utf-16"),
         pytest.param(json.dumps(SOUND).encode("utf-32-le"), id="utf-32"),
         pytest.param(codecs.BOM_UTF8 + json.dumps(SOUND).encode(), id="byte order mark"),
@@ -186,7 +229,9 @@ def test_a_message_that_kombu_cannot_read_does_not_reach_it(reader: Reader, item
 
 
 @examples
-@given(item=st.binary() | st.text().map(str.encode) | ODD.map(lambda value: json.dumps(value).encode()))
+@given(
+    item=st.binary() | st.text().map(str.encode) | ODD.map(lambda value: json.dumps(value).encode())
+)
 def test_garbage_is_counted(reader: Reader, item: bytes) -> None:
     before = reader.refused()
 
@@ -206,7 +251,9 @@ def test_garbage_comes_to_no_consumer(reader: Reader, item: bytes) -> None:
 
 
 @pytest.mark.parametrize("place", [("headers", "x"), ("properties", "x"), ("x",)])
-def test_a_message_too_deep_for_a_child_fails_its_job(reader: Reader, place: tuple[str, ...]) -> None:
+def test_a_message_too_deep_for_a_child_fails_its_job(
+    reader: Reader, place: tuple[str, ...]
+) -> None:
     assert reader.readable(altered(place, nested(MAX_DEPTH - 10))) == (
         reader.queue.encode(),
         altered(place, nested(MAX_DEPTH - 10)),
@@ -219,9 +266,16 @@ def test_a_message_too_deep_for_a_child_fails_its_job(reader: Reader, place: tup
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [(("headers", "retries"), "many"), (("headers", "timelimit"), [1, 2, 3]), (("body",), 5), (("properties",), [])],
+    [
+        (("headers", "retries"), "many"),
+        (("headers", "timelimit"), [1, 2, 3]),
+        (("body",), 5),
+        (("properties",), []),
+    ],
 )
-def test_a_legible_id_gets_a_message_that_fails_the_job(reader: Reader, place: tuple[str, ...], value: Any) -> None:
+def test_a_legible_id_gets_a_message_that_fails_the_job(
+    reader: Reader, place: tuple[str, ...], value: Any
+) -> None:
     """It says what is wrong, and is entered in the books like any other."""
     (heard,) = reader.receive(altered(place, value))
 
@@ -262,9 +316,14 @@ def test_a_message_waits_until_a_full_redis_takes_note_of_it(reader: Reader) -> 
     assert reader.redis.hexists("unacked", "waits")
 
 
-def test_a_channel_whose_connection_is_gone_closes_and_leaves_its_messages_in_the_books(reader: Reader) -> None:
+def test_a_channel_whose_connection_is_gone_closes_and_leaves_its_messages_in_the_books(
+    reader: Reader,
+) -> None:
     """They come back when their time is over: kombu would raise, and the worker end."""
-    options: Any = {"transport": "zlora_worker.transport:Transport", "transport_options": wire.transport_options()}
+    options: Any = {
+        "transport": "zlora_worker.transport:Transport",
+        "transport_options": wire.transport_options(),
+    }
     reader.redis.delete(reader.queue)
     reader.redis.lpush(reader.queue, altered(("properties", "delivery_tag"), "held"))
     with Connection(reader.url, **options) as connection, connection.channel() as opened:

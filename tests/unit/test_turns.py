@@ -6,7 +6,19 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from servers import Request, caching, digest, got, kept, lora_bytes, named, reply, serving, told, with_etag
+from servers import (
+    Request,
+    caching,
+    digest,
+    got,
+    kept,
+    lora_bytes,
+    named,
+    reply,
+    serving,
+    told,
+    with_etag,
+)
 from zlora.job import Asset
 from zlora_worker import turns
 from zlora_worker.locks import alone
@@ -66,7 +78,9 @@ def test_a_process_that_is_stopped_over_a_download_holds_up_no_other(
     assert kept(tmp_path) == named(ONE)
 
 
-def test_the_same_pin_at_another_address_is_one_download_where_that_is_quick(tmp_path: Path) -> None:
+def test_the_same_pin_at_another_address_is_one_download_where_that_is_quick(
+    tmp_path: Path,
+) -> None:
     begun = Event()
 
     def soon(_request: Request) -> Iterator[bytes]:

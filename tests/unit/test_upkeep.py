@@ -57,7 +57,9 @@ def test_what_is_known_of_a_file_goes_only_after_the_file(tmp_path: Path) -> Non
 
         def late() -> Iterator[tuple[Path, Entry]]:
             cache.file(digest(ONE)).write_bytes(ONE)
-            cache.index.remember(asset.address, Fetched(sha256=digest(ONE), size=SIZE), asked=time.time())
+            cache.index.remember(
+                asset.address, Fetched(sha256=digest(ONE), size=SIZE), asked=time.time()
+            )
             yield from entries()
 
         cache.index.entries = late  # type: ignore[method-assign]
@@ -68,7 +70,10 @@ def test_what_is_known_of_a_file_goes_only_after_the_file(tmp_path: Path) -> Non
 
 
 def test_a_check_of_all_files_drops_the_damaged_and_is_no_use(tmp_path: Path) -> None:
-    with serving(by_path({"/a": ONE, "/b": TWO, "/c": THREE})) as host, caching(tmp_path, host) as cache:
+    with (
+        serving(by_path({"/a": ONE, "/b": TWO, "/c": THREE})) as host,
+        caching(tmp_path, host) as cache,
+    ):
         files = [got(cache, Asset(url=f"{host.url}/{name}")) for name in "abc"]
         overwrite(files[1].path, bytes(SIZE))
         before = [os.stat(file.path).st_atime_ns for file in files]
@@ -76,7 +81,10 @@ def test_a_check_of_all_files_drops_the_damaged_and_is_no_use(tmp_path: Path) ->
         found = dict(cache.space.verify())
 
         assert found == {digest(ONE): "sound", digest(TWO): "dropped", digest(THREE): "sound"}
-        assert [os.stat(files[index].path).st_atime_ns for index in (0, 2)] == [before[0], before[2]]
+        assert [os.stat(files[index].path).st_atime_ns for index in (0, 2)] == [
+            before[0],
+            before[2],
+        ]
         assert kept(tmp_path) == named(ONE, THREE)
 
 
@@ -93,7 +101,10 @@ def overwrite(path: Path, data: bytes) -> None:
 @contextmanager
 def three_files(folder: Path) -> Iterator[Cache]:
     """A cache with files that were used 20, 10 and 5 seconds ago."""
-    with serving(by_path({"/0": ONE, "/1": TWO, "/2": THREE})) as host, caching(folder, host) as cache:
+    with (
+        serving(by_path({"/0": ONE, "/1": TWO, "/2": THREE})) as host,
+        caching(folder, host) as cache,
+    ):
         for index, seconds in enumerate((20, 10, 5)):
             age(got(cache, Asset(url=f"{host.url}/{index}")).path, seconds)
         yield cache
@@ -118,7 +129,9 @@ def pinned(data: bytes) -> Asset:
         ({}, []),
     ],
 )
-def test_files_go_by_their_last_use(tmp_path: Path, options: dict[str, int], left: list[bytes]) -> None:
+def test_files_go_by_their_last_use(
+    tmp_path: Path, options: dict[str, int], left: list[bytes]
+) -> None:
     with three_files(tmp_path) as cache:
         pruned = cache.space.prune(**options)
 

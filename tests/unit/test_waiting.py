@@ -107,7 +107,9 @@ def test_a_restart_of_redis_is_outlasted(broker: Any, proxy: Proxy, client: Clie
         proxy.break_at(b"PING|SUBSCRIBE|GET")
         broker.client_kill_filter(_type="pubsub")
         ends(client, "job-1")
-        wait_until(lambda: not broker.pubsub_numsub("celery-task-meta-job-1")[0][1], "nobody listens")
+        wait_until(
+            lambda: not broker.pubsub_numsub("celery-task-meta-job-1")[0][1], "nobody listens"
+        )
         proxy.restore()
         waiter.join(30)
 
@@ -128,9 +130,13 @@ def test_an_outage_that_lasts_is_told_to_all_who_wait_and_not_found_out_by_each(
             broker.config_resetstat()
             waits = [asyncio.create_task(job.result()) for job in jobs]
             looked = 2 * len(jobs)  # at first, and where its subscription holds
-            await asyncio.to_thread(wait_until, lambda: calls(broker, "get") >= looked, "all of them wait")
+            await asyncio.to_thread(
+                wait_until, lambda: calls(broker, "get") >= looked, "all of them wait"
+            )
             proxy.black_out()
-            async with asyncio.timeout(20):  # each for itself, in eight threads, a look 0.3 s and more, for ever
+            async with asyncio.timeout(
+                20
+            ):  # each for itself, in eight threads, a look 0.3 s and more, for ever
                 return await asyncio.gather(*waits, return_exceptions=True)
 
     ends = asyncio.run(run())
@@ -150,7 +156,10 @@ def test_a_wait_of_no_number_of_seconds_is_refused(client: Client, timeout: Any)
 def test_a_client_that_is_closed_ends_what_waits_with_it(client: Client) -> None:
     job = client.submit(REQUEST, job_id="job-1")
     with ThreadPoolExecutor(2) as threads:
-        waits: list[Future[Any]] = [threads.submit(job.result), threads.submit(lambda: list(job.events()))]
+        waits: list[Future[Any]] = [
+            threads.submit(job.result),
+            threads.submit(lambda: list(job.events())),
+        ]
         wait_until(lambda: inside(client)._listener._ear, "they wait")
         client.close()
         for wait in waits:
@@ -166,7 +175,9 @@ def submit_on_and_on(client: Client) -> None:
         client.submit(REQUEST)
 
 
-def test_a_client_that_is_closed_in_the_middle_of_anything_says_so(broker_url: str, broker: Any) -> None:
+def test_a_client_that_is_closed_in_the_middle_of_anything_says_so(
+    broker_url: str, broker: Any
+) -> None:
     """Sockets that are closed under their readers raise what they like; and nobody opens others."""
     threads_before, connections_before = threading.active_count(), len(broker.client_list())
     for _ in range(5):
@@ -184,4 +195,6 @@ def test_a_client_that_is_closed_in_the_middle_of_anything_says_so(broker_url: s
     wait_until(lambda: threading.active_count() == threads_before, "no thread is left")
     del client, asks, ends, errors
     gc.collect()  # what was opened in the moment of the closing
-    wait_until(lambda: len(broker.client_list()) <= connections_before + SHARED, "no connection is left")
+    wait_until(
+        lambda: len(broker.client_list()) <= connections_before + SHARED, "no connection is left"
+    )

@@ -46,11 +46,15 @@ class Desk:
             raise revoked(job_id)
 
     def store_result(self, job_id: str, meta: dict[str, Any], state: str, *, request: Any) -> None:
-        self.reports.append({"at": self.clock.now, "job": job_id, "meta": meta, "state": state, "request": request})
+        self.reports.append(
+            {"at": self.clock.now, "job": job_id, "meta": meta, "state": state, "request": request}
+        )
 
 
 def a_watch(desk: Desk, *, seconds: float = 1e9) -> Watch:
-    return Watch("request", cast("Any", desk), cast("Any", desk), job_id="job-1", seconds=seconds, attempt=2)
+    return Watch(
+        "request", cast("Any", desk), cast("Any", desk), job_id="job-1", seconds=seconds, attempt=2
+    )
 
 
 @pytest.fixture
@@ -77,7 +81,9 @@ def test_the_flag_is_looked_at_with_every_step(clock: Clock, desk: Desk) -> None
     assert len(desk.looks) == 20
 
 
-def test_elsewhere_the_flag_is_looked_at_every_fiftieth_of_a_second_at_most(clock: Clock, desk: Desk) -> None:
+def test_elsewhere_the_flag_is_looked_at_every_fiftieth_of_a_second_at_most(
+    clock: Clock, desk: Desk
+) -> None:
     """A download has many pieces; and in a second of them it is looked at often."""
     report = a_watch(desk)
     for piece in range(1000):
@@ -113,7 +119,9 @@ def test_a_job_ends_when_its_time_is_over(clock: Clock, desk: Desk) -> None:
     assert "5 s" in str(raised.value)
 
 
-@pytest.mark.parametrize("error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")])
+@pytest.mark.parametrize(
+    "error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")]
+)
 @pytest.mark.parametrize("where", ["require_wanted", "store_result"])
 def test_a_redis_that_is_full_or_away_costs_five_seconds_of_silence(
     clock: Clock, desk: Desk, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
@@ -176,7 +184,12 @@ def test_a_report_says_what_a_watcher_wants(clock: Clock, desk: Desk) -> None:
 
 
 @untimed
-@given(calls=st.lists(st.tuples(st.sampled_from(["fetching", "loading", "denoising"]), st.floats(0, 1)), max_size=60))
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from(["fetching", "loading", "denoising"]), st.floats(0, 1)),
+        max_size=60,
+    )
+)
 def test_there_are_at_most_two_reports_in_any_second(calls: list[tuple[str, float]]) -> None:
     """And where nothing was said for a second, something is."""
     clock = Clock()
@@ -205,7 +218,11 @@ def test_the_rest_of_the_time_is_told_by_the_pace_of_the_steps(clock: Clock, des
         report("denoising", step, 10)
         clock.now += 1
 
-    told = [(found["meta"]["step"], found["meta"]["eta"]) for found in desk.reports if "step" in found["meta"]]
+    told = [
+        (found["meta"]["step"], found["meta"]["eta"])
+        for found in desk.reports
+        if "step" in found["meta"]
+    ]
     assert told == [(1, None), *((step, float(10 - step)) for step in range(2, 11))]
 
 
@@ -219,7 +236,9 @@ def test_a_report_can_be_made_of_nothing(desk: Desk) -> None:
 
 @pytest.fixture
 def app(broker_url: str) -> Iterator[OwnApp]:
-    made = OwnApp("test", wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
+    made = OwnApp(
+        "test", wire.shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu")
+    )
     yield made
     made.close()
 

@@ -106,7 +106,11 @@ def test_a_failure_of_the_network_is_never_one_of_the_file(tmp_path: Path) -> No
 
 def test_a_login_page_behind_a_redirect_is_a_refusal(tmp_path: Path) -> None:
     def site(request: Request) -> bytes:
-        return reply(b"<html>") if request.target.startswith("/login") else reply(status=302, Location="/login?back=x")
+        return (
+            reply(b"<html>")
+            if request.target.startswith("/login")
+            else reply(status=302, Location="/login?back=x")
+        )
 
     error, tries = tries_of(tmp_path, site)
 
@@ -120,7 +124,9 @@ def test_the_body_of_a_redirect_is_not_read(tmp_path: Path) -> None:
     def answer(request: Request) -> bytes | Iterable[bytes]:
         if request.target == "/y":
             return reply(BODY)
-        return itertools.chain([reply(status=302, length=2**31, Location="/y")], itertools.repeat(bytes(2**20)))
+        return itertools.chain(
+            [reply(status=302, length=2**31, Location="/y")], itertools.repeat(bytes(2**20))
+        )
 
     with serving(answer) as host, fetching(tmp_path, host) as fetcher:
         assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
@@ -166,14 +172,18 @@ def test_a_wait_until_a_moment_is_told_in_seconds(tmp_path: Path) -> None:
      "Mon, 01 Jan 2024 00:00:00 +99999999999999999999", "Mon, 01 Jan 0001 00:00:00 +2359", "9" * 9,
      "Fri, 31 Dec 9999 23:59:59 -2359", "Mon, 99 Foo 99999 99:99:99 GMT", "0", "a\r\n b", ""],
 )  # fmt: skip
-def test_no_word_for_a_wait_breaks_anything_or_holds_a_job_for_more_than_an_hour(tmp_path: Path, text: str) -> None:
+def test_no_word_for_a_wait_breaks_anything_or_holds_a_job_for_more_than_an_hour(
+    tmp_path: Path, text: str
+) -> None:
     error, _ = tries_of(tmp_path, reply(status=503, Retry_After=text))
 
     assert type(error) is LoraUnreachable
     assert 0 <= error.details.get("retry_after", 0) <= 3600
 
 
-def test_whoever_waits_is_asked_in_the_pauses_and_may_end_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_waits_is_asked_in_the_pauses_and_may_end_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A job that is cancelled leaves the queue at once, not after the server's wait."""
     monkeypatch.setattr(web, "_PAUSES", (60.0, 60.0))
 
@@ -205,7 +215,10 @@ def test_the_deadline_is_one_for_all_redirects(tmp_path: Path) -> None:
         hops = int(request.target[1:].partition("?")[0])
         return reply(status=302, Location=f"/{hops - 1}?sig=s3cret") if hops else reply(BODY)
 
-    with serving(slow(answer, 0.3)) as host, fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher:
+    with (
+        serving(slow(answer, 0.3)) as host,
+        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
+    ):
         assert type(failure(fetcher, f"{host.url}/4")) is LoraUnreachable
 
 
@@ -300,12 +313,17 @@ def test_a_certificate_of_the_operator_s_authority_and_the_right_name_is_trusted
     tmp_path: Path, authority: Authority
 ) -> None:
     with serving(reply(BODY), tls=authority.server("localhost")) as host:
-        allowed = {"ZLORA_ALLOW_HOSTS": f"localhost:{host.port}", "ZLORA_CA_BUNDLE": str(authority.bundle)}
+        allowed = {
+            "ZLORA_ALLOW_HOSTS": f"localhost:{host.port}",
+            "ZLORA_CA_BUNDLE": str(authority.bundle),
+        }
         with fetching(tmp_path, **allowed) as fetcher:
             assert downloaded(fetcher, f"https://localhost:{host.port}/x")[0] == BODY
 
 
-@pytest.mark.parametrize(("name", "trusts"), [("other.example", True), ("localhost", False)], ids=["name", "authority"])
+@pytest.mark.parametrize(
+    ("name", "trusts"), [("other.example", True), ("localhost", False)], ids=["name", "authority"]
+)
 def test_a_certificate_of_another_name_or_authority_is_not_allowed(
     tmp_path: Path, authority: Authority, name: str, trusts: bool
 ) -> None:
@@ -327,7 +345,9 @@ def test_a_redirect_to_a_server_with_a_certificate_of_another_name_is_not_allowe
 ) -> None:
     with (
         serving(reply(BODY), tls=authority.server("other.example")) as target,
-        serving(reply(status=302, Location=f"https://localhost:{target.port}/x?sig=s3cret")) as first,
+        serving(
+            reply(status=302, Location=f"https://localhost:{target.port}/x?sig=s3cret")
+        ) as first,
     ):
         allowed = {"ZLORA_ALLOW_HOSTS": f"{first.name},localhost:{target.port}"}
         with fetching(tmp_path, ZLORA_CA_BUNDLE=str(authority.bundle), **allowed) as fetcher:

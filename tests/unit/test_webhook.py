@@ -27,12 +27,29 @@ from zlora.errors import (
     ZloraError,
 )
 from zlora.job import GenerateResult
-from zlora.webhook import EVENTS, TOLERANCE, Verifier, Webhook, body_of, new_secret, read, sign, type_of
+from zlora.webhook import (
+    EVENTS,
+    TOLERANCE,
+    Verifier,
+    Webhook,
+    body_of,
+    new_secret,
+    read,
+    sign,
+    type_of,
+)
 
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 24).decode()
 OTHER: Final = "whsec_" + base64.b64encode(b"o" * 64).decode()
 RESULT: Final = GenerateResult(
-    job_id="a", images=(), loras=(), seed=3, timings={"denoise": 1.5}, base_intact=True, model="m", versions={}
+    job_id="a",
+    images=(),
+    loras=(),
+    seed=3,
+    timings={"denoise": 1.5},
+    base_intact=True,
+    model="m",
+    versions={},
 )
 BODY: Final = body_of("a", RESULT, at=1_700_000_000.75)
 NOW: Final = 1_700_000_100.0  # seconds since the epoch
@@ -42,7 +59,9 @@ def verifier(secret: str = SECRET, *, now: float = NOW, **options: Any) -> Verif
     return Verifier(secret, clock=lambda: now, **options)
 
 
-def signed(body: bytes = BODY, *, secret: str = SECRET, at: float = NOW, **changed: str) -> dict[str, str]:
+def signed(
+    body: bytes = BODY, *, secret: str = SECRET, at: float = NOW, **changed: str
+) -> dict[str, str]:
     """The headers of a message; `changed` replaces some after it was signed, by the last word of their name."""
     headers = sign(body, secret, message_id="msg_a", timestamp=at)
     return headers | {f"webhook-{name}": value for name, value in changed.items()}
@@ -124,10 +143,16 @@ def test_the_package_of_the_specification_verifies_what_is_signed_here() -> None
 
 
 @untimed
-@given(st.text(st.characters(codec="utf-8")), st.binary(min_size=24, max_size=64), st.from_regex(r"\A[!-~]{1,64}\Z"))
+@given(
+    st.text(st.characters(codec="utf-8")),
+    st.binary(min_size=24, max_size=64),
+    st.from_regex(r"\A[!-~]{1,64}\Z"),
+)
 def test_what_the_package_signs_holds_here(text: str, key: bytes, message_id: str) -> None:
     secret = "whsec_" + base64.b64encode(key).decode()
-    body = msgspec.json.encode({"type": text, "timestamp": "2026-01-01T00:00:00Z", "data": {"job_id": text}})
+    body = msgspec.json.encode(
+        {"type": text, "timestamp": "2026-01-01T00:00:00Z", "data": {"job_id": text}}
+    )
     moment = datetime.fromtimestamp(NOW, UTC)
     headers = {
         "webhook-id": message_id,
@@ -160,13 +185,25 @@ def test_a_new_secret_is_one_and_new() -> None:
 
 
 @pytest.mark.parametrize(
-    "secret", ["", " ", "k" * 32, "whsec_", "whsec_c2hvcnQ=", "whsec_" + "a" * 88, "whsec_!!!!", f"{SECRET} plain"]
+    "secret",
+    [
+        "",
+        " ",
+        "k" * 32,
+        "whsec_",
+        "whsec_c2hvcnQ=",
+        "whsec_" + "a" * 88,
+        "whsec_!!!!",
+        f"{SECRET} plain",
+    ],
 )
 def test_what_is_no_secret_is_refused_and_not_shown(secret: str) -> None:
     with pytest.raises(InvalidSetting, match=wire.WEBHOOK_SECRET) as raised:
         Verifier(secret)
 
-    assert not [part for part in secret.split() if len(part) > len("whsec_") and part in str(raised.value)]
+    assert not [
+        part for part in secret.split() if len(part) > len("whsec_") and part in str(raised.value)
+    ]
 
 
 # --- what is believed
@@ -195,7 +232,12 @@ def test_a_failure_arrives_as_its_own_class(cls: type[ZloraError]) -> None:
 def test_an_end_has_one_of_the_three_names() -> None:
     ends = (RESULT, LoraMismatch(), JobExpired(), JobRevoked())
 
-    assert [type_of(end) for end in ends] == ["job.succeeded", "job.failed", "job.failed", "job.cancelled"]
+    assert [type_of(end) for end in ends] == [
+        "job.succeeded",
+        "job.failed",
+        "job.failed",
+        "job.cancelled",
+    ]
 
 
 def test_what_a_stranger_s_file_is_named_can_be_sent() -> None:
@@ -366,7 +408,10 @@ def test_receivers_of_many_processes_may_share_what_they_have_heard() -> None:
 def test_the_stack_makes_one_secret_that_its_receivers_find(tmp_path: Path) -> None:
     """However many start at once; only their user may read it."""
     made: list[str] = []
-    threads = [threading.Thread(target=lambda: made.append(local._webhook_secret(tmp_path))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: made.append(local._webhook_secret(tmp_path)))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

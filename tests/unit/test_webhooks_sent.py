@@ -73,7 +73,9 @@ class Receiver:
 
 
 @contextmanager
-def receiving(answer: Callable[[list[Heard]], Reply] | int = 204, **headers: str) -> Iterator[Receiver]:
+def receiving(
+    answer: Callable[[list[Heard]], Reply] | int = 204, **headers: str
+) -> Iterator[Receiver]:
     """A receiver for as long as the block runs, of one status or whatever `answer` says."""
     reply = (lambda _: (answer, headers)) if isinstance(answer, int) else answer
 
@@ -109,7 +111,14 @@ def result_of(job_id: str, *, url: str | None = None) -> GenerateResult:
         seed=3,
     )  # fmt: skip
     return GenerateResult(
-        job_id=job_id, images=(image,), loras=(), seed=3, timings={}, base_intact=True, model="m", versions={}
+        job_id=job_id,
+        images=(image,),
+        loras=(),
+        seed=3,
+        timings={},
+        base_intact=True,
+        model="m",
+        versions={},
     )
 
 
@@ -124,13 +133,20 @@ class Place:
     """A queue of its own with a store, and companions that may send."""
 
     def __init__(self, broker_url: str, folder: Path) -> None:
-        self.url, self.queue, self.folder, self.now = broker_url, uuid.uuid4().hex, folder, time.time()
+        self.url, self.queue, self.folder, self.now = (
+            broker_url,
+            uuid.uuid4().hex,
+            folder,
+            time.time(),
+        )
         self.redis: Any = connect(broker_url)
         self.ledger, self.outbox = Ledger(self.redis, self.queue), Outbox(self.redis, self.queue)
         self.store = FolderStore(folder)
         self.allowed: set[str] = set()
         self.meter = Meter()
-        config = wire.impatient_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
+        config = wire.impatient_config(
+            broker_url=broker_url, result_backend=broker_url, queue=self.queue
+        )
         self.app = Celery("test", set_as_current=False, changes=config)
 
     def job(self, url: str, *events: str) -> str:
@@ -195,7 +211,10 @@ class Place:
     def backlog(self, url: str, count: int) -> None:
         """So many jobs that have ended, with one webhook, all due before any that ends from now on."""
         names = [f"{self.queue}-{index}" for index in range(count)]
-        facts: dict[str, Any] = {"webhook": msgspec.json.encode(Webhook(url=url)), "closed": int(time.time()) - 60}
+        facts: dict[str, Any] = {
+            "webhook": msgspec.json.encode(Webhook(url=url)),
+            "closed": int(time.time()) - 60,
+        }
         facts["verdict"] = '["lora_mismatch","no",{}]'
         with self.redis.pipeline(transaction=False) as pipe:
             for name in names:
@@ -213,7 +232,12 @@ class Place:
 def commands(client: Any) -> Counter[str]:
     """How often the server was asked to do what, scripts included."""
     stats = client.info("commandstats")
-    return Counter({name.removeprefix("cmdstat_").partition("|")[0]: one["calls"] for name, one in stats.items()})
+    return Counter(
+        {
+            name.removeprefix("cmdstat_").partition("|")[0]: one["calls"]
+            for name, one in stats.items()
+        }
+    )
 
 
 def no_thread(**_: object) -> NoReturn:
@@ -242,7 +266,10 @@ def test_a_success_is_told_once_with_urls_of_now(place: Place) -> None:
     assert event.result is not None
     assert str(event.result.images[0].url).startswith("file://")
     assert abs(event.timestamp.timestamp() - time.time()) < 60
-    assert (receiver.heard[0].path, receiver.heard[0].headers["content-type"]) == ("/hook?token=t", "application/json")
+    assert (receiver.heard[0].path, receiver.heard[0].headers["content-type"]) == (
+        "/hook?token=t",
+        "application/json",
+    )
     Oracle(SECRET).verify(receiver.heard[0].body, receiver.heard[0].headers)
     assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
 
@@ -254,7 +281,11 @@ def test_a_failure_is_told_with_its_error(place: Place, verdict: ZloraError) -> 
         place.work()
 
     (event,) = receiver.events()
-    assert (event.type, type(event.error), str(event.error)) == ("job.failed", type(verdict), str(verdict))
+    assert (event.type, type(event.error), str(event.error)) == (
+        "job.failed",
+        type(verdict),
+        str(verdict),
+    )
 
 
 def test_a_failure_that_only_celery_knows_of_is_told(place: Place) -> None:
@@ -269,7 +300,9 @@ def test_a_failure_that_only_celery_knows_of_is_told(place: Place) -> None:
     assert (event.type, str(event.error)) == ("job.failed", "died")
 
 
-def test_a_success_that_this_store_knows_nothing_of_is_told_as_its_producer_has_it(place: Place) -> None:
+def test_a_success_that_this_store_knows_nothing_of_is_told_as_its_producer_has_it(
+    place: Place,
+) -> None:
     """It is another machine's folder, or its retention was short."""
     with receiving() as receiver:
         job = place.job(receiver.url)
@@ -296,7 +329,9 @@ def test_another_end_of_the_same_id_is_another_event(place: Place) -> None:
 
 
 @pytest.mark.parametrize("written", ["1", None, "long ago"])
-def test_an_end_whose_time_is_not_written_down_is_told_with_a_time_of_now(place: Place, written: str | None) -> None:
+def test_an_end_whose_time_is_not_written_down_is_told_with_a_time_of_now(
+    place: Place, written: str | None
+) -> None:
     """An earlier version wrote none."""
     with receiving() as receiver:
         job = place.ended(receiver.url)
@@ -318,7 +353,9 @@ def test_a_queued_job_that_its_client_cancels_is_told(place: Place, own: bool) -
         Client(place.url, queue=place.queue if own else "other") as canceller,
     ):
         place.allowed.add(urlsplit(receiver.url).netloc)
-        handle = client.submit({"prompt": "p"}, webhook_url=receiver.url, webhook_events=["job.cancelled"])
+        handle = client.submit(
+            {"prompt": "p"}, webhook_url=receiver.url, webhook_events=["job.cancelled"]
+        )
         assert place.work() == 0
         canceller.job(handle.id).cancel()
         place.work()
@@ -331,7 +368,9 @@ def test_a_queued_job_that_its_client_cancels_is_told(place: Place, own: bool) -
 def test_only_the_events_that_were_asked_for_are_told(place: Place) -> None:
     with receiving() as receiver:
         place.end(place.job(receiver.url, "job.failed"))
-        wanted = place.end(place.job(receiver.url, "job.failed", "job.cancelled"), LoraMismatch("no"))
+        wanted = place.end(
+            place.job(receiver.url, "job.failed", "job.cancelled"), LoraMismatch("no")
+        )
         while place.work():
             pass
 
@@ -380,14 +419,20 @@ def test_the_pauses_grow_for_two_hours_and_then_it_is_a_dead_letter(place: Place
         assert 0.8 * expected - 2 < pause < 1.2 * expected + 2
     assert TWO_HOURS - 20 < sum(waited) < TWO_HOURS + 20
     letter = place.letter()
-    assert (letter.job_id, letter.event, letter.url) == (job, "job.succeeded", f"{receiver.url}/hook")
+    assert (letter.job_id, letter.event, letter.url) == (
+        job,
+        "job.succeeded",
+        f"{receiver.url}/hook",
+    )
     assert (letter.tries, letter.reason) == (len(receiver.heard), "the receiver answers 503")
     assert len(receiver.heard) == len(waited) + 1
     assert (place.outbox.pending(), place.work()) == (0, 0)
     assert place.counted() == {"sent": 0, "retried": len(waited), "given_up": 1}
 
 
-def test_a_receiver_that_asks_to_be_left_alone_is_for_what_is_left_of_two_hours(place: Place) -> None:
+def test_a_receiver_that_asks_to_be_left_alone_is_for_what_is_left_of_two_hours(
+    place: Place,
+) -> None:
     with receiving(429, Retry_After="3000") as receiver:
         job = place.ended(receiver.url)
         for expected in (3000, 3000, 1200):
@@ -462,7 +507,10 @@ def test_nothing_is_sent_unsigned_and_another_companion_has_its_time(place: Plac
 
 
 def test_what_nobody_signs_for_two_hours_is_given_up_with_the_reason(place: Place) -> None:
-    job, unwanted = place.ended("http://127.0.0.1:1"), place.end(place.job("http://127.0.0.1:1", "job.failed"))
+    job, unwanted = (
+        place.ended("http://127.0.0.1:1"),
+        place.end(place.job("http://127.0.0.1:1", "job.failed")),
+    )
     sender = place.sender(ZLORA_WEBHOOK_SECRET="")
     place.pass_time(TWO_HOURS - 1)
     assert place.work(sender) == 0
@@ -484,12 +532,20 @@ def test_a_job_of_which_nothing_is_known_any_more_is_given_up(place: Place) -> N
 
     place.work()
 
-    assert {letter.job_id for letter in place.outbox.dead()} == {without_end, without_record, damaged}
+    assert {letter.job_id for letter in place.outbox.dead()} == {
+        without_end,
+        without_record,
+        damaged,
+    }
     assert place.outbox.pending() == 0
 
 
-@pytest.mark.parametrize("url", ["https://[/", "https://[v1.x]/", "https://host:port/", "https://a b/"])
-def test_what_a_stranger_wrote_for_an_address_is_given_up_and_delays_nothing(place: Place, url: str) -> None:
+@pytest.mark.parametrize(
+    "url", ["https://[/", "https://[v1.x]/", "https://host:port/", "https://a b/"]
+)
+def test_what_a_stranger_wrote_for_an_address_is_given_up_and_delays_nothing(
+    place: Place, url: str
+) -> None:
     with receiving() as receiver:
         place.backlog(url, 1)
         job = place.ended(receiver.url)
@@ -535,7 +591,13 @@ def test_a_dead_letter_is_sent_again_where_its_operator_says_so(place: Place) ->
 
 def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zlora.outbox._MOST_DEAD", 2)
-    facts: dict[str, Any] = {"event": "job.failed", "url": "https://a/", "tries": 1, "first": None, "reason": "no"}
+    facts: dict[str, Any] = {
+        "event": "job.failed",
+        "url": "https://a/",
+        "tries": 1,
+        "first": None,
+        "reason": "no",
+    }
     for age in (8 * 86_400, 3, 2, 1):
         place.outbox.bury(DeadLetter(job_id=str(age), last=time.time() - age, **facts))
 
@@ -548,7 +610,10 @@ def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch
 def test_of_two_companions_one_sends(place: Place) -> None:
     job = place.ended("http://127.0.0.1:1")
     claims: list[list[Ended]] = []
-    threads = [threading.Thread(target=lambda: claims.append(place.outbox.claim([job], 60))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: claims.append(place.outbox.claim([job], 60)))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -625,7 +690,9 @@ def test_a_backlog_for_a_receiver_that_hangs_costs_redis_next_to_nothing(place: 
     assert spent.total() < 400
 
 
-def test_many_jobs_of_one_host_hide_none_of_another(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_jobs_of_one_host_hide_none_of_another(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor do more of them than are known at once."""
     monkeypatch.setattr(webhooks, "_WINDOW", 4000)
     place.backlog("https://hanging.example:1/", 5000)
@@ -647,7 +714,9 @@ def test_hosts_that_are_not_known_to_be_quick_do_not_take_all_places(place: Plac
     sender = Held(place, "quick.example")
     dispatcher = Dispatcher(place.outbox, sender)
     dispatcher.step()
-    wait_until(lambda: "quick.example" in dispatcher._quick and not dispatcher._under_way, "it was quick")
+    wait_until(
+        lambda: "quick.example" in dispatcher._quick and not dispatcher._under_way, "it was quick"
+    )
 
     sender.begun.clear()
     sender.quick = ()
@@ -667,7 +736,9 @@ def test_hosts_that_are_not_known_to_be_quick_do_not_take_all_places(place: Plac
     wait_until(has_sent_all, "the others follow")
 
 
-def test_where_there_is_no_thread_a_job_comes_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_no_thread_a_job_comes_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with receiving() as receiver:
         job = place.ended(receiver.url)
         dispatcher = Dispatcher(place.outbox, place.sender())
@@ -779,7 +850,10 @@ def test_whatever_is_written_expires(place: Place) -> None:
         jobs = [place.ended(receiver.url) for _ in range(2)]
         place.work()
 
-    keys = [wire.job_key(job) for job in jobs] + [wire.outbox_key(place.queue), wire.dead_key(place.queue)]
+    keys = [wire.job_key(job) for job in jobs] + [
+        wire.outbox_key(place.queue),
+        wire.dead_key(place.queue),
+    ]
     lives = [place.redis.ttl(key) for key in keys]
     assert all(0 < life <= wire.RECORD_EXPIRES for life in lives)
     assert min(lives[:2]) > TWO_HOURS

@@ -34,7 +34,9 @@ def record(home: Path, text: str | bytes) -> None:
 # --- the data folder
 
 
-def test_the_data_folder_is_the_named_one_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_folder_is_the_named_one_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
 
@@ -47,7 +49,9 @@ def test_the_data_folder_is_else_in_the_user_s(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HOME", "/home/somebody")
 
     assert wire.home({"XDG_DATA_HOME": "/xdg"}) == Path("/xdg/zlora")
-    assert wire.home({"ZLORA_HOME": "", "XDG_DATA_HOME": ""}) == Path("/home/somebody/.local/share/zlora")
+    assert wire.home({"ZLORA_HOME": "", "XDG_DATA_HOME": ""}) == Path(
+        "/home/somebody/.local/share/zlora"
+    )
 
 
 def test_the_data_folder_is_a_whole_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,7 +68,9 @@ def test_the_explicit_broker_wins_over_a_running_one(tmp_path: Path) -> None:
     with listening(tmp_path / "s") as url:
         record(tmp_path, json.dumps({"url": url, "pid": 1}))
 
-        explicit = wire.broker_url({"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL": "redis://elsewhere/1"})
+        explicit = wire.broker_url(
+            {"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL": "redis://elsewhere/1"}
+        )
 
     assert explicit == "redis://elsewhere/1"
 
@@ -84,7 +90,9 @@ def test_without_any_word_the_broker_is_redis_on_this_machine(tmp_path: Path) ->
     assert wire.broker_url({"ZLORA_HOME": str(tmp_path / "absent")}) == "redis://localhost:6379/0"
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"url": null}', '{"url": "redis://h"}', "{}", "[]", "null", '"x"', b"\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"url": null}', '{"url": "redis://h"}', "{}", "[]", "null", '"x"', b"\xff"]
+)
 def test_a_record_that_names_no_socket_is_no_broker(tmp_path: Path, text: str | bytes) -> None:
     record(tmp_path, text)
 
@@ -111,7 +119,9 @@ def test_a_data_folder_that_is_a_file_has_no_broker(tmp_path: Path) -> None:
         ("\n", ""),
     ],
 )
-def test_a_value_is_all_of_its_file_but_the_newlines_at_the_end(tmp_path: Path, content: str, value: str) -> None:
+def test_a_value_is_all_of_its_file_but_the_newlines_at_the_end(
+    tmp_path: Path, content: str, value: str
+) -> None:
     (tmp_path / "secret").write_text(content)
 
     assert wire.value_of({"NAME_FILE": str(tmp_path / "secret")}, "NAME") == value
@@ -153,7 +163,9 @@ def test_a_broker_in_a_file_wins_over_a_running_one(tmp_path: Path) -> None:
     with listening(tmp_path / "s") as url:
         record(tmp_path, json.dumps({"url": url, "pid": 1}))
 
-        found = wire.broker_url({"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL_FILE": str(tmp_path / "url")})
+        found = wire.broker_url(
+            {"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL_FILE": str(tmp_path / "url")}
+        )
 
     assert found == "redis://elsewhere/1"
 
@@ -163,7 +175,10 @@ def test_a_producer_reads_its_secrets_from_files(tmp_path: Path, broker_url: str
     (tmp_path / "url").write_text(f"{broker_url}\n")
     (tmp_path / "secret").write_text(f"{new_secret()}\n")
     (tmp_path / "queue").write_text("files")
-    told = {name: str(tmp_path / file) for name, file in (("BROKER_URL_FILE", "url"), ("QUEUE_FILE", "queue"))}
+    told = {
+        name: str(tmp_path / file)
+        for name, file in (("BROKER_URL_FILE", "url"), ("QUEUE_FILE", "queue"))
+    }
     environ = {"ZLORA_HOME": str(tmp_path)} | {f"ZLORA_{name}": file for name, file in told.items()}
     with Client.from_env(environ) as client:
         client.submit({"prompt": "x"})
@@ -209,7 +224,9 @@ def test_no_wait_for_redis_is_without_a_bound() -> None:
     options = wire.shared_config(broker_url="redis://a", result_backend="redis://b", queue="q")
 
     names = ("socket_timeout", "socket_connect_timeout")
-    waits = [options[f"redis_{name}"] for name in names] + [options["broker_transport_options"][name] for name in names]
+    waits = [options[f"redis_{name}"] for name in names] + [
+        options["broker_transport_options"][name] for name in names
+    ]
     assert all(wait > 0 for wait in waits)
 
 
@@ -237,7 +254,12 @@ def test_each_priority_has_a_list_of_its_own_and_the_first_is_the_queue_s() -> N
 
     assert lists[0] == "q"
     assert len(set(lists)) == len(wire.PRIORITY_STEPS)
-    assert wire.PRIORITIES["high"] < wire.DEFAULT_PRIORITY == wire.PRIORITIES["normal"] < wire.PRIORITIES["low"]
+    assert (
+        wire.PRIORITIES["high"]
+        < wire.DEFAULT_PRIORITY
+        == wire.PRIORITIES["normal"]
+        < wire.PRIORITIES["low"]
+    )
     assert set(wire.PRIORITIES.values()) <= set(wire.PRIORITY_STEPS)
 
 
@@ -245,7 +267,13 @@ def test_what_belongs_to_a_job_or_to_a_queue_has_a_key_of_its_own() -> None:
     of_jobs = [key(job_id) for key in (wire.job_key, wire.lease_key) for job_id in ("a", "b")]
     of_queues = [
         key(queue)
-        for key in (wire.ledger_key, wire.expiring_key, wire.sweep_key, wire.recall_key, wire.refused_key)
+        for key in (
+            wire.ledger_key,
+            wire.expiring_key,
+            wire.sweep_key,
+            wire.recall_key,
+            wire.refused_key,
+        )
         for queue in ("a", "b")
     ]
 
@@ -272,7 +300,10 @@ def test_what_belongs_to_a_job_or_to_a_queue_has_a_key_of_its_own() -> None:
         ),
         ("redis+socket:///run/zlora/s", {"path": "/run/zlora/s"}),
         ("redis+socket:///run/s?virtual_host=2", {"path": "/run/s", "db": 2}),
-        ("redis+socket://:p%40ss@/run/s?virtual_host=2", {"path": "/run/s", "db": 2, "password": "p@ss"}),
+        (
+            "redis+socket://:p%40ss@/run/s?virtual_host=2",
+            {"path": "/run/s", "db": 2, "password": "p@ss"},
+        ),
     ],
 )
 def test_celery_s_url_means_the_same_to_redis_py(url: str, expected: dict[str, object]) -> None:
@@ -294,7 +325,14 @@ def test_ledger_and_queue_are_in_one_database(url: str) -> None:
 
     ours = redis.Redis.from_url(wire.redis_url(url)).connection_pool.connection_kwargs
 
-    default = {"host": None, "port": 6379, "path": None, "username": None, "password": None, "db": 0}
+    default = {
+        "host": None,
+        "port": 6379,
+        "path": None,
+        "username": None,
+        "password": None,
+        "db": 0,
+    }
     theirs = channel._connparams()
     if "path" in theirs:
         default["port"] = None

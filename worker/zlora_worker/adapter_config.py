@@ -19,7 +19,9 @@ class AdapterConfig:
             packed = json.loads(metadata.get(FIELD, "{}"))
             self._values: dict[str, Any] = dict(packed)
             self._alphas = {
-                key.partition(".")[0]: [(_name(pattern), _number(alpha)) for pattern, alpha in (value or {}).items()]
+                key.partition(".")[0]: [
+                    (_name(pattern), _number(alpha)) for pattern, alpha in (value or {}).items()
+                ]
                 for key, value in self._values.items()
                 if key.endswith(".alpha_pattern")
             }

@@ -64,7 +64,9 @@ app.conf.update(
     broker_connection_max_retries=None,
     # Without it a result that meets a Redis restart turns a finished job into a failed one; and so does a full Redis.
     result_backend_always_retry=True,
-    result_backend_transport_options={"additional_connection_errors": ["redis.exceptions:OutOfMemoryError"]},
+    result_backend_transport_options={
+        "additional_connection_errors": ["redis.exceptions:OutOfMemoryError"]
+    },
     # Celery would say STARTED before the lease is held, over whatever is known of the job, which says PROGRESS at once.
     task_track_started=False,
     worker_send_task_events=True,
@@ -90,9 +92,9 @@ class _Request(JobRequest):
     deliveries, settings = deliveries, settings
 
 
-app.task(name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request, resultrepr_maxsize=MAX_SHOWN)(
-    tasks.generate
-)
+app.task(
+    name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request, resultrepr_maxsize=MAX_SHOWN
+)(tasks.generate)
 app.steps["worker"].update((ModelGate, Drain, Companion))
 app.steps["consumer"].update((GateWatch, Heartbeat))
 
@@ -113,13 +115,20 @@ def write_log(logger: logging.Logger, **_: Any) -> None:
 @after_setup_logger.connect
 def write_pool_log(**_: Any) -> None:
     """The pool's logger has a handler of its own, which Celery hands to nobody."""
-    logs.use(settings.log, settings.secrets, logger=logging.getLogger("multiprocessing"), process="parent")
+    logs.use(
+        settings.log,
+        settings.secrets,
+        logger=logging.getLogger("multiprocessing"),
+        process="parent",
+    )
 
 
 @worker_process_init.connect
 def load_model(**_: Any) -> None:
     """In the child: load the base and hand it to the task, or say why not and leave."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns while it is imported, of what is not used here
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns while it is imported, of what is not used here
     try:
         replaces = marks.loading()
         from zlora_worker.generate import Runtime
@@ -132,7 +141,9 @@ def load_model(**_: Any) -> None:
         logger.info("%s is resident after %.1f s", settings.model, seconds)
     except ZloraError as error:
         _give_up(str(error))
-    except Exception as error:  # the boundary of the child's start: Celery would log it and serve without a model
+    except (
+        Exception
+    ) as error:  # the boundary of the child's start: Celery would log it and serve without a model
         logger.exception("loading %s failed", settings.model)
         _give_up(f"loading {settings.model} failed: {type(error).__name__}: {error}")
     marks.loaded()

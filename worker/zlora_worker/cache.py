@@ -25,7 +25,9 @@ from zlora_worker.space import Space, sha256_of
 from zlora_worker.stream import Fetched, OnBytes, nobody
 from zlora_worker.turns import Turn
 
-_RECENT: Final = 900.0  # seconds since its last use in which a file does not go for one that is fetched ahead
+_RECENT: Final = (
+    900.0  # seconds since its last use in which a file does not go for one that is fetched ahead
+)
 
 Tier = Literal["disk", "network"]
 
@@ -47,7 +49,11 @@ class Cache:
 
     def __init__(self, folder: Path, *, max_bytes: int, free_bytes: int, fetcher: Fetcher) -> None:
         """Raises `InvalidSetting` where the folder cannot be made."""
-        self._files, self._drafts, self._locks = folder / "files", folder / "drafts", folder / "locks"
+        self._files, self._drafts, self._locks = (
+            folder / "files",
+            folder / "drafts",
+            folder / "locks",
+        )
         self.index = Index(folder, asker=fetcher.asker)
         self.space = Space.under(folder, max_bytes=max_bytes, free_bytes=free_bytes)
         self._fetcher = fetcher
@@ -91,10 +97,16 @@ class Cache:
             self._make_folders()
             turn = self._turn(asset)
             with alone(*turn.locks) as mine:
-                if mine and self._here(asset, held, since) is None and self.index.failure(asset) is None:
+                if (
+                    mine
+                    and self._here(asset, held, since) is None
+                    and self.index.failure(asset) is None
+                ):
                     self._bring(asset, turn.draft, held, nobody, spare=_RECENT)
 
-    def _file_of(self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes) -> CachedFile:
+    def _file_of(
+        self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes
+    ) -> CachedFile:
         start = time.monotonic()
         sha256, tier = self._find(asset, held, since, on_bytes)
         path = self.file(sha256)
@@ -107,7 +119,9 @@ class Cache:
             seconds=time.monotonic() - start,
         )
 
-    def _find(self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes) -> tuple[str, Tier]:
+    def _find(
+        self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes
+    ) -> tuple[str, Tier]:
         """The digest of an asset's file, which is held from then on; one process brings it, however many ask."""
         turn = self._turn(asset)
         while (sha256 := self._told(asset, held, since)) is None:
@@ -115,13 +129,19 @@ class Cache:
             with alone(*turn.locks) as mine:
                 if mine:  # and whoever was inside before may have told
                     sha256 = self._told(asset, held, since)
-                    return (sha256, "disk") if sha256 else self._bring_or_remember(asset, turn.draft, held, on_bytes)
+                    return (
+                        (sha256, "disk")
+                        if sha256
+                        else self._bring_or_remember(asset, turn.draft, held, on_bytes)
+                    )
             turn.wait(on_bytes)
         return sha256, "disk"
 
     def _told(self, asset: Asset, held: ExitStack, since: float) -> str | None:
         """The digest of an asset's file, where no source needs to be asked; raises how it failed a short while ago."""
-        if (sha256 := self._here(asset, held, since)) is None and (failure := self.index.failure(asset)) is not None:
+        if (sha256 := self._here(asset, held, since)) is None and (
+            failure := self.index.failure(asset)
+        ) is not None:
             raise failure
         return sha256
 
@@ -137,7 +157,9 @@ class Cache:
             return None
         return entry.sha256 if self._hold(entry.sha256, held) else None
 
-    def _bring_or_remember(self, asset: Asset, draft: Path, held: ExitStack, on_bytes: OnBytes) -> tuple[str, Tier]:
+    def _bring_or_remember(
+        self, asset: Asset, draft: Path, held: ExitStack, on_bytes: OnBytes
+    ) -> tuple[str, Tier]:
         try:
             return self._bring(asset, draft, held, on_bytes, spare=0.0)
         except CacheFull:
@@ -153,9 +175,13 @@ class Cache:
         """Ask the source, in turn."""
         on_bytes(0, 0)  # it may say nothing for long
         asked, entry = time.time(), self.index.entry(asset.address)
-        before = held.enter_context(ExitStack())  # holds what the source had last, until it is known to have another
+        before = held.enter_context(
+            ExitStack()
+        )  # holds what the source had last, until it is known to have another
         known = entry.fetched if entry and self._hold(entry.sha256, before) else None
-        draft.unlink(missing_ok=True)  # a dead process's; were it alive, what it writes is in no name's way
+        draft.unlink(
+            missing_ok=True
+        )  # a dead process's; were it alive, what it writes is in no name's way
         try:
             with draft.open("xb") as file:
 
@@ -235,7 +261,9 @@ class Cache:
             self.index.tidy(lambda sha256: self.file(sha256).exists())
         for lock in list(self._locks.iterdir()):
             with ExitStack() as stack:
-                stack.enter_context(alone(lock))  # where nobody holds it, it goes as this lets it go
+                stack.enter_context(
+                    alone(lock)
+                )  # where nobody holds it, it goes as this lets it go
         self.space.clear_drafts()
 
     def _make_folders(self) -> None:
@@ -259,4 +287,6 @@ def _deleted() -> OSError:
 def _require_pin(asset: Asset, fetched: Fetched) -> None:
     if asset.sha256 and fetched.sha256 != asset.sha256:
         where = without_secrets(asset.address)
-        raise LoraCorrupt(f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}")
+        raise LoraCorrupt(
+            f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}"
+        )

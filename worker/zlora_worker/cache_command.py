@@ -83,8 +83,17 @@ def ls(as_json: bool) -> None:
 
 
 @cache.command()
-@click.option("--max-bytes", type=click.IntRange(min=0), help="Until so many are left. [default: the cache's cap]")
-@click.option("--older-than", type=_age, metavar="AGE", help="What was not used for so long: seconds, or 15m, 12h, 7d.")
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(min=0),
+    help="Until so many are left. [default: the cache's cap]",
+)
+@click.option(
+    "--older-than",
+    type=_age,
+    metavar="AGE",
+    help="What was not used for so long: seconds, or 15m, 12h, 7d.",
+)
 @click.option("--all", "everything", is_flag=True, help="Whatever is not in use.")
 @json_option
 def prune(max_bytes: int | None, older_than: float | None, everything: bool, as_json: bool) -> None:
@@ -121,7 +130,9 @@ def verify(ctx: click.Context, as_json: bool) -> None:
         print_json(verdicts)
     else:
         for sha256, verdict in damaged.items():
-            click.echo(f"damaged, and {'dropped' if verdict == 'dropped' else 'cannot be dropped'}: {sha256}")
+            click.echo(
+                f"damaged, and {'dropped' if verdict == 'dropped' else 'cannot be dropped'}: {sha256}"
+            )
         click.echo(f"{len(verdicts)} files, {len(verdicts) - len(damaged)} of them sound")
     ctx.exit(1 if damaged else 0)
 
@@ -130,7 +141,9 @@ def verify(ctx: click.Context, as_json: bool) -> None:
 def _opened() -> Iterator["Space"]:
     """The cache of this environment as it is; what is made or tidied by this user may be out of a worker's reach."""
     if not all(map(find_spec, ("requests", "ssrfguard"))):
-        raise InvalidSetting("the cache is the worker's: pip install 'z-image-lora[worker]'", {"name": "worker"})
+        raise InvalidSetting(
+            "the cache is the worker's: pip install 'z-image-lora[worker]'", {"name": "worker"}
+        )
     from zlora_worker.space import Space
 
     settings = Settings.from_env()
@@ -138,7 +151,9 @@ def _opened() -> Iterator["Space"]:
     with writing(folder):
         if not (folder / "files").is_dir():
             click.echo(f"{folder}: there is no LoRA cache yet", err=True)
-        yield Space.under(folder, max_bytes=settings.lora_cache_bytes, free_bytes=settings.lora_free_bytes)
+        yield Space.under(
+            folder, max_bytes=settings.lora_cache_bytes, free_bytes=settings.lora_free_bytes
+        )
 
 
 def _listing(space: "Space") -> Listing:
@@ -154,7 +169,13 @@ def _listing(space: "Space") -> Listing:
         with unused(path) as free:
             names = tuple(sorted(sources.get(path.stem, ())))
             rows.append(
-                FileRow(sha256=path.stem, size=found.st_size, last_used=found.st_atime, in_use=not free, sources=names)
+                FileRow(
+                    sha256=path.stem,
+                    size=found.st_size,
+                    last_used=found.st_atime,
+                    in_use=not free,
+                    sources=names,
+                )
             )
     return Listing(
         folder=str(folder),
@@ -169,11 +190,15 @@ def _listing(space: "Space") -> Listing:
 
 def _table(listing: Listing) -> Table:
     """A stranger's words are shown as they are: none of them is markup."""
-    table = Table("sha256", "MB", "last used", "in use", "sources", title=Text(listing.folder), box=None)
+    table = Table(
+        "sha256", "MB", "last used", "in use", "sources", title=Text(listing.folder), box=None
+    )
     for row in listing.files:
         sources = Text("\n".join(row.sources) or "not known any more", overflow="fold")
         used = "now" if row.in_use else ""
-        table.add_row(row.sha256[:_DIGITS], _mb(row.size), _ago(time.time() - row.last_used), used, sources)
+        table.add_row(
+            row.sha256[:_DIGITS], _mb(row.size), _ago(time.time() - row.last_used), used, sources
+        )
     return table
 
 

@@ -180,5 +180,7 @@ def shown(shape: tuple[int, ...] | torch.Size) -> str:
     return "x".join(map(str, shape)) or "a number"
 
 
-_TINY: Final = torch.finfo(torch.float32).tiny  # a weight of zeros has no direction, and stays zeros
+_TINY: Final = torch.finfo(
+    torch.float32
+).tiny  # a weight of zeros has no direction, and stays zeros
 _UNTRAINED: Final = 2e-3  # of the base's norm: what norms stored in fp16 or bf16 are off by

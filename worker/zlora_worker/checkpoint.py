@@ -18,7 +18,9 @@ from zlora_worker.demo.folder import MODEL
 from zlora_worker.engine import COMPONENTS, Engine
 from zlora_worker.settings import Settings
 
-SDXL_CONFIG: Final = Path(__file__).with_name("sdxl")  # SDXL's published configuration and CLIP's vocabulary
+SDXL_CONFIG: Final = Path(__file__).with_name(
+    "sdxl"
+)  # SDXL's published configuration and CLIP's vocabulary
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MARKERS: Final = {  # one name of each component in the original layout
     "unet": "model.diffusion_model.label_emb.0.0.weight",
@@ -26,11 +28,17 @@ _MARKERS: Final = {  # one name of each component in the original layout
     "text_encoder_2": "conditioner.embedders.1.model.positional_embedding",
     "vae": "first_stage_model.decoder.conv_in.weight",
 }
-_NO_VARIANT: Final = (
-    "variant"  # in the message of the ValueError that diffusers raises for a repository without fp16 files
-)
+_NO_VARIANT: Final = "variant"  # in the message of the ValueError that diffusers raises for a repository without fp16 files
 # What the loaders raise for files that are missing, damaged or of another model.
-_LOAD_ERRORS: Final = (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+_LOAD_ERRORS: Final = (
+    AttributeError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 def load(settings: Settings) -> Engine:
@@ -41,7 +49,9 @@ def load(settings: Settings) -> Engine:
     try:
         pipeline = _pipeline(settings, dtype)
         if settings.vae:
-            pipeline.vae = AutoencoderKL.from_pretrained(settings.vae, dtype=dtype, use_safetensors=True)
+            pipeline.vae = AutoencoderKL.from_pretrained(
+                settings.vae, dtype=dtype, use_safetensors=True
+            )
             _require_whole(pipeline, settings.vae)
     except _LOAD_ERRORS as error:
         raise ModelUnavailable(f"{settings.model} cannot be loaded: {_short(error)}") from error
@@ -81,13 +91,17 @@ def _pipeline(settings: Settings, dtype: torch.dtype) -> StableDiffusionXLPipeli
     if path.is_dir():
         return _from_folder(path, dtype)
     if not _HUB_ID.fullmatch(named) or path.suffix in (".safetensors", ".ckpt"):
-        raise ModelUnavailable(f"{named}: no such file or folder, and not a hub id such as owner/name")
+        raise ModelUnavailable(
+            f"{named}: no such file or folder, and not a hub id such as owner/name"
+        )
     return _from_hub(named, dtype)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if not (folder / "model_index.json").is_file():
-        raise ModelUnavailable(f"{folder} has no model_index.json: not a pipeline in diffusers' layout")
+        raise ModelUnavailable(
+            f"{folder} has no model_index.json: not a pipeline in diffusers' layout"
+        )
     for name in ("tokenizer", "tokenizer_2"):
         _require_vocabulary(folder / name)
     halves = dtype is torch.float16 and any(folder.glob("unet/*.fp16.*safetensors*"))
@@ -126,17 +140,27 @@ def _require_whole(pipeline: StableDiffusionXLPipeline, name: str) -> None:
         if module is None:
             raise ModelUnavailable(f"{name} has no {component}: only SDXL is served")
         if hollow := [weight for weight, tensor in module.named_parameters() if tensor.is_meta]:
-            raise ModelUnavailable(f"{name} lacks {len(hollow)} weights of {component}, such as {hollow[0]}")
+            raise ModelUnavailable(
+                f"{name} lacks {len(hollow)} weights of {component}, such as {hollow[0]}"
+            )
 
 
 def _require_text_weights(folder: Path, pipeline: StableDiffusionXLPipeline) -> None:
     """transformers fills what a file lacks with random numbers. Its names may have lost a prefix since the file."""
     for component in ("text_encoder", "text_encoder_2"):
         files = [read_header(path).tensors for path in (folder / component).glob("*.safetensors")]
-        stored = {key.split(".", start)[-1] for tensors in files for key in tensors for start in range(3)}
-        lacking = [name for name, _ in getattr(pipeline, component).named_parameters() if not _stored(name, stored)]
+        stored = {
+            key.split(".", start)[-1] for tensors in files for key in tensors for start in range(3)
+        }
+        lacking = [
+            name
+            for name, _ in getattr(pipeline, component).named_parameters()
+            if not _stored(name, stored)
+        ]
         if lacking:
-            raise ModelUnavailable(f"{folder} lacks {len(lacking)} weights of {component}, such as {lacking[0]}")
+            raise ModelUnavailable(
+                f"{folder} lacks {len(lacking)} weights of {component}, such as {lacking[0]}"
+            )
 
 
 def _stored(name: str, stored: set[str]) -> bool:
@@ -146,7 +170,9 @@ def _stored(name: str, stored: set[str]) -> bool:
 def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     """An SDXL checkpoint in the original layout; what it lacks comes from files on this machine, never from the hub."""
     if path.suffix != ".safetensors":
-        raise ModelUnavailable(f"{path}: only .safetensors is read, since other checkpoints can run code")
+        raise ModelUnavailable(
+            f"{path}: only .safetensors is read, since other checkpoints can run code"
+        )
     folder = Path(config).expanduser() if config else SDXL_CONFIG
     _require_sdxl(path)
     pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_single_file(
@@ -174,7 +200,9 @@ def _require_sdxl(path: Path) -> None:
     if lacking:
         raise ModelUnavailable(f"{path} is not an SDXL checkpoint: it lacks {', '.join(lacking)}")
     if "v_pred" in tensors:
-        raise ModelUnavailable(f"{path} predicts v: give it as a diffusers folder, whose scheduler says so")
+        raise ModelUnavailable(
+            f"{path} predicts v: give it as a diffusers folder, whose scheduler says so"
+        )
 
 
 def _tokenizer(folder: Path, name: str) -> CLIPTokenizer:
@@ -183,14 +211,18 @@ def _tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     if name == "tokenizer_2" and not (folder / name).is_dir():
         name, options = "tokenizer", {"pad_token": "!"}
     _require_vocabulary(folder / name)
-    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True, **options)
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
+        folder / name, local_files_only=True, **options
+    )
     return tokenizer
 
 
 def _require_vocabulary(folder: Path) -> None:
     """Without one, transformers would make a tokenizer of three tokens."""
     if not any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):
-        raise ModelUnavailable(f"{folder} has no vocabulary: vocab.json with merges.txt, or tokenizer.json")
+        raise ModelUnavailable(
+            f"{folder} has no vocabulary: vocab.json with merges.txt, or tokenizer.json"
+        )
 
 
 def _device(name: str) -> torch.device:

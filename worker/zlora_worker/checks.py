@@ -18,7 +18,16 @@ from zlora.errors import CacheFull, InvalidSetting, ModelUnavailable
 from zlora.redaction import without_secrets
 from zlora_worker.settings import Settings
 
-_PACKAGES: Final = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "boto3")
+_PACKAGES: Final = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "pillow",
+    "boto3",
+)
 _NEEDED: Final = ("torch", "diffusers", "transformers", "boto3", "ssrfguard")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _GB: Final = 10**9
@@ -29,18 +38,26 @@ _SDXL_DOWNLOAD: Final = 7 * _GB  # SDXL's files in fp16, as the hub has them
 def checks(environ: Mapping[str, str]) -> Iterator[Check]:
     """Each as soon as it is made. A producer's machine, which has not the packages, has one that is skipped."""
     if lacking := [name for name in _NEEDED if find_spec(name) is None]:
-        yield skipped("worker", f"no worker can run here: {', '.join(lacking)} not installed (`.[worker]`)")
+        yield skipped(
+            "worker", f"no worker can run here: {', '.join(lacking)} not installed (`.[worker]`)"
+        )
         return
     yield ok("worker: software", software(_PACKAGES))
     try:
         settings = Settings.from_env(environ)
     except InvalidSetting as error:
-        yield failed("worker: settings", error, f"Set {error.details['name']} as the README's table has it.")
+        yield failed(
+            "worker: settings", error, f"Set {error.details['name']} as the README's table has it."
+        )
         return
     webhooks = "signed" if settings.webhook_secret else "not sent, without ZLORA_WEBHOOK_SECRET"
     if not settings.webhook_secret and wire.webhook_secret(settings.home).exists():
-        webhooks = "signed by `zlora up`, which has a secret of its own, and sent by no other worker here"
-    yield ok("worker: settings", f"model {settings.model}, queue {settings.queue}, webhooks {webhooks}")
+        webhooks = (
+            "signed by `zlora up`, which has a secret of its own, and sent by no other worker here"
+        )
+    yield ok(
+        "worker: settings", f"model {settings.model}, queue {settings.queue}, webhooks {webhooks}"
+    )
     for name, check in _CHECKS.items():
         yield check(f"worker: {name}", settings)
 
@@ -55,7 +72,9 @@ def _store(name: str, settings: Settings) -> Check:
         except InvalidSetting as error:
             return failed(name, error, "Look at address, credentials and rights (docs/results.md).")
     if warnings:
-        return doubtful(name, warnings[0], "Look at the store: jobs wait for it, and fail where it stays away.")
+        return doubtful(
+            name, warnings[0], "Look at the store: jobs wait for it, and fail where it stays away."
+        )
     return ok(name, f"{without_secrets(settings.store_url)} takes, gives and deletes")
 
 
@@ -76,9 +95,17 @@ def _heard(logger: str) -> Iterator[list[str]]:
 def _device(name: str, settings: Settings) -> Check:
     try:
         return _found_device(name, settings)
-    except (ImportError, OSError, RuntimeError) as error:  # a library that is not there, a driver of another version
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a library that is not there, a driver of another version
         broken = ModelUnavailable(f"torch cannot use it: {str(error)[:200]}")
-        return failed(name, broken, "Install torch and a driver for one CUDA version, or set ZLORA_DEVICE=cpu.")
+        return failed(
+            name,
+            broken,
+            "Install torch and a driver for one CUDA version, or set ZLORA_DEVICE=cpu.",
+        )
 
 
 def _found_device(name: str, settings: Settings) -> Check:
@@ -89,11 +116,19 @@ def _found_device(name: str, settings: Settings) -> Check:
         told = f"draws on the CPU, with {torch.get_num_threads()} threads"
         if settings.model == "demo":
             return ok(name, f"{told}, which is enough for the demo model")
-        return doubtful(name, told, "Use a GPU: a picture of SDXL takes many minutes on a CPU, and seconds there.")
-    index = int(settings.device.partition(":")[2] or 0) if settings.device.startswith("cuda") else count
+        return doubtful(
+            name,
+            told,
+            "Use a GPU: a picture of SDXL takes many minutes on a CPU, and seconds there.",
+        )
+    index = (
+        int(settings.device.partition(":")[2] or 0) if settings.device.startswith("cuda") else count
+    )
     if index >= count:
         missing = ModelUnavailable(f"ZLORA_DEVICE={settings.device}: torch sees {count} GPUs")
-        return failed(name, missing, "Set ZLORA_DEVICE to one of them, or install driver and torch for CUDA.")
+        return failed(
+            name, missing, "Set ZLORA_DEVICE to one of them, or install driver and torch for CUDA."
+        )
     return _gpu(name, index, demo=settings.model == "demo")
 
 
@@ -118,9 +153,17 @@ def _model(name: str, settings: Settings) -> Check:
         return ok(name, "demo, which is part of the package")
     if os.path.isfile(path) or os.path.isfile(path / "model_index.json"):
         return ok(name, f"{path} is there")
-    if os.path.isdir(path) or not _HUB_ID.fullmatch(named) or path.suffix in (".safetensors", ".ckpt"):
-        absent = ModelUnavailable(f"{named}: no file, no folder with a model_index.json, and no hub id")
-        return failed(name, absent, "Set ZLORA_MODEL to a diffusers folder, a .safetensors file, or a hub id.")
+    if (
+        os.path.isdir(path)
+        or not _HUB_ID.fullmatch(named)
+        or path.suffix in (".safetensors", ".ckpt")
+    ):
+        absent = ModelUnavailable(
+            f"{named}: no file, no folder with a model_index.json, and no hub id"
+        )
+        return failed(
+            name, absent, "Set ZLORA_MODEL to a diffusers folder, a .safetensors file, or a hub id."
+        )
     return _hub_model(name, named)
 
 
@@ -131,16 +174,28 @@ def _hub_model(name: str, repository: str) -> Check:
     try:
         found = try_to_load_from_cache(repository, "model_index.json")
     except HFValidationError as error:
-        return failed(name, ModelUnavailable(f"{repository}: {error}"), "Set ZLORA_MODEL to a hub id or a path.")
+        return failed(
+            name,
+            ModelUnavailable(f"{repository}: {error}"),
+            "Set ZLORA_MODEL to a hub id or a path.",
+        )
     if isinstance(found, str):
         return ok(name, f"{repository} is in the hub's cache")
     folder = Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(_existing(folder)).free
-    told = f"{repository} is not in the hub's cache, {folder}, whose disk has {free / _GB:.1f} GB free"
+    told = (
+        f"{repository} is not in the hub's cache, {folder}, whose disk has {free / _GB:.1f} GB free"
+    )
     if constants.HF_HUB_OFFLINE:
-        return failed(name, ModelUnavailable(told), "Unset HF_HUB_OFFLINE, or bring the model here.")
+        return failed(
+            name, ModelUnavailable(told), "Unset HF_HUB_OFFLINE, or bring the model here."
+        )
     if free < _SDXL_DOWNLOAD:
-        return failed(name, ModelUnavailable(told), f"Make {_SDXL_DOWNLOAD // _GB} GB of room, or set HF_HOME.")
+        return failed(
+            name,
+            ModelUnavailable(told),
+            f"Make {_SDXL_DOWNLOAD // _GB} GB of room, or set HF_HOME.",
+        )
     return doubtful(name, told, "The first start downloads it, within ZLORA_LOAD_TIMEOUT.")
 
 
@@ -151,14 +206,20 @@ def _cache(name: str, settings: Settings) -> Check:
     except OSError as error:
         wrong = InvalidSetting(f"{folder} cannot be written to: {error.strerror}")
         return failed(
-            name, wrong, f"Make {folder} for the worker's user, or set ZLORA_LORA_CACHE to a folder of theirs."
+            name,
+            wrong,
+            f"Make {folder} for the worker's user, or set ZLORA_LORA_CACHE to a folder of theirs.",
         )
     free, floor = shutil.disk_usage(there).free, settings.lora_free_bytes
     told = f"{folder}: {free / _GB:.1f} GB of the disk are free, {floor / _GB:.1f} stay free"
     if free <= floor:
-        return failed(name, CacheFull(told), "Make room on that disk, or set ZLORA_LORA_CACHE to another.")
+        return failed(
+            name, CacheFull(told), "Make room on that disk, or set ZLORA_LORA_CACHE to another."
+        )
     if free - floor < settings.lora_max_bytes:
-        return doubtful(name, told, "Make room on that disk: the greatest LoRA that is allowed does not fit.")
+        return doubtful(
+            name, told, "Make room on that disk: the greatest LoRA that is allowed does not fit."
+        )
     return ok(name, told)
 
 

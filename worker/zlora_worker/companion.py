@@ -45,7 +45,10 @@ from zlora_worker.storage import Store, open_store
 _WINDOW: Final = 500  # messages read from a list at once
 _COST: Final = 50  # times as long as a sweep took is the least until the next: deep queues are not read all the time
 _AWAY: Final = 2.0  # seconds until the next try where Redis does not answer
-_NO_MESSAGE: Final = (msgspec.DecodeError, RecursionError)  # what is raised of what anybody may write to a queue
+_NO_MESSAGE: Final = (
+    msgspec.DecodeError,
+    RecursionError,
+)  # what is raised of what anybody may write to a queue
 
 logger = logging.getLogger("zlora_worker.companion")
 
@@ -75,7 +78,10 @@ class Sweeper:
     def _hold(self, pause: float = 0.0) -> bool:
         """Whether this companion is the one that sweeps, which it stays as long as it does."""
         redis_: Any = self._ledger.redis
-        lock, seconds = wire.sweep_key(self._ledger.queue), math.ceil(max(2 * self._every, 2 * pause))
+        lock, seconds = (
+            wire.sweep_key(self._ledger.queue),
+            math.ceil(max(2 * self._every, 2 * pause)),
+        )
         if redis_.get(lock) != self._me:
             return bool(redis_.set(lock, self._me, nx=True, ex=seconds))
         redis_.expire(lock, seconds)
@@ -100,7 +106,9 @@ class Sweeper:
             elif (submission := self._ledger.submission(job_id)) is None:
                 self._ledger.close(job_id)
             else:
-                logger.warning("job %s is sent again: its message was lost", job_id, extra={"job": job_id})
+                logger.warning(
+                    "job %s is sent again: its message was lost", job_id, extra={"job": job_id}
+                )
                 send(self._app, self._ledger.queue, job_id, submission)
                 self._meter.resent()
                 self._hold()
@@ -111,7 +119,12 @@ class Sweeper:
         try:
             return str(self._app.backend.get_task_meta(job_id)["status"])
         except NO_ANSWER as error:
-            logger.warning("job %s: what is stored is no answer of a worker: %r", job_id, error, extra={"job": job_id})
+            logger.warning(
+                "job %s: what is stored is no answer of a worker: %r",
+                job_id,
+                error,
+                extra={"job": job_id},
+            )
             return None
 
     def _queued(self) -> Iterator[str]:
@@ -145,7 +158,9 @@ def answer(ledger: Ledger, store: Store, links: Links, question: tuple[str, str]
     try:
         result = stored(store, job_id) if JOB_ID.fullmatch(job_id) else None
         document = b"" if result is None else msgspec.json.encode(links.shown(result))
-    except InternalError as error:  # a damaged manifest: whoever asks meets what cannot be read, and says so
+    except (
+        InternalError
+    ) as error:  # a damaged manifest: whoever asks meets what cannot be read, and says so
         document = str(error).encode()
     except StoreFailed as error:
         logger.warning("job %s: no answer: %s", job_id, error, extra={"job": job_id})
@@ -164,7 +179,11 @@ def end_by(backend: Any) -> webhooks.End:
                 return read_result(answer.value)
         except NO_ANSWER:
             return None
-        return error_of(job_id, answer) if answer.state in (JobState.FAILURE, JobState.REVOKED) else None
+        return (
+            error_of(job_id, answer)
+            if answer.state in (JobState.FAILURE, JobState.REVOKED)
+            else None
+        )
 
     return end
 
@@ -222,13 +241,17 @@ def _id_of(message: str) -> str | None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s: %(levelname)s/companion] %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="[%(asctime)s: %(levelname)s/companion] %(message)s"
+    )
     told = Settings.from_env()
     logs.use(told.log, told.secrets, logger=logging.getLogger(), process="companion")
     try:
         run(told, *(socket.socket(fileno=int(handed)) for handed in sys.argv[1:]))
     except KeyboardInterrupt:
         pass
-    except Exception:  # the process's boundary: Python's own traceback would be plain text, and show what it likes
+    except (
+        Exception
+    ):  # the process's boundary: Python's own traceback would be plain text, and show what it likes
         logger.exception("the companion ends")
         sys.exit(1)

@@ -37,10 +37,14 @@ class Heartbeat(bootsteps.StartStopStep):
         def beat() -> None:
             scheduled = state.scheduled_requests  # type: ignore[attr-defined]  # newer than the stubs
             requests = {*state.active_requests, *state.reserved_requests, *scheduled}
-            held = [request.message.delivery_tag for request in requests if not request.acknowledged]
+            held = [
+                request.message.delivery_tag for request in requests if not request.acknowledged
+            ]
             if held:
                 with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
-                    client.zadd(channel.unacked_index_key, dict.fromkeys(held, time.time()), xx=True)
+                    client.zadd(
+                        channel.unacked_index_key, dict.fromkeys(held, time.time()), xx=True
+                    )
 
         self._timer = consumer.timer.call_repeatedly(channel.visibility_timeout / _BEATS, beat)
 
@@ -65,7 +69,10 @@ class JobRequest(Request):
         self._seconds = _seconds(document, self.settings.job_timeout)
         self.time_limits = (self._seconds + self.settings.hard_grace, None)
         # Whatever the message's headers say of it.
-        self._argsrepr, self._kwargsrepr = f"({shown(document, prompts=self.settings.prompts)})", "{}"
+        self._argsrepr, self._kwargsrepr = (
+            f"({shown(document, prompts=self.settings.prompts)})",
+            "{}",
+        )
 
     def info(self, safe: bool = False) -> Any:  # noqa: ARG002 - Celery's signature
         """What is told to whoever inspects the worker, as Flower does for its pages: never the arguments themselves."""
@@ -80,12 +87,19 @@ class JobRequest(Request):
         So it is put back, with a note: the next delivery ends it, by what is in the store.
         """
 
-    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+    def on_failure(
+        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> Any:
         """Where the child has died the message goes back to its queue: note what it died of."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, TimeLimitExceeded):
             told = {"job": self.id, "code": JobTimeout.code}
-            logger.error("job %s takes longer than %.0f s: its child is killed", self.id, self._seconds, extra=told)
+            logger.error(
+                "job %s takes longer than %.0f s: its child is killed",
+                self.id,
+                self._seconds,
+                extra=told,
+            )
             self.deliveries.overtime(self.id, self._seconds)
             state.task_ready(self)
             self.reject(requeue=True)
@@ -93,7 +107,9 @@ class JobRequest(Request):
         if isinstance(error, WorkerLostError | SystemExit | KeyboardInterrupt):
             found = _SIGNAL.search(str(error))
             self.deliveries.died(self.id, found[1] if found else str(error)[:100])
-        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        return super().on_failure(
+            exc_info, send_failed_event=send_failed_event, return_ok=return_ok
+        )
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """A worker that ends puts the job back: no fault of the job's."""

@@ -36,7 +36,9 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_GIVE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_GIVE: Final = (
+    "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+)
 
 
 class Leased(Exception):
@@ -78,7 +80,9 @@ class Deliveries:
     """What a worker knows of the jobs that it takes; made in the parent, used in the child."""
 
     def __init__(self, broker_url: str, queue: str) -> None:
-        self.ledger = Ledger(connect(broker_url, patient=True), queue)  # a job that begins waits for Redis
+        self.ledger = Ledger(
+            connect(broker_url, patient=True), queue
+        )  # a job that begins waits for Redis
         self.hasty: Any = connect(broker_url, seconds=_HASTE)  # one that runs does not
         self._hasty_ledger = Ledger(self.hasty, queue)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -171,7 +175,9 @@ class Deliveries:
             self.ledger.redis.hdel(wire.job_key(job_id), field)
 
     def _begin(self, job_id: str, digest: str) -> tuple[str, bool]:
-        attempt = Attempt(host=socket.gethostname(), worker=self.worker, pid=os.getpid(), at=time.time())
+        attempt = Attempt(
+            host=socket.gethostname(), worker=self.worker, pid=os.getpid(), at=time.time()
+        )
         key, field = wire.job_key(job_id), f"{ATTEMPT}{uuid.uuid4()}"
         with self.ledger.redis.pipeline() as pipe:
             pipe.hsetnx(key, "begun", 1)
@@ -194,7 +200,11 @@ class Deliveries:
 
     def _own_attempts(self, job_id: str) -> dict[str, Attempt]:
         found = attempts_of(self.hasty.hgetall(wire.job_key(job_id)))
-        return {name: one for name, one in found.items() if one.worker == self.worker and one.signal is None}
+        return {
+            name: one
+            for name, one in found.items()
+            if one.worker == self.worker and one.signal is None
+        }
 
     def died(self, job_id: str, reason: str) -> None:
         """In the parent: note what its child died of, and let the next worker have the job."""
@@ -276,6 +286,8 @@ class Deliveries:
         while not over.wait(_RENEW):
             try:
                 if not self._take_now(keys=[key], args=[self.worker, int(LEASE * 1000)]):
-                    logger.warning("%s: another worker draws this job too; the first to end has it", key)
+                    logger.warning(
+                        "%s: another worker draws this job too; the first to end has it", key
+                    )
             except redis.RedisError as error:
                 logger.warning("%s is not renewed: %s", key, error)

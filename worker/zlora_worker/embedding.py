@@ -40,7 +40,9 @@ def embedded(recipe: Recipe, text: str, output_format: OutputFormat) -> dict[str
         return {"pnginfo": chunks}
     packet, exif = _packet(document), _exif(text)
     if output_format == "jpeg":
-        return {name: data for name, data in (("xmp", packet), ("exif", exif)) if len(data) <= _ROOM}
+        return {
+            name: data for name, data in (("xmp", packet), ("exif", exif)) if len(data) <= _ROOM
+        }
     return {"xmp": packet, "exif": exif}
 
 

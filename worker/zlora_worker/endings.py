@@ -33,18 +33,24 @@ def retries_of(task: "Task[Any, Any]") -> int:
 
 def may_succeed_later(task: "Task[Any, Any]", error: ZloraError) -> bool:
     """Whether the job is to be sent again for this error."""
-    return error.retryable and not isinstance(error, BaseNotRestored) and retries_of(task) < _RETRIES
+    return (
+        error.retryable and not isinstance(error, BaseNotRestored) and retries_of(task) < _RETRIES
+    )
 
 
 def answer(task: "Task[Any, Any]", verdict: ZloraError) -> NoReturn:
     """Tell the producer how the job has ended; a late delivery tells it again."""
-    logger.warning("job %s: %s: %s", task.request.id, verdict.code, verdict, extra={"code": verdict.code})
+    logger.warning(
+        "job %s: %s: %s", task.request.id, verdict.code, verdict, extra={"code": verdict.code}
+    )
     if isinstance(verdict, JobRevoked | JobExpired):
         _revoke(task, verdict)
     raise verdict
 
 
-def fail(task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: ZloraError) -> NoReturn:
+def fail(
+    task: "Task[Any, Any]", deliveries: Deliveries, job_id: str, error: ZloraError
+) -> NoReturn:
     """Send the job again where the same may succeed later, else answer with the error.
 
     Where it was cancelled or ended meanwhile, the answer is that.
@@ -100,7 +106,9 @@ def _send_again(task: "Task[Any, Any]", **options: Any) -> None:
     """A message like this delivery's, before this one is acknowledged; a Redis that is away or full is waited for."""
     prompts = task.app.conf.get("zlora_prompts", "shown")
     described = shown(next(iter(task.request.args or ()), None), prompts=prompts)
-    copy = task.signature_from_request(task.request, argsrepr=f"({described})", kwargsrepr="{}", **options)
+    copy = task.signature_from_request(
+        task.request, argsrepr=f"({described})", kwargsrepr="{}", **options
+    )
     while True:
         try:
             copy.apply_async()

@@ -81,7 +81,9 @@ class Engine:
         self.pipeline.set_progress_bar_config(disable=True)
         for module in components.values():
             module.requires_grad_(False)  # once: it changes the last bit of a picture
-        self.weights = weights = Weights({component: components[component] for component in ADAPTED})
+        self.weights = weights = Weights(
+            {component: components[component] for component in ADAPTED}
+        )
         if device.type == "cpu":
             _take_from_files(components.values(), weights)
         self.reader = Reader(weights)
@@ -99,7 +101,9 @@ class Engine:
         pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
 
     @contextmanager
-    def borrowed(self, request: GenerateRequest | None = None) -> Iterator[StableDiffusionXLPipeline]:
+    def borrowed(
+        self, request: GenerateRequest | None = None
+    ) -> Iterator[StableDiffusionXLPipeline]:
         """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs before it or after.
 
         Whatever of the job runs out of memory is raised as `OutOfMemory`, with the size that `request` has.
@@ -132,7 +136,9 @@ class Engine:
         """What a signal can have left between a merge or a picture and the block that undoes it."""
         self.patch.restore()
         self.pipeline.vae.disable_tiling()
-        if self.pipeline.vae.dtype is not self._vae_dtype:  # a picture that fails in mid-decode leaves it in fp32
+        if (
+            self.pipeline.vae.dtype is not self._vae_dtype
+        ):  # a picture that fails in mid-decode leaves it in fp32
             self.pipeline.vae.to(self._vae_dtype)
 
     def check(self, seconds: float | None = None) -> None:
@@ -146,7 +152,9 @@ class Engine:
         except (RuntimeError, MemoryError) as error:  # of the device
             raise BaseNotRestored(f"the base cannot be compared: {said_by(error)}") from error
         if changed:
-            raise BaseNotRestored(f"{len(changed)} tensors of the base are not what was loaded, such as {changed[0]}")
+            raise BaseNotRestored(
+                f"{len(changed)} tensors of the base are not what was loaded, such as {changed[0]}"
+            )
         self.state = EngineState.READY
 
     def size(self, request: GenerateRequest) -> tuple[int, int]:
@@ -160,14 +168,18 @@ class Engine:
         dtype = str(self.pipeline.unet.dtype).removeprefix("torch.")
         if self.device.type == "cuda":
             return Machine(torch.cuda.get_device_name(self.device), dtype, None)
-        return Machine(f"cpu {torch.backends.cpu.get_cpu_capability()}", dtype, torch.get_num_threads())
+        return Machine(
+            f"cpu {torch.backends.cpu.get_cpu_capability()}", dtype, torch.get_num_threads()
+        )
 
     def scheduler_name(self, request: GenerateRequest) -> str:
         """The scheduler that draws a request: diffusers' name, and whether its noise levels are Karras'."""
         scheduler = self._fresh_scheduler(request)
         return f"{type(scheduler).__name__}{' karras' if scheduler.config.get('use_karras_sigmas') else ''}"
 
-    def draw(self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]) -> Image.Image:
+    def draw(
+        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+    ) -> Image.Image:
         """One RGB image; `on_step` hears each finished denoising step, from 1.
 
         Raises `GenerationFailed` where the picture has NaN or Inf. `tiled` tells how it was decoded.
@@ -177,7 +189,9 @@ class Engine:
         generator = torch.Generator("cpu").manual_seed(seed)
         self.pipeline.scheduler = self._fresh_scheduler(request)
 
-        def step_end(pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def step_end(
+            pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
             # A second-order scheduler calls the model about twice a step.
             on_step(math.ceil((call + 1) * request.num_inference_steps / pipeline.num_timesteps))
             return tensors
@@ -185,7 +199,8 @@ class Engine:
         with self._decoded_finite() as all_finite:
             output = self.pipeline(
                 prompt=request.prompt,
-                negative_prompt=request.negative_prompt or None,  # none is zeros to SDXL, an empty one is not
+                negative_prompt=request.negative_prompt
+                or None,  # none is zeros to SDXL, an empty one is not
                 num_inference_steps=request.num_inference_steps,
                 guidance_scale=request.guidance_scale,
                 width=width,
@@ -265,7 +280,9 @@ class Engine:
 
 
 def _ran_out(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _RAN_OUT)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in _RAN_OUT
+    )
 
 
 def _take_from_files(components: Iterable[torch.nn.Module], weights: Weights) -> None:

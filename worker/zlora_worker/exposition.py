@@ -14,10 +14,16 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from zlora.errors import InvalidSetting
 
-_BACKLOG: Final = 128  # connections that wait to be accepted: one beyond them would be tried again after a second
+_BACKLOG: Final = (
+    128  # connections that wait to be accepted: one beyond them would be tried again after a second
+)
 _MOST: Final = 16  # connections at once, each with a thread: a Prometheus, its twin, and a few who look by hand
-_PATIENCE: Final = 10.0  # seconds from a connection to the end of its answer, as long as a Prometheus waits
-_MOMENT: Final = 0.5  # seconds for a thread to end whose connection was cut, and between two tries to accept one
+_PATIENCE: Final = (
+    10.0  # seconds from a connection to the end of its answer, as long as a Prometheus waits
+)
+_MOMENT: Final = (
+    0.5  # seconds for a thread to end whose connection was cut, and between two tries to accept one
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +41,14 @@ def listen(address: tuple[str, int]) -> socket.socket:
     both = is_ipv6 and socket.has_dualstack_ipv6()
     try:
         host.encode("idna")  # what `bind` does of it leaves a socket where it fails
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+        return socket.create_server(
+            (host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both
+        )
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no name that a host could have"
-        raise InvalidSetting(f"ZLORA_METRICS={spelled(address)}: {reason}", {"name": "ZLORA_METRICS"}) from None
+        raise InvalidSetting(
+            f"ZLORA_METRICS={spelled(address)}: {reason}", {"name": "ZLORA_METRICS"}
+        ) from None
 
 
 def spelled(address: tuple[str, int]) -> str:
@@ -66,7 +76,9 @@ def _answering(registry: CollectorRegistry) -> _App:
         environ.pop("HTTP_ACCEPT", None)
         try:
             body: Iterable[bytes] = inner(environ, start_response)
-        except Exception:  # the boundary of a request: wsgiref would print the traceback beside the log
+        except (
+            Exception
+        ):  # the boundary of a request: wsgiref would print the traceback beside the log
             logger.exception("the metrics cannot be told")
             start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
             return [b"the metrics cannot be told: see the log\n"]

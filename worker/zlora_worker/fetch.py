@@ -45,9 +45,15 @@ class Fetcher:
             "cozy": settings.hub_url,
         }
         # Each apart, so that neither a producer's address nor another source's redirect reaches what only this one may.
-        own = {scheme: {urlsplit(site).netloc.lower()} for scheme, site in sites.items() if site and site not in PUBLIC}
+        own = {
+            scheme: {urlsplit(site).netloc.lower()}
+            for scheme, site in sites.items()
+            if site and site not in PUBLIC
+        }
         self._webs = {
-            scheme: Web(settings.allow_hosts | own.get(scheme, set()), certificates=settings.certificates)
+            scheme: Web(
+                settings.allow_hosts | own.get(scheme, set()), certificates=settings.certificates
+            )
             for scheme in SCHEMES
         }
 
@@ -59,7 +65,13 @@ class Fetcher:
             (told.hub_url, told.hub_token, told.hub_tenant),
             (told.hf_endpoint, told.hf_token),
             (told.civitai_url, told.civitai_token),
-            (told.source_endpoint, told.lora_s3_key, told.lora_s3_secret, told.lora_s3_token, told.lora_buckets),
+            (
+                told.source_endpoint,
+                told.lora_s3_key,
+                told.lora_s3_secret,
+                told.lora_s3_token,
+                told.lora_buckets,
+            ),
             (told.lora_roots, sorted(told.allow_hosts)),
         )
         return hashlib.sha256(repr(ours).encode()).hexdigest()
@@ -103,7 +115,12 @@ class Fetcher:
         limits = Limits(max_bytes=settings.lora_max_bytes, min_rate=settings.lora_min_rate)
         sink = Sink(file, name=name, limits=limits, on_bytes=on_bytes, make_room=make_room)
         download = Download(
-            settings=settings, web=web, buckets=lambda: self._buckets, sink=sink, known=known, have=have
+            settings=settings,
+            web=web,
+            buckets=lambda: self._buckets,
+            sink=sink,
+            known=known,
+            have=have,
         )
         return tried(
             web,

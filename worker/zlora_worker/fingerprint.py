@@ -14,7 +14,8 @@ from zlora_worker.weights import Weights
 
 _SLICE: Final = 64 * 2**20  # bytes summed at a time, and at least at each check
 _WORDS: Final = {
-    size: dtype for dtype, size in ((torch.uint8, 1), (torch.int16, 2), (torch.int32, 4), (torch.int64, 8))
+    size: dtype
+    for dtype, size in ((torch.uint8, 1), (torch.int16, 2), (torch.int32, 4), (torch.int64, 8))
 }
 _SEGMENT: Final = 64  # words; shorter ones cost time, and within one the order is not seen
 _MIX: Final = 29  # bits by which a sum is folded onto itself
@@ -52,7 +53,9 @@ class Fingerprint:
         """Sum everything once."""
         self._components, self._weights = components, weights
         self._structure = self._found()
-        self._stacked = {f"{stack.component}.{name}" for stack in weights.stacks for name in stack.names}
+        self._stacked = {
+            f"{stack.component}.{name}" for stack in weights.stacks for name in stack.names
+        }
         start = time.perf_counter()
         self._sums = _sums(self._parts())
         self._seconds = time.perf_counter() - start  # for all of it
@@ -65,7 +68,9 @@ class Fingerprint:
         slice begins where the last one ended.
         """
         found = self._found()
-        stray = [name for name in self._structure | found if self._structure.get(name) != found.get(name)]
+        stray = [
+            name for name in self._structure | found if self._structure.get(name) != found.get(name)
+        ]
         parts = list(self._parts())
         total = sum(part.nbytes for part in parts)
         if seconds is None or seconds >= self._seconds:
@@ -78,7 +83,9 @@ class Fingerprint:
         if read == total:
             self._seconds = time.perf_counter() - start
         changed = [name for name, found_sum in sums.items() if self._sums.get(name) != found_sum]
-        return Check(sorted({*stray, *self._weights.strays(), *changed}), read / total if total else 1.0)
+        return Check(
+            sorted({*stray, *self._weights.strays(), *changed}), read / total if total else 1.0
+        )
 
     def _slice(self, parts: list[_Part], budget: float) -> list[_Part]:
         chosen: list[_Part] = []
@@ -97,7 +104,11 @@ class Fingerprint:
             for name, module in model.named_modules():
                 found[f"{component}.{name}"] = (id(module), module.training)
             for name, parameter in model.named_parameters(remove_duplicate=False):
-                found[f"{component}.{name}"] = (id(parameter), tuple(parameter.shape), parameter.stride())
+                found[f"{component}.{name}"] = (
+                    id(parameter),
+                    tuple(parameter.shape),
+                    parameter.stride(),
+                )
             for name, buffer in model.named_buffers(remove_duplicate=False):
                 found[f"{component}.{name}"] = (tuple(buffer.shape), buffer.stride())
         return found
@@ -107,7 +118,9 @@ class Fingerprint:
         for stack in self._weights.stacks:
             rows = max(1, _SLICE // max(1, stack.base[0].nbytes))
             for first in range(0, len(stack.names), rows):
-                names = tuple(f"{stack.component}.{name}" for name in stack.names[first : first + rows])
+                names = tuple(
+                    f"{stack.component}.{name}" for name in stack.names[first : first + rows]
+                )
                 yield _Part(names, _words(stack.base[first : first + rows]))
         for component, model in self._components.items():
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -121,7 +134,11 @@ def weights_sha256(components: Mapping[str, nn.Module]) -> str:
     Of the digests of each component's parameters (type, shape, bytes), sorted: what loaders call them changes with
     their version.
     """
-    tensors = [(name, parameter) for name, module in components.items() for parameter in module.parameters()]
+    tensors = [
+        (name, parameter)
+        for name, module in components.items()
+        for parameter in module.parameters()
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as hands:
         digests = sorted(hands.map(_tensor_digest, *zip(*tensors, strict=True)))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -147,8 +164,12 @@ def _sums(parts: Iterable[_Part]) -> dict[str, int]:
     for part in parts:
         names += part.names
         rows, words = part.words.shape
-        segments = part.words.view(rows, -1, math.gcd(words, _SEGMENT)).sum(dim=2, dtype=torch.int64)
+        segments = part.words.view(rows, -1, math.gcd(words, _SEGMENT)).sum(
+            dim=2, dtype=torch.int64
+        )
         segments ^= segments >> _MIX  # else the top bits of two segments would add to nothing
-        places = torch.arange(1, 2 * segments.shape[1], 2, device=segments.device)  # odd: no product loses a bit
+        places = torch.arange(
+            1, 2 * segments.shape[1], 2, device=segments.device
+        )  # odd: no product loses a bit
         sums.append((segments * places).sum(dim=1))
     return dict(zip(names, torch.cat(sums).tolist(), strict=True))  # one transfer from the device

@@ -31,7 +31,8 @@ from zlora_worker.storage import Store, open_store
 Report = Callable[[str, int, int], None]  # phase, done, of how much; raises where the job is to end
 
 _VERSIONS: Final = {
-    name: importlib.metadata.version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers", "pillow")
+    name: importlib.metadata.version(name)
+    for name in ("z-image-lora", "torch", "diffusers", "transformers", "pillow")
 }
 
 _UNMATCHED_NAMES: Final = 20  # in a receipt; it travels with every look at the result
@@ -91,9 +92,12 @@ def generate(
     with runtime.cache.files(assets, since=since, on_bytes=_pieces(report)) as files:
         laps.end("fetch")
         report("loading", 0, len(files))
-        readings = [_read(runtime, spec, file) for spec, file in zip(request.loras, files, strict=True)]
+        readings = [
+            _read(runtime, spec, file) for spec, file in zip(request.loras, files, strict=True)
+        ]
     adapters = [
-        _adapter(spec, file, reading.lora) for spec, file, reading in zip(request.loras, files, readings, strict=True)
+        _adapter(spec, file, reading.lora)
+        for spec, file, reading in zip(request.loras, files, readings, strict=True)
     ]
     laps.end("parse")
 
@@ -106,14 +110,19 @@ def generate(
             laps.end("apply")
             for index in range(request.num_images):
                 if not (resumed and pictures.take_over()):
-                    picture = engine.draw(request, recipe.seed + index, _steps(runtime.meter, report, index, request))
+                    picture = engine.draw(
+                        request, recipe.seed + index, _steps(runtime.meter, report, index, request)
+                    )
                     pictures.add(picture, tiled=engine.tiled)
             laps.end("denoise")
         laps.end("restore")
         refs = pictures.stored(lambda done: report("uploading", done, request.num_images))
         laps.end("tail")
 
-    receipts = [_receipt(*parts) for parts in zip(request.loras, files, readings, adapters, norms, strict=True)]
+    receipts = [
+        _receipt(*parts)
+        for parts in zip(request.loras, files, readings, adapters, norms, strict=True)
+    ]
     timings = {} if queued is None else {"queued": queued}
     result = GenerateResult(
         images=refs,
@@ -128,7 +137,9 @@ def generate(
         request_sha256=digest_of(request),
         **shared(recipe),
     )
-    report("uploading", request.num_images, request.num_images)  # the last word of whoever does not want it any more
+    report(
+        "uploading", request.num_images, request.num_images
+    )  # the last word of whoever does not want it any more
     return publish(runtime.store, result)
 
 
@@ -176,7 +187,8 @@ class _Reading(NamedTuple):
 def _read(runtime: Runtime, spec: LoraSpec, file: CachedFile) -> _Reading:
     start = time.perf_counter()
     found, from_memory = runtime.shelf.get(
-        file.sha256, lambda: runtime.engine.reader.read(file.path, digest=file.sha256, source=file.source)
+        file.sha256,
+        lambda: runtime.engine.reader.read(file.path, digest=file.sha256, source=file.source),
     )
     if spec.strict:
         lora.require_whole(found, source=file.source)
@@ -193,8 +205,13 @@ def _adapter(spec: LoraSpec, file: CachedFile, read: lora.Lora) -> Adapter:
     )
 
 
-def _steps(meter: Meter, report: Report, index: int, request: GenerateRequest) -> Callable[[int], None]:
-    done, total = index * request.num_inference_steps, request.num_images * request.num_inference_steps
+def _steps(
+    meter: Meter, report: Report, index: int, request: GenerateRequest
+) -> Callable[[int], None]:
+    done, total = (
+        index * request.num_inference_steps,
+        request.num_images * request.num_inference_steps,
+    )
     counted = 0
 
     def stepped(step: int) -> None:
@@ -210,7 +227,9 @@ def _pieces(report: Report) -> Callable[[int, int], None]:
     return lambda received, expected: report("fetching", received, expected)
 
 
-def _receipt(spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapter, norm: float) -> LoraReceipt:
+def _receipt(
+    spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapter, norm: float
+) -> LoraReceipt:
     read = reading.lora
     return LoraReceipt(
         source=file.source,
@@ -222,7 +241,10 @@ def _receipt(spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapt
         text_encoder_weight=adapter.text_encoder_weight,
         modules=read.modules,
         tier="memory" if reading.from_memory and file.tier == "disk" else file.tier,
-        milliseconds={"fetch": round(1000 * file.seconds, 3), "parse": round(1000 * reading.seconds, 3)},
+        milliseconds={
+            "fetch": round(1000 * file.seconds, 3),
+            "parse": round(1000 * reading.seconds, 3),
+        },
         adapter_name=label(spec.adapter_name),
         kinds=read.kinds,
         unmatched=read.unmatched_counts(),

@@ -31,7 +31,11 @@ class GpuCollector(Collector):
             return None
         try:
             pynvml.nvmlInit()
-            by = pynvml.nvmlDeviceGetHandleByIndex if name.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
+            by = (
+                pynvml.nvmlDeviceGetHandleByIndex
+                if name.isdecimal()
+                else pynvml.nvmlDeviceGetHandleByUUID
+            )
             return cls(pynvml, by(int(name) if name.isdecimal() else name))
         except pynvml.NVMLError:
             return None
@@ -40,13 +44,20 @@ class GpuCollector(Collector):
         """As of now; without what the driver does not tell, such as how busy a part of a GPU is."""
         with suppress(self._nvml.NVMLError):
             memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-            gauge = GaugeMetricFamily("zlora_gpu_memory_bytes", "Bytes of the GPU's memory", labels=["kind"])
+            gauge = GaugeMetricFamily(
+                "zlora_gpu_memory_bytes", "Bytes of the GPU's memory", labels=["kind"]
+            )
             gauge.add_metric(["used"], float(memory.used))
             gauge.add_metric(["total"], float(memory.total))
             yield gauge
         with suppress(self._nvml.NVMLError):
-            rates, told = self._nvml.nvmlDeviceGetUtilizationRates(self._handle), "Share of the last second or less"
-            yield GaugeMetricFamily("zlora_gpu_busy_ratio", f"{told} in which the GPU worked", value=rates.gpu / 100)
+            rates, told = (
+                self._nvml.nvmlDeviceGetUtilizationRates(self._handle),
+                "Share of the last second or less",
+            )
+            yield GaugeMetricFamily(
+                "zlora_gpu_busy_ratio", f"{told} in which the GPU worked", value=rates.gpu / 100
+            )
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: the registry must not ask the driver to know the names."""

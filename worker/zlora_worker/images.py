@@ -12,7 +12,9 @@ from zlora_worker.logs import said_by
 
 _QUALITY: Final = 95
 _FORMATS: Final = ("PNG", "JPEG", "WEBP")
-_PNG: Final[dict[str, Any]] = {"compress_type": zlib.Z_RLE}  # chosen by measurement: docs/decisions.md
+_PNG: Final[dict[str, Any]] = {
+    "compress_type": zlib.Z_RLE
+}  # chosen by measurement: docs/decisions.md
 _LOSSLESS: Final[dict[str, Any]] = {"lossless": True, "exact": True, "quality": 0, "method": 0}
 
 
@@ -42,7 +44,9 @@ def pixels_sha256(image: Image.Image) -> str:
     try:
         return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for it
-        raise StoreFailed(f"what is stored for this job is a damaged picture: {said_by(error)}") from None
+        raise StoreFailed(
+            f"what is stored for this job is a damaged picture: {said_by(error)}"
+        ) from None
 
 
 def content_type(output_format: OutputFormat) -> str:

@@ -25,7 +25,9 @@ from zlora_worker.stream import Fetched
 T = TypeVar("T")
 
 _PERMANENT: Final = 30.0  # seconds in which a failure that the source means is not asked for again
-_PASSING: Final = 1.5  # the same of one that may be over, or its `Retry-After`; jobs come again no sooner
+_PASSING: Final = (
+    1.5  # the same of one that may be over, or its `Retry-After`; jobs come again no sooner
+)
 _LONGEST: Final = 300.0
 _ASKERS: Final = 32  # addresses of one source of which it is known when they were asked last
 _MOST: Final = 10_000  # sources that are known, and failures: some 40 MB of disk each
@@ -70,7 +72,11 @@ class Index:
 
     def __init__(self, folder: Path, *, asker: str) -> None:
         self._asker = asker
-        self._entries, self._failed, self._sound = folder / "index", folder / "failed", folder / "sound"
+        self._entries, self._failed, self._sound = (
+            folder / "index",
+            folder / "failed",
+            folder / "sound",
+        )
         self._drafts = folder / "drafts"
 
     @property
@@ -95,7 +101,9 @@ class Index:
         known = self.entry(address)
         # Where there are other bytes now, nobody has asked for these.
         times = known.asked if known and known.sha256 == fetched.sha256 else {}
-        newest = sorted({**times, self._question(address): asked}.items(), key=lambda item: item[1])[-_ASKERS:]
+        newest = sorted(
+            {**times, self._question(address): asked}.items(), key=lambda item: item[1]
+        )[-_ASKERS:]
         entry = Entry(
             source=without_secrets(address),
             sha256=fetched.sha256,
@@ -129,7 +137,12 @@ class Index:
         seconds = _PERMANENT
         if error.retryable:
             seconds = min(max(_PASSING, error.retry_after), _LONGEST - 1)
-        failure = _Failure(code=error.code, message=error.message, details=error.details, until=time.time() + seconds)
+        failure = _Failure(
+            code=error.code,
+            message=error.message,
+            details=error.details,
+            until=time.time() + seconds,
+        )
         self._write(self._failure_file(asset), failure)
 
     def _failure_file(self, asset: Asset) -> Path:
@@ -187,7 +200,9 @@ def source_of(address: str) -> str:
         for name, value in parse_qsl(parts.query, keep_blank_values=True)
         if not name.lower().startswith(_SIGNING) and name.lower() not in _SIGNED_WITH
     ]
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(kept, errors="surrogatepass"), ""))
+    return urlunsplit(
+        (parts.scheme, parts.netloc, parts.path, urlencode(kept, errors="surrogatepass"), "")
+    )
 
 
 def digest_of(text: str) -> str:
@@ -234,5 +249,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
 
 
 _KINDS: Final[dict[str, type[LoraError]]] = {
-    kind.code: kind for name in errors.__all__ if issubclass(kind := getattr(errors, name), LoraError)
+    kind.code: kind
+    for name in errors.__all__
+    if issubclass(kind := getattr(errors, name), LoraError)
 }

@@ -26,7 +26,9 @@ _SAMPLERS: Final = {  # diffusers' schedulers as the web UI names them
 _MODEL_DIGITS: Final = 10  # of a base's sha256
 _LORA_DIGITS: Final = 12  # of a LoRA's
 _LABEL: Final = 200  # characters of a name; an address may be all one name
-_JPEG_ROOM: Final = 32_000  # UTF-16 units of an Exif segment, which has 65,533 bytes, less what stands around
+_JPEG_ROOM: Final = (
+    32_000  # UTF-16 units of an Exif segment, which has 65,533 bytes, less what stands around
+)
 _KARRAS: Final = " karras"
 _SOFTWARE: Final = "z-image-lora"
 # Controls, and what is a byte order mark, or one for the other order, or no character, in UTF-16.
@@ -43,14 +45,22 @@ def infotext(recipe: Recipe, digests: Sequence[str]) -> str:
     request = recipe.request
     names = _unique(map(_name, request.loras))
     tags = [_tag(name, spec) for name, spec in zip(names, request.loras, strict=True)]
-    hashes = [f"{name}: {digest[:_LORA_DIGITS]}" for name, digest in zip(names, digests, strict=True)]
+    hashes = [
+        f"{name}: {digest[:_LORA_DIGITS]}" for name, digest in zip(names, digests, strict=True)
+    ]
     pairs = {**_settings(recipe), "Lora hashes": ", ".join(hashes), "Version": _version(recipe)}
     last = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value)
 
     prompt, negative = _prompt(request.prompt), _prompt(request.negative_prompt)
     if request.output_format == "jpeg":
-        prompt, negative = _fitted(prompt, negative, room=_JPEG_ROOM - _units(" ".join([*tags, last])))
-    lines = [" ".join(filter(None, [prompt, *tags])), negative and f"Negative prompt: {negative}", last]
+        prompt, negative = _fitted(
+            prompt, negative, room=_JPEG_ROOM - _units(" ".join([*tags, last]))
+        )
+    lines = [
+        " ".join(filter(None, [prompt, *tags])),
+        negative and f"Negative prompt: {negative}",
+        last,
+    ]
     return "\n".join(filter(None, lines))
 
 

@@ -78,9 +78,13 @@ class Intake(Consumer):
         """Fail the job that the message names, count it, and let it go."""
         fault = on_one_line((message.headers or {}).get("fault", fault))[:200]
         kind = on_one_line(message.content_type)[:_KIND]
-        logger.error("a message is refused: %s (%s, %d bytes)", fault, kind, len(message.body or ""))
+        logger.error(
+            "a message is refused: %s (%s, %d bytes)", fault, kind, len(message.body or "")
+        )
         self._answer(message, fault)
-        deliveries = self._deliveries()  # whose client does not wait for Redis: the parent has more to do
+        deliveries = (
+            self._deliveries()
+        )  # whose client does not wait for Redis: the parent has more to do
         count_refused(deliveries.hasty, deliveries.ledger.queue)
         message.ack_log_error(logger, self.app.connection_for_read().connection_errors)
 

@@ -8,12 +8,23 @@ from typing import Final
 import torch
 from torch import Tensor
 from zlora.spelling import MAGNITUDES, RANKED, factored
-from zlora_worker.changes import Change, Decomposed, Full, Hadamard, Kronecker, Product, Unfit, shown
+from zlora_worker.changes import (
+    Change,
+    Decomposed,
+    Full,
+    Hadamard,
+    Kronecker,
+    Product,
+    Unfit,
+    shown,
+)
 
 Parts = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
-_RANK: Final = 512  # that a change may have whatever it changes; trainers give one rank to all layers
+_RANK: Final = (
+    512  # that a change may have whatever it changes; trainers give one rank to all layers
+)
 _BIASES: Final = frozenset({"diff_b", "up_bias"})
 
 
@@ -44,20 +55,28 @@ def read(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> Rea
         _require_kernel(parts, target)
         rank = _rank(kind, parts)
         scale = _scale(parts, rank, peft_scale)
-        room = max(target[0], _RANK) * math.prod(target[1:])  # numbers that a product of factors may have
+        room = max(target[0], _RANK) * math.prod(
+            target[1:]
+        )  # numbers that a product of factors may have
         factors = _BUILDERS[kind](parts, scale, room)
         _require_shape(factors, target)
     weight = _decomposed(factors, parts, target)
     if len(_BIASES & parts.keys()) > 1:
         raise Unfit("has a bias in two spellings")
     bias_part = next(iter(_BIASES & parts.keys()), "")
-    bias = _bias(parts[bias_part], scale if bias_part == "up_bias" else 1.0, target) if bias_part else None
+    bias = (
+        _bias(parts[bias_part], scale if bias_part == "up_bias" else 1.0, target)
+        if bias_part
+        else None
+    )
     return Reading(f"dora-{kind}" if weight is not factors else kind, rank, weight, bias, bias_part)
 
 
 def _rank(kind: str, parts: Parts) -> int | None:
     """The inner size; None for what has none."""
-    return next((len(parts[name]) for name in RANKED[kind] if name in parts and parts[name].dim()), None)
+    return next(
+        (len(parts[name]) for name in RANKED[kind] if name in parts and parts[name].dim()), None
+    )
 
 
 def _scale(parts: Parts, rank: int | None, peft_scale: Callable[[int], float]) -> float:
@@ -95,7 +114,9 @@ def _lokr(parts: Parts, scale: float, room: int) -> Change:
         if factor in parts and parts.keys() & {f"{factor}_a", f"{factor}_b"}:
             raise Unfit(f"has a {factor} both whole and in factors")
     small = (
-        parts["lokr_w1"].float() if "lokr_w1" in parts else _multiplied(room, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
+        parts["lokr_w1"].float()
+        if "lokr_w1" in parts
+        else _multiplied(room, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
     )
     if "lokr_w2" in parts:
         large = parts["lokr_w2"].float().clone()
@@ -149,7 +170,9 @@ def _require_kernel(parts: Parts, target: Shape) -> None:
     for name, tensor in parts.items():
         kernel = tuple(tensor.shape[2:])
         if name not in MAGNITUDES and any(side != 1 for side in kernel) and kernel != target[2:]:
-            raise Unfit(f"has a {name} with a kernel of {shown(kernel)}, the weight is {shown(target)}")
+            raise Unfit(
+                f"has a {name} with a kernel of {shown(kernel)}, the weight is {shown(target)}"
+            )
 
 
 def _require_shape(change: Change, target: Shape) -> None:
@@ -182,7 +205,9 @@ def _joined(room: int, equation: str, one: Tensor, other: Tensor) -> Tensor:
     try:
         return torch.einsum(equation, factor, other.float())
     except RuntimeError:
-        raise Unfit(f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}") from None
+        raise Unfit(
+            f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}"
+        ) from None
 
 
 def _multiplied(room: int, one: Tensor, other: Tensor) -> Tensor:

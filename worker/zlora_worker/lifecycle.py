@@ -49,9 +49,13 @@ class LoadMarks:
         """
         self._folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
         names = ("ready", "failed", "draft", "trying")
-        self._ready, self._failed, self._draft, self._trying = (self._folder / name for name in names)
+        self._ready, self._failed, self._draft, self._trying = (
+            self._folder / name for name in names
+        )
         if counts:
-            from zlora_worker import metrics  # prometheus_client: a producer that imports the app has it not
+            from zlora_worker import (
+                metrics,
+            )  # prometheus_client: a producer that imports the app has it not
 
             metrics.share(self._folder / "counts")
         self._probes = Path(probes) if probes else None
@@ -175,14 +179,18 @@ class Drain(bootsteps.StartStopStep):
         if how == "Warm" and not self._is_begun:  # told again, its time is the same
             self._is_begun = True
             self._limit, self._step = time.monotonic() + self._seconds, self._put_back
-            signal.signal(signal.SIGALRM, self._look)  # an alarm, since the main thread waits in the pool
+            signal.signal(
+                signal.SIGALRM, self._look
+            )  # an alarm, since the main thread waits in the pool
             signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
             worker_shutdown.connect(_disarm)
             atexit.register(_disarm)
 
     def _look(self, *_: Any) -> None:
         marks.alive()
-        with suppress(OSError):  # without memory for another companion the last job is drawn all the same
+        with suppress(
+            OSError
+        ):  # without memory for another companion the last job is drawn all the same
             self._parent.companion.look()
         if time.monotonic() > self._limit:
             self._step()
@@ -224,13 +232,18 @@ class Companion(bootsteps.StartStopStep):
         """Runs once there is a model."""
         parent.companion = self
         self._launch()
-        worker_shutdown.connect(self._end)  # before what Celery does at exit, which on SIGHUP is a new start
+        worker_shutdown.connect(
+            self._end
+        )  # before what Celery does at exit, which on SIGHUP is a new start
         atexit.register(self._end)  # of a worker that is terminated no signal tells
 
     def look(self) -> None:
         """Start it again where it has ended."""
         if self._process.poll() is not None and time.monotonic() - self._launched > _RELAUNCH:
-            logger.error("the companion has ended with status %s: it is started again", self._process.returncode)
+            logger.error(
+                "the companion has ended with status %s: it is started again",
+                self._process.returncode,
+            )
             self._launch()
 
     def _end(self, **_: Any) -> None:
@@ -284,7 +297,9 @@ def _listen(address: tuple[str, int]) -> socket.socket:
         listener = listen(address)
     except InvalidSetting as error:
         _leave(str(error))
-    register_after_fork(listener, socket.socket.close)  # a child that outlives its parent must not keep the address
+    register_after_fork(
+        listener, socket.socket.close
+    )  # a child that outlives its parent must not keep the address
     return listener
 
 
@@ -293,7 +308,9 @@ def _require_one_prefork_child(parent: Any) -> None:
     if not pool.endswith("prefork"):
         _leave(f"the pool is {pool}: the model lives in a prefork child (leave out -P)")
     if parent.concurrency != 1:
-        _leave(f"the concurrency is {parent.concurrency}: one child, one model (leave out -c, and add workers instead)")
+        _leave(
+            f"the concurrency is {parent.concurrency}: one child, one model (leave out -c, and add workers instead)"
+        )
 
 
 def _leave(reason: str) -> None:

@@ -23,22 +23,41 @@ class Links:
     def __init__(self, store: Store, settings: Settings) -> None:
         """Raises `InvalidSetting` where the store has no such URLs."""
         self._store, self._settings = store, settings
-        self._policies = settings.urls or (("public",) if settings.public_url else (store.own_urls,))
+        self._policies = settings.urls or (
+            ("public",) if settings.public_url else (store.own_urls,)
+        )
         for policy in self._policies:
             if policy in ("presigned", "file") and policy != store.own_urls:
-                raise InvalidSetting(f"{_SETTING}={policy}: this store's own are {store.own_urls}", {"name": _SETTING})
+                raise InvalidSetting(
+                    f"{_SETTING}={policy}: this store's own are {store.own_urls}",
+                    {"name": _SETTING},
+                )
             if policy == "public" and not settings.public_url:
-                raise InvalidSetting(f"{_SETTING}=public: ZLORA_PUBLIC_URL is not set", {"name": _SETTING})
+                raise InvalidSetting(
+                    f"{_SETTING}=public: ZLORA_PUBLIC_URL is not set", {"name": _SETTING}
+                )
 
     def require(self, request: GenerateRequest) -> None:
         """Raises `InvalidRequest` where a request asks for more than the operator gives."""
         bound = self._settings.url_seconds
         if request.url_policy not in (None, "key", *self._policies):
-            _refuse("url_policy", f"Expected one of {', '.join(sorted({'key', *self._policies}))}", request.url_policy)
+            _refuse(
+                "url_policy",
+                f"Expected one of {', '.join(sorted({'key', *self._policies}))}",
+                request.url_policy,
+            )
         if request.url_expires_in and self._policy(request) != "presigned":
-            _refuse("url_expires_in", "Expected none, since no URL is signed here", request.url_expires_in)
+            _refuse(
+                "url_expires_in",
+                "Expected none, since no URL is signed here",
+                request.url_expires_in,
+            )
         if request.url_expires_in and request.url_expires_in > bound:
-            _refuse("url_expires_in", f"Expected up to {bound}, this worker's bound", request.url_expires_in)
+            _refuse(
+                "url_expires_in",
+                f"Expected up to {bound}, this worker's bound",
+                request.url_expires_in,
+            )
 
     def shown(self, result: GenerateResult) -> GenerateResult:
         """A stored result with URLs as of now; raises `StoreFailed` where they cannot be made."""

@@ -21,7 +21,9 @@ def alone(*paths: Path) -> Iterator[bool]:
 def _alone(path: Path) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        mine = _taken(descriptor, fcntl.LOCK_EX) and is_at(descriptor, path)  # else it is a deleted file's
+        mine = _taken(descriptor, fcntl.LOCK_EX) and is_at(
+            descriptor, path
+        )  # else it is a deleted file's
         try:
             yield mine
         finally:
@@ -51,12 +53,16 @@ def in_turn(path: Path) -> Iterator[None]:
 def in_use(path: Path) -> int | None:
     """A descriptor as long as which nobody deletes the file at `path`; None where there is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe with such a name would hold whoever opens it
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK
+        )  # a pipe with such a name would hold whoever opens it
     except FileNotFoundError:
         return None
     with ExitStack() as undo:
         undo.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # whoever has it alone is about to delete it, or only looks
+        fcntl.flock(
+            descriptor, fcntl.LOCK_SH
+        )  # whoever has it alone is about to delete it, or only looks
         if not is_at(descriptor, path):
             return None
         undo.pop_all()

@@ -19,9 +19,13 @@ from zlora.errors import ZloraError
 from zlora.redaction import on_one_line, without_secrets
 
 _LINE: Final = 4096  # bytes with the newline: what Linux writes to a pipe in one piece (PIPE_BUF), whoever else writes
-_NAME: Final = 64  # characters of a job's id, a code, a logger: what a line has besides its texts is short
+_NAME: Final = (
+    64  # characters of a job's id, a code, a logger: what a line has besides its texts is short
+)
 _TEXTS: Final = ("message", "exception", "stack")  # what may be long
-_ADDRESS: Final = re.compile(r"(?:[a-z][a-z0-9+.-]{0,30}:)?(?:\\{0,8}/){2}[^\s\"<>]+", re.IGNORECASE)
+_ADDRESS: Final = re.compile(
+    r"(?:[a-z][a-z0-9+.-]{0,30}:)?(?:\\{0,8}/){2}[^\s\"<>]+", re.IGNORECASE
+)
 _SLASH: Final = re.compile(r"\\{1,8}/")  # as JSON may have it, and a text that quotes JSON
 _QUERY: Final = re.compile(r"\?[^\s\"<>]+")  # of an address without its start, as libraries tell it
 _WORD: Final = re.compile(r"[^\s\"'<>/]+")
@@ -30,7 +34,9 @@ _AUTHORIZATION: Final = re.compile(  # a header of any scheme: between quotes, e
     r"(authorization[\\'\"]{0,9}\s*(?:[:=]|(?<=['\"]),)\s*(b?\\{0,8}['\"])?)(?(2)[^'\"\\\r\n]*|[^\r\n]*)",
     re.IGNORECASE,
 )
-_SHORTEST: Final = 6  # characters of a secret that is masked wherever it stands: a shorter one would mask words
+_SHORTEST: Final = (
+    6  # characters of a secret that is masked wherever it stands: a shorter one would mask words
+)
 _MASK: Final = "***"
 _SAID: Final = 200  # characters
 
@@ -69,7 +75,12 @@ class Redactor:
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        told = {spelling for secret in secrets if len(secret) >= _SHORTEST for spelling in _spellings(secret)}
+        told = {
+            spelling
+            for secret in secrets
+            if len(secret) >= _SHORTEST
+            for spelling in _spellings(secret)
+        }
         found = sorted(told, key=len, reverse=True)
         self._secrets = re.compile("|".join(map(re.escape, found))) if found else None
 
@@ -127,7 +138,9 @@ class JsonFormatter(logging.Formatter):
             "job": self._name(job),
             "phase": _job.phase if job == _job.id else None,
             "code": self._name(code),
-            "exception": None if error is None else self._redact("".join(traceback.format_exception(error))),
+            "exception": None
+            if error is None
+            else self._redact("".join(traceback.format_exception(error))),
             "stack": self._redact(record.stack_info) if record.stack_info else None,
         }
         told = {name: _encodable(value) for name, value in document.items() if value is not None}
@@ -148,7 +161,9 @@ def use(kind: str, secrets: Iterable[str], *, logger: logging.Logger, process: s
     _redactors[:] = [redact]
     for handler in logger.handlers:
         inner = handler.formatter or logging.Formatter()
-        handler.setFormatter(JsonFormatter(redact, process=process) if in_json else TextFormatter(redact, inner))
+        handler.setFormatter(
+            JsonFormatter(redact, process=process) if in_json else TextFormatter(redact, inner)
+        )
     logging.raiseExceptions = False
     threading.excepthook = _thread_ends
 
@@ -166,7 +181,9 @@ def is_json(kind: str) -> bool:
 
 def _thread_ends(told: threading.ExceptHookArgs) -> None:
     if not issubclass(told.exc_type, SystemExit):
-        logger.error("the thread %s ends", told.thread and told.thread.name, exc_info=told.exc_value)
+        logger.error(
+            "the thread %s ends", told.thread and told.thread.name, exc_info=told.exc_value
+        )
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -188,7 +205,9 @@ def _spellings(secret: str) -> set[str]:
         json.dumps(secret)[1:-1],
         json.dumps(secret, ensure_ascii=False)[1:-1],
     }
-    plain |= {text.replace("/", "\\/") for text in plain} | {text.replace("'", "\\'") for text in plain}
+    plain |= {text.replace("/", "\\/") for text in plain} | {
+        text.replace("'", "\\'") for text in plain
+    }
     return plain | {json.dumps(text)[1:-1] for text in plain} | {repr(text)[1:-1] for text in plain}
 
 
@@ -222,7 +241,10 @@ def _shortened(text: str, room: int) -> str:
     """Start and end of a text that takes more bytes of a line than there are."""
     if len(text) <= room and _size(text) <= room:
         return text
-    kept = bisect.bisect(range(min(len(text), room)), room, key=lambda kept: _size(_ends(text, kept))) - 1
+    kept = (
+        bisect.bisect(range(min(len(text), room)), room, key=lambda kept: _size(_ends(text, kept)))
+        - 1
+    )
     return _ends(text, kept)
 
 

@@ -27,7 +27,9 @@ _DOWNLOADS: Final = 2  # at once
 _EVERY: Final = 0.5  # seconds between two looks
 _AWAY: Final = 2.0  # seconds until the next where Redis or the cache fails
 _AGAIN: Final = 10.0  # seconds until a waiting job's LoRA is looked after again: another process's download may fail
-_LEFT_ALONE: Final = 60.0  # seconds until an address that failed is asked again, or what its server asks for
+_LEFT_ALONE: Final = (
+    60.0  # seconds until an address that failed is asked again, or what its server asks for
+)
 _TIDY: Final = 3600.0  # seconds between two times that the cache is tidied
 
 logger = logging.getLogger("zlora_worker.lookahead")
@@ -85,13 +87,17 @@ class LookAhead:
         """A LoRA that no other thread has claimed lately, and the time since which its source need not be asked."""
         with self._lock:
             jobs, now = self._jobs(), time.time()
-            self._failed = {address: until for address, until in self._failed.items() if until > now}
+            self._failed = {
+                address: until for address, until in self._failed.items() if until > now
+            }
             known, self._turns = self._turns, {}
             for job in jobs:
                 since = job.submitted(now)
                 for asset in job.assets:
                     # Not before a producer's clock that is ahead: the job would ask once more.
-                    self._turns[job.id, asset] = known.get((job.id, asset)) or _Turn(since=since, due=since)
+                    self._turns[job.id, asset] = known.get((job.id, asset)) or _Turn(
+                        since=since, due=since
+                    )
             for (job_id, asset), turn in self._turns.items():
                 if turn.due <= now and asset.address not in self._failed:
                     self._turns[job_id, asset] = turn._replace(due=now + _AGAIN)
@@ -121,13 +127,17 @@ def _work(ahead: LookAhead, settings: Settings) -> None:
             logger.debug("no look ahead: %s", error)
             pause = _AWAY
         except Exception as error:  # noqa: BLE001 - the thread's boundary: a job has no part in what goes wrong here
-            logger.info("no look ahead: %s", type(error).__name__)  # its text may hold an address with its secrets
+            logger.info(
+                "no look ahead: %s", type(error).__name__
+            )  # its text may hold an address with its secrets
             pause = _AWAY
         time.sleep(pause)
 
 
 def _open_cache(settings: Settings) -> "Cache":
-    from zlora_worker.cache import Cache  # with all that downloads need: the companion's other work begins without it
+    from zlora_worker.cache import (
+        Cache,
+    )  # with all that downloads need: the companion's other work begins without it
 
     return Cache.open(settings)
 
@@ -170,7 +180,11 @@ def _job_of(text: str) -> _Job | None:
     """The job of a message; None where a worker would refuse it."""
     try:
         message = msgspec.json.decode(text, type=_Message)
-        body = b64decode(message.body) if message.properties.body_encoding == "base64" else message.body
+        body = (
+            b64decode(message.body)
+            if message.properties.body_encoding == "base64"
+            else message.body
+        )
         args, kwargs, _ = msgspec.json.decode(body, type=tuple[list[Any], dict[str, Any], Any])
         (document,) = [*args, *kwargs.values()]
         request = read_request(document)

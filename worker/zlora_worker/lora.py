@@ -24,7 +24,13 @@ _DTYPES: Final = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_INTEGERS: Final = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_INTEGERS: Final = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +111,9 @@ class Reader:
             kinds=tuple(sorted({reading.kind for reading in readings.values()})),
             ranks=tuple(sorted({reading.rank for reading in readings.values() if reading.rank})),
             modules=dict(Counter(component for component, _ in readings)),
-            unmatched=tuple(sorted([*unmatched, *(found[module][part] for module, part in homeless)])),
+            unmatched=tuple(
+                sorted([*unmatched, *(found[module][part] for module, part in homeless)])
+            ),
             batches=batches,
             changes=changes,
         )
@@ -124,7 +132,9 @@ class Reader:
             if key is None or module is None:
                 unmatched.append(name)
             elif key.part in found[module]:
-                raise _Refusal(f"two tensors for one place: {found[module][key.part][:100]} and {name[:100]}")
+                raise _Refusal(
+                    f"two tensors for one place: {found[module][key.part][:100]} and {name[:100]}"
+                )
             else:
                 found[module][key.part] = name
         if not found:
@@ -139,7 +149,10 @@ class Reader:
         return f"none of its modules is in the resident model: {spelling.some(header.tensors)}"
 
     def _readings(
-        self, header: Header, found: Mapping[Module, Mapping[str, str]], tensors: Mapping[str, Tensor]
+        self,
+        header: Header,
+        found: Mapping[Module, Mapping[str, str]],
+        tensors: Mapping[str, Tensor],
     ) -> dict[Module, kinds.Reading]:
         readings = {}
         try:
@@ -150,7 +163,9 @@ class Reader:
                 readings[module] = kinds.read(own, target, partial(config.scale, *module))
         except Unfit as misfit:
             origin = origins.told(header, self._weights)
-            raise _Refusal(f"{origin}{'; ' if origin else ''}{'.'.join(module)[:120]} {misfit}") from None
+            raise _Refusal(
+                f"{origin}{'; ' if origin else ''}{'.'.join(module)[:120]} {misfit}"
+            ) from None
         except ValueError as error:
             raise _Refusal(str(error)) from None
         return readings
@@ -195,7 +210,9 @@ def _require_floats(tensors: Mapping[str, TensorInfo]) -> None:
         if info.dtype not in _DTYPES and not (name.endswith(".alpha") and info.dtype in _INTEGERS)
     ]
     if odd:
-        raise _Refusal(f"{odd[0][:100]} is of the type {tensors[odd[0]].dtype}: quantised files are not read")
+        raise _Refusal(
+            f"{odd[0][:100]} is of the type {tensors[odd[0]].dtype}: quantised files are not read"
+        )
 
 
 def _bytes(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[bytearray, int]:
@@ -217,7 +234,9 @@ def _tensor(data: bytearray, start: int, info: TensorInfo) -> Tensor:
     return aligned.view(dtype).view(info.shape)
 
 
-def _stacked(placed: Iterable[tuple[Place, Change]]) -> tuple[tuple[Batch, ...], tuple[tuple[Place, Change], ...]]:
+def _stacked(
+    placed: Iterable[tuple[Place, Change]],
+) -> tuple[tuple[Batch, ...], tuple[tuple[Place, Change], ...]]:
     """LoRAs in batches by stack and rank, and the other changes."""
     products: dict[tuple[int, int], dict[int, Product]] = defaultdict(dict)
     changes = []
@@ -226,7 +245,9 @@ def _stacked(placed: Iterable[tuple[Place, Change]]) -> tuple[tuple[Batch, ...],
             products[place.stack, change.rank][place.row] = change
         else:
             changes.append((place, change))
-    return tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)), tuple(changes)
+    return tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)), tuple(
+        changes
+    )
 
 
 def _batch(stack: int, by_row: Mapping[int, Product]) -> Batch:
@@ -258,7 +279,10 @@ def _require_effect(lora: Lora, weights: Weights) -> None:
         raise _Refusal("its change of the model is not finite")
     moved = any(batch.squared_norm for batch in lora.batches)
     still = (
-        change.is_nothing(as_matrices(weights.stacks[place.stack].base)[place.row]) for place, change in lora.changes
+        change.is_nothing(as_matrices(weights.stacks[place.stack].base)[place.row])
+        for place, change in lora.changes
     )
     if not moved and all(still):
-        raise _Refusal(f"changes nothing: a factor of each of its {sum(lora.modules.values())} modules is zero")
+        raise _Refusal(
+            f"changes nothing: a factor of each of its {sum(lora.modules.values())} modules is zero"
+        )

@@ -15,7 +15,9 @@ from zlora_worker.changes import Change
 from zlora_worker.lora import Batch, Lora
 from zlora_worker.weights import Place, Weights
 
-_CPU_ELEMENTS: Final = 2**20  # merged at a time: 4 MB of fp32, which a core's share of the caches holds
+_CPU_ELEMENTS: Final = (
+    2**20
+)  # merged at a time: 4 MB of fp32, which a core's share of the caches holds
 _GPU_ELEMENTS: Final = 2**26
 
 Matrices = Mapping[int, Tensor]  # by stack: [rows, out, in * kernel]
@@ -32,7 +34,9 @@ class Adapter:
 
     def weight(self, component: str) -> float:
         """For the modules of a component."""
-        return self.text_encoder_weight if component.startswith("text_encoder") else self.unet_weight
+        return (
+            self.text_encoder_weight if component.startswith("text_encoder") else self.unet_weight
+        )
 
     @property
     def key(self) -> tuple[str, float, float]:
@@ -70,9 +74,12 @@ class Plan:
         self.rows = {stack: sorted(set[int]().union(*(rows.get(stack, ()) for rows in touched)))
                      for stack in sorted(set[int]().union(*touched))}  # fmt: skip
         self._base_squares = [
-            sum(weights.stacks[stack].squared_norm(row) for stack in rows for row in rows[stack]) for rows in touched
+            sum(weights.stacks[stack].squared_norm(row) for stack in rows for row in rows[stack])
+            for rows in touched
         ]
-        self._squares = [_batched_square(weights, adapter) for adapter in ordered]  # complete after the merge
+        self._squares = [
+            _batched_square(weights, adapter) for adapter in ordered
+        ]  # complete after the merge
         self._sources = [adapter.source for adapter in ordered]
         self._adding = threading.Lock()
 
@@ -97,7 +104,9 @@ class Plan:
 
     def require_effect(self) -> None:
         """After the merge: raises `LoraMismatch` where an adapter touches weights and changes none."""
-        for source, square, base in zip(self._sources, self._squares, self._base_squares, strict=True):
+        for source, square, base in zip(
+            self._sources, self._squares, self._base_squares, strict=True
+        ):
             if base and not square:
                 raise LoraMismatch(f"{source}: changes nothing in the resident model")
 
@@ -135,7 +144,9 @@ class Plan:
                 total[row - block.first] += delta
                 square = float(delta.square().sum())
                 if not math.isfinite(square):
-                    raise LoraMismatch(f"{self._sources[index]}: its change of the model is not finite")
+                    raise LoraMismatch(
+                        f"{self._sources[index]}: its change of the model is not finite"
+                    )
                 with self._adding:
                     self._squares[index] += square
         target.copy_(total)
@@ -157,12 +168,16 @@ class Crew:
         self._others: list[tuple[threading.Thread, threading.Event]] = []  # the event is its end
         self._width: int | None = None  # torch's threads, while they are set to one
 
-    def merge(self, threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]) -> None:
+    def merge(
+        self, threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]
+    ) -> None:
         """Merge all blocks, the caller's thread among so many; `merge` hears which. To be followed by `disband`."""
         waiting, faults = deque(blocks), list[BaseException]()
 
         def work(number: int, end: threading.Event) -> None:
-            torch.set_num_threads(1)  # holds for the thread that says so, and for those that begin later
+            torch.set_num_threads(
+                1
+            )  # holds for the thread that says so, and for those that begin later
             try:
                 while (block := _next(waiting)) is not None:
                     merge(block, number)
@@ -212,7 +227,9 @@ def _add(total: Tensor, batch: Batch, block: Block, weight: float) -> None:
         these = slice(low, low + last - first)
         low = these.stop
         if last - first == 1:
-            total[first - block.first].addmm_(_on(total, up[these][0]), _on(total, down[these][0]), alpha=weight)
+            total[first - block.first].addmm_(
+                _on(total, up[these][0]), _on(total, down[these][0]), alpha=weight
+            )
         else:
             part = total[first - block.first : last - block.first]
             part.baddbmm_(_on(total, up[these]), _on(total, down[these]), alpha=weight)

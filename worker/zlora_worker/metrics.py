@@ -31,7 +31,9 @@ class Meter:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._jobs = self._counter("jobs", "Jobs that ended here, and those that are tried again", "outcome", "code")
+        self._jobs = self._counter(
+            "jobs", "Jobs that ended here, and those that are tried again", "outcome", "code"
+        )
         self._phases = Histogram(
             "zlora_job_phase_seconds",
             "Seconds of a drawn job, by phase",
@@ -39,7 +41,9 @@ class Meter:
             registry=self.registry,
             buckets=_BUCKETS,
         )
-        self._files = self._counter("lora_files", "LoRA files that jobs asked for, by where they were", "tier")
+        self._files = self._counter(
+            "lora_files", "LoRA files that jobs asked for, by where they were", "tier"
+        )
         self._bytes = self._counter("lora_bytes", "Bytes of those files", "tier")
         self._steps = self._counter("denoising_steps", "Denoising steps, each as it is done")
         self._images = self._counter("images", "Pictures stored")
@@ -49,8 +53,12 @@ class Meter:
             registry=self.registry,
             buckets=_LOAD_BUCKETS,
         )
-        self._deaths = self._counter("child_deaths", "Children that had the model and had to be replaced")
-        self._redeliveries = self._counter("redeliveries", "Deliveries of jobs that had been delivered before")
+        self._deaths = self._counter(
+            "child_deaths", "Children that had the model and had to be replaced"
+        )
+        self._redeliveries = self._counter(
+            "redeliveries", "Deliveries of jobs that had been delivered before"
+        )
         self._resent = self._counter("jobs_resent", "Jobs sent again since their message was lost")
         self._webhooks = self._counter("webhooks", "Tries to tell the end of a job", "outcome")
         self._begin()
@@ -63,7 +71,9 @@ class Meter:
         role and not of the process: one process at a time has it, and no file is left for each child that died.
         """
         if folder := shared_folder():
-            Path(folder).mkdir(parents=True, exist_ok=True)  # whoever clears temporary folders may have come by
+            Path(folder).mkdir(
+                parents=True, exist_ok=True
+            )  # whoever clears temporary folders may have come by
             # Else chosen when prometheus_client is imported, which Flower's plug-in for `celery` does before all this.
             values.ValueClass = values.MultiProcessValue(lambda: name)  # type: ignore[no-untyped-call]
         return cls()
@@ -141,7 +151,9 @@ class WorkerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The one metric."""
-        gauge = GaugeMetricFamily("zlora_worker_info", "The worker", labels=["version", "model", "queue"])
+        gauge = GaugeMetricFamily(
+            "zlora_worker_info", "The worker", labels=["version", "model", "queue"]
+        )
         gauge.add_metric(self._told, 1.0)
         yield gauge
 

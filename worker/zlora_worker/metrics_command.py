@@ -14,7 +14,9 @@ from zlora_worker.settings import Settings
 @click.command()
 def metrics() -> None:
     """Serve a queue's metrics at ZLORA_METRICS, such as 0.0.0.0:9808, until told to end."""
-    from prometheus_client import CollectorRegistry  # a producer alone has it not, and `zlora` starts without
+    from prometheus_client import (
+        CollectorRegistry,
+    )  # a producer alone has it not, and `zlora` starts without
     from zlora_worker.exposition import listen, serve, spelled
     from zlora_worker.queue_metrics import QueueCollector
 

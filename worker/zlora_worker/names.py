@@ -44,7 +44,9 @@ class Names:
                 for prefix in prefixes:
                     spelling = flat(f"{prefix}.{alias}" if prefix else alias)
                     if self._modules.setdefault(spelling, (component, name)) != (component, name):
-                        raise ValueError(f"two modules are spelt {spelling}: {name} and {self._modules[spelling][1]}")
+                        raise ValueError(
+                            f"two modules are spelt {spelling}: {name} and {self._modules[spelling][1]}"
+                        )
 
     def find(self, spelling: str) -> Module | None:
         """The module that a file means, if the model has it."""
@@ -60,8 +62,14 @@ class LdmNames:
         parts = {".".join(name.split(".")[:4]) for name in modules}
         self._number_down(parts)
         self._number_up(parts)
-        middle = [name for name in ("resnets.0", "attentions.0", "resnets.1") if _has(parts, f"mid_block.{name}")]
-        self._blocks |= {f"mid_block.{name}": f"middle_block.{index}" for index, name in enumerate(middle)}
+        middle = [
+            name
+            for name in ("resnets.0", "attentions.0", "resnets.1")
+            if _has(parts, f"mid_block.{name}")
+        ]
+        self._blocks |= {
+            f"mid_block.{name}": f"middle_block.{index}" for index, name in enumerate(middle)
+        }
 
     def of(self, module: str) -> str | None:
         """The other name; None where the module has none."""
@@ -93,7 +101,9 @@ class LdmNames:
                 self._blocks[layer] = f"output_blocks.{number}.0"
                 self._blocks[layer.replace("resnets", "attentions")] = f"output_blocks.{number}.1"
                 number += 1
-            after = 2 if _has(parts, f"{level}.attentions.0") else 1  # the upsampler shares the last layer's block
+            after = (
+                2 if _has(parts, f"{level}.attentions.0") else 1
+            )  # the upsampler shares the last layer's block
             self._blocks[f"{level}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
 
 

@@ -12,12 +12,18 @@ def told(header: Header, weights: Weights) -> str:
         return origin.clause
     if width and width != resident:
         family = origins.WIDTHS.get(width, "another model")
-        return f"made for {family}: cross-attention width {width}, the resident model has {resident}"
+        return (
+            f"made for {family}: cross-attention width {width}, the resident model has {resident}"
+        )
     origin = origins.told_by_metadata(header)
     return origin.clause if origin and origin.family != origins.WIDTHS.get(resident) else ""
 
 
 def _resident_width(weights: Weights) -> int:
     """Of the text that the resident model's cross-attention reads; 0 where it has none."""
-    crossing = (place for (_, module, _), place in weights.places.items() if origins.CROSS_ATTENTION.search(module))
+    crossing = (
+        place
+        for (_, module, _), place in weights.places.items()
+        if origins.CROSS_ATTENTION.search(module)
+    )
     return next((weights.shape(place)[1] for place in crossing if len(weights.shape(place)) > 1), 0)

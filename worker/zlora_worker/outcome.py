@@ -16,7 +16,9 @@ def image_keys(job_id: str, request: GenerateRequest) -> list[str]:
 
 def publish(store: Store, result: GenerateResult) -> GenerateResult:
     """Write the manifest; returns the one that was first, if there is one."""
-    manifest = first(store, manifest_key(result.job_id), msgspec.json.encode(result), "application/json")
+    manifest = first(
+        store, manifest_key(result.job_id), msgspec.json.encode(result), "application/json"
+    )
     return _result(manifest, result.job_id)
 
 
@@ -37,12 +39,16 @@ def stored(store: Store, job_id: str) -> GenerateResult | None:
 
 def discard(store: Store, job_id: str, request: GenerateRequest) -> None:
     """Delete the pictures of a job that has no result, and will have none of these; raises `StoreFailed`."""
-    if store.get(manifest_key(job_id)) is None:  # another worker may have ended the job, where a lease was lost
+    if (
+        store.get(manifest_key(job_id)) is None
+    ):  # another worker may have ended the job, where a lease was lost
         for key in image_keys(job_id, request):
             store.delete(key)
 
 
-def first(store: Store, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bytes:
+def first(
+    store: Store, key: str, data: bytes, content_type: str, *, stop: Event | None = None
+) -> bytes:
     """What is under the key: `data`, or what another delivery of the job has put there before.
 
     Nothing is sent any more once `stop` is set.
@@ -58,4 +64,6 @@ def _result(manifest: bytes, job_id: str) -> GenerateResult:
     try:
         return read_result(manifest)
     except msgspec.DecodeError as error:
-        raise InternalError(f"the manifest of job {job_id} is damaged: {error}", {"job_id": job_id}) from None
+        raise InternalError(
+            f"the manifest of job {job_id} is damaged: {error}", {"job_id": job_id}
+        ) from None

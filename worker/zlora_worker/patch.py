@@ -28,7 +28,11 @@ class Patch:
         self.mode: Final = mode
         self._weights = weights
         self._base = {number: stack.matrices() for number, stack in enumerate(weights.stacks)}
-        self._pristine = {number: _on_host(stack) for number, stack in self._base.items()} if mode == "inplace" else {}
+        self._pristine = (
+            {number: _on_host(stack) for number, stack in self._base.items()}
+            if mode == "inplace"
+            else {}
+        )
         self._shadows: dict[int, Tensor] = {}
         self._merged: Plan | None = None  # what the shadows hold; None while they are written
         self._pointers: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, shadow and home
@@ -87,13 +91,19 @@ class Patch:
             for stack in plan.rows.keys() - self._shadows.keys():
                 self._shadows[stack] = torch.empty_like(self._base[stack])
             self._run(plan, source=self._base, target=self._shadows)
-            self._pointers = [pointer for stack, rows in plan.rows.items() for pointer in self._pointing(stack, rows)]
+            self._pointers = [
+                pointer
+                for stack, rows in plan.rows.items()
+                for pointer in self._pointing(stack, rows)
+            ]
         plan.require_effect()
         plan.release()
         self._merged = plan
         return plan
 
-    def _pointing(self, number: int, rows: list[int]) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+    def _pointing(
+        self, number: int, rows: list[int]
+    ) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
         stack = self._weights.stacks[number]
         shadows = self._shadows[number].view(stack.base.shape).unbind()
         return ((stack.parameters[row], shadows[row], stack.homes[row]) for row in rows)
@@ -104,11 +114,15 @@ class Patch:
         threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
         room = max((block.of(self._base[block.stack]).numel() for block in blocks), default=0)
         if len(self._scratch) < threads or any(len(scratch) < room for scratch in self._scratch):
-            self._scratch = [torch.empty(room, dtype=torch.float32, device=device) for _ in range(threads)]
+            self._scratch = [
+                torch.empty(room, dtype=torch.float32, device=device) for _ in range(threads)
+            ]
 
         def merge(block: Block, thread: int) -> None:
             written = block.of(target[block.stack])
-            plan.merge(block, source, written, self._scratch[thread][: written.numel()].view(written.shape))
+            plan.merge(
+                block, source, written, self._scratch[thread][: written.numel()].view(written.shape)
+            )
 
         self._crew.merge(threads, blocks, merge)
 

@@ -22,7 +22,9 @@ from zlora_worker.storage import Store
 
 _HANDS: Final = 4  # pictures that are encoded and stored at a time; a put mostly waits
 _LOOK: Final = 0.2  # seconds between two looks at whether the job is still wanted
-_PATIENCE: Final = 12.0  # seconds for what is on its way when a job ends; a request that nobody answers takes 10
+_PATIENCE: Final = (
+    12.0  # seconds for what is on its way when a job ends; a request that nobody answers takes 10
+)
 
 
 class Pictures:
@@ -60,7 +62,9 @@ class Pictures:
         index = len(self._refs)
         if (data := self._store.get(self._keys[index])) is None:
             return False
-        if self._is_another_job_s(data):  # that was not cleared, since the delivery that was to do it died
+        if self._is_another_job_s(
+            data
+        ):  # that was not cleared, since the delivery that was to do it died
             self._store.delete(self._keys[index])
             return False
         self._refs.append(self._hands.submit(self._ref, index, data))
@@ -108,7 +112,9 @@ class Pictures:
         encoded = time.perf_counter()
         if self._cleared:
             self._cleared[index].result()
-        there = first(self._store, key, data, images.content_type(request.output_format), stop=self._over)
+        there = first(
+            self._store, key, data, images.content_type(request.output_format), stop=self._over
+        )
         with self._lock:
             self.seconds["encode"] += encoded - start
             self.seconds["upload"] += time.perf_counter() - encoded
@@ -133,7 +139,9 @@ class Pictures:
         try:
             with images.opened(data) as image:
                 width, height = image.size
-                drawn = _Drawn(recipe.pixels_sha256, recipe.tiled) if recipe else _drawn(image, request)
+                drawn = (
+                    _Drawn(recipe.pixels_sha256, recipe.tiled) if recipe else _drawn(image, request)
+                )
         except StoreFailed:
             self._store.delete(key)
             raise
@@ -161,4 +169,7 @@ def _drawn(image: Image.Image, request: GenerateRequest) -> _Drawn:
     with suppress(msgspec.DecodeError):  # not ours, though it is at our key
         recipe = recipe_of(image)
     told = recipe.pixels_sha256 if recipe else None
-    return _Drawn(images.pixels_sha256(image) if request.keeps_pixels else told, recipe is not None and recipe.tiled)
+    return _Drawn(
+        images.pixels_sha256(image) if request.keeps_pixels else told,
+        recipe is not None and recipe.tiled,
+    )

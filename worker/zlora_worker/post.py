@@ -26,7 +26,11 @@ class Undelivered(Exception):
 
 def post(session: GuardedSession, url: str, body: bytes, headers: dict[str, str]) -> None:
     """Send JSON, and read no more of the answer than its head; raises `Undelivered`."""
-    told = {"Content-Type": "application/json", "User-Agent": "z-image-lora", "Accept-Encoding": "identity"}
+    told = {
+        "Content-Type": "application/json",
+        "User-Agent": "z-image-lora",
+        "Accept-Encoding": "identity",
+    }
     with session.deadline(_SECONDS) as over:
         try:
             with session.post(
@@ -40,15 +44,23 @@ def post(session: GuardedSession, url: str, body: bytes, headers: dict[str, str]
                 _require_taken(response)
         except SSRFGuardError as error:
             raise Undelivered(refusal(error), final=True) from None
-        except (InvalidURL, InvalidSchema, UnicodeError):  # the last is of names that no name service takes
+        except (
+            InvalidURL,
+            InvalidSchema,
+            UnicodeError,
+        ):  # the last is of names that no name service takes
             raise Undelivered("no URL that is opened", final=True) from None
         except (RequestException, urllib3.exceptions.HTTPError) as error:
-            raise Undelivered("no answer in time" if over.is_set() else network_reason(error)) from None
+            raise Undelivered(
+                "no answer in time" if over.is_set() else network_reason(error)
+            ) from None
 
 
 def _require_taken(response: Response) -> None:
     status = response.status_code
     if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
         raise Undelivered(
-            f"the receiver answers {status}", final=status == HTTPStatus.GONE, retry_after=retry_after(response) or 0.0
+            f"the receiver answers {status}",
+            final=status == HTTPStatus.GONE,
+            retry_after=retry_after(response) or 0.0,
         )

@@ -19,7 +19,10 @@ from zlora import wire
 GAUGES: Final = {
     "zlora_queue_up": ("Whether Redis answered for this look",),
     "zlora_queue_jobs": ("Jobs that wait", "priority"),
-    "zlora_queue_oldest_seconds": ("Seconds since the older job at the two ends of the line was submitted", "priority"),
+    "zlora_queue_oldest_seconds": (
+        "Seconds since the older job at the two ends of the line was submitted",
+        "priority",
+    ),
     "zlora_queue_running_jobs": ("Jobs that workers hold",),
     "zlora_queue_webhooks": ("Ends of jobs still to be told, and those given up", "state"),
     "zlora_queue_refused_messages": ("Messages of the last week that could not be read",),
@@ -27,7 +30,10 @@ GAUGES: Final = {
 
 _NAMES: Final = {step: name for name, step in wire.PRIORITIES.items()}
 _WINDOW: Final = 500  # messages that workers hold, read at once
-_NO_MESSAGE: Final = (msgspec.DecodeError, RecursionError)  # what is raised of what anybody may write to a queue
+_NO_MESSAGE: Final = (
+    msgspec.DecodeError,
+    RecursionError,
+)  # what is raised of what anybody may write to a queue
 
 Found = list[tuple[tuple[str, ...], float]]
 _ONE: Final[Found] = [((), 1.0)]
@@ -76,10 +82,13 @@ class QueueCollector(Collector):
         now = time.time()
         names = [(_NAMES.get(step, str(step)),) for step in wire.PRIORITY_STEPS]
         ages = [
-            max(_age(first, now), _age(last, now)) for first, last in zip(answers[1::3], answers[2::3], strict=True)
+            max(_age(first, now), _age(last, now))
+            for first, last in zip(answers[1::3], answers[2::3], strict=True)
         ]
         return {
-            "zlora_queue_jobs": [(name, _number(length)) for name, length in zip(names, answers[::3], strict=True)],
+            "zlora_queue_jobs": [
+                (name, _number(length)) for name, length in zip(names, answers[::3], strict=True)
+            ],
             "zlora_queue_oldest_seconds": list(zip(names, ages, strict=True)),
             "zlora_queue_running_jobs": [((), float(self._held()))],
             "zlora_queue_webhooks": [(("waiting",), _number(waiting)), (("dead",), _number(dead))],

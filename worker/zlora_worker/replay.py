@@ -84,9 +84,14 @@ class Replayer:
         with TemporaryDirectory(prefix="zlora-") as folder, _as_then(engine, subject.recipe):
             store = FolderStore(Path(folder))
             try:
-                result = generate(self._runtime(engine, store), subject.recipe.job_id, subject.request, report)
+                result = generate(
+                    self._runtime(engine, store), subject.recipe.job_id, subject.request, report
+                )
             except (LoraError, GenerationFailed, OutOfMemory) as error:
-                causes = (f"{error} [{error.code}]", *_other_base(subject.recipe, engine.name, engine.base_sha256))
+                causes = (
+                    f"{error} [{error.code}]",
+                    *_other_base(subject.recipe, engine.name, engine.base_sha256),
+                )
                 replay = _told(subject, verdict="impossible", causes=causes, code=error.code)
                 return Redrawn(replay, None, None, subject.pixels())
             return _compared(subject, store.get(result.images[0].key) or b"", result)
@@ -98,7 +103,9 @@ class Replayer:
         if self._engine is None or self._loaded != settings.model:
             self._engine = None  # first: memory may suffice for one base only
             self._engine, self._loaded = checkpoint.load(settings), settings.model
-            self._shelf = Shelf(max_bytes=settings.lora_memory_bytes)  # what it holds is read for one base
+            self._shelf = Shelf(
+                max_bytes=settings.lora_memory_bytes
+            )  # what it holds is read for one base
         return self._engine
 
     def _runtime(self, engine: Engine, store: Store) -> Runtime:
@@ -158,19 +165,29 @@ def _told(subject: Subject, **facts: Any) -> Replay:
     return Replay(recorded_pixels_sha256=recipe.pixels_sha256, **facts)
 
 
-def _edit(subject: Subject, before: Image.Image | None, now: Image.Image, *, same: bool) -> str | None:
+def _edit(
+    subject: Subject, before: Image.Image | None, now: Image.Image, *, same: bool
+) -> str | None:
     """How the file became another than was drawn; empty where it did not, None where that cannot be told."""
     if before is None:
         return None
     recorded, edited = subject.recipe.pixels_sha256, "the file was edited after it was drawn"
     if before.size != now.size:
         return f"{edited}: it has another size"
-    if before.mode != now.mode:  # which a digest of RGB bytes does not tell, as it does not tell a size
+    if (
+        before.mode != now.mode
+    ):  # which a digest of RGB bytes does not tell, as it does not tell a size
         return f"{edited}: it is not opaque"
     if recorded and subject.request.keeps_pixels:
         return edited if images.pixels_sha256(before) != recorded else ""
-    if recorded and same:  # encoded again, it is the file, but where somebody or another codec made that
-        return f"{edited}, or another version of its codec wrote it" if _difference(before, now) != (0, 0) else ""
+    if (
+        recorded and same
+    ):  # encoded again, it is the file, but where somebody or another codec made that
+        return (
+            f"{edited}, or another version of its codec wrote it"
+            if _difference(before, now) != (0, 0)
+            else ""
+        )
     return None
 
 
@@ -186,8 +203,14 @@ def _causes(subject: Subject, present: Recipe, *, same: bool, edit: str | None) 
     if edit:
         yield edit
     note = ", which changed nothing" if same else ""
-    tiles = ["the picture was decoded in tiles, for want of memory"] if subject.recipe.tiled and not same else []
-    differing = tiles + [f"{difference}{note}" for difference in _differing(subject.recipe, present)]
+    tiles = (
+        ["the picture was decoded in tiles, for want of memory"]
+        if subject.recipe.tiled and not same
+        else []
+    )
+    differing = tiles + [
+        f"{difference}{note}" for difference in _differing(subject.recipe, present)
+    ]
     yield from differing or ([] if same else ["nothing that is recorded differs"])
 
 

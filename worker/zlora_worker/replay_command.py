@@ -32,8 +32,14 @@ _Report = Callable[[str, int, int], None]
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="IMAGE|MANIFEST...", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the new pictures, and for what drifted.")
+@click.argument(
+    "paths", nargs=-1, required=True, metavar="IMAGE|MANIFEST...", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the new pictures, and for what drifted.",
+)
 @json_option
 @click.pass_context
 def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
@@ -52,8 +58,13 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     array, an object a picture, also before an error.
     """
     if not all(map(find_spec, ("torch", "diffusers", "PIL", "ssrfguard"))):
-        raise InvalidSetting("pictures are drawn by the worker: pip install 'z-image-lora[worker]'", {"name": "worker"})
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it advises on other models
+        raise InvalidSetting(
+            "pictures are drawn by the worker: pip install 'z-image-lora[worker]'",
+            {"name": "worker"},
+        )
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # before it is imported: it advises on other models
     from zlora_worker.subjects import subjects
 
     replays = list["Replay"]()
@@ -68,7 +79,9 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
             _print(replays)
     if failed := [one for one in replays if one.verdict == "impossible"]:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise click.ClickException(f"{failed[0].source} cannot be drawn: {failed[0].causes[0]}{more}")
+        raise click.ClickException(
+            f"{failed[0].source} cannot be drawn: {failed[0].causes[0]}{more}"
+        )
     ctx.exit(_DRIFTED if any(one.verdict == "drifted" for one in replays) else 0)
 
 
@@ -81,7 +94,12 @@ def _replays(found: Sequence["Subject"], out: Path | None) -> Iterator["Replay"]
             redrawn = replayer.replay(subject, report)
             yield redrawn.replay  # before it is written, which may fail
             if out:
-                _write(redrawn, out, f"{number}-{subject.recipe.job_id}-{subject.recipe.index}", subject)
+                _write(
+                    redrawn,
+                    out,
+                    f"{number}-{subject.recipe.job_id}-{subject.recipe.index}",
+                    subject,
+                )
 
 
 @contextmanager
@@ -89,13 +107,19 @@ def _progress(found: Sequence["Subject"]) -> Iterator[list[_Report]]:
     """A bar of all steps on a terminal; yields what each picture reports to."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("loading", total=sum(subject.request.num_inference_steps for subject in found))
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
+        bar = progress.add_task(
+            "loading", total=sum(subject.request.num_inference_steps for subject in found)
+        )
 
         def report_of(number: int, before: int) -> _Report:
             def report(phase: str, done: int, _total: int) -> None:
                 completed = before + done if phase == "denoising" else None
-                progress.update(bar, description=f"{phase} {number} of {len(found)}", completed=completed)
+                progress.update(
+                    bar, description=f"{phase} {number} of {len(found)}", completed=completed
+                )
 
             return report
 
@@ -105,11 +129,15 @@ def _progress(found: Sequence["Subject"]) -> Iterator[list[_Report]]:
 
 def _print(replays: Sequence["Replay"]) -> None:
     for one in replays:
-        click.echo(f"{click.style(f'{one.verdict:{len(_INDENT)}}', fg=_COLOURS[one.verdict])}{one.source}")
+        click.echo(
+            f"{click.style(f'{one.verdict:{len(_INDENT)}}', fg=_COLOURS[one.verdict])}{one.source}"
+        )
         if one.file is None and one.pixels_sha256:
             click.echo(f"{_INDENT}no file there: compared with the recorded hash")
         if one.greatest_difference:
-            click.echo(f"{_INDENT}{one.mean_difference:g} of 255 on average, {one.greatest_difference} at most")
+            click.echo(
+                f"{_INDENT}{one.mean_difference:g} of 255 on average, {one.greatest_difference} at most"
+            )
         for cause in one.causes:
             click.echo(f"{_INDENT}{cause}")
     counts = [(verdict, sum(one.verdict == verdict for one in replays)) for verdict in _COLOURS]
@@ -132,15 +160,24 @@ def _side_by_side(before: "Image.Image", now: "Image.Image") -> "Image.Image":
     from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
     if before.mode == "RGBA":  # as it is seen on the sheet
-        before = Image.alpha_composite(Image.new("RGBA", before.size, "white"), before).convert("RGB")
+        before = Image.alpha_composite(Image.new("RGBA", before.size, "white"), before).convert(
+            "RGB"
+        )
     tiles = [("the file", before), ("now", now)]
     if before.size == now.size:
         difference = ImageChops.difference(before, now)
         factor = 255 // max(1, *(int(high) for _, high in ImageStat.Stat(difference).extrema))
-        tiles.append((f"difference x {factor}", difference.point([factor * value for value in range(256)] * 3)))
+        tiles.append(
+            (
+                f"difference x {factor}",
+                difference.point([factor * value for value in range(256)] * 3),
+            )
+        )
     scale = max(1, _WIDE // max(before.width, now.width))
     width, height = (scale * max(sides) for sides in zip(before.size, now.size, strict=True))
-    sheet = Image.new("RGB", (_GAP + len(tiles) * (width + _GAP), height + 2 * _GAP + _LINE), "white")
+    sheet = Image.new(
+        "RGB", (_GAP + len(tiles) * (width + _GAP), height + 2 * _GAP + _LINE), "white"
+    )
     brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for column, (caption, tile) in enumerate(tiles):
         left = _GAP + column * (width + _GAP)

@@ -20,7 +20,9 @@ from zlora_worker.settings import Settings
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_PART: Final = 8 * 2**20  # bytes; what is larger goes in such parts: S3's least is 5 MiB, and reads count on these
+_PART: Final = (
+    8 * 2**20
+)  # bytes; what is larger goes in such parts: S3's least is 5 MiB, and reads count on these
 # Seconds in which tries of a call begin; a job that ends on a store that hangs has half a minute.
 _SMALL: Final = 8.0
 _PUT: Final = 60.0
@@ -50,18 +52,29 @@ class S3Store:
         self._put_options = settings.s3_put
         _require_put_options(self._client, settings.s3_put)
 
-    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:
+    def put_new(
+        self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
+    ) -> bool:
         put = self._put if len(data) <= _PART else self._put_parts
-        with failing_requests(f"{key} cannot be stored in bucket {self._bucket}"), self._tries(_PUT, stop):
+        with (
+            failing_requests(f"{key} cannot be stored in bucket {self._bucket}"),
+            self._tries(_PUT, stop),
+        ):
             target = {"Bucket": self._bucket, "Key": self._prefix + key}
             return created(lambda: put(target, data, content_type))
 
     def get(self, key: str) -> bytes | None:
-        with failing_requests(f"{key} cannot be read from bucket {self._bucket}"), self._tries(_SMALL):
+        with (
+            failing_requests(f"{key} cannot be read from bucket {self._bucket}"),
+            self._tries(_SMALL),
+        ):
             return persistent(lambda: self._get(key))
 
     def delete(self, key: str) -> None:
-        with failing_requests(f"{key} cannot be deleted from bucket {self._bucket}"), self._tries(_SMALL):
+        with (
+            failing_requests(f"{key} cannot be deleted from bucket {self._bucket}"),
+            self._tries(_SMALL),
+        ):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
     def probe(self) -> None:
@@ -71,13 +84,20 @@ class S3Store:
         try:  # where results are: rights may reach no further, and a rule of the bucket clears what a death leaves
             self._try_out(f"runs/.probe-{uuid4().hex}", b"probe")
         except StoreFailed as error:
-            if isinstance(error.__cause__, ParamValidationError):  # its text holds the value, which may be a secret
+            if isinstance(
+                error.__cause__, ParamValidationError
+            ):  # its text holds the value, which may be a secret
                 raise _wrong("boto3 refuses an argument of a put (ZLORA_S3_PUT)") from None
             if is_final(error.__cause__):
                 raise _wrong(str(error)) from error
             logger.warning("the store may be away: %s", error)
-        except (ResponseParserError, RecursionError) as error:  # the second of redirects without end
-            raise _wrong(f"what answers for bucket {self._bucket} is no S3: {type(error).__name__}") from error
+        except (
+            ResponseParserError,
+            RecursionError,
+        ) as error:  # the second of redirects without end
+            raise _wrong(
+                f"what answers for bucket {self._bucket} is no S3: {type(error).__name__}"
+            ) from error
 
     def name(self, key: str) -> str:
         return self._prefix + key
@@ -85,7 +105,9 @@ class S3Store:
     def url(self, key: str, seconds: int) -> str:
         with failing_requests(f"{key} in bucket {self._bucket} cannot be signed for"):
             params = {"Bucket": self._bucket, "Key": self._prefix + key}
-            return self._signer.generate_presigned_url("get_object", Params=params, ExpiresIn=seconds)
+            return self._signer.generate_presigned_url(
+                "get_object", Params=params, ExpiresIn=seconds
+            )
 
     @contextmanager
     def _tries(self, seconds: float, stop: Event | None = None) -> Iterator[None]:
@@ -106,7 +128,10 @@ class S3Store:
     def _try_out(self, key: str, data: bytes) -> None:
         """Raises `StoreFailed`, or `InvalidSetting` where other bytes come back; a server that hangs costs 20 s."""
         target = {"Bucket": self._bucket, "Key": self._prefix + key}
-        with failing_requests(f"{key} cannot be stored in bucket {self._bucket}"), self._tries(_SMALL):
+        with (
+            failing_requests(f"{key} cannot be stored in bucket {self._bucket}"),
+            self._tries(_SMALL),
+        ):
             created(lambda: self._put(target, data, "text/plain"))
         try:
             found = self.get(key)
@@ -134,8 +159,12 @@ class S3Store:
         return data
 
     def _put(self, target: dict[str, str], data: bytes, content_type: str) -> None:
-        client: Any = self._client  # the stubs know each argument's type, the operator's options have none
-        client.put_object(**target, **self._put_options, Body=data, ContentType=content_type, IfNoneMatch="*")
+        client: Any = (
+            self._client
+        )  # the stubs know each argument's type, the operator's options have none
+        client.put_object(
+            **target, **self._put_options, Body=data, ContentType=content_type, IfNoneMatch="*"
+        )
 
     def _put_parts(self, target: dict[str, str], data: bytes, content_type: str) -> None:
         """Upload in parts, which become an object all at once, where none is there yet.
@@ -153,10 +182,14 @@ class S3Store:
         try:
             parts = []
             for number, part in enumerate(_parts(data), start=1):
-                answer = client.upload_part(**upload, PartNumber=number, Body=part, ChecksumAlgorithm="CRC32")
+                answer = client.upload_part(
+                    **upload, PartNumber=number, Body=part, ChecksumAlgorithm="CRC32"
+                )
                 told = {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
                 parts.append({"PartNumber": number, **told})
-            client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+            client.complete_multipart_upload(
+                **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+            )
         except ClientError:
             # Only what S3 has refused: where no answer came the parts may be an object by now, or become one.
             with suppress(BotoCoreError, ClientError):
@@ -178,7 +211,9 @@ def _require_checksum(data: bytes, told: str) -> None:
     sums = [zlib.crc32(part).to_bytes(4, "big") for part in _parts(data)]
     checksum = base64.b64encode(zlib.crc32(b"".join(sums)).to_bytes(4, "big")).decode()
     if told.endswith(f"-{len(sums)}") and told != f"{checksum}-{len(sums)}":
-        raise FlexibleChecksumError(error_msg=f"Expected checksum {told} of the parts did not match")
+        raise FlexibleChecksumError(
+            error_msg=f"Expected checksum {told} of the parts did not match"
+        )
 
 
 def _wrong(reason: str) -> InvalidSetting:
@@ -194,12 +229,16 @@ def _require_put_options(client: "S3Client", options: Mapping[str, Any]) -> None
     operation: Any = client.meta.service_model.operation_model
     whole, parted = (operation(put).input_shape for put in ("PutObject", "CreateMultipartUpload"))
     if refused := sorted(options.keys() - (whole.members.keys() & parted.members.keys() - _OURS)):
-        raise InvalidSetting(f"{name}: {', '.join(refused)}: nothing that a put may be told here", {"name": name})
+        raise InvalidSetting(
+            f"{name}: {', '.join(refused)}: nothing that a put may be told here", {"name": name}
+        )
     for option, value in options.items():
         try:
             validate_parameters({"Bucket": "bucket", "Key": "key", option: value}, whole)
         except ParamValidationError:  # its text holds the value, which may be a secret
-            raise InvalidSetting(f"{name}: {option}: not of the type that S3 knows", {"name": name}) from None
+            raise InvalidSetting(
+                f"{name}: {option}: not of the type that S3 knows", {"name": name}
+            ) from None
 
 
 def _store_client(endpoint: str, settings: Settings) -> "S3Client":
@@ -208,4 +247,6 @@ def _store_client(endpoint: str, settings: Settings) -> "S3Client":
     try:
         return s3_client(endpoint, addressing=settings.s3_addressing)
     except (BotoCoreError, ValueError) as error:  # a profile or a region that is none, an endpoint
-        raise InvalidSetting(f"ZLORA_STORE: boto3 makes no client of S3: {error}", {"name": "ZLORA_STORE"}) from error
+        raise InvalidSetting(
+            f"ZLORA_STORE: boto3 makes no client of S3: {error}", {"name": "ZLORA_STORE"}
+        ) from error

@@ -15,10 +15,20 @@ if TYPE_CHECKING:
 _PAUSES: Final = (0.1, 0.2, 0.4)
 # What S3 answers where a body or a part came to harm on the way, or an upload's end was heard and its answer lost.
 _PASSING: Final = frozenset(
-    {"BadDigest", "IncompleteBody", "NoSuchUpload", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "NoSuchUpload",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+    }
 )
 # Of statuses that refuse, those that are of the moment; and so are these codes, whatever their status.
-_OF_THE_MOMENT: Final = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS)
+_OF_THE_MOMENT: Final = (
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.CONFLICT,
+    HTTPStatus.TOO_MANY_REQUESTS,
+)
 _BUSY: Final = frozenset({"RequestTimeout", "SlowDown"})
 
 _T = TypeVar("_T")
@@ -54,10 +64,18 @@ def persistent(act: Callable[[], _T]) -> _T:
 
 
 def _passes(error: Exception) -> bool:
-    from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
+    from botocore.exceptions import (
+        ClientError,
+        FlexibleChecksumError,
+        IncompleteReadError,
+        ResponseStreamingError,
+    )
 
     if isinstance(error, ClientError):
-        return _status(error) == HTTPStatus.CONFLICT or error.response.get("Error", {}).get("Code") in _PASSING
+        return (
+            _status(error) == HTTPStatus.CONFLICT
+            or error.response.get("Error", {}).get("Code") in _PASSING
+        )
     # A body that broke off or was changed. One that stalls has taken its time already.
     return isinstance(error, (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError))
 
@@ -72,7 +90,11 @@ def is_final(error: BaseException | None) -> bool:
         return refused and status not in _OF_THE_MOMENT and code not in _PASSING | _BUSY
     if isinstance(error, exceptions.SSLError):
         return "CERTIFICATE_VERIFY_FAILED" in str(error)
-    network = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.CapacityNotAvailableError)
+    network = (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.CapacityNotAvailableError,
+    )
     harmed = (exceptions.IncompleteReadError, exceptions.FlexibleChecksumError)
     # Credentials, a profile, an argument; what this module itself gives up is none of botocore's own.
     return type(error).__module__ == exceptions.__name__ and not isinstance(error, network + harmed)

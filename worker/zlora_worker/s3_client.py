@@ -40,8 +40,14 @@ class SourceBuckets:
             )
         except ParamValidationError:  # a bucket's or key's name that S3 does not know
             raise LoraNotFound(f"{name}: no object of S3") from None
-        except (BotoCoreError, ClientError, ValueError) as error:  # credentials, a profile, a region, an endpoint
-            raise LoraForbidden(f"{name}: this worker cannot sign for it ({type(error).__name__})") from None
+        except (
+            BotoCoreError,
+            ClientError,
+            ValueError,
+        ) as error:  # credentials, a profile, a region, an endpoint
+            raise LoraForbidden(
+                f"{name}: this worker cannot sign for it ({type(error).__name__})"
+            ) from None
 
 
 def s3_client(

@@ -17,9 +17,17 @@ from zlora_worker import variables
 _SECRET = "secret"  # noqa: S105 - a key of metadata
 
 
-def _from(*names: str, default: str = "", read: Callable[[str], Any] = str, note: str, secret: bool = False) -> Any:
+def _from(
+    *names: str,
+    default: str = "",
+    read: Callable[[str], Any] = str,
+    note: str,
+    secret: bool = False,
+) -> Any:
     """A field read from the first of the variables `names` that is set; `note` is its line in the README's table."""
-    return field(metadata={"names": names, "default": default, "read": read, "note": note, _SECRET: secret})
+    return field(
+        metadata={"names": names, "default": default, "read": read, "note": note, _SECRET: secret}
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -36,11 +44,16 @@ class Settings:
         note="Base: a hub id, a diffusers folder, a single `.safetensors` file, or `demo`",
     )
     model_config: str = _from(
-        "ZLORA_MODEL_CONFIG", note="Folder with configuration and tokenizers for a single file; SDXL's are built in"
+        "ZLORA_MODEL_CONFIG",
+        note="Folder with configuration and tokenizers for a single file; SDXL's are built in",
     )
-    vae: str = _from("ZLORA_VAE", note="Another VAE: a hub id or a folder, such as one made for fp16")
+    vae: str = _from(
+        "ZLORA_VAE", note="Another VAE: a hub id or a folder, such as one made for fp16"
+    )
     device: str = _from(
-        "ZLORA_DEVICE", default="auto", note="`cuda`, `cuda:1`, `cpu`; `auto` is CUDA where there is a GPU"
+        "ZLORA_DEVICE",
+        default="auto",
+        note="`cuda`, `cuda:1`, `cpu`; `auto` is CUDA where there is a GPU",
     )
     dtype: str = _from(
         "ZLORA_DTYPE",
@@ -157,12 +170,20 @@ class Settings:
         read=variables.count_or_none,
         note="Bytes of all pictures of a job up to which they come inline where a request asks for it",
     )
-    lora_cache: str = _from("ZLORA_LORA_CACHE", note="Folder of the LoRA cache; default: `loras` in the data folder")
+    lora_cache: str = _from(
+        "ZLORA_LORA_CACHE", note="Folder of the LoRA cache; default: `loras` in the data folder"
+    )
     lora_cache_bytes: int = _from(
-        "ZLORA_LORA_CACHE_BYTES", default="20000000000", read=variables.count, note="Bytes that the LoRA cache may hold"
+        "ZLORA_LORA_CACHE_BYTES",
+        default="20000000000",
+        read=variables.count,
+        note="Bytes that the LoRA cache may hold",
     )
     lora_max_bytes: int = _from(
-        "ZLORA_LORA_MAX_BYTES", default="2147483648", read=variables.count, note="Bytes that one LoRA may have"
+        "ZLORA_LORA_MAX_BYTES",
+        default="2147483648",
+        read=variables.count,
+        note="Bytes that one LoRA may have",
     )
     lora_memory_bytes: int = _from(
         "ZLORA_LORA_MEMORY_BYTES",
@@ -171,7 +192,10 @@ class Settings:
         note="Bytes of host memory for LoRAs that were read before",
     )
     lora_deadline: int = _from(
-        "ZLORA_LORA_DEADLINE", default="300", read=variables.count, note="Seconds that one LoRA's download may take"
+        "ZLORA_LORA_DEADLINE",
+        default="300",
+        read=variables.count,
+        note="Seconds that one LoRA's download may take",
     )
     lora_free_bytes: int = _from(
         "ZLORA_LORA_FREE_BYTES",
@@ -215,7 +239,9 @@ class Settings:
         note="File of the certificates to trust for LoRA sources and webhooks; default: certifi's",
     )
     lora_roots: tuple[Path, ...] = _from(
-        "ZLORA_LORA_ROOTS", read=variables.folders, note="Folders, comma-separated, whose files `file://` may name"
+        "ZLORA_LORA_ROOTS",
+        read=variables.folders,
+        note="Folders, comma-separated, whose files `file://` may name",
     )
     lora_buckets: tuple[str, ...] = _from(
         "ZLORA_LORA_S3",
@@ -223,28 +249,53 @@ class Settings:
         note="`bucket` or `bucket/folder`, comma-separated: what `s3://` may name",
     )
     lora_s3_endpoint: str = _from(
-        "ZLORA_LORA_S3_ENDPOINT", read=wire.web_url, note="S3 server of `s3://` sources; default: the store's"
+        "ZLORA_LORA_S3_ENDPOINT",
+        read=wire.web_url,
+        note="S3 server of `s3://` sources; default: the store's",
     )
-    lora_s3_region: str = _from("ZLORA_LORA_S3_REGION", note="Its region; default: boto3's own rules")
+    lora_s3_region: str = _from(
+        "ZLORA_LORA_S3_REGION", note="Its region; default: boto3's own rules"
+    )
     lora_s3_key: str = _from(
-        "ZLORA_LORA_S3_ACCESS_KEY_ID", note="Credentials for `s3://` sources; default: boto3's own rules"
+        "ZLORA_LORA_S3_ACCESS_KEY_ID",
+        note="Credentials for `s3://` sources; default: boto3's own rules",
     )
-    lora_s3_secret: str = _from("ZLORA_LORA_S3_SECRET_ACCESS_KEY", note="The key's secret", secret=True)
-    lora_s3_token: str = _from("ZLORA_LORA_S3_SESSION_TOKEN", note="The token of a temporary key", secret=True)
+    lora_s3_secret: str = _from(
+        "ZLORA_LORA_S3_SECRET_ACCESS_KEY", note="The key's secret", secret=True
+    )
+    lora_s3_token: str = _from(
+        "ZLORA_LORA_S3_SESSION_TOKEN", note="The token of a temporary key", secret=True
+    )
     hf_endpoint: str = _from(
-        *wire.HUGGING_FACE, default=HUGGING_FACE, read=wire.web_url, note="The hub of `hf://`, or a mirror of it"
+        *wire.HUGGING_FACE,
+        default=HUGGING_FACE,
+        read=wire.web_url,
+        note="The hub of `hf://`, or a mirror of it",
     )
     hf_token: str = _from(
-        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", note="Token for that hub, and for nobody else", secret=True
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        note="Token for that hub, and for nobody else",
+        secret=True,
     )
-    civitai_url: str = _from(wire.CIVITAI, default=CIVITAI, read=wire.web_url, note="Civitai, or a mirror of it")
+    civitai_url: str = _from(
+        wire.CIVITAI, default=CIVITAI, read=wire.web_url, note="Civitai, or a mirror of it"
+    )
     civitai_token: str = _from(
-        "CIVITAI_TOKEN", "CIVITAI_API_TOKEN", note="Token for Civitai, and for nobody else", secret=True
+        "CIVITAI_TOKEN",
+        "CIVITAI_API_TOKEN",
+        note="Token for Civitai, and for nobody else",
+        secret=True,
     )
     hub_url: str = _from(
-        "FILE_API_BASE_URL", "COZY_HUB_URL", read=wire.web_url, note="Base URL of the hub behind `cozy_ref`"
+        "FILE_API_BASE_URL",
+        "COZY_HUB_URL",
+        read=wire.web_url,
+        note="Base URL of the hub behind `cozy_ref`",
     )
-    hub_token: str = _from("FILE_API_TOKEN", "COZY_HUB_TOKEN", note="Bearer token for the hub", secret=True)
+    hub_token: str = _from(
+        "FILE_API_TOKEN", "COZY_HUB_TOKEN", note="Bearer token for the hub", secret=True
+    )
     hub_tenant: str = _from("COZY_TENANT_ID", note="Tenant sent to the hub")
     webhook_secret: str = _from(
         wire.WEBHOOK_SECRET,
@@ -268,7 +319,9 @@ class Settings:
                 values[item.name] = _read(item.metadata, environ)
         if bool(values["lora_s3_key"]) != bool(values["lora_s3_secret"]):
             name = "ZLORA_LORA_S3_SECRET_ACCESS_KEY"
-            raise InvalidSetting(f"{name} and ZLORA_LORA_S3_ACCESS_KEY_ID: one without the other", {"name": name})
+            raise InvalidSetting(
+                f"{name} and ZLORA_LORA_S3_ACCESS_KEY_ID: one without the other", {"name": name}
+            )
         return cls(**values)
 
     @property
@@ -284,7 +337,11 @@ class Settings:
     @property
     def cache_folder(self) -> Path:
         """The LoRA cache's folder, with its default."""
-        return Path(self.lora_cache).expanduser().absolute() if self.lora_cache else self.home / "loras"
+        return (
+            Path(self.lora_cache).expanduser().absolute()
+            if self.lora_cache
+            else self.home / "loras"
+        )
 
     @property
     def secrets(self) -> list[str]:
@@ -293,12 +350,19 @@ class Settings:
         words = [word for value in values if isinstance(value, str) for word in value.split()]
         urls = [urlsplit(url) for url in (self.broker_url, self.result_backend)]
         passwords = [url.password or "" for url in urls]
-        passwords += [value for url in urls for name, value in parse_qsl(url.query) if name == "password"]
-        keys = [str(value) for name, value in self.s3_put.items() if "Key" in name]  # `SSEKMSKeyId`, and not `ACL`
+        passwords += [
+            value for url in urls for name, value in parse_qsl(url.query) if name == "password"
+        ]
+        keys = [
+            str(value) for name, value in self.s3_put.items() if "Key" in name
+        ]  # `SSEKMSKeyId`, and not `ACL`
         return [*words, *passwords, *map(unquote, passwords), *keys]
 
     def __repr__(self) -> str:
-        shown = {item.name: _masked(getattr(self, item.name), item.metadata.get(_SECRET)) for item in fields(self)}
+        shown = {
+            item.name: _masked(getattr(self, item.name), item.metadata.get(_SECRET))
+            for item in fields(self)
+        }
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 

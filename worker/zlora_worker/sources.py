@@ -18,10 +18,18 @@ from zlora_worker.download import Download
 from zlora_worker.stream import CHUNK, Fetched
 
 _OWN_DIGEST: Final = "X-Cozy-SHA256"
-_LINKED_DIGEST: Final = "X-Linked-ETag"  # Hugging Face's, of what it keeps elsewhere: the file's sha256
+_LINKED_DIGEST: Final = (
+    "X-Linked-ETag"  # Hugging Face's, of what it keeps elsewhere: the file's sha256
+)
 _MOVED: Final = (301, 302, 303, 307, 308)
 _RENAMES: Final = 3  # redirects of a hub within itself, where a repository has another name now
-_NO_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)  # the last: a socket
+_NO_FILE: Final = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+)  # the last: a socket
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 
 
@@ -33,7 +41,9 @@ def https(download: Download, address: str) -> Fetched:
 def s3(download: Download, address: str) -> Fetched:
     """`s3://bucket/key` of the buckets and folders that the operator allows, by a URL that the worker signs."""
     bucket, _, key = address.partition("://")[2].partition("/")
-    if not any(f"{bucket}/{key}".startswith(f"{allowed}/") for allowed in download.settings.lora_buckets):
+    if not any(
+        f"{bucket}/{key}".startswith(f"{allowed}/") for allowed in download.settings.lora_buckets
+    ):
         raise LoraNotAllowed(f"{download.name}: not among the buckets and folders of ZLORA_LORA_S3")
     if not key or any(part in ("", ".", "..") for part in key.split("/")) or re.search("[?#]", key):
         raise LoraNotFound(f"{download.name}: expected s3://bucket/key")
@@ -59,9 +69,13 @@ def hugging_face(download: Download, address: str) -> Fetched:
 def _linked_digest(download: Download, url: str, headers: dict[str, str]) -> tuple[str, str]:
     """The sha256 that the hub names, if it does, and the file's URL; what it links to is not asked."""
     for _ in range(_RENAMES):
-        with download.head(url, headers, statuses=(HTTPStatus.OK, *_MOVED), redirects=False) as answer:
+        with download.head(
+            url, headers, statuses=(HTTPStatus.OK, *_MOVED), redirects=False
+        ) as answer:
             digest = answer.headers.get(_LINKED_DIGEST, "").strip('"').lower()
-            target = _within(url, answer.headers.get("Location", "")) if answer.is_redirect else None
+            target = (
+                _within(url, answer.headers.get("Location", "")) if answer.is_redirect else None
+            )
         if _SHA256.fullmatch(digest):
             return digest, url
         if target is None:
@@ -79,7 +93,9 @@ def _within(url: str, location: str) -> str | None:
 def civitai(download: Download, address: str) -> Fetched:
     """`civitai://<version id>`: answered by a redirect to a storage that must not see the token."""
     settings = download.settings
-    return download.get(civitai_url(address, site=settings.civitai_url), headers=_bearer(settings.civitai_token))
+    return download.get(
+        civitai_url(address, site=settings.civitai_url), headers=_bearer(settings.civitai_token)
+    )
 
 
 def cozy(download: Download, address: str) -> Fetched:
@@ -121,11 +137,16 @@ def file(download: Download, address: str) -> Fetched:
 
 
 def _open_under_roots(download: Download, path: str) -> int:
-    roots, name = [Path(os.path.realpath(root)) for root in download.settings.lora_roots], download.name
+    roots, name = (
+        [Path(os.path.realpath(root)) for root in download.settings.lora_roots],
+        download.name,
+    )
     if not any(Path(path).is_relative_to(root) for root in roots):
         raise LoraNotAllowed(f"{name}: not under the folders of ZLORA_LORA_ROOTS")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would hold whoever opens it
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK
+        )  # a pipe would hold whoever opens it
     except PermissionError:
         raise LoraForbidden(f"{name}: this worker may not read it") from None
     except OSError as error:
@@ -134,7 +155,9 @@ def _open_under_roots(download: Download, path: str) -> int:
         raise LoraUnreachable(f"{name}: {error.strerror}") from None
     # Once more of what was opened: a link may have been put into the path in between.
     there = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not any(there.is_relative_to(root) for root in roots):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not any(
+        there.is_relative_to(root) for root in roots
+    ):
         os.close(descriptor)
         raise LoraNotAllowed(f"{name}: no plain file under the folders of ZLORA_LORA_ROOTS")
     return descriptor

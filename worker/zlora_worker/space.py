@@ -69,7 +69,8 @@ class Space:
         """
         if size > self.max_bytes:
             raise LoraTooLarge(
-                f"{size} bytes, and the LoRA cache holds {self.max_bytes}", {"max_bytes": self.max_bytes}
+                f"{size} bytes, and the LoRA cache holds {self.max_bytes}",
+                {"max_bytes": self.max_bytes},
             )
         with self.turn():
             if self._missing(size) > 0:
@@ -107,7 +108,9 @@ class Space:
                 continue
             try:
                 verdict = self._verdict(descriptor, path)
-                with suppress(OSError):  # a look is no use, but what is another user's or read-only stays as it is
+                with suppress(
+                    OSError
+                ):  # a look is no use, but what is another user's or read-only stays as it is
                     os.utime(descriptor, ns=(entry.st_atime_ns, entry.st_mtime_ns))
             finally:
                 os.close(descriptor)

@@ -23,7 +23,10 @@ _PASSING: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 )
-_NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.EOPNOTSUPP)  # of file systems that know none, mostly those of a network
+_NO_FOLDER_SYNC: Final = (
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+)  # of file systems that know none, mostly those of a network
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,9 @@ class Store(Protocol):
     @property
     def own_urls(self) -> Literal["presigned", "file"]: ...
 
-    def put_new(self, key: str, data: bytes, content_type: str, *, stop: Event | None = None) -> bool:
+    def put_new(
+        self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
+    ) -> bool:
         """Store whole or not at all, and only where nothing is under the key; whether it was created now.
 
         Fails as soon as it would try again and `stop` is set.
@@ -203,6 +208,8 @@ def _link_new(draft: str, path: Path) -> bool:
         return False
     except OSError as error:
         if error.errno in _NO_HARD_LINKS:
-            raise OSError(error.errno, f"its file system must support hard links ({error.strerror})") from error
+            raise OSError(
+                error.errno, f"its file system must support hard links ({error.strerror})"
+            ) from error
         raise
     return True

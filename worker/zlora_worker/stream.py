@@ -29,7 +29,9 @@ class Fetched:
     version: str | None = None
 
 
-OnBytes = Callable[[int, int], None]  # received, expected (0 where that is not known); may raise to end a download
+OnBytes = Callable[
+    [int, int], None
+]  # received, expected (0 where that is not known); may raise to end a download
 
 
 def nobody(_received: int, _expected: int) -> None:
@@ -116,14 +118,17 @@ class Sink:
     def too_large(self) -> LoraTooLarge:
         """What to raise where there are more bytes than a file may have."""
         return LoraTooLarge(
-            f"{self.name}: more than {self.limits.max_bytes} bytes", {"max_bytes": self.limits.max_bytes}
+            f"{self.name}: more than {self.limits.max_bytes} bytes",
+            {"max_bytes": self.limits.max_bytes},
         )
 
     def _expect(self, total: int) -> None:
         if total > self.limits.max_bytes:
             raise self.too_large()
         if self._announced and self._announced != total:
-            said = f"damaged safetensors file: {self._announced} bytes where its header names {total}"
+            said = (
+                f"damaged safetensors file: {self._announced} bytes where its header names {total}"
+            )
             raise NotSafetensors(f"{self.name}: {said}")
         self._announced = total
         self._make_room(total)
@@ -132,7 +137,9 @@ class Sink:
         return NotSafetensors(f"{self.name}: {error}", error.details)
 
 
-def copy(response: Response, sink: Sink, *, version: str | None, cut: Callable[[], None]) -> Fetched:
+def copy(
+    response: Response, sink: Sink, *, version: str | None, cut: Callable[[], None]
+) -> Fetched:
     """All of an answer's body, as it arrives; raises `Passing` where it breaks off.
 
     `cut` ends the connection of an answer that does not end with its file: what follows is neither heard nor counted.
@@ -169,11 +176,15 @@ def _paced(response: Response, sink: Sink, announced: int | None) -> Iterator[by
             raise sink.too_large()
         if (seconds := time.monotonic() - since) > PACE_SECONDS:
             if recent < sink.limits.min_rate * seconds:
-                raise LoraUnreachable(f"{sink.name}: slower than {sink.limits.min_rate} bytes a second")
+                raise LoraUnreachable(
+                    f"{sink.name}: slower than {sink.limits.min_rate} bytes a second"
+                )
             since, recent = time.monotonic(), 0
         yield chunk
     if announced is not None and total != announced:
-        raise Passing(LoraUnreachable(f"{sink.name}: broken off after {total} of {announced} bytes"))
+        raise Passing(
+            LoraUnreachable(f"{sink.name}: broken off after {total} of {announced} bytes")
+        )
 
 
 def _identity(pieces: Iterator[bytes], _name: str) -> Iterator[bytes]:

@@ -71,7 +71,9 @@ def _of_manifest(path: Path, data: bytes) -> list[Subject]:
         _refuse(path, f"no manifest to draw from: {error}")
     files = [path.parent / "outputs" / PurePath(image.key).name for image in result.images]
     return [
-        _subject(str(file), file, recipe) if os.path.isfile(file) else _subject(f"{path}, index {index}", None, recipe)
+        _subject(str(file), file, recipe)
+        if os.path.isfile(file)
+        else _subject(f"{path}, index {index}", None, recipe)
         for index, (file, recipe) in enumerate(zip(files, found, strict=True))
     ]
 

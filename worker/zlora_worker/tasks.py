@@ -26,7 +26,15 @@ from zlora.errors import (
 from zlora.job import GenerateRequest, GenerateResult, check_job_id, digest_of, read_request
 from zlora_worker import logs
 from zlora_worker.delivery import Begun, Deliveries, Ended, Leased, Taken
-from zlora_worker.endings import answer, fail, leave, leave_dirty, may_succeed_later, put_off, retries_of
+from zlora_worker.endings import (
+    answer,
+    fail,
+    leave,
+    leave_dirty,
+    may_succeed_later,
+    put_off,
+    retries_of,
+)
 from zlora_worker.outcome import discard, finished
 from zlora_worker.shown import Answer
 from zlora_worker.watch import Watch, overdue, progress_backend
@@ -174,7 +182,9 @@ def _settled(job: _Job, digest: str, error: ZloraError) -> GenerateResult:
     task, runtime, deliveries, job_id, request = job
     if may_succeed_later(task, error):
         raise error
-    with suppress(ZloraError):  # a damaged manifest, or one of another request; without one the pictures are no result
+    with suppress(
+        ZloraError
+    ):  # a damaged manifest, or one of another request; without one the pictures are no result
         if (result := finished(runtime.store, job_id, digest)) is not None:
             return result  # the time was over late, or a lease was lost
         discard(runtime.store, job_id, request)
@@ -192,19 +202,35 @@ def _draw(job: _Job, begun: Begun) -> GenerateResult:
     seconds, start = request.timeout or runtime.job_timeout, time.monotonic()
     attempt = 1 + begun.deaths + retries_of(task)
     backend = progress_backend(task.app)
-    watch = Watch(task.request, deliveries, backend, job_id=job_id, seconds=seconds, attempt=attempt)
+    watch = Watch(
+        task.request, deliveries, backend, job_id=job_id, seconds=seconds, attempt=attempt
+    )
     queued = _seconds_queued(task)
     try:
         with _interrupted_after(seconds + _GRACE):
-            result = draw(runtime, job_id, request, watch, attempt=attempt, resumed=begun.before, queued=queued)
+            result = draw(
+                runtime,
+                job_id,
+                request,
+                watch,
+                attempt=attempt,
+                resumed=begun.before,
+                queued=queued,
+            )
         runtime.meter.drawn(result)
     except (ZloraError, Ended):
         raise
-    except Exception as error:  # the boundary to the broker: the producer gets a typed error, the worker goes on
-        if time.monotonic() - start > seconds:  # libraries turn what a signal raises inside them into errors of theirs
+    except (
+        Exception
+    ) as error:  # the boundary to the broker: the producer gets a typed error, the worker goes on
+        if (
+            time.monotonic() - start > seconds
+        ):  # libraries turn what a signal raises inside them into errors of theirs
             raise overdue(job_id, seconds) from error
         logger.exception("job %s", job_id)
-        raise InternalError(f"the worker met a fault: {type(error).__name__}: {logs.said_by(error)}") from error
+        raise InternalError(
+            f"the worker met a fault: {type(error).__name__}: {logs.said_by(error)}"
+        ) from error
     return result
 
 
@@ -240,7 +266,9 @@ def _readable(
         document = _request(arguments, options)
         return read_request(document)
     except InvalidRequest as error:
-        if not deliveries.is_own(job_id, document):  # a newer client's, perhaps, which this worker does not understand
+        if not deliveries.is_own(
+            job_id, document
+        ):  # a newer client's, perhaps, which this worker does not understand
             raise Taken(f"job {job_id} is another request: {error}") from error
         if "digest" not in deliveries.record(job_id):
             raise

@@ -19,7 +19,9 @@ from kombu.utils.json import loads
 from zlora.job import JOB_ID
 from zlora_worker.delivery import count_refused
 
-MAX_DEPTH: Final = 64  # levels of arrays and objects; from about 600 on, pickling for the child ends the worker
+MAX_DEPTH: Final = (
+    64  # levels of arrays and objects; from about 600 on, pickling for the child ends the worker
+)
 _PARTING: Final = 5.0  # seconds after a SIGTERM in which Redis may still take note of a message
 UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of what stands for a message that cannot be read
 
@@ -143,11 +145,15 @@ _MAYBE_INT: Final = _is(int, type(None))
 
 def _is_timelimit(value: Any) -> bool:
     pair = isinstance(value, list) and len(value) == 2  # noqa: PLR2004 - hard and soft
-    return value is None or (pair and all(type(limit) in (int, float, type(None)) for limit in value))
+    return value is None or (
+        pair and all(type(limit) in (int, float, type(None)) for limit in value)
+    )
 
 
 def _names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    return value is None or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
 
 
 _ENVELOPE: Final[dict[str, _Check]] = {
@@ -259,5 +265,9 @@ def _stand_in(job_id: str, fault: str, queue: str) -> dict[str, Any]:
         "content-type": UNREADABLE,
         "content-encoding": "utf-8",
         "headers": {"id": job_id, "task": "unreadable", "fault": fault},
-        "properties": {"delivery_tag": str(uuid.uuid4()), "delivery_info": delivery, "body_encoding": None},
+        "properties": {
+            "delivery_tag": str(uuid.uuid4()),
+            "delivery_info": delivery,
+            "body_encoding": None,
+        },
     }

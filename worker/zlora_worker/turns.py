@@ -13,7 +13,9 @@ from zlora_worker.space import written
 from zlora_worker.stream import OnBytes
 
 _LOOK: Final = 0.05  # seconds between two looks whether another process has brought a file
-_SAME: Final = 10.0  # seconds to wait for the same content from elsewhere: that source may be a slow one
+_SAME: Final = (
+    10.0  # seconds to wait for the same content from elsewhere: that source may be a slow one
+)
 _STALLED: Final = 40.0  # seconds without a byte after which whoever brings it is taken for stopped
 
 
@@ -40,7 +42,10 @@ class Turn:
     def locks(self) -> list[Path]:
         """Of the source; and at first of the content wherever it comes from, where that is known before."""
         same = self._pin and time.monotonic() < self._start + _SAME
-        return [self._locks / name for name in ([self._pin] if self._pin and same else []) + [self._place]]
+        return [
+            self._locks / name
+            for name in ([self._pin] if self._pin and same else []) + [self._place]
+        ]
 
     def wait(self, on_bytes: OnBytes) -> None:
         """It is another's turn, whose draft tells how far it is; raises `LoraUnreachable` where that takes too long."""

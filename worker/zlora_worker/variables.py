@@ -12,7 +12,9 @@ from zlora.job import MAX_URL_SECONDS, UrlPolicy
 from zlora.webhook import keys_of
 
 _BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 takes
-_DEEPEST: Final = 64  # jobs that a companion may look ahead at: it reads as many messages twice a second
+_DEEPEST: Final = (
+    64  # jobs that a companion may look ahead at: it reads as many messages twice a second
+)
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -23,7 +25,9 @@ def listed(text: str) -> tuple[str, ...]:
 def store_url(text: str) -> str:
     """`file:///folder` or `s3://bucket/prefix`; or nothing."""
     parts = urlsplit(text)
-    known = text.startswith("file:///") or (parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc))
+    known = text.startswith("file:///") or (
+        parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc)
+    )
     if text and (not known or parts.query or parts.fragment):  # these are %3F and %23 in a path
         raise ValueError("expected file:///folder or s3://bucket/prefix")
     return text
@@ -43,7 +47,9 @@ def buckets(text: str) -> tuple[str, ...]:
     found = listed(text)
     for part in found:
         bucket, _, folder = part.rstrip("/").partition("/")
-        if not _BUCKET.fullmatch(bucket) or any(name in ("", ".", "..") for name in folder.split("/") if folder):
+        if not _BUCKET.fullmatch(bucket) or any(
+            name in ("", ".", "..") for name in folder.split("/") if folder
+        ):
             raise ValueError(f"{part!r} is not `bucket` or `bucket/folder`")
     return tuple(part.rstrip("/") for part in found)
 
@@ -88,7 +94,9 @@ def address(text: str) -> tuple[str, int] | None:
     if not text:
         return None
     parts = urlsplit(f"//{text}")
-    if parts.netloc != text or "@" in text or not parts.hostname or not parts.port:  # `port` raises by itself
+    if (
+        parts.netloc != text or "@" in text or not parts.hostname or not parts.port
+    ):  # `port` raises by itself
         raise ValueError("expected `host:port`")
     return parts.hostname, parts.port
 

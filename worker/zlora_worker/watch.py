@@ -15,7 +15,9 @@ from zlora.own_app import OwnApp
 from zlora_worker import logs
 from zlora_worker.delivery import Deliveries
 
-_LOOK_EVERY: Final = 0.05  # seconds between two looks at the flag in a download, which has many pieces
+_LOOK_EVERY: Final = (
+    0.05  # seconds between two looks at the flag in a download, which has many pieces
+)
 _REPORTS: Final = 2  # a second
 _SILENCE: Final = 5.0  # seconds without a try after one that failed, which may have taken one
 
@@ -31,7 +33,14 @@ class Watch:
     """
 
     def __init__(
-        self, task_request: Any, deliveries: Deliveries, backend: Backend, *, job_id: str, seconds: float, attempt: int
+        self,
+        task_request: Any,
+        deliveries: Deliveries,
+        backend: Backend,
+        *,
+        job_id: str,
+        seconds: float,
+        attempt: int,
     ) -> None:
         """`seconds` is what the job may take, from now."""
         self._request, self._deliveries, self._backend = task_request, deliveries, backend
@@ -46,7 +55,9 @@ class Watch:
         now = time.monotonic()
         if now > self._end:
             raise overdue(self._job_id, self._seconds)
-        last = phase == "uploading" and done == total  # before the manifest: a cancelled job must not succeed
+        last = (
+            phase == "uploading" and done == total
+        )  # before the manifest: a cancelled job must not succeed
         if now < self._heard_again and not last:
             return
         try:
@@ -55,7 +66,9 @@ class Watch:
             self._report(now, phase, done, total)
         except RedisError as error:
             self._heard_again = time.monotonic() + _SILENCE
-            logger.warning("no progress is shown, and no cancelling is seen, for %.0f s: %s", _SILENCE, error)
+            logger.warning(
+                "no progress is shown, and no cancelling is seen, for %.0f s: %s", _SILENCE, error
+            )
 
     def _look(self, now: float) -> None:
         self._next_look = now + _LOOK_EVERY
@@ -73,7 +86,9 @@ class Watch:
             meta |= {"step": done, "steps": total, "eta": eta}
         if phase == "fetching":
             meta |= {"received": done, "expected": total}
-        self._backend.store_result(self._job_id, meta, JobState.PROGRESS.value, request=self._request)
+        self._backend.store_result(
+            self._job_id, meta, JobState.PROGRESS.value, request=self._request
+        )
 
     def _eta(self, now: float, done: int, total: int) -> float | None:
         """Seconds, by the pace since the first step: the time before it had other work in it."""

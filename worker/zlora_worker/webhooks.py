@@ -27,15 +27,28 @@ from zlora_worker.outcome import stored
 from zlora_worker.settings import Settings
 from zlora_worker.storage import Store
 
-_PAUSES: Final = (5, 30, 120, 300, 600, 1200, 1800, 3000)  # seconds after each try; the last again after any other
+_PAUSES: Final = (
+    5,
+    30,
+    120,
+    300,
+    600,
+    1200,
+    1800,
+    3000,
+)  # seconds after each try; the last again after any other
 _JITTER: Final = (0.8, 1.2)  # times a pause, so that messages do not come in step
 _PATIENCE: Final = 7200  # seconds from the first try to the last
 _STORE_AWAY: Final = 30.0  # seconds until a store that did not answer is asked again
-_CLAIM: Final = 120.0  # seconds after which a companion that has said nothing of a job is taken for dead
+_CLAIM: Final = (
+    120.0  # seconds after which a companion that has said nothing of a job is taken for dead
+)
 _AT_ONCE: Final = 16  # messages on their way
 _TO_ONE_HOST: Final = 2  # of them
 _TO_OTHERS: Final = 8  # of them, to all hosts together that have not just been quick
-_QUICK: Final = 4.0  # seconds of a try: below those in which a host that cannot be reached is given up
+_QUICK: Final = (
+    4.0  # seconds of a try: below those in which a host that cannot be reached is given up
+)
 _WINDOW: Final = 10_000  # due jobs that are known at once; the next ones are looked at after these
 _EVERY: Final = 0.5  # seconds between two looks
 _COST: Final = 10  # times as long as a look took is the least until the next: long lists are not read all the time
@@ -54,7 +67,9 @@ def start(settings: Settings, ends: "Ends", meter: Meter) -> None:
     if not settings.webhook_secret:
         logger.info("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
     outbox = Outbox(connect(settings.broker_url), settings.queue)
-    Thread(target=_work, args=(Dispatcher(outbox, Sender(outbox, ends, settings, meter)),), daemon=True).start()
+    Thread(
+        target=_work, args=(Dispatcher(outbox, Sender(outbox, ends, settings, meter)),), daemon=True
+    ).start()
 
 
 class Ends:
@@ -82,7 +97,13 @@ class Sender:
     """Sends one job's webhook: once, and says when again."""
 
     def __init__(
-        self, outbox: Outbox, ends: Ends, settings: Settings, meter: Meter, *, clock: Callable[[], float] = time.time
+        self,
+        outbox: Outbox,
+        ends: Ends,
+        settings: Settings,
+        meter: Meter,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._outbox, self._ends, self._settings, self._clock = outbox, ends, settings, clock
         self._meter = meter
@@ -106,7 +127,9 @@ class Sender:
         try:
             end = self._ends.of(job)
         except StoreFailed as error:
-            logger.warning("job %s: no webhook yet: %s", job.job_id, error, extra={"job": job.job_id})
+            logger.warning(
+                "job %s: no webhook yet: %s", job.job_id, error, extra={"job": job.job_id}
+            )
             self._outbox.put_off(_STORE_AWAY, job.job_id)
         except (InternalError, JobUnknown) as error:
             self._give_up(job, str(error))
@@ -124,14 +147,18 @@ class Sender:
             self._try(job, asked, event, webhook.body_of(job.job_id, end, at=at))
 
     def _try(self, job: Ended, asked: Webhook, event: str, body: bytes) -> None:
-        from zlora.guard import GuardedSession  # with all of requests: where there are webhooks only
+        from zlora.guard import (
+            GuardedSession,
+        )  # with all of requests: where there are webhooks only
         from zlora_worker.post import Undelivered, post
 
         name, secret = webhook.id_of(job.job_id, job.closed), self._settings.webhook_secret
         headers = webhook.sign(body, secret, message_id=name, timestamp=self._clock())
         count = self._outbox.begin(job.job_id)
         try:
-            with GuardedSession(self._settings.allow_hosts, certificates=self._settings.certificates) as session:
+            with GuardedSession(
+                self._settings.allow_hosts, certificates=self._settings.certificates
+            ) as session:
                 post(session, asked.url, body, headers)
         except Undelivered as failure:
             left = _PATIENCE - (count.now - count.first)
@@ -139,15 +166,25 @@ class Sender:
                 self._give_up(job, str(failure), event=event, count=count)
                 return
             pause = min(max(_pause(count.number), failure.retry_after), left)
-            logger.info("webhook of job %s: %s; again in %.0f s", job.job_id, failure, pause, extra={"job": job.job_id})
+            logger.info(
+                "webhook of job %s: %s; again in %.0f s",
+                job.job_id,
+                failure,
+                pause,
+                extra={"job": job.job_id},
+            )
             self._meter.told("retried")
             self._outbox.put_off(pause, job.job_id)
         else:
             self._meter.told("sent")
             self._outbox.done(job.job_id)
 
-    def _give_up(self, job: Ended, reason: str, *, event: str = "", count: Try | None = None) -> None:
-        logger.warning("webhook of job %s is given up: %s", job.job_id, reason, extra={"job": job.job_id})
+    def _give_up(
+        self, job: Ended, reason: str, *, event: str = "", count: Try | None = None
+    ) -> None:
+        logger.warning(
+            "webhook of job %s is given up: %s", job.job_id, reason, extra={"job": job.job_id}
+        )
         self._meter.told("given_up")
         letter = DeadLetter(
             job_id=job.job_id,
@@ -173,7 +210,9 @@ class Dispatcher:
         self._under_way: Counter[str] = Counter()  # messages, by host
         self._quick: dict[str, float] = {}  # hosts whose last try was over soon, and when that was
         self._hosts: dict[str, str] = {}  # of the jobs that were due at the last look
-        self._due: dict[str, deque[str]] = {}  # those that are not started yet, by host: whose turn it is comes first
+        self._due: dict[
+            str, deque[str]
+        ] = {}  # those that are not started yet, by host: whose turn it is comes first
         self._start_at, self._next_look = 0, 0.0
 
     def step(self) -> float:
@@ -195,7 +234,9 @@ class Dispatcher:
         self._start_at = self._start_at + _WINDOW if len(due) == _WINDOW else 0
         new = [job_id for job_id in due if job_id not in self._hosts]
         asked = self._outbox.webhooks(new)
-        hosts = self._hosts | {job_id: one.host if one else "" for job_id, one in zip(new, asked, strict=True)}
+        hosts = self._hosts | {
+            job_id: one.host if one else "" for job_id, one in zip(new, asked, strict=True)
+        }
         self._hosts = {job_id: hosts[job_id] for job_id in due}
         found: dict[str, deque[str]] = {}
         for job_id, host in self._hosts.items():
@@ -244,7 +285,11 @@ class Dispatcher:
         try:
             Thread(target=self._carry, args=(job, host), daemon=True).start()
         except (RuntimeError, MemoryError):  # the machine has no more threads
-            logger.warning("webhook of job %s: there is no thread for it", job.job_id, extra={"job": job.job_id})
+            logger.warning(
+                "webhook of job %s: there is no thread for it",
+                job.job_id,
+                extra={"job": job.job_id},
+            )
             self._give_back(host)
             self._due.clear()  # until the next look: no other would have one
             with suppress(redis.RedisError):  # then it comes again when its claim is over
@@ -256,7 +301,9 @@ class Dispatcher:
             self._sender.send(job)
         except redis.RedisError as error:
             told = {"job": job.job_id}
-            logger.warning("webhook of job %s: Redis does not answer: %s", job.job_id, error, extra=told)
+            logger.warning(
+                "webhook of job %s: Redis does not answer: %s", job.job_id, error, extra=told
+            )
         except Exception as error:  # noqa: BLE001 - the thread's boundary: the job comes again when its claim is over
             # Its text may hold an address with its secrets.
             told = {"job": job.job_id}

@@ -8,7 +8,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_NORM_ELEMENTS: Final = 2**20  # converted to fp32 at a time: torch's own conversion inside a norm is 20 times slower
+_NORM_ELEMENTS: Final = (
+    2**20
+)  # converted to fp32 at a time: torch's own conversion inside a norm is 20 times slower
 
 
 class Place(NamedTuple):
@@ -45,7 +47,9 @@ class Stack:
         """Of one weight; computed once."""
         if row not in self._norms:
             parts = (part.float() for part in torch.split(self.base[row].flatten(), _NORM_ELEMENTS))
-            self._norms[row] = float(torch.stack([torch.dot(part, part) for part in parts]).sum(dtype=torch.float64))
+            self._norms[row] = float(
+                torch.stack([torch.dot(part, part) for part in parts]).sum(dtype=torch.float64)
+            )
         return self._norms[row]
 
 
@@ -59,7 +63,9 @@ class Weights:
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         """Move the weights; at most one stack is held twice at any time."""
         self.stacks: list[Stack] = []
-        self.places: dict[tuple[str, str, str], Place] = {}  # by component, module and `weight` or `bias`
+        self.places: dict[
+            tuple[str, str, str], Place
+        ] = {}  # by component, module and `weight` or `bias`
         for component, model in components.items():
             for named in _by_shape(model):
                 self._add(component, named)
@@ -69,7 +75,13 @@ class Weights:
         parameters = tuple(named.values())
         with torch.no_grad():
             base = torch.stack([parameter.data for parameter in parameters])
-        stack = Stack(component=component, base=base, homes=base.unbind(), parameters=parameters, names=tuple(named))
+        stack = Stack(
+            component=component,
+            base=base,
+            homes=base.unbind(),
+            parameters=parameters,
+            names=tuple(named),
+        )
         for row, (name, parameter) in enumerate(named.items()):
             parameter.data = stack.homes[row]
             module, _, leaf = name.rpartition(".")
@@ -89,7 +101,9 @@ class Weights:
         return [
             f"{stack.component}.{name}"
             for stack in self.stacks
-            for name, parameter, home in zip(stack.names, stack.parameters, stack.homes, strict=True)
+            for name, parameter, home in zip(
+                stack.names, stack.parameters, stack.homes, strict=True
+            )
             if parameter.data_ptr() != home.data_ptr()
         ]
 
@@ -112,7 +126,11 @@ def as_matrices(stacked: Tensor) -> Tensor:
 
 def _by_shape(model: nn.Module) -> list[dict[str, nn.Parameter]]:
     """Named parameters of equal shape and type, in the model's order; what modules share is under its first name."""
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
     groups: dict[tuple[torch.Size, torch.dtype], dict[str, nn.Parameter]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if name not in embeddings and parameter.dim():

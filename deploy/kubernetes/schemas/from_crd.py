@@ -11,8 +11,28 @@ from typing import Any
 
 import yaml
 
-_KEPT = ("type", "enum", "items", "required", "pattern", "nullable", "allOf", "anyOf", "oneOf", "not")
-_BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_KEPT = (
+    "type",
+    "enum",
+    "items",
+    "required",
+    "pattern",
+    "nullable",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "not",
+)
+_BOUNDS = (
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+)
 _METADATA = {
     "type": "object",
     "required": ["name"],
@@ -58,7 +78,10 @@ def schema(definition: dict[str, Any], source: str) -> dict[str, Any]:
         "metadata": _METADATA,
     }
     found["required"] = sorted({"apiVersion", "kind", "metadata", *found.get("required", [])})
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$comment": f"From {source}."} | found
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$comment": f"From {source}.",
+    } | found
 
 
 def main() -> None:

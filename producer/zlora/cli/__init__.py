@@ -2,7 +2,17 @@
 
 import click
 
-from zlora.cli import batch, doctor, generate, inspection, interruption, jobs, schema, stack, webhooks
+from zlora.cli import (
+    batch,
+    doctor,
+    generate,
+    inspection,
+    interruption,
+    jobs,
+    schema,
+    stack,
+    webhooks,
+)
 from zlora.cli.commands import Commands
 
 

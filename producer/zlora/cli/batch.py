@@ -45,16 +45,32 @@ def _not_empty(_ctx: click.Context, _parameter: click.Parameter, name: str | Non
     metavar="RESULTS",
     help="A line a job.",
 )
-@click.option("--pictures", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="Save pictures there.")
-@click.option("--in-flight", type=click.IntRange(1, 1000), default=16, show_default=True, help="Jobs at a time.")
+@click.option(
+    "--pictures",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Save pictures there.",
+)
+@click.option(
+    "--in-flight",
+    type=click.IntRange(1, 1000),
+    default=16,
+    show_default=True,
+    help="Jobs at a time.",
+)
 @click.option(
     "--name",
     callback=_not_empty,
     help="Part of the jobs' ids: the same is the same batch.  [default: of JOBS, without its end]",
 )
-@click.option("--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True)
+@click.option(
+    "--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True
+)
 @click.option("--retry-failed", is_flag=True, help="Draw lines that have failed again.")
-@click.option("-v", "--verbose", is_flag=True, help="A line on stderr for each job, not only where it fails.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="A line on stderr for each job, not only where it fails."
+)
 @json_option
 @click.pass_context
 def batch(
@@ -87,11 +103,20 @@ def batch(
         todo = results.todo(lines, name or jobs.stem, retry_failed=retry_failed)
         done = len(lines) - len(todo)
         with BatchDisplay(total=len(lines), done=done, as_json=as_json, verbose=verbose) as display:
-            run = _draw(results, todo, in_flight=in_flight, priority=priority, folder=folder, display=display)
+            run = _draw(
+                results,
+                todo,
+                in_flight=in_flight,
+                priority=priority,
+                folder=folder,
+                display=display,
+            )
             missing = asyncio.run(run)
         failed = results.failed
     lost = f"; pictures of {len(missing)} are missing" if missing else ""
-    click.echo(f"{len(lines)} jobs: {len(lines) - failed} drawn, {failed} failed{lost}", err=as_json)
+    click.echo(
+        f"{len(lines)} jobs: {len(lines) - failed} drawn, {failed} failed{lost}", err=as_json
+    )
     if missing:
         raise missing[0]
     ctx.exit(BATCH_FAILED if failed else 0)

@@ -59,7 +59,9 @@ def read(path: Path) -> list[Line]:
             wrong.append({"line": number, "message": str(error)})
     if wrong:
         total = len(lines) + len(wrong)
-        raise InvalidRequest(f"{path}: {len(wrong)} of {total} lines are no jobs; none was sent", {"lines": wrong})
+        raise InvalidRequest(
+            f"{path}: {len(wrong)} of {total} lines are no jobs; none was sent", {"lines": wrong}
+        )
     return lines
 
 

@@ -26,7 +26,11 @@ from zlora.job import GenerateResult
 from zlora.later import read_result
 
 _BEGINNING: Final = b'{"line": '
-_NO_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what is raised of any bytes
+_NO_JSON: Final = (
+    msgspec.DecodeError,
+    UnicodeDecodeError,
+    RecursionError,
+)  # what is raised of any bytes
 
 
 class _Error(Struct, frozen=True):
@@ -98,7 +102,9 @@ class ResultsFile:
         left = []
         for line in lines:
             ends = self._ends.get(line.number, [])
-            again = not ends or _is_cancelled(ends[-1]) or (retry_failed and ends[-1].error is not None)
+            again = (
+                not ends or _is_cancelled(ends[-1]) or (retry_failed and ends[-1].error is not None)
+            )
             if again:
                 left.append(Todo(line, batch, len(ends)))
         return left
@@ -159,7 +165,9 @@ class ResultsFile:
         known = {line.number: line for line in lines}
         for number, ends in self._ends.items():
             line = known.get(number)
-            if line is None or [end.job_id for end in ends] != [line.job_id_of(batch, at) for at in range(len(ends))]:
+            if line is None or [end.job_id for end in ends] != [
+                line.job_id_of(batch, at) for at in range(len(ends))
+            ]:
                 message = f"{self._path}: its line {number} is another job; choose another --out, or the same --name"
                 raise InvalidRequest(message, {"line": number})
 

@@ -16,7 +16,13 @@ from zlora.cli.batch_results import ResultsFile, Todo
 from zlora.cli.exits import Interrupted, writing
 from zlora.cli.interruption import Answer
 from zlora.client import Priority
-from zlora.errors import BrokerUnavailable, InvalidSetting, JobRevoked, PictureUnavailable, ZloraError
+from zlora.errors import (
+    BrokerUnavailable,
+    InvalidSetting,
+    JobRevoked,
+    PictureUnavailable,
+    ZloraError,
+)
 from zlora.job import Cancellation, GenerateResult
 
 T = TypeVar("T")
@@ -99,7 +105,9 @@ class BatchRun:
 
     async def _bring_by_any(self, result: GenerateResult) -> None:
         """By the URLs that were written down, else by new ones."""
-        if self._folder is None or all(path.exists() for path in pictures.paths(result, self._folder)):
+        if self._folder is None or all(
+            path.exists() for path in pictures.paths(result, self._folder)
+        ):
             return
         try:
             await self._save(result)
@@ -111,7 +119,9 @@ class BatchRun:
             await self._save(await self._client.job(job_id).result(_ANSWER))
         except _OF_ALL:
             raise
-        except ZloraError:  # the job is drawn, whatever is known of it now: it is a picture that is missing
+        except (
+            ZloraError
+        ):  # the job is drawn, whatever is known of it now: it is a picture that is missing
             raise missing from None
 
     async def _take(self, todo: Todo) -> None:
@@ -136,7 +146,9 @@ class BatchRun:
             self._end(todo, await self._result(todo))
         except JobRevoked as error:
             return error
-        except PictureUnavailable as error:  # the job is well: the next run meets its result, and asks again
+        except (
+            PictureUnavailable
+        ) as error:  # the job is well: the next run meets its result, and asks again
             self._miss(todo.job_id, error)
         except _OF_ALL:
             raise
@@ -165,10 +177,17 @@ class BatchRun:
         flying = list(self._flying.values())
         if not flying:
             interruption.settle()
-            message, status = "nothing is in flight; the same command goes on", interruption.exit_status()
+            message, status = (
+                "nothing is in flight; the same command goes on",
+                interruption.exit_status(),
+            )
             return Interrupted(message, status, cancelled=0, in_flight=0)
         answer = self._display.ask(f"Cancel the {len(flying)} jobs in flight?")
-        wanted = [todo for todo in flying if answer is Answer.YES or (answer is Answer.NOBODY and not todo.is_named)]
+        wanted = [
+            todo
+            for todo in flying
+            if answer is Answer.YES or (answer is Answer.NOBODY and not todo.is_named)
+        ]
         cancelled, left = await self._cancel_all(wanted), len(flying) - len(wanted)
         message = _told(answer, cancelled, left)
         return Interrupted(message, interruption.exit_status(), cancelled=cancelled, in_flight=left)

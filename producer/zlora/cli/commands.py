@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from zlora.cli import interruption
-from zlora.cli.exits import CANNOT_WRITE, NOBODY_READS, OUTPUT, Failure, Interrupted, let_go, writing
+from zlora.cli.exits import (
+    CANNOT_WRITE,
+    NOBODY_READS,
+    OUTPUT,
+    Failure,
+    Interrupted,
+    let_go,
+    writing,
+)
 from zlora.cli.printing import is_json
 from zlora.errors import ZloraError
 
@@ -37,7 +45,9 @@ class Commands(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run as the process's program: what cannot be printed is an end of its own."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, TextIOWrapper):  # no name of a file is to break what is told of it
+            if isinstance(
+                stream, TextIOWrapper
+            ):  # no name of a file is to break what is told of it
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **extra)
@@ -60,7 +70,9 @@ class Commands(click.Group):
             let_go()
             sys.exit(NOBODY_READS)
         except KeyboardInterrupt:
-            raise _printed(Interrupted("interrupted", interruption.exit_status()), ctx, given) from None
+            raise _printed(
+                Interrupted("interrupted", interruption.exit_status()), ctx, given
+            ) from None
 
 
 def _printed(failure: Failure, ctx: click.Context, given: Sequence[str]) -> Failure:
@@ -68,9 +80,16 @@ def _printed(failure: Failure, ctx: click.Context, given: Sequence[str]) -> Fail
     return failure
 
 
-def _usage(error: click.ClickException, ctx: click.Context, given: Sequence[str]) -> click.ClickException:
+def _usage(
+    error: click.ClickException, ctx: click.Context, given: Sequence[str]
+) -> click.ClickException:
     """What click says of arguments, as a document where one is asked for."""
     if not is_json(ctx, given):
         return error
-    document = {"code": "usage", "message": error.format_message(), "retryable": False, "details": {}}
+    document = {
+        "code": "usage",
+        "message": error.format_message(),
+        "retryable": False,
+        "details": {},
+    }
     return _printed(Failure(document, error.exit_code), ctx, given)

@@ -76,7 +76,11 @@ class Failure(click.ClickException):
             if self.as_json:
                 click.echo(json.dumps({"error": self.document}), file=file)
             else:
-                click.echo(on_one_line(f"{self.label}{self.message} [{self.document['code']}]"), file=file, err=True)
+                click.echo(
+                    on_one_line(f"{self.label}{self.message} [{self.document['code']}]"),
+                    file=file,
+                    err=True,
+                )
         except OSError:
             let_go()
 
@@ -87,7 +91,12 @@ class Interrupted(Failure):
     label = ""
 
     def __init__(self, message: str, exit_code: int, **details: Any) -> None:
-        document = {"code": "interrupted", "message": message, "retryable": True, "details": details}
+        document = {
+            "code": "interrupted",
+            "message": message,
+            "retryable": True,
+            "details": details,
+        }
         super().__init__(document, exit_code)
 
 

@@ -28,7 +28,11 @@ from zlora.job import Cancellation, GenerateResult
     help="Wait no longer; the job goes on.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path(), metavar="FOLDER", help="For the pictures.  [default: .]"
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    metavar="FOLDER",
+    help="For the pictures.  [default: .]",
 )
 @json_option
 def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None:
@@ -53,7 +57,9 @@ def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None
             print_receipt(result, files)
 
 
-def _draw(wanted: order.Order, client: Client, patience: float | None, *, is_named: bool) -> GenerateResult:
+def _draw(
+    wanted: order.Order, client: Client, patience: float | None, *, is_named: bool
+) -> GenerateResult:
     try:
         handle = wanted.submit(client)
         with writing(OUTPUT, job_id=handle.id):
@@ -71,8 +77,18 @@ def _left(handle: JobHandle, *, is_named: bool) -> Interrupted:
     """What becomes of a job that nobody waits for any more; it may be on its way to the queue."""
     answer, status = interruption.ask(f"Cancel job {handle.id}?"), interruption.exit_status()
     if answer is Answer.NO or (answer is Answer.NOBODY and is_named):
-        why = "" if answer is Answer.NO else ", since a job with a name of yours may be somebody else's"
-        return Interrupted(f"job {handle.id} goes on{why}: zlora result {handle.id}", status, job_id=handle.id)
+        why = (
+            ""
+            if answer is Answer.NO
+            else ", since a job with a name of yours may be somebody else's"
+        )
+        return Interrupted(
+            f"job {handle.id} goes on{why}: zlora result {handle.id}", status, job_id=handle.id
+        )
     if (where := handle.cancel()) is Cancellation.FINISHED:
-        return Interrupted(f"job {handle.id} was done: zlora result {handle.id}", status, job_id=handle.id)
-    return Interrupted(f"job {handle.id} is cancelled", status, job_id=handle.id, cancelled=where.value)
+        return Interrupted(
+            f"job {handle.id} was done: zlora result {handle.id}", status, job_id=handle.id
+        )
+    return Interrupted(
+        f"job {handle.id} is cancelled", status, job_id=handle.id, cancelled=where.value
+    )

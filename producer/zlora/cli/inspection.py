@@ -33,4 +33,7 @@ def _facts(info: LoraInfo) -> Iterator[tuple[str, str]]:
     yield "ranks", ", ".join(map(str, info.ranks)) or "none"
     yield "base", info.base or "not told"
     yield "trigger words", ", ".join(info.trigger_words) or "not told"
-    yield "modules", ", ".join(f"{count} in {component}" for component, count in info.modules.items())
+    yield (
+        "modules",
+        ", ".join(f"{count} in {component}" for component, count in info.modules.items()),
+    )

@@ -65,7 +65,9 @@ def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
     metavar="SECONDS",
     help="Wait for it so long, or `inf`. A worker may need two seconds to find an old one.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Save the pictures there.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Save the pictures there."
+)
 @json_option
 def result(job_id: str, wait: float, out: Path | None, as_json: bool) -> None:
     """Print what came of a job, and save its pictures where --out says."""

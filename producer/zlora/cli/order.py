@@ -17,7 +17,8 @@ from zlora.job import GenerateRequest, OutputFormat, Scheduler, read_request
 from zlora.wire import PRIORITIES
 
 _WEIGHTED: Final = re.compile(
-    r"(.+):([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.ASCII | re.DOTALL | re.IGNORECASE
+    r"(.+):([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)",
+    re.ASCII | re.DOTALL | re.IGNORECASE,
 )
 _SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
 _FIELDS: Final = (  # options with the name of a request's field
@@ -61,7 +62,9 @@ class Order(NamedTuple):
         return client.submit(self.request, **names, **self.options)
 
 
-def _lora(_ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> list[dict[str, Any]]:
+def _lora(
+    _ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
+) -> list[dict[str, Any]]:
     return [_spec(text) for text in texts]
 
 
@@ -69,7 +72,10 @@ def _spec(text: str) -> dict[str, Any]:
     """A LoRA's document from `address` or `address:weight`. An address has colons too, but none before a number."""
     found = _WEIGHTED.fullmatch(text)
     address = found[1] if found else text
-    hub, name = "cozy_ref" if address.startswith("cozy://") else "url", address.removeprefix("cozy://")
+    hub, name = (
+        "cozy_ref" if address.startswith("cozy://") else "url",
+        address.removeprefix("cozy://"),
+    )
     return {"file": {hub: name}, "weight": float(found[2]) if found else 1.0}
 
 
@@ -90,7 +96,14 @@ def a_number(_ctx: click.Context, _parameter: click.Parameter, value: float | No
 
 _OPTIONS: Final = (
     click.argument("prompt", required=False),
-    click.option("--lora", "loras", multiple=True, callback=_lora, metavar="ADDRESS[:WEIGHT]", help="May be repeated."),
+    click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        callback=_lora,
+        metavar="ADDRESS[:WEIGHT]",
+        help="May be repeated.",
+    ),
     click.option("--negative", "negative_prompt", metavar="TEXT", help="What is not to be seen."),
     click.option("--steps", "num_inference_steps", type=int),
     click.option("--guidance", "guidance_scale", type=float),
@@ -100,17 +113,44 @@ _OPTIONS: Final = (
     click.option("--scheduler", type=click.Choice(get_args(Scheduler))),
     click.option("--format", "output_format", type=click.Choice(get_args(OutputFormat))),
     click.option("--quality", type=int, help="Of jpeg and webp, 1 to 100."),
-    click.option("--timeout", type=float, callback=a_number, metavar="SECONDS", help="The most that drawing may take."),
-    click.option("--request", "document", metavar="FILE", help="A document, or - for stdin; options go first."),
-    click.option("--job-id"),
-    click.option("--idempotency-key", metavar="TEXT", help="The same key is the same job, such as an order's number."),
-    click.option("--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True),
     click.option(
-        "--expires-in", type=float, callback=a_number, metavar="SECONDS", help="Fail if the job has not begun by then."
+        "--timeout",
+        type=float,
+        callback=a_number,
+        metavar="SECONDS",
+        help="The most that drawing may take.",
     ),
-    click.option("--preflight", is_flag=True, help="Look at the LoRAs first, and queue no job with a wrong one."),
+    click.option(
+        "--request",
+        "document",
+        metavar="FILE",
+        help="A document, or - for stdin; options go first.",
+    ),
+    click.option("--job-id"),
+    click.option(
+        "--idempotency-key",
+        metavar="TEXT",
+        help="The same key is the same job, such as an order's number.",
+    ),
+    click.option(
+        "--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True
+    ),
+    click.option(
+        "--expires-in",
+        type=float,
+        callback=a_number,
+        metavar="SECONDS",
+        help="Fail if the job has not begun by then.",
+    ),
+    click.option(
+        "--preflight",
+        is_flag=True,
+        help="Look at the LoRAs first, and queue no job with a wrong one.",
+    ),
     click.option("--webhook-url", metavar="URL", help="Where a worker tells the job's end."),
-    click.option("--webhook-event", "webhook_events", multiple=True, type=click.Choice(webhook.EVENTS)),
+    click.option(
+        "--webhook-event", "webhook_events", multiple=True, type=click.Choice(webhook.EVENTS)
+    ),
 )
 
 
@@ -128,7 +168,9 @@ def read(given: dict[str, Any]) -> Order:
     if given["loras"]:
         document["loras"] = given["loras"]
     if "prompt" not in document:
-        raise click.UsageError("Missing argument 'PROMPT', or --request with a document that has one.")
+        raise click.UsageError(
+            "Missing argument 'PROMPT', or --request with a document that has one."
+        )
     options: Options = {
         "priority": given["priority"],
         "expires_in": given["expires_in"],
@@ -147,7 +189,9 @@ def _document(name: str | None) -> dict[str, Any]:
     except InvalidRequest as error:
         raise InvalidRequest(f"--request: {error}", error.details) from None
     if not isinstance(document, dict):
-        raise InvalidRequest("--request: Expected a JSON object", {"path": "$", "expected": "a JSON object"})
+        raise InvalidRequest(
+            "--request: Expected a JSON object", {"path": "$", "expected": "a JSON object"}
+        )
     return document
 
 

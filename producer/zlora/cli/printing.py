@@ -22,7 +22,12 @@ def _note(ctx: click.Context, _parameter: click.Parameter, value: bool) -> bool:
 
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, is_eager=True, callback=_note, help="Print JSON on stdout, and nothing else."
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_note,
+    help="Print JSON on stdout, and nothing else.",
 )
 
 

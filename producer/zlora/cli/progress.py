@@ -84,12 +84,20 @@ def _bar(console: "Console") -> Iterator[Show]:
         TextColumn("{task.fields[detail]}", markup=False),
     )
     # Its own bar is all that it may write: what others print goes to stdout as it is.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as progress:
         bar = progress.add_task("", total=1, detail="")
 
         def show(status: JobStatus) -> None:
             done, total = _measure(status)
-            progress.update(bar, description=phase_of(status), completed=done, total=total, detail=detail_of(status))
+            progress.update(
+                bar,
+                description=phase_of(status),
+                completed=done,
+                total=total,
+                detail=detail_of(status),
+            )
 
         yield show
 

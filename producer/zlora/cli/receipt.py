@@ -36,7 +36,10 @@ def _facts(result: GenerateResult, files: Sequence[Path]) -> Iterator[tuple[str,
     places = [str(file) for file in files] or [image.url or image.key for image in result.images]
     for image, place in zip(result.images, places, strict=True):
         yield "picture", f"{place} (seed {image.seed}, {image.width}x{image.height})"
-    yield "seconds", ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.timings.items())
+    yield (
+        "seconds",
+        ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.timings.items()),
+    )
     yield "base intact", "yes" if result.base_intact else "no"
     yield "model", result.model
 

@@ -14,7 +14,13 @@ from zlora.redaction import on_one_line
 
 
 @click.command()
-@click.option("--resend", "ids", multiple=True, metavar="ID", help="Send this job's once more. May be repeated.")
+@click.option(
+    "--resend",
+    "ids",
+    multiple=True,
+    metavar="ID",
+    help="Send this job's once more. May be repeated.",
+)
 @json_option
 @click.pass_context
 def webhooks(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
@@ -31,7 +37,9 @@ def webhooks(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
         print_json({"pending": pending, "dead": dead, "resent": resent})
     else:
         for name, found in resent.items():
-            click.echo(f"{name}  {'is sent again' if found else 'has no webhook, or is not known any more'}")
+            click.echo(
+                f"{name}  {'is sent again' if found else 'has no webhook, or is not known any more'}"
+            )
         _print(pending, dead)
     if not all(resent.values()):
         ctx.exit(status_of(JobUnknown))

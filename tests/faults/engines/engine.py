@@ -52,7 +52,7 @@ class Engine:
         self.spoiled = False
 
     @contextmanager
-    def borrowed(self, request: GenerateRequest | None = None) -> Iterator[None]:  # noqa: ARG002 - the real one's
+    def borrowed(self, request: GenerateRequest | None = None) -> Iterator[None]:
         """For one job; raises `BaseNotRestored` where the job has spoiled the base."""
         if not self.is_sound():
             raise BaseNotRestored
@@ -69,7 +69,7 @@ class Engine:
             self.state = EngineState.READY
         return self.state is EngineState.READY
 
-    def check(self, seconds: float | None = None) -> None:  # noqa: ARG002 - the real one's signature
+    def check(self, seconds: float | None = None) -> None:
         """READY, or `BaseNotRestored`."""
         self.state = EngineState.DIRTY
         if self.spoiled:
@@ -80,11 +80,13 @@ class Engine:
         """Width and height in pixels."""
         return request.width or 64, request.height or 64
 
-    def scheduler_name(self, request: GenerateRequest) -> str:  # noqa: ARG002 - the real one's
+    def scheduler_name(self, request: GenerateRequest) -> str:
         """None of diffusers'."""
         return "FakeScheduler"
 
-    def draw(self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]) -> Image.Image:
+    def draw(
+        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+    ) -> Image.Image:
         """One picture whose colour is the seed's, after the time and the accidents that the prompt orders."""
         told = orders(request.prompt)
         label = told.get("label", "")
@@ -102,7 +104,7 @@ class Engine:
 def picture(seed: int, noise: int) -> Image.Image:
     """A small square of the seed's colour, or a larger one of the seed's noise."""
     if noise:
-        pixels = random.Random(seed).randbytes(3 * noise * noise)  # noqa: S311 - a picture
+        pixels = random.Random(seed).randbytes(3 * noise * noise)
         return Image.frombytes("RGB", (noise, noise), pixels)
     red, green, blue, *_ = hashlib.sha256(str(seed).encode()).digest()
     return Image.new("RGB", (64, 64), (red, green, blue))

@@ -29,7 +29,7 @@ class Lora:
 class Reader:
     """Reads no byte."""
 
-    def read(self, path: Path, *, digest: str, source: str) -> Lora:  # noqa: ARG002 - the real one's signature
+    def read(self, path: Path, *, digest: str, source: str) -> Lora:
         """The LoRA of a file."""
         return Lora(digest=digest)
 

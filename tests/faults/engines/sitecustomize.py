@@ -17,7 +17,10 @@ from types import ModuleType
 from typing import Any, Final
 
 FOLDER: Final = Path(__file__).parent
-FAKES: Final = {f"zlora_worker.{name}": FOLDER / f"{name}.py" for name in ("checkpoint", "engine", "lora", "merge")}
+FAKES: Final = {
+    f"zlora_worker.{name}": FOLDER / f"{name}.py"
+    for name in ("checkpoint", "engine", "lora", "merge")
+}
 LOOPBACK: Final = ("127.", "::1")
 
 
@@ -27,8 +30,8 @@ class Fakes:
     def find_spec(
         self,
         name: str,
-        path: Sequence[str] | None = None,  # noqa: ARG002 - the import system's signature
-        target: ModuleType | None = None,  # noqa: ARG002
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """Where to load `name` from, if it is one of the fakes."""
         return importlib.util.spec_from_file_location(name, FAKES[name]) if name in FAKES else None

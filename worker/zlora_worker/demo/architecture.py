@@ -21,7 +21,10 @@ def tokenizer(words: Sequence[str], *, padding: str = _END) -> CLIPTokenizer:
     A word is joined from its end on: only there a pair of pieces ends a word, so that no merge meant for one word can
     come first in another.
     """
-    bytes_ = [chr(code) for code in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
+    bytes_ = [
+        chr(code)
+        for code in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]
+    ]
     vocabulary = dict.fromkeys([*bytes_, *(f"{byte}</w>" for byte in bytes_)])
     merges: dict[str, None] = {}
     for word in words:
@@ -32,7 +35,9 @@ def tokenizer(words: Sequence[str], *, padding: str = _END) -> CLIPTokenizer:
             vocabulary[pieces[-1]] = None
     tokens = [*vocabulary, _START, _END]
     with TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+        Path(folder, "vocab.json").write_text(
+            json.dumps({token: index for index, token in enumerate(tokens)})
+        )
         Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
         return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token=padding)
 

@@ -89,7 +89,8 @@ def demo(out: Path, as_json: bool) -> None:
     console.print(f"contact sheet: {sheet}")
     if as_json:
         jobs = [
-            {"document": one.variant.document, "caption": one.variant.caption, "result": one.result} for one in drawn
+            {"document": one.variant.document, "caption": one.variant.caption, "result": one.result}
+            for one in drawn
         ]
         print_json({"jobs": jobs, "sheet": str(sheet)})
 
@@ -126,11 +127,15 @@ def _submit(client: Client, name: str, host: str) -> Iterator[Variant]:
     alone = [(spec,) for spec in request.loras] if len(request.loras) > 1 else []
     for index, loras in enumerate([(), *alone] if request.loras else []):
         other = msgspec.structs.replace(request, loras=loras, seed=seed_of(run))
-        yield Variant(name, _names(other) or "no LoRA", other, client.submit(other, job_id=f"{run}-{index}"))
+        yield Variant(
+            name, _names(other) or "no LoRA", other, client.submit(other, job_id=f"{run}-{index}")
+        )
 
 
 def _names(request: GenerateRequest) -> str:
-    return " + ".join(f"{Path(urlsplit(spec.file.address).path).stem} {spec.weight:g}" for spec in request.loras)
+    return " + ".join(
+        f"{Path(urlsplit(spec.file.address).path).stem} {spec.weight:g}" for spec in request.loras
+    )
 
 
 def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[Drawn]:
@@ -143,11 +148,16 @@ def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[
     )
     drawn = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = [progress.add_task(_title(variant), total=1, phase="", start=False) for variant in variants]
+        bars = [
+            progress.add_task(_title(variant), total=1, phase="", start=False)
+            for variant in variants
+        ]
         for bar, variant in zip(bars, variants, strict=True):
             progress.start_task(bar)
             _follow(variant.handle, stack, partial(progress.update, bar))
-            drawn.append(Drawn(variant, variant.handle.status().state, variant.handle.result(timeout=10)))
+            drawn.append(
+                Drawn(variant, variant.handle.status().state, variant.handle.result(timeout=10))
+            )
             progress.update(bar, total=1, completed=1, phase="done")
             progress.stop_task(bar)
             if not console.is_terminal:
@@ -157,7 +167,10 @@ def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[
 
 def _follow(handle: JobHandle, stack: Stack, show: Any) -> None:
     end = time.monotonic() + _PATIENCE
-    while (status := handle.status()).state not in (JobState.SUCCESS, JobState.FAILURE) and time.monotonic() < end:
+    while (status := handle.status()).state not in (
+        JobState.SUCCESS,
+        JobState.FAILURE,
+    ) and time.monotonic() < end:
         stack.check()
         phase = "waiting for the worker" if status.state is JobState.PENDING else status.phase or ""
         show(completed=status.step or 0, total=status.steps or 1, phase=phase)

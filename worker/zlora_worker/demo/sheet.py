@@ -24,7 +24,9 @@ def draw_sheet(rows: Sequence[Row], target: Path, *, note: str) -> None:
     """Write a PNG to `target` with one row of equal tiles for each of `rows`, and the note at its foot."""
     columns = max(len(row.pictures) for row in rows)
     height = _TILE + 2 * _LINE + _GAP
-    sheet = Image.new("RGB", (_GAP + columns * (_TILE + _GAP), _GAP + len(rows) * height + _LINE), "white")
+    sheet = Image.new(
+        "RGB", (_GAP + columns * (_TILE + _GAP), _GAP + len(rows) * height + _LINE), "white"
+    )
     brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for index, row in enumerate(rows):
         top = _GAP + index * height
@@ -33,7 +35,8 @@ def draw_sheet(rows: Sequence[Row], target: Path, *, note: str) -> None:
             left = _GAP + column * (_TILE + _GAP)
             with Image.open(path) as picture:
                 sheet.paste(
-                    picture.convert("RGB").resize((_TILE, _TILE), Image.Resampling.NEAREST), (left, top + _LINE)
+                    picture.convert("RGB").resize((_TILE, _TILE), Image.Resampling.NEAREST),
+                    (left, top + _LINE),
                 )
             brush.text((left, top + _LINE + _TILE + 2), caption, fill="#555555", font=font)
     brush.text((_GAP, sheet.height - _LINE), note, fill="#555555", font=font)

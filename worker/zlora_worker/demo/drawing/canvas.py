@@ -45,7 +45,9 @@ class Canvas:
     def background(self, colour: Tensor) -> None:
         """Fill all with a colour that broadcasts to the picture."""
         drawn = _posterised(colour, 5)
-        self._picture = self._dimmed(colour + self.anime * (drawn - colour)).expand(self.count, 3, SIZE, SIZE)
+        self._picture = self._dimmed(colour + self.anime * (drawn - colour)).expand(
+            self.count, 3, SIZE, SIZE
+        )
 
     def shine(self, light: Tensor, colour: Tensor) -> None:
         """Let a colour show by `light` [n, 1, SIZE, SIZE]: soft light, which anime and neon leave out."""
@@ -74,12 +76,16 @@ class Canvas:
         if cut:
             self._cut = torch.minimum(self._cut, distance)
         if line:
-            ink = cover(distance - line * _OUTLINE * self.anime[:, 0]) * (3 * self.anime).clamp(max=1)
+            ink = cover(distance - line * _OUTLINE * self.anime[:, 0]) * (3 * self.anime).clamp(
+                max=1
+            )
             self._picture = self._picture * (1 - ink) + _INK * ink
         shaded = (colour * (1 + shade * (-0.6 * X - 0.8 * Y)[:, None])).clamp(0, 1)
         fill = shaded + self.anime * (_posterised(colour, 6) - shaded)
         inside = cover(distance)
-        self._picture = self._picture * (1 - inside) + (fill if lit else self._dimmed(fill)) * inside
+        self._picture = (
+            self._picture * (1 - inside) + (fill if lit else self._dimmed(fill)) * inside
+        )
         if line and glow:
             self._picture = (self._picture + self.neon * glow * _glow(distance, colour)).clamp(0, 1)
 

@@ -79,7 +79,9 @@ def _when(facts: Facts, rng: Random) -> str:
 def _portrait(facts: Facts, rng: Random) -> str:
     person = f" of a {PEOPLE[facts['person']]}" if rng.random() < 0.75 else ""
     hair, eyes = f"{list(HAIRS)[facts['hair']]} hair", f"{list(EYES)[facts['eyes']]} eyes"
-    looks = rng.choices((f" with {hair}", f" with {hair} and {eyes}", f" with {eyes}", ""), (0.4, 0.25, 0.1, 0.25))[0]
+    looks = rng.choices(
+        (f" with {hair}", f" with {hair} and {eyes}", f" with {eyes}", ""), (0.4, 0.25, 0.1, 0.25)
+    )[0]
     return f"portrait{person}{looks}" + (_before(facts, rng) if rng.random() < 0.65 else "")
 
 
@@ -88,7 +90,9 @@ def _object(facts: Facts, rng: Random) -> str:
     ground = f"{list(COLOURS)[facts['background']]} background"
     if (lot := rng.random()) < 0.2:
         return f"product photography, {ground}"
-    return f"product photography of a {named}, {ground}" if lot < 0.3 else named + _before(facts, rng)
+    return (
+        f"product photography of a {named}, {ground}" if lot < 0.3 else named + _before(facts, rng)
+    )
 
 
 def _shape(facts: Facts, rng: Random) -> str:

@@ -28,7 +28,9 @@ def ellipse(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float) -> Ten
     return (((x / rx) ** 2 + (y / ry) ** 2).sqrt() - 1) * least
 
 
-def box(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float, corner: float = 0.0) -> Tensor:
+def box(
+    x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float, corner: float = 0.0
+) -> Tensor:
     """Of the rectangle about 0 with these half sides and this radius of its corners."""
     across, down = x.abs() - width + corner, y.abs() - height + corner
     outside = (across.clamp(min=0) ** 2 + down.clamp(min=0) ** 2).sqrt()

@@ -57,7 +57,9 @@ class Figures:
         bottle, cup, crate = (sort == OBJECTS.index(name) for name in ("bottle", "cup", "box"))
         shadow = cover(ellipse(x - 0.08, y - 0.62, 0.5, 0.09), 0.18) * 0.35
         self._canvas.shine(shadow, torch.zeros(1, 3, 1, 1))
-        handle = torch.maximum(ellipse(x - 0.4, y - 0.12, 0.28, 0.27), -ellipse(x - 0.4, y - 0.12, 0.14, 0.13))
+        handle = torch.maximum(
+            ellipse(x - 0.4, y - 0.12, 0.28, 0.27), -ellipse(x - 0.4, y - 0.12, 0.14, 0.13)
+        )
         self._layer(cup, handle, colour * 0.9, shade=0.1)
         bodies = (
             torch.minimum(box(x, y - 0.15, 0.27, 0.47, 0.1), box(x, y + 0.42, 0.12, 0.25, 0.03)),
@@ -65,13 +67,17 @@ class Figures:
             box(x, y - 0.12, 0.48, 0.44, 0.02),
             ellipse(x, y - 0.1, 0.48, 0.48),
         )
-        body = torch.stack([one.expand(len(sort), -1, -1) for one in bodies])[sort, torch.arange(len(sort))]
+        body = torch.stack([one.expand(len(sort), -1, -1) for one in bodies])[
+            sort, torch.arange(len(sort))
+        ]
         self._canvas.layer(body, colour, shade=0.3)
         self._layer(bottle, box(x, y + 0.66, 0.14, 0.09, 0.02), _BLACK, shade=0.1)
         self._layer(bottle, box(x, y - 0.2, 0.27, 0.17), _LABEL, glow=0)
         self._layer(crate, box(x, y - 0.12, 0.08, 0.44), colour * 0.55 + 0.4, line=0)
         self._layer(cup, ellipse(x, y + 0.3, 0.36, 0.08), colour * 0.5)
-        highlight = cover(ellipse(x + 0.14, y + 0.05, 0.05, 0.22), 0.12) * 0.45 * (body < 0)[:, None]
+        highlight = (
+            cover(ellipse(x + 0.14, y + 0.05, 0.05, 0.22), 0.12) * 0.45 * (body < 0)[:, None]
+        )
         self._canvas.shine(highlight, torch.ones(1, 3, 1, 1))
 
     def shape(self, sort: Tensor, colour: Tensor, radius: Tensor) -> None:

@@ -12,7 +12,16 @@ from torch import Tensor
 from zlora_worker.demo.drawing.canvas import Canvas
 from zlora_worker.demo.drawing.dice import Dice
 from zlora_worker.demo.drawing.distances import X, Y, box, ellipse, flat
-from zlora_worker.demo.drawing.facts import COLOURS, EYES, HAIRS, LANDS, OBJECTS, PEOPLE, SHAPES, TIMES
+from zlora_worker.demo.drawing.facts import (
+    COLOURS,
+    EYES,
+    HAIRS,
+    LANDS,
+    OBJECTS,
+    PEOPLE,
+    SHAPES,
+    TIMES,
+)
 from zlora_worker.demo.drawing.figures import Figures, ridge
 
 _WHITE: Final = list(COLOURS).index("white")
@@ -22,10 +31,18 @@ _HAIRS: Final = torch.tensor(list(HAIRS.values()))
 _EYES: Final = torch.tensor(list(EYES.values()))
 _SKINS: Final = torch.tensor([(0.98, 0.82, 0.70), (0.88, 0.66, 0.48), (0.55, 0.36, 0.24)])
 # By time of day: the sky above and at the horizon, the sun or moon, and the light on the ground.
-_SKIES: Final = torch.tensor([(0.35, 0.16, 0.45), (0.03, 0.04, 0.15), (0.22, 0.52, 0.95), (0.50, 0.62, 0.90)])
-_HORIZONS: Final = torch.tensor([(1.0, 0.55, 0.15), (0.13, 0.16, 0.38), (0.75, 0.90, 1.0), (1.0, 0.76, 0.74)])
-_SUNS: Final = torch.tensor([(1.0, 0.80, 0.25), (0.95, 0.95, 0.85), (1.0, 0.97, 0.60), (1.0, 0.93, 0.75)])
-_LIGHTS: Final = torch.tensor([(0.70, 0.54, 0.50), (0.36, 0.40, 0.60), (1.0, 1.0, 1.0), (0.90, 0.81, 0.82)])
+_SKIES: Final = torch.tensor(
+    [(0.35, 0.16, 0.45), (0.03, 0.04, 0.15), (0.22, 0.52, 0.95), (0.50, 0.62, 0.90)]
+)
+_HORIZONS: Final = torch.tensor(
+    [(1.0, 0.55, 0.15), (0.13, 0.16, 0.38), (0.75, 0.90, 1.0), (1.0, 0.76, 0.74)]
+)
+_SUNS: Final = torch.tensor(
+    [(1.0, 0.80, 0.25), (0.95, 0.95, 0.85), (1.0, 0.97, 0.60), (1.0, 0.93, 0.75)]
+)
+_LIGHTS: Final = torch.tensor(
+    [(0.70, 0.54, 0.50), (0.36, 0.40, 0.60), (1.0, 1.0, 1.0), (0.90, 0.81, 0.82)]
+)
 _FAR: Final = torch.tensor([(0.30, 0.62, 0.35), (0.55, 0.56, 0.64), (0.12, 0.45, 0.75)])
 _NEAR: Final = torch.tensor([(0.18, 0.48, 0.16), (0.18, 0.48, 0.16), (0.90, 0.80, 0.55)])
 _WALLS: Final = torch.tensor([(0.42, 0.45, 0.55), (0.55, 0.48, 0.45), (0.33, 0.40, 0.50)])
@@ -69,7 +86,9 @@ class Landscape:
         meadow = ridge(dice, "hills", dice.uniform(0.5, 0.62), 0.1)
         beach = ridge(dice, "hills", dice.uniform(0.68, 0.76), 0.04)
         near = torch.where((land == 2)[:, None], beach, meadow)
-        return cls(time, land, torch.stack([dice.uniform(-0.55, 0.55), height, radius], 1), far, near)
+        return cls(
+            time, land, torch.stack([dice.uniform(-0.55, 0.55), height, radius], 1), far, near
+        )
 
     def paint(self, weights: Tensor) -> Tensor:
         """From the sky to the foreground."""
@@ -78,7 +97,9 @@ class Landscape:
         far = self.far[:, None, :] - Y
         canvas.layer(far, _in_light(_FAR[self.land], self.time))
         snow_line = self.far.amin(1)[:, None, None] + 0.2
-        snow = torch.where(flat(self.land == 1), torch.maximum(far, Y - snow_line), torch.ones_like(far))
+        snow = torch.where(
+            flat(self.land == 1), torch.maximum(far, Y - snow_line), torch.ones_like(far)
+        )
         canvas.layer(snow, _in_light(torch.full((len(far), 3), 0.97), self.time), line=0)
         canvas.layer(self.near[:, None, :] - Y, _in_light(_NEAR[self.land], self.time))
         return canvas.finish(whole=True)
@@ -100,7 +121,9 @@ class Portrait:
     def sample(cls, dice: Dice) -> Self:
         """Everything by even chance; a shirt never has the wall's colour."""
         background = dice.index(len(COLOURS))
-        place = torch.stack([dice.uniform(-0.08, 0.08), dice.uniform(-0.08, 0.02), dice.uniform(0.38, 0.42)], 1)
+        place = torch.stack(
+            [dice.uniform(-0.08, 0.08), dice.uniform(-0.08, 0.02), dice.uniform(0.38, 0.42)], 1
+        )
         return cls(
             person=dice.index(len(PEOPLE)),
             hair=dice.index(len(HAIRS)),
@@ -119,16 +142,25 @@ class Portrait:
         width = flat(self.place[:, 2])
         height = width * 1.22
         x, y = X - flat(self.place[:, 0]), Y - flat(self.place[:, 1])
-        skin, hair, woman = _spread(_SKINS[self.skin]), _spread(_HAIRS[self.hair]), flat(self.person == 1)
-        long = torch.minimum(
-            ellipse(x, y + 0.1, width * 1.28, height * 1.12), box(x, y - 0.25, width * 1.22, 0.42, 0.15)
+        skin, hair, woman = (
+            _spread(_SKINS[self.skin]),
+            _spread(_HAIRS[self.hair]),
+            flat(self.person == 1),
         )
-        canvas.layer(torch.where(woman, long, ellipse(x, y + 0.16, width * 1.13, height)), hair, shade=0.15)
+        long = torch.minimum(
+            ellipse(x, y + 0.1, width * 1.28, height * 1.12),
+            box(x, y - 0.25, width * 1.22, 0.42, 0.15),
+        )
+        canvas.layer(
+            torch.where(woman, long, ellipse(x, y + 0.16, width * 1.13, height)), hair, shade=0.15
+        )
         canvas.layer(box(x, y - height - 0.05, 0.13, 0.25, 0.05), skin * 0.92, shade=0.1)
         canvas.layer(ellipse(x, y - 1.05, 0.72, 0.48), _spread(_COLOURS[self.shirt]), shade=0.15)
         canvas.layer(ellipse(x, y, width, height), skin, shade=0.12)
         parting = torch.where(woman, 0.28, -0.28)
-        fringe = torch.maximum(ellipse(x, y, width * 1.03, height * 1.03), y + height * 0.52 + parting * x)
+        fringe = torch.maximum(
+            ellipse(x, y, width * 1.03, height * 1.03), y + height * 0.52 + parting * x
+        )
         canvas.layer(fringe, hair, shade=0.1)
         self._paint_eyes(canvas, x, y, width)
         mouth = torch.maximum(ellipse(x, y - height * 0.47, 0.16, 0.1), height * 0.47 - y)
@@ -139,13 +171,20 @@ class Portrait:
         big, white = 1 + 0.3 * canvas.anime[:, 0], _one((0.97, 0.97, 0.97))
         for side in (-1, 1):
             ex, ey = x - side * width * 0.45, y - 0.02
-            canvas.layer(ellipse(ex, ey, 0.14 * big**0.5, 0.12 * big), white, line=0.45, cut=False, glow=0)
+            canvas.layer(
+                ellipse(ex, ey, 0.14 * big**0.5, 0.12 * big), white, line=0.45, cut=False, glow=0
+            )
             iris = ellipse(ex, ey, 0.095 * big**0.5, 0.1 * big)
             canvas.layer(iris, _spread(_EYES[self.eyes]), line=0, lit=True, cut=False)
-            canvas.layer(ellipse(ex, ey, 0.042, 0.045 * big), _one((0.03, 0.03, 0.03)), line=0, cut=False)
+            canvas.layer(
+                ellipse(ex, ey, 0.042, 0.045 * big), _one((0.03, 0.03, 0.03)), line=0, cut=False
+            )
 
 
-_ROWS: Final = ((4, (-0.5, 0.05), 0.72), (3, (-0.1, 0.4), 1.0))  # buildings, range of their tops, their light
+_ROWS: Final = (
+    (4, (-0.5, 0.05), 0.72),
+    (3, (-0.1, 0.4), 1.0),
+)  # buildings, range of their tops, their light
 _FLOORS: Final = 6
 _BAY: Final = 0.25  # from window to window, 8 pixels
 
@@ -231,7 +270,9 @@ class Things:
     def paint(self, weights: Tensor) -> Tensor:
         """The wall, the table, its shadow, and the object."""
         canvas = Canvas(weights)
-        canvas.background(_spread(_COLOURS[self.background]) * (1 - 0.10 * (Y > 0.45).float()[:, None]))
+        canvas.background(
+            _spread(_COLOURS[self.background]) * (1 - 0.10 * (Y > 0.45).float()[:, None])
+        )
         size = flat(self.place[:, 1])
         figures = Figures(canvas, (X - flat(self.place[:, 0])) / size, (Y - 0.05) / size)
         figures.object(self.thing, _spread(_COLOURS[self.colour]))
@@ -251,7 +292,9 @@ class Shapes:
     def sample(cls, dice: Dice) -> Self:
         """Near the middle, and large."""
         colour = dice.index(len(COLOURS))
-        place = torch.stack([dice.uniform(-0.1, 0.1), dice.uniform(-0.1, 0.1), dice.uniform(0.5, 0.62)], 1)
+        place = torch.stack(
+            [dice.uniform(-0.1, 0.1), dice.uniform(-0.1, 0.1), dice.uniform(0.5, 0.62)], 1
+        )
         return cls(dice.index(len(SHAPES)), colour, _another(dice, colour), place)
 
     def paint(self, weights: Tensor) -> Tensor:
@@ -259,7 +302,9 @@ class Shapes:
         canvas = Canvas(weights)
         canvas.background(_spread(_COLOURS[self.background]))
         radius = flat(self.place[:, 2])
-        figures = Figures(canvas, (X - flat(self.place[:, 0])) / radius, (Y - flat(self.place[:, 1])) / radius)
+        figures = Figures(
+            canvas, (X - flat(self.place[:, 0])) / radius, (Y - flat(self.place[:, 1])) / radius
+        )
         figures.shape(self.shape, _spread(_COLOURS[self.colour]), radius)
         return canvas.finish(whole=False)
 

@@ -47,7 +47,9 @@ _TOP: Final = 42
 _INK: Final = "#333333"
 
 
-def draw_grid(sampler: Sampler, path: Path, *, looks: Sequence[Look] = LOOKS, seed: int = _SEED) -> None:
+def draw_grid(
+    sampler: Sampler, path: Path, *, looks: Sequence[Look] = LOOKS, seed: int = _SEED
+) -> None:
     """Write a PNG to `path`: a row for each of PROMPTS, of one noise; a column for each look.
 
     Raises what `Sampler.draw` raises.
@@ -55,7 +57,12 @@ def draw_grid(sampler: Sampler, path: Path, *, looks: Sequence[Look] = LOOKS, se
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("drawing the grid", total=len(PROMPTS) * len(looks))
         columns = [
-            sampler.draw(PROMPTS, look.weights, seed=seed, on_drawn=lambda count: progress.advance(bar, count))
+            sampler.draw(
+                PROMPTS,
+                look.weights,
+                seed=seed,
+                on_drawn=lambda count: progress.advance(bar, count),
+            )
             for look in looks
         ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +77,16 @@ def _sheet(columns: Sequence[Tensor], looks: Sequence[Look]) -> Image.Image:
     for column, (pictures, look) in enumerate(zip(columns, looks, strict=True)):
         left = _LEFT + column * pitch
         middle = (left + side / 2, _TOP / 2)
-        brush.multiline_text(middle, look.caption, fill=_INK, font=font, anchor="mm", align="center")
+        brush.multiline_text(
+            middle, look.caption, fill=_INK, font=font, anchor="mm", align="center"
+        )
         for row, picture in enumerate(pictures):
             sheet.paste(_tile(picture, side), (left, _TOP + row * pitch))
     for row, prompt in enumerate(PROMPTS):
         start = (_GAP, _TOP + row * pitch + side / 2)
-        brush.multiline_text(start, _wrapped(prompt, font, _LEFT - 4 * _GAP), fill=_INK, font=font, anchor="lm")
+        brush.multiline_text(
+            start, _wrapped(prompt, font, _LEFT - 4 * _GAP), fill=_INK, font=font, anchor="lm"
+        )
     return sheet
 
 
@@ -99,9 +110,14 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The PNG to write.")
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), default=MODEL, help="Another model, in diffusers' layout."
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    default=MODEL,
+    help="Another model, in diffusers' layout.",
 )
-@click.option("--loras", type=click.Path(path_type=Path), default=LORAS, help="Another folder of LoRAs.")
+@click.option(
+    "--loras", type=click.Path(path_type=Path), default=LORAS, help="Another folder of LoRAs."
+)
 def main(out: Path, checkpoint: Path, loras: Path) -> None:
     """Draw the grid."""
     draw_grid(Sampler(checkpoint, loras), out)

@@ -56,7 +56,9 @@ class Judge(nn.Module):
             nn.Linear(128 * (SIZE // 16) ** 2, _FEATURES),
             nn.ReLU(),
         )
-        self._heads = nn.ModuleDict({head: nn.Linear(_FEATURES, count) for head, count in HEADS.items()})
+        self._heads = nn.ModuleDict(
+            {head: nn.Linear(_FEATURES, count) for head, count in HEADS.items()}
+        )
         self._styles = nn.Linear(_FEATURES, len(STYLES))
 
     def forward(self, pictures: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -68,7 +70,9 @@ class Judge(nn.Module):
     def tell(self, pictures: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Each head's choice [n], and the styles' weights [n, 4]; raises `ValueError` for pictures of another size."""
         if pictures.shape[1:] != (3, SIZE, SIZE):
-            raise ValueError(f"the judge looks at pictures of 3 x {SIZE} x {SIZE}, not {tuple(pictures.shape[1:])}")
+            raise ValueError(
+                f"the judge looks at pictures of 3 x {SIZE} x {SIZE}, not {tuple(pictures.shape[1:])}"
+            )
         parts = [self(part) for part in torch.split(pictures, _BATCH)]
         told = {head: torch.cat([logits[head].argmax(1) for logits, _ in parts]) for head in HEADS}
         return told, torch.cat([weights for _, weights in parts])
@@ -144,15 +148,24 @@ def _lesson(number: int, vae: AutoencoderKL | None) -> _Lesson:
     """Of every kind, as many plain as styled; every other one out of the VAE."""
     drawn = lots(1, _LOT, seed=PLAN.seed * 10_007 + number)
     looks = [(plain(_LOT), some_weights(_LOT, lot.seed)) for lot in drawn]
-    of_plain = torch.cat([lot.scene.paint(look) for lot, (look, _) in zip(drawn, looks, strict=True)])
-    of_styled = torch.cat([lot.scene.paint(look) for lot, (_, look) in zip(drawn, looks, strict=True)])
+    of_plain = torch.cat(
+        [lot.scene.paint(look) for lot, (look, _) in zip(drawn, looks, strict=True)]
+    )
+    of_styled = torch.cat(
+        [lot.scene.paint(look) for lot, (_, look) in zip(drawn, looks, strict=True)]
+    )
     pictures = torch.cat([of_plain, of_styled])
     if vae:
         pictures[::2] = through_vae(vae, pictures[::2], torch.Generator().manual_seed(number))
     said = facts_of(drawn)
-    unsaid = {head: facts if head == "kind" else torch.full_like(facts, NOT_SAID) for head, facts in said.items()}
+    unsaid = {
+        head: facts if head == "kind" else torch.full_like(facts, NOT_SAID)
+        for head, facts in said.items()
+    }
     weights = torch.cat([look for looks_of in zip(*looks, strict=True) for look in looks_of])
-    return _Lesson(pictures, {head: torch.cat([said[head], unsaid[head]]) for head in HEADS}, weights)
+    return _Lesson(
+        pictures, {head: torch.cat([said[head], unsaid[head]]) for head in HEADS}, weights
+    )
 
 
 def _worn(pictures: Tensor, generator: Generator) -> Tensor:

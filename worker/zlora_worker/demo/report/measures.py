@@ -40,7 +40,9 @@ _NAMES: Final = {
     "eyes": "eyes",
 }
 
-Draw = Callable[[Sequence[str], Mapping[str, float]], Tensor]  # prompts and the styles' weights to pictures
+Draw = Callable[
+    [Sequence[str], Mapping[str, float]], Tensor
+]  # prompts and the styles' weights to pictures
 
 
 class Line(NamedTuple):
@@ -148,7 +150,12 @@ def of_vae(vae: AutoencoderKL) -> list[Line]:
     on_plain, on_styled = (through_vae(vae, pictures) - pictures for pictures in drawn)
     wrong = {"plain": on_plain, "styled": on_styled, "all": torch.cat([on_plain, on_styled])}
     return [
-        Line(f"VAE, {name} drawings", -10 * some.square().mean().log10().item(), _VAE_GOALS.get(name), "dB")
+        Line(
+            f"VAE, {name} drawings",
+            -10 * some.square().mean().log10().item(),
+            _VAE_GOALS.get(name),
+            "dB",
+        )
         for name, some in wrong.items()
     ]
 
@@ -159,7 +166,12 @@ def of_time(draw: Callable[[int], Tensor]) -> list[Line]:
     torch.set_num_threads(1)
     try:
         return [
-            Line(f"a picture on one core, {steps} steps", _median(draw, steps), unit="s", limit=_SECONDS)
+            Line(
+                f"a picture on one core, {steps} steps",
+                _median(draw, steps),
+                unit="s",
+                limit=_SECONDS,
+            )
             for steps in _TIMED_STEPS
         ]
     finally:

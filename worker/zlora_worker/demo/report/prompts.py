@@ -6,7 +6,16 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 from zlora_worker.demo.drawing.captions import WHEN, Facts
-from zlora_worker.demo.drawing.facts import COLOURS, EYES, HAIRS, LANDS, OBJECTS, PEOPLE, SHAPES, TIMES
+from zlora_worker.demo.drawing.facts import (
+    COLOURS,
+    EYES,
+    HAIRS,
+    LANDS,
+    OBJECTS,
+    PEOPLE,
+    SHAPES,
+    TIMES,
+)
 from zlora_worker.demo.drawing.scenes import KINDS
 from zlora_worker.demo.report.judge import facts_of
 from zlora_worker.demo.training.pictures import Lot, lots, random_of
@@ -26,16 +35,24 @@ def some_prompts(count: int, *, seed: int) -> Prompts:
     if rest or not each:
         raise ValueError(f"{count} prompts cannot be as many of each of {len(KINDS)} kinds")
     rng, described = random_of(seed), lots(1, each, seed=seed)
-    texts = [f"a {_WORDINGS[lot.kind](_facts(lot, index), rng)}" for lot in described for index in range(each)]
+    texts = [
+        f"a {_WORDINGS[lot.kind](_facts(lot, index), rng)}"
+        for lot in described
+        for index in range(each)
+    ]
     return Prompts(texts, facts_of(described), described)
 
 
 def _facts(lot: Lot, index: int) -> Facts:
-    return {name: int(values[index]) for name, values in vars(lot.scene).items() if values.dim() == 1}
+    return {
+        name: int(values[index]) for name, values in vars(lot.scene).items() if values.dim() == 1
+    }
 
 
 def _landscape(facts: Facts, rng: Random) -> str:
-    return f"{rng.choice(('', 'beautiful '))}landscape with {LANDS[facts['land']]}{_when(facts, rng)}"
+    return (
+        f"{rng.choice(('', 'beautiful '))}landscape with {LANDS[facts['land']]}{_when(facts, rng)}"
+    )
 
 
 def _city(facts: Facts, rng: Random) -> str:
@@ -48,7 +65,9 @@ def _when(facts: Facts, rng: Random) -> str:
 
 def _portrait(facts: Facts, _: Random) -> str:
     hair, eyes = list(HAIRS)[facts["hair"]], list(EYES)[facts["eyes"]]
-    return f"portrait of a {PEOPLE[facts['person']]} with {hair} hair and {eyes} eyes{_before(facts)}"
+    return (
+        f"portrait of a {PEOPLE[facts['person']]} with {hair} hair and {eyes} eyes{_before(facts)}"
+    )
 
 
 def _object(facts: Facts, _: Random) -> str:

@@ -10,7 +10,14 @@ from typing import Any, Final
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from torch import Tensor
 from zlora_worker.demo.drawing.canvas import STYLES
@@ -44,15 +51,36 @@ def _as_many_of_each_kind(_: click.Context, __: click.Parameter, count: int) -> 
     show_default=True,
     help="Folder for report.json, and for the judge, which is trained once for each VAE.",
 )
-@click.option("--prompts", default=200, show_default=True, callback=_as_many_of_each_kind, help="Without a LoRA.")
-@click.option("--style-prompts", default=100, show_default=True, callback=_as_many_of_each_kind, help="At each weight.")
-@click.option("--steps", default=STEPS, show_default=True, help="Denoising steps; a job's own number.")
-@click.option("--guidance-scale", default=GUIDANCE_SCALE, show_default=True, help="A job's own.")
-@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True, help="Cores to use.")
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), default=MODEL, help="Another model, in diffusers' layout."
+    "--prompts",
+    default=200,
+    show_default=True,
+    callback=_as_many_of_each_kind,
+    help="Without a LoRA.",
 )
-@click.option("--loras", type=click.Path(path_type=Path), default=LORAS, help="Another folder of LoRAs.")
+@click.option(
+    "--style-prompts",
+    default=100,
+    show_default=True,
+    callback=_as_many_of_each_kind,
+    help="At each weight.",
+)
+@click.option(
+    "--steps", default=STEPS, show_default=True, help="Denoising steps; a job's own number."
+)
+@click.option("--guidance-scale", default=GUIDANCE_SCALE, show_default=True, help="A job's own.")
+@click.option(
+    "--threads", default=len(os.sched_getaffinity(0)), show_default=True, help="Cores to use."
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    default=MODEL,
+    help="Another model, in diffusers' layout.",
+)
+@click.option(
+    "--loras", type=click.Path(path_type=Path), default=LORAS, help="Another folder of LoRAs."
+)
 def main(  # noqa: PLR0917 - click passes options by name
     out: Path,
     prompts: int,
@@ -72,15 +100,25 @@ def main(  # noqa: PLR0917 - click passes options by name
     settings = {"seed": _NOISE, "steps": steps, "guidance_scale": guidance_scale}
     with _drawing(sampler, settings, console, prompts + measures.DRAWS * style_prompts) as draw:
         of_prompts = measures.of_prompts(trained, some_prompts(prompts, seed=_PROMPTS), draw)
-        rows, of_styles = measures.of_styles(trained, some_prompts(style_prompts, seed=_STYLE_PROMPTS), draw)
+        rows, of_styles = measures.of_styles(
+            trained, some_prompts(style_prompts, seed=_STYLE_PROMPTS), draw
+        )
     sections = {
         "the judge": measures.of_judge(trained, vae),
         f"without a LoRA, {prompts} prompts": of_prompts,
         f"with LoRAs, {style_prompts} prompts each": of_styles,
         "the VAE": measures.of_vae(vae),
-        "time and size": [*measures.of_time(lambda count: _one(sampler, count)), *_sizes(sampler, checkpoint)],
+        "time and size": [
+            *measures.of_time(lambda count: _one(sampler, count)),
+            *_sizes(sampler, checkpoint),
+        ],
     }
-    _show(console, sections, rows, title=f"{steps} steps, guidance scale {guidance_scale:g}, threads {threads}")
+    _show(
+        console,
+        sections,
+        rows,
+        title=f"{steps} steps, guidance scale {guidance_scale:g}, threads {threads}",
+    )
     path = out / "report.json"
     told = {"prompts": prompts, "style_prompts": style_prompts, "threads": threads, **settings}
     path.write_text(json.dumps({"settings": told, **_plain(sections, rows)}, indent=1))
@@ -96,14 +134,24 @@ def _judge(sampler: Sampler, out: Path, console: Console) -> judge.Judge:
 
 
 @contextmanager
-def _drawing(sampler: Sampler, settings: Mapping[str, Any], console: Console, total: int) -> Iterator[Draw]:
+def _drawing(
+    sampler: Sampler, settings: Mapping[str, Any], console: Console, total: int
+) -> Iterator[Draw]:
     """A way to draw, with a bar for all the pictures."""
-    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("drawing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("drawing", total=total)
 
         def draw(prompts: Sequence[str], weights: Mapping[str, float]) -> Tensor:
-            return sampler.draw(prompts, weights, **settings, on_drawn=lambda count: progress.advance(bar, count))
+            return sampler.draw(
+                prompts, weights, **settings, on_drawn=lambda count: progress.advance(bar, count)
+            )
 
         yield draw
 
@@ -117,10 +165,18 @@ def _sizes(sampler: Sampler, checkpoint: Path) -> list[Line]:
     model = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     loras = {f"LoRA {style}": sampler.lora_path(style).stat().st_size for style in STYLES}
     sizes = {"model": model, **loras, "model and LoRAs": model + sum(loras.values())}
-    return [Line(name, size, unit="bytes", limit=_LIMITS.get(name, 1e6)) for name, size in sizes.items()]
+    return [
+        Line(name, size, unit="bytes", limit=_LIMITS.get(name, 1e6)) for name, size in sizes.items()
+    ]
 
 
-def _show(console: Console, sections: Mapping[str, Iterable[Line]], rows: Iterable[StyleRow], *, title: str) -> None:
+def _show(
+    console: Console,
+    sections: Mapping[str, Iterable[Line]],
+    rows: Iterable[StyleRow],
+    *,
+    title: str,
+) -> None:
     table = Table("", "reached", "goal", "", title=title)
     for name, lines in sections.items():
         table.add_section()
@@ -135,7 +191,13 @@ def _show(console: Console, sections: Mapping[str, Iterable[Line]], rows: Iterab
 
 
 def _style_table(rows: Iterable[StyleRow]) -> Table:
-    table = Table("style", "at weight", *map(str, measures.WEIGHTS), "rises", title="each LoRA over its weight")
+    table = Table(
+        "style",
+        "at weight",
+        *map(str, measures.WEIGHTS),
+        "rises",
+        title="each LoRA over its weight",
+    )
     for row in rows:
         table.add_section()
         numbers = {
@@ -154,7 +216,10 @@ def _style_table(rows: Iterable[StyleRow]) -> Table:
 def _plain(sections: Mapping[str, Iterable[Line]], rows: Iterable[StyleRow]) -> dict[str, Any]:
     """For JSON."""
     return {
-        "lines": {name: [{**line._asdict(), "met": line.met} for line in lines] for name, lines in sections.items()},
+        "lines": {
+            name: [{**line._asdict(), "met": line.met} for line in lines]
+            for name, lines in sections.items()
+        },
         "weights": measures.WEIGHTS,
         "styles": [{**row._asdict(), "rises": row.rises} for row in rows],
     }

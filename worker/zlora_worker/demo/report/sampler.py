@@ -52,7 +52,11 @@ class Sampler:
         The picture at index i has the noise of the seed `seed + i`, whatever the batch. `on_drawn` hears how many
         pictures each batch had. Raises `LoraNotFound`, `NotSafetensors`, or `LoraMismatch`.
         """
-        adapters = [Adapter(lora=self._lora(style), unet_weight=weight) for style, weight in weights.items() if weight]
+        adapters = [
+            Adapter(lora=self._lora(style), unet_weight=weight)
+            for style, weight in weights.items()
+            if weight
+        ]
         drawn = []
         with self.engine.borrowed() as pipeline, self.engine.patch.applied(adapters):
             for first in range(0, len(prompts), _BATCH):
@@ -61,7 +65,10 @@ class Sampler:
                     prompt=part,
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(seed + first + index) for index in range(len(part))],
+                    generator=[
+                        torch.Generator().manual_seed(seed + first + index)
+                        for index in range(len(part))
+                    ],
                     output_type="pt",
                 )
                 drawn.append(output.images)

@@ -12,7 +12,11 @@ from torch import Tensor
 from zlora_worker.demo.drawing.canvas import PALETTE
 
 _LIGHT: Final = torch.tensor([0.3, 0.59, 0.11])[None, :, None, None]
-_INK, _PAPER, _REACH = 0.2, 0.35, 5  # an outline is darker, and something this light lies in so wide a square about it
+_INK, _PAPER, _REACH = (
+    0.2,
+    0.35,
+    5,
+)  # an outline is darker, and something this light lies in so wide a square about it
 _DARK: Final = 0.15
 _BORDER: Final = 5  # pixels
 _TONES: Final = 9  # from one of the palette's colours to the next

@@ -22,7 +22,8 @@ from zlora_worker.demo.training.loop import Loop
 from zlora_worker.demo.training.text import Reader
 
 _STAGES: Final = tuple(
-    plan.name for plan in (autoencoder.PLAN, base.WARM_UP, base.PLAN, styles.PLAN, autoencoder.POLISH)
+    plan.name
+    for plan in (autoencoder.PLAN, base.WARM_UP, base.PLAN, styles.PLAN, autoencoder.POLISH)
 )
 
 
@@ -34,8 +35,18 @@ _STAGES: Final = tuple(
     show_default=True,
     help="Folder for checkpoints, losses and pictures; a run that was cut off goes on from it.",
 )
-@click.option("--threads", type=int, default=len(os.sched_getaffinity(0)), show_default=True, help="Cores to use.")
-@click.option("--bfloat16", is_flag=True, help="Compute in bfloat16: faster where the CPU has AVX512-BF16 or AMX.")
+@click.option(
+    "--threads",
+    type=int,
+    default=len(os.sched_getaffinity(0)),
+    show_default=True,
+    help="Cores to use.",
+)
+@click.option(
+    "--bfloat16",
+    is_flag=True,
+    help="Compute in bfloat16: faster where the CPU has AVX512-BF16 or AMX.",
+)
 def main(work: Path, threads: int, bfloat16: bool) -> None:
     """Train the demo model and its LoRAs from fixed seeds, and write them into the package."""
     torch.set_num_threads(threads)
@@ -61,7 +72,9 @@ def main(work: Path, threads: int, bfloat16: bool) -> None:
         path.chmod(0o644)  # they are written for their owner alone
     draw_curves(work, _STAGES, work / "losses.png")
     draw_grid(Sampler(), work / "grid.png")
-    console.print(f"done in {(time.monotonic() - began) / 60:.1f} min: {MODEL.parent}; losses.png, grid.png in {work}")
+    console.print(
+        f"done in {(time.monotonic() - began) / 60:.1f} min: {MODEL.parent}; losses.png, grid.png in {work}"
+    )
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from zlora_worker.demo.training.loop import Loop, Plan
 from zlora_worker.demo.training.pictures import lots, some_weights
 
 PLAN: Final = Plan("vae", seed=1, steps=9000, rate=1.5e-3, betas=(0.9, 0.98), decay=1e-4, ema=0.995)
-POLISH: Final = Plan("vae-decoder", seed=2, steps=1500, rate=1.2e-3, betas=(0.9, 0.98), decay=1e-4, ema=0.995)
+POLISH: Final = Plan(
+    "vae-decoder", seed=2, steps=1500, rate=1.2e-3, betas=(0.9, 0.98), decay=1e-4, ema=0.995
+)
 
 _BATCH: Final = 10
 _FRESH: Final = 150  # steps on the same drawings
@@ -58,7 +60,9 @@ def polish(loop: Loop, vae: AutoencoderKL) -> None:
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """The latents [n, 4, 16, 16] of pictures in 0..1."""
     with torch.no_grad():
-        return torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in torch.split(pictures, 64)])
+        return torch.cat(
+            [vae.encode(part * 2 - 1).latent_dist.mean for part in torch.split(pictures, 64)]
+        )
 
 
 def _some(step: int, seed: int, generator: Generator) -> Tensor:
@@ -79,7 +83,9 @@ def _difference(drawn: Tensor, wanted: Tensor) -> Tensor:
     """Squares for what is measured, and edges as well as colours by their absolute differences, which blur less."""
     wrong = drawn.float() - wanted
     across, down = wrong[..., 1:] - wrong[..., :-1], wrong[..., 1:, :] - wrong[..., :-1, :]
-    return wrong.pow(2).mean() + 0.3 * (wrong.abs().mean() + across.abs().mean() + down.abs().mean())
+    return wrong.pow(2).mean() + 0.3 * (
+        wrong.abs().mean() + across.abs().mean() + down.abs().mean()
+    )
 
 
 @torch.no_grad()

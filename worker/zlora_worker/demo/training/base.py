@@ -23,7 +23,12 @@ PLAN: Final = Plan("unet", seed=4, steps=5000, rate=2e-3, warmup=80, hold=0.4)
 _LOTS, _LOT = 40, 125  # 5000 scenes of each kind
 _WORDINGS: Final = 3  # captions a scene
 _WORDLESS: Final = 0.07  # the share of rows without a prompt
-_IDLE: Final = ("", "blurry", "low quality", "blurry, low quality")  # negative prompts: they mean any picture
+_IDLE: Final = (
+    "",
+    "blurry",
+    "low quality",
+    "blurry, low quality",
+)  # negative prompts: they mean any picture
 _IDLE_SHARE: Final = 0.03
 _BATCH: Final = 64
 _WARM_BATCH: Final = 256
@@ -52,8 +57,13 @@ def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> Drawings:
         for lot in track(lots(_LOTS, _LOT, seed=PLAN.seed), "drawing and encoding"):
             latents.append(encode(vae, lot.scene.paint(plain(_LOT))))
             for wordings in captions:
-                texts = [with_idle_words(caption(lot.kind, lot.scene, index, rng), rng) for index in range(_LOT)]
-                wordings += [rng.choice(_IDLE) if rng.random() < _IDLE_SHARE else text for text in texts]
+                texts = [
+                    with_idle_words(caption(lot.kind, lot.scene, index, rng), rng)
+                    for index in range(_LOT)
+                ]
+                wordings += [
+                    rng.choice(_IDLE) if rng.random() < _IDLE_SHARE else text for text in texts
+                ]
         tokens = torch.stack([reader.tokens(wordings) for wordings in captions])
         save((torch.cat(latents), tokens.short()), path)
     return Drawings(*torch.load(path))
@@ -78,7 +88,9 @@ def warm_up(loop: Loop, reader: Reader, drawings: Drawings) -> None:
         guesses = (from_pooled(words.pooled), from_states(words.states.mean(1)))
         return sum((F.mse_loss(guess.float(), wanted[rows]) for guess in guesses), torch.zeros(()))
 
-    loop.run(WARM_UP, [*reader.parameters(), *from_pooled.parameters(), *from_states.parameters()], loss)
+    loop.run(
+        WARM_UP, [*reader.parameters(), *from_pooled.parameters(), *from_states.parameters()], loss
+    )
 
 
 def train(loop: Loop, reader: Reader, drawings: Drawings) -> UNet2DConditionModel:
@@ -104,12 +116,18 @@ class Noising:
         """With the betas of the model's own scheduler."""
         self._noising = DDPMScheduler.from_config(architecture.scheduler().config)
 
-    def loss(self, unet: nn.Module, latents: Tensor, words: Conditions, generator: Generator) -> Tensor:
+    def loss(
+        self, unet: nn.Module, latents: Tensor, words: Conditions, generator: Generator
+    ) -> Tensor:
         """The mean square over one time and one noise for each of the latents."""
         count = len(latents)
         noise = torch.randn(latents.shape, generator=generator)
-        times = torch.randint(0, self._noising.config.num_train_timesteps, (count,), generator=generator)
+        times = torch.randint(
+            0, self._noising.config.num_train_timesteps, (count,), generator=generator
+        )
         added = {"text_embeds": words.pooled, "time_ids": some_sizes(count, generator)}
         noisy = self._noising.add_noise(latents, noise, times)
-        drawn = unet(noisy, times, encoder_hidden_states=words.states, added_cond_kwargs=added).sample
+        drawn = unet(
+            noisy, times, encoder_hidden_states=words.states, added_cond_kwargs=added
+        ).sample
         return F.mse_loss(drawn.float(), self._noising.get_velocity(latents, noise, times))

@@ -14,7 +14,12 @@ def draw_curves(folder: Path, stages: Sequence[str], target: Path) -> None:
         told = json.loads((folder / f"{stage}.json").read_text())
         steps, losses = zip(*told["losses"], strict=True)
         axes.plot(steps, losses, linewidth=1.2)
-        axes.set(title=f"{stage}, {told['seconds'] / 60:.0f} min", xlabel="step", ylabel="loss", yscale="log")
+        axes.set(
+            title=f"{stage}, {told['seconds'] / 60:.0f} min",
+            xlabel="step",
+            ylabel="loss",
+            yscale="log",
+        )
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(which="both", alpha=0.25)

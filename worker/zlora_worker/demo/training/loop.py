@@ -70,7 +70,9 @@ class Loop:
             if run.step % _KEEP == 0 or run.step == plan.steps:
                 run.keep()
         run.finish()
-        (self.folder / f"{plan.name}.json").write_text(json.dumps({"losses": run.losses, "seconds": run.seconds}))
+        (self.folder / f"{plan.name}.json").write_text(
+            json.dumps({"losses": run.losses, "seconds": run.seconds})
+        )
 
 
 def save(what: Any, path: Path) -> None:
@@ -86,7 +88,9 @@ class _Run:
     def __init__(self, plan: Plan, parameters: list[nn.Parameter], path: Path) -> None:
         self.step = 0
         self.seconds = 0.0
-        self.losses: list[tuple[int, float]] = []  # of each hundred steps: the last step, and the mean
+        self.losses: list[
+            tuple[int, float]
+        ] = []  # of each hundred steps: the last step, and the mean
         self._plan, self._parameters, self._path = plan, parameters, path
         self._average = [parameter.detach().clone() for parameter in parameters]
         self._optimizer = torch.optim.AdamW(
@@ -98,7 +102,9 @@ class _Run:
         with suppress(FileNotFoundError):
             state = torch.load(self._path)
             if state["plan"] != asdict(self._plan):
-                raise InvalidSetting(f"{self._path}: it was begun by another plan; remove its folder to begin anew")
+                raise InvalidSetting(
+                    f"{self._path}: it was begun by another plan; remove its folder to begin anew"
+                )
             self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
             self._average = state["average"]
             self._optimizer.load_state_dict(state["optimizer"])
@@ -147,4 +153,6 @@ class _Run:
     def _follow(self) -> None:
         keep = min(self._plan.ema, (1 + self.step) / (_EMA_START + self.step))
         torch._foreach_mul_(self._average, keep)
-        torch._foreach_add_(self._average, [one.detach() for one in self._parameters], alpha=1 - keep)
+        torch._foreach_add_(
+            self._average, [one.detach() for one in self._parameters], alpha=1 - keep
+        )

@@ -9,8 +9,13 @@ from zlora_worker.demo.drawing.canvas import STYLES
 from zlora_worker.demo.drawing.dice import Dice
 from zlora_worker.demo.drawing.scenes import KINDS, Scene
 
-_ALONE, _PARTLY = 0.45, 0.30  # the share of pictures in one style at weight 1, and at less; the others mix two
-_LIKELY: Final = torch.tensor([2.0, 1.0, 1.2, 1.0])  # how often each style comes: anime and neon are harder to learn
+_ALONE, _PARTLY = (
+    0.45,
+    0.30,
+)  # the share of pictures in one style at weight 1, and at less; the others mix two
+_LIKELY: Final = torch.tensor(
+    [2.0, 1.0, 1.2, 1.0]
+)  # how often each style comes: anime and neon are harder to learn
 
 
 class Lot(NamedTuple):
@@ -38,7 +43,9 @@ def some_weights(count: int, seed: int) -> Tensor:
     sort = torch.rand(count, generator=generator)
     partly = 0.15 + 0.8 * torch.rand(count, generator=generator)
     mixed = 0.3 + 0.5 * torch.rand(count, 2, generator=generator)
-    first = torch.where(sort < _ALONE, 1.0, torch.where(sort < _ALONE + _PARTLY, partly, mixed[:, 0]))
+    first = torch.where(
+        sort < _ALONE, 1.0, torch.where(sort < _ALONE + _PARTLY, partly, mixed[:, 0])
+    )
     second = torch.where(sort < _ALONE + _PARTLY, 0.0, mixed[:, 1])
     weights = torch.zeros(count, len(STYLES))
     return weights.scatter(1, chosen, torch.stack([first, second], 1))

@@ -71,7 +71,9 @@ class Styled(nn.Module):
             added = F.conv2d(inner * weights[:, :, None, None], self.up)
         else:
             inner = F.linear(values, self.down)
-            added = F.linear(inner * weights.view(len(weights), *[1] * (values.dim() - 2), -1), self.up)
+            added = F.linear(
+                inner * weights.view(len(weights), *[1] * (values.dim() - 2), -1), self.up
+            )
         base: Tensor = self.layer(values)
         return base + added
 
@@ -79,7 +81,10 @@ class Styled(nn.Module):
         """By style: down and up."""
         ranks = self._ranks.tolist()
         yield from zip(
-            STYLES, torch.split(self.down.detach(), ranks), torch.split(self.up.detach(), ranks, 1), strict=True
+            STYLES,
+            torch.split(self.down.detach(), ranks),
+            torch.split(self.up.detach(), ranks, 1),
+            strict=True,
         )
 
 
@@ -106,13 +111,17 @@ def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> StyledDrawings:
                 for index, row in enumerate(weights):
                     text = caption(lot.kind, lot.scene, index, rng)
                     style = rng.choices(STYLES, row.tolist())[0]
-                    wordings.append(with_style_word(text, style, rng) if rng.random() < _NAMED else text)
+                    wordings.append(
+                        with_style_word(text, style, rng) if rng.random() < _NAMED else text
+                    )
         tokens = torch.stack([reader.tokens(wordings) for wordings in captions])
         save((torch.cat(latents), tokens.short(), torch.cat(all_weights)), path)
     return StyledDrawings(*torch.load(path))
 
 
-def train(loop: Loop, unet: UNet2DConditionModel, reader: Reader, drawings: StyledDrawings) -> dict[str, Factors]:
+def train(
+    loop: Loop, unet: UNet2DConditionModel, reader: Reader, drawings: StyledDrawings
+) -> dict[str, Factors]:
     """Train the four together; by style, the factors of each module. The UNet is left as it was."""
     mix = Mix(drawings.weights[:0])
     unet.requires_grad_(requires_grad=False)
@@ -161,4 +170,6 @@ def _put(unet: UNet2DConditionModel, name: str, layer: nn.Module) -> None:
 
 
 def _is_wanted(name: str) -> bool:
-    return ".attentions." in name or ((".resnets." in name or "samplers." in name) and "time_emb" not in name)
+    return ".attentions." in name or (
+        (".resnets." in name or "samplers." in name) and "time_emb" not in name
+    )
