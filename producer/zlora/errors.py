@@ -22,7 +22,7 @@ ZloraError
 ├── ModelUnavailable          model_unavailable      the base model cannot be loaded
 ├── BrokerUnavailable         broker_unavailable     Redis does not answer                       retryable
 ├── ResultTimeout             result_timeout         no result within the caller's patience      retryable
-├── PictureUnavailable        picture_unavailable    a result's picture cannot be fetched       retryable
+├── ImageUnavailable        picture_unavailable    a result's picture cannot be fetched       retryable
 ├── JobLost                   job_lost               the worker died over the job                retryable
 ├── JobPoisoned               poisoned               worker after worker died over the job
 ├── JobTimeout                timeout                the job took longer than it may
@@ -48,6 +48,7 @@ __all__ = [
     "CacheFull",
     "Conflict",
     "GenerationFailed",
+    "ImageUnavailable",
     "InternalError",
     "InvalidJobId",
     "InvalidRequest",
@@ -70,7 +71,6 @@ __all__ = [
     "ModelUnavailable",
     "NotSafetensors",
     "OutOfMemory",
-    "PictureUnavailable",
     "ResultTimeout",
     "StackError",
     "StoreFailed",
@@ -249,7 +249,7 @@ class ResultTimeout(ZloraError):
     retryable = True
 
 
-class PictureUnavailable(ZloraError):
+class ImageUnavailable(ZloraError):
     """A picture cannot be brought here. Details: `key`."""
 
     code = "picture_unavailable"

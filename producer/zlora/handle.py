@@ -9,8 +9,9 @@ from typing import Final, Literal
 
 from celery.states import READY_STATES
 
-from zlora.answers import error_of, readable, status_of
-from zlora.broker import Broker
+from zlora.broker.job_store import BRIEFLY
+from zlora.broker.protocol import Broker
+from zlora.broker.task_meta import error_of, readable, status_of
 from zlora.errors import (
     BrokerUnavailable,
     InternalError,
@@ -20,9 +21,8 @@ from zlora.errors import (
     ResultTimeout,
     ZloraError,
 )
-from zlora.job import Cancellation, GenerateResult, ImageRef, JobState, JobStatus
-from zlora.later import read_result
-from zlora.ledger import BRIEFLY
+from zlora.later import parse_result
+from zlora.schema import Cancellation, GenerateResult, ImageRef, JobState, JobStatus
 from zlora.waiting import Wait
 
 _URL_SPARE: Final = 3.0  # seconds that a URL is worth giving for; a producer's clock may be that late of the worker's
@@ -115,7 +115,7 @@ class JobHandle:
             answer = self._broker.answer(self.id)
             if answer.state == JobState.SUCCESS:
                 with readable(self.id):
-                    result = read_result(answer.value)
+                    result = parse_result(answer.value)
                 return self._renewed(result, wait.left)
             if answer.state in READY_STATES:
                 raise error_of(self.id, answer)
@@ -150,7 +150,7 @@ class JobHandle:
         if not manifest:
             return None if manifest is None else False
         with readable(self.id):
-            return read_result(manifest)
+            return parse_result(manifest)
 
     def _renewed(self, result: GenerateResult, patience: float) -> GenerateResult:
         """The result with URLs that hold, where its own do not and a worker makes others within `patience` seconds."""

@@ -8,30 +8,30 @@ from typing import Any
 
 import msgspec
 
-from zlora.job import Asset, GenerateRequest, GenerateResult, LoraSpec
+from zlora.schema import Asset, GenerateRequest, GenerateResult, LoraSpec
 
 
-class LaterAsset(Asset, frozen=True, kw_only=True, forbid_unknown_fields=False):
+class TolerantAsset(Asset, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """An `Asset` with fields that are not known here."""
 
 
-class LaterSpec(LoraSpec, frozen=True, kw_only=True, forbid_unknown_fields=False):
+class TolerantLoraSpec(LoraSpec, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A `LoraSpec` with fields that are not known here."""
 
-    file: LaterAsset
+    file: TolerantAsset
 
 
-class LaterRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=False):
+class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A `GenerateRequest` with fields that are not known here."""
 
-    loras: tuple[LaterSpec, ...] = ()
+    loras: tuple[TolerantLoraSpec, ...] = ()
 
 
 class _LaterResult(GenerateResult, frozen=True, kw_only=True):
-    request: LaterRequest | None = None
+    request: TolerantRequest | None = None
 
 
-def read_result(document: bytes | str | dict[str, Any]) -> GenerateResult:
+def parse_result(document: bytes | str | dict[str, Any]) -> GenerateResult:
     """A result from JSON or its data; raises `msgspec.DecodeError`, or its kind `msgspec.ValidationError`."""
     if isinstance(document, dict):
         found = msgspec.convert(document, _LaterResult)

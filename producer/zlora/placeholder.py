@@ -6,7 +6,8 @@ from typing import Final
 
 import msgspec
 
-from zlora.job import (
+from zlora.redaction import label, without_secrets
+from zlora.schema import (
     Asset,
     GenerateRequest,
     GenerateResult,
@@ -16,13 +17,12 @@ from zlora.job import (
     digest_of,
     seed_of,
 )
-from zlora.redaction import label, without_secrets
 
 _NOTHING: Final = hashlib.sha256(b"").hexdigest()
 _SIDE: Final = 1024  # pixels: the native size of SDXL
 
 
-def placeholder(job_id: str, request: GenerateRequest) -> GenerateResult:
+def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
     """A result with nothing drawn, every field as a worker's would be: pictures of no bytes, and a receipt a LoRA.
 
     URLs are below `https://pictures.invalid/`, a name that is nobody's (RFC 2606).

@@ -20,17 +20,24 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from zlora import webhook
-from zlora.answers import expired, revoked
 from zlora.async_client import AsyncClient
-from zlora.broker import Answer, Entry
+from zlora.broker.job_store import QueueStatus, Submission, verdict_of
+from zlora.broker.protocol import NewJob, TaskMeta
+from zlora.broker.task_meta import expired, revoked
 from zlora.client import Client
 from zlora.errors import Conflict, InternalError, JobExpired, JobRevoked, ZloraError
-from zlora.job import QUEUE, Cancellation, GenerateRequest, GenerateResult, JobState, read_request
-from zlora.later import read_result
-from zlora.ledger import Standing, Submission, verdict_of
-from zlora.placeholder import placeholder
+from zlora.later import parse_result
+from zlora.placeholder import fake_result
+from zlora.schema import (
+    QUEUE,
+    Cancellation,
+    GenerateRequest,
+    GenerateResult,
+    JobState,
+    parse_request,
+)
 
-__all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "placeholder"]
+__all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "fake_result"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, how much of it is done, and of how much; raises `JobRevoked` where the job was cancelled."""
@@ -47,7 +54,7 @@ class Posted(NamedTuple):
     body: bytes
 
 
-_UNSTARTED: Final = Answer(JobState.PENDING.value, None)
+_UNSTARTED: Final = TaskMeta(JobState.PENDING.value, None)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -59,7 +66,7 @@ class _Job:
     cancelled: bool
     taken: bool = False  # by who draws it or ends it
     closed: bool = False
-    answer: Answer = _UNSTARTED
+    answer: TaskMeta = _UNSTARTED
     verdict: ZloraError | None = None
 
     @property
@@ -70,7 +77,7 @@ class _Job:
 class MemoryWorker:
     """Broker and worker in one, for any number of clients and threads: it answers a job before `submit` returns.
 
-    `draw` makes the results; without one they are `placeholder`'s. It runs in the thread that submits. What it raises
+    `draw` makes the results; without one they are `fake_result`'s. It runs in the thread that submits. What it raises
     is the job's error; what is no `ZloraError` fails the job with `InternalError`, as a worker's fault does, and comes
     out of `submit` too.
 
@@ -111,7 +118,7 @@ class MemoryWorker:
     def requests(self) -> dict[str, GenerateRequest]:
         """What was submitted, by job id, in order; a job that was submitted twice is there once."""
         with self._lock:
-            return {job.id: read_request(job.submission.request) for job in self._jobs.values()}
+            return {job.id: parse_request(job.submission.request) for job in self._jobs.values()}
 
     def run(self, count: int | None = None) -> int:
         """Answer so many of the jobs that wait, or all, in order of priority; returns how many it were."""
@@ -121,7 +128,7 @@ class MemoryWorker:
             answered += 1
         return answered
 
-    def put(self, entries: Sequence[Entry]) -> None:
+    def put(self, entries: Sequence[NewJob]) -> None:
         """As a broker does; and where the worker is not paused, all that waits is answered."""
         with self._lock:
             for job_id, _, digest in entries:
@@ -132,20 +139,20 @@ class MemoryWorker:
         if not self._paused:
             self.run()
 
-    def answer(self, job_id: str) -> Answer:
+    def answer(self, job_id: str) -> TaskMeta:
         job = self._look(job_id)
         return _UNSTARTED if job is None else job.answer
 
-    def standing(self, job_id: str) -> Standing:
+    def standing(self, job_id: str) -> QueueStatus:
         if (job := self._look(job_id)) is None or job.closed:
-            return Standing(
+            return QueueStatus(
                 is_open=False, position=None, verdict=None if job is None else job.verdict
             )
         with self._lock:
             before = [
                 other for other in self._jobs.values() if not other.closed and other.rank < job.rank
             ]
-        return Standing(is_open=True, position=len(before), verdict=None)
+        return QueueStatus(is_open=True, position=len(before), verdict=None)
 
     def recall(self, job_id: str, patience: float) -> bytes | None:  # noqa: ARG002 - it answers at once
         state, value = self.answer(job_id)
@@ -182,7 +189,7 @@ class MemoryWorker:
     def close(self) -> None:
         """Nothing is held, and other clients may go on."""
 
-    def _queue(self, entry: Entry) -> None:
+    def _queue(self, entry: NewJob) -> None:
         job_id, submission, digest = entry
         if job_id in self._jobs:
             return
@@ -222,10 +229,10 @@ class MemoryWorker:
             self._require_in_time(job)
             self._report(job, "loading", 0, 0)
             result = self._draw(
-                job.id, read_request(job.submission.request), partial(self._report, job)
+                job.id, parse_request(job.submission.request), partial(self._report, job)
             )
             sent = msgspec.json.encode(result)
-            read_result(sent)  # a `draw` may return anything
+            parse_result(sent)  # a `draw` may return anything
             document = msgspec.json.decode(sent)
         except ZloraError as error:
             self._fail(job, error)
@@ -238,7 +245,7 @@ class MemoryWorker:
             )
             raise
         else:
-            self._tell(job, Answer(JobState.SUCCESS.value, document), closed=True)
+            self._tell(job, TaskMeta(JobState.SUCCESS.value, document), closed=True)
 
     def _require_in_time(self, job: _Job) -> None:
         if self._is_late(job) and not job.cancelled:
@@ -251,24 +258,29 @@ class MemoryWorker:
             phase, ()
         )
         status: dict[str, Any] = dict(zip(names, (done, total), strict=False))
-        self._tell(job, Answer(JobState.PROGRESS.value, {"phase": phase, "attempt": 1, **status}))
+        self._tell(job, TaskMeta(JobState.PROGRESS.value, {"phase": phase, "attempt": 1, **status}))
 
     def _fail(self, job: _Job, error: ZloraError) -> None:
         verdict = verdict_of({"verdict": json.dumps([error.code, error.message, error.details])})
         state = (
             JobState.REVOKED if isinstance(verdict, JobRevoked | JobExpired) else JobState.FAILURE
         )
-        self._tell(job, Answer(state.value, verdict), closed=True, verdict=verdict)
+        self._tell(job, TaskMeta(state.value, verdict), closed=True, verdict=verdict)
 
     def _tell(
-        self, job: _Job, answer: Answer, *, closed: bool = False, verdict: ZloraError | None = None
+        self,
+        job: _Job,
+        answer: TaskMeta,
+        *,
+        closed: bool = False,
+        verdict: ZloraError | None = None,
     ) -> None:
         with self._lock:
             if (
                 closed and verdict is None and job.cancelled
             ):  # in the moment between drawing and this
                 verdict = revoked(job.id)
-                answer = Answer(JobState.REVOKED.value, verdict)
+                answer = TaskMeta(JobState.REVOKED.value, verdict)
             job.answer, job.closed, job.verdict = answer, closed, verdict
             rings = list(self._rings.get(job.id, ()))
         if closed:
@@ -279,7 +291,7 @@ class MemoryWorker:
     def _post(self, job: _Job) -> None:
         if (asked := job.submission.webhook) is None:
             return
-        end = job.verdict or read_result(job.answer.value)
+        end = job.verdict or parse_result(job.answer.value)
         if not asked.events or webhook.type_of(end) in asked.events:
             at = self._clock()
             body = webhook.body_of(job.id, end, at=at)
@@ -290,4 +302,4 @@ def _draw_nothing(job_id: str, request: GenerateRequest, progress: Progress) -> 
     steps = request.num_images * request.num_inference_steps
     progress("denoising", 0, steps)
     progress("denoising", steps, steps)
-    return placeholder(job_id, request)
+    return fake_result(job_id, request)

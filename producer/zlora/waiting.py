@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from zlora.broker import Broker
+from zlora.broker.protocol import Broker
 from zlora.errors import BrokerUnavailable
-from zlora.job import refused
+from zlora.schema import invalid
 
 T = TypeVar("T")
 
@@ -93,4 +93,4 @@ class Wait:
 def _seconds(timeout: object) -> float:
     if isinstance(timeout, int | float) and not math.isnan(timeout):  # which is never over
         return timeout
-    raise refused("timeout", timeout, "Expected seconds, or None")
+    raise invalid("timeout", timeout, "Expected seconds, or None")

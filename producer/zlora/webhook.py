@@ -34,10 +34,10 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
-from zlora import errors, wire
+from zlora import config, errors
 from zlora.errors import InvalidSetting, InvalidWebhook, JobRevoked, ZloraError
-from zlora.job import GenerateResult, plain, refused
-from zlora.later import read_result
+from zlora.later import parse_result
+from zlora.schema import GenerateResult, invalid, to_dict
 
 SUCCEEDED: Final = "job.succeeded"
 FAILED: Final = "job.failed"
@@ -93,12 +93,12 @@ def read(url: object, events: Collection[str] | None = None) -> Webhook:
         expected = (
             f"Expected an http or https URL of up to {_LONGEST_URL} characters, without a user"
         )
-        raise refused("webhook_url", url, expected)
+        raise invalid("webhook_url", url, expected)
     if events is None:
         return Webhook(url=url)
     is_some = isinstance(events, list | tuple | set | frozenset) and bool(events)
     if not is_some or any(name not in EVENTS for name in events):
-        raise refused("webhook_events", events, f"Expected some of {', '.join(EVENTS)}")
+        raise invalid("webhook_events", events, f"Expected some of {', '.join(EVENTS)}")
     return Webhook(url=url, events=tuple(events))
 
 
@@ -138,7 +138,7 @@ def body_of(job_id: str, end: GenerateResult | ZloraError, *, at: float) -> byte
         )
         data = _Data(job_id=job_id, error=failure)
     else:
-        data = _Data(job_id=job_id, result=plain(end))
+        data = _Data(job_id=job_id, result=to_dict(end))
     moment = datetime.fromtimestamp(int(at), UTC)
     return msgspec.json.encode(_Body(type=type_of(end), timestamp=moment, data=data))
 
@@ -223,10 +223,12 @@ class Verifier:
             self._keys = keys_of(secret)
         except ValueError as error:
             raise InvalidSetting(
-                f"{wire.WEBHOOK_SECRET}: {error}", {"name": wire.WEBHOOK_SECRET}
+                f"{config.WEBHOOK_SECRET}: {error}", {"name": config.WEBHOOK_SECRET}
             ) from None
         if not self._keys:
-            raise InvalidSetting(f"{wire.WEBHOOK_SECRET} is not set", {"name": wire.WEBHOOK_SECRET})
+            raise InvalidSetting(
+                f"{config.WEBHOOK_SECRET} is not set", {"name": config.WEBHOOK_SECRET}
+            )
         self._tolerance, self._clock = tolerance, clock
         self._seen = seen or _Heard(clock)
 
@@ -242,8 +244,8 @@ class Verifier:
 
         Raises `InvalidSetting` where there is neither, or it cannot be read.
         """
-        secret = wire.value_of(environ, wire.WEBHOOK_SECRET) or _kept(
-            wire.webhook_secret(wire.home(environ))
+        secret = config.value_of(environ, config.WEBHOOK_SECRET) or _kept(
+            config.webhook_secret(config.home(environ))
         )
         return cls(secret, tolerance=tolerance, seen=seen)
 
@@ -293,9 +295,9 @@ def _kept(path: Path) -> str:
         return ""
     except (OSError, ValueError) as error:  # the latter where it is no text
         said = (
-            f"{wire.WEBHOOK_SECRET} is not set, and {path} cannot be read: {type(error).__name__}"
+            f"{config.WEBHOOK_SECRET} is not set, and {path} cannot be read: {type(error).__name__}"
         )
-        raise InvalidSetting(said, {"name": wire.WEBHOOK_SECRET}) from None
+        raise InvalidSetting(said, {"name": config.WEBHOOK_SECRET}) from None
 
 
 class _Heard:
@@ -327,7 +329,7 @@ class _Heard:
 def _event(message_id: str, body: bytes) -> Event:
     try:
         said = msgspec.json.decode(body, type=_Body)
-        result = None if said.data.result is None else read_result(said.data.result)
+        result = None if said.data.result is None else parse_result(said.data.result)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _invalid("unreadable", f"it cannot be read: {error}") from None
     found, failure = None, said.data.error

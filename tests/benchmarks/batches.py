@@ -14,14 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import processes
 import redis
 from benchmarks.slow_store import Put, SlowStore, slow_store
-from faults import seaweed
-from faults.figures import Tally
-from faults.scene import Scene
-from faults.valkey import Valkey
-from processes import Worker, wait_until
+from support import processes, seaweed
+from support.figures import Tally
+from support.processes import Worker, wait_until
+from support.scene import Scene
+from support.valkey import Valkey
 from zlora import JobHandle
 
 DELAY: Final = 0.15  # seconds that the store takes for a PUT, besides its work

@@ -17,10 +17,12 @@ import msgspec
 from benchmarks import pictures_made, publisher
 from celery.exceptions import Ignore
 from PIL import Image
-from zlora.job import GenerateResult, ImageRef
-from zlora_worker import engine, generate, pictures, tasks
-from zlora_worker.pictures import Pictures
-from zlora_worker.storage import Store
+from zlora.schema import GenerateResult, ImageRef
+from zlora_worker import generate, task
+from zlora_worker.model import pipeline
+from zlora_worker.results import uploader
+from zlora_worker.results.store import Store
+from zlora_worker.results.uploader import ImageUploader
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +49,7 @@ class AtOnce(Executor):
         return future
 
 
-class Handed(Pictures):
+class Handed(ImageUploader):
     """Gives each picture away as it is drawn; what the store has of them only the publisher knows."""
 
     _count = 0
@@ -72,15 +74,15 @@ def _no_answer(_result: msgspec.Struct) -> NoReturn:
 def _use(design: str) -> None:
     changes: dict[str, list[tuple[Any, str, Any]]] = {
         "ours": [],
-        "inline": [(pictures, "ThreadPoolExecutor", AtOnce)],
+        "inline": [(uploader, "ThreadPoolExecutor", AtOnce)],
         "handed": [
-            (generate, "Pictures", Handed),
+            (generate, "ImageUploader", Handed),
             (generate, "publish", _give_result),
-            (tasks, "plain", _no_answer),
+            (task, "plain", _no_answer),
         ],
     }
     for module, name, value in [
-        (engine, "picture", _picture),
+        (pipeline, "picture", _picture),
         *changes[design],
     ]:  # the engine is the fake one
         assert hasattr(module, name), name  # else the worker has changed, and this would be ours

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from benchmarks.report import Row, compare, publish
-from faults.figures import Tally
-from faults.scene import Scene
-from faults.valkey import Valkey
-from servers import lora_bytes, settings, tensor_file
-from zlora.job import Asset
-from zlora_worker.cache import Cache
+from support.figures import Tally
+from support.scene import Scene
+from support.servers import lora_bytes, settings, tensor_file
+from support.valkey import Valkey
+from zlora.schema import Asset
+from zlora_worker.fetch.cache import Cache
 
 SIZE: Final = 200 * 10**6  # bytes
 PIECE: Final = 10**6  # bytes written at once

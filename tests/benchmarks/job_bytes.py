@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import redis
 from benchmarks.fetch import serving_files
-from faults.figures import Tally
-from faults.scene import Scene, request
-from faults.valkey import Valkey
-from processes import wait_until
-from servers import lora_bytes
-from zlora import JobHandle, wire
+from support.figures import Tally
+from support.processes import wait_until
+from support.scene import Scene, request
+from support.servers import lora_bytes
+from support.valkey import Valkey
+from zlora import JobHandle
+from zlora.broker.keys import job_key
 
 RESULT: Final = "celery-task-meta-"
 LORAS: Final = 8
@@ -100,7 +101,7 @@ def queue(
     return handles, {
         "its message": statistics.mean(len(message.encode()) for message in messages),
         "its record, queued": statistics.mean(
-            usage(broker, wire.job_key(handle.id)) for handle in handles
+            usage(broker, job_key(handle.id)) for handle in handles
         ),
         "all memory, queued": took / jobs,
         "append-only file, submitted": wrote / jobs,
@@ -110,7 +111,7 @@ def queue(
 def ended(made: Scene, broker: "redis.Redis", handles: list[JobHandle]) -> dict[str, float]:
     """The bytes of a job that stay, and for how long: of Redis's memory what their deletion gives back."""
     answers = [f"{RESULT}{handle.id}" for handle in handles]
-    records = [wire.job_key(handle.id) for handle in handles]
+    records = [job_key(handle.id) for handle in handles]
     document = statistics.mean(int(broker.strlen(name)) for name in answers)
     manifest = statistics.mean(
         (made.run_folder(handle) / "manifest.json").stat().st_size for handle in handles

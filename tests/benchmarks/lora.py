@@ -36,9 +36,9 @@ from benchmarks.rivals import (
     Weighted,
 )
 from diffusers.utils import logging as diffusers_logging
-from zlora_worker.engine import COMPONENTS, Engine
-from zlora_worker.fingerprint import Fingerprint
-from zlora_worker.merge import Plan, runs
+from zlora_worker.lora.merge import Plan, runs
+from zlora_worker.model.checksum import WeightChecksum
+from zlora_worker.model.pipeline import COMPONENTS, Pipeline
 
 PROBED = (
     "down_blocks.1.attentions.0.proj_in",
@@ -76,7 +76,7 @@ class Bench:
                 ("r16", 16, False, 1), ("other-r16", 16, False, 2), ("r64", 64, False, 3), ("r32-text", 32, True, 4),
             )
         }  # fmt: skip
-        self.engine = Engine(self.pipeline, name=folder.name, device=torch.device("cpu"))
+        self.engine = Pipeline(self.pipeline, name=folder.name, device=torch.device("cpu"))
         self.ours = Ours(self.engine)
         self._probe = Probe(self.pipeline, PROBED)
         self._base = self._probe.answers()
@@ -125,7 +125,7 @@ class Bench:
     def adopt(self) -> None:
         """Take the base as it is for the base: a way has left another one."""
         components = {name: getattr(self.pipeline, name) for name in COMPONENTS}
-        self.engine._fingerprint = Fingerprint(components, self.engine.weights)
+        self.engine._fingerprint = WeightChecksum(components, self.engine.weights)
         self.engine.patch.forget()
 
     def step(self) -> float:

@@ -15,12 +15,12 @@ from benchmarks.report import Row
 from benchmarks.rivals import FuseAndUnfuse, LoadAndUnload, Ours, Weighted
 from safetensors.torch import load_file
 from torch import Tensor
-from zlora_worker.engine import Engine
-from zlora_worker.lora import Reader
-from zlora_worker.merge import Adapter, Plan
-from zlora_worker.patch import Patch
-from zlora_worker.shelf import Shelf
-from zlora_worker.weights import Weights
+from zlora_worker.lora.memory_cache import LoraMemoryCache
+from zlora_worker.lora.merge import Plan, WeightedLora
+from zlora_worker.lora.patch import Patch
+from zlora_worker.lora.reader import Reader
+from zlora_worker.lora.weights import Weights
+from zlora_worker.model.pipeline import Pipeline
 
 _SHELF: Final = (
     60_000_000  # bytes: a fifth of the files of the memory row, so that most are read again
@@ -76,7 +76,7 @@ def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[t
     fuse.leave()
     for name, weight in pipeline.unet.named_parameters():
         weight.data.copy_(kept[name])
-    ours = Ours(Engine(pipeline, name="errors", device=torch.device("cpu")))
+    ours = Ours(Pipeline(pipeline, name="errors", device=torch.device("cpu")))
     ours.enter(loras)
     merged = {name: weight.detach().clone() for name, weight in pipeline.unet.named_parameters()}
     ours.leave()
@@ -120,7 +120,7 @@ def _answer(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
     return answer
 
 
-def base_bytes(engine: Engine, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
+def base_bytes(engine: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
     """Bytes of the base that differ after cycles of which a third fails, at a random point."""
     kept = [stack.base.clone() for stack in engine.weights.stacks]
     chance = random.Random(1)
@@ -184,14 +184,18 @@ def memory(folder: Path, note: Callable[[str], None], *, jobs: int, files: int) 
     weights = Weights(
         {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
     )
-    reader, patch, shelf = Reader(weights), Patch(weights, mode="shadow"), Shelf(max_bytes=_SHELF)
+    reader, patch, shelf = (
+        Reader(weights),
+        Patch(weights, mode="shadow"),
+        LoraMemoryCache(max_bytes=_SHELF),
+    )
 
     def own(pair: Sequence[Path]) -> None:
         loras = [
             shelf.get(str(path), partial(reader.read, path, digest=str(path), source="-"))[0]
             for path in pair
         ]
-        with patch.applied([Adapter(lora=lora) for lora in loras]):
+        with patch.applied([WeightedLora(lora=lora) for lora in loras]):
             pass
 
     grown[1] = _growth(pairs, own, note)

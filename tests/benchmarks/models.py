@@ -20,7 +20,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from zlora_worker.checkpoint import SDXL_CONFIG
+from zlora_worker.model.loader import SDXL_CONFIG
 
 UNET_TARGETS: Final = re.compile(
     r"attn[12]\.to_(q|k|v|out\.0)$|ff\.net\.(0\.proj|2)$|proj_(in|out)$"

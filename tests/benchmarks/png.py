@@ -27,8 +27,8 @@ from benchmarks import pictures_made
 from benchmarks.report import Row, publish
 from msgspec.structs import replace
 from PIL import Image, features
-from zlora.job import GenerateRequest
-from zlora_worker import images
+from zlora.schema import GenerateRequest
+from zlora_worker.results import encoding
 
 DEFAULT: Final = "default: level 6, filtered"
 AGAIN: Final = "the default again"  # for the noise; no row of its own
@@ -101,13 +101,13 @@ def settings(modules: Mapping[str, Any]) -> dict[str, Encode]:
         "strategy Huffman only": partial(save, compress_type=zlib.Z_HUFFMAN_ONLY),
         "strategy fixed, level 6": partial(save, compress_type=zlib.Z_FIXED, compress_level=6),
         AGAIN: save,  # not beside the default, however the order is rotated
-        OURS: partial(images.encode, request=GenerateRequest(prompt="a picture")),
+        OURS: partial(encoding.encode, request=GenerateRequest(prompt="a picture")),
         **{
             name: partial(encode, modules[key])
             for name, (key, encode) in RIVALS.items()
             if key in modules
         },
-        "lossless WebP": partial(images.encode, request=lossless),
+        "lossless WebP": partial(encoding.encode, request=lossless),
     }
     for encode in encoders.values():
         encode(Image.new("RGB", (64, 64)))

@@ -24,11 +24,13 @@ from typing import Final, NamedTuple
 
 from benchmarks.report import Row, publish
 from celery import Celery
-from crowd import Crowd, gathered, submitted_and_awaited
-from faults.figures import Tally
-from faults.scene import Scene
-from faults.valkey import Valkey
-from zlora import AsyncClient, Client, wire
+from support.crowd import Crowd, gathered, submitted_and_awaited
+from support.figures import Tally
+from support.scene import Scene
+from support.valkey import Valkey
+from zlora import AsyncClient, Client
+from zlora.broker.celery_app import shared_config
+from zlora.broker.keys import DEFAULT_PRIORITY
 from zlora.testing import MemoryWorker
 
 IMPORT: Final = 1.3  # times the libraries that it stands on
@@ -94,11 +96,11 @@ def submit_rows(url: str, count: int) -> list[Row]:
     """Ours and Celery's by turns."""
     ours, theirs, again = list[float](), list[float](), list[float]()
     with Client(url, queue="bench") as client, Celery("bare", set_as_current=False) as app:
-        app.conf.update(wire.shared_config(broker_url=url, result_backend=url, queue="bench"))
+        app.conf.update(shared_config(broker_url=url, result_backend=url, queue="bench"))
 
         def bare() -> object:
             return app.send_task(
-                "zlora.generate", args=[REQUEST], queue="bench", priority=wire.DEFAULT_PRIORITY
+                "zlora.generate", args=[REQUEST], queue="bench", priority=DEFAULT_PRIORITY
             )
 
         def submit() -> object:

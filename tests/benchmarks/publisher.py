@@ -13,14 +13,14 @@ import msgspec
 import redis
 from celery import Celery
 from PIL import Image
-from zlora import wire
-from zlora.job import GenerateResult, ImageRef, JobState, plain
-from zlora_worker.links import Links
-from zlora_worker.outcome import publish
-from zlora_worker.pictures import Pictures
-from zlora_worker.recipe import Recipe
+from zlora.broker.celery_app import shared_config
+from zlora.schema import GenerateResult, ImageRef, JobState, to_dict
+from zlora_worker.results.manifest import write_manifest
+from zlora_worker.results.provenance import Provenance
+from zlora_worker.results.store import Store, open_store
+from zlora_worker.results.uploader import ImageUploader
+from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
-from zlora_worker.storage import Store, open_store
 
 _EXPIRES: Final = 3600  # seconds
 _STORE: Final = "benchmarks.store_picture"
@@ -30,7 +30,7 @@ settings: Final = Settings.from_env()
 queue: Final = f"{settings.queue}-publish"
 app: Final = Celery("publisher", set_as_current=False)
 app.conf.update(
-    **wire.shared_config(
+    **shared_config(
         broker_url=settings.broker_url, result_backend=settings.result_backend, queue=queue
     ),
     worker_concurrency=1,
@@ -45,13 +45,13 @@ class _Desk(NamedTuple):
     """What the publisher needs, opened after the fork."""
 
     store: Store
-    links: Links
+    links: ImageUrls
 
 
 @functools.cache
 def _desk() -> _Desk:
     store = open_store(settings)
-    return _Desk(store, Links(store, settings))
+    return _Desk(store, ImageUrls(store, settings))
 
 
 @functools.cache
@@ -71,18 +71,18 @@ def _refs_key(job_id: str) -> str:
 
 
 def give_picture(
-    recipe: Recipe, digests: Sequence[str], index: int, image: Image.Image, *, tiled: bool
+    recipe: Provenance, digests: Sequence[str], index: int, image: Image.Image, *, tiled: bool
 ) -> None:
     """Put a picture into the publisher's hands."""
     _broker().set(_pixels_key(recipe.job_id, index), image.tobytes(), ex=_EXPIRES)
     app.send_task(
-        _STORE, [plain(recipe), list(digests), index, list(image.size), tiled], queue=queue
+        _STORE, [to_dict(recipe), list(digests), index, list(image.size), tiled], queue=queue
     )
 
 
 def give_result(result: GenerateResult) -> None:
     """Put the rest of a job into the publisher's hands: its pictures are there already."""
-    app.send_task(_PUBLISH, [plain(result)], queue=queue)
+    app.send_task(_PUBLISH, [to_dict(result)], queue=queue)
 
 
 # In the publisher
@@ -93,10 +93,10 @@ def store_picture(
     document: Any, digests: list[str], index: int, size: list[int], tiled: bool
 ) -> None:
     """Encode and store one picture, and remember its reference."""
-    broker, recipe = _broker(), msgspec.convert(document, Recipe)
+    broker, recipe = _broker(), msgspec.convert(document, Provenance)
     pixels = broker.get(_pixels_key(recipe.job_id, index))
     image = Image.frombytes("RGB", (size[0], size[1]), pixels)
-    ref = Pictures(_desk().store, recipe, digests=digests)._stored(index, image, tiled)
+    ref = ImageUploader(_desk().store, recipe, digests=digests)._stored(index, image, tiled)
     broker.hset(_refs_key(recipe.job_id), str(index), msgspec.json.encode(ref))
     broker.expire(_refs_key(recipe.job_id), _EXPIRES)
     broker.delete(_pixels_key(recipe.job_id, index))
@@ -108,5 +108,7 @@ def publish_result(document: Any) -> None:
     broker, desk, result = _broker(), _desk(), msgspec.convert(document, GenerateResult)
     found = broker.hgetall(_refs_key(result.job_id))
     refs = [msgspec.json.decode(found[name], type=ImageRef) for name in sorted(found)]
-    whole = publish(desk.store, msgspec.structs.replace(result, images=tuple(refs)))
-    app.backend.store_result(result.job_id, plain(desk.links.shown(whole)), JobState.SUCCESS.value)
+    whole = write_manifest(desk.store, msgspec.structs.replace(result, images=tuple(refs)))
+    app.backend.store_result(
+        result.job_id, to_dict(desk.links.shown(whole)), JobState.SUCCESS.value
+    )

@@ -20,12 +20,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from itertools import pairwise
 
 from benchmarks.report import Row, compare, publish
-from tiny_folder import build_tiny, tiny_model
+from support.tiny_folder import build_tiny, tiny_model
 from zlora import Client
-from zlora.job import read_request
-from zlora.local import Stack
-from zlora_worker.generate import Runtime, generate
-from zlora_worker.metrics import Meter
+from zlora.embedded import EmbeddedStack
+from zlora.schema import parse_request
+from zlora_worker.generate import Child, generate
+from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.settings import Settings
 
 JOB = {"prompt": "a city at night", "num_inference_steps": 4, "seed": 1}
@@ -44,9 +44,9 @@ def main(*, rounds: int) -> None:
             "ZLORA_MODEL": model,
             "ZLORA_DEVICE": "cpu",
         }
-        runtime = Runtime.open(Settings.from_env(environ), Meter())
+        runtime = Child.open(Settings.from_env(environ), Meter())
         with (
-            Stack(environ, log_folder=Path(folder, "logs")) as stack,
+            EmbeddedStack(environ, log_folder=Path(folder, "logs")) as stack,
             Client.from_env(stack.environ) as client,
         ):
             through_queue(client), directly(runtime, "warm")
@@ -76,10 +76,10 @@ def through_queue(client: Client) -> float:
     return time.perf_counter() - start
 
 
-def directly(runtime: Runtime, job_id: str) -> float:
+def directly(runtime: Child, job_id: str) -> float:
     """Seconds of the same job without a queue."""
     start = time.perf_counter()
-    generate(runtime, job_id, read_request(JOB), lambda *_: None)
+    generate(runtime, job_id, parse_request(JOB), lambda *_: None)
     return time.perf_counter() - start
 
 

@@ -26,8 +26,8 @@ from benchmarks import pictures_made
 from benchmarks.batches import DELAY, IMAGES, PACE, Batch, hall, progress
 from benchmarks.report import Row, publish
 from PIL import Image
-from zlora.job import GenerateRequest
-from zlora_worker import images
+from zlora.schema import GenerateRequest
+from zlora_worker.results import encoding
 
 FASTER: Final = 0.4  # of the time of Pillow's default
 LARGER: Final = 1.15  # of its bytes
@@ -103,7 +103,7 @@ def by_default(picture: Image.Image) -> bytes:
 
 def by_us(picture: Image.Image) -> bytes:
     """As a worker does."""
-    return images.encode(picture, GenerateRequest(prompt="a picture"))
+    return encoding.encode(picture, GenerateRequest(prompt="a picture"))
 
 
 def encode_rows(kind: str, pictures: Sequence[Image.Image], rounds: int) -> list[Row]:

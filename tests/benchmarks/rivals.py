@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from zlora_worker.engine import Engine
-from zlora_worker.lora import Lora
-from zlora_worker.merge import Adapter
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.reader import Lora
+from zlora_worker.model.pipeline import Pipeline
 
 Weighted = Sequence[tuple[Path, float]]  # LoRA files with their weights
 
@@ -29,12 +29,12 @@ class Way(Protocol):
 class Ours:
     """Parsed layers in memory; a merge into the shadow, or pointers alone where the set is the last one."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Pipeline) -> None:
         self._engine = engine
         self._loras: dict[Path, Lora] = {}
         self._applied: Any = None
 
-    def adapters(self, loras: Weighted) -> list[Adapter]:
+    def adapters(self, loras: Weighted) -> list[WeightedLora]:
         """As a job has them."""
         for path, _ in loras:
             if path not in self._loras:
@@ -42,7 +42,7 @@ class Ours:
                     path, digest=str(path), source=path.name
                 )
         return [
-            Adapter(lora=self._loras[path], unet_weight=weight, text_encoder_weight=weight)
+            WeightedLora(lora=self._loras[path], unet_weight=weight, text_encoder_weight=weight)
             for path, weight in loras
         ]
 

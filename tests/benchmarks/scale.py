@@ -31,11 +31,12 @@ import redis
 from benchmarks.fetch import progress
 from benchmarks.job_bytes import WAITED, Found, scene, shapes
 from benchmarks.report import Row, publish
-from faults.figures import Tally
-from faults.scene import Scene
-from faults.valkey import Valkey
-from processes import wait_until
-from zlora import AsyncClient, Client, wire
+from support.figures import Tally
+from support.processes import wait_until
+from support.scene import Scene
+from support.valkey import Valkey
+from zlora import AsyncClient, Client
+from zlora.broker.keys import ledger_key
 
 EVENTS: Final = "/0.celeryev*"  # the channels of kombu's fan-out
 SETTLE: Final = 8.0  # seconds until the companion of a new worker is at its work
@@ -187,7 +188,7 @@ def wait_closed(broker: "redis.Redis", queue: str) -> int:
     def look() -> bool:
         nonlocal looks
         looks += 1
-        return not broker.zcard(wire.ledger_key(queue))
+        return not broker.zcard(ledger_key(queue))
 
     wait_until(look, "every job has ended")
     return looks

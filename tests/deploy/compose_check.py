@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from deploy.composed import config
-from zlora import wire
+from zlora import config as variables
 from zlora_worker.settings import Settings
 
 from deploy import images, wiring
@@ -171,7 +171,7 @@ def _values(environ: Mapping[str, str | None]) -> Iterator[str]:
 
 
 def _known_names() -> set[str]:
-    names = {wire.BROKER_URL, wire.RESULT_BACKEND, wire.HOME}
+    names = {variables.BROKER_URL, variables.RESULT_BACKEND, variables.HOME}
     names |= {name for item in fields(Settings) for name in item.metadata.get("names", ())}
     return names | {f"{name}_FILE" for name in names} | _FOREIGN
 

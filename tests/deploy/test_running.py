@@ -22,10 +22,10 @@ import requests
 from deploy.accounts import is_known, is_made, own_key
 from deploy.plain import GRPC, ROOT, Machine, Running, parsed, secret
 from deploy.watching import unanswered, unborn
-from processes import wait_until
+from support.processes import wait_until
 from zlora import Client
 from zlora.errors import LoraNotAllowed
-from zlora.job import GenerateResult
+from zlora.schema import GenerateResult
 
 JOBS: Final = 20
 WATCHING: Final = ("queue-metrics", "flower", "prometheus")

@@ -19,9 +19,9 @@ import click
 import requests
 import yaml
 from zlora import errors
-from zlora_worker.gpu import GpuCollector
-from zlora_worker.metrics import Meter, WorkerCollector
-from zlora_worker.queue_metrics import GAUGES
+from zlora_worker.monitoring.gpu import GpuCollector
+from zlora_worker.monitoring.metrics import Meter, WorkerCollector
+from zlora_worker.monitoring.queue_metrics import GAUGES
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 RULES: Final = ROOT / "deploy/prometheus/rules.yml"

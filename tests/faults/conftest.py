@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faults import figures
-from faults.figures import Tally
-from faults.scene import CLEAN, Scene
-from faults.valkey import Valkey
+from support import figures
+from support.figures import Tally
+from support.scene import CLEAN, Scene
+from support.valkey import Valkey
 
 MakeScene = Callable[..., Scene]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Print the figures, also where only this folder is tested."""
-    if not config.pluginmanager.has_plugin("faults.figures"):
-        config.pluginmanager.register(figures, "faults.figures")
+    if not config.pluginmanager.has_plugin("support.figures"):
+        config.pluginmanager.register(figures, "support.figures")
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from faults.figures import Tally
-from faults.scene import CLEAN, Scene
-from faults.valkey import Valkey
-from faults.witness import TERMINAL
-from processes import Worker
+from support.figures import Tally
+from support.processes import Worker
+from support.scene import CLEAN, Scene
+from support.valkey import Valkey
+from support.witness import TERMINAL
 from zlora import JobHandle
 from zlora.errors import BrokerUnavailable, JobPoisoned, ZloraError
 
@@ -104,7 +104,7 @@ class Producer:
             )[0]
             self.kinds[kind] += 1
             name = f"{kind}-{self.kinds[kind]}"
-            patiently(lambda: SUBMIT[kind](self.scene, name))
+            patiently(lambda: SUBMIT[kind](self.scene, name))  # noqa: B023 - called at once
 
 
 def patiently(submit: Callable[[], object]) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from celery.backends.base import Backend
-from faults.figures import Tally
-from faults.scene import CLEAN, Scene
-from faults.valkey import Valkey
+from support.figures import Tally
+from support.scene import CLEAN, Scene
+from support.valkey import Valkey
 from zlora.errors import GenerationFailed, JobTimeout
 
 # Celery's own call, where it stores a result.

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from faults.figures import Tally
-from faults.proxy import Proxy
-from faults.scene import Scene
-from faults.valkey import Valkey
-from processes import wait_until
+from support.figures import Tally
+from support.processes import wait_until
+from support.proxy import Proxy
+from support.scene import Scene
+from support.valkey import Valkey
 from zlora import JobState
 from zlora.errors import BrokerUnavailable, GenerationFailed
 

@@ -10,11 +10,11 @@ from threading import Event
 from typing import Final
 
 import pytest
-from faults.scene import Scene
-from processes import wait_until
-from servers import Answer, Request, digest, lora_bytes, reply, serving
+from support.processes import wait_until
+from support.scene import Scene
+from support.servers import Answer, Request, digest, lora_bytes, reply, serving
 from zlora import JobHandle, JobState
-from zlora_worker.space import listed, written
+from zlora_worker.fetch.eviction import listed, written
 
 DATA: Final = lora_bytes(7, size=900_000)
 FIRST: Final = 400_000  # bytes that come before the disk is full

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from faults.scene import Scene
+from support.scene import Scene
 from zlora import JobHandle
 from zlora.errors import (
     BaseNotRestored,

@@ -7,10 +7,11 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
-from faults.scene import Scene, request
-from processes import wait_until
-from servers import Request, lora_bytes, reply, serving
-from zlora import JobHandle, JobState, wire
+from support.processes import wait_until
+from support.scene import Scene, request
+from support.servers import Request, lora_bytes, reply, serving
+from zlora import JobHandle, JobState
+from zlora.broker.keys import lease_key
 from zlora.errors import Conflict, JobExpired, JobRevoked, JobUnknown, ResultTimeout
 
 # Celery's own call, where a queued job is cancelled.
@@ -250,7 +251,7 @@ def test_a_producer_sees_position_phase_step_and_eta(scene: Scene) -> None:
 def is_leased(scene: Scene, handle: JobHandle) -> bool:
     """Whether a worker has the job."""
     with scene.broker() as broker:
-        return bool(broker.exists(wire.lease_key(handle.id)))
+        return bool(broker.exists(lease_key(handle.id)))
 
 
 def slowly(_: Request) -> Iterator[bytes]:

@@ -5,9 +5,9 @@
 
 import asyncio
 
-from crowd import gathered
-from faults.scene import Scene
-from faults.valkey import Valkey
+from support.crowd import gathered
+from support.scene import Scene
+from support.valkey import Valkey
 from zlora import AsyncClient
 
 JOBS = 60

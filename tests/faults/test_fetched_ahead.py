@@ -4,9 +4,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from faults.scene import Scene
-from processes import wait_until
-from servers import Answer, Request, lora_bytes, reply, serving
+from support.processes import wait_until
+from support.scene import Scene
+from support.servers import Answer, Request, lora_bytes, reply, serving
 from zlora import JobHandle
 
 SOUND = lora_bytes(1, size=100_000)

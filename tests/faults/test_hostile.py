@@ -16,12 +16,11 @@ from threading import Event
 from typing import Any, Final
 
 import pytest
-from faults.figures import Tally
-from faults.scene import CLEAN, Scene
 from faults.test_messages import stored_meta, watched_events
-from faults.valkey import Valkey
-from processes import PATIENCE
-from servers import (
+from support.figures import Tally
+from support.processes import PATIENCE
+from support.scene import CLEAN, Scene
+from support.servers import (
     SECRETS,
     Answer,
     Authority,
@@ -33,6 +32,7 @@ from servers import (
     serving,
     tensor_file,
 )
+from support.valkey import Valkey
 from zlora import JobHandle, JobState
 from zlora.errors import ZloraError
 

@@ -5,8 +5,8 @@ import signal
 import time
 from pathlib import Path
 
-from faults.scene import Scene
-from processes import wait_until
+from support.processes import wait_until
+from support.scene import Scene
 from zlora import JobState
 
 LEAVES_WITHIN = 2.0  # seconds from a SIGTERM, while the model is loaded

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from faults.scene import Scene, request
-from processes import wait_until
-from servers import Request, lora_bytes, reply, serving
+from support.processes import wait_until
+from support.scene import Scene, request
+from support.servers import Request, lora_bytes, reply, serving
 from zlora import JobHandle, JobState
 from zlora.errors import InvalidRequest, JobRevoked, LoraForbidden
-from zlora.job import TASK_NAME
+from zlora.schema import TASK_NAME
 
 SECRET = "0123456789secret"
 GARBAGE = [

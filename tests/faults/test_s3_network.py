@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from faults import seaweed
-from faults.figures import Tally
-from faults.s3_proxy import (
+from support import seaweed
+from support.figures import Tally
+from support.s3_proxy import (
     Fault,
     S3Proxy,
     change_answer,
@@ -19,9 +19,9 @@ from faults.s3_proxy import (
     drop_request,
     slow_down,
 )
-from faults.seaweed import BUCKET, client, keys, uploads
+from support.seaweed import BUCKET, client, keys, uploads
 from zlora.errors import StoreFailed
-from zlora_worker.storage import Store, image_key
+from zlora_worker.results.store import Store, image_key
 
 PICTURE: Final = "image/png"
 SMALL: Final = os.urandom(300_000)  # goes in one piece

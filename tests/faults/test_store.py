@@ -8,15 +8,15 @@ from threading import Event
 
 import msgspec
 import pytest
-from faults import seaweed
-from faults.figures import Tally
-from faults.proxy import Proxy
-from faults.s3_proxy import S3Proxy, hold
-from faults.scene import Scene
-from processes import unlinked, wait_until
+from support import seaweed
+from support.figures import Tally
+from support.processes import unlinked, wait_until
+from support.proxy import Proxy
+from support.s3_proxy import S3Proxy, hold
+from support.scene import Scene
 from zlora import GenerateResult
 from zlora.errors import StoreFailed
-from zlora_worker import outcome
+from zlora_worker.results import manifest
 
 ROOM = 100_000  # bytes that a file may have on a full disk: above this test's logs, below a picture of noise
 NOISE = 256  # pixels a side: 196 KB as png
@@ -93,7 +93,7 @@ def test_a_child_that_dies_in_mid_upload_leaves_no_result_and_the_job_completes(
             wait_until(proxy.held.is_set, "the second picture is on its way")
             wait_until(lambda: stored(s3_port, folder), "the first picture is stored")
             assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
-            assert outcome.stored(store, handle.id) is None
+            assert manifest.read_manifest(store, handle.id) is None
             scene.kill(scene.child(running))
             proxy.meet("-")
 

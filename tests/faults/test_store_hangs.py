@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from itertools import repeat
 
 import pytest
-from faults import seaweed
-from faults.figures import Tally
-from faults.s3_proxy import Broken, Request, S3Proxy, drop_request
-from faults.scene import Scene
-from processes import wait_until
+from support import seaweed
+from support.figures import Tally
+from support.processes import wait_until
+from support.s3_proxy import Broken, Request, S3Proxy, drop_request
+from support.scene import Scene
 from zlora import JobHandle, JobState
 from zlora.errors import JobRevoked, JobTimeout
-from zlora.job import Cancellation
+from zlora.schema import Cancellation
 
 MANY = 200  # requests: all of a test
 

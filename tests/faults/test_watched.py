@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from faults.figures import Tally
-from faults.scene import CLEAN, Scene
-from faults.valkey import Valkey
-from processes import Worker, free_port, wait_until
-from scraped import Scraped
+from support.figures import Tally
+from support.processes import Worker, free_port, wait_until
+from support.scene import CLEAN, Scene
+from support.scraped import Scraped
+from support.valkey import Valkey
 from zlora import JobHandle
+from zlora.broker.job_store import JobStore, Submission, connect
 from zlora.errors import JobRevoked, OutOfMemory, ZloraError
-from zlora.job import digest_of, read_request
-from zlora.ledger import Ledger, Submission, connect
+from zlora.schema import digest_of, parse_request
 
 QUEUE = "watched"
 TOKEN = "hf-t0ken-0123456789"
@@ -184,9 +184,9 @@ def test_the_companion_s_counts_are_with_the_child_s(watched: Watched) -> None:
 def _lost(scene: Scene) -> JobHandle:
     """A job that was submitted a minute ago, and whose message is nowhere."""
     request, name = {"prompt": "lost", "num_inference_steps": 1}, "lost"
-    ledger = Ledger(connect(scene.environ["ZLORA_BROKER_URL"]), QUEUE)
+    ledger = JobStore(connect(scene.environ["ZLORA_BROKER_URL"]), QUEUE)
     told = Submission(request=request, priority=5, submitted=time.time() - 60)
-    ledger.open(name, told, digest_of(read_request(request)))
+    ledger.open(name, told, digest_of(parse_request(request)))
     ledger.sent(name)
     ledger.redis.close()
     return scene.answer_for(scene.client.job(name))

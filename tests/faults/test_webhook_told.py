@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Final
 
-from faults.scene import Scene
-from processes import wait_until
-from zlora import wire
+from support.processes import wait_until
+from support.scene import Scene
+from zlora import config
 from zlora.webhook import Event, Verifier
 
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
@@ -30,7 +30,7 @@ def test_what_was_submitted_with_a_webhook_ends_as_an_event_that_a_receiver_beli
     with HTTPServer(("127.0.0.1", 0), Receiver) as server:
         host = f"127.0.0.1:{server.server_port}"
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        with scene.worker(**{wire.WEBHOOK_SECRET: SECRET, wire.ALLOW_HOSTS: host}):
+        with scene.worker(**{config.WEBHOOK_SECRET: SECRET, config.ALLOW_HOSTS: host}):
             job = scene.submit(options={"webhook_url": f"http://{host}/jobs"})
             result = job.result(timeout=30)
             wait_until(lambda: events, "the receiver is told")

@@ -7,14 +7,14 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from faults.figures import Tally
-from faults.proxy import Proxy
-from faults.scene import CLEAN, Scene, request
-from faults.valkey import Valkey
-from processes import Worker, free_port, wait_until
-from scraped import Scraped
+from support.figures import Tally
+from support.processes import Worker, free_port, wait_until
+from support.proxy import Proxy
+from support.scene import CLEAN, Scene, request
+from support.scraped import Scraped
+from support.valkey import Valkey
 from zlora import JobHandle, JobState
-from zlora.job import TASK_NAME
+from zlora.schema import TASK_NAME
 
 TAKEN_OVER_WITHIN = 45.0  # seconds after the death of a worker, at the default settings
 LITTLE = 1.5  # seconds of a job's own, less than what passes until another worker may have it

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_folder import tiny_model
+from support.tiny_folder import tiny_model
 
 
 @pytest.fixture(scope="module")

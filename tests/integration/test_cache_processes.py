@@ -15,11 +15,11 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import pytest
-from processes import PATIENCE, wait_until
-from servers import caching, digest, got, kept, lora_bytes, named
+from support.processes import PATIENCE, wait_until
+from support.servers import caching, digest, got, kept, lora_bytes, named
 from zlora.errors import CacheFull, LoraError
-from zlora.job import Asset
-from zlora_worker.cache import Cache
+from zlora.schema import Asset
+from zlora_worker.fetch.cache import Cache
 
 MANY = 50
 LARGE = lora_bytes(1, size=100 * 2**20)
@@ -28,7 +28,7 @@ ROOM = 7 * 2**19  # bytes: three of them
 KILLS = 24
 
 processes = multiprocessing.get_context("forkserver")  # a copy of a process that has no threads
-processes.set_forkserver_preload(["pytest", "hypothesis", "zlora_worker.cache"])
+processes.set_forkserver_preload(["pytest", "hypothesis", "zlora_worker.fetch.cache"])
 
 
 class Source(ThreadingHTTPServer):

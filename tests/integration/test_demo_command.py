@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from processes import clean_environ
+from support.processes import clean_environ
 
 DOCUMENTS = ("basic", "single_lora", "multiple_loras", "cozy_ref")
 

@@ -15,11 +15,11 @@ import pytest
 from celery import Celery
 from kombu import Connection
 from PIL import Image
-from processes import Worker, clean_environ, free_port, path_of, unlinked, worker
-from tiny_folder import tiny_lora_folder
+from support.processes import Worker, clean_environ, free_port, path_of, unlinked, worker
+from support.tiny_folder import tiny_lora_folder
 from zlora import Client, GenerateRequest, GenerateResult, JobState
 from zlora.errors import InvalidRequest, JobUnknown, LoraNotAllowed, LoraNotFound, LoraUnreachable
-from zlora.job import plain
+from zlora.schema import to_dict
 from zlora_worker.demo.command import read_document
 from zlora_worker.demo.server import TOKEN, serving
 
@@ -330,4 +330,4 @@ def test_an_id_that_nobody_knows_is_told_after_the_wait(client: Client) -> None:
 def test_a_request_struct_and_its_document_are_the_same_job(client: Client) -> None:
     request = msgspec.convert(SMALL, GenerateRequest)
 
-    assert pixels(draw(client, request)) == pixels(draw(client, plain(request)))
+    assert pixels(draw(client, request)) == pixels(draw(client, to_dict(request)))

@@ -20,11 +20,12 @@ import msgspec
 import pytest
 import redis
 import requests
-from faults.figures import Tally
-from faults.scene import Scene
-from processes import clean_environ, free_port, path_of, wait_until
-from servers import lora_bytes
-from zlora import GenerateResult, JobState, job_id_of, webhook, wire
+from support.figures import Tally
+from support.processes import clean_environ, free_port, path_of, wait_until
+from support.scene import Scene
+from support.servers import lora_bytes
+from zlora import GenerateResult, JobState, job_id_of, webhook
+from zlora.broker.keys import job_key
 from zlora.errors import JobRevoked, OutOfMemory
 
 ROOT: Final = Path(__file__).parents[2]
@@ -305,7 +306,7 @@ class Customer:
 def jobs(stack: Stack) -> set[str]:
     """The jobs that were ever submitted."""
     with stack.scene.broker() as broker:
-        return set(broker.scan_iter(wire.job_key("*")))
+        return set(broker.scan_iter(job_key("*")))
 
 
 def test_django_submits_at_the_commit_and_never_without_one(stack: Stack) -> None:
@@ -321,7 +322,7 @@ def test_django_submits_at_the_commit_and_never_without_one(stack: Stack) -> Non
     assert bought.status_code == 202
     order = customer.order(bought.headers["Location"])
     job_id = job_id_of(order["key"])
-    assert jobs(stack) - before == {wire.job_key(job_id)}
+    assert jobs(stack) - before == {job_key(job_id)}
     assert stack.scene.client.job(job_id).result(timeout=PATIENCE).job_id == order["job_id"]
     assert (
         len([event for event in stack.scene.events("begin") if event.get("label") == "bought"]) == 1

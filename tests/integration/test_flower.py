@@ -12,11 +12,11 @@ from typing import Any, Final, NamedTuple
 import pytest
 import redis
 import requests
-from faults.figures import Tally
-from faults.scene import Scene, request
 from flower.urls import handlers  # type: ignore[import-untyped]
-from processes import clean_environ, free_port, wait_until
-from servers import Host, Request, lora_bytes, reply, serving
+from support.figures import Tally
+from support.processes import clean_environ, free_port, wait_until
+from support.scene import Scene, request
+from support.servers import Host, Request, lora_bytes, reply, serving
 from zlora import JobHandle
 from zlora.errors import LoraNotAllowed
 

@@ -13,39 +13,39 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from fakes import a_request, links, load_engine, write
 from PIL import Image
-from processes import clean_environ
 from safetensors.torch import load_file
+from support.fakes import a_request, links, load_engine, write
+from support.processes import clean_environ
 from zlora.cli import main
 from zlora.errors import BaseNotRestored, ModelUnavailable, StoreFailed
-from zlora.job import Asset, LoraSpec
-from zlora_worker import checkpoint, images
-from zlora_worker.cache import Cache
+from zlora.schema import Asset, LoraSpec
+from zlora_worker.cli.replay import Redrawn, Replayer
+from zlora_worker.cli.replay_subjects import Subject
 from zlora_worker.demo.command import read_document
-from zlora_worker.demo.folder import LORAS, MODEL
 from zlora_worker.demo.server import TOKEN, serving
-from zlora_worker.embedding import embedded, recipe_of
-from zlora_worker.engine import Engine
-from zlora_worker.generate import Report, Runtime, generate
-from zlora_worker.metrics import Meter
-from zlora_worker.replay import Redrawn, Replayer
-from zlora_worker.settings import Settings
-from zlora_worker.shelf import Shelf
-from zlora_worker.storage import FolderStore
-from zlora_worker.subjects import Subject
+from zlora_worker.fetch.cache import Cache
+from zlora_worker.generate import Child, Report, generate
+from zlora_worker.lora.memory_cache import LoraMemoryCache
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results import encoding
+from zlora_worker.results.metadata import embed_metadata, provenance_of
+from zlora_worker.results.store import FolderStore
+from zlora_worker.settings import DEMO_LORAS, DEMO_MODEL, Settings
 
 PNG: Final[dict[str, Any]] = {"output_format": "png"}
 WEBP: Final[dict[str, Any]] = {"output_format": "webp", "lossless": True}
 
 
-LOAD: Final = checkpoint.load
+LOAD: Final = loader.load
 
 
 class Scene(NamedTuple):
     """A worker's machine with the demo model, and a server of its LoRAs."""
 
-    engine: Engine
+    engine: Pipeline
     settings: Settings
     variables: dict[str, str]
     host: str
@@ -54,8 +54,8 @@ class Scene(NamedTuple):
     def draw(self, job_id: str, **fields: Any) -> list[Path]:
         """The pictures of a job, as they lie in the store."""
         store, cache = FolderStore(self.folder), Cache.open(self.settings)
-        shelf = Shelf(max_bytes=10**9)
-        runtime = Runtime(
+        shelf = LoraMemoryCache(max_bytes=10**9)
+        runtime = Child(
             engine=self.engine,
             cache=cache,
             shelf=shelf,
@@ -77,7 +77,7 @@ class Scene(NamedTuple):
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("scene")
-    with serving(LORAS) as host:
+    with serving(DEMO_LORAS) as host:
         variables = {
             "ZLORA_HOME": str(folder / "home"),
             "ZLORA_DEVICE": "cpu",
@@ -102,17 +102,19 @@ def run(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
         monkeypatch.delenv(name)
     for name, value in scene.variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(checkpoint, "load", lambda _settings: scene.engine)
+    monkeypatch.setattr(loader, "load", lambda _settings: scene.engine)
     return lambda *arguments: CliRunner().invoke(main, ["replay", *map(str, arguments)])
 
 
 def with_words(path: Path, target: Path, **fields: Any) -> Path:
     """The same pixels in a file that says something else of itself."""
     with Image.open(path) as picture:
-        recipe = recipe_of(picture)
+        recipe = provenance_of(picture)
         assert recipe
         said = msgspec.structs.replace(recipe, **fields)
-        target.write_bytes(images.encode(picture, recipe.request, **embedded(said, "", "png")))
+        target.write_bytes(
+            encoding.encode(picture, recipe.request, **embed_metadata(said, "", "png"))
+        )
     return target
 
 
@@ -252,11 +254,11 @@ def test_what_drifted_is_told_and_shown(
         "1-told-0.png", "2-drifting-0-drift.png", "2-drifting-0.png",
     ]  # fmt: skip
     with Image.open(tmp_path / "out" / "1-told-0.png") as picture:
-        assert images.pixels_sha256(picture) == recipe(same).pixels_sha256
+        assert encoding.pixels_sha256(picture) == recipe(same).pixels_sha256
     with Image.open(tmp_path / "out" / "2-drifting-0-drift.png") as sheet:
         tiles = [sheet.crop((8 + x * 264, 28, 264 + x * 264, 284)) for x in range(3)]
     assert (
-        images.pixels_sha256(tiles[0].resize((64, 64), Image.Resampling.NEAREST))
+        encoding.pixels_sha256(tiles[0].resize((64, 64), Image.Resampling.NEAREST))
         == recipe(path).pixels_sha256
     )
     assert max(tiles[2].tobytes()) > 127
@@ -268,10 +270,10 @@ def test_a_file_that_is_not_opaque_is_shown_as_it_is_seen(
     """On white, though its colours are there."""
     (path,) = scene.draw("clear")
     with Image.open(path) as picture:
-        said, clear = recipe_of(picture), picture.convert("RGBA")
+        said, clear = provenance_of(picture), picture.convert("RGBA")
     assert said
     clear.putalpha(0)
-    path.write_bytes(images.encode(clear, said.request, **embedded(said, "", "png")))
+    path.write_bytes(encoding.encode(clear, said.request, **embed_metadata(said, "", "png")))
 
     result = run(path, "--out", tmp_path)
 
@@ -284,7 +286,7 @@ def test_a_file_that_is_not_opaque_is_shown_as_it_is_seen(
 
 def recipe(path: Path) -> Any:
     with Image.open(path) as picture:
-        return recipe_of(picture)
+        return provenance_of(picture)
 
 
 def test_another_base_is_named(
@@ -292,12 +294,12 @@ def test_another_base_is_named(
 ) -> None:
     """ZLORA_MODEL's draws, whatever the picture says; one weight of it is another."""
     (path,) = scene.draw("based")
-    shutil.copytree(MODEL, tmp_path / "base")
+    shutil.copytree(DEMO_MODEL, tmp_path / "base")
     file = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["conv_out.bias"][0] += 0.5
     write(file, tensors)
-    monkeypatch.setattr(checkpoint, "load", LOAD)
+    monkeypatch.setattr(loader, "load", LOAD)
     monkeypatch.setenv("ZLORA_MODEL", str(tmp_path / "base"))
 
     result = run(path)
@@ -380,7 +382,7 @@ def test_verdicts_before_an_end_are_told(
                 raise end
             return super().replay(subject, report)
 
-    monkeypatch.setattr("zlora_worker.replay.Replayer", Ending)
+    monkeypatch.setattr("zlora_worker.cli.replay.Replayer", Ending)
     left = iter(range(drawn, -1, -1))
     told = run(path, path, path)
     left = iter(range(drawn, -1, -1))
@@ -458,7 +460,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 
 def test_the_command_brings_in_no_library_of_the_worker() -> None:
     """`zlora` loads it at each start, also where there is only a producer."""
-    code = "import sys, zlora_worker.replay_command; print(sorted(sys.modules))"
+    code = "import sys, zlora_worker.cli.replay_command; print(sorted(sys.modules))"
     modules = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout

@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from faults.seaweed import BUCKET, client, seaweed
-from servers import digest, downloaded, fetching, lora_bytes, reply, serving, watched_connections
+from support.seaweed import BUCKET, client, seaweed
+from support.servers import (
+    digest,
+    downloaded,
+    fetching,
+    lora_bytes,
+    reply,
+    serving,
+    watched_connections,
+)
 from zlora.errors import LoraError, LoraForbidden, LoraNotAllowed, LoraNotFound, NotSafetensors
-from zlora_worker.fetch import Fetcher
-from zlora_worker.stream import Fetched
+from zlora_worker.fetch.fetcher import Fetcher
+from zlora_worker.fetch.transfer import Fetched
 
 BODY: Final = lora_bytes(1)
 OWN: Final = {"ZLORA_LORA_S3_ACCESS_KEY_ID": "key", "ZLORA_LORA_S3_SECRET_ACCESS_KEY": "secret"}

@@ -15,15 +15,15 @@ from typing import Any, Final
 import msgspec
 import pytest
 import requests
-from faults import seaweed
-from faults.figures import Tally
-from faults.s3_proxy import S3Proxy
-from faults.seaweed import BUCKET, client, keys, uploads
-from processes import unlinked, worker
+from support import seaweed
+from support.figures import Tally
+from support.processes import unlinked, worker
+from support.s3_proxy import S3Proxy
+from support.seaweed import BUCKET, client, keys, uploads
 from zlora import Client, GenerateResult, JobState
 from zlora.errors import StoreFailed
-from zlora_worker.outcome import finished, publish, stored
-from zlora_worker.storage import Store, image_key, manifest_key
+from zlora_worker.results.manifest import load_result, read_manifest, write_manifest
+from zlora_worker.results.store import Store, image_key, manifest_key
 
 LIFECYCLE: Final = Path(__file__).parents[2] / "deploy" / "s3" / "lifecycle.json"
 SMALL: Final = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
@@ -211,13 +211,15 @@ def test_two_workers_with_one_job_publish_one_result_and_both_answer_with_it(
         answers = []
         for index in range(rounds):
             start.wait(60)
-            answers.append(publish(stores[hand], a_result(f"published-{index}", hand)))
+            answers.append(write_manifest(stores[hand], a_result(f"published-{index}", hand)))
         return answers
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(write, range(2))
 
-    assert one == other == [stored(stores[0], f"published-{index}") for index in range(rounds)]
+    assert (
+        one == other == [read_manifest(stores[0], f"published-{index}") for index in range(rounds)]
+    )
 
 
 def test_pictures_without_a_manifest_are_no_result(store: Store, port: int) -> None:
@@ -228,12 +230,12 @@ def test_pictures_without_a_manifest_are_no_result(store: Store, port: int) -> N
         client(port).upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"{}")
     assert store.put_new(image_key("orphan", 0, "png"), b"picture", PICTURE)
 
-    assert stored(store, "orphan") is finished(store, "orphan", "digest") is None
+    assert read_manifest(store, "orphan") is load_result(store, "orphan", "digest") is None
     assert keys(port, "team/a/runs/orphan") == [f"team/a/{image_key('orphan', 0, 'png')}"]
     assert sorted(uploads(port, "team/a/runs/orphan")) == sorted(begun)
 
-    made = publish(store, a_result("orphan", 2))
-    assert stored(store, "orphan") == finished(store, "orphan", "digest") == made
+    made = write_manifest(store, a_result("orphan", 2))
+    assert read_manifest(store, "orphan") == load_result(store, "orphan", "digest") == made
 
 
 def test_a_reader_sees_nothing_or_the_whole_object(store: Store) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import requests
-from processes import clean_environ, free_port, wait_until
-from tiny_folder import tiny_model
-from zlora import Client, JobState, wire
+from support.processes import clean_environ, free_port, wait_until
+from support.tiny_folder import tiny_model
+from zlora import Client, JobState, config
+from zlora.embedded import EmbeddedStack
 from zlora.errors import InvalidSetting, StackError
-from zlora.local import Stack
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 
@@ -70,7 +70,7 @@ def test_a_client_finds_the_running_stack_and_nothing_of_it_stays(
     port = free_port()
     with up(environ, tmp_path / "log", "--flower", f"--flower-port={port}") as stack:
         url = wait_until(
-            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+            lambda: config.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
         )
         with Client.from_env(environ) as client:
             assert client.submit(SMALL).result(timeout=90).base_intact
@@ -86,7 +86,7 @@ def test_a_client_finds_the_running_stack_and_nothing_of_it_stays(
         assert status == (-signal.SIGKILL if end is signal.SIGKILL else 0)
         if end is not signal.SIGKILL:
             assert not Path(url.partition("://")[2]).exists()
-        assert wire.recorded_broker(Path(environ["ZLORA_HOME"])) is None
+        assert config.recorded_broker(Path(environ["ZLORA_HOME"])) is None
 
 
 def flower_page(port: int) -> str | None:
@@ -100,7 +100,7 @@ def test_jobs_outlive_the_stack(environ: dict[str, str], tmp_path: Path) -> None
     """Told to stop, it finishes the job that runs; what was queued is drawn when it runs again."""
     with up(environ, tmp_path / "first") as stack:
         wait_until(
-            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+            lambda: config.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
         )
         with Client.from_env(environ) as client:
             done = client.submit(SMALL)
@@ -113,7 +113,7 @@ def test_jobs_outlive_the_stack(environ: dict[str, str], tmp_path: Path) -> None
 
     with up(environ, tmp_path / "second"):
         wait_until(
-            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+            lambda: config.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
         )
         with Client.from_env(environ) as client:
             for handle, patience in ((done, 5), (running, 5), (waiting, 90)):
@@ -128,7 +128,7 @@ def test_nothing_stays_of_a_stack_that_ends_in_mid_job(
 ) -> None:
     with up(environ, tmp_path / "log") as stack:
         wait_until(
-            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+            lambda: config.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
         )
         with Client.from_env(environ) as client:
             handle = client.submit({**SMALL, "num_inference_steps": 200, "num_images": 8})
@@ -162,11 +162,11 @@ def test_an_explicit_broker_wins(environ: dict[str, str], tmp_path: Path, broker
     """Told by a file, as a secret is."""
     (tmp_path / "url").write_text(f"{broker_url}\n")
     told = environ | {"ZLORA_BROKER_URL_FILE": str(tmp_path / "url")}
-    with Stack(clean_environ(told), log_folder=tmp_path / "logs") as stack:
+    with EmbeddedStack(clean_environ(told), log_folder=tmp_path / "logs") as stack:
         assert stack.broker_url == broker_url
         assert not (Path(environ["ZLORA_HOME"]) / "broker").exists()
         # Its workers have one secret for their webhooks, and no data folder's.
-        assert not wire.webhook_secret(Path(environ["ZLORA_HOME"])).exists()
+        assert not config.webhook_secret(Path(environ["ZLORA_HOME"])).exists()
         with Client(broker_url) as client:
             assert client.submit(SMALL).result(timeout=90).base_intact
 
@@ -177,8 +177,8 @@ def test_a_second_stack_uses_the_broker_of_the_first(
     (tmp_path / "none").touch()  # no secret of the operator's: the stacks have one of their own
     full = clean_environ(environ | {"ZLORA_WEBHOOK_SECRET_FILE": str(tmp_path / "none")})
     with (
-        Stack(full, log_folder=tmp_path / "a") as first,
-        Stack(full, log_folder=tmp_path / "b") as second,
+        EmbeddedStack(full, log_folder=tmp_path / "a") as first,
+        EmbeddedStack(full, log_folder=tmp_path / "b") as second,
     ):
         assert first.broker_url == second.broker_url
 
@@ -190,12 +190,12 @@ def test_a_signal_that_ends_a_stack_leaves_nothing(
     """The second is what a shell sends when its terminal is closed."""
     home = Path(environ["ZLORA_HOME"])
     with up(environ, tmp_path / "logs") as stack:
-        url = wait_until(lambda: wire.recorded_broker(home), "the broker is recorded")
+        url = wait_until(lambda: config.recorded_broker(home), "the broker is recorded")
         os.kill(stack.pid, end)
         stack.wait(60)
 
     assert not Path(url.partition("://")[2]).parent.exists()
-    assert wire.recorded_broker(home) is None
+    assert config.recorded_broker(home) is None
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
@@ -205,9 +205,9 @@ def test_a_second_stack_ends_with_the_broker_of_the_first(
     full = clean_environ(environ)
     with up(environ, tmp_path / "first") as first:
         wait_until(
-            lambda: wire.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
+            lambda: config.recorded_broker(Path(environ["ZLORA_HOME"])), "the broker is recorded"
         )
-        with Stack(full, log_folder=tmp_path / "b") as second:
+        with EmbeddedStack(full, log_folder=tmp_path / "b") as second:
             second.check()
             os.kill(first.pid, end)
 
@@ -216,7 +216,7 @@ def test_a_second_stack_ends_with_the_broker_of_the_first(
             )
 
 
-def failure(stack: Stack) -> StackError | None:
+def failure(stack: EmbeddedStack) -> StackError | None:
     """Why a stack cannot go on, if it cannot."""
     try:
         stack.check()
@@ -230,7 +230,7 @@ def test_a_data_folder_that_is_a_file_is_a_typed_error(tmp_path: Path) -> None:
 
     with (
         pytest.raises(StackError, match="ZLORA_HOME"),
-        Stack(clean_environ({"ZLORA_HOME": str(tmp_path / "home")})),
+        EmbeddedStack(clean_environ({"ZLORA_HOME": str(tmp_path / "home")})),
     ):
         pass
 
@@ -239,8 +239,8 @@ def test_a_secret_s_file_that_is_not_there_is_named_and_nothing_stays(
     environ: dict[str, str],
 ) -> None:
     before = descendants(os.getpid())
-    for name in (wire.BROKER_URL, wire.WEBHOOK_SECRET):
-        stack = Stack(clean_environ(environ | {f"{name}_FILE": "/nowhere"}))
+    for name in (config.BROKER_URL, config.WEBHOOK_SECRET):
+        stack = EmbeddedStack(clean_environ(environ | {f"{name}_FILE": "/nowhere"}))
         with pytest.raises(InvalidSetting, match=f"{name}_FILE=/nowhere: No such file"), stack:
             pass
         assert not alive(descendants(os.getpid()) - before)
@@ -253,25 +253,25 @@ def test_a_temporary_folder_with_a_long_name_takes_a_broker_too(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
     (tmp_path / ("x" * 100)).mkdir()
 
-    with Stack(clean_environ(environ), log_folder=tmp_path / "logs") as stack:
+    with EmbeddedStack(clean_environ(environ), log_folder=tmp_path / "logs") as stack:
         stack.check()
 
 
 def test_a_record_of_a_dead_broker_is_no_broker(environ: dict[str, str], tmp_path: Path) -> None:
     home = Path(environ["ZLORA_HOME"])
     home.mkdir()
-    wire.broker_record(home).write_text(
+    config.broker_record(home).write_text(
         json.dumps({"url": f"redis+socket://{tmp_path}/gone.sock", "pid": 1})
     )
 
-    with Stack(clean_environ(environ), log_folder=tmp_path / "logs") as stack:
+    with EmbeddedStack(clean_environ(environ), log_folder=tmp_path / "logs") as stack:
         assert "gone.sock" not in stack.broker_url
 
 
 def test_a_worker_that_cannot_load_ends_the_stack_with_a_reason(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
-    with Stack(
+    with EmbeddedStack(
         clean_environ(environ | {"ZLORA_MODEL": "/nonexistent"}), log_folder=tmp_path / "logs"
     ) as stack:
         error = wait_until(lambda: failure(stack), "the worker ends")

@@ -8,8 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import redis
-from processes import wait_until, worker
-from tiny_folder import tiny_model
+from support.processes import wait_until, worker
+from support.tiny_folder import tiny_model
 from zlora import Client, JobState
 from zlora.errors import BaseNotRestored
 
@@ -250,8 +250,8 @@ class Fault(importlib.abc.MetaPathFinder):
         run = spec.loader.exec_module
         def exec_module(module):
             run(module)
-            from zlora_worker.engine import Engine
-            draw, marks = Engine.draw, pathlib.Path({marks!r})
+            from zlora_worker.model.pipeline import Pipeline
+            draw, marks = Pipeline.draw, pathlib.Path({marks!r})
             def once(engine, *arguments):
                 picture = draw(engine, *arguments)
                 count = len(list(marks.glob("mark-*")))
@@ -259,7 +259,7 @@ class Fault(importlib.abc.MetaPathFinder):
                     (marks / f"mark-{{count}}").touch()
                     engine.pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-6
                 return picture
-            Engine.draw = once
+            Pipeline.draw = once
         spec.loader.exec_module = exec_module
         return spec
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import redis
-from processes import Enter
+from support.processes import Enter
 from zlora import Client
 
 

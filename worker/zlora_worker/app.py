@@ -1,4 +1,4 @@
-"""The worker's Celery app: `celery -A zlora_worker.app worker`. Every Celery option is here or in `zlora.wire`.
+"""The worker's Celery app: `celery -A zlora_worker.app worker`. Every Celery option is here or in `zlora.broker.celery_app`.
 
 Importing this loads no torch: the parent forks, and CUDA does not survive a fork.
 """
@@ -17,17 +17,26 @@ from celery.signals import (
     worker_process_shutdown,
 )
 from celery.utils.log import get_logger
-from zlora import wire
+from zlora.broker.celery_app import IsolatedCelery, shared_config
+from zlora.broker.redis import check_urls
 from zlora.errors import InvalidSetting, ZloraError
-from zlora.job import TASK_NAME
-from zlora.own_app import OwnApp
-from zlora.redis_broker import check_urls
-from zlora_worker import logs, tasks, transport
-from zlora_worker.custody import Heartbeat, JobRequest
-from zlora_worker.delivery import Deliveries
-from zlora_worker.lifecycle import EXIT_NO_MODEL, Companion, Drain, GateWatch, ModelGate, marks
+from zlora.schema import TASK_NAME
+
+from zlora_worker import task
+from zlora_worker.celery_hooks import transport
+from zlora_worker.celery_hooks.bootsteps import (
+    EXIT_NO_MODEL,
+    ChildWatch,
+    GracefulShutdown,
+    ModelGate,
+    SidecarProcess,
+    load_state,
+)
+from zlora_worker.celery_hooks.request import JobRequest, VisibilityHeartbeat
+from zlora_worker.delivery.lease import JobLeases
+from zlora_worker.monitoring import logs
+from zlora_worker.monitoring.result_repr import MAX_SHOWN
 from zlora_worker.settings import Settings
-from zlora_worker.shown import MAX_SHOWN
 
 logger = get_logger(__name__)
 
@@ -36,19 +45,19 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-transport.use(marks.alive)
-shared = wire.shared_config(
+transport.use(load_state.alive)
+shared = shared_config(
     broker_url=settings.broker_url,
     result_backend=settings.result_backend,
     queue=settings.queue,
     visibility=settings.visibility,
 )
-app = OwnApp("zlora_worker", shared, set_as_current=True)
+app = IsolatedCelery("zlora_worker", shared, set_as_current=True)
 app.conf.update(
     # One child, one model, one GPU; a machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
-    worker_consumer="zlora_worker.intake:Intake",
+    worker_consumer="zlora_worker.celery_hooks.consumer:Intake",
     # One job running and none reserved, so that an idle worker finds what a busy one has not begun.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
@@ -85,7 +94,7 @@ try:
     check_urls(app, broker_url=settings.broker_url, result_backend=settings.result_backend)
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
-deliveries = Deliveries(settings.broker_url, settings.queue)
+deliveries = JobLeases(settings.broker_url, settings.queue)
 
 
 class _Request(JobRequest):
@@ -94,9 +103,9 @@ class _Request(JobRequest):
 
 app.task(
     name=TASK_NAME, bind=True, throws=(ZloraError,), Request=_Request, resultrepr_maxsize=MAX_SHOWN
-)(tasks.generate)
-app.steps["worker"].update((ModelGate, Drain, Companion))
-app.steps["consumer"].update((GateWatch, Heartbeat))
+)(task.generate)
+app.steps["worker"].update((ModelGate, GracefulShutdown, SidecarProcess))
+app.steps["consumer"].update((ChildWatch, VisibilityHeartbeat))
 
 
 @celeryd_init.connect
@@ -130,12 +139,12 @@ def load_model(**_: Any) -> None:
         "TRANSFORMERS_VERBOSITY", "error"
     )  # it warns while it is imported, of what is not used here
     try:
-        replaces = marks.loading()
-        from zlora_worker.generate import Runtime
-        from zlora_worker.metrics import Meter
+        replaces = load_state.loading()
+        from zlora_worker.generate import Child
+        from zlora_worker.monitoring.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
-        tasks.install(Runtime.open(settings, meter), deliveries)
+        task.install(Child.open(settings, meter), deliveries)
         seconds = time.monotonic() - start
         meter.loaded(seconds, replaces=replaces)
         logger.info("%s is resident after %.1f s", settings.model, seconds)
@@ -146,17 +155,17 @@ def load_model(**_: Any) -> None:
     ) as error:  # the boundary of the child's start: Celery would log it and serve without a model
         logger.exception("loading %s failed", settings.model)
         _give_up(f"loading {settings.model} failed: {type(error).__name__}: {error}")
-    marks.loaded()
+    load_state.loaded()
 
 
 @worker_process_shutdown.connect
 def check_base(**_: Any) -> None:
     """In the child, when it is told to end."""
-    tasks.last_check()
+    task.last_check()
 
 
 def _give_up(reason: str) -> None:
     try:
-        marks.failed(reason)
+        load_state.failed(reason)
     finally:
         os._exit(EXIT_NO_MODEL)

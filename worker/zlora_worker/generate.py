@@ -6,27 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
-from zlora.job import (
-    GenerateRequest,
-    GenerateResult,
-    LoraReceipt,
-    LoraSpec,
-    digest_of,
-    seed_of,
-)
 from zlora.redaction import label
-from zlora_worker import checkpoint, lora
-from zlora_worker.cache import Cache, CachedFile
-from zlora_worker.engine import Engine, EngineState
-from zlora_worker.links import Links
-from zlora_worker.merge import Adapter
-from zlora_worker.metrics import Meter
-from zlora_worker.outcome import publish
-from zlora_worker.pictures import Pictures
-from zlora_worker.recipe import Recipe, pinned, shared
+from zlora.schema import GenerateRequest, GenerateResult, LoraReceipt, LoraSpec, digest_of, seed_of
+
+from zlora_worker.fetch.cache import Cache, CachedFile
+from zlora_worker.lora import reader
+from zlora_worker.lora.memory_cache import LoraMemoryCache
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline, PipelineState
+from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.manifest import write_manifest
+from zlora_worker.results.provenance import Provenance, pinned, shared
+from zlora_worker.results.store import Store, open_store
+from zlora_worker.results.uploader import ImageUploader
+from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
-from zlora_worker.shelf import Shelf
-from zlora_worker.storage import Store, open_store
 
 Report = Callable[[str, int, int], None]  # phase, done, of how much; raises where the job is to end
 
@@ -40,14 +35,14 @@ _NAME_LENGTH: Final = 200  # characters; a stranger chose them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runtime:
+class Child:
     """What a child has from its start to its end."""
 
-    engine: Engine
+    engine: Pipeline
     cache: Cache
-    shelf: Shelf
+    shelf: LoraMemoryCache
     store: Store
-    links: Links
+    links: ImageUrls
     job_timeout: int  # seconds
     meter: Meter
 
@@ -55,11 +50,11 @@ class Runtime:
     def open(cls, settings: Settings, meter: Meter) -> Self:
         """Open store and cache and load the base; raises `ModelUnavailable` or `InvalidSetting`."""
         store = open_store(settings)
-        links = Links(store, settings)
+        links = ImageUrls(store, settings)
         store.probe()  # before a load: a worker whose store is wrong would drain the queue
         cache = Cache.open(settings)
-        shelf = Shelf(max_bytes=settings.lora_memory_bytes)
-        engine = checkpoint.load(settings)
+        shelf = LoraMemoryCache(max_bytes=settings.lora_memory_bytes)
+        engine = loader.load(settings)
         return cls(
             engine=engine,
             cache=cache,
@@ -72,7 +67,7 @@ class Runtime:
 
 
 def generate(
-    runtime: Runtime,
+    runtime: Child,
     job_id: str,
     request: GenerateRequest,
     report: Report,
@@ -101,9 +96,11 @@ def generate(
     ]
     laps.end("parse")
 
-    recipe = _recipe(engine, job_id, pinned(request, files))
+    recipe = _recipe(
+        engine, job_id, pinned(request, [(file.source, file.sha256) for file in files])
+    )
     digests = [reading.lora.tensors_sha256 for reading in readings]
-    with Pictures(runtime.store, recipe, digests=digests) as pictures:
+    with ImageUploader(runtime.store, recipe, digests=digests) as pictures:
         if not resumed:
             pictures.clear()
         with engine.borrowed(request), engine.patch.applied(adapters) as norms:
@@ -128,7 +125,7 @@ def generate(
         images=refs,
         loras=tuple(receipts),
         timings=timings | laps.seconds | pictures.seconds,
-        base_intact=engine.state is EngineState.READY,  # proven on the way out of `borrowed`
+        base_intact=engine.state is PipelineState.READY,  # proven on the way out of `borrowed`
         base_checked=round(engine.base_checked, 4),
         tiled=any(ref.tiled for ref in refs),
         attempt=attempt,
@@ -140,14 +137,14 @@ def generate(
     report(
         "uploading", request.num_images, request.num_images
     )  # the last word of whoever does not want it any more
-    return publish(runtime.store, result)
+    return write_manifest(runtime.store, result)
 
 
-def _recipe(engine: Engine, job_id: str, request: GenerateRequest) -> Recipe:
+def _recipe(engine: Pipeline, job_id: str, request: GenerateRequest) -> Provenance:
     """Of the job's first picture."""
     width, height = engine.size(request)
     device, dtype, threads = engine.machine
-    return Recipe(
+    return Provenance(
         job_id=job_id,
         seed=seed_of(job_id) if request.seed is None else request.seed,
         width=width,
@@ -179,25 +176,25 @@ class Laps:
 
 
 class _Reading(NamedTuple):
-    lora: lora.Lora
+    lora: reader.Lora
     from_memory: bool
     seconds: float
 
 
-def _read(runtime: Runtime, spec: LoraSpec, file: CachedFile) -> _Reading:
+def _read(runtime: Child, spec: LoraSpec, file: CachedFile) -> _Reading:
     start = time.perf_counter()
     found, from_memory = runtime.shelf.get(
         file.sha256,
         lambda: runtime.engine.reader.read(file.path, digest=file.sha256, source=file.source),
     )
     if spec.strict:
-        lora.require_whole(found, source=file.source)
+        reader.require_whole(found, source=file.source)
     return _Reading(found, from_memory, time.perf_counter() - start)
 
 
-def _adapter(spec: LoraSpec, file: CachedFile, read: lora.Lora) -> Adapter:
+def _adapter(spec: LoraSpec, file: CachedFile, read: reader.Lora) -> WeightedLora:
     unet, text = spec.unet_weight, spec.text_encoder_weight
-    return Adapter(
+    return WeightedLora(
         lora=read,
         unet_weight=spec.weight if unet is None else unet,
         text_encoder_weight=spec.weight if text is None else text,
@@ -228,7 +225,7 @@ def _pieces(report: Report) -> Callable[[int, int], None]:
 
 
 def _receipt(
-    spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: Adapter, norm: float
+    spec: LoraSpec, file: CachedFile, reading: _Reading, adapter: WeightedLora, norm: float
 ) -> LoraReceipt:
     read = reading.lora
     return LoraReceipt(

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
 from zlora.errors import LoraForbidden, LoraNotFound
+
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:

@@ -5,15 +5,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from zlora import wire
+from zlora import config
+from zlora.broker.celery_app import VISIBILITY
 from zlora.errors import InvalidSetting
-from zlora.job import QUEUE, UrlPolicy
-from zlora.references import CIVITAI, HUGGING_FACE
-from zlora_worker import variables
+from zlora.lora.addresses import CIVITAI, HUGGING_FACE
+from zlora.schema import QUEUE, UrlPolicy
 
+from zlora_worker import setting_types
+
+DEMO_MODEL: Final = Path(__file__).with_name("demo") / "weights" / "model"  # diffusers layout
+DEMO_LORAS: Final = Path(__file__).with_name("demo") / "weights" / "loras"  # safetensors files
 _SECRET = "secret"  # noqa: S105 - a key of metadata
 
 
@@ -37,7 +41,7 @@ class Settings:
     home: Path
     broker_url: str
     result_backend: str
-    queue: str = _from(wire.QUEUE, default=QUEUE, note="Queue to serve; one base model per queue")
+    queue: str = _from(config.QUEUE, default=QUEUE, note="Queue to serve; one base model per queue")
     model: str = _from(
         "ZLORA_MODEL",
         default="stabilityai/stable-diffusion-xl-base-1.0",
@@ -58,43 +62,43 @@ class Settings:
     dtype: str = _from(
         "ZLORA_DTYPE",
         default="auto",
-        read=variables.choice("auto", "float16", "bfloat16", "float32"),
+        read=setting_types.choice("auto", "float16", "bfloat16", "float32"),
         note="`auto` is `float16` on CUDA and `float32` on a CPU",
     )
     load_timeout: int = _from(
         "ZLORA_LOAD_TIMEOUT",
         default="1800",
-        read=variables.count,
+        read=setting_types.count,
         note="Seconds that loading the base may take, download included",
     )
     job_timeout: int = _from(
         "ZLORA_JOB_TIMEOUT",
         default="870",
-        read=variables.count,
+        read=setting_types.count,
         note="Seconds that a job may take, and the most that its `timeout` may ask for",
     )
     hard_grace: int = _from(
         "ZLORA_HARD_GRACE",
         default="30",
-        read=variables.count,
+        read=setting_types.count,
         note="Seconds after a job's time in which it must have ended; then its child is killed",
     )
     shutdown_timeout: int = _from(
         "ZLORA_SHUTDOWN_TIMEOUT",
         default="0",
-        read=variables.count_or_none,
+        read=setting_types.count_or_none,
         note="Seconds after a SIGTERM until a job is put back; 0 waits for its end",
     )
     visibility: int = _from(
         "ZLORA_VISIBILITY",
-        default=str(wire.VISIBILITY),
-        read=variables.count,
+        default=str(VISIBILITY),
+        read=setting_types.count,
         note="Seconds after a dead worker's last sign until its job goes to another; alike for all workers of a broker",
     )
     sweep: int = _from(
         "ZLORA_SWEEP",
         default="15",
-        read=variables.count,
+        read=setting_types.count,
         note="Seconds between two looks for jobs whose message is lost",
     )
     probes: str = _from(
@@ -103,71 +107,71 @@ class Settings:
     )
     metrics: tuple[str, int] | None = _from(
         "ZLORA_METRICS",
-        read=variables.address,
+        read=setting_types.address,
         note="`host:port` at which Prometheus finds `/metrics`: `0.0.0.0:9808`; default: nowhere",
     )
     log: Literal["auto", "json", "text"] = _from(
         "ZLORA_LOG",
         default="auto",
-        read=variables.choice("auto", "json", "text"),
+        read=setting_types.choice("auto", "json", "text"),
         note="Lines of JSON or of text; `auto` is text on a terminal and JSON elsewhere",
     )
     prompts: Literal["shown", "hashed"] = _from(
-        wire.PROMPTS,
+        config.PROMPTS,
         default="shown",
-        read=variables.choice("shown", "hashed"),
+        read=setting_types.choice("shown", "hashed"),
         note="What Flower and logs have of prompts: their text, or 12 digits by which equal ones are known; "
         "for clients too",
     )
     store: str = _from(
         "ZLORA_STORE",
-        read=variables.store_url,
+        read=setting_types.store_url,
         note="`file:///folder` or `s3://bucket/prefix`; default: `store` in the data folder",
     )
     s3_endpoint: str = _from(
         "ZLORA_S3_ENDPOINT",
         "AWS_ENDPOINT_URL_S3",
         "AWS_ENDPOINT_URL",
-        read=wire.web_url,
+        read=config.web_url,
         note="S3 server other than AWS, with buckets as paths",
     )
     s3_public_endpoint: str = _from(
         "ZLORA_S3_PUBLIC_ENDPOINT",
-        read=variables.public_url,
+        read=setting_types.public_url,
         note="The same server as its users reach it; presigned URLs are for it",
     )
     s3_addressing: Literal["auto", "path", "virtual"] = _from(
         "ZLORA_S3_ADDRESSING",
         default="auto",
-        read=variables.choice("auto", "path", "virtual"),
+        read=setting_types.choice("auto", "path", "virtual"),
         note="Bucket in the path or in the host; `auto`: in the path where `ZLORA_S3_ENDPOINT` is set",
     )
     s3_put: Mapping[str, Any] = _from(
         "ZLORA_S3_PUT",
-        read=variables.options,
+        read=setting_types.options,
         note='More arguments of each put, as JSON: `{"StorageClass": "STANDARD_IA"}`',
         secret=True,
     )
     urls: tuple[UrlPolicy, ...] = _from(
         "ZLORA_URLS",
-        read=variables.url_policies,
+        read=setting_types.url_policies,
         note="`presigned`, `public`, `file`, `key`, comma-separated: what requests may ask for, the default first",
     )
     public_url: str = _from(
         "ZLORA_PUBLIC_URL",
-        read=variables.public_url,
+        read=setting_types.public_url,
         note="Base of public URLs, in front of prefix and key; makes them the default",
     )
     url_seconds: int = _from(
         "ZLORA_URL_SECONDS",
         default="86400",
-        read=variables.url_seconds,
+        read=setting_types.url_seconds,
         note="Seconds that a presigned URL holds, and the most that a request may ask for",
     )
     inline_bytes: int = _from(
         "ZLORA_INLINE_BYTES",
         default="1000000",
-        read=variables.count_or_none,
+        read=setting_types.count_or_none,
         note="Bytes of all pictures of a job up to which they come inline where a request asks for it",
     )
     lora_cache: str = _from(
@@ -176,81 +180,81 @@ class Settings:
     lora_cache_bytes: int = _from(
         "ZLORA_LORA_CACHE_BYTES",
         default="20000000000",
-        read=variables.count,
+        read=setting_types.count,
         note="Bytes that the LoRA cache may hold",
     )
     lora_max_bytes: int = _from(
         "ZLORA_LORA_MAX_BYTES",
         default="2147483648",
-        read=variables.count,
+        read=setting_types.count,
         note="Bytes that one LoRA may have",
     )
     lora_memory_bytes: int = _from(
         "ZLORA_LORA_MEMORY_BYTES",
         default="4000000000",
-        read=variables.count,
+        read=setting_types.count,
         note="Bytes of host memory for LoRAs that were read before",
     )
     lora_deadline: int = _from(
         "ZLORA_LORA_DEADLINE",
         default="300",
-        read=variables.count,
+        read=setting_types.count,
         note="Seconds that one LoRA's download may take",
     )
     lora_free_bytes: int = _from(
         "ZLORA_LORA_FREE_BYTES",
         default="1000000000",
-        read=variables.count_or_none,
+        read=setting_types.count_or_none,
         note="Bytes of the LoRA cache's disk that stay free",
     )
     lora_min_rate: int = _from(
         "ZLORA_LORA_MIN_RATE",
         default="10000",
-        read=variables.count_or_none,
+        read=setting_types.count_or_none,
         note="Bytes a second below which a download is given up",
     )
     look_ahead: int = _from(
         "ZLORA_LOOK_AHEAD",
         default="4",
-        read=variables.depth,
+        read=setting_types.depth,
         note="Jobs next in line whose LoRAs are fetched while another is drawn; 0 fetches none ahead",
     )
     patch: str = _from(
         "ZLORA_PATCH",
         default="auto",
-        read=variables.choice("auto", "shadow", "inplace"),
+        read=setting_types.choice("auto", "shadow", "inplace"),
         note="Merged weights go to memory of their own, or in place with a copy in host memory; `auto`: by the room",
     )
     base_check: str = _from(
         "ZLORA_BASE_CHECK",
         default="auto",
-        read=variables.choice("auto", "all"),
+        read=setting_types.choice("auto", "all"),
         note="How much of the base is compared after each job: what 1 % of its time allows, or all",
     )
     allow_hosts: frozenset[str] = _from(
-        wire.ALLOW_HOSTS,
-        read=wire.hosts,
+        config.ALLOW_HOSTS,
+        read=config.hosts,
         note="`host` or `host:port`, comma-separated, of LoRAs and of receivers of webhooks: "
         "may be private, speak plain `http` and listen on other ports than 443",
     )
     certificates: str = _from(
-        wire.CERTIFICATES,
-        read=wire.existing_file,
+        config.CERTIFICATES,
+        read=config.existing_file,
         note="File of the certificates to trust for LoRA sources and webhooks; default: certifi's",
     )
     lora_roots: tuple[Path, ...] = _from(
         "ZLORA_LORA_ROOTS",
-        read=variables.folders,
+        read=setting_types.folders,
         note="Folders, comma-separated, whose files `file://` may name",
     )
     lora_buckets: tuple[str, ...] = _from(
         "ZLORA_LORA_S3",
-        read=variables.buckets,
+        read=setting_types.buckets,
         note="`bucket` or `bucket/folder`, comma-separated: what `s3://` may name",
     )
     lora_s3_endpoint: str = _from(
         "ZLORA_LORA_S3_ENDPOINT",
-        read=wire.web_url,
+        read=config.web_url,
         note="S3 server of `s3://` sources; default: the store's",
     )
     lora_s3_region: str = _from(
@@ -267,9 +271,9 @@ class Settings:
         "ZLORA_LORA_S3_SESSION_TOKEN", note="The token of a temporary key", secret=True
     )
     hf_endpoint: str = _from(
-        *wire.HUGGING_FACE,
+        *config.HUGGING_FACE,
         default=HUGGING_FACE,
-        read=wire.web_url,
+        read=config.web_url,
         note="The hub of `hf://`, or a mirror of it",
     )
     hf_token: str = _from(
@@ -279,7 +283,7 @@ class Settings:
         secret=True,
     )
     civitai_url: str = _from(
-        wire.CIVITAI, default=CIVITAI, read=wire.web_url, note="Civitai, or a mirror of it"
+        config.CIVITAI, default=CIVITAI, read=config.web_url, note="Civitai, or a mirror of it"
     )
     civitai_token: str = _from(
         "CIVITAI_TOKEN",
@@ -290,7 +294,7 @@ class Settings:
     hub_url: str = _from(
         "FILE_API_BASE_URL",
         "COZY_HUB_URL",
-        read=wire.web_url,
+        read=config.web_url,
         note="Base URL of the hub behind `cozy_ref`",
     )
     hub_token: str = _from(
@@ -298,8 +302,8 @@ class Settings:
     )
     hub_tenant: str = _from("COZY_TENANT_ID", note="Tenant sent to the hub")
     webhook_secret: str = _from(
-        wire.WEBHOOK_SECRET,
-        read=variables.webhook_secrets,
+        config.WEBHOOK_SECRET,
+        read=setting_types.webhook_secrets,
         note="Secrets, separated by spaces, each of which signs webhooks: `whsec_...`; "
         "default: none, and `zlora up` makes one. How to make one: docs/webhooks.md",
         secret=True,
@@ -308,11 +312,11 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """Read all variables; raises `InvalidSetting` that names the variable."""
-        broker = wire.broker_url(environ)
+        broker = config.broker_url(environ)
         values: dict[str, Any] = {
-            "home": wire.home(environ),
+            "home": config.home(environ),
             "broker_url": broker,
-            "result_backend": wire.value_of(environ, wire.RESULT_BACKEND) or broker,
+            "result_backend": config.value_of(environ, config.RESULT_BACKEND) or broker,
         }
         for item in fields(cls):
             if item.metadata:
@@ -367,7 +371,7 @@ class Settings:
 
 
 def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
-    told = {name: value for name in metadata["names"] if (value := wire.value_of(environ, name))}
+    told = {name: value for name in metadata["names"] if (value := config.value_of(environ, name))}
     name, text = next(iter(told.items()), (metadata["names"][0], metadata["default"]))
     try:
         return metadata["read"](text)

@@ -2,17 +2,7 @@
 
 import click
 
-from zlora.cli import (
-    batch,
-    doctor,
-    generate,
-    inspection,
-    interruption,
-    jobs,
-    schema,
-    stack,
-    webhooks,
-)
+from zlora.cli import batch, doctor, generate, inspection, jobs, schema, signals, up, webhooks
 from zlora.cli.commands import Commands
 
 
@@ -20,7 +10,7 @@ from zlora.cli.commands import Commands
 @click.version_option(package_name="z-image-lora")
 def main() -> None:
     """Queue SDXL pictures with LoRAs."""
-    interruption.install()
+    signals.install()
 
 
 for _command in (
@@ -33,7 +23,7 @@ for _command in (
     schema.schema,
     jobs.status,
     jobs.submit,
-    stack.up,
+    up.up,
     webhooks.webhooks,
 ):
     main.add_command(_command)

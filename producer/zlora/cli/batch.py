@@ -8,18 +8,18 @@ from typing import Any
 
 import click
 
-from zlora.cli import batch_jobs, connection
+from zlora.broker.keys import PRIORITIES
+from zlora.cli import batch_input, connection
 from zlora.cli.batch_display import BatchDisplay
-from zlora.cli.batch_jobs import Line
+from zlora.cli.batch_input import Line
 from zlora.cli.batch_results import ResultsFile, Todo
 from zlora.cli.batch_run import BatchRun
-from zlora.cli.exits import BATCH_FAILED, writing
+from zlora.cli.exit_codes import BATCH_FAILED, writing
 from zlora.cli.printing import json_option
 from zlora.cli.saving import require_folder
 from zlora.client import Priority
 from zlora.errors import InvalidRequest, ZloraError
 from zlora.redaction import on_one_line
-from zlora.wire import PRIORITIES
 
 
 def _file(_ctx: click.Context, _parameter: click.Parameter, path: Path) -> Path:
@@ -124,7 +124,7 @@ def batch(
 
 def _checked(path: Path) -> list[Line]:
     try:
-        return batch_jobs.read(path)
+        return batch_input.read(path)
     except InvalidRequest as error:
         for wrong in error.details["lines"]:
             click.echo(on_one_line(f"line {wrong['line']}: {wrong['message']}"), err=True)

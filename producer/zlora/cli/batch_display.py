@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from zlora.cli import interruption
-from zlora.cli.exits import OUTPUT, writing
-from zlora.cli.interruption import Answer
+from zlora.cli import signals
+from zlora.cli.exit_codes import OUTPUT, writing
 from zlora.cli.printing import print_json, terminal
+from zlora.cli.signals import Answer
 from zlora.errors import ZloraError
 from zlora.redaction import on_one_line
 
@@ -70,7 +70,7 @@ class BatchDisplay:
         """`interruption.ask`, with nothing that is drawn over the question."""
         with suppress(OSError):  # the terminal may have gone with the signal
             self._stop()
-        return interruption.ask(question)
+        return signals.ask(question)
 
     def _stop(self) -> None:
         if self._progress is not None:

@@ -20,10 +20,10 @@ from typing import IO, Any, Final, NamedTuple, Self
 import msgspec
 from msgspec import Struct
 
-from zlora.cli.batch_jobs import Line
+from zlora.cli.batch_input import Line
 from zlora.errors import InvalidRequest, JobRevoked, ZloraError
-from zlora.job import GenerateResult
-from zlora.later import read_result
+from zlora.later import parse_result
+from zlora.schema import GenerateResult
 
 _BEGINNING: Final = b'{"line": '
 _NO_JSON: Final = (
@@ -123,7 +123,7 @@ class ResultsFile:
         for number, text in enumerate(self._file, start=1):
             try:
                 end = msgspec.json.decode(text, type=_Drawn)
-                result = None if end.result is None else read_result(end.result)
+                result = None if end.result is None else parse_result(end.result)
             except _NO_JSON:
                 raise self._refused(number, "has no result of a job") from None
             if result is None or end.job_id != self._ends[end.line][-1].job_id:

@@ -8,22 +8,16 @@ from pathlib import Path
 from threading import Thread
 from typing import Final, TypeVar
 
-from zlora import pictures
+from zlora import images
 from zlora.async_client import AsyncClient
-from zlora.cli import interruption
+from zlora.cli import signals
 from zlora.cli.batch_display import BatchDisplay
 from zlora.cli.batch_results import ResultsFile, Todo
-from zlora.cli.exits import Interrupted, writing
-from zlora.cli.interruption import Answer
+from zlora.cli.exit_codes import Interrupted, writing
+from zlora.cli.signals import Answer
 from zlora.client import Priority
-from zlora.errors import (
-    BrokerUnavailable,
-    InvalidSetting,
-    JobRevoked,
-    PictureUnavailable,
-    ZloraError,
-)
-from zlora.job import Cancellation, GenerateResult
+from zlora.errors import BrokerUnavailable, ImageUnavailable, InvalidSetting, JobRevoked, ZloraError
+from zlora.schema import Cancellation, GenerateResult
 
 T = TypeVar("T")
 
@@ -57,7 +51,7 @@ class BatchRun:
         Such a line is unfinished, or was finished before. Raises `BrokerUnavailable` where the broker is away for
         long and `InvalidSetting`, which leave lines unfinished; `Interrupted` at a signal.
         """
-        with interruption.as_event() as interrupted:
+        with signals.as_event() as interrupted:
             drawing = asyncio.create_task(self._draw(todo))
             waiting = asyncio.create_task(interrupted.wait())
             await asyncio.wait((drawing, waiting), return_when=asyncio.FIRST_COMPLETED)
@@ -106,15 +100,15 @@ class BatchRun:
     async def _bring_by_any(self, result: GenerateResult) -> None:
         """By the URLs that were written down, else by new ones."""
         if self._folder is None or all(
-            path.exists() for path in pictures.paths(result, self._folder)
+            path.exists() for path in images.paths(result, self._folder)
         ):
             return
         try:
             await self._save(result)
-        except PictureUnavailable as error:
+        except ImageUnavailable as error:
             await self._save_anew(result.job_id, error)
 
-    async def _save_anew(self, job_id: str, missing: PictureUnavailable) -> None:
+    async def _save_anew(self, job_id: str, missing: ImageUnavailable) -> None:
         try:
             await self._save(await self._client.job(job_id).result(_ANSWER))
         except _OF_ALL:
@@ -147,7 +141,7 @@ class BatchRun:
         except JobRevoked as error:
             return error
         except (
-            PictureUnavailable
+            ImageUnavailable
         ) as error:  # the job is well: the next run meets its result, and asks again
             self._miss(todo.job_id, error)
         except _OF_ALL:
@@ -167,7 +161,7 @@ class BatchRun:
         if self._folder is not None:
             with writing(self._folder, job_id=result.job_id):
                 async with self._saving:
-                    await _on_a_thread(partial(pictures.save, result, self._folder))
+                    await _on_a_thread(partial(images.save, result, self._folder))
 
     def _end(self, todo: Todo, outcome: GenerateResult | ZloraError) -> None:
         self._display.tell(self._results.add(todo, outcome))
@@ -176,10 +170,10 @@ class BatchRun:
         """What becomes of the jobs in flight. Without a question those that lines name are left alone."""
         flying = list(self._flying.values())
         if not flying:
-            interruption.settle()
+            signals.settle()
             message, status = (
                 "nothing is in flight; the same command goes on",
-                interruption.exit_status(),
+                signals.exit_status(),
             )
             return Interrupted(message, status, cancelled=0, in_flight=0)
         answer = self._display.ask(f"Cancel the {len(flying)} jobs in flight?")
@@ -190,7 +184,7 @@ class BatchRun:
         ]
         cancelled, left = await self._cancel_all(wanted), len(flying) - len(wanted)
         message = _told(answer, cancelled, left)
-        return Interrupted(message, interruption.exit_status(), cancelled=cancelled, in_flight=left)
+        return Interrupted(message, signals.exit_status(), cancelled=cancelled, in_flight=left)
 
     async def _cancel_all(self, wanted: Sequence[Todo]) -> int:
         """How many were cancelled; raises only when all of them are written down."""

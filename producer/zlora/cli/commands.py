@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from zlora.cli import interruption
-from zlora.cli.exits import (
+from zlora.cli import signals
+from zlora.cli.exit_codes import (
     CANNOT_WRITE,
     NOBODY_READS,
     OUTPUT,
     Failure,
     Interrupted,
-    let_go,
+    discard_stdout,
     writing,
 )
 from zlora.cli.printing import is_json
@@ -52,7 +52,7 @@ class Commands(click.Group):
         try:
             return super().main(*args, **extra)
         except OSError:  # of an error that click has found
-            let_go()
+            discard_stdout()
             sys.exit(CANNOT_WRITE)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -67,12 +67,10 @@ class Commands(click.Group):
         except click.ClickException as error:
             raise _usage(error, ctx, given) from error
         except BrokenPipeError:
-            let_go()
+            discard_stdout()
             sys.exit(NOBODY_READS)
         except KeyboardInterrupt:
-            raise _printed(
-                Interrupted("interrupted", interruption.exit_status()), ctx, given
-            ) from None
+            raise _printed(Interrupted("interrupted", signals.exit_status()), ctx, given) from None
 
 
 def _printed(failure: Failure, ctx: click.Context, given: Sequence[str]) -> Failure:

@@ -9,7 +9,7 @@ from zlora.client import Client
 
 if TYPE_CHECKING:
     from zlora.async_client import AsyncClient
-    from zlora.outbox import Outbox
+    from zlora.broker.webhook_outbox import Outbox
 
 
 def client() -> Client:
@@ -29,12 +29,12 @@ def outbox() -> "Iterator[Outbox]":
     """The webhooks of the environment's queue; raises as a client does."""
     import redis
 
-    from zlora import wire
+    from zlora import config
+    from zlora.broker.job_store import connect
+    from zlora.broker.webhook_outbox import Outbox
     from zlora.errors import BrokerUnavailable
-    from zlora.ledger import connect
-    from zlora.outbox import Outbox
 
-    with client() as checked, connect(wire.broker_url(os.environ)) as connection:
+    with client() as checked, connect(config.broker_url(os.environ)) as connection:
         try:
             yield Outbox(connection, checked.queue)
         except redis.RedisError as error:

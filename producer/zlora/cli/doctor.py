@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from zlora import errors
-from zlora.checks import Check, checks
-from zlora.cli.exits import status_of
+from zlora.cli.doctor_checks import Check, checks
+from zlora.cli.exit_codes import status_of
 from zlora.cli.printing import json_option, print_json, terminal
 from zlora.redaction import on_one_line
 

@@ -6,24 +6,24 @@ from typing import Any
 
 import click
 
-from zlora.cli import connection, interruption, order
-from zlora.cli.exits import OUTPUT, Failure, Interrupted, writing
-from zlora.cli.interruption import Answer
+from zlora.cli import connection, job_options, signals
+from zlora.cli.exit_codes import OUTPUT, Failure, Interrupted, writing
 from zlora.cli.printing import json_option, print_json
 from zlora.cli.progress import follow
 from zlora.cli.receipt import document, print_receipt
 from zlora.cli.saving import require_folder, save
+from zlora.cli.signals import Answer
 from zlora.client import Client
 from zlora.handle import JobHandle
-from zlora.job import Cancellation, GenerateResult
+from zlora.schema import Cancellation, GenerateResult
 
 
 @click.command()
-@order.order_options
+@job_options.order_options
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
-    callback=order.a_number,
+    callback=job_options.a_number,
     metavar="SECONDS",
     help="Wait no longer; the job goes on.",
 )
@@ -44,7 +44,7 @@ def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None
     Ctrl-C asks whether to cancel the job. Where nobody can be asked it is cancelled, but for one that --job-id or
     --idempotency-key names, which may be somebody else's too.
     """
-    wanted = order.read(given)
+    wanted = job_options.read(given)
     is_named, wanted = wanted.is_named, wanted.named(str(uuid.uuid4()))
     require_folder(out)
     with connection.client() as client:
@@ -58,7 +58,7 @@ def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None
 
 
 def _draw(
-    wanted: order.Order, client: Client, patience: float | None, *, is_named: bool
+    wanted: job_options.Order, client: Client, patience: float | None, *, is_named: bool
 ) -> GenerateResult:
     try:
         handle = wanted.submit(client)
@@ -68,14 +68,14 @@ def _draw(
     except KeyboardInterrupt:
         raise _left(wanted.handle(client), is_named=is_named) from None
     except (BrokenPipeError, Failure):  # a bar, where the terminal has gone with the signal
-        if interruption.has_come():
+        if signals.has_come():
             raise _left(wanted.handle(client), is_named=is_named) from None
         raise
 
 
 def _left(handle: JobHandle, *, is_named: bool) -> Interrupted:
     """What becomes of a job that nobody waits for any more; it may be on its way to the queue."""
-    answer, status = interruption.ask(f"Cancel job {handle.id}?"), interruption.exit_status()
+    answer, status = signals.ask(f"Cancel job {handle.id}?"), signals.exit_status()
     if answer is Answer.NO or (answer is Answer.NOBODY and is_named):
         why = (
             ""

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import click
 
 from zlora.cli.printing import json_option, print_facts, print_json
-from zlora.job import Asset
-from zlora.origins import LoraInfo
-from zlora.preflight import Preflight
+from zlora.lora.base_model import LoraInfo
+from zlora.lora.preflight import Preflight
+from zlora.schema import Asset
 
 
 @click.command()

@@ -5,14 +5,14 @@ from typing import Any, Final
 
 import click
 
-from zlora.cli import connection, order
-from zlora.cli.exits import OUTPUT, status_of, writing
+from zlora.cli import connection, job_options
+from zlora.cli.exit_codes import OUTPUT, status_of, writing
 from zlora.cli.printing import json_option, print_json
 from zlora.cli.progress import detail_of, follow, phase_of
 from zlora.cli.receipt import document, print_receipt
 from zlora.cli.saving import require_folder, save
 from zlora.errors import JobUnknown
-from zlora.job import Cancellation, JobState, JobStatus, check_job_id, plain
+from zlora.schema import Cancellation, JobState, JobStatus, check_job_id, to_dict
 
 _TOLD: Final = {
     Cancellation.QUEUED: "cancelled, not begun",
@@ -23,11 +23,11 @@ _TOLD: Final = {
 
 
 @click.command()
-@order.order_options
+@job_options.order_options
 @json_option
 def submit(as_json: bool, **given: Any) -> None:
     """Queue PROMPT and print the job's id, without waiting for it."""
-    wanted = order.read(given)
+    wanted = job_options.read(given)
     with connection.client() as client:
         handle = wanted.submit(client)
     with writing(OUTPUT, job_id=handle.id):
@@ -47,7 +47,7 @@ def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
     with connection.client() as client:
         found = [(name, client.job(name).status()) for name in names]
     if as_json:
-        print_json([{"job_id": name, **plain(one)} for name, one in found])
+        print_json([{"job_id": name, **to_dict(one)} for name, one in found])
     else:
         for name, one in found:
             click.echo(f"{name}  {_words(one)}")
@@ -59,7 +59,7 @@ def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
-    callback=order.a_number,
+    callback=job_options.a_number,
     default=2.0,
     show_default=True,
     metavar="SECONDS",

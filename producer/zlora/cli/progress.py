@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from zlora.cli import interruption
+from zlora.cli import signals
 from zlora.cli.printing import terminal
 from zlora.errors import ResultTimeout, ZloraError
 from zlora.handle import JobHandle, has_ended
-from zlora.job import GenerateResult, JobState, JobStatus
 from zlora.redaction import on_one_line
+from zlora.schema import GenerateResult, JobState, JobStatus
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def _watch(handle: JobHandle, patience: float | None) -> bool:
     try:
         with _showing() as show:
             for status in handle.events(patience):
-                interruption.check()
+                signals.check()
                 if not has_ended(status):
                     show(status)
     except ResultTimeout:

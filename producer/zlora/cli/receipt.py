@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from zlora.cli.printing import print_facts, terminal
-from zlora.job import GenerateResult, LoraReceipt
 from zlora.redaction import on_one_line
+from zlora.schema import GenerateResult, LoraReceipt
 
 if TYPE_CHECKING:
     from rich.console import Console

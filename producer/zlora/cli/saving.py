@@ -3,10 +3,10 @@
 import shlex
 from pathlib import Path
 
-from zlora import pictures
-from zlora.cli import interruption
-from zlora.cli.exits import Interrupted, writing
-from zlora.job import GenerateResult
+from zlora import images
+from zlora.cli import signals
+from zlora.cli.exit_codes import Interrupted, writing
+from zlora.schema import GenerateResult
 
 
 def require_folder(folder: Path) -> None:
@@ -26,8 +26,8 @@ def save(result: GenerateResult, folder: Path) -> list[Path]:
     """`pictures.save`, whose errors end the command; the details of all of them name the job."""
     try:
         with writing(folder, job_id=result.job_id):
-            return pictures.save(result, folder)
+            return images.save(result, folder)
     except KeyboardInterrupt:
         again = f"zlora result {result.job_id} --out {shlex.quote(str(folder))}"
-        message, status = f"job {result.job_id} is done: {again}", interruption.exit_status()
+        message, status = f"job {result.job_id} is done: {again}", signals.exit_status()
         raise Interrupted(message, status, job_id=result.job_id) from None

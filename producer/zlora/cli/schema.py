@@ -9,7 +9,7 @@ import click
 from msgspec import Struct
 
 from zlora.cli.printing import json_option, print_json
-from zlora.job import GenerateRequest, GenerateResult, JobStatus
+from zlora.schema import GenerateRequest, GenerateResult, JobStatus
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 

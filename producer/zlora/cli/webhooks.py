@@ -4,13 +4,13 @@ from collections.abc import Iterable
 
 import click
 
+from zlora.broker.webhook_outbox import DeadLetter
 from zlora.cli import connection
-from zlora.cli.exits import status_of
+from zlora.cli.exit_codes import status_of
 from zlora.cli.printing import json_option, print_json
 from zlora.errors import JobUnknown
-from zlora.job import check_job_id
-from zlora.outbox import DeadLetter
 from zlora.redaction import on_one_line
+from zlora.schema import check_job_id
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""In place of `zlora_worker.checkpoint`: a model that loads as slowly, or as badly, as a test asks.
+"""In place of `zlora_worker.model.loader`: a model that loads as slowly, or as badly, as a test asks.
 
 `FAKE_LOAD_SECONDS` is how long, and `FAKE_RELOAD_SECONDS` for a worker's children after its first; `FAKE_LOAD_FAILS`
 names a file, and where it is the load raises.
@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 from zlora.errors import ModelUnavailable
-from zlora_worker.engine import Engine
+from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import Settings
 
 
-def load(settings: Settings) -> Engine:
+def load(settings: Settings) -> Pipeline:
     """The fake model; raises `ModelUnavailable` where it is told to."""
     from faults.engines import journal
 
@@ -23,7 +23,7 @@ def load(settings: Settings) -> Engine:
     if fault and Path(fault).exists():
         raise ModelUnavailable(f"{settings.model} cannot be loaded: a test says so")
     journal.write("loaded")
-    return Engine(name=settings.model)  # type: ignore[call-arg]  # the fake's, see `sitecustomize`
+    return Pipeline(name=settings.model)  # type: ignore[call-arg]  # the fake's, see `sitecustomize`
 
 
 def _seconds() -> float:

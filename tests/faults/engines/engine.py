@@ -1,4 +1,4 @@
-"""In place of `zlora_worker.engine`: takes its orders from the prompt, and draws a small picture of one colour.
+"""In place of `zlora_worker.model.pipeline`: takes its orders from the prompt, and draws a small picture of one colour.
 
 The prompt of such a job is a JSON object: `label` is its name in the journal, `step` the seconds of a step, and `do`
 what happens at step `at`: words of `faults.engines.misbehaviour`. `noise` asks for a picture of so many pixels a side
@@ -18,9 +18,9 @@ from faults.engines import journal
 from faults.engines.misbehaviour import misbehave
 from PIL import Image
 from zlora.errors import BaseNotRestored
-from zlora.job import GenerateRequest
-from zlora_worker.lora import Reader
-from zlora_worker.merge import Adapter
+from zlora.schema import GenerateRequest
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.reader import Reader
 
 
 class EngineState(StrEnum):
@@ -35,7 +35,7 @@ class Patch:
     """Changes nothing."""
 
     @contextmanager
-    def applied(self, adapters: Sequence[Adapter]) -> Iterator[list[float]]:
+    def applied(self, adapters: Sequence[WeightedLora]) -> Iterator[list[float]]:
         """One norm a LoRA."""
         yield [0.5 for _ in adapters]
 

@@ -1,4 +1,4 @@
-"""In place of `zlora_worker.lora`: any sound file is a LoRA of one module."""
+"""In place of `zlora_worker.lora.reader`: any sound file is a LoRA of one module."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""In place of `zlora_worker.merge`."""
+"""In place of `zlora_worker.lora.merge`."""
 
 from dataclasses import dataclass
 
-from zlora_worker.lora import Lora
+from zlora_worker.lora.reader import Lora
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,17 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from zlora import wire
+from zlora import config
 from zlora.cli.printing import json_option, print_json
 from zlora.cli.saving import require_folder
 from zlora.client import Client
+from zlora.embedded import EmbeddedStack
 from zlora.errors import InvalidSetting
 from zlora.handle import JobHandle
-from zlora.job import GenerateRequest, GenerateResult, JobState, read_request, seed_of
-from zlora.local import Stack
-from zlora_worker.demo.folder import LORAS
+from zlora.schema import GenerateRequest, GenerateResult, JobState, parse_request, seed_of
+
 from zlora_worker.demo.server import TOKEN, serving
+from zlora_worker.settings import DEMO_LORAS
 
 _DOCUMENTS: Final = ("basic", "single_lora", "multiple_loras", "cozy_ref")
 _PHASES: Final = ("queued", "fetch", "apply", "denoise", "tail")
@@ -76,9 +77,12 @@ def demo(out: Path, as_json: bool) -> None:
         raise InvalidSetting(f"the demo needs the worker: {advice}", {"name": "worker"})
     require_folder(out)
     console = Console(width=None if os.isatty(1) else _LOG_WIDTH, stderr=as_json)
-    home = wire.home(os.environ)
+    home = config.home(os.environ)
     console.print("[bold]z-image-lora demo[/]: " + _NOTE)
-    with serving(LORAS) as host, Stack(_environ(host), log_folder=home / "logs") as stack:
+    with (
+        serving(DEMO_LORAS) as host,
+        EmbeddedStack(_environ(host), log_folder=home / "logs") as stack,
+    ):
         console.print(f"broker {stack.broker_url}, logs in {home / 'logs'}")
         with Client.from_env(stack.environ) as client:
             variants = [variant for name in _DOCUMENTS for variant in _submit(client, name, host)]
@@ -101,13 +105,13 @@ def _environ(host: str) -> dict[str, str]:
         **os.environ,
         "ZLORA_MODEL": "demo",
         "ZLORA_VAE": "",
-        "ZLORA_STORE": (wire.home(os.environ) / "store").as_uri(),
+        "ZLORA_STORE": (config.home(os.environ) / "store").as_uri(),
         "ZLORA_DEVICE": "cpu",
         "ZLORA_ALLOW_HOSTS": host,
         "FILE_API_BASE_URL": f"http://{host}",
         "FILE_API_TOKEN": TOKEN,
-        wire.QUEUE: f"demo-{os.getpid()}",
-        wire.RESULT_BACKEND: "",  # the broker's own
+        config.QUEUE: f"demo-{os.getpid()}",
+        config.RESULT_BACKEND: "",  # the broker's own
         "OMP_NUM_THREADS": "1",  # the model is too small to share a step
     }
 
@@ -115,7 +119,7 @@ def _environ(host: str) -> dict[str, str]:
 def read_document(name: str, host: str) -> GenerateRequest:
     """One of the four documents, as it is but for the host of its URLs, which becomes `host` over plain http."""
     text = Path(__file__).with_name("requests").joinpath(f"{name}.json").read_text()
-    return read_request(msgspec.json.decode(text.replace("https://example.com", f"http://{host}")))
+    return parse_request(msgspec.json.decode(text.replace("https://example.com", f"http://{host}")))
 
 
 def _submit(client: Client, name: str, host: str) -> Iterator[Variant]:
@@ -138,7 +142,7 @@ def _names(request: GenerateRequest) -> str:
     )
 
 
-def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[Drawn]:
+def _watch(variants: Sequence[Variant], stack: EmbeddedStack, console: Console) -> list[Drawn]:
     """Wait for all, with a bar each; without a terminal, with a line each."""
     columns = (
         TextColumn("{task.description:34}"),
@@ -165,7 +169,7 @@ def _watch(variants: Sequence[Variant], stack: Stack, console: Console) -> list[
     return drawn
 
 
-def _follow(handle: JobHandle, stack: Stack, show: Any) -> None:
+def _follow(handle: JobHandle, stack: EmbeddedStack, show: Any) -> None:
     end = time.monotonic() + _PATIENCE
     while (status := handle.status()).state not in (
         JobState.SUCCESS,

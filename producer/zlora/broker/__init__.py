@@ -1,0 +1,1 @@
+"""Jobs on Redis: messages, records, results, and webhooks that are due."""

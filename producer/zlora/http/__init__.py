@@ -1,0 +1,1 @@
+"""HTTP requests to hosts that a producer names: guarded, bounded in time and size."""

@@ -1,0 +1,95 @@
+"""A thousand jobs of one process at once: what they cost it, and whether each result is the job's own."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from support.scene import request
+from zlora import AsyncClient, AsyncJobHandle, Client, JobHandle
+from zlora.errors import ZloraError
+
+PATIENCE = 240.0  # seconds
+Look = Callable[[int], None]  # is told how many results are there
+
+
+class Crowd(NamedTuple):
+    """What was seen of it. Memory is this process's own, in MB, grown from the first job to the last result."""
+
+    seconds: float
+    missed: list[str]  # without a result of its own
+    megabytes: float
+    connections: (
+        int  # at most, as counted while the jobs were waited for; those of before are left out
+    )
+
+
+def submitted_and_awaited(client: Client, jobs: int, *, look: Look | None = None) -> Crowd:
+    """By one thread: all are submitted, and then each is waited for."""
+    start, before, open_before = time.monotonic(), resident(), sockets()
+    handles: list[JobHandle] = client.submit_many(map(request, names(jobs)), job_ids=names(jobs))
+    missed, most = [], 0
+    for index, handle in enumerate(handles):
+        if not is_own(handle):
+            missed.append(handle.id)
+        if index % 50 == 0:
+            most = max(most, sockets() - open_before)
+        if look:
+            look(index + 1)
+    return Crowd(time.monotonic() - start, missed, resident() - before, most)
+
+
+async def gathered(client: AsyncClient, jobs: int, *, look: Look | None = None) -> Crowd:
+    """By one event loop: all are waited for at once."""
+    start, before, open_before = time.monotonic(), resident(), sockets()
+    handles = await client.submit_many(map(request, names(jobs)), job_ids=names(jobs))
+    done, most = 0, 0
+
+    async def wait(handle: AsyncJobHandle) -> bool:
+        nonlocal done, most
+        result: Any = None
+        with suppress(ZloraError):
+            result = await handle.result(timeout=PATIENCE)
+        done += 1
+        if done % 50 == 0:
+            most = max(most, sockets() - open_before)
+        if look:
+            await asyncio.to_thread(look, done)
+        return result is not None and result.job_id == handle.id
+
+    there = await asyncio.gather(*map(wait, handles))
+    missed = [handle.id for handle, found in zip(handles, there, strict=True) if not found]
+    return Crowd(time.monotonic() - start, missed, resident() - before, most)
+
+
+def names(jobs: int) -> list[str]:
+    """Their ids."""
+    return [f"crowd-{index}" for index in range(jobs)]
+
+
+def is_own(handle: JobHandle) -> bool:
+    """Whether a result is there, and the job's."""
+    try:
+        return handle.result(timeout=PATIENCE).job_id == handle.id
+    except ZloraError:
+        return False
+
+
+def resident() -> float:
+    """Megabytes of this process that lie in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+def sockets() -> int:
+    """Connections that this process has open."""
+    return sum(target.startswith("socket:") for target in _open_files())
+
+
+def _open_files() -> Iterator[str]:
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the list's own, by then
+            yield os.readlink(f"/proc/self/fd/{name}")

@@ -1,0 +1,220 @@
+"""Factories: the tiny model in this process, LoRA files of a few KB for it, and a store in memory."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from threading import Event
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_folder import tiny_lora, tiny_model
+from torch import Tensor
+from zlora.errors import StoreFailed
+from zlora.schema import GenerateRequest
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.results.provenance import Provenance
+from zlora_worker.results.store import Store
+from zlora_worker.results.urls import ImageUrls
+from zlora_worker.settings import Settings
+
+Tensors: TypeAlias = dict[str, Tensor]
+
+PARTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")  # whatever has weights
+# Where merged weights can be: the variables of a worker. Those of a GPU run where there is one.
+PLACES: Final = tuple(
+    pytest.param({"ZLORA_PATCH": mode, "ZLORA_DEVICE": device}, id=f"{mode}-{device}", marks=marks)
+    for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+    for mode in ("shadow", "inplace")
+)
+
+
+class Target(NamedTuple):
+    """A linear layer of the tiny model, in both spellings that people have for it; its weight is `rows` x `columns`."""
+
+    component: str
+    module: str
+    kohya: str
+    rows: int
+    columns: int
+
+
+_BLOCK = (
+    "down_blocks.1.attentions.0.transformer_blocks.0.",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_",
+)
+_LAYER = "text_model.encoder.layers.0."
+UNET: Final = tuple(
+    Target("unet", _BLOCK[0] + name, _BLOCK[1] + name.replace(".", "_"), rows, columns)
+    for name, rows, columns in (
+        ("attn1.to_q", 32, 32),
+        ("attn2.to_k", 32, 80),
+        ("ff.net.0.proj", 256, 32),
+    )
+)
+TEXT: Final = tuple(
+    Target(component, _LAYER + name, f"{te}_{_LAYER}{name}".replace(".", "_"), rows, width)
+    for component, te, width in (
+        ("text_encoder", "lora_te1", 32),
+        ("text_encoder_2", "lora_te2", 48),
+    )
+    for name, rows in (
+        ("self_attn.q_proj", width),
+        ("self_attn.out_proj", width),
+        ("mlp.fc1", 2 * width),
+    )
+)
+
+# What diffusers says of its own insides, once a picture; the pictures tell whether it matters.
+upcast_vae: Final = pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+
+
+def settings(home: Path, **variables: str) -> Settings:
+    """The settings of a worker on the CPU with the tiny model of its data folder."""
+    its = {"ZLORA_HOME": str(home), "ZLORA_MODEL": str(tiny_model(home)), "ZLORA_DEVICE": "cpu"}
+    return Settings.from_env(its | variables)
+
+
+def load_engine(home: Path, **variables: str) -> Pipeline:
+    """An engine as a worker would have it, on one thread: pictures depend on their number."""
+    torch.set_num_threads(1)
+    return loader.load(settings(home, **variables))
+
+
+def a_request(**fields: Any) -> GenerateRequest:
+    """A small job: the model's native size and one step where `fields` say nothing else."""
+    small: dict[str, Any] = {"prompt": "a city at night", "num_inference_steps": 1}
+    return GenerateRequest(**small | fields)
+
+
+def a_recipe(request: GenerateRequest, **fields: Any) -> Provenance:
+    """Of a picture that nobody has drawn."""
+    some: dict[str, Any] = {
+        "job_id": "some-job",
+        "seed": 7,
+        "width": 64,
+        "height": 72,
+        "request": request,
+        "model": "models/some.safetensors",
+        "base_sha256": "b" * 64,
+        "scheduler": "EulerDiscreteScheduler",
+        "device": "cpu",
+        "dtype": "float32",
+        "versions": {"z-image-lora": "1.2"},
+    }
+    return Provenance(**some | fields)
+
+
+def pixels(engine: Pipeline, *, seed: int = 7, **fields: Any) -> bytes:
+    """The picture of a small job, as RGB bytes."""
+    return engine.draw(a_request(**fields), seed, lambda _step: None).tobytes()
+
+
+def difference(one: bytes, other: bytes) -> int:
+    """The greatest difference between two pictures of equal size, in steps of 1/255."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def weights(engine: Pipeline, component: str) -> Tensors:
+    """The tensors of a component themselves, so that a test can damage them."""
+    tensors: Tensors = getattr(engine.pipeline, component).state_dict()
+    return tensors
+
+
+def copy_model(home: Path, target: Path) -> Path:
+    """A copy of the tiny model's folder, to be damaged."""
+    shutil.copytree(tiny_model(home), target)
+    return target
+
+
+def write(path: Path, tensors: Tensors) -> Path:
+    """A safetensors file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: tensor.clone().contiguous() for key, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    return path
+
+
+def lora_tensors(home: Path, name: str) -> Tensors:
+    """The tensors of one of the tiny model's LoRAs."""
+    tensors: Tensors = load_file(tiny_lora(home, name))
+    return tensors
+
+
+def peft_lora(targets: Sequence[Target] = UNET, *, ranks: Sequence[int] = (2,)) -> Tensors:
+    """A random LoRA in peft's spelling; the ranks go round."""
+    return {
+        f"{target.component}.{target.module}.lora_{factor}.weight": tensor
+        for target, pair in _factors(targets, ranks)
+        for factor, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def kohya_lora(targets: Sequence[Target] = UNET) -> Tensors:
+    """The same change in kohya's spelling: alpha is half the rank, and the up factors are doubled."""
+    tensors: Tensors = {}
+    for target, (down, up) in _factors(targets, (2,)):
+        tensors[f"{target.kohya}.alpha"] = torch.tensor(len(down) / 2)
+        tensors[f"{target.kohya}.lora_down.weight"] = down
+        tensors[f"{target.kohya}.lora_up.weight"] = 2 * up
+    return tensors
+
+
+def _factors(
+    targets: Sequence[Target], ranks: Sequence[int]
+) -> Iterator[tuple[Target, tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(20260101)
+    for target, rank in zip(targets, cycle(ranks), strict=False):
+        down = torch.randn(rank, target.columns, generator=generator)
+        yield target, (down, torch.randn(target.rows, rank, generator=generator))
+
+
+def links(store: Store) -> ImageUrls:
+    """What a worker with no settings makes of its results."""
+    return ImageUrls(store, Settings.from_env({}))
+
+
+class MemoryStore:
+    """A store in memory, in the order of arrival, with room for so many objects."""
+
+    own_urls: Final = "file"
+
+    def __init__(self, room: int = 100) -> None:
+        self.objects: dict[str, tuple[bytes, str]] = {}
+        self._room = room
+
+    def put_new(
+        self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
+    ) -> bool:
+        """Keep the object where there is none, or fail where there is no room."""
+        if key in self.objects:
+            return False
+        if len(self.objects) >= self._room:
+            raise StoreFailed(f"{key}: the store is full")
+        self.objects[key] = (data, content_type)
+        return True
+
+    def get(self, key: str) -> bytes | None:
+        """What is under the key."""
+        return self.objects[key][0] if key in self.objects else None
+
+    def delete(self, key: str) -> None:
+        """Forget the object."""
+        self.objects.pop(key, None)
+
+    def probe(self) -> None:
+        """There is nothing that could refuse."""
+
+    def name(self, key: str) -> str:
+        """The key as it is."""
+        return key
+
+    def url(self, key: str, seconds: int) -> str:
+        """Where it would be."""
+        return f"memory:///{key}"

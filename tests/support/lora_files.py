@@ -1,0 +1,294 @@
+"""Factories of LoRA files in every spelling, and what they do to the tiny model, worked out apart from the worker."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import torch
+from support import single_file
+from support.fakes import Tensors
+from support.tiny_folder import tiny_model
+from torch import Tensor, nn
+from zlora_worker.model.pipeline import ADAPTED, Pipeline
+
+Weight: TypeAlias = tuple[str, str]  # component, and the parameter's name in it
+State: TypeAlias = dict[Weight, Tensor]
+Names: TypeAlias = Mapping[str, str]  # Stability's names of the UNet's modules, by diffusers'
+Speller: TypeAlias = Callable[["Layer", Names], Tensors]
+
+TOLERANCE: Final = 1e-5  # of the greatest weight, in fp32
+
+
+PEFTS_TARGETS: Final = [
+    "to_q",
+    "to_out.0",
+    "ff.net.2",
+    "q_proj",
+    "fc1",
+    "conv1",
+    "conv_shortcut",
+]  # modules
+
+
+class Layer(NamedTuple):
+    """A LoRA of one module; its change at weight 1 is `alpha / rank * up @ down`."""
+
+    component: str
+    module: str
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def bare(self) -> str:
+        """The module's name without what only some releases of transformers put before it."""
+        return self.module.removeprefix("text_model.")
+
+    def change(self, *, with_alpha: bool) -> Tensor:
+        """In fp64, as a matrix."""
+        scale = self.alpha / len(self.down) if with_alpha else 1.0
+        return scale * self.up.double().flatten(1) @ self.down.double().flatten(1)
+
+
+def snapshot(engine: Pipeline) -> State:
+    """A copy of every weight that a LoRA could change."""
+    return {
+        (component, name): parameter.detach().clone()
+        for component in ADAPTED
+        for name, parameter in getattr(engine.pipeline, component).named_parameters()
+    }
+
+
+@contextmanager
+def only_inside(engine: Pipeline) -> Iterator[None]:
+    """Whatever happens inside, afterwards every weight is bit for bit what it was."""
+    before = snapshot(engine)
+    yield
+    after = snapshot(engine)
+    assert [
+        weight for weight, tensor in before.items() if not torch.equal(tensor, after[weight])
+    ] == []
+
+
+def require_equal(merged: State, base: State, expected: Mapping[Weight, Tensor]) -> None:
+    """Each expected weight is met within the tolerance and differs from the base; all others are the base's bits."""
+    assert expected
+    for weight, tensor in expected.items():
+        assert not torch.equal(merged[weight], base[weight]), f"{weight} is the base's"
+        off = (merged[weight].double() - tensor.double().view_as(merged[weight])).abs().max()
+        assert float(off) <= TOLERANCE * float(tensor.abs().max()), (
+            f"{weight} is off by {float(off)}"
+        )
+    assert [
+        weight
+        for weight in base.keys() - expected.keys()
+        if not torch.equal(merged[weight], base[weight])
+    ] == []
+
+
+def stability_names(unet: Any) -> dict[str, str]:
+    """By the tests' own writer of checkpoints, which diffusers reads back."""
+    state = {key: tensor for key, tensor in unet.state_dict().items() if key.endswith(".weight")}
+    moved = single_file._moved(state, single_file._unet_places(unet.config), single_file.UNET_INNER)
+    by_tensor = {id(tensor): key for key, tensor in moved.items()}
+    return {_module(key): _module(by_tensor[id(tensor)]) for key, tensor in state.items()}
+
+
+def layers_for(
+    weights: Mapping[Weight, Tensor], *, ranks: Sequence[int] = (2, 3, 1)
+) -> list[Layer]:
+    """A random layer for each matrix or kernel, but no embeddings; ranks go round, and each has another alpha."""
+    generator = torch.Generator().manual_seed(20260102)
+    layers, rank_of, alpha_of = [], cycle(ranks), cycle((1.0, 0.5, 4.0, 2.5))
+    for (component, name), weight in weights.items():
+        if weight.dim() < 2 or "_embedding.weight" in name:
+            continue
+        rank, ones = next(rank_of), [1] * (weight.dim() - 2)
+        down = torch.randn(rank, *weight.shape[1:], generator=generator)
+        up = torch.randn(len(weight), rank, *ones, generator=generator)
+        layers.append(Layer(component, _module(name), down, up, next(alpha_of)))
+    return layers
+
+
+def merged_by_hand(
+    base: Mapping[Weight, Tensor],
+    layers: Sequence[Layer],
+    strengths: Mapping[str, float],
+    *,
+    with_alpha: bool,
+) -> State:
+    """The weights that change, in fp64."""
+    merged = {}
+    for layer in layers:
+        weight = layer.component, f"{layer.module}.weight"
+        change = strengths[layer.component] * layer.change(with_alpha=with_alpha)
+        merged[weight] = base[weight].double() + change.view_as(base[weight])
+    return merged
+
+
+def spelt(layers: Sequence[Layer], speller: Speller, names: Names) -> Tensors:
+    """All layers as one file."""
+    tensors: Tensors = {}
+    for layer in layers:
+        tensors |= speller(layer, names)
+    return tensors
+
+
+def lycoris_tensors(module: nn.Module, prefix: str) -> Tensors:
+    """The tensors of one of LyCORIS' modules, as its own files name them."""
+    state = module.custom_state_dict()  # type: ignore[operator] # its modules
+    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in state.items()}
+
+
+def effect(layer: nn.Module, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The weight of a shape, and the bias, that a linear layer or an odd convolution acts with, by its answers."""
+    _, *sides = shape
+    inputs = math.prod(sides)
+    impulses = torch.eye(inputs).view(inputs, *sides)
+    middle = tuple(side // 2 for side in sides[1:])
+    with torch.no_grad():
+        bias = layer(torch.zeros_like(impulses[:1]))[(0, slice(None), *middle)]
+        answers = layer(impulses)[(slice(None), slice(None), *middle)]
+    return (answers - bias).T.reshape(tuple(shape)), bias
+
+
+def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, Any]) -> State:
+    """Write a random LoRA of all components to a folder as diffusers does; what peft merges."""
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    assert LORA_ADAPTER_METADATA_KEY == "lora_adapter_metadata"
+    torch.manual_seed(20260104)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model(home), local_files_only=True)
+    saved, changed = {}, {}
+    for component in ADAPTED:
+        model = getattr(pipeline, component)
+        inject_adapter_in_model(LoraConfig(**{"target_modules": PEFTS_TARGETS} | options), model)
+        for name, parameter in model.named_parameters():
+            if ".lora_magnitude_vector." in name:
+                parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+            elif ".lora_" in name:
+                parameter.data.normal_(std=0.5)
+        saved[f"{component}_lora_layers"] = get_peft_model_state_dict(model)
+        saved[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(folder, weight_name="a.safetensors", **saved)
+    for component in ADAPTED:
+        for name, layer in getattr(pipeline, component).named_modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(weight)
+                layer.merge()
+                base = layer.get_base_layer()
+                changed[component, f"{name}.weight"] = base.weight.detach()
+                if options.get("lora_bias"):
+                    changed[component, f"{name}.bias"] = base.bias.detach()
+    return changed
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _pair(layer: Layer, down: str, up: str, alpha: str = "") -> Tensors:
+    tensors = {down: layer.down, up: layer.up}
+    return tensors | {alpha: torch.tensor(layer.alpha)} if alpha else tensors
+
+
+def _kohya(prefix: str, layer: Layer) -> Tensors:
+    return _pair(layer, f"{prefix}.lora_down.weight", f"{prefix}.lora_up.weight", f"{prefix}.alpha")
+
+
+def _prefixed(unet: str, text: str, layer: Layer, unet_name: str) -> str:
+    """`text` has a place for the encoder's number or letter."""
+    if layer.component == "unet":
+        return f"{unet}{unet_name}"
+    second = layer.component == "text_encoder_2"
+    return f"{text.format(number=2 if second else 1, letter='g' if second else 'l')}text_model.{layer.bare}"
+
+
+def kohya_of_stability(layer: Layer, names: Names) -> Tensors:
+    return _kohya(
+        _flat(_prefixed("lora_unet_", "lora_te{number}_", layer, names.get(layer.module, ""))),
+        layer,
+    )
+
+
+def kohya_of_diffusers(layer: Layer, _names: Names) -> Tensors:
+    return _kohya(_flat(_prefixed("lora_unet_", "lora_te{number}_", layer, layer.module)), layer)
+
+
+def lycoris(layer: Layer, _names: Names) -> Tensors:
+    return _kohya(_flat(_prefixed("lycoris_", "lycoris_te{number}_", layer, layer.module)), layer)
+
+
+def onetrainer_dotted(layer: Layer, _names: Names) -> Tensors:
+    return _kohya(_prefixed("lora_unet.", "lora_te{number}.", layer, layer.module), layer)
+
+
+def onetrainer_by_component(layer: Layer, _names: Names) -> Tensors:
+    return _kohya(_prefixed("unet.", "clip_{letter}.", layer, layer.module), layer)
+
+
+def comfyui(layer: Layer, names: Names) -> Tensors:
+    text = "text_encoders.clip_{letter}.transformer."
+    return _kohya(_prefixed("diffusion_model.", text, layer, names.get(layer.module, "")), layer)
+
+
+def comfyui_of_peft(layer: Layer, names: Names) -> Tensors:
+    text = "text_encoders.clip_{letter}.transformer."
+    prefix = _prefixed("model.diffusion_model.", text, layer, names.get(layer.module, ""))
+    return _pair(layer, f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight", f"{prefix}.alpha")
+
+
+def peft(layer: Layer, _names: Names) -> Tensors:
+    prefix = f"{layer.component}.{layer.module}"
+    return _pair(layer, f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight")
+
+
+def peft_with_alpha(layer: Layer, _names: Names) -> Tensors:
+    prefix = f"{layer.component}.{layer.module}"
+    return _pair(layer, f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight", f"{prefix}.alpha")
+
+
+def peft_named(layer: Layer, _names: Names) -> Tensors:
+    prefix = f"{layer.component}.{layer.module}"
+    return _pair(layer, f"{prefix}.lora_A.default.weight", f"{prefix}.lora_B.default.weight")
+
+
+def peft_wrapped(layer: Layer, _names: Names) -> Tensors:
+    prefix = f"base_model.model.{layer.module}"
+    return _pair(layer, f"{prefix}.lora_A.default.weight", f"{prefix}.lora_B.default.weight")
+
+
+def bare(layer: Layer, _names: Names) -> Tensors:
+    return _pair(layer, f"{layer.module}.lora_A.weight", f"{layer.module}.lora_B.weight")
+
+
+def bare_of_stability(layer: Layer, names: Names) -> Tensors:
+    return _kohya(names[layer.module], layer)
+
+
+def diffusers(layer: Layer, _names: Names) -> Tensors:
+    if layer.component == "unet":
+        prefix = f"unet.{layer.module}.lora"
+    else:
+        prefix = f"{layer.component}.text_model.{layer.bare}.lora_linear_layer"
+    return _pair(layer, f"{prefix}.down.weight", f"{prefix}.up.weight")
+
+
+def diffusers_processors(layer: Layer, _names: Names) -> Tensors:
+    """Of attention alone."""
+    block, _, leaf = layer.module.removesuffix(".0").rpartition(".")
+    prefix = f"unet.{block}.processor.{leaf}_lora"
+    if layer.component != "unet":
+        old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}[leaf]
+        prefix = f"{layer.component}.text_model.{layer.bare.rpartition('.')[0]}.{old}_lora"
+    return _pair(layer, f"{prefix}.down.weight", f"{prefix}.up.weight")

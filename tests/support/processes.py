@@ -1,0 +1,147 @@
+"""Real processes for tests: brokers and workers, each stopped by the test that started it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from msgspec.structs import replace
+from zlora import Client, GenerateResult
+
+PATIENCE = 90.0  # seconds for a process to do its part on a busy machine
+
+
+T = TypeVar("T")
+
+
+class Enter(Protocol):
+    """Enters a block, and does not leave it."""
+
+    def __call__(self, block: AbstractContextManager[T], /) -> T: ...
+
+
+def wait_until(look: Callable[[], T | None], what: str) -> T:
+    """What `look` returns as soon as it is not None or False."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if found := look():
+            return found
+        time.sleep(0.05)
+    raise TimeoutError(f"{what}: not within {PATIENCE:.0f} s")
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def path_of(url: str | None) -> Path:
+    """The file of a `file://` URL."""
+    assert url is not None
+    return Path(unquote(urlsplit(url).path))
+
+
+def unlinked(result: GenerateResult) -> GenerateResult:
+    """A result as its manifest has it: URLs are made when somebody asks."""
+    images = [
+        replace(image, url=None, url_expires_at=None, data_uri=None) for image in result.images
+    ]
+    return replace(result, images=tuple(images))
+
+
+def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `variables`, and none of the project's own beside them."""
+    ours = ("ZLORA_", "COZY_", "FILE_API_", "AWS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(
+        variables
+    )
+
+
+class Worker:
+    """A `celery -A zlora_worker.app worker` process with its log in a file."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, client: Client) -> None:
+        self.process, self.log, self.client = process, log, client
+
+    def lines(self, text: str) -> list[str]:
+        """The log's lines that hold `text`."""
+        return [line for line in self.log.read_text().splitlines() if text in line]
+
+    def wait_ready(self) -> None:
+        """Wait until it takes jobs."""
+
+        def look() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return bool(self.lines(" ready."))
+
+        wait_until(look, "the worker is ready")
+
+    def child(self) -> int:
+        """The process id of its one pool child."""
+
+        def look() -> list[int]:
+            return [child for child in children(self.process.pid) if not _is_companion(child)]
+
+        (child,) = wait_until(look, "the worker has a child")
+        return child
+
+    def companion(self) -> int:
+        """The process id of its companion."""
+        return wait_until(
+            lambda: next(filter(_is_companion, children(self.process.pid)), None),
+            "there is a companion",
+        )
+
+
+def children(parent: int) -> list[int]:
+    """The process ids of a process's children."""
+    return [
+        int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    ]
+
+
+def _is_companion(process: int) -> bool:
+    try:
+        return b"zlora_worker.sidecar" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def worker(environ: Mapping[str, str], log: Path, *options: str) -> Iterator[Worker]:
+    """A worker process that logs text; at the end it gets a SIGTERM, and a SIGKILL where that does not end it."""
+    full = clean_environ({"ZLORA_LOG": "text", **environ})
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "zlora_worker.app",
+        "worker",
+        "--loglevel",
+        "INFO",
+        *options,
+    ]
+    with log.open("wb") as output, Client.from_env(full) as client:
+        process = subprocess.Popen(
+            command, env=full, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield Worker(process, log, client)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

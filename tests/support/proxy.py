@@ -1,0 +1,151 @@
+"""A TCP proxy between a worker and a server, for the faults of a network."""
+
+import re
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Event, Lock, Thread
+from typing import Final, Self
+
+from support.figures import Tally
+
+_CHUNK: Final = 65_536  # bytes
+_PATIENCE: Final = 60.0  # seconds
+_GO_ON: Final = b"HTTP/1.1 100 "  # no answer yet: the request's body may come
+
+
+@dataclass
+class _Link:
+    """One connection through the proxy. Once it is dark it stays so, as behind a router that has forgotten it."""
+
+    client: socket.socket
+    server: socket.socket
+    dark: bool = False
+    mute: bool = False  # what the server answers next ends it
+
+    def close(self) -> None:
+        for end in (self.client, self.server):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+class Proxy:
+    """Forwards a free loopback port to `target`, another one, until it is told otherwise."""
+
+    def __init__(self, target: int, tally: Tally) -> None:
+        self._target, self._tally, self._lock = target, tally, Lock()
+        self._dark = self._down = False
+        self._fuse: re.Pattern[bytes] | None = None
+        self._answered = False
+        self._once: Event | None = None
+        self._links: list[_Link] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._accepting = Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._close_all()
+
+    def black_out(self) -> None:
+        """From now on every byte is swallowed: connections are open and accepted, and nobody answers."""
+        self._tally.fault()
+        with self._lock:
+            self._dark = True
+            for link in self._links:
+                link.dark = True
+
+    def restore(self) -> None:
+        """New connections are served again; those of the dark time stay dead until somebody gives them up."""
+        with self._lock:
+            self._dark = self._down = False
+            self._fuse = None
+
+    def break_at(self, pattern: bytes, once: Event | None = None) -> None:
+        """As soon as a client sends what matches: nothing more is forwarded, and every connection is refused.
+
+        What matches is kept waiting, and all else is forwarded, until `once` is set.
+        """
+        with self._lock:
+            self._fuse, self._answered, self._once = re.compile(pattern), False, once
+
+    def lose_answer_to(self, pattern: bytes) -> None:
+        """As `break_at`, but the server has the request, and has answered it: only the client does not hear of it."""
+        with self._lock:
+            self._fuse, self._answered, self._once = re.compile(pattern), True, None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it refuses."""
+        return self._down
+
+    def _close_all(self) -> None:
+        with self._lock:
+            links, self._links = self._links, []
+        for link in links:
+            link.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            if self._down:
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+            except OSError:  # the server is down: so is the proxy, to this client
+                client.close()
+                continue
+            server.settimeout(None)
+            with self._lock:
+                link = _Link(client, server, dark=self._dark)
+                self._links.append(link)
+            for source, sink in ((client, server), (server, client)):
+                Thread(target=self._pump, args=(link, source, sink), daemon=True).start()
+
+    def _pump(self, link: _Link, source: socket.socket, sink: socket.socket) -> None:
+        """Carry bytes one way until either end is closed; in the dark, until the source's end."""
+        try:
+            while data := source.recv(_CHUNK):
+                if self._is_fused(data):
+                    if self._answered:
+                        link.mute = True
+                    else:
+                        self._break()
+                elif link.mute and source is link.server and not data.startswith(_GO_ON):
+                    self._break()
+                if not link.dark:
+                    sink.sendall(data)
+        except OSError:  # closed by a fault, or by the peer
+            pass
+        if not link.dark:
+            link.close()
+
+    def _is_fused(self, data: bytes) -> bool:
+        """Whether this is what it waits for; of several who send that at a time, one is told so."""
+        with self._lock:
+            fuse, once = self._fuse, self._once
+        if fuse is None or not fuse.search(data):
+            return False
+        if once:
+            once.wait(_PATIENCE)
+        with self._lock:
+            is_first = self._fuse is fuse
+            self._fuse = None if is_first else self._fuse
+        return is_first
+
+    def _break(self) -> None:
+        self._tally.fault()
+        self._down = True
+        self._close_all()

@@ -1,0 +1,216 @@
+"""An HTTP proxy between a worker and an S3 server. The Host header stays as it was: signatures cover it."""
+
+import re
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from threading import Event, Lock, Thread
+from typing import BinaryIO, Final, Self
+
+from support.figures import Tally
+
+_PATIENCE: Final = 60.0  # seconds after which a peer that does nothing is given up
+_SLOW_DOWN: Final = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+_GO_ON: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client sends, as it came; without `Expect`, which is for this hop and not signed."""
+
+    method: str
+    target: str
+    head: bytes  # up to the empty line, with it
+    body: bytes
+
+    @property
+    def line(self) -> str:
+        """Method, path and query."""
+        return f"{self.method} {self.target}"
+
+
+class Broken(Exception):
+    """The connection with the client ends, after `sent`."""
+
+    def __init__(self, sent: bytes = b"") -> None:
+        super().__init__(sent)
+        self.sent = sent
+
+
+# What becomes of a request: each takes the proxy and the request, and returns the bytes of an answer.
+Fault = Callable[["S3Proxy", Request], bytes]
+
+
+def _none(proxy: "S3Proxy", request: Request) -> bytes:
+    return b"".join(proxy.forward(request))
+
+
+def slow_down(_proxy: "S3Proxy", _request: Request) -> bytes:
+    """The server is busy."""
+    return b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%s" % (len(_SLOW_DOWN), _SLOW_DOWN)
+
+
+def drop_request(_proxy: "S3Proxy", _request: Request) -> bytes:
+    """The server does not hear of it."""
+    raise Broken
+
+
+def drop_answer(proxy: "S3Proxy", request: Request) -> bytes:
+    """The server has done it, and the client does not hear of it."""
+    proxy.forward(request)
+    raise Broken
+
+
+def cut_request(proxy: "S3Proxy", request: Request) -> bytes:
+    """The server gets half a body."""
+    with proxy.connection() as server:
+        server.sendall(request.head + request.body[: len(request.body) // 2])
+    raise Broken
+
+
+def hold(proxy: "S3Proxy", request: Request) -> bytes:
+    """The server has half a body, and waits for the rest."""
+    with proxy.connection() as server:
+        server.sendall(request.head + request.body[: len(request.body) // 2])
+        proxy.held.set()
+        proxy.released.wait(_PATIENCE)
+    raise Broken
+
+
+def change_request(proxy: "S3Proxy", request: Request) -> bytes:
+    """A byte of the body is another one when the server gets it."""
+    return b"".join(proxy.forward(request, body=_changed(request.body)))
+
+
+def cut_answer(proxy: "S3Proxy", request: Request) -> bytes:
+    """The client gets half a body."""
+    head, body = proxy.forward(request)
+    raise Broken(head + body[: len(body) // 2])
+
+
+def change_answer(proxy: "S3Proxy", request: Request) -> bytes:
+    """A byte of the body is another one when the client gets it."""
+    head, body = proxy.forward(request)
+    return head + _changed(body)
+
+
+def _changed(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+
+
+class S3Proxy:
+    """Forwards a free loopback port to `target`, another one, but for what it is told.
+
+    `held` is set while `hold` is on, and `released` ends that.
+    """
+
+    def __init__(self, target: int, tally: Tally) -> None:
+        self._target, self._tally, self._lock = target, tally, Lock()
+        self._faults: list[tuple[re.Pattern[str], Fault]] = []
+        self.held, self.released = Event(), Event()
+        self.asked: list[str] = []
+        self._clients: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        for end in (self._listener, *self._clients):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def meet(self, pattern: str, *faults: Fault) -> None:
+        """The next requests whose line matches meet these faults, one each, in this order; `asked` begins anew."""
+        with self._lock:
+            self._faults = [(re.compile(pattern), fault) for fault in faults]
+            self.asked.clear()
+        self.held.clear()
+        self.released.clear()
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether each fault that it was told of has happened."""
+        return not self._faults
+
+    def connection(self) -> socket.socket:
+        """One to the server."""
+        return socket.create_connection(("127.0.0.1", self._target), timeout=_PATIENCE)
+
+    def forward(self, request: Request, *, body: bytes | None = None) -> tuple[bytes, bytes]:
+        """The server's answer, up to the body and that; `body` goes in place of the request's."""
+        with self.connection() as server:
+            server.sendall(request.head + (request.body if body is None else body))
+            with HTTPResponse(server, method=request.method) as answer:
+                answer.begin()
+                content = answer.read()
+                told = [
+                    (name, value)
+                    for name, value in answer.getheaders()
+                    if name.lower() != "transfer-encoding"
+                ]
+                if answer.chunked:
+                    told.append(("Content-Length", str(len(content))))
+                lines = [
+                    f"HTTP/1.1 {answer.status} {answer.reason}",
+                    *(f"{name}: {value}" for name, value in told),
+                ]
+                return "\r\n".join([*lines, "", ""]).encode("latin-1"), content
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            client.settimeout(_PATIENCE)
+            self._clients.append(client)
+            Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        """One request after the other, until either side ends it."""
+        with client, client.makefile("rb") as stream, suppress(OSError, HTTPException):
+            while (request := _received(client, stream)) is not None:
+                try:
+                    client.sendall(self._fault(request.line)(self, request))
+                except Broken as broken:
+                    client.sendall(broken.sent)
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+
+    def _fault(self, line: str) -> Fault:
+        with self._lock:
+            self.asked.append(line)
+            for index, (pattern, fault) in enumerate(self._faults):
+                if pattern.search(line):
+                    del self._faults[index]
+                    self._tally.fault()
+                    return fault
+        return _none
+
+
+def _received(client: socket.socket, stream: BinaryIO) -> Request | None:
+    """The next request; None where the client has ended the connection."""
+    lines = list(iter(stream.readline, b"\r\n")) if (first := stream.readline()) else []
+    if not first:
+        return None
+    told = {
+        name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)
+    }
+    if b"expect" in told:
+        client.sendall(_GO_ON)
+    head = b"".join(
+        [first, *(line for line in lines if not line.lower().startswith(b"expect:")), b"\r\n"]
+    )
+    method, target, _ = first.decode("latin-1").split()
+    return Request(method, target, head, stream.read(int(told.get(b"content-length", 0))))

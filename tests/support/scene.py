@@ -1,0 +1,306 @@
+"""One fault test's queue, its real workers with a fake model, and the jobs that it answers for."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+import redis
+from celery import Celery
+from support import processes
+from support.figures import Tally
+from support.processes import Worker, wait_until
+from support.witness import TERMINAL, Witness
+from zlora import Client, GenerateResult, JobHandle, JobState
+from zlora.broker.celery_app import shared_config
+
+TESTS: Final = Path(__file__).parents[1]
+_QUIET: Final = ("--without-gossip", "--without-mingle")  # a second less to start
+
+
+class Audit(NamedTuple):
+    """The ids that something is wrong with."""
+
+    lost: list[str]  # without a terminal state
+    doubled: list[str]  # with two answers, or two that were ever shown
+    left: list[str]  # failed or cancelled, and pictures or a manifest are there
+
+
+CLEAN: Final = Audit([], [], [])
+
+
+class Scene:
+    """A queue of its own on a broker. `environ` is a worker's; the fake takes its orders from the prompt."""
+
+    def __init__(
+        self, folder: Path, tally: Tally, *, broker_url: str, queue: str, **variables: str
+    ) -> None:
+        self.folder, self.tally, self.queue = folder, tally, queue
+        self.journal = folder / "journal.jsonl"
+        self.store = folder / "store"
+        # What killed workers leave. pytest's folders have names that are too long for sockets in them.
+        self._temporary = Path(tempfile.mkdtemp(prefix="zt-"))
+        (folder / "marks").mkdir(parents=True)
+        self.environ = {
+            "ZLORA_BROKER_URL": broker_url,
+            "ZLORA_QUEUE": queue,
+            "ZLORA_HOME": str(folder / "home"),
+            "ZLORA_MODEL": "fake",
+            "ZLORA_STORE": self.store.as_uri(),
+            "ZLORA_LORA_CACHE": str(folder / "loras"),
+            "FAKE_JOURNAL": str(self.journal),
+            "FAKE_MARKS": str(folder / "marks"),
+            "TMPDIR": str(self._temporary),
+            "PYTHONPATH": _python_path(),
+            **variables,
+        }
+        self.client = Client.from_env(self.environ)
+        self.witness = Witness(broker_url)
+        self.handles: dict[str, JobHandle] = {}
+
+    # Workers
+
+    @contextmanager
+    def worker(self, name: str = "one", **variables: str) -> Iterator[Worker]:
+        """A worker that takes jobs, with `variables` besides the scene's."""
+        with self.starting_worker(name, **variables) as running:
+            running.wait_ready()
+            time.sleep(
+                0.3
+            )  # Celery sees the death of a child at once, but for its first moments: then within 5 s
+            yield running
+
+    @contextmanager
+    def starting_worker(self, name: str = "one", **variables: str) -> Iterator[Worker]:
+        """A worker that has just been started."""
+        log = self.folder / f"{name}-{uuid.uuid4().hex[:6]}.log"
+        with processes.worker(
+            self.environ | variables, log, "-n", f"{name}@%h", *_QUIET
+        ) as running:
+            try:
+                yield running
+            finally:
+                running.process.kill()  # a test that is about a clean end has seen it by now
+
+    def kill(self, pid: int) -> None:
+        """kill -9: one more fault."""
+        self.tally.fault()
+        os.kill(pid, signal.SIGKILL)
+
+    def child(self, worker: Worker) -> int:
+        """The process that holds a worker's model."""
+        return wait_until(
+            lambda: self._child(worker.process.pid), "the worker has a child with a model"
+        )
+
+    def owner(self, handle: JobHandle) -> int:
+        """The parent of the child that began a job last."""
+        return wait_until(
+            lambda: parent_of(self.events("begin", handle)[-1]["pid"]), "a child draws the job"
+        )
+
+    def _child(self, parent: int) -> int | None:
+        loaded = [event["pid"] for event in self.events("loaded")]
+        return next((pid for pid in reversed(loaded) if parent_of(pid) == parent), None)
+
+    @contextmanager
+    def broker(self) -> Iterator["redis.Redis"]:
+        """A connection to look at what is on the broker."""
+        with redis.Redis.from_url(
+            self.environ["ZLORA_BROKER_URL"], decode_responses=True
+        ) as connection:
+            yield connection
+
+    def queue_lists(self) -> list[str]:
+        """The lists of the queue that have a message: each priority has one."""
+        with self.broker() as broker:
+            return [
+                name for name in broker.scan_iter(f"{self.queue}*") if broker.type(name) == "list"
+            ]
+
+    @contextmanager
+    def any_client(self) -> Iterator[Celery]:
+        """A producer that knows Celery and the settings, and not this project's client."""
+        url = self.environ["ZLORA_BROKER_URL"]
+        with Celery("other", set_as_current=False) as app:
+            app.conf.update(shared_config(broker_url=url, result_backend=url, queue=self.queue))
+            yield app
+
+    # Jobs
+
+    def submit(
+        self,
+        *,
+        job_id: str | None = None,
+        steps: int = 2,
+        fields: Mapping[str, Any] | None = None,
+        **told: Any,
+    ) -> JobHandle:
+        """A job of so many steps; `told` are the fake's orders, `fields` the request's and `options` the client's."""
+        options = told.pop("options", {})
+        name = job_id or f"job-{uuid.uuid4().hex[:10]}"
+        handle = self.client.submit(
+            request(name, steps=steps, fields=fields, **told), job_id=name, **options
+        )
+        return self.answer_for(handle)
+
+    def answer_for(self, handle: JobHandle) -> JobHandle:
+        """Look after a job that somebody else has sent."""
+        self.handles[handle.id] = handle
+        return handle
+
+    # What happened
+
+    def events(self, what: str, handle: JobHandle | None = None) -> list[dict[str, Any]]:
+        """What the fakes wrote down, in order; of one job where it is given."""
+        if not self.journal.exists():
+            return []
+        found = [
+            json.loads(line)
+            for line in self.journal.read_bytes().splitlines()
+            if line.endswith(b"}")
+        ]
+        return [
+            event
+            for event in found
+            if event["what"] == what and (not handle or event.get("label") == handle.id)
+        ]
+
+    def begun(self, handle: JobHandle) -> int:
+        """How often the first picture of a job was begun."""
+        seeds = [event["seed"] for event in self.events("begin", handle)]
+        return seeds.count(min(seeds, default=0))
+
+    def wait_begun(self, handle: JobHandle, times: int = 1) -> None:
+        """Wait until a job is drawn for the so manieth time."""
+        wait_until(lambda: self.begun(handle) >= times, f"job {handle.id} is begun {times} times")
+
+    def at(self, handle: JobHandle, time: int) -> float:
+        """When a job was begun for the so manieth time, in seconds since the epoch."""
+        return float(self.events("begin", handle)[time - 1]["at"])
+
+    def wait_step(self, handle: JobHandle, step: int = 1) -> None:
+        """Wait until a job has done so many steps."""
+        wait_until(
+            lambda: any(event["step"] >= step for event in self.events("step", handle)),
+            "the job runs",
+        )
+
+    # The reckoning
+
+    def audit(self) -> Audit:
+        """What is wrong with the jobs, into the tally too."""
+        self.witness.look_back()
+        states = {name: handle.status().state for name, handle in self.handles.items()}
+        lost = [name for name, state in states.items() if state not in TERMINAL]
+        doubled = [
+            name
+            for name in states
+            if len(self.witness.verdicts(name)) > 1 or not self._has_one_result(name)
+        ]
+        failed = (JobState.FAILURE, JobState.REVOKED)
+        left = [
+            name
+            for name, state in states.items()
+            if state in failed and self.kept(self.handles[name])
+        ]
+        ends = Counter((event["label"], event["seed"]) for event in self.events("end"))
+        self.tally.jobs += len(self.handles)
+        self.tally.faults += len(self.events("fault"))
+        self.tally.lost += len(lost)
+        self.tally.drawn_twice += sum(count > 1 for count in ends.values())
+        self.tally.two_results += len(doubled)
+        self.tally.left_behind += len(left)
+        return Audit(lost, doubled, left)
+
+    def _has_one_result(self, name: str) -> bool:
+        """Of a success: what the client is told, the manifest says, and the files are."""
+        handle = self.handles[name]
+        if handle.status().state is not JobState.SUCCESS or not self._is_folder():
+            return True  # the tests of another store look themselves
+        result = handle.result(timeout=5)
+        kept = self.manifest(handle)
+        digests = [
+            hashlib.sha256(processes.path_of(image.url).read_bytes()) for image in result.images
+        ]
+        return kept == processes.unlinked(result) and [
+            digest.hexdigest() for digest in digests
+        ] == [item.sha256 for item in result.images]
+
+    def _is_folder(self) -> bool:
+        return urlsplit(self.environ["ZLORA_STORE"]).scheme == "file"
+
+    def manifest(self, handle: JobHandle) -> GenerateResult:
+        """What the store says of a job."""
+        path = self.run_folder(handle) / "manifest.json"
+        return msgspec.json.decode(path.read_bytes(), type=GenerateResult)
+
+    def run_folder(self, handle: JobHandle) -> Path:
+        """Where a job's pictures and manifest are."""
+        return Path(unquote(urlsplit(self.environ["ZLORA_STORE"]).path), "runs", handle.id)
+
+    def files(self, handle: JobHandle) -> list[Path]:
+        """All that is stored of a job, drafts too."""
+        return [path for path in self.run_folder(handle).rglob("*") if path.is_file()]
+
+    def kept(self, handle: JobHandle) -> list[Path]:
+        """Pictures and manifest of a job; drafts of killed workers are neither."""
+        return (
+            [path for path in self.files(handle) if not path.name.startswith(".draft-")]
+            if self._is_folder()
+            else []
+        )
+
+    def wait_settled(self) -> None:
+        """Wait until no copy of a message is anywhere: duplicates have been put off, and answered."""
+        with self.broker() as broker:
+
+            def is_settled() -> bool:
+                taken = [
+                    json.loads(item)[2] for item in broker.hvals("unacked")
+                ]  # message, exchange, queue
+                return not self.queue_lists() and self.queue not in taken
+
+            wait_until(is_settled, "the queue is empty")
+
+    def close(self) -> None:
+        """Give the connections back, and remove what the workers have left in their TMPDIR; they have ended."""
+        self.witness.close()
+        self.client.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def request(
+    label: str, *, steps: int = 2, fields: Mapping[str, Any] | None = None, **told: Any
+) -> dict[str, Any]:
+    """The request of a job with orders for the fake."""
+    return {
+        "prompt": json.dumps({"label": label, **told}),
+        "num_inference_steps": steps,
+        **(fields or {}),
+    }
+
+
+def _python_path() -> str:
+    """The fakes before all else."""
+    ours = [str(TESTS / "faults" / "engines"), str(TESTS)]
+    return os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process that runs."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None

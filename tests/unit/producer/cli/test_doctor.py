@@ -1,0 +1,476 @@
+"""`zlora doctor`: what is well, what is not and what to do about it; its exit status, and no secret in it."""
+
+import json
+import os
+import pty
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+import zlora.cli.doctor_checks
+import zlora_worker.cli.doctor
+from celery import Celery
+from celery.contrib.testing.worker import start_worker
+from click.testing import CliRunner, Result
+from ssrfguard import SSRFGuardError
+from support.processes import free_port, wait_until
+from zlora import Client, config
+from zlora.broker import celery_app
+from zlora.broker.celery_app import shared_config
+from zlora.broker.keys import dead_key, refused_key, waiting_lists
+from zlora.broker.message import SUBMITTED_AT
+from zlora.broker.webhook_outbox import DeadLetter
+from zlora.cli import main
+from zlora.http.client import refusal
+
+
+@pytest.fixture
+def broker(broker_url: str) -> Iterator[Any]:
+    """An empty Redis, to set up."""
+    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
+        connection.flushall()
+        yield connection
+        connection.config_set("appendonly", "yes")
+        connection.config_set("maxmemory", 0)
+        connection.config_set("maxmemory-policy", "noeviction")
+
+
+@contextmanager
+def mute() -> Iterator[str]:
+    """The address of a server that accepts, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"redis://:s3cret@127.0.0.1:{listener.getsockname()[1]}/0"
+
+
+def producer(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The checks of a producer's side, by name."""
+    return {check.name: check for check in zlora.cli.doctor_checks.checks(environ)}
+
+
+def worker(environ: Mapping[str, str], **changed: str) -> dict[str, Any]:
+    """The checks of a worker's side, by name."""
+    found = zlora_worker.cli.doctor.checks({**environ, **changed})
+    return {check.name.removeprefix("worker: "): check for check in found}
+
+
+def doctor(environ: Mapping[str, str], *options: str) -> Result:
+    return CliRunner().invoke(main, ["doctor", *options], env=environ)
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """A worker's variables, in an empty data folder: nothing here is to draw."""
+    return {
+        "ZLORA_HOME": str(tmp_path / "home"),
+        "ZLORA_MODEL": "demo",
+        "ZLORA_DEVICE": "cpu",
+        "ZLORA_STORE": (tmp_path / "store").as_uri(),
+        "ZLORA_LORA_CACHE": str(tmp_path / "new" / "loras"),
+    }
+
+
+# --- the broker
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers on this machine answer at once."""
+    monkeypatch.setattr(zlora.cli.doctor_checks, "_REPLY", 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sound_broker_is_well_and_a_queue_without_workers_is_not(
+    broker_url: str, broker: Any
+) -> None:
+    with Client(broker_url) as client:
+        client.submit({"prompt": "x"}, priority="high")
+        client.submit({"prompt": "x"})
+        client.submit({"prompt": "x"})
+    broker.rpush("gpu", json.dumps({"headers": {SUBMITTED_AT: time.time() - 3600}}))
+    broker.rpush(waiting_lists("gpu")[9], "anybody may write to a queue")
+
+    found = producer({config.BROKER_URL: broker_url})
+
+    statuses = {name: check.status for name, check in found.items()}
+    assert statuses == {
+        **dict.fromkeys(
+            ("software", "broker", "broker: persistence", "broker: memory", "broker: clock"), "ok"
+        ),
+        "result backend": "ok",
+        "queue": "ok",
+        "workers": "fail",
+    }
+    assert "5 jobs wait (2 high, 2 normal, 1 low), the oldest for 36" in found["queue"].told
+    assert "celery -A zlora_worker.app worker" in found["workers"].advice
+    assert found["workers"].code == "model_unavailable"
+
+
+def test_a_broker_that_may_lose_jobs_is_told(
+    broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        zlora.cli.doctor_checks, "_workers", lambda *_: zlora.cli.doctor_checks.ok("workers", "")
+    )
+    broker.config_set("appendonly", "no")
+    broker.config_set("maxmemory-policy", "allkeys-lru")
+    unbounded = producer({config.BROKER_URL: broker_url})
+    broker.config_set("maxmemory", "100mb")
+    bounded = producer({config.BROKER_URL: broker_url})
+    broker.config_set("maxmemory-policy", "noeviction")
+    broker.config_set("maxmemory", int(broker.info()["used_memory"] / 0.95))
+    nearly = producer({config.BROKER_URL: broker_url})
+    broker.config_set("maxmemory", 1)
+    full = producer({config.BROKER_URL: broker_url})
+
+    assert unbounded["broker: persistence"].status == "warn"
+    assert "appendonly yes" in unbounded["broker: persistence"].advice
+    assert [found["broker: memory"].status for found in (unbounded, bounded, nearly, full)] == [
+        "warn",
+        "fail",
+        "warn",
+        "fail",
+    ]
+    assert full["broker: memory"].code == "broker_unavailable"
+    assert "noeviction" in bounded["broker: memory"].advice
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_nobody_can_read_and_nobody_hears_is_told(broker_url: str, broker: Any) -> None:
+    letter = DeadLetter(
+        job_id="j",
+        event="job.failed",
+        url="https://x",
+        tries=9,
+        first=1,
+        last=2,
+        reason="it says 500",
+    )
+    broker.zadd(dead_key("gpu"), {"a stranger's": 1, msgspec.json.encode(letter): 2})
+    given_up = producer({config.BROKER_URL: broker_url})["queue"]
+    broker.set(refused_key("gpu"), 7)
+    refused = producer({config.BROKER_URL: broker_url})["queue"]
+
+    assert (given_up.status, refused.status) == ("warn", "warn")
+    assert "2 given up, the latest because: it says 500" in given_up.told
+    assert "`zlora webhooks`" in given_up.advice
+    assert config.ALLOW_HOSTS not in given_up.advice
+    assert "7 messages" in refused.told
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_receiver_that_the_guard_refuses_is_told_by_its_setting(
+    broker_url: str, broker: Any
+) -> None:
+    letter = DeadLetter(
+        job_id="j",
+        event="job.failed",
+        url="https://x",
+        tries=1,
+        first=1,
+        last=2,
+        reason=refusal(SSRFGuardError()),
+    )
+    broker.zadd(dead_key("gpu"), {msgspec.json.encode(letter): 1})
+
+    assert (
+        f"host in {config.ALLOW_HOSTS} of the workers"
+        in producer({config.BROKER_URL: broker_url})["queue"].advice
+    )
+
+
+def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
+    broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert broker.dbsize() == 0
+    monkeypatch.setattr(zlora.cli.doctor_checks, "_REPLY", 0.4)
+    monkeypatch.setattr(zlora.cli.doctor_checks, "version", lambda _: "2.0.0")
+    app = Celery("served", set_as_current=False)
+    app.conf.update(shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
+    app.conf.update(zlora_version="1.0.0")
+    looks: list[Any] = []
+
+    def is_found() -> bool:
+        looks.append(producer({config.BROKER_URL: broker_url})["workers"])
+        return bool(looks[-1].status != "fail")
+
+    with start_worker(app, perform_ping_check=False, pool="solo"):
+        wait_until(is_found, "the worker answers")
+        elsewhere = producer({config.BROKER_URL: broker_url, config.QUEUE: "other"})["workers"]
+
+    found = looks[-1]
+    assert found.status == "warn"
+    assert "1 serve it" in found.told
+    assert "1.0.0" in found.told
+    assert "here is 2.0.0" in found.advice
+    assert elsewhere.status == "fail"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("said", "check", "status"),
+    [
+        ({"role": "slave", "master_host": "primary", "master_port": 7}, "broker", "fail"),
+        ({"aof_last_write_status": "err"}, "broker: persistence", "fail"),
+        ({"rdb_last_bgsave_status": "err"}, "broker: persistence", "warn"),
+    ],
+)
+def test_a_redis_that_takes_no_jobs_is_told(
+    broker_url: str,
+    broker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    said: dict[str, Any],
+    check: str,
+    status: str,
+) -> None:
+    """As it says of itself."""
+    info = broker.info() | said
+    monkeypatch.setattr(redis.Redis, "info", lambda _: info)
+    monkeypatch.setattr(
+        zlora.cli.doctor_checks, "_workers", lambda *_: zlora.cli.doctor_checks.ok("workers", "")
+    )
+    found = producer({config.BROKER_URL: broker_url})[check]
+
+    assert found.status == status
+    assert "role" not in said or "primary:7" in found.advice
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_user_without_rights_is_told_and_what_may_be_asked_is(
+    broker_url: str, broker: Any
+) -> None:
+    broker.execute_command(
+        "ACL", "SETUSER", "meek", "on", ">pw", "~*", "&*", "+@all", "-info", "-time", "-llen"
+    )
+    found = producer({config.BROKER_URL: broker_url.replace("//", "//meek:pw@")})
+    refused = producer({config.BROKER_URL: broker_url.replace("//", "//meek:s3cret@")})["broker"]
+    absent = producer({config.BROKER_URL: broker_url.removesuffix("0") + "99"})["broker"]
+
+    assert (found["broker"].status, found["broker: clock"].status) == ("skip", "skip")
+    assert (found["queue"].code, "right" in found["queue"].advice) == ("invalid_setting", True)
+    assert (refused.code, absent.code) == ("invalid_setting", "invalid_setting")
+    assert "password" in refused.advice
+    assert "database" in absent.advice
+    assert "s3cret" not in repr(refused)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:s3/cret@h:1/0", "redis://:s3#cret@h/0", "redis://:s3?cret@h/0"]
+)
+@pytest.mark.parametrize("variable", [config.BROKER_URL, config.RESULT_BACKEND])
+def test_a_password_that_is_not_escaped_is_told_by_the_variable_that_has_it(
+    url: str, variable: str
+) -> None:
+    found = producer({config.BROKER_URL: "redis://127.0.0.1:1/0", variable: url})["broker"]
+
+    assert found.code == "invalid_setting"
+    assert found.told.startswith(variable)
+    assert f"Set {variable} to" in found.advice
+    assert "%2F" in found.advice
+    assert "s3" not in repr(found)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_redis_that_is_down_or_mute_costs_a_bounded_time(
+    silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs it is skipped, and its password is not told."""
+    monkeypatch.setattr(celery_app, "IMPATIENCE", 0.2)
+    start = time.monotonic()
+    with mute() as silence:
+        url = silence if silent else f"redis://:s3cret@127.0.0.1:{free_port()}/0"
+        found = producer({config.BROKER_URL: url, config.RESULT_BACKEND: url})
+
+    assert time.monotonic() - start < 5
+    assert found["broker"].code == "broker_unavailable"
+    assert config.BROKER_URL in found["broker"].advice
+    assert [found[name].status for name in ("result backend", "queue", "workers")] == ["skip"] * 3
+    assert "s3cret" not in repr(found)
+
+
+@pytest.mark.parametrize("url", ["amqp://u:s3cret@h//", "redis://:s3cret@h/0?ssl=true"])
+def test_a_url_that_is_no_redis_is_told_and_not_shown(url: str) -> None:
+    found = producer({config.BROKER_URL: url})
+
+    assert (found["broker"].status, found["broker"].code) == ("fail", "invalid_setting")
+    assert "s3cret" not in repr(found)
+
+
+@pytest.mark.usefixtures("quick", "broker")
+def test_a_broker_in_a_file_is_looked_at_and_a_file_that_is_not_there_told(
+    broker_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "url").write_text(f"{broker_url}\n")
+    there = producer({f"{config.BROKER_URL}_FILE": str(tmp_path / "url")})
+    absent = {
+        name: producer(
+            {config.BROKER_URL: "redis://127.0.0.1:1/0"} | {name: "", f"{name}_FILE": "/nowhere"}
+        )
+        for name in (config.BROKER_URL, config.RESULT_BACKEND)
+    }
+
+    assert there["broker"].status == there["result backend"].status == "ok"
+    for name, found in absent.items():
+        assert list(found) == ["software", "broker"]
+        assert (found["broker"].status, found["broker"].code) == ("fail", "invalid_setting")
+        assert f"{name}_FILE=/nowhere: No such file" in found["broker"].told
+        assert found["broker"].advice == f"Set {name} to the URL, or {name}_FILE to a file with it."
+
+
+# --- the worker's side
+
+
+def test_a_worker_that_can_start_is_well(environ: dict[str, str]) -> None:
+    found = worker(environ)
+
+    assert {name: check.status for name, check in found.items()} == dict.fromkeys(
+        ("software", "settings", "store", "device", "model", "LoRA cache"), "ok"
+    )
+    assert "demo, which is part of the package" in found["model"].told
+    for package in ("torch", "diffusers", "transformers"):
+        assert package in found["software"].told
+    assert not Path(environ["ZLORA_LORA_CACHE"]).parent.exists()
+    Path(environ["ZLORA_HOME"]).mkdir(exist_ok=True)
+    Path(environ["ZLORA_HOME"], "webhook.secret").write_text("of `zlora up`")
+    assert "sent by no other worker here" in next(
+        check.told
+        for check in zlora_worker.cli.doctor.checks(environ)
+        if check.name == "worker: settings"
+    )
+
+
+def test_a_setting_that_makes_no_sense_is_told_and_no_more_is_looked_at(
+    environ: dict[str, str],
+) -> None:
+    found = worker(environ, ZLORA_JOB_TIMEOUT="soon")
+
+    assert list(found) == ["software", "settings"]
+    assert (found["settings"].status, found["settings"].code) == ("fail", "invalid_setting")
+    assert "ZLORA_JOB_TIMEOUT" in found["settings"].advice
+
+
+def test_a_worker_s_secret_in_a_file_that_is_not_there_is_told(environ: dict[str, str]) -> None:
+    found = worker(environ, HF_TOKEN_FILE="/nowhere")
+
+    assert list(found) == ["software", "settings"]
+    assert found["settings"].code == "invalid_setting"
+    assert "HF_TOKEN_FILE=/nowhere: No such file" in found["settings"].told
+    assert "Set HF_TOKEN_FILE as" in found["settings"].advice
+
+
+def test_what_a_worker_would_not_start_with_fails(environ: dict[str, str], tmp_path: Path) -> None:
+    """Each by itself: the others are looked at too."""
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+
+    found = worker(
+        environ,
+        ZLORA_STORE=file.as_uri(),
+        ZLORA_MODEL="/no/such/model.safetensors",
+        ZLORA_DEVICE="cuda:77",
+        ZLORA_LORA_CACHE=str(file),
+    )
+
+    codes = {name: check.code for name, check in found.items() if check.status == "fail"}
+    assert codes == {
+        "store": "invalid_setting",
+        "device": "model_unavailable",
+        "model": "model_unavailable",
+        "LoRA cache": "invalid_setting",
+    }
+    assert all(found[name].advice for name in codes)
+    assert f"Make {file} for the worker's user" in found["LoRA cache"].advice
+
+
+def test_a_disk_without_room_for_loras_fails(environ: dict[str, str]) -> None:
+    found = worker(environ, ZLORA_LORA_FREE_BYTES=str(10**18))
+
+    assert found["LoRA cache"].code == "cache_full"
+
+
+@pytest.mark.parametrize(
+    ("model", "status"),
+    [("owner/sd.xl-1.0", "fail"), ("owner", "fail"), ("owner/x.safetensors", "fail")],
+)
+def test_a_model_of_the_hub_must_be_here_where_the_hub_may_not_be_asked(
+    environ: dict[str, str], model: str, status: str
+) -> None:
+    """As `HF_HUB_OFFLINE` has it in these tests; what is no hub's name is nowhere."""
+    found = worker(environ, ZLORA_MODEL=model)["model"]
+
+    assert found.status == status
+    assert ("HF_HUB_OFFLINE" in found.advice) == (model == "owner/sd.xl-1.0")
+
+
+def test_a_cpu_and_a_real_model_is_slow(environ: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+
+    found = worker(environ, ZLORA_MODEL=str(tmp_path))
+
+    assert (found["model"].status, found["device"].status) == ("ok", "warn")
+    assert "GPU" in found["device"].advice
+
+
+# --- the command
+
+
+def test_the_exit_status_is_that_of_the_first_failure(environ: dict[str, str]) -> None:
+    """And each line says how a thing is; with `--json` it is one document of the same."""
+    away = {**environ, config.BROKER_URL: f"redis://:s3cret@127.0.0.1:{free_port()}/0"}
+
+    lines, document = doctor(away), doctor(away, "--json")
+
+    assert lines.exit_code == document.exit_code == 75
+    checks = json.loads(document.output)
+    assert [check["name"] for check in checks if check["status"] == "fail"] == ["broker"]
+    assert {"worker: settings", "worker: store", "worker: device"} <= {
+        check["name"] for check in checks
+    }
+    for check in checks:
+        assert f"{check['status']:<5} {check['name']}: " in lines.output
+    assert "\x1b" not in lines.output
+    assert "s3cret" not in lines.output + document.output
+
+
+def test_a_terminal_gets_one_table(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same checks, in colours."""
+    away = {
+        **environ,
+        config.BROKER_URL: f"redis://127.0.0.1:{free_port()}/0",
+        "TERM": "xterm",
+        "COLUMNS": "100",
+    }
+    for name, value in away.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ours, theirs = pty.openpty()
+    written: list[bytes] = []
+    reading = Thread(target=lambda: written.extend(iter(lambda: _read(ours), b"")))
+    reading.start()
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert main(["doctor"], standalone_mode=False) == 75
+        monkeypatch.undo()
+    reading.join()
+    os.close(ours)
+
+    screen = b"".join(written).decode()
+    assert "\x1b[1;31mfail" in screen
+    assert "worker: store" in screen
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # the other side is closed
+        return b""

@@ -1,0 +1,422 @@
+"""`zlora generate` and `submit` over the in-memory worker: what options make of a request, and what is printed."""
+
+import base64
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+from support.played import Signalling
+from support.servers import Request, reply, serving
+from zlora.cli import connection, main
+from zlora.errors import LoraNotFound
+from zlora.schema import GenerateRequest, GenerateResult, parse_request, to_dict
+from zlora.testing import MemoryWorker, Progress, fake_result
+
+DATA = b"the bytes of a picture"
+LORA = "https://host:8080/x.safetensors"
+
+
+def draw(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+    """As the in-memory worker, with pictures that can be brought here and receipts that say something."""
+    progress("denoising", 1, 2)
+    if "gone" in request.prompt:
+        raise LoraNotFound("there is none", {"status": 404})
+    made = fake_result(job_id, request)
+    uri = f"data:image/png;base64,{base64.b64encode(DATA).decode()}"
+    found = {"size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest(), "data_uri": uri}
+    images = tuple(msgspec.structs.replace(image, **found) for image in made.images)
+    used = {"ranks": (8, 16), "modules": {"unet": 3}, "relative_norm": 0.0125, "tier": "disk"}
+    loras = tuple(msgspec.structs.replace(receipt, **used) for receipt in made.loras)
+    return msgspec.structs.replace(made, images=images, loras=loras)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MemoryWorker:
+    made = MemoryWorker(draw=draw)
+    monkeypatch.setattr(connection, "client", made.client)
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def run(*arguments: str, given: str | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=given)
+
+
+def requested(worker: MemoryWorker) -> dict[str, Any]:
+    """The only request, without defaults."""
+    (request,) = worker.requests.values()
+    return to_dict(request)
+
+
+# --- the request
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ([], {}),
+        (["--negative", "fog"], {"negative_prompt": "fog"}),
+        (["--steps", "12"], {"num_inference_steps": 12}),
+        (["--guidance", "0"], {"guidance_scale": 0.0}),
+        (["--size", "1024x768"], {"width": 1024, "height": 768}),
+        (["--seed", "0", "-n", "4"], {"seed": 0, "num_images": 4}),
+        (["--scheduler", "euler"], {"scheduler": "euler"}),
+        (["--format", "webp", "--quality", "80"], {"output_format": "webp", "quality": 80}),
+        (["--timeout", "60"], {"timeout": 60.0}),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "submit"])
+def test_an_option_is_a_field_of_the_request(
+    worker: MemoryWorker, command: str, options: list[str], fields: dict[str, Any]
+) -> None:
+    result = run(command, "a city", *options)
+
+    assert result.exit_code == 0, result.output
+    assert requested(worker) == {"prompt": "a city", **fields}
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "weight"),
+    [
+        (LORA, {"url": LORA}, 1.0),
+        (f"{LORA}:0.8", {"url": LORA}, 0.8),
+        (f"{LORA}:-1", {"url": LORA}, -1.0),
+        (f"{LORA}:.5", {"url": LORA}, 0.5),
+        (f"{LORA}:1e-1", {"url": LORA}, 0.1),
+        (
+            "hf://owner/repo/x.safetensors@main:2",
+            {"url": "hf://owner/repo/x.safetensors@main"},
+            2.0,
+        ),
+        ("civitai://123", {"url": "civitai://123"}, 1.0),
+        ("civitai://123:0.3", {"url": "civitai://123"}, 0.3),
+        ("s3://bucket/a:b", {"url": "s3://bucket/a:b"}, 1.0),
+        ("owner/repo:0.7", {"url": "owner/repo"}, 0.7),
+        ("owner/repo:nan", {"url": "owner/repo:nan"}, 1.0),
+        ("cozy://owner/name:0.5", {"cozy_ref": "owner/name"}, 0.5),
+    ],
+)
+def test_a_lora_s_weight_is_the_number_after_its_last_colon(
+    worker: MemoryWorker, text: str, file: dict[str, str], weight: float
+) -> None:
+    run("submit", "a city", "--lora", text)
+    (spec,) = requested(worker)["loras"]
+
+    assert (spec["file"], spec.get("weight", 1.0)) == (file, weight)
+
+
+@pytest.mark.parametrize("name", ["request.json", "-"])
+def test_options_go_before_the_document(worker: MemoryWorker, tmp_path: Path, name: str) -> None:
+    """What no option says is the document's."""
+    document = {
+        "prompt": "a city",
+        "seed": 7,
+        "loras": [{"file": {"url": "owner/one"}}],
+        "inline": True,
+    }
+    (tmp_path / "request.json").write_text(json.dumps(document))
+
+    result = run(
+        "submit",
+        "--request",
+        name,
+        "--seed",
+        "8",
+        "--lora",
+        "owner/two",
+        given=json.dumps(document),
+    )
+
+    assert result.exit_code == 0, result.output
+    (request,) = worker.requests.values()
+    assert request == parse_request(
+        document | {"seed": 8, "loras": [{"file": {"url": "owner/two"}}]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["a city", "--steps", "many"], 2, "many"),
+        (["a city", "--size", "big"], 2, "WIDTHxHEIGHT"),
+        (["a city", "--format", "gif"], 2, "gif"),
+        ([], 2, "PROMPT"),
+        (["a city", "--timeout", "nan"], 2, "nan"),
+        (["a city", "--expires-in", "nan"], 2, "nan"),
+        (["--request", "no/such"], 2, "No such file"),
+        (["a city", "--steps", "0"], 65, "$.num_inference_steps"),
+        (["a city", "--lora", "owner/repo:9"], 65, "$.loras[0].weight"),
+        (["a city", "--job-id", "../x"], 65, "[invalid_job_id]"),
+        (["a city", "--expires-in", "-1"], 65, "expires_in"),
+        (["a city", "--webhook-event", "job.failed"], 65, "webhook_events"),
+        (["a city", "--job-id", "x", "--idempotency-key", "y"], 65, "idempotency_key"),
+        (["--request", "-"], 65, "--request: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "submit"])
+def test_what_makes_no_sense_is_refused_and_nothing_is_sent(
+    worker: MemoryWorker, command: str, options: list[str], status: int, said: str
+) -> None:
+    result = run(command, *options, given='["a city"]')
+
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert said in result.stderr
+    assert not worker.requests
+
+
+# --- submit
+
+
+def test_submit_prints_the_id_and_nothing_else(worker: MemoryWorker) -> None:
+    by_chance, named = (
+        run("submit", "a city").stdout,
+        run("submit", "a city", "--json", "--job-id", "job-1").stdout,
+    )
+
+    assert list(worker.requests) == [by_chance.strip(), "job-1"]
+    assert json.loads(named) == {"job_id": "job-1"}
+
+
+def test_the_same_key_is_the_same_job(worker: MemoryWorker) -> None:
+    first, second = (
+        run("submit", "a city", "--idempotency-key", "order 7").stdout for _ in range(2)
+    )
+
+    assert first == second
+    assert len(worker.requests) == 1
+
+
+# --- generate
+
+
+def test_generate_saves_the_pictures_and_prints_what_was_used(
+    worker: MemoryWorker, tmp_path: Path
+) -> None:
+    """Without a terminal: lines, one for each picture and LoRA, and none of them has a control character."""
+    result = run(
+        "generate", "a city", "--lora", f"{LORA}:0.8", "--lora", "owner/repo", "--seed", "7", "-n", "2",
+        "--job-id", "j", "--out", "new/folder",
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new/folder").iterdir()} == {
+        "j-0.png": DATA,
+        "j-1.png": DATA,
+    }
+    assert result.stdout.splitlines() == [
+        "job: j",
+        "picture: new/folder/j-0.png (seed 7, 1024x1024)",
+        "picture: new/folder/j-1.png (seed 8, 1024x1024)",
+        "seconds: queued 0.00, fetch 0.00, parse 0.00, apply 0.00, denoise 0.00, restore 0.00, tail 0.00",
+        "base intact: yes",
+        "model: zlora.testing",
+        f"LoRA: {LORA} (weight 0.8, rank 8, 16, modules 3 in unet, relative norm 0.0125, from disk)",
+        "LoRA: hf://owner/repo (weight 1, rank 8, 16, modules 3 in unet, relative norm 0.0125, from disk)",
+    ]
+    assert result.stderr.startswith("job j\n")
+    assert list(worker.requests) == ["j"]
+
+
+@pytest.mark.usefixtures("worker")
+def test_with_json_the_result_and_its_files_are_one_document() -> None:
+    result = run("generate", "a city", "--job-id", "j", "--json")
+    document = json.loads(result.stdout)
+
+    assert document["files"] == ["j-0.png"]
+    assert Path("j-0.png").read_bytes() == DATA
+    assert msgspec.convert(document["result"], GenerateResult).job_id == document["job_id"] == "j"
+
+
+def test_a_stranger_s_words_move_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker
+) -> None:
+    def strange(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+        return msgspec.structs.replace(
+            draw(job_id, request, progress), model="\x1b[2Jmodel\nbase intact: no"
+        )
+
+    monkeypatch.setattr(worker, "_draw", strange)
+
+    assert "model: ?[2Jmodel?base intact: no\n" in run("generate", "a city").stdout
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_job_that_fails_is_its_error_and_saves_nothing(tmp_path: Path) -> None:
+    told, as_json = run("generate", "gone"), run("generate", "gone", "--json", "--job-id", "j")
+
+    assert (told.exit_code, told.stdout) == (66, "")
+    assert told.stderr.endswith("\nError: there is none [lora_not_found]\n")
+    assert as_json.exit_code == 66
+    assert json.loads(as_json.stdout)["error"]["details"] == {"status": 404, "job_id": "j"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_the_wait_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = MemoryWorker(paused=True)
+    monkeypatch.setattr(connection, "client", worker.client)
+    result = run("generate", "a city", "--job-id", "j", "--wait", "0.1")
+
+    assert result.exit_code == 75
+    assert result.stderr.splitlines() == [
+        "job j",
+        "queued (0 before it)",
+        "Error: no result of job j within 0.1 s [result_timeout]",
+    ]
+    assert worker.run() == 1
+
+
+def test_a_wait_that_is_no_number_is_refused_before_anything_is_sent(worker: MemoryWorker) -> None:
+    assert (
+        run("generate", "a city", "--wait", "nan").exit_code
+        == run("result", "x", "--wait", "nan").exit_code
+        == 2
+    )
+    assert not worker.requests
+
+
+@pytest.mark.parametrize("given", [b"\xef\xbb\xbf{}", b'{"prompt": "\xff"}', 5000 * b"[", b""])
+def test_whatever_a_document_is_it_is_refused_in_one_line(
+    worker: MemoryWorker, given: bytes
+) -> None:
+    result = CliRunner().invoke(main, ["submit", "--request", "-"], input=given)
+
+    assert (result.exit_code, result.stderr.count("\n")) == (65, 1)
+    assert result.stderr.startswith("Error: --request: ")
+    assert not worker.requests
+
+
+def test_where_pictures_cannot_be_written_nothing_is_drawn(
+    worker: MemoryWorker, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    told, as_json = (
+        run("generate", "a city", "--out", "out"),
+        run("generate", "a city", "--out", "out", "--json"),
+    )
+
+    assert (told.exit_code, told.stderr) == (73, "Error: out: File exists [cannot_write]\n")
+    assert as_json.exit_code == 73
+    assert json.loads(as_json.stdout)["error"]["details"] == {"path": "out"}
+    assert not worker.requests
+
+
+def test_an_error_after_the_job_is_drawn_names_it(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker, tmp_path: Path
+) -> None:
+    """Whether its pictures cannot be brought here or cannot be written."""
+
+    def spoil(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+        (tmp_path / "out").rmdir()
+        (tmp_path / "out").write_text("a file")
+        return fake_result(job_id, request)
+
+    monkeypatch.setattr(worker, "_draw", placeholder_of)
+    unseen = run("generate", "a city", "--job-id", "unseen", "--json")
+    monkeypatch.setattr(worker, "_draw", spoil)
+    unwritten = run("generate", "a city", "--job-id", "unwritten", "--json", "--out", "out")
+
+    assert (unseen.exit_code, unwritten.exit_code) == (75, 73)
+    assert json.loads(unseen.stdout)["error"]["details"] == {
+        "key": "runs/unseen/outputs/0.png",
+        "job_id": "unseen",
+    }
+    assert json.loads(unwritten.stdout)["error"]["details"] == {
+        "path": "out",
+        "job_id": "unwritten",
+    }
+
+
+def placeholder_of(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+    """A result whose pictures have keys alone."""
+    return fake_result(job_id, msgspec.structs.replace(request, url_policy="key"))
+
+
+# --- streams and signals
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("name", [[], ["--job-id", "mine"], ["--idempotency-key", "order 7"]])
+def test_without_a_question_a_job_is_cancelled_unless_it_may_be_another_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: list[str]
+) -> None:
+    """Whatever signals come meanwhile."""
+    worker = Signalling(after=1)
+    monkeypatch.setattr(connection, "client", worker.client)
+    monkeypatch.chdir(tmp_path)
+    result = run("generate", "a city", *name)
+
+    (job_id,) = worker.requests
+    assert (result.exit_code, worker.run()) == (143, 1 if name else 0)
+    said = (
+        "goes on, since a job with a name of yours may be somebody else's"
+        if name
+        else "is cancelled"
+    )
+    assert f"job {job_id} {said}" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.usefixtures("handlers")
+def test_ctrl_c_while_pictures_are_saved_tells_how_to_save_them(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker
+) -> None:
+    def answer(_: Request) -> bytes:
+        os.kill(os.getpid(), signal.SIGINT)
+        return reply(b"a", length=100)
+
+    with serving(answer) as host:
+
+        def elsewhere(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+            made = fake_result(job_id, request)
+            images = tuple(
+                msgspec.structs.replace(image, size=100, url=host.url) for image in made.images
+            )
+            return msgspec.structs.replace(made, images=images)
+
+        monkeypatch.setattr(worker, "_draw", elsewhere)
+        drawn = run("generate", "a city", "--job-id", "j", "--out", "my pictures")
+        brought = run("result", "j", "--out", "my pictures", "--json")
+
+    said = "job j is done: zlora result j --out 'my pictures'"
+    assert (drawn.exit_code, brought.exit_code) == (130, 130)
+    assert drawn.stderr.endswith(f"\n{said} [interrupted]\n")
+    told = json.loads(brought.stdout)["error"]
+    assert (told["message"], told["details"]) == (said, {"job_id": "j"})
+
+
+def test_streams_that_are_closed_stop_nothing(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker, tmp_path: Path
+) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+
+    for arguments, status in (
+        (["generate", "a city", "--job-id", "j"], 0),
+        (["submit", "--request", "-"], 2),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == status
+    assert (tmp_path / "j-0.png").exists()
+    assert list(worker.requests) == ["j"]
+
+
+def test_output_that_cannot_be_encoded_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(connection, "client", MemoryWorker(draw=draw).client)
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "printed").open("w", encoding="latin-1") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", "a city", "--out", "\u0416"])
+
+    assert ended.value.code == 0
+    assert "picture: \\u0416/" in (tmp_path / "printed").read_text()

@@ -1,0 +1,183 @@
+"""`zlora schema`: what it takes is what a client takes, as far as a schema can say it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from zlora.cli import main
+from zlora.errors import InvalidRequest, JobRevoked, LoraNotFound, ZloraError
+from zlora.schema import GenerateResult, JobState, JobStatus, parse_request
+from zlora.testing import fake_result
+from zlora.webhook import body_of
+
+DOCUMENTS = sorted((Path(__file__).parents[3] / "requests").glob("*.json"))
+TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": int | float,
+    "boolean": bool,
+}
+URL = "https://example.com/x.safetensors"
+
+
+def printed(*document: str) -> Any:
+    result = CliRunner().invoke(main, ["schema", *document])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def takes(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+    """Whether a schema takes a value, by the keywords that ours use; another keyword is a `KeyError`."""
+    return all(_RULES[name](said, value, root, schema) for name, said in schema.items())
+
+
+def _typed(kind: str, value: Any) -> bool:
+    if kind == "null":
+        return value is None
+    return isinstance(value, TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+
+
+def _named(reference: str, root: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = root["$defs"][reference.removeprefix("#/$defs/")]
+    return found
+
+
+def _of_objects(said: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+    return not isinstance(value, dict) or all(
+        takes(said[name], value[name], root) for name in said if name in value
+    )
+
+
+def _others(said: Any, value: Any, root: dict[str, Any], schema: dict[str, Any]) -> bool:
+    others = set(value) - set(schema.get("properties", {})) if isinstance(value, dict) else set()
+    return all(said is not False and takes(said, value[name], root) for name in others)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_RULES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("$schema", "$defs", "title", "description", "default", "format"), lambda *_: True
+    ),
+    "$ref": lambda said, value, root, _: takes(_named(said, root), value, root),
+    "anyOf": lambda said, value, root, _: any(takes(each, value, root) for each in said),
+    "enum": lambda said, value, *_: value in said,
+    "type": lambda said, value, *_: _typed(said, value),
+    "required": lambda said, value, *_: not isinstance(value, dict) or set(said) <= set(value),
+    "properties": lambda said, value, root, _: _of_objects(said, value, root),
+    "additionalProperties": _others,
+    "items": lambda said, value, root, _: (
+        not isinstance(value, list) or all(takes(said, each, root) for each in value)
+    ),
+    "maxItems": lambda said, value, *_: not isinstance(value, list) or len(value) <= said,
+    "minLength": lambda said, value, *_: not isinstance(value, str) or len(value) >= said,
+    "maxLength": lambda said, value, *_: not isinstance(value, str) or len(value) <= said,
+    "pattern": lambda said, value, *_: not isinstance(value, str) or bool(re.search(said, value)),
+    "minimum": lambda said, value, *_: not _number(value) or value >= said,
+    "maximum": lambda said, value, *_: not _number(value) or value <= said,
+    "exclusiveMinimum": lambda said, value, *_: not _number(value) or value > said,
+    "multipleOf": lambda said, value, *_: not _number(value) or value % said == 0,
+}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_a_request_document_is_taken(path: Path) -> None:
+    schema = printed()
+
+    assert takes(schema, json.loads(path.read_text()), schema)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": None},
+        {"wieght": 1},
+        {"width": 1023},
+        {"width": 8192},
+        {"num_images": 0},
+        {"num_images": 1.5},
+        {"guidance_scale": 51},
+        {"timeout": 0},
+        {"scheduler": "dreamy"},
+        {"output_format": "gif"},
+        {"prompt": "x" * 10_001},
+        {"seed": -1},
+        {"lossless": "no"},
+        {"loras": [{"weight": 1}]},
+        {"loras": [{"file": {"url": URL}, "wieght": 1}]},
+        {"loras": [{"file": {"url": URL}, "weight": 5}]},
+        {"loras": [{"file": {"url": ""}}]},
+        {"loras": [{"file": {"url": URL, "sha256": "0" * 63}}]},
+        {"loras": [{"file": {"url": URL}}] * 9},
+    ],
+    ids=lambda fields: str(fields)[:60],
+)
+def test_what_a_client_refuses_is_not_taken(fields: dict[str, Any]) -> None:
+    schema, document = printed("request"), {"prompt": "x", **fields}
+
+    assert not takes(schema, document, schema)
+    with pytest.raises(InvalidRequest):
+        parse_request(document)
+
+
+def test_a_result_is_taken() -> None:
+    loras = [{"file": {"url": URL}}]
+    made = fake_result("job-1", parse_request({"prompt": "x", "loras": loras, "inline": True}))
+    result = json.loads(msgspec.json.encode(made))
+    schema = printed("result")
+
+    assert takes(schema, result, schema)
+    assert not takes(schema, {**result, "images": None}, schema)
+    assert set(schema["properties"]) == set(GenerateResult.__struct_fields__)
+
+
+@pytest.mark.parametrize("state", list(JobState))
+def test_an_event_is_taken(state: JobState) -> None:
+    schema = printed("event")
+
+    assert takes(schema, json.loads(msgspec.json.encode(JobStatus(state=state, step=3))), schema)
+    assert not takes(schema, {"state": "DREAMING"}, schema)
+
+
+@pytest.mark.parametrize("end", [LoraNotFound("gone", {"status": 404}), JobRevoked(), None])
+def test_an_error_and_a_webhook_are_taken(end: ZloraError | None) -> None:
+    """As they are told, whatever has ended a job."""
+    error, hook = printed("error"), printed("webhook")
+    made = fake_result("job-1", parse_request({"prompt": "x", "inline": True}))
+
+    assert takes(hook, json.loads(body_of("job-1", end or made, at=1.0)), hook)
+    assert not takes(
+        hook, {"type": "job.dreamt", "timestamp": "", "data": {"job_id": "job-1"}}, hook
+    )
+    assert end is None or takes(error, end.as_document(), error)
+    assert not takes(error, {"code": "internal"}, error)
+
+
+def test_with_json_it_is_one_line() -> None:
+    text = CliRunner().invoke(main, ["schema", "result", "--json"]).output
+
+    assert text.count("\n") == 1
+    assert json.loads(text) == printed("result")
+
+
+@pytest.mark.parametrize("document", ["request", "result", "event", "error", "webhook"])
+def test_a_schema_says_what_it_is_of_and_in_which_dialect(document: str) -> None:
+    schema = printed(document)
+
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["title"]
+    assert schema["description"]
+    assert "$id" not in schema
+    assert "\\Z" not in json.dumps(schema)  # of Python's, and of no other
+
+
+def test_another_document_is_a_usage_error() -> None:
+    assert CliRunner().invoke(main, ["schema", "picture"]).exit_code == 2

@@ -1,0 +1,177 @@
+"""fal's documents: what is taken and means what, what is refused and how it reads, and the answer in their form."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from zlora.errors import InvalidRequest
+from zlora.schema import Asset, GenerateRequest, GenerateResult, LoraSpec, parse_request
+from zlora.testing import fake_result
+
+URL = "https://example.com/anime.safetensors?sig=t0ken"
+Z_IMAGE_TURBO = {
+    "prompt": "a fast train through the mountains",
+    "image_size": "landscape_16_9",
+    "num_inference_steps": 8,
+    "seed": 7,
+    "loras": [{"path": URL, "scale": 0.8}, {"path": "owner/repo"}],
+    "num_images": 2,
+    "output_format": "webp",
+    "acceleration": "regular",
+    "enable_safety_checker": False,
+    "enable_prompt_expansion": False,
+    "sync_mode": True,
+}
+FAST_SDXL = {
+    "prompt": "a robot in a meadow",
+    "negative_prompt": "blurry",
+    "image_size": {"width": 896, "height": 1152},
+    "num_inference_steps": 25,
+    "guidance_scale": 5,
+    "loras": [],
+    "embeddings": [],
+    "expand_prompt": False,
+    "format": "jpeg",
+}
+
+
+def refusal(document: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as raised:
+        GenerateRequest.from_fal(document)
+    json.dumps(raised.value.details)
+    return raised.value
+
+
+def test_a_document_of_z_image_turbo_is_a_request() -> None:
+    loras = (
+        LoraSpec(file=Asset(url=URL), weight=0.8),
+        LoraSpec(file=Asset(url="owner/repo"), weight=1.0),
+    )
+
+    assert GenerateRequest.from_fal(Z_IMAGE_TURBO) == GenerateRequest(
+        prompt="a fast train through the mountains", width=1024, height=576, num_inference_steps=8, seed=7, loras=loras,
+        num_images=2, output_format="webp", inline=True,
+    )  # fmt: skip
+    assert loras[1].file.address == "hf://owner/repo"
+
+
+def test_a_document_of_fast_sdxl_is_a_request() -> None:
+    assert GenerateRequest.from_fal(FAST_SDXL) == GenerateRequest(
+        prompt="a robot in a meadow", negative_prompt="blurry", width=896, height=1152, num_inference_steps=25,
+        guidance_scale=5, output_format="jpeg",
+    )  # fmt: skip
+
+
+def test_what_is_absent_is_ours_but_the_size() -> None:
+    """Eight steps are right for a turbo model, and wrong for SDXL."""
+    assert GenerateRequest.from_fal({"prompt": "x"}) == GenerateRequest(
+        prompt="x", width=1024, height=768
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("square_hd", (1024, 1024)), ("square", (512, 512)), ("portrait_4_3", (768, 1024)), ("portrait_16_9", (576, 1024)),
+     ("landscape_4_3", (1024, 768)), ("landscape_16_9", (1024, 576))],
+)  # fmt: skip
+def test_a_preset_is_its_size(name: str, size: tuple[int, int]) -> None:
+    request = GenerateRequest.from_fal({"prompt": "x", "image_size": name})
+
+    assert (request.width, request.height) == size
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "expected"),
+    [
+        ({"strength": 0.5}, "$.strength", "prompt"),
+        ({"scheduler": "euler"}, "$.scheduler", "prompt"),
+        ({"enable_safety_checker": True}, "$.enable_safety_checker", "False"),
+        ({"enable_safety_checker": 0}, "$.enable_safety_checker", "False"),
+        ({"expand_prompt": True}, "$.expand_prompt", "False"),
+        ({"embeddings": [{"path": "x"}]}, "$.embeddings", "[]"),
+        ({"acceleration": "warp"}, "$.acceleration", "regular"),
+        ({"image_size": "huge"}, "$.image_size", "square_hd"),
+        ({"image_size": ["square"]}, "$.image_size", "square_hd"),
+        ({"image_size": {"width": 512}}, "$.image_size", "width and height"),
+        ({"image_size": {"width": 512, "height": 513}}, "$.image_size.height", "multiple of 8"),
+        ({"image_size": {"width": "512", "height": 512}}, "$.image_size.width", "int"),
+        ({"loras": "owner/repo"}, "$.loras", "array"),
+        ({"loras": [{"path": URL}, {"scale": 1}]}, "$.loras[1]", "`path`"),
+        ({"loras": [{"path": URL, "weight": 1}]}, "$.loras[0]", "`scale`"),
+        ({"loras": [{"path": URL, "scale": 5}]}, "$.loras[0].scale", "<= 4"),
+        ({"loras": [{"path": URL, "scale": float("nan")}]}, "$.loras[0].scale", "4"),
+        ({"loras": [{"path": 1}]}, "$.loras[0].path", "str"),
+        ({"num_images": 9}, "$.num_images", "<= 8"),
+        ({"sync_mode": "yes"}, "$.sync_mode", "bool"),
+        ({"output_format": "gif"}, "$.output_format", "webp"),
+        ({"format": "gif"}, "$.format", "webp"),
+        ({"format": "png", "output_format": "png"}, "$.format", "one of"),
+    ],
+    ids=str,
+)
+def test_what_is_not_done_here_is_refused_at_its_place(
+    fields: dict[str, Any], path: str, expected: str
+) -> None:
+    error = refusal({"prompt": "x", **fields})
+
+    assert error.details["path"] == path
+    assert expected in error.details["expected"]
+    assert (
+        str(error) == f"{path}: {error.details['expected']}; the value is {error.details['value']}"
+    )
+
+
+@pytest.mark.parametrize("document", [None, [], "prompt", {}, {"prompt": None}], ids=str)
+def test_a_document_without_a_prompt_is_refused(document: Any) -> None:
+    assert refusal(document).details["path"] in ("$", "$.prompt")
+
+
+def test_a_refusal_shows_no_secret_of_an_address() -> None:
+    error = refusal({"prompt": "x", "image_url": URL})
+
+    assert "t0ken" not in f"{error} {error.details}"
+
+
+def test_the_answer_has_fal_s_fields() -> None:
+    result = fake_result(
+        "job-1", parse_request({"prompt": "x", "seed": 3, "num_images": 2, "output_format": "jpeg"})
+    )
+
+    assert msgspec.structs.replace(result, timings={"denoise": 2.5, "fetch": 9.0}).to_fal() == {
+        "images": [
+            {
+                "url": f"https://pictures.invalid/runs/job-1/outputs/{index}.jpeg",
+                "width": 1024,
+                "height": 1024,
+                "content_type": "image/jpeg",
+                "file_name": f"{index}.jpeg",
+                "file_size": 0,
+            }
+            for index in range(2)
+        ],
+        "timings": {"inference": 2.5},
+        "seed": 3,
+        "has_nsfw_concepts": [False, False],
+        "prompt": "x",
+    }
+
+
+def test_a_request_of_fal_s_comes_back_as_its_answer() -> None:
+    """Sizes, prompt and seed are the document's, and what was asked for inline is."""
+    answer = fake_result("job-1", GenerateRequest.from_fal(Z_IMAGE_TURBO)).to_fal()
+
+    assert (answer["prompt"], answer["seed"]) == (Z_IMAGE_TURBO["prompt"], Z_IMAGE_TURBO["seed"])
+    assert [(image["width"], image["height"]) for image in answer["images"]] == [(1024, 576)] * 2
+    assert {image["url"] for image in answer["images"]} == {"data:image/webp;base64,"}
+
+
+def test_pictures_without_urls_are_no_answer_of_fal_s() -> None:
+    result: GenerateResult = fake_result(
+        "job-1", parse_request({"prompt": "x", "url_policy": "key"})
+    )
+
+    with pytest.raises(InvalidRequest) as raised:
+        result.to_fal()
+
+    assert raised.value.details["path"] == "$.url_policy"

@@ -1,0 +1,361 @@
+"""What answers mean, which of them are asked for again, and whose certificates count; over real sockets."""
+
+import io
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from threading import Event
+
+import pytest
+from support.processes import free_port
+from support.servers import (
+    Answer,
+    Authority,
+    Request,
+    downloaded,
+    failure,
+    failure_of,
+    fetching,
+    lora_bytes,
+    reply,
+    serving,
+)
+from zlora.errors import (
+    JobRevoked,
+    LoraError,
+    LoraForbidden,
+    LoraNotAllowed,
+    LoraNotFound,
+    LoraTooLarge,
+    LoraUnreachable,
+)
+from zlora.http import client
+from zlora.http.client import HttpClient, TransientError, with_retries
+
+BODY = lora_bytes(1)
+PASSING = (408, 425, 429, 500, 502, 503, 504, 599)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0))
+
+
+def in_turn(*answers: bytes) -> Answer:
+    """A host that answers differently each time, and at last always the same."""
+    left = list(answers)
+    return lambda _: left.pop(0) if len(left) > 1 else left[0]
+
+
+def tries_of(folder: Path, answer: Answer | bytes) -> tuple[LoraError, int]:
+    """How a fetch fails, and after how many requests."""
+    with serving(answer) as host, fetching(folder, host) as fetcher:
+        return failure(fetcher, f"{host.url}/x?sig=s3cret"), len(host.requests)
+
+
+# --- what answers mean
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        *((status, LoraNotFound) for status in (404, 410)),
+        *((status, LoraForbidden) for status in (400, 401, 402, 403, 405, 416, 418, 451)),
+        *((status, LoraUnreachable) for status in PASSING),
+        *((status, LoraUnreachable) for status in (201, 204, 206, 300, 301, 304, 305)),
+    ],
+)
+def test_each_status_has_its_word_and_only_what_may_pass_is_asked_for_again(
+    tmp_path: Path, status: int, kind: type[LoraError]
+) -> None:
+    error, tries = tries_of(tmp_path, reply(b"why s3cret", status=status))
+
+    assert type(error) is kind
+    assert error.details == {"status": status}
+    assert str(status) in error.message
+    assert tries == (3 if status in PASSING else 1)
+
+
+def test_what_passes_is_not_seen(tmp_path: Path) -> None:
+    with (
+        serving(in_turn(reply(status=503), b"", reply(BODY))) as host,
+        fetching(tmp_path, host) as fetcher,
+    ):
+        assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
+
+    assert len(host.requests) == 3
+
+
+def test_a_refusal_after_what_passes_is_final(tmp_path: Path) -> None:
+    error, tries = tries_of(tmp_path, in_turn(reply(status=503), reply(status=404)))
+
+    assert type(error) is LoraNotFound
+    assert tries == 2
+
+
+def test_a_failure_of_the_network_is_never_one_of_the_file(tmp_path: Path) -> None:
+    """Whatever the network does, the same job may succeed later."""
+    for answer in (b"", reply(status=502), reply(BODY[:50], length=len(BODY)), b"HTTP/1.1 200"):
+        error, _ = tries_of(tmp_path, answer)
+        assert type(error) is LoraUnreachable
+        assert error.retryable
+
+
+def test_a_login_page_behind_a_redirect_is_a_refusal(tmp_path: Path) -> None:
+    def site(request: Request) -> bytes:
+        return (
+            reply(b"<html>")
+            if request.target.startswith("/login")
+            else reply(status=302, Location="/login?back=x")
+        )
+
+    error, tries = tries_of(tmp_path, site)
+
+    assert type(error) is LoraForbidden
+    assert tries == 2
+
+
+def test_the_body_of_a_redirect_is_not_read(tmp_path: Path) -> None:
+    """Nobody asked for it, and it may be as large as the server likes."""
+
+    def answer(request: Request) -> bytes | Iterable[bytes]:
+        if request.target == "/y":
+            return reply(BODY)
+        return itertools.chain(
+            [reply(status=302, length=2**31, Location="/y")], itertools.repeat(bytes(2**20))
+        )
+
+    with serving(answer) as host, fetching(tmp_path, host) as fetcher:
+        assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
+
+    assert host.sent < 2**25  # of what two sockets buffer
+
+
+# --- Retry-After
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_short_wait_that_the_server_asks_for_is_waited_for(
+    tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(client, "_wait", lambda _over, seconds, _on_pause: waited.append(seconds))
+    with (
+        serving(in_turn(reply(status=status, Retry_After="2"), reply(BODY))) as host,
+        fetching(tmp_path, host) as fetcher,
+    ):
+        assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
+
+    assert waited == [2.0]
+
+
+def test_a_long_wait_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    error, tries = tries_of(tmp_path, reply(status=429, Retry_After="60"))
+
+    assert error.details == {"status": 429, "retry_after": 60.0}
+    assert tries == 1
+
+
+def test_a_wait_until_a_moment_is_told_in_seconds(tmp_path: Path) -> None:
+    moment = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    error, _ = tries_of(tmp_path, reply(status=503, Retry_After=moment))
+
+    assert 90 < error.details["retry_after"] <= 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-5", "-999999999999", "1e9", "nan", "inf", "\xb2", "9" * 5000, "soon", "Thu, 01 Jan 1970 00:00:00 GMT",
+     "Mon, 01 Jan 2024 00:00:00 +99999999999999999999", "Mon, 01 Jan 0001 00:00:00 +2359", "9" * 9,
+     "Fri, 31 Dec 9999 23:59:59 -2359", "Mon, 99 Foo 99999 99:99:99 GMT", "0", "a\r\n b", ""],
+)  # fmt: skip
+def test_no_word_for_a_wait_breaks_anything_or_holds_a_job_for_more_than_an_hour(
+    tmp_path: Path, text: str
+) -> None:
+    error, _ = tries_of(tmp_path, reply(status=503, Retry_After=text))
+
+    assert type(error) is LoraUnreachable
+    assert 0 <= error.details.get("retry_after", 0) <= 3600
+
+
+def test_whoever_waits_is_asked_in_the_pauses_and_may_end_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is cancelled leaves the queue at once, not after the server's wait."""
+    monkeypatch.setattr(client, "_PAUSES", (60.0, 60.0))
+
+    def end(_received: int, _expected: int) -> None:
+        raise JobRevoked
+
+    with serving(reply(status=503)) as host, fetching(tmp_path, host) as fetcher:
+        with pytest.raises(JobRevoked):
+            fetcher.fetch(f"{host.url}/x", io.BytesIO(), on_bytes=end)
+
+        assert len(host.requests) == 1
+
+
+# --- deadlines
+
+
+def slow(answer: Callable[[Request], bytes], seconds: float) -> Answer:
+    def later(request: Request) -> bytes:
+        time.sleep(seconds)
+        return answer(request)
+
+    return later
+
+
+def test_the_deadline_is_one_for_all_redirects(tmp_path: Path) -> None:
+    """Each of them is quick enough by itself."""
+
+    def answer(request: Request) -> bytes:
+        hops = int(request.target[1:].partition("?")[0])
+        return reply(status=302, Location=f"/{hops - 1}?sig=s3cret") if hops else reply(BODY)
+
+    with (
+        serving(slow(answer, 0.3)) as host,
+        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
+    ):
+        assert type(failure(fetcher, f"{host.url}/4")) is LoraUnreachable
+
+
+def test_the_deadline_is_one_for_all_tries(tmp_path: Path) -> None:
+    with (
+        serving(slow(lambda _: reply(status=503), 0.6)) as host,
+        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
+    ):
+        assert "after 1 s" in failure(fetcher, f"{host.url}/x").message
+
+    assert len(host.requests) == 2
+
+
+@pytest.mark.parametrize("start", [b"", reply(BODY[:100], length=len(BODY))], ids=["head", "body"])
+def test_a_server_that_falls_silent_is_unreachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes
+) -> None:
+    monkeypatch.setattr(client, "READ_SECONDS", 0.2)
+    done = Event()
+
+    def answer(_: Request) -> Iterator[bytes]:
+        yield start
+        done.wait(20)
+
+    with serving(answer) as host, fetching(tmp_path, host, ZLORA_LORA_DEADLINE="2") as fetcher:
+        assert type(failure(fetcher, f"{host.url}/x?sig=s3cret")) is LoraUnreachable
+        done.set()
+
+
+def test_an_attempt_that_ends_after_the_deadline_counts_for_nothing() -> None:
+    """What was cut may look like what has ended."""
+
+    def attempt() -> str:
+        time.sleep(0.2)
+        return "half"
+
+    def fail() -> str:
+        time.sleep(0.2)
+        raise LoraTooLarge
+
+    for late in (attempt, fail):
+        with pytest.raises(LoraUnreachable):
+            with_retries(HttpClient(), late, name="x", seconds=0.05, on_pause=lambda: None)
+
+
+def test_what_never_passes_is_tried_three_times() -> None:
+    tries: list[int] = []
+
+    def attempt() -> None:
+        tries.append(1)
+        raise TransientError(LoraUnreachable("still"))
+
+    with pytest.raises(LoraUnreachable, match="still"):
+        with_retries(HttpClient(), attempt, name="x", seconds=60, on_pause=lambda: None)
+
+    assert len(tries) == 3
+
+
+# --- what is no HTTP
+
+
+def test_a_port_that_nobody_listens_on_is_unreachable(tmp_path: Path) -> None:
+    name = f"127.0.0.1:{free_port()}"
+    with fetching(tmp_path, ZLORA_ALLOW_HOSTS=name) as fetcher:
+        error = failure(fetcher, f"http://{name}/x?sig=s3cret")
+
+    assert type(error) is LoraUnreachable
+    assert "no connection" in error.message
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 1000, b"HTTP/1.1 -200 OK\r\n\r\n",
+     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200, b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000, b"<html>200</html>"],
+    ids=["nothing", "empty lines", "ssh", "no status", "zeros", "negative", "too many headers", "too long a header",
+         "HTTP/0.9"],
+)  # fmt: skip
+def test_what_is_no_http_is_unreachable(tmp_path: Path, answer: bytes) -> None:
+    assert type(failure_of(tmp_path, answer)) is LoraUnreachable
+
+
+# --- TLS
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A certificate authority of this file's own."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def test_a_certificate_of_the_operator_s_authority_and_the_right_name_is_trusted(
+    tmp_path: Path, authority: Authority
+) -> None:
+    with serving(reply(BODY), tls=authority.server("localhost")) as host:
+        allowed = {
+            "ZLORA_ALLOW_HOSTS": f"localhost:{host.port}",
+            "ZLORA_CA_BUNDLE": str(authority.bundle),
+        }
+        with fetching(tmp_path, **allowed) as fetcher:
+            assert downloaded(fetcher, f"https://localhost:{host.port}/x")[0] == BODY
+
+
+@pytest.mark.parametrize(
+    ("name", "trusts"), [("other.example", True), ("localhost", False)], ids=["name", "authority"]
+)
+def test_a_certificate_of_another_name_or_authority_is_not_allowed(
+    tmp_path: Path, authority: Authority, name: str, trusts: bool
+) -> None:
+    """Once: it will not be another the next time, and nothing is asked of such a server."""
+    with serving(reply(BODY), tls=authority.server(name)) as host:
+        allowed = {"ZLORA_ALLOW_HOSTS": f"localhost:{host.port}"}
+        bundle = {"ZLORA_CA_BUNDLE": str(authority.bundle)} if trusts else {}
+        with fetching(tmp_path, **allowed, **bundle) as fetcher:
+            error = failure(fetcher, f"https://localhost:{host.port}/x?sig=s3cret")
+
+        assert type(error) is LoraNotAllowed
+        assert "certificate" in error.message
+        assert host.connections == 1
+        assert host.requests == []
+
+
+def test_a_redirect_to_a_server_with_a_certificate_of_another_name_is_not_allowed(
+    tmp_path: Path, authority: Authority
+) -> None:
+    with (
+        serving(reply(BODY), tls=authority.server("other.example")) as target,
+        serving(
+            reply(status=302, Location=f"https://localhost:{target.port}/x?sig=s3cret")
+        ) as first,
+    ):
+        allowed = {"ZLORA_ALLOW_HOSTS": f"{first.name},localhost:{target.port}"}
+        with fetching(tmp_path, ZLORA_CA_BUNDLE=str(authority.bundle), **allowed) as fetcher:
+            assert type(failure(fetcher, f"{first.url}/x")) is LoraNotAllowed
+
+        assert target.requests == []
+
+
+def test_a_server_that_speaks_no_tls_is_unreachable_over_https(tmp_path: Path) -> None:
+    with serving(reply(BODY)) as host, fetching(tmp_path, host) as fetcher:
+        assert type(failure(fetcher, f"https://{host.name}/x?sig=s3cret")) is LoraUnreachable

@@ -1,0 +1,394 @@
+"""The session for untrusted addresses: what it refuses it never connects to, and names are judged by their addresses.
+
+On real sockets and loopback; only the answers of the name service are made up.
+"""
+
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import requests
+from ssrfguard import SSRFGuardError
+from support.servers import Host, Request, open_files, reply, serving, watched_connections
+from zlora.errors import LoraError
+from zlora.http.client import HttpClient, TransientError
+from zlora.http.ssrf_guard import GuardedSession
+
+PRIVATE = [
+    "127.0.0.1",
+    "127.255.255.254",
+    "0.0.0.0",  # noqa: S104 - an address to refuse
+    "10.0.0.1",
+    "172.16.0.1",
+    "192.168.1.1",
+    "100.64.0.1",
+    "169.254.1.1",
+    "169.254.169.254",
+    "168.63.129.16",
+    "100.100.100.200",
+    "192.0.0.192",
+    "224.0.0.1",
+    "255.255.255.255",
+    "::1",
+    "::",
+    "fe80::1",
+    "fc00::1",
+    "fd00:ec2::254",
+    "ff02::1",
+    "::ffff:127.0.0.1",
+    "::ffff:169.254.169.254",
+    "::ffff:168.63.129.16",
+    "64:ff9b::7f00:1",
+    "64:ff9b::a83f:8110",
+    "2002:7f00:1::",
+    "::ffff:0:127.0.0.1",  # a translator's word for it (RFC 2765)
+    "::ffff:0:8.8.8.8",
+    "::5efe:7f00:1",
+    "fec0::1",
+    "1234::1",
+    "4000::1",
+    "e000::1",
+]
+SPELLINGS = [
+    "2130706433",
+    "0x7f000001",
+    "0x7f.0.0.1",
+    "017700000001",
+    "0177.0.0.1",
+    "127.1",
+    "127.0.1",
+    "0",
+    "localhost",
+    "LOCALHOST",
+    "127.0.0.1.",
+    "127\u30020\u30020\u30021",
+    "\u2460\u2461\u2466.0.0.1",
+    "[::ffff:7f00:1]",
+    "[0:0:0:0:0:ffff:127.0.0.1]",
+    "[fe80::1%25lo]",
+    "2852039166",
+    "0xa9fea9fe",
+    "[::ffff:a9fe:a9fe]",
+]
+
+
+@pytest.fixture
+def session() -> Iterator[GuardedSession]:
+    """A session whose operator allows nothing."""
+    with GuardedSession() as opened:
+        yield opened
+
+
+def refused(session: requests.Session, url: str) -> list[str]:
+    """The connections that were tried, of a request that did not come to an answer."""
+    with (
+        watched_connections() as connections,
+        pytest.raises((SSRFGuardError, requests.exceptions.InvalidURL)),
+    ):
+        session.get(url, timeout=5)
+    return connections
+
+
+def names(monkeypatch: pytest.MonkeyPatch, table: dict[str, list[str]]) -> list[str]:
+    """Make the name service answer from `table`; returns the list of names that it is asked from now on."""
+    asked: list[str] = []
+
+    def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
+        asked.append(host)
+        if host not in table:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, port, 0, 0))
+            if ":" in address
+            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in table[host]
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def redirect(target: Callable[[], str]) -> Callable[[Request], bytes]:
+    return lambda _: reply(status=302, Location=target())
+
+
+def test_the_count_of_connections_counts() -> None:
+    """Of the tests here: a request that is allowed is one connection."""
+    with serving(reply(b"x")) as host, GuardedSession([host.name]) as session:
+        with watched_connections() as connections:
+            assert session.get(f"{host.url}/x", timeout=5).content == b"x"
+
+        assert connections == [str(("127.0.0.1", host.port))]
+        assert host.connections == 1
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_an_address_that_is_not_public_is_refused_unopened(
+    session: GuardedSession, address: str
+) -> None:
+    host = f"[{address}]" if ":" in address else address
+
+    assert refused(session, f"https://{host}/x") == []
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_no_spelling_of_such_an_address_gets_through(
+    session: GuardedSession, spelling: str
+) -> None:
+    assert refused(session, f"https://{spelling}/x") == []
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_a_name_of_such_an_address_is_refused_unopened(
+    session: GuardedSession, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    asked = names(monkeypatch, {"innocent.example": [address]})
+
+    assert refused(session, "https://innocent.example/x") == []
+    assert asked == ["innocent.example"]
+
+
+def test_a_name_of_a_public_and_a_private_address_is_refused_whole(
+    session: GuardedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names(monkeypatch, {"rebinding.example": ["8.8.8.8", "10.0.0.1"]})
+
+    assert refused(session, "https://rebinding.example/x") == []
+
+
+def test_a_name_that_does_not_exist_is_no_refusal(
+    session: GuardedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the network's fault, and may be over soon."""
+    names(monkeypatch, {})
+
+    with pytest.raises(requests.exceptions.ConnectionError):
+        session.get("https://absent.example/x", timeout=5)
+
+
+def test_an_allowed_name_may_be_private_and_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The address that was checked is the one that is opened."""
+    with serving(reply(b"x")) as host, GuardedSession([f"loras.example:{host.port}"]) as session:
+        asked = names(monkeypatch, {"loras.example": ["127.0.0.1"]})
+
+        answer = session.get(f"http://loras.example:{host.port}/x", timeout=5)
+
+        assert answer.content == b"x"
+        assert asked == ["loras.example"]
+        assert host.requests[0].headers["host"] == f"loras.example:{host.port}"
+
+
+# --- schemes, ports, credentials
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://8.8.8.8/x",
+        "http://8.8.8.8:443/x",
+        "https://8.8.8.8:8443/x",
+        "https://8.8.8.8:80/x",
+        "https://8.8.8.8:22/x",
+        "https://user:password@8.8.8.8/x",
+        "https://",
+        "https://a b/",
+        "https://[",
+        "https://a..b/",
+    ],
+)
+def test_only_plain_https_on_its_own_port_is_opened(session: GuardedSession, url: str) -> None:
+    assert refused(session, url) == []
+
+
+@pytest.mark.parametrize("scheme", ["file", "ftp", "gopher", "data", "ws"])
+def test_another_scheme_is_not_opened(session: GuardedSession, scheme: str) -> None:
+    with (
+        watched_connections() as connections,
+        pytest.raises((SSRFGuardError, requests.exceptions.RequestException)),
+    ):
+        session.get(f"{scheme}://8.8.8.8/x", timeout=5)
+
+    assert connections == []
+
+
+# --- what the operator allows
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with serving(reply(b"x")) as opened:
+        yield opened
+
+
+def test_an_allowed_host_may_be_private_and_speak_plain_http(host: Host) -> None:
+    with GuardedSession([host.name]) as session:
+        assert session.get(f"{host.url}/x", timeout=5).content == b"x"
+        assert session.get(f"HTTP://{host.name}/x?y=z", timeout=5).content == b"x"
+        assert session.get(f"{host.url}?y=z", timeout=5).content == b"x"
+
+    assert host.asked == ["GET /x", "GET /x?y=z", "GET /?y=z"]
+
+
+def test_an_allowed_port_allows_no_other(host: Host) -> None:
+    with serving(reply(b"y")) as other, GuardedSession([host.name]) as session:
+        assert refused(session, f"{other.url}/x") == []
+        assert refused(session, "http://127.0.0.1/x") == []
+        assert refused(session, f"http://127.0.0.1:{host.port}0/x") == []
+
+    assert other.connections == 0
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "http://127.0.0.1:{allowed}@127.0.0.1:{other}/x",
+        "http://127.0.0.1:{allowed}%2f@127.0.0.1:{other}/x",
+        "http://127.0.0.1:{allowed}\\@127.0.0.1:{other}/x",
+        "http://127.0.0.1:{allowed}#@127.0.0.1:{other}/x@127.0.0.1:{other}",
+        "http://127.0.0.1:{other}/http://127.0.0.1:{allowed}/x",
+        "http://127.0.0.1:{other}?http://127.0.0.1:{allowed}/x",
+        "http://127.0.0.1:{other}#http://127.0.0.1:{allowed}/x",
+        "http://127.0.0.1.:{other}/x",
+        "http://127.1:{allowed}/x",
+    ],
+)
+def test_an_allowed_host_in_another_place_of_the_url_allows_nothing(host: Host, form: str) -> None:
+    """Whoever is asked in the end, it is not the other one."""
+    with serving(reply(b"y")) as other, GuardedSession([host.name]) as session:
+        with suppress(SSRFGuardError, requests.exceptions.RequestException):
+            session.get(form.format(allowed=host.port, other=other.port), timeout=5)
+
+        assert other.connections == 0
+
+
+def test_an_allowed_host_without_a_port_has_the_two_usual_ones(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = ("loras.example", "more.loras.example", "loras.example.evil.example")
+    names(monkeypatch, {name: ["127.0.0.1"] for name in hosts})
+    with GuardedSession(["loras.example"]) as session:
+        with (
+            pytest.raises(requests.exceptions.ConnectionError),
+            watched_connections() as connections,
+        ):
+            session.get("https://loras.example/x", timeout=5)
+        assert {address for address in connections if "443" in address} == {str(("127.0.0.1", 443))}
+
+        assert refused(session, f"http://loras.example:{host.port}/x") == []
+        assert refused(session, "https://more.loras.example/x") == []
+        assert refused(session, "https://loras.example.evil.example/x") == []
+
+
+# --- redirects
+
+
+def test_a_redirect_is_judged_as_any_address(host: Host) -> None:
+    targets = [
+        "http://127.0.0.1/x",
+        "https://127.0.0.1/x",
+        "https://169.254.169.254/latest",
+        "//10.0.0.1/x",
+        host.url,
+    ]
+    current = ""
+    with serving(redirect(lambda: current)) as first, GuardedSession([first.name]) as session:
+        for current in targets:  # noqa: B007 - the server looks at it
+            with pytest.raises(SSRFGuardError):
+                session.get(f"{first.url}/x", timeout=5)
+
+        assert first.connections == len(targets)
+    assert host.connections == 0
+
+
+def test_a_redirect_between_allowed_hosts_is_followed(host: Host) -> None:
+    with (
+        serving(redirect(lambda: f"{host.url}/y")) as first,
+        GuardedSession([first.name, host.name]) as session,
+    ):
+        assert session.get(f"{first.url}/x", timeout=5).content == b"x"
+
+    assert host.asked == ["GET /y"]
+
+
+def test_redirects_in_a_circle_come_to_an_end() -> None:
+    with serving(redirect(lambda: "/x")) as host, GuardedSession([host.name]) as session:
+        with pytest.raises((SSRFGuardError, requests.exceptions.TooManyRedirects)):
+            session.get(f"{host.url}/x", timeout=5)
+
+        assert host.connections < 50
+
+
+# --- the deadline
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply(b"x" * 1000),
+        reply(b"x", length=1000),
+        reply(status=404),
+        reply(status=302, Location="/x"),
+        b"no HTTP",
+    ],
+    ids=["well", "cut", "missing", "sent on", "no HTTP"],
+)
+def test_of_many_requests_within_one_deadline_none_keeps_a_descriptor(
+    method: str, answer: bytes
+) -> None:
+    """Though each connection is watched until the end: by a duplicate, which is given back with it."""
+    with serving(answer) as host:
+        web, seen = HttpClient([host.name]), list[int]()
+        with web.session.deadline(60.0):
+            for _ in range(20):
+                with (
+                    suppress(LoraError, TransientError),
+                    web.open(f"{host.url}/x", name="x", method=method) as response,
+                ):
+                    response.raw.read(10)
+                seen.append(open_files())
+        web.session.close()
+
+    assert seen[-1] - seen[0] <= 2  # the server's own end of one or the other
+
+
+# --- the environment
+
+
+def test_neither_a_proxy_nor_a_netrc_of_the_environment_is_used(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A proxy would resolve the name once more; a netrc would add credentials."""
+    netrc = tmp_path_factory.mktemp("home") / "netrc"
+    netrc.write_text("machine 127.0.0.1 login user password s3cret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    with serving(reply(b"proxied")) as proxy, GuardedSession([host.name]) as session:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+
+        answer = session.get(f"{host.url}/x", timeout=5)
+
+        assert answer.content == b"x"
+        assert "authorization" not in host.requests[0].headers
+        assert proxy.connections == 0
+
+
+def test_of_a_guarded_request_no_log_has_the_url_and_of_others_it_has(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """urllib3 quotes it in debug lines, and in a warning where a header cannot be read."""
+    host.answer = lambda _: b"HTTP/1.1 200 OK\r\nno header\r\nContent-Length: 0\r\n\r\n"
+    with caplog.at_level(logging.DEBUG), GuardedSession([host.name]) as session:
+        session.get(f"{host.url}/x?sig=s3cret")
+        assert "s3cret" not in caplog.text
+
+        requests.get(f"{host.url}/x?sig=0ther", timeout=5)
+        assert "0ther" in caplog.text

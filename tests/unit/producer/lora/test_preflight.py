@@ -1,0 +1,665 @@
+"""Before a job is queued: what a header tells over real sockets, how little is read, and what never is queued."""
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+import zlora.lora.preflight
+from click.testing import CliRunner
+from safetensors.torch import save
+from support.fakes import Tensors, kohya_lora
+from support.servers import (
+    Answer,
+    Host,
+    Request,
+    lora_bytes,
+    open_files,
+    reply,
+    serving,
+    tensor_file,
+    watched_connections,
+)
+from zlora import Client, LoraInfo, Preflight
+from zlora.broker.keys import waiting_lists
+from zlora.cli import main
+from zlora.errors import (
+    InvalidRequest,
+    InvalidSetting,
+    LoraError,
+    LoraForbidden,
+    LoraMismatch,
+    LoraNotAllowed,
+    LoraNotFound,
+    LoraTooLarge,
+    LoraUnreachable,
+    NotSafetensors,
+)
+from zlora.lora.addresses import MAX_LISTING
+from zlora.lora.safetensors_header import MAX_HEADER
+from zlora.schema import Asset, GenerateRequest, LoraSpec
+
+SECRETS: Final = ("s3cret", "us3r", "pa55", "fr4g")
+QUERY: Final = "?sig=s3cret#fr4g"
+SDXL: Final = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+COMMIT: Final = "c0ffee" + "0" * 34
+PAGE: Final = (
+    b"<!DOCTYPE html><html><body>Sign in to see this model, and all the others.</body></html>"
+)
+
+
+def lora(
+    module: str = SDXL, *, width: int = 2048, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """A LoRA of one module that reads `width` numbers, as kohya names it."""
+    tensors = {
+        f"{module}.lora_down.weight": torch.ones(4, width),
+        f"{module}.lora_up.weight": torch.ones(8, 4),
+        f"{module}.alpha": torch.tensor(1.0),
+    }
+    return saved(tensors, metadata)
+
+
+def saved(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
+    return save(tensors, metadata=dict(metadata or {}))
+
+
+def ranged(body: bytes, *, most: int = 2**40) -> Callable[[Request], bytes]:
+    """A server that honours ranges, of at most so many bytes each."""
+
+    def answer(request: Request) -> bytes:
+        first, last = (
+            int(text) for text in request.headers["range"].removeprefix("bytes=").split("-")
+        )
+        if first >= len(body):
+            return reply(status=416, Content_Range=f"bytes */{len(body)}")
+        piece = body[first : min(last + 1, first + most)]
+        return reply(
+            piece, status=206, Content_Range=f"bytes {first}-{first + len(piece) - 1}/{len(body)}"
+        )
+
+    return answer
+
+
+def preflight(*hosts: Host, **sites: str) -> Preflight:
+    return Preflight([host.name for host in hosts], **sites)
+
+
+def inspected(answer: Answer | bytes) -> LoraInfo:
+    with serving(answer) as host:
+        return preflight(host).inspect(f"{host.url}/a.safetensors{QUERY}")
+
+
+def said_by(error: LoraError) -> str:
+    """What an error says, which is one line without secrets."""
+    said = f"{error} {error.details} {error!r}"
+    assert not [secret for secret in SECRETS if secret in said]
+    assert str(error).isprintable()
+    return str(error)
+
+
+def failure(checks: Preflight, address: str) -> LoraError:
+    with pytest.raises(LoraError) as raised:
+        checks.inspect(address)
+    said_by(raised.value)
+    return raised.value
+
+
+def failure_of(answer: Answer | bytes) -> LoraError:
+    with serving(answer) as host:
+        return failure(preflight(host), f"{host.url}/a.safetensors{QUERY}")
+
+
+def request_for(*addresses: str) -> GenerateRequest:
+    return GenerateRequest(
+        prompt="a city", loras=tuple(LoraSpec(file=Asset(url=address)) for address in addresses)
+    )
+
+
+# --- what a header tells
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_a_header_tells_what_a_lora_is(knows_ranges: bool) -> None:
+    """The same whether the server knows ranges or sends the whole file."""
+    tensors = kohya_lora() | {
+        "lora_te1_a.hada_w1_b": torch.ones(6, 4),
+        "lora_te1_a.dora_scale": torch.ones(4),
+        f"{SDXL}.lora_down.weight": torch.ones(8, 2048),
+    }
+    body = saved(tensors, {"modelspec.trigger_phrase": "ohwx woman, red hair"})
+
+    with serving(ranged(body) if knows_ranges else reply(body)) as host:
+        info = preflight(host).inspect(Asset(url=f"{host.url}/a%20b{QUERY}"))
+
+    assert info == LoraInfo(
+        source=f"{host.url}/a%20b",
+        size=len(body),
+        format="kohya",
+        kinds=("dora-loha", "lora"),
+        ranks=(2, 6, 8),
+        base="SDXL",
+        trigger_words=("ohwx woman", "red hair"),
+        modules={"unet": 3, "text_encoder": 1},
+    )
+    assert host.requests[0].headers["range"] == "bytes=0-262143"
+    assert host.requests[0].headers["accept-encoding"] == "identity"
+
+
+# --- how little is read
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_of_a_great_file_only_the_beginning_is_taken(knows_ranges: bool) -> None:
+    body = lora_bytes(size=50_000_000)
+
+    def pieces(_: Request) -> Iterator[bytes]:
+        yield reply(length=len(body))
+        for first in range(0, len(body), 2**16):
+            yield body[first : first + 2**16]
+
+    with serving(ranged(body) if knows_ranges else pieces) as host:
+        assert preflight(host).inspect(f"{host.url}/a").size == len(body)
+
+    assert host.sent < 10_000_000  # what the sockets' own buffers took
+
+
+LONG: Final = lora(metadata={"filler": "x" * 600_000})
+
+
+@pytest.mark.parametrize("most", [2**40, 250_000])
+def test_a_long_header_costs_further_ranges(most: int) -> None:
+    """However short those are that the server gives."""
+    with serving(ranged(LONG, most=most)) as host:
+        assert preflight(host).inspect(f"{host.url}/a").size == len(LONG)
+
+    firsts = [
+        int(request.headers["range"].removeprefix("bytes=").split("-")[0])
+        for request in host.requests
+    ]
+    assert firsts == ([0, 2**18] if most > len(LONG) else [0, 250_000, 500_000])
+
+
+def test_a_long_header_without_ranges_costs_one_request() -> None:
+    with serving(reply(LONG)) as host:
+        assert preflight(host).inspect(f"{host.url}/a").size == len(LONG)
+
+    assert len(host.requests) == 1
+
+
+@pytest.mark.parametrize("most", [1, 10_000])
+def test_a_server_of_tiny_ranges_is_given_up_after_a_few(most: int) -> None:
+    """Else each of sixteen million bytes could be a request, and a descriptor until the last."""
+    seen: list[int] = []
+
+    def answer(request: Request) -> bytes:
+        seen.append(open_files())
+        return ranged(LONG, most=most)(request)
+
+    error = failure_of(answer)
+
+    assert (type(error), error.retryable) == (LoraUnreachable, True)
+    assert 1 < len(seen) <= 8
+    assert seen[-1] - seen[0] <= 2  # the server's own end of one or the other
+
+
+def test_a_header_beyond_all_bounds_is_refused_after_its_length() -> None:
+    body = (MAX_HEADER + 1).to_bytes(8, "little") + b"{" + b" " * 1_000_000
+    with serving(ranged(body)) as host:
+        assert type(failure(preflight(host), f"{host.url}/a")) is NotSafetensors
+
+    assert len(host.requests) == 1
+
+
+# --- what is no LoRA
+
+
+POINTER: Final = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 228456\n"
+)
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (PAGE, "a web page"),
+        (b"<html>no</html>", "a web page"),
+        (b"PK\x03\x04" + bytes(200), "a pickle"),
+        (b"\x80\x02}q\x00." + bytes(200), "a pickle"),
+        (POINTER, "git-lfs pointer"),
+        (lora()[:-1], "damaged"),
+        (lora()[:100], "not a safetensors file"),
+        (lora() + b"\0", "damaged"),
+        (b"\x10", "too few"),
+        (b"", "too few"),
+        (tensor_file(b"{broken"), "no such JSON"),
+    ],
+)
+def test_what_is_no_safetensors_file_says_what_it_is(
+    body: bytes, words: str, knows_ranges: bool
+) -> None:
+    error = failure_of(ranged(body) if knows_ranges else reply(body))
+
+    assert type(error) is NotSafetensors
+    assert words in str(error)
+    assert "/a.safetensors: " in str(error)
+
+
+def test_a_page_in_the_second_range_is_no_header() -> None:
+    """As where a link expires between the two."""
+    first = LONG[: 2**18]
+
+    def answer(request: Request) -> bytes:
+        if "bytes=0-" in request.headers["range"]:
+            return reply(first, status=206, Content_Range=f"bytes 0-{len(first) - 1}/{len(LONG)}")
+        return reply(PAGE)
+
+    assert type(failure_of(answer)) is LoraUnreachable
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"model.weight": torch.ones(2)}, {f"{SDXL}.oft_blocks": torch.ones(2)}]
+)
+def test_a_sound_file_that_no_worker_reads_is_a_mismatch(tensors: Tensors) -> None:
+    assert type(failure_of(ranged(saved(tensors)))) is LoraMismatch
+
+
+# --- answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (reply(status=404), LoraNotFound),
+        (reply(status=410), LoraNotFound),
+        (reply(status=401), LoraForbidden),
+        (reply(status=403), LoraForbidden),
+        (reply(status=400), LoraForbidden),
+        (reply(status=429, Retry_After="60"), LoraUnreachable),
+        (reply(status=206, Content_Range="bytes 5-9/10", body=b"12345"), LoraUnreachable),
+        (reply(status=206, Content_Range="bytes 0-9/20"), LoraUnreachable),
+        (reply(b"12345", status=206), LoraUnreachable),
+        (reply(lora(), Content_Encoding="gzip"), LoraUnreachable),
+        (reply(status=302, Location="https://127.0.0.1/x?sig=s3cret"), LoraNotAllowed),
+        (reply(status=302, Location="file:///etc/passwd"), LoraNotAllowed),
+    ],
+)
+def test_each_answer_is_the_error_that_a_worker_would_raise(
+    answer: bytes, kind: type[LoraError]
+) -> None:
+    assert type(failure_of(answer)) is kind
+
+
+def test_a_transfer_that_breaks_off_is_tried_again() -> None:
+    answers = iter([reply(lora()[:50], length=500), reply(lora())])
+
+    assert inspected(lambda _: next(answers)).base == "SDXL"
+
+
+def test_a_server_that_drips_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zlora.lora.preflight, "_SECONDS", 0.5)
+
+    def drip(_: Request) -> Iterator[bytes]:
+        yield reply(length=10_000)
+        while True:
+            yield b"\1"
+            time.sleep(0.02)
+
+    assert "0.5 s" in str(failure_of(drip))
+
+
+def test_a_login_page_is_forbidden_to_those_without_a_token() -> None:
+    def answer(request: Request) -> bytes:
+        if request.target.startswith("/login"):
+            return reply(PAGE)
+        return reply(status=307, Location="/login?reason=download-auth")
+
+    error = failure_of(answer)
+
+    assert (type(error), error.details["status"]) == (LoraForbidden, 401)
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://b/a",
+        "cozy://a/b",
+        "file:///a",
+        "ftp://h/a",
+        "owner/repo",
+        "",
+        "https://[",
+        "https://h/a\nb",
+        "data:,a",
+    ],
+)
+def test_what_is_not_opened_here_is_not_allowed_and_connects_to_nothing(address: str) -> None:
+    with watched_connections() as connections:
+        assert (
+            type(failure(preflight(), f"{address}{QUERY if '://' in address else ''}"))
+            is LoraNotAllowed
+        )
+
+    assert connections == []
+
+
+@pytest.mark.parametrize(
+    "name", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "[::1]", "2130706433", "localhost"]
+)
+def test_a_private_address_is_refused_and_never_connected(name: str) -> None:
+    with watched_connections() as connections:
+        assert type(failure(preflight(), f"https://us3r:pa55@{name}/a{QUERY}")) is LoraNotAllowed
+
+    assert connections == []
+
+
+def test_a_redirect_into_the_network_is_refused_and_not_connected() -> None:
+    with (
+        serving(reply(lora())) as inside,
+        serving(reply(status=302, Location=f"{inside.url}/a")) as outside,
+    ):
+        assert type(failure(preflight(outside), f"{outside.url}/a")) is LoraNotAllowed
+
+    assert inside.connections == 0
+
+
+def test_a_redirect_to_another_allowed_host_is_followed() -> None:
+    with (
+        serving(reply(lora())) as storage,
+        serving(reply(status=302, Location=f"{storage.url}/b")) as host,
+    ):
+        assert preflight(host, storage).inspect(f"{host.url}/a").base == "SDXL"
+
+
+def hub(*files: str, body: bytes = b"") -> Answer:
+    """A hub whose repository `me/mine` has such files."""
+
+    def answer(request: Request) -> bytes:
+        if request.target.startswith("/api/models/me/mine/revision/"):
+            siblings = [{"rfilename": name} for name in files]
+            return reply(json.dumps({"sha": COMMIT, "siblings": siblings}).encode())
+        return (
+            ranged(body)(request) if request.target.endswith(".safetensors") else reply(status=404)
+        )
+
+    return answer
+
+
+@pytest.mark.parametrize("spelling", ["hf://me/mine", "hf://me/mine@main", "{host}/me/mine"])
+def test_a_repository_with_one_lora_means_that(spelling: str) -> None:
+    """At the commit that was listed; and the operator's own hub may be private."""
+    with serving(hub("README.md", "a b.safetensors", body=lora())) as host:
+        info = preflight(hub=host.url).inspect(spelling.format(host=host.url))
+
+    assert info.base == "SDXL"
+    assert host.asked == [
+        "GET /api/models/me/mine/revision/main",
+        f"GET /me/mine/resolve/{COMMIT}/a%20b.safetensors",
+    ]
+
+
+def test_a_file_of_a_repository_is_opened_without_a_list() -> None:
+    with serving(hub(body=lora())) as host:
+        preflight(hub=host.url).inspect("hf://me/mine/loras/a.safetensors@v1")
+
+    assert host.asked == ["GET /me/mine/resolve/v1/loras/a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (("a.safetensors", "b.safetensors"), LoraNotFound),
+        (("a.ckpt", "README.md"), NotSafetensors),
+        ((), NotSafetensors),
+        (("x" * MAX_LISTING,), LoraTooLarge),
+    ],
+    ids=["two", "none", "empty", "huge"],
+)
+def test_a_repository_that_has_not_exactly_one_lora_is_refused(
+    files: tuple[str, ...], kind: type[LoraError]
+) -> None:
+    with serving(hub(*files)) as host:
+        assert type(failure(preflight(hub=host.url), "hf://me/mine")) is kind
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["civitai://123", "civitai://123?token=s3cret", "{host}/models/7/a-name?modelVersionId=123",
+     "{host}/api/download/models/123?token=s3cret"],
+)  # fmt: skip
+def test_pages_and_downloads_of_civitai_mean_a_version(address: str) -> None:
+    with serving(ranged(lora())) as host:
+        info = preflight(civitai=host.url).inspect(address.format(host=host.url))
+
+    assert host.requests[0].target.partition("?")[0] == "/api/download/models/123"
+    assert ("token=s3cret" in host.requests[0].target) == ("s3cret" in address)
+    assert "s3cret" not in str(info)
+
+
+def test_a_private_hub_is_open_to_references_alone() -> None:
+    """An address of a stranger on the same host is refused as any other."""
+    with serving(hub(body=lora())) as host:
+        assert type(failure(preflight(hub=host.url), f"{host.url}/secrets")) is LoraNotAllowed
+
+    assert host.connections == 0
+
+
+# --- a job is checked before anything is queued
+
+
+def submitted(broker_url: str, checks: Preflight, *addresses: str) -> None:
+    with Client(broker_url, preflight=lambda: checks) as client:
+        client.submit(request_for(*addresses), job_id="job-1", preflight=True)
+
+
+def queued(broker: Any) -> list[str]:
+    """What a submission leaves in Redis."""
+    return [key for key in broker.scan_iter() if not key.startswith("_kombu")]
+
+
+def test_a_lora_of_the_right_base_is_queued(broker_url: str, broker: Any) -> None:
+    with serving(ranged(lora())) as host:
+        submitted(broker_url, preflight(host), f"{host.url}/a{QUERY}")
+
+    assert "zlora:job:job-1" in queued(broker)
+    assert broker.llen(waiting_lists("gpu")[5]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        (lora(width=768), LoraMismatch, "made for SD 1.x: cross-attention width 768"),
+        (lora("lora_unet_double_blocks_0_img_attn_proj"), LoraMismatch, "made for Flux"),
+        (saved({"weight": torch.ones(1)}), LoraMismatch, "no LoRA"),
+        (saved({f"{SDXL}.oft_blocks": torch.ones(1)}), LoraMismatch, "OFT"),
+        (PAGE, NotSafetensors, "a web page"),
+    ],
+)
+def test_a_lora_that_no_worker_takes_is_refused_and_nothing_is_queued(
+    broker_url: str, broker: Any, body: bytes, kind: type[LoraError], words: str
+) -> None:
+    """The error names the LoRA's place in the request."""
+    with (
+        serving(ranged(lora())) as good,
+        serving(ranged(body)) as bad,
+        pytest.raises(kind, match=words) as raised,
+    ):
+        submitted(broker_url, preflight(good, bad), f"{good.url}/a", f"{bad.url}/b{QUERY}")
+
+    assert type(raised.value) is kind
+    assert raised.value.details["index"] == 1
+    said_by(raised.value)
+    assert queued(broker) == []
+
+
+def test_a_lora_that_is_not_there_is_refused_and_nothing_is_queued(
+    broker_url: str, broker: Any
+) -> None:
+    with serving(reply(status=404)) as host, pytest.raises(LoraNotFound) as raised:
+        submitted(broker_url, preflight(host), f"{host.url}/a{QUERY}")
+
+    assert raised.value.details == {"status": 404, "index": 0}
+    assert queued(broker) == []
+
+
+@pytest.mark.parametrize("address", ["s3://b/a", "cozy://a/b", "file:///a"])
+def test_what_only_a_worker_opens_is_left_to_it(broker_url: str, broker: Any, address: str) -> None:
+    with watched_connections() as connections:
+        submitted(broker_url, preflight(), address)
+
+    assert "zlora:job:job-1" in queued(broker)
+    assert len(set(connections)) == 1  # the broker's
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_a_worker_may_have_a_token_for_is_left_to_it(
+    broker_url: str, broker: Any, status: int
+) -> None:
+    with serving(reply(status=status)) as host:
+        submitted(broker_url, preflight(host), f"{host.url}/a")
+
+    assert "zlora:job:job-1" in queued(broker)
+
+
+@pytest.mark.parametrize("address", ["ftp://h/a", "https://127.0.0.1/a"])
+def test_an_address_that_is_not_allowed_is_refused_and_nothing_is_queued(
+    broker_url: str, broker: Any, address: str
+) -> None:
+    with pytest.raises(LoraNotAllowed):
+        submitted(broker_url, preflight(), address)
+
+    assert queued(broker) == []
+
+
+def test_nothing_is_looked_at_unless_it_is_asked_for(broker_url: str, broker: Any) -> None:
+    with serving(reply(status=404)) as host, Client(broker_url) as client:
+        client.submit(request_for(f"{host.url}/a"), job_id="job-1")
+
+    assert host.connections == 0
+    assert "zlora:job:job-1" in queued(broker)
+
+
+def test_an_invalid_request_is_told_before_any_lora_is_looked_at(broker_url: str) -> None:
+    with (
+        serving(reply(status=404)) as host,
+        Client(broker_url, preflight=lambda: preflight(host)) as client,
+    ):
+        for odd in ({"priority": "urgent"}, {"expires_in": -1}, {"job_id": "../x"}):
+            with pytest.raises(InvalidRequest):
+                client.submit(request_for(f"{host.url}/a"), preflight=True, **odd)
+
+    assert host.connections == 0
+
+
+# --- settings
+
+
+def test_the_environment_names_hosts_and_sites(broker_url: str, broker: Any) -> None:
+    with (
+        serving(hub(body=lora())) as hugging,
+        serving(ranged(lora())) as site,
+        serving(ranged(lora())) as own,
+    ):
+        sites = {
+            "HF_ENDPOINT": "http://h",
+            "ZLORA_HF_ENDPOINT": hugging.url,
+            "ZLORA_CIVITAI_URL": site.url,
+        }
+        environ = {"ZLORA_BROKER_URL": broker_url, "ZLORA_ALLOW_HOSTS": own.name, **sites}
+        with Client.from_env(environ) as client:
+            addresses = ("hf://me/mine/a.safetensors", "civitai://1", f"{own.url}/a")
+            client.submit(request_for(*addresses), job_id="job-1", preflight=True)
+
+    assert [len(host.requests) for host in (hugging, site, own)] == [1, 1, 1]
+    assert "zlora:job:job-1" in queued(broker)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ZLORA_ALLOW_HOSTS", "http://us3r:s3cret@h"), ("ZLORA_ALLOW_HOSTS", "h:99999"), ("ZLORA_CA_BUNDLE", "/not/there"),
+     ("ZLORA_HF_ENDPOINT", "ftp://s3cret"), ("HF_ENDPOINT", "mirror"), ("ZLORA_CIVITAI_URL", "us3r:s3cret@h")],
+)  # fmt: skip
+def test_a_variable_that_makes_no_sense_is_named_and_harms_only_who_looks_at_loras(
+    broker_url: str, broker: Any, name: str, value: str
+) -> None:
+    with Client.from_env({"ZLORA_BROKER_URL": broker_url, name: value}) as client:
+        client.submit({"prompt": "a city"}, job_id="job-1")
+        with pytest.raises(InvalidSetting) as raised:
+            client.submit({"prompt": "a city"}, job_id="job-2", preflight=True)
+
+    assert raised.value.details == {"name": name}
+    assert "s3cret" not in str(raised.value)
+    assert "zlora:job:job-2" not in queued(broker)
+
+
+def test_certificates_of_an_own_authority_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    path.touch()
+
+    assert Preflight.from_env({"ZLORA_CA_BUNDLE": str(path)})._certificates == str(path)
+
+
+def test_a_light_install_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        zlora.lora.preflight, "find_spec", lambda name: None if name != "ssrfguard" else object()
+    )
+
+    with pytest.raises(
+        InvalidSetting, match=r"requests, huggingface_hub .*pip install 'z-image-lora\[preflight\]'"
+    ):
+        Preflight()
+
+
+# --- the command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, **variables: str) -> Any:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return CliRunner().invoke(main, ["inspect", *arguments])
+
+
+def test_inspect_prints_what_the_lora_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = lora(metadata={"modelspec.trigger_phrase": "[bold]ohwx[/bold]"})
+    with serving(ranged(body)) as host:
+        result = run(monkeypatch, f"{host.url}/a{QUERY}", ZLORA_ALLOW_HOSTS=host.name)
+
+    assert result.exit_code == 0
+    for words in (
+        f"{host.url}/a",
+        f"{len(body):,} bytes",
+        "kohya",
+        "SDXL",
+        "[bold]ohwx[/bold]",
+        "1 in unet",
+    ):
+        assert words in result.output
+    assert not [secret for secret in SECRETS if secret in result.output]
+
+
+def test_inspect_prints_json_where_asked_and_takes_a_bare_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(hub("a.safetensors", body=lora())) as host:
+        result = run(monkeypatch, "me/mine", "--json", ZLORA_HF_ENDPOINT=host.url)
+
+    told = json.load(io.StringIO(result.output))
+    assert (told["source"], told["base"], told["ranks"]) == ("hf://me/mine", "SDXL", [4])
+
+
+def test_inspect_ends_with_the_error_in_one_line_and_its_status(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(reply(status=404)) as host:
+        result = run(monkeypatch, f"{host.url}/a{QUERY}", ZLORA_ALLOW_HOSTS=host.name)
+
+    assert result.exit_code == 66
+    assert result.output.strip() == f"Error: {host.url}/a: the server answers 404 [lora_not_found]"

@@ -1,0 +1,183 @@
+"""A result's pictures, brought here: the bytes that it names, or a typed error that tells no secret."""
+
+import base64
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import msgspec
+import pytest
+from support.servers import Request, reply, serving
+from zlora import images
+from zlora.errors import ImageUnavailable, InvalidJobId
+from zlora.schema import GenerateResult, ImageRef, parse_request
+from zlora.testing import fake_result
+
+DATA = b"the bytes of a picture"
+QUERY = "?X-Amz-Signature=s3cret"
+
+
+def image(**given: Any) -> ImageRef:
+    fields = {
+        "key": "runs/job-1/outputs/0.png", "width": 8, "height": 8, "content_type": "image/png", "seed": 1,
+        "size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest(),
+    }  # fmt: skip
+    return msgspec.convert(fields | given, ImageRef)
+
+
+def inline(data: bytes = DATA) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def result(*images: ImageRef, job_id: str = "job-1") -> GenerateResult:
+    made = fake_result("job-1", parse_request({"prompt": "a city"}))
+    return msgspec.structs.replace(made, job_id=job_id, images=images)
+
+
+def refusal(ref: ImageRef) -> str:
+    """The one line of what cannot be brought here."""
+    with pytest.raises(ImageUnavailable) as raised:
+        images.read(ref, timeout=5)
+    assert raised.value.details == {"key": ref.key}
+    assert "s3cret" not in str(raised.value)
+    return str(raised.value)
+
+
+# --- read
+
+
+def test_a_picture_comes_by_each_kind_of_address(tmp_path: Path) -> None:
+    path = tmp_path / "a picture%.png"
+    path.write_bytes(DATA)
+    with serving(reply(DATA)) as host:
+        for given in (
+            {"url": path.as_uri()},
+            {"url": f"{host.url}/0.png{QUERY}"},
+            {"url": "data:,the%20bytes%20of%20a%20picture"},
+            {"data_uri": inline(), "url": "https://pictures.invalid/0.png"},
+        ):
+            assert images.read(image(**given)) == DATA
+
+        assert host.asked == [f"GET /0.png{QUERY}"]
+
+
+def test_a_redirect_is_followed_to_the_web_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "0.png"
+    path.write_bytes(DATA)
+
+    places = {"/web": "/0.png", "/file": path.as_uri(), "/ftp": "ftp://127.0.0.1/"}
+
+    def answer(request: Request) -> bytes:
+        if request.target == "/0.png":
+            return reply(DATA)
+        return reply(status=302, Location=places[request.target])
+
+    with serving(answer) as host:
+        assert images.read(image(url=f"{host.url}/web")) == DATA
+        for target in ("/file", "/ftp"):
+            assert refusal(image(url=host.url + target))
+
+
+@pytest.mark.parametrize("body", [DATA[:-1], DATA + b"!", b"x" * len(DATA), b""])
+def test_other_bytes_than_the_result_names_are_refused(body: bytes) -> None:
+    with serving(reply(body)) as host:
+        assert "not those of the picture" in refusal(image(url=f"{host.url}/0.png{QUERY}"))
+    assert "not those of the picture" in refusal(image(data_uri=inline(body)))
+
+
+def test_no_more_is_taken_than_the_picture_s_size() -> None:
+    """A server that goes on for ever is left."""
+    with serving(
+        lambda _: itertools.chain([reply(length=None)], itertools.repeat(bytes(65_536)))
+    ) as host:
+        assert refusal(image(url=f"{host.url}/0.png"))
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        (None, "has no URL"),
+        ("file:///no/such/0.png", "no such file on this machine"),
+        ("s3://bucket/0.png", "no pictures come by 's3'"),
+        ("0.png", "no pictures come by ''"),
+        ("data:image/png;base64,%%%", "the inline picture"),
+        (f"http://127.0.0.1:1/0.png{QUERY}", "refused"),
+        (f"http://[/0.png{QUERY}", "ValueError"),
+    ],
+)
+def test_what_is_not_there_is_told_without_its_query(url: str | None, reason: str) -> None:
+    assert reason in refusal(image(url=url))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (reply(status=403), "the server answers 403"),
+        (reply(DATA[:5], length=len(DATA)), "not those of the picture"),
+        (b"no answer of the web", "BadStatusLine"),
+    ],
+)
+def test_a_server_that_does_not_give_it_is_told(answer: bytes, reason: str) -> None:
+    with serving(answer) as host:
+        assert reason in refusal(image(url=f"{host.url}/0.png{QUERY}"))
+
+
+def test_a_picture_that_comes_too_slowly_is_left() -> None:
+    """Whatever comes of it meanwhile."""
+    left = Event()
+
+    def answer(_: Request) -> Iterator[bytes]:
+        yield reply(DATA[:1], length=len(DATA))
+        left.wait(20)
+
+    with serving(answer) as host:
+        with pytest.raises(ImageUnavailable, match="it takes more than 0 s"):
+            images.read(image(url=f"{host.url}/0.png"), timeout=5, deadline=0)
+        left.set()
+
+
+# --- save
+
+
+def test_pictures_are_saved_under_job_and_index(tmp_path: Path) -> None:
+    """Over what was there, with the rights of any file, and nothing beside them."""
+    folder = tmp_path / "new" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "job-1-0.png").write_bytes(b"older")
+    (folder / "any").touch()
+
+    paths = images.save(
+        result(image(data_uri=inline()), image(data_uri=inline(), content_type="image/webp")),
+        folder,
+    )
+
+    assert [path.name for path in paths] == ["job-1-0.png", "job-1-1.webp"]
+    assert [path.read_bytes() for path in paths] == [DATA, DATA]
+    assert {path.stat().st_mode for path in paths} == {(folder / "any").stat().st_mode}
+    assert sorted(folder.iterdir()) == sorted([*paths, folder / "any"])
+
+
+def test_what_cannot_be_brought_here_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "job-1-0.png").write_bytes(b"older")
+
+    with pytest.raises(ImageUnavailable) as raised:
+        images.save(result(image(data_uri=inline(b"others"))), tmp_path)
+    assert raised.value.details["job_id"] == "job-1"
+
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        ("job-1-0.png", b"older")
+    ]
+
+
+def test_a_result_names_no_path_outside_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJobId):
+        images.save(result(image(data_uri=inline()), job_id="../job-1"), tmp_path / "folder")
+    with pytest.raises(ImageUnavailable, match="no picture but"):
+        images.save(
+            result(image(data_uri=inline(), content_type="image/../../x")), tmp_path / "folder"
+        )
+
+    assert not list(tmp_path.rglob("*job*"))

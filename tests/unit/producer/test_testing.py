@@ -1,0 +1,441 @@
+"""The in-memory worker answers as a real one does, and what is particular to it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from zlora import Client, webhook
+from zlora.client import Priority
+from zlora.errors import (
+    Conflict,
+    InternalError,
+    InvalidRequest,
+    JobExpired,
+    JobRevoked,
+    JobUnknown,
+    LoraNotFound,
+    ResultTimeout,
+    StoreFailed,
+    ZloraError,
+)
+from zlora.schema import (
+    Cancellation,
+    GenerateRequest,
+    GenerateResult,
+    JobState,
+    JobStatus,
+    digest_of,
+    parse_request,
+    seed_of,
+)
+from zlora.testing import MemoryWorker, Progress, fake_result
+
+REQUEST = {"prompt": "a portrait"}
+SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken"
+
+
+class Clock:
+    """Seconds since the epoch, which pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+# --- as on Redis
+
+
+@pytest.fixture(params=["memory", "redis"])
+def client(request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A client of jobs that nobody draws, in memory and on a real broker."""
+    if request.param == "memory":
+        with MemoryWorker(paused=True).client() as opened:
+            yield opened
+        return
+    url = request.getfixturevalue("broker_url")
+    with redis.Redis.from_url(url) as connection:
+        connection.flushall()
+    with Client(url) as opened:
+        yield opened
+
+
+def test_the_same_request_under_the_same_id_is_the_same_job(client: Client) -> None:
+    client.submit(REQUEST, job_id="job-1")
+    client.submit(
+        GenerateRequest(prompt="a portrait", num_images=1), job_id="job-1", priority="high"
+    )
+
+    assert client.submit(REQUEST, job_id="job-2").status().position == 1
+
+
+def test_another_request_under_the_same_id_is_a_conflict(client: Client) -> None:
+    """What was put before it stays."""
+    client.submit(REQUEST, job_id="job-1")
+
+    with pytest.raises(Conflict) as raised:
+        client.submit({"prompt": "another"}, job_id="job-1")
+
+    assert raised.value.details == {"job_id": "job-1"}
+    assert client.job("job-1").status().state == JobState.PENDING
+
+
+def test_of_many_jobs_none_is_there_where_one_is_a_conflict(client: Client) -> None:
+    client.submit({"prompt": "another"}, job_id="taken")
+
+    with pytest.raises(Conflict):
+        client.submit_many([REQUEST] * 2, job_ids=["a", "taken"])
+
+    assert client.submit({"prompt": "a city"}, job_id="a").status().position == 1
+
+
+def test_a_position_counts_the_jobs_that_are_due_before(client: Client) -> None:
+    low = client.submit(REQUEST, priority="low")
+    normal = [client.submit(REQUEST) for _ in range(2)]
+    high = client.submit(REQUEST, priority="high")
+
+    assert [job.status().position for job in (high, *normal, low)] == [0, 1, 2, 3]
+    assert low.status() == JobStatus(state=JobState.PENDING, phase="queued", position=3)
+
+
+def test_a_queued_job_that_is_cancelled_has_ended(client: Client) -> None:
+    first, second = client.submit_many([REQUEST, REQUEST])
+
+    assert first.cancel() == Cancellation.QUEUED
+    assert first.cancel() == Cancellation.FINISHED
+    assert first.status() == JobStatus(state=JobState.REVOKED)
+    assert list(first.events(timeout=0)) == [JobStatus(state=JobState.REVOKED)]
+    assert second.status().position == 0
+    with pytest.raises(JobRevoked, match=first.id):
+        first.result(timeout=0)
+
+
+def test_a_cancelled_job_that_comes_again_stays_cancelled(client: Client) -> None:
+    client.submit(REQUEST, job_id="job-1").cancel()
+
+    assert client.submit(REQUEST, job_id="job-1").status().state == JobState.REVOKED
+
+
+def test_a_job_that_nobody_draws_has_no_result(client: Client) -> None:
+    with pytest.raises(ResultTimeout):
+        client.submit(REQUEST).result(timeout=0)
+
+
+# --- the answers
+
+
+def test_a_job_is_answered_before_submit_returns() -> None:
+    worker = MemoryWorker()
+    with worker.client() as client:
+        job = client.submit({**REQUEST, "num_images": 2, "output_format": "jpeg"}, job_id="job-1")
+
+        assert job.status() == JobStatus(state=JobState.SUCCESS)
+        assert job.cancel() == Cancellation.FINISHED
+        result = job.result(timeout=0)
+
+    first, second = result.images
+    assert (first.key, first.content_type) == ("runs/job-1/outputs/0.jpeg", "image/jpeg")
+    assert second.url == "https://pictures.invalid/runs/job-1/outputs/1.jpeg"
+    assert (first.width, first.height, first.size) == (1024, 1024, 0)
+    assert (first.seed, second.seed) == (seed_of("job-1"), seed_of("job-1") + 1)
+    assert result.request_sha256 == digest_of(worker.requests["job-1"])
+
+
+def test_a_result_says_what_was_asked_for_and_no_secret() -> None:
+    loras = [
+        {"file": {"url": SECRET_URL}, "weight": 0.5, "unet_weight": 0.7, "adapter_name": "anime"}
+    ]
+    request = {
+        **REQUEST,
+        "width": 512,
+        "height": 768,
+        "seed": 3,
+        "loras": loras,
+        "inline": True,
+        "url_policy": "key",
+    }
+    with MemoryWorker().client() as client:
+        result = client.submit(request).result(timeout=0)
+
+    (image,), (receipt,) = result.images, result.loras
+    assert (image.width, image.height, image.seed, image.url) == (512, 768, 3, None)
+    assert image.data_uri == "data:image/png;base64,"
+    assert (receipt.source, receipt.adapter_name) == ("https://example.com/x.safetensors", "anime")
+    assert (receipt.unet_weight, receipt.text_encoder_weight) == (0.7, 0.5)
+    assert not [secret for secret in ("us3r", "pa55", "t0ken") if secret in repr(result)]
+
+
+def test_what_was_submitted_is_there_to_look_at_once_a_job() -> None:
+    worker = MemoryWorker()
+    with worker.client() as client:
+        for name in ("b", "a", "b"):
+            client.submit(REQUEST, job_id=name)
+        with pytest.raises(InvalidRequest):
+            client.submit({"prompt": 1}, job_id="c")
+
+    assert list(worker.requests.items()) == [
+        (name, GenerateRequest(prompt="a portrait")) for name in ("b", "a")
+    ]
+
+
+def test_a_job_is_drawn_once_however_often_it_is_submitted() -> None:
+    drawn: list[str] = []
+
+    def draw(job_id: str, request: GenerateRequest, _: Progress) -> GenerateResult:
+        drawn.append(job_id)
+        return fake_result(job_id, request)
+
+    with MemoryWorker(draw=draw).client() as client:
+        jobs = [client.submit(REQUEST, idempotency_key="order 17") for _ in range(3)]
+
+    assert drawn == [jobs[0].id]
+    assert {job.id for job in jobs} == set(drawn)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LoraNotFound("gone", {"status": 404}),
+        StoreFailed(),
+        JobExpired("late"),
+        JobRevoked("unwanted"),
+    ],
+    ids=repr,
+)
+def test_the_error_that_a_draw_raises_is_the_job_s(error: ZloraError) -> None:
+    with MemoryWorker(draw=failing(error)).client() as client:
+        job = client.submit(REQUEST)
+        with pytest.raises(type(error), match=str(error)) as raised:
+            job.result(timeout=0)
+
+    revoked = isinstance(error, JobExpired | JobRevoked)
+    assert job.status().state == (JobState.REVOKED if revoked else JobState.FAILURE)
+    assert raised.value.details == error.details
+    assert raised.value is not error  # it has been JSON, as a real one
+
+
+def test_a_fault_of_a_draw_is_the_test_s_and_fails_the_job() -> None:
+    with MemoryWorker(draw=failing(AssertionError("the prompt is wrong"))).client() as client:
+        with pytest.raises(AssertionError, match="the prompt is wrong"):
+            client.submit(REQUEST, job_id="job-1")
+        with pytest.raises(InternalError, match="AssertionError: the prompt is wrong"):
+            client.job("job-1").result(timeout=0)
+
+
+def failing(error: Exception) -> Callable[..., GenerateResult]:
+    def draw(*_: Any) -> GenerateResult:
+        raise error
+
+    return draw
+
+
+# --- a worker that waits to be told
+
+
+def test_a_draw_that_returns_no_result_is_a_fault_of_the_test_s() -> None:
+    nothing: Any = lambda *_: None  # noqa: E731
+    with MemoryWorker(draw=nothing).client() as client:
+        with pytest.raises(msgspec.ValidationError):
+            client.submit(REQUEST, job_id="job-1", webhook_url="https://example.com/hook")
+        with pytest.raises(InternalError):
+            client.job("job-1").result(timeout=0)
+
+
+def test_jobs_are_answered_in_order_of_priority() -> None:
+    worker = MemoryWorker(paused=True)
+    with worker.client() as client:
+        order: list[tuple[str, Priority]] = [
+            ("a", "low"),
+            ("b", "normal"),
+            ("c", "high"),
+            ("d", "normal"),
+        ]
+        jobs = {
+            name: client.submit(REQUEST, job_id=name, priority=priority) for name, priority in order
+        }
+        ended: list[str] = []
+        while worker.run(1):
+            ended += [
+                name
+                for name, job in jobs.items()
+                if name not in ended and job.status().state == "SUCCESS"
+            ]
+
+    assert ended == ["c", "b", "d", "a"]
+    assert worker.run() == 0
+
+
+def test_watchers_see_every_step_of_a_job_in_another_thread() -> None:
+    seen: list[JobStatus] = []
+    steps = iter(range(1, 4))
+    heard = threading.Semaphore(0)
+
+    def draw(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+        for step in steps:
+            progress("denoising", step, 3)
+            assert heard.acquire(timeout=10)
+        return fake_result(job_id, request)
+
+    worker = MemoryWorker(draw=draw, paused=True)
+    with worker.client() as client:
+        job = client.submit(REQUEST)
+        events = job.events(timeout=10)
+        seen.append(next(events))
+        drawing = threading.Thread(target=worker.run)
+        drawing.start()
+        for status in events:
+            seen.append(status)
+            if status.phase == "denoising":
+                heard.release()
+        drawing.join()
+
+    told = [
+        (status.state, status.phase, status.step, status.steps)
+        for status in seen
+        if status.phase != "loading"
+    ]
+    assert told == [
+        ("PENDING", "queued", None, None),
+        *(("PROGRESS", "denoising", step, 3) for step in (1, 2, 3)),
+        ("SUCCESS", None, None, None),
+    ]
+
+
+def test_a_running_job_that_is_cancelled_ends_with_its_present_step() -> None:
+    steps: list[int] = []
+
+    def cancelled_within(
+        job_id: str, request: GenerateRequest, progress: Progress
+    ) -> GenerateResult:
+        for step in range(1, 4):
+            progress("denoising", step, 3)
+            steps.append(step)
+            if step == 2:
+                assert worker.client().job(job_id).cancel() == Cancellation.RUNNING
+        return fake_result(job_id, request)
+
+    worker = MemoryWorker(draw=cancelled_within, paused=True)
+    with worker.client() as client:
+        job = client.submit(REQUEST)
+        worker.run()
+        with pytest.raises(JobRevoked):
+            job.result(timeout=0)
+
+    assert steps == [1, 2]
+
+
+def test_a_job_that_was_cancelled_before_it_came_is_refused() -> None:
+    with MemoryWorker().client() as client:
+        assert client.job("job-1").status() == JobStatus(state=JobState.UNKNOWN)
+        with pytest.raises(JobUnknown):
+            client.job("job-1").result(timeout=0)
+        assert client.job("job-1").cancel() == Cancellation.UNKNOWN
+
+        with pytest.raises(JobRevoked):
+            client.submit(REQUEST, job_id="job-1").result(timeout=0)
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_job_that_is_not_begun_in_time_expires(looked_at: bool) -> None:
+    """Whether the worker comes to it, or its producer looks."""
+    clock = Clock()
+    worker = MemoryWorker(paused=True, clock=clock)
+    with worker.client() as client:
+        late, patient = (
+            client.submit(REQUEST, expires_in=60),
+            client.submit(REQUEST, expires_in=600),
+        )
+        clock.ahead = 61
+        if not looked_at:
+            assert worker.run() == 2
+
+        with pytest.raises(JobExpired, match=late.id):
+            late.result(timeout=0)
+        assert late.status().state == JobState.REVOKED
+        assert worker.run() == (1 if looked_at else 0)
+        assert patient.result(timeout=0).job_id == patient.id
+
+
+def test_webhooks_are_there_to_be_given_to_a_receiver() -> None:
+    """Signed, they are believed: one for each end that was asked for."""
+    worker, secret = MemoryWorker(), webhook.new_secret()
+    with worker.client() as client:
+        client.submit(REQUEST, job_id="quiet")
+        client.submit(REQUEST, job_id="well", webhook_url="https://example.com/well")
+        client.submit(
+            REQUEST,
+            job_id="filtered",
+            webhook_url="https://example.com/x",
+            webhook_events=["job.failed"],
+        )
+        client.job("late").cancel()
+        client.submit(REQUEST, job_id="late", webhook_url="https://example.com/late")
+        drawn = client.job("well").result(timeout=0)
+
+    verifier = webhook.Verifier(secret)
+    events = [
+        verifier.verify(
+            posted.body, webhook.sign(posted.body, secret, message_id=posted.message_id)
+        )
+        for posted in worker.webhooks
+    ]
+    assert [posted.url for posted in worker.webhooks] == [
+        "https://example.com/well",
+        "https://example.com/late",
+    ]
+    assert [(event.type, event.job_id) for event in events] == [
+        (webhook.SUCCEEDED, "well"),
+        (webhook.CANCELLED, "late"),
+    ]
+    assert events[0].result == drawn
+    assert isinstance(events[1].error, JobRevoked)
+
+
+def test_many_wait_at_once_in_an_event_loop() -> None:
+    worker = MemoryWorker(paused=True)
+
+    async def main() -> list[GenerateResult]:
+        async with worker.async_client() as client:
+            jobs = await client.submit_many([REQUEST] * 200)
+            waiting = asyncio.gather(*(job.result(timeout=10) for job in jobs))
+            await asyncio.to_thread(worker.run)
+            return await waiting
+
+    results = asyncio.run(main())
+    assert [result.job_id for result in results] == list(worker.requests)
+
+
+def test_threads_that_submit_at_once_lose_nothing() -> None:
+    worker = MemoryWorker()
+    with worker.client() as client:
+        threads = [
+            threading.Thread(
+                target=lambda: [client.submit(REQUEST).result(timeout=10) for _ in range(20)]
+            )
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        assert len(worker.requests) == 160
+        assert {client.job(name).status().state for name in worker.requests} == {JobState.SUCCESS}
+
+
+def test_a_placeholder_is_a_result_as_it_travels() -> None:
+    request = parse_request({**REQUEST, "loras": [{"file": {"cozy_ref": "owner/name"}}]})
+
+    with MemoryWorker().client() as client:
+        result = client.submit(request, job_id="job-1").result(timeout=0)
+
+    made = fake_result("job-1", request)
+    assert result.images == made.images
+    assert result.loras == made.loras
+    assert result.request == made.request

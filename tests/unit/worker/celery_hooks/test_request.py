@@ -1,0 +1,305 @@
+"""The parent's care for a job in its child's hands: its time, its messages, and what is noted of a death."""
+
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import celery.backends.redis
+import pytest
+import redis
+from billiard.einfo import ExceptionInfo
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.worker import state
+from kombu import Consumer, Queue
+from support.processes import Enter
+from support.servers import settings
+from zlora.broker.celery_app import VISIBILITY, IsolatedCelery, shared_config
+from zlora.broker.job_store import attempts_of, verdict_of
+from zlora.broker.keys import lease_key
+from zlora.errors import LoraNotFound
+from zlora.schema import TASK_NAME
+from zlora_worker.celery_hooks.consumer import JobConsumer
+from zlora_worker.celery_hooks.request import JobRequest, VisibilityHeartbeat
+from zlora_worker.delivery.lease import JobLeases
+
+TASK = "test.custody"  # a name of its own: Celery knows names of all apps in a process
+REQUEST = {"prompt": "a portrait"}
+
+
+def _task(request: object) -> None:
+    """Stands for the task that a child would run."""
+
+
+class Held:
+    """As much of a request as the heartbeat looks at."""
+
+    def __init__(self, message: Any, *, acknowledged: bool) -> None:
+        self.message, self.acknowledged = message, acknowledged
+
+
+class Parent:
+    """A parent that has one job."""
+
+    def __init__(self, broker_url: str, folder: Path) -> None:
+        self.queue, self.job = uuid.uuid4().hex, uuid.uuid4().hex
+        config = shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
+        self.app = IsolatedCelery("test", config)
+        self.app.conf.update(task_acks_late=True, task_reject_on_worker_lost=True)
+        self.app.task(name=TASK, shared=False)(_task)
+        self.deliveries = JobLeases(broker_url, self.queue)
+        self.other = JobLeases(broker_url, self.queue)
+        self.settings = settings(folder, ZLORA_JOB_TIMEOUT="60", ZLORA_HARD_GRACE="30")
+        self.rejected: list[bool] = []
+        self.acknowledged: list[bool] = []
+
+    def request(self, document: object = REQUEST, **options: Any) -> Any:
+        sent: dict[str, Any] = {
+            "args": [document],
+            "queue": self.queue,
+            "priority": 5,
+            "task_id": self.job,
+        } | options
+        self.app.send_task(TASK, **sent)
+        with self.app.connection_for_read() as connection:
+            channel: Any = connection.default_channel
+            message = channel.basic_get(self.queue, no_ack=True)
+        kind = type(
+            "_Held", (JobRequest,), {"deliveries": self.deliveries, "settings": self.settings}
+        )
+        return kind(
+            message,
+            app=self.app,
+            on_reject=lambda _logger, _errors, requeue: self.rejected.append(requeue),
+            on_ack=lambda *_: self.acknowledged.append(True),
+        )
+
+    def signals(self) -> list[str | None]:
+        return [
+            attempt.signal for attempt in attempts_of(self.deliveries.record(self.job)).values()
+        ]
+
+    def close(self) -> None:
+        for desk in (self.deliveries, self.other):
+            desk.ledger.redis.close()
+            desk.hasty.close()
+        backend: Any = self.app.backend
+        backend.client.connection_pool.disconnect()
+        self.app.close()
+
+
+@pytest.fixture
+def parent(broker_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
+    monkeypatch.setattr(
+        celery.backends.redis, "task_join_will_block", lambda: True
+    )  # as in a worker: no subscription
+    made = Parent(broker_url, tmp_path)
+    yield made
+    made.close()
+
+
+def info(error: BaseException) -> Any:
+    def fail() -> None:
+        raise error
+
+    try:
+        fail()
+    except BaseException:  # noqa: BLE001 - what is caught is what was given
+        return ExceptionInfo()
+
+
+# --- the time of a job
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        (None, 60), (10, 10), (0.5, 0.5), (60, 60), (61, 60), (1e300, 60), (10**400, 60),
+        (0, 60), (-1, 60), (True, 60), ("10", 60), ([10], 60), (float("nan"), 60), (float("inf"), 60),
+    ],
+)  # fmt: skip
+def test_a_job_has_the_time_that_it_asks_for_within_the_bound(
+    parent: Parent, asked: Any, seconds: float
+) -> None:
+    """First it is interrupted, and then its child is killed. What makes no sense is refused later."""
+    assert parent.request({**REQUEST, "timeout": asked}).time_limits == (seconds + 30, None)
+
+
+@pytest.mark.parametrize("document", [None, "x", [], 5, {"timeout": {}}])
+def test_any_document_has_a_time(parent: Parent, document: Any) -> None:
+    assert parent.request(document).time_limits == (90, None)
+    assert parent.request(args=[], kwargs={"request": document}).time_limits == (90, None)
+    assert parent.request(args=[]).time_limits == (90, None)
+
+
+def test_the_request_by_name_has_its_time_too(parent: Parent) -> None:
+    assert parent.request(args=[], kwargs={"request": {"timeout": 10}}).time_limits == (40, None)
+
+
+def test_the_message_s_own_limits_are_not_heard(parent: Parent) -> None:
+    assert parent.request(time_limit=1e6, soft_time_limit=1e5).time_limits == (90, None)
+
+
+def test_watchers_see_no_secret(parent: Parent) -> None:
+    signed = {
+        "prompt": "p",
+        "loras": [{"file": {"url": "https://user:word@host/file?signature=0123"}}],
+    }
+    request = parent.request(signed, argsrepr=repr(signed), kwargsrepr="0123")
+
+    shown = str(request.info()) + request.argsrepr + request.kwargsrepr + repr(request)
+    assert "https://host/file" in request.argsrepr
+    assert not [
+        secret
+        for secret in ("0123", "word")
+        if secret in request.argsrepr + request.kwargsrepr + repr(request)
+    ]
+    assert shown
+
+
+def test_expiry_is_left_to_the_child(parent: Parent) -> None:
+    request = parent.request(expires=datetime.now(UTC) - timedelta(hours=1))
+
+    assert request.revoked() is False
+
+
+# --- the end of a child
+
+
+@pytest.mark.parametrize(
+    ("error", "signal"),
+    [
+        (WorkerLostError("Worker exited prematurely: signal 9 (SIGKILL) Job: 1."), "SIGKILL"),
+        (WorkerLostError("Worker exited prematurely: signal 11 (SIGSEGV) Job: 1."), "SIGSEGV"),
+        (
+            WorkerLostError("Worker exited prematurely: exitcode 1 Job: 1."),
+            "Worker exited prematurely: exitcode 1 Job: 1.",
+        ),
+        (SystemExit(3), "3"),
+    ],
+)
+def test_what_a_child_died_of_is_noted_and_its_job_is_free(
+    parent: Parent, error: BaseException, signal: str, killed_in: Enter
+) -> None:
+    """The message goes back to its queue, to whoever is first."""
+    request = parent.request()
+    killed_in(parent.deliveries.attempt(parent.job, "d"))
+    parent.deliveries.ledger.redis.set(lease_key(parent.job), parent.deliveries.worker, px=10_000)
+
+    request.on_failure(info(error))
+
+    assert (parent.signals(), parent.rejected) == ([signal], [True])
+    with parent.other.leased(parent.job):
+        pass
+
+
+def test_an_error_of_the_job_is_no_death(parent: Parent) -> None:
+    request = parent.request()
+    with parent.deliveries.attempt(parent.job, "d"):
+        request.on_failure(info(LoraNotFound("none")), return_ok=True)
+
+        assert parent.signals() == [None]
+
+
+def test_a_job_that_is_put_back_is_forgiven(parent: Parent, killed_in: Enter) -> None:
+    """A worker that ends is no fault of the job's."""
+    request = parent.request()
+    killed_in(parent.deliveries.attempt(parent.job, "d"))
+    pool = SimpleNamespace(terminate_job=lambda _pid, _signal: None)
+    request.time_start = time.time()
+
+    request.cancel(pool)
+    request.on_failure(info(SystemExit(1)))
+
+    assert (parent.signals(), verdict_of(parent.deliveries.record(parent.job))) == ([], None)
+
+
+def test_a_job_whose_child_is_killed_over_its_time_is_put_back_with_a_note(parent: Parent) -> None:
+    """No death of the job's; nothing is told before the store was asked, which only a child does."""
+    with parent.deliveries.attempt(parent.job, "d"):
+        request = parent.request({**REQUEST, "timeout": 5})
+        request.on_failure(info(TimeLimitExceeded(40)))
+        request.on_timeout(False, 40)
+
+        record = parent.deliveries.record(parent.job)
+
+    assert (record["overtime"], attempts_of(record), verdict_of(record)) == ("5.0", {}, None)
+    assert parent.app.backend.get_task_meta(parent.job)["status"] == "PENDING"
+    assert (parent.rejected, parent.acknowledged) == ([True], [])
+
+
+def test_a_death_while_redis_is_away_costs_the_parent_nothing(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise redis.ConnectionError("gone")
+
+    request = parent.request()
+    monkeypatch.setattr(parent.deliveries.hasty, "execute_command", away)
+
+    request.on_failure(info(WorkerLostError("signal 9 (SIGKILL)")))
+    parent.deliveries.forgive(parent.job)
+    parent.deliveries.overtime(parent.job, 5)
+
+
+# --- messages that cannot be read
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_unreadable_message_fails_its_job_but_not_one_that_is_known(
+    parent: Parent, known: bool
+) -> None:
+    """A sound message of that job is on its way: else it would fail first and succeed later."""
+    if known:
+        with parent.deliveries.attempt(parent.job, "d"):
+            pass
+    message: Any = SimpleNamespace(headers={"id": parent.job, "fault": "odd"})
+
+    intake = JobConsumer.__new__(JobConsumer)
+    intake.app = parent.app
+    request = SimpleNamespace(deliveries=parent.deliveries)
+    parent.app.task(name=TASK_NAME, shared=False, Request=request)(_task)
+
+    intake._answer(message, "odd")
+
+    assert parent.app.backend.get_task_meta(parent.job)["status"] == (
+        "PENDING" if known else "FAILURE"
+    )
+
+
+# --- the heartbeat
+
+
+def test_a_held_message_stays_the_worker_s_and_a_restored_one_is_not_taken_back(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[Any] = []
+    for job in ("held", "restored", "acknowledged"):
+        parent.app.send_task(TASK, args=[REQUEST], queue=parent.queue, task_id=job)
+    with parent.app.connection_for_read() as connection:
+        channel: Any = connection.default_channel
+        channel.qos.restore_at_shutdown = False
+        messages = [channel.basic_get(parent.queue) for _ in range(3)]
+        store = parent.deliveries.ledger.redis
+        tags = [message.delivery_tag for message in messages]
+        store.zadd("unacked_index", dict.fromkeys(tags, 1.0))
+        store.zrem("unacked_index", tags[1])
+        requests = [Held(message, acknowledged=message is messages[2]) for message in messages]
+        for name, request in zip(("active", "reserved", "scheduled"), requests, strict=True):
+            monkeypatch.setattr(state, f"{name}_requests", {request})
+        timer = SimpleNamespace(call_repeatedly=lambda seconds, beat: beats.append((seconds, beat)))
+        consumer: Any = SimpleNamespace(
+            task_consumer=Consumer(channel, [Queue(parent.queue)]), timer=timer,
+            connection_errors=connection.connection_errors,
+        )  # fmt: skip
+        VisibilityHeartbeat(consumer).start(consumer)
+        ((seconds, beat),) = beats
+        beat()
+
+        scores = [store.zscore("unacked_index", tag) for tag in tags]
+    assert 0 < seconds <= VISIBILITY / 3
+    assert scores[0] == pytest.approx(time.time(), abs=10)
+    assert scores[1:] == [None, 1.0]

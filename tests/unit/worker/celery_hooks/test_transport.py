@@ -1,0 +1,347 @@
+"""What stands on a queue is anybody's to write: no message ends the worker, and none that names a job is lost."""
+
+import codecs
+import copy
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from threading import Timer
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from kombu import Connection, Consumer, Message, Queue
+from zlora.broker.celery_app import transport_options
+from zlora.broker.keys import RECORD_EXPIRES, refused_key
+from zlora_worker.celery_hooks.transport import MAX_DEPTH, UNREADABLE, _Client, deeper_than
+
+JOB = "job-1"
+SOUND: dict[str, Any] = {
+    "body": "W1tdLHt9LHt9XQ==",
+    "content-encoding": "utf-8",
+    "content-type": "application/json",
+    "headers": {
+        "id": JOB,
+        "task": "zlora.generate",
+        "lang": "py",
+        "retries": 0,
+        "timelimit": [None, None],
+    },
+    "properties": {
+        "correlation_id": JOB,
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": "gpu"},
+        "priority": 5,
+        "body_encoding": "base64",
+        "delivery_tag": "tag-1",
+    },
+}
+KNOWN = [
+    "shadow",
+    "eta",
+    "expires",
+    "group",
+    "group_index",
+    "root_id",
+    "parent_id",
+    "argsrepr",
+    "kwargsrepr",
+    "origin",
+    "ignore_result",
+    "stamps",
+]
+PLACES = [
+    *((name,) for name in SOUND),
+    *(
+        ("headers", name)
+        for name in [*SOUND["headers"], *KNOWN, "compression", "stamped_headers", "stranger"]
+    ),
+    *(("properties", name) for name in [*SOUND["properties"], "reply_to"]),
+    *(("properties", "delivery_info", name) for name in ("exchange", "routing_key")),
+]
+ODD = st.recursive(
+    st.sampled_from(
+        [
+            None,
+            True,
+            0,
+            -1,
+            10**400,
+            0.5,
+            float("nan"),
+            float("inf"),
+            "",
+            "x",
+            "\ud800",
+            "é",
+            "\x00",
+        ]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "id", "exchange", "\ud800"]), inner, max_size=3)
+        | st.fixed_dictionaries(
+            {
+                "__type__": st.sampled_from(["uuid", "datetime", "nothing"]) | inner,
+                "__value__": inner,
+            }
+        )
+    ),
+    max_leaves=6,
+)
+examples = settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink],
+    report_multiple_bugs=False,
+)
+
+
+class Reader:
+    """A worker's end of a queue, as far as the transport goes."""
+
+    def __init__(self, broker_url: str) -> None:
+        self.redis: Any = redis.Redis.from_url(broker_url)
+        self.client: Any = _Client.from_url(broker_url)
+        self.url, self.queue = broker_url, uuid.uuid4().hex
+
+    def readable(self, item: bytes) -> tuple[bytes, bytes] | None:
+        found: tuple[bytes, bytes] | None = self.client._readable(self.queue.encode(), item)
+        return found
+
+    def refused(self) -> int:
+        return int(self.redis.get(refused_key(self.queue)) or 0)
+
+    def receive(self, *items: bytes, before: Callable[[], None] = lambda: None) -> list[Message]:
+        """What a consumer hears of these and of one sound message after them, in order; none is acknowledged.
+
+        `before` is called when they are queued.
+        """
+        heard: list[Message] = []
+        last = {**SOUND, "headers": {**SOUND["headers"], "id": "last"}}
+        last["properties"] = {**SOUND["properties"], "delivery_tag": "last"}
+        self.redis.delete(self.queue)
+        self.redis.lpush(self.queue, *items, json.dumps(last))
+        before()
+        options: Any = {
+            "transport": "zlora_worker.celery_hooks.transport:Transport",
+            "transport_options": transport_options(),
+        }
+        with Connection(self.url, **options) as connection, connection.channel() as opened:
+            channel: Any = opened
+            channel.qos.restore_at_shutdown = False
+            with Consumer(channel, [Queue(self.queue)], on_message=heard.append):
+                while not heard or heard[-1].headers.get("id") != "last":
+                    connection.drain_events(timeout=5)
+        return heard[:-1]
+
+
+@pytest.fixture(scope="module")
+def reader(broker_url: str) -> Iterator[Reader]:
+    made = Reader(broker_url)
+    yield made
+    made.redis.close()
+    made.client.close()
+
+
+def altered(place: tuple[str, ...], value: Any) -> bytes:
+    """The sound message with another value at one place."""
+    envelope = copy.deepcopy(SOUND)
+    part = envelope
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    return json.dumps(envelope).encode()
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_a_sound_message_passes_as_it_is(reader: Reader) -> None:
+    item = json.dumps(SOUND).encode()
+
+    assert reader.readable(item) == (reader.queue.encode(), item)
+    (heard,) = reader.receive(item)
+    assert (heard.headers["id"], heard.payload) == (JOB, [[], {}, {}])
+
+
+@examples
+@given(place=st.sampled_from(PLACES), value=ODD)
+def test_no_odd_value_raises_where_a_message_is_looked_at(
+    reader: Reader, place: tuple[str, ...], value: Any
+) -> None:
+    """It passes, is refused and counted, or has a stand-in under its id."""
+    before = reader.refused()
+
+    found = reader.readable(altered(place, value))
+
+    assert reader.refused() == before + (found is None)
+    assert found or place[-1] in ("id", "headers")
+
+
+@examples
+@given(place=st.sampled_from(PLACES), value=ODD)
+def test_what_passes_can_be_read_by_kombu(
+    reader: Reader, place: tuple[str, ...], value: Any
+) -> None:
+    """What kombu raises while it reads a queue ends the worker."""
+    reader.receive(altered(place, value))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        pytest.param(altered(("body",), "abc"), id="no base64"),
+        pytest.param(altered(("body",), "\ud800"), id="half a character in the body"),
+        pytest.param(
+            altered(("properties", "delivery_tag"), "\ud800"), id="half a character in the tag"
+        ),
+        pytest.param(altered(("properties", "delivery_info"), {}), id="no exchange"),
+        pytest.param(altered(("headers", "compression"), "zlib"), id="not compressed"),
+        pytest.param(altered(("headers", "compression"), [1]), id="odd compression"),
+        pytest.param(
+            altered(("headers", "x"), {"__type__": "datetime", "__value__": "soon"}), id="no time"
+        ),
+        pytest.param(
+            altered(("headers", "x"), {"__type__": "nothing", "__value__": 1}), id="no type"
+        ),
+        pytest.param(
+            altered(("headers",), {"__type__": "bytes", "__value__": "x"}), id="headers of a type"
+        ),
+        pytest.param(json.dumps(SOUND).encode("utf-16"), id="utf-16"),
+        pytest.param(json.dumps(SOUND).encode("utf-32-le"), id="utf-32"),
+        pytest.param(codecs.BOM_UTF8 + json.dumps(SOUND).encode(), id="byte order mark"),
+    ],
+)
+def test_a_message_that_kombu_cannot_read_does_not_reach_it(reader: Reader, item: bytes) -> None:
+    before = reader.refused()
+
+    heard = reader.receive(item)
+
+    assert len(heard) + reader.refused() - before == 1
+
+
+@examples
+@given(
+    item=st.binary() | st.text().map(str.encode) | ODD.map(lambda value: json.dumps(value).encode())
+)
+def test_garbage_is_counted(reader: Reader, item: bytes) -> None:
+    before = reader.refused()
+
+    assert reader.readable(item) is None
+    assert reader.refused() == before + 1
+    assert 0 < reader.redis.ttl(refused_key(reader.queue)) <= RECORD_EXPIRES
+
+
+@pytest.mark.parametrize(
+    "item", [b"[" * 100_000, b"\xff\xfe\x00", b"", b"5", b'{"a":' * 5000 + b"1" * 5000, b"1" * 5000]
+)
+def test_garbage_comes_to_no_consumer(reader: Reader, item: bytes) -> None:
+    before = reader.refused()
+
+    assert reader.receive(item) == []
+    assert reader.refused() == before + 1
+
+
+@pytest.mark.parametrize("place", [("headers", "x"), ("properties", "x"), ("x",)])
+def test_a_message_too_deep_for_a_child_fails_its_job(
+    reader: Reader, place: tuple[str, ...]
+) -> None:
+    assert reader.readable(altered(place, nested(MAX_DEPTH - 10))) == (
+        reader.queue.encode(),
+        altered(place, nested(MAX_DEPTH - 10)),
+    )
+
+    (heard,) = reader.receive(altered(place, nested(500)))
+
+    assert (heard.headers["id"], heard.content_type) == (JOB, UNREADABLE)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("headers", "retries"), "many"),
+        (("headers", "timelimit"), [1, 2, 3]),
+        (("body",), 5),
+        (("properties",), []),
+    ],
+)
+def test_a_legible_id_gets_a_message_that_fails_the_job(
+    reader: Reader, place: tuple[str, ...], value: Any
+) -> None:
+    """It says what is wrong, and is entered in the books like any other."""
+    (heard,) = reader.receive(altered(place, value))
+
+    assert (heard.headers["id"], heard.content_type) == (JOB, UNREADABLE)
+    assert place[-1] in heard.headers["fault"]
+    assert reader.redis.hexists("unacked", heard.delivery_tag)
+
+
+@pytest.mark.parametrize("job_id", [None, 5, "../x", "a" * 65, ""])
+def test_an_id_that_is_none_is_not_answered(reader: Reader, job_id: Any) -> None:
+    envelope = json.loads(altered(("headers", "id"), job_id))
+    envelope["body"] = 5
+
+    assert reader.readable(json.dumps(envelope).encode()) is None
+
+
+def test_a_counter_that_cannot_be_written_costs_no_worker() -> None:
+    with _Client.from_url("redis://127.0.0.1:1/0", retry=None) as away:
+        assert away._readable(b"gpu", b"garbage") is None
+
+
+def test_a_message_waits_until_a_full_redis_takes_note_of_it(reader: Reader) -> None:
+    item = altered(("properties", "delivery_tag"), "waits")
+    start = time.monotonic()
+    free = Timer(1.0, lambda: reader.redis.config_set("maxmemory", 0))
+
+    def fill() -> None:
+        reader.redis.config_set("maxmemory", 1)
+        free.start()
+
+    try:
+        (heard,) = reader.receive(item, before=fill)
+    finally:
+        free.join()
+        reader.redis.config_set("maxmemory", 0)
+
+    assert (heard.delivery_tag, time.monotonic() - start > 1) == ("waits", True)
+    assert reader.redis.hexists("unacked", "waits")
+
+
+def test_a_channel_whose_connection_is_gone_closes_and_leaves_its_messages_in_the_books(
+    reader: Reader,
+) -> None:
+    """They come back when their time is over: kombu would raise, and the worker end."""
+    options: Any = {
+        "transport": "zlora_worker.celery_hooks.transport:Transport",
+        "transport_options": transport_options(),
+    }
+    reader.redis.delete(reader.queue)
+    reader.redis.lpush(reader.queue, altered(("properties", "delivery_tag"), "held"))
+    with Connection(reader.url, **options) as connection, connection.channel() as opened:
+        channel: Any = opened
+        assert channel.basic_get(reader.queue, no_ack=False) is not None
+        channel._disconnect_pools()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channel.connection, "client", None)
+            channel.qos.restore_unacked_once()
+
+    assert reader.redis.hexists("unacked", "held")
+
+
+@given(depth=st.integers(0, 100), limit=st.integers(1, 80))
+def test_depth_is_counted_level_by_level(depth: int, limit: int) -> None:
+    assert deeper_than(limit, nested(depth)) is (depth >= limit)
+
+
+def test_any_depth_is_counted() -> None:
+    assert deeper_than(10, nested(100_000))

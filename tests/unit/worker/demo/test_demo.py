@@ -1,0 +1,177 @@
+"""The built-in model: whole, small and part of the package; its LoRAs, its server, its documents."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from demo_model.report.sampler import Sampler
+from demo_model.report.statistics import STATISTICS
+from PIL import Image, ImageChops
+from support.fakes import pixels
+from torch import Tensor
+from zlora_worker.demo.command import _DOCUMENTS, read_document
+from zlora_worker.demo.server import TOKEN, serving
+from zlora_worker.demo.sheet import Row, draw_sheet
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.reader import require_whole
+from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.settings import DEMO_LORAS, DEMO_MODEL
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    return Sampler()
+
+
+@pytest.fixture(scope="module")
+def engine(sampler: Sampler) -> Pipeline:
+    return sampler.engine
+
+
+def test_model_and_loras_are_small() -> None:
+    """All who install the package get them."""
+    files = [
+        path for folder in (DEMO_MODEL, DEMO_LORAS) for path in folder.rglob("*") if path.is_file()
+    ]
+    sizes = {path: path.stat().st_size for path in files}
+
+    assert sum(size for path, size in sizes.items() if path.parent != DEMO_LORAS) <= 8_000_000
+    assert max(size for path, size in sizes.items() if path.parent == DEMO_LORAS) <= 1_000_000
+    assert sum(sizes.values()) <= 12_000_000
+
+
+@pytest.mark.parametrize("path", sorted(DEMO_LORAS.iterdir()), ids=lambda path: path.stem)
+def test_each_lora_is_wholly_for_the_model_and_changes_its_pictures(
+    engine: Pipeline, path: Path
+) -> None:
+    lora = engine.reader.read(path, digest=path.stem, source=path.stem)
+
+    require_whole(lora, source=path.stem)
+    base = pixels(engine)
+    with engine.borrowed(), engine.patch.applied([WeightedLora(lora=lora)]):
+        assert pixels(engine) != base
+
+
+PROMPTS = (
+    "a beautiful landscape at noon",
+    "a portrait of a woman with blonde hair on a green background",
+    "a city by day",
+    "a red ball on a yellow background",
+    "a blue star on a pink background",
+)
+MARGINS = {
+    "anime": 0.05,
+    "cyberpunk": 0.2,
+    "neon": 0.3,
+    "product": 0.4,
+}  # of each style's own statistic
+
+
+@pytest.fixture(scope="module")
+def plain(sampler: Sampler) -> Tensor:
+    return sampler.draw(PROMPTS, {}, seed=1, steps=8)
+
+
+@pytest.mark.parametrize("style", MARGINS)
+def test_each_lora_shows_its_style(sampler: Sampler, plain: Tensor, style: str) -> None:
+    """Over one prompt of each kind, the style's own statistic at weight 1 is well above that without the LoRA."""
+    styled = sampler.draw(PROMPTS, {style: 1.0}, seed=1, steps=8)
+
+    assert STATISTICS[style](styled) - STATISTICS[style](plain) > MARGINS[style]
+
+
+# --- the server and the documents
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[str]:
+    with serving(DEMO_LORAS) as address:
+        yield address
+
+
+def test_every_address_of_the_documents_has_a_file(host: str) -> None:
+    """By URL as it stands, by hub reference with the token."""
+    specs = [spec for name in _DOCUMENTS for spec in read_document(name, host).loras]
+    found = set()
+
+    for spec in specs:
+        hub = spec.file.address.replace("cozy://", f"http://{host}/api/v1/file/")
+        answer = requests.get(hub, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
+        assert answer.status_code == 200
+        found.add(hashlib.sha256(answer.content).hexdigest())
+
+    assert found == {hashlib.sha256(path.read_bytes()).hexdigest() for path in DEMO_LORAS.iterdir()}
+
+
+def test_a_file_that_is_known_is_not_sent_again(host: str) -> None:
+    url = f"http://{host}/anime-style.safetensors"
+    tag = requests.get(url, timeout=10).headers["ETag"]
+
+    answer = requests.get(url, headers={"If-None-Match": tag}, timeout=10)
+
+    assert (answer.status_code, answer.content) == (304, b"")
+
+
+def test_the_hub_wants_its_token_and_tells_the_digest(host: str) -> None:
+    name = read_document("cozy_ref", host).loras[0].file.address.removeprefix("cozy://")
+    url = f"http://{host}/api/v1/file/{name}"
+
+    bare = requests.head(url, timeout=10)
+    told = requests.head(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
+    sent = requests.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
+
+    assert bare.status_code == 401
+    assert (told.status_code, told.content) == (200, b"")
+    assert told.headers["X-Cozy-SHA256"] == hashlib.sha256(sent.content).hexdigest()
+    assert int(told.headers["X-Cozy-Size-Bytes"]) == len(sent.content)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/missing.safetensors",
+        "/../model/model_index.json",
+        "/%2e%2e%2fmodel%2fmodel_index.json",
+    ],
+)
+def test_nothing_but_loras_is_served(host: str, path: str) -> None:
+    assert (DEMO_LORAS / "../model/model_index.json").is_file()
+    request = requests.Request("GET", f"http://{host}").prepare()
+    request.url = f"http://{host}{path}"  # as it stands: requests would resolve the dots itself
+
+    with requests.Session() as session:
+        assert session.send(request, timeout=10).status_code == 404
+
+
+def test_a_contact_sheet_shows_every_picture(tmp_path: Path) -> None:
+    """Rows below each other, pictures beside each other, whatever the lengths of the rows."""
+    colours = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
+    for name in colours:
+        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
+    rows = [
+        Row("one", [("a", tmp_path / "red.png"), ("b", tmp_path / "lime.png")]),
+        Row("two", [("c", tmp_path / "blue.png")]),
+    ]
+
+    draw_sheet(rows, tmp_path / "new" / "sheet.png", note="note")
+
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        boxes = {name: _box(sheet, colour) for name, colour in colours.items()}
+    assert {(right - left, bottom - top) for left, top, right, bottom in boxes.values()} == {
+        (192, 192)
+    }
+    assert boxes["red"][2] < boxes["lime"][0]
+    assert boxes["red"][1] == boxes["lime"][1]
+    assert boxes["red"][0] == boxes["blue"][0]
+    assert boxes["red"][3] < boxes["blue"][1]
+
+
+def _box(sheet: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Where a colour is: left, top, right, bottom."""
+    distance = ImageChops.difference(sheet, Image.new("RGB", sheet.size, colour)).convert("L")
+    box = ImageChops.invert(distance).point([0] * 255 + [255]).getbbox()
+    assert box is not None
+    return box

@@ -1,0 +1,570 @@
+"""Every spelling and every kind of LoRA file: the weights that it asks for, by references that are not the worker's."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from support import lora_files
+from support.fakes import Tensors, load_engine, write
+from support.lora_files import (
+    Layer,
+    Speller,
+    State,
+    effect,
+    layers_for,
+    merged_by_hand,
+    only_inside,
+    require_equal,
+    snapshot,
+)
+from torch import Tensor, nn
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.patch import Patch
+from zlora_worker.lora.reader import Lora, Reader, require_whole
+from zlora_worker.lora.weights import Weights
+from zlora_worker.model.pipeline import Pipeline
+
+SOURCE: Final = "https://example.com/a.safetensors"
+STRENGTHS: Final = {"unet": 0.6, "text_encoder": -1.5, "text_encoder_2": -1.5}
+EVERYWHERE, UNET_ALONE = tuple(STRENGTHS), ("unet",)
+
+
+@pytest.fixture(scope="module")
+def engine(model_home: Path) -> Pipeline:
+    return load_engine(model_home)
+
+
+@pytest.fixture(scope="module")
+def base(engine: Pipeline) -> State:
+    return snapshot(engine)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(engine: Pipeline) -> Iterator[None]:
+    with only_inside(engine):
+        yield
+
+
+def read(engine: Pipeline, path: Path) -> Lora:
+    """All of a file."""
+    lora = engine.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
+    require_whole(lora, source=SOURCE)
+    return lora
+
+
+def merged(engine: Pipeline, lora: Lora, *, unet: float = 1.0, text: float = 1.0) -> State:
+    with engine.patch.applied(
+        [WeightedLora(lora=lora, unet_weight=unet, text_encoder_weight=text)]
+    ):
+        return snapshot(engine)
+
+
+# --- spellings
+
+
+def attention_alone(layer: Layer) -> bool:
+    return (".attn" in layer.module and ".to_" in layer.module) or "self_attn" in layer.module
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize(
+    ("speller", "format_", "components", "with_alpha"),
+    [
+        (lora_files.kohya_of_stability, "kohya", EVERYWHERE, True),
+        (lora_files.kohya_of_diffusers, "kohya", EVERYWHERE, True),
+        (lora_files.lycoris, "lycoris", EVERYWHERE, True),
+        (lora_files.onetrainer_dotted, "onetrainer", EVERYWHERE, True),
+        (lora_files.onetrainer_by_component, "onetrainer", EVERYWHERE, True),
+        (lora_files.comfyui, "comfyui", EVERYWHERE, True),
+        (lora_files.comfyui_of_peft, "comfyui", EVERYWHERE, True),
+        (lora_files.peft, "peft", EVERYWHERE, False),
+        (lora_files.peft_with_alpha, "peft", EVERYWHERE, True),
+        (lora_files.peft_named, "peft", EVERYWHERE, False),
+        (lora_files.peft_wrapped, "peft", UNET_ALONE, False),
+        (lora_files.diffusers, "diffusers", EVERYWHERE, False),
+        (lora_files.diffusers_processors, "diffusers", EVERYWHERE, False),
+        (lora_files.bare, "peft", UNET_ALONE, False),
+        (lora_files.bare_of_stability, "unknown", UNET_ALONE, True),
+    ],
+)
+def test_a_spelling_means_each_module_of_the_model(
+    engine: Pipeline,
+    base: State,
+    tmp_path: Path,
+    *,
+    speller: Speller,
+    format_: str,
+    components: tuple[str, ...],
+    with_alpha: bool,
+    half: int,
+) -> None:
+    """Linear layers and convolutions of every level, the stem, the ends and the text encoders; and no other weight."""
+    layers = [layer for layer in layers_for(base)[half::2] if layer.component in components]
+    if speller is lora_files.diffusers_processors:
+        layers = list(filter(attention_alone, layers))
+    names = lora_files.stability_names(engine.pipeline.unet)
+    lora = read(engine, write(tmp_path / "a", lora_files.spelt(layers, speller, names)))
+
+    weights = merged(engine, lora, unet=STRENGTHS["unet"], text=STRENGTHS["text_encoder"])
+
+    require_equal(weights, base, merged_by_hand(base, layers, STRENGTHS, with_alpha=with_alpha))
+    assert (lora.format, lora.kinds, lora.ranks) == (format_, ("lora",), (1, 2, 3))
+    assert sum(lora.modules.values()) == len(layers)
+    assert set(lora.modules) == set(components)
+
+
+def patched(components: Mapping[str, nn.Module], path: Path) -> State:
+    """The weights of any modules with a file merged into them."""
+    weights = Weights(components)
+    lora = Reader(weights).read(path, digest="a", source=SOURCE)
+    require_whole(lora, source=SOURCE)
+    with Patch(weights, mode="shadow").applied([WeightedLora(lora=lora)]):
+        return copied(components)
+
+
+def copied(components: Mapping[str, nn.Module]) -> State:
+    return {
+        (component, name): parameter.detach().clone()
+        for component, module in components.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_stabilitys_names_follow_the_depth_of_the_model(tmp_path: Path) -> None:
+    """A UNet with one layer a block, whose blocks are numbered otherwise than SDXL's; diffusers converts the names."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    unet = UNet2DConditionModel(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        use_linear_projection=True,
+    ).requires_grad_(False)
+    base, names = copied({"unet": unet}), lora_files.stability_names(unet)
+    original = {
+        f"model.diffusion_model.{theirs}.{leaf}": torch.tensor(0.0)
+        for theirs in names.values()
+        for leaf in ("weight", "bias")
+    }
+    converted = convert_ldm_unet_checkpoint(dict(original), dict(unet.config))
+    layers = layers_for(base)
+
+    weights = patched(
+        {"unet": unet},
+        write(tmp_path / "a", lora_files.spelt(layers, lora_files.kohya_of_stability, names)),
+    )
+
+    assert all(
+        converted[f"{ours}.weight"] is original[f"model.diffusion_model.{theirs}.weight"]
+        for ours, theirs in names.items()
+    )
+    require_equal(weights, base, merged_by_hand(base, layers, {"unet": 1.0}, with_alpha=True))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "transformer.{}",
+        "diffusion_model.{}",
+        "lora_transformer_{}",
+        "lycoris_{}",
+        "{}",
+        "base_model.model.{}",
+    ],
+)
+def test_a_transformer_in_the_unets_place_is_read_by_its_own_names(
+    tmp_path: Path, prefix: str
+) -> None:
+    block = nn.ModuleDict(
+        {"attn": nn.ModuleDict({"to_q": nn.Linear(8, 12), "to_k": nn.Linear(6, 12)})}
+    )
+    model = nn.ModuleDict(
+        {
+            "transformer_blocks": nn.ModuleList([block, copy.deepcopy(block)]),
+            "proj": nn.Linear(8, 4),
+        }
+    )
+    components = {"transformer": model.requires_grad_(False)}
+    base = copied(components)
+    layers = layers_for(base)
+    tensors: Tensors = {}
+    for layer in layers:
+        name = (
+            layer.module
+            if "." in prefix.replace("{}", "") or prefix == "{}"
+            else layer.module.replace(".", "_")
+        )
+        tensors |= {
+            f"{prefix.format(name)}.lora_A.weight": layer.down,
+            f"{prefix.format(name)}.lora_B.weight": layer.up,
+        }
+
+    weights = patched(components, write(tmp_path / "a", tensors))
+
+    require_equal(
+        weights, base, merged_by_hand(base, layers, {"transformer": 1.0}, with_alpha=False)
+    )
+
+
+@pytest.mark.parametrize("prefix", ["lora_te", "lora_te1"])
+def test_the_only_text_encoder_of_a_model_has_kohyas_name_without_a_number(
+    tmp_path: Path, prefix: str
+) -> None:
+    components = {"text_encoder": nn.ModuleDict({"final": nn.Linear(8, 12)}).requires_grad_(False)}
+    base = copied(components)
+    (layer,) = layers_for(base)
+    tensors = {
+        f"{prefix}_final.lora_down.weight": layer.down,
+        f"{prefix}_final.lora_up.weight": layer.up,
+    }
+
+    weights = patched(components, write(tmp_path / "a", tensors))
+
+    require_equal(
+        weights, base, merged_by_hand(base, [layer], {"text_encoder": 1.0}, with_alpha=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_a_file_of_another_precision_is_read_as_the_numbers_it_holds(
+    engine: Pipeline, base: State, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    layers = [
+        layer._replace(down=layer.down.to(dtype), up=layer.up.to(dtype))
+        for layer in layers_for(base)[::5]
+    ]
+    tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
+
+    weights = merged(engine, read(engine, write(tmp_path / "a", tensors)))
+
+    require_equal(
+        weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
+    )
+
+
+def test_factors_shaped_as_1x1_convolutions_change_a_linear_layer(
+    engine: Pipeline, base: State, tmp_path: Path
+) -> None:
+    """As trainers that know SD 1.5 write them, whose projections are convolutions."""
+    layers = [layer for layer in layers_for(base) if layer.down.dim() == 2][::4]
+    square = [
+        layer._replace(down=layer.down[:, :, None, None], up=layer.up[:, :, None, None])
+        for layer in layers
+    ]
+
+    lora = read(
+        engine, write(tmp_path / "a", lora_files.spelt(square, lora_files.kohya_of_diffusers, {}))
+    )
+
+    expected = merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
+    require_equal(merged(engine, lora), base, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16, torch.float64])
+def test_an_alpha_may_be_any_number(
+    engine: Pipeline, base: State, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    layers = [layer._replace(alpha=4.0) for layer in layers_for(base)[::9]]
+    tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
+    alphas = {
+        key: tensor.to(dtype).reshape(1)
+        for key, tensor in tensors.items()
+        if key.endswith(".alpha")
+    }
+
+    weights = merged(engine, read(engine, write(tmp_path / "a", tensors | alphas)))
+
+    require_equal(
+        weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
+    )
+
+
+# --- kinds
+
+
+def trained(engine: Pipeline, kind: type[nn.Module], name: str, **options: Any) -> Any:
+    """One of LyCORIS' modules on a copy of the UNet's layer, with random tensors, in its layer's place."""
+    torch.manual_seed(20260103)
+    layer = copy.deepcopy(engine.pipeline.unet.get_submodule(name))
+    module = kind(f"lycoris_{name.replace('.', '_')}", layer, **options)
+    for key, parameter in module.named_parameters():
+        if key == "dora_scale":
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+        else:
+            parameter.data.normal_(std=0.5)
+    return module
+
+
+LINEAR, WIDE = (
+    "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "up_blocks.0.attentions.1.proj_out",
+)
+KERNEL, POINT = "down_blocks.1.resnets.0.conv1", "up_blocks.2.resnets.0.conv_shortcut"
+LAYERS: Final = (LINEAR, WIDE, KERNEL, POINT)
+NORMS: Final = ("mid_block.attentions.0.norm", "mid_block.attentions.0.transformer_blocks.0.norm2")
+TUCKER: Final = {"use_tucker": True}
+KINDS: Final = [
+    ("LoConModule", "lora", {}, LAYERS, set()),
+    ("LoConModule", "lora", TUCKER, LAYERS, {"lora_mid.weight"}),
+    ("LoConModule", "lora", {"rs_lora": True}, LAYERS, set()),
+    ("LohaModule", "loha", {}, LAYERS, set()),
+    ("LohaModule", "loha", TUCKER, LAYERS, {"hada_t1", "hada_t2"}),
+    ("LokrModule", "lokr", {"full_matrix": True}, LAYERS, {"lokr_w1", "lokr_w2"}),
+    ("LokrModule", "lokr", {"lora_dim": 1, "factor": 2}, LAYERS, {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}),
+    ("LokrModule", "lokr", {"lora_dim": 1, "decompose_both": True, "factor": 4}, (LINEAR, WIDE, KERNEL),
+     {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}),
+    ("LokrModule", "lokr", {"lora_dim": 8, "factor": 2, "unbalanced_factorization": True, "decompose_both": True},
+     (LINEAR,), {"lokr_w1_a", "lokr_w1_b", "lokr_w2"}),
+    ("LokrModule", "lokr", {**TUCKER, "lora_dim": 1, "factor": 2}, (KERNEL,), {"lokr_t2"}),
+    ("FullModule", "full", {}, LAYERS, {"diff", "diff_b"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.6])
+@pytest.mark.parametrize(("module", "kind", "options", "names", "tensors"), KINDS)
+def test_a_kind_of_lycoris_acts_as_in_training(
+    engine: Pipeline,
+    base: State,
+    tmp_path: Path,
+    *,
+    module: str,
+    kind: str,
+    options: dict[str, Any],
+    names: tuple[str, ...],
+    tensors: set[str],
+    weight: float,
+) -> None:
+    """Told from what LyCORIS' own module answers in its layer's place, so with the scale that the trainer used."""
+    import lycoris.modules
+
+    file: Tensors = {}
+    expected: State = {}
+    for name in names:
+        one = trained(
+            engine,
+            getattr(lycoris.modules, module),
+            name,
+            **{"lora_dim": 4, "alpha": 3.0} | options,
+        )
+        one.multiplier = weight
+        layer, shape = one.org_module[0], one.shape
+        one.apply_to()
+        if kind == "full":  # it has taken the layer's weights into itself
+            file |= {f"{one.lora_name}.diff": one.weight - one.org_weight}
+            file |= {f"{one.lora_name}.diff_b": one.bias - one.org_bias[0]}
+        else:
+            file |= lora_files.lycoris_tensors(one, one.lora_name)
+        expected["unet", f"{name}.weight"], bias = effect(layer, shape)
+        if kind == "full":
+            expected["unet", f"{name}.bias"] = bias
+    assert tensors <= {key.partition(".")[2] for key in file}
+
+    lora = read(engine, write(tmp_path / "a", file))
+
+    require_equal(merged(engine, lora, unet=weight), base, expected)
+    assert (lora.format, lora.kinds) == ("lycoris", (kind,))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.6])
+def test_norms_are_changed_as_lycoris_changes_them(
+    engine: Pipeline, base: State, tmp_path: Path, weight: float
+) -> None:
+    from lycoris.modules import NormModule
+
+    file: Tensors = {}
+    expected: State = {}
+    for name in NORMS:
+        one = trained(engine, NormModule, name)
+        file |= {f"{one.lora_name}.w_norm": one.w_norm, f"{one.lora_name}.b_norm": one.b_norm}
+        changed = one.get_merged_weight(multiplier=weight)
+        expected["unet", f"{name}.weight"], expected["unet", f"{name}.bias"] = (
+            tensor.detach() for tensor in changed
+        )
+
+    lora = read(
+        engine, write(tmp_path / "a", {key: tensor.detach() for key, tensor in file.items()})
+    )
+
+    require_equal(merged(engine, lora, unet=weight), base, expected)
+
+
+def decomposed(base: Tensor, change: Tensor, scale: Tensor, weight: float) -> Tensor:
+    """ComfyUI's and A1111's arithmetic for `dora_scale`, in fp64: the whole difference to the base is weighed."""
+    changed = base.double() + change.double()
+    sides = [side for side in range(changed.dim()) if scale.shape[side] == 1]
+    normed: Tensor = (
+        changed / torch.linalg.vector_norm(changed, dim=sides, keepdim=True) * scale.double()
+    )
+    return base.double() + weight * (normed - base.double())
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.6, -0.5])
+@pytest.mark.parametrize("on_out", [True, False], ids=["by output", "by input"])
+@pytest.mark.parametrize(("module", "kind", "options"), [
+    ("LoConModule", "dora-lora", {}), ("LoConModule", "dora-lora", TUCKER), ("LohaModule", "dora-loha", {}),
+    ("LokrModule", "dora-lokr", {"lora_dim": 1, "factor": 2}),
+])  # fmt: skip
+def test_dora_of_lycoris_brings_the_changed_weight_to_its_norms(
+    engine: Pipeline,
+    base: State,
+    tmp_path: Path,
+    *,
+    module: str,
+    kind: str,
+    options: dict[str, Any],
+    on_out: bool,
+    weight: float,
+) -> None:
+    """At weight 1 as the trainer did, at others as the tools do that draw with such files."""
+    import lycoris.modules
+
+    file: Tensors = {}
+    expected: State = {}
+    for name in LAYERS:
+        chosen = {
+            "lora_dim": 4,
+            "alpha": 3.0,
+            "weight_decompose": True,
+            "wd_on_out": on_out,
+        } | options
+        one = trained(engine, getattr(lycoris.modules, module), name, **chosen)
+        layer, shape, start = one.org_module[0], one.shape, base["unet", f"{name}.weight"]
+        file |= lora_files.lycoris_tensors(one, one.lora_name)
+        change = (
+            one.get_weight(shape)
+            if hasattr(one, "get_weight")
+            else one.get_diff_weight(shape=shape)[0]
+        )
+        expected["unet", f"{name}.weight"] = decomposed(
+            start, change.detach(), one.dora_scale.detach(), weight
+        )
+        one.apply_to()
+        in_training = effect(layer, shape)[0]
+        whole = decomposed(start, change.detach(), one.dora_scale.detach(), 1.0)
+        torch.testing.assert_close(in_training, whole.float(), rtol=1e-4, atol=1e-5)
+
+    lora = read(engine, write(tmp_path / "a", file))
+
+    require_equal(merged(engine, lora, unet=weight), base, expected)
+    assert lora.kinds == (kind,)
+
+
+PEFT: Final = [
+    {"r": 4, "lora_alpha": 6},
+    {
+        "r": 4,
+        "lora_alpha": 2,
+        "rank_pattern": {"to_q": 2, "fc1": 3},
+        "alpha_pattern": {"to_q": 5, "conv1": 3},
+    },
+    {"r": 4, "alpha_pattern": {"attn1.to_q": 3, "to_q": 5}},  # the first that fits
+    {
+        "r": 4,
+        "alpha_pattern": {"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 3, "^to_q": 5},
+    },
+    {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "rank_pattern": {"to_q": 2},
+        "alpha_pattern": {"conv1": 3},
+    },
+    {"r": 4, "lora_alpha": 6, "lora_bias": True, "target_modules": ["to_out.0", "q_proj", "conv1"]},
+    {"r": 4, "lora_alpha": 6, "use_dora": True},
+    {"r": 4, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "rank_pattern": {"to_q": 2}},
+]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.6])
+@pytest.mark.parametrize("options", PEFT, ids=str)
+@pytest.mark.filterwarnings(
+    "ignore:Adapter 'default'"
+)  # of the shape of a bias, and what a component has not
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+def test_a_file_that_diffusers_writes_acts_as_peft_merges_it(
+    engine: Pipeline,
+    base: State,
+    model_home: Path,
+    tmp_path: Path,
+    *,
+    options: dict[str, Any],
+    weight: float,
+) -> None:
+    """With the scales of the configuration in the header, where the tensors are all of one rank or of many."""
+    expected = lora_files.merged_by_peft(model_home, tmp_path, weight, options)
+
+    lora = read(engine, tmp_path / "a.safetensors")
+
+    require_equal(merged(engine, lora, unet=weight, text=weight), base, expected)
+    assert (lora.format, lora.kinds) == (
+        "peft",
+        ("dora-lora" if options.get("use_dora") else "lora",),
+    )
+
+
+def test_adapters_of_several_kinds_add_up_and_each_tells_the_size_of_its_own_change(
+    engine: Pipeline, base: State, tmp_path: Path
+) -> None:
+    """W' is W and every change of W, not a change of a changed weight; sizes are |change| / |weight| where it acts."""
+    import lycoris.modules
+
+    adapters: list[WeightedLora] = []
+    changes: list[State] = []
+    sizes: list[float] = []
+    for number, (module, options) in enumerate(
+        (
+            ("LoConModule", {}),
+            ("LohaModule", {}),
+            ("LoConModule", {"weight_decompose": True}),
+            ("FullModule", {}),
+        )
+    ):
+        file: Tensors = {}
+        for name in LAYERS[number % 2 :]:
+            one = trained(
+                engine, getattr(lycoris.modules, module), name, lora_dim=4, alpha=3.0, **options
+            )
+            state = (
+                {"diff": one.weight, "diff_b": one.bias}
+                if module == "FullModule"
+                else one.custom_state_dict()
+            )
+            file |= {f"{one.lora_name}.{key}": tensor.detach() for key, tensor in state.items()}
+        adapters.append(
+            WeightedLora(lora=read(engine, write(tmp_path / str(number), file)), unet_weight=0.7)
+        )
+        alone = merged(engine, adapters[-1].lora, unet=0.7)
+        own = {
+            key: weight.double() - base[key]
+            for key, weight in alone.items()
+            if not torch.equal(weight, base[key])
+        }
+        changes.append(own)
+        sizes.append(_norm(own) / _norm({key: base[key] for key in own}))
+
+    with engine.patch.applied(adapters) as told:
+        weights = snapshot(engine)
+
+    touched = set().union(*changes)
+    expected = {key: base[key] + sum(own[key] for own in changes if key in own) for key in touched}
+    require_equal(weights, base, expected)
+    assert told == pytest.approx(sizes, rel=1e-4)
+    assert len(set(told)) == len(adapters)
+
+
+def _norm(tensors: State) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))

@@ -1,0 +1,47 @@
+"""By what names a file may mean the modules of the resident model."""
+
+from typing import Any, Final
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+from zlora_worker.lora.key_map import LdmNames
+from zlora_worker.model.loader import SDXL_CONFIG
+
+WAYS: Final = {
+    "down_blocks": "input_blocks",
+    "mid_block": "middle_block",
+    "up_blocks": "output_blocks",
+}
+
+
+def leaves(unet: Any) -> list[str]:
+    """Each module that has weights of its own."""
+    return sorted({name.rpartition(".")[0] for name, _ in unet.named_parameters()})
+
+
+def block_of(module: str) -> str:
+    """Where diffusers' converter of LoRAs leaves a module: its own block, under the other code's word for the way."""
+    way, *numbers = module.split(".")[: 3 if module.startswith("mid_block") else 4]
+    return "_".join(["lora_unet", WAYS[way], *numbers, ""])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_stabilitys_block_numbers_are_those_that_diffusers_converts(layers: int) -> None:
+    """Of each module of SDXL's own UNet, with as many layers a block; it has two."""
+    config = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | {
+        "layers_per_block": layers
+    }
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    modules = leaves(unet)
+    inside = [module for module in modules if module.partition(".")[0] in WAYS]
+    ldm = LdmNames(modules)
+    theirs = {f"lora_unet_{ldm.of(module)}".replace(".", "_"): module for module in inside}
+
+    converted = _maybe_map_sgm_blocks_to_diffusers(dict(theirs), unet.config)
+
+    assert sorted(converted.values()) == sorted(theirs.values()) == inside
+    assert [key for key, module in converted.items() if not key.startswith(block_of(module))] == []
+    assert None not in map(ldm.of, modules)

@@ -1,0 +1,612 @@
+"""Files that are not used: a typed error in one line that names the source, and a model that never saw them."""
+
+import io
+import json
+import resource
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from support import lora_files
+from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_engine, peft_lora, write
+from support.lora_files import State, merged_by_hand, only_inside, require_equal, snapshot
+from torch import Tensor
+from zlora.errors import LoraMismatch, NotSafetensors, ZloraError
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.reader import Lora, require_whole
+from zlora_worker.model.pipeline import Pipeline
+
+SOURCE: Final = "https://example.com/a.safetensors"
+BLOCK: Final = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_"
+QUERY: Final = f"{BLOCK}attn1_to_q"  # 32x32
+KEY: Final = f"{BLOCK}attn2_to_k"  # 32x80: the tiny model's cross-attention is 80 wide
+KERNEL_NAME: Final = "down_blocks.1.resnets.0.conv1"
+KERNEL: Final = "lora_unet_down_blocks_1_resnets_0_conv1"  # 32x16x3x3
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def engine(model_home: Path) -> Pipeline:
+    return load_engine(model_home)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(engine: Pipeline, tmp_path: Path) -> Iterator[None]:
+    """After every file the base is the base, and the next job's weights are what that job's file says."""
+    with only_inside(engine):
+        yield
+    base = snapshot(engine)
+    layers = lora_files.layers_for(base)[::40]
+    lora = read(
+        engine,
+        write(tmp_path / "next", lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})),
+    )
+    expected = merged_by_hand(base, layers, dict.fromkeys(lora.modules, 1.0), with_alpha=True)
+    require_equal(merged(engine, lora), base, expected)
+
+
+def read(engine: Pipeline, path: Path) -> Lora:
+    return engine.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
+
+
+def merged(engine: Pipeline, lora: Lora) -> State:
+    with engine.patch.applied([WeightedLora(lora=lora)]):
+        return snapshot(engine)
+
+
+def refusal(engine: Pipeline, path: Path, error: type[ZloraError] = LoraMismatch) -> str:
+    """The message of a file that may not be used, whether all or a part of it is at fault."""
+    with pytest.raises(error) as raised:
+        require_whole(read(engine, path), source=SOURCE)
+    assert type(raised.value) is error
+    message = str(raised.value)
+    assert SOURCE in message
+    assert len(message) < 500
+    assert message.isprintable()  # so one line as well
+    return message
+
+
+def lora_of(module: str, out: int, inputs: int, *kernel: int, rank: int = 2) -> Tensors:
+    """A random LoRA of one module, as kohya names it."""
+    return {
+        f"{module}.lora_down.weight": torch.randn(rank, inputs, *kernel),
+        f"{module}.lora_up.weight": torch.randn(out, rank, *[1 for _ in kernel]),
+        f"{module}.alpha": torch.tensor(1.0),
+    }
+
+
+def random(**shapes: tuple[int, ...]) -> Tensors:
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def named(module: str, tensors: Tensors) -> Tensors:
+    return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+
+
+# --- another base
+
+
+@pytest.mark.parametrize(
+    ("family", "width"), [("SD 1.x", 768), ("SD 2.x", 1024), ("SDXL", 2048), ("another", 4096)]
+)
+@pytest.mark.parametrize(
+    "module", [KEY, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v"]
+)
+def test_a_file_for_another_width_of_text_names_its_base_and_both_widths(
+    engine: Pipeline, tmp_path: Path, module: str, family: str, width: int
+) -> None:
+    message = refusal(engine, write(tmp_path / "a", lora_of(module, 32, width)))
+
+    assert all(words in message for words in (f"made for {family}", str(width), "80"))
+
+
+@pytest.mark.parametrize("landing", [True, False], ids=["some land", "none lands"])
+def test_a_whole_sd15_file_is_refused_in_one_sentence(
+    engine: Pipeline, tmp_path: Path, landing: bool
+) -> None:
+    """192 modules with the names that this model has, or that it lacks."""
+    tensors: Tensors = {}
+    for level, depth in ((1, 2), (2, 2)) if landing else ((0, 2), (3, 2)):
+        for layer in range(depth):
+            block = f"lora_unet_down_blocks_{level}_attentions_{layer}_transformer_blocks_0"
+            tensors |= lora_of(f"{block}_attn1_to_q", 320, 320) | lora_of(
+                f"{block}_attn2_to_k", 320, 768
+            )
+
+    message = refusal(engine, write(tmp_path / "a", tensors))
+
+    assert all(words in message for words in ("made for SD 1.x", "768", "80"))
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("Flux", "transformer.single_transformer_blocks.0.attn.to_q"),
+        ("Flux", "lora_unet_double_blocks_0_img_attn_proj"),
+        ("Flux", "diffusion_model.single_blocks.3.linear1"),
+        ("Stable Diffusion 3", "transformer.transformer_blocks.0.attn.add_k_proj"),
+        ("Stable Diffusion 3", "lora_unet_joint_blocks_0_x_block_attn_qkv"),
+        ("Wan", "diffusion_model.blocks.0.self_attn.q"),
+        ("Z-Image", "diffusion_model.layers.0.attention.to_q"),
+    ],
+)
+def test_another_architecture_is_named_by_its_layers(
+    engine: Pipeline, tmp_path: Path, family: str, module: str
+) -> None:
+    for number, (down, up) in enumerate((("lora_down", "lora_up"), ("lora_A", "lora_B"))):
+        tensors = named(module, random(**{f"{down}.weight": (2, 64), f"{up}.weight": (64, 2)}))
+
+        assert family in refusal(engine, write(tmp_path / f"a{number}", tensors))
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "family"),
+    [
+        ("ss_base_model_version", "sd_v1", "SD 1.x"),
+        ("ss_base_model_version", "sd_v2_v", "SD 2.x"),
+        ("ss_base_model_version", "sd3-m", "Stable Diffusion 3"),
+        ("ss_base_model_version", "flux1", "Flux"),
+        ("modelspec.architecture", "stable-diffusion-v1/lora", "SD 1.x"),
+        ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora", "SDXL"),
+    ],
+)
+def test_another_base_is_named_by_the_header_where_shapes_tell_nothing(
+    engine: Pipeline, tmp_path: Path, field: str, text: str, family: str
+) -> None:
+    tensors = lora_of(QUERY, 320, 320)
+    save_file(
+        tensors, tmp_path / "a", metadata={field: text + "\nCRITICAL all is lost" + "x" * 5000}
+    )
+
+    assert f"made for {family}" in refusal(engine, tmp_path / "a")
+
+
+# --- parts that land nowhere
+
+STRAY: Final = {
+    "module": lora_of("lora_unet_down_blocks_7_attentions_0_proj_in", 32, 32),
+    "component": lora_of("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 32, 32),
+    "other tensor": {"some.tensor": torch.ones(2)},
+    "embedding": {"emb_params": torch.ones(4, 32)},
+    "bias where there is none": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.diff_b": torch.ones(32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stray", STRAY.values(), ids=STRAY)
+def test_what_lands_nowhere_is_refused_or_listed_and_the_rest_used(
+    engine: Pipeline, tmp_path: Path, stray: Tensors
+) -> None:
+    """Refused with counts and names where the whole file is asked for; else the rest is merged as if alone."""
+    alone = read(engine, write(tmp_path / "a", kohya_lora()))
+    path = write(tmp_path / "b", kohya_lora() | stray)
+
+    assert min(stray)[:60] in refusal(engine, path)
+    lora = read(engine, path)
+
+    assert lora.unmatched == tuple(sorted(stray))
+    assert sum(lora.unmatched_counts().values()) == len(stray)
+    assert lora.modules == alone.modules
+    require_equal(merged(engine, lora), snapshot(engine), changed(engine, alone))
+
+
+def changed(engine: Pipeline, lora: Lora) -> State:
+    base = snapshot(engine)
+    return {
+        weight: tensor
+        for weight, tensor in merged(engine, lora).items()
+        if not torch.equal(tensor, base[weight])
+    }
+
+
+def test_a_message_shows_a_few_of_many_names(engine: Pipeline, tmp_path: Path) -> None:
+    stray: Tensors = {}
+    for number in range(300):
+        stray |= lora_of(f"lora_unet_{'deep_' * 40}{number}_proj_in", 4, 4)
+
+    assert "900" in refusal(engine, write(tmp_path / "a", kohya_lora() | stray))
+    assert "900" in refusal(engine, write(tmp_path / "b", stray))
+
+
+@pytest.mark.parametrize(
+    "bad", [{f"{TEXT[0].kohya}.lora_up.weight": torch.randn(7, 2)}, {}], ids=["shape", "half"]
+)
+def test_a_file_whose_unet_is_good_and_text_encoder_bad_is_refused_whole(
+    engine: Pipeline, tmp_path: Path, bad: Tensors
+) -> None:
+    tensors = kohya_lora((*UNET, *TEXT))
+    del tensors[f"{TEXT[0].kohya}.lora_up.weight"]
+
+    assert "text_encoder" in refusal(engine, write(tmp_path / "a", tensors | bad))
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("part", ["lora_up", "lora_down", "alpha"])
+def test_a_number_that_is_none_is_refused_by_its_tensor(
+    engine: Pipeline, tmp_path: Path, part: str, value: float
+) -> None:
+    tensors = kohya_lora()
+    key = next(key for key in tensors if part in key)
+    tensors[key].view(-1)[-1] = value
+
+    assert key in refusal(engine, write(tmp_path / "a", tensors))
+
+
+@pytest.mark.parametrize("tensor", [torch.full((32, 2), 1e300, dtype=torch.float64),
+                                    torch.tensor(NAN).expand(32, 2).to(torch.float8_e4m3fn),
+                                    torch.tensor(INF).expand(32, 2).to(torch.float8_e5m2)])  # fmt: skip
+def test_nan_and_inf_are_found_in_every_precision(
+    engine: Pipeline, tmp_path: Path, tensor: torch.Tensor
+) -> None:
+    tensors = lora_of(QUERY, 32, 32) | {f"{QUERY}.lora_up.weight": tensor}
+
+    assert "lora_up" in refusal(engine, write(tmp_path / "a", tensors))
+
+
+def test_finite_numbers_whose_change_is_not_finite_are_refused(
+    engine: Pipeline, tmp_path: Path
+) -> None:
+    tensors = kohya_lora()
+    tensors |= {key: torch.tensor(3e38) for key in tensors if key.endswith(".alpha")}
+
+    assert "changes nothing" not in refusal(engine, write(tmp_path / "a", tensors))
+
+
+STILL: Final = {
+    "LoRA up": {"lora_up.weight": torch.zeros(32, 2), "lora_down.weight": torch.ones(2, 32)},
+    "LoRA down": {"lora_up.weight": torch.ones(32, 2), "lora_down.weight": torch.zeros(2, 32)},
+    "alpha": {
+        "lora_up.weight": torch.ones(32, 2),
+        "lora_down.weight": torch.ones(2, 32),
+        "alpha": torch.tensor(0.0),
+    },
+    "LoHa": random(hada_w1_a=(32, 2), hada_w1_b=(2, 32), hada_w2_b=(2, 32))
+    | {"hada_w2_a": torch.zeros(32, 2)},
+    "LoKr": random(lokr_w1=(4, 4), lokr_w2_a=(8, 1)) | {"lokr_w2_b": torch.zeros(1, 8)},
+    "LoKr's w1": random(lokr_w2=(8, 8)) | {"lokr_w1": torch.zeros(4, 4)},
+    "full": {"diff": torch.zeros(32, 32)},
+    "bias": {"diff": torch.zeros(32, 32), "diff_b": torch.zeros(32)},
+}
+
+
+@pytest.mark.parametrize("tensors", STILL.values(), ids=STILL)
+def test_a_file_that_changes_nothing_is_refused(
+    engine: Pipeline, tmp_path: Path, tensors: Tensors
+) -> None:
+    module = f"{BLOCK}attn1_to_out_0"
+
+    assert "changes nothing" in refusal(engine, write(tmp_path / "a", named(module, tensors)))
+    beside = read(engine, write(tmp_path / "b", named(module, tensors) | lora_of(KEY, 32, 80)))
+    assert sum(beside.modules.values()) == 2  # as trainers leave a layer that was frozen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("part", "by_input"),
+    [("dora_scale", False), ("dora_scale", True), ("lora_magnitude_vector", False)],
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_untrained_dora_changes_nothing_and_a_trained_magnitude_is_enough(
+    engine: Pipeline,
+    tmp_path: Path,
+    *,
+    part: str,
+    by_input: bool,
+    dtype: torch.dtype,
+    trained: bool,
+) -> None:
+    base = snapshot(engine)["unet", f"{KERNEL_NAME}.weight"]
+    if by_input:
+        norms = base.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, 1, 1)
+    else:
+        norms = base.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    magnitude = (norms * (1.25 if trained else 1.0)).to(dtype)
+    tensors = lora_of(KERNEL, 32, 16, 3, 3) | {f"{KERNEL}.{part}": magnitude}
+    tensors[f"{KERNEL}.lora_up.weight"].zero_()
+    path = write(tmp_path / "a", tensors)
+
+    if not trained:
+        assert "changes nothing" in refusal(engine, path)
+    else:
+        weight = merged(engine, read(engine, path))["unet", f"{KERNEL_NAME}.weight"]
+        torch.testing.assert_close(
+            weight, base * 1.25, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6
+        )
+
+
+# --- kinds
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("OFT", "DiagOFTModule", {"lora_dim": 4}),
+        ("OFT", "ButterflyOFTModule", {"lora_dim": 4}),
+        ("GLoRA", "GLoRAModule", {"lora_dim": 4}),
+        ("IA3", "IA3Module", {}),
+    ],
+)
+def test_a_kind_that_is_not_supported_is_named(
+    engine: Pipeline, tmp_path: Path, kind: str, name: str, options: dict[str, Any]
+) -> None:
+    """In the tensors' names that LyCORIS gives them."""
+    import lycoris.modules
+
+    layer = torch.nn.Linear(32, 32)
+    one = getattr(lycoris.modules, name)(QUERY, layer, **options)
+    tensors = {
+        f"{QUERY}.{key}": tensor.detach().float() for key, tensor in one.state_dict().items()
+    }
+
+    assert kind in refusal(engine, write(tmp_path / "a", tensors))
+    assert kind in refusal(engine, write(tmp_path / "b", lora_of(KEY, 32, 80) | tensors))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("OFT", "oft_R.weight"),
+        ("OFT", "oft_r"),
+        ("BOFT", "boft_R"),
+        ("IA3", "ia3_l"),
+        ("VeRA", "vera_lambda_b"),
+    ],
+)
+def test_pefts_names_of_a_kind_that_is_not_supported_are_known(
+    engine: Pipeline, tmp_path: Path, kind: str, part: str
+) -> None:
+    module = "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    assert kind in refusal(engine, write(tmp_path / "a", {f"{module}.{part}": torch.randn(32, 4)}))
+
+
+UNFIT: Final = {
+    "int8": lora_of(QUERY, 32, 32) | {f"{QUERY}.lora_up.weight": torch.ones(32, 2, dtype=torch.int8)},
+    "no up": named(QUERY, random(**{"lora_down.weight": (2, 32)})),
+    "no down": named(QUERY, random(**{"lora_up.weight": (32, 2)})),
+    "alpha alone": {f"{QUERY}.alpha": torch.tensor(1.0)},
+    "magnitude alone": {f"{QUERY}.dora_scale": torch.ones(32, 1)},
+    "middle alone": named(KERNEL, random(**{"lora_mid.weight": (2, 2, 3, 3)})),
+    "half a LoHa": named(QUERY, random(hada_w1_a=(32, 2), hada_w1_b=(2, 32))),
+    "LoHa without one": named(QUERY, random(hada_w1_a=(32, 2), hada_w1_b=(2, 32), hada_w2_a=(32, 2))),
+    "LoKr without w2": named(QUERY, random(lokr_w1=(4, 4))),
+    "LoKr without w1": named(QUERY, random(lokr_w2=(8, 8))),
+    "LoKr without w2_b": named(QUERY, random(lokr_w1=(4, 4), lokr_w2_a=(8, 2))),
+    "out": lora_of(QUERY, 33, 32),
+    "in": lora_of(QUERY, 32, 31),
+    "transposed": lora_of(KEY, 80, 32),
+    "ranks": lora_of(QUERY, 32, 32) | {f"{QUERY}.lora_up.weight": torch.randn(32, 3)},
+    "rank 0": lora_of(QUERY, 32, 32, rank=0),
+    "vectors": named(QUERY, random(**{"lora_down.weight": (32,), "lora_up.weight": (32,)})),
+    "numbers": named(QUERY, random(**{"lora_down.weight": (), "lora_up.weight": ()})),
+    "kernel": lora_of(KERNEL, 32, 16, 1, 1),
+    "three alphas": lora_of(QUERY, 32, 32) | {f"{QUERY}.alpha": torch.ones(3)},
+    "no alpha in alpha": lora_of(QUERY, 32, 32) | {f"{QUERY}.alpha": torch.ones(0)},
+    "middle": lora_of(KERNEL, 32, 16, 1, 1) | {f"{KERNEL}.lora_mid.weight": torch.randn(3, 3, 3, 3)},
+    "magnitude": lora_of(QUERY, 32, 32) | {f"{QUERY}.dora_scale": torch.ones(31, 1)},
+    "LoHa's halves": named(QUERY, random(hada_w1_a=(32, 2), hada_w1_b=(2, 32), hada_w2_a=(2, 2), hada_w2_b=(2, 32))),
+    "LoKr": named(QUERY, random(lokr_w1=(4, 4), lokr_w2=(8, 9))),
+    "LoKr's vector": named(QUERY, random(lokr_w1=(4,), lokr_w2=(8, 8))),
+    "LoKr of nothing": named(QUERY, random(lokr_w1=(0, 4), lokr_w2=(8, 8))),
+    "difference": named(QUERY, random(diff=(32, 33))),
+    "a number as difference": named(QUERY, random(diff=())),
+    "bias": named(f"{BLOCK}ff_net_2", random(diff_b=(31,))),
+    "LoRA and LoHa": lora_of(QUERY, 32, 32) | named(QUERY, random(hada_w1_a=(32, 2), hada_w1_b=(2, 32))),
+    "LoRA and difference": lora_of(QUERY, 32, 32) | named(QUERY, random(diff=(32, 32))),
+    "two magnitudes": lora_of(QUERY, 32, 32) | named(QUERY, random(dora_scale=(32, 1), lora_magnitude_vector=(32,))),
+    "two biases": lora_of(KERNEL, 32, 16, 3, 3) | named(KERNEL, random(**{"diff_b": (32,), "lora_B.bias": (32,)})),
+    "LoKr's w1 twice": named(QUERY, random(lokr_w1=(4, 4), lokr_w1_a=(4, 1), lokr_w1_b=(1, 4), lokr_w2=(8, 8))),
+    "LoKr's w2 twice": named(QUERY, random(lokr_w1=(4, 4), lokr_w2_a=(8, 1), lokr_w2_b=(1, 8), lokr_w2=(8, 8))),
+    "one middle of LoHa": named(KERNEL, random(hada_w1_a=(2, 32), hada_w1_b=(2, 16), hada_w2_a=(2, 32),
+                                               hada_w2_b=(2, 16), hada_t1=(2, 2, 3, 3))),
+    "LDM and diffusers": lora_of(QUERY, 32, 32)
+    | lora_of("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 32, 32),
+    "kohya and peft": kohya_lora() | peft_lora(),
+    "empty": {},
+    "no LoRA": {"weight": torch.ones(2)},
+    "long name": {f"unet.{'deep.' * 200}weight": torch.ones(1)},
+    "forged line": {"weight\nCRITICAL all is lost": torch.ones(2)},
+    "forged module": lora_of("lora_unet_\x1b[31m\u2028\nCRITICAL", 4, 4) | lora_of(QUERY, 32, 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", UNFIT.values(), ids=UNFIT)
+def test_tensors_that_make_no_change_of_the_model_are_refused(
+    engine: Pipeline, tmp_path: Path, tensors: Tensors
+) -> None:
+    refusal(engine, write(tmp_path / "a", tensors))
+
+
+# --- metadata
+
+
+REGEX: Final = "(a+)+$"
+HUGE: Final = {  # a product of so many numbers, from a file of 160 KB
+    "LoKr": named(QUERY, {"lokr_w1_a": torch.ones(20_000, 1), "lokr_w1_b": torch.ones(1, 20_000),
+                          "lokr_w2": torch.ones(1, 1)}),
+    "a middle": named(KERNEL, {"lora_mid.weight": torch.ones(20_000, 1, 1, 1),
+                               "lora_down.weight": torch.ones(1, 20_000), "lora_up.weight": torch.ones(32, 20_000)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", HUGE.values(), ids=HUGE)
+def test_a_small_file_that_means_a_huge_product_is_refused_before_it_is_made(
+    engine: Pipeline, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "einsum", None)
+    monkeypatch.setattr(Tensor, "__matmul__", None)
+
+    assert "20000" in refusal(engine, write(tmp_path / "a", tensors))
+
+
+def test_a_rank_far_above_the_weights_size_takes_no_gram_matrix_of_it(
+    engine: Pipeline, tmp_path: Path
+) -> None:
+    """Of 20,000 by 20,000 numbers it would be: 1.6 GB."""
+    tensors = named(
+        QUERY, random(**{"lora_down.weight": (20_000, 32), "lora_up.weight": (32, 20_000)})
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    read(engine, write(tmp_path / "a", tensors))
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+
+
+def test_a_kernel_of_other_sides_is_refused_though_its_numbers_are_as_many(
+    engine: Pipeline, tmp_path: Path
+) -> None:
+    """As channels-last tools write it: it would be scrambled."""
+    assert "3x16" in refusal(
+        engine, write(tmp_path / "a", {f"{KERNEL}.diff": torch.ones(32, 3, 3, 16)})
+    )
+
+
+def test_integers_that_land_nowhere_are_no_reason_where_a_part_may(
+    engine: Pipeline, tmp_path: Path
+) -> None:
+    strays = {
+        "text_model.embeddings.position_ids": torch.arange(77),
+        "global_step": torch.tensor(3),
+    }
+
+    found = read(engine, write(tmp_path / "a", kohya_lora() | strays))
+
+    assert set(found.unmatched) == set(strays)
+
+
+@pytest.mark.parametrize(("tensors", "words"), [
+    ({"lokr_w1": torch.full((1, 1), 1e30), "lokr_w2": torch.full((32, 32), 1e30)}, "not finite"),
+    ({"hada_w1_a": torch.tensor([[1.0, -1.0]]).repeat(32, 1), "hada_w1_b": torch.ones(2, 32),
+      "hada_w2_a": torch.ones(32, 1), "hada_w2_b": torch.ones(1, 32)}, "changes nothing"),
+])  # fmt: skip
+def test_a_product_that_is_not_finite_or_nothing_is_refused_at_the_merge(
+    engine: Pipeline, tmp_path: Path, tensors: Tensors, words: str
+) -> None:
+    """Its factors are sound; what they make is seen when it is made."""
+    lora = read(engine, write(tmp_path / "a", named(QUERY, tensors)))
+
+    applied = engine.patch.applied([WeightedLora(lora=lora, source=SOURCE)])
+    with pytest.raises(LoraMismatch, match=rf"^{SOURCE}: .*{words}"), applied:
+        pytest.fail("it was applied")
+
+
+HOSTILE: Final = {
+    "not JSON": "{",
+    "a list": "[1]",
+    "a number": "7",
+    "deep": "[" * 100_000,
+    "deep object": '{"a":' * 100_000,
+    "regex": json.dumps({"unet.alpha_pattern": {REGEX: 4}}),
+    "slow regex": json.dumps({"unet.alpha_pattern": {"(.*)*" * 20 + "x": 4}}),
+    "patterns in a list": json.dumps({"unet.alpha_pattern": ["to_q"]}),
+    "a pattern's alpha": json.dumps({"unet.alpha_pattern": {"to_q": "four"}}),
+    "alpha is a word": json.dumps({"unet.lora_alpha": "x" * 10_000}),
+    "alpha is a list": json.dumps({"unet.lora_alpha": [4]}),
+    "alpha is NaN": '{"unet.lora_alpha": NaN}',
+    "alpha is Inf": '{"unet.lora_alpha": 1e999}',
+    "alpha is beyond floats": '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+    "a pattern's alpha is NaN": '{"unet.alpha_pattern": {"attn1.to_q": NaN}}',
+    "a pattern's alpha is beyond floats": '{"unet.alpha_pattern": {"attn1.to_q": 1'
+    + "0" * 400
+    + "}}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_configuration_that_cannot_be_meant_is_refused_at_once(
+    engine: Pipeline, tmp_path: Path, text: str
+) -> None:
+    """Expressions of strangers are not run: one can take for ever."""
+    save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": text})
+    start = time.monotonic()
+
+    assert "lora_adapter_metadata" in refusal(engine, tmp_path / "a")
+
+    assert time.monotonic() - start < 5
+
+
+def test_modules_to_save_and_other_settings_do_nothing(engine: Pipeline, tmp_path: Path) -> None:
+    config = {
+        "unet.modules_to_save": ["conv_out", "__import__('os')"],
+        "unet.r": 99,
+        "unet.target_modules": REGEX,
+    }
+    save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": json.dumps(config)})
+    plain = read(engine, write(tmp_path / "b", peft_lora()))
+
+    lora = read(engine, tmp_path / "a")
+
+    require_equal(merged(engine, lora), snapshot(engine), changed(engine, plain))
+
+
+@pytest.mark.parametrize("name", ["." * 10**5, "unet." * 10**5, "lora_unet_" * 10**5, "a.lora_A.a" * 10**5,
+                                  "_oft_R" * 10**5 + ".oft_", "blocks_1_" * 10**5, ".lora" * 10**5])  # fmt: skip
+def test_a_long_name_costs_no_time(engine: Pipeline, tmp_path: Path, name: str) -> None:
+    start = time.monotonic()
+
+    refusal(
+        engine,
+        write(tmp_path / "a", {name: torch.ones(2), f"{name}.lora_down.weight": torch.ones(2)}),
+    )
+
+    assert time.monotonic() - start < 5
+
+
+# --- no safetensors
+
+
+def _pickle() -> bytes:
+    file = io.BytesIO()
+    torch.save(kohya_lora(), file)
+    return file.getvalue()
+
+
+GOOD: Final = save(kohya_lora())
+DAMAGED: Final = {
+    "no bytes": (b"", "0 bytes"),
+    "truncated": (GOOD[:-1], "damaged"),
+    "half": (GOOD[: len(GOOD) // 2], "damaged"),
+    "cut in the header": (GOOD[:40], "damaged"),
+    "longer": (GOOD + b"\0", "damaged"),
+    "web page": (b"<!DOCTYPE html><title>Log in</title>" * 10, "web page"),
+    "git-lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "git-lfs",
+    ),
+    "pickle": (_pickle(), "pickle"),
+    "99 MB of header": ((99 * 2**20).to_bytes(8, "little") + b"{" * 2**10, "header"),
+    "a header of no JSON": ((4).to_bytes(8, "little") + b"{{{{", "JSON"),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_file_that_is_no_sound_safetensors_says_what_it_is(
+    engine: Pipeline, tmp_path: Path, data: bytes, words: str
+) -> None:
+    (tmp_path / "a").write_bytes(data)
+
+    assert words in refusal(engine, tmp_path / "a", NotSafetensors)
+
+
+@pytest.mark.parametrize("odd", range(1, 8))
+def test_tensors_that_lie_at_odd_addresses_are_read(
+    engine: Pipeline, tmp_path: Path, odd: int
+) -> None:
+    """A header may have any length, and then no number of the file is aligned."""
+    length = int.from_bytes(GOOD[:8], "little")
+    header = GOOD[8 : 8 + length].rstrip()
+    header += b" " * ((odd - len(header)) % 8)
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + GOOD[8 + length :])
+    aligned = read(engine, write(tmp_path / "b", kohya_lora()))
+
+    lora = read(engine, tmp_path / "a")
+
+    require_equal(merged(engine, lora), snapshot(engine), changed(engine, aligned))

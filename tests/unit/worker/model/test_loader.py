@@ -1,0 +1,474 @@
+"""Every kind of `ZLORA_MODEL` loads and draws; everything else is one line that says what is wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from support.fakes import (
+    PARTS,
+    Tensors,
+    copy_model,
+    difference,
+    load_engine,
+    pixels,
+    upcast_vae,
+    weights,
+    write,
+)
+from support.single_file import write_single_file
+from support.tiny_folder import tiny_lora, tiny_model
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from zlora.errors import GenerationFailed, ModelUnavailable
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline, PipelineState
+from zlora_worker.settings import DEMO_MODEL
+
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tiny(model_home: Path) -> Path:
+    """The tiny model's folder in diffusers' layout."""
+    return tiny_model(model_home)
+
+
+@pytest.fixture(scope="module")
+def engine(model_home: Path) -> Pipeline:
+    """What the others must be equal to."""
+    return load_engine(model_home)
+
+
+@pytest.fixture(scope="module")
+def single_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as one checkpoint in the original layout."""
+    return write_single_file(tiny, tmp_path_factory.mktemp("single") / "tiny.safetensors")
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which the hub's client looks for what it downloaded before."""
+    folder = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def put_in_hub_cache(cache: Path, home: Path, name: str, *, variant: str = "") -> None:
+    """The tiny model as if downloaded as `name`, its files marked as those of a variant."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = copy_model(home, repository / "snapshots" / ("0" * 40))
+    if variant:
+        mark_as(variant, snapshot)
+
+
+def mark_as(variant: str, folder: Path) -> None:
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_suffix(f".{variant}.safetensors"))
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def assert_equal_weights(one: Pipeline, other: Pipeline) -> None:
+    for component in PARTS:
+        expected, found = weights(one, component), weights(other, component)
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+# --- what loads
+
+
+def test_a_folder_is_the_demo_model(model_home: Path) -> None:
+    """Pictures say its name, and not where it is on the worker's machine."""
+    demo = load_engine(model_home, ZLORA_MODEL="demo")
+    loaded = load_engine(model_home, ZLORA_MODEL=str(DEMO_MODEL))
+
+    assert (demo.name, loaded.name) == ("demo", DEMO_MODEL.name)
+    assert loaded.state is PipelineState.READY
+    assert_equal_weights(demo, loaded)
+    assert pixels(loaded) == pixels(demo)
+
+
+def test_a_single_file_has_every_tensor_of_its_folder_and_draws_the_same(
+    engine: Pipeline, model_home: Path, tiny: Path, single_file: Path
+) -> None:
+    loaded = load_engine(model_home, ZLORA_MODEL=str(single_file), ZLORA_MODEL_CONFIG=str(tiny))
+
+    assert_equal_weights(engine, loaded)
+    assert loaded.pipeline.default_sample_size == engine.pipeline.default_sample_size
+    assert [pixels(loaded, seed=seed) for seed in (1, 2)] == [
+        pixels(engine, seed=seed) for seed in (1, 2)
+    ]
+
+
+def test_a_model_s_files_may_change_under_the_worker(
+    model_home: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """Written over in place, which a copy to the same name does."""
+    folder = copy_model(model_home, tmp_path / "model")
+    single = write_single_file(tiny, tmp_path / "tiny.safetensors")
+    loaded = [
+        load_engine(model_home, ZLORA_MODEL=str(folder)),
+        load_engine(model_home, ZLORA_MODEL=str(single), ZLORA_MODEL_CONFIG=str(tiny)),
+    ]
+
+    for path in (*folder.glob("*/*.safetensors"), single):
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+
+    assert [engine._fingerprint.check().changed for engine in loaded] == [[] for _ in loaded]
+
+
+def test_a_hub_id_is_loaded_from_what_was_downloaded_before(
+    engine: Pipeline, model_home: Path, hub_cache: Path
+) -> None:
+    put_in_hub_cache(hub_cache, model_home, "owner/tiny")
+
+    loaded = load_engine(model_home, ZLORA_MODEL="owner/tiny")
+
+    assert loaded.name == "owner/tiny"
+    assert_equal_weights(engine, loaded)
+
+
+@upcast_vae
+@pytest.mark.parametrize("variant", ["fp16", ""], ids=["with fp16 files", "without"])
+def test_a_hub_id_in_half_precision_takes_fp16_files_where_there_are_any(
+    model_home: Path, hub_cache: Path, variant: str
+) -> None:
+    """The repository has one kind of file only, so that what loads shows which was asked for."""
+    put_in_hub_cache(hub_cache, model_home, "owner/tiny", variant=variant)
+
+    loaded = load_engine(model_home, ZLORA_MODEL="owner/tiny", ZLORA_DTYPE="float16")
+
+    assert loaded.pipeline.unet.dtype is torch.float16
+    assert len(set(pixels(loaded))) > 100
+
+
+@upcast_vae
+def test_a_folder_of_fp16_files_loads_in_half_precision(model_home: Path, tmp_path: Path) -> None:
+    folder = copy_model(model_home, tmp_path / "half")
+    mark_as("fp16", folder)
+
+    loaded = load_engine(model_home, ZLORA_MODEL=str(folder), ZLORA_DTYPE="float16")
+
+    assert loaded.pipeline.unet.dtype is torch.float16
+
+
+@upcast_vae
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_draws_nearly_the_same_and_gives_the_model_back(
+    engine: Pipeline, model_home: Path, dtype: str
+) -> None:
+    half = load_engine(model_home, ZLORA_DTYPE=dtype)
+
+    with half.borrowed():
+        first = pixels(half)
+
+    assert half.state is PipelineState.READY
+    assert pixels(half) == first
+    assert {getattr(half.pipeline, component).dtype for component in PARTS} == {
+        getattr(torch, dtype)
+    }
+    assert difference(first, pixels(engine)) <= 32
+
+
+# --- the VAE
+
+
+@pytest.fixture
+def overflowing(model_home: Path, tmp_path: Path) -> Path:
+    """A model whose VAE has activations beyond fp16's 65504, and whose configuration forgot `force_upcast`.
+
+    The norm that follows brings them back, so that in fp32 it draws as well as any.
+    """
+    folder = copy_model(model_home, tmp_path / "overflowing")
+    tensors: Tensors = load_file(folder / VAE_FILE)
+    tensors["decoder.mid_block.resnets.0.conv2.weight"] *= 3e5  # to 25,000: a weight itself fits
+    write(folder / VAE_FILE, tensors)
+    edit(folder / "vae" / "config.json", force_upcast=False)
+    return folder
+
+
+@upcast_vae
+def test_a_vae_that_overflows_in_fp16_still_draws(model_home: Path, overflowing: Path) -> None:
+    """Without the upcast it draws NaN: shown by naming the same VAE, whose configuration then counts."""
+    in_full = load_engine(model_home, ZLORA_MODEL=str(overflowing))
+    in_half = load_engine(model_home, ZLORA_MODEL=str(overflowing), ZLORA_DTYPE="float16")
+    not_upcast = load_engine(
+        model_home,
+        ZLORA_MODEL=str(overflowing),
+        ZLORA_DTYPE="float16",
+        ZLORA_VAE=str(overflowing / "vae"),
+    )
+
+    with pytest.raises(GenerationFailed):
+        pixels(not_upcast)
+
+    assert in_half.pipeline.vae.config.force_upcast
+    assert not not_upcast.pipeline.vae.config.force_upcast
+    assert len(set(pixels(in_half))) > 100
+    assert difference(pixels(in_half), pixels(in_full)) <= 8
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_another_vae_is_used_with_its_own_configuration(
+    engine: Pipeline, model_home: Path, tiny: Path, tmp_path: Path, *, force_upcast: bool
+) -> None:
+    folder = tmp_path / "vae"
+    shutil.copytree(tiny / "vae", folder)
+    edit(folder / "config.json", force_upcast=force_upcast)
+    tensors: Tensors = load_file(tiny / VAE_FILE)
+    tensors["decoder.conv_out.bias"] += 0.25
+    write(folder / "diffusion_pytorch_model.safetensors", tensors)
+
+    loaded = load_engine(model_home, ZLORA_VAE=str(folder))
+
+    assert loaded.pipeline.vae.config.force_upcast is force_upcast
+    assert torch.equal(
+        weights(loaded, "vae")["decoder.conv_out.bias"], tensors["decoder.conv_out.bias"]
+    )
+    assert pixels(loaded) != pixels(engine)
+
+
+# --- the packaged configuration of real SDXL
+
+
+def test_the_packaged_configuration_is_sdxl_at_its_true_size() -> None:
+    """Built without memory for its weights; the counts are those of the published model, in millions."""
+    folder = loader.SDXL_CONFIG
+    with torch.device("meta"):
+        models = [
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+            CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+            CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+        ]
+
+    millions = [sum(weight.numel() for weight in model.parameters()) / 1e6 for model in models]
+
+    assert [round(count, 1) for count in millions] == [2567.5, 123.1, 694.7, 83.7]
+
+
+@pytest.mark.parametrize(("name", "padding"), [("tokenizer", 49407), ("tokenizer_2", 0)])
+def test_the_packaged_tokenizers_are_clips(name: str, padding: int) -> None:
+    """Both read the same words; SDXL's second pads with `!`, the first token."""
+    tokenizer = loader._tokenizer(loader.SDXL_CONFIG, name)
+
+    tokens = tokenizer("a photo of a cat", padding="max_length").input_ids
+
+    assert tokens[:7] == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokens[7:] == [padding] * 70
+
+
+# --- what is refused
+
+
+def refusal(home: Path, **variables: str) -> str:
+    """The one line of a refused model."""
+    with pytest.raises(ModelUnavailable) as raised:
+        load_engine(home, **variables)
+    message = str(raised.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("/nonexistent/model", "no such file or folder"),
+        ("models/tiny.safetensors", "no such file or folder"),
+        ("models/tiny.ckpt", "no such file or folder"),
+        ("no-such-model", "no such file or folder"),
+        ("owner/tiny", "cannot be loaded"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_named(
+    model_home: Path, hub_cache: Path, model: str, reason: str
+) -> None:
+    """A path that looks like a hub id is not asked of the hub when it names a file."""
+    message = refusal(model_home, ZLORA_MODEL=model)
+
+    assert message.startswith(model)
+    assert reason in message
+    assert not hub_cache.exists()
+
+
+def lora_file(home: Path, _single_file: Path, target: Path) -> None:
+    shutil.copy(tiny_lora(home, "anime-style"), target)
+
+
+def sd15_file(_home: Path, single_file: Path, target: Path) -> None:
+    first = "conditioner.embedders.0."
+    tensors: Tensors = load_file(single_file)
+    renamed = {
+        key.replace(first, "cond_stage_model."): tensor
+        for key, tensor in tensors.items()
+        if "label_emb" not in key
+    }
+    write(
+        target,
+        {key: tensor for key, tensor in renamed.items() if not key.startswith("conditioner.")},
+    )
+
+
+def v_prediction_file(_home: Path, single_file: Path, target: Path) -> None:
+    write(target, load_file(single_file) | {"v_pred": torch.zeros(0)})
+
+
+def without(*names: str) -> Callable[[Path, Path, Path], None]:
+    def make(_home: Path, single_file: Path, target: Path) -> None:
+        tensors: Tensors = load_file(single_file)
+        write(target, {key: tensor for key, tensor in tensors.items() if not key.endswith(names)})
+
+    return make
+
+
+def truncated_file(_home: Path, single_file: Path, target: Path) -> None:
+    target.write_bytes(single_file.read_bytes()[:-1000])
+
+
+def web_page(_home: Path, _single_file: Path, target: Path) -> None:
+    target.write_text("<!DOCTYPE html><title>Log in</title>" * 10)
+
+
+def pointer(_home: Path, _single_file: Path, target: Path) -> None:
+    target.write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 6938040682\n"
+    )
+
+
+def empty_file(_home: Path, _single_file: Path, target: Path) -> None:
+    target.touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lora_file, "is a LoRA, not a checkpoint"),
+        (sd15_file, "not an SDXL checkpoint: it lacks unet, text_encoder, text_encoder_2"),
+        (v_prediction_file, "predicts v"),
+        (truncated_file, "damaged"),
+        (web_page, "web page"),
+        (pointer, "git-lfs"),
+        (empty_file, "0 bytes"),
+        (without("out.2.bias"), "cannot be loaded"),
+        (
+            without("transformer.text_model.final_layer_norm.bias"),
+            "lacks 1 weights of text_encoder, such as",
+        ),
+        (without("resblocks.1.ln_1.bias"), "lacks 1 weights of text_encoder_2, such as"),
+        (without("decoder.norm_out.bias"), "cannot be loaded"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_file_that_is_no_whole_sdxl_checkpoint_is_refused(
+    model_home: Path,
+    tiny: Path,
+    single_file: Path,
+    tmp_path: Path,
+    *,
+    make: Callable[[Path, Path, Path], None],
+    reason: str,
+) -> None:
+    target = tmp_path / "a.safetensors"
+    make(model_home, single_file, target)
+
+    message = refusal(model_home, ZLORA_MODEL=str(target), ZLORA_MODEL_CONFIG=str(tiny))
+
+    assert message.startswith(str(target))
+    assert reason in message
+
+
+def test_a_checkpoint_that_can_run_code_is_not_opened(
+    model_home: Path, single_file: Path, tmp_path: Path
+) -> None:
+    """Even one with sound content: the name alone tells that a pickle was expected."""
+    target = tmp_path / "model.ckpt"
+    shutil.copy(single_file, target)
+
+    assert "only .safetensors is read" in refusal(model_home, ZLORA_MODEL=str(target))
+
+
+@pytest.mark.parametrize("lacking", ["tokenizer", "unet", "scheduler", "everything"])
+def test_a_configuration_that_lacks_a_part_is_refused(
+    model_home: Path, single_file: Path, tmp_path: Path, lacking: str
+) -> None:
+    config = copy_model(model_home, tmp_path / "config")
+    shutil.rmtree(config if lacking == "everything" else config / lacking)
+
+    message = refusal(model_home, ZLORA_MODEL=str(single_file), ZLORA_MODEL_CONFIG=str(config))
+
+    assert str(config) in message
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(model_home: Path, tmp_path: Path) -> None:
+    assert "has no model_index.json" in refusal(model_home, ZLORA_MODEL=str(tmp_path))
+
+
+def test_a_folder_of_another_pipeline_is_refused(model_home: Path, tmp_path: Path) -> None:
+    """Stable Diffusion 1.5 as diffusers saves it: one text encoder, one tokenizer."""
+    folder = copy_model(model_home, tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["text_encoder_2"], index["tokenizer_2"]
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "StableDiffusionPipeline"})
+    )
+
+    message = refusal(model_home, ZLORA_MODEL=str(folder))
+
+    assert str(folder) in message
+
+
+@pytest.mark.parametrize(
+    ("component", "damage"),
+    [
+        *((component, "lacks a weight") for component in PARTS),
+        ("unet", "is cut off"),
+        ("text_encoder_2", "is cut off"),
+        ("vae", "is missing"),
+    ],
+)
+def test_a_folder_with_a_damaged_component_is_refused(
+    model_home: Path, tmp_path: Path, component: str, damage: str
+) -> None:
+    """Above all one that lacks a weight: the libraries fill it with random numbers, other ones at each start."""
+    folder = copy_model(model_home, tmp_path / "m")
+    (file,) = (folder / component).glob("*.safetensors")
+    if damage == "is cut off":
+        file.write_bytes(file.read_bytes()[:-50])
+    elif damage == "lacks a weight":
+        tensors: Tensors = load_file(file)
+        del tensors[max(name for name in tensors if "layers.1" in name or "mid_block" in name)]
+        write(file, tensors)
+    else:
+        file.unlink()
+
+    message = refusal(model_home, ZLORA_MODEL=str(folder))
+
+    assert str(folder) in message
+
+
+def test_a_folder_without_vocabulary_is_refused(model_home: Path, tmp_path: Path) -> None:
+    """transformers would make a tokenizer of three tokens, and every prompt would mean the same."""
+    folder = copy_model(model_home, tmp_path / "m")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+    assert "vocabulary" in refusal(model_home, ZLORA_MODEL=str(folder))
+
+
+def test_a_vae_that_is_nowhere_is_named(model_home: Path) -> None:
+    assert "/nonexistent/vae" in refusal(model_home, ZLORA_VAE="/nonexistent/vae")
+
+
+@pytest.mark.parametrize("device", ["abacus", "cpu:first", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_named(model_home: Path, device: str) -> None:
+    assert device in refusal(model_home, ZLORA_DEVICE=device)

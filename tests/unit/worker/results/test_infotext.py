@@ -1,0 +1,233 @@
+"""Infotext, read back by a parser of its published grammar, for whatever a request may say."""
+
+import json
+import re
+from typing import Any, Final, get_args
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.fakes import a_recipe, a_request
+from zlora.schema import Asset, GenerateRequest, LoraSpec, Scheduler, parse_request
+from zlora_worker.model import pipeline
+from zlora_worker.results.infotext import infotext
+
+NEGATIVE: Final = "Negative prompt: "
+UNFIT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+LONG: Final = 10_000  # characters, the most that a prompt has
+# Characters that end a line, a value or a tag somewhere, or are none, or are two in UTF-16.
+ODD: Final = st.text(
+    st.sampled_from("\0\t\n\r\x0b\x1c\x7f\x85\u2028\u2029\ufeff\ufffe\uffff\U0001f600:,\"\\<>'é ")
+)
+TEXTS: Final = st.text(max_size=30) | ODD
+WEIGHTS: Final = st.floats(min_value=-4, max_value=4)
+SPECS: Final = st.fixed_dictionaries(
+    {"file": st.fixed_dictionaries({"url": st.text(min_size=1, max_size=30) | ODD.filter(bool)})},
+    optional={
+        "weight": WEIGHTS,
+        "unet_weight": WEIGHTS,
+        "text_encoder_weight": WEIGHTS,
+        "adapter_name": TEXTS,
+    },
+)
+REQUESTS: Final = st.fixed_dictionaries(
+    {"prompt": TEXTS},
+    optional={
+        "negative_prompt": TEXTS,
+        "loras": st.lists(SPECS, max_size=8),
+        "guidance_scale": st.floats(min_value=0, max_value=50),
+        "num_inference_steps": st.integers(1, 200),
+        "output_format": st.sampled_from(["png", "jpeg", "webp"]),
+    },
+)
+
+
+def spec(url: str = "https://a.invalid/b.safetensors", **fields: Any) -> LoraSpec:
+    return LoraSpec(file=Asset(url=url), **fields)
+
+
+def written(request: GenerateRequest, **fields: Any) -> str:
+    return infotext(
+        a_recipe(request, **fields), [digest(number) for number, _ in enumerate(request.loras)]
+    )
+
+
+def digest(number: int) -> str:
+    """Told by its first 12 digits, and not by fewer."""
+    return f"{number:012x}".ljust(64, "f")
+
+
+# --- the form
+
+
+def test_an_example() -> None:
+    request = a_request(
+        prompt="a city,\nat night",
+        negative_prompt="blurry",
+        loras=(
+            spec(weight=0.8),
+            spec(adapter_name="neon: lights, v2", unet_weight=0.5, text_encoder_weight=0.0),
+        ),
+    )
+
+    assert written(
+        request, scheduler="DPMSolverMultistepScheduler karras", model_sha256="a" * 64, model="x, y"
+    ) == (
+        "a city, at night <lora:b:0.8> <lora:neon lights v2:0:0.5>\n"
+        "Negative prompt: blurry\n"
+        "Steps: 1, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x72, "
+        'Model hash: aaaaaaaaaa, Model: "x, y", RNG: CPU, '
+        'Lora hashes: "b: 000000000000, neon lights v2: 000000000001", Version: z-image-lora 1.2'
+    )
+
+
+@given(document=REQUESTS, model=TEXTS)
+@example(
+    document={"prompt": "Negative prompt: a", "negative_prompt": "Steps: 1, Sampler: b"},
+    model='"quoted"',
+)
+@example(document={"prompt": "Steps: 1, Sampler: b, Seed: 2, CFG scale: 3"}, model="a: b")
+@example(
+    document={"prompt": "", "loras": [{"file": {"url": "a"}, "adapter_name": "\0"}] * 8}, model=".."
+)
+def test_whatever_is_asked_for_is_read_back(document: dict[str, Any], model: str) -> None:
+    """One line each, however lines are split; prompts but for spaces, numbers to their last digit, a hash for a tag."""
+    request = parse_request(document)
+
+    text = written(request, model=model)
+    lines = text.split("\n")
+    settings = pairs(lines.pop())
+    negative = (
+        lines.pop().removeprefix(NEGATIVE) if lines and lines[-1].startswith(NEGATIVE) else ""
+    )
+    prompt = lines.pop() if lines else ""
+
+    assert lines == []
+    assert not any(re.search("Negative prompt:|^Steps:", line) for line in (prompt, negative))
+    assert text.splitlines() == text.split("\n")
+    assert UNFIT.sub("", text) == text.replace("\n", "")
+    assert letters(negative) == letters(request.negative_prompt)
+    assert (int(settings["Steps"]), float(settings["CFG scale"])) == (
+        request.num_inference_steps,
+        request.guidance_scale,
+    )
+    assert (settings["Sampler"], settings["Seed"], settings["Size"]) == ("Euler", "7", "64x72")
+    assert (settings["Model hash"], settings["Version"]) == ("b" * 10, "z-image-lora 1.2")
+    assert settings["RNG"] == "CPU"
+    names, weights = tags(prompt, len(request.loras))
+    assert weights == [both(lora) for lora in request.loras]
+    assert hashes(settings) == [(name, digest(number)[:12]) for number, name in enumerate(names)]
+    assert letters(prompt).startswith(letters(request.prompt))
+
+
+def test_loras_of_one_name_are_told_apart() -> None:
+    """A name that another has of its own is not given either; each tag has its own hash."""
+    loras = (
+        spec(),
+        spec("hf://o/r/b.safetensors"),
+        spec(adapter_name="b_2"),
+        spec("file:///b_2"),
+        spec(adapter_name="b"),
+    )
+
+    prompt, last = written(a_request(loras=loras)).split("\n")
+
+    names, _ = tags(prompt, 5)
+    assert names == ["b", "b_2", "b_2_2", "b_2_3", "b_3"]
+    assert hashes(pairs(last)) == [(name, digest(number)[:12]) for number, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://a.invalid/", "file:///", "sha256:" + "0" * 64, "x" * 4096, "?", "civitai://7"],
+)
+def test_any_address_has_a_name(address: str) -> None:
+    """Of a bounded length."""
+    prompt, last = written(a_request(loras=(spec(address),))).split("\n")
+
+    names, _ = tags(prompt, 1)
+    assert hashes(pairs(last)) == [(names[0], digest(0)[:12])]
+    assert 0 < len(names[0]) <= 200
+
+
+@pytest.mark.parametrize("scheduler", get_args(Scheduler))
+def test_every_scheduler_has_the_name_that_the_web_ui_has_for_it(scheduler: str) -> None:
+    kind, options = pipeline._SCHEDULERS[scheduler]
+    name = kind + " karras" * options.get("use_karras_sigmas", False)
+
+    settings = pairs(written(a_request(), scheduler=name).split("\n")[-1])
+
+    assert settings["Sampler"] in ("DDIM", "DPM++ 2M", "Euler", "Euler a", "Heun", "LCM", "UniPC")
+    assert settings.get("Schedule type") == ("Karras" if scheduler.endswith("karras") else None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"), [(LONG, LONG), (LONG, 10), (10, LONG), (LONG, 0), (0, LONG)]
+)
+@pytest.mark.parametrize("character", ["a", "\u00e9", "\u6f22", "\U0001f600"])
+def test_long_prompts_are_cut_for_a_jpeg_only_and_only_where_they_must_be(
+    character: str, prompt: int, negative: int
+) -> None:
+    """Whole characters up to an ellipsis, and all else as it is; as much as there is room for."""
+    loras = tuple(spec(adapter_name="\U0001f600" * 199 + str(number)) for number in range(8))
+    fields = {"prompt": character * prompt, "negative_prompt": character * negative, "loras": loras}
+
+    whole, jpeg = (written(a_request(output_format=form, **fields)) for form in ("webp", "jpeg"))
+
+    size = len(jpeg.encode("utf-16-be"))
+    assert size <= 64_100
+    if len(whole.encode("utf-16-be")) <= 64_000:
+        assert jpeg == whole
+        return
+    assert size >= 63_900
+    for line, full in zip(jpeg.split("\n"), whole.split("\n"), strict=True):
+        begin, _, end = line.partition("…")
+        assert full.startswith(begin)
+        assert full.endswith(end)
+
+
+# --- how it is read
+
+
+def pairs(line: str) -> dict[str, str]:
+    """A key, a colon, and a JSON string or text up to the comma; then the next one."""
+    found: dict[str, str] = {}
+    while line:
+        key, colon, line = line.partition(": ")
+        assert colon
+        assert key not in found
+        end = len(line.split(",")[0])
+        if line.startswith('"'):
+            found[key], end = json.JSONDecoder().raw_decode(line)
+        else:
+            found[key] = line[:end]
+        assert line[end : end + 2] in (", ", "")
+        line = line[end + 2 :]
+    return found
+
+
+def hashes(settings: dict[str, str]) -> list[tuple[str, str]]:
+    """Names and hashes; each name is there once, since tools look them up by it."""
+    entries = [entry.split(": ") for entry in settings.get("Lora hashes", "").split(", ") if entry]
+    assert len({name for name, _ in entries}) == len(entries)
+    return [(name, found) for name, found in entries]
+
+
+def tags(prompt: str, number: int) -> tuple[list[str], list[tuple[float, float]]]:
+    """Names and weights (UNet's and text encoders') of the last so many tags."""
+    found = re.findall(r"<lora:([^:<>,]+):([^:<>]+)(?::([^:<>]+))?>", prompt)
+    last = found[len(found) - number :]
+    return [name for name, *_ in last], [
+        (float(unet or text), float(text)) for _, text, unet in last
+    ]
+
+
+def both(lora: LoraSpec) -> tuple[float, float]:
+    """The weights that a spec means, as `tags` has them."""
+    unet, text = lora.unet_weight, lora.text_encoder_weight
+    return lora.weight if unet is None else unet, lora.weight if text is None else text
+
+
+def letters(text: str) -> str:
+    """What a text says: neither spaces nor what is no character."""
+    return "".join(UNFIT.sub("", text).split())

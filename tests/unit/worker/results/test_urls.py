@@ -1,0 +1,280 @@
+"""What a stored result becomes for whoever asked for it: links as the operator and the request have them."""
+
+import base64
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fakes import MemoryStore, a_request
+from zlora.errors import InvalidRequest, InvalidSetting, StoreFailed
+from zlora.schema import GenerateResult, ImageRef
+from zlora_worker.results.store import FolderStore, Store, open_store
+from zlora_worker.results.urls import ImageUrls
+from zlora_worker.settings import Settings
+
+KEYS = ("runs/job/outputs/0.png", "runs/job/outputs/1.png")
+S3 = {"ZLORA_STORE": "s3://bucket/team a", "ZLORA_S3_ENDPOINT": "http://10.0.0.5:8333"}
+CDN = {"ZLORA_PUBLIC_URL": "https://cdn.example.com/pictures"}
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+        monkeypatch.setenv(f"AWS_{name}", "us-east-1" if name == "DEFAULT_REGION" else "key")
+
+
+def links(variables: dict[str, str], store: Store | None = None) -> ImageUrls:
+    told = Settings.from_env(variables)
+    return ImageUrls(store or open_store(told), told)
+
+
+def result(**fields: Any) -> GenerateResult:
+    images = [
+        ImageRef(
+            key=key,
+            width=64,
+            height=64,
+            content_type="image/png",
+            size=3,
+            sha256="0" * 64,
+            seed=index,
+        )
+        for index, key in enumerate(KEYS)
+    ]
+    return GenerateResult(
+        job_id="job", images=tuple(images), loras=(), seed=0, timings={}, base_intact=True, model="m", versions={},
+        request=a_request(**fields),
+    )  # fmt: skip
+
+
+def urls(made: ImageUrls, **fields: Any) -> list[str | None]:
+    made.require(a_request(**fields))
+    return [image.url for image in made.shown(result(**fields)).images]
+
+
+# --- policies
+
+
+def test_a_folder_s_pictures_are_files(tmp_path: Path) -> None:
+    made = links({}, FolderStore(tmp_path))
+
+    assert (
+        urls(made) == urls(made, url_policy="file") == [(tmp_path / key).as_uri() for key in KEYS]
+    )
+
+
+def test_s3_s_pictures_are_signed_for_and_say_until_when() -> None:
+    made = links(S3 | {"ZLORA_URL_SECONDS": "600"})
+
+    before = time.time()
+    first, second = made.shown(result()).images
+    after = time.time()
+
+    for image in (first, second):
+        assert image.url is not None
+        assert image.url.startswith(f"http://10.0.0.5:8333/bucket/team%20a/{image.key}?")
+        assert "X-Amz-Expires=600" in image.url
+        assert image.url_expires_at is not None
+        assert before + 600 <= image.url_expires_at <= after + 600
+
+
+def test_signed_urls_are_for_the_public_endpoint() -> None:
+    (url, _) = urls(links(S3 | {"ZLORA_S3_PUBLIC_ENDPOINT": "https://s3.example.com"}))
+
+    assert url is not None
+    assert url.startswith("https://s3.example.com/bucket/team%20a/runs/job/outputs/0.png?")
+    assert "10.0.0.5" not in url
+
+
+def test_a_bucket_may_stand_in_the_host() -> None:
+    (url, _) = urls(
+        links(
+            S3 | {"ZLORA_S3_ENDPOINT": "https://s3.example.com", "ZLORA_S3_ADDRESSING": "virtual"}
+        )
+    )
+
+    assert url is not None
+    assert url.startswith("https://bucket.s3.example.com/team%20a/runs/")
+
+
+@pytest.mark.parametrize("store", [S3, {}], ids=["s3", "folder"])
+def test_a_public_base_is_the_default_where_it_is_set(
+    store: dict[str, str], tmp_path: Path
+) -> None:
+    """In front of prefix and key, quoted; it needs no signature and has no end."""
+    made = links(store | CDN, None if store else FolderStore(tmp_path))
+
+    prefix = "team%20a/" if store else ""
+    assert urls(made) == [f"https://cdn.example.com/pictures/{prefix}{key}" for key in KEYS]
+    assert made.shown(result()).images[0].url_expires_at is None
+
+
+def test_a_key_alone_may_be_asked_for_anywhere(tmp_path: Path) -> None:
+    for made in (links({}, FolderStore(tmp_path)), links(S3), links(S3 | CDN)):
+        assert urls(made, url_policy="key") == [None, None]
+
+
+def test_a_request_chooses_among_what_the_operator_lists_and_the_first_is_the_default() -> None:
+    made = links(S3 | CDN | {"ZLORA_URLS": "public, presigned"})
+
+    assert urls(made) == urls(made, url_policy="public")
+    (url, _) = urls(made, url_policy="presigned")
+    assert url is not None
+    assert "X-Amz-Signature" in url
+
+
+def test_keys_only_is_a_policy_of_an_operator_too() -> None:
+    assert urls(links(S3 | {"ZLORA_URLS": "key"})) == [None, None]
+
+
+@pytest.mark.parametrize("policy", ["presigned", "file", "public"])
+def test_what_the_operator_does_not_list_is_refused_by_name(policy: str) -> None:
+    made = links(S3 | {"ZLORA_URLS": "key"})
+
+    with pytest.raises(InvalidRequest, match=r"\$\.url_policy: Expected one of key; the value is"):
+        made.require(a_request(url_policy=policy))
+
+
+def test_an_old_request_is_given_what_the_operator_gives_today() -> None:
+    """A result that is asked for again goes by the settings of now: those of its day may have been wrong."""
+    old: dict[str, Any] = {"url_policy": "presigned", "url_expires_in": 604_800}
+
+    assert [
+        image.url for image in links(S3 | {"ZLORA_URLS": "key"}).shown(result(**old)).images
+    ] == [None, None]
+    (image, _) = links(S3 | {"ZLORA_URL_SECONDS": "60"}).shown(result(**old)).images
+    assert image.url is not None
+    assert "X-Amz-Expires=60&" in image.url
+    (image, _) = links(S3 | CDN).shown(result(**old)).images
+    assert image.url == f"https://cdn.example.com/pictures/team%20a/{KEYS[0]}"
+
+
+def test_an_old_request_of_another_store_is_given_this_one_s_urls(tmp_path: Path) -> None:
+    made = links({}, FolderStore(tmp_path))
+
+    for policy in ("presigned", "public"):
+        (image, _) = made.shown(result(url_policy=policy)).images
+        assert (image.url, image.url_expires_at) == ((tmp_path / KEYS[0]).as_uri(), None)
+
+
+# --- how long
+
+
+def test_a_request_may_ask_for_less_time_and_not_for_more() -> None:
+    made = links(S3 | {"ZLORA_URL_SECONDS": "600"})
+
+    (url, _) = urls(made, url_expires_in=60)
+    assert url is not None
+    assert "X-Amz-Expires=60&" in url
+    with pytest.raises(InvalidRequest, match=r"\$\.url_expires_in: Expected up to 600"):
+        made.require(a_request(url_expires_in=601))
+
+
+def test_an_end_is_refused_where_nothing_is_signed(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no URL is signed"):
+        links({}, FolderStore(tmp_path)).require(a_request(url_expires_in=60))
+
+
+def test_a_result_that_is_asked_for_again_has_fresh_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored has none, so a year later the same manifest gives URLs that hold."""
+    made, stored = links(S3), result()
+    now = time.time()
+
+    first = made.shown(stored).images[0].url_expires_at
+    monkeypatch.setattr(time, "time", lambda: now + 31_536_000)
+    later = made.shown(stored).images[0].url_expires_at
+
+    assert first is not None
+    assert later is not None
+    assert later - first > 31_000_000
+
+
+# --- inline
+
+
+def filled(size: int = 3) -> MemoryStore:
+    store = MemoryStore()
+    for key in KEYS:
+        store.put_new(key, b"x" * size, "image/png")
+    return store
+
+
+def test_small_pictures_come_inline_where_the_request_says_so() -> None:
+    made = links({"ZLORA_INLINE_BYTES": "6"}, filled())
+
+    for image in made.shown(result(inline=True)).images:
+        assert image.data_uri == f"data:image/png;base64,{base64.b64encode(b'xxx').decode()}"
+        assert image.url == f"memory:///{image.key}"
+
+
+@pytest.mark.parametrize(
+    ("room", "fields"), [("5", {"inline": True}), ("0", {"inline": True}), ("6", {})]
+)
+def test_larger_ones_and_those_of_other_requests_do_not(room: str, fields: dict[str, bool]) -> None:
+    """The bound is for all pictures of a job together: they travel in one answer."""
+    made = links({"ZLORA_INLINE_BYTES": room}, filled())
+
+    assert [image.data_uri for image in made.shown(result(**fields)).images] == [None, None]
+
+
+def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a job that is done would not end."""
+    gone, away = MemoryStore(), filled()
+
+    def fail(_key: str) -> bytes:
+        raise StoreFailed("the store is away")
+
+    monkeypatch.setattr(away, "get", fail)
+
+    for store in (gone, away):
+        shown = links({}, store).shown(result(inline=True))
+        assert [(image.data_uri, image.url) for image in shown.images] == [
+            (None, f"memory:///{key}") for key in KEYS
+        ]
+
+
+# --- the operator's mistakes
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"ZLORA_URLS": "presigned"}, "ZLORA_URLS=presigned"),
+        (S3 | {"ZLORA_URLS": "key, file"}, "ZLORA_URLS=file"),
+        ({"ZLORA_URLS": "public"}, "ZLORA_PUBLIC_URL is not set"),
+        ({"ZLORA_URLS": "secret"}, "ZLORA_URLS='secret'"),
+        ({"ZLORA_URL_SECONDS": "604801"}, "seven days"),
+        ({"ZLORA_PUBLIC_URL": "cdn.example.com"}, "ZLORA_PUBLIC_URL"),
+        (
+            {"ZLORA_PUBLIC_URL": "https://cdn.example.com/x?y=1"},
+            "ZLORA_PUBLIC_URL.*no user, query or fragment",
+        ),
+        (
+            {"ZLORA_PUBLIC_URL": "https://u:p@cdn.example.com"},
+            "ZLORA_PUBLIC_URL.*no user, query or fragment",
+        ),
+        (S3 | {"ZLORA_S3_PUT": "STANDARD_IA"}, "ZLORA_S3_PUT=.*JSON object"),
+        (S3 | {"ZLORA_S3_PUT": '{"Body": "x"}'}, "ZLORA_S3_PUT: Body: "),
+        (S3 | {"ZLORA_S3_PUT": '{"StorageClas": "x"}'}, "ZLORA_S3_PUT: .*StorageClas"),
+        (S3 | {"ZLORA_S3_PUT": '{"Tagging": 1}'}, "ZLORA_S3_PUT: .*Tagging"),
+        (S3 | {"ZLORA_S3_ADDRESSING": "host"}, "ZLORA_S3_ADDRESSING"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_the_start(
+    variables: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidSetting, match=named):
+        links({"ZLORA_HOME": str(tmp_path)} | variables)
+
+
+def test_put_arguments_may_be_secret_and_are_not_shown() -> None:
+    """Neither where settings are told, nor where one of them is refused."""
+    told = Settings.from_env(S3 | {"ZLORA_S3_PUT": '{"Metadata": {"a": ["s3cret"]}}'})
+
+    assert "s3cret" not in repr(told)
+    with pytest.raises(InvalidSetting, match="ZLORA_S3_PUT: Metadata: not of the type") as raised:
+        links(S3 | {"ZLORA_S3_PUT": '{"Metadata": {"a": ["s3cret"]}}'})
+    assert "s3cret" not in repr(raised.value)

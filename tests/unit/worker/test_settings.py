@@ -1,0 +1,458 @@
+"""The worker's settings: each variable is read, what makes no sense is refused by name, and no secret is shown."""
+
+import re
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zlora import config
+from zlora.broker.celery_app import VISIBILITY
+from zlora.errors import InvalidSetting
+from zlora.lora.addresses import HUGGING_FACE
+from zlora_worker.settings import Settings
+
+README = Path(__file__).parents[3] / "README.md"
+READ: list["Field[Any]"] = [item for item in fields(Settings) if item.metadata]
+
+# A value other than the default for each field that is read from a variable, and what the field then is.
+VALUES: dict[str, tuple[str, object]] = {
+    "queue": ("other", "other"),
+    "model": ("demo", "demo"),
+    "model_config": ("/models/config", "/models/config"),
+    "vae": ("owner/vae", "owner/vae"),
+    "device": ("cuda:1", "cuda:1"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "load_timeout": ("60", 60),
+    "job_timeout": ("3600", 3600),
+    "hard_grace": ("10", 10),
+    "shutdown_timeout": ("20", 20),
+    "visibility": ("60", 60),
+    "sweep": ("2", 2),
+    "probes": ("/run/zlora", "/run/zlora"),
+    "metrics": ("127.0.0.1:9808", ("127.0.0.1", 9808)),
+    "log": ("json", "json"),
+    "prompts": ("hashed", "hashed"),
+    "store": ("s3://bucket/prefix", "s3://bucket/prefix"),
+    "s3_endpoint": ("http://localhost:9000", "http://localhost:9000"),
+    "s3_public_endpoint": ("https://s3.example.com", "https://s3.example.com"),
+    "s3_addressing": ("virtual", "virtual"),
+    "s3_put": ('{"StorageClass": "STANDARD_IA"}', {"StorageClass": "STANDARD_IA"}),
+    "urls": ("presigned, key", ("presigned", "key")),
+    "public_url": ("https://cdn.example.com/pictures/", "https://cdn.example.com/pictures"),
+    "url_seconds": ("600", 600),
+    "inline_bytes": ("0", 0),
+    "lora_cache": ("/cache", "/cache"),
+    "lora_cache_bytes": ("1000", 1000),
+    "lora_max_bytes": ("100", 100),
+    "lora_memory_bytes": ("10", 10),
+    "lora_deadline": ("5", 5),
+    "lora_free_bytes": ("0", 0),
+    "lora_min_rate": ("1", 1),
+    "look_ahead": ("0", 0),
+    "patch": ("inplace", "inplace"),
+    "base_check": ("all", "all"),
+    "allow_hosts": (
+        "Example.COM, 10.0.0.1:8080,,[::1]:80",
+        frozenset({"example.com", "10.0.0.1:8080", "[::1]:80"}),
+    ),
+    "certificates": (__file__, __file__),
+    "lora_roots": ("/models, /mnt/loras,", (Path("/models"), Path("/mnt/loras"))),
+    "lora_buckets": ("loras, shared/team-a/", ("loras", "shared/team-a")),
+    "lora_s3_endpoint": ("http://localhost:9001", "http://localhost:9001"),
+    "lora_s3_region": ("eu-west-1", "eu-west-1"),
+    "lora_s3_key": ("key", "key"),
+    "lora_s3_secret": ("s3cret", "s3cret"),
+    "lora_s3_token": ("t0ken", "t0ken"),
+    "hf_endpoint": ("https://mirror.example.com", "https://mirror.example.com"),
+    "hf_token": ("t0ken", "t0ken"),
+    "civitai_url": ("https://civitai.example.com", "https://civitai.example.com"),
+    "civitai_token": ("t0ken", "t0ken"),
+    "hub_url": ("https://hub.example.com", "https://hub.example.com"),
+    "hub_token": ("t0ken", "t0ken"),
+    "hub_tenant": ("tenant", "tenant"),
+    "webhook_secret": ("whsec_" + "a" * 32, "whsec_" + "a" * 32),
+}
+
+# Of what makes no sense without its other half: the other half.
+HALVES = {
+    "lora_s3_key": {"ZLORA_LORA_S3_SECRET_ACCESS_KEY": "s3cret"},
+    "lora_s3_secret": {"ZLORA_LORA_S3_ACCESS_KEY_ID": "key"},
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> dict[str, str]:
+    """The variables of a worker that says nothing but where its data is."""
+    return {"ZLORA_HOME": str(tmp_path)}
+
+
+# --- reading
+
+
+def test_every_field_has_a_variable_in_this_test() -> None:
+    assert set(VALUES) == {item.name for item in READ}
+    assert {item.name for item in fields(Settings)} - set(VALUES) == {
+        "home",
+        "broker_url",
+        "result_backend",
+    }
+
+
+@pytest.mark.parametrize("item", READ, ids=lambda item: item.name)
+def test_each_of_a_field_s_variables_is_read(home: dict[str, str], item: "Field[Any]") -> None:
+    text, value = VALUES[item.name]
+    home |= HALVES.get(item.name, {})
+
+    for name in item.metadata["names"]:
+        assert getattr(Settings.from_env({**home, name: text}), item.name) == value
+
+
+@pytest.mark.parametrize("item", READ, ids=lambda item: item.name)
+def test_the_first_of_a_field_s_variables_that_says_something_wins(
+    home: dict[str, str], item: "Field[Any]"
+) -> None:
+    first, *others = item.metadata["names"]
+    text, value = VALUES[item.name]
+    home |= HALVES.get(item.name, {})
+
+    assert (
+        getattr(Settings.from_env({**home, first: text, **dict.fromkeys(others, "7")}), item.name)
+        == value
+    )
+    if item.name in HALVES:
+        return  # an empty one is none, and refused: see below
+    assert getattr(
+        Settings.from_env({**home, first: "", **dict.fromkeys(others, text)}), item.name
+    ) == (value if others else getattr(Settings.from_env(home), item.name))
+
+
+def test_what_both_sides_share_is_read_as_the_producer_reads_it(tmp_path: Path) -> None:
+    environ = {"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL": "redis://b/1"}
+
+    assert Settings.from_env(environ).home == tmp_path
+    assert (
+        Settings.from_env(environ).broker_url
+        == Settings.from_env(environ).result_backend
+        == "redis://b/1"
+    )
+    assert (
+        Settings.from_env(environ | {"ZLORA_RESULT_BACKEND": "redis://r/2"}).result_backend
+        == "redis://r/2"
+    )
+    assert Settings.from_env({"ZLORA_HOME": str(tmp_path)}).broker_url == config.DEFAULT_BROKER
+
+
+def test_a_site_has_one_spelling(home: dict[str, str]) -> None:
+    """So that a public one is known as such, and what is allowed for an operator's own is not for it."""
+    for text in (
+        "https://HuggingFace.co",
+        "HTTPS://huggingface.co/",
+        "https://huggingface.co:443//",
+    ):
+        assert Settings.from_env({**home, "HF_ENDPOINT": text}).hf_endpoint == HUGGING_FACE
+    assert (
+        Settings.from_env({**home, "COZY_HUB_URL": "http://u:P@Hub:80/A/"}).hub_url
+        == "http://u:P@hub/A"
+    )
+
+
+def test_an_unset_variable_gives_the_default(home: dict[str, str]) -> None:
+    plain = Settings.from_env(home)
+
+    assert (plain.queue, plain.model) == ("gpu", "stabilityai/stable-diffusion-xl-base-1.0")
+    assert (plain.device, plain.dtype, plain.load_timeout) == ("auto", "auto", 1800)
+    assert (plain.lora_cache_bytes, plain.lora_max_bytes, plain.lora_deadline) == (
+        20_000_000_000,
+        2**31,
+        300,
+    )
+    assert (plain.job_timeout, plain.hard_grace, plain.shutdown_timeout) == (870, 30, 0)
+    assert (plain.visibility, plain.sweep, plain.probes) == (VISIBILITY, 15, "")
+    assert plain.job_timeout + plain.hard_grace == 900  # seconds: the hard limit of 15 minutes
+    assert (plain.allow_hosts, plain.hub_url, plain.hub_token, plain.store) == (
+        frozenset(),
+        "",
+        "",
+        "",
+    )
+
+
+def test_a_shutdown_without_a_deadline_is_zero(home: dict[str, str]) -> None:
+    assert Settings.from_env(home | {"ZLORA_SHUTDOWN_TIMEOUT": "0"}).shutdown_timeout == 0
+
+
+def test_store_and_cache_are_in_the_data_folder_where_nothing_else_is_said(
+    home: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert Settings.from_env(home).store_url == (tmp_path / "store").as_uri()
+    assert Settings.from_env(home).cache_folder == tmp_path / "loras"
+    assert Settings.from_env(home | {"ZLORA_STORE": "s3://b"}).store_url == "s3://b"
+    assert (
+        Settings.from_env(home | {"ZLORA_LORA_CACHE": "relative"}).cache_folder
+        == tmp_path / "relative"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings.from_env(home | {"ZLORA_LORA_CACHE": "~/x"}).cache_folder == tmp_path / "x"
+
+
+def test_an_address_of_ipv6_is_in_brackets(home: dict[str, str]) -> None:
+    assert Settings.from_env(home | {"ZLORA_METRICS": "[::1]:9808"}).metrics == ("::1", 9808)
+    assert Settings.from_env(home).metrics is None
+
+
+# --- secrets in files
+
+
+SECRET: list["Field[Any]"] = [item for item in READ if item.metadata["secret"]]
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        *((item.name, name) for item in SECRET for name in item.metadata["names"]),
+        ("lora_s3_key", "ZLORA_LORA_S3_ACCESS_KEY_ID"),
+        ("broker_url", "ZLORA_BROKER_URL"),
+        ("result_backend", "ZLORA_RESULT_BACKEND"),
+    ],
+)
+def test_a_secret_may_be_in_a_file_and_is_the_same(
+    home: dict[str, str], tmp_path: Path, field: str, name: str
+) -> None:
+    text, value = VALUES.get(field, ("redis://:s3cret@b/1",) * 2)
+    home |= HALVES.get(field, {})
+    file = tmp_path / "secret"
+    file.write_text(f"{text}\n")
+
+    assert getattr(Settings.from_env({**home, f"{name}_FILE": str(file)}), field) == value
+    with pytest.raises(InvalidSetting, match=f"{name} and {name}_FILE") as both:
+        Settings.from_env({**home, name: text, f"{name}_FILE": str(file)})
+    with pytest.raises(
+        InvalidSetting, match=f"{name}_FILE=/nowhere/secret: No such file"
+    ) as absent:
+        Settings.from_env({**home, f"{name}_FILE": "/nowhere/secret"})
+    assert (both.value.details, absent.value.details) == ({"name": name}, {"name": f"{name}_FILE"})
+    assert text not in str(both.value)
+
+
+def test_a_file_s_value_is_refused_without_being_shown(
+    home: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("s3cret, and no secret of webhooks")
+
+    with pytest.raises(InvalidSetting, match="ZLORA_WEBHOOK_SECRET") as raised:
+        Settings.from_env({**home, "ZLORA_WEBHOOK_SECRET_FILE": str(tmp_path / "secret")})
+    assert "s3cret" not in str(raised.value)
+
+
+# --- refusing
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ZLORA_DTYPE", "fp16"),
+        *(
+            (name, text)
+            for name in (
+                "ZLORA_LOAD_TIMEOUT",
+                "ZLORA_JOB_TIMEOUT",
+                "ZLORA_HARD_GRACE",
+                "ZLORA_VISIBILITY",
+                "ZLORA_SWEEP",
+                "ZLORA_LORA_CACHE_BYTES",
+                "ZLORA_LORA_MAX_BYTES",
+                "ZLORA_LORA_DEADLINE",
+            )
+            for text in ("0", "-1", "1.5", "20GB", "inf")
+        ),
+        *(
+            (name, text)
+            for name in (
+                "ZLORA_SHUTDOWN_TIMEOUT",
+                "ZLORA_LORA_FREE_BYTES",
+                "ZLORA_LORA_MIN_RATE",
+                "ZLORA_LOOK_AHEAD",
+            )
+            for text in ("-1", "1.5", "never")
+        ),
+        *(
+            ("ZLORA_METRICS", text)
+            for text in (
+                "9808",
+                "h",
+                ":1",
+                "h:0",
+                "h:65536",
+                "h:x",
+                "u@h:1",
+                "h:1/metrics",
+                "http://h:1",
+                "::1:1",
+            )
+        ),
+        ("ZLORA_LOG", "yaml"),
+        ("ZLORA_PROMPTS", "hidden"),
+        ("ZLORA_CA_BUNDLE", "/nowhere/ca.pem"),
+        ("ZLORA_LORA_ROOTS", "/models, loras"),
+        *(("ZLORA_LORA_S3", text) for text in ("two words", "ok, a/../b", "a//b", "s3://a")),
+        ("HF_ENDPOINT", "huggingface.co"),
+        ("ZLORA_S3_ENDPOINT", "localhost:9000"),
+        ("ZLORA_LOOK_AHEAD", "65"),
+        ("ZLORA_ALLOW_HOSTS", "http://example.com"),
+        ("ZLORA_ALLOW_HOSTS", "example.com/loras"),
+        ("ZLORA_ALLOW_HOSTS", "ok.example.com, example.com:0"),
+        ("ZLORA_ALLOW_HOSTS", "example.com:99999"),
+        ("ZLORA_ALLOW_HOSTS", "example.com:https"),
+        ("ZLORA_ALLOW_HOSTS", "::1"),
+        ("ZLORA_ALLOW_HOSTS", "10.0.0.0/8"),
+        ("ZLORA_ALLOW_HOSTS", "[::1"),
+        ("ZLORA_ALLOW_HOSTS", "user@example.com"),
+        ("COZY_HUB_URL", "http://["),
+        *(
+            ("ZLORA_STORE", text)
+            for text in (
+                "/srv/pictures",
+                "pictures",
+                "https://example.com/x",
+                "file://host/folder",
+                "file:",
+                "file:a",
+                "file:/a",
+                "file:///a#b",
+                "file:///a?b",
+                "s3://",
+                "s3:///prefix",
+                "s3://two words/x",
+                "s3://Bad_Bucket!",
+                "gs://b",
+                "s3://[",
+            )
+        ),
+        ("COZY_HUB_URL", "http://hub.example.com:99999"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_the_variable_s_name(
+    home: dict[str, str], name: str, text: str
+) -> None:
+    with pytest.raises(InvalidSetting, match=name) as raised:
+        Settings.from_env({**home, name: text})
+
+    assert raised.value.details == {"name": name}
+    assert text in str(raised.value)
+
+
+def test_a_key_without_its_secret_is_refused(home: dict[str, str]) -> None:
+    for name in ("ZLORA_LORA_S3_ACCESS_KEY_ID", "ZLORA_LORA_S3_SECRET_ACCESS_KEY"):
+        with pytest.raises(InvalidSetting, match=name) as raised:
+            Settings.from_env({**home, name: "s3cret"})
+        assert "s3cret" not in str(raised.value)
+
+
+# --- secrets
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://key:s3cret@bucket/prefix", "https://key:s3cret@example.com/x"]
+)
+def test_a_refusal_shows_no_password(home: dict[str, str], text: str) -> None:
+    with pytest.raises(InvalidSetting, match="ZLORA_STORE") as raised:
+        Settings.from_env({**home, "ZLORA_STORE": text})
+
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("FILE_API_TOKEN", "s3cret"),
+        ("COZY_HUB_TOKEN", "s3cret"),
+        ("HF_TOKEN", "s3cret"),
+        ("CIVITAI_TOKEN", "s3cret"),
+        ("ZLORA_BROKER_URL", "redis://:s3cret@localhost/0"),
+        ("ZLORA_BROKER_URL", "redis://user:s3cret@localhost/0"),
+        ("ZLORA_BROKER_URL", "redis://user:p@s3cret@localhost/0"),
+        ("ZLORA_BROKER_URL", "sentinel://:s3cret@one:26379;sentinel://:s3cret@two:26379"),
+        ("ZLORA_RESULT_BACKEND", "rediss://:s3cret@localhost/0"),
+        ("ZLORA_S3_ENDPOINT", "http://key:s3cret@localhost:9000"),
+        ("COZY_HUB_URL", "https://user:s3cret@hub.example.com"),
+        ("ZLORA_WEBHOOK_SECRET", "whsec_s3cret" + "a" * 26),
+    ],
+)
+def test_repr_shows_no_secret(home: dict[str, str], name: str, text: str) -> None:
+    """It shows that there is one, and the host that it is for."""
+    shown = repr(Settings.from_env({**home, name: text}))
+
+    assert "s3cret" not in shown
+    assert "***" in shown
+    assert ("localhost" in shown) or "localhost" not in text
+
+
+def test_the_secrets_are_all_values_that_must_not_be_read(home: dict[str, str]) -> None:
+    """Each of several in one variable, and a password as its URL spells it and as it is."""
+    environ = {item.metadata["names"][0]: f"word-of-{item.name}" for item in SECRET}
+    environ |= {
+        "ZLORA_S3_PUT": '{"SSECustomerKey": "word-of-s3_put"}',
+        "ZLORA_LORA_S3_ACCESS_KEY_ID": "key",
+    }
+    environ |= {
+        "ZLORA_WEBHOOK_SECRET": " ".join(signers := ["whsec_" + letter * 32 for letter in "ab"])
+    }
+    environ |= {
+        "ZLORA_BROKER_URL": "redis://:br%40ker@h/0",
+        "ZLORA_RESULT_BACKEND": "redis://user:backend@h/0",
+    }
+
+    found = Settings.from_env({**home, **environ}).secrets
+
+    words = {f"word-of-{item.name}" for item in SECRET if item.name != "webhook_secret"}
+    assert set(filter(None, found)) == words | {*signers, "br%40ker", "br@ker", "backend"}
+    assert not any(Settings.from_env(home).secrets)
+
+
+def test_repr_shows_what_is_not_secret(home: dict[str, str], tmp_path: Path) -> None:
+    shown = repr(
+        Settings.from_env(
+            {**home, "ZLORA_BROKER_URL": "redis://h/1", "ZLORA_ALLOW_HOSTS": "one.example.com"}
+        )
+    )
+
+    for part in (str(tmp_path), "redis://h/1", "one.example.com", "queue='gpu'", "hub_token=''"):
+        assert part in shown
+    assert "***" not in shown
+
+
+def test_settings_do_not_change(home: dict[str, str]) -> None:
+    read = Settings.from_env(home)
+
+    with pytest.raises(AttributeError):
+        read.queue = "other"  # type: ignore[misc]
+
+
+# --- README's table
+
+
+def test_the_table_of_variables_is_the_fields() -> None:
+    """One row a field, in the same order: names, default, and the field's note; before them what both sides share."""
+    rows = re.findall(
+        r"^\| (`[A-Z0-9_`, ]+`) \| (\S+) \| (.+) \|$", README.read_text(), re.MULTILINE
+    )
+    table = [(tuple(re.findall(r"`(\w+)`", names)), default, note) for names, default, note in rows]
+
+    shared, of_fields = table[:3], table[3:]
+    assert [(names, default) for names, default, _ in shared] == [
+        ((config.BROKER_URL,), f"`{config.DEFAULT_BROKER}`"),
+        ((config.RESULT_BACKEND,), "-"),
+        ((config.HOME,), "-"),
+    ]
+    assert of_fields == [
+        (
+            item.metadata["names"],
+            f"`{item.metadata['default']}`" if item.metadata["default"] else "-",
+            note,
+        )
+        for item, note in ((item, item.metadata["note"]) for item in READ)
+    ]
+    assert all(item.default is MISSING for item in fields(Settings))

@@ -1,0 +1,1 @@
+"""Draw, train and measure the demo model that ships with the worker."""

@@ -1,0 +1,5 @@
+"""`python -m demo_model.report`."""
+
+from demo_model.report.report import main
+
+main()

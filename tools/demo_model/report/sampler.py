@@ -1,0 +1,91 @@
+"""The demo model at work: pictures in batches, with its LoRAs put on and taken off by the worker's own engine."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+from zlora.errors import LoraNotFound
+from zlora.schema import GenerateRequest
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.reader import Lora, require_whole
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.settings import DEMO_LORAS, DEMO_MODEL, Settings
+
+from demo_model.training.spellings import FILES
+
+_JOB: Final = GenerateRequest(prompt="any")
+STEPS: Final = _JOB.num_inference_steps  # of a job that names none
+GUIDANCE_SCALE: Final = _JOB.guidance_scale
+
+_BATCH: Final = 25  # pictures: more are no faster
+
+
+class Sampler:
+    """A model in float32 on the CPU, and a folder of LoRAs for it, one file a style."""
+
+    def __init__(self, model: Path = DEMO_MODEL, loras: Path = DEMO_LORAS) -> None:
+        """Load the model, in diffusers' layout; a LoRA is read when it is first drawn with.
+
+        Raises `ModelUnavailable`.
+        """
+        variables = {"ZLORA_MODEL": str(model), "ZLORA_DEVICE": "cpu", "ZLORA_DTYPE": "float32"}
+        self.engine: Final[Pipeline] = loader.load(Settings.from_env(variables))
+        self._folder = loras
+        self._loras: dict[str, Lora] = {}
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        weights: Mapping[str, float],
+        *,
+        seed: int,
+        steps: int = STEPS,
+        guidance_scale: float = GUIDANCE_SCALE,
+        on_drawn: Callable[[int], object] = lambda _: None,
+    ) -> Tensor:
+        """Pictures [n, 3, size, size] in 0..1, of the model's native size, with the styles at these weights.
+
+        The picture at index i has the noise of the seed `seed + i`, whatever the batch. `on_drawn` hears how many
+        pictures each batch had. Raises `LoraNotFound`, `NotSafetensors`, or `LoraMismatch`.
+        """
+        adapters = [
+            WeightedLora(lora=self._lora(style), unet_weight=weight)
+            for style, weight in weights.items()
+            if weight
+        ]
+        drawn = []
+        with self.engine.borrowed() as pipeline, self.engine.patch.applied(adapters):
+            for first in range(0, len(prompts), _BATCH):
+                part = list(prompts[first : first + _BATCH])
+                output = pipeline(
+                    prompt=part,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    generator=[
+                        torch.Generator().manual_seed(seed + first + index)
+                        for index in range(len(part))
+                    ],
+                    output_type="pt",
+                )
+                drawn.append(output.images)
+                on_drawn(len(part))
+        return torch.cat(drawn)
+
+    def lora_path(self, style: str) -> Path:
+        """The file of a style's LoRA."""
+        return self._folder / f"{FILES[style][0]}.safetensors"
+
+    def _lora(self, style: str) -> Lora:
+        if style not in self._loras:
+            path = self.lora_path(style)
+            if not path.is_file():
+                raise LoraNotFound(f"{path}: there is no LoRA of the style {style}")
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            lora = self.engine.reader.read(path, digest=digest, source=path.name)
+            require_whole(lora, source=path.name)
+            self._loras[style] = lora
+        return self._loras[style]

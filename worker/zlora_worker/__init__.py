@@ -1,0 +1,1 @@
+"""The worker: a Celery app whose one child keeps the base model and runs the jobs."""

@@ -1,0 +1,1 @@
+"""Code that Celery calls in the parent process: boot steps, consumer, request, transport."""

@@ -1,0 +1,1 @@
+"""The worker's commands of `zlora`: cache, doctor, metrics, replay."""

@@ -1,0 +1,39 @@
+"""`zlora metrics`: a queue's metrics for Prometheus, also while no worker runs."""
+
+import logging
+import time
+
+import click
+from zlora.broker.job_store import connect
+from zlora.cli import signals
+from zlora.errors import InvalidSetting
+
+from zlora_worker.monitoring import logs
+from zlora_worker.settings import Settings
+
+
+@click.command()
+def metrics() -> None:
+    """Serve a queue's metrics at ZLORA_METRICS, such as 0.0.0.0:9808, until told to end."""
+    from prometheus_client import (
+        CollectorRegistry,  # a producer alone has it not, and `zlora` starts without
+    )
+
+    from zlora_worker.monitoring.metrics_server import listen, serve, spelled
+    from zlora_worker.monitoring.queue_metrics import QueueCollector
+
+    settings = Settings.from_env()
+    if settings.metrics is None:
+        raise InvalidSetting("ZLORA_METRICS: expected `host:port`", {"name": "ZLORA_METRICS"})
+    logging.basicConfig(level=logging.INFO)
+    logs.use(settings.log, settings.secrets, logger=logging.getLogger(), process="metrics")
+    listener = listen(settings.metrics)
+    registry = CollectorRegistry()
+    registry.register(QueueCollector(connect(settings.broker_url), settings.queue))
+    serve(listener, registry)
+    click.echo(f"queue {settings.queue}: http://{spelled(settings.metrics)}/metrics")
+    try:
+        while not signals.has_come():
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        pass

@@ -1,0 +1,1 @@
+"""Fetch: the address of a LoRA becomes a checked file in the disk cache."""

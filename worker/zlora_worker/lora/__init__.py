@@ -1,0 +1,1 @@
+"""LoRA files become weights merged into the base model."""

@@ -1,0 +1,139 @@
+"""Every spelling that a LoRA file may have for the modules of one resident model, made from the model's own names."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from zlora.lora.key_names import PREFIXES, SOLE_TEXT_ENCODER, flat
+
+Module = tuple[str, str]  # component, and the module's name in it
+
+_LDM_RESNET: Final = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_LDM_STEM: Final = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_OLD_ATTENTION: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+class KeyMap:
+    """Every spelling of every module of one resident model.
+
+    All are made from the model's own module names, so that another depth or another model needs no table.
+    """
+
+    def __init__(self, modules: Iterable[Module]) -> None:
+        """Raises `ValueError` where two modules would share a spelling."""
+        modules = list(modules)
+        components = {component for component, _ in modules}
+        ldm = LdmNames(name for component, name in modules if component == "unet")
+        self._modules: dict[str, Module] = {}
+        for component, name in modules:
+            prefixes = PREFIXES.get(component, (component,))
+            if component == "text_encoder" and "text_encoder_2" not in components:
+                prefixes += (SOLE_TEXT_ENCODER,)
+            for alias in _aliases(component, name, ldm):
+                for prefix in prefixes:
+                    spelling = flat(f"{prefix}.{alias}" if prefix else alias)
+                    if self._modules.setdefault(spelling, (component, name)) != (component, name):
+                        raise ValueError(
+                            f"two modules are spelt {spelling}: {name} and {self._modules[spelling][1]}"
+                        )
+
+    def find(self, spelling: str) -> Module | None:
+        """The module that a file means, if the model has it."""
+        return self._modules.get(flat(spelling))
+
+
+class LdmNames:
+    """KeyMap of a diffusers UNet's modules in Stability's own code, whose blocks are numbered through all levels."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        """Count levels and layers from the names of the modules."""
+        self._blocks: dict[str, str] = {}
+        parts = {".".join(name.split(".")[:4]) for name in modules}
+        self._number_down(parts)
+        self._number_up(parts)
+        middle = [
+            name
+            for name in ("resnets.0", "attentions.0", "resnets.1")
+            if _has(parts, f"mid_block.{name}")
+        ]
+        self._blocks |= {
+            f"mid_block.{name}": f"middle_block.{index}" for index, name in enumerate(middle)
+        }
+
+    def of(self, module: str) -> str | None:
+        """The other name; None where the module has none."""
+        if module in _LDM_STEM:
+            return _LDM_STEM[module]
+        for depth in (5, 4, 3):
+            head = ".".join(module.split(".")[:depth])
+            if head in self._blocks:
+                rest = module[len(head) + 1 :]
+                inner = _LDM_RESNET.get(rest, rest) if "resnets" in head else rest
+                return f"{self._blocks[head]}.{inner}" if inner else self._blocks[head]
+        return None
+
+    def _number_down(self, parts: set[str]) -> None:
+        number = 1  # 0 is the first convolution
+        for level in _counted(parts, "down_blocks.{}"):
+            for layer in _counted(parts, f"{level}.resnets.{{}}"):
+                self._blocks[layer] = f"input_blocks.{number}.0"
+                self._blocks[layer.replace("resnets", "attentions")] = f"input_blocks.{number}.1"
+                number += 1
+            if _has(parts, f"{level}.downsamplers.0"):
+                self._blocks[f"{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+                number += 1
+
+    def _number_up(self, parts: set[str]) -> None:
+        number = 0
+        for level in _counted(parts, "up_blocks.{}"):
+            for layer in _counted(parts, f"{level}.resnets.{{}}"):
+                self._blocks[layer] = f"output_blocks.{number}.0"
+                self._blocks[layer.replace("resnets", "attentions")] = f"output_blocks.{number}.1"
+                number += 1
+            after = (
+                2 if _has(parts, f"{level}.attentions.0") else 1
+            )  # the upsampler shares the last layer's block
+            self._blocks[f"{level}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
+
+
+def _aliases(component: str, name: str, ldm: LdmNames) -> Iterator[str]:
+    """The name itself, and what it is called by older code and by other tools."""
+    yield name
+    if component == "unet" and (other := ldm.of(name)):
+        yield other
+    if component in ("unet", "transformer") and name.endswith(".to_out.0"):
+        block = name.removesuffix(".to_out.0")
+        yield f"{block}.processor.to_out"
+    elif ".attn" in name and (found := re.fullmatch(r"(.+)\.(to_[qkv])", name)):
+        yield f"{found[1]}.processor.{found[2]}"
+    if component.startswith("text_encoder"):
+        bare = name.removeprefix("text_model.")  # transformers' releases differ in it
+        for spelt in (bare, f"text_model.{bare}"):
+            if spelt != name:
+                yield spelt
+            block, _, leaf = spelt.rpartition(".")
+            if leaf in _OLD_ATTENTION:
+                yield f"{block}.{_OLD_ATTENTION[leaf]}"
+
+
+def _has(parts: set[str], block: str) -> bool:
+    return any(part == block or part.startswith(f"{block}.") for part in parts)
+
+
+def _counted(parts: set[str], block: str) -> Iterator[str]:
+    """The blocks numbered from 0 that there are."""
+    number = 0
+    while _has(parts, block.format(number)):
+        yield block.format(number)
+        number += 1

@@ -1,0 +1,1 @@
+"""Logs, metrics, and the short form of results that Flower shows."""

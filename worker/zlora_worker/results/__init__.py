@@ -1,0 +1,1 @@
+"""Results: pixels become files in the store, the manifest last."""

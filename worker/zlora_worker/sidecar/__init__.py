@@ -1,0 +1,1 @@
+"""The helper process beside the parent: sweeper, prefetch, webhooks, metrics."""
