@@ -1,6 +1,5 @@
 """The embedded stack: a broker, a worker and a store folder on this machine, as child processes that end with it."""
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -11,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -20,13 +18,13 @@ import msgspec
 import redis
 
 from zlora import config
+from zlora.child_process import end_with_parent
 from zlora.errors import StackError
 from zlora.webhook import new_secret
 
 _WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
 _SERVER_GRACE: Final = 10.0  # seconds
 _LONGEST_TMPDIR: Final = 80  # bytes, which leaves room for the names below it
-_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 class EmbeddedStack:
@@ -178,8 +176,7 @@ class EmbeddedStack:
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
-            # Safe beside threads: between fork and exec it takes no lock.
-            preexec_fn=partial(end_with_parent, orphaned) if sys.platform == "linux" else None,  # noqa: PLW1509
+            preexec_fn=end_with_parent(orphaned),  # noqa: PLW1509
         )
         self._running[name] = child
         self._children.callback(_stop, child, grace)
@@ -230,11 +227,6 @@ def _server_binary() -> str:
             ) from None
         return found
     return str(get_binary_path())
-
-
-def end_with_parent(end: signal.Signals) -> None:
-    """Between fork and exec: ask the kernel for a signal when the parent dies, however it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, end)
 
 
 def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:

@@ -40,7 +40,7 @@ later. Both are facts of the class. An instance is one message for people and on
 `args`, which is what Celery's JSON result carries, so an error raised in the worker arrives as the same class.
 """
 
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 __all__ = [
     "BaseNotRestored",
@@ -294,9 +294,14 @@ class JobUnknown(ZloraError):
 
 
 class Conflict(ZloraError):
-    """The job id belongs to another request: one id, one job."""
+    """The job id belongs to another request: one id, one job. Details: `job_id`."""
 
     code = "conflict"
+
+    @classmethod
+    def of(cls, job_id: str) -> Self:
+        """Return the error for a job id that another request has."""
+        return cls(f"job {job_id} belongs to another request", {"job_id": job_id})
 
 
 class InvalidWebhook(ZloraError):

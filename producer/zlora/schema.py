@@ -27,6 +27,14 @@ Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf fall outside the bou
 Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
 Text = Annotated[str, Meta(max_length=10_000)]  # characters; the model itself reads 77 tokens
 OutputFormat = Literal["png", "jpeg", "webp"]
+CONTENT_TYPES: Final[
+    dict[str, OutputFormat]
+] = {  # media types (RFC 6838); the format is the extension
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+}
+LoraTier = Literal["memory", "disk", "network"]  # where a LoRA file came from
 UrlPolicy = Literal["presigned", "public", "file", "key"]
 Scheduler = Literal[
     "ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral", "heun", "lcm", "unipc"
@@ -67,6 +75,12 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     text_encoder_weight: Weight | None = None  # instead of `weight`, in both text encoders
     strict: bool = True  # refuse a file of which a part lands nowhere in the model
     adapter_name: Annotated[str, Meta(max_length=200)] | None = None
+
+    @property
+    def component_weights(self) -> tuple[float, float]:
+        """Weights in the UNet and in the text encoders; `weight` if a component has none of its own."""
+        unet, text = self.unet_weight, self.text_encoder_weight
+        return self.weight if unet is None else unet, self.weight if text is None else text
 
 
 class GenerateRequest(
@@ -116,6 +130,10 @@ class GenerateRequest(
 
         return fal.read(document)
 
+    def seed_for(self, job_id: str) -> int:
+        """Seed of the first image: the request's own, or one made from the job id."""
+        return seed_of(job_id) if self.seed is None else self.seed
+
     @property
     def keeps_pixels(self) -> bool:
         """Whether its pictures are stored as they are drawn."""
@@ -163,7 +181,7 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     unet_weight: float
     text_encoder_weight: float
     modules: dict[str, int]
-    tier: Literal["memory", "disk", "network"]
+    tier: LoraTier
     milliseconds: dict[str, float]
     adapter_name: str | None = None
     kinds: tuple[str, ...] = ()
@@ -216,6 +234,37 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
         return fal.written(self)
 
 
+class Phase(StrEnum):
+    """A step of a job, by its name in `timings` and in metrics.
+
+    `progress_name` is the name of the same step in `JobStatus.phase`.
+    """
+
+    QUEUED = "queued"
+    FETCH = "fetch"
+    PARSE = "parse"
+    APPLY = "apply"
+    DENOISE = "denoise"
+    RESTORE = "restore"
+    TAIL = "tail"  # from the last image to the last upload
+    ENCODE = "encode"  # beside the denoising
+    UPLOAD = "upload"  # beside the denoising
+    WAIT = "waiting"  # before a retry; has no timing
+
+    @property
+    def progress_name(self) -> str:
+        """Name of this step in `JobStatus.phase`."""
+        return _PROGRESS_NAMES.get(self, self.value)
+
+
+_PROGRESS_NAMES: Final = {
+    Phase.FETCH: "fetching",
+    Phase.PARSE: "loading",
+    Phase.DENOISE: "denoising",
+    Phase.UPLOAD: "uploading",
+}
+
+
 class JobState(StrEnum):
     """Where a job is. UNKNOWN is an id that nobody submitted by a `Client`, and of which no worker knows or answers."""
 
@@ -266,6 +315,16 @@ def check_job_id(job_id: object) -> str:
     raise InvalidJobId(
         f"job id {printable(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details
     )
+
+
+def image_key(job_id: str, index: int, output_format: OutputFormat) -> str:
+    """Object key of a job's image with this index."""
+    return f"runs/{job_id}/outputs/{index}.{output_format}"
+
+
+def manifest_key(job_id: str) -> str:
+    """Object key of a job's manifest."""
+    return f"runs/{job_id}/manifest.json"
 
 
 def seed_of(job_id: str) -> int:

@@ -21,7 +21,8 @@ from support.s3_proxy import (
 )
 from support.seaweed import BUCKET, client, keys, uploads
 from zlora.errors import StoreFailed
-from zlora_worker.results.store import Store, image_key
+from zlora.schema import image_key
+from zlora_worker.results.store import Store
 
 PICTURE: Final = "image/png"
 SMALL: Final = os.urandom(300_000)  # goes in one piece

@@ -22,8 +22,9 @@ from support.s3_proxy import S3Proxy
 from support.seaweed import BUCKET, client, keys, uploads
 from zlora import Client, GenerateResult, JobState
 from zlora.errors import StoreFailed
+from zlora.schema import image_key, manifest_key
 from zlora_worker.results.manifest import load_result, read_manifest, write_manifest
-from zlora_worker.results.store import Store, image_key, manifest_key
+from zlora_worker.results.store import Store
 
 LIFECYCLE: Final = Path(__file__).parents[2] / "deploy" / "s3" / "lifecycle.json"
 SMALL: Final = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}

@@ -49,6 +49,8 @@ from zlora.schema import (
     GenerateRequest,
     GenerateResult,
     digest_of,
+    image_key,
+    manifest_key,
     parse_request,
 )
 from zlora.webhook import Webhook
@@ -58,7 +60,6 @@ from zlora_worker.delivery.lease import LEASE, JobLeases
 from zlora_worker.generate import Child, Report
 from zlora_worker.model.pipeline import PipelineState
 from zlora_worker.monitoring.metrics import Meter
-from zlora_worker.results.store import image_key, manifest_key
 
 REQUEST = {"prompt": "a portrait", "seed": 3}
 SIGNED = {

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from celery import bootsteps
 from celery.signals import worker_shutdown, worker_shutting_down
 from celery.utils.log import get_logger
 from celery.worker import state
-from zlora.embedded import end_with_parent
+from zlora.child_process import end_with_parent
 from zlora.errors import InvalidSetting, ModelUnavailable
 from zlora.schema import TASK_NAME
 
@@ -29,7 +28,7 @@ EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a fail
 _RELAUNCH: Final = 5.0  # seconds
 _LOOK: Final = 0.5  # seconds between two looks while a worker drains
 _LAST_WORDS: Final = 2.0  # seconds for a process to end by itself
-_LAST: Final = partial(end_with_parent, signal.SIGTERM) if sys.platform == "linux" else None
+_LAST: Final = end_with_parent(signal.SIGTERM)
 
 logger = get_logger(__name__)
 

@@ -5,9 +5,9 @@ from threading import Event
 import msgspec
 from zlora.errors import Conflict, InternalError, StoreFailed
 from zlora.later import parse_result
-from zlora.schema import GenerateRequest, GenerateResult
+from zlora.schema import GenerateRequest, GenerateResult, image_key, manifest_key
 
-from zlora_worker.results.store import Store, image_key, manifest_key
+from zlora_worker.results.store import Store
 
 
 def image_keys(job_id: str, request: GenerateRequest) -> list[str]:

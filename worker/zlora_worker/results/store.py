@@ -32,16 +32,6 @@ _NO_FOLDER_SYNC: Final = (
 logger = logging.getLogger(__name__)
 
 
-def image_key(job_id: str, index: int, extension: str) -> str:
-    """The key of one picture of a job."""
-    return f"runs/{job_id}/outputs/{index}.{extension}"
-
-
-def manifest_key(job_id: str) -> str:
-    """The key of a job's manifest, which is written last: where it is, the result is whole."""
-    return f"runs/{job_id}/manifest.json"
-
-
 class Store(Protocol):
     """A place for bytes under keys, for several threads at once.
 

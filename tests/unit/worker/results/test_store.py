@@ -21,7 +21,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.servers import settings, untimed
 from zlora.errors import StoreFailed
-from zlora_worker.results.store import FolderStore, image_key, manifest_key, open_store
+from zlora.schema import image_key, manifest_key
+from zlora_worker.results.store import FolderStore, open_store
 
 KEY: Final = "runs/job-1/outputs/0.png"
 PICTURE: Final = "image/png"

@@ -18,9 +18,9 @@ from zlora.broker.job_store import JobStore, Submission, connect
 from zlora.broker.keys import job_key, lease_key, recall_key, sweep_key
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import JobExpired, LoraNotFound
-from zlora.schema import GenerateResult, JobState, digest_of, parse_request
+from zlora.schema import GenerateResult, JobState, digest_of, manifest_key, parse_request
 from zlora_worker.monitoring.metrics import Meter
-from zlora_worker.results.store import FolderStore, manifest_key
+from zlora_worker.results.store import FolderStore
 from zlora_worker.sidecar import __main__ as sidecar
 from zlora_worker.sidecar.__main__ import Sweeper, answer
 

@@ -31,10 +31,10 @@ from zlora.broker.keys import RECORD_EXPIRES, dead_key, job_key, outbox_key
 from zlora.broker.webhook_outbox import DeadLetter, EndedJob, Outbox
 from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
 from zlora.http.ssrf_guard import GuardedSession
-from zlora.schema import GenerateResult, ImageRef
+from zlora.schema import GenerateResult, ImageRef, manifest_key
 from zlora.webhook import Event, Verifier, Webhook
 from zlora_worker.monitoring.metrics import Meter
-from zlora_worker.results.store import FolderStore, manifest_key
+from zlora_worker.results.store import FolderStore
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.sidecar import webhooks
 from zlora_worker.sidecar.__main__ import end_by

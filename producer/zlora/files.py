@@ -1,0 +1,22 @@
+"""Files that appear whole or not at all."""
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write `data` to `path` by a draft in the same folder and a rename; raise `OSError`.
+
+    The draft has a random name and is created exclusively, so that a link that waits at its name is
+    never followed. `mode` is reduced by the process's umask, as with `open`.
+    """
+    draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
