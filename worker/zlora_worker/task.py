@@ -1,343 +1,334 @@
-"""The Celery task: a thin skin over `generate`, which takes each delivery of a job to its one end.
+"""The Celery task `zlora.generate`: one delivery of one job, from its claim to its answer."""
 
-Holds the child's one `Child`.
-"""
-
-import signal
+import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, assert_never
 
-from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Task
 from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
+from redis import RedisError
 from zlora.broker.message import submitted_at
 from zlora.broker.task_meta import expired, revoked
-from zlora.errors import (
-    BaseNotRestored,
-    InternalError,
-    InvalidRequest,
-    StoreFailed,
-    ZloraError,
-)
+from zlora.errors import BaseNotRestored, InternalError, InvalidRequest, StoreFailed, ZloraError
 from zlora.schema import GenerateRequest, GenerateResult, check_job_id, digest_of, parse_request
 
-from zlora_worker.delivery.lease import Begun, Ended, JobLeases, Leased, Taken
-from zlora_worker.delivery.progress import ProgressReporter, job_timeout, progress_backend
+from zlora_worker.delivery.deadline import Deadline
+from zlora_worker.delivery.lease import LEASE, Claim, ClaimState, JobEnded, JobLeases
+from zlora_worker.delivery.outcome import (
+    Corrupted,
+    Failed,
+    NotMine,
+    Outcome,
+    Requeue,
+    Retry,
+    Succeeded,
+)
+from zlora_worker.delivery.progress import ProgressReporter, progress_backend
 from zlora_worker.delivery.retry import (
-    answer,
-    fail,
-    leave,
-    leave_dirty,
-    may_succeed_later,
-    put_off,
+    finish_with_error,
+    pause_before_retry,
     retries_of,
+    send_again,
+    send_for_retry,
+    should_retry,
 )
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.result_repr import ResultPayload
 from zlora_worker.results.manifest import delete_images, load_result
 
 if TYPE_CHECKING:
-    from zlora_worker.generate import Child
-    from zlora_worker.monitoring.metrics import Meter
+    from zlora_worker.child import Child
 
-_OUTAGE: Final = 300.0  # seconds that a job waits for a store that does not answer
-_GRACE: Final = 2.0  # seconds after a job's time until it is interrupted: most end by themselves, at their next step
+EXIT_CORRUPTED: Final = 71  # exit status of a child whose base model is not what was loaded
+STORE_PATIENCE: Final = 300.0  # seconds that a job waits for a store that does not answer
+INTERRUPT_AFTER: Final = 2.0  # seconds after a timeout: most jobs stop by themselves at a step
+_CORRUPTIONS: Final = 2  # base models that a job may leave changed: then the job is the cause
 
 logger = get_task_logger(__name__)
-_runtime: "Child | None" = None
-_deliveries: JobLeases | None = None
 
 
-def install(runtime: "Child", deliveries: JobLeases) -> None:
-    """Give the child its model and its desk; once, before its first job."""
-    global _runtime, _deliveries
-    _runtime, _deliveries = runtime, deliveries
+class _StoreDown(Exception):
+    """The store does not answer, and the job waits for it."""
 
 
-def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -> ResultPayload:
-    """Draw the job that the one argument, `request`, describes and answer with its result, as plain JSON data.
+class JobRunner:
+    """Runs each delivery of a job in the child process, with the child's one base model."""
 
-    A job that was drawn before is answered from the store. Raises a `ZloraError` for anything that goes wrong, whose
-    class, message and details reach the producer; `Ignore` where the job is revoked, goes to a later delivery, or is
-    another worker's.
-    """
-    job_id = check_job_id(task.request.id)
-    with logs.about(job_id):
-        return _delivered(task, job_id, arguments, options)
+    def __init__(self, leases: JobLeases) -> None:
+        self.leases = leases
+        self.child: Child | None = None  # set once the model is loaded
+
+    def run(
+        self, task: "Task[Any, Any]", arguments: tuple[object, ...], options: dict[str, object]
+    ) -> ResultPayload:
+        """Return the result of the job as plain JSON data.
+
+        Raises a `ZloraError` if the job fails: class, message and details reach the producer.
+        Raises `Ignore` if the job is revoked, is sent again, or belongs to another worker.
+        """
+        job_id = check_job_id(task.request.id)
+        with logs.about(job_id):
+            if self.child is None:
+                _exit_child("this child has no base model")
+            delivery = Delivery(task, self.child, self.leases, job_id)
+            try:
+                outcome = delivery.run(arguments, options)
+            except RedisError as refusal:  # a key of another type, for instance
+                failure = InternalError(f"Redis refuses a command: {refusal}")
+                outcome = Failed(failure, is_recorded=False)
+            self.count(job_id, outcome)
+            match outcome:
+                case Succeeded(result):
+                    return ResultPayload(result)
+                case Failed(error):
+                    finish_with_error(task, error)
+                case Retry(error, after):
+                    logger.warning("job %s: %s; again in %.0f s", job_id, error, after)
+                    ended = send_for_retry(task, self.leases, delivery.digest, error, after=after)
+                    if ended is not None:
+                        finish_with_error(task, ended)
+                    raise Ignore(f"job {job_id} is tried again: {error.code}")
+                case Requeue(reason, after):
+                    logger.info("job %s: %s; looking again in %.0f s", job_id, reason, after)
+                    send_again(task, countdown=after)
+                    raise Ignore(reason)
+                case NotMine(reason):
+                    logger.warning("job %s: %s; the message is dropped", job_id, reason)
+                    raise Ignore(reason)
+                case Corrupted(reason):
+                    _exit_child(reason)
+            assert_never(outcome)
+
+    def count(self, job_id: str, outcome: Outcome) -> None:
+        """Count the outcome in the metrics: each end of a job once, whichever worker sees it."""
+        assert self.child is not None  # noqa: S101 - checked by `run`
+        meter = self.child.meter
+        match outcome:
+            case Succeeded() if self.leases.finish(job_id):
+                meter.succeeded()
+            case Failed(error, is_recorded) if not is_recorded or self.leases.is_first_to_count(
+                job_id
+            ):
+                meter.ended(error)
+            case Retry(error):
+                meter.retried(error)
 
 
-def _delivered(
-    task: "Task[Any, Any]", job_id: str, arguments: tuple[object, ...], options: dict[str, object]
-) -> ResultPayload:
-    deliveries, meter = _desk()
-    if (task.request.delivery_info or {}).get("redelivered"):
-        meter.redelivered()
-    try:
-        request = _readable(deliveries, job_id, arguments, options)
-        job = _Job(task, _sound_runtime(), deliveries, job_id, request)
-        result = _shown(job, _one_result(job))
-    except Taken as error:
-        logger.warning("%s, which stays as it is", error)
-        raise Ignore(str(error)) from None
-    except Ended as error:
-        if deliveries.is_first_to_count(job_id):
-            meter.ended(error.verdict)
-        answer(task, error.verdict)
-    except Leased:
-        put_off(task, "it is drawn by another worker")
-    except ZloraError as error:
-        meter.retried(error) if may_succeed_later(task, error) else meter.ended(error)
-        fail(task, deliveries, job_id, error)
-    if deliveries.end(job_id):
-        meter.succeeded()
-    return ResultPayload(result)
+class Delivery:
+    """One delivery of one job, step by step."""
 
+    def __init__(
+        self, task: "Task[Any, Any]", child: "Child", leases: JobLeases, job_id: str
+    ) -> None:
+        self._task, self._child, self._leases, self._job_id = task, child, leases, job_id
+        self.digest = ""
+        if (task.request.delivery_info or {}).get("redelivered"):
+            child.meter.redelivered()
 
-class _Job(NamedTuple):
-    """One delivery of one job, and what there is for it."""
-
-    task: "Task[Any, Any]"
-    runtime: "Child"
-    deliveries: JobLeases
-    id: str
-    request: GenerateRequest
-
-
-def _one_result(job: _Job) -> GenerateResult:
-    """The result of the job, drawn at most by one worker at a time, and shown once.
-
-    Each look is repeated under the lease, since another worker may have ended the job in between; and only under the
-    lease the job ends.
-    """
-    _task, runtime, deliveries, job_id, request = job
-    digest = digest_of(request)
-    try:
-        unwanted = "cancelled" in deliveries.look(job_id, digest)
-    except Ended:
-        with suppress(StoreFailed):  # of a job that was cancelled while nobody drew it
-            delete_images(runtime.store, job_id, request)
-        raise
-    with suppress(ZloraError):  # it comes again under the lease
-        if not unwanted and (result := load_result(runtime.store, job_id, digest)) is not None:
-            return result
-    with deliveries.leased(job_id):
+    def run(self, arguments: tuple[object, ...], options: dict[str, object]) -> Outcome:
+        """Claim the job, return its earlier result, or draw it."""
+        document: object = None
         try:
-            return _leased_result(job, digest)
+            document = the_argument(arguments, options)
+            request = parse_request(document)
+        except InvalidRequest as error:
+            return self._refuse(document, error)
+        if not self._child.model.is_sound():
+            return Corrupted("this child has no intact base model")
+        self.digest = digest_of(request)
+        with self._leases.claim(self._job_id, self.digest) as claim:
+            match claim.state:
+                case ClaimState.OTHER_REQUEST:
+                    return NotMine("the id belongs to another request")
+                case ClaimState.ENDED:
+                    return self._ended(claim, request)
+                case ClaimState.CLAIMED:
+                    return self._claimed(claim, request)
+                case _:
+                    return self._leased_elsewhere()
+
+    def _refuse(self, document: object, error: InvalidRequest) -> Outcome:
+        """End a job whose request is invalid, unless another worker understands it and draws it.
+
+        A message without a record in Redis leaves none: its id stays free.
+        """
+        if not self._leases.is_own(self._job_id, document):
+            return NotMine(f"the id belongs to another request: {error}")
+        digest = self._leases.record(self._job_id).get("digest")
+        if digest is None:
+            return Failed(error, is_recorded=False)
+        with self._leases.claim(self._job_id, digest) as claim:
+            match claim.state:
+                case ClaimState.CLAIMED:
+                    return Failed(self._leases.close(self._job_id, error))
+                case ClaimState.ENDED:
+                    return Failed(claim.verdict or error)
+                case _:
+                    return Requeue("another worker has the job", LEASE)
+
+    def _ended(self, claim: Claim, request: GenerateRequest) -> Outcome:
+        """Answer with the verdict again; delete the images of a job that was cancelled in the queue."""
+        with suppress(StoreFailed):
+            delete_images(self._child.store, self._job_id, request)
+        return Failed(claim.verdict or revoked(self._job_id))
+
+    def _leased_elsewhere(self) -> Outcome:
+        """Answer with the result that another worker has stored, or look again later."""
+        with suppress(ZloraError):
+            result = load_result(self._child.store, self._job_id, self.digest)
+            if result is not None:
+                return self._with_urls(result)
+        return Requeue("another worker has the job", LEASE)
+
+    def _claimed(self, claim: Claim, request: GenerateRequest) -> Outcome:
+        """Answer from the store, or draw; settle what goes wrong."""
+        try:
+            result = self._earlier_result(claim) or self._draw(claim, request)
+        except _StoreDown as down:
+            return Requeue(f"the store does not answer: {down}", LEASE)
+        except JobEnded as ended:
+            return Failed(ended.verdict)
         except ZloraError as error:
-            return _settled(job, digest, error)
+            return self._settle(request, error)
+        return self._with_urls(result)
 
+    def _earlier_result(self, claim: Claim) -> GenerateResult | None:
+        """Return the result that an earlier delivery has stored, None if there is none.
 
-def _shown(job: _Job, result: GenerateResult) -> GenerateResult:
-    """The result with its links; where they cannot be made now it is told later, and in the end without them."""
-    try:
-        return job.runtime.links.shown(result)
-    except StoreFailed as error:
-        if job.deliveries.store_is_away(job.id) > _OUTAGE:
-            return result
-        logger.warning("job %s: no links: %s", job.id, error)
-        put_off(job.task, "its links cannot be made yet")
-
-
-def _leased_result(job: _Job, digest: str) -> GenerateResult:
-    task, runtime, deliveries, job_id, request = job
-    record = deliveries.look(job_id, digest)
-    if "cancelled" in record:
-        raise revoked(job_id)
-    if (result := _earlier_result(job, digest, record)) is not None:
+        Raises `JobRevoked` if the job is cancelled, and `_StoreDown` if the store does not answer:
+        nothing is drawn meanwhile, since it could not be stored.
+        """
+        if "cancelled" in claim.record:
+            raise revoked(self._job_id)
+        try:
+            result = load_result(self._child.store, self._job_id, self.digest)
+        except StoreFailed as error:
+            if self._leases.store_outage(self._job_id) > STORE_PATIENCE:
+                raise
+            raise _StoreDown(str(error)) from error
+        self._leases.store_answers(self._job_id, claim.record)
         return result
-    if "overtime" in record:
-        raise job_timeout(job_id, float(record["overtime"]))
-    _require_within_bound(request, runtime.job_timeout)
-    runtime.links.require(request)
-    if "begun" not in record:
-        _require_in_time(task, job_id)
-    with deliveries.attempt(job_id, digest) as begun:
-        return _draw(job, begun)
 
+    def _draw(self, claim: Claim, request: GenerateRequest) -> GenerateResult:
+        """Draw the job within its deadline. Raises a `ZloraError` for whatever goes wrong."""
+        from zlora_worker.generate import Job, generate  # imports torch, which only a child may
 
-def _earlier_result(job: _Job, digest: str, record: Mapping[str, str]) -> GenerateResult | None:
-    """The result of a job that has one. A store that does not answer is waited for: that is no fault of the job's.
-
-    Nothing is drawn meanwhile, since it could not be stored. Raises `StoreFailed` where it takes too long.
-    """
-    try:
-        result = load_result(job.runtime.store, job.id, digest)
-    except StoreFailed as error:
-        if job.deliveries.store_is_away(job.id) > _OUTAGE:
+        self._raise_if_unacceptable(claim, request)
+        deadline = Deadline(self._job_id, request.timeout or self._child.job_timeout)
+        job = Job(
+            id=self._job_id,
+            request=request,
+            attempt=1 + len(claim.deaths) + retries_of(self._task),
+            is_resumed=claim.is_resumed,
+            queued=self._seconds_queued(),
+        )
+        progress = ProgressReporter(
+            self._task.request,
+            self._leases,
+            progress_backend(self._task.app),
+            job_id=self._job_id,
+            deadline=deadline,
+            attempt=job.attempt,
+        )
+        claim.has_drawn = True
+        try:
+            with deadline.interrupting(grace=INTERRUPT_AFTER):
+                result = generate(self._child, job, progress)
+        except (ZloraError, JobEnded):
             raise
-        logger.warning("job %s waits for the store: %s", job.id, error)
-        put_off(job.task, "the store does not answer")
-    job.deliveries.store_is_back(job.id, record)
-    return result
+        except Exception as error:  # the boundary of a job: the producer gets a typed error
+            if deadline.has_passed:  # libraries turn an interruption into errors of their own
+                raise deadline.error() from error
+            logger.exception("job %s failed", self._job_id)
+            raise InternalError(
+                f"the worker failed: {type(error).__name__}: {logs.said_by(error)}"
+            ) from error
+        self._child.meter.drawn(result)
+        return result
 
-
-def _settled(job: _Job, digest: str, error: ZloraError) -> GenerateResult:
-    """The end of a job that met an error: its result where there is one after all, else the error.
-
-    Where it fails for good nothing that it has drawn stays, and where the base is not what it was neither.
-    """
-    task, runtime, deliveries, job_id, request = job
-    if may_succeed_later(task, error):
-        raise error
-    with suppress(
-        ZloraError
-    ):  # a damaged manifest, or one of another request; without one the pictures are no result
-        if (result := load_result(runtime.store, job_id, digest)) is not None:
-            return result  # the time was over late, or a lease was lost
-        delete_images(runtime.store, job_id, request)
-    if isinstance(error, BaseNotRestored):
-        leave_dirty(deliveries, job_id, error)
-    if error.retryable:
-        error.tell(attempt=retries_of(task) + 1)
-    raise Ended(deliveries.fail(job_id, error))
-
-
-def _draw(job: _Job, begun: Begun) -> GenerateResult:
-    from zlora_worker.generate import generate as draw  # torch: in the child only
-
-    task, runtime, deliveries, job_id, request = job
-    seconds, start = request.timeout or runtime.job_timeout, time.monotonic()
-    attempt = 1 + begun.deaths + retries_of(task)
-    backend = progress_backend(task.app)
-    watch = ProgressReporter(
-        task.request, deliveries, backend, job_id=job_id, seconds=seconds, attempt=attempt
-    )
-    queued = _seconds_queued(task)
-    try:
-        with _interrupted_after(seconds + _GRACE):
-            result = draw(
-                runtime,
-                job_id,
-                request,
-                watch,
-                attempt=attempt,
-                resumed=begun.before,
-                queued=queued,
+    def _raise_if_unacceptable(self, claim: Claim, request: GenerateRequest) -> None:
+        """Raise the error of a job that must not be drawn: timed out, poisoned, or beyond a bound."""
+        if "overtime" in claim.record:
+            raise Deadline(self._job_id, float(claim.record["overtime"])).error()
+        bound = self._child.job_timeout
+        if request.timeout is not None and request.timeout > bound:
+            expected = f"Expected up to {bound}, this worker's bound"
+            value = f"{request.timeout:g}"
+            raise InvalidRequest(
+                f"$.timeout: {expected}; the value is {value}",
+                {"path": "$.timeout", "value": value, "expected": expected},
             )
-        runtime.meter.drawn(result)
-    except (ZloraError, Ended):
-        raise
-    except (
-        Exception
-    ) as error:  # the boundary to the broker: the producer gets a typed error, the worker goes on
-        if (
-            time.monotonic() - start > seconds
-        ):  # libraries turn what a signal raises inside them into errors of theirs
-            raise job_timeout(job_id, seconds) from error
-        logger.exception("job %s", job_id)
-        raise InternalError(
-            f"the worker met a fault: {type(error).__name__}: {logs.said_by(error)}"
-        ) from error
-    return result
+        self._child.urls.require(request)
+        if "begun" not in claim.record and _is_past(self._task.request.expires):
+            raise expired(self._job_id)
+        claim.raise_if_poisoned(self._job_id)
+
+    def _settle(self, request: GenerateRequest, error: ZloraError) -> Outcome:
+        """Decide what follows an error, while the lease is held.
+
+        A result that is in the store after all wins: the error came after the manifest. Else the
+        images are deleted, and the error is written down as the job's verdict.
+        """
+        if should_retry(self._task, error):
+            return Retry(error, pause_before_retry(self._task, error))
+        with suppress(ZloraError):  # a manifest that is damaged, or belongs to another request
+            result = load_result(self._child.store, self._job_id, self.digest)
+            if result is not None:
+                return self._with_urls(result)
+            delete_images(self._child.store, self._job_id, request)
+        if isinstance(error, BaseNotRestored):
+            logger.critical("job %s: %s", self._job_id, error, extra={"code": error.code})
+            if self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
+                return Corrupted(str(error))
+        if error.retryable:
+            error.tell(attempt=retries_of(self._task) + 1)
+        return Failed(self._leases.close(self._job_id, error))
+
+    def _with_urls(self, result: GenerateResult) -> Outcome:
+        """Add URLs to the images. If the store cannot sign now, do that later, or never."""
+        try:
+            return Succeeded(self._child.urls.shown(result))
+        except StoreFailed as error:
+            if self._leases.store_outage(self._job_id) > STORE_PATIENCE:
+                return Succeeded(result)
+            return Requeue(f"the URLs of its images cannot be made: {error}", LEASE)
+
+    def _seconds_queued(self) -> float | None:
+        """Return the seconds from submission to start, by two clocks; None if unknown."""
+        now = time.time()
+        submitted = submitted_at(self._task.request.headers or {}, now)
+        if submitted is None:
+            return None
+        return max(0.0, round(now - submitted, 6))
 
 
-@contextmanager
-def _interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise `SoftTimeLimitExceeded` inside where it takes longer.
-
-    Celery's own limit counts from when the child took the message: with the waits for a lease and for Redis before the
-    drawing, and for Redis after it.
-    """
-
-    def interrupt(*_: object) -> NoReturn:
-        raise SoftTimeLimitExceeded(seconds)
-
-    signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _readable(
-    deliveries: JobLeases, job_id: str, arguments: tuple[object, ...], options: dict[str, object]
-) -> GenerateRequest:
-    """The request; raises `Taken` where the id is another job's, `Ended` where the job's own is none.
-
-    It ends under the lease: another worker may understand it, and draw it now. Raises `Leased` then. Of a plain message
-    nothing is written down, and its id stays free: raises `InvalidRequest`.
-    """
-    document: object = None
-    try:
-        document = _request(arguments, options)
-        return parse_request(document)
-    except InvalidRequest as error:
-        if not deliveries.is_own(
-            job_id, document
-        ):  # a newer client's, perhaps, which this worker does not understand
-            raise Taken(f"job {job_id} is another request: {error}") from error
-        if "digest" not in deliveries.record(job_id):
-            raise
-        with deliveries.leased(job_id):
-            raise Ended(deliveries.fail(job_id, error)) from error
-
-
-def _request(arguments: tuple[object, ...], options: dict[str, object]) -> object:
-    """The one argument, by place or by name. Celery itself would answer with a `TypeError`."""
+def the_argument(arguments: tuple[object, ...], options: Mapping[str, object]) -> object:
+    """Return the one argument of the task, by position or as `request`; raise `InvalidRequest`."""
     match arguments, options:
         case ((request,), {**others}) if not others:
             return request
         case ((), {"request": request, **others}) if not others:
             return request
-    found = ", ".join([f"{len(arguments)} by place", *sorted(options)])[:200]
-    details = {"path": "$", "value": found, "expected": "Expected one argument, the request"}
-    raise InvalidRequest(f"$: {details['expected']}; there are {found}", details)
+    found = ", ".join([f"{len(arguments)} by position", *sorted(options)])[:200]
+    expected = "Expected one argument, the request"
+    details = {"path": "$", "value": found, "expected": expected}
+    raise InvalidRequest(f"$: {expected}; there are {found}", details)
 
 
-def _require_within_bound(request: GenerateRequest, bound: int) -> None:
-    if request.timeout is not None and request.timeout > bound:
-        expected, value = f"Expected up to {bound}, this worker's bound", f"{request.timeout:g}"
-        details = {"path": "$.timeout", "value": value, "expected": expected}
-        raise InvalidRequest(f"$.timeout: {expected}; the value is {value}", details)
-
-
-def _require_in_time(task: "Task[Any, Any]", job_id: str) -> None:
-    """Under the lease: a copy of a job that runs in time must not expire it."""
-    expires: Any = task.request.expires
+def _is_past(expires: Any) -> bool:
     if expires is None:
-        return
+        return False
     moment = datetime.fromisoformat(expires) if isinstance(expires, str) else expires
-    if datetime.now(UTC) > (moment if moment.tzinfo else moment.replace(tzinfo=UTC)):
-        raise expired(job_id)
+    if not moment.tzinfo:
+        moment = moment.replace(tzinfo=UTC)
+    return datetime.now(UTC) > moment
 
 
-def _desk() -> "tuple[JobLeases, Meter]":
-    if _deliveries is None or _runtime is None:
-        _leave_without_model()
-    return _deliveries, _runtime.meter
-
-
-def _sound_runtime() -> "Child":
-    """The child's model. A child without one, or with a base that a job left changed, leaves: the job is put back."""
-    if _runtime is None or not _runtime.engine.is_sound():
-        _leave_without_model()
-    return _runtime
-
-
-def _leave_without_model() -> NoReturn:
-    logger.critical("no sound model in this child: it leaves, and the job goes to a fresh one")
-    leave()
-
-
-def last_check() -> None:
-    """In a child that ends: compare the whole base once more, and say so where it differs."""
-    if _runtime is None:
-        return
-    try:
-        _runtime.engine.check()
-    except BaseNotRestored as error:
-        logger.critical("at the end: %s", error)
-    else:
-        logger.info("at the end: the base is what was loaded")
-
-
-def _seconds_queued(task: "Task[Any, Any]") -> float | None:
-    """Seconds between submission and start, as two clocks see them; None where the producer sent no time."""
-    now = time.time()
-    submitted = submitted_at(task.request.headers or {}, now)
-    return None if submitted is None else max(0.0, round(now - submitted, 6))
+def _exit_child(reason: str) -> NoReturn:
+    """End this child process: Celery then delivers the job again (`task_reject_on_worker_lost`)."""
+    logger.critical("%s: this child exits, and the job goes to a new one", reason)
+    os._exit(EXIT_CORRUPTED)

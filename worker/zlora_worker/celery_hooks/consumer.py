@@ -1,130 +1,215 @@
-"""What the parent lets through to its child: messages that can be handed over, and a typed answer to all others."""
+"""The one boundary between foreign messages and Celery: whatever a message raises refuses that message."""
 
+import time
 from collections.abc import Callable
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
 
+import msgspec
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Message
-from kombu.exceptions import DecodeError
+from msgspec import Struct
 from redis import RedisError
+from zlora.broker.keys import RECORD_EXPIRES
+from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import InvalidRequest
 from zlora.redaction import on_one_line
-from zlora.schema import JOB_ID, TASK_NAME, JobState
+from zlora.schema import JOB_ID, JobState
 
-from zlora_worker.celery_hooks.bootsteps import load_state
 from zlora_worker.celery_hooks.transport import MAX_DEPTH, deeper_than
 from zlora_worker.delivery.lease import JobLeases, count_refused
 from zlora_worker.delivery.progress import progress_backend
 
-_KIND: Final = 60  # characters of what a stranger says that a message is
+_SHOWN: Final = 200  # characters of a fault in logs and answers
+# Headers that other Celery applications set, and that mean nothing here. Values of other types
+# would raise in the child, so all of them go.
+_UNUSED_HEADERS: Final = (
+    "argsrepr", "group", "group_index", "kwargsrepr", "lang", "meth", "origin", "parent_id",
+    "replaced_task_nesting", "root_id", "stamped_headers", "stamps", "timelimit",
+)  # fmt: skip
 
 logger = get_logger(__name__)
 
 
-class JobConsumer(Consumer):
-    """Celery's consumer, but that a message which no child could take fails its job instead of ending the worker."""
+class _Fields(Struct):
+    """Fields of a task message that this worker uses: headers in protocol 2, the body in protocol 1."""
 
-    def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Message], Any]:
-        """Look at each message before Celery does."""
-        handle = super().create_task_handler(*arguments, **options)
-
-        def on_message(message: Message) -> Any:
-            try:
-                _check(message)
-            except DecodeError as error:
-                return self.on_decode_error(message, error)
-            return handle(message)
-
-        return on_message
-
-    def on_decode_error(self, message: Message, exc: Exception) -> None:
-        """Celery would log all of it, prompts and addresses, and let it go; its producer would wait for ever."""
-        self._refuse(message, exc)
-
-    def on_invalid_task(self, _body: Any, message: Message, exc: Exception) -> None:
-        """The same, for another serializer than JSON."""
-        self._refuse(message, exc)
-
-    def on_unknown_task(self, _body: Any, message: Message, _exc: Exception) -> None:
-        """Celery would answer with its own class."""
-        self._refuse(message, f"no task is named {str(message.headers.get('task'))[:200]}")
-
-    def apply_eta_task(self, task: Any) -> None:
-        """Begin a job whose countdown is over, or where the child is busy leave it to any worker that is not."""
-        if not state.reserved_requests:
-            super().apply_eta_task(task)
-            return
-        consumer: Any = self  # whose `qos` the stubs do not have
-        state.task_ready(task)
-        consumer.qos.decrement_eventually()
-        task.reject(requeue=True)
-
-    def ensure_connected(self, conn: Any) -> Any:
-        """Say that the worker lives, as long as it waits for Redis too."""
-        ensure = conn.ensure_connection
-
-        def patiently(*arguments: Any, callback: Callable[[], Any], **options: Any) -> Any:
-            def each_second() -> None:
-                load_state.alive()
-                callback()
-
-            return ensure(*arguments, callback=each_second, **options)
-
-        conn.ensure_connection = patiently
-        return super().ensure_connected(conn)
-
-    def _refuse(self, message: Message, fault: object) -> None:
-        """Fail the job that the message names, count it, and let it go."""
-        fault = on_one_line((message.headers or {}).get("fault", fault))[:200]
-        kind = on_one_line(message.content_type)[:_KIND]
-        logger.error(
-            "a message is refused: %s (%s, %d bytes)", fault, kind, len(message.body or "")
-        )
-        self._answer(message, fault)
-        deliveries = (
-            self._deliveries()
-        )  # whose client does not wait for Redis: the parent has more to do
-        count_refused(deliveries.hasty, deliveries.ledger.queue)
-        message.ack_log_error(logger, self.app.connection_for_read().connection_errors)
-
-    def _answer(self, message: Message, fault: str) -> None:
-        job_id = (message.headers or {}).get("id")
-        if isinstance(job_id, str) and JOB_ID.fullmatch(job_id) and not self._is_known(job_id):
-            reason = InvalidRequest(f"the message cannot be read: {fault}")
-            try:
-                progress_backend(self.app).store_result(job_id, reason, JobState.FAILURE.value)
-            except RedisError as error:  # the parent has more to do than to wait
-                logger.warning("job %s: not answered: %s", job_id, error, extra={"job": job_id})
-
-    def _deliveries(self) -> JobLeases:
-        request: Any = self.app.tasks[TASK_NAME].Request
-        found: JobLeases = request.deliveries
-        return found
-
-    def _is_known(self, job_id: str) -> bool:
-        """Whether the message comes under another job's id, which it must not fail."""
-        try:
-            return self._deliveries().is_known(job_id)
-        except RedisError as error:
-            logger.warning("job %s: not answered: %s", job_id, error, extra={"job": job_id})
-            return True
+    id: str
+    task: Literal["zlora.generate"]
+    retries: int | None = 0
+    eta: str | None = None
+    expires: str | None = None
+    ignore_result: bool | None = False
+    shadow: None = None  # would become a label of Flower's metrics
 
 
-def _check(message: Message) -> None:
-    """Raises `DecodeError` where the body is not Celery's, or too deep to be handed to a child."""
+class _Canvas(Struct):
+    """Celery's callbacks and chains, of which a job has none."""
+
+    callbacks: list[Any] | None = None
+    errbacks: list[Any] | None = None
+    chain: list[Any] | None = None
+    chord: Any = None
+
+    def is_empty(self) -> bool:
+        return not (self.callbacks or self.errbacks or self.chain or self.chord)
+
+
+class Refused(Exception):
+    """A message that no child may see."""
+
+
+def validate(message: Message) -> None:
+    """Raise an exception unless the message is a job: JSON, `zlora.generate`, one protocol, no canvas.
+
+    Celery's protocols 1 and 2: https://docs.celeryq.dev/en/stable/internals/protocol.html
+    """
+    headers: dict[str, Any] = message.headers or {}
+    if "fault" in headers:  # the transport could not read the original
+        raise Refused(str(headers["fault"]))
     if message.content_type != "application/json":
-        return  # Celery refuses it by its `accept_content`
-    try:
-        body = message.payload
-    except Exception as error:  # the boundary to strangers' bytes: what encodings and compressions raise is their own
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+        raise Refused(f"the content type is {message.content_type}, not application/json")
+    body = message.payload
     if deeper_than(MAX_DEPTH, body):
-        raise DecodeError(f"deeper than {MAX_DEPTH} levels")
-    match body:
-        case [list(), dict(), dict() | None] if isinstance(message.headers.get("id"), str):
-            return
-        case {"task": str(), "id": str(), **rest} if isinstance(rest.get("args", []), list):
-            return  # Celery's first protocol
-    raise DecodeError("the body is not [args, kwargs, options]")
+        raise Refused(f"the body has more than {MAX_DEPTH} levels")
+    if "task" in headers:
+        fields = msgspec.convert(headers, _Fields)
+        _, _, canvas = msgspec.convert(body, tuple[list[Any], dict[str, Any], _Canvas | None])
+        unused = headers
+    else:
+        fields = msgspec.convert(body, _Fields)
+        canvas = msgspec.convert(body, _Canvas)
+        msgspec.convert(body, _Arguments)
+        if headers.get("id") not in (None, fields.id):
+            raise Refused("headers and body have two ids")
+        for name in headers.keys() - {SUBMITTED_AT}:  # Celery prefers them to the body
+            del headers[name]
+        unused = body
+    if canvas is not None and not canvas.is_empty():
+        raise Refused("a job has no callbacks, chains or chords")
+    if fields.eta is not None and _seconds_until(fields.eta) > RECORD_EXPIRES:
+        raise Refused("the ETA is later than a job may wait")
+    for name in _UNUSED_HEADERS:
+        unused.pop(name, None)
+
+
+class _Arguments(Struct):
+    """The arguments in a body of protocol 1."""
+
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+def _seconds_until(moment: str) -> float:
+    when = datetime.fromisoformat(moment)
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return when.timestamp() - time.time()
+
+
+def job_consumer(  # noqa: C901 - a class inside a function
+    leases: JobLeases, alive: Callable[[], None]
+) -> type[Consumer]:
+    """Return Celery's consumer for this worker; `alive` is called while it waits for Redis."""
+
+    class JobConsumer(Consumer):
+        """Celery's consumer, except that a message which no child could take fails its job.
+
+        Celery would end the worker, log prompts and addresses, or leave the producer waiting.
+        """
+
+        def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Message], Any]:
+            """Return the function that takes each message from the broker."""
+            handle = super().create_task_handler(*arguments, **options)
+            consumer: Any = self  # the stubs do not have `connection_errors`
+            broker_errors = (*consumer.connection_errors, RedisError)
+
+            def on_message(message: Message) -> Any:
+                try:
+                    validate(message)
+                    return handle(message)
+                except broker_errors:
+                    raise
+                except Exception as error:  # noqa: BLE001 - the boundary to foreign messages
+                    return self._refuse(message, error)
+
+            return on_message
+
+        def on_decode_error(self, message: Message, exc: Exception) -> None:
+            """Refuse a message whose body Celery cannot read."""
+            self._refuse(message, exc)
+
+        def on_invalid_task(self, _body: Any, message: Message, exc: Exception) -> None:
+            """Refuse a message that Celery finds invalid."""
+            self._refuse(message, exc)
+
+        def on_unknown_task(self, _body: Any, message: Message, exc: Exception) -> None:
+            """Refuse a message for another task."""
+            self._refuse(message, exc)
+
+        def on_unknown_message(self, _body: Any, message: Message) -> None:
+            """Refuse a message that is not a task."""
+            self._refuse(message, Refused("it is not a task"))
+
+        def apply_eta_task(self, task: Any) -> None:
+            """Begin a job whose countdown is over; if the child is busy, put it back for other workers."""
+            if not state.reserved_requests:
+                super().apply_eta_task(task)
+                return
+            consumer: Any = self  # the stubs do not have `qos`
+            state.task_ready(task)
+            consumer.qos.decrement_eventually()
+            task.reject(requeue=True)
+
+        def ensure_connected(self, conn: Any) -> Any:
+            """Connect to the broker; show that the worker is alive during the wait."""
+            ensure = conn.ensure_connection
+
+            def ensure_and_show(
+                *arguments: Any, callback: Callable[[], Any], **options: Any
+            ) -> Any:
+                def each_second() -> None:
+                    alive()
+                    callback()
+
+                return ensure(*arguments, callback=each_second, **options)
+
+            conn.ensure_connection = ensure_and_show
+            return super().ensure_connected(conn)
+
+        def _refuse(self, message: Message, error: Exception) -> None:
+            """Answer for the job that the message names, count the message, and acknowledge it."""
+            fault = on_one_line(f"{error}")[:_SHOWN]
+            kind = on_one_line(message.content_type)[:60]
+            size = len(message.body or "")
+            logger.error("a message is refused: %s (%s, %d bytes)", fault, kind, size)
+            job_id = _job_id_of(message)
+            if job_id is not None:
+                self._answer(job_id, fault)
+            count_refused(leases.impatient, leases.jobs.queue)
+            message.ack_log_error(logger, self.app.connection_for_read().connection_errors)
+
+        def _answer(self, job_id: str, fault: str) -> None:
+            """Fail the job, unless the id belongs to a job that was submitted before."""
+            error = InvalidRequest(f"the message cannot be read: {fault}")
+            try:
+                if not leases.is_known(job_id):
+                    progress_backend(self.app).store_result(job_id, error, JobState.FAILURE.value)
+            except RedisError as failure:  # the parent does not wait
+                logger.warning("job %s is not answered: %s", job_id, failure, extra={"job": job_id})
+
+    return JobConsumer
+
+
+def _job_id_of(message: Message) -> str | None:
+    """Return the job id in the headers, or in a body of protocol 1, if it is a valid one."""
+    job_id: Any = (message.headers or {}).get("id")
+    if job_id is None:
+        try:
+            body: Any = message.payload
+        except Exception:  # noqa: BLE001 - the boundary to foreign bytes
+            return None
+        job_id = body.get("id") if isinstance(body, dict) else None
+    return job_id if isinstance(job_id, str) and JOB_ID.fullmatch(job_id) else None

@@ -1,274 +1,274 @@
-"""kombu's Redis transport, but that no message ends the worker or is lost between Redis and the worker's books.
+"""kombu's Redis transport, made safe: no message ends the worker, and none is lost on its way into it.
 
-What stands on a queue is anybody's to write. A message's parts:
-https://docs.celeryq.dev/en/stable/internals/protocol.html
+kombu takes a message from its list and then writes it to the hash `unacked`. Between the two, only
+this process has it.
 """
 
 import json
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from contextlib import suppress
+from typing import Any, Final, Literal
 
+import msgspec
 import redis
 from celery.utils.log import get_logger
 from celery.worker import state
 from kombu.transport import TRANSPORT_ALIASES
-from kombu.transport import redis as stock
-from kombu.utils.json import loads
+from kombu.transport import redis as kombu_redis
+from kombu.utils.json import dumps, loads
+from msgspec import Struct
+from zlora.broker.message import MAX_MESSAGE_BYTES
 from zlora.schema import JOB_ID
 
 from zlora_worker.delivery.lease import count_refused
 
 MAX_DEPTH: Final = (
-    64  # levels of arrays and objects; from about 600 on, pickling for the child ends the worker
+    64  # levels of arrays and objects: from about 600 on, pickling for the child fails
 )
-_PARTING: Final = 5.0  # seconds after a SIGTERM in which Redis may still take note of a message
-UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of what stands for a message that cannot be read
+UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of a message's replacement
+_LAST_WAIT: Final = 5.0  # seconds after SIGTERM in which Redis may still accept a message
+_PAUSE: Final = 0.5  # seconds between two tries
+_LOG_EVERY: Final = 30.0  # seconds between two equal log lines
 
 logger = get_logger(__name__)
 
+_on_wait: list[Callable[[], None]] = []  # kombu makes the objects of this module by itself
 
-_listeners: list[Callable[[], None]] = []  # kombu makes the objects below
 
-
-def use(on_wait: Callable[[], None]) -> None:
-    """Make this the transport of `redis://` URLs in this process; `on_wait` is called while it waits for Redis."""
-    _listeners.append(on_wait)
+def install(on_wait: Callable[[], None]) -> None:
+    """Use this transport for `redis://` URLs in this process; `on_wait` is called during waits."""
+    _on_wait.append(on_wait)
     for scheme in ("redis", "rediss"):
-        TRANSPORT_ALIASES[scheme] = "zlora_worker.celery_hooks.transport:Transport"
+        TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+
+
+class _DeliveryInfo(Struct):
+    exchange: str
+    routing_key: str
+
+
+class _Properties(Struct):
+    delivery_tag: str
+    delivery_info: _DeliveryInfo
+    body_encoding: Literal["base64"] | None = None
+    priority: int | None = None
+    reply_to: str | None = None
+    correlation_id: str | None = None
+
+
+class _Envelope(Struct, rename={"content_type": "content-type", "encoding": "content-encoding"}):
+    """As much of a message as kombu itself reads."""
+
+    body: str
+    content_type: str
+    headers: dict[str, Any]
+    properties: _Properties
+    encoding: str | None = None
+
+
+class _Codecs:
+    """The part of a channel that a message needs to decode itself."""
+
+    codecs = kombu_redis.Channel.codecs
+    decode_body = kombu_redis.Channel.decode_body
+
+
+def fault_of(message: Any) -> str | None:
+    """Return why kombu cannot take a parsed message, None if kombu can."""
+    if deeper_than(MAX_DEPTH, message):
+        return f"it has more than {MAX_DEPTH} levels"
+    codecs: Any = _Codecs()
+    try:
+        envelope = msgspec.convert(message, _Envelope)
+        if envelope.headers.get("compression") is not None:
+            return "it is compressed"  # a few KB may become GB
+        json.dumps(message, ensure_ascii=False, default=str).encode()  # no half characters
+        dumps(message)
+        errors = kombu_redis.Channel.Message(message, channel=codecs).errors
+    except Exception as error:  # noqa: BLE001 - the boundary to foreign bytes, which raise anything
+        return f"{type(error).__name__}: {error}"
+    return f"its body cannot be decoded: {errors[0]}" if errors else None
+
+
+def deeper_than(limit: int, value: Any) -> bool:
+    """Whether a value has more levels than `limit`; level by level, without recursion."""
+    level = [value]
+    for _ in range(limit):
+        children: list[Any] = []
+        for part in level:
+            if isinstance(part, dict):
+                children.extend(part.values())
+            elif isinstance(part, list):
+                children.extend(part)
+        if not children:
+            return False
+        level = children
+    return True
 
 
 class _Client(redis.Redis):
-    """A client whose BRPOP answers with readable messages only."""
+    """A client whose BRPOP returns readable messages only."""
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
-        """Look at what BRPOP has taken; nothing comes instead of what cannot be read."""
-        answer = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
+        """Return the answer; a message that cannot be read is dropped, or replaced if it names a job."""
+        try:
+            answer = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
+        except redis.ResponseError as error:
+            if command_name != "BRPOP" or not _is_wrong_type(error):
+                raise
+            _log_seldom("the queue is a key of another type in Redis: no job is taken")
+            time.sleep(_PAUSE)
+            return None
         if command_name != "BRPOP" or not answer:
             return answer
         key, item = answer
         return self._readable(key, item)
 
     def _readable(self, key: bytes, item: bytes) -> tuple[bytes, bytes] | None:
-        queue = key.decode(errors="replace").partition(stock.Channel.sep)[0]
-        envelope, unread = _parsed(item)
-        if (fault := unread or _fault(envelope) or _undecodable(envelope)) is None:
+        queue = key.decode(errors="replace").partition(kombu_redis.Channel.sep)[0]
+        message: Any = None
+        if len(item) > MAX_MESSAGE_BYTES:
+            fault: str | None = f"it has {len(item)} bytes, more than {MAX_MESSAGE_BYTES}"
+        else:
+            try:
+                message = loads(item.decode())
+            except Exception as error:  # noqa: BLE001 - kombu builds objects of what it reads
+                fault = f"kombu cannot read it: {type(error).__name__}"
+                with suppress(ValueError, RecursionError):
+                    message = json.loads(item)  # for the job id
+            else:
+                fault = fault_of(message)
+        if fault is None:
             return key, item
-        if (job_id := _id_of(envelope)) is None:
-            self._refuse(queue, fault)
+        job_id = _job_id_of(message)
+        if job_id is None:
+            logger.error("a message on %s is dropped: %s, and it names no job", queue, fault)
+            count_refused(self, queue)
             return None
-        return key, json.dumps(_stand_in(job_id, fault, queue)).encode()
-
-    def _refuse(self, queue: str, reason: str) -> None:
-        logger.error("a message on %s is dropped: %s, and it names no job", queue, reason)
-        count_refused(self, queue)
+        return key, json.dumps(_replacement(job_id, fault, queue)).encode()
 
 
-class QoS(stock.QoS):
-    """The books of what this worker has taken from Redis, which wait for a Redis that is full or away."""
+class QoS(kombu_redis.QoS):
+    """The messages that this worker holds. Waits if Redis is down, full, or has a key of another type."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Enter a message; only this process has it, until it is entered."""
-        warned, patience = False, time.monotonic() + _PARTING
-        while True:
-            try:
-                super().append(message, delivery_tag)
-            except (redis.OutOfMemoryError, redis.ConnectionError, redis.TimeoutError) as error:
-                if not state.should_stop:
-                    patience = time.monotonic() + _PARTING
-                if state.should_terminate or time.monotonic() > patience:
-                    raise  # the sweeper sends it again
-                if not warned:
-                    logger.warning("a message waits until Redis takes note of it: %s", error)
-                    warned = True
-                for on_wait in _listeners:
-                    on_wait()
-                time.sleep(0.5)
-            else:
-                return
+        """Write a message to `unacked`. Raises an error of Redis only when the worker stops."""
+        self._wait_for(lambda: super(QoS, self).append(message, delivery_tag))
+
+    def ack(self, delivery_tag: str) -> None:
+        """Remove a message from `unacked`."""
+        self._wait_for(lambda: super(QoS, self).ack(delivery_tag), only_wrong_type=True)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Remove a message from `unacked`, and put it back on its queue with `requeue`."""
+        self._wait_for(lambda: super(QoS, self).reject(delivery_tag, requeue), only_wrong_type=True)
+
+    def restore_visible(self, *arguments: Any, **options: Any) -> None:
+        """Put the messages of dead workers back on their queue."""
+        try:
+            super().restore_visible(*arguments, **options)
+        except redis.ResponseError as error:
+            if not _is_wrong_type(error):
+                raise
+            _log_seldom(f"`{self.unacked_key}` is a key of another type in Redis")
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Put back what is held; where the connection is gone it stays entered, and comes back in its time.
+        """Put back the messages that this worker holds.
 
-        kombu would fail here, and the worker end, where Redis dies while the worker connects.
+        Without a connection the messages stay in `unacked`, and are restored after the visibility
+        timeout. kombu would fail, and end a worker that connects while Redis goes down.
         """
         if self.channel.connection is not None and self.channel.connection.client is not None:
             super().restore_unacked(client)
         elif self._delivered is not None:
             self._delivered.clear()
 
+    def _wait_for(self, action: Callable[[], None], *, only_wrong_type: bool = False) -> None:
+        give_up = time.monotonic() + _LAST_WAIT
+        while True:
+            try:
+                action()
+            except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError) as error:
+                is_wrong_type = _is_wrong_type(error)
+                if isinstance(error, redis.ResponseError):
+                    is_transient = isinstance(error, redis.OutOfMemoryError)
+                else:
+                    is_transient = True
+                if not is_wrong_type and (only_wrong_type or not is_transient):
+                    raise
+                if not state.should_stop:
+                    give_up = time.monotonic() + _LAST_WAIT
+                if state.should_terminate or time.monotonic() > give_up:
+                    raise  # the sweeper sends the job again
+                _log_seldom(f"a message waits until Redis accepts it: {error}")
+                for call in _on_wait:
+                    call()
+                time.sleep(_PAUSE)
+            else:
+                return
 
-class Channel(stock.Channel):
-    """kombu's, with these two."""
+
+class Channel(kombu_redis.Channel):
+    """kombu's channel with this client and these held messages."""
 
     QoS = QoS
 
     def _get_client(self) -> type[redis.Redis]:
-        super()._get_client()  # type: ignore[misc]  # looks at the version; the stubs do not have it
+        super()._get_client()  # type: ignore[misc]  # checks redis-py's version; not in the stubs
         return _Client
 
+    def _deliver_fanout_message(self, message: Any, exchange: str) -> bool:
+        """Deliver a message of remote control, unless it cannot be read."""
+        if (fault := fault_of(message)) is not None:
+            _log_seldom(f"a message of remote control is dropped: {fault[:200]}")
+            return True
+        super()._deliver_fanout_message(message, exchange)  # type: ignore[misc]  # not in the stubs
+        return True
 
-class Transport(stock.Transport):
-    """kombu's, with this channel. A Redis that is full is one that is away: the worker waits, and comes back."""
+
+class Transport(kombu_redis.Transport):
+    """kombu's transport with this channel. A Redis that is full counts as one that is down."""
 
     Channel = Channel
 
-    connection_errors = (*stock.Transport.connection_errors, redis.OutOfMemoryError)
+    connection_errors = (*kombu_redis.Transport.connection_errors, redis.OutOfMemoryError)
 
 
-def deeper_than(limit: int, value: Any) -> bool:
-    """Level by level, since a recursion would fail just there."""
-    level = [value]
-    for _ in range(limit):
-        level = [
-            child
-            for part in level
-            if isinstance(part, dict | list)
-            for child in (part.values() if isinstance(part, dict) else part)
-        ]
-        if not level:
-            return False
-    return True
-
-
-_Check = Callable[[Any], bool]
-
-
-def _is(*kinds: type) -> _Check:
-    return lambda value: type(value) in kinds
-
-
-_TEXT: Final = _is(str)
-_MAYBE_TEXT: Final = _is(str, type(None))
-_MAYBE_INT: Final = _is(int, type(None))
-
-
-def _is_timelimit(value: Any) -> bool:
-    pair = isinstance(value, list) and len(value) == 2  # noqa: PLR2004 - hard and soft
-    return value is None or (
-        pair and all(type(limit) in (int, float, type(None)) for limit in value)
-    )
-
-
-def _names(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
-    )
-
-
-_ENVELOPE: Final[dict[str, _Check]] = {
-    "body": _TEXT,
-    "content-type": _TEXT,
-    "content-encoding": _MAYBE_TEXT,
-    "headers": _is(dict),
-    "properties": _is(dict),
-}
-_PROPERTIES: Final[dict[str, _Check]] = {
-    "delivery_tag": _TEXT,
-    "delivery_info": _is(dict),
-    "body_encoding": lambda value: value in (None, "base64"),
-    "priority": _MAYBE_INT,
-    "reply_to": _MAYBE_TEXT,
-    "correlation_id": _MAYBE_TEXT,
-}
-_DELIVERY: Final[dict[str, _Check]] = {"exchange": _TEXT, "routing_key": _TEXT}
-_HEADERS: Final[dict[str, _Check]] = {
-    # The first protocol has neither.
-    "id": _MAYBE_TEXT,
-    "task": _MAYBE_TEXT,
-    "lang": _MAYBE_TEXT,
-    "shadow": _MAYBE_TEXT,
-    "eta": _MAYBE_TEXT,
-    "expires": _MAYBE_TEXT,
-    "group": _MAYBE_TEXT,
-    "group_index": _MAYBE_INT,
-    "root_id": _MAYBE_TEXT,
-    "parent_id": _MAYBE_TEXT,
-    "argsrepr": _MAYBE_TEXT,
-    "kwargsrepr": _MAYBE_TEXT,
-    "origin": _MAYBE_TEXT,
-    "retries": _MAYBE_INT,
-    "headers": _is(dict, type(None)),
-    "timelimit": _is_timelimit,
-    "ignore_result": _is(bool, type(None)),
-    "replaced_task_nesting": _MAYBE_INT,
-    "stamped_headers": _names,
-    "stamps": _is(dict, type(None)),
-}
-
-
-def _parsed(item: bytes) -> tuple[Any, str | None]:
-    """A message as kombu reads it, or where it cannot be read so, what plain JSON says and why it is not enough."""
-    try:
-        return loads(item.decode()), None
-    except Exception as error:  # noqa: BLE001 - the boundary to strangers' bytes, of which kombu builds objects
-        fault = f"it is not JSON as kombu reads it: {type(error).__name__}"
-    try:
-        return json.loads(item), fault
-    except (ValueError, RecursionError):
-        return None, fault
-
-
-def _fault(envelope: Any) -> str | None:
-    """What is wrong with a message, as far as its body does not say; None where Celery can take it."""
-    if not isinstance(envelope, dict):
-        return "it is no message of Celery's"
-    if deeper_than(MAX_DEPTH, envelope):
-        return f"it is deeper than {MAX_DEPTH} levels"
-    if (fault := _wrong(envelope, _ENVELOPE)) is not None:
-        return fault
-    properties = envelope["properties"]
-    return (
-        _wrong(properties, _PROPERTIES)
-        or _wrong(properties["delivery_info"], _DELIVERY)
-        or _wrong(envelope["headers"], _HEADERS)
-    )
-
-
-def _wrong(part: dict[str, Any], checks: dict[str, _Check]) -> str | None:
-    for name, is_sound in checks.items():
-        if not is_sound(part.get(name)):
-            return f"its `{name}` is of no type that Celery knows"
-    return None
-
-
-class _Codecs:
-    """As much of a channel as a message needs to read itself."""
-
-    codecs = stock.Channel.codecs
-    decode_body = stock.Channel.decode_body
-
-
-def _undecodable(envelope: dict[str, Any]) -> str | None:
-    """What kombu would meet in a message of sound types: bytes that are not base64, or not compressed as they say."""
-    try:
-        codecs: Any = _Codecs()
-        json.dumps(envelope, ensure_ascii=False).encode()
-        errors = stock.Channel.Message(envelope, channel=codecs).errors
-    except Exception as error:  # noqa: BLE001 - the same: what encodings and compressions raise is their own
-        return f"it cannot be decoded: {type(error).__name__}"
-    return "it is not compressed as it says" if errors else None
-
-
-def _id_of(envelope: Any) -> str | None:
-    """The job that a damaged message names."""
-    headers = envelope.get("headers") if isinstance(envelope, dict) else None
+def _job_id_of(message: Any) -> str | None:
+    """Return the valid job id that an unreadable message has in its headers."""
+    headers = message.get("headers") if isinstance(message, dict) else None
     job_id = headers.get("id") if isinstance(headers, dict) else None
     return job_id if isinstance(job_id, str) and JOB_ID.fullmatch(job_id) else None
 
 
-def _stand_in(job_id: str, fault: str, queue: str) -> dict[str, Any]:
-    """A message that Celery can take, and refuses: so the job fails where its producer sees it."""
-    delivery = {"exchange": "", "routing_key": queue}
+def _replacement(job_id: str, fault: str, queue: str) -> dict[str, Any]:
+    """Return a message that Celery can take, and that the consumer refuses with an answer."""
     return {
         "body": "",
         "content-type": UNREADABLE,
         "content-encoding": "utf-8",
-        "headers": {"id": job_id, "task": "unreadable", "fault": fault},
+        "headers": {"id": job_id, "task": "unreadable", "fault": fault[:200]},
         "properties": {
             "delivery_tag": str(uuid.uuid4()),
-            "delivery_info": delivery,
+            "delivery_info": {"exchange": "", "routing_key": queue},
             "body_encoding": None,
         },
     }
+
+
+def _is_wrong_type(error: Exception) -> bool:
+    return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
+
+
+_logged: dict[str, float] = {}  # lines, and when each was logged last
+
+
+def _log_seldom(line: str) -> None:
+    now = time.monotonic()
+    if now - _logged.get(line, -_LOG_EVERY) >= _LOG_EVERY:
+        _logged[line] = now
+        logger.warning("%s", line)
+    if len(_logged) > 1000:  # noqa: PLR2004 - errors have changing texts
+        _logged.clear()

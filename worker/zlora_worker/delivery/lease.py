@@ -1,6 +1,6 @@
-"""Jobs come at least once; here they are taken so that each is drawn by one worker at a time, and ends once.
+"""Leases: each job is drawn by one worker at a time, ends once, and is given up after three deaths.
 
-The worker's side of `zlora.broker.job_store`: lease, attempts, verdicts.
+This is the worker's side of `zlora.broker.job_store`, which describes the record of a job.
 """
 
 import os
@@ -10,7 +10,8 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Final, NamedTuple
+from enum import StrEnum
+from typing import Any, Final
 
 import msgspec
 import redis
@@ -20,44 +21,109 @@ from zlora.broker.keys import RECORD_EXPIRES, job_key, lease_key, refused_key
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobPoisoned, ZloraError
 
-LEASE: Final = 10.0  # seconds that a job stays with a worker that says nothing more
-_RENEW: Final = 2.0  # seconds between two signs
-_GRACE: Final = 4.0  # seconds in which a live worker takes a lease again that it lost with Redis
-_HASTE: Final = 1.0  # seconds that a running job may lose to a Redis that is silent
-_POISON: Final = 3  # deliveries without a verdict
-_AWAY: Final = "store_away"  # in a job's record: since when the store does not answer, in seconds since the epoch
+LEASE: Final = 10.0  # seconds that a job stays with a worker that does not renew its lease
+_RENEW: Final = 2.0  # seconds between two renewals
+_GRACE: Final = 4.0  # seconds in which a live worker takes back a lease that Redis lost
+_IMPATIENCE: Final = 1.0  # seconds that a running job may lose to a Redis that does not answer
+_POISON: Final = 3  # deaths after which a job is given up
+_STORE_DOWN: Final = "store_away"  # field of the record: first failure of the store, epoch seconds
 
 logger = get_task_logger(__name__)
 
-# A worker has one child: whoever holds a lease under the name of its own worker is that child's dead predecessor.
-_TAKE: Final = """
+# Look at a job and take it, in one round trip. A worker has one child: a lease under the worker's
+# own name is that of the child's predecessor, which is dead. The attempt is written with the lease,
+# so that a kill at any later moment counts.
+_CLAIM: Final = """
+local record = redis.call('HGETALL', KEYS[1])
+local worker, digest, is_sure = ARGV[1], ARGV[3], ARGV[7]
+local known = redis.call('HGET', KEYS[1], 'digest')
+if known and known ~= digest then return {'other_request', record} end
+if redis.call('HEXISTS', KEYS[1], 'verdict') == 1 then return {'ended', record} end
+local owner = redis.call('GET', KEYS[2])
+if owner and owner ~= worker then return {'leased', record} end
+if is_sure == '' then
+  for index = 1, #record, 2 do
+    if string.sub(record[index], 1, 8) == 'attempt:' then
+      local attempt = cjson.decode(record[index + 1])
+      if attempt.worker ~= worker and (attempt.signal == nil or attempt.signal == cjson.null) then
+        return {'unsure', record}
+      end
+    end
+  end
+end
+redis.call('SET', KEYS[2], worker, 'PX', ARGV[2])
+redis.call('HSETNX', KEYS[1], 'digest', digest)
+redis.call('HSETNX', KEYS[1], 'begun', 1)
+redis.call('HSET', KEYS[1], 'sent', 1, ARGV[4], ARGV[5])
+if redis.call('HEXISTS', KEYS[1], 'closed') == 0 then
+  redis.call('EXPIRE', KEYS[1], ARGV[6])
+end
+return {'claimed', record}
+"""
+_RENEW_LEASE: Final = """
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_GIVE: Final = (
-    "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
-)
+# End an attempt: forget it, and keep the lease until Celery has stored the job's end. Redis may have
+# lost the lease meanwhile.
+_END_ATTEMPT: Final = """
+redis.call('HDEL', KEYS[1], ARGV[3])
+if ARGV[4] ~= '' then redis.call('HDEL', KEYS[1], 'begun') end
+local owner = redis.call('GET', KEYS[2])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_RELEASE: Final = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
 
 
-class Leased(Exception):
-    """Another worker draws the job now, or may."""
+class ClaimState(StrEnum):
+    """The answer to a claim. UNSURE: another worker may live, and may have lost its lease with Redis."""
+
+    CLAIMED = "claimed"
+    LEASED = "leased"
+    ENDED = "ended"
+    OTHER_REQUEST = "other_request"
+    UNSURE = "unsure"
 
 
-class Taken(Exception):
-    """The id belongs to another request, whose job it stays."""
+class Claim:
+    """A claim of one job; `record` is the job's record as it was before the claim."""
+
+    def __init__(self, state: ClaimState, record: Mapping[str, str]) -> None:
+        self.state, self.record = state, record
+        self.has_drawn = False  # set when the drawing begins
+
+    @property
+    def verdict(self) -> ZloraError | None:
+        """The error with which the job has ended."""
+        return verdict_of(self.record)
+
+    @property
+    def deaths(self) -> list[Attempt]:
+        """Earlier attempts that ended with the death of their worker."""
+        return list(attempts_of(dict(self.record)).values())
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether images of an earlier attempt may be reused: not if it left its base model changed."""
+        return "begun" in self.record and "spoilt" not in self.record
+
+    def raise_if_poisoned(self, job_id: str) -> None:
+        """Raise `JobPoisoned` if too many workers died while they had the job."""
+        deaths = self.deaths
+        if len(deaths) >= _POISON:
+            evidence = {"attempts": [msgspec.to_builtins(attempt) for attempt in deaths]}
+            raise JobPoisoned(f"{len(deaths)} workers died while they had job {job_id}", evidence)
 
 
-class Begun(NamedTuple):
-    """What was before an attempt: how many ended in a death, and whether there was any."""
-
-    deaths: int
-    before: bool
-
-
-class Ended(Exception):
-    """The job has failed, been cancelled or expired."""
+class JobEnded(Exception):
+    """Another worker has ended the job that this one draws."""
 
     def __init__(self, verdict: ZloraError) -> None:
         super().__init__(verdict)
@@ -65,7 +131,7 @@ class Ended(Exception):
 
 
 def count_refused(client: Any, queue: str) -> None:
-    """One more message of the queue could not be read; where Redis does not take it, it is only logged."""
+    """Count a message of the queue that is refused; only log it if Redis does not answer."""
     counter = refused_key(queue)
     try:
         with client.pipeline() as pipe:
@@ -73,221 +139,207 @@ def count_refused(client: Any, queue: str) -> None:
             pipe.expire(counter, RECORD_EXPIRES)
             pipe.execute()
     except redis.RedisError as error:
-        logger.warning("%s is not counted: %s", counter, error)
+        logger.warning("%s is not incremented: %s", counter, error)
 
 
 class JobLeases:
-    """What a worker knows of the jobs that it takes; made in the parent, used in the child."""
+    """The jobs that one worker takes. Made in the parent, used in parent and child.
+
+    The child's methods wait for Redis; the parent's do not, since the parent has more to do.
+    """
 
     def __init__(self, broker_url: str, queue: str) -> None:
-        self.ledger = JobStore(
-            connect(broker_url, patient=True), queue
-        )  # a job that begins waits for Redis
-        self.hasty: Any = connect(broker_url, seconds=_HASTE)  # one that runs does not
-        self._hasty_ledger = JobStore(self.hasty, queue)
+        self.jobs = JobStore(connect(broker_url, patient=True), queue)
+        self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
+        self._impatient_jobs = JobStore(self.impatient, queue)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._take = self.ledger.redis.register_script(_TAKE)
-        self._give = self.ledger.redis.register_script(_GIVE)
-        self._take_now = self.hasty.register_script(_TAKE)
+        self._claim = self.jobs.redis.register_script(_CLAIM)
+        self._end_attempt = self.jobs.redis.register_script(_END_ATTEMPT)
+        self._renew_lease = self.impatient.register_script(_RENEW_LEASE)
+        self._release = self.impatient.register_script(_RELEASE)
 
-    def look(self, job_id: str, digest: str) -> dict[str, str]:
-        """The job's record; raises `Taken`, and `Ended` where the job has a verdict."""
-        record = self.record(job_id)
-        if record.get("digest", digest) != digest:
-            raise Taken(f"job {job_id} is another request")
-        if (verdict := verdict_of(record)) is not None:
-            raise Ended(verdict)
-        return record
-
-    def is_own(self, job_id: str, document: object) -> bool:
-        """Whether a request that cannot be read is the job's own, or the first under its id."""
-        if "digest" not in self.record(job_id):
-            return True
-        submission = self.ledger.submission(job_id)
-        return submission is not None and submission.request == document
-
-    def is_known(self, job_id: str) -> bool:
-        """Whether the id is a job's; in the parent, so without waiting for Redis."""
-        return bool(self.hasty.hexists(job_key(job_id), "digest"))
-
-    def require_wanted(self, job_id: str) -> None:
-        """Raises `JobRevoked` where a running job is cancelled, and `Ended` where another worker has ended it.
-
-        Does not wait: raises `redis.RedisError` where Redis does not answer.
-        """
-        names = ("cancelled", "verdict")
-        record = dict(zip(names, self.hasty.hmget(job_key(job_id), names), strict=True))
-        if record["verdict"] is not None and (verdict := verdict_of(record)) is not None:
-            raise Ended(verdict)
-        if record["cancelled"] is not None:
-            raise revoked(job_id)
-
-    def record(self, job_id: str) -> dict[str, str]:
-        """All that is written down of a job."""
-        found: dict[str, str] = self.ledger.redis.hgetall(job_key(job_id))
-        return found
+    # In the child, around a delivery
 
     @contextmanager
-    def leased(self, job_id: str) -> Iterator[None]:
-        """Hold the job's lease; raises `Leased` where another worker has it.
+    def claim(self, job_id: str, digest: str) -> Iterator[Claim]:
+        """Take the job for the length of the block, if its state allows: see `Claim.state`.
 
-        After a verdict the lease is left to expire: until the broker knows of the end, the job is not free.
+        A claimed job is renewed in a thread. At an orderly end of the block the attempt is
+        forgotten, and the lease is left to expire: until Celery has stored the end of the job, no
+        other worker may take it. If this process is killed inside the block, the attempt stays and
+        counts as a death.
         """
-        key = lease_key(job_id)
-        if not self._take_lease(key) or (self._others(job_id) and not self._take_after_grace(key)):
-            raise Leased
+        field = f"{ATTEMPT}{uuid.uuid4()}"
+        claim = self._try_claim(job_id, digest, field)
+        if claim.state is ClaimState.UNSURE:
+            time.sleep(_GRACE)
+            claim = self._try_claim(job_id, digest, field, is_sure=True)
+        if claim.state is not ClaimState.CLAIMED:
+            yield claim
+            return
         over = threading.Event()
+        key = lease_key(job_id)
         renewal = threading.Thread(target=self._renew, args=(key, over), name="lease", daemon=True)
         renewal.start()
+        is_leaving = False
         try:
-            yield
+            yield claim
+        except (SystemExit, KeyboardInterrupt):
+            is_leaving = True
+            raise
         finally:
             over.set()
             renewal.join()
+            self._end(job_id, field, claim, is_leaving=is_leaving)
 
-    def give_back(self, job_id: str) -> None:
-        """Let another worker have the job at once."""
-        with suppress(redis.RedisError):  # it expires by itself
-            self._give(keys=[lease_key(job_id)], args=[self.worker], client=self.hasty)
-
-    @contextmanager
-    def attempt(self, job_id: str, digest: str) -> Iterator[Begun]:
-        """Count a delivery, and forget it at its orderly end; yields what was before it.
-
-        Raises `JobPoisoned` where that were too many. What is counted stays where this process is killed inside.
-        """
-        record = self.record(job_id)
-        dead = list(attempts_of(record).values())
-        if len(dead) >= _POISON:
-            evidence = {"attempts": [msgspec.to_builtins(attempt) for attempt in dead]}
-            raise JobPoisoned(f"{len(dead)} workers died over job {job_id}", evidence)
-        field, first = self._begin(job_id, digest)
-        leaving = False  # told to end: the job is given back
-        try:
-            # Of what was drawn with a base that changed nothing is taken over.
-            yield Begun(deaths=len(dead), before=not first and "spoilt" not in record)
-        except (SystemExit, KeyboardInterrupt):
-            leaving = True
-            raise
-        finally:
-            if not leaving:  # the job is its worker's until Celery has stored its end; an outage may have let it go
-                self._take_lease(lease_key(job_id))
-            self.ledger.redis.hdel(job_key(job_id), field)
-
-    def _begin(self, job_id: str, digest: str) -> tuple[str, bool]:
+    def _try_claim(self, job_id: str, digest: str, field: str, *, is_sure: bool = False) -> Claim:
         attempt = Attempt(
             host=socket.gethostname(), worker=self.worker, pid=os.getpid(), at=time.time()
         )
-        key, field = job_key(job_id), f"{ATTEMPT}{uuid.uuid4()}"
-        with self.ledger.redis.pipeline() as pipe:
-            pipe.hsetnx(key, "begun", 1)
-            pipe.hset(key, field, msgspec.json.encode(attempt))
-            pipe.hsetnx(key, "digest", digest)
-            pipe.hset(key, "sent", 1)
-            pipe.expire(key, RECORD_EXPIRES)
-            first, *_ = pipe.execute()
-        return field, bool(first)
+        state, fields = self._claim(
+            keys=[job_key(job_id), lease_key(job_id)],
+            args=[
+                self.worker,
+                int(LEASE * 1000),
+                digest,
+                field,
+                msgspec.json.encode(attempt),
+                RECORD_EXPIRES,
+                "1" if is_sure else "",
+            ],
+        )
+        return Claim(ClaimState(state), dict(zip(fields[::2], fields[1::2], strict=True)))
 
-    def forgive(self, job_id: str) -> None:
-        """In the parent: this worker gives the job up of its own will, and its child does not live to say so."""
-        with suppress(redis.RedisError):  # then it counts as a death: the job has two more
-            self._forget_own(job_id)
-            self.give_back(job_id)
-
-    def _forget_own(self, job_id: str) -> None:
-        for field in self._own_attempts(job_id):
-            self.hasty.hdel(job_key(job_id), field)
-
-    def _own_attempts(self, job_id: str) -> dict[str, Attempt]:
-        found = attempts_of(self.hasty.hgetall(job_key(job_id)))
-        return {
-            name: one
-            for name, one in found.items()
-            if one.worker == self.worker and one.signal is None
-        }
-
-    def died(self, job_id: str, reason: str) -> None:
-        """In the parent: note what its child died of, and let the next worker have the job."""
+    def _end(self, job_id: str, field: str, claim: Claim, *, is_leaving: bool) -> None:
+        """Forget the attempt, and that the job was begun if this delivery began it and drew nothing."""
         key = job_key(job_id)
-        with suppress(redis.RedisError):
-            for field, attempt in self._own_attempts(job_id).items():
-                noted = msgspec.structs.replace(attempt, signal=reason)
-                self.hasty.hset(key, field, msgspec.json.encode(noted))
-                self.hasty.expire(key, RECORD_EXPIRES, nx=True)
-            self.give_back(job_id)
+        if is_leaving:  # the worker stops: the job goes to another one at once
+            self.jobs.redis.hdel(key, field)
+            return
+        undo = "" if claim.has_drawn or "begun" in claim.record else "1"
+        self._end_attempt(
+            keys=[key, lease_key(job_id)], args=[self.worker, int(LEASE * 1000), field, undo]
+        )
 
-    def spoilt(self, job_id: str) -> int:
-        """Count a base that the job has left changed."""
-        with self.ledger.redis.pipeline() as pipe:
-            pipe.hincrby(job_key(job_id), "spoilt", 1)
-            pipe.expire(job_key(job_id), RECORD_EXPIRES, nx=True)
-            count, _ = pipe.execute()
-        return int(count)
+    def _renew(self, key: str, over: threading.Event) -> None:
+        while not over.wait(_RENEW):
+            try:
+                if not self._renew_lease(keys=[key], args=[self.worker, int(LEASE * 1000)]):
+                    logger.warning(
+                        "%s: another worker has this job too; the first to end wins", key
+                    )
+            except redis.RedisError as error:
+                logger.warning("%s is not renewed: %s", key, error)
 
-    def store_is_away(self, job_id: str) -> float:
-        """Note that the job has met a store that does not answer; seconds since it first has."""
-        key = job_key(job_id)
-        with self.ledger.redis.pipeline() as pipe:
-            pipe.hsetnx(key, _AWAY, time.time())
-            pipe.hget(key, _AWAY)
-            pipe.expire(key, RECORD_EXPIRES, nx=True)
-            _, since, _ = pipe.execute()
-        return time.time() - float(since)
+    def release(self, job_id: str) -> None:
+        """Let another worker take the job at once."""
+        with suppress(redis.RedisError):  # the lease expires by itself
+            self._release(keys=[lease_key(job_id)], args=[self.worker])
 
-    def store_is_back(self, job_id: str, record: Mapping[str, str]) -> None:
-        """The store has answered: the next outage is another one."""
-        if _AWAY in record:
-            self.ledger.redis.hdel(job_key(job_id), _AWAY)
+    def record(self, job_id: str) -> dict[str, str]:
+        """Return the job's record, which is empty if Redis has none."""
+        found: dict[str, str] = self.jobs.redis.hgetall(job_key(job_id))
+        return found
 
-    def end(self, job_id: str) -> bool:
-        """The job has a result: its manifest is the verdict. Whether nobody has said so before, as far as is known."""
-        with suppress(redis.RedisError):  # the sweeper finds what is left here
-            return self._hasty_ledger.finish(job_id)
+    def is_own(self, job_id: str, document: object) -> bool:
+        """Whether an invalid request is the one that was submitted under this id, or the first."""
+        if "digest" not in self.record(job_id):
+            return True
+        submission = self.jobs.submission(job_id)
+        return submission is not None and submission.request == document
+
+    def raise_if_cancelled(self, job_id: str) -> None:
+        """Raise `JobRevoked` if the job is cancelled, `JobEnded` if another worker has ended it.
+
+        Does not wait: raises `redis.RedisError` if Redis does not answer.
+        """
+        names = ("cancelled", "verdict")
+        record = dict(zip(names, self.impatient.hmget(job_key(job_id), names), strict=True))
+        if record["verdict"] is not None and (verdict := verdict_of(record)) is not None:
+            raise JobEnded(verdict)
+        if record["cancelled"] is not None:
+            raise revoked(job_id)
+
+    def close(self, job_id: str, verdict: ZloraError) -> ZloraError:
+        """Write the verdict of the job for good; return the first one, if there is one already."""
+        return self.jobs.close(job_id, verdict) or verdict
+
+    def finish(self, job_id: str) -> bool:
+        """Record that the job has a result; return whether this is the first such record."""
+        with suppress(redis.RedisError):  # the sweeper closes what stays open
+            return self._impatient_jobs.finish(job_id)
         return True
 
     def is_first_to_count(self, job_id: str) -> bool:
-        """Whether nobody has counted how the job ended; from now on somebody has.
-
-        Whoever ends it need not: its producer may cancel it, and a companion let it expire.
-        """
+        """Whether no worker has counted the end of this job in its metrics; marks it as counted."""
         key = job_key(job_id)
-        with suppress(redis.RedisError), self.hasty.pipeline() as pipe:
+        with suppress(redis.RedisError), self.impatient.pipeline() as pipe:
             pipe.hsetnx(key, "counted", 1)
             pipe.expire(key, RECORD_EXPIRES, nx=True)
             return bool(pipe.execute()[0])
         return True
 
-    def fail(self, job_id: str, verdict: ZloraError) -> ZloraError:
-        """Write the job's failure down for good, so that no late message draws it after all; the first one stands."""
-        return self.ledger.close(job_id, verdict) or verdict
+    def count_corrupted(self, job_id: str) -> int:
+        """Count a base model that the job has left changed; return how many it were."""
+        with self.jobs.redis.pipeline() as pipe:
+            pipe.hincrby(job_key(job_id), "spoilt", 1)
+            pipe.expire(job_key(job_id), RECORD_EXPIRES, nx=True)
+            count, _ = pipe.execute()
+        return int(count)
 
-    def overtime(self, job_id: str, seconds: float) -> None:
-        """In the parent: its child is killed, since the job took longer than it may; the next delivery ends the job."""
-        with suppress(redis.RedisError):  # then it is drawn again, as after a death
-            self.hasty.hset(job_key(job_id), "overtime", seconds)
-            self.hasty.expire(job_key(job_id), RECORD_EXPIRES, nx=True)
-            self._forget_own(job_id)
+    def store_outage(self, job_id: str) -> float:
+        """Record that the store does not answer; return the seconds since it was first recorded."""
+        key = job_key(job_id)
+        with self.jobs.redis.pipeline() as pipe:
+            pipe.hsetnx(key, _STORE_DOWN, time.time())
+            pipe.hget(key, _STORE_DOWN)
+            pipe.expire(key, RECORD_EXPIRES, nx=True)
+            _, since, _ = pipe.execute()
+        return time.time() - float(since)
 
-    def _others(self, job_id: str) -> bool:
-        """Whether another worker began the job, and nobody has seen its end."""
-        attempts = attempts_of(self.record(job_id)).values()
-        return any(attempt.worker != self.worker and attempt.signal is None for attempt in attempts)
+    def store_answers(self, job_id: str, record: Mapping[str, str]) -> None:
+        """Record that the store answers again, if the job's record says that it did not."""
+        if _STORE_DOWN in record:
+            self.jobs.redis.hdel(job_key(job_id), _STORE_DOWN)
 
-    def _take_lease(self, key: str) -> bool:
-        return bool(self._take(keys=[key], args=[self.worker, int(LEASE * 1000)]))
+    # In the parent, about its child
 
-    def _take_after_grace(self, key: str) -> bool:
-        """The other may live, and have lost its lease with Redis: it has time to take it again."""
-        self._give(keys=[key], args=[self.worker])
-        time.sleep(_GRACE)
-        return self._take_lease(key)
+    def is_known(self, job_id: str) -> bool:
+        """Whether a job with this id was submitted."""
+        return bool(self.impatient.hexists(job_key(job_id), "digest"))
 
-    def _renew(self, key: str, over: threading.Event) -> None:
-        while not over.wait(_RENEW):
-            try:
-                if not self._take_now(keys=[key], args=[self.worker, int(LEASE * 1000)]):
-                    logger.warning(
-                        "%s: another worker draws this job too; the first to end has it", key
-                    )
-            except redis.RedisError as error:
-                logger.warning("%s is not renewed: %s", key, error)
+    def child_died(self, job_id: str, reason: str) -> None:
+        """Record what the child that had the job died of, and release the job."""
+        key = job_key(job_id)
+        with suppress(redis.RedisError):
+            for field, attempt in self._own_attempts(job_id).items():
+                noted = msgspec.structs.replace(attempt, signal=reason)
+                self.impatient.hset(key, field, msgspec.json.encode(noted))
+                self.impatient.expire(key, RECORD_EXPIRES, nx=True)
+            self.release(job_id)
+
+    def child_timed_out(self, job_id: str, seconds: float) -> None:
+        """Record that the child was killed after the job's timeout: the next delivery ends the job."""
+        key = job_key(job_id)
+        with suppress(redis.RedisError):  # else the job is drawn again, as after a death
+            self.impatient.hset(key, "overtime", seconds)
+            self.impatient.expire(key, RECORD_EXPIRES, nx=True)
+            self._forget_own_attempts(job_id)
+
+    def give_up(self, job_id: str) -> None:
+        """Return a job that this worker stops to draw, without counting a death."""
+        with suppress(redis.RedisError):  # else it counts as a death: the job has two more
+            self._forget_own_attempts(job_id)
+            self.release(job_id)
+
+    def _forget_own_attempts(self, job_id: str) -> None:
+        for field in self._own_attempts(job_id):
+            self.impatient.hdel(job_key(job_id), field)
+
+    def _own_attempts(self, job_id: str) -> dict[str, Attempt]:
+        found = attempts_of(self.impatient.hgetall(job_key(job_id)))
+        return {
+            field: attempt
+            for field, attempt in found.items()
+            if attempt.worker == self.worker and attempt.signal is None
+        }

@@ -1,113 +1,125 @@
-"""What a running job hears from outside, and what it tells: the cancel flag, its time, and its progress."""
+"""Progress of a running job, and the signs on which it must stop: cancelled, ended, timed out."""
 
 import time
 from collections import deque
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from celery.backends.base import Backend
 from celery.utils.log import get_task_logger
 from redis import RedisError
 from zlora.broker.celery_app import IsolatedCelery, impatient_config
-from zlora.errors import JobTimeout
-from zlora.schema import JobState
+from zlora.schema import JobState, Phase
 
+from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring import logs
 
-_LOOK_EVERY: Final = (
-    0.05  # seconds between two looks at the flag in a download, which has many pieces
-)
-_REPORTS: Final = 2  # a second
-_SILENCE: Final = 5.0  # seconds without a try after one that failed, which may have taken one
+_CHECK_EVERY: Final = 0.05  # seconds between two checks during a download, which has many pieces
+_REPORTS: Final = 2  # per second
+_BACKOFF: Final = 5.0  # seconds without Redis after a failure, which may itself have taken a second
 
 logger = get_task_logger(__name__)
 
 
-class ProgressReporter:
-    """Called by a job as it goes on, with a phase and how much of it is done.
+class Progress(Protocol):
+    """Receives the progress of a job; raises an exception if the job must stop."""
 
-    Raises `JobRevoked`, `Ended` where another worker has failed the job, and `JobTimeout` where its time is over. To
-    see and to be seen is best effort: a Redis that is full or away costs the watcher a picture of the job, and the job
-    no time.
+    def __call__(self, phase: Phase, done: int, total: int) -> None:
+        """Report that `done` of `total` units of a phase are done."""
+        ...
+
+    def raise_if_cancelled(self) -> None:
+        """Raise an exception if the job must not succeed: the last check before its manifest."""
+        ...
+
+
+class ProgressReporter:
+    """Stores the progress of one job as its Celery state PROGRESS, twice a second at most.
+
+    Each call raises `JobRevoked` if the job is cancelled, `JobEnded` if another worker has ended
+    the job, and `JobTimeout` after the deadline. If Redis does not answer, the job goes on without
+    reports and cancel checks.
     """
 
     def __init__(
         self,
         task_request: Any,
-        deliveries: JobLeases,
+        leases: JobLeases,
         backend: Backend,
         *,
         job_id: str,
-        seconds: float,
+        deadline: Deadline,
         attempt: int,
     ) -> None:
-        """`seconds` is what the job may take, from now."""
-        self._request, self._deliveries, self._backend = task_request, deliveries, backend
-        self._job_id, self._seconds, self._attempt = job_id, seconds, attempt
-        self._end = time.monotonic() + seconds
-        self._next_look = self._heard_again = 0.0
+        self._request, self._leases, self._backend = task_request, leases, backend
+        self._job_id, self._deadline, self._attempt = job_id, deadline, attempt
+        self._next_check = time.monotonic() + _CHECK_EVERY  # the job was claimed just now
+        self._redis_again = 0.0
         self._reports: deque[float] = deque([0.0] * _REPORTS, maxlen=_REPORTS)
-        self._pace: tuple[float, int] | None = None  # when the denoising was where
+        self._first_step: tuple[float, int] | None = None  # monotonic time, and the step done then
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        logs.enter(phase)
+    def __call__(self, phase: Phase, done: int, total: int) -> None:
+        """Report, and raise if the job must stop."""
+        logs.enter(phase.progress_name)
+        if self._deadline.has_passed:
+            raise self._deadline.error()
         now = time.monotonic()
-        if now > self._end:
-            raise job_timeout(self._job_id, self._seconds)
-        last = (
-            phase == "uploading" and done == total
-        )  # before the manifest: a cancelled job must not succeed
-        if now < self._heard_again and not last:
+        if now < self._redis_again:
             return
         try:
-            if phase != "fetching" or now > self._next_look:
-                self._look(now)
-            self._report(now, phase, done, total)
+            if phase is not Phase.FETCH or now > self._next_check:
+                self._next_check = now + _CHECK_EVERY
+                self._leases.raise_if_cancelled(self._job_id)
+            self._store(now, phase, done, total)
         except RedisError as error:
-            self._heard_again = time.monotonic() + _SILENCE
+            self._redis_again = time.monotonic() + _BACKOFF
             logger.warning(
-                "no progress is shown, and no cancelling is seen, for %.0f s: %s", _SILENCE, error
+                "job %s: no progress and no cancel check for %.0f s: Redis: %s",
+                self._job_id,
+                _BACKOFF,
+                error,
             )
 
-    def _look(self, now: float) -> None:
-        self._next_look = now + _LOOK_EVERY
-        self._deliveries.require_wanted(self._job_id)
+    def raise_if_cancelled(self) -> None:
+        """Raise if the job must not succeed; the last check before its manifest is written."""
+        if self._deadline.has_passed:
+            raise self._deadline.error()
+        try:
+            self._leases.raise_if_cancelled(self._job_id)
+        except RedisError as error:
+            logger.warning("job %s: no cancel check: Redis: %s", self._job_id, error)
 
-    def _report(self, now: float, phase: str, done: int, total: int) -> None:
-        if getattr(self._request, "ignore_result", False):
-            return
-        eta = self._eta(now, done, total) if phase == "denoising" else None
-        if now - self._reports[0] < 1:
+    def _store(self, now: float, phase: Phase, done: int, total: int) -> None:
+        eta = self._eta(now, done, total) if phase is Phase.DENOISE else None
+        if now - self._reports[0] < 1 or getattr(self._request, "ignore_result", False):
             return
         self._reports.append(now)
-        meta: dict[str, Any] = {"phase": phase, "attempt": self._attempt}
-        if phase == "denoising":
+        meta: dict[str, Any] = {"phase": phase.progress_name, "attempt": self._attempt}
+        if phase is Phase.DENOISE:
             meta |= {"step": done, "steps": total, "eta": eta}
-        if phase == "fetching":
+        if phase is Phase.FETCH:
             meta |= {"received": done, "expected": total}
         self._backend.store_result(
             self._job_id, meta, JobState.PROGRESS.value, request=self._request
         )
 
     def _eta(self, now: float, done: int, total: int) -> float | None:
-        """Seconds, by the pace since the first step: the time before it had other work in it."""
-        if self._pace is None:
-            self._pace = (now, done)
-        start, first = self._pace
-        return round((now - start) / (done - first) * (total - done), 3) if done > first else None
-
-
-def job_timeout(job_id: str, seconds: float) -> JobTimeout:
-    """The error of a job that takes longer than it may, which is `seconds` from the start of its drawing."""
-    details = {"job_id": job_id, "seconds": seconds}
-    return JobTimeout(f"job {job_id} takes longer than it may, {seconds:g} s", details)
+        """Return the seconds left, by the pace since the first step; before it other work was done."""
+        if self._first_step is None:
+            self._first_step = (now, done)
+        start, first = self._first_step
+        if done <= first:
+            return None
+        return round((now - start) / (done - first) * (total - done), 3)
 
 
 @cache
 def progress_backend(app: IsolatedCelery) -> Backend:
-    """The app's result backend once more, but one that does not wait for Redis."""
+    """Return a result backend of the app's that does not wait for Redis."""
     config = impatient_config(
-        broker_url=app.own_broker, result_backend=app.backend_cls, queue=app.conf.task_default_queue
+        broker_url=app.own_broker,
+        result_backend=app.backend_cls,
+        queue=app.conf.task_default_queue,
     )
     return IsolatedCelery("zlora_progress", config).backend

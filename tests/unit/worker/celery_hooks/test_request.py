@@ -1,4 +1,4 @@
-"""The parent's care for a job in its child's hands: its time, its messages, and what is noted of a death."""
+"""Requests in the parent process: time limits, how a child died, and the visibility heartbeat."""
 
 import time
 import uuid
@@ -21,12 +21,11 @@ from zlora.broker.celery_app import VISIBILITY, IsolatedCelery, shared_config
 from zlora.broker.job_store import attempts_of, verdict_of
 from zlora.broker.keys import lease_key
 from zlora.errors import LoraNotFound
-from zlora.schema import TASK_NAME
-from zlora_worker.celery_hooks.consumer import JobConsumer
-from zlora_worker.celery_hooks.request import JobRequest, VisibilityHeartbeat
-from zlora_worker.delivery.lease import JobLeases
+from zlora_worker.celery_hooks.bootsteps import VisibilityHeartbeat
+from zlora_worker.celery_hooks.request import job_request
+from zlora_worker.delivery.lease import ClaimState, JobLeases
 
-TASK = "test.custody"  # a name of its own: Celery knows names of all apps in a process
+TASK = "test.request"  # a name of its own: Celery knows names of all apps in a process
 REQUEST = {"prompt": "a portrait"}
 
 
@@ -50,7 +49,7 @@ class Parent:
         self.app = IsolatedCelery("test", config)
         self.app.conf.update(task_acks_late=True, task_reject_on_worker_lost=True)
         self.app.task(name=TASK, shared=False)(_task)
-        self.deliveries = JobLeases(broker_url, self.queue)
+        self.leases = JobLeases(broker_url, self.queue)
         self.other = JobLeases(broker_url, self.queue)
         self.settings = settings(folder, ZLORA_JOB_TIMEOUT="60", ZLORA_HARD_GRACE="30")
         self.rejected: list[bool] = []
@@ -67,10 +66,7 @@ class Parent:
         with self.app.connection_for_read() as connection:
             channel: Any = connection.default_channel
             message = channel.basic_get(self.queue, no_ack=True)
-        kind = type(
-            "_Held", (JobRequest,), {"deliveries": self.deliveries, "settings": self.settings}
-        )
-        return kind(
+        return job_request(self.leases, self.settings)(
             message,
             app=self.app,
             on_reject=lambda _logger, _errors, requeue: self.rejected.append(requeue),
@@ -78,14 +74,12 @@ class Parent:
         )
 
     def signals(self) -> list[str | None]:
-        return [
-            attempt.signal for attempt in attempts_of(self.deliveries.record(self.job)).values()
-        ]
+        return [attempt.signal for attempt in attempts_of(self.leases.record(self.job)).values()]
 
     def close(self) -> None:
-        for desk in (self.deliveries, self.other):
-            desk.ledger.redis.close()
-            desk.hasty.close()
+        for desk in (self.leases, self.other):
+            desk.jobs.redis.close()
+            desk.impatient.close()
         backend: Any = self.app.backend
         backend.client.connection_pool.disconnect()
         self.app.close()
@@ -121,29 +115,29 @@ def info(error: BaseException) -> Any:
         (0, 60), (-1, 60), (True, 60), ("10", 60), ([10], 60), (float("nan"), 60), (float("inf"), 60),
     ],
 )  # fmt: skip
-def test_a_job_has_the_time_that_it_asks_for_within_the_bound(
+def test_the_hard_limit_is_the_requests_timeout_within_the_bound_plus_a_grace(
     parent: Parent, asked: Any, seconds: float
 ) -> None:
-    """First it is interrupted, and then its child is killed. What makes no sense is refused later."""
+    """Values that make no sense are refused later, by the child."""
     assert parent.request({**REQUEST, "timeout": asked}).time_limits == (seconds + 30, None)
 
 
 @pytest.mark.parametrize("document", [None, "x", [], 5, {"timeout": {}}])
-def test_any_document_has_a_time(parent: Parent, document: Any) -> None:
+def test_any_document_has_a_hard_limit(parent: Parent, document: Any) -> None:
     assert parent.request(document).time_limits == (90, None)
     assert parent.request(args=[], kwargs={"request": document}).time_limits == (90, None)
     assert parent.request(args=[]).time_limits == (90, None)
 
 
-def test_the_request_by_name_has_its_time_too(parent: Parent) -> None:
+def test_a_request_passed_by_name_has_its_own_limit(parent: Parent) -> None:
     assert parent.request(args=[], kwargs={"request": {"timeout": 10}}).time_limits == (40, None)
 
 
-def test_the_message_s_own_limits_are_not_heard(parent: Parent) -> None:
+def test_time_limits_in_the_message_are_ignored(parent: Parent) -> None:
     assert parent.request(time_limit=1e6, soft_time_limit=1e5).time_limits == (90, None)
 
 
-def test_watchers_see_no_secret(parent: Parent) -> None:
+def test_inspection_shows_no_secret(parent: Parent) -> None:
     signed = {
         "prompt": "p",
         "loras": [{"file": {"url": "https://user:word@host/file?signature=0123"}}],
@@ -160,7 +154,7 @@ def test_watchers_see_no_secret(parent: Parent) -> None:
     assert shown
 
 
-def test_expiry_is_left_to_the_child(parent: Parent) -> None:
+def test_the_parent_does_not_expire_a_job(parent: Parent) -> None:
     request = parent.request(expires=datetime.now(UTC) - timedelta(hours=1))
 
     assert request.revoked() is False
@@ -181,99 +175,76 @@ def test_expiry_is_left_to_the_child(parent: Parent) -> None:
         (SystemExit(3), "3"),
     ],
 )
-def test_what_a_child_died_of_is_noted_and_its_job_is_free(
+def test_the_cause_of_a_childs_death_is_recorded_and_its_job_released(
     parent: Parent, error: BaseException, signal: str, killed_in: Enter
 ) -> None:
-    """The message goes back to its queue, to whoever is first."""
     request = parent.request()
-    killed_in(parent.deliveries.attempt(parent.job, "d"))
-    parent.deliveries.ledger.redis.set(lease_key(parent.job), parent.deliveries.worker, px=10_000)
+    killed_in(parent.leases.claim(parent.job, "d"))
+    parent.leases.jobs.redis.set(lease_key(parent.job), parent.leases.worker, px=10_000)
 
     request.on_failure(info(error))
 
     assert (parent.signals(), parent.rejected) == ([signal], [True])
-    with parent.other.leased(parent.job):
-        pass
+    with parent.other.claim(parent.job, "d") as claim:
+        assert claim.state is ClaimState.CLAIMED
 
 
-def test_an_error_of_the_job_is_no_death(parent: Parent) -> None:
+def test_an_error_of_the_job_is_not_a_death(parent: Parent) -> None:
     request = parent.request()
-    with parent.deliveries.attempt(parent.job, "d"):
+    with parent.leases.claim(parent.job, "d"):
         request.on_failure(info(LoraNotFound("none")), return_ok=True)
 
         assert parent.signals() == [None]
 
 
-def test_a_job_that_is_put_back_is_forgiven(parent: Parent, killed_in: Enter) -> None:
-    """A worker that ends is no fault of the job's."""
+def test_a_job_that_a_stopping_worker_puts_back_counts_no_death(
+    parent: Parent, killed_in: Enter
+) -> None:
     request = parent.request()
-    killed_in(parent.deliveries.attempt(parent.job, "d"))
+    killed_in(parent.leases.claim(parent.job, "d"))
     pool = SimpleNamespace(terminate_job=lambda _pid, _signal: None)
     request.time_start = time.time()
 
     request.cancel(pool)
     request.on_failure(info(SystemExit(1)))
 
-    assert (parent.signals(), verdict_of(parent.deliveries.record(parent.job))) == ([], None)
+    assert (parent.signals(), verdict_of(parent.leases.record(parent.job))) == ([], None)
 
 
-def test_a_job_whose_child_is_killed_over_its_time_is_put_back_with_a_note(parent: Parent) -> None:
-    """No death of the job's; nothing is told before the store was asked, which only a child does."""
-    with parent.deliveries.attempt(parent.job, "d"):
+def test_a_job_whose_child_was_killed_at_the_hard_limit_is_put_back_as_timed_out(
+    parent: Parent,
+) -> None:
+    """The next delivery looks into the store before it ends the job."""
+    with parent.leases.claim(parent.job, "d"):
         request = parent.request({**REQUEST, "timeout": 5})
         request.on_failure(info(TimeLimitExceeded(40)))
         request.on_timeout(False, 40)
 
-        record = parent.deliveries.record(parent.job)
+        record = parent.leases.record(parent.job)
 
     assert (record["overtime"], attempts_of(record), verdict_of(record)) == ("5.0", {}, None)
     assert parent.app.backend.get_task_meta(parent.job)["status"] == "PENDING"
     assert (parent.rejected, parent.acknowledged) == ([True], [])
 
 
-def test_a_death_while_redis_is_away_costs_the_parent_nothing(
+def test_a_death_while_redis_is_down_does_not_stop_the_parent(
     parent: Parent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: Any, **__: Any) -> None:
         raise redis.ConnectionError("gone")
 
     request = parent.request()
-    monkeypatch.setattr(parent.deliveries.hasty, "execute_command", away)
+    monkeypatch.setattr(parent.leases.impatient, "execute_command", away)
 
     request.on_failure(info(WorkerLostError("signal 9 (SIGKILL)")))
-    parent.deliveries.forgive(parent.job)
-    parent.deliveries.overtime(parent.job, 5)
-
-
-# --- messages that cannot be read
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_an_unreadable_message_fails_its_job_but_not_one_that_is_known(
-    parent: Parent, known: bool
-) -> None:
-    """A sound message of that job is on its way: else it would fail first and succeed later."""
-    if known:
-        with parent.deliveries.attempt(parent.job, "d"):
-            pass
-    message: Any = SimpleNamespace(headers={"id": parent.job, "fault": "odd"})
-
-    intake = JobConsumer.__new__(JobConsumer)
-    intake.app = parent.app
-    request = SimpleNamespace(deliveries=parent.deliveries)
-    parent.app.task(name=TASK_NAME, shared=False, Request=request)(_task)
-
-    intake._answer(message, "odd")
-
-    assert parent.app.backend.get_task_meta(parent.job)["status"] == (
-        "PENDING" if known else "FAILURE"
-    )
+    parent.leases.give_up(parent.job)
+    parent.leases.child_timed_out(parent.job, 5)  # must not raise
 
 
 # --- the heartbeat
 
 
-def test_a_held_message_stays_the_worker_s_and_a_restored_one_is_not_taken_back(
+def test_the_heartbeat_keeps_held_messages_and_does_not_take_back_restored_ones(
     parent: Parent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats: list[Any] = []
@@ -283,7 +254,7 @@ def test_a_held_message_stays_the_worker_s_and_a_restored_one_is_not_taken_back(
         channel: Any = connection.default_channel
         channel.qos.restore_at_shutdown = False
         messages = [channel.basic_get(parent.queue) for _ in range(3)]
-        store = parent.deliveries.ledger.redis
+        store = parent.leases.jobs.redis
         tags = [message.delivery_tag for message in messages]
         store.zadd("unacked_index", dict.fromkeys(tags, 1.0))
         store.zrem("unacked_index", tags[1])

@@ -1,10 +1,9 @@
-"""Lease, attempts and verdicts, on a real Redis: each job is drawn by one worker at a time, and ends once."""
+"""Claims, leases and attempts on a real Redis: one worker at a time draws a job, which ends once."""
 
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from threading import Thread
-from typing import Any
 
 import msgspec
 import pytest
@@ -13,25 +12,25 @@ from zlora.broker.job_store import Attempt, attempts_of
 from zlora.broker.keys import job_key, lease_key
 from zlora.errors import JobPoisoned, JobRevoked, LoraNotFound
 from zlora_worker.delivery import lease
-from zlora_worker.delivery.lease import Ended, JobLeases, Leased, Taken
+from zlora_worker.delivery.lease import Claim, ClaimState, JobEnded, JobLeases
 
-Hire = Callable[[], JobLeases]
+MakeWorker = Callable[[], JobLeases]
 
 
 @pytest.fixture
-def hire(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hire]:
-    """Another worker's desk; a live worker's grace is a half a second here."""
+def make_worker(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorker]:
+    """Make the leases of one more worker; the grace of a live worker is half a second here."""
     monkeypatch.setattr(lease, "_GRACE", 0.5)
-    hired: list[JobLeases] = []
+    made: list[JobLeases] = []
 
     def worker() -> JobLeases:
-        hired.append(JobLeases(broker_url, "gpu"))
-        return hired[-1]
+        made.append(JobLeases(broker_url, "gpu"))
+        return made[-1]
 
     yield worker
-    for desk in hired:
-        desk.ledger.redis.close()
-        desk.hasty.close()
+    for leases in made:
+        leases.jobs.redis.close()
+        leases.impatient.close()
 
 
 @pytest.fixture
@@ -39,169 +38,207 @@ def job() -> str:
     return uuid.uuid4().hex
 
 
-def owner(desk: JobLeases, job: str) -> str | None:
-    found: str | None = desk.ledger.redis.get(lease_key(job))
+def owner(leases: JobLeases, job: str) -> str | None:
+    found: str | None = leases.jobs.redis.get(lease_key(job))
     return found
 
 
-def attempts(desk: JobLeases, job: str) -> list[Attempt]:
-    return list(attempts_of(desk.record(job)).values())
+def attempts(leases: JobLeases, job: str) -> list[Attempt]:
+    return list(attempts_of(leases.record(job)).values())
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
+def claim_once(leases: JobLeases, job: str, digest: str = "d") -> ClaimState:
+    """Claim the job, end the attempt at once, and return the state."""
+    with leases.claim(job, digest) as claim:
+        return claim.state
+
+
+def seconds_to_claim(leases: JobLeases, job: str) -> float:
     start = time.monotonic()
-    work()
+    assert claim_once(leases, job) is ClaimState.CLAIMED
     return time.monotonic() - start
-
-
-def take(desk: JobLeases, job: str) -> None:
-    with desk.leased(job):
-        assert owner(desk, job) == desk.worker
 
 
 # --- the lease
 
 
-def test_a_job_is_one_worker_s_at_a_time(hire: Hire, job: str) -> None:
-    first, second = hire(), hire()
-    with first.leased(job):
-        with pytest.raises(Leased):
-            take(second, job)
+def test_one_worker_at_a_time_has_a_job(make_worker: MakeWorker, job: str) -> None:
+    first, second = make_worker(), make_worker()
+    with first.claim(job, "d"):
+        assert claim_once(second, job) is ClaimState.LEASED
         assert owner(first, job) == first.worker
 
 
-def test_a_lease_is_left_to_expire_and_can_be_given_back(hire: Hire, job: str) -> None:
-    """Until the broker knows of the end, the job is not free."""
-    first, second = hire(), hire()
-    take(first, job)
-    assert 0 < first.ledger.redis.pttl(lease_key(job)) <= 1000 * lease.LEASE
-    with pytest.raises(Leased):
-        take(second, job)
-
-    second.give_back(job)  # not its own
-    assert owner(first, job) == first.worker
-    first.give_back(job)
-
-    take(second, job)
-
-
-def test_a_lease_is_renewed_as_long_as_it_is_held(
-    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch
+def test_a_lease_stays_after_its_block_and_can_be_released_by_its_owner_only(
+    make_worker: MakeWorker, job: str
 ) -> None:
-    """And expires after that."""
+    """Until Celery has stored the end of a job, no other worker may take the job."""
+    first, second = make_worker(), make_worker()
+    claim_once(first, job)
+    assert 0 < first.jobs.redis.pttl(lease_key(job)) <= 1000 * lease.LEASE
+    assert claim_once(second, job) is ClaimState.LEASED
+
+    second.release(job)
+    assert owner(first, job) == first.worker
+    first.release(job)
+
+    assert claim_once(second, job) is ClaimState.CLAIMED
+
+
+def test_a_lease_is_renewed_inside_its_block_and_expires_after_it(
+    make_worker: MakeWorker, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "LEASE", 0.3)
     monkeypatch.setattr(lease, "_RENEW", 0.05)
-    first, second = hire(), hire()
-    with first.leased(job):
+    first, second = make_worker(), make_worker()
+    with first.claim(job, "d"):
         time.sleep(0.6)
-        with pytest.raises(Leased):
-            take(second, job)
+        assert claim_once(second, job) is ClaimState.LEASED
 
     time.sleep(0.4)
-    take(second, job)
+    assert claim_once(second, job) is ClaimState.CLAIMED
 
 
-def test_a_lease_that_redis_lost_is_taken_again(
-    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch
+def test_a_live_worker_takes_back_a_lease_that_redis_lost(
+    make_worker: MakeWorker, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within the grace of a worker that finds the job free, which then has no part in it."""
+    """Another worker that finds the lease free and an open attempt waits for that."""
     monkeypatch.setattr(lease, "_RENEW", 0.05)
-    first, second = hire(), hire()
-    with first.leased(job), first.attempt(job, "d"):
-        first.ledger.redis.delete(lease_key(job))
-        with pytest.raises(Leased):
-            take(second, job)
+    first, second = make_worker(), make_worker()
+    with first.claim(job, "d"):
+        first.jobs.redis.delete(lease_key(job))
+        assert claim_once(second, job) is ClaimState.LEASED
         assert owner(first, job) == first.worker
 
 
-def test_a_worker_that_lost_its_lease_to_another_does_not_take_it_back(
-    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_does_not_take_back_a_lease_that_another_worker_has(
+    make_worker: MakeWorker, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "_RENEW", 0.05)
-    first, second = hire(), hire()
-    with first.leased(job):
-        first.ledger.redis.delete(lease_key(job))
-        with second.leased(job):
-            time.sleep(0.2)
-            assert owner(first, job) == second.worker
+    first, second = make_worker(), make_worker()
+    with first.claim(job, "d"):
+        first.jobs.redis.set(lease_key(job), second.worker, px=10_000)
+        time.sleep(0.2)
+        assert owner(first, job) == second.worker
+    assert owner(first, job) == second.worker
 
 
-def test_the_next_child_of_a_worker_takes_a_dead_one_s_job_at_once(
-    hire: Hire, job: str, killed_in: Enter
+def test_the_next_child_of_a_worker_claims_the_job_of_the_dead_one_at_once(
+    make_worker: MakeWorker, job: str, killed_in: Enter
 ) -> None:
-    first = hire()
-    killed_in(first.leased(job))
-    killed_in(first.attempt(job, "d"))
+    worker = make_worker()
+    killed_in(worker.claim(job, "d"))
 
-    assert seconds_of(lambda: take(first, job)) < 0.4
+    assert seconds_to_claim(worker, job) < 0.4
 
 
-def test_another_worker_waits_before_it_takes_a_job_that_has_an_open_attempt(
-    hire: Hire, job: str, killed_in: Enter
+def test_another_worker_waits_before_it_claims_a_job_with_an_open_attempt(
+    make_worker: MakeWorker, job: str, killed_in: Enter
 ) -> None:
-    """Its worker may live, and have lost its lease with Redis; not where its parent saw it die."""
-    first, second, third = hire(), hire(), hire()
-    killed_in(first.attempt(job, "d"))
+    """The other worker may live and have lost its lease with Redis, unless its death was recorded."""
+    first, second, third = make_worker(), make_worker(), make_worker()
+    killed_in(first.claim(job, "d"))
+    first.release(job)
 
-    assert seconds_of(lambda: take(second, job)) >= 0.5
-    second.give_back(job)
-    first.died(job, "SIGKILL")
+    assert seconds_to_claim(second, job) >= 0.5
+    second.release(job)
+    first.child_died(job, "SIGKILL")
 
-    assert seconds_of(lambda: take(third, job)) < 0.4
+    assert seconds_to_claim(third, job) < 0.4
 
 
-def test_two_workers_that_wait_for_a_third_do_not_both_take_its_job(
-    hire: Hire, job: str, killed_in: Enter
+def test_of_two_workers_that_wait_for_a_third_one_claims_its_job(
+    make_worker: MakeWorker, job: str, killed_in: Enter
 ) -> None:
-    killed_in(hire().attempt(job, "d"))
-    outcomes: list[str] = []
+    dead = make_worker()
+    killed_in(dead.claim(job, "d"))
+    dead.release(job)
+    states: list[ClaimState] = []
 
-    def try_it(desk: JobLeases) -> None:
-        try:
-            take(desk, job)
-            outcomes.append("taken")
-        except Leased:
-            outcomes.append("leased")
+    def claim(leases: JobLeases) -> None:
+        states.append(claim_once(leases, job))
 
-    threads = [Thread(target=try_it, args=(hire(),)) for _ in range(2)]
+    threads = [Thread(target=claim, args=(make_worker(),)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert sorted(outcomes) == ["leased", "taken"]
+    assert sorted(states) == [ClaimState.CLAIMED, ClaimState.LEASED]
+
+
+# --- what a claim finds
+
+
+def test_a_claim_of_another_request_or_of_an_ended_job_changes_nothing(
+    make_worker: MakeWorker, job: str
+) -> None:
+    leases = make_worker()
+    leases.jobs.redis.hset(job_key(job), "digest", "d")
+    before = leases.record(job)
+
+    assert claim_once(leases, job, "another") is ClaimState.OTHER_REQUEST
+    assert (leases.record(job), owner(leases, job)) == (before, None)
+
+    leases.close(job, LoraNotFound("there is none", {"status": 404}))
+    ended = leases.record(job)
+    with leases.claim(job, "d") as claim:
+        verdict = claim.verdict
+        assert claim.state is ClaimState.ENDED
+    assert isinstance(verdict, LoraNotFound)
+    assert (verdict.message, verdict.details) == ("there is none", {"status": 404})
+    assert (leases.record(job), owner(leases, job)) == (ended, None)
+
+
+def test_a_claim_that_drew_nothing_leaves_the_job_as_not_begun(
+    make_worker: MakeWorker, job: str
+) -> None:
+    """Such a job can still expire, and has no images to reuse."""
+    leases = make_worker()
+    with leases.claim(job, "d") as claim:
+        assert not claim.is_resumed
+    assert "begun" not in leases.record(job)
+
+    with leases.claim(job, "d") as claim:
+        claim.has_drawn = True
+    assert "begun" in leases.record(job)
+
+    with leases.claim(job, "d") as claim:
+        assert claim.is_resumed
+    assert "begun" in leases.record(job)
 
 
 # --- attempts
 
 
-def test_an_attempt_is_written_down_as_long_as_it_lasts(hire: Hire, job: str) -> None:
-    desk = hire()
-    with desk.attempt(job, "digest") as begun:
-        (under_way,) = attempts(desk, job)
-        assert (begun, under_way.worker, under_way.signal) == ((0, False), desk.worker, None)
-        assert desk.record(job)["digest"] == "digest"
-    assert attempts(desk, job) == []
+def test_an_attempt_is_recorded_for_as_long_as_its_block(make_worker: MakeWorker, job: str) -> None:
+    leases = make_worker()
+    with leases.claim(job, "digest") as claim:
+        (attempt,) = attempts(leases, job)
+        assert (claim.deaths, attempt.worker, attempt.signal) == ([], leases.worker, None)
+        assert leases.record(job)["digest"] == "digest"
+    assert attempts(leases, job) == []
 
-    with pytest.raises(LoraNotFound), desk.attempt(job, "digest"):
+    with pytest.raises(LoraNotFound), leases.claim(job, "digest"):
         raise LoraNotFound
-    assert attempts(desk, job) == []
+    assert attempts(leases, job) == []
 
 
-def test_after_three_deaths_a_job_is_poison_and_says_by_what(
-    hire: Hire, job: str, killed_in: Enter
+def test_after_three_deaths_a_job_is_poisoned_and_names_them(
+    make_worker: MakeWorker, job: str, killed_in: Enter
 ) -> None:
-    """Of any workers; the deaths before are counted for the one who tries."""
-    workers = [hire(), hire(), hire()]
-    assert [killed_in(worker.attempt(job, "d")) for worker in workers] == [
-        (0, False),
-        (1, True),
-        (2, True),
-    ]
-    workers[1].died(job, "SIGSEGV")
+    workers = [make_worker(), make_worker(), make_worker()]
+    deaths: list[int] = []
+    for worker in workers:
+        claim: Claim = killed_in(worker.claim(job, "d"))
+        claim.raise_if_poisoned(job)
+        deaths.append(len(claim.deaths))
+        worker.release(job)
+    workers[1].child_died(job, "SIGSEGV")
+    assert deaths == [0, 1, 2]
 
-    with pytest.raises(JobPoisoned) as raised, hire().attempt(job, "d"):
-        pass
+    with make_worker().claim(job, "d") as last, pytest.raises(JobPoisoned) as raised:
+        last.raise_if_poisoned(job)
 
     evidence = raised.value.details["attempts"]
     assert [found["worker"] for found in evidence] == [worker.worker for worker in workers]
@@ -210,18 +247,18 @@ def test_after_three_deaths_a_job_is_poison_and_says_by_what(
     msgspec.json.encode(evidence)
 
 
-def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(
-    hire: Hire, job: str, killed_in: Enter
+def test_a_job_that_its_worker_gives_up_counts_no_death_and_is_free(
+    make_worker: MakeWorker, job: str, killed_in: Enter
 ) -> None:
-    """Not another's attempt, nor one that ended in a death."""
-    first, second = hire(), hire()
-    killed_in(first.attempt(job, "d"))
-    first.died(job, "SIGKILL")
-    killed_in(second.attempt(job, "d"))
-    killed_in(first.attempt(job, "d"))
-    first.ledger.redis.set(lease_key(job), first.worker, px=10_000)
+    """Attempts of other workers stay, and those that ended in a death."""
+    first, second = make_worker(), make_worker()
+    killed_in(first.claim(job, "d"))
+    first.child_died(job, "SIGKILL")
+    killed_in(second.claim(job, "d"))
+    second.release(job)
+    killed_in(first.claim(job, "d"))
 
-    first.forgive(job)
+    first.give_up(job)
 
     assert [(found.worker, found.signal) for found in attempts(first, job)] == [
         (first.worker, "SIGKILL"),
@@ -230,98 +267,88 @@ def test_a_job_that_its_worker_puts_back_is_forgiven_and_free(
     assert owner(first, job) is None
 
 
-def test_a_death_frees_the_job_and_no_other_worker_s(
-    hire: Hire, job: str, killed_in: Enter
+def test_a_death_releases_the_lease_of_its_own_worker_only(
+    make_worker: MakeWorker, job: str, killed_in: Enter
 ) -> None:
-    first, second = hire(), hire()
-    killed_in(first.attempt(job, "d"))
-    first.ledger.redis.set(lease_key(job), second.worker, px=10_000)
+    first, second = make_worker(), make_worker()
+    killed_in(first.claim(job, "d"))
+    first.jobs.redis.set(lease_key(job), second.worker, px=10_000)
 
-    first.died(job, "SIGKILL")
+    first.child_died(job, "SIGKILL")
 
-    assert ([found.signal for found in attempts(first, job)], owner(first, job)) == (
-        ["SIGKILL"],
-        second.worker,
-    )
+    assert [found.signal for found in attempts(first, job)] == ["SIGKILL"]
+    assert owner(first, job) == second.worker
 
 
-def test_spoilt_bases_are_counted(hire: Hire, job: str) -> None:
-    assert [hire().spoilt(job), hire().spoilt(job)] == [1, 2]
+def test_corrupted_base_models_are_counted(make_worker: MakeWorker, job: str) -> None:
+    assert [make_worker().count_corrupted(job), make_worker().count_corrupted(job)] == [1, 2]
 
 
 # --- verdicts
 
 
-def test_a_job_is_wanted_until_it_is_cancelled_or_has_a_verdict(hire: Hire, job: str) -> None:
-    desk = hire()
-    assert desk.look(job, "d") == {}
-    with desk.attempt(job, "d"):
-        assert "begun" in desk.look(job, "d")
-        desk.require_wanted(job)
-    with pytest.raises(Taken):
-        desk.look(job, "another")
+def test_a_running_job_must_stop_once_it_is_cancelled_or_has_a_verdict(
+    make_worker: MakeWorker, job: str
+) -> None:
+    leases = make_worker()
+    with leases.claim(job, "d"):
+        leases.raise_if_cancelled(job)  # must not raise
 
-    desk.ledger.cancel(job)
-    assert "cancelled" in desk.look(job, "d")
-    with pytest.raises(JobRevoked):
-        desk.require_wanted(job)
+        leases.jobs.cancel(job)
+        with pytest.raises(JobRevoked):
+            leases.raise_if_cancelled(job)
 
-    desk.fail(job, LoraNotFound("there is none", {"status": 404}))
-    with pytest.raises(Ended) as raised:
-        desk.look(job, "d")
-    with pytest.raises(Ended):
-        desk.require_wanted(job)
-    verdict = raised.value.verdict
-    assert (type(verdict), verdict.message, verdict.details) == (
-        LoraNotFound,
-        "there is none",
-        {"status": 404},
-    )
+        leases.close(job, LoraNotFound("there is none"))
+        with pytest.raises(JobEnded) as raised:
+            leases.raise_if_cancelled(job)
+    assert raised.value.verdict.message == "there is none"
 
 
-def test_a_first_verdict_stands(hire: Hire, job: str) -> None:
-    """Two may draw at once where Redis was away."""
-    desk = hire()
-    desk.fail(job, LoraNotFound("first"))
-    assert str(desk.fail(job, JobRevoked("second"))) == "first"
-    desk.fail(job, JobRevoked("third"))
+def test_the_first_verdict_of_a_job_stands(make_worker: MakeWorker, job: str) -> None:
+    leases = make_worker()
+    leases.close(job, LoraNotFound("first"))
 
-    with pytest.raises(Ended) as raised:
-        desk.require_wanted(job)
+    assert str(leases.close(job, JobRevoked("second"))) == "first"
+    with pytest.raises(JobEnded) as raised:
+        leases.raise_if_cancelled(job)
     assert raised.value.verdict.message == "first"
 
 
-@pytest.mark.parametrize("write", ["cancel", "end", "attempt", "spoilt", "forgive", "died", "take"])
-def test_every_record_expires(hire: Hire, job: str, write: str) -> None:
-    """Also where it is all that is known of the job: Redis evicts nothing."""
-    desk = hire()
-    if write == "attempt":
-        with desk.attempt(job, "d"):
-            pass
-    elif write == "end":
-        desk.fail(job, LoraNotFound())
-    elif write == "cancel":
-        desk.ledger.cancel(job)
-    elif write == "died":
-        desk.died(job, "SIGKILL")
-    elif write == "take":
-        take(desk, job)
-    else:
-        getattr(desk, write)(job)
-
-    keys = [key for key in (job_key(job), lease_key(job)) if desk.ledger.redis.exists(key)]
-    assert all(desk.ledger.redis.ttl(key) > 0 for key in keys)
-
-
-def test_a_note_of_a_death_does_not_revive_a_record_that_has_expired(
-    hire: Hire, job: str, monkeypatch: pytest.MonkeyPatch, killed_in: Enter
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda leases, job: leases.jobs.cancel(job),
+        lambda leases, job: leases.close(job, LoraNotFound()),
+        claim_once,
+        lambda leases, job: leases.count_corrupted(job),
+        lambda leases, job: leases.give_up(job),
+        lambda leases, job: leases.child_died(job, "SIGKILL"),
+        lambda leases, job: leases.child_timed_out(job, 5.0),
+        lambda leases, job: leases.store_outage(job),
+        lambda leases, job: leases.is_first_to_count(job),
+    ],
+)
+def test_every_record_expires(
+    make_worker: MakeWorker, job: str, write: Callable[[JobLeases, str], object]
 ) -> None:
-    desk = hire()
-    killed_in(desk.attempt(job, "d"))
-    record = desk.record(job)
-    desk.ledger.redis.delete(job_key(job))
-    monkeypatch.setattr(desk.hasty, "hgetall", lambda _key: record)
+    """Redis evicts nothing, so that a key without an expiry would stay for ever."""
+    leases = make_worker()
 
-    desk.died(job, "SIGKILL")
+    write(leases, job)
 
-    assert desk.ledger.redis.ttl(job_key(job)) != -1
+    keys = [key for key in (job_key(job), lease_key(job)) if leases.jobs.redis.exists(key)]
+    assert all(leases.jobs.redis.ttl(key) > 0 for key in keys)
+
+
+def test_the_record_of_a_death_does_not_stay_for_ever_if_the_job_has_expired(
+    make_worker: MakeWorker, job: str, monkeypatch: pytest.MonkeyPatch, killed_in: Enter
+) -> None:
+    leases = make_worker()
+    killed_in(leases.claim(job, "d"))
+    record = leases.record(job)
+    leases.jobs.redis.delete(job_key(job))
+    monkeypatch.setattr(leases.impatient, "hgetall", lambda _key: record)
+
+    leases.child_died(job, "SIGKILL")
+
+    assert leases.jobs.redis.ttl(job_key(job)) != -1

@@ -1,4 +1,4 @@
-"""What a running job hears and tells, by a clock that a test tells."""
+"""Progress reports and cancel checks of a running job, by a fake clock."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,7 +13,9 @@ from support.servers import untimed
 from zlora.broker.celery_app import IsolatedCelery, shared_config
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobRevoked, JobTimeout
-from zlora_worker.delivery import progress
+from zlora.schema import Phase
+from zlora_worker.delivery import deadline, progress
+from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import ProgressReporter, progress_backend
 
@@ -38,7 +40,7 @@ class Desk:
         self.cancelled = False
         self.fail: Callable[[], None] = lambda: None
 
-    def require_wanted(self, job_id: str) -> None:
+    def raise_if_cancelled(self, job_id: str) -> None:
         self.looks.append(self.clock.now)
         self.fail()
         if self.cancelled:
@@ -50,9 +52,14 @@ class Desk:
         )
 
 
-def a_watch(desk: Desk, *, seconds: float = 1e9) -> ProgressReporter:
+def reporter(desk: Desk, *, seconds: float = 1e9) -> ProgressReporter:
     return ProgressReporter(
-        "request", cast("Any", desk), cast("Any", desk), job_id="job-1", seconds=seconds, attempt=2
+        "request",
+        cast("Any", desk),
+        cast("Any", desk),
+        job_id="job-1",
+        deadline=Deadline("job-1", seconds),
+        attempt=2,
     )
 
 
@@ -60,6 +67,7 @@ def a_watch(desk: Desk, *, seconds: float = 1e9) -> ProgressReporter:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     told = Clock()
     monkeypatch.setattr(progress, "time", told)
+    monkeypatch.setattr(deadline, "time", told)
     return told
 
 
@@ -68,35 +76,34 @@ def desk(clock: Clock) -> Desk:
     return Desk(clock)
 
 
-# --- what it hears
+# --- checks
 
 
-def test_the_flag_is_looked_at_with_every_step(clock: Clock, desk: Desk) -> None:
-    report = a_watch(desk)
+def test_each_step_checks_for_a_cancel(clock: Clock, desk: Desk) -> None:
+    report = reporter(desk)
     for step in range(20):
         clock.now += 0.001
-        report("denoising", step, 20)
+        report(Phase.DENOISE, step, 20)
 
     assert len(desk.looks) == 20
 
 
-def test_elsewhere_the_flag_is_looked_at_every_fiftieth_of_a_second_at_most(
+def test_a_download_checks_for_a_cancel_twenty_times_a_second_at_most(
     clock: Clock, desk: Desk
 ) -> None:
-    """A download has many pieces; and in a second of them it is looked at often."""
-    report = a_watch(desk)
+    report = reporter(desk)
     for piece in range(1000):
         clock.now += 0.001
-        report("fetching", piece, 1000)
+        report(Phase.FETCH, piece, 1000)
 
     gaps = [later - earlier for earlier, later in zip(desk.looks, desk.looks[1:], strict=False)]
     assert min(gaps) >= 0.0499
     assert len(desk.looks) >= 19
 
 
-@pytest.mark.parametrize("phase", ["fetching", "loading", "denoising", "uploading"])
-def test_a_cancelled_job_ends_in_any_phase(clock: Clock, desk: Desk, phase: str) -> None:
-    report = a_watch(desk)
+@pytest.mark.parametrize("phase", [Phase.FETCH, Phase.PARSE, Phase.DENOISE, Phase.UPLOAD])
+def test_a_cancelled_job_stops_in_any_phase(clock: Clock, desk: Desk, phase: Phase) -> None:
+    report = reporter(desk)
     report(phase, 0, 2)
     desk.cancelled = True
     clock.now += 0.06
@@ -105,14 +112,14 @@ def test_a_cancelled_job_ends_in_any_phase(clock: Clock, desk: Desk, phase: str)
         report(phase, 1, 2)
 
 
-def test_a_job_ends_when_its_time_is_over(clock: Clock, desk: Desk) -> None:
-    report = a_watch(desk, seconds=5)
+def test_a_job_stops_at_its_deadline(clock: Clock, desk: Desk) -> None:
+    report = reporter(desk, seconds=5)
     clock.now += 5
-    report("fetching", 0, 1)
+    report(Phase.FETCH, 0, 1)
     clock.now += 0.001
 
     with pytest.raises(JobTimeout) as raised:
-        report("fetching", 0, 1)
+        report(Phase.FETCH, 0, 1)
 
     assert raised.value.details == {"job_id": "job-1", "seconds": 5}
     assert "5 s" in str(raised.value)
@@ -121,11 +128,11 @@ def test_a_job_ends_when_its_time_is_over(clock: Clock, desk: Desk) -> None:
 @pytest.mark.parametrize(
     "error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")]
 )
-@pytest.mark.parametrize("where", ["require_wanted", "store_result"])
-def test_a_redis_that_is_full_or_away_costs_five_seconds_of_silence(
+@pytest.mark.parametrize("where", ["raise_if_cancelled", "store_result"])
+def test_a_redis_that_is_full_or_down_is_tried_every_five_seconds(
     clock: Clock, desk: Desk, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One try in five seconds whatever the phase, no job; and the job's time is kept meanwhile."""
+    """The job goes on, and its deadline holds meanwhile."""
     tries: list[float] = []
 
     def fail(*_: Any, **__: Any) -> None:
@@ -133,41 +140,43 @@ def test_a_redis_that_is_full_or_away_costs_five_seconds_of_silence(
         raise error
 
     monkeypatch.setattr(desk, where, fail)
-    report = a_watch(desk, seconds=25)
+    report = reporter(desk, seconds=25)
     for step in range(50):
-        report(["denoising", "uploading"][step % 2], step, 50)
+        report((Phase.DENOISE, Phase.UPLOAD)[step % 2], step, 50)
         clock.now += 0.5
 
     assert tries == [0, 5, 10, 15, 20]
     clock.now += 0.1
     with pytest.raises(JobTimeout):
-        report("denoising", 50, 50)
+        report(Phase.DENOISE, 50, 50)
 
 
-def test_the_look_before_the_manifest_is_taken_in_the_silence_too(clock: Clock, desk: Desk) -> None:
-    """A job that is cancelled must not succeed because Redis was away for a moment."""
-    report = a_watch(desk)
+def test_the_last_check_before_the_manifest_is_made_even_after_a_failure_of_redis(
+    clock: Clock, desk: Desk
+) -> None:
+    """A cancelled job must not succeed because Redis was down for a moment."""
+    report = reporter(desk)
 
     def fail() -> None:
         raise redis.ConnectionError("gone")
 
     desk.fail = fail
-    report("denoising", 1, 2)
+    report(Phase.DENOISE, 1, 2)
     desk.fail = lambda: None
     desk.cancelled = True
     clock.now += 0.1
-    report("denoising", 2, 2)
+    report(Phase.DENOISE, 2, 2)
 
     with pytest.raises(JobRevoked):
-        report("uploading", 1, 1)
+        report.raise_if_cancelled()
 
 
-# --- what it tells
+# --- reports
 
 
-def test_a_report_says_what_a_watcher_wants(clock: Clock, desk: Desk) -> None:
-    report = a_watch(desk)
-    for phase in ("fetching", "loading", "denoising", "uploading"):
+def test_a_report_has_the_phase_and_how_much_of_it_is_done(clock: Clock, desk: Desk) -> None:
+    report = reporter(desk)
+    for phase in (Phase.FETCH, Phase.PARSE, Phase.DENOISE, Phase.UPLOAD):
         report(phase, 3, 9)
         clock.now += 1
 
@@ -185,18 +194,19 @@ def test_a_report_says_what_a_watcher_wants(clock: Clock, desk: Desk) -> None:
 @untimed
 @given(
     calls=st.lists(
-        st.tuples(st.sampled_from(["fetching", "loading", "denoising"]), st.floats(0, 1)),
+        st.tuples(st.sampled_from([Phase.FETCH, Phase.PARSE, Phase.DENOISE]), st.floats(0, 1)),
         max_size=60,
     )
 )
-def test_there_are_at_most_two_reports_in_any_second(calls: list[tuple[str, float]]) -> None:
-    """And where nothing was said for a second, something is."""
+def test_there_are_at_most_two_reports_in_any_second(calls: list[tuple[Phase, float]]) -> None:
+    """After a second without a report the next call is reported."""
     clock = Clock()
     desk = Desk(clock)
     quiet: list[tuple[float, bool]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "time", clock)
-        report = a_watch(desk)
+        patch.setattr(deadline, "time", clock)
+        report = reporter(desk)
         for phase, wait in calls:
             clock.now += wait
             last = desk.reports[-1]["at"] if desk.reports else 0.0
@@ -208,13 +218,13 @@ def test_there_are_at_most_two_reports_in_any_second(calls: list[tuple[str, floa
     assert all(told for silence, told in quiet if silence >= 1)
 
 
-def test_the_rest_of_the_time_is_told_by_the_pace_of_the_steps(clock: Clock, desk: Desk) -> None:
-    """Steps of a second each; what came before the first had other work in it."""
-    report = a_watch(desk)
-    report("loading", 0, 1)
+def test_the_eta_follows_the_pace_of_the_steps(clock: Clock, desk: Desk) -> None:
+    """Steps of a second each; the time before the first step does not count."""
+    report = reporter(desk)
+    report(Phase.PARSE, 0, 1)
     clock.now += 60
     for step in range(1, 11):
-        report("denoising", step, 10)
+        report(Phase.DENOISE, step, 10)
         clock.now += 1
 
     told = [
@@ -225,9 +235,9 @@ def test_the_rest_of_the_time_is_told_by_the_pace_of_the_steps(clock: Clock, des
     assert told == [(1, None), *((step, float(10 - step)) for step in range(2, 11))]
 
 
-def test_a_report_can_be_made_of_nothing(desk: Desk) -> None:
-    a_watch(desk)("denoising", 0, 0)
-    a_watch(desk)("fetching", 0, 0)
+def test_a_report_of_zero_of_zero_is_accepted(desk: Desk) -> None:
+    reporter(desk)(Phase.DENOISE, 0, 0)
+    reporter(desk)(Phase.FETCH, 0, 0)  # must not raise
 
 
 # --- on a real Redis
@@ -245,19 +255,19 @@ def app(broker_url: str) -> Iterator[IsolatedCelery]:
 def test_a_watcher_sees_the_progress_and_a_producer_is_heard(
     app: IsolatedCelery, broker_url: str
 ) -> None:
-    job, deliveries = uuid.uuid4().hex, JobLeases(broker_url, "gpu")
+    job, leases = uuid.uuid4().hex, JobLeases(broker_url, "gpu")
     request: Any = SimpleNamespace(group=None, chord=None, parent_id=None, id=job)
     report = ProgressReporter(
-        request, deliveries, progress_backend(app), job_id=job, seconds=60, attempt=1
+        request, leases, progress_backend(app), job_id=job, deadline=Deadline(job, 60), attempt=1
     )
 
-    report("denoising", 1, 2)
+    report(Phase.DENOISE, 1, 2)
     meta = app.backend.get_task_meta(job)
     assert (meta["status"], meta["result"]["step"]) == ("PROGRESS", 1)
-    assert deliveries.ledger.redis.ttl(f"celery-task-meta-{job}") > 0
+    assert leases.jobs.redis.ttl(f"celery-task-meta-{job}") > 0
 
-    deliveries.ledger.cancel(job)
+    leases.jobs.cancel(job)
     with pytest.raises(JobRevoked):
-        report("denoising", 2, 2)
-    deliveries.ledger.redis.close()
-    deliveries.hasty.close()
+        report(Phase.DENOISE, 2, 2)
+    leases.jobs.redis.close()
+    leases.impatient.close()

@@ -1,0 +1,109 @@
+"""Files by which the child process, the parent, and probes from outside learn whether the model is loaded."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from celery.utils.log import get_logger
+from zlora.errors import ModelUnavailable
+from zlora.files import write_atomically
+
+logger = get_logger(__name__)
+
+
+class LoadState:
+    """Whether the newest child has its model.
+
+    Between parent and child there is one file for each fact. A single file would be overwritten,
+    since the child after a failed one begins to load at once.
+
+    For probes, the folder `probes` has `ready` while the newest child has its model, and `alive`,
+    touched each second while the parent goes about its work.
+    """
+
+    def __init__(self, probes: str = "") -> None:
+        self._probes: Final = Path(probes) if probes else None
+
+    def open(self) -> Path:
+        """Make the folder of these files, which is removed when this process ends, and return it.
+
+        To be called in the parent before it forks. Raises `OSError` if the probes' folder cannot be
+        made.
+        """
+        self._folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
+        self._ready, self._failed = self._folder / "ready", self._folder / "failed"
+        self._loading = self._folder / "loading"
+        if self._probes:
+            self._probes.mkdir(parents=True, exist_ok=True)
+            self._show("ready", is_true=False)
+
+        def remove() -> None:
+            if os.getpid() == owner:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                self._show("ready", is_true=False)
+                self._show("alive", is_true=False)
+
+        atexit.register(remove)
+        self.parent_is_alive()
+        return self._folder
+
+    # In the parent
+
+    def parent_is_alive(self) -> None:
+        """Show to probes that the parent goes about its work."""
+        self._show("alive", is_true=True)
+        self._show("ready", is_true=self.is_loaded())
+
+    def is_loaded(self) -> bool:
+        """Whether the newest child has its model."""
+        return self._ready.exists()
+
+    def failure(self) -> str | None:
+        """Return why a child could not load the model, None if none has failed."""
+        try:
+            return self._failed.read_text()
+        except FileNotFoundError:
+            return None
+
+    # In the child
+
+    def child_begins(self) -> bool:
+        """Record that this child begins to load; return whether it replaces one that had the model.
+
+        Raises `ModelUnavailable` if the child before was killed while it loaded.
+        """
+        replaces = self._ready.exists()
+        self._ready.unlink(missing_ok=True)
+        if self._loading.exists():
+            raise ModelUnavailable(
+                "the child before was killed while it loaded the model (out of memory, or too slow?)"
+            )
+        self._folder.mkdir(exist_ok=True)  # a job that cleans temporary folders may have removed it
+        self._loading.touch()
+        return replaces
+
+    def child_has_model(self) -> None:
+        """Record that this child has its model."""
+        self._loading.unlink(missing_ok=True)
+        self._folder.mkdir(exist_ok=True)
+        self._ready.touch()
+
+    def child_failed(self, reason: str) -> None:
+        """Record in one line why this child cannot load the model."""
+        self._folder.mkdir(exist_ok=True)
+        write_atomically(self._failed, reason.encode())
+
+    def _show(self, name: str, *, is_true: bool) -> None:
+        if self._probes is None:
+            return
+        file = self._probes / name
+        try:
+            if is_true:
+                file.touch()
+            else:
+                file.unlink(missing_ok=True)
+        except OSError as error:  # a probe must not end the worker
+            logger.warning("the probe %s cannot be written: %s", file, error.strerror)

@@ -1,0 +1,46 @@
+"""What the child process keeps from its start to its end: the base model, caches, the store."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from zlora_worker.fetch.cache import Cache
+from zlora_worker.lora.memory_cache import LoraMemoryCache
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.store import Store, open_store
+from zlora_worker.results.urls import ImageUrls
+from zlora_worker.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """The resources of a child process."""
+
+    model: Pipeline
+    lora_files: Cache  # on disk
+    loras: LoraMemoryCache  # parsed, in memory
+    store: Store
+    urls: ImageUrls
+    job_timeout: int  # seconds, the operator's bound
+    meter: Meter
+
+    @classmethod
+    def open(cls, settings: Settings, meter: Meter) -> Self:
+        """Open store and cache, and load the base model.
+
+        Raises `ModelUnavailable`, or `InvalidSetting` if the store or the cache cannot be used.
+        """
+        store = open_store(settings)
+        urls = ImageUrls(store, settings)
+        store.probe()  # before the slow load: a worker with a wrong store would empty the queue
+        lora_files = Cache.open(settings)
+        return cls(
+            model=loader.load(settings),
+            lora_files=lora_files,
+            loras=LoraMemoryCache(max_bytes=settings.lora_memory_bytes),
+            store=store,
+            urls=urls,
+            job_timeout=settings.job_timeout,
+            meter=meter,
+        )
