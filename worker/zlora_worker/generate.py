@@ -103,14 +103,14 @@ def generate(
     with ImageUploader(runtime.store, recipe, digests=digests) as pictures:
         if not resumed:
             pictures.clear()
-        with engine.borrowed(request), engine.patch.applied(adapters) as norms:
+        with engine.with_loras(adapters, request) as model:
             laps.end("apply")
             for index in range(request.num_images):
                 if not (resumed and pictures.take_over()):
-                    picture = engine.draw(
+                    picture = model.draw(
                         request, recipe.seed + index, _steps(runtime.meter, report, index, request)
                     )
-                    pictures.add(picture, tiled=engine.tiled)
+                    pictures.add(picture, tiled=model.tiled)
             laps.end("denoise")
         laps.end("restore")
         refs = pictures.stored(lambda done: report("uploading", done, request.num_images))
@@ -118,14 +118,16 @@ def generate(
 
     receipts = [
         _receipt(*parts)
-        for parts in zip(request.loras, files, readings, adapters, norms, strict=True)
+        for parts in zip(
+            request.loras, files, readings, adapters, model.relative_norms, strict=True
+        )
     ]
     timings = {} if queued is None else {"queued": queued}
     result = GenerateResult(
         images=refs,
         loras=tuple(receipts),
         timings=timings | laps.seconds | pictures.seconds,
-        base_intact=engine.state is PipelineState.READY,  # proven on the way out of `borrowed`
+        base_intact=engine.state is PipelineState.READY,  # checked at the end of `with_loras`
         base_checked=round(engine.base_checked, 4),
         tiled=any(ref.tiled for ref in refs),
         attempt=attempt,

@@ -314,7 +314,7 @@ def _desk() -> "tuple[JobLeases, Meter]":
 
 def _sound_runtime() -> "Child":
     """The child's model. A child without one, or with a base that a job left changed, leaves: the job is put back."""
-    if _runtime is None or not _runtime.engine.is_sound():
+    if _runtime is None or not _runtime.engine.is_ready():
         _leave_without_model()
     return _runtime
 

@@ -94,7 +94,7 @@ class PlayedChild:
 
     def runtime(self, state: PipelineState = PipelineState.READY, *, timeout: int = 60) -> Child:
         """As much of a runtime as the task looks at."""
-        engine = SimpleNamespace(is_sound=lambda: state is PipelineState.READY)
+        engine = SimpleNamespace(is_ready=lambda: state is PipelineState.READY)
         parts = {"store": self.store, "links": self.links, "meter": self.meter}
         return cast("Child", SimpleNamespace(engine=engine, job_timeout=timeout, **parts))
 
