@@ -37,6 +37,7 @@ from benchmarks.rivals import (
 )
 from diffusers.utils import logging as diffusers_logging
 from zlora_worker.lora.merge import Plan, runs
+from zlora_worker.lora.patch import Patch
 from zlora_worker.model.checksum import WeightChecksum
 from zlora_worker.model.pipeline import COMPONENTS, Pipeline
 
@@ -125,8 +126,8 @@ class Bench:
     def adopt(self) -> None:
         """Take the base as it is for the base: a way has left another one."""
         components = {name: getattr(self.pipeline, name) for name in COMPONENTS}
-        self.engine._fingerprint = WeightChecksum(components, self.engine.weights)
-        self.engine.patch.forget()
+        self.engine._checksum = WeightChecksum(components, self.engine.weights)
+        self.engine.patch = Patch(self.engine.weights, mode="shadow")
 
     def step(self) -> float:
         """Seconds of one denoising step."""

@@ -170,7 +170,7 @@ def test_jobs_in_any_order_leave_the_base(jobs: Jobs, order: list[str | float]) 
         else:
             assert jobs.run(kind) == jobs.pictures[kind]
 
-        assert jobs.engine.is_sound()
+        assert jobs.engine.is_ready()
         assert jobs.digest() == jobs.base
     assert jobs.run("both") == jobs.pictures["both"]
 

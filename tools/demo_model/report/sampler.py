@@ -58,7 +58,7 @@ class Sampler:
             if weight
         ]
         drawn = []
-        with self.engine.borrowed() as pipeline, self.engine.patch.applied(adapters):
+        with self.engine.exclusive() as pipeline, self.engine.patch.applied(adapters):
             for first in range(0, len(prompts), _BATCH):
                 part = list(prompts[first : first + _BATCH])
                 output = pipeline(

@@ -1,4 +1,4 @@
-"""From the tensors that a file holds for one module to the change that they mean, by kind."""
+"""Parsing of one module's tensors into a delta, one function for each adapter format."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,67 +23,80 @@ from zlora_worker.lora.deltas import (
 Parts = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
-_RANK: Final = (
-    512  # that a change may have whatever it changes; trainers give one rank to all layers
-)
+# Rank that a module of any size may have, since trainers give all layers the same rank.
+_MIN_RANK_LIMIT: Final = 512
 _BIASES: Final = frozenset({"diff_b", "up_bias"})
 
 
 @dataclass(frozen=True)
 class ParsedModule:
-    """What a module's tensors mean: a change of its weight, one of its bias; either may be none."""
+    """Deltas of one module's weight and bias; either may be None."""
 
     kind: str
     rank: int | None
     weight: WeightDelta | None
     bias: WeightDelta | None
-    bias_part: str = ""  # the tensor that the bias's change is
+    bias_part: str = ""  # name of the tensor that changes the bias
 
 
 def parse_module(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> ParsedModule:
-    """The change of a weight of the shape `target` and of its bias.
+    """Parse the tensors of one module whose weight has the shape `target`.
 
-    `peft_scale` is what the file's metadata says for a rank where there is no `alpha`. Raises `InvalidAdapter`.
+    `peft_scale` returns the scale of a rank from the file's metadata; it is used if there is no
+    `alpha` tensor. Raises `InvalidAdapter` if the tensors do not describe a delta of that shape.
     """
     kinds = factored(parts.keys())
     if len(kinds) > 1:
         raise InvalidAdapter(f"has both a {kinds[0]} and a {kinds[1]}")
     if not kinds and (parts.keys() - _BIASES):
         raise InvalidAdapter(f"has {', '.join(sorted(parts))} and no factors")
-    kind = kinds[0] if kinds else "full"
-    rank, factors, scale = None, None, 1.0
+
+    # weight
+    kind, rank, scale = "full", None, 1.0
+    weight: WeightDelta | None = None
     if kinds:
+        kind = kinds[0]
         _require_kernel(parts, target)
         rank = _rank(kind, parts)
         scale = _scale(parts, rank, peft_scale)
-        room = max(target[0], _RANK) * math.prod(
-            target[1:]
-        )  # numbers that a product of factors may have
-        factors = _BUILDERS[kind](parts, scale, room)
-        _require_shape(factors, target)
-    weight = _decomposed(factors, parts, target)
-    if len(_BIASES & parts.keys()) > 1:
+        # A small file can describe a huge product: limit the numbers that one may have.
+        max_elements = max(target[0], _MIN_RANK_LIMIT) * math.prod(target[1:])
+        weight = _PARSERS[kind](parts, scale, max_elements)
+        matrix = (target[0], math.prod(target[1:]))
+        if weight.shape != matrix:
+            raise InvalidAdapter(
+                f"makes a change of {shown(weight.shape)}, the weight is {shown(matrix)}"
+            )
+        if magnitudes := sorted(MAGNITUDES & parts.keys()):
+            weight = _dora(weight, parts, magnitudes, target)
+            kind = f"dora-{kind}"
+
+    # bias
+    bias_parts = sorted(_BIASES & parts.keys())
+    if len(bias_parts) > 1:
         raise InvalidAdapter("has a bias in two spellings")
-    bias_part = next(iter(_BIASES & parts.keys()), "")
-    bias = (
-        _bias(parts[bias_part], scale if bias_part == "up_bias" else 1.0, target)
-        if bias_part
-        else None
-    )
-    return ParsedModule(
-        f"dora-{kind}" if weight is not factors else kind, rank, weight, bias, bias_part
-    )
+    if not bias_parts:
+        return ParsedModule(kind, rank, weight, None)
+    bias_part = bias_parts[0]
+    tensor = parts[bias_part]
+    if tensor.shape != target[:1]:
+        raise InvalidAdapter(
+            f"changes a bias of {shown(tensor.shape)}, the weight is {shown(target)}"
+        )
+    bias = FullDelta(_matrix(tensor).mul_(scale if bias_part == "up_bias" else 1.0))
+    return ParsedModule(kind, rank, weight, bias, bias_part)
 
 
 def _rank(kind: str, parts: Parts) -> int | None:
-    """The inner size; None for what has none."""
-    return next(
-        (len(parts[name]) for name in RANKED[kind] if name in parts and parts[name].dim()), None
-    )
+    """Return the inner size of the factors, or None if the format has no rank."""
+    for name in RANKED[kind]:
+        if name in parts and parts[name].dim():
+            return len(parts[name])
+    return None
 
 
 def _scale(parts: Parts, rank: int | None, peft_scale: Callable[[int], float]) -> float:
-    if rank is None:  # LyCORIS ignores alpha where there is no rank
+    if rank is None:  # LyCORIS ignores alpha if there is no rank
         return 1.0
     if not rank:
         raise InvalidAdapter("has the rank 0")
@@ -94,52 +107,52 @@ def _scale(parts: Parts, rank: int | None, peft_scale: Callable[[int], float]) -
     return float(parts["alpha"]) / rank
 
 
-def _lora(parts: Parts, scale: float, room: int) -> WeightDelta:
+def _lora(parts: Parts, scale: float, max_elements: int) -> WeightDelta:
     up, down = _two(parts, "up", "down")
-    if "mid" in parts:  # a convolution between the factors: part of the down
-        down = _joined(room, "q i, p q ... -> p i ...", down, parts["mid"])
+    if "mid" in parts:  # a convolution between the factors: merged into the down factor
+        down = _joined(max_elements, "q i, p q ... -> p i ...", down, parts["mid"])
     return LoraDelta(_matrix(up).mul_(scale), _matrix(down))
 
 
-def _loha(parts: Parts, scale: float, room: int) -> WeightDelta:
+def _loha(parts: Parts, scale: float, max_elements: int) -> WeightDelta:
     halves = []
     for half in ("1", "2"):
         up, down = _two(parts, f"hada_w{half}_a", f"hada_w{half}_b")
         if f"hada_t{half}" in parts:
-            up, down = up.T, _joined(room, "q i, p q ... -> p i ...", down, parts[f"hada_t{half}"])
+            middle = parts[f"hada_t{half}"]
+            up, down = up.T, _joined(max_elements, "q i, p q ... -> p i ...", down, middle)
         halves.append(LoraDelta(_matrix(up), _matrix(down)))
     halves[0].up.mul_(scale)
     return LohaDelta(*halves)
 
 
-def _lokr(parts: Parts, scale: float, room: int) -> WeightDelta:
+def _lokr(parts: Parts, scale: float, max_elements: int) -> WeightDelta:
     for factor in ("lokr_w1", "lokr_w2"):
         if factor in parts and parts.keys() & {f"{factor}_a", f"{factor}_b"}:
             raise InvalidAdapter(f"has a {factor} both whole and in factors")
-    small = (
-        parts["lokr_w1"].float()
-        if "lokr_w1" in parts
-        else _multiplied(room, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
-    )
+    if "lokr_w1" in parts:
+        small = parts["lokr_w1"].float()
+    else:
+        small = _multiplied(max_elements, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
     if "lokr_w2" in parts:
         large = parts["lokr_w2"].float().clone()
     elif "lokr_t2" in parts:
         up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
-        inner = _joined(room, "q i, p q ... -> p i ...", down, parts["lokr_t2"])
-        large = _joined(room, "p o, p i ... -> o i ...", up, inner)
+        inner = _joined(max_elements, "q i, p q ... -> p i ...", down, parts["lokr_t2"])
+        large = _joined(max_elements, "p o, p i ... -> o i ...", up, inner)
     else:
         up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
-        large = _multiplied(room, up, down.flatten(1)).view(len(up), *down.shape[1:])
+        large = _multiplied(max_elements, up, down.flatten(1)).view(len(up), *down.shape[1:])
     if small.dim() != 2 or large.dim() < 2 or not small.numel() or not large.numel():  # noqa: PLR2004
         raise InvalidAdapter(f"has factors of {shown(small.shape)} and {shown(large.shape)}")
     return LokrDelta(small * scale, large)
 
 
-def _full(parts: Parts, scale: float, room: int) -> WeightDelta:  # noqa: ARG001 - as the others
+def _full(parts: Parts, scale: float, max_elements: int) -> WeightDelta:  # noqa: ARG001 - as the others
     return FullDelta(_matrix(parts["diff"]) * scale)
 
 
-_BUILDERS: Final[dict[str, Callable[[Parts, float, int], WeightDelta]]] = {
+_PARSERS: Final[dict[str, Callable[[Parts, float, int], WeightDelta]]] = {
     "lora": _lora,
     "loha": _loha,
     "lokr": _lokr,
@@ -147,33 +160,25 @@ _BUILDERS: Final[dict[str, Callable[[Parts, float, int], WeightDelta]]] = {
 }
 
 
-def _decomposed(change: WeightDelta | None, parts: Parts, target: Shape) -> WeightDelta | None:
-    found = sorted(MAGNITUDES & parts.keys())
-    if not found or change is None:
-        return change
-    if len(found) > 1:
+def _dora(inner: WeightDelta, parts: Parts, magnitudes: list[str], target: Shape) -> DoraDelta:
+    if len(magnitudes) > 1:
         raise InvalidAdapter("has a magnitude in two spellings")
-    name = found[0]
+    name = magnitudes[0]
     magnitude, (out, inputs) = parts[name].float(), (*target, 1)[:2]
     if name == "dora_scale" and magnitude.shape[:2] == (1, inputs):
-        return DoraDelta(change, magnitude.reshape(1, inputs, 1).clone(), weighs_inside=False)
+        return DoraDelta(inner, magnitude.reshape(1, inputs, 1).clone(), scales_inner=False)
     if magnitude.numel() != out:
         raise InvalidAdapter(
             f"has a magnitude of {shown(magnitude.shape)} for a weight of {shown(target)}"
         )
-    return DoraDelta(change, magnitude.reshape(out, 1).clone(), weighs_inside=name == "magnitude")
-
-
-def _bias(tensor: Tensor, scale: float, target: Shape) -> WeightDelta:
-    if tensor.shape != target[:1]:
-        raise InvalidAdapter(
-            f"changes a bias of {shown(tensor.shape)}, the weight is {shown(target)}"
-        )
-    return FullDelta(_matrix(tensor).mul_(scale))
+    return DoraDelta(inner, magnitude.reshape(out, 1).clone(), scales_inner=name == "magnitude")
 
 
 def _require_kernel(parts: Parts, target: Shape) -> None:
-    """A kernel has the weight's own sides: others of the same number of elements would be scrambled."""
+    """Raise `InvalidAdapter` if a kernel does not have the sides of the weight's kernel.
+
+    Sides with the same product would pass the check of the shape, and scramble the weight.
+    """
     for name, tensor in parts.items():
         kernel = tuple(tensor.shape[2:])
         if name not in MAGNITUDES and any(side != 1 for side in kernel) and kernel != target[2:]:
@@ -182,50 +187,45 @@ def _require_kernel(parts: Parts, target: Shape) -> None:
             )
 
 
-def _require_shape(change: WeightDelta, target: Shape) -> None:
-    matrix = (target[0], math.prod(target[1:]))
-    if change.shape != matrix:
-        raise InvalidAdapter(
-            f"makes a change of {shown(change.shape)}, the weight is {shown(matrix)}"
-        )
-
-
 def _two(parts: Parts, one: str, other: str) -> tuple[Tensor, Tensor]:
-    lacking = [name for name in (one, other) if name not in parts]
-    if lacking:
-        raise InvalidAdapter(f"lacks {' and '.join(lacking)}")
-    if bad := [name for name in (one, other) if parts[name].dim() < 2 or not parts[name].numel()]:  # noqa: PLR2004
-        raise InvalidAdapter(
-            f"has a {bad[0]} of shape {shown(parts[bad[0]].shape)}, which is no matrix"
-        )
+    """Two factors in fp32."""
+    if missing := [name for name in (one, other) if name not in parts]:
+        raise InvalidAdapter(f"lacks {' and '.join(missing)}")
+    for name in (one, other):
+        if parts[name].dim() < 2 or not parts[name].numel():  # noqa: PLR2004 - a matrix
+            raise InvalidAdapter(
+                f"has a {name} of shape {shown(parts[name].shape)}, which is not a matrix"
+            )
     return parts[one].float(), parts[other].float()
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """[out, in * kernel] in fp32, a copy; a vector is a column."""
+    """Copy as [out, in * kernel] in fp32; a vector becomes a column."""
     if not tensor.dim() or not tensor.numel():
-        raise InvalidAdapter(f"has a tensor of shape {shown(tensor.shape)}, which is no matrix")
+        raise InvalidAdapter(f"has a tensor of shape {shown(tensor.shape)}, which is not a matrix")
     return tensor.to(torch.float32, copy=True).reshape(len(tensor), -1)
 
 
-def _joined(room: int, equation: str, one: Tensor, other: Tensor) -> Tensor:
-    """A factor [inner, side] taken together with Tucker's middle tensor."""
-    factor = one.flatten(2).squeeze(-1) if one.dim() > 2 else one  # noqa: PLR2004
-    if factor.dim() != 2 or factor.shape[1] * other.numel() > room * len(factor):  # noqa: PLR2004
-        raise InvalidAdapter(
-            f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}"
-        )
+def _joined(max_elements: int, equation: str, one: Tensor, other: Tensor) -> Tensor:
+    """Contract a factor [inner, side] with the middle tensor of a Tucker decomposition."""
+    factor = one
+    if one.dim() > 2:  # noqa: PLR2004 - a 1x1 kernel
+        factor = one.flatten(2).squeeze(-1)
+    mismatch = InvalidAdapter(
+        f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}"
+    )
+    too_large = factor.dim() != 2 or factor.shape[1] * other.numel() > max_elements * len(factor)  # noqa: PLR2004
+    if too_large:
+        raise mismatch
     try:
         return torch.einsum(equation, factor, other.float())
     except RuntimeError:
-        raise InvalidAdapter(
-            f"has a middle of {shown(other.shape)} beside a factor of {shown(one.shape)}"
-        ) from None
+        raise mismatch from None
 
 
-def _multiplied(room: int, one: Tensor, other: Tensor) -> Tensor:
-    """Two factors' product, where it is not larger than what it may change: a small file can mean a huge one."""
-    fitting = one.dim() == other.dim() == 2 and one.shape[1] == len(other)  # noqa: PLR2004
-    if not fitting or len(one) * other.shape[1] > room:
+def _multiplied(max_elements: int, one: Tensor, other: Tensor) -> Tensor:
+    """Multiply two factors; raise `InvalidAdapter` if the product is larger than allowed."""
+    are_factors = one.dim() == other.dim() == 2 and one.shape[1] == len(other)  # noqa: PLR2004
+    if not are_factors or len(one) * other.shape[1] > max_elements:
         raise InvalidAdapter(f"has factors of {shown(one.shape)} and {shown(other.shape)}")
     return one @ other

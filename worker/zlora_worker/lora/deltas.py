@@ -1,7 +1,7 @@
-"""What a LoRA does to one weight, by kind, as arithmetic on its tensors.
+"""Changes that a LoRA makes to one weight, one class for each adapter format.
 
-Every change is a matrix [out, in * kernel] in fp32. Sources: LoRA arXiv:2106.09685, DoRA arXiv:2402.09353, LoHa and
-LoKr arXiv:2309.14859 with the tensors that LyCORIS writes for them.
+Every delta is a matrix [out, in * kernel] in fp32. Sources: LoRA arXiv:2106.09685, DoRA
+arXiv:2402.09353, LoHa and LoKr arXiv:2309.14859, with the tensor names that LyCORIS writes.
 """
 
 from dataclasses import dataclass
@@ -10,32 +10,37 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+# Divisor for a weight of zeros, which has no direction and stays zeros.
+_TINY: Final = torch.finfo(torch.float32).tiny
+# Of the base's norm: the error of magnitudes that are stored in fp16 or bf16.
+_UNTRAINED: Final = 2e-3
+
 
 class InvalidAdapter(Exception):
-    """Tensors that make no change; the message says why, and follows the module's name."""
+    """Tensors of one module that describe no delta; the message follows the module's name."""
 
 
 class WeightDelta(Protocol):
-    """One module's change."""
+    """Change of one module's weight or bias."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix."""
+        """Shape of the matrix."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of the delta's tensors."""
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
-        """What is added to `base` at a weight, both [out, in * kernel] in fp32."""
+        """Matrix to add to `base` at a LoRA weight; both are [out, in * kernel] in fp32."""
 
-    def is_nothing(self, base: Tensor) -> bool:
-        """Whether it leaves a base of any type and shape [out, in * kernel] as it is."""
+    def is_zero(self, base: Tensor) -> bool:
+        """Return True if the delta leaves `base`, [out, in * kernel] of any type, unchanged."""
 
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """LoRA: `up @ down`, the scale within `up`."""
+    """LoRA: `up @ down`, with the scale in `up`."""
 
     up: Tensor  # [out, rank]
     down: Tensor  # [rank, in * kernel]
@@ -61,13 +66,13 @@ class LoraDelta:
     def delta(self, base: Tensor, weight: float) -> Tensor:
         return (self.up.to(base.device) @ self.down.to(base.device)).mul_(weight)
 
-    def is_nothing(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
+    def is_zero(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
         return not (self.up.any() and self.down.any())
 
 
 @dataclass(frozen=True)
 class LohaDelta:
-    """LoHa: the elementwise product of two LoRAs, the scale within the first."""
+    """LoHa: the elementwise product of two LoRAs, with the scale in the first."""
 
     one: LoraDelta
     two: LoraDelta
@@ -89,13 +94,13 @@ class LohaDelta:
     def delta(self, base: Tensor, weight: float) -> Tensor:
         return self.one.delta(base, weight).mul_(self.two.delta(base, 1.0))
 
-    def is_nothing(self, base: Tensor) -> bool:
-        return self.one.is_nothing(base) or self.two.is_nothing(base)
+    def is_zero(self, base: Tensor) -> bool:
+        return self.one.is_zero(base) or self.two.is_zero(base)
 
 
 @dataclass(frozen=True)
 class LokrDelta:
-    """LoKr: the LokrDelta product of a small matrix and a larger matrix or kernel, the scale within the first."""
+    """LoKr: the Kronecker product of a small matrix, which has the scale, and a larger tensor."""
 
     small: Tensor  # [a, b]
     large: Tensor  # [c, d, *kernel]
@@ -113,15 +118,15 @@ class LokrDelta:
         kernel = [1] * (large.dim() - 2)
         return torch.kron(small.mul(weight).view(*small.shape, *kernel), large).flatten(1)
 
-    def is_nothing(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
+    def is_zero(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
         return not (self.small.any() and self.large.any())
 
 
 @dataclass(frozen=True)
 class FullDelta:
-    """A difference as it is."""
+    """Difference of the same size as the weight or bias."""
 
-    difference: Tensor  # [out, in * kernel]; of a vector [out, 1]
+    difference: Tensor  # [out, in * kernel]; [out, 1] for a vector
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,57 +139,51 @@ class FullDelta:
     def delta(self, base: Tensor, weight: float) -> Tensor:
         return self.difference.to(base.device) * weight
 
-    def is_nothing(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
+    def is_zero(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
         return not self.difference.any()
 
 
 @dataclass(frozen=True)
 class DoraDelta:
-    """DoRA: the changed weight, brought to trained norms along one axis.
+    """DoRA: the changed weight, rescaled to trained norms along one axis.
 
-    peft weighs the change before it takes the norm. kohya's and LyCORIS' files are weighed as ComfyUI and A1111 do:
-    the whole difference to the base.
+    peft applies the LoRA weight to the inner delta before it takes the norm. Files of kohya and
+    LyCORIS are applied as in ComfyUI and A1111: the LoRA weight scales the whole difference.
     """
 
-    change: WeightDelta
-    magnitude: Tensor  # [out, 1] or [1, in, 1]: norms over all else, the kernel with the input
-    weighs_inside: bool  # as peft does
+    inner: WeightDelta
+    magnitude: Tensor  # norms: [out, 1], or [1, in, 1] over all other axes
+    scales_inner: bool  # True for peft
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.change.shape
+        return self.inner.shape
 
     @property
     def nbytes(self) -> int:
-        return self.change.nbytes + self.magnitude.nbytes
+        return self.inner.nbytes + self.magnitude.nbytes
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
-        inside, outside = (weight, 1.0) if self.weighs_inside else (1.0, weight)
-        changed = base + self.change.delta(base, inside)
+        inner_weight, outer_weight = (weight, 1.0) if self.scales_inner else (1.0, weight)
+        changed = base + self.inner.delta(base, inner_weight)
         magnitude = self.magnitude.to(base.device)
-        if magnitude.dim() == 2:  # noqa: PLR2004 - a norm for each output
+        if magnitude.dim() == 2:  # noqa: PLR2004 - one norm for each output
             norms = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
             scaled: Tensor = changed * (magnitude / norms.clamp_min_(_TINY))
         else:
             kernels = changed.view(len(changed), magnitude.shape[1], -1)
             norms = torch.linalg.vector_norm(kernels, dim=(0, 2), keepdim=True)
             scaled = (kernels * (magnitude / norms.clamp_min_(_TINY))).view_as(changed)
-        scaled.sub_(base).mul_(outside)
+        scaled.sub_(base).mul_(outer_weight)
         return scaled
 
-    def is_nothing(self, base: Tensor) -> bool:
-        if not self.change.is_nothing(base):
+    def is_zero(self, base: Tensor) -> bool:
+        if not self.inner.is_zero(base):
             return False
         resident = base.float()
         return float(self.delta(resident, 1.0).norm()) <= _UNTRAINED * float(resident.norm())
 
 
 def shown(shape: tuple[int, ...] | torch.Size) -> str:
-    """A shape in a message."""
+    """Format a shape for a message, such as `32x64`."""
     return "x".join(map(str, shape)) or "a number"
-
-
-_TINY: Final = torch.finfo(
-    torch.float32
-).tiny  # a weight of zeros has no direction, and stays zeros
-_UNTRAINED: Final = 2e-3  # of the base's norm: what norms stored in fp16 or bf16 are off by

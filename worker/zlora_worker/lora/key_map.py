@@ -1,4 +1,4 @@
-"""Every spelling that a LoRA file may have for the modules of one resident model, made from the model's own names."""
+"""Module names of the resident model in every spelling that a LoRA file may use."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -25,13 +25,14 @@ _OLD_ATTENTION: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "
 
 
 class KeyMap:
-    """Every spelling of every module of one resident model.
+    """Modules of one resident model by every spelling of their names.
 
-    All are made from the model's own module names, so that another depth or another model needs no table.
+    All spellings are derived from the model's own module names, so that a model of another depth
+    needs no table.
     """
 
     def __init__(self, modules: Iterable[Module]) -> None:
-        """Raises `ValueError` where two modules would share a spelling."""
+        """Derive the spellings; raise `ValueError` if two modules would share a spelling."""
         modules = list(modules)
         components = {component for component, _ in modules}
         ldm = LdmNames(name for component, name in modules if component == "unet")
@@ -43,21 +44,20 @@ class KeyMap:
             for alias in _aliases(component, name, ldm):
                 for prefix in prefixes:
                     spelling = flat(f"{prefix}.{alias}" if prefix else alias)
-                    if self._modules.setdefault(spelling, (component, name)) != (component, name):
-                        raise ValueError(
-                            f"two modules are spelt {spelling}: {name} and {self._modules[spelling][1]}"
-                        )
+                    known = self._modules.setdefault(spelling, (component, name))
+                    if known != (component, name):
+                        raise ValueError(f"two modules are spelt {spelling}: {name} and {known[1]}")
 
     def find(self, spelling: str) -> Module | None:
-        """The module that a file means, if the model has it."""
+        """Return the module with this spelling, or None if the model has no such module."""
         return self._modules.get(flat(spelling))
 
 
 class LdmNames:
-    """KeyMap of a diffusers UNet's modules in Stability's own code, whose blocks are numbered through all levels."""
+    """Names of a UNet's modules in Stability's code, which numbers blocks through all levels."""
 
     def __init__(self, modules: Iterable[str]) -> None:
-        """Count levels and layers from the names of the modules."""
+        """Count levels and layers from diffusers' names of the modules."""
         self._blocks: dict[str, str] = {}
         parts = {".".join(name.split(".")[:4]) for name in modules}
         self._number_down(parts)
@@ -72,15 +72,16 @@ class LdmNames:
         }
 
     def of(self, module: str) -> str | None:
-        """The other name; None where the module has none."""
+        """Return Stability's name of a module, or None if it has none."""
         if module in _LDM_STEM:
             return _LDM_STEM[module]
         for depth in (5, 4, 3):
             head = ".".join(module.split(".")[:depth])
             if head in self._blocks:
-                rest = module[len(head) + 1 :]
-                inner = _LDM_RESNET.get(rest, rest) if "resnets" in head else rest
-                return f"{self._blocks[head]}.{inner}" if inner else self._blocks[head]
+                inner = module[len(head) + 1 :]
+                if "resnets" in head:
+                    inner = _LDM_RESNET.get(inner, inner)
+                return f"{self._blocks[head]}.{inner}".removesuffix(".")
         return None
 
     def _number_down(self, parts: set[str]) -> None:
@@ -101,24 +102,22 @@ class LdmNames:
                 self._blocks[layer] = f"output_blocks.{number}.0"
                 self._blocks[layer.replace("resnets", "attentions")] = f"output_blocks.{number}.1"
                 number += 1
-            after = (
-                2 if _has(parts, f"{level}.attentions.0") else 1
-            )  # the upsampler shares the last layer's block
+            # The upsampler comes last in the block of the level's last layer.
+            after = 2 if _has(parts, f"{level}.attentions.0") else 1
             self._blocks[f"{level}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
 
 
 def _aliases(component: str, name: str, ldm: LdmNames) -> Iterator[str]:
-    """The name itself, and what it is called by older code and by other tools."""
+    """Yield the module's own name and its names in older code and other tools."""
     yield name
     if component == "unet" and (other := ldm.of(name)):
         yield other
     if component in ("unet", "transformer") and name.endswith(".to_out.0"):
-        block = name.removesuffix(".to_out.0")
-        yield f"{block}.processor.to_out"
+        yield f"{name.removesuffix('.to_out.0')}.processor.to_out"
     elif ".attn" in name and (found := re.fullmatch(r"(.+)\.(to_[qkv])", name)):
         yield f"{found[1]}.processor.{found[2]}"
     if component.startswith("text_encoder"):
-        bare = name.removeprefix("text_model.")  # transformers' releases differ in it
+        bare = name.removeprefix("text_model.")  # only some releases of transformers have it
         for spelt in (bare, f"text_model.{bare}"):
             if spelt != name:
                 yield spelt
@@ -132,7 +131,7 @@ def _has(parts: set[str], block: str) -> bool:
 
 
 def _counted(parts: set[str], block: str) -> Iterator[str]:
-    """The blocks numbered from 0 that there are."""
+    """Yield the names of the existing blocks, counted from 0."""
     number = 0
     while _has(parts, block.format(number)):
         yield block.format(number)

@@ -1,11 +1,13 @@
-"""A set of LoRAs to merged weights: round(W + sum of their changes), added in fp32 and rounded once."""
+"""Merged weights of a set of LoRAs: round(W + sum of deltas), added in fp32 and rounded once."""
 
+import _thread
 import math
 import threading
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Final, NamedTuple
 
 import torch
@@ -16,9 +18,8 @@ from zlora_worker.lora.deltas import WeightDelta
 from zlora_worker.lora.reader import Batch, Lora
 from zlora_worker.lora.weights import Slot, Weights
 
-_CPU_ELEMENTS: Final = (
-    2**20
-)  # merged at a time: 4 MB of fp32, which a core's share of the caches holds
+# Numbers merged at a time. On a CPU 4 MB of fp32, which a core's share of the caches holds.
+_CPU_ELEMENTS: Final = 2**20
 _GPU_ELEMENTS: Final = 2**26
 
 Matrices = Mapping[int, Tensor]  # by stack: [rows, out, in * kernel]
@@ -26,7 +27,7 @@ Matrices = Mapping[int, Tensor]  # by stack: [rows, out, in * kernel]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedLora:
-    """One LoRA with the weights of this job. A weight of 0 is none."""
+    """One LoRA with the weights of a job; at a weight of 0 the LoRA does nothing."""
 
     lora: Lora
     unet_weight: float = 1.0
@@ -34,19 +35,19 @@ class WeightedLora:
     source: str = "the LoRA"  # in messages
 
     def weight(self, component: str) -> float:
-        """For the modules of a component."""
-        return (
-            self.text_encoder_weight if component.startswith("text_encoder") else self.unet_weight
-        )
+        """Weight for the modules of a component."""
+        if component.startswith("text_encoder"):
+            return self.text_encoder_weight
+        return self.unet_weight
 
     @property
     def key(self) -> tuple[str, float, float]:
-        """What the merge depends on."""
+        """Everything that the merged weights depend on."""
         return self.lora.digest, self.unet_weight, self.text_encoder_weight
 
 
 class Block(NamedTuple):
-    """Rows of a stack from `first` to `last`, and of each of their matrices the outputs from `top` to `bottom`."""
+    """Part of a stack: rows `first` to `last`, and outputs `top` to `bottom` of their matrices."""
 
     stack: int
     first: int
@@ -55,56 +56,60 @@ class Block(NamedTuple):
     bottom: int
 
     def of(self, matrices: Tensor) -> Tensor:
-        """This part of a stack's matrices, as a view."""
+        """View of this part of a stack's matrices."""
         return matrices[self.first : self.last, self.top : self.bottom]
 
 
 class Plan:
-    """What one set of LoRAs does to the model: to which rows of which stacks, and with which weights.
+    """Deltas of one set of LoRAs by stack and row.
 
-    Adapters are taken in one order whatever the job's, so that the same set is the same sum, bit for bit.
+    The LoRAs are sorted, so that the same set gives the same sum, bit for bit, in any order.
     """
 
-    def __init__(self, weights: Weights, adapters: Sequence[WeightedLora]) -> None:
-        """Look at the weights that are touched, while they are the base."""
-        ordered = sorted(adapters, key=lambda adapter: adapter.key)
-        self.key = tuple(adapter.key for adapter in ordered)
+    def __init__(self, weights: Weights, loras: Sequence[WeightedLora]) -> None:
+        """Collect the deltas; the weights that they change must be the base's."""
+        ordered = sorted(loras, key=lambda lora: lora.key)
+        self.key = tuple(lora.key for lora in ordered)
+        self._sources = [lora.source for lora in ordered]
         self._batches: dict[int, list[tuple[float, Batch]]] = defaultdict(list)
-        self._changes: dict[Slot, list[tuple[int, float, WeightDelta]]] = defaultdict(list)
-        touched = [self._take(weights, index, adapter) for index, adapter in enumerate(ordered)]
-        self.rows = {stack: sorted(set[int]().union(*(rows.get(stack, ()) for rows in touched)))
-                     for stack in sorted(set[int]().union(*touched))}  # fmt: skip
-        self._base_squares = [
-            sum(weights.stacks[stack].squared_norm(row) for stack in rows for row in rows[stack])
-            for rows in touched
-        ]
-        self._squares = [
-            _batched_square(weights, adapter) for adapter in ordered
-        ]  # complete after the merge
-        self._sources = [adapter.source for adapter in ordered]
-        self._adding = threading.Lock()
+        self._deltas: dict[Slot, list[tuple[int, float, WeightDelta]]] = defaultdict(list)
+        self._base_squares: list[float] = []  # |W|² over the weights that each LoRA changes
+        self._squares: list[float] = []  # |delta|² of each LoRA; complete after the merge
+        self._squares_lock = threading.Lock()
+        touched: dict[int, set[int]] = defaultdict(set)
+        for index, weighted in enumerate(ordered):
+            rows: dict[int, set[int]] = defaultdict(set)
+            square = 0.0
+            for batch in weighted.lora.batches:
+                if weight := weighted.weight(weights.stacks[batch.stack].component):
+                    self._batches[batch.stack].append((weight, batch))
+                    rows[batch.stack].update(batch.rows)
+                    square += weight**2 * batch.squared_norm
+            for slot, delta in weighted.lora.deltas:
+                if weight := weighted.weight(weights.stacks[slot.stack].component):
+                    self._deltas[slot].append((index, weight, delta))
+                    rows[slot.stack].add(slot.row)
+            self._squares.append(square)
+            self._base_squares.append(
+                sum(
+                    weights.stacks[stack].squared_norm(row) for stack in rows for row in rows[stack]
+                )
+            )
+            for stack, changed in rows.items():
+                touched[stack] |= changed
+        self.rows = {stack: sorted(touched[stack]) for stack in sorted(touched)}
 
-    def _take(self, weights: Weights, index: int, adapter: WeightedLora) -> dict[int, set[int]]:
-        """The rows that it touches, by stack."""
-        rows: dict[int, set[int]] = defaultdict(set)
-        for batch in adapter.lora.batches:
-            if weight := adapter.weight(weights.stacks[batch.stack].component):
-                self._batches[batch.stack].append((weight, batch))
-                rows[batch.stack].update(batch.rows)
-        for place, change in adapter.lora.changes:
-            if weight := adapter.weight(weights.stacks[place.stack].component):
-                self._changes[place].append((index, weight, change))
-                rows[place.stack].add(place.row)
-        return rows
+    def relative_norm(self, lora: WeightedLora) -> float:
+        """Return |delta| / |W| over the weights that a LoRA changes; valid after the merge.
 
-    def relative_norm(self, adapter: WeightedLora) -> float:
-        """After the merge: |change| / |weight| over the weights that an adapter touches; 0 where it touches none."""
-        index = self.key.index(adapter.key)
+        Returns 0 if the LoRA changes no weight.
+        """
+        index = self.key.index(lora.key)
         base = self._base_squares[index]
         return float((self._squares[index] / base) ** 0.5) if base else 0.0
 
     def require_effect(self) -> None:
-        """After the merge: raises `LoraMismatch` where an adapter touches weights and changes none."""
+        """Raise `LoraMismatch` if all deltas of a LoRA are zero; valid after the merge."""
         for source, square, base in zip(
             self._sources, self._squares, self._base_squares, strict=True
         ):
@@ -112,35 +117,39 @@ class Plan:
                 raise LoraMismatch(f"{source}: changes nothing in the resident model")
 
     def release(self) -> None:
-        """After the merge: let go of the LoRAs' tensors, which the shelf may have let go of."""
+        """Drop the references to the LoRAs' tensors, so that the memory cache can evict them."""
         self._batches.clear()
-        self._changes.clear()
+        self._deltas.clear()
 
     def blocks(self, base: Matrices) -> Iterator[Block]:
-        """All rows that are changed, in pieces that scratch memory holds.
+        """Yield all rows that change, in blocks that fit into scratch memory.
 
-        A change of another kind than a product needs its whole matrix, and is a piece of its own.
+        A delta that is not a LoRA product needs its whole matrix, and has a block of its own.
         """
         for stack, rows in self.rows.items():
             _, out, columns = base[stack].shape
-            limit = _elements(base[stack])
+            limit = _CPU_ELEMENTS if base[stack].device.type == "cpu" else _GPU_ELEMENTS
             for first, last in runs(rows):
                 if (step := limit // (out * columns)) > 0:
                     for row in range(first, last, step):
                         yield Block(stack, row, min(row + step, last), 0, out)
                     continue
                 for row in range(first, last):
-                    height = out if (stack, row) in self._changes else max(1, limit // columns)
+                    height = out if (stack, row) in self._deltas else max(1, limit // columns)
                     for top in range(0, out, height):
                         yield Block(stack, row, row + 1, top, min(top + height, out))
 
     def merge(self, block: Block, base: Matrices, target: Tensor, total: Tensor) -> None:
-        """Merge one block of `base` into `target`, a view of its shape; `total` is fp32 scratch of its shape."""
+        """Merge one block of `base` into `target`.
+
+        `target` is a view with the block's shape; `total` is fp32 scratch memory of that shape.
+        Raises `LoraMismatch` if a delta is not finite.
+        """
         total.copy_(block.of(base[block.stack]))
         for weight, batch in self._batches.get(block.stack, ()):
-            _add(total, batch, block, weight)
-        for row in range(block.first, block.last) if self._changes else ():
-            for index, weight, change in self._changes.get(Slot(block.stack, row), ()):
+            _add_products(total, batch, block, weight)
+        for row in range(block.first, block.last) if self._deltas else ():
+            for index, weight, change in self._deltas.get(Slot(block.stack, row), ()):
                 delta = change.delta(base[block.stack][row].to(total), weight)
                 total[row - block.first] += delta
                 square = float(delta.square().sum())
@@ -148,113 +157,119 @@ class Plan:
                     raise LoraMismatch(
                         f"{self._sources[index]}: its change of the model is not finite"
                     )
-                with self._adding:
+                with self._squares_lock:
                     self._squares[index] += square
         target.copy_(total)
 
 
-def _elements(matrices: Tensor) -> int:
-    """How many to merge at a time on their device, at most; one matrix with a change of another kind may have more."""
-    return _CPU_ELEMENTS if matrices.device.type == "cpu" else _GPU_ELEMENTS
-
-
-class MergePool:
-    """Merges blocks, on a CPU as many at a time as torch has threads, in threads of one torch thread each.
-
-    The products are too thin for torch to share one among threads.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: deque[Block] = deque()
-        self._others: list[tuple[threading.Thread, threading.Event]] = []  # the event is its end
-        self._width: int | None = None  # torch's threads, while they are set to one
-
-    def merge(
-        self, threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]
-    ) -> None:
-        """Merge all blocks, the caller's thread among so many; `merge` hears which. To be followed by `disband`."""
-        waiting, faults = deque(blocks), list[BaseException]()
-
-        def work(number: int, end: threading.Event) -> None:
-            torch.set_num_threads(
-                1
-            )  # holds for the thread that says so, and for those that begin later
-            try:
-                while (block := _next(waiting)) is not None:
-                    merge(block, number)
-            except BaseException as fault:  # noqa: BLE001 - a thread's boundary: raised below, in the caller's
-                waiting.clear()
-                faults.append(fault)
-            finally:
-                end.set()
-
-        self._waiting, self._width = waiting, torch.get_num_threads()
-        ends = [threading.Event() for _ in range(1, threads)]
-        self._others = [
-            (threading.Thread(target=work, args=(number, end), name="zlora-merge"), end)
-            for number, end in enumerate(ends, start=1)
-        ]
-        for thread, _ in self._others:
-            thread.start()
-        work(0, threading.Event())
-        self.disband()
-        if faults:
-            raise faults[0]
-
-    def disband(self) -> None:
-        """No block is being merged after this, whatever cut a merge short; may be repeated."""
-        self._waiting.clear()
-        for thread, end in self._others:
-            if thread.ident is not None:  # one that has not begun finds nothing waiting
-                end.wait()  # not by a join only: after a signal in one CPython takes the thread for ended
-                thread.join()
-        if self._width is not None:
-            torch.set_num_threads(self._width)
-            self._width = None
-
-
-def _next(waiting: deque[Block]) -> Block | None:
-    try:
-        return waiting.popleft()
-    except IndexError:
-        return None
-
-
-def _add(total: Tensor, batch: Batch, block: Block, weight: float) -> None:
-    """Add those of a batch's products whose rows are in the block."""
+def _add_products(total: Tensor, batch: Batch, block: Block, weight: float) -> None:
+    """Add the products of a batch whose rows are in the block."""
+    device = total.device
     low, high = bisect_left(batch.rows, block.first), bisect_left(batch.rows, block.last)
     up, down = batch.up[:, block.top : block.bottom], batch.down
     for first, last in runs(batch.rows[low:high]):
         these = slice(low, low + last - first)
         low = these.stop
+        ups = up[these].to(device, non_blocking=True)
+        downs = down[these].to(device, non_blocking=True)
         if last - first == 1:
-            total[first - block.first].addmm_(
-                _on(total, up[these][0]), _on(total, down[these][0]), alpha=weight
-            )
+            total[first - block.first].addmm_(ups[0], downs[0], alpha=weight)
         else:
-            part = total[first - block.first : last - block.first]
-            part.baddbmm_(_on(total, up[these]), _on(total, down[these]), alpha=weight)
-
-
-def _on(total: Tensor, factor: Tensor) -> Tensor:
-    return factor.to(total.device, non_blocking=True)
-
-
-def _batched_square(weights: Weights, adapter: WeightedLora) -> float:
-    """|change|² of an adapter's products."""
-    return sum(
-        adapter.weight(weights.stacks[batch.stack].component) ** 2 * batch.squared_norm
-        for batch in adapter.lora.batches
-    )
+            total[first - block.first : last - block.first].baddbmm_(ups, downs, alpha=weight)
 
 
 def runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending rows as the first of each run of neighbours, and the row after its last."""
+    """Yield each run of consecutive numbers in ascending `rows` as its first and its last + 1."""
     start = 0
     while start < len(rows):
         end = len(rows)
         if rows[-1] - rows[start] != end - 1 - start:  # not one run to the end
-            end = next(index for index in range(start + 1, end + 1)
-                       if index == end or rows[index] != rows[start] + index - start)  # fmt: skip
+            end = start + 1
+            while end < len(rows) and rows[end] == rows[start] + end - start:
+                end += 1
         yield rows[start], rows[end - 1] + 1
         start = end
+
+
+class _Round:
+    """Blocks of one merge, shared by the threads that merge them."""
+
+    def __init__(self, blocks: Sequence[Block], merge: Callable[[Block, int], None]) -> None:
+        self.waiting = deque(blocks)
+        self.faults: list[BaseException] = []
+        self.begun: list[int] = []  # numbers of the pool's threads
+        self.ended: list[int] = []
+        self.wake: SimpleQueue[None] = SimpleQueue()  # one item for each thread that ended
+        self._merge = merge
+
+    def run(self, number: int) -> None:
+        """Merge waiting blocks until none is left, in thread `number`."""
+        try:
+            torch.set_num_threads(1)  # for this thread, and for threads that start later
+            while True:
+                try:
+                    block = self.waiting.popleft()
+                except IndexError:
+                    return
+                self._merge(block, number)
+        except BaseException as fault:  # noqa: BLE001 - thread boundary: `MergePool.merge` raises it
+            self.waiting.clear()
+            self.faults.append(fault)
+
+
+class MergePool:
+    """Threads that merge blocks on a CPU, with one torch thread each.
+
+    The products are too thin for torch to split one among threads. The pool's threads are started
+    once and never joined, and the calling thread uses C-level queues and locks only: the exception
+    of a signal, such as a time limit, can leave a lock of `threading` acquired for ever.
+    """
+
+    def __init__(self) -> None:
+        self._rounds: SimpleQueue[tuple[int, _Round]] = SimpleQueue()
+        self._size = 0  # threads of the pool
+        self._round: _Round | None = None  # the merge in progress
+        self._torch_threads: int | None = None  # torch's setting before the merge in progress
+
+    def merge(
+        self, threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]
+    ) -> None:
+        """Merge all blocks with `threads` threads, one of which is the calling thread.
+
+        `merge` is called with a block and the number of its thread. Raises the first exception of
+        `merge`. If a signal interrupts this method, call `stop` before anything else.
+        """
+        self._torch_threads = torch.get_num_threads()
+        self._round = this = _Round(blocks, merge)
+        while self._size < threads - 1:
+            _thread.start_new_thread(_serve, (self._rounds,))
+            self._size += 1
+        for number in range(1, threads):
+            self._rounds.put((number, this))
+        this.run(0)
+        self.stop()
+        if this.faults:
+            raise this.faults[0]
+
+    def stop(self) -> None:
+        """Return when no thread merges any more; may be called again if it is interrupted."""
+        if self._round is not None:
+            self._round.waiting.clear()  # a thread that begins later finds no block
+            while len(self._round.ended) < len(self._round.begun):
+                self._round.wake.get()
+            self._round = None
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)
+            self._torch_threads = None
+
+
+def _serve(rounds: "SimpleQueue[tuple[int, _Round]]") -> None:
+    """Run rounds for ever (thread of the pool)."""
+    while True:
+        number, this = rounds.get()
+        this.begun.append(number)  # before a block is taken: `stop` waits for this thread
+        if this.waiting:
+            this.run(number)
+        this.ended.append(number)
+        this.wake.put(None)
+        del this  # the round refers to the tensors of its LoRAs

@@ -1,22 +1,22 @@
-"""File to layers: what a checked safetensors file changes in the resident model, and by how much."""
+"""Reading of a safetensors file into deltas for the resident model."""
 
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors
-from zlora.lora import key_names
+from zlora.lora import base_model, key_names
 from zlora.lora.safetensors_header import Header, TensorInfo, read_header
 
-from zlora_worker.lora import adapter_formats, resident_model
 from zlora_worker.lora.adapter_config import AdapterConfig
+from zlora_worker.lora.adapter_formats import ParsedModule, parse_module
 from zlora_worker.lora.deltas import InvalidAdapter, LoraDelta, WeightDelta
 from zlora_worker.lora.key_map import KeyMap, Module
 from zlora_worker.lora.weights import Slot, Weights, as_matrices
@@ -36,21 +36,21 @@ _INTEGERS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """LoRAs of one stack and rank, ready for one batched product; `rows` ascend, the scale is within `up`."""
+    """LoRA deltas of one stack and rank, ready for one batched product; `rows` are ascending."""
 
     stack: int
     rows: tuple[int, ...]
-    up: Tensor  # [rows, out, rank], fp32
+    up: Tensor  # [rows, out, rank], fp32; has the scale
     down: Tensor  # [rows, rank, in * kernel], fp32
-    squared_norm: float  # of all its products at weight 1
+    squared_norm: float  # of all products, at weight 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A file's change of one resident model. Weights are no part of it: it is read once for any of them.
+    """Deltas of one file for one resident model, independent of a job's LoRA weights.
 
-    `modules` counts those changed by component; `unmatched` are the tensors that land nowhere. `tensors_sha256` is of
-    the file without its header.
+    `modules` counts the changed modules of each component. `unmatched` lists the tensors without a
+    place in the model. `tensors_sha256` is the sha256 of the file without its header.
     """
 
     digest: str
@@ -61,75 +61,99 @@ class Lora:
     modules: dict[str, int]
     unmatched: tuple[str, ...]
     batches: tuple[Batch, ...]
-    changes: tuple[tuple[Slot, WeightDelta], ...]  # of all other kinds
+    deltas: tuple[tuple[Slot, WeightDelta], ...]  # of all formats but LoRA
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that its tensors take."""
+        """Bytes of the LoRA's tensors in memory."""
         batched = sum(batch.up.nbytes + batch.down.nbytes for batch in self.batches)
-        return batched + sum(change.nbytes for _, change in self.changes)
+        return batched + sum(delta.nbytes for _, delta in self.deltas)
 
     def unmatched_counts(self) -> dict[str, int]:
-        """How many tensors land nowhere, by the component that they are meant for."""
+        """Count the unmatched tensors by the component in their name."""
         return dict(Counter(map(key_names.component_of, self.unmatched)))
 
 
+class _Refusal(Exception):
+    """Reason why a file is not used; the message follows the name of its source."""
+
+
 class Reader:
-    """Reads LoRA files for one resident model."""
+    """Reader of LoRA files for one resident model."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._names = KeyMap(weights.modules())
+        self._key_map = KeyMap(weights.modules())
 
     def read(self, path: Path, *, digest: str, source: str) -> Lora:
-        """The layers of the file at `path`, named `source` in messages; nothing of it stays open or mapped.
+        """Read the file at `path` into memory; `source` is its name in messages.
 
-        Tensors that land nowhere are left to `require_whole`. Raises `NotSafetensors`; or `LoraMismatch` where the
-        file is no LoRA, made for another base, half of one, of a kind that is not supported, holds NaN or Inf, or
-        changes nothing.
+        Unmatched tensors are not an error here: see `require_whole`. Raises `NotSafetensors` if the
+        file is not a safetensors file, and `LoraMismatch` if it is not a LoRA, is incomplete, is
+        for another base model, has an unsupported format, contains NaN or Inf, or changes nothing.
         """
         try:
             return self._read(path, read_header(path), digest)
         except NotSafetensors as error:
             raise NotSafetensors(f"{source}: {error}", error.details) from None
         except _Refusal as refusal:
-            raise LoraMismatch(f"{source}: {refusal}", refusal.details) from None
+            raise LoraMismatch(f"{source}: {refusal}") from None
 
     def _read(self, path: Path, header: Header, digest: str) -> Lora:
-        found, unmatched = self._sorted(header)
+        # names
+        found, unmatched = self._by_module(header)
+
+        # tensors
         used = {name: header.tensors[name] for parts in found.values() for name in parts.values()}
         _require_floats(used)
-        data, start = _bytes(path, header.tensors)
+        # Read into memory: if a memory-mapped file is truncated, the process is killed.
+        data = bytearray(path.read_bytes())
+        start = len(data) - max(info.data_offsets[1] for info in header.tensors.values())
+        if start < 0:
+            raise NotSafetensors("damaged safetensors file: it was truncated while it was read")
         tensors = {name: _tensor(data, start, info) for name, info in used.items()}
-        _require_finite(tensors)
-        readings = self._readings(header, found, tensors)
-        placed, homeless = self._placed(readings)
-        batches, changes = _stacked(placed)
+        for name, tensor in tensors.items():
+            if not tensor.float().isfinite().all():
+                raise _Refusal(f"NaN or Inf in {name[:100]}")
+
+        # deltas
+        modules = self._parse(header, found, tensors)
+        products: dict[tuple[int, int], dict[int, LoraDelta]] = defaultdict(dict)
+        deltas: list[tuple[Slot, WeightDelta]] = []
+        for module, parsed in modules.items():
+            for leaf, delta in (("weight", parsed.weight), ("bias", parsed.bias)):
+                if delta is None:
+                    continue
+                slot = self._weights.slots.get((*module, leaf))
+                if slot is None:  # the module has no bias
+                    unmatched.append(found[module][parsed.bias_part])
+                elif isinstance(delta, LoraDelta):
+                    products[slot.stack, delta.rank][slot.row] = delta
+                else:
+                    deltas.append((slot, delta))
         lora = Lora(
             digest=digest,
             tensors_sha256=hashlib.sha256(memoryview(data)[start:]).hexdigest(),
             format=key_names.format_of(header.tensors),
-            kinds=tuple(sorted({reading.kind for reading in readings.values()})),
-            ranks=tuple(sorted({reading.rank for reading in readings.values() if reading.rank})),
-            modules=dict(Counter(component for component, _ in readings)),
-            unmatched=tuple(
-                sorted([*unmatched, *(found[module][part] for module, part in homeless)])
-            ),
-            batches=batches,
-            changes=changes,
+            kinds=tuple(sorted({parsed.kind for parsed in modules.values()})),
+            ranks=tuple(sorted({parsed.rank for parsed in modules.values() if parsed.rank})),
+            modules=dict(Counter(component for component, _ in modules)),
+            unmatched=tuple(sorted(unmatched)),
+            batches=tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)),
+            deltas=tuple(deltas),
         )
-        _require_effect(lora, self._weights)
+        self._require_effect(lora)
         return lora
 
-    def _sorted(self, header: Header) -> tuple[dict[Module, dict[str, str]], list[str]]:
-        """The tensors' names by module and part, and those that land nowhere."""
+    def _by_module(self, header: Header) -> tuple[dict[Module, dict[str, str]], list[str]]:
+        """Tensor names by module and part, and the names without a module."""
         found: dict[Module, dict[str, str]] = defaultdict(dict)
         unmatched = []
         for name in header.tensors:
             if kind := key_names.unsupported_kind(name):
                 raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
             key = key_names.split(name)
-            module = self._names.find(key.module) if key else None
+            module = self._key_map.find(key.module) if key else None
             if key is None or module is None:
                 unmatched.append(name)
             elif key.part in found[module]:
@@ -138,119 +162,104 @@ class Reader:
                 )
             else:
                 found[module][key.part] = name
-        if not found:
-            raise _Refusal(self._nothing_lands(header))
-        return found, sorted(unmatched)
-
-    def _nothing_lands(self, header: Header) -> str:
+        if found:
+            return found, unmatched
         if not any(map(key_names.split, header.tensors)):
-            return f"no LoRA that this worker reads: {key_names.some(header.tensors)}"
-        if origin := resident_model.detect_base_model(header, self._weights):
-            return origin
-        return f"none of its modules is in the resident model: {key_names.some(header.tensors)}"
+            raise _Refusal(f"not a LoRA that this worker reads: {key_names.some(header.tensors)}")
+        raise _Refusal(
+            self._detect_base_model(header)
+            or f"none of its modules is in the resident model: {key_names.some(header.tensors)}"
+        )
 
-    def _readings(
+    def _parse(
         self,
         header: Header,
         found: Mapping[Module, Mapping[str, str]],
         tensors: Mapping[str, Tensor],
-    ) -> dict[Module, adapter_formats.ParsedModule]:
-        readings = {}
+    ) -> dict[Module, ParsedModule]:
+        modules = {}
         try:
             config = AdapterConfig(header.metadata)
-            for module, parts in found.items():
-                own = {part: tensors[name] for part, name in parts.items()}
-                target = self._weights.shape(self._weights.places[(*module, "weight")])
-                readings[module] = adapter_formats.parse_module(
-                    own, target, partial(config.scale, *module)
-                )
-        except InvalidAdapter as misfit:
-            origin = resident_model.detect_base_model(header, self._weights)
-            raise _Refusal(
-                f"{origin}{'; ' if origin else ''}{'.'.join(module)[:120]} {misfit}"
-            ) from None
+            for module, names in found.items():
+                parts = {part: tensors[name] for part, name in names.items()}
+                target = self._weights.shape(self._weights.slots[(*module, "weight")])
+                modules[module] = parse_module(parts, target, partial(config.scale, *module))
+        except InvalidAdapter as error:
+            message = f"{'.'.join(module)[:120]} {error}"
+            if clause := self._detect_base_model(header):
+                message = f"{clause}; {message}"
+            raise _Refusal(message) from None
         except ValueError as error:
             raise _Refusal(str(error)) from None
-        return readings
+        return modules
 
-    def _placed(
-        self, readings: Mapping[Module, adapter_formats.ParsedModule]
-    ) -> tuple[list[tuple[Slot, WeightDelta]], list[tuple[Module, str]]]:
-        """The changes by place; and those, as module and part, of biases that a module has not."""
-        placed, homeless = [], []
-        for module, reading in readings.items():
-            for leaf, change in (("weight", reading.weight), ("bias", reading.bias)):
-                place = self._weights.places.get((*module, leaf))
-                if change and place:
-                    placed.append((place, change))
-                elif change:
-                    homeless.append((module, reading.bias_part))
-        return placed, homeless
+    def _detect_base_model(self, header: Header) -> str:
+        """Return the base model of the file in words, for a message; empty if it is not known.
 
+        For example `made for SD 1.x: cross-attention width 768, the resident model has 2048`.
+        """
+        if origin := base_model.told_by_layers(header.tensors):
+            return origin.clause
+        resident = 0  # width of the text that the resident model's cross-attention reads
+        for (_, module, _), slot in self._weights.slots.items():
+            shape = self._weights.shape(slot)
+            if len(shape) > 1 and base_model.CROSS_ATTENTION.search(module):
+                resident = shape[1]
+                break
+        width = base_model.text_width(header.tensors)
+        if width and width != resident:
+            family = base_model.WIDTHS.get(width, "another model")
+            widths = f"cross-attention width {width}, the resident model has {resident}"
+            return f"made for {family}: {widths}"
+        origin = base_model.told_by_metadata(header)
+        if origin and origin.family != base_model.WIDTHS.get(resident):
+            return origin.clause
+        return ""
 
-class _Refusal(Exception):
-    """A file that is not used; the message follows the name of its source."""
-
-    def __init__(self, message: str, details: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.details = details
+    def _require_effect(self, lora: Lora) -> None:
+        """Raise `_Refusal` if all deltas are zero, as in a file of a training that never began."""
+        if not all(math.isfinite(batch.squared_norm) for batch in lora.batches):
+            raise _Refusal("its change of the model is not finite")
+        if any(batch.squared_norm for batch in lora.batches):
+            return
+        stacks = self._weights.stacks
+        if all(
+            delta.is_zero(as_matrices(stacks[slot.stack].base)[slot.row])
+            for slot, delta in lora.deltas
+        ):
+            count = sum(lora.modules.values())
+            raise _Refusal(f"changes nothing: a factor of each of its {count} modules is zero")
 
 
 def require_whole(lora: Lora, *, source: str) -> None:
-    """Raises `LoraMismatch` where a tensor of the file lands nowhere."""
+    """Raise `LoraMismatch` if the file has unmatched tensors."""
     if lora.unmatched:
         raise LoraMismatch(
-            f"{source}: part of it lands nowhere in the resident model: {key_names.some(lora.unmatched)}; "
-            "with `strict: false` the rest is used",
+            f"{source}: part of it has no place in the resident model: "
+            f"{key_names.some(lora.unmatched)}; with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )
 
 
 def _require_floats(tensors: Mapping[str, TensorInfo]) -> None:
-    odd = [
-        name
-        for name, info in tensors.items()
-        if info.dtype not in _DTYPES and not (name.endswith(".alpha") and info.dtype in _INTEGERS)
-    ]
-    if odd:
-        raise _Refusal(
-            f"{odd[0][:100]} is of the type {tensors[odd[0]].dtype}: quantised files are not read"
-        )
-
-
-def _bytes(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[bytearray, int]:
-    """The file in memory of this process, and where its tensors begin: a mapped one that is cut short would kill it."""
-    data = bytearray(path.read_bytes())
-    start = len(data) - max(info.data_offsets[1] for info in tensors.values())
-    if start < 0:
-        raise NotSafetensors("damaged safetensors file: it has become shorter while it was read")
-    return data, start
+    for name, info in tensors.items():
+        is_alpha = name.endswith(".alpha") and info.dtype in _INTEGERS
+        if info.dtype not in _DTYPES and not is_alpha:
+            raise _Refusal(
+                f"{name[:100]} is of the type {info.dtype}: quantised files are not supported"
+            )
 
 
 def _tensor(data: bytearray, start: int, info: TensorInfo) -> Tensor:
+    """View a tensor of the file; copy it if its numbers are not aligned."""
     dtype = _DTYPES.get(info.dtype) or _INTEGERS[info.dtype]
     first, last = info.data_offsets
     if first == last:
         return torch.empty(info.shape, dtype=dtype)
     raw = torch.frombuffer(data, dtype=torch.uint8, count=last - first, offset=start + first)
-    aligned = raw.clone() if (start + first) % dtype.itemsize else raw
-    return aligned.view(dtype).view(info.shape)
-
-
-def _stacked(
-    placed: Iterable[tuple[Slot, WeightDelta]],
-) -> tuple[tuple[Batch, ...], tuple[tuple[Slot, WeightDelta], ...]]:
-    """LoRAs in batches by stack and rank, and the other changes."""
-    products: dict[tuple[int, int], dict[int, LoraDelta]] = defaultdict(dict)
-    changes = []
-    for place, change in placed:
-        if isinstance(change, LoraDelta):
-            products[place.stack, change.rank][place.row] = change
-        else:
-            changes.append((place, change))
-    return tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)), tuple(
-        changes
-    )
+    if (start + first) % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(info.shape)
 
 
 def _batch(stack: int, by_row: Mapping[int, LoraDelta]) -> Batch:
@@ -261,31 +270,9 @@ def _batch(stack: int, by_row: Mapping[int, LoraDelta]) -> Batch:
 
 
 def _squared_norm(up: Tensor, down: Tensor) -> float:
-    """|up @ down|²; where ranks are small by the factors' Gram matrices, and the products are never made."""
+    """Return |up @ down|², for small ranks from Gram matrices, without making the products."""
     rank = up.shape[2]
     if rank * rank > up.shape[1] * down.shape[2]:
         return sum(float((one @ other).square().sum()) for one, other in zip(up, down, strict=True))
     square = float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
     return 0.0 if square < 0 else square  # NaN stays NaN
-
-
-def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """A training run that diverged leaves NaN, which would draw black."""
-    for name, tensor in tensors.items():
-        if not tensor.float().isfinite().all():
-            raise _Refusal(f"NaN or Inf in {name[:100]}")
-
-
-def _require_effect(lora: Lora, weights: Weights) -> None:
-    """A run that never began leaves zeros, which would give the picture without the LoRA, and a receipt."""
-    if not all(math.isfinite(batch.squared_norm) for batch in lora.batches):
-        raise _Refusal("its change of the model is not finite")
-    moved = any(batch.squared_norm for batch in lora.batches)
-    still = (
-        change.is_nothing(as_matrices(weights.stacks[place.stack].base)[place.row])
-        for place, change in lora.changes
-    )
-    if not moved and all(still):
-        raise _Refusal(
-            f"changes nothing: a factor of each of its {sum(lora.modules.values())} modules is zero"
-        )

@@ -1,4 +1,4 @@
-"""Whether the base is what it was: sums of its bits, all of them or a slice that goes round."""
+"""Checksums of the base model's weights, compared in full or in slices after each job."""
 
 import hashlib
 import math
@@ -13,19 +13,17 @@ from torch import Tensor, nn
 
 from zlora_worker.lora.weights import Weights
 
-_SLICE: Final = 64 * 2**20  # bytes summed at a time, and at least at each check
-_WORDS: Final = {
-    size: dtype
-    for dtype, size in ((torch.uint8, 1), (torch.int16, 2), (torch.int32, 4), (torch.int64, 8))
-}
-_SEGMENT: Final = 64  # words; shorter ones cost time, and within one the order is not seen
-_MIX: Final = 29  # bits by which a sum is folded onto itself
+_SLICE: Final = 64 * 2**20  # bytes: summed at a time, and the least that a check compares
+_WORDS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # by bytes
+# Words. Their order within a segment is not detected; shorter segments cost time.
+_SEGMENT: Final = 64
+_MIX: Final = 29  # bits by which a segment's sum is shifted onto itself
 
 _Identity = tuple[Any, ...]
 
 
-class Check(NamedTuple):
-    """What a check found: the tensors that differ, and the share of the base's bytes that it read."""
+class ChecksumResult(NamedTuple):
+    """Names of the tensors that differ, and the share of the base's bytes that was compared."""
 
     changed: list[str]
     share: float
@@ -43,62 +41,63 @@ class _Part(NamedTuple):
 
 
 class WeightChecksum:
-    """Sums of the base's bits, taken when it was loaded, to compare with; and what the model is made of.
+    """Sums of the base's bits and the structure of the model, as they were when it was loaded.
 
-    Words of 8 bytes are added with wrap-around in segments, and the segments' sums weighed by their place: any flipped
-    bit changes a sum, and so do numbers in another order, but for their order within 512 bytes. It finds faults, and
-    forgery it does not.
+    Words of 8 bytes are added with wrap-around in segments, and the segments' sums are multiplied
+    by their position. Any flipped bit changes a sum, and so does any other order of the numbers,
+    except within 512 bytes. The checksum detects faults; it does not detect forgery.
     """
 
     def __init__(self, components: Mapping[str, nn.Module], weights: Weights) -> None:
-        """Sum everything once."""
+        """Sum all weights once."""
         self._components, self._weights = components, weights
-        self._structure = self._found()
+        self._structure = self._current_structure()
         self._stacked = {
             f"{stack.component}.{name}" for stack in weights.stacks for name in stack.names
         }
         start = time.perf_counter()
         self._sums = _sums(self._parts())
-        self._seconds = time.perf_counter() - start  # for all of it
-        self._next = 0
+        self._seconds = time.perf_counter() - start  # for all weights
+        self._next = 0  # part at which the next slice begins
 
-    def check(self, seconds: float | None = None) -> Check:
-        """Compare the base with what it was: all of it, or as much as so many seconds allow where that is less.
+    def check(self, seconds: float | None = None) -> ChecksumResult:
+        """Compare the base: all of it, or as much as `seconds` allow if that is less.
 
-        That the model still is made of its own modules and parameters, every one at the base, is always compared. A
-        slice begins where the last one ended.
+        A slice begins where the last slice ended. Modules, parameters and their pointers are
+        compared at every check.
         """
-        found = self._found()
-        stray = [
+        found = self._current_structure()
+        moved = [
             name for name in self._structure | found if self._structure.get(name) != found.get(name)
         ]
         parts = list(self._parts())
         total = sum(part.nbytes for part in parts)
-        if seconds is None or seconds >= self._seconds:
-            chosen = parts
-        else:
+        chosen = parts
+        if seconds is not None and seconds < self._seconds:
             chosen = self._slice(parts, max(_SLICE, total * seconds / self._seconds))
         start = time.perf_counter()
         sums = _sums(chosen)
-        read = sum(part.nbytes for part in chosen)
-        if read == total:
+        compared = sum(part.nbytes for part in chosen)
+        if compared == total:
             self._seconds = time.perf_counter() - start
         changed = [name for name, found_sum in sums.items() if self._sums.get(name) != found_sum]
-        return Check(
-            sorted({*stray, *self._weights.strays(), *changed}), read / total if total else 1.0
+        return ChecksumResult(
+            sorted({*moved, *self._weights.moved_parameters(), *changed}),
+            compared / total if total else 1.0,
         )
 
     def _slice(self, parts: list[_Part], budget: float) -> list[_Part]:
+        """Next parts in turn, with at least `budget` bytes."""
         chosen: list[_Part] = []
         while len(chosen) < len(parts) and sum(part.nbytes for part in chosen) < budget:
             chosen.append(parts[(self._next + len(chosen)) % len(parts)])
         self._next = (self._next + len(chosen)) % len(parts)
         return chosen
 
-    def _found(self) -> dict[str, _Identity]:
-        """What the model is made of: its modules, its parameters and its buffers with their layout.
+    def _current_structure(self) -> dict[str, _Identity]:
+        """Modules, parameters and buffers of the model, with their layout.
 
-        Hooks are no part of it: transformers leaves its own at the first picture.
+        Hooks are left out: transformers adds its own when the first image is drawn.
         """
         found: dict[str, _Identity] = {}
         for component, model in self._components.items():
@@ -115,7 +114,7 @@ class WeightChecksum:
         return found
 
     def _parts(self) -> Iterator[_Part]:
-        """Stacks in slices of rows, and every other tensor by itself."""
+        """Yield the stacks in slices of rows, then each tensor that is in no stack."""
         for stack in self._weights.stacks:
             rows = max(1, _SLICE // max(1, stack.base[0].nbytes))
             for first in range(0, len(stack.names), rows):
@@ -130,18 +129,18 @@ class WeightChecksum:
 
 
 def weights_sha256(components: Mapping[str, nn.Module]) -> str:
-    """One digest, in hex, for all the weights as they lie in memory: the same from any file that they come from.
+    """Sha256 in hex of all weights in memory, the same for any file layout.
 
-    Of the digests of each component's parameters (type, shape, bytes), sorted: what loaders call them changes with
-    their version.
+    It is made from the digests of each component's parameters (type, shape, bytes), sorted, because
+    the parameters' names depend on the versions of the libraries.
     """
     tensors = [
         (name, parameter)
         for name, module in components.items()
         for parameter in module.parameters()
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as hands:
-        digests = sorted(hands.map(_tensor_digest, *zip(*tensors, strict=True)))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        digests = sorted(threads.map(_tensor_digest, *zip(*tensors, strict=True)))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -153,9 +152,9 @@ def _tensor_digest(component: str, tensor: Tensor) -> str:
 
 
 def _words(rows: Tensor) -> Tensor:
-    """The bits of each row as the widest integers that it is made of."""
+    """View the bits of each row as the widest integers that divide it."""
     flat = rows.contiguous().flatten(1)
-    size = next(size for size in (8, 4, 2, 1) if flat[0].nbytes % size == 0)
+    size = next(size for size in _WORDS if flat[0].nbytes % size == 0)
     return flat.view(_WORDS[size])
 
 
@@ -168,9 +167,8 @@ def _sums(parts: Iterable[_Part]) -> dict[str, int]:
         segments = part.words.view(rows, -1, math.gcd(words, _SEGMENT)).sum(
             dim=2, dtype=torch.int64
         )
-        segments ^= segments >> _MIX  # else the top bits of two segments would add to nothing
-        places = torch.arange(
-            1, 2 * segments.shape[1], 2, device=segments.device
-        )  # odd: no product loses a bit
-        sums.append((segments * places).sum(dim=1))
+        segments ^= segments >> _MIX  # otherwise the top bits of two segments would cancel out
+        # Odd numbers, because a product with an odd number loses no bit.
+        positions = torch.arange(1, 2 * segments.shape[1], 2, device=segments.device)
+        sums.append((segments * positions).sum(dim=1))
     return dict(zip(names, torch.cat(sums).tolist(), strict=True))  # one transfer from the device

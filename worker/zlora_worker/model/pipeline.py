@@ -1,9 +1,9 @@
-"""SDXL, resident: loaded once, lent to one job at a time, and shown to be the same afterwards."""
+"""SDXL in memory: lent to one job at a time, and checked when the job is over."""
 
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
@@ -17,41 +17,33 @@ from torch import Tensor
 from zlora.errors import BaseNotRestored, GenerationFailed, OutOfMemory
 from zlora.schema import GenerateRequest
 
-from zlora_worker.lora.patch import Patch, mode_for
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.patch import Patch, choose_mode
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
 from zlora_worker.model.checksum import WeightChecksum, weights_sha256
+from zlora_worker.model.schedulers import KARRAS, SCHEDULERS
 from zlora_worker.monitoring.logs import said_by
 
 COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
-ADAPTED: Final = COMPONENTS[:3]  # that LoRAs are made for
-_SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
+ADAPTED: Final = COMPONENTS[:3]  # components that LoRAs are made for
 
-_LCM_STEPS: Final = 50  # that latent consistency models are distilled from
-_CHECK_SHARE: Final = 0.01  # of a job's time, that it may cost to show that the base is back
-# How torch says it where it has no class for it: the allocator of a CPU, pinned memory, cuBLAS.
-_RAN_OUT: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+_LCM_STEPS: Final = 50  # steps from which latent consistency models are distilled
+_CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
+# Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
+_OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 class PipelineState(StrEnum):
-    """READY is shown, by a comparison of the weights; DIRTY is what a model is after a job, until they are compared."""
+    """READY: the base was compared. BUSY: lent to a job. DIRTY: to be compared after a job."""
 
     READY = "ready"
-    LENT = "lent"
+    BUSY = "busy"
     DIRTY = "dirty"
 
 
 class Machine(NamedTuple):
-    """What a picture's last bits depend on beside its request and the weights. `threads` is a CPU's."""
+    """Conditions that change the last bits of an image; `threads` is None on a GPU."""
 
     device: str
     dtype: str
@@ -59,7 +51,7 @@ class Machine(NamedTuple):
 
 
 class Pipeline:
-    """One pipeline on one device: its weights, what changes them, and what shows that they are the same afterwards."""
+    """One SDXL pipeline on one device, with the weights, the patch and the checksum of its base."""
 
     def __init__(
         self,
@@ -71,9 +63,10 @@ class Pipeline:
         check_all: bool = False,
         file_sha256: str | None = None,
     ) -> None:
-        """Move the pipeline to the device, for good. `check_all` checks the whole base after each job.
+        """Move the pipeline to the device.
 
-        `file_sha256` is of the single file that the weights are from, where they are.
+        With `check_all` the whole base is compared after each job. `file_sha256` is the digest of
+        the single file that the weights come from; None if they come from a folder.
         """
         self.name, self.device, self.state = name, device, PipelineState.READY
         components = {component: getattr(pipeline, component) for component in COMPONENTS}
@@ -81,75 +74,94 @@ class Pipeline:
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         for module in components.values():
-            module.requires_grad_(False)  # once: it changes the last bit of a picture
-        self.weights = weights = Weights(
-            {component: components[component] for component in ADAPTED}
-        )
+            module.requires_grad_(False)  # once: it changes the last bit of an image
+        self.weights = Weights({component: components[component] for component in ADAPTED})
         if device.type == "cpu":
-            _take_from_files(components.values(), weights)
-        self.reader = Reader(weights)
-        self.patch = Patch(weights, mode=mode_for(weights, patch_mode))
-        self.base_checked = 1.0  # share of the base that was read after the last job
-        self.tiled = False  # whether the last picture was decoded in tiles, which is not quite what it is as a whole
+            _copy_from_files(components.values(), self.weights)
+        self.reader = Reader(self.weights)
+        self.patch = Patch(self.weights, mode=choose_mode(self.weights, patch_mode))
+        self.base_checked = 1.0  # share of the base's bytes that the last check compared
+        self.tiled = False  # True if the last image was decoded in tiles, which differs slightly
         self._check_all = check_all
         self._scheduler = pipeline.scheduler
         self._vae_dtype = pipeline.vae.dtype
-        self._fingerprint = WeightChecksum(components, weights)
+        self._checksum = WeightChecksum(components, self.weights)
         self._decode_whole = pipeline.vae.decode
         pipeline.vae.decode = self._decode
-        # Half of the native size: with tiles of its own size, which a VAE has, a native picture is one tile.
+        # Half of the native size: a VAE's default tile is as large as an image of native size.
         pipeline.vae.tile_latent_min_size = tile = pipeline.default_sample_size // 2
         pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
 
     @contextmanager
-    def borrowed(
+    def with_loras(
+        self, loras: Sequence[WeightedLora], request: GenerateRequest | None = None
+    ) -> Iterator["MergedModel"]:
+        """Lend the pipeline to one job with its LoRAs merged; restore and check the base after it.
+
+        Raises `LoraMismatch` if a LoRA changes nothing or is not finite, `OutOfMemory` if anything
+        inside the block runs out of memory, with the size of `request` in its details, and
+        `BaseNotRestored` if the base is not what was loaded, before the job or after it.
+        """
+        with self.exclusive(request), self.patch.applied(loras) as norms:
+            yield MergedModel(self, norms)
+
+    @contextmanager
+    def exclusive(
         self, request: GenerateRequest | None = None
     ) -> Iterator[StableDiffusionXLPipeline]:
-        """The pipeline for one job; raises `BaseNotRestored` where a weight or a module differs before it or after.
-
-        Whatever of the job runs out of memory is raised as `OutOfMemory`, with the size that `request` has.
-        """
-        if not self.is_sound():
+        """Lend diffusers' pipeline to one job; the errors are those of `with_loras`."""
+        if not self.is_ready():
             raise BaseNotRestored
         start = time.monotonic()
         try:
-            self.state = PipelineState.LENT
+            self.state = PipelineState.BUSY
             yield self.pipeline
         except (RuntimeError, MemoryError) as error:
-            if not _ran_out(error):
+            if not _is_out_of_memory(error):
                 raise
-            self._free(error)  # first: the comparison below needs memory too
-            raise self._out_of_memory(request, error) from error
+            self._free(error)  # first: the check below needs memory too
+            width, height, size = None, None, ""
+            if request:
+                width, height = self.size(request)
+                size = f" at {width} x {height} pixels"
+            raise OutOfMemory(
+                f"the job needs more memory than this worker has{size}: "
+                f"{type(error).__name__}: {said_by(error)}",
+                {"width": width, "height": height},
+            ) from error
         finally:
             self.state = PipelineState.DIRTY
-            self._put_back()
+            self._restore()
             self.check(None if self._check_all else _CHECK_SHARE * (time.monotonic() - start))
 
-    def is_sound(self) -> bool:
-        """Whether it is READY, or can be shown to be: a signal may have cut short what follows a job."""
+    def is_ready(self) -> bool:
+        """Return True if the pipeline can be lent.
+
+        Repeats restore and check if a signal interrupted them after the last job.
+        """
         if self.state is PipelineState.DIRTY:
             with suppress(BaseNotRestored):
-                self._put_back()
+                self._restore()
                 self.check()
         return self.state is PipelineState.READY
 
-    def _put_back(self) -> None:
-        """What a signal can have left between a merge or a picture and the block that undoes it."""
+    def _restore(self) -> None:
+        """Restore everything that a job can leave changed if a signal interrupts it."""
         self.patch.restore()
         self.pipeline.vae.disable_tiling()
-        if (
-            self.pipeline.vae.dtype is not self._vae_dtype
-        ):  # a picture that fails in mid-decode leaves it in fp32
+        # A decode that fails leaves the VAE in fp32.
+        if self.pipeline.vae.dtype is not self._vae_dtype:
             self.pipeline.vae.to(self._vae_dtype)
 
     def check(self, seconds: float | None = None) -> None:
-        """Compare the base with what was loaded, all of it or as much as so many seconds allow.
+        """Compare the base with its checksum: all of it, or as much as `seconds` allow.
 
-        READY where nothing differs; raises `BaseNotRestored`, and is DIRTY, where anything does or cannot be compared.
+        The state is READY afterwards. Raises `BaseNotRestored`, with the state DIRTY, if a tensor
+        differs or cannot be compared.
         """
         self.state = PipelineState.DIRTY
         try:
-            changed, self.base_checked = self._fingerprint.check(seconds)
+            changed, self.base_checked = self._checksum.check(seconds)
         except (RuntimeError, MemoryError) as error:  # of the device
             raise BaseNotRestored(f"the base cannot be compared: {said_by(error)}") from error
         if changed:
@@ -159,13 +171,13 @@ class Pipeline:
         self.state = PipelineState.READY
 
     def size(self, request: GenerateRequest) -> tuple[int, int]:
-        """Width and height in pixels: what is absent is the model's native size."""
+        """Width and height in pixels; the default is the model's native size."""
         native = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return request.width or native, request.height or native
 
     @property
     def machine(self) -> Machine:
-        """Where this engine draws now."""
+        """Conditions under which this pipeline draws at present."""
         dtype = str(self.pipeline.unet.dtype).removeprefix("torch.")
         if self.device.type == "cuda":
             return Machine(torch.cuda.get_device_name(self.device), dtype, None)
@@ -174,16 +186,20 @@ class Pipeline:
         )
 
     def scheduler_name(self, request: GenerateRequest) -> str:
-        """The scheduler that draws a request: diffusers' name, and whether its noise levels are Karras'."""
+        """Name of the request's scheduler: diffusers' class, and ` karras` for Karras sigmas."""
         scheduler = self._fresh_scheduler(request)
-        return f"{type(scheduler).__name__}{' karras' if scheduler.config.get('use_karras_sigmas') else ''}"
+        name = type(scheduler).__name__
+        if scheduler.config.get("use_karras_sigmas"):
+            name += KARRAS
+        return name
 
     def draw(
         self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
     ) -> Image.Image:
-        """One RGB image; `on_step` hears each finished denoising step, from 1.
+        """Draw one RGB image; `on_step` receives the number of each finished step, from 1.
 
-        Raises `GenerationFailed` where the picture has NaN or Inf. `tiled` tells how it was decoded.
+        `tiled` says afterwards how the image was decoded. Raises `GenerationFailed` if the image
+        contains NaN or Inf.
         """
         self.tiled = False
         width, height = self.size(request)
@@ -193,15 +209,21 @@ class Pipeline:
         def step_end(
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
         ) -> dict[str, Tensor]:
-            # A second-order scheduler calls the model about twice a step.
+            # A second-order scheduler calls the model about twice for each step.
             on_step(math.ceil((call + 1) * request.num_inference_steps / pipeline.num_timesteps))
             return tensors
 
-        with self._decoded_finite() as all_finite:
+        # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
+        # hook, because the pipeline casts the VAE back after it has decoded.
+        finite: list[Tensor] = []
+        hook = self.pipeline.vae.decoder.register_forward_hook(
+            lambda *call: finite.append(torch.isfinite(call[-1]).all())
+        )
+        try:
             output = self.pipeline(
                 prompt=request.prompt,
-                negative_prompt=request.negative_prompt
-                or None,  # none is zeros to SDXL, an empty one is not
+                # SDXL encodes "" like any text; only None means zeros.
+                negative_prompt=request.negative_prompt or None,
                 num_inference_steps=request.num_inference_steps,
                 guidance_scale=request.guidance_scale,
                 width=width,
@@ -211,21 +233,25 @@ class Pipeline:
                 callback_on_step_end=step_end,
                 output_type="pt",
             )
-        if not all_finite():
+        finally:
+            hook.remove()
+        if not all(map(bool, finite)):
             raise GenerationFailed(
-                "the picture has NaN or Inf values: a LoRA's weight is too strong, or the VAE overflows"
+                "the image has NaN or Inf values: "
+                "the weight of a LoRA is too high, or the VAE overflows"
             )
-        return _to_image(output.images[0])
+        pixels = output.images[0].float().permute(1, 2, 0).cpu().numpy()  # in 0..1
+        return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
     def _decode(self, latents: Tensor, **options: Any) -> Any:
-        """The VAE's `decode`, as the pipeline calls it: whole, and in tiles where that runs out of memory.
+        """Replace the VAE's `decode`: decode in tiles if the whole image runs out of memory.
 
-        From the same latents: nothing is denoised again, and the pipeline's own casts hold for both ways.
+        Both ways start from the same latents: no step is denoised again.
         """
         try:
             return self._decode_whole(latents, **options)
         except (RuntimeError, MemoryError) as error:
-            if not _ran_out(error):
+            if not _is_out_of_memory(error):
                 raise
             self._free(error)
         self.tiled = True
@@ -236,70 +262,63 @@ class Pipeline:
             self.pipeline.vae.disable_tiling()
 
     def _free(self, error: BaseException) -> None:
-        """Let go of what ran out of memory: an error's traceback keeps its frames, and they their tensors."""
+        """Free the tensors that the frames of an error's traceback hold."""
         traceback.clear_frames(error.__traceback__)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _out_of_memory(self, request: GenerateRequest | None, error: BaseException) -> OutOfMemory:
-        width, height = self.size(request) if request else (None, None)
-        size = f" at {width} x {height} pixels" if request else ""
-        text = f"the job needs more memory than this worker has{size}: {type(error).__name__}: {said_by(error)}"
-        return OutOfMemory(text, {"width": width, "height": height})
-
-    @contextmanager
-    def _decoded_finite(self) -> Iterator[Callable[[], bool]]:
-        """Yields whether what the VAE decodes inside, whole or each tile, is finite: a clamp would turn Inf into white.
-
-        Only looks, since the pipeline casts the VAE back after it has decoded.
-        """
-        seen: list[Tensor] = []
-        hook = self.pipeline.vae.decoder.register_forward_hook(
-            lambda *call: seen.append(torch.isfinite(call[-1]).all())
-        )
-        try:
-            yield lambda: all(map(bool, seen))
-        finally:
-            hook.remove()
-
     def _noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
-        """Initial latents, drawn in fp32 on the CPU whatever the device: a seed means the same noise anywhere."""
+        """Draw the initial latents, in fp32 on the CPU: a seed is the same noise on any device."""
         factor = self.pipeline.vae_scale_factor
         shape = (1, self.pipeline.unet.config.in_channels, height // factor, width // factor)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return noise.to(self.device, self.pipeline.unet.dtype)
 
     def _fresh_scheduler(self, request: GenerateRequest) -> Any:
-        """A scheduler that no other job has stepped."""
+        """Make a scheduler without the state of another job."""
         config = self._scheduler.config
         if request.scheduler is None:
             return type(self._scheduler).from_config(config)
-        kind, options = _SCHEDULERS[request.scheduler]
-        if request.scheduler == "lcm":  # it picks its steps among so many
+        entry = SCHEDULERS[request.scheduler]
+        options = entry.options
+        if request.scheduler == "lcm":  # its steps are a choice from these
             options = {"original_inference_steps": max(_LCM_STEPS, request.num_inference_steps)}
-        return getattr(diffusers, kind).from_config(config, **options)
+        return getattr(diffusers, entry.class_name).from_config(config, **options)
 
 
-def _ran_out(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in _RAN_OUT
-    )
+class MergedModel:
+    """Pipeline with LoRAs merged, inside a block of `Pipeline.with_loras`."""
+
+    def __init__(self, pipeline: Pipeline, relative_norms: list[float]) -> None:
+        self.relative_norms: Final = relative_norms  # |delta| / |W| of each LoRA, in their order
+        self._pipeline = pipeline
+
+    def draw(
+        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+    ) -> Image.Image:
+        """Draw one image; see `Pipeline.draw`."""
+        return self._pipeline.draw(request, seed, on_step)
+
+    @property
+    def tiled(self) -> bool:
+        """True if the last image was decoded in tiles."""
+        return self._pipeline.tiled
 
 
-def _take_from_files(components: Iterable[torch.nn.Module], weights: Weights) -> None:
-    """Copy tensors that lie in a mapped file, and that no stack holds.
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
-    The file may change under a worker; and where in it a weight lies changes the last bit of a picture, since kernels
-    differ by alignment.
+
+def _copy_from_files(components: Iterable[torch.nn.Module], weights: Weights) -> None:
+    """Copy tensors that lie in a memory-mapped file and in no stack.
+
+    The file may change while the worker runs, and a weight's alignment in it would change the last
+    bits of an image, because kernels differ by alignment.
     """
     stacked = {id(parameter) for stack in weights.stacks for parameter in stack.parameters}
     for module in components:
         for tensor in (*module.parameters(), *module.buffers()):
             if id(tensor) not in stacked:
                 tensor.data = tensor.data.clone()
-
-
-def _to_image(pixels: Tensor) -> Image.Image:
-    """From [3, height, width] in 0..1."""
-    array = (pixels.float().permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    return Image.fromarray(array)

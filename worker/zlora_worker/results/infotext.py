@@ -13,24 +13,15 @@ from typing import Final
 import msgspec
 from zlora.schema import LoraSpec
 
+from zlora_worker.model.schedulers import KARRAS, sampler_name
 from zlora_worker.results.provenance import Provenance
 
-_SAMPLERS: Final = {  # diffusers' schedulers as the web UI names them
-    "DDIMScheduler": "DDIM",
-    "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "EulerAncestralDiscreteScheduler": "Euler a",
-    "EulerDiscreteScheduler": "Euler",
-    "HeunDiscreteScheduler": "Heun",
-    "LCMScheduler": "LCM",
-    "UniPCMultistepScheduler": "UniPC",
-}
 _MODEL_DIGITS: Final = 10  # of a base's sha256
 _LORA_DIGITS: Final = 12  # of a LoRA's
 _LABEL: Final = 200  # characters of a name; an address may be all one name
 _JPEG_ROOM: Final = (
     32_000  # UTF-16 units of an Exif segment, which has 65,533 bytes, less what stands around
 )
-_KARRAS: Final = " karras"
 _SOFTWARE: Final = "z-image-lora"
 # Controls, and what is a byte order mark, or one for the other order, or no character, in UTF-16.
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
@@ -66,10 +57,10 @@ def infotext(recipe: Provenance, digests: Sequence[str]) -> str:
 
 
 def _settings(recipe: Provenance) -> dict[str, str]:
-    request, (kind, karras, _) = recipe.request, recipe.scheduler.partition(_KARRAS)
+    request, (kind, karras, _) = recipe.request, recipe.scheduler.partition(KARRAS)
     return {
         "Steps": str(request.num_inference_steps),
-        "Sampler": _SAMPLERS.get(kind, kind.removesuffix("Scheduler")),
+        "Sampler": sampler_name(kind),
         "Schedule type": "Karras" if karras else "",
         "CFG scale": _number(request.guidance_scale),
         "Seed": str(recipe.seed),

@@ -50,7 +50,7 @@ def test_each_lora_is_wholly_for_the_model_and_changes_its_pictures(
 
     require_whole(lora, source=path.stem)
     base = pixels(engine)
-    with engine.borrowed(), engine.patch.applied([WeightedLora(lora=lora)]):
+    with engine.with_loras([WeightedLora(lora=lora)]):
         assert pixels(engine) != base
 
 

@@ -35,33 +35,31 @@ EVERYWHERE, UNET_ALONE = tuple(STRENGTHS), ("unet",)
 
 
 @pytest.fixture(scope="module")
-def engine(model_home: Path) -> Pipeline:
+def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
 @pytest.fixture(scope="module")
-def base(engine: Pipeline) -> State:
-    return snapshot(engine)
+def base(model: Pipeline) -> State:
+    return snapshot(model)
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(engine: Pipeline) -> Iterator[None]:
-    with only_inside(engine):
+def nothing_stays(model: Pipeline) -> Iterator[None]:
+    with only_inside(model):
         yield
 
 
-def read(engine: Pipeline, path: Path) -> Lora:
+def read(model: Pipeline, path: Path) -> Lora:
     """All of a file."""
-    lora = engine.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
+    lora = model.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
     require_whole(lora, source=SOURCE)
     return lora
 
 
-def merged(engine: Pipeline, lora: Lora, *, unet: float = 1.0, text: float = 1.0) -> State:
-    with engine.patch.applied(
-        [WeightedLora(lora=lora, unet_weight=unet, text_encoder_weight=text)]
-    ):
-        return snapshot(engine)
+def merged(model: Pipeline, lora: Lora, *, unet: float = 1.0, text: float = 1.0) -> State:
+    with model.patch.applied([WeightedLora(lora=lora, unet_weight=unet, text_encoder_weight=text)]):
+        return snapshot(model)
 
 
 # --- spellings
@@ -93,7 +91,7 @@ def attention_alone(layer: Layer) -> bool:
     ],
 )
 def test_a_spelling_means_each_module_of_the_model(
-    engine: Pipeline,
+    model: Pipeline,
     base: State,
     tmp_path: Path,
     *,
@@ -107,10 +105,10 @@ def test_a_spelling_means_each_module_of_the_model(
     layers = [layer for layer in layers_for(base)[half::2] if layer.component in components]
     if speller is lora_files.diffusers_processors:
         layers = list(filter(attention_alone, layers))
-    names = lora_files.stability_names(engine.pipeline.unet)
-    lora = read(engine, write(tmp_path / "a", lora_files.spelt(layers, speller, names)))
+    names = lora_files.stability_names(model.pipeline.unet)
+    lora = read(model, write(tmp_path / "a", lora_files.spelt(layers, speller, names)))
 
-    weights = merged(engine, lora, unet=STRENGTHS["unet"], text=STRENGTHS["text_encoder"])
+    weights = merged(model, lora, unet=STRENGTHS["unet"], text=STRENGTHS["text_encoder"])
 
     require_equal(weights, base, merged_by_hand(base, layers, STRENGTHS, with_alpha=with_alpha))
     assert (lora.format, lora.kinds, lora.ranks) == (format_, ("lora",), (1, 2, 3))
@@ -240,7 +238,7 @@ def test_the_only_text_encoder_of_a_model_has_kohyas_name_without_a_number(
     "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 )
 def test_a_file_of_another_precision_is_read_as_the_numbers_it_holds(
-    engine: Pipeline, base: State, tmp_path: Path, dtype: torch.dtype
+    model: Pipeline, base: State, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     layers = [
         layer._replace(down=layer.down.to(dtype), up=layer.up.to(dtype))
@@ -248,7 +246,7 @@ def test_a_file_of_another_precision_is_read_as_the_numbers_it_holds(
     ]
     tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
 
-    weights = merged(engine, read(engine, write(tmp_path / "a", tensors)))
+    weights = merged(model, read(model, write(tmp_path / "a", tensors)))
 
     require_equal(
         weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
@@ -256,7 +254,7 @@ def test_a_file_of_another_precision_is_read_as_the_numbers_it_holds(
 
 
 def test_factors_shaped_as_1x1_convolutions_change_a_linear_layer(
-    engine: Pipeline, base: State, tmp_path: Path
+    model: Pipeline, base: State, tmp_path: Path
 ) -> None:
     """As trainers that know SD 1.5 write them, whose projections are convolutions."""
     layers = [layer for layer in layers_for(base) if layer.down.dim() == 2][::4]
@@ -266,16 +264,16 @@ def test_factors_shaped_as_1x1_convolutions_change_a_linear_layer(
     ]
 
     lora = read(
-        engine, write(tmp_path / "a", lora_files.spelt(square, lora_files.kohya_of_diffusers, {}))
+        model, write(tmp_path / "a", lora_files.spelt(square, lora_files.kohya_of_diffusers, {}))
     )
 
     expected = merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
-    require_equal(merged(engine, lora), base, expected)
+    require_equal(merged(model, lora), base, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16, torch.float64])
 def test_an_alpha_may_be_any_number(
-    engine: Pipeline, base: State, tmp_path: Path, dtype: torch.dtype
+    model: Pipeline, base: State, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     layers = [layer._replace(alpha=4.0) for layer in layers_for(base)[::9]]
     tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
@@ -285,7 +283,7 @@ def test_an_alpha_may_be_any_number(
         if key.endswith(".alpha")
     }
 
-    weights = merged(engine, read(engine, write(tmp_path / "a", tensors | alphas)))
+    weights = merged(model, read(model, write(tmp_path / "a", tensors | alphas)))
 
     require_equal(
         weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
@@ -295,10 +293,10 @@ def test_an_alpha_may_be_any_number(
 # --- kinds
 
 
-def trained(engine: Pipeline, kind: type[nn.Module], name: str, **options: Any) -> Any:
+def trained(model: Pipeline, kind: type[nn.Module], name: str, **options: Any) -> Any:
     """One of LyCORIS' modules on a copy of the UNet's layer, with random tensors, in its layer's place."""
     torch.manual_seed(20260103)
-    layer = copy.deepcopy(engine.pipeline.unet.get_submodule(name))
+    layer = copy.deepcopy(model.pipeline.unet.get_submodule(name))
     module = kind(f"lycoris_{name.replace('.', '_')}", layer, **options)
     for key, parameter in module.named_parameters():
         if key == "dora_scale":
@@ -336,7 +334,7 @@ KINDS: Final = [
 @pytest.mark.parametrize("weight", [1.0, 0.6])
 @pytest.mark.parametrize(("module", "kind", "options", "names", "tensors"), KINDS)
 def test_a_kind_of_lycoris_acts_as_in_training(
-    engine: Pipeline,
+    model: Pipeline,
     base: State,
     tmp_path: Path,
     *,
@@ -354,7 +352,7 @@ def test_a_kind_of_lycoris_acts_as_in_training(
     expected: State = {}
     for name in names:
         one = trained(
-            engine,
+            model,
             getattr(lycoris.modules, module),
             name,
             **{"lora_dim": 4, "alpha": 3.0} | options,
@@ -372,22 +370,22 @@ def test_a_kind_of_lycoris_acts_as_in_training(
             expected["unet", f"{name}.bias"] = bias
     assert tensors <= {key.partition(".")[2] for key in file}
 
-    lora = read(engine, write(tmp_path / "a", file))
+    lora = read(model, write(tmp_path / "a", file))
 
-    require_equal(merged(engine, lora, unet=weight), base, expected)
+    require_equal(merged(model, lora, unet=weight), base, expected)
     assert (lora.format, lora.kinds) == ("lycoris", (kind,))
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.6])
 def test_norms_are_changed_as_lycoris_changes_them(
-    engine: Pipeline, base: State, tmp_path: Path, weight: float
+    model: Pipeline, base: State, tmp_path: Path, weight: float
 ) -> None:
     from lycoris.modules import NormModule
 
     file: Tensors = {}
     expected: State = {}
     for name in NORMS:
-        one = trained(engine, NormModule, name)
+        one = trained(model, NormModule, name)
         file |= {f"{one.lora_name}.w_norm": one.w_norm, f"{one.lora_name}.b_norm": one.b_norm}
         changed = one.get_merged_weight(multiplier=weight)
         expected["unet", f"{name}.weight"], expected["unet", f"{name}.bias"] = (
@@ -395,10 +393,10 @@ def test_norms_are_changed_as_lycoris_changes_them(
         )
 
     lora = read(
-        engine, write(tmp_path / "a", {key: tensor.detach() for key, tensor in file.items()})
+        model, write(tmp_path / "a", {key: tensor.detach() for key, tensor in file.items()})
     )
 
-    require_equal(merged(engine, lora, unet=weight), base, expected)
+    require_equal(merged(model, lora, unet=weight), base, expected)
 
 
 def decomposed(base: Tensor, change: Tensor, scale: Tensor, weight: float) -> Tensor:
@@ -418,7 +416,7 @@ def decomposed(base: Tensor, change: Tensor, scale: Tensor, weight: float) -> Te
     ("LokrModule", "dora-lokr", {"lora_dim": 1, "factor": 2}),
 ])  # fmt: skip
 def test_dora_of_lycoris_brings_the_changed_weight_to_its_norms(
-    engine: Pipeline,
+    model: Pipeline,
     base: State,
     tmp_path: Path,
     *,
@@ -440,7 +438,7 @@ def test_dora_of_lycoris_brings_the_changed_weight_to_its_norms(
             "weight_decompose": True,
             "wd_on_out": on_out,
         } | options
-        one = trained(engine, getattr(lycoris.modules, module), name, **chosen)
+        one = trained(model, getattr(lycoris.modules, module), name, **chosen)
         layer, shape, start = one.org_module[0], one.shape, base["unet", f"{name}.weight"]
         file |= lora_files.lycoris_tensors(one, one.lora_name)
         change = (
@@ -456,9 +454,9 @@ def test_dora_of_lycoris_brings_the_changed_weight_to_its_norms(
         whole = decomposed(start, change.detach(), one.dora_scale.detach(), 1.0)
         torch.testing.assert_close(in_training, whole.float(), rtol=1e-4, atol=1e-5)
 
-    lora = read(engine, write(tmp_path / "a", file))
+    lora = read(model, write(tmp_path / "a", file))
 
-    require_equal(merged(engine, lora, unet=weight), base, expected)
+    require_equal(merged(model, lora, unet=weight), base, expected)
     assert lora.kinds == (kind,)
 
 
@@ -496,7 +494,7 @@ PEFT: Final = [
 )  # of the shape of a bias, and what a component has not
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
 def test_a_file_that_diffusers_writes_acts_as_peft_merges_it(
-    engine: Pipeline,
+    model: Pipeline,
     base: State,
     model_home: Path,
     tmp_path: Path,
@@ -507,9 +505,9 @@ def test_a_file_that_diffusers_writes_acts_as_peft_merges_it(
     """With the scales of the configuration in the header, where the tensors are all of one rank or of many."""
     expected = lora_files.merged_by_peft(model_home, tmp_path, weight, options)
 
-    lora = read(engine, tmp_path / "a.safetensors")
+    lora = read(model, tmp_path / "a.safetensors")
 
-    require_equal(merged(engine, lora, unet=weight, text=weight), base, expected)
+    require_equal(merged(model, lora, unet=weight, text=weight), base, expected)
     assert (lora.format, lora.kinds) == (
         "peft",
         ("dora-lora" if options.get("use_dora") else "lora",),
@@ -517,7 +515,7 @@ def test_a_file_that_diffusers_writes_acts_as_peft_merges_it(
 
 
 def test_adapters_of_several_kinds_add_up_and_each_tells_the_size_of_its_own_change(
-    engine: Pipeline, base: State, tmp_path: Path
+    model: Pipeline, base: State, tmp_path: Path
 ) -> None:
     """W' is W and every change of W, not a change of a changed weight; sizes are |change| / |weight| where it acts."""
     import lycoris.modules
@@ -536,7 +534,7 @@ def test_adapters_of_several_kinds_add_up_and_each_tells_the_size_of_its_own_cha
         file: Tensors = {}
         for name in LAYERS[number % 2 :]:
             one = trained(
-                engine, getattr(lycoris.modules, module), name, lora_dim=4, alpha=3.0, **options
+                model, getattr(lycoris.modules, module), name, lora_dim=4, alpha=3.0, **options
             )
             state = (
                 {"diff": one.weight, "diff_b": one.bias}
@@ -545,9 +543,9 @@ def test_adapters_of_several_kinds_add_up_and_each_tells_the_size_of_its_own_cha
             )
             file |= {f"{one.lora_name}.{key}": tensor.detach() for key, tensor in state.items()}
         adapters.append(
-            WeightedLora(lora=read(engine, write(tmp_path / str(number), file)), unet_weight=0.7)
+            WeightedLora(lora=read(model, write(tmp_path / str(number), file)), unet_weight=0.7)
         )
-        alone = merged(engine, adapters[-1].lora, unet=0.7)
+        alone = merged(model, adapters[-1].lora, unet=0.7)
         own = {
             key: weight.double() - base[key]
             for key, weight in alone.items()
@@ -556,8 +554,8 @@ def test_adapters_of_several_kinds_add_up_and_each_tells_the_size_of_its_own_cha
         changes.append(own)
         sizes.append(_norm(own) / _norm({key: base[key] for key in own}))
 
-    with engine.patch.applied(adapters) as told:
-        weights = snapshot(engine)
+    with model.patch.applied(adapters) as told:
+        weights = snapshot(model)
 
     touched = set().union(*changes)
     expected = {key: base[key] + sum(own[key] for own in changes if key in own) for key in touched}

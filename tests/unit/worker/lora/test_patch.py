@@ -31,7 +31,7 @@ from support.tiny_folder import TINY_LORAS, tiny_lora
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
 from zlora_worker.lora.merge import Block, MergePool, Plan, WeightedLora
-from zlora_worker.lora.patch import Mode, Patch, mode_for
+from zlora_worker.lora.patch import Mode, Patch, choose_mode
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
 from zlora_worker.model.pipeline import Pipeline, PipelineState
@@ -42,48 +42,48 @@ MODES: tuple[Mode, ...] = ("shadow", "inplace")
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def engine(request: pytest.FixtureRequest, model_home: Path) -> Pipeline:
+def model(request: pytest.FixtureRequest, model_home: Path) -> Pipeline:
     """In both ways to hold merged weights, on each device: a test of this file says what none may change."""
     return load_engine(model_home, **request.param)
 
 
 @pytest.fixture
-def spare(engine: Pipeline, model_home: Path) -> Pipeline:
-    """Another engine on the same device, to be merged into by hand."""
-    return load_engine(model_home, ZLORA_DEVICE=str(engine.device))
+def spare(model: Pipeline, model_home: Path) -> Pipeline:
+    """Another model on the same device, to be merged into by hand."""
+    return load_engine(model_home, ZLORA_DEVICE=str(model.device))
 
 
 @pytest.fixture(scope="module")
-def base(engine: Pipeline) -> bytes:
+def base(model: Pipeline) -> bytes:
     """The picture without any LoRA."""
-    return pixels(engine)
+    return pixels(model)
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(engine: Pipeline, base: bytes) -> Iterator[None]:
+def nothing_stays(model: Pipeline, base: bytes) -> Iterator[None]:
     """After every test, passed or failed: the whole base is what was loaded, and draws the same picture."""
     yield
-    engine.check()
-    assert engine.state is PipelineState.READY
-    assert engine.base_checked == 1.0
-    assert pixels(engine) == base
+    model.check()
+    assert model.state is PipelineState.READY
+    assert model.base_checked == 1.0
+    assert pixels(model) == base
 
 
 def adapter(
-    engine: Pipeline, path: Path, *, weight: float = 1.0, text_encoder_weight: float | None = None
+    model: Pipeline, path: Path, *, weight: float = 1.0, text_encoder_weight: float | None = None
 ) -> WeightedLora:
     """A file with its weights; each file has a path of its own here."""
     return WeightedLora(
-        lora=engine.reader.read(path, digest=str(path), source=path.name),
+        lora=model.reader.read(path, digest=str(path), source=path.name),
         unet_weight=weight,
         text_encoder_weight=weight if text_encoder_weight is None else text_encoder_weight,
     )
 
 
-def drawn(engine: Pipeline, *adapters: WeightedLora) -> bytes:
+def drawn(model: Pipeline, *adapters: WeightedLora) -> bytes:
     """The picture with LoRAs, drawn as a job draws it."""
-    with engine.borrowed(), engine.patch.applied(adapters):
-        return pixels(engine)
+    with model.with_loras(adapters):
+        return pixels(model)
 
 
 # --- what a file means
@@ -97,10 +97,10 @@ def _config(part: Any) -> dict[str, Any]:
 
 
 def merge_by_hand(
-    engine: Pipeline, tensors: Tensors, *, weight: float, text_encoder_weight: float
+    model: Pipeline, tensors: Tensors, *, weight: float, text_encoder_weight: float
 ) -> None:
     """Add `weight * alpha / rank * up @ down` to each weight in fp64. Shares no code with what is tested."""
-    parts = {name: getattr(engine.pipeline, name) for name in PARTS}
+    parts = {name: getattr(model.pipeline, name) for name in PARTS}
     named = {name: part.state_dict() for name, part in parts.items()}
     layout = original_layout({name: _config(part) for name, part in parts.items()}, named)
     targets: Tensors = {
@@ -138,15 +138,15 @@ def merge_by_hand(
 
 @pytest.mark.parametrize("case", [*zip(TINY_LORAS, (1.0, -0.6, 0.5, 2.0), strict=True)])
 def test_a_lora_acts_as_if_merged_by_hand(
-    engine: Pipeline, spare: Pipeline, base: bytes, model_home: Path, case: tuple[str, float]
+    model: Pipeline, spare: Pipeline, base: bytes, model_home: Path, case: tuple[str, float]
 ) -> None:
     """In kohya's spelling and in peft's, with text encoders and with convolutions; each of its modules is changed."""
     name, weight = case
     merged = spare
     merge_by_hand(merged, lora_tensors(model_home, name), weight=weight, text_encoder_weight=weight)
-    demo = adapter(engine, tiny_lora(model_home, name), weight=weight)
+    demo = adapter(model, tiny_lora(model_home, name), weight=weight)
 
-    picture = drawn(engine, demo)
+    picture = drawn(model, demo)
 
     assert difference(picture, pixels(merged)) <= 1
     assert difference(picture, base) > 32
@@ -155,7 +155,7 @@ def test_a_lora_acts_as_if_merged_by_hand(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_ranks_and_alphas_of_each_module_are_kept(
-    engine: Pipeline, spare: Pipeline, model_home: Path, tmp_path: Path, seed: int
+    model: Pipeline, spare: Pipeline, model_home: Path, tmp_path: Path, seed: int
 ) -> None:
     """What resizing writes: each module has a rank and an alpha of its own."""
     generator = torch.Generator().manual_seed(seed)
@@ -167,7 +167,7 @@ def test_ranks_and_alphas_of_each_module_are_kept(
         tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
     merge_by_hand(spare, tensors, weight=1.0, text_encoder_weight=1.0)
 
-    picture = drawn(engine, adapter(engine, write(tmp_path / "resized.safetensors", tensors)))
+    picture = drawn(model, adapter(model, write(tmp_path / "resized.safetensors", tensors)))
 
     assert difference(picture, pixels(spare)) <= 1
 
@@ -182,21 +182,21 @@ def test_ranks_and_alphas_of_each_module_are_kept(
     ids=["kohya", "peft", "ranks that differ"],
 )
 def test_names_and_shapes_that_people_have_act_as_if_merged_by_hand(
-    engine: Pipeline, spare: Pipeline, base: bytes, tmp_path: Path, tensors: Tensors
+    model: Pipeline, spare: Pipeline, base: bytes, tmp_path: Path, tensors: Tensors
 ) -> None:
     """Cross-attention, feed-forward and the text encoders' layers, under the names that training tools write."""
     merged = spare
     merge_by_hand(merged, tensors, weight=0.5, text_encoder_weight=0.25)
 
     path = write(tmp_path / "a.safetensors", tensors)
-    picture = drawn(engine, adapter(engine, path, weight=0.5, text_encoder_weight=0.25))
+    picture = drawn(model, adapter(model, path, weight=0.5, text_encoder_weight=0.25))
 
     assert difference(picture, pixels(merged)) <= 1
     assert difference(picture, base) > 16
 
 
 def test_two_loras_act_as_if_both_were_merged(
-    engine: Pipeline, spare: Pipeline, base: bytes, model_home: Path
+    model: Pipeline, spare: Pipeline, base: bytes, model_home: Path
 ) -> None:
     """Each with its own weights, and with weights for the text encoders that differ from the UNet's."""
     merged = spare
@@ -208,9 +208,9 @@ def test_two_loras_act_as_if_both_were_merged(
     )
 
     picture = drawn(
-        engine,
-        adapter(engine, tiny_lora(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25),
-        adapter(engine, tiny_lora(model_home, "neon-lights"), weight=0.75),
+        model,
+        adapter(model, tiny_lora(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25),
+        adapter(model, tiny_lora(model_home, "neon-lights"), weight=0.75),
     )
 
     assert difference(picture, pixels(merged)) <= 1
@@ -220,22 +220,22 @@ def test_two_loras_act_as_if_both_were_merged(
 # --- weights
 
 
-def test_weight_zero_is_no_lora(engine: Pipeline, base: bytes, tmp_path: Path) -> None:
+def test_weight_zero_is_no_lora(model: Pipeline, base: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", kohya_lora((*UNET, *TEXT)))
 
-    assert drawn(engine, adapter(engine, path, weight=0.0)) == base
-    assert drawn(engine, adapter(engine, path, weight=0.1)) != base
+    assert drawn(model, adapter(model, path, weight=0.0)) == base
+    assert drawn(model, adapter(model, path, weight=0.1)) != base
 
 
-def test_no_loras_touch_nothing(engine: Pipeline, base: bytes) -> None:
-    with engine.borrowed(), engine.patch.applied([]) as norms:
+def test_no_loras_touch_nothing(model: Pipeline, base: bytes) -> None:
+    with model.exclusive(), model.patch.applied([]) as norms:
         assert norms == []
-        assert pixels(engine) == base
+        assert pixels(model) == base
 
 
 @pytest.mark.parametrize("spell", [kohya_lora, peft_lora])
 def test_unet_and_text_encoders_are_weighed_apart(
-    engine: Pipeline, base: bytes, tmp_path: Path, spell: Callable[[Sequence[Target]], Tensors]
+    model: Pipeline, base: bytes, tmp_path: Path, spell: Callable[[Sequence[Target]], Tensors]
 ) -> None:
     """A weight of 0 for one part gives the picture of a file without that part."""
     whole = write(tmp_path / "whole.safetensors", spell((*UNET, *TEXT)))
@@ -243,11 +243,11 @@ def test_unet_and_text_encoders_are_weighed_apart(
     unet_only = write(tmp_path / "unet.safetensors", {key: tensors[key] for key in spell(UNET)})
     text_only = write(tmp_path / "text.safetensors", {key: tensors[key] for key in spell(TEXT)})
 
-    without_text = drawn(engine, adapter(engine, whole, weight=1.0, text_encoder_weight=0.0))
-    without_unet = drawn(engine, adapter(engine, whole, weight=0.0, text_encoder_weight=1.0))
+    without_text = drawn(model, adapter(model, whole, weight=1.0, text_encoder_weight=0.0))
+    without_unet = drawn(model, adapter(model, whole, weight=0.0, text_encoder_weight=1.0))
 
-    assert without_text == drawn(engine, adapter(engine, unet_only))
-    assert without_unet == drawn(engine, adapter(engine, text_only))
+    assert without_text == drawn(model, adapter(model, unet_only))
+    assert without_unet == drawn(model, adapter(model, text_only))
     assert len({base, without_text, without_unet}) == 3
 
 
@@ -255,33 +255,31 @@ def test_unet_and_text_encoders_are_weighed_apart(
 
 
 def test_two_loras_are_not_either_of_them_alone(
-    engine: Pipeline, base: bytes, tmp_path: Path
+    model: Pipeline, base: bytes, tmp_path: Path
 ) -> None:
-    one = adapter(engine, write(tmp_path / "one.safetensors", kohya_lora(UNET)))
-    other = adapter(engine, write(tmp_path / "other.safetensors", peft_lora(TEXT)))
+    one = adapter(model, write(tmp_path / "one.safetensors", kohya_lora(UNET)))
+    other = adapter(model, write(tmp_path / "other.safetensors", peft_lora(TEXT)))
 
-    pictures = {base, drawn(engine, one), drawn(engine, other), drawn(engine, one, other)}
+    pictures = {base, drawn(model, one), drawn(model, other), drawn(model, one, other)}
 
     assert len(pictures) == 4
 
 
-def test_one_file_twice_acts_twice(engine: Pipeline, base: bytes, tmp_path: Path) -> None:
+def test_one_file_twice_acts_twice(model: Pipeline, base: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", peft_lora((*UNET, *TEXT)))
 
-    twice = drawn(engine, adapter(engine, path, weight=0.5), adapter(engine, path, weight=0.25))
-    once = drawn(engine, adapter(engine, path, weight=0.75))
+    twice = drawn(model, adapter(model, path, weight=0.5), adapter(model, path, weight=0.25))
+    once = drawn(model, adapter(model, path, weight=0.75))
 
     assert difference(twice, once) <= 1
     assert difference(twice, base) > 16
 
 
-def test_the_order_of_loras_changes_no_bit(engine: Pipeline, tmp_path: Path) -> None:
-    one = adapter(engine, write(tmp_path / "1.safetensors", kohya_lora((*UNET, *TEXT))), weight=0.3)
-    other = adapter(
-        engine, write(tmp_path / "2.safetensors", peft_lora((*UNET, *TEXT))), weight=0.7
-    )
+def test_the_order_of_loras_changes_no_bit(model: Pipeline, tmp_path: Path) -> None:
+    one = adapter(model, write(tmp_path / "1.safetensors", kohya_lora((*UNET, *TEXT))), weight=0.3)
+    other = adapter(model, write(tmp_path / "2.safetensors", peft_lora((*UNET, *TEXT))), weight=0.7)
 
-    assert drawn(engine, one, other) == drawn(engine, other, one)
+    assert drawn(model, one, other) == drawn(model, other, one)
 
 
 # --- the numbers
@@ -348,11 +346,11 @@ def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.d
 
 
 def test_a_relative_norm_is_that_of_the_change_to_the_weights_that_it_touches(
-    engine: Pipeline, model_home: Path
+    model: Pipeline, model_home: Path
 ) -> None:
     """The tiny model's LoRAs are made so: 0.8, 1.6 and 2 times each weight's norm."""
     for name, strength in (("anime-style", 0.8), ("neon-lights", 1.6), ("cyberpunk-style", 2.0)):
-        with engine.patch.applied([adapter(engine, tiny_lora(model_home, name), weight=-0.5)]) as (
+        with model.patch.applied([adapter(model, tiny_lora(model_home, name), weight=-0.5)]) as (
             norm,
         ):
             assert norm == pytest.approx(strength / 2, rel=1e-4)
@@ -377,27 +375,26 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def test_the_same_set_again_is_a_change_of_pointers(model_home: Path, merges: list[object]) -> None:
     """In any order and after a job without LoRAs; another weight is another set."""
-    engine = load_engine(model_home)
+    model = load_engine(model_home)
     one, other = (
-        adapter(engine, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights")
+        adapter(model, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights")
     )
-    first = drawn(engine, one, other)
+    first = drawn(model, one, other)
 
-    assert drawn(engine, other, one) == first
+    assert drawn(model, other, one) == first
     assert len(merges) == 1
     assert (
-        drawn(engine, one, adapter(engine, tiny_lora(model_home, "neon-lights"), weight=0.9))
-        != first
+        drawn(model, one, adapter(model, tiny_lora(model_home, "neon-lights"), weight=0.9)) != first
     )
     assert len(merges) == 2
 
 
 def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
     """They are the shelf's, whose bound on memory holds while a set is merged."""
-    engine = load_engine(model_home)
-    demo = adapter(engine, tiny_lora(model_home, "anime-style"))
+    model = load_engine(model_home)
+    demo = adapter(model, tiny_lora(model_home, "anime-style"))
     held = weakref.ref(demo.lora.batches[0].up)
-    drawn(engine, demo)
+    drawn(model, demo)
 
     del demo
     gc.collect()
@@ -407,26 +404,27 @@ def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
 
 def test_a_set_after_another_is_the_set_alone(model_home: Path) -> None:
     """From one set to the next without a restore between, the second touching fewer weights."""
-    engine, fresh = load_engine(model_home), load_engine(model_home)
+    model, fresh = load_engine(model_home), load_engine(model_home)
     wide, narrow = tiny_lora(model_home, "anime-style"), tiny_lora(model_home, "cyberpunk-style")
-    drawn(engine, adapter(engine, wide))
+    drawn(model, adapter(model, wide))
 
-    assert drawn(engine, adapter(engine, narrow)) == drawn(fresh, adapter(fresh, narrow))
+    assert drawn(model, adapter(model, narrow)) == drawn(fresh, adapter(fresh, narrow))
 
 
 def test_a_merge_that_was_cut_short_is_never_taken_for_a_merged_set(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load_engine(model_home)
-    demo = adapter(engine, tiny_lora(model_home, "anime-style"))
-    whole = drawn(engine, demo)
-    engine.patch.forget()
+    model = load_engine(model_home)
+    demo = adapter(model, tiny_lora(model_home, "anime-style"))
+    whole = drawn(model, demo)
+    with model.patch.applied([]):  # forget the merged set
+        pass
     with monkeypatch.context() as context:
         context.setattr("zlora_worker.lora.merge.Plan.merge", raising_after(3))
         with pytest.raises(Interrupted):
-            drawn(engine, demo)
+            drawn(model, demo)
 
-    assert drawn(engine, demo) == whole
+    assert drawn(model, demo) == whole
 
 
 # --- whatever is raised, wherever
@@ -448,14 +446,14 @@ def raising_after(calls: int) -> Callable[..., None]:
     return call
 
 
-def test_loras_go_when_the_job_fails(engine: Pipeline, tmp_path: Path) -> None:
+def test_loras_go_when_the_job_fails(model: Pipeline, tmp_path: Path) -> None:
     """Whatever the job raises comes through as it is."""
     path = write(tmp_path / "1.safetensors", kohya_lora())
 
     with (
         pytest.raises(ZeroDivisionError),
-        engine.borrowed(),
-        engine.patch.applied([adapter(engine, path)]),
+        model.exclusive(),
+        model.patch.applied([adapter(model, path)]),
     ):
         _ = 1 / 0
 
@@ -464,7 +462,7 @@ def test_loras_go_when_the_job_fails(engine: Pipeline, tmp_path: Path) -> None:
     "point", [(step, when) for step in ("_apply", "_put_back", "_merge") for when in (0, 1)]
 )
 def test_a_signal_around_any_step_leaves_the_base(
-    engine: Pipeline,
+    model: Pipeline,
     base: bytes,
     model_home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -472,9 +470,10 @@ def test_a_signal_around_any_step_leaves_the_base(
 ) -> None:
     """Before it is done, and after."""
     attribute, when = point
-    demo = adapter(engine, tiny_lora(model_home, "anime-style"))
-    engine.patch.forget()
-    step, signals = getattr(engine.patch, attribute), [Interrupted()]
+    demo = adapter(model, tiny_lora(model_home, "anime-style"))
+    with model.patch.applied([]):  # forget the merged set
+        pass
+    step, signals = getattr(model.patch, attribute), [Interrupted()]
 
     def interrupted(*arguments: object) -> object:
         if when == 0 and signals:
@@ -485,21 +484,21 @@ def test_a_signal_around_any_step_leaves_the_base(
         return result
 
     with monkeypatch.context() as context:
-        context.setattr(engine.patch, attribute, interrupted)
-        with pytest.raises(Interrupted), engine.borrowed(), engine.patch.applied([demo]):
-            assert pixels(engine) != base
+        context.setattr(model.patch, attribute, interrupted)
+        with pytest.raises(Interrupted), model.with_loras([demo]):
+            assert pixels(model) != base
 
 
 def test_no_thread_still_merges_when_a_merge_is_cut_short(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would write into the next job's weights."""
-    engine = load_engine(model_home)
+    model = load_engine(model_home)
     monkeypatch.setattr("zlora_worker.lora.merge.Plan.merge", raising_after(1))
     torch.set_num_threads(3)
     try:
         with pytest.raises(Interrupted):
-            drawn(engine, adapter(engine, tiny_lora(model_home, "anime-style")))
+            drawn(model, adapter(model, tiny_lora(model_home, "anime-style")))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -528,7 +527,7 @@ def test_no_thread_still_merges_after_a_signal_while_they_are_waited_for() -> No
     try:
         with pytest.raises(Interrupted):
             crew.merge(2, blocks(2), merge)
-        run_to_completion(crew.disband)
+        run_to_completion(crew.stop)
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -539,16 +538,16 @@ def blocks(count: int) -> list[Block]:
     return [Block(stack=0, first=0, last=1, top=index, bottom=index + 1) for index in range(count)]
 
 
-@pytest.mark.parametrize("step", ["merge", "disband"])
+@pytest.mark.parametrize("step", ["merge", "stop"])
 def test_torch_has_its_threads_again_after_a_merge_was_cut_short(
     model_home: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """Else every later picture is drawn on one. A signal may come before the merge's end, and while it is awaited."""
-    engine = load_engine(model_home)
+    model = load_engine(model_home)
     whole, signals = getattr(MergePool, step), [Interrupted()]
 
     def interrupted(crew: MergePool, *arguments: Any) -> None:
-        if step == "disband" and signals:
+        if step == "stop" and signals:
             raise signals.pop()
         whole(crew, *arguments)
         if signals:
@@ -558,7 +557,7 @@ def test_torch_has_its_threads_again_after_a_merge_was_cut_short(
     torch.set_num_threads(3)
     try:
         with pytest.raises(Interrupted):
-            drawn(engine, adapter(engine, tiny_lora(model_home, "anime-style")))
+            drawn(model, adapter(model, tiny_lora(model_home, "anime-style")))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -593,32 +592,32 @@ def test_an_action_is_insisted_on_and_what_interrupted_it_is_raised_then() -> No
 def test_a_base_that_cannot_be_put_back_is_told(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device that has failed: whatever the job was, the engine is lost."""
-    engine = load_engine(model_home)
+    """A device that has failed: whatever the job was, the model is lost."""
+    model = load_engine(model_home)
 
     def broken() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with (
         pytest.raises(BaseNotRestored, match="illegal memory access"),
-        engine.borrowed(),
-        engine.patch.applied([adapter(engine, tiny_lora(model_home, "anime-style"))]),
+        model.exclusive(),
+        model.patch.applied([adapter(model, tiny_lora(model_home, "anime-style"))]),
     ):
-        monkeypatch.setattr(engine.patch, "_put_back", broken)
+        monkeypatch.setattr(model.patch, "_put_back", broken)
 
-    assert engine.state is PipelineState.DIRTY
+    assert model.state is PipelineState.DIRTY
 
 
 # --- memory
 
 
 def test_a_shadow_is_made_of_the_stacks_that_are_touched_and_no_others(model_home: Path) -> None:
-    engine = load_engine(model_home)
-    assert engine.patch._shadows == {}
+    model = load_engine(model_home)
+    assert model.patch._shadows == {}
 
-    drawn(engine, adapter(engine, tiny_lora(model_home, "cyberpunk-style")))
+    drawn(model, adapter(model, tiny_lora(model_home, "cyberpunk-style")))
 
-    shadowed = {engine.patch._weights.stacks[number].component for number in engine.patch._shadows}
+    shadowed = {model.patch._weights.stacks[number].component for number in model.patch._shadows}
     assert shadowed == {"unet"}
 
 
@@ -628,15 +627,15 @@ def test_a_gpu_has_a_shadow_where_as_much_again_stays_free(
 ) -> None:
     """`free` is in times the weights' size. No GPU here: only the choice is tested."""
     weights = Weights({"unet": random_model(torch.float16)})
-    assert mode_for(weights, "auto") == "shadow"
+    assert choose_mode(weights, "auto") == "shadow"
     monkeypatch.setattr(Weights, "device", torch.device("cuda"))
     monkeypatch.setattr(
         torch.cuda, "mem_get_info", lambda _device: (int(free * weights.nbytes), 2**40)
     )
 
-    assert mode_for(weights, "auto") == mode
-    assert mode_for(weights, "shadow") == "shadow"
-    assert mode_for(weights, "inplace") == "inplace"
+    assert choose_mode(weights, "auto") == mode
+    assert choose_mode(weights, "shadow") == "shadow"
+    assert choose_mode(weights, "inplace") == "inplace"
 
 
 def test_weights_of_a_model_are_moved_and_keep_their_values() -> None:
@@ -651,7 +650,7 @@ def test_weights_of_a_model_are_moved_and_keep_their_values() -> None:
         n: w.shape for n, w in before.items()
     }
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    for (_, module, leaf), place in weights.places.items():
+    for (_, module, leaf), place in weights.slots.items():
         found: Tensor = model.get_parameter(f"{module}.{leaf}")
         assert found.data_ptr() == weights.stacks[place.stack].base[place.row].data_ptr()
-    assert len(weights.places) == len(before) - 1
+    assert len(weights.slots) == len(before) - 1

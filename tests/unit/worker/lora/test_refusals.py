@@ -31,38 +31,38 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
-def engine(model_home: Path) -> Pipeline:
+def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(engine: Pipeline, tmp_path: Path) -> Iterator[None]:
+def nothing_stays(model: Pipeline, tmp_path: Path) -> Iterator[None]:
     """After every file the base is the base, and the next job's weights are what that job's file says."""
-    with only_inside(engine):
+    with only_inside(model):
         yield
-    base = snapshot(engine)
+    base = snapshot(model)
     layers = lora_files.layers_for(base)[::40]
     lora = read(
-        engine,
+        model,
         write(tmp_path / "next", lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})),
     )
     expected = merged_by_hand(base, layers, dict.fromkeys(lora.modules, 1.0), with_alpha=True)
-    require_equal(merged(engine, lora), base, expected)
+    require_equal(merged(model, lora), base, expected)
 
 
-def read(engine: Pipeline, path: Path) -> Lora:
-    return engine.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
+def read(model: Pipeline, path: Path) -> Lora:
+    return model.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
 
 
-def merged(engine: Pipeline, lora: Lora) -> State:
-    with engine.patch.applied([WeightedLora(lora=lora)]):
-        return snapshot(engine)
+def merged(model: Pipeline, lora: Lora) -> State:
+    with model.patch.applied([WeightedLora(lora=lora)]):
+        return snapshot(model)
 
 
-def refusal(engine: Pipeline, path: Path, error: type[ZloraError] = LoraMismatch) -> str:
+def refusal(model: Pipeline, path: Path, error: type[ZloraError] = LoraMismatch) -> str:
     """The message of a file that may not be used, whether all or a part of it is at fault."""
     with pytest.raises(error) as raised:
-        require_whole(read(engine, path), source=SOURCE)
+        require_whole(read(model, path), source=SOURCE)
     assert type(raised.value) is error
     message = str(raised.value)
     assert SOURCE in message
@@ -98,16 +98,16 @@ def named(module: str, tensors: Tensors) -> Tensors:
     "module", [KEY, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v"]
 )
 def test_a_file_for_another_width_of_text_names_its_base_and_both_widths(
-    engine: Pipeline, tmp_path: Path, module: str, family: str, width: int
+    model: Pipeline, tmp_path: Path, module: str, family: str, width: int
 ) -> None:
-    message = refusal(engine, write(tmp_path / "a", lora_of(module, 32, width)))
+    message = refusal(model, write(tmp_path / "a", lora_of(module, 32, width)))
 
     assert all(words in message for words in (f"made for {family}", str(width), "80"))
 
 
 @pytest.mark.parametrize("landing", [True, False], ids=["some land", "none lands"])
 def test_a_whole_sd15_file_is_refused_in_one_sentence(
-    engine: Pipeline, tmp_path: Path, landing: bool
+    model: Pipeline, tmp_path: Path, landing: bool
 ) -> None:
     """192 modules with the names that this model has, or that it lacks."""
     tensors: Tensors = {}
@@ -118,7 +118,7 @@ def test_a_whole_sd15_file_is_refused_in_one_sentence(
                 f"{block}_attn2_to_k", 320, 768
             )
 
-    message = refusal(engine, write(tmp_path / "a", tensors))
+    message = refusal(model, write(tmp_path / "a", tensors))
 
     assert all(words in message for words in ("made for SD 1.x", "768", "80"))
 
@@ -136,12 +136,12 @@ def test_a_whole_sd15_file_is_refused_in_one_sentence(
     ],
 )
 def test_another_architecture_is_named_by_its_layers(
-    engine: Pipeline, tmp_path: Path, family: str, module: str
+    model: Pipeline, tmp_path: Path, family: str, module: str
 ) -> None:
     for number, (down, up) in enumerate((("lora_down", "lora_up"), ("lora_A", "lora_B"))):
         tensors = named(module, random(**{f"{down}.weight": (2, 64), f"{up}.weight": (64, 2)}))
 
-        assert family in refusal(engine, write(tmp_path / f"a{number}", tensors))
+        assert family in refusal(model, write(tmp_path / f"a{number}", tensors))
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_another_architecture_is_named_by_its_layers(
     ],
 )
 def test_another_base_is_named_by_the_header_where_shapes_tell_nothing(
-    engine: Pipeline, tmp_path: Path, field: str, text: str, family: str
+    model: Pipeline, tmp_path: Path, field: str, text: str, family: str
 ) -> None:
     tensors = lora_of(QUERY, 320, 320)
     save_file(
         tensors, tmp_path / "a", metadata={field: text + "\nCRITICAL all is lost" + "x" * 5000}
     )
 
-    assert f"made for {family}" in refusal(engine, tmp_path / "a")
+    assert f"made for {family}" in refusal(model, tmp_path / "a")
 
 
 # --- parts that land nowhere
@@ -179,49 +179,49 @@ STRAY: Final = {
 
 @pytest.mark.parametrize("stray", STRAY.values(), ids=STRAY)
 def test_what_lands_nowhere_is_refused_or_listed_and_the_rest_used(
-    engine: Pipeline, tmp_path: Path, stray: Tensors
+    model: Pipeline, tmp_path: Path, stray: Tensors
 ) -> None:
     """Refused with counts and names where the whole file is asked for; else the rest is merged as if alone."""
-    alone = read(engine, write(tmp_path / "a", kohya_lora()))
+    alone = read(model, write(tmp_path / "a", kohya_lora()))
     path = write(tmp_path / "b", kohya_lora() | stray)
 
-    assert min(stray)[:60] in refusal(engine, path)
-    lora = read(engine, path)
+    assert min(stray)[:60] in refusal(model, path)
+    lora = read(model, path)
 
     assert lora.unmatched == tuple(sorted(stray))
     assert sum(lora.unmatched_counts().values()) == len(stray)
     assert lora.modules == alone.modules
-    require_equal(merged(engine, lora), snapshot(engine), changed(engine, alone))
+    require_equal(merged(model, lora), snapshot(model), changed(model, alone))
 
 
-def changed(engine: Pipeline, lora: Lora) -> State:
-    base = snapshot(engine)
+def changed(model: Pipeline, lora: Lora) -> State:
+    base = snapshot(model)
     return {
         weight: tensor
-        for weight, tensor in merged(engine, lora).items()
+        for weight, tensor in merged(model, lora).items()
         if not torch.equal(tensor, base[weight])
     }
 
 
-def test_a_message_shows_a_few_of_many_names(engine: Pipeline, tmp_path: Path) -> None:
+def test_a_message_shows_a_few_of_many_names(model: Pipeline, tmp_path: Path) -> None:
     stray: Tensors = {}
     for number in range(300):
         stray |= lora_of(f"lora_unet_{'deep_' * 40}{number}_proj_in", 4, 4)
 
-    assert "900" in refusal(engine, write(tmp_path / "a", kohya_lora() | stray))
-    assert "900" in refusal(engine, write(tmp_path / "b", stray))
+    assert "900" in refusal(model, write(tmp_path / "a", kohya_lora() | stray))
+    assert "900" in refusal(model, write(tmp_path / "b", stray))
 
 
 @pytest.mark.parametrize(
     "bad", [{f"{TEXT[0].kohya}.lora_up.weight": torch.randn(7, 2)}, {}], ids=["shape", "half"]
 )
 def test_a_file_whose_unet_is_good_and_text_encoder_bad_is_refused_whole(
-    engine: Pipeline, tmp_path: Path, bad: Tensors
+    model: Pipeline, tmp_path: Path, bad: Tensors
 ) -> None:
     tensors = kohya_lora((*UNET, *TEXT))
     del tensors[f"{TEXT[0].kohya}.lora_up.weight"]
 
-    assert "text_encoder" in refusal(engine, write(tmp_path / "a", tensors | bad))
+    assert "text_encoder" in refusal(model, write(tmp_path / "a", tensors | bad))
 
 
 # --- numbers
@@ -230,33 +230,33 @@ def test_a_file_whose_unet_is_good_and_text_encoder_bad_is_refused_whole(
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("part", ["lora_up", "lora_down", "alpha"])
 def test_a_number_that_is_none_is_refused_by_its_tensor(
-    engine: Pipeline, tmp_path: Path, part: str, value: float
+    model: Pipeline, tmp_path: Path, part: str, value: float
 ) -> None:
     tensors = kohya_lora()
     key = next(key for key in tensors if part in key)
     tensors[key].view(-1)[-1] = value
 
-    assert key in refusal(engine, write(tmp_path / "a", tensors))
+    assert key in refusal(model, write(tmp_path / "a", tensors))
 
 
 @pytest.mark.parametrize("tensor", [torch.full((32, 2), 1e300, dtype=torch.float64),
                                     torch.tensor(NAN).expand(32, 2).to(torch.float8_e4m3fn),
                                     torch.tensor(INF).expand(32, 2).to(torch.float8_e5m2)])  # fmt: skip
 def test_nan_and_inf_are_found_in_every_precision(
-    engine: Pipeline, tmp_path: Path, tensor: torch.Tensor
+    model: Pipeline, tmp_path: Path, tensor: torch.Tensor
 ) -> None:
     tensors = lora_of(QUERY, 32, 32) | {f"{QUERY}.lora_up.weight": tensor}
 
-    assert "lora_up" in refusal(engine, write(tmp_path / "a", tensors))
+    assert "lora_up" in refusal(model, write(tmp_path / "a", tensors))
 
 
 def test_finite_numbers_whose_change_is_not_finite_are_refused(
-    engine: Pipeline, tmp_path: Path
+    model: Pipeline, tmp_path: Path
 ) -> None:
     tensors = kohya_lora()
     tensors |= {key: torch.tensor(3e38) for key in tensors if key.endswith(".alpha")}
 
-    assert "changes nothing" not in refusal(engine, write(tmp_path / "a", tensors))
+    assert "changes nothing" not in refusal(model, write(tmp_path / "a", tensors))
 
 
 STILL: Final = {
@@ -278,12 +278,12 @@ STILL: Final = {
 
 @pytest.mark.parametrize("tensors", STILL.values(), ids=STILL)
 def test_a_file_that_changes_nothing_is_refused(
-    engine: Pipeline, tmp_path: Path, tensors: Tensors
+    model: Pipeline, tmp_path: Path, tensors: Tensors
 ) -> None:
     module = f"{BLOCK}attn1_to_out_0"
 
-    assert "changes nothing" in refusal(engine, write(tmp_path / "a", named(module, tensors)))
-    beside = read(engine, write(tmp_path / "b", named(module, tensors) | lora_of(KEY, 32, 80)))
+    assert "changes nothing" in refusal(model, write(tmp_path / "a", named(module, tensors)))
+    beside = read(model, write(tmp_path / "b", named(module, tensors) | lora_of(KEY, 32, 80)))
     assert sum(beside.modules.values()) == 2  # as trainers leave a layer that was frozen
 
 
@@ -294,7 +294,7 @@ def test_a_file_that_changes_nothing_is_refused(
 )
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_untrained_dora_changes_nothing_and_a_trained_magnitude_is_enough(
-    engine: Pipeline,
+    model: Pipeline,
     tmp_path: Path,
     *,
     part: str,
@@ -302,7 +302,7 @@ def test_an_untrained_dora_changes_nothing_and_a_trained_magnitude_is_enough(
     dtype: torch.dtype,
     trained: bool,
 ) -> None:
-    base = snapshot(engine)["unet", f"{KERNEL_NAME}.weight"]
+    base = snapshot(model)["unet", f"{KERNEL_NAME}.weight"]
     if by_input:
         norms = base.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, 1, 1)
     else:
@@ -313,9 +313,9 @@ def test_an_untrained_dora_changes_nothing_and_a_trained_magnitude_is_enough(
     path = write(tmp_path / "a", tensors)
 
     if not trained:
-        assert "changes nothing" in refusal(engine, path)
+        assert "changes nothing" in refusal(model, path)
     else:
-        weight = merged(engine, read(engine, path))["unet", f"{KERNEL_NAME}.weight"]
+        weight = merged(model, read(model, path))["unet", f"{KERNEL_NAME}.weight"]
         torch.testing.assert_close(
             weight, base * 1.25, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6
         )
@@ -334,7 +334,7 @@ def test_an_untrained_dora_changes_nothing_and_a_trained_magnitude_is_enough(
     ],
 )
 def test_a_kind_that_is_not_supported_is_named(
-    engine: Pipeline, tmp_path: Path, kind: str, name: str, options: dict[str, Any]
+    model: Pipeline, tmp_path: Path, kind: str, name: str, options: dict[str, Any]
 ) -> None:
     """In the tensors' names that LyCORIS gives them."""
     import lycoris.modules
@@ -345,8 +345,8 @@ def test_a_kind_that_is_not_supported_is_named(
         f"{QUERY}.{key}": tensor.detach().float() for key, tensor in one.state_dict().items()
     }
 
-    assert kind in refusal(engine, write(tmp_path / "a", tensors))
-    assert kind in refusal(engine, write(tmp_path / "b", lora_of(KEY, 32, 80) | tensors))
+    assert kind in refusal(model, write(tmp_path / "a", tensors))
+    assert kind in refusal(model, write(tmp_path / "b", lora_of(KEY, 32, 80) | tensors))
 
 
 @pytest.mark.parametrize(
@@ -360,11 +360,11 @@ def test_a_kind_that_is_not_supported_is_named(
     ],
 )
 def test_pefts_names_of_a_kind_that_is_not_supported_are_known(
-    engine: Pipeline, tmp_path: Path, kind: str, part: str
+    model: Pipeline, tmp_path: Path, kind: str, part: str
 ) -> None:
     module = "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
-    assert kind in refusal(engine, write(tmp_path / "a", {f"{module}.{part}": torch.randn(32, 4)}))
+    assert kind in refusal(model, write(tmp_path / "a", {f"{module}.{part}": torch.randn(32, 4)}))
 
 
 UNFIT: Final = {
@@ -419,9 +419,9 @@ UNFIT: Final = {
 
 @pytest.mark.parametrize("tensors", UNFIT.values(), ids=UNFIT)
 def test_tensors_that_make_no_change_of_the_model_are_refused(
-    engine: Pipeline, tmp_path: Path, tensors: Tensors
+    model: Pipeline, tmp_path: Path, tensors: Tensors
 ) -> None:
-    refusal(engine, write(tmp_path / "a", tensors))
+    refusal(model, write(tmp_path / "a", tensors))
 
 
 # --- metadata
@@ -438,16 +438,16 @@ HUGE: Final = {  # a product of so many numbers, from a file of 160 KB
 
 @pytest.mark.parametrize("tensors", HUGE.values(), ids=HUGE)
 def test_a_small_file_that_means_a_huge_product_is_refused_before_it_is_made(
-    engine: Pipeline, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+    model: Pipeline, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "einsum", None)
     monkeypatch.setattr(Tensor, "__matmul__", None)
 
-    assert "20000" in refusal(engine, write(tmp_path / "a", tensors))
+    assert "20000" in refusal(model, write(tmp_path / "a", tensors))
 
 
 def test_a_rank_far_above_the_weights_size_takes_no_gram_matrix_of_it(
-    engine: Pipeline, tmp_path: Path
+    model: Pipeline, tmp_path: Path
 ) -> None:
     """Of 20,000 by 20,000 numbers it would be: 1.6 GB."""
     tensors = named(
@@ -455,29 +455,29 @@ def test_a_rank_far_above_the_weights_size_takes_no_gram_matrix_of_it(
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    read(engine, write(tmp_path / "a", tensors))
+    read(model, write(tmp_path / "a", tensors))
 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
 
 
 def test_a_kernel_of_other_sides_is_refused_though_its_numbers_are_as_many(
-    engine: Pipeline, tmp_path: Path
+    model: Pipeline, tmp_path: Path
 ) -> None:
     """As channels-last tools write it: it would be scrambled."""
     assert "3x16" in refusal(
-        engine, write(tmp_path / "a", {f"{KERNEL}.diff": torch.ones(32, 3, 3, 16)})
+        model, write(tmp_path / "a", {f"{KERNEL}.diff": torch.ones(32, 3, 3, 16)})
     )
 
 
 def test_integers_that_land_nowhere_are_no_reason_where_a_part_may(
-    engine: Pipeline, tmp_path: Path
+    model: Pipeline, tmp_path: Path
 ) -> None:
     strays = {
         "text_model.embeddings.position_ids": torch.arange(77),
         "global_step": torch.tensor(3),
     }
 
-    found = read(engine, write(tmp_path / "a", kohya_lora() | strays))
+    found = read(model, write(tmp_path / "a", kohya_lora() | strays))
 
     assert set(found.unmatched) == set(strays)
 
@@ -488,12 +488,12 @@ def test_integers_that_land_nowhere_are_no_reason_where_a_part_may(
       "hada_w2_a": torch.ones(32, 1), "hada_w2_b": torch.ones(1, 32)}, "changes nothing"),
 ])  # fmt: skip
 def test_a_product_that_is_not_finite_or_nothing_is_refused_at_the_merge(
-    engine: Pipeline, tmp_path: Path, tensors: Tensors, words: str
+    model: Pipeline, tmp_path: Path, tensors: Tensors, words: str
 ) -> None:
     """Its factors are sound; what they make is seen when it is made."""
-    lora = read(engine, write(tmp_path / "a", named(QUERY, tensors)))
+    lora = read(model, write(tmp_path / "a", named(QUERY, tensors)))
 
-    applied = engine.patch.applied([WeightedLora(lora=lora, source=SOURCE)])
+    applied = model.patch.applied([WeightedLora(lora=lora, source=SOURCE)])
     with pytest.raises(LoraMismatch, match=rf"^{SOURCE}: .*{words}"), applied:
         pytest.fail("it was applied")
 
@@ -522,38 +522,38 @@ HOSTILE: Final = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_a_configuration_that_cannot_be_meant_is_refused_at_once(
-    engine: Pipeline, tmp_path: Path, text: str
+    model: Pipeline, tmp_path: Path, text: str
 ) -> None:
     """Expressions of strangers are not run: one can take for ever."""
     save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": text})
     start = time.monotonic()
 
-    assert "lora_adapter_metadata" in refusal(engine, tmp_path / "a")
+    assert "lora_adapter_metadata" in refusal(model, tmp_path / "a")
 
     assert time.monotonic() - start < 5
 
 
-def test_modules_to_save_and_other_settings_do_nothing(engine: Pipeline, tmp_path: Path) -> None:
+def test_modules_to_save_and_other_settings_do_nothing(model: Pipeline, tmp_path: Path) -> None:
     config = {
         "unet.modules_to_save": ["conv_out", "__import__('os')"],
         "unet.r": 99,
         "unet.target_modules": REGEX,
     }
     save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": json.dumps(config)})
-    plain = read(engine, write(tmp_path / "b", peft_lora()))
+    plain = read(model, write(tmp_path / "b", peft_lora()))
 
-    lora = read(engine, tmp_path / "a")
+    lora = read(model, tmp_path / "a")
 
-    require_equal(merged(engine, lora), snapshot(engine), changed(engine, plain))
+    require_equal(merged(model, lora), snapshot(model), changed(model, plain))
 
 
 @pytest.mark.parametrize("name", ["." * 10**5, "unet." * 10**5, "lora_unet_" * 10**5, "a.lora_A.a" * 10**5,
                                   "_oft_R" * 10**5 + ".oft_", "blocks_1_" * 10**5, ".lora" * 10**5])  # fmt: skip
-def test_a_long_name_costs_no_time(engine: Pipeline, tmp_path: Path, name: str) -> None:
+def test_a_long_name_costs_no_time(model: Pipeline, tmp_path: Path, name: str) -> None:
     start = time.monotonic()
 
     refusal(
-        engine,
+        model,
         write(tmp_path / "a", {name: torch.ones(2), f"{name}.lora_down.weight": torch.ones(2)}),
     )
 
@@ -589,24 +589,24 @@ DAMAGED: Final = {
 
 @pytest.mark.parametrize(("data", "words"), DAMAGED.values(), ids=DAMAGED)
 def test_a_file_that_is_no_sound_safetensors_says_what_it_is(
-    engine: Pipeline, tmp_path: Path, data: bytes, words: str
+    model: Pipeline, tmp_path: Path, data: bytes, words: str
 ) -> None:
     (tmp_path / "a").write_bytes(data)
 
-    assert words in refusal(engine, tmp_path / "a", NotSafetensors)
+    assert words in refusal(model, tmp_path / "a", NotSafetensors)
 
 
 @pytest.mark.parametrize("odd", range(1, 8))
 def test_tensors_that_lie_at_odd_addresses_are_read(
-    engine: Pipeline, tmp_path: Path, odd: int
+    model: Pipeline, tmp_path: Path, odd: int
 ) -> None:
     """A header may have any length, and then no number of the file is aligned."""
     length = int.from_bytes(GOOD[:8], "little")
     header = GOOD[8 : 8 + length].rstrip()
     header += b" " * ((odd - len(header)) % 8)
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + GOOD[8 + length :])
-    aligned = read(engine, write(tmp_path / "b", kohya_lora()))
+    aligned = read(model, write(tmp_path / "b", kohya_lora()))
 
-    lora = read(engine, tmp_path / "a")
+    lora = read(model, tmp_path / "a")
 
-    require_equal(merged(engine, lora), snapshot(engine), changed(engine, aligned))
+    require_equal(merged(model, lora), snapshot(model), changed(model, aligned))

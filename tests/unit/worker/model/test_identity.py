@@ -16,12 +16,12 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def engine(model_home: Path) -> Pipeline:
+def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
 def test_a_base_has_one_name_in_whatever_layout_it_comes(
-    engine: Pipeline, model_home: Path, tmp_path: Path
+    model: Pipeline, model_home: Path, tmp_path: Path
 ) -> None:
     """A single file has its own digest beside it, by which sites know it; a folder has none."""
     path = write_single_file(tiny_model(model_home), tmp_path / "tiny.safetensors")
@@ -30,14 +30,12 @@ def test_a_base_has_one_name_in_whatever_layout_it_comes(
         model_home, ZLORA_MODEL=str(path), ZLORA_MODEL_CONFIG=str(tiny_model(model_home))
     )
 
-    assert single.base_sha256 == engine.base_sha256
+    assert single.base_sha256 == model.base_sha256
     assert single.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert engine.file_sha256 is None
+    assert model.file_sha256 is None
 
 
-def test_any_changed_bit_is_another_base(
-    engine: Pipeline, model_home: Path, tmp_path: Path
-) -> None:
+def test_any_changed_bit_is_another_base(model: Pipeline, model_home: Path, tmp_path: Path) -> None:
     folder = copy_model(model_home, tmp_path / "model")
     tensors = load_file(folder / VAE)
     last = tensors["decoder.conv_out.bias"].view(torch.int32)
@@ -46,24 +44,24 @@ def test_any_changed_bit_is_another_base(
 
     changed = load_engine(model_home, ZLORA_MODEL=str(folder))
 
-    assert changed.base_sha256 != engine.base_sha256
+    assert changed.base_sha256 != model.base_sha256
 
 
-def test_in_another_type_it_is_another_base(engine: Pipeline, model_home: Path) -> None:
+def test_in_another_type_it_is_another_base(model: Pipeline, model_home: Path) -> None:
     """It draws other last bits."""
     half = load_engine(model_home, ZLORA_DTYPE="bfloat16")
 
-    assert half.base_sha256 != engine.base_sha256
-    assert (half.machine.dtype, engine.machine.dtype) == ("bfloat16", "float32")
+    assert half.base_sha256 != model.base_sha256
+    assert (half.machine.dtype, model.machine.dtype) == ("bfloat16", "float32")
 
 
-def test_a_machine_is_known_by_what_changes_last_bits(engine: Pipeline) -> None:
+def test_a_machine_is_known_by_what_changes_last_bits(model: Pipeline) -> None:
     torch.set_num_threads(2)
-    two = engine.machine
+    two = model.machine
     torch.set_num_threads(1)
 
-    assert two == engine.machine._replace(threads=2)
-    assert engine.machine.device == f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    assert two == model.machine._replace(threads=2)
+    assert model.machine.device == f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 @pytest.mark.parametrize(
@@ -75,13 +73,13 @@ def test_a_machine_is_known_by_what_changes_last_bits(engine: Pipeline) -> None:
     ],
 )
 def test_the_scheduler_of_a_job_has_diffusers_name(
-    engine: Pipeline, scheduler: Scheduler | None, name: str
+    model: Pipeline, scheduler: Scheduler | None, name: str
 ) -> None:
-    assert engine.scheduler_name(a_request(scheduler=scheduler)) == name
+    assert model.scheduler_name(a_request(scheduler=scheduler)) == name
 
 
 def test_a_lora_s_tensors_have_one_name_whatever_the_header_says(
-    engine: Pipeline, tmp_path: Path
+    model: Pipeline, tmp_path: Path
 ) -> None:
     """As other tools compute it: of the bytes after the header."""
     tensors = {name: tensor.clone().contiguous() for name, tensor in kohya_lora().items()}
@@ -93,7 +91,7 @@ def test_a_lora_s_tensors_have_one_name_whatever_the_header_says(
         save_file(tensors, path, metadata=metadata)
         data = path.read_bytes()
         after = data[8 + int.from_bytes(data[:8], "little") :]
-        lora = engine.reader.read(path, digest="0" * 64, source="a")
+        lora = model.reader.read(path, digest="0" * 64, source="a")
         assert lora.tensors_sha256 == hashlib.sha256(after).hexdigest()
         found.append(lora.tensors_sha256)
 

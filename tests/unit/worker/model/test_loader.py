@@ -38,7 +38,7 @@ def tiny(model_home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(model_home: Path) -> Pipeline:
+def model(model_home: Path) -> Pipeline:
     """What the others must be equal to."""
     return load_engine(model_home)
 
@@ -98,14 +98,14 @@ def test_a_folder_is_the_demo_model(model_home: Path) -> None:
 
 
 def test_a_single_file_has_every_tensor_of_its_folder_and_draws_the_same(
-    engine: Pipeline, model_home: Path, tiny: Path, single_file: Path
+    model: Pipeline, model_home: Path, tiny: Path, single_file: Path
 ) -> None:
     loaded = load_engine(model_home, ZLORA_MODEL=str(single_file), ZLORA_MODEL_CONFIG=str(tiny))
 
-    assert_equal_weights(engine, loaded)
-    assert loaded.pipeline.default_sample_size == engine.pipeline.default_sample_size
+    assert_equal_weights(model, loaded)
+    assert loaded.pipeline.default_sample_size == model.pipeline.default_sample_size
     assert [pixels(loaded, seed=seed) for seed in (1, 2)] == [
-        pixels(engine, seed=seed) for seed in (1, 2)
+        pixels(model, seed=seed) for seed in (1, 2)
     ]
 
 
@@ -124,18 +124,18 @@ def test_a_model_s_files_may_change_under_the_worker(
         with path.open("r+b") as file:
             file.write(bytes(path.stat().st_size))
 
-    assert [engine._fingerprint.check().changed for engine in loaded] == [[] for _ in loaded]
+    assert [model._checksum.check().changed for model in loaded] == [[] for _ in loaded]
 
 
 def test_a_hub_id_is_loaded_from_what_was_downloaded_before(
-    engine: Pipeline, model_home: Path, hub_cache: Path
+    model: Pipeline, model_home: Path, hub_cache: Path
 ) -> None:
     put_in_hub_cache(hub_cache, model_home, "owner/tiny")
 
     loaded = load_engine(model_home, ZLORA_MODEL="owner/tiny")
 
     assert loaded.name == "owner/tiny"
-    assert_equal_weights(engine, loaded)
+    assert_equal_weights(model, loaded)
 
 
 @upcast_vae
@@ -165,11 +165,11 @@ def test_a_folder_of_fp16_files_loads_in_half_precision(model_home: Path, tmp_pa
 @upcast_vae
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_draws_nearly_the_same_and_gives_the_model_back(
-    engine: Pipeline, model_home: Path, dtype: str
+    model: Pipeline, model_home: Path, dtype: str
 ) -> None:
     half = load_engine(model_home, ZLORA_DTYPE=dtype)
 
-    with half.borrowed():
+    with half.exclusive():
         first = pixels(half)
 
     assert half.state is PipelineState.READY
@@ -177,7 +177,7 @@ def test_half_precision_draws_nearly_the_same_and_gives_the_model_back(
     assert {getattr(half.pipeline, component).dtype for component in PARTS} == {
         getattr(torch, dtype)
     }
-    assert difference(first, pixels(engine)) <= 32
+    assert difference(first, pixels(model)) <= 32
 
 
 # --- the VAE
@@ -220,7 +220,7 @@ def test_a_vae_that_overflows_in_fp16_still_draws(model_home: Path, overflowing:
 
 @pytest.mark.parametrize("force_upcast", [True, False])
 def test_another_vae_is_used_with_its_own_configuration(
-    engine: Pipeline, model_home: Path, tiny: Path, tmp_path: Path, *, force_upcast: bool
+    model: Pipeline, model_home: Path, tiny: Path, tmp_path: Path, *, force_upcast: bool
 ) -> None:
     folder = tmp_path / "vae"
     shutil.copytree(tiny / "vae", folder)
@@ -235,7 +235,7 @@ def test_another_vae_is_used_with_its_own_configuration(
     assert torch.equal(
         weights(loaded, "vae")["decoder.conv_out.bias"], tensors["decoder.conv_out.bias"]
     )
-    assert pixels(loaded) != pixels(engine)
+    assert pixels(loaded) != pixels(model)
 
 
 # --- the packaged configuration of real SDXL

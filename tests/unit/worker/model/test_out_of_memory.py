@@ -30,16 +30,16 @@ WIDE: Final = {"width": 128, "height": 64}  # twice as wide as the model's own p
 
 
 @pytest.fixture(scope="module")
-def engine(model_home: Path) -> Pipeline:
+def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
 @contextlib.contextmanager
 def decoder_room(
-    engine: Pipeline, columns: int, fault: Exception = FAULTS["gpu"]
+    model: Pipeline, columns: int, fault: Exception = FAULTS["gpu"]
 ) -> Iterator[list[tuple[int, ...]]]:
     """A decoder with memory for latents of so many columns and rows; yields the sizes that it decodes."""
-    decoder, sizes = engine.pipeline.vae.decoder, list[tuple[int, ...]]()
+    decoder, sizes = model.pipeline.vae.decoder, list[tuple[int, ...]]()
     forward = decoder.forward
 
     def decode(latents: Tensor, *rest: object) -> Any:
@@ -67,9 +67,9 @@ def failing(fault: Exception) -> Callable[..., NoReturn]:
     return fail
 
 
-def job(engine: Pipeline, **fields: Any) -> bytes:
-    with engine.borrowed(a_request(**fields)):
-        return pixels(engine, **fields)
+def job(model: Pipeline, **fields: Any) -> bytes:
+    with model.exclusive(a_request(**fields)):
+        return pixels(model, **fields)
 
 
 def likeness(one: bytes, other: bytes) -> float:
@@ -77,11 +77,11 @@ def likeness(one: bytes, other: bytes) -> float:
     return float(np.corrcoef(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8))[0, 1])
 
 
-def is_healthy(engine: Pipeline) -> bool:
+def is_healthy(model: Pipeline) -> bool:
     """Whether all of the base is what was loaded, and no tiling is left behind."""
-    lent = engine.state
-    engine.check()
-    return lent is PipelineState.READY and not engine.pipeline.vae.use_tiling
+    lent = model.state
+    model.check()
+    return lent is PipelineState.READY and not model.pipeline.vae.use_tiling
 
 
 @faults
@@ -89,59 +89,59 @@ def is_healthy(engine: Pipeline) -> bool:
     "fields", [{}, WIDE, {"width": 72, "height": 104}], ids=["native", "wide", "odd"]
 )
 def test_a_decode_that_runs_out_of_memory_is_done_in_tiles(
-    engine: Pipeline, fault: Exception, fields: dict[str, int]
+    model: Pipeline, fault: Exception, fields: dict[str, int]
 ) -> None:
     """Of pictures of the model's own size too, for which a VAE's own tiles are too large; each shows the same."""
-    before = job(engine, **fields)
-    assert not engine.tiled
+    before = job(model, **fields)
+    assert not model.tiled
 
-    with decoder_room(engine, 4, fault) as sizes:
-        tiled = job(engine, **fields)
+    with decoder_room(model, 4, fault) as sizes:
+        tiled = job(model, **fields)
 
-    assert engine.tiled
+    assert model.tiled
     assert len(sizes) > 1
     assert 0.7 < likeness(tiled, before) < 1
-    assert is_healthy(engine)
-    assert job(engine, **fields) == before
-    assert not engine.tiled
+    assert is_healthy(model)
+    assert job(model, **fields) == before
+    assert not model.tiled
 
 
-def test_nothing_is_denoised_again_for_tiles(engine: Pipeline) -> None:
+def test_nothing_is_denoised_again_for_tiles(model: Pipeline) -> None:
     heard: list[int] = []
 
-    with decoder_room(engine, 4):
-        engine.draw(a_request(num_inference_steps=3), 1, heard.append)
+    with decoder_room(model, 4):
+        model.draw(a_request(num_inference_steps=3), 1, heard.append)
 
-    assert engine.tiled
+    assert model.tiled
     assert heard == [1, 2, 3]
 
 
-def test_each_picture_tells_for_itself_whether_it_is_tiled(engine: Pipeline) -> None:
-    with engine.borrowed():
-        with decoder_room(engine, 4):
-            pixels(engine)
-        first = engine.tiled
-        pixels(engine)
+def test_each_picture_tells_for_itself_whether_it_is_tiled(model: Pipeline) -> None:
+    with model.exclusive():
+        with decoder_room(model, 4):
+            pixels(model)
+        first = model.tiled
+        pixels(model)
 
-    assert (first, engine.tiled) == (True, False)
+    assert (first, model.tiled) == (True, False)
 
 
 @upcast_vae
 def test_tiles_are_decoded_in_the_type_that_the_whole_is(model_home: Path) -> None:
     """In fp32, where the VAE would overflow in fp16; and it is back in fp16 afterwards."""
-    engine = load_engine(model_home, ZLORA_DTYPE="float16")
+    model = load_engine(model_home, ZLORA_DTYPE="float16")
     types: list[torch.dtype] = []
-    engine.pipeline.vae.decoder.register_forward_hook(lambda *call: types.append(call[-1].dtype))
-    before = job(engine)
+    model.pipeline.vae.decoder.register_forward_hook(lambda *call: types.append(call[-1].dtype))
+    before = job(model)
 
-    with decoder_room(engine, 4):
-        tiled = job(engine)
+    with decoder_room(model, 4):
+        tiled = job(model)
 
-    assert engine.tiled
+    assert model.tiled
     assert set(types) == {torch.float32}
-    assert engine.pipeline.vae.dtype is torch.float16
+    assert model.pipeline.vae.dtype is torch.float16
     assert likeness(tiled, before) > 0.7
-    assert job(engine) == before
+    assert job(model) == before
 
 
 @upcast_vae
@@ -149,31 +149,31 @@ def test_tiles_are_decoded_in_the_type_that_the_whole_is(model_home: Path) -> No
 def test_a_decode_that_runs_out_of_memory_in_tiles_too_is_a_typed_failure(
     model_home: Path, fault: Exception
 ) -> None:
-    engine = load_engine(model_home, ZLORA_DTYPE="float16")
-    before = job(engine)
+    model = load_engine(model_home, ZLORA_DTYPE="float16")
+    before = job(model)
 
-    with decoder_room(engine, 3, fault), pytest.raises(OutOfMemory) as raised:
-        job(engine)
+    with decoder_room(model, 3, fault), pytest.raises(OutOfMemory) as raised:
+        job(model)
 
     assert raised.value.details == {"width": 64, "height": 64}
-    assert is_healthy(engine)
-    assert job(engine) == before
+    assert is_healthy(model)
+    assert job(model) == before
 
 
 @faults
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])
 def test_a_model_that_runs_out_of_memory_is_a_typed_failure_and_the_next_job_is_drawn(
-    engine: Pipeline, component: str, fault: Exception
+    model: Pipeline, component: str, fault: Exception
 ) -> None:
-    before = job(engine)
+    before = job(model)
 
-    with no_room(getattr(engine.pipeline, component), fault), pytest.raises(OutOfMemory) as raised:
-        job(engine, **WIDE)
+    with no_room(getattr(model.pipeline, component), fault), pytest.raises(OutOfMemory) as raised:
+        job(model, **WIDE)
 
     assert raised.value.details == WIDE
     assert raised.value.__cause__ is fault
-    assert is_healthy(engine)
-    assert job(engine) == before
+    assert is_healthy(model)
+    assert job(model) == before
 
 
 @pytest.fixture(params=["shadow", "inplace"])
@@ -208,11 +208,12 @@ def test_a_merge_that_runs_out_of_memory_is_a_typed_failure_and_the_next_one_is_
     before = job(merging)
 
     def draw() -> bytes:
-        with merging.borrowed(a_request(**WIDE)), merging.patch.applied([adapter]):
+        with merging.exclusive(a_request(**WIDE)), merging.patch.applied([adapter]):
             return pixels(merging)
 
     expected = draw()
-    merging.patch.forget()
+    with merging.patch.applied([]):  # forget the merged set
+        pass
     with merge_room(blocks, fault), pytest.raises(OutOfMemory) as raised:
         draw()
 
@@ -223,12 +224,12 @@ def test_a_merge_that_runs_out_of_memory_is_a_typed_failure_and_the_next_one_is_
 
 
 def test_what_a_failed_attempt_holds_is_let_go_before_the_next_one(
-    engine: Pipeline, monkeypatch: pytest.MonkeyPatch
+    model: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before tiles, and before the base is compared: an error's traceback would keep the tensors of its frames."""
     held: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
-    check = engine._fingerprint.check
+    check = model._checksum.check
 
     def look() -> None:
         alive.append(sum(ref() is not None for ref in held))
@@ -243,10 +244,10 @@ def test_what_a_failed_attempt_holds_is_let_go_before_the_next_one(
         look()
         return check(seconds)
 
-    monkeypatch.setattr(engine.pipeline.vae.decoder, "forward", hungry)
-    monkeypatch.setattr(engine._fingerprint, "check", checked)
+    monkeypatch.setattr(model.pipeline.vae.decoder, "forward", hungry)
+    monkeypatch.setattr(model._checksum, "check", checked)
     with pytest.raises(OutOfMemory):
-        job(engine)
+        job(model)
 
     assert len(held) == 2
     assert alive == [0, 0, 0]
@@ -255,32 +256,32 @@ def test_what_a_failed_attempt_holds_is_let_go_before_the_next_one(
 @pytest.mark.parametrize(
     "fault", [RuntimeError("Expected all tensors to be on the same device"), KeyError("latents")]
 )
-def test_another_fault_is_not_taken_for_it(engine: Pipeline, fault: Exception) -> None:
-    with decoder_room(engine, 4, fault), pytest.raises(type(fault)) as raised:
-        job(engine)
+def test_another_fault_is_not_taken_for_it(model: Pipeline, fault: Exception) -> None:
+    with decoder_room(model, 4, fault), pytest.raises(type(fault)) as raised:
+        job(model)
 
     assert raised.value is fault
-    assert not engine.tiled
-    assert is_healthy(engine)
+    assert not model.tiled
+    assert is_healthy(model)
 
 
-def test_tiling_that_a_signal_leaves_on_is_off_after_the_job(engine: Pipeline) -> None:
-    with engine.borrowed() as pipeline:
+def test_tiling_that_a_signal_leaves_on_is_off_after_the_job(model: Pipeline) -> None:
+    with model.exclusive() as pipeline:
         pipeline.vae.enable_tiling()
 
-    assert is_healthy(engine)
+    assert is_healthy(model)
 
 
-def test_a_job_may_fail_to_say_its_size(engine: Pipeline) -> None:
-    with no_room(engine.pipeline.unet), pytest.raises(OutOfMemory) as raised, engine.borrowed():
-        pixels(engine)
+def test_a_job_may_fail_to_say_its_size(model: Pipeline) -> None:
+    with no_room(model.pipeline.unet), pytest.raises(OutOfMemory) as raised, model.exclusive():
+        pixels(model)
 
     assert raised.value.details == {"width": None, "height": None}
 
 
-def test_a_real_allocation_that_fails_is_known(engine: Pipeline) -> None:
+def test_a_real_allocation_that_fails_is_known(model: Pipeline) -> None:
     """Torch has no class for it on a CPU: what is known are its words."""
-    with pytest.raises(OutOfMemory, match="allocate memory"), engine.borrowed():
+    with pytest.raises(OutOfMemory, match="allocate memory"), model.exclusive():
         torch.empty(2**50)
 
 
@@ -289,15 +290,15 @@ def test_a_base_that_there_is_no_memory_to_compare_is_not_trusted(
     model_home: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     """The child leaves for it, as for a base that differs; it is trusted again once it can be compared."""
-    engine = load_engine(model_home)
+    model = load_engine(model_home)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._fingerprint, "check", failing(fault))
+        patch.setattr(model._checksum, "check", failing(fault))
         with pytest.raises(BaseNotRestored, match="cannot be compared"):
-            job(engine)
-        assert not engine.is_sound()
+            job(model)
+        assert not model.is_ready()
 
-    assert engine.is_sound()
+    assert model.is_ready()
 
 
 def not_a_number(latents: Tensor) -> None:
@@ -315,20 +316,20 @@ def one_infinite(latents: Tensor) -> None:
 @pytest.mark.parametrize("damage", [not_a_number, one_not_a_number, one_infinite])
 @pytest.mark.parametrize("room", [64, 4], ids=["whole", "tiled"])
 def test_latents_with_nan_or_inf_are_a_failure_and_no_picture(
-    engine: Pipeline, monkeypatch: pytest.MonkeyPatch, room: int, damage: Callable[[Tensor], None]
+    model: Pipeline, monkeypatch: pytest.MonkeyPatch, room: int, damage: Callable[[Tensor], None]
 ) -> None:
     """Wherever in the picture: one tile of many is enough."""
-    before, decode = job(engine), engine.pipeline.vae.decode
+    before, decode = job(model), model.pipeline.vae.decode
 
     def spoilt(latents: Tensor, **options: Any) -> Any:
         damage(latents)
         return decode(latents, **options)
 
-    monkeypatch.setattr(engine.pipeline.vae, "decode", spoilt)
-    with decoder_room(engine, room) as sizes, pytest.raises(GenerationFailed, match="NaN or Inf"):
-        job(engine)
+    monkeypatch.setattr(model.pipeline.vae, "decode", spoilt)
+    with decoder_room(model, room) as sizes, pytest.raises(GenerationFailed, match="NaN or Inf"):
+        job(model)
     monkeypatch.undo()
 
-    assert engine.tiled == (len(sizes) > 1) == (room == 4)
-    assert is_healthy(engine)
-    assert job(engine) == before
+    assert model.tiled == (len(sizes) > 1) == (room == 4)
+    assert is_healthy(model)
+    assert job(model) == before

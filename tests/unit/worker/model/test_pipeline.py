@@ -23,19 +23,19 @@ SOME_WEIGHT = {  # by the end of its name: releases of transformers differ in ho
 
 
 @pytest.fixture(scope="module")
-def engine(model_home: Path) -> Pipeline:
+def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
 @pytest.fixture(scope="module")
-def own(engine: Pipeline) -> bytes:
+def own(model: Pipeline) -> bytes:
     """The picture by the model's own scheduler, drawn before any other."""
-    return pixels(engine, num_inference_steps=3)
+    return pixels(model, num_inference_steps=3)
 
 
 @pytest.fixture
-def doomed(model_home: Path) -> Pipeline:
-    """An engine for one test, which leaves it damaged."""
+def disposable(model_home: Path) -> Pipeline:
+    """An model for one test, which leaves it damaged."""
     return load_engine(model_home)
 
 
@@ -46,43 +46,43 @@ def flip(tensor: torch.Tensor, bit: int, *, at: int = 0) -> None:
     numbers[at % len(numbers)] ^= -(2 ** (width - 1)) if bit == width - 1 else 2**bit
 
 
-def test_one_seed_draws_one_picture_and_another_seed_another(engine: Pipeline) -> None:
-    first, other, again = (pixels(engine, seed=seed) for seed in (1, 2, 1))
+def test_one_seed_draws_one_picture_and_another_seed_another(model: Pipeline) -> None:
+    first, other, again = (pixels(model, seed=seed) for seed in (1, 2, 1))
 
     assert first == again
     assert first != other
 
 
-def test_a_picture_uses_the_prompt_and_the_negative_prompt(engine: Pipeline) -> None:
+def test_a_picture_uses_the_prompt_and_the_negative_prompt(model: Pipeline) -> None:
     pictures = {
-        pixels(engine),
-        pixels(engine, prompt="a portrait"),
-        pixels(engine, negative_prompt="blurry"),
-        pixels(engine, guidance_scale=1.0),
+        pixels(model),
+        pixels(model, prompt="a portrait"),
+        pixels(model, negative_prompt="blurry"),
+        pixels(model, guidance_scale=1.0),
     }
 
     assert len(pictures) == 4
 
 
-def test_no_negative_prompt_is_not_a_blank_one(engine: Pipeline) -> None:
+def test_no_negative_prompt_is_not_a_blank_one(model: Pipeline) -> None:
     """SDXL was trained with zeros where there is no prompt; a blank is encoded like any other text."""
-    assert pixels(engine) == pixels(engine, negative_prompt="")
-    assert pixels(engine) != pixels(engine, negative_prompt=" ")
+    assert pixels(model) == pixels(model, negative_prompt="")
+    assert pixels(model) != pixels(model, negative_prompt=" ")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_no_scheduler_leaves_a_trace_in_the_next_job(
-    engine: Pipeline, own: bytes, scheduler: Scheduler
+    model: Pipeline, own: bytes, scheduler: Scheduler
 ) -> None:
     """Each job has a scheduler of its own: what the multistep ones remember is gone with it."""
-    first = pixels(engine, num_inference_steps=3, scheduler=scheduler)
+    first = pixels(model, num_inference_steps=3, scheduler=scheduler)
 
-    assert pixels(engine, num_inference_steps=3) == own
-    assert pixels(engine, num_inference_steps=3, scheduler=scheduler) == first
+    assert pixels(model, num_inference_steps=3) == own
+    assert pixels(model, num_inference_steps=3, scheduler=scheduler) == first
 
 
-def test_each_scheduler_is_another_way_to_the_picture(engine: Pipeline, own: bytes) -> None:
-    pictures = {name: pixels(engine, num_inference_steps=3, scheduler=name) for name in SCHEDULERS}
+def test_each_scheduler_is_another_way_to_the_picture(model: Pipeline, own: bytes) -> None:
+    pictures = {name: pixels(model, num_inference_steps=3, scheduler=name) for name in SCHEDULERS}
 
     assert pictures["euler"] == own
     assert len(set(pictures.values())) == len(SCHEDULERS)
@@ -90,31 +90,31 @@ def test_each_scheduler_is_another_way_to_the_picture(engine: Pipeline, own: byt
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "heun"])
 def test_each_step_is_heard_once_from_the_first_to_the_last(
-    engine: Pipeline, scheduler: Scheduler
+    model: Pipeline, scheduler: Scheduler
 ) -> None:
     heard: list[int] = []
 
-    engine.draw(a_request(num_inference_steps=3, scheduler=scheduler), 1, heard.append)
+    model.draw(a_request(num_inference_steps=3, scheduler=scheduler), 1, heard.append)
 
     assert heard == [1, 2, 3]
 
 
 def test_a_second_order_scheduler_is_heard_more_often_but_never_before_its_first_or_after_its_last_step(
-    engine: Pipeline,
+    model: Pipeline,
 ) -> None:
     heard: list[int] = []
 
-    engine.draw(a_request(num_inference_steps=3, scheduler="heun"), 1, heard.append)
+    model.draw(a_request(num_inference_steps=3, scheduler="heun"), 1, heard.append)
 
     assert heard == sorted(heard)
     assert set(heard) == {1, 2, 3}
 
 
-def test_lcm_takes_more_steps_than_its_own_fifty(engine: Pipeline) -> None:
+def test_lcm_takes_more_steps_than_its_own_fifty(model: Pipeline) -> None:
     """Every scheduler takes every number of steps that a request may have."""
     heard: list[int] = []
 
-    engine.draw(a_request(num_inference_steps=51, scheduler="lcm"), 1, heard.append)
+    model.draw(a_request(num_inference_steps=51, scheduler="lcm"), 1, heard.append)
 
     assert heard[-1] == 51
 
@@ -129,20 +129,20 @@ def test_lcm_takes_more_steps_than_its_own_fifty(engine: Pipeline) -> None:
     ],
 )
 def test_a_picture_has_the_size_asked_for_and_else_the_models_own(
-    engine: Pipeline, fields: dict[str, int], size: tuple[int, int]
+    model: Pipeline, fields: dict[str, int], size: tuple[int, int]
 ) -> None:
     request = a_request(**fields)
 
-    assert engine.size(request) == size
-    assert engine.draw(request, 1, lambda _step: None).size == size
+    assert model.size(request) == size
+    assert model.draw(request, 1, lambda _step: None).size == size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_seed_means_the_same_initial_noise_in_every_dtype(model_home: Path, dtype: str) -> None:
     """Noise is drawn in fp32 on the CPU and cast: nothing of the model's own type or device is in it."""
-    engine = load_engine(model_home, ZLORA_DTYPE=dtype)
+    model = load_engine(model_home, ZLORA_DTYPE=dtype)
 
-    noise = engine._noise(64, 128, torch.Generator("cpu").manual_seed(11))
+    noise = model._noise(64, 128, torch.Generator("cpu").manual_seed(11))
 
     expected = torch.randn(
         (1, 4, 16, 8), generator=torch.Generator("cpu").manual_seed(11), dtype=torch.float32
@@ -156,167 +156,167 @@ def test_a_seed_means_the_same_initial_noise_in_every_dtype(model_home: Path, dt
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_picture_with_nan_or_inf_is_a_failure_and_no_picture(
-    doomed: Pipeline, component: str, weight: str, value: float
+    disposable: Pipeline, component: str, weight: str, value: float
 ) -> None:
-    weights(doomed, component)[weight][0] = value
+    weights(disposable, component)[weight][0] = value
 
     with pytest.raises(GenerationFailed, match="NaN or Inf"):
-        pixels(doomed)
+        pixels(disposable)
 
 
-def test_a_loaded_model_keeps_no_gradients(engine: Pipeline) -> None:
+def test_a_loaded_model_keeps_no_gradients(model: Pipeline) -> None:
     for component in PARTS:
         assert not [
             name
-            for name, weight in getattr(engine.pipeline, component).named_parameters()
+            for name, weight in getattr(model.pipeline, component).named_parameters()
             if weight.requires_grad
         ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_flipped_bit_of_any_tensor_is_found(model_home: Path, dtype: str) -> None:
-    engine = load_engine(model_home, ZLORA_DTYPE=dtype)
+    model = load_engine(model_home, ZLORA_DTYPE=dtype)
     named = {
-        f"{part}.{name}": tensor for part in PARTS for name, tensor in weights(engine, part).items()
+        f"{part}.{name}": tensor for part in PARTS for name, tensor in weights(model, part).items()
     }
 
     for bit in range(8 * next(iter(named.values())).element_size()):
         for tensor in named.values():
             flip(tensor, bit, at=7919 * bit)
-        found = engine._fingerprint.check()
+        found = model._checksum.check()
         for tensor in named.values():
             flip(tensor, bit, at=7919 * bit)
 
         assert set(found.changed) == set(named)
         assert found.share == 1.0
-    engine.check()
+    model.check()
 
 
 def test_a_short_job_pays_for_a_slice_and_slices_go_round(
-    doomed: Pipeline, monkeypatch: pytest.MonkeyPatch
+    disposable: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is damaged is found after at most so many jobs as there are slices, and the share read is told."""
     monkeypatch.setattr("zlora_worker.model.checksum._SLICE", 2**20)
     monkeypatch.setattr("zlora_worker.model.pipeline._CHECK_SHARE", 0.0)
-    monkeypatch.setattr(doomed._fingerprint, "_seconds", 1e9)
-    with doomed.borrowed():
+    monkeypatch.setattr(disposable._checksum, "_seconds", 1e9)
+    with disposable.exclusive():
         pass
-    share = doomed.base_checked
+    share = disposable.base_checked
     assert 0.1 < share < 0.5
-    flip(weights(doomed, "vae")["decoder.conv_in.bias"], 3)
+    flip(weights(disposable, "vae")["decoder.conv_in.bias"], 3)
 
     found = 0
-    while doomed.state is PipelineState.READY and found < 1 / share + 1:
+    while disposable.state is PipelineState.READY and found < 1 / share + 1:
         found += 1
-        with contextlib.suppress(BaseNotRestored), doomed.borrowed():
+        with contextlib.suppress(BaseNotRestored), disposable.exclusive():
             pass
 
-    assert doomed.state is PipelineState.DIRTY
+    assert disposable.state is PipelineState.DIRTY
 
 
 def test_a_long_job_and_a_demand_pay_for_all_of_it(
-    engine: Pipeline, monkeypatch: pytest.MonkeyPatch
+    model: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zlora_worker.model.pipeline._CHECK_SHARE", 1e9)
-    with engine.borrowed():
+    with model.exclusive():
         pass
 
-    assert engine.base_checked == 1.0
+    assert model.base_checked == 1.0
 
 
 def test_a_setting_has_all_of_it_checked_after_every_job(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load_engine(model_home, ZLORA_BASE_CHECK="all")
-    monkeypatch.setattr(engine._fingerprint, "_seconds", 1e9)
+    model = load_engine(model_home, ZLORA_BASE_CHECK="all")
+    monkeypatch.setattr(model._checksum, "_seconds", 1e9)
 
-    with engine.borrowed():
+    with model.exclusive():
         pass
 
-    assert engine.base_checked == 1.0
+    assert model.base_checked == 1.0
 
 
-def test_a_parameter_that_is_not_at_the_base_is_found_by_any_check(doomed: Pipeline) -> None:
+def test_a_parameter_that_is_not_at_the_base_is_found_by_any_check(disposable: Pipeline) -> None:
     """Even one with the same values: what is drawn with is not what is watched."""
-    weight = doomed.pipeline.unet.conv_in.weight
+    weight = disposable.pipeline.unet.conv_in.weight
 
-    with pytest.raises(BaseNotRestored, match=r"unet\.conv_in\.weight"), doomed.borrowed():
+    with pytest.raises(BaseNotRestored, match=r"unet\.conv_in\.weight"), disposable.exclusive():
         weight.data = weight.data.clone()
 
 
 def test_a_vae_left_in_another_type_is_put_back(model_home: Path) -> None:
     """The pipeline decodes in fp32 and casts back; a job that ends in between leaves it so."""
-    engine = load_engine(model_home, ZLORA_DTYPE="float16")
+    model = load_engine(model_home, ZLORA_DTYPE="float16")
 
     def job() -> None:
-        engine.pipeline.vae.to(torch.float32)
+        model.pipeline.vae.to(torch.float32)
         raise KeyError
 
-    with pytest.raises(KeyError), engine.borrowed():
+    with pytest.raises(KeyError), model.exclusive():
         job()
 
-    assert engine.state is PipelineState.READY
-    assert engine.pipeline.vae.dtype is torch.float16
+    assert model.state is PipelineState.READY
+    assert model.pipeline.vae.dtype is torch.float16
 
 
 @pytest.mark.parametrize("component", PARTS)
 def test_a_base_with_one_flipped_bit_is_found_and_lent_no_more(
-    doomed: Pipeline, component: str
+    disposable: Pipeline, component: str
 ) -> None:
-    (name,) = (name for name in weights(doomed, component) if name.endswith(SOME_WEIGHT[component]))
+    (name,) = (
+        name for name in weights(disposable, component) if name.endswith(SOME_WEIGHT[component])
+    )
 
     with (
         pytest.raises(BaseNotRestored, match=rf"1 tensors .* {component}\.{name}"),
-        doomed.borrowed(),
+        disposable.exclusive(),
     ):
-        flip(weights(doomed, component)[name], 0)
+        flip(weights(disposable, component)[name], 0)
 
-    assert doomed.state is PipelineState.DIRTY
-    with pytest.raises(BaseNotRestored), doomed.borrowed():
-        pytest.fail("a dirty engine was lent")
+    assert disposable.state is PipelineState.DIRTY
+    with pytest.raises(BaseNotRestored), disposable.exclusive():
+        pytest.fail("a dirty model was lent")
 
 
-def test_a_module_left_behind_is_found(doomed: Pipeline) -> None:
-    with pytest.raises(BaseNotRestored, match=r"unet\.stray"), doomed.borrowed() as pipeline:
+def test_a_module_left_behind_is_found(disposable: Pipeline) -> None:
+    with pytest.raises(BaseNotRestored, match=r"unet\.stray"), disposable.exclusive() as pipeline:
         pipeline.unet.add_module("stray", torch.nn.Linear(2, 2))
 
-    assert doomed.state is PipelineState.DIRTY
+    assert disposable.state is PipelineState.DIRTY
 
 
-def in_another_order(engine: Pipeline) -> None:
-    weight = weights(engine, "unet")["conv_in.weight"]
+def in_another_order(model: Pipeline) -> None:
+    weight = weights(model, "unet")["conv_in.weight"]
     weight.copy_(weight.flip(0))
 
 
-def two_signs(engine: Pipeline) -> None:
+def two_signs(model: Pipeline) -> None:
     """Whose bits add to nothing in a sum of words."""
-    weight = weights(engine, "unet")["mid_block.resnets.0.conv1.weight"].view(-1)
+    weight = weights(model, "unet")["mid_block.resnets.0.conv1.weight"].view(-1)
     weight[[1, 2001]] *= -1
 
 
-def another_parameter(engine: Pipeline) -> None:
-    engine.pipeline.unet.conv_in.weight = torch.nn.Parameter(
-        3 * engine.pipeline.unet.conv_in.weight
-    )
+def another_parameter(model: Pipeline) -> None:
+    model.pipeline.unet.conv_in.weight = torch.nn.Parameter(3 * model.pipeline.unet.conv_in.weight)
 
 
-def another_module(engine: Pipeline) -> None:
-    engine.pipeline.unet.time_embedding.linear_1 = torch.nn.Linear(16, 64)
+def another_module(model: Pipeline) -> None:
+    model.pipeline.unet.time_embedding.linear_1 = torch.nn.Linear(16, 64)
 
 
-def another_layout(engine: Pipeline) -> None:
-    weight = engine.pipeline.unet.time_embedding.linear_2.weight
+def another_layout(model: Pipeline) -> None:
+    weight = model.pipeline.unet.time_embedding.linear_2.weight
     weight.data = weight.data.t()
 
 
-def a_buffer(engine: Pipeline) -> None:
+def a_buffer(model: Pipeline) -> None:
     """One that no state dict has."""
-    ids = engine.pipeline.text_encoder.embeddings.position_ids
+    ids = model.pipeline.text_encoder.embeddings.position_ids
     ids.copy_(ids.flip(-1))
 
 
-def training(engine: Pipeline) -> None:
-    engine.pipeline.unet.train()
+def training(model: Pipeline) -> None:
+    model.pipeline.unet.train()
 
 
 @pytest.mark.parametrize(
@@ -332,34 +332,34 @@ def training(engine: Pipeline) -> None:
     ],
 )
 def test_whatever_a_job_can_leave_changed_is_found(
-    doomed: Pipeline, damage: Callable[[Pipeline], None]
+    disposable: Pipeline, damage: Callable[[Pipeline], None]
 ) -> None:
-    with pytest.raises(BaseNotRestored), doomed.borrowed():
-        damage(doomed)
+    with pytest.raises(BaseNotRestored), disposable.exclusive():
+        damage(disposable)
 
-    assert not doomed.is_sound()
+    assert not disposable.is_ready()
 
 
-def test_a_lora_left_behind_is_found(doomed: Pipeline, model_home: Path) -> None:
+def test_a_lora_left_behind_is_found(disposable: Pipeline, model_home: Path) -> None:
     path = tiny_lora(model_home, "cyberpunk-style")
 
-    with pytest.raises(BaseNotRestored), doomed.borrowed() as pipeline:
+    with pytest.raises(BaseNotRestored), disposable.exclusive() as pipeline:
         pipeline.load_lora_weights(str(path), adapter_name="left")
 
-    assert doomed.state is PipelineState.DIRTY
+    assert disposable.state is PipelineState.DIRTY
 
 
-def test_a_model_is_lent_to_one_job_only(engine: Pipeline) -> None:
-    with engine.borrowed():
-        lent = engine.state
-        with pytest.raises(BaseNotRestored), engine.borrowed():
-            pytest.fail("the engine was lent twice")
+def test_a_model_is_lent_to_one_job_only(model: Pipeline) -> None:
+    with model.exclusive():
+        lent = model.state
+        with pytest.raises(BaseNotRestored), model.exclusive():
+            pytest.fail("the model was lent twice")
 
-    assert (lent, engine.state) == (PipelineState.LENT, PipelineState.READY)
+    assert (lent, model.state) == (PipelineState.BUSY, PipelineState.READY)
 
 
 def test_a_check_that_a_signal_cuts_short_is_made_before_the_next_job(
-    doomed: Pipeline, monkeypatch: pytest.MonkeyPatch
+    disposable: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model is not lost for it, as it would be for a base that differs."""
 
@@ -367,36 +367,36 @@ def test_a_check_that_a_signal_cuts_short_is_made_before_the_next_job(
         raise InterruptedError
 
     with monkeypatch.context() as context:
-        context.setattr(doomed._fingerprint, "check", cut_short)
-        with pytest.raises(InterruptedError), doomed.borrowed():
+        context.setattr(disposable._checksum, "check", cut_short)
+        with pytest.raises(InterruptedError), disposable.exclusive():
             pass
-    states = [doomed.state]
+    states = [disposable.state]
 
-    with doomed.borrowed():
+    with disposable.exclusive():
         pass
 
-    assert [*states, doomed.state] == [PipelineState.DIRTY, PipelineState.READY]
+    assert [*states, disposable.state] == [PipelineState.DIRTY, PipelineState.READY]
 
 
-def test_a_job_that_fails_gives_an_intact_model_back(engine: Pipeline) -> None:
-    before = pixels(engine)
+def test_a_job_that_fails_gives_an_intact_model_back(model: Pipeline) -> None:
+    before = pixels(model)
 
-    with pytest.raises(KeyError, match="of the job"), engine.borrowed():
+    with pytest.raises(KeyError, match="of the job"), model.exclusive():
         raise KeyError("of the job")
 
-    assert engine.state is PipelineState.READY
-    assert pixels(engine) == before
+    assert model.state is PipelineState.READY
+    assert pixels(model) == before
 
 
-def test_a_job_that_fails_and_leaves_damage_is_reported_as_damage(doomed: Pipeline) -> None:
+def test_a_job_that_fails_and_leaves_damage_is_reported_as_damage(disposable: Pipeline) -> None:
     """The worker must learn that the base is lost; what the job failed of stays to be read as the context."""
 
     def job() -> None:
-        flip(weights(doomed, "vae")["decoder.conv_in.bias"], 3)
+        flip(weights(disposable, "vae")["decoder.conv_in.bias"], 3)
         raise KeyError("of the job")
 
-    with pytest.raises(BaseNotRestored) as raised, doomed.borrowed():
+    with pytest.raises(BaseNotRestored) as raised, disposable.exclusive():
         job()
 
     assert isinstance(raised.value.__context__, KeyError)
-    assert doomed.state is PipelineState.DIRTY
+    assert disposable.state is PipelineState.DIRTY

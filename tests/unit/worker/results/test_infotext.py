@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.fakes import a_recipe, a_request
 from zlora.schema import Asset, GenerateRequest, LoraSpec, Scheduler, parse_request
-from zlora_worker.model import pipeline
+from zlora_worker.model.schedulers import SCHEDULERS
 from zlora_worker.results.infotext import infotext
 
 NEGATIVE: Final = "Negative prompt: "
@@ -151,9 +151,9 @@ def test_any_address_has_a_name(address: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", get_args(Scheduler))
-def test_every_scheduler_has_the_name_that_the_web_ui_has_for_it(scheduler: str) -> None:
-    kind, options = pipeline._SCHEDULERS[scheduler]
-    name = kind + " karras" * options.get("use_karras_sigmas", False)
+def test_every_scheduler_has_the_name_that_the_web_ui_has_for_it(scheduler: Scheduler) -> None:
+    entry = SCHEDULERS[scheduler]
+    name = entry.class_name + " karras" * entry.options.get("use_karras_sigmas", False)
 
     settings = pairs(written(a_request(), scheduler=name).split("\n")[-1])
 
