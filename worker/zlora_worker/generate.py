@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
+import msgspec
 from zlora.redaction import label
-from zlora.schema import GenerateRequest, GenerateResult, LoraReceipt, LoraSpec, digest_of, seed_of
+from zlora.schema import GenerateRequest, GenerateResult, LoraReceipt, LoraSpec, digest_of
 
 from zlora_worker.fetch.cache import Cache, CachedFile
 from zlora_worker.lora import reader
@@ -17,7 +18,7 @@ from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results.manifest import write_manifest
-from zlora_worker.results.provenance import Provenance, pinned, shared
+from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.store import Store, open_store
 from zlora_worker.results.uploader import ImageUploader
 from zlora_worker.results.urls import ImageUrls
@@ -100,20 +101,20 @@ def generate(
         engine, job_id, pinned(request, [(file.source, file.sha256) for file in files])
     )
     digests = [reading.lora.tensors_sha256 for reading in readings]
-    with ImageUploader(runtime.store, recipe, digests=digests) as pictures:
+    with ImageUploader(runtime.store, recipe, tensors_sha256=digests) as pictures:
         if not resumed:
-            pictures.clear()
+            pictures.delete_stored()
         with engine.borrowed(request), engine.patch.applied(adapters) as norms:
             laps.end("apply")
             for index in range(request.num_images):
-                if not (resumed and pictures.take_over()):
+                if not (resumed and pictures.reuse_stored()):
                     picture = engine.draw(
                         request, recipe.seed + index, _steps(runtime.meter, report, index, request)
                     )
                     pictures.add(picture, tiled=engine.tiled)
             laps.end("denoise")
         laps.end("restore")
-        refs = pictures.stored(lambda done: report("uploading", done, request.num_images))
+        refs = pictures.images(lambda done: report("uploading", done, request.num_images))
         laps.end("tail")
 
     receipts = [
@@ -132,7 +133,7 @@ def generate(
         started_at=started,
         finished_at=time.time(),
         request_sha256=digest_of(request),
-        **shared(recipe),
+        **msgspec.structs.asdict(recipe),
     )
     report(
         "uploading", request.num_images, request.num_images
@@ -140,15 +141,11 @@ def generate(
     return write_manifest(runtime.store, result)
 
 
-def _recipe(engine: Pipeline, job_id: str, request: GenerateRequest) -> Provenance:
-    """Of the job's first picture."""
-    width, height = engine.size(request)
+def _recipe(engine: Pipeline, job_id: str, request: GenerateRequest) -> JobProvenance:
     device, dtype, threads = engine.machine
-    return Provenance(
+    return JobProvenance(
         job_id=job_id,
-        seed=seed_of(job_id) if request.seed is None else request.seed,
-        width=width,
-        height=height,
+        seed=request.seed_for(job_id),
         request=request,
         model=engine.name,
         base_sha256=engine.base_sha256,
