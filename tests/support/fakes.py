@@ -16,7 +16,7 @@ from zlora.errors import StoreFailed
 from zlora.schema import GenerateRequest
 from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.results.provenance import Provenance
+from zlora_worker.results.provenance import ImageProvenance
 from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
@@ -90,8 +90,8 @@ def a_request(**fields: Any) -> GenerateRequest:
     return GenerateRequest(**small | fields)
 
 
-def a_recipe(request: GenerateRequest, **fields: Any) -> Provenance:
-    """Of a picture that nobody has drawn."""
+def image_provenance(request: GenerateRequest, **fields: Any) -> ImageProvenance:
+    """Return the provenance of a made-up image."""
     some: dict[str, Any] = {
         "job_id": "some-job",
         "seed": 7,
@@ -105,7 +105,7 @@ def a_recipe(request: GenerateRequest, **fields: Any) -> Provenance:
         "dtype": "float32",
         "versions": {"z-image-lora": "1.2"},
     }
-    return Provenance(**some | fields)
+    return ImageProvenance(**some | fields)
 
 
 def pixels(engine: Pipeline, *, seed: int = 7, **fields: Any) -> bytes:

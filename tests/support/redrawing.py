@@ -1,4 +1,4 @@
-"""Jobs as a worker draws them, in files of the test; and files that say something else of themselves."""
+"""Jobs drawn into files of a test, and image files with edited pixels or metadata."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,70 +15,71 @@ from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results import encoding
 from zlora_worker.results.metadata import embed_metadata, provenance_of
-from zlora_worker.results.provenance import Provenance
+from zlora_worker.results.provenance import ImageProvenance
 from zlora_worker.settings import Settings
 
 
-def silent(_phase: str, _done: int, _total: int) -> None:
-    """Nobody watches."""
+def ignore_progress(_phase: str, _done: int, _total: int) -> None:
+    """Report progress to no one."""
 
 
 class Drawing:
-    """Draws jobs as a worker of `machine` does; a job without LoRAs once, since most tests look at one and the same."""
+    """Draws jobs as a worker with these settings does.
+
+    A job without LoRAs is drawn once, since most tests read the same one.
+    """
 
     def __init__(self, engine: Pipeline) -> None:
         self._engine = engine
         self._stored = dict[tuple[bytes, str], dict[str, bytes]]()
 
     def __call__(
-        self, folder: Path, machine: Settings, request: GenerateRequest, job_id: str
+        self, folder: Path, settings: Settings, request: GenerateRequest, job_id: str
     ) -> list[Path]:
-        """Its pictures as they lie in a store's folder, beside their manifest."""
+        """Return the job's images, laid out as in a store folder, with their manifest."""
         name = (msgspec.json.encode(request), job_id)
         if request.loras or name not in self._stored:
-            self._stored[name] = self._objects(machine, request, job_id)
+            store = MemoryStore()
+            child = Child(
+                engine=self._engine,
+                cache=Cache.open(settings),
+                shelf=LoraMemoryCache(max_bytes=10**9),
+                store=store,
+                links=links(store),
+                job_timeout=60,
+                meter=Meter(),
+            )
+            generate(child, job_id, request, ignore_progress)
+            self._stored[name] = {key: data for key, (data, _) in store.objects.items()}
         for key, data in self._stored[name].items():
             (folder / key).parent.mkdir(parents=True, exist_ok=True)
             (folder / key).write_bytes(data)
         return sorted(folder / key for key in self._stored[name] if "/outputs/" in key)
 
-    def _objects(
-        self, machine: Settings, request: GenerateRequest, job_id: str
-    ) -> dict[str, bytes]:
-        store = MemoryStore()
-        parts: dict[str, Any] = {
-            "engine": self._engine,
-            "cache": Cache.open(machine),
-            "shelf": LoraMemoryCache(max_bytes=10**9),
-        }
-        generate(
-            Child(**parts, store=store, links=links(store), job_timeout=60, meter=Meter()),
-            job_id,
-            request,
-            silent,
-        )
-        return {key: data for key, (data, _) in store.objects.items()}
 
-
-def recipe_in(path: Path) -> Provenance:
-    with Image.open(path) as picture:
-        picture.load()
-        recipe = provenance_of(picture)
-    assert recipe
-    return recipe
+def provenance_in(path: Path) -> ImageProvenance:
+    """Return the provenance in an image file."""
+    with Image.open(path) as image:
+        image.load()
+        provenance = provenance_of(image)
+    assert provenance
+    return provenance
 
 
 def rewritten(
-    path: Path, *, edit: Callable[[Image.Image], Image.Image] = Image.Image.copy, **fields: Any
+    path: Path,
+    *,
+    target: Path | None = None,
+    edit: Callable[[Image.Image], Image.Image] = Image.Image.copy,
+    **fields: Any,
 ) -> Path:
-    """The same file with its pixels edited, or with other words in what it says of itself."""
-    recipe = recipe_in(path)
-    with Image.open(path) as picture:
-        pixels = edit(picture.convert("RGB"))
-    said = msgspec.structs.replace(recipe, **fields)
-    path.write_bytes(
-        encoding.encode(
-            pixels, recipe.request, **embed_metadata(said, "", recipe.request.output_format)
-        )
+    """Write an image file again, with edited pixels or other fields in its metadata."""
+    provenance = provenance_in(path)
+    with Image.open(path) as image:
+        pixels = edit(image.convert("RGB"))
+    metadata = embed_metadata(
+        msgspec.structs.replace(provenance, **fields), "", provenance.request.output_format
     )
-    return path
+    target = target or path
+    target.write_bytes(encoding.encode(pixels, provenance.request, **metadata))
+    return target

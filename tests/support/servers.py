@@ -357,4 +357,4 @@ def sign_as(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> No
     for name, value in {**variables, **files, "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
-    monkeypatch.setattr("zlora_worker.results.s3_errors._PAUSES", (0, 0, 0))
+    monkeypatch.setattr("zlora_worker.results.s3._PAUSES", (0, 0, 0))

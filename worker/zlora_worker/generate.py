@@ -14,6 +14,7 @@ from zlora_worker.child import Child
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.lora_in_use import LoraInUse
+from zlora_worker.model.pipeline import PipelineState
 from zlora_worker.results.manifest import write_manifest
 from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.uploader import ImageUploader
@@ -90,7 +91,7 @@ def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
             lora.receipt(norm) for lora, norm in zip(loras, model.relative_norms, strict=True)
         ),
         timings=timer.seconds | uploader.seconds,
-        base_intact=child.model.is_intact,
+        base_intact=child.model.state is PipelineState.READY,
         base_checked=round(child.model.base_checked, 4),
         tiled=any(image.tiled for image in images),
         attempt=job.attempt,

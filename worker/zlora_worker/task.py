@@ -137,7 +137,7 @@ class Delivery:
             request = parse_request(document)
         except InvalidRequest as error:
             return self._refuse(document, error)
-        if not self._child.model.is_sound():
+        if not self._child.model.is_ready():
             return Corrupted("this child has no intact base model")
         self.digest = digest_of(request)
         with self._leases.claim(self._job_id, self.digest) as claim:

@@ -86,7 +86,7 @@ class IntactModel(Pipeline):
     def __init__(self, *, is_intact: bool = True) -> None:
         self._is_intact = is_intact
 
-    def is_sound(self) -> bool:
+    def is_ready(self) -> bool:
         return self._is_intact
 
 

@@ -1,46 +1,68 @@
-"""Pictures drawn again from what they say of themselves, and what has drifted since."""
+"""`zlora replay`: draw images again from their metadata, and report what differs.
+
+`zlora` imports this module at each start, also if only the producer is installed, so torch, Pillow
+and the modules that need them are imported inside functions.
+"""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn
 
-import torch
+import click
+import msgspec
 from msgspec import Struct
-from PIL import Image, ImageChops, ImageStat
-from zlora.errors import GenerationFailed, LoraError, OutOfMemory
-from zlora.schema import GenerateResult
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from zlora.cli.exit_codes import writing
+from zlora.cli.printing import has_printed, json_option
+from zlora.errors import GenerationFailed, InvalidRequest, InvalidSetting, LoraError, OutOfMemory
+from zlora.later import parse_result
+from zlora.schema import MAX_IMAGES, GenerateRequest, GenerateResult, Phase, parse_request
 
-from zlora_worker.cli.replay_subjects import Subject
-from zlora_worker.fetch.cache import Cache
-from zlora_worker.generate import Child, Report, generate
-from zlora_worker.lora.memory_cache import LoraMemoryCache
-from zlora_worker.model import loader
-from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.monitoring.metrics import Meter
-from zlora_worker.results import encoding
-from zlora_worker.results.provenance import Provenance, provenances
-from zlora_worker.results.store import FolderStore, Store
-from zlora_worker.results.urls import ImageUrls
+from zlora_worker.results.provenance import ImageProvenance, image_provenances
 from zlora_worker.settings import Settings
 
-_MAX_THREADS: Final = 256  # of a CPU, that a stranger may ask for
-_MAX_VERSIONS: Final = 20  # that are compared
-_SHOWN: Final = 80  # characters of a stranger's word
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from zlora_worker.delivery.progress import Progress as JobProgress
+    from zlora_worker.model.pipeline import Pipeline
+
+_DRIFTED: Final = 3  # exit status
+_COLOURS: Final = {"identical": "green", "drifted": "yellow", "impossible": "red"}
+_INDENT: Final = " " * 12
+
+# Bounds of what is read, compared and printed of a file that anyone may have written.
+_MAX_BYTES: Final = 2**26  # of a file; the largest image has 48 MiB of pixels
+_MAX_SIDE: Final = 4096  # pixels; a request may ask for no more
+_MAX_VERSIONS: Final = 20
+_MAX_VALUE: Final = 80  # characters of a value
 _DIGITS: Final = 12  # of a sha256, for people
+
+# The sheet of `--out`, in pixels.
+_MIN_TILE: Final = 256  # smaller images are enlarged
+_GAP: Final = 8
+_CAPTION: Final = 20
 
 
 class Replay(Struct, frozen=True, kw_only=True):
-    """What became of one picture.
+    """Outcome for one image; its JSON is the output of `--json`.
 
-    `source` is its file or, where that is not there, the manifest and the index in it; `file` is None then, and what is
-    compared is the recorded hash. `impossible` is one that could not be drawn, for the reason that `code` names.
-    `pixels_sha256` is of the RGB bytes as they are drawn now. The differences are the mean and the greatest between the
-    file's pixels and those of the same format now, in steps of 1/255, with alpha where the file is not opaque; None
-    where there is no file, or one of another size. `edited` is whether the file's pixels are no more those that were
-    drawn; None where that cannot be told. `causes` are what differs.
+    `source` is the image's file or, if it is missing, the manifest and the index in it; `file` is
+    None then, and the recorded hash is compared. `impossible` is an image that cannot be drawn, for
+    the reason of `code`. `pixels_sha256` is that of the RGB bytes as they are drawn now. The
+    differences are the mean and the greatest between the file's pixels and those of the same format
+    now, in steps of 1/255, with alpha unless the file is opaque; None if there is no file or one of
+    another size. `edited` says whether the file's pixels are others than were drawn; None if
+    unknown. `causes` are what differs.
     """
 
     source: str
@@ -58,192 +80,471 @@ class Replay(Struct, frozen=True, kw_only=True):
     code: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordedImage:
+    """An image to draw again. `request` is a job of this image alone; see `Replay` for the rest."""
+
+    source: str
+    file: Path | None
+    provenance: ImageProvenance
+    request: GenerateRequest
+
+    def pixels(self) -> "Image.Image | None":
+        """Return the file's image as `_open_image` does; raise `InvalidRequest`."""
+        return _open_image(self.file, _read(self.file)) if self.file else None
+
+
 class Redrawn(NamedTuple):
-    """A picture of now: the verdict, the file, its pixels, and the `Subject`'s own, of the file that was there."""
+    """An image drawn now: outcome, new file, its image, and the image in the recorded file."""
 
     replay: Replay
     data: bytes | None
-    now: Image.Image | None
-    before: Image.Image | None
+    now: "Image.Image | None"
+    before: "Image.Image | None"
+
+
+@click.command()
+@click.argument(
+    "paths", nargs=-1, required=True, metavar="IMAGE|MANIFEST...", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the new images, and for comparisons of those that drifted.",
+)
+@json_option
+@click.pass_context
+def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
+    """Draw images again from their metadata, and report what differs.
+
+    IMAGE is a PNG, JPEG or WebP file that a worker has drawn. MANIFEST is a job's `manifest.json`;
+    its images are looked for beside it, in `outputs`, and if one is missing, its recorded hash is
+    compared. The settings are a worker's: the base model is that of ZLORA_MODEL, or the demo model
+    if ZLORA_MODEL is not set and the demo model drew the image. LoRAs come from the cache by their
+    sha256, else from their address.
+
+    An image is identical if all its pixels are drawn again and its file still has them. With --out,
+    a comparison shows each image that drifted, the image drawn now, and their amplified difference.
+
+    Exit status: 0 if all are identical, 3 if an image drifted, 1 if an image cannot be drawn, 65
+    before anything is drawn if a file has no such metadata, and what `docs/cli.md` says of other
+    errors. With --json an array is printed, with an object for each image, also before an error.
+    """
+    if not all(map(find_spec, ("torch", "diffusers", "PIL", "ssrfguard"))):
+        raise InvalidSetting(
+            "images are drawn by the worker's code: pip install 'z-image-lora[worker]'",
+            {"name": "worker"},
+        )
+    # Before transformers is imported, which else prints advice on other models.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    replays = list[Replay]()
+    try:
+        images = [image for path in paths for image in recorded_images(path)]
+        replays.extend(_redraw(images, out))
+    finally:  # also before an error or Ctrl-C
+        if as_json:
+            click.echo(msgspec.json.encode(replays))
+            has_printed(ctx)
+        elif replays:
+            _print(replays)
+    if failed := [one for one in replays if one.verdict == "impossible"]:
+        message = f"{failed[0].source} cannot be drawn: {failed[0].causes[0]}"
+        if len(failed) > 1:
+            message += f" (and {len(failed) - 1} more)"
+        raise click.ClickException(message)
+    ctx.exit(_DRIFTED if any(one.verdict == "drifted" for one in replays) else 0)
+
+
+def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Replay]:
+    """Draw each image, with a progress bar of all steps if stderr is a terminal."""
+    replayer = Replayer(Settings.from_env(), model_named=bool(os.environ.get("ZLORA_MODEL")))
+    console = Console(stderr=True)
+    steps = [image.request.num_inference_steps for image in images]
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("loading", total=sum(steps))
+
+        for index, image in enumerate(images):
+            title = f"{index + 1} of {len(images)}"
+            shown = BarProgress(progress, task, title=title, before=sum(steps[:index]))
+            redrawn = replayer.replay(image, shown)
+            yield redrawn.replay  # before its files are written, which may fail
+            if out:
+                provenance = image.provenance
+                name = f"{index + 1}-{provenance.job_id}-{provenance.index}"
+                _write(redrawn, out, name, image.request.output_format)
+
+
+class BarProgress:
+    """Shows the progress of one image in a bar over the steps of all."""
+
+    def __init__(self, bar: Progress, task: TaskID, *, title: str, before: int) -> None:
+        self._bar, self._task, self._title, self._before = bar, task, title, before
+
+    def __call__(self, phase: Phase, done: int, total: int) -> None:  # noqa: ARG002 - protocol
+        """Move the bar."""
+        completed = self._before + done if phase is Phase.DENOISE else None
+        description = f"{phase.progress_name} {self._title}"
+        self._bar.update(self._task, description=description, completed=completed)
+
+    def raise_if_cancelled(self) -> None:
+        """Do nothing: Ctrl-C ends a replay."""
+
+
+# Reading: a file to the images that are drawn again
+
+
+def recorded_images(path: Path) -> list[RecordedImage]:
+    """Return the image of an image file, or the images of a manifest.
+
+    The file may come from anyone: what is read is bounded, and its request is checked as any job's.
+    Raises `InvalidRequest` if the file does not say what it was drawn from.
+    """
+    from zlora_worker.results.metadata import provenance_of
+
+    data = _read(path)
+    if data.lstrip().startswith(b"{"):
+        return _images_of_manifest(path, data)
+    try:
+        provenance = provenance_of(_open_image(path, data))
+    except msgspec.DecodeError as error:
+        _refuse(path, f"its metadata cannot be read: {error}")
+    if provenance is None:
+        _refuse(path, "its metadata does not say what it was drawn from: try its manifest.json")
+    return [_recorded_image(str(path), path, provenance)]
+
+
+def _images_of_manifest(path: Path, data: bytes) -> list[RecordedImage]:
+    """Return the images of a manifest; their files are looked for where a store folder has them."""
+    try:
+        result = parse_result(data)
+        if not 0 < len(result.images) <= MAX_IMAGES:
+            _refuse(path, f"expected a manifest of 1 to {MAX_IMAGES} images")
+        provenances = image_provenances(result)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        _refuse(path, f"not a manifest to draw from: {error}")
+    images = []
+    for image, provenance in zip(result.images, provenances, strict=True):
+        file = path.parent / "outputs" / PurePath(image.key).name
+        if os.path.isfile(file):
+            images.append(_recorded_image(str(file), file, provenance))
+        else:
+            source = f"{path}, index {provenance.index}"
+            images.append(_recorded_image(source, None, provenance))
+    return images
+
+
+def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance) -> RecordedImage:
+    try:
+        request = parse_request(
+            msgspec.structs.replace(
+                provenance.request,
+                width=provenance.width,
+                height=provenance.height,
+                seed=provenance.seed,
+                num_images=1,
+            )
+        )
+    except InvalidRequest as error:
+        _refuse(source, str(error))
+    image = RecordedImage(source=source, file=file, provenance=provenance, request=request)
+    if image.pixels() is None and provenance.pixels_sha256 is None:
+        _refuse(source, "neither the image nor a hash of its pixels is there to compare with")
+    return image
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if os.path.lexists(path) and not path.is_file():  # opening a pipe would block
+            _refuse(path, "not a file")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        _refuse(path, error.strerror or "cannot be read")
+    if len(data) > _MAX_BYTES:
+        _refuse(path, f"more than {_MAX_BYTES} bytes")
+    return data
+
+
+def _open_image(path: Path, data: bytes) -> "Image.Image":
+    """Decode an image: RGB, or RGBA unless it is opaque.
+
+    All of it is decoded, since the metadata of a PNG may follow its pixels.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    from zlora_worker.results.encoding import FORMATS
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd Exif data, which is not read
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if max(image.size) > _MAX_SIDE:
+                _refuse(path, f"more than {_MAX_SIDE} pixels wide or high")
+            image.load()
+            # An alpha channel, an entry of a palette or, in a PNG, one colour.
+            if not image.has_transparency_data:
+                return image.convert("RGB")
+            rgba = image.convert("RGBA")
+            opaque = rgba.getchannel("A").getextrema() == (255, 255)
+            return rgba.convert("RGB") if opaque else rgba
+    except UnidentifiedImageError:
+        _refuse(path, f"neither a manifest nor an image ({', '.join(FORMATS)})")
+    except (  # Pillow raises these for files that are damaged, or made to fill the memory
+        AssertionError, EOFError, OSError, SyntaxError, ValueError, struct.error, zlib.error,
+        Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ) as error:  # fmt: skip
+        _refuse(path, f"a damaged image: {str(error) or type(error).__name__}")
+
+
+def _refuse(path: Path | str, reason: str) -> NoReturn:
+    raise InvalidRequest(f"{path}: {reason[:300]}", {"path": str(path)}) from None
+
+
+# Drawing and comparing
 
 
 class Replayer:
-    """Draws pictures again as a worker with these settings would; a base is loaded when it is needed, and stays."""
+    """Draws images as a worker with these settings would; loads a base model when it is needed."""
 
     def __init__(self, settings: Settings, *, model_named: bool) -> None:
-        """Unless the operator has named a base, the demo's pictures are drawn by it; raises `InvalidSetting`."""
-        self._settings, self._model_named = settings, model_named
-        self._cache, self._shelf = (
-            Cache.open(settings),
-            LoraMemoryCache(max_bytes=settings.lora_memory_bytes),
-        )
-        self._engine: Pipeline | None = None
-        self._loaded = ""  # what the engine's model is called in the settings
+        """`model_named`: the operator chose the model, and the demo model draws nothing unasked.
 
-    def replay(self, subject: Subject, report: Report) -> Redrawn:
-        """Draw one picture and compare; `report` hears how far it is, as a job's does.
-
-        Raises `ModelUnavailable` or `BaseNotRestored`, and whatever `report` does.
+        Raises `InvalidSetting`.
         """
-        engine = self._engine_for(subject.recipe)
-        with TemporaryDirectory(prefix="zlora-") as folder, _as_then(engine, subject.recipe):
+        from zlora_worker.fetch.cache import Cache
+        from zlora_worker.lora.memory_cache import LoraMemoryCache
+
+        self._settings, self._model_named = settings, model_named
+        self._cache = Cache.open(settings)
+        self._loras = LoraMemoryCache(max_bytes=settings.lora_memory_bytes)
+        self._model: Pipeline | None = None
+        self._loaded = ""  # name of that model in the settings
+
+    def replay(self, image: RecordedImage, progress: "JobProgress") -> Redrawn:
+        """Draw one image and compare it with the recorded one.
+
+        Raises `ModelUnavailable`, `BaseNotRestored`, and what `progress` raises.
+        """
+        from zlora_worker.child import Child
+        from zlora_worker.generate import Job, generate
+        from zlora_worker.model.conditions import recorded_conditions
+        from zlora_worker.monitoring.metrics import Meter
+        from zlora_worker.results.store import FolderStore
+        from zlora_worker.results.urls import ImageUrls
+
+        provenance = image.provenance
+        model = self._model_for(provenance)
+        with TemporaryDirectory(prefix="zlora-") as folder:
             store = FolderStore(Path(folder))
+            local = dataclasses.replace(self._settings, urls=(), public_url="")
+            child = Child(
+                model=model,
+                lora_files=self._cache,
+                loras=self._loras,
+                store=store,
+                urls=ImageUrls(store, local),
+                job_timeout=self._settings.job_timeout,
+                meter=Meter(),
+            )
             try:
-                result = generate(
-                    self._runtime(engine, store), subject.recipe.job_id, subject.request, report
-                )
+                with recorded_conditions(model, threads=provenance.threads, tiled=provenance.tiled):
+                    job = Job(id=provenance.job_id, request=image.request)
+                    result = generate(child, job, progress)
             except (LoraError, GenerationFailed, OutOfMemory) as error:
-                causes = (
-                    f"{error} [{error.code}]",
-                    *_other_base(subject.recipe, engine.name, engine.base_sha256),
-                )
-                replay = _told(subject, verdict="impossible", causes=causes, code=error.code)
-                return Redrawn(replay, None, None, subject.pixels())
-            return _compared(subject, store.get(result.images[0].key) or b"", result)
+                causes = [f"{error} [{error.code}]"]
+                causes += _other_base(provenance, model.name, model.base_sha256)
+                failed = _outcome(image, verdict="impossible", causes=causes, code=error.code)
+                return Redrawn(failed, None, None, image.pixels())
+            return _compare(image, store.get(result.images[0].key) or b"", result)
 
-    def _engine_for(self, recipe: Provenance) -> Pipeline:
+    def _model_for(self, provenance: ImageProvenance) -> "Pipeline":
+        from zlora_worker.lora.memory_cache import LoraMemoryCache
+        from zlora_worker.model import loader
+
         settings = self._settings
-        if recipe.model == "demo" and not self._model_named:
+        if provenance.model == "demo" and not self._model_named:
             settings = dataclasses.replace(settings, model="demo", vae="")
-        if self._engine is None or self._loaded != settings.model:
-            self._engine = None  # first: memory may suffice for one base only
-            self._engine, self._loaded = loader.load(settings), settings.model
-            self._shelf = LoraMemoryCache(
-                max_bytes=settings.lora_memory_bytes
-            )  # what it holds is read for one base
-        return self._engine
-
-    def _runtime(self, engine: Pipeline, store: Store) -> Child:
-        """A worker's, but for where results go; nobody asks for their URLs."""
-        own = dataclasses.replace(self._settings, urls=(), public_url="")
-        links, seconds = ImageUrls(store, own), own.job_timeout
-        return Child(
-            engine=engine,
-            cache=self._cache,
-            shelf=self._shelf,
-            store=store,
-            links=links,
-            job_timeout=seconds,
-            meter=Meter(),
-        )
+        if self._model is None or self._loaded != settings.model:
+            self._model = None  # first: memory may hold only one model
+            self._model, self._loaded = loader.load(settings), settings.model
+            self._loras = LoraMemoryCache(max_bytes=settings.lora_memory_bytes)  # of one model
+        return self._model
 
 
-@contextmanager
-def _as_then(engine: Pipeline, recipe: Provenance) -> Iterator[None]:
-    """With as many threads of a CPU, on which the last bits of a picture depend; and in tiles, where it was."""
-    before, vae = torch.get_num_threads(), engine.pipeline.vae
-    if engine.device.type == "cpu" and recipe.threads and 0 < recipe.threads <= _MAX_THREADS:
-        torch.set_num_threads(recipe.threads)
-    if recipe.tiled:
-        vae.enable_tiling()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        vae.disable_tiling()
+def _compare(image: RecordedImage, data: bytes, result: GenerateResult) -> Redrawn:
+    from zlora_worker.results.encoding import open_image
 
-
-def _compared(subject: Subject, data: bytes, result: GenerateResult) -> Redrawn:
-    (drawn,), recorded = result.images, subject.recipe.pixels_sha256
-    with encoding.opened(data) as image:
-        now = image.convert("RGB")
-    before = subject.pixels()
+    recorded, (drawn,), (present,) = image.provenance, result.images, image_provenances(result)
+    with open_image(data) as opened:
+        now = opened.convert("RGB")
+    before = image.pixels()
     mean, greatest = _difference(before, now)
-    same = drawn.pixels_sha256 == recorded if recorded else greatest == 0
-    edit = _edit(subject, before, now, same=same)
-    replay = _told(
-        subject,
+    if recorded.pixels_sha256:
+        same = drawn.pixels_sha256 == recorded.pixels_sha256
+    else:
+        same = greatest == 0
+    edit = _edit(image, before, now, same=same)
+
+    causes = [edit] if edit else []
+    differences = list(_differences(recorded, present))
+    if same:
+        causes += [f"{difference}, which changed nothing" for difference in differences]
+    else:
+        if recorded.tiled:
+            differences.insert(0, "the image was decoded in tiles, for lack of memory")
+        causes += differences or ["nothing that is recorded differs"]
+    outcome = _outcome(
+        image,
         verdict="identical" if same and not edit else "drifted",
         pixels_sha256=drawn.pixels_sha256,
         mean_difference=mean,
         greatest_difference=greatest,
         edited=None if edit is None else bool(edit),
-        causes=tuple(_causes(subject, *provenances(result), same=same, edit=edit)),
+        causes=causes,
     )
-    return Redrawn(replay, data, now, before)
+    return Redrawn(outcome, data, now, before)
 
 
-def _told(subject: Subject, **facts: Any) -> Replay:
-    recipe, source = subject.recipe, _shown(subject.source, None)
-    facts |= {name: getattr(recipe, name) for name in ("job_id", "index", "seed")}
-    facts |= {"source": source, "file": source if subject.file else None}
-    return Replay(recorded_pixels_sha256=recipe.pixels_sha256, **facts)
+def _outcome(image: RecordedImage, *, causes: Sequence[str], **fields: Any) -> Replay:
+    provenance, source = image.provenance, _printable(image.source)
+    return Replay(
+        source=source,
+        file=source if image.file else None,
+        job_id=provenance.job_id,
+        index=provenance.index,
+        seed=provenance.seed,
+        recorded_pixels_sha256=provenance.pixels_sha256,
+        causes=tuple(causes),
+        **fields,
+    )
 
 
 def _edit(
-    subject: Subject, before: Image.Image | None, now: Image.Image, *, same: bool
+    image: RecordedImage, before: "Image.Image | None", now: "Image.Image", *, same: bool
 ) -> str | None:
-    """How the file became another than was drawn; empty where it did not, None where that cannot be told."""
+    """Return how the file was edited after it was drawn; "" if it was not, None if unknown."""
+    from zlora_worker.results.encoding import pixels_sha256
+
     if before is None:
         return None
-    recorded, edited = subject.recipe.pixels_sha256, "the file was edited after it was drawn"
+    recorded, edited = image.provenance.pixels_sha256, "the file was edited after it was drawn"
+    # A hash of RGB bytes covers neither the size nor the transparency.
     if before.size != now.size:
         return f"{edited}: it has another size"
-    if (
-        before.mode != now.mode
-    ):  # which a digest of RGB bytes does not tell, as it does not tell a size
+    if before.mode != now.mode:
         return f"{edited}: it is not opaque"
-    if recorded and subject.request.keeps_pixels:
-        return edited if encoding.pixels_sha256(before) != recorded else ""
-    if (
-        recorded and same
-    ):  # encoded again, it is the file, but where somebody or another codec made that
-        return (
-            f"{edited}, or another version of its codec wrote it"
-            if _difference(before, now) != (0, 0)
-            else ""
-        )
-    return None
+    if recorded and image.request.keeps_pixels:
+        return "" if pixels_sha256(before) == recorded else edited
+    if not (recorded and same):
+        return None
+    # Encoded again, the same pixels give the same file.
+    changed = _difference(before, now) != (0, 0)
+    return f"{edited}, or another version of its codec wrote it" if changed else ""
 
 
-def _difference(one: Image.Image | None, other: Image.Image) -> tuple[float | None, int | None]:
-    """The mean and the greatest, in steps of 1/255; None without two pictures of one size."""
+def _difference(one: "Image.Image | None", other: "Image.Image") -> tuple[float | None, int | None]:
+    """Return the mean and the greatest in steps of 1/255; None without two images of one size."""
+    from PIL import ImageChops, ImageStat
+
     if one is None or one.size != other.size:
         return None, None
     found = ImageStat.Stat(ImageChops.difference(one, other.convert(one.mode)))
     return round(sum(found.mean) / len(found.mean), 6), int(max(high for _, high in found.extrema))
 
 
-def _causes(
-    subject: Subject, present: Provenance, *, same: bool, edit: str | None
-) -> Iterator[str]:
-    if edit:
-        yield edit
-    note = ", which changed nothing" if same else ""
-    tiles = (
-        ["the picture was decoded in tiles, for want of memory"]
-        if subject.recipe.tiled and not same
-        else []
-    )
-    differing = tiles + [
-        f"{difference}{note}" for difference in _differing(subject.recipe, present)
-    ]
-    yield from differing or ([] if same else ["nothing that is recorded differs"])
-
-
-def _differing(recorded: Provenance, present: Provenance) -> Iterator[str]:
-    """What a picture depends on and was another when it was drawn, in a sentence each."""
+def _differences(recorded: ImageProvenance, present: ImageProvenance) -> Iterator[str]:
+    """Yield a sentence for each recorded condition that has another value now."""
     yield from _other_base(recorded, present.model, present.base_sha256)
     if any(spec.file.sha256 is None for spec in recorded.request.loras):
         yield "a LoRA's file is not recorded, only its address"
     for name in ("scheduler", "device", "dtype", "threads"):
-        if (old := getattr(recorded, name)) != (new := getattr(present, name)):
-            yield f"{name}: {_shown(old)} -> {_shown(new)}"
+        old, new = getattr(recorded, name), getattr(present, name)
+        if old != new:
+            yield f"{name}: {_value(old)} -> {_value(new)}"
     for name, version in sorted(recorded.versions.items())[:_MAX_VERSIONS]:
-        if version != (installed := present.versions.get(name)):
-            yield f"{_shown(name)}: {_shown(version)} -> {_shown(installed)}"
+        installed = present.versions.get(name)
+        if version != installed:
+            yield f"{_value(name)}: {_value(version)} -> {_value(installed)}"
     if present.tiled and not recorded.tiled:
-        yield "the picture is decoded in tiles now, for want of memory"
+        yield "the image is decoded in tiles now, for lack of memory"
 
 
-def _other_base(recorded: Provenance, name: str, sha256: str) -> Iterator[str]:
+def _other_base(recorded: ImageProvenance, name: str, sha256: str) -> Iterator[str]:
     if recorded.base_sha256 != sha256:
-        bases = [(recorded.model, recorded.base_sha256), (name, sha256)]
-        said = [f"{_shown(model)} ({_shown(digest[:_DIGITS])})" for model, digest in bases]
-        yield f"the base differs: {' -> '.join(said)}"
+        old = f"{_value(recorded.model)} ({_value(recorded.base_sha256[:_DIGITS])})"
+        yield f"the base model differs: {old} -> {name} ({sha256[:_DIGITS]})"
 
 
-def _shown(value: object, length: int | None = _SHOWN) -> str:
-    """A stranger's words, which forge no line."""
-    text = "not told" if value is None else str(value)[:length]
+def _value(value: object) -> str:
+    return "not recorded" if value is None else _printable(str(value)[:_MAX_VALUE])
+
+
+def _printable(text: str) -> str:
+    """Replace what could forge a line of the output."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+# Printing and writing
+
+
+def _print(replays: Sequence[Replay]) -> None:
+    for one in replays:
+        verdict = click.style(f"{one.verdict:{len(_INDENT)}}", fg=_COLOURS[one.verdict])
+        click.echo(f"{verdict}{one.source}")
+        if one.file is None and one.pixels_sha256:
+            click.echo(f"{_INDENT}the file is missing: compared with the recorded hash")
+        if one.greatest_difference:
+            mean, greatest = one.mean_difference, one.greatest_difference
+            click.echo(f"{_INDENT}{mean:g} of 255 on average, {greatest} at most")
+        for cause in one.causes:
+            click.echo(f"{_INDENT}{cause}")
+    counts = [(verdict, sum(one.verdict == verdict for one in replays)) for verdict in _COLOURS]
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
+    click.echo(f"{len(replays)} image{'' if len(replays) == 1 else 's'}: {summary}")
+
+
+def _write(redrawn: Redrawn, folder: Path, name: str, extension: str) -> None:
+    if redrawn.data is None or redrawn.now is None:
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.{extension}").write_bytes(redrawn.data)
+        if redrawn.replay.verdict == "drifted" and redrawn.before:
+            _comparison(redrawn.before, redrawn.now).save(folder / f"{name}-drift.png")
+
+
+def _comparison(before: "Image.Image", now: "Image.Image") -> "Image.Image":
+    """Return a sheet of the file's image, the image now and, if of one size, their difference.
+
+    The difference is amplified as far as possible.
+    """
+    from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
+
+    if before.mode == "RGBA":  # as viewers show it
+        white = Image.new("RGBA", before.size, "white")
+        before = Image.alpha_composite(white, before).convert("RGB")
+    tiles = [("the file", before), ("now", now)]
+    if before.size == now.size:
+        difference = ImageChops.difference(before, now)
+        factor = 255 // max(1, *(int(high) for _, high in ImageStat.Stat(difference).extrema))
+        amplified = difference.point([factor * value for value in range(256)] * 3)
+        tiles.append((f"difference x {factor}", amplified))
+    scale = max(1, _MIN_TILE // max(before.width, now.width))
+    width, height = (scale * max(sides) for sides in zip(before.size, now.size, strict=True))
+    size = (_GAP + len(tiles) * (width + _GAP), height + 2 * _GAP + _CAPTION)
+    sheet = Image.new("RGB", size, "white")
+    drawing, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for column, (caption, tile) in enumerate(tiles):
+        left = _GAP + column * (width + _GAP)
+        size = (scale * tile.width, scale * tile.height)
+        sheet.paste(tile.resize(size, Image.Resampling.NEAREST), (left, _GAP + _CAPTION))
+        drawing.text((left, _GAP), caption, fill="black", font=font)
+    return sheet

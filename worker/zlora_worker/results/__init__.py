@@ -1,1 +1,1 @@
-"""Results: pixels become files in the store, the manifest last."""
+"""Results: images become files in the store, and the manifest follows last."""

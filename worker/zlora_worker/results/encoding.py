@@ -1,4 +1,7 @@
-"""Pixels to files, and files to pixels."""
+"""Image files: pixels to bytes and back.
+
+To add a format, add its media type to `zlora.schema`, and its options to `_options` here.
+"""
 
 import hashlib
 import io
@@ -7,49 +10,49 @@ from typing import Any, Final
 
 from PIL import Image
 from zlora.errors import StoreFailed
-from zlora.schema import GenerateRequest, OutputFormat
+from zlora.schema import CONTENT_TYPES, GenerateRequest, OutputFormat
 
 from zlora_worker.monitoring.logs import said_by
 
-_QUALITY: Final = 95
-_FORMATS: Final = ("PNG", "JPEG", "WEBP")
-_PNG: Final[dict[str, Any]] = {
-    "compress_type": zlib.Z_RLE
-}  # chosen by measurement: docs/decisions.md
-_LOSSLESS: Final[dict[str, Any]] = {"lossless": True, "exact": True, "quality": 0, "method": 0}
+FORMATS: Final = tuple(name.upper() for name in CONTENT_TYPES.values())  # as Pillow names them
+_CONTENT_TYPES: Final = {name: media_type for media_type, name in CONTENT_TYPES.items()}
+_QUALITY: Final = 95  # of lossy formats, if the request has none
 
 
-def encode(image: Image.Image, request: GenerateRequest, **embedded: Any) -> bytes:
-    """The file of an RGB image as the request has it; `embedded` are options of Pillow's `save`."""
+def encode(image: Image.Image, request: GenerateRequest, **metadata: Any) -> bytes:
+    """Return the file of an RGB image in the request's format.
+
+    `metadata` are options of Pillow's `save`, as `embed_metadata` returns them.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, format=request.output_format.upper(), **_options(request), **embedded)
+    image.save(buffer, format=request.output_format.upper(), **_options(request), **metadata)
     return buffer.getvalue()
 
 
 def _options(request: GenerateRequest) -> dict[str, Any]:
     if request.output_format == "png":
-        return _PNG
-    return _LOSSLESS if request.lossless else {"quality": request.quality or _QUALITY}
+        return {"compress_type": zlib.Z_RLE}  # chosen by measurement: docs/decisions.md
+    if request.lossless:
+        return {"lossless": True, "exact": True, "quality": 0, "method": 0}
+    return {"quality": request.quality or _QUALITY}
 
 
-def opened(data: bytes) -> Image.Image:
-    """A picture of ours, of which only the header is read; raises `StoreFailed` where it is none."""
+def open_image(data: bytes) -> Image.Image:
+    """Open a stored image and read its header only; raise `StoreFailed` if it is not an image."""
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, Image.DecompressionBombError):
-        raise StoreFailed("what is stored for this job is no picture") from None
+        raise StoreFailed("the object stored for this job is not an image") from None
 
 
 def pixels_sha256(image: Image.Image) -> str:
-    """The digest of the RGB bytes, row by row; raises `StoreFailed` where the file of a picture is damaged."""
+    """Return the sha256 of the RGB bytes, row by row; raise `StoreFailed` if it is damaged."""
     try:
         return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for it
-        raise StoreFailed(
-            f"what is stored for this job is a damaged picture: {said_by(error)}"
-        ) from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for damaged files
+        raise StoreFailed(f"the image stored for this job is damaged: {said_by(error)}") from None
 
 
 def content_type(output_format: OutputFormat) -> str:
-    """The media type (RFC 6838) of a format."""
-    return f"image/{output_format}"
+    """Return the media type (RFC 6838) of a format."""
+    return _CONTENT_TYPES[output_format]

@@ -1,12 +1,11 @@
-"""A recipe in the infotext form, which AUTOMATIC1111's web UI writes and many tools read.
+"""Provenance as infotext, the form that AUTOMATIC1111's web UI writes and many tools read.
 
-The prompt, a line `Negative prompt: ...` where there is one, and one line of `Name: value` pairs; values with a comma,
-a colon or a double quote are JSON strings.
+The prompt, a line `Negative prompt: ...` if there is one, and a line of `Name: value` pairs. A
+value with a comma, a colon or a double quote is a JSON string.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import chain, count
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Final
 
@@ -14,107 +13,105 @@ import msgspec
 from zlora.schema import LoraSpec
 
 from zlora_worker.model.schedulers import KARRAS, sampler_name
-from zlora_worker.results.provenance import Provenance
+from zlora_worker.results.provenance import ImageProvenance
 
-_MODEL_DIGITS: Final = 10  # of a base's sha256
-_LORA_DIGITS: Final = 12  # of a LoRA's
-_LABEL: Final = 200  # characters of a name; an address may be all one name
-_JPEG_ROOM: Final = (
-    32_000  # UTF-16 units of an Exif segment, which has 65,533 bytes, less what stands around
-)
+_MODEL_DIGITS: Final = 10  # of the base model's sha256
+_LORA_DIGITS: Final = 12  # of a LoRA's sha256
+_MAX_NAME: Final = 200  # characters; an address may be a single long name
+# UTF-16 units of an Exif segment, which has 65,533 bytes with its own headers.
+_JPEG_ROOM: Final = 32_000
 _SOFTWARE: Final = "z-image-lora"
-# Controls, and what is a byte order mark, or one for the other order, or no character, in UTF-16.
+# Control characters; and in UTF-16 the byte order marks and what is not a character.
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-_OTHER_LINES: Final = re.compile(r"Negative prompt(?=:)|^Steps(?=:)")
-_NO_NAME: Final = re.compile(r"[:,<>\"\\]")
+_KEYWORDS: Final = re.compile(r"Negative prompt(?=:)|^Steps(?=:)")
+_NOT_IN_NAMES: Final = re.compile(r"[:,<>\"\\]")
 
 
-def infotext(recipe: Provenance, digests: Sequence[str]) -> str:
-    """`digests` are the LoRAs', each the sha256 of its file without the header, in the request's order.
+def infotext(provenance: ImageProvenance, tensors_sha256: Sequence[str]) -> str:
+    """Return the infotext of an image.
 
-    Of a JPEG, which has not the room for every request, long prompts end in an ellipsis.
+    `tensors_sha256` are the LoRAs' in the request's order, as in `LoraReceipt`. For a JPEG, which
+    lacks the room for the longest prompts, these are cut and end in an ellipsis.
     """
-    request = recipe.request
-    names = _unique(map(_name, request.loras))
+    request = provenance.request
+    names = _unique_names(request.loras)
     tags = [_tag(name, spec) for name, spec in zip(names, request.loras, strict=True)]
-    hashes = [
-        f"{name}: {digest[:_LORA_DIGITS]}" for name, digest in zip(names, digests, strict=True)
-    ]
-    pairs = {**_settings(recipe), "Lora hashes": ", ".join(hashes), "Version": _version(recipe)}
+    hashes = ", ".join(
+        f"{name}: {sha256[:_LORA_DIGITS]}"
+        for name, sha256 in zip(names, tensors_sha256, strict=True)
+    )
+    version = f"{_SOFTWARE} {provenance.versions.get(_SOFTWARE, '')}".rstrip()
+    pairs = {**_settings(provenance), "Lora hashes": hashes, "Version": version}
     last = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value)
 
     prompt, negative = _prompt(request.prompt), _prompt(request.negative_prompt)
     if request.output_format == "jpeg":
-        prompt, negative = _fitted(
-            prompt, negative, room=_JPEG_ROOM - _units(" ".join([*tags, last]))
-        )
-    lines = [
-        " ".join(filter(None, [prompt, *tags])),
-        negative and f"Negative prompt: {negative}",
-        last,
-    ]
-    return "\n".join(filter(None, lines))
+        room = _JPEG_ROOM - _units(" ".join([*tags, last]))
+        # The shorter prompt leaves to the longer one what it does not need.
+        prompt = _cut(prompt, max(room // 2, room - _units(negative)))
+        negative = _cut(negative, room - _units(prompt))
+    lines = [" ".join(filter(None, [prompt, *tags]))]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
+    return "\n".join(filter(None, [*lines, last]))
 
 
-def _settings(recipe: Provenance) -> dict[str, str]:
-    request, (kind, karras, _) = recipe.request, recipe.scheduler.partition(KARRAS)
+def _settings(provenance: ImageProvenance) -> dict[str, str]:
+    """Return the pairs by their names; those with an empty value are left out of the text."""
+    request = provenance.request
+    scheduler, karras, _ = provenance.scheduler.partition(KARRAS)
     return {
         "Steps": str(request.num_inference_steps),
-        "Sampler": sampler_name(kind),
-        "Schedule type": "Karras" if karras else "",
+        "Sampler": sampler_name(scheduler),
+        "Schedule type": karras.strip().capitalize(),
         "CFG scale": _number(request.guidance_scale),
-        "Seed": str(recipe.seed),
-        "Size": f"{recipe.width}x{recipe.height}",
-        "Model hash": (recipe.model_sha256 or recipe.base_sha256)[:_MODEL_DIGITS],
-        "Model": _one_line(PurePath(recipe.model).name.removesuffix(".safetensors"))[:_LABEL],
-        "RNG": "CPU",  # where the first noise is drawn; the web UI's own default is the GPU
+        "Seed": str(provenance.seed),
+        "Size": f"{provenance.width}x{provenance.height}",
+        "Model hash": (provenance.model_sha256 or provenance.base_sha256)[:_MODEL_DIGITS],
+        "Model": _one_line(_file_name(provenance.model))[:_MAX_NAME],
+        "RNG": "CPU",  # the initial noise is made there; the web UI's default is the GPU
     }
 
 
-def _version(recipe: Provenance) -> str:
-    return f"{_SOFTWARE} {recipe.versions.get(_SOFTWARE, '')}".rstrip()
+def _unique_names(loras: Sequence[LoraSpec]) -> list[str]:
+    """Return a name for each LoRA, each once: readers look up a tag's hash by its name."""
+    names: list[str] = []
+    for spec in loras:
+        label = spec.adapter_name or _file_name(spec.file.address)
+        label = _one_line(_NOT_IN_NAMES.sub(" ", label))[:_MAX_NAME].rstrip() or "lora"
+        name, number = label, 1
+        while name in names:
+            number += 1
+            name = f"{label}_{number}"
+        names.append(name)
+    return names
 
 
-def _name(spec: LoraSpec) -> str:
-    """A label that tags and lists can hold: the producer's, or the file's own name."""
-    name = spec.adapter_name or PurePath(spec.file.address).name.removesuffix(".safetensors")
-    return _one_line(_NO_NAME.sub(" ", name))[:_LABEL].rstrip() or "lora"
-
-
-def _unique(names: Iterable[str]) -> list[str]:
-    """Each once: a tag finds its hash by the name."""
-    given: list[str] = []
-    for name in names:
-        spellings = chain([name], (f"{name}_{number}" for number in count(2)))
-        given.append(next(spelling for spelling in spellings if spelling not in given))
-    return given
+def _file_name(address: str) -> str:
+    return PurePath(address).name.removesuffix(".safetensors")
 
 
 def _tag(name: str, spec: LoraSpec) -> str:
-    """As it stands in the web UI's prompts; with two numbers the first is the text encoders'."""
-    unet = _number(spec.weight if spec.unet_weight is None else spec.unet_weight)
-    text = _number(spec.weight if spec.text_encoder_weight is None else spec.text_encoder_weight)
+    """Return the tag of the web UI's prompts; of two numbers the first is for the text encoders."""
+    unet, text = map(_number, spec.component_weights)
     return f"<lora:{name}:{text}>" if unet == text else f"<lora:{name}:{text}:{unet}>"
 
 
 def _number(value: float) -> str:
-    """All digits that draw the picture again."""
+    """Return all digits, so that the same image can be drawn from them."""
     return repr(float(value)).removesuffix(".0")
 
 
 def _prompt(text: str) -> str:
-    """On one line, which is not taken for one of the others; to CLIP all spaces are one, and none before a colon."""
-    return _OTHER_LINES.sub(r"\g<0> ", _one_line(text))
+    """Return a prompt on one line that cannot be taken for one of the other lines.
+
+    A space before the colon breaks such a keyword; CLIP's tokenizer ignores the space.
+    """
+    return _KEYWORDS.sub(r"\g<0> ", _one_line(text))
 
 
 def _one_line(text: str) -> str:
     return " ".join(_CONTROLS.sub(" ", text).split())
-
-
-def _fitted(prompt: str, negative: str, *, room: int) -> tuple[str, str]:
-    """Both in the room, of which the shorter one leaves to the longer what it does not need."""
-    prompt = _cut(prompt, max(room // 2, room - _units(negative)))
-    return prompt, _cut(negative, room - _units(prompt))
 
 
 def _cut(text: str, room: int) -> str:
@@ -124,6 +121,7 @@ def _cut(text: str, room: int) -> str:
 
 
 def _units(text: str) -> int:
+    """Return the length in UTF-16."""
     return len(text.encode("utf-16-be")) // 2
 
 

@@ -1,4 +1,7 @@
-"""What the store holds of a job: its pictures, and the manifest that makes them its result. Each is created once."""
+"""Objects of a job in the store: its images, and the manifest that makes them its result.
+
+Each object is created once and never overwritten.
+"""
 
 from threading import Event
 
@@ -11,38 +14,39 @@ from zlora_worker.results.store import Store
 
 
 def image_keys(job_id: str, request: GenerateRequest) -> list[str]:
-    """Where the pictures of a job go."""
+    """Return the object keys of a job's images."""
     return [image_key(job_id, index, request.output_format) for index in range(request.num_images)]
 
 
 def write_manifest(store: Store, result: GenerateResult) -> GenerateResult:
-    """Write the manifest; returns the one that was first, if there is one."""
-    manifest = put_if_absent(
+    """Write the manifest; return the result in it, or in the one that was there before."""
+    stored = put_if_absent(
         store, manifest_key(result.job_id), msgspec.json.encode(result), "application/json"
     )
-    return _result(manifest, result.job_id)
+    return _parse_manifest(stored, result.job_id)
 
 
 def load_result(store: Store, job_id: str, digest: str) -> GenerateResult | None:
-    """The result of a job whose manifest is there; raises `Conflict` where it is of another request."""
-    if (result := read_manifest(store, job_id)) is None:
-        return None
-    if result.request_sha256 not in (None, digest):
-        raise Conflict(f"job {job_id} was another request", {"job_id": job_id})
+    """Return the result of a finished job, None if there is no manifest.
+
+    `digest` is that of the job's request. Raises `Conflict` if the result is of another request.
+    """
+    result = read_manifest(store, job_id)
+    if result is not None and result.request_sha256 not in (None, digest):
+        raise Conflict.of(job_id)
     return result
 
 
 def read_manifest(store: Store, job_id: str) -> GenerateResult | None:
-    """The result of a job whose manifest is there; raises `InternalError` where it is damaged."""
+    """Return the result in a job's manifest, or None; raise `InternalError` if it is damaged."""
     manifest = store.get(manifest_key(job_id))
-    return None if manifest is None else _result(manifest, job_id)
+    return None if manifest is None else _parse_manifest(manifest, job_id)
 
 
 def delete_images(store: Store, job_id: str, request: GenerateRequest) -> None:
-    """Delete the pictures of a job that has no result, and will have none of these; raises `StoreFailed`."""
-    if (
-        store.get(manifest_key(job_id)) is None
-    ):  # another worker may have ended the job, where a lease was lost
+    """Delete the images of a job that ended without a result; raise `StoreFailed`."""
+    # After a lost lease another worker may have finished the job: its images stay.
+    if store.get(manifest_key(job_id)) is None:
         for key in image_keys(job_id, request):
             store.delete(key)
 
@@ -50,18 +54,20 @@ def delete_images(store: Store, job_id: str, request: GenerateRequest) -> None:
 def put_if_absent(
     store: Store, key: str, data: bytes, content_type: str, *, stop: Event | None = None
 ) -> bytes:
-    """What is under the key: `data`, or what another delivery of the job has put there before.
+    """Store `data` if nothing is under the key; return the bytes that are under the key.
 
-    Nothing is sent any more once `stop` is set.
+    These are `data`, or what an earlier delivery of the job has stored. No request is sent once
+    `stop` is set.
     """
     if store.put_new(key, data, content_type, stop=stop):
         return data
-    if (there := store.get(key)) is None:
-        raise StoreFailed(f"{key} was there, and is gone")
-    return there
+    stored = store.get(key)
+    if stored is None:
+        raise StoreFailed(f"{key} existed when it was to be created, and is gone now")
+    return stored
 
 
-def _result(manifest: bytes, job_id: str) -> GenerateResult:
+def _parse_manifest(manifest: bytes, job_id: str) -> GenerateResult:
     try:
         return parse_result(manifest)
     except msgspec.DecodeError as error:

@@ -1,7 +1,8 @@
-"""A recipe inside its picture: what programs that read pictures expect, and all of it as JSON.
+"""Metadata inside an image file: the infotext that other tools read, and the provenance as JSON.
 
-PNG has the text chunks `parameters` (the infotext) and `zlora` (the JSON). JPEG and WebP have the infotext as Exif's
-UserComment, in the form that A1111 gives it, and the JSON in an XMP packet (ISO 16684-1).
+PNG has the text chunks `parameters` (the infotext) and `zlora` (the JSON). All other formats have
+the infotext as Exif's UserComment, as AUTOMATIC1111 writes it, and the JSON in an XMP packet
+(ISO 16684-1).
 """
 
 import struct
@@ -12,70 +13,74 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from zlora.schema import OutputFormat
 
-from zlora_worker.results.provenance import Provenance, parse_provenance
+from zlora_worker.results.provenance import ImageProvenance, parse_provenance
 
-PARAMETERS: Final = "parameters"
-JSON: Final = "zlora"
+_INFOTEXT_CHUNK: Final = "parameters"
+_JSON_CHUNK: Final = "zlora"
 
-_ROOM: Final = 65_000  # bytes that a JPEG segment holds, less what Pillow writes around
-_UNICODE: Final = b"UNICODE\0"  # Exif 2.3, 4.6.5: the code of a UserComment; A1111 writes it as UTF-16, big end first
-_LONG, _UNDEFINED = 4, 7  # types of a TIFF's entries
+_JPEG_SEGMENT: Final = 65_000  # bytes that a segment holds beside Pillow's own header in it
+# Exif 2.3, 4.6.5: the code of a UserComment; AUTOMATIC1111 writes UTF-16, big end first.
+_UNICODE: Final = b"UNICODE\0"
+_LONG, _UNDEFINED = 4, 7  # types of TIFF entries
 _OPENING: Final = b"<zlora:recipe>"
 _CLOSING: Final = b"</zlora:recipe>"
 _XMP: Final = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
-    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-    f'xmlns:zlora="urn:x-zlora:1">{_OPENING.decode()}{{}}{_CLOSING.decode()}</rdf:Description></rdf:RDF></x:xmpmeta>'
-    '<?xpacket end="w"?>'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""'
+    f' xmlns:zlora="urn:x-zlora:1">{_OPENING.decode()}{{}}{_CLOSING.decode()}</rdf:Description>'
+    '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
-_SPELT: Final = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\ufffe\uffff"}
+# Characters that XML reserves or lacks stand in JSON only within strings, which may escape them.
+_ESCAPES: Final = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\ufffe\uffff"}
 
 
-def embed_metadata(recipe: Provenance, text: str, output_format: OutputFormat) -> dict[str, Any]:
-    """What Pillow's `save` takes so that the file says what it is; what a JPEG has no room for is left out."""
-    document = msgspec.json.encode(recipe)
+def embed_metadata(
+    provenance: ImageProvenance, infotext: str, output_format: OutputFormat
+) -> dict[str, Any]:
+    """Return the options of Pillow's `save` that write the metadata.
+
+    What exceeds a JPEG's segment is left out.
+    """
+    document = msgspec.json.encode(provenance)
     if output_format == "png":
         chunks = PngInfo()
-        chunks.add_text(PARAMETERS, text)
-        chunks.add_itxt(JSON, document.decode())
+        chunks.add_text(_INFOTEXT_CHUNK, infotext)
+        chunks.add_itxt(_JSON_CHUNK, document.decode())
         return {"pnginfo": chunks}
-    packet, exif = _packet(document), _exif(text)
+    xmp = _XMP.format(document.decode().translate(_ESCAPES)).encode()
+    options = {"xmp": xmp, "exif": _exif(infotext)}
     if output_format == "jpeg":
-        return {
-            name: data for name, data in (("xmp", packet), ("exif", exif)) if len(data) <= _ROOM
-        }
-    return {"xmp": packet, "exif": exif}
+        return {name: data for name, data in options.items() if len(data) <= _JPEG_SEGMENT}
+    return options
 
 
-def provenance_of(picture: Image.Image) -> Provenance | None:
-    """What an opened picture says of itself, whoever wrote it; None where it does not.
+def provenance_of(image: Image.Image) -> ImageProvenance | None:
+    """Return the provenance in an opened image's metadata, None if there is none.
 
-    Raises `msgspec.DecodeError`, or its kind `msgspec.ValidationError`, for what `read_recipe` does not take.
+    Raises `msgspec.DecodeError` as `parse_provenance` does: the file may come from anyone.
     """
-    document = picture.info.get(JSON)
+    document = image.info.get(_JSON_CHUNK)
     if document is None:
-        document = _in_xmp(picture.info.get("xmp"))
+        document = _in_xmp(image.info.get("xmp"))
     return parse_provenance(document) if isinstance(document, bytes | str) else None
 
 
 def _in_xmp(packet: object) -> bytes | None:
-    """Found by its tags, with no parser: entities of a stranger's XML expand to anything."""
-    if isinstance(packet, str):  # a PNG may have a text chunk of that name
+    """Return the JSON between its tags, without an XML parser: entities can expand without end."""
+    if isinstance(packet, str):  # a text chunk of a PNG may have this name
         packet = packet.encode(errors="replace")
     if not isinstance(packet, bytes):
         return None
-    document, end, _ = packet.partition(_OPENING)[2].partition(_CLOSING)
-    return document if end else None
+    document, closing, _ = packet.partition(_OPENING)[2].partition(_CLOSING)
+    return document if closing else None
 
 
-def _exif(text: str) -> bytes:
-    """By hand: Pillow gives the comment the type of a number, and readers then take it for numbers."""
-    comment = _UNICODE + text.encode("utf-16-be")
+def _exif(infotext: str) -> bytes:
+    """Return an Exif block with the infotext as UserComment.
+
+    Pillow would write the comment with the type of a number, which readers take for numbers.
+    """
+    comment = _UNICODE + infotext.encode("utf-16-be")
     first = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, _LONG, 1, 26, 0)
     second = struct.pack(">HHHIII", 1, ExifTags.Base.UserComment, _UNDEFINED, len(comment), 44, 0)
     return b"Exif\0\0MM\0*\0\0\0\x08" + first + second + comment
-
-
-def _packet(document: bytes) -> bytes:
-    """JSON has the characters that XML has not as they are in texts only, where they may be spelt by their numbers."""
-    return _XMP.format(document.decode().translate(_SPELT)).encode()

@@ -1,7 +1,7 @@
-"""What a picture was drawn from: all that draws it again, and nothing that is secret."""
+"""Provenance: everything that draws an image again, without secrets."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -9,22 +9,18 @@ from zlora.later import TolerantRequest
 from zlora.redaction import label
 from zlora.schema import JOB_ID, MAX_SEED, Asset, GenerateRequest, GenerateResult
 
-_LONGEST: Final = 2**22  # bytes of a recipe's JSON; the longest request has about a tenth
+_MAX_BYTES: Final = 2**22  # of a JSON document; that of the longest request has about a tenth
 
 
-class Provenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One picture: the `index`th of a job, by its own `seed`.
+class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What all images of a job share; each field is also a field of `GenerateResult`.
 
-    Of `request` the addresses have no query, and each LoRA is pinned to the file that was used. `pixels_sha256` is of
-    the RGB bytes as they were drawn. The other fields are those of `GenerateResult`.
+    `seed` is that of the first image. In `request` the addresses have no query, and each LoRA is
+    pinned to the file that was used.
     """
 
     job_id: Annotated[str, Meta(pattern=rf"^{JOB_ID.pattern}\Z")]
-    index: Annotated[int, Meta(ge=0)] = 0
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)]
-    width: Annotated[int, Meta(ge=1)]
-    height: Annotated[int, Meta(ge=1)]
-    pixels_sha256: str | None = None
     request: GenerateRequest
     model: str
     base_sha256: str
@@ -33,68 +29,99 @@ class Provenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     device: str
     dtype: str
     threads: int | None = None
-    tiled: bool = False
     versions: dict[str, str]
 
+    def for_image(
+        self,
+        index: int,
+        *,
+        seed: int,
+        width: int,
+        height: int,
+        pixels_sha256: str | None,
+        tiled: bool,
+    ) -> "ImageProvenance":
+        """Return the provenance of one image of this job."""
+        shared = msgspec.structs.asdict(self) | {"seed": seed}
+        return ImageProvenance(
+            **shared,
+            index=index,
+            width=width,
+            height=height,
+            pixels_sha256=pixels_sha256,
+            tiled=tiled,
+        )
 
-_OWN: Final = ("seed", "width", "height", "pixels_sha256", "tiled")  # of a picture
-# Of a job.
-_SHARED: Final = (
-    "job_id", "seed", "request", "model", "base_sha256", "model_sha256", "scheduler", "device", "dtype", "threads",
-    "versions",
-)  # fmt: skip
+
+class ImageProvenance(JobProvenance, frozen=True, kw_only=True):
+    """Provenance of the image with this `index` in its job, as its file's metadata has it.
+
+    `seed` is the image's own. `pixels_sha256` is that of the RGB bytes as they were drawn.
+    """
+
+    index: Annotated[int, Meta(ge=0)] = 0
+    width: Annotated[int, Meta(ge=1)]
+    height: Annotated[int, Meta(ge=1)]
+    pixels_sha256: str | None = None
+    tiled: bool = False
 
 
 def pinned(request: GenerateRequest, files: Iterable[tuple[str, str]]) -> GenerateRequest:
-    """The request with each LoRA replaced by its source without secrets, and its sha256."""
-    loras = [
-        msgspec.structs.replace(
-            spec, file=_pinned(source, sha256), adapter_name=label(spec.adapter_name)
+    """Return the request with each LoRA pinned to its file.
+
+    `files` has the source without secrets and the sha256 of each LoRA, in the request's order.
+    """
+    loras = []
+    for spec, (source, sha256) in zip(request.loras, files, strict=True):
+        try:
+            asset = msgspec.convert({"url": source, "sha256": sha256}, Asset)
+        except msgspec.ValidationError:  # nothing is left of the address, or too long when quoted
+            asset = Asset(url=f"sha256:{sha256}", sha256=sha256)
+        loras.append(
+            msgspec.structs.replace(spec, file=asset, adapter_name=label(spec.adapter_name))
         )
-        for spec, (source, sha256) in zip(request.loras, files, strict=True)
-    ]
     return msgspec.structs.replace(request, loras=tuple(loras))
 
 
-def _pinned(source: str, sha256: str) -> Asset:
-    """By its digest alone where its source is no address: nothing was left of it, or spelling it out was too long."""
+def image_provenances(result: GenerateResult) -> list[ImageProvenance]:
+    """Return the provenance of each image of a result.
+
+    Raises `ValueError` if a field is absent, as in manifests of the first versions, or invalid.
+    """
     try:
-        return msgspec.convert({"url": source, "sha256": sha256}, Asset)
-    except msgspec.ValidationError:
-        return Asset(url=f"sha256:{sha256}", sha256=sha256)
-
-
-def shared(recipe: Provenance) -> dict[str, Any]:
-    """What a result says too, for all of its pictures together."""
-    return {name: getattr(recipe, name) for name in _SHARED}
-
-
-def provenances(result: GenerateResult) -> list[Provenance]:
-    """What the pictures of a manifest were drawn from; raises `ValueError` for one of before there were recipes."""
-    if result.request is None or result.base_sha256 is None:
-        raise ValueError("the manifest does not say what its pictures were drawn from")
-    common: dict[str, Any] = {name: getattr(result, name) for name in _SHARED}
+        job = msgspec.convert(result, JobProvenance, from_attributes=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(
+            f"the manifest does not say what its images were drawn from: {error}"
+        ) from None
     return [
-        Provenance(**common | {name: getattr(image, name) for name in _OWN}, index=index)
+        job.for_image(
+            index,
+            seed=image.seed,
+            width=image.width,
+            height=image.height,
+            pixels_sha256=image.pixels_sha256,
+            tiled=image.tiled,
+        )
         for index, image in enumerate(result.images)
     ]
 
 
-class _LaterRecipe(Provenance, frozen=True, kw_only=True):
+class _TolerantProvenance(ImageProvenance, frozen=True, kw_only=True):
     request: TolerantRequest
 
 
-def parse_provenance(document: bytes | str) -> Provenance:
-    """From its JSON, which anyone may have written; what a later version has added is passed over.
+def parse_provenance(document: bytes | str) -> ImageProvenance:
+    """Return the provenance in an untrusted JSON document; unknown fields are ignored.
 
-    Raises `msgspec.DecodeError` for what is no JSON or too long, and its kind `msgspec.ValidationError` for a field
-    that is absent or out of its bounds.
+    Raises `msgspec.DecodeError` if the document is not JSON or too long, and its subclass
+    `msgspec.ValidationError` if a field is absent or out of its bounds.
     """
     try:
         data = document.encode() if isinstance(document, str) else document
-        if len(data) > _LONGEST:
-            raise msgspec.DecodeError(f"{len(data)} bytes are no recipe")
-        found = msgspec.json.decode(data, type=_LaterRecipe)
+        if len(data) > _MAX_BYTES:
+            raise msgspec.DecodeError(f"provenance of {len(data)} bytes is too long")
+        found = msgspec.json.decode(data, type=_TolerantProvenance)
     except (RecursionError, UnicodeError) as error:
         raise msgspec.DecodeError(str(error)) from None
-    return msgspec.convert(msgspec.to_builtins(found), Provenance)
+    return msgspec.convert(msgspec.to_builtins(found), ImageProvenance)

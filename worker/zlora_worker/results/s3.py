@@ -6,34 +6,65 @@ import math
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from threading import Event
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import uuid4
 
+from botocore import exceptions
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+from botocore.validate import validate_parameters
+from urllib3.exceptions import SSLError
 from zlora.errors import InvalidSetting, StoreFailed
 
-from zlora_worker.results.s3_errors import created, failing_requests, given_up, is_final, persistent
 from zlora_worker.s3_client import s3_client
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_PART: Final = (
-    8 * 2**20
-)  # bytes; what is larger goes in such parts: S3's least is 5 MiB, and reads count on these
-# Seconds in which tries of a call begin; a job that ends on a store that hangs has half a minute.
+# Bytes; a larger object is uploaded in parts of this size, on which `_require_checksum` relies.
+# S3's least is 5 MiB.
+_PART: Final = 8 * 2**20
+# Seconds in which the tries of a call begin; a job that ends on a store that hangs has 30.
 _SMALL: Final = 8.0
 _PUT: Final = 60.0
-# Put arguments that are not the operator's: the store sets them, or could not read back what they have made.
-_OURS: Final = frozenset(
+# Seconds between tries of what botocore does not try again, such as a write that meets another one.
+_PAUSES: Final = (0.1, 0.2, 0.4)
+# Codes of a body or part that was damaged on the way, or of an upload whose answer was lost.
+_DAMAGED: Final = frozenset(
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "NoSuchUpload",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+# Refusals that may not be repeated: statuses, and codes whatever their status.
+_TRANSIENT_STATUSES: Final = (
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.CONFLICT,
+    HTTPStatus.TOO_MANY_REQUESTS,
+)
+_TRANSIENT_CODES: Final = _DAMAGED | {"RequestTimeout", "SlowDown"}
+# Put arguments that the operator may not give: the store sets them, or could not read the object.
+_RESERVED: Final = frozenset(
     {"Bucket", "Key", "ContentType", "ContentEncoding", "ChecksumAlgorithm"}
     | {"RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"}
 )
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _GivenUp(BotoCoreError):
+    """Ends a request; botocore does not try it again."""
+
+    fmt = "{reason}"
 
 
 class S3Store:
@@ -42,13 +73,13 @@ class S3Store:
     own_urls: Final = "presigned"
 
     def __init__(self, bucket: str, prefix: str, settings: Settings) -> None:
-        """Raises `InvalidSetting` where the put arguments are none of S3's, or boto3 can make no client."""
+        """Raise `InvalidSetting` if boto3 makes no client, or S3 has no such put arguments."""
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._client = _store_client(settings.s3_endpoint, settings)
-        public = settings.s3_public_endpoint
-        # A signature covers the host, so that of another host needs a client of its own.
-        self._signer = _store_client(public, settings) if public else self._client
-        self._own = threading.local()  # of each thread, what its present call may take
+        self._signer = self._client
+        if settings.s3_public_endpoint:  # a signature covers the host
+            self._signer = _store_client(settings.s3_public_endpoint, settings)
+        self._limits = threading.local()  # `end` and `stop` of the thread's present call
         self._client.meta.events.register("before-send.s3", self._require_time)
         self._put_options = settings.s3_put
         _require_put_options(self._client, settings.s3_put)
@@ -56,143 +87,134 @@ class S3Store:
     def put_new(
         self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
     ) -> bool:
-        put = self._put if len(data) <= _PART else self._put_parts
-        with (
-            failing_requests(f"{key} cannot be stored in bucket {self._bucket}"),
-            self._tries(_PUT, stop),
-        ):
-            target = {"Bucket": self._bucket, "Key": self._prefix + key}
-            return created(lambda: put(target, data, content_type))
+        with self._call(f"{key} cannot be stored in bucket {self._bucket}", _PUT, stop):
+            return self._create(key, data, content_type)
 
     def get(self, key: str) -> bytes | None:
-        with (
-            failing_requests(f"{key} cannot be read from bucket {self._bucket}"),
-            self._tries(_SMALL),
-        ):
-            return persistent(lambda: self._get(key))
+        with self._call(f"{key} cannot be read from bucket {self._bucket}", _SMALL):
+            return _with_retries(lambda: self._read(key))
 
     def delete(self, key: str) -> None:
-        with (
-            failing_requests(f"{key} cannot be deleted from bucket {self._bucket}"),
-            self._tries(_SMALL),
-        ):
+        with self._call(f"{key} cannot be deleted from bucket {self._bucket}", _SMALL):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
     def probe(self) -> None:
-        from botocore.exceptions import ParamValidationError
-        from botocore.parsers import ResponseParserError
-
-        try:  # where results are: rights may reach no further, and a rule of the bucket clears what a death leaves
-            self._try_out(f"runs/.probe-{uuid4().hex}", b"probe")
+        # Among the results: rights may be limited to that prefix, and the bucket's lifecycle rule
+        # deletes a probe that a killed worker leaves.
+        key, data = f"runs/.probe-{uuid4().hex}", b"probe"
+        try:
+            with self._call(f"{key} cannot be stored in bucket {self._bucket}", _SMALL):
+                self._create(key, data, "text/plain")
+            try:
+                found = self.get(key)
+            finally:
+                self.delete(key)
+            if found != data:
+                raise _invalid(f"bucket {self._bucket} returns other bytes than were stored")
+            # Without the right to list, S3 answers 403 for an absent object, and no job could run.
+            what = f"bucket {self._bucket} does not say that an object is absent (s3:ListBucket?)"
+            with self._call(what, _SMALL):
+                _with_retries(lambda: self._read(key))
         except StoreFailed as error:
-            if isinstance(
-                error.__cause__, ParamValidationError
-            ):  # its text holds the value, which may be a secret
-                raise _wrong("boto3 refuses an argument of a put (ZLORA_S3_PUT)") from None
-            if is_final(error.__cause__):
-                raise _wrong(str(error)) from error
+            if isinstance(error.__cause__, exceptions.ParamValidationError):
+                # The text holds the value, which may be a secret.
+                raise _invalid("boto3 refuses an argument of a put (ZLORA_S3_PUT)") from None
+            if _is_final(error.__cause__):
+                raise _invalid(str(error)) from error
             logger.warning("the store may be away: %s", error)
-        except (
-            ResponseParserError,
-            RecursionError,
-        ) as error:  # the second of redirects without end
-            raise _wrong(
-                f"what answers for bucket {self._bucket} is no S3: {type(error).__name__}"
+        except (ResponseParserError, RecursionError) as error:  # the second: endless redirects
+            kind = type(error).__name__
+            raise _invalid(
+                f"the server of bucket {self._bucket} does not answer as S3: {kind}"
             ) from error
 
     def name(self, key: str) -> str:
         return self._prefix + key
 
     def url(self, key: str, seconds: int) -> str:
-        with failing_requests(f"{key} in bucket {self._bucket} cannot be signed for"):
+        with self._call(f"{key} in bucket {self._bucket} has no signed URL", _SMALL):
             params = {"Bucket": self._bucket, "Key": self._prefix + key}
             return self._signer.generate_presigned_url(
                 "get_object", Params=params, ExpiresIn=seconds
             )
 
     @contextmanager
-    def _tries(self, seconds: float, stop: Event | None = None) -> Iterator[None]:
-        """No request is sent inside after so many seconds, or once `stop` is set: botocore's tries have no such end."""
-        self._own.end, self._own.stop = time.monotonic() + seconds, stop
+    def _call(self, what: str, seconds: float, stop: Event | None = None) -> Iterator[None]:
+        """Raise `StoreFailed`, which says `what` failed, for an error of botocore inside.
+
+        No request is sent after `seconds`, or once `stop` is set: botocore's retries have no such
+        end.
+        """
+        self._limits.end, self._limits.stop = time.monotonic() + seconds, stop
         try:
             yield
+        except (BotoCoreError, ClientError) as error:
+            raise StoreFailed(f"{what}: {error}") from error
         finally:
-            self._own.end, self._own.stop = math.inf, None
+            self._limits.end, self._limits.stop = math.inf, None
 
     def _require_time(self, **_: Any) -> None:
-        stop: Event | None = getattr(self._own, "stop", None)
+        stop: Event | None = getattr(self._limits, "stop", None)
         if stop is not None and stop.is_set():
-            raise given_up("the job has ended")
-        if time.monotonic() > getattr(self._own, "end", math.inf):
-            raise given_up("it does not answer in time")
+            raise _GivenUp(reason="the job has ended")
+        if time.monotonic() > getattr(self._limits, "end", math.inf):
+            raise _GivenUp(reason="the server does not answer in time")
 
-    def _try_out(self, key: str, data: bytes) -> None:
-        """Raises `StoreFailed`, or `InvalidSetting` where other bytes come back; a server that hangs costs 20 s."""
-        target = {"Bucket": self._bucket, "Key": self._prefix + key}
-        with (
-            failing_requests(f"{key} cannot be stored in bucket {self._bucket}"),
-            self._tries(_SMALL),
-        ):
-            created(lambda: self._put(target, data, "text/plain"))
-        try:
-            found = self.get(key)
-        finally:
-            self.delete(key)
-        if found != data:
-            raise _wrong(f"bucket {self._bucket} gives other bytes than it has taken")
-        what = f"bucket {self._bucket} does not say that an object is not there (s3:ListBucket?)"
-        with failing_requests(what), self._tries(_SMALL):
-            persistent(lambda: self._get(key))
-
-    def _get(self, key: str) -> bytes | None:
-        from botocore.exceptions import ResponseStreamingError
-        from urllib3.exceptions import SSLError
-
+    def _read(self, key: str) -> bytes | None:
         try:
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
         except self._client.exceptions.NoSuchKey:
             return None
         try:
             data = answer["Body"].read()
-        except SSLError as error:  # botocore makes its own error of any other that a connection has
-            raise ResponseStreamingError(error=error) from error
+        except SSLError as error:  # botocore wraps every other error of a connection
+            raise exceptions.ResponseStreamingError(error=error) from error
         _require_checksum(data, answer.get("ChecksumCRC32", ""))
         return data
 
-    def _put(self, target: dict[str, str], data: bytes, content_type: str) -> None:
-        client: Any = (
-            self._client
-        )  # the stubs know each argument's type, the operator's options have none
+    def _create(self, key: str, data: bytes, content_type: str) -> bool:
+        """Put an object; return False if the key has one already."""
+        target = {"Bucket": self._bucket, "Key": self._prefix + key}
+        put = self._put_whole if len(data) <= _PART else self._put_parts
+        try:
+            _with_retries(lambda: put(target, data, content_type))
+        except ClientError as error:
+            # It may be this call's own: after a lost answer botocore's next try meets the object.
+            if _status(error) == HTTPStatus.PRECONDITION_FAILED:
+                return False
+            raise
+        return True
+
+    def _put_whole(self, target: dict[str, str], data: bytes, content_type: str) -> None:
+        client: Any = self._client  # the stubs type each argument; the operator's have no types
         client.put_object(
             **target, **self._put_options, Body=data, ContentType=content_type, IfNoneMatch="*"
         )
 
     def _put_parts(self, target: dict[str, str], data: bytes, content_type: str) -> None:
-        """Upload in parts, which become an object all at once, where none is there yet.
+        """Upload in parts, which become an object all at once, if there is none yet.
 
-        boto3's own transfer has no such condition. Parts of an upload that was cut off are no object; a lifecycle rule
-        of the bucket deletes them.
+        boto3's own transfer has no such condition. The parts of an upload that was cut off are no
+        object; a lifecycle rule of the bucket deletes them.
         """
-        from botocore.exceptions import BotoCoreError, ClientError
-
         client: Any = self._client
-        made = client.create_multipart_upload(
+        created = client.create_multipart_upload(
             **target, **self._put_options, ContentType=content_type, ChecksumAlgorithm="CRC32"
         )
-        upload = target | {"UploadId": made["UploadId"]}
+        upload = target | {"UploadId": created["UploadId"]}
         try:
             parts = []
             for number, part in enumerate(_parts(data), start=1):
                 answer = client.upload_part(
                     **upload, PartNumber=number, Body=part, ChecksumAlgorithm="CRC32"
                 )
-                told = {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
-                parts.append({"PartNumber": number, **told})
+                sums = {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
+                parts.append({"PartNumber": number, **sums})
             client.complete_multipart_upload(
                 **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
         except ClientError:
-            # Only what S3 has refused: where no answer came the parts may be an object by now, or become one.
+            # Only if S3 has refused: without an answer the parts may be, or become, an object.
             with suppress(BotoCoreError, ClientError):
                 client.abort_multipart_upload(**upload)
             raise
@@ -202,52 +224,94 @@ def _parts(data: bytes) -> Iterator[bytes]:
     return (data[start : start + _PART] for start in range(0, len(data), _PART))
 
 
-def _require_checksum(data: bytes, told: str) -> None:
-    """Raises where an object in `_put_parts`'s parts is not what was put; botocore looks at those in one piece only.
+def _require_checksum(data: bytes, expected: str) -> None:
+    """Raise if an object that `_put_parts` uploaded differs from what was put.
 
-    S3's checksum of such an object is that of its parts' checksums, a dash, and how many there are.
+    S3's checksum of such an object is that of its parts' checksums, a dash, and their number;
+    botocore checks only objects in one piece.
     """
-    from botocore.exceptions import FlexibleChecksumError
-
     sums = [zlib.crc32(part).to_bytes(4, "big") for part in _parts(data)]
     checksum = base64.b64encode(zlib.crc32(b"".join(sums)).to_bytes(4, "big")).decode()
-    if told.endswith(f"-{len(sums)}") and told != f"{checksum}-{len(sums)}":
-        raise FlexibleChecksumError(
-            error_msg=f"Expected checksum {told} of the parts did not match"
+    if expected.endswith(f"-{len(sums)}") and expected != f"{checksum}-{len(sums)}":
+        raise exceptions.FlexibleChecksumError(
+            error_msg=f"Expected checksum {expected} of the parts did not match"
         )
 
 
-def _wrong(reason: str) -> InvalidSetting:
+def _with_retries(act: Callable[[], T]) -> T:
+    """Return what `act` returns, with more tries after errors that botocore takes for final."""
+    for pause in _PAUSES:
+        try:
+            return act()
+        except ClientError as error:
+            if _status(error) != HTTPStatus.CONFLICT and _code(error) not in _DAMAGED:
+                raise
+        except (
+            # A body that broke off or was changed. One that stalls has taken its time already.
+            exceptions.FlexibleChecksumError,
+            exceptions.IncompleteReadError,
+            exceptions.ResponseStreamingError,
+        ):
+            pass
+        time.sleep(pause)
+    return act()
+
+
+def _is_final(error: BaseException | None) -> bool:
+    """Whether another try would fail too: the cause is neither the network nor a passing state."""
+    if isinstance(error, ClientError):
+        status = _status(error)
+        refused = status < HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.NOT_IMPLEMENTED
+        transient = status in _TRANSIENT_STATUSES or _code(error) in _TRANSIENT_CODES
+        return refused and not transient
+    if isinstance(error, exceptions.SSLError):
+        return "CERTIFICATE_VERIFY_FAILED" in str(error)
+    transient_errors = (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.CapacityNotAvailableError,
+        exceptions.IncompleteReadError,
+        exceptions.FlexibleChecksumError,
+        _GivenUp,
+    )
+    # What remains of botocore's errors: credentials, a profile, an argument.
+    return isinstance(error, BotoCoreError) and not isinstance(error, transient_errors)
+
+
+def _status(error: ClientError) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def _code(error: ClientError) -> str | None:
+    return error.response.get("Error", {}).get("Code")
+
+
+def _invalid(reason: str) -> InvalidSetting:
     return InvalidSetting(f"ZLORA_STORE: {reason}", {"name": "ZLORA_STORE"})
 
 
 def _require_put_options(client: "S3Client", options: Mapping[str, Any]) -> None:
-    """Raises `InvalidSetting` where S3 knows no such argument of a put, whole or in parts, or it is the store's own."""
-    from botocore.exceptions import ParamValidationError
-    from botocore.validate import validate_parameters
-
+    """Raise `InvalidSetting` unless S3 has these arguments for a put, whole and in parts."""
     name = "ZLORA_S3_PUT"
     operation: Any = client.meta.service_model.operation_model
-    whole, parted = (operation(put).input_shape for put in ("PutObject", "CreateMultipartUpload"))
-    if refused := sorted(options.keys() - (whole.members.keys() & parted.members.keys() - _OURS)):
+    whole, parts = (operation(put).input_shape for put in ("PutObject", "CreateMultipartUpload"))
+    allowed = whole.members.keys() & parts.members.keys() - _RESERVED
+    if refused := sorted(options.keys() - allowed):
         raise InvalidSetting(
-            f"{name}: {', '.join(refused)}: nothing that a put may be told here", {"name": name}
+            f"{name}: {', '.join(refused)}: not an argument that a put can have here",
+            {"name": name},
         )
     for option, value in options.items():
         try:
             validate_parameters({"Bucket": "bucket", "Key": "key", option: value}, whole)
-        except ParamValidationError:  # its text holds the value, which may be a secret
+        except exceptions.ParamValidationError:  # its text holds the value, which may be a secret
             raise InvalidSetting(
-                f"{name}: {option}: not of the type that S3 knows", {"name": name}
+                f"{name}: {option}: not of the type that S3 expects", {"name": name}
             ) from None
 
 
 def _store_client(endpoint: str, settings: Settings) -> "S3Client":
-    from botocore.exceptions import BotoCoreError
-
     try:
         return s3_client(endpoint, addressing=settings.s3_addressing)
-    except (BotoCoreError, ValueError) as error:  # a profile or a region that is none, an endpoint
-        raise InvalidSetting(
-            f"ZLORA_STORE: boto3 makes no client of S3: {error}", {"name": "ZLORA_STORE"}
-        ) from error
+    except (BotoCoreError, ValueError) as error:  # an unknown profile or region, or an endpoint
+        raise _invalid(f"boto3 makes no client of S3: {error}") from error

@@ -1,4 +1,8 @@
-"""Where results go: the key scheme, what a store does, and the one that is a folder."""
+"""The store of results: what a store does, which one the settings mean, and the store folder.
+
+To add an object store, write a class with the methods of `Store`, add its scheme to `open_store`,
+and let `setting_types.store_url` accept its URLs.
+"""
 
 import errno
 import logging
@@ -14,30 +18,25 @@ from uuid import uuid4
 
 from zlora.errors import InvalidSetting, StoreFailed
 
-from zlora_worker.results.s3 import S3Store
 from zlora_worker.settings import Settings
 
-# What `link` says on file systems without hard links, each in its own way.
+# What `link` raises on file systems without hard links, which do not agree on one error.
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-# A disk that is full or away, a process that has too much: another time it may be well.
-_PASSING: Final = frozenset(
+# A disk that is full or away, or a process without free handles: the same call may succeed later.
+_TRANSIENT: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 )
-_NO_FOLDER_SYNC: Final = (
-    errno.EINVAL,
-    errno.EOPNOTSUPP,
-)  # of file systems that know none, mostly those of a network
+# What `fsync` of a folder raises on file systems that lack it, mostly those of a network.
+_NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 
 logger = logging.getLogger(__name__)
 
 
 class Store(Protocol):
-    """A place for bytes under keys, for several threads at once.
+    """Bytes under keys, for several threads at once.
 
-    Every method but `probe` and `name` raises `StoreFailed`.
-
-    `own_urls` says of what kind `url` is.
+    Every method but `probe` and `name` raises `StoreFailed`. `own_urls` is the kind of `url`.
     """
 
     @property
@@ -46,48 +45,56 @@ class Store(Protocol):
     def put_new(
         self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
     ) -> bool:
-        """Store whole or not at all, and only where nothing is under the key; whether it was created now.
+        """Create the object, whole or not at all; return False if the key has one already.
 
-        Fails as soon as it would try again and `stop` is set.
-        False: something is there already, untouched. It may be this call's own bytes, where a request was repeated.
+        An object that is there stays as it is; it may be this call's own, since a request whose
+        answer is lost is repeated. Raises `StoreFailed` instead of trying again once `stop` is set.
         """
         ...
 
     def get(self, key: str) -> bytes | None:
-        """What is under the key; None where nothing is, and never for a store that does not answer."""
+        """Return the bytes under the key; None only if the store says that there are none."""
         ...
 
     def delete(self, key: str) -> None:
-        """Nothing is under the key afterwards, as perhaps before."""
+        """Delete the object under the key, if there is one."""
         ...
 
     def probe(self) -> None:
-        """Create, read and delete a small object of its own.
+        """Create, read and delete a small object.
 
-        Raises `InvalidSetting` where the store refuses for good, and logs a warning where it does not answer: it may be
-        away for a moment.
+        Raises `InvalidSetting` if the store can never work, and logs a warning if it may be away
+        for a moment.
         """
         ...
 
     def name(self, key: str) -> str:
-        """The key with the store's prefix, as a public server in front of it would know it."""
+        """Return the key with the store's prefix, as a public server in front of it has it."""
         ...
 
     def url(self, key: str, seconds: int) -> str:
-        """Where the object can be had, for so many seconds where it is a signature that lets it."""
+        """Return the object's URL; if it is a signed one, it holds for so many seconds."""
         ...
 
 
 def open_store(settings: Settings) -> Store:
-    """The store of `ZLORA_STORE`; raises `InvalidSetting`."""
-    parts = urlsplit(settings.store_url)
-    if parts.scheme == "file":
-        return FolderStore(Path(unquote(parts.path)))
-    return S3Store(parts.netloc, parts.path.strip("/"), settings)
+    """Return the store of `ZLORA_STORE`; raise `InvalidSetting`."""
+    url = urlsplit(settings.store_url)
+    match url.scheme:
+        case "file":
+            return FolderStore(Path(unquote(url.path)))
+        case _:  # "s3"; the settings have checked the scheme
+            from zlora_worker.results.s3 import S3Store  # imports boto3, which is heavy
+
+            return S3Store(url.netloc, url.path.strip("/"), settings)
 
 
 class FolderStore:
-    """Files under a folder; each appears whole, as a hard link to its draft."""
+    """Files under a folder.
+
+    Each is written as a draft and appears by a hard link: a link fails if the name is taken, while
+    the rename of `zlora.files.write_atomically` would replace the file of another worker.
+    """
 
     own_urls: Final = "file"
 
@@ -103,60 +110,57 @@ class FolderStore:
         stop: Event | None = None,  # noqa: ARG002 - there is one try
     ) -> bool:
         path = self._folder / key
-        with _failing_files(f"{key} cannot be written to the store folder"):
-            if os.path.lexists(path):  # a job that comes back needs no room for what it has stored
+        with _store_errors(f"{key} cannot be written to the store folder"):
+            if os.path.lexists(path):  # first: on a full disk a job can reuse its images
                 return False
-            self._make_folder(path.parent)
+            missing = [each for each in (path.parent, *path.parent.parents) if not each.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in missing:
+                _sync_folder(folder.parent)
             return _create(path, data)
 
-    def _make_folder(self, folder: Path) -> None:
-        """So that it is there after a loss of power too."""
-        made = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        for each in made:
-            _sync(each.parent)
-
     def get(self, key: str) -> bytes | None:
-        with _failing_files(f"{key} cannot be read from the store folder"):
+        with _store_errors(f"{key} cannot be read from the store folder"):
             try:
                 return (self._folder / key).read_bytes()
             except FileNotFoundError:
                 return None
 
     def delete(self, key: str) -> None:
-        with _failing_files(f"{key} cannot be deleted from the store folder"):
+        with _store_errors(f"{key} cannot be deleted from the store folder"):
             (self._folder / key).unlink(missing_ok=True)
 
     def probe(self) -> None:
+        key, data = f"runs/.probe-{uuid4().hex}", b"probe"
         try:
-            self._try_out(f"runs/.probe-{uuid4().hex}", b"probe")
+            self.put_new(key, data, "text/plain")
+            try:
+                found = self.get(key)
+            finally:
+                self.delete(key)
         except StoreFailed as error:
-            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING):
-                raise _wrong(f"{self._folder}: {error}") from error
-            logger.warning("the store may be full or away: %s", error)
-
-    def _try_out(self, key: str, data: bytes) -> None:
-        self.put_new(key, data, "text/plain")
-        try:
-            found = self.get(key)
-        finally:
-            self.delete(key)
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _TRANSIENT:
+                logger.warning("the store folder may be full or away: %s", error)
+                return
+            raise InvalidSetting(
+                f"ZLORA_STORE: {self._folder}: {error}", {"name": "ZLORA_STORE"}
+            ) from error
         if found != data:
-            raise _wrong(f"{self._folder} gives other bytes than it has taken")
+            raise InvalidSetting(
+                f"ZLORA_STORE: {self._folder} returns other bytes than were written",
+                {"name": "ZLORA_STORE"},
+            )
 
     def name(self, key: str) -> str:
         return key
 
-    def url(self, key: str, seconds: int) -> str:  # noqa: ARG002 - a file's has no end
+    def url(self, key: str, seconds: int) -> str:  # noqa: ARG002 - the URL of a file has no end
         return (self._folder / key).as_uri()
 
 
-def _wrong(reason: str) -> InvalidSetting:
-    return InvalidSetting(f"ZLORA_STORE: {reason}", {"name": "ZLORA_STORE"})
-
-
 @contextmanager
-def _failing_files(what: str) -> Iterator[None]:
+def _store_errors(what: str) -> Iterator[None]:
+    """Raise `StoreFailed` for an `OSError` inside."""
     try:
         yield
     except OSError as error:
@@ -164,24 +168,33 @@ def _failing_files(what: str) -> Iterator[None]:
 
 
 def _create(path: Path, data: bytes) -> bool:
+    """Write a draft, sync it and link it to `path`; return False if `path` exists."""
     draft = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".draft-", delete=False)  # noqa: SIM115 - closed below
     try:
         with draft:
             draft.write(data)
             draft.flush()
             os.fchmod(draft.fileno(), 0o644)
-            # A name may reach the disk before its bytes do: after a power loss the manifest would be there, and empty.
+            # Without it the name may reach the disk first: after a power loss the manifest exists,
+            # and is empty.
             os.fsync(draft.fileno())
-        if not _link_new(draft.name, path):
+        try:
+            os.link(draft.name, path)
+        except FileExistsError:
             return False
-        _sync(path.parent)
+        except OSError as error:
+            if error.errno in _NO_HARD_LINKS:
+                reason = f"its file system must support hard links ({error.strerror})"
+                raise OSError(error.errno, reason) from error
+            raise
+        _sync_folder(path.parent)
         return True
     finally:
         os.unlink(draft.name)
 
 
-def _sync(folder: Path) -> None:
-    """The names in a folder are on disk."""
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -190,17 +203,3 @@ def _sync(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _link_new(draft: str, path: Path) -> bool:
-    try:
-        os.link(draft, path)  # a rename would take the name from the file that has it
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno in _NO_HARD_LINKS:
-            raise OSError(
-                error.errno, f"its file system must support hard links ({error.strerror})"
-            ) from error
-        raise
-    return True

@@ -1,4 +1,4 @@
-"""A job's pictures on their way to the store: each is encoded and stored while the next one is drawn."""
+"""Images of a job on their way to the store: one is encoded and stored while the next is drawn."""
 
 import hashlib
 import threading
@@ -6,171 +6,176 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import msgspec
 from PIL import Image
 from zlora.errors import StoreFailed
-from zlora.schema import GenerateRequest, ImageRef
+from zlora.schema import ImageRef
 
 from zlora_worker.results import encoding
 from zlora_worker.results.infotext import infotext
 from zlora_worker.results.manifest import image_keys, put_if_absent
 from zlora_worker.results.metadata import embed_metadata, provenance_of
-from zlora_worker.results.provenance import Provenance
+from zlora_worker.results.provenance import ImageProvenance, JobProvenance
 from zlora_worker.results.store import Store
 from zlora_worker.signals import run_to_completion
 
-_HANDS: Final = 4  # pictures that are encoded and stored at a time; a put mostly waits
-_LOOK: Final = 0.2  # seconds between two looks at whether the job is still wanted
-_PATIENCE: Final = (
-    12.0  # seconds for what is on its way when a job ends; a request that nobody answers takes 10
-)
+_THREADS: Final = 4  # images that are encoded and stored at a time; an upload mostly waits
+_POLL: Final = 0.2  # seconds between two calls of `on_wait`
+# Seconds that leaving waits for uploads; a request that is not answered takes 10.
+_LEAVE_TIMEOUT: Final = 12.0
 
 
 class ImageUploader:
-    """The pictures of one job, in order. What fails on the way is raised by the next call; leaving waits for the rest.
+    """Encodes and stores the images of one job, in order, while the block is open.
 
-    `seconds` are what encoding and storing took, summed over all pictures.
+    A failure of an image is raised by the next call. `seconds` are what encoding and storing took,
+    summed over all images.
     """
 
-    def __init__(self, store: Store, recipe: Provenance, *, digests: Sequence[str]) -> None:
-        """`recipe` is any picture's, and `digests` those of its LoRAs for `infotext`."""
-        self._store, self._recipe, self._digests = store, recipe, digests
-        self._keys = image_keys(recipe.job_id, recipe.request)
+    def __init__(
+        self, store: Store, provenance: JobProvenance, *, tensors_sha256: Sequence[str] = ()
+    ) -> None:
+        """`tensors_sha256` are the LoRAs', for `infotext`."""
+        self._store, self._job, self._tensors_sha256 = store, provenance, tensors_sha256
+        self._keys = image_keys(provenance.job_id, provenance.request)
+        self._content_type = encoding.content_type(provenance.request.output_format)
         self._refs: list[Future[ImageRef]] = []
-        self._cleared: list[Future[None]] = []
+        self._deletions: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._stop = threading.Event()
         self.seconds = {"encode": 0.0, "upload": 0.0}
 
     def __enter__(self) -> Self:
-        self._hands = ThreadPoolExecutor(_HANDS, thread_name_prefix="pictures")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """No picture is sent any more afterwards; and none is on its way, nor a deletion, unless the store hangs."""
-        run_to_completion(self._end)
+        """Send nothing any more, and wait for requests under way unless the store hangs."""
+        run_to_completion(self._leave)
 
-    def clear(self) -> None:
-        """Delete what is under the keys: it is of another job with this id, long gone."""
+    def delete_stored(self) -> None:
+        """Delete what is under the keys: an earlier job of this id has left it."""
         for key in self._keys:
-            self._cleared.append(self._hands.submit(self._store.delete, key))
+            self._deletions.append(self._threads.submit(self._store.delete, key))
 
-    def take_over(self) -> bool:
-        """Whether the next picture is in the store already, where an earlier delivery of the job has put it."""
+    def reuse_stored(self) -> bool:
+        """Take the next image from the store; return False if no earlier delivery stored it."""
         self._raise_failure()
         index = len(self._refs)
-        if (data := self._store.get(self._keys[index])) is None:
+        data = self._store.get(self._keys[index])
+        if data is None:
             return False
-        if self._is_another_job_s(
-            data
-        ):  # that was not cleared, since the delivery that was to do it died
+        if self._is_of_another_job(data):  # an earlier delivery ended before it had deleted it
             self._store.delete(self._keys[index])
             return False
-        self._refs.append(self._hands.submit(self._ref, index, data))
+        self._refs.append(self._threads.submit(self._ref_of_stored, index, data))
         return True
 
     def add(self, image: Image.Image, *, tiled: bool) -> None:
-        """The next picture, as it was drawn."""
+        """Encode and store the next image in the background."""
         self._raise_failure()
-        self._refs.append(self._hands.submit(self._stored, len(self._refs), image, tiled))
+        self._refs.append(self._threads.submit(self._store_image, len(self._refs), image, tiled))
 
-    def stored(self, on_picture: Callable[[int], None]) -> tuple[ImageRef, ...]:
-        """All of them, once they are stored; `on_picture` hears how many are, again and again, and may end the wait."""
+    def images(self, on_wait: Callable[[int], None] = lambda _stored: None) -> tuple[ImageRef, ...]:
+        """Wait until all images are stored, and return them.
+
+        `on_wait` is called several times a second with the number of stored images; it ends the
+        wait if it raises.
+        """
         refs = list[ImageRef]()
         while len(refs) < len(self._refs):
-            on_picture(len(refs))
+            on_wait(len(refs))
             with suppress(TimeoutError):
-                refs.append(self._refs[len(refs)].result(_LOOK))
+                refs.append(self._refs[len(refs)].result(_POLL))
         return tuple(refs)
 
-    def _end(self) -> None:
-        """Wait for what is on its way, and join no thread: after a signal in a join CPython takes it for ended."""
-        self._over.set()
+    def _leave(self) -> None:
+        # No thread is joined: after a signal during a join CPython takes the thread for ended.
+        self._stop.set()
         for ref in self._refs:
             ref.cancel()
-        self._hands.shutdown(wait=False)
-        begun: list[Future[Any]] = [*self._refs, *self._cleared]
-        wait((work for work in begun if not work.cancelled()), timeout=_PATIENCE)
+        self._threads.shutdown(wait=False)
+        begun: list[Future[Any]] = [*self._refs, *self._deletions]
+        wait((work for work in begun if not work.cancelled()), timeout=_LEAVE_TIMEOUT)
 
     def _raise_failure(self) -> None:
         for ref in self._refs:
             if ref.done():
                 ref.result()
 
-    def _stored(self, index: int, image: Image.Image, tiled: bool) -> ImageRef:
+    def _is_of_another_job(self, data: bytes) -> bool:
+        """Whether a stored image says that it was drawn from another request or base model."""
+        found = None
+        with suppress(StoreFailed, msgspec.DecodeError), encoding.open_image(data) as image:
+            found = provenance_of(image)
+        return found is not None and (
+            found.request != self._job.request or found.base_sha256 != self._job.base_sha256
+        )
+
+    def _store_image(self, index: int, image: Image.Image, tiled: bool) -> ImageRef:
         start = time.perf_counter()
-        request, key = self._recipe.request, self._keys[index]
-        recipe = msgspec.structs.replace(
-            self._recipe,
-            index=index,
-            seed=self._recipe.seed + index,
+        provenance = self._job.for_image(
+            index,
+            seed=self._job.seed + index,
+            width=image.width,
+            height=image.height,
             pixels_sha256=encoding.pixels_sha256(image),
             tiled=tiled,
         )
-        data = encoding.encode(image, request, **self._embedded(recipe))
+        request, metadata = self._job.request, dict[str, Any]()
+        if request.embed_metadata:
+            text = infotext(provenance, self._tensors_sha256)
+            metadata = embed_metadata(provenance, text, request.output_format)
+        data = encoding.encode(image, request, **metadata)
+
         encoded = time.perf_counter()
-        if self._cleared:
-            self._cleared[index].result()
-        there = put_if_absent(
-            self._store, key, data, encoding.content_type(request.output_format), stop=self._over
+        if self._deletions:
+            self._deletions[index].result()
+        stored = put_if_absent(
+            self._store, self._keys[index], data, self._content_type, stop=self._stop
         )
         with self._lock:
             self.seconds["encode"] += encoded - start
             self.seconds["upload"] += time.perf_counter() - encoded
-        return self._ref(index, there, recipe if there == data else None)
+        return self._ref(data, provenance) if stored == data else self._ref_of_stored(index, stored)
 
-    def _is_another_job_s(self, data: bytes) -> bool:
-        """Whether a stored picture says that it was drawn from something else."""
-        recipe = None
-        with suppress(StoreFailed, msgspec.DecodeError), encoding.opened(data) as image:
-            recipe = provenance_of(image)
-        ours = (self._recipe.request, self._recipe.base_sha256)
-        return recipe is not None and (recipe.request, recipe.base_sha256) != ours
+    def _ref_of_stored(self, index: int, data: bytes) -> ImageRef:
+        """Return the reference to an image that another delivery has stored.
 
-    def _embedded(self, recipe: Provenance) -> dict[str, Any]:
-        if not recipe.request.embed_metadata:
-            return {}
-        return embed_metadata(recipe, infotext(recipe, self._digests), recipe.request.output_format)
-
-    def _ref(self, index: int, data: bytes, recipe: Provenance | None = None) -> ImageRef:
-        """A stored picture; raises `StoreFailed` where it is damaged, and deletes it, so that the next try draws it."""
-        key, request = self._keys[index], self._recipe.request
+        Raises `StoreFailed` if it is damaged, and deletes it, so that the next try draws it again.
+        """
         try:
-            with encoding.opened(data) as image:
-                width, height = image.size
-                drawn = (
-                    _Drawn(recipe.pixels_sha256, recipe.tiled) if recipe else _drawn(image, request)
+            with encoding.open_image(data) as image:
+                found = None
+                with suppress(msgspec.DecodeError):  # another program may have put it there
+                    found = provenance_of(image)
+                pixels_sha256 = found.pixels_sha256 if found else None
+                if self._job.request.keeps_pixels:
+                    pixels_sha256 = encoding.pixels_sha256(image)
+                provenance = self._job.for_image(
+                    index,
+                    seed=self._job.seed + index,
+                    width=image.width,
+                    height=image.height,
+                    pixels_sha256=pixels_sha256,
+                    tiled=found is not None and found.tiled,
                 )
         except StoreFailed:
-            self._store.delete(key)
+            self._store.delete(self._keys[index])
             raise
+        return self._ref(data, provenance)
+
+    def _ref(self, data: bytes, provenance: ImageProvenance) -> ImageRef:
         return ImageRef(
-            key=key,
-            width=width,
-            height=height,
-            content_type=encoding.content_type(request.output_format),
+            key=self._keys[provenance.index],
+            width=provenance.width,
+            height=provenance.height,
+            content_type=self._content_type,
             size=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
-            seed=self._recipe.seed + index,
-            pixels_sha256=drawn.pixels_sha256,
-            tiled=drawn.tiled,
+            seed=provenance.seed,
+            pixels_sha256=provenance.pixels_sha256,
+            tiled=provenance.tiled,
         )
-
-
-class _Drawn(NamedTuple):
-    pixels_sha256: str | None
-    tiled: bool
-
-
-def _drawn(image: Image.Image, request: GenerateRequest) -> _Drawn:
-    """Of a picture that another delivery has drawn: by its pixels, or else by what it says of itself."""
-    recipe = None
-    with suppress(msgspec.DecodeError):  # not ours, though it is at our key
-        recipe = provenance_of(image)
-    told = recipe.pixels_sha256 if recipe else None
-    return _Drawn(
-        encoding.pixels_sha256(image) if request.keeps_pixels else told,
-        recipe is not None and recipe.tiled,
-    )

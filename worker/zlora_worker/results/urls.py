@@ -1,8 +1,8 @@
-"""How whoever asked for a job gets its pictures: by URLs, and small ones inside the answer."""
+"""URLs of a result's images, and small images inside the result."""
 
 import base64
 import time
-from typing import Final
+from typing import Final, NoReturn
 from urllib.parse import quote
 
 import msgspec
@@ -19,18 +19,20 @@ logger = get_logger(__name__)
 
 
 class ImageUrls:
-    """What the operator's settings make of a stored result; a signature is a secret, and ends, so none is stored."""
+    """Adds URLs to stored results, as the operator's settings and the request have it.
+
+    A signed URL is a secret with an end, so no URL is ever stored.
+    """
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        """Raises `InvalidSetting` where the store has no such URLs."""
+        """Raise `InvalidSetting` if the store has no URLs of a kind that the settings name."""
         self._store, self._settings = store, settings
-        self._policies = settings.urls or (
-            ("public",) if settings.public_url else (store.own_urls,)
-        )
+        default: UrlPolicy = "public" if settings.public_url else store.own_urls
+        self._policies = settings.urls or (default,)
         for policy in self._policies:
             if policy in ("presigned", "file") and policy != store.own_urls:
                 raise InvalidSetting(
-                    f"{_SETTING}={policy}: this store's own are {store.own_urls}",
+                    f"{_SETTING}={policy}: this store has {store.own_urls} URLs",
                     {"name": _SETTING},
                 )
             if policy == "public" and not settings.public_url:
@@ -39,59 +41,52 @@ class ImageUrls:
                 )
 
     def require(self, request: GenerateRequest) -> None:
-        """Raises `InvalidRequest` where a request asks for more than the operator gives."""
+        """Raise `InvalidRequest` if a request wants URLs that the operator does not give."""
+        policy, seconds = request.url_policy, request.url_expires_in
         bound = self._settings.url_seconds
-        if request.url_policy not in (None, "key", *self._policies):
-            _refuse(
-                "url_policy",
-                f"Expected one of {', '.join(sorted({'key', *self._policies}))}",
-                request.url_policy,
-            )
-        if request.url_expires_in and self._policy(request) != "presigned":
-            _refuse(
-                "url_expires_in",
-                "Expected none, since no URL is signed here",
-                request.url_expires_in,
-            )
-        if request.url_expires_in and request.url_expires_in > bound:
-            _refuse(
-                "url_expires_in",
-                f"Expected up to {bound}, this worker's bound",
-                request.url_expires_in,
-            )
+        if policy not in (None, "key", *self._policies):
+            choices = ", ".join(sorted({"key", *self._policies}))
+            _refuse("url_policy", f"Expected one of {choices}", policy)
+        if seconds and self._policy(request) != "presigned":
+            _refuse("url_expires_in", "Expected none, since no URL is signed here", seconds)
+        if seconds and seconds > bound:
+            _refuse("url_expires_in", f"Expected up to {bound}, this worker's bound", seconds)
 
     def shown(self, result: GenerateResult) -> GenerateResult:
-        """A stored result with URLs as of now; raises `StoreFailed` where they cannot be made."""
+        """Return a stored result with URLs made now; raise `StoreFailed` if they cannot be made."""
         request = result.request or GenerateRequest(prompt="")
-        images = tuple(self._linked(image, request) for image in result.images)
-        small = sum(image.size for image in images) <= self._settings.inline_bytes
-        if request.inline and small:
-            images = tuple(self._inlined(image) for image in images)
-        return msgspec.structs.replace(result, images=images)
+        images = [self._with_url(image, request) for image in result.images]
+        size = sum(image.size for image in images)
+        if request.inline and size <= self._settings.inline_bytes:
+            images = [self._with_data_uri(image) for image in images]
+        return msgspec.structs.replace(result, images=tuple(images))
 
     def _policy(self, request: GenerateRequest) -> UrlPolicy:
-        """What a request asked for may be given no more when its result is asked for again."""
-        asked = request.url_policy
-        return asked if asked and asked in ("key", *self._policies) else self._policies[0]
+        """Return the request's policy, or the default if the operator no longer offers it."""
+        policy = request.url_policy
+        if policy and policy in ("key", *self._policies):
+            return policy
+        return self._policies[0]
 
-    def _linked(self, image: ImageRef, request: GenerateRequest) -> ImageRef:
-        policy, expires_at = self._policy(request), None
-        url: str | None = None
+    def _with_url(self, image: ImageRef, request: GenerateRequest) -> ImageRef:
+        policy = self._policy(request)
+        if policy == "key":
+            return msgspec.structs.replace(image, url=None, url_expires_at=None)
         if policy == "public":
             url = f"{self._settings.public_url}/{quote(self._store.name(image.key))}"
-        elif policy != "key":
-            bound = self._settings.url_seconds
-            seconds = min(request.url_expires_in or bound, bound)
-            expires_at = time.time() + seconds if policy == "presigned" else None
-            url = self._store.url(image.key, seconds)
+            return msgspec.structs.replace(image, url=url, url_expires_at=None)
+        bound = self._settings.url_seconds
+        seconds = min(request.url_expires_in or bound, bound)
+        expires_at = time.time() + seconds if policy == "presigned" else None
+        url = self._store.url(image.key, seconds)
         return msgspec.structs.replace(image, url=url, url_expires_at=expires_at)
 
-    def _inlined(self, image: ImageRef) -> ImageRef:
-        """With its bytes, where the store gives them now: the result is one without them too, and has its URL."""
+    def _with_data_uri(self, image: ImageRef) -> ImageRef:
+        # A result without inline data is complete, so a store that fails now costs only that data.
         try:
             data = self._store.get(image.key)
         except StoreFailed as error:
-            logger.warning("%s does not come inline: %s", image.key, error)
+            logger.warning("%s is not inlined: %s", image.key, error)
             return image
         if data is None:
             return image
@@ -99,6 +94,6 @@ class ImageUrls:
         return msgspec.structs.replace(image, data_uri=uri)
 
 
-def _refuse(field: str, expected: str, value: object) -> None:
+def _refuse(field: str, expected: str, value: object) -> NoReturn:
     details = {"path": f"$.{field}", "value": str(value), "expected": expected}
     raise InvalidRequest(f"$.{field}: {expected}; the value is {value}", details)

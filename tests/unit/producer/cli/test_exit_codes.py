@@ -116,7 +116,7 @@ def test_an_error_is_one_line_whoever_chose_its_words(monkeypatch: pytest.Monkey
     ("module", "arguments"),
     [
         ("cli.cache", ["cache", "ls"]),
-        ("cli.replay_command", ["replay", "x.png"]),
+        ("cli.replay", ["replay", "x.png"]),
         ("demo.command", ["demo"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Infotext, read back by a parser of its published grammar, for whatever a request may say."""
+"""Infotext of any request, read back by a parser of its published grammar."""
 
 import json
 import re
@@ -7,15 +7,15 @@ from typing import Any, Final, get_args
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.fakes import a_recipe, a_request
+from support.fakes import a_request, image_provenance
 from zlora.schema import Asset, GenerateRequest, LoraSpec, Scheduler, parse_request
 from zlora_worker.model.schedulers import SCHEDULERS
 from zlora_worker.results.infotext import infotext
 
 NEGATIVE: Final = "Negative prompt: "
-UNFIT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-LONG: Final = 10_000  # characters, the most that a prompt has
-# Characters that end a line, a value or a tag somewhere, or are none, or are two in UTF-16.
+CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+LONG: Final = 10_000  # characters; a prompt has no more
+# Characters that end a line, a value or a tag, or are not characters, or are two in UTF-16.
 ODD: Final = st.text(
     st.sampled_from("\0\t\n\r\x0b\x1c\x7f\x85\u2028\u2029\ufeff\ufffe\uffff\U0001f600:,\"\\<>'é ")
 )
@@ -48,19 +48,20 @@ def spec(url: str = "https://a.invalid/b.safetensors", **fields: Any) -> LoraSpe
 
 def written(request: GenerateRequest, **fields: Any) -> str:
     return infotext(
-        a_recipe(request, **fields), [digest(number) for number, _ in enumerate(request.loras)]
+        image_provenance(request, **fields),
+        [digest(number) for number, _ in enumerate(request.loras)],
     )
 
 
 def digest(number: int) -> str:
-    """Told by its first 12 digits, and not by fewer."""
+    """Return a sha256 that is known by its first 12 digits, and not by fewer."""
     return f"{number:012x}".ljust(64, "f")
 
 
 # --- the form
 
 
-def test_an_example() -> None:
+def test_infotext_has_the_form_of_the_web_ui() -> None:
     request = a_request(
         prompt="a city,\nat night",
         negative_prompt="blurry",
@@ -90,8 +91,11 @@ def test_an_example() -> None:
 @example(
     document={"prompt": "", "loras": [{"file": {"url": "a"}, "adapter_name": "\0"}] * 8}, model=".."
 )
-def test_whatever_is_asked_for_is_read_back(document: dict[str, Any], model: str) -> None:
-    """One line each, however lines are split; prompts but for spaces, numbers to their last digit, a hash for a tag."""
+def test_any_request_is_read_back(document: dict[str, Any], model: str) -> None:
+    """Each part is one line, however lines are split.
+
+    Prompts are read back except for spaces, numbers to their last digit, and each tag has a hash.
+    """
     request = parse_request(document)
 
     text = written(request, model=model)
@@ -105,7 +109,7 @@ def test_whatever_is_asked_for_is_read_back(document: dict[str, Any], model: str
     assert lines == []
     assert not any(re.search("Negative prompt:|^Steps:", line) for line in (prompt, negative))
     assert text.splitlines() == text.split("\n")
-    assert UNFIT.sub("", text) == text.replace("\n", "")
+    assert CONTROLS.sub("", text) == text.replace("\n", "")
     assert letters(negative) == letters(request.negative_prompt)
     assert (int(settings["Steps"]), float(settings["CFG scale"])) == (
         request.num_inference_steps,
@@ -115,13 +119,13 @@ def test_whatever_is_asked_for_is_read_back(document: dict[str, Any], model: str
     assert (settings["Model hash"], settings["Version"]) == ("b" * 10, "z-image-lora 1.2")
     assert settings["RNG"] == "CPU"
     names, weights = tags(prompt, len(request.loras))
-    assert weights == [both(lora) for lora in request.loras]
+    assert weights == [lora.component_weights for lora in request.loras]
     assert hashes(settings) == [(name, digest(number)[:12]) for number, name in enumerate(names)]
     assert letters(prompt).startswith(letters(request.prompt))
 
 
-def test_loras_of_one_name_are_told_apart() -> None:
-    """A name that another has of its own is not given either; each tag has its own hash."""
+def test_loras_of_the_same_name_get_numbers() -> None:
+    """A numbered name that another LoRA has is skipped; each tag has its own hash."""
     loras = (
         spec(),
         spec("hf://o/r/b.safetensors"),
@@ -141,8 +145,7 @@ def test_loras_of_one_name_are_told_apart() -> None:
     "address",
     ["https://a.invalid/", "file:///", "sha256:" + "0" * 64, "x" * 4096, "?", "civitai://7"],
 )
-def test_any_address_has_a_name(address: str) -> None:
-    """Of a bounded length."""
+def test_any_address_gives_a_name_of_bounded_length(address: str) -> None:
     prompt, last = written(a_request(loras=(spec(address),))).split("\n")
 
     names, _ = tags(prompt, 1)
@@ -151,7 +154,7 @@ def test_any_address_has_a_name(address: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", get_args(Scheduler))
-def test_every_scheduler_has_the_name_that_the_web_ui_has_for_it(scheduler: Scheduler) -> None:
+def test_every_scheduler_has_its_name_in_the_web_ui(scheduler: Scheduler) -> None:
     entry = SCHEDULERS[scheduler]
     name = entry.class_name + " karras" * entry.options.get("use_karras_sigmas", False)
 
@@ -161,14 +164,12 @@ def test_every_scheduler_has_the_name_that_the_web_ui_has_for_it(scheduler: Sche
     assert settings.get("Schedule type") == ("Karras" if scheduler.endswith("karras") else None)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "negative"), [(LONG, LONG), (LONG, 10), (10, LONG), (LONG, 0), (0, LONG)]
-)
-@pytest.mark.parametrize("character", ["a", "\u00e9", "\u6f22", "\U0001f600"])
-def test_long_prompts_are_cut_for_a_jpeg_only_and_only_where_they_must_be(
+@pytest.mark.parametrize(("prompt", "negative"), [(LONG, LONG), (LONG, 10), (0, LONG)])
+@pytest.mark.parametrize("character", ["a", "\u6f22", "\U0001f600"])
+def test_long_prompts_are_cut_in_a_jpeg_only_and_only_if_they_must_be(
     character: str, prompt: int, negative: int
 ) -> None:
-    """Whole characters up to an ellipsis, and all else as it is; as much as there is room for."""
+    """Whole characters are kept up to an ellipsis, as many as there is room for."""
     loras = tuple(spec(adapter_name="\U0001f600" * 199 + str(number)) for number in range(8))
     fields = {"prompt": character * prompt, "negative_prompt": character * negative, "loras": loras}
 
@@ -186,11 +187,11 @@ def test_long_prompts_are_cut_for_a_jpeg_only_and_only_where_they_must_be(
         assert full.endswith(end)
 
 
-# --- how it is read
+# --- the parser
 
 
 def pairs(line: str) -> dict[str, str]:
-    """A key, a colon, and a JSON string or text up to the comma; then the next one."""
+    """Return the pairs of a key, a colon, and a JSON string or text up to the comma."""
     found: dict[str, str] = {}
     while line:
         key, colon, line = line.partition(": ")
@@ -207,14 +208,14 @@ def pairs(line: str) -> dict[str, str]:
 
 
 def hashes(settings: dict[str, str]) -> list[tuple[str, str]]:
-    """Names and hashes; each name is there once, since tools look them up by it."""
+    """Return names and hashes; each name must be unique, since tools look up hashes by it."""
     entries = [entry.split(": ") for entry in settings.get("Lora hashes", "").split(", ") if entry]
     assert len({name for name, _ in entries}) == len(entries)
     return [(name, found) for name, found in entries]
 
 
 def tags(prompt: str, number: int) -> tuple[list[str], list[tuple[float, float]]]:
-    """Names and weights (UNet's and text encoders') of the last so many tags."""
+    """Return names and weights (UNet, text encoders) of the last `number` tags."""
     found = re.findall(r"<lora:([^:<>,]+):([^:<>]+)(?::([^:<>]+))?>", prompt)
     last = found[len(found) - number :]
     return [name for name, *_ in last], [
@@ -222,12 +223,6 @@ def tags(prompt: str, number: int) -> tuple[list[str], list[tuple[float, float]]
     ]
 
 
-def both(lora: LoraSpec) -> tuple[float, float]:
-    """The weights that a spec means, as `tags` has them."""
-    unet, text = lora.unet_weight, lora.text_encoder_weight
-    return lora.weight if unet is None else unet, lora.weight if text is None else text
-
-
 def letters(text: str) -> str:
-    """What a text says: neither spaces nor what is no character."""
-    return "".join(UNFIT.sub("", text).split())
+    """Return a text without spaces and control characters."""
+    return "".join(CONTROLS.sub("", text).split())

@@ -1,4 +1,4 @@
-"""Pictures that say what they are: to other people's tools, to this project, and never a secret."""
+"""Metadata in image files: for other tools, for this project, and never a secret."""
 
 import hashlib
 import io
@@ -23,8 +23,8 @@ from support.fakes import (
     TEXT,
     UNET,
     MemoryStore,
-    a_recipe,
     a_request,
+    image_provenance,
     kohya_lora,
     links,
     load_engine,
@@ -42,16 +42,16 @@ from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results import encoding
 from zlora_worker.results.infotext import infotext
 from zlora_worker.results.metadata import embed_metadata, provenance_of
-from zlora_worker.results.provenance import Provenance, provenances
+from zlora_worker.results.provenance import ImageProvenance, image_provenances
 
 FORMATS: Final = get_args(OutputFormat)
 SECRETS: Final = ("s3cret", "pa55word", "fr4gment", "us3r")
 
 
-def lengthened(strategy: st.SearchStrategy[str], most: int) -> st.SearchStrategy[str]:
-    """Texts of up to `most` characters, without as many choices."""
+def lengthened(strategy: st.SearchStrategy[str], length: int) -> st.SearchStrategy[str]:
+    """Return texts of up to `length` characters, from few choices."""
     return st.builds(
-        lambda text, times: (text * times)[:most], strategy, st.sampled_from([1, 1, 50, most])
+        lambda text, times: (text * times)[:length], strategy, st.sampled_from([1, 1, 50, length])
     )
 
 
@@ -81,165 +81,158 @@ LONGEST: Final = {
 }
 
 
-def drawn(recipe: Provenance) -> tuple[Image.Image, str]:
-    """A small picture that says what it is, saved and opened again, and its infotext."""
-    text = infotext(recipe, ["a" * 64 for _ in recipe.request.loras])
-    options = embed_metadata(recipe, text, recipe.request.output_format)
-    return encoding.opened(
-        encoding.encode(Image.new("RGB", (8, 8)), recipe.request, **options)
-    ), text
+def saved_image(provenance: ImageProvenance) -> tuple[Image.Image, str]:
+    """Save a small image with its metadata and open it; return it and its infotext."""
+    request = provenance.request
+    text = infotext(provenance, ["a" * 64 for _ in request.loras])
+    options = embed_metadata(provenance, text, request.output_format)
+    data = encoding.encode(Image.new("RGB", (8, 8)), request, **options)
+    return encoding.open_image(data), text
 
 
-def said(picture: Image.Image) -> str:
-    """The infotext of an opened picture, where A1111 has it."""
-    if picture.format == "PNG":
-        return str(picture.info["parameters"])
-    assert (
-        b"\x92\x86\0\x07" in picture.info["exif"]
-    )  # its type is UNDEFINED: of another it is numbers to some readers
-    comment = picture.getexif().get_ifd(0x8769)[0x9286]
+def infotext_of(image: Image.Image) -> str:
+    """Return the infotext of an opened image, from the place that AUTOMATIC1111 uses."""
+    if image.format == "PNG":
+        return str(image.info["parameters"])
+    # The type of the comment is UNDEFINED: some readers take one of another type for numbers.
+    assert b"\x92\x86\0\x07" in image.info["exif"]
+    comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
     return str(comment[8:].decode("utf-16-be"))
 
 
-def packet_of(picture: Image.Image) -> str | None:
-    """The recipe in an XMP packet, by a parser of XML."""
-    if "xmp" not in picture.info:
+def json_in_xmp(image: Image.Image) -> str | None:
+    """Return the JSON in an XMP packet, found by a parser of XML."""
+    if "xmp" not in image.info:
         return None
-    return ET.fromstring(picture.info["xmp"]).findtext(".//{urn:x-zlora:1}recipe")  # noqa: S314 - our own
+    return ET.fromstring(image.info["xmp"]).findtext(".//{urn:x-zlora:1}recipe")  # noqa: S314 - our own
 
 
-@hypothesis_settings(deadline=None)
+@hypothesis_settings(deadline=None, max_examples=40)
 @given(document=REQUESTS)
 @example(document=LONGEST | {"output_format": "png"})
 @example(document=LONGEST | {"output_format": "jpeg"})
 @example(document=LONGEST | {"output_format": "webp"})
 @example(document={"prompt": "\ufffe]]>&amp;</zlora:recipe>\uffff", "output_format": "jpeg"})
-def test_a_picture_of_any_request_says_what_it_is(document: dict[str, Any]) -> None:
-    """No request fails for it; only of a JPEG, and only where it is too long for one, the JSON is left out."""
-    recipe = a_recipe(parse_request(document))
+def test_metadata_of_any_request_is_read_back(document: dict[str, Any]) -> None:
+    """No request fails; only a JPEG leaves the JSON out, and only if it is too long for one."""
+    provenance = image_provenance(parse_request(document))
 
-    picture, text = drawn(recipe)
+    image, text = saved_image(provenance)
 
-    assert said(picture) == text
-    if picture.format == "JPEG" and "xmp" not in picture.info:
-        assert provenance_of(picture) is None
-        assert len(msgspec.json.encode(recipe)) * 6 > 65_000  # a character is spelt by six at most
+    assert infotext_of(image) == text
+    if image.format == "JPEG" and "xmp" not in image.info:
+        assert provenance_of(image) is None
+        assert len(msgspec.json.encode(provenance)) * 6 > 65_000  # an escape has six characters
     else:
-        assert provenance_of(picture) == recipe
-    if packet := packet_of(picture):
-        assert msgspec.json.decode(packet, type=Provenance) == recipe
+        assert provenance_of(image) == provenance
+    if packet := json_in_xmp(image):
+        assert msgspec.json.decode(packet, type=ImageProvenance) == provenance
 
 
-@pytest.mark.parametrize(("length", "there"), [(64_000, True), (64_800, False)])
-def test_the_json_is_in_a_jpeg_as_long_as_it_fits(length: int, there: bool) -> None:
-    recipe = a_recipe(a_request(output_format="jpeg"))
-    longer = msgspec.structs.replace(
-        recipe, model="x" * (length - len(msgspec.json.encode(recipe)))
-    )
+@pytest.mark.parametrize(("length", "fits"), [(64_000, True), (64_800, False)])
+def test_a_jpeg_has_the_json_if_it_fits_into_a_segment(length: int, fits: bool) -> None:
+    provenance = image_provenance(a_request(output_format="jpeg"))
+    padding = "x" * (length - len(msgspec.json.encode(provenance)))
+    provenance = msgspec.structs.replace(provenance, model=padding)
 
-    picture, _ = drawn(longer)
+    image, _ = saved_image(provenance)
 
-    assert provenance_of(picture) == (longer if there else None)
+    assert provenance_of(image) == (provenance if fits else None)
 
 
-def test_a_png_has_two_text_chunks_as_they_stand_in_the_file() -> None:
-    """Neither is compressed, and both come before the pixels, so that a reader of the header has them."""
-    recipe = a_recipe(a_request(prompt="plain"))
-    text = infotext(recipe, [])
-    file = encoding.encode(
-        Image.new("RGB", (8, 8)), recipe.request, **embed_metadata(recipe, text, "png")
-    )
+def test_a_png_has_two_text_chunks_before_its_pixels() -> None:
+    """Neither is compressed, and a reader of the header has them."""
+    provenance = image_provenance(a_request(prompt="plain"))
+    text = infotext(provenance, [])
+    options = embed_metadata(provenance, text, "png")
+    file = encoding.encode(Image.new("RGB", (8, 8)), provenance.request, **options)
 
-    found, place = [], 8
+    chunks, place = [], 8
     while place < len(file):
         length, kind = struct.unpack_from(">I4s", file, place)
-        found.append((kind, file[place + 8 : place + 8 + length]))
+        chunks.append((kind, file[place + 8 : place + 8 + length]))
         place += 12 + length
 
-    assert [kind for kind, _ in found] == [b"IHDR", b"tEXt", b"iTXt", b"IDAT", b"IEND"]
-    assert found[1][1] == b"parameters\0" + text.encode("latin-1")
-    assert found[2][1] == b"zlora\0\0\0\0\0" + msgspec.json.encode(recipe)
+    assert [kind for kind, _ in chunks] == [b"IHDR", b"tEXt", b"iTXt", b"IDAT", b"IEND"]
+    assert chunks[1][1] == b"parameters\0" + text.encode("latin-1")
+    assert chunks[2][1] == b"zlora\0\0\0\0\0" + msgspec.json.encode(provenance)
 
 
-# --- what strangers write
+# --- files of other programs
 
 
-def saved(options: dict[str, Any], output_format: str = "png") -> Image.Image:
-    """A stranger's picture: the text chunks of a PNG, or options of Pillow's `save`."""
+def foreign_image(options: dict[str, Any], output_format: str = "png") -> Image.Image:
+    """Return an image with these text chunks of a PNG, or options of Pillow's `save`."""
     buffer, chunks = io.BytesIO(), PngInfo()
     if output_format == "png":
         for name, text in options.items():
             chunks.add_text(name, text)
         options = {"pnginfo": chunks}
     Image.new("RGB", (8, 8)).save(buffer, output_format, **options)
-    return encoding.opened(buffer.getvalue())
+    return encoding.open_image(buffer.getvalue())
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_a_picture_of_another_tool_says_nothing(output_format: str) -> None:
-    """Whatever else it has."""
-    plain = saved({}, output_format)
+def test_an_image_of_another_program_has_no_provenance(output_format: str) -> None:
     if output_format == "png":
-        others = saved(
-            {"parameters": "a city\nSteps: 1", "xmp": "\xff<zlora:recipe>{}", "prompt": "{}"}
-        )
+        other: dict[str, Any] = {
+            "parameters": "a city\nSteps: 1",
+            "xmp": "\xff<zlora:recipe>{}",
+            "prompt": "{}",
+        }
     else:
-        others = saved(
-            {"xmp": b"<zlora:recipe>" * 1_000 + b"\xff", "exif": Image.Exif().tobytes()},
-            output_format,
-        )
+        other = {"xmp": b"<zlora:recipe>" * 1_000 + b"\xff", "exif": Image.Exif().tobytes()}
 
-    assert provenance_of(plain) is None
-    assert provenance_of(others) is None
+    assert provenance_of(foreign_image({}, output_format)) is None
+    assert provenance_of(foreign_image(other, output_format)) is None
 
 
-@pytest.mark.parametrize(
-    "packet", [7, None, ("<zlora:recipe>{}</zlora:recipe>",), {}, "<zlora:recipe>", b""]
-)
-def test_an_xmp_packet_of_another_type_says_nothing(packet: object) -> None:
-    picture = Image.new("RGB", (8, 8))
-    picture.info = {"xmp": packet, "zlora": None}
+def test_an_xmp_packet_of_another_type_is_ignored() -> None:
+    image = Image.new("RGB", (8, 8))
+    for packet in (7, None, ("<zlora:recipe>{}</zlora:recipe>",), {}, "<zlora:recipe>", b""):
+        image.info = {"xmp": packet, "zlora": None}
 
-    assert provenance_of(picture) is None
+        assert provenance_of(image) is None
 
 
-def test_a_packet_is_read_as_text_too() -> None:
-    recipe = a_recipe(a_request(prompt="café", output_format="webp"))
-    picture, _ = drawn(recipe)
-    picture.info["xmp"] = picture.info["xmp"].decode()
+def test_an_xmp_packet_may_be_text() -> None:
+    provenance = image_provenance(a_request(prompt="café", output_format="webp"))
+    image, _ = saved_image(provenance)
+    image.info["xmp"] = image.info["xmp"].decode()
 
-    assert provenance_of(picture) == recipe
+    assert provenance_of(image) == provenance
 
 
+@hypothesis_settings(max_examples=30)
 @given(
     document=st.text(max_size=30)
     | st.sampled_from(["{}", "[" * 9_999, '{"a":' * 9_999, "null", " "])
 )
-def test_what_is_no_recipe_is_one_kind_of_error(document: str) -> None:
+def test_invalid_json_is_a_decode_error(document: str) -> None:
     """In the chunk of a PNG and in XMP."""
     packet = b"<zlora:recipe>" + document.encode() + b"</zlora:recipe>"
 
-    for picture in (
-        saved({"zlora": document}),
-        saved({"xmp": packet}, "webp"),
-        saved({"xmp": packet}, "jpeg"),
+    for image in (
+        foreign_image({"zlora": document}),
+        foreign_image({"xmp": packet}, "webp"),
+        foreign_image({"xmp": packet}, "jpeg"),
     ):
         with pytest.raises(msgspec.DecodeError):
-            provenance_of(picture)
+            provenance_of(image)
 
 
 # --- whole jobs
 
 
 class Jobs:
-    """Jobs of two pictures with two LoRAs on the tiny model, each drawn once."""
+    """Jobs of two images with two LoRAs on the tiny model; each job is drawn once."""
 
     def __init__(self, home: Path, folder: Path) -> None:
         self.store = MemoryStore()
         fetcher = Fetcher(settings(home))
         cache = Cache(folder / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher)
-        self.runtime = Child(
+        self.child = Child(
             engine=load_engine(home),
             cache=cache,
             shelf=LoraMemoryCache(max_bytes=10**9),
@@ -263,7 +256,7 @@ class Jobs:
         return LoraSpec(file=Asset(url=url, sha256=digest), weight=0.5)
 
     def result(self, output_format: OutputFormat, *, embed_metadata: bool = True) -> GenerateResult:
-        """Of the one job of a format."""
+        """Return the result of the job in a format."""
         key = (output_format, embed_metadata)
         if key not in self._results:
             request = a_request(
@@ -278,16 +271,16 @@ class Jobs:
                 embed_metadata=embed_metadata,
             )
             job_id = f"{output_format}-{embed_metadata}"
-            self._results[key] = generate(self.runtime, job_id, request, lambda *_: None)
+            self._results[key] = generate(self.child, job_id, request, lambda *_: None)
         return self._results[key]
 
-    def pictures(self, result: GenerateResult) -> list[bytes]:
-        """The files of a job."""
+    def images(self, result: GenerateResult) -> list[bytes]:
+        """Return the image files of a job."""
         return [self.store.objects[image.key][0] for image in result.images]
 
 
 def sha256_without_header(file: Path) -> str:
-    """What a safetensors file has after its header, whose length its first 8 bytes tell."""
+    """Return the sha256 of what follows a safetensors header; its first 8 bytes are its length."""
     data = file.read_bytes()
     return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
@@ -296,21 +289,23 @@ def sha256_without_header(file: Path) -> str:
 def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     jobs = Jobs(model_home, tmp_path_factory.mktemp("jobs"))
     yield jobs
-    jobs.runtime.cache._fetcher.close()
+    jobs.child.cache._fetcher.close()
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_an_independent_parser_reads_what_was_drawn(
     jobs: Jobs, output_format: OutputFormat
 ) -> None:
-    """The hashes of the LoRAs, which it drops, by the grammar: each that of the file without its header."""
+    """The parser drops the hashes of the LoRAs, so these are read by the grammar.
+
+    Each hash is that of the file without its header.
+    """
     result = jobs.result(output_format)
 
-    opened = [
-        encoding.opened(data) for data in jobs.pictures(result)
-    ]  # it remembers a picture by its id
-    for index, picture in enumerate(opened):
-        found = ParserManager().parse(picture)
+    # All are open at once, since the parser caches an image by its id.
+    opened = [encoding.open_image(data) for data in jobs.images(result)]
+    for index, image in enumerate(opened):
+        found = ParserManager().parse(image)
         assert found is not None
         (sampler,) = found.samplers
         (prompt,) = sampler.prompts
@@ -321,67 +316,67 @@ def test_an_independent_parser_reads_what_was_drawn(
         assert (sampler.name, sampler.parameters["scheduler"]) == ("DPM++ 2M", "Karras")
         assert (sampler.parameters["steps"], sampler.parameters["cfg_scale"]) == ("1", "5.25")
         assert sampler.parameters["seed"] == str(40 + index)
-        assert found.metadata["Size"] == f"{picture.width}x{picture.height}"
+        assert found.metadata["Size"] == f"{image.width}x{image.height}"
         assert sampler.model is not None
         assert (sampler.model.name, sampler.model.hash) == (TINY, str(result.base_sha256)[:10])
-        last = said(picture).split("\n")[-1]
+        last = infotext_of(image).split("\n")[-1]
         hashes = json.loads(re.findall(r'Lora hashes: ("(?:\\.|[^"\\])*")', last)[0])
         assert hashes.split(", ") == [f"one: {jobs.hashes[0]}", f"two: {jobs.hashes[1]}"]
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_pictures_and_manifest_say_the_same(jobs: Jobs, output_format: OutputFormat) -> None:
-    """And it is all of it: who has the LoRAs' files draws the same by what the last picture says."""
+def test_images_and_manifest_have_the_same_provenance(
+    jobs: Jobs, output_format: OutputFormat
+) -> None:
+    """With the LoRAs' files, a job made from the provenance draws the same pixels."""
     result = jobs.result(output_format)
     stored = json.loads(jobs.store.objects[f"runs/{result.job_id}/manifest.json"][0])
 
-    said = [provenance_of(encoding.opened(data)) for data in jobs.pictures(result)]
+    found = [provenance_of(encoding.open_image(data)) for data in jobs.images(result)]
 
-    assert said == provenances(result) == provenances(msgspec.convert(stored, GenerateResult))
-    last = said[-1]
+    assert found == image_provenances(result)
+    assert found == image_provenances(msgspec.convert(stored, GenerateResult))
+    last = found[-1]
     assert last is not None
     again = msgspec.structs.replace(last.request, seed=last.seed, num_images=1)
-    (image,) = generate(jobs.runtime, f"{output_format}-again", again, lambda *_: None).images
+    (image,) = generate(jobs.child, f"{output_format}-again", again, lambda *_: None).images
     assert image.pixels_sha256 == last.pixels_sha256
 
 
-def test_a_lora_of_whose_address_nothing_may_be_told_fails_no_job(jobs: Jobs) -> None:
-    """It is named by its digest."""
+def test_a_lora_whose_address_is_all_secret_is_named_by_its_sha256(jobs: Jobs) -> None:
     digest = jobs.specs[0].file.sha256
     request = a_request(loras=(LoraSpec(file=Asset(url="?token=s3cret", sha256=digest)),))
 
-    result = generate(jobs.runtime, "secret", request, lambda *_: None)
+    result = generate(jobs.child, "secret", request, lambda *_: None)
 
-    (found,) = [provenance_of(encoding.opened(data)) for data in jobs.pictures(result)]
+    (found,) = [provenance_of(encoding.open_image(data)) for data in jobs.images(result)]
     assert found is not None
     assert found.request.loras[0].file == Asset(url=f"sha256:{digest}", sha256=digest)
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_no_file_of_a_job_has_a_secret(jobs: Jobs, output_format: OutputFormat) -> None:
-    """Neither as it is, nor in UTF-16, nor compressed: there is no compressed text."""
+    """Neither in UTF-8, nor in UTF-16, nor in compressed text, which the files do not have."""
     result = jobs.result(output_format)
 
     for key, (data, _) in jobs.store.objects.items():
         if key.startswith(f"runs/{result.job_id}/"):
             assert b"loras.invalid/one.safetensors" in data
             for secret in SECRETS:
-                spelt = [
-                    secret.encode(encoding) for encoding in ("utf-8", "utf-16-be", "utf-16-le")
-                ]
-                assert not any(form in data for form in spelt)
+                for charset in ("utf-8", "utf-16-be", "utf-16-le"):
+                    assert secret.encode(charset) not in data
             assert not re.search(rb"zTXt|iCCP|\x00zlora\x00\x01", data)
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_a_request_may_want_none_of_it(jobs: Jobs, output_format: OutputFormat) -> None:
-    """The pixels are the same, and the file says nothing."""
+def test_a_request_may_refuse_all_metadata(jobs: Jobs, output_format: OutputFormat) -> None:
+    """The pixels are the same."""
     with_it, without = jobs.result(output_format), jobs.result(output_format, embed_metadata=False)
 
-    for data in jobs.pictures(without):
-        picture = encoding.opened(data)
-        assert not {"parameters", "zlora", "xmp", "exif", "comment"} & picture.info.keys()
+    for data in jobs.images(without):
+        image = encoding.open_image(data)
+        assert not {"parameters", "zlora", "xmp", "exif", "comment"} & image.info.keys()
         assert not re.search(rb"caf|loras|zlora|tEXt|iTXt|eXIf|Exif|XMP|xap", data)
-    assert [encoding.pixels_sha256(encoding.opened(data)) for data in jobs.pictures(without)] == [
-        encoding.pixels_sha256(encoding.opened(data)) for data in jobs.pictures(with_it)
+    assert [encoding.pixels_sha256(encoding.open_image(data)) for data in jobs.images(without)] == [
+        encoding.pixels_sha256(encoding.open_image(data)) for data in jobs.images(with_it)
     ]

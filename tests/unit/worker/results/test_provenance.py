@@ -1,4 +1,4 @@
-"""Recipes: what they say is enough and no secret, and what strangers and later versions write is read or refused."""
+"""Provenance: complete, without secrets, and read back from untrusted or later documents."""
 
 import json
 import re
@@ -10,16 +10,16 @@ import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.fakes import a_recipe, a_request, settings
+from support.fakes import a_request, image_provenance, settings
 from zlora.schema import Asset, GenerateResult, ImageRef, LoraSpec, parse_request
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.fetch.fetcher import Fetcher
 from zlora_worker.results.provenance import (
-    Provenance,
+    ImageProvenance,
+    JobProvenance,
+    image_provenances,
     parse_provenance,
     pinned,
-    provenances,
-    shared,
 )
 
 DIGEST: Final = "0123456789abcdef" * 4
@@ -43,14 +43,14 @@ def fetcher(model_home: Path) -> Iterator[Fetcher]:
     fetcher.close()
 
 
-def a_pinned_recipe(**fields: Any) -> Provenance:
-    """Of a picture with a LoRA."""
+def a_pinned_provenance(**fields: Any) -> ImageProvenance:
+    """Return the provenance of an image with a LoRA."""
     request = a_request(loras=(LoraSpec(file=Asset(url="https://a.invalid/b", sha256=DIGEST)),))
-    return a_recipe(request, base_sha256=DIGEST, **fields)
+    return image_provenance(request, base_sha256=DIGEST, **fields)
 
 
-def document_of(recipe: Provenance) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(msgspec.json.encode(recipe))
+def document_of(provenance: ImageProvenance) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(msgspec.json.encode(provenance))
     return document
 
 
@@ -70,14 +70,14 @@ def a_file(source: str) -> CachedFile:
 @example(form="cozy_ref", address="x" * 4096)
 @example(form="url", address=f"https://huggingface.co/o/r/blob/{'%25' * 800}/a.safetensors")
 def test_a_pinned_request_is_a_request(fetcher: Fetcher, form: str, address: str) -> None:
-    """Whatever remains of an address without its secrets: the manifest and the picture can be read again."""
+    """Manifest and image can be read again, whatever remains of an address without its secrets."""
     request = parse_request({"prompt": "", "loras": [{"file": {form: address}, "weight": 0.5}]})
 
     file = a_file(fetcher.source(request.loras[0].file.address))
     found = pinned(request, [(file.source, file.sha256)])
 
     (lora,) = found.loras
-    assert parse_provenance(msgspec.json.encode(a_recipe(found))).request == found
+    assert parse_provenance(msgspec.json.encode(image_provenance(found))).request == found
     assert (lora.file.sha256, lora.weight) == (DIGEST, 0.5)
     assert re.search(r"[?#]|s3cret", lora.file.address) is None
 
@@ -85,47 +85,69 @@ def test_a_pinned_request_is_a_request(fetcher: Fetcher, form: str, address: str
 # --- a result's
 
 
-def test_a_manifest_has_a_recipe_for_each_picture() -> None:
-    recipe = a_pinned_recipe(pixels_sha256=DIGEST, model_sha256=DIGEST, threads=1, tiled=True)
-    size: dict[str, Any] = {"width": 64, "height": 72, "size": 1}
-    own: dict[str, Any] = {"pixels_sha256": DIGEST, "tiled": True}
-    images = tuple(
-        ImageRef(key="", content_type="", sha256="", seed=seed, **size, **own) for seed in (7, 8)
+def test_a_manifest_has_the_provenance_of_each_image() -> None:
+    own: dict[str, Any] = {"width": 64, "height": 72, "pixels_sha256": DIGEST, "tiled": True}
+    job = msgspec.convert(
+        a_pinned_provenance(model_sha256=DIGEST, threads=1), JobProvenance, from_attributes=True
     )
     result = GenerateResult(
-        images=images, loras=(), timings={}, base_intact=True, tiled=True, **shared(recipe)
+        images=tuple(
+            ImageRef(key="", content_type="", sha256="", seed=seed, size=1, **own)
+            for seed in (7, 8)
+        ),
+        loras=(),
+        timings={},
+        base_intact=True,
+        tiled=True,
+        **msgspec.structs.asdict(job),
     )
 
-    expected = [recipe, msgspec.structs.replace(recipe, index=1, seed=8)]
-    assert (
-        provenances(msgspec.json.decode(msgspec.json.encode(result), type=GenerateResult))
-        == expected
-    )
+    stored = msgspec.json.decode(msgspec.json.encode(result), type=GenerateResult)
+
+    assert image_provenances(stored) == [
+        job.for_image(0, seed=7, **own),
+        job.for_image(1, seed=8, **own),
+    ]
     for missing in ("request", "base_sha256"):
-        with pytest.raises(ValueError, match="does not say"):
-            provenances(msgspec.structs.replace(result, **{missing: None}))
+        with pytest.raises(ValueError, match=f"does not say .*{missing}"):
+            image_provenances(msgspec.structs.replace(result, **{missing: None}))
 
 
-# --- what others write
+# As a worker of the first versions writes it.
+OLD: Final = (
+    b'{"job_id":"old","index":1,"seed":8,"width":64,"height":72,"pixels_sha256":"%s",'
+    b'"request":{"prompt":"a","num_images":2},"model":"demo","base_sha256":"%s",'
+    b'"scheduler":"EulerDiscreteScheduler","device":"cpu","dtype":"float32","threads":2,'
+    b'"tiled":true,"versions":{"torch":"2.6"}}'
+) % (DIGEST.encode(), DIGEST.encode())
+
+
+def test_an_old_document_is_read_and_has_the_fields_of_today() -> None:
+    found = parse_provenance(OLD)
+
+    assert json.loads(msgspec.json.encode(found)) == json.loads(OLD)
+
+
+# --- untrusted and later documents
 
 
 @given(data=JSON_DATA)
-def test_what_a_later_version_adds_is_passed_over(data: object) -> None:
-    """At every level, whatever its type."""
-    recipe = a_pinned_recipe()
-    document = document_of(recipe)
+def test_unknown_fields_are_ignored(data: object) -> None:
+    """At every level, whatever their type."""
+    provenance = a_pinned_provenance()
+    document = document_of(provenance)
     spec = document["request"]["loras"][0]
 
     for level in (document, document["request"], spec, spec["file"]):
         level["later"] = data
 
-    assert parse_provenance(json.dumps(document)) == recipe
+    assert parse_provenance(json.dumps(document)) == provenance
 
 
 @given(data=st.data())
-def test_one_field_of_any_other_value_is_read_or_refused(data: st.DataObject) -> None:
-    """What is read is in its bounds: it can be written and read again."""
-    document = document_of(a_pinned_recipe(pixels_sha256=DIGEST, threads=1))
+def test_a_field_of_any_value_is_within_its_bounds_or_refused(data: st.DataObject) -> None:
+    """What is read can be written and read again."""
+    document = document_of(a_pinned_provenance(pixels_sha256=DIGEST, threads=1))
     spec = document["request"]["loras"][0]
     level = data.draw(st.sampled_from([document, document["request"], spec, spec["file"]]))
     level[data.draw(st.sampled_from(sorted(level)))] = data.draw(JSON_DATA)
@@ -156,14 +178,14 @@ def test_one_field_of_any_other_value_is_read_or_refused(data: st.DataObject) ->
     ],
 )
 def test_a_field_out_of_its_bounds_is_refused(field: str, value: object) -> None:
-    """A stranger's recipe is drawn, and its job id may become a path."""
+    """The file is untrusted, and its job id becomes a path."""
     with pytest.raises(msgspec.ValidationError):
-        parse_provenance(json.dumps(document_of(a_pinned_recipe()) | {field: value}))
+        parse_provenance(json.dumps(document_of(a_pinned_provenance()) | {field: value}))
 
 
 @pytest.mark.parametrize("field", ["job_id", "seed", "request", "model", "base_sha256", "versions"])
-def test_a_recipe_without_what_draws_it_is_refused(field: str) -> None:
-    document = document_of(a_pinned_recipe())
+def test_a_document_without_a_required_field_is_refused(field: str) -> None:
+    document = document_of(a_pinned_provenance())
     del document[field]
 
     with pytest.raises(msgspec.ValidationError, match=field):
@@ -185,16 +207,16 @@ def test_a_recipe_without_what_draws_it_is_refused(field: str) -> None:
         b'{"seed": 1e999}',
         b'{"later": ' + b"[" * 100_000,
         b'{"later":' * 100_000,
-        msgspec.json.encode(a_pinned_recipe(model="x" * 2**22)),
+        msgspec.json.encode(a_pinned_provenance(model="x" * 2**22)),
     ],
     ids=range(13),
 )
-def test_what_is_no_recipe_is_one_kind_of_error(document: bytes | str) -> None:
+def test_any_other_document_is_a_decode_error(document: bytes | str) -> None:
     with pytest.raises(msgspec.DecodeError):
         parse_provenance(document)
 
 
 @given(document=st.binary(max_size=30) | st.text(st.characters(), max_size=30))
-def test_rubbish_is_one_kind_of_error(document: bytes | str) -> None:
+def test_random_bytes_are_a_decode_error(document: bytes | str) -> None:
     with pytest.raises(msgspec.DecodeError):
         parse_provenance(document)

@@ -1,6 +1,7 @@
-"""What a stored result becomes for whoever asked for it: links as the operator and the request have them."""
+"""URLs of stored results, as the operator and the request have them."""
 
 import base64
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from zlora_worker.settings import Settings
 
 KEYS = ("runs/job/outputs/0.png", "runs/job/outputs/1.png")
 S3 = {"ZLORA_STORE": "s3://bucket/team a", "ZLORA_S3_ENDPOINT": "http://10.0.0.5:8333"}
-CDN = {"ZLORA_PUBLIC_URL": "https://cdn.example.com/pictures"}
+CDN = {"ZLORA_PUBLIC_URL": "https://cdn.example.com/images"}
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +25,26 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"AWS_{name}", "us-east-1" if name == "DEFAULT_REGION" else "key")
 
 
-def links(variables: dict[str, str], store: Store | None = None) -> ImageUrls:
-    told = Settings.from_env(variables)
-    return ImageUrls(store or open_store(told), told)
+@functools.cache  # a client of S3 takes a while to make
+def s3_store(endpoint: str, public_endpoint: str, addressing: str) -> Store:
+    return open_store(
+        Settings.from_env(
+            S3
+            | {
+                "ZLORA_S3_ENDPOINT": endpoint,
+                "ZLORA_S3_PUBLIC_ENDPOINT": public_endpoint,
+                "ZLORA_S3_ADDRESSING": addressing,
+            }
+        )
+    )
+
+
+def image_urls(variables: dict[str, str], store: Store | None = None) -> ImageUrls:
+    """Return the URLs of a worker with these settings, by default those of its own store."""
+    settings = Settings.from_env(variables)
+    if store is None and settings.store == S3["ZLORA_STORE"]:
+        store = s3_store(settings.s3_endpoint, settings.s3_public_endpoint, settings.s3_addressing)
+    return ImageUrls(store or open_store(settings), settings)
 
 
 def result(**fields: Any) -> GenerateResult:
@@ -49,6 +67,7 @@ def result(**fields: Any) -> GenerateResult:
 
 
 def urls(made: ImageUrls, **fields: Any) -> list[str | None]:
+    """Return the URLs of a new job's result."""
     made.require(a_request(**fields))
     return [image.url for image in made.shown(result(**fields)).images]
 
@@ -56,16 +75,16 @@ def urls(made: ImageUrls, **fields: Any) -> list[str | None]:
 # --- policies
 
 
-def test_a_folder_s_pictures_are_files(tmp_path: Path) -> None:
-    made = links({}, FolderStore(tmp_path))
+def test_images_in_a_folder_have_file_urls(tmp_path: Path) -> None:
+    made = image_urls({}, FolderStore(tmp_path))
 
     assert (
         urls(made) == urls(made, url_policy="file") == [(tmp_path / key).as_uri() for key in KEYS]
     )
 
 
-def test_s3_s_pictures_are_signed_for_and_say_until_when() -> None:
-    made = links(S3 | {"ZLORA_URL_SECONDS": "600"})
+def test_images_in_s3_have_signed_urls_with_their_end() -> None:
+    made = image_urls(S3 | {"ZLORA_URL_SECONDS": "600"})
 
     before = time.time()
     first, second = made.shown(result()).images
@@ -79,17 +98,17 @@ def test_s3_s_pictures_are_signed_for_and_say_until_when() -> None:
         assert before + 600 <= image.url_expires_at <= after + 600
 
 
-def test_signed_urls_are_for_the_public_endpoint() -> None:
-    (url, _) = urls(links(S3 | {"ZLORA_S3_PUBLIC_ENDPOINT": "https://s3.example.com"}))
+def test_urls_are_signed_for_the_public_endpoint() -> None:
+    (url, _) = urls(image_urls(S3 | {"ZLORA_S3_PUBLIC_ENDPOINT": "https://s3.example.com"}))
 
     assert url is not None
     assert url.startswith("https://s3.example.com/bucket/team%20a/runs/job/outputs/0.png?")
     assert "10.0.0.5" not in url
 
 
-def test_a_bucket_may_stand_in_the_host() -> None:
+def test_the_bucket_may_be_part_of_the_host() -> None:
     (url, _) = urls(
-        links(
+        image_urls(
             S3 | {"ZLORA_S3_ENDPOINT": "https://s3.example.com", "ZLORA_S3_ADDRESSING": "virtual"}
         )
     )
@@ -99,24 +118,22 @@ def test_a_bucket_may_stand_in_the_host() -> None:
 
 
 @pytest.mark.parametrize("store", [S3, {}], ids=["s3", "folder"])
-def test_a_public_base_is_the_default_where_it_is_set(
-    store: dict[str, str], tmp_path: Path
-) -> None:
-    """In front of prefix and key, quoted; it needs no signature and has no end."""
-    made = links(store | CDN, None if store else FolderStore(tmp_path))
+def test_a_public_url_is_the_default_if_it_is_set(store: dict[str, str], tmp_path: Path) -> None:
+    """Prefix and key follow it, quoted; there is neither a signature nor an end."""
+    made = image_urls(store | CDN, None if store else FolderStore(tmp_path))
 
     prefix = "team%20a/" if store else ""
-    assert urls(made) == [f"https://cdn.example.com/pictures/{prefix}{key}" for key in KEYS]
+    assert urls(made) == [f"https://cdn.example.com/images/{prefix}{key}" for key in KEYS]
     assert made.shown(result()).images[0].url_expires_at is None
 
 
-def test_a_key_alone_may_be_asked_for_anywhere(tmp_path: Path) -> None:
-    for made in (links({}, FolderStore(tmp_path)), links(S3), links(S3 | CDN)):
+def test_any_store_gives_keys_without_urls(tmp_path: Path) -> None:
+    for made in (image_urls({}, FolderStore(tmp_path)), image_urls(S3), image_urls(S3 | CDN)):
         assert urls(made, url_policy="key") == [None, None]
 
 
-def test_a_request_chooses_among_what_the_operator_lists_and_the_first_is_the_default() -> None:
-    made = links(S3 | CDN | {"ZLORA_URLS": "public, presigned"})
+def test_a_request_chooses_a_policy_of_the_operator_and_the_first_is_the_default() -> None:
+    made = image_urls(S3 | CDN | {"ZLORA_URLS": "public, presigned"})
 
     assert urls(made) == urls(made, url_policy="public")
     (url, _) = urls(made, url_policy="presigned")
@@ -124,34 +141,34 @@ def test_a_request_chooses_among_what_the_operator_lists_and_the_first_is_the_de
     assert "X-Amz-Signature" in url
 
 
-def test_keys_only_is_a_policy_of_an_operator_too() -> None:
-    assert urls(links(S3 | {"ZLORA_URLS": "key"})) == [None, None]
+def test_an_operator_may_give_keys_only() -> None:
+    assert urls(image_urls(S3 | {"ZLORA_URLS": "key"})) == [None, None]
 
 
 @pytest.mark.parametrize("policy", ["presigned", "file", "public"])
-def test_what_the_operator_does_not_list_is_refused_by_name(policy: str) -> None:
-    made = links(S3 | {"ZLORA_URLS": "key"})
+def test_another_policy_is_refused_by_name(policy: str) -> None:
+    made = image_urls(S3 | {"ZLORA_URLS": "key"})
 
     with pytest.raises(InvalidRequest, match=r"\$\.url_policy: Expected one of key; the value is"):
         made.require(a_request(url_policy=policy))
 
 
-def test_an_old_request_is_given_what_the_operator_gives_today() -> None:
-    """A result that is asked for again goes by the settings of now: those of its day may have been wrong."""
+def test_an_old_result_gets_urls_by_the_present_settings() -> None:
+    """The settings at the time of the job may have been wrong."""
     old: dict[str, Any] = {"url_policy": "presigned", "url_expires_in": 604_800}
 
     assert [
-        image.url for image in links(S3 | {"ZLORA_URLS": "key"}).shown(result(**old)).images
+        image.url for image in image_urls(S3 | {"ZLORA_URLS": "key"}).shown(result(**old)).images
     ] == [None, None]
-    (image, _) = links(S3 | {"ZLORA_URL_SECONDS": "60"}).shown(result(**old)).images
+    (image, _) = image_urls(S3 | {"ZLORA_URL_SECONDS": "60"}).shown(result(**old)).images
     assert image.url is not None
     assert "X-Amz-Expires=60&" in image.url
-    (image, _) = links(S3 | CDN).shown(result(**old)).images
-    assert image.url == f"https://cdn.example.com/pictures/team%20a/{KEYS[0]}"
+    (image, _) = image_urls(S3 | CDN).shown(result(**old)).images
+    assert image.url == f"https://cdn.example.com/images/team%20a/{KEYS[0]}"
 
 
-def test_an_old_request_of_another_store_is_given_this_one_s_urls(tmp_path: Path) -> None:
-    made = links({}, FolderStore(tmp_path))
+def test_an_old_result_of_another_store_gets_urls_of_this_store(tmp_path: Path) -> None:
+    made = image_urls({}, FolderStore(tmp_path))
 
     for policy in ("presigned", "public"):
         (image, _) = made.shown(result(url_policy=policy)).images
@@ -161,8 +178,8 @@ def test_an_old_request_of_another_store_is_given_this_one_s_urls(tmp_path: Path
 # --- how long
 
 
-def test_a_request_may_ask_for_less_time_and_not_for_more() -> None:
-    made = links(S3 | {"ZLORA_URL_SECONDS": "600"})
+def test_a_request_may_shorten_the_time_of_a_url() -> None:
+    made = image_urls(S3 | {"ZLORA_URL_SECONDS": "600"})
 
     (url, _) = urls(made, url_expires_in=60)
     assert url is not None
@@ -171,14 +188,14 @@ def test_a_request_may_ask_for_less_time_and_not_for_more() -> None:
         made.require(a_request(url_expires_in=601))
 
 
-def test_an_end_is_refused_where_nothing_is_signed(tmp_path: Path) -> None:
+def test_a_time_is_refused_if_urls_are_not_signed(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no URL is signed"):
-        links({}, FolderStore(tmp_path)).require(a_request(url_expires_in=60))
+        image_urls({}, FolderStore(tmp_path)).require(a_request(url_expires_in=60))
 
 
-def test_a_result_that_is_asked_for_again_has_fresh_urls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is stored has none, so a year later the same manifest gives URLs that hold."""
-    made, stored = links(S3), result()
+def test_each_read_of_a_result_has_fresh_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest has no URLs, so a year later it gives URLs that hold."""
+    made, stored = image_urls(S3), result()
     now = time.time()
 
     first = made.shown(stored).images[0].url_expires_at
@@ -200,8 +217,8 @@ def filled(size: int = 3) -> MemoryStore:
     return store
 
 
-def test_small_pictures_come_inline_where_the_request_says_so() -> None:
-    made = links({"ZLORA_INLINE_BYTES": "6"}, filled())
+def test_small_images_are_inlined_if_the_request_says_so() -> None:
+    made = image_urls({"ZLORA_INLINE_BYTES": "6"}, filled())
 
     for image in made.shown(result(inline=True)).images:
         assert image.data_uri == f"data:image/png;base64,{base64.b64encode(b'xxx').decode()}"
@@ -211,17 +228,19 @@ def test_small_pictures_come_inline_where_the_request_says_so() -> None:
 @pytest.mark.parametrize(
     ("room", "fields"), [("5", {"inline": True}), ("0", {"inline": True}), ("6", {})]
 )
-def test_larger_ones_and_those_of_other_requests_do_not(room: str, fields: dict[str, bool]) -> None:
-    """The bound is for all pictures of a job together: they travel in one answer."""
-    made = links({"ZLORA_INLINE_BYTES": room}, filled())
+def test_larger_images_and_those_of_other_requests_are_not_inlined(
+    room: str, fields: dict[str, bool]
+) -> None:
+    """The bound is for all images of a job, since one result carries them."""
+    made = image_urls({"ZLORA_INLINE_BYTES": room}, filled())
 
     assert [image.data_uri for image in made.shown(result(**fields)).images] == [None, None]
 
 
-def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(
+def test_a_store_that_is_away_costs_a_result_only_its_inline_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else a job that is done would not end."""
+    """Otherwise a job would fail after its images are stored."""
     gone, away = MemoryStore(), filled()
 
     def fail(_key: str) -> bytes:
@@ -230,7 +249,7 @@ def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(
     monkeypatch.setattr(away, "get", fail)
 
     for store in (gone, away):
-        shown = links({}, store).shown(result(inline=True))
+        shown = image_urls({}, store).shown(result(inline=True))
         assert [(image.data_uri, image.url) for image in shown.images] == [
             (None, f"memory:///{key}") for key in KEYS
         ]
@@ -257,24 +276,21 @@ def test_a_picture_that_the_store_does_not_give_costs_the_result_its_data_only(
             "ZLORA_PUBLIC_URL.*no user, query or fragment",
         ),
         (S3 | {"ZLORA_S3_PUT": "STANDARD_IA"}, "ZLORA_S3_PUT=.*JSON object"),
-        (S3 | {"ZLORA_S3_PUT": '{"Body": "x"}'}, "ZLORA_S3_PUT: Body: "),
-        (S3 | {"ZLORA_S3_PUT": '{"StorageClas": "x"}'}, "ZLORA_S3_PUT: .*StorageClas"),
-        (S3 | {"ZLORA_S3_PUT": '{"Tagging": 1}'}, "ZLORA_S3_PUT: .*Tagging"),
         (S3 | {"ZLORA_S3_ADDRESSING": "host"}, "ZLORA_S3_ADDRESSING"),
     ],
 )
-def test_what_makes_no_sense_is_refused_at_the_start(
+def test_settings_that_contradict_each_other_are_refused(
     variables: dict[str, str], named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidSetting, match=named):
-        links({"ZLORA_HOME": str(tmp_path)} | variables)
+        image_urls({"ZLORA_HOME": str(tmp_path)} | variables)
 
 
-def test_put_arguments_may_be_secret_and_are_not_shown() -> None:
-    """Neither where settings are told, nor where one of them is refused."""
-    told = Settings.from_env(S3 | {"ZLORA_S3_PUT": '{"Metadata": {"a": ["s3cret"]}}'})
+def test_put_arguments_are_never_shown() -> None:
+    """Neither by `repr` nor by an error: they may hold secrets."""
+    settings = Settings.from_env(S3 | {"ZLORA_S3_PUT": '{"Metadata": {"a": ["s3cret"]}}'})
 
-    assert "s3cret" not in repr(told)
+    assert "s3cret" not in repr(settings)
     with pytest.raises(InvalidSetting, match="ZLORA_S3_PUT: Metadata: not of the type") as raised:
-        links(S3 | {"ZLORA_S3_PUT": '{"Metadata": {"a": ["s3cret"]}}'})
+        open_store(settings)
     assert "s3cret" not in repr(raised.value)
