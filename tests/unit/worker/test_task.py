@@ -278,10 +278,11 @@ def test_a_job_starts_after_one_claim_one_look_for_its_manifest_and_one_report(
         progress(Phase.FETCH, 0, 0)  # the last step before a source is asked
         before.extend(trips)
 
+    desk.draw = draw
     desk.deliver("warm-up")  # opens connections and loads the scripts
     desk.send(job)
     message = desk.take()
-    desk.draw = draw
+    before.clear()
     monkeypatch.setattr(redis.Connection, "send_packed_command", send)
     monkeypatch.setattr(desk.store, "get", look)
 

@@ -57,6 +57,7 @@ class ProgressReporter:
         self._next_check = time.monotonic() + _CHECK_EVERY  # the job was claimed just now
         self._redis_again = 0.0
         self._reports: deque[float] = deque([0.0] * _REPORTS, maxlen=_REPORTS)
+        self._is_first = True
         self._first_step: tuple[float, int] | None = None  # monotonic time, and the step done then
 
     def __call__(self, phase: Phase, done: int, total: int) -> None:
@@ -100,9 +101,13 @@ class ProgressReporter:
             meta |= {"step": done, "steps": total, "eta": eta}
         if phase is Phase.FETCH:
             meta |= {"received": done, "expected": total}
-        self._backend.store_result(
-            self._job_id, meta, JobState.PROGRESS.value, request=self._request
-        )
+        if self._is_first:
+            self._is_first = False
+            store_first(self._backend, self._job_id, meta, request=self._request)
+        else:
+            self._backend.store_result(
+                self._job_id, meta, JobState.PROGRESS.value, request=self._request
+            )
 
     def _eta(self, now: float, done: int, total: int) -> float | None:
         """Return the seconds left, by the pace since the first step; before it other work was done."""
@@ -112,6 +117,18 @@ class ProgressReporter:
         if done <= first:
             return None
         return round((now - start) / (done - first) * (total - done), 3)
+
+
+def store_first(backend: Any, job_id: str, meta: dict[str, Any], *, request: Any) -> None:
+    """Store the first PROGRESS of a job that was claimed just now, in one round trip.
+
+    Celery reads the state before it writes another, so as not to hide a SUCCESS. The claim has
+    shown that the job has no end.
+    """
+    state = JobState.PROGRESS.value
+    document = backend._get_result_meta(meta, state, None, request)  # noqa: SLF001 - no public one
+    document["task_id"] = job_id
+    backend.set(backend.get_key_for_task(job_id), backend.encode(document))
 
 
 @cache

@@ -51,6 +51,21 @@ class Desk:
             {"at": self.clock.now, "job": job_id, "meta": meta, "state": state, "request": request}
         )
 
+    def _get_result_meta(self, meta: Any, state: str, _traceback: None, request: Any) -> Any:
+        return {"meta": meta, "state": state, "request": request}
+
+    def get_key_for_task(self, job_id: str) -> str:
+        return job_id
+
+    def encode(self, document: Any) -> Any:
+        return document
+
+    def set(self, _key: str, document: Any) -> None:
+        """Store the first report."""
+        self.store_result(
+            document["task_id"], document["meta"], document["state"], request=document["request"]
+        )
+
 
 def reporter(desk: Desk, *, seconds: float = 1e9) -> ProgressReporter:
     return ProgressReporter(
