@@ -21,21 +21,18 @@ from support.fakes import (
     Tensors,
     a_request,
     kohya_lora,
-    links,
     load_engine,
     peft_lora,
     settings,
     weights,
     write,
 )
+from support.jobs import Watch, lora_cache, make_child, run_job
 from zlora.errors import LoraMismatch, StoreFailed
-from zlora.schema import Asset, LoraSpec
+from zlora.schema import Asset, LoraSpec, Phase
 from zlora_worker.fetch.cache import Cache
-from zlora_worker.fetch.fetcher import Fetcher
-from zlora_worker.generate import Child, Report, generate
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.monitoring.metrics import Meter
 
 GOOD = ("first", "second", "both", "none")
 BAD = ("unfit", "cancelled", "unstored")
@@ -59,12 +56,11 @@ class Jobs:
     """A worker's child without its broker."""
 
     def __init__(self, home: Path, folder: Path, place: dict[str, str]) -> None:
-        self.engine: Pipeline = load_engine(home, **place)
+        self.model: Pipeline = load_engine(home, **place)
         self._folder = folder
-        self._cache = Cache(
-            folder / "cache", max_bytes=10**9, free_bytes=0, fetcher=Fetcher(settings(home))
-        )
-        self._shelf = LoraMemoryCache(max_bytes=200_000)  # about one file: some are read again
+        self._settings = settings(home, **lora_cache(folder / "cache"))
+        self._cache = Cache.open(self._settings)
+        self._parsed = LoraMemoryCache(max_bytes=200_000)  # about one file: some are read again
         first, second = (
             self._put("first", kohya_lora((*UNET, *TEXT))),
             self._put("second", peft_lora((*UNET, *TEXT))),
@@ -92,29 +88,23 @@ class Jobs:
         """Of every tensor as it would be drawn with."""
         found = hashlib.sha256()
         for part in PARTS:
-            for tensor in weights(self.engine, part).values():
+            for tensor in weights(self.model, part).values():
                 found.update(tensor.cpu().numpy().tobytes())
         return found.hexdigest()
 
     def run(self, kind: str) -> str:
         """One job; the digest of its picture."""
         store = MemoryStore(0 if kind == "unstored" else 100)
-        runtime = Child(
-            engine=self.engine,
-            cache=self._cache,
-            shelf=self._shelf,
-            store=store,
-            links=links(store),
-            job_timeout=870,
-            meter=Meter(),
+        child = make_child(
+            self.model, store, self._settings, lora_files=self._cache, loras=self._parsed
         )
         request = a_request(seed=3, loras=self._loras.get(kind, self._loras["both"]))
-        report: Report = _cancel if kind == "cancelled" else lambda *_: None
-        return generate(runtime, "job", request, report).images[0].sha256
+        watch: Watch = _cancel if kind == "cancelled" else lambda *_: None
+        return run_job(child, "job", request, watch).images[0].sha256
 
 
-def _cancel(phase: str, _step: int, _steps: int) -> None:
-    if phase == "denoising":
+def _cancel(phase: Phase, _step: int, _steps: int) -> None:
+    if phase is Phase.DENOISE:
         raise Cancelled
 
 
@@ -152,7 +142,7 @@ KINDS = st.sampled_from([*GOOD, *BAD, *TIMES])
 
 # What strikes while Python collects garbage is lost there, and the job goes on: so it is with a worker's time limit.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=12, deadline=None, derandomize=True)
 @given(order=st.lists(KINDS, min_size=2, max_size=8))
 def test_jobs_in_any_order_leave_the_base(jobs: Jobs, order: list[str | float]) -> None:
     errors: dict[str, type[Exception]] = {
@@ -170,7 +160,7 @@ def test_jobs_in_any_order_leave_the_base(jobs: Jobs, order: list[str | float]) 
         else:
             assert jobs.run(kind) == jobs.pictures[kind]
 
-        assert jobs.engine.is_ready()
+        assert jobs.model.is_ready()
         assert jobs.digest() == jobs.base
     assert jobs.run("both") == jobs.pictures["both"]
 

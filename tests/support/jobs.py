@@ -1,0 +1,63 @@
+"""Jobs run by `generate` directly: without a broker, in this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zlora.schema import GenerateRequest, GenerateResult, Phase
+from zlora_worker.child import Child
+from zlora_worker.fetch.cache import Cache
+from zlora_worker.generate import Job, generate
+from zlora_worker.lora.memory_cache import LoraMemoryCache
+from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.store import Store
+from zlora_worker.results.urls import ImageUrls
+from zlora_worker.settings import Settings
+
+Watch = Callable[[Phase, int, int], None]
+
+
+class Watcher:
+    """Progress that calls a function, and never cancels by itself."""
+
+    def __init__(self, watch: Watch = lambda *_: None) -> None:
+        self._watch = watch
+
+    def __call__(self, phase: Phase, done: int, total: int) -> None:
+        self._watch(phase, done, total)
+
+    def raise_if_cancelled(self) -> None:
+        """Do nothing."""
+
+
+def make_child(
+    model: Pipeline, store: Store, settings: Settings, *, lora_memory: int = 10**9, **fields: Any
+) -> Child:
+    """Return a child as it is after its start; `lora_memory` is in bytes."""
+    defaults: dict[str, Any] = {
+        "model": model,
+        "lora_files": Cache.open(settings),
+        "loras": LoraMemoryCache(max_bytes=lora_memory),
+        "store": store,
+        "urls": ImageUrls(store, Settings.from_env({})),
+        "job_timeout": 870,
+        "meter": Meter(),
+    }
+    return Child(**defaults | fields)
+
+
+def run_job(
+    child: Child,
+    job_id: str,
+    request: GenerateRequest,
+    watch: Watch = lambda *_: None,
+    **fields: Any,
+) -> GenerateResult:
+    """Run one job; `fields` are those of `Job`."""
+    return generate(child, Job(id=job_id, request=request, **fields), Watcher(watch))
+
+
+def lora_cache(folder: Path) -> dict[str, str]:
+    """Return the variables of a LoRA cache without bounds in a folder."""
+    return {"ZLORA_LORA_CACHE": str(folder), "ZLORA_LORA_FREE_BYTES": "0"}
