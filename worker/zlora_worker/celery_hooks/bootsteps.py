@@ -277,6 +277,9 @@ class ChildWatch(bootsteps.StartStopStep):
 
         def look() -> None:
             load_state.alive()
+            # A killed child closes its pipe before it can be waited for, so that Celery, which looks only at that
+            # moment and then every 5 s, misses most deaths.
+            consumer.pool.maintain_pool()
             consumer.controller.companion.look()
             if (reason := load_state.failure()) is not None and not state.should_stop:
                 logger.critical("no model, no jobs: %s", reason)
