@@ -1,10 +1,11 @@
 """Replaces `zlora_worker.model.loader`: loads a fake model as slowly, or with the failure, that a test orders.
 
-`FAKE_LOAD_SECONDS` is the duration of a load, and `FAKE_RELOAD_SECONDS` that of every load after a worker's first. The
-load raises while the file that `FAKE_LOAD_FAILS` names exists.
+`FAKE_LOAD_SECONDS` is the duration of a load, and `FAKE_RELOAD_SECONDS` that of every load after a worker's first. As
+long as the file that `FAKE_LOAD_FAILS` names exists, a load raises; likewise `FAKE_LOAD_KILLED`, and a load is killed.
 """
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -24,8 +25,13 @@ def load(settings: Settings) -> Pipeline:
     except FileExistsError:
         seconds = os.environ.get("FAKE_RELOAD_SECONDS", seconds)
     time.sleep(float(seconds))
-    fault = os.environ.get("FAKE_LOAD_FAILS", "")
-    if fault and Path(fault).exists():
+    if _is_ordered("FAKE_LOAD_KILLED"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if _is_ordered("FAKE_LOAD_FAILS"):
         raise ModelUnavailable(f"{settings.model} cannot be loaded: a test ordered this failure")
     journal.write("loaded")
     return Pipeline(name=settings.model)  # type: ignore[call-arg]  # the fake, see sitecustomize
+
+
+def _is_ordered(fault: str) -> bool:
+    return fault in os.environ and Path(os.environ[fault]).exists()
