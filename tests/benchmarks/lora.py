@@ -1,20 +1,21 @@
-"""The LoRA engine against today's ways, side by side in one process; see `rivals.py` for what each does.
+"""Our merge of LoRAs against other ways, side by side in one process; `rivals.py` describes each way.
 
-THIN has SDXL's topology and few numbers, so that Python decides, as on a GPU. REAL has SDXL's true shape in bf16, so
-that memory and multiply-adds decide. Ways alternate; ours has a second turn in each round, for the noise. After each
-turn some layers are asked whether the LoRAs act, and whether they do so as in the other ways. `--thin` runs THIN alone,
-and shorter; `--real` runs REAL alone.
+THIN has SDXL's topology with few numbers, so that Python takes most of the time, as on a GPU. REAL has SDXL's true shape
+in bf16, so that memory and multiply-adds take most of the time. Ways alternate; ours has a second turn in each round,
+for the noise. Each turn checks that the LoRAs change the outputs of some layers, and as much as in the other ways.
+
+`--thin` runs a short THIN alone, `--real` REAL alone, and `--gpu` REAL alone on the first CUDA device.
 """
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,7 +25,7 @@ import torch
 import transformers
 from benchmarks import models
 from benchmarks.lora_proofs import base_bytes, errors, memory
-from benchmarks.report import Row, compare, publish
+from benchmarks.report import Row, announce, compare, options_parser, progress, publish, say
 from benchmarks.rivals import (
     FuseAndUnfuse,
     HotSwap,
@@ -37,27 +38,32 @@ from benchmarks.rivals import (
 )
 from diffusers.utils import logging as diffusers_logging
 from zlora_worker.lora.merge import Plan, runs
-from zlora_worker.lora.patch import Patch
-from zlora_worker.model.checksum import WeightChecksum
-from zlora_worker.model.pipeline import COMPONENTS, Pipeline
+from zlora_worker.model.pipeline import Pipeline
 
 PROBED = (
     "down_blocks.1.attentions.0.proj_in",
     "mid_block.attentions.0.transformer_blocks.3.ff.net.0.proj",
 )
 STEPS = 28
+SECONDS: Final = {"thin": 60, "real": 600, "gpu": 120, "": 900}  # about, on two cores
 
 
 def main(*, only: str) -> None:
-    """Measure and publish; `only` is `thin`, `real` or empty for both."""
+    """Measure and publish; `only` is `thin`, `real`, `gpu`, or empty for THIN and REAL."""
+    if only == "gpu" and not torch.cuda.is_available():
+        say("this machine has no CUDA device: nothing to measure")
+        return
+    announce(f"lora-{only}" if only else "lora", seconds=SECONDS[only])
     diffusers_logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows: list[Row] = []
     facts: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
         if only != "thin":
-            rows, facts = real(Path(folder, "real"))
-        if only != "real":
+            rows, facts = real(
+                Path(folder, "real"), torch.device("cuda" if only == "gpu" else "cpu")
+            )
+        if only in ("", "thin"):
             rows += thin(Path(folder, "thin"), short=only == "thin")
     if isa := os.environ.get("ONEDNN_MAX_CPU_ISA"):
         facts["ONEDNN_MAX_CPU_ISA"] = isa
@@ -67,9 +73,9 @@ def main(*, only: str) -> None:
 class Bench:
     """A model with LoRA files for it, and the clock."""
 
-    def __init__(self, folder: Path, *, is_thin: bool) -> None:
+    def __init__(self, folder: Path, *, is_thin: bool, device: torch.device) -> None:
         folder.mkdir()
-        note(f"building {folder.name}")
+        progress(f"build {folder.name}")
         self.pipeline = models.build(thin=is_thin)
         self.files = {
             name: models.write_lora(self.pipeline, folder / f"{name}.safetensors", rank=rank, with_text=text, seed=seed)
@@ -77,20 +83,24 @@ class Bench:
                 ("r16", 16, False, 1), ("other-r16", 16, False, 2), ("r64", 64, False, 3), ("r32-text", 32, True, 4),
             )
         }  # fmt: skip
-        self.engine = Pipeline(self.pipeline, name=folder.name, device=torch.device("cpu"))
+        self.device = device
+        self.engine = Pipeline(self.pipeline, name=folder.name, device=device)
         self.ours = Ours(self.engine)
         self._probe = Probe(self.pipeline, PROBED)
-        self._base = self._probe.answers()
+        self._base = self._probe.outputs()
         self._inputs = models.step_inputs(self.pipeline.unet)
         self._seen: dict[Any, torch.Tensor] = {}
 
     def pair(self, strength: float) -> Weighted:
-        """The two LoRAs of the comparisons: r16 for the UNet, r32 for UNet and text encoders."""
+        """Return the two LoRAs of the comparisons: r16 for the UNet, r32 for UNet and text encoders."""
         return [(self.files["r16"], strength), (self.files["r32-text"], strength / 2)]
 
     def alternated(self, rival: Way, loras: Callable[[float], Weighted], rounds: int) -> "Turns":
-        """A warm-up of each, then rounds of theirs, ours and ours again, each with weights of its own."""
+        """Warm up each, then run rounds of theirs, ours and ours again, each with weights of its own."""
         turns = Turns([], [], [])
+        stacks = self.engine.weights.stacks
+        # Fuse and unfuse leaves rounding errors in the weights: the base is copied back after each such turn.
+        kept = [stack.base.clone() for stack in stacks if isinstance(rival, FuseAndUnfuse)]
         for index in range(rounds + 1):
             for way, seconds, more in (
                 (rival, turns.rival, 0),
@@ -98,42 +108,38 @@ class Bench:
                 (self.ours, turns.again, 0.01),
             ):
                 seconds.append(self.turn(way, loras(weight(index) + more)))
-                note(f"{type(rival).__name__}, round {index} of {rounds}")
+                for stack, base in zip(stacks, kept, strict=False):
+                    stack.base.copy_(base)
+                progress(f"{type(rival).__name__}, round {index} of {rounds}")
         return Turns(*(seconds[1:] for seconds in turns))
 
     def turn(self, way: Way, loras: Weighted) -> tuple[float, float]:
-        """Seconds in and out; raises where the LoRAs did not act, or otherwise than in the way before."""
-        start = time.perf_counter()
-        way.enter(loras)
-        entered = time.perf_counter() - start
-        answers = self._probe.answers()
-        expected = self._seen.setdefault(tuple(loras), answers)
-        start = time.perf_counter()
-        way.leave()
-        left = time.perf_counter() - start
+        """Return seconds in and out. Raises `AssertionError` if the LoRAs act differently from the way before."""
+        entered = self.timed(partial(way.enter, loras))
+        outputs = self._probe.outputs()
+        expected = self._seen.setdefault(tuple(loras), outputs)
+        left = self.timed(way.leave)
         effect = float((expected - self._base).norm())
         if (
             effect < 0.01 * float(self._base.norm())
-            or float((answers - expected).norm()) > 0.2 * effect
+            or float((outputs - expected).norm()) > 0.2 * effect
         ):
             raise AssertionError(f"{type(way).__name__} does not act as the others")
-        if isinstance(way, FuseAndUnfuse):
-            self.adopt()
-        elif isinstance(way, Ours):
+        if isinstance(way, Ours):
             self.engine.check()
         return entered, left
 
-    def adopt(self) -> None:
-        """Take the base as it is for the base: a way has left another one."""
-        components = {name: getattr(self.pipeline, name) for name in COMPONENTS}
-        self.engine._checksum = WeightChecksum(components, self.engine.weights)
-        self.engine.patch = Patch(self.engine.weights, mode="shadow")
-
     def step(self) -> float:
-        """Seconds of one denoising step."""
-        start = time.perf_counter()
+        """Return seconds of one denoising step."""
         with torch.no_grad():
-            self.pipeline.unet(**self._inputs)
+            return self.timed(lambda: self.pipeline.unet(**self._inputs))
+
+    def timed(self, action: Callable[[], Any]) -> float:
+        """Return seconds of an action, with the kernels that it starts on a GPU."""
+        start = time.perf_counter()
+        action()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
 
@@ -152,15 +158,15 @@ class Turns(NamedTuple):
         *,
         goal: float | None,
     ) -> Row:
-        """A comparison of what `take` takes of each turn."""
+        """Compare what `take` takes of each turn."""
         parts = ([take(turn) for turn in turns] for turns in self)
         return judged(compare(name, rival, *parts), goal)
 
 
 def thin(folder: Path, *, short: bool) -> list[Row]:
-    """Where Python decides, and what does not depend on size."""
+    """Compare where Python takes most of the time, and what does not depend on size."""
     rounds = 3 if short else 9
-    bench = Bench(folder, is_thin=True)
+    bench = Bench(folder, is_thin=True, device=torch.device("cpu"))
     load, fuse = LoadAndUnload(bench.pipeline), FuseAndUnfuse(bench.pipeline)
     name, fused = "two LoRAs in and out, THIN", "load + fuse + unfuse + unload"
     rows = [
@@ -174,21 +180,21 @@ def thin(folder: Path, *, short: bool) -> list[Row]:
         *steps(bench, 5 if short else 27),
         *errors(folder, files=1 if short else 5),
         base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=100 if short else 1000),
-        *memory(folder, note, jobs=20 if short else 500, files=10 if short else 60),
+        *memory(folder, jobs=20 if short else 500, files=10 if short else 60),
     ]
 
 
-def real(folder: Path) -> tuple[list[Row], dict[str, float | str]]:
-    """Where memory and multiply-adds decide."""
-    bench = Bench(folder, is_thin=False)
+def real(folder: Path, device: torch.device) -> tuple[list[Row], dict[str, float | str]]:
+    """Compare where memory and multiply-adds take most of the time."""
+    bench = Bench(folder, is_thin=False, device=device)
     rate, best = {}, 0.0
     for dtype in (torch.float32, torch.bfloat16):
-        rate[dtype] = matmul_rate(dtype)
+        rate[dtype] = matmul_rate(bench, dtype)
         best = max(best, rate[dtype])
     turns = bench.alternated(LoadAndUnload(bench.pipeline), bench.pair, 5)
     fused = bench.alternated(FuseAndUnfuse(bench.pipeline), bench.pair, 2)
     same = [bench.turn(bench.ours, bench.pair(0.8)) for _ in range(8)][1:]
-    checks = [timed(bench.engine.check) for _ in range(5)]
+    checks = [bench.timed(bench.engine.check) for _ in range(5)]
     step = [bench.step() for _ in range(4)][1:]
     rows = [
         turns.row("two LoRAs in and out, REAL", "load + set + unload", sum, goal=1.8),
@@ -202,16 +208,17 @@ def real(folder: Path) -> tuple[list[Row], dict[str, float | str]]:
         *taxes(turns, same, checks, step),
     ]  # fmt: skip
     return rows, {
-        "copy_, GB/s read and written": round(copy_rate(), 1),
+        "copy_, GB/s read and written": round(copy_rate(bench), 1),
         "fp32 matmul, GFLOP/s": round(rate[torch.float32]),
         "bf16 matmul, GFLOP/s": round(rate[torch.bfloat16]),
         "step of REAL, s": round(median(step), 3),
         "check of all of REAL's base, s": round(median(checks), 3),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
 
 
 def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
-    """Rivals that serve the same LoRAs, or the same targets, again and again."""
+    """Compare with ways that serve the same LoRAs, or the same targets, again and again."""
     stay, swap = KeptLoaded(bench.pipeline), HotSwap(bench.pipeline)
     with stay.loaded(bench.pair(0.8)):
         theirs = [bench.turn(stay, bench.pair(weight(index))) for index in range(rounds)]
@@ -240,11 +247,9 @@ def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
 
 
 def steps(bench: Bench, rounds: int) -> list[Row]:
-    """A step with LoRAs against a step without: base / with, of each round; the noise is base / base of each round."""
-    rows, files = (
-        [],
-        [bench.files["r16"], bench.files["r32-text"], bench.files["other-r16"], bench.files["r64"]],
-    )
+    """Compare a step with LoRAs to a step without, round by round; the noise is base / base of each round."""
+    rows = []
+    files = [bench.files[name] for name in ("r16", "r32-text", "other-r16", "r64")]
     for count in (1, 2, 8):
         loras = [(files[index % len(files)], 0.1 * (index + 1)) for index in range(count)]
         base, again, ours, theirs = [], [], [], []
@@ -255,7 +260,7 @@ def steps(bench: Bench, rounds: int) -> list[Row]:
             ours.append(bench.step())
             bench.ours.leave()
             again.append(bench.step())
-            note(f"steps with {count} LoRAs, round {index + 1} of {rounds}")
+            progress(f"steps with {count} LoRAs, round {index + 1} of {rounds}")
         load.enter(loras[:4])
         theirs = [bench.step() for _ in range(rounds)]
         load.leave()
@@ -277,7 +282,7 @@ def steps(bench: Bench, rounds: int) -> list[Row]:
 
 
 def floor(bench: Bench, name: str, rate: tuple[str, float], goal: float) -> Row:
-    """merge / (copy of the touched tensors + multiply-adds at a rate); the ratio is ours / floor."""
+    """Compare a merge to its floor, a copy of the touched tensors and the multiply-adds at a rate; ours / floor."""
     what, flops = rate
     loras = [(bench.files[name], 0.8)]
     adapters = bench.ours.adapters(loras)
@@ -290,10 +295,10 @@ def floor(bench: Bench, name: str, rate: tuple[str, float], goal: float) -> Row:
     copies: list[float] = []
     again: list[float] = []
     for index in range(6):
-        copies.append(timed(lambda: [copy.copy_(base) for base, copy in rows]))
+        copies.append(bench.timed(lambda: [copy.copy_(base) for base, copy in rows]))
         for seconds, strength in ((merges, weight(index)), (again, weight(index) + 0.01)):
             seconds.append(bench.turn(bench.ours, [(bench.files[name], strength)])[0])
-        note(f"floor of {name}, round {index + 1} of 6")
+        progress(f"floor of {name}, round {index + 1} of 6")
     least = median(copies[1:]) + operations / flops / 1e9
     row = compare(
         f"merge of {name} / floor of copy and {what}, REAL",
@@ -312,7 +317,7 @@ def taxes(
     checks: Sequence[float],
     step: Sequence[float],
 ) -> list[Row]:
-    """What two LoRAs add to a job of 28 steps, as a share of it; and what the check takes, which every job has."""
+    """Return what two LoRAs, and the check of the base, add to a job of 28 steps, as a share of the job."""
     job = STEPS * median(step)
     theirs = [sum(turn) / job for turn in turns.rival]
     shares = (
@@ -330,44 +335,35 @@ def taxes(
     return rows
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of a square product, at best."""
+def matmul_rate(bench: Bench, dtype: torch.dtype) -> float:
+    """Return GFLOP/s of a square product, at best."""
     side = 4096
-    one, other, out = (torch.randn(side, side).to(dtype) for _ in range(3))
-    return 2 * side**3 / min(timed(lambda: torch.mm(one, other, out=out)) for _ in range(4)) / 1e9
+    one, other, out = (torch.randn(side, side).to(bench.device, dtype) for _ in range(3))
+    seconds = min(bench.timed(lambda: torch.mm(one, other, out=out)) for _ in range(4))
+    return 2 * side**3 / seconds / 1e9
 
 
-def copy_rate() -> float:
-    """GB/s, read and written, of a copy that no cache holds, at best."""
-    one, other = (torch.zeros(2**29, dtype=torch.uint8) for _ in range(2))
-    return 2 * one.nbytes / min(timed(lambda: other.copy_(one)) for _ in range(4)) / 1e9
+def copy_rate(bench: Bench) -> float:
+    """Return GB/s, read and written, of a copy that no cache holds, at best."""
+    one, other = (torch.zeros(2**29, dtype=torch.uint8, device=bench.device) for _ in range(2))
+    return 2 * one.nbytes / min(bench.timed(lambda: other.copy_(one)) for _ in range(4)) / 1e9
 
 
 def judged(row: Row, goal: float | None) -> Row:
-    """The row with what it was to reach."""
-    return (
-        row
-        if goal is None
-        else msgspec.structs.replace(row, goal=f">= {goal:g}", met=row.ratio >= goal)
-    )
+    """Return the row with its goal."""
+    if goal is None:
+        return row
+    return msgspec.structs.replace(row, goal=f">= {goal:g}", met=row.ratio >= goal)
 
 
 def weight(index: int) -> float:
-    """Another one each time: another set, so that nothing is the last set again."""
+    """Return another weight for each turn, so that no set of LoRAs is the one before."""
     return 0.5 + 0.05 * (index % 7)
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds of an action."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def note(text: str) -> None:
-    """Progress, on one line."""
-    print(f"\r\033[K{time.strftime('%H:%M:%S')} {text}", end="", file=sys.stderr, flush=True)  # noqa: T201
-
-
 if __name__ == "__main__":
-    main(only=next((part for part in ("thin", "real") if f"--{part}" in sys.argv), ""))
+    parser = options_parser(__doc__)
+    parser.add_argument("--real", action="store_true", help="REAL alone")
+    parser.add_argument("--gpu", action="store_true", help="REAL alone on a GPU")
+    options = vars(parser.parse_args())
+    main(only=next((part for part in ("thin", "real", "gpu") if options[part]), ""))

@@ -1,17 +1,19 @@
-"""What a fast engine must not pay with: errors of the merge, bytes of the base, memory."""
+"""What a fast merge must not cost: errors of the merge, changed bytes of the base model, memory."""
 
 import gc
 import os
 import random
+import signal
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from benchmarks import models
-from benchmarks.report import Row
+from benchmarks.report import Row, progress
 from benchmarks.rivals import FuseAndUnfuse, LoadAndUnload, Ours, Weighted
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,15 +24,14 @@ from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
 from zlora_worker.model.pipeline import Pipeline
 
-_SHELF: Final = (
-    60_000_000  # bytes: a fifth of the files of the memory row, so that most are read again
-)
+# Bytes: a fifth of the files of the memory row, so that most are read again.
+_MEMORY_CACHE: Final = 60_000_000
 
 
 def errors(folder: Path, *, files: int) -> list[Row]:
-    """|merged - fp64 merge|: of a module the mean over its numbers, of the UNet's own answer the norm.
+    """Compare |merged - fp64 merge|: for a module the mean over its numbers, for the UNet's output the norm.
 
-    Of modules the one counts whose error is the greatest against the rival's. Means over so many LoRA files.
+    The module with the greatest error relative to the rival's counts. Figures are means over `files` LoRA files.
     """
     rows = []
     for dtype in (torch.bfloat16, torch.float16):
@@ -43,13 +44,13 @@ def errors(folder: Path, *, files: int) -> list[Row]:
             what = f"{count} LoRA{'s' if count > 1 else ''}, {kind}"
             rows += [
                 _error_row(f"error of the worst module, {what}", *module),
-                _error_row(f"error of the UNet's answer, {what}", *answer),
+                _error_row(f"error of the UNet's output, {what}", *answer),
             ]
     return rows
 
 
 def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[tuple[float, float]]:
-    """fuse_lora's error and ours, of the worst module and of the answer."""
+    """Return fuse_lora's error and ours, for the worst module and for the UNet's output."""
     pipeline = models.build(thin=True, dtype=dtype)
     loras = [
         (
@@ -66,7 +67,7 @@ def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[t
     ]
     kept = {name: weight.detach().clone() for name, weight in pipeline.unet.named_parameters()}
     truth = _exact(kept, loras)
-    expected = _answer(pipeline, truth)
+    expected = _output(pipeline, truth)
     fuse = FuseAndUnfuse(pipeline)
     fuse.enter(loras)
     found = {
@@ -82,7 +83,7 @@ def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[t
     ours.leave()
     theirs, own = _by_module(fused, truth), _by_module(merged, truth)
     worst = max(own, key=lambda name: own[name] / theirs[name])
-    answers = [float((_answer(pipeline, weights) - expected).norm()) for weights in (fused, merged)]
+    answers = [float((_output(pipeline, weights) - expected).norm()) for weights in (fused, merged)]
     return [(theirs[worst], own[worst]), (answers[0], answers[1])]
 
 
@@ -92,7 +93,7 @@ def _error_row(name: str, rival: float, ours: float) -> Row:
 
 
 def _exact(weights: dict[str, Tensor], loras: Weighted) -> dict[str, Tensor]:
-    """The UNet's weights with the LoRAs added in fp64."""
+    """Return the UNet's weights with the LoRAs added in fp64."""
     exact = {name: weight.double() for name, weight in weights.items()}
     for path, strength in loras:
         tensors = load_file(path)
@@ -111,8 +112,8 @@ def _by_module(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
     return {name: error for name, error in errors.items() if error}
 
 
-def _answer(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
-    """The UNet's answer in fp32 with these weights: the type of the arithmetic is no part of the error."""
+def _output(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
+    """Return the UNet's output in fp32 with these weights, so that the error has no rounding of the arithmetic."""
     unet = pipeline.unet.from_config(pipeline.unet.config)
     unet.load_state_dict({name: weight.float() for name, weight in weights.items()})
     with torch.no_grad():
@@ -120,37 +121,43 @@ def _answer(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
     return answer
 
 
-def base_bytes(engine: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
-    """Bytes of the base that differ after cycles of which a third fails, at a random point."""
-    kept = [stack.base.clone() for stack in engine.weights.stacks]
-    chance = random.Random(1)
-    merge: Any = Plan.merge
+def base_bytes(pipeline: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
+    """Count bytes of the base that differ after cycles of which many are interrupted at a random moment.
 
-    def failing(*arguments: Any) -> None:
-        if chance.random() < 0.02:
-            raise InterruptedError
-        merge(*arguments)
+    A timer's signal interrupts, as it does in a job whose time is over: in the merge, with the LoRAs in, or in the
+    restore. A cycle without interruption measures the time in which the timer fires.
+    """
+    kept = [stack.base.clone() for stack in pipeline.weights.stacks]
+    chance, seconds, interrupted = random.Random(1), 0.0, 0
 
-    failed = 0
-    for cycle in range(cycles):
-        weighted = [(path, weight * (1 + cycle % 7)) for path, weight in loras]
-        setattr(Plan, "merge", failing)  # noqa: B010 - a fault from inside
-        try:
-            with engine.patch.applied(ours.adapters(weighted)):
-                if cycle % 3 == 0:
-                    raise InterruptedError  # noqa: TRY301
-        except InterruptedError:
-            failed += 1
-        finally:
-            setattr(Plan, "merge", merge)  # noqa: B010
-    engine.check()
+    def interrupt(*_: object) -> NoReturn:
+        raise InterruptedError
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for cycle in range(cycles):
+            weighted = [(path, weight * (1 + cycle % 7)) for path, weight in loras]
+            start = time.perf_counter()
+            try:
+                if cycle:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 1.5 * seconds))
+                with pipeline.patch.applied(ours.adapters(weighted)):
+                    pass
+                seconds = time.perf_counter() - start
+            except InterruptedError:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    pipeline.patch.restore()
+    pipeline.check()
     changed = sum(
         int((stack.base.view(torch.uint8) != before.view(torch.uint8)).sum())
-        for stack, before in zip(engine.weights.stacks, kept, strict=True)
+        for stack, before in zip(pipeline.weights.stacks, kept, strict=True)
     )
-    name = f"bytes of the base changed after {cycles} cycles, {failed} of them failed"
     return Row(
-        name=name,
+        name=f"bytes of the base changed after {cycles} cycles, {interrupted} of them interrupted",
         rival="-",
         rival_median=0.0,
         ours_median=changed,
@@ -161,8 +168,8 @@ def base_bytes(engine: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) ->
     )
 
 
-def memory(folder: Path, note: Callable[[str], None], *, jobs: int, files: int) -> list[Row]:
-    """MB that the process grows by over so many jobs of two of so many LoRAs each, after a warm-up of a tenth."""
+def memory(folder: Path, *, jobs: int, files: int) -> list[Row]:
+    """Return MB by which the process grows over jobs with two LoRAs each, after a warm-up of a tenth of the jobs."""
     pipeline = models.build(thin=True)
     paths = [
         models.write_lora(
@@ -177,28 +184,28 @@ def memory(folder: Path, note: Callable[[str], None], *, jobs: int, files: int) 
     def theirs(pair: Sequence[Path]) -> None:
         rival.enter([(path, 0.5) for path in pair])
         rival.leave()
-        rival.forget()
+        rival.drop_files()
 
     few = jobs // 10  # the rival takes seconds a job
-    grown[0] = _growth(pairs[:few], theirs, note) * jobs / few
+    grown[0] = _growth(pairs[:few], theirs) * jobs / few
     weights = Weights(
         {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
     )
-    reader, patch, shelf = (
+    reader, patch, cache = (
         Reader(weights),
         Patch(weights, mode="shadow"),
-        LoraMemoryCache(max_bytes=_SHELF),
+        LoraMemoryCache(max_bytes=_MEMORY_CACHE),
     )
 
     def own(pair: Sequence[Path]) -> None:
         loras = [
-            shelf.get(str(path), partial(reader.read, path, digest=str(path), source="-"))[0]
+            cache.get(str(path), partial(reader.read, path, digest=str(path), source="-"))[0]
             for path in pair
         ]
         with patch.applied([WeightedLora(lora=lora) for lora in loras]):
             pass
 
-    grown[1] = _growth(pairs, own, note)
+    grown[1] = _growth(pairs, own)
     name = f"MB grown by {jobs} jobs over {files} LoRAs (load + unload: {few}, scaled)"
     row = Row(name=name, rival="load + unload", rival_median=grown[0], ours_median=grown[1], ratio=1.0, noise=1.0,
               goal="ours <= 16", met=grown[1] <= 16)  # fmt: skip
@@ -208,16 +215,15 @@ def memory(folder: Path, note: Callable[[str], None], *, jobs: int, files: int) 
 def _growth(
     pairs: Sequence[Sequence[Path]],
     job: Callable[[Sequence[Path]], None],
-    note: Callable[[str], None],
 ) -> float:
-    """MB from after a warm-up of a tenth to the end."""
+    """Return MB from the end of the warm-up, a tenth of the jobs, to the end."""
     warm, start = len(pairs) // 10, 0.0
     for index, pair in enumerate(pairs):
         if index == warm:
             start = _resident()
         job(pair)
         if index % 10 == 0:
-            note(f"memory, job {index} of {len(pairs)}")
+            progress(f"memory, job {index} of {len(pairs)}")
     return _resident() - start
 
 

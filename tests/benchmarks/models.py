@@ -40,7 +40,7 @@ _THIN_TEXT: Final = (
 
 
 def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusionXLPipeline:
-    """A pipeline with random weights. REAL in bf16 takes 7 GB and about ten seconds."""
+    """Return a pipeline with random weights. REAL in bf16 takes 7 GB and about ten seconds."""
     unet = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | (
         _THIN_UNET if thin else {}
     )
@@ -72,7 +72,7 @@ def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusion
 def write_lora(
     pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int
 ) -> Path:
-    """A file of fp16 in peft's spelling, which diffusers reads right; each change has a tenth of its weight's norm."""
+    """Write a file of fp16 in peft's key names; the delta of each module has a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for component, name, module in targets(pipeline, with_text=with_text):
@@ -93,7 +93,7 @@ def write_lora(
 def targets(
     pipeline: StableDiffusionXLPipeline, *, with_text: bool
 ) -> Iterator[tuple[str, str, nn.Linear]]:
-    """The linear layers that trainers adapt, as component, name and module."""
+    """Return the linear layers that trainers adapt, as component, name and module."""
     for component, pattern in (
         ("unet", UNET_TARGETS),
         ("text_encoder", TEXT_TARGETS),
@@ -106,19 +106,19 @@ def targets(
 
 
 def step_inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """Of one denoising step of a 256x256 picture with guidance."""
+    """Return the inputs of one denoising step of a 256x256 image with guidance."""
     generator = torch.Generator().manual_seed(6)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(unet.dtype)
+        return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
 
     pooled = (
         unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     )
-    ids = torch.tensor([[256, 256, 0, 0, 256, 256]] * 2).to(unet.dtype)
+    ids = torch.tensor([[256, 256, 0, 0, 256, 256]] * 2).to(unet.device, unet.dtype)
     return {
         "sample": noise(2, 4, 32, 32),
-        "timestep": torch.tensor(500),
+        "timestep": torch.tensor(500, device=unet.device),
         "encoder_hidden_states": noise(2, 77, unet.config.cross_attention_dim),
         "added_cond_kwargs": {"text_embeds": noise(2, pooled), "time_ids": ids},
     }
@@ -130,7 +130,7 @@ def _text_config(folder: str, *, thin: bool) -> CLIPTextConfig:
 
 
 def _filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Random weights of a trained model's magnitude. A fixed pool is repeated: random numbers of 7 GB take minutes."""
+    """Fill a module with random weights; a fixed pool is repeated, because 7 GB of random numbers take minutes."""
     pool = torch.randn(2**22, generator=torch.Generator().manual_seed(1)).to(dtype)
     module.to(dtype).to_empty(device="cpu")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

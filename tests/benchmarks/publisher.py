@@ -1,29 +1,35 @@
-"""A prototype that a benchmark compares with: pixels go through Redis to another Celery worker, which publishes them.
+"""The second process of the design `handed`: `celery -A benchmarks.publisher worker` stores what a child has drawn.
 
-`celery -A benchmarks.publisher worker` takes what `give_picture` and `give_result` send, in that order since it has one
-child. Pixels are a key of their own: inside a message they would be base64 twice. They and the messages are in Redis
-before the child that drew them takes its next job, and a message leaves Redis when it is done, as with the jobs.
+The child sends pixels by `give_image` and the end of the job by `give_result`; the publisher has one process, so that
+it works in that order. Pixels lie under a key of their own, because inside a message base64 would encode them twice.
+Pixels and messages are in Redis before the child takes its next job, and a message leaves Redis when it is done.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+import hashlib
+from typing import Any, Final
 
 import msgspec
 import redis
 from celery import Celery
 from PIL import Image
 from zlora.broker.celery_app import shared_config
-from zlora.schema import GenerateResult, ImageRef, JobState, to_dict
-from zlora_worker.results.manifest import write_manifest
-from zlora_worker.results.provenance import JobProvenance
+from zlora.schema import (
+    GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    JobState,
+    image_key,
+    parse_request,
+    to_dict,
+)
+from zlora_worker.results.encoding import encode
+from zlora_worker.results.manifest import put_if_absent, write_manifest
 from zlora_worker.results.store import Store, open_store
-from zlora_worker.results.uploader import ImageUploader
-from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
 
 _EXPIRES: Final = 3600  # seconds
-_STORE: Final = "benchmarks.store_picture"
+_STORE: Final = "benchmarks.store_image"
 _PUBLISH: Final = "benchmarks.publish"
 
 settings: Final = Settings.from_env()
@@ -41,17 +47,10 @@ app.conf.update(
 )
 
 
-class _Desk(NamedTuple):
-    """What the publisher needs, opened after the fork."""
-
-    store: Store
-    links: ImageUrls
-
-
 @functools.cache
-def _desk() -> _Desk:
-    store = open_store(settings)
-    return _Desk(store, ImageUrls(store, settings))
+def store() -> Store:
+    """The store of this process, opened after the fork."""
+    return open_store(settings)
 
 
 @functools.cache
@@ -63,25 +62,37 @@ def _pixels_key(job_id: str, index: int) -> str:
     return f"bench:pixels:{job_id}:{index}"
 
 
-def _refs_key(job_id: str) -> str:
-    return f"bench:refs:{job_id}"
+def _images_key(job_id: str) -> str:
+    return f"bench:images:{job_id}"
 
 
-# In the child that draws
-
-
-def give_picture(
-    recipe: JobProvenance, digests: Sequence[str], index: int, image: Image.Image, *, tiled: bool
-) -> None:
-    """Put a picture into the publisher's hands."""
-    _broker().set(_pixels_key(recipe.job_id, index), image.tobytes(), ex=_EXPIRES)
-    app.send_task(
-        _STORE, [to_dict(recipe), list(digests), index, list(image.size), tiled], queue=queue
+def store_image(job_id: str, index: int, image: Image.Image, request: GenerateRequest) -> ImageRef:
+    """Encode and store one image by the worker's own functions."""
+    media_type = f"image/{request.output_format}"
+    key = image_key(job_id, index, request.output_format)
+    data = put_if_absent(store(), key, encode(image, request), media_type)
+    return ImageRef(
+        key=key,
+        width=image.width,
+        height=image.height,
+        content_type=media_type,
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        seed=request.seed_for(job_id) + index,
     )
 
 
+# In the child process that draws
+
+
+def give_image(job_id: str, index: int, image: Image.Image, document: dict[str, Any]) -> None:
+    """Hand the pixels of an image to the publisher."""
+    _broker().set(_pixels_key(job_id, index), image.tobytes(), ex=_EXPIRES)
+    app.send_task(_STORE, [job_id, index, list(image.size), document], queue=queue)
+
+
 def give_result(result: GenerateResult) -> None:
-    """Put the rest of a job into the publisher's hands: its pictures are there already."""
+    """Hand the rest of a job to the publisher, which has its images already."""
     app.send_task(_PUBLISH, [to_dict(result)], queue=queue)
 
 
@@ -89,28 +100,22 @@ def give_result(result: GenerateResult) -> None:
 
 
 @app.task(name=_STORE)
-def store_picture(
-    document: Any, digests: list[str], index: int, size: list[int], tiled: bool
-) -> None:
-    """Encode and store one picture, and remember its reference."""
-    broker, recipe = _broker(), msgspec.convert(document, JobProvenance)
-    pixels = broker.get(_pixels_key(recipe.job_id, index))
+def store_given_image(job_id: str, index: int, size: list[int], document: dict[str, Any]) -> None:
+    """Encode and store one image, and note its reference."""
+    broker = _broker()
+    pixels = broker.get(_pixels_key(job_id, index))
     image = Image.frombytes("RGB", (size[0], size[1]), pixels)
-    ref = ImageUploader(_desk().store, recipe, tensors_sha256=digests)._store_image(
-        index, image, tiled
-    )
-    broker.hset(_refs_key(recipe.job_id), str(index), msgspec.json.encode(ref))
-    broker.expire(_refs_key(recipe.job_id), _EXPIRES)
-    broker.delete(_pixels_key(recipe.job_id, index))
+    ref = store_image(job_id, index, image, parse_request(document))
+    broker.hset(_images_key(job_id), str(index), msgspec.json.encode(ref))
+    broker.expire(_images_key(job_id), _EXPIRES)
+    broker.delete(_pixels_key(job_id, index))
 
 
 @app.task(name=_PUBLISH)
 def publish_result(document: Any) -> None:
-    """Write the manifest, and answer in the name of the job's own task."""
-    broker, desk, result = _broker(), _desk(), msgspec.convert(document, GenerateResult)
-    found = broker.hgetall(_refs_key(result.job_id))
-    refs = [msgspec.json.decode(found[name], type=ImageRef) for name in sorted(found)]
-    whole = write_manifest(desk.store, msgspec.structs.replace(result, images=tuple(refs)))
-    app.backend.store_result(
-        result.job_id, to_dict(desk.links.shown(whole)), JobState.SUCCESS.value
-    )
+    """Write the manifest, and store the result of the job's own task."""
+    result = msgspec.convert(document, GenerateResult)
+    found = _broker().hgetall(_images_key(result.job_id))
+    images = tuple(msgspec.json.decode(found[name], type=ImageRef) for name in sorted(found))
+    whole = write_manifest(store(), msgspec.structs.replace(result, images=images))
+    app.backend.store_result(result.job_id, to_dict(whole), JobState.SUCCESS.value)

@@ -1,8 +1,11 @@
-"""The form in which every benchmark reports: one table for people, one JSON file for the docs."""
+"""The form of every benchmark: what it says while it runs, one table for people, one JSON file for the docs."""
 
+import argparse
 import os
 import platform
 import statistics
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -28,10 +31,39 @@ class Row(Struct, kw_only=True):
     met: bool | None = None
 
 
+def options_parser(description: str | None) -> argparse.ArgumentParser:
+    """Parser of a benchmark's options; every benchmark has `--thin`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--thin", action="store_true", help="the short form, at most a minute")
+    return parser
+
+
+def announce(benchmark: str, *, seconds: float) -> None:
+    """Print how long the benchmark takes, as measured on two cores."""
+    duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    say(f"{benchmark} takes about {duration}")
+
+
+def say(text: str) -> None:
+    """Print a line for people; standard output has nothing else but the table."""
+    print(text, flush=True)  # noqa: T201 - a benchmark reports to its caller
+
+
+def progress(text: str) -> None:
+    """Show the current step on standard error: one line that changes on a terminal, else a line for each step."""
+    if sys.stderr.isatty():
+        line = f"\r\033[K{text}"
+    else:
+        line = f"{time.strftime('%H:%M:%S')} {text}\n"
+    print(line, end="", file=sys.stderr, flush=True)  # noqa: T201 - a benchmark reports to its caller
+
+
 def compare(
     name: str, rival: str, theirs: Sequence[float], ours: Sequence[float], again: Sequence[float]
 ) -> Row:
-    """A row from seconds measured side by side; `again` is ours a second time, for the noise."""
+    """Return a row of seconds measured side by side; `again` is ours a second time, for the noise."""
     rival_median, ours_median = statistics.median(theirs), statistics.median(ours)
     return Row(
         name=name,
@@ -44,39 +76,33 @@ def compare(
 
 
 def publish(benchmark: str, rows: Sequence[Row], **facts: float | str) -> None:
-    """Print the table and write `build/bench/<benchmark>.json`; `facts` are more of the machine."""
+    """Print the table and write `build/bench/<benchmark>.json`; `facts` are added to those of the machine."""
     machine = {
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
     } | facts
-    table = Table(
-        "what",
-        "rival",
-        "rival median",
-        "ours median",
-        "ratio",
-        "A/A noise",
-        "goal",
-        "met",
-        title=benchmark,
-    )
+    columns = ("what", "rival", "rival median", "ours median", "ratio", "A/A noise", "goal", "met")
+    table = Table(*columns, title=benchmark)
     for row in rows:
-        figures = (
+        table.add_row(
+            row.name,
+            row.rival,
             f"{row.rival_median:.4g}",
             f"{row.ours_median:.4g}",
             f"{row.ratio:.4g}",
             f"{row.noise:.3f}",
+            row.goal,
+            "-" if row.met is None else str(row.met),
         )
-        table.add_row(
-            row.name, row.rival, *figures, row.goal, "-" if row.met is None else str(row.met)
-        )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # noqa: T201 - ends the line of progress
     Console(width=170).print(table)
     for fact, value in facts.items():
-        print(f"{fact}: {value}")  # noqa: T201 - a benchmark speaks to its caller
+        say(f"{fact}: {value}")
     _FOLDER.mkdir(parents=True, exist_ok=True)
     target = _FOLDER / f"{benchmark}.json"
     target.write_bytes(
         msgspec.json.format(msgspec.json.encode({"machine": machine, "rows": rows}), indent=2)
     )
-    print(f"written to {target}")  # noqa: T201 - a benchmark speaks to its caller
+    say(f"written to {target}")

@@ -1,16 +1,14 @@
-"""What results cost: encoding against Pillow's default, and the makespan of jobs with a slow store, by three designs.
+"""Encoding against Pillow's default, and the makespan of jobs with a slow store, in three designs.
 
-- Encoding pictures of 1024x1024 as PNG, on one thread; `--pictures FOLDER` takes real ones instead of those made here.
-- 30 jobs of 2 images whose denoising is paced at 2 s an image, all queued at once before a worker that is ready, with
-  an S3 server that takes 150 ms more for each PUT: from the first step to the last result that a client can see,
-  against the sum of their denoising.
-- The same with a child that encodes and stores one after the other, and with one that gives the pixels to another
-  worker through Redis.
+- Encode images of 1024x1024 as PNG, on one thread. `--images FOLDER` takes real images instead of those made here.
+- 30 jobs of 2 images, paced at 2 s an image, are queued at once; a worker is ready; an S3 server adds 150 ms to each
+  PUT. The makespan, from the first step to the last result that a client can see, against the sum of the denoising.
+- The same jobs by two other worker apps: one encodes and stores between two images, one gives the pixels to another
+  process through Redis.
 
-`--thin` takes one picture of each kind and 2 or 3 jobs a design, else 3 pictures, 30 jobs, and 15 of each rival.
+`--thin` takes one image of each kind and 2 or 3 jobs per design instead of 3 images, 30 jobs, and 15 per rival.
 """
 
-import argparse
 import io
 import os
 import signal
@@ -22,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks import pictures_made
-from benchmarks.batches import DELAY, IMAGES, PACE, Batch, hall, progress
-from benchmarks.report import Row, publish
+from benchmarks import sample_images
+from benchmarks.batches import DELAY, IMAGES, PACE, Batch, setup
+from benchmarks.report import Row, announce, options_parser, progress, publish
 from PIL import Image
 from zlora.schema import GenerateRequest
 from zlora_worker.results import encoding
@@ -41,40 +39,40 @@ RIVALS: Final = {
 class Rounds(NamedTuple):
     """How much of each is done."""
 
-    pictures: int  # of each kind
-    encodings: int  # of each picture
+    images: int  # of each kind
+    encodings: int  # of each image
     jobs: int
     rival_jobs: int  # and ours again
+    seconds: float  # that the benchmark takes, about
 
 
-FULL: Final = Rounds(pictures=3, encodings=15, jobs=30, rival_jobs=15)
-THIN: Final = Rounds(pictures=1, encodings=9, jobs=3, rival_jobs=2)
+FULL: Final = Rounds(images=3, encodings=15, jobs=30, rival_jobs=15, seconds=420)
+THIN: Final = Rounds(images=1, encodings=5, jobs=3, rival_jobs=2, seconds=60)
 
 
 def main(rounds: Rounds, given: Path | None) -> None:
     """Measure and publish."""
-    kinds = (
-        made(rounds.pictures) if given is None else {"picture given": pictures_made.opened(given)}
-    )
+    announce("results", seconds=rounds.seconds)
+    if given is None:
+        kinds = made(rounds.images)
+    else:
+        kinds = {"given image": sample_images.opened(given)}
     rows = [
-        row
-        for kind, pictures in kinds.items()
-        for row in encode_rows(kind, pictures, rounds.encodings)
+        row for kind, images in kinds.items() for row in encode_rows(kind, images, rounds.encodings)
     ]
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as name:
         folder = Path(name)
         batches = all_batches(folder, write(next(iter(kinds.values())), folder / "drawn"), rounds)
-    print(file=sys.stderr)  # noqa: T201 - progress
     publish("results", [*rows, *batch_rows(batches)], **facts(batches))
 
 
 def made(count: int) -> dict[str, list[Image.Image]]:
-    """The kinds of pictures; a batch draws those of the first."""
-    progress("pictures are made")
-    photographs = [pictures_made.photograph(seed) for seed in range(count)]
-    drawings = [pictures_made.drawing(seed) for seed in range(count)]
-    flat = [pictures_made.flat_drawing(seed) for seed in range(count)]
-    decoded = [pictures_made.decoded(picture, seed) for seed, picture in enumerate(flat)]
+    """Return images by kind; the batches draw those of the first kind."""
+    progress("make images")
+    photographs = [sample_images.photograph(seed) for seed in range(count)]
+    drawings = [sample_images.drawing(seed) for seed in range(count)]
+    flat = [sample_images.flat_drawing(seed) for seed in range(count)]
+    decoded = [sample_images.decoded(image, seed) for seed, image in enumerate(flat)]
     return {
         "photograph": photographs,
         "drawing": drawings,
@@ -83,40 +81,39 @@ def made(count: int) -> dict[str, list[Image.Image]]:
     }
 
 
-def write(pictures: Sequence[Image.Image], folder: Path) -> Path:
-    """Where the workers find the pictures that they draw."""
+def write(images: Sequence[Image.Image], folder: Path) -> Path:
+    """Write the images that the workers draw, and return their folder."""
     folder.mkdir()
-    for index, picture in enumerate(pictures):
-        picture.save(folder / f"{index}.png", compress_level=1)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index}.png", compress_level=1)
     return folder
 
 
 # Encoding
 
 
-def by_default(picture: Image.Image) -> bytes:
-    """As Pillow writes a PNG."""
+def by_default(image: Image.Image) -> bytes:
+    """Encode as Pillow does by default."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def by_us(picture: Image.Image) -> bytes:
-    """As a worker does."""
-    return encoding.encode(picture, GenerateRequest(prompt="a picture"))
+def by_us(image: Image.Image) -> bytes:
+    """Encode as a worker does."""
+    return encoding.encode(image, GenerateRequest(prompt="a image"))
 
 
-def encode_rows(kind: str, pictures: Sequence[Image.Image], rounds: int) -> list[Row]:
-    """The two alternate over all pictures; ours has its turn twice, for the noise."""
+def encode_rows(kind: str, images: Sequence[Image.Image], rounds: int) -> list[Row]:
+    """Alternate the two over all images; ours has two turns per round, for the noise."""
     theirs, ours, again = [], [], []
     for index in range(rounds):
-        ours.append(seconds_of(by_us, pictures))
-        theirs.append(seconds_of(by_default, pictures))
-        again.append(seconds_of(by_us, pictures))
+        ours.append(seconds_of(by_us, images))
+        theirs.append(seconds_of(by_default, images))
+        again.append(seconds_of(by_us, images))
         progress(f"{kind}: {index + 1}/{rounds} rounds of encoding")
     sizes = [
-        statistics.mean(len(encode(picture)) for picture in pictures)
-        for encode in (by_default, by_us)
+        statistics.mean(len(encode(image)) for image in images) for encode in (by_default, by_us)
     ]
     times = [statistics.median(values) for values in (theirs, ours, again)]
     return [
@@ -132,16 +129,16 @@ def encode_rows(kind: str, pictures: Sequence[Image.Image], rounds: int) -> list
     ]
 
 
-def seconds_of(encode: Callable[[Image.Image], bytes], pictures: Sequence[Image.Image]) -> float:
-    """Seconds a picture."""
+def seconds_of(encode: Callable[[Image.Image], bytes], images: Sequence[Image.Image]) -> float:
+    """Return seconds per image."""
     start = time.perf_counter()
-    for picture in pictures:
-        encode(picture)
-    return (time.perf_counter() - start) / len(pictures)
+    for image in images:
+        encode(image)
+    return (time.perf_counter() - start) / len(images)
 
 
 def share_row(name: str, rival: str, found: Sequence[float], *, goal: float) -> Row:
-    """A row whose ratio is ours / rival; `found` are the rival's figure, ours, and ours again."""
+    """Return a row whose ratio is ours / rival; `found` are the rival's figure, ours, and ours again."""
     theirs, ours, again = found
     return Row(
         name=name,
@@ -158,10 +155,10 @@ def share_row(name: str, rival: str, found: Sequence[float], *, goal: float) -> 
 # Batches
 
 
-def all_batches(folder: Path, pictures: Path, rounds: Rounds) -> dict[str, Batch]:
-    """One after the other before the same store; idle workers wait."""
-    progress("broker, store and workers start")
-    with hall(folder, pictures) as standing:
+def all_batches(folder: Path, images: Path, rounds: Rounds) -> dict[str, Batch]:
+    """Run one batch after the other with the same store; the other workers are idle."""
+    progress("start broker, store and workers")
+    with setup(folder, images) as standing:
         standing.warm()
         return {
             "ours": standing.batch("ours", rounds.jobs),
@@ -172,7 +169,7 @@ def all_batches(folder: Path, pictures: Path, rounds: Rounds) -> dict[str, Batch
 
 
 def batch_rows(batches: Mapping[str, Batch]) -> list[Row]:
-    """The makespan with its goal, and the designs side by side."""
+    """Return the makespan with its goal, and the designs side by side."""
     ours, again = batches["ours"], batches["again"]
     total = ours.jobs * IMAGES * PACE
     name = f"seconds of {ours.jobs} jobs of {IMAGES} images, a PUT of {1000 * DELAY:g} ms, ours / rival"
@@ -182,7 +179,7 @@ def batch_rows(batches: Mapping[str, Batch]) -> list[Row]:
 
 
 def design_rows(design: str, batches: Mapping[str, Batch]) -> list[Row]:
-    """One rival by makespan, tail, idle time between jobs and what goes through Redis."""
+    """Compare one rival by makespan, tail, idle time between jobs and bytes through Redis."""
     figures: dict[str, Callable[[Batch], float]] = {
         "makespan / denoising": lambda batch: batch.share,
         "tail, seconds, median": lambda batch: batch.tail(50),
@@ -201,7 +198,7 @@ def design_rows(design: str, batches: Mapping[str, Batch]) -> list[Row]:
 
 
 def design_row(name: str, design: str, found: Sequence[float]) -> Row:
-    """A row whose ratio is rival / ours; `found` as in `share_row`."""
+    """Return a row whose ratio is rival / ours; `found` as in `share_row`."""
     rival, ours, again = found
     return Row(
         name=name,
@@ -214,22 +211,21 @@ def design_row(name: str, design: str, found: Sequence[float]) -> Row:
 
 
 def facts(batches: Mapping[str, Batch]) -> dict[str, str]:
-    """What the tail of each design is made of, at the median."""
+    """Return the parts of the tail of each design, at the median."""
     load = f"{os.getloadavg()[1]:.1f}"
     return {"load": load} | {f"tail of {key}, ms": tail_of(batch) for key, batch in batches.items()}
 
 
 def tail_of(batch: Batch) -> str:
-    """Each part of the tail."""
-    names = ("encode", "upload of the last picture", "manifest", "answer")
+    """Return each part of the tail in milliseconds."""
+    names = ("encode", "upload of the last image", "manifest", "answer")
     medians = (1000 * statistics.median(values) for values in zip(*batch.tails, strict=True))
     return ", ".join(f"{name} {value:.0f}" for name, value in zip(names, medians, strict=True))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--thin", action="store_true")
-    parser.add_argument("--pictures", type=Path)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process or folder is left
+    parser = options_parser(__doc__)
+    parser.add_argument("--images", type=Path, help="a folder of images instead of those made here")
     options = parser.parse_args()
-    main(THIN if options.thin else FULL, options.pictures)
+    main(THIN if options.thin else FULL, options.images)

@@ -1,4 +1,4 @@
-"""Today's ways to draw with LoRAs, each at its best legal setting, beside ours: all on the same resident pipeline."""
+"""Ways to draw with LoRAs, each at its best legal setting, beside ours: all on the same resident pipeline."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,28 +17,28 @@ Weighted = Sequence[tuple[Path, float]]  # LoRA files with their weights
 
 
 class Way(Protocol):
-    """One way to bring LoRAs into the model and out again. Files are in memory before the clock starts."""
+    """One way to put LoRAs into the model and take them out. Files are in memory before the clock starts."""
 
     def enter(self, loras: Weighted) -> None:
-        """The model draws with these LoRAs."""
+        """Make the model draw with these LoRAs."""
 
     def leave(self) -> None:
-        """The model draws as the base."""
+        """Make the model draw as the base model."""
 
 
 class Ours:
-    """Parsed layers in memory; a merge into the shadow, or pointers alone where the set is the last one."""
+    """Parsed layers in memory; a merge into the shadow weights, or pointers alone if the set is the last one."""
 
-    def __init__(self, engine: Pipeline) -> None:
-        self._engine = engine
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
         self._loras: dict[Path, Lora] = {}
         self._applied: Any = None
 
     def adapters(self, loras: Weighted) -> list[WeightedLora]:
-        """As a job has them."""
+        """Return the LoRAs as a job has them."""
         for path, _ in loras:
             if path not in self._loras:
-                self._loras[path] = self._engine.reader.read(
+                self._loras[path] = self._pipeline.reader.read(
                     path, digest=str(path), source=path.name
                 )
         return [
@@ -47,7 +47,7 @@ class Ours:
         ]
 
     def enter(self, loras: Weighted) -> None:
-        self._applied = self._engine.patch.applied(self.adapters(loras))
+        self._applied = self._pipeline.patch.applied(self.adapters(loras))
         self._applied.__enter__()
 
     def leave(self) -> None:
@@ -60,20 +60,20 @@ class _Diffusers:
         self._files: dict[Path, Mapping[str, Tensor]] = {}
 
     def load(self, loras: Weighted) -> None:
-        """All files as adapters with their weights."""
+        """Load all files as adapters with their weights."""
         with warnings.catch_warnings(action="ignore"):
             for index, (path, _) in enumerate(loras):
                 self.pipeline.load_lora_weights(dict(self._file(path)), adapter_name=f"a{index}")
         self.weigh(loras)
 
     def weigh(self, loras: Weighted) -> None:
-        """Adapters that are there, with these weights."""
+        """Set the weights of the loaded adapters."""
         self.pipeline.set_adapters(
             [f"a{index}" for index in range(len(loras))], [weight for _, weight in loras]
         )
 
-    def forget(self) -> None:
-        """Let go of the files."""
+    def drop_files(self) -> None:
+        """Drop the files from memory."""
         self._files.clear()
 
     def _file(self, path: Path) -> Mapping[str, Tensor]:
@@ -83,7 +83,7 @@ class _Diffusers:
 
 
 class LoadAndUnload(_Diffusers):
-    """What the seed does: load_lora_weights from memory, set_adapters, unload_lora_weights."""
+    """load_lora_weights from memory, set_adapters, unload_lora_weights."""
 
     def enter(self, loras: Weighted) -> None:
         self.load(loras)
@@ -93,11 +93,11 @@ class LoadAndUnload(_Diffusers):
 
 
 class KeptLoaded(_Diffusers):
-    """Adapters stay loaded, which only the same LoRAs can use, and each step pays for: set_adapters, disable_lora."""
+    """Adapters stay loaded: set_adapters, disable_lora. Serves the same LoRAs only, and slows each step."""
 
     @contextmanager
     def loaded(self, loras: Weighted) -> Iterator[None]:
-        """Loaded before the clock starts."""
+        """Load the LoRAs before the clock starts."""
         self.load(loras)
         self.pipeline.disable_lora()
         try:
@@ -114,11 +114,11 @@ class KeptLoaded(_Diffusers):
 
 
 class HotSwap(_Diffusers):
-    """One adapter's tensors replaced by another's of the same targets and rank; not for text encoders."""
+    """Replace one adapter's tensors by those of another with the same targets and rank; not for text encoders."""
 
     @contextmanager
     def loaded(self, loras: Weighted) -> Iterator[None]:
-        """The first, before the clock starts."""
+        """Load the first LoRA before the clock starts."""
         self.load(loras)
         try:
             yield
@@ -136,7 +136,7 @@ class HotSwap(_Diffusers):
 
 
 class FuseAndUnfuse(_Diffusers):
-    """Loaded, added to the weights, subtracted from them, unloaded. It leaves another base."""
+    """Load, add to the weights, subtract from the weights, unload. Leaves a base with rounding errors."""
 
     def enter(self, loras: Weighted) -> None:
         self.load(loras)
@@ -148,23 +148,22 @@ class FuseAndUnfuse(_Diffusers):
 
 
 class Probe:
-    """What some layers answer: it must be another answer with LoRAs, and the same one in every way."""
+    """Outputs of some layers: LoRAs must change the outputs, and every way must change them alike."""
 
     def __init__(self, pipeline: Any, names: Sequence[str]) -> None:
         generator = torch.Generator().manual_seed(5)
         self._unet, self._inputs = pipeline.unet, {}
         for name in names:
             weight = pipeline.unet.get_parameter(f"{name}.weight")
-            self._inputs[name] = torch.randn(2, weight.shape[1], generator=generator).to(
-                weight.dtype
-            )
+            noise = torch.randn(2, weight.shape[1], generator=generator)
+            self._inputs[name] = noise.to(weight.device, weight.dtype)
 
-    def answers(self) -> Tensor:
-        """Of all layers, in one row."""
+    def outputs(self) -> Tensor:
+        """Return the outputs of all layers as one row in fp32 on the CPU."""
         with torch.no_grad():
             return torch.cat(
                 [
-                    self._unet.get_submodule(name)(x).float().flatten()
+                    self._unet.get_submodule(name)(x).float().cpu().flatten()
                     for name, x in self._inputs.items()
                 ]
             )

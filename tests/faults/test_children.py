@@ -1,4 +1,4 @@
-"""A child that dies, hangs or fails over a job: the job is drawn or fails for a reason, and the worker goes on."""
+"""A child process that dies, hangs or fails: its job is drawn or fails for a reason, and the worker goes on."""
 
 import socket
 
@@ -15,11 +15,10 @@ from zlora.errors import (
     ZloraError,
 )
 
-SHORT = {"ZLORA_VISIBILITY": "2", "ZLORA_SWEEP": "1"}
-POISONED = 3  # deaths after which a job is the cause
+POISONED = 3  # deaths of workers after which a job counts as their cause
 
 
-def test_a_killed_child_is_replaced_and_its_job_drawn_once(scene: Scene) -> None:
+def test_killed_child_is_replaced_and_its_job_drawn_once(scene: Scene) -> None:
     with scene.worker() as running:
         handle = scene.submit(steps=20, step=0.1)
         scene.wait_step(handle)
@@ -33,7 +32,7 @@ def test_a_killed_child_is_replaced_and_its_job_drawn_once(scene: Scene) -> None
         assert scene.child(running) != first
 
 
-def test_a_job_that_kills_every_child_is_poisoned_and_the_next_is_drawn(scene: Scene) -> None:
+def test_job_that_kills_every_child_is_poisoned_and_the_next_is_drawn(scene: Scene) -> None:
     with scene.worker():
         poison, next_one = scene.submit(do="kill-child"), scene.submit()
 
@@ -48,22 +47,8 @@ def test_a_job_that_kills_every_child_is_poisoned_and_the_next_is_drawn(scene: S
         assert scene.begun(next_one) == 1
 
 
-def test_the_death_of_a_whole_worker_counts_as_the_jobs(scene: Scene) -> None:
-    """No parent lives to see it."""
-    poison = scene.submit(do=["kill-worker", "kill-child", "kill-child"])
-    with scene.starting_worker(**SHORT) as dying:
-        dying.process.wait(30)
-
-    with scene.worker("two", **SHORT), pytest.raises(JobPoisoned) as found:
-        poison.result(timeout=60)
-    attempts = found.value.details["attempts"]
-    assert [attempt["signal"] for attempt in attempts] == [None, "SIGKILL", "SIGKILL"]
-    assert attempts[0]["worker"] != attempts[1]["worker"] == attempts[2]["worker"]
-    assert scene.begun(poison) == POISONED
-
-
-def test_a_child_that_leaves_over_a_spoiled_base_is_no_death_of_the_jobs(scene: Scene) -> None:
-    """Two deaths and one spoiled base: the fourth child draws it."""
+def test_exit_of_a_child_with_a_changed_base_does_not_count_as_a_death(scene: Scene) -> None:
+    """After two deaths and one changed base, the fourth child draws the job."""
     with scene.worker():
         handle = scene.submit(do=["kill-child", "kill-child", "dirty"])
 
@@ -72,19 +57,19 @@ def test_a_child_that_leaves_over_a_spoiled_base_is_no_death_of_the_jobs(scene: 
         assert len(scene.events("loaded")) == 4
 
 
-def test_a_job_that_spoils_two_bases_fails_and_the_next_is_drawn(scene: Scene) -> None:
+def test_job_that_changes_two_bases_fails_and_the_next_is_drawn(scene: Scene) -> None:
     with scene.worker():
-        spoiler, next_one = scene.submit(do="dirty"), scene.submit()
+        culprit, next_one = scene.submit(do="dirty"), scene.submit()
 
         with pytest.raises(BaseNotRestored):
-            spoiler.result(timeout=60)
+            culprit.result(timeout=60)
         assert next_one.result(timeout=60).base_intact
-        assert not scene.files(spoiler)
+        assert not scene.files(culprit)
 
 
-def test_a_job_that_hangs_fails_in_time_and_its_child_is_replaced(scene: Scene) -> None:
-    """No exception ends it: the hard limit does, and the job is not drawn for ever; nor does its first picture stay."""
-    with scene.worker(ZLORA_JOB_TIMEOUT="2", ZLORA_HARD_GRACE="1"):
+def test_job_that_hangs_fails_in_time_and_its_child_is_replaced(scene: Scene) -> None:
+    """No exception ends the job, so that its child is killed; the first of its two images is deleted."""
+    with scene.worker(ZLORA_JOB_TIMEOUT="1", ZLORA_HARD_GRACE="1"):
         hanging = scene.submit(do=["nothing", "hang"], fields={"num_images": 2})
         next_one = scene.submit()
 
@@ -92,25 +77,23 @@ def test_a_job_that_hangs_fails_in_time_and_its_child_is_replaced(scene: Scene) 
             hanging.result(timeout=30)
         assert next_one.result(timeout=30).base_intact
         scene.wait_settled()
-        assert len(scene.events("begin", hanging)) == 2  # of two pictures
+        assert len(scene.events("begin", hanging)) == 2  # of two images
         assert len(scene.events("loaded")) == 2
         assert not scene.files(hanging)
 
 
-def test_a_job_over_the_operators_time_fails_and_the_model_stays(scene: Scene) -> None:
-    with scene.worker(ZLORA_JOB_TIMEOUT="2"):
-        slow, next_one = scene.submit(do="sleep", seconds=60), scene.submit()
-
-        with pytest.raises(JobTimeout):
-            slow.result(timeout=30)
-        assert next_one.result(timeout=30).base_intact
-        assert_one_load_and_nothing_stored(scene, slow)
-
-
-def test_a_job_over_its_own_time_fails_and_the_model_stays(scene: Scene) -> None:
-    with scene.worker():
-        slow = scene.submit(do="sleep", seconds=60, fields={"timeout": 2})
-        in_time = scene.submit(steps=1, step=0.1, fields={"timeout": 10})
+@pytest.mark.parametrize(
+    ("variables", "fields"),
+    [({"ZLORA_JOB_TIMEOUT": "1"}, {}), ({}, {"timeout": 1})],
+    ids=["operator", "request"],
+)
+def test_job_over_its_time_fails_and_the_model_stays(
+    scene: Scene, variables: dict[str, str], fields: dict[str, int]
+) -> None:
+    """The bound is the operator's ZLORA_JOB_TIMEOUT, or the request's own `timeout`."""
+    with scene.worker(**variables):
+        slow = scene.submit(do="sleep", seconds=60, fields=fields)
+        in_time = scene.submit(steps=1, step=0.1)
 
         with pytest.raises(JobTimeout):
             slow.result(timeout=30)
@@ -118,22 +101,23 @@ def test_a_job_over_its_own_time_fails_and_the_model_stays(scene: Scene) -> None
         assert_one_load_and_nothing_stored(scene, slow)
 
 
-@pytest.mark.parametrize(
-    ("accident", "kind"),
-    [("oom", OutOfMemory), ("nan", GenerationFailed), ("raise", InternalError)],
-)
-def test_a_job_that_fails_has_a_typed_error_and_the_model_stays(
-    scene: Scene, accident: str, kind: type[ZloraError]
-) -> None:
+def test_failing_jobs_have_typed_errors_and_the_model_stays(scene: Scene) -> None:
+    kinds: dict[str, type[ZloraError]] = {
+        "oom": OutOfMemory,
+        "nan": GenerationFailed,
+        "raise": InternalError,
+    }
     with scene.worker():
-        failing, next_one = scene.submit(do=accident, at=2), scene.submit()
+        for fault, kind in kinds.items():
+            failing, next_one = scene.submit(do=fault, at=2), scene.submit()
 
-        with pytest.raises(kind):
-            failing.result(timeout=30)
-        assert next_one.result(timeout=30).base_intact
-        assert_one_load_and_nothing_stored(scene, failing)
+            with pytest.raises(kind):
+                failing.result(timeout=30)
+            assert next_one.result(timeout=30).base_intact
+            assert_one_load_and_nothing_stored(scene, failing)
 
 
 def assert_one_load_and_nothing_stored(scene: Scene, failed: JobHandle) -> None:
+    """Assert that the first child still runs, and that the store has nothing of the job."""
     assert len(scene.events("loaded")) == 1
     assert not scene.files(failed)

@@ -1,4 +1,4 @@
-"""What a producer has in hand: cancel, order, deadlines, and one job an id."""
+"""What a producer controls: cancel, priority, deadlines, and one job per id."""
 
 import signal
 import time
@@ -14,15 +14,12 @@ from zlora import JobHandle, JobState
 from zlora.broker.keys import lease_key
 from zlora.errors import Conflict, JobExpired, JobRevoked, JobUnknown, ResultTimeout
 
-# Celery's own call, where a queued job is cancelled.
 STEP = 0.4  # seconds
-KNOWN_WITHIN = STEP + 0.5  # seconds from the cancel of a job that is drawn
+ENDS_WITHIN = STEP + 0.5  # seconds from the cancel of a running job
 
 
-def test_a_job_cancelled_in_the_queue_is_never_drawn_though_every_worker_is_replaced(
-    scene: Scene,
-) -> None:
-    """Celery's own word for it is in the memory of workers."""
+def test_job_cancelled_in_the_queue_is_never_drawn_even_by_a_later_worker(scene: Scene) -> None:
+    """Celery keeps its own revocations in the memory of workers."""
     with scene.worker(ZLORA_SHUTDOWN_TIMEOUT="1") as first:
         busy = scene.submit(do=["sleep"], seconds=60)
         scene.wait_begun(busy)
@@ -38,7 +35,7 @@ def test_a_job_cancelled_in_the_queue_is_never_drawn_though_every_worker_is_repl
         assert scene.begun(cancelled) == 0
 
 
-def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stays(
+def test_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stays(
     scene: Scene,
 ) -> None:
     with scene.worker():
@@ -51,9 +48,9 @@ def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stay
             cancelled.result(timeout=30)
         seconds = time.monotonic() - start
         scene.tally.notes.append(
-            f"a cancel was known after {seconds:.2f} s, of a job with steps of {STEP} s"
+            f"a cancel took effect after {seconds:.2f} s, in a job with steps of {STEP} s"
         )
-        assert seconds < KNOWN_WITHIN
+        assert seconds < ENDS_WITHIN
 
         assert next_one.result(timeout=30).base_intact
         assert_revoked(scene, cancelled)
@@ -61,19 +58,19 @@ def test_a_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stay
 
 
 @pytest.mark.parametrize("where", ["running", "queued"])
-def test_a_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(
+def test_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(
     scene: Scene, where: str
 ) -> None:
-    """The flag is in Redis, not in a worker's memory; of the two pictures the first was stored, and does not stay."""
+    """The flag is in Redis, not in a worker's memory; the stored first image of two is deleted."""
     with scene.worker(FAKE_RELOAD_SECONDS="1.5") as running:
         cancelled = scene.submit(do=["nothing", "sleep"], seconds=60, fields={"num_images": 2})
-        wait_until(lambda: scene.events("fault", cancelled)[1:], "the second picture is begun")
+        wait_until(lambda: scene.events("fault", cancelled)[1:], "the second image is begun")
         assert [path.name for path in scene.files(cancelled)] == ["0.png"]
         if where == "running":
             assert cancelled.cancel() == "running"
         scene.kill(scene.child(running))
         if where == "queued":
-            wait_until(lambda: not is_leased(scene, cancelled), "the parent sees the death")
+            wait_until(lambda: not is_leased(scene, cancelled), "the parent notes the death")
             assert cancelled.cancel() == "queued"
 
         wait_until(lambda: cancelled.status().state is JobState.REVOKED, "the job is revoked")
@@ -83,11 +80,11 @@ def test_a_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(
         assert len(scene.events("begin", cancelled)) == 2
 
 
-def test_a_job_cancelled_while_a_lora_comes_is_not_drawn(scene: Scene) -> None:
-    """A slow source: ten seconds for a file of a few KB."""
+def test_job_cancelled_during_a_download_is_not_drawn(scene: Scene) -> None:
+    """The source takes ten seconds for a file of a few KB."""
     with serving(slowly) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
         cancelled = scene.submit(fields={"loras": [{"file": {"url": f"{host.url}/a.safetensors"}}]})
-        wait_until(lambda: host.sent > 0, "the file comes")
+        wait_until(lambda: host.sent > 0, "the download has begun")
 
         start = time.monotonic()
         assert cancelled.cancel() == "running"
@@ -98,7 +95,7 @@ def test_a_job_cancelled_while_a_lora_comes_is_not_drawn(scene: Scene) -> None:
         assert scene.begun(cancelled) == 0
 
 
-def test_a_job_cancelled_too_late_keeps_its_result(scene: Scene) -> None:
+def test_job_cancelled_after_its_end_keeps_its_result(scene: Scene) -> None:
     with scene.worker():
         handle = scene.submit()
         result = handle.result(timeout=30)
@@ -110,7 +107,7 @@ def test_a_job_cancelled_too_late_keeps_its_result(scene: Scene) -> None:
 
 def test_jobs_are_drawn_by_priority_and_then_in_order(scene: Scene) -> None:
     with scene.worker():
-        first = scene.submit(steps=1, step=1.5)
+        first = scene.submit(steps=1, step=1)
         scene.wait_begun(first)
         order = ["low", "normal", "high", "low", "normal", "high"]
         handles = [scene.submit(options={"priority": priority}) for priority in order]
@@ -121,9 +118,9 @@ def test_jobs_are_drawn_by_priority_and_then_in_order(scene: Scene) -> None:
     assert [handles.index(scene.handles[label]) for label in begun[1:]] == [2, 5, 1, 4, 0, 3]
 
 
-def test_a_job_without_a_priority_is_normal(scene: Scene) -> None:
+def test_job_without_a_priority_has_the_normal_one(scene: Scene) -> None:
     with scene.worker():
-        first = scene.submit(steps=1, step=1.5)
+        first = scene.submit(steps=1, step=1)
         scene.wait_begun(first)
         low, plain, high = (
             scene.submit(options=options)
@@ -140,9 +137,9 @@ def test_a_job_without_a_priority_is_normal(scene: Scene) -> None:
     ]
 
 
-def test_a_job_that_is_not_begun_in_time_expires_and_one_that_is_goes_on(scene: Scene) -> None:
+def test_job_not_begun_before_its_deadline_expires_and_a_begun_one_goes_on(scene: Scene) -> None:
     with scene.worker():
-        in_time = scene.submit(steps=1, step=2.5, options={"expires_in": 1.5})
+        in_time = scene.submit(steps=1, step=2, options={"expires_in": 1.5})
         scene.wait_begun(in_time)
         late = scene.submit(options={"expires_in": 1})
 
@@ -153,7 +150,7 @@ def test_a_job_that_is_not_begun_in_time_expires_and_one_that_is_goes_on(scene: 
 
 
 def test_one_id_submitted_again_is_one_job(scene: Scene) -> None:
-    """While it is queued, while it is drawn, and when it is done; but another request is refused."""
+    """The job may be queued, running or done; another request with the same id is refused."""
     again = partial(scene.submit, job_id="one", steps=5, step=0.2)
     again(), again()
     with scene.worker(), scene.worker("two"):
@@ -169,21 +166,21 @@ def test_one_id_submitted_again_is_one_job(scene: Scene) -> None:
         assert scene.begun(handle) == 1
 
 
-def test_an_id_that_nobody_submitted_is_unknown(scene: Scene) -> None:
-    """Only a worker knows what is in the store: without one there is no answer."""
-    stranger = scene.client.job("never-submitted")
-    assert stranger.status().state is JobState.UNKNOWN
+def test_id_that_was_never_submitted_is_unknown(scene: Scene) -> None:
+    """Only a worker can look into the store: without a worker there is no answer."""
+    unknown = scene.client.job("never-submitted")
+    assert unknown.status().state is JobState.UNKNOWN
     with pytest.raises(ResultTimeout):
-        stranger.result(timeout=0.5)
+        unknown.result(timeout=0.5)
 
     with scene.worker(), pytest.raises(JobUnknown):
-        stranger.result(timeout=5)
+        unknown.result(timeout=2.5)
 
 
-def test_a_result_that_has_expired_is_answered_from_the_store(scene: Scene) -> None:
+def test_expired_result_is_read_from_the_store(scene: Scene) -> None:
     with scene.worker(), scene.broker() as broker:
         result = scene.submit(job_id="old").result(timeout=30)
-        scene.handles.clear()  # nobody submits it any more
+        scene.handles.clear()  # leaves the job out of the audit
         assert broker.delete(*(name for name in broker.scan_iter("*old")))
 
         handle = scene.client.job("old")
@@ -192,15 +189,15 @@ def test_a_result_that_has_expired_is_answered_from_the_store(scene: Scene) -> N
         assert handle.cancel() == "finished"
 
 
-def test_nothing_of_a_job_stays_in_redis_for_ever(scene: Scene) -> None:
-    """Redis must not evict, so that all must expire: drawn, failed, cancelled, queued or killed in between."""
+def test_every_redis_key_of_a_job_expires(scene: Scene) -> None:
+    """Jobs that are drawn, failed, cancelled, queued, or whose child was killed."""
     with scene.worker() as running, scene.broker() as broker:
         scene.submit().result(timeout=30)
         failed = scene.submit(do="nan")
         killed = scene.submit(do=["kill-child"], options={"expires_in": 60})
         wait_until(lambda: failed.status().state is JobState.FAILURE, "the job fails")
         killed.result(timeout=30)
-        busy = scene.submit(steps=40, step=0.1)
+        busy = scene.submit(steps=20, step=0.1)
         scene.wait_step(busy)
         queued, cancelled = scene.submit(options={"expires_in": 60}), scene.submit()
         cancelled.cancel()
@@ -221,7 +218,7 @@ def test_nothing_of_a_job_stays_in_redis_for_ever(scene: Scene) -> None:
         assert queued.result(timeout=30).base_intact
 
 
-def test_a_producer_sees_position_phase_step_and_eta(scene: Scene) -> None:
+def test_producer_sees_position_phase_step_and_eta(scene: Scene) -> None:
     first = scene.submit(steps=20, step=0.1)
     others = [scene.submit() for _ in range(3)]
     places = [handle.status().position for handle in others]
@@ -249,13 +246,13 @@ def test_a_producer_sees_position_phase_step_and_eta(scene: Scene) -> None:
 
 
 def is_leased(scene: Scene, handle: JobHandle) -> bool:
-    """Whether a worker has the job."""
+    """Return whether a worker holds the job's lease."""
     with scene.broker() as broker:
         return bool(broker.exists(lease_key(handle.id)))
 
 
 def slowly(_: Request) -> Iterator[bytes]:
-    """A sound answer in pieces."""
+    """Yield a valid answer in slow pieces."""
     answer = reply(lora_bytes())
     for start in range(0, len(answer), 100):
         yield answer[start : start + 100]
@@ -263,6 +260,7 @@ def slowly(_: Request) -> Iterator[bytes]:
 
 
 def assert_revoked(scene: Scene, handle: JobHandle) -> None:
+    """Assert that the job is revoked, and that the store has nothing of it."""
     assert handle.status().state is JobState.REVOKED
     with pytest.raises(JobRevoked):
         handle.result(timeout=1)

@@ -1,19 +1,20 @@
-"""A worker takes no job without a model, says so to whoever watches it, and can be ended while it loads."""
+"""A worker takes no job without a model, reports that it has none, and can be ended while it loads."""
 
 import json
 import signal
 import time
 from pathlib import Path
 
+import pytest
 from support.processes import wait_until
 from support.scene import Scene
 from zlora import JobState
 
-LEAVES_WITHIN = 2.0  # seconds from a SIGTERM, while the model is loaded
-SLOW = 5  # seconds; Celery's own patience with a new child is 4
+ENDS_WITHIN = 2.0  # seconds from a SIGTERM, while the model loads
+SLOW = 5  # seconds; Celery itself waits 4 for a new child process
 
 
-def test_a_model_that_does_not_load_ends_the_worker_and_leaves_the_job_to_others(
+def test_model_that_does_not_load_ends_the_worker_and_leaves_the_job(
     scene: Scene, tmp_path: Path
 ) -> None:
     fault = tmp_path / "fault"
@@ -29,10 +30,10 @@ def test_a_model_that_does_not_load_ends_the_worker_and_leaves_the_job_to_others
         assert handle.result(timeout=60).base_intact
 
 
-def test_a_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
-    """One load for each death: a child that takes its time is not killed over it, again and again."""
+def test_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
+    """The slow child is not killed again and again: there is one load for each death."""
     with scene.worker(FAKE_RELOAD_SECONDS=str(SLOW)) as running:
-        handle = scene.submit(steps=10, step=0.1)
+        handle = scene.submit(steps=5, step=0.1)
         scene.wait_step(handle)
         scene.kill(scene.child(running))
 
@@ -40,14 +41,16 @@ def test_a_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
         assert len(scene.events("loading")) == 2
 
 
-def test_a_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job_to_others(
-    scene: Scene, tmp_path: Path
+@pytest.mark.parametrize("fault", ["FAKE_LOAD_FAILS", "FAKE_LOAD_KILLED"])
+def test_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job(
+    scene: Scene, tmp_path: Path, fault: str
 ) -> None:
-    fault = tmp_path / "fault"
-    with scene.worker(FAKE_LOAD_FAILS=str(fault)) as running:
+    """The new child raises, or is killed while it loads: the worker ends with status 70, and does not load again."""
+    order = tmp_path / "order"
+    with scene.worker(**{fault: str(order)}) as running:
         handle = scene.submit(steps=10, step=0.1)
         scene.wait_step(handle)
-        fault.touch()
+        order.touch()
         scene.kill(scene.child(running))
         assert running.process.wait(60) == 70
 
@@ -56,17 +59,37 @@ def test_a_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job_to_ot
         assert scene.begun(handle) == 2
 
 
-def test_a_worker_that_loads_takes_no_job_and_leaves_at_once_when_told(scene: Scene) -> None:
+def test_child_that_is_killed_in_the_first_load_ends_the_worker(
+    scene: Scene, tmp_path: Path
+) -> None:
+    order = tmp_path / "order"
+    order.touch()
+    with scene.starting_worker(FAKE_LOAD_KILLED=str(order)) as failing:
+        assert failing.process.wait(60) == 70
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [(("-P", "solo"), "prefork"), (("-c", "2"), "concurrency")]
+)
+def test_pool_that_cannot_hold_one_model_is_refused(
+    scene: Scene, options: tuple[str, str], reason: str
+) -> None:
+    with scene.starting_worker(options=options) as refused:
+        assert refused.process.wait(60) == 70
+        assert reason in refused.lines("CRITICAL")[0]
+
+
+def test_worker_that_loads_takes_no_job_and_ends_at_once_on_sigterm(scene: Scene) -> None:
     handle = scene.submit()
     with scene.starting_worker(FAKE_LOAD_SECONDS="60") as loading:
         (event,) = wait_until(lambda: scene.events("loading"), "the child loads")
-        time.sleep(1)  # in which a worker without a gate would have taken the job
+        time.sleep(1)  # in this time, a worker that does not wait for its model takes the job
         assert taken(scene) == 0
 
         start = time.monotonic()
         loading.process.send_signal(signal.SIGTERM)
         loading.process.wait(30)
-        assert time.monotonic() - start < LEAVES_WITHIN
+        assert time.monotonic() - start < ENDS_WITHIN
         wait_until(lambda: not Path(f"/proc/{event['pid']}").exists(), "the child has ended")
 
     with scene.worker("two"):
@@ -74,24 +97,24 @@ def test_a_worker_that_loads_takes_no_job_and_leaves_at_once_when_told(scene: Sc
         assert scene.begun(handle) == 1
 
 
-def test_the_probe_files_say_whether_jobs_are_taken_and_whether_the_worker_lives(
+def test_probe_files_report_whether_jobs_are_taken_and_whether_the_worker_runs(
     scene: Scene, tmp_path: Path
 ) -> None:
-    """`ready` is there while the model is; `alive` is touched while the worker's loop turns, whatever it waits for."""
+    """`ready` exists while there is a model; `alive` is touched while the parent's event loop turns."""
     ready, alive = tmp_path / "probes" / "ready", tmp_path / "probes" / "alive"
     variables = {"ZLORA_PROBES": str(tmp_path / "probes"), "FAKE_LOAD_SECONDS": "1"}
     with scene.starting_worker(**variables) as running:
         wait_until(lambda: scene.events("loading"), "the child loads")
         assert not ready.exists()
         running.wait_ready()
-        wait_until(ready.exists, "the worker says that it is ready")
+        wait_until(ready.exists, "`ready` exists")
         wait_touched(alive)
 
         scene.kill(scene.child(running))
-        wait_until(lambda: not ready.exists(), "the worker says that it is not ready")
-        wait_until(ready.exists, "the worker says that it is ready again")
+        wait_until(lambda: not ready.exists(), "`ready` is gone")
+        wait_until(ready.exists, "`ready` exists again")
 
-        busy = scene.submit(steps=1, step=2.5)
+        busy = scene.submit(steps=1, step=2)
         scene.wait_begun(busy)
         wait_touched(alive)
         assert busy.result(timeout=30).base_intact
@@ -102,14 +125,13 @@ def test_the_probe_files_say_whether_jobs_are_taken_and_whether_the_worker_lives
 
 
 def wait_touched(file: Path) -> None:
-    """Wait until a file is touched, after now."""
+    """Wait until a file is touched after now."""
     before = time.time()
     wait_until(lambda: file.exists() and file.stat().st_mtime > before, f"{file.name} is touched")
 
 
 def taken(scene: Scene) -> int:
-    """How many messages of the queue workers hold."""
+    """Count the messages of the queue that workers hold."""
     with scene.broker() as broker:
-        return [json.loads(item)[2] for item in broker.hvals("unacked")].count(
-            scene.queue
-        )  # message, exchange, queue
+        # message, exchange, queue
+        return [json.loads(item)[2] for item in broker.hvals("unacked")].count(scene.queue)

@@ -1,4 +1,4 @@
-"""What the fault tests add up to, over all their processes; printed at the end of a run. A pytest plugin."""
+"""Sums over all fault tests of a run, printed at its end. A pytest plugin."""
 
 import json
 import os
@@ -13,20 +13,20 @@ _FILE: Final = "fault-figures.jsonl"
 
 @dataclass
 class Tally:
-    """Jobs that were submitted, faults that were injected, and what should not have come of them."""
+    """Numbers of submitted jobs, of injected faults, and of broken guarantees."""
 
     jobs: int = 0
     faults: int = 0
-    lost: int = 0  # ids without a terminal state at the end
+    lost: int = 0  # jobs without a terminal state at the end
     drawn_twice: int = (
-        0  # pictures that were drawn to the end more than once: work lost, no harm done
+        0  # images drawn to the end more than once: lost work, and no broken guarantee
     )
-    two_results: int = 0  # ids of which two answers differ, or two that were ever shown
-    left_behind: int = 0  # ids that failed or were cancelled, and have pictures or a manifest
-    notes: list[str] = field(default_factory=list)  # what was measured on the way
+    two_results: int = 0  # jobs with two different results, now or at any time
+    left_behind: int = 0  # jobs that failed or were cancelled, and have images or a manifest
+    notes: list[str] = field(default_factory=list)  # measurements
 
     def fault(self) -> None:
-        """One more was injected."""
+        """Count one more injected fault."""
         self.faults += 1
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -38,27 +38,27 @@ class Tally:
         )
 
     def row(self) -> str:
-        """All figures in one line."""
+        """Return all figures in one line."""
         figures = {name: value for name, value in asdict(self).items() if name != "notes"}
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
 
 
 def record(run: Path, tally: Tally) -> None:
-    """Add a test file's figures to those of the run."""
+    """Add the figures of a test file to those of the run."""
     with (run / _FILE).open("a") as file:
         file.write(json.dumps(asdict(tally)) + "\n")
 
 
 def shared_folder(own: Path) -> Path:
-    """The folder that all test processes of a run see, from the base folder of one of them."""
+    """Return the folder that all test processes of a run share, given the base folder of one."""
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """In the end, where fault tests ran."""
-    file = config._tmp_path_factory.getbasetemp() / _FILE  # type: ignore[attr-defined]  # no public way from here
+    """Print the sums if fault tests ran."""
+    file = config._tmp_path_factory.getbasetemp() / _FILE  # type: ignore[attr-defined]  # pytest has no public way
     if file.exists():
         total = sum((Tally(**json.loads(line)) for line in file.read_text().splitlines()), Tally())
         terminalreporter.section("faults")

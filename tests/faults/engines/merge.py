@@ -1,4 +1,4 @@
-"""In place of `zlora_worker.lora.merge`."""
+"""Replaces `zlora_worker.lora.merge`: a LoRA with its weights, and no arithmetic."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from zlora_worker.lora.reader import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class WeightedLora:
     """One LoRA with the weights of a job."""
 
     lora: Lora

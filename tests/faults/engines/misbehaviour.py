@@ -1,4 +1,4 @@
-"""What a model, its driver or its machine may do in the middle of a job."""
+"""What a model, its driver or its machine can do in the middle of a job."""
 
 import os
 import signal
@@ -11,52 +11,53 @@ from faults.engines import journal
 from zlora.errors import GenerationFailed, OutOfMemory
 
 
-class Spoilable(Protocol):
-    """An engine whose base can be spoiled."""
+class Corruptible(Protocol):
+    """A pipeline whose base weights can be left changed."""
 
-    spoiled: bool
+    corrupted: bool
 
 
 Orders = Mapping[str, Any]
 
 
-def misbehave(engine: Spoilable, told: Orders) -> None:
-    """Do what the orders say: one word always, or a list of words in turn, one each time, and then nothing."""
-    if word := _turn(told):
-        journal.write("fault", label=told["label"], do=word)
-        MISBEHAVIOURS[word](engine, told)
+def misbehave(pipeline: Corruptible, orders: Orders) -> None:
+    """Do what `orders["do"]` names: one word every time, or one word of a list each time and then nothing."""
+    word = orders["do"]
+    if not isinstance(word, str):
+        word = _next_of(word, orders["label"])
+    if word:
+        journal.write("fault", label=orders["label"], do=word)
+        MISBEHAVIOURS[word](pipeline, orders)
 
 
-def _turn(told: Orders) -> str | None:
-    """Whose turn it is: counted by files, which outlive the process."""
-    if isinstance(told["do"], str):
-        return told["do"]
-    for count, word in enumerate(told["do"]):
+def _next_of(words: list[str], label: str) -> str | None:
+    """Return the first word that was not used yet; files count, because the process may be killed."""
+    for count, word in enumerate(words):
         try:
-            Path(os.environ["FAKE_MARKS"], f"{told['label']}-{count}").touch(exist_ok=False)
+            Path(os.environ["FAKE_MARKS"], f"{label}-{count}").touch(exist_ok=False)
         except FileExistsError:
             continue
-        return str(word)
+        return word
     return None
 
 
-def _nothing(_engine: Spoilable, _told: Orders) -> None:
-    """All is well, this time."""
+def _nothing(_pipeline: Corruptible, _orders: Orders) -> None:
+    """Let this image be drawn."""
 
 
-def _kill_child(_engine: Spoilable, _told: Orders) -> None:
-    """What the kernel does to a process that takes too much memory."""
+def _kill_child(_pipeline: Corruptible, _orders: Orders) -> None:
+    """Kill the child process, as the kernel does if memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _kill_worker(_engine: Spoilable, _told: Orders) -> None:
-    """Parent first; the child's end follows it."""
+def _kill_worker(_pipeline: Corruptible, _orders: Orders) -> None:
+    """Kill the parent process, then the child process."""
     os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _hang(_engine: Spoilable, _told: Orders) -> NoReturn:
-    """A kernel that never returns: no Python exception ends it."""
+def _hang(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
+    """Never return and ignore every exception, as a GPU kernel that hangs."""
     while True:
         try:
             time.sleep(60)
@@ -64,32 +65,32 @@ def _hang(_engine: Spoilable, _told: Orders) -> NoReturn:
             continue
 
 
-def _sleep(_engine: Spoilable, told: Orders) -> None:
-    """One slow step, which a signal may end."""
-    time.sleep(told["seconds"])
+def _sleep(_pipeline: Corruptible, orders: Orders) -> None:
+    """Take one slow step, which a signal can end."""
+    time.sleep(orders["seconds"])
 
 
-def _raise(_engine: Spoilable, told: Orders) -> NoReturn:
-    """A fault that nobody foresaw."""
-    raise RuntimeError(told.get("message", "a kernel failed"))
+def _raise(_pipeline: Corruptible, orders: Orders) -> NoReturn:
+    """Raise an error that the worker does not know."""
+    raise RuntimeError(orders.get("message", "a kernel failed"))
 
 
-def _oom(_engine: Spoilable, _told: Orders) -> NoReturn:
-    """No memory for this picture."""
-    raise OutOfMemory("the picture needs more memory than the fake has")
+def _oom(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
+    """Run out of memory."""
+    raise OutOfMemory("the image needs more memory than the fake model has")
 
 
-def _nan(_engine: Spoilable, _told: Orders) -> NoReturn:
-    """No numbers in the picture."""
-    raise GenerationFailed("the picture has NaN or Inf values")
+def _nan(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
+    """Fail as if the image had NaN values."""
+    raise GenerationFailed("the image has NaN or Inf values")
 
 
-def _dirty(engine: Spoilable, _told: Orders) -> None:
-    """A weight of the base stays changed."""
-    engine.spoiled = True
+def _dirty(pipeline: Corruptible, _orders: Orders) -> None:
+    """Leave a weight of the base model changed."""
+    pipeline.corrupted = True
 
 
-MISBEHAVIOURS: Final[dict[str, Callable[[Spoilable, Orders], None]]] = {
+MISBEHAVIOURS: Final[dict[str, Callable[[Corruptible, Orders], None]]] = {
     "nothing": _nothing,
     "kill-child": _kill_child,
     "kill-worker": _kill_worker,

@@ -1,7 +1,7 @@
-"""On a worker's PYTHONPATH: what needs torch is taken from this folder, and the rest of the worker is the real one.
+"""Replaces the worker's modules that need torch by the fakes of this folder, if this folder is on PYTHONPATH.
 
-`FAKE_NETWORK` names a folder where the worker's network is made up: names resolve as `names.json` says, each time to
-the next of their addresses; no connection leaves the machine, and each that is tried is a line of `connections`.
+`FAKE_NETWORK` names a folder for a simulated network: `names.json` maps each name to its addresses, of which each
+lookup returns the next; no connection leaves the machine, and the file `connections` gets one line per attempt.
 """
 
 import importlib.util
@@ -18,14 +18,16 @@ from typing import Any, Final
 
 FOLDER: Final = Path(__file__).parent
 FAKES: Final = {
-    f"zlora_worker.{name}": FOLDER / f"{name}.py"
-    for name in ("checkpoint", "engine", "lora", "merge")
+    "zlora_worker.model.loader": FOLDER / "loader.py",
+    "zlora_worker.model.pipeline": FOLDER / "pipeline.py",
+    "zlora_worker.lora.reader": FOLDER / "reader.py",
+    "zlora_worker.lora.merge": FOLDER / "merge.py",
 }
 LOOPBACK: Final = ("127.", "::1")
 
 
 class Fakes:
-    """Finds a fake before the real module is looked for."""
+    """Finds a fake before Python looks for the real module."""
 
     def find_spec(
         self,
@@ -33,20 +35,22 @@ class Fakes:
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """Where to load `name` from, if it is one of the fakes."""
-        return importlib.util.spec_from_file_location(name, FAKES[name]) if name in FAKES else None
+        """Return the location of a fake, or None for every other module."""
+        if name not in FAKES:
+            return None
+        return importlib.util.spec_from_file_location(name, FAKES[name])
 
 
-def make_up_network(folder: Path) -> None:
-    """Names from a table, and nobody outside."""
+def simulate_network(folder: Path) -> None:
+    """Resolve names by a table, and refuse every connection that leaves the machine."""
     table: dict[str, list[str]] = json.loads((folder / "names.json").read_text())
-    real, asked = socket.getaddrinfo, Counter[str]()
+    real, lookups = socket.getaddrinfo, Counter[str]()
 
     def getaddrinfo(host: Any, port: Any, *options: Any, **more: Any) -> Any:
         if host in table:
             answers = table[host]
-            asked[host] += 1
-            return real(answers[min(asked[host], len(answers)) - 1], port, *options, **more)
+            lookups[host] += 1
+            return real(answers[min(lookups[host], len(answers)) - 1], port, *options, **more)
         if str(host)[:1].isdigit() or ":" in str(host) or host == "localhost":
             return real(host, port, *options, **more)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -65,4 +69,4 @@ def make_up_network(folder: Path) -> None:
 
 sys.meta_path.insert(0, Fakes())
 if "FAKE_NETWORK" in os.environ:
-    make_up_network(Path(os.environ["FAKE_NETWORK"]))
+    simulate_network(Path(os.environ["FAKE_NETWORK"]))

@@ -171,6 +171,9 @@ def child_watch(load_state: LoadState, sidecar: SidecarProcess) -> Step:
 
             def look() -> None:
                 load_state.parent_is_alive()
+                # A killed child closes its pipe before it can be waited for. Celery looks only at
+                # that moment, and then every 5 s, and so misses most deaths.
+                consumer.pool.maintain_pool()
                 sidecar.restart_if_ended()
                 reason = load_state.failure()
                 if reason is not None and not state.should_stop:

@@ -1,4 +1,4 @@
-"""Pictures of 1024x1024 made on the spot, from a seed: what stands for a photograph, and what for a drawing."""
+"""Images of 1024x1024 made from a seed: some have the statistics of photographs, some those of drawings."""
 
 import math
 from pathlib import Path
@@ -11,10 +11,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 SIDE: Final = 1024  # pixels
 _GRAIN: Final = 0.8  # levels of 256, one standard deviation
 _LENS: Final = 1.0  # pixels, one standard deviation of the spot that a lens makes of a point
-_LIGHT: Final = 45.0  # levels of 256, one standard deviation over the picture
+_LIGHT: Final = 45.0  # levels of 256, one standard deviation over the image
 _TINT: Final = 12.0  # as _LIGHT, of what differs between the channels
 _SHADE: Final = 60  # levels of 256, on either side
-_PATCHES: Final = 7  # things with an outline in a photograph
+_PATCHES: Final = 7  # shapes with an outline in a photograph
 _WORDS: Final = (
     "the",
     "quick",
@@ -32,9 +32,9 @@ Plane = NDArray[np.float64]
 
 
 def photograph(seed: int) -> Image.Image:
-    """Noise with the 1/f spectrum of natural scenes, mostly common to all channels; outlines; a light grain.
+    """Return noise with the 1/f spectrum of natural scenes, mostly common to all channels, with outlines and grain.
 
-    The spectrum: Field, "Relations between the statistics of natural images", 1987.
+    Source of the spectrum: Field, "Relations between the statistics of natural images", 1987.
     """
     random = np.random.default_rng(seed)
     light = _LIGHT * _natural(random)
@@ -46,7 +46,7 @@ def photograph(seed: int) -> Image.Image:
 
 
 def _natural(random: np.random.Generator) -> Plane:
-    """A plane of mean 0 and deviation 1 whose amplitudes are 1/f, seen through a lens."""
+    """Return a plane of mean 0 and deviation 1 whose amplitudes are 1/f, blurred by a lens."""
     across, down = np.fft.rfftfreq(SIDE), np.fft.fftfreq(SIDE)
     frequency = np.hypot(across[None, :], down[:, None])
     frequency[0, 0] = 1.0
@@ -58,7 +58,7 @@ def _natural(random: np.random.Generator) -> Plane:
 
 
 def _outline(random: np.random.Generator) -> Plane:
-    """1 inside a polygon, 0 outside, and soft at its edge."""
+    """Return 1 inside a polygon and 0 outside, with a soft edge."""
     centre, radius = random.uniform(0, SIDE, size=2), random.uniform(80, 320)
     corners = [
         (
@@ -73,7 +73,7 @@ def _outline(random: np.random.Generator) -> Plane:
 
 
 def drawing(seed: int) -> Image.Image:
-    """Shapes and strokes, softly shaded: nine drawn wallpapers of Debian's packages compress about as much as these."""
+    """Return shapes and strokes, softly shaded; nine drawn wallpapers from Debian compress about as well."""
     random, side = np.random.default_rng(seed), 2 * SIDE
     large = Image.new("RGB", (side, side), (90, 140, 200))
     draw = ImageDraw.Draw(large)
@@ -97,7 +97,7 @@ def drawing(seed: int) -> Image.Image:
 
 
 def flat_drawing(seed: int) -> Image.Image:
-    """Flat areas, a gradient for the sky, lines, hatching and rows of small letters; edges are smooth."""
+    """Return flat areas, a gradient as sky, lines, hatching and rows of small letters, with smooth edges."""
     random = np.random.default_rng(seed)
     large = _sky(random, 2 * SIDE)
     draw = ImageDraw.Draw(large)
@@ -111,19 +111,19 @@ def flat_drawing(seed: int) -> Image.Image:
         (x, y), colour = (int(value) for value in random.integers(0, 1800, size=2)), _colour(random)
         for offset in range(0, 200, 12):
             draw.line((x + offset, y, x + offset - 60, y + 160), fill=colour, width=2)
-    picture = large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    letters = ImageDraw.Draw(picture)
+    image = large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    letters = ImageDraw.Draw(image)
     for row in range(12):
         words = " ".join(str(random.choice(_WORDS)) for _ in range(14))
         letters.text((40, 600 + 18 * row), words, fill=(15, 15, 20))
-    return picture
+    return image
 
 
-def decoded(picture: Image.Image, seed: int) -> Image.Image:
-    """A picture as a model's VAE decodes it: no area is quite flat."""
+def decoded(image: Image.Image, seed: int) -> Image.Image:
+    """Return an image with the noise that a model's VAE adds: no area is quite flat."""
     noise = np.random.default_rng(seed).normal(0, _GRAIN, size=(SIDE, SIDE, 3))
     return Image.fromarray(
-        np.clip(np.rint(np.asarray(picture) + noise), 0, 255).astype(np.uint8), "RGB"
+        np.clip(np.rint(np.asarray(image) + noise), 0, 255).astype(np.uint8), "RGB"
     )
 
 
@@ -140,9 +140,9 @@ def _colour(random: np.random.Generator, *, low: int = 0, high: int = 256) -> tu
 
 
 def opened(folder: Path) -> list[Image.Image]:
-    """All pictures of a folder, by name; raises `FileNotFoundError` where it has none."""
+    """Return all images of a folder, by name. Raises `FileNotFoundError` if there is none."""
     kinds = Image.registered_extensions()
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
     if not files:
-        raise FileNotFoundError(f"{folder} has no pictures")
+        raise FileNotFoundError(f"{folder} has no images")
     return [Image.open(path).convert("RGB") for path in files]

@@ -1,4 +1,4 @@
-"""In place of `zlora_worker.lora.reader`: any sound file is a LoRA of one module."""
+"""Replaces `zlora_worker.lora.reader`: every checked file is a LoRA of one module."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """What a receipt needs of a file."""
+    """Facts of a LoRA file that a receipt needs."""
 
     digest: str
     tensors_sha256: str = "0" * 64
@@ -18,21 +18,21 @@ class Lora:
 
     @property
     def modules(self) -> dict[str, int]:
-        """Modules by component."""
+        """Count of modules by component."""
         return {"unet": 1}
 
     def unmatched_counts(self) -> dict[str, int]:
-        """None."""
+        """Return no unmatched keys."""
         return {}
 
 
 class Reader:
-    """Reads no byte."""
+    """Reads no byte of a file."""
 
     def read(self, path: Path, *, digest: str, source: str) -> Lora:
-        """The LoRA of a file."""
+        """Return the fake LoRA of a file."""
         return Lora(digest=digest)
 
 
 def require_whole(lora: Lora, *, source: str) -> None:
-    """It always is."""
+    """Accept every LoRA."""

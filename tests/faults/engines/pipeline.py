@@ -1,0 +1,130 @@
+"""Replaces `zlora_worker.model.pipeline`: takes orders from the prompt and draws a small image of one colour.
+
+The prompt of such a job is a JSON object: `label` is the job's name in the journal, `step` the seconds of a step, and
+`do` what happens at step `at`: words of `faults.engines.misbehaviour`. `noise` orders an image of noise with that many
+pixels a side, which no encoder makes small. If `FAKE_IMAGES` names a folder, the images in it are drawn instead.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from faults.engines import journal
+from faults.engines.misbehaviour import misbehave
+from PIL import Image
+from zlora.errors import BaseNotRestored
+from zlora.schema import GenerateRequest
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.reader import Reader
+
+
+class PipelineState(StrEnum):
+    """States of the real pipeline."""
+
+    READY = "ready"
+    LENT = "lent"
+    DIRTY = "dirty"
+
+
+class Patch:
+    """Changes no weight."""
+
+    @contextmanager
+    def applied(self, adapters: Sequence[WeightedLora]) -> Iterator[list[float]]:
+        """Yield one norm for each LoRA."""
+        yield [0.5 for _ in adapters]
+
+
+class Pipeline:
+    """The interface of the real pipeline without a model."""
+
+    def __init__(self, *, name: str) -> None:
+        self.name, self.state = name, PipelineState.READY
+        self.base_checked, self.tiled = 1.0, False
+        self.base_sha256, self.file_sha256 = "0" * 64, None
+        self.machine = ("fake", "float32", 1)
+        self.patch, self.reader = Patch(), Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
+        self.corrupted = False
+
+    @contextmanager
+    def borrowed(self, request: GenerateRequest | None = None) -> Iterator[None]:
+        """Lend the pipeline to one job. Raises `BaseNotRestored` if the job changed the base model."""
+        if not self.is_sound():
+            raise BaseNotRestored
+        self.state = PipelineState.LENT
+        try:
+            yield
+        finally:
+            self.state = PipelineState.DIRTY
+            self.check()
+
+    def is_sound(self) -> bool:
+        """Return whether the base model is unchanged."""
+        if self.state is PipelineState.DIRTY and not self.corrupted:
+            self.state = PipelineState.READY
+        return self.state is PipelineState.READY
+
+    def check(self, seconds: float | None = None) -> None:
+        """Become READY, or raise `BaseNotRestored` if a job changed the base model."""
+        self.state = PipelineState.DIRTY
+        if self.corrupted:
+            raise BaseNotRestored("1 tensor of the fake base is not what was loaded")
+        self.state = PipelineState.READY
+
+    def size(self, request: GenerateRequest) -> tuple[int, int]:
+        """Return width and height in pixels."""
+        return request.width or 64, request.height or 64
+
+    def scheduler_name(self, request: GenerateRequest) -> str:
+        """Return a name that diffusers does not have."""
+        return "FakeScheduler"
+
+    def draw(
+        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+    ) -> Image.Image:
+        """Draw one image, after the steps and the faults that the prompt orders."""
+        orders = orders_in(request.prompt)
+        label = orders.get("label", "")
+        journal.write("begin", label=label, seed=seed)
+        for step in range(1, request.num_inference_steps + 1):
+            time.sleep(orders.get("step", 0.01))
+            if orders.get("do") and step == orders.get("at", 1):
+                misbehave(self, orders)
+            on_step(step)
+            journal.write("step", label=label, step=step)
+        journal.write("end", label=label, seed=seed)
+        if folder := os.environ.get("FAKE_IMAGES"):
+            images = _images(Path(folder))
+            return images[seed % len(images)].copy()
+        return image_of(seed, orders.get("noise", 0))
+
+
+@functools.cache
+def _images(folder: Path) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
+
+
+def image_of(seed: int, noise: int) -> Image.Image:
+    """Return a small square in the colour of the seed, or noise with `noise` pixels a side."""
+    if noise:
+        pixels = random.Random(seed).randbytes(3 * noise * noise)
+        return Image.frombytes("RGB", (noise, noise), pixels)
+    red, green, blue, *_ = hashlib.sha256(str(seed).encode()).digest()
+    return Image.new("RGB", (64, 64), (red, green, blue))
+
+
+def orders_in(prompt: str) -> dict[str, Any]:
+    """Return the JSON object in a prompt, or no orders."""
+    try:
+        found = json.loads(prompt)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
