@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from faults.engines import journal
 from faults.engines.misbehaviour import misbehave
@@ -30,17 +30,24 @@ class PipelineState(StrEnum):
     """States of the real pipeline."""
 
     READY = "ready"
-    LENT = "lent"
+    BUSY = "busy"
     DIRTY = "dirty"
 
 
-class Patch:
-    """Changes no weight."""
+class Machine(NamedTuple):
+    """Conditions of the real pipeline."""
 
-    @contextmanager
-    def applied(self, adapters: Sequence[WeightedLora]) -> Iterator[list[float]]:
-        """Yield one norm for each LoRA."""
-        yield [0.5 for _ in adapters]
+    device: str
+    dtype: str
+    threads: int | None
+
+
+class MergedModel:
+    """The fake pipeline during one job."""
+
+    def __init__(self, pipeline: "Pipeline", relative_norms: list[float]) -> None:
+        self.draw = pipeline.draw
+        self.relative_norms, self.tiled = relative_norms, False
 
 
 class Pipeline:
@@ -50,23 +57,25 @@ class Pipeline:
         self.name, self.state = name, PipelineState.READY
         self.base_checked, self.tiled = 1.0, False
         self.base_sha256, self.file_sha256 = "0" * 64, None
-        self.machine = ("fake", "float32", 1)
-        self.patch, self.reader = Patch(), Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
+        self.machine = Machine("fake", "float32", 1)
+        self.reader = Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
         self.corrupted = False
 
     @contextmanager
-    def borrowed(self, request: GenerateRequest | None = None) -> Iterator[None]:
-        """Lend the pipeline to one job. Raises `BaseNotRestored` if the job changed the base model."""
-        if not self.is_sound():
+    def with_loras(
+        self, loras: Sequence[WeightedLora], request: GenerateRequest
+    ) -> Iterator[MergedModel]:
+        """Lend the pipeline to one job; raise `BaseNotRestored` if the job changed the base model."""
+        if not self.is_ready():
             raise BaseNotRestored
-        self.state = PipelineState.LENT
+        self.state = PipelineState.BUSY
         try:
-            yield
+            yield MergedModel(self, [0.5 for _ in loras])
         finally:
             self.state = PipelineState.DIRTY
             self.check()
 
-    def is_sound(self) -> bool:
+    def is_ready(self) -> bool:
         """Return whether the base model is unchanged."""
         if self.state is PipelineState.DIRTY and not self.corrupted:
             self.state = PipelineState.READY
