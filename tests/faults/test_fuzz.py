@@ -1,0 +1,107 @@
+"""Mutated messages between good jobs: the worker lives, its child too, and every good job is drawn.
+
+`ZLORA_FUZZ_MESSAGES` sets how many; `make fuzz` sends 2,000.
+"""
+
+import json
+import os
+import random
+import uuid
+from typing import Any, Final
+
+import pytest
+from faults.mutations import envelope, known_holes, mutate
+from support.processes import Worker, wait_until
+from support.scene import Scene, request
+from zlora import JobHandle
+from zlora.broker.message import MAX_MESSAGE_BYTES
+from zlora.errors import InvalidRequest
+
+MESSAGES: Final = int(os.environ.get("ZLORA_FUZZ_MESSAGES", "150"))
+GOOD_EVERY: Final = 10  # one good job among so many messages
+
+
+def push(scene: Scene, data: bytes) -> None:
+    with scene.broker() as broker:
+        broker.lpush(scene.queue, data)
+    scene.tally.fault()
+
+
+def good_message(scene: Scene, job_id: str) -> dict[str, Any]:
+    return envelope(job_id, request(job_id), scene.queue)
+
+
+def require_alive(scene: Scene, running: Worker) -> None:
+    """Require that a new job is drawn by the same child process."""
+    assert scene.submit().result(timeout=60).base_intact
+    assert running.process.poll() is None
+    assert len(scene.events("loaded")) == 1
+
+
+def test_mutated_messages_between_good_jobs_leave_worker_and_jobs_intact(scene: Scene) -> None:
+    chance = random.Random(20261130)
+    good: list[JobHandle] = []
+    with scene.worker() as running:
+        for index in range(MESSAGES):
+            message = good_message(scene, f"fuzz-{index}-{uuid.uuid4().hex[:8]}")
+            push(scene, mutate(message, chance))
+            if index % GOOD_EVERY == 0:
+                good.append(scene.submit())
+        results = [handle.result(timeout=120) for handle in good]
+
+        assert all(result.base_intact for result in results)
+        require_alive(scene, running)
+
+
+def test_each_message_that_once_ended_a_worker_is_refused(scene: Scene) -> None:
+    """It is answered with `invalid_request` if its headers name a job, and is counted in any case."""
+    with scene.worker() as running:
+        for messages in known_holes(good_message(scene, "hole")).values():
+            for data in messages:
+                job_id = f"hole-{uuid.uuid4().hex[:12]}"
+                sent = data.replace(b'"hole"', f'"{job_id}"'.encode())
+                push(scene, sent)
+                if (
+                    len(sent) < MAX_MESSAGE_BYTES
+                    and json.loads(sent)["headers"].get("id") == job_id
+                ):
+                    with pytest.raises(InvalidRequest):
+                        scene.answer_for(scene.client.job(job_id)).result(timeout=30)
+                require_alive(scene, running)
+
+
+def test_commands_of_remote_control_that_change_a_worker_are_not_answered(scene: Scene) -> None:
+    """A time limit would fail every later job, and a second child would need a second model."""
+    with scene.worker() as running, scene.any_client() as app:
+        control = app.control
+        control.time_limit("zlora.generate", hard=0.001)
+        control.pool_grow(2)
+        control.rate_limit("zlora.generate", "1/h")
+        control.add_consumer("elsewhere")
+        scene.tally.fault()
+        with scene.broker() as broker:
+            for garbage in ("[]", "5", "null", '{"body": 1}', "x"):
+                for channel in broker.pubsub_channels():
+                    if "pidbox" in str(channel):
+                        broker.publish(channel, garbage)
+
+        require_alive(scene, running)
+        wait_until(lambda: control.ping(timeout=1.0), "the worker answers inspection")
+
+
+def test_a_worker_waits_while_keys_in_redis_have_another_type(scene: Scene) -> None:
+    with scene.worker() as running:
+        before = scene.submit()
+        before.result(timeout=30)
+        with scene.broker() as broker:
+            for key in ("unacked", "unacked_index", f"zlora:ledger:{scene.queue}"):
+                broker.delete(key)
+                broker.set(key, "of another type")
+                scene.tally.fault()
+                handle = scene.client.job(f"typed-{uuid.uuid4().hex[:8]}")
+                push(scene, json.dumps(good_message(scene, handle.id)).encode())
+                assert running.process.poll() is None
+                broker.delete(key)
+                assert scene.answer_for(handle).result(timeout=60).base_intact
+
+        require_alive(scene, running)
