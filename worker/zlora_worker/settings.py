@@ -1,5 +1,6 @@
 """The worker's settings: the only reader of the environment. One field a variable, with its default and its meaning."""
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -346,6 +347,23 @@ class Settings:
             if self.lora_cache
             else self.home / "loras"
         )
+
+    @property
+    def serves_demo_model(self) -> bool:
+        """Whether the base model is the demo model, which alone fits `demo://` LoRAs."""
+        return self.model == "demo"
+
+    @property
+    def credentials_fingerprint(self) -> str:
+        """Sha256 of all settings that decide what a source lets this worker have: its sites and its credentials there."""
+        deciding = (
+            (self.hub_url, self.hub_token, self.hub_tenant),
+            (self.hf_endpoint, self.hf_token),
+            (self.civitai_url, self.civitai_token),
+            (self.source_endpoint, self.lora_s3_key, self.lora_s3_secret, self.lora_s3_token),
+            (self.lora_buckets, self.lora_roots, sorted(self.allow_hosts)),
+        )
+        return hashlib.sha256(repr(deciding).encode()).hexdigest()
 
     @property
     def secrets(self) -> list[str]:
