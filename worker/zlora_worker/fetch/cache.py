@@ -119,7 +119,7 @@ class Cache:
         """
         with ExitStack() as held, _disk_errors():
             self._make_folders()
-            draft = self.draft(asset)
+            draft = self._draft(asset)
             with self._claim(asset, draft, share_content=True) as descriptor:
                 if descriptor is None or self._here(asset, held, since):
                     return
@@ -130,7 +130,7 @@ class Cache:
         """Path of the file with this sha256, whether it exists or not."""
         return self._files / f"{sha256}.safetensors"
 
-    def draft(self, asset: Asset) -> Path:
+    def _draft(self, asset: Asset) -> Path:
         """Path of the download of an asset's source."""
         return self._drafts / digest_of(source_of(asset.address))
 
@@ -151,7 +151,7 @@ class Cache:
 
         One process downloads a source; the others wait for it and report its progress.
         """
-        draft = self.draft(asset)
+        draft = self._draft(asset)
         deadline = self._fetcher.settings.lora_deadline
         start = moved = time.monotonic()
         seen = (0, 0)  # inode and bytes of the other process's draft
@@ -186,7 +186,8 @@ class Cache:
             if (inode, received) != seen:
                 seen, moved = (inode, received), now
             elif now > moved + min(_STALLED, deadline / 2):
-                draft.unlink(missing_ok=True)  # the next claim creates another
+                with self.budget.exclusive():  # so that no draft is renamed at the same time
+                    draft.unlink(missing_ok=True)  # the next claim creates another
             on_bytes(received, expected)
             time.sleep(_POLL)
         return sha256, "disk"

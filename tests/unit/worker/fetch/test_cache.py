@@ -434,7 +434,7 @@ def test_locks_and_drafts_of_killed_processes_do_not_hinder_a_download(tmp_path:
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a", sha256=digest(ONE))
         (tmp_path / "loras/locks" / digest(ONE)).touch()
-        cache.draft(asset).write_bytes(bytes(2 * SIZE))
+        cache._draft(asset).write_bytes(bytes(2 * SIZE))
 
         assert told(got(cache, asset)) == (digest(ONE), SIZE, "network", ONE)
         assert kept(tmp_path) == named(ONE)
@@ -466,8 +466,8 @@ def test_a_draft_that_lost_its_name_is_not_kept(tmp_path: Path) -> None:
         asset = Asset(url=f"{host.url}/a")
 
         def clear(_received: int, _expected: int) -> None:
-            cache.draft(asset).unlink()
-            cache.draft(asset).write_bytes(b"half of a file")
+            cache._draft(asset).unlink()
+            cache._draft(asset).write_bytes(b"half of a file")
 
         with pytest.raises(CacheFull):
             got(cache, asset, on_bytes=clear)

@@ -80,7 +80,7 @@ def test_a_prefetch_does_not_wait_for_another_process(tmp_path: Path) -> None:
     """Neither for the lock of the source nor for that of the content."""
     with serving(reply(ONE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a", sha256=digest(ONE))
-        for path in (cache.draft(asset), tmp_path / "loras/locks" / digest(ONE)):
+        for path in (cache._draft(asset), tmp_path / "loras/locks" / digest(ONE)):
             with try_lock(path):
                 cache.bring(asset, since=0)
         assert host.asked == []

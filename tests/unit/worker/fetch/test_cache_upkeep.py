@@ -26,14 +26,14 @@ def test_upkeep_deletes_only_what_no_process_uses(tmp_path: Path) -> None:
         one, two = (got(cache, Asset(url=f"{host.url}/{name}")) for name in "ab")
         two.path.unlink()
         running, ended = (Asset(url=f"{host.url}/{name}") for name in ("running", "ended"))
-        lock = cache.draft(running)
+        lock = cache._draft(running)
         for asset in (running, ended):
-            cache.draft(asset).write_bytes(b"half a file")
+            cache._draft(asset).write_bytes(b"half a file")
         (tmp_path / "loras/locks/left").touch()
         with try_lock(lock):
             cache.tidy()
 
-            assert list((tmp_path / "loras/drafts").iterdir()) == [cache.draft(running)]
+            assert list((tmp_path / "loras/drafts").iterdir()) == [cache._draft(running)]
             assert list((tmp_path / "loras/locks").iterdir()) == []
         cache.tidy()
 
@@ -152,7 +152,7 @@ def test_prune_keeps_and_counts_files_in_use(tmp_path: Path) -> None:
 
 def test_prune_deletes_drafts_of_ended_processes(tmp_path: Path) -> None:
     with three_files(tmp_path) as cache:
-        cache.draft(pinned(ONE)).write_bytes(ONE)
+        cache._draft(pinned(ONE)).write_bytes(ONE)
         cache.budget.prune(max_bytes=3 * SIZE)
 
         assert kept(tmp_path) == named(ONE, TWO, THREE)

@@ -387,7 +387,7 @@ def _in_pieces(data: bytes) -> Callable[[Request], Iterable[bytes]]:
 
 def test_a_draft_of_an_ended_process_takes_no_space(tmp_path: Path) -> None:
     with full_cache(tmp_path, (ONE, 10), more=[TWO]) as (cache, host):
-        cache.draft(of(host, THREE)).write_bytes(bytes(SIZE))
+        cache._draft(of(host, THREE)).write_bytes(bytes(SIZE))
         got(cache, of(host, TWO))
 
         assert kept(tmp_path) == named(TWO)
@@ -395,7 +395,7 @@ def test_a_draft_of_an_ended_process_takes_no_space(tmp_path: Path) -> None:
 
 def test_a_draft_of_a_running_process_counts(tmp_path: Path) -> None:
     with full_cache(tmp_path, (ONE, 10), (TWO, 5), more=[THREE]) as (cache, host):
-        draft = cache.draft(of(host, FOUR))
+        draft = cache._draft(of(host, FOUR))
         draft.write_bytes(bytes(SIZE))
         with try_lock(draft):
             got(cache, of(host, THREE))

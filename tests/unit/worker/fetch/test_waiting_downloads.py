@@ -89,9 +89,9 @@ def test_a_download_that_does_not_move_is_taken_over(
     monkeypatch.setattr(cache_module, "_STALLED", 0.2)
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a")
-        with try_lock(cache.draft(asset)) as descriptor:
+        with try_lock(cache._draft(asset)) as descriptor:
             assert descriptor is not None
-            cache.draft(asset).write_bytes(ONE[:1000])
+            cache._draft(asset).write_bytes(ONE[:1000])
             assert told(got(cache, asset)) == (digest(ONE), SIZE, "network", ONE)
 
         assert got(cache, asset, since=1.0).tier == "disk"
@@ -102,7 +102,7 @@ def test_a_wait_reports_progress_and_ends_at_the_deadline(tmp_path: Path) -> Non
     progress: list[tuple[int, int]] = []
     with serving(reply(ONE)) as host, caching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as cache:
         asset = Asset(url=f"{host.url}/a?sig=s3cret")
-        with (cache.draft(asset)).open("wb") as draft, try_lock(cache.draft(asset)) as descriptor:
+        with (cache._draft(asset)).open("wb") as draft, try_lock(cache._draft(asset)) as descriptor:
             assert descriptor is not None
 
             def grow(received: int, expected: int) -> None:
