@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any, BinaryIO
 
 import pytest
 from support.servers import (
@@ -23,6 +24,7 @@ from zlora.errors import LoraUnreachable
 from zlora.schema import Asset
 from zlora_worker.fetch import cache as cache_module
 from zlora_worker.fetch.file_lock import try_lock
+from zlora_worker.fetch.transfer import Fetched
 
 ONE = lora_bytes(1)
 SIZE = len(ONE)
@@ -95,6 +97,38 @@ def test_a_download_that_does_not_move_is_taken_over(
             assert told(got(cache, asset)) == (digest(ONE), SIZE, "network", ONE)
 
         assert got(cache, asset, since=1.0).tier == "disk"
+    assert kept(tmp_path) == named(ONE)
+
+
+def test_a_download_that_was_taken_over_still_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are those of the file that the other process has kept meanwhile."""
+    monkeypatch.setattr(cache_module, "_STALLED", 0.2)
+    begun, go_on = Event(), Event()
+    with (
+        serving(with_etag(ONE)) as host,
+        caching(tmp_path, host) as stopped,
+        caching(tmp_path, host) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        fetch = stopped._fetcher.fetch
+
+        def stop(address: str, file: BinaryIO, **options: Any) -> Fetched:
+            begun.set()
+            go_on.wait(30)
+            return fetch(address, file, **options)
+
+        stopped._fetcher.fetch = stop  # type: ignore[method-assign]
+        asset = Asset(url=f"{host.url}/a")
+        first = pool.submit(got, stopped, asset)
+        try:
+            assert begun.wait(30)
+            assert got(other, asset).tier == "network"
+        finally:
+            go_on.set()
+
+        assert first.result(30).path.read_bytes() == ONE
     assert kept(tmp_path) == named(ONE)
 
 
