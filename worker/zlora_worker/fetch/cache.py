@@ -210,7 +210,7 @@ class Cache:
             yield descriptor
 
     def _known(self, asset: Asset, held: ExitStack, since: float) -> str | None:
-        """Sha256 of an asset's file if its source need not be asked; raise its recent failure."""
+        """Sha256 of an asset's file if that needs no request; raise its recent failure."""
         if (sha256 := self._here(asset, held, since)) is not None:
             return sha256
         if (failure := self.index.failure(asset)) is not None:
@@ -223,8 +223,8 @@ class Cache:
             return asset.sha256
         if (entry := self.index.entry(asset.address)) is None:
             return None
-        asked = self.index.asked_at(asset.address, entry)
-        if asked is None or not since <= asked <= time.time():
+        answered = self.index.answered_at(asset.address, entry)
+        if answered is None or not since <= answered <= time.time():
             return None
         if asset.sha256 and asset.sha256 != entry.sha256:
             return None
@@ -243,7 +243,7 @@ class Cache:
         """Ask the source, and keep what it sends; `descriptor` is the locked draft."""
         on_bytes(0, 0)  # the source may be silent for long
         os.ftruncate(descriptor, 0)  # a killed process may have left a part
-        asked, entry = time.time(), self.index.entry(asset.address)
+        now, entry = time.time(), self.index.entry(asset.address)
         # hold what the source had last until it is known to have something else
         previous = held.enter_context(ExitStack())
         known = entry.fetched if entry and self._hold(entry.sha256, previous) else None
@@ -276,7 +276,7 @@ class Cache:
             if tier == "disk":  # nothing was sent, and the file was deleted meanwhile
                 raise _deleted()
             self._keep(draft, descriptor, fetched.sha256)
-        self.index.remember(asset.address, fetched, asked=asked)
+        self.index.remember(asset.address, fetched, at=now)
         return fetched.sha256, tier
 
     def _keep(self, draft: Path, descriptor: int, sha256: str) -> None:

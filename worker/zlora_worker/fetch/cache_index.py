@@ -44,14 +44,14 @@ _SIGNED_WITH: Final = _SIGNATURES | {
 class Entry(Struct, frozen=True, kw_only=True):
     """Latest content of a source.
 
-    `asked` maps each question to the time of its latest answer, in epoch seconds.
+    `answers` maps each question to the time of its latest answer, in epoch seconds.
     """
 
     source: str  # without secrets, for people
     sha256: str
     size: int
     version: str | None = None
-    asked: dict[str, float] = {}
+    answers: dict[str, float] = {}
 
     @property
     def fetched(self) -> Fetched:
@@ -99,7 +99,7 @@ class CacheIndex:
     # entries
 
     def entry(self, address: str) -> Entry | None:
-        """Latest content of an address's source, whoever asked for it."""
+        """Latest content of an address's source, for any credentials."""
         return _read(self._entry_file(address), Entry)
 
     def entries(self) -> Iterator[tuple[Path, Entry]]:
@@ -108,25 +108,25 @@ class CacheIndex:
             if (entry := _read(path, Entry)) is not None:
                 yield path, entry
 
-    def remember(self, address: str, fetched: Fetched, *, asked: float) -> None:
-        """Record that an address, asked at `asked` (epoch seconds), has this content."""
+    def remember(self, address: str, fetched: Fetched, *, at: float) -> None:
+        """Record that an address had this content at `at` (epoch seconds)."""
         known = self.entry(address)
-        answers = {self._question(address): asked}
+        answers = {self._question(address): at}
         if known and known.sha256 == fetched.sha256:  # older answers were about the same content
-            answers = known.asked | answers
+            answers = known.answers | answers
         newest = sorted(answers.items(), key=lambda answer: answer[1])[-_MAX_ANSWERS:]
         entry = Entry(
             source=without_secrets(address),
             sha256=fetched.sha256,
             size=fetched.size,
             version=fetched.version,
-            asked=dict(newest),
+            answers=dict(newest),
         )
         _write(self._entry_file(address), entry)
 
-    def asked_at(self, address: str, entry: Entry) -> float | None:
+    def answered_at(self, address: str, entry: Entry) -> float | None:
         """Epoch seconds at which this address gave this entry for these credentials, or None."""
-        return entry.asked.get(self._question(address))
+        return entry.answers.get(self._question(address))
 
     def _question(self, address: str) -> str:
         return digest_of(f"{self._fingerprint} {address}")

@@ -246,7 +246,7 @@ def test_upkeep_deletes_the_oldest_of_too_many_records(
         folder, ages = tmp_path / "loras" / part, dict[Path, int]()
         for number in (4, 1, 5, 2, 3):
             asset = Asset(url=f"https://nowhere.invalid/a?{number}")
-            cache.index.remember(asset.address, Fetched(sha256=digest(ONE), size=SIZE), asked=0)
+            cache.index.remember(asset.address, Fetched(sha256=digest(ONE), size=SIZE), at=0)
             cache.index.remember_failure(asset, LoraNotFound("not there"))
             (path,) = {*folder.iterdir()} - {*ages}
             os.utime(path, (0, time.time() - number))
@@ -324,7 +324,7 @@ def test_an_entry_with_a_time_ahead_is_asked_again(tmp_path: Path) -> None:
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
         fetched = Fetched(sha256=digest(ONE), size=SIZE, version=f'"{digest(ONE)}"')
         got(cache, Asset(url=f"{host.url}/a"))
-        cache.index.remember(f"{host.url}/a", fetched, asked=time.time() + 3600)
+        cache.index.remember(f"{host.url}/a", fetched, at=time.time() + 3600)
         got(cache, Asset(url=f"{host.url}/a"), since=0)
 
         assert len(host.requests) == 2
@@ -334,12 +334,10 @@ def test_an_entry_keeps_the_latest_answers_only(tmp_path: Path) -> None:
     with caching(tmp_path) as cache:
         for number in range(100):
             address = f"https://store.example/a?X-Amz-Signature={number}"
-            cache.index.remember(
-                address, Fetched(sha256=digest(ONE), size=SIZE), asked=float(number)
-            )
+            cache.index.remember(address, Fetched(sha256=digest(ONE), size=SIZE), at=float(number))
         ((path, entry),) = cache.index.entries()
 
-        assert min(entry.asked.values()) == 100 - len(entry.asked) > 0
+        assert min(entry.answers.values()) == 100 - len(entry.answers) > 0
         assert path.stat().st_size < 8192
         assert entry.source == "https://store.example/a"
 

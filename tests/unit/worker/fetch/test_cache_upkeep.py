@@ -58,7 +58,7 @@ def test_the_record_of_a_new_file_survives_a_simultaneous_upkeep(tmp_path: Path)
         def late() -> Iterator[tuple[Path, Entry]]:
             cache.file(digest(ONE)).write_bytes(ONE)
             cache.index.remember(
-                asset.address, Fetched(sha256=digest(ONE), size=SIZE), asked=time.time()
+                asset.address, Fetched(sha256=digest(ONE), size=SIZE), at=time.time()
             )
             yield from entries()
 
