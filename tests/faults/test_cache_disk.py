@@ -21,7 +21,7 @@ FIRST: Final = 400_000  # bytes that come before the disk is full
 ROOM: Final = 500_000  # bytes that a file may have then
 DISK: Final = 2**20  # bytes
 NOTHING: Final[dict[str, list[str]]] = {
-    part: [] for part in ("drafts", "files", "index", "failed", "sound")
+    part: [] for part in ("drafts", "files", "index", "failed", "verified")
 }
 
 Fill = Callable[

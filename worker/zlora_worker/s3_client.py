@@ -1,4 +1,4 @@
-"""boto3's client of S3, and the sources of LoRAs there. The only importer of boto3."""
+"""S3 clients, and signed URLs of LoRAs in S3. The only importer of boto3."""
 
 import logging
 from functools import cached_property
@@ -13,41 +13,42 @@ if TYPE_CHECKING:
 
 
 class SourceBuckets:
-    """What `s3://` sources may name: objects by URLs that carry the worker's signature; nothing is asked here."""
+    """Signs URLs of objects that `s3://` addresses name. Sends no requests."""
 
-    _SECONDS: Final = 900  # that a signature holds; it begins a download, and need not outlast it
+    _SECONDS: Final = 900  # lifetime of a signature: a download that began in time may outlast it
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     @cached_property
     def _client(self) -> "S3Client":
-        told = self._settings
+        settings = self._settings
         return s3_client(
-            told.source_endpoint,
-            key=told.lora_s3_key or None,
-            secret=told.lora_s3_secret or None,
-            token=told.lora_s3_token or None,
-            region=told.lora_s3_region or None,
+            settings.source_endpoint,
+            key=settings.lora_s3_key or None,
+            secret=settings.lora_s3_secret or None,
+            token=settings.lora_s3_token or None,
+            region=settings.lora_s3_region or None,
         )
 
     def url(self, bucket: str, key: str, *, name: str) -> str:
-        """The URL of an object; it is a secret. Raises a `LoraError` that says `name` where there can be none."""
+        """Return the signed URL of an object, which is a secret.
+
+        `name` is the object's name in errors. Raises `LoraNotFound` if S3 allows no such bucket or
+        key, and `LoraForbidden` if this worker has no usable credentials.
+        """
         from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
         try:
             return self._client.generate_presigned_url(
                 "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=self._SECONDS
             )
-        except ParamValidationError:  # a bucket's or key's name that S3 does not know
-            raise LoraNotFound(f"{name}: no object of S3") from None
-        except (
-            BotoCoreError,
-            ClientError,
-            ValueError,
-        ) as error:  # credentials, a profile, a region, an endpoint
+        except ParamValidationError:
+            raise LoraNotFound(f"{name}: not a valid bucket and key of S3") from None
+        # wrong or missing credentials, profile, region or endpoint
+        except (BotoCoreError, ClientError, ValueError) as error:
             raise LoraForbidden(
-                f"{name}: this worker cannot sign for it ({type(error).__name__})"
+                f"{name}: this worker cannot sign a URL for it ({type(error).__name__})"
             ) from None
 
 
@@ -60,20 +61,21 @@ def s3_client(
     token: str | None = None,
     region: str | None = None,
 ) -> "S3Client":
-    """A client for several threads; what is absent is as boto3's own rules have it."""
+    """Return a thread-safe client; boto3's own configuration supplies what is not given."""
     import boto3
     from botocore.config import Config
 
-    logging.getLogger("botocore").setLevel(logging.INFO)  # its debug lines hold signatures
+    logging.getLogger("botocore").setLevel(logging.INFO)  # its debug lines contain signatures
     if addressing == "auto":
-        # Servers other than AWS rarely answer to bucket names as hosts. boto3's own "auto" signs URLs for AWS's oldest
-        # region, which redirects to the bucket's, where the signature does not hold.
+        # Servers other than AWS rarely serve buckets as host names. boto3's own "auto" signs URLs
+        # for AWS's oldest region, which redirects to the bucket's region, where the signature is
+        # invalid.
         addressing = "path" if endpoint else "virtual"
     config = Config(
-        # Seven waits: some 3 s together where a server is away for a moment, and 30 s where it says that it is busy.
+        # seven waits: about 3 s in all for a server that is briefly away, 30 s for a busy one
         retries={"mode": "adaptive", "total_max_attempts": 8},
         connect_timeout=5,
-        read_timeout=10,  # a server that is there says something sooner
+        read_timeout=10,
         signature_version="s3v4",
         s3={"addressing_style": addressing},
         request_checksum_calculation="when_supported",

@@ -1,11 +1,15 @@
-"""The worker's settings: the only reader of the environment. One field a variable, with its default and its meaning."""
+"""Settings of the worker: its only reader of the environment.
 
+Each field has its variables, its default, its parser and its note in the reference.
+"""
+
+import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from zlora import config
@@ -14,304 +18,349 @@ from zlora.errors import InvalidSetting
 from zlora.lora.addresses import CIVITAI, HUGGING_FACE
 from zlora.schema import QUEUE, UrlPolicy
 
-from zlora_worker import setting_types
+from zlora_worker import setting_parsers as parsers
 
 DEMO_MODEL: Final = Path(__file__).with_name("demo") / "weights" / "model"  # diffusers layout
 DEMO_LORAS: Final = Path(__file__).with_name("demo") / "weights" / "loras"  # safetensors files
-_SECRET = "secret"  # noqa: S105 - a key of metadata
 
 
-def _from(
+def _variable(
     *names: str,
     default: str = "",
     read: Callable[[str], Any] = str,
     note: str,
     secret: bool = False,
 ) -> Any:
-    """A field read from the first of the variables `names` that is set; `note` is its line in the README's table."""
-    return field(
-        metadata={"names": names, "default": default, "read": read, "note": note, _SECRET: secret}
-    )
+    """Return a field that is read from the first of the variables `names` that is set."""
+    metadata = {"names": names, "default": default, "read": read, "note": note, "secret": secret}
+    return field(metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """All of a worker's settings. `repr` shows no secret."""
+    """All settings of a worker. `repr` shows no secrets."""
 
     home: Path
     broker_url: str
     result_backend: str
-    queue: str = _from(config.QUEUE, default=QUEUE, note="Queue to serve; one base model per queue")
-    model: str = _from(
+    queue: str = _variable(
+        config.QUEUE,
+        default=QUEUE,
+        note="Queue that this worker serves. All workers of a queue have the same base model.",
+    )
+    model: str = _variable(
         "ZLORA_MODEL",
         default="stabilityai/stable-diffusion-xl-base-1.0",
-        note="Base: a hub id, a diffusers folder, a single `.safetensors` file, or `demo`",
+        note="Base model: a Hugging Face id, a folder in diffusers layout, a single `.safetensors` "
+        "file, or `demo` for the built-in demo model.",
     )
-    model_config: str = _from(
+    model_config: str = _variable(
         "ZLORA_MODEL_CONFIG",
-        note="Folder with configuration and tokenizers for a single file; SDXL's are built in",
+        note="Folder with configuration and tokenizers for a base model in a single file. "
+        "Default: built-in files for SDXL.",
     )
-    vae: str = _from(
-        "ZLORA_VAE", note="Another VAE: a hub id or a folder, such as one made for fp16"
+    vae: str = _variable(
+        "ZLORA_VAE",
+        note="Another VAE for the base model: a Hugging Face id or a folder, for example a VAE "
+        "made for float16. Default: the base model's own.",
     )
-    device: str = _from(
+    device: str = _variable(
         "ZLORA_DEVICE",
         default="auto",
-        note="`cuda`, `cuda:1`, `cpu`; `auto` is CUDA where there is a GPU",
+        note="Device of the model: `cuda`, `cuda:1` or `cpu`. `auto` is CUDA if there is a GPU, "
+        "else the CPU.",
     )
-    dtype: str = _from(
+    dtype: str = _variable(
         "ZLORA_DTYPE",
         default="auto",
-        read=setting_types.choice("auto", "float16", "bfloat16", "float32"),
-        note="`auto` is `float16` on CUDA and `float32` on a CPU",
+        read=parsers.one_of("auto", "float16", "bfloat16", "float32"),
+        note="Data type of the weights: `float16`, `bfloat16` or `float32`. `auto` is `float16` on "
+        "CUDA and `float32` on a CPU.",
     )
-    load_timeout: int = _from(
+    load_timeout: int = _variable(
         "ZLORA_LOAD_TIMEOUT",
         default="1800",
-        read=setting_types.count,
-        note="Seconds that loading the base may take, download included",
+        read=parsers.positive,
+        note="Seconds that loading the base model may take, including its download.",
     )
-    job_timeout: int = _from(
+    job_timeout: int = _variable(
         "ZLORA_JOB_TIMEOUT",
         default="870",
-        read=setting_types.count,
-        note="Seconds that a job may take, and the most that its `timeout` may ask for",
+        read=parsers.positive,
+        note="Seconds that a job may take; also the largest `timeout` that a request may have.",
     )
-    hard_grace: int = _from(
+    hard_grace: int = _variable(
         "ZLORA_HARD_GRACE",
         default="30",
-        read=setting_types.count,
-        note="Seconds after a job's time in which it must have ended; then its child is killed",
+        read=parsers.positive,
+        note="Seconds that a job has to stop after its timeout; then its child process is killed.",
     )
-    shutdown_timeout: int = _from(
+    shutdown_timeout: int = _variable(
         "ZLORA_SHUTDOWN_TIMEOUT",
         default="0",
-        read=setting_types.count_or_none,
-        note="Seconds after a SIGTERM until a job is put back; 0 waits for its end",
+        read=parsers.non_negative,
+        note="Seconds after SIGTERM until the running job is put back into the queue. 0 waits "
+        "until the job has ended.",
     )
-    visibility: int = _from(
+    visibility: int = _variable(
         "ZLORA_VISIBILITY",
         default=str(VISIBILITY),
-        read=setting_types.count,
-        note="Seconds after a dead worker's last sign until its job goes to another; alike for all workers of a broker",
+        read=parsers.positive,
+        note="Seconds after the last heartbeat of a killed worker until another one gets its job. "
+        "Must be the same for all workers of a broker.",
     )
-    sweep: int = _from(
+    sweep: int = _variable(
         "ZLORA_SWEEP",
         default="15",
-        read=setting_types.count,
-        note="Seconds between two looks for jobs whose message is lost",
+        read=parsers.positive,
+        note="Seconds between two searches for jobs whose message is lost.",
     )
-    probes: str = _from(
+    probes: str = _variable(
         "ZLORA_PROBES",
-        note="Folder for the files `ready` and `alive`, one a worker; default: a temporary one",
+        note="Folder for the probe files `ready` and `alive`; each worker needs its own. "
+        "Default: a temporary folder.",
     )
-    metrics: tuple[str, int] | None = _from(
+    metrics: tuple[str, int] | None = _variable(
         "ZLORA_METRICS",
-        read=setting_types.address,
-        note="`host:port` at which Prometheus finds `/metrics`: `0.0.0.0:9808`; default: nowhere",
+        read=parsers.host_and_port,
+        note="`host:port` at which the worker serves Prometheus metrics under `/metrics`, for "
+        "example `0.0.0.0:9808`. Default: metrics are off.",
     )
-    log: Literal["auto", "json", "text"] = _from(
+    log: Literal["auto", "json", "text"] = _variable(
         "ZLORA_LOG",
         default="auto",
-        read=setting_types.choice("auto", "json", "text"),
-        note="Lines of JSON or of text; `auto` is text on a terminal and JSON elsewhere",
+        read=parsers.one_of("auto", "json", "text"),
+        note="Format of log lines: `json` or `text`. `auto` is text on a terminal and JSON "
+        "elsewhere.",
     )
-    prompts: Literal["shown", "hashed"] = _from(
+    prompts: Literal["shown", "hashed"] = _variable(
         config.PROMPTS,
         default="shown",
-        read=setting_types.choice("shown", "hashed"),
-        note="What Flower and logs have of prompts: their text, or 12 digits by which equal ones are known; "
-        "for clients too",
+        read=parsers.one_of("shown", "hashed"),
+        note="Prompts in Flower and in logs, for workers and clients: `shown` is their text, "
+        "`hashed` is 12 hexadecimal digits that are equal for equal prompts.",
     )
-    store: str = _from(
+    store: str = _variable(
         "ZLORA_STORE",
-        read=setting_types.store_url,
-        note="`file:///folder` or `s3://bucket/prefix`; default: `store` in the data folder",
+        read=parsers.store_url,
+        note="Store of the results: `file:///folder` or `s3://bucket/prefix`. "
+        "Default: `store` in the data folder.",
     )
-    s3_endpoint: str = _from(
+    s3_endpoint: str = _variable(
         "ZLORA_S3_ENDPOINT",
         "AWS_ENDPOINT_URL_S3",
         "AWS_ENDPOINT_URL",
         read=config.web_url,
-        note="S3 server other than AWS, with buckets as paths",
+        note="URL of an S3 server other than AWS. Default: AWS.",
     )
-    s3_public_endpoint: str = _from(
+    s3_public_endpoint: str = _variable(
         "ZLORA_S3_PUBLIC_ENDPOINT",
-        read=setting_types.public_url,
-        note="The same server as its users reach it; presigned URLs are for it",
+        read=parsers.public_url,
+        note="URL of the same S3 server as its users reach it; presigned URLs contain it. "
+        "Default: `ZLORA_S3_ENDPOINT`.",
     )
-    s3_addressing: Literal["auto", "path", "virtual"] = _from(
+    s3_addressing: Literal["auto", "path", "virtual"] = _variable(
         "ZLORA_S3_ADDRESSING",
         default="auto",
-        read=setting_types.choice("auto", "path", "virtual"),
-        note="Bucket in the path or in the host; `auto`: in the path where `ZLORA_S3_ENDPOINT` is set",
+        read=parsers.one_of("auto", "path", "virtual"),
+        note="Place of the bucket in S3 URLs: `path` or `virtual` (in the host name). `auto` is "
+        "`path` if `ZLORA_S3_ENDPOINT` is set, else `virtual`.",
     )
-    s3_put: Mapping[str, Any] = _from(
+    s3_put: Mapping[str, Any] = _variable(
         "ZLORA_S3_PUT",
-        read=setting_types.options,
-        note='More arguments of each put, as JSON: `{"StorageClass": "STANDARD_IA"}`',
+        read=parsers.json_object,
+        note="Additional arguments of each S3 put, as a JSON object, for example "
+        '`{"StorageClass": "STANDARD_IA"}`.',
         secret=True,
     )
-    urls: tuple[UrlPolicy, ...] = _from(
+    urls: tuple[UrlPolicy, ...] = _variable(
         "ZLORA_URLS",
-        read=setting_types.url_policies,
-        note="`presigned`, `public`, `file`, `key`, comma-separated: what requests may ask for, the default first",
+        read=parsers.url_policies,
+        note="URL policies that requests may choose, separated by commas, the default first: "
+        "`presigned`, `public`, `file`, `key`. Default: `public` if `ZLORA_PUBLIC_URL` is set, "
+        "else `presigned` for S3 and `file` for a folder.",
     )
-    public_url: str = _from(
+    public_url: str = _variable(
         "ZLORA_PUBLIC_URL",
-        read=setting_types.public_url,
-        note="Base of public URLs, in front of prefix and key; makes them the default",
+        read=parsers.public_url,
+        note="Base of public URLs, to which prefix and key are appended. If it is set, `public` is "
+        "the default URL policy.",
     )
-    url_seconds: int = _from(
+    url_seconds: int = _variable(
         "ZLORA_URL_SECONDS",
         default="86400",
-        read=setting_types.url_seconds,
-        note="Seconds that a presigned URL holds, and the most that a request may ask for",
+        read=parsers.url_seconds,
+        note="Seconds until a presigned URL expires, at most 604800 (7 days); also the largest "
+        "`url_expires_in` that a request may have.",
     )
-    inline_bytes: int = _from(
+    inline_bytes: int = _variable(
         "ZLORA_INLINE_BYTES",
         default="1000000",
-        read=setting_types.count_or_none,
-        note="Bytes of all pictures of a job up to which they come inline where a request asks for it",
+        read=parsers.non_negative,
+        note="Bytes of all images of a job up to which a request with `inline` gets them as data "
+        "URIs.",
     )
-    lora_cache: str = _from(
-        "ZLORA_LORA_CACHE", note="Folder of the LoRA cache; default: `loras` in the data folder"
+    lora_cache: str = _variable(
+        "ZLORA_LORA_CACHE",
+        note="Folder of the LoRA cache on disk. Default: `loras` in the data folder.",
     )
-    lora_cache_bytes: int = _from(
+    lora_cache_bytes: int = _variable(
         "ZLORA_LORA_CACHE_BYTES",
         default="20000000000",
-        read=setting_types.count,
-        note="Bytes that the LoRA cache may hold",
+        read=parsers.positive,
+        note="Bytes that the LoRA cache on disk may hold.",
     )
-    lora_max_bytes: int = _from(
+    lora_max_bytes: int = _variable(
         "ZLORA_LORA_MAX_BYTES",
         default="2147483648",
-        read=setting_types.count,
-        note="Bytes that one LoRA may have",
+        read=parsers.positive,
+        note="Bytes that one LoRA file may have.",
     )
-    lora_memory_bytes: int = _from(
+    lora_memory_bytes: int = _variable(
         "ZLORA_LORA_MEMORY_BYTES",
         default="4000000000",
-        read=setting_types.count,
-        note="Bytes of host memory for LoRAs that were read before",
+        read=parsers.positive,
+        note="Bytes of host memory for LoRAs that stay loaded between jobs.",
     )
-    lora_deadline: int = _from(
+    lora_deadline: int = _variable(
         "ZLORA_LORA_DEADLINE",
         default="300",
-        read=setting_types.count,
-        note="Seconds that one LoRA's download may take",
+        read=parsers.positive,
+        note="Seconds that the download of one LoRA may take.",
     )
-    lora_free_bytes: int = _from(
+    lora_free_bytes: int = _variable(
         "ZLORA_LORA_FREE_BYTES",
         default="1000000000",
-        read=setting_types.count_or_none,
-        note="Bytes of the LoRA cache's disk that stay free",
+        read=parsers.non_negative,
+        note="Bytes that stay free on the disk of the LoRA cache.",
     )
-    lora_min_rate: int = _from(
+    lora_min_rate: int = _variable(
         "ZLORA_LORA_MIN_RATE",
         default="10000",
-        read=setting_types.count_or_none,
-        note="Bytes a second below which a download is given up",
+        read=parsers.non_negative,
+        note="Bytes per second below which a download is abandoned. 0 allows any rate.",
     )
-    look_ahead: int = _from(
+    look_ahead: int = _variable(
         "ZLORA_LOOK_AHEAD",
         default="4",
-        read=setting_types.depth,
-        note="Jobs next in line whose LoRAs are fetched while another is drawn; 0 fetches none ahead",
+        read=parsers.look_ahead,
+        note="Number of waiting jobs, 0 to 64, whose LoRAs are prefetched while another job runs. "
+        "0 turns prefetching off.",
     )
-    patch: str = _from(
+    patch: str = _variable(
         "ZLORA_PATCH",
         default="auto",
-        read=setting_types.choice("auto", "shadow", "inplace"),
-        note="Merged weights go to memory of their own, or in place with a copy in host memory; `auto`: by the room",
+        read=parsers.one_of("auto", "shadow", "inplace"),
+        note="Place of merged weights: `shadow` is a second copy on the device, `inplace` replaces "
+        "the base model's weights, with a copy of them in host memory. `auto` chooses by free "
+        "memory.",
     )
-    base_check: str = _from(
+    base_check: str = _variable(
         "ZLORA_BASE_CHECK",
         default="auto",
-        read=setting_types.choice("auto", "all"),
-        note="How much of the base is compared after each job: what 1 % of its time allows, or all",
+        read=parsers.one_of("auto", "all"),
+        note="Share of the base model that is compared with its checksum after each job: `auto` is "
+        "what fits into 1 % of the job's time, `all` is everything.",
     )
-    allow_hosts: frozenset[str] = _from(
+    allow_hosts: frozenset[str] = _variable(
         config.ALLOW_HOSTS,
         read=config.hosts,
-        note="`host` or `host:port`, comma-separated, of LoRAs and of receivers of webhooks: "
-        "may be private, speak plain `http` and listen on other ports than 443",
+        note="Hosts of LoRAs and webhooks, as `host` or `host:port` separated by commas, that may "
+        "have private addresses, use plain `http`, and listen on other ports than 443. "
+        "Default: none.",
     )
-    certificates: str = _from(
+    certificates: str = _variable(
         config.CERTIFICATES,
         read=config.existing_file,
-        note="File of the certificates to trust for LoRA sources and webhooks; default: certifi's",
+        note="File with the CA certificates to trust for LoRA sources and webhooks. "
+        "Default: those of the Python package certifi.",
     )
-    lora_roots: tuple[Path, ...] = _from(
+    lora_roots: tuple[Path, ...] = _variable(
         "ZLORA_LORA_ROOTS",
-        read=setting_types.folders,
-        note="Folders, comma-separated, whose files `file://` may name",
+        read=parsers.folders,
+        note="Folders, as absolute paths separated by commas, whose files `file://` addresses may "
+        "name. Default: none.",
     )
-    lora_buckets: tuple[str, ...] = _from(
+    lora_buckets: tuple[str, ...] = _variable(
         "ZLORA_LORA_S3",
-        read=setting_types.buckets,
-        note="`bucket` or `bucket/folder`, comma-separated: what `s3://` may name",
+        read=parsers.buckets,
+        note="S3 buckets or folders in them that `s3://` addresses may name, as `bucket` or "
+        "`bucket/folder` separated by commas. Default: none.",
     )
-    lora_s3_endpoint: str = _from(
+    lora_s3_endpoint: str = _variable(
         "ZLORA_LORA_S3_ENDPOINT",
         read=config.web_url,
-        note="S3 server of `s3://` sources; default: the store's",
+        note="URL of the S3 server of `s3://` LoRAs. Default: `ZLORA_S3_ENDPOINT`.",
     )
-    lora_s3_region: str = _from(
-        "ZLORA_LORA_S3_REGION", note="Its region; default: boto3's own rules"
+    lora_s3_region: str = _variable(
+        "ZLORA_LORA_S3_REGION",
+        note="Region of the S3 server of `s3://` LoRAs. Default: boto3's own configuration.",
     )
-    lora_s3_key: str = _from(
+    lora_s3_key: str = _variable(
         "ZLORA_LORA_S3_ACCESS_KEY_ID",
-        note="Credentials for `s3://` sources; default: boto3's own rules",
+        note="Access key id for `s3://` LoRAs, together with `ZLORA_LORA_S3_SECRET_ACCESS_KEY`. "
+        "Default: boto3's own configuration.",
     )
-    lora_s3_secret: str = _from(
-        "ZLORA_LORA_S3_SECRET_ACCESS_KEY", note="The key's secret", secret=True
+    lora_s3_secret: str = _variable(
+        "ZLORA_LORA_S3_SECRET_ACCESS_KEY",
+        note="Secret access key for `s3://` LoRAs, together with `ZLORA_LORA_S3_ACCESS_KEY_ID`.",
+        secret=True,
     )
-    lora_s3_token: str = _from(
-        "ZLORA_LORA_S3_SESSION_TOKEN", note="The token of a temporary key", secret=True
+    lora_s3_token: str = _variable(
+        "ZLORA_LORA_S3_SESSION_TOKEN",
+        note="Session token for `s3://` LoRAs, if the access key is a temporary one.",
+        secret=True,
     )
-    hf_endpoint: str = _from(
+    hf_endpoint: str = _variable(
         *config.HUGGING_FACE,
         default=HUGGING_FACE,
         read=config.web_url,
-        note="The hub of `hf://`, or a mirror of it",
+        note="URL of Hugging Face, or of a mirror, for `hf://` addresses.",
     )
-    hf_token: str = _from(
+    hf_token: str = _variable(
         "HF_TOKEN",
         "HUGGING_FACE_HUB_TOKEN",
-        note="Token for that hub, and for nobody else",
+        note="Token for Hugging Face; it is sent to `ZLORA_HF_ENDPOINT` only.",
         secret=True,
     )
-    civitai_url: str = _from(
-        config.CIVITAI, default=CIVITAI, read=config.web_url, note="Civitai, or a mirror of it"
+    civitai_url: str = _variable(
+        config.CIVITAI,
+        default=CIVITAI,
+        read=config.web_url,
+        note="URL of Civitai, or of a mirror, for `civitai://` addresses.",
     )
-    civitai_token: str = _from(
+    civitai_token: str = _variable(
         "CIVITAI_TOKEN",
         "CIVITAI_API_TOKEN",
-        note="Token for Civitai, and for nobody else",
+        note="Token for Civitai; it is sent to `ZLORA_CIVITAI_URL` only.",
         secret=True,
     )
-    hub_url: str = _from(
+    hub_url: str = _variable(
         "FILE_API_BASE_URL",
         "COZY_HUB_URL",
         read=config.web_url,
-        note="Base URL of the hub behind `cozy_ref`",
+        note="Base URL of the Cozy hub for `cozy_ref`. Default: none, and `cozy_ref` is refused.",
     )
-    hub_token: str = _from(
-        "FILE_API_TOKEN", "COZY_HUB_TOKEN", note="Bearer token for the hub", secret=True
+    hub_token: str = _variable(
+        "FILE_API_TOKEN",
+        "COZY_HUB_TOKEN",
+        note="Bearer token for the Cozy hub.",
+        secret=True,
     )
-    hub_tenant: str = _from("COZY_TENANT_ID", note="Tenant sent to the hub")
-    webhook_secret: str = _from(
+    hub_tenant: str = _variable(
+        "COZY_TENANT_ID", note="Tenant id that is sent to the Cozy hub. Default: none."
+    )
+    webhook_secret: str = _variable(
         config.WEBHOOK_SECRET,
-        read=setting_types.webhook_secrets,
-        note="Secrets, separated by spaces, each of which signs webhooks: `whsec_...`; "
-        "default: none, and `zlora up` makes one. How to make one: docs/webhooks.md",
+        read=parsers.webhook_secrets,
+        note="Secrets (`whsec_...`), separated by spaces, each of which signs every webhook. "
+        "Default: none; `zlora up` creates one. See docs/webhooks.md.",
         secret=True,
     )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read all variables; raises `InvalidSetting` that names the variable."""
+        """Read all variables. Raises `InvalidSetting` that names the variable."""
         broker = config.broker_url(environ)
         values: dict[str, Any] = {
             "home": config.home(environ),
@@ -324,63 +373,119 @@ class Settings:
         if bool(values["lora_s3_key"]) != bool(values["lora_s3_secret"]):
             name = "ZLORA_LORA_S3_SECRET_ACCESS_KEY"
             raise InvalidSetting(
-                f"{name} and ZLORA_LORA_S3_ACCESS_KEY_ID: one without the other", {"name": name}
+                f"{name} and ZLORA_LORA_S3_ACCESS_KEY_ID: expected both or neither", {"name": name}
             )
         return cls(**values)
 
     @property
     def store_url(self) -> str:
-        """The store, with its default."""
+        """URL of the store, or its default."""
         return self.store or (self.home / "store").as_uri()
 
     @property
     def source_endpoint(self) -> str:
-        """The S3 server of `s3://` sources; empty for AWS."""
+        """URL of the S3 server of `s3://` LoRAs; empty for AWS."""
         return self.lora_s3_endpoint or self.s3_endpoint
 
     @property
     def cache_folder(self) -> Path:
-        """The LoRA cache's folder, with its default."""
-        return (
-            Path(self.lora_cache).expanduser().absolute()
-            if self.lora_cache
-            else self.home / "loras"
+        """Folder of the LoRA cache, or its default."""
+        if self.lora_cache:
+            return Path(self.lora_cache).expanduser().absolute()
+        return self.home / "loras"
+
+    @property
+    def serves_demo_model(self) -> bool:
+        """Whether the base model is the demo model, which alone fits `demo://` LoRAs."""
+        return self.model == "demo"
+
+    @property
+    def credentials_fingerprint(self) -> str:
+        """Sha256 of all settings that decide what LoRA sources let this worker have."""
+        deciding = (
+            (self.hub_url, self.hub_token, self.hub_tenant),
+            (self.hf_endpoint, self.hf_token),
+            (self.civitai_url, self.civitai_token),
+            (self.source_endpoint, self.lora_s3_key, self.lora_s3_secret, self.lora_s3_token),
+            (self.lora_buckets, self.lora_roots, sorted(self.allow_hosts)),
+            self.serves_demo_model,
         )
+        return hashlib.sha256(repr(deciding).encode()).hexdigest()
 
     @property
     def secrets(self) -> list[str]:
-        """All values that must not be read anywhere, such as in a log."""
-        values = [getattr(self, item.name) for item in fields(self) if item.metadata.get(_SECRET)]
-        words = [word for value in values if isinstance(value, str) for word in value.split()]
-        urls = [urlsplit(url) for url in (self.broker_url, self.result_backend)]
-        passwords = [url.password or "" for url in urls]
-        passwords += [
-            value for url in urls for name, value in parse_qsl(url.query) if name == "password"
-        ]
-        keys = [
-            str(value) for name, value in self.s3_put.items() if "Key" in name
-        ]  # `SSEKMSKeyId`, and not `ACL`
-        return [*words, *passwords, *map(unquote, passwords), *keys]
+        """All values that must not be shown anywhere, such as in a log."""
+        secrets = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.metadata.get("secret") and isinstance(value, str):
+                secrets += value.split()
+        for url in map(urlsplit, (self.broker_url, self.result_backend)):
+            passwords = [url.password or ""]
+            passwords += [value for name, value in parse_qsl(url.query) if name == "password"]
+            secrets += [*passwords, *map(unquote, passwords)]
+        # `SSEKMSKeyId` for example, and not `ACL`
+        secrets += [str(value) for name, value in self.s3_put.items() if "Key" in name]
+        return secrets
 
     def __repr__(self) -> str:
-        shown = {
-            item.name: _masked(getattr(self, item.name), item.metadata.get(_SECRET))
-            for item in fields(self)
-        }
-        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        shown = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.metadata.get("secret") and value:
+                value = "***"
+            elif isinstance(value, str):
+                value = _without_password(value)
+            shown.append(f"{item.name}={value!r}")
+        return f"Settings({', '.join(shown)})"
+
+
+class SettingRow(NamedTuple):
+    """Row of the reference page: variables of one setting, the first that is set wins."""
+
+    names: tuple[str, ...]
+    default: str  # as the variable's text; empty if there is none
+    note: str
+
+
+def reference() -> Iterator[SettingRow]:
+    """Rows of the reference page, in the order of the fields."""
+    yield SettingRow(
+        (config.BROKER_URL,),
+        config.DEFAULT_BROKER,
+        "URL of the Redis broker, for clients and workers. If it is not set, a running `zlora up` "
+        "is used before the default.",
+    )
+    yield SettingRow(
+        (config.RESULT_BACKEND,),
+        "",
+        "URL of the Redis result backend, for clients and workers. Default: the broker.",
+    )
+    yield SettingRow(
+        (config.HOME,),
+        "",
+        "Data folder, for clients and workers. Default: `zlora` in the user's data folder (XDG), "
+        "usually `~/.local/share/zlora`.",
+    )
+    for item in fields(Settings):
+        if item.metadata:
+            names, default = item.metadata["names"], item.metadata["default"]
+            yield SettingRow(names, default, item.metadata["note"])
 
 
 def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
-    told = {name: value for name in metadata["names"] if (value := config.value_of(environ, name))}
-    name, text = next(iter(told.items()), (metadata["names"][0], metadata["default"]))
+    name, text = metadata["names"][0], metadata["default"]
+    # every variable is read, so that an unreadable file of any of them is an error
+    values = [(other, config.value_of(environ, other)) for other in metadata["names"]]
+    for other, value in reversed(values):
+        if value:
+            name, text = other, value
     try:
         return metadata["read"](text)
     except ValueError as error:
-        shown = "***" if metadata[_SECRET] else repr(_masked(text, None))
+        shown = "***" if metadata["secret"] else repr(_without_password(text))
         raise InvalidSetting(f"{name}={shown}: {error}", {"name": name}) from None
 
 
-def _masked(value: Any, secret: bool | None) -> Any:
-    if secret and value:
-        return "***"
-    return re.sub(r"://[^;]*@", "://***@", value) if isinstance(value, str) else value
+def _without_password(text: str) -> str:
+    return re.sub(r"://[^;]*@", "://***@", text)

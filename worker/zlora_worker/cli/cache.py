@@ -1,4 +1,4 @@
-"""`zlora cache ls|prune|verify`: what the LoRA cache of this machine holds, beside the workers that use it."""
+"""`zlora cache ls|prune|verify`: list, prune and verify this machine's LoRA cache."""
 
 import os
 import re
@@ -20,18 +20,18 @@ from zlora.errors import InvalidSetting
 
 from zlora_worker.settings import Settings
 
-if TYPE_CHECKING:  # it needs what a producer alone has not, and `zlora` starts without
+if TYPE_CHECKING:  # needs libraries that a producer alone does not have
     from zlora_worker.fetch.eviction import DiskBudget, Verdict
 
 _MB: Final = 10**6
-_DIGITS: Final = 12  # of a sha256, for people
-_WIDTH: Final = 240  # characters where no terminal says
+_DIGITS: Final = 12  # of a sha256 in the table
+_WIDTH: Final = 240  # characters of a line if the output is not a terminal
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _AGE: Final = re.compile("([0-9]{1,9})([smhd]?)")
 
 
 class FileRow(Struct, frozen=True, kw_only=True):
-    """One file. `last_used` is in seconds since the epoch; `sources` have no secrets."""
+    """One file; `last_used` in epoch seconds, `sources` without secrets."""
 
     sha256: str
     size: int
@@ -41,7 +41,7 @@ class FileRow(Struct, frozen=True, kw_only=True):
 
 
 class Listing(Struct, frozen=True, kw_only=True):
-    """A cache: the most recently used first. Sizes are in bytes; `drafts` are downloads on their way."""
+    """A cache, the most recently used file first; sizes in bytes, `drafts` in progress."""
 
     folder: str
     files: tuple[FileRow, ...]
@@ -53,23 +53,25 @@ class Listing(Struct, frozen=True, kw_only=True):
 
 
 def _age(text: str) -> float:
-    """Seconds."""
+    """Return an age such as `15m` in seconds."""
     if (found := _AGE.fullmatch(text)) is None:
-        raise click.BadParameter(f"{text!r} is no number of seconds, nor one with s, m, h or d")
+        raise click.BadParameter(
+            f"{text!r} is not a number of seconds, or a number with s, m, h or d"
+        )
     return float(found[1]) * _SECONDS[found[2]]
 
 
 @click.group()
 def cache() -> None:
-    """Look at this machine's LoRA cache, make room in it, or check its files."""
+    """List, prune or verify this machine's LoRA cache."""
 
 
 @cache.command()
 @json_option
 def ls(as_json: bool) -> None:
     """List the files, the most recently used first."""
-    with _opened() as space:
-        listing = _listing(space)
+    with _opened() as budget:
+        listing = _listing(budget)
     if as_json:
         print_json(listing)
         return
@@ -77,8 +79,8 @@ def ls(as_json: bool) -> None:
     console.print(_table(listing))
     console.print(
         f"{len(listing.files)} files, {_mb(listing.held)} of {_mb(listing.max_bytes)} MB, "
-        f"{_mb(listing.drafts)} of them on their way; "
-        f"{_mb(listing.disk_free)} MB of the disk are free, {_mb(listing.free_bytes)} stay free",
+        f"{_mb(listing.drafts)} MB of downloads in progress; "
+        f"{_mb(listing.disk_free)} MB of the disk are free, {_mb(listing.free_bytes)} MB stay free",
         highlight=False,
     )
 
@@ -87,43 +89,45 @@ def ls(as_json: bool) -> None:
 @click.option(
     "--max-bytes",
     type=click.IntRange(min=0),
-    help="Until so many are left. [default: the cache's cap]",
+    help="Evict until this many bytes are left. [default: the cache's cap]",
 )
 @click.option(
     "--older-than",
     type=_age,
     metavar="AGE",
-    help="What was not used for so long: seconds, or 15m, 12h, 7d.",
+    help="Evict only files not used for this long: seconds, or 15m, 12h, 7d.",
 )
-@click.option("--all", "everything", is_flag=True, help="Whatever is not in use.")
+@click.option("--all", "everything", is_flag=True, help="Evict every file that is not in use.")
 @json_option
 def prune(max_bytes: int | None, older_than: float | None, everything: bool, as_json: bool) -> None:
-    """Let files go, the least recently used first. Those that a worker uses stay."""
+    """Evict files, the least recently used first. Files in use stay."""
     if everything and (max_bytes, older_than) != (None, None):
-        raise click.UsageError("--all leaves nothing to choose")
-    with _opened() as space:
+        raise click.UsageError("--all cannot be combined with --max-bytes or --older-than")
+    with _opened() as budget:
         if max_bytes is None:
-            max_bytes = 0 if everything or older_than is not None else space.max_bytes
-        pruned = space.prune(max_bytes=max_bytes, older_than=older_than or 0.0)
+            max_bytes = 0 if everything or older_than is not None else budget.max_bytes
+        pruned = budget.prune(max_bytes=max_bytes, older_than=older_than or 0.0)
     if as_json:
         print_json(pruned)
         return
-    stayed = f"; {pruned.in_use} are in use and stayed" if pruned.in_use else ""
-    click.echo(f"{pruned.files} files went, {_mb(pruned.size)} MB{stayed}")
+    text = f"{pruned.files} files evicted, {_mb(pruned.size)} MB"
+    if pruned.in_use:
+        text += f"; {pruned.in_use} in use"
+    click.echo(text)
 
 
 @cache.command()
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, as_json: bool) -> None:
-    """Hash every file and drop the damaged ones; exit status 1 where there were some."""
+    """Hash every file and delete damaged ones; exit status 1 if there were any."""
     console = Console(stderr=True)
     columns = (TextColumn("hashing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    with _opened() as space, progress:
-        bar = progress.add_task("", total=sum(1 for _ in space.loras()))
+    with _opened() as budget, progress:
+        bar = progress.add_task("", total=sum(1 for _ in budget.loras()))
         verdicts = dict[str, "Verdict"]()
-        for sha256, verdict in space.verify():
+        for sha256, verdict in budget.verify():
             verdicts[sha256] = verdict
             progress.advance(bar)
     damaged = {sha256: verdict for sha256, verdict in verdicts.items() if verdict != "sound"}
@@ -131,19 +135,19 @@ def verify(ctx: click.Context, as_json: bool) -> None:
         print_json(verdicts)
     else:
         for sha256, verdict in damaged.items():
-            click.echo(
-                f"damaged, and {'dropped' if verdict == 'dropped' else 'cannot be dropped'}: {sha256}"
-            )
-        click.echo(f"{len(verdicts)} files, {len(verdicts) - len(damaged)} of them sound")
+            consequence = "deleted" if verdict == "dropped" else "cannot be deleted"
+            click.echo(f"damaged, {consequence}: {sha256}")
+        click.echo(f"{len(verdicts)} files, {len(damaged)} damaged")
     ctx.exit(1 if damaged else 0)
 
 
 @contextmanager
 def _opened() -> Iterator["DiskBudget"]:
-    """The cache of this environment as it is; what is made or tidied by this user may be out of a worker's reach."""
+    """Open the cache without creating or tidying anything: its owner is the worker's user."""
     if not all(map(find_spec, ("requests", "ssrfguard"))):
         raise InvalidSetting(
-            "the cache is the worker's: pip install 'z-image-lora[worker]'", {"name": "worker"}
+            "the LoRA cache needs the worker: pip install 'z-image-lora[worker]'",
+            {"name": "worker"},
         )
     from zlora_worker.fetch.eviction import DiskBudget
 
@@ -152,54 +156,51 @@ def _opened() -> Iterator["DiskBudget"]:
     with writing(folder):
         if not (folder / "files").is_dir():
             click.echo(f"{folder}: there is no LoRA cache yet", err=True)
-        yield DiskBudget.under(
-            folder, max_bytes=settings.lora_cache_bytes, free_bytes=settings.lora_free_bytes
+        yield DiskBudget(
+            folder=folder, max_bytes=settings.lora_cache_bytes, free_bytes=settings.lora_free_bytes
         )
 
 
-def _listing(space: "DiskBudget") -> Listing:
+def _listing(budget: "DiskBudget") -> Listing:
     from zlora_worker.fetch.cache_index import CacheIndex
     from zlora_worker.fetch.eviction import listed
     from zlora_worker.fetch.file_lock import unused
 
-    folder, sources = space.files.parent, dict[str, set[str]]()
-    for _, entry in CacheIndex(folder, asker="").entries():
+    sources = dict[str, set[str]]()
+    for _, entry in CacheIndex(budget.folder, credentials_fingerprint="").entries():
         sources.setdefault(entry.sha256, set()).add(entry.source)
     rows = []
-    for found, path in sorted(space.loras(), key=lambda item: -item[0].st_atime_ns):
-        with unused(path) as free:
-            names = tuple(sorted(sources.get(path.stem, ())))
-            rows.append(
-                FileRow(
-                    sha256=path.stem,
-                    size=found.st_size,
-                    last_used=found.st_atime,
-                    in_use=not free,
-                    sources=names,
-                )
+    for found, path in sorted(budget.loras(), key=lambda item: -item[0].st_atime_ns):
+        with unused(path) as is_unused:
+            row = FileRow(
+                sha256=path.stem,
+                size=found.st_size,
+                last_used=found.st_atime,
+                in_use=not is_unused,
+                sources=tuple(sorted(sources.get(path.stem, ()))),
             )
+            rows.append(row)
     return Listing(
-        folder=str(folder),
+        folder=str(budget.folder),
         files=tuple(rows),
-        drafts=sum(entry.st_size for entry, _ in listed(space.drafts)),
-        held=space.held,
-        max_bytes=space.max_bytes,
-        disk_free=space.free,
-        free_bytes=space.free_bytes,
+        drafts=sum(entry.st_size for entry, _ in listed(budget.drafts)),
+        held=budget.used,
+        max_bytes=budget.max_bytes,
+        disk_free=budget.free,
+        free_bytes=budget.free_bytes,
     )
 
 
 def _table(listing: Listing) -> Table:
-    """A stranger's words are shown as they are: none of them is markup."""
+    # `Text` shows addresses as they are: rich would read [red] in one as markup
     table = Table(
         "sha256", "MB", "last used", "in use", "sources", title=Text(listing.folder), box=None
     )
     for row in listing.files:
-        sources = Text("\n".join(row.sources) or "not known any more", overflow="fold")
+        sources = Text("\n".join(row.sources) or "unknown", overflow="fold")
+        ago = _ago(time.time() - row.last_used)
         used = "now" if row.in_use else ""
-        table.add_row(
-            row.sha256[:_DIGITS], _mb(row.size), _ago(time.time() - row.last_used), used, sources
-        )
+        table.add_row(row.sha256[:_DIGITS], _mb(row.size), ago, used, sources)
     return table
 
 

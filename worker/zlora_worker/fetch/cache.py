@@ -1,8 +1,10 @@
-"""LoRA files on disk, named by their sha256, shared by all processes of a machine.
+"""LoRA files on disk, named by their sha256 and shared by all processes of a machine.
 
-`files/<sha256>.safetensors` appear whole by rename and go by unlink; `drafts/` are downloads, each of one process at a
-time, which holds its lock in `locks/`; `index/`, `failed/` and `sound/` are `CacheIndex`'s. The time of a file's last use is
-its access time; whoever uses one holds it.
+* `files/<sha256>.safetensors`: whole files, which appear by a rename and disappear by an unlink. A
+  process that uses a file holds a shared lock on it; its access time is the time of its last use.
+* `drafts/`: one file for each source that is being downloaded, locked by the downloading process.
+* `locks/`: one lock for each content (sha256) that is being downloaded.
+* `index/`, `failed/`, `verified/`: the records of `CacheIndex`.
 """
 
 import errno
@@ -14,28 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraError
+from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraError, LoraUnreachable
 from zlora.redaction import without_secrets
 from zlora.schema import Asset
 
-from zlora_worker.fetch.cache_index import CacheIndex
-from zlora_worker.fetch.eviction import DiskBudget, sha256_of
+from zlora_worker.fetch.cache_index import CacheIndex, digest_of, source_of
+from zlora_worker.fetch.eviction import DiskBudget, sha256_of, written
 from zlora_worker.fetch.fetcher import Fetcher
-from zlora_worker.fetch.file_lock import alone, in_use
-from zlora_worker.fetch.single_flight import SingleFlight
-from zlora_worker.fetch.transfer import Fetched, OnBytes, nobody
+from zlora_worker.fetch.file_lock import hold, is_at, share, try_lock
+from zlora_worker.fetch.transfer import Fetched, OnBytes
 from zlora_worker.settings import Settings
 
-_RECENT: Final = (
-    900.0  # seconds since its last use in which a file does not go for one that is fetched ahead
+_RECENT: Final = 900.0  # seconds; files used within this time are not evicted for a prefetch
+_POLL: Final = 0.05  # seconds between two looks at another process's download
+_SAME_CONTENT: Final = (
+    10.0  # seconds to wait for the same content from another, perhaps slow, source
 )
+_STALLED: Final = 40.0  # seconds without a byte after which a download is taken over
 
 Tier = Literal["disk", "network"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedFile:
-    """A checked safetensors file, and how it came here."""
+    """A checked safetensors file; `seconds` is the time that it took to get it."""
 
     path: Path
     sha256: str
@@ -46,27 +50,27 @@ class CachedFile:
 
 
 class Cache:
-    """Content-addressed files under `folder`."""
+    """Content-addressed files under `folder`, for one thread."""
 
     def __init__(self, folder: Path, *, max_bytes: int, free_bytes: int, fetcher: Fetcher) -> None:
-        """Raises `InvalidSetting` where the folder cannot be made."""
-        self._files, self._drafts, self._locks = (
-            folder / "files",
-            folder / "drafts",
-            folder / "locks",
-        )
-        self.index = CacheIndex(folder, asker=fetcher.asker)
-        self.space = DiskBudget.under(folder, max_bytes=max_bytes, free_bytes=free_bytes)
+        """Raise `InvalidSetting` if the folder cannot be created."""
+        self._files = folder / "files"
+        self._drafts = folder / "drafts"
+        self._locks = folder / "locks"
+        fingerprint = fetcher.settings.credentials_fingerprint
+        self.index = CacheIndex(folder, credentials_fingerprint=fingerprint)
+        self.budget = DiskBudget(folder=folder, max_bytes=max_bytes, free_bytes=free_bytes)
         self._fetcher = fetcher
         try:
             self.tidy()
         except OSError as error:
-            reason = f"ZLORA_LORA_CACHE={folder}: {error.strerror}"
-            raise InvalidSetting(reason, {"name": "ZLORA_LORA_CACHE"}) from error
+            raise InvalidSetting(
+                f"ZLORA_LORA_CACHE={folder}: {error.strerror}", {"name": "ZLORA_LORA_CACHE"}
+            ) from error
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
-        """The cache of a worker, for one thread; raises `InvalidSetting`."""
+        """Open a worker's cache. Raises `InvalidSetting` if its folder cannot be created."""
         return cls(
             settings.cache_folder,
             max_bytes=settings.lora_cache_bytes,
@@ -76,196 +80,232 @@ class Cache:
 
     @contextmanager
     def files(
-        self, assets: Sequence[Asset], *, since: float | None = None, on_bytes: OnBytes = nobody
+        self,
+        assets: Sequence[Asset],
+        *,
+        since: float | None = None,
+        on_bytes: OnBytes | None = None,
     ) -> Iterator[list[CachedFile]]:
-        """The files of assets, fetched where they are not here; none goes as long as the block runs.
+        """Yield the files of assets, downloaded if necessary; none is evicted while the block runs.
 
-        What a source has said `since` then (seconds since the epoch; now) is not asked again. `on_bytes` hears how much
-        of a download has come; a `ZloraError` that it raises ends the wait. Raises a `LoraError`.
+        A source that has answered since `since` (epoch seconds; now by default) is not asked again.
+        `on_bytes` is called with the received and the expected bytes of a download; an exception
+        that it raises ends the download. Raises a `LoraError` if a file cannot be had.
         """
         since = time.time() if since is None else since
+        found = []
         with ExitStack() as held:
-            with _disk():
-                found = [self._file_of(asset, held, since, on_bytes) for asset in assets]
+            with _disk_errors():
+                for asset in assets:
+                    start = time.monotonic()
+                    sha256, tier = self._find(asset, held, since, on_bytes or _ignore)
+                    path = self.file(sha256)
+                    file = CachedFile(
+                        path=path,
+                        sha256=sha256,
+                        size=path.stat().st_size,
+                        source=self._fetcher.source(asset.address),
+                        tier=tier,
+                        seconds=time.monotonic() - start,
+                    )
+                    found.append(file)
             yield found
 
     def bring(self, asset: Asset, *, since: float) -> None:
-        """Fetch a file ahead of its use, where it is not here and nobody else does; nothing used lately goes for it.
+        """Prefetch a file, unless it is here or another process downloads it.
 
-        Raises a `LoraError`, which is not remembered: the job that needs the file asks itself.
+        No file that was used recently is evicted for it. Raises a `LoraError`, which is not
+        remembered: the job that needs the file asks the source itself.
         """
-        with ExitStack() as held, _disk():
+        with ExitStack() as held, _disk_errors():
             self._make_folders()
-            turn = self._turn(asset)
-            with alone(*turn.locks) as mine:
-                if (
-                    mine
-                    and self._here(asset, held, since) is None
-                    and self.index.failure(asset) is None
-                ):
-                    self._bring(asset, turn.draft, held, nobody, spare=_RECENT)
+            draft = self._draft(asset)
+            with self._claim(asset, draft, share_content=True) as descriptor:
+                if descriptor is None or self._here(asset, held, since):
+                    return
+                if self.index.failure(asset) is None:
+                    self._download(asset, draft, descriptor, held, _ignore, spare=_RECENT)
 
-    def _file_of(
-        self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes
-    ) -> CachedFile:
-        start = time.monotonic()
-        sha256, tier = self._find(asset, held, since, on_bytes)
-        path = self.file(sha256)
-        return CachedFile(
-            path=path,
-            sha256=sha256,
-            size=path.stat().st_size,
-            source=self._fetcher.source(asset.address),
-            tier=tier,
-            seconds=time.monotonic() - start,
-        )
+    def file(self, sha256: str) -> Path:
+        """Path of the file with this sha256, whether it exists or not."""
+        return self._files / f"{sha256}.safetensors"
+
+    def _draft(self, asset: Asset) -> Path:
+        """Path of the download of an asset's source."""
+        return self._drafts / digest_of(source_of(asset.address))
+
+    def tidy(self) -> None:
+        """Delete what is left over: expired records, and drafts and locks of ended processes."""
+        self._make_folders()
+        with self.budget.exclusive():
+            self.index.tidy(lambda sha256: self.file(sha256).exists())
+        for lock in list(self._locks.iterdir()):
+            with try_lock(lock):
+                pass  # a lock that no process has is deleted as it is given back
+        self.budget.remove_abandoned_drafts()
 
     def _find(
         self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes
     ) -> tuple[str, Tier]:
-        """The digest of an asset's file, which is held from then on; one process brings it, however many ask."""
-        turn = self._turn(asset)
-        while (sha256 := self._told(asset, held, since)) is None:
-            self._make_folders()  # whoever clears the cache deletes them
-            with alone(*turn.locks) as mine:
-                if mine:  # and whoever was inside before may have told
-                    sha256 = self._told(asset, held, since)
-                    return (
-                        (sha256, "disk")
-                        if sha256
-                        else self._bring_or_remember(asset, turn.draft, held, on_bytes)
-                    )
-            turn.wait(on_bytes)
+        """Sha256 and tier of an asset's file, which is held from then on.
+
+        One process downloads a source; the others wait for it and report its progress.
+        """
+        draft = self._draft(asset)
+        deadline = self._fetcher.settings.lora_deadline
+        start = moved = time.monotonic()
+        seen = (0, 0)  # inode and bytes of the other process's draft
+        while (sha256 := self._known(asset, held, since)) is None:
+            self._make_folders()  # an operator may have deleted the whole cache
+            share_content = time.monotonic() < start + _SAME_CONTENT
+            with self._claim(asset, draft, share_content=share_content) as descriptor:
+                if descriptor is not None:
+                    # the process before may have finished between the look and the lock
+                    if (sha256 := self._known(asset, held, since)) is not None:
+                        break
+                    try:
+                        return self._download(asset, draft, descriptor, held, on_bytes)
+                    except CacheFull:
+                        raise  # of this machine, not of the source
+                    except LoraError as error:
+                        with suppress(OSError):  # the source's failure says more than the disk's
+                            self.index.remember_failure(asset, error)
+                        raise
+
+            # wait for the other process
+            now = time.monotonic()
+            if now > start + deadline:
+                address = without_secrets(asset.address)
+                raise LoraUnreachable(
+                    f"{address}: another process did not finish the download within {deadline} s"
+                )
+            inode = received = expected = 0
+            with suppress(FileNotFoundError):
+                found = draft.stat()
+                inode, received, expected = found.st_ino, written(found), found.st_size
+            if (inode, received) != seen:
+                seen, moved = (inode, received), now
+            elif now > moved + min(_STALLED, deadline / 2):
+                with self.budget.exclusive():  # so that no draft is renamed at the same time
+                    draft.unlink(missing_ok=True)  # the next claim creates another
+            on_bytes(received, expected)
+            time.sleep(_POLL)
         return sha256, "disk"
 
-    def _told(self, asset: Asset, held: ExitStack, since: float) -> str | None:
-        """The digest of an asset's file, where no source needs to be asked; raises how it failed a short while ago."""
-        if (sha256 := self._here(asset, held, since)) is None and (
-            failure := self.index.failure(asset)
-        ) is not None:
+    @contextmanager
+    def _claim(self, asset: Asset, draft: Path, *, share_content: bool) -> Iterator[int | None]:
+        """Open and lock the draft of an asset's source; None if another process has it.
+
+        If the request names the sha256 and `share_content` is set, also None if another process
+        downloads that content from another source.
+        """
+        with ExitStack() as locks:
+            paths = [draft]
+            if asset.sha256 and share_content:
+                paths.insert(0, self._locks / asset.sha256)
+            for path in paths:
+                descriptor = locks.enter_context(try_lock(path))
+                if descriptor is None:
+                    break
+            yield descriptor
+
+    def _known(self, asset: Asset, held: ExitStack, since: float) -> str | None:
+        """Sha256 of an asset's file if that needs no request; raise its recent failure."""
+        if (sha256 := self._here(asset, held, since)) is not None:
+            return sha256
+        if (failure := self.index.failure(asset)) is not None:
             raise failure
-        return sha256
+        return None
 
     def _here(self, asset: Asset, held: ExitStack, since: float) -> str | None:
-        """The digest of an asset's file, where it is here and has been asked for `since` then."""
+        """Sha256 of an asset's file if it is here and either pinned or fresh; it is then held."""
         if asset.sha256 and self._hold(asset.sha256, held):
             return asset.sha256
-        entry = self.index.entry(asset.address)
-        asked = self.index.asked(asset.address, entry) if entry else None
-        if entry is None or asked is None or not since <= asked <= time.time():
+        if (entry := self.index.entry(asset.address)) is None:
+            return None
+        answered = self.index.answered_at(asset.address, entry)
+        if answered is None or not since <= answered <= time.time():
             return None
         if asset.sha256 and asset.sha256 != entry.sha256:
             return None
         return entry.sha256 if self._hold(entry.sha256, held) else None
 
-    def _bring_or_remember(
-        self, asset: Asset, draft: Path, held: ExitStack, on_bytes: OnBytes
+    def _download(
+        self,
+        asset: Asset,
+        draft: Path,
+        descriptor: int,
+        held: ExitStack,
+        on_bytes: OnBytes,
+        *,
+        spare: float = 0.0,
     ) -> tuple[str, Tier]:
-        try:
-            return self._bring(asset, draft, held, on_bytes, spare=0.0)
-        except CacheFull:
-            raise
-        except LoraError as error:
-            with suppress(OSError):  # of two failures the source's says more
-                self.index.failed(asset, error)
-            raise
+        """Ask the source, and keep what it sends; `descriptor` is the locked draft."""
+        on_bytes(0, 0)  # the source may be silent for long
+        os.ftruncate(descriptor, 0)  # a killed process may have left a part
+        now, entry = time.time(), self.index.entry(asset.address)
+        # hold what the source had last until it is known to have something else
+        previous = held.enter_context(ExitStack())
+        known = entry.fetched if entry and self._hold(entry.sha256, previous) else None
+        with os.fdopen(os.dup(descriptor), "wb") as file:
 
-    def _bring(
-        self, asset: Asset, draft: Path, held: ExitStack, on_bytes: OnBytes, *, spare: float
-    ) -> tuple[str, Tier]:
-        """Ask the source, in turn."""
-        on_bytes(0, 0)  # it may say nothing for long
-        asked, entry = time.time(), self.index.entry(asset.address)
-        before = held.enter_context(
-            ExitStack()
-        )  # holds what the source had last, until it is known to have another
-        known = entry.fetched if entry and self._hold(entry.sha256, before) else None
-        draft.unlink(
-            missing_ok=True
-        )  # a dead process's; were it alive, what it writes is in no name's way
-        try:
-            with draft.open("xb") as file:
+            def make_room(size: int) -> None:
+                previous.close()
+                self.budget.reserve(file, size, spare=spare)
 
-                def make_room(size: int) -> None:
-                    before.close()
-                    self.space.reserve(file, size, spare=spare)
+            def have(sha256: str) -> Fetched | None:
+                if not self._hold(sha256, held):
+                    return None
+                return Fetched(sha256=sha256, size=self.file(sha256).stat().st_size)
 
-                fetched = self._fetcher.fetch(
-                    asset.address,
-                    file,
-                    known=known,
-                    have=lambda sha256: self._fetched(sha256, held),
-                    on_bytes=on_bytes,
-                    make_room=make_room,
-                )
-                tier: Tier = "network" if file.tell() == fetched.size else "disk"
-                mine = os.fstat(file.fileno())
-            _require_pin(asset, fetched)
-            while not self._hold(fetched.sha256, held):
-                if tier == "disk":  # and the draft is none of it
-                    raise _deleted()
-                self._keep(draft, mine, fetched.sha256, held)
-            self.index.remember(asset.address, fetched, asked=asked)
-        finally:
-            draft.unlink(missing_ok=True)
+            fetched = self._fetcher.fetch(
+                asset.address,
+                file,
+                known=known,
+                have=have,
+                on_bytes=on_bytes,
+                make_room=make_room,
+            )
+            tier: Tier = "network" if file.tell() == fetched.size else "disk"
+        if asset.sha256 and fetched.sha256 != asset.sha256:
+            raise LoraCorrupt(
+                f"{without_secrets(asset.address)}: the request names sha256 {asset.sha256}, "
+                f"the bytes have {fetched.sha256}"
+            )
+        while not self._hold(fetched.sha256, held):
+            if tier == "disk":  # nothing was sent, and the file was deleted meanwhile
+                raise _deleted()
+            self._keep(draft, descriptor, fetched.sha256)
+        self.index.remember(asset.address, fetched, at=now)
         return fetched.sha256, tier
 
-    # Files
-
-    def file(self, sha256: str) -> Path:
-        """Where the file of that digest is, or would be."""
-        return self._files / f"{sha256}.safetensors"
+    def _keep(self, draft: Path, descriptor: int, sha256: str) -> None:
+        """Give a checked draft its final name, if no file has that; `descriptor` still locks it."""
+        os.fsync(descriptor)  # after a power loss a name must not stand for other bytes
+        with self.budget.exclusive():
+            if not is_at(descriptor, draft):
+                raise _deleted()
+            if not self.file(sha256).exists():
+                self.index.mark_verified(sha256, os.fstat(descriptor))
+                os.replace(draft, self.file(sha256))
+                share(descriptor)  # before others may evict
 
     def _hold(self, sha256: str, held: ExitStack) -> bool:
-        """Mark a file as used now and keep it from going; False where it is not here, or not what its name says."""
+        """Mark a file as used now and keep it from eviction; False if it is missing or damaged."""
         path = self.file(sha256)
-        if (descriptor := in_use(path)) is None:
+        if (descriptor := hold(path)) is None:
             return False
         held.callback(os.close, descriptor)
         found = os.fstat(descriptor)
-        if not self.index.is_sound(sha256, found):
+        if not self.index.is_verified(sha256, found):
             if sha256_of(descriptor) != sha256:
-                self.space.drop(descriptor, path)
+                self.budget.drop(descriptor, path)
                 return False
-            with suppress(OSError):  # on a disk that is read-only it is hashed each time
-                self.index.sound(sha256, found)
-        with suppress(OSError):  # there nothing is let go either
+            with suppress(OSError):  # on a read-only disk it is hashed each time
+                self.index.mark_verified(sha256, found)
+        with suppress(OSError):  # on a read-only disk nothing is evicted
             os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
         return True
-
-    def _fetched(self, sha256: str, held: ExitStack) -> Fetched | None:
-        if not self._hold(sha256, held):
-            return None
-        return Fetched(sha256=sha256, size=self.file(sha256).stat().st_size)
-
-    def _keep(self, draft: Path, mine: os.stat_result, sha256: str, held: ExitStack) -> None:
-        """Give a checked draft its name, where there is no such file; it is held before others can see it."""
-        descriptor = in_use(draft)
-        if descriptor is None or not os.path.samestat(os.fstat(descriptor), mine):
-            raise _deleted()
-        held.callback(os.close, descriptor)
-        with self.space.turn():
-            if not self.file(sha256).exists():
-                self.index.sound(sha256, os.fstat(descriptor))
-                os.replace(draft, self.file(sha256))
-
-    def _turn(self, asset: Asset) -> SingleFlight:
-        seconds = self._fetcher.settings.lora_deadline
-        return SingleFlight(asset, locks=self._locks, drafts=self._drafts, seconds=seconds)
-
-    # Upkeep
-
-    def tidy(self) -> None:
-        """Forget what is over: failures, drafts and locks of the dead, and what was known of files that are gone."""
-        self._make_folders()
-        with self.space.turn():
-            self.index.tidy(lambda sha256: self.file(sha256).exists())
-        for lock in list(self._locks.iterdir()):
-            with ExitStack() as stack:
-                stack.enter_context(
-                    alone(lock)
-                )  # where nobody holds it, it goes as this lets it go
-        self.space.clear_drafts()
 
     def _make_folders(self) -> None:
         for part in (self._files, self._drafts, self._locks, *self.index.folders):
@@ -273,8 +313,8 @@ class Cache:
 
 
 @contextmanager
-def _disk() -> Iterator[None]:
-    """The errors of this disk; the network's are `LoraError`s by then."""
+def _disk_errors() -> Iterator[None]:
+    """Turn errors of this machine's disk into `CacheFull`; others are `LoraError` by then."""
     try:
         yield
     except OSError as error:
@@ -282,12 +322,8 @@ def _disk() -> Iterator[None]:
 
 
 def _deleted() -> OSError:
-    return FileNotFoundError(errno.ENOENT, "a file of it was deleted by somebody else")
+    return FileNotFoundError(errno.ENOENT, "another process deleted a file of the cache")
 
 
-def _require_pin(asset: Asset, fetched: Fetched) -> None:
-    if asset.sha256 and fetched.sha256 != asset.sha256:
-        where = without_secrets(asset.address)
-        raise LoraCorrupt(
-            f"{where}: sha256 {asset.sha256} was asked for, the bytes have {fetched.sha256}"
-        )
+def _ignore(_received: int, _expected: int) -> None:
+    """Report progress to no one."""

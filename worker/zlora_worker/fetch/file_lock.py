@@ -1,105 +1,93 @@
-"""Locks between processes that end with whoever holds them: flock(2), which the kernel lets go of at any death."""
+"""Locks between processes by flock(2), which the kernel releases when a process ends."""
 
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def alone(*paths: Path) -> Iterator[bool]:
-    """Whether this process is the only one inside with any of these lock files, which are gone afterwards.
+def try_lock(path: Path) -> Iterator[int | None]:
+    """Open the file at `path` for this process alone; None if another process has it. Do not wait.
 
-    Nobody waits: who takes all or none cannot wait in a circle.
+    The file is created if it is missing, and deleted at the end if it still has its name.
     """
-    with ExitStack() as stack:
-        yield all(stack.enter_context(_alone(path)) for path in paths)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        mine = _taken(descriptor, fcntl.LOCK_EX) and is_at(
-            descriptor, path
-        )  # else it is a deleted file's
+        # a file that lost its name between open and flock protects nothing
+        if not (_try_exclusive(descriptor) and is_at(descriptor, path)):
+            yield None
+            return
         try:
-            yield mine
+            yield descriptor
         finally:
-            if mine:
-                _unlink(descriptor, path)
+            if is_at(descriptor, path):  # else the name belongs to another process's file
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def in_turn(path: Path) -> Iterator[None]:
-    """One process after the other is inside with this lock file, for a moment each."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if is_at(descriptor, path):
-                try:
-                    yield
-                finally:
-                    _unlink(descriptor, path)
-                return
-        finally:
-            os.close(descriptor)
-
-
-def in_use(path: Path) -> int | None:
-    """A descriptor as long as which nobody deletes the file at `path`; None where there is none."""
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Run the block when no other process is inside with this lock file, which stays."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK
-        )  # a pipe with such a name would hold whoever opens it
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def hold(path: Path) -> int | None:
+    """Open a file that is then not deleted until the descriptor is closed; None if missing."""
+    try:
+        # a pipe with such a name would block an open without O_NONBLOCK
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    with ExitStack() as undo:
-        undo.callback(os.close, descriptor)
-        fcntl.flock(
-            descriptor, fcntl.LOCK_SH
-        )  # whoever has it alone is about to delete it, or only looks
-        if not is_at(descriptor, path):
-            return None
-        undo.pop_all()
-    return descriptor
+    try:
+        # waits while another process deletes the file, or checks whether it is in use
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if is_at(descriptor, path):
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def share(descriptor: int) -> None:
+    """Turn the lock of `try_lock` into one of `hold`; others may get a lock in between."""
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 @contextmanager
 def unused(path: Path) -> Iterator[bool]:
-    """Whether the file at `path` is there and nobody uses it; nobody begins to inside."""
+    """Whether a file exists and no process holds it; none can begin to inside the block."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         yield False
         return
     try:
-        yield _taken(descriptor, fcntl.LOCK_EX) and is_at(descriptor, path)
+        yield _try_exclusive(descriptor) and is_at(descriptor, path)
     finally:
         os.close(descriptor)
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that has the name now."""
+    """Whether an open file still has the name `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _taken(descriptor: int, kind: int) -> bool:
+def _try_exclusive(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
-
-
-def _unlink(descriptor: int, path: Path) -> None:
-    """Whoever clears the cache may have come by, and the name may be another's since."""
-    if is_at(descriptor, path):
-        path.unlink(missing_ok=True)

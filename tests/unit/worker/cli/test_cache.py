@@ -1,4 +1,4 @@
-"""`zlora cache`: what it tells of a cache, what it lets go, and what it finds damaged."""
+"""`zlora cache`: ls, prune and verify."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ SIZE = len(ONE)
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
-    """Three files that were used 20, 10 and 5 minutes ago, in the cache of this process's environment."""
+    """Yield the cache of this environment with files that were used 20, 10 and 5 minutes ago."""
     for name in [name for name in os.environ if name.startswith("ZLORA_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("ZLORA_HOME", str(tmp_path))
@@ -43,7 +43,7 @@ def run(*arguments: str) -> Result:
 
 
 def held(data: bytes) -> Asset:
-    """What a job names that needs no source for it."""
+    """Asset of a job that needs no source for it."""
     return Asset(url="https://nowhere.invalid/a", sha256=digest(data))
 
 
@@ -51,8 +51,8 @@ def held(data: bytes) -> Asset:
 
 
 @pytest.mark.usefixtures("cache")
-def test_files_are_listed_with_their_sources_and_without_secrets() -> None:
-    """The most recently used first; the words of a source are no markup."""
+def test_ls_shows_files_with_their_sources_and_without_secrets() -> None:
+    """The most recently used first; an address is not read as markup."""
     result = run("ls")
 
     assert result.exit_code == 0, result.output
@@ -68,7 +68,7 @@ def test_files_are_listed_with_their_sources_and_without_secrets() -> None:
     assert "s3cret" not in result.output
 
 
-def test_the_listing_for_programs_has_all_of_it(cache: Cache, tmp_path: Path) -> None:
+def test_ls_json_has_all_facts(cache: Cache, tmp_path: Path) -> None:
     with cache.files([held(ONE)]):
         listing = json.loads(run("ls", "--json").output)
 
@@ -91,7 +91,7 @@ def test_the_listing_for_programs_has_all_of_it(cache: Cache, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("data", [ONE, TWO])
-def test_a_file_in_use_is_shown_as_such(cache: Cache, data: bytes) -> None:
+def test_ls_marks_files_in_use(cache: Cache, data: bytes) -> None:
     with cache.files([held(data)]):
         output = run("ls").output
 
@@ -100,7 +100,7 @@ def test_a_file_in_use_is_shown_as_such(cache: Cache, data: bytes) -> None:
     assert " now" not in run("ls").output
 
 
-def test_an_empty_cache_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ls_of_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZLORA_HOME", str(tmp_path))
 
     (tmp_path / "loras").mkdir()
@@ -109,12 +109,12 @@ def test_an_empty_cache_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads(run("ls", "--json").stdout)["files"] == []
 
 
-def test_a_look_is_no_use(cache: Cache) -> None:
-    before = {path: path.stat().st_atime_ns for path in cache.space.files.iterdir()}
+def test_ls_and_verify_do_not_count_as_uses(cache: Cache) -> None:
+    before = {path: path.stat().st_atime_ns for path in cache.budget.files.iterdir()}
     run("ls")
     run("verify")
 
-    assert {path: path.stat().st_atime_ns for path in cache.space.files.iterdir()} == before
+    assert {path: path.stat().st_atime_ns for path in cache.budget.files.iterdir()} == before
 
 
 # --- prune
@@ -133,31 +133,31 @@ def test_a_look_is_no_use(cache: Cache) -> None:
         (["--all"], []),
     ],
 )
-def test_what_is_asked_for_goes(
+def test_prune_evicts_what_its_options_say(
     cache: Cache, tmp_path: Path, options: list[str], left: list[bytes]
 ) -> None:
     result = run("prune", *options)
 
     assert result.exit_code == 0, result.output
-    assert result.output == f"{3 - len(left)} files went, 0.0 MB\n"
+    assert result.output == f"{3 - len(left)} files evicted, 0.0 MB\n"
     assert kept(tmp_path) == named(*left)
-    assert len(list(cache.space.files.iterdir())) == len(left)
+    assert len(list(cache.budget.files.iterdir())) == len(left)
 
 
-def test_without_a_word_the_cap_is_kept(
+def test_prune_without_options_prunes_to_the_cap(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where an operator has lowered it."""
+    """Here after an operator has lowered it."""
     monkeypatch.setenv("ZLORA_LORA_CACHE_BYTES", str(SIZE))
     run("prune")
 
     assert kept(tmp_path) == named(THREE)
-    assert cache.space.held == SIZE
+    assert cache.budget.used == SIZE
 
 
-def test_what_a_worker_uses_stays(cache: Cache, tmp_path: Path) -> None:
+def test_prune_keeps_files_in_use(cache: Cache, tmp_path: Path) -> None:
     with cache.files([held(TWO)]):
-        assert run("prune", "--all").output == "2 files went, 0.0 MB; 1 are in use and stayed\n"
+        assert run("prune", "--all").output == "2 files evicted, 0.0 MB; 1 in use\n"
         assert kept(tmp_path) == named(TWO)
 
 
@@ -170,25 +170,27 @@ def test_what_a_worker_uses_stays(cache: Cache, tmp_path: Path) -> None:
         ["--all", "--older-than", "0"],
     ],
 )
-def test_what_makes_no_sense_lets_nothing_go(
+def test_prune_with_invalid_options_evicts_nothing(
     cache: Cache, tmp_path: Path, options: list[str]
 ) -> None:
     assert run("prune", *options).exit_code == 2
-    assert len(kept(tmp_path)) == len(list(cache.space.verify())) == 3
+    assert len(kept(tmp_path)) == len(list(cache.budget.verify())) == 3
 
 
 # --- verify
 
 
-def test_sound_files_are_found_sound(cache: Cache) -> None:
+def test_verify_accepts_undamaged_files(cache: Cache) -> None:
     result = run("verify")
 
-    assert (result.exit_code, result.output) == (0, "3 files, 3 of them sound\n")
-    assert cache.space.held == 3 * SIZE
+    assert (result.exit_code, result.output) == (0, "3 files, 0 damaged\n")
+    assert cache.budget.used == 3 * SIZE
 
 
-def test_damaged_files_are_named_dropped_and_an_exit_status(cache: Cache, tmp_path: Path) -> None:
-    """Also in use, and where size and times are as they were."""
+def test_verify_names_and_deletes_damaged_files_and_exits_with_1(
+    cache: Cache, tmp_path: Path
+) -> None:
+    """Although the file is in use, and its size and times are unchanged."""
     path = cache.file(digest(TWO))
     found = path.stat()
     with cache.files([held(TWO)]):
@@ -197,12 +199,12 @@ def test_damaged_files_are_named_dropped_and_an_exit_status(cache: Cache, tmp_pa
         result = run("verify")
 
     assert result.exit_code == 1
-    assert result.output == f"damaged, and dropped: {digest(TWO)}\n3 files, 2 of them sound\n"
+    assert result.output == f"damaged, deleted: {digest(TWO)}\n3 files, 1 damaged\n"
     assert kept(tmp_path) == named(ONE, THREE)
     assert run("verify").exit_code == 0
 
 
-# --- folders that are not there, not the cache's, not this user's
+# --- missing folders, foreign files, read-only disks, other users
 
 
 @pytest.mark.parametrize(
@@ -210,15 +212,15 @@ def test_damaged_files_are_named_dropped_and_an_exit_status(cache: Cache, tmp_pa
     [
         (["ls"], "0 files, 0.0 of 20,000.0 MB"),
         (["ls", "--json"], '"files": []'),
-        (["prune", "--all"], "0 files went, 0.0 MB"),
-        (["verify"], "0 files, 0 of them sound"),
+        (["prune", "--all"], "0 files evicted, 0.0 MB"),
+        (["verify"], "0 files, 0 damaged"),
     ],
 )
 @pytest.mark.parametrize("made", ["", "loras"])
-def test_where_there_is_no_cache_none_is_made(
+def test_no_command_creates_a_missing_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str, made: str
 ) -> None:
-    """Its folders would be those of whoever looks, and no worker's."""
+    """Its folders would belong to another user than the worker's."""
     monkeypatch.setenv("ZLORA_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("ZLORA_LORA_CACHE", raising=False)
     (tmp_path / "home" / made).mkdir(parents=True)
@@ -231,20 +233,20 @@ def test_where_there_is_no_cache_none_is_made(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_not_the_cache_s_is_not_listed_and_stays(cache: Cache) -> None:
-    foreign = [cache.space.files / name for name in ("README", "folder")]
+def test_foreign_files_are_not_listed_and_stay(cache: Cache) -> None:
+    foreign = [cache.budget.files / name for name in ("README", "folder")]
     foreign[0].write_text("Do not delete")
     foreign[1].mkdir()
 
     assert len(json.loads(run("ls", "--json").output)["files"]) == 3
-    assert run("verify").output == "3 files, 3 of them sound\n"
-    assert run("prune", "--all").output == "3 files went, 0.0 MB\n"
-    assert sorted(cache.space.files.iterdir()) == foreign
+    assert run("verify").output == "3 files, 0 damaged\n"
+    assert run("prune", "--all").output == "3 files evicted, 0.0 MB\n"
+    assert sorted(cache.budget.files.iterdir()) == foreign
 
 
 @pytest.fixture
 def read_only(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    """As if the cache were on a mount without writing."""
+    """Act as if the cache were on a read-only mount."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -261,23 +263,20 @@ def read_only(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return cache
 
 
-def test_a_cache_that_cannot_be_written_is_listed_and_checked(read_only: Cache) -> None:
+def test_a_read_only_cache_can_be_listed_and_verified(read_only: Cache) -> None:
     path = read_only.file(digest(TWO))
     assert len(json.loads(run("ls", "--json").output)["files"]) == 3
-    assert run("verify").output == "3 files, 3 of them sound\n"
+    assert run("verify").output == "3 files, 0 damaged\n"
 
     path.write_bytes(bytes(SIZE))
     result = run("verify")
     assert result.exit_code == 1
-    assert (
-        result.output
-        == f"damaged, and cannot be dropped: {digest(TWO)}\n3 files, 2 of them sound\n"
-    )
+    assert result.output == f"damaged, cannot be deleted: {digest(TWO)}\n3 files, 1 damaged\n"
     assert path.exists()
 
 
 @pytest.mark.usefixtures("read_only")
-def test_nothing_goes_from_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_prune_of_a_read_only_cache_fails(tmp_path: Path) -> None:
     result = run("prune", "--all")
 
     assert (result.exit_code, result.output) == (
@@ -287,7 +286,7 @@ def test_nothing_goes_from_a_cache_that_cannot_be_written(tmp_path: Path) -> Non
     assert kept(tmp_path) == named(ONE, TWO, THREE)
 
 
-def test_what_another_user_alone_may_read_of_the_sources_is_not_known(
+def test_sources_that_this_user_may_not_read_are_left_out(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The files are listed all the same."""
@@ -301,10 +300,10 @@ def test_what_another_user_alone_may_read_of_the_sources_is_not_known(
     assert [(row["sha256"], row["sources"]) for row in rows] == [
         (digest(data), []) for data in (THREE, TWO, ONE)
     ]
-    assert cache.space.held == 3 * SIZE
+    assert cache.budget.used == 3 * SIZE
 
 
-def test_each_command_answers_a_program(cache: Cache) -> None:
+def test_prune_and_verify_have_json_output(cache: Cache) -> None:
     cache.file(digest(TWO)).write_bytes(bytes(SIZE))
 
     verified = run("verify", "--json")
@@ -319,10 +318,10 @@ def test_each_command_answers_a_program(cache: Cache) -> None:
     assert json.loads(pruned.stdout) == {"files": 2, "size": 2 * SIZE, "in_use": 0}
 
 
-# --- its start
+# --- start
 
 
-def test_a_setting_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_setting_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZLORA_LORA_CACHE_BYTES", "many")
     result = run("ls")
 
@@ -332,8 +331,8 @@ def test_a_setting_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPat
     assert (told.exit_code, json.loads(told.stdout)["error"]["code"]) == (78, "invalid_setting")
 
 
-def test_the_command_brings_in_no_library_of_the_worker() -> None:
-    """`zlora` loads it at each start, also where there is only a producer."""
+def test_the_command_imports_no_library_of_the_worker() -> None:
+    """`zlora` imports the module at each start, even if only the producer is installed."""
     code = "import sys, zlora_worker.cli.cache; print(sorted(sys.modules))"
     modules = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Room in the cache: a cap, a floor of free disk, who goes first, who never goes, and a disk that is full."""
+"""Disk space of the cache: cap, floor of free disk, order of eviction, full disks."""
 
 import io
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ from zlora.errors import CacheFull, LoraTooLarge
 from zlora.schema import Asset
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.fetch.eviction import Pruned, written
-from zlora_worker.fetch.file_lock import alone, in_use
+from zlora_worker.fetch.file_lock import hold, try_lock
 
 ONE, TWO, THREE, FOUR = (lora_bytes(fill) for fill in (1, 2, 3, 4))
 SIZE = len(ONE)
@@ -49,7 +50,7 @@ Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as shutil has i
 def full_cache(
     folder: Path, *ages: tuple[bytes, float], more: Iterable[bytes] = ()
 ) -> Iterator[tuple[Cache, Host]]:
-    """A cache with room for as many files as `ages` names, filled with them; `more` are at the host only."""
+    """Yield a full cache of the files in `ages`; its host has `more` files."""
     contents = {f"/{digest(data)}": data for data in (*(data for data, _ in ages), *more)}
     with (
         serving(by_path(contents)) as host,
@@ -66,13 +67,13 @@ def of(host: Host, data: bytes) -> Asset:
 
 
 def age(cache: Cache, data: bytes, seconds: float) -> None:
-    """As if a file was last used so many seconds ago."""
+    """Act as if a file was last used so many seconds ago."""
     path = cache.file(digest(data))
     os.utime(path, (time.time() - seconds, path.stat().st_mtime))
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, folder: Path, size: int) -> None:
-    """As if the disk had `size` bytes for this cache alone."""
+    """Act as if the disk had `size` bytes, all of them for this cache."""
     parts = (folder / "loras/files", folder / "loras/drafts")
 
     def usage(_path: object) -> Usage:
@@ -85,15 +86,15 @@ def with_free(monkeypatch: pytest.MonkeyPatch, folder: Path, size: int) -> None:
 # --- the cap
 
 
-def test_the_file_that_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_file_is_evicted_first(tmp_path: Path) -> None:
     with full_cache(tmp_path, (ONE, 10), (TWO, 20), more=[THREE]) as (cache, host):
         got(cache, of(host, THREE))
 
         assert kept(tmp_path) == named(ONE, THREE)
 
 
-def test_a_use_makes_a_file_young(tmp_path: Path) -> None:
-    """By address, by pin, and ahead of a job."""
+def test_each_kind_of_use_counts_as_a_use(tmp_path: Path) -> None:
+    """By address, by sha256, and by a prefetch."""
     with full_cache(tmp_path, (ONE, 20), (TWO, 10), more=[THREE, FOUR]) as (cache, host):
         got(cache, of(host, ONE))
         got(cache, of(host, THREE))
@@ -112,8 +113,8 @@ def test_a_use_makes_a_file_young(tmp_path: Path) -> None:
         assert kept(tmp_path) == named(THREE, FOUR)
 
 
-def test_a_file_that_is_here_already_needs_no_room(tmp_path: Path) -> None:
-    """A source without ETags sends it each time, and only one copy is kept."""
+def test_a_file_that_is_downloaded_again_is_kept_once(tmp_path: Path) -> None:
+    """A source without ETags sends it each time."""
     with serving(reply(ONE)) as host, caching(tmp_path, host, max_bytes=2 * SIZE) as cache:
         for _ in range(3):
             got(cache, Asset(url=f"{host.url}/a"))
@@ -122,10 +123,10 @@ def test_a_file_that_is_here_already_needs_no_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [-1, None])
-def test_a_file_larger_than_the_cache_is_refused_and_costs_no_other_its_place(
+def test_a_file_larger_than_the_cache_is_refused_and_evicts_nothing(
     tmp_path: Path, length: int | None
 ) -> None:
-    """By its header, whatever the server announces: nothing of its tensors is written."""
+    """Its header tells the size, whatever the server announces."""
     with (
         full_cache(tmp_path, (ONE, 10), (TWO, 20)) as (cache, _),
         serving(reply(LARGE, length=length)) as host,
@@ -138,14 +139,14 @@ def test_a_file_larger_than_the_cache_is_refused_and_costs_no_other_its_place(
 
         assert kept(tmp_path) == named(ONE, TWO)
         assert raised.value.details == {"max_bytes": 2 * SIZE}
-        assert cache.space.held == 2 * SIZE
+        assert cache.budget.used == 2 * SIZE
 
 
 # --- files in use
 
 
-def test_a_file_in_use_is_never_let_go(tmp_path: Path) -> None:
-    """However long ago its use began; the next oldest goes."""
+def test_a_file_in_use_is_never_evicted(tmp_path: Path) -> None:
+    """However long ago its use began; the next oldest is evicted instead."""
     with full_cache(tmp_path, (ONE, 900), (TWO, 20), more=[THREE]) as (cache, host):
         with cache.files([of(host, ONE)]) as (file,):
             age(cache, ONE, 9000)
@@ -158,10 +159,10 @@ def test_a_file_in_use_is_never_let_go(tmp_path: Path) -> None:
         assert kept(tmp_path) == named(THREE, TWO)
 
 
-def test_a_file_in_use_keeps_its_name_when_another_source_brings_the_same(
+def test_a_file_in_use_is_not_replaced_by_the_same_content_from_another_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else nobody would see that it is in use: here it comes just before the second is to have its name."""
+    """A new file under its name would not be locked, although a job uses the content."""
     with (
         serving(by_path({"/a": ONE, "/b": ONE})) as host,
         caching(tmp_path, host) as cache,
@@ -177,14 +178,14 @@ def test_a_file_in_use_keeps_its_name_when_another_source_brings_the_same(
         monkeypatch.setattr(cache, "_keep", late)
         got(cache, Asset(url=f"{host.url}/a"))
 
-        assert cache.space.prune() == Pruned(files=0, size=0, in_use=1)
+        assert cache.budget.prune() == Pruned(files=0, size=0, in_use=1)
 
 
-def test_a_cache_whose_files_are_all_in_use_is_full(tmp_path: Path) -> None:
-    """Until the job that uses them ends; its own next file counts like any other's."""
+def test_a_cache_whose_files_are_all_in_use_raises_cache_full(tmp_path: Path) -> None:
+    """Until the job that uses them ends; a job's own files count too."""
     with full_cache(tmp_path, (ONE, 20), (TWO, 10), more=[THREE]) as (cache, host):
         with cache.files([of(host, data) for data in (ONE, TWO)]):
-            with pytest.raises(CacheFull, match=r"what it has is in use$") as raised:
+            with pytest.raises(CacheFull, match="its files are in use ") as raised:
                 got(cache, of(host, THREE))
 
             assert kept(tmp_path) == named(ONE, TWO)
@@ -196,8 +197,7 @@ def test_a_cache_whose_files_are_all_in_use_is_full(tmp_path: Path) -> None:
         assert len(kept(tmp_path)) == 2
 
 
-def test_where_all_that_may_go_is_too_little_nothing_goes(tmp_path: Path) -> None:
-    """Those files would have been let go for nothing."""
+def test_nothing_is_evicted_if_that_would_not_be_enough(tmp_path: Path) -> None:
     large = lora_bytes(8, size=2 * SIZE // 16 * 16)
     with (
         full_cache(tmp_path, (ONE, 30), (TWO, 20), (THREE, 10), more=[large]) as (cache, host),
@@ -209,9 +209,9 @@ def test_where_all_that_may_go_is_too_little_nothing_goes(tmp_path: Path) -> Non
     assert kept(tmp_path) == named(ONE, TWO, THREE)
 
 
-def test_nothing_used_lately_goes_for_a_file_that_is_fetched_ahead(tmp_path: Path) -> None:
+def test_a_prefetch_evicts_no_file_that_was_used_recently(tmp_path: Path) -> None:
     with full_cache(tmp_path, (ONE, 800), (TWO, 10), more=[THREE]) as (cache, host):
-        with pytest.raises(CacheFull, match=r"is in use, or was lately$"):
+        with pytest.raises(CacheFull, match="used recently"):
             cache.bring(of(host, THREE), since=0)
         assert kept(tmp_path) == named(ONE, TWO)
 
@@ -220,8 +220,8 @@ def test_nothing_used_lately_goes_for_a_file_that_is_fetched_ahead(tmp_path: Pat
         assert kept(tmp_path) == named(THREE, TWO)
 
 
-def test_a_changed_file_s_old_version_may_go_for_the_new_one(tmp_path: Path) -> None:
-    """At the first ask: what the source had last is in use only until it is known to have another."""
+def test_the_old_version_of_a_changed_file_may_be_evicted_for_the_new_one(tmp_path: Path) -> None:
+    """The old version is in use only until the source is known to have another."""
     contents = {"/a": ONE}
     with (
         serving(by_path(contents)) as host,
@@ -235,7 +235,7 @@ def test_a_changed_file_s_old_version_may_go_for_the_new_one(tmp_path: Path) -> 
         assert len(host.requests) == 2
 
 
-def test_a_changed_file_s_old_version_stays_for_a_job_that_uses_it(tmp_path: Path) -> None:
+def test_the_old_version_of_a_changed_file_stays_while_a_job_uses_it(tmp_path: Path) -> None:
     contents = {"/a": ONE}
     with (
         serving(by_path(contents)) as host,
@@ -252,7 +252,7 @@ def test_a_changed_file_s_old_version_stays_for_a_job_that_uses_it(tmp_path: Pat
         assert kept(tmp_path) == named(TWO)
 
 
-def test_a_file_of_the_future_may_go(tmp_path: Path) -> None:
+def test_a_file_with_a_time_of_use_ahead_can_be_evicted(tmp_path: Path) -> None:
     """The clock was set back."""
     with full_cache(tmp_path, (ONE, -9000), more=[TWO]) as (cache, host):
         got(cache, of(host, TWO))
@@ -274,7 +274,7 @@ sys.stdin.read()
 
 @contextmanager
 def crowd(folder: Path) -> Iterator[Cache]:
-    """A cache that is full, of many small files."""
+    """Yield a full cache of many small files."""
     with caching(folder, max_bytes=MANY * 100) as cache:
         for index in range(MANY):
             path = cache.file(f"{index:064}")
@@ -285,7 +285,7 @@ def crowd(folder: Path) -> Iterator[Cache]:
 
 @contextmanager
 def all_in_use(folder: Path) -> Iterator[None]:
-    """Another process uses every file of a folder."""
+    """Let another process hold every file of a folder."""
     command = [sys.executable, "-S", "-c", LOCKED, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
@@ -298,7 +298,7 @@ def all_in_use(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def limited(kind: int, most: int) -> Iterator[None]:
-    """This process may not have more of something."""
+    """Lower a resource limit of this process."""
     soft, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (most, hard))
     try:
@@ -308,29 +308,29 @@ def limited(kind: int, most: int) -> Iterator[None]:
 
 
 def reserve(cache: Cache, count: int) -> None:
-    """Make room for as much as so many of them have, in a process that may have few open."""
-    draft = cache.space.drafts / "large"
+    """Reserve the space of so many files, in a process that may open few files."""
+    draft = cache.budget.drafts / "large"
     with limited(resource.RLIMIT_NOFILE, 128), draft.open("wb") as file:
-        cache.space.reserve(file, count * 100)
+        cache.budget.reserve(file, count * 100)
 
 
 def left(cache: Cache) -> list[int]:
-    """Which of them are there."""
+    """Return the indices of the files that exist."""
     return [index for index in range(MANY) if cache.file(f"{index:064}").exists()]
 
 
 @pytest.mark.parametrize("count", [1, 400, MANY])
-def test_any_number_of_files_go_for_one_and_no_more_than_needed(tmp_path: Path, count: int) -> None:
-    """Though a process may not have as many open."""
+def test_many_files_are_evicted_for_one_and_no_more_than_needed(tmp_path: Path, count: int) -> None:
+    """Although a process may not open as many files."""
     with crowd(tmp_path) as cache:
         reserve(cache, count)
 
         assert left(cache) == list(range(count, MANY))
 
 
-def test_of_any_number_of_files_in_use_none_goes(tmp_path: Path) -> None:
+def test_no_file_is_evicted_if_all_are_in_use(tmp_path: Path) -> None:
     with crowd(tmp_path) as cache:
-        with all_in_use(cache.space.files):
+        with all_in_use(cache.budget.files):
             with pytest.raises(CacheFull):
                 reserve(cache, 1)
             assert len(left(cache)) == MANY
@@ -339,10 +339,10 @@ def test_of_any_number_of_files_in_use_none_goes(tmp_path: Path) -> None:
         assert len(left(cache)) == MANY - 400
 
 
-def test_of_any_number_of_files_none_goes_where_one_that_has_to_is_in_use(tmp_path: Path) -> None:
-    """The one that is looked at last."""
+def test_no_file_is_evicted_if_one_that_is_needed_is_in_use(tmp_path: Path) -> None:
+    """The file in use is the last of the order of eviction."""
     with crowd(tmp_path) as cache:
-        descriptor = in_use(cache.file(f"{MANY - 1:064}"))
+        descriptor = hold(cache.file(f"{MANY - 1:064}"))
         assert descriptor
         try:
             with pytest.raises(CacheFull):
@@ -355,11 +355,11 @@ def test_of_any_number_of_files_none_goes_where_one_that_has_to_is_in_use(tmp_pa
             os.close(descriptor)
 
 
-# --- downloads on their way
+# --- drafts
 
 
-def test_a_draft_has_its_room_from_its_beginning(tmp_path: Path) -> None:
-    """Two downloads that do not fit together: the second is refused by its header, and the first comes through."""
+def test_a_draft_reserves_its_space_at_its_beginning(tmp_path: Path) -> None:
+    """Of two downloads that do not fit together the second is refused, and the first succeeds."""
     errors: list[type[Exception]] = []
     with (
         full_cache(tmp_path, (ONE, 10), more=[TWO]) as (cache, host),
@@ -377,7 +377,7 @@ def test_a_draft_has_its_room_from_its_beginning(tmp_path: Path) -> None:
 
         assert errors
         assert kept(tmp_path) == named(TWO)
-        assert cache.space.held == SIZE
+        assert cache.budget.used == SIZE
 
 
 def _in_pieces(data: bytes) -> Callable[[Request], Iterable[bytes]]:
@@ -385,20 +385,19 @@ def _in_pieces(data: bytes) -> Callable[[Request], Iterable[bytes]]:
     return lambda _: [whole[:1500], whole[1500:]]
 
 
-def test_a_draft_of_a_dead_process_takes_no_room(tmp_path: Path) -> None:
-    """Nor does it wait for the next start of a worker."""
+def test_a_draft_of_an_ended_process_takes_no_space(tmp_path: Path) -> None:
     with full_cache(tmp_path, (ONE, 10), more=[TWO]) as (cache, host):
-        cache._turn(of(host, THREE)).draft.write_bytes(bytes(SIZE))
+        cache._draft(of(host, THREE)).write_bytes(bytes(SIZE))
         got(cache, of(host, TWO))
 
         assert kept(tmp_path) == named(TWO)
 
 
-def test_a_draft_of_a_living_process_counts(tmp_path: Path) -> None:
+def test_a_draft_of_a_running_process_counts(tmp_path: Path) -> None:
     with full_cache(tmp_path, (ONE, 10), (TWO, 5), more=[THREE]) as (cache, host):
-        draft = cache._turn(of(host, FOUR)).draft
+        draft = cache._draft(of(host, FOUR))
         draft.write_bytes(bytes(SIZE))
-        with alone(tmp_path / "loras/locks" / draft.name):
+        with try_lock(draft):
             got(cache, of(host, THREE))
 
             assert draft.exists()
@@ -410,8 +409,8 @@ def test_a_draft_of_a_living_process_counts(tmp_path: Path) -> None:
 # --- the floor
 
 
-def test_a_floor_of_free_disk_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files go although the cap has room, and no more than needed."""
+def test_a_floor_of_free_disk_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are evicted below the cap too, and no more than needed."""
     contents = {f"/{digest(data)}": data for data in (ONE, TWO, THREE, LARGE)}
     with serving(by_path(contents)) as host, caching(tmp_path, host, free_bytes=SIZE) as cache:
         with_free(monkeypatch, tmp_path, 3 * SIZE)
@@ -420,32 +419,32 @@ def test_a_floor_of_free_disk_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
             age(cache, data, seconds)
         assert kept(tmp_path) == named(TWO, THREE)
 
-        with pytest.raises(CacheFull, match=r"the disk has not that much, whatever goes$"):
+        with pytest.raises(CacheFull, match="the disk is too small"):
             got(cache, of(host, LARGE))
         assert kept(tmp_path) == named(TWO, THREE)
 
         with (
             cache.files([of(host, TWO)]),
-            pytest.raises(CacheFull, match=r"what it has is in use$"),
+            pytest.raises(CacheFull, match="its files are in use "),
         ):
-            cache.space.reserve(io.BytesIO(), 2 * SIZE)
+            cache.budget.reserve(io.BytesIO(), 2 * SIZE)
         with (
             cache.files([of(host, TWO)]),
-            pytest.raises(CacheFull, match="the disk has not that much"),
+            pytest.raises(CacheFull, match="the disk is too small"),
         ):
             got(cache, of(host, LARGE))
 
 
-def test_what_a_draft_is_still_to_take_of_the_disk_is_not_free(tmp_path: Path) -> None:
-    with caching(tmp_path) as cache, (tmp_path / "loras/drafts/living").open("wb") as draft:
-        before = cache.space.free
+def test_space_that_a_draft_is_still_to_take_is_not_free(tmp_path: Path) -> None:
+    with caching(tmp_path) as cache, (tmp_path / "loras/drafts/running").open("wb") as draft:
+        before = cache.budget.free
         draft.truncate(2**40)
 
-        assert before - cache.space.free > 2**39
+        assert before - cache.budget.free > 2**39
 
 
-def test_a_disk_that_takes_no_more_is_a_typed_error_and_no_bad_entry(tmp_path: Path) -> None:
-    """As a quota of the system's: here on the size of any file of this process."""
+def test_a_full_disk_raises_cache_full_and_keeps_nothing(tmp_path: Path) -> None:
+    """Here by a limit on the size of this process's files, like a quota."""
     with serving(reply(LARGE)) as host, caching(tmp_path, host) as cache:
         asset = Asset(url=f"{host.url}/a")
         with limited(resource.RLIMIT_FSIZE, SIZE), pytest.raises(CacheFull, match="File too large"):
@@ -455,10 +454,10 @@ def test_a_disk_that_takes_no_more_is_a_typed_error_and_no_bad_entry(tmp_path: P
         assert got(cache, asset).path.read_bytes() == LARGE
 
 
-def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(
+def test_a_disk_that_fills_during_a_download_raises_cache_full_and_keeps_nothing(
     tmp_path: Path,
 ) -> None:
-    """Somebody else writes on it meanwhile; with room the next use fetches the file. `test_cache_disk` has a disk."""
+    """Once there is room the next use downloads the file. `test_cache_disk` uses a real disk."""
     data, begun = lora_bytes(7, size=2**20), Event()
     whole = reply(data, ETag='"7"')
 
@@ -487,29 +486,29 @@ def test_a_disk_that_fills_in_mid_download_is_a_typed_error_and_no_bad_entry(
         assert kept(tmp_path) == named(data)
 
 
-def test_a_file_that_goes_while_the_folder_is_read_does_no_harm(
+def test_a_file_that_disappears_during_a_listing_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another worker finishes a draft or lets a file go between the listing and the look."""
+    """Another worker finishes a draft or evicts a file between the listing and the stat."""
     iterdir = Path.iterdir
     monkeypatch.setattr(
         Path, "iterdir", lambda path: chain([path / named_file("gone")], iterdir(path))
     )
     with serving(reply(ONE)) as host, caching(tmp_path, host, max_bytes=SIZE) as cache:
         assert got(cache, Asset(url=f"{host.url}/a")).tier == "network"
-        assert cache.space.prune().files == 1
+        assert cache.budget.prune().files == 1
 
 
-# --- what is not the cache's
+# --- foreign files
 
 
 def named_file(text: str) -> str:
-    """A name that a file of the cache may have."""
+    """Name that a file of the cache may have."""
     return f"{digest(text.encode())}.safetensors"
 
 
-def strangers(files: Path) -> list[Path]:
-    """What somebody else may have put among the files, each larger than all of them, or with something in it."""
+def foreign_files(files: Path) -> list[Path]:
+    """Files, folders and a link of other programs, each large or not empty."""
     for path in (files / "folder", files / named_file("folder")):
         path.mkdir()
         (path / "something").touch()
@@ -527,49 +526,49 @@ def strangers(files: Path) -> list[Path]:
     return sorted(files.iterdir())
 
 
-def test_what_is_not_the_cache_s_is_neither_counted_nor_touched(tmp_path: Path) -> None:
-    """By making room, by pruning, by a check; nor does it stop any of them. So in the folder of drafts."""
+def test_foreign_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:
+    """Not by evicting, pruning or verifying; and not in the folder of drafts."""
     with (
         serving(by_path({"/a": ONE, "/b": TWO})) as host,
         caching(tmp_path, host, max_bytes=SIZE) as cache,
     ):
-        there = strangers(cache.space.files)
-        folder = cache.space.drafts / "folder"
+        there = foreign_files(cache.budget.files)
+        folder = cache.budget.drafts / "folder"
         folder.mkdir()
         for name in "ab":
             got(cache, Asset(url=f"{host.url}/{name}"))
-        assert cache.space.held == SIZE
-        assert list(cache.space.verify()) == [(digest(TWO), "sound")]
+        assert cache.budget.used == SIZE
+        assert list(cache.budget.verify()) == [(digest(TWO), "sound")]
 
-        assert cache.space.prune() == Pruned(files=1, size=SIZE, in_use=0)
-        assert sorted(cache.space.files.iterdir()) == there
-        assert list(cache.space.drafts.iterdir()) == [folder]
+        assert cache.budget.prune() == Pruned(files=1, size=SIZE, in_use=0)
+        assert sorted(cache.budget.files.iterdir()) == there
+        assert list(cache.budget.drafts.iterdir()) == [folder]
 
 
-# --- whatever happens
+# --- any order of events
 
 
 class Story:
-    """A cache with room for two of four files, and what befalls it."""
+    """A cache with room for two of four files, and events."""
 
     def __init__(self, folder: Path, host: Host, cache: Cache, contents: dict[str, bytes]) -> None:
         self.folder, self.host, self.cache, self.contents = folder, host, cache, contents
         self.fill = len(contents)
 
     def ask(self, path: str) -> None:
-        """A job without a pin gets what the source has now."""
+        """Check that a job without a sha256 gets what the source has now."""
         assert got(self.cache, Asset(url=self.host.url + path)).sha256 == digest(
             self.contents[path]
         )
 
     def pin(self, path: str) -> None:
-        """A job with a pin gets those bytes."""
+        """Check that a job with a sha256 gets those bytes."""
         data = self.contents[path]
         with self.cache.files([Asset(url=self.host.url + path, sha256=digest(data))]) as (file,):
             assert file.path.read_bytes() == data
 
     def ahead(self, path: str) -> None:
-        """Nothing that was used lately goes for a file that is fetched ahead."""
+        """Prefetch, which may find no room."""
         with suppress(CacheFull):
             self.cache.bring(Asset(url=self.host.url + path), since=time.time())
 
@@ -605,13 +604,13 @@ EVENTS = (
 )
 
 
-@untimed
+@hypothesis.settings(untimed, max_examples=40)
 @given(
     events=st.lists(
         st.tuples(st.sampled_from(EVENTS), st.sampled_from(["/0", "/1", "/2", "/3"])), max_size=12
     )
 )
-def test_whatever_happens_a_job_gets_what_the_source_has_and_the_cap_holds(
+def test_after_any_events_a_job_gets_what_the_source_has_and_the_cap_holds(
     events: list[tuple[Callable[[Story, str], None], str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder, contents = (

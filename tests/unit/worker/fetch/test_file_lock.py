@@ -1,4 +1,4 @@
-"""Locks between processes: who is alone inside, who uses a file, and names that come and go meanwhile."""
+"""Locks between processes: exclusive locks, files in use, and names that change meanwhile."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from zlora_worker.fetch.file_lock import alone, in_turn, in_use, is_at, unused
+from zlora_worker.fetch.file_lock import hold, is_at, share, try_lock, unused, wait_for_lock
 
 
 @contextmanager
-def using(path: Path) -> Iterator[int | None]:
-    descriptor = in_use(path)
+def holding(path: Path) -> Iterator[int | None]:
+    descriptor = hold(path)
     try:
         yield descriptor
     finally:
@@ -20,144 +20,148 @@ def using(path: Path) -> Iterator[int | None]:
             os.close(descriptor)
 
 
-def test_one_is_alone_inside_and_the_lock_is_gone_afterwards(tmp_path: Path) -> None:
-    """Not one process: one opening, so that threads are kept apart too."""
+def test_a_lock_is_exclusive_and_its_file_is_deleted_afterwards(tmp_path: Path) -> None:
+    """Exclusive for each open file, so that threads are kept apart too."""
     lock = tmp_path / "lock"
-    with alone(lock) as first, alone(lock) as second:
-        assert (first, second) == (True, False)
-        with alone(lock) as third:
-            assert not third
+    with try_lock(lock) as first, try_lock(lock) as second:
+        assert first is not None
+        assert second is None
+        with try_lock(lock) as third:
+            assert third is None
     assert not lock.exists()
-    with alone(lock) as again:
-        assert again
-
-
-def test_of_several_locks_all_are_taken_or_none(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    with alone(two):
-        with alone(one, two) as mine:
-            assert not mine
-        with alone(one) as mine:
-            assert mine
-    with alone(one, two) as mine, alone(one) as first, alone(two) as second:
-        assert (mine, first, second) == (True, False, False)
+    with try_lock(lock) as again:
+        assert again is not None
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_lock_ends_with_an_error_inside(tmp_path: Path, error: type[BaseException]) -> None:
-    for lock in (alone, in_turn):
+def test_an_error_inside_releases_the_lock(tmp_path: Path, error: type[BaseException]) -> None:
+    for lock in (try_lock, wait_for_lock):
         with pytest.raises(error), lock(tmp_path / "lock"):
             raise error
-        assert list(tmp_path.iterdir()) == []
+        with try_lock(tmp_path / "lock") as descriptor:
+            assert descriptor is not None
 
 
-def test_a_lock_whose_name_is_another_s_is_not_unlinked(tmp_path: Path) -> None:
-    """Somebody cleared the folder, and the next came in: a third must not."""
+def test_a_lock_whose_name_another_file_has_taken_is_not_deleted(tmp_path: Path) -> None:
+    """Another process locked a new file in a cleared folder: a third must not enter."""
     lock = tmp_path / "lock"
-    first = alone(lock)
-    assert first.__enter__()
+    first = try_lock(lock)
+    assert first.__enter__() is not None
     lock.unlink()
-    with alone(lock) as second:
-        assert second
+    with try_lock(lock) as second:
+        assert second is not None
         first.__exit__(None, None, None)
 
-        with alone(lock) as third:
-            assert not third
+        with try_lock(lock) as third:
+            assert third is None
 
 
-def test_a_lock_that_was_unlinked_before_it_was_taken_is_none(
+def test_a_file_that_lost_its_name_before_it_was_locked_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the opening and the taking its holder has left, and another is inside with a new one."""
+    """Between open and flock its owner has left, and another process has locked a new file."""
     lock, opened = tmp_path / "lock", os.open
 
     def late(*arguments: object) -> int:
         monkeypatch.undo()
         descriptor = opened(*arguments)  # type: ignore[arg-type]
         lock.unlink()
-        assert other.__enter__()
+        assert other.__enter__() is not None
         return descriptor
 
-    other = alone(lock)
+    other = try_lock(lock)
     monkeypatch.setattr(os, "open", late)
-    with alone(lock) as mine:
-        assert not mine
+    with try_lock(lock) as descriptor:
+        assert descriptor is None
     assert lock.exists()
     other.__exit__(None, None, None)
 
 
-def test_turns_do_not_overlap(tmp_path: Path) -> None:
-    """A sum that is read and written inside loses none of what eight threads add."""
+def test_blocks_that_wait_for_a_lock_do_not_overlap(tmp_path: Path) -> None:
+    """A sum that eight threads read and write inside loses nothing."""
     total = tmp_path / "total"
     total.write_text("0")
 
     def add(_: int) -> None:
-        with in_turn(tmp_path / "lock"):
+        with wait_for_lock(tmp_path / "lock"):
             found = int(total.read_text())
             total.write_text("")
             total.write_text(str(found + 1))
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(add, range(400)))
+        list(pool.map(add, range(100)))
 
-    assert total.read_text() == "400"
-    assert not (tmp_path / "lock").exists()
+    assert total.read_text() == "100"
 
 
-def test_a_file_in_use_is_not_unused(tmp_path: Path) -> None:
-    """By one or by several; and it is again when the last has left."""
+def test_a_held_file_is_in_use_until_its_last_holder_leaves(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
-    with using(path) as first:
-        with using(path) as second:
+    with holding(path) as first:
+        with holding(path) as second:
             assert None not in (first, second)
-        with unused(path) as free:
-            assert not free
-    with unused(path) as free:
-        assert free
+        with unused(path) as is_unused:
+            assert not is_unused
+    with unused(path) as is_unused:
+        assert is_unused
 
 
-def test_a_file_that_is_not_there_is_neither(tmp_path: Path) -> None:
-    with using(tmp_path / "file") as used, unused(tmp_path / "file") as free:
-        assert (used, free) == (None, False)
-
-
-def test_whoever_comes_while_a_file_goes_has_none(tmp_path: Path) -> None:
-    """And whoever comes while somebody only looks has it."""
+def test_a_shared_lock_admits_holders_and_keeps_the_file_in_use(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    for goes in (False, True):
-        path.touch()
-        with ThreadPoolExecutor(1) as pool:
-            with unused(path) as free:
-                found = pool.submit(in_use, path)
-                if goes:
-                    path.unlink()
-            descriptor = found.result(30)
-        assert free
-        assert (descriptor is None) == goes
-        if descriptor is not None:
-            os.close(descriptor)
+    with try_lock(path) as descriptor:
+        assert descriptor is not None
+        share(descriptor)
+        with holding(path) as holder, try_lock(path) as another, unused(path) as is_unused:
+            assert holder is not None
+            assert another is None
+            assert not is_unused
 
 
-@pytest.mark.parametrize("again", [True, False])
-def test_a_name_that_is_another_file_s_is_seen(tmp_path: Path, again: bool) -> None:
+def test_a_missing_file_is_neither_held_nor_unused(tmp_path: Path) -> None:
+    with holding(tmp_path / "file") as held, unused(tmp_path / "file") as is_unused:
+        assert held is None
+        assert not is_unused
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_hold_waits_for_a_process_that_may_delete_the_file(
+    tmp_path: Path, is_deleted: bool
+) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with ThreadPoolExecutor(1) as pool:
+        with unused(path) as is_unused:
+            found = pool.submit(hold, path)
+            if is_deleted:
+                path.unlink()
+        descriptor = found.result(30)
+    assert is_unused
+    assert (descriptor is None) == is_deleted
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_is_at_notices_that_a_name_belongs_to_another_file(
+    tmp_path: Path, is_replaced: bool
+) -> None:
     path = tmp_path / "file"
     path.write_text("first")
-    with using(path) as descriptor:
+    with holding(path) as descriptor:
         assert descriptor is not None
         assert is_at(descriptor, path)
         path.unlink()
-        if again:
+        if is_replaced:
             path.write_text("second")
 
         assert not is_at(descriptor, path)
 
 
-@pytest.mark.parametrize("look", [in_use, unused])
-def test_a_file_that_lost_its_name_before_it_was_taken_is_none(
+@pytest.mark.parametrize("look", [hold, unused])
+def test_a_file_that_was_replaced_before_it_was_locked_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Path], object]
 ) -> None:
-    """Another has it by then: to delete that one would take it from who uses it."""
+    """To delete the new file would take it from the process that uses it."""
     path, opened = tmp_path / "file", os.open
     path.write_text("first")
 
@@ -170,7 +174,7 @@ def test_a_file_that_lost_its_name_before_it_was_taken_is_none(
 
     monkeypatch.setattr(os, "open", late)
     if look is unused:
-        with unused(path) as free:
-            assert not free
+        with unused(path) as is_unused:
+            assert not is_unused
     else:
-        assert in_use(path) is None
+        assert hold(path) is None
