@@ -84,8 +84,8 @@ def test_a_redirect_is_followed_to_the_web_and_nowhere_else(tmp_path: Path) -> N
 @pytest.mark.parametrize("body", [DATA[:-1], DATA + b"!", b"x" * len(DATA), b""])
 def test_other_bytes_than_the_result_names_are_refused(body: bytes) -> None:
     with serving(reply(body)) as host:
-        assert "not those of the picture" in refusal(image(url=f"{host.url}/0.png{QUERY}"))
-    assert "not those of the picture" in refusal(image(data_uri=inline(body)))
+        assert "not those of the image" in refusal(image(url=f"{host.url}/0.png{QUERY}"))
+    assert "not those of the image" in refusal(image(data_uri=inline(body)))
 
 
 def test_no_more_is_taken_than_the_picture_s_size() -> None:
@@ -101,9 +101,9 @@ def test_no_more_is_taken_than_the_picture_s_size() -> None:
     [
         (None, "has no URL"),
         ("file:///no/such/0.png", "no such file on this machine"),
-        ("s3://bucket/0.png", "no pictures come by 's3'"),
-        ("0.png", "no pictures come by ''"),
-        ("data:image/png;base64,%%%", "the inline picture"),
+        ("s3://bucket/0.png", "images are not fetched by 's3'"),
+        ("0.png", "images are not fetched by ''"),
+        ("data:image/png;base64,%%%", "the inline image"),
         (f"http://127.0.0.1:1/0.png{QUERY}", "refused"),
         (f"http://[/0.png{QUERY}", "ValueError"),
     ],
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_told_without_its_query(url: str | None, reason: st
     ("answer", "reason"),
     [
         (reply(status=403), "the server answers 403"),
-        (reply(DATA[:5], length=len(DATA)), "not those of the picture"),
+        (reply(DATA[:5], length=len(DATA)), "not those of the image"),
         (b"no answer of the web", "BadStatusLine"),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_picture_that_comes_too_slowly_is_left() -> None:
         left.wait(20)
 
     with serving(answer) as host:
-        with pytest.raises(ImageUnavailable, match="it takes more than 0 s"):
+        with pytest.raises(ImageUnavailable, match="takes more than 0 s"):
             images.read(image(url=f"{host.url}/0.png"), timeout=5, deadline=0)
         left.set()
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_brought_here_replaces_nothing(tmp_path: Path) -> None:
 def test_a_result_names_no_path_outside_the_folder(tmp_path: Path) -> None:
     with pytest.raises(InvalidJobId):
         images.save(result(image(data_uri=inline()), job_id="../job-1"), tmp_path / "folder")
-    with pytest.raises(ImageUnavailable, match="no picture but"):
+    with pytest.raises(ImageUnavailable, match="not an image but"):
         images.save(
             result(image(data_uri=inline(), content_type="image/../../x")), tmp_path / "folder"
         )

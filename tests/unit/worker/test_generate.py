@@ -263,7 +263,6 @@ def test_a_download_is_reported_with_its_bytes(
         )
         url = f"{host.url}/a.safetensors"
         generate(runtime, "fetched", a_request(loras=(LoraSpec(file=Asset(url=url)),)), report)
-        fetcher.close()
 
     pieces = [event for event in heard if event[0] == "fetching"]
     assert pieces
@@ -298,7 +297,6 @@ def test_a_job_that_is_cancelled_in_a_download_ends_there(
                 a_request(loras=(LoraSpec(file=Asset(url=f"{host.url}/a")),)),
                 report,
             )
-        fetcher.close()
 
     assert raised.value is cancelled
     assert store.objects == {}

@@ -23,7 +23,7 @@ from zlora_worker.fetch.eviction import DiskBudget, sha256_of
 from zlora_worker.fetch.fetcher import Fetcher
 from zlora_worker.fetch.file_lock import alone, in_use
 from zlora_worker.fetch.single_flight import SingleFlight
-from zlora_worker.fetch.transfer import Fetched, OnBytes, nobody
+from zlora_worker.fetch.transfer import Fetched, OnBytes
 from zlora_worker.settings import Settings
 
 _RECENT: Final = (
@@ -76,7 +76,11 @@ class Cache:
 
     @contextmanager
     def files(
-        self, assets: Sequence[Asset], *, since: float | None = None, on_bytes: OnBytes = nobody
+        self,
+        assets: Sequence[Asset],
+        *,
+        since: float | None = None,
+        on_bytes: OnBytes | None = None,
     ) -> Iterator[list[CachedFile]]:
         """The files of assets, fetched where they are not here; none goes as long as the block runs.
 
@@ -86,7 +90,7 @@ class Cache:
         since = time.time() if since is None else since
         with ExitStack() as held:
             with _disk():
-                found = [self._file_of(asset, held, since, on_bytes) for asset in assets]
+                found = [self._file_of(asset, held, since, on_bytes or _ignore) for asset in assets]
             yield found
 
     def bring(self, asset: Asset, *, since: float) -> None:
@@ -103,7 +107,7 @@ class Cache:
                     and self._here(asset, held, since) is None
                     and self.index.failure(asset) is None
                 ):
-                    self._bring(asset, turn.draft, held, nobody, spare=_RECENT)
+                    self._bring(asset, turn.draft, held, _ignore, spare=_RECENT)
 
     def _file_of(
         self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes
@@ -279,6 +283,10 @@ def _disk() -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheFull(f"the LoRA cache cannot be used: {error.strerror}") from error
+
+
+def _ignore(_received: int, _expected: int) -> None:
+    """Ignore how much of a download has arrived."""
 
 
 def _deleted() -> OSError:

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from zlora.lora.key_names import MAGNITUDES, RANKED, factored
+from zlora.lora.key_names import MAGNITUDES, RANK_PARTS, kinds_of
 
 from zlora_worker.lora.deltas import (
     DoraDelta,
@@ -45,7 +45,7 @@ def parse_module(parts: Parts, target: Shape, peft_scale: Callable[[int], float]
 
     `peft_scale` is what the file's metadata says for a rank where there is no `alpha`. Raises `InvalidAdapter`.
     """
-    kinds = factored(parts.keys())
+    kinds = kinds_of(parts.keys())
     if len(kinds) > 1:
         raise InvalidAdapter(f"has both a {kinds[0]} and a {kinds[1]}")
     if not kinds and (parts.keys() - _BIASES):
@@ -78,7 +78,7 @@ def parse_module(parts: Parts, target: Shape, peft_scale: Callable[[int], float]
 def _rank(kind: str, parts: Parts) -> int | None:
     """The inner size; None for what has none."""
     return next(
-        (len(parts[name]) for name in RANKED[kind] if name in parts and parts[name].dim()), None
+        (len(parts[name]) for name in RANK_PARTS[kind] if name in parts and parts[name].dim()), None
     )
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from zlora.lora.key_names import PREFIXES, SOLE_TEXT_ENCODER, flat
+from zlora.lora.key_names import PREFIXES, SINGLE_TEXT_ENCODER, normalized
 
 Module = tuple[str, str]  # component, and the module's name in it
 
@@ -39,10 +39,10 @@ class KeyMap:
         for component, name in modules:
             prefixes = PREFIXES.get(component, (component,))
             if component == "text_encoder" and "text_encoder_2" not in components:
-                prefixes += (SOLE_TEXT_ENCODER,)
+                prefixes += (SINGLE_TEXT_ENCODER,)
             for alias in _aliases(component, name, ldm):
                 for prefix in prefixes:
-                    spelling = flat(f"{prefix}.{alias}" if prefix else alias)
+                    spelling = normalized(f"{prefix}.{alias}" if prefix else alias)
                     if self._modules.setdefault(spelling, (component, name)) != (component, name):
                         raise ValueError(
                             f"two modules are spelt {spelling}: {name} and {self._modules[spelling][1]}"
@@ -50,7 +50,7 @@ class KeyMap:
 
     def find(self, spelling: str) -> Module | None:
         """The module that a file means, if the model has it."""
-        return self._modules.get(flat(spelling))
+        return self._modules.get(normalized(spelling))
 
 
 class LdmNames:

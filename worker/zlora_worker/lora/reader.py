@@ -128,7 +128,7 @@ class Reader:
         for name in header.tensors:
             if kind := key_names.unsupported_kind(name):
                 raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
-            key = key_names.split(name)
+            key = key_names.parse_key(name)
             module = self._names.find(key.module) if key else None
             if key is None or module is None:
                 unmatched.append(name)
@@ -143,11 +143,11 @@ class Reader:
         return found, sorted(unmatched)
 
     def _nothing_lands(self, header: Header) -> str:
-        if not any(map(key_names.split, header.tensors)):
-            return f"no LoRA that this worker reads: {key_names.some(header.tensors)}"
+        if not any(map(key_names.parse_key, header.tensors)):
+            return f"no LoRA that this worker reads: {key_names.summary(header.tensors)}"
         if origin := resident_model.detect_base_model(header, self._weights):
             return origin
-        return f"none of its modules is in the resident model: {key_names.some(header.tensors)}"
+        return f"none of its modules is in the resident model: {key_names.summary(header.tensors)}"
 
     def _readings(
         self,
@@ -200,7 +200,7 @@ def require_whole(lora: Lora, *, source: str) -> None:
     """Raises `LoraMismatch` where a tensor of the file lands nowhere."""
     if lora.unmatched:
         raise LoraMismatch(
-            f"{source}: part of it lands nowhere in the resident model: {key_names.some(lora.unmatched)}; "
+            f"{source}: part of it lands nowhere in the resident model: {key_names.summary(lora.unmatched)}; "
             "with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )

@@ -9,14 +9,14 @@ from zlora_worker.lora.weights import Weights
 def detect_base_model(header: Header, weights: Weights) -> str:
     """A clause such as `made for SD 1.x: cross-attention width 768, the resident model has 2048`; empty if unknown."""
     resident, width = _resident_width(weights), base_model.text_width(header.tensors)
-    if origin := base_model.told_by_layers(header.tensors):
+    if origin := base_model.detect_by_layer_names(header.tensors):
         return origin.clause
     if width and width != resident:
         family = base_model.WIDTHS.get(width, "another model")
         return (
             f"made for {family}: cross-attention width {width}, the resident model has {resident}"
         )
-    origin = base_model.told_by_metadata(header)
+    origin = base_model.detect_by_metadata(header)
     return origin.clause if origin and origin.family != base_model.WIDTHS.get(resident) else ""
 
 

@@ -33,7 +33,7 @@ from zlora.errors import (
     LoraUnreachable,
 )
 from zlora.http import client
-from zlora.http.client import HttpClient, TransientError, with_retries
+from zlora.http.client import HttpClient, HttpError
 
 BODY = lora_bytes(1)
 PASSING = (408, 425, 429, 500, 502, 503, 504, 599)
@@ -142,7 +142,7 @@ def test_a_short_wait_that_the_server_asks_for_is_waited_for(
     tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(client, "_wait", lambda _over, seconds, _on_pause: waited.append(seconds))
+    monkeypatch.setattr(client, "_sleep", lambda seconds, _over, _on_pause: waited.append(seconds))
     with (
         serving(in_turn(reply(status=status, Retry_After="2"), reply(BODY))) as host,
         fetching(tmp_path, host) as fetcher,
@@ -234,18 +234,24 @@ def test_the_deadline_is_one_for_all_tries(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [b"", reply(BODY[:100], length=len(BODY))], ids=["head", "body"])
 def test_a_server_that_falls_silent_is_unreachable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes
+    start: bytes,
 ) -> None:
-    monkeypatch.setattr(client, "READ_SECONDS", 0.2)
     done = Event()
 
     def answer(_: Request) -> Iterator[bytes]:
         yield start
         done.wait(20)
 
-    with serving(answer) as host, fetching(tmp_path, host, ZLORA_LORA_DEADLINE="2") as fetcher:
-        assert type(failure(fetcher, f"{host.url}/x?sig=s3cret")) is LoraUnreachable
+    with serving(answer) as host:
+        with (
+            pytest.raises(HttpError) as raised,
+            HttpClient([host.name]).open(f"{host.url}/x", timeout=0.2) as response,
+        ):
+            while response.read(1000):
+                pass
         done.set()
+
+    assert raised.value.transient
 
 
 def test_an_attempt_that_ends_after_the_deadline_counts_for_nothing() -> None:
@@ -260,8 +266,8 @@ def test_an_attempt_that_ends_after_the_deadline_counts_for_nothing() -> None:
         raise LoraTooLarge
 
     for late in (attempt, fail):
-        with pytest.raises(LoraUnreachable):
-            with_retries(HttpClient(), late, name="x", seconds=0.05, on_pause=lambda: None)
+        with pytest.raises(HttpError, match="not complete"):
+            HttpClient().with_retries(late, seconds=0.05, cut_errors=LoraTooLarge)
 
 
 def test_what_never_passes_is_tried_three_times() -> None:
@@ -269,10 +275,10 @@ def test_what_never_passes_is_tried_three_times() -> None:
 
     def attempt() -> None:
         tries.append(1)
-        raise TransientError(LoraUnreachable("still"))
+        raise HttpError("still", transient=True)
 
-    with pytest.raises(LoraUnreachable, match="still"):
-        with_retries(HttpClient(), attempt, name="x", seconds=60, on_pause=lambda: None)
+    with pytest.raises(HttpError, match="still"):
+        HttpClient().with_retries(attempt, seconds=60)
 
     assert len(tries) == 3
 

@@ -31,7 +31,7 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.http import client
-from zlora.lora.addresses import civitai_url, hub_file, reference
+from zlora.lora.addresses import canonical, civitai_url, hub_file
 from zlora_worker.fetch.transfer import Fetched
 
 BODY = lora_bytes(1)
@@ -108,7 +108,7 @@ def test_any_text_is_a_reference_below_the_hub_or_a_typed_error(text: str) -> No
     ],
 )
 def test_a_page_means_its_file(page: str, meant: str) -> None:
-    assert reference(page) == meant
+    assert canonical(page) == meant
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_page_means_its_file(page: str, meant: str) -> None:
 )  # fmt: skip
 def test_any_other_url_means_itself(url: str) -> None:
     """It is asked for without a token."""
-    assert reference(url) == url
+    assert canonical(url) == url
 
 
 @pytest.mark.parametrize("rest", ["", "x", "7/../8", "-1", "\xb2", "9" * 13, "7#x", "7\n"])
@@ -133,7 +133,7 @@ def test_a_version_is_a_number(rest: str) -> None:
 
 def test_a_page_of_many_versions_says_what_to_name() -> None:
     with pytest.raises(LoraNotFound, match="version"):
-        reference("https://civitai.com/models/1?sig=s3cret")
+        canonical("https://civitai.com/models/1?sig=s3cret")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 from zlora.errors import LoraMismatch
-from zlora.lora.base_model import LoraInfo, describe, require_lora, told
+from zlora.lora.base_model import LoraInfo, describe, detect_base_model, require_lora
 from zlora.lora.safetensors_header import Header, TensorInfo
 
 SDXL: Final = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -117,7 +117,7 @@ def test_a_base_is_told_in_a_clause_that_says_by_what() -> None:
             + ")",
         ),
     ):
-        origin = told(header)
+        origin = detect_base_model(header)
         assert origin is not None
         assert origin.clause == clause
 
@@ -143,7 +143,11 @@ def test_a_factor_without_sides_has_no_rank() -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("weight", "no LoRA"), (f"{SDXL}.oft_blocks", "OFT"), ("weight\nCRITICAL" * 50, "no LoRA")],
+    [
+        ("weight", "not a LoRA"),
+        (f"{SDXL}.oft_blocks", "OFT"),
+        ("weight\nCRITICAL" * 50, "not a LoRA"),
+    ],
 )
 def test_a_file_that_no_worker_reads_is_a_mismatch_in_one_short_line(name: str, words: str) -> None:
     with pytest.raises(LoraMismatch, match=words) as raised:

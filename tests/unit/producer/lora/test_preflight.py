@@ -237,7 +237,7 @@ POINTER: Final = (
         (lora() + b"\0", "damaged"),
         (b"\x10", "too few"),
         (b"", "too few"),
-        (tensor_file(b"{broken"), "no such JSON"),
+        (tensor_file(b"{broken"), "not the expected JSON"),
     ],
 )
 def test_what_is_no_safetensors_file_says_what_it_is(
@@ -333,6 +333,7 @@ def test_a_login_page_is_forbidden_to_those_without_a_token() -> None:
         "s3://b/a",
         "cozy://a/b",
         "file:///a",
+        "demo://anime-style",
         "ftp://h/a",
         "owner/repo",
         "",
@@ -478,7 +479,7 @@ def test_a_lora_of_the_right_base_is_queued(broker_url: str, broker: Any) -> Non
     [
         (lora(width=768), LoraMismatch, "made for SD 1.x: cross-attention width 768"),
         (lora("lora_unet_double_blocks_0_img_attn_proj"), LoraMismatch, "made for Flux"),
-        (saved({"weight": torch.ones(1)}), LoraMismatch, "no LoRA"),
+        (saved({"weight": torch.ones(1)}), LoraMismatch, "not a LoRA"),
         (saved({f"{SDXL}.oft_blocks": torch.ones(1)}), LoraMismatch, "OFT"),
         (PAGE, NotSafetensors, "a web page"),
     ],
@@ -510,7 +511,7 @@ def test_a_lora_that_is_not_there_is_refused_and_nothing_is_queued(
     assert queued(broker) == []
 
 
-@pytest.mark.parametrize("address", ["s3://b/a", "cozy://a/b", "file:///a"])
+@pytest.mark.parametrize("address", ["s3://b/a", "cozy://a/b", "file:///a", "demo://a"])
 def test_what_only_a_worker_opens_is_left_to_it(broker_url: str, broker: Any, address: str) -> None:
     with watched_connections() as connections:
         submitted(broker_url, preflight(), address)

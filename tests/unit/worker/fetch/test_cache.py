@@ -252,7 +252,7 @@ def test_a_pin_holds_for_a_file_that_the_source_says_has_not_changed(tmp_path: P
         (b"PK\x03\x04" + bytes(100), "pickle"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs"),
         (b"", "0 bytes"),
-        (ONE[:-1], "bytes where its header"),
+        (ONE[:-1], "bytes, but its header"),
         (tensor_file({"a": {"dtype": "F17", "shape": [1], "data_offsets": [0, 1]}}, b"x"), "F17"),
     ],
 )

@@ -34,7 +34,10 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.http import client
+from zlora.lora.addresses import PUBLIC_SCHEMES, WORKER_SCHEMES
+from zlora_worker.fetch.sources import SCHEMES
 from zlora_worker.fetch.transfer import Fetched
+from zlora_worker.settings import DEMO_LORAS
 
 BODY = lora_bytes(1)
 DIGEST = digest(BODY)
@@ -538,3 +541,53 @@ def test_a_file_of_another_kind_or_size_is_refused(tmp_path: Path, root: Path) -
     with fetching(tmp_path, ZLORA_LORA_ROOTS=str(root), ZLORA_LORA_MAX_BYTES="1000") as fetcher:
         assert type(failure(fetcher, f"file://{root}/y")) is NotSafetensors
         assert type(failure(fetcher, f"file://{root}/x.safetensors")) is LoraTooLarge
+
+
+# --- the demo model's LoRAs
+
+
+def test_a_worker_of_the_demo_model_has_its_loras(tmp_path: Path) -> None:
+    """Without a connection, under the address that was requested, and not copied twice."""
+    for path in DEMO_LORAS.iterdir():
+        address = f"demo://{path.stem}"
+        with (
+            fetching(tmp_path, ZLORA_MODEL="demo") as fetcher,
+            watched_connections() as connections,
+        ):
+            body, fetched = downloaded(fetcher, address)
+            assert (body, fetched.sha256) == (path.read_bytes(), digest(path.read_bytes()))
+            assert downloaded(fetcher, f"DEMO://{path.stem}", fetched) == (b"", fetched)
+            assert fetcher.source(address) == address
+        assert connections == []
+
+
+def test_a_worker_of_another_model_refuses_the_demo_loras(tmp_path: Path) -> None:
+    with fetching(tmp_path) as fetcher:
+        error = failure(fetcher, "demo://anime-style")
+
+    assert type(error) is LoraNotAllowed
+    assert "demo model" in error.message
+
+
+def test_workers_of_the_demo_model_share_no_cached_answers_with_others(tmp_path: Path) -> None:
+    with fetching(tmp_path, ZLORA_MODEL="demo") as demo, fetching(tmp_path) as other:
+        assert demo.asker != other.asker
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "absent", "../model/model", "anime-style.safetensors", "anime-style/", "/anime-style",
+     "x/../anime-style", "anime%2dstyle", "Anime-Style", "*", "anime-style?sig=s3cret"],
+)  # fmt: skip
+def test_any_other_name_is_not_a_demo_lora_and_the_error_lists_all(
+    tmp_path: Path, name: str
+) -> None:
+    with fetching(tmp_path, ZLORA_MODEL="demo") as fetcher:
+        error = failure(fetcher, f"demo://{name}")
+
+    assert type(error) is LoraNotFound
+    assert all(path.stem in error.message for path in DEMO_LORAS.iterdir())
+
+
+def test_producers_and_workers_know_the_same_schemes() -> None:
+    assert sorted(SCHEMES) == sorted(PUBLIC_SCHEMES + WORKER_SCHEMES)

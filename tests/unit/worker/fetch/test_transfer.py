@@ -272,10 +272,10 @@ def test_a_large_file_of_the_wrong_kind_is_refused_after_its_first_bytes(
         (b"short", "5 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 80, "git-lfs"),
         (b"<html>", "6 bytes"),
-        (BODY + b"x", "where its header names"),
+        (BODY + b"x", "but its header names"),
         (
             tensor_file({"a": {"dtype": "F16", "shape": [4], "data_offsets": [0, 7]}}, bytes(7)),
-            "where they should be",
+            "expected position",
         ),
     ],
 )
