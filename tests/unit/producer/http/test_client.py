@@ -14,6 +14,7 @@ from support.processes import free_port
 from support.servers import (
     Answer,
     Authority,
+    Host,
     Request,
     downloaded,
     failure,
@@ -232,6 +233,12 @@ def test_the_deadline_is_one_for_all_tries(tmp_path: Path) -> None:
     assert len(host.requests) == 2
 
 
+def read_all(host: Host, *, timeout: float) -> None:
+    with HttpClient([host.name]).open(f"{host.url}/x", timeout=timeout) as response:
+        while response.read(1000):
+            pass
+
+
 @pytest.mark.parametrize("start", [b"", reply(BODY[:100], length=len(BODY))], ids=["head", "body"])
 def test_a_server_that_falls_silent_is_unreachable(
     start: bytes,
@@ -243,12 +250,8 @@ def test_a_server_that_falls_silent_is_unreachable(
         done.wait(20)
 
     with serving(answer) as host:
-        with (
-            pytest.raises(HttpError) as raised,
-            HttpClient([host.name]).open(f"{host.url}/x", timeout=0.2) as response,
-        ):
-            while response.read(1000):
-                pass
+        with pytest.raises(HttpError) as raised:
+            read_all(host, timeout=0.2)
         done.set()
 
     assert raised.value.transient
