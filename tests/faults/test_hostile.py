@@ -133,7 +133,8 @@ def answered(code: str, **answers: Answer | bytes) -> dict[str, Case]:
 PRIVATE = [
     "127.0.0.1", "10.0.0.1", "[::1]", "[fe80::1%25lo]", "169.254.169.254", "168.63.129.16",
     "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "2130706433", "0177.0.0.1", "0xa9fea9fe",
-    "localhost", "127\u30020\u30020\u30021", "private.test", "metadata.test", "mapped.test", "loopback.test",
+    "localhost", "127\u30020\u30020\u30021", "private.test", "metadata.test", "mapped.test",
+    "loopback.test",
 ]  # fmt: skip
 
 CASES: dict[str, Case] = {
@@ -225,8 +226,6 @@ CASES: dict[str, Case] = {
         code="lora_not_found", fields={"cozy_ref": "../../admin?sig=s3cret"}
     ),
 }
-
-RETRIED: Final = "status 503"  # runs through all retries of a job; other jobs end at the first
 
 
 def hub(request: Request) -> bytes:
@@ -353,7 +352,7 @@ def _ends(scene: Scene, handles: dict[str, JobHandle]) -> tuple[dict[str, str], 
             if name in codes:
                 continue
             status = handle.status()
-            if status.state is JobState.RETRY and name != RETRIED:
+            if status.state is JobState.RETRY:
                 codes[name] = str(status.code)
                 said += [str(status), stored_meta(scene, handle)]
                 handle.cancel()
