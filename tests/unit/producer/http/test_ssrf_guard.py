@@ -1,4 +1,4 @@
-"""The session for untrusted addresses: what it refuses it never connects to, and names are judged by their addresses.
+"""The guarded session never connects to an address that it refuses, however the URL spells it.
 
 On real sockets and loopback; only the answers of the name service are made up.
 """
@@ -76,13 +76,13 @@ SPELLINGS = [
 
 @pytest.fixture
 def session() -> Iterator[GuardedSession]:
-    """A session whose operator allows nothing."""
+    """Return a session without allowed hosts."""
     with GuardedSession() as opened:
         yield opened
 
 
 def refused(session: requests.Session, url: str) -> list[str]:
-    """The connections that were tried, of a request that did not come to an answer."""
+    """Return the connections that a refused request tried to open."""
     with (
         watched_connections() as connections,
         pytest.raises((SSRFGuardError, requests.exceptions.InvalidURL)),
@@ -92,7 +92,7 @@ def refused(session: requests.Session, url: str) -> list[str]:
 
 
 def names(monkeypatch: pytest.MonkeyPatch, table: dict[str, list[str]]) -> list[str]:
-    """Make the name service answer from `table`; returns the list of names that it is asked from now on."""
+    """Make the name service answer from `table`; return a list that collects the queried names."""
     asked: list[str] = []
 
     def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
@@ -114,8 +114,7 @@ def redirect(target: Callable[[], str]) -> Callable[[Request], bytes]:
     return lambda _: reply(status=302, Location=target())
 
 
-def test_the_count_of_connections_counts() -> None:
-    """Of the tests here: a request that is allowed is one connection."""
+def test_the_watch_counts_an_allowed_connection() -> None:
     with serving(reply(b"x")) as host, GuardedSession([host.name]) as session:
         with watched_connections() as connections:
             assert session.get(f"{host.url}/x", timeout=5).content == b"x"
@@ -128,7 +127,7 @@ def test_the_count_of_connections_counts() -> None:
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_an_address_that_is_not_public_is_refused_unopened(
+def test_a_private_address_is_refused_without_a_connection(
     session: GuardedSession, address: str
 ) -> None:
     host = f"[{address}]" if ":" in address else address
@@ -137,14 +136,12 @@ def test_an_address_that_is_not_public_is_refused_unopened(
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_no_spelling_of_such_an_address_gets_through(
-    session: GuardedSession, spelling: str
-) -> None:
+def test_no_spelling_of_a_private_address_is_opened(session: GuardedSession, spelling: str) -> None:
     assert refused(session, f"https://{spelling}/x") == []
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_a_name_of_such_an_address_is_refused_unopened(
+def test_a_name_of_a_private_address_is_refused_without_a_connection(
     session: GuardedSession, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     asked = names(monkeypatch, {"innocent.example": [address]})
@@ -153,7 +150,7 @@ def test_a_name_of_such_an_address_is_refused_unopened(
     assert asked == ["innocent.example"]
 
 
-def test_a_name_of_a_public_and_a_private_address_is_refused_whole(
+def test_a_name_with_a_public_and_a_private_address_is_refused(
     session: GuardedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names(monkeypatch, {"rebinding.example": ["8.8.8.8", "10.0.0.1"]})
@@ -161,17 +158,16 @@ def test_a_name_of_a_public_and_a_private_address_is_refused_whole(
     assert refused(session, "https://rebinding.example/x") == []
 
 
-def test_a_name_that_does_not_exist_is_no_refusal(
+def test_an_unknown_name_is_a_network_error_not_a_refusal(
     session: GuardedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the network's fault, and may be over soon."""
     names(monkeypatch, {})
 
     with pytest.raises(requests.exceptions.ConnectionError):
         session.get("https://absent.example/x", timeout=5)
 
 
-def test_an_allowed_name_may_be_private_and_is_asked_for_once(
+def test_an_allowed_name_may_be_private_and_is_resolved_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The address that was checked is the one that is opened."""
@@ -203,7 +199,9 @@ def test_an_allowed_name_may_be_private_and_is_asked_for_once(
         "https://a..b/",
     ],
 )
-def test_only_plain_https_on_its_own_port_is_opened(session: GuardedSession, url: str) -> None:
+def test_only_https_on_port_443_without_credentials_is_opened(
+    session: GuardedSession, url: str
+) -> None:
     assert refused(session, url) == []
 
 
@@ -260,7 +258,7 @@ def test_an_allowed_port_allows_no_other(host: Host) -> None:
     ],
 )
 def test_an_allowed_host_in_another_place_of_the_url_allows_nothing(host: Host, form: str) -> None:
-    """Whoever is asked in the end, it is not the other one."""
+    """Whatever is opened, the other host is not."""
     with serving(reply(b"y")) as other, GuardedSession([host.name]) as session:
         with suppress(SSRFGuardError, requests.exceptions.RequestException):
             session.get(form.format(allowed=host.port, other=other.port), timeout=5)
@@ -268,7 +266,7 @@ def test_an_allowed_host_in_another_place_of_the_url_allows_nothing(host: Host, 
         assert other.connections == 0
 
 
-def test_an_allowed_host_without_a_port_has_the_two_usual_ones(
+def test_an_allowed_host_without_a_port_allows_80_and_443(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosts = ("loras.example", "more.loras.example", "loras.example.evil.example")
@@ -289,7 +287,7 @@ def test_an_allowed_host_without_a_port_has_the_two_usual_ones(
 # --- redirects
 
 
-def test_a_redirect_is_judged_as_any_address(host: Host) -> None:
+def test_a_redirect_to_a_private_address_is_refused(host: Host) -> None:
     targets = [
         "http://127.0.0.1/x",
         "https://127.0.0.1/x",
@@ -317,7 +315,7 @@ def test_a_redirect_between_allowed_hosts_is_followed(host: Host) -> None:
     assert host.asked == ["GET /y"]
 
 
-def test_redirects_in_a_circle_come_to_an_end() -> None:
+def test_redirects_in_a_circle_end() -> None:
     with serving(redirect(lambda: "/x")) as host, GuardedSession([host.name]) as session:
         with pytest.raises((SSRFGuardError, requests.exceptions.TooManyRedirects)):
             session.get(f"{host.url}/x", timeout=5)
@@ -338,12 +336,10 @@ def test_redirects_in_a_circle_come_to_an_end() -> None:
         reply(status=302, Location="/x"),
         b"no HTTP",
     ],
-    ids=["well", "cut", "missing", "sent on", "no HTTP"],
+    ids=["well", "cut", "missing", "redirect", "no HTTP"],
 )
-def test_of_many_requests_within_one_deadline_none_keeps_a_descriptor(
-    method: str, answer: bytes
-) -> None:
-    """Though each connection is watched until the end: by a duplicate, which is given back with it."""
+def test_requests_within_one_deadline_leak_no_descriptors(method: str, answer: bytes) -> None:
+    """Each connection is watched by a duplicate, which is closed with it."""
     with serving(answer) as host:
         web, seen = HttpClient([host.name]), list[int]()
         with web.session.deadline(60.0):
@@ -361,7 +357,7 @@ def test_of_many_requests_within_one_deadline_none_keeps_a_descriptor(
 # --- the environment
 
 
-def test_neither_a_proxy_nor_a_netrc_of_the_environment_is_used(
+def test_proxies_and_netrc_of_the_environment_are_ignored(
     host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A proxy would resolve the name once more; a netrc would add credentials."""
@@ -379,10 +375,10 @@ def test_neither_a_proxy_nor_a_netrc_of_the_environment_is_used(
         assert proxy.connections == 0
 
 
-def test_of_a_guarded_request_no_log_has_the_url_and_of_others_it_has(
+def test_logs_contain_urls_of_other_requests_but_not_of_guarded_ones(
     host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """urllib3 quotes it in debug lines, and in a warning where a header cannot be read."""
+    """urllib3 quotes URLs in debug lines and in warnings about malformed headers."""
     host.answer = lambda _: b"HTTP/1.1 200 OK\r\nno header\r\nContent-Length: 0\r\n\r\n"
     with caplog.at_level(logging.DEBUG), GuardedSession([host.name]) as session:
         session.get(f"{host.url}/x?sig=s3cret")
