@@ -33,7 +33,9 @@ DTYPES = {
     torch.float64: "F64",
 }
 one_folder = settings(
-    untimed, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    untimed,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

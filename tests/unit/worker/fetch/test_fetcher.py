@@ -19,7 +19,7 @@ from support.servers import (
     watched_connections,
     with_etag,
 )
-from zlora.errors import JobRevoked, JobTimeout, LoraNotAllowed, LoraUnreachable
+from zlora.errors import JobRevoked, JobTimeout, LoraNotAllowed
 from zlora.http import client
 from zlora_worker.fetch.fetcher import Fetcher
 from zlora_worker.fetch.transfer import Fetched
@@ -94,38 +94,14 @@ def test_a_cookie_of_one_download_is_not_sent_with_the_next(tmp_path: Path) -> N
 
 
 def test_a_private_address_is_refused_without_a_connection(tmp_path: Path) -> None:
-    hosts = [
+    """All spellings are in the tests of `zlora.http.ssrf_guard`."""
+    hosts = (
         "127.0.0.1",
-        "localhost",
-        "10.0.0.1",
-        "192.168.1.1",
-        "169.254.1.1",
         "169.254.169.254",
-        "168.63.129.16",
-    ]
-    hosts += [
-        "[::1]",
-        "[fe80::1]",
-        "[fd00::1]",
-        "[::ffff:127.0.0.1]",
-        "[::ffff:a9fe:a9fe]",
-        "[fe80::1%25lo]",
-    ]
-    hosts += [
+        "[::ffff:7f00:1]",
         "2130706433",
-        "0x7f000001",
-        "017700000001",
-        "0177.0.0.1",
-        "127.1",
-        "2852039166",
-        "us3r:s3cret@127.0.0.1",
-    ]
-    hosts += [
-        "127\u30020\u30020\u30021",
-        "127.0.0.1.",
-        "huggingface.co@127.0.0.1",
-        "civitai.com:443@127.0.0.1",
-    ]
+        "us3r:s3cret@10.0.0.1",
+    )
 
     refusals(tmp_path, *(f"https://{host}/x?sig=s3cret" for host in hosts))
 
@@ -174,37 +150,19 @@ def test_plain_http_and_other_ports_are_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "scheme", ["ftp", "file", "s3", "data", "javascript", "HTTPSX", "git+https", " https", ""]
-)
-def test_another_scheme_is_not_allowed(tmp_path: Path, scheme: str) -> None:
-    refusals(tmp_path, f"{scheme}://us3r:s3cret@example.com/x?sig=s3cret#fr4g")
+def test_another_scheme_is_not_allowed(tmp_path: Path) -> None:
+    schemes = ("ftp", "file", "s3", "data", "demo", "HTTPSX", "git+https", " https", "")
+
+    refusals(tmp_path, *(f"{scheme}://us3r:s3cret@example.com/x?sig=s3cret" for scheme in schemes))
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "",
-        "x",
-        "https:",
-        "https://",
-        "https:///x",
-        "https://[",
-        "https://a b/",
-        "https://a..b/",
-        "https://\x00/",
-        "https://h:x/",
-        "https://h:99999/",
-        "https://\ud800/x",
-        "https://" + "a" * 4000,
-        "https://h/\r\nX-Injected: 1",
-        "https://h/\u2028x",
-        "https://h/x\tHTTP/1.1",
-        "https://\u2100/x",
-    ],
-)
-def test_an_invalid_url_is_not_allowed(tmp_path: Path, address: str) -> None:
-    refusals(tmp_path, address)
+def test_an_invalid_url_is_not_allowed(tmp_path: Path) -> None:
+    addresses = ["", "x", "https", "https:", "https://", "https:///x", "https://[", "https://a b/"]
+    addresses += ["https://a..b/", "https://\x00/", "https://h:x/", "https://h:99999/"]
+    addresses += ["https://\ud800/x", "https://" + "a" * 4000, "https://h/\r\nX-Injected: 1"]
+    addresses += ["https://h/\u2028x", "https://h/x\tHTTP/1.1", "https://\u2100/x"]
+
+    refusals(tmp_path, *addresses)
 
 
 def test_a_name_that_resolves_differently_the_second_time_opens_no_private_address(
@@ -243,27 +201,15 @@ def test_a_redirect_to_a_private_address_is_refused_without_a_connection(tmp_pat
         assert inside.connections == 0
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "http://[::1",
-        "https://[",
-        "https://h:x/",
-        "ftp://example.com/x",
-        "data:,x",
-        "http://\xff\xfe/x",
-        "/\xff?sig=s3cret",
-        "https://a..b/",
-        "javascript:alert(1)",
-        "https://" + "a" * 70 + ".example/",
-    ],
-)
-def test_a_redirect_to_an_invalid_url_is_a_typed_error(tmp_path: Path, target: str) -> None:
-    error = failure_of(tmp_path, reply(status=302, Location=target))
-
+def test_a_redirect_to_an_invalid_url_is_not_allowed(tmp_path: Path) -> None:
+    targets = ["http://[::1", "https://[", "https://h:x/", "ftp://example.com/x", "data:,x"]
+    targets += ["http://\xff\xfe/x", "https://a..b/", "javascript:alert(1)"]
+    targets += ["https://" + "a" * 70 + ".example/"]
+    for target in targets:
+        error = failure_of(tmp_path, reply(status=302, Location=target))
+        assert type(error) is LoraNotAllowed, target
+    error = failure_of(tmp_path, reply(status=302, Location="/\xff?sig=s3cret"))
     assert isinstance(error, LoraNotAllowed | LoraUnreachable)
-    if not target.startswith("/"):
-        assert type(error) is LoraNotAllowed
 
 
 def test_endless_redirects_are_refused_and_not_retried(tmp_path: Path) -> None:

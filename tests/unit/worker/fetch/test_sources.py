@@ -15,10 +15,12 @@ from support.servers import (
     Answer,
     Host,
     Request,
+    caching,
     digest,
     downloaded,
     failure,
     fetching,
+    got,
     lora_bytes,
     reply,
     serving,
@@ -35,6 +37,7 @@ from zlora.errors import (
 )
 from zlora.http import client
 from zlora.lora.addresses import PUBLIC_SCHEMES, WORKER_SCHEMES
+from zlora.schema import Asset
 from zlora_worker.fetch.sources import SCHEMES
 from zlora_worker.fetch.transfer import Fetched
 from zlora_worker.settings import DEMO_LORAS
@@ -554,6 +557,11 @@ def test_a_worker_of_the_demo_model_has_its_loras(tmp_path: Path) -> None:
             assert downloaded(fetcher, f"DEMO://{path.stem}", fetched) == (b"", fetched)
             assert fetcher.source(address) == address
         assert connections == []
+
+
+def test_the_receipt_of_a_demo_lora_names_its_address(tmp_path: Path) -> None:
+    with caching(tmp_path, ZLORA_MODEL="demo") as cache:
+        assert got(cache, Asset(url="demo://anime-style")).source == "demo://anime-style"
 
 
 def test_a_worker_of_another_model_refuses_the_demo_loras(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import pytest
 from support.servers import (
     Answer,
+    Host,
     Request,
     digest,
     downloaded,
@@ -24,18 +26,28 @@ from support.servers import (
     lora_bytes,
     reply,
     serving,
+    settings,
     tensor_file,
 )
 from zlora.errors import LoraError, LoraTooLarge, LoraUnreachable, NotSafetensors
 from zlora.http import client
 from zlora.lora.safetensors_header import MAX_HEADER
 from zlora_worker.fetch import transfer
+from zlora_worker.fetch.fetcher import Fetcher
 
 BODY = lora_bytes(1)
 _ENCODER = zlib.compressobj(wbits=31)
 GZIP_OPEN = _ENCODER.compress(BODY) + _ENCODER.flush(zlib.Z_SYNC_FLUSH)  # all of it, and no end
 MEGABYTE = 2**20
+DRIPS = 25
 BUFFERS = 24 * MEGABYTE  # more than two sockets hold between them
+
+
+@contextmanager
+def hurried(folder: Path, host: Host) -> Iterator[Fetcher]:
+    """Yield a fetcher with a deadline of less than a second."""
+    hurry = replace(settings(folder, ZLORA_ALLOW_HOSTS=host.name), lora_deadline=0.3)
+    yield Fetcher(hurry)
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +73,13 @@ def endless(start: bytes, piece: bytes) -> Callable[[Request], Iterator[bytes]]:
 def dripping(
     start: bytes, end: bytes = b"", *, piece: bytes = b"x"
 ) -> Callable[[Request], Iterator[bytes]]:
-    """Return an answer that sends a little now and then, for 2.5 seconds."""
+    """Return an answer that sends a little now and then, for a second."""
 
     def answer(_: Request) -> Iterator[bytes]:
         yield start
-        for _index in range(50):
+        for _index in range(DRIPS):
             yield piece
-            time.sleep(0.05)
+            time.sleep(1 / DRIPS)
         yield end
 
     return answer
@@ -444,11 +456,11 @@ def test_a_dripping_answer_meets_the_deadline(
 ) -> None:
     with (
         serving(dripping(start, end, piece=piece)) as host,
-        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
+        hurried(tmp_path, host) as fetcher,
     ):
         assert type(failure(fetcher, f"{host.url}/x?sig=s3cret")) is LoraUnreachable
 
-    assert host.sent < len(start) + 50 * len(piece)
+    assert host.sent < len(start) + DRIPS * len(piece)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +477,7 @@ def test_an_endless_answer_without_a_body_meets_the_deadline(
 ) -> None:
     with (
         serving(endless(start, piece)) as host,
-        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
+        hurried(tmp_path, host) as fetcher,
     ):
         failure(fetcher, f"{host.url}/x?sig=s3cret")
 
@@ -494,7 +506,7 @@ def test_an_answer_that_does_not_end_with_its_file_is_cut(
     ):
         fetcher.fetch(f"{host.url}/x", io.BytesIO())
 
-    assert host.sent <= len(host.requests) * (len(start) + 50 * len(piece))
+    assert host.sent <= len(host.requests) * (len(start) + DRIPS * len(piece))
 
 
 def test_a_download_below_the_minimum_rate_is_given_up(
