@@ -19,7 +19,7 @@ from support.servers import (
     watched_connections,
     with_etag,
 )
-from zlora.errors import JobRevoked, JobTimeout, LoraNotAllowed
+from zlora.errors import JobRevoked, JobTimeout, LoraNotAllowed, LoraUnreachable
 from zlora.http import client
 from zlora_worker.fetch.fetcher import Fetcher
 from zlora_worker.fetch.transfer import Fetched

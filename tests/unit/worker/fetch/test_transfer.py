@@ -46,8 +46,8 @@ BUFFERS = 24 * MEGABYTE  # more than two sockets hold between them
 @contextmanager
 def hurried(folder: Path, host: Host) -> Iterator[Fetcher]:
     """Yield a fetcher with a deadline of less than a second."""
-    hurry = replace(settings(folder, ZLORA_ALLOW_HOSTS=host.name), lora_deadline=0.3)
-    yield Fetcher(hurry)
+    own = settings(folder, ZLORA_ALLOW_HOSTS=host.name)
+    yield Fetcher(replace(own, lora_deadline=0.3))  # type: ignore[arg-type] # settings take whole seconds
 
 
 @pytest.fixture(autouse=True)
