@@ -54,7 +54,8 @@ def paths(result: GenerateResult, folder: Path) -> list[Path]:
 def read(image: ImageRef, *, timeout: float = 30.0, deadline: float = 300.0) -> bytes:
     """Return the bytes of an image from its `data_uri`, else from its `url`.
 
-    The URL may be `http`, `https`, `file` or `data`. A server may be silent for `timeout` seconds;
+    The URL may be `http`, `https`, `file` or `data`; the first two use the proxies of the
+    environment, because results come from the operator's own store. A server may be silent for `timeout` seconds;
     the whole image may take `deadline` seconds. Raises `ImageUnavailable`, also if the bytes do
     not have the size and the sha256 that the result names.
     """

@@ -121,23 +121,23 @@ def test_sources_without_credentials_use_those_of_the_store(
     ("address", "more", "kind"),
     [
         pytest.param(
-            "s3://pictures/loras/ä b%2F.safetensors", WRONG, LoraForbidden, id="wrong credentials"
+            f"s3://{BUCKET}/loras/ä b%2F.safetensors", WRONG, LoraForbidden, id="wrong credentials"
         ),
         pytest.param(
-            "s3://pictures/loras/ä b%2F.safetensors",
+            f"s3://{BUCKET}/loras/ä b%2F.safetensors",
             {"ZLORA_LORA_S3_SECRET_ACCESS_KEY": "wr0ng"},
             LoraForbidden,
             id="wrong secret",
         ),
         pytest.param(
-            "s3://pictures/loras/ä b%2F.safetensors",
+            f"s3://{BUCKET}/loras/ä b%2F.safetensors",
             {"ZLORA_LORA_S3_SESSION_TOKEN": "wr0ng"},
             LoraForbidden,
             id="wrong session",
         ),
-        pytest.param("s3://pictures/loras/absent", {}, LoraNotFound, id="missing key"),
+        pytest.param(f"s3://{BUCKET}/loras/absent", {}, LoraNotFound, id="missing key"),
         pytest.param("s3://absent/x", {}, LoraNotFound, id="missing bucket"),
-        pytest.param("s3://pictures/page/../private/x", {}, LoraNotFound, id="climbing key"),
+        pytest.param(f"s3://{BUCKET}/page/../private/x", {}, LoraNotFound, id="climbing key"),
     ],
 )
 def test_a_refused_or_absent_object_is_a_typed_error(

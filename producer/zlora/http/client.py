@@ -29,6 +29,7 @@ _PATIENCE: Final = 3.0  # seconds; a longer `Retry-After` is left to the caller
 _MAX_RETRY_AFTER: Final = 3600  # seconds; a longer `Retry-After` counts as this
 _POLL: Final = 0.2  # seconds between two calls of `on_pause`
 _TRANSIENT: Final = frozenset({408, 425, 429})  # client errors that a later request may not meet
+_SERVER_ERROR: Final = 500  # the lowest status of an error of the server
 _SECONDS: Final = re.compile("[0-9]{1,9}")
 _BYTES: Final = re.compile("[0-9]{1,18}")
 _CHUNK: Final = 2**16  # bytes
@@ -141,8 +142,14 @@ class HttpClient:
             ) as response:
                 if response.history and urlsplit(str(response.url)).path == _LOGIN:
                     raise HttpError("the site requires a login", status=HTTPStatus.UNAUTHORIZED)
-                if response.status_code not in statuses:
-                    raise _status_error(response)
+                status = response.status_code
+                if status not in statuses:
+                    raise HttpError(
+                        f"the server answers {status}",
+                        status=status,
+                        retry_after=_retry_after(response.headers.get("Retry-After", "").strip()),
+                        transient=status in _TRANSIENT or status >= _SERVER_ERROR,
+                    )
                 yield Response(response, abort=self.session.cut)
         except requests.exceptions.TooManyRedirects:
             raise AddressRefused("too many redirects") from None
@@ -253,16 +260,6 @@ def _sleep(seconds: float, over: Event, on_pause: Callable[[], None] | None) -> 
         if on_pause:
             on_pause()
         over.wait(min(left, _POLL))
-
-
-def _status_error(response: requests.Response) -> HttpError:
-    status = response.status_code
-    return HttpError(
-        f"the server answers {status}",
-        status=status,
-        retry_after=_retry_after(response.headers.get("Retry-After", "").strip()),
-        transient=status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR,
-    )
 
 
 def _retry_after(text: str) -> float | None:

@@ -76,7 +76,17 @@ class Transfer:
         except NotSafetensors as error:
             raise self._named(error) from None
         if before_header and self._stream.header:
-            self._check_size(self._stream.total)
+            total = self._stream.total
+            if total > self.limits.max_bytes:
+                raise self.too_large()
+            if self._expected not in (0, total):
+                raise NotSafetensors(
+                    f"{self.name}: damaged safetensors file: {self._expected} bytes, "
+                    f"but its header names {total}"
+                )
+            self._expected = total
+            if self._make_room:
+                self._make_room(total)
         if self._stream.received > self.limits.max_bytes:
             raise self.too_large()
         self._digest.update(chunk)
@@ -113,18 +123,6 @@ class Transfer:
         """Return the error for a file with more bytes than it may have."""
         limit = self.limits.max_bytes
         return LoraTooLarge(f"{self.name}: more than {limit} bytes", {"max_bytes": limit})
-
-    def _check_size(self, total: int) -> None:
-        if total > self.limits.max_bytes:
-            raise self.too_large()
-        if self._expected and self._expected != total:
-            raise NotSafetensors(
-                f"{self.name}: damaged safetensors file: {self._expected} bytes, "
-                f"but its header names {total}"
-            )
-        self._expected = total
-        if self._make_room:
-            self._make_room(total)
 
     def _named(self, error: NotSafetensors) -> NotSafetensors:
         return NotSafetensors(f"{self.name}: {error}", error.details)

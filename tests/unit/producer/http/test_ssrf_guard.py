@@ -93,10 +93,10 @@ def refused(session: requests.Session, url: str) -> list[str]:
 
 def names(monkeypatch: pytest.MonkeyPatch, table: dict[str, list[str]]) -> list[str]:
     """Make the name service answer from `table`; return a list that collects the queried names."""
-    asked: list[str] = []
+    queried: list[str] = []
 
     def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
-        asked.append(host)
+        queried.append(host)
         if host not in table:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [
@@ -107,7 +107,7 @@ def names(monkeypatch: pytest.MonkeyPatch, table: dict[str, list[str]]) -> list[
         ]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    return asked
+    return queried
 
 
 def redirect(target: Callable[[], str]) -> Callable[[Request], bytes]:
@@ -169,12 +169,12 @@ def test_an_allowed_name_may_be_private_and_is_resolved_once(
 ) -> None:
     """The address that was checked is the one that is opened."""
     with serving(reply(b"x")) as host, GuardedSession([f"loras.example:{host.port}"]) as session:
-        asked = names(monkeypatch, {"loras.example": ["127.0.0.1"]})
+        queried = names(monkeypatch, {"loras.example": ["127.0.0.1"]})
 
         answer = session.get(f"http://loras.example:{host.port}/x", timeout=5)
 
         assert answer.content == b"x"
-        assert asked == ["loras.example"]
+        assert queried == ["loras.example"]
         assert host.requests[0].headers["host"] == f"loras.example:{host.port}"
 
 

@@ -656,8 +656,8 @@ def test_inspect_prints_json_and_accepts_a_bare_repository(
     with serving(hub("a.safetensors", body=lora())) as host:
         result = run(monkeypatch, "me/mine", "--json", ZLORA_HF_ENDPOINT=host.url)
 
-    told = json.load(io.StringIO(result.output))
-    assert (told["source"], told["base"], told["ranks"]) == ("hf://me/mine", "SDXL", [4])
+    printed = json.load(io.StringIO(result.output))
+    assert (printed["source"], printed["base"], printed["ranks"]) == ("hf://me/mine", "SDXL", [4])
 
 
 def test_inspect_prints_an_error_in_one_line_and_exits_with_its_status(

@@ -255,15 +255,15 @@ def test_on_bytes_is_not_called_without_a_download(tmp_path: Path) -> None:
 
 
 def test_room_is_made_before_any_tensor_is_written(tmp_path: Path) -> None:
-    data, file, asked = lora_bytes(size=2**21), io.BytesIO(), []
+    data, file, sizes = lora_bytes(size=2**21), io.BytesIO(), []
 
     def make_room(size: int) -> None:
-        asked.append((size, len(file.getvalue())))
+        sizes.append((size, len(file.getvalue())))
 
     with serving(reply(data, length=None)) as host, fetching(tmp_path, host) as fetcher:
         fetcher.fetch(f"{host.url}/x", file, make_room=make_room)
 
-    assert asked == [(len(data), 0)]
+    assert sizes == [(len(data), 0)]
 
 
 @pytest.mark.parametrize(

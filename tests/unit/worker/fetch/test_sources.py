@@ -68,10 +68,10 @@ def tokens(host: Host) -> list[str | None]:
     return [request.headers.get("authorization") for request in host.requests]
 
 
-def head(told: str = "", *, status: int = 200) -> bytes:
+def head(header: str = "", *, status: int = 200) -> bytes:
     """Return an answer to HEAD, which has no body."""
     lines = (
-        f"HTTP/1.1 {status} OK\r\nConnection: close\r\n{told}Content-Length: {len(BODY)}\r\n\r\n"
+        f"HTTP/1.1 {status} OK\r\nConnection: close\r\n{header}Content-Length: {len(BODY)}\r\n\r\n"
     )
     return lines.encode("latin-1")
 
@@ -81,8 +81,8 @@ def head(told: str = "", *, status: int = 200) -> bytes:
 
 def hub(named: str = DIGEST, *, body: bytes = BODY) -> Answer:
     """Return a hub that has one file under every name, and names its checksum."""
-    told = f"X-Cozy-SHA256: {named}\r\n" if named else ""
-    return lambda request: head(told) + (b"" if request.method == "HEAD" else body)
+    header = f"X-Cozy-SHA256: {named}\r\n" if named else ""
+    return lambda request: head(header) + (b"" if request.method == "HEAD" else body)
 
 
 def test_a_hub_reference_is_a_head_and_a_get_with_credentials(tmp_path: Path) -> None:
@@ -173,15 +173,15 @@ def test_the_checksum_of_the_hub_counts_after_a_redirect(tmp_path: Path) -> None
 
 def test_only_a_valid_checksum_is_looked_up_in_the_cache(tmp_path: Path) -> None:
     """A checksum becomes the name of a file."""
-    asked: list[str] = []
+    looked_up: list[str] = []
     for named in ("../../secret", "0" * 63, "0" * 64 + "/x", ""):
         with serving(hub(named)) as host, fetching(tmp_path, COZY_HUB_URL=host.url) as fetcher:
             try:
-                fetcher.fetch("cozy://a/b", io.BytesIO(), have=asked.append)
+                fetcher.fetch("cozy://a/b", io.BytesIO(), have=looked_up.append)
             except LoraCorrupt:
                 assert named
 
-    assert asked == []
+    assert looked_up == []
 
 
 @pytest.mark.parametrize(
@@ -257,19 +257,19 @@ def test_a_token_is_not_sent_to_the_target_of_a_redirect(tmp_path: Path, address
 def test_a_token_is_not_sent_after_a_redirect_back_to_its_site(
     tmp_path: Path, address: str
 ) -> None:
-    with serving(lambda _: reply(status=307, Location=f"{home[0].url}/back")) as stranger:
+    with serving(lambda _: reply(status=307, Location=f"{home[0].url}/back")) as other:
         home: list[Host] = []
 
         def site(request: Request) -> bytes | Iterable[bytes]:
             return (
                 hub()(request)
                 if request.target == "/back"
-                else reply(status=307, Location=f"{stranger.url}/x")
+                else reply(status=307, Location=f"{other.url}/x")
             )
 
         with serving(site) as host:
             home.append(host)
-            with fetching(tmp_path, stranger, **SOURCES[address](host)) as fetcher:
+            with fetching(tmp_path, other, **SOURCES[address](host)) as fetcher:
                 assert downloaded(fetcher, address)[0] == BODY
 
     assert {request.target: request.headers.get("authorization") for request in host.requests}[
