@@ -20,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from itertools import pairwise
 
 from benchmarks.report import Row, compare, publish
+from support.jobs import run_job
 from support.tiny_folder import build_tiny, tiny_model
 from zlora import Client
 from zlora.embedded import EmbeddedStack

@@ -148,9 +148,7 @@ class Sender:
             self._try(job, asked, event, webhook.body_of(job.job_id, end, at=at))
 
     def _try(self, job: EndedJob, asked: Webhook, event: str, body: bytes) -> None:
-        from zlora.http.ssrf_guard import (
-            GuardedSession,  # with all of requests: where there are webhooks only
-        )
+        from zlora.http.client import HttpClient  # with requests: only if there are webhooks
 
         from zlora_worker.sidecar.webhook_post import WebhookDeliveryError, post
 
@@ -158,10 +156,10 @@ class Sender:
         headers = webhook.sign(body, secret, message_id=name, timestamp=self._clock())
         count = self._outbox.begin(job.job_id)
         try:
-            with GuardedSession(
+            client = HttpClient(
                 self._settings.allow_hosts, certificates=self._settings.certificates
-            ) as session:
-                post(session, asked.url, body, headers)
+            )
+            post(client, asked.url, body, headers)
         except WebhookDeliveryError as failure:
             left = _PATIENCE - (count.now - count.first)
             if failure.final or left <= 0:

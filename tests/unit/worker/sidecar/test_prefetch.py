@@ -105,7 +105,6 @@ def line_at(broker_url: str, folder: Path, answer: Answer = by_path) -> Iterator
         yield made
         made.client.close()
         made.redis.close()
-        made.cache._fetcher.close()
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from zlora.broker.job_store import JobStore, Submission, connect
 from zlora.broker.keys import RECORD_EXPIRES, dead_key, job_key, outbox_key
 from zlora.broker.webhook_outbox import DeadLetter, EndedJob, Outbox
 from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
+from zlora.http.client import HttpClient
 from zlora.http.ssrf_guard import GuardedSession
 from zlora.schema import GenerateResult, ImageRef, manifest_key
 from zlora.webhook import Event, Verifier, Webhook
@@ -768,8 +769,10 @@ def test_a_receiver_may_be_silent_for_all_of_its_time() -> None:
             waits.append(options["timeout"])
             return super().send(*given, **options)
 
-    with receiving() as receiver, Watched([urlsplit(receiver.url).netloc]) as session:
-        post(session, receiver.url, b"{}", {})
+    with receiving() as receiver:
+        client = HttpClient()
+        client.session = Watched([urlsplit(receiver.url).netloc])
+        post(client, receiver.url, b"{}", {})
 
     assert [read for _, read in waits] == [15.0]
 
