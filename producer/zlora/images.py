@@ -55,9 +55,9 @@ def read(image: ImageRef, *, timeout: float = 30.0, deadline: float = 300.0) -> 
     """Return the bytes of an image from its `data_uri`, else from its `url`.
 
     The URL may be `http`, `https`, `file` or `data`; the first two use the proxies of the
-    environment, because results come from the operator's own store. A server may be silent for `timeout` seconds;
-    the whole image may take `deadline` seconds. Raises `ImageUnavailable`, also if the bytes do
-    not have the size and the sha256 that the result names.
+    environment. A server may be silent for `timeout` seconds; the whole image may take `deadline`
+    seconds. Raises `ImageUnavailable`, also if the bytes do not have the size and the sha256 that
+    the result names.
     """
     end = time.monotonic() + deadline
     address = image.data_uri or image.url

@@ -94,7 +94,7 @@ class Preflight:
         return base_model.describe(found.header, source=name, size=found.size)
 
     def check(self, request: GenerateRequest) -> None:
-        """Raise a `LoraError`, with the `index` in its details, for the first LoRA that is unusable.
+        """Raise a `LoraError`, with `index` in its details, for the first LoRA that is unusable.
 
         A LoRA that was made for another base model than SDXL is a `LoraMismatch`. Addresses that
         only a worker opens, and files that require a token, are not checked.

@@ -280,6 +280,36 @@ def test_a_failure_that_stays_transient_is_raised_after_three_tries() -> None:
     assert len(tries) == 3
 
 
+# --- POST
+
+
+def test_a_post_succeeds_with_2xx_only_and_follows_no_redirect() -> None:
+    for status, succeeds in {200: True, 204: True, 302: False, 410: False, 503: False}.items():
+        with serving(reply(status=status, Location="/elsewhere", Retry_After="7")) as host:
+            if succeeds:
+                HttpClient([host.name]).post(
+                    f"{host.url}/x", b"", headers={}, seconds=9
+                )  # must not raise
+            else:
+                with pytest.raises(HttpError) as raised:
+                    HttpClient([host.name]).post(f"{host.url}/x", b"", headers={}, seconds=9)
+                assert (raised.value.status, raised.value.retry_after) == (status, 7.0)
+
+        assert host.asked == ["POST /x"]
+
+
+def test_a_post_ends_at_its_deadline() -> None:
+    def drip(_: Request) -> Iterator[bytes]:
+        for _index in range(20):
+            yield b"HTTP/1.1 100 Continue\r\n\r\n"
+            time.sleep(0.05)
+
+    with serving(drip) as host, pytest.raises(HttpError, match="no answer in time") as raised:
+        HttpClient([host.name]).post(f"{host.url}/x", b"", headers={}, seconds=0.2)
+
+    assert raised.value.transient
+
+
 # --- servers that do not speak HTTP
 
 
