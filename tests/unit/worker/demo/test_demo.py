@@ -11,7 +11,7 @@ from demo_model.report.statistics import STATISTICS
 from PIL import Image, ImageChops
 from support.fakes import pixels
 from torch import Tensor
-from zlora_worker.demo.command import _DOCUMENTS, read_document
+from zlora_worker.demo.command import DOCUMENTS, read_document
 from zlora_worker.demo.server import TOKEN, serving
 from zlora_worker.demo.sheet import Row, draw_sheet
 from zlora_worker.lora.merge import WeightedLora
@@ -93,7 +93,7 @@ def host() -> Iterator[str]:
 
 def test_every_address_of_the_documents_has_a_file(host: str) -> None:
     """By URL as it stands, by hub reference with the token."""
-    specs = [spec for name in _DOCUMENTS for spec in read_document(name, host).loras]
+    specs = [spec for name in DOCUMENTS for spec in read_document(name, host).loras]
     found = set()
 
     for spec in specs:
