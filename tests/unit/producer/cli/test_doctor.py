@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 import redis
-import zlora.cli.doctor_checks
+import zlora.cli.doctor
 import zlora_worker.cli.doctor
 from celery import Celery
 from celery.contrib.testing.worker import start_worker
@@ -52,7 +52,7 @@ def mute() -> Iterator[str]:
 
 def producer(environ: Mapping[str, str]) -> dict[str, Any]:
     """The checks of a producer's side, by name."""
-    return {check.name: check for check in zlora.cli.doctor_checks.checks(environ)}
+    return {check.name: check for check in zlora.cli.doctor.checks(environ)}
 
 
 def worker(environ: Mapping[str, str], **changed: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers on this machine answer at once."""
-    monkeypatch.setattr(zlora.cli.doctor_checks, "_REPLY", 0.1)
+    monkeypatch.setattr(zlora.cli.doctor, "_REPLY_TIME", 0.1)
 
 
 @pytest.mark.usefixtures("quick")
@@ -117,7 +117,7 @@ def test_a_broker_that_may_lose_jobs_is_told(
     broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        zlora.cli.doctor_checks, "_workers", lambda *_: zlora.cli.doctor_checks.ok("workers", "")
+        zlora.cli.doctor, "_workers", lambda *_: zlora.cli.doctor.ok("workers", "")
     )
     broker.config_set("appendonly", "no")
     broker.config_set("maxmemory-policy", "allkeys-lru")
@@ -190,8 +190,8 @@ def test_a_worker_of_the_queue_is_found_and_one_of_another_version_told(
     broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert broker.dbsize() == 0
-    monkeypatch.setattr(zlora.cli.doctor_checks, "_REPLY", 0.4)
-    monkeypatch.setattr(zlora.cli.doctor_checks, "version", lambda _: "2.0.0")
+    monkeypatch.setattr(zlora.cli.doctor, "_REPLY_TIME", 0.4)
+    monkeypatch.setattr(zlora.cli.doctor, "version", lambda _: "2.0.0")
     app = Celery("served", set_as_current=False)
     app.conf.update(shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu"))
     app.conf.update(zlora_version="1.0.0")
@@ -235,7 +235,7 @@ def test_a_redis_that_takes_no_jobs_is_told(
     info = broker.info() | said
     monkeypatch.setattr(redis.Redis, "info", lambda _: info)
     monkeypatch.setattr(
-        zlora.cli.doctor_checks, "_workers", lambda *_: zlora.cli.doctor_checks.ok("workers", "")
+        zlora.cli.doctor, "_workers", lambda *_: zlora.cli.doctor.ok("workers", "")
     )
     found = producer({config.BROKER_URL: broker_url})[check]
 
