@@ -113,6 +113,7 @@ class EmbeddedStack:
         temporary = self._children.enter_context(folder)
         if not self.environ.get(_PROBES):
             self.environ[_PROBES] = temporary
+        Path(self.environ[_PROBES], "ready").unlink(missing_ok=True)  # of a worker that was killed
 
         explicit = config.value_of(self.environ, config.BROKER_URL)
         self.environ.pop(f"{config.BROKER_URL}_FILE", None)

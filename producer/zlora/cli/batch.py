@@ -137,10 +137,11 @@ def batch(
     verbose: bool,
     as_json: bool,
 ) -> None:
-    """Draw all jobs of the file JOBS, and write the end of each to the file RESULTS.
+    """Draw a file of jobs, and resume after any interruption.
 
-    A line of JOBS is a request in JSON, or {"request": {...}, "job_id": "...", "priority": "low"}.
-    All lines are checked before any job is sent.
+    A line of the file JOBS is a request in JSON, or {"request": {...}, "job_id": "...",
+    "priority": "low"}. All lines are checked before any job is sent. When a job ends, its result or
+    error is added to the file RESULTS.
 
     Run the same command again to resume after any interruption. Jobs that have a result or an error
     in RESULTS are not sent again; jobs that were cancelled are drawn again, and with --retry-failed
@@ -149,7 +150,12 @@ def batch(
 
     The exit status is 1 if a job has failed.
     """
-    lines = _read_or_print_errors(jobs)
+    try:
+        lines = read_lines(jobs)
+    except InvalidRequest as error:
+        for wrong in error.details["lines"]:
+            click.echo(on_one_line(f"line {wrong['line']}: {wrong['message']}"), err=True)
+        raise
     if folder is not None:
         require_folder(folder)
     with writing(out), ResultsFile.opened(out) as results:
@@ -166,15 +172,6 @@ def batch(
     if run.missing:
         raise run.missing[0]
     ctx.exit(BATCH_FAILED if failed else 0)
-
-
-def _read_or_print_errors(path: Path) -> "list[Line]":
-    try:
-        return read_lines(path)
-    except InvalidRequest as error:
-        for wrong in error.details["lines"]:
-            click.echo(on_one_line(f"line {wrong['line']}: {wrong['message']}"), err=True)
-        raise
 
 
 # --- the file of jobs
@@ -322,8 +319,8 @@ class ResultsFile:
     ) -> list[BatchJob]:
         """Return the jobs that have not ended, that were cancelled and, if `retry_failed`, failed.
 
-        With a folder, also the jobs that were drawn and have images that are not there. Raises
-        `InvalidRequest` if a recorded job is not that of its line.
+        With a folder, also return the jobs that were drawn and have an image that is missing in it.
+        Raises `InvalidRequest` if a recorded job is not that of its line.
         """
         known = {line.number: line for line in lines}
         for number, records in self._records.items():
@@ -348,8 +345,13 @@ class ResultsFile:
                 job_id = line.id_of_attempt(batch, len(records))
                 jobs.append(BatchJob(line, job_id, is_drawn=False))
             elif error is None and folder is not None:
-                job = BatchJob(line, records[-1].job_id, is_drawn=True)
-                jobs += [job] if _lacks_images(job, folder) else []
+                job_id, request = records[-1].job_id, line.request
+                names = [
+                    f"{job_id}-{index}.{request.output_format}"  # as `images.save` has them
+                    for index in range(request.num_images)
+                ]
+                if not all((folder / name).exists() for name in names):
+                    jobs.append(BatchJob(line, job_id, is_drawn=True))
         return jobs
 
     @property
@@ -368,12 +370,6 @@ class ResultsFile:
         self._file.flush()
         self._records.setdefault(job.line.number, []).append(msgspec.convert(document, _Record))
         return document
-
-
-def _lacks_images(job: BatchJob, folder: Path) -> bool:
-    request = job.line.request
-    names = (f"{job.job_id}-{index}.{request.output_format}" for index in range(request.num_images))
-    return not all((folder / name).exists() for name in names)
 
 
 # --- the run
@@ -479,7 +475,7 @@ class _Run:
     async def _interrupted(self, client: AsyncClient) -> Interrupted:
         """Ask about the jobs in flight, cancel them or not, and return the end of the command.
 
-        If nobody can be asked, jobs whose id a line chose continue: another program may use them.
+        Without a terminal, jobs whose id a line chose continue: other programs may use them.
         """
         jobs, again = list(self._in_flight.values()), "run the same command again to resume"
         if not jobs:

@@ -416,11 +416,11 @@ CHECKS: Final[tuple[Callable[[Environment], Iterator[Check]], ...]] = (
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Check broker, queue, workers, settings, store, device, model and cache.
+    """Check all that a job needs, and print what to do.
 
-    Prints a line for each check, and what to do if something is wrong. Settings, store, device,
-    model and cache are checked if the worker's packages are installed. The exit status is 0, or
-    that of the first check that has failed.
+    Checks the broker, the queue and its workers and, if the worker's packages are installed, a
+    worker's settings, store, device, model and LoRA cache. Prints a line for each check, and advice
+    if something is wrong. The exit status is 0, or that of the first check that has failed.
     """
     found = chain(checks(os.environ), _checks_of_other_packages())
     if as_json:

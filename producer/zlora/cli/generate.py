@@ -35,9 +35,10 @@ from zlora.schema import Cancellation
 )
 @json_option
 def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None:
-    """Draw PROMPT, wait for the result, save the images and print what was used of each LoRA.
+    """Draw PROMPT, wait for the result, and save the images.
 
-    Images are saved as FOLDER/<job id>-<index>.<format>.
+    Images are saved as FOLDER/<job id>-<index>.<format>. The receipt that is printed says what was
+    used of each LoRA.
 
     Ctrl-C asks whether to cancel the job. Without a terminal the job is cancelled, except if
     --job-id or --idempotency-key names it: another program may wait for it.

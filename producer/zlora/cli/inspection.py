@@ -11,10 +11,10 @@ from zlora.schema import Asset
 @click.argument("address")
 @json_option
 def inspect(address: str, as_json: bool) -> None:
-    """Print format, ranks, base model and modules of the LoRA at ADDRESS.
+    """Print what the LoRA at ADDRESS is, from its header.
 
-    Only the header of the file is read. ADDRESS is a URL, `hf://owner/repo/file`, `owner/repo` or
-    `civitai://<version id>`.
+    Prints the format, ranks, base model, trigger words and modules. ADDRESS is a URL,
+    `hf://owner/repo/file`, `owner/repo` or `civitai://<version id>`.
     """
     info = Preflight.from_env().inspect(Asset(url=address))
     if as_json:

@@ -26,7 +26,7 @@ _CANCELLATIONS: Final = {
 @job_options.add_options
 @json_option
 def submit(as_json: bool, **given: Any) -> None:
-    """Queue PROMPT and print the job's id, without waiting for the result."""
+    """Queue PROMPT, and print the job's id without waiting."""
     wanted = job_options.read(given)
     with connection.client() as client:
         handle = wanted.submit(client)

@@ -108,7 +108,7 @@ def as_event() -> Iterator[asyncio.Event]:
 
 
 def has_come() -> bool:
-    """Return whether a signal has asked the program to end."""
+    """Return whether a signal has come that ends the program."""
     return bool(_received.numbers)
 
 

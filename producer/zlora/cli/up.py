@@ -32,10 +32,11 @@ _CLIENT: Final = (
     "--flower-port", default=5555, show_default=True, help="Port of Flower, on this machine only."
 )
 def up(flower: bool, flower_port: int) -> None:
-    """Run a broker, a worker and a store folder on this machine, until Ctrl-C.
+    """Run a broker, a worker and a store folder until Ctrl-C.
 
-    An explicit ZLORA_BROKER_URL is used instead of a broker of its own. The processes write their
-    logs to the folder `logs` in the data folder (ZLORA_HOME).
+    All of them are on this machine, and clients on this machine find them. If ZLORA_BROKER_URL is
+    set, that broker is used instead. The processes write their logs to the folder `logs` in the
+    data folder (ZLORA_HOME).
 
     Ctrl-C ends the stack after the running job, with exit status 0. Another Ctrl-C ends it at once.
     """
@@ -72,10 +73,10 @@ def up(flower: bool, flower_port: int) -> None:
 
 
 def _print_next(model: str, seconds: float) -> None:
-    where = "in another terminal"
+    place = "in another terminal"
     if names := [name for name in _CLIENT if os.environ.get(name)]:
-        where += f" with the same {' and '.join(names)}"
+        place += f" with the same {' and '.join(names)}"
     command = 'zlora generate "a city at night"'
     if model == "demo":
         command = 'zlora generate "a portrait in anime style" --lora demo://anime-style'
-    click.echo(f"ready after {seconds:.0f} s; to draw an image, type {where}:\n\n  {command}\n")
+    click.echo(f"ready after {seconds:.0f} s; to draw an image, type {place}:\n\n  {command}\n")

@@ -21,10 +21,11 @@ from zlora.schema import check_job_id
 @json_option
 @click.pass_context
 def webhooks(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
-    """Print how many webhooks of the queue wait, and which were given up in the last seven days.
+    """Print the webhooks that wait or were given up.
 
-    A webhook that is resent is tried for another two hours. The exit status is 66 if one of the
-    jobs to resend is unknown or has no webhook.
+    Prints how many webhooks of the queue wait to be sent, and each that was given up in the last
+    seven days. A webhook that is resent is tried for another two hours. The exit status is 66 if
+    one of the jobs to resend is unknown or has no webhook.
     """
     names = [check_job_id(name) for name in dict.fromkeys(ids)]
     with connection.outbox() as outbox:

@@ -78,7 +78,7 @@ class FinishedVariant:
 )
 @json_option
 def demo(out: Path, as_json: bool) -> None:
-    """Draw four request documents with the built-in demo model, and show what each LoRA does.
+    """Draw four requests with the built-in demo model.
 
     Needs the worker's packages, but no GPU and no download. Starts a broker and a worker for the
     time of the demo, draws each document with and without its LoRAs, prints the seconds of each

@@ -182,9 +182,9 @@ def test_a_full_disk_is_reported_and_a_closed_pipe_is_not(
 
     for arguments in (["submit", "a city"], ["batch", str(jobs), "--out", str(results)]):
         assert run("stdout", opened, *arguments, *options) == status
-    told = capsys.readouterr().err
-    assert told.count("the output: No space left on device [cannot_write]\n") == lines
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert printed.count("the output: No space left on device [cannot_write]\n") == lines
+    assert "Traceback" not in printed
     assert len(results.read_text().splitlines()) == 1
 
 
@@ -235,11 +235,11 @@ def test_the_docs_have_the_codes_that_no_error_has(code: str) -> None:
 
 def test_the_docs_have_the_table() -> None:
     rows = re.findall(r"^\| ([0-9]+) \| (.+?) \|", DOCS, re.MULTILINE)
-    told = {
+    in_docs = {
         name: int(status) for status, names in rows for name in re.findall(r"`([A-Z]\w+)`", names)
     }
 
-    assert told == {kind.__name__: status for kind, status in exit_codes.STATUSES.items()}
+    assert in_docs == {kind.__name__: status for kind, status in exit_codes.STATUSES.items()}
 
 
 def test_the_docs_have_every_command() -> None:

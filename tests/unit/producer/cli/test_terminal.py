@@ -158,15 +158,19 @@ def test_ctrl_c_asks_once_whether_to_cancel_the_job(
 
 
 @pytest.mark.parametrize(
-    ("asked", "end", "status"), [(False, signal.SIGHUP, 129), (True, signal.SIGTERM, 143)]
+    ("is_asking", "end", "status"), [(False, signal.SIGHUP, 129), (True, signal.SIGTERM, 143)]
 )
 def test_a_signal_from_another_process_cancels_the_job_without_an_answer(
-    client: Client, terminal: Callable[..., Terminal], asked: bool, end: signal.Signals, status: int
+    client: Client,
+    terminal: Callable[..., Terminal],
+    is_asking: bool,
+    end: signal.Signals,
+    status: int,
 ) -> None:
     """The signal may come before or during the question."""
     shell = terminal("generate", "a city")
     job_id = shell.sees(r"job (\S+)\r\n.*queued")
-    if asked:
+    if is_asking:
         shell.types(CTRL_C)
         shell.sees(r"Cancel job .* \[Y/n\]: ")
     shell.process.send_signal(end)
