@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Final, Literal
 
 import click
+import msgspec
 from msgspec import Struct
 
 from zlora.cli.printing import json_option, print_json
@@ -67,8 +68,6 @@ def schema(document: str, as_json: bool) -> None:
 
 def _schema_of(kind: Any) -> dict[str, Any]:
     """Return the schema of a type, with the types that it names under `$defs`."""
-    import msgspec
-
     found = _portable(msgspec.json.schema(kind))
     own: dict[str, Any] = found["$defs"].pop(kind.__name__)
     if found["$defs"]:
