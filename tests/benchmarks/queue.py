@@ -47,7 +47,7 @@ def main(*, rounds: int) -> None:
         }
         runtime = Child.open(Settings.from_env(environ), Meter())
         with (
-            EmbeddedStack(environ, log_folder=Path(folder, "logs")) as stack,
+            EmbeddedStack(environ) as stack,
             Client.from_env(stack.environ) as client,
         ):
             through_queue(client), directly(runtime, "warm")
