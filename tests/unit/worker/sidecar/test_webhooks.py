@@ -37,9 +37,8 @@ from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results.store import FolderStore
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.sidecar import webhooks
-from zlora_worker.sidecar.__main__ import end_by
 from zlora_worker.sidecar.webhook_post import post
-from zlora_worker.sidecar.webhooks import Dispatcher, Ends, Sender
+from zlora_worker.sidecar.webhooks import Dispatcher, JobEnds, Sender
 
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 PAUSES: Final = (5, 30, 120, 300, 600, 1200, 1800, 3000)  # seconds, each 0.8 to 1.2 times
@@ -179,7 +178,7 @@ class Place:
         } | variables
         read = settings(self.folder, **told)
         there = store or self.store
-        ends = Ends(there, ImageUrls(there, read), end_by(self.app.backend))
+        ends = JobEnds(there, ImageUrls(there, read), self.app.backend)
         return Sender(self.outbox, ends, read, self.meter, clock=lambda: self.now)
 
     def work(self, sender: Sender | None = None) -> int:
@@ -558,7 +557,7 @@ def test_what_a_stranger_wrote_for_an_address_is_given_up_and_delays_nothing(
         dispatcher.step()
         wait_until(lambda: place.outbox.pending() == 0, "both have ended")
 
-    assert (place.letter().reason, place.letter().tries) == ("no URL that is opened", 0)
+    assert (place.letter().reason, place.letter().tries) == ("the URL is not allowed", 0)
     assert [event.job_id for event in receiver.events()] == [job]
 
 
@@ -595,7 +594,7 @@ def test_a_dead_letter_is_sent_again_where_its_operator_says_so(place: Place) ->
 
 
 def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zlora.broker.webhook_outbox._MOST_DEAD", 2)
+    monkeypatch.setattr("zlora.broker.webhook_outbox._MAX_DEAD", 2)
     facts: dict[str, Any] = {
         "event": "job.failed",
         "url": "https://a/",
@@ -604,7 +603,7 @@ def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch
         "reason": "no",
     }
     for age in (8 * 86_400, 3, 2, 1):
-        place.outbox.bury(DeadLetter(job_id=str(age), last=time.time() - age, **facts))
+        place.outbox.give_up(DeadLetter(job_id=str(age), last=time.time() - age, **facts))
 
     assert [letter.job_id for letter in place.outbox.dead()] == ["2", "1"]
 
@@ -668,7 +667,7 @@ class Held(Sender):
 
     def __init__(self, place: Place, *quick: str) -> None:
         read = settings(place.folder, **{config.WEBHOOK_SECRET: SECRET})
-        super().__init__(place.outbox, cast("Ends", None), read, Meter())
+        super().__init__(place.outbox, cast("JobEnds", None), read, Meter())
         self.begun: list[str] = []
         self.quick, self.over = quick, threading.Event()
 
@@ -705,7 +704,7 @@ def test_many_jobs_of_one_host_hide_none_of_another(
     sender = Held(place, "quick.example")
     dispatcher = Dispatcher(place.outbox, sender)
     for _ in range(2):
-        dispatcher._next_look = 0.0
+        dispatcher._next_read = 0.0
         dispatcher.step()
     wait_until(lambda: "quick.example" in sender.begun, "the other host's is begun")
     sender.over.set()
@@ -720,7 +719,7 @@ def test_hosts_that_are_not_known_to_be_quick_do_not_take_all_places(place: Plac
     dispatcher = Dispatcher(place.outbox, sender)
     dispatcher.step()
     wait_until(
-        lambda: "quick.example" in dispatcher._quick and not dispatcher._under_way, "it was quick"
+        lambda: "quick.example" in dispatcher._quick and not dispatcher._sending, "it was quick"
     )
 
     sender.begun.clear()
@@ -728,10 +727,10 @@ def test_hosts_that_are_not_known_to_be_quick_do_not_take_all_places(place: Plac
     names = [f"new-{number}.example" for number in range(20)]
     for name in [*names, "quick.example"]:
         place.ended(f"https://{name}/", LoraMismatch("no"))
-    dispatcher._next_look = 0.0
+    dispatcher._next_read = 0.0
     dispatcher.step()
     wait_until(lambda: len(sender.begun) == 9, "as many as may be are begun")
-    assert (dispatcher._under_way.total(), dispatcher._under_way["quick.example"]) == (9, 1)
+    assert (dispatcher._sending.total(), dispatcher._sending["quick.example"]) == (9, 1)
     sender.over.set()
 
     def has_sent_all() -> bool:
@@ -750,10 +749,10 @@ def test_where_there_is_no_thread_a_job_comes_again(
         with monkeypatch.context() as patched:
             patched.setattr(webhooks, "Thread", no_thread)
             dispatcher.step()
-        assert (receiver.heard, dispatcher._under_way) == ([], {})
-        assert 0 < (place.due_in(job) or 0.0) <= webhooks._NO_THREAD
-        place.pass_time(webhooks._NO_THREAD)
-        dispatcher._next_look = 0.0
+        assert (receiver.heard, dispatcher._sending) == ([], {})
+        assert 0 < (place.due_in(job) or 0.0) <= webhooks._NO_THREAD_PAUSE
+        place.pass_time(webhooks._NO_THREAD_PAUSE)
+        dispatcher._next_read = 0.0
         wait_until(lambda: dispatcher.step() and place.outbox.pending() == 0, "it is sent")
 
     assert [event.job_id for event in receiver.events()] == [job]
@@ -790,7 +789,7 @@ def test_a_fault_in_one_is_no_fault_of_another_and_it_comes_again(
         dispatcher = Dispatcher(place.outbox, sender)
         dispatcher.step()
         wait_until(lambda: place.outbox.pending() == 1, "the sound one is sent")
-        wait_until(lambda: not dispatcher._under_way, "there is room again")
+        wait_until(lambda: not dispatcher._sending, "there is room again")
 
     assert [event.job_id for event in receiver.events()] == [sound]
     assert (place.due_in(broken) or 0) > webhooks._CLAIM - 60
@@ -802,7 +801,7 @@ def test_a_fault_in_one_is_no_fault_of_another_and_it_comes_again(
 def test_neither_a_redis_that_is_away_nor_a_fault_ends_the_sending(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(webhooks, "_AWAY", 0.0)
+    monkeypatch.setattr(webhooks, "_ERROR_PAUSE", 0.0)
 
     class Faulty(Dispatcher):
         steps = 0
