@@ -57,11 +57,21 @@ class Watched(NamedTuple):
         """All that can be read; what is asked of the worker first."""
         jobs = [job.id for job in (self.drawn, self.failed, self.waiting)]
         return [
-            f"/api/workers?refresh=1&workername={self.worker}", "/api/workers", "/", "/workers",
-            f"/worker/{self.worker}", "/tasks", *(f"/task/{job}" for job in jobs), "/broker", "/api/tasks",
-            *(f"/api/task/info/{job}" for job in jobs), "/api/task/types", "/api/queues/length", "/metrics",
+            f"/api/workers?refresh=1&workername={self.worker}",
+            "/api/workers",
+            "/",
+            "/workers",
+            f"/worker/{self.worker}",
+            "/tasks",
+            *(f"/task/{job}" for job in jobs),
+            "/broker",
+            "/api/tasks",
+            *(f"/api/task/info/{job}" for job in jobs),
+            "/api/task/types",
+            "/api/queues/length",
+            "/metrics",
             f"/tasks/datatable?{TABLE}",
-        ]  # fmt: skip
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -317,10 +327,15 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("none", "expected one of"), ("both", "expected one of"), ("gone", "No such file"), ("empty", "expected `user"),
-        ("blank", "expected `user"), ("nameless", "expected `user"), ("accent", "expected `user"),
+        ("none", "expected one of"),
+        ("both", "expected one of"),
+        ("gone", "No such file"),
+        ("empty", "expected `user"),
+        ("blank", "expected `user"),
+        ("nameless", "expected `user"),
+        ("accent", "expected `user"),
     ],
-)  # fmt: skip
+)
 def test_it_does_not_start_for_everybody(refused: dict[str, str], case: str, reason: str) -> None:
     line, status = refused[case].splitlines()
 

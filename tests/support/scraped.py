@@ -9,8 +9,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 # All labels. None of them takes a value of a request.
 LABELS: Final = {
-    "outcome", "code", "phase", "tier", "le", "kind", "version", "model", "queue", "priority", "state",
-}  # fmt: skip
+    "outcome",
+    "code",
+    "phase",
+    "tier",
+    "le",
+    "kind",
+    "version",
+    "model",
+    "queue",
+    "priority",
+    "state",
+}
 _NAME: Final = re.compile(r"zlora(_[a-z]+)+")
 _UNITS: Final = {
     "ms",

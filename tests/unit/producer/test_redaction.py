@@ -173,12 +173,24 @@ def test_a_question_mark_in_a_prompt_is_not_a_query() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        None, 7, "text", [], [document()], {}, {"loras": 1}, {"loras": [1, {}, {"file": 1}, {"file": {}}]},
-        {"loras": {"file": {}}}, {"prompt": ["x" * 5000]}, {"prompt": "a\nb"}, {"a\nb": 1}, {"x" * 5000: 1},
-        {1: {2: 3}}, {"loras": [{"file": {"url": 7}}] * 1000},
+        None,
+        7,
+        "text",
+        [],
+        [document()],
+        {},
+        {"loras": 1},
+        {"loras": [1, {}, {"file": 1}, {"file": {}}]},
+        {"loras": {"file": {}}},
+        {"prompt": ["x" * 5000]},
+        {"prompt": "a\nb"},
+        {"a\nb": 1},
+        {"x" * 5000: 1},
+        {1: {2: 3}},
+        {"loras": [{"file": {"url": 7}}] * 1000},
     ],
     ids=range(15),
-)  # fmt: skip
+)
 def test_an_invalid_request_is_shown_in_one_short_line(data: Any) -> None:
     line = shown(data)
 
@@ -200,13 +212,27 @@ def test_any_json_is_shown_without_an_error(data: Any) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        {"url": SECRET_URL}, {"loras": [{"file": {"url": SECRET_URL, "odd": SECRET_URL}}]}, SECRET_URL, [SECRET_URL],
-        {"loras": [SECRET_URL]}, {"loras": SECRET_URL}, {"loras": [{"file": SECRET_URL}]},
-        {"request": {"x": SECRET_URL}}, {"loras": [{"adapter_name": SECRET_URL}]},
-        {"loras": [{"adapter_name": "//us3r:pa55@host/x", "file": {"url": SECRET_URL}, "weight": SECRET_URL}]},
+        {"url": SECRET_URL},
+        {"loras": [{"file": {"url": SECRET_URL, "odd": SECRET_URL}}]},
+        SECRET_URL,
+        [SECRET_URL],
+        {"loras": [SECRET_URL]},
+        {"loras": SECRET_URL},
+        {"loras": [{"file": SECRET_URL}]},
+        {"request": {"x": SECRET_URL}},
+        {"loras": [{"adapter_name": SECRET_URL}]},
+        {
+            "loras": [
+                {
+                    "adapter_name": "//us3r:pa55@host/x",
+                    "file": {"url": SECRET_URL},
+                    "weight": SECRET_URL,
+                }
+            ]
+        },
     ],
     ids=range(10),
-)  # fmt: skip
+)
 def test_an_address_in_a_wrong_place_loses_its_secrets(data: Any) -> None:
     assert not [secret for secret in SECRETS if secret in shown(data)]
 
@@ -275,12 +301,23 @@ def test_the_public_parts_of_addresses_stay() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "is it there? yes", "(yes/no?)", "what?!", "'is it?', 'no'", "one@host ready.", "a@b.org: it fails", "at 12:30",
-        "cozy://loras/anime@2", "s3://bucket/a@b", "file:///models/a@b", "a // b", "no authorization is set",
-        "the token is wrong", "[config] .> transport: redis://host:6379/0",
+        "is it there? yes",
+        "(yes/no?)",
+        "what?!",
+        "'is it?', 'no'",
+        "one@host ready.",
+        "a@b.org: it fails",
+        "at 12:30",
+        "cozy://loras/anime@2",
+        "s3://bucket/a@b",
+        "file:///models/a@b",
+        "a // b",
+        "no authorization is set",
+        "the token is wrong",
+        "[config] .> transport: redis://host:6379/0",
     ],
     ids=range(14),
-)  # fmt: skip
+)
 def test_text_that_resembles_a_secret_address_stays(text: str) -> None:
     assert Redactor()(f"{text} and so on") == f"{text} and so on"
 

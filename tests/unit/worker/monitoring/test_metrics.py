@@ -51,15 +51,31 @@ def a_result(*tiers: str, images: int = 1, **timings: float) -> GenerateResult:
     )
     receipts = tuple(
         LoraReceipt(
-            source=f"https://{MARK}/x", sha256=MARK, size=1000, format="peft", ranks=(4,), unet_weight=1.0,
-            text_encoder_weight=1.0, modules={}, tier=tier, milliseconds={}, adapter_name=MARK,  # type: ignore[arg-type]
+            source=f"https://{MARK}/x",
+            sha256=MARK,
+            size=1000,
+            format="peft",
+            ranks=(4,),
+            unet_weight=1.0,
+            text_encoder_weight=1.0,
+            modules={},
+            tier=tier,
+            milliseconds={},
+            adapter_name=MARK,  # type: ignore[arg-type]
         )
         for tier in tiers
-    )  # fmt: skip
+    )
     return GenerateResult(
-        job_id=MARK, images=(image,) * images, loras=receipts, seed=1, timings={MARK: 1.0, **timings}, base_intact=True,
-        model=MARK, versions={}, request_sha256=MARK,
-    )  # fmt: skip
+        job_id=MARK,
+        images=(image,) * images,
+        loras=receipts,
+        seed=1,
+        timings={MARK: 1.0, **timings},
+        base_intact=True,
+        model=MARK,
+        versions={},
+        request_sha256=MARK,
+    )
 
 
 # --- what there is

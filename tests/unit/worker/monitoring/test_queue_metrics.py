@@ -49,7 +49,7 @@ def message(seconds: float) -> str:
 
 @pytest.fixture
 def other_app(broker_url: str) -> Iterator[Celery]:
-    """A Celery application of another program on the same broker."""
+    """Make a Celery application, as another program on the same broker has."""
     with Celery("other", set_as_current=False) as app:
         app.conf.update(
             shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu")
@@ -101,8 +101,11 @@ def test_jobs_are_counted_by_priority_also_those_of_other_programs(
 
     jobs = scraped.named("zlora_queue_jobs")
     assert {priority: count for (priority, _), count in jobs.items() if count} == {
-        "high": 2, "normal": 1, "low": 1, "7": 1,
-    }  # fmt: skip
+        "high": 2,
+        "normal": 1,
+        "low": 1,
+        "7": 1,
+    }
     assert scraped("zlora_queue_oldest_seconds", queue="gpu", priority="7") == 0
     assert look(broker_url, "other")("zlora_queue_jobs", queue="other", priority="normal") == 1
 

@@ -14,11 +14,17 @@ SIGNED = "https://store.example/runs/job-1/outputs/0.png?X-Amz-Signature=t0ken"
 def result(count: int = 2, loras: tuple[LoraReceipt, ...] = (), **fields: Any) -> GenerateResult:
     images = tuple(
         ImageRef(
-            key=f"runs/job-1/outputs/{index}.png", width=8, height=8, content_type="image/png", size=1, sha256="0",
-            seed=3, url=SIGNED,
+            key=f"runs/job-1/outputs/{index}.png",
+            width=8,
+            height=8,
+            content_type="image/png",
+            size=1,
+            sha256="0",
+            seed=3,
+            url=SIGNED,
         )
         for index in range(count)
-    )  # fmt: skip
+    )
     whole: dict[str, Any] = {
         "seed": 3,
         "timings": {"denoise": 2.0},
@@ -31,9 +37,17 @@ def result(count: int = 2, loras: tuple[LoraReceipt, ...] = (), **fields: Any) -
 
 def receipt(**fields: Any) -> LoraReceipt:
     whole: dict[str, Any] = {
-        "source": "https://example.com/anime.safetensors", "sha256": "0", "size": 1, "format": "kohya", "ranks": (16,),
-        "unet_weight": 0.8, "text_encoder_weight": 0.8, "modules": {}, "tier": "network", "milliseconds": {},
-    }  # fmt: skip
+        "source": "https://example.com/anime.safetensors",
+        "sha256": "0",
+        "size": 1,
+        "format": "kohya",
+        "ranks": (16,),
+        "unet_weight": 0.8,
+        "text_encoder_weight": 0.8,
+        "modules": {},
+        "tier": "network",
+        "milliseconds": {},
+    }
     return LoraReceipt(**whole | fields)
 
 

@@ -1,4 +1,4 @@
-"""LoRAs of waiting jobs are fetched in order; messages stay as they are, and failures fail no job."""
+"""LoRAs of waiting jobs are fetched in order, and neither messages nor jobs are changed."""
 
 import os
 import signal
@@ -399,12 +399,10 @@ def test_the_cache_is_tidied_once_an_hour(line: Line) -> None:
 
 def test_the_sidecar_never_imports_torch() -> None:
     """Neither do the modules that its threads import for downloads."""
-    code = "import zlora_worker.sidecar.__main__, zlora_worker.fetch.cache, sys; print([n for n in sys.modules if n in ('torch',)])"
+    imports = "import sys, zlora_worker.sidecar.__main__, zlora_worker.fetch.cache"
+    code = f"{imports}; sys.exit('torch' in sys.modules)"
 
-    assert (
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip()
-        == b"[]"
-    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @contextmanager
