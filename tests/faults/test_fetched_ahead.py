@@ -1,4 +1,4 @@
-"""A real worker's companion fetches the next job's LoRA while a job is drawn, and is never missed."""
+"""The sidecar of a real worker prefetches the next job's LoRA, and jobs do not depend on it."""
 
 import threading
 from collections.abc import Iterator
@@ -9,30 +9,30 @@ from support.scene import Scene
 from support.servers import Answer, Request, lora_bytes, reply, serving
 from zlora import JobHandle
 
-SOUND = lora_bytes(1, size=100_000)
+LORA = lora_bytes(1, size=100_000)
 
 
-def with_lora(scene: Scene, url: str, **told: Any) -> JobHandle:
-    return scene.submit(fields={"loras": [{"file": {"url": f"{url}/a.safetensors"}}]}, **told)
+def with_lora(scene: Scene, url: str, **options: Any) -> JobHandle:
+    return scene.submit(fields={"loras": [{"file": {"url": f"{url}/a.safetensors"}}]}, **options)
 
 
-def test_the_next_job_s_lora_comes_while_a_job_is_drawn(scene: Scene) -> None:
-    with serving(reply(SOUND)) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
-        drawn = scene.submit(steps=200, step=0.5)
-        scene.wait_begun(drawn)
+def test_the_next_lora_is_fetched_while_a_job_runs(scene: Scene) -> None:
+    with serving(reply(LORA)) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
+        running = scene.submit(steps=200, step=0.5)
+        scene.wait_begun(running)
         following = with_lora(scene, host.url)
         wait_until(lambda: host.sent, "the next job's LoRA is fetched")
-        assert (scene.events("end", drawn), scene.begun(following)) == ([], 0)
+        assert (scene.events("end", running), scene.begun(following)) == ([], 0)
 
-        drawn.cancel()
+        running.cancel()
         (receipt,) = following.result(timeout=60).loras
 
         assert (receipt.tier, host.asked) == ("disk", ["GET /a.safetensors"])
 
 
-def test_a_worker_with_no_look_ahead_fetches_for_the_job_alone(scene: Scene) -> None:
+def test_without_prefetch_the_job_fetches_its_lora(scene: Scene) -> None:
     with (
-        serving(reply(SOUND)) as host,
+        serving(reply(LORA)) as host,
         scene.worker(ZLORA_ALLOW_HOSTS=host.name, ZLORA_LOOK_AHEAD="0"),
     ):
         (receipt,) = with_lora(scene, host.url).result(timeout=60).loras
@@ -40,68 +40,66 @@ def test_a_worker_with_no_look_ahead_fetches_for_the_job_alone(scene: Scene) -> 
         assert (receipt.tier, host.asked) == ("network", ["GET /a.safetensors"])
 
 
-def test_a_companion_killed_in_a_download_leaves_the_job_what_it_needs(scene: Scene) -> None:
-    """The draft is taken over, by the job or by the companion after it."""
-    begun, dead = threading.Event(), threading.Event()
+def test_a_job_continues_the_download_of_a_killed_sidecar(scene: Scene) -> None:
+    """The job or the next sidecar continues the draft."""
+    begun, killed = threading.Event(), threading.Event()
 
     with (
-        serving(once_endless(begun, dead)) as host,
-        scene.worker(ZLORA_ALLOW_HOSTS=host.name) as running,
+        serving(once_endless(begun, killed)) as host,
+        scene.worker(ZLORA_ALLOW_HOSTS=host.name) as worker,
     ):
-        drawn = scene.submit(steps=200, step=0.5)
-        scene.wait_begun(drawn)
+        running = scene.submit(steps=200, step=0.5)
+        scene.wait_begun(running)
         following = with_lora(scene, host.url)
-        assert begun.wait(60), "the companion fetches"
-        scene.kill(running.companion())
-        dead.set()
-        drawn.cancel()
+        assert begun.wait(60), "the sidecar fetches"
+        scene.kill(worker.companion())
+        killed.set()
+        running.cancel()
         result = following.result(timeout=60)
 
-        assert (result.loras[0].size, result.attempt) == (len(SOUND), 1)
+        assert (result.loras[0].size, result.attempt) == (len(LORA), 1)
         assert list((scene.folder / "loras/drafts").iterdir()) == []
 
 
-def test_a_job_that_meets_a_download_of_the_companion_waits_for_it(scene: Scene) -> None:
-    """Nobody fetches the same at the same time."""
+def test_a_job_waits_for_the_same_download_of_the_sidecar(scene: Scene) -> None:
+    """The same file is not downloaded twice at the same time."""
     begun, go_on = threading.Event(), threading.Event()
 
     def slowly(_: Request) -> Iterator[bytes]:
-        whole = reply(SOUND)
+        whole = reply(LORA)
         yield whole[:1000]
         begun.set()
         go_on.wait(60)
         yield whole[1000:]
 
     with serving(slowly) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
-        drawn = scene.submit(steps=200, step=0.5)
-        scene.wait_begun(drawn)
+        running = scene.submit(steps=200, step=0.5)
+        scene.wait_begun(running)
         following = with_lora(scene, host.url)
-        assert begun.wait(60), "the companion fetches"
-        drawn.cancel()
+        assert begun.wait(60), "the sidecar fetches"
+        running.cancel()
         wait_until(lambda: following.status().phase == "fetching", "the job waits for its LoRA")
         go_on.set()
 
         assert (following.result(timeout=60).loras[0].tier, len(host.requests)) == ("disk", 1)
 
 
-def test_a_broker_that_goes_away_and_comes_back_is_looked_at_again(
-    scene: Scene, valkey: Any
-) -> None:
-    with serving(reply(SOUND)) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
-        drawn = scene.submit(steps=200, step=0.5)
-        scene.wait_begun(drawn)
+def test_the_prefetch_continues_after_a_restart_of_the_broker(scene: Scene, valkey: Any) -> None:
+    with serving(reply(LORA)) as host, scene.worker(ZLORA_ALLOW_HOSTS=host.name):
+        running = scene.submit(steps=200, step=0.5)
+        scene.wait_begun(running)
         valkey.kill()
         valkey.start()
         following = with_lora(scene, host.url)
         wait_until(lambda: host.sent, "the next job's LoRA is fetched")
 
-        drawn.cancel()
+        running.cancel()
         assert following.result(timeout=60).loras[0].tier == "disk"
 
 
-def once_endless(begun: threading.Event, dead: threading.Event) -> Answer:
-    """A host whose first answer stops in the middle, until somebody is dead, and whose others are whole."""
-    whole, asked = reply(SOUND), iter(range(1000))
+def once_endless(begun: threading.Event, killed: threading.Event) -> Answer:
+    """Answer the first request with a part until `killed` is set, and the others completely."""
+    whole, asked = reply(LORA), iter(range(1000))
 
     def answer(_: Request) -> Iterator[bytes]:
         if next(asked):
@@ -109,6 +107,6 @@ def once_endless(begun: threading.Event, dead: threading.Event) -> Answer:
             return
         yield whole[:1000]
         begun.set()
-        dead.wait(60)
+        killed.wait(60)
 
     return answer

@@ -65,7 +65,8 @@ def test_the_line_has_keys_base_check_seconds_and_loras() -> None:
 
     assert celery_repr(made) == (
         "2 images; base intact; 12.3 s; runs/job-1/outputs/0.png, 1.png; "
-        "loras: 'anime' rank 16 0.8 (network), 'https://example.com/anime.safetensors' rank 4/8 0.8 (disk)"
+        "loras: 'anime' rank 16 0.8 (network), "
+        "'https://example.com/anime.safetensors' rank 4/8 0.8 (disk)"
     )
 
 
