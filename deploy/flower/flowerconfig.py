@@ -58,7 +58,8 @@ if "read_only" not in options:
 basic_auth = accounts()
 address = options.address or "127.0.0.1"
 
-# Flower would revoke a job by killing the process that has the model, and submit jobs without a record.
+# Flower would kill the process that has the model together with a revoked job, and submit jobs
+# without a record.
 read_only = True
 TaskResult.get = no_result
 Metrics.get = authenticated(Metrics.get)  # Flower serves metrics without an account

@@ -1,4 +1,4 @@
-"""Flower with this project's configuration: it shows the jobs of a real worker, and changes none."""
+"""Flower with this project's configuration shows the jobs of a real worker, and changes none."""
 
 import hashlib
 import json
@@ -308,18 +308,18 @@ def waiting_on(scene: Scene) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("text", "auth", "reason"),
     [
-        (None, None, "expected one of"),
+        (None, [], "expected one of"),
         ("operator:word", ["a:b"], "expected one of"),
-        ("", None, "expected `user"),
-        ("operator:word\n\n", None, "expected `user"),
-        ("word\n", None, "expected `user"),
-        ("operator:w\u00f6rd\n", None, "expected `user"),
+        ("", [], "expected `user"),
+        ("operator:word\n\n", [], "expected `user"),
+        ("word\n", [], "expected `user"),
+        ("operator:w\u00f6rd\n", [], "expected `user"),
     ],
     ids=["none", "both", "empty", "blank line", "no user", "not ascii"],
 )
 def test_invalid_accounts_are_refused_and_not_shown(
     text: str | None,
-    auth: list[str] | None,
+    auth: list[str],
     reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
