@@ -64,7 +64,8 @@ read_only = True
 TaskResult.get = no_result
 Metrics.get = authenticated(Metrics.get)  # Flower serves metrics without an account
 
-# Results are in the store, and counts in Prometheus. A file of Flower's would keep prompts for ever.
+# Results are in the store, and counts in Prometheus. A file of Flower's would keep prompts
+# without an expiry.
 persistent = False
 max_tasks = 10_000  # some KB each
 purge_offline_workers = 3_600  # seconds until the metrics omit a worker that has stopped
