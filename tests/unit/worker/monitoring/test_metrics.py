@@ -11,7 +11,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from support.scraped import Scraped
 from zlora import errors
 from zlora.errors import InvalidRequest, JobExpired, JobRevoked, LoraUnreachable, OutOfMemory
-from zlora.schema import GenerateResult, ImageRef, LoraReceipt
+from zlora.schema import GenerateResult, ImageRef, LoraReceipt, LoraTier
 from zlora_worker.monitoring import metrics
 from zlora_worker.monitoring.metrics import PHASES, TIERS, Meter, WorkerCollector
 
@@ -37,7 +37,7 @@ def shown(folder: Path) -> Scraped:
     return Scraped.of(registry)
 
 
-def a_result(*tiers: str, images: int = 1, **timings: float) -> GenerateResult:
+def a_result(*tiers: LoraTier, images: int = 1, **timings: float) -> GenerateResult:
     """Return a result in which every text is `MARK`."""
     image = ImageRef(
         key=MARK,
@@ -61,7 +61,7 @@ def a_result(*tiers: str, images: int = 1, **timings: float) -> GenerateResult:
             modules={},
             tier=tier,
             milliseconds={},
-            adapter_name=MARK,  # type: ignore[arg-type]
+            adapter_name=MARK,
         )
         for tier in tiers
     )
