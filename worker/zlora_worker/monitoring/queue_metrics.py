@@ -19,7 +19,7 @@ from zlora.broker.keys import (
     refused_key,
     waiting_lists,
 )
-from zlora.broker.message import QueuedMessage, UnackedMessage
+from zlora.broker.message import MAX_MESSAGE_BYTES, QueuedMessage, UnackedMessage
 
 # Help text of each gauge, and its labels beside `queue`.
 GAUGES: Final = {
@@ -38,7 +38,13 @@ GAUGES: Final = {
 }
 
 _PRIORITY_NAMES: Final = {step: name for name, step in PRIORITIES.items()}
-_WINDOW: Final = 500  # unacknowledged messages per read
+_WINDOW: Final = 100  # unacknowledged messages per read
+# The message at one end of a list, or '' if it has too many bytes.
+_READ_END: Final = """
+local item = redis.call('LINDEX', KEYS[1], ARGV[1])
+if item and #item > tonumber(ARGV[2]) then return '' end
+return item
+"""
 
 _Values = list[tuple[tuple[str, ...], float]]  # label values without the queue, and the value
 
@@ -76,8 +82,9 @@ class QueueCollector(Collector):
         with self._redis.pipeline(transaction=False) as pipe:
             for name in waiting_lists(self._queue):
                 pipe.llen(name)
-                pipe.lindex(name, -1)  # the next message for kombu
-                pipe.lindex(name, 0)  # the newest, or one that was sent again
+                # the next message for kombu, and the newest or one that was sent again
+                pipe.eval(_READ_END, 1, name, -1, MAX_MESSAGE_BYTES)
+                pipe.eval(_READ_END, 1, name, 0, MAX_MESSAGE_BYTES)
             pipe.zcard(outbox_key(self._queue))
             pipe.zcard(dead_key(self._queue))
             pipe.get(refused_key(self._queue))

@@ -17,7 +17,7 @@ from zlora import Client
 from zlora.broker.celery_app import IMPATIENCE, shared_config
 from zlora.broker.job_store import connect
 from zlora.broker.keys import dead_key, outbox_key, refused_key, waiting_lists
-from zlora.broker.message import SUBMITTED_AT
+from zlora.broker.message import MAX_MESSAGE_BYTES, SUBMITTED_AT
 from zlora.broker.webhook_outbox import DeadLetter
 from zlora.client import Priority
 from zlora.schema import TASK_NAME
@@ -25,7 +25,8 @@ from zlora_worker.monitoring.queue_metrics import QueueCollector
 
 JOB = {"prompt": "x"}
 DEEP = b'{"headers": {"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}"
-GARBAGE = [b"", b"5", b"\xff\xfe\x00", b"[1]", b'{"headers": 5}', b'{"headers": null}', DEEP]
+LARGE = b"x" * (MAX_MESSAGE_BYTES + 1)
+GARBAGE = [b"", b"\xff\xfe\x00", b"[1]", b'{"headers": 5}', DEEP, LARGE]
 
 
 def look(url: str, queue: str = "gpu", *, seconds: float = IMPATIENCE) -> Scraped:
@@ -86,6 +87,15 @@ def test_an_empty_queue_has_all_series(broker_url: str) -> None:
         for name in ("up", "jobs", "oldest_seconds", "running_jobs", "webhooks", "refused_messages")
     }
     assert scraped.faults() == []
+
+
+def test_large_messages_are_not_read(broker_url: str, broker: Any) -> None:
+    broker.lpush("gpu", LARGE, LARGE)
+    before = broker.info("stats")["total_net_output_bytes"]
+
+    assert look(broker_url)("zlora_queue_jobs", queue="gpu", priority="high") == 2
+
+    assert broker.info("stats")["total_net_output_bytes"] - before < 100_000
 
 
 @pytest.mark.usefixtures("broker")
