@@ -106,17 +106,20 @@ def _hash(text: str) -> str:
 
 def _loras(specs: object) -> list[str]:
     """Return each LoRA's name in the request, else its address, and its weight if there is one."""
-    found = []
-    for spec in specs if isinstance(specs, list | tuple) else ():
+    found: list[str] = []
+    if not isinstance(specs, list | tuple):
+        return []
+    for spec in specs:
         if not isinstance(spec, dict):
             continue
         names = [spec.get("adapter_name")]
         if isinstance(file := spec.get("file"), dict):
             names += [file.get(field) for field in ("url", "cozy_ref", "ref")]
         name = next((name for name in names if isinstance(name, str) and name), "?")
-        weight = spec.get("weight")
-        end = f" {weight:g}" if isinstance(weight, int | float) else ""
-        found.append(f"lora={short(name)}{end}")
+        text = f"lora={short(name)}"
+        if isinstance(weight := spec.get("weight"), int | float):
+            text += f" {weight:g}"
+        found.append(text)
     return found
 
 
@@ -143,7 +146,9 @@ def printable(value: object) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
+    if len(text) > _MAX_VALUE:
+        return f"{text[:_MAX_VALUE]}..."
+    return text
 
 
 def on_one_line(name: object) -> str:
@@ -205,7 +210,9 @@ def _mask_address(found: re.Match[str]) -> str:
 def _mask_credentials(word: re.Match[str]) -> str:
     """Mask `user:password` before an `@` in an address that is misspelt or has no scheme."""
     before, _, host = word[0].rpartition("@")
-    return f"{_MASK}@{host}" if ":" in before else word[0]
+    if ":" in before:
+        return f"{_MASK}@{host}"
+    return word[0]
 
 
 def _mask_query(found: re.Match[str]) -> str:

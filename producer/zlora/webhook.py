@@ -68,7 +68,9 @@ class Webhook(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def host(self) -> str:
         """Host in lower case without a port; empty if `url` is not a valid webhook URL."""
-        return (urlsplit(self.url).hostname or "").rstrip(".") if _is_valid(self.url) else ""
+        if not _is_valid(self.url):
+            return ""
+        return (urlsplit(self.url).hostname or "").rstrip(".")
 
 
 class Event(Struct, frozen=True, kw_only=True):
@@ -173,19 +175,18 @@ def new_secret() -> str:
 
 def keys_of(secret: str) -> tuple[bytes, ...]:
     """Return the keys of secrets separated by spaces; raise `ValueError` if one is not valid."""
-    return tuple(map(_key, secret.split()))
-
-
-def _key(secret: str) -> bytes:
-    text = secret.removeprefix(_PREFIX)
-    try:
-        key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError:
-        key = b""
-    if text == secret or len(key) not in _KEY_BYTES:
-        sizes = f"{_KEY_BYTES[0]} to {_KEY_BYTES[-1]}"
-        raise ValueError(f"expected {_PREFIX} and {sizes} bytes in base64, or several of these")
-    return key
+    keys = []
+    for word in secret.split():
+        text = word.removeprefix(_PREFIX)
+        try:
+            key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except ValueError:
+            key = b""
+        if text == word or len(key) not in _KEY_BYTES:
+            sizes = f"{_KEY_BYTES[0]} to {_KEY_BYTES[-1]}"
+            raise ValueError(f"expected {_PREFIX} and {sizes} bytes in base64, or several of these")
+        keys.append(key)
+    return tuple(keys)
 
 
 # --- verifying
@@ -269,21 +270,14 @@ class Verifier:
         Raises `InvalidWebhook`, whose details have the `reason`: `header` (missing or not a time),
         `stale`, `future`, `signature`, `replayed`, or `unreadable` (signed, but not an event).
         """
-        body = body.encode(errors="replace") if isinstance(body, str) else body
+        if isinstance(body, str):
+            body = body.encode(errors="replace")
         given = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
         for name in (_ID, _TIMESTAMP, _SIGNATURE):
             if not given.get(name):
                 raise _refused("header", f"the header {name} is missing")
         message_id, timestamp = given[_ID], given[_TIMESTAMP]
-        self._check_time(timestamp)
-        self._check_signature(given[_SIGNATURE], message_id, timestamp, body)
-        event = _event(message_id, body)
-        # Twice the tolerance, because the message's time may be as far in the future.
-        if self._seen(f"{message_id}.{timestamp}", 2 * self._tolerance + 1):
-            raise _refused("replayed", "this message was accepted before")
-        return event
-
-    def _check_time(self, timestamp: str) -> None:
+        # time
         if not _SECONDS.fullmatch(timestamp):
             raise _refused("header", f"{_TIMESTAMP} is not a time")
         age = self._clock() - int(timestamp)
@@ -291,16 +285,19 @@ class Verifier:
             raise _refused("stale", f"the message was sent {age:.0f} s ago")
         if -age > self._tolerance:
             raise _refused("future", f"the message's time is {-age:.0f} s ahead; check the clocks")
-
-    def _check_signature(
-        self, signatures: str, message_id: str, timestamp: str, body: bytes
-    ) -> None:
-        given = [part.encode(errors="replace") for part in signatures.split(" ")]
+        # signature
+        signatures = [part.encode(errors="replace") for part in given[_SIGNATURE].split(" ")]
         valid = [_signature(key, message_id, timestamp, body).encode() for key in self._keys]
         # a list, so that all pairs are compared: the time must not depend on which one matches
-        matches = [hmac.compare_digest(one, other) for one in valid for other in given]
+        matches = [hmac.compare_digest(one, other) for one in valid for other in signatures]
         if not any(matches):
             raise _refused("signature", "no signature matches")
+        # event, once
+        event = _event(message_id, body)
+        # Twice the tolerance, because the message's time may be as far in the future.
+        if self._seen(f"{message_id}.{timestamp}", 2 * self._tolerance + 1):
+            raise _refused("replayed", "this message was accepted before")
+        return event
 
 
 class _SeenHere:

@@ -91,11 +91,13 @@ class RedactingFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record in place; always returns True."""
-        error = record.exc_info[1] if record.exc_info else None
+        _, error, _ = record.exc_info or (None, None, None)
         job, code = _job_of(record), getattr(record, "code", None)
         if code is None and isinstance(error, ZloraError):
             code = error.code
-        record.role = "child" if "PoolWorker" in str(record.processName) else self._process
+        record.role = self._process
+        if "PoolWorker" in str(record.processName):
+            record.role = "child"
         record.phase = _job.phase if job == _job.id else None
         record.job, record.code = self._name(job), self._name(code)
         record.msg, record.args = self._clean(_message(record)), ()
@@ -163,9 +165,11 @@ def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception as error:  # noqa: BLE001 - a wrong log call; Python would print its arguments
-        message = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
-        where = f"{record.filename}:{record.lineno}"
-        return f"{message} (wrong log call in {where}: {type(error).__name__})"
+        message = type(record.msg).__name__  # the object's own `str` may be what failed
+        if isinstance(record.msg, str):
+            message = record.msg
+        place = f"{record.filename}:{record.lineno}"
+        return f"{message} (wrong log call in {place}: {type(error).__name__})"
 
 
 def _job_of(record: logging.LogRecord) -> str | None:

@@ -119,11 +119,16 @@ class QueueCollector(Collector):
 
 def _number(answer: object) -> float:
     """Return a count that Redis answered; 0 for an error or an absent key."""
-    return float(answer) if isinstance(answer, int | str) and str(answer).isdecimal() else 0.0
+    if isinstance(answer, int | str) and str(answer).isdecimal():
+        return float(answer)
+    return 0.0
 
 
 def _age(data: object, now: float) -> float:
     """Return the seconds since the submission of a message, or 0 if the time is unknown."""
-    message = QueuedMessage.parse(data) if isinstance(data, str) else None
-    submitted = message and message.submitted_at(now)
-    return max(0.0, now - submitted) if submitted else 0.0
+    if not isinstance(data, str) or (message := QueuedMessage.parse(data)) is None:
+        return 0.0
+    submitted = message.submitted_at(now)
+    if submitted is None:
+        return 0.0
+    return max(0.0, now - submitted)

@@ -30,7 +30,7 @@ class ResultPayload(UserDict[str, Any]):
 def _line(result: GenerateResult) -> str:
     """Return the facts in order of importance, since lists of jobs and many LoRAs cut the line."""
     count = len(result.images)
-    parts = [f"{count} image{'' if count == 1 else 's'}"]
+    parts = ["1 image" if count == 1 else f"{count} images"]
     parts.append("base intact" if result.base_intact else "base not intact")
     if result.started_at is not None and result.finished_at is not None:
         parts.append(f"{result.finished_at - result.started_at:.1f} s")
@@ -40,9 +40,12 @@ def _line(result: GenerateResult) -> str:
     if result.loras:
         loras = []
         for lora in result.loras:
-            ranks = f" rank {'/'.join(map(str, lora.ranks[:3]))}" if lora.ranks else ""
-            name = short(lora.adapter_name or lora.source)
-            loras.append(f"{name}{ranks} {lora.unet_weight:g} ({lora.tier})")
+            words = [short(lora.adapter_name or lora.source)]
+            if lora.ranks:
+                words.append(f"rank {'/'.join(map(str, lora.ranks[:3]))}")
+            loras.append(" ".join([*words, f"{lora.unet_weight:g}", f"({lora.tier})"]))
         parts.append(f"loras: {', '.join(loras)}")
     line = "; ".join(parts)
-    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 3]}..."
+    if len(line) > MAX_SHOWN:
+        line = f"{line[: MAX_SHOWN - 3]}..."
+    return line

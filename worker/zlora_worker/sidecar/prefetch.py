@@ -92,7 +92,9 @@ class Prefetcher:
                 address: until for address, until in self._failed.items() if until > now
             }
             known, self._checks = self._checks, {}
-            for job in self._next_jobs(now):
+            messages = self._messages.next_in_line(self._depth)
+            jobs = filter(None, (_job_of(message, now) for message in messages))
+            for job in islice(jobs, self._depth):
                 for asset in job.assets:
                     # Not before a submission time in the future, by a producer's wrong clock: the
                     # job would check the source again.
@@ -104,11 +106,6 @@ class Prefetcher:
                     self._checks[key] = check._replace(due=now + _RECHECK)
                     return asset, check.since
         return None
-
-    def _next_jobs(self, now: float) -> "list[_Job]":
-        messages = self._messages.next_in_line(self._depth)
-        jobs = (_job_of(message, now) for message in messages)
-        return list(islice(filter(None, jobs), self._depth))
 
 
 class _Check(NamedTuple):

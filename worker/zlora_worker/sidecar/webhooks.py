@@ -151,7 +151,9 @@ class Sender:
         elif not self._settings.webhook_secret:
             self._give_up(job, f"{WEBHOOK_SECRET} is not set for the workers", event=event)
         else:
-            at = job.closed if job.closed > _EPOCH else self._clock()
+            at = job.closed
+            if at < _EPOCH:
+                at = self._clock()
             self._post(job, target, event, webhook.body_of(job.job_id, end, at=at))
 
     def _post(self, job: EndedJob, target: Webhook, event: str, body: bytes) -> None:
@@ -257,11 +259,13 @@ class Dispatcher:
     def _read_due(self) -> None:
         start = time.monotonic()
         due = self._outbox.due(self._start_at, _WINDOW, since=self._sender.since)
-        self._start_at = self._start_at + _WINDOW if len(due) == _WINDOW else 0
+        self._start_at += _WINDOW
+        if len(due) < _WINDOW:
+            self._start_at = 0
         new = [job_id for job_id in due if job_id not in self._hosts]
         hosts = dict(self._hosts)
         for job_id, target in zip(new, self._outbox.webhooks(new), strict=True):
-            hosts[job_id] = target.host if target else ""
+            hosts[job_id] = "" if target is None else target.host
         self._hosts = {job_id: hosts[job_id] for job_id in due}
         by_host: dict[str, deque[str]] = {}
         for job_id, host in self._hosts.items():
