@@ -46,7 +46,7 @@ def give_up(client: Client, job_id: str) -> None:
         last=time.time(),
         reason="it says\n500",
     )
-    Outbox(ledger.redis, "gpu").bury(letter)
+    Outbox(ledger.redis, "gpu").give_up(letter)
 
 
 def test_a_webhook_that_was_given_up_is_printed_and_resent(client: Client) -> None:
