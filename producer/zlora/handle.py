@@ -95,7 +95,7 @@ class JobHandle:
         """
         if self._broker.answer(self.id).state in READY_STATES:
             return Cancellation.FINISHED
-        standing = self._broker.standing(self.id)
+        standing = self._broker.queue_status(self.id)
         if standing.verdict is not None or (not standing.is_open and self._recalled()):
             return Cancellation.FINISHED
         return self._broker.cancel(self.id)
@@ -132,7 +132,7 @@ class JobHandle:
 
     def _unstarted(self) -> JobStatus:
         """PENDING where the job waits, its end where Celery's result has expired or is lost, else UNKNOWN."""
-        standing = self._broker.standing(self.id)
+        standing = self._broker.queue_status(self.id)
         if standing.is_open:
             return JobStatus(state=JobState.PENDING, phase="queued", position=standing.position)
         if isinstance(standing.verdict, JobRevoked | JobExpired):
@@ -167,14 +167,14 @@ class JobHandle:
 
         False where a worker knows of none; None where the job is still to come, or nobody says anything.
         """
-        standing = self._broker.standing(self.id)
+        standing = self._broker.queue_status(self.id)
         if standing.verdict is not None:
             raise standing.verdict
         return None if standing.is_open else self._recalled(patience)
 
     def _no_result(self, wait: Wait) -> ZloraError:
         """Why there is nothing after the wait; a worker that is not there cannot say that a job is unknown."""
-        if wait.denied and not self._broker.standing(self.id).is_open and self._is_silent():
+        if wait.denied and not self._broker.queue_status(self.id).is_open and self._is_silent():
             return JobUnknown(f"no job {self.id} is known", {"job_id": self.id})
         return ResultTimeout(
             f"no result of job {self.id} within {wait.seconds:g} s", {"job_id": self.id}

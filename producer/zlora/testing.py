@@ -143,7 +143,7 @@ class MemoryWorker:
         job = self._look(job_id)
         return _UNSTARTED if job is None else job.answer
 
-    def standing(self, job_id: str) -> QueueStatus:
+    def queue_status(self, job_id: str) -> QueueStatus:
         if (job := self._look(job_id)) is None or job.closed:
             return QueueStatus(
                 is_open=False, position=None, verdict=None if job is None else job.verdict

@@ -224,7 +224,7 @@ class JobStore:
             return Cancellation.RUNNING
         return Cancellation.QUEUED if "digest" in record else Cancellation.UNKNOWN
 
-    def standing(self, job_id: str) -> "QueueStatus":
+    def queue_status(self, job_id: str) -> "QueueStatus":
         """What is known of a job that has no result in Celery's backend."""
         fields = ("digest", "closed", "verdict")
         with self.redis.pipeline(transaction=False) as pipe:

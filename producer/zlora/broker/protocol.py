@@ -39,7 +39,7 @@ class Broker(Protocol):
         """The last answer; raises `InternalError` where it is none of a worker's."""
         ...
 
-    def standing(self, job_id: str) -> QueueStatus:
+    def queue_status(self, job_id: str) -> QueueStatus:
         """What is written down of a job."""
         ...
 

@@ -89,9 +89,9 @@ class RedisBroker:
             meta: dict[str, Any] = self._backend.get_task_meta(job_id)
             return TaskMeta(meta["status"], meta.get("result"))
 
-    def standing(self, job_id: str) -> QueueStatus:
+    def queue_status(self, job_id: str) -> QueueStatus:
         with self._reached({"job_id": job_id}):
-            return self._ledger.standing(job_id)
+            return self._ledger.queue_status(job_id)
 
     def recall(self, job_id: str, patience: float) -> bytes | None:
         """A worker's companion is asked, but for a moment after one that nobody has answered: each costs a thread."""

@@ -280,7 +280,7 @@ def test_a_job_whose_request_a_worker_refuses_has_ended(child: PlayedChild, job:
     child.deliveries.ledger.open(job, known, "digest")
 
     assert child.deliver(job, later) == "FAILURE"
-    verdict, told = child.deliveries.ledger.standing(job).verdict, child.meta(job)[1]
+    verdict, told = child.deliveries.ledger.queue_status(job).verdict, child.meta(job)[1]
     assert (type(verdict), type(told), str(verdict)) == (InvalidRequest, InvalidRequest, str(told))
     assert child.deliver(f"{job}-bare", later) == "FAILURE"
     assert type(child.meta(f"{job}-bare")[1]) is InvalidRequest
@@ -774,7 +774,7 @@ def test_a_job_that_is_cancelled_at_any_step_on_its_way_to_a_retry_ends_there(
         Cancellation.QUEUED if lapsed or step == "require_wanted" else Cancellation.RUNNING
     ]
     assert (child.meta(handle.id)[0], handle.cancel()) == ("REVOKED", Cancellation.FINISHED)
-    assert isinstance(child.deliveries.ledger.standing(handle.id).verdict, JobRevoked)
+    assert isinstance(child.deliveries.ledger.queue_status(handle.id).verdict, JobRevoked)
     assert (child.begin(child.take()), child.meta(handle.id)[0], len(child.jobs)) == (
         "IGNORED",
         "REVOKED",

@@ -158,7 +158,7 @@ def test_jobs_are_due_by_priority_and_then_by_time(ledger: JobStore) -> None:
         ledger.open(job_id, submission(priority, submitted=now - age), "digest")
 
     places = {
-        job_id: ledger.standing(job_id)[:2] for job_id in ("high", "early", "late", "low", "never")
+        job_id: ledger.queue_status(job_id)[:2] for job_id in ("high", "early", "late", "low", "never")
     }
 
     assert places == {
@@ -201,7 +201,7 @@ def test_two_queues_have_two_ledgers(ledger: JobStore, broker_url: str) -> None:
         other = JobStore(connection, "other")
 
         assert other.unfinished(before=time.time() + 1) == []
-        assert other.standing("a") == (True, None, None)
+        assert other.queue_status("a") == (True, None, None)
 
 
 # --- cancelling and ending

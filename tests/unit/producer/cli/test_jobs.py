@@ -124,8 +124,8 @@ def test_an_id_that_a_worker_denies_is_unknown_and_not_late() -> None:
 class Drawing(MemoryWorker):
     """Draws what waits as soon as somebody was told that it waits."""
 
-    def standing(self, job_id: str) -> QueueStatus:
-        told = super().standing(job_id)
+    def queue_status(self, job_id: str) -> QueueStatus:
+        told = super().queue_status(job_id)
         self.run()
         return told
 
