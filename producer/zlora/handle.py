@@ -146,7 +146,7 @@ class JobHandle:
 
         False where a worker says that there is none; None where nobody says anything.
         """
-        manifest = self._broker.recall(self.id, patience)
+        manifest = self._broker.request_manifest(self.id, patience)
         if not manifest:
             return None if manifest is None else False
         with readable(self.id):

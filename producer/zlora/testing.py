@@ -154,7 +154,7 @@ class MemoryWorker:
             ]
         return QueueStatus(is_open=True, position=len(before), verdict=None)
 
-    def recall(self, job_id: str, patience: float) -> bytes | None:  # noqa: ARG002 - it answers at once
+    def request_manifest(self, job_id: str, patience: float) -> bytes | None:  # noqa: ARG002 - it answers at once
         state, value = self.answer(job_id)
         return msgspec.json.encode(value) if state == JobState.SUCCESS else b""
 

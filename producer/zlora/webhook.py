@@ -334,7 +334,7 @@ def _event(message_id: str, body: bytes) -> Event:
         raise _invalid("unreadable", f"it cannot be read: {error}") from None
     found, failure = None, said.data.error
     if failure is not None:
-        found = errors.named(failure.code)(failure.message, failure.details)
+        found = errors.by_code(failure.code)(failure.message, failure.details)
     return Event(
         id=message_id,
         type=said.type,

@@ -186,8 +186,8 @@ def _lost(scene: Scene) -> JobHandle:
     request, name = {"prompt": "lost", "num_inference_steps": 1}, "lost"
     ledger = JobStore(connect(scene.environ["ZLORA_BROKER_URL"]), QUEUE)
     told = Submission(request=request, priority=5, submitted=time.time() - 60)
-    ledger.open(name, told, digest_of(parse_request(request)))
-    ledger.sent(name)
+    ledger.add(name, told, digest_of(parse_request(request)))
+    ledger.mark_sent(name)
     ledger.redis.close()
     return scene.answer_for(scene.client.job(name))
 

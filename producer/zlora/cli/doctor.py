@@ -91,5 +91,5 @@ def _table(done: Iterable[Check]) -> "Table":
 def _status(done: Iterable[Check]) -> int:
     """The exit status of the first that has failed."""
     return next(
-        (status_of(errors.named(check.code or "")) for check in done if check.status == "fail"), 0
+        (status_of(errors.by_code(check.code or "")) for check in done if check.status == "fail"), 0
     )

@@ -28,7 +28,7 @@ from zlora.broker.keys import (
     RECORD_EXPIRES,
     expiring_key,
     job_key,
-    ledger_key,
+    unfinished_key,
     waiting_lists,
 )
 from zlora.broker.message import SUBMITTED_AT
@@ -113,7 +113,7 @@ def test_a_job_goes_to_the_client_s_queue(broker_url: str, broker: Any) -> None:
         client.submit(REQUEST, job_id="job-2")
 
     assert [message["headers"]["id"] for message in waiting(broker, "other")] == ["job-2"]
-    assert broker.zrange(ledger_key("other"), 0, -1) == ["job-2"]
+    assert broker.zrange(unfinished_key("other"), 0, -1) == ["job-2"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_what_is_sent_at_the_second_try_is_what_is_written_down(
 def test_the_same_request_under_the_same_id_is_the_same_job(client: Client, broker: Any) -> None:
     """However it is spelt; nothing more is sent, and the place in the queue stays."""
     first = client.submit(REQUEST, job_id="job-1")
-    before = record(broker, "job-1"), broker.zrange(ledger_key("gpu"), 0, -1, withscores=True)
+    before = record(broker, "job-1"), broker.zrange(unfinished_key("gpu"), 0, -1, withscores=True)
 
     again = client.submit(
         GenerateRequest(prompt="a portrait", num_images=1), job_id="job-1", priority="high"
@@ -213,7 +213,7 @@ def test_the_same_request_under_the_same_id_is_the_same_job(client: Client, brok
     assert len(waiting(broker)) == 1
     assert (
         record(broker, "job-1"),
-        broker.zrange(ledger_key("gpu"), 0, -1, withscores=True),
+        broker.zrange(unfinished_key("gpu"), 0, -1, withscores=True),
     ) == before
 
 
@@ -223,7 +223,7 @@ def test_another_request_under_the_same_id_is_a_conflict(
 ) -> None:
     client.submit(REQUEST, job_id="job-1")
     if ended:
-        JobStore(broker, "gpu").close("job-1")
+        JobStore(broker, "gpu").mark_ended("job-1")
 
     with pytest.raises(Conflict) as raised:
         client.submit({"prompt": "another"}, job_id="job-1")
@@ -236,7 +236,7 @@ def test_another_request_under_the_same_id_is_a_conflict(
 def test_a_job_that_has_ended_is_not_sent_again(client: Client, broker: Any) -> None:
     client.submit(REQUEST, job_id="job-1")
     broker.delete(*waiting_lists("gpu"))
-    JobStore(broker, "gpu").close("job-1")
+    JobStore(broker, "gpu").mark_ended("job-1")
 
     client.submit(REQUEST, job_id="job-1")
 
@@ -266,7 +266,7 @@ def test_many_jobs_are_queued_in_order_under_their_ids(client: Client, broker: A
     assert [message["headers"]["id"] for message in found] == [handle.id for handle in handles]
     assert [message["args"][0]["seed"] for message in found] == list(range(450))
     assert not [handle.id for handle in handles if "sent" not in record(broker, handle.id)]
-    assert broker.zrange(ledger_key("gpu"), 0, -1) == [handle.id for handle in handles]
+    assert broker.zrange(unfinished_key("gpu"), 0, -1) == [handle.id for handle in handles]
     assert client.submit_many([]) == []
 
 

@@ -14,7 +14,7 @@ from support.played import inside, result_of, says
 from support.processes import free_port
 from zlora import Cancellation, Client, JobHandle, JobState, JobStatus, waiting
 from zlora.broker.job_store import JobStore, connect
-from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, job_key, lease_key, recall_key
+from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, job_key, lease_key, manifest_requests_key
 from zlora.errors import (
     BrokerUnavailable,
     InternalError,
@@ -78,9 +78,9 @@ def companion(url: str, manifests: dict[str, bytes]) -> Iterator[list[str]]:
         with connect(url) as connection:
             ledger = JobStore(connection, "gpu")
             while not over.is_set():
-                if (question := ledger.asked(0.1)) is not None:
+                if (question := ledger.next_request(0.1)) is not None:
                     asked.append(question[0])
-                    ledger.answer(question[1], manifests.get(question[0], b""))
+                    ledger.reply(question[1], manifests.get(question[0], b""))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -118,7 +118,7 @@ def test_a_queued_job_tells_how_many_are_due_before_it(client: Client) -> None:
 def test_the_end_of_a_job_moves_those_behind_it_up(client: Client, broker: Any) -> None:
     handles = [client.submit(REQUEST, job_id=f"job-{index}") for index in range(3)]
 
-    JobStore(broker, "gpu").close("job-0")
+    JobStore(broker, "gpu").mark_ended("job-0")
 
     assert [job.status().position for job in handles[1:]] == [0, 1]
 
@@ -335,14 +335,14 @@ def test_a_manifest_that_nobody_answers_for_at_first_is_asked_for_again(
     """Redis restarts meanwhile, or the one companion is busy with a sweep: the job is not said to be unknown."""
     tries = []
 
-    def recall(_job_id: str, *, patience: float) -> bytes | None:
+    def request_manifest(_job_id: str, *, patience: float) -> bytes | None:
         assert patience > 0
         tries.append(time.monotonic())
         if len(tries) == 1 and failures == "raises":
             raise redis.ConnectionError("refused")
         return None if len(tries) == 1 else MANIFEST
 
-    monkeypatch.setattr(inside(client)._ledger, "recall", recall)
+    monkeypatch.setattr(inside(client)._jobs, "request_manifest", recall)
     monkeypatch.setattr(waiting, "_LOOKS", (0.1, 0.1))
 
     assert client.job("job-1").result(timeout=3) == RESULT
@@ -383,7 +383,7 @@ def test_of_urls_that_hold_nobody_is_asked(
     result = signed(*left)
 
     assert store(client, "job-1", to_dict(result), "SUCCESS").result(timeout=5) == result
-    assert not broker.exists(recall_key("gpu"))
+    assert not broker.exists(manifest_requests_key("gpu"))
 
 
 def test_where_nobody_answers_ended_urls_are_given_after_one_question(
@@ -392,7 +392,7 @@ def test_where_nobody_answers_ended_urls_are_given_after_one_question(
     result = signed(-1)
 
     assert store(client, "job-1", to_dict(result), "SUCCESS").result() == result
-    assert broker.llen(recall_key("gpu")) == 1
+    assert broker.llen(manifest_requests_key("gpu")) == 1
 
 
 @pytest.mark.parametrize(
@@ -412,10 +412,10 @@ def test_where_a_worker_has_no_other_ended_urls_are_given(
 def test_where_redis_is_away_by_then_ended_urls_are_given(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def recall(_job_id: str, *, patience: float) -> None:
+    def request_manifest(_job_id: str, *, patience: float) -> None:
         raise redis.ConnectionError(f"refused, {patience}")
 
-    monkeypatch.setattr(inside(client)._ledger, "recall", recall)
+    monkeypatch.setattr(inside(client)._jobs, "request_manifest", recall)
     result = signed(-1)
 
     assert store(client, "job-1", to_dict(result), "SUCCESS").result(timeout=5) == result
@@ -427,7 +427,7 @@ def test_new_urls_are_waited_for_as_long_as_the_caller_waits(
 ) -> None:
     told: list[float] = []
     monkeypatch.setattr(
-        inside(client)._ledger, "recall", lambda _job_id, *, patience: told.append(patience)
+        inside(client)._jobs, "request_manifest", lambda _job_id, *, patience: told.append(patience)
     )
     result = signed(-1)
 
@@ -501,8 +501,8 @@ def test_an_end_is_told_where_celery_s_result_is_lost(
 ) -> None:
     """The two may be in two Redis."""
     jobs = [client.submit(REQUEST, job_id=job_id) for job_id in ("job-1", "failed", "cancelled")]
-    inside(client)._ledger.close("job-1")
-    inside(client)._ledger.close("failed", LoraMismatch("it does not fit"))
+    inside(client)._jobs.mark_ended("job-1")
+    inside(client)._jobs.mark_ended("failed", LoraMismatch("it does not fit"))
     jobs[2].cancel()
     broker.delete(*broker.keys("celery-task-meta-*"))
 
@@ -548,7 +548,7 @@ def test_a_job_that_is_cancelled_as_it_ends_does_not_forget_its_result(
     """Its lease outlives its end; the record must not outlive the result for it."""
     job = client.submit(REQUEST, job_id="job-1")
     lease(broker, "job-1")
-    JobStore(broker, "gpu").close("job-1")
+    JobStore(broker, "gpu").mark_ended("job-1")
 
     job.cancel()
 

@@ -23,8 +23,8 @@ from zlora.broker.keys import (
     expiring_key,
     job_key,
     lease_key,
-    ledger_key,
-    recall_key,
+    unfinished_key,
+    manifest_requests_key,
     refused_key,
     sweep_key,
     waiting_lists,
@@ -277,7 +277,7 @@ def test_what_belongs_to_a_job_or_to_a_queue_has_a_key_of_its_own() -> None:
     of_jobs = [key(job_id) for key in (job_key, lease_key) for job_id in ("a", "b")]
     of_queues = [
         key(queue)
-        for key in (ledger_key, expiring_key, sweep_key, recall_key, refused_key)
+        for key in (unfinished_key, expiring_key, sweep_key, manifest_requests_key, refused_key)
         for queue in ("a", "b")
     ]
 

@@ -277,7 +277,7 @@ def test_a_job_whose_request_a_worker_refuses_has_ended(child: PlayedChild, job:
     later = {**REQUEST, "colour": 1}  # a newer client's
     asked = Webhook(url="https://example.com/")
     known = Submission(request=later, priority=5, submitted=time.time(), webhook=asked)
-    child.deliveries.ledger.open(job, known, "digest")
+    child.deliveries.ledger.add(job, known, "digest")
 
     assert child.deliver(job, later) == "FAILURE"
     verdict, told = child.deliveries.ledger.queue_status(job).verdict, child.meta(job)[1]
@@ -293,7 +293,7 @@ def test_a_copy_that_a_worker_does_not_understand_does_not_end_the_job_that_anot
     child: PlayedChild, job: str
 ) -> None:
     later = {**REQUEST, "colour": 1}
-    child.deliveries.ledger.open(
+    child.deliveries.ledger.add(
         job, Submission(request=later, priority=5, submitted=time.time()), "digest"
     )
 
@@ -439,7 +439,7 @@ def test_a_job_that_was_cancelled_while_it_waited_is_counted_once_when_its_messa
 ) -> None:
     if begun:
         child.deliveries.ledger.redis.hset(job_key(job), "begun", 1)
-    child.deliveries.ledger.close(job, revoked(job))
+    child.deliveries.ledger.mark_ended(job, revoked(job))
 
     assert [child.deliver(job) for _ in range(2)] == ["IGNORED"] * 2
     assert (child.jobs, child.counted()) == ([], {("job_revoked", "revoked"): 1})
@@ -676,7 +676,7 @@ def test_a_job_that_another_worker_has_failed_meanwhile_does_not_succeed(
     """Two may draw at once where Redis was away: the first to end has it."""
 
     def draw(_request: GenerateRequest, report: Report) -> None:
-        child.deliveries.ledger.close(job, LoraNotFound("none"))
+        child.deliveries.ledger.mark_ended(job, LoraNotFound("none"))
         report("uploading", 1, 1)
 
     child.draw = draw

@@ -242,7 +242,7 @@ class JobLeases:
     def end(self, job_id: str) -> bool:
         """The job has a result: its manifest is the verdict. Whether nobody has said so before, as far as is known."""
         with suppress(redis.RedisError):  # the sweeper finds what is left here
-            return self._hasty_ledger.finish(job_id)
+            return self._hasty_ledger.mark_ended(job_id).is_first
         return True
 
     def is_first_to_count(self, job_id: str) -> bool:
@@ -259,7 +259,7 @@ class JobLeases:
 
     def fail(self, job_id: str, verdict: ZloraError) -> ZloraError:
         """Write the job's failure down for good, so that no late message draws it after all; the first one stands."""
-        return self.ledger.close(job_id, verdict) or verdict
+        return self.ledger.mark_ended(job_id, verdict).earlier_error or verdict
 
     def overtime(self, job_id: str, seconds: float) -> None:
         """In the parent: its child is killed, since the job took longer than it may; the next delivery ends the job."""

@@ -28,7 +28,7 @@ from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import sweep_key, waiting_lists
 from zlora.broker.protocol import TaskMeta
 from zlora.broker.redis import send
-from zlora.broker.task_meta import EXPIRED, NO_ANSWER, error_of, expired
+from zlora.broker.task_meta import EXPIRED, UNREADABLE, error_of, expired
 from zlora.errors import InternalError, StoreFailed, ZloraError
 from zlora.later import parse_result
 from zlora.schema import JOB_ID, GenerateResult, JobState
@@ -99,11 +99,11 @@ class Sweeper:
             if job_id in leased:
                 continue
             if self._state(job_id) in READY_STATES:
-                self._ledger.close(job_id)
+                self._ledger.mark_ended(job_id)
             elif job_id not in self._missed:
                 missed.add(job_id)
             elif (submission := self._ledger.submission(job_id)) is None:
-                self._ledger.close(job_id)
+                self._ledger.mark_ended(job_id)
             else:
                 logger.warning(
                     "job %s is sent again: its message was lost", job_id, extra={"job": job_id}
@@ -117,7 +117,7 @@ class Sweeper:
         """The job's state; None where somebody else has written there what is none."""
         try:
             return str(self._app.backend.get_task_meta(job_id)["status"])
-        except NO_ANSWER as error:
+        except UNREADABLE as error:
             logger.warning(
                 "job %s: what is stored is no answer of a worker: %r",
                 job_id,
@@ -145,10 +145,10 @@ class Sweeper:
         drawn = self._ledger.leased(ids)
         for job_id in ids:
             if job_id in drawn or self._state(job_id) != JobState.PENDING:
-                self._ledger.keep(job_id)
+                self._ledger.mark_started(job_id)
                 continue
             self._app.backend.mark_as_revoked(job_id, EXPIRED)
-            self._ledger.close(job_id, expired(job_id))
+            self._ledger.mark_ended(job_id, expired(job_id))
 
 
 def answer(ledger: JobStore, store: Store, links: ImageUrls, question: tuple[str, str]) -> None:
@@ -164,7 +164,7 @@ def answer(ledger: JobStore, store: Store, links: ImageUrls, question: tuple[str
     except StoreFailed as error:
         logger.warning("job %s: no answer: %s", job_id, error, extra={"job": job_id})
         return
-    ledger.answer(reply, document)
+    ledger.reply(reply, document)
 
 
 def end_by(backend: Any) -> webhooks.End:
@@ -176,7 +176,7 @@ def end_by(backend: Any) -> webhooks.End:
             answer = TaskMeta(meta["status"], meta.get("result"))
             if answer.state == JobState.SUCCESS:
                 return parse_result(answer.value)
-        except NO_ANSWER:
+        except UNREADABLE:
             return None
         return (
             error_of(job_id, answer)
@@ -215,7 +215,7 @@ def run(settings: Settings, listener: socket.socket | None = None) -> None:
     webhooks.start(settings, webhooks.Ends(store, links, end_by(app.backend)), meter)
     while True:
         try:
-            if (question := ledger.asked(1.0)) is not None:
+            if (question := ledger.next_request(1.0)) is not None:
                 answer(ledger, store, links, question)
             sweeper.sweep()
         except (redis.RedisError, kombu.exceptions.OperationalError) as error:

@@ -23,9 +23,9 @@ from zlora.broker.keys import (
     expiring_key,
     job_key,
     lease_key,
-    ledger_key,
+    unfinished_key,
     outbox_key,
-    recall_key,
+    manifest_requests_key,
 )
 from zlora.errors import Conflict, JobRevoked, LoraMismatch, ZloraError
 from zlora.webhook import Webhook
@@ -55,21 +55,21 @@ def lifetimes(broker: Any) -> dict[str, int]:
 
 
 def test_a_job_is_to_be_sent_until_it_is_sent(ledger: JobStore) -> None:
-    assert ledger.open("a", submission(), "digest")
-    assert ledger.open("a", submission(), "digest")
-    ledger.sent("a")
-    assert not ledger.open("a", submission(), "digest")
+    assert ledger.add("a", submission(), "digest")
+    assert ledger.add("a", submission(), "digest")
+    ledger.mark_sent("a")
+    assert not ledger.add("a", submission(), "digest")
 
 
 def test_another_digest_is_a_conflict_and_changes_nothing(ledger: JobStore, broker: Any) -> None:
-    ledger.open("a", submission(), "digest")
-    before = broker.hgetall(job_key("a")), broker.zrange(ledger_key("gpu"), 0, -1, withscores=True)
+    ledger.add("a", submission(), "digest")
+    before = broker.hgetall(job_key("a")), broker.zrange(unfinished_key("gpu"), 0, -1, withscores=True)
 
     with pytest.raises(Conflict) as raised:
-        ledger.open("a", submission(0, expires=time.time() + 9), "other")
+        ledger.add("a", submission(0, expires=time.time() + 9), "other")
 
     assert raised.value.details == {"job_id": "a"}
-    after = broker.hgetall(job_key("a")), broker.zrange(ledger_key("gpu"), 0, -1, withscores=True)
+    after = broker.hgetall(job_key("a")), broker.zrange(unfinished_key("gpu"), 0, -1, withscores=True)
     assert after == before
     assert not broker.exists(expiring_key("gpu"))
 
@@ -82,7 +82,7 @@ def test_one_of_many_that_open_one_id_at_once_has_it(broker_url: str, broker: An
     def submit(digest: str) -> None:
         with connect(broker_url) as connection:
             try:
-                outcomes.append(JobStore(connection, "gpu").open("a", one, digest))
+                outcomes.append(JobStore(connection, "gpu").add("a", one, digest))
             except Conflict:
                 outcomes.append(Conflict)
 
@@ -98,10 +98,10 @@ def test_one_of_many_that_open_one_id_at_once_has_it(broker_url: str, broker: An
 
 def test_what_was_sent_can_be_sent_again_until_there_is_a_verdict(ledger: JobStore) -> None:
     sent = submission(9, expires=time.time() + 60.25)
-    ledger.open("a", sent, "digest")
+    ledger.add("a", sent, "digest")
     assert ledger.submission("a") == sent
 
-    ledger.close("a")
+    ledger.mark_ended("a")
 
     assert ledger.submission("a") is None
     assert ledger.submission("never") is None
@@ -113,14 +113,14 @@ def test_many_are_opened_and_sent_as_one_by_one(ledger: JobStore, broker: Any) -
         (f"job-{index}", submission(index, expires=time.time() + 60), "digest")
         for index in range(5)
     ]
-    ledger.open(*many[1])
-    ledger.sent("job-1")
+    ledger.add(*many[1])
+    ledger.mark_sent("job-1")
 
-    assert ledger.open_many(many) == [sent if name != "job-1" else None for name, sent, _ in many]
-    ledger.sent(*(name for name, _, _ in many))
-    assert ledger.open_many(many) == [None] * 5
-    assert ledger.open_many([]) == []
-    assert broker.zcard(ledger_key("gpu")) == broker.zcard(expiring_key("gpu")) == 5
+    assert ledger.add_many(many) == [sent if name != "job-1" else None for name, sent, _ in many]
+    ledger.mark_sent(*(name for name, _, _ in many))
+    assert ledger.add_many(many) == [None] * 5
+    assert ledger.add_many([]) == []
+    assert broker.zcard(unfinished_key("gpu")) == broker.zcard(expiring_key("gpu")) == 5
     assert [key for key, life in lifetimes(broker).items() if life < 0] == []
 
 
@@ -128,14 +128,14 @@ def test_of_many_the_first_that_is_another_s_is_named_and_all_others_are_there(
     ledger: JobStore,
 ) -> None:
     for name in ("b", "c"):
-        ledger.open(name, submission(), "other")
+        ledger.add(name, submission(), "other")
 
     with pytest.raises(Conflict) as raised:
-        ledger.open_many([(name, submission(), "digest") for name in "abcd"])
+        ledger.add_many([(name, submission(), "digest") for name in "abcd"])
 
     assert raised.value.details == {"job_id": "b"}
     assert [ledger.submission(name) is not None for name in "abcd"] == [True] * 4
-    assert ledger.open("d", submission(), "digest") is not None
+    assert ledger.add("d", submission(), "digest") is not None
 
 
 def test_many_are_opened_also_where_redis_has_forgotten_the_script(
@@ -144,9 +144,9 @@ def test_many_are_opened_also_where_redis_has_forgotten_the_script(
     """It does with every restart."""
     for name in "ab":
         broker.script_flush()
-        assert len(ledger.open_many([(name, submission(), "digest")])) == 1
+        assert len(ledger.add_many([(name, submission(), "digest")])) == 1
         broker.script_flush()
-        assert ledger.close(name, LoraMismatch("no")) is None
+        assert ledger.mark_ended(name, LoraMismatch("no")).is_first
 
 
 # --- places
@@ -155,7 +155,7 @@ def test_many_are_opened_also_where_redis_has_forgotten_the_script(
 def test_jobs_are_due_by_priority_and_then_by_time(ledger: JobStore) -> None:
     now = time.time()
     for job_id, priority, age in (("low", 9, 3), ("late", 5, 1), ("early", 5, 2), ("high", 0, 0)):
-        ledger.open(job_id, submission(priority, submitted=now - age), "digest")
+        ledger.add(job_id, submission(priority, submitted=now - age), "digest")
 
     places = {
         job_id: ledger.queue_status(job_id)[:2] for job_id in ("high", "early", "late", "low", "never")
@@ -169,22 +169,22 @@ def test_jobs_are_due_by_priority_and_then_by_time(ledger: JobStore) -> None:
 def test_the_unfinished_are_told_by_their_time_whatever_their_priority(ledger: JobStore) -> None:
     now = time.time()
     for priority in (0, 5, 9):
-        ledger.open(f"old-{priority}", submission(priority, submitted=now - 60), "digest")
-        ledger.open(f"new-{priority}", submission(priority, submitted=now), "digest")
-    ledger.close("old-5")
+        ledger.add(f"old-{priority}", submission(priority, submitted=now - 60), "digest")
+        ledger.add(f"new-{priority}", submission(priority, submitted=now), "digest")
+    ledger.mark_ended("old-5")
 
     assert sorted(ledger.unfinished(before=now - 30)) == ["old-0", "old-9"]
 
 
 def test_those_whose_time_is_over_are_told_until_they_have_begun_or_ended(ledger: JobStore) -> None:
     for job_id, seconds in (("over", -2), ("too", -1), ("in time", 60)):
-        ledger.open(job_id, submission(expires=time.time() + seconds), "digest")
-    ledger.open("never expires", submission(), "digest")
+        ledger.add(job_id, submission(expires=time.time() + seconds), "digest")
+    ledger.add("never expires", submission(), "digest")
 
     assert ledger.expired() == ["over", "too"]
-    ledger.keep("over")
+    ledger.mark_started("over")
     assert ledger.expired() == ["too"]
-    ledger.close("too")
+    ledger.mark_ended("too")
     assert ledger.expired() == []
 
 
@@ -196,7 +196,7 @@ def test_the_leased_are_those_with_a_lease(ledger: JobStore, broker: Any) -> Non
 
 
 def test_two_queues_have_two_ledgers(ledger: JobStore, broker_url: str) -> None:
-    ledger.open("a", submission(), "digest")
+    ledger.add("a", submission(), "digest")
     with connect(broker_url) as connection:
         other = JobStore(connection, "other")
 
@@ -209,8 +209,8 @@ def test_two_queues_have_two_ledgers(ledger: JobStore, broker_url: str) -> None:
 
 def test_a_job_that_has_ended_is_not_cancelled(ledger: JobStore) -> None:
     """Also where Celery's result is lost, and nobody answers for the store: the end that it had stays."""
-    ledger.open("done", submission(), "digest")
-    ledger.close("done")
+    ledger.add("done", submission(), "digest")
+    ledger.mark_ended("done")
 
     assert ledger.cancel("done") == "finished"
 
@@ -218,8 +218,8 @@ def test_a_job_that_has_ended_is_not_cancelled(ledger: JobStore) -> None:
 def test_cancel_tells_whether_the_job_is_known_and_whether_it_is_drawn(
     ledger: JobStore, broker: Any
 ) -> None:
-    ledger.open("queued", submission(), "digest")
-    ledger.open("running", submission(), "digest")
+    ledger.add("queued", submission(), "digest")
+    ledger.add("running", submission(), "digest")
     broker.set(lease_key("running"), "worker", ex=60)
     broker.set(lease_key("theirs"), "worker", ex=60)
 
@@ -238,8 +238,8 @@ def test_cancel_tells_whether_the_job_is_known_and_whether_it_is_drawn(
 def test_a_verdict_is_read_as_it_was_written(
     ledger: JobStore, broker: Any, cls: type[ZloraError]
 ) -> None:
-    ledger.open("a", submission(), "digest")
-    ledger.close("a", cls("a sentence, é", DETAILS))
+    ledger.add("a", submission(), "digest")
+    ledger.mark_ended("a", cls("a sentence, é", DETAILS))
 
     read = verdict_of(broker.hgetall(job_key("a")))
 
@@ -256,12 +256,12 @@ def test_a_verdict_of_a_newer_worker_is_an_error_too() -> None:
 
 
 def test_the_first_verdict_stands(ledger: JobStore) -> None:
-    assert ledger.close("a", LoraMismatch("first")) is None
+    assert ledger.mark_ended("a", LoraMismatch("first")) == (None, True)
 
-    second = ledger.close("a", JobRevoked("second"))
+    second, is_first = ledger.mark_ended("a", JobRevoked("second"))
 
-    assert (type(second), str(second)) == (LoraMismatch, "first")
-    assert ledger.close("a") is None
+    assert (type(second), str(second), is_first) == (LoraMismatch, "first", False)
+    assert ledger.mark_ended("a") == (None, False)
 
 
 @pytest.mark.parametrize("verdict", [None, LoraMismatch("no")])
@@ -270,17 +270,17 @@ def test_a_webhook_is_due_once_whoever_ends_the_job_and_however_often(
 ) -> None:
     asked = Webhook(url="https://example.com/", events=("job.failed",))
     for name, webhook in (("told", asked), ("untold", None)):
-        ledger.open(name, msgspec.structs.replace(submission(), webhook=webhook), "digest")
+        ledger.add(name, msgspec.structs.replace(submission(), webhook=webhook), "digest")
         assert not broker.exists(outbox_key("gpu"))
 
     for name in ("untold", "told"):
-        ledger.close(name, verdict)
+        ledger.mark_ended(name, verdict)
     assert broker.zrange(outbox_key("gpu"), 0, -1) == ["told"]
     assert msgspec.json.decode(broker.hget(job_key("told"), "webhook"), type=Webhook) == asked
     assert abs(float(broker.hget(job_key("told"), "closed")) - time.time()) < 60
 
     broker.zrem(outbox_key("gpu"), "told")  # it is sent
-    ledger.close("told", JobRevoked("late"))
+    ledger.mark_ended("told", JobRevoked("late"))
     assert not broker.exists(outbox_key("gpu"))
 
 
@@ -290,16 +290,16 @@ def test_a_job_ends_in_its_own_queue_whichever_asks(
 ) -> None:
     """A record of an earlier version does not say which: then it is that of who asks."""
     asked = Webhook(url="https://example.com/")
-    ledger.open(
+    ledger.add(
         "a", msgspec.structs.replace(submission(expires=time.time() + 60), webhook=asked), "digest"
     )
     if is_old:
         broker.hdel(job_key("a"), "queue")
 
-    JobStore(ledger.redis, "gpu" if is_old else "other").close("a", JobRevoked("c"))
+    JobStore(ledger.redis, "gpu" if is_old else "other").mark_ended("a", JobRevoked("c"))
 
     assert broker.zrange(outbox_key("gpu"), 0, -1) == ["a"]
-    assert not broker.exists(ledger_key("gpu"), expiring_key("gpu"), outbox_key("other"))
+    assert not broker.exists(unfinished_key("gpu"), expiring_key("gpu"), outbox_key("other"))
     assert broker.ttl(outbox_key("gpu")) > 0
 
 
@@ -308,7 +308,7 @@ def test_a_job_that_is_submitted_again_has_the_webhook_that_was_first(
 ) -> None:
     for url in ("https://first/", "https://second/"):
         asked = msgspec.structs.replace(submission(), webhook=Webhook(url=url))
-        assert ledger.open("a", asked, "digest") == ledger.submission("a")
+        assert ledger.add("a", asked, "digest") == ledger.submission("a")
 
     assert "first" in broker.hget(job_key("a"), "webhook")
 
@@ -318,7 +318,7 @@ def test_a_verdict_is_written_down_whatever_its_details_say(
     ledger: JobStore, broker: Any, text: object
 ) -> None:
     """Names of a stranger's file are among them; a job that cannot be ended comes again and again."""
-    ledger.close("a", LoraMismatch(f"name {text}", {"names": [text]}))
+    ledger.mark_ended("a", LoraMismatch(f"name {text}", {"names": [text]}))
 
     assert isinstance(verdict_of(broker.hgetall(job_key("a"))), LoraMismatch)
 
@@ -347,20 +347,20 @@ def test_a_question_is_answered_to_who_asked(ledger: JobStore, broker_url: str) 
         with connect(broker_url) as connection:
             companion = JobStore(connection, "gpu")
             for _ in range(2):
-                question = companion.asked(5)
+                question = companion.next_request(5)
                 assert question is not None
-                companion.answer(question[1], b"{}" if question[0] == "a" else b"")
+                companion.reply(question[1], b"{}" if question[0] == "a" else b"")
 
     thread = threading.Thread(target=answer)
     thread.start()
-    assert [ledger.recall("a"), ledger.recall("b")] == [b"{}", b""]
+    assert [ledger.request_manifest("a"), ledger.request_manifest("b")] == [b"{}", b""]
     thread.join()
 
 
 def test_a_question_that_nobody_answers_is_given_up_within_two_seconds(ledger: JobStore) -> None:
     start = time.monotonic()
 
-    assert ledger.recall("a") is None
+    assert ledger.request_manifest("a") is None
 
     assert time.monotonic() - start < 2.2
 
@@ -371,13 +371,13 @@ def test_a_question_that_nobody_answers_is_given_up_within_two_seconds(ledger: J
 def test_a_stranger_s_question_writes_to_no_key_of_others(
     ledger: JobStore, broker: Any, text: str
 ) -> None:
-    broker.lpush(recall_key("gpu"), text)
+    broker.lpush(manifest_requests_key("gpu"), text)
 
-    assert ledger.asked(0.1) is None
+    assert ledger.next_request(0.1) is None
 
 
 def test_nobody_asks(ledger: JobStore) -> None:
-    assert ledger.asked(0.05) is None
+    assert ledger.next_request(0.05) is None
 
 
 # --- all of it expires
@@ -385,13 +385,13 @@ def test_nobody_asks(ledger: JobStore) -> None:
 
 def test_every_key_expires(ledger: JobStore, broker: Any) -> None:
     """Redis evicts nothing: what has no end stays for ever."""
-    ledger.open("a", submission(expires=time.time() + 60), "digest")
-    ledger.sent("a")
-    ledger.open("b", submission(), "digest")
-    ledger.close("b", LoraMismatch("no"))
+    ledger.add("a", submission(expires=time.time() + 60), "digest")
+    ledger.mark_sent("a")
+    ledger.add("b", submission(), "digest")
+    ledger.mark_ended("b", LoraMismatch("no"))
     ledger.cancel("never")
-    ledger.recall("old")
-    ledger.answer(f"{recall_key('gpu')}:reply", b"{}")
+    ledger.request_manifest("old")
+    ledger.reply(f"{manifest_requests_key('gpu')}:reply", b"{}")
 
     lives = lifetimes(broker)
 
@@ -400,7 +400,7 @@ def test_every_key_expires(ledger: JobStore, broker: Any) -> None:
     assert lives[job_key("b")] <= RESULT_EXPIRES
 
 
-@pytest.mark.parametrize("call", ["sent", "close", "cancel"])
+@pytest.mark.parametrize("call", ["mark_sent", "mark_ended", "cancel"])
 def test_a_record_that_redis_has_lost_does_not_come_back_for_ever(
     ledger: JobStore, broker: Any, call: str
 ) -> None:

@@ -586,14 +586,14 @@ def test_jobs_that_cannot_be_cancelled_may_go_on_and_that_is_told(site: Site) ->
 
 def waiting(client: Client) -> list[str]:
     """The ids of the jobs that are queued."""
-    return sorted(inside(client)._ledger.unfinished(before=float("inf")))
+    return sorted(inside(client)._jobs.unfinished(before=float("inf")))
 
 
 def finish(client: Client, job_id: str) -> None:
     """As a worker that has drawn a job."""
     made = fake_result(job_id, GenerateRequest(prompt="a city"))
     says(client, job_id, to_dict(made), "SUCCESS")
-    inside(client)._ledger.close(job_id)
+    inside(client)._jobs.mark_ended(job_id)
 
 
 @pytest.fixture

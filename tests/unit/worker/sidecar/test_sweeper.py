@@ -15,7 +15,7 @@ from support.played import hang_up
 from zlora import Client
 from zlora.broker.celery_app import impatient_config
 from zlora.broker.job_store import JobStore, Submission, connect
-from zlora.broker.keys import job_key, lease_key, recall_key, sweep_key
+from zlora.broker.keys import job_key, lease_key, manifest_requests_key, sweep_key
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import JobExpired, LoraNotFound
 from zlora.schema import GenerateResult, JobState, digest_of, manifest_key, parse_request
@@ -57,8 +57,8 @@ class Place:
             "priority": 9,
             "submitted": time.time() - 60,
         } | fields
-        self.ledger.open(job, Submission(**told), digest_of(request))
-        self.ledger.sent(job)
+        self.ledger.add(job, Submission(**told), digest_of(request))
+        self.ledger.mark_sent(job)
         return job
 
     def messages(self) -> list[Any]:
@@ -294,7 +294,7 @@ def test_a_job_that_succeeded_does_not_expire_when_its_result_does(place: Place)
     """A result is kept for a day, and a job may have seven to begin."""
     handle = place.client.submit(REQUEST, expires_in=0.05)
     place.app.backend.store_result(handle.id, {}, "SUCCESS")
-    place.ledger.close(handle.id)
+    place.ledger.mark_ended(handle.id)
     place.redis.delete(f"celery-task-meta-{handle.id}")
     time.sleep(0.1)
 
@@ -313,7 +313,7 @@ def serve(place: Place, tmp_path: Path) -> Iterator[Callable[..., None]]:
     threads: list[Thread] = []
 
     def one() -> None:
-        while (question := place.ledger.asked(1)) is None:
+        while (question := place.ledger.next_request(1)) is None:
             pass
         answer(place.ledger, FolderStore(tmp_path), links(FolderStore(tmp_path)), question)
 
@@ -359,14 +359,14 @@ def test_an_id_that_nobody_knows_is_unknown(place: Place, serve: Callable[[], No
     "question", [b"garbage", b"\xff\xfe", b"[1, 2]", b'["../x", "zlora:job:x"]', b'["a"]']
 )
 def test_a_stranger_s_question_is_no_question(place: Place, question: bytes) -> None:
-    place.redis.lpush(recall_key(place.queue), question)
+    place.redis.lpush(manifest_requests_key(place.queue), question)
 
-    assert place.ledger.asked(1) is None
+    assert place.ledger.next_request(1) is None
 
 
 def test_a_path_is_no_job(place: Place, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("secret")
-    reply = f"{recall_key(place.queue)}:{uuid.uuid4()}"
+    reply = f"{manifest_requests_key(place.queue)}:{uuid.uuid4()}"
 
     answer(place.ledger, FolderStore(tmp_path), links(FolderStore(tmp_path)), ("..", reply))
 

@@ -157,7 +157,7 @@ class Place:
         self.allowed.add(urlsplit(url).netloc)
         asked = Webhook(url=url, events=events)
         told = Submission(request={"prompt": "p"}, priority=5, submitted=time.time(), webhook=asked)
-        self.ledger.open(job_id, told, "digest")
+        self.ledger.add(job_id, told, "digest")
         return job_id
 
     def end(self, job_id: str, verdict: ZloraError | None = None) -> str:
@@ -165,7 +165,7 @@ class Place:
         if verdict is None:
             manifest = msgspec.json.encode(result_of(job_id))
             self.store.put_new(manifest_key(job_id), manifest, "application/json")
-        self.ledger.close(job_id, verdict)
+        self.ledger.mark_ended(job_id, verdict)
         return job_id
 
     def ended(self, url: str, verdict: ZloraError | None = None) -> str:
@@ -298,7 +298,7 @@ def test_a_failure_that_only_celery_knows_of_is_told(place: Place) -> None:
     with receiving() as receiver:
         job = place.job(receiver.url)
         place.app.backend.store_result(job, JobLost("died"), "FAILURE")
-        place.ledger.close(job)
+        place.ledger.mark_ended(job)
         place.work()
 
     (event,) = receiver.events()
@@ -313,7 +313,7 @@ def test_a_success_that_this_store_knows_nothing_of_is_told_as_its_producer_has_
         job = place.job(receiver.url)
         made = result_of(job, url="file:///elsewhere/0.png")
         place.app.backend.store_result(job, msgspec.to_builtins(made), "SUCCESS")
-        place.ledger.close(job)
+        place.ledger.mark_ended(job)
         place.work()
 
     (event,) = receiver.events()
@@ -384,8 +384,8 @@ def test_only_the_events_that_were_asked_for_are_told(place: Place) -> None:
 
 
 def test_a_job_without_a_webhook_and_one_that_has_not_ended_tell_nobody(place: Place) -> None:
-    place.ledger.open("plain", Submission(request={}, priority=5, submitted=0.0), "digest")
-    place.ledger.close("plain")
+    place.ledger.add("plain", Submission(request={}, priority=5, submitted=0.0), "digest")
+    place.ledger.mark_ended("plain")
     place.job("http://127.0.0.1:1")
 
     assert place.work() == 0
@@ -529,7 +529,7 @@ def test_what_nobody_signs_for_two_hours_is_given_up_with_the_reason(place: Plac
 def test_a_job_of_which_nothing_is_known_any_more_is_given_up(place: Place) -> None:
     """The result expired, and the retention of the store took the manifest; or Redis has lost the record."""
     without_end = place.job("http://127.0.0.1:1")
-    place.ledger.close(without_end)
+    place.ledger.mark_ended(without_end)
     without_record = place.ended("http://127.0.0.1:1")
     place.redis.delete(job_key(without_record))
     damaged = place.ended("http://127.0.0.1:1")
