@@ -47,7 +47,7 @@ def _of(result: GenerateResult, image: ImageRef) -> bytes:
     try:
         return read(image)
     except ImageUnavailable as error:
-        error.tell(job_id=result.job_id)
+        error.add_details(job_id=result.job_id)
         raise
 
 

@@ -36,8 +36,7 @@ from msgspec import Struct
 
 from zlora import config, errors
 from zlora.errors import InvalidSetting, InvalidWebhook, JobRevoked, ZloraError
-from zlora.later import parse_result
-from zlora.schema import GenerateResult, invalid, to_dict
+from zlora.schema import GenerateResult, invalid, parse_result, to_dict
 
 SUCCEEDED: Final = "job.succeeded"
 FAILED: Final = "job.failed"

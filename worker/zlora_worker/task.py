@@ -192,7 +192,7 @@ def _settled(job: _Job, digest: str, error: ZloraError) -> GenerateResult:
     if isinstance(error, BaseNotRestored):
         leave_dirty(deliveries, job_id, error)
     if error.retryable:
-        error.tell(attempt=retries_of(task) + 1)
+        error.add_details(attempt=retries_of(task) + 1)
     raise Ended(deliveries.fail(job_id, error))
 
 

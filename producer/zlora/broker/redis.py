@@ -35,7 +35,9 @@ _UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.Redis
 _BAD_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, ValueError)
 # Three tries: within about a second if Redis refuses, within nine seconds if it does not answer.
 _SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
-_NO_REPLY_PAUSE: Final = 1.0  # seconds without further requests for manifests after one had no reply
+_NO_REPLY_PAUSE: Final = (
+    1.0  # seconds without further requests for manifests after one had no reply
+)
 _BATCH: Final = 200  # jobs that are recorded in one round trip
 
 
@@ -163,7 +165,9 @@ class RedisBroker:
             yield
         except _UNREACHABLE as error:
             raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
-        except Exception:  # the boundary to Redis: a socket closed by another thread raises anything
+        except (
+            Exception
+        ):  # the boundary to Redis: a socket closed by another thread raises anything
             if self._is_closed:
                 raise BrokerUnavailable("the client is closed", details) from None
             raise

@@ -22,8 +22,7 @@ from msgspec import Struct
 
 from zlora.cli.batch_input import Line
 from zlora.errors import InvalidRequest, JobRevoked, ZloraError
-from zlora.later import parse_result
-from zlora.schema import GenerateResult
+from zlora.schema import GenerateResult, parse_result
 
 _BEGINNING: Final = b'{"line": '
 _NO_JSON: Final = (

@@ -93,7 +93,7 @@ class BatchRun:
             self._miss(result.job_id, error)
 
     def _miss(self, job_id: str, error: ZloraError) -> None:
-        error.tell(job_id=job_id)
+        error.add_details(job_id=job_id)
         self._missing.append(error)
         self._display.miss(error)
 

@@ -33,7 +33,7 @@ def follow(handle: JobHandle, patience: float | None) -> GenerateResult:
     try:
         return handle.result(_ANSWER if _watch(handle, patience) else _DENIAL)
     except ZloraError as error:
-        error.tell(job_id=handle.id)
+        error.add_details(job_id=handle.id)
         raise
 
 

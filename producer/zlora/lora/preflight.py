@@ -6,7 +6,7 @@ may have. What the packages of the extra `preflight` do is imported where it is 
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
@@ -90,10 +90,10 @@ class Preflight:
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """Read a worker's variables for LoRA sources; raises `InvalidSetting` that names the variable."""
         return cls(
-            _setting(environ, config.ALLOW_HOSTS, read=config.hosts),
-            certificates=_setting(environ, config.CERTIFICATES, read=config.existing_file),
-            hub=_setting(environ, *config.HUGGING_FACE, read=config.web_url) or HUGGING_FACE,
-            civitai=_setting(environ, config.CIVITAI, read=config.web_url) or CIVITAI,
+            config.read_first(environ, config.ALLOW_HOSTS, parse=config.hosts),
+            certificates=config.read_first(environ, config.CERTIFICATES, parse=config.existing_file),
+            hub=config.read_first(environ, *config.HUGGING_FACE, parse=config.web_url) or HUGGING_FACE,
+            civitai=config.read_first(environ, config.CIVITAI, parse=config.web_url) or CIVITAI,
         )
 
     def inspect(self, lora: Asset | str) -> LoraInfo:
@@ -117,7 +117,7 @@ class Preflight:
             try:
                 self._require_fit(spec.file.address)
             except LoraError as error:
-                error.tell(index=index)
+                error.add_details(index=index)
                 raise
 
     def _require_fit(self, address: str) -> None:
@@ -259,13 +259,3 @@ def _told_total(response: "Response", first: int, name: str) -> int | None:
     if response.status_code == HTTPStatus.OK and not first:
         return number(response.headers.get("Content-Length", ""))
     raise LoraUnreachable(f"{name}: the server answers with another range than it was asked for")
-
-
-def _setting(environ: Mapping[str, str], *names: str, read: Callable[[str], T]) -> T:
-    """The first of the variables that is set. Its value is not shown: a URL may hold a password."""
-    told = {name: value for name in names if (value := config.value_of(environ, name))}
-    name, text = next(iter(told.items()), (names[0], ""))
-    try:
-        return read(text)
-    except ValueError as error:
-        raise InvalidSetting(f"{name}: {error}", {"name": name}) from None

@@ -109,7 +109,7 @@ def test_a_job_without_an_id_gets_one_of_its_own(client: Client, broker: Any) ->
 
 
 def test_a_job_goes_to_the_client_s_queue(broker_url: str, broker: Any) -> None:
-    with Client(broker_url, queue="other") as client:
+    with Client.from_url(broker_url, queue="other") as client:
         client.submit(REQUEST, job_id="job-2")
 
     assert [message["headers"]["id"] for message in waiting(broker, "other")] == ["job-2"]
@@ -503,11 +503,11 @@ def test_an_option_of_a_url_that_nobody_knows_is_refused_at_once() -> None:
 
 def test_a_result_backend_that_is_not_one_redis_is_refused() -> None:
     with pytest.raises(InvalidSetting, match=config.RESULT_BACKEND):
-        Client("redis://h/0", result_backend="nonsense")
+        Client.from_url("redis://h/0", result_backend="nonsense")
     with pytest.raises(
         InvalidSetting, match=config.RESULT_BACKEND
     ):  # nobody would be rung by another than Redis
-        Client("redis://h/0", result_backend="rpc://")
+        Client.from_url("redis://h/0", result_backend="rpc://")
 
 
 def test_a_password_in_the_broker_s_url_is_not_told() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from zlora.later import parse_result
+from zlora.schema import parse_result
 from zlora.schema import Asset, GenerateRequest, GenerateResult, ImageRef, LoraSpec, to_dict
 
 

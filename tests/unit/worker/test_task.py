@@ -203,7 +203,7 @@ def job() -> str:
 @pytest.fixture
 def handle(child: PlayedChild, broker_url: str) -> Iterator[JobHandle]:
     """A producer's own job, on the child's queue."""
-    with Client(broker_url, queue=child.queue) as client:
+    with Client.from_url(broker_url, queue=child.queue) as client:
         yield client.submit(REQUEST)
 
 

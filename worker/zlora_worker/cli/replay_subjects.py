@@ -15,8 +15,7 @@ from typing import Final, NoReturn
 import msgspec
 from PIL import Image, UnidentifiedImageError
 from zlora.errors import InvalidRequest
-from zlora.later import parse_result
-from zlora.schema import MAX_IMAGES, GenerateRequest, parse_request
+from zlora.schema import MAX_IMAGES, GenerateRequest, parse_request, parse_result
 
 from zlora_worker.results.metadata import provenance_of
 from zlora_worker.results.provenance import Provenance, provenances

@@ -58,7 +58,7 @@ def fail(task: "Task[Any, Any]", deliveries: JobLeases, job_id: str, error: Zlor
         answer(task, error)
     logger.warning("job %s: %s: %s", job_id, error.code, error, extra={"code": error.code})
     retries = retries_of(task)
-    error.tell(attempt=retries + 1)
+    error.add_details(attempt=retries + 1)
     countdown = _BACKOFF * 2**retries * random.uniform(0.75, 1.25)  # noqa: S311 - so that jobs do not come in step
     countdown = max(countdown, min(error.retry_after, _PATIENCE))
     task.backend.store_result(job_id, error, JobState.RETRY.value, request=task.request)

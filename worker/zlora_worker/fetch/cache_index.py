@@ -250,7 +250,5 @@ def _read(path: Path, kind: type[T]) -> T | None:
 
 
 _KINDS: Final[dict[str, type[LoraError]]] = {
-    kind.code: kind
-    for name in errors.__all__
-    if issubclass(kind := getattr(errors, name), LoraError)
+    kind.code: kind for kind in errors.ERRORS if issubclass(kind, LoraError)
 }

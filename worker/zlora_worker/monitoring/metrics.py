@@ -127,7 +127,7 @@ class Meter:
 
     def _begin(self) -> None:
         self._jobs.labels("success", "")
-        for kind in (getattr(errors, name) for name in errors.__all__):
+        for kind in errors.ERRORS:
             if issubclass(kind, JobRevoked | JobExpired):
                 self._jobs.labels("revoked", kind.code)
             elif kind.code not in ("error", "lora_error"):

@@ -5,9 +5,8 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
-from zlora.later import TolerantRequest
 from zlora.redaction import label
-from zlora.schema import JOB_ID, MAX_SEED, Asset, GenerateRequest, GenerateResult
+from zlora.schema import JOB_ID, MAX_SEED, Asset, GenerateRequest, GenerateResult, TolerantRequest
 
 _LONGEST: Final = 2**22  # bytes of a recipe's JSON; the longest request has about a tenth
 

@@ -30,8 +30,7 @@ from zlora.broker.protocol import TaskMeta
 from zlora.broker.redis import send
 from zlora.broker.task_meta import EXPIRED, UNREADABLE, error_of, expired
 from zlora.errors import InternalError, StoreFailed, ZloraError
-from zlora.later import parse_result
-from zlora.schema import JOB_ID, GenerateResult, JobState
+from zlora.schema import JOB_ID, GenerateResult, JobState, parse_result
 
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.gpu import GpuCollector

@@ -30,7 +30,6 @@ from zlora.broker.keys import (
 from zlora.errors import Conflict, JobRevoked, LoraMismatch, ZloraError
 from zlora.webhook import Webhook
 
-CLASSES: list[type[ZloraError]] = [getattr(errors, name) for name in errors.__all__]
 DETAILS = {"path": "$.loras[0]", "max_bytes": 7, "names": ["a", None], "deep": {"é": 0.5}}
 
 
@@ -234,7 +233,7 @@ def test_cancel_tells_whether_the_job_is_known_and_whether_it_is_drawn(
     assert all(broker.hexists(job_key(job_id), "cancelled") for job_id in answers)
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", errors.ERRORS)
 def test_a_verdict_is_read_as_it_was_written(
     ledger: JobStore, broker: Any, cls: type[ZloraError]
 ) -> None:

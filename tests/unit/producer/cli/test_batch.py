@@ -142,7 +142,7 @@ def test_no_more_than_asked_for_are_in_flight(site: Site, limit: int) -> None:
         def put(self, entries: Any) -> None:
             nonlocal most
             super().put(entries)
-            waiting = [job for job in list(self._jobs.values()) if not job.closed]
+            waiting = [job for job in list(self._jobs.values()) if not job.has_ended]
             most = max(most, len(waiting))
             if len(waiting) >= limit or len(self._jobs) == 7:
                 self.run()

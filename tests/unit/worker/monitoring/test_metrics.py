@@ -73,7 +73,7 @@ def test_all_values_of_all_labels_are_there_before_the_first_count(counts: Path)
     tree = re.findall(r"── \w+ +([a-z_]+) .*?(retryable)?$", str(errors.__doc__), re.MULTILINE)
     codes = {code for code, _ in tree}
     revoked = {"job_revoked", "expired"}
-    assert len(codes) == len(errors.__all__) - 2  # of ZloraError and LoraError there are only kinds
+    assert len(codes) == len(errors.ERRORS) - 2  # of ZloraError and LoraError there are only kinds
     assert set(scraped.named("zlora_jobs_total")) == {
         ("", "success"),
         *((code, "revoked") for code in revoked),
@@ -156,8 +156,7 @@ def test_what_a_stranger_chooses_is_nowhere(counts: Path) -> None:
     before = [sample.labels for family in shown(counts).families for sample in family.samples]
 
     meter.drawn(a_result(*TIERS, denoise=1.0))
-    for name in errors.__all__:
-        kind = getattr(errors, name)
+    for kind in errors.ERRORS:
         if kind.code not in ("error", "lora_error"):
             meter.ended(kind(MARK, {"code": MARK, "path": MARK}))
 

@@ -38,7 +38,7 @@ class Place:
         self.app = Celery("test", set_as_current=False, changes=config)
         self.ledger = JobStore(connect(broker_url), self.queue)
         self.redis: Any = self.ledger.redis
-        self.client = Client(broker_url, queue=self.queue)
+        self.client = Client.from_url(broker_url, queue=self.queue)
         self.sweeper = self.companion()
 
     def companion(self) -> Sweeper:

@@ -354,8 +354,8 @@ def test_a_queued_job_that_its_client_cancels_is_told(place: Place, own: bool) -
     """Also by a client of another queue."""
     with (
         receiving() as receiver,
-        Client(place.url, queue=place.queue) as client,
-        Client(place.url, queue=place.queue if own else "other") as canceller,
+        Client.from_url(place.url, queue=place.queue) as client,
+        Client.from_url(place.url, queue=place.queue if own else "other") as canceller,
     ):
         place.allowed.add(urlsplit(receiver.url).netloc)
         handle = client.submit(
@@ -831,7 +831,7 @@ def test_a_companion_sends_what_has_ended_and_what_it_ends_itself(place: Place) 
         "ZLORA_STORE": place.folder.as_uri(), "ZLORA_LOOK_AHEAD": "0", config.WEBHOOK_SECRET: SECRET,
     }  # fmt: skip
     command = [sys.executable, "-m", "zlora_worker.sidecar"]
-    with receiving() as receiver, Client(place.url, queue=place.queue) as client:
+    with receiving() as receiver, Client.from_url(place.url, queue=place.queue) as client:
         first = place.ended(receiver.url)
         variables[config.ALLOW_HOSTS] = ",".join(place.allowed)
         process = subprocess.Popen(command, env=clean_environ(os.environ | variables))
