@@ -14,7 +14,13 @@ from support.played import inside, result_of, says
 from support.processes import free_port
 from zlora import Cancellation, Client, JobHandle, JobState, JobStatus, waiting
 from zlora.broker.job_store import JobStore, connect
-from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, job_key, lease_key, manifest_requests_key
+from zlora.broker.keys import (
+    RECORD_EXPIRES,
+    RESULT_EXPIRES,
+    job_key,
+    lease_key,
+    manifest_requests_key,
+)
 from zlora.errors import (
     BrokerUnavailable,
     InternalError,
