@@ -4,7 +4,6 @@ import json
 import re
 from typing import Any
 
-import pytest
 from celery import Celery
 from zlora import errors
 from zlora.errors import ERRORS, InvalidRequest, LoraTooLarge, ZloraError

@@ -4,8 +4,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from zlora.schema import parse_result
-from zlora.schema import Asset, GenerateRequest, GenerateResult, ImageRef, LoraSpec, to_dict
+from zlora.schema import (
+    Asset,
+    GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    LoraSpec,
+    parse_result,
+    to_dict,
+)
 
 
 @pytest.fixture

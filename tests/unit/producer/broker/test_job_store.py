@@ -24,9 +24,9 @@ from zlora.broker.keys import (
     expiring_key,
     job_key,
     lease_key,
-    unfinished_key,
-    outbox_key,
     manifest_requests_key,
+    outbox_key,
+    unfinished_key,
 )
 from zlora.errors import Conflict, JobRevoked, LoraMismatch, ZloraError
 from zlora.webhook import Webhook
