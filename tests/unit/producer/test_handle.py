@@ -71,15 +71,22 @@ def store(client: Client, job_id: str, result: Any, state: str) -> JobHandle:
 
 
 def signed(*seconds: float | None, by: str = "old") -> GenerateResult:
-    """Return a result with an image for each number of seconds that its URL is valid; None is for ever."""
-    images = tuple(
-        ImageRef(
-            key=f"{index}.png", width=8, height=8, content_type="image/png", size=3, sha256="0" * 64, seed=index,
-            url=f"https://s3.example.com/{index}.png?{by}", url_expires_at=None if left is None else time.time() + left,
+    """Return a result with an image for each number of seconds until its URL expires."""
+    images = []
+    for index, left in enumerate(seconds):
+        image = ImageRef(
+            key=f"{index}.png",
+            width=8,
+            height=8,
+            content_type="image/png",
+            size=3,
+            sha256="0" * 64,
+            seed=index,
+            url=f"https://s3.example.com/{index}.png?{by}",
+            url_expires_at=None if left is None else time.time() + left,
         )
-        for index, left in enumerate(seconds)
-    )  # fmt: skip
-    return msgspec.structs.replace(RESULT, images=images)
+        images.append(image)
+    return msgspec.structs.replace(RESULT, images=tuple(images))
 
 
 def lease(broker: Any, job_id: str) -> None:
@@ -472,7 +479,7 @@ def test_new_urls_are_waited_for_within_the_timeout_of_the_caller(
 
 
 def test_urls_that_are_new_are_not_replaced(client: Client, broker_url: str) -> None:
-    """The manifest, requested because Celery's result has expired, has URLs that are valid for a second."""
+    """A request may ask for URLs that are valid for a second: those of the manifest are kept."""
     result = signed(1)
 
     with sidecar(broker_url, {"job-1": msgspec.json.encode(result)}) as requested:
