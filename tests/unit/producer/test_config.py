@@ -1,4 +1,4 @@
-"""Settings of producer and worker: the data folder, the broker's URL, values in files, and parsers."""
+"""Settings of producer and worker: the data folder, the broker, values in files, and parsers."""
 
 import json
 import os
@@ -231,9 +231,15 @@ def test_a_celery_url_is_translated_to_redis_py(url: str, expected: dict[str, ob
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://h", "redis://h//2", "redis://:p%2540ss@h:7/3", "redis://user:pass@h/0", "redis+socket:///run/a%20b",
-     "redis+socket://:p%40ss@/run/s?virtual_host=2"],
-)  # fmt: skip
+    [
+        "redis://h",
+        "redis://h//2",
+        "redis://:p%2540ss@h:7/3",
+        "redis://user:pass@h/0",
+        "redis+socket:///run/a%20b",
+        "redis+socket://:p%40ss@/run/s?virtual_host=2",
+    ],
+)
 def test_job_store_and_queue_are_in_the_same_database(url: str) -> None:
     """Kombu's own reading of the URL is the reference."""
     channel: Any = Channel.__new__(Channel)  # the constructor would connect
@@ -260,9 +266,19 @@ def test_job_store_and_queue_are_in_the_same_database(url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["sentinel://h:26379", "amqp://h//", "memory://", "cache+memory://", "sqs://", "redis://a/0;redis://b/0", "",
-     "redis", "unix:///run/s", "http://h"],
-)  # fmt: skip
+    [
+        "sentinel://h:26379",
+        "amqp://h//",
+        "memory://",
+        "cache+memory://",
+        "sqs://",
+        "redis://a/0;redis://b/0",
+        "",
+        "redis",
+        "unix:///run/s",
+        "http://h",
+    ],
+)
 def test_a_url_of_anything_but_one_redis_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="expected one URL of redis, "):
         config.redis_url(url)

@@ -1,4 +1,4 @@
-"""Options that producer and worker share, and apps that ignore Celery's own environment variables."""
+"""Options that producer and worker share, and apps that ignore Celery's own variables."""
 
 import pytest
 from zlora.broker import celery_app

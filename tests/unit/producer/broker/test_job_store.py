@@ -166,8 +166,12 @@ def test_jobs_are_due_by_priority_and_then_by_time(jobs: JobStore) -> None:
     }
 
     assert places == {
-        "high": (True, 0), "early": (True, 1), "late": (True, 2), "low": (True, 3), "never": (False, None)
-    }  # fmt: skip
+        "high": (True, 0),
+        "early": (True, 1),
+        "late": (True, 2),
+        "low": (True, 3),
+        "never": (False, None),
+    }
 
 
 def test_unfinished_jobs_are_found_by_time_whatever_their_priority(jobs: JobStore) -> None:
@@ -318,7 +322,7 @@ def test_a_job_that_is_submitted_again_keeps_its_first_webhook(jobs: JobStore, b
 def test_an_error_is_recorded_whatever_its_details(
     jobs: JobStore, broker: Any, text: object
 ) -> None:
-    """Details contain names from LoRA files. A job that cannot be ended would be delivered for ever."""
+    """A job that cannot be ended would be delivered for ever; details have names from LoRA files."""
     jobs.mark_ended("a", LoraMismatch(f"name {text}", {"names": [text]}))
 
     assert isinstance(verdict_of(broker.hgetall(job_key("a"))), LoraMismatch)
