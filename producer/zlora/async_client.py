@@ -93,7 +93,7 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> "AsyncJobHandle":
-        """See `Client.submit`. If this call is cancelled, the job may have been submitted all the same."""
+        """See `Client.submit`. A call that is cancelled may have submitted the job."""
         submit = partial(
             self._client.submit, request, job_id=job_id, idempotency_key=idempotency_key, **options
         )
@@ -119,7 +119,7 @@ class AsyncClient:
 
 
 class AsyncJobHandle:
-    """`JobHandle` for asyncio."""
+    """`JobHandle` for asyncio, with the same parameters."""
 
     def __init__(self, handle: JobHandle, broker: Broker, threads: "_Threads") -> None:
         self.id = handle.id
@@ -132,7 +132,7 @@ class AsyncJobHandle:
         """See `JobHandle.status`."""
         return await self._threads.run(self._handle.status)
 
-    async def events(self, timeout: float | None = None) -> AsyncGenerator[JobStatus, None]:  # noqa: ASYNC109 - as `JobHandle`
+    async def events(self, timeout: float | None = None) -> AsyncGenerator[JobStatus, None]:  # noqa: ASYNC109
         """See `JobHandle.events`."""
         wait, last = Wait(self._broker, self.id, timeout), None
         with self._watched() as news:
@@ -146,7 +146,7 @@ class AsyncJobHandle:
                     return
                 await _wait_for(news, wait.pause(last))
 
-    async def result(self, timeout: float | None = None) -> GenerateResult:  # noqa: ASYNC109 - as `JobHandle`
+    async def result(self, timeout: float | None = None) -> GenerateResult:  # noqa: ASYNC109
         """See `JobHandle.result`."""
         wait = Wait(self._broker, self.id, timeout)
         with self._watched() as news:

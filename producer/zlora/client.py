@@ -37,7 +37,7 @@ _MAX_KEY: Final = 1000  # characters of an idempotency key
 class Options(TypedDict, total=False):
     """How a job is queued. If an id is submitted again, the first options hold.
 
-    * `priority`: `high`, `normal` (the default) or `low`. A job of a higher priority always comes first.
+    * `priority`: `high`, `normal` (the default) or `low`; a higher priority always comes first.
     * `expires_in`: seconds in which the job must start, else it fails with `JobExpired`.
     * `preflight`: check the LoRAs first (`Preflight.check`). A LoRA that does not exist, is not a
       safetensors file or was made for another base model raises its `LoraError`; nothing is queued.
@@ -53,12 +53,12 @@ class Options(TypedDict, total=False):
 
 
 class Client:
-    """Submits jobs, and waits for them without polling. Any number of threads may share one client."""
+    """Submits jobs, and waits for them without polling. Threads may share a client."""
 
     def __init__(
         self, broker: Broker | str, *, preflight: Callable[[], Preflight] = Preflight
     ) -> None:
-        """Take a broker, or the URL of a Redis with the default queue (`from_url` has more options).
+        """Take a broker, or the URL of a Redis (`from_url` has more options).
 
         `preflight` is called for the first job that wants its LoRAs checked.
         """
@@ -89,7 +89,7 @@ class Client:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Connect as the environment says: `ZLORA_BROKER_URL`, `_RESULT_BACKEND`, `_QUEUE` and `_PROMPTS`.
+        """Connect by `ZLORA_BROKER_URL`, `_RESULT_BACKEND`, `_QUEUE` and `_PROMPTS`.
 
         Without a URL the broker is that of a running `zlora up`, or Redis on this machine.
         """
@@ -125,9 +125,9 @@ class Client:
     ) -> JobHandle:
         """Check a request and queue it.
 
-        The same request under the same `job_id` is the same job, whether it waits, runs or has ended.
-        An `idempotency_key`, any text of up to 1,000 characters such as an order number, is turned into
-        an id (`job_id_of`). Without either, each call is a new job.
+        The same request under the same `job_id` is the same job, whether it waits, runs or has
+        ended. An `idempotency_key`, any text of up to 1,000 characters such as an order number, is
+        turned into an id (`job_id_of`). Without either, each call is a new job.
 
         Raises `InvalidRequest`, or `Conflict` if the id belongs to another request. After
         `BrokerUnavailable` the job may run; its `details` have the id, under which it is safe to
@@ -151,9 +151,10 @@ class Client:
     ) -> list[JobHandle]:
         """Check all requests, then queue them in order, with the same options.
 
-        `job_ids` has an id for each request. Raises as `submit` does. After `BrokerUnavailable` some
-        jobs may run, and it is safe to submit all of them again under the ids in `details`. `Conflict`
-        is raised before any job is queued, unless another process takes an id at the same moment.
+        `job_ids` has an id for each request. Raises as `submit` does. After `BrokerUnavailable`
+        some jobs may run, and it is safe to submit all of them again under the ids in `details`.
+        `Conflict` is raised before any job is queued, unless another process takes an id at the
+        same moment.
         """
         checked = [parse_request(request) for request in requests]
         names = _checked_ids(job_ids, len(checked))

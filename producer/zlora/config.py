@@ -1,4 +1,4 @@
-"""Settings that producers and workers share: names of variables, their parsers, and the broker's URL."""
+"""Settings that producers and workers share: names of variables, parsers, and the broker's URL."""
 
 import stat
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ DEFAULT_BROKER: Final = "redis://localhost:6379/0"
 
 
 class Connection(NamedTuple):
-    """The broker, the result backend, the queue, and what is shown of prompts (`zlora.redaction`)."""
+    """The broker, the result backend, the queue, and what is shown of prompts."""
 
     broker_url: str
     result_backend: str
@@ -51,8 +51,8 @@ class Connection(NamedTuple):
 def value_of(environ: Mapping[str, str], name: str) -> str:
     """Return a variable, or the content of the file that `<name>_FILE` names, or "" for neither.
 
-    Newlines at the end of the file are removed. Raises `InvalidSetting` if both are set, or the file
-    cannot be read.
+    Newlines at the end of the file are removed. Raises `InvalidSetting` if both are set, or the
+    file cannot be read.
     """
     value, file = environ.get(name, ""), environ.get(f"{name}_FILE")
     if not file:
@@ -73,8 +73,8 @@ def read_first(
 ) -> T:
     """Parse the first of the variables that is set, else `default`.
 
-    Raises `InvalidSetting` if `parse` raises `ValueError`. The message does not show the value, which
-    may be a secret.
+    Raises `InvalidSetting` if `parse` raises `ValueError`. The message does not show the value,
+    which may be a secret.
     """
     name, text = names[0], default
     for candidate in reversed(names):
@@ -87,7 +87,7 @@ def read_first(
 
 
 def broker_url(environ: Mapping[str, str]) -> str:
-    """Return the URL of the broker: `ZLORA_BROKER_URL`, else a running `zlora up`, else a local Redis.
+    """Return `ZLORA_BROKER_URL`, else the broker of a running `zlora up`, else a local Redis.
 
     Raises `InvalidSetting` if the file of the variable cannot be read or is empty.
     """
@@ -175,7 +175,7 @@ def broker_record(folder: Path) -> Path:
 
 
 def recorded_broker(folder: Path) -> str | None:
-    """Return the URL of the broker of a running `zlora up`, or None if its socket does not exist."""
+    """Return the URL of the broker of a running `zlora up`; None if its socket does not exist."""
     try:
         url = msgspec.json.decode(broker_record(folder).read_bytes(), type=BrokerRecord).url
     except (OSError, msgspec.DecodeError):

@@ -51,7 +51,7 @@ class ZloraError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str | None = None, details: dict[str, Any] | None = None) -> None:
-        """Take a message for people (default: the summary of the class) and details for programs."""
+        """Take a message for people (default: the class's summary) and details for programs."""
         text = message or self.summary()
         # A file name or a header may be part of the text: it must not begin a new line in a log.
         self.message = "".join(letter if letter.isprintable() else " " for letter in text)

@@ -44,7 +44,7 @@ _LOOK_PAUSES: Final = (10.0, 160.0)
 
 
 class JobHandle:
-    """A submitted job. Any number of threads may wait: one connection of the client notifies all."""
+    """A submitted job. Many threads may wait: one connection of the client notifies all."""
 
     def __init__(self, job_id: str, broker: Broker) -> None:
         self.id = job_id  # also the task id and part of the object keys
@@ -56,8 +56,9 @@ class JobHandle:
     def status(self) -> JobStatus:
         """Return the state of the job, and its progress while it has not ended.
 
-        If the result has expired, a worker is asked for the manifest, for up to two seconds. Without a
-        reply the state is UNKNOWN, as for an id that does not exist; only `result` tells them apart.
+        If the result has expired, a worker is asked for the manifest, for up to two seconds.
+        Without a reply the state is UNKNOWN, as for an id that does not exist; only `result` tells
+        them apart.
         """
         return _read_status(self._broker, self.id)
 
@@ -82,13 +83,13 @@ class JobHandle:
     def result(self, timeout: float | None = None) -> GenerateResult:
         """Wait up to `timeout` seconds for the result.
 
-        Raises the error of the job, or `ResultTimeout`. An id that no client submitted is waited for
-        too, since any Celery program may send it later; it raises `JobUnknown` at the end if a worker
-        says that it has no result. A restart of Redis is outlasted; `BrokerUnavailable` is raised if
-        Redis does not answer for longer.
+        Raises the error of the job, or `ResultTimeout`. An id that no client submitted is waited
+        for too, since any Celery program may send it later; it raises `JobUnknown` at the end if a
+        worker says that it has no result. A restart of Redis is outlasted; `BrokerUnavailable` is
+        raised if Redis does not answer for longer.
 
-        If presigned URLs have expired, a worker is asked for new ones, for up to two seconds; without
-        a reply the result has the old ones.
+        If presigned URLs have expired, a worker is asked for new ones, for up to two seconds;
+        without a reply the result has the old ones.
         """
         wait, news = Wait(self._broker, self.id, timeout), threading.Event()
         if (found := wait.result()) is not None:
@@ -117,9 +118,10 @@ class JobHandle:
 
 
 class Wait:
-    """A wait for one job, without the sleeping: `JobHandle` sleeps in a thread, `AsyncJobHandle` in a loop.
+    """A wait for one job, without the sleeping, which differs between threads and event loops.
 
-    The caller looks (`status` or `result`), then sleeps for `pause()` seconds or until it is notified.
+    The caller looks (`status` or `result`), then sleeps until it is notified, at most for `pause()`
+    seconds.
     """
 
     def __init__(self, broker: Broker, job_id: str, timeout: float | None) -> None:
@@ -133,11 +135,11 @@ class Wait:
         self._failing_since: float | None = None  # on the monotonic clock
         self._has_looked = False
         self._is_absent = False  # a worker has said that it has no manifest of this job
-        # The next time to ask a worker for a manifest, on the monotonic clock, and the pause after it.
+        # When to ask a worker for a manifest, on the monotonic clock, and the pause after that.
         self._manifest_due, (self._look_pause, self._longest_pause) = 0.0, _LOOK_PAUSES
 
     def status(self) -> JobStatus | None:
-        """Return the status, or None if Redis does not answer for now; raise as `JobHandle.events`."""
+        """Return the status, or None during an outage; raise as `JobHandle.events`."""
         status = self._look(lambda: _read_status(self._broker, self._job_id))
         if self._is_over() and not has_ended(status):
             raise self._no_result()
@@ -155,7 +157,7 @@ class Wait:
         return found
 
     def pause(self, last: JobStatus | None = None) -> float:
-        """Seconds until the next look without a notification; `last` is the status that was last seen."""
+        """Seconds until the next look without a notification, after the status `last`."""
         pauses = [self._left(), self._look_pause]
         if self._manifest_due:
             pauses[1] = max(0.0, self._manifest_due - time.monotonic())
@@ -178,7 +180,7 @@ class Wait:
 
         Raises `BrokerUnavailable` if that lasts for too long, or the wait is over.
         """
-        # Thousands may wait: the connection of the listener finds out for all whether Redis is back.
+        # Thousands may wait: the listener finds out for all of them whether Redis is back.
         outage = self._broker.outage() if self._has_looked else 0.0
         self._has_looked = True
         if outage:

@@ -1,6 +1,6 @@
 """Requests and results: the JSON documents that producers and workers exchange, and their bounds.
 
-The line below each field is its documentation: `docs/reference/request.md` is made from these lines.
+The line below each field is its documentation, from which `docs/reference/request.md` is made.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     """Address of a file: exactly one of `url`, `cozy_ref` and `ref`."""
 
     url: Address | None = None
-    """URL with the scheme `https`, `http`, `s3`, `hf`, `civitai` or `file`, or `owner/repo` of Hugging Face."""
+    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `file`), or `owner/repo` of Hugging Face."""
     cozy_ref: Address | None = None
     """Reference to a file of the Cozy hub."""
     ref: Address | None = None
@@ -61,7 +61,7 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
 
     @property
     def address(self) -> str:
-        """URL of the file; the scheme of a hub reference is `cozy`, that of a bare `owner/repo` is `hf`."""
+        """URL of the file, with the schemes `cozy` for a hub and `hf` for `owner/repo`."""
         if self.url and _REPOSITORY.fullmatch(self.url):
             return f"hf://{self.url}"
         if self.url or (self.ref and "://" in self.ref):
@@ -87,7 +87,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
 
     @property
     def component_weights(self) -> tuple[float, float]:
-        """Weights in the UNet and in the text encoders; `weight` if a component has none of its own."""
+        """Weights in the UNet and in the text encoders; by default both are `weight`."""
         unet, text = self.unet_weight, self.text_encoder_weight
         return self.weight if unet is None else unet, self.weight if text is None else text
 
@@ -108,11 +108,11 @@ class GenerateRequest(
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] = 7.5
     """Strength of the prompt (classifier-free guidance); 7.5 by default."""
     width: Side | None = None
-    """Width in pixels, a multiple of 8; the native size of the model by default (1024 for SDXL)."""
+    """Width in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
     height: Side | None = None
-    """Height in pixels, a multiple of 8; the native size of the model by default (1024 for SDXL)."""
+    """Height in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
-    """Seed of the first image, and one more for each further image; made from the job id by default."""
+    """Seed of the first image, one more for each next one; made from the job id by default."""
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
     """Number of images; 1 by default."""
     scheduler: Scheduler | None = None
@@ -184,13 +184,13 @@ class ImageRef(Struct, frozen=True, kw_only=True):
     url: str | None = None
     """URL by the request's `url_policy`; none for the policy `key`."""
     url_expires_at: float | None = None
-    """End of a presigned URL in seconds since the epoch; earlier if the worker's credentials end first."""
+    """End of a presigned URL, in seconds since the epoch; the worker's credentials limit it too."""
     pixels_sha256: str | None = None
     """SHA-256 of the RGB bytes as they were drawn, row by row."""
     tiled: bool = False
     """Whether memory allowed only a decode in tiles, which differs a little."""
     data_uri: str | None = None
-    """The file as a data URI (RFC 2397), if the request says `inline` and the operator's limit allows it."""
+    """The file as a data URI (RFC 2397), for `inline` and within the operator's limit."""
 
 
 class LoraReceipt(Struct, frozen=True, kw_only=True):
@@ -221,7 +221,7 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     kinds: tuple[str, ...] = ()
     """Kinds of deltas in the file, such as LoRA, LoHa or LoKr."""
     unmatched: dict[str, int] = {}
-    """Number of tensors that fit nowhere, by component; only if the request says `strict: false`."""
+    """Number of tensors that fit nowhere, by component; empty unless `strict` is false."""
     unmatched_names: tuple[str, ...] = ()
     """Names of the first tensors that fit nowhere."""
     relative_norm: float | None = None
@@ -242,7 +242,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     seed: int
     """Seed of the first image."""
     timings: dict[str, float]
-    """Seconds by `Phase`; `encode` and `upload` run beside `denoise` and add nothing to the total."""
+    """Seconds by `Phase`; `encode` and `upload` run beside `denoise`."""
     base_intact: bool
     """Whether the base model was compared after the job and is unchanged."""
     model: str
@@ -262,7 +262,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     request_sha256: str | None = None
     """Digest of the request (`digest_of`)."""
     request: GenerateRequest | None = None
-    """The request to draw the images again: addresses without query, and each LoRA with its sha256."""
+    """Request that reproduces the images: addresses without query, each LoRA with its sha256."""
     base_sha256: str | None = None
     """SHA-256 of the weights of the base model in memory."""
     model_sha256: str | None = None
@@ -277,7 +277,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Number of threads on a CPU, on which the last bits of the pixels depend."""
 
     def to_fal(self) -> dict[str, Any]:
-        """Convert to the result of fal's endpoints; raise `InvalidRequest` if an image has no URL."""
+        """Convert to a result of fal's endpoints; raise `InvalidRequest` without URLs."""
         from zlora.contrib import fal
 
         return fal.from_result(self)
@@ -315,7 +315,7 @@ _PROGRESS_NAMES: Final = {
 
 
 class JobState(StrEnum):
-    """State of a job. UNKNOWN is an id that no `Client` submitted and no worker knows or answers for."""
+    """State of a job. UNKNOWN is an id that was never submitted, as far as clients and workers know."""
 
     UNKNOWN = "UNKNOWN"
     PENDING = "PENDING"
@@ -374,7 +374,7 @@ class TolerantLoraSpec(LoraSpec, frozen=True, kw_only=True, forbid_unknown_field
 class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A `GenerateRequest` of a newer version, whose unknown fields are ignored.
 
-    A request that is submitted is read strictly; the request in a result is a record of what was done.
+    Submitted requests are read strictly; the request in a result is a record of what was done.
     """
 
     loras: tuple[TolerantLoraSpec, ...] = ()
@@ -417,7 +417,7 @@ def manifest_key(job_id: str) -> str:
 
 
 def seed_of(job_id: str) -> int:
-    """Seed of a job whose request has none: the same for each delivery, with room for `MAX_IMAGES` seeds."""
+    """Seed of a job without one: the same for each delivery, with room for `MAX_IMAGES` seeds."""
     return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8]) % (MAX_SEED - MAX_IMAGES)
 
 
@@ -446,7 +446,7 @@ def parse_request(document: object) -> GenerateRequest:
 def digest_of(request: GenerateRequest) -> str:
     """SHA-256 in hex of the request's JSON without default values.
 
-    The same request has the same digest however it is spelt, also after a field with a default is added.
+    The same request has the same digest however it is spelt, also when fields with defaults are added.
     """
     document = msgspec.json.encode(_without_defaults(request), order="deterministic")
     return hashlib.sha256(document).hexdigest()

@@ -51,7 +51,7 @@ from zlora.schema import (
 __all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "fake_result"]
 
 Progress = Callable[[str, int, int], None]
-"""Reports a phase of `JobStatus`, how much of it is done, and its total; raises `JobRevoked` if cancelled."""
+"""Reports a phase of `JobStatus`, the amount done and the total; raises `JobRevoked` if cancelled."""
 
 Draw = Callable[[str, GenerateRequest, Progress], GenerateResult]
 """Makes the result of a job from its id and request; may raise any `ZloraError`."""
@@ -62,7 +62,7 @@ _MEDIA_TYPES: Final = {name: media_type for media_type, name in CONTENT_TYPES.it
 
 
 class Posted(NamedTuple):
-    """A webhook as a worker posts it; `webhook.sign(body, secret, message_id=message_id)` makes its headers."""
+    """A webhook as a worker posts it; `webhook.sign(body, secret, message_id=...)` makes its headers."""
 
     url: str
     message_id: str
@@ -97,8 +97,8 @@ class MemoryWorker:
     `fake_result` by default. A `ZloraError` of `draw` is the error of the job. Any other exception
     fails the job with `InternalError`, and `submit` raises it too.
 
-    A worker that is `paused` runs jobs only in `run`. `webhooks` has the webhooks that a worker would
-    post; none is sent. `clock` returns seconds since the epoch, and decides which jobs expire.
+    A worker that is `paused` runs jobs only in `run`. `webhooks` has the webhooks that a worker
+    would post; none is sent. `clock` returns seconds since the epoch, and decides which jobs expire.
     """
 
     queue = QUEUE
@@ -136,7 +136,7 @@ class MemoryWorker:
             return {job.id: parse_request(job.submission.request) for job in self._jobs.values()}
 
     def run(self, count: int | None = None) -> int:
-        """Run up to `count` of the queued jobs (default: all), by priority; return how many it were."""
+        """Run up to `count` queued jobs (default: all), by priority; return their number."""
         done = 0
         while (count is None or done < count) and (job := self._take_next()) is not None:
             self._run_job(job)
@@ -182,7 +182,7 @@ class MemoryWorker:
             ]
         return QueueStatus(is_open=True, position=len(earlier), verdict=None)
 
-    def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:  # noqa: ARG002 - replies at once
+    def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:  # noqa: ARG002
         state, value = self.task_meta(job_id)
         return msgspec.json.encode(value) if state == JobState.SUCCESS else NoManifest.ABSENT
 
@@ -303,7 +303,7 @@ class MemoryWorker:
 
 
 def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
-    """Return a result with every field as a worker sets it, images without bytes, and LoRA receipts.
+    """Return a result with all fields of a worker's, LoRA receipts, and images without bytes.
 
     URLs begin with `https://pictures.invalid/`, which never resolves (RFC 2606).
     """

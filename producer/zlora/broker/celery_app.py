@@ -1,8 +1,8 @@
 """Celery apps of this package, and the options that producers and workers share.
 
 Celery itself prefers `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and the module named by
-`CELERY_CONFIG_MODULE` to an app's own options. Those belong to the program that uses this package, so
-`IsolatedCelery` ignores them.
+`CELERY_CONFIG_MODULE` to an app's own options. These variables belong to the program that uses this
+package, so `IsolatedCelery` ignores them.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ MAX_CONNECTIONS: Final = 10_000  # a process; redis-py's default of 100 fails th
 
 
 def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
-    """Return the options of kombu's Redis transport; producer and worker need the same priority steps."""
+    """Return options of kombu's Redis transport; producer and worker need the same priorities."""
     return {
         "visibility_timeout": visibility,
         "unacked_restore_interval": max(1, visibility // 10),  # seconds between two looks
@@ -38,7 +38,7 @@ def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
 def shared_config(
     *, broker_url: str, result_backend: str, queue: str, visibility: int = VISIBILITY
 ) -> dict[str, Any]:
-    """Return the Celery options that producer and worker need alike; only workers set `visibility`."""
+    """Return Celery options that producer and worker share; only workers set `visibility`."""
     return {
         "broker_url": broker_url,
         "result_backend": result_backend,
@@ -57,7 +57,7 @@ def shared_config(
 
 
 def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:
-    """Return the shared options for a program that must not wait: one try, which fails within seconds."""
+    """Return the shared options for a program that must not wait: one try, within seconds."""
     config = shared_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
     config["broker_transport_options"] |= {
         "socket_timeout": IMPATIENCE,
@@ -78,7 +78,7 @@ class _EmptyLoader(AppLoader):
 
 
 class IsolatedCelery(Celery):
-    """A Celery app with the given options only; raises Celery's error if it cannot open the result backend."""
+    """A Celery app with the given options only; raises if Celery cannot open the result backend."""
 
     def __init__(
         self, name: str, config: Mapping[str, Any], *, set_as_current: bool = False

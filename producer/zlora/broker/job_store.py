@@ -5,7 +5,7 @@ A record is the hash `keys.job_key`:
 | field | meaning |
 | --- | --- |
 | `digest` | digest of the request; another request under the same id is refused |
-| `message` | the `Submission`, to send it again if a worker is lost with it; deleted when the job ends |
+| `message` | the `Submission`, to send it again if its worker is lost; deleted at the end |
 | `sent` | the broker has the message |
 | `cancelled` | time of the first cancellation: seconds since the epoch |
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
@@ -72,8 +72,9 @@ end
 return {ARGV[1], '', ARGV[2]}
 """
 
-# The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock, since producers and
-# workers have clocks of their own. The webhook goes to the job's own queue, whatever the queue of the caller.
+# The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
+# since the clocks of producers and workers differ. The webhook goes to the job's own queue, whatever
+# the queue of the caller.
 _END: Final = """
 local earlier = ''
 if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
@@ -105,7 +106,7 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class QueueStatus(NamedTuple):
-    """What the record of a job says. `position` is the number of unfinished jobs that are due earlier."""
+    """What a record says; `position` is the number of unfinished jobs that are due earlier."""
 
     is_open: bool
     position: int | None
@@ -120,14 +121,14 @@ class NoManifest(Enum):
 
 
 class Ending(NamedTuple):
-    """Result of `JobStore.mark_ended`: the error recorded earlier, and whether this is the first end."""
+    """The error that was recorded earlier, and whether this is the first end of the job."""
 
     earlier_error: ZloraError | None
     is_first: bool
 
 
 class Attempt(Struct, frozen=True, kw_only=True):
-    """A delivery that a worker has begun. `signal` is the signal that ended its child process, if known."""
+    """A delivery that a worker has begun; `signal` ended its child process, if it is known."""
 
     host: str
     worker: str
@@ -171,7 +172,7 @@ class JobStore:
         self._end = self.redis.register_script(_END)
 
     def require_same(self, digests: Mapping[str, str]) -> None:
-        """Raise `Conflict` if one of the job ids has a record with another digest than the given one."""
+        """Raise `Conflict` if a job id has a record with another digest than the given one."""
         with self.redis.pipeline(transaction=False) as pipe:
             for job_id in digests:
                 pipe.hget(job_key(job_id), "digest")
@@ -185,11 +186,11 @@ class JobStore:
         return unsent
 
     def add_many(self, jobs: Iterable[tuple[str, Submission, str]]) -> list[Submission | None]:
-        """Record jobs before they are sent, in one round trip; each is an id, a submission and the request's digest.
+        """Record jobs before they are sent: ids, submissions and digests of requests.
 
-        Returns for each job what is to be sent: the submission that was recorded first, or None if it
-        was sent already. Raises `Conflict` for the first id that belongs to another request; the
-        other jobs are recorded all the same.
+        Returns for each job what is to be sent: the submission that was recorded first, or None if
+        it was sent already. Raises `Conflict` for the first id that belongs to another request; the
+        other jobs are recorded all the same. Takes one round trip.
         """
         jobs = list(jobs)
         with self.redis.pipeline(transaction=False) as pipe:
@@ -227,7 +228,7 @@ class JobStore:
     def cancel(self, job_id: str) -> Cancellation:
         """Record that the job is cancelled, and return its place at that time.
 
-        A job that may be running, because its worker lost the connection to Redis, counts as RUNNING.
+        A job whose worker lost the connection to Redis may run on, and counts as RUNNING.
         """
         key = job_key(job_id)
         with self.redis.pipeline() as pipe:
@@ -271,7 +272,7 @@ class JobStore:
         return reply[1].encode() or NoManifest.ABSENT
 
     def next_request(self, timeout: float) -> tuple[str, str] | None:
-        """Take the next request for a manifest within `timeout` seconds: job id, and key for `reply`."""
+        """Take the next request for a manifest within `timeout` seconds: job id and reply key."""
         item = self.redis.brpop(manifest_requests_key(self.queue), timeout=timeout)
         if item is None:
             return None
@@ -297,7 +298,7 @@ class JobStore:
         return [job_id for job_id, score in entries if score % _PRIORITY_STEP < before]
 
     def expired(self) -> list[str]:
-        """Ids of the jobs that did not start within `expires_in`, as far as `mark_started` recorded it."""
+        """Ids of the jobs whose time to start is over and that `mark_started` has not removed."""
         return list(self.redis.zrangebyscore(expiring_key(self.queue), "-inf", time.time()))
 
     def mark_started(self, job_id: str) -> None:
@@ -312,7 +313,7 @@ class JobStore:
             return {job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if held}
 
     def submission(self, job_id: str) -> Submission | None:
-        """Return what was sent, or None if the job has ended, or its record is gone or unreadable."""
+        """Return what was sent; None if the job has ended, or its record is unreadable."""
         text = self.redis.hget(job_key(job_id), "message")
         try:
             return msgspec.json.decode(text, type=Submission) if text else None
@@ -341,7 +342,7 @@ def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:
 
 
 def attempts_of(record: dict[str, str]) -> dict[str, Attempt]:
-    """Attempts of a job by their fields in its record, the oldest first."""
+    """Return the attempts in a record by their fields, the oldest first."""
     found = {
         name: msgspec.json.decode(text, type=Attempt)
         for name, text in record.items()

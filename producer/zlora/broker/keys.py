@@ -20,7 +20,7 @@ def lease_key(job_id: str) -> str:
 
 
 def unfinished_key(queue: str) -> str:
-    """Key of a queue's jobs that have not ended: a sorted set by priority and time of submission."""
+    """Key of a queue's unfinished jobs: a sorted set by priority and time of submission."""
     return f"zlora:ledger:{queue}"
 
 
@@ -40,12 +40,12 @@ def manifest_requests_key(queue: str) -> str:
 
 
 def outbox_key(queue: str) -> str:
-    """Key of a queue's webhooks that are not delivered: a sorted set by the time of the next try."""
+    """Key of a queue's undelivered webhooks: a sorted set by the time of the next try."""
     return f"zlora:outbox:{queue}"
 
 
 def dead_key(queue: str) -> str:
-    """Key of a queue's webhooks that were given up (dead letters): a sorted set by the time of that."""
+    """Key of a queue's dead letters, webhooks that were given up: a sorted set by time."""
     return f"zlora:dead:{queue}"
 
 

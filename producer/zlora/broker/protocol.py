@@ -1,4 +1,4 @@
-"""What a client needs of a broker: `zlora.broker.redis` has one on Redis, `zlora.testing` one in memory."""
+"""The interface of a broker; `zlora.broker.redis` and `zlora.testing` implement it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +27,7 @@ class TaskMeta(NamedTuple):
 
 
 class Broker(Protocol):
-    """Queue of jobs and of their results. Any method raises `BrokerUnavailable` within seconds if it fails."""
+    """A queue of jobs and their results. Any method may raise `BrokerUnavailable`, within seconds."""
 
     queue: str
 
@@ -55,11 +55,11 @@ class Broker(Protocol):
         ...
 
     def watch(self, job_id: str, notify: Callable[[], None]) -> AbstractContextManager[None]:
-        """Call `notify`, from any thread, at each new state of a job, and if one may have been missed."""
+        """Call `notify`, from any thread, at each new state, and if one may have been missed."""
         ...
 
     def outage(self) -> float:
-        """Seconds since the connection of `watch` was lost; 0 while it holds, infinity after `close`."""
+        """Seconds since the connection of `watch` was lost; 0 if it holds, infinity once closed."""
         ...
 
     def close(self) -> None:

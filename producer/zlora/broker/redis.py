@@ -42,7 +42,7 @@ _BATCH: Final = 200  # jobs that are recorded in one round trip
 
 
 class RedisBroker:
-    """A `Broker` on Redis, with Celery apps of its own: other apps of the process are not changed."""
+    """A `Broker` on Redis, with its own Celery apps: other apps of the process are not changed."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class RedisBroker:
         options["zlora_prompts"] = prompts
         self._app = IsolatedCelery("zlora", options)
         check_urls(self._app, broker_url=broker_url, result_backend=result_backend)
-        # An app with a result backend subscribes to each result when it sends, and waits up to 20 s.
+        # With a result backend an app subscribes to each result as it sends, and waits up to 20 s.
         self._sender = IsolatedCelery("zlora", options | {"result_backend": "disabled://"})
         self._jobs = JobStore(connect(broker_url), queue)
         # One backend for all threads: Celery would make one, with its connections, for each.
@@ -79,7 +79,7 @@ class RedisBroker:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
-        """Read the connection's variables; without a URL, find the broker of a running `zlora up`."""
+        """Connect as `config.Connection.from_env` says."""
         found = config.Connection.from_env(environ)
         return cls(
             found.broker_url,
@@ -91,7 +91,7 @@ class RedisBroker:
     def put(self, jobs: Sequence[NewJob]) -> None:
         """Record each job, send its message, and record that it is sent.
 
-        The order makes a second `put` safe at any time: a job is then sent if, and only if, it was not.
+        The order makes a second `put` safe at any time: it sends the jobs that were not sent.
         """
         job_ids = [job.job_id for job in jobs]
         details: dict[str, Any] = {"job_ids": job_ids}
@@ -112,7 +112,7 @@ class RedisBroker:
                     self._jobs.mark_sent(*sent)
 
     def task_meta(self, job_id: str) -> TaskMeta:
-        # Not by `AsyncResult`, which subscribes for each job, and logs errors at exit without Redis.
+        # `AsyncResult` would subscribe for each job, and log errors at exit without Redis.
         with self._reached({"job_id": job_id}), readable(job_id):
             meta: dict[str, Any] = self._backend.get_task_meta(job_id)
             return TaskMeta(meta["status"], meta.get("result"))
@@ -158,7 +158,7 @@ class RedisBroker:
 
     @contextmanager
     def _reached(self, details: dict[str, Any]) -> Iterator[None]:
-        """Raise `BrokerUnavailable` with `details` if Redis fails in the block, or the client is closed."""
+        """Raise `BrokerUnavailable` if Redis fails in the block, or the client is closed."""
         if self._is_closed:
             raise BrokerUnavailable("the client is closed", details)
         try:
@@ -181,7 +181,7 @@ class RedisBroker:
 
 
 def send(app: Celery, queue: str, job_id: str, submission: Submission) -> None:
-    """Send the message of a job to its queue; the app's `zlora_prompts` says what watchers see of it."""
+    """Send the message of a job; the app's `zlora_prompts` says what watchers see of the prompts."""
     expires = None
     if submission.expires is not None:
         expires = datetime.fromtimestamp(submission.expires, UTC)
@@ -199,7 +199,7 @@ def send(app: Celery, queue: str, job_id: str, submission: Submission) -> None:
 
 
 def check_urls(app: Celery, *, broker_url: str, result_backend: str) -> None:
-    """Raise `InvalidSetting` if the app's broker or result backend is not one Redis, without connecting."""
+    """Raise `InvalidSetting` if a URL is not one Redis that the app can open; connect to none."""
     for name, url, open_url in (
         (config.BROKER_URL, broker_url, lambda: app.connection_for_write().transport),
         (config.RESULT_BACKEND, result_backend, lambda: app.backend),

@@ -35,7 +35,7 @@ logger = logging.getLogger("zlora.broker.result_listener")
 
 
 class Listener:
-    """Notifies watchers of jobs from a thread, which starts with the first watch in each process."""
+    """Notifies watchers from a thread, which starts with the first watch in each process."""
 
     def __init__(self, url: str, channel_of: Callable[[str], str]) -> None:
         """Take the URL of the result backend, and a function from a job id to its channel there."""
@@ -101,7 +101,7 @@ class _ListenerThread:
     lost: float | None  # since when there is no connection, by the monotonic clock
 
     def __init__(self, url: str, idle_channel: str) -> None:
-        """Start the thread; a subscription to `idle_channel`, which has no news, keeps the connection."""
+        """Start the thread; a subscription to `idle_channel` keeps the connection open."""
         self.lost = None
         self._pid = os.getpid()
         self._url, self._idle_channel = config.redis_url(url), idle_channel
@@ -166,7 +166,7 @@ class _ListenerThread:
         while not self._is_stopped:
             try:
                 await self._listen_once()
-            # The thread's boundary: after any error all watchers look, and the thread connects again.
+            # The thread's boundary: after any error watchers look, and the thread reconnects.
             except* Exception as errors:  # noqa: BLE001
                 if self.lost is None:
                     self.lost, pause = time.monotonic(), shortest
