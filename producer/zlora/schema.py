@@ -315,7 +315,7 @@ _PROGRESS_NAMES: Final = {
 
 
 class JobState(StrEnum):
-    """State of a job. UNKNOWN is an id that was never submitted, as far as clients and workers know."""
+    """State of a job. UNKNOWN is an id that neither Redis nor a worker knows."""
 
     UNKNOWN = "UNKNOWN"
     PENDING = "PENDING"
@@ -446,7 +446,7 @@ def parse_request(document: object) -> GenerateRequest:
 def digest_of(request: GenerateRequest) -> str:
     """SHA-256 in hex of the request's JSON without default values.
 
-    The same request has the same digest however it is spelt, also when fields with defaults are added.
+    The same request has the same digest however it is spelt, and in later versions.
     """
     document = msgspec.json.encode(_without_defaults(request), order="deterministic")
     return hashlib.sha256(document).hexdigest()

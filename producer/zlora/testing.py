@@ -51,7 +51,7 @@ from zlora.schema import (
 __all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "fake_result"]
 
 Progress = Callable[[str, int, int], None]
-"""Reports a phase of `JobStatus`, the amount done and the total; raises `JobRevoked` if cancelled."""
+"""Reports a phase of `JobStatus`, what is done and the total; raises `JobRevoked` if cancelled."""
 
 Draw = Callable[[str, GenerateRequest, Progress], GenerateResult]
 """Makes the result of a job from its id and request; may raise any `ZloraError`."""
@@ -62,7 +62,7 @@ _MEDIA_TYPES: Final = {name: media_type for media_type, name in CONTENT_TYPES.it
 
 
 class Posted(NamedTuple):
-    """A webhook as a worker posts it; `webhook.sign(body, secret, message_id=...)` makes its headers."""
+    """A webhook as a worker posts it; `webhook.sign` makes its headers."""
 
     url: str
     message_id: str
@@ -98,7 +98,7 @@ class MemoryWorker:
     fails the job with `InternalError`, and `submit` raises it too.
 
     A worker that is `paused` runs jobs only in `run`. `webhooks` has the webhooks that a worker
-    would post; none is sent. `clock` returns seconds since the epoch, and decides which jobs expire.
+    would post; none is sent. `clock` returns seconds since the epoch; it decides which jobs expire.
     """
 
     queue = QUEUE

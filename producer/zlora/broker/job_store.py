@@ -73,8 +73,8 @@ return {ARGV[1], '', ARGV[2]}
 """
 
 # The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
-# since the clocks of producers and workers differ. The webhook goes to the job's own queue, whatever
-# the queue of the caller.
+# since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
+# may differ from the caller's.
 _END: Final = """
 local earlier = ''
 if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then

@@ -27,7 +27,7 @@ class TaskMeta(NamedTuple):
 
 
 class Broker(Protocol):
-    """A queue of jobs and their results. Any method may raise `BrokerUnavailable`, within seconds."""
+    """A queue of jobs and their results. Any method may raise `BrokerUnavailable`."""
 
     queue: str
 

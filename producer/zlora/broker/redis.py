@@ -181,7 +181,7 @@ class RedisBroker:
 
 
 def send(app: Celery, queue: str, job_id: str, submission: Submission) -> None:
-    """Send the message of a job; the app's `zlora_prompts` says what watchers see of the prompts."""
+    """Send the message of a job; the app's `zlora_prompts` says what watchers see of prompts."""
     expires = None
     if submission.expires is not None:
         expires = datetime.fromtimestamp(submission.expires, UTC)

@@ -53,7 +53,7 @@ async def watched(broker: Any, job_id: str, count: int = 1) -> None:
     """Wait until this number of connections is subscribed to the job."""
     channel = f"celery-task-meta-{job_id}"
     async with asyncio.timeout(10):
-        while (await asyncio.to_thread(broker.pubsub_numsub, channel))[0][1] != count:  # noqa: ASYNC110 - Redis publishes no event
+        while (await asyncio.to_thread(broker.pubsub_numsub, channel))[0][1] != count:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 

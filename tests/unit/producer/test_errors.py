@@ -1,4 +1,4 @@
-"""Errors: each crosses the broker as itself, and the tree in the docstring is the tree of classes."""
+"""Errors: each crosses the broker as itself, and the tree in the docstring is true."""
 
 import json
 import re

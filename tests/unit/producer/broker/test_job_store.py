@@ -322,7 +322,7 @@ def test_a_job_that_is_submitted_again_keeps_its_first_webhook(jobs: JobStore, b
 def test_an_error_is_recorded_whatever_its_details(
     jobs: JobStore, broker: Any, text: object
 ) -> None:
-    """A job that cannot be ended would be delivered for ever; details have names from LoRA files."""
+    """Details have names from LoRA files; a job that cannot be ended would be delivered for ever."""
     jobs.mark_ended("a", LoraMismatch(f"name {text}", {"names": [text]}))
 
     assert isinstance(verdict_of(broker.hgetall(job_key("a"))), LoraMismatch)
