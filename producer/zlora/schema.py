@@ -284,10 +284,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
 
 
 class Phase(StrEnum):
-    """A step of a job, by its name in `timings` and in metrics.
-
-    `progress_name` is the name of the same step in `JobStatus.phase`.
-    """
+    """A step of a job, by its name in `timings` and in metrics."""
 
     QUEUED = "queued"
     FETCH = "fetch"

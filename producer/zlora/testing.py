@@ -69,7 +69,15 @@ class Posted(NamedTuple):
     body: bytes
 
 
-_TIMED_PHASES: Final = [phase.value for phase in Phase if phase is not Phase.WAIT]
+_TIMED_PHASES: Final = (
+    Phase.QUEUED,
+    Phase.FETCH,
+    Phase.PARSE,
+    Phase.APPLY,
+    Phase.DENOISE,
+    Phase.RESTORE,
+    Phase.TAIL,
+)
 _PENDING: Final = TaskMeta(JobState.PENDING.value, None)
 
 
@@ -349,7 +357,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         images=tuple(images),
         loras=tuple(receipts),
         seed=seed,
-        timings=dict.fromkeys(_TIMED_PHASES, 0.0),
+        timings={phase.value: 0.0 for phase in _TIMED_PHASES},
         base_intact=True,
         model="zlora.testing",
         versions={"z-image-lora": version("z-image-lora")},

@@ -13,7 +13,7 @@ from zlora import AsyncClient
 JOBS = 60
 
 
-def test_no_result_is_missed_when_the_broker_restarts(scene: Scene, valkey: Valkey) -> None:
+def test_no_result_is_missed_of_many_when_the_broker_restarts(scene: Scene, valkey: Valkey) -> None:
     restarts = 0
 
     def restart_in_the_middle(done: int) -> None:
