@@ -213,8 +213,10 @@ class JobStore:
         for (job_id, _, digest), (known, sent, recorded) in zip(jobs, replies, strict=True):
             if known != digest:
                 raise Conflict.of(job_id)
-            is_due = recorded and not sent
-            unsent.append(msgspec.json.decode(recorded, type=Submission) if is_due else None)
+            if recorded and not sent:
+                unsent.append(msgspec.json.decode(recorded, type=Submission))
+            else:
+                unsent.append(None)
         return unsent
 
     def mark_sent(self, *job_ids: str) -> None:
@@ -281,8 +283,9 @@ class JobStore:
         except msgspec.DecodeError:
             return None
         # A reply must not overwrite a key of another purpose.
-        is_ours = reply_key.startswith(manifest_requests_key(self.queue))
-        return (job_id, reply_key) if is_ours else None
+        if not reply_key.startswith(manifest_requests_key(self.queue)):
+            return None
+        return job_id, reply_key
 
     def reply(self, reply_key: str, manifest: bytes) -> None:
         """Reply to a request for a manifest; empty bytes say that there is none."""
@@ -325,7 +328,9 @@ class JobStore:
 
         The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`).
         """
-        text = "" if error is None else json.dumps([error.code, error.message, error.details])
+        text = ""
+        if error is not None:
+            text = json.dumps([error.code, error.message, error.details])
         prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
         arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
         earlier, is_first = self._end(keys=[job_key(job_id)], args=arguments)
