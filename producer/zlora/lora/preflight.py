@@ -91,8 +91,11 @@ class Preflight:
         """Read a worker's variables for LoRA sources; raises `InvalidSetting` that names the variable."""
         return cls(
             config.read_first(environ, config.ALLOW_HOSTS, parse=config.hosts),
-            certificates=config.read_first(environ, config.CERTIFICATES, parse=config.existing_file),
-            hub=config.read_first(environ, *config.HUGGING_FACE, parse=config.web_url) or HUGGING_FACE,
+            certificates=config.read_first(
+                environ, config.CERTIFICATES, parse=config.existing_file
+            ),
+            hub=config.read_first(environ, *config.HUGGING_FACE, parse=config.web_url)
+            or HUGGING_FACE,
             civitai=config.read_first(environ, config.CIVITAI, parse=config.web_url) or CIVITAI,
         )
 
