@@ -95,7 +95,7 @@ def imported(program: str) -> float:
 def submit_rows(url: str, count: int) -> list[Row]:
     """Ours and Celery's by turns."""
     ours, theirs, again = list[float](), list[float](), list[float]()
-    with Client(url, queue="bench") as client, Celery("bare", set_as_current=False) as app:
+    with Client.from_url(url, queue="bench") as client, Celery("bare", set_as_current=False) as app:
         app.conf.update(shared_config(broker_url=url, result_backend=url, queue="bench"))
 
         def bare() -> object:
@@ -138,7 +138,7 @@ def all_crowds(folder: Path, valkey: Valkey, jobs: int) -> dict[str, Crowd]:
         f"{jobs} jobs, in memory, a thread": in_memory(jobs),
         f"{jobs} jobs, in memory, an event loop": asyncio.run(in_memory_at_once(jobs)),
     }
-    with scene(folder / "a", valkey) as (url, queue), Client(url, queue=queue) as client:
+    with scene(folder / "a", valkey) as (url, queue), Client.from_url(url, queue=queue) as client:
         crowds[f"{jobs} jobs, Valkey, a thread"] = submitted_and_awaited(client, jobs)
     with scene(folder / "b", valkey) as (url, queue):
         crowds[f"{jobs} jobs, Valkey, an event loop"] = asyncio.run(
@@ -166,7 +166,7 @@ async def in_memory_at_once(jobs: int) -> Crowd:
 
 async def at_once(url: str, queue: str, jobs: int, look: Callable[[int], None]) -> Crowd:
     """Through Valkey and a worker."""
-    async with AsyncClient(url, queue=queue) as client:
+    async with AsyncClient.from_url(url, queue=queue) as client:
         return await gathered(client, jobs, look=look)
 
 

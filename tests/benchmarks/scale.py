@@ -36,7 +36,7 @@ from support.processes import wait_until
 from support.scene import Scene
 from support.valkey import Valkey
 from zlora import AsyncClient, Client
-from zlora.broker.keys import ledger_key
+from zlora.broker.keys import unfinished_key
 
 EVENTS: Final = "/0.celeryev*"  # the channels of kombu's fan-out
 SETTLE: Final = 8.0  # seconds until the companion of a new worker is at its work
@@ -188,7 +188,7 @@ def wait_closed(broker: "redis.Redis", queue: str) -> int:
     def look() -> bool:
         nonlocal looks
         looks += 1
-        return not broker.zcard(ledger_key(queue))
+        return not broker.zcard(unfinished_key(queue))
 
     wait_until(look, "every job has ended")
     return looks

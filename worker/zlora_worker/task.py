@@ -285,7 +285,7 @@ class Delivery:
             if self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
                 return Corrupted(str(error))
         if error.retryable:
-            error.tell(attempt=retries_of(self._task) + 1)
+            error.add_details(attempt=retries_of(self._task) + 1)
         return Failed(self._leases.close(self._job_id, error))
 
     def _with_urls(self, result: GenerateResult) -> Outcome:

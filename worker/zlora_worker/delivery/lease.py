@@ -262,12 +262,12 @@ class JobLeases:
 
     def close(self, job_id: str, verdict: ZloraError) -> ZloraError:
         """Write the verdict of the job for good; return the first one, if there is one already."""
-        return self.jobs.close(job_id, verdict) or verdict
+        return self.jobs.mark_ended(job_id, verdict).earlier_error or verdict
 
     def finish(self, job_id: str) -> bool:
         """Record that the job has a result; return whether this is the first such record."""
         with suppress(redis.RedisError):  # the sweeper closes what stays open
-            return self._impatient_jobs.finish(job_id)
+            return self._impatient_jobs.mark_ended(job_id).is_first
         return True
 
     def is_first_to_count(self, job_id: str) -> bool:
