@@ -366,7 +366,7 @@ def another_address(model: Pipeline) -> AbstractContextManager[None]:
 
 @contextmanager
 def a_buffer(model: Pipeline) -> Iterator[None]:
-    """A buffer that no state dict contains."""
+    """Change a buffer that no state dict contains."""
     ids = model.pipeline.text_encoder.embeddings.position_ids
     ids.copy_(ids.flip(-1))
     yield
