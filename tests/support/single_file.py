@@ -190,7 +190,7 @@ def _clip(state: State) -> State:
 
 
 def _open_clip(config: Mapping[str, Any], state: State) -> State:
-    """Rename the second text encoder's tensors, with stacked q, k and v and a transposed projection.
+    """Rename the second text encoder's tensors; stack q, k and v, transpose the projection.
 
     Published checkpoints contain `logit_scale` from CLIP's training; no text encoder reads it.
     """

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 _SEED = 20260101
 _WIDTHS = (32, 48)  # hidden sizes of the text encoders, which differ as in SDXL
-_WORDS = (
+_WORDS = (  # noqa: SIM905 - shorter than a list
     "a an and at in of on the with beautiful blurry low quality white "
     "anime cyberpunk neon lights product photography photo picture drawing style "
     "landscape portrait city background sunset sunrise night"

@@ -1,4 +1,4 @@
-"""The tests' tiny model: the same bytes wherever it is built; its LoRAs in the spellings that people have."""
+"""The tests' tiny model has the same bytes in every build; its LoRAs have common spellings."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_another_process_builds_the_same_bytes(model_home: Path, tmp_path: Path) -> None:
-    """And nothing beside them."""
+    """The build leaves no other file."""
     command = [sys.executable, "-c", BUILDER, str(tmp_path / "home")]
     environ = clean_environ({"PYTHONPATH": os.pathsep.join(sys.path)})
     subprocess.run(command, env=environ, check=True)
@@ -63,7 +63,7 @@ PEFT = (
         ("product-photography-v1", "peft", PEFT),
     ],
 )
-def test_each_lora_is_spelt_as_people_have_it(
+def test_each_lora_has_its_spelling(
     model_home: Path, name: str, spelling: str, pattern: str
 ) -> None:
     read = load_engine(model_home).reader.read(
@@ -104,8 +104,8 @@ def test_the_loras_cover_text_encoders_and_convolutions(model_home: Path) -> Non
     assert convolved == {"neon-lights"}
 
 
-def test_kohyas_alpha_is_half_the_rank(model_home: Path) -> None:
-    """An alpha that is ignored would show."""
+def test_alpha_of_kohya_is_half_the_rank(model_home: Path) -> None:
+    """A reader that ignores alpha would change the image."""
     for name in ("anime-style", "neon-lights"):
         tensors = lora_tensors(model_home, name)
         ranks = {

@@ -14,7 +14,7 @@ from demo_model.training.pictures import Lot, lots, random_of
 
 
 class Prompts(NamedTuple):
-    """Texts, as many of each kind; `facts` as the judge tells them, by head, [n]; `lots` are the scenes, in order."""
+    """Texts, the same number of each kind; `facts` are [n] by head, `lots` the scenes."""
 
     texts: list[str]
     facts: dict[str, Tensor]
