@@ -67,7 +67,7 @@ class Landscape:
 
     @classmethod
     def sample(cls, dice: Dice) -> Self:
-        """Paint the sun: low at sunset and sunrise, high otherwise."""
+        """Sample landscapes; the sun is low at sunset and sunrise."""
         time, land = dice.index(len(TIMES)), dice.index(len(LANDS))
         low = (time == 0) | (time == 3)
         height = torch.where(low, dice.uniform(-0.25, 0.0), dice.uniform(-0.72, -0.5))

@@ -50,7 +50,8 @@ class Sampler:
         """Draw images [n, 3, size, size] in 0..1 with the styles at these weights.
 
         The image at index i has the noise of the seed `seed + i` in any batch. `on_drawn` receives
-        the number of images of each batch. Raises `LoraNotFound`, `NotSafetensors`, or `LoraMismatch`.
+        the number of images of each batch. Raises `LoraNotFound`, `NotSafetensors`, or
+        `LoraMismatch`.
         """
         loras = [
             WeightedLora(lora=self._lora(style), unet_weight=weight)

@@ -72,7 +72,7 @@ class Reader:
 
 
 def some_sizes(count: int, generator: torch.Generator) -> Tensor:
-    """Return SDXL's time ids [count, 6], uncropped; some have a size that changes nothing."""
+    """Return SDXL's time ids [count, 6], uncropped; their sizes must not change the image."""
     own = torch.rand(count, generator=generator) < _OWN_SIZE
     other = _SIZES[torch.randint(len(_SIZES), (count,), generator=generator)]
     size, zero = torch.where(own, _SIZES[0], other), torch.zeros(count)
