@@ -23,6 +23,8 @@ from support.lora_files import (
     snapshot,
 )
 from torch import Tensor, nn
+from zlora.lora import key_names
+from zlora_worker.lora import adapter_formats
 from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch
 from zlora_worker.lora.reader import Lora, Reader, require_whole
@@ -291,6 +293,10 @@ def test_an_alpha_may_be_any_number(
 
 
 # --- formats
+
+
+def test_each_format_of_the_producer_has_a_parser() -> None:
+    assert adapter_formats._PARSERS.keys() == key_names.FACTORS.keys() == key_names.RANKED.keys()
 
 
 def trained(model: Pipeline, kind: type[nn.Module], name: str, **options: Any) -> Any:
