@@ -79,8 +79,10 @@ class Judge(nn.Module):
         if pictures.shape[1:] != (3, SIZE, SIZE):
             raise ValueError(f"images must be 3 x {SIZE} x {SIZE}, not {tuple(pictures.shape[1:])}")
         parts = [self(part) for part in torch.split(pictures, _BATCH)]
-        told = {head: torch.cat([logits[head].argmax(1) for logits, _ in parts]) for head in HEADS}
-        return told, torch.cat([weights for _, weights in parts])
+        choices = {
+            head: torch.cat([logits[head].argmax(1) for logits, _ in parts]) for head in HEADS
+        }
+        return choices, torch.cat([weights for _, weights in parts])
 
 
 def _block(channels: int, wider: int, stride: int) -> tuple[nn.Module, ...]:
@@ -121,10 +123,10 @@ def facts_of(some: Sequence[Lot]) -> dict[str, Tensor]:
     return {head: torch.cat([fact(lot, head) for lot in some]) for head in HEADS}
 
 
-def shares(told: Mapping[str, Tensor], facts: Mapping[str, Tensor]) -> dict[str, float]:
-    """By head, the share of the facts that are said and that the judge told."""
+def shares(choices: Mapping[str, Tensor], facts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the share of the known facts that the judge recognised, by head."""
     return {
-        head: (told[head] == wanted)[said].float().mean().item()
+        head: (choices[head] == wanted)[said].float().mean().item()
         for head, wanted in facts.items()
         for said in (wanted != NOT_SAID,)
         if said.any()

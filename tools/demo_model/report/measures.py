@@ -47,7 +47,7 @@ Draw = Callable[
 
 
 class Line(NamedTuple):
-    """One number, and the least or the most that it should be; None where there is no goal."""
+    """Number with the least or the greatest value as its goal; None if it has no goal."""
 
     name: str
     reached: float
@@ -127,14 +127,14 @@ def of_styles(judge: Judge, prompts: Prompts, draw: Draw) -> tuple[list[StyleRow
 
 
 def _row(judge: Judge, prompts: Prompts, style: str, pictures: Sequence[Tensor]) -> StyleRow:
-    told = [judge.tell(some) for some in pictures]
+    judged = [judge.tell(some) for some in pictures]
     index, statistic = STYLES.index(style), STATISTICS[style]
     return StyleRow(
         style,
         statistic=[statistic(some) for some in pictures],
         drawings=[statistic(_drawn(prompts, index, weight)) for weight in WEIGHTS],
-        seen=[weights[:, index].mean().item() for _, weights in told],
-        kind=[shares(choices, prompts.facts)["kind"] for choices, _ in told],
+        seen=[weights[:, index].mean().item() for _, weights in judged],
+        kind=[shares(choices, prompts.facts)["kind"] for choices, _ in judged],
         noise=[colour_noise(some) for some in pictures],
     )
 

@@ -32,7 +32,7 @@ from demo_model.report.sampler import GUIDANCE_SCALE, STEPS, Sampler
 from demo_model.training.loop import Loop
 
 _PROMPTS, _STYLE_PROMPTS = 61, 62  # seeds of the prompts
-_LOG_WIDTH: Final = 120  # characters, where there is no terminal
+_LOG_WIDTH: Final = 120  # characters, without a terminal
 _NOISE: Final = 1000  # the seed of the first picture
 _LIMITS: Final = {"model": 8e6, "model and LoRAs": 12e6}  # bytes; a LoRA has 1e6
 _UNITS: Final = {"": "{:.3f}", "dB": "{:.2f} dB", "s": "{:.2f} s", "bytes": "{:,.0f} bytes"}
@@ -121,8 +121,8 @@ def main(  # noqa: PLR0917 - click passes options by name
         title=f"{steps} steps, guidance scale {guidance_scale:g}, threads {threads}",
     )
     path = out / "report.json"
-    told = {"prompts": prompts, "style_prompts": style_prompts, "threads": threads, **settings}
-    path.write_text(json.dumps({"settings": told, **_plain(sections, rows)}, indent=1))
+    used = {"prompts": prompts, "style_prompts": style_prompts, "threads": threads, **settings}
+    path.write_text(json.dumps({"settings": used, **_plain(sections, rows)}, indent=1))
     console.print(f"written to {path}")
 
 

@@ -46,7 +46,7 @@ _STAGES: Final = tuple(
 @click.option(
     "--bfloat16",
     is_flag=True,
-    help="Compute in bfloat16: faster where the CPU has AVX512-BF16 or AMX.",
+    help="Compute in bfloat16: faster if the CPU has AVX512-BF16 or AMX.",
 )
 def main(work: Path, threads: int, bfloat16: bool) -> None:
     """Train the demo model and its LoRAs from fixed seeds, and write them into the package."""

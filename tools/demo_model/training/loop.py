@@ -1,4 +1,4 @@
-"""One stage of training: so many steps of a loss, to be taken up again where it was cut off."""
+"""One stage of training: a number of steps of a loss, which can be interrupted and resumed."""
 
 import json
 import time
@@ -45,7 +45,7 @@ class Loop:
     """Trains stages in a folder that keeps their checkpoints and losses."""
 
     def __init__(self, folder: Path, console: Console, *, bfloat16: bool) -> None:
-        """`bfloat16` computes in it, which is faster only where the CPU has instructions for it."""
+        """Compute in bfloat16 with `bfloat16`; faster only if the CPU has instructions for it."""
         self.folder = folder
         self._console = console
         self._bfloat16 = bfloat16
