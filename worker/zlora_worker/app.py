@@ -57,7 +57,7 @@ app.conf.update(
     # One child, one model, one GPU; a machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
-    worker_consumer="zlora_worker.celery_hooks.consumer:Intake",
+    worker_consumer="zlora_worker.celery_hooks.consumer:JobConsumer",
     # One job running and none reserved, so that an idle worker finds what a busy one has not begun.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
