@@ -55,14 +55,10 @@ class Handed(ImageUploader):
     _count = 0
 
     def add(self, image: Image.Image, *, tiled: bool) -> None:
-        publisher.give_picture(
-            self._job, self._tensors_sha256, self._count, image, tiled=tiled
-        )
+        publisher.give_picture(self._recipe, self._digests, self._count, image, tiled=tiled)
         self._count += 1
 
-    def images(
-        self, on_wait: Callable[[int], None] = lambda _stored: None
-    ) -> tuple[ImageRef, ...]:
+    def stored(self, on_picture: Callable[[int], None]) -> tuple[ImageRef, ...]:
         return ()
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from zlora.broker.celery_app import shared_config
 from zlora.schema import GenerateResult, ImageRef, JobState, to_dict
 from zlora_worker.results.manifest import write_manifest
-from zlora_worker.results.provenance import JobProvenance
+from zlora_worker.results.provenance import Provenance
 from zlora_worker.results.store import Store, open_store
 from zlora_worker.results.uploader import ImageUploader
 from zlora_worker.results.urls import ImageUrls
@@ -71,7 +71,7 @@ def _refs_key(job_id: str) -> str:
 
 
 def give_picture(
-    recipe: JobProvenance, digests: Sequence[str], index: int, image: Image.Image, *, tiled: bool
+    recipe: Provenance, digests: Sequence[str], index: int, image: Image.Image, *, tiled: bool
 ) -> None:
     """Put a picture into the publisher's hands."""
     _broker().set(_pixels_key(recipe.job_id, index), image.tobytes(), ex=_EXPIRES)
@@ -93,12 +93,10 @@ def store_picture(
     document: Any, digests: list[str], index: int, size: list[int], tiled: bool
 ) -> None:
     """Encode and store one picture, and remember its reference."""
-    broker, recipe = _broker(), msgspec.convert(document, JobProvenance)
+    broker, recipe = _broker(), msgspec.convert(document, Provenance)
     pixels = broker.get(_pixels_key(recipe.job_id, index))
     image = Image.frombytes("RGB", (size[0], size[1]), pixels)
-    ref = ImageUploader(_desk().store, recipe, tensors_sha256=digests)._store_image(
-        index, image, tiled
-    )
+    ref = ImageUploader(_desk().store, recipe, digests=digests)._stored(index, image, tiled)
     broker.hset(_refs_key(recipe.job_id), str(index), msgspec.json.encode(ref))
     broker.expire(_refs_key(recipe.job_id), _EXPIRES)
     broker.delete(_pixels_key(recipe.job_id, index))
