@@ -127,7 +127,7 @@ def test_the_images_of_a_manifest_are_drawn_again(
     """Each by its own seed. If an image file is missing, its recorded hash is compared."""
     paths = draw(a_request(seed=40, num_images=2, embed_metadata=False, scheduler="heun"))
     manifest = paths[0].parents[1] / "manifest.json"
-    sources = [(str(path), str(path)) for path in paths]
+    sources: list[tuple[str, str | None]] = [(str(path), str(path)) for path in paths]
     if not there:
         sources = [(f"{manifest}, index {index}", None) for index in range(2)]
         for path in paths:
