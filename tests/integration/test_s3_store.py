@@ -18,6 +18,7 @@ from support import seaweed
 from support.figures import Tally
 from support.processes import unlinked, wait_until, worker
 from support.s3_proxy import S3Proxy
+from support.scene import TESTS
 from support.seaweed import BUCKET, client, keys, uploads
 from zlora import Client, GenerateResult, JobState
 from zlora.errors import StoreFailed
@@ -344,6 +345,8 @@ def test_a_worker_whose_store_refuses_ends_with_one_line_and_takes_no_job(
         "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}",
         "ZLORA_QUEUE": "wrong-store",
         "AWS_SECRET_ACCESS_KEY": "wrong",
+        # The fake model starts sooner, since it needs no torch.
+        "PYTHONPATH": os.pathsep.join([str(TESTS / "faults" / "engines"), str(TESTS)]),
     }
 
     with Client.from_env(environ) as producer:
