@@ -190,7 +190,15 @@ def test_an_image_of_another_program_has_no_provenance(output_format: str) -> No
 
 def test_an_xmp_packet_of_another_type_is_ignored() -> None:
     image = Image.new("RGB", (8, 8))
-    for packet in (7, None, ("<zlora:recipe>{}</zlora:recipe>",), {}, "<zlora:recipe>", b""):
+    packets: list[object] = [
+        7,
+        None,
+        ("<zlora:recipe>{}</zlora:recipe>",),
+        {},
+        "<zlora:recipe>",
+        b"",
+    ]
+    for packet in packets:
         image.info = {"xmp": packet, "zlora": None}
 
         assert provenance_of(image) is None
