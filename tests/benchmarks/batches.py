@@ -38,7 +38,8 @@ _RESULTS: Final = "celery-task-meta-"
 class Tail(NamedTuple):
     """Seconds from the end of a job's last drawing to its result, in order."""
 
-    encode: float  # until the first byte of the last image reaches the store; includes the restore of the base
+    # until the first byte of the last image reaches the store; includes the restore of the base
+    encode: float
     upload: float  # of the last image
     manifest: float
     answer: float  # until a client can see the result

@@ -1,10 +1,12 @@
 """Our merge of LoRAs against other ways, side by side in one process; `rivals.py` describes each way.
 
-THIN has SDXL's topology with few numbers, so that Python takes most of the time, as on a GPU. REAL has SDXL's true shape
-in bf16, so that memory and multiply-adds take most of the time. Ways alternate; ours has a second turn in each round,
-for the noise. Each turn checks that the LoRAs change the outputs of some layers, and as much as in the other ways.
+THIN has SDXL's topology with few numbers, so that Python takes most of the time, as on a GPU. REAL
+has SDXL's true shape in bf16, so that memory and multiply-adds take most of the time. Ways
+alternate; ours has a second turn in each round, for the noise. Each turn checks that the LoRAs
+change the outputs of some layers, and as much as in the other ways.
 
-`--thin` runs a short THIN alone, `--real` REAL alone, and `--gpu` REAL alone on the first CUDA device.
+`--thin` runs a short THIN alone, `--real` REAL alone, and `--gpu` REAL alone on the first CUDA
+device.
 """
 
 import os
@@ -99,7 +101,8 @@ class Bench:
         """Warm up each, then run rounds of theirs, ours and ours again, each with weights of its own."""
         turns = Turns([], [], [])
         stacks = self.engine.weights.stacks
-        # Fuse and unfuse leaves rounding errors in the weights: the base is copied back after each such turn.
+        # Fuse and unfuse leaves rounding errors in the weights: the base is copied back after each
+        # such turn.
         kept = [stack.base.clone() for stack in stacks if isinstance(rival, FuseAndUnfuse)]
         for index in range(rounds + 1):
             for way, seconds, more in (
@@ -114,7 +117,10 @@ class Bench:
         return Turns(*(seconds[1:] for seconds in turns))
 
     def turn(self, way: Way, loras: Weighted) -> tuple[float, float]:
-        """Return seconds in and out. Raises `AssertionError` if the LoRAs act differently from the way before."""
+        """Return seconds in and out.
+
+        Raises `AssertionError` if the LoRAs act differently from the way before.
+        """
         entered = self.timed(partial(way.enter, loras))
         outputs = self._probe.outputs()
         expected = self._seen.setdefault(tuple(loras), outputs)

@@ -18,7 +18,7 @@ from benchmarks.rivals import FuseAndUnfuse, LoadAndUnload, Ours, Weighted
 from safetensors.torch import load_file
 from torch import Tensor
 from zlora_worker.lora.memory_cache import LoraMemoryCache
-from zlora_worker.lora.merge import Plan, WeightedLora
+from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
@@ -31,7 +31,8 @@ _MEMORY_CACHE: Final = 60_000_000
 def errors(folder: Path, *, files: int) -> list[Row]:
     """Compare |merged - fp64 merge|: for a module the mean over its numbers, for the UNet's output the norm.
 
-    The module with the greatest error relative to the rival's counts. Figures are means over `files` LoRA files.
+    The module with the greatest error relative to the rival's counts. Figures are means over
+    `files` LoRA files.
     """
     rows = []
     for dtype in (torch.bfloat16, torch.float16):
@@ -124,8 +125,9 @@ def _output(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
 def base_bytes(pipeline: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
     """Count bytes of the base that differ after cycles of which many are interrupted at a random moment.
 
-    A timer's signal interrupts, as it does in a job whose time is over: in the merge, with the LoRAs in, or in the
-    restore. A cycle without interruption measures the time in which the timer fires.
+    A timer's signal interrupts, as it does in a job whose time is over: in the merge, with the
+    LoRAs in, or in the restore. A cycle without interruption measures the time in which the timer
+    fires.
     """
     kept = [stack.base.clone() for stack in pipeline.weights.stacks]
     chance, seconds, interrupted = random.Random(1), 0.0, 0

@@ -1,7 +1,8 @@
 """SDXL for benchmarks, with random weights: at its true shape (REAL), and of the same topology but thin (THIN).
 
-Both have SDXL's own configuration from the package, so that kohya's names and the number of modules are the real ones:
-722 linear layers of the UNet and 264 of the text encoders are what trainers adapt.
+Both have SDXL's own configuration from the package, so that kohya's names and the number of modules
+are the real ones: 722 linear layers of the UNet and 264 of the text encoders are what trainers
+adapt.
 """
 
 import json

@@ -19,7 +19,10 @@ _FOLDER: Final = Path("build/bench")
 
 
 class Row(Struct, kw_only=True):
-    """One comparison. `ratio` is rival / ours unless the name says otherwise; `noise` is ours / ours."""
+    """One comparison.
+
+    `ratio` is rival / ours unless the name says otherwise; `noise` is ours / ours.
+    """
 
     name: str
     rival: str
@@ -53,11 +56,9 @@ def say(text: str) -> None:
 
 def progress(text: str) -> None:
     """Show the current step on standard error: one line that changes on a terminal, else a line for each step."""
-    if sys.stderr.isatty():
-        line = f"\r\033[K{text}"
-    else:
-        line = f"{time.strftime('%H:%M:%S')} {text}\n"
-    print(line, end="", file=sys.stderr, flush=True)  # noqa: T201 - a benchmark reports to its caller
+    start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
+    line = f"{start}{time.strftime('%H:%M:%S')} {text}{end}"
+    print(line, end="", file=sys.stderr, flush=True)  # noqa: T201 - for the caller
 
 
 def compare(

@@ -17,7 +17,10 @@ Weighted = Sequence[tuple[Path, float]]  # LoRA files with their weights
 
 
 class Way(Protocol):
-    """One way to put LoRAs into the model and take them out. Files are in memory before the clock starts."""
+    """One way to put LoRAs into the model and take them out.
+
+    Files are in memory before the clock starts.
+    """
 
     def enter(self, loras: Weighted) -> None:
         """Make the model draw with these LoRAs."""
@@ -93,7 +96,10 @@ class LoadAndUnload(_Diffusers):
 
 
 class KeptLoaded(_Diffusers):
-    """Adapters stay loaded: set_adapters, disable_lora. Serves the same LoRAs only, and slows each step."""
+    """Adapters stay loaded: set_adapters, disable_lora.
+
+    Serves the same LoRAs only, and slows each step.
+    """
 
     @contextmanager
     def loaded(self, loras: Weighted) -> Iterator[None]:
@@ -136,7 +142,10 @@ class HotSwap(_Diffusers):
 
 
 class FuseAndUnfuse(_Diffusers):
-    """Load, add to the weights, subtract from the weights, unload. Leaves a base with rounding errors."""
+    """Load, add to the weights, subtract from the weights, unload.
+
+    Leaves a base with rounding errors.
+    """
 
     def enter(self, loras: Weighted) -> None:
         self.load(loras)

@@ -1,9 +1,10 @@
 """Minutes of faults at random: `make soak`, or with `ARGS="--minutes 3"`. Not part of `make test`.
 
-Small jobs come all the time to workers with a fake model, most of them idle, and one runs for ten minutes. Workers are
-killed (the goal is 200 in 20 minutes), children die, connections are cut, Redis stops and restarts. In the end every id
-that was submitted has an answer, only one was ever shown, it is one that its kind of job may have, and the long job was
-begun once; otherwise the exit status is 1.
+Small jobs come all the time to workers with a fake model, most of them idle, and one runs for ten
+minutes. Workers are killed (the goal is 200 in 20 minutes), children die, connections are cut,
+Redis stops and restarts. In the end every id that was submitted has an answer, only one was ever
+shown, it is one that its kind of job may have, and the long job was begun once; otherwise the exit
+status is 1.
 """
 
 import argparse
@@ -36,7 +37,8 @@ LONG: Final = 600  # seconds of the job that must not be begun twice
 PAUSES: Final = (0.02, 0.3)  # seconds between two jobs
 POISONED: Final = "poisoned, 3 attempts"
 
-# What a job may come to. The slow ones meet workers that die under them, now and then three in a row.
+# What a job may come to. The slow ones meet workers that die under them, now and then three in a
+# row.
 ALLOWED: Final = {
     "plain": {"drawn"},
     "twice": {"drawn"},

@@ -1,7 +1,7 @@
 """Jobs of workers that die or lose the broker, with the default settings: another worker draws the job, once.
 
-The waits of the defaults take most of a minute, so that the jobs of this file are submitted at its start and wait side by
-side.
+The waits of the defaults take most of a minute, so that the jobs of this file are submitted at its
+start and wait side by side.
 """
 
 import socket
@@ -31,7 +31,8 @@ def orphan(
 ) -> Iterator[tuple[Scene, JobHandle, float]]:
     """A job whose worker was killed while another worker runs, and the time of the kill.
 
-    The broker is for this job alone: a worker with a shorter visibility timeout would put back the job too.
+    The broker is for this job alone: a worker with a shorter visibility timeout would put back the
+    job too.
     """
     folder = tmp_path_factory.mktemp("orphan")
     (folder / "valkey").mkdir()
@@ -52,7 +53,8 @@ def parted(
 ) -> Iterator[tuple[Scene, Scene, float]]:
     """Two queues, one with an idle and one with a busy worker, after a partition; and the time when it ended.
 
-    For some seconds every byte is swallowed, also those of new connections; connections of that time never work again.
+    For some seconds every byte is swallowed, also those of new connections; connections of that
+    time never work again.
     """
     folder = tmp_path_factory.mktemp("parted")
     (folder / "valkey").mkdir()

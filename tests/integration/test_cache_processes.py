@@ -32,7 +32,10 @@ processes.set_forkserver_preload(["pytest", "hypothesis", "zlora_worker.fetch.ca
 
 
 class Source(ThreadingHTTPServer):
-    """A host of files for many clients at once. Of each body the second half waits until `gate` is set."""
+    """A host of files for many clients at once.
+
+    Of each body the second half waits until `gate` is set.
+    """
 
     daemon_threads = True
 

@@ -1,7 +1,7 @@
 """A real worker with the tiny model: its start, the loss of its child process, a full Redis, and its end.
 
-The worker is shared by the tests of this file, because each load of the model takes seconds. The same properties with a
-fake model, and more of them, are in `tests/faults`.
+The worker is shared by the tests of this file, because each load of the model takes seconds. The
+same properties with a fake model, and more of them, are in `tests/faults`.
 """
 
 import os

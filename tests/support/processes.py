@@ -27,7 +27,10 @@ class Enter(Protocol):
 
 
 def wait_until(look: Callable[[], T | None], what: str) -> T:
-    """Return the first value of `look` that is not None or False. Raises `TimeoutError` after `PATIENCE` seconds."""
+    """Return the first value of `look` that is not None or False.
+
+    Raises `TimeoutError` after `PATIENCE` seconds.
+    """
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if found := look():

@@ -16,7 +16,10 @@ _GO_ON: Final = b"HTTP/1.1 100 "  # no answer yet: the request's body may come
 
 @dataclass
 class _Link:
-    """One connection through the proxy. Once it is dark it stays so, as behind a router that has forgotten it."""
+    """One connection through the proxy.
+
+    Once it is dark it stays so, as behind a router that has forgotten it.
+    """
 
     client: socket.socket
     server: socket.socket

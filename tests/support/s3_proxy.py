@@ -1,4 +1,7 @@
-"""An HTTP proxy between a worker and an S3 server. The Host header stays as it was: signatures cover it."""
+"""An HTTP proxy between a worker and an S3 server.
+
+The Host header stays as it was: signatures cover it.
+"""
 
 import re
 import socket
@@ -41,7 +44,8 @@ class Broken(Exception):
         self.sent = sent
 
 
-# What becomes of a request: each takes the proxy and the request, and returns the bytes of an answer.
+# What becomes of a request: each takes the proxy and the request, and returns the bytes of an
+# answer.
 Fault = Callable[["S3Proxy", Request], bytes]
 
 

@@ -61,7 +61,10 @@ ENVIRON = {
 
 @contextmanager
 def seaweed(folder: Path) -> Iterator[int]:
-    """A SeaweedFS with an empty bucket; the port of its S3. One whose ports were taken meanwhile gets others."""
+    """A SeaweedFS with an empty bucket; the port of its S3.
+
+    One whose ports were taken meanwhile gets others.
+    """
     for attempt in range(_ATTEMPTS):
         ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
         server, port = _started(folder / str(attempt), ports), ports["s3"]

@@ -196,7 +196,8 @@ def _on_audit(event: str, arguments: tuple[Any, ...]) -> None:
 def watched_connections() -> Iterator[list[str]]:
     """The address of every connection that the block attempts (PEP 578): none leaves the machine.
 
-    That is by its own thread, or one that is begun in it: another test's may be there, and look for its broker.
+    That is by its own thread, or one that is begun in it: another test's may be there, and look for
+    its broker.
     """
     if not _hooks:
         _hooks.append(_on_audit)

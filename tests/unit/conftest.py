@@ -24,8 +24,8 @@ def broker(broker_url: str) -> Iterator[Any]:
 def killed_in(broker_url: str) -> Iterator[Enter]:
     """Enters a block as a process does that is killed inside: it does not leave while the test looks.
 
-    It is left at the end, with the broker that its clean-up needs. Forgotten, it would be left when Python collects
-    garbage: in another test, and without that broker for minutes.
+    It is left at the end, with the broker that its clean-up needs. Forgotten, it would be left when
+    Python collects garbage: in another test, and without that broker for minutes.
     """
     with ExitStack() as blocks:
         yield blocks.enter_context

@@ -1,8 +1,9 @@
 """Replaces `zlora_worker.model.pipeline`: takes orders from the prompt and draws a small image of one colour.
 
-The prompt of such a job is a JSON object: `label` is the job's name in the journal, `step` the seconds of a step, and
-`do` what happens at step `at`: words of `faults.engines.misbehaviour`. `noise` orders an image of noise with that many
-pixels a side, which no encoder makes small. If `FAKE_IMAGES` names a folder, the images in it are drawn instead.
+The prompt of such a job is a JSON object: `label` is the job's name in the journal, `step` the
+seconds of a step, and `do` what happens at step `at`: words of `faults.engines.misbehaviour`.
+`noise` orders an image of noise with that many pixels a side, which no encoder makes small. If
+`FAKE_IMAGES` names a folder, the images in it are drawn instead.
 """
 
 import functools
@@ -51,12 +52,16 @@ class Pipeline:
         self.base_checked, self.tiled = 1.0, False
         self.base_sha256, self.file_sha256 = "0" * 64, None
         self.machine = ("fake", "float32", 1)
-        self.patch, self.reader = Patch(), Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
+        # the fake, see sitecustomize
+        self.patch, self.reader = Patch(), Reader()  # type: ignore[call-arg]
         self.corrupted = False
 
     @contextmanager
     def borrowed(self, request: GenerateRequest | None = None) -> Iterator[None]:
-        """Lend the pipeline to one job. Raises `BaseNotRestored` if the job changed the base model."""
+        """Lend the pipeline to one job.
+
+        Raises `BaseNotRestored` if the job changed the base model.
+        """
         if not self.is_sound():
             raise BaseNotRestored
         self.state = PipelineState.LENT
