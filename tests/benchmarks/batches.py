@@ -1,4 +1,4 @@
-"""Batches of jobs with paced denoising, through real workers to a slow store, and where their time goes."""
+"""Batches of jobs with paced denoising, through real workers to a slow store."""
 
 import json
 import statistics
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Arrivals:
-    """Times at which results could be seen, in seconds since the epoch: Celery's backend publishes what it stores."""
+    """Times of published results, in seconds since the epoch."""
 
     def __init__(self, url: str) -> None:
         self.at: dict[str, float] = {}

@@ -93,7 +93,7 @@ def serving_files(folder: Path, *, delay: float = 0.0) -> Iterator[str]:
 
 
 def download_row(folder: Path, host: str, rounds: int) -> Row:
-    """Alternate the two on the same file, each time into a new folder; ours twice, for the noise."""
+    """Alternate the two on the same file, each time into a new folder; ours twice for the noise."""
     by_curl(folder, host), by_cache(folder, host)
     theirs, ours, again = [], [], []
     for index in range(rounds):
@@ -195,7 +195,7 @@ def hit_row(name: str, bare: Sequence[float], ours: Sequence[float], again: Sequ
 
 
 def stream_row(folder: Path, host: str, jobs: int) -> Row:
-    """Return the share of the wait that prefetch leaves, instead of a ratio; prefetch twice, for the noise."""
+    """Return the share of the wait that prefetch leaves; prefetch twice for the noise."""
     (folder / "valkey").mkdir()
     with Valkey(folder / "valkey", Tally()) as valkey:
         off, on, again = (
@@ -216,7 +216,7 @@ def stream_row(folder: Path, host: str, jobs: int) -> Row:
 
 
 def waits(folder: Path, broker_url: str, host: str, jobs: int, *, look_ahead: str) -> list[float]:
-    """Return the seconds that each job of a stream waits for its LoRA, from the timings of its result.
+    """Return the seconds that each job waits for its LoRA, from the timings of its result.
 
     The fake model takes one second per job, which paces the stream; all jobs are queued at the
     start, so that there is always a next one. The first job always waits.

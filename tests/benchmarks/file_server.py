@@ -1,4 +1,4 @@
-"""`python -m benchmarks.file_server FOLDER DELAY`: serve files over HTTP on loopback, each after DELAY seconds.
+"""Serve files over HTTP on loopback: `python -m benchmarks.file_server FOLDER SECONDS_OF_DELAY`.
 
 The first line of its output is its port. The bytes go from the page cache to the socket by
 sendfile(2).

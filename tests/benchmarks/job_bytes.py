@@ -112,7 +112,7 @@ def queue(
 
 
 def ended(made: Scene, broker: "redis.Redis", handles: list[JobHandle]) -> dict[str, float]:
-    """Return the bytes of an ended job, as memory that its deletion frees, and for how long they stay."""
+    """Return bytes of an ended job, as memory that its deletion frees, and their time to live."""
     answers = [f"{RESULT}{handle.id}" for handle in handles]
     records = [job_key(handle.id) for handle in handles]
     document = statistics.mean(int(broker.strlen(name)) for name in answers)

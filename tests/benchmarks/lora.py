@@ -1,4 +1,4 @@
-"""Our merge of LoRAs against other ways, side by side in one process; `rivals.py` describes each way.
+"""Our merge of LoRAs against other ways, side by side in one process; see `rivals.py`.
 
 THIN has SDXL's topology with few numbers, so that Python takes most of the time, as on a GPU. REAL
 has SDXL's true shape in bf16, so that memory and multiply-adds take most of the time. Ways
@@ -80,11 +80,16 @@ class Bench:
         progress(f"build {folder.name}")
         self.pipeline = models.build(thin=is_thin)
         self.files = {
-            name: models.write_lora(self.pipeline, folder / f"{name}.safetensors", rank=rank, with_text=text, seed=seed)
-            for name, rank, text, seed in (
-                ("r16", 16, False, 1), ("other-r16", 16, False, 2), ("r64", 64, False, 3), ("r32-text", 32, True, 4),
+            name: models.write_lora(
+                self.pipeline, folder / f"{name}.safetensors", rank=rank, with_text=text, seed=seed
             )
-        }  # fmt: skip
+            for name, rank, text, seed in (
+                ("r16", 16, False, 1),
+                ("other-r16", 16, False, 2),
+                ("r64", 64, False, 3),
+                ("r32-text", 32, True, 4),
+            )
+        }
         self.device = device
         self.engine = Pipeline(self.pipeline, name=folder.name, device=device)
         self.ours = Ours(self.engine)
@@ -94,11 +99,11 @@ class Bench:
         self._seen: dict[Any, torch.Tensor] = {}
 
     def pair(self, strength: float) -> Weighted:
-        """Return the two LoRAs of the comparisons: r16 for the UNet, r32 for UNet and text encoders."""
+        """Return two LoRAs: r16 for the UNet, r32 for UNet and text encoders."""
         return [(self.files["r16"], strength), (self.files["r32-text"], strength / 2)]
 
     def alternated(self, rival: Way, loras: Callable[[float], Weighted], rounds: int) -> "Turns":
-        """Warm up each, then run rounds of theirs, ours and ours again, each with weights of its own."""
+        """Warm up each way, then run rounds of theirs, ours and ours again with new weights."""
         turns = Turns([], [], [])
         stacks = self.engine.weights.stacks
         # Fuse and unfuse leaves rounding errors in the weights: the base is copied back after each
@@ -204,7 +209,8 @@ def real(folder: Path, device: torch.device) -> tuple[list[Row], dict[str, float
     step = [bench.step() for _ in range(4)][1:]
     rows = [
         turns.row("two LoRAs in and out, REAL", "load + set + unload", sum, goal=1.8),
-        Turns(turns.rival, same, same[::-1]).row("the same set again, REAL", "load + set + unload", sum, goal=300),
+        Turns(turns.rival, same, same[::-1]).row(
+            "the same set again, REAL", "load + set + unload", sum, goal=300),
         turns.row("restore, REAL", "unload", itemgetter(1), goal=30),
         fused.row("restore, REAL", "unfuse + unload", itemgetter(1), goal=500),
         fused.row("two LoRAs in and out, REAL", "load + fuse + unfuse + unload", sum, goal=None),
@@ -253,7 +259,7 @@ def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
 
 
 def steps(bench: Bench, rounds: int) -> list[Row]:
-    """Compare a step with LoRAs to a step without, round by round; the noise is base / base of each round."""
+    """Compare a step with LoRAs to a step without, in each round; the noise is base / base."""
     rows = []
     files = [bench.files[name] for name in ("r16", "r32-text", "other-r16", "r64")]
     for count in (1, 2, 8):
@@ -280,15 +286,17 @@ def steps(bench: Bench, rounds: int) -> list[Row]:
             ours,
             base,
         )
-        rows.append(msgspec.structs.replace(
-            row, rival_median=median(theirs) / median(base), ours_median=found, ratio=found, noise=median(ratios),
-            goal=f"A/A quartiles {ratios[quarter - 1]:.3f} to {ratios[-quarter]:.3f}",
-            met=ratios[quarter - 1] <= found <= ratios[-quarter]))  # fmt: skip
+        row.rival_median = median(theirs) / median(base)
+        row.ours_median = row.ratio = found
+        row.noise = median(ratios)
+        row.goal = f"A/A quartiles {ratios[quarter - 1]:.3f} to {ratios[-quarter]:.3f}"
+        row.met = ratios[quarter - 1] <= found <= ratios[-quarter]
+        rows.append(row)
     return rows
 
 
 def floor(bench: Bench, name: str, rate: tuple[str, float], goal: float) -> Row:
-    """Compare a merge to its floor, a copy of the touched tensors and the multiply-adds at a rate; ours / floor."""
+    """Compare a merge to its floor: a copy of the touched tensors, and the multiply-adds."""
     what, flops = rate
     loras = [(bench.files[name], 0.8)]
     adapters = bench.ours.adapters(loras)
@@ -323,7 +331,7 @@ def taxes(
     checks: Sequence[float],
     step: Sequence[float],
 ) -> list[Row]:
-    """Return what two LoRAs, and the check of the base, add to a job of 28 steps, as a share of the job."""
+    """Return shares of a 28-step job: of two LoRAs, and of the check of the base."""
     job = STEPS * median(step)
     theirs = [sum(turn) / job for turn in turns.rival]
     shares = (

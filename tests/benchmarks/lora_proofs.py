@@ -29,7 +29,7 @@ _MEMORY_CACHE: Final = 60_000_000
 
 
 def errors(folder: Path, *, files: int) -> list[Row]:
-    """Compare |merged - fp64 merge|: for a module the mean over its numbers, for the UNet's output the norm.
+    """Compare |merged - fp64 merge|: the mean of a module, and the norm of the UNet's output.
 
     The module with the greatest error relative to the rival's counts. Figures are means over
     `files` LoRA files.
@@ -89,8 +89,16 @@ def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[t
 
 
 def _error_row(name: str, rival: float, ours: float) -> Row:
-    return Row(name=name, rival="fuse_lora", rival_median=rival, ours_median=ours, ratio=rival / ours, noise=1.0,
-               goal=">= 1", met=ours <= rival)  # fmt: skip
+    return Row(
+        name=name,
+        rival="fuse_lora",
+        rival_median=rival,
+        ours_median=ours,
+        ratio=rival / ours,
+        noise=1.0,
+        goal=">= 1",
+        met=ours <= rival,
+    )
 
 
 def _exact(weights: dict[str, Tensor], loras: Weighted) -> dict[str, Tensor]:
@@ -114,7 +122,7 @@ def _by_module(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
 
 
 def _output(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
-    """Return the UNet's output in fp32 with these weights, so that the error has no rounding of the arithmetic."""
+    """Return the UNet's output in fp32: the arithmetic adds no error."""
     unet = pipeline.unet.from_config(pipeline.unet.config)
     unet.load_state_dict({name: weight.float() for name, weight in weights.items()})
     with torch.no_grad():
@@ -123,7 +131,7 @@ def _output(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
 
 
 def base_bytes(pipeline: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
-    """Count bytes of the base that differ after cycles of which many are interrupted at a random moment.
+    """Count changed bytes of the base after cycles, many of them interrupted at a random moment.
 
     A timer's signal interrupts, as it does in a job whose time is over: in the merge, with the
     LoRAs in, or in the restore. A cycle without interruption measures the time in which the timer
@@ -171,7 +179,7 @@ def base_bytes(pipeline: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) 
 
 
 def memory(folder: Path, *, jobs: int, files: int) -> list[Row]:
-    """Return MB by which the process grows over jobs with two LoRAs each, after a warm-up of a tenth of the jobs."""
+    """Return MB that the process grows over jobs with two LoRAs each, after a warm-up."""
     pipeline = models.build(thin=True)
     paths = [
         models.write_lora(
@@ -209,8 +217,16 @@ def memory(folder: Path, *, jobs: int, files: int) -> list[Row]:
 
     grown[1] = _growth(pairs, own)
     name = f"MB grown by {jobs} jobs over {files} LoRAs (load + unload: {few}, scaled)"
-    row = Row(name=name, rival="load + unload", rival_median=grown[0], ours_median=grown[1], ratio=1.0, noise=1.0,
-              goal="ours <= 16", met=grown[1] <= 16)  # fmt: skip
+    row = Row(
+        name=name,
+        rival="load + unload",
+        rival_median=grown[0],
+        ours_median=grown[1],
+        ratio=1.0,
+        noise=1.0,
+        goal="ours <= 16",
+        met=grown[1] <= 16,
+    )
     return [row]
 
 

@@ -1,4 +1,4 @@
-"""The second process of the design `handed`: `celery -A benchmarks.publisher worker` stores what a child has drawn.
+"""The second process of the design `handed`: `celery -A benchmarks.publisher worker`.
 
 The child sends pixels by `give_image` and the end of the job by `give_result`; the publisher has
 one process, so that it works in that order. Pixels lie under a key of their own, because inside a

@@ -1,4 +1,4 @@
-"""The time that client, broker, worker and store add to a job, against `generate()` called directly.
+"""The time that client, broker, worker and store add to a job, against `generate()` alone.
 
 The same small job alternates between the two, so that both meet the same machine. The queue has two
 turns per round, for the noise. Then as many jobs wait on a full queue: the gap between two jobs is

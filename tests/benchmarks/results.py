@@ -138,7 +138,7 @@ def seconds_of(encode: Callable[[Image.Image], bytes], images: Sequence[Image.Im
 
 
 def share_row(name: str, rival: str, found: Sequence[float], *, goal: float) -> Row:
-    """Return a row whose ratio is ours / rival; `found` are the rival's figure, ours, and ours again."""
+    """Return a row with ours / rival; `found` are the rival's figure, ours, and ours again."""
     theirs, ours, again = found
     return Row(
         name=name,
@@ -172,7 +172,8 @@ def batch_rows(batches: Mapping[str, Batch]) -> list[Row]:
     """Return the makespan with its goal, and the designs side by side."""
     ours, again = batches["ours"], batches["again"]
     total = ours.jobs * IMAGES * PACE
-    name = f"seconds of {ours.jobs} jobs of {IMAGES} images, a PUT of {1000 * DELAY:g} ms, ours / rival"
+    put = f"a PUT of {1000 * DELAY:g} ms"
+    name = f"seconds of {ours.jobs} jobs of {IMAGES} images, {put}, ours / rival"
     rival = f"their denoising alone, {PACE:g} s an image"
     span = share_row(name, rival, (total, ours.makespan, again.share * total), goal=SPAN)
     return [span, *(row for design in RIVALS for row in design_rows(design, batches))]

@@ -1,4 +1,4 @@
-"""A worker app with another design, for `make bench-results`: `celery -A benchmarks.rival_worker worker`.
+"""A worker app with another design: `celery -A benchmarks.rival_worker worker`.
 
 `BENCH_DESIGN` is one of
 

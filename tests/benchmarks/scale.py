@@ -212,8 +212,10 @@ def wait_closed(broker: "redis.Redis", queue: str) -> int:
 def heard(valkey: Valkey) -> Iterator[list[tuple[str, int]]]:
     """Yield a list that has the channel and the bytes of each event after the block."""
     events: list[tuple[str, int]] = []
-    # redis-py's
-    with valkey.client() as connection, connection.pubsub() as channel:  # type: ignore[no-untyped-call]
+    with (
+        valkey.client() as connection,
+        connection.pubsub() as channel,  # type: ignore[no-untyped-call]  # redis-py's
+    ):
         channel.psubscribe(EVENTS)
         yield events
         while (message := channel.get_message(timeout=1.0)) is not None:

@@ -17,7 +17,7 @@ _ANSWER: Final = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) ")  # 100 only asks for the
 
 @dataclass
 class Put:
-    """One PUT as its client sees it: the times of its first byte and of its answer, in seconds since the epoch."""
+    """Times of one PUT as its client sees them, in seconds since the epoch."""
 
     path: str
     begun: float

@@ -1,4 +1,4 @@
-"""A Redis that drops connections, restarts or is away: jobs go on, and none is lost or drawn twice."""
+"""A Redis that drops connections or is silent: no job is lost or drawn twice."""
 
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""A worker takes no job without a model, reports that it has none, and can be ended while it loads."""
+"""A worker without a model takes no job, says so, and can be ended while it loads."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def test_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
 def test_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job(
     scene: Scene, tmp_path: Path, fault: str
 ) -> None:
-    """The new child raises, or is killed while it loads: the worker ends with status 70, and does not load again."""
+    """The new child raises or is killed: the worker exits with 70, and does not load again."""
     order = tmp_path / "order"
     with scene.worker(**{fault: str(order)}) as running:
         handle = scene.submit(steps=10, step=0.1)
@@ -100,7 +100,7 @@ def test_worker_that_loads_takes_no_job_and_ends_at_once_on_sigterm(scene: Scene
 def test_probe_files_report_whether_jobs_are_taken_and_whether_the_worker_runs(
     scene: Scene, tmp_path: Path
 ) -> None:
-    """`ready` exists while there is a model; `alive` is touched while the parent's event loop turns."""
+    """`ready` exists while there is a model; `alive` is touched while the event loop runs."""
     ready, alive = tmp_path / "probes" / "ready", tmp_path / "probes" / "alive"
     variables = {"ZLORA_PROBES": str(tmp_path / "probes"), "FAKE_LOAD_SECONDS": "1"}
     with scene.starting_worker(**variables) as running:

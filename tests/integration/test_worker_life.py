@@ -1,4 +1,4 @@
-"""A real worker with the tiny model: its start, the loss of its child process, a full Redis, and its end.
+"""A real worker with the tiny model: its start, a lost child process, a full Redis, its end.
 
 The worker is shared by the tests of this file, because each load of the model takes seconds. The
 same properties with a fake model, and more of them, are in `tests/faults`.
@@ -29,7 +29,7 @@ def change_a_weight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(
     worker_environ: dict[str, str], change_a_weight: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Worker]:
-    """The worker of this file."""
+    """Return the worker of this file."""
     fault = change_a_weight.with_name("python")
     fault.mkdir()
     (fault / "sitecustomize.py").write_text(_CHANGE_A_WEIGHT.format(order=str(change_a_weight)))

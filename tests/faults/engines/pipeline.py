@@ -1,4 +1,4 @@
-"""Replaces `zlora_worker.model.pipeline`: takes orders from the prompt and draws a small image of one colour.
+"""Replaces `zlora_worker.model.pipeline`: obeys the prompt and draws an image of one colour.
 
 The prompt of such a job is a JSON object: `label` is the job's name in the journal, `step` the
 seconds of a step, and `do` what happens at step `at`: words of `faults.engines.misbehaviour`.
