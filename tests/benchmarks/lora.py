@@ -176,22 +176,28 @@ class Turns(NamedTuple):
 
 def thin(folder: Path, *, short: bool) -> list[Row]:
     """Compare where Python takes most of the time, and what does not depend on size."""
-    rounds = 3 if short else 9
+    rounds = 2 if short else 9
     bench = Bench(folder, is_thin=True, device=torch.device("cpu"))
     load, fuse = LoadAndUnload(bench.pipeline), FuseAndUnfuse(bench.pipeline)
     name, fused = "two LoRAs in and out, THIN", "load + fuse + unfuse + unload"
     rows = [
         bench.alternated(load, bench.pair, rounds).row(name, "load + set + unload", sum, goal=100)
     ]
-    if not short:
-        rows.append(bench.alternated(fuse, bench.pair, 3).row(name, fused, sum, goal=None))
+    if short:
+        return [
+            *rows,
+            *steps(bench, (2,), rounds=5),
+            *errors(folder, files=1, dtypes=(torch.bfloat16,), counts=(2,)),
+            base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=30),
+        ]
     return [
         *rows,
+        bench.alternated(fuse, bench.pair, 3).row(name, fused, sum, goal=None),
         *kept(bench, "THIN", rounds),
-        *steps(bench, 5 if short else 27),
-        *errors(folder, files=1 if short else 5),
-        base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=100 if short else 1000),
-        *memory(folder, jobs=20 if short else 500, files=10 if short else 60),
+        *steps(bench, (1, 2, 8), rounds=27),
+        *errors(folder, files=5, dtypes=(torch.bfloat16, torch.float16), counts=(1, 2)),
+        base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=1000),
+        *memory(folder, jobs=500, files=60),
     ]
 
 
@@ -258,11 +264,11 @@ def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
     return rows
 
 
-def steps(bench: Bench, rounds: int) -> list[Row]:
+def steps(bench: Bench, counts: Sequence[int], *, rounds: int) -> list[Row]:
     """Compare a step with LoRAs to a step without, in each round; the noise is base / base."""
     rows = []
     files = [bench.files[name] for name in ("r16", "r32-text", "other-r16", "r64")]
-    for count in (1, 2, 8):
+    for count in counts:
         loras = [(files[index % len(files)], 0.1 * (index + 1)) for index in range(count)]
         base, again, ours, theirs = [], [], [], []
         load = LoadAndUnload(bench.pipeline)

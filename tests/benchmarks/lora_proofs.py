@@ -28,16 +28,18 @@ from zlora_worker.model.pipeline import Pipeline
 _MEMORY_CACHE: Final = 60_000_000
 
 
-def errors(folder: Path, *, files: int) -> list[Row]:
+def errors(
+    folder: Path, *, files: int, dtypes: Sequence[torch.dtype], counts: Sequence[int]
+) -> list[Row]:
     """Compare |merged - fp64 merge|: the mean of a module, and the norm of the UNet's output.
 
     The module with the greatest error relative to the rival's counts. Figures are means over
     `files` LoRA files.
     """
     rows = []
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in dtypes:
         kind = str(dtype).removeprefix("torch.")
-        for count in (1, 2):
+        for count in counts:
             found = [_compared(folder, dtype, count, seed) for seed in range(files)]
             module, answer = (
                 tuple(fmean(one[part][way] for one in found) for way in (0, 1)) for part in (0, 1)
@@ -133,9 +135,8 @@ def _output(pipeline: Any, weights: dict[str, Tensor]) -> Tensor:
 def base_bytes(pipeline: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) -> Row:
     """Count changed bytes of the base after cycles, many of them interrupted at a random moment.
 
-    A timer's signal interrupts, as it does in a job whose time is over: in the merge, with the
-    LoRAs in, or in the restore. A cycle without interruption measures the time in which the timer
-    fires.
+    A timer's signal interrupts two of three cycles, as in a job whose time is over: in the merge,
+    with the LoRAs in, or in the restore. The third cycle runs to its end, and gives the time.
     """
     kept = [stack.base.clone() for stack in pipeline.weights.stacks]
     chance, seconds, interrupted = random.Random(1), 0.0, 0
@@ -149,11 +150,12 @@ def base_bytes(pipeline: Pipeline, ours: Ours, loras: Weighted, *, cycles: int) 
             weighted = [(path, weight * (1 + cycle % 7)) for path, weight in loras]
             start = time.perf_counter()
             try:
-                if cycle:
-                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 1.5 * seconds))
+                if cycle % 3:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, seconds))
                 with pipeline.patch.applied(ours.adapters(weighted)):
                     pass
-                seconds = time.perf_counter() - start
+                if cycle % 3 == 0:
+                    seconds = time.perf_counter() - start
             except InterruptedError:
                 interrupted += 1
             finally:

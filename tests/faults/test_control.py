@@ -65,7 +65,10 @@ def test_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(
     with scene.worker(FAKE_RELOAD_SECONDS="1.5") as running:
         cancelled = scene.submit(do=["nothing", "sleep"], seconds=60, fields={"num_images": 2})
         wait_until(lambda: scene.events("fault", cancelled)[1:], "the second image is begun")
-        assert [path.name for path in scene.files(cancelled)] == ["0.png"]
+        wait_until(
+            lambda: [path.name for path in scene.files(cancelled)] == ["0.png"],
+            "the first image is stored",
+        )
         if where == "running":
             assert cancelled.cancel() == "running"
         scene.kill(scene.child(running))
@@ -176,10 +179,11 @@ def test_id_that_was_never_submitted_is_unknown(scene: Scene) -> None:
     def is_known_to_be_unknown() -> bool:
         try:
             unknown.result(timeout=0.5)
-        except ResultTimeout:
-            return False
         except JobUnknown:
             return True
+        except ResultTimeout:
+            pass
+        return False
 
     with scene.worker():
         wait_until(is_known_to_be_unknown, "the worker's sidecar answers")

@@ -23,6 +23,9 @@ def test_model_that_does_not_load_ends_the_worker_and_leaves_the_job(
 
     with scene.starting_worker(FAKE_LOAD_FAILS=str(fault)) as failing:
         assert failing.process.wait(60) == 70
+    (line,) = failing.lines("CRITICAL")
+    assert "fake cannot be loaded" in line
+    assert not failing.lines("Traceback")
     assert handle.status().state is JobState.PENDING
     assert not scene.events("begin")
 
@@ -74,7 +77,7 @@ def test_child_that_is_killed_in_the_first_load_ends_the_worker(
 def test_pool_that_cannot_hold_one_model_is_refused(
     scene: Scene, options: tuple[str, str], reason: str
 ) -> None:
-    with scene.starting_worker(options=options) as refused:
+    with scene.starting_worker("one", options) as refused:
         assert refused.process.wait(60) == 70
         assert reason in refused.lines("CRITICAL")[0]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from support.processes import Worker, path_of, wait_until, worker
-from zlora import Client, JobState
+from zlora import JobState
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a city at night", "num_inference_steps": 60, "seed": 1}
@@ -37,23 +37,6 @@ def running(
     with worker(worker_environ | {"PYTHONPATH": str(fault)}, log) as started:
         started.wait_ready()
         yield started
-
-
-def test_worker_without_its_model_exits_with_one_line_and_takes_no_job(
-    worker_environ: dict[str, str], tmp_path: Path
-) -> None:
-    environ = worker_environ | {"ZLORA_MODEL": "/nonexistent", "ZLORA_QUEUE": "no-model"}
-
-    with Client.from_env(environ) as client:
-        handle = client.submit(SMALL)
-        with worker(environ, tmp_path / "log") as failing:
-            status = failing.process.wait(60)
-
-        assert status == 70
-        (line,) = failing.lines("CRITICAL")
-        assert "/nonexistent: no such file or folder, and not a hub id such as owner/name" in line
-        assert not failing.lines("Traceback")
-        assert handle.status().state is JobState.PENDING
 
 
 def test_invalid_setting_ends_the_worker_with_one_line(

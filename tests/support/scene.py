@@ -79,7 +79,7 @@ class Scene:
 
     @contextmanager
     def starting_worker(
-        self, name: str = "one", *, options: tuple[str, ...] = (), **variables: str
+        self, name: str = "one", options: tuple[str, ...] = (), /, **variables: str
     ) -> Iterator[Worker]:
         """Run a worker, and enter the block while it starts."""
         log = self.folder / f"{name}-{uuid.uuid4().hex[:6]}.log"
