@@ -15,16 +15,18 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
 from support.fakes import a_request, links, load_engine, write
+from support.jobs import run_job
 from support.processes import clean_environ
 from support.redrawing import provenance_in, rewritten
 from zlora.cli import main
 from zlora.errors import BaseNotRestored, ModelUnavailable, StoreFailed
 from zlora.schema import Asset, LoraSpec
+from zlora_worker.child import Child
 from zlora_worker.cli.replay import RecordedImage, Redrawn, Replayer
+from zlora_worker.delivery.progress import Progress
 from zlora_worker.demo.command import read_document
 from zlora_worker.demo.server import TOKEN, serving
 from zlora_worker.fetch.cache import Cache
-from zlora_worker.generate import Child, Report, generate
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
@@ -51,15 +53,15 @@ class Scene(NamedTuple):
         """Draw a job and return its images in the store folder."""
         store = FolderStore(self.folder)
         child = Child(
-            engine=self.engine,
-            cache=Cache.open(self.settings),
-            shelf=LoraMemoryCache(max_bytes=10**9),
+            model=self.engine,
+            lora_files=Cache.open(self.settings),
+            loras=LoraMemoryCache(max_bytes=10**9),
             store=store,
-            links=links(store),
+            urls=links(store),
             job_timeout=60,
             meter=Meter(),
         )
-        result = generate(child, job_id, a_request(**fields), lambda *_: None)
+        result = run_job(child, job_id, a_request(**fields))
         return [self.folder / image.key for image in result.images]
 
     def fields_of(self, document: str) -> dict[str, Any]:
@@ -324,10 +326,10 @@ def test_outcomes_before_an_error_are_printed(
     (path,) = scene.draw("ended")
 
     class Ending(Replayer):
-        def replay(self, image: RecordedImage, report: Report) -> Redrawn:
+        def replay(self, image: RecordedImage, progress: Progress) -> Redrawn:
             if next(left) == 0:
                 raise end
-            return super().replay(image, report)
+            return super().replay(image, progress)
 
     monkeypatch.setattr("zlora_worker.cli.replay.Replayer", Ending)
     left = iter(range(drawn, -1, -1))

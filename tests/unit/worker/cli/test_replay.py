@@ -27,7 +27,8 @@ from support.fakes import (
     settings,
     write,
 )
-from support.redrawing import Drawing, ignore_progress, provenance_in, rewritten
+from support.jobs import Watcher
+from support.redrawing import Drawing, provenance_in, rewritten
 from support.servers import SECRETS, reply, serving
 from support.tiny_folder import TINY
 from zlora.errors import GenerationFailed, InvalidRequest, ModelUnavailable
@@ -81,7 +82,7 @@ def draw(drawing: Drawing, machine: Settings, tmp_path: Path) -> DrawJob:
 def redrawn(image: RecordedImage, model: Pipeline, settings: Settings) -> Redrawn:
     replayer = Replayer(dataclasses.replace(settings, model=model.name), model_named=True)
     replayer._model, replayer._loaded = model, model.name
-    return replayer.replay(image, ignore_progress)
+    return replayer.replay(image, Watcher())
 
 
 @pytest.fixture
@@ -426,7 +427,7 @@ def test_the_demo_model_draws_its_own_images_unless_a_model_is_named(
     replayer = Replayer(chosen, model_named=named)
     for path in paths:
         with pytest.raises(ModelUnavailable):
-            replayer.replay(recorded_images(path)[0], ignore_progress)
+            replayer.replay(recorded_images(path)[0], Watcher())
 
     assert loads == [(loaded, "a-vae" if named else ""), ("some/base", "a-vae")]
 

@@ -296,7 +296,9 @@ def test_an_alpha_may_be_any_number(
 
 
 def test_each_format_of_the_producer_has_a_parser() -> None:
-    assert adapter_formats._PARSERS.keys() == key_names.FACTORS.keys() == key_names.RANKED.keys()
+    assert (
+        adapter_formats._PARSERS.keys() == key_names.FACTORS.keys() == key_names.RANK_PARTS.keys()
+    )
 
 
 def trained(model: Pipeline, kind: type[nn.Module], name: str, **options: Any) -> Any:

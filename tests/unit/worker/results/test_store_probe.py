@@ -31,7 +31,7 @@ from support.servers import (
     sign_as,
 )
 from zlora.errors import InvalidSetting
-from zlora_worker.generate import Child
+from zlora_worker.child import Child
 from zlora_worker.model import loader
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results import s3
