@@ -297,7 +297,7 @@ def sha256_without_header(file: Path) -> str:
 @pytest.fixture(scope="module")
 def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     jobs = Jobs(model_home, tmp_path_factory.mktemp("jobs"))
-    yield jobs
+    return jobs
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
