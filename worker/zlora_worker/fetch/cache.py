@@ -111,7 +111,7 @@ class Cache:
                     found.append(file)
             yield found
 
-    def bring(self, asset: Asset, *, since: float) -> None:
+    def prefetch(self, asset: Asset, *, since: float) -> None:
         """Prefetch a file, unless it is here or another process downloads it.
 
         No file that was used recently is evicted for it. Raises a `LoraError`, which is not

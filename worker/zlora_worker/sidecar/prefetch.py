@@ -66,7 +66,7 @@ class Prefetcher:
             return False
         asset, since = claimed
         try:
-            cache.bring(asset, since=since)
+            cache.prefetch(asset, since=since)
         except LoraError as error:
             logger.info("prefetch failed: %s", error)
             with self._lock:

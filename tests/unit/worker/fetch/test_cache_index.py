@@ -70,7 +70,7 @@ def test_a_prefetched_file_costs_its_job_no_request(tmp_path: Path) -> None:
     with serving(reply(ONE)) as host, caching(tmp_path, host) as cache:
         submitted, asset = time.time(), Asset(url=f"{host.url}/a")
         for _ in range(2):
-            cache.bring(asset, since=submitted)
+            cache.prefetch(asset, since=submitted)
 
         assert got(cache, asset, since=submitted).tier == "disk"
         assert host.asked == ["GET /a"]
@@ -82,10 +82,10 @@ def test_a_prefetch_does_not_wait_for_another_process(tmp_path: Path) -> None:
         asset = Asset(url=f"{host.url}/a", sha256=digest(ONE))
         for path in (cache._draft(asset), tmp_path / "loras/locks" / digest(ONE)):
             with try_lock(path):
-                cache.bring(asset, since=0)
+                cache.prefetch(asset, since=0)
         assert host.asked == []
 
-        cache.bring(asset, since=0)
+        cache.prefetch(asset, since=0)
         assert host.asked == ["GET /a"]
 
 
@@ -168,7 +168,7 @@ def test_a_failed_prefetch_does_not_fail_the_job(tmp_path: Path) -> None:
     answers = [reply(status=404), reply(ONE)]
     with serving(lambda _: answers.pop(0)) as host, caching(tmp_path, host) as cache:
         with pytest.raises(LoraNotFound):
-            cache.bring(Asset(url=f"{host.url}/a"), since=0)
+            cache.prefetch(Asset(url=f"{host.url}/a"), since=0)
 
         assert got(cache, Asset(url=f"{host.url}/a")).sha256 == digest(ONE)
 
@@ -177,7 +177,7 @@ def test_a_failed_address_is_not_prefetched(tmp_path: Path) -> None:
     with serving(reply(status=404)) as host, caching(tmp_path, host) as cache:
         with pytest.raises(LoraNotFound):
             got(cache, Asset(url=f"{host.url}/a"))
-        cache.bring(Asset(url=f"{host.url}/a"), since=0)
+        cache.prefetch(Asset(url=f"{host.url}/a"), since=0)
 
         assert host.asked == ["GET /a"]
 

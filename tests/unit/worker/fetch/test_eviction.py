@@ -108,7 +108,7 @@ def test_each_kind_of_use_counts_as_a_use(tmp_path: Path) -> None:
 
         age(cache, THREE, 20)
         age(cache, TWO, 10)
-        cache.bring(of(host, THREE), since=0)
+        cache.prefetch(of(host, THREE), since=0)
         got(cache, of(host, FOUR))
         assert kept(tmp_path) == named(THREE, FOUR)
 
@@ -212,11 +212,11 @@ def test_nothing_is_evicted_if_that_would_not_be_enough(tmp_path: Path) -> None:
 def test_a_prefetch_evicts_no_file_that_was_used_recently(tmp_path: Path) -> None:
     with full_cache(tmp_path, (ONE, 800), (TWO, 10), more=[THREE]) as (cache, host):
         with pytest.raises(CacheFull, match="used recently"):
-            cache.bring(of(host, THREE), since=0)
+            cache.prefetch(of(host, THREE), since=0)
         assert kept(tmp_path) == named(ONE, TWO)
 
         age(cache, ONE, 1000)
-        cache.bring(of(host, THREE), since=0)
+        cache.prefetch(of(host, THREE), since=0)
         assert kept(tmp_path) == named(THREE, TWO)
 
 
@@ -570,7 +570,7 @@ class Story:
     def ahead(self, path: str) -> None:
         """Prefetch, which may find no room."""
         with suppress(CacheFull):
-            self.cache.bring(Asset(url=self.host.url + path), since=time.time())
+            self.cache.prefetch(Asset(url=self.host.url + path), since=time.time())
 
     def change(self, path: str) -> None:
         self.fill += 1
