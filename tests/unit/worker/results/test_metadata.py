@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, get_args
 from xml.etree import ElementTree as ET
@@ -295,7 +294,7 @@ def sha256_without_header(file: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs = Jobs(model_home, tmp_path_factory.mktemp("jobs"))
     return jobs
 
