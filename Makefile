@@ -8,7 +8,7 @@ export ZLORA_HOME ?= $(CURDIR)/build/zlora
 # systemd runs, Debian starts a Prometheus on port 9090 as it installs it: systemctl disable --now prometheus
 DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget
 
-.PHONY: setup demo demo-model demo-model-report test check check-deploy soak bench clean
+.PHONY: setup demo demo-model demo-model-report docs test check check-deploy soak bench clean
 
 setup: $(VENV)/dev.stamp
 
@@ -35,6 +35,10 @@ demo-model: $(VENV)/dev.stamp
 # What the shipped demo model reaches, with goals; ARGS="--prompts 50" for less.
 demo-model-report: $(VENV)/dev.stamp
 	TRANSFORMERS_VERBOSITY=error PYTHONPATH=tools $(RUN)/python -P -m demo_model.report $(ARGS)
+
+# The pages of docs/reference, from the code.
+docs: $(VENV)/dev.stamp
+	$(RUN)/python -P tools/reference.py
 
 check: $(VENV)/dev.stamp
 	$(RUN)/ruff check .
