@@ -1,39 +1,39 @@
 #!/bin/sh
-# Makes the secrets of docker-compose.yml in deploy/secrets/, or in the folder $1. What is there is kept, and never
-# written over.
+# Makes the secrets of docker-compose.yml in deploy/secrets/, or in the folder $1. Existing files are kept.
 #
-# Compose mounts each file as it lies here, with its owner and mode, and the containers have users of their own: so the
-# files must be readable by all. The folder keeps everybody else on this machine out (0700), and a container sees only the
-# files that it names.
+# Compose mounts each file with its owner and mode, and the containers have users of their own: so the
+# files must be readable by all. The folder is closed to other users of this machine (0700), and a
+# container gets only the files that it names.
 #
-# The files of deploy/ that containers read as well are made readable too: a clone under umask 077 keeps them out.
+# Other files of deploy/ that containers read are made readable too: after a clone under umask 077 they
+# would not be.
 #
-# New ones: docs/operations.md, "Rotate secrets".
+# To replace secrets: docs/operations.md, "Rotate secrets".
 set -eu
 umask 077
 folder=${1:-$(dirname "$0")/secrets}
 
-command -v openssl >/dev/null || { # ends before anything is made
-    echo "openssl is missing, which makes the certificate of the store" >&2
+command -v openssl >/dev/null || { # before any file is made
+    echo "openssl is missing; it makes the certificate of the store" >&2
     exit 1
 }
 
-random() { # $1 bytes as hexadecimal digits, which need no quoting in a URL, a configuration or JSON
+random() { # $1 bytes as hexadecimal digits, which need no quoting
     od -An -v -N"$1" -tx1 /dev/urandom | tr -d ' \n'
 }
 
 write() { # standard input into the new file $1, of mode $2
-    (set -C && cat >"$folder/$1") # -C: refuses a file that is there
+    (set -C && cat >"$folder/$1") # -C: fails if the file exists
     chmod "${2:-0444}" "$folder/$1"
 }
 
-missing() { # whether none of the files is there; ends where only some are, since all hold the same secret
+missing() { # whether none of the files exists; ends if only some exist, because they share a secret
     there=0
     for name in "$@"; do
         [ ! -e "$folder/$name" ] || there=$((there + 1))
     done
     if [ "$there" -ne 0 ] && [ "$there" -ne $# ]; then
-        echo "$folder has only some of $*: remove these, or bring the others back" >&2
+        echo "$folder has only some of $*: remove these, or restore the others" >&2
         exit 1
     fi
     [ "$there" -eq 0 ] || echo "kept: $*"
@@ -67,16 +67,16 @@ END
     printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$key" "$secret" | write store_credentials
 fi
 
-if missing store_grpc; then # no name in it is ever looked at, and it lasts 100 years
+if missing store_grpc; then # its name is never checked, and it is valid for 100 years
     pem=$(openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=nobody -days 36500 -keyout /dev/stdout 2>/dev/null) || {
-        echo "openssl makes no certificate" >&2
+        echo "openssl cannot make a certificate" >&2
         exit 1
     }
     printf '%s\n' "$pem" | write store_grpc
 fi
 
-if missing webhook_secret; then # yours to add to
-    printf 'whsec_%s\n' "$(random 24)" | write webhook_secret 0644 # 48 digits, which are base64 of 36 bytes too
+if missing webhook_secret; then # you may add secrets
+    printf 'whsec_%s\n' "$(random 24)" | write webhook_secret 0644 # 48 digits are also base64 of 36 bytes
 fi
 
 if missing flower_auth flower_metrics_password; then
@@ -86,10 +86,10 @@ if missing flower_auth flower_metrics_password; then
 fi
 
 if missing grafana_password; then
-    printf '%s\n' "$(random 12)" | write grafana_password # Grafana takes it at its first start
+    printf '%s\n' "$(random 12)" | write grafana_password # Grafana uses it at its first start only
 fi
 
-for token in hf_token civitai_token; do # yours to fill in, where you have one
+for token in hf_token civitai_token; do # fill in if you have one
     if missing "$token"; then
         write "$token" 0644 </dev/null
     fi

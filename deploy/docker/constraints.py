@@ -1,6 +1,9 @@
-"""Print the pins of the images: the versions, installed here, of all that the extras named on the command line need.
+"""Print the pins of the images: the installed version of each package that the given extras need.
 
-After `make test`: .venv/bin/python deploy/docker/constraints.py worker flower preflight > deploy/docker/constraints.txt
+Run it after `make test`:
+
+    cd deploy/docker
+    ../../.venv/bin/python constraints.py worker flower preflight > constraints.txt
 """
 
 import sys
@@ -20,7 +23,7 @@ while wanted:
     found = distribution(name)
     pins[found.name] = Version(
         found.version
-    ).public  # an index of CPU wheels has the same version with a suffix
+    ).public  # CPU wheels have the same version with a suffix
     for line in found.requires or []:
         needed = Requirement(line)
         if not needed.marker or any(

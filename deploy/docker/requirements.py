@@ -1,4 +1,7 @@
-"""Print what an image installs: the dependencies in the file that is named first, and those of the extras after it."""
+"""Print what an image installs: the dependencies in a pyproject.toml, and those of given extras.
+
+Usage: `requirements.py pyproject.toml extra ...`.
+"""
 
 import sys
 import tomllib

@@ -1,9 +1,10 @@
 # syntax=docker/dockerfile:1
-# Producer, Flower and the queue's metrics: no torch. The root may be read-only; written are /pictures and /tmp.
+# Producer, Flower and queue metrics, without torch. The root may be read-only; /pictures and /tmp are
+# written.
 #
 #   docker build -f deploy/docker/tools.Dockerfile -t z-image-lora/tools:0.1.0 .
 #
-# Size: 0.22 GB. Measured by their files where the tests run: the 45 packages of '.[flower,preflight]' have 82 MB.
+# Size: 0.22 GB. Measured where the tests run: the 45 packages of '.[flower,preflight]' have 82 MB.
 # Estimated: the base image has 0.13 GB.
 FROM python:3.11.15-slim-trixie AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1

@@ -1,14 +1,16 @@
 # syntax=docker/dockerfile:1
-# The GPU worker. The root may be read-only; written are /models, /loras, /run/zlora and /tmp.
+# The GPU worker. The root may be read-only; /models, /loras, /run/zlora and /tmp are written.
 #
 #   docker build -f deploy/docker/worker.Dockerfile --target worker -t z-image-lora/worker:0.1.0 .
 #
-# worker   the model comes into /models at the first start, or is mounted (ZLORA_MODEL=/models/<folder>)
-# baked    the model is in the image, under /model; build arg MODEL, and the network at build only
+# worker   downloads the model into /models at the first start, or has it mounted
+#          (ZLORA_MODEL=/models/<folder>)
+# baked    has the model in the image, under /model; needs build arg MODEL, and the network at build only
 #
-# Size. Measured by their files where the tests run: the 72 packages of '.[worker]' have 1,151 MB, 647 of them torch's
-# for CPUs. Estimated: torch 2.13 for CUDA 13 and the 19 packages that it needs are 2.7 GB of wheels, as pip's logs name
-# them, and take about 5 GB (1.8 times as much was seen with CUDA 12); the base image has 0.13 GB, SDXL in fp16 7 GB.
+# Size. Measured where the tests run: the 73 packages of '.[worker]' have 1,151 MB, 647 of them torch
+# for CPUs. Estimated: torch 2.13 for CUDA 13 and the 19 packages that it needs are 2.7 GB of wheels by
+# pip's logs, and take about 5 GB (1.8 times as much, as measured with CUDA 12); the base image has
+# 0.13 GB, SDXL in fp16 7 GB.
 #   worker, CPU torch    1.3 GB
 #   worker, CUDA torch   5.6 GB, 3.0 GB to pull
 #   baked, CUDA torch    12.6 GB
@@ -16,8 +18,8 @@ FROM python:3.11.15-slim-trixie AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /app
 
-# The list of dependencies alone: the layer with torch is built again where it changes, not with each line of
-# pyproject.toml.
+# The list of dependencies alone: the layer with torch is built again only if the list changes, not
+# with every change of pyproject.toml.
 FROM base AS requirements
 COPY pyproject.toml ./
 COPY deploy/docker/requirements.py ./
@@ -33,8 +35,8 @@ FROM base AS worker
 RUN useradd --no-create-home --uid 10001 zlora && install -d -o zlora -g zlora /models /loras /run/zlora
 COPY deploy/docker/constraints.txt /constraints.txt
 COPY --from=requirements /requirements.txt /requirements.txt
-# Another index, for torch alone: what it needs comes from the usual one, in the pinned versions. Without one pip takes
-# the CUDA wheels.
+# Another index for torch alone; its dependencies come from PyPI in the pinned versions. Without
+# another index pip installs the CUDA wheels.
 ARG TORCH_INDEX=""
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX" --no-deps} --constraint /constraints.txt torch \
     && pip install --constraint /constraints.txt --requirement /requirements.txt
@@ -48,7 +50,7 @@ CMD ["celery", "-A", "zlora_worker.app", "worker", "--loglevel", "INFO", "--with
 FROM worker AS baked
 ARG MODEL=stabilityai/stable-diffusion-xl-base-1.0
 USER 0
-# In diffusers' layout, weights in fp16 only: what a worker loads on CUDA.
+# In diffusers' layout, only weights in fp16: a worker loads these on CUDA.
 RUN HF_HOME=/tmp/hf hf download "$MODEL" --local-dir /model --include '*.json' --include '*.txt' \
     --include '*.fp16.safetensors' --exclude 'vae_1_0/*' && rm -rf /model/.cache /tmp/hf
 USER 10001

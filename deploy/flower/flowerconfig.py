@@ -1,9 +1,10 @@
-"""Flower behind passwords, to look and not to act: `celery -A zlora_worker.app flower --conf=<this file>`.
+"""Configuration of Flower, read-only and with passwords.
 
-Flower takes the names here that are options of its own. What is on its command line goes before them. Of the
-environment, beside Flower's own variables:
+Start it by `celery -A zlora_worker.app flower --conf=<this file>`. The names here are options of
+Flower; options of the command line have precedence. Beside Flower's own environment variables:
 
-* `FLOWER_AUTH_FILE`: a file of `user:password`, one a line; or `FLOWER_BASIC_AUTH`: the same between commas.
+* `FLOWER_AUTH_FILE`: a file with one `user:password` a line; or `FLOWER_BASIC_AUTH`: the same,
+  separated by commas.
 * `FLOWER_ADDRESS`: where Flower listens; this machine's loopback by default.
 """
 
@@ -18,7 +19,7 @@ from tornado.web import HTTPError, authenticated
 
 
 def accounts() -> list[str]:
-    """Who may look, each as `user:password`; ends Flower where there is nobody, or a line that is no account."""
+    """Return the accounts as `user:password`; end Flower if there are none, or one is not valid."""
     given: list[str] = options.basic_auth or []
     file = os.environ.get("FLOWER_AUTH_FILE", "")
     if bool(given) == bool(file):
@@ -29,7 +30,7 @@ def accounts() -> list[str]:
     except OSError as error:
         raise SystemExit(f"flower: {name}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SystemExit(f"flower: {name}: it is no text") from None
+        raise SystemExit(f"flower: {name}: not a text file") from None
     if not found or not all(map(_is_account, found)):
         raise SystemExit(
             f"flower: {name}: expected `user:password` in ASCII, each without spaces around it"
@@ -38,7 +39,7 @@ def accounts() -> list[str]:
 
 
 def _is_account(text: str) -> bool:
-    """ASCII, since Flower compares accounts by a function that takes no other text."""
+    """Whether the text is `user:password` in ASCII; Flower fails to compare other text."""
     user, _, password = text.partition(":")
     return (
         bool(user and password) and text.isascii() and text.isprintable() and text == text.strip()
@@ -47,8 +48,8 @@ def _is_account(text: str) -> bool:
 
 @authenticated
 def no_result(_: Any, task_id: str) -> NoReturn:
-    """In place of a whole result: its URLs would open the pictures, and its request has the prompt."""
-    raise HTTPError(403, f"ask for the result of {task_id} by `zlora`")
+    """Refuse the complete result: its URLs open the images."""
+    raise HTTPError(403, f"get the result of {task_id} by `zlora`")
 
 
 if "read_only" not in options:
@@ -57,16 +58,17 @@ if "read_only" not in options:
 basic_auth = accounts()
 address = options.address or "127.0.0.1"
 
-# Flower would kill the model together with a job that it revokes, and sends jobs that no ledger knows.
+# Flower would kill the process that has the model together with a revoked job, and submit jobs
+# without a record.
 read_only = True
 TaskResult.get = no_result
-Metrics.get = authenticated(Metrics.get)  # Flower itself shows them to anybody
+Metrics.get = authenticated(Metrics.get)  # Flower serves metrics without an account
 
-# What has happened is in the store and in Prometheus. Here it is forgotten with the process: a file of it would keep
-# prompts that nobody deletes.
+# Results are in the store, and counts in Prometheus. A file of Flower's would keep prompts
+# without an expiry.
 persistent = False
-max_tasks = 10_000  # of some KB each
-purge_offline_workers = 3_600  # seconds until the metrics forget a worker that has left
+max_tasks = 10_000  # some KB each
+purge_offline_workers = 3_600  # seconds until the metrics omit a worker that has stopped
 
 tasks_columns = "uuid,state,args,result,worker,runtime,exception,received,started"
 natural_time = True  # "3 minutes ago"

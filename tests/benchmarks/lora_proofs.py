@@ -18,7 +18,7 @@ from benchmarks.rivals import FuseAndUnfuse, LoadAndUnload, Ours, Weighted
 from safetensors.torch import load_file
 from torch import Tensor
 from zlora_worker.lora.memory_cache import LoraMemoryCache
-from zlora_worker.lora.merge import Plan, WeightedLora
+from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights

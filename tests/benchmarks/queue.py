@@ -20,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from itertools import pairwise
 
 from benchmarks.report import Row, compare, publish
+from support.jobs import run_job
 from support.tiny_folder import build_tiny, tiny_model
 from zlora import Client
 from zlora.embedded import EmbeddedStack
@@ -46,7 +47,7 @@ def main(*, rounds: int) -> None:
         }
         runtime = Child.open(Settings.from_env(environ), Meter())
         with (
-            EmbeddedStack(environ, log_folder=Path(folder, "logs")) as stack,
+            EmbeddedStack(environ) as stack,
             Client.from_env(stack.environ) as client,
         ):
             through_queue(client), directly(runtime, "warm")

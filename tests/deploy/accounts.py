@@ -1,6 +1,6 @@
-"""Accounts of SeaweedFS's S3 as its administration makes them, by gRPC on the port 10,000 above S3's.
+"""Make accounts of SeaweedFS's S3 by its administration, gRPC on the port 10,000 above S3's port.
 
-The message is `PutIdentityRequest` of SeaweedFS's `s3.proto`, and its service `SeaweedS3IamCache`.
+The message is `PutIdentityRequest` of SeaweedFS's `s3.proto`, the service `SeaweedS3IamCache`.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ _HTTP2: Final = {"http": "--http2-prior-knowledge", "https": "--http2"}
 
 
 def is_made(place: str, name: str, scratch: Path, *, key: str | None = None) -> bool:
-    """Whether the server at a URL takes an administrator from one with the key, a file with its certificate."""
+    """Whether the server accepts a new administrator; `key` is a file with key and certificate."""
     body = scratch / "identity"
     body.write_bytes(_message(name))
     command = ["curl", "--silent", "--insecure", "--include", "--max-time", "10", *_GRPC]
@@ -32,7 +32,7 @@ def is_made(place: str, name: str, scratch: Path, *, key: str | None = None) -> 
 
 
 def own_key(scratch: Path) -> str:
-    """A key and its certificate that say what the store's say, and are not the store's."""
+    """Make a key and certificate with the store's subject that are not the store's."""
     made = scratch / "own_key"
     command = [
         "openssl",
@@ -76,7 +76,7 @@ def _secret(name: str) -> str:
 
 
 def _message(name: str) -> bytes:
-    """In gRPC's frame: no compression, and the length."""
+    """Return the request in gRPC's frame: no compression, and the length."""
     credential = _field(1, _access(name).encode()) + _field(2, _secret(name).encode())
     identity = _field(1, name.encode()) + _field(2, credential) + _field(3, b"Admin")
     request = _field(1, identity)
@@ -84,6 +84,6 @@ def _message(name: str) -> bytes:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    """Of Protocol Buffers, with a length below 128."""
+    """Return a field of Protocol Buffers with a length below 128."""
     assert len(value) < 128
     return bytes([number << 3 | 2, len(value)]) + value

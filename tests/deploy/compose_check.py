@@ -1,7 +1,7 @@
 """Check the compose files, the Dockerfiles and the secrets' script, without a container engine.
 
-`PYTHONPATH=tests .venv/bin/python -P tests/deploy/compose_check.py [ROOT]` says what is wrong, a line each, and ends
-with status 1.
+`PYTHONPATH=tests .venv/bin/python -P tests/deploy/compose_check.py [ROOT]` prints one line for each
+problem, and exits with status 1 if there is one.
 """
 
 import json
@@ -31,7 +31,7 @@ _STACKS = {
     "cpu": ["-f", "docker-compose.yml", "-f", "docker-compose.cpu.yml"],
     "all profiles": ["-f", "docker-compose.yml", "--profile", "monitoring", "--profile", "example"],
 }
-_ONCE = {"bucket", "producer"}  # services that end by themselves
+_ONCE = {"bucket", "producer"}  # services that run once
 _YAML = (
     "docker-compose.yml",
     "docker-compose.cpu.yml",
@@ -45,7 +45,7 @@ rules:
   document-start: disable
   comments: {min-spaces-from-content: 1}
 """
-# Of other programs: boto3, the hub's client, Flower, Python's own.
+# Variables of other programs: boto3, huggingface_hub, Flower, Python.
 _FOREIGN = {
     "no_proxy",
     "AWS_SHARED_CREDENTIALS_FILE",
@@ -61,7 +61,7 @@ _SECRET_NAME = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|AUTH|BROKER_URL|RESU
 
 
 def problems() -> Iterator[str]:
-    """Everything that is wrong."""
+    """Return all problems."""
     stacks = {}
     for title, options in _STACKS.items():
         done = config(ROOT, *options)
@@ -69,11 +69,11 @@ def problems() -> Iterator[str]:
             yield f"docker-compose config, {title}: {done.stderr.strip()}"
         else:
             stacks[title] = json.loads(done.stdout)
-    yield from _said(
+    yield from _output(
         "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"
     )
-    yield from _said("hadolint", *map(str, images.files(ROOT)))
-    yield from _said("yamllint", "--strict", "-d", _YAML_RULES, *_YAML)
+    yield from _output("hadolint", *map(str, images.files(ROOT)))
+    yield from _output("yamllint", "--strict", "-d", _YAML_RULES, *_YAML)
     for title, stack in stacks.items():
         yield from (f"{title}: {problem}" for problem in _stack(stack))
     if len(stacks) == len(_STACKS):
@@ -88,7 +88,7 @@ def _run(program: str, *arguments: str, cwd: Path = ROOT) -> "subprocess.Complet
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def _said(program: str, *arguments: str) -> Iterator[str]:
+def _output(program: str, *arguments: str) -> Iterator[str]:
     done = _run(program, *arguments)
     if done.returncode:
         yield f"{program}: {(done.stdout + done.stderr).strip()}"
@@ -98,7 +98,7 @@ def _stack(stack: Mapping[str, Any]) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(stack, file)
         file.flush()
-        yield from _said("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file.name)
+        yield from _output("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file.name)
     known = _known_names()
     for name, service in stack["services"].items():
         checks = (_image, _life, _rights, _files)
@@ -132,35 +132,36 @@ def _life(name: str, service: Mapping[str, Any]) -> Iterator[str]:
         ):
             yield f"a job may take longer than stop_grace_period {service['stop_grace_period']}"
         if images.seconds(service["healthcheck"]["start_period"]) < settings.load_timeout:
-            yield f"loading the model may take longer than start_period {service['healthcheck']['start_period']}"
+            period = service["healthcheck"]["start_period"]
+            yield f"loading the model may take longer than start_period {period}"
     if service["image"].startswith(wiring.OURS) and not service.get("init"):
         yield "no init"
 
 
 def _rights(_: str, service: Mapping[str, Any]) -> Iterator[str]:
     if not service.get("read_only"):
-        yield "its root can be written"
+        yield "the root file system is writable"
     if service.get("cap_drop") != ["ALL"] or service.get("cap_add") or service.get("privileged"):
-        yield "it keeps capabilities"
+        yield "it has capabilities"
     if "no-new-privileges:true" not in service.get("security_opt", []):
         yield "it may gain privileges"
     if str(service.get("user", "")).partition(":")[0] in ("0", "root"):
         yield "it runs as root"
     if "container_name" in service:
-        yield "a container's name lets it be there only once"
+        yield "with a container name there can be only one"
 
 
 def _files(_: str, service: Mapping[str, Any]) -> Iterator[str]:
-    """The paths that a service is told, of secrets that it has."""
+    """Check the secrets and files that a service names."""
     has = {f"/run/secrets/{item['source']}" for item in service.get("secrets", [])}
-    told = {name: service.get(name) for name in ("command", "environment", "healthcheck")}
-    named = set(re.findall(r"/run/secrets/\w+", json.dumps(told)))
-    yield from (f"it is told of {path}, and does not have it" for path in sorted(named - has))
+    texts = {name: service.get(name) for name in ("command", "environment", "healthcheck")}
+    named = set(re.findall(r"/run/secrets/\w+", json.dumps(texts)))
+    yield from (f"it names {path}, and has no such secret" for path in sorted(named - has))
     for mount in service.get("volumes", []):
         if mount["type"] == "bind" and not (
             Path(mount["source"]).exists() and mount.get("read_only")
         ):
-            yield f"{mount['source']}: expected a file or folder that is there, mounted to be read only"
+            yield f"{mount['source']}: expected an existing path, mounted read-only"
 
 
 def _values(environ: Mapping[str, str | None]) -> Iterator[str]:
@@ -189,12 +190,12 @@ def _devices(stacks: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:
-    """The script makes what the compose file names, readable for all users in a folder that is not, and keeps it."""
+    """Check that the script makes the compose file's secrets, with safe modes, and keeps them."""
     script, composed = (
         ROOT / "deploy/secrets.sh",
         (ROOT / "docker-compose.yml").read_text(encoding="utf-8"),
     )
-    names = set(yaml.safe_load(composed)["secrets"])  # docker-compose leaves out what nobody uses
+    names = set(yaml.safe_load(composed)["secrets"])  # docker-compose omits unused secrets
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "secrets")
         done = _run("sh", str(script), str(folder))
@@ -204,28 +205,28 @@ def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:
         if stat.S_IMODE(folder.stat().st_mode) != 0o700 or any(
             not path.stat().st_mode & 0o004 for path in folder.iterdir()
         ):
-            yield "deploy/secrets.sh: expected a folder of its owner and files for all users"
+            yield "deploy/secrets.sh: expected a private folder with files that all users can read"
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         again = _run("sh", str(script), str(folder))
         if (
             again.returncode
             or {path.name: path.read_bytes() for path in folder.iterdir()} != before
         ):
-            yield f"deploy/secrets.sh: it does not keep what is there: {again.stderr}"
+            yield f"deploy/secrets.sh: it does not keep existing files: {again.stderr}"
         (folder / "broker_url").unlink()
         if not _run("sh", str(script), str(folder)).returncode:
-            yield "deploy/secrets.sh: it takes a password without its URL"
+            yield "deploy/secrets.sh: it accepts a password without its URL"
         yield from _readable(Path(scratch, "clone"))
     used = {
         item["source"]
         for service in stack["services"].values()
         for item in service.get("secrets", [])
     }
-    yield from (f"nobody uses the secret {name}" for name in sorted(names - used))
+    yield from (f"no service uses the secret {name}" for name in sorted(names - used))
 
 
 def _readable(clone: Path) -> Iterator[str]:
-    """Containers' users can read what is mounted from a clone that was made under umask 077."""
+    """Check that containers can read mounted files of a clone made under umask 077."""
     shutil.copytree(ROOT / "deploy", clone, ignore=shutil.ignore_patterns("secrets"))
     for path in clone.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
@@ -233,7 +234,8 @@ def _readable(clone: Path) -> Iterator[str]:
     for name in ("s3", "prometheus", "grafana"):
         for path in (clone / name, *(clone / name).rglob("*")):
             if not path.stat().st_mode & 0o004:
-                yield f"deploy/secrets.sh: {path.relative_to(clone)} of a private clone cannot be read in a container"
+                file = path.relative_to(clone)
+                yield f"deploy/secrets.sh: containers cannot read {file} of a private clone"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The compose files as docker-compose itself understands them, whatever this machine's user has set."""
+"""Read the compose files by docker-compose, independent of this user's settings."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def config(root: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    """`docker-compose config`, as JSON: without `.env` and without variables of the files or of docker-compose."""
+    """Run `docker-compose config` without `.env` and without variables that change its result."""
     command = ["docker-compose", "--env-file", "/dev/null", *options, "config", "--format", "json"]
     environ = {
         name: value

@@ -1,4 +1,4 @@
-"""The Dockerfiles: what they copy, install and start from."""
+"""Check the Dockerfiles: base images, packages and copied files."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def files(root: Path) -> list[Path]:
 
 
 def problems(root: Path, services: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the Dockerfiles, and between them and the services."""
+    """Return the problems of the Dockerfiles, and between Dockerfiles and services."""
     for file in files(root):
         yield from (f"{file.name}: {problem}" for problem in _file(file))
     yield from _context(root)
@@ -30,7 +30,7 @@ def problems(root: Path, services: Mapping[str, Any]) -> Iterator[str]:
 
 
 def seconds(text: str) -> int:
-    """Of a duration as Docker has it, such as `1h30m`."""
+    """Return the seconds of one of Docker's durations, such as `1h30m`."""
     parts = {unit: int(number) for number, unit in re.findall(r"(\d+)([hms])", text)}
     return parts.get("h", 0) * 3600 + parts.get("m", 0) * 60 + parts.get("s", 0)
 
@@ -53,25 +53,24 @@ def _file(file: Path) -> Iterator[str]:
 
 
 def _context(root: Path) -> Iterator[str]:
-    """What the Dockerfiles copy is there and let in by .dockerignore, and nothing else is let in."""
+    """Check that .dockerignore allows exactly the files that the Dockerfiles copy."""
     lines = (root / ".dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = {line[1:] for line in lines if line.startswith("!")}
     if "*" not in lines:
-        yield ".dockerignore: expected a list of what is let in"
+        yield ".dockerignore: expected `*` and a list of allowed files"
     copied = {
         source for file in files(root) for sources, _ in _copies(file) for source in sources.split()
     }
     yield from (
-        f"{source} is copied, and not there"
+        f"{source} is copied, and does not exist"
         for source in sorted(copied)
         if not (root / source).exists()
     )
     yield from (
-        f".dockerignore keeps {source} out, and it is copied" for source in sorted(copied - allowed)
+        f".dockerignore excludes {source}, which is copied" for source in sorted(copied - allowed)
     )
     yield from (
-        f".dockerignore lets {source} in, and nobody copies it"
-        for source in sorted(allowed - copied)
+        f".dockerignore allows {source}, which is not copied" for source in sorted(allowed - copied)
     )
 
 
@@ -82,7 +81,7 @@ def _copies(file: Path) -> list[tuple[str, str]]:
 
 
 def _pins(root: Path) -> Iterator[str]:
-    """Each direct dependency of an image has a version in constraints.txt that pyproject.toml allows."""
+    """Check that constraints.txt pins each direct dependency to an allowed version."""
     folder = root / "deploy/docker"
     text = (folder / "constraints.txt").read_text(encoding="utf-8")
     pins = dict(line.lower().split("==") for line in text.splitlines() if "==" in line)
@@ -98,11 +97,12 @@ def _pins(root: Path) -> Iterator[str]:
     ).stdout.splitlines():
         wanted = Requirement(line)
         if not wanted.specifier.contains(pins.get(wanted.name.lower(), "0")):
-            yield f"constraints.txt: {wanted.name} {pins.get(wanted.name.lower())}, and pyproject.toml asks for {line}"
+            pin = pins.get(wanted.name.lower())
+            yield f"constraints.txt: {wanted.name} {pin}, and pyproject.toml requires {line}"
 
 
 def _built(services: Mapping[str, Any]) -> Iterator[str]:
-    """Each image of ours is built by one service that is always there, and asked of no registry."""
+    """Check that one service without a profile builds each of our images, and none is pulled."""
     ours = {
         name: service for name, service in services.items() if service["image"].startswith(OURS)
     }
@@ -114,7 +114,7 @@ def _built(services: Mapping[str, Any]) -> Iterator[str]:
         ]
         files = {ours[name]["build"]["dockerfile"] for name in by}
         if files != {str(dockerfile(Path(), image))}:
-            yield f"{image}: expected it of its own Dockerfile, not {files}"
+            yield f"{image}: expected its own Dockerfile, not {files}"
         if len(by) != 1 or ours[by[0]].get("profiles"):
             yield f"{image}: expected one service without a profile to build it, not {by}"
     yield from (
@@ -125,17 +125,17 @@ def _built(services: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _flower(root: Path, flower: Mapping[str, Any]) -> Iterator[str]:
-    """Its configuration is where its command looks: in the folder that both images work in."""
+    """Check that the image has Flower's configuration at the path in the command."""
     file = dockerfile(root, flower["image"])
-    (told,) = re.findall(r"--conf=(\S+)", " ".join(flower["command"]))
-    if told not in {place for _, place in _copies(file)}:
-        yield f"{file.name}: nothing is copied to {told}, where Flower looks"
+    (path,) = re.findall(r"--conf=(\S+)", " ".join(flower["command"]))
+    if path not in {target for _, target in _copies(file)}:
+        yield f"{file.name}: nothing is copied to {path}, the configuration of Flower"
 
 
 def _environ(root: Path, worker: Mapping[str, Any]) -> Iterator[str]:
-    """What the image says of folders, and the compose file again for whoever reads it alone."""
+    """Check that the folders in the compose file are those of the image."""
     text = dockerfile(root, worker["image"]).read_text(encoding="utf-8")
-    told = " ".join(re.findall("^ENV (.*)$", text, re.MULTILINE))
-    for name, value in re.findall(r"(ZLORA_\w+|HF_HOME)=(/\S+)", told):
+    variables = " ".join(re.findall("^ENV (.*)$", text, re.MULTILINE))
+    for name, value in re.findall(r"(ZLORA_\w+|HF_HOME)=(/\S+)", variables):
         if name != "ZLORA_MODEL" and worker["environment"].get(name) != value:
             yield f"worker: {name} is {worker['environment'].get(name)}, and {value} in its image"

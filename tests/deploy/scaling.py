@@ -1,4 +1,4 @@
-"""What is wrong with the scaling of a build, by KEDA's names."""
+"""Check the scaling of a build by KEDA."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -6,23 +6,23 @@ from typing import Final
 from deploy.kustomized import Build, Document
 from zlora.broker.keys import waiting_lists
 
-ASKED: Final = {
+PARAMETERS: Final = {
     "address",
     "password",
-}  # parameters of KEDA's trigger `redis` that come from the Secret
-DATABASE: Final = "0"  # of the README's address
+}  # parameters of KEDA's trigger `redis` from the Secret
+DATABASE: Final = "0"  # in the README's address
 
 
 def scaling(found: Build) -> Iterator[str]:
-    """Each trigger reads a list of the queue's, or what its workers hold, and all together scale the workers."""
-    queue = found.told(found.worker())["ZLORA_QUEUE"]
+    """Check that the triggers count the waiting and running jobs, and scale the workers."""
+    queue = found.variables(found.worker())["ZLORA_QUEUE"]
     for scaled in found.of("ScaledObject"):
         spec, triggers = scaled["spec"], scaled["spec"]["triggers"]
         if spec["scaleTargetRef"] != {"name": "zlora-worker"}:
             yield f"ScaledObject: {spec['scaleTargetRef']} are not the workers"
         lists = [trigger["metadata"]["listName"] for trigger in triggers]
         if sorted(lists) != sorted([*waiting_lists(queue), "unacked"]):
-            yield f"ScaledObject: {lists} are not the queue's lists and what its workers hold"
+            yield f"ScaledObject: {lists} are not the queue's lists and `unacked`"
         formula = spec["advanced"]["scalingModifiers"]["formula"]
         if sorted(formula.split(" + ")) != sorted(trigger["name"] for trigger in triggers):
             yield f"ScaledObject: {formula}: not the sum of its triggers"
@@ -41,5 +41,5 @@ def _trigger(found: Build, trigger: Document) -> Iterator[str]:
     parameters = {
         reference["parameter"] for one in known for reference in one["spec"]["secretTargetRef"]
     }
-    if parameters != ASKED:
-        yield f"trigger {name}: its authentication has {sorted(parameters)}, and not {sorted(ASKED)}"
+    if parameters != PARAMETERS:
+        yield f"trigger {name}: expected {sorted(PARAMETERS)}, not {sorted(parameters)}"

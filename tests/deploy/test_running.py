@@ -1,7 +1,7 @@
-"""What docker-compose.yml starts does its work: its own commands and environment, run as plain processes.
+"""The services of docker-compose.yml work together, run as plain processes.
 
-`make check-deploy` runs this; it needs Debian's docker-compose, prometheus, chromium, curl, openssl and wget. Pictures
-of Flower's and Prometheus' pages are left in build/deploy.
+`make check-deploy` runs this file; it needs Debian's docker-compose, prometheus, chromium, curl,
+openssl and wget. Screenshots of Flower's and Prometheus' pages are left in build/deploy.
 """
 
 import shutil
@@ -21,7 +21,7 @@ import redis
 import requests
 from deploy.accounts import is_known, is_made, own_key
 from deploy.plain import GRPC, ROOT, Machine, Running, parsed, secret
-from deploy.watching import unanswered, unborn
+from deploy.watching import missing_counters, unanswered
 from support.processes import wait_until
 from zlora import Client
 from zlora.errors import LoraNotAllowed
@@ -33,10 +33,10 @@ CHECKED: Final = (
     "store",
     "worker",
     *WATCHING,
-)  # the broker's and Grafana's checks need their images' own programs
-SIGNATURE: Final = "0f1e2d3c4b5a"  # of a LoRA's link, which nobody may read
+)  # the checks of broker and Grafana need programs of their images
+SIGNATURE: Final = "0f1e2d3c4b5a"  # in a LoRA's URL; a secret
 GRAPH: Final = "sum by (phase) (rate(zlora_job_phase_seconds_sum[1m]))"
-PICTURES: Final = ROOT / "build/deploy"
+SCREENSHOTS: Final = ROOT / "build/deploy"
 BROWSER: Final = (
     "chromium",
     "--headless",
@@ -55,15 +55,15 @@ QUIET: Final = (
 
 @dataclass
 class Outcome:
-    """The machine, and what became of its jobs."""
+    """The machine, and the results of its jobs."""
 
     machine: Machine
     client: Client
     results: list[GenerateResult]
-    tasks: dict[str, Mapping[str, Any]]  # Flower's, by job
-    statuses: dict[str, int]  # exit statuses, of what ended
-    said: str  # by the producer
-    early: set[str]  # services that called themselves healthy before they were started
+    tasks: dict[str, Mapping[str, Any]]  # Flower's data, by job
+    statuses: dict[str, int]  # exit statuses by service
+    output: str  # of the producer
+    early: set[str]  # services that were healthy before they were started
 
     def url(self, service: str, port: int) -> str:
         return f"http://127.0.0.1:{self.machine.port(service, port)}"
@@ -85,7 +85,7 @@ def machine(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def ran(machine: Machine) -> Iterator[Outcome]:
-    """Everything is started in the order of the file; a producer's job, 20 at once, and a worker told to end."""
+    """Start all services, run a producer's job, 20 jobs at once, and stop a worker."""
     with ExitStack() as stack:
 
         def start(service: str, number: int = 1) -> Running:
@@ -111,18 +111,18 @@ def ran(machine: Machine) -> Iterator[Outcome]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(
                 "NO_PROXY", "localhost,127.0.0.1"
-            )  # as Docker's client configuration may say to containers
+            )  # as Docker's client configuration may set for containers
             producer = start("producer")
         statuses["producer"] = producer.process.wait(90)
         requests_ = [
-            {"prompt": f"picture {number}", "num_inference_steps": 12} for number in range(JOBS)
+            {"prompt": f"image {number}", "num_inference_steps": 12} for number in range(JOBS)
         ]
         handles = client.submit_many(requests_)
         results = [handle.result(timeout=120) for handle in handles]
         tasks = wait_until(
-            lambda: _tasks(machine, [handle.id for handle in handles]), "Flower has heard of all"
+            lambda: _tasks(machine, [handle.id for handle in handles]), "Flower has all ends"
         )
-        statuses["worker-2"], more = _stopped_in_the_middle(client, workers[1])
+        statuses["worker-2"], more = _stop_worker(client, workers[1])
         with pytest.raises(LoraNotAllowed):
             client.submit(
                 _with_lora(f"http://10.0.0.1/anime.safetensors?X-Amz-Signature={SIGNATURE}")
@@ -136,8 +136,8 @@ def _with_lora(url: str) -> dict[str, Any]:
     return {"prompt": "a portrait in anime style", "loras": [{"file": {"url": url}, "weight": 0.8}]}
 
 
-def _stopped_in_the_middle(client: Client, worker: Running) -> tuple[int, list[GenerateResult]]:
-    """More jobs, and a worker that is told to end while it draws; its exit status."""
+def _stop_worker(client: Client, worker: Running) -> tuple[int, list[GenerateResult]]:
+    """Stop a worker while it runs a job; return its exit status and the results."""
     handles = client.submit_many(
         [{"prompt": f"more {number}", "num_inference_steps": 12} for number in range(JOBS)]
     )
@@ -147,13 +147,13 @@ def _stopped_in_the_middle(client: Client, worker: Running) -> tuple[int, list[G
         return status.result(), [handle.result(timeout=120) for handle in handles]
 
 
-def test_the_producer_of_the_readme_saves_its_picture(ran: Outcome) -> None:
-    assert ran.statuses["producer"] == 0, ran.said
-    assert "base intact: yes" in ran.said
+def test_the_producer_of_the_readme_saves_its_image(ran: Outcome) -> None:
+    assert ran.statuses["producer"] == 0, ran.output
+    assert "base intact: yes" in ran.output
     assert [path.suffix for path in (ran.machine.folder / "pictures").iterdir()] == [".png"]
 
 
-def test_two_workers_share_a_queue_and_both_work_until_the_last_job(ran: Outcome) -> None:
+def test_two_workers_share_a_queue_until_the_last_job(ran: Outcome) -> None:
     ends: dict[str, list[float]] = {}
     for task in ran.tasks.values():
         assert task["state"] == "SUCCESS"
@@ -161,19 +161,17 @@ def test_two_workers_share_a_queue_and_both_work_until_the_last_job(ran: Outcome
 
     assert sorted(ends) == ["sdxl@worker-1", "sdxl@worker-2"]
     first, last = sorted(ends.values(), key=max)
-    assert max(first) >= sorted(last)[-2], (
-        "a worker had nothing to do while the other drew the last jobs"
-    )
+    assert max(first) >= sorted(last)[-2], "a worker was idle while the other ran the last jobs"
     assert min(map(len, ends.values())) >= JOBS // 4
 
 
-def test_a_worker_that_is_stopped_finishes_its_job_and_no_job_is_lost(ran: Outcome) -> None:
+def test_a_stopped_worker_finishes_its_job_and_no_job_is_lost(ran: Outcome) -> None:
     assert ran.statuses["worker-2"] == 0
     assert len({result.images[0].key for result in ran.results}) == 2 * JOBS
     assert all(result.base_intact and result.attempt == 1 for result in ran.results)
 
 
-def test_links_open_the_pictures_and_nothing_else_does(ran: Outcome) -> None:
+def test_images_are_opened_by_signed_urls_only(ran: Outcome) -> None:
     url = ran.results[0].images[0].url
     assert url is not None
     assert url.startswith(ran.url("store", 8333))
@@ -181,50 +179,52 @@ def test_links_open_the_pictures_and_nothing_else_does(ran: Outcome) -> None:
     assert requests.get(url.partition("?")[0], timeout=5).status_code == 403
 
 
-def test_a_container_with_a_loopback_of_its_own_has_pictures_from_the_store(ran: Outcome) -> None:
-    """By links for the machine's loopback, which the producer takes to the store as to a proxy."""
+def test_a_container_gets_images_through_the_store_as_a_proxy(ran: Outcome) -> None:
+    """The signed URLs have the machine's loopback, which a container cannot reach directly."""
     url = ran.results[0].images[0].url
     assert url is not None
-    elsewhere = url.replace(ran.url("store", 8333), "http://127.0.0.1:1")  # where nobody listens
+    elsewhere = url.replace(
+        ran.url("store", 8333), "http://127.0.0.1:1"
+    )  # no service listens there
     proxy = ran.machine.environ("producer", "producer-1")["http_proxy"]
     assert requests.get(url, proxies={"http": proxy}, timeout=5).content.startswith(b"\x89PNG")
     assert requests.get(elsewhere, proxies={"http": proxy}, timeout=5).status_code == 403, (
-        "a link is for one address"
+        "a signed URL is for one address"
     )
 
 
-def test_health_checks_tell_services_that_run_from_those_that_do_not(ran: Outcome) -> None:
+def test_health_checks_succeed_for_running_services_only(ran: Outcome) -> None:
     assert ran.early == set()
     assert {service for service in CHECKED if ran.machine.healthy(service)} == set(CHECKED)
     assert not ran.machine.healthy("worker", 2), "it was stopped"
 
 
-def test_the_broker_keeps_jobs_on_the_disk_and_drops_none_for_memory(ran: Outcome) -> None:
+def test_the_broker_keeps_jobs_on_disk_and_evicts_none(ran: Outcome) -> None:
     with redis.Redis.from_url(
         (ran.machine.folder / "secrets/broker_url").read_text().strip()
     ) as broker:
-        told = broker.config_get("appendonly", "appendfsync", "maxmemory-policy", "maxmemory")
-    assert told["appendonly"] == "yes"
-    assert told["appendfsync"] == "everysec"
-    assert told["maxmemory-policy"] == "noeviction"
-    assert int(told["maxmemory"]) > 0
+        config = broker.config_get("appendonly", "appendfsync", "maxmemory-policy", "maxmemory")
+    assert config["appendonly"] == "yes"
+    assert config["appendfsync"] == "everysec"
+    assert config["maxmemory-policy"] == "noeviction"
+    assert int(config["maxmemory"]) > 0
 
 
-def test_nobody_makes_accounts_of_the_store_without_its_key(ran: Outcome) -> None:
-    """On the port beside S3's. Whoever has the key can: so that it is the key that strangers lack."""
+def test_accounts_of_the_store_need_its_key(ran: Outcome) -> None:
+    """The administration is on gRPC's port; with the key an account can be made."""
     port, scratch = ran.machine.port("store", 8333), ran.machine.folder
     key = str(scratch / "secrets/store_grpc")
     for scheme in ("http", "https"):
-        assert not is_made(f"{scheme}://127.0.0.1:{port + GRPC}", "stranger", scratch)
+        assert not is_made(f"{scheme}://127.0.0.1:{port + GRPC}", "intruder", scratch)
     assert not is_made(
-        f"https://127.0.0.1:{port + GRPC}", "stranger", scratch, key=own_key(scratch)
+        f"https://127.0.0.1:{port + GRPC}", "intruder", scratch, key=own_key(scratch)
     )
-    assert not is_known(port, "stranger")
+    assert not is_known(port, "intruder")
     assert is_made(f"https://127.0.0.1:{port + GRPC}", "owner", scratch, key=key)
     assert is_known(port, "owner")
 
 
-def test_flower_and_its_metrics_ask_for_an_account(ran: Outcome) -> None:
+def test_flower_and_its_metrics_need_an_account(ran: Outcome) -> None:
     place = ran.url("flower", 5555)
     for path in ("/", "/metrics", "/api/workers", "/api/tasks"):
         assert requests.get(place + path, timeout=5).status_code == 401, path
@@ -233,19 +233,19 @@ def test_flower_and_its_metrics_ask_for_an_account(ran: Outcome) -> None:
         ), path
 
 
-def test_every_panel_and_every_rule_is_answered_by_a_real_prometheus(ran: Outcome) -> None:
+def test_prometheus_answers_every_panel_and_every_rule(ran: Outcome) -> None:
     place = ran.url("prometheus-1", 9090)
-    assert _left_unanswered(place) == []
-    assert unborn(place) == []
-    drawn = 'sum(max_over_time(zlora_jobs_total{outcome="success"}[10m]))'
-    (series,) = requests.get(f"{place}/api/v1/query", params={"query": drawn}, timeout=5).json()[
-        "data"
-    ]["result"]
+    assert _unanswered(place) == []
+    assert missing_counters(place) == []
+    succeeded = 'sum(max_over_time(zlora_jobs_total{outcome="success"}[10m]))'
+    (series,) = requests.get(
+        f"{place}/api/v1/query", params={"query": succeeded}, timeout=5
+    ).json()["data"]["result"]
     assert float(series["value"][1]) >= JOBS
 
 
-def test_pages_are_seen_by_a_browser(ran: Outcome) -> None:
-    """And left for people to look at."""
+def test_a_browser_shows_the_pages(ran: Outcome) -> None:
+    """The screenshots are kept for people."""
     user, password = _operator(ran.machine)
     flower = ran.url("flower", 5555).replace("://", f"://{user}:{password}@")
     prometheus = ran.url("prometheus-1", 9090)
@@ -254,7 +254,9 @@ def test_pages_are_seen_by_a_browser(ran: Outcome) -> None:
         "flower-tasks": f"{flower}/tasks",
         "prometheus-targets": f"{prometheus}/classic/targets",
         "prometheus-alerts": f"{prometheus}/classic/alerts",
-        "prometheus-graph": f"{prometheus}/classic/graph?g0.range_input=5m&g0.tab=0&g0.expr={quote(GRAPH)}",
+        "prometheus-graph": (
+            f"{prometheus}/classic/graph?g0.range_input=5m&g0.tab=0&g0.expr={quote(GRAPH)}"
+        ),
     }
     seen = {
         "flower": "sdxl@worker-1",
@@ -262,16 +264,16 @@ def test_pages_are_seen_by_a_browser(ran: Outcome) -> None:
         "prometheus-alerts": "ZloraNoWorker",
         "prometheus-graph": "denoise",
     }
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     for name, url in pages.items():
-        page = _dumped(url, PICTURES / f"{name}.png", ran.machine.folder)
+        page = _dumped(url, SCREENSHOTS / f"{name}.png", ran.machine.folder)
         assert next(word for start, word in seen.items() if name.startswith(start)) in page
         assert SIGNATURE not in page
-        assert (PICTURES / f"{name}.png").stat().st_size > 10_000
+        assert (SCREENSHOTS / f"{name}.png").stat().st_size > 10_000
 
 
-def _dumped(url: str, picture: Path, folder: Path) -> str:
-    """The page as the browser has it after its scripts; its picture is saved."""
+def _dumped(url: str, screenshot: Path, folder: Path) -> str:
+    """Return a page after its scripts have run, and save a screenshot."""
     profile = folder / "browser"
     shutil.rmtree(profile, ignore_errors=True)
     base = [
@@ -282,7 +284,7 @@ def _dumped(url: str, picture: Path, folder: Path) -> str:
         "--virtual-time-budget=8000",
     ]
     subprocess.run(
-        [*base, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=90
+        [*base, f"--screenshot={screenshot}", url], check=True, capture_output=True, timeout=90
     )
     dumped = subprocess.run(
         [*base, "--dump-dom", url], check=True, capture_output=True, timeout=90, text=True
@@ -290,8 +292,8 @@ def _dumped(url: str, picture: Path, folder: Path) -> str:
     return dumped.stdout
 
 
-def _left_unanswered(place: str) -> list[str]:
-    """What the dashboard asks in vain, once Prometheus has looked often enough for a rate."""
+def _unanswered(place: str) -> list[str]:
+    """Return the panels without an answer after enough scrapes for a rate."""
     end = time.monotonic() + 45
     while (left := unanswered(place)) and time.monotonic() < end:
         time.sleep(1)
@@ -327,7 +329,7 @@ def _targets(machine: Machine) -> set[str]:
 
 
 def _tasks(machine: Machine, ids: list[str]) -> dict[str, Mapping[str, Any]] | None:
-    """Flower's tasks, once it has the end of each."""
+    """Return Flower's tasks when all have ended."""
     url = f"http://127.0.0.1:{machine.port('flower', 5555)}/api/tasks"
     found = requests.get(url, auth=_operator(machine), timeout=10).json()
     ours = {

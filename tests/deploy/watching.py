@@ -1,7 +1,7 @@
-"""What watches the queue: the alert rules and the dashboard, read, checked, and asked of a real Prometheus.
+"""Check the alert rules and the dashboard.
 
-`python -P tests/deploy/watching.py` checks the files with promtool, which must be installed. `unanswered` and `unborn`
-need a Prometheus that scrapes a worker.
+`python -P tests/deploy/watching.py` checks the files with promtool, which must be installed.
+`unanswered` and `missing_counters` need a Prometheus that scrapes a worker.
 """
 
 import json
@@ -30,36 +30,36 @@ CONFIG: Final = ROOT / "deploy/prometheus/prometheus.yml"
 DASHBOARD: Final = ROOT / "deploy/grafana/dashboards/z-image-lora.json"
 PAGE: Final = ROOT / "docs/operations.md"
 
-# What Grafana puts into a query: a window of four scrapes, the time shown, every queue and worker.
+# Values of Grafana's variables: four scrapes, the selected time, all queues and workers.
 VARIABLES: Final = {"__rate_interval": "1m", "__range": "3h", "queue": ".+", "instance": ".+"}
 
-# Panels that may rightly show nothing, and when.
+# Panels that may be empty, and when.
 MAY_BE_EMPTY: Final = {
     "Failures by code": "no job has failed",
     "GPU memory": "there is no NVIDIA GPU",
     "GPU busy": "there is no NVIDIA GPU",
-    "Alerts": "none fires",
+    "Alerts": "no alert fires",
 }
 
 _SUMS: Final = {
     "zlora:jobs:increase30m": "zlora_jobs_total"
-}  # recorded with all labels of their counter
+}  # rules with all labels of their counter
 _SELECTOR: Final = re.compile(r"\b(zlora[_:][a-z0-9_:]+)(?:\{([^}]*)\})?")
 _MATCHER: Final = re.compile(r'(\w+)\s*=~?\s*"([^"]*)"')
 _HISTOGRAM: Final = re.compile(r"_(bucket|sum|count)$")
 _WIDTH: Final = 24  # columns of Grafana's grid
-_SCREEN: Final = 28  # rows of it on a screen of 1080 lines without the browser's frame
+_SCREEN: Final = 28  # rows of Grafana's grid on a screen of 1080 lines
 _SECONDS: Final = 10  # for an answer of Prometheus
 
 Query = tuple[str, str]  # a panel's title, and PromQL
 
 
 class RefusedQueryError(Exception):
-    """Prometheus does not take the query. The message is its own."""
+    """Prometheus refuses the query; the message is Prometheus' own."""
 
 
 def known_metrics() -> Mapping[str, tuple[str, ...]]:
-    """The metrics that there are, each with its labels; a histogram by its name without `_bucket` and the like."""
+    """Return all metrics with their labels; histograms without suffixes such as `_bucket`."""
     amount = SimpleNamespace(used=0, total=0, gpu=0)
     nvml = SimpleNamespace(
         NVMLError=OSError,
@@ -75,13 +75,13 @@ def known_metrics() -> Mapping[str, tuple[str, ...]]:
 
 
 def panels(dashboard: Path) -> list[dict[str, Any]]:
-    """The dashboard's panels."""
+    """Return the panels of the dashboard."""
     found: list[dict[str, Any]] = json.loads(dashboard.read_text())["panels"]
     return found
 
 
 def queries(dashboard: Path, variables: Mapping[str, str]) -> list[Query]:
-    """Each query of each panel, with Grafana's variables replaced; raises `KeyError` for one that has no value here."""
+    """Return the panels' queries with variables filled in; raise `KeyError` for unknown ones."""
 
     def filled(expr: str) -> str:
         return re.sub(r"\$(\w+)", lambda name: variables[name[1]], expr)
@@ -94,7 +94,7 @@ def queries(dashboard: Path, variables: Mapping[str, str]) -> list[Query]:
 
 
 def choices(dashboard: Path) -> list[Query]:
-    """What the dashboard's own variables ask: a variable's name, and a query that is Grafana's and not PromQL."""
+    """Return the dashboard's variables, each with its query in Grafana's language."""
     variables = json.loads(dashboard.read_text())["templating"]["list"]
     return [
         (variable["name"], variable["query"]["query"])
@@ -104,17 +104,17 @@ def choices(dashboard: Path) -> list[Query]:
 
 
 def rules(path: Path) -> list[dict[str, Any]]:
-    """The rules of all groups of a rule file."""
+    """Return the rules of all groups of a rule file."""
     return [rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
 
 
 def alerts(path: Path) -> dict[str, dict[str, Any]]:
-    """The alerts of a rule file, by name."""
+    """Return the alerts of a rule file by name."""
     return {rule["alert"]: rule for rule in rules(path) if "alert" in rule}
 
 
-def ask(prometheus_url: str, expr: str) -> list[dict[str, Any]]:
-    """The series that a query returns now, each with `metric` and `value`; raises `RefusedQueryError`."""
+def query(prometheus_url: str, expr: str) -> list[dict[str, Any]]:
+    """Return the series of a query, each with `metric` and `value`; raise `RefusedQueryError`."""
     answer = requests.post(
         f"{prometheus_url}/api/v1/query", data={"query": expr}, timeout=_SECONDS
     ).json()
@@ -131,28 +131,28 @@ def unanswered(
     *,
     may_be_empty: Mapping[str, str] = MAY_BE_EMPTY,
 ) -> list[str]:
-    """The panels' queries that Prometheus refuses, or that no series answers with a number; a line each."""
+    """Return the panels' queries that Prometheus refuses, or answers without a number."""
     found = []
     for title, expr in queries(dashboard, variables):
         try:
             numbers = [
-                series for series in ask(prometheus_url, expr) if series["value"][1] != "NaN"
+                series for series in query(prometheus_url, expr) if series["value"][1] != "NaN"
             ]
         except RefusedQueryError as error:
             found.append(f"{title}: {error}: {expr}")
         else:
             if not numbers and title not in may_be_empty:
-                found.append(f"{title}: nothing answers {expr}")
+                found.append(f"{title}: no number for {expr}")
     return found
 
 
-def unborn(prometheus_url: str, path: Path = RULES) -> list[str]:
-    """Counters that the rules count and that are not there yet: the first 1 of such a series is no increase."""
-    return [selector for selector in counted(path) if not ask(prometheus_url, selector)]
+def missing_counters(prometheus_url: str, path: Path = RULES) -> list[str]:
+    """Return counters of the rules that do not exist: increase() would miss their first 1."""
+    return [selector for selector in counted(path) if not query(prometheus_url, selector)]
 
 
 def counted(path: Path) -> list[str]:
-    """A selector for each single counter that the rules name, with one value for each label."""
+    """Return a selector for each counter in the rules, with one value for each label."""
     found = set()
     for rule in rules(path):
         for name, labels in _selectors(rule["expr"]):
@@ -167,7 +167,7 @@ def counted(path: Path) -> list[str]:
 
 
 def foreign_words(exprs: list[Query], recorded: set[str]) -> Iterator[str]:
-    """Metrics, labels and error codes in queries that are none."""
+    """Return unknown metrics, labels and error codes in queries."""
     known, codes = known_metrics(), {getattr(errors, name).code for name in errors.__all__}
     for where, expr in exprs:
         for name, labels in _selectors(expr):
@@ -189,12 +189,12 @@ def _codes(labels: Mapping[str, str]) -> set[str]:
 
 
 def misplaced(dashboard: Path) -> Iterator[str]:
-    """Panels that overlap, leave the grid or the screen, share an id, or say too little."""
+    """Return panels that overlap, leave the screen, share an id, or lack a text or unit."""
     found = panels(dashboard)
     for panel in found:
         place = panel["gridPos"]
         if place["x"] + place["w"] > _WIDTH or place["y"] + place["h"] > _SCREEN:
-            yield f"{panel['title']}: beyond the screen"
+            yield f"{panel['title']}: outside of the screen"
         if not (panel["description"] and panel["fieldConfig"]["defaults"].get("unit")):
             yield f"{panel['title']}: no description, or no unit"
         if any(
@@ -216,9 +216,9 @@ def _overlap(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
 
 
 def unfinished(path: Path, tests: Path, page: Path) -> Iterator[str]:
-    """Alerts without their words, without a case that fires or one that does not, or not on the operator's page."""
+    """Return alerts without texts, without cases, or missing in the operator's documentation."""
     cases = yaml.safe_load(tests.read_text())["tests"]
-    firing, told = set(_firing(cases)), page.read_text()
+    firing, text = set(_firing(cases)), page.read_text()
     for name, alert in alerts(path).items():
         if alert["labels"]["severity"] not in ("critical", "warning"):
             yield f"{name}: its severity is neither critical nor warning"
@@ -228,7 +228,7 @@ def unfinished(path: Path, tests: Path, page: Path) -> Iterator[str]:
             yield f"{name}: no case in which it fires"
         if not any(case["name"].startswith(f"{name} quiet") for case in cases):
             yield f"{name}: no case in which it does not fire"
-        if f"`{name}`" not in told:
+        if f"`{name}`" not in text:
             yield f"{name}: not in {page.name}"
 
 
@@ -243,13 +243,13 @@ def _firing(cases: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def promtool(*words: str) -> list[str]:
-    """What promtool finds wrong; empty where nothing is."""
+    """Return the problems that promtool finds."""
     done = subprocess.run(["promtool", *words], capture_output=True, text=True, check=False)
     return [] if done.returncode == 0 else (done.stdout + done.stderr).strip().splitlines()
 
 
 def unparsed(exprs: list[Query]) -> list[str]:
-    """Queries that are no PromQL, by promtool's own parser: each as a rule that records it."""
+    """Return queries that promtool cannot parse, each as a recording rule."""
     names = [{"record": f"panel:{number}", "expr": expr} for number, (_, expr) in enumerate(exprs)]
     with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
         yaml.safe_dump({"groups": [{"name": "dashboard", "rules": names}]}, file)
@@ -258,9 +258,9 @@ def unparsed(exprs: list[Query]) -> list[str]:
 
 
 def problems(page: Path = PAGE) -> dict[str, list[str]]:
-    """What is wrong with the files, by check; all empty where nothing is."""
-    asked = queries(DASHBOARD, VARIABLES)
-    ruled = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules(RULES)]
+    """Return the problems of all files by check."""
+    panel_queries = queries(DASHBOARD, VARIABLES)
+    rule_queries = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules(RULES)]
     recorded = {rule["record"] for rule in rules(RULES) if "record" in rule}
     return {
         "promtool check config": promtool("check", "config", "--syntax-only", str(CONFIG)),
@@ -269,16 +269,16 @@ def problems(page: Path = PAGE) -> dict[str, list[str]]:
         ),
         "promtool test rules": promtool("test", "rules", str(RULES_TEST)),
         "every alert tested and described": list(unfinished(RULES, RULES_TEST, page)),
-        "the dashboard's queries are PromQL": unparsed(asked),
-        "the dashboard's panels have their place": list(misplaced(DASHBOARD)),
+        "the dashboard's queries are PromQL": unparsed(panel_queries),
+        "the dashboard's panels do not overlap": list(misplaced(DASHBOARD)),
         "metrics, labels and codes exist": list(
-            foreign_words([*asked, *choices(DASHBOARD), *ruled], recorded)
+            foreign_words([*panel_queries, *choices(DASHBOARD), *rule_queries], recorded)
         ),
     }
 
 
 def main() -> int:
-    """Tell of each check; 1 where one found something."""
+    """Print each check; return 1 if one found a problem."""
     found = problems()
     for check, lines in found.items():
         click.echo("\n    ".join([f"{check}: {'FAILED' if lines else 'ok'}", *lines]))

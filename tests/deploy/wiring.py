@@ -1,4 +1,4 @@
-"""Who reaches whom, and what lies where: the networks, addresses, ports and folders of the compose file."""
+"""Check networks, addresses, ports and folders of the compose file."""
 
 import json
 import re
@@ -9,23 +9,23 @@ from typing import Any, Final
 
 import yaml
 
-OURS: Final = "z-image-lora/"  # what the project's own images begin with
+OURS: Final = "z-image-lora/"  # prefix of this project's images
 _MASQUERADE: Final = "com.docker.network.bridge.enable_ip_masquerade"
-_OUTWARD: Final = {"worker", "producer"}  # services that may reach the internet, and need it
+_OUTWARD: Final = {"worker", "producer"}  # services that need the internet; no other may reach it
 _PRIVATE: Final = {"broker": {"inside"}, "store": {"pictures", "published-pictures"}}
 _PUBLISHED: Final = {"store", "flower", "prometheus", "grafana"}
-# Ports that a service has without being told.
+# Ports of a service that its command does not name.
 _DEFAULTS: Final = {"broker": {6379}, "flower": {5555}, "grafana": {3000}}
 _LISTENS: Final = re.compile(r"(?:\b0\.0\.0\.0:|-s3\.port=)(\d+)")
 _ADDRESS: Final = re.compile(r"https?://([\w.-]+):(\d+)")
 _FOLDERS: Final = ("ZLORA_HOME", "HF_HOME", "ZLORA_LORA_CACHE", "ZLORA_PROBES")
-_USER: Final = "10001"  # of the project's images
+_USER: Final = "10001"  # user of the project's images
 
 Services = Mapping[str, Any]
 
 
 def problems(root: Path, stack: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong in one reading of the compose files."""
+    """Return the problems of one reading of the compose files."""
     services = stack["services"]
     yield from _networks(services, stack["networks"])
     for name, service in services.items():
@@ -37,7 +37,7 @@ def problems(root: Path, stack: Mapping[str, Any]) -> Iterator[str]:
     yield from _queue(services["broker"]["command"])
     if "prometheus" in services:
         yield from _scraped(root, services)
-        yield from _pictured(root, services)
+        yield from _datasources(root, services)
 
 
 def _networks(services: Services, networks: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +50,7 @@ def _networks(services: Services, networks: Mapping[str, Any]) -> Iterator[str]:
     for name, service in services.items():
         of = set(service.get("networks") or {})
         if bool(of & (outward - masked)) != (name in _OUTWARD):
-            yield f"{name}: {'it reaches the internet' if name not in _OUTWARD else 'it has no way out'}"
+            yield f"{name}: expected {'a' if name in _OUTWARD else 'no'} way to the internet"
         if service.get("ports") and not of & outward:
             yield f"{name}: a port of an internal network cannot be published"
         if of != _PRIVATE.get(name, of):
@@ -60,15 +60,15 @@ def _networks(services: Services, networks: Mapping[str, Any]) -> Iterator[str]:
             other for other, service in services.items() if name in (service.get("networks") or {})
         }
         if not users <= {"store", *_OUTWARD}:
-            yield f"the network {name} is the store's, and has {sorted(users)}"
+            yield f"the network {name} is for the store only, and has {sorted(users)}"
     if "workers" not in (services["worker"]["networks"]["inside"] or {}).get("aliases", []):
-        yield "worker: Prometheus does not find it"
+        yield "worker: Prometheus does not find the alias `workers`"
 
 
 def listeners(name: str, service: Mapping[str, Any]) -> set[int]:
-    """The ports that others may find a service at."""
-    told = json.dumps([service.get("command"), service.get("environment")])
-    return _DEFAULTS.get(name, set()) | {int(port) for port in _LISTENS.findall(told)}
+    """Return the ports at which a service listens."""
+    text = json.dumps([service.get("command"), service.get("environment")])
+    return _DEFAULTS.get(name, set()) | {int(port) for port in _LISTENS.findall(text)}
 
 
 def _ports(name: str, service: Mapping[str, Any]) -> Iterator[str]:
@@ -78,32 +78,32 @@ def _ports(name: str, service: Mapping[str, Any]) -> Iterator[str]:
         if name not in _PUBLISHED:
             yield f"port {port['target']} is published"
         if port["target"] not in listeners(name, service):
-            yield f"port {port['target']} is published, and it does not listen there"
+            yield f"port {port['target']} is published, and the service does not listen there"
 
 
 def _addresses(services: Services, name: str) -> Iterator[str]:
-    """Each address that a service is told is one where somebody listens, on a network of both."""
+    """Check that a service listens at each address that another names, in a shared network."""
     service = services[name]
     own = json.dumps(service.get("healthcheck"))
     for host, port in _ADDRESS.findall(own):
         if host != "127.0.0.1" or int(port) not in listeners(name, service):
-            yield f"its health check asks {host}:{port}, and it does not listen there"
-    told = json.dumps([service.get("command"), service.get("environment")])
+            yield f"the health check uses {host}:{port}, and the service does not listen there"
+    text = json.dumps([service.get("command"), service.get("environment")])
     published = {
         int(port["published"]) for other in services.values() for port in other.get("ports", [])
     }
-    for host, port in _ADDRESS.findall(told):
+    for host, port in _ADDRESS.findall(text):
         if host == "127.0.0.1" and int(port) not in published:
-            yield f"it is told of {host}:{port}, and nothing is published there"
+            yield f"it names {host}:{port}, which is not published"
         elif host != "127.0.0.1":
             yield from _reaches(services, name, host, int(port))
 
 
 def _reaches(services: Services, name: str, host: str, port: int) -> Iterator[str]:
     if host not in services or port not in listeners(host, services[host]):
-        yield f"it is told of {host}:{port}, and nobody listens there"
+        yield f"it names {host}:{port}, where no service listens"
     elif not set(services[name]["networks"]) & set(services[host]["networks"]):
-        yield f"it is told of {host}, and has no network with it"
+        yield f"it names {host}, and shares no network with it"
 
 
 def _broker(services: Services, name: str) -> Iterator[str]:
@@ -113,23 +113,23 @@ def _broker(services: Services, name: str) -> Iterator[str]:
 
 
 def dockerfile(root: Path, image: str) -> Path:
-    """Of `z-image-lora/<name>:<tag>`."""
+    """Return the Dockerfile of `z-image-lora/<name>:<tag>`."""
     return root / f"deploy/docker/{image.removeprefix(OURS).partition(':')[0]}.Dockerfile"
 
 
 def _folders(root: Path, service: Mapping[str, Any]) -> Iterator[str]:
-    """What an image of ours writes lies on a volume that belongs to its user, or in memory."""
+    """Check that our images write to volumes of their user, or to memory."""
     volumes = {mount["target"] for mount in service.get("volumes", []) if mount["type"] == "volume"}
     memory = dict(item.partition(":")[::2] for item in service.get("tmpfs", []))
     environ = service.get("environment") or {}
-    told = {name: environ[name] for name in _FOLDERS if name in environ}
+    folders = {name: environ[name] for name in _FOLDERS if name in environ}
     if "working_dir" in service:
-        told["working_dir"] = service["working_dir"]
-    for name, path in told.items():
+        folders["working_dir"] = service["working_dir"]
+    for name, path in folders.items():
         if not any(
             path == place or path.startswith(f"{place}/") for place in volumes | set(memory)
         ):
-            yield f"{name} is {path}, which is on no volume"
+            yield f"{name} is {path}, which is not on a volume"
     for place, options in memory.items():
         if "mode=1777" not in options and f"uid={_USER}" not in options.split(","):
             yield f"user {_USER} cannot write to {place}"
@@ -140,11 +140,11 @@ def _folders(root: Path, service: Mapping[str, Any]) -> Iterator[str]:
         re.MULTILINE,
     )
     for place in sorted(volumes - set(" ".join(made).split())):
-        yield f"{file.name} does not make {place} for its user, as whose the volume begins"
+        yield f"{file.name} does not make {place} for its user; the volume would belong to root"
 
 
 def _store(store: Mapping[str, Any]) -> Iterator[str]:
-    """Only S3 is on the network, it knows its accounts, and nobody makes further ones."""
+    """Check that only S3 is on the network, with fixed accounts."""
     needed = {
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
@@ -154,14 +154,14 @@ def _store(store: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"store: expected {word}" for word in sorted(needed - set(store["command"])))
     for name in ("WEED_GRPC_S3_CERT", "WEED_GRPC_S3_KEY", "WEED_GRPC_CA"):
         if store["environment"].get(name) != "/run/secrets/store_grpc":
-            yield f"store: without {name} its port for administration lets everybody in"
+            yield f"store: without {name} its administration is open to all clients"
 
 
 def _queue(command: list[str]) -> Iterator[str]:
-    """Jobs are kept on the disk, and none is dropped where memory is short."""
-    told = dict(pairwise(command))
+    """Check that jobs are kept on disk, and not evicted if memory is short."""
+    options = dict(pairwise(command))
     for name, value in {"--appendonly": "yes", "--maxmemory-policy": "noeviction"}.items():
-        if told.get(name) != value:
+        if options.get(name) != value:
             yield f"broker: expected {name} {value}"
 
 
@@ -179,7 +179,7 @@ def _scraped(root: Path, services: Services) -> Iterator[str]:
             for target in item["targets"]
         ]
         if not found:
-            yield f"prometheus.yml: {job['job_name']} finds nobody"
+            yield f"prometheus.yml: {job['job_name']} has no targets"
         for host, port in found:
             yield from (
                 f"prometheus: {problem}"
@@ -187,7 +187,7 @@ def _scraped(root: Path, services: Services) -> Iterator[str]:
             )
 
 
-def _pictured(root: Path, services: Services) -> Iterator[str]:
+def _datasources(root: Path, services: Services) -> Iterator[str]:
     for file in sorted((root / "deploy/grafana/provisioning/datasources").iterdir()):
         for source in yaml.safe_load(file.read_text(encoding="utf-8"))["datasources"]:
             for host, port in _ADDRESS.findall(source["url"]):

@@ -1,6 +1,7 @@
-"""Hostile addresses and servers through the public door of a real worker: each its typed error, the worker as before.
+"""Hostile addresses and servers against a real worker: each gets its typed error and harms nothing.
 
-The worker's names are made up and none of its connections leaves the machine; see `engines/sitecustomize.py`.
+The variants of each kind are in the unit tests of `zlora.http`, `zlora.lora` and `fetch`. The
+worker's names are made up and no connection leaves the machine; see `engines/sitecustomize.py`.
 """
 
 import gzip
@@ -36,11 +37,7 @@ from support.valkey import Valkey
 from zlora import JobHandle, JobState
 from zlora.errors import ZloraError
 
-pytestmark = [
-    pytest.mark.timeout(
-        300
-    ),  # all cases are one fixture: about a minute on a machine that has nothing else to do
-]
+pytestmark = pytest.mark.timeout(300)  # one fixture runs all cases
 
 LIMIT: Final = 1_000_000  # bytes of a LoRA
 GOOD: Final = lora_bytes(1)
@@ -55,14 +52,14 @@ NAMES: Final = {
     "mapped.test": ["::ffff:127.0.0.1"],
     "loopback.test": ["127.0.0.1"],
     "rebinding.test": ["9.9.9.9", "127.0.0.1"],
-    "moving.test": ["149.112.112.112", "127.0.0.1"],  # the same, where a redirect leads
+    "moving.test": ["149.112.112.112", "127.0.0.1"],  # the same, as the target of a redirect
 }
 REBINDING: Final = {(NAMES[name][0], 443) for name in ("rebinding.test", "moving.test")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A LoRA's address and its server: `{host}` is that server, `{inside}` one that nobody allows."""
+    """A LoRA's address and its server: `{host}` is that server, `{inside}` is not allowed."""
 
     code: str
     url: str = "{host}/" + QUERY
@@ -116,7 +113,7 @@ def refused(*urls: str) -> dict[str, Case]:
     }
 
 
-def sent_on(*targets: str) -> dict[str, Case]:
+def redirected(*targets: str) -> dict[str, Case]:
     return {
         f"redirect to {target.partition('?')[0]}": Case(
             code="lora_not_allowed",
@@ -134,11 +131,9 @@ def answered(code: str, **answers: Answer | bytes) -> dict[str, Case]:
 
 
 PRIVATE = [
-    "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "0.0.0.0", "[::1]", "[fd00::1]",  # noqa: S104
-    "169.254.1.1", "[fe80::1]", "[fe80::1%25lo]", "169.254.169.254", "168.63.129.16", "100.100.100.200",
-    "[fd00:ec2::254]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]",
-    "[::ffff:0:127.0.0.1]", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "2852039166", "0xa9fea9fe",
-    "017700000001", "localhost", "127\u30020\u30020\u30021", "private.test", "metadata.test", "mapped.test",
+    "127.0.0.1", "10.0.0.1", "[::1]", "[fe80::1%25lo]", "169.254.169.254", "168.63.129.16",
+    "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "2130706433", "0177.0.0.1", "0xa9fea9fe",
+    "localhost", "127\u30020\u30020\u30021", "private.test", "metadata.test", "mapped.test",
     "loopback.test",
 ]  # fmt: skip
 
@@ -147,40 +142,28 @@ CASES: dict[str, Case] = {
     **refused(*(f"https://{host}/{METADATA}" for host in PRIVATE)),
     **refused(
         f"http://{{inside}}/{QUERY}",
-        f"https://{{inside}}/{QUERY}",
-        f"http://us3r:s3cret@{{inside}}/{QUERY}",
         f"https://huggingface.co@{{inside}}/{QUERY}",
         f"https://us3r:s3cret@8.8.8.8/{QUERY}",
         f"http://8.8.8.8/{QUERY}",
         f"https://8.8.8.8:8443/{QUERY}",
         f"https://rebinding.test/{QUERY}",
         f"ftp://us3r:s3cret@8.8.8.8/{QUERY}",
-        f"gopher://{{inside}}/{QUERY}",
         f"file:///etc/passwd?{QUERY}",
         "file:///proc/self/environ",
         f"s3://us3r:s3cret@bucket/{QUERY}",
-        f"data://text/plain?{QUERY}",
+        f"demo://us3r:s3cret@anime-style/{QUERY}",
         f"https://8.8.8.8/x\r\nX-Injected: 1\r\n{QUERY}",
     ),
     # Redirects
-    **sent_on(
+    **redirected(
         f"http://{{inside}}/{QUERY}",
         f"https://us3r:s3cret@{{inside}}/{QUERY}",
-        "//{inside}/x",
-        *(f"https://{host}/{METADATA}" for host in PRIVATE),
+        f"https://169.254.169.254/{METADATA}",
+        f"https://2130706433/{METADATA}",
+        f"https://metadata.test/{METADATA}",
         f"https://127%E3%80%820%E3%80%820%E3%80%821/{METADATA}",
         f"https://moving.test/{QUERY}",
         "file:///etc/passwd",
-        "ftp://8.8.8.8/x",
-    ),
-    "20 redirects": Case(
-        code="lora_not_allowed",
-        answer=lambda request: (
-            reply(GOOD)
-            if request.target == "/" + "x" * 20
-            else reply(status=302, Location=f"{request.target[:20]}x")
-        ),
-        url="{host}/",
     ),
     "a circle of redirects": Case(
         code="lora_not_allowed", answer=reply(status=307, Location="/again?sig=s3cret")
@@ -189,39 +172,27 @@ CASES: dict[str, Case] = {
     "a certificate of another name": Case(
         code="lora_not_allowed", url=f"https://right.test:{{port}}/{QUERY}", tls="other.test"
     ),
-    "no TLS": Case(code="lora_unreachable", url=f"https://right.test:{{port}}/{QUERY}"),
     # Statuses
-    **{
-        f"status {status}": Case(code=code, answer=reply(b"s3cret", status=status))
-        for code, statuses in {
-            "lora_not_found": (404, 410),
-            "lora_forbidden": (400, 401, 402, 403, 405, 451),
-            "lora_unreachable": (204, 206, 304, 429, 500, 503),
-        }.items()
-        for status in statuses
-    },
+    "status 404": Case(code="lora_not_found", answer=reply(b"s3cret", status=404)),
+    "status 401": Case(code="lora_forbidden", answer=reply(b"s3cret", status=401)),
+    "status 206": Case(code="lora_unreachable", answer=reply(b"s3cret", status=206)),
+    "status 503": Case(code="lora_unreachable", answer=reply(b"s3cret", status=503)),
     "a long Retry-After": Case(
         code="lora_unreachable", answer=reply(status=429, Retry_After="3000")
     ),
-    "a broken Retry-After": Case(
-        code="lora_unreachable", answer=reply(status=503, Retry_After="-1e999")
+    "a status that a library warns of": Case(
+        code="lora_forbidden", answer=b"HTTP/1.1 403 No\r\nno header\r\n\r\n"
     ),
-    # Answers that do not end, or too early
+    # Answers that do not end, or end too early
     **answered(
         "lora_unreachable",
         a_dripping_body=endless(reply(LARGE[:1000], length=len(LARGE)), b"x", seconds=0.05),
         dripping_headers=endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", seconds=0.1),
-        endless_continues=endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
         endless_trailers=endless(in_chunks(chunk(GOOD) + b"0\r\n"), b"X: y\r\n" * 100),
         silence=silent(b""),
-        silence_in_the_body=silent(reply(LARGE[:1000], length=len(LARGE))),
         a_truncated_body=reply(LARGE[:-1], length=len(LARGE)),
-        a_truncated_body_of_unknown_length=reply(LARGE[:-1], length=None),
-        a_truncated_chunk=in_chunks(b"%x\r\n" % len(LARGE) + LARGE[:-1]),
         truncated_gzip=zipped(gzip.compress(LARGE)[:-9]),
-        a_broken_chunk=in_chunks(chunk(GOOD[:10]) + b"-5\r\n"),
         another_encoding=reply(GOOD, Content_Encoding="br"),
-        two_lengths=reply(GOOD, length=None, Content_Length=f"{len(GOOD)}, 7"),
         no_http=b"SSH-2.0-OpenSSH_9.9\r\n",
     ),
     # Bodies
@@ -229,7 +200,6 @@ CASES: dict[str, Case] = {
         "not_safetensors",
         a_page=reply(b"<!DOCTYPE html><title>Log in</title>" + b" " * 100),
         a_pickle=reply(b"PK\x03\x04" + bytes(10_000)),
-        an_old_pickle=reply(b"\x80\x02}q\x00." + bytes(10_000)),
         a_large_header=endless(
             reply((100 * 2**20).to_bytes(8, "little") + b'{"a":' + b" " * 100, length=None),
             b" " * 2**16,
@@ -238,13 +208,8 @@ CASES: dict[str, Case] = {
             tensor_file({"a": {"dtype": "F16", "shape": [9], "data_offsets": [0, 4]}}, bytes(4))
         ),
         a_deep_header=reply(tensor_file(b'{"a":' * 50_000)),
-        a_pointer=reply(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64),
         no_bytes=reply(b""),
-        a_length_that_is_too_short=reply(GOOD, length=len(GOOD) - 100),
-        a_length_that_is_too_long=reply(GOOD, length=len(GOOD) + 100),
         endless_chunks=endless(in_chunks(chunk(GOOD)), chunk(b"x" * 2**16)),
-        endless_extensions=endless(in_chunks(chunk(GOOD)), chunk(b"x", b";x=" + b"y" * 60_000)),
-        a_gzip_bomb=zipped(bomb(b"", b"\0")),
         a_gzip_bomb_behind_a_file=zipped(bomb(GOOD, b"\0")),
     ),
     **answered(
@@ -253,18 +218,14 @@ CASES: dict[str, Case] = {
         a_large_file=endless(reply(lora_bytes(size=2 * LIMIT)[:5000], length=None), bytes(2**16)),
         a_gzip_bomb_in_the_header=zipped(bomb((15 * 2**20).to_bytes(8, "little") + b"{", b" ")),
     ),
-    "another digest": Case(code="lora_corrupt", fields={"sha256": "0" * 64}),
-    "a hub's other digest": Case(code="lora_corrupt", fields={"cozy_ref": "loras/other"}),
-    "a hub's digest that is a path": Case(code="lora_corrupt", fields={"cozy_ref": "loras/path"}),
-    "a hub's reference that climbs": Case(
+    # Checksums and references
+    "another checksum": Case(code="lora_corrupt", fields={"sha256": "0" * 64}),
+    "another checksum of a hub": Case(code="lora_corrupt", fields={"cozy_ref": "loras/other"}),
+    "a checksum that is a path": Case(code="lora_corrupt", fields={"cozy_ref": "loras/path"}),
+    "a reference that climbs": Case(
         code="lora_not_found", fields={"cozy_ref": "../../admin?sig=s3cret"}
     ),
-    "a warning of a library": Case(
-        code="lora_forbidden", answer=b"HTTP/1.1 403 No\r\nno header\r\n\r\n"
-    ),
 }
-
-PATIENT: Final = "status 503"  # goes through all tries of a job; of others the first is enough
 
 
 def hub(request: Request) -> bytes:
@@ -274,26 +235,26 @@ def hub(request: Request) -> bytes:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What all cases came to, with one worker."""
+    """Results of all cases with one worker."""
 
     codes: dict[str, str]
-    said: dict[str, str]  # wherever a secret might be
+    texts: dict[str, str]  # all places that might contain a secret
     good: Any
-    pids: tuple[int, int]  # of the child, before and after
+    pids: tuple[int, int]  # of the child process, before and after
     inside: int
     connections: set[tuple[str, int]]
     allowed: set[tuple[str, int]]
     left: list[Path]
-    files: list[str]  # what the cache has, and from where
+    files: list[str]  # of the cache, with their sources
     sources: list[str]
-    source: str  # of the good one
+    source: str  # of the good LoRA
 
 
 @pytest.fixture(scope="module")
 def outcome(
     tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally
 ) -> Iterator[Outcome]:
-    """All cases at once in the queue of one worker, and then a job with a good LoRA."""
+    """Run all cases in the queue of one worker, then a job with a good LoRA."""
     folder = tmp_path_factory.mktemp("hostile")
     network = folder / "network"
     network.mkdir()
@@ -313,7 +274,7 @@ def outcome(
                 f"{name}:{port}" for port in ports for name in ("127.0.0.1", "right.test")
             ),
             "ZLORA_CA_BUNDLE": str(authority.bundle),
-            "ZLORA_LORA_DEADLINE": "2",
+            "ZLORA_LORA_DEADLINE": "1",
             "ZLORA_LORA_MIN_RATE": "1000",
             "ZLORA_LORA_MAX_BYTES": str(LIMIT),
             "ZLORA_LOOK_AHEAD": "0",
@@ -329,7 +290,7 @@ def outcome(
         codes, errors = _ends(scene, handles)
         good = scene.submit(fields={"loras": [{"file": {"url": f"{files.url}/{QUERY}"}}]})
         result = good.result(timeout=PATIENCE)
-        said = {
+        texts = {
             "errors": " ".join(errors),
             "results": " ".join(
                 [str(result), *(stored_meta(scene, handle) for handle in (*handles.values(), good))]
@@ -348,7 +309,7 @@ def outcome(
         cache = scene.folder / "loras"
         yield Outcome(
             codes=codes,
-            said=said,
+            texts=texts,
             good=result,
             pids=(child, scene.child(running)),
             inside=inside.connections,
@@ -382,7 +343,7 @@ def _submit(scene: Scene, case: Case, host: Host, inside: Host) -> JobHandle:
 
 
 def _ends(scene: Scene, handles: dict[str, JobHandle]) -> tuple[dict[str, str], list[str]]:
-    """The code of each job's end, or of its first retry, and all that its errors say."""
+    """Return the code of each job's end, or of its first retry, and the texts of the errors."""
     codes: dict[str, str] = {}
     said: list[str] = []
     end = time.monotonic() + PATIENCE
@@ -391,7 +352,7 @@ def _ends(scene: Scene, handles: dict[str, JobHandle]) -> tuple[dict[str, str], 
             if name in codes:
                 continue
             status = handle.status()
-            if status.state is JobState.RETRY and name != PATIENT:
+            if status.state is JobState.RETRY:
                 codes[name] = str(status.code)
                 said += [str(status), stored_meta(scene, handle)]
                 handle.cancel()
@@ -410,33 +371,32 @@ def _end(handle: JobHandle, said: list[str]) -> str:
     return "drawn"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_each_hostile_address_or_server_is_its_typed_error(outcome: Outcome, name: str) -> None:
-    assert outcome.codes.get(name) == CASES[name].code
+def test_each_hostile_address_or_server_gets_its_typed_error(outcome: Outcome) -> None:
+    assert outcome.codes == {name: case.code for name, case in CASES.items()}
 
 
-def test_the_worker_lives_and_draws_the_next_job_with_the_same_child(outcome: Outcome) -> None:
+def test_the_same_child_process_draws_the_next_job(outcome: Outcome) -> None:
     assert outcome.good.base_intact
     assert outcome.good.loras[0].source.endswith("/x.safetensors")
     assert outcome.pids[0] == outcome.pids[1]
 
 
 def test_no_refused_address_gets_a_connection(outcome: Outcome) -> None:
-    """Of names that resolve differently the second time, the public address is tried, and never the other."""
+    """A name that resolves differently the second time is tried at its public address only."""
     assert outcome.inside == 0
     assert outcome.connections - outcome.allowed == REBINDING
 
 
-def test_nothing_anywhere_says_a_secret(outcome: Outcome) -> None:
+def test_no_error_event_log_or_file_contains_a_secret(outcome: Outcome) -> None:
     assert {
-        where: [secret for secret in SECRETS if secret in text]
-        for where, text in outcome.said.items()
-    } == {where: [] for where in outcome.said}
-    assert all(outcome.said.values())
+        place: [secret for secret in SECRETS if secret in text]
+        for place, text in outcome.texts.items()
+    } == {place: [] for place in outcome.texts}
+    assert all(outcome.texts.values())
 
 
-def test_nothing_of_a_refused_body_is_kept(outcome: Outcome) -> None:
-    """Nor known from where it came: there is the good one alone, though some refused sources had its bytes."""
+def test_the_cache_keeps_nothing_of_a_refused_body(outcome: Outcome) -> None:
+    """It has the good file and its source only; some refused sources sent the same bytes."""
     assert outcome.left == []
     assert outcome.files == [f"{digest(GOOD)}.safetensors"]
     assert outcome.sources == [outcome.source]

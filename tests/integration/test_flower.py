@@ -1,17 +1,20 @@
-"""Flower with this project's configuration, a real worker and a real broker: it shows jobs, and acts on none."""
+"""Flower with this project's configuration shows the jobs of a real worker, and changes none."""
 
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from unittest import mock
 
 import pytest
 import redis
 import requests
+from flower.options import options  # type: ignore[import-untyped]
 from flower.urls import handlers  # type: ignore[import-untyped]
 from support.figures import Tally
 from support.processes import clean_environ, free_port, wait_until
@@ -25,48 +28,61 @@ CONFIG: Final = ROOT / "deploy" / "flower" / "flowerconfig.py"
 ACCOUNT: Final = ("operator", "a:word")
 NAMES: Final = ("refused", "away", "anime")  # of LoRAs
 SECRETS: Final = ("us3r", "pa55", "t0ken", "fr4g", "br0ker", "a:word")
-TABLE: Final = "draw=1&start=0&length=9&search[value]=&order[0][column]=0&order[0][dir]=asc&columns[0][data]=name"
+TABLE: Final = (
+    "draw=1&start=0&length=9&search[value]="
+    "&order[0][column]=0&order[0][dir]=asc&columns[0][data]=name"
+)
 QUERY: Final = "?X-Amz-Signature=t0ken#fr4g"
 
 
 class Watched(NamedTuple):
-    """What a Flower is asked about."""
+    """A Flower, its worker, and three jobs."""
 
     url: str
     scene: Scene
     worker: str
-    drawn: JobHandle
+    finished: JobHandle
     failed: JobHandle
     waiting: JobHandle
 
     def get(self, path: str, **options: Any) -> requests.Response:
-        """As the operator."""
+        """Request a page as the operator."""
         return requests.get(self.url + path, auth=ACCOUNT, timeout=30, **options)
 
-    def told(self, job: JobHandle) -> dict[str, Any]:
-        """What Flower knows of a job; nothing at first."""
+    def info(self, job: JobHandle) -> dict[str, Any]:
+        """Return what Flower knows of a job; empty until its first event."""
         answer = self.get(f"/api/task/info/{job.id}")
         return dict(answer.json()) if answer.ok else {}
 
     def scheduled(self) -> list[dict[str, Any]]:
-        """The jobs that wait in the worker, which Flower asks for them."""
-        (told,) = self.get(f"/api/workers?refresh=1&workername={self.worker}").json().values()
-        return [item["request"] for item in told.get("scheduled", [])]
+        """Return the jobs that wait in the worker, as Flower requests them from the worker."""
+        (worker,) = self.get(f"/api/workers?refresh=1&workername={self.worker}").json().values()
+        return [item["request"] for item in worker.get("scheduled", [])]
 
     def pages(self) -> list[str]:
-        """All that can be read; what is asked of the worker first."""
-        jobs = [job.id for job in (self.drawn, self.failed, self.waiting)]
+        """Return the paths of all pages, first the one that requests data from the worker."""
+        jobs = [job.id for job in (self.finished, self.failed, self.waiting)]
         return [
-            f"/api/workers?refresh=1&workername={self.worker}", "/api/workers", "/", "/workers",
-            f"/worker/{self.worker}", "/tasks", *(f"/task/{job}" for job in jobs), "/broker", "/api/tasks",
-            *(f"/api/task/info/{job}" for job in jobs), "/api/task/types", "/api/queues/length", "/metrics",
+            f"/api/workers?refresh=1&workername={self.worker}",
+            "/api/workers",
+            "/",
+            "/workers",
+            f"/worker/{self.worker}",
+            "/tasks",
+            *(f"/task/{job}" for job in jobs),
+            "/broker",
+            "/api/tasks",
+            *(f"/api/task/info/{job}" for job in jobs),
+            "/api/task/types",
+            "/api/queues/length",
+            "/metrics",
             f"/tasks/datatable?{TABLE}",
-        ]  # fmt: skip
+        ]
 
 
 @pytest.fixture(scope="module")
 def watched(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Three jobs with secrets in their LoRAs' addresses: one is drawn, one fails, and one waits for a server."""
+    """Run three jobs with secrets in their LoRAs' addresses: finished, failed, and waiting."""
     with redis.Redis.from_url(broker_url) as broker:
         broker.config_set("requirepass", "br0ker")
     folder = tmp_path_factory.mktemp("flower")
@@ -80,13 +96,13 @@ def watched(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         page = stack.enter_context(flower(scene.environ, FLOWER_AUTH_FILE=str(accounts)))
         stack.enter_context(scene.worker(ZLORA_ALLOW_HOSTS=host.name))
         (worker,) = wait_until(lambda: workers_of(page), "Flower sees the worker")
-        failed, waiting, drawn = (scene.submit(fields=with_loras(host, name)) for name in NAMES)
+        failed, waiting, finished = (scene.submit(fields=with_loras(host, name)) for name in NAMES)
         stack.callback(waiting.cancel)
-        drawn.result(timeout=30)
+        finished.result(timeout=30)
         with pytest.raises(LoraNotAllowed):
             failed.result(timeout=30)
-        made = Watched(page, scene, worker, drawn, failed, waiting)
-        wait_until(lambda: made.told(drawn).get("state") == "SUCCESS", "Flower knows of the end")
+        made = Watched(page, scene, worker, finished, failed, waiting)
+        wait_until(lambda: made.info(finished).get("state") == "SUCCESS", "Flower knows of the end")
         wait_until(made.scheduled, "a job waits")
         assert {f"GET /{name}.safetensors?X-Amz-Signature=t0ken" for name in NAMES[1:]} <= set(
             host.asked
@@ -95,7 +111,7 @@ def watched(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def with_loras(host: Host, name: str) -> dict[str, Any]:
-    """Two pictures with two LoRAs: one has a name of the request's own; a password in an address is refused."""
+    """Return fields for two images with two LoRAs; a password in an address is refused."""
     address = host.url.replace("//", "//us3r:pa55@") if name == "refused" else host.url
     one = {"file": {"url": f"{address}/{name}.safetensors{QUERY}"}, "weight": 0.8}
     return {
@@ -105,13 +121,13 @@ def with_loras(host: Host, name: str) -> dict[str, Any]:
 
 
 def by_name(request: Request) -> bytes:
-    """Of a server's files one is away for a minute."""
+    """Answer 503 for a minute for one file."""
     return reply(status=503, Retry_After="60") if "away" in request.target else reply(lora_bytes())
 
 
 @contextmanager
 def flower(environ: dict[str, str], **variables: str) -> Iterator[str]:
-    """A Flower that answers; its base URL."""
+    """Run Flower until it answers; return its base URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = started(environ | {"FLOWER_PORT": str(port)} | variables)
@@ -137,7 +153,7 @@ def started(environ: dict[str, str]) -> "subprocess.Popen[str]":
 
 
 def answers(url: str) -> bool:
-    """Without an account: whoever runs it asks so."""
+    """Whether the health check, which needs no account, succeeds."""
     try:
         return requests.get(f"{url}/healthcheck", timeout=5).text == "OK"
     except requests.ConnectionError:
@@ -145,48 +161,48 @@ def answers(url: str) -> bool:
 
 
 def workers_of(url: str) -> list[str]:
-    """Those whose events have arrived."""
+    """Return the workers whose events have arrived."""
     found: dict[str, bool] = requests.get(
         f"{url}/api/workers?status=1", auth=ACCOUNT, timeout=30
     ).json()
     return [name for name, is_alive in found.items() if is_alive]
 
 
-def test_a_job_that_was_drawn_is_told_with_its_loras_and_what_it_came_to(watched: Watched) -> None:
-    told = watched.told(watched.drawn)
+def test_a_finished_job_is_shown_with_its_loras_and_result(watched: Watched) -> None:
+    shown = watched.info(watched.finished)
 
-    assert (told["name"], told["state"], told["worker"]) == (
+    assert (shown["name"], shown["state"], shown["worker"]) == (
         "zlora.generate",
         "SUCCESS",
         watched.worker,
     )
-    assert told["runtime"] > 0
-    assert watched.drawn.id in told["args"]  # which the fake's prompt names
-    assert "anime.safetensors' 0.8, lora='ink'" in told["args"]
-    result = told["result"]
-    assert result.startswith("2 pictures; base intact; ")
-    assert f"; runs/{watched.drawn.id}/outputs/0.png, 1.png; " in result
-    anime, ink = (receipt.tier for receipt in watched.drawn.result(timeout=5).loras)
+    assert shown["runtime"] > 0
+    assert watched.finished.id in shown["args"]  # the fake engine's prompt contains the id
+    assert "anime.safetensors' 0.8, lora='ink'" in shown["args"]
+    result = shown["result"]
+    assert result.startswith("2 images; base intact; ")
+    assert f"; runs/{watched.finished.id}/outputs/0.png, 1.png; " in result
+    anime, ink = (receipt.tier for receipt in watched.finished.result(timeout=5).loras)
     assert result.endswith(f"anime.safetensors' rank 4 0.8 ({anime}), 'ink' rank 4 1 ({ink})")
 
 
-def test_a_job_that_failed_is_told_with_its_error(watched: Watched) -> None:
-    told = watched.told(watched.failed)
+def test_a_failed_job_is_shown_with_its_error(watched: Watched) -> None:
+    shown = watched.info(watched.failed)
 
-    assert (told["state"], told["worker"]) == ("FAILURE", watched.worker)
-    assert "refused.safetensors" in told["args"]
-    assert "LoraNotAllowed" in told["exception"]
+    assert (shown["state"], shown["worker"]) == ("FAILURE", watched.worker)
+    assert "refused.safetensors" in shown["args"]
+    assert "LoraNotAllowed" in shown["exception"]
 
 
-def test_a_job_that_waits_in_the_worker_is_told_as_it_may_be_shown(watched: Watched) -> None:
-    """Flower asks the worker itself, which has the job's whole address."""
+def test_a_job_that_waits_in_the_worker_is_shown_without_secrets(watched: Watched) -> None:
+    """Flower requests this job from the worker, which has the whole address."""
     (waiting,) = watched.scheduled()
 
     assert waiting["id"] == watched.waiting.id
     assert "away.safetensors' 0.8" in waiting["args"]
 
 
-def test_nothing_that_can_be_read_has_a_secret(watched: Watched) -> None:
+def test_no_page_contains_a_secret(watched: Watched) -> None:
     answers = {path: watched.get(path) for path in watched.pages()}
 
     assert {
@@ -198,37 +214,37 @@ def test_nothing_that_can_be_read_has_a_secret(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("account", [None, ("operator", "word"), ("nobody", "a:word")])
-def test_nothing_is_read_without_an_account(
+def test_no_page_is_served_without_an_account(
     watched: Watched, account: tuple[str, str] | None
 ) -> None:
-    answers = asked_as(watched, account)
+    answers = pages_as(watched, account)
 
     assert {answer.status_code for answer in answers} == {401}
 
 
-def test_an_account_that_is_no_ascii_is_answered_nothing(watched: Watched) -> None:
-    """Flower fails over it."""
-    answers = asked_as(watched, ("operator", "w\u00f6rd".encode()))
+def test_an_account_that_is_not_ascii_gets_no_page(watched: Watched) -> None:
+    """Flower answers with an error."""
+    answers = pages_as(watched, ("operator", "w\u00f6rd".encode()))
 
     assert [answer.url for answer in answers if answer.status_code < 400] == []
-    assert [answer.url for answer in answers if watched.drawn.id in answer.text] == []
+    assert [answer.url for answer in answers if watched.finished.id in answer.text] == []
 
 
-def asked_as(watched: Watched, account: Any) -> list[requests.Response]:
-    """Each page, for somebody else."""
-    paths = [*watched.pages(), f"/api/task/result/{watched.drawn.id}"]
+def pages_as(watched: Watched, account: Any) -> list[requests.Response]:
+    """Request each page with another account."""
+    paths = [*watched.pages(), f"/api/task/result/{watched.finished.id}"]
     return [requests.get(watched.url + path, auth=account, timeout=30) for path in paths]
 
 
-def test_a_whole_result_is_not_told(watched: Watched) -> None:
-    """It has URLs that open the pictures."""
-    answer = watched.get(f"/api/task/result/{watched.drawn.id}?timeout=1")
+def test_the_complete_result_is_not_served(watched: Watched) -> None:
+    """Its URLs open the images."""
+    answer = watched.get(f"/api/task/result/{watched.finished.id}?timeout=1")
 
     assert answer.status_code == 403
     assert "outputs" not in answer.text
 
 
-def test_nothing_acts(watched: Watched) -> None:
+def test_no_action_is_allowed(watched: Watched) -> None:
     acting = [
         str(route[0])
         for route in handlers
@@ -249,13 +265,13 @@ def test_nothing_acts(watched: Watched) -> None:
     assert set(posts.values()) == {403}
 
 
-def test_it_listens_on_this_machine_alone_unless_told_otherwise(watched: Watched) -> None:
+def test_flower_listens_on_loopback_only_by_default(watched: Watched) -> None:
     with pytest.raises(requests.ConnectionError):
         requests.get(watched.url.replace("127.0.0.1", "127.0.0.2") + "/healthcheck", timeout=5)
 
 
-def test_prompts_are_hashed_where_that_is_set(watched: Watched, tmp_path: Path) -> None:
-    """By the client in the message, and by the worker in all that Flower hears of it."""
+def test_prompts_are_hashed_if_set(watched: Watched, tmp_path: Path) -> None:
+    """By the client in the message, and by the worker in its events."""
     broker_url = watched.scene.environ["ZLORA_BROKER_URL"]
     scene = Scene(
         tmp_path / "scene", Tally(), broker_url=broker_url, queue="hashed", ZLORA_PROMPTS="hashed"
@@ -265,66 +281,70 @@ def test_prompts_are_hashed_where_that_is_set(watched: Watched, tmp_path: Path) 
         (message,) = waiting_on(scene)
         with scene.worker("two"):
             job.result(timeout=30)
-            told = wait_until(lambda: ended(watched.told(job)), "Flower knows of the end")
+            info = wait_until(lambda: ended(watched.info(job)), "Flower knows of the end")
 
     digests = [
         hashlib.sha256(text.encode()).hexdigest()[:12]
         for text in (request(job.id)["prompt"], "fog")
     ]
-    for shown in (message["headers"]["argsrepr"], told["args"]):
+    for shown in (message["headers"]["argsrepr"], info["args"]):
         assert "prompt=sha256:{}, negative_prompt=sha256:{}, ".format(*digests) in shown
         assert job.id not in shown
         assert "fog" not in shown
 
 
-def ended(told: dict[str, Any]) -> dict[str, Any] | None:
-    return told if told.get("state") == "SUCCESS" else None
+def ended(info: dict[str, Any]) -> dict[str, Any] | None:
+    return info if info.get("state") == "SUCCESS" else None
 
 
 def waiting_on(scene: Scene) -> list[dict[str, Any]]:
-    """The messages on a queue."""
+    """Return the messages on the queue of a scene."""
     with scene.broker() as broker:
         return [
             json.loads(text) for name in scene.queue_lists() for text in broker.lrange(name, 0, -1)
         ]
 
 
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What Flower says, started side by side with accounts that are none."""
-    folder = tmp_path_factory.mktemp("accounts")
-    files = {
-        "empty": "",
-        "blank": "operator:word\n\n",
-        "nameless": "word\n",
-        "accent": "operator:w\u00f6rd\n",
-    }
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    cases = {name: {"FLOWER_AUTH_FILE": str(folder / name)} for name in (*files, "gone")}
-    cases["none"] = {}
-    cases["both"] = {"FLOWER_AUTH_FILE": str(folder / "gone"), "FLOWER_BASIC_AUTH": "a:b"}
-    running = {
-        name: started({"FLOWER_PORT": str(free_port()), **variables})
-        for name, variables in cases.items()
-    }
-    return {
-        name: f"{process.communicate(timeout=60)[1]}{process.returncode}"
-        for name, process in running.items()
-    }
-
-
 @pytest.mark.parametrize(
-    ("case", "reason"),
+    ("text", "auth", "reason"),
     [
-        ("none", "expected one of"), ("both", "expected one of"), ("gone", "No such file"), ("empty", "expected `user"),
-        ("blank", "expected `user"), ("nameless", "expected `user"), ("accent", "expected `user"),
+        (None, [], "expected one of"),
+        ("operator:word", ["a:b"], "expected one of"),
+        ("", [], "expected `user"),
+        ("operator:word\n\n", [], "expected `user"),
+        ("word\n", [], "expected `user"),
+        ("operator:w\u00f6rd\n", [], "expected `user"),
     ],
-)  # fmt: skip
-def test_it_does_not_start_for_everybody(refused: dict[str, str], case: str, reason: str) -> None:
-    line, status = refused[case].splitlines()
+    ids=["none", "both", "empty", "blank line", "no user", "not ascii"],
+)
+def test_invalid_accounts_are_refused_and_not_shown(
+    text: str | None,
+    auth: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FLOWER_AUTH_FILE", raising=False)
+    if text is not None:
+        (tmp_path / "accounts").write_text(text)
+        monkeypatch.setenv("FLOWER_AUTH_FILE", str(tmp_path / "accounts"))
+    with (
+        mock.patch.object(options.mockable(), "basic_auth", auth),
+        pytest.raises(SystemExit) as end,
+    ):
+        runpy.run_path(str(CONFIG))
 
+    line = str(end.value.code)
     assert line.startswith("flower: ")
     assert reason in line
     assert "word" not in line.replace("`user:password`", "")
-    assert status == "1"
+
+
+def test_flower_does_not_start_without_accounts(tmp_path: Path) -> None:
+    missing = str(tmp_path / "accounts")
+    process = started({"FLOWER_PORT": str(free_port()), "FLOWER_AUTH_FILE": missing})
+
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert errors == f"flower: FLOWER_AUTH_FILE={missing}: No such file or directory\n"

@@ -1,4 +1,4 @@
-"""LoRAs in a real S3 server, with credentials of their own; the presigned URL that fetches them is told to nobody."""
+"""LoRAs in a real S3 server with their own credentials; no message contains the presigned URL."""
 
 import os
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from zlora_worker.fetch.transfer import Fetched
 BODY: Final = lora_bytes(1)
 OWN: Final = {"ZLORA_LORA_S3_ACCESS_KEY_ID": "key", "ZLORA_LORA_S3_SECRET_ACCESS_KEY": "secret"}
 WRONG: Final = {"ZLORA_LORA_S3_ACCESS_KEY_ID": "wr0ng", "ZLORA_LORA_S3_SECRET_ACCESS_KEY": "wr0ng"}
-TOLD: Final = ("X-Amz", "Signature", "wr0ng", "Credential", "?")  # of a presigned URL
+PRESIGNED: Final = ("X-Amz", "Signature", "wr0ng", "Credential", "?")  # of a presigned URL
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with some objects, which knows one pair of credentials."""
+    """Return a server with some objects and one pair of credentials."""
     with seaweed(tmp_path_factory.mktemp("seaweed")) as port:
         s3 = client(port)
         for key, body in {
@@ -60,17 +60,15 @@ def variables(endpoint: str) -> dict[str, str]:
 
 
 def failure(fetcher: Fetcher, address: str) -> LoraError:
-    """How it fails; nothing of the presigned URL is in it."""
+    """Return the error of a download, which contains nothing of the presigned URL."""
     with pytest.raises(LoraError) as raised:
         downloaded(fetcher, address)
     said = f"{raised.value!r} {raised.value.details}"
-    assert not [word for word in TOLD if word in said]
+    assert not [word for word in PRESIGNED if word in said]
     return raised.value
 
 
-def test_an_object_is_fetched_and_the_next_time_only_asked_about(
-    tmp_path: Path, variables: dict[str, str]
-) -> None:
+def test_an_unchanged_object_is_downloaded_once(tmp_path: Path, variables: dict[str, str]) -> None:
     with fetching(tmp_path, **variables) as fetcher, watched_connections() as connections:
         body, fetched = downloaded(fetcher, f"s3://{BUCKET}/loras/ä b%2F.safetensors")
         assert (body, fetched.sha256) == (BODY, digest(BODY))
@@ -82,7 +80,7 @@ def test_an_object_is_fetched_and_the_next_time_only_asked_about(
     assert len(connections) == 2
 
 
-def test_a_changed_object_is_fetched_anew(
+def test_a_changed_object_is_downloaded_again(
     tmp_path: Path, variables: dict[str, str], endpoint: str
 ) -> None:
     s3, key = client(int(endpoint.rpartition(":")[2])), "loras/changing"
@@ -94,10 +92,10 @@ def test_a_changed_object_is_fetched_anew(
             assert body == lora_bytes(fill)
 
 
-def test_a_source_s_credentials_are_apart_from_the_store_s(
+def test_sources_have_other_credentials_than_the_store(
     tmp_path: Path, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the store are boto3's own, and would not do; nor is the store's server asked."""
+    """The credentials of the store would be refused, and its server gets no request."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wr0ng")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng")
     with (
@@ -110,7 +108,7 @@ def test_a_source_s_credentials_are_apart_from_the_store_s(
         assert store.connections == 0
 
 
-def test_without_credentials_of_its_own_a_source_has_the_store_s(
+def test_sources_without_credentials_use_those_of_the_store(
     tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -123,26 +121,26 @@ def test_without_credentials_of_its_own_a_source_has_the_store_s(
     ("address", "more", "kind"),
     [
         pytest.param(
-            "s3://pictures/loras/ä b%2F.safetensors", WRONG, LoraForbidden, id="wrong credentials"
+            f"s3://{BUCKET}/loras/ä b%2F.safetensors", WRONG, LoraForbidden, id="wrong credentials"
         ),
         pytest.param(
-            "s3://pictures/loras/ä b%2F.safetensors",
+            f"s3://{BUCKET}/loras/ä b%2F.safetensors",
             {"ZLORA_LORA_S3_SECRET_ACCESS_KEY": "wr0ng"},
             LoraForbidden,
             id="wrong secret",
         ),
         pytest.param(
-            "s3://pictures/loras/ä b%2F.safetensors",
+            f"s3://{BUCKET}/loras/ä b%2F.safetensors",
             {"ZLORA_LORA_S3_SESSION_TOKEN": "wr0ng"},
             LoraForbidden,
             id="wrong session",
         ),
-        pytest.param("s3://pictures/loras/absent", {}, LoraNotFound, id="missing key"),
+        pytest.param(f"s3://{BUCKET}/loras/absent", {}, LoraNotFound, id="missing key"),
         pytest.param("s3://absent/x", {}, LoraNotFound, id="missing bucket"),
-        pytest.param("s3://pictures/page/../private/x", {}, LoraNotFound, id="climbing key"),
+        pytest.param(f"s3://{BUCKET}/page/../private/x", {}, LoraNotFound, id="climbing key"),
     ],
 )
-def test_what_the_server_refuses_or_has_not_is_a_typed_error(
+def test_a_refused_or_absent_object_is_a_typed_error(
     tmp_path: Path,
     variables: dict[str, str],
     address: str,
@@ -157,7 +155,7 @@ def test_what_the_server_refuses_or_has_not_is_a_typed_error(
     "key",
     ["private/x", "loras-2/x", "x", "loras", "../private/x", "loras%2F..%2Fprivate/x", "Loras/x"],
 )
-def test_a_bucket_or_folder_that_is_not_allowed_is_not_asked(
+def test_other_buckets_and_folders_are_refused_without_a_connection(
     tmp_path: Path, variables: dict[str, str], key: str
 ) -> None:
     with fetching(tmp_path, **variables) as fetcher, watched_connections() as connections:
@@ -172,10 +170,10 @@ def test_an_object_of_another_kind_is_refused(tmp_path: Path, variables: dict[st
         assert type(failure(fetcher, f"s3://{BUCKET}/page")) is NotSafetensors
 
 
-def test_the_server_s_secret_url_is_no_address_of_a_producer(
+def test_a_plain_url_of_the_s3_server_is_refused(
     tmp_path: Path, variables: dict[str, str], endpoint: str
 ) -> None:
-    """What `s3://` may reach with the worker's name no URL may."""
+    """The server is open to `s3://` only."""
     with fetching(tmp_path, **variables) as fetcher, watched_connections() as connections:
         assert type(failure(fetcher, f"{endpoint}/{BUCKET}/loras/x")) is LoraNotAllowed
 

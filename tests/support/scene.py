@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping

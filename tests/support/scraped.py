@@ -1,4 +1,4 @@
-"""What Prometheus reads of an exposition: its samples, and what its rules for names and units say of them."""
+"""The samples of a metrics page, and what breaks the rules of Prometheus for names and units."""
 
 import re
 from typing import Final, Self
@@ -7,10 +7,20 @@ import requests
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-# Every label that there is. What a stranger chooses is the value of none.
+# All labels. None of them takes a value of a request.
 LABELS: Final = {
-    "outcome", "code", "phase", "tier", "le", "kind", "version", "model", "queue", "priority", "state",
-}  # fmt: skip
+    "outcome",
+    "code",
+    "phase",
+    "tier",
+    "le",
+    "kind",
+    "version",
+    "model",
+    "queue",
+    "priority",
+    "state",
+}
 _NAME: Final = re.compile(r"zlora(_[a-z]+)+")
 _UNITS: Final = {
     "ms",
@@ -27,7 +37,7 @@ _UNITS: Final = {
 
 
 class Scraped:
-    """The samples of one exposition."""
+    """The samples of one metrics page."""
 
     def __init__(self, text: str) -> None:
         self.text, self.families = text, list(text_string_to_metric_families(text))
@@ -39,30 +49,30 @@ class Scraped:
 
     @classmethod
     def at(cls, port: int) -> Self:
-        """What is served at a port of loopback, to whoever has the patience of a Prometheus."""
+        """Scrape a port of loopback, with the timeout of Prometheus."""
         answer = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10)
         answer.raise_for_status()
         return cls(answer.text)
 
     @classmethod
     def of(cls, registry: CollectorRegistry) -> Self:
-        """What a registry has."""
+        """Return the samples of a registry."""
         return cls(generate_latest(registry).decode())
 
     def __call__(self, name: str, **labels: str) -> float:
-        """The value of one sample, which is there."""
+        """Return the value of one sample; raise `KeyError` if there is none."""
         return self._values[name, frozenset(labels.items())]
 
     def named(self, name: str) -> dict[tuple[str, ...], float]:
-        """All samples of a name, by the values of their labels in alphabetical order of the labels."""
+        """Return all samples of a name by label values, in alphabetical order of the labels."""
         return {
             tuple(value for _, value in sorted(labels)): number
-            for (told, labels), number in self._values.items()
-            if told == name
+            for (found, labels), number in self._values.items()
+            if found == name
         }
 
     def faults(self) -> list[str]:
-        """What breaks the rules: https://prometheus.io/docs/practices/naming/."""
+        """Return what breaks the rules: https://prometheus.io/docs/practices/naming/."""
         return [fault for family in self.families for fault in _faults(family.name, family)]
 
 
@@ -82,5 +92,5 @@ def _faults(name: str, family: object) -> list[str]:
     if kind == "histogram" and not name.endswith("_seconds"):
         found.append(f"{name}: no unit")
     if any(sample.name.endswith("_total") != (kind == "counter") for sample in samples):
-        found.append(f"{name}: `_total` is for counters, and they have it")
+        found.append(f"{name}: `_total` is for counters only, and for all of them")
     return found

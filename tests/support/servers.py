@@ -227,11 +227,7 @@ def settings(folder: Path, **variables: str) -> Settings:
 def fetching(folder: Path, *hosts: Host, **variables: str) -> Iterator[Fetcher]:
     """A fetcher that may open `hosts`."""
     allowed = ",".join(host.name for host in hosts)
-    fetcher = Fetcher(settings(folder, **{"ZLORA_ALLOW_HOSTS": allowed} | variables))
-    try:
-        yield fetcher
-    finally:
-        fetcher.close()
+    yield Fetcher(settings(folder, **{"ZLORA_ALLOW_HOSTS": allowed} | variables))
 
 
 SECRETS: Final = (

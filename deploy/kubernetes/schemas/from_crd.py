@@ -1,7 +1,8 @@
-"""Strict JSON schemas from CustomResourceDefinitions: `python from_crd.py "<project> <version>" <crd.yaml>...`.
+"""Make strict JSON schemas from CustomResourceDefinitions.
 
-Each file's schema goes beside this script as `<kind>.json`. Fields that the definition does not name are refused, as an
-API server with strict field validation does; descriptions, defaults and the status are left out.
+Usage: `python from_crd.py "<project> <version>" <crd.yaml>...`. Each schema is written beside this
+script as `<kind>.json`. It refuses unknown fields, as an API server with strict field validation
+does, and leaves out descriptions, defaults and the status.
 """
 
 import json
@@ -47,7 +48,7 @@ _METADATA = {
 
 
 def strict(node: Any) -> Any:
-    """An OpenAPI v3 schema of a CRD as a JSON schema that refuses unknown fields."""
+    """Return an OpenAPI v3 schema of a CRD as a JSON schema that refuses unknown fields."""
     if isinstance(node, list):
         return [strict(item) for item in node]
     if not isinstance(node, dict):
@@ -55,7 +56,7 @@ def strict(node: Any) -> Any:
     if node.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     found = {name: strict(value) for name, value in node.items() if name in (*_KEPT, *_BOUNDS)}
-    if "(?i)" in str(found.get("pattern")):  # Go's, which JSON schemas cannot say
+    if "(?i)" in str(found.get("pattern")):  # Go's syntax, which JSON schemas do not have
         del found["pattern"]
     if isinstance(node.get("additionalProperties"), dict):
         found["additionalProperties"] = strict(node["additionalProperties"])
@@ -67,7 +68,7 @@ def strict(node: Any) -> Any:
 
 
 def schema(definition: dict[str, Any], source: str) -> dict[str, Any]:
-    """The schema of a definition's stored version."""
+    """Return the JSON schema of a definition's stored version."""
     names, group = definition["spec"]["names"], definition["spec"]["group"]
     version = next(version for version in definition["spec"]["versions"] if version["storage"])
     found: dict[str, Any] = strict(version["schema"]["openAPIV3Schema"])

@@ -1,12 +1,14 @@
-"""The webhooks of jobs that have ended, until a receiver has taken them: what is due, what was given up.
+"""Webhooks that wait to be sent, and webhooks that were given up.
 
-A job comes into the outbox in the moment in which it ends (`Ledger.close`), and stays until its webhook is sent or
-given up. Its record has two more fields then:
+A job enters the outbox in the same step that ends the job (`zlora.broker.job_store`), and stays
+until its webhook is sent or given up. The outbox adds two fields to the job's record:
 
 | field | meaning |
 | --- | --- |
-| `tries` | how often its webhook was sent, or was about to be |
-| `tried` | when it was first: seconds since the epoch by Redis's clock, as all times here |
+| `tries` | attempts to send the webhook, the current one included |
+| `tried` | time of the first attempt |
+
+All times are seconds since the epoch by Redis's clock.
 """
 
 import time
@@ -21,14 +23,14 @@ from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, dead_key, job_key,
 from zlora.webhook import Webhook
 
 _DEAD_EXPIRES: Final = 7 * 86_400  # seconds
-_MOST_DEAD: Final = 1000  # letters; the oldest go
+_MAX_DEAD: Final = 1000  # letters; the oldest are dropped
 
 _DUE: Final = """
 local now = redis.call('TIME')
 local due = now[1] + now[2] / 1e6 - ARGV[3]
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', due, 'LIMIT', ARGV[1], ARGV[2])
 """
-# Whoever claims a job and dies costs it one repetition: its next time stands already.
+# A claim sets the next due time at once: if the sidecar is killed, the job becomes due again.
 _CLAIM: Final = """
 local time, won = redis.call('TIME'), {}
 local now = time[1] + time[2] / 1e6
@@ -41,8 +43,8 @@ for index = 2, #ARGV do
 end
 return won
 """
-# Not where it is there no more: it was sent by another meanwhile.
-_LATER: Final = """
+# XX: another sidecar may have sent the webhook meanwhile, and removed the job.
+_POSTPONE: Final = """
 local now = redis.call('TIME')
 redis.call('ZADD', KEYS[1], 'XX', now[1] + now[2] / 1e6 + ARGV[1], ARGV[2])
 """
@@ -54,8 +56,8 @@ redis.call('EXPIRE', KEYS[1], ARGV[1], 'NX')
 return {tries, redis.call('HGET', KEYS[1], 'tried'), now}
 """
 _RESEND: Final = """
-local asked = redis.call('HMGET', KEYS[1], 'webhook', 'closed')
-if not asked[1] or not asked[2] then return 0 end
+local record = redis.call('HMGET', KEYS[1], 'webhook', 'closed')
+if not record[1] or not record[2] then return 0 end
 redis.call('HDEL', KEYS[1], 'tries', 'tried')
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[1])
@@ -65,27 +67,27 @@ return 1
 
 
 class EndedJob(NamedTuple):
-    """A job that has ended, with its record, which is empty where it has expired."""
+    """A job that has ended, with its record; an expired record is empty."""
 
     job_id: str
     record: dict[str, str]
 
     @property
     def webhook(self) -> Webhook | None:
-        """Whom its end is to be told; None where nobody knows any more."""
+        """Webhook of the job, or None if the record is gone."""
         return _webhook(self.record.get("webhook"))
 
     @property
     def closed(self) -> float:
-        """When it has ended, in seconds since the epoch; 0 where its record does not say."""
+        """Time of the job's end in seconds since the epoch; 0 if the record has none."""
         try:
             return float(self.record["closed"])
-        except (KeyError, ValueError):  # the latter is a stranger's
+        except (KeyError, ValueError):
             return 0.0
 
 
 class DeliveryAttempt(NamedTuple):
-    """The number of a try, from 1, when the first one was, and when this one is."""
+    """Number of an attempt, from 1, and the times of the first and of this attempt."""
 
     number: int
     first: float
@@ -93,7 +95,10 @@ class DeliveryAttempt(NamedTuple):
 
 
 class DeadLetter(Struct, frozen=True, kw_only=True):
-    """A webhook that was given up, and why; of `url` what may be shown. `first` and `last` are times of tries."""
+    """A webhook that was given up, and the reason.
+
+    `url` has no secrets; `first` and `last` are times of attempts.
+    """
 
     job_id: str
     event: str
@@ -105,81 +110,81 @@ class DeadLetter(Struct, frozen=True, kw_only=True):
 
 
 class Outbox:
-    """The webhooks of one queue. Any method raises `redis.RedisError` where Redis does not do its part."""
+    """The webhooks of one queue. Every method raises `redis.RedisError` if Redis fails."""
 
     def __init__(self, client: Any, queue: str) -> None:
-        """Take a client as `zlora.broker.job_store.connect` makes it."""
+        """Take a client made by `zlora.broker.job_store.connect`."""
         self._redis = client
         self._waiting, self._dead = outbox_key(queue), dead_key(queue)
         self._due = client.register_script(_DUE)
         self._claim = client.register_script(_CLAIM)
-        self._later = client.register_script(_LATER)
+        self._postpone = client.register_script(_POSTPONE)
         self._begin = client.register_script(_BEGIN)
         self._resend = client.register_script(_RESEND)
 
     def pending(self) -> int:
-        """How many are not sent yet."""
+        """Return the number of webhooks that are not sent yet."""
         return int(self._redis.zcard(self._waiting))
 
     def dead(self) -> list[DeadLetter]:
-        """What was given up within the last seven days, the latest 1,000, the oldest first."""
+        """Return the webhooks given up in the last seven days, at most 1,000, oldest first."""
         texts = self._redis.zrangebyscore(self._dead, time.time() - _DEAD_EXPIRES, "+inf")
         return [msgspec.json.decode(text, type=DeadLetter) for text in texts]
 
     def resend(self, job_id: str) -> bool:
-        """Send a job's webhook once more, with two hours for it; False where its record has none, or is gone."""
-        keys, lives = [job_key(job_id), self._waiting], (RESULT_EXPIRES, RECORD_EXPIRES)
-        if not self._resend(keys=keys, args=[job_id, *lives]):
+        """Send a job's webhook again, for two hours; return False if the job's record has none."""
+        keys = [job_key(job_id), self._waiting]
+        if not self._resend(keys=keys, args=[job_id, RESULT_EXPIRES, RECORD_EXPIRES]):
             return False
         for letter in self.dead():
             if letter.job_id == job_id:
                 self._redis.zrem(self._dead, msgspec.json.encode(letter))
         return True
 
-    def due(self, start: int, most: int, *, since: float = 0.0) -> list[str]:
-        """The jobs that are due, the longest first, without the first `start` of them; they are nobody's yet.
+    def due(self, start: int, count: int, *, since: float = 0.0) -> list[str]:
+        """Return up to `count` jobs that are due, longest first, without the first `start`.
 
-        With `since` only those that have been due for so many seconds.
+        With `since`, only jobs that have been due for so many seconds. The jobs are not claimed.
         """
-        return list(self._due(keys=[self._waiting], args=[start, most, since]))
+        return list(self._due(keys=[self._waiting], args=[start, count, since]))
 
     def webhooks(self, job_ids: Iterable[str]) -> list[Webhook | None]:
-        """Whom the ends of jobs are to be told."""
+        """Return the webhook of each job, or None if its record is gone."""
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
                 pipe.hget(job_key(job_id), "webhook")
-            return [_webhook(_known(text)) for text in pipe.execute(raise_on_error=False)]
+            return [_webhook(_value(text)) for text in pipe.execute(raise_on_error=False)]
 
     def claim(self, job_ids: Iterable[str], seconds: float) -> list[EndedJob]:
-        """Those of the jobs that are still due; nobody else has them for so many seconds."""
+        """Claim those of the jobs that are still due, for so many seconds."""
         claimed = self._claim(keys=[self._waiting], args=[seconds, *job_ids])
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in claimed:
                 pipe.hgetall(job_key(job_id))
             records = pipe.execute(raise_on_error=False)
         return [
-            EndedJob(job_id, _known(record) or {})
+            EndedJob(job_id, _value(record) or {})
             for job_id, record in zip(claimed, records, strict=True)
         ]
 
     def begin(self, job_id: str) -> DeliveryAttempt:
-        """Count a try."""
+        """Count an attempt before its request is sent."""
         number, first, now = self._begin(keys=[job_key(job_id)], args=[RESULT_EXPIRES])
         return DeliveryAttempt(int(number), float(first), float(now))
 
-    def put_off(self, seconds: float, job_id: str) -> None:
-        """Look at a job again so many seconds from now."""
-        self._later(keys=[self._waiting], args=[seconds, job_id])
+    def postpone(self, seconds: float, job_id: str) -> None:
+        """Make a job due in so many seconds."""
+        self._postpone(keys=[self._waiting], args=[seconds, job_id])
 
     def done(self, job_id: str) -> None:
-        """There is nothing left to send."""
+        """Remove a job whose webhook was sent, or is not wanted."""
         self._redis.zrem(self._waiting, job_id)
 
-    def bury(self, letter: DeadLetter) -> None:
-        """Give a webhook up."""
+    def give_up(self, letter: DeadLetter) -> None:
+        """Move a job from the outbox to the dead letters."""
         with self._redis.pipeline() as pipe:
             pipe.zadd(self._dead, {msgspec.json.encode(letter): letter.last})
-            pipe.zremrangebyrank(self._dead, 0, -_MOST_DEAD - 1)
+            pipe.zremrangebyrank(self._dead, 0, -_MAX_DEAD - 1)
             pipe.zremrangebyscore(self._dead, "-inf", letter.last - _DEAD_EXPIRES)
             pipe.expire(self._dead, _DEAD_EXPIRES)
             pipe.zrem(self._waiting, letter.job_id)
@@ -189,12 +194,12 @@ class Outbox:
 def _webhook(text: str | None) -> Webhook | None:
     try:
         return msgspec.json.decode(text, type=Webhook) if text else None
-    except msgspec.DecodeError:  # a stranger's
+    except msgspec.DecodeError:  # not written by a client of this project
         return None
 
 
-def _known(answer: Any) -> Any:
-    """What a record says. A key of another type is a stranger's, and no record; it delays no other job."""
+def _value(answer: Any) -> Any:
+    """Return an answer of a pipeline; None for a key of another type, so that other jobs go on."""
     if not isinstance(answer, Exception):
         return answer
     if isinstance(answer, redis.ResponseError) and str(answer).startswith("WRONGTYPE"):

@@ -1,7 +1,6 @@
-"""The group of all commands: those of the producer's side, and by entry point those of the worker's."""
+"""The group of all commands: the producer's, and by entry point those of installed packages."""
 
 import sys
-from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from io import TextIOWrapper
@@ -11,10 +10,10 @@ import click
 
 from zlora.cli import signals
 from zlora.cli.exit_codes import (
+    BROKEN_PIPE,
     CANNOT_WRITE,
-    NOBODY_READS,
     OUTPUT,
-    Failure,
+    CommandFailed,
     Interrupted,
     discard_stdout,
     writing,
@@ -24,70 +23,62 @@ from zlora.errors import ZloraError
 
 
 class Commands(click.Group):
-    """Ends all commands by the table of exit statuses, where they do not say otherwise."""
+    """Group of commands that end by the table of exit statuses."""
 
     @cached_property
-    def _points(self) -> dict[str, EntryPoint]:
-        """Loaded when they are named: a producer's command needs none of the worker's modules."""
+    def _installed(self) -> dict[str, EntryPoint]:
+        """Entry points of `zlora.commands`, loaded when used: a producer has no worker modules."""
         return {point.name: point for point in entry_points(group="zlora.commands")}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *self._points})
+        return sorted({*super().list_commands(ctx), *self._installed})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if (own := super().get_command(ctx, cmd_name)) is not None:
             return own
-        if (point := self._points.get(cmd_name)) is None:
+        if (point := self._installed.get(cmd_name)) is None:
             return None
         command: click.Command = point.load()
         return command
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run as the process's program: what cannot be printed is an end of its own."""
+        """Run as the program of this process."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(
-                stream, TextIOWrapper
-            ):  # no name of a file is to break what is told of it
+            if isinstance(stream, TextIOWrapper):
+                # Names of files may have characters that the stream's encoding lacks.
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **extra)
-        except OSError:  # of an error that click has found
+        except OSError:  # click cannot print a usage error
             discard_stdout()
             sys.exit(CANNOT_WRITE)
 
     def invoke(self, ctx: click.Context) -> Any:
         given = list(ctx.args)
+
+        def printed(failed: CommandFailed) -> CommandFailed:
+            failed.as_json = is_json(ctx, given)
+            return failed
+
         try:
-            with writing(OUTPUT):  # whatever writes to files names them itself
+            with writing(OUTPUT):  # code that writes to files names them itself
                 return super().invoke(ctx)
         except ZloraError as error:
-            raise _printed(Failure.of(error), ctx, given) from error
-        except Failure as failure:
-            raise _printed(failure, ctx, given) from failure.__cause__
+            raise printed(CommandFailed.of(error)) from error
+        except CommandFailed as error:
+            raise printed(error) from error.__cause__
         except click.ClickException as error:
-            raise _usage(error, ctx, given) from error
+            if not is_json(ctx, given):
+                raise
+            document = {
+                "code": "usage",
+                "message": error.format_message(),
+                "retryable": False,
+                "details": {},
+            }
+            raise printed(CommandFailed(document, error.exit_code)) from error
         except BrokenPipeError:
             discard_stdout()
-            sys.exit(NOBODY_READS)
+            sys.exit(BROKEN_PIPE)
         except KeyboardInterrupt:
-            raise _printed(Interrupted("interrupted", signals.exit_status()), ctx, given) from None
-
-
-def _printed(failure: Failure, ctx: click.Context, given: Sequence[str]) -> Failure:
-    failure.as_json = is_json(ctx, given)
-    return failure
-
-
-def _usage(
-    error: click.ClickException, ctx: click.Context, given: Sequence[str]
-) -> click.ClickException:
-    """What click says of arguments, as a document where one is asked for."""
-    if not is_json(ctx, given):
-        return error
-    document = {
-        "code": "usage",
-        "message": error.format_message(),
-        "retryable": False,
-        "details": {},
-    }
-    return _printed(Failure(document, error.exit_code), ctx, given)
+            raise printed(Interrupted("interrupted", signals.exit_status())) from None

@@ -1,4 +1,4 @@
-"""Where the commands get their client: the one place for tests to put another."""
+"""Connections of the commands to the broker that the environment names; tests replace them here."""
 
 import os
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def client() -> Client:
-    """A client by the environment."""
+    """Return a client configured by the environment."""
     return Client.from_env()
 
 
 def async_client() -> "AsyncClient":
-    """The same for asyncio."""
+    """Return a client for asyncio, configured by the environment."""
     from zlora.async_client import AsyncClient
 
     return AsyncClient.from_env()
@@ -26,7 +26,10 @@ def async_client() -> "AsyncClient":
 
 @contextmanager
 def outbox() -> "Iterator[Outbox]":
-    """The webhooks of the environment's queue; raises as a client does."""
+    """Open the webhooks of the environment's queue.
+
+    Raises `InvalidSetting`, or `BrokerUnavailable` if Redis does not answer.
+    """
     import redis
 
     from zlora import config

@@ -1,4 +1,4 @@
-"""`zlora generate`: one job from its request to its pictures on this machine."""
+"""`zlora generate`: submit one job, wait for it, and save its images on this machine."""
 
 import uuid
 from pathlib import Path
@@ -7,48 +7,60 @@ from typing import Any
 import click
 
 from zlora.cli import connection, job_options, signals
-from zlora.cli.exit_codes import OUTPUT, Failure, Interrupted, writing
+from zlora.cli.exit_codes import OUTPUT, CommandFailed, Interrupted, writing
 from zlora.cli.printing import json_option, print_json
 from zlora.cli.progress import follow
 from zlora.cli.receipt import document, print_receipt
 from zlora.cli.saving import require_folder, save
 from zlora.cli.signals import Answer
-from zlora.client import Client
 from zlora.handle import JobHandle
-from zlora.schema import Cancellation, GenerateResult
+from zlora.schema import Cancellation
 
 
 @click.command()
-@job_options.order_options
+@job_options.add_options
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
-    callback=job_options.a_number,
+    callback=job_options.reject_nan,
     metavar="SECONDS",
-    help="Wait no longer; the job goes on.",
+    help="Wait no longer than this; the job continues.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path(),
     metavar="FOLDER",
-    help="For the pictures.  [default: .]",
+    help="Folder for the images.  [default: .]",
 )
 @json_option
 def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None:
-    """Draw PROMPT, wait for it, save the pictures and print what was used of each LoRA.
+    """Draw PROMPT, wait for the result, and save the images.
 
-    Pictures are saved as FOLDER/<job id>-<index>.<format>. A LoRA's ADDRESS is a URL, `hf://owner/repo/file`,
-    `owner/repo`, `civitai://<version id>` or another that the workers may open.
+    Images are saved as FOLDER/<job id>-<index>.<format>. The receipt that is printed says what was
+    used of each LoRA.
 
-    Ctrl-C asks whether to cancel the job. Where nobody can be asked it is cancelled, but for one that --job-id or
-    --idempotency-key names, which may be somebody else's too.
+    Ctrl-C asks whether to cancel the job. Without a terminal the job is cancelled, except if
+    --job-id or --idempotency-key names it: another program may wait for it.
     """
     wanted = job_options.read(given)
-    is_named, wanted = wanted.is_named, wanted.named(str(uuid.uuid4()))
+    is_named = wanted.is_named
+    if not is_named:  # Ctrl-C needs the id of a job that may not be submitted yet
+        wanted = wanted._replace(job_id=str(uuid.uuid4()))
     require_folder(out)
     with connection.client() as client:
-        result = _draw(wanted, client, wait, is_named=is_named)
+        try:
+            handle = wanted.submit(client)
+            with writing(OUTPUT, job_id=handle.id):
+                click.echo(f"job {handle.id}", err=True)
+                result = follow(handle, wait)
+        except KeyboardInterrupt:
+            raise _interrupted(wanted.handle(client), is_named=is_named) from None
+        except (BrokenPipeError, CommandFailed):
+            # The progress bar cannot be written if the signal means that the terminal is closed.
+            if signals.has_come():
+                raise _interrupted(wanted.handle(client), is_named=is_named) from None
+            raise
     files = save(result, out)
     with writing(OUTPUT, job_id=result.job_id):
         if as_json:
@@ -57,38 +69,20 @@ def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None
             print_receipt(result, files)
 
 
-def _draw(
-    wanted: job_options.Order, client: Client, patience: float | None, *, is_named: bool
-) -> GenerateResult:
-    try:
-        handle = wanted.submit(client)
-        with writing(OUTPUT, job_id=handle.id):
-            click.echo(f"job {handle.id}", err=True)
-            return follow(handle, patience)
-    except KeyboardInterrupt:
-        raise _left(wanted.handle(client), is_named=is_named) from None
-    except (BrokenPipeError, Failure):  # a bar, where the terminal has gone with the signal
-        if signals.has_come():
-            raise _left(wanted.handle(client), is_named=is_named) from None
-        raise
+def _interrupted(handle: JobHandle, *, is_named: bool) -> Interrupted:
+    """Ask whether to cancel the job, cancel it or not, and return the end of the command.
 
-
-def _left(handle: JobHandle, *, is_named: bool) -> Interrupted:
-    """What becomes of a job that nobody waits for any more; it may be on its way to the queue."""
+    The job may not be submitted yet.
+    """
     answer, status = signals.ask(f"Cancel job {handle.id}?"), signals.exit_status()
-    if answer is Answer.NO or (answer is Answer.NOBODY and is_named):
-        why = (
-            ""
-            if answer is Answer.NO
-            else ", since a job with a name of yours may be somebody else's"
-        )
-        return Interrupted(
-            f"job {handle.id} goes on{why}: zlora result {handle.id}", status, job_id=handle.id
-        )
-    if (where := handle.cancel()) is Cancellation.FINISHED:
-        return Interrupted(
-            f"job {handle.id} was done: zlora result {handle.id}", status, job_id=handle.id
-        )
-    return Interrupted(
-        f"job {handle.id} is cancelled", status, job_id=handle.id, cancelled=where.value
-    )
+    get_it = f"zlora result {handle.id}"
+    if answer is Answer.NO:
+        return Interrupted(f"job {handle.id} continues: {get_it}", status, job_id=handle.id)
+    if answer is Answer.NOT_ASKED and is_named:
+        message = f"job {handle.id} continues, because you named it: {get_it}"
+        return Interrupted(message, status, job_id=handle.id)
+    was = handle.cancel()
+    if was is Cancellation.FINISHED:
+        return Interrupted(f"job {handle.id} had ended: {get_it}", status, job_id=handle.id)
+    message = f"job {handle.id} is cancelled"
+    return Interrupted(message, status, job_id=handle.id, cancelled=was.value)

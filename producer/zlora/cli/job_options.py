@@ -1,4 +1,4 @@
-"""What `generate` and `submit` are told: a request, and how to queue it."""
+"""Options of `generate` and `submit`: a request, and how to queue it."""
 
 import math
 import re
@@ -16,12 +16,13 @@ from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
 from zlora.schema import GenerateRequest, OutputFormat, Scheduler, parse_request
 
+# An address and the number after its last colon.
 _WEIGHTED: Final = re.compile(
     r"(.+):([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)",
     re.ASCII | re.DOTALL | re.IGNORECASE,
 )
 _SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
-_FIELDS: Final = (  # options with the name of a request's field
+_FIELDS: Final = (  # options that have the name of a field of the request
     "prompt",
     "negative_prompt",
     "num_inference_steps",
@@ -36,50 +37,49 @@ _FIELDS: Final = (  # options with the name of a request's field
 
 
 class Order(NamedTuple):
-    """A checked request, the names that its job is to have, and how to queue it."""
+    """A checked request, the name of its job if the user chose one, and how to queue it."""
 
     request: GenerateRequest
     job_id: str | None
     idempotency_key: str | None
     options: Options
 
-    def named(self, job_id: str) -> "Order":
-        """The same, under this id where it has no name."""
-        return self if self.is_named else self._replace(job_id=job_id)
-
     @property
     def is_named(self) -> bool:
-        """Whether its job has a name of the user's, under which it may be another's as well."""
+        """Whether the user named the job, so that other programs may use it."""
         return bool(self.job_id) or self.idempotency_key is not None
 
     def handle(self, client: Client) -> JobHandle:
-        """The job of an order that has a name, submitted or not."""
+        """Return the handle of the job, which may not be submitted; the order must have a name."""
         return client.job(self.job_id or job_id_of(self.idempotency_key or ""))
 
     def submit(self, client: Client) -> JobHandle:
-        """Queue it."""
-        names = {"job_id": self.job_id, "idempotency_key": self.idempotency_key}
-        return client.submit(self.request, **names, **self.options)
+        """Submit the job."""
+        return client.submit(
+            self.request,
+            job_id=self.job_id,
+            idempotency_key=self.idempotency_key,
+            **self.options,
+        )
 
 
-def _lora(
+def _loras(
     _ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    return [_spec(text) for text in texts]
+    """Parse `address` or `address:weight`; an address may have colons, but no number after one."""
+    specs = []
+    for text in texts:
+        address, weight = text, 1.0
+        if found := _WEIGHTED.fullmatch(text):
+            address, weight = found[1], float(found[2])
+        file = {"url": address}
+        if address.startswith("cozy://"):
+            file = {"cozy_ref": address.removeprefix("cozy://")}
+        specs.append({"file": file, "weight": weight})
+    return specs
 
 
-def _spec(text: str) -> dict[str, Any]:
-    """A LoRA's document from `address` or `address:weight`. An address has colons too, but none before a number."""
-    found = _WEIGHTED.fullmatch(text)
-    address = found[1] if found else text
-    hub, name = (
-        "cozy_ref" if address.startswith("cozy://") else "url",
-        address.removeprefix("cozy://"),
-    )
-    return {"file": {hub: name}, "weight": float(found[2]) if found else 1.0}
-
-
-def _sides(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> dict[str, int]:
+def _size(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> dict[str, int]:
     if text is None:
         return {}
     if (found := _SIZE.fullmatch(text)) is None:
@@ -87,8 +87,10 @@ def _sides(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -
     return {"width": int(found[1]), "height": int(found[2])}
 
 
-def a_number(_ctx: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
-    """What `float` takes, but for that which is no number: every comparison with it is false."""
+def reject_nan(
+    _ctx: click.Context, _parameter: click.Parameter, value: float | None
+) -> float | None:
+    """Reject NaN, which click takes for a number of any range."""
     if value is not None and math.isnan(value):
         raise click.BadParameter("nan is not a number")
     return value
@@ -100,77 +102,91 @@ _OPTIONS: Final = (
         "--lora",
         "loras",
         multiple=True,
-        callback=_lora,
+        callback=_loras,
         metavar="ADDRESS[:WEIGHT]",
-        help="May be repeated.",
+        help="LoRA, may be repeated. ADDRESS is a URL, `hf://owner/repo/file`, `owner/repo`, "
+        "`civitai://<version id>` or another that the workers may open.",
     ),
-    click.option("--negative", "negative_prompt", metavar="TEXT", help="What is not to be seen."),
-    click.option("--steps", "num_inference_steps", type=int),
-    click.option("--guidance", "guidance_scale", type=float),
-    click.option("--size", callback=_sides, metavar="WIDTHxHEIGHT", help="In pixels."),
-    click.option("--seed", type=int),
-    click.option("-n", "num_images", type=int, help="Number of pictures."),
-    click.option("--scheduler", type=click.Choice(get_args(Scheduler))),
-    click.option("--format", "output_format", type=click.Choice(get_args(OutputFormat))),
-    click.option("--quality", type=int, help="Of jpeg and webp, 1 to 100."),
+    click.option(
+        "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."
+    ),
+    click.option("--steps", "num_inference_steps", type=int, help="Denoising steps."),
+    click.option("--guidance", "guidance_scale", type=float, help="Guidance scale."),
+    click.option("--size", callback=_size, metavar="WIDTHxHEIGHT", help="Size in pixels."),
+    click.option("--seed", type=int, help="Seed of the first image.  [default: from the job id]"),
+    click.option("-n", "num_images", type=int, help="Number of images."),
+    click.option("--scheduler", type=click.Choice(get_args(Scheduler)), help="Noise scheduler."),
+    click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(get_args(OutputFormat)),
+        help="Format of the images.",
+    ),
+    click.option("--quality", type=int, help="Quality of jpeg and webp, 1 to 100."),
     click.option(
         "--timeout",
         type=float,
-        callback=a_number,
+        callback=reject_nan,
         metavar="SECONDS",
-        help="The most that drawing may take.",
+        help="Fail if drawing takes longer.",
     ),
     click.option(
         "--request",
         "document",
         metavar="FILE",
-        help="A document, or - for stdin; options go first.",
+        help="Request in JSON, or - for stdin; other options replace its fields.",
     ),
-    click.option("--job-id"),
+    click.option("--job-id", help="Id of the job; the same id is the same job."),
     click.option(
         "--idempotency-key",
         metavar="TEXT",
-        help="The same key is the same job, such as an order's number.",
+        help="Text from which the job id is made, such as the number of an order.",
     ),
     click.option(
-        "--priority", type=click.Choice(tuple(PRIORITIES)), default="normal", show_default=True
+        "--priority",
+        type=click.Choice(tuple(PRIORITIES)),
+        default="normal",
+        show_default=True,
+        help="Priority in the queue.",
     ),
     click.option(
         "--expires-in",
         type=float,
-        callback=a_number,
+        callback=reject_nan,
         metavar="SECONDS",
         help="Fail if the job has not begun by then.",
     ),
     click.option(
         "--preflight",
         is_flag=True,
-        help="Look at the LoRAs first, and queue no job with a wrong one.",
+        help="Read the headers of the LoRAs first, and do not submit a job with a wrong one.",
     ),
-    click.option("--webhook-url", metavar="URL", help="Where a worker tells the job's end."),
+    click.option("--webhook-url", metavar="URL", help="URL that gets the end of the job."),
     click.option(
-        "--webhook-event", "webhook_events", multiple=True, type=click.Choice(webhook.EVENTS)
+        "--webhook-event",
+        "webhook_events",
+        multiple=True,
+        type=click.Choice(webhook.EVENTS),
+        help="Event that the URL gets, may be repeated.  [default: all]",
     ),
 )
 
 
-def order_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of an order; it gets them as keywords, which `read` takes."""
+def add_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with the options of a job, which it passes on to `read` as keywords."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def read(given: dict[str, Any]) -> Order:
-    """The order that the options make; raises `InvalidRequest`, `InvalidJobId`."""
+    """Return the order that the options describe; raise `InvalidRequest` or `InvalidJobId`."""
     document = _document(given["document"])
     document |= {name: given[name] for name in _FIELDS if given[name] is not None} | given["size"]
     if given["loras"]:
         document["loras"] = given["loras"]
     if "prompt" not in document:
-        raise click.UsageError(
-            "Missing argument 'PROMPT', or --request with a document that has one."
-        )
+        raise click.UsageError("Missing argument 'PROMPT', or --request with a prompt.")
     options: Options = {
         "priority": given["priority"],
         "expires_in": given["expires_in"],
@@ -184,23 +200,16 @@ def read(given: dict[str, Any]) -> Order:
 def _document(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
-    try:
-        document = json_input.read(_bytes(name))
-    except InvalidRequest as error:
-        raise InvalidRequest(f"--request: {error}", error.details) from None
-    if not isinstance(document, dict):
-        raise InvalidRequest(
-            "--request: Expected a JSON object", {"path": "$", "expected": "a JSON object"}
-        )
-    return document
-
-
-def _bytes(name: str) -> bytes:
     if name == "-" and sys.stdin is None:
         raise click.UsageError("--request: stdin is closed")
     try:
         with click.open_file(name, "rb") as file:
-            data: bytes = file.read()
+            document = json_input.read(file.read())
     except OSError as error:
         raise click.UsageError(f"--request: {name}: {error.strerror}") from None
-    return data
+    except InvalidRequest as error:
+        raise InvalidRequest(f"--request: {error}", error.details) from None
+    if not isinstance(document, dict):
+        details = {"path": "$", "expected": "a JSON object"}
+        raise InvalidRequest("--request: Expected a JSON object", details)
+    return document

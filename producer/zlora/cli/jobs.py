@@ -12,21 +12,21 @@ from zlora.cli.progress import detail_of, follow, phase_of
 from zlora.cli.receipt import document, print_receipt
 from zlora.cli.saving import require_folder, save
 from zlora.errors import JobUnknown
-from zlora.schema import Cancellation, JobState, JobStatus, check_job_id, to_dict
+from zlora.schema import Cancellation, JobState, check_job_id, to_dict
 
-_TOLD: Final = {
+_CANCELLATIONS: Final = {
     Cancellation.QUEUED: "cancelled, not begun",
-    Cancellation.RUNNING: "cancelled, ends with its present step",
+    Cancellation.RUNNING: "cancelled, ends after its present step",
     Cancellation.FINISHED: "had ended",
-    Cancellation.UNKNOWN: "not known, refused if it comes",
+    Cancellation.UNKNOWN: "unknown, refused if it is submitted later",
 }
 
 
 @click.command()
-@job_options.order_options
+@job_options.add_options
 @json_option
 def submit(as_json: bool, **given: Any) -> None:
-    """Queue PROMPT and print the job's id, without waiting for it."""
+    """Queue PROMPT, and print the job's id without waiting."""
     wanted = job_options.read(given)
     with connection.client() as client:
         handle = wanted.submit(client)
@@ -42,16 +42,22 @@ def submit(as_json: bool, **given: Any) -> None:
 @json_option
 @click.pass_context
 def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
-    """Tell where jobs are: a line each, or with --json an array."""
+    """Print the state of jobs, one line each.
+
+    With --json, print one array. The exit status is 66 if one of the jobs is unknown.
+    """
     names = [check_job_id(name) for name in ids]
     with connection.client() as client:
         found = [(name, client.job(name).status()) for name in names]
     if as_json:
-        print_json([{"job_id": name, **to_dict(one)} for name, one in found])
+        print_json([{"job_id": name, **to_dict(status)} for name, status in found])
     else:
-        for name, one in found:
-            click.echo(f"{name}  {_words(one)}")
-    _end_if(ctx, unknown=any(one.state is JobState.UNKNOWN for _, one in found))
+        for name, status in found:
+            phase = phase_of(status) if status.phase else ""
+            words = filter(None, (name, status.state.value, phase, detail_of(status)))
+            click.echo("  ".join(words))
+    if any(status.state is JobState.UNKNOWN for _, status in found):
+        ctx.exit(status_of(JobUnknown))
 
 
 @click.command()
@@ -59,18 +65,18 @@ def status(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
-    callback=job_options.a_number,
+    callback=job_options.reject_nan,
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="Wait for it so long, or `inf`. A worker may need two seconds to find an old one.",
+    help="Wait for the result so long, or `inf`. A worker needs up to two seconds for an old one.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Save the pictures there."
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Save the images there."
 )
 @json_option
 def result(job_id: str, wait: float, out: Path | None, as_json: bool) -> None:
-    """Print what came of a job, and save its pictures where --out says."""
+    """Print the result of a job and, with --out, save its images."""
     if out is not None:
         require_folder(out)
     with connection.client() as client:
@@ -87,24 +93,17 @@ def result(job_id: str, wait: float, out: Path | None, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def cancel(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
-    """Cancel jobs for good, and tell where each was. One that had ended stays so."""
+    """Cancel jobs for good, and print what each was doing.
+
+    A job that has ended keeps its result. The exit status is 66 if one of the jobs is unknown.
+    """
     names = [check_job_id(name) for name in dict.fromkeys(ids)]
     with connection.client() as client:
         found = {name: client.job(name).cancel() for name in names}
     if as_json:
-        print_json([{"job_id": name, "was": where} for name, where in found.items()])
+        print_json([{"job_id": name, "was": was} for name, was in found.items()])
     else:
-        for name, where in found.items():
-            click.echo(f"{name}  {_TOLD[where]}")
-    _end_if(ctx, unknown=Cancellation.UNKNOWN in found.values())
-
-
-def _words(status: JobStatus) -> str:
-    phase = phase_of(status) if status.phase else ""
-    return "  ".join(filter(None, (status.state.value, phase, detail_of(status))))
-
-
-def _end_if(ctx: click.Context, *, unknown: bool) -> None:
-    """Nothing is known of a job: what is known of the others is told all the same."""
-    if unknown:
+        for name, was in found.items():
+            click.echo(f"{name}  {_CANCELLATIONS[was]}")
+    if Cancellation.UNKNOWN in found.values():
         ctx.exit(status_of(JobUnknown))

@@ -11,16 +11,13 @@ _MARKS: Final = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read(text: bytes) -> Any:
-    """The data of a JSON document in UTF-8; raises `InvalidRequest`, whatever the bytes are."""
-    if text.startswith(_MARKS):
-        raise _refused("it begins with a byte order mark: save it as UTF-8 without one")
+    """Return the data of a JSON document in UTF-8; raise `InvalidRequest` for all other bytes."""
     try:
+        if text.startswith(_MARKS):
+            raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")  # noqa: TRY301
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _refused(str(error)) from None
     except RecursionError:
-        raise _refused("it is nested too deep") from None
-
-
-def _refused(message: str) -> InvalidRequest:
-    return InvalidRequest(message, {"path": "$", "expected": "a JSON document"})
+        reason = "it is nested too deep"
+    except ValueError as error:  # also msgspec.DecodeError and UnicodeDecodeError
+        reason = str(error)
+    raise InvalidRequest(reason, {"path": "$", "expected": "a JSON document"})

@@ -1,4 +1,4 @@
-"""How far a job is, as somebody who waits for it sees it: a bar on a terminal, elsewhere a line a phase."""
+"""Progress of a job: a bar on a terminal, elsewhere one line for each phase."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,44 +17,41 @@ from zlora.schema import GenerateResult, JobState, JobStatus
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ANSWER: Final = 10.0  # seconds for the result of a job that has ended
-_DENIAL: Final = 0.5  # seconds for a worker's word that there is no such job
+_RESULT_TIMEOUT: Final = 10.0  # seconds for the result of a job that has ended
+_UNKNOWN_TIMEOUT: Final = 0.5  # seconds for a worker to confirm that no such job exists
+
 _KB: Final = 1e3
 _MB: Final = 1e6
 
 Show = Callable[[JobStatus], None]
 
 
-def follow(handle: JobHandle, patience: float | None) -> GenerateResult:
-    """Wait up to `patience` seconds for the result, and show on stderr how far it is.
+def follow(handle: JobHandle, timeout: float | None) -> GenerateResult:
+    """Wait up to `timeout` seconds for the result, and show the progress on stderr.
 
-    Raises as `JobHandle.result` does; the details of any error name the job.
+    Raises the errors of `JobHandle.result`, with the job's id in their details.
     """
+    status = None
+    patience = _RESULT_TIMEOUT
     try:
-        return handle.result(_ANSWER if _watch(handle, patience) else _DENIAL)
+        try:
+            with _display() as show:
+                for status in handle.events(timeout):
+                    signals.check()
+                    if not has_ended(status):
+                        show(status)
+        except ResultTimeout:
+            if status is None or status.state is not JobState.UNKNOWN:
+                raise
+            patience = _UNKNOWN_TIMEOUT
+        return handle.result(patience)
     except ZloraError as error:
         error.tell(job_id=handle.id)
         raise
 
 
-def _watch(handle: JobHandle, patience: float | None) -> bool:
-    """Show the job to its end; False where nobody knows it after so many seconds."""
-    status = None
-    try:
-        with _showing() as show:
-            for status in handle.events(patience):
-                signals.check()
-                if not has_ended(status):
-                    show(status)
-    except ResultTimeout:
-        if status is None or status.state is not JobState.UNKNOWN:
-            raise
-        return False
-    return True
-
-
 @contextmanager
-def _showing() -> Iterator[Show]:
+def _display() -> Iterator[Show]:
     if (console := terminal(sys.stderr)) is None:
         yield _lines()
     else:
@@ -83,32 +80,31 @@ def _bar(console: "Console") -> Iterator[Show]:
         BarColumn(),
         TextColumn("{task.fields[detail]}", markup=False),
     )
-    # Its own bar is all that it may write: what others print goes to stdout as it is.
+    # Other output must reach stdout and stderr unchanged.
     with Progress(
         *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
     ) as progress:
         bar = progress.add_task("", total=1, detail="")
 
         def show(status: JobStatus) -> None:
-            done, total = _measure(status)
-            progress.update(
-                bar,
-                description=phase_of(status),
-                completed=done,
-                total=total,
-                detail=detail_of(status),
-            )
+            done, total = 0, 1
+            if status.steps:
+                done, total = status.step or 0, status.steps
+            elif status.expected:
+                done, total = status.received or 0, status.expected
+            phase, detail = phase_of(status), detail_of(status)
+            progress.update(bar, description=phase, completed=done, total=total, detail=detail)
 
         yield show
 
 
 def phase_of(status: JobStatus) -> str:
-    """One word."""
+    """Return the phase of the job, or its state, in one word."""
     return on_one_line(status.phase or status.state.value.lower())
 
 
 def detail_of(status: JobStatus) -> str:
-    """How far the phase is, or nothing."""
+    """Return how far the phase is; an empty string if the status does not say it."""
     match status:
         case JobStatus(position=int(position)):
             return f"({position} before it)"
@@ -122,12 +118,3 @@ def detail_of(status: JobStatus) -> str:
         case JobStatus(code=str(code)):
             return on_one_line(f"(after {code})")
     return ""
-
-
-def _measure(status: JobStatus) -> tuple[int, int]:
-    """How much is done, and of how much."""
-    if status.steps:
-        return status.step or 0, status.steps
-    if status.expected:
-        return status.received or 0, status.expected
-    return 0, 1

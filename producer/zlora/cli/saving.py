@@ -1,4 +1,4 @@
-"""Pictures into a folder of the user's, which is looked at before anything is drawn for it."""
+"""Save images to a folder of the user, which is checked before anything is drawn."""
 
 import shlex
 from pathlib import Path
@@ -10,7 +10,7 @@ from zlora.schema import GenerateResult
 
 
 def require_folder(folder: Path) -> None:
-    """Make it, and end the command where it cannot be written to."""
+    """Create the folder, and end the command if no file can be written to it."""
     from tempfile import TemporaryFile
 
     with writing(folder):
@@ -18,12 +18,15 @@ def require_folder(folder: Path) -> None:
         try:
             TemporaryFile(dir=folder).close()
         except OSError as error:
-            error.filename = folder  # the name of its own that it tried says nothing
+            error.filename = folder  # not the random name of the temporary file
             raise
 
 
 def save(result: GenerateResult, folder: Path) -> list[Path]:
-    """`pictures.save`, whose errors end the command; the details of all of them name the job."""
+    """Save the images like `images.save`; end the command if they cannot be written.
+
+    Raises `ImageUnavailable`. The details of all errors name the job.
+    """
     try:
         with writing(folder, job_id=result.job_id):
             return images.save(result, folder)

@@ -1,4 +1,4 @@
-"""`zlora schema`: the documents that travel, as JSON Schema."""
+"""`zlora schema`: requests, results and other documents, as JSON Schema."""
 
 import inspect
 import json
@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Final, Literal
 
 import click
+import msgspec
 from msgspec import Struct
 
 from zlora.cli.printing import json_option, print_json
@@ -15,7 +16,7 @@ _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
 class Failure(Struct, frozen=True, kw_only=True):
-    """Why a job, or a command, has failed: `code` is for programs, `message` for people."""
+    """Why a job or a command has failed: `code` is for programs, `message` for people."""
 
     code: str
     message: str
@@ -24,7 +25,7 @@ class Failure(Struct, frozen=True, kw_only=True):
 
 
 class WebhookData(Struct, frozen=True, kw_only=True):
-    """The job, and its `result` or its `error`."""
+    """The id of the job, and its `result` or its `error`."""
 
     job_id: str
     result: GenerateResult | None = None
@@ -32,7 +33,7 @@ class WebhookData(Struct, frozen=True, kw_only=True):
 
 
 class Webhook(Struct, frozen=True, kw_only=True):
-    """The body of a webhook: the end of a job, at `timestamp`."""
+    """Body of a webhook: a job has ended at `timestamp`."""
 
     type: Literal["job.succeeded", "job.failed", "job.cancelled"]
     timestamp: datetime
@@ -54,9 +55,9 @@ _TYPES: Final[dict[str, Any]] = {
 def schema(document: str, as_json: bool) -> None:
     """Print the JSON Schema (2020-12) of DOCUMENT.
 
-    That is a `request`, a `result`, an `event`: how far a job is, an `error`, or the body of a `webhook`. What it
-    cannot say, such as that an asset has one address, is checked where a request is submitted. With --json it is one
-    line.
+    DOCUMENT is `request`, `result`, `event` (the progress of a job), `error`, or `webhook` (the
+    body of a webhook). A client checks more than a schema can express, such as that an asset has
+    exactly one address. With --json the schema is one line.
     """
     found = {"$schema": _DIALECT, **_schema_of(_TYPES[document])}
     if as_json:
@@ -66,23 +67,23 @@ def schema(document: str, as_json: bool) -> None:
 
 
 def _schema_of(kind: Any) -> dict[str, Any]:
-    """The type's own schema at the top, and those that it names under `$defs`."""
-    import msgspec
-
+    """Return the schema of a type, with the types that it names under `$defs`."""
     found = _portable(msgspec.json.schema(kind))
     own: dict[str, Any] = found["$defs"].pop(kind.__name__)
-    return own | ({"$defs": found["$defs"]} if found["$defs"] else {})
+    if found["$defs"]:
+        own["$defs"] = found["$defs"]
+    return own
 
 
 def _portable(node: Any) -> Any:
-    r"""Docstrings without their indentation, and patterns as ECMA-262 has them, which knows no `\Z`."""
+    r"""Unindent descriptions, and spell patterns as in ECMA-262, which has no `\Z`."""
     if isinstance(node, list):
         return [_portable(item) for item in node]
     if not isinstance(node, dict):
         return node
-    told = {name: _portable(value) for name, value in node.items()}
-    if isinstance(told.get("description"), str):
-        told["description"] = inspect.cleandoc(told["description"])
-    if isinstance(told.get("pattern"), str):
-        told["pattern"] = told["pattern"].replace(r"\Z", "$")
-    return told
+    found = {name: _portable(value) for name, value in node.items()}
+    if isinstance(found.get("description"), str):
+        found["description"] = inspect.cleandoc(found["description"])
+    if isinstance(found.get("pattern"), str):
+        found["pattern"] = found["pattern"].replace(r"\Z", "$")
+    return found

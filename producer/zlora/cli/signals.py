@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals that end a program: which has come, and whether somebody can be asked about it."""
+"""Ctrl-C and the signals that end a program: which one came, and the question what to do then."""
 
 import asyncio
 import signal
@@ -11,156 +11,152 @@ from typing import Final
 
 import click
 
-_ENDS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last where a terminal is closed
+# A terminal sends SIGHUP when it is closed.
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Answer(Enum):
-    """To the question whether jobs are to be cancelled."""
+    """Answer to the question whether to cancel jobs."""
 
     YES = auto()
     NO = auto()
-    NOBODY = auto()  # can be asked
+    NOT_ASKED = auto()  # there is no terminal, or the signal did not come from one
 
 
 class _Stage(Enum):
-    """How far the end is."""
+    """How far the end of the program is."""
 
     RUNNING = auto()
     ASKING = auto()
     ANSWERED = auto()
 
 
-class _Ear:
-    """What came: an exception that strikes in a destructor is lost. What comes while jobs are cancelled is not heard.
+class _Received:
+    """Signals of this process so far, and which of them still count.
 
-    Of several signals that come at once, as where a terminal is closed, the first interrupts. Another Ctrl-C does
-    until there is an answer; any signal is one.
+    The exception of a signal handler is lost if it is raised in a destructor, so signals are also
+    recorded here. If several come at once, as when a terminal is closed, the first interrupts.
+    Another Ctrl-C interrupts until there is an answer, and any signal interrupts the question.
+    After the answer, while jobs are cancelled, signals are ignored.
     """
 
     def __init__(self) -> None:
-        self.came: list[int] = []
+        self.numbers: list[int] = []
         self.stage = _Stage.RUNNING
 
     def clear(self) -> None:
-        """Begin anew: one process may run several commands, as tests do."""
-        self.came.clear()
+        """Forget everything: one process may run several commands, as tests do."""
+        self.numbers.clear()
         self.stage = _Stage.RUNNING
 
-    def hears(self, number: int) -> bool:
-        """Note a signal; whether it interrupts what runs."""
+    def record(self, number: int) -> bool:
+        """Record a signal and return whether it interrupts the program."""
         match self.stage:
             case _Stage.RUNNING:
-                heard = not self.came or number == signal.SIGINT
+                interrupts = not self.numbers or number == signal.SIGINT
             case _Stage.ASKING:
-                heard = True
+                interrupts = True
             case _Stage.ANSWERED:
-                heard = False
-        if heard:
-            self.came.append(number)
-        return heard
+                interrupts = False
+        if interrupts:
+            self.numbers.append(number)
+        return interrupts
 
 
-_ear: Final = _Ear()
+_received: Final = _Received()
 
 
 def install() -> None:
-    """From now on whatever runs is interrupted by `KeyboardInterrupt`, and cleans up behind itself."""
-    _ear.clear()
-    _raise_at_ends()
+    """Raise `KeyboardInterrupt` at each signal that ends a program, so that commands clean up."""
+    _received.clear()
+    _set_handlers()
 
 
-def _raise_at_ends() -> None:
-    for end in _heard():
-        signal.signal(end, _end)
+def _set_handlers() -> None:
+    for number in _handled():
+        signal.signal(number, _interrupt)
 
 
-def _heard() -> list[signal.Signals]:
-    """Not what is ignored, as nohup has it."""
-    return [end for end in _ENDS if signal.getsignal(end) is not signal.SIG_IGN]
+def _handled() -> list[signal.Signals]:
+    """Signals to handle: those that are ignored, as under nohup, stay ignored."""
+    return [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def _end(number: int, _frame: object) -> None:
-    if _ear.hears(number):
+def _interrupt(number: int, _frame: object) -> None:
+    if _received.record(number):
         raise KeyboardInterrupt
 
 
 @contextmanager
 def as_event() -> Iterator[asyncio.Event]:
-    """Within an event loop: the signals set an event, and interrupt nothing but the question."""
+    """Set an event of the running loop at a signal, instead of raising `KeyboardInterrupt`."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
 
     def note(number: int) -> None:
-        _ear.hears(number)
+        _received.record(number)
         event.set()
 
-    heard = _heard()
-    for end in heard:
-        loop.add_signal_handler(end, partial(note, end))
+    handled = _handled()
+    for number in handled:
+        loop.add_signal_handler(number, partial(note, number))
     try:
         yield event
     finally:
-        for end in heard:
-            loop.remove_signal_handler(end)
-        _raise_at_ends()
+        for number in handled:
+            loop.remove_signal_handler(number)
+        _set_handlers()
 
 
 def has_come() -> bool:
-    """Whether a signal asked for the end."""
-    return bool(_ear.came)
+    """Return whether a signal has come that ends the program."""
+    return bool(_received.numbers)
 
 
 def check() -> None:
-    """Raise the `KeyboardInterrupt` that was lost."""
-    if _ear.came:
+    """Raise `KeyboardInterrupt` if a signal has come whose exception may have been lost."""
+    if _received.numbers:
         raise KeyboardInterrupt
 
 
 def exit_status() -> int:
-    """As a shell has it of a program that a signal ends; Ctrl-C counts where no other has come."""
-    others = [number for number in _ear.came if number != signal.SIGINT]
+    """Return 128 plus the number of the signal; Ctrl-C counts only if no other signal came."""
+    others = [number for number in _received.numbers if number != signal.SIGINT]
     return 128 + next(iter(others), signal.SIGINT)
 
 
 def ask(question: str) -> Answer:
-    """Ask, once, and only who pressed Ctrl-C at a terminal. From the answer on no signal is heard any more.
+    """Ask once, if Ctrl-C was pressed at a terminal; ignore all signals after the answer.
 
-    Another Ctrl-C is a no, and so is the end of the input. Another signal ends the question.
+    Another Ctrl-C and the end of the input mean no. Another signal ends the question.
     """
-    by_ctrl_c = not _ear.came or _ear.came[-1] == signal.SIGINT
+    last = _received.numbers[-1:]
+    streams = (sys.stdin, sys.stderr)  # a stream that was closed before the start is None
+    is_terminal = all(stream is not None and stream.isatty() for stream in streams)
     try:
-        return _asked(question) if by_ctrl_c and _is_terminal() else Answer.NOBODY
+        if last not in ([], [signal.SIGINT]) or not is_terminal:
+            return Answer.NOT_ASKED
+        return _confirm(question)
     finally:
         settle()
 
 
 def settle() -> None:
-    """What is to become of jobs is known, asked for or not: no signal is heard any more."""
-    _ear.stage = _Stage.ANSWERED
+    """Ignore all signals from now on: it is decided what happens to the jobs."""
+    _received.stage = _Stage.ANSWERED
 
 
-def _is_terminal() -> bool:
-    """A stream that was closed before the program's start is None."""
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
-
-
-def _asked(question: str) -> Answer:
-    with _interrupting():
-        try:
-            return Answer.YES if click.confirm(question, default=True, err=True) else Answer.NO
-        except (click.Abort, KeyboardInterrupt, OSError):  # the last where the terminal has gone
-            with suppress(OSError):
-                click.echo(err=True)
-            return Answer.NO if _ear.came[-1:] in ([], [signal.SIGINT]) else Answer.NOBODY
-
-
-@contextmanager
-def _interrupting() -> Iterator[None]:
-    """Signals interrupt, also where an event loop has others to take them."""
-    before = {end: signal.signal(end, _end) for end in _heard()}
-    _ear.stage = _Stage.ASKING
+def _confirm(question: str) -> Answer:
+    # An event loop may have replaced the handlers: while asking, signals must interrupt.
+    before = {number: signal.signal(number, _interrupt) for number in _handled()}
+    _received.stage = _Stage.ASKING
     try:
-        yield
+        return Answer.YES if click.confirm(question, default=True, err=True) else Answer.NO
+    except (click.Abort, KeyboardInterrupt, OSError):  # OSError: the terminal is gone
+        with suppress(OSError):
+            click.echo(err=True)
+        by_ctrl_c = _received.numbers[-1:] in ([], [signal.SIGINT])
+        return Answer.NO if by_ctrl_c else Answer.NOT_ASKED
     finally:
         settle()
-        for end, handler in before.items():
-            signal.signal(end, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

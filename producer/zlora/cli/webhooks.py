@@ -1,10 +1,7 @@
-"""`zlora webhooks`: those that wait and those that were given up, and another try for these."""
-
-from collections.abc import Iterable
+"""`zlora webhooks`: webhooks that wait, webhooks that were given up, and how to resend those."""
 
 import click
 
-from zlora.broker.webhook_outbox import DeadLetter
 from zlora.cli import connection
 from zlora.cli.exit_codes import status_of
 from zlora.cli.printing import json_option, print_json
@@ -19,35 +16,31 @@ from zlora.schema import check_job_id
     "ids",
     multiple=True,
     metavar="ID",
-    help="Send this job's once more. May be repeated.",
+    help="Send the webhook of this job once more. May be repeated.",
 )
 @json_option
 @click.pass_context
 def webhooks(ctx: click.Context, ids: tuple[str, ...], as_json: bool) -> None:
-    """Tell how many webhooks of the queue wait to be sent, and which were given up within seven days.
+    """Print the webhooks that wait or were given up.
 
-    What is resent has two hours again. The exit status is 66 where nothing is known any more of one of these jobs, or
-    it has no webhook.
+    Prints how many webhooks of the queue wait to be sent, and each that was given up in the last
+    seven days. A webhook that is resent is tried for another two hours. The exit status is 66 if
+    one of the jobs to resend is unknown or has no webhook.
     """
     names = [check_job_id(name) for name in dict.fromkeys(ids)]
     with connection.outbox() as outbox:
         resent = {name: outbox.resend(name) for name in names}
-        pending, dead = outbox.pending(), outbox.dead()
+        pending, dead = outbox.pending(), list(outbox.dead())
     if as_json:
         print_json({"pending": pending, "dead": dead, "resent": resent})
     else:
-        for name, found in resent.items():
-            click.echo(
-                f"{name}  {'is sent again' if found else 'has no webhook, or is not known any more'}"
-            )
-        _print(pending, dead)
+        for name, is_sent in resent.items():
+            result = "is sent again" if is_sent else "is unknown, or has no webhook"
+            click.echo(f"{name}  {result}")
+        click.echo(f"{pending} wait, {len(dead)} given up")
+        for letter in dead:
+            fields = (letter.job_id, letter.event, letter.url)
+            line = f"{'  '.join(fields)}  after {letter.tries} tries: {letter.reason}"
+            click.echo(on_one_line(line))
     if not all(resent.values()):
         ctx.exit(status_of(JobUnknown))
-
-
-def _print(pending: int, dead: Iterable[DeadLetter]) -> None:
-    letters = list(dead)
-    click.echo(f"{pending} wait, {len(letters)} given up")
-    for letter in letters:
-        told = f"{letter.job_id}  {letter.event}  {letter.url}  after {letter.tries} tries: {letter.reason}"
-        click.echo(on_one_line(told))

@@ -1,1 +1,1 @@
-"""HTTP requests to hosts that a producer names: guarded, bounded in time and size."""
+"""HTTP requests to hosts that jobs name: guarded against SSRF, bounded in time and size."""

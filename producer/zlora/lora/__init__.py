@@ -1,1 +1,1 @@
-"""LoRA addresses and headers, as far as they can be checked without torch."""
+"""Addresses and headers of LoRA files, as far as they can be checked without torch."""

@@ -1,4 +1,4 @@
-"""References to LoRAs on Hugging Face and Civitai as people write and paste them, and the URLs behind them."""
+"""Addresses of LoRAs: their schemes, their canonical spelling, and the URLs that they stand for."""
 
 import re
 from typing import Final, NamedTuple
@@ -10,24 +10,35 @@ from msgspec import Struct
 from zlora.errors import LoraNotAllowed, LoraNotFound, NotSafetensors
 from zlora.redaction import without_secrets
 
+# Schemes that preflight opens, and schemes that need the settings or the files of a worker.
+PUBLIC_SCHEMES: Final = ("https", "http", "hf", "civitai")
+WORKER_SCHEMES: Final = ("s3", "cozy", "file", "demo")
+
 HUGGING_FACE: Final = "https://huggingface.co"
 CIVITAI: Final = "https://civitai.com"
-PUBLIC: Final = frozenset(
+PUBLIC_SITES: Final = frozenset(
     {HUGGING_FACE, CIVITAI}
-)  # reached as any address is; an operator's own may be private
-_HUBS: Final = ("https://hf.co",)  # other names of the two
-_CIVITAIS: Final = ("https://www.civitai.com",)
+)  # other sites of an operator may be private
+_HUGGING_FACE_ALIASES: Final = ("https://hf.co",)
+_CIVITAI_ALIASES: Final = ("https://www.civitai.com",)
 MAX_LISTING: Final = 8 * 2**20  # bytes of a repository's list of files
 _REVISION_LAST: Final = re.compile(
     r"hf://((?:(?:model|dataset|space)s/)?+[^/@]+/[^/@]+)/(.+)@([^@]+)"
 )
 _VERSION: Final = re.compile(r"civitai://([0-9]{1,12})(\?.*)?")
+_DOWNLOAD_PATH: Final = re.compile(r"/api/download/models/([0-9]{1,12})/?")
 _COMMIT: Final = re.compile("[0-9a-f]{40,64}")
 _SHOWN: Final = 5  # file names in a message
 
 
+def scheme_of(address: str) -> str:
+    """Return the scheme of an address in lower case; empty if there is none."""
+    scheme, mark, _ = address.partition("://")
+    return scheme.lower() if mark else ""
+
+
 class HubFile(NamedTuple):
-    """A file of a repository; without a path the one LoRA that the repository has."""
+    """A file of a repository on Hugging Face; an empty path stands for its only LoRA."""
 
     kind: str
     repository: str
@@ -35,7 +46,7 @@ class HubFile(NamedTuple):
     path: str
 
     def url(self, endpoint: str) -> str:
-        """Where its bytes are."""
+        """Return the URL of the file's bytes."""
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(
@@ -47,19 +58,20 @@ class HubFile(NamedTuple):
         )
 
     def listing_url(self, endpoint: str) -> str:
-        """What the repository has at this revision."""
+        """Return the URL of the list of the repository's files at this revision."""
         revision = quote(self.revision, safe="")
         return f"{endpoint}/api/{self.kind}s/{self.repository}/revision/{revision}"
 
-    def sole(self, listing: bytes, *, name: str) -> "HubFile":
-        """The one LoRA of a repository whose list of files is given, at its commit.
+    def only_lora(self, listing: bytes, *, name: str) -> "HubFile":
+        """Return the only safetensors file of a listed repository, at the commit of the list.
 
-        Raises `LoraNotFound`, or `NotSafetensors` where there are other files only.
+        Raises `LoraNotFound` if there are several or the list cannot be read, `NotSafetensors` if
+        there are other files only.
         """
         try:
             found = msgspec.json.decode(listing, type=_Listing)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise LoraNotFound(f"{name}: what the hub lists cannot be read") from None
+            raise LoraNotFound(f"{name}: the hub's list of files cannot be read") from None
         names = [file.rfilename for file in found.siblings if not _climbs(file.rfilename)]
         loras = sorted(file for file in names if file.endswith(".safetensors"))
         if not loras:
@@ -85,9 +97,9 @@ class _Listing(Struct, frozen=True):
 
 
 def hub_file(address: str, *, endpoint: str = HUGGING_FACE) -> HubFile:
-    """The file that `hf://owner/repo[@rev][/file]`, `hf://owner/repo/file@rev` or a page of the hub means.
+    """Return the file of `hf://owner/repo[@rev][/file]`, `hf://owner/repo/file@rev` or a page.
 
-    Raises `LoraNotFound` where it means none.
+    Raises `LoraNotFound` if the address names no file of the hub.
     """
     from huggingface_hub import parse_hf_uri
 
@@ -98,55 +110,56 @@ def hub_file(address: str, *, endpoint: str = HUGGING_FACE) -> HubFile:
         uri = parse_hf_uri(address, endpoint=endpoint)
     except ValueError:  # its text quotes the whole address
         raise LoraNotFound(
-            f"{name}: no file of the hub; expected hf://owner/repo/file@revision"
+            f"{name}: not a file of the hub; expected hf://owner/repo/file@revision"
         ) from None
     if not uri.is_repo or _climbs(uri.path_in_repo) or _climbs(uri.revision or ""):
-        raise LoraNotFound(f"{name}: no file of a repository")
+        raise LoraNotFound(f"{name}: not a file of a repository")
     return HubFile(uri.type, uri.id, uri.revision or "main", uri.path_in_repo)
 
 
 def _climbs(path: str) -> bool:
-    """Whether a path leads elsewhere than below where it begins."""
+    """Return whether a path may lead out of its folder."""
     return any(part in (".", "..") for part in path.split("/"))
 
 
 def civitai_url(address: str, *, site: str = CIVITAI) -> str:
-    """The download of `civitai://<version id>`, with its query if it has one; raises `LoraNotFound`."""
+    """Return the download URL of `civitai://<version id>[?query]`; raise `LoraNotFound`."""
     if not (found := _VERSION.fullmatch(address)):
         raise LoraNotFound(f"{without_secrets(address)}: expected civitai://<version id>, a number")
     return f"{site}/api/download/models/{found[1]}{found[2] or ''}"
 
 
-def reference(url: str, *, hub: str = HUGGING_FACE, civitai: str = CIVITAI) -> str:
-    """What a URL of the two sites refers to, as `hf://` or `civitai://`; others with their scheme in lower case.
+def canonical(url: str, *, hub: str = HUGGING_FACE, civitai: str = CIVITAI) -> str:
+    """Return a URL of the two sites as `hf://` or `civitai://`, others with a lower-case scheme.
 
-    Pages that people paste are understood. The sites are base URLs as `config.web_url` spells them. Raises `LoraNotFound`
-    for a page of Civitai that names no version, `LoraNotAllowed` for what is no URL.
+    Understands the URLs of pages and of downloads. `hub` and `civitai` are base URLs as
+    `config.web_url` returns them. Raises `LoraNotFound` for a page of Civitai that names no
+    version, `LoraNotAllowed` if `url` is not a URL.
     """
     scheme, mark, rest = url.partition("://")
     url = f"{scheme.lower()}{mark}{rest}"
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise LoraNotAllowed(f"{without_secrets(url)}: no URL that is opened") from None
+        raise LoraNotAllowed(f"{without_secrets(url)}: not a URL that is opened") from None
     origin = f"{parts.scheme}://{parts.netloc}".lower()
-    if origin in (civitai, *(_CIVITAIS if civitai == CIVITAI else ())):
-        return _civitai_reference(url)
-    if origin in (hub, *(_HUBS if hub == HUGGING_FACE else ())):
+    if origin == civitai or (civitai == CIVITAI and origin in _CIVITAI_ALIASES):
+        return _canonical_civitai(url)
+    if origin == hub or (hub == HUGGING_FACE and origin in _HUGGING_FACE_ALIASES):
         try:
             file = hub_file(url, endpoint=hub)
         except LoraNotFound:
             return url
-        return f"hf://{file.kind}s/{file.repository}@{quote(file.revision, safe='')}/{file.path}".rstrip(
-            "/"
-        )
+        revision = quote(file.revision, safe="")
+        return f"hf://{file.kind}s/{file.repository}@{revision}/{file.path}".rstrip("/")
     return url
 
 
-def _civitai_reference(url: str) -> str:
+def _canonical_civitai(url: str) -> str:
     parts = urlsplit(url)
-    if found := re.fullmatch(r"/api/download/models/([0-9]{1,12})/?", parts.path):
-        return f"civitai://{found[1]}{'?' if parts.query else ''}{parts.query}"
+    if found := _DOWNLOAD_PATH.fullmatch(parts.path):
+        query = f"?{parts.query}" if parts.query else ""
+        return f"civitai://{found[1]}{query}"
     if parts.path.startswith("/models/"):
         if version := parse_qs(parts.query).get("modelVersionId"):
             return f"civitai://{version[0]}"

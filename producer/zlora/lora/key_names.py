@@ -1,4 +1,4 @@
-"""How LoRA files spell modules and the tensors of a change, told from names alone: the only tables of such names."""
+"""Names of modules and tensors in LoRA files of all tools: the only tables of such names."""
 
 import re
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from typing import Final, NamedTuple
 
-# What tools write before a module's name, dots as underscores. An empty one is a file for one network alone.
+# Prefixes of a component's modules, dots as underscores; "" is for files of one network only.
 PREFIXES: Final[dict[str, tuple[str, ...]]] = {
     "unet": ("unet", "lora_unet", "lycoris", "diffusion_model", "model_diffusion_model", ""),
     "transformer": (
@@ -34,9 +34,10 @@ PREFIXES: Final[dict[str, tuple[str, ...]]] = {
         "text_encoders_clip_g_transformer",
     ),
 }
-SOLE_TEXT_ENCODER: Final = "lora_te"  # kohya's for models that have one
+SINGLE_TEXT_ENCODER: Final = "lora_te"  # kohya's prefix for models with one text encoder
 
-# The end of a tensor's name, and what the tensor is. `\2` of peft's is the adapter's name, where it was left in.
+# Suffixes of tensor names, and the part that the tensor is; "" is the suffix itself. peft may
+# leave the name of its adapter in, which is `\.\w+` here.
 _PARTS: Final = tuple(
     (re.compile(rf"^(.+?){pattern}$"), part)
     for pattern, part in (
@@ -58,7 +59,7 @@ _PARTS: Final = tuple(
     )
 )
 
-# Kinds that are refused by name: they turn or scale activations, and are no change of a weight that could be added.
+# Kinds that are refused by name: they rotate or scale activations instead of adding to weights.
 _UNSUPPORTED: Final = (
     (re.compile(r"\.(?:oft_\w+|oft_R\b.*)"), "OFT"),
     (re.compile(r"\.boft_\w+"), "BOFT"),
@@ -68,7 +69,7 @@ _UNSUPPORTED: Final = (
     (re.compile(r"\.(?:reshape_weight|set_weight)$"), "a weight's replacement"),
 )
 
-# Which tool writes so, by what a key looks like; the first that fits. Only for the receipt.
+# The tool that names tensors so; the first match counts. Only for receipts.
 _FORMATS: Final = (
     (re.compile(r"^lycoris_"), "lycoris"),
     (re.compile(r"^(?:diffusion_model|model\.diffusion_model|text_encoders)\."), "comfyui"),
@@ -78,7 +79,7 @@ _FORMATS: Final = (
     (re.compile(r"^(?:lora_)?(?:unet|transformer|te\d|clip_[lg])\."), "onetrainer"),
 )
 
-# What the parts of a change make of it, in the order in which a mixture is told.
+# Parts of each kind of change, in the order in which messages name them.
 FACTORS: Final = {
     "lora": frozenset({"down", "up", "mid"}),
     "loha": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
@@ -87,22 +88,26 @@ FACTORS: Final = {
     ),
     "full": frozenset({"diff"}),
 }
-RANKED: Final = {  # whose first side is the rank, the first that is there
-    "lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b"), "full": (),
-}  # fmt: skip
-MAGNITUDES: Final = frozenset({"magnitude", "dora_scale"})  # any kind may have one: DoRA
+# Parts whose first dimension is the rank; the first that exists counts.
+RANK_PARTS: Final = {
+    "lora": ("down",),
+    "loha": ("hada_w1_b",),
+    "lokr": ("lokr_w1_b", "lokr_w2_b"),
+    "full": (),
+}
+MAGNITUDES: Final = frozenset({"magnitude", "dora_scale"})  # DoRA; every kind may have one
 _SHOWN: Final = 3  # names in a message
 
 
 class Key(NamedTuple):
-    """A tensor's name taken apart: the module as the file spells it, and what the tensor is of its change."""
+    """Parsed name of a tensor: the module as the file names it, and the part of the change."""
 
     module: str
     part: str
 
 
-def split(name: str) -> Key | None:
-    """The parts of a tensor's name; None where no tool is known to write it."""
+def parse_key(name: str) -> Key | None:
+    """Return the module and the part of a tensor's name; None if no known tool writes it."""
     for pattern, part in _PARTS:
         if found := pattern.match(name):
             return Key(found[1], part or found[2])
@@ -110,23 +115,23 @@ def split(name: str) -> Key | None:
 
 
 def unsupported_kind(name: str) -> str | None:
-    """The kind of change that a tensor belongs to, where that is one which is known and not supported."""
+    """Return the kind of change of a tensor if it is a known kind that is not supported."""
     return next((kind for pattern, kind in _UNSUPPORTED if pattern.search(name)), None)
 
 
-def factored(parts: AbstractSet[str]) -> list[str]:
-    """The kinds whose factors are among the parts of one module; more than one is a mixture that nothing means."""
+def kinds_of(parts: AbstractSet[str]) -> list[str]:
+    """Return the kinds that the parts of one module belong to; a valid module has at most one."""
     return [kind for kind, factors in FACTORS.items() if factors & parts]
 
 
 def kind_of(parts: AbstractSet[str]) -> str:
-    """The kind of change that the parts of one module make, as a receipt has it."""
-    kind = next(iter(factored(parts)), "full")
+    """Return the kind of change of one module, as receipts name it, from its parts."""
+    kind = next(iter(kinds_of(parts)), "full")
     return f"dora-{kind}" if MAGNITUDES & parts else kind
 
 
 def format_of(names: Iterable[str]) -> str:
-    """The tool that spells most of these tensors' names so; `unknown` for none."""
+    """Return the tool that names most of these tensors so; `unknown` if there is none."""
     tools = Counter(
         next((tool for pattern, tool in _FORMATS if pattern.search(name)), "unknown")
         for name in names
@@ -135,23 +140,23 @@ def format_of(names: Iterable[str]) -> str:
 
 
 def component_of(name: str) -> str:
-    """The component that a tensor's name is meant for, by its prefix alone; `unknown` where it has none."""
-    spelt = flat(name)
-    prefixes = [
-        (prefix, component) for component, group in PREFIXES.items() for prefix in group if prefix
-    ]
-    fitting = [pair for pair in prefixes if spelt.startswith(f"{pair[0]}_")]
-    return max(fitting, key=lambda pair: len(pair[0]))[1] if fitting else "unknown"
+    """Return the component of a tensor by the prefix of its name; `unknown` if it has no prefix."""
+    flat = normalized(name)
+    found, length = "unknown", 0
+    for component, prefixes in PREFIXES.items():
+        for prefix in prefixes:
+            if len(prefix) > length and flat.startswith(f"{prefix}_"):
+                found, length = component, len(prefix)
+    return found
 
 
-def some(names: Iterable[str]) -> str:
-    """How many tensors, and the first of their names, short: for a message."""
+def summary(names: Iterable[str]) -> str:
+    """Return the number of tensors and some of their names, for a message."""
     found = sorted(names)
-    return (
-        f"{len(found)} tensors, such as {', '.join(name[:60] for name in found[:_SHOWN]) or 'none'}"
-    )
+    shown = ", ".join(name[:60] for name in found[:_SHOWN]) or "none"
+    return f"{len(found)} tensors, such as {shown}"
 
 
-def flat(spelling: str) -> str:
-    """A module's name as it is compared: dots as underscores, and without peft's wrapping."""
-    return spelling.removeprefix("base_model.model.").replace(".", "_")
+def normalized(module: str) -> str:
+    """Return a module's name for comparisons: dots as underscores, without peft's prefix."""
+    return module.removeprefix("base_model.model.").replace(".", "_")

@@ -1,4 +1,4 @@
-"""A safetensors header, read and bounded without torch.
+"""Reads and checks the header of a safetensors file without torch.
 
 Format: 8 bytes little-endian length, that many bytes of JSON, then the tensors' bytes without gaps
 (https://huggingface.co/docs/safetensors, "Format").
@@ -17,17 +17,18 @@ from zlora.errors import NotSafetensors
 # Bytes. A LoRA of 3,000 tensors has 0.4 MB, and a parsed header costs four times its size.
 MAX_HEADER: Final = 16 * 2**20
 _LENGTH: Final = 8  # bytes of the header's length
-_IMPOSTOR: Final = 64  # bytes by which the usual impostors are told
-_PIECE: Final = 2**20  # bytes
+_SIGNATURE: Final = 64  # bytes by which common files of another kind are recognised
+_CHUNK: Final = 2**20  # bytes
 _MAX_ELEMENTS: Final = 2**48
 _BITS: Final = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
 
 
 class TensorInfo(Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor's entry: where its bytes are, counted from the end of the header."""
+    """Entry of one tensor; `data_offsets` count from the end of the header."""
 
     dtype: str
     shape: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=8)]
@@ -41,10 +42,10 @@ class Header(Struct, frozen=True):
     metadata: dict[str, str]
 
 
-class Arriving:
-    """A safetensors file on its way: its header is checked as soon as it is there, its length with every byte.
+class SafetensorsStream:
+    """Checks a safetensors file while it arrives.
 
-    `header` is None and `total`, the bytes of the whole file, 0 until then.
+    Until the header is complete, `header` is None and `total`, the bytes of the whole file, is 0.
     """
 
     def __init__(self) -> None:
@@ -53,74 +54,71 @@ class Arriving:
         self.received = 0
         self._start = bytearray()
 
-    def feed(self, piece: bytes) -> None:
-        """Take the next bytes; raises `NotSafetensors` as soon as they cannot be of such a file."""
-        self.received += len(piece)
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes; raise `NotSafetensors` as soon as they cannot be of such a file."""
+        self.received += len(chunk)
         if self.header is None:
-            self._start += piece
-            self._look()
+            self._start += chunk
+            length = int.from_bytes(self._start[:_LENGTH], "little")
+            if len(self._start) >= _SIGNATURE and (
+                length > MAX_HEADER or self._start[_LENGTH] != ord("{")
+            ):
+                raise self.incomplete()
+            end = _LENGTH + length
+            if len(self._start) >= _LENGTH and end <= min(len(self._start), _LENGTH + MAX_HEADER):
+                self.header = _parse(bytes(self._start[_LENGTH:end]))
+                self.total = end + _data_size(self.header.tensors)
+                self._start.clear()
         if self.total and self.received > self.total:
-            raise _other_size(self.received, self.total)
+            raise _wrong_size(self.received, self.total)
 
     def end(self) -> None:
-        """There are no more bytes; raises `NotSafetensors` where some are missing."""
+        """Raise `NotSafetensors` if bytes are missing."""
         if self.header is None:
-            raise self.missing()
+            raise self.incomplete()
         if self.received != self.total:
-            raise _other_size(self.received, self.total)
+            raise _wrong_size(self.received, self.total)
 
-    def missing(self) -> NotSafetensors:
-        """What to raise where the file is over before its header is."""
+    def incomplete(self) -> NotSafetensors:
+        """Return the error for a file that ends before its header does."""
         if self.received < _LENGTH:
             return NotSafetensors(
                 f"not a safetensors file: {self.received} bytes are too few for a header"
             )
         length = int.from_bytes(self._start[:_LENGTH], "little")
-        return NotSafetensors(_what_it_is(bytes(self._start[:_IMPOSTOR])), {"header_bytes": length})
-
-    def _look(self) -> None:
-        length = int.from_bytes(self._start[:_LENGTH], "little")
-        if len(self._start) >= _IMPOSTOR and (
-            length > MAX_HEADER or self._start[_LENGTH] != ord("{")
-        ):
-            raise self.missing()
-        end = _LENGTH + length
-        if len(self._start) >= _LENGTH and end <= min(len(self._start), _LENGTH + MAX_HEADER):
-            self.header = _parsed(bytes(self._start[_LENGTH:end]))
-            self.total = end + _data_size(self.header.tensors)
-            self._start.clear()
+        return NotSafetensors(
+            _kind_of_file(bytes(self._start[:_SIGNATURE])), {"header_bytes": length}
+        )
 
 
 def read_header(path: Path) -> Header:
-    """The checked header of a whole file; raises `NotSafetensors` with the reason."""
-    size, arriving = path.stat().st_size, Arriving()
+    """Return the checked header of a complete file; raise `NotSafetensors` with the reason."""
+    size, stream = path.stat().st_size, SafetensorsStream()
     with path.open("rb") as file:
-        while arriving.header is None and (piece := file.read(_PIECE)):
-            arriving.feed(piece)
-    if arriving.header is None:
-        raise arriving.missing()
-    if size != arriving.total:
-        raise _other_size(size, arriving.total)
-    return arriving.header
+        while stream.header is None and (chunk := file.read(_CHUNK)):
+            stream.feed(chunk)
+    if stream.header is None:
+        raise stream.incomplete()
+    if size != stream.total:
+        raise _wrong_size(size, stream.total)
+    return stream.header
 
 
-def _parsed(text: bytes) -> Header:
+def _parse(text: bytes) -> Header:
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=_unique)
-        msgspec.json.encode(
-            entries
-        )  # half a surrogate pair, which Python's JSON lets through, is a ValueError here
+        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        msgspec.json.encode(entries)  # raises ValueError for half a surrogate pair
         metadata = msgspec.convert(entries.pop("__metadata__", {}), dict[str, str])
         tensors = msgspec.convert(entries, dict[str, TensorInfo])
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise NotSafetensors(
-            f"not a safetensors file: its header is no such JSON ({str(error)[:120]})"
+            f"not a safetensors file: its header is not the expected JSON ({str(error)[:120]})"
         ) from None
     return Header(tensors, metadata)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object that says each thing once: of two entries, readers would take different ones."""
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; raise `ValueError` for a key that appears twice: readers would differ."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("the same name twice")
@@ -128,39 +126,40 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _data_size(tensors: dict[str, TensorInfo]) -> int:
-    """Bytes after the header, each of which belongs to exactly one tensor, whose size is its shape's."""
+    """Return the bytes after the header; raise if the tensors overlap, leave gaps or lie."""
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        shown = repr(name[:100])
         if info.dtype not in _BITS:
             raise NotSafetensors(
-                f"tensor {name[:100]!r} has the type {info.dtype[:20]!r}, which this worker does not read"
+                f"tensor {shown} has the type {info.dtype[:20]!r}, which is not supported"
             )
         if math.prod(max(side, 1) for side in info.shape) > _MAX_ELEMENTS:
             raise NotSafetensors(
-                f"damaged safetensors file: tensor {name[:100]!r} has a shape that no memory holds"
+                f"damaged safetensors file: the shape of tensor {shown} fits into no memory"
             )
-        if (
-            info.data_offsets[0] != end
-            or info.data_offsets[1] - end != math.prod(info.shape) * _BITS[info.dtype] // 8
-        ):
+        size = math.prod(info.shape) * _BITS[info.dtype] // 8
+        if info.data_offsets != (end, end + size):
             raise NotSafetensors(
-                f"damaged safetensors file: the bytes of tensor {name[:100]!r} are not where they should be"
+                f"damaged safetensors file: tensor {shown} is not at the expected position"
             )
-        end = info.data_offsets[1]
+        end += size
     return end
 
 
-def _other_size(found: int, named: int) -> NotSafetensors:
-    return NotSafetensors(f"damaged safetensors file: {found} bytes where its header names {named}")
+def _wrong_size(found: int, expected: int) -> NotSafetensors:
+    return NotSafetensors(
+        f"damaged safetensors file: {found} bytes, but its header names {expected}"
+    )
 
 
-def _what_it_is(start: bytes) -> str:
-    """Name the usual impostors by their first bytes."""
+def _kind_of_file(start: bytes) -> str:
+    """Return a message that names a common file of another kind by its first bytes."""
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "not a safetensors file but a web page: the address wants a login or leads elsewhere"
+        return "not a safetensors file but a web page: the address requires a login or is wrong"
     if text.startswith(b"version https://git-lfs"):
         return "not a safetensors file but a git-lfs pointer to one"
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "not a safetensors file but a pickle, which can run code: only safetensors is read"
-    return "not a safetensors file, or a damaged one: its header does not fit"
+    return "not a safetensors file, or a damaged one: its header is not valid"

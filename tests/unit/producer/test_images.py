@@ -1,4 +1,4 @@
-"""A result's pictures, brought here: the bytes that it names, or a typed error that tells no secret."""
+"""Images of a result are fetched as the result names them, or fail without showing a secret."""
 
 import base64
 import hashlib
@@ -16,15 +16,20 @@ from zlora.errors import ImageUnavailable, InvalidJobId
 from zlora.schema import GenerateResult, ImageRef, parse_request
 from zlora.testing import fake_result
 
-DATA = b"the bytes of a picture"
+DATA = b"the bytes of an image"
 QUERY = "?X-Amz-Signature=s3cret"
 
 
 def image(**given: Any) -> ImageRef:
     fields = {
-        "key": "runs/job-1/outputs/0.png", "width": 8, "height": 8, "content_type": "image/png", "seed": 1,
-        "size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest(),
-    }  # fmt: skip
+        "key": "runs/job-1/outputs/0.png",
+        "width": 8,
+        "height": 8,
+        "content_type": "image/png",
+        "seed": 1,
+        "size": len(DATA),
+        "sha256": hashlib.sha256(DATA).hexdigest(),
+    }
     return msgspec.convert(fields | given, ImageRef)
 
 
@@ -38,7 +43,7 @@ def result(*images: ImageRef, job_id: str = "job-1") -> GenerateResult:
 
 
 def refusal(ref: ImageRef) -> str:
-    """The one line of what cannot be brought here."""
+    """Return the message for an image that cannot be fetched."""
     with pytest.raises(ImageUnavailable) as raised:
         images.read(ref, timeout=5)
     assert raised.value.details == {"key": ref.key}
@@ -49,22 +54,22 @@ def refusal(ref: ImageRef) -> str:
 # --- read
 
 
-def test_a_picture_comes_by_each_kind_of_address(tmp_path: Path) -> None:
-    path = tmp_path / "a picture%.png"
+def test_an_image_is_read_from_each_kind_of_address(tmp_path: Path) -> None:
+    path = tmp_path / "an image%.png"
     path.write_bytes(DATA)
     with serving(reply(DATA)) as host:
         for given in (
             {"url": path.as_uri()},
             {"url": f"{host.url}/0.png{QUERY}"},
-            {"url": "data:,the%20bytes%20of%20a%20picture"},
-            {"data_uri": inline(), "url": "https://pictures.invalid/0.png"},
+            {"url": "data:,the%20bytes%20of%20an%20image"},
+            {"data_uri": inline(), "url": "https://images.invalid/0.png"},
         ):
             assert images.read(image(**given)) == DATA
 
         assert host.asked == [f"GET /0.png{QUERY}"]
 
 
-def test_a_redirect_is_followed_to_the_web_and_nowhere_else(tmp_path: Path) -> None:
+def test_a_redirect_is_followed_to_http_only(tmp_path: Path) -> None:
     path = tmp_path / "0.png"
     path.write_bytes(DATA)
 
@@ -82,14 +87,14 @@ def test_a_redirect_is_followed_to_the_web_and_nowhere_else(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("body", [DATA[:-1], DATA + b"!", b"x" * len(DATA), b""])
-def test_other_bytes_than_the_result_names_are_refused(body: bytes) -> None:
+def test_bytes_with_another_checksum_or_size_are_refused(body: bytes) -> None:
     with serving(reply(body)) as host:
-        assert "not those of the picture" in refusal(image(url=f"{host.url}/0.png{QUERY}"))
-    assert "not those of the picture" in refusal(image(data_uri=inline(body)))
+        assert "not those of the image" in refusal(image(url=f"{host.url}/0.png{QUERY}"))
+    assert "not those of the image" in refusal(image(data_uri=inline(body)))
 
 
-def test_no_more_is_taken_than_the_picture_s_size() -> None:
-    """A server that goes on for ever is left."""
+def test_no_more_bytes_are_read_than_the_image_has() -> None:
+    """An endless answer is cut."""
     with serving(
         lambda _: itertools.chain([reply(length=None)], itertools.repeat(bytes(65_536)))
     ) as host:
@@ -101,14 +106,14 @@ def test_no_more_is_taken_than_the_picture_s_size() -> None:
     [
         (None, "has no URL"),
         ("file:///no/such/0.png", "no such file on this machine"),
-        ("s3://bucket/0.png", "no pictures come by 's3'"),
-        ("0.png", "no pictures come by ''"),
-        ("data:image/png;base64,%%%", "the inline picture"),
+        ("s3://bucket/0.png", "images are not fetched by 's3'"),
+        ("0.png", "images are not fetched by ''"),
+        ("data:image/png;base64,%%%", "the inline image"),
         (f"http://127.0.0.1:1/0.png{QUERY}", "refused"),
         (f"http://[/0.png{QUERY}", "ValueError"),
     ],
 )
-def test_what_is_not_there_is_told_without_its_query(url: str | None, reason: str) -> None:
+def test_an_unavailable_image_is_reported_without_its_query(url: str | None, reason: str) -> None:
     assert reason in refusal(image(url=url))
 
 
@@ -116,17 +121,16 @@ def test_what_is_not_there_is_told_without_its_query(url: str | None, reason: st
     ("answer", "reason"),
     [
         (reply(status=403), "the server answers 403"),
-        (reply(DATA[:5], length=len(DATA)), "not those of the picture"),
+        (reply(DATA[:5], length=len(DATA)), "not those of the image"),
         (b"no answer of the web", "BadStatusLine"),
     ],
 )
-def test_a_server_that_does_not_give_it_is_told(answer: bytes, reason: str) -> None:
+def test_the_answer_of_a_failing_server_is_reported(answer: bytes, reason: str) -> None:
     with serving(answer) as host:
         assert reason in refusal(image(url=f"{host.url}/0.png{QUERY}"))
 
 
-def test_a_picture_that_comes_too_slowly_is_left() -> None:
-    """Whatever comes of it meanwhile."""
+def test_a_slow_image_meets_the_deadline() -> None:
     left = Event()
 
     def answer(_: Request) -> Iterator[bytes]:
@@ -134,7 +138,7 @@ def test_a_picture_that_comes_too_slowly_is_left() -> None:
         left.wait(20)
 
     with serving(answer) as host:
-        with pytest.raises(ImageUnavailable, match="it takes more than 0 s"):
+        with pytest.raises(ImageUnavailable, match="takes more than 0 s"):
             images.read(image(url=f"{host.url}/0.png"), timeout=5, deadline=0)
         left.set()
 
@@ -142,8 +146,8 @@ def test_a_picture_that_comes_too_slowly_is_left() -> None:
 # --- save
 
 
-def test_pictures_are_saved_under_job_and_index(tmp_path: Path) -> None:
-    """Over what was there, with the rights of any file, and nothing beside them."""
+def test_images_are_saved_under_job_and_index(tmp_path: Path) -> None:
+    """They replace files, have the usual rights, and leave no drafts."""
     folder = tmp_path / "new" / "folder"
     folder.mkdir(parents=True)
     (folder / "job-1-0.png").write_bytes(b"older")
@@ -160,7 +164,7 @@ def test_pictures_are_saved_under_job_and_index(tmp_path: Path) -> None:
     assert sorted(folder.iterdir()) == sorted([*paths, folder / "any"])
 
 
-def test_what_cannot_be_brought_here_replaces_nothing(tmp_path: Path) -> None:
+def test_an_unavailable_image_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "job-1-0.png").write_bytes(b"older")
 
     with pytest.raises(ImageUnavailable) as raised:
@@ -172,10 +176,10 @@ def test_what_cannot_be_brought_here_replaces_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_a_result_names_no_path_outside_the_folder(tmp_path: Path) -> None:
+def test_a_result_cannot_name_a_path_outside_the_folder(tmp_path: Path) -> None:
     with pytest.raises(InvalidJobId):
         images.save(result(image(data_uri=inline()), job_id="../job-1"), tmp_path / "folder")
-    with pytest.raises(ImageUnavailable, match="no picture but"):
+    with pytest.raises(ImageUnavailable, match="not an image but"):
         images.save(
             result(image(data_uri=inline(), content_type="image/../../x")), tmp_path / "folder"
         )

@@ -1,4 +1,4 @@
-"""`zlora metrics`: a queue's metrics for Prometheus, also while no worker runs."""
+"""`zlora metrics`: the metrics of a queue for Prometheus, without a worker."""
 
 import logging
 import time
@@ -14,10 +14,9 @@ from zlora_worker.settings import Settings
 
 @click.command()
 def metrics() -> None:
-    """Serve a queue's metrics at ZLORA_METRICS, such as 0.0.0.0:9808, until told to end."""
-    from prometheus_client import (
-        CollectorRegistry,  # a producer alone has it not, and `zlora` starts without
-    )
+    """Serve the metrics of a queue at ZLORA_METRICS, such as 0.0.0.0:9808, until stopped."""
+    # imported late: an installation for producers lacks prometheus_client, and `zlora` must start
+    from prometheus_client import CollectorRegistry
 
     from zlora_worker.monitoring.metrics_server import listen, serve, spelled
     from zlora_worker.monitoring.queue_metrics import QueueCollector

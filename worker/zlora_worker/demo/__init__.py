@@ -1,1 +1,1 @@
-"""The demo: a tiny SDXL and its LoRAs, which are part of the package, and what draws with them."""
+"""The demo: a tiny SDXL model with LoRAs, and the command that draws with them."""

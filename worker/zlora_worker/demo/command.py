@@ -1,4 +1,4 @@
-"""`zlora demo`: the four request documents through a real broker and worker, a table and a contact sheet."""
+"""`zlora demo`: draw four request documents with a real broker and worker, and compare them."""
 
 import os
 import secrets
@@ -17,38 +17,45 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from zlora import config
-from zlora.cli.printing import json_option, print_json
+from zlora.cli.printing import json_option, print_json, print_log_tail
 from zlora.cli.saving import require_folder
 from zlora.client import Client
 from zlora.embedded import EmbeddedStack
-from zlora.errors import InvalidSetting
-from zlora.handle import JobHandle
-from zlora.schema import GenerateRequest, GenerateResult, JobState, parse_request, seed_of
+from zlora.errors import InvalidSetting, StackError
+from zlora.handle import JobHandle, has_ended
+from zlora.schema import GenerateRequest, GenerateResult, JobState, Phase, parse_request
 
 from zlora_worker.demo.server import TOKEN, serving
 from zlora_worker.settings import DEMO_LORAS
 
-_DOCUMENTS: Final = ("basic", "single_lora", "multiple_loras", "cozy_ref")
-_PHASES: Final = ("queued", "fetch", "apply", "denoise", "tail")
-_PATIENCE: Final = 300.0  # seconds for one job, the load of the model included
-_LOG_WIDTH: Final = 240  # characters: a path in a log is not to be folded
-_AS_IT_IS: Final = "as it is"
-_NOTE: Final = "Drawn by the demo model: SDXL's architecture, 64 x 64 pixels, trained on pictures that a program drew."
+DOCUMENTS: Final = ("basic", "single_lora", "multiple_loras", "cozy_ref")
+_PHASES: Final = (Phase.QUEUED, Phase.FETCH, Phase.APPLY, Phase.DENOISE, Phase.TAIL)
+_PATIENCE: Final = 300.0  # seconds for one job, with the loading of the model
+_LOG_WIDTH: Final = 240  # characters of a line that is not on a terminal: no path is folded
+_UNCHANGED: Final = "as it is"
+_NOTE: Final = (
+    "Drawn by the demo model: SDXL's architecture, 64 x 64 pixels, trained on generated images."
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One job of the demo: a document as it is, or with other LoRAs and the same seed."""
+    """A job of the demo: a document unchanged, or with other LoRAs and the same seed."""
 
     document: str
     caption: str
     request: GenerateRequest
     handle: JobHandle
 
+    @property
+    def title(self) -> str:
+        """Document and caption."""
+        return f"{self.document}: {self.caption}"
+
 
 @dataclass(frozen=True)
-class Drawn:
-    """What became of it."""
+class FinishedVariant:
+    """A job of the demo that has succeeded."""
 
     variant: Variant
     state: JobState
@@ -56,7 +63,7 @@ class Drawn:
 
     @property
     def path(self) -> Path:
-        """Its picture in the store folder, as short as it can be said from here."""
+        """Path of the image in the store folder, relative to the current folder if possible."""
         path = Path(unquote(urlsplit(self.result.images[0].url).path))
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -71,36 +78,41 @@ class Drawn:
 )
 @json_option
 def demo(out: Path, as_json: bool) -> None:
-    """Draw four documents with the built-in demo model, and show what each LoRA does."""
+    """Draw four requests with the built-in demo model.
+
+    Needs the worker's packages, but no GPU and no download. Starts a broker and a worker for the
+    time of the demo, draws each document with and without its LoRAs, prints the seconds of each
+    phase, and writes a contact sheet of all images.
+    """
     if not all(map(find_spec, ("torch", "diffusers", "PIL"))):
         advice = "pip install 'z-image-lora[worker,local]'"
         raise InvalidSetting(f"the demo needs the worker: {advice}", {"name": "worker"})
     require_folder(out)
     console = Console(width=None if os.isatty(1) else _LOG_WIDTH, stderr=as_json)
-    home = config.home(os.environ)
     console.print("[bold]z-image-lora demo[/]: " + _NOTE)
-    with (
-        serving(DEMO_LORAS) as host,
-        EmbeddedStack(_environ(host), log_folder=home / "logs") as stack,
-    ):
-        console.print(f"broker {stack.broker_url}, logs in {home / 'logs'}")
-        with Client.from_env(stack.environ) as client:
-            variants = [variant for name in _DOCUMENTS for variant in _submit(client, name, host)]
-            drawn = _watch(variants, stack, console)
-    console.print(_table(drawn))
+    try:
+        with serving(DEMO_LORAS) as host, EmbeddedStack(_environ(host)) as stack:
+            console.print(f"broker {stack.broker_url}, logs in {stack.log_folder}")
+            with Client.from_env(stack.environ) as client:
+                submitted = [each for name in DOCUMENTS for each in _submit(client, name, host)]
+                finished = _wait(submitted, stack, console)
+    except StackError as error:
+        print_log_tail(error.details)
+        raise
+    console.print(_table(finished))
     sheet = out / "contact-sheet.png"
-    _draw_sheet(drawn, sheet)
+    _draw_sheet(finished, sheet)
     console.print(f"contact sheet: {sheet}")
     if as_json:
         jobs = [
             {"document": one.variant.document, "caption": one.variant.caption, "result": one.result}
-            for one in drawn
+            for one in finished
         ]
         print_json({"jobs": jobs, "sheet": str(sheet)})
 
 
 def _environ(host: str) -> dict[str, str]:
-    """This process's environment, with the demo's model, its own queue and its own server of LoRAs."""
+    """Return the environment with the demo's model, its own queue and its own server of LoRAs."""
     return {
         **os.environ,
         "ZLORA_MODEL": "demo",
@@ -111,103 +123,99 @@ def _environ(host: str) -> dict[str, str]:
         "FILE_API_BASE_URL": f"http://{host}",
         "FILE_API_TOKEN": TOKEN,
         config.QUEUE: f"demo-{os.getpid()}",
-        config.RESULT_BACKEND: "",  # the broker's own
-        "OMP_NUM_THREADS": "1",  # the model is too small to share a step
+        config.RESULT_BACKEND: "",  # use the broker
+        "OMP_NUM_THREADS": "1",  # the model is too small for more
     }
 
 
 def read_document(name: str, host: str) -> GenerateRequest:
-    """One of the four documents, as it is but for the host of its URLs, which becomes `host` over plain http."""
+    """Return one of the four documents with the host of its URLs replaced by `http://<host>`."""
     text = Path(__file__).with_name("requests").joinpath(f"{name}.json").read_text()
     return parse_request(msgspec.json.decode(text.replace("https://example.com", f"http://{host}")))
 
 
 def _submit(client: Client, name: str, host: str) -> Iterator[Variant]:
-    """The document itself first; then, with its seed, without LoRAs and with each of several alone."""
+    """Submit a document unchanged; then, with its seed, without LoRAs and with each one alone."""
     request = read_document(name, host)
     run = f"{name}-{secrets.token_hex(3)}"
-    handle = client.submit(request, job_id=run)
-    yield Variant(name, _AS_IT_IS, request, handle)
+    yield Variant(name, _UNCHANGED, request, client.submit(request, job_id=run))
+    if not request.loras:
+        return
     alone = [(spec,) for spec in request.loras] if len(request.loras) > 1 else []
-    for index, loras in enumerate([(), *alone] if request.loras else []):
-        other = msgspec.structs.replace(request, loras=loras, seed=seed_of(run))
-        yield Variant(
-            name, _names(other) or "no LoRA", other, client.submit(other, job_id=f"{run}-{index}")
-        )
+    for index, loras in enumerate([(), *alone]):
+        other = msgspec.structs.replace(request, loras=loras, seed=request.seed_for(run))
+        handle = client.submit(other, job_id=f"{run}-{index}")
+        yield Variant(name, _lora_names(other) or "no LoRA", other, handle)
 
 
-def _names(request: GenerateRequest) -> str:
+def _lora_names(request: GenerateRequest) -> str:
     return " + ".join(
         f"{Path(urlsplit(spec.file.address).path).stem} {spec.weight:g}" for spec in request.loras
     )
 
 
-def _watch(variants: Sequence[Variant], stack: EmbeddedStack, console: Console) -> list[Drawn]:
-    """Wait for all, with a bar each; without a terminal, with a line each."""
+def _wait(
+    variants: Sequence[Variant], stack: EmbeddedStack, console: Console
+) -> list[FinishedVariant]:
+    """Wait for all jobs with a bar for each; if there is no terminal, with a line for each."""
     columns = (
         TextColumn("{task.description:34}"),
         BarColumn(),
         TextColumn("{task.fields[phase]}"),
         TimeElapsedColumn(),
     )
-    drawn = []
+    finished = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars = [
-            progress.add_task(_title(variant), total=1, phase="", start=False)
-            for variant in variants
+            progress.add_task(variant.title, total=1, phase="", start=False) for variant in variants
         ]
         for bar, variant in zip(bars, variants, strict=True):
             progress.start_task(bar)
             _follow(variant.handle, stack, partial(progress.update, bar))
-            drawn.append(
-                Drawn(variant, variant.handle.status().state, variant.handle.result(timeout=10))
-            )
+            state, result = variant.handle.status().state, variant.handle.result(timeout=10)
+            finished.append(FinishedVariant(variant, state, result))
             progress.update(bar, total=1, completed=1, phase="done")
             progress.stop_task(bar)
             if not console.is_terminal:
-                console.print(f"[{len(drawn)}/{len(variants)}] {_title(variant)}")
-    return drawn
+                console.print(f"[{len(finished)}/{len(variants)}] {variant.title}")
+    return finished
 
 
 def _follow(handle: JobHandle, stack: EmbeddedStack, show: Any) -> None:
+    """Show the progress of a job until its end; raise `StackError` if the worker ends before."""
     end = time.monotonic() + _PATIENCE
-    while (status := handle.status()).state not in (
-        JobState.SUCCESS,
-        JobState.FAILURE,
-    ) and time.monotonic() < end:
+    while not has_ended(status := handle.status()) and time.monotonic() < end:
         stack.check()
-        phase = "waiting for the worker" if status.state is JobState.PENDING else status.phase or ""
+        phase = status.phase or ""
+        if status.state is JobState.PENDING:
+            phase = "waiting for the worker"
         show(completed=status.step or 0, total=status.steps or 1, phase=phase)
         time.sleep(0.1)
 
 
-def _title(variant: Variant) -> str:
-    return f"{variant.document}: {variant.caption}"
-
-
-def _table(drawn: Sequence[Drawn]) -> Table:
+def _table(finished: Sequence[FinishedVariant]) -> Table:
+    """Return a table of the documents that were drawn unchanged."""
     table = Table("job", "state", "LoRAs", *_PHASES, title="seconds by phase")
     table.add_column("image", overflow="fold")
-    for one in drawn:
-        if one.variant.caption == _AS_IT_IS:
+    for one in finished:
+        if one.variant.caption == _UNCHANGED:
             seconds = [f"{one.result.timings[phase]:.3f}" for phase in _PHASES]
-            loras = _names(one.variant.request) or "-"
+            loras = _lora_names(one.variant.request) or "-"
             table.add_row(one.variant.document, one.state.value, loras, *seconds, str(one.path))
     return table
 
 
-def _draw_sheet(drawn: Sequence[Drawn], target: Path) -> None:
-    """A row a document: without LoRAs first, the document as it is last."""
+def _draw_sheet(finished: Sequence[FinishedVariant], target: Path) -> None:
+    """Draw a row for each document: without LoRAs first, with all of its LoRAs last."""
     from zlora_worker.demo.sheet import Row, draw_sheet  # Pillow
 
     rows = []
-    for name in _DOCUMENTS:
-        document, *others = [one for one in drawn if one.variant.document == name]
-        pictures = [(one.variant.caption, one.path) for one in [*others, document]]
-        pictures[-1] = (_caption(document.variant.request), document.path)
-        rows.append(Row(document.variant.request.prompt, pictures))
+    for name in DOCUMENTS:
+        document, *others = [one for one in finished if one.variant.document == name]
+        request = document.variant.request
+        caption = _lora_names(request) or "no LoRA"
+        if len(request.loras) > 1:
+            caption = "all together"
+        images = [(one.variant.caption, one.path) for one in others]
+        rows.append(Row(request.prompt, [*images, (caption, document.path)]))
     draw_sheet(rows, target, note=_NOTE)
-
-
-def _caption(request: GenerateRequest) -> str:
-    return "all together" if len(request.loras) > 1 else _names(request) or "no LoRA"

@@ -1,4 +1,4 @@
-"""A small server for the demo: LoRA files by URL, and the hub protocol behind `cozy_ref`."""
+"""A small HTTP server for the demo: LoRA files by URL, and the hub behind `cozy_ref`."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from threading import Thread
 from typing import Final
 from urllib.parse import unquote
 
-TOKEN: Final = "demo-token"  # noqa: S105 - of a server that serves nothing secret
+TOKEN: Final = "demo-token"  # noqa: S105 - the server has no secrets
 _HUB: Final = "/api/v1/file/loras/"
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serve the `.safetensors` files of `folder` on a free loopback port; yields `host:port`."""
+    """Serve the `.safetensors` files of `folder` on a free loopback port; yield `host:port`."""
 
     class Handler(_Handler):
         files = folder
@@ -42,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Say nothing."""
+        """Log nothing."""
 
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(self.path.partition("?")[0])

@@ -1,4 +1,4 @@
-"""A body to a file as it arrives: counted before and after its encoding, hashed, its header checked, never too slow."""
+"""Writes a body to a file as it arrives: counts, hashes and checks it, and bounds its time."""
 
 import hashlib
 import time
@@ -8,50 +8,42 @@ from dataclasses import dataclass
 from threading import Timer
 from typing import BinaryIO, Final
 
-from requests import Response
-from zlora.errors import LoraTooLarge, LoraUnreachable, NotSafetensors
-from zlora.http.client import TransientError, number
-from zlora.lora.safetensors_header import Arriving
+from zlora.errors import LoraTooLarge, NotSafetensors
+from zlora.http.client import HttpError, Response
+from zlora.lora.safetensors_header import SafetensorsStream
 
 CHUNK: Final = 2**18  # bytes
-_END_SECONDS: Final = 2.0  # after its file's last byte in which an answer ends
-PACE_SECONDS: Final = 15.0  # over which the rate of a download is taken
-_TELLING: Final = 64  # bytes of another kind of file by which `Arriving` tells it
-_GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's word for gzip alone
+_END_SECONDS: Final = 2.0  # from the last byte of the file to the end of the answer
+PACE_SECONDS: Final = 15.0  # over which the rate of a download is measured
+_SIGNATURE: Final = 64  # bytes by which `SafetensorsStream` recognises another kind of file
+_GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's number for gzip alone
+
+OnBytes = Callable[[int, int], None]
+"""Called with the bytes received and expected (0 if unknown); may raise to end the download."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """What a source has: its digest, its size in bytes, and the source's own word for this version of it."""
+    """A file as its source has it: checksum, bytes, and the source's own name for this version."""
 
     sha256: str
     size: int
     version: str | None = None
 
 
-OnBytes = Callable[
-    [int, int], None
-]  # received, expected (0 where that is not known); may raise to end a download
-
-
-def nobody(_received: int, _expected: int) -> None:
-    """Hears of a download that nobody watches."""
-
-
-def anywhere(_size: int) -> None:
-    """Makes no room where there is enough."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bytes that a file may have, and bytes a second that it must come with at least."""
+    """Bytes that a file may have, and bytes per second that a download needs at least."""
 
     max_bytes: int
     min_rate: int
 
 
 class Transfer:
-    """Where a download goes. `make_room` hears of a file's size before anything of its tensors is written."""
+    """Target of a download. `make_room` gets the file's size before any tensor is written.
+
+    `name` is the address without secrets, for messages.
+    """
 
     def __init__(
         self,
@@ -59,158 +51,152 @@ class Transfer:
         *,
         name: str,
         limits: Limits,
-        on_bytes: OnBytes = nobody,
-        make_room: Callable[[int], None] = anywhere,
+        on_bytes: OnBytes | None = None,
+        make_room: Callable[[int], None] | None = None,
     ) -> None:
         self.name, self.limits = name, limits
         self._file, self._on_bytes, self._make_room = file, on_bytes, make_room
-        self._announced = self.received = 0
-        self._digest, self._arriving = hashlib.sha256(), Arriving()
+        self._expected = self.received = 0
+        self._digest, self._stream = hashlib.sha256(), SafetensorsStream()
 
-    def begin(self, announced: int = 0) -> None:
-        """A body comes, of so many bytes where that is known; of an earlier try nothing stays."""
-        if announced > self.limits.max_bytes:
+    def begin(self, expected: int = 0) -> None:
+        """Start a body of `expected` bytes (0 if unknown); discard the bytes of an earlier try."""
+        if expected > self.limits.max_bytes:
             raise self.too_large()
         self._file.seek(0)
         self._file.truncate()
-        self._announced, self.received = announced, 0
-        self._digest, self._arriving = hashlib.sha256(), Arriving()
+        self._expected, self.received = expected, 0
+        self._digest, self._stream = hashlib.sha256(), SafetensorsStream()
 
-    def write(self, piece: bytes) -> None:
-        """Take the next bytes; raises `NotSafetensors` or `LoraTooLarge` as soon as that is certain."""
-        headless = self._arriving.header is None
+    def write(self, chunk: bytes) -> None:
+        """Take the next bytes; raise `NotSafetensors` or `LoraTooLarge` as early as possible."""
+        before_header = self._stream.header is None
         try:
-            self._arriving.feed(piece)
+            self._stream.feed(chunk)
         except NotSafetensors as error:
             raise self._named(error) from None
-        if headless and self._arriving.header:
-            self._expect(self._arriving.total)
-        if self._arriving.received > self.limits.max_bytes:
+        if before_header and self._stream.header:
+            total = self._stream.total
+            if total > self.limits.max_bytes:
+                raise self.too_large()
+            if self._expected not in (0, total):
+                raise NotSafetensors(
+                    f"{self.name}: damaged safetensors file: {self._expected} bytes, "
+                    f"but its header names {total}"
+                )
+            self._expected = total
+            if self._make_room:
+                self._make_room(total)
+        if self._stream.received > self.limits.max_bytes:
             raise self.too_large()
-        self._digest.update(piece)
-        self._file.write(piece)
-        self.received += len(piece)
-        self._on_bytes(self.received, self._announced)
+        self._digest.update(chunk)
+        self._file.write(chunk)
+        self.received += len(chunk)
+        if self._on_bytes:
+            self._on_bytes(self.received, self._expected)
 
     def end(self, version: str | None) -> Fetched:
-        """The body is over."""
+        """Return what was written; raise `NotSafetensors` if the file is not complete."""
         try:
-            self._arriving.end()
+            self._stream.end()
         except NotSafetensors as error:
             raise self._named(error) from None
         return Fetched(sha256=self._digest.hexdigest(), size=self.received, version=version)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all bytes that the header names are here."""
-        return self._arriving.header is not None and self.received == self._arriving.total
+    def is_complete(self) -> bool:
+        """Whether all bytes that the header names have arrived."""
+        return self._stream.header is not None and self.received == self._stream.total
 
     @property
-    def is_cut(self) -> bool:
-        """Whether what has come may be the beginning of a safetensors file, which is then too short."""
-        begun = self._arriving.header is not None or not 0 < self.received < _TELLING
-        return begun and not 0 < self._arriving.total <= self.received
+    def may_be_cut(self) -> bool:
+        """Whether the bytes so far may be the beginning of a longer safetensors file."""
+        begun = self._stream.header is not None or not 0 < self.received < _SIGNATURE
+        return begun and not 0 < self._stream.total <= self.received
 
-    def wait(self) -> None:
-        """Nothing comes for a while; whoever watches may end the download."""
-        self._on_bytes(0, 0)
+    def report_pause(self) -> None:
+        """Call `on_bytes` while nothing arrives, so that it can end the download."""
+        if self._on_bytes:
+            self._on_bytes(0, 0)
 
     def too_large(self) -> LoraTooLarge:
-        """What to raise where there are more bytes than a file may have."""
-        return LoraTooLarge(
-            f"{self.name}: more than {self.limits.max_bytes} bytes",
-            {"max_bytes": self.limits.max_bytes},
-        )
-
-    def _expect(self, total: int) -> None:
-        if total > self.limits.max_bytes:
-            raise self.too_large()
-        if self._announced and self._announced != total:
-            said = (
-                f"damaged safetensors file: {self._announced} bytes where its header names {total}"
-            )
-            raise NotSafetensors(f"{self.name}: {said}")
-        self._announced = total
-        self._make_room(total)
+        """Return the error for a file with more bytes than it may have."""
+        limit = self.limits.max_bytes
+        return LoraTooLarge(f"{self.name}: more than {limit} bytes", {"max_bytes": limit})
 
     def _named(self, error: NotSafetensors) -> NotSafetensors:
         return NotSafetensors(f"{self.name}: {error}", error.details)
 
 
-def copy(
-    response: Response, sink: Transfer, *, version: str | None, cut: Callable[[], None]
-) -> Fetched:
-    """All of an answer's body, as it arrives; raises `TransientError` where it breaks off.
+def copy_body(response: Response, transfer: Transfer, *, version: str | None) -> Fetched:
+    """Write the body of an answer as it arrives.
 
-    `cut` ends the connection of an answer that does not end with its file: what follows is neither heard nor counted.
+    Raises a transient `HttpError` if the body breaks off. An answer that goes on after the end of
+    its file is cut: the bytes after the file are neither reported nor counted.
     """
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in _DECODERS:
-        raise LoraUnreachable(f"{sink.name}: the server encodes the body although asked not to")
-    announced = number(response.headers.get("Content-Length", ""))
-    sink.begin((announced or 0) if encoding == "identity" else 0)
-    pieces = _paced(response, sink, announced)
-    last, is_last = Timer(_END_SECONDS, cut), False
-    last.daemon = True
+    if response.encoding not in _DECODERS:
+        raise HttpError("the server encodes the body, which was not requested")
+    length = response.content_length
+    expected = 0
+    if response.encoding == "identity" and length is not None:
+        expected = length
+    transfer.begin(expected)
+    chunks = _DECODERS[response.encoding](_paced(response, transfer, length))
+    end_timer = Timer(_END_SECONDS, response.abort)
+    end_timer.daemon = True
+    complete = False
     try:
-        for piece in _DECODERS[encoding](pieces, sink.name):
-            sink.write(piece)
-            if sink.is_whole and not is_last:
-                is_last = True
-                last.start()
+        for chunk in chunks:
+            transfer.write(chunk)
+            if transfer.is_complete and not complete:
+                complete = True
+                end_timer.start()
     finally:
-        last.cancel()
-    # Else only the end of the stream tells the end of the body, and it may be the connection's.
-    if sink.is_cut and announced is None and not response.raw.chunked:
-        raise TransientError(
-            LoraUnreachable(f"{sink.name}: broken off after {sink.received} bytes")
-        )
-    return sink.end(version)
+        end_timer.cancel()
+    # Without a length or chunks, a broken connection looks like the end of the body.
+    if transfer.may_be_cut and length is None and not response.is_chunked:
+        raise HttpError(f"broken off after {transfer.received} bytes", transient=True)
+    return transfer.end(version)
 
 
-def _paced(response: Response, sink: Transfer, announced: int | None) -> Iterator[bytes]:
-    """The bytes on the wire; `read1` returns what is there."""
+def _paced(response: Response, transfer: Transfer, length: int | None) -> Iterator[bytes]:
+    """Yield the bytes on the wire; raise if they are too many, too few or too slow."""
     total = recent = 0
     since = time.monotonic()
-    while chunk := response.raw.read1(CHUNK, decode_content=False):
+    while chunk := response.read(CHUNK):
         total, recent = total + len(chunk), recent + len(chunk)
-        if total > sink.limits.max_bytes:
-            raise sink.too_large()
+        if total > transfer.limits.max_bytes:
+            raise transfer.too_large()
         if (seconds := time.monotonic() - since) > PACE_SECONDS:
-            if recent < sink.limits.min_rate * seconds:
-                raise LoraUnreachable(
-                    f"{sink.name}: slower than {sink.limits.min_rate} bytes a second"
-                )
+            if recent < transfer.limits.min_rate * seconds:
+                raise HttpError(f"slower than {transfer.limits.min_rate} bytes a second")
             since, recent = time.monotonic(), 0
         yield chunk
-    if announced is not None and total != announced:
-        raise TransientError(
-            LoraUnreachable(f"{sink.name}: broken off after {total} of {announced} bytes")
-        )
+    if length is not None and total != length:
+        raise HttpError(f"broken off after {total} of {length} bytes", transient=True)
 
 
-def _identity(pieces: Iterator[bytes], _name: str) -> Iterator[bytes]:
-    return pieces
+def _identity(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    return chunks
 
 
-def _gunzip(pieces: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """In bounded steps: a piece of a bomb may mean gigabytes."""
+def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield decoded pieces of bounded size: one chunk of a gzip bomb may decode to gigabytes."""
     decoder = zlib.decompressobj(_GZIP)
     try:
-        for piece in pieces:
-            rest = piece
+        for chunk in chunks:
+            rest = chunk
             while rest and not decoder.eof:
                 yield decoder.decompress(rest, CHUNK)
                 rest = decoder.unconsumed_tail
     except zlib.error:
-        raise TransientError(LoraUnreachable(f"{name}: what is sent as gzip is none")) from None
+        raise HttpError("the body is not the gzip that it claims to be", transient=True) from None
     if not decoder.eof:
-        raise TransientError(LoraUnreachable(f"{name}: broken off"))
+        raise HttpError("broken off", transient=True)
 
 
-_DECODERS: Final[dict[str, Callable[[Iterator[bytes], str], Iterator[bytes]]]] = {
+_DECODERS: Final[dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]]] = {
     "identity": _identity,
-    "": _identity,
     "gzip": _gunzip,
     "x-gzip": _gunzip,
 }

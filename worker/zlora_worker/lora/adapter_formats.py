@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from zlora.lora.key_names import MAGNITUDES, RANKED, factored
+from zlora.lora.key_names import MAGNITUDES, RANK_PARTS, kinds_of
 
 from zlora_worker.lora.deltas import (
     DoraDelta,
@@ -45,7 +45,7 @@ def parse_module(parts: Parts, target: Shape, peft_scale: Callable[[int], float]
     `peft_scale` returns the scale of a rank from the file's metadata; it is used if there is no
     `alpha` tensor. Raises `InvalidAdapter` if the tensors do not describe a delta of that shape.
     """
-    kinds = factored(parts.keys())
+    kinds = kinds_of(parts.keys())
     if len(kinds) > 1:
         raise InvalidAdapter(f"has both a {kinds[0]} and a {kinds[1]}")
     if not kinds and (parts.keys() - _BIASES):
@@ -89,7 +89,7 @@ def parse_module(parts: Parts, target: Shape, peft_scale: Callable[[int], float]
 
 def _rank(kind: str, parts: Parts) -> int | None:
     """Return the inner size of the factors, or None if the format has no rank."""
-    for name in RANKED[kind]:
+    for name in RANK_PARTS[kind]:
         if name in parts and parts[name].dim():
             return len(parts[name])
     return None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from zlora.lora.key_names import PREFIXES, SOLE_TEXT_ENCODER, flat
+from zlora.lora.key_names import PREFIXES, SINGLE_TEXT_ENCODER, normalized
 
 Module = tuple[str, str]  # component, and the module's name in it
 
@@ -40,17 +40,17 @@ class KeyMap:
         for component, name in modules:
             prefixes = PREFIXES.get(component, (component,))
             if component == "text_encoder" and "text_encoder_2" not in components:
-                prefixes += (SOLE_TEXT_ENCODER,)
+                prefixes += (SINGLE_TEXT_ENCODER,)
             for alias in _aliases(component, name, ldm):
                 for prefix in prefixes:
-                    spelling = flat(f"{prefix}.{alias}" if prefix else alias)
+                    spelling = normalized(f"{prefix}.{alias}" if prefix else alias)
                     known = self._modules.setdefault(spelling, (component, name))
                     if known != (component, name):
                         raise ValueError(f"two modules are spelt {spelling}: {name} and {known[1]}")
 
     def find(self, spelling: str) -> Module | None:
         """Return the module with this spelling, or None if the model has no such module."""
-        return self._modules.get(flat(spelling))
+        return self._modules.get(normalized(spelling))
 
 
 class LdmNames:

@@ -152,7 +152,7 @@ class Reader:
         for name in header.tensors:
             if kind := key_names.unsupported_kind(name):
                 raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
-            key = key_names.split(name)
+            key = key_names.parse_key(name)
             module = self._key_map.find(key.module) if key else None
             if key is None or module is None:
                 unmatched.append(name)
@@ -164,11 +164,13 @@ class Reader:
                 found[module][key.part] = name
         if found:
             return found, unmatched
-        if not any(map(key_names.split, header.tensors)):
-            raise _Refusal(f"not a LoRA that this worker reads: {key_names.some(header.tensors)}")
+        if not any(map(key_names.parse_key, header.tensors)):
+            raise _Refusal(
+                f"not a LoRA that this worker reads: {key_names.summary(header.tensors)}"
+            )
         raise _Refusal(
             self._detect_base_model(header)
-            or f"none of its modules is in the resident model: {key_names.some(header.tensors)}"
+            or f"none of its modules is in the resident model: {key_names.summary(header.tensors)}"
         )
 
     def _parse(
@@ -198,7 +200,7 @@ class Reader:
 
         For example `made for SD 1.x: cross-attention width 768, the resident model has 2048`.
         """
-        if origin := base_model.told_by_layers(header.tensors):
+        if origin := base_model.detect_by_layer_names(header.tensors):
             return origin.clause
         resident = 0  # width of the text that the resident model's cross-attention reads
         for (_, module, _), slot in self._weights.slots.items():
@@ -211,7 +213,7 @@ class Reader:
             family = base_model.WIDTHS.get(width, "another model")
             widths = f"cross-attention width {width}, the resident model has {resident}"
             return f"made for {family}: {widths}"
-        origin = base_model.told_by_metadata(header)
+        origin = base_model.detect_by_metadata(header)
         if origin and origin.family != base_model.WIDTHS.get(resident):
             return origin.clause
         return ""
@@ -236,7 +238,7 @@ def require_whole(lora: Lora, *, source: str) -> None:
     if lora.unmatched:
         raise LoraMismatch(
             f"{source}: part of it has no place in the resident model: "
-            f"{key_names.some(lora.unmatched)}; with `strict: false` the rest is used",
+            f"{key_names.summary(lora.unmatched)}; with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )
 

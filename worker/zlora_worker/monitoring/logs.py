@@ -1,7 +1,5 @@
-"""The worker's log: lines of JSON for machines, text for a terminal, and no secret in either."""
+"""Logging of the worker: JSON lines for machines, text for a terminal, secrets in neither."""
 
-import bisect
-import json
 import logging
 import re
 import sys
@@ -9,53 +7,38 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from datetime import UTC, datetime
-from typing import Final
-from urllib.parse import quote
+from typing import Any, Final
 
-import msgspec
+from pythonjsonlogger.msgspec import MsgspecFormatter
 from zlora.errors import ZloraError
-from zlora.redaction import on_one_line, without_secrets
+from zlora.redaction import Redactor, on_one_line
 
-_LINE: Final = 4096  # bytes with the newline: what Linux writes to a pipe in one piece (PIPE_BUF), whoever else writes
-_NAME: Final = (
-    64  # characters of a job's id, a code, a logger: what a line has besides its texts is short
-)
-_TEXTS: Final = ("message", "exception", "stack")  # what may be long
-_ADDRESS: Final = re.compile(
-    r"(?:[a-z][a-z0-9+.-]{0,30}:)?(?:\\{0,8}/){2}[^\s\"<>]+", re.IGNORECASE
-)
-_SLASH: Final = re.compile(r"\\{1,8}/")  # as JSON may have it, and a text that quotes JSON
-_QUERY: Final = re.compile(r"\?[^\s\"<>]+")  # of an address without its start, as libraries tell it
-_WORD: Final = re.compile(r"[^\s\"'<>/]+")
-_CREDENTIAL: Final = re.compile(r"\b(bearer|basic)\s+[^\s'\",]+", re.IGNORECASE)
-_AUTHORIZATION: Final = re.compile(  # a header of any scheme: between quotes, else to the line's end
-    r"(authorization[\\'\"]{0,9}\s*(?:[:=]|(?<=['\"]),)\s*(b?\\{0,8}['\"])?)(?(2)[^'\"\\\r\n]*|[^\r\n]*)",
-    re.IGNORECASE,
-)
-_SHORTEST: Final = (
-    6  # characters of a secret that is masked wherever it stands: a shorter one would mask words
-)
-_MASK: Final = "***"
-_SAID: Final = 200  # characters
+# Characters of a text in a JSON line. ASCII lines then fit into 4,096 bytes (PIPE_BUF in pipe(7)),
+# so that lines of several processes in one pipe stay whole.
+_MAX_CHARACTERS: Final = {"message": 1000, "exception": 1800, "stack": 500}
+_MAX_NAME: Final = 64  # characters of a job id or code
+_MAX_REASON: Final = 200  # characters of another library's error in an answer
+_CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tab, newline
+_INDENT: Final = "\n    "  # a line of text that continues a record; no record begins with spaces
 
 logger = logging.getLogger(__name__)
 
 
-class _Job:
-    """The job that this process is at, for all of its threads: a child draws one at a time."""
+class _CurrentJob:
+    """The job of this process, for all of its threads: a child process runs one job at a time."""
 
     id: str | None = None
     phase: str | None = None
 
 
-_job: Final = _Job()
+_job: Final = _CurrentJob()
+_redactors = [Redactor()]  # the one of this process; `use` replaces it
 
 
 @contextmanager
 def about(job_id: str) -> Iterator[None]:
-    """What is logged inside, by any thread, is about this job."""
+    """Add the job to all lines that this process logs inside the block, in any thread."""
     _job.id, _job.phase = job_id, None
     try:
         yield
@@ -64,212 +47,142 @@ def about(job_id: str) -> Iterator[None]:
 
 
 def enter(phase: str) -> None:
-    """The job goes on to a phase."""
+    """Add the phase to the lines of the current job from now on."""
     _job.phase = phase
 
 
-class Redactor:
-    """Takes out of a text what must not be read: the secrets it was told, and those that addresses carry.
-
-    It rather takes too much: what is glued to a question mark, or stands before an `@` and has a colon.
-    """
-
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
-        told = {
-            spelling
-            for secret in secrets
-            if len(secret) >= _SHORTEST
-            for spelling in _spellings(secret)
-        }
-        found = sorted(told, key=len, reverse=True)
-        self._secrets = re.compile("|".join(map(re.escape, found))) if found else None
-
-    def __call__(self, text: str) -> str:
-        """The text without them."""
-        text = self._secrets.sub(_MASK, text) if self._secrets else text
-        text = _AUTHORIZATION.sub(rf"\1{_MASK}", text)
-        text = _CREDENTIAL.sub(rf"\1 {_MASK}", text)
-        text = _ADDRESS.sub(_without_secrets, text) if "//" in text or "\\/" in text else text
-        text = _WORD.sub(_without_credentials, text) if "@" in text else text
-        return _QUERY.sub(_without_query, text) if "?" in text else text
-
-
-_redactors = [Redactor()]  # the one of this process, until `use` has told it more
-
-
-class TextFormatter(logging.Formatter):
-    """Another formatter's lines, redacted."""
-
-    def __init__(self, redact: Redactor, inner: logging.Formatter) -> None:
-        super().__init__()
-        self._redact, self._inner = redact, inner
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One record, with its traceback."""
-        sound = copy(record)
-        sound.msg, sound.args = _message(record), ()
-        return self._redact(self._inner.format(sound))
-
-
-class JsonFormatter(logging.Formatter):
-    """One object a line, of at most 4,096 bytes: of longer texts the middle is left out, and how much.
-
-    `time` (RFC 3339, UTC), `level`, `logger`, `process`, `message`; where there is one `job`, `phase`, `code`,
-    `exception`, `stack`.
-    """
-
-    def __init__(self, redact: Redactor, *, process: str) -> None:
-        """`process` is this one's role; a forked pool process is the `child`."""
-        super().__init__()
-        self._redact, self._process = redact, process
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One record."""
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        job = _job_of(record)
-        error = record.exc_info[1] if record.exc_info else None
-        code = getattr(record, "code", error.code if isinstance(error, ZloraError) else None)
-        document: dict[str, str | None] = {
-            "time": moment.replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "logger": self._name(record.name),
-            "process": "child" if "PoolWorker" in str(record.processName) else self._process,
-            "message": self._redact(_message(record).strip()),
-            "job": self._name(job),
-            "phase": _job.phase if job == _job.id else None,
-            "code": self._name(code),
-            "exception": None
-            if error is None
-            else self._redact("".join(traceback.format_exception(error))),
-            "stack": self._redact(record.stack_info) if record.stack_info else None,
-        }
-        told = {name: _encodable(value) for name, value in document.items() if value is not None}
-        return msgspec.json.encode(_fitting(told)).decode()
-
-    def _name(self, value: object) -> str | None:
-        """What a stranger may have chosen."""
-        return None if value is None else on_one_line(self._redact(str(value)))[:_NAME]
-
-
 def use(kind: str, secrets: Iterable[str], *, logger: logging.Logger, process: str) -> None:
-    """Let all handlers of `logger` write `json` or `text`; `auto` is text where standard error is a terminal.
+    """Let all handlers of `logger` write `json` or `text`, without secrets.
 
-    From now on Python writes nothing beside the log by itself: no traceback of a thread that ends, nor of a line that
-    cannot be written, which would show the line as it was.
+    `auto` is text if standard error is a terminal. `process` is the role of this process; a forked
+    pool process is the `child`. From now on Python prints no tracebacks of threads or of logging
+    itself, because these would not be redacted.
     """
-    redact, in_json = Redactor(secrets), is_json(kind)
+    redact = Redactor(secrets)
     _redactors[:] = [redact]
     for handler in logger.handlers:
-        inner = handler.formatter or logging.Formatter()
-        handler.setFormatter(
-            JsonFormatter(redact, process=process) if in_json else TextFormatter(redact, inner)
-        )
+        handler.addFilter(RedactingFilter(redact, process=process, is_text=not is_json(kind)))
+        if is_json(kind):
+            handler.setFormatter(JsonFormatter())
     logging.raiseExceptions = False
-    threading.excepthook = _thread_ends
-
-
-def said_by(error: BaseException) -> str:
-    """What an error of a library says, in short and without secrets, for whoever is told of a job's end."""
-    (redact,) = _redactors
-    return redact(str(error))[:_SAID]
+    threading.excepthook = _log_thread_error
 
 
 def is_json(kind: str) -> bool:
-    """Whether lines are objects."""
+    """Whether log lines are JSON objects."""
     return kind == "json" or (kind == "auto" and not sys.stderr.isatty())
 
 
-def _thread_ends(told: threading.ExceptHookArgs) -> None:
-    if not issubclass(told.exc_type, SystemExit):
-        logger.error(
-            "the thread %s ends", told.thread and told.thread.name, exc_info=told.exc_value
-        )
+def said_by(error: BaseException) -> str:
+    """Return the message of another library's error, short and without secrets."""
+    (redact,) = _redactors
+    return redact(str(error))[:_MAX_REASON]
+
+
+class RedactingFilter(logging.Filter):
+    """Removes secrets from records and adds `role`, `job`, `phase` and `code`.
+
+    With `is_text`, also escapes what could forge or hide a line on a terminal.
+    """
+
+    def __init__(self, redact: Redactor, *, process: str, is_text: bool = False) -> None:
+        super().__init__()
+        self._redact, self._process, self._is_text = redact, process, is_text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record in place; always returns True."""
+        _, error, _ = record.exc_info or (None, None, None)
+        job, code = _job_of(record), getattr(record, "code", None)
+        if code is None and isinstance(error, ZloraError):
+            code = error.code
+        record.role = self._process
+        if "PoolWorker" in str(record.processName):
+            record.role = "child"
+        record.phase = _job.phase if job == _job.id else None
+        record.job, record.code = self._name(job), self._name(code)
+        record.msg, record.args = self._clean(_message(record)), ()
+        if error is not None:
+            record.exc_info = None  # formatters would print it again, with its secrets
+            record.exc_text = self._clean("".join(traceback.format_exception(error)))
+        if record.stack_info:
+            record.stack_info = self._clean(record.stack_info)
+        return True
+
+    def _clean(self, text: str) -> str:
+        # Half a surrogate pair, which a file name may contain, is not valid UTF-8.
+        text = self._redact(text).encode(errors="backslashreplace").decode().strip()
+        if self._is_text:
+            text = _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text).replace("\n", _INDENT)
+        return text
+
+    def _name(self, value: object) -> str | None:
+        """Return a value that may come from a message, as one short line."""
+        return None if value is None else on_one_line(self._redact(str(value)))[:_MAX_NAME]
+
+
+class JsonFormatter(MsgspecFormatter):
+    """One JSON object per line, from a record that a `RedactingFilter` has prepared.
+
+    Fields: `time` (RFC 3339, UTC), `level`, `logger`, `process`, `message`; if known also `job`,
+    `phase`, `code`, `exception`, `stack`.
+    """
+
+    def add_fields(
+        self,
+        log_data: dict[str, Any],
+        record: logging.LogRecord,
+        message_dict: dict[str, Any],  # noqa: ARG002 - the base's signature
+    ) -> None:
+        """Fill `log_data`, and leave other attributes of the record out."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields: dict[str, Any] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": getattr(record, "role", None),
+            "message": record.getMessage(),
+            "job": getattr(record, "job", None),
+            "phase": getattr(record, "phase", None),
+            "code": getattr(record, "code", None),
+            "exception": record.exc_text,
+            "stack": record.stack_info,
+        }
+        for name, limit in _MAX_CHARACTERS.items():
+            if fields[name] is not None:
+                fields[name] = _shortened(fields[name], limit)
+        log_data |= {name: value for name, value in fields.items() if value is not None}
+
+
+def _shortened(text: str, limit: int) -> str:
+    """Return the start and the end of a long text: the end of a traceback names the error."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} ...[{len(text) - 2 * half} characters left out]... {text[-half:]}"
 
 
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception as error:  # noqa: BLE001 - a log call's own fault, of any kind: Python would print its arguments
-        told = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
-        return f"{told} ({record.filename}:{record.lineno} logs wrongly: {type(error).__name__})"
-
-
-def _spellings(secret: str) -> set[str]:
-    """A secret as it is, in an address, and as Python and JSON quote it, also one in the other."""
-    plain = {
-        secret,
-        quote(secret, safe="", errors="surrogateescape"),
-        ascii(secret)[1:-1],
-        repr(secret)[1:-1],
-        repr(secret.encode(errors="surrogatepass"))[2:-1],
-        json.dumps(secret)[1:-1],
-        json.dumps(secret, ensure_ascii=False)[1:-1],
-    }
-    plain |= {text.replace("/", "\\/") for text in plain} | {
-        text.replace("'", "\\'") for text in plain
-    }
-    return plain | {json.dumps(text)[1:-1] for text in plain} | {repr(text)[1:-1] for text in plain}
-
-
-def _without_secrets(found: re.Match[str]) -> str:
-    return without_secrets(_SLASH.sub("/", found[0]))
-
-
-def _without_credentials(word: re.Match[str]) -> str:
-    """`user:password@host` of an address that is misspelt, or told without its start."""
-    before, _, host = word[0].rpartition("@")
-    return f"{_MASK}@{host}" if ":" in before else word[0]
-
-
-def _without_query(found: re.Match[str]) -> str:
-    """Nothing, but punctuation is none."""
-    return "" if re.search(r"\w", found[0]) else found[0]
-
-
-def _fitting(told: dict[str, str]) -> dict[str, str]:
-    """A line's fields so that all have room: what short texts leave is for the long ones."""
-    texts = sorted((name for name in _TEXTS if name in told), key=lambda name: len(told[name]))
-    room = _LINE - len("\n") - len(msgspec.json.encode(told | dict.fromkeys(texts, "")))
-    cut: dict[str, str] = {}
-    for place, name in enumerate(texts):
-        cut[name] = _shortened(told[name], room // (len(texts) - place))
-        room -= _size(cut[name])
-    return told | cut
-
-
-def _shortened(text: str, room: int) -> str:
-    """Start and end of a text that takes more bytes of a line than there are."""
-    if len(text) <= room and _size(text) <= room:
-        return text
-    kept = (
-        bisect.bisect(range(min(len(text), room)), room, key=lambda kept: _size(_ends(text, kept)))
-        - 1
-    )
-    return _ends(text, kept)
-
-
-def _ends(text: str, kept: int) -> str:
-    """So many characters of a text, half of them from its end, where an error tells what it is."""
-    start = kept // 2
-    left_out = len(text) - kept
-    return f"{text[:start]} ...[{left_out} characters left out]... {text[start + left_out :]}"
-
-
-def _size(text: str) -> int:
-    """Bytes of a text within a line."""
-    return len(msgspec.json.encode(text)) - len('""')
-
-
-def _encodable(text: str) -> str:
-    """Text of which UTF-8 can be made: half a surrogate pair, as a file's name may hold, is escaped."""
-    return text.encode(errors="backslashreplace").decode()
+    except Exception as error:  # noqa: BLE001 - a wrong log call; Python would print its arguments
+        message = type(record.msg).__name__  # the object's own `str` may be what failed
+        if isinstance(record.msg, str):
+            message = record.msg
+        place = f"{record.filename}:{record.lineno}"
+        return f"{message} (wrong log call in {place}: {type(error).__name__})"
 
 
 def _job_of(record: logging.LogRecord) -> str | None:
-    """What the record says; what Celery says of a task; else what this process is at."""
+    """Return the job that the record names, else the task that Celery names, else the current."""
     if (job := getattr(record, "job", None)) is not None:
         return str(job)
-    told = getattr(record, "data", None) or record.args
-    if isinstance(told, dict) and isinstance(told.get("id"), str):
-        return str(told["id"])
+    task = getattr(record, "data", None) or record.args
+    if isinstance(task, dict) and isinstance(task.get("id"), str):
+        return str(task["id"])
     return _job.id
+
+
+def _log_thread_error(ended: threading.ExceptHookArgs) -> None:
+    if not issubclass(ended.exc_type, SystemExit):
+        name = ended.thread and ended.thread.name
+        logger.error("thread %s has ended by an error", name, exc_info=ended.exc_value)

@@ -1,13 +1,13 @@
-"""What a worker counts, for Prometheus: the one place of each metric's name, unit and labels.
+"""Metrics of a worker for Prometheus: the one place of each metric's name, unit and labels.
 
-A label's values are words of this project. What a stranger chooses (a prompt, an address, an id) is never one.
+Label values are words of this project, never values of a request (prompt, address, id).
 """
 
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, values
 from prometheus_client.core import GaugeMetricFamily
@@ -15,75 +15,99 @@ from prometheus_client.registry import Collector
 from zlora import errors
 from zlora.errors import JobExpired, JobRevoked, ZloraError
 from zlora.redaction import without_secrets
-from zlora.schema import GenerateResult
+from zlora.schema import GenerateResult, LoraTier, Phase
 
-PHASES: Final = ("queued", "fetch", "parse", "apply", "denoise", "restore", "encode", "upload")
-TIERS: Final = ("memory", "disk", "network")
+PHASES: Final = tuple(phase.value for phase in Phase if phase is not Phase.WAIT)
+TIERS: Final = get_args(LoraTier)
 
 _FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own variable
-# Seconds: from a LoRA that is there already to the longest job of the default settings.
+# Seconds: from a LoRA in memory to the longest job of the default settings.
 _BUCKETS: Final = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 900)
 _LOAD_BUCKETS: Final = (1, 5, 10, 20, 40, 80, 160, 320, 900, 1800)
+_WEBHOOK_OUTCOMES: Final = ("sent", "retried", "given_up")
 
 
 class Meter:
-    """One process's counts. The label values are there from the start: a rate needs the 0 before the first 1."""
+    """The counts of one process.
+
+    All label values exist with 0 from the start: Prometheus computes a rate from the step 0 to 1.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._jobs = self._counter(
-            "jobs", "Jobs that ended here, and those that are tried again", "outcome", "code"
+            "jobs", "Jobs that ended, and deliveries that are tried again", "outcome", "code"
         )
         self._phases = Histogram(
             "zlora_job_phase_seconds",
-            "Seconds of a drawn job, by phase",
+            "Seconds of a generated job by phase",
             ("phase",),
             registry=self.registry,
             buckets=_BUCKETS,
         )
         self._files = self._counter(
-            "lora_files", "LoRA files that jobs asked for, by where they were", "tier"
+            "lora_files", "LoRA files of jobs, by where the file was found", "tier"
         )
-        self._bytes = self._counter("lora_bytes", "Bytes of those files", "tier")
-        self._steps = self._counter("denoising_steps", "Denoising steps, each as it is done")
-        self._images = self._counter("images", "Pictures stored")
+        self._bytes = self._counter("lora_bytes", "Bytes of LoRA files of jobs", "tier")
+        self._steps = self._counter("denoising_steps", "Denoising steps")
+        self._images = self._counter("images", "Images stored")
         self._loads = Histogram(
             "zlora_model_load_seconds",
-            "Seconds until the base was resident",
+            "Seconds to load the base model",
             registry=self.registry,
             buckets=_LOAD_BUCKETS,
         )
         self._deaths = self._counter(
-            "child_deaths", "Children that had the model and had to be replaced"
+            "child_deaths", "Child processes with a loaded model that were replaced"
         )
         self._redeliveries = self._counter(
             "redeliveries", "Deliveries of jobs that had been delivered before"
         )
-        self._resent = self._counter("jobs_resent", "Jobs sent again since their message was lost")
-        self._webhooks = self._counter("webhooks", "Tries to tell the end of a job", "outcome")
-        self._begin()
+        self._resent = self._counter(
+            "jobs_resent", "Jobs sent again because their message was lost"
+        )
+        self._webhooks = self._counter("webhooks", "Attempts to send a webhook", "outcome")
+
+        # all label values
+        self._jobs.labels("success", "")
+        for name in errors.__all__:
+            kind = getattr(errors, name)
+            if issubclass(kind, JobRevoked | JobExpired):
+                self._jobs.labels("revoked", kind.code)
+            elif kind.code not in ("error", "lora_error"):  # base classes, never raised
+                self._jobs.labels("failure", kind.code)
+                if kind.retryable:
+                    self._jobs.labels("retried", kind.code)
+        for phase in PHASES:
+            self._phases.labels(phase)
+        for tier in TIERS:
+            self._files.labels(tier)
+            self._bytes.labels(tier)
+        for outcome in _WEBHOOK_OUTCOMES:
+            self._webhooks.labels(outcome)
 
     @classmethod
     def of_process(cls, name: str) -> Self:
-        """The counts of the worker's child or companion, which add to those of the one before it.
+        """Return the counts of the worker's `child` or `sidecar`, which continue its predecessor's.
 
-        They are kept in the folder that `share` made, by prometheus_client's multiprocess mode, under the name of the
-        role and not of the process: one process at a time has it, and no file is left for each child that died.
+        prometheus_client's multiprocess mode keeps the counts in the folder that `share` made. The
+        files have the name of the role, not of the process: one process at a time has the role, and
+        no files accumulate.
         """
         if folder := shared_folder():
-            Path(folder).mkdir(
-                parents=True, exist_ok=True
-            )  # whoever clears temporary folders may have come by
-            # Else chosen when prometheus_client is imported, which Flower's plug-in for `celery` does before all this.
+            # Programs that clean temporary folders may have removed the folder.
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            # prometheus_client chose its class at import, possibly before the variable was set:
+            # Flower's plug-in for the `celery` command imports the library early.
             values.ValueClass = values.MultiProcessValue(lambda: name)  # type: ignore[no-untyped-call]
         return cls()
 
     def succeeded(self) -> None:
-        """A job ended with a result."""
+        """Count a job that ended with a result."""
         self._jobs.labels("success", "").inc()
 
     def drawn(self, result: GenerateResult) -> None:
-        """A job was drawn, by this very delivery."""
+        """Count images, phases and LoRAs of a job that this delivery generated."""
         self._images.inc(len(result.images))
         for phase in PHASES:
             if phase in result.timings:
@@ -93,77 +117,61 @@ class Meter:
             self._bytes.labels(receipt.tier).inc(receipt.size)
 
     def ended(self, error: ZloraError) -> None:
-        """A job ended without a result."""
+        """Count a job that ended without a result."""
         outcome = "revoked" if isinstance(error, JobRevoked | JobExpired) else "failure"
         self._jobs.labels(outcome, error.code).inc()
 
     def retried(self, error: ZloraError) -> None:
-        """A job is sent again for an error."""
+        """Count a job that is sent again after an error."""
         self._jobs.labels("retried", error.code).inc()
 
     def stepped(self, steps: int) -> None:
-        """So many more denoising steps are done."""
+        """Count denoising steps."""
         self._steps.inc(steps)
 
     def redelivered(self) -> None:
-        """A job comes that was delivered before."""
+        """Count a delivery of a job that was delivered before."""
         self._redeliveries.inc()
 
     def loaded(self, seconds: float, *, replaces: bool) -> None:
-        """A child has the model; `replaces` says whether another had it before."""
+        """Count a loaded model; `replaces` says whether an earlier child process had one."""
         self._loads.observe(seconds)
         self._deaths.inc(int(replaces))
 
     def resent(self) -> None:
-        """A lost message was sent again."""
+        """Count a job that was sent again because its message was lost."""
         self._resent.inc()
 
-    def told(self, outcome: str) -> None:
-        """A webhook was `sent`, `retried` or `given_up`."""
+    def webhook(self, outcome: str) -> None:
+        """Count an attempt to send a webhook: `sent`, `retried` or `given_up`."""
         self._webhooks.labels(outcome).inc()
 
-    def _counter(self, name: str, told: str, *labels: str) -> Counter:
-        return Counter(f"zlora_{name}", told, labels, registry=self.registry)
-
-    def _begin(self) -> None:
-        self._jobs.labels("success", "")
-        for kind in (getattr(errors, name) for name in errors.__all__):
-            if issubclass(kind, JobRevoked | JobExpired):
-                self._jobs.labels("revoked", kind.code)
-            elif kind.code not in ("error", "lora_error"):
-                self._jobs.labels("failure", kind.code)
-                if kind.retryable:
-                    self._jobs.labels("retried", kind.code)
-        for phase in PHASES:
-            self._phases.labels(phase)
-        for tier in TIERS:
-            self._files.labels(tier)
-            self._bytes.labels(tier)
-        for outcome in ("sent", "retried", "given_up"):
-            self._webhooks.labels(outcome)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"zlora_{name}", help_text, labels, registry=self.registry)
 
 
 class WorkerCollector(Collector):
-    """What a worker is, as labels of a 1."""
+    """Version, model and queue of a worker, as labels of a constant 1."""
 
     def __init__(self, *, model: str, queue: str) -> None:
-        self._told = [version("z-image-lora"), without_secrets(model), queue]
+        self._values = [version("z-image-lora"), without_secrets(model), queue]
 
     def collect(self) -> Iterator[Metric]:
-        """The one metric."""
+        """Return the one metric."""
+        labels = ["version", "model", "queue"]
         gauge = GaugeMetricFamily(
-            "zlora_worker_info", "The worker", labels=["version", "model", "queue"]
+            "zlora_worker_info", "Version, model and queue of the worker", labels=labels
         )
-        gauge.add_metric(self._told, 1.0)
+        gauge.add_metric(self._values, 1.0)
         yield gauge
 
 
 def share(folder: Path) -> None:
-    """In the parent, before it forks: where its processes put their counts together."""
+    """Make the folder of the shared counters; the parent calls this before it forks."""
     folder.mkdir()
     os.environ[_FOLDER] = str(folder)
 
 
 def shared_folder() -> str:
-    """Where they do; empty where nobody asks for them."""
+    """Return the folder of the shared counters; empty if metrics are off."""
     return os.environ.get(_FOLDER, "")

@@ -1,15 +1,13 @@
-"""A queue as Redis holds it, for Prometheus. Whoever watches it needs neither a worker nor torch.
+"""Metrics of a queue, read from Redis at each scrape. Needs no worker and no torch.
 
-Each worker of a queue tells the same: `max by (queue, priority)` is the queue.
+All workers of a queue report the same values: take `max by (queue, priority)`.
 """
 
 import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-import msgspec
 import redis
-from msgspec import Struct
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -21,120 +19,116 @@ from zlora.broker.keys import (
     refused_key,
     waiting_lists,
 )
-from zlora.broker.message import submitted_at
+from zlora.broker.message import MAX_MESSAGE_BYTES, QueuedMessage, UnackedMessage
 
-# What each tells, and its labels beside `queue`.
+# Help text of each gauge, and its labels beside `queue`.
 GAUGES: Final = {
-    "zlora_queue_up": ("Whether Redis answered for this look",),
-    "zlora_queue_jobs": ("Jobs that wait", "priority"),
+    "zlora_queue_up": ("1 if Redis answered this scrape, else 0",),
+    "zlora_queue_jobs": ("Jobs that wait on the queue", "priority"),
     "zlora_queue_oldest_seconds": (
-        "Seconds since the older job at the two ends of the line was submitted",
+        "Seconds since the submission of the older of the first and the last waiting job",
         "priority",
     ),
-    "zlora_queue_running_jobs": ("Jobs that workers hold",),
-    "zlora_queue_webhooks": ("Ends of jobs still to be told, and those given up", "state"),
-    "zlora_queue_refused_messages": ("Messages of the last week that could not be read",),
+    "zlora_queue_running_jobs": ("Jobs that workers have taken and not finished",),
+    "zlora_queue_webhooks": (
+        "Webhooks that wait to be sent (waiting) or were given up (dead)",
+        "state",
+    ),
+    "zlora_queue_refused_messages": ("Messages of the last week that were not valid jobs",),
 }
 
-_NAMES: Final = {step: name for name, step in PRIORITIES.items()}
-_WINDOW: Final = 500  # messages that workers hold, read at once
-_NO_MESSAGE: Final = (
-    msgspec.DecodeError,
-    RecursionError,
-)  # what is raised of what anybody may write to a queue
+_PRIORITY_NAMES: Final = {step: name for name, step in PRIORITIES.items()}
+_WINDOW: Final = 100  # unacknowledged messages per read
+# The message at one end of a list, or '' if it has too many bytes.
+_READ_END: Final = """
+local item = redis.call('LINDEX', KEYS[1], ARGV[1])
+if item and #item > tonumber(ARGV[2]) then return '' end
+return item
+"""
 
-Found = list[tuple[tuple[str, ...], float]]
-_ONE: Final[Found] = [((), 1.0)]
-_NONE: Final[Found] = [((), 0.0)]
+_Values = list[tuple[tuple[str, ...], float]]  # label values without the queue, and the value
 
 
 class QueueCollector(Collector):
-    """Looks at each scrape. Where Redis does not answer `zlora_queue_up` is 0 and the others are left out."""
+    """Gauges of one queue. Without an answer of Redis only `zlora_queue_up` is there, with 0."""
 
     def __init__(self, client: Any, queue: str) -> None:
-        """`client` is a Redis that answers soon or not at all."""
+        """Take a Redis client with a short timeout."""
         self._redis, self._queue = client, queue
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, as of now."""
+        """Read the gauges."""
+        found: dict[str, _Values]
         try:
-            found = {"zlora_queue_up": _ONE, **self._look()}
+            found = {"zlora_queue_up": [((), 1.0)], **self._read()}
         except redis.RedisError:
-            found = {"zlora_queue_up": _NONE}
+            found = {"zlora_queue_up": [((), 0.0)]}
         for name, values in found.items():
-            told, *labels = GAUGES[name]
-            gauge = GaugeMetricFamily(name, told, labels=["queue", *labels])
-            for words, value in values:
-                gauge.add_metric([self._queue, *words], value)
+            help_text, *labels = GAUGES[name]
+            gauge = GaugeMetricFamily(name, help_text, labels=["queue", *labels])
+            for label_values, value in values:
+                gauge.add_metric([self._queue, *label_values], value)
             yield gauge
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: the registry must not ask Redis to know the names."""
+        """Return nothing, so that registering does not read Redis."""
         return iter(())
 
-    def _look(self) -> dict[str, Found]:
-        """Values with their labels, by name; raises `redis.RedisError`.
+    def _read(self) -> dict[str, _Values]:
+        """Return the values by gauge; a key of another type counts as 0.
 
-        What is there in another form than ours is anybody's, and costs its own value only.
+        Raises `redis.RedisError` if Redis does not answer.
         """
-        lists = waiting_lists(self._queue)
         with self._redis.pipeline(transaction=False) as pipe:
-            for name in lists:
+            for name in waiting_lists(self._queue):
                 pipe.llen(name)
-                pipe.lindex(name, -1)  # kombu takes from this end
-                pipe.lindex(name, 0)  # where jobs come that are sent again
+                # the next message for kombu, and the newest or one that was sent again
+                pipe.eval(_READ_END, 1, name, -1, MAX_MESSAGE_BYTES)
+                pipe.eval(_READ_END, 1, name, 0, MAX_MESSAGE_BYTES)
             pipe.zcard(outbox_key(self._queue))
             pipe.zcard(dead_key(self._queue))
             pipe.get(refused_key(self._queue))
-            *answers, waiting, dead, refused = pipe.execute(raise_on_error=False)
+            *lists, waiting, dead, refused = pipe.execute(raise_on_error=False)
         now = time.time()
-        names = [(_NAMES.get(step, str(step)),) for step in PRIORITY_STEPS]
-        ages = [
-            max(_age(first, now), _age(last, now))
-            for first, last in zip(answers[1::3], answers[2::3], strict=True)
-        ]
+        jobs: _Values = []
+        ages: _Values = []
+        for place, step in enumerate(PRIORITY_STEPS):
+            length, first, last = lists[3 * place : 3 * place + 3]
+            labels = (_PRIORITY_NAMES.get(step, str(step)),)
+            jobs.append((labels, _number(length)))
+            ages.append((labels, max(_age(first, now), _age(last, now))))
         return {
-            "zlora_queue_jobs": [
-                (name, _number(length)) for name, length in zip(names, answers[::3], strict=True)
-            ],
-            "zlora_queue_oldest_seconds": list(zip(names, ages, strict=True)),
-            "zlora_queue_running_jobs": [((), float(self._held()))],
+            "zlora_queue_jobs": jobs,
+            "zlora_queue_oldest_seconds": ages,
+            "zlora_queue_running_jobs": [((), float(self._running()))],
             "zlora_queue_webhooks": [(("waiting",), _number(waiting)), (("dead",), _number(dead))],
             "zlora_queue_refused_messages": [((), _number(refused))],
         }
 
-    def _held(self) -> int:
-        """Of this queue: one hash has those of all queues of the database."""
+    def _running(self) -> int:
+        """Count the messages of this queue in the hash that all queues of a database share."""
+        count = 0
         try:
-            items = self._redis.hscan_iter("unacked", count=_WINDOW)
-            return sum(1 for _, item in items if _routed(item) == self._queue)
-        except redis.ResponseError:
+            for _, item in self._redis.hscan_iter("unacked", count=_WINDOW):
+                message = UnackedMessage.parse(item)
+                count += message is not None and message.queue == self._queue
+        except redis.ResponseError:  # the key is not a hash
             return 0
-
-
-class _Envelope(Struct, frozen=True):
-    headers: dict[str, Any] = {}
+        return count
 
 
 def _number(answer: object) -> float:
-    """What Redis says of a count; 0 where it has none."""
-    return float(answer) if isinstance(answer, int | str) and str(answer).isdecimal() else 0.0
+    """Return a count that Redis answered; 0 for an error or an absent key."""
+    if isinstance(answer, int | str) and str(answer).isdecimal():
+        return float(answer)
+    return 0.0
 
 
-def _age(message: object, now: float) -> float:
-    """Seconds since a message's job was submitted; 0 without a message, or a time in it."""
-    if not isinstance(message, str):
+def _age(data: object, now: float) -> float:
+    """Return the seconds since the submission of a message, or 0 if the time is unknown."""
+    if not isinstance(data, str) or (message := QueuedMessage.parse(data)) is None:
         return 0.0
-    try:
-        submitted = submitted_at(msgspec.json.decode(message, type=_Envelope).headers, now)
-    except _NO_MESSAGE:
+    submitted = message.submitted_at(now)
+    if submitted is None:
         return 0.0
-    return 0.0 if submitted is None else max(0.0, now - submitted)
-
-
-def _routed(item: str) -> str | None:
-    """The queue to which a message was sent that a worker holds."""
-    try:
-        return msgspec.json.decode(item, type=tuple[Any, Any, str])[2]
-    except _NO_MESSAGE:
-        return None
+    return max(0.0, now - submitted)

@@ -1,1 +1,1 @@
-"""The helper process beside the parent: sweeper, prefetch, webhooks, metrics."""
+"""The sidecar: the helper process beside each worker."""

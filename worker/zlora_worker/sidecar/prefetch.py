@@ -1,70 +1,66 @@
-"""LoRAs of the jobs next in line come into the disk cache while another job is drawn.
+"""Fetch the LoRAs of the next jobs into the disk cache while another job runs.
 
-Their messages stay as they are and where they are. A job whose files are here asks no source; any other fetches them
-itself, so that what fails here fails no job, and is said to nobody.
+The jobs' messages are read and not changed. A job whose files are in the cache does not download
+them again. A failed prefetch fails no job: the job fetches the file itself and reports the error.
 """
 
 import logging
 import time
-from base64 import b64decode
 from itertools import islice
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import msgspec
 import redis
-from msgspec import Struct
 from zlora.broker.job_store import connect
-from zlora.broker.keys import waiting_lists
-from zlora.broker.message import SUBMITTED_AT, submitted_at
+from zlora.broker.message import QueuedMessage
 from zlora.errors import InvalidRequest, InvalidSetting, LoraError
 from zlora.schema import JOB_ID, TASK_NAME, Asset, parse_request
 
 from zlora_worker.settings import Settings
+from zlora_worker.sidecar.queue_reader import QueueReader
 
 if TYPE_CHECKING:
     from zlora_worker.fetch.cache import Cache
 
 _DOWNLOADS: Final = 2  # at once
-_EVERY: Final = 0.5  # seconds between two looks
-_AWAY: Final = 2.0  # seconds until the next where Redis or the cache fails
-_AGAIN: Final = 10.0  # seconds until a waiting job's LoRA is looked after again: another process's download may fail
-_LEFT_ALONE: Final = (
-    60.0  # seconds until an address that failed is asked again, or what its server asks for
-)
-_TIDY: Final = 3600.0  # seconds between two times that the cache is tidied
+_EVERY: Final = 0.5  # seconds between two looks at the queue
+_ERROR_PAUSE: Final = 2.0  # seconds until the next look if Redis or the cache fails
+_RECHECK: Final = 10.0  # seconds until a LoRA is checked again: another's download may have failed
+_FAILED_PAUSE: Final = 60.0  # seconds without a new attempt after a failure, or as the server says
+_TIDY: Final = 3600.0  # seconds between two clean-ups of the cache
 
-logger = logging.getLogger("zlora_worker.sidecar.prefetch")
+logger = logging.getLogger(__name__)
 
 
 def start(settings: Settings) -> None:
-    """Look ahead until the process ends; not where that is off, or the broker no Redis."""
+    """Prefetch in threads until the process ends, unless disabled or the broker is not Redis."""
     if not settings.look_ahead:
         return
     try:
         client = connect(settings.broker_url)
     except ValueError:
         return
-    ahead = Prefetcher(client, settings.queue, depth=settings.look_ahead)
-    for _ in range(_DOWNLOADS):
-        Thread(target=_work, args=(ahead, settings), daemon=True).start()
+    prefetcher = Prefetcher(client, settings.queue, depth=settings.look_ahead)
+    for number in range(_DOWNLOADS):
+        Thread(
+            target=_work, args=(prefetcher, settings), name=f"prefetch-{number}", daemon=True
+        ).start()
 
 
 class Prefetcher:
-    """What the next `depth` jobs of a queue need, each LoRA once. Threads share it, each with a cache of its own."""
+    """The LoRAs of the next `depth` jobs of a queue. Threads share it, each with its own cache."""
 
     def __init__(self, client: "redis.Redis", queue: str, *, depth: int) -> None:
-        self._redis: Any = client  # its stubs mix the answers of two kinds of clients
-        self._queue, self._depth = queue, depth
+        self._messages, self._depth = QueueReader(client, queue), depth
         self._lock = Lock()
-        self._turns: dict[tuple[str, Asset], _Turn] = {}  # of what waits now, and nothing else
-        self._failed: dict[str, float] = {}  # addresses, and until when they are left alone
-        self._tidied = time.monotonic()  # whoever opens a cache tidies it
+        self._checks: dict[tuple[str, Asset], _Check] = {}  # by job id; only jobs that wait now
+        self._failed: dict[str, float] = {}  # addresses, and the time of the next attempt
+        self._tidied = time.monotonic()  # opening a cache tidies it
 
     def step(self, cache: "Cache") -> bool:
-        """Bring the first LoRA in line whose turn it is; False where there is none.
+        """Fetch the first LoRA in line that is due; return False if there is none.
 
-        Raises `redis.RedisError` where Redis does not answer.
+        Raises `redis.RedisError` if Redis does not answer.
         """
         if (claimed := self._claim()) is None:
             return False
@@ -72,13 +68,13 @@ class Prefetcher:
         try:
             cache.bring(asset, since=since)
         except LoraError as error:
-            logger.info("not fetched ahead: %s", error)
+            logger.info("prefetch failed: %s", error)
             with self._lock:
-                self._failed[asset.address] = time.time() + max(_LEFT_ALONE, error.retry_after)
+                self._failed[asset.address] = time.time() + max(_FAILED_PAUSE, error.retry_after)
         return True
 
     def tidy(self, cache: "Cache") -> None:
-        """Tidy the cache, where it is time; raises `OSError`."""
+        """Clean up the cache if the last time was an hour ago; raise `OSError`."""
         with self._lock:
             if time.monotonic() - self._tidied < _TIDY:
                 return
@@ -86,66 +82,37 @@ class Prefetcher:
         cache.tidy()
 
     def _claim(self) -> tuple[Asset, float] | None:
-        """A LoRA that no other thread has claimed lately, and the time since which its source need not be asked."""
+        """Return a LoRA that no other thread fetches, and the submission time of its job.
+
+        A file that was fetched after that time need not be checked at its source again.
+        """
         with self._lock:
-            jobs, now = self._jobs(), time.time()
+            now = time.time()
             self._failed = {
                 address: until for address, until in self._failed.items() if until > now
             }
-            known, self._turns = self._turns, {}
-            for job in jobs:
-                since = job.submitted(now)
+            known, self._checks = self._checks, {}
+            messages = self._messages.next_in_line(self._depth)
+            jobs = filter(None, (_job_of(message, now) for message in messages))
+            for job in islice(jobs, self._depth):
                 for asset in job.assets:
-                    # Not before a producer's clock that is ahead: the job would ask once more.
-                    self._turns[job.id, asset] = known.get((job.id, asset)) or _Turn(
-                        since=since, due=since
-                    )
-            for (job_id, asset), turn in self._turns.items():
-                if turn.due <= now and asset.address not in self._failed:
-                    self._turns[job_id, asset] = turn._replace(due=now + _AGAIN)
-                    return asset, turn.since
+                    # Not before a submission time in the future, by a producer's wrong clock: the
+                    # job would check the source again.
+                    first = _Check(since=job.submitted, due=job.submitted)
+                    self._checks[job.id, asset] = known.get((job.id, asset), first)
+            for key, check in self._checks.items():
+                _, asset = key
+                if check.due <= now and asset.address not in self._failed:
+                    self._checks[key] = check._replace(due=now + _RECHECK)
+                    return asset, check.since
         return None
 
-    def _jobs(self) -> "list[_Job]":
-        """The next jobs in line; a list's next message is its last."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for name in waiting_lists(self._queue):
-                pipe.lrange(name, -self._depth, -1)
-            lists = pipe.execute()
-        messages = (message for items in lists for message in reversed(items))
-        return list(islice(filter(None, map(_job_of, messages)), self._depth))
 
+class _Check(NamedTuple):
+    """When a waiting job's LoRA is due; times in seconds since the epoch.
 
-def _work(ahead: Prefetcher, settings: Settings) -> None:
-    cache = None
-    while True:
-        pause = _EVERY
-        try:
-            cache = cache or _open_cache(settings)
-            if ahead.step(cache):
-                continue
-            ahead.tidy(cache)
-        except (redis.RedisError, InvalidSetting, OSError) as error:
-            logger.debug("no look ahead: %s", error)
-            pause = _AWAY
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: a job has no part in what goes wrong here
-            logger.info(
-                "no look ahead: %s", type(error).__name__
-            )  # its text may hold an address with its secrets
-            pause = _AWAY
-        time.sleep(pause)
-
-
-def _open_cache(settings: Settings) -> "Cache":
-    from zlora_worker.fetch.cache import (
-        Cache,  # with all that downloads need: the companion's other work begins without it
-    )
-
-    return Cache.open(settings)
-
-
-class _Turn(NamedTuple):
-    """When a waiting job's LoRA is looked after next, and since when its source need not be asked; epoch seconds."""
+    `since` stays as first seen for messages without a submission time.
+    """
 
     since: float
     due: float
@@ -153,46 +120,42 @@ class _Turn(NamedTuple):
 
 class _Job(NamedTuple):
     id: str
+    submitted: float
     assets: tuple[Asset, ...]
-    said: object  # of when it was submitted; anybody's to write
-
-    def submitted(self, now: float) -> float:
-        """Seconds since the epoch; now, where the producer says nothing that can be meant."""
-        found = submitted_at({SUBMITTED_AT: self.said}, now)
-        return now if found is None else found
 
 
-class _Headers(Struct, frozen=True):
-    id: str
-    task: str
-    said: Any = msgspec.field(name=SUBMITTED_AT, default=None)
-
-
-class _Properties(Struct, frozen=True):
-    body_encoding: str | None = None
-
-
-class _Message(Struct, frozen=True):
-    headers: _Headers
-    body: str
-    properties: _Properties = _Properties()
-
-
-def _job_of(text: str) -> _Job | None:
-    """The job of a message; None where a worker would refuse it."""
+def _job_of(message: QueuedMessage, now: float) -> _Job | None:
+    """Return the job of a message, or None if a worker would refuse the message."""
+    job_id = message.job_id or ""
+    if message.headers.task != TASK_NAME or not JOB_ID.fullmatch(job_id):
+        return None
     try:
-        message = msgspec.json.decode(text, type=_Message)
-        body = (
-            b64decode(message.body)
-            if message.properties.body_encoding == "base64"
-            else message.body
-        )
-        args, kwargs, _ = msgspec.json.decode(body, type=tuple[list[Any], dict[str, Any], Any])
-        (document,) = [*args, *kwargs.values()]
-        request = parse_request(document)
-    except (msgspec.DecodeError, InvalidRequest, ValueError, RecursionError):
+        request = parse_request(message.argument())
+    except (InvalidRequest, ValueError):
         return None
-    headers = message.headers
-    if headers.task != TASK_NAME or not JOB_ID.fullmatch(headers.id) or kwargs.keys() - {"request"}:
-        return None
-    return _Job(headers.id, tuple(spec.file for spec in request.loras), headers.said)
+    submitted = message.submitted_at(now)
+    if submitted is None:
+        submitted = now
+    return _Job(job_id, submitted, tuple(spec.file for spec in request.loras))
+
+
+def _work(prefetcher: Prefetcher, settings: Settings) -> None:
+    # imported here: downloads need many modules, and the sidecar's other work starts without them
+    from zlora_worker.fetch.cache import Cache
+
+    cache = None
+    while True:
+        pause = _EVERY
+        try:
+            cache = cache or Cache.open(settings)
+            if prefetcher.step(cache):
+                continue
+            prefetcher.tidy(cache)
+        except (redis.RedisError, InvalidSetting, OSError) as error:
+            logger.debug("no prefetch for %.0f s: %s", _ERROR_PAUSE, error)
+            pause = _ERROR_PAUSE
+        except Exception as error:  # noqa: BLE001 - thread boundary: no job depends on the prefetch
+            # The error's text may contain an address with its secrets.
+            logger.info("no prefetch for %.0f s: %s", _ERROR_PAUSE, type(error).__name__)
+            pause = _ERROR_PAUSE
+        time.sleep(pause)

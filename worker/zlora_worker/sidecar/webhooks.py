@@ -1,25 +1,29 @@
-"""The companion sends webhooks: of jobs that have ended, each until its receiver has taken it, or for two hours.
+"""Send the webhooks of jobs that have ended, each until the receiver accepts it, or for two hours.
 
-In threads of their own, so that a slow receiver holds up neither the companion's other work nor other receivers.
+Webhooks are sent in threads, so that a slow receiver delays neither the sidecar's other work nor
+other receivers.
 """
 
 import logging
-import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Lock, Thread
-from typing import Final
+from typing import Any, Final
 
 import redis
 from zlora import webhook
+from zlora.backoff import jittered
 from zlora.broker.job_store import connect, verdict_of
+from zlora.broker.protocol import TaskMeta
+from zlora.broker.task_meta import NO_ANSWER, error_of
 from zlora.broker.webhook_outbox import DeadLetter, DeliveryAttempt, EndedJob, Outbox
 from zlora.config import WEBHOOK_SECRET
 from zlora.errors import InternalError, JobUnknown, StoreFailed, ZloraError
+from zlora.later import parse_result
 from zlora.redaction import without_secrets
-from zlora.schema import GenerateResult
+from zlora.schema import GenerateResult, JobState
 from zlora.webhook import Webhook
 
 from zlora_worker.monitoring.metrics import Meter
@@ -37,70 +41,70 @@ _PAUSES: Final = (
     1200,
     1800,
     3000,
-)  # seconds after each try; the last again after any other
-_JITTER: Final = (0.8, 1.2)  # times a pause, so that messages do not come in step
-_PATIENCE: Final = 7200  # seconds from the first try to the last
-_STORE_AWAY: Final = 30.0  # seconds until a store that did not answer is asked again
-_CLAIM: Final = (
-    120.0  # seconds after which a companion that has said nothing of a job is taken for dead
-)
-_AT_ONCE: Final = 16  # messages on their way
-_TO_ONE_HOST: Final = 2  # of them
-_TO_OTHERS: Final = 8  # of them, to all hosts together that have not just been quick
-_QUICK: Final = (
-    4.0  # seconds of a try: below those in which a host that cannot be reached is given up
-)
-_WINDOW: Final = 10_000  # due jobs that are known at once; the next ones are looked at after these
-_EVERY: Final = 0.5  # seconds between two looks
-_COST: Final = 10  # times as long as a look took is the least until the next: long lists are not read all the time
-_AWAY: Final = 2.0  # seconds until the next look where Redis does not answer
-_NO_THREAD: Final = 5.0  # seconds until a job comes again for which there was no thread
-_EPOCH: Final = 1e9  # seconds; earlier versions wrote 1 for a time
+)  # seconds after each attempt; last repeats
+_JITTER: Final = 0.2  # share of a pause
+_MAX_SECONDS: Final = 7200  # from the first attempt to the last
+_STORE_PAUSE: Final = 30.0  # seconds until the next attempt if the store does not answer
+_CLAIM: Final = 120.0  # seconds until another sidecar may send a claimed webhook
+_MAX_SENDING: Final = 16  # webhooks at once
+_MAX_PER_HOST: Final = 2  # of these
+_MAX_TO_SLOW: Final = 8  # of these, to all hosts that have not just answered quickly
+_QUICK: Final = 4.0  # seconds of an attempt; less than the timeout of a connection
+_WINDOW: Final = 10_000  # due jobs in memory; the next ones are read after these
+_EVERY: Final = 0.5  # seconds between two reads of the due jobs
+_MAX_SHARE: Final = 10  # reads take at most one part in so many of the time: lists may be long
+_ERROR_PAUSE: Final = 2.0  # seconds until the next read if Redis does not answer
+_NO_THREAD_PAUSE: Final = 5.0  # seconds until the next attempt if no thread could be started
+_EPOCH: Final = 1e9  # seconds; earlier versions stored 1 as the time of a job's end
 
-End = Callable[[str], GenerateResult | ZloraError | None]
-"""How a job has ended by what Celery knows of it; None where that is nothing."""
-
-logger = logging.getLogger("zlora_worker.sidecar.webhooks")
+logger = logging.getLogger(__name__)
 
 
-def start(settings: Settings, ends: "Ends", meter: Meter) -> None:
-    """Send until the process ends."""
+def start(settings: Settings, ends: "JobEnds", meter: Meter) -> None:
+    """Send webhooks in threads until the process ends."""
     if not settings.webhook_secret:
         logger.info("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
     outbox = Outbox(connect(settings.broker_url), settings.queue)
-    Thread(
-        target=_work, args=(Dispatcher(outbox, Sender(outbox, ends, settings, meter)),), daemon=True
-    ).start()
+    dispatcher = Dispatcher(outbox, Sender(outbox, ends, settings, meter))
+    Thread(target=_work, args=(dispatcher,), name="webhooks", daemon=True).start()
 
 
-class Ends:
-    """How jobs have ended, as their webhooks tell it."""
+class JobEnds:
+    """Results and errors of ended jobs, as their webhooks report them. Threads share it."""
 
-    def __init__(self, store: Store, links: ImageUrls, end: End) -> None:
-        self._store, self._links, self._end = store, links, end
+    def __init__(self, store: Store, urls: ImageUrls, backend: Any) -> None:
+        """Take the result store, and a Celery backend for jobs without verdict and manifest."""
+        self._store, self._urls, self._backend = store, urls, backend
 
-    def of(self, job: EndedJob) -> GenerateResult | ZloraError:
-        """The verdict, or the result with URLs as of now, or what only Celery knows of.
+    def load(self, job: EndedJob) -> GenerateResult | ZloraError:
+        """Return the error, or the result with URLs that are valid from now on.
 
-        Raises `StoreFailed`, `InternalError` where a manifest is damaged, and `JobUnknown` where nothing is known.
+        Raises `StoreFailed` if the store does not answer, `InternalError` if the manifest is
+        damaged, and `JobUnknown` if neither a result nor an error exists.
         """
         if (verdict := verdict_of(job.record)) is not None:
             return verdict
         if (result := read_manifest(self._store, job.job_id)) is not None:
-            return self._links.shown(result)
-        # With the worker's own URLs: a store without the manifest, such as another machine's folder, has no pictures.
-        if (end := self._end(job.job_id)) is not None:
-            return end
-        raise JobUnknown("there is neither a result nor an error any more")
+            return self._urls.shown(result)
+        # The URLs in Celery's result stay: a store without the manifest, such as the folder of
+        # another machine, has no images to make URLs for.
+        with suppress(*NO_ANSWER):
+            meta = self._backend.get_task_meta(job.job_id)
+            answer = TaskMeta(meta["status"], meta.get("result"))
+            if answer.state == JobState.SUCCESS:
+                return parse_result(answer.value)
+            if answer.state in (JobState.FAILURE, JobState.REVOKED):
+                return error_of(job.job_id, answer)
+        raise JobUnknown("the job's result and error have expired")
 
 
 class Sender:
-    """Sends one job's webhook: once, and says when again."""
+    """Makes one attempt to send a job's webhook."""
 
     def __init__(
         self,
         outbox: Outbox,
-        ends: Ends,
+        ends: JobEnds,
         settings: Settings,
         meter: Meter,
         *,
@@ -111,166 +115,192 @@ class Sender:
 
     @property
     def since(self) -> float:
-        """Seconds that a job has been due before it is this companion's: others, with a secret, have their time."""
-        return 0.0 if self._settings.webhook_secret else float(_PATIENCE)
+        """Seconds that a job must have been due; without a secret, others get two hours to send."""
+        return 0.0 if self._settings.webhook_secret else float(_MAX_SECONDS)
 
     def send(self, job: EndedJob) -> None:
-        """Send what a claimed job has to tell; raises `redis.RedisError`: then it comes again."""
-        asked = job.webhook
-        if asked is None:
-            self._give_up(job, "the job's record is gone")
-        elif not asked.host:
-            self._give_up(job, "no URL that is opened")
-        else:
-            self._send(job, asked)
+        """Send the webhook of a claimed job, postpone it, or give it up.
 
-    def _send(self, job: EndedJob, asked: Webhook) -> None:
+        Raises `redis.RedisError`; the job then becomes due again when the claim ends.
+        """
+        target = job.webhook
+        if target is None:
+            self._give_up(job, "the job's record has expired")
+            return
+        if not target.host:
+            self._give_up(job, "the URL is not allowed")
+            return
         try:
-            end = self._ends.of(job)
+            end = self._ends.load(job)
         except StoreFailed as error:
             logger.warning(
-                "job %s: no webhook yet: %s", job.job_id, error, extra={"job": job.job_id}
+                "job %s: the store does not answer; sending the webhook in %.0f s: %s",
+                job.job_id,
+                _STORE_PAUSE,
+                error,
+                extra={"job": job.job_id},
             )
-            self._outbox.put_off(_STORE_AWAY, job.job_id)
+            self._outbox.postpone(_STORE_PAUSE, job.job_id)
+            return
         except (InternalError, JobUnknown) as error:
             self._give_up(job, str(error))
-        else:
-            self._tell(job, asked, end)
-
-    def _tell(self, job: EndedJob, asked: Webhook, end: GenerateResult | ZloraError) -> None:
+            return
         event = webhook.type_of(end)
-        if asked.events and event not in asked.events:
+        if target.events and event not in target.events:
             self._outbox.done(job.job_id)
         elif not self._settings.webhook_secret:
             self._give_up(job, f"{WEBHOOK_SECRET} is not set for the workers", event=event)
         else:
-            at = job.closed if job.closed > _EPOCH else self._clock()
-            self._try(job, asked, event, webhook.body_of(job.job_id, end, at=at))
+            at = job.closed
+            if at < _EPOCH:
+                at = self._clock()
+            self._post(job, target, event, webhook.body_of(job.job_id, end, at=at))
 
-    def _try(self, job: EndedJob, asked: Webhook, event: str, body: bytes) -> None:
-        from zlora.http.ssrf_guard import (
-            GuardedSession,  # with all of requests: where there are webhooks only
-        )
+    def _post(self, job: EndedJob, target: Webhook, event: str, body: bytes) -> None:
+        # imported here: `requests` is needed only if there are webhooks
+        from zlora.http.ssrf_guard import GuardedSession
 
         from zlora_worker.sidecar.webhook_post import WebhookDeliveryError, post
 
-        name, secret = webhook.id_of(job.job_id, job.closed), self._settings.webhook_secret
-        headers = webhook.sign(body, secret, message_id=name, timestamp=self._clock())
-        count = self._outbox.begin(job.job_id)
+        settings = self._settings
+        headers = webhook.sign(
+            body,
+            settings.webhook_secret,
+            message_id=webhook.id_of(job.job_id, job.closed),
+            timestamp=self._clock(),
+        )
+        attempt = self._outbox.begin(job.job_id)
         try:
             with GuardedSession(
-                self._settings.allow_hosts, certificates=self._settings.certificates
+                settings.allow_hosts, certificates=settings.certificates
             ) as session:
-                post(session, asked.url, body, headers)
-        except WebhookDeliveryError as failure:
-            left = _PATIENCE - (count.now - count.first)
-            if failure.final or left <= 0:
-                self._give_up(job, str(failure), event=event, count=count)
+                post(session, target.url, body, headers)
+        except WebhookDeliveryError as error:
+            left = _MAX_SECONDS - (attempt.now - attempt.first)
+            if error.final or left <= 0:
+                self._give_up(job, str(error), event=event, attempt=attempt)
                 return
-            pause = min(max(_pause(count.number), failure.retry_after), left)
+            pause = jittered(_PAUSES[min(attempt.number, len(_PAUSES)) - 1], _JITTER)
+            pause = min(max(pause, error.retry_after), left)
             logger.info(
-                "webhook of job %s: %s; again in %.0f s",
+                "job %s: webhook not delivered: %s; trying again in %.0f s",
                 job.job_id,
-                failure,
+                error,
                 pause,
                 extra={"job": job.job_id},
             )
-            self._meter.told("retried")
-            self._outbox.put_off(pause, job.job_id)
+            self._meter.webhook("retried")
+            self._outbox.postpone(pause, job.job_id)
         else:
-            self._meter.told("sent")
+            self._meter.webhook("sent")
             self._outbox.done(job.job_id)
 
     def _give_up(
-        self, job: EndedJob, reason: str, *, event: str = "", count: DeliveryAttempt | None = None
+        self,
+        job: EndedJob,
+        reason: str,
+        *,
+        event: str = "",
+        attempt: DeliveryAttempt | None = None,
     ) -> None:
         logger.warning(
-            "webhook of job %s is given up: %s", job.job_id, reason, extra={"job": job.job_id}
+            "job %s: webhook given up: %s", job.job_id, reason, extra={"job": job.job_id}
         )
-        self._meter.told("given_up")
-        letter = DeadLetter(
-            job_id=job.job_id,
-            event=event,
-            url=without_secrets(job.webhook.url) if job.webhook else "",
-            tries=count.number if count else int(job.record.get("tries", 0)),
-            first=count.first if count else None,
-            last=count.now if count else self._clock(),
-            reason=reason,
+        self._meter.webhook("given_up")
+        tries, first, last = int(job.record.get("tries", 0)), None, self._clock()
+        if attempt is not None:
+            tries, first, last = attempt
+        self._outbox.give_up(
+            DeadLetter(
+                job_id=job.job_id,
+                event=event,
+                url=without_secrets(job.webhook.url) if job.webhook else "",
+                tries=tries,
+                first=first,
+                last=last,
+                reason=reason,
+            )
         )
-        self._outbox.bury(letter)
 
 
 class Dispatcher:
-    """Starts what is due, some at once, few to one host, and not all to hosts that are slow or not known.
+    """Starts due webhooks in threads, with limits for all, for one host, and for slow hosts.
 
-    What waits for a place is only read, not written to, so that a backlog for one host costs Redis next to nothing.
+    Jobs that wait for a free place are only read, so that a backlog for one host costs Redis
+    almost nothing.
     """
 
     def __init__(self, outbox: Outbox, sender: Sender) -> None:
         self._outbox, self._sender = outbox, sender
-        self._lock, self._free = Lock(), Event()  # the latter is set where a place becomes free
-        self._under_way: Counter[str] = Counter()  # messages, by host
-        self._quick: dict[str, float] = {}  # hosts whose last try was over soon, and when that was
-        self._hosts: dict[str, str] = {}  # of the jobs that were due at the last look
-        self._due: dict[
-            str, deque[str]
-        ] = {}  # those that are not started yet, by host: whose turn it is comes first
-        self._start_at, self._next_look = 0, 0.0
+        self._lock = Lock()
+        self._freed = Event()  # set when a place becomes free
+        self._sending: Counter[str] = Counter()  # webhooks by host
+        self._quick: dict[str, float] = {}  # hosts that just answered quickly, and when
+        self._hosts: dict[str, str] = {}  # by job, of the jobs that were due at the last read
+        self._due: dict[str, deque[str]] = {}  # jobs not started, by host; the next host first
+        self._start_at, self._next_read = 0, 0.0
 
     def step(self) -> float:
-        """Start what is due and has room; seconds until the next look. Raises `redis.RedisError`."""
-        self._free.clear()  # before the places are counted
-        if time.monotonic() >= self._next_look:
-            self._look()
+        """Start what is due and has a place; return the seconds until the next read.
+
+        Raises `redis.RedisError`.
+        """
+        self._freed.clear()  # before the places are counted
+        if time.monotonic() >= self._next_read:
+            self._read_due()
         while picked := self._pick():
             self._start(picked)
-        return max(0.0, self._next_look - time.monotonic())
+        return max(0.0, self._next_read - time.monotonic())
 
     def rest(self, seconds: float) -> None:
         """Wait so many seconds, or until a place becomes free."""
-        self._free.wait(seconds)
+        self._freed.wait(seconds)
 
-    def _look(self) -> None:
+    def _read_due(self) -> None:
         start = time.monotonic()
         due = self._outbox.due(self._start_at, _WINDOW, since=self._sender.since)
-        self._start_at = self._start_at + _WINDOW if len(due) == _WINDOW else 0
+        self._start_at += _WINDOW
+        if len(due) < _WINDOW:
+            self._start_at = 0
         new = [job_id for job_id in due if job_id not in self._hosts]
-        asked = self._outbox.webhooks(new)
-        hosts = self._hosts | {
-            job_id: one.host if one else "" for job_id, one in zip(new, asked, strict=True)
-        }
+        hosts = dict(self._hosts)
+        for job_id, target in zip(new, self._outbox.webhooks(new), strict=True):
+            hosts[job_id] = "" if target is None else target.host
         self._hosts = {job_id: hosts[job_id] for job_id in due}
-        found: dict[str, deque[str]] = {}
+        by_host: dict[str, deque[str]] = {}
         for job_id, host in self._hosts.items():
-            found.setdefault(host, deque()).append(job_id)
-        self._due = {host: found[host] for host in (*self._due, *found) if host in found}
+            by_host.setdefault(host, deque()).append(job_id)
+        # the order of turns stays; new hosts come last
+        self._due = {host: by_host[host] for host in (*self._due, *by_host) if host in by_host}
         now = time.monotonic()
-        self._next_look = now + max(_EVERY, _COST * (now - start))
+        self._next_read = now + max(_EVERY, _MAX_SHARE * (now - start))
         with self._lock:
-            self._quick = {host: at for host, at in self._quick.items() if now - at < _PATIENCE}
+            self._quick = {host: at for host, at in self._quick.items() if now - at < _MAX_SECONDS}
 
     def _pick(self) -> list[tuple[str, str]]:
-        """Jobs with their hosts that have a place each, the caller's to give back."""
+        """Return jobs with their hosts, and take a place for each; the caller frees the places."""
         picked = []
         with self._lock:
             for host in list(self._due):
-                if self._under_way.total() >= _AT_ONCE:
+                if self._sending.total() >= _MAX_SENDING:
                     break
                 waiting = self._due[host]
-                while waiting and self._has_room(host):
-                    self._under_way[host] += 1
+                while waiting and self._has_place(host):
+                    self._sending[host] += 1
                     picked.append((waiting.popleft(), host))
-                    self._due[host] = self._due.pop(host)  # the others are first now
+                    self._due[host] = self._due.pop(host)  # the other hosts have the next turns
         return picked
 
-    def _has_room(self, host: str) -> bool:
-        if self._under_way.total() >= _AT_ONCE or self._under_way[host] >= _TO_ONE_HOST:
+    def _has_place(self, host: str) -> bool:
+        if self._sending.total() >= _MAX_SENDING or self._sending[host] >= _MAX_PER_HOST:
             return False
-        others = sum(count for name, count in self._under_way.items() if name not in self._quick)
-        return host in self._quick or others < _TO_OTHERS
+        if host in self._quick:
+            return True
+        slow = sum(count for name, count in self._sending.items() if name not in self._quick)
+        return slow < _MAX_TO_SLOW
 
     def _start(self, picked: list[tuple[str, str]]) -> None:
-        """Claim jobs and send them; of those that another companion was faster with the places are given back."""
+        """Claim jobs and send them; free the places of jobs that another sidecar has claimed."""
         claimed: dict[str, EndedJob] = {}
         try:
             jobs = self._outbox.claim([job_id for job_id, _ in picked], _CLAIM)
@@ -278,57 +308,59 @@ class Dispatcher:
         finally:
             for job_id, host in picked:
                 if job_id not in claimed:
-                    self._give_back(host)
+                    self._free(host)
         for job_id, host in picked:
             if job_id in claimed:
-                self._carry_off(claimed[job_id], host)
+                self._start_thread(claimed[job_id], host)
 
-    def _carry_off(self, job: EndedJob, host: str) -> None:
+    def _start_thread(self, job: EndedJob, host: str) -> None:
         try:
-            Thread(target=self._carry, args=(job, host), daemon=True).start()
+            Thread(
+                target=self._send, args=(job, host), name=f"webhook-{job.job_id}", daemon=True
+            ).start()
         except (RuntimeError, MemoryError):  # the machine has no more threads
             logger.warning(
-                "webhook of job %s: there is no thread for it",
+                "job %s: no thread for the webhook; trying again in %.0f s",
                 job.job_id,
+                _NO_THREAD_PAUSE,
                 extra={"job": job.job_id},
             )
-            self._give_back(host)
-            self._due.clear()  # until the next look: no other would have one
-            with suppress(redis.RedisError):  # then it comes again when its claim is over
-                self._outbox.put_off(_NO_THREAD, job.job_id)
+            self._free(host)
+            self._due.clear()  # until the next read: other webhooks would get no thread either
+            with suppress(redis.RedisError):  # the job becomes due again when the claim ends
+                self._outbox.postpone(_NO_THREAD_PAUSE, job.job_id)
 
-    def _carry(self, job: EndedJob, host: str) -> None:
+    def _send(self, job: EndedJob, host: str) -> None:
         start = time.monotonic()
         try:
             self._sender.send(job)
         except redis.RedisError as error:
-            told = {"job": job.job_id}
             logger.warning(
-                "webhook of job %s: Redis does not answer: %s", job.job_id, error, extra=told
+                "job %s: webhook not sent, Redis does not answer: %s",
+                job.job_id,
+                error,
+                extra={"job": job.job_id},
             )
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: the job comes again when its claim is over
-            # Its text may hold an address with its secrets.
-            told = {"job": job.job_id}
-            logger.error("webhook of job %s: %s", job.job_id, type(error).__name__, extra=told)  # noqa: TRY400
+        except Exception as error:  # noqa: BLE001 - thread boundary: due again when the claim ends
+            # The error's text may contain an address with its secrets.
+            logger.error(  # noqa: TRY400
+                "job %s: webhook not sent: %s",
+                job.job_id,
+                type(error).__name__,
+                extra={"job": job.job_id},
+            )
         finally:
-            self._note(host, time.monotonic() - start)
-            self._give_back(host)
+            with self._lock:
+                self._quick.pop(host, None)
+                if time.monotonic() - start < _QUICK:
+                    self._quick[host] = time.monotonic()
+            self._free(host)
 
-    def _note(self, host: str, seconds: float) -> None:
+    def _free(self, host: str) -> None:
         with self._lock:
-            self._quick.pop(host, None)
-            if seconds < _QUICK:
-                self._quick[host] = time.monotonic()
-
-    def _give_back(self, host: str) -> None:
-        with self._lock:
-            self._under_way[host] -= 1
-            self._under_way += Counter()  # forgets who has none
-        self._free.set()
-
-
-def _pause(tries: int) -> float:
-    return _PAUSES[min(tries, len(_PAUSES)) - 1] * random.uniform(*_JITTER)  # noqa: S311 - jitter
+            self._sending[host] -= 1
+            self._sending += Counter()  # removes hosts with 0
+        self._freed.set()
 
 
 def _work(dispatcher: Dispatcher) -> None:
@@ -336,8 +368,9 @@ def _work(dispatcher: Dispatcher) -> None:
         try:
             dispatcher.rest(dispatcher.step())
         except redis.RedisError as error:
-            logger.warning("Redis does not answer: %s", error)
-            time.sleep(_AWAY)
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: without it nothing would be sent any more
-            logger.error("webhooks: %s", type(error).__name__)  # noqa: TRY400 - its text may hold an address
-            time.sleep(_AWAY)
+            logger.warning("webhooks wait %.0f s, Redis does not answer: %s", _ERROR_PAUSE, error)
+            time.sleep(_ERROR_PAUSE)
+        except Exception as error:  # noqa: BLE001 - thread boundary: no webhooks without the thread
+            # The error's text may contain an address with its secrets.
+            logger.error("webhooks wait %.0f s: %s", _ERROR_PAUSE, type(error).__name__)  # noqa: TRY400
+            time.sleep(_ERROR_PAUSE)

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes the demo's Secrets with fresh values, in the cluster that kubectl speaks to. Values go by files that only this
-# user can read, since anybody can read a command line. What is there already is refused by the cluster.
+# Makes the demo's Secrets with new values in kubectl's current cluster. Values are passed in files that
+# only this user can read, because all users can read command lines. The cluster refuses to replace
+# existing Secrets.
 set -eu
 umask 077
 folder=$(mktemp -d)
@@ -11,13 +12,13 @@ fresh() { od -An -N 24 -tx1 /dev/urandom | tr -d ' \n'; }
 broker=$(fresh) key=$(fresh) secret=$(fresh)
 
 printf 'redis://:%s@zlora-broker:6379/0' "$broker" >url
-printf 'zlora-broker.zlora.svc:6379' >address # as KEDA finds it from its own namespace
+printf 'zlora-broker.zlora.svc:6379' >address # the address for KEDA, from its own namespace
 printf '%s' "$broker" >password
 printf 'requirepass %s\n' "$broker" >valkey.conf
 printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$key" "$secret" >credentials
 printf '{"identities": [{"name": "worker", "credentials": [{"accessKey": "%s", "secretKey": "%s"}],
   "actions": ["Read:pictures", "List:pictures", "Write:pictures"]}]}\n' "$key" "$secret" >s3.json
-# The store's gRPC lets in who has this certificate, and only the store has it.
+# The store's gRPC accepts only clients with this certificate, which no other service has.
 openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=nobody -days 3650 -keyout grpc.key -out grpc.crt 2>openssl ||
   { cat openssl >&2; exit 1; }
 printf 'admin:%s\n' "$(fresh)" >auth

@@ -1,4 +1,4 @@
-"""`zlora batch`: every line drawn once, whatever ends the command in the middle."""
+"""`zlora batch`: every line is drawn once, whatever interrupts the command."""
 
 import fcntl
 import json
@@ -21,10 +21,11 @@ from support.servers import Request, reply, serving
 from zlora import Cancellation, Client
 from zlora.async_client import AsyncClient
 from zlora.broker.protocol import NewJob
-from zlora.cli import batch_input, connection, main
+from zlora.cli import connection, main
+from zlora.cli.batch import read_lines
 from zlora.errors import BrokerUnavailable, LoraNotFound
 from zlora.schema import GenerateRequest, GenerateResult, to_dict
-from zlora.testing import Draw, MemoryWorker, Progress, fake_result
+from zlora.testing import MemoryWorker, Progress, fake_result
 
 ZLORA = str(Path(sys.executable).with_name("zlora"))
 
@@ -36,46 +37,36 @@ def draw(job_id: str, request: GenerateRequest, _progress: Progress) -> Generate
 
 
 class Site:
-    """A folder with the files of a batch, and a worker for it."""
+    """A folder with the files of a batch, and a worker that draws it."""
 
     def __init__(self, folder: Path) -> None:
-        self.jobs, self.results, self.worker = (
-            folder / "jobs.jsonl",
-            folder / "results.jsonl",
-            MemoryWorker(draw=draw),
-        )
+        self.jobs = folder / "jobs.jsonl"
+        self.results = folder / "results.jsonl"
+        self.worker = MemoryWorker(draw=draw)
 
     def write(self, *documents: Any) -> None:
-        """The jobs file; a text is a line as it is."""
+        """Write the jobs file; a text is a line without changes."""
         lines = (one if isinstance(one, str) else json.dumps(one) for one in documents)
         self.jobs.write_text("".join(f"{line}\n" for line in lines))
 
-    def write_drawn(self, drawn: Draw) -> None:
-        """The results file of a run that has drawn the first line."""
-        (line, *_) = batch_input.read(self.jobs)
-        job_id = line.job_id_of(self.jobs.stem, 0)
-        result = to_dict(drawn(job_id, line.request, lambda *_: None))
-        self.results.write_text(json.dumps({"line": 1, "job_id": job_id, "result": result}) + "\n")
-
     def async_client(self) -> AsyncClient:
-        """A client of the worker of the moment."""
         return self.worker.async_client()
 
     def run(self, *options: str) -> Result:
-        return CliRunner().invoke(
-            main, ["batch", str(self.jobs), "--out", str(self.results), *options]
-        )
+        command = ["batch", str(self.jobs), "--out", str(self.results), *options]
+        return CliRunner().invoke(main, command)
 
     @property
-    def ends(self) -> list[dict[str, Any]]:
-        """What is written down, in order."""
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the results file."""
         return [json.loads(line) for line in self.results.read_text().splitlines()]
 
     @property
     def outcomes(self) -> list[tuple[int, str]]:
-        """Lines in order, each with an error's code or `drawn`."""
+        """Line numbers in order, each with `drawn` or the code of an error."""
         return sorted(
-            (end["line"], end["error"]["code"] if "error" in end else "drawn") for end in self.ends
+            (record["line"], record["error"]["code"] if "error" in record else "drawn")
+            for record in self.records
         )
 
 
@@ -90,55 +81,47 @@ def prompts(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"city {number}", "inline": True} for number in range(count)]
 
 
-# --- to the end
+# --- one run
 
 
-def test_each_line_has_its_result_and_the_job_is_its_own(site: Site) -> None:
-    """Also two lines that are alike; empty lines are none, and still count. What fails is told as it does."""
+def test_each_line_is_a_job_of_its_own_with_a_result_or_an_error(site: Site) -> None:
+    """Two equal lines are two jobs. Empty lines are skipped, and counted."""
     site.write({"prompt": "a city"}, "", {"prompt": "a city"}, {"request": {"prompt": "gone"}})
     result = site.run()
 
-    (failed,) = (end for end in site.ends if "error" in end)
+    (failed,) = (record for record in site.records if "error" in record)
     assert (result.exit_code, result.stdout) == (1, "3 jobs: 2 drawn, 1 failed\n")
     assert result.stderr.startswith(f"line 4: {failed['job_id']} ")
     assert result.stderr.endswith(" [lora_not_found]\n")
     assert result.stderr.count("\n") == 1
     assert site.outcomes == [(1, "drawn"), (3, "drawn"), (4, "lora_not_found")]
-    assert sorted(end["job_id"] for end in site.ends) == sorted(site.worker.requests)
-    drawn = [msgspec.convert(end["result"], GenerateResult) for end in site.ends if "result" in end]
+    assert sorted(record["job_id"] for record in site.records) == sorted(site.worker.requests)
+    results = [record["result"] for record in site.records if "result" in record]
+    drawn = [msgspec.convert(each, GenerateResult) for each in results]
     assert {result.job_id for result in drawn} < set(site.worker.requests)
 
 
-def test_a_line_may_name_its_job_and_its_priority(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Noting(MemoryWorker):
+def test_a_line_may_name_its_job_and_its_priority(site: Site) -> None:
+    class Recording(MemoryWorker):
         def put(self, entries: Any) -> None:
             put.extend(entries)
             super().put(entries)
 
     put = list[NewJob]()
-    site = Site(tmp_path)
-    site.worker = Noting()
-    monkeypatch.setattr(connection, "async_client", site.worker.async_client)
-    site.write(
-        {"request": {"prompt": "a city"}, "job_id": "mine", "priority": "high"},
-        {"prompt": "a city"},
-    )
+    site.worker = Recording()
+    named = {"request": {"prompt": "a city"}, "job_id": "mine", "priority": "high"}
+    site.write(named, {"prompt": "a city"})
 
     assert site.run("--priority", "low").exit_code == 0
-    assert {entry.submission.priority: entry.job_id == "mine" for entry in put} == {
-        0: True,
-        9: False,
-    }
+    priorities = {entry.submission.priority: entry.job_id == "mine" for entry in put}
+    assert priorities == {0: True, 9: False}
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_no_more_than_asked_for_are_in_flight(site: Site, limit: int) -> None:
-    """A line is sent when one before it has ended, and all are drawn."""
+def test_no_more_jobs_than_the_limit_are_in_flight(site: Site, limit: int) -> None:
     most = 0
 
-    class Late(MemoryWorker):
+    class Waiting(MemoryWorker):
         def put(self, entries: Any) -> None:
             nonlocal most
             super().put(entries)
@@ -147,23 +130,15 @@ def test_no_more_than_asked_for_are_in_flight(site: Site, limit: int) -> None:
             if len(waiting) >= limit or len(self._jobs) == 7:
                 self.run()
 
-    site.worker = Late(paused=True)
+    site.worker = Waiting(paused=True)
     site.write(*prompts(7))
 
     assert site.run("--in-flight", str(limit)).exit_code == 0
     assert most == limit
-    assert len(site.ends) == 7
+    assert len(site.records) == 7
 
 
-def test_pictures_are_saved_under_their_jobs(site: Site, tmp_path: Path) -> None:
-    site.write(*prompts(2))
-    site.run("--pictures", str(tmp_path / "new" / "pictures"))
-
-    names = {path.name for path in (tmp_path / "new" / "pictures").iterdir()}
-    assert names == {f"{job_id}-0.png" for job_id in site.worker.requests}
-
-
-def test_json_is_what_the_file_has_and_verbose_a_line_a_job(site: Site) -> None:
+def test_json_prints_the_results_file_and_verbose_a_line_for_each_job(site: Site) -> None:
     site.write({"prompt": "a city"}, {"prompt": "gone"})
     result = site.run("--json", "--verbose", "--in-flight", "1")
 
@@ -176,10 +151,10 @@ def test_json_is_what_the_file_has_and_verbose_a_line_a_job(site: Site) -> None:
     ]
 
 
-# --- what is wrong before anything is sent
+# --- files that are refused before anything is sent
 
 
-def test_all_lines_that_are_no_jobs_are_told_and_nothing_is_sent(site: Site) -> None:
+def test_all_wrong_lines_are_reported_and_nothing_is_sent(site: Site) -> None:
     site.write(
         {"prompt": "a city"},
         {"prompt": "a city", "wieght": 1},
@@ -196,37 +171,30 @@ def test_all_lines_that_are_no_jobs_are_told_and_nothing_is_sent(site: Site) -> 
         file.write(b'{"prompt": "\xff"}\n')
     result = site.run("--json")
 
-    told = json.loads(result.stdout)["error"]
-    assert (result.exit_code, told["code"]) == (65, "invalid_request")
-    assert [wrong["line"] for wrong in told["details"]["lines"]] == [2, 3, 4, 6, 7, 8, 9, 10, 11]
-    for line in (
-        "line 2: ",
-        "wieght",
-        "line 6: job_id: mine is line 5's",
-        "line 7: ",
-        "byte order mark",
-        "line 11: ",
-    ):
-        assert line in result.stderr
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (65, "invalid_request")
+    assert [wrong["line"] for wrong in error["details"]["lines"]] == [2, 3, 4, 6, 7, 8, 9, 10, 11]
+    for words in ("line 2: ", "wieght", "mine is the id of line 5", "byte order mark", "line 11: "):
+        assert words in result.stderr
     assert not site.worker.requests
     assert not site.results.exists()
 
 
-def test_one_batch_at_a_time_writes_a_file(site: Site) -> None:
+def test_only_one_batch_at_a_time_writes_to_a_file(site: Site) -> None:
     site.write({"prompt": "a city"})
     with site.results.open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         result = site.run()
 
     assert result.exit_code == 65
-    assert "another batch writes it" in result.stderr
+    assert "another batch writes to this file" in result.stderr
     assert not site.worker.requests
 
 
 @pytest.mark.parametrize(
     "text", ["hello", '{"prompt": "a city"}\n', "[]\n", '{"line": 9, "job_id": "x"}\n']
 )
-def test_a_file_that_is_not_this_batch_s_stays_as_it_is(site: Site, text: str) -> None:
+def test_a_file_with_other_content_is_refused_and_unchanged(site: Site, text: str) -> None:
     site.write({"prompt": "a city"})
     site.results.write_text(text)
     result = site.run()
@@ -237,73 +205,58 @@ def test_a_file_that_is_not_this_batch_s_stays_as_it_is(site: Site, text: str) -
     assert not site.worker.requests
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda site: site.write({"prompt": "another"}),
-        lambda site: site.write("", {"prompt": "a city"}),
-        lambda site: site.jobs.write_text(""),
-    ],
-)
-def test_a_jobs_file_that_has_changed_above_its_ends_is_refused(
-    site: Site, change: Callable[[Site], None]
-) -> None:
-    """Lines that are added below are welcome."""
+def test_lines_may_be_added_to_the_jobs_file_and_not_changed(site: Site) -> None:
     site.write({"prompt": "a city"})
     assert site.run().exit_code == 0
-    change(site)
-    assert site.run().exit_code == 65
+    for changed in ([{"prompt": "another"}], ["", {"prompt": "a city"}], []):
+        site.write(*changed)
+        assert site.run().exit_code == 65
 
     site.write({"prompt": "a city"}, {"prompt": "added"})
     assert site.run().exit_code == 0
     assert site.outcomes == [(1, "drawn"), (2, "drawn")]
 
 
-def test_where_results_cannot_be_written_nothing_is_sent(site: Site, tmp_path: Path) -> None:
+def test_nothing_is_sent_if_results_or_images_cannot_be_written(site: Site, tmp_path: Path) -> None:
     site.write({"prompt": "a city"})
+    (tmp_path / "images").write_text("a file")
+    no_images = site.run("--pictures", str(tmp_path / "images"))
     site.results = tmp_path / "no" / "folder"
+    no_results = site.run()
 
-    assert site.run().exit_code == 73
+    assert no_images.exit_code == no_results.exit_code == 73
     assert not site.worker.requests
 
 
-def test_pictures_that_cannot_be_written_are_not_drawn(site: Site, tmp_path: Path) -> None:
-    site.write({"prompt": "a city"})
-    (tmp_path / "pictures").write_text("a file")
-
-    assert site.run("--pictures", str(tmp_path / "pictures")).exit_code == 73
-    assert not site.worker.requests
-
-
-def test_results_go_to_a_file_or_nowhere(site: Site) -> None:
-    """A pipe would be waited for; and a batch has a name."""
+def test_a_pipe_is_refused_as_results_and_dev_null_is_not(site: Site) -> None:
     site.write({"prompt": "a city"})
     os.mkfifo(site.results)
-
     piped = site.run()
-    assert (piped.exit_code, "no regular file" in piped.stderr) == (2, True)
+
+    assert (piped.exit_code, "not a regular file" in piped.stderr) == (2, True)
     site.results = Path(os.devnull)
     assert site.run("--name", "").exit_code == 2
     assert not site.worker.requests
     assert site.run().exit_code == 0
 
 
-# --- again
+# --- the next run
 
 
-def test_what_has_ended_is_not_sent_again_unless_failures_are_to_be_retried(site: Site) -> None:
-    """A retry has an id of its own: under its old one a job that has failed stays so."""
+def test_ended_jobs_are_not_sent_again_unless_failures_are_retried(site: Site) -> None:
+    """A retry has another id, because the job with the old id stays failed."""
     site.write({"prompt": "a city"}, {"prompt": "gone"})
     for _ in range(2):
         assert site.run().exit_code == 1
-        assert len(site.ends) == len(site.worker.requests) == 2
+        assert len(site.records) == len(site.worker.requests) == 2
 
     assert site.run("--retry-failed").exit_code == 1
     assert site.outcomes == [(1, "drawn"), (2, "lora_not_found"), (2, "lora_not_found")]
-    assert len({end["job_id"] for end in site.ends}) == len(site.worker.requests) == 3
+    assert len({record["job_id"] for record in site.records}) == len(site.worker.requests) == 3
 
 
-def test_the_last_end_of_a_line_is_what_counts(site: Site) -> None:
+def test_the_last_record_of_a_line_counts(site: Site) -> None:
+    """A retry of a line that names its job has an id of the batch."""
     failing = MemoryWorker(draw=draw)
     site.worker = failing
     site.write({"request": {"prompt": "gone"}, "job_id": "mine"})
@@ -318,17 +271,17 @@ def test_the_last_end_of_a_line_is_what_counts(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "torn", ['{"li', '{"line": 2, "job_id": "batch-', '{"line": 2, "job_id": "x", "result": {}}']
+    "part", ['{"li', '{"line": 2, "job_id": "batch-', '{"line": 2, "job_id": "x", "result": {}}']
 )
-def test_a_torn_line_is_taken_for_none(site: Site, torn: str) -> None:
+def test_a_record_that_was_written_in_part_is_cut_off(site: Site, part: str) -> None:
     site.write(*prompts(2))
     site.run("--in-flight", "1")
     whole = site.results.read_text()
-    site.results.write_text(whole.splitlines(keepends=True)[0] + torn)
+    site.results.write_text(whole.splitlines(keepends=True)[0] + part)
 
     assert site.run().exit_code == 0
     assert site.results.read_text() == whole
-    assert len(site.worker.requests) == 2  # the second was met again
+    assert len(site.worker.requests) == 2  # the second job was found under its id
 
 
 def test_another_name_is_another_batch(site: Site) -> None:
@@ -340,8 +293,8 @@ def test_another_name_is_another_batch(site: Site) -> None:
     assert len(site.worker.requests) == 2
 
 
-def test_a_broker_that_goes_away_is_no_fault_of_a_job_s(site: Site) -> None:
-    """The batch ends, and goes on where it was."""
+def test_no_job_fails_because_the_broker_does_not_answer(site: Site) -> None:
+    """The command ends, and the next run resumes."""
 
     class Leaving(MemoryWorker):
         def put(self, entries: Any) -> None:
@@ -353,10 +306,8 @@ def test_a_broker_that_goes_away_is_no_fault_of_a_job_s(site: Site) -> None:
     site.write(*prompts(4))
     result = site.run("--in-flight", "1")
 
-    assert (result.exit_code, result.stderr) == (
-        75,
-        "Error: the broker does not answer [broker_unavailable]\n",
-    )
+    assert result.exit_code == 75
+    assert result.stderr == "Error: the broker does not answer [broker_unavailable]\n"
     assert site.outcomes == [(1, "drawn"), (2, "drawn")]
 
     site.worker = MemoryWorker()
@@ -364,94 +315,69 @@ def test_a_broker_that_goes_away_is_no_fault_of_a_job_s(site: Site) -> None:
     assert len(site.worker.requests) == 2
 
 
-def test_a_picture_that_cannot_be_brought_here_is_asked_for_again(
-    site: Site, tmp_path: Path
-) -> None:
-    """The job is well, so its line is unfinished and others go on."""
+# --- images
+
+
+def test_images_are_saved_under_their_jobs_also_in_a_later_run(site: Site, tmp_path: Path) -> None:
+    """Images that are in the folder are not replaced, and nothing is drawn again."""
+    folder = tmp_path / "new" / "images"
+    site.write({**prompts(1)[0], "num_images": 2, "output_format": "webp"}, *prompts(1))
+    site.run("--pictures", str(folder), "--in-flight", "1")
+    first, second = site.worker.requests
+    names = {path.name for path in folder.iterdir()}
+
+    assert names == {f"{first}-0.webp", f"{first}-1.webp", f"{second}-0.png"}
+    (folder / f"{first}-1.webp").unlink()
+    (folder / f"{second}-0.png").write_bytes(b"unchanged")
+    assert site.run("--pictures", str(folder)).exit_code == 0
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / f"{second}-0.png").read_bytes() == b"unchanged"
+    assert len(site.records) == len(site.worker.requests) == 2
+
+
+def test_a_job_whose_images_cannot_be_saved_is_unfinished(site: Site, tmp_path: Path) -> None:
+    """Other jobs go on, and the next run finds the result."""
     site.write({"prompt": "a city", "url_policy": "key"}, *prompts(1))
-    folder = str(tmp_path / "pictures")
-    result = site.run("--pictures", folder)
+    result = site.run("--pictures", str(tmp_path / "images"))
 
     assert result.exit_code == 75
     assert "has no URL" in result.stderr
+    assert "images of 1 are missing" in result.stdout
     assert site.outcomes == [(2, "drawn")]
     assert site.run().exit_code == 0
     assert len(site.worker.requests) == 2
 
 
-def test_pictures_of_lines_that_are_done_are_brought_later(site: Site, tmp_path: Path) -> None:
-    """From what is written down, or by new URLs where the old have ended; and only those that are not there."""
-    site.write(*prompts(2))
-    site.run("--in-flight", "1")
-    ended, whole = site.ends
-    ended["result"]["images"][0] |= {"data_uri": None, "url": "file:///no/such/0.png"}
-    site.results.write_text(f"{json.dumps(ended)}\n{json.dumps(whole)}\n")
-    folder = tmp_path / "pictures"
-
-    assert site.run("--pictures", str(folder)).exit_code == 0
-    assert {path.name for path in folder.iterdir()} == {
-        f"{end['job_id']}-0.png" for end in (ended, whole)
-    }
-    assert len(site.ends) == len(site.worker.requests) == 2
-    (folder / f"{whole['job_id']}-0.png").write_bytes(b"as it is")
-    site.worker = MemoryWorker()
-    assert site.run("--pictures", str(folder)).exit_code == 0
-    assert (folder / f"{whole['job_id']}-0.png").read_bytes() == b"as it is"
-
-
-def test_pictures_that_are_gone_are_told_with_their_job(site: Site, tmp_path: Path) -> None:
-    site.write({"prompt": "a city", "url_policy": "key"})
-    site.run()
-    result = site.run("--pictures", str(tmp_path / "pictures"), "--json")
-
-    (name,) = site.worker.requests
-    told = json.loads(result.stdout)["error"]
-    assert (result.exit_code, told["code"], told["details"]["job_id"]) == (
-        75,
-        "picture_unavailable",
-        name,
-    )
-
-
-def test_pictures_that_are_gone_for_good_are_told_each_and_counted(
+def test_missing_images_of_drawn_jobs_are_reported_and_others_saved(
     site: Site, tmp_path: Path
 ) -> None:
-    """The job is drawn, whatever is known of it by now; others are brought all the same."""
-    site.write(*prompts(3))
+    """The records stay, also if the job is forgotten or was cancelled by now."""
+    site.write(*prompts(1), {"prompt": "a city", "url_policy": "key"}, {"prompt": "a town"})
     site.run("--in-flight", "1")
-    gone = site.ends[:2]
-    for end in gone:
-        end["result"]["images"][0] |= {"data_uri": None, "url": "file:///no/such/0.png"}
-    site.results.write_text("".join(f"{json.dumps(end)}\n" for end in [*gone, site.ends[2]]))
-    site.worker = MemoryWorker(paused=True)
-    for end in gone:
-        site.worker.client().submit({"prompt": "a city"}, job_id=end["job_id"]).cancel()
-    result = site.run("--pictures", str(tmp_path / "pictures"), "--in-flight", "1")
+    whole = site.results.read_text()
+    (saved, without_url, cancelled) = (record["job_id"] for record in site.records)
+    worker, site.worker = site.worker, MemoryWorker()
+    site.worker.client().submit(prompts(1)[0], job_id=saved)
+    site.worker.client().submit(worker.requests[without_url], job_id=without_url)
+    site.worker.client().job(cancelled).cancel()
+    site.worker.client().submit(worker.requests[cancelled], job_id=cancelled)
+    result = site.run("--pictures", str(tmp_path / "images"), "--in-flight", "1", "--json")
 
-    why = "file:///no/such/0.png: there is no such file on this machine [picture_unavailable]"
-    told = [f"job {end['job_id']}: {why}" for end in gone]
-    assert (result.exit_code, result.stderr.splitlines()) == (75, [*told, f"Error: {why}"])
-    assert result.stdout == "3 jobs: 3 drawn, 0 failed; pictures of 2 are missing\n"
-    assert len(list((tmp_path / "pictures").iterdir())) == 1
-
-
-@pytest.mark.parametrize("found", [{}, {"job_id": "another"}, {"images": 7}])
-def test_a_result_of_another_shape_is_told_with_file_and_line(
-    site: Site, tmp_path: Path, found: dict[str, Any]
-) -> None:
-    site.write(*prompts(2))
-    site.run("--in-flight", "1")
-    first, second = site.ends
-    second["result"] = second["result"] | found if found else {}
-    site.results.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
-    result = site.run("--pictures", str(tmp_path / "pictures"))
-
-    assert result.exit_code == 65
-    assert f"{site.results}: line 2 has " in result.stderr
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (75, "picture_unavailable")
+    assert error["details"]["job_id"] == without_url
+    first, second, summary = result.stderr.splitlines()
+    assert first.startswith(f"job {without_url}: ")
+    assert second.startswith(f"job {cancelled}: ")
+    assert summary == "3 jobs: 3 drawn, 0 failed; images of 2 are missing"
+    assert [path.name for path in (tmp_path / "images").iterdir()] == [f"{saved}-0.png"]
+    assert site.results.read_text() == whole
 
 
 class Insisting(MemoryWorker):
-    """Its pictures come from a server; Ctrl-C comes again as the client is closed."""
+    """Images come from a server; if set, Ctrl-C comes again when the client is closed."""
+
+    insists = False
 
     def __init__(self, url: str) -> None:
         super().__init__(draw=self.elsewhere)
@@ -468,16 +394,17 @@ class Insisting(MemoryWorker):
         return msgspec.structs.replace(made, images=images)
 
     def close(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        if self.insists:
+            os.kill(os.getpid(), signal.SIGINT)
         super().close()
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("before", [True, False])
-def test_a_batch_is_ended_while_a_picture_comes_slowly(
-    site: Site, tmp_path: Path, before: bool
+@pytest.mark.parametrize("is_drawn", [True, False])
+def test_a_signal_ends_a_batch_during_a_slow_download(
+    site: Site, tmp_path: Path, is_drawn: bool
 ) -> None:
-    """That of a line which was finished before, or of a job in flight."""
+    """The image may be that of a job in flight, or of a job that was drawn before."""
     ended, waited = Event(), list[bool]()
 
     def answer(_: Request) -> Iterator[bytes]:
@@ -487,84 +414,62 @@ def test_a_batch_is_ended_while_a_picture_comes_slowly(
 
     site.write({"prompt": "a city"})
     with serving(answer) as host:
-        site.worker = Insisting(host.url)
-        if before:
-            site.write_drawn(site.worker.elsewhere)
-        result = site.run("--pictures", str(tmp_path / "pictures"))
+        site.worker = worker = Insisting(host.url)
+        if is_drawn:
+            assert site.run().exit_code == 0
+        worker.insists = True
+        result = site.run("--pictures", str(tmp_path / "images"))
         ended.set()
         wait_until(lambda: waited, "the server has ended")
 
-    said = "nothing is in flight" if before else "0 jobs are cancelled"
-    assert (result.exit_code, result.stderr) == (
-        130,
-        f"{said}; the same command goes on [interrupted]\n",
-    )
+    said = "no job is in flight" if is_drawn else "0 jobs are cancelled"
+    assert result.exit_code == 130
+    assert result.stderr.startswith(said)
+    assert result.stderr.endswith("run the same command again to resume [interrupted]\n")
     assert waited == [True]
 
 
-# --- cancelled
-
-
-def test_a_job_that_another_has_cancelled_is_drawn_under_an_id_of_its_own(site: Site) -> None:
-    """And that is told: it may be a run that was killed before it wrote it down."""
-    site.write({"prompt": "a city"})
-    site.run()
-    (first,) = site.worker.requests
-    site.results.unlink()
-    site.worker = MemoryWorker()
-    site.worker.client().job(first).cancel()
-    result = site.run()
-
-    assert (result.exit_code, site.outcomes) == (0, [(1, "drawn"), (1, "job_revoked")])
-    before, second = [end["job_id"] for end in site.ends]
-    assert before == first != second
-    assert f"[job_revoked]: drawn again as {second}\n" in result.stderr
-    assert site.run().exit_code == 0
-    assert len(site.ends) == 2
+# --- cancelled jobs
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_job_that_is_cancelled_whenever_it_comes_is_an_error(site: Site, named: bool) -> None:
-    """At once where its line names it, and else at its second id."""
-
-    class Refusing(MemoryWorker):
-        def put(self, entries: Any) -> None:
-            for entry in entries:
-                self.cancel(entry.job_id)
-            super().put(entries)
-
-    site.worker = Refusing()
-    site.write(
-        {"request": {"prompt": "a city"}, "job_id": "mine"} if named else {"prompt": "a city"}
-    )
+def test_a_cancelled_job_is_an_error_and_the_next_run_draws_it_with_another_id(
+    site: Site, named: bool
+) -> None:
+    document: dict[str, Any] = {"prompt": "a city"}
+    if named:
+        document = {"request": document, "job_id": "mine"}
+    site.write(document)
+    (line,) = read_lines(site.jobs)
+    first = line.id_of_attempt(site.jobs.stem, 0)
+    site.worker.client().job(first).cancel()
     result = site.run()
 
-    assert result.exit_code == 1
-    assert site.outcomes == (1 if named else 2) * [(1, "job_revoked")]
-    assert result.stderr.startswith(f"line 1: {site.ends[0]['job_id']} ")
+    assert (result.exit_code, site.outcomes) == (1, [(1, "job_revoked")])
+    assert result.stderr.startswith(f"line 1: {first} ")
+    assert site.run().exit_code == 0
+    assert site.outcomes == [(1, "drawn"), (1, "job_revoked")]
+    assert site.records[0]["job_id"] == first != site.records[1]["job_id"]
 
 
 @pytest.mark.usefixtures("handlers")
-def test_signals_while_jobs_are_cancelled_change_nothing(site: Site) -> None:
-    """All are cancelled and written down, but for those that a line names: these may be somebody else's."""
+def test_more_signals_while_jobs_are_cancelled_change_nothing(site: Site) -> None:
+    """All jobs are cancelled and recorded, except those that a line names."""
     site.worker = Signalling(after=2)
-    site.write(
-        {"prompt": "a city"},
-        {"request": {"prompt": "a city"}, "job_id": "mine"},
-        {"prompt": "never sent"},
-    )
+    named = {"request": {"prompt": "a city"}, "job_id": "mine"}
+    site.write({"prompt": "a city"}, named, {"prompt": "never sent"})
     result = site.run("--in-flight", "2")
 
     assert (result.exit_code, site.outcomes) == (143, [(1, "job_revoked")])
     assert result.stderr == (
-        "1 jobs are cancelled; 1 jobs that lines name go on: they may be somebody else's; "
-        "the same command goes on [interrupted]\n"
+        "1 jobs are cancelled; 1 jobs continue; "
+        "run the same command again to resume [interrupted]\n"
     )
     assert site.worker.run() == 1
 
 
 @pytest.mark.usefixtures("handlers")
-def test_jobs_that_cannot_be_cancelled_may_go_on_and_that_is_told(site: Site) -> None:
+def test_jobs_that_cannot_be_cancelled_are_counted(site: Site) -> None:
     class Silent(Signalling):
         def cancel(self, job_id: str) -> Cancellation:
             if self.requests[job_id].prompt == "lost":
@@ -573,24 +478,23 @@ def test_jobs_that_cannot_be_cancelled_may_go_on_and_that_is_told(site: Site) ->
 
     site.worker = Silent(after=3)
     site.write({"prompt": "lost"}, {"prompt": "lost"}, {"prompt": "a city"})
-    result = site.run()
+    result = site.run("--json")
 
+    error = json.loads(result.stdout.splitlines()[-1])["error"]
     assert (result.exit_code, site.outcomes) == (75, [(3, "job_revoked")])
-    assert result.stderr == (
-        "Error: the broker does not answer; 2 jobs may go on: the same command meets them again [broker_unavailable]\n"
-    )
+    assert (error["code"], error["details"]) == ("broker_unavailable", {"in_flight": 2})
 
 
 # --- kill -9, and signals, with a broker that outlives the command
 
 
 def waiting(client: Client) -> list[str]:
-    """The ids of the jobs that are queued."""
+    """Return the ids of the jobs that are queued."""
     return sorted(inside(client)._ledger.unfinished(before=float("inf")))
 
 
 def finish(client: Client, job_id: str) -> None:
-    """As a worker that has drawn a job."""
+    """End a job, as a worker does that has drawn it."""
     made = fake_result(job_id, GenerateRequest(prompt="a city"))
     says(client, job_id, to_dict(made), "SUCCESS")
     inside(client)._ledger.close(job_id)
@@ -598,22 +502,14 @@ def finish(client: Client, job_id: str) -> None:
 
 @pytest.fixture
 def start(broker_url: str, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[str]"]]:
-    """Start the batch of the test's folder, two in flight; all are ended with the test."""
+    """Start the batch in the test's folder with two jobs in flight; the test's end kills it."""
     started: list[subprocess.Popen[str]] = []
+    files = (str(tmp_path / "jobs.jsonl"), "--out", str(tmp_path / "results.jsonl"))
 
     def begin() -> "subprocess.Popen[str]":
-        command = [
-            ZLORA,
-            "batch",
-            str(tmp_path / "jobs.jsonl"),
-            "--out",
-            str(tmp_path / "results.jsonl"),
-        ]
-        command += ["--in-flight", "2"]
-        environ = clean_environ({"ZLORA_BROKER_URL": broker_url})
         process = subprocess.Popen(
-            command,
-            env=environ,
+            [ZLORA, "batch", *files, "--in-flight", "2"],
+            env=clean_environ({"ZLORA_BROKER_URL": broker_url}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -628,20 +524,19 @@ def start(broker_url: str, tmp_path: Path) -> Iterator[Callable[[], "subprocess.
         process.communicate()
 
 
-def test_a_batch_that_is_killed_goes_on_and_draws_nothing_twice(
+def test_a_batch_that_is_killed_resumes_and_draws_nothing_twice(
     broker_url: str, client: Client, start: Callable[[], "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
     site = Site(tmp_path)
     site.write(*prompts(4))
 
-    def end_one() -> None:
-        """Of the two in flight one ends."""
+    def finish_one_of_two() -> None:
         wait_until(lambda: len(waiting(client)) == 2, "two are in flight")
         finish(client, waiting(client)[0])
 
     first = start()
-    end_one()
-    wait_until(lambda: site.results.exists() and site.ends, "its end is written")
+    finish_one_of_two()
+    wait_until(lambda: site.results.exists() and site.records, "its end is recorded")
     wait_until(lambda: len(waiting(client)) == 2, "another is sent")
     first.kill()
     first.wait()
@@ -651,21 +546,21 @@ def test_a_batch_that_is_killed_goes_on_and_draws_nothing_twice(
 
     second = start()
     for _ in range(2):
-        end_one()
+        finish_one_of_two()
     finish(client, wait_until(lambda: waiting(client), "the last is in flight")[0])
     output, _ = second.communicate(timeout=60)
 
     assert (second.returncode, output) == (0, "4 jobs: 4 drawn, 0 failed\n")
     assert site.outcomes == [(line, "drawn") for line in (1, 2, 3, 4)]
-    assert set(left) < {end["job_id"] for end in site.ends}
+    assert set(left) < {record["job_id"] for record in site.records}
     with redis.Redis.from_url(broker_url) as looking:
         assert len(looking.keys("zlora:job:*")) == 4
 
 
-def test_where_nobody_can_be_asked_a_signal_cancels_what_is_in_flight(
+def test_a_signal_without_a_terminal_cancels_the_jobs_in_flight(
     client: Client, start: Callable[[], "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
-    """And the next run draws it under other ids."""
+    """The next run draws them with other ids."""
     site = Site(tmp_path)
     site.write(*prompts(3))
     process = start()
@@ -673,14 +568,12 @@ def test_where_nobody_can_be_asked_a_signal_cancels_what_is_in_flight(
     cancelled = waiting(client)
 
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=60)
 
-    assert (process.returncode, told) == (
-        130,
-        "2 jobs are cancelled; the same command goes on [interrupted]\n",
-    )
+    assert process.returncode == 130
+    assert printed.startswith("2 jobs are cancelled; ")
     assert [client.job(job_id).status().state for job_id in cancelled] == ["REVOKED", "REVOKED"]
-    assert [end["error"]["code"] for end in site.ends] == ["job_revoked", "job_revoked"]
+    assert site.outcomes == [(1, "job_revoked"), (2, "job_revoked")]
     start()
     wait_until(lambda: len(waiting(client)) == 2, "two are in flight")
     assert not set(waiting(client)) & set(cancelled)

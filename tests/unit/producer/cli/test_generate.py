@@ -1,4 +1,4 @@
-"""`zlora generate` and `submit` over the in-memory worker: what options make of a request, and what is printed."""
+"""`zlora generate` and `submit` with the in-memory worker: their options and their output."""
 
 import base64
 import hashlib
@@ -19,12 +19,12 @@ from zlora.errors import LoraNotFound
 from zlora.schema import GenerateRequest, GenerateResult, parse_request, to_dict
 from zlora.testing import MemoryWorker, Progress, fake_result
 
-DATA = b"the bytes of a picture"
+DATA = b"the bytes of an image"
 LORA = "https://host:8080/x.safetensors"
 
 
 def draw(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
-    """As the in-memory worker, with pictures that can be brought here and receipts that say something."""
+    """Draw like the in-memory worker, with images that can be saved and complete receipts."""
     progress("denoising", 1, 2)
     if "gone" in request.prompt:
         raise LoraNotFound("there is none", {"status": 404})
@@ -50,7 +50,7 @@ def run(*arguments: str, given: str | None = None) -> Result:
 
 
 def requested(worker: MemoryWorker) -> dict[str, Any]:
-    """The only request, without defaults."""
+    """Return the only request, without defaults."""
     (request,) = worker.requests.values()
     return to_dict(request)
 
@@ -103,7 +103,7 @@ def test_an_option_is_a_field_of_the_request(
         ("cozy://owner/name:0.5", {"cozy_ref": "owner/name"}, 0.5),
     ],
 )
-def test_a_lora_s_weight_is_the_number_after_its_last_colon(
+def test_the_number_after_the_last_colon_of_a_lora_is_its_weight(
     worker: MemoryWorker, text: str, file: dict[str, str], weight: float
 ) -> None:
     run("submit", "a city", "--lora", text)
@@ -113,8 +113,9 @@ def test_a_lora_s_weight_is_the_number_after_its_last_colon(
 
 
 @pytest.mark.parametrize("name", ["request.json", "-"])
-def test_options_go_before_the_document(worker: MemoryWorker, tmp_path: Path, name: str) -> None:
-    """What no option says is the document's."""
+def test_options_replace_fields_of_the_document(
+    worker: MemoryWorker, tmp_path: Path, name: str
+) -> None:
     document = {
         "prompt": "a city",
         "seed": 7,
@@ -160,11 +161,10 @@ def test_options_go_before_the_document(worker: MemoryWorker, tmp_path: Path, na
         (["--request", "-"], 65, "--request: "),
     ],
 )
-@pytest.mark.parametrize("command", ["generate", "submit"])
-def test_what_makes_no_sense_is_refused_and_nothing_is_sent(
-    worker: MemoryWorker, command: str, options: list[str], status: int, said: str
+def test_wrong_options_are_refused_and_nothing_is_sent(
+    worker: MemoryWorker, options: list[str], status: int, said: str
 ) -> None:
-    result = run(command, *options, given='["a city"]')
+    result = run("submit", *options, given='["a city"]')
 
     assert (result.exit_code, result.stdout) == (status, "")
     assert said in result.stderr
@@ -175,12 +175,12 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_sent(
 
 
 def test_submit_prints_the_id_and_nothing_else(worker: MemoryWorker) -> None:
-    by_chance, named = (
+    random, named = (
         run("submit", "a city").stdout,
         run("submit", "a city", "--json", "--job-id", "job-1").stdout,
     )
 
-    assert list(worker.requests) == [by_chance.strip(), "job-1"]
+    assert list(worker.requests) == [random.strip(), "job-1"]
     assert json.loads(named) == {"job_id": "job-1"}
 
 
@@ -196,29 +196,31 @@ def test_the_same_key_is_the_same_job(worker: MemoryWorker) -> None:
 # --- generate
 
 
-def test_generate_saves_the_pictures_and_prints_what_was_used(
+def test_generate_saves_the_images_and_prints_what_was_used(
     worker: MemoryWorker, tmp_path: Path
 ) -> None:
-    """Without a terminal: lines, one for each picture and LoRA, and none of them has a control character."""
-    result = run(
-        "generate", "a city", "--lora", f"{LORA}:0.8", "--lora", "owner/repo", "--seed", "7", "-n", "2",
-        "--job-id", "j", "--out", "new/folder",
-    )  # fmt: skip
+    """Without a terminal there is a plain line for each image and LoRA."""
+    loras = ("--lora", f"{LORA}:0.8", "--lora", "owner/repo")
+    options = (*loras, "--seed", "7", "-n", "2", "--job-id", "j", "--out", "new/folder")
+    result = run("generate", "a city", *options)
 
     assert result.exit_code == 0, result.output
     assert {path.name: path.read_bytes() for path in (tmp_path / "new/folder").iterdir()} == {
         "j-0.png": DATA,
         "j-1.png": DATA,
     }
+    phases = ("queued", "fetch", "parse", "apply", "denoise", "restore", "tail")
+    seconds = ", ".join(f"{phase} 0.00" for phase in phases)
+    used = "rank 8, 16, modules 3 in unet, relative norm 0.0125, from disk"
     assert result.stdout.splitlines() == [
         "job: j",
-        "picture: new/folder/j-0.png (seed 7, 1024x1024)",
-        "picture: new/folder/j-1.png (seed 8, 1024x1024)",
-        "seconds: queued 0.00, fetch 0.00, parse 0.00, apply 0.00, denoise 0.00, restore 0.00, tail 0.00",
+        "image: new/folder/j-0.png (seed 7, 1024x1024)",
+        "image: new/folder/j-1.png (seed 8, 1024x1024)",
+        f"seconds: {seconds}",
         "base intact: yes",
         "model: zlora.testing",
-        f"LoRA: {LORA} (weight 0.8, rank 8, 16, modules 3 in unet, relative norm 0.0125, from disk)",
-        "LoRA: hf://owner/repo (weight 1, rank 8, 16, modules 3 in unet, relative norm 0.0125, from disk)",
+        f"LoRA: {LORA} (weight 0.8, {used})",
+        f"LoRA: hf://owner/repo (weight 1, {used})",
     ]
     assert result.stderr.startswith("job j\n")
     assert list(worker.requests) == ["j"]
@@ -234,31 +236,31 @@ def test_with_json_the_result_and_its_files_are_one_document() -> None:
     assert msgspec.convert(document["result"], GenerateResult).job_id == document["job_id"] == "j"
 
 
-def test_a_stranger_s_words_move_no_cursor(
+def test_control_characters_in_a_result_are_replaced(
     monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker
 ) -> None:
-    def strange(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+    def with_controls(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
         return msgspec.structs.replace(
             draw(job_id, request, progress), model="\x1b[2Jmodel\nbase intact: no"
         )
 
-    monkeypatch.setattr(worker, "_draw", strange)
+    monkeypatch.setattr(worker, "_draw", with_controls)
 
     assert "model: ?[2Jmodel?base intact: no\n" in run("generate", "a city").stdout
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_job_that_fails_is_its_error_and_saves_nothing(tmp_path: Path) -> None:
-    told, as_json = run("generate", "gone"), run("generate", "gone", "--json", "--job-id", "j")
+def test_a_failed_job_ends_with_its_error_and_saves_nothing(tmp_path: Path) -> None:
+    as_line, as_json = run("generate", "gone"), run("generate", "gone", "--json", "--job-id", "j")
 
-    assert (told.exit_code, told.stdout) == (66, "")
-    assert told.stderr.endswith("\nError: there is none [lora_not_found]\n")
+    assert (as_line.exit_code, as_line.stdout) == (66, "")
+    assert as_line.stderr.endswith("\nError: there is none [lora_not_found]\n")
     assert as_json.exit_code == 66
     assert json.loads(as_json.stdout)["error"]["details"] == {"status": 404, "job_id": "j"}
     assert not list(tmp_path.iterdir())
 
 
-def test_after_the_wait_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_job_continues_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = MemoryWorker(paused=True)
     monkeypatch.setattr(connection, "client", worker.client)
     result = run("generate", "a city", "--job-id", "j", "--wait", "0.1")
@@ -272,7 +274,7 @@ def test_after_the_wait_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
     assert worker.run() == 1
 
 
-def test_a_wait_that_is_no_number_is_refused_before_anything_is_sent(worker: MemoryWorker) -> None:
+def test_nan_is_refused_as_a_wait(worker: MemoryWorker) -> None:
     assert (
         run("generate", "a city", "--wait", "nan").exit_code
         == run("result", "x", "--wait", "nan").exit_code
@@ -282,7 +284,7 @@ def test_a_wait_that_is_no_number_is_refused_before_anything_is_sent(worker: Mem
 
 
 @pytest.mark.parametrize("given", [b"\xef\xbb\xbf{}", b'{"prompt": "\xff"}', 5000 * b"[", b""])
-def test_whatever_a_document_is_it_is_refused_in_one_line(
+def test_a_document_that_is_not_json_is_refused_in_one_line(
     worker: MemoryWorker, given: bytes
 ) -> None:
     result = CliRunner().invoke(main, ["submit", "--request", "-"], input=given)
@@ -292,16 +294,16 @@ def test_whatever_a_document_is_it_is_refused_in_one_line(
     assert not worker.requests
 
 
-def test_where_pictures_cannot_be_written_nothing_is_drawn(
+def test_nothing_is_drawn_if_the_folder_cannot_be_written(
     worker: MemoryWorker, tmp_path: Path
 ) -> None:
     (tmp_path / "out").write_text("a file")
-    told, as_json = (
+    as_line, as_json = (
         run("generate", "a city", "--out", "out"),
         run("generate", "a city", "--out", "out", "--json"),
     )
 
-    assert (told.exit_code, told.stderr) == (73, "Error: out: File exists [cannot_write]\n")
+    assert (as_line.exit_code, as_line.stderr) == (73, "Error: out: File exists [cannot_write]\n")
     assert as_json.exit_code == 73
     assert json.loads(as_json.stdout)["error"]["details"] == {"path": "out"}
     assert not worker.requests
@@ -310,16 +312,16 @@ def test_where_pictures_cannot_be_written_nothing_is_drawn(
 def test_an_error_after_the_job_is_drawn_names_it(
     monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker, tmp_path: Path
 ) -> None:
-    """Whether its pictures cannot be brought here or cannot be written."""
+    """The images may be impossible to download, or to write."""
 
-    def spoil(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+    def block_folder(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
         (tmp_path / "out").rmdir()
         (tmp_path / "out").write_text("a file")
         return fake_result(job_id, request)
 
-    monkeypatch.setattr(worker, "_draw", placeholder_of)
+    monkeypatch.setattr(worker, "_draw", without_urls)
     unseen = run("generate", "a city", "--job-id", "unseen", "--json")
-    monkeypatch.setattr(worker, "_draw", spoil)
+    monkeypatch.setattr(worker, "_draw", block_folder)
     unwritten = run("generate", "a city", "--job-id", "unwritten", "--json", "--out", "out")
 
     assert (unseen.exit_code, unwritten.exit_code) == (75, 73)
@@ -333,8 +335,8 @@ def test_an_error_after_the_job_is_drawn_names_it(
     }
 
 
-def placeholder_of(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
-    """A result whose pictures have keys alone."""
+def without_urls(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+    """Return a result whose images have keys and no URLs."""
     return fake_result(job_id, msgspec.structs.replace(request, url_policy="key"))
 
 
@@ -343,10 +345,10 @@ def placeholder_of(job_id: str, request: GenerateRequest, _progress: Progress) -
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("name", [[], ["--job-id", "mine"], ["--idempotency-key", "order 7"]])
-def test_without_a_question_a_job_is_cancelled_unless_it_may_be_another_s(
+def test_a_signal_without_a_terminal_cancels_the_job_unless_it_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: list[str]
 ) -> None:
-    """Whatever signals come meanwhile."""
+    """Signals that come while it cancels change nothing."""
     worker = Signalling(after=1)
     monkeypatch.setattr(connection, "client", worker.client)
     monkeypatch.chdir(tmp_path)
@@ -354,17 +356,12 @@ def test_without_a_question_a_job_is_cancelled_unless_it_may_be_another_s(
 
     (job_id,) = worker.requests
     assert (result.exit_code, worker.run()) == (143, 1 if name else 0)
-    said = (
-        "goes on, since a job with a name of yours may be somebody else's"
-        if name
-        else "is cancelled"
-    )
-    assert f"job {job_id} {said}" in result.stderr
+    assert f"job {job_id} {'continues' if name else 'is cancelled'}" in result.stderr
     assert "Traceback" not in result.output
 
 
 @pytest.mark.usefixtures("handlers")
-def test_ctrl_c_while_pictures_are_saved_tells_how_to_save_them(
+def test_ctrl_c_while_images_are_saved_says_how_to_save_them_later(
     monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker
 ) -> None:
     def answer(_: Request) -> bytes:
@@ -381,17 +378,17 @@ def test_ctrl_c_while_pictures_are_saved_tells_how_to_save_them(
             return msgspec.structs.replace(made, images=images)
 
         monkeypatch.setattr(worker, "_draw", elsewhere)
-        drawn = run("generate", "a city", "--job-id", "j", "--out", "my pictures")
-        brought = run("result", "j", "--out", "my pictures", "--json")
+        drawn = run("generate", "a city", "--job-id", "j", "--out", "my images")
+        fetched = run("result", "j", "--out", "my images", "--json")
 
-    said = "job j is done: zlora result j --out 'my pictures'"
-    assert (drawn.exit_code, brought.exit_code) == (130, 130)
+    said = "job j is done: zlora result j --out 'my images'"
+    assert (drawn.exit_code, fetched.exit_code) == (130, 130)
     assert drawn.stderr.endswith(f"\n{said} [interrupted]\n")
-    told = json.loads(brought.stdout)["error"]
+    told = json.loads(fetched.stdout)["error"]
     assert (told["message"], told["details"]) == (said, {"job_id": "j"})
 
 
-def test_streams_that_are_closed_stop_nothing(
+def test_closed_streams_do_not_stop_a_command(
     monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker, tmp_path: Path
 ) -> None:
     for name in ("stdin", "stdout", "stderr"):
@@ -408,7 +405,7 @@ def test_streams_that_are_closed_stop_nothing(
     assert list(worker.requests) == ["j"]
 
 
-def test_output_that_cannot_be_encoded_is_escaped(
+def test_characters_that_the_output_cannot_encode_are_escaped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(connection, "client", MemoryWorker(draw=draw).client)
@@ -419,4 +416,4 @@ def test_output_that_cannot_be_encoded_is_escaped(
             main(["generate", "a city", "--out", "\u0416"])
 
     assert ended.value.code == 0
-    assert "picture: \\u0416/" in (tmp_path / "printed").read_text()
+    assert "image: \\u0416/" in (tmp_path / "printed").read_text()

@@ -1,4 +1,4 @@
-"""`zlora status`, `result` and `cancel` over the in-memory worker."""
+"""`zlora status`, `result` and `cancel` with the in-memory worker."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ from zlora.broker.job_store import QueueStatus
 from zlora.cli import connection, main
 from zlora.testing import MemoryWorker
 
-INLINE = {"prompt": "a city", "inline": True}  # its pictures, of no bytes, come with the result
+INLINE = {"prompt": "a city", "inline": True}  # its images, of no bytes, are in the result
 
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> MemoryWorker:
-    """With a job that is done, one that was cancelled and two that wait."""
+    """Provide a worker with a job that is done, one that was cancelled and two that wait."""
     made = MemoryWorker(paused=True)
     monkeypatch.setattr(connection, "client", made.client)
     with made.client() as client:
@@ -30,7 +30,7 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.usefixtures("worker")
-def test_status_is_a_line_a_job() -> None:
+def test_status_prints_a_line_for_each_job() -> None:
     result = run("status", "done", "gone", "first", "second")
 
     assert (result.exit_code, result.stderr) == (0, "")
@@ -43,58 +43,58 @@ def test_status_is_a_line_a_job() -> None:
 
 
 @pytest.mark.usefixtures("worker")
-def test_an_id_that_is_given_twice_is_told_twice_and_cancelled_once() -> None:
+def test_an_id_that_is_given_twice_is_printed_twice_and_cancelled_once() -> None:
     assert run("status", "done", "done").stdout == "done  SUCCESS\ndone  SUCCESS\n"
     assert run("cancel", "first", "first").stdout == "first  cancelled, not begun\n"
 
 
 @pytest.mark.usefixtures("worker")
-def test_status_as_json_is_an_array_of_any_number() -> None:
+def test_status_with_json_is_an_array_also_for_one_job() -> None:
     assert json.loads(run("status", "second", "--json").stdout) == [
         {"job_id": "second", "state": "PENDING", "phase": "queued", "position": 1}
     ]
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_job_that_nobody_knows_is_told_beside_the_others() -> None:
-    """And is an exit status."""
-    status, cancelled = run("status", "nobody", "done"), run("cancel", "stranger", "first")
+def test_an_unknown_job_is_printed_with_the_others_and_ends_with_66() -> None:
+    status, cancelled = run("status", "unknown", "done"), run("cancel", "unknown", "first")
 
-    assert (status.exit_code, status.stdout) == (66, "nobody  UNKNOWN\ndone  SUCCESS\n")
+    assert (status.exit_code, status.stdout) == (66, "unknown  UNKNOWN\ndone  SUCCESS\n")
     assert cancelled.exit_code == 66
     assert cancelled.stdout.splitlines() == [
-        "stranger  not known, refused if it comes",
+        "unknown  unknown, refused if it is submitted later",
         "first  cancelled, not begun",
     ]
 
 
 @pytest.mark.parametrize("command", ["status", "result", "cancel"])
-def test_what_is_no_id_is_refused(worker: MemoryWorker, command: str) -> None:
-    """Before anything is done with those beside it."""
+def test_an_invalid_id_is_refused_before_other_jobs_are_changed(
+    worker: MemoryWorker, command: str
+) -> None:
     arguments = ["first", "../x"] if command != "result" else ["../x"]
     assert run(command, *arguments).exit_code == 65
     assert worker.run() == 2
 
 
-def test_cancel_tells_where_each_job_was(worker: MemoryWorker) -> None:
-    told, as_json = run("cancel", "done", "first"), run("cancel", "second", "--json")
+def test_cancel_prints_what_each_job_was_doing(worker: MemoryWorker) -> None:
+    as_lines, as_json = run("cancel", "done", "first"), run("cancel", "second", "--json")
 
-    assert told.exit_code == as_json.exit_code == 0
-    assert told.stdout == "done  had ended\nfirst  cancelled, not begun\n"
+    assert as_lines.exit_code == as_json.exit_code == 0
+    assert as_lines.stdout == "done  had ended\nfirst  cancelled, not begun\n"
     assert json.loads(as_json.stdout) == [{"job_id": "second", "was": "queued"}]
     assert worker.run() == 0
 
 
 @pytest.mark.usefixtures("worker")
-def test_result_prints_the_receipt_and_saves_where_it_is_told(tmp_path: Path) -> None:
-    told, as_json = (
+def test_result_prints_the_receipt_and_saves_images_with_out(tmp_path: Path) -> None:
+    as_lines, as_json = (
         run("result", "done"),
         run("result", "done", "--json", "--out", str(tmp_path / "new")),
     )
 
-    assert told.exit_code == as_json.exit_code == 0
-    assert told.stdout.startswith(
-        "job: done\npicture: https://pictures.invalid/runs/done/outputs/0.png (seed "
+    assert as_lines.exit_code == as_json.exit_code == 0
+    assert as_lines.stdout.startswith(
+        "job: done\nimage: https://pictures.invalid/runs/done/outputs/0.png (seed "
     )
     document = json.loads(as_json.stdout)
     assert document["files"] == [str(tmp_path / "new/done-0.png")]
@@ -106,7 +106,7 @@ def test_result_prints_the_receipt_and_saves_where_it_is_told(tmp_path: Path) ->
     ("job_id", "status", "code"), [("gone", 4, "job_revoked"), ("first", 75, "result_timeout")]
 )
 @pytest.mark.usefixtures("worker")
-def test_where_there_is_no_result_the_error_says_why(job_id: str, status: int, code: str) -> None:
+def test_without_a_result_the_error_says_why(job_id: str, status: int, code: str) -> None:
     result = run("result", job_id, "--wait", "0.1", "--json")
 
     assert result.exit_code == status
@@ -114,24 +114,24 @@ def test_where_there_is_no_result_the_error_says_why(job_id: str, status: int, c
 
 
 @pytest.mark.usefixtures("worker")
-def test_an_id_that_a_worker_denies_is_unknown_and_not_late() -> None:
-    result = run("result", "nobody", "--wait", "0.1")
+def test_an_id_that_a_worker_does_not_know_is_unknown_and_not_a_timeout() -> None:
+    result = run("result", "unknown", "--wait", "0.1")
 
     assert (result.exit_code, result.stdout) == (66, "")
     assert result.stderr.endswith("[unknown]\n")
 
 
 class Drawing(MemoryWorker):
-    """Draws what waits as soon as somebody was told that it waits."""
+    """Draws waiting jobs as soon as their status was read."""
 
     def standing(self, job_id: str) -> QueueStatus:
-        told = super().standing(job_id)
+        status = super().standing(job_id)
         self.run()
-        return told
+        return status
 
 
-def test_result_waits_for_a_job_that_is_drawn_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line a phase, on stderr."""
+def test_result_waits_for_a_job_that_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase is a line on stderr."""
     worker = Drawing(paused=True)
     monkeypatch.setattr(connection, "client", worker.client)
     worker.client().submit_many([INLINE, INLINE], job_ids=["first", "second"])

@@ -1,4 +1,4 @@
-"""`zlora schema`: what it takes is what a client takes, as far as a schema can say it."""
+"""`zlora schema`: it accepts what a client accepts, as far as a schema can express it."""
 
 import json
 import re
@@ -32,8 +32,8 @@ def printed(*document: str) -> Any:
     return json.loads(result.output)
 
 
-def takes(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
-    """Whether a schema takes a value, by the keywords that ours use; another keyword is a `KeyError`."""
+def accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+    """Return whether a schema accepts a value; raise `KeyError` for keywords not used by ours."""
     return all(_RULES[name](said, value, root, schema) for name, said in schema.items())
 
 
@@ -48,15 +48,15 @@ def _named(reference: str, root: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_objects(said: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+def _properties(said: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
     return not isinstance(value, dict) or all(
-        takes(said[name], value[name], root) for name in said if name in value
+        accepts(said[name], value[name], root) for name in said if name in value
     )
 
 
 def _others(said: Any, value: Any, root: dict[str, Any], schema: dict[str, Any]) -> bool:
     others = set(value) - set(schema.get("properties", {})) if isinstance(value, dict) else set()
-    return all(said is not False and takes(said, value[name], root) for name in others)
+    return all(said is not False and accepts(said, value[name], root) for name in others)
 
 
 def _number(value: Any) -> bool:
@@ -67,15 +67,15 @@ _RULES: dict[str, Any] = {
     **dict.fromkeys(
         ("$schema", "$defs", "title", "description", "default", "format"), lambda *_: True
     ),
-    "$ref": lambda said, value, root, _: takes(_named(said, root), value, root),
-    "anyOf": lambda said, value, root, _: any(takes(each, value, root) for each in said),
+    "$ref": lambda said, value, root, _: accepts(_named(said, root), value, root),
+    "anyOf": lambda said, value, root, _: any(accepts(each, value, root) for each in said),
     "enum": lambda said, value, *_: value in said,
     "type": lambda said, value, *_: _typed(said, value),
     "required": lambda said, value, *_: not isinstance(value, dict) or set(said) <= set(value),
-    "properties": lambda said, value, root, _: _of_objects(said, value, root),
+    "properties": lambda said, value, root, _: _properties(said, value, root),
     "additionalProperties": _others,
     "items": lambda said, value, root, _: (
-        not isinstance(value, list) or all(takes(said, each, root) for each in value)
+        not isinstance(value, list) or all(accepts(said, each, root) for each in value)
     ),
     "maxItems": lambda said, value, *_: not isinstance(value, list) or len(value) <= said,
     "minLength": lambda said, value, *_: not isinstance(value, str) or len(value) >= said,
@@ -89,10 +89,10 @@ _RULES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
-def test_a_request_document_is_taken(path: Path) -> None:
+def test_a_request_document_is_accepted(path: Path) -> None:
     schema = printed()
 
-    assert takes(schema, json.loads(path.read_text()), schema)
+    assert accepts(schema, json.loads(path.read_text()), schema)
 
 
 @pytest.mark.parametrize(
@@ -120,48 +120,47 @@ def test_a_request_document_is_taken(path: Path) -> None:
     ],
     ids=lambda fields: str(fields)[:60],
 )
-def test_what_a_client_refuses_is_not_taken(fields: dict[str, Any]) -> None:
+def test_a_request_that_a_client_refuses_is_not_accepted(fields: dict[str, Any]) -> None:
     schema, document = printed("request"), {"prompt": "x", **fields}
 
-    assert not takes(schema, document, schema)
+    assert not accepts(schema, document, schema)
     with pytest.raises(InvalidRequest):
         parse_request(document)
 
 
-def test_a_result_is_taken() -> None:
+def test_a_result_is_accepted() -> None:
     loras = [{"file": {"url": URL}}]
     made = fake_result("job-1", parse_request({"prompt": "x", "loras": loras, "inline": True}))
     result = json.loads(msgspec.json.encode(made))
     schema = printed("result")
 
-    assert takes(schema, result, schema)
-    assert not takes(schema, {**result, "images": None}, schema)
+    assert accepts(schema, result, schema)
+    assert not accepts(schema, {**result, "images": None}, schema)
     assert set(schema["properties"]) == set(GenerateResult.__struct_fields__)
 
 
 @pytest.mark.parametrize("state", list(JobState))
-def test_an_event_is_taken(state: JobState) -> None:
+def test_an_event_is_accepted(state: JobState) -> None:
     schema = printed("event")
 
-    assert takes(schema, json.loads(msgspec.json.encode(JobStatus(state=state, step=3))), schema)
-    assert not takes(schema, {"state": "DREAMING"}, schema)
+    assert accepts(schema, json.loads(msgspec.json.encode(JobStatus(state=state, step=3))), schema)
+    assert not accepts(schema, {"state": "DREAMING"}, schema)
 
 
 @pytest.mark.parametrize("end", [LoraNotFound("gone", {"status": 404}), JobRevoked(), None])
-def test_an_error_and_a_webhook_are_taken(end: ZloraError | None) -> None:
-    """As they are told, whatever has ended a job."""
+def test_an_error_and_a_webhook_are_accepted(end: ZloraError | None) -> None:
     error, hook = printed("error"), printed("webhook")
     made = fake_result("job-1", parse_request({"prompt": "x", "inline": True}))
 
-    assert takes(hook, json.loads(body_of("job-1", end or made, at=1.0)), hook)
-    assert not takes(
+    assert accepts(hook, json.loads(body_of("job-1", end or made, at=1.0)), hook)
+    assert not accepts(
         hook, {"type": "job.dreamt", "timestamp": "", "data": {"job_id": "job-1"}}, hook
     )
-    assert end is None or takes(error, end.as_document(), error)
-    assert not takes(error, {"code": "internal"}, error)
+    assert end is None or accepts(error, end.as_document(), error)
+    assert not accepts(error, {"code": "internal"}, error)
 
 
-def test_with_json_it_is_one_line() -> None:
+def test_with_json_the_schema_is_one_line() -> None:
     text = CliRunner().invoke(main, ["schema", "result", "--json"]).output
 
     assert text.count("\n") == 1
@@ -169,15 +168,15 @@ def test_with_json_it_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("document", ["request", "result", "event", "error", "webhook"])
-def test_a_schema_says_what_it_is_of_and_in_which_dialect(document: str) -> None:
+def test_a_schema_names_its_type_and_its_dialect(document: str) -> None:
     schema = printed(document)
 
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["title"]
     assert schema["description"]
     assert "$id" not in schema
-    assert "\\Z" not in json.dumps(schema)  # of Python's, and of no other
+    assert "\\Z" not in json.dumps(schema)  # only Python knows it
 
 
-def test_another_document_is_a_usage_error() -> None:
+def test_an_unknown_document_is_a_usage_error() -> None:
     assert CliRunner().invoke(main, ["schema", "picture"]).exit_code == 2

@@ -1,4 +1,4 @@
-"""The commands as somebody at a terminal meets them: bars, tables, and the question after Ctrl-C."""
+"""The commands on a terminal: bars, tables, and the question after Ctrl-C."""
 
 import os
 import pty
@@ -27,7 +27,7 @@ SMALL = ("generate", "a city", "--job-id", "j")
 
 
 class Terminal:
-    """A command in a terminal of its own."""
+    """A command with its own terminal."""
 
     def __init__(self, environ: dict[str, str], *arguments: str, width: int = 100) -> None:
         self._master, slave = pty.openpty()
@@ -44,7 +44,7 @@ class Terminal:
         self.text = ""
 
     def sees(self, pattern: str) -> str:
-        """Wait until such words are there, and give the first group; what was seen before is left out."""
+        """Wait for output after what was seen before, and return the first group of the pattern."""
         found = wait_until(
             lambda: re.search(pattern, self._read(), re.DOTALL), f"{pattern} in {self.text!r}"
         )
@@ -55,7 +55,7 @@ class Terminal:
         os.write(self._master, keys)
 
     def ends(self) -> int:
-        """Its exit status; all that it wrote has been read."""
+        """Wait for the end of the command, read all of its output, and return the exit status."""
         wait_until(lambda: (self._read(), self.process.poll() is not None)[1], "it ends")
         self._read()
         return self.process.wait()
@@ -69,7 +69,7 @@ class Terminal:
         while select.select([self._master], [], [], 0)[0]:
             try:
                 self.text += re.sub(r"\x1b\[[0-9;]*m", "", os.read(self._master, 65_536).decode())
-            except OSError:  # nobody writes there any more
+            except OSError:  # the command has closed its terminal
                 break
         return self.text
 
@@ -95,27 +95,29 @@ def terminal(
         one.close()
 
 
-def tell(client: Client, state: JobState, value: object) -> None:
-    """As a worker that says so of the job."""
+def set_state(client: Client, state: JobState, value: object) -> None:
+    """Set the state of the job, as a worker does."""
     inside(client)._backend.store_result("j", value, state)
 
 
 def test_a_bar_shows_how_far_the_job_is_and_a_table_what_was_used(
     client: Client, terminal: Callable[..., Terminal]
 ) -> None:
-    """On a narrow terminal each path is there in full, if over several lines."""
+    """A path that is longer than a line is printed in full."""
     shell = terminal(
         *SMALL, "--lora", "owner/repo:0.8", "--out", "a-folder-with-a-long-name" * 2, width=81
     )
     shell.sees("job j\r\n")
     shell.sees(r"queued.*\(0 before it\)")
-    tell(
+    set_state(
         client,
         JobState.PROGRESS,
         {"phase": "fetching", "received": 1_000_000, "expected": 4_000_000},
     )
     shell.sees(r"fetching.*━.*\(1.0 of 4.0 MB\)")
-    tell(client, JobState.PROGRESS, {"phase": "denoising", "step": 3, "steps": 28, "eta": 12.3})
+    set_state(
+        client, JobState.PROGRESS, {"phase": "denoising", "step": 3, "steps": 28, "eta": 12.3}
+    )
     shell.sees(r"denoising.*━.*\(step 3 of 28, 12 s left\)")
     request = parse_request(
         {"prompt": "a city", "inline": True, "loras": [{"file": {"url": "owner/repo"}}]}
@@ -124,7 +126,7 @@ def test_a_bar_shows_how_far_the_job_is_and_a_table_what_was_used(
     receipt = msgspec.structs.replace(
         made.loras[0], ranks=(8,), modules={"unet": 722}, relative_norm=0.0125
     )
-    tell(client, JobState.SUCCESS, to_dict(msgspec.structs.replace(made, loras=(receipt,))))
+    set_state(client, JobState.SUCCESS, to_dict(msgspec.structs.replace(made, loras=(receipt,))))
 
     assert shell.ends() == 0
     lines = "".join(line.strip() for line in shell.text.splitlines())
@@ -137,13 +139,13 @@ def test_a_bar_shows_how_far_the_job_is_and_a_table_what_was_used(
     ("answer", "state", "said"),
     [
         (b"\n", JobState.REVOKED, "job j is cancelled"),
-        (CTRL_C, JobState.PENDING, "job j goes on: zlora result j"),
+        (CTRL_C, JobState.PENDING, "job j continues: zlora result j"),
     ],
 )
-def test_ctrl_c_asks_once_whether_to_cancel(
+def test_ctrl_c_asks_once_whether_to_cancel_the_job(
     client: Client, terminal: Callable[..., Terminal], answer: bytes, state: JobState, said: str
 ) -> None:
-    """Enter is a yes, another Ctrl-C a no."""
+    """Enter means yes, another Ctrl-C means no."""
     shell = terminal(*SMALL)
     shell.sees("queued")
     shell.types(CTRL_C)
@@ -156,15 +158,19 @@ def test_ctrl_c_asks_once_whether_to_cancel(
 
 
 @pytest.mark.parametrize(
-    ("asked", "end", "status"), [(False, signal.SIGHUP, 129), (True, signal.SIGTERM, 143)]
+    ("is_asking", "end", "status"), [(False, signal.SIGHUP, 129), (True, signal.SIGTERM, 143)]
 )
-def test_a_signal_from_outside_cancels_without_an_answer(
-    client: Client, terminal: Callable[..., Terminal], asked: bool, end: signal.Signals, status: int
+def test_a_signal_from_another_process_cancels_the_job_without_an_answer(
+    client: Client,
+    terminal: Callable[..., Terminal],
+    is_asking: bool,
+    end: signal.Signals,
+    status: int,
 ) -> None:
-    """Also in the middle of the question."""
+    """The signal may come before or during the question."""
     shell = terminal("generate", "a city")
     job_id = shell.sees(r"job (\S+)\r\n.*queued")
-    if asked:
+    if is_asking:
         shell.types(CTRL_C)
         shell.sees(r"Cancel job .* \[Y/n\]: ")
     shell.process.send_signal(end)
@@ -174,7 +180,7 @@ def test_a_signal_from_outside_cancels_without_an_answer(
     assert client.job(job_id).status().state is JobState.REVOKED
 
 
-def test_ctrl_c_cancels_no_job_that_the_command_has_not_submitted(
+def test_ctrl_c_does_not_cancel_a_job_that_another_command_has_submitted(
     client: Client, terminal: Callable[..., Terminal]
 ) -> None:
     client.submit(GenerateRequest(prompt="a city"), job_id="j")
@@ -186,25 +192,29 @@ def test_ctrl_c_cancels_no_job_that_the_command_has_not_submitted(
     assert client.job("j").status().state is JobState.PENDING
 
 
-def test_where_nobody_can_be_asked_ctrl_c_cancels(
+def test_without_a_terminal_ctrl_c_cancels_and_progress_is_plain_lines(
     client: Client, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """As where stdin is closed. Without a terminal there are lines, one a phase, and no control character."""
+    """Stdin is closed here."""
     process = subprocess.Popen(
-        ["/bin/sh", "-c", 'exec "$0" generate "a city" --json <&-', ZLORA], env=environ, cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        ["/bin/sh", "-c", 'exec "$0" generate "a city" --json <&-', ZLORA],
+        env=environ,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stderr is not None
-        told = [process.stderr.readline(), process.stderr.readline()]
+        lines = [process.stderr.readline(), process.stderr.readline()]
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
         process.communicate()
 
-    job_id = told[0].split()[1]
-    assert told == [f"job {job_id}\n", "queued (0 before it)\n"]
+    job_id = lines[0].split()[1]
+    assert lines == [f"job {job_id}\n", "queued (0 before it)\n"]
     assert process.returncode == 130
     assert msgspec.json.decode(output)["error"]["details"] == {
         "job_id": job_id,
@@ -213,10 +223,10 @@ def test_where_nobody_can_be_asked_ctrl_c_cancels(
     assert client.job(job_id).status().state is JobState.REVOKED
 
 
-def test_a_batch_asks_once_for_all_in_flight(
+def test_a_batch_asks_once_for_all_jobs_in_flight(
     client: Client, terminal: Callable[..., Terminal], tmp_path: Path
 ) -> None:
-    """Ctrl-D is a no and leaves them, and the same command meets them again."""
+    """Ctrl-D means no: the jobs continue."""
     lines = [{"request": {"prompt": "a city"}, "job_id": name} for name in ("j", "k", "l")]
     (tmp_path / "jobs.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
     shell = terminal("batch", "jobs.jsonl", "--out", "results.jsonl", "--in-flight", "2")
@@ -225,14 +235,14 @@ def test_a_batch_asks_once_for_all_in_flight(
         lambda: len(inside(client)._ledger.unfinished(before=float("inf"))) == 2,
         "two are in flight",
     )
-    tell(client, JobState.SUCCESS, to_dict(fake_result("j", GenerateRequest(prompt="a city"))))
+    set_state(client, JobState.SUCCESS, to_dict(fake_result("j", GenerateRequest(prompt="a city"))))
     shell.sees("━.*1/3")
     shell.types(CTRL_C)
     shell.sees(r"Cancel the 2 jobs in flight\? \[Y/n\]: ")
     shell.types(b"\x04")
 
     assert shell.ends() == 130
-    assert "2 jobs go on; the same command meets them again" in shell.text
+    assert "2 jobs continue; run the same command again to resume" in shell.text
     assert [client.job(name).status().state for name in ("k", "l")] == [
         JobState.PENDING,
         JobState.PENDING,

@@ -1,21 +1,27 @@
-"""`zlora up`, but for the stack itself."""
+"""The screen of `zlora up`, with a stack that starts no processes."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Self
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from zlora import embedded
-from zlora.cli import main
+from zlora.cli import main, up
+from zlora.errors import StackError
+from zlora_worker.settings import Settings
+
+LOGS = Path("/data/logs")
 
 
-class Standing:
-    """A stack over a broker with a password, until it is looked at."""
+class FakeStack:
+    """A stack that is ready at once, until `check` is called for the second time."""
 
-    broker_url, home = "redis://:a-secret@redis:6379/0", Path("/data")
+    broker_url, home, log_folder = "redis://:a-secret@redis:6379/0", Path("/data"), LOGS
 
     def __init__(self, *_: object, **__: object) -> None:
-        pass
+        self.checks = 0
 
     def __enter__(self) -> Self:
         return self
@@ -23,16 +29,69 @@ class Standing:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def is_ready(self) -> bool:
+        return True
+
     def check(self) -> None:
-        raise KeyboardInterrupt
+        self.checks += 1
+        if self.checks == 2:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_broker_is_told_without_its_password(
-    monkeypatch: pytest.MonkeyPatch, handlers: None
+def run(
+    monkeypatch: pytest.MonkeyPatch, stack: type, *options: str, **environ: str | None
+) -> Result:
+    monkeypatch.setattr(embedded, "EmbeddedStack", stack)
+    return CliRunner().invoke(main, ["up", *options], env=environ)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_the_screen_says_where_which_model_and_what_to_type(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(embedded, "EmbeddedStack", Standing)
+    """The password of the broker's URL is not printed."""
+    result = run(monkeypatch, FakeStack, "--flower", ZLORA_MODEL="demo", ZLORA_HOME="/data")
 
-    told = CliRunner().invoke(main, ["up"]).output
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "broker  redis://redis:6379/0",
+        "store   /data/store",
+        "Flower  http://127.0.0.1:5555",
+        "logs    /data/logs",
+        "model   demo, loading",
+        "ready after 0 s; to draw an image, type in another terminal with the same ZLORA_HOME:",
+        "",
+        '  zlora generate "a portrait in anime style" --lora demo://anime-style',
+        "",
+        "stopping after the running job; Ctrl-C again stops at once",
+    ]
 
-    assert "redis://redis:6379/0" in told
-    assert "a-secret" not in told
+
+@pytest.mark.usefixtures("handlers")
+def test_without_a_model_that_of_the_worker_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = Settings.from_env({}).model
+    result = run(monkeypatch, FakeStack, ZLORA_MODEL=None, ZLORA_STORE="s3://key:a-secret@b/c")
+
+    assert default == up.DEFAULT_MODEL
+    assert f"model   {default}, loading\n" in result.stdout
+    assert "demo://" not in result.stdout
+    assert "a-secret" not in result.stdout
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_process_that_ends_is_reported_with_the_last_lines_of_its_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing(FakeStack):
+        def check(self) -> None:
+            details = {"log": "/data/logs/worker.log", "last_lines": ["loading", "no such model"]}
+            raise StackError("the worker has ended; its log is /data/logs/worker.log", details)
+
+    result = run(monkeypatch, Failing)
+
+    assert result.exit_code == 69
+    assert result.stderr.splitlines() == [
+        "loading",
+        "no such model",
+        "Error: the worker has ended; its log is /data/logs/worker.log [stack_error]",
+    ]

@@ -1,4 +1,4 @@
-"""`zlora webhooks`: what waits, what was given up, and another try for it."""
+"""`zlora webhooks`: webhooks that wait, webhooks that were given up, and how to resend them."""
 
 import json
 import time
@@ -19,7 +19,7 @@ URL = "https://receiver.invalid/hook"
 
 @pytest.fixture
 def client(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """Of the broker of this process's environment, which is empty."""
+    """Open a client of an empty broker, which this process's environment names."""
     monkeypatch.setenv("ZLORA_BROKER_URL", broker_url)
     with redis.Redis.from_url(broker_url) as connection:
         connection.flushall()
@@ -32,7 +32,7 @@ def run(*arguments: str) -> Result:
 
 
 def give_up(client: Client, job_id: str) -> None:
-    """As a companion whose receiver has refused the end of a job for two hours."""
+    """Give up a webhook, as the sidecar does if a receiver refuses it for two hours."""
     inside: Any = client._broker
     ledger = inside._ledger
     client.submit({"prompt": "a city"}, job_id=job_id, webhook_url=URL)
@@ -46,15 +46,15 @@ def give_up(client: Client, job_id: str) -> None:
         last=time.time(),
         reason="it says\n500",
     )
-    Outbox(ledger.redis, "gpu").bury(letter)
+    Outbox(ledger.redis, "gpu").give_up(letter)
 
 
-def test_what_was_given_up_is_told_and_sent_again(client: Client) -> None:
+def test_a_webhook_that_was_given_up_is_printed_and_resent(client: Client) -> None:
     give_up(client, "j")
-    told, as_json = run(), run("--json")
+    as_lines, as_json = run(), run("--json")
     resent = run("--resend", "j", "--json")
 
-    assert (told.exit_code, told.stdout) == (
+    assert (as_lines.exit_code, as_lines.stdout) == (
         0,
         f"0 wait, 1 given up\nj  job.failed  {URL}  after 9 tries: it says?500\n",
     )
@@ -63,13 +63,13 @@ def test_what_was_given_up_is_told_and_sent_again(client: Client) -> None:
     assert json.loads(resent.stdout) == {"pending": 1, "dead": [], "resent": {"j": True}}
 
 
-def test_what_is_not_known_any_more_is_told_beside_the_others(client: Client) -> None:
+def test_an_unknown_job_is_printed_with_the_others(client: Client) -> None:
     give_up(client, "j")
-    result = run("--resend", "stranger", "--resend", "j")
+    result = run("--resend", "unknown", "--resend", "j")
 
     assert result.exit_code == 66
     assert result.stdout.splitlines() == [
-        "stranger  has no webhook, or is not known any more",
+        "unknown  is unknown, or has no webhook",
         "j  is sent again",
         "1 wait, 0 given up",
     ]
@@ -78,7 +78,7 @@ def test_what_is_not_known_any_more_is_told_beside_the_others(client: Client) ->
 @pytest.mark.parametrize(
     "command", [["webhooks"], ["batch", "jobs.jsonl", "--out", "results.jsonl"]]
 )
-def test_a_url_that_nobody_can_open_is_a_typed_error(
+def test_a_wrong_url_of_the_broker_is_a_typed_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
 ) -> None:
     monkeypatch.setenv("ZLORA_BROKER_URL", "redis://:s3cret@h/0?ssl=true")
@@ -90,7 +90,7 @@ def test_a_url_that_nobody_can_open_is_a_typed_error(
     assert "s3cret" not in result.output
 
 
-def test_a_broker_that_is_away_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broker_that_does_not_answer_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZLORA_BROKER_URL", "redis://127.0.0.1:1/0")
     result = run("--json")
 

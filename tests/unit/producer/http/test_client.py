@@ -1,4 +1,7 @@
-"""What answers mean, which of them are asked for again, and whose certificates count; over real sockets."""
+"""What answers mean, which requests are retried, and which certificates are trusted.
+
+Over real sockets, through a worker's `Fetcher`.
+"""
 
 import io
 import itertools
@@ -14,6 +17,7 @@ from support.processes import free_port
 from support.servers import (
     Answer,
     Authority,
+    Host,
     Request,
     downloaded,
     failure,
@@ -33,10 +37,9 @@ from zlora.errors import (
     LoraUnreachable,
 )
 from zlora.http import client
-from zlora.http.client import HttpClient, TransientError, with_retries
+from zlora.http.client import HttpClient, HttpError
 
 BODY = lora_bytes(1)
-PASSING = (408, 425, 429, 500, 502, 503, 504, 599)
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +48,13 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_turn(*answers: bytes) -> Answer:
-    """A host that answers differently each time, and at last always the same."""
+    """Answer each request with the next of `answers`, and all further ones with the last."""
     left = list(answers)
     return lambda _: left.pop(0) if len(left) > 1 else left[0]
 
 
 def tries_of(folder: Path, answer: Answer | bytes) -> tuple[LoraError, int]:
-    """How a fetch fails, and after how many requests."""
+    """Return the error of a fetch and the number of its requests."""
     with serving(answer) as host, fetching(folder, host) as fetcher:
         return failure(fetcher, f"{host.url}/x?sig=s3cret"), len(host.requests)
 
@@ -59,27 +62,21 @@ def tries_of(folder: Path, answer: Answer | bytes) -> tuple[LoraError, int]:
 # --- what answers mean
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        *((status, LoraNotFound) for status in (404, 410)),
-        *((status, LoraForbidden) for status in (400, 401, 402, 403, 405, 416, 418, 451)),
-        *((status, LoraUnreachable) for status in PASSING),
-        *((status, LoraUnreachable) for status in (201, 204, 206, 300, 301, 304, 305)),
-    ],
-)
-def test_each_status_has_its_word_and_only_what_may_pass_is_asked_for_again(
-    tmp_path: Path, status: int, kind: type[LoraError]
-) -> None:
-    error, tries = tries_of(tmp_path, reply(b"why s3cret", status=status))
+def test_only_transient_statuses_are_retried() -> None:
+    statuses = {404: False, 401: False, 204: False, 206: False, 301: False, 304: False}
+    statuses |= dict.fromkeys((408, 425, 429, 500, 503, 599), True)
+    for status, transient in statuses.items():
+        with serving(reply(b"why s3cret", status=status)) as host:
+            http = HttpClient([host.name])
+            with pytest.raises(HttpError) as raised:
+                http.with_retries(lambda: http.get_bytes(f"{host.url}/x", max_bytes=9), seconds=60)  # noqa: B023 - called at once
 
-    assert type(error) is kind
-    assert error.details == {"status": status}
-    assert str(status) in error.message
-    assert tries == (3 if status in PASSING else 1)
+        assert str(raised.value) == f"the server answers {status}"
+        assert (raised.value.status, raised.value.transient) == (status, transient)
+        assert len(host.requests) == (3 if transient else 1)
 
 
-def test_what_passes_is_not_seen(tmp_path: Path) -> None:
+def test_a_transient_failure_is_retried(tmp_path: Path) -> None:
     with (
         serving(in_turn(reply(status=503), b"", reply(BODY))) as host,
         fetching(tmp_path, host) as fetcher,
@@ -89,22 +86,21 @@ def test_what_passes_is_not_seen(tmp_path: Path) -> None:
     assert len(host.requests) == 3
 
 
-def test_a_refusal_after_what_passes_is_final(tmp_path: Path) -> None:
+def test_a_refusal_after_a_transient_failure_is_final(tmp_path: Path) -> None:
     error, tries = tries_of(tmp_path, in_turn(reply(status=503), reply(status=404)))
 
     assert type(error) is LoraNotFound
     assert tries == 2
 
 
-def test_a_failure_of_the_network_is_never_one_of_the_file(tmp_path: Path) -> None:
-    """Whatever the network does, the same job may succeed later."""
+def test_a_network_failure_is_retryable_and_never_blamed_on_the_file(tmp_path: Path) -> None:
     for answer in (b"", reply(status=502), reply(BODY[:50], length=len(BODY)), b"HTTP/1.1 200"):
         error, _ = tries_of(tmp_path, answer)
         assert type(error) is LoraUnreachable
         assert error.retryable
 
 
-def test_a_login_page_behind_a_redirect_is_a_refusal(tmp_path: Path) -> None:
+def test_a_redirect_to_a_login_page_is_forbidden(tmp_path: Path) -> None:
     def site(request: Request) -> bytes:
         return (
             reply(b"<html>")
@@ -119,7 +115,7 @@ def test_a_login_page_behind_a_redirect_is_a_refusal(tmp_path: Path) -> None:
 
 
 def test_the_body_of_a_redirect_is_not_read(tmp_path: Path) -> None:
-    """Nobody asked for it, and it may be as large as the server likes."""
+    """It may be as large as the server likes."""
 
     def answer(request: Request) -> bytes | Iterable[bytes]:
         if request.target == "/y":
@@ -138,11 +134,11 @@ def test_the_body_of_a_redirect_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_short_wait_that_the_server_asks_for_is_waited_for(
+def test_a_short_retry_after_is_waited_for(
     tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(client, "_wait", lambda _over, seconds, _on_pause: waited.append(seconds))
+    monkeypatch.setattr(client, "_sleep", lambda seconds, _over, _on_pause: waited.append(seconds))
     with (
         serving(in_turn(reply(status=status, Retry_After="2"), reply(BODY))) as host,
         fetching(tmp_path, host) as fetcher,
@@ -152,39 +148,40 @@ def test_a_short_wait_that_the_server_asks_for_is_waited_for(
     assert waited == [2.0]
 
 
-def test_a_long_wait_is_told_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_long_retry_after_is_reported_and_not_waited_for(tmp_path: Path) -> None:
     error, tries = tries_of(tmp_path, reply(status=429, Retry_After="60"))
 
     assert error.details == {"status": 429, "retry_after": 60.0}
     assert tries == 1
 
 
-def test_a_wait_until_a_moment_is_told_in_seconds(tmp_path: Path) -> None:
+def test_a_retry_after_date_is_reported_in_seconds(tmp_path: Path) -> None:
     moment = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
     error, _ = tries_of(tmp_path, reply(status=503, Retry_After=moment))
 
     assert 90 < error.details["retry_after"] <= 100
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["-5", "-999999999999", "1e9", "nan", "inf", "\xb2", "9" * 5000, "soon", "Thu, 01 Jan 1970 00:00:00 GMT",
-     "Mon, 01 Jan 2024 00:00:00 +99999999999999999999", "Mon, 01 Jan 0001 00:00:00 +2359", "9" * 9,
-     "Fri, 31 Dec 9999 23:59:59 -2359", "Mon, 99 Foo 99999 99:99:99 GMT", "0", "a\r\n b", ""],
-)  # fmt: skip
-def test_no_word_for_a_wait_breaks_anything_or_holds_a_job_for_more_than_an_hour(
-    tmp_path: Path, text: str
-) -> None:
-    error, _ = tries_of(tmp_path, reply(status=503, Retry_After=text))
+def test_no_retry_after_breaks_anything_or_exceeds_an_hour() -> None:
+    texts = ["-5", "-999999999999", "1e9", "nan", "inf", "\xb2", "9" * 5000, "9" * 9, "0", ""]
+    texts += ["soon", "a\r\n b", "Thu, 01 Jan 1970 00:00:00 GMT"]
+    texts += ["Mon, 01 Jan 2024 00:00:00 +99999999999999999999", "Mon, 99 Foo 99999 99:99:99 GMT"]
+    texts += ["Mon, 01 Jan 0001 00:00:00 +2359", "Fri, 31 Dec 9999 23:59:59 -2359"]
+    for text in texts:
+        with (
+            serving(reply(status=503, Retry_After=text)) as host,
+            pytest.raises(HttpError) as raised,
+        ):
+            HttpClient([host.name]).get_bytes(f"{host.url}/x", max_bytes=9)
 
-    assert type(error) is LoraUnreachable
-    assert 0 <= error.details.get("retry_after", 0) <= 3600
+        assert raised.value.status == 503
+        assert 0 <= (raised.value.retry_after or 0) <= 3600
 
 
-def test_whoever_waits_is_asked_in_the_pauses_and_may_end_them(
+def test_the_watcher_is_called_in_pauses_and_may_end_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that is cancelled leaves the queue at once, not after the server's wait."""
+    """A cancelled job ends at once, not after the pause."""
     monkeypatch.setattr(client, "_PAUSES", (60.0, 60.0))
 
     def end(_received: int, _expected: int) -> None:
@@ -208,48 +205,54 @@ def slow(answer: Callable[[Request], bytes], seconds: float) -> Answer:
     return later
 
 
-def test_the_deadline_is_one_for_all_redirects(tmp_path: Path) -> None:
-    """Each of them is quick enough by itself."""
+def test_the_deadline_is_one_for_all_redirects() -> None:
+    """Each redirect alone is quick enough."""
 
     def answer(request: Request) -> bytes:
-        hops = int(request.target[1:].partition("?")[0])
-        return reply(status=302, Location=f"/{hops - 1}?sig=s3cret") if hops else reply(BODY)
+        hops = int(request.target[1:])
+        return reply(status=302, Location=f"/{hops - 1}") if hops else reply(BODY)
 
-    with (
-        serving(slow(answer, 0.3)) as host,
-        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
-    ):
-        assert type(failure(fetcher, f"{host.url}/4")) is LoraUnreachable
+    with serving(slow(answer, 0.15)) as host:
+        http = HttpClient([host.name])
+        with pytest.raises(HttpError, match=r"not complete after 0\.4 s"):
+            http.with_retries(lambda: http.get_bytes(f"{host.url}/4", max_bytes=9), seconds=0.4)
 
 
-def test_the_deadline_is_one_for_all_tries(tmp_path: Path) -> None:
-    with (
-        serving(slow(lambda _: reply(status=503), 0.6)) as host,
-        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
-    ):
-        assert "after 1 s" in failure(fetcher, f"{host.url}/x").message
+def test_the_deadline_is_one_for_all_tries() -> None:
+    with serving(slow(lambda _: reply(status=503), 0.3)) as host:
+        http = HttpClient([host.name])
+        with pytest.raises(HttpError, match=r"not complete after 0\.4 s"):
+            http.with_retries(lambda: http.get_bytes(f"{host.url}/x", max_bytes=9), seconds=0.4)
 
     assert len(host.requests) == 2
 
 
+def read_all(host: Host, *, timeout: float) -> None:
+    with HttpClient([host.name]).open(f"{host.url}/x", timeout=timeout) as response:
+        while response.read(1000):
+            pass
+
+
 @pytest.mark.parametrize("start", [b"", reply(BODY[:100], length=len(BODY))], ids=["head", "body"])
 def test_a_server_that_falls_silent_is_unreachable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes
+    start: bytes,
 ) -> None:
-    monkeypatch.setattr(client, "READ_SECONDS", 0.2)
     done = Event()
 
     def answer(_: Request) -> Iterator[bytes]:
         yield start
         done.wait(20)
 
-    with serving(answer) as host, fetching(tmp_path, host, ZLORA_LORA_DEADLINE="2") as fetcher:
-        assert type(failure(fetcher, f"{host.url}/x?sig=s3cret")) is LoraUnreachable
+    with serving(answer) as host:
+        with pytest.raises(HttpError) as raised:
+            read_all(host, timeout=0.2)
         done.set()
 
+    assert raised.value.transient
 
-def test_an_attempt_that_ends_after_the_deadline_counts_for_nothing() -> None:
-    """What was cut may look like what has ended."""
+
+def test_the_result_of_an_attempt_after_the_deadline_is_discarded() -> None:
+    """A body that the deadline cut may look complete."""
 
     def attempt() -> str:
         time.sleep(0.2)
@@ -260,27 +263,57 @@ def test_an_attempt_that_ends_after_the_deadline_counts_for_nothing() -> None:
         raise LoraTooLarge
 
     for late in (attempt, fail):
-        with pytest.raises(LoraUnreachable):
-            with_retries(HttpClient(), late, name="x", seconds=0.05, on_pause=lambda: None)
+        with pytest.raises(HttpError, match="not complete"):
+            HttpClient().with_retries(late, seconds=0.05, cut_errors=LoraTooLarge)
 
 
-def test_what_never_passes_is_tried_three_times() -> None:
+def test_a_failure_that_stays_transient_is_raised_after_three_tries() -> None:
     tries: list[int] = []
 
     def attempt() -> None:
         tries.append(1)
-        raise TransientError(LoraUnreachable("still"))
+        raise HttpError("still", transient=True)
 
-    with pytest.raises(LoraUnreachable, match="still"):
-        with_retries(HttpClient(), attempt, name="x", seconds=60, on_pause=lambda: None)
+    with pytest.raises(HttpError, match="still"):
+        HttpClient().with_retries(attempt, seconds=60)
 
     assert len(tries) == 3
 
 
-# --- what is no HTTP
+# --- POST
 
 
-def test_a_port_that_nobody_listens_on_is_unreachable(tmp_path: Path) -> None:
+def test_a_post_succeeds_with_2xx_only_and_follows_no_redirect() -> None:
+    for status, succeeds in {200: True, 204: True, 302: False, 410: False, 503: False}.items():
+        with serving(reply(status=status, Location="/elsewhere", Retry_After="7")) as host:
+            if succeeds:
+                HttpClient([host.name]).post(
+                    f"{host.url}/x", b"", headers={}, seconds=9
+                )  # must not raise
+            else:
+                with pytest.raises(HttpError) as raised:
+                    HttpClient([host.name]).post(f"{host.url}/x", b"", headers={}, seconds=9)
+                assert (raised.value.status, raised.value.retry_after) == (status, 7.0)
+
+        assert host.asked == ["POST /x"]
+
+
+def test_a_post_ends_at_its_deadline() -> None:
+    def drip(_: Request) -> Iterator[bytes]:
+        for _index in range(20):
+            yield b"HTTP/1.1 100 Continue\r\n\r\n"
+            time.sleep(0.05)
+
+    with serving(drip) as host, pytest.raises(HttpError, match="no answer in time") as raised:
+        HttpClient([host.name]).post(f"{host.url}/x", b"", headers={}, seconds=0.2)
+
+    assert raised.value.transient
+
+
+# --- servers that do not speak HTTP
+
+
+def test_a_closed_port_is_unreachable(tmp_path: Path) -> None:
     name = f"127.0.0.1:{free_port()}"
     with fetching(tmp_path, ZLORA_ALLOW_HOSTS=name) as fetcher:
         error = failure(fetcher, f"http://{name}/x?sig=s3cret")
@@ -291,12 +324,30 @@ def test_a_port_that_nobody_listens_on_is_unreachable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"", b"\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 1000, b"HTTP/1.1 -200 OK\r\n\r\n",
-     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200, b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000, b"<html>200</html>"],
-    ids=["nothing", "empty lines", "ssh", "no status", "zeros", "negative", "too many headers", "too long a header",
-         "HTTP/0.9"],
-)  # fmt: skip
-def test_what_is_no_http_is_unreachable(tmp_path: Path, answer: bytes) -> None:
+    [
+        b"",
+        b"\r\n\r\n",
+        b"SSH-2.0-OpenSSH\r\n",
+        b"HTTP/1.1 abc\r\n\r\n",
+        b"\x00" * 1000,
+        b"HTTP/1.1 -200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200,
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000,
+        b"<html>200</html>",
+    ],
+    ids=[
+        "nothing",
+        "empty lines",
+        "ssh",
+        "no status",
+        "zeros",
+        "negative",
+        "too many headers",
+        "too long a header",
+        "HTTP/0.9",
+    ],
+)
+def test_an_answer_that_is_not_http_is_unreachable(tmp_path: Path, answer: bytes) -> None:
     assert type(failure_of(tmp_path, answer)) is LoraUnreachable
 
 
@@ -305,11 +356,11 @@ def test_what_is_no_http_is_unreachable(tmp_path: Path, answer: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """A certificate authority of this file's own."""
+    """Return a certificate authority for this file only."""
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
-def test_a_certificate_of_the_operator_s_authority_and_the_right_name_is_trusted(
+def test_a_certificate_of_the_operators_authority_is_trusted(
     tmp_path: Path, authority: Authority
 ) -> None:
     with serving(reply(BODY), tls=authority.server("localhost")) as host:
@@ -327,7 +378,7 @@ def test_a_certificate_of_the_operator_s_authority_and_the_right_name_is_trusted
 def test_a_certificate_of_another_name_or_authority_is_not_allowed(
     tmp_path: Path, authority: Authority, name: str, trusts: bool
 ) -> None:
-    """Once: it will not be another the next time, and nothing is asked of such a server."""
+    """Without a retry, and without a request to such a server."""
     with serving(reply(BODY), tls=authority.server(name)) as host:
         allowed = {"ZLORA_ALLOW_HOSTS": f"localhost:{host.port}"}
         bundle = {"ZLORA_CA_BUNDLE": str(authority.bundle)} if trusts else {}
@@ -356,6 +407,6 @@ def test_a_redirect_to_a_server_with_a_certificate_of_another_name_is_not_allowe
         assert target.requests == []
 
 
-def test_a_server_that_speaks_no_tls_is_unreachable_over_https(tmp_path: Path) -> None:
+def test_a_server_without_tls_is_unreachable_over_https(tmp_path: Path) -> None:
     with serving(reply(BODY)) as host, fetching(tmp_path, host) as fetcher:
         assert type(failure(fetcher, f"https://{host.name}/x?sig=s3cret")) is LoraUnreachable

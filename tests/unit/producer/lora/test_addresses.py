@@ -1,6 +1,7 @@
-"""References as people write and paste them: what they mean, and what is asked of Hugging Face and Civitai for them."""
+"""Addresses as people write and paste them, and the requests that they cause."""
 
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.http import client
-from zlora.lora.addresses import civitai_url, hub_file, reference
+from zlora.lora.addresses import canonical, civitai_url, hub_file
 from zlora_worker.fetch.transfer import Fetched
 
 BODY = lora_bytes(1)
@@ -45,7 +46,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0))
 
 
-# --- what they mean
+# --- spellings
 
 
 @pytest.mark.parametrize(
@@ -60,17 +61,29 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf://o/r/ä ?#.safetensors", "/o/r/resolve/main/%C3%A4%20%3F%23.safetensors"),
     ],
 )
-def test_a_reference_is_a_url_of_the_hub(address: str, url: str) -> None:
+def test_a_hub_reference_has_a_download_url(address: str, url: str) -> None:
     assert hub_file(address).url(HUB) == f"{HUB}{url}"
     assert hub_file(address).url("http://mirror") == f"http://mirror{url}"
 
 
 @pytest.mark.parametrize(
     "address",
-    ["hf://", "hf://o", "hf://o/r/../x", "hf://o/r/./x", "hf://o/r@../x", "hf://o/r/x@..", "hf://o/r@%2e%2e/x",
-     "hf://o/r@a%2f..%2fb/x", "hf://../r/x", "hf://o/r//x", "hf://buckets/o/r/x", "hf://us3r:s3cret@o/r/x"],
-)  # fmt: skip
-def test_a_reference_that_means_no_file_or_climbs_is_not_found(address: str) -> None:
+    [
+        "hf://",
+        "hf://o",
+        "hf://o/r/../x",
+        "hf://o/r/./x",
+        "hf://o/r@../x",
+        "hf://o/r/x@..",
+        "hf://o/r@%2e%2e/x",
+        "hf://o/r@a%2f..%2fb/x",
+        "hf://../r/x",
+        "hf://o/r//x",
+        "hf://buckets/o/r/x",
+        "hf://us3r:s3cret@o/r/x",
+    ],
+)
+def test_a_reference_without_a_file_or_with_dots_is_not_found(address: str) -> None:
     with pytest.raises(LoraNotFound) as raised:
         hub_file(address)
     assert "s3cret" not in str(raised.value)
@@ -78,7 +91,7 @@ def test_a_reference_that_means_no_file_or_climbs_is_not_found(address: str) -> 
 
 @untimed
 @given(st.text("ab/@.-_%2Fé:?#\\ ~[]\n", max_size=30))
-def test_any_text_is_a_reference_below_the_hub_or_a_typed_error(text: str) -> None:
+def test_any_text_is_a_path_below_the_hub_or_a_typed_error(text: str) -> None:
     try:
         file = hub_file(f"hf://{text}")
     except LoraError:
@@ -89,7 +102,7 @@ def test_any_text_is_a_reference_below_the_hub_or_a_typed_error(text: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("page", "meant"),
+    ("page", "reference"),
     [
         (f"{HUB}/o/r", "hf://models/o/r@main"),
         (f"{HUB}/o/r/tree/main", "hf://models/o/r@main"),
@@ -107,22 +120,35 @@ def test_any_text_is_a_reference_below_the_hub_or_a_typed_error(text: str) -> No
         ),
     ],
 )
-def test_a_page_means_its_file(page: str, meant: str) -> None:
-    assert reference(page) == meant
+def test_the_url_of_a_page_is_understood_as_a_reference(page: str, reference: str) -> None:
+    assert canonical(page) == reference
 
 
 @pytest.mark.parametrize(
     "url",
-    [f"{HUB}/api/models/o/r", f"{HUB}@evil.example/o/r", f"{HUB}.evil.example/o/r", f"{HUB}:444/o/r/blob/main/x",
-     "https://civitai.com/user/x", "http://civitai.com/api/download/models/7", "https://evil.example/o/r/resolve/main/x",
-     "https://x@civitai.com/api/download/models/7", "s3://civitai.com/models/7",
-     "http://www.civitai.com/api/download/models/7", "https://www.civitai.com.evil.example/api/download/models/7",
-     "https://wwww.civitai.com/api/download/models/7", "http://hf.co/o/r/blob/main/x", "https://x@hf.co/o/r/blob/main/x",
-     "https://hf.co:444/o/r/blob/main/x", "https://evil-hf.co/o/r/blob/main/x", "https://hf.co.evil.example/o/r"],
-)  # fmt: skip
-def test_any_other_url_means_itself(url: str) -> None:
-    """It is asked for without a token."""
-    assert reference(url) == url
+    [
+        f"{HUB}/api/models/o/r",
+        f"{HUB}@evil.example/o/r",
+        f"{HUB}.evil.example/o/r",
+        f"{HUB}:444/o/r/blob/main/x",
+        "https://civitai.com/user/x",
+        "http://civitai.com/api/download/models/7",
+        "https://evil.example/o/r/resolve/main/x",
+        "https://x@civitai.com/api/download/models/7",
+        "s3://civitai.com/models/7",
+        "http://www.civitai.com/api/download/models/7",
+        "https://www.civitai.com.evil.example/api/download/models/7",
+        "https://wwww.civitai.com/api/download/models/7",
+        "http://hf.co/o/r/blob/main/x",
+        "https://x@hf.co/o/r/blob/main/x",
+        "https://hf.co:444/o/r/blob/main/x",
+        "https://evil-hf.co/o/r/blob/main/x",
+        "https://hf.co.evil.example/o/r",
+    ],
+)
+def test_any_other_url_is_unchanged(url: str) -> None:
+    """Such a URL is requested without a token."""
+    assert canonical(url) == url
 
 
 @pytest.mark.parametrize("rest", ["", "x", "7/../8", "-1", "\xb2", "9" * 13, "7#x", "7\n"])
@@ -131,27 +157,21 @@ def test_a_version_is_a_number(rest: str) -> None:
         civitai_url(f"civitai://{rest}")
 
 
-def test_a_page_of_many_versions_says_what_to_name() -> None:
+def test_a_civitai_page_without_a_version_is_refused_with_advice() -> None:
     with pytest.raises(LoraNotFound, match="version"):
-        reference("https://civitai.com/models/1?sig=s3cret")
+        canonical("https://civitai.com/models/1?sig=s3cret")
 
 
-@pytest.mark.parametrize(
-    "site",
-    ["https://civitai.com", "https://huggingface.co", "https://www.civitai.com", "https://hf.co"],
-)
-@pytest.mark.parametrize(
-    "form", ["{0}@{1}/x", "{0}.evil.example@{1}/x", "{0}:443@{1}/api/download/models/1"]
-)
-def test_a_host_that_looks_like_a_site_gets_no_token_and_no_connection(
-    tmp_path: Path, site: str, form: str
-) -> None:
+def test_a_host_that_looks_like_a_site_gets_no_token_and_no_connection(tmp_path: Path) -> None:
+    sites = ("civitai.com", "huggingface.co", "www.civitai.com", "hf.co")
+    forms = ("{0}@{1}/x", "{0}.evil.example@{1}/x", "{0}:443@{1}/api/download/models/1")
     with (
         serving(reply(BODY)) as host,
         fetching(tmp_path, host, HF_TOKEN="t0ken", CIVITAI_TOKEN="t0ken") as fetcher,
         watched_connections() as connections,
     ):
-        failure(fetcher, form.format(site, host.name))
+        for site, form in itertools.product(sites, forms):
+            failure(fetcher, form.format(f"https://{site}", host.name))
 
     assert connections == []
 
@@ -160,7 +180,7 @@ def test_a_host_that_looks_like_a_site_gets_no_token_and_no_connection(
 
 
 def repository(*names: str, sha: str = COMMIT, linked: str = DIGEST) -> Answer:
-    """A hub with one repository; its files lie behind a redirect, as large ones do."""
+    """Return a hub with one repository whose files are behind a redirect, as large files are."""
 
     def answer(request: Request) -> bytes:
         if request.target.startswith("/api/"):
@@ -173,7 +193,7 @@ def repository(*names: str, sha: str = COMMIT, linked: str = DIGEST) -> Answer:
     return answer
 
 
-def test_a_file_of_a_repository_is_asked_for_at_its_revision(tmp_path: Path) -> None:
+def test_a_file_of_a_repository_is_requested_at_its_revision(tmp_path: Path) -> None:
     with serving(repository()) as host, fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher:
         assert downloaded(fetcher, "hf://owner/repo/a/x y.safetensors@refs/pr/1")[0] == BODY
 
@@ -181,7 +201,7 @@ def test_a_file_of_a_repository_is_asked_for_at_its_revision(tmp_path: Path) -> 
     assert host.asked == [f"HEAD {target}", f"GET {target}"]
 
 
-def test_the_one_lora_of_a_repository_is_taken_at_the_commit_that_was_listed(
+def test_the_only_lora_of_a_repository_is_requested_at_the_listed_commit(
     tmp_path: Path,
 ) -> None:
     with (
@@ -210,7 +230,7 @@ def test_a_page_of_the_hub_is_understood_as_its_file(tmp_path: Path) -> None:
     assert {request.headers["authorization"] for request in host.requests} == {"Bearer t0ken"}
 
 
-def test_the_hub_s_digest_is_compared_with_the_bytes_and_saves_a_download(tmp_path: Path) -> None:
+def test_the_checksum_of_the_hub_is_verified_and_saves_a_download(tmp_path: Path) -> None:
     here = Fetched(sha256=DIGEST, size=len(BODY))
     files = {DIGEST: here}
     with serving(repository()) as host, fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher:
@@ -224,7 +244,7 @@ def test_the_hub_s_digest_is_compared_with_the_bytes_and_saves_a_download(tmp_pa
         assert type(failure(fetcher, "hf://owner/repo/x.safetensors")) is LoraCorrupt
 
 
-def test_a_repository_that_has_another_name_now_is_followed_with_the_token(tmp_path: Path) -> None:
+def test_a_renamed_repository_is_followed_with_the_token(tmp_path: Path) -> None:
     def renamed(request: Request) -> bytes | Iterable[bytes]:
         if request.target.startswith("/owner/old/"):
             return reply(status=307, Location=request.target.replace("old", "new"))
@@ -243,9 +263,7 @@ def test_a_repository_that_has_another_name_now_is_followed_with_the_token(tmp_p
 @pytest.mark.parametrize(
     "location", ["http://[", "https://h:x/", "//", "\xff", "", "http://\xe2\x84\x80/x"]
 )
-def test_a_hub_that_answers_head_with_a_strange_location_breaks_nothing(
-    tmp_path: Path, location: str
-) -> None:
+def test_a_malformed_location_breaks_nothing(tmp_path: Path, location: str) -> None:
     for status in (200, 302):
 
         def answer(request: Request, status: int = status) -> bytes:
@@ -288,7 +306,7 @@ def test_a_hub_that_answers_head_with_a_strange_location_breaks_nothing(
         "large",
     ],
 )
-def test_a_list_of_files_that_names_no_one_lora_is_a_typed_error(
+def test_a_listing_without_exactly_one_lora_is_a_typed_error(
     tmp_path: Path, listing: bytes, kind: type[Exception]
 ) -> None:
     with serving(reply(listing)) as host, fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher:
@@ -297,8 +315,8 @@ def test_a_list_of_files_that_names_no_one_lora_is_a_typed_error(
     assert len(host.requests) == 1
 
 
-def test_a_list_of_files_that_breaks_off_is_unreachable(tmp_path: Path) -> None:
-    """Never taken for a repository that has no LoRA."""
+def test_a_listing_that_breaks_off_is_unreachable(tmp_path: Path) -> None:
+    """It is not taken for the listing of a repository without LoRAs."""
     with (
         serving(reply(b'{"siblings":[', length=100)) as host,
         fetching(tmp_path, HF_ENDPOINT=host.url) as fetcher,
@@ -308,8 +326,8 @@ def test_a_list_of_files_that_breaks_off_is_unreachable(tmp_path: Path) -> None:
     assert len(host.requests) == 3
 
 
-def test_the_short_name_of_the_hub_means_the_public_one(tmp_path: Path) -> None:
-    """Whoever has a mirror gets no page of another site from it, nor does that site get the mirror's token."""
+def test_the_short_name_of_the_hub_is_the_public_hub(tmp_path: Path) -> None:
+    """With a mirror configured, neither the mirror nor its token is used for the public hub."""
     with (
         serving(repository()) as host,
         fetching(tmp_path, HF_ENDPOINT=host.url, HF_TOKEN="t0ken") as fetcher,
@@ -328,7 +346,7 @@ def test_the_short_name_of_the_hub_means_the_public_one(tmp_path: Path) -> None:
     "form",
     ["civitai://128713", "{0}/api/download/models/128713", "{0}/models/9/a?modelVersionId=128713"],
 )
-def test_a_version_is_one_download_however_it_is_written(tmp_path: Path, form: str) -> None:
+def test_every_spelling_of_a_version_is_the_same_download(tmp_path: Path, form: str) -> None:
     with (
         serving(reply(BODY)) as host,
         fetching(tmp_path, ZLORA_CIVITAI_URL=host.url, CIVITAI_TOKEN="t0ken") as fetcher,
@@ -339,7 +357,7 @@ def test_a_version_is_one_download_however_it_is_written(tmp_path: Path, form: s
     assert [request.headers["authorization"] for request in host.requests] == ["Bearer t0ken"]
 
 
-def test_the_query_of_a_download_is_kept_and_told_to_nobody(tmp_path: Path) -> None:
+def test_the_query_of_a_download_is_sent_but_in_no_message(tmp_path: Path) -> None:
     with (
         serving(reply(status=401)) as host,
         fetching(tmp_path, ZLORA_CIVITAI_URL=host.url) as fetcher,

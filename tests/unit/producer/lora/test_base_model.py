@@ -1,4 +1,4 @@
-"""What a LoRA file says of itself: its base and its trigger words, told from its header."""
+"""Base model, ranks and trigger words of a LoRA file, from its header."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 from zlora.errors import LoraMismatch
-from zlora.lora.base_model import LoraInfo, describe, require_lora, told
+from zlora.lora.base_model import LoraInfo, describe, detect_base_model, require_lora
 from zlora.lora.safetensors_header import Header, TensorInfo
 
 SDXL: Final = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -25,7 +25,7 @@ def header_of(
 def lora(
     module: str = SDXL, *, width: int = 2048, metadata: Mapping[str, str] | None = None
 ) -> Header:
-    """A LoRA of one module that reads `width` numbers, as kohya names it."""
+    """Return a LoRA of one module that reads `width` numbers, as kohya names it."""
     return header_of(
         {f"{module}.lora_down.weight": (4, width), f"{module}.lora_up.weight": (8, 4)}, metadata
     )
@@ -58,7 +58,7 @@ def described(header: Header) -> LoraInfo:
         (header_of({f"{SDXL}.diff": (4, 1024)}), "SD 2.x"),
     ],
 )
-def test_the_base_is_told_by_layers_then_shapes_then_metadata(
+def test_the_base_model_is_detected_by_layers_then_shapes_then_metadata(
     header: Header, base: str | None
 ) -> None:
     assert described(header).base == base
@@ -93,14 +93,14 @@ MANY: Final = {"a": {f"tag {number}": number for number in range(1, 40)}}
         ({"ss_tag_frequency": json.dumps({"a": {"b": 1.5}})}, ()),
     ],
 )
-def test_trigger_words_are_the_phrase_or_the_most_frequent_tags_and_short_and_printable(
+def test_trigger_words_are_the_phrase_or_the_most_frequent_tags(
     metadata: Mapping[str, str], words: tuple[str, ...]
 ) -> None:
     assert described(lora(metadata=metadata)).trigger_words == words
 
 
-def test_a_base_is_told_in_a_clause_that_says_by_what() -> None:
-    """A stranger's text in it is short."""
+def test_the_clause_says_how_the_base_model_was_detected() -> None:
+    """Text of the file is cut to a short length."""
     for header, clause in (
         (lora(width=768), "made for SD 1.x: cross-attention width 768"),
         (
@@ -117,7 +117,7 @@ def test_a_base_is_told_in_a_clause_that_says_by_what() -> None:
             + ")",
         ),
     ):
-        origin = told(header)
+        origin = detect_base_model(header)
         assert origin is not None
         assert origin.clause == clause
 
@@ -127,7 +127,7 @@ def test_a_base_is_told_in_a_clause_that_says_by_what() -> None:
     [("lora_down.weight", 7), ("hada_w1_b", 7), ("lokr_w1_b", 7), ("lokr_w2_b", 7), ("diff", None)],
 )
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
-def test_a_rank_is_the_first_side_of_its_factor(
+def test_the_rank_is_the_first_dimension_of_its_factor(
     part: str, rank: int | None, kernel: tuple[int, ...]
 ) -> None:
     header = header_of(
@@ -137,13 +137,17 @@ def test_a_rank_is_the_first_side_of_its_factor(
     assert described(header).ranks == ((rank,) if rank else ())
 
 
-def test_a_factor_without_sides_has_no_rank() -> None:
+def test_a_scalar_factor_has_no_rank() -> None:
     assert described(header_of({"lora_unet_conv_in.lora_down.weight": ()})).ranks == ()
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("weight", "no LoRA"), (f"{SDXL}.oft_blocks", "OFT"), ("weight\nCRITICAL" * 50, "no LoRA")],
+    [
+        ("weight", "not a LoRA"),
+        (f"{SDXL}.oft_blocks", "OFT"),
+        ("weight\nCRITICAL" * 50, "not a LoRA"),
+    ],
 )
 def test_a_file_that_no_worker_reads_is_a_mismatch_in_one_short_line(name: str, words: str) -> None:
     with pytest.raises(LoraMismatch, match=words) as raised:

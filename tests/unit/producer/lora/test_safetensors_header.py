@@ -1,4 +1,4 @@
-"""A safetensors header: what safetensors writes is read, and a file that is not sound is refused."""
+"""Headers that safetensors writes are read, and invalid files are refused."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,9 @@ DTYPES = {
     torch.float64: "F64",
 }
 one_folder = settings(
-    untimed, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    untimed,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
@@ -67,7 +69,7 @@ def entry(
     dtypes=st.lists(st.sampled_from(list(DTYPES)), min_size=5, max_size=5),
     metadata=st.none() | st.dictionaries(st.text(max_size=10), st.text(max_size=10), max_size=3),
 )
-def test_what_safetensors_writes_is_read_with_the_same_names_shapes_types_and_metadata(
+def test_files_of_safetensors_are_read_with_the_same_tensors_and_metadata(
     tmp_path: Path,
     shapes: dict[str, list[int]],
     dtypes: list[torch.dtype],
@@ -106,10 +108,10 @@ headers = st.dictionaries(st.sampled_from(["a", "b", "", "\x00", "\ud800"]), ent
 @example(header={"a": entry(0, 0, dtype="U8", shape=[2**64 - 1, 2, 0])}, data_size=0)
 @example(header={"\ud800": entry(0, 4)}, data_size=4)
 @example(header={"__metadata__": {"a": "\ud800"}}, data_size=0)
-def test_what_is_taken_safetensors_reads_too(
+def test_safetensors_reads_every_file_that_is_accepted(
     tmp_path: Path, header: dict[str, Any], data_size: int
 ) -> None:
-    """Else the file would fail later, in a job that has begun."""
+    """Otherwise the file would fail later, in a job that has begun."""
     try:
         taken = read(tmp_path, tensor_file(header, bytes(data_size)))
     except NotSafetensors:
@@ -122,8 +124,8 @@ def test_what_is_taken_safetensors_reads_too(
         }
 
 
-def test_a_header_that_says_two_things_is_refused(tmp_path: Path) -> None:
-    """As safetensors does: which metadata is meant is not to be guessed."""
+def test_a_header_with_a_duplicate_key_is_refused(tmp_path: Path) -> None:
+    """As by safetensors: readers would differ about the metadata."""
     data = tensor_file(b'{"__metadata__":{"a":"b"},"__metadata__":{"a":"c"}}')
     with pytest.raises(SafetensorError):
         _open(tmp_path, data)
@@ -168,7 +170,7 @@ json_bytes = st.recursive(
     )
 )
 @example(data=tensor_file(b'{"a":{"dtype":"U8","shape":[1e400],"data_offsets":[0,1]}}', b"x"))
-def test_any_bytes_are_a_header_or_refused(tmp_path: Path, data: bytes) -> None:
+def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
     try:
         header = read(tmp_path, data)
     except NotSafetensors:
@@ -178,7 +180,7 @@ def test_any_bytes_are_a_header_or_refused(tmp_path: Path, data: bytes) -> None:
 
 @one_folder
 @given(position=st.integers(0, len(lora_bytes(size=16)) - 1), value=st.integers(0, 255))
-def test_a_sound_file_with_one_byte_changed_is_a_header_or_refused(
+def test_a_valid_file_with_one_byte_changed_is_read_or_refused(
     tmp_path: Path, position: int, value: int
 ) -> None:
     data = bytearray(lora_bytes(size=16))
@@ -192,10 +194,10 @@ def test_a_sound_file_with_one_byte_changed_is_a_header_or_refused(
     )
 
 
-# --- files that are not sound
+# --- invalid files
 
 
-def test_a_sound_file_is_read(tmp_path: Path) -> None:
+def test_a_valid_file_is_read(tmp_path: Path) -> None:
     header = read(tmp_path, lora_bytes())
 
     assert header.metadata == {"format": "pt"}
@@ -233,7 +235,7 @@ def test_a_file_whose_tensors_do_not_tile_it_is_refused(
     refusal(tmp_path, tensor_file(header, bytes(size)))
 
 
-def test_a_type_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unknown_type_is_refused_by_name(tmp_path: Path) -> None:
     message = refusal(tmp_path, tensor_file({"the tensor": entry(dtype="F17")}, bytes(4)))
 
     assert "'the tensor'" in message
@@ -241,7 +243,7 @@ def test_a_type_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["dtype", "shape", "data_offsets"])
-def test_a_tensor_without_one_of_its_facts_is_refused(tmp_path: Path, field: str) -> None:
+def test_a_tensor_without_one_of_its_fields_is_refused(tmp_path: Path, field: str) -> None:
     facts = entry()
     del facts[field]
 
@@ -249,12 +251,12 @@ def test_a_tensor_without_one_of_its_facts_is_refused(tmp_path: Path, field: str
 
 
 @pytest.mark.parametrize("metadata", [None, [], "x", {"a": 1}, {"a": None}])
-def test_metadata_that_is_no_text_by_text_is_refused(tmp_path: Path, metadata: object) -> None:
+def test_metadata_other_than_strings_is_refused(tmp_path: Path, metadata: object) -> None:
     refusal(tmp_path, tensor_file({"__metadata__": metadata}))
 
 
-def test_a_header_longer_than_any_lora_s_is_refused_unread(tmp_path: Path) -> None:
-    """Its length alone decides: the rest of the file is a hole of that size."""
+def test_a_header_that_is_too_long_is_refused_unread(tmp_path: Path) -> None:
+    """Its length alone decides; the rest of the file is a hole."""
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
         file.write((MAX_HEADER + 1).to_bytes(8, "little"))
@@ -267,7 +269,7 @@ def test_a_header_longer_than_any_lora_s_is_refused_unread(tmp_path: Path) -> No
 
 
 def test_a_tensor_of_more_dimensions_than_any_model_has_is_refused(tmp_path: Path) -> None:
-    """The product of a few hundred thousand great numbers keeps a core busy for minutes."""
+    """The product of many large numbers would keep a core busy for minutes."""
     refusal(tmp_path, tensor_file({"a": entry(0, 4, shape=[1] * 20_000 + [2])}, bytes(4)))
 
 
@@ -281,16 +283,16 @@ def test_a_tensor_of_more_dimensions_than_any_model_has_is_refused(tmp_path: Pat
         (b"PK\x03\x04" + bytes(100), "pickle"),
         (b"\x80\x02}q\x00." + bytes(100), "pickle"),
         (b"\x80\x04\x95" + b"\xff" * 100, "pickle"),
-        (b"\xff" * 100, "does not fit"),
+        (b"\xff" * 100, "not valid"),
         (b"", "0 bytes"),
         (b"1234567", "7 bytes"),
     ],
 )
-def test_the_usual_impostors_are_named(tmp_path: Path, data: bytes, word: str) -> None:
+def test_common_files_of_another_kind_are_named(tmp_path: Path, data: bytes, word: str) -> None:
     assert word in refusal(tmp_path, data)
 
 
-def test_what_a_refusal_quotes_of_the_file_is_short(tmp_path: Path) -> None:
+def test_a_refusal_quotes_little_of_the_file(tmp_path: Path) -> None:
     name = "x" * 100_000
     for header in (
         {name: entry(dtype=name)},

@@ -1,4 +1,4 @@
-"""`zlora metrics`: a queue's metrics without any worker."""
+"""`zlora metrics`: the metrics of a queue without a worker."""
 
 import signal
 import socket
@@ -22,7 +22,7 @@ ZLORA = str(Path(sys.executable).with_name("zlora"))
 
 @contextmanager
 def serving(port: int, **environ: str) -> "Iterator[subprocess.Popen[bytes]]":
-    """The command as a container has it."""
+    """Run the command as a container does."""
     full = clean_environ({"ZLORA_METRICS": f"127.0.0.1:{port}", **environ})
     process = subprocess.Popen(
         [ZLORA, "metrics"], env=full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -41,10 +41,10 @@ def scrape(port: int) -> Scraped | None:
         return None
 
 
-def test_a_queue_is_told_without_a_worker_or_torch_until_the_command_is_ended(
+def test_a_queue_is_served_without_worker_and_torch_until_sigterm(
     broker_url: str, broker: Any, tmp_path: Path
 ) -> None:
-    """And anew at each look. The broker's URL, which has a password, comes by a file."""
+    """Each scrape reads the queue anew. The broker's URL, with its password, comes from a file."""
     port = free_port()
     (tmp_path / "url").write_text(f"{broker_url}\n")
     with (
@@ -71,7 +71,7 @@ def test_a_queue_is_told_without_a_worker_or_torch_until_the_command_is_ended(
 
 
 @pytest.mark.usefixtures("handlers")
-def test_without_an_address_or_with_one_that_is_taken_the_command_says_so_and_ends() -> None:
+def test_a_missing_invalid_or_taken_address_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         outcomes = [
@@ -79,10 +79,10 @@ def test_without_an_address_or_with_one_that_is_taken_the_command_says_so_and_en
             for address in ("", "9808", taken)
         ]
 
-    for outcome, told in zip(
+    for outcome, reason in zip(
         outcomes, ("expected `host:port`", "'9808'", "Address already in use"), strict=True
     ):
         assert outcome.exit_code == 78
         assert "ZLORA_METRICS" in outcome.output
-        assert told in outcome.output
+        assert reason in outcome.output
         assert "Traceback" not in outcome.output

@@ -1,4 +1,4 @@
-"""The built-in model: whole, small and part of the package; its LoRAs, its server, its documents."""
+"""The demo: its model and LoRAs, its server, its documents and its contact sheet."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from demo_model.report.statistics import STATISTICS
 from PIL import Image, ImageChops
 from support.fakes import pixels
 from torch import Tensor
-from zlora_worker.demo.command import _DOCUMENTS, read_document
+from zlora_worker.demo.command import DOCUMENTS, read_document
 from zlora_worker.demo.server import TOKEN, serving
 from zlora_worker.demo.sheet import Row, draw_sheet
 from zlora_worker.lora.merge import WeightedLora
@@ -31,7 +31,7 @@ def engine(sampler: Sampler) -> Pipeline:
 
 
 def test_model_and_loras_are_small() -> None:
-    """All who install the package get them."""
+    """They are part of the package."""
     files = [
         path for folder in (DEMO_MODEL, DEMO_LORAS) for path in folder.rglob("*") if path.is_file()
     ]
@@ -43,9 +43,7 @@ def test_model_and_loras_are_small() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(DEMO_LORAS.iterdir()), ids=lambda path: path.stem)
-def test_each_lora_is_wholly_for_the_model_and_changes_its_pictures(
-    engine: Pipeline, path: Path
-) -> None:
+def test_each_lora_fits_the_model_and_changes_its_images(engine: Pipeline, path: Path) -> None:
     lora = engine.reader.read(path, digest=path.stem, source=path.stem)
 
     require_whole(lora, source=path.stem)
@@ -66,7 +64,7 @@ MARGINS = {
     "cyberpunk": 0.2,
     "neon": 0.3,
     "product": 0.4,
-}  # of each style's own statistic
+}  # of the statistic of each style
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,7 @@ def plain(sampler: Sampler) -> Tensor:
 
 @pytest.mark.parametrize("style", MARGINS)
 def test_each_lora_shows_its_style(sampler: Sampler, plain: Tensor, style: str) -> None:
-    """Over one prompt of each kind, the style's own statistic at weight 1 is well above that without the LoRA."""
+    """With the LoRA, the statistic of its style is well above that without it."""
     styled = sampler.draw(PROMPTS, {style: 1.0}, seed=1, steps=8)
 
     assert STATISTICS[style](styled) - STATISTICS[style](plain) > MARGINS[style]
@@ -91,9 +89,8 @@ def host() -> Iterator[str]:
         yield address
 
 
-def test_every_address_of_the_documents_has_a_file(host: str) -> None:
-    """By URL as it stands, by hub reference with the token."""
-    specs = [spec for name in _DOCUMENTS for spec in read_document(name, host).loras]
+def test_the_server_has_a_file_for_every_address_of_the_documents(host: str) -> None:
+    specs = [spec for name in DOCUMENTS for spec in read_document(name, host).loras]
     found = set()
 
     for spec in specs:
@@ -105,7 +102,7 @@ def test_every_address_of_the_documents_has_a_file(host: str) -> None:
     assert found == {hashlib.sha256(path.read_bytes()).hexdigest() for path in DEMO_LORAS.iterdir()}
 
 
-def test_a_file_that_is_known_is_not_sent_again(host: str) -> None:
+def test_a_file_with_a_known_etag_is_not_sent_again(host: str) -> None:
     url = f"http://{host}/anime-style.safetensors"
     tag = requests.get(url, timeout=10).headers["ETag"]
 
@@ -114,18 +111,18 @@ def test_a_file_that_is_known_is_not_sent_again(host: str) -> None:
     assert (answer.status_code, answer.content) == (304, b"")
 
 
-def test_the_hub_wants_its_token_and_tells_the_digest(host: str) -> None:
+def test_the_hub_requires_its_token_and_sends_the_checksum(host: str) -> None:
     name = read_document("cozy_ref", host).loras[0].file.address.removeprefix("cozy://")
     url = f"http://{host}/api/v1/file/{name}"
 
-    bare = requests.head(url, timeout=10)
-    told = requests.head(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
+    without_token = requests.head(url, timeout=10)
+    head = requests.head(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
     sent = requests.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
 
-    assert bare.status_code == 401
-    assert (told.status_code, told.content) == (200, b"")
-    assert told.headers["X-Cozy-SHA256"] == hashlib.sha256(sent.content).hexdigest()
-    assert int(told.headers["X-Cozy-Size-Bytes"]) == len(sent.content)
+    assert without_token.status_code == 401
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["X-Cozy-SHA256"] == hashlib.sha256(sent.content).hexdigest()
+    assert int(head.headers["X-Cozy-Size-Bytes"]) == len(sent.content)
 
 
 @pytest.mark.parametrize(
@@ -137,17 +134,17 @@ def test_the_hub_wants_its_token_and_tells_the_digest(host: str) -> None:
         "/%2e%2e%2fmodel%2fmodel_index.json",
     ],
 )
-def test_nothing_but_loras_is_served(host: str, path: str) -> None:
+def test_only_loras_are_served(host: str, path: str) -> None:
     assert (DEMO_LORAS / "../model/model_index.json").is_file()
     request = requests.Request("GET", f"http://{host}").prepare()
-    request.url = f"http://{host}{path}"  # as it stands: requests would resolve the dots itself
+    request.url = f"http://{host}{path}"  # requests would resolve the dots
 
     with requests.Session() as session:
         assert session.send(request, timeout=10).status_code == 404
 
 
-def test_a_contact_sheet_shows_every_picture(tmp_path: Path) -> None:
-    """Rows below each other, pictures beside each other, whatever the lengths of the rows."""
+def test_a_contact_sheet_shows_every_image(tmp_path: Path) -> None:
+    """Rows are below each other, and the images of a row beside each other."""
     colours = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
     for name in colours:
         Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
@@ -170,7 +167,7 @@ def test_a_contact_sheet_shows_every_picture(tmp_path: Path) -> None:
 
 
 def _box(sheet: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Where a colour is: left, top, right, bottom."""
+    """Return the bounding box of a colour: left, top, right, bottom."""
     distance = ImageChops.difference(sheet, Image.new("RGB", sheet.size, colour)).convert("L")
     box = ImageChops.invert(distance).point([0] * 255 + [255]).getbbox()
     assert box is not None

@@ -253,7 +253,7 @@ def test_a_pinned_sha256_is_compared_with_an_unchanged_file_too(tmp_path: Path) 
         (b"PK\x03\x04" + bytes(100), "pickle"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs"),
         (b"", "0 bytes"),
-        (ONE[:-1], "bytes where its header"),
+        (ONE[:-1], "bytes, but its header"),
         (tensor_file({"a": {"dtype": "F17", "shape": [1], "data_offsets": [0, 1]}}, b"x"), "F17"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Where LoRAs come from: what each source is asked, who sees which token, and what is believed.
+"""Requests of each source, the sites that see a token, and the answers that are trusted.
 
-On real sockets and files; repositories and pages are in `test_references`.
+On real sockets and files; spellings of addresses are in `test_addresses`.
 """
 
 import io
@@ -15,10 +15,12 @@ from support.servers import (
     Answer,
     Host,
     Request,
+    caching,
     digest,
     downloaded,
     failure,
     fetching,
+    got,
     lora_bytes,
     reply,
     serving,
@@ -34,7 +36,11 @@ from zlora.errors import (
     NotSafetensors,
 )
 from zlora.http import client
+from zlora.lora.addresses import PUBLIC_SCHEMES, WORKER_SCHEMES
+from zlora.schema import Asset
+from zlora_worker.fetch.sources import SCHEMES
 from zlora_worker.fetch.transfer import Fetched
+from zlora_worker.settings import DEMO_LORAS
 
 BODY = lora_bytes(1)
 DIGEST = digest(BODY)
@@ -58,27 +64,28 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens(host: Host) -> list[str | None]:
-    """What a host saw of tokens."""
+    """Return the tokens that a host has seen."""
     return [request.headers.get("authorization") for request in host.requests]
 
 
-def head(told: str = "", *, status: int = 200) -> bytes:
-    """What HEAD answers: no body."""
-    return f"HTTP/1.1 {status} As Told\r\nConnection: close\r\n{told}Content-Length: {len(BODY)}\r\n\r\n".encode(
-        "latin-1"
+def head(header: str = "", *, status: int = 200) -> bytes:
+    """Return an answer to HEAD, which has no body."""
+    lines = (
+        f"HTTP/1.1 {status} OK\r\nConnection: close\r\n{header}Content-Length: {len(BODY)}\r\n\r\n"
     )
+    return lines.encode("latin-1")
 
 
 # --- cozy
 
 
 def hub(named: str = DIGEST, *, body: bytes = BODY) -> Answer:
-    """A hub that has one file under every name, and names its digest."""
-    told = f"X-Cozy-SHA256: {named}\r\n" if named else ""
-    return lambda request: head(told) + (b"" if request.method == "HEAD" else body)
+    """Return a hub that has one file under every name, and names its checksum."""
+    header = f"X-Cozy-SHA256: {named}\r\n" if named else ""
+    return lambda request: head(header) + (b"" if request.method == "HEAD" else body)
 
 
-def test_a_hub_reference_is_a_head_and_a_get_with_the_worker_s_credentials(tmp_path: Path) -> None:
+def test_a_hub_reference_is_a_head_and_a_get_with_credentials(tmp_path: Path) -> None:
     with (
         serving(hub()) as host,
         fetching(tmp_path, FILE_API_BASE_URL=f"{host.url}/", **HUB) as fetcher,
@@ -96,7 +103,7 @@ def test_a_hub_reference_is_a_head_and_a_get_with_the_worker_s_credentials(tmp_p
         assert request.headers["accept-encoding"] == "identity"
 
 
-def test_a_hub_without_token_and_tenant_is_asked_without(tmp_path: Path) -> None:
+def test_without_token_and_tenant_no_credentials_are_sent(tmp_path: Path) -> None:
     with serving(hub()) as host, fetching(tmp_path, COZY_HUB_URL=f"{host.url}/cozy") as fetcher:
         assert downloaded(fetcher, "cozy://a/b")[0] == BODY
 
@@ -104,7 +111,7 @@ def test_a_hub_without_token_and_tenant_is_asked_without(tmp_path: Path) -> None
     assert not {"authorization", "x-cozy-tenant-id"} & set(host.requests[0].headers)
 
 
-def test_a_file_that_is_here_and_that_the_hub_names_is_not_fetched(tmp_path: Path) -> None:
+def test_a_cached_file_with_the_checksum_of_the_hub_is_not_downloaded(tmp_path: Path) -> None:
     here = Fetched(sha256=DIGEST, size=len(BODY))
     files = {DIGEST: here}
     with serving(hub(DIGEST.upper())) as host, fetching(tmp_path, COZY_HUB_URL=host.url) as fetcher:
@@ -115,10 +122,10 @@ def test_a_file_that_is_here_and_that_the_hub_names_is_not_fetched(tmp_path: Pat
     assert host.asked == ["HEAD /api/v1/file/a/b"]
 
 
-def test_without_the_hub_s_digest_its_file_is_fetched_each_time_and_whoever_asks_sees_his_own(
+def test_without_a_checksum_each_tenant_downloads_its_own_file(
     tmp_path: Path,
 ) -> None:
-    """One reference may be a file of each tenant: what another had is not asked about, even by its ETag."""
+    """One reference may be a file of each tenant, so that the ETag of another is not sent."""
 
     def tenants(request: Request) -> bytes:
         if "if-none-match" in request.headers:
@@ -134,8 +141,8 @@ def test_without_the_hub_s_digest_its_file_is_fetched_each_time_and_whoever_asks
                 assert body == lora_bytes(tenant)
 
 
-def test_bytes_that_are_not_what_the_hub_names_are_corrupt(tmp_path: Path) -> None:
-    """The HEAD's word holds where the GET says nothing."""
+def test_bytes_without_the_checksum_of_the_hub_are_corrupt(tmp_path: Path) -> None:
+    """The checksum of HEAD counts if GET names none."""
 
     def forgetful(request: Request) -> bytes | Iterable[bytes]:
         return hub()(request) if request.method == "HEAD" else reply(lora_bytes(2))
@@ -145,8 +152,8 @@ def test_bytes_that_are_not_what_the_hub_names_are_corrupt(tmp_path: Path) -> No
             assert type(failure(fetcher, "cozy://a/b?sig=s3cret")) is LoraCorrupt
 
 
-def test_where_the_hub_sends_on_it_is_the_hub_s_word_that_counts(tmp_path: Path) -> None:
-    """A storage that exchanges the file could name the digest of what it has."""
+def test_the_checksum_of_the_hub_counts_after_a_redirect(tmp_path: Path) -> None:
+    """A storage with another file could name the checksum of that file."""
     other = lora_bytes(2)
     with serving(hub(digest(other), body=other)) as storage:
 
@@ -164,24 +171,24 @@ def test_where_the_hub_sends_on_it_is_the_hub_s_word_that_counts(tmp_path: Path)
             assert type(failure(fetcher, "cozy://a/b")) is LoraCorrupt
 
 
-def test_only_what_is_a_digest_is_looked_for_among_the_files_that_are_here(tmp_path: Path) -> None:
-    """It becomes the name of a file."""
-    asked: list[str] = []
+def test_only_a_valid_checksum_is_looked_up_in_the_cache(tmp_path: Path) -> None:
+    """A checksum becomes the name of a file."""
+    looked_up: list[str] = []
     for named in ("../../secret", "0" * 63, "0" * 64 + "/x", ""):
         with serving(hub(named)) as host, fetching(tmp_path, COZY_HUB_URL=host.url) as fetcher:
             try:
-                fetcher.fetch("cozy://a/b", io.BytesIO(), have=asked.append)
+                fetcher.fetch("cozy://a/b", io.BytesIO(), have=looked_up.append)
             except LoraCorrupt:
                 assert named
 
-    assert asked == []
+    assert looked_up == []
 
 
 @pytest.mark.parametrize(
     ("status", "kind", "tries"),
     [(404, LoraNotFound, 1), (401, LoraForbidden, 1), (503, LoraUnreachable, 3)],
 )
-def test_a_hub_s_status_has_its_word_too(
+def test_a_status_of_the_hub_is_a_typed_error(
     tmp_path: Path, status: int, kind: type[Exception], tries: int
 ) -> None:
     with (
@@ -204,7 +211,7 @@ def test_without_a_hub_a_reference_is_not_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reference", ["", "a/../b", "..", "../admin", "a//b", "/a", "a/", "./a", "a/./b"]
 )
-def test_a_reference_that_climbs_out_of_the_hub_s_files_is_refused_unasked(
+def test_a_reference_that_climbs_is_refused_without_a_connection(
     tmp_path: Path, reference: str
 ) -> None:
     with serving(hub()) as host, fetching(tmp_path, COZY_HUB_URL=host.url, **HUB) as fetcher:
@@ -214,7 +221,7 @@ def test_a_reference_that_climbs_out_of_the_hub_s_files_is_refused_unasked(
     assert host.connections == 0
 
 
-# --- who sees a token
+# --- tokens
 
 
 SOURCES: dict[str, Callable[[Host], dict[str, str]]] = {
@@ -225,10 +232,8 @@ SOURCES: dict[str, Callable[[Host], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("address", SOURCES)
-def test_a_token_goes_to_its_site_and_not_where_that_redirects(
-    tmp_path: Path, address: str
-) -> None:
-    """To another port, and another name of the same machine; nor does the tenant, nor any header of the site's."""
+def test_a_token_is_not_sent_to_the_target_of_a_redirect(tmp_path: Path, address: str) -> None:
+    """Another port or name of the same machine gets neither token nor tenant nor cookies."""
     with serving(hub()) as storage:
         for target in (f"{storage.url}/b?sig=s3cret", f"http://localhost:{storage.port}/b"):
             with (
@@ -249,21 +254,22 @@ def test_a_token_goes_to_its_site_and_not_where_that_redirects(
 
 
 @pytest.mark.parametrize("address", SOURCES)
-def test_a_token_that_was_left_behind_does_not_come_back(tmp_path: Path, address: str) -> None:
-    """Whoever sends on to the site itself, the site is asked as a stranger asks."""
-    with serving(lambda _: reply(status=307, Location=f"{home[0].url}/back")) as stranger:
+def test_a_token_is_not_sent_after_a_redirect_back_to_its_site(
+    tmp_path: Path, address: str
+) -> None:
+    with serving(lambda _: reply(status=307, Location=f"{home[0].url}/back")) as other:
         home: list[Host] = []
 
         def site(request: Request) -> bytes | Iterable[bytes]:
             return (
                 hub()(request)
                 if request.target == "/back"
-                else reply(status=307, Location=f"{stranger.url}/x")
+                else reply(status=307, Location=f"{other.url}/x")
             )
 
         with serving(site) as host:
             home.append(host)
-            with fetching(tmp_path, stranger, **SOURCES[address](host)) as fetcher:
+            with fetching(tmp_path, other, **SOURCES[address](host)) as fetcher:
                 assert downloaded(fetcher, address)[0] == BODY
 
     assert {request.target: request.headers.get("authorization") for request in host.requests}[
@@ -272,10 +278,10 @@ def test_a_token_that_was_left_behind_does_not_come_back(tmp_path: Path, address
 
 
 @pytest.mark.parametrize("address", SOURCES)
-def test_a_redirect_of_a_source_into_the_network_is_not_allowed(
+def test_a_redirect_of_a_source_to_a_private_address_is_refused(
     tmp_path: Path, address: str
 ) -> None:
-    """Nor to what another source of this worker may reach."""
+    """Even to the site of another source of the same worker."""
     with serving(hub()) as inside, serving(reply(status=302, Location=f"{inside.url}/x")) as host:
         others = {"ZLORA_LORA_S3_ENDPOINT": inside.url}
         with fetching(tmp_path, **others, **SOURCES[address](host)) as fetcher:
@@ -284,8 +290,7 @@ def test_a_redirect_of_a_source_into_the_network_is_not_allowed(
         assert inside.connections == 0
 
 
-def test_a_token_is_for_references_only(tmp_path: Path) -> None:
-    """A URL of the same host is anybody's, but for those that mean a reference."""
+def test_a_plain_url_of_the_hub_gets_no_token(tmp_path: Path) -> None:
     with serving(hub()) as host, fetching(tmp_path, host, COZY_HUB_URL=host.url, **HUB) as fetcher:
         downloaded(fetcher, f"{host.url}/api/v1/file/a/b")
 
@@ -300,7 +305,7 @@ def test_a_token_is_for_references_only(tmp_path: Path) -> None:
     ["s3://other/x", "s3://loras-2/x", "s3://us3r:s3cret@loras/x", "s3://team/b/x", "s3://team/ab/x",
      "s3://team/a", "s3://team/x?sig=s3cret", "s3:///x", "s3://Team/a/x"],
 )  # fmt: skip
-def test_what_is_not_among_the_buckets_and_folders_is_not_allowed_and_not_asked(
+def test_other_buckets_and_folders_are_refused_without_a_connection(
     tmp_path: Path, address: str
 ) -> None:
     with (
@@ -317,9 +322,7 @@ def test_what_is_not_among_the_buckets_and_folders_is_not_allowed_and_not_asked(
 @pytest.mark.parametrize(
     "key", ["..", "../x", "a/../../b/x", "./x", "a//b", "a/", "x?versionId=1", "x#y", "/x"]
 )
-def test_a_key_that_means_another_object_is_not_found_and_not_asked(
-    tmp_path: Path, key: str
-) -> None:
+def test_a_key_that_climbs_is_refused_without_a_connection(tmp_path: Path, key: str) -> None:
     with (
         serving(reply(BODY)) as host,
         fetching(tmp_path, ZLORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="team/a", **S3) as fetcher,
@@ -329,8 +332,8 @@ def test_a_key_that_means_another_object_is_not_found_and_not_asked(
     assert host.connections == 0
 
 
-def test_an_object_is_asked_for_by_one_signed_request_to_its_own_endpoint(tmp_path: Path) -> None:
-    """Apart from the store's, which it does not see; names are sent as they are."""
+def test_an_object_is_one_signed_request_to_the_endpoint_of_sources(tmp_path: Path) -> None:
+    """The store gets no request, and keys are sent as they are."""
     with (
         serving(reply(BODY, ETag='"v1"')) as host,
         serving(reply(BODY)) as store,
@@ -353,7 +356,7 @@ def test_an_object_is_asked_for_by_one_signed_request_to_its_own_endpoint(tmp_pa
     assert store.connections == 0
 
 
-def test_a_temporary_key_s_token_goes_into_the_url_and_no_message(tmp_path: Path) -> None:
+def test_a_session_token_is_in_the_url_but_in_no_message(tmp_path: Path) -> None:
     session = {"ZLORA_LORA_S3_SESSION_TOKEN": "t0ken"}
     with (
         serving(reply(status=403)) as host,
@@ -368,7 +371,7 @@ def test_a_temporary_key_s_token_goes_into_the_url_and_no_message(tmp_path: Path
     assert not {"t0ken"} & {*request.headers.values()}
 
 
-def test_a_key_of_its_own_is_not_sent_with_the_store_s_token(
+def test_own_credentials_are_not_mixed_with_the_session_token_of_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "t0ken")
@@ -398,13 +401,13 @@ def test_a_key_of_its_own_is_not_sent_with_the_store_s_token(
     ],
     ids=["region", "profile", "profile alone", "region of the machine"],
 )
-def test_what_boto3_makes_no_sense_of_is_forbidden_and_not_asked(
+def test_settings_that_boto3_rejects_are_forbidden_without_a_connection(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     variables: dict[str, str],
     environ: dict[str, str],
 ) -> None:
-    """Each time, and no other source suffers."""
+    """Each time, and other sources still work."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with (
@@ -420,7 +423,7 @@ def test_what_boto3_makes_no_sense_of_is_forbidden_and_not_asked(
         assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
 
 
-def test_without_credentials_an_object_is_forbidden_and_not_asked(tmp_path: Path) -> None:
+def test_without_credentials_an_object_is_forbidden_without_a_connection(tmp_path: Path) -> None:
     with (
         serving(reply(BODY)) as host,
         fetching(tmp_path, ZLORA_S3_ENDPOINT=host.url, ZLORA_LORA_S3="loras") as fetcher,
@@ -436,7 +439,7 @@ def test_without_credentials_an_object_is_forbidden_and_not_asked(tmp_path: Path
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder that the operator allows, with one LoRA; beside it is one that is not."""
+    """Return an allowed folder with one LoRA; the LoRA beside the folder is not allowed."""
     folder = tmp_path / "loras é"
     folder.mkdir()
     (folder / "x.safetensors").write_bytes(BODY)
@@ -444,9 +447,7 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_file_under_an_allowed_folder_is_copied_and_known_again(
-    tmp_path: Path, root: Path
-) -> None:
+def test_a_file_in_an_allowed_folder_is_copied_once(tmp_path: Path, root: Path) -> None:
     with fetching(tmp_path, ZLORA_LORA_ROOTS=str(root)) as fetcher:
         address = (root / "x.safetensors").as_uri()
         body, fetched = downloaded(fetcher, address)
@@ -505,7 +506,7 @@ def _loop(root: Path) -> None:
         (None, "../loras é-2/x", (LoraNotAllowed,)),
     ],
 )
-def test_no_other_thing_of_this_machine_is_read(
+def test_nothing_outside_the_allowed_folders_is_read(
     tmp_path: Path, root: Path, make: Any, path: str, kinds: tuple[type[Exception], ...]
 ) -> None:
     if make:
@@ -518,7 +519,7 @@ def test_no_other_thing_of_this_machine_is_read(
         )
 
 
-def test_a_link_that_is_put_there_after_the_look_is_not_followed(
+def test_a_link_that_appears_after_the_check_is_not_followed(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _link(root)
@@ -538,3 +539,58 @@ def test_a_file_of_another_kind_or_size_is_refused(tmp_path: Path, root: Path) -
     with fetching(tmp_path, ZLORA_LORA_ROOTS=str(root), ZLORA_LORA_MAX_BYTES="1000") as fetcher:
         assert type(failure(fetcher, f"file://{root}/y")) is NotSafetensors
         assert type(failure(fetcher, f"file://{root}/x.safetensors")) is LoraTooLarge
+
+
+# --- the demo model's LoRAs
+
+
+def test_a_worker_of_the_demo_model_has_its_loras(tmp_path: Path) -> None:
+    """Without a connection, under the address that was requested, and not copied twice."""
+    for path in DEMO_LORAS.iterdir():
+        address = f"demo://{path.stem}"
+        with (
+            fetching(tmp_path, ZLORA_MODEL="demo") as fetcher,
+            watched_connections() as connections,
+        ):
+            body, fetched = downloaded(fetcher, address)
+            assert (body, fetched.sha256) == (path.read_bytes(), digest(path.read_bytes()))
+            assert downloaded(fetcher, f"DEMO://{path.stem}", fetched) == (b"", fetched)
+            assert fetcher.source(address) == address
+        assert connections == []
+
+
+def test_the_receipt_of_a_demo_lora_names_its_address(tmp_path: Path) -> None:
+    with caching(tmp_path, ZLORA_MODEL="demo") as cache:
+        assert got(cache, Asset(url="demo://anime-style")).source == "demo://anime-style"
+
+
+def test_a_worker_of_another_model_refuses_the_demo_loras(tmp_path: Path) -> None:
+    with fetching(tmp_path) as fetcher:
+        error = failure(fetcher, "demo://anime-style")
+
+    assert type(error) is LoraNotAllowed
+    assert "demo model" in error.message
+
+
+def test_workers_of_the_demo_model_share_no_cached_answers_with_others(tmp_path: Path) -> None:
+    with fetching(tmp_path, ZLORA_MODEL="demo") as demo, fetching(tmp_path) as other:
+        assert demo.asker != other.asker
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "absent", "../model/model", "anime-style.safetensors", "anime-style/", "/anime-style",
+     "x/../anime-style", "anime%2dstyle", "Anime-Style", "*", "anime-style?sig=s3cret"],
+)  # fmt: skip
+def test_any_other_name_is_not_a_demo_lora_and_the_error_lists_all(
+    tmp_path: Path, name: str
+) -> None:
+    with fetching(tmp_path, ZLORA_MODEL="demo") as fetcher:
+        error = failure(fetcher, f"demo://{name}")
+
+    assert type(error) is LoraNotFound
+    assert all(path.stem in error.message for path in DEMO_LORAS.iterdir())
+
+
+def test_producers_and_workers_know_the_same_schemes() -> None:
+    assert sorted(SCHEMES) == sorted(PUBLIC_SCHEMES + WORKER_SCHEMES)

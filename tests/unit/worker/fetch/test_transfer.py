@@ -1,4 +1,4 @@
-"""Bodies over real sockets: what is counted, decoded, hashed and checked while it arrives, and when that ends it."""
+"""Bodies over real sockets: counted, decoded, hashed and checked while they arrive."""
 
 import gc
 import gzip
@@ -9,12 +9,14 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import pytest
 from support.servers import (
     Answer,
+    Host,
     Request,
     digest,
     downloaded,
@@ -24,18 +26,28 @@ from support.servers import (
     lora_bytes,
     reply,
     serving,
+    settings,
     tensor_file,
 )
 from zlora.errors import LoraError, LoraTooLarge, LoraUnreachable, NotSafetensors
 from zlora.http import client
 from zlora.lora.safetensors_header import MAX_HEADER
 from zlora_worker.fetch import transfer
+from zlora_worker.fetch.fetcher import Fetcher
 
 BODY = lora_bytes(1)
 _ENCODER = zlib.compressobj(wbits=31)
 GZIP_OPEN = _ENCODER.compress(BODY) + _ENCODER.flush(zlib.Z_SYNC_FLUSH)  # all of it, and no end
 MEGABYTE = 2**20
+DRIPS = 25
 BUFFERS = 24 * MEGABYTE  # more than two sockets hold between them
+
+
+@contextmanager
+def hurried(folder: Path, host: Host) -> Iterator[Fetcher]:
+    """Yield a fetcher with a deadline of less than a second."""
+    own = settings(folder, ZLORA_ALLOW_HOSTS=host.name)
+    yield Fetcher(replace(own, lora_deadline=0.3))  # type: ignore[arg-type] # settings take whole seconds
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +56,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chunked(*parts: bytes, extension: bytes = b"", trailer: bytes = b"") -> bytes:
-    """A body in chunks (RFC 9112, 7.1)."""
+    """Return a body in chunks (RFC 9112, 7.1)."""
     return (
         b"".join(b"%x%b\r\n%b\r\n" % (len(part), extension, part) for part in parts)
         + b"0\r\n"
@@ -54,27 +66,27 @@ def chunked(*parts: bytes, extension: bytes = b"", trailer: bytes = b"") -> byte
 
 
 def endless(start: bytes, piece: bytes) -> Callable[[Request], Iterator[bytes]]:
-    """An answer that does not end until the client has left."""
+    """Return an answer that does not end until the client disconnects."""
     return lambda _: itertools.chain([start], itertools.repeat(piece))
 
 
 def dripping(
     start: bytes, end: bytes = b"", *, piece: bytes = b"x"
 ) -> Callable[[Request], Iterator[bytes]]:
-    """An answer that says a little now and then: never silent, and done after 2.5 seconds."""
+    """Return an answer that sends a little now and then, for a second."""
 
     def answer(_: Request) -> Iterator[bytes]:
         yield start
-        for _index in range(50):
+        for _index in range(DRIPS):
             yield piece
-            time.sleep(0.05)
+            time.sleep(1 / DRIPS)
         yield end
 
     return answer
 
 
 def held(start: bytes) -> tuple[Answer, Event]:
-    """An answer whose rest waits for an event."""
+    """Return an answer whose rest waits for an event."""
     done = Event()
 
     def answer(_: Request) -> Iterator[bytes]:
@@ -84,7 +96,7 @@ def held(start: bytes) -> tuple[Answer, Event]:
     return answer, done
 
 
-# --- how bodies come
+# --- encodings and lengths
 
 
 @pytest.mark.parametrize(
@@ -121,7 +133,7 @@ def held(start: bytes) -> tuple[Answer, Event]:
         "identity",
     ],
 )
-def test_a_body_is_taken_however_it_comes(tmp_path: Path, answer: bytes) -> None:
+def test_a_body_is_read_with_each_encoding_and_framing(tmp_path: Path, answer: bytes) -> None:
     with serving(answer) as host, fetching(tmp_path, host) as fetcher:
         body, fetched = downloaded(fetcher, f"{host.url}/x")
 
@@ -140,8 +152,8 @@ def test_a_body_in_another_encoding_is_refused(tmp_path: Path, encoding: str) ->
 
 
 @pytest.mark.parametrize("length", ["\xb2", "9" * 5000, "-1", "x", "", "+1", "0x10"])
-def test_an_announced_length_that_is_no_number_breaks_nothing(tmp_path: Path, length: str) -> None:
-    """It is the body or a `LoraError`: the header is the server's to write."""
+def test_a_malformed_content_length_breaks_nothing(tmp_path: Path, length: str) -> None:
+    """The result is the body or a `LoraError`."""
     with (
         serving(reply(BODY, length=None, Content_Length=length)) as host,
         fetching(tmp_path, host, ZLORA_LORA_DEADLINE="5") as fetcher,
@@ -155,7 +167,7 @@ def test_an_announced_length_that_is_no_number_breaks_nothing(tmp_path: Path, le
     "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
 )
 @pytest.mark.parametrize("lengths", [f"{len(BODY)}, 12", f"{len(BODY)}\r\nContent-Length: 12"])
-def test_two_lengths_are_a_broken_answer(tmp_path: Path, lengths: str) -> None:
+def test_two_content_lengths_are_unreachable(tmp_path: Path, lengths: str) -> None:
     assert (
         type(failure_of(tmp_path, reply(BODY, length=None, Content_Length=lengths)))
         is LoraUnreachable
@@ -163,7 +175,7 @@ def test_two_lengths_are_a_broken_answer(tmp_path: Path, lengths: str) -> None:
     gc.collect()
 
 
-# --- broken bodies: the network's fault, which may pass
+# --- broken bodies, which a retry may mend
 
 
 @pytest.mark.parametrize(
@@ -208,17 +220,15 @@ def test_broken_chunks_are_unreachable(tmp_path: Path, chunks: bytes) -> None:
         "no gzip",
     ],
 )
-def test_a_body_that_breaks_off_is_unreachable_and_tried_three_times(
-    tmp_path: Path, answer: bytes
-) -> None:
-    """Never a fault of the file: the same may come whole a moment later."""
+def test_a_body_that_breaks_off_is_tried_three_times(tmp_path: Path, answer: bytes) -> None:
+    """The error is `LoraUnreachable`: the same file may arrive whole a moment later."""
     with serving(answer) as host, fetching(tmp_path, host) as fetcher:
         assert type(failure(fetcher, f"{host.url}/x?sig=s3cret")) is LoraUnreachable
 
     assert len(host.requests) == 3
 
 
-def test_after_a_body_that_broke_off_the_next_is_taken_from_its_start(tmp_path: Path) -> None:
+def test_a_retry_starts_from_the_first_byte(tmp_path: Path) -> None:
     answers = iter(
         [reply(BODY[:1000], length=len(BODY)), reply(BODY[:1500], length=None), reply(BODY)]
     )
@@ -229,7 +239,7 @@ def test_after_a_body_that_broke_off_the_next_is_taken_from_its_start(tmp_path: 
     assert (fetched.sha256, fetched.size) == (digest(BODY), len(BODY))
 
 
-# --- what is no safetensors file, for good
+# --- files of another kind
 
 
 LARGE = 2**31  # bytes
@@ -253,7 +263,7 @@ LARGE = 2**31  # bytes
 def test_a_large_file_of_the_wrong_kind_is_refused_after_its_first_bytes(
     tmp_path: Path, start: bytes
 ) -> None:
-    """Of 2 GB less than one megabyte is asked for, and nothing is kept."""
+    """Less than one megabyte of 2 GB is read, and nothing is written."""
     sink = io.BytesIO()
     answer, done = held(reply(length=LARGE) + start + bytes(MEGABYTE // 2))
     with serving(answer) as host, fetching(tmp_path, host) as fetcher:
@@ -272,14 +282,14 @@ def test_a_large_file_of_the_wrong_kind_is_refused_after_its_first_bytes(
         (b"short", "5 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 80, "git-lfs"),
         (b"<html>", "6 bytes"),
-        (BODY + b"x", "where its header names"),
+        (BODY + b"x", "but its header names"),
         (
             tensor_file({"a": {"dtype": "F16", "shape": [4], "data_offsets": [0, 7]}}, bytes(7)),
-            "where they should be",
+            "expected position",
         ),
     ],
 )
-def test_another_file_is_named_as_what_it_is(tmp_path: Path, body: bytes, said: str) -> None:
+def test_another_kind_of_file_is_named(tmp_path: Path, body: bytes, said: str) -> None:
     error = failure_of(tmp_path, reply(body))
 
     assert type(error) is NotSafetensors
@@ -287,7 +297,7 @@ def test_another_file_is_named_as_what_it_is(tmp_path: Path, body: bytes, said: 
 
 
 @pytest.mark.parametrize("wrong", [-1, 1, 1000])
-def test_a_length_that_is_not_the_file_s_is_refused_with_the_header(
+def test_a_content_length_that_differs_from_the_header_is_refused(
     tmp_path: Path, wrong: int
 ) -> None:
     data = lora_bytes(size=2**24)
@@ -300,13 +310,11 @@ def test_a_length_that_is_not_the_file_s_is_refused_with_the_header(
     assert len(host.requests) == 1
 
 
-# --- how much
+# --- sizes
 
 
 @pytest.mark.parametrize("length", [-1, None], ids=["announced", "not announced"])
-def test_a_body_of_just_the_cap_is_taken_and_one_byte_more_is_not(
-    tmp_path: Path, length: int | None
-) -> None:
+def test_a_body_may_have_exactly_the_maximum(tmp_path: Path, length: int | None) -> None:
     with serving(reply(BODY, length=length)) as host:
         with fetching(tmp_path, host, ZLORA_LORA_MAX_BYTES=str(len(BODY))) as fetcher:
             assert downloaded(fetcher, f"{host.url}/x")[0] == BODY
@@ -317,8 +325,8 @@ def test_a_body_of_just_the_cap_is_taken_and_one_byte_more_is_not(
     assert error.details == {"max_bytes": len(BODY) - 1}
 
 
-def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(tmp_path: Path) -> None:
-    """By the server, or by the file's own header."""
+def test_a_body_that_announces_too_many_bytes_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    """Announced by the server, or by the header of the file."""
     header = BODY[: -2048 + 8]
     for start in (reply(length=1001), reply(header, length=None)):
         answer, done = held(start)
@@ -331,7 +339,7 @@ def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(tmp_path:
 
 
 def bomb(size: int, *, start: bytes = b"", piece: bytes = bytes(MEGABYTE)) -> bytes:
-    """Much in little: so many bytes in gzip."""
+    """Return gzip that decodes to `size` bytes."""
     packer = zlib.compressobj(9, wbits=31)
     pieces = [
         packer.compress(start),
@@ -343,7 +351,7 @@ def bomb(size: int, *, start: bytes = b"", piece: bytes = bytes(MEGABYTE)) -> by
 
 @contextmanager
 def traced() -> Iterator[list[int]]:
-    """The most memory that the block takes at once, in bytes, once it is over."""
+    """Yield a list that holds the peak memory of the block in bytes after its end."""
     peak = [0]
     tracemalloc.start()
     try:
@@ -370,7 +378,7 @@ def traced() -> Iterator[list[int]]:
     ],
     ids=["of zeros", "behind a file", "in a header", "twice"],
 )
-def test_a_gzip_bomb_is_not_unpacked_past_the_cap(
+def test_a_gzip_bomb_is_not_decoded_past_the_maximum(
     tmp_path: Path, body: bytes, kind: type[LoraError]
 ) -> None:
     sink, limit = io.BytesIO(), 4 * MEGABYTE
@@ -387,8 +395,8 @@ def test_a_gzip_bomb_is_not_unpacked_past_the_cap(
     assert peak[0] < (4 if kind is NotSafetensors else 24) * MEGABYTE
 
 
-def test_the_cap_counts_what_is_on_the_wire_too(tmp_path: Path) -> None:
-    """An encoding may swallow any number of bytes and give none."""
+def test_the_maximum_counts_bytes_on_the_wire_too(tmp_path: Path) -> None:
+    """Any number of encoded bytes may decode to none."""
     nothing = b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff"  # gzip's header with a field of 64 KiB
     with (
         serving(
@@ -399,7 +407,7 @@ def test_the_cap_counts_what_is_on_the_wire_too(tmp_path: Path) -> None:
         assert type(failure(fetcher, f"{host.url}/x")) is LoraTooLarge
 
 
-def test_a_body_that_grows_too_large_is_not_read_to_its_end(tmp_path: Path) -> None:
+def test_an_endless_body_is_cut(tmp_path: Path) -> None:
     sink = io.BytesIO()
     with (
         serving(endless(reply(BODY, length=None), bytes(MEGABYTE))) as host,
@@ -412,7 +420,7 @@ def test_a_body_that_grows_too_large_is_not_read_to_its_end(tmp_path: Path) -> N
     assert host.sent < BUFFERS
 
 
-# --- how long
+# --- time
 
 
 @pytest.mark.parametrize(
@@ -443,17 +451,16 @@ def test_a_body_that_grows_too_large_is_not_read_to_its_end(tmp_path: Path) -> N
         ),
     ],
 )
-def test_an_answer_that_drips_meets_the_deadline(
+def test_a_dripping_answer_meets_the_deadline(
     tmp_path: Path, start: bytes, end: bytes, piece: bytes
 ) -> None:
-    """The deadline ends it, not its own end."""
     with (
         serving(dripping(start, end, piece=piece)) as host,
-        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
+        hurried(tmp_path, host) as fetcher,
     ):
         assert type(failure(fetcher, f"{host.url}/x?sig=s3cret")) is LoraUnreachable
 
-    assert host.sent < len(start) + 50 * len(piece)
+    assert host.sent < len(start) + DRIPS * len(piece)
 
 
 @pytest.mark.parametrize(
@@ -465,12 +472,12 @@ def test_an_answer_that_drips_meets_the_deadline(
     ],
     ids=["continue", "trailers", "extensions"],
 )
-def test_an_endless_answer_beside_its_body_meets_the_deadline(
+def test_an_endless_answer_without_a_body_meets_the_deadline(
     tmp_path: Path, start: bytes, piece: bytes
 ) -> None:
     with (
         serving(endless(start, piece)) as host,
-        fetching(tmp_path, host, ZLORA_LORA_DEADLINE="1") as fetcher,
+        hurried(tmp_path, host) as fetcher,
     ):
         failure(fetcher, f"{host.url}/x?sig=s3cret")
 
@@ -490,7 +497,7 @@ def test_an_endless_answer_beside_its_body_meets_the_deadline(
 def test_an_answer_that_does_not_end_with_its_file_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, piece: bytes
 ) -> None:
-    """Long before its deadline: of what follows a watcher hears nothing, and no cap counts it."""
+    """Long before its deadline; the bytes after the file are not counted."""
     monkeypatch.setattr(transfer, "_END_SECONDS", 0.2)
     with (
         serving(dripping(start, piece=piece)) as host,
@@ -499,10 +506,10 @@ def test_an_answer_that_does_not_end_with_its_file_is_cut(
     ):
         fetcher.fetch(f"{host.url}/x", io.BytesIO())
 
-    assert host.sent <= len(host.requests) * (len(start) + 50 * len(piece))
+    assert host.sent <= len(host.requests) * (len(start) + DRIPS * len(piece))
 
 
-def test_a_download_below_the_rate_is_given_up_and_not_tried_again(
+def test_a_download_below_the_minimum_rate_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "PACE_SECONDS", 0.2)

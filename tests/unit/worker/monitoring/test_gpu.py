@@ -1,4 +1,4 @@
-"""The worker's GPU as NVML tells of it, which here is a fake: there is no GPU on the machines of the tests."""
+"""Metrics of the worker's GPU, by a fake NVML: the machines of the tests have no GPU."""
 
 import sys
 from collections.abc import Callable
@@ -11,26 +11,26 @@ from support.scraped import Scraped
 from zlora_worker.monitoring.gpu import GpuCollector
 
 UUIDS: Final = ("GPU-00000000-aaaa", "GPU-11111111-bbbb", "GPU-22222222-cccc")
-HALF: Final = "MIG-33333333-dddd"
+MIG: Final = "MIG-33333333-dddd"
 
 
 class NVMLError(Exception):
-    """As NVML's own."""
+    """Raised by the fake NVML."""
 
 
 class Nvml:
-    """A machine of three GPUs and a part of one; `away` are the functions that its driver does not answer."""
+    """A machine with three GPUs and one MIG; `failing` functions raise an error."""
 
     NVMLError = NVMLError
 
     def __init__(self) -> None:
-        self.away: set[str] = set()
+        self.failing: set[str] = set()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         known: dict[str, Callable[..., Any]] = {
             "nvmlInit": lambda: None,
             "nvmlDeviceGetHandleByIndex": lambda number: self._found(range(len(UUIDS)), number),
-            "nvmlDeviceGetHandleByUUID": lambda name: self._found((*UUIDS, HALF), name),
+            "nvmlDeviceGetHandleByUUID": lambda name: self._found((*UUIDS, MIG), name),
             "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(
                 used=10 * (1 + handle), total=80
             ),
@@ -38,7 +38,7 @@ class Nvml:
                 gpu=25 * handle, memory=99
             ),
         }
-        if name in self.away:
+        if name in self.failing:
             return self._fail
         return known[name]
 
@@ -59,7 +59,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
 
 
 def look(collector: GpuCollector | None) -> Scraped:
-    """One scrape."""
+    """Scrape once."""
     registry = CollectorRegistry()
     assert collector is not None
     registry.register(collector)
@@ -77,12 +77,10 @@ def look(collector: GpuCollector | None) -> Scraped:
         ("cuda:1", "2,0", 0),
         ("cuda:1", f"{UUIDS[0]}, {UUIDS[2]}", 2),
         ("auto", UUIDS[1], 1),
-        ("auto", HALF, 3),
+        ("auto", MIG, 3),
     ],
 )
-def test_the_gpu_is_the_one_that_cuda_gives_the_worker(
-    device: str, visible: str | None, number: int
-) -> None:
+def test_the_gpu_is_the_one_that_cuda_uses(device: str, visible: str | None, number: int) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
 
     scraped = look(GpuCollector.open(device, environ))
@@ -104,27 +102,27 @@ def test_the_gpu_is_the_one_that_cuda_gives_the_worker(
         ("auto", "GPU-elsewhere"),
     ],
 )
-def test_a_worker_without_a_gpu_has_none(device: str, visible: str | None) -> None:
+def test_without_a_visible_gpu_there_is_no_collector(device: str, visible: str | None) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
 
     assert GpuCollector.open(device, environ) is None
 
 
-def test_what_the_driver_does_not_tell_is_left_out(nvml: Nvml) -> None:
-    """A part of a GPU has no busy share of its own; and a driver may go away."""
+def test_values_that_the_driver_does_not_have_are_left_out(nvml: Nvml) -> None:
+    """A MIG has no load of its own, and a driver may stop answering."""
     collector = GpuCollector.open("auto", {})
-    nvml.away = {"nvmlDeviceGetUtilizationRates"}
+    nvml.failing = {"nvmlDeviceGetUtilizationRates"}
     part = look(collector)
-    nvml.away = {"nvmlDeviceGetUtilizationRates", "nvmlDeviceGetMemoryInfo"}
+    nvml.failing = {"nvmlDeviceGetUtilizationRates", "nvmlDeviceGetMemoryInfo"}
 
     assert [family.name for family in part.families] == ["zlora_gpu_memory_bytes"]
     assert look(collector).families == []
-    nvml.away = {"nvmlInit"}
+    nvml.failing = {"nvmlInit"}
     assert GpuCollector.open("auto", {}) is None
 
 
-def test_a_machine_without_nvidia_s_library_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the real module, which is told to find none: the library is called so on all machines."""
+def test_without_the_nvidia_library_there_is_no_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real module, whose library cannot be loaded."""
     import pynvml
 
     def load(name: str, *_: object, **__: object) -> None:

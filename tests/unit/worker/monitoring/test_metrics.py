@@ -1,4 +1,4 @@
-"""What a worker's processes count, together and one after the other, and what never gets among it."""
+"""Counts of a worker's processes, and that no value of a request is in them."""
 
 import re
 import shutil
@@ -11,16 +11,16 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from support.scraped import Scraped
 from zlora import errors
 from zlora.errors import InvalidRequest, JobExpired, JobRevoked, LoraUnreachable, OutOfMemory
-from zlora.schema import GenerateResult, ImageRef, LoraReceipt
+from zlora.schema import GenerateResult, ImageRef, LoraReceipt, LoraTier
 from zlora_worker.monitoring import metrics
 from zlora_worker.monitoring.metrics import PHASES, TIERS, Meter, WorkerCollector
 
-MARK = "a-stranger-s"
+MARK = "from-a-request"
 
 
 @pytest.fixture
 def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where a worker's processes put their counts together, as its parent makes it."""
+    """Make the folder of the shared counters, as the parent process does."""
     monkeypatch.setattr(values, "ValueClass", values.ValueClass)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
     folder = tmp_path / "worker" / "counts"
@@ -31,14 +31,14 @@ def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def shown(folder: Path) -> Scraped:
-    """As the companion serves it."""
+    """Return the metrics that the sidecar serves."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
     return Scraped.of(registry)
 
 
-def a_result(*tiers: str, images: int = 1, **timings: float) -> GenerateResult:
-    """A job whose every word is a stranger's."""
+def a_result(*tiers: LoraTier, images: int = 1, **timings: float) -> GenerateResult:
+    """Return a result in which every text is `MARK`."""
     image = ImageRef(
         key=MARK,
         url=f"https://{MARK}",
@@ -51,29 +51,45 @@ def a_result(*tiers: str, images: int = 1, **timings: float) -> GenerateResult:
     )
     receipts = tuple(
         LoraReceipt(
-            source=f"https://{MARK}/x", sha256=MARK, size=1000, format="peft", ranks=(4,), unet_weight=1.0,
-            text_encoder_weight=1.0, modules={}, tier=tier, milliseconds={}, adapter_name=MARK,  # type: ignore[arg-type]
+            source=f"https://{MARK}/x",
+            sha256=MARK,
+            size=1000,
+            format="peft",
+            ranks=(4,),
+            unet_weight=1.0,
+            text_encoder_weight=1.0,
+            modules={},
+            tier=tier,
+            milliseconds={},
+            adapter_name=MARK,
         )
         for tier in tiers
-    )  # fmt: skip
+    )
     return GenerateResult(
-        job_id=MARK, images=(image,) * images, loras=receipts, seed=1, timings={MARK: 1.0, **timings}, base_intact=True,
-        model=MARK, versions={}, request_sha256=MARK,
-    )  # fmt: skip
+        job_id=MARK,
+        images=(image,) * images,
+        loras=receipts,
+        seed=1,
+        timings={MARK: 1.0, **timings},
+        base_intact=True,
+        model=MARK,
+        versions={},
+        request_sha256=MARK,
+    )
 
 
 # --- what there is
 
 
-def test_all_values_of_all_labels_are_there_before_the_first_count(counts: Path) -> None:
-    """The outcomes by the tree that the errors' own docstring draws."""
+def test_all_label_values_exist_before_the_first_count(counts: Path) -> None:
+    """The codes are those of the tree in the docstring of `zlora.errors`."""
     Meter.of_process("child")
     scraped = shown(counts)
 
     tree = re.findall(r"── \w+ +([a-z_]+) .*?(retryable)?$", str(errors.__doc__), re.MULTILINE)
     codes = {code for code, _ in tree}
     revoked = {"job_revoked", "expired"}
-    assert len(codes) == len(errors.__all__) - 2  # of ZloraError and LoraError there are only kinds
+    assert len(codes) == len(errors.__all__) - 2  # ZloraError and LoraError are base classes
     assert set(scraped.named("zlora_jobs_total")) == {
         ("", "success"),
         *((code, "revoked") for code in revoked),
@@ -87,7 +103,7 @@ def test_all_values_of_all_labels_are_there_before_the_first_count(counts: Path)
     assert {sample.value for family in scraped.families for sample in family.samples} == {0.0}
 
 
-def test_names_and_units_are_as_prometheus_has_them(counts: Path) -> None:
+def test_names_and_units_follow_the_rules_of_prometheus(counts: Path) -> None:
     Meter.of_process("child")
 
     assert shown(counts).faults() == []
@@ -96,16 +112,15 @@ def test_names_and_units_are_as_prometheus_has_them(counts: Path) -> None:
 # --- what is counted
 
 
-def test_a_drawn_job_counts_by_phase_and_by_where_its_loras_were(counts: Path) -> None:
+def test_a_generated_job_counts_its_images_phases_and_loras(counts: Path) -> None:
     meter = Meter.of_process("child")
     before = shown(counts)
 
     meter.drawn(a_result("network", "disk", "disk", images=2, queued=0.5, denoise=3.0, tail=7.0))
     scraped = shown(counts)
 
-    assert (
-        scraped("zlora_jobs_total", outcome="success", code="") == 0
-    )  # its result is still to be told
+    # a success is counted later, when its result is stored
+    assert scraped("zlora_jobs_total", outcome="success", code="") == 0
     assert scraped("zlora_images_total") == 2
     assert scraped.named("zlora_lora_files_total") == {
         ("memory",): 0,
@@ -121,14 +136,11 @@ def test_a_drawn_job_counts_by_phase_and_by_where_its_loras_were(counts: Path) -
     assert scraped("zlora_job_phase_seconds_bucket", phase="denoise", le="2.5") == 0
     assert scraped("zlora_job_phase_seconds_bucket", phase="denoise", le="5.0") == 1
     phases = scraped.named("zlora_job_phase_seconds_count")
-    assert {phase for (phase,), count in phases.items() if count} == {"queued", "denoise"}
-    assert (
-        scraped.named("zlora_job_phase_seconds_count").keys()
-        == before.named("zlora_job_phase_seconds_count").keys()
-    )
+    assert {phase for (phase,), count in phases.items() if count} == {"queued", "denoise", "tail"}
+    assert phases.keys() == before.named("zlora_job_phase_seconds_count").keys()
 
 
-def test_an_end_without_a_result_counts_by_its_code(counts: Path) -> None:
+def test_a_job_without_a_result_counts_by_its_code(counts: Path) -> None:
     meter = Meter.of_process("child")
 
     for error in (
@@ -150,8 +162,8 @@ def test_an_end_without_a_result_counts_by_its_code(counts: Path) -> None:
     }
 
 
-def test_what_a_stranger_chooses_is_nowhere(counts: Path) -> None:
-    """And no job adds a series."""
+def test_no_value_of_a_request_is_in_the_metrics(counts: Path) -> None:
+    """No job adds a series either."""
     meter = Meter.of_process("child")
     before = [sample.labels for family in shown(counts).families for sample in family.samples]
 
@@ -169,13 +181,13 @@ def test_what_a_stranger_chooses_is_nowhere(counts: Path) -> None:
 # --- processes
 
 
-def test_child_and_companion_count_together_and_a_new_child_goes_on_where_the_last_was(
+def test_child_and_sidecar_count_together_and_a_new_child_continues(
     counts: Path,
 ) -> None:
-    first, companion = Meter.of_process("child"), Meter.of_process("companion")
+    first, sidecar = Meter.of_process("child"), Meter.of_process("sidecar")
     first.loaded(2.0, replaces=False)
     first.succeeded()
-    companion.ended(JobExpired())
+    sidecar.ended(JobExpired())
     second = Meter.of_process("child")
     second.loaded(3.0, replaces=True)
     second.succeeded()
@@ -187,12 +199,11 @@ def test_child_and_companion_count_together_and_a_new_child_goes_on_where_the_la
     assert scraped("zlora_model_load_seconds_count") == 2
     assert scraped("zlora_model_load_seconds_sum") == 5
     assert scraped("zlora_child_deaths_total") == 1
-    assert (
-        len(list(counts.iterdir())) == 4
-    )  # counters and histograms of two roles, however many processes there were
+    # files of counters and histograms for two roles, not for three processes
+    assert len(list(counts.iterdir())) == 4
 
 
-def test_whoever_clears_temporary_folders_costs_the_counts_and_no_job(counts: Path) -> None:
+def test_a_removed_folder_loses_the_counts_and_no_job(counts: Path) -> None:
     Meter.of_process("child").stepped(5)
     shutil.rmtree(counts.parent)
 
@@ -201,7 +212,7 @@ def test_whoever_clears_temporary_folders_costs_the_counts_and_no_job(counts: Pa
     assert shown(counts)("zlora_denoising_steps_total") == 1
 
 
-def test_nothing_is_shared_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_folder_each_meter_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
 
     one, other = Meter.of_process("child"), Meter.of_process("child")
@@ -213,17 +224,17 @@ def test_nothing_is_shared_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "label"),
     [
         ("owner/model", "owner/model"),
         ("https://u:s3cret@host/m.safetensors?sig=s3cret", "https://host/m.safetensors"),
     ],
 )
-def test_a_worker_says_what_it_serves_and_no_secret_of_an_address(model: str, told: str) -> None:
+def test_the_worker_info_has_the_model_without_secrets(model: str, label: str) -> None:
     registry = CollectorRegistry()
     registry.register(WorkerCollector(model=model, queue="gpu"))
     scraped = Scraped.of(registry)
 
     ((found, queue, _version),) = scraped.named("zlora_worker_info")
-    assert (found, queue) == (told, "gpu")
+    assert (found, queue) == (label, "gpu")
     assert scraped.faults() == []

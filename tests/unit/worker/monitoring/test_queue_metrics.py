@@ -1,4 +1,4 @@
-"""A queue as Prometheus sees it, on a real Redis: whatever is on its lists, and where Redis is not."""
+"""Metrics of a queue on a real Redis, with any messages on its lists, and without Redis."""
 
 import json
 import socket
@@ -17,7 +17,7 @@ from zlora import Client
 from zlora.broker.celery_app import IMPATIENCE, shared_config
 from zlora.broker.job_store import connect
 from zlora.broker.keys import dead_key, outbox_key, refused_key, waiting_lists
-from zlora.broker.message import SUBMITTED_AT
+from zlora.broker.message import MAX_MESSAGE_BYTES, SUBMITTED_AT
 from zlora.broker.webhook_outbox import DeadLetter
 from zlora.client import Priority
 from zlora.schema import TASK_NAME
@@ -25,11 +25,12 @@ from zlora_worker.monitoring.queue_metrics import QueueCollector
 
 JOB = {"prompt": "x"}
 DEEP = b'{"headers": {"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}"
-GARBAGE = [b"", b"5", b"\xff\xfe\x00", b"[1]", b'{"headers": 5}', b'{"headers": null}', DEEP]
+LARGE = b"x" * (MAX_MESSAGE_BYTES + 1)
+GARBAGE = [b"", b"\xff\xfe\x00", b"[1]", b'{"headers": 5}', DEEP, LARGE]
 
 
 def look(url: str, queue: str = "gpu", *, seconds: float = IMPATIENCE) -> Scraped:
-    """One scrape, by a client that waits so long for an answer."""
+    """Scrape once, with a Redis client that waits so many seconds."""
     registry = CollectorRegistry()
     with connect(url, seconds=seconds) as client:
         registry.register(QueueCollector(client, queue))
@@ -43,13 +44,13 @@ def submit(url: str, *priorities: Priority, queue: str = "gpu") -> None:
 
 
 def message(seconds: float) -> str:
-    """A message that was submitted so many seconds ago."""
+    """Return a message that was submitted so many seconds ago."""
     return json.dumps({"headers": {SUBMITTED_AT: time.time() - seconds}})
 
 
 @pytest.fixture
-def stranger(broker_url: str) -> Iterator[Celery]:
-    """A producer that knows Celery, and a worker's hands: kombu takes what it is told to."""
+def other_app(broker_url: str) -> Iterator[Celery]:
+    """Make a Celery application, as another program on the same broker has."""
     with Celery("other", set_as_current=False) as app:
         app.conf.update(
             shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu")
@@ -59,7 +60,7 @@ def stranger(broker_url: str) -> Iterator[Celery]:
 
 
 @pytest.mark.usefixtures("broker")
-def test_an_empty_queue_has_all_its_series(broker_url: str) -> None:
+def test_an_empty_queue_has_all_series(broker_url: str) -> None:
     scraped = look(broker_url)
 
     priorities = {
@@ -88,30 +89,42 @@ def test_an_empty_queue_has_all_its_series(broker_url: str) -> None:
     assert scraped.faults() == []
 
 
+def test_large_messages_are_not_read(broker_url: str, broker: Any) -> None:
+    broker.lpush("gpu", LARGE, LARGE)
+    before = broker.info("stats")["total_net_output_bytes"]
+
+    assert look(broker_url)("zlora_queue_jobs", queue="gpu", priority="high") == 2
+
+    assert broker.info("stats")["total_net_output_bytes"] - before < 100_000
+
+
 @pytest.mark.usefixtures("broker")
-def test_jobs_wait_by_priority_also_those_of_any_celery_client(
-    broker_url: str, stranger: Celery
+def test_jobs_are_counted_by_priority_also_those_of_other_programs(
+    broker_url: str, other_app: Celery
 ) -> None:
-    """A message without a priority is with those of the first; of one without a time the age is not known."""
+    """The age of a message without a submission time is unknown, and counts as 0."""
     submit(broker_url, "high", "high", "normal", "low")
     submit(broker_url, "normal", queue="other")
-    stranger.send_task(TASK_NAME, args=[JOB], queue="gpu", priority=7)
+    other_app.send_task(TASK_NAME, args=[JOB], queue="gpu", priority=7)
 
     scraped = look(broker_url)
 
     jobs = scraped.named("zlora_queue_jobs")
     assert {priority: count for (priority, _), count in jobs.items() if count} == {
-        "high": 2, "normal": 1, "low": 1, "7": 1,
-    }  # fmt: skip
+        "high": 2,
+        "normal": 1,
+        "low": 1,
+        "7": 1,
+    }
     assert scraped("zlora_queue_oldest_seconds", queue="gpu", priority="7") == 0
     assert look(broker_url, "other")("zlora_queue_jobs", queue="other", priority="normal") == 1
 
 
 @pytest.mark.parametrize("ages", [(1000, 7, 5), (7, 5, 1000)], ids=["next in line", "sent again"])
-def test_the_age_is_that_of_the_older_job_at_the_ends_of_the_line(
+def test_the_age_is_that_of_the_older_of_the_first_and_last_job(
     broker_url: str, broker: Any, ages: tuple[int, ...]
 ) -> None:
-    """A clock that is ahead makes none younger than now."""
+    """A submission time in the future counts as 0."""
     first, *_, low = waiting_lists("gpu")
     broker.lpush(first, *map(message, ages))
     broker.lpush(low, message(-500))
@@ -123,10 +136,10 @@ def test_the_age_is_that_of_the_older_job_at_the_ends_of_the_line(
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda garbage: repr(garbage[:20]))
-def test_garbage_waits_like_any_message_and_hides_nothing(
+def test_garbage_is_counted_and_hides_no_other_value(
     broker_url: str, broker: Any, garbage: bytes
 ) -> None:
-    """Also where it is next in line, or a worker seems to hold it."""
+    """Garbage may be next in line, or in the hash of taken messages."""
     broker.lpush("gpu", garbage, garbage)
     broker.hset(
         "unacked",
@@ -138,21 +151,16 @@ def test_garbage_waits_like_any_message_and_hides_nothing(
 
     assert scraped("zlora_queue_jobs", queue="gpu", priority="high") == 2
     assert scraped("zlora_queue_oldest_seconds", queue="gpu", priority="high") == 0
-    assert scraped("zlora_queue_running_jobs", queue="gpu") in (
-        1,
-        2,
-    )  # what can be read of "b" says that it is one
+    assert scraped("zlora_queue_running_jobs", queue="gpu") == 1
     assert scraped("zlora_queue_up", queue="gpu") == 1
 
 
 @pytest.mark.usefixtures("broker")
-def test_jobs_that_workers_hold_are_counted_for_their_own_queue(
-    broker_url: str, stranger: Celery
-) -> None:
-    """All queues of a database have one book of them."""
+def test_running_jobs_are_counted_for_their_own_queue(broker_url: str, other_app: Celery) -> None:
+    """All queues of a database share one hash of taken messages."""
     submit(broker_url, "low", "normal", "high")
     submit(broker_url, "normal", queue="other")
-    with stranger.connection_for_read() as connection:
+    with other_app.connection_for_read() as connection:
         channel: Any = connection.default_channel
         held = [channel.basic_get(queue) for queue in ("gpu", "gpu", "other")]
 
@@ -166,12 +174,12 @@ def test_jobs_that_workers_hold_are_counted_for_their_own_queue(
     assert fewer("zlora_queue_running_jobs", queue="gpu") == 1
 
 
-def test_webhooks_and_refused_messages_are_the_queue_s_own(broker_url: str, broker: Any) -> None:
+def test_webhooks_and_refused_messages_are_counted_by_queue(broker_url: str, broker: Any) -> None:
     letter = DeadLetter(
         job_id="j", event="job.failed", url="https://x", tries=9, first=1, last=2, reason="500"
     )
     broker.zadd(outbox_key("gpu"), {"one": 1, "two": 2})
-    broker.zadd(dead_key("gpu"), {documents.encode(letter): 1, "a stranger's": 2, "third": 3})
+    broker.zadd(dead_key("gpu"), {documents.encode(letter): 1, "not a letter": 2, "third": 3})
     broker.set(refused_key("gpu"), 7)
 
     ours, others = look(broker_url), look(broker_url, "other")
@@ -183,23 +191,23 @@ def test_webhooks_and_refused_messages_are_the_queue_s_own(broker_url: str, brok
     assert others("zlora_queue_refused_messages", queue="other") == 0
 
 
-def test_what_is_on_a_queue_is_in_no_label(broker_url: str, broker: Any, stranger: Celery) -> None:
-    stranger.send_task(
-        TASK_NAME, args=[{"prompt": "a-stranger-s"}], queue="gpu", task_id="a-stranger-s"
+def test_no_value_of_a_message_is_a_label(broker_url: str, broker: Any, other_app: Celery) -> None:
+    other_app.send_task(
+        TASK_NAME, args=[{"prompt": "from-a-message"}], queue="gpu", task_id="from-a-message"
     )
-    broker.lpush("gpu", "a-stranger-s")
+    broker.lpush("gpu", "from-a-message")
     broker.hset(
         "unacked",
-        "a-stranger-s",
-        json.dumps([{"headers": {"id": "a-stranger-s"}}, "", "a-stranger-s"]),
+        "from-a-message",
+        json.dumps([{"headers": {"id": "from-a-message"}}, "", "from-a-message"]),
     )
 
-    assert "a-stranger-s" not in look(broker_url).text
+    assert "from-a-message" not in look(broker_url).text
 
 
 @pytest.mark.parametrize("is_silent", [True, False])
-def test_without_redis_there_is_the_one_word_that_it_is_away(is_silent: bool) -> None:
-    """Soon, also where it takes connections and never answers."""
+def test_without_redis_only_the_gauge_up_is_served(is_silent: bool) -> None:
+    """Soon, also if Redis accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silence:
         port = silence.getsockname()[1] if is_silent else free_port()
         scraped = look(f"redis://127.0.0.1:{port}/0", seconds=0.2)
@@ -208,9 +216,7 @@ def test_without_redis_there_is_the_one_word_that_it_is_away(is_silent: bool) ->
     assert scraped("zlora_queue_up", queue="gpu") == 0
 
 
-def test_what_somebody_else_keeps_under_a_name_of_ours_costs_its_own_value_only(
-    broker_url: str, broker: Any
-) -> None:
+def test_a_key_of_another_type_counts_as_zero(broker_url: str, broker: Any) -> None:
     broker.lpush("gpu", message(5))
     broker.set(dead_key("gpu"), "no sorted set")
     broker.set("unacked", "no hash")

@@ -289,7 +289,6 @@ def sha256_without_header(file: Path) -> str:
 def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     jobs = Jobs(model_home, tmp_path_factory.mktemp("jobs"))
     yield jobs
-    jobs.child.cache._fetcher.close()
 
 
 @pytest.mark.parametrize("output_format", FORMATS)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,10 +36,8 @@ JSON_DATA: Final = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def fetcher(model_home: Path) -> Iterator[Fetcher]:
-    fetcher = Fetcher(settings(model_home))
-    yield fetcher
-    fetcher.close()
+def fetcher(model_home: Path) -> Fetcher:
+    return Fetcher(settings(model_home))
 
 
 def a_pinned_provenance(**fields: Any) -> ImageProvenance:

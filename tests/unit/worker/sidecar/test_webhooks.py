@@ -1,4 +1,4 @@
-"""Webhooks on their way: each is sent until it is taken, or for two hours, and one receiver holds up no other."""
+"""Webhooks are sent until accepted, or for two hours, and no receiver delays another."""
 
 import base64
 import os
@@ -37,9 +37,8 @@ from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results.store import FolderStore
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.sidecar import webhooks
-from zlora_worker.sidecar.__main__ import end_by
 from zlora_worker.sidecar.webhook_post import post
-from zlora_worker.sidecar.webhooks import Dispatcher, Ends, Sender
+from zlora_worker.sidecar.webhooks import Dispatcher, JobEnds, Sender
 
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 PAUSES: Final = (5, 30, 120, 300, 600, 1200, 1800, 3000)  # seconds, each 0.8 to 1.2 times
@@ -48,7 +47,7 @@ TWO_HOURS: Final = 7200
 Reply = tuple[int, Mapping[str, str]]
 
 
-class Heard(NamedTuple):
+class Received(NamedTuple):
     """One request to a receiver."""
 
     path: str
@@ -57,43 +56,43 @@ class Heard(NamedTuple):
 
 
 class Receiver:
-    """An HTTP server on loopback; `answer` may look at the requests so far, and block."""
+    """An HTTP server on loopback; `answer` gets the requests so far, and may block."""
 
-    def __init__(self, port: int, answer: Callable[[list[Heard]], Reply]) -> None:
+    def __init__(self, port: int, answer: Callable[[list[Received]], Reply]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.answer = answer
-        self.heard: list[Heard] = []
+        self.requests: list[Received] = []
 
     def events(self) -> list[Event]:
-        """What was heard, verified by both implementations; a receiver of each request's own time."""
-        for one in self.heard:
+        """Return the events of all requests, each verified at the time of its request."""
+        for one in self.requests:
             Verifier(SECRET, clock=lambda one=one: float(one.headers["webhook-timestamp"])).verify(  # type: ignore[misc]
                 one.body, one.headers
             )
         receiver = Verifier(SECRET, tolerance=10**6)
-        return [receiver.verify(one.body, one.headers) for one in self.heard]
+        return [receiver.verify(one.body, one.headers) for one in self.requests]
 
 
 @contextmanager
 def receiving(
-    answer: Callable[[list[Heard]], Reply] | int = 204, **headers: str
+    answer: Callable[[list[Received]], Reply] | int = 204, **headers: str
 ) -> Iterator[Receiver]:
-    """A receiver for as long as the block runs, of one status or whatever `answer` says."""
+    """Run a receiver that answers one status, or as `answer` says."""
     reply = (lambda _: (answer, headers)) if isinstance(answer, int) else answer
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            told = {name.lower(): value for name, value in self.headers.items()}
-            receiver.heard.append(Heard(self.path, told, body))
-            status, more = receiver.answer(receiver.heard)
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            receiver.requests.append(Received(self.path, headers, body))
+            status, more = receiver.answer(receiver.requests)
             self.send_response(status)
             for name, value in more.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Nothing to the terminal."""
+            """Print nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
@@ -109,9 +108,15 @@ def receiving(
 
 def result_of(job_id: str, *, url: str | None = None) -> GenerateResult:
     image = ImageRef(
-        key=f"runs/{job_id}/outputs/0.png", url=url, width=8, height=8, content_type="image/png", size=1, sha256="",
+        key=f"runs/{job_id}/outputs/0.png",
+        url=url,
+        width=8,
+        height=8,
+        content_type="image/png",
+        size=1,
+        sha256="",
         seed=3,
-    )  # fmt: skip
+    )
     return GenerateResult(
         job_id=job_id,
         images=(image,),
@@ -124,7 +129,7 @@ def result_of(job_id: str, *, url: str | None = None) -> GenerateResult:
     )
 
 
-class AwayStore(FolderStore):
+class FailingStore(FolderStore):
     """A store that does not answer."""
 
     def get(self, key: str) -> bytes | None:
@@ -132,17 +137,13 @@ class AwayStore(FolderStore):
 
 
 class Place:
-    """A queue of its own with a store, and companions that may send."""
+    """A queue of its own with a store, and senders."""
 
     def __init__(self, broker_url: str, folder: Path) -> None:
-        self.url, self.queue, self.folder, self.now = (
-            broker_url,
-            uuid.uuid4().hex,
-            folder,
-            time.time(),
-        )
+        self.url, self.folder = broker_url, folder
+        self.queue, self.now = uuid.uuid4().hex, time.time()
         self.redis: Any = connect(broker_url)
-        self.ledger, self.outbox = JobStore(self.redis, self.queue), Outbox(self.redis, self.queue)
+        self.jobs, self.outbox = JobStore(self.redis, self.queue), Outbox(self.redis, self.queue)
         self.store = FolderStore(folder)
         self.allowed: set[str] = set()
         self.meter = Meter()
@@ -152,38 +153,40 @@ class Place:
         self.app = Celery("test", set_as_current=False, changes=config)
 
     def job(self, url: str, *events: str) -> str:
-        """A job that was submitted with a webhook."""
+        """Submit a job with a webhook."""
         job_id = uuid.uuid4().hex
         self.allowed.add(urlsplit(url).netloc)
-        asked = Webhook(url=url, events=events)
-        told = Submission(request={"prompt": "p"}, priority=5, submitted=time.time(), webhook=asked)
-        self.ledger.open(job_id, told, "digest")
+        webhook = Webhook(url=url, events=events)
+        submission = Submission(
+            request={"prompt": "p"}, priority=5, submitted=time.time(), webhook=webhook
+        )
+        self.jobs.open(job_id, submission, "digest")
         return job_id
 
     def end(self, job_id: str, verdict: ZloraError | None = None) -> str:
-        """End a job, well where there is no verdict."""
+        """End a job; without a verdict it succeeds."""
         if verdict is None:
             manifest = msgspec.json.encode(result_of(job_id))
             self.store.put_new(manifest_key(job_id), manifest, "application/json")
-        self.ledger.close(job_id, verdict)
+        self.jobs.close(job_id, verdict)
         return job_id
 
     def ended(self, url: str, verdict: ZloraError | None = None) -> str:
         return self.end(self.job(url), verdict)
 
     def sender(self, store: FolderStore | None = None, **variables: str) -> Sender:
-        """Of a companion that has just been started."""
-        told = {
+        """Return the sender of a new sidecar."""
+        given = {
             config.WEBHOOK_SECRET: SECRET,
             config.ALLOW_HOSTS: ",".join(self.allowed),
         } | variables
-        read = settings(self.folder, **told)
+        read = settings(self.folder, **given)
         there = store or self.store
-        ends = Ends(there, ImageUrls(there, read), end_by(self.app.backend))
+        ends = JobEnds(there, ImageUrls(there, read), self.app.backend)
         return Sender(self.outbox, ends, read, self.meter, clock=lambda: self.now)
 
     def work(self, sender: Sender | None = None) -> int:
-        """Send what is due; how many that was."""
+        """Send what is due; return the number of jobs."""
         sender = sender or self.sender()
         jobs = self.outbox.claim(self.outbox.due(0, 100, since=sender.since), 60)
         for job in jobs:
@@ -191,17 +194,17 @@ class Place:
         return len(jobs)
 
     def counted(self) -> dict[str, float]:
-        """The tries for Prometheus, by what became of them."""
+        """Return the counted attempts by outcome."""
         counts = Scraped.of(self.meter.registry).named("zlora_webhooks_total")
         return {outcome: count for (outcome,), count in counts.items()}
 
     def due_in(self, job_id: str) -> float | None:
-        """Seconds until the next try; None where there is none."""
+        """Return the seconds until the next attempt, or None if there is none."""
         score = self.redis.zscore(outbox_key(self.queue), job_id)
         return None if score is None else float(score) - time.time()
 
     def pass_time(self, seconds: float) -> None:
-        """As if so many seconds had gone by."""
+        """Make all times so many seconds older."""
         self.now += seconds
         key = outbox_key(self.queue)
         for job_id in self.redis.zrange(key, 0, -1):
@@ -210,22 +213,22 @@ class Place:
                 self.redis.hset(job_key(job_id), "tried", float(tried) - seconds)
 
     def message_id(self, job_id: str) -> str:
-        """Of the event that the job ended."""
+        """Return the id of the event that the job ended."""
         return f"msg_{job_id}_{self.redis.hget(job_key(job_id), 'closed')}"
 
     def backlog(self, url: str, count: int) -> None:
-        """So many jobs that have ended, with one webhook, all due before any that ends from now on."""
+        """Make ended jobs with one webhook, all due before jobs that end from now on."""
         names = [f"{self.queue}-{index}" for index in range(count)]
-        facts: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "webhook": msgspec.json.encode(Webhook(url=url)),
             "closed": int(time.time()) - 60,
         }
-        facts["verdict"] = '["lora_mismatch","no",{}]'
+        fields["verdict"] = '["lora_mismatch","no",{}]'
         with self.redis.pipeline(transaction=False) as pipe:
             for name in names:
-                pipe.hset(job_key(name), mapping=facts)
+                pipe.hset(job_key(name), mapping=fields)
                 pipe.expire(job_key(name), 600)
-            pipe.zadd(outbox_key(self.queue), dict.fromkeys(names, facts["closed"]))
+            pipe.zadd(outbox_key(self.queue), dict.fromkeys(names, fields["closed"]))
             pipe.expire(outbox_key(self.queue), 600)
             pipe.execute()
 
@@ -235,7 +238,7 @@ class Place:
 
 
 def commands(client: Any) -> Counter[str]:
-    """How often the server was asked to do what, scripts included."""
+    """Return the number of calls of each Redis command, those by scripts included."""
     stats = client.info("commandstats")
     return Counter(
         {
@@ -257,10 +260,10 @@ def place(broker_url: str, tmp_path: Path) -> Iterator[Place]:
     made.redis.close()
 
 
-# --- what is told
+# --- events
 
 
-def test_a_success_is_told_once_with_urls_of_now(place: Place) -> None:
+def test_a_success_is_sent_once_with_new_urls(place: Place) -> None:
     with receiving() as receiver:
         job = place.ended(f"{receiver.url}/hook?token=t")
         while place.work():
@@ -271,16 +274,16 @@ def test_a_success_is_told_once_with_urls_of_now(place: Place) -> None:
     assert event.result is not None
     assert str(event.result.images[0].url).startswith("file://")
     assert abs(event.timestamp.timestamp() - time.time()) < 60
-    assert (receiver.heard[0].path, receiver.heard[0].headers["content-type"]) == (
+    assert (receiver.requests[0].path, receiver.requests[0].headers["content-type"]) == (
         "/hook?token=t",
         "application/json",
     )
-    Oracle(SECRET).verify(receiver.heard[0].body, receiver.heard[0].headers)
+    Oracle(SECRET).verify(receiver.requests[0].body, receiver.requests[0].headers)
     assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
 
 
 @pytest.mark.parametrize("verdict", [LoraMismatch("no", {"names": ["\ud800"]}), JobExpired("late")])
-def test_a_failure_is_told_with_its_error(place: Place, verdict: ZloraError) -> None:
+def test_a_failure_is_sent_with_its_error(place: Place, verdict: ZloraError) -> None:
     with receiving() as receiver:
         place.ended(receiver.url, verdict)
         place.work()
@@ -293,35 +296,35 @@ def test_a_failure_is_told_with_its_error(place: Place, verdict: ZloraError) -> 
     )
 
 
-def test_a_failure_that_only_celery_knows_of_is_told(place: Place) -> None:
-    """A child that was killed at the hard limit wrote no verdict; the sweeper finds its job."""
+def test_a_failure_that_only_celery_stored_is_sent(place: Place) -> None:
+    """A child that was killed at the hard limit wrote no verdict; the sweeper ended the job."""
     with receiving() as receiver:
         job = place.job(receiver.url)
         place.app.backend.store_result(job, JobLost("died"), "FAILURE")
-        place.ledger.close(job)
+        place.jobs.close(job)
         place.work()
 
     (event,) = receiver.events()
     assert (event.type, str(event.error)) == ("job.failed", "died")
 
 
-def test_a_success_that_this_store_knows_nothing_of_is_told_as_its_producer_has_it(
+def test_a_success_without_a_manifest_is_sent_as_celery_stored_it(
     place: Place,
 ) -> None:
-    """It is another machine's folder, or its retention was short."""
+    """The store may be the folder of another machine, or its retention short."""
     with receiving() as receiver:
         job = place.job(receiver.url)
         made = result_of(job, url="file:///elsewhere/0.png")
         place.app.backend.store_result(job, msgspec.to_builtins(made), "SUCCESS")
-        place.ledger.close(job)
+        place.jobs.close(job)
         place.work()
 
     (event,) = receiver.events()
     assert (event.type, event.result) == ("job.succeeded", made)
 
 
-def test_another_end_of_the_same_id_is_another_event(place: Place) -> None:
-    """A record lives for a day after the end: then its id is free."""
+def test_a_job_id_that_is_used_again_has_another_event_id(place: Place) -> None:
+    """A job id is free again when its record has expired."""
     with receiving() as receiver:
         job = place.ended(receiver.url)
         place.work()
@@ -334,10 +337,10 @@ def test_another_end_of_the_same_id_is_another_event(place: Place) -> None:
 
 
 @pytest.mark.parametrize("written", ["1", None, "long ago"])
-def test_an_end_whose_time_is_not_written_down_is_told_with_a_time_of_now(
+def test_an_end_without_a_valid_time_is_sent_with_the_present_time(
     place: Place, written: str | None
 ) -> None:
-    """An earlier version wrote none."""
+    """Earlier versions stored no time."""
     with receiving() as receiver:
         job = place.ended(receiver.url)
         place.redis.hdel(job_key(job), "closed")
@@ -350,8 +353,8 @@ def test_an_end_whose_time_is_not_written_down_is_told_with_a_time_of_now(
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_queued_job_that_its_client_cancels_is_told(place: Place, own: bool) -> None:
-    """Also by a client of another queue."""
+def test_the_cancellation_of_a_queued_job_is_sent(place: Place, own: bool) -> None:
+    """Also if a client of another queue cancels the job."""
     with (
         receiving() as receiver,
         Client(place.url, queue=place.queue) as client,
@@ -367,10 +370,10 @@ def test_a_queued_job_that_its_client_cancels_is_told(place: Place, own: bool) -
 
     (event,) = receiver.events()
     assert (event.type, event.job_id) == ("job.cancelled", handle.id)
-    assert place.ledger.unfinished(before=time.time() + 60) == []
+    assert place.jobs.unfinished(before=time.time() + 60) == []
 
 
-def test_only_the_events_that_were_asked_for_are_told(place: Place) -> None:
+def test_only_the_requested_events_are_sent(place: Place) -> None:
     with receiving() as receiver:
         place.end(place.job(receiver.url, "job.failed"))
         wanted = place.end(
@@ -383,20 +386,20 @@ def test_only_the_events_that_were_asked_for_are_told(place: Place) -> None:
     assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
 
 
-def test_a_job_without_a_webhook_and_one_that_has_not_ended_tell_nobody(place: Place) -> None:
-    place.ledger.open("plain", Submission(request={}, priority=5, submitted=0.0), "digest")
-    place.ledger.close("plain")
+def test_nothing_is_sent_for_a_job_without_webhook_or_end(place: Place) -> None:
+    place.jobs.open("plain", Submission(request={}, priority=5, submitted=0.0), "digest")
+    place.jobs.close("plain")
     place.job("http://127.0.0.1:1")
 
     assert place.work() == 0
 
 
-# --- once more
+# --- retries
 
 
-def test_what_was_not_taken_is_sent_again_by_whoever_is_there_then(place: Place) -> None:
-    """With the same id and a later time; a restart forgets nothing."""
-    with receiving(lambda heard: (500 if len(heard) < 3 else 200, {})) as receiver:
+def test_an_event_that_was_not_accepted_is_sent_again_by_any_sidecar(place: Place) -> None:
+    """With the same id and a later time, also after a restart."""
+    with receiving(lambda requests: (500 if len(requests) < 3 else 200, {})) as receiver:
         job = place.ended(receiver.url)
         for pause in PAUSES[:3]:
             assert place.work(place.sender()) == 1
@@ -404,14 +407,14 @@ def test_what_was_not_taken_is_sent_again_by_whoever_is_there_then(place: Place)
             place.pass_time(1.2 * pause)
 
     events = receiver.events()
-    times = [int(one.headers["webhook-timestamp"]) for one in receiver.heard]
+    times = [int(one.headers["webhook-timestamp"]) for one in receiver.requests]
     assert [event.id for event in events] == [place.message_id(job)] * 3
     assert times == sorted(set(times))
     assert (place.outbox.pending(), place.outbox.dead()) == (0, [])
     assert place.counted() == {"sent": 1, "retried": 2, "given_up": 0}
 
 
-def test_the_pauses_grow_for_two_hours_and_then_it_is_a_dead_letter(place: Place) -> None:
+def test_the_pauses_grow_for_two_hours_before_a_dead_letter(place: Place) -> None:
     waited: list[float] = []
     with receiving(503) as receiver:
         job = place.ended(f"{receiver.url}/hook?token=s3cret")
@@ -429,13 +432,13 @@ def test_the_pauses_grow_for_two_hours_and_then_it_is_a_dead_letter(place: Place
         "job.succeeded",
         f"{receiver.url}/hook",
     )
-    assert (letter.tries, letter.reason) == (len(receiver.heard), "the receiver answers 503")
-    assert len(receiver.heard) == len(waited) + 1
+    assert (letter.tries, letter.reason) == (len(receiver.requests), "the receiver answers 503")
+    assert len(receiver.requests) == len(waited) + 1
     assert (place.outbox.pending(), place.work()) == (0, 0)
     assert place.counted() == {"sent": 0, "retried": len(waited), "given_up": 1}
 
 
-def test_a_receiver_that_asks_to_be_left_alone_is_for_what_is_left_of_two_hours(
+def test_retry_after_is_respected_within_two_hours(
     place: Place,
 ) -> None:
     with receiving(429, Retry_After="3000") as receiver:
@@ -448,16 +451,16 @@ def test_a_receiver_that_asks_to_be_left_alone_is_for_what_is_left_of_two_hours(
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_redirect_is_not_followed_and_no_delivery(place: Place, status: int) -> None:
+def test_a_redirect_is_not_followed_and_counts_as_a_failure(place: Place, status: int) -> None:
     with receiving() as other, receiving(status, Location=other.url) as receiver:
         job = place.ended(receiver.url)
         place.work()
 
-    assert (len(receiver.heard), other.heard) == (1, [])
+    assert (len(receiver.requests), other.requests) == (1, [])
     assert place.due_in(job) is not None
 
 
-def test_a_receiver_that_is_not_there_is_tried_again(place: Place) -> None:
+def test_an_unreachable_receiver_is_tried_again(place: Place) -> None:
     with receiving() as receiver:
         url = receiver.url
     job = place.ended(url)
@@ -466,11 +469,11 @@ def test_a_receiver_that_is_not_there_is_tried_again(place: Place) -> None:
     assert place.due_in(job) is not None
 
 
-def test_a_store_that_is_away_is_no_failure_of_the_receiver(place: Place) -> None:
+def test_a_store_that_does_not_answer_costs_no_attempt(place: Place) -> None:
     with receiving() as receiver:
         job = place.ended(receiver.url)
-        place.work(place.sender(AwayStore(place.folder)))
-        assert (receiver.heard, place.redis.hget(job_key(job), "tries")) == ([], None)
+        place.work(place.sender(FailingStore(place.folder)))
+        assert (receiver.requests, place.redis.hget(job_key(job), "tries")) == ([], None)
         place.pass_time(place.due_in(job) or 0.0)
         place.work()
 
@@ -480,27 +483,27 @@ def test_a_store_that_is_away_is_no_failure_of_the_receiver(place: Place) -> Non
 # --- given up
 
 
-def test_a_receiver_that_is_gone_is_given_up_at_once(place: Place) -> None:
+def test_the_status_410_is_given_up_at_once(place: Place) -> None:
     with receiving(410) as receiver:
         place.ended(receiver.url)
         while place.work():
             pass
 
-    assert (len(receiver.heard), place.letter().reason) == (1, "the receiver answers 410")
+    assert (len(receiver.requests), place.letter().reason) == (1, "the receiver answers 410")
 
 
-def test_an_address_that_the_guard_refuses_is_given_up_unasked(place: Place) -> None:
+def test_an_address_that_the_guard_refuses_is_given_up_without_a_request(place: Place) -> None:
     with receiving() as receiver:
         place.ended(f"{receiver.url}/hook?token=s3cret")
         place.work(place.sender(ZLORA_ALLOW_HOSTS=""))
 
-    assert receiver.heard == []
+    assert receiver.requests == []
     letter = place.letter()
     assert (letter.tries, "refused" in letter.reason, "s3cret" in str(letter)) == (1, True, False)
 
 
-def test_nothing_is_sent_unsigned_and_another_companion_has_its_time(place: Place) -> None:
-    """Also of a job that ended long ago, and is sent again."""
+def test_a_sidecar_without_secret_leaves_webhooks_to_others(place: Place) -> None:
+    """Also a webhook that is sent again long after the job's end."""
     secretless = place.sender(ZLORA_WEBHOOK_SECRET="")
     with receiving() as receiver:
         job = place.ended(receiver.url)
@@ -511,7 +514,7 @@ def test_nothing_is_sent_unsigned_and_another_companion_has_its_time(place: Plac
     assert [event.job_id for event in receiver.events()] == [job]
 
 
-def test_what_nobody_signs_for_two_hours_is_given_up_with_the_reason(place: Place) -> None:
+def test_without_any_secret_webhooks_are_given_up_after_two_hours(place: Place) -> None:
     job, unwanted = (
         place.ended("http://127.0.0.1:1"),
         place.end(place.job("http://127.0.0.1:1", "job.failed")),
@@ -526,10 +529,10 @@ def test_what_nobody_signs_for_two_hours_is_given_up_with_the_reason(place: Plac
     assert (place.due_in(unwanted), place.outbox.pending()) == (None, 0)
 
 
-def test_a_job_of_which_nothing_is_known_any_more_is_given_up(place: Place) -> None:
-    """The result expired, and the retention of the store took the manifest; or Redis has lost the record."""
+def test_a_job_whose_result_or_record_is_gone_is_given_up(place: Place) -> None:
+    """The store's retention may remove the manifest, and Redis may lose the record."""
     without_end = place.job("http://127.0.0.1:1")
-    place.ledger.close(without_end)
+    place.jobs.close(without_end)
     without_record = place.ended("http://127.0.0.1:1")
     place.redis.delete(job_key(without_record))
     damaged = place.ended("http://127.0.0.1:1")
@@ -548,9 +551,7 @@ def test_a_job_of_which_nothing_is_known_any_more_is_given_up(place: Place) -> N
 @pytest.mark.parametrize(
     "url", ["https://[/", "https://[v1.x]/", "https://host:port/", "https://a b/"]
 )
-def test_what_a_stranger_wrote_for_an_address_is_given_up_and_delays_nothing(
-    place: Place, url: str
-) -> None:
+def test_an_invalid_url_is_given_up_and_delays_no_other_webhook(place: Place, url: str) -> None:
     with receiving() as receiver:
         place.backlog(url, 1)
         job = place.ended(receiver.url)
@@ -558,26 +559,25 @@ def test_what_a_stranger_wrote_for_an_address_is_given_up_and_delays_nothing(
         dispatcher.step()
         wait_until(lambda: place.outbox.pending() == 0, "both have ended")
 
-    assert (place.letter().reason, place.letter().tries) == ("no URL that is opened", 0)
+    assert (place.letter().reason, place.letter().tries) == ("the URL is not allowed", 0)
     assert [event.job_id for event in receiver.events()] == [job]
 
 
-def test_a_record_that_is_none_delays_no_other(place: Place) -> None:
-    """A stranger has written another type of key there."""
+def test_a_record_of_another_redis_type_delays_no_other_webhook(place: Place) -> None:
     with receiving() as receiver:
-        broken, sound = place.ended(receiver.url), place.ended(receiver.url)
+        broken, valid = place.ended(receiver.url), place.ended(receiver.url)
         place.redis.delete(job_key(broken))
         place.redis.set(job_key(broken), "text", ex=60)
-        assert place.outbox.webhooks([broken, sound]) == [None, Webhook(url=receiver.url)]
+        assert place.outbox.webhooks([broken, valid]) == [None, Webhook(url=receiver.url)]
         assert place.work() == 2
 
-    assert [event.job_id for event in receiver.events()] == [sound]
+    assert [event.job_id for event in receiver.events()] == [valid]
     assert place.letter().job_id == broken
 
 
-def test_a_dead_letter_is_sent_again_where_its_operator_says_so(place: Place) -> None:
-    """With all of its time once more."""
-    with receiving(lambda heard: ((410, 500, 204)[len(heard) - 1], {})) as receiver:
+def test_a_dead_letter_can_be_sent_again(place: Place) -> None:
+    """With two hours from then on."""
+    with receiving(lambda requests: ((410, 500, 204)[len(requests) - 1], {})) as receiver:
         job = place.ended(receiver.url)
         place.work()
         place.redis.hincrby(job_key(job), "tried", -TWO_HOURS)
@@ -589,14 +589,18 @@ def test_a_dead_letter_is_sent_again_where_its_operator_says_so(place: Place) ->
         place.work()
 
     assert [event.id for event in receiver.events()] == [place.message_id(job)] * 3
-    assert (place.outbox.pending(), place.outbox.resend("never"), place.outbox.resend(place.job("http://a/"))) == (
-        0, False, False
-    )  # fmt: skip
+    assert (
+        place.outbox.pending(),
+        place.outbox.resend("never"),
+        place.outbox.resend(place.job("http://a/")),
+    ) == (0, False, False)
 
 
-def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zlora.broker.webhook_outbox._MOST_DEAD", 2)
-    facts: dict[str, Any] = {
+def test_the_number_of_dead_letters_is_bounded(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zlora.broker.webhook_outbox._MAX_DEAD", 2)
+    fields: dict[str, Any] = {
         "event": "job.failed",
         "url": "https://a/",
         "tries": 1,
@@ -604,15 +608,15 @@ def test_dead_letters_have_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch
         "reason": "no",
     }
     for age in (8 * 86_400, 3, 2, 1):
-        place.outbox.bury(DeadLetter(job_id=str(age), last=time.time() - age, **facts))
+        place.outbox.give_up(DeadLetter(job_id=str(age), last=time.time() - age, **fields))
 
     assert [letter.job_id for letter in place.outbox.dead()] == ["2", "1"]
 
 
-# --- several at once
+# --- concurrency
 
 
-def test_of_two_companions_one_sends(place: Place) -> None:
+def test_one_of_several_sidecars_claims_a_job(place: Place) -> None:
     job = place.ended("http://127.0.0.1:1")
     claims: list[list[EndedJob]] = []
     threads = [
@@ -627,7 +631,7 @@ def test_of_two_companions_one_sends(place: Place) -> None:
     assert [claimed.job_id for claim in claims for claimed in claim] == [job]
 
 
-def test_what_a_dead_companion_had_claimed_is_sent_by_another(place: Place) -> None:
+def test_the_claim_of_a_killed_sidecar_expires(place: Place) -> None:
     with receiving() as receiver:
         job = place.ended(receiver.url)
         place.outbox.claim([job], 60)
@@ -638,10 +642,10 @@ def test_what_a_dead_companion_had_claimed_is_sent_by_another(place: Place) -> N
     assert [event.job_id for event in receiver.events()] == [job]
 
 
-def test_a_slow_receiver_holds_up_no_other_and_has_few_at_once(place: Place) -> None:
+def test_a_slow_receiver_delays_no_other_and_gets_two_at_once(place: Place) -> None:
     over = threading.Event()
 
-    def slow(_: list[Heard]) -> Reply:
+    def slow(_: list[Received]) -> Reply:
         over.wait(30)
         return 204, {}
 
@@ -652,10 +656,12 @@ def test_a_slow_receiver_holds_up_no_other_and_has_few_at_once(place: Place) -> 
                 place.ended(first.url)
             dispatcher = Dispatcher(place.outbox, place.sender())
             dispatcher.step()
-            wait_until(lambda: len(first.heard) == 2, "the slow receiver is asked")
+            wait_until(lambda: len(first.requests) == 2, "the slow receiver has two requests")
             place.end(later)
-            wait_until(lambda: dispatcher.step() and second.heard, "the other receiver is asked")
-            assert len(first.heard) == 2
+            wait_until(
+                lambda: dispatcher.step() and second.requests, "the other receiver has a request"
+            )
+            assert len(first.requests) == 2
         finally:
             over.set()
         wait_until(lambda: dispatcher.step() and place.outbox.pending() == 0, "all are sent")
@@ -664,11 +670,11 @@ def test_a_slow_receiver_holds_up_no_other_and_has_few_at_once(place: Place) -> 
 
 
 class Held(Sender):
-    """Sends nothing, and has jobs under way until it is let go, those of `quick` hosts at once."""
+    """Sends nothing, and blocks until `over` is set, except for `quick` hosts."""
 
     def __init__(self, place: Place, *quick: str) -> None:
         read = settings(place.folder, **{config.WEBHOOK_SECRET: SECRET})
-        super().__init__(place.outbox, cast("Ends", None), read, Meter())
+        super().__init__(place.outbox, cast("JobEnds", None), read, Meter())
         self.begun: list[str] = []
         self.quick, self.over = quick, threading.Event()
 
@@ -679,8 +685,8 @@ class Held(Sender):
             self.over.wait(30)
 
 
-def test_a_backlog_for_a_receiver_that_hangs_costs_redis_next_to_nothing(place: Place) -> None:
-    """It is looked at, not written to."""
+def test_a_backlog_for_a_hanging_receiver_costs_redis_little(place: Place) -> None:
+    """Waiting jobs are read and not written."""
     place.backlog("https://hanging.example/", 300)
     sender = Held(place)
     dispatcher, end = Dispatcher(place.outbox, sender), time.monotonic() + 0.5
@@ -695,17 +701,17 @@ def test_a_backlog_for_a_receiver_that_hangs_costs_redis_next_to_nothing(place: 
     assert spent.total() < 400
 
 
-def test_many_jobs_of_one_host_hide_none_of_another(
+def test_many_jobs_for_one_host_do_not_delay_another(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor do more of them than are known at once."""
+    """Also if they are more than one read returns."""
     monkeypatch.setattr(webhooks, "_WINDOW", 4000)
     place.backlog("https://hanging.example:1/", 5000)
     place.ended("https://quick.example/", LoraMismatch("no"))
     sender = Held(place, "quick.example")
     dispatcher = Dispatcher(place.outbox, sender)
     for _ in range(2):
-        dispatcher._next_look = 0.0
+        dispatcher._next_read = 0.0
         dispatcher.step()
     wait_until(lambda: "quick.example" in sender.begun, "the other host's is begun")
     sender.over.set()
@@ -713,14 +719,14 @@ def test_many_jobs_of_one_host_hide_none_of_another(
     assert sorted(sender.begun) == ["hanging.example"] * 2 + ["quick.example"]
 
 
-def test_hosts_that_are_not_known_to_be_quick_do_not_take_all_places(place: Place) -> None:
-    """Names cost nothing: each may hang for its fifteen seconds."""
+def test_unknown_hosts_cannot_take_all_places(place: Place) -> None:
+    """Each of many host names may hang for fifteen seconds."""
     place.ended("https://quick.example/", LoraMismatch("no"))
     sender = Held(place, "quick.example")
     dispatcher = Dispatcher(place.outbox, sender)
     dispatcher.step()
     wait_until(
-        lambda: "quick.example" in dispatcher._quick and not dispatcher._under_way, "it was quick"
+        lambda: "quick.example" in dispatcher._quick and not dispatcher._sending, "it was quick"
     )
 
     sender.begun.clear()
@@ -728,10 +734,10 @@ def test_hosts_that_are_not_known_to_be_quick_do_not_take_all_places(place: Plac
     names = [f"new-{number}.example" for number in range(20)]
     for name in [*names, "quick.example"]:
         place.ended(f"https://{name}/", LoraMismatch("no"))
-    dispatcher._next_look = 0.0
+    dispatcher._next_read = 0.0
     dispatcher.step()
     wait_until(lambda: len(sender.begun) == 9, "as many as may be are begun")
-    assert (dispatcher._under_way.total(), dispatcher._under_way["quick.example"]) == (9, 1)
+    assert (dispatcher._sending.total(), dispatcher._sending["quick.example"]) == (9, 1)
     sender.over.set()
 
     def has_sent_all() -> bool:
@@ -741,7 +747,7 @@ def test_hosts_that_are_not_known_to_be_quick_do_not_take_all_places(place: Plac
     wait_until(has_sent_all, "the others follow")
 
 
-def test_where_there_is_no_thread_a_job_comes_again(
+def test_without_a_free_thread_the_webhook_is_postponed(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with receiving() as receiver:
@@ -750,35 +756,35 @@ def test_where_there_is_no_thread_a_job_comes_again(
         with monkeypatch.context() as patched:
             patched.setattr(webhooks, "Thread", no_thread)
             dispatcher.step()
-        assert (receiver.heard, dispatcher._under_way) == ([], {})
-        assert 0 < (place.due_in(job) or 0.0) <= webhooks._NO_THREAD
-        place.pass_time(webhooks._NO_THREAD)
-        dispatcher._next_look = 0.0
+        assert (receiver.requests, dispatcher._sending) == ([], {})
+        assert 0 < (place.due_in(job) or 0.0) <= webhooks._NO_THREAD_PAUSE
+        place.pass_time(webhooks._NO_THREAD_PAUSE)
+        dispatcher._next_read = 0.0
         wait_until(lambda: dispatcher.step() and place.outbox.pending() == 0, "it is sent")
 
     assert [event.job_id for event in receiver.events()] == [job]
 
 
-def test_a_receiver_may_be_silent_for_all_of_its_time() -> None:
-    """The first byte of its answer may come as late as the last."""
+def test_the_read_timeout_is_as_long_as_the_whole_request_may_take() -> None:
+    """The first byte of the answer may come as late as the last."""
     waits: list[tuple[float, float]] = []
 
-    class Watched(GuardedSession):
-        def send(self, *given: Any, **options: Any) -> Any:
+    class Recorded(GuardedSession):
+        def send(self, *arguments: Any, **options: Any) -> Any:
             waits.append(options["timeout"])
-            return super().send(*given, **options)
+            return super().send(*arguments, **options)
 
-    with receiving() as receiver, Watched([urlsplit(receiver.url).netloc]) as session:
+    with receiving() as receiver, Recorded([urlsplit(receiver.url).netloc]) as session:
         post(session, receiver.url, b"{}", {})
 
     assert [read for _, read in waits] == [15.0]
 
 
-def test_a_fault_in_one_is_no_fault_of_another_and_it_comes_again(
+def test_an_unexpected_error_fails_one_webhook_only_and_is_retried(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with receiving() as receiver:
-        broken, sound = place.ended(receiver.url), place.ended(receiver.url)
+        broken, valid = place.ended(receiver.url), place.ended(receiver.url)
         sender, send = place.sender(), Sender.send
 
         def send_one(self: Sender, job: EndedJob) -> None:
@@ -789,20 +795,20 @@ def test_a_fault_in_one_is_no_fault_of_another_and_it_comes_again(
         monkeypatch.setattr(Sender, "send", send_one)
         dispatcher = Dispatcher(place.outbox, sender)
         dispatcher.step()
-        wait_until(lambda: place.outbox.pending() == 1, "the sound one is sent")
-        wait_until(lambda: not dispatcher._under_way, "there is room again")
+        wait_until(lambda: place.outbox.pending() == 1, "the valid one is sent")
+        wait_until(lambda: not dispatcher._sending, "there is room again")
 
-    assert [event.job_id for event in receiver.events()] == [sound]
+    assert [event.job_id for event in receiver.events()] == [valid]
     assert (place.due_in(broken) or 0) > webhooks._CLAIM - 60
 
 
-# --- the companion
+# --- the thread and the process
 
 
-def test_neither_a_redis_that_is_away_nor_a_fault_ends_the_sending(
+def test_the_thread_continues_after_any_error(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(webhooks, "_AWAY", 0.0)
+    monkeypatch.setattr(webhooks, "_ERROR_PAUSE", 0.0)
 
     class Faulty(Dispatcher):
         steps = 0
@@ -824,34 +830,40 @@ def test_neither_a_redis_that_is_away_nor_a_fault_ends_the_sending(
     assert ("ValueError" in caplog.text, "s3cret" in caplog.text) == (True, False)
 
 
-def test_a_companion_sends_what_has_ended_and_what_it_ends_itself(place: Place) -> None:
-    """In its own process: a job that nobody began in time ends there, and its webhook goes out."""
+def test_a_sidecar_sends_ended_jobs_and_jobs_that_it_ends_itself(place: Place) -> None:
+    """In its own process, where a job that no worker began in time expires."""
     variables = {
-        "ZLORA_HOME": str(place.folder), "ZLORA_BROKER_URL": place.url, "ZLORA_QUEUE": place.queue, "ZLORA_SWEEP": "1",
-        "ZLORA_STORE": place.folder.as_uri(), "ZLORA_LOOK_AHEAD": "0", config.WEBHOOK_SECRET: SECRET,
-    }  # fmt: skip
+        "ZLORA_HOME": str(place.folder),
+        "ZLORA_BROKER_URL": place.url,
+        "ZLORA_QUEUE": place.queue,
+        "ZLORA_SWEEP": "1",
+        "ZLORA_STORE": place.folder.as_uri(),
+        "ZLORA_LOOK_AHEAD": "0",
+        config.WEBHOOK_SECRET: SECRET,
+    }
     command = [sys.executable, "-m", "zlora_worker.sidecar"]
     with receiving() as receiver, Client(place.url, queue=place.queue) as client:
         first = place.ended(receiver.url)
         variables[config.ALLOW_HOSTS] = ",".join(place.allowed)
         process = subprocess.Popen(command, env=clean_environ(os.environ | variables))
         try:
-            wait_until(lambda: receiver.heard, "the first is told")
+            wait_until(lambda: receiver.requests, "the first is sent")
             second = client.submit({"prompt": "p"}, expires_in=0.05, webhook_url=receiver.url).id
-            wait_until(lambda: len(receiver.heard) == 2, "the second is told")
+            wait_until(lambda: len(receiver.requests) == 2, "the second is sent")
         finally:
             process.kill()
             process.wait()
 
     events = receiver.events()
     assert [(event.job_id, getattr(event.error, "code", None)) for event in events] == [
-        (first, None), (second, "expired")
-    ]  # fmt: skip
+        (first, None),
+        (second, "expired"),
+    ]
 
 
-def test_whatever_is_written_expires(place: Place) -> None:
+def test_every_key_expires(place: Place) -> None:
     """Redis evicts nothing."""
-    with receiving(lambda heard: (410 if len(heard) == 1 else 500, {})) as receiver:
+    with receiving(lambda requests: (410 if len(requests) == 1 else 500, {})) as receiver:
         jobs = [place.ended(receiver.url) for _ in range(2)]
         place.work()
 

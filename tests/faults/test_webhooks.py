@@ -1,4 +1,4 @@
-"""A webhook through a real worker: its child ends the job, and its companion tells the receiver."""
+"""A webhook through a real worker: its child ends the job, and its sidecar sends the webhook."""
 
 import base64
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,10 +13,10 @@ from zlora.webhook import Event, Verifier
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 
 
-def test_what_was_submitted_with_a_webhook_ends_as_an_event_that_a_receiver_believes(
+def test_a_receiver_accepts_the_event_of_a_job(
     scene: Scene,
 ) -> None:
-    """With the result, as its producer has it."""
+    """The event has the result that the producer gets."""
     events: list[Event] = []
     verifier = Verifier(SECRET)
 
@@ -33,7 +33,7 @@ def test_what_was_submitted_with_a_webhook_ends_as_an_event_that_a_receiver_beli
         with scene.worker(**{config.WEBHOOK_SECRET: SECRET, config.ALLOW_HOSTS: host}):
             job = scene.submit(options={"webhook_url": f"http://{host}/jobs"})
             result = job.result(timeout=30)
-            wait_until(lambda: events, "the receiver is told")
+            wait_until(lambda: events, "the receiver has the event")
         server.shutdown()
 
     (event,) = events

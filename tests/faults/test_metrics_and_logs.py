@@ -1,6 +1,6 @@
-"""A real worker that is watched: what Prometheus and the log are told, whatever becomes of its processes and of Redis.
+"""Metrics and log of a real worker, also after its processes are killed and without Redis.
 
-One worker serves all tests of this file: each looks at what its own jobs add.
+One worker serves all tests of this file; each test looks at what its own jobs add.
 """
 
 import json
@@ -26,15 +26,14 @@ from zlora.schema import digest_of, parse_request
 
 QUEUE = "watched"
 TOKEN = "hf-t0ken-0123456789"
-MARK = "a-stranger-s"
+MARK = "from-a-request"
 SHORT = {"ZLORA_VISIBILITY": "2", "ZLORA_SWEEP": "1"}
-NOT_ROOT = {
-    "PYTHONWARNINGS": "ignore:You're running the worker with superuser"
-}  # said before there is a log
+# Celery prints this warning before it sets up the log.
+NOT_ROOT = {"PYTHONWARNINGS": "ignore:You're running the worker with superuser"}
 
 
 class Watched(NamedTuple):
-    """The worker, and the port at which it is watched."""
+    """The worker, and the port of its metrics."""
 
     scene: Scene
     worker: Worker
@@ -44,12 +43,12 @@ class Watched(NamedTuple):
         return Scraped.at(self.port)
 
     def lines(self) -> list[dict[str, Any]]:
-        """All of the log: each line is an object."""
+        """Return all lines of the log, each of which must be a JSON object."""
         *lines, _ = self.worker.log.read_text().split("\n")
         return [json.loads(line) for line in lines]
 
-    def said(self, handle: JobHandle) -> list[dict[str, Any]]:
-        """What the log has of a job."""
+    def lines_of(self, handle: JobHandle) -> list[dict[str, Any]]:
+        """Return the lines of a job."""
         return [line for line in self.lines() if line.get("job") == handle.id]
 
 
@@ -57,7 +56,7 @@ class Watched(NamedTuple):
 def watched(
     tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally
 ) -> Iterator[Watched]:
-    """It logs to a file, as a container's log is none of a terminal's."""
+    """Run a worker that logs to a file, as in a container."""
     port = free_port()
     variables = {
         "ZLORA_METRICS": f"127.0.0.1:{port}",
@@ -70,20 +69,20 @@ def watched(
         tmp_path_factory.mktemp("scene"), tally, broker_url=valkey.url, queue=QUEUE, **variables
     )
     try:
-        with made.worker() as running:
-            yield Watched(made, running, port)
+        with made.worker() as worker:
+            yield Watched(made, worker, port)
         assert made.audit() == CLEAN
     finally:
         made.close()
 
 
 def jobs(look: Scraped) -> dict[tuple[str, ...], float]:
-    """Ends by code and outcome, those that there are."""
+    """Return the counted ends of jobs by code and outcome."""
     return {labels: count for labels, count in look.named("zlora_jobs_total").items() if count}
 
 
 def more(before: Scraped, after: Scraped) -> dict[tuple[str, ...], float]:
-    """The ends between two looks."""
+    """Return the ends between two scrapes."""
     return {
         labels: count
         for labels in jobs(after)
@@ -91,11 +90,11 @@ def more(before: Scraped, after: Scraped) -> dict[tuple[str, ...], float]:
     }
 
 
-# --- counts
+# --- metrics
 
 
-def test_a_worker_that_has_its_model_tells_of_it_before_its_first_job(watched: Watched) -> None:
-    """Also where another program of the process has imported prometheus_client first, as Flower's commands do."""
+def test_a_loaded_model_is_in_the_metrics_before_the_first_job(watched: Watched) -> None:
+    """Also if another part of the process has imported prometheus_client first, as Flower does."""
     assert "flower" in {command.name for command in entry_points(group="celery.commands")}
 
     look = watched.look()
@@ -108,16 +107,16 @@ def test_a_worker_that_has_its_model_tells_of_it_before_its_first_job(watched: W
     assert look.faults() == []
 
 
-def test_each_end_of_a_job_is_counted_once_and_nothing_of_it_is_told(watched: Watched) -> None:
+def test_each_end_is_counted_once_without_values_of_the_request(watched: Watched) -> None:
     scene, before = watched.scene, watched.look()
     loras = [{"file": {"url": f"https://127.0.0.1/{MARK}?signature={MARK}"}, "adapter_name": MARK}]
-    drawn = scene.submit(
+    generated = scene.submit(
         job_id=f"{MARK}-1", steps=3, fields={"num_images": 2, "negative_prompt": MARK}
     )
     refused = scene.submit(job_id=f"{MARK}-2", fields={"loras": loras})
     failed = scene.submit(do="oom")
     cancelled = scene.submit(steps=200, step=0.05)
-    assert len(drawn.result(timeout=60).images) == 2
+    assert len(generated.result(timeout=60).images) == 2
     for handle, error in ((refused, ZloraError), (failed, OutOfMemory)):
         with pytest.raises(error):
             handle.result(timeout=60)
@@ -145,7 +144,7 @@ def test_each_end_of_a_job_is_counted_once_and_nothing_of_it_is_told(watched: Wa
     ]
 
 
-def test_steps_and_jobs_that_run_are_told_while_they_do(watched: Watched) -> None:
+def test_steps_and_running_jobs_are_counted_during_a_job(watched: Watched) -> None:
     before = watched.look()
     handle = watched.scene.submit(steps=200, step=0.05)
     watched.scene.wait_step(handle, 5)
@@ -162,11 +161,11 @@ def test_steps_and_jobs_that_run_are_told_while_they_do(watched: Watched) -> Non
     )
 
 
-# --- processes that die
+# --- killed processes
 
 
-def test_the_companion_s_counts_are_with_the_child_s(watched: Watched) -> None:
-    """It sends a lost job again, and the child draws it."""
+def test_counts_of_the_sidecar_are_served_with_those_of_the_child(watched: Watched) -> None:
+    """The sidecar sends a lost job again, and the child generates it."""
     scene, before = watched.scene, watched.look()
     handle = _lost(scene)
     assert handle.result(timeout=60).base_intact
@@ -175,35 +174,33 @@ def test_the_companion_s_counts_are_with_the_child_s(watched: Watched) -> None:
 
     assert after("zlora_jobs_resent_total") == before("zlora_jobs_resent_total") + 1
     assert more(before, after) == {("", "success"): 1}
-    resent = [line for line in watched.said(handle) if line["process"] == "companion"]
-    assert [(line["level"], "sent again" in line["message"]) for line in resent] == [
-        ("warning", True)
-    ]
+    resent = [line for line in watched.lines_of(handle) if line["process"] == "sidecar"]
+    assert [(line["level"], "lost" in line["message"]) for line in resent] == [("warning", True)]
 
 
 def _lost(scene: Scene) -> JobHandle:
-    """A job that was submitted a minute ago, and whose message is nowhere."""
+    """Make a job that was submitted a minute ago and whose message is nowhere."""
     request, name = {"prompt": "lost", "num_inference_steps": 1}, "lost"
-    ledger = JobStore(connect(scene.environ["ZLORA_BROKER_URL"]), QUEUE)
-    told = Submission(request=request, priority=5, submitted=time.time() - 60)
-    ledger.open(name, told, digest_of(parse_request(request)))
-    ledger.sent(name)
-    ledger.redis.close()
+    store = JobStore(connect(scene.environ["ZLORA_BROKER_URL"]), QUEUE)
+    submission = Submission(request=request, priority=5, submitted=time.time() - 60)
+    store.open(name, submission, digest_of(parse_request(request)))
+    store.sent(name)
+    store.redis.close()
     return scene.answer_for(scene.client.job(name))
 
 
-def test_the_same_port_answers_after_the_companion_was_killed(watched: Watched) -> None:
+def test_the_port_answers_after_the_sidecar_was_killed(watched: Watched) -> None:
     before, first = watched.look(), watched.worker.companion()
 
     watched.scene.kill(first)
-    after = watched.look()  # the parent holds the address meanwhile
+    after = watched.look()  # the parent has the socket open
 
     assert watched.worker.companion() != first
     assert jobs(after) == jobs(before)
 
 
-def test_the_child_does_not_hold_the_address(watched: Watched) -> None:
-    """It may outlive its parent, and then the next worker could not have it."""
+def test_the_child_does_not_hold_the_metrics_socket(watched: Watched) -> None:
+    """A child may outlive its parent for a moment, and the next worker needs the address."""
     worker, scene = watched.worker, watched.scene
     (listening,) = _listening(watched.port)
 
@@ -213,7 +210,7 @@ def test_the_child_does_not_hold_the_address(watched: Watched) -> None:
 
 
 def _listening(port: int) -> list[str]:
-    """The sockets that listen there, as the kernel names them."""
+    """Return the sockets that listen on a port, by the kernel's names."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return [
         f"socket:[{line[9]}]"
@@ -223,7 +220,7 @@ def _listening(port: int) -> list[str]:
 
 
 def _sockets(process: int) -> list[str]:
-    """And what else a process has open."""
+    """Return the open files of a process, sockets among them."""
     found = []
     for entry in Path(f"/proc/{process}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -231,9 +228,7 @@ def _sockets(process: int) -> list[str]:
     return found
 
 
-def test_a_redis_that_does_not_answer_is_told_and_hides_no_count(
-    watched: Watched, valkey: Valkey
-) -> None:
+def test_counts_are_served_while_redis_does_not_answer(watched: Watched, valkey: Valkey) -> None:
     before = watched.look()
     valkey.pause()
     try:
@@ -252,7 +247,7 @@ def test_a_redis_that_does_not_answer_is_told_and_hides_no_count(
     assert watched.look()("zlora_queue_up", queue=QUEUE) == 1
 
 
-def test_counts_outlive_a_killed_child_and_its_end_is_counted(watched: Watched) -> None:
+def test_a_new_child_continues_the_counts_of_a_killed_one(watched: Watched) -> None:
     scene, before = watched.scene, watched.look()
     handle = scene.submit(do=["kill-child"], steps=3)
     assert handle.result(timeout=60).base_intact
@@ -271,8 +266,8 @@ def test_counts_outlive_a_killed_child_and_its_end_is_counted(watched: Watched) 
         assert after(name) == before(name) + added
 
 
-def test_a_worker_whose_address_is_taken_leaves_in_one_line(watched: Watched) -> None:
-    """And the other goes on."""
+def test_a_worker_whose_metrics_address_is_taken_ends_with_one_line(watched: Watched) -> None:
+    """The worker that has the address goes on."""
     with watched.scene.starting_worker("two") as second:
         assert second.process.wait(60) == 70
 
@@ -291,30 +286,33 @@ def test_a_worker_whose_address_is_taken_leaves_in_one_line(watched: Watched) ->
 # --- the log
 
 
-def test_each_line_says_whose_it_is_and_in_which_phase(watched: Watched) -> None:
+def test_lines_have_process_code_and_job(watched: Watched) -> None:
     failed = watched.scene.submit(do="oom")
     with pytest.raises(OutOfMemory):
         failed.result(timeout=60)
 
     lines = wait_until(
-        lambda: [line for line in watched.said(failed) if "code" in line], "the end is in the log"
+        lambda: [line for line in watched.lines_of(failed) if "code" in line],
+        "the end is in the log",
     )
 
     assert {(line["process"], line["code"]) for line in lines} == {("child", "out_of_memory")}
-    parent = [line for line in watched.said(failed) if line["process"] == "parent"]
+    parent = [line for line in watched.lines_of(failed) if line["process"] == "parent"]
     assert any("received" in line["message"] for line in parent)
-    assert {line["process"] for line in watched.lines()} == {"parent", "child", "companion"}
+    assert {line["process"] for line in watched.lines()} == {"parent", "child", "sidecar"}
 
 
-def test_a_fault_is_one_line_with_its_traceback_and_without_a_secret(watched: Watched) -> None:
-    """Wherever it stood: in the request, the error, and what Celery says of both."""
-    said = f"no kernel\nfor {TOKEN} and https://host/x?sig={TOKEN}&y=other-secret"
-    failed = watched.scene.submit(do="raise", at=2, message=said)
+def test_an_unexpected_error_is_one_line_with_its_traceback_without_secrets(
+    watched: Watched,
+) -> None:
+    """The secrets are in the request, in the error and in Celery's messages."""
+    message = f"no kernel\nfor {TOKEN} and https://host/x?sig={TOKEN}&y=other-secret"
+    failed = watched.scene.submit(do="raise", at=2, message=message)
     with pytest.raises(ZloraError):
         failed.result(timeout=60)
 
     lines = wait_until(
-        lambda: [line for line in watched.said(failed) if "exception" in line],
+        lambda: [line for line in watched.lines_of(failed) if "exception" in line],
         "the fault is logged",
     )
 
@@ -327,7 +325,7 @@ def test_a_fault_is_one_line_with_its_traceback_and_without_a_secret(watched: Wa
     assert "other-secret" not in text
 
 
-def test_all_that_a_worker_writes_is_objects_but_celery_s_last_word(watched: Watched) -> None:
+def test_a_worker_writes_only_json_lines_except_the_last_of_celery(watched: Watched) -> None:
     os.kill(watched.worker.process.pid, signal.SIGTERM)
     assert watched.worker.process.wait(30) == 0
 

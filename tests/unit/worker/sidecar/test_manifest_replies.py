@@ -1,0 +1,100 @@
+"""Clients get expired results from the store, by the sidecar."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+
+import msgspec
+import pytest
+from support.fakes import links
+from zlora import Client
+from zlora.broker.job_store import JobStore, connect
+from zlora.broker.keys import recall_key
+from zlora.schema import GenerateResult, JobState, manifest_key
+from zlora_worker.results.store import FolderStore
+from zlora_worker.sidecar.manifest_replies import reply_to_next
+
+
+class Place:
+    """A queue of its own, with a store and a producer."""
+
+    def __init__(self, broker_url: str, folder: Path) -> None:
+        self.queue = uuid.uuid4().hex
+        self.jobs = JobStore(connect(broker_url), self.queue)
+        self.store = FolderStore(folder)
+        self.client = Client(broker_url, queue=self.queue)
+
+    def reply(self) -> None:
+        reply_to_next(self.jobs, self.store, links(self.store), timeout=5)
+
+
+@pytest.fixture
+def place(broker_url: str, tmp_path: Path) -> Iterator[Place]:
+    made = Place(broker_url, tmp_path)
+    yield made
+    made.client.close()
+    made.jobs.redis.close()
+
+
+@pytest.fixture
+def serve(place: Place) -> Iterator[Callable[[], None]]:
+    """Reply to one request in a thread."""
+    threads: list[Thread] = []
+
+    def start() -> None:
+        threads.append(Thread(target=place.reply))
+        threads[-1].start()
+
+    yield start
+    for thread in threads:
+        thread.join(10)
+
+
+def test_an_expired_result_comes_from_the_store(place: Place, serve: Callable[[], None]) -> None:
+    result = GenerateResult(
+        job_id="old",
+        images=(),
+        loras=(),
+        seed=3,
+        timings={},
+        base_intact=True,
+        model="m",
+        versions={},
+    )
+    place.store.put_new(manifest_key("old"), msgspec.json.encode(result), "application/json")
+
+    serve()
+    assert place.client.job("old").status().state == JobState.SUCCESS
+    serve()
+    assert place.client.job("old").result(timeout=5) == result
+
+
+def test_an_unknown_job_has_the_state_unknown(place: Place, serve: Callable[[], None]) -> None:
+    serve()
+
+    assert place.client.job("never").status().state == JobState.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "request_", [b"garbage", b"\xff\xfe", b"[1, 2]", b'["../x", "zlora:job:x"]', b'["a"]']
+)
+def test_an_invalid_request_is_dropped(place: Place, request_: bytes) -> None:
+    place.jobs.redis.lpush(recall_key(place.queue), request_)
+
+    place.reply()
+
+    assert list(place.jobs.redis.scan_iter(f"{recall_key(place.queue)}*")) == []
+    assert place.jobs.redis.exists("zlora:job:x") == 0
+
+
+def test_a_path_is_not_a_job_id(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("secret")
+    reply_key = f"{recall_key(place.queue)}:{uuid.uuid4()}"
+    request = msgspec.json.encode(["..", reply_key])
+    place.jobs.redis.lpush(recall_key(place.queue), request)
+
+    place.reply()
+
+    assert place.jobs.redis.lrange(reply_key, 0, -1) == [""]
+    assert 0 < place.jobs.redis.ttl(reply_key) <= 60

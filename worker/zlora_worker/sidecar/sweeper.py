@@ -1,0 +1,118 @@
+"""Send lost jobs again, and end jobs that no worker began in time."""
+
+import logging
+import math
+import time
+import uuid
+from typing import Any, Final
+
+from celery import Celery
+from celery.states import READY_STATES
+from zlora.broker.job_store import JobStore
+from zlora.broker.keys import sweep_key
+from zlora.broker.redis import send
+from zlora.broker.task_meta import EXPIRED, NO_ANSWER, expired
+from zlora.schema import JobState
+
+from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.sidecar.queue_reader import QueueReader
+
+_MAX_SHARE: Final = (
+    50  # a sweep takes at most one part in so many of the time: deep queues are long
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """Sweeps the jobs of one queue; of several sidecars one at a time sweeps.
+
+    A job is lost if it is unfinished, and two sweeps in a row find it neither queued, nor taken by
+    a worker, nor leased. A worker that is killed between popping a message and noting the message
+    as taken loses the message. One sweep is not enough: a message that moves from one list to
+    another is in neither for a moment.
+    """
+
+    def __init__(self, jobs: JobStore, app: Celery, meter: Meter, *, every: float) -> None:
+        """Sweep every `every` seconds."""
+        self._jobs, self._app, self._meter, self._every = jobs, app, meter, every
+        self._messages = QueueReader(jobs.redis, jobs.queue)
+        self._name = str(uuid.uuid4())
+        self._next_sweep = 0.0
+        self._missing = set[str]()  # jobs that the last sweep did not find
+
+    def sweep(self) -> None:
+        """Sweep, if it is time and no other sidecar sweeps; raise `redis.RedisError`."""
+        start = time.monotonic()
+        if start < self._next_sweep or not self._hold_lock():
+            return
+        self._end_expired()
+        self._missing = self._resend_lost()
+        pause = max(self._every, _MAX_SHARE * (time.monotonic() - start))
+        self._next_sweep = time.monotonic() + pause
+        self._hold_lock(pause)
+
+    def _hold_lock(self, pause: float = 0.0) -> bool:
+        """Take or renew the lock for a sweep and its pause; return whether the lock is held."""
+        redis: Any = self._jobs.redis
+        key = sweep_key(self._jobs.queue)
+        seconds = math.ceil(2 * max(self._every, pause))
+        if redis.get(key) != self._name:
+            return bool(redis.set(key, self._name, nx=True, ex=seconds))
+        redis.expire(key, seconds)
+        return True
+
+    def _end_expired(self) -> None:
+        job_ids = self._jobs.expired()
+        leased = self._jobs.leased(job_ids)
+        for job_id in job_ids:
+            if job_id in leased or self._state(job_id) != JobState.PENDING:
+                self._jobs.keep(job_id)
+            else:
+                self._app.backend.mark_as_revoked(job_id, EXPIRED)
+                self._jobs.close(job_id, expired(job_id))
+
+    def _resend_lost(self) -> set[str]:
+        """Send jobs that the last sweep missed too; return the jobs that only this sweep missed."""
+        unfinished = self._jobs.unfinished(before=time.time() - self._every)
+        if not unfinished:
+            return set()
+        # lists first, then taken messages: in the order in which a message moves
+        found: set[str | None] = set()
+        for messages in self._messages.windows():
+            found.update(message.job_id for message in messages)
+            self._hold_lock()
+        found.update(taken.message.job_id for taken in self._messages.unacked())
+        missing = [job_id for job_id in unfinished if job_id not in found]
+        leased = self._jobs.leased(missing)
+        newly_missing = set()
+        for job_id in missing:
+            if job_id in leased:
+                continue
+            if self._state(job_id) in READY_STATES:
+                self._jobs.close(job_id)
+            elif job_id not in self._missing:
+                newly_missing.add(job_id)
+            elif (submission := self._jobs.submission(job_id)) is None:
+                self._jobs.close(job_id)
+            else:
+                logger.warning(
+                    "job %s: its message was lost; sending it again", job_id, extra={"job": job_id}
+                )
+                send(self._app, self._jobs.queue, job_id, submission)
+                self._meter.resent()
+                self._hold_lock()
+        return newly_missing
+
+    def _state(self, job_id: str) -> str | None:
+        """Return the job's state in Celery's backend, or None if the stored value is not valid."""
+        try:
+            return str(self._app.backend.get_task_meta(job_id)["status"])
+        except NO_ANSWER as error:
+            logger.warning(
+                "job %s: the stored result is not a worker's: %r",
+                job_id,
+                error,
+                extra={"job": job_id},
+            )
+            return None
