@@ -9,8 +9,9 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, cast, get_args
 
 import click
 import msgspec
@@ -156,9 +157,9 @@ def cli_page() -> str:
 def field_docs(cls: type) -> dict[str, str]:
     """Return the documentation of each field: the string below the field in the source."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
+    body = cast("ast.ClassDef", definition).body
     found = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
+    for field, text in pairwise(body):
         match field, text:
             case (
                 ast.AnnAssign(target=ast.Name(id=name)),
@@ -181,15 +182,13 @@ def _commands(command: click.Command, name: str, parent: click.Context | None) -
         yield _table(("option", "meaning"), rows)
     if isinstance(command, click.Group):
         for child in command.list_commands(context):
-            found = command.get_command(context, child)
-            assert found is not None
-            yield from _commands(found, f"{name} {child}", context)
+            if found := command.get_command(context, child):
+                yield from _commands(found, f"{name} {child}", context)
 
 
 def _fields(cls: type[msgspec.Struct], *, is_input: bool = False) -> str:
     docs = field_docs(cls)
-    description = msgspec.inspect.type_info(cls)
-    assert isinstance(description, msgspec.inspect.StructType)
+    description = cast("msgspec.inspect.StructType", msgspec.inspect.type_info(cls))
     rows = []
     for field in description.fields:
         meaning = docs[field.name]
@@ -201,30 +200,32 @@ def _fields(cls: type[msgspec.Struct], *, is_input: bool = False) -> str:
 
 
 def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
-    """Return a type in words, with its bounds."""
+    """Return a type in words, with its bounds; raise `KeyError` for a struct without a section."""
     types = msgspec.inspect
     match kind:
         case types.UnionType(found):
             (inner,) = (item for item in found if not isinstance(item, types.NoneType))
-            return f"{_type_name(inner, choices)}, or null"
-        case types.StrType(_, most, pattern):
-            if pattern:
-                return "text, 64 hexadecimal digits"
-            return f"text, at most {most:,} characters" if most else "text"
+            text = f"{_type_name(inner, choices)}, or null"
+        case types.StrType(pattern=str()):  # the only one is that of a sha256
+            text = "text, 64 hexadecimal digits"
+        case types.StrType(max_length=most):
+            text = f"text, at most {most:,} characters" if most else "text"
         case types.IntType() | types.FloatType():
             name = "integer" if isinstance(kind, types.IntType) else "number"
-            return name + _bounds(kind)
+            text = name + _bounds(kind)
         case types.BoolType():
-            return "true or false"
+            text = "true or false"
         case types.LiteralType(values) | types.EnumType(cls=values):
-            return " ".join(f"`{value}`" for value in _in_source_order(values, choices))
+            text = " ".join(f"`{value}`" for value in _in_source_order(values, choices))
         case types.VarTupleType(item, _, most):
-            return f"list of {_type_name(item)}" + (f", at most {most}" if most else "")
+            text = f"list of {_type_name(item)}" + (f", at most {most}" if most else "")
         case types.DictType(key, value):
-            return f"object, {_type_name(key)} to {_type_name(value)}"
+            text = f"object, {_type_name(key)} to {_type_name(value)}"
         case types.StructType(cls):
-            return _LINKS[cls]
-    raise AssertionError(kind)
+            text = _LINKS[cls]
+        case _:
+            raise NotImplementedError(f"no words for {kind}")
+    return text
 
 
 _LINKS: Final[dict[type, str]] = {
