@@ -1,16 +1,36 @@
-# Plain pip into .venv. Each set-up step leaves a stamp, so that none is done twice.
+# Plain pip into .venv. Each step of the setup leaves a stamp, so that none is done twice. `make help` lists the targets.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin
 export ZLORA_HOME ?= $(CURDIR)/build/zlora
 
-# What `make check-deploy` runs beside .venv, by Debian's names; apt-get is asked only where something is missing. Where
-# systemd runs, Debian starts a Prometheus on port 9090 as it installs it: systemctl disable --now prometheus
+# Debian's names of the programs that `make check-deploy` runs; apt-get installs them if one is missing. With systemd,
+# Debian starts Prometheus on port 9090 at its installation: systemctl disable --now prometheus
 DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget
 
+<<<<<<< HEAD
 .PHONY: setup demo demo-model demo-model-report docs test check check-deploy soak bench clean
+=======
+BENCHMARKS := fetch lora png producer queue results scale
+
+.PHONY: help setup demo demo-model demo-model-report test check check-deploy soak bench bench-gpu clean
+.PHONY: $(addprefix bench-,$(BENCHMARKS))
+>>>>>>> main
 
 setup: $(VENV)/dev.stamp
+
+help:
+	@echo 'make setup         install everything into .venv'
+	@echo 'make demo          draw with the demo model on this machine'
+	@echo 'make check         ruff, mypy --strict, import-linter'
+	@echo 'make test          check, then all tests; each test starts the services that it needs'
+	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
+	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
+	@echo 'make bench         the short form of every benchmark'
+	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
+	@echo 'make bench-gpu     the LoRA benchmark on a GPU'
+	@echo 'make demo-model    train the demo model, in an hour and a half on two cores'
+	@echo 'make clean         remove build/ and dist/'
 
 $(VENV)/python.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -27,12 +47,12 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 demo: $(VENV)/demo.stamp
 	$(RUN)/zlora demo
 
-# Draws and trains the demo model, and writes it into the package: an hour and a half on two cores. It goes on where it
-# was cut off; remove build/demo-model to begin anew. ARGS=--bfloat16 where the CPU has instructions for it.
+# Draws, trains and packages the demo model: an hour and a half on two cores. A second run resumes the first; remove
+# build/demo-model to start again. ARGS=--bfloat16 if the CPU has instructions for bfloat16.
 demo-model: $(VENV)/dev.stamp
 	TRANSFORMERS_VERBOSITY=error PYTHONPATH=tools $(RUN)/python -P -m demo_model.training $(ARGS)
 
-# What the shipped demo model reaches, with goals; ARGS="--prompts 50" for less.
+# Measures the shipped demo model against its goals; ARGS="--prompts 50" for a shorter run.
 demo-model-report: $(VENV)/dev.stamp
 	TRANSFORMERS_VERBOSITY=error PYTHONPATH=tools $(RUN)/python -P -m demo_model.report $(ARGS)
 
@@ -49,7 +69,7 @@ check: $(VENV)/dev.stamp
 test: check
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest
 
-# The files of deploy/ and docker-compose.yml, checked and run as plain processes; no container engine is needed.
+# Checks deploy/ and docker-compose.yml, and runs their commands as plain processes; needs no container engine.
 check-deploy: $(VENV)/dev.stamp
 	for name in $(DEPLOY_PROGRAMS); do command -v $$name >/dev/null || \
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(DEPLOY_PROGRAMS) >/dev/null && break; } \
@@ -59,16 +79,21 @@ check-deploy: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/watching.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/deploy
 
-# Twenty minutes of faults at random; ARGS="--minutes 5" for fewer.
+# Random faults for twenty minutes; ARGS="--minutes 2" for a short run.
 soak: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/soak.py $(ARGS)
 
-# make bench-<name> runs tests/benchmarks/<name>.py; make bench runs the short forms of all.
+# The short form of every benchmark, at most a minute or two each. The whole one: make bench-<name>; its other options:
+# make bench-<name> ARGS=--help. Tables are printed, and build/bench/<name>.json is written.
 bench: ARGS = --thin
-bench: bench-queue bench-lora bench-fetch bench-results bench-png bench-producer bench-scale
+bench: $(addprefix bench-,$(BENCHMARKS))
 
-bench-%: $(VENV)/dev.stamp
-	PYTHONPATH=tests $(RUN)/python -P tests/benchmarks/$*.py $(ARGS)
+$(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/dev.stamp
+	PYTHONPATH=tests:tools $(RUN)/python -P tests/benchmarks/$*.py $(ARGS)
+
+# The LoRA benchmark on a GPU; says so if there is none.
+bench-gpu: $(VENV)/dev.stamp
+	PYTHONPATH=tests:tools $(RUN)/python -P tests/benchmarks/lora.py --gpu
 
 clean:
 	rm -rf build dist

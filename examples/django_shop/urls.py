@@ -1,4 +1,4 @@
-"""Where the shop's views are."""
+"""URLs of the shop."""
 
 from django.urls import path
 

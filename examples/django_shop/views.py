@@ -1,4 +1,4 @@
-"""An order's way: into the table, onto the queue once it is there to stay, and back by webhook."""
+"""Orders: a row in the table, then a job after the commit, then an image by webhook."""
 
 from functools import cache, partial
 
@@ -21,24 +21,24 @@ OrderForm = modelform_factory(Order, fields=["prompt"])
 
 @cache
 def client() -> Client:
-    """One client a process, made at the first order: by then a server has forked."""
+    """Return the client of this process, made at the first order, after the server has forked."""
     return Client.from_env()
 
 
 @cache
 def verifier() -> Verifier:
-    """What knows the workers' webhooks."""
+    """Return the verifier of webhooks of this process."""
     return Verifier.from_env()
 
 
 class CardRefused(Exception):
-    """The customer's card is not good."""
+    """The customer's card was refused."""
 
 
 @ensure_csrf_cookie
 @require_http_methods(["GET", "POST"])
 def orders(request: HttpRequest) -> HttpResponse:
-    """All orders, or a new one: 202 and where it is; 402, and nothing is written or drawn, where it is not paid."""
+    """Return all orders, or make one: 202 and its Location, or 402 if the card is refused."""
     if request.method == "GET":
         return JsonResponse({"orders": list(Order.objects.values())})
     form = OrderForm(request.POST)
@@ -47,7 +47,7 @@ def orders(request: HttpRequest) -> HttpResponse:
     try:
         with transaction.atomic():
             made = form.save()
-            # Robust: where Redis is away the order stays open, and `submit` may be called for it again.
+            # Robust: without Redis the order stays open, and `submit` may be called again.
             transaction.on_commit(
                 partial(submit, made, request.build_absolute_uri(reverse("webhook"))), robust=True
             )
@@ -60,45 +60,42 @@ def orders(request: HttpRequest) -> HttpResponse:
 
 
 def submit(order: Order, webhook_url: str) -> None:
-    """Queue an order's picture. For all open orders this may be done again at any time: one key, one job."""
+    """Queue the job of an order; repeat it for open orders at any time: one key is one job."""
     client().submit(
         {"prompt": order.prompt}, idempotency_key=str(order.key), webhook_url=webhook_url
     )
 
 
 def charge(card: str) -> None:
-    """Stands for what may fail when the order is written already."""
+    """Charge a card: a step that may fail after the order was written."""
     if card != "good":
         raise CardRefused
 
 
 @require_GET
 def order(_request: HttpRequest, key: str) -> HttpResponse:
-    """One order."""
+    """Return one order."""
     return JsonResponse(get_object_or_404(Order.objects.values(), key=key))
 
 
-@csrf_exempt  # a worker has a signature instead
+@csrf_exempt  # webhooks have a signature instead
 @require_POST
 def webhook(request: HttpRequest) -> HttpResponse:
-    """The end of a job. An order is open once, so that an event that comes again changes and mails nothing."""
+    """Record the end of a job; a repeated event finds the order closed, and changes nothing."""
     try:
         event = verifier().verify(request.body, request.headers)
     except InvalidWebhook as error:
         return JsonResponse({"error": str(error)}, status=400)
     if event.result is not None:
         image = event.result.images[0]
-        change = {"state": Order.State.DRAWN, "picture": image.key, "url": image.url or ""}
+        change = {"state": Order.State.DRAWN, "image": image.key, "url": image.url or ""}
     else:
         change = {
             "state": Order.State.FAILED,
             "error": event.error.code if event.error else event.type,
         }
-    with (
-        transaction.atomic()
-    ):  # where the mail fails the order stays open, and the worker comes again
+    # If the mail fails, the order stays open, and the worker sends the webhook again.
+    with transaction.atomic():
         if Order.objects.filter(job_id=event.job_id, state=Order.State.OPEN).update(**change):
-            send_mail(
-                "Your picture", f"{event.job_id}: {event.type}", None, ["customer@example.com"]
-            )
+            send_mail("Your image", f"{event.job_id}: {event.type}", None, ["customer@example.com"])
     return HttpResponse(status=204)

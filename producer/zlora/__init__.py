@@ -1,4 +1,4 @@
-"""z-image-lora: queue SDXL pictures with LoRAs, get pictures and a receipt back.
+"""Queue SDXL images with LoRAs; each result has the images and a receipt.
 
 from zlora import Client
 

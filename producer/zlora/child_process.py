@@ -11,10 +11,10 @@ _PR_SET_PDEATHSIG: Final = 1  # of prctl(2)
 
 
 def end_with_parent(end: signal.Signals) -> Callable[[], None] | None:
-    """Return a `preexec_fn` that asks the kernel to send `end` when the parent dies.
+    """Return a `preexec_fn` that makes the kernel send `end` to the child when the parent ends.
 
-    Returns None on other systems than Linux. Safe beside threads: between fork and exec it takes no
-    lock.
+    Returns None on other systems than Linux. The function takes no lock, so it is safe between fork
+    and exec in a process with threads.
     """
     return partial(_set_death_signal, end) if sys.platform == "linux" else None
 

@@ -1,4 +1,4 @@
-"""The producer's door to the queue: submit a request, wait for its result."""
+"""Submit jobs to the queue."""
 
 import hashlib
 import os
@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, Final, Literal, Self, TypedDict, Unpack
 
-from zlora import config, webhook
+from zlora import webhook
 from zlora.broker.job_store import Submission
 from zlora.broker.keys import PRIORITIES, RECORD_EXPIRES
 from zlora.broker.protocol import Broker, NewJob
@@ -30,19 +30,19 @@ from zlora.schema import (
 Priority = Literal["high", "normal", "low"]
 Request = GenerateRequest | dict[str, Any]
 
-_APART: Final = 0.00025  # seconds between two jobs of one call: the ledger's order is by time, and has no finer one
-_LONGEST_KEY: Final = 1000  # characters of an idempotency key
+_SPACING: Final = 0.00025  # seconds between two jobs of one call, since jobs are ordered by time
+_MAX_KEY: Final = 1000  # characters of an idempotency key
 
 
 class Options(TypedDict, total=False):
-    """How a job is queued. None of it is part of the request: where an id comes again, the first options hold.
+    """How a job is queued. If an id is submitted again, the first options hold.
 
-    * `priority`: `high`, `normal` (the default) or `low`, strictly.
-    * `expires_in`: seconds in which the job must begin, else it fails with `JobExpired`.
-    * `preflight`: look at the LoRAs first (`Preflight.check`): one that is not there, is no safetensors file or made
-      for another base raises its `LoraError`, and nothing is queued.
-    * `webhook_url`: where a worker tells the end of the job, signed (`zlora.webhook`).
-    * `webhook_events`: those that are told, of `webhook.EVENTS`; all, where it is not given.
+    * `priority`: `high`, `normal` (the default) or `low`; a higher priority always comes first.
+    * `expires_in`: seconds in which the job must start, else it fails with `JobExpired`.
+    * `preflight`: check the LoRAs first (`Preflight.check`). A LoRA that does not exist, is not a
+      safetensors file or was made for another base model raises its `LoraError`; nothing is queued.
+    * `webhook_url`: URL to which a worker posts the end of the job, signed (`zlora.webhook`).
+    * `webhook_events`: events to post, of `webhook.EVENTS`; all by default.
     """
 
     priority: Priority
@@ -53,52 +53,47 @@ class Options(TypedDict, total=False):
 
 
 class Client:
-    """Submits jobs over its own Celery app, so that another app in the process keeps its settings.
-
-    For any number of threads. Of those that wait for results none polls: one more connection, subscribed to the jobs
-    that are waited for, rings.
-    """
+    """Submits jobs, and waits for them without polling. Threads may share a client."""
 
     def __init__(
-        self,
+        self, broker: Broker | str, *, preflight: Callable[[], Preflight] = Preflight
+    ) -> None:
+        """Take a broker, or the URL of a Redis (`from_url` has more options).
+
+        `preflight` is called for the first job that wants its LoRAs checked.
+        """
+        if isinstance(broker, str):
+            broker = RedisBroker(broker)
+        self._broker: Broker = broker
+        self._make_preflight = preflight
+
+    @classmethod
+    def from_url(
+        cls,
         broker_url: str,
         *,
         result_backend: str | None = None,
         queue: str = QUEUE,
-        preflight: Callable[[], Preflight] = Preflight,
         prompts: str = "shown",
-    ) -> None:
-        """Connect at the first use. `result_backend` is the broker where it is not given.
+        preflight: Callable[[], Preflight] = Preflight,
+    ) -> Self:
+        """Connect to Redis, at the first use. The result backend is the broker by default.
 
-        `preflight` makes what looks at LoRAs, at the first job that asks for it: others need none of its packages.
-        `prompts` is "shown", or "hashed" for who watches the queue, as with Flower.
-        Raises `InvalidSetting` where either URL is not one Redis that Celery can open.
+        `prompts` says what tools that watch the queue, such as Flower, see: "shown" or "hashed".
+        Raises `InvalidSetting` if a URL is not a single Redis that Celery can open.
         """
-        self._broker: Broker = RedisBroker(
-            broker_url, result_backend=result_backend or broker_url, queue=queue, prompts=prompts
+        broker = RedisBroker(
+            broker_url, result_backend=result_backend, queue=queue, prompts=prompts
         )
-        self._make_preflight = preflight
+        return cls(broker, preflight=preflight)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read the broker's variables and `ZLORA_PROMPTS`; without a broker's URL, find a running `zlora up`.
+        """Connect by `ZLORA_BROKER_URL`, `_RESULT_BACKEND`, `_QUEUE` and `_PROMPTS`.
 
-        The variables of `Preflight.from_env` are read when a LoRA is looked at.
+        Without a URL the broker is that of a running `zlora up`, or Redis on this machine.
         """
-        return cls(
-            config.broker_url(environ),
-            result_backend=config.value_of(environ, config.RESULT_BACKEND) or None,
-            queue=config.value_of(environ, config.QUEUE) or QUEUE,
-            preflight=partial(Preflight.from_env, environ),
-            prompts=config.value_of(environ, config.PROMPTS) or "shown",
-        )
-
-    @classmethod
-    def over(cls, broker: Broker, *, preflight: Callable[[], Preflight] = Preflight) -> Self:
-        """A client of another broker than Redis, such as that of `zlora.testing`."""
-        client = cls.__new__(cls)
-        client._broker, client._make_preflight = broker, preflight  # noqa: SLF001 - its own
-        return client
+        return cls(RedisBroker.from_env(environ), preflight=partial(Preflight.from_env, environ))
 
     def __enter__(self) -> Self:
         return self
@@ -112,12 +107,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back; all that waits raises `BrokerUnavailable`."""
         self._broker.close()
 
     @property
     def queue(self) -> str:
-        """The queue that the jobs go to."""
+        """Name of the queue."""
         return self._broker.queue
 
     def submit(
@@ -128,19 +123,23 @@ class Client:
         idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> JobHandle:
-        """Check the request, write it down, and put it on the queue.
+        """Check a request and queue it.
 
-        The same request under the same `job_id` is the same job, whatever became of it; an `idempotency_key`, any text
-        of up to 1,000 characters such as an order's number, makes the id (`job_id_of`). Without either each call is a
-        job of its own. Raises `InvalidRequest`, `Conflict` where the id has another request, or `BrokerUnavailable`,
-        after which the job may run, and to submit it again under the same id is safe: `details` name it.
+        The same request under the same `job_id` is the same job, whether it waits, runs or has
+        ended. An `idempotency_key`, any text of up to 1,000 characters such as an order number, is
+        turned into an id (`job_id_of`). Without either, each call is a new job.
+
+        Raises `InvalidRequest`, or `Conflict` if the id belongs to another request. After
+        `BrokerUnavailable` the job may run; its `details` have the id, under which it is safe to
+        submit again.
         """
         if job_id is not None and idempotency_key is not None:
-            raise InvalidRequest(
-                "expected one of `job_id` and `idempotency_key`", {"path": "idempotency_key"}
-            )
-        name = job_id if idempotency_key is None else job_id_of(idempotency_key)
-        (handle,) = self.submit_many([request], job_ids=None if name is None else [name], **options)
+            message = "expected one of `job_id` and `idempotency_key`"
+            raise InvalidRequest(message, {"path": "idempotency_key"})
+        if idempotency_key is not None:
+            job_id = job_id_of(idempotency_key)
+        job_ids = None if job_id is None else [job_id]
+        (handle,) = self.submit_many([request], job_ids=job_ids, **options)
         return handle
 
     def submit_many(
@@ -150,24 +149,34 @@ class Client:
         job_ids: Iterable[str] | None = None,
         **options: Unpack[Options],
     ) -> list[JobHandle]:
-        """Submit jobs in order, with the same options; all of them are checked before the first is sent.
+        """Check all requests, then queue them in order, with the same options.
 
-        `job_ids` names one for each. Raises as `submit` does; where the broker goes away in the middle some are queued,
-        and to submit all of them again under the ids in `details` is safe. A `Conflict` is raised before any is queued,
-        but where another process takes an id in the same moment: then the others may run.
+        `job_ids` has an id for each request. Raises as `submit` does. After `BrokerUnavailable`
+        some jobs may run, and it is safe to submit all of them again under the ids in `details`.
+        `Conflict` is raised before any job is queued, unless another process takes an id at the
+        same moment.
         """
         checked = [parse_request(request) for request in requests]
-        names = _names(job_ids, len(checked))
-        how = _How.read(options)
+        names = _checked_ids(job_ids, len(checked))
+        priority, expires_in, hook = _checked_options(options)
         if options.get("preflight"):
             for request in checked:
                 self._preflight.check(request)
         now = time.time()
-        entries = [
-            NewJob(name, how.submission(request, now + place * _APART), digest_of(request))
-            for place, (name, request) in enumerate(zip(names, checked, strict=True))
-        ]
-        self._broker.put(_one_each(entries))
+        jobs: dict[str, NewJob] = {}
+        for index, (name, request) in enumerate(zip(names, checked, strict=True)):
+            submitted = now + index * _SPACING
+            submission = Submission(
+                request=to_dict(request),
+                priority=priority,
+                submitted=submitted,
+                expires=None if expires_in is None else submitted + expires_in,
+                webhook=hook,
+            )
+            job = NewJob(name, submission, digest_of(request))
+            if jobs.setdefault(name, job).digest != job.digest:
+                raise Conflict.of(name)
+        self._broker.put(list(jobs.values()))
         return [JobHandle(name, self._broker) for name in names]
 
     @cached_property
@@ -175,52 +184,19 @@ class Client:
         return self._make_preflight()
 
     def job(self, job_id: str) -> JobHandle:
-        """The handle of a job that was submitted before, here or elsewhere."""
+        """Return the handle of a job that was submitted before, by this or another process."""
         return JobHandle(check_job_id(job_id), self._broker)
 
 
 def job_id_of(idempotency_key: str) -> str:
-    """The id of the job that was submitted with this key; raises `InvalidRequest`."""
-    if not isinstance(idempotency_key, str) or not 0 < len(idempotency_key) <= _LONGEST_KEY:
-        expected = f"Expected a text of 1 to {_LONGEST_KEY} characters"
+    """Return the id of the job that is submitted with this key; raise `InvalidRequest`."""
+    if not isinstance(idempotency_key, str) or not 0 < len(idempotency_key) <= _MAX_KEY:
+        expected = f"Expected a text of 1 to {_MAX_KEY} characters"
         raise invalid("idempotency_key", idempotency_key, expected)
     return f"key-{hashlib.sha256(idempotency_key.encode(errors='surrogatepass')).hexdigest()[:40]}"
 
 
-class _How(NamedTuple):
-    """The options of a call, checked: what they make of each of its submissions."""
-
-    priority: int
-    patience: float | None
-    webhook: webhook.Webhook | None
-
-    @classmethod
-    def read(cls, options: Options) -> "_How":
-        if (
-            unknown := options.keys() - Options.__annotations__.keys()
-        ):  # as Python says of any other argument
-            raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
-        patience = options.get("expires_in")
-        url, events = options.get("webhook_url"), options.get("webhook_events")
-        if url is None and events is not None:
-            raise invalid("webhook_events", events, "Expected none without `webhook_url`")
-        return cls(
-            priority=_priority(options.get("priority", "normal")),
-            patience=None if patience is None else _seconds(patience),
-            webhook=None if url is None else webhook.read(url, events),
-        )
-
-    def submission(self, request: GenerateRequest, at: float) -> Submission:
-        return Submission(
-            request=to_dict(request),
-            priority=self.priority,
-            submitted=at,
-            expires=None if self.patience is None else at + self.patience,
-            webhook=self.webhook,
-        )
-
-
-def _names(job_ids: Iterable[str] | None, count: int) -> list[str]:
+def _checked_ids(job_ids: Iterable[str] | None, count: int) -> list[str]:
     if job_ids is None:
         return [str(uuid.uuid4()) for _ in range(count)]
     if isinstance(job_ids, str):
@@ -231,27 +207,24 @@ def _names(job_ids: Iterable[str] | None, count: int) -> list[str]:
     return names
 
 
-def _one_each(entries: Sequence[NewJob]) -> list[NewJob]:
-    """One entry an id; raises `Conflict` where one is given to two requests of a call."""
-    found: dict[str, NewJob] = {}
-    for entry in entries:
-        if found.setdefault(entry.job_id, entry).digest != entry.digest:
-            raise Conflict(f"job {entry.job_id} is another request", {"job_id": entry.job_id})
-    return list(found.values())
+def _checked_options(options: Options) -> tuple[int, float | None, webhook.Webhook | None]:
+    """Check the options of a call; return the priority in Redis, `expires_in`, and the webhook."""
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
 
+    priority = options.get("priority", "normal")
+    if not isinstance(priority, str) or priority not in PRIORITIES:
+        raise invalid("priority", priority, f"Expected one of {', '.join(PRIORITIES)}")
 
-def _priority(name: str) -> int:
-    try:
-        return PRIORITIES[name]
-    except (KeyError, TypeError):
-        raise invalid("priority", name, f"Expected one of {', '.join(PRIORITIES)}") from None
+    expires_in = options.get("expires_in")
+    if expires_in is not None:
+        is_number = isinstance(expires_in, int | float) and not isinstance(expires_in, bool)
+        if not is_number or not 0 < expires_in <= RECORD_EXPIRES:
+            expected = f"Expected seconds above 0 and up to {RECORD_EXPIRES}"
+            raise invalid("expires_in", expires_in, expected)
 
-
-def _seconds(value: object) -> float:
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and 0 < value <= RECORD_EXPIRES
-    ):
-        return float(value)
-    raise invalid("expires_in", value, f"Expected seconds above 0 and up to {RECORD_EXPIRES}")
+    url, events = options.get("webhook_url"), options.get("webhook_events")
+    if url is None and events is not None:
+        raise invalid("webhook_events", events, "Expected none without `webhook_url`")
+    hook = None if url is None else webhook.read(url, events)
+    return PRIORITIES[priority], expires_in, hook

@@ -1,102 +1,75 @@
-"""The words for failure, shared by producer and worker.
+"""Errors of producers and workers.
 
 ```
 ZloraError
-├── InvalidRequest            invalid_request        the document breaks the schema or a bound
-│   └── InvalidJobId          invalid_job_id         the task id cannot be a path
+├── InvalidRequest
+│   └── InvalidJobId
 ├── LoraError
-│   ├── LoraNotAllowed        lora_not_allowed       scheme, host or address the operator does not allow
-│   ├── LoraNotFound          lora_not_found         the source says that there is no such file
-│   ├── LoraForbidden         lora_forbidden         the source refuses it to this worker
-│   ├── LoraUnreachable       lora_unreachable       no answer, a broken one, or too slow        retryable
-│   ├── LoraTooLarge          lora_too_large         more bytes than a LoRA may have
-│   ├── LoraCorrupt           lora_corrupt           bytes and digest differ
-│   ├── NotSafetensors        not_safetensors        another kind of file, or a damaged one
-│   ├── LoraMismatch          lora_mismatch          a sound file that does not fit the resident model
-│   └── CacheFull             cache_full             the LoRA cache has no room, or a bad disk   retryable
-├── GenerationFailed          generation_failed      the model gave NaN, Inf or nothing
-├── OutOfMemory               out_of_memory          the picture needs more memory than the worker has
-├── BaseNotRestored           base_not_restored      the base differs after the job              retryable
-├── StoreFailed               store_failed           the picture could not be stored             retryable
-├── InternalError             internal               a fault of the worker's own
-├── ModelUnavailable          model_unavailable      the base model cannot be loaded
-├── BrokerUnavailable         broker_unavailable     Redis does not answer                       retryable
-├── ResultTimeout             result_timeout         no result within the caller's patience      retryable
-├── ImageUnavailable        picture_unavailable    a result's picture cannot be fetched       retryable
-├── JobLost                   job_lost               the worker died over the job                retryable
-├── JobPoisoned               poisoned               worker after worker died over the job
-├── JobTimeout                timeout                the job took longer than it may
-├── JobExpired                expired                the job was not begun in time
-├── JobRevoked                job_revoked            the job was cancelled
-├── JobUnknown                unknown                no job has this id
-├── Conflict                  conflict               the job id belongs to another request
-├── InvalidWebhook            invalid_webhook        a webhook that is not ours, too old, or was heard before
-├── InvalidSetting            invalid_setting        an environment variable that makes no sense
-└── StackError                stack_error            the embedded stack cannot start
+│   ├── LoraNotAllowed
+│   ├── LoraNotFound
+│   ├── LoraForbidden
+│   ├── LoraUnreachable
+│   ├── LoraTooLarge
+│   ├── LoraCorrupt
+│   ├── NotSafetensors
+│   ├── LoraMismatch
+│   └── CacheFull
+├── GenerationFailed
+├── OutOfMemory
+├── BaseNotRestored
+├── StoreFailed
+├── InternalError
+├── ModelUnavailable
+├── BrokerUnavailable
+├── ResultTimeout
+├── ImageUnavailable
+├── JobLost
+├── JobPoisoned
+├── JobTimeout
+├── JobExpired
+├── JobRevoked
+├── JobUnknown
+├── Conflict
+├── InvalidWebhook
+├── InvalidSetting
+└── StackError
 ```
 
-`code` is the word that dashboards and programs match on; `retryable` says whether the same request may succeed
-later. Both are facts of the class. An instance is one message for people and one dict of plain JSON details: exactly
-`args`, which is what Celery's JSON result carries, so an error raised in the worker arrives as the same class.
+`code` is the word for programs and dashboards, and never changes; `retryable` says whether the same
+request may succeed later. Both are facts of the class. An instance has a message for people and a
+dict of plain JSON details. These two are exactly its `args`, which Celery's JSON result carries, so
+an error that is raised in the worker arrives in the producer as the same class.
 """
 
 from typing import Any, ClassVar, Final, Self
 
-__all__ = [
-    "BaseNotRestored",
-    "BrokerUnavailable",
-    "CacheFull",
-    "Conflict",
-    "GenerationFailed",
-    "ImageUnavailable",
-    "InternalError",
-    "InvalidJobId",
-    "InvalidRequest",
-    "InvalidSetting",
-    "InvalidWebhook",
-    "JobExpired",
-    "JobLost",
-    "JobPoisoned",
-    "JobRevoked",
-    "JobTimeout",
-    "JobUnknown",
-    "LoraCorrupt",
-    "LoraError",
-    "LoraForbidden",
-    "LoraMismatch",
-    "LoraNotAllowed",
-    "LoraNotFound",
-    "LoraTooLarge",
-    "LoraUnreachable",
-    "ModelUnavailable",
-    "NotSafetensors",
-    "OutOfMemory",
-    "ResultTimeout",
-    "StackError",
-    "StoreFailed",
-    "ZloraError",
-]
-
 
 class ZloraError(Exception):
-    """Something went wrong."""
+    """An error of a newer version, with a code that this version does not know."""
 
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str | None = None, details: dict[str, Any] | None = None) -> None:
-        """Take the sentence for people (default: the class's own) and details that JSON can carry."""
-        self.message = _one_line(message or _first_line(type(self)))
+        """Take a message for people (default: the class's summary) and details for programs."""
+        text = message or self.summary()
+        # A file name or a header may be part of the text: it must not begin a new line in a log.
+        self.message = "".join(letter if letter.isprintable() else " " for letter in text)
         self.details = details or {}
         super().__init__(self.message, self.details)
 
-    def tell(self, **details: Any) -> None:
-        """Add details that are known only later; they travel too."""
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first line of the docstring of the class."""
+        return (cls.__doc__ or cls.__name__).strip().splitlines()[0]
+
+    def add_details(self, **details: Any) -> None:
+        """Add details that are known only after the error was raised."""
         self.details = {**self.details, **details}
         self.args = (self.message, self.details)
 
     def as_document(self) -> dict[str, Any]:
-        """The error for a program, as plain JSON data."""
+        """Return the error as plain JSON data: `code`, `message`, `retryable` and `details`."""
         return {
             "code": self.code,
             "message": self.message,
@@ -106,7 +79,7 @@ class ZloraError(Exception):
 
     @property
     def retry_after(self) -> float:
-        """Seconds that a server asks to be left alone; 0 where it says nothing."""
+        """Seconds to wait before the next request to the same server; 0 if it did not say."""
         seconds = self.details.get("retry_after")
         return float(seconds) if isinstance(seconds, int | float) else 0.0
 
@@ -114,17 +87,11 @@ class ZloraError(Exception):
         return self.message
 
 
-def _one_line(text: str) -> str:
-    """Text that can be logged and sent: what a stranger chose in it, a name or a value, forges no line."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
-def _first_line(cls: type) -> str:
-    return (cls.__doc__ or cls.__name__).strip().splitlines()[0]
-
-
 class InvalidRequest(ZloraError):
-    """The request breaks the schema. Details: `path`, `value`, `expected`."""
+    """The request does not match the schema.
+
+    Details: `path`, `value`, `expected`.
+    """
 
     code = "invalid_request"
 
@@ -136,13 +103,13 @@ class InvalidJobId(InvalidRequest):
 
 
 class LoraError(ZloraError):
-    """A LoRA cannot be used."""
+    """A LoRA cannot be used: the parent of all errors of LoRAs."""
 
     code = "lora_error"
 
 
 class LoraNotAllowed(LoraError):
-    """The LoRA's address is not one that this worker may open."""
+    """The scheme, host or address of the LoRA is not allowed by the operator of the worker."""
 
     code = "lora_not_allowed"
 
@@ -154,77 +121,83 @@ class LoraNotFound(LoraError):
 
 
 class LoraForbidden(LoraError):
-    """The source of the LoRA refuses it to this worker."""
+    """The source of the LoRA denies access to this worker."""
 
     code = "lora_forbidden"
 
 
 class LoraUnreachable(LoraError):
-    """The source of the LoRA does not answer, or not as it should. Details: `status`, `retry_after` in seconds."""
+    """The source of the LoRA does not answer, answers with an error, or is too slow.
+
+    Details: `status`, `retry_after` in seconds.
+    """
 
     code = "lora_unreachable"
     retryable = True
 
 
 class LoraTooLarge(LoraError):
-    """The LoRA has more bytes than this worker takes."""
+    """The LoRA has more bytes than the worker accepts."""
 
     code = "lora_too_large"
 
 
 class LoraCorrupt(LoraError):
-    """The bytes of the LoRA are not those that its digest names."""
+    """The bytes of the LoRA do not match the sha256 of the request."""
 
     code = "lora_corrupt"
 
 
 class NotSafetensors(LoraError):
-    """The LoRA is not a sound safetensors file."""
+    """The LoRA is not a valid safetensors file."""
 
     code = "not_safetensors"
 
 
 class LoraMismatch(LoraError):
-    """The LoRA does not fit the resident model."""
+    """The LoRA is a valid file, but does not fit the model of the worker."""
 
     code = "lora_mismatch"
 
 
 class CacheFull(LoraError):
-    """The LoRA cache cannot take the file: all of it is in use, or its disk is too small or fails."""
+    """The LoRA cache cannot store the file: all of it is in use, or its disk is full or fails."""
 
     code = "cache_full"
     retryable = True
 
 
 class GenerationFailed(ZloraError):
-    """The model gave no usable picture."""
+    """The model returned no image, or one with NaN or Inf."""
 
     code = "generation_failed"
 
 
 class OutOfMemory(ZloraError):
-    """The job needs more memory than this worker has. Details: `width`, `height`."""
+    """The image needs more memory than the worker has.
+
+    Details: `width`, `height`.
+    """
 
     code = "out_of_memory"
 
 
 class BaseNotRestored(ZloraError):
-    """The base model is not what it was before the job: nothing drawn with it can be trusted."""
+    """The base model differs after the job, so its images cannot be trusted."""
 
     code = "base_not_restored"
     retryable = True
 
 
 class StoreFailed(ZloraError):
-    """The result could not be stored."""
+    """The result could not be written to the object store."""
 
     code = "store_failed"
     retryable = True
 
 
 class InternalError(ZloraError):
-    """The worker met a fault of its own."""
+    """The worker failed because of a fault of its own."""
 
     code = "internal"
 
@@ -236,47 +209,56 @@ class ModelUnavailable(ZloraError):
 
 
 class BrokerUnavailable(ZloraError):
-    """The broker does not answer."""
+    """Redis does not answer."""
 
     code = "broker_unavailable"
     retryable = True
 
 
 class ResultTimeout(ZloraError):
-    """There is no result yet."""
+    """There is no result within the timeout of the caller; the job goes on."""
 
     code = "result_timeout"
     retryable = True
 
 
 class ImageUnavailable(ZloraError):
-    """A picture cannot be brought here. Details: `key`."""
+    """An image of a result cannot be downloaded.
+
+    Details: `key`.
+    """
 
     code = "picture_unavailable"
     retryable = True
 
 
 class JobLost(ZloraError):
-    """The worker died over the job."""
+    """The worker was killed or crashed during the job."""
 
     code = "job_lost"
     retryable = True
 
 
 class JobPoisoned(ZloraError):
-    """Worker after worker died over the job. Details: `attempts`, each with `host`, `worker`, `at` and `signal`."""
+    """Several workers were killed or crashed during the job.
+
+    Details: `attempts`, each with `host`, `worker`, `at` and `signal`.
+    """
 
     code = "poisoned"
 
 
 class JobTimeout(ZloraError):
-    """The job took longer than it may. Details: `seconds`."""
+    """The job took longer than its timeout.
+
+    Details: `seconds`.
+    """
 
     code = "timeout"
 
 
 class JobExpired(ZloraError):
-    """The job was not begun by the time that its producer set."""
+    """The job did not start within `expires_in` seconds."""
 
     code = "expired"
 
@@ -288,13 +270,16 @@ class JobRevoked(ZloraError):
 
 
 class JobUnknown(ZloraError):
-    """No job has this id, or all that was known of it is gone."""
+    """No job has this id, or nothing is known of it any more."""
 
     code = "unknown"
 
 
 class Conflict(ZloraError):
-    """The job id belongs to another request: one id, one job. Details: `job_id`."""
+    """The job id belongs to another request.
+
+    Details: `job_id`.
+    """
 
     code = "conflict"
 
@@ -305,28 +290,41 @@ class Conflict(ZloraError):
 
 
 class InvalidWebhook(ZloraError):
-    """The webhook is not to be believed. Details: `reason`."""
+    """The webhook is not signed with our secret, is too old, or was received before.
+
+    Details: `reason`.
+    """
 
     code = "invalid_webhook"
 
 
 class InvalidSetting(ZloraError):
-    """An environment variable has a value that makes no sense. Details: `name`."""
+    """An environment variable has an invalid value.
+
+    Details: `name`.
+    """
 
     code = "invalid_setting"
 
 
 class StackError(ZloraError):
-    """The embedded stack cannot start."""
+    """The embedded stack of `zlora up` cannot start."""
 
     code = "stack_error"
 
 
-def named(code: str) -> type[ZloraError]:
-    """The class of a code; a code that is not known here, such as a newer worker's, is a `ZloraError`."""
+ERRORS: Final = tuple(
+    found
+    for found in globals().copy().values()
+    if isinstance(found, type) and issubclass(found, ZloraError)
+)
+"""All classes, parents first: tables, exit statuses and metrics are made from it."""
+
+_BY_CODE: Final = {cls.code: cls for cls in ERRORS}
+
+__all__ = [*(cls.__name__ for cls in ERRORS)]  # noqa: PLE0604 - names of classes
+
+
+def by_code(code: str) -> type[ZloraError]:
+    """Return the class of a code, or `ZloraError` for a code of a newer version."""
     return _BY_CODE.get(code, ZloraError)
-
-
-_BY_CODE: Final[dict[str, type[ZloraError]]] = {
-    globals()[name].code: globals()[name] for name in __all__
-}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
-    """Write `data` to `path` by a draft in the same folder and a rename; raise `OSError`.
+    """Write `data` to a draft in the same folder, then rename it to `path`; raise `OSError`.
 
-    The draft has a random name and is created exclusively, so that a link that waits at its name is
-    never followed. `mode` is reduced by the process's umask, as with `open`.
+    The draft has a random name and must not exist, so that no symbolic link is followed.
+    `mode` is reduced by the umask of the process, as with `open`.
     """
     draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

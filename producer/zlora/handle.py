@@ -1,15 +1,15 @@
-"""One submitted job, as its producer sees it: where it is, how it ended, and an end to it."""
+"""A submitted job, for its producer: its status, its result, and its cancellation."""
 
 import math
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
-from typing import Final, Literal
+from typing import Final, TypeVar
 
 from celery.states import READY_STATES
 
-from zlora.broker.job_store import BRIEFLY
+from zlora.broker.job_store import MIN_WAIT, NoManifest
 from zlora.broker.protocol import Broker
 from zlora.broker.task_meta import error_of, readable, status_of
 from zlora.errors import (
@@ -21,179 +21,263 @@ from zlora.errors import (
     ResultTimeout,
     ZloraError,
 )
-from zlora.later import parse_result
-from zlora.schema import Cancellation, GenerateResult, ImageRef, JobState, JobStatus
-from zlora.waiting import Wait
-
-_URL_SPARE: Final = 3.0  # seconds that a URL is worth giving for; a producer's clock may be that late of the worker's
-_MOVES: Final = (
-    2.0  # seconds between two looks at the place of a job in its queue, which nobody publishes
+from zlora.schema import (
+    Cancellation,
+    GenerateResult,
+    ImageRef,
+    JobState,
+    JobStatus,
+    Phase,
+    invalid,
+    parse_result,
 )
+
+T = TypeVar("T")
+
+_URL_MARGIN: Final = 3.0  # seconds that a URL must still be valid; clocks may differ by as much
+_POSITION_PAUSE: Final = 2.0  # seconds between two looks at a position, which is not published
+_OUTAGE: Final = 30.0  # seconds that a wait outlasts an outage of Redis, such as a restart
+_OUTAGE_MARGIN: Final = 0.1  # seconds after an outage has lasted too long until the wait ends
+_RETRY_PAUSE: Final = 1.0  # seconds until the next look after a failed one
+# Seconds until a look without a notification: the first, doubled each time up to the last.
+_LOOK_PAUSES: Final = (10.0, 160.0)
 
 
 class JobHandle:
-    """One submitted job. For any number of threads: all of them are rung over one connection of the client's."""
+    """A submitted job. Many threads may wait: one connection of the client notifies all."""
 
     def __init__(self, job_id: str, broker: Broker) -> None:
-        self.id = job_id  # job id, task id and key prefix in one
+        self.id = job_id  # also the task id and part of the object keys
         self._broker = broker
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r})"
 
     def status(self) -> JobStatus:
-        """The state now, and how far the job is where it has no verdict.
+        """Return the state of the job, and its progress while it has not ended.
 
-        Where the result has expired a worker is asked for the manifest, for up to two seconds. It is UNKNOWN
-        where none answers, too: only `result` tells that from a worker's word that there is none.
+        If the result has expired, a worker is asked for the manifest, for up to two seconds.
+        Without a reply the state is UNKNOWN, as for an id that does not exist; only `result` tells
+        them apart.
         """
-        answer = self._broker.answer(self.id)
-        return self._unstarted() if answer.state == JobState.PENDING else status_of(self.id, answer)
+        return _read_status(self._broker, self.id)
 
     def events(self, timeout: float | None = None) -> Generator[JobStatus, None, None]:
-        """Each status that differs from the one before, as it comes; the last is the job's end.
+        """Yield each new status as it comes; the last one is the end of the job.
 
-        A watcher that is slow misses what was in between, and never the end. Raises as `result` does where there is
-        no end within `timeout` seconds, and not for a job that fails: that is a status.
+        A slow reader misses states in between, but never the end. Raises `ResultTimeout` or
+        `BrokerUnavailable` as `result` does. A job that fails is a status, not an error.
         """
-        wait, rung, last = Wait(self._broker, self.id, timeout), threading.Event(), None
-        with self._broker.watch(self.id, rung.set):
+        wait, last, news = Wait(self._broker, self.id, timeout), None, threading.Event()
+        with self._broker.watch(self.id, news.set):
             while True:
-                rung.clear()
-                status = self.report(wait)
+                news.clear()
+                status = wait.status()
                 if status is not None and status != last:
                     yield status
                     last = status
                 if has_ended(last):
                     return
-                rung.wait(wait.pause(pause_after(last)))
+                news.wait(wait.pause(last))
 
     def result(self, timeout: float | None = None) -> GenerateResult:
-        """Wait up to `timeout` seconds for the result; raises the job's typed error, or `ResultTimeout`.
+        """Wait up to `timeout` seconds for the result.
 
-        An id that nobody knows is waited for too, since any Celery program may submit it; in the end it is
-        `JobUnknown`, where a worker says so. A Redis that restarts meanwhile is waited for; raises `BrokerUnavailable`
-        where it is away for longer.
+        Raises the error of the job, or `ResultTimeout`. An id that no client submitted is waited
+        for too, since any Celery program may send it later; it raises `JobUnknown` at the end if a
+        worker says that it has no result. A restart of Redis is outlasted; `BrokerUnavailable` is
+        raised if Redis does not answer for longer.
 
-        Where signed URLs have ended since the worker answered, one is asked for new ones; the old are given where none
-        answers within two seconds.
+        If presigned URLs have expired, a worker is asked for new ones, for up to two seconds;
+        without a reply the result has the old ones.
         """
-        wait, rung = Wait(self._broker, self.id, timeout), threading.Event()
-        if (found := self.look(wait)) is not None:
+        wait, news = Wait(self._broker, self.id, timeout), threading.Event()
+        if (found := wait.result()) is not None:
             return found
-        with self._broker.watch(self.id, rung.set):
+        with self._broker.watch(self.id, news.set):
             while True:
-                rung.wait(wait.pause())
-                rung.clear()
-                if (found := self.look(wait)) is not None:
+                news.wait(wait.pause())
+                news.clear()
+                if (found := wait.result()) is not None:
                     return found
 
     def cancel(self) -> Cancellation:
-        """Cancel the job for good, and say where it was. It ends as REVOKED, and what it has stored is deleted.
+        """Cancel the job for good, and return its place at that time.
 
-        A queued job has ended when this returns; a running one ends with its present step.
+        A queued job has ended when this returns; a running one ends after its present step. The job
+        ends as REVOKED, and its images are deleted.
         """
-        if self._broker.answer(self.id).state in READY_STATES:
+        if self._broker.task_meta(self.id).state in READY_STATES:
             return Cancellation.FINISHED
-        standing = self._broker.standing(self.id)
-        if standing.verdict is not None or (not standing.is_open and self._recalled()):
+        queued = self._broker.queue_status(self.id)
+        if queued.verdict is not None:
+            return Cancellation.FINISHED
+        if not queued.is_open and isinstance(_manifest(self._broker, self.id), GenerateResult):
             return Cancellation.FINISHED
         return self._broker.cancel(self.id)
 
-    def report(self, wait: Wait) -> JobStatus | None:
-        """One look of a watcher's: the status, or None where Redis does not answer, which may pass."""
-        status = wait.look(self.status)
-        if wait.is_over and not has_ended(status):
-            raise self._no_result(wait)
+
+class Wait:
+    """A wait for one job, without the sleeping, which differs between threads and event loops.
+
+    The caller looks (`status` or `result`), then sleeps until it is notified, at most for `pause()`
+    seconds.
+    """
+
+    def __init__(self, broker: Broker, job_id: str, timeout: float | None) -> None:
+        """Wait for up to `timeout` seconds; raise `InvalidRequest` if that is not a number."""
+        if timeout is None:
+            timeout = math.inf
+        if not isinstance(timeout, int | float) or math.isnan(timeout):
+            raise invalid("timeout", timeout, "Expected seconds, or None")
+        self._broker, self._job_id, self._timeout = broker, job_id, timeout
+        self._end = time.monotonic() + timeout
+        self._failing_since: float | None = None  # on the monotonic clock
+        self._has_looked = False
+        self._is_absent = False  # a worker has said that it has no manifest of this job
+        # When to ask a worker for a manifest, on the monotonic clock, and the pause after that.
+        self._manifest_due, (self._look_pause, self._longest_pause) = 0.0, _LOOK_PAUSES
+
+    def status(self) -> JobStatus | None:
+        """Return the status, or None during an outage; raise as `JobHandle.events`."""
+        status = self._look(lambda: _read_status(self._broker, self._job_id))
+        if self._is_over() and not has_ended(status):
+            raise self._no_result()
         return status
 
-    def look(self, wait: Wait) -> GenerateResult | None:
-        """One look of somebody who waits: the result, or None where there is none yet; raises as `result` does."""
-        asks = wait.is_due()
-
-        def now() -> GenerateResult | None:
-            answer = self._broker.answer(self.id)
-            if answer.state == JobState.SUCCESS:
-                with readable(self.id):
-                    result = parse_result(answer.value)
-                return self._renewed(result, wait.left)
-            if answer.state in READY_STATES:
-                raise error_of(self.id, answer)
-            if answer.state != JobState.PENDING or not asks:
-                return None
-            old = self._old_result(wait.left)
-            wait.denied = old is False
-            return old or None
-
-        found = wait.look(now)
-        if found is None and wait.is_over:
-            raise self._no_result(wait)
+    def result(self) -> GenerateResult | None:
+        """Return the result, or None if there is none yet; raise as `JobHandle.result`."""
+        asks_worker = time.monotonic() >= self._manifest_due
+        if asks_worker:
+            self._manifest_due = time.monotonic() + self._look_pause
+            self._look_pause = min(2 * self._look_pause, self._longest_pause)
+        found = self._look(lambda: self._read_result(asks_worker=asks_worker))
+        if found is None and self._is_over():
+            raise self._no_result()
         return found
 
-    def _unstarted(self) -> JobStatus:
-        """PENDING where the job waits, its end where Celery's result has expired or is lost, else UNKNOWN."""
-        standing = self._broker.standing(self.id)
-        if standing.is_open:
-            return JobStatus(state=JobState.PENDING, phase="queued", position=standing.position)
-        if isinstance(standing.verdict, JobRevoked | JobExpired):
-            return JobStatus(state=JobState.REVOKED)
-        if standing.verdict is not None:
-            return JobStatus(state=JobState.FAILURE)
-        return JobStatus(state=JobState.SUCCESS if self._recalled() else JobState.UNKNOWN)
+    def pause(self, last: JobStatus | None = None) -> float:
+        """Seconds until the next look without a notification, after the status `last`."""
+        pauses = [self._left(), self._look_pause]
+        if self._manifest_due:
+            pauses[1] = max(0.0, self._manifest_due - time.monotonic())
+        if last is not None and last.position is not None:
+            pauses.append(_POSITION_PAUSE)
+        if outage := self._broker.outage():
+            pauses.append(max(0.0, _OUTAGE - outage) + _OUTAGE_MARGIN)
+        elif self._failing_since:
+            pauses.append(_RETRY_PAUSE)
+        return min(pauses)
 
-    def _recalled(self, patience: float = math.inf) -> GenerateResult | Literal[False] | None:
-        """The result from the store, where Celery's has expired or is lost.
+    def _left(self) -> float:
+        return max(0.0, self._end - time.monotonic())
 
-        False where a worker says that there is none; None where nobody says anything.
+    def _is_over(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def _look(self, read: Callable[[], T]) -> T | None:
+        """Return what `read` returns, or None if Redis does not answer, which may pass.
+
+        Raises `BrokerUnavailable` if that lasts for too long, or the wait is over.
         """
-        manifest = self._broker.recall(self.id, patience)
-        if not manifest:
-            return None if manifest is None else False
-        with readable(self.id):
-            return parse_result(manifest)
+        # Thousands may wait: the listener finds out for all of them whether Redis is back.
+        outage = self._broker.outage() if self._has_looked else 0.0
+        self._has_looked = True
+        if outage:
+            if self._is_over() or outage > _OUTAGE:
+                reason = f"the broker does not answer for {outage:.0f} s"
+                if outage == math.inf:
+                    reason = "the client is closed"
+                raise BrokerUnavailable(reason, {"job_id": self._job_id})
+            return None
+        try:
+            found = read()
+        except BrokerUnavailable:
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            self._manifest_due = 0.0  # the worker was not asked
+            if self._is_over() or now - self._failing_since > _OUTAGE:
+                raise
+            return None
+        self._failing_since = None
+        return found
 
-    def _renewed(self, result: GenerateResult, patience: float) -> GenerateResult:
-        """The result with URLs that hold, where its own do not and a worker makes others within `patience` seconds."""
-        if patience <= BRIEFLY or all(map(_holds, result.images)):
+    def _read_result(self, *, asks_worker: bool) -> GenerateResult | None:
+        meta = self._broker.task_meta(self._job_id)
+        if meta.state == JobState.SUCCESS:
+            with readable(self._job_id):
+                result = parse_result(meta.value)
+            return self._with_valid_urls(result)
+        if meta.state in READY_STATES:
+            raise error_of(self._job_id, meta)
+        if meta.state != JobState.PENDING or not asks_worker:
+            return None
+        # Celery's result has expired, or is still to come.
+        queued = self._broker.queue_status(self._job_id)
+        if queued.verdict is not None:
+            raise queued.verdict
+        if queued.is_open:
+            self._is_absent = False
+            return None
+        found = _manifest(self._broker, self._job_id, self._left())
+        self._is_absent = found is NoManifest.ABSENT
+        return found if isinstance(found, GenerateResult) else None
+
+    def _with_valid_urls(self, result: GenerateResult) -> GenerateResult:
+        """Return the result with new URLs, if its own have expired and a worker replies in time."""
+        if self._left() <= MIN_WAIT or all(map(_has_valid_url, result.images)):
             return result
-        with suppress(
-            BrokerUnavailable, InternalError
-        ):  # what is at hand is the result, but for its URLs
-            return self._recalled(patience) or result
+        with suppress(BrokerUnavailable, InternalError):  # all but the URLs is here already
+            found = _manifest(self._broker, self._job_id, self._left())
+            if isinstance(found, GenerateResult):
+                return found
         return result
 
-    def _old_result(self, patience: float) -> GenerateResult | Literal[False] | None:
-        """The result of a job whose answer is not in Celery's backend any more; raises the error that it ended with.
-
-        False where a worker knows of none; None where the job is still to come, or nobody says anything.
-        """
-        standing = self._broker.standing(self.id)
-        if standing.verdict is not None:
-            raise standing.verdict
-        return None if standing.is_open else self._recalled(patience)
-
-    def _no_result(self, wait: Wait) -> ZloraError:
-        """Why there is nothing after the wait; a worker that is not there cannot say that a job is unknown."""
-        if wait.denied and not self._broker.standing(self.id).is_open and self._is_silent():
-            return JobUnknown(f"no job {self.id} is known", {"job_id": self.id})
-        return ResultTimeout(
-            f"no result of job {self.id} within {wait.seconds:g} s", {"job_id": self.id}
-        )
-
-    def _is_silent(self) -> bool:
-        return self._broker.answer(self.id).state == JobState.PENDING
+    def _no_result(self) -> ZloraError:
+        details = {"job_id": self._job_id}
+        if self._is_absent:
+            # The job may have been submitted or started since the worker was asked.
+            is_open = self._broker.queue_status(self._job_id).is_open
+            if not is_open and self._broker.task_meta(self._job_id).state == JobState.PENDING:
+                return JobUnknown(f"no job {self._job_id} is known", details)
+        message = f"no result of job {self._job_id} within {self._timeout:g} s"
+        return ResultTimeout(message, details)
 
 
 def has_ended(status: JobStatus | None) -> bool:
-    """Whether nothing comes after this status."""
+    """Return whether no other status follows this one."""
     return status is not None and status.state in READY_STATES
 
 
-def pause_after(status: JobStatus | None) -> float:
-    """Seconds until a watcher looks again by itself."""
-    return _MOVES if status is not None and status.position is not None else math.inf
+def _read_status(broker: Broker, job_id: str) -> JobStatus:
+    meta = broker.task_meta(job_id)
+    if meta.state != JobState.PENDING:
+        return status_of(job_id, meta)
+    # Celery's result is still to come, has expired, or is lost.
+    queued = broker.queue_status(job_id)
+    if queued.is_open:
+        phase = Phase.QUEUED.progress_name
+        return JobStatus(state=JobState.PENDING, phase=phase, position=queued.position)
+    if isinstance(queued.verdict, JobRevoked | JobExpired):
+        return JobStatus(state=JobState.REVOKED)
+    if queued.verdict is not None:
+        return JobStatus(state=JobState.FAILURE)
+    if isinstance(_manifest(broker, job_id), GenerateResult):
+        return JobStatus(state=JobState.SUCCESS)
+    return JobStatus(state=JobState.UNKNOWN)
 
 
-def _holds(image: ImageRef) -> bool:
-    """Whether its URL is good, by this machine's clock: one that is early costs a question, and is given no worse."""
-    return image.url_expires_at is None or image.url_expires_at - _URL_SPARE > time.time()
+def _manifest(
+    broker: Broker, job_id: str, timeout: float = math.inf
+) -> GenerateResult | NoManifest:
+    """Request the result from the object store, by way of a worker."""
+    manifest = broker.request_manifest(job_id, timeout)
+    if isinstance(manifest, NoManifest):
+        return manifest
+    with readable(job_id):
+        return parse_result(manifest)
+
+
+def _has_valid_url(image: ImageRef) -> bool:
+    """Return whether the image's URL is valid by this machine's clock, or needs none."""
+    return image.url_expires_at is None or image.url_expires_at - _URL_MARGIN > time.time()

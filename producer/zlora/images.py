@@ -33,7 +33,7 @@ def save(result: GenerateResult, folder: Path) -> list[Path]:
         try:
             data = read(image)
         except ImageUnavailable as error:
-            error.tell(job_id=result.job_id)
+            error.add_details(job_id=result.job_id)
             raise
         write_atomically(path, data)
     return files

@@ -1,4 +1,7 @@
-"""What travels: the request, the result, and their bounds. Docs and checks are made from these types."""
+"""Requests and results: the JSON documents that producers and workers exchange, and their bounds.
+
+The line below each field is its documentation, from which `docs/reference/request.md` is made.
+"""
 
 import hashlib
 import re
@@ -16,49 +19,49 @@ TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
-MAX_URL_SECONDS: Final = 604_800  # seven days: no signature of S3 holds for longer
-_REPOSITORY: Final = re.compile(
-    r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII
-)  # of Hugging Face, by itself
-JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # it becomes a path and an object key
+MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
+JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
+_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
-Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf fall outside the bounds
+Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
 Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
-Text = Annotated[str, Meta(max_length=10_000)]  # characters; the model itself reads 77 tokens
+Text = Annotated[str, Meta(max_length=10_000)]  # characters
 OutputFormat = Literal["png", "jpeg", "webp"]
-CONTENT_TYPES: Final[
-    dict[str, OutputFormat]
-] = {  # media types (RFC 6838); the format is the extension
-    "image/png": "png",
-    "image/jpeg": "jpeg",
-    "image/webp": "webp",
-}
-LoraTier = Literal["memory", "disk", "network"]  # where a LoRA file came from
+LoraTier = Literal["memory", "disk", "network"]
 UrlPolicy = Literal["presigned", "public", "file", "key"]
 Scheduler = Literal[
     "ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral", "heun", "lcm", "unipc"
 ]
+# Formats by media type (RFC 6838); a format is also the extension of its files.
+CONTENT_TYPES: Final[dict[str, OutputFormat]] = {
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+}
 
 
 class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Where a file is: exactly one of `url`, `cozy_ref` and `ref`, which is either of the two."""
+    """Address of a file: exactly one of `url`, `cozy_ref` and `ref`."""
 
     url: Address | None = None
+    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `file`), or `owner/repo` of Hugging Face."""
     cozy_ref: Address | None = None
+    """Reference to a file of the Cozy hub."""
     ref: Address | None = None
+    """Either a URL or a reference to the Cozy hub."""
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    """SHA-256 that the file must have, in lower-case hex; not checked by default."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("url", "cozy_ref", "ref") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"Expected exactly one of `url`, `cozy_ref`, `ref`, got {', '.join(given) or 'none'}"
-            )
+            found = ", ".join(given) or "none"
+            raise ValueError(f"Expected exactly one of `url`, `cozy_ref`, `ref`, got {found}")
 
     @property
     def address(self) -> str:
-        """One spelling for all forms: a URL; a hub reference has the scheme `cozy`, a bare `owner/repo` has `hf`."""
+        """URL of the file, with the schemes `cozy` for a hub and `hf` for `owner/repo`."""
         if self.url and _REPOSITORY.fullmatch(self.url):
             return f"hf://{self.url}"
         if self.url or (self.ref and "://" in self.ref):
@@ -67,18 +70,24 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
 
 
 class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One LoRA of a job. `adapter_name` is a label for the receipt and names nothing inside the worker."""
+    """One LoRA of a job."""
 
     file: Asset
+    """Address of the safetensors file."""
     weight: Weight = 1.0
-    unet_weight: Weight | None = None  # instead of `weight`, in the UNet
-    text_encoder_weight: Weight | None = None  # instead of `weight`, in both text encoders
-    strict: bool = True  # refuse a file of which a part lands nowhere in the model
+    """Strength of the LoRA, from -4 to 4; 1.0 by default."""
+    unet_weight: Weight | None = None
+    """Strength in the UNet; `weight` by default."""
+    text_encoder_weight: Weight | None = None
+    """Strength in both text encoders; `weight` by default."""
+    strict: bool = True
+    """Whether to refuse a file of which a tensor fits nowhere in the model; true by default."""
     adapter_name: Annotated[str, Meta(max_length=200)] | None = None
+    """Label for the receipt, without any effect; none by default."""
 
     @property
     def component_weights(self) -> tuple[float, float]:
-        """Weights in the UNet and in the text encoders; `weight` if a component has none of its own."""
+        """Weights in the UNet and in the text encoders; by default both are `weight`."""
         unet, text = self.unet_weight, self.text_encoder_weight
         return self.weight if unet is None else unet, self.weight if text is None else text
 
@@ -86,49 +95,64 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
 class GenerateRequest(
     Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
-    """One job. Absent `width` and `height` mean the model's native size; an absent `seed` comes from the job id."""
+    """One job. Unknown fields are refused, so that a misspelt field is never a silent default."""
 
     prompt: Text
+    """What to draw, at most 10,000 characters; the model reads the first 77 tokens."""
     negative_prompt: Text = ""
+    """What not to draw; empty by default."""
     loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=8)] = ()
+    """LoRAs to merge into the base model, at most 8; none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] = 28
+    """Denoising steps of each image; 28 by default."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] = 7.5
+    """Strength of the prompt (classifier-free guidance); 7.5 by default."""
     width: Side | None = None
+    """Width in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
     height: Side | None = None
+    """Height in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    """Seed of the first image, one more for each next one; made from the job id by default."""
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
-    scheduler: Scheduler | None = None  # None is the model's own
+    """Number of images; 1 by default."""
+    scheduler: Scheduler | None = None
+    """Sampler of the denoising; the model's own by default."""
     output_format: OutputFormat = "png"
-    quality: Annotated[int, Meta(ge=1, le=100)] | None = None  # of jpeg and webp; None is 95
-    lossless: bool = False  # webp that keeps every pixel, as png does
-    embed_metadata: bool = True  # write into each picture what draws it again
-    url_policy: UrlPolicy | None = None  # None is the operator's first
-    url_expires_in: Annotated[int, Meta(ge=1, le=MAX_URL_SECONDS)] | None = (
-        None  # seconds; None is the operator's
-    )
-    inline: bool = False  # small pictures come as data URIs too
-    timeout: Annotated[float, Meta(gt=0, le=86_400)] | None = (
-        None  # seconds from its start; None is the operator's bound
-    )
+    """Format of the images: `png` (the default), `jpeg` or `webp`."""
+    quality: Annotated[int, Meta(ge=1, le=100)] | None = None
+    """Quality of JPEG, or of WebP that is not lossless; 95 by default."""
+    lossless: bool = False
+    """Whether WebP keeps every pixel, as PNG always does; false by default."""
+    embed_metadata: bool = True
+    """Whether each file contains the parameters that reproduce its image; true by default."""
+    url_policy: UrlPolicy | None = None
+    """Kind of the URLs in the result, or `key` for none; the operator's first choice by default."""
+    url_expires_in: Annotated[int, Meta(ge=1, le=MAX_URL_SECONDS)] | None = None
+    """Seconds that presigned URLs are valid; the operator's choice by default."""
+    inline: bool = False
+    """Whether the result also contains small images as data URIs; false by default."""
+    timeout: Annotated[float, Meta(gt=0, le=86_400)] | None = None
+    """Seconds from its start in which the job must end; the operator's limit by default."""
 
     def __post_init__(self) -> None:
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"Expected `seed` + `num_images` - 1 <= {MAX_SEED}")
         if self.lossless and self.output_format != "webp":
-            raise ValueError(
+            message = (
                 "Expected `lossless` with `output_format` webp only: png always is, jpeg never"
             )
+            raise ValueError(message)
         if self.quality is not None and self.keeps_pixels:
-            raise ValueError("Expected no `quality` where every pixel is kept")
+            raise ValueError("Expected no `quality` for a format that keeps every pixel")
         if self.url_expires_in is not None and self.url_policy not in (None, "presigned"):
             raise ValueError("Expected `url_expires_in` with `url_policy` presigned only")
 
     @classmethod
     def from_fal(cls, document: Mapping[str, Any]) -> "GenerateRequest":
-        """The request that a document of fal's endpoints means; raises `InvalidRequest` as `read_request` does."""
+        """Convert a request of fal's endpoints; raise `InvalidRequest` as `parse_request` does."""
         from zlora.contrib import fal
 
-        return fal.read(document)
+        return fal.to_request(document)
 
     def seed_for(self, job_id: str) -> int:
         """Seed of the first image: the request's own, or one made from the job id."""
@@ -136,109 +160,131 @@ class GenerateRequest(
 
     @property
     def keeps_pixels(self) -> bool:
-        """Whether its pictures are stored as they are drawn."""
+        """Whether the files contain exactly the pixels that were drawn."""
         return self.output_format == "png" or self.lossless
 
 
 class ImageRef(Struct, frozen=True, kw_only=True):
-    """One picture in the store. `size` is in bytes, and `sha256` the file's.
-
-    `url` is as the request's `url_policy` has it, None for `key`; `url_expires_at` is in seconds since the epoch, or
-    sooner where the worker's own credentials end sooner.
-    `pixels_sha256` is of the RGB bytes as they were drawn, row by row, and `tiled` says how that was. `data_uri`
-    (RFC 2397) is there where the request says `inline` and the operator's bound allows it.
-    """
+    """One image in the object store."""
 
     key: str
+    """Object key: `runs/<job id>/outputs/<index>.<format>`."""
     width: int
+    """Width in pixels."""
     height: int
+    """Height in pixels."""
     content_type: str
+    """Media type, such as `image/png`."""
     size: int
+    """Size of the file in bytes."""
     sha256: str
+    """SHA-256 of the file, in hex."""
     seed: int
+    """Seed of this image."""
     url: str | None = None
+    """URL by the request's `url_policy`; none for the policy `key`."""
     url_expires_at: float | None = None
+    """End of a presigned URL, in seconds since the epoch; the worker's credentials limit it too."""
     pixels_sha256: str | None = None
+    """SHA-256 of the RGB bytes as they were drawn, row by row."""
     tiled: bool = False
+    """Whether memory allowed only a decode in tiles, which differs a little."""
     data_uri: str | None = None
+    """The file as a data URI (RFC 2397), for `inline` and within the operator's limit."""
 
 
 class LoraReceipt(Struct, frozen=True, kw_only=True):
-    """What was used of one LoRA.
-
-    `source` has no query and no credentials. `format` is the tool that spells tensors so, `kinds` are the kinds of
-    change, `ranks` those found, ascending. `modules` counts the layers changed in each component, `unmatched` the
-    tensors that land nowhere, of which `unmatched_names` are the first. `relative_norm` is |change| / |weight| over the
-    weights that it touches. `tier` is where it came from; `milliseconds` has one entry a phase. `tensors_sha256` is of
-    the file without its header, by which A1111 and Civitai (as AutoV3) name a LoRA.
-    """
+    """What was used of one LoRA."""
 
     source: str
+    """Address of the file without query and credentials."""
     sha256: str
+    """SHA-256 of the file, in hex."""
     size: int
+    """Size of the file in bytes."""
     format: str
+    """Naming scheme of the tensors, by the tool that uses it."""
     ranks: tuple[int, ...]
+    """Ranks of the layers, each once, ascending."""
     unet_weight: float
+    """Strength in the UNet."""
     text_encoder_weight: float
+    """Strength in both text encoders."""
     modules: dict[str, int]
+    """Number of changed layers by component of the model."""
     tier: LoraTier
+    """Where the file came from: `memory`, `disk` or `network`."""
     milliseconds: dict[str, float]
+    """Milliseconds by phase."""
     adapter_name: str | None = None
+    """Label from the request."""
     kinds: tuple[str, ...] = ()
+    """Kinds of deltas in the file, such as LoRA, LoHa or LoKr."""
     unmatched: dict[str, int] = {}
+    """Number of tensors that fit nowhere, by component; empty unless `strict` is false."""
     unmatched_names: tuple[str, ...] = ()
+    """Names of the first tensors that fit nowhere."""
     relative_norm: float | None = None
+    """Norm of the delta divided by the norm of the weights that it changes."""
     tensors_sha256: str | None = None
+    """SHA-256 of the file without its header, which A1111 and Civitai (AutoV3) use as its name."""
 
 
 class GenerateResult(Struct, frozen=True, kw_only=True):
-    """Pictures and receipt; fields may be added, never changed.
-
-    `timings` are seconds by phase: `tail` is what storing the pictures took after the last one was drawn; `encode` and
-    `upload` were done beside the drawing, and add nothing. `base_intact` says that the base was compared with what was
-    loaded, after the job; `base_checked` is the share of its bytes that was read for that. `tiled` says that memory
-    sufficed for a decode in tiles only, which differs a little. `attempt` counts from 1; `started_at` and `finished_at`
-    are seconds since the epoch on the worker's clock, and `request_sha256` names the request.
-
-    What draws the pictures again: `request`, whose addresses have no query and whose LoRAs are pinned; `base_sha256`,
-    of the base's weights as they lay in memory, and `model_sha256`, of the single file that they came from;
-    `scheduler`, as diffusers names it; `device`, `dtype`, and on a CPU the `threads`, on which the last bits depend.
-    """
+    """Images of a job and the receipt. Later versions add fields, and never change one."""
 
     job_id: str
+    """Id of the job."""
     images: tuple[ImageRef, ...]
+    """The images, in order of their seeds."""
     loras: tuple[LoraReceipt, ...]
+    """A receipt for each LoRA, in order of the request."""
     seed: int
+    """Seed of the first image."""
     timings: dict[str, float]
+    """Seconds by `Phase`; `encode` and `upload` run beside `denoise`."""
     base_intact: bool
+    """Whether the base model was compared after the job and is unchanged."""
     model: str
+    """Name of the base model."""
     versions: dict[str, str]
+    """Versions of the packages that drew the images."""
     base_checked: float = 1.0
+    """Share of the bytes of the base model that was compared, from 0 to 1."""
     tiled: bool = False
+    """Whether memory allowed only a decode in tiles for some image."""
     attempt: int = 1
+    """Number of the delivery that succeeded, from 1."""
     started_at: float | None = None
+    """Start in seconds since the epoch, by the worker's clock."""
     finished_at: float | None = None
+    """End in seconds since the epoch, by the worker's clock."""
     request_sha256: str | None = None
+    """Digest of the request (`digest_of`)."""
     request: GenerateRequest | None = None
+    """Request that reproduces the images: addresses without query, each LoRA with its sha256."""
     base_sha256: str | None = None
+    """SHA-256 of the weights of the base model in memory."""
     model_sha256: str | None = None
+    """SHA-256 of the single file that the base model was loaded from, if any."""
     scheduler: str | None = None
+    """Class of the scheduler in diffusers."""
     device: str | None = None
+    """Device that drew the images."""
     dtype: str | None = None
+    """Data type of the weights."""
     threads: int | None = None
+    """Number of threads on a CPU, on which the last bits of the pixels depend."""
 
     def to_fal(self) -> dict[str, Any]:
-        """The answer of fal's endpoints; raises `InvalidRequest` where a picture has no URL."""
+        """Convert to a result of fal's endpoints; raise `InvalidRequest` without URLs."""
         from zlora.contrib import fal
 
-        return fal.written(self)
+        return fal.from_result(self)
 
 
 class Phase(StrEnum):
-    """A step of a job, by its name in `timings` and in metrics.
-
-    `progress_name` is the name of the same step in `JobStatus.phase`.
-    """
+    """A step of a job, by its name in `timings` and in metrics."""
 
     QUEUED = "queued"
     FETCH = "fetch"
@@ -266,7 +312,7 @@ _PROGRESS_NAMES: Final = {
 
 
 class JobState(StrEnum):
-    """Where a job is. UNKNOWN is an id that nobody submitted by a `Client`, and of which no worker knows or answers."""
+    """State of a job. UNKNOWN is an id that neither Redis nor a worker knows."""
 
     UNKNOWN = "UNKNOWN"
     PENDING = "PENDING"
@@ -279,36 +325,76 @@ class JobState(StrEnum):
 
 
 class JobStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A state and, as long as there is no verdict, how far the job is.
-
-    `phase` is queued, with `position` (jobs before it, the running ones among them); fetching, with `received` of
-    `expected` bytes of the present file; loading; denoising, with the step of all images together and `eta` in seconds;
-    uploading; or waiting, before a retry for the reason that `code` names. `attempt` counts from 1.
-    """
+    """State of a job, and its progress while it has not ended."""
 
     state: JobState
+    """State of the job."""
     phase: str | None = None
+    """`queued`, `fetching`, `loading`, `denoising`, `uploading`, or `waiting` before a retry."""
     step: int | None = None
+    """Denoising steps that are done, of all images together."""
     steps: int | None = None
+    """Denoising steps in all, of all images together."""
     eta: float | None = None
+    """Seconds until the denoising ends, estimated."""
     position: int | None = None
+    """Number of jobs before this one in the queue, including the running ones."""
     received: int | None = None
+    """Bytes received of the file that is downloading."""
     expected: int | None = None
+    """Size in bytes of the file that is downloading."""
     attempt: int | None = None
+    """Number of the delivery, from 1."""
     code: str | None = None
+    """Code of the error that a retry is waiting for."""
 
 
 class Cancellation(StrEnum):
-    """Where a job was when it was cancelled; one that was finished stays so."""
+    """Place of a job when it was cancelled; a finished job stays finished."""
 
     QUEUED = "queued"
     RUNNING = "running"
     FINISHED = "finished"
-    UNKNOWN = "unknown"  # it is refused if it comes
+    UNKNOWN = "unknown"  # a job that is submitted under this id later is refused
+
+
+class TolerantAsset(Asset, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """An `Asset` of a newer version, whose unknown fields are ignored."""
+
+
+class TolerantLoraSpec(LoraSpec, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A `LoraSpec` of a newer version, whose unknown fields are ignored."""
+
+    file: TolerantAsset
+
+
+class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A `GenerateRequest` of a newer version, whose unknown fields are ignored.
+
+    Submitted requests are read strictly; the request in a result is a record of what was done.
+    """
+
+    loras: tuple[TolerantLoraSpec, ...] = ()
+
+
+class _TolerantResult(GenerateResult, frozen=True, kw_only=True):
+    request: TolerantRequest | None = None
+
+
+def parse_result(document: bytes | str | dict[str, Any]) -> GenerateResult:
+    """Read a result from JSON or its data, also one of a newer version.
+
+    Raises `msgspec.DecodeError`, or its subclass `msgspec.ValidationError`.
+    """
+    if isinstance(document, dict):
+        found = msgspec.convert(document, _TolerantResult)
+    else:
+        found = msgspec.json.decode(document, type=_TolerantResult)
+    return msgspec.convert(msgspec.to_builtins(found), GenerateResult)
 
 
 def check_job_id(job_id: object) -> str:
-    """The id itself, if it may become a path; raises `InvalidJobId`."""
+    """Return the id if it may become part of a path; raise `InvalidJobId`."""
     if isinstance(job_id, str) and JOB_ID.fullmatch(job_id):
         return job_id
     details = {"path": "job_id", "value": printable(job_id), "expected": JOB_ID.pattern}
@@ -328,21 +414,25 @@ def manifest_key(job_id: str) -> str:
 
 
 def seed_of(job_id: str) -> int:
-    """The seed of a job that names none: the same at every delivery, and with room for `MAX_IMAGES` seeds above it."""
+    """Seed of a job without one: the same for each delivery, with room for `MAX_IMAGES` seeds."""
     return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8]) % (MAX_SEED - MAX_IMAGES)
 
 
 def parse_request(document: object) -> GenerateRequest:
-    """A checked request from JSON data or a `GenerateRequest`; raises `InvalidRequest` with path, value and bound."""
+    """Check a request, as JSON data or a `GenerateRequest`.
+
+    Raises `InvalidRequest` with `path`, `value` and `expected` of the first field that is wrong.
+    """
+    data = document
     try:
-        data = msgspec.to_builtins(document) if isinstance(document, GenerateRequest) else document
+        if isinstance(document, GenerateRequest):  # a struct does not check its fields itself
+            data = msgspec.to_builtins(document)
     except TypeError as error:
-        raise InvalidRequest(
-            f"$: {error}", {"path": "$", "value": printable(document), "expected": "JSON data"}
-        ) from None
+        details = {"path": "$", "value": printable(document), "expected": "JSON data"}
+        raise InvalidRequest(f"$: {error}", details) from None
     try:
         request = msgspec.convert(data, GenerateRequest)
-        msgspec.json.encode(request)
+        msgspec.json.encode(request)  # fails for half a surrogate pair, which JSON can spell
     except msgspec.ValidationError as error:
         raise _explained(str(error), data) from None
     except UnicodeEncodeError:
@@ -351,13 +441,12 @@ def parse_request(document: object) -> GenerateRequest:
 
 
 def digest_of(request: GenerateRequest) -> str:
-    """One request, one digest, whatever defaults it spells out: sha256, in hex, of its JSON without them.
+    """SHA-256 in hex of the request's JSON without default values.
 
-    So a field that is added with a default changes no digest.
+    The same request has the same digest however it is spelt, and in later versions.
     """
-    return hashlib.sha256(
-        msgspec.json.encode(_without_defaults(request), order="deterministic")
-    ).hexdigest()
+    document = msgspec.json.encode(_without_defaults(request), order="deterministic")
+    return hashlib.sha256(document).hexdigest()
 
 
 def _without_defaults(value: object) -> object:
@@ -365,58 +454,49 @@ def _without_defaults(value: object) -> object:
         return [_without_defaults(item) for item in value]
     if not isinstance(value, Struct):
         return value
-    fields = {
-        field.name: (field.default, getattr(value, field.name))
-        for field in msgspec.structs.fields(value)
-    }
-    return {
-        name: _without_defaults(given)
-        for name, (default, given) in fields.items()
-        if given != default
-    }
+    found = {}
+    for field in msgspec.structs.fields(value):
+        given = getattr(value, field.name)
+        if given != field.default:
+            found[field.name] = _without_defaults(given)
+    return found
 
 
 def to_dict(value: Struct) -> dict[str, Any]:
-    """The JSON document of a struct, as Celery's serializer takes it."""
+    """Return the JSON document of a struct, as Celery's serializer accepts it."""
     document: dict[str, Any] = msgspec.to_builtins(value)
     return document
 
 
-_CHOICES = {
+_CHOICES: Final = {
     "scheduler": get_args(Scheduler),
     "output_format": get_args(OutputFormat),
     "url_policy": get_args(UrlPolicy),
 }
-_PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+_PATH: Final = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+_PROMPT_PATHS: Final = ("$", "$.prompt", "$.negative_prompt")  # texts that logs must not contain
 
 
 def invalid(path: str, value: object, expected: str) -> InvalidRequest:
-    """The error of a value that is not what was expected, with the value as it may be shown."""
-    is_prompt = isinstance(value, str) and path in (
-        "$",
-        "$.prompt",
-        "$.negative_prompt",
-    )  # the log may not have them
-    shown = f"a text of {len(str(value))} characters" if is_prompt else printable(value)
+    """Return the error of a wrong value, which is shown without secrets and prompts."""
+    shown = printable(value)
+    if isinstance(value, str) and path in _PROMPT_PATHS:
+        shown = f"a text of {len(value)} characters"
     details = {"path": path, "value": shown, "expected": expected}
     return InvalidRequest(f"{path}: {expected}; the value is {shown}", details)
 
 
 def _explained(reason: str, document: object) -> InvalidRequest:
-    """msgspec says where and what it expected; add the value that stands there."""
+    """Add the wrong value to what msgspec says of its place and its bound."""
     found = _PATH.search(reason)
     path = found["path"] if found else ""
     expected = _PATH.sub("", reason)[:200]
     if expected.startswith("Invalid enum value"):
         expected = f"Expected one of {', '.join(_CHOICES[path.rpartition('.')[2]])}"
-    return invalid(f"${path}", _value_at(document, path), expected)
-
-
-def _value_at(document: object, path: str) -> object:
     value: Any = document
     try:
         for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
             value = value[key] if key else value[int(index)]
-    except (IndexError, KeyError, TypeError):  # no path of msgspec's, but part of a field's name
-        return document
-    return value
+    except (IndexError, KeyError, TypeError):  # not a path, but part of the name of a field
+        value = document
+    return invalid(f"${path}", value, expected)

@@ -1,4 +1,6 @@
-"""An in-memory worker, for the tests of programs that submit jobs: no Redis, no GPU, no thread of its own.
+"""An in-memory broker and worker, for the tests of programs that submit jobs.
+
+It needs no Redis, no GPU and no thread of its own.
 
 from zlora.testing import MemoryWorker
 
@@ -7,6 +9,7 @@ with worker.client() as client:
     result = client.submit({"prompt": "a portrait"}).result(timeout=1)
 """
 
+import hashlib
 import heapq
 import json
 import time
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from threading import RLock
 from typing import Any, Final, NamedTuple
 
@@ -21,40 +25,60 @@ import msgspec
 
 from zlora import webhook
 from zlora.async_client import AsyncClient
-from zlora.broker.job_store import QueueStatus, Submission, verdict_of
+from zlora.broker.job_store import NoManifest, QueueStatus, Submission, verdict_of
 from zlora.broker.protocol import NewJob, TaskMeta
 from zlora.broker.task_meta import expired, revoked
 from zlora.client import Client
 from zlora.errors import Conflict, InternalError, JobExpired, JobRevoked, ZloraError
-from zlora.later import parse_result
-from zlora.placeholder import fake_result
+from zlora.redaction import label, without_secrets
 from zlora.schema import (
+    CONTENT_TYPES,
     QUEUE,
+    Asset,
     Cancellation,
     GenerateRequest,
     GenerateResult,
+    ImageRef,
     JobState,
+    LoraReceipt,
+    Phase,
+    digest_of,
+    image_key,
     parse_request,
+    parse_result,
 )
 
 __all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "fake_result"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with a phase, how much of it is done, and of how much; raises `JobRevoked` where the job was cancelled."""
+"""Reports a phase of `JobStatus`, what is done and the total; raises `JobRevoked` if cancelled."""
 
 Draw = Callable[[str, GenerateRequest, Progress], GenerateResult]
-"""Answers a job, of which it gets the id, the request and what its watchers hear by; may raise any `ZloraError`."""
+"""Makes the result of a job from its id and request; may raise any `ZloraError`."""
+
+_EMPTY_SHA256: Final = hashlib.sha256(b"").hexdigest()
+_NATIVE_SIDE: Final = 1024  # pixels; SDXL's
+_MEDIA_TYPES: Final = {name: media_type for media_type, name in CONTENT_TYPES.items()}
 
 
 class Posted(NamedTuple):
-    """A webhook that a worker would post, with headers by `zlora.webhook.sign(body, secret, message_id=message_id)`."""
+    """A webhook as a worker posts it; `webhook.sign` makes its headers."""
 
     url: str
     message_id: str
     body: bytes
 
 
-_UNSTARTED: Final = TaskMeta(JobState.PENDING.value, None)
+_TIMED_PHASES: Final = (
+    Phase.QUEUED,
+    Phase.FETCH,
+    Phase.PARSE,
+    Phase.APPLY,
+    Phase.DENOISE,
+    Phase.RESTORE,
+    Phase.TAIL,
+)
+_PENDING: Final = TaskMeta(JobState.PENDING.value, None)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,28 +86,27 @@ class _Job:
     id: str
     digest: str
     submission: Submission
-    place: int  # among all jobs, by when it came
-    cancelled: bool
-    taken: bool = False  # by who draws it or ends it
-    closed: bool = False
-    answer: TaskMeta = _UNSTARTED
+    number: int  # in order of submission
+    is_cancelled: bool
+    is_taken: bool = False  # by the thread that runs or ends it
+    has_ended: bool = False
+    meta: TaskMeta = _PENDING
     verdict: ZloraError | None = None
 
     @property
     def rank(self) -> tuple[int, int]:
-        return self.submission.priority, self.place
+        return self.submission.priority, self.number
 
 
 class MemoryWorker:
-    """Broker and worker in one, for any number of clients and threads: it answers a job before `submit` returns.
+    """Broker and worker in one, for any number of clients and threads.
 
-    `draw` makes the results; without one they are `fake_result`'s. It runs in the thread that submits. What it raises
-    is the job's error; what is no `ZloraError` fails the job with `InternalError`, as a worker's fault does, and comes
-    out of `submit` too.
+    A job has ended before `submit` returns. `draw` makes the results, in the thread that submits;
+    `fake_result` by default. A `ZloraError` of `draw` is the error of the job. Any other exception
+    fails the job with `InternalError`, and `submit` raises it too.
 
-    A worker that is `paused` answers nothing but by `run`. `webhooks` are those that a worker would post; nobody is
-    called. `clock` says when the time of a job to begin is over, in
-    seconds since the epoch.
+    A worker that is `paused` runs jobs only in `run`. `webhooks` has the webhooks that a worker
+    would post; none is sent. `clock` returns seconds since the epoch; it decides which jobs expire.
     """
 
     queue = QUEUE
@@ -96,210 +119,261 @@ class MemoryWorker:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.webhooks: list[Posted] = []
-        self._draw = draw or _draw_nothing
+        self._draw = draw or _draw_fake
         self._paused = paused
         self._clock = clock
-        # Taken again by its own thread where a generator that watches is collected while it is held.
+        # Reentrant: a generator of `events` may be collected in a thread that holds the lock.
         self._lock = RLock()
         self._jobs: dict[str, _Job] = {}
-        self._line: list[tuple[tuple[int, int], _Job]] = []  # a heap
-        self._unwanted: set[str] = set()  # cancelled before they came
-        self._rings: dict[str, list[Callable[[], None]]] = {}
+        self._heap: list[tuple[tuple[int, int], _Job]] = []
+        self._cancelled_early: set[str] = set()  # ids that were cancelled before their submission
+        self._watchers: dict[str, list[Callable[[], None]]] = {}
 
     def client(self) -> Client:
-        """A client of this worker."""
-        return Client.over(self)
+        """Return a client of this worker."""
+        return Client(self)
 
     def async_client(self) -> AsyncClient:
-        """A client of this worker, for programs with an event loop."""
-        return AsyncClient.over(self)
+        """Return a client of this worker for asyncio."""
+        return AsyncClient(self)
 
     @property
     def requests(self) -> dict[str, GenerateRequest]:
-        """What was submitted, by job id, in order; a job that was submitted twice is there once."""
+        """Requests by job id, in order of submission."""
         with self._lock:
             return {job.id: parse_request(job.submission.request) for job in self._jobs.values()}
 
     def run(self, count: int | None = None) -> int:
-        """Answer so many of the jobs that wait, or all, in order of priority; returns how many it were."""
-        answered = 0
-        while (count is None or answered < count) and (job := self._next()) is not None:
-            self._work(job)
-            answered += 1
-        return answered
+        """Run up to `count` queued jobs (default: all), by priority; return their number."""
+        done = 0
+        while (count is None or done < count) and (job := self._take_next()) is not None:
+            self._run_job(job)
+            done += 1
+        return done
 
-    def put(self, entries: Sequence[NewJob]) -> None:
-        """As a broker does; and where the worker is not paused, all that waits is answered."""
+    def put(self, jobs: Sequence[NewJob]) -> None:
+        """Queue jobs, and run them unless the worker is paused."""
         with self._lock:
-            for job_id, _, digest in entries:
+            for job_id, _, digest in jobs:
                 if job_id in self._jobs and self._jobs[job_id].digest != digest:
-                    raise Conflict(f"job {job_id} is another request", {"job_id": job_id})
-            for entry in entries:
-                self._queue(entry)
+                    raise Conflict.of(job_id)
+            for job_id, submission, digest in jobs:
+                if job_id in self._jobs:
+                    continue
+                job = _Job(
+                    id=job_id,
+                    digest=digest,
+                    submission=submission,
+                    number=len(self._jobs),
+                    is_cancelled=job_id in self._cancelled_early,
+                )
+                self._jobs[job_id] = job
+                heapq.heappush(self._heap, (job.rank, job))
         if not self._paused:
             self.run()
 
-    def answer(self, job_id: str) -> TaskMeta:
-        job = self._look(job_id)
-        return _UNSTARTED if job is None else job.answer
+    def task_meta(self, job_id: str) -> TaskMeta:
+        job = self._find(job_id)
+        return _PENDING if job is None else job.meta
 
-    def standing(self, job_id: str) -> QueueStatus:
-        if (job := self._look(job_id)) is None or job.closed:
-            return QueueStatus(
-                is_open=False, position=None, verdict=None if job is None else job.verdict
-            )
+    def queue_status(self, job_id: str) -> QueueStatus:
+        job = self._find(job_id)
+        if job is None:
+            return QueueStatus(is_open=False, position=None, verdict=None)
+        if job.has_ended:
+            return QueueStatus(is_open=False, position=None, verdict=job.verdict)
         with self._lock:
-            before = [
-                other for other in self._jobs.values() if not other.closed and other.rank < job.rank
+            earlier = [
+                other
+                for other in self._jobs.values()
+                if not other.has_ended and other.rank < job.rank
             ]
-        return QueueStatus(is_open=True, position=len(before), verdict=None)
+        return QueueStatus(is_open=True, position=len(earlier), verdict=None)
 
-    def recall(self, job_id: str, patience: float) -> bytes | None:  # noqa: ARG002 - it answers at once
-        state, value = self.answer(job_id)
-        return msgspec.json.encode(value) if state == JobState.SUCCESS else b""
+    def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:  # noqa: ARG002
+        state, value = self.task_meta(job_id)
+        return msgspec.json.encode(value) if state == JobState.SUCCESS else NoManifest.ABSENT
 
     def cancel(self, job_id: str) -> Cancellation:
-        job = self._look(job_id)
+        job = self._find(job_id)
         with self._lock:
             if job is None:
-                self._unwanted.add(job_id)
+                self._cancelled_early.add(job_id)
                 return Cancellation.UNKNOWN
-            if job.closed:
+            if job.has_ended:
                 return Cancellation.FINISHED
-            job.cancelled = True
-            running, job.taken = job.taken, True
-        if running:
+            job.is_cancelled = True
+            is_running, job.is_taken = job.is_taken, True
+        if is_running:
             return Cancellation.RUNNING
         self._fail(job, revoked(job_id))
         return Cancellation.QUEUED
 
     @contextmanager
-    def watch(self, job_id: str, ring: Callable[[], None]) -> Iterator[None]:
+    def watch(self, job_id: str, notify: Callable[[], None]) -> Iterator[None]:
         with self._lock:
-            self._rings.setdefault(job_id, []).append(ring)
+            self._watchers.setdefault(job_id, []).append(notify)
         try:
             yield
         finally:
             with self._lock:
-                self._rings[job_id].remove(ring)
+                self._watchers[job_id].remove(notify)
 
-    def away(self) -> float:
+    def outage(self) -> float:
         return 0.0
 
     def close(self) -> None:
-        """Nothing is held, and other clients may go on."""
+        """Do nothing: other clients of this worker go on."""
 
-    def _queue(self, entry: NewJob) -> None:
-        job_id, submission, digest = entry
-        if job_id in self._jobs:
-            return
-        cancelled, place = job_id in self._unwanted, len(self._jobs)
-        job = _Job(
-            id=job_id, digest=digest, submission=submission, place=place, cancelled=cancelled
-        )
-        self._jobs[job_id] = job
-        heapq.heappush(self._line, (job.rank, job))
-
-    def _look(self, job_id: str) -> _Job | None:
-        """A job, which has ended where its time to begin is over."""
+    def _find(self, job_id: str) -> _Job | None:
+        """Return a job, and end it first if it has expired."""
         with self._lock:
             job = self._jobs.get(job_id)
-            over = job is not None and not job.taken and self._is_late(job)
-            if job is not None and over:
-                job.taken = True
-        if job is not None and over:
-            self._fail(job, expired(job_id))
+            if job is None or job.is_taken or not self._is_late(job):
+                return job
+            job.is_taken = True
+        self._fail(job, expired(job_id))
         return job
 
     def _is_late(self, job: _Job) -> bool:
         return job.submission.expires is not None and self._clock() > job.submission.expires
 
-    def _next(self) -> _Job | None:
-        """The first job in line that nobody has taken; it is the caller's."""
+    def _take_next(self) -> _Job | None:
         with self._lock:
-            while self._line:
-                _, job = heapq.heappop(self._line)
-                if not job.taken:
-                    job.taken = True
+            while self._heap:
+                _, job = heapq.heappop(self._heap)
+                if not job.is_taken:
+                    job.is_taken = True
                     return job
         return None
 
-    def _work(self, job: _Job) -> None:
+    def _run_job(self, job: _Job) -> None:
+        if self._is_late(job) and not job.is_cancelled:
+            self._fail(job, expired(job.id))
+            return
         try:
-            self._require_in_time(job)
-            self._report(job, "loading", 0, 0)
-            result = self._draw(
-                job.id, parse_request(job.submission.request), partial(self._report, job)
-            )
-            sent = msgspec.json.encode(result)
-            parse_result(sent)  # a `draw` may return anything
-            document = msgspec.json.decode(sent)
+            self._report(job, Phase.PARSE.progress_name, 0, 0)
+            request = parse_request(job.submission.request)
+            result = msgspec.json.encode(self._draw(job.id, request, partial(self._report, job)))
+            parse_result(result)  # `draw` may return anything
+            document = msgspec.json.decode(result)
         except ZloraError as error:
             self._fail(job, error)
-        except BaseException as error:  # the boundary to a test's own code: told as a worker tells it, and raised again
-            self._fail(
-                job,
-                InternalError(
-                    f"the worker met a fault: {type(error).__name__}: {str(error)[:200]}"
-                ),
-            )
+        except BaseException as error:  # the boundary to the test's own code, which is raised again
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            self._fail(job, InternalError(f"the worker failed: {reason}"))
             raise
         else:
-            self._tell(job, TaskMeta(JobState.SUCCESS.value, document), closed=True)
-
-    def _require_in_time(self, job: _Job) -> None:
-        if self._is_late(job) and not job.cancelled:
-            raise expired(job.id)
+            self._set_meta(job, TaskMeta(JobState.SUCCESS.value, document), has_ended=True)
 
     def _report(self, job: _Job, phase: str, done: int, total: int) -> None:
-        if job.cancelled:
+        if job.is_cancelled:
             raise revoked(job.id)
-        names = {"denoising": ("step", "steps"), "fetching": ("received", "expected")}.get(
-            phase, ()
-        )
-        status: dict[str, Any] = dict(zip(names, (done, total), strict=False))
-        self._tell(job, TaskMeta(JobState.PROGRESS.value, {"phase": phase, "attempt": 1, **status}))
+        status: dict[str, Any] = {"phase": phase, "attempt": 1}
+        if phase == Phase.DENOISE.progress_name:
+            status |= {"step": done, "steps": total}
+        elif phase == Phase.FETCH.progress_name:
+            status |= {"received": done, "expected": total}
+        self._set_meta(job, TaskMeta(JobState.PROGRESS.value, status))
 
     def _fail(self, job: _Job, error: ZloraError) -> None:
+        # The error crosses JSON, as on Redis.
         verdict = verdict_of({"verdict": json.dumps([error.code, error.message, error.details])})
-        state = (
-            JobState.REVOKED if isinstance(verdict, JobRevoked | JobExpired) else JobState.FAILURE
-        )
-        self._tell(job, TaskMeta(state.value, verdict), closed=True, verdict=verdict)
+        state = JobState.FAILURE
+        if isinstance(verdict, JobRevoked | JobExpired):
+            state = JobState.REVOKED
+        self._set_meta(job, TaskMeta(state.value, verdict), has_ended=True, verdict=verdict)
 
-    def _tell(
+    def _set_meta(
         self,
         job: _Job,
-        answer: TaskMeta,
+        meta: TaskMeta,
         *,
-        closed: bool = False,
+        has_ended: bool = False,
         verdict: ZloraError | None = None,
     ) -> None:
         with self._lock:
-            if (
-                closed and verdict is None and job.cancelled
-            ):  # in the moment between drawing and this
+            # The job may have been cancelled since its last report.
+            if has_ended and verdict is None and job.is_cancelled:
                 verdict = revoked(job.id)
-                answer = TaskMeta(JobState.REVOKED.value, verdict)
-            job.answer, job.closed, job.verdict = answer, closed, verdict
-            rings = list(self._rings.get(job.id, ()))
-        if closed:
-            self._post(job)
-        for ring in rings:
-            ring()
-
-    def _post(self, job: _Job) -> None:
-        if (asked := job.submission.webhook) is None:
-            return
-        end = job.verdict or parse_result(job.answer.value)
-        if not asked.events or webhook.type_of(end) in asked.events:
-            at = self._clock()
-            body = webhook.body_of(job.id, end, at=at)
-            self.webhooks.append(Posted(asked.url, webhook.id_of(job.id, at), body))
+                meta = TaskMeta(JobState.REVOKED.value, verdict)
+            job.meta, job.has_ended, job.verdict = meta, has_ended, verdict
+            watchers = list(self._watchers.get(job.id, ()))
+        hook = job.submission.webhook
+        if has_ended and hook is not None:
+            end = verdict or parse_result(meta.value)
+            if not hook.events or webhook.type_of(end) in hook.events:
+                now = self._clock()
+                body = webhook.body_of(job.id, end, at=now)
+                self.webhooks.append(Posted(hook.url, webhook.id_of(job.id, now), body))
+        for notify in watchers:
+            notify()
 
 
-def _draw_nothing(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
+    """Return a result with all fields of a worker's, LoRA receipts, and images without bytes.
+
+    URLs begin with `https://pictures.invalid/`, which never resolves (RFC 2606).
+    """
+    now, seed = time.time(), request.seed_for(job_id)
+    images, loras, receipts = [], [], []
+    for index in range(request.num_images):
+        key = image_key(job_id, index, request.output_format)
+        content_type = _MEDIA_TYPES[request.output_format]
+        image = ImageRef(
+            key=key,
+            width=request.width or _NATIVE_SIDE,
+            height=request.height or _NATIVE_SIDE,
+            content_type=content_type,
+            size=0,
+            sha256=_EMPTY_SHA256,
+            seed=seed + index,
+            url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
+            pixels_sha256=_EMPTY_SHA256,
+            data_uri=f"data:{content_type};base64," if request.inline else None,
+        )
+        images.append(image)
+    for spec in request.loras:
+        source = without_secrets(spec.file.address)
+        sha256 = spec.file.sha256 or _EMPTY_SHA256
+        unet_weight, text_encoder_weight = spec.component_weights
+        receipt = LoraReceipt(
+            source=source,
+            sha256=sha256,
+            size=0,
+            format="unknown",
+            ranks=(),
+            unet_weight=unet_weight,
+            text_encoder_weight=text_encoder_weight,
+            modules={},
+            tier="memory",
+            milliseconds={Phase.FETCH.value: 0.0, Phase.PARSE.value: 0.0},
+            adapter_name=label(spec.adapter_name),
+        )
+        receipts.append(receipt)
+        loras.append(msgspec.structs.replace(spec, file=Asset(url=source, sha256=sha256)))
+    return GenerateResult(
+        job_id=job_id,
+        images=tuple(images),
+        loras=tuple(receipts),
+        seed=seed,
+        timings={phase.value: 0.0 for phase in _TIMED_PHASES},
+        base_intact=True,
+        model="zlora.testing",
+        versions={"z-image-lora": version("z-image-lora")},
+        started_at=now,
+        finished_at=now,
+        request_sha256=digest_of(request),
+        request=msgspec.structs.replace(request, loras=tuple(loras)),
+        base_sha256=_EMPTY_SHA256,
+        scheduler=request.scheduler or "none",
+        device="none",
+        dtype="none",
+    )
+
+
+def _draw_fake(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
     steps = request.num_images * request.num_inference_steps
-    progress("denoising", 0, steps)
-    progress("denoising", steps, steps)
+    progress(Phase.DENOISE.progress_name, 0, steps)
+    progress(Phase.DENOISE.progress_name, steps, steps)
     return fake_result(job_id, request)

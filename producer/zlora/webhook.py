@@ -35,8 +35,7 @@ from msgspec import Struct
 
 from zlora import config, errors
 from zlora.errors import InvalidSetting, InvalidWebhook, JobRevoked, ZloraError
-from zlora.later import parse_result
-from zlora.schema import GenerateResult, invalid, to_dict
+from zlora.schema import GenerateResult, invalid, parse_result, to_dict
 
 SUCCEEDED: Final = "job.succeeded"
 FAILED: Final = "job.failed"
@@ -330,7 +329,7 @@ def _event(message_id: str, body: bytes) -> Event:
         raise _refused("unreadable", f"the body is not an event: {error}") from None
     failure = None
     if data.error is not None:
-        failure = errors.named(data.error.code)(data.error.message, data.error.details)
+        failure = errors.by_code(data.error.code)(data.error.message, data.error.details)
     return Event(
         id=message_id,
         type=document.type,

@@ -1,4 +1,4 @@
-"""Batches of jobs with paced denoising, through real workers to a slow store, and where their time goes."""
+"""Batches of jobs with paced denoising, through real workers to a slow store."""
 
 import json
 import statistics
@@ -38,7 +38,8 @@ _RESULTS: Final = "celery-task-meta-"
 class Tail(NamedTuple):
     """Seconds from the end of a job's last drawing to its result, in order."""
 
-    encode: float  # until the first byte of the last image reaches the store; includes the restore of the base
+    # until the first byte of the last image reaches the store; includes the restore of the base
+    encode: float
     upload: float  # of the last image
     manifest: float
     answer: float  # until a client can see the result
@@ -66,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Arrivals:
-    """Times at which results could be seen, in seconds since the epoch: Celery's backend publishes what it stores."""
+    """Times of published results, in seconds since the epoch."""
 
     def __init__(self, url: str) -> None:
         self.at: dict[str, float] = {}

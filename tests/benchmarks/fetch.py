@@ -1,11 +1,12 @@
-"""What a LoRA costs until it is a checked file on disk: fetched, found there, and fetched ahead.
+"""The time until a LoRA is a checked file on disk: downloaded, found in the cache, and prefetched.
 
-- A download of 200 MB that is hashed, checked and kept, against `curl` and then `sha256sum`, from a server of its own.
-- A file that is here already, known by its digest or by its address, against opening it and reading a byte.
-- The wait for the LoRA in a stream of jobs of one second each, every one with another LoRA from a server that answers
-  after 300 ms, with the look ahead off and on.
+- A download of 200 MB that is hashed, checked and kept, against `curl` and then `sha256sum`, from
+  another process.
+- A cached file, found by its checksum or by its address, against an open and a read of one byte.
+- The wait for the LoRA in a stream of jobs of one second, each with another LoRA from a server that
+  answers after 300 ms, with prefetch off and on.
 
-`--thin` takes 3 downloads, 50 hits and 8 jobs, else 15, 500 and 30.
+`--thin` takes 3 downloads, 50 hits and 8 jobs instead of 15, 500 and 30.
 """
 
 import statistics
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks.report import Row, compare, publish
+from benchmarks.report import Row, announce, compare, options_parser, progress, publish
 from support.figures import Tally
 from support.scene import Scene
 from support.servers import lora_bytes, settings, tensor_file
@@ -28,27 +29,29 @@ from zlora_worker.fetch.cache import Cache
 
 SIZE: Final = 200 * 10**6  # bytes
 PIECE: Final = 10**6  # bytes written at once
-RATE: Final = 0.8  # of the throughput of curl and sha256sum
+RATE: Final = 0.8  # share of the throughput of curl and sha256sum
 HIT: Final = 0.002  # seconds
 DELAY: Final = 0.3  # seconds until the server answers in the stream
-STEPS: Final = 10  # of a tenth of a second each: a job's second
-SHARE: Final = 0.1  # of the wait without a look ahead
+STEPS: Final = 10  # of a tenth of a second each
+SHARE: Final = 0.1  # of the wait without prefetch
 
 
 class Rounds(NamedTuple):
-    """How often each is done."""
+    """How often each action is repeated."""
 
     downloads: int
     hits: int
     jobs: int
+    seconds: float  # that the benchmark takes, about
 
 
-FULL: Final = Rounds(downloads=15, hits=500, jobs=30)
-THIN: Final = Rounds(downloads=3, hits=50, jobs=8)
+FULL: Final = Rounds(downloads=15, hits=500, jobs=30, seconds=180)
+THIN: Final = Rounds(downloads=3, hits=50, jobs=8, seconds=50)
 
 
 def main(rounds: Rounds) -> None:
     """Measure and publish."""
+    announce("fetch", seconds=rounds.seconds)
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as name:
         folder = Path(name)
         served = folder / "served"
@@ -67,7 +70,7 @@ def main(rounds: Rounds) -> None:
 
 
 def write_large(path: Path) -> None:
-    """A sound file of one tensor."""
+    """Write a valid file of one tensor."""
     entry = {"dtype": "F16", "shape": [SIZE // 2], "data_offsets": [0, SIZE]}
     with path.open("wb") as file:
         file.write(tensor_file({"unet.to_q.lora_A.weight": entry}))
@@ -77,7 +80,7 @@ def write_large(path: Path) -> None:
 
 @contextmanager
 def serving_files(folder: Path, *, delay: float = 0.0) -> Iterator[str]:
-    """`host:port` of a server in its own process."""
+    """Yield `host:port` of a server in another process."""
     command = [sys.executable, "-P", "-m", "benchmarks.file_server", str(folder), str(delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -90,7 +93,7 @@ def serving_files(folder: Path, *, delay: float = 0.0) -> Iterator[str]:
 
 
 def download_row(folder: Path, host: str, rounds: int) -> Row:
-    """The same file alternates between the two, each time into a folder of its own; ours twice, for the noise."""
+    """Alternate the two on the same file, each time into a new folder; ours twice for the noise."""
     by_curl(folder, host), by_cache(folder, host)
     theirs, ours, again = [], [], []
     for index in range(rounds):
@@ -110,7 +113,7 @@ def download_row(folder: Path, host: str, rounds: int) -> Row:
 
 
 def by_curl(folder: Path, host: str) -> float:
-    """Seconds of the two programs."""
+    """Return seconds of the two programs."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         file = Path(name, "file")
         start = time.perf_counter()
@@ -120,7 +123,7 @@ def by_curl(folder: Path, host: str) -> float:
 
 
 def by_cache(folder: Path, host: str) -> float:
-    """Seconds of the same through the cache, which checks the header too and keeps the file."""
+    """Return seconds of the cache, which also checks the header and keeps the file."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         cache = cache_of(Path(name), host)
         start = time.perf_counter()
@@ -131,7 +134,7 @@ def by_cache(folder: Path, host: str) -> float:
 
 
 def cache_of(folder: Path, host: str) -> Cache:
-    """A worker's cache."""
+    """Open the cache as a worker does."""
     return Cache.open(settings(folder, ZLORA_ALLOW_HOSTS=host))
 
 
@@ -139,7 +142,7 @@ def cache_of(folder: Path, host: str) -> Cache:
 
 
 def hit_rows(folder: Path, host: str, rounds: int) -> list[Row]:
-    """A file that is here: by its address, asked since the job was submitted, and by its digest."""
+    """Compare hits by address, revalidated since the job was submitted, and by checksum."""
     cache, since = cache_of(folder / "hits", host), time.time()
     asset = Asset(url=f"http://{host}/large")
     with cache.files([asset]) as (file,):
@@ -151,14 +154,12 @@ def hit_rows(folder: Path, host: str, rounds: int) -> list[Row]:
             ours.append(hit(cache, wanted, since))
             bare.append(opened(path))
             again.append(hit(cache, wanted, since))
-        rows.append(
-            hit_row(f"ms of a file that is here, by {name} (not a ratio)", bare, ours, again)
-        )
+        rows.append(hit_row(f"ms of a cached file, by {name} (not a ratio)", bare, ours, again))
     return rows
 
 
 def hit(cache: Cache, asset: Asset, since: float) -> float:
-    """Seconds until a file that is here may be read."""
+    """Return seconds until a cached file may be read."""
     start = time.perf_counter()
     with cache.files([asset], since=since) as (file,):
         seconds = time.perf_counter() - start
@@ -167,7 +168,7 @@ def hit(cache: Cache, asset: Asset, since: float) -> float:
 
 
 def opened(path: Path) -> float:
-    """Seconds until a byte of a file is read."""
+    """Return seconds until a byte of a file is read."""
     start = time.perf_counter()
     with path.open("rb") as file:
         file.read(1)
@@ -175,7 +176,7 @@ def opened(path: Path) -> float:
 
 
 def hit_row(name: str, bare: Sequence[float], ours: Sequence[float], again: Sequence[float]) -> Row:
-    """What the cache adds at the median, in milliseconds in place of a ratio."""
+    """Return what the cache adds at the median; milliseconds instead of a ratio."""
     base, median, median_again = (statistics.median(times) for times in (bare, ours, again))
     added = median - base
     return Row(
@@ -194,7 +195,7 @@ def hit_row(name: str, bare: Sequence[float], ours: Sequence[float], again: Sequ
 
 
 def stream_row(folder: Path, host: str, jobs: int) -> Row:
-    """The share that is left of the wait, in place of a ratio; with the look ahead twice, for the noise."""
+    """Return the share of the wait that prefetch leaves; prefetch twice for the noise."""
     (folder / "valkey").mkdir()
     with Valkey(folder / "valkey", Tally()) as valkey:
         off, on, again = (
@@ -203,8 +204,8 @@ def stream_row(folder: Path, host: str, jobs: int) -> Row:
         )
     median_off, median_on, median_again = (statistics.median(times) for times in (off, on, again))
     return Row(
-        name="share of the wait for a LoRA that a look ahead leaves",
-        rival="no look ahead",
+        name="share of the wait for a LoRA that prefetch leaves",
+        rival="no prefetch",
         rival_median=median_off,
         ours_median=median_on,
         ratio=median_on / median_off,
@@ -215,10 +216,10 @@ def stream_row(folder: Path, host: str, jobs: int) -> Row:
 
 
 def waits(folder: Path, broker_url: str, host: str, jobs: int, *, look_ahead: str) -> list[float]:
-    """Seconds that each job of a stream waits for its LoRA, as its own result tells.
+    """Return the seconds that each job waits for its LoRA, from the timings of its result.
 
-    The fake model's jobs take one second each, which paces the stream; all are queued at its start, so that there is
-    always a next one in line. The first waits in any case.
+    The fake model takes one second per job, which paces the stream; all jobs are queued at the
+    start, so that there is always a next one. The first job always waits.
     """
     variables = {"ZLORA_ALLOW_HOSTS": host, "ZLORA_LOOK_AHEAD": look_ahead}
     scene = Scene(folder, Tally(), broker_url=broker_url, queue=folder.name, **variables)
@@ -232,16 +233,11 @@ def waits(folder: Path, broker_url: str, host: str, jobs: int, *, look_ahead: st
             found = []
             for index, handle in enumerate(handles):
                 found.append(handle.result(timeout=60 + 2 * jobs).timings["fetch"])
-                progress(f"{index + 1}/{jobs} jobs, a look ahead of {look_ahead}")
+                progress(f"{index + 1}/{jobs} jobs, ZLORA_LOOK_AHEAD={look_ahead}")
             return found
     finally:
         scene.close()
 
 
-def progress(text: str) -> None:
-    """How far it is."""
-    print(f"\r{text:<60}", end="", file=sys.stderr)  # noqa: T201
-
-
 if __name__ == "__main__":
-    main(THIN if "--thin" in sys.argv else FULL)
+    main(THIN if options_parser(__doc__).parse_args().thin else FULL)

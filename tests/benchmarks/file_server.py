@@ -1,6 +1,7 @@
-"""`python -m benchmarks.file_server FOLDER DELAY`: files over plain HTTP on loopback, each answer after DELAY seconds.
+"""Serve files over HTTP on loopback: `python -m benchmarks.file_server FOLDER SECONDS_OF_DELAY`.
 
-Its port is the first line that it prints. The bytes go from the page cache to the socket by sendfile(2).
+The first line of its output is its port. The bytes go from the page cache to the socket by
+sendfile(2).
 """
 
 import sys
@@ -17,7 +18,7 @@ class Handler(BaseHTTPRequestHandler):
     delay: float  # seconds
 
     def do_GET(self) -> None:
-        """One file, or 404."""
+        """Send one file, or 404."""
         time.sleep(self.delay)
         path = self.folder / Path(self.path).name
         if not path.is_file():
@@ -31,14 +32,14 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.sendfile(file)
 
     def log_message(self, *_: object) -> None:
-        """Silent."""
+        """Log nothing."""
 
 
 def main(folder: str, delay: str) -> None:
     """Serve until the process is ended."""
     Handler.folder, Handler.delay = Path(folder), float(delay)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        print(server.server_port, flush=True)  # noqa: T201 - for whoever started it
+        print(server.server_port, flush=True)  # noqa: T201 - for the process that started this one
         server.serve_forever()
 
 

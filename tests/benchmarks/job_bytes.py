@@ -1,4 +1,4 @@
-"""The bytes of a job in its Redis, queued and ended, by its LoRAs and its prompt. A part of `make bench-scale`."""
+"""Bytes of a job in Redis, by its LoRAs and its prompt: a part of `make bench-scale`."""
 
 import statistics
 import time
@@ -29,7 +29,7 @@ Found = dict[str, float]
 
 @contextmanager
 def scene(folder: Path, valkey: Valkey, **variables: str) -> Iterator[Scene]:
-    """An empty Redis, and a queue on it that nobody but its workers and clients looks at."""
+    """Yield a queue on an empty Redis, without the witness of the fault tests."""
     with valkey.client() as broker:
         broker.flushall()
     made = Scene(folder, Tally(), broker_url=valkey.url, queue="gpu", **variables)
@@ -41,7 +41,7 @@ def scene(folder: Path, valkey: Valkey, **variables: str) -> Iterator[Scene]:
 
 
 def shapes(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
-    """Jobs of each shape, queued, and then drawn."""
+    """Measure jobs of each shape while queued, and then drawn."""
     served = folder / "served"
     served.mkdir(parents=True)
     for index in range(LORAS):
@@ -51,11 +51,11 @@ def shapes(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fo
         serving_files(served) as host,
         scene(folder / "scene", valkey, ZLORA_ALLOW_HOSTS=host) as made,
     ):
-        made.client.submit(request("first"))  # scripts, connections and bindings are nobody's
+        made.client.submit(request("first"))  # leaves scripts and connections out
         queued: dict[str, list[JobHandle]] = {}
         for shape, document in documents(host).items():
-            queued[shape], told = queue(made, broker, document, jobs)
-            found |= {f"bytes, {shape}: {what}": value for what, value in told.items()}
+            queued[shape], sizes = queue(made, broker, document, jobs)
+            found |= {f"bytes, {shape}: {what}": value for what, value in sizes.items()}
         with made.worker():
             for handles in queued.values():
                 for handle in handles:
@@ -70,7 +70,10 @@ def shapes(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fo
 
 
 def documents(host: str) -> dict[str, dict[str, Any]]:
-    """Requests, by what is told of them. The server takes what follows the last slash for the file's name."""
+    """Return requests by shape.
+
+    The file server takes what follows the last slash of an address for the name of a file.
+    """
     plain = {"prompt": "a portrait in anime style, soft light", "num_inference_steps": 1}
 
     def loras(count: int, characters: int) -> list[dict[str, Any]]:
@@ -92,7 +95,7 @@ def documents(host: str) -> dict[str, dict[str, Any]]:
 def queue(
     made: Scene, broker: "redis.Redis", document: dict[str, Any], jobs: int
 ) -> tuple[list[JobHandle], dict[str, float]]:
-    """Jobs that wait, and the bytes of one."""
+    """Queue jobs, and return them with the bytes of one."""
     before, logged = memory(broker), log_bytes(broker)
     handles = [made.client.submit(document) for _ in range(jobs)]
     took, wrote = memory(broker) - before, log_bytes(broker) - logged
@@ -109,7 +112,7 @@ def queue(
 
 
 def ended(made: Scene, broker: "redis.Redis", handles: list[JobHandle]) -> dict[str, float]:
-    """The bytes of a job that stay, and for how long: of Redis's memory what their deletion gives back."""
+    """Return bytes of an ended job, as memory that its deletion frees, and their time to live."""
     answers = [f"{RESULT}{handle.id}" for handle in handles]
     records = [job_key(handle.id) for handle in handles]
     document = statistics.mean(int(broker.strlen(name)) for name in answers)
@@ -127,28 +130,28 @@ def ended(made: Scene, broker: "redis.Redis", handles: list[JobHandle]) -> dict[
 
 
 def memory(broker: "redis.Redis") -> int:
-    """Bytes that the server holds for what is in it, without its clients' buffers."""
+    """Return bytes of the server's data, without buffers of clients."""
     time.sleep(ACCOUNTED)
     info: Any = broker.info("memory")
     return int(info["used_memory"]) - int(info["mem_clients_normal"]) - int(info["mem_aof_buffer"])
 
 
 def log_bytes(broker: "redis.Redis") -> int:
-    """Of the append-only file."""
+    """Return bytes of the append-only file."""
     info: Any = broker.info("persistence")
     return int(info["aof_current_size"])
 
 
 def usage(broker: "redis.Redis", name: str) -> int:
-    """Bytes of one key's memory."""
+    """Return bytes of one key's memory."""
     size: Any = broker.memory_usage(name, samples=0)
     return int(size)
 
 
 def freed(broker: "redis.Redis", names: list[str]) -> float:
-    """Bytes of memory that the deletion of a key gives back."""
+    """Return bytes of memory that the deletion of a key frees."""
     before = memory(broker)
     broker.delete(*names)
     info: Any = broker.info
-    wait_until(lambda: not info("memory")["lazyfree_pending_objects"], "the memory is given back")
+    wait_until(lambda: not info("memory")["lazyfree_pending_objects"], "the memory is freed")
     return (before - memory(broker)) / len(names)

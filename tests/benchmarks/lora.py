@@ -1,10 +1,12 @@
-"""Our merge of LoRAs against other ways, side by side in one process; `rivals.py` describes each way.
+"""Our merge of LoRAs against other ways, side by side in one process; see `rivals.py`.
 
-THIN has SDXL's topology with few numbers, so that Python takes most of the time, as on a GPU. REAL has SDXL's true shape
-in bf16, so that memory and multiply-adds take most of the time. Ways alternate; ours has a second turn in each round,
-for the noise. Each turn checks that the LoRAs change the outputs of some layers, and as much as in the other ways.
+THIN has SDXL's topology with few numbers, so that Python takes most of the time, as on a GPU. REAL
+has SDXL's true shape in bf16, so that memory and multiply-adds take most of the time. Ways
+alternate; ours has a second turn in each round, for the noise. Each turn checks that the LoRAs
+change the outputs of some layers, and as much as in the other ways.
 
-`--thin` runs a short THIN alone, `--real` REAL alone, and `--gpu` REAL alone on the first CUDA device.
+`--thin` runs a short THIN alone, `--real` REAL alone, and `--gpu` REAL alone on the first CUDA
+device.
 """
 
 import os
@@ -78,11 +80,16 @@ class Bench:
         progress(f"build {folder.name}")
         self.pipeline = models.build(thin=is_thin)
         self.files = {
-            name: models.write_lora(self.pipeline, folder / f"{name}.safetensors", rank=rank, with_text=text, seed=seed)
-            for name, rank, text, seed in (
-                ("r16", 16, False, 1), ("other-r16", 16, False, 2), ("r64", 64, False, 3), ("r32-text", 32, True, 4),
+            name: models.write_lora(
+                self.pipeline, folder / f"{name}.safetensors", rank=rank, with_text=text, seed=seed
             )
-        }  # fmt: skip
+            for name, rank, text, seed in (
+                ("r16", 16, False, 1),
+                ("other-r16", 16, False, 2),
+                ("r64", 64, False, 3),
+                ("r32-text", 32, True, 4),
+            )
+        }
         self.device = device
         self.engine = Pipeline(self.pipeline, name=folder.name, device=device)
         self.ours = Ours(self.engine)
@@ -92,14 +99,15 @@ class Bench:
         self._seen: dict[Any, torch.Tensor] = {}
 
     def pair(self, strength: float) -> Weighted:
-        """Return the two LoRAs of the comparisons: r16 for the UNet, r32 for UNet and text encoders."""
+        """Return two LoRAs: r16 for the UNet, r32 for UNet and text encoders."""
         return [(self.files["r16"], strength), (self.files["r32-text"], strength / 2)]
 
     def alternated(self, rival: Way, loras: Callable[[float], Weighted], rounds: int) -> "Turns":
-        """Warm up each, then run rounds of theirs, ours and ours again, each with weights of its own."""
+        """Warm up each way, then run rounds of theirs, ours and ours again with new weights."""
         turns = Turns([], [], [])
         stacks = self.engine.weights.stacks
-        # Fuse and unfuse leaves rounding errors in the weights: the base is copied back after each such turn.
+        # Fuse and unfuse leaves rounding errors in the weights: the base is copied back after each
+        # such turn.
         kept = [stack.base.clone() for stack in stacks if isinstance(rival, FuseAndUnfuse)]
         for index in range(rounds + 1):
             for way, seconds, more in (
@@ -114,7 +122,10 @@ class Bench:
         return Turns(*(seconds[1:] for seconds in turns))
 
     def turn(self, way: Way, loras: Weighted) -> tuple[float, float]:
-        """Return seconds in and out. Raises `AssertionError` if the LoRAs act differently from the way before."""
+        """Return seconds in and out.
+
+        Raises `AssertionError` if the LoRAs act differently from the way before.
+        """
         entered = self.timed(partial(way.enter, loras))
         outputs = self._probe.outputs()
         expected = self._seen.setdefault(tuple(loras), outputs)
@@ -165,22 +176,28 @@ class Turns(NamedTuple):
 
 def thin(folder: Path, *, short: bool) -> list[Row]:
     """Compare where Python takes most of the time, and what does not depend on size."""
-    rounds = 3 if short else 9
+    rounds = 2 if short else 9
     bench = Bench(folder, is_thin=True, device=torch.device("cpu"))
     load, fuse = LoadAndUnload(bench.pipeline), FuseAndUnfuse(bench.pipeline)
     name, fused = "two LoRAs in and out, THIN", "load + fuse + unfuse + unload"
     rows = [
         bench.alternated(load, bench.pair, rounds).row(name, "load + set + unload", sum, goal=100)
     ]
-    if not short:
-        rows.append(bench.alternated(fuse, bench.pair, 3).row(name, fused, sum, goal=None))
+    if short:
+        return [
+            *rows,
+            *steps(bench, (2,), rounds=5),
+            *errors(folder, files=1, dtypes=(torch.bfloat16,), counts=(2,)),
+            base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=30),
+        ]
     return [
         *rows,
+        bench.alternated(fuse, bench.pair, 3).row(name, fused, sum, goal=None),
         *kept(bench, "THIN", rounds),
-        *steps(bench, 5 if short else 27),
-        *errors(folder, files=1 if short else 5),
-        base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=100 if short else 1000),
-        *memory(folder, jobs=20 if short else 500, files=10 if short else 60),
+        *steps(bench, (1, 2, 8), rounds=27),
+        *errors(folder, files=5, dtypes=(torch.bfloat16, torch.float16), counts=(1, 2)),
+        base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=1000),
+        *memory(folder, jobs=500, files=60),
     ]
 
 
@@ -198,7 +215,8 @@ def real(folder: Path, device: torch.device) -> tuple[list[Row], dict[str, float
     step = [bench.step() for _ in range(4)][1:]
     rows = [
         turns.row("two LoRAs in and out, REAL", "load + set + unload", sum, goal=1.8),
-        Turns(turns.rival, same, same[::-1]).row("the same set again, REAL", "load + set + unload", sum, goal=300),
+        Turns(turns.rival, same, same[::-1]).row(
+            "the same set again, REAL", "load + set + unload", sum, goal=300),
         turns.row("restore, REAL", "unload", itemgetter(1), goal=30),
         fused.row("restore, REAL", "unfuse + unload", itemgetter(1), goal=500),
         fused.row("two LoRAs in and out, REAL", "load + fuse + unfuse + unload", sum, goal=None),
@@ -246,11 +264,11 @@ def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
     return rows
 
 
-def steps(bench: Bench, rounds: int) -> list[Row]:
-    """Compare a step with LoRAs to a step without, round by round; the noise is base / base of each round."""
+def steps(bench: Bench, counts: Sequence[int], *, rounds: int) -> list[Row]:
+    """Compare a step with LoRAs to a step without, in each round; the noise is base / base."""
     rows = []
     files = [bench.files[name] for name in ("r16", "r32-text", "other-r16", "r64")]
-    for count in (1, 2, 8):
+    for count in counts:
         loras = [(files[index % len(files)], 0.1 * (index + 1)) for index in range(count)]
         base, again, ours, theirs = [], [], [], []
         load = LoadAndUnload(bench.pipeline)
@@ -274,15 +292,17 @@ def steps(bench: Bench, rounds: int) -> list[Row]:
             ours,
             base,
         )
-        rows.append(msgspec.structs.replace(
-            row, rival_median=median(theirs) / median(base), ours_median=found, ratio=found, noise=median(ratios),
-            goal=f"A/A quartiles {ratios[quarter - 1]:.3f} to {ratios[-quarter]:.3f}",
-            met=ratios[quarter - 1] <= found <= ratios[-quarter]))  # fmt: skip
+        row.rival_median = median(theirs) / median(base)
+        row.ours_median = row.ratio = found
+        row.noise = median(ratios)
+        row.goal = f"A/A quartiles {ratios[quarter - 1]:.3f} to {ratios[-quarter]:.3f}"
+        row.met = ratios[quarter - 1] <= found <= ratios[-quarter]
+        rows.append(row)
     return rows
 
 
 def floor(bench: Bench, name: str, rate: tuple[str, float], goal: float) -> Row:
-    """Compare a merge to its floor, a copy of the touched tensors and the multiply-adds at a rate; ours / floor."""
+    """Compare a merge to its floor: a copy of the touched tensors, and the multiply-adds."""
     what, flops = rate
     loras = [(bench.files[name], 0.8)]
     adapters = bench.ours.adapters(loras)
@@ -317,7 +337,7 @@ def taxes(
     checks: Sequence[float],
     step: Sequence[float],
 ) -> list[Row]:
-    """Return what two LoRAs, and the check of the base, add to a job of 28 steps, as a share of the job."""
+    """Return shares of a 28-step job: of two LoRAs, and of the check of the base."""
     job = STEPS * median(step)
     theirs = [sum(turn) / job for turn in turns.rival]
     shares = (

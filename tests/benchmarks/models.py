@@ -1,7 +1,8 @@
-"""SDXL for benchmarks, with random weights: at its true shape (REAL), and of the same topology but thin (THIN).
+"""SDXL with random weights: in its true shape (REAL), and with few numbers (THIN).
 
-Both have SDXL's own configuration from the package, so that kohya's names and the number of modules are the real ones:
-722 linear layers of the UNet and 264 of the text encoders are what trainers adapt.
+Both have SDXL's own configuration from the package, so that kohya's names and the number of modules
+are the real ones: 722 linear layers of the UNet and 264 of the text encoders are what trainers
+adapt.
 """
 
 import json
@@ -72,7 +73,7 @@ def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusion
 def write_lora(
     pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int
 ) -> Path:
-    """Write a file of fp16 in peft's key names; the delta of each module has a tenth of its weight's norm."""
+    """Write fp16 factors under peft's names; each delta has a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for component, name, module in targets(pipeline, with_text=with_text):
@@ -130,7 +131,7 @@ def _text_config(folder: str, *, thin: bool) -> CLIPTextConfig:
 
 
 def _filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Fill a module with random weights; a fixed pool is repeated, because 7 GB of random numbers take minutes."""
+    """Fill a module from a pool of random numbers; 7 GB of new ones take minutes."""
     pool = torch.randn(2**22, generator=torch.Generator().manual_seed(1)).to(dtype)
     module.to(dtype).to_empty(device="cpu")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

@@ -1,19 +1,17 @@
-"""What settings and encoders that keep every pixel cost against Pillow's default PNG, on pictures of 1024x1024.
+"""Lossless settings and encoders against Pillow's default PNG, on images of 1024x1024.
 
-`--pictures FOLDER` and `--drawings FOLDER` take real photographs and drawings instead of those made here. opencv,
-imagecodecs, pyvips and fpng have their turn where they can be imported; they too start from a Pillow image. In each
-round every setting encodes the picture once, on one thread, and the order rotates. A time is the median over the
-pictures of the median over the rounds of what the setting took by what the default took in the same round. The slow
-settings, level 9 and `optimize`, are in the first three rounds only. `--thin` takes one picture of each kind that is
-made here, else 3, and 3 rounds.
+`--photographs FOLDER` and `--drawings FOLDER` take real images instead of those made here. opencv,
+imagecodecs, pyvips and fpng are measured if they can be imported; they too start from a Pillow
+image. In each round every setting encodes the image once, on one thread, and the order rotates. A
+time is the median over the images of the median over the rounds of the setting's time by the
+default's time in the same round. The slow settings, level 9 and `optimize`, are in the first three
+rounds only. `--thin` takes one image of each kind instead of 3, and 1 round.
 """
 
-import argparse
 import importlib
 import io
 import os
 import statistics
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,28 +21,28 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import PIL
-from benchmarks import pictures_made
-from benchmarks.report import Row, publish
+from benchmarks import sample_images
+from benchmarks.report import Row, announce, options_parser, progress, publish, say
 from msgspec.structs import replace
 from PIL import Image, features
 from zlora.schema import GenerateRequest
 from zlora_worker.results import encoding
 
 DEFAULT: Final = "default: level 6, filtered"
-AGAIN: Final = "the default again"  # for the noise; no row of its own
+AGAIN: Final = "the default again"  # for the noise; has no row
 OURS: Final = "strategy run lengths (`Z_RLE`)"
 SLOW: Final = ("level 9", "optimize")
 SLOW_ROUNDS: Final = 3  # of each, since they take 2 to 14 times as long as the default
 FASTER: Final = 0.4  # of the time of Pillow's default
 LARGER: Final = 1.15  # of its bytes, in the median
-MADE: Final = {"photographs": pictures_made.photograph, "drawings": pictures_made.drawing}
+MADE: Final = {"photographs": sample_images.photograph, "drawings": sample_images.drawing}
 PAETH: Final = 128  # libpng's PNG_FILTER_PAETH
 
 Encode = Callable[[Image.Image], bytes]
 
 
 class Figures(NamedTuple):
-    """One picture by one setting."""
+    """One image by one setting."""
 
     seconds: float
     share: float  # of the default's seconds
@@ -52,19 +50,20 @@ class Figures(NamedTuple):
     growth: float  # by the default's bytes
 
 
-Kind = Sequence[Mapping[str, Figures]]  # each picture's, by setting
+Kind = Sequence[Mapping[str, Figures]]  # of each image, by setting
 
 
 def main(folders: Mapping[str, Path | None], count: int, rounds: int) -> None:
     """Measure, print the table of docs/decisions.md, and publish."""
+    announce("png", seconds=25 * count * rounds)
     os.environ |= {"OPENCV_FOR_THREADS_NUM": "1", "VIPS_CONCURRENCY": "1"}
     modules = imported(module for module, _ in RIVALS.values())
     encoders = settings(modules)
     given = {kind: taken(kind, folder, count) for kind, folder in folders.items()}
-    kinds = {kind: measured(kind, pictures, encoders, rounds) for kind, pictures in given.items()}
+    kinds = {kind: measured(kind, images, encoders, rounds) for kind, images in given.items()}
     versions = {name: str(module.__version__) for name, module in modules.items()}
     names = [name for name in encoders if name != AGAIN]
-    print(markdown(kinds, names))  # noqa: T201 - for docs/decisions.md
+    say(markdown(kinds, names))
     rows = [
         row
         for name in names
@@ -76,24 +75,24 @@ def main(folders: Mapping[str, Path | None], count: int, rounds: int) -> None:
 
 
 def taken(kind: str, folder: Path | None, count: int) -> list[Image.Image]:
-    """The pictures of a folder, or some made here."""
-    pictures = (
+    """Return the images of a folder, or some made here."""
+    images = (
         [MADE[kind](seed) for seed in range(count)]
         if folder is None
-        else pictures_made.opened(folder)
+        else sample_images.opened(folder)
     )
-    assert all(picture.size == (pictures_made.SIDE, pictures_made.SIDE) for picture in pictures), (
+    assert all(image.size == (sample_images.SIDE, sample_images.SIDE) for image in images), (
         f"{folder}: sizes"
     )
-    return pictures
+    return images
 
 
 # Settings
 
 
 def settings(modules: Mapping[str, Any]) -> dict[str, Encode]:
-    """Each by its name in the table, and called once, since some set something up then."""
-    lossless = GenerateRequest(prompt="a picture", output_format="webp", lossless=True)
+    """Return encoders by name; each was called once, because some set up something then."""
+    lossless = GenerateRequest(prompt="a image", output_format="webp", lossless=True)
     encoders: dict[str, Encode] = {
         DEFAULT: save,
         **{f"level {level}": partial(save, compress_level=level) for level in (1, 2, 3, 4, 9)},
@@ -101,7 +100,7 @@ def settings(modules: Mapping[str, Any]) -> dict[str, Encode]:
         "strategy Huffman only": partial(save, compress_type=zlib.Z_HUFFMAN_ONLY),
         "strategy fixed, level 6": partial(save, compress_type=zlib.Z_FIXED, compress_level=6),
         AGAIN: save,  # not beside the default, however the order is rotated
-        OURS: partial(encoding.encode, request=GenerateRequest(prompt="a picture")),
+        OURS: partial(encoding.encode, request=GenerateRequest(prompt="a image")),
         **{
             name: partial(encode, modules[key])
             for name, (key, encode) in RIVALS.items()
@@ -114,40 +113,40 @@ def settings(modules: Mapping[str, Any]) -> dict[str, Encode]:
     return encoders
 
 
-def save(picture: Image.Image, **options: Any) -> bytes:
-    """A PNG by Pillow."""
+def save(image: Image.Image, **options: Any) -> bytes:
+    """Encode as PNG by Pillow."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", **options)
+    image.save(buffer, format="PNG", **options)
     return buffer.getvalue()
 
 
 def imported(modules: Iterable[str]) -> dict[str, Any]:
-    """Those that are here, with their libraries."""
+    """Return the modules that can be imported."""
     found = {}
     for module in modules:
         try:
             found[module] = importlib.import_module(module)
         except (ImportError, OSError) as error:
-            print(f"without {module}: {str(error)[:100]}", file=sys.stderr)  # noqa: T201
+            progress(f"without {module}: {str(error)[:100]}")
     return found
 
 
-def opencv(module: Any, picture: Image.Image) -> bytes:
-    """Level 1, run lengths of the filter Sub; it takes blue, green and red in this order."""
+def opencv(module: Any, image: Image.Image) -> bytes:
+    """Encode by opencv: level 1, run lengths, filter Sub; its channels are blue, green, red."""
     return bytes(
-        module.imencode(".png", module.cvtColor(np.asarray(picture), module.COLOR_RGB2BGR))[1]
+        module.imencode(".png", module.cvtColor(np.asarray(image), module.COLOR_RGB2BGR))[1]
     )
 
 
-def imagecodecs(module: Any, picture: Image.Image) -> bytes:
-    """libpng by another wrapper."""
-    return bytes(module.png_encode(np.asarray(picture), level=1, strategy=zlib.Z_RLE, filter=PAETH))
+def imagecodecs(module: Any, image: Image.Image) -> bytes:
+    """Encode by imagecodecs, another wrapper of libpng."""
+    return bytes(module.png_encode(np.asarray(image), level=1, strategy=zlib.Z_RLE, filter=PAETH))
 
 
-def vips(module: Any, picture: Image.Image) -> bytes:
-    """The same by libvips, which has no strategy to choose."""
+def vips(module: Any, image: Image.Image) -> bytes:
+    """Encode by libvips, which has no choice of a strategy."""
     return bytes(
-        module.Image.new_from_array(np.asarray(picture)).pngsave_buffer(compression=3, filter=PAETH)
+        module.Image.new_from_array(np.asarray(image)).pngsave_buffer(compression=3, filter=PAETH)
     )
 
 
@@ -155,7 +154,7 @@ RIVALS: Final[Mapping[str, tuple[str, Callable[[Any, Image.Image], bytes]]]] = {
     "opencv, its default": ("cv2", opencv),
     "imagecodecs, run lengths and Paeth": ("imagecodecs", imagecodecs),
     "pyvips, level 3 and Paeth": ("pyvips", vips),
-    "fpng": ("fpng", lambda module, picture: bytes(module.from_pil(picture))),
+    "fpng": ("fpng", lambda module, image: bytes(module.from_pil(image))),
 }
 
 
@@ -163,28 +162,28 @@ RIVALS: Final[Mapping[str, tuple[str, Callable[[Any, Image.Image], bytes]]]] = {
 
 
 def measured(
-    kind: str, pictures: Sequence[Image.Image], encoders: Mapping[str, Encode], rounds: int
+    kind: str, images: Sequence[Image.Image], encoders: Mapping[str, Encode], rounds: int
 ) -> Kind:
-    """One picture after the other."""
+    """Measure one image after the other."""
     found = []
-    for index, picture in enumerate(pictures):
-        found.append(one(picture, encoders, rounds))
-        print(f"{kind}: {index + 1}/{len(pictures)}", file=sys.stderr, flush=True)  # noqa: T201
+    for index, image in enumerate(images):
+        found.append(one(image, encoders, rounds))
+        progress(f"{kind}: {index + 1}/{len(images)}")
     return found
 
 
-def one(picture: Image.Image, encoders: Mapping[str, Encode], rounds: int) -> dict[str, Figures]:
-    """All settings in turn; the files of the first round are decoded and compared when it is over."""
+def one(image: Image.Image, encoders: Mapping[str, Encode], rounds: int) -> dict[str, Figures]:
+    """Measure all settings in turn; the files of the first round are decoded and compared."""
     seconds: dict[str, list[float]] = {name: [] for name in encoders}
     files: dict[str, bytes] = {}
     for index in range(rounds):
         for name in rotated(list(encoders), index, rounds):
             start = time.perf_counter()
-            files[name] = encoders[name](picture)
+            files[name] = encoders[name](image)
             seconds[name].append(time.perf_counter() - start)
         if index == 0:
-            changed = [name for name, data in files.items() if decoded(data) != picture.tobytes()]
-            assert not changed, f"not every pixel is kept by {', '.join(changed)}"
+            changed = [name for name, data in files.items() if decoded(data) != image.tobytes()]
+            assert not changed, f"pixels are changed by {', '.join(changed)}"
     return {
         name: figures(seconds[name], seconds[DEFAULT], len(files[name]), len(files[DEFAULT]))
         for name in encoders
@@ -192,7 +191,7 @@ def one(picture: Image.Image, encoders: Mapping[str, Encode], rounds: int) -> di
 
 
 def rotated(names: list[str], index: int, rounds: int) -> list[str]:
-    """Those that have their turn in this round; over all rounds the start goes once around."""
+    """Return the settings of a round in order; over all rounds the first one rotates."""
     start = index * len(names) // rounds
     return [
         name for name in names[start:] + names[:start] if index < SLOW_ROUNDS or name not in SLOW
@@ -200,14 +199,14 @@ def rotated(names: list[str], index: int, rounds: int) -> list[str]:
 
 
 def decoded(data: bytes) -> bytes:
-    """The pixels of a file."""
+    """Return the pixels of a file."""
     return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 
 def figures(
     seconds: Sequence[float], defaults: Sequence[float], size: int, default: int
 ) -> Figures:
-    """The medians over the rounds."""
+    """Return medians over the rounds."""
     shares = [
         own / theirs for own, theirs in zip(seconds, defaults, strict=False)
     ]  # the slow have fewer
@@ -218,7 +217,7 @@ def figures(
 
 
 def median(kind: Kind, setting: str) -> Figures:
-    """Each figure's own median over the pictures."""
+    """Return the median of each figure over the images."""
     return Figures(
         *(
             statistics.median(values)
@@ -228,9 +227,12 @@ def median(kind: Kind, setting: str) -> Figures:
 
 
 def rows_of(setting: str, name: str, kind: Kind) -> list[Row]:
-    """Time, size in the median, and size of the picture that grows most; only the PNG of a worker has goals."""
+    """Return time, median size, and size of the image that grows most.
+
+    Only the worker's PNG has goals.
+    """
     default, own, noise = (median(kind, each) for each in (DEFAULT, setting, AGAIN))
-    worst = max(kind, key=lambda picture: picture[setting].growth)
+    worst = max(kind, key=lambda image: image[setting].growth)
     faster, larger = (FASTER, LARGER) if setting == OURS else (None, None)
     what = f"{setting}, {name}, by the default"
     return [
@@ -247,7 +249,7 @@ def rows_of(setting: str, name: str, kind: Kind) -> list[Row]:
 def row(
     name: str, found: tuple[float, float, float], noise: float, goal: float | None = None
 ) -> Row:
-    """`found` are the default's figure, the setting's, and the median of the pictures' ratios."""
+    """Return a row; `found` are the default's figure, the setting's, and the median ratio."""
     theirs, ours, ratio = found
     plain = Row(
         name=name,
@@ -261,7 +263,7 @@ def row(
 
 
 def markdown(kinds: Mapping[str, Kind], names: Sequence[str]) -> str:
-    """The table of docs/decisions.md."""
+    """Return the table of docs/decisions.md."""
     head = ["| |", *(f" time, {name} | size |" for name in kinds)]
     rule = ["| --- |", *(" --- | --- |" for _ in kinds)]
     body = [[f"| {name} |", *(cells(name, kind) for kind in kinds.values())] for name in names]
@@ -269,8 +271,8 @@ def markdown(kinds: Mapping[str, Kind], names: Sequence[str]) -> str:
 
 
 def cells(setting: str, kind: Kind) -> str:
-    """Time, and size in the median and at worst."""
-    found, worst = median(kind, setting), max(picture[setting].growth for picture in kind)
+    """Return time, median size and worst size."""
+    found, worst = median(kind, setting), max(image[setting].growth for image in kind)
     if setting == DEFAULT:
         return f" 1 ({1000 * found.seconds:.0f} ms) | 1 |"
     share = f"{found.share:.2f}" if found.share < 1 else f"{found.share:.2g}"
@@ -280,12 +282,12 @@ def cells(setting: str, kind: Kind) -> str:
 def facts(
     kinds: Mapping[str, Kind], folders: Mapping[str, Path | None], rounds: int
 ) -> dict[str, str]:
-    """What was measured, how far the default differs from itself, and what Pillow was built with."""
+    """Return what was measured, the noise of the default, and versions of Pillow's libraries."""
     found = {"pillow": PIL.__version__} | {
         name: features.version(name) or "none" for name in ("zlib_ng", "webp")
     }
     for name, kind in kinds.items():
-        shares = [picture[AGAIN].share for picture in kind]
+        shares = [image[AGAIN].share for image in kind]
         found[name] = f"{len(kind)}, {'made here' if folders[name] is None else 'given'}"
         found[f"A/A of {name}"] = (
             f"{statistics.median(shares):.3f}, each {min(shares):.3f} to {max(shares):.3f}"
@@ -294,11 +296,10 @@ def facts(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--thin", action="store_true")
+    parser = options_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=Path, help="a folder of photographs")
+    parser.add_argument("--photographs", type=Path, help="a folder of photographs")
     parser.add_argument("--drawings", type=Path, help="a folder of drawings")
     options = parser.parse_args()
-    chosen = {"photographs": options.pictures, "drawings": options.drawings}
-    main(chosen, 1 if options.thin else 3, 3 if options.thin else options.rounds)
+    chosen = {"photographs": options.photographs, "drawings": options.drawings}
+    main(chosen, 1 if options.thin else 3, 1 if options.thin else options.rounds)

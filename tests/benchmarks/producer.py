@@ -1,11 +1,12 @@
-"""What the producer's side costs: its import, a submission, and a thousand jobs that one process waits for.
+"""Costs of the producer: its import, a submission, and a thousand jobs that one process waits for.
 
-- `import zlora` against `from celery import Celery; import redis, msgspec`, each in a process of its own, by turns: the
-  sum of what `-X importtime` counts, less what an empty program counts.
-- `Client.submit` against a bare `send_task` of the same document to the same Valkey, by turns.
-- 1,000 jobs that one process submits and waits for: through the in-memory worker, and through Valkey and a worker whose
-  engine draws in no time, one after the other in a thread, and all at once in an event loop; the last once more while
-  the broker is killed and started in the middle. Printed are seconds, memory grown, connections and results missed.
+- `import zlora` against `from celery import Celery; import redis, msgspec`, each in a new process,
+  in turns: the sum of `-X importtime`, less that of an empty program.
+- `Client.submit` against a bare `send_task` of the same document to the same Valkey, in turns.
+- 1,000 jobs that one process submits and waits for: through the in-memory worker, and through
+  Valkey and a worker with a fake model, one after the other in a thread, and all at once in an
+  event loop; the last once more while the broker is killed and started again. Printed are seconds,
+  growth of memory, connections, and missing results.
 
 `--thin` takes 100 jobs and a fifth of the rounds.
 """
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks.report import Row, publish
+from benchmarks.report import Row, announce, options_parser, progress, publish
 from celery import Celery
 from support.crowd import Crowd, gathered, submitted_and_awaited
 from support.figures import Tally
@@ -33,7 +34,7 @@ from zlora.broker.celery_app import shared_config
 from zlora.broker.keys import DEFAULT_PRIORITY
 from zlora.testing import MemoryWorker
 
-IMPORT: Final = 1.3  # times the libraries that it stands on
+IMPORT: Final = 1.3  # times the import of the libraries
 SUBMIT: Final = 2.0  # times a bare send_task
 SUBMIT_SECONDS: Final = 0.003  # at the median
 OURS: Final = "import zlora"
@@ -42,19 +43,21 @@ REQUEST: Final = {"prompt": "a portrait in anime style", "num_inference_steps": 
 
 
 class Rounds(NamedTuple):
-    """How much of each is done."""
+    """How often each action is repeated."""
 
     imports: int
     submissions: int
     jobs: int
+    seconds: float  # that the benchmark takes, about
 
 
-FULL: Final = Rounds(imports=20, submissions=1000, jobs=1000)
-THIN: Final = Rounds(imports=4, submissions=200, jobs=100)
+FULL: Final = Rounds(imports=20, submissions=1000, jobs=1000, seconds=180)
+THIN: Final = Rounds(imports=4, submissions=200, jobs=100, seconds=40)
 
 
 def main(rounds: Rounds) -> None:
     """Measure and publish."""
+    announce("producer", seconds=rounds.seconds)
     rows = [import_row(rounds.imports)]
     with (
         tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder,
@@ -62,23 +65,24 @@ def main(rounds: Rounds) -> None:
     ):
         rows += submit_rows(valkey.url, rounds.submissions)
         crowds = all_crowds(Path(folder), valkey, rounds.jobs)
-    publish("producer", rows, **{name: told(crowd) for name, crowd in crowds.items()})
+    publish("producer", rows, **{name: described(crowd) for name, crowd in crowds.items()})
 
 
 # The import
 
 
 def import_row(count: int) -> Row:
-    """Ours and the libraries' by turns; ours twice, for the noise."""
+    """Alternate our import and that of the libraries; ours twice, for the noise."""
     ours, theirs, again = list[float](), list[float](), list[float]()
-    for _ in range(count):
+    for index in range(count):
+        progress(f"{index + 1}/{count} imports")
         for program, found in ((OURS, ours), (LIBRARIES, theirs), (OURS, again)):
             found.append(imported(program) - imported("pass"))
     return reversed_row("import zlora (ours / rival)", LIBRARIES, theirs, ours, again, goal=IMPORT)
 
 
 def imported(program: str) -> float:
-    """Seconds of all imports of a program."""
+    """Return seconds of all imports of a program."""
     command = [sys.executable, "-X", "importtime", "-c", program]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
     own = [
@@ -93,9 +97,9 @@ def imported(program: str) -> float:
 
 
 def submit_rows(url: str, count: int) -> list[Row]:
-    """Ours and Celery's by turns."""
+    """Alternate our submission and Celery's."""
     ours, theirs, again = list[float](), list[float](), list[float]()
-    with Client(url, queue="bench") as client, Celery("bare", set_as_current=False) as app:
+    with Client.from_url(url, queue="bench") as client, Celery("bare", set_as_current=False) as app:
         app.conf.update(shared_config(broker_url=url, result_backend=url, queue="bench"))
 
         def bare() -> object:
@@ -106,6 +110,7 @@ def submit_rows(url: str, count: int) -> list[Row]:
         def submit() -> object:
             return client.submit(REQUEST)
 
+        progress("submissions")
         submit(), bare()
         for _ in range(count):
             for action, found in ((submit, ours), (bare, theirs), (submit, again)):
@@ -123,7 +128,7 @@ def submit_rows(url: str, count: int) -> list[Row]:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds."""
+    """Return seconds of an action."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
@@ -133,12 +138,13 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def all_crowds(folder: Path, valkey: Valkey, jobs: int) -> dict[str, Crowd]:
-    """Each way."""
+    """Return figures of each way to submit and wait."""
+    progress("many jobs at once")
     crowds = {
         f"{jobs} jobs, in memory, a thread": in_memory(jobs),
         f"{jobs} jobs, in memory, an event loop": asyncio.run(in_memory_at_once(jobs)),
     }
-    with scene(folder / "a", valkey) as (url, queue), Client(url, queue=queue) as client:
+    with scene(folder / "a", valkey) as (url, queue), Client.from_url(url, queue=queue) as client:
         crowds[f"{jobs} jobs, Valkey, a thread"] = submitted_and_awaited(client, jobs)
     with scene(folder / "b", valkey) as (url, queue):
         crowds[f"{jobs} jobs, Valkey, an event loop"] = asyncio.run(
@@ -154,24 +160,24 @@ def all_crowds(folder: Path, valkey: Valkey, jobs: int) -> dict[str, Crowd]:
 
 
 def in_memory(jobs: int) -> Crowd:
-    """Through the worker of `zlora.testing`."""
+    """Use the worker of `zlora.testing` from a thread."""
     return submitted_and_awaited(MemoryWorker().client(), jobs)
 
 
 async def in_memory_at_once(jobs: int) -> Crowd:
-    """The same."""
+    """Use the worker of `zlora.testing` from an event loop."""
     async with MemoryWorker().async_client() as client:
         return await gathered(client, jobs)
 
 
 async def at_once(url: str, queue: str, jobs: int, look: Callable[[int], None]) -> Crowd:
-    """Through Valkey and a worker."""
-    async with AsyncClient(url, queue=queue) as client:
+    """Use Valkey and a worker from an event loop."""
+    async with AsyncClient.from_url(url, queue=queue) as client:
         return await gathered(client, jobs, look=look)
 
 
 class Restart:
-    """Kills the broker once, and starts it again on what its log has."""
+    """Kills the broker once, and starts it again with its append-only file."""
 
     def __init__(self, valkey: Valkey, *, after: int) -> None:
         self._valkey, self._after, self.done = valkey, after, False
@@ -185,7 +191,7 @@ class Restart:
 
 @contextmanager
 def scene(folder: Path, valkey: Valkey) -> Iterator[tuple[str, str]]:
-    """A queue with a worker of its own, whose ids are free."""
+    """Yield URL and queue of an empty broker with a worker."""
     with valkey.client() as broker:
         broker.flushall()
     made = Scene(folder, Tally(), broker_url=valkey.url, queue=f"crowd-{folder.name}")
@@ -196,11 +202,11 @@ def scene(folder: Path, valkey: Valkey) -> Iterator[tuple[str, str]]:
         made.close()
 
 
-def told(crowd: Crowd) -> str:
-    """For people."""
+def described(crowd: Crowd) -> str:
+    """Return the figures as text."""
     return (
-        f"{crowd.seconds:.1f} s, {crowd.megabytes:.1f} MB grown, {crowd.connections} connections at most, "
-        f"{len(crowd.missed)} missed"
+        f"{crowd.seconds:.1f} s, {crowd.megabytes:.1f} MB grown, "
+        f"{crowd.connections} connections at most, {len(crowd.missed)} missed"
     )
 
 
@@ -216,23 +222,35 @@ def reversed_row(
     *,
     goal: float,
 ) -> Row:
-    """A row whose ratio is ours / rival."""
+    """Return a row whose ratio is ours / rival."""
     rival_median, ours_median = statistics.median(theirs), statistics.median(ours)
     ratio, noise = ours_median / rival_median, statistics.median(again) / ours_median
     return Row(
-        name=name, rival=rival, rival_median=rival_median, ours_median=ours_median, ratio=ratio, noise=noise,
-        goal=f"<= {goal:g}", met=ratio <= goal,
-    )  # fmt: skip
+        name=name,
+        rival=rival,
+        rival_median=rival_median,
+        ours_median=ours_median,
+        ratio=ratio,
+        noise=noise,
+        goal=f"<= {goal:g}",
+        met=ratio <= goal,
+    )
 
 
 def absolute_row(name: str, median: float, again: float) -> Row:
-    """Milliseconds in place of a ratio."""
+    """Return a row with milliseconds instead of a ratio."""
     return Row(
-        name=name, rival="-", rival_median=0.0, ours_median=median, ratio=1000 * median, noise=again / median,
-        goal=f"<= {1000 * SUBMIT_SECONDS:g}", met=median <= SUBMIT_SECONDS,
-    )  # fmt: skip
+        name=name,
+        rival="-",
+        rival_median=0.0,
+        ours_median=median,
+        ratio=1000 * median,
+        noise=again / median,
+        goal=f"<= {1000 * SUBMIT_SECONDS:g}",
+        met=median <= SUBMIT_SECONDS,
+    )
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    main(THIN if "--thin" in sys.argv else FULL)
+    main(THIN if options_parser(__doc__).parse_args().thin else FULL)

@@ -1,8 +1,9 @@
-"""The second process of the design `handed`: `celery -A benchmarks.publisher worker` stores what a child has drawn.
+"""The second process of the design `handed`: `celery -A benchmarks.publisher worker`.
 
-The child sends pixels by `give_image` and the end of the job by `give_result`; the publisher has one process, so that
-it works in that order. Pixels lie under a key of their own, because inside a message base64 would encode them twice.
-Pixels and messages are in Redis before the child takes its next job, and a message leaves Redis when it is done.
+The child sends pixels by `give_image` and the end of the job by `give_result`; the publisher has
+one process, so that it works in that order. Pixels lie under a key of their own, because inside a
+message base64 would encode them twice. Pixels and messages are in Redis before the child takes its
+next job, and a message leaves Redis when it is done.
 """
 
 import functools
@@ -49,7 +50,7 @@ app.conf.update(
 
 @functools.cache
 def store() -> Store:
-    """The store of this process, opened after the fork."""
+    """Return the store of this process, opened after the fork."""
     return open_store(settings)
 
 

@@ -1,13 +1,13 @@
-"""What the queue adds to a job: client, broker, worker and store against `generate()` called directly.
+"""The time that client, broker, worker and store add to a job, against `run_job()` alone.
 
-The same small job alternates between the two: both meet the same machine. The queue has its turn twice, for the noise.
-Then as many jobs wait on a full queue: the gap is from the end of one, its pictures stored, to the start of the next.
-`--thin` takes 20 rounds, else 500.
+The same small job alternates between the two, so that both meet the same machine. The queue has two
+turns per round, for the noise. Then as many jobs wait on a full queue: the gap between two jobs is
+from the end of one, with its images stored, to the start of the next. `--thin` takes 20 rounds
+instead of 200.
 """
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from itertools import pairwise
 
-from benchmarks.report import Row, compare, publish
+from benchmarks.report import Row, announce, compare, options_parser, progress, publish
 from support.jobs import run_job
 from support.tiny_folder import build_tiny, tiny_model
 from zlora import Client
@@ -31,11 +31,12 @@ from zlora_worker.settings import Settings
 
 JOB = {"prompt": "a city at night", "num_inference_steps": 4, "seed": 1}
 ADDED = 0.015  # seconds that the queue may add to a job at the median
-GAP = 0.020  # seconds between two jobs, 95 of 100
+GAP = 0.020  # seconds between two jobs, 95th percentile
 
 
 def main(*, rounds: int) -> None:
     """Measure and publish."""
+    announce("queue", seconds=40 + 1.7 * rounds)
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
         home = Path(folder, "home")
         build_tiny(home)
@@ -56,48 +57,48 @@ def main(*, rounds: int) -> None:
                 queued.append(through_queue(client))
                 direct.append(directly(runtime, f"direct-{index}"))
                 again.append(through_queue(client))
-                print(f"\r{index + 1}/{rounds} rounds", end="", file=sys.stderr)  # noqa: T201 - progress
+                progress(f"{index + 1}/{rounds} rounds")
+            progress("jobs on a full queue")
             gaps, gaps_again = gaps_of(client, rounds), gaps_of(client, rounds)
-    print(file=sys.stderr)  # noqa: T201
     rows = [
-        compare("a job of 4 steps through the queue", "generate() directly", direct, queued, again),
+        compare("a job of 4 steps through the queue", "run_job() directly", direct, queued, again),
         added_row(direct, queued, again),
         *(
-            gap_row(gaps, gaps_again, share, goal)
-            for share, goal in ((50, None), (95, GAP), (99, None))
+            gap_row(gaps, gaps_again, percentile, goal)
+            for percentile, goal in ((50, None), (95, GAP), (99, None))
         ),
     ]
     publish("queue", rows)
 
 
 def through_queue(client: Client) -> float:
-    """Seconds from submit to result."""
+    """Return seconds from submit to result."""
     start = time.perf_counter()
     client.submit(JOB).result(timeout=120)
     return time.perf_counter() - start
 
 
-def directly(child: Child, job_id: str) -> float:
-    """Seconds of the same job without a queue."""
+def directly(runtime: Child, job_id: str) -> float:
+    """Return seconds of the same job without a queue."""
     start = time.perf_counter()
-    run_job(child, job_id, parse_request(JOB))
+    run_job(runtime, job_id, parse_request(JOB))
     return time.perf_counter() - start
 
 
 def gaps_of(client: Client, jobs: int) -> list[float]:
-    """Seconds between jobs while more are waiting."""
+    """Return seconds between jobs while more jobs wait."""
     results = [handle.result(timeout=600) for handle in [client.submit(JOB) for _ in range(jobs)]]
     spans = sorted((result.started_at or 0.0, result.finished_at or 0.0) for result in results)
     return [later[0] - earlier[1] for earlier, later in pairwise(spans)]
 
 
 def added_row(direct: list[float], queued: list[float], again: list[float]) -> Row:
-    """What the queue adds at the median, in milliseconds in place of a ratio."""
+    """Return what the queue adds at the median; milliseconds instead of a ratio."""
     base = statistics.median(direct)
     added, added_again = (statistics.median(times) - base for times in (queued, again))
     return Row(
         name="ms that the queue adds, at the median (not a ratio)",
-        rival="generate() directly",
+        rival="run_job() directly",
         rival_median=base,
         ours_median=statistics.median(queued),
         ratio=1000 * added,
@@ -107,11 +108,13 @@ def added_row(direct: list[float], queued: list[float], again: list[float]) -> R
     )
 
 
-def gap_row(gaps: list[float], again: list[float], share: int, goal: float | None) -> Row:
-    """The gap that so many of a hundred jobs keep within, in milliseconds in place of a ratio."""
-    gap, gap_again = (statistics.quantiles(values, n=100)[share - 1] for values in (gaps, again))
+def gap_row(gaps: list[float], again: list[float], percentile: int, goal: float | None) -> Row:
+    """Return a percentile of the gaps; milliseconds instead of a ratio."""
+    gap, gap_again = (
+        statistics.quantiles(values, n=100)[percentile - 1] for values in (gaps, again)
+    )
     return Row(
-        name=f"ms between two jobs on a full queue, p{share} (not a ratio)",
+        name=f"ms between two jobs on a full queue, p{percentile} (not a ratio)",
         rival="-",
         rival_median=0.0,
         ours_median=gap,
@@ -123,4 +126,4 @@ def gap_row(gaps: list[float], again: list[float], share: int, goal: float | Non
 
 
 if __name__ == "__main__":
-    main(rounds=20 if "--thin" in sys.argv else 500)
+    main(rounds=20 if options_parser(__doc__).parse_args().thin else 200)

@@ -1,4 +1,4 @@
-"""The form of every benchmark: what it says while it runs, one table for people, one JSON file for the docs."""
+"""Output of every benchmark: progress, a table for people, a JSON file for the docs."""
 
 import argparse
 import os
@@ -19,7 +19,10 @@ _FOLDER: Final = Path("build/bench")
 
 
 class Row(Struct, kw_only=True):
-    """One comparison. `ratio` is rival / ours unless the name says otherwise; `noise` is ours / ours."""
+    """One comparison.
+
+    `ratio` is rival / ours unless the name says otherwise; `noise` is ours / ours.
+    """
 
     name: str
     rival: str
@@ -52,18 +55,16 @@ def say(text: str) -> None:
 
 
 def progress(text: str) -> None:
-    """Show the current step on standard error: one line that changes on a terminal, else a line for each step."""
-    if sys.stderr.isatty():
-        line = f"\r\033[K{text}"
-    else:
-        line = f"{time.strftime('%H:%M:%S')} {text}\n"
-    print(line, end="", file=sys.stderr, flush=True)  # noqa: T201 - a benchmark reports to its caller
+    """Show the current step on standard error; on a terminal it replaces the last one."""
+    start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
+    line = f"{start}{time.strftime('%H:%M:%S')} {text}{end}"
+    print(line, end="", file=sys.stderr, flush=True)  # noqa: T201 - for the caller
 
 
 def compare(
     name: str, rival: str, theirs: Sequence[float], ours: Sequence[float], again: Sequence[float]
 ) -> Row:
-    """Return a row of seconds measured side by side; `again` is ours a second time, for the noise."""
+    """Return a row of seconds measured side by side; `again` is ours once more for the noise."""
     rival_median, ours_median = statistics.median(theirs), statistics.median(ours)
     return Row(
         name=name,
@@ -76,7 +77,7 @@ def compare(
 
 
 def publish(benchmark: str, rows: Sequence[Row], **facts: float | str) -> None:
-    """Print the table and write `build/bench/<benchmark>.json`; `facts` are added to those of the machine."""
+    """Print the table and write `build/bench/<benchmark>.json` with `facts` of the machine."""
     machine = {
         "cores": os.cpu_count(),
         "machine": platform.machine(),

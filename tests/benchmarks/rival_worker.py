@@ -1,12 +1,12 @@
-"""A worker app with another design, for `make bench-results`: `celery -A benchmarks.rival_worker worker`.
+"""A worker app with another design: `celery -A benchmarks.rival_worker worker`.
 
 `BENCH_DESIGN` is one of
 
 - `inline`: the child encodes and stores each image before it draws the next one;
 - `handed`: the child gives the pixels to another process through Redis, and takes its next job.
 
-The app serves the same task on a queue of its own with the fake model. It has no leases, no progress, no sidecar and no
-embedded metadata, so that it does less work for a job than our worker.
+The app serves the same task on a queue of its own with the fake model. It has no leases, no
+progress, no sidecar and no embedded metadata, so that it does less work for a job than our worker.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Ways to draw with LoRAs, each at its best legal setting, beside ours: all on the same resident pipeline."""
+"""Ways to draw with LoRAs, each at its best setting, on one resident pipeline."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,10 @@ Weighted = Sequence[tuple[Path, float]]  # LoRA files with their weights
 
 
 class Way(Protocol):
-    """One way to put LoRAs into the model and take them out. Files are in memory before the clock starts."""
+    """One way to put LoRAs into the model and take them out.
+
+    Files are in memory before the clock starts.
+    """
 
     def enter(self, loras: Weighted) -> None:
         """Make the model draw with these LoRAs."""
@@ -27,7 +30,7 @@ class Way(Protocol):
 
 
 class Ours:
-    """Parsed layers in memory; a merge into the shadow weights, or pointers alone if the set is the last one."""
+    """A merge into shadow weights, or pointers alone if the set is the last one."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -93,7 +96,10 @@ class LoadAndUnload(_Diffusers):
 
 
 class KeptLoaded(_Diffusers):
-    """Adapters stay loaded: set_adapters, disable_lora. Serves the same LoRAs only, and slows each step."""
+    """Adapters stay loaded: set_adapters, disable_lora.
+
+    Serves the same LoRAs only, and slows each step.
+    """
 
     @contextmanager
     def loaded(self, loras: Weighted) -> Iterator[None]:
@@ -114,7 +120,7 @@ class KeptLoaded(_Diffusers):
 
 
 class HotSwap(_Diffusers):
-    """Replace one adapter's tensors by those of another with the same targets and rank; not for text encoders."""
+    """Replace an adapter's tensors by others of the same targets and rank; UNet only."""
 
     @contextmanager
     def loaded(self, loras: Weighted) -> Iterator[None]:
@@ -136,7 +142,10 @@ class HotSwap(_Diffusers):
 
 
 class FuseAndUnfuse(_Diffusers):
-    """Load, add to the weights, subtract from the weights, unload. Leaves a base with rounding errors."""
+    """Load, add to the weights, subtract from the weights, unload.
+
+    Leaves a base with rounding errors.
+    """
 
     def enter(self, loras: Weighted) -> None:
         self.load(loras)
@@ -148,7 +157,7 @@ class FuseAndUnfuse(_Diffusers):
 
 
 class Probe:
-    """Outputs of some layers: LoRAs must change the outputs, and every way must change them alike."""
+    """Outputs of some layers, which every way to draw with LoRAs must change alike."""
 
     def __init__(self, pipeline: Any, names: Sequence[str]) -> None:
         generator = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""Images of 1024x1024 made from a seed: some have the statistics of photographs, some those of drawings."""
+"""Images of 1024x1024 from a seed, with statistics of photographs or of drawings."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ Plane = NDArray[np.float64]
 
 
 def photograph(seed: int) -> Image.Image:
-    """Return noise with the 1/f spectrum of natural scenes, mostly common to all channels, with outlines and grain.
+    """Return noise with the 1/f spectrum of natural scenes, with outlines and grain.
 
     Source of the spectrum: Field, "Relations between the statistics of natural images", 1987.
     """
@@ -73,7 +73,7 @@ def _outline(random: np.random.Generator) -> Plane:
 
 
 def drawing(seed: int) -> Image.Image:
-    """Return shapes and strokes, softly shaded; nine drawn wallpapers from Debian compress about as well."""
+    """Return shapes and strokes, softly shaded; wallpapers from Debian compress about as well."""
     random, side = np.random.default_rng(seed), 2 * SIDE
     large = Image.new("RGB", (side, side), (90, 140, 200))
     draw = ImageDraw.Draw(large)
@@ -97,7 +97,7 @@ def drawing(seed: int) -> Image.Image:
 
 
 def flat_drawing(seed: int) -> Image.Image:
-    """Return flat areas, a gradient as sky, lines, hatching and rows of small letters, with smooth edges."""
+    """Return flat areas, a gradient, lines, hatching and rows of letters, with smooth edges."""
     random = np.random.default_rng(seed)
     large = _sky(random, 2 * SIDE)
     draw = ImageDraw.Draw(large)

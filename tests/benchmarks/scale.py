@@ -1,22 +1,24 @@
-"""What a job costs its Redis, and what workers cost it that have none: bytes, commands, and the server's own seconds.
+"""Costs of jobs and of idle workers for Redis: bytes, commands, and CPU seconds of the server.
 
-- Bytes of a job, queued and ended, by its LoRAs and its prompt: message, record, answer, memory, append-only file.
-- Commands, seconds of the server's main thread and bytes on the wire of whole jobs, submitted and waited for by a
-  client and drawn by a worker with a fake engine: for a job, for a denoising step and for a second of drawing. They are
-  solved from jobs with few steps, with many and with slow ones; another kind of job is foretold by them, and measured.
-- Submissions by one process and by several, and what the server was busy meanwhile.
-- Workers with nothing to do, and one with a long queue before it: commands, connections, bytes and seconds.
+- Bytes of a job, queued and ended, by its LoRAs and its prompt: message, record, result, memory,
+  append-only file.
+- Commands, CPU time of the server's main thread and bytes on the wire of whole jobs, which a client
+  submits and waits for, and a worker with a fake model draws: per job, per denoising step and per
+  second of drawing. They are solved from jobs with few steps, with many, and with slow ones; they
+  predict another kind of job, which is measured too.
+- Submissions by one process and by several, and the load of the server.
+- Idle workers, and one worker in front of a long queue: commands, connections, bytes and CPU time.
 - The events that Flower reads.
 
-Each round measures all of it. Ours is the median of the rounds, the noise the largest of them by the smallest; nothing
-is a ratio. `--thin` takes fewer jobs and shorter looks, and 2 rounds, else 3.
+Each round measures everything. Ours is the median of the rounds, and the noise is the largest by
+the smallest; nothing is a ratio. `--thin` takes one round with fewer jobs and shorter times instead
+of three rounds.
 """
 
 import asyncio
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,49 +30,51 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import redis
-from benchmarks.fetch import progress
 from benchmarks.job_bytes import WAITED, Found, scene, shapes
-from benchmarks.report import Row, publish
+from benchmarks.report import Row, announce, options_parser, progress, publish
 from support.figures import Tally
 from support.processes import wait_until
 from support.scene import Scene
 from support.valkey import Valkey
 from zlora import AsyncClient, Client
-from zlora.broker.keys import ledger_key
+from zlora.broker.keys import unfinished_key
 
 EVENTS: Final = "/0.celeryev*"  # the channels of kombu's fan-out
-SETTLE: Final = 8.0  # seconds until the companion of a new worker is at its work
+SETTLE: Final = 8.0  # seconds until the sidecar of a new worker runs in its steady state
 
 
 class Size(NamedTuple):
-    """How much of each is done."""
+    """How much of each is measured."""
 
     rounds: int
     shaped: int  # jobs of a shape
-    drawn: int  # short jobs; a fifth as many are long ones
-    sent: int  # jobs of a producer process
-    seconds: float  # of a look at idle workers
+    drawn: int  # short jobs; a fifth as many are long
+    sent: int  # jobs per producer process
+    idle: float  # seconds of a look at idle workers
     backlog: int  # jobs
+    seconds: float  # that the benchmark takes, about
 
 
-FULL: Final = Size(rounds=3, shaped=100, drawn=50, sent=2000, seconds=30.0, backlog=10_000)
-THIN: Final = Size(rounds=2, shaped=20, drawn=20, sent=300, seconds=10.0, backlog=1_000)
+FULL: Final = Size(
+    rounds=3, shaped=100, drawn=50, sent=2000, idle=30.0, backlog=10_000, seconds=900
+)
+THIN: Final = Size(rounds=1, shaped=5, drawn=5, sent=200, idle=2.0, backlog=400, seconds=100)
 
 
 class Kind(NamedTuple):
     """A job for the fake engine."""
 
     steps: int
-    pace: float  # seconds of a step
+    pace: float  # seconds per step
 
 
 SHORT: Final = Kind(4, 0.01)
 SOLVED: Final = (SHORT, Kind(104, 0.01), Kind(28, 0.15))  # few steps, many, slow ones
-FORETOLD: Final = Kind(28, 0.07)
+PREDICTED: Final = Kind(28, 0.07)
 
 
 class Reading(NamedTuple):
-    """What a server has done since its start."""
+    """Counters of a server since its start."""
 
     commands: float
     cpu: float  # seconds of its main thread, on which every command runs
@@ -85,30 +89,36 @@ class Reading(NamedTuple):
         return cls(info["total_commands_processed"], cpu, net, time.monotonic())
 
     def since(self, start: "Reading") -> "Reading":
-        """What came between the two."""
+        """Return the difference of two readings."""
         return Reading(*(mine - before for mine, before in zip(self, start, strict=True)))
 
 
 def main(size: Size) -> None:
     """Measure and publish."""
+    announce("scale", seconds=size.seconds)
     rounds: list[Found] = []
     for index in range(size.rounds):
         with tempfile.TemporaryDirectory(prefix="zlora-bench-") as name:
             rounds.append(measured(Path(name), size))
         progress(f"{index + 1}/{size.rounds} rounds")
     rows = [row(name, [found[name] for found in rounds]) for name in rounds[0]]
-    publish("scale", rows, cpu=processor(), rounds=size.rounds, engine="a fake one: no GPU")
+    publish("scale", rows, cpu=processor(), rounds=size.rounds, engine="fake, without a GPU")
 
 
 def measured(folder: Path, size: Size) -> Found:
-    """All of it once, on a server of its own."""
+    """Measure everything once, on a new server."""
     found: Found = {}
     with Valkey(folder, Tally()) as valkey, valkey.client() as broker:
+        progress("bytes of jobs")
         found |= shapes(folder / "shapes", valkey, broker, size.shaped)
+        progress("commands of jobs")
         found |= lives(folder / "lives", valkey, broker, size.drawn)
+        progress("submissions")
         found |= submissions(valkey, broker, size.sent)
         for workers in range(3):
-            found |= idle(folder / f"idle-{workers}", valkey, broker, workers, size.seconds)
+            progress(f"{workers} idle workers")
+            found |= idle(folder / f"idle-{workers}", valkey, broker, workers, size.idle)
+        progress("a long queue")
         found |= behind(folder / "behind", valkey, broker, size)
     return found
 
@@ -117,7 +127,7 @@ def measured(folder: Path, size: Size) -> Found:
 
 
 def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
-    """Of a job, a step and a second; and whether they foretell another job."""
+    """Return the costs of a job, a step and a second, and how well they predict another job."""
     with scene(folder, valkey) as made, made.worker():
         time.sleep(SETTLE)
         asyncio.run(drawn(made, SHORT, 2, watched=True))
@@ -125,7 +135,7 @@ def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fou
             life(made, broker, kind, jobs if kind is SHORT else jobs // 5, watched=True)
             for kind in SOLVED
         ]
-        other = life(made, broker, FORETOLD, jobs // 5, watched=True)
+        other = life(made, broker, PREDICTED, jobs // 5, watched=True)
         with heard(valkey) as events:
             unwatched = life(made, broker, SHORT, jobs, watched=False)
     factors = [[1, kind.steps, one.at] for kind, one in zip(SOLVED, solved, strict=True)]
@@ -133,16 +143,20 @@ def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Fou
     for what, unit in (("commands", 1.0), ("cpu", 1e6), ("net", 1.0)):
         sums = [unit * getattr(one, what) for one in solved]
         fixed, step, second = map(float, np.linalg.solve(np.array(factors), np.array(sums)))
-        told = NAMES[what]
-        found[f"{told} of a job, beside its steps and seconds"] = fixed
-        found |= {f"{told} of a step": step, f"{told} of a drawing second": second}
-        foretold = fixed + step * FORETOLD.steps + second * other.at
-        found[f"{told} of a job of {FORETOLD.steps} steps, {other_seconds()} s"] = unit * getattr(
-            other, what
+        unit_name = NAMES[what]
+        found[f"{unit_name} of a job, beside its steps and seconds"] = fixed
+        found |= {f"{unit_name} of a step": step, f"{unit_name} of a drawing second": second}
+        predicted = fixed + step * PREDICTED.steps + second * other.at
+        found[f"{unit_name} of a job of {PREDICTED.steps} steps, {other_seconds()} s"] = (
+            unit * getattr(other, what)
         )
-        found[f"{told} of the same by those foretold"] = unit * getattr(other, what) / foretold
-        found[f"{told} of a short job that is waited for"] = sums[0]
-        found[f"{told} of a short job that nobody waits for"] = unit * getattr(unwatched, what)
+        found[f"{unit_name} of the same, measured / predicted"] = (
+            unit * getattr(other, what) / predicted
+        )
+        found[f"{unit_name} of a short job with a waiting client"] = sums[0]
+        found[f"{unit_name} of a short job without a waiting client"] = unit * getattr(
+            unwatched, what
+        )
     sent = sum(length for name, length in events if "/task." in name)
     return found | {
         "events: bytes of a job": sent / jobs,
@@ -154,17 +168,17 @@ NAMES: Final = {"commands": "commands", "cpu": "us of the server", "net": "bytes
 
 
 def other_seconds() -> float:
-    """Of the foretold job's drawing."""
-    return round(FORETOLD.steps * FORETOLD.pace, 2)
+    """Return the seconds of drawing of the predicted job."""
+    return round(PREDICTED.steps * PREDICTED.pace, 2)
 
 
 def count(events: list[tuple[str, int]], kind: str) -> int:
-    """Messages of a kind."""
+    """Count messages of a kind."""
     return sum(kind in name for name, _ in events)
 
 
 def life(made: Scene, broker: "redis.Redis", kind: Kind, jobs: int, *, watched: bool) -> Reading:
-    """What one job of these took, from its submission on; `at` is its share of the seconds."""
+    """Return the costs of one such job from its submission on; `at` is its share of the seconds."""
     start = Reading.of(broker)
     asyncio.run(drawn(made, kind, jobs, watched=watched))
     looks = wait_closed(broker, made.queue)
@@ -173,7 +187,7 @@ def life(made: Scene, broker: "redis.Redis", kind: Kind, jobs: int, *, watched: 
 
 
 async def drawn(made: Scene, kind: Kind, jobs: int, *, watched: bool) -> None:
-    """Submit jobs one by one, and wait for all of them at once or for none."""
+    """Submit jobs one by one, and wait for all at once or for none."""
     document = {"prompt": json.dumps({"step": kind.pace}), "num_inference_steps": kind.steps}
     async with AsyncClient.from_env(made.environ) as client:
         handles = [await client.submit(document) for _ in range(jobs)]
@@ -182,13 +196,13 @@ async def drawn(made: Scene, kind: Kind, jobs: int, *, watched: bool) -> None:
 
 
 def wait_closed(broker: "redis.Redis", queue: str) -> int:
-    """Wait until every job has ended; how often the server was asked."""
+    """Wait until every job has ended; return the number of commands that this took."""
     looks = 0
 
     def look() -> bool:
         nonlocal looks
         looks += 1
-        return not broker.zcard(ledger_key(queue))
+        return not broker.zcard(unfinished_key(queue))
 
     wait_until(look, "every job has ended")
     return looks
@@ -196,9 +210,12 @@ def wait_closed(broker: "redis.Redis", queue: str) -> int:
 
 @contextmanager
 def heard(valkey: Valkey) -> Iterator[list[tuple[str, int]]]:
-    """The channel and the bytes of each event; they are there after the block."""
+    """Yield a list that has the channel and the bytes of each event after the block."""
     events: list[tuple[str, int]] = []
-    with valkey.client() as connection, connection.pubsub() as channel:  # type: ignore[no-untyped-call]  # redis-py's
+    with (
+        valkey.client() as connection,
+        connection.pubsub() as channel,  # type: ignore[no-untyped-call]  # redis-py's
+    ):
         channel.psubscribe(EVENTS)
         yield events
         while (message := channel.get_message(timeout=1.0)) is not None:
@@ -210,7 +227,7 @@ def heard(valkey: Valkey) -> Iterator[list[tuple[str, int]]]:
 
 
 def submissions(valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
-    """By so many processes at once, one by one and 200 in a call."""
+    """Measure submissions by several processes at once, one by one and 200 per call."""
     found: Found = {}
     for processes, together in ((1, 1), (2, 1), (4, 1), (1, 200), (2, 200)):
         broker.flushall()
@@ -231,7 +248,7 @@ def submissions(valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
 def sent(
     valkey: Valkey, broker: "redis.Redis", processes: int, jobs: int, together: int
 ) -> Reading:
-    """What the server did from when all processes were ready until the last was done."""
+    """Return the costs from when all processes are ready until the last has ended."""
     context = get_context("spawn")
     gate = context.Barrier(processes + 1)
     with ProcessPoolExecutor(
@@ -249,12 +266,12 @@ _gate: list[Any] = []
 
 
 def hold(gate: Any) -> None:
-    """In a producer: where it waits for the others."""
+    """Set the barrier at which a producer waits for the others."""
     _gate.append(gate)
 
 
 def produce(url: str, jobs: int, together: int) -> None:
-    """In a producer: its jobs."""
+    """Submit the jobs of one producer."""
     document = {"prompt": "a portrait in anime style, soft light", "num_inference_steps": 28}
     with Client(url) as client:
         client.submit(document)
@@ -269,7 +286,7 @@ def produce(url: str, jobs: int, together: int) -> None:
 def idle(
     folder: Path, valkey: Valkey, broker: "redis.Redis", workers: int, seconds: float
 ) -> Found:
-    """So many workers, and nothing to do."""
+    """Measure workers with nothing to do."""
     with scene(folder, valkey) as made, ExitStack() as stack:
         for index in range(workers):
             stack.enter_context(made.worker(f"idle-{index}"))
@@ -282,7 +299,7 @@ def idle(
 
 
 def behind(folder: Path, valkey: Valkey, broker: "redis.Redis", size: Size) -> Found:
-    """One worker with a long job, and a long queue."""
+    """Measure one worker with a long job and a long queue."""
     with scene(folder, valkey) as made:
         document = {"prompt": "a portrait in anime style, soft light"}
         slow = {"prompt": json.dumps({"step": 1.0}), "num_inference_steps": 200}
@@ -290,12 +307,12 @@ def behind(folder: Path, valkey: Valkey, broker: "redis.Redis", size: Size) -> F
         with made.worker():
             made.client.submit_many([document] * size.backlog)
             time.sleep(SETTLE)
-            took = looked(broker, size.seconds)
+            took = looked(broker, size.idle)
     return of_a_second(f"1 worker that draws before {size.backlog:,} jobs", took)
 
 
 def of_a_second(name: str, took: Reading) -> Found:
-    """By the second."""
+    """Return costs per second."""
     return {
         f"{name}: commands a second": took.commands / took.at,
         f"{name}: us of the server a second": 1e6 * took.cpu / took.at,
@@ -304,14 +321,14 @@ def of_a_second(name: str, took: Reading) -> Found:
 
 
 def looked(broker: "redis.Redis", seconds: float) -> Reading:
-    """What the server does meanwhile."""
+    """Return the costs of a span of time."""
     start = Reading.of(broker)
     time.sleep(seconds)
     return Reading.of(broker).since(start)
 
 
 def connections(broker: "redis.Redis") -> int:
-    """Of all, ours too."""
+    """Return the number of connections, with this one."""
     info: Any = broker.info("clients")
     return int(info["connected_clients"])
 
@@ -320,7 +337,7 @@ def connections(broker: "redis.Redis") -> int:
 
 
 def row(name: str, values: list[float]) -> Row:
-    """The median of the rounds, and the largest of them by the smallest."""
+    """Return the median of the rounds, and the largest by the smallest."""
     median, noise = statistics.median(values), max(values) / min(values)
     return Row(
         name=name, rival="-", rival_median=0.0, ours_median=median, ratio=median, noise=noise
@@ -328,14 +345,14 @@ def row(name: str, values: list[float]) -> Row:
 
 
 def processor() -> str:
-    """The machine's, as the kernel names it."""
+    """Return the processor's name from the kernel."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        "not said",
+        "unknown",
     )
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    main(THIN if "--thin" in sys.argv else FULL)
+    main(THIN if options_parser(__doc__).parse_args().thin else FULL)

@@ -1,4 +1,4 @@
-"""An S3 server that takes its time: a proxy before a real one, which holds back each PUT, and notes when it was."""
+"""A slow S3 server: a proxy in front of a real one, which delays each PUT and records its times."""
 
 import re
 import socket
@@ -12,14 +12,12 @@ from urllib.parse import unquote
 
 _CHUNK: Final = 262_144  # bytes
 _PUT: Final = re.compile(rb"PUT (\S+) HTTP/1\.1\r\n")
-_ANSWER: Final = re.compile(
-    rb"HTTP/1\.1 ([2-5]\d\d) "
-)  # 100 is none yet: the request's body may come
+_ANSWER: Final = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) ")  # 100 only asks for the body
 
 
 @dataclass
 class Put:
-    """One PUT as its client sees it: seconds since the epoch from its first byte to its answer's."""
+    """Times of one PUT as its client sees them, in seconds since the epoch."""
 
     path: str
     begun: float
@@ -31,7 +29,7 @@ class Put:
 class _Link:
     client: socket.socket
     server: socket.socket
-    current: Put | None = None  # what the server has not answered
+    current: Put | None = None  # the PUT without an answer
 
     def close(self) -> None:
         for end in (self.client, self.server):
@@ -41,10 +39,10 @@ class _Link:
 
 
 class SlowStore:
-    """Forwards a free loopback port to `target`; a PUT goes on `delay` seconds after its head has come.
+    """Forwards a free loopback port to `target`; a PUT is forwarded `delay` seconds after its head.
 
-    Bytes are not touched, so that the Host that a signature covers stays as it was. Each connection has one request at
-    a time, as botocore's have.
+    Bytes are unchanged, because the signature covers the Host header. Each connection has one
+    request at a time, as those of botocore.
     """
 
     def __init__(self, target: int, *, delay: float) -> None:
@@ -56,7 +54,7 @@ class SlowStore:
         Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """End it and every connection through it."""
+        """Close the proxy and all its connections."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -98,7 +96,7 @@ class SlowStore:
 
 @contextmanager
 def slow_store(target: int, *, delay: float) -> Iterator[SlowStore]:
-    """The proxy, closed at the end."""
+    """Run the proxy inside the block."""
     store = SlowStore(target, delay=delay)
     try:
         yield store

@@ -168,7 +168,7 @@ def counted(path: Path) -> list[str]:
 
 def foreign_words(exprs: list[Query], recorded: set[str]) -> Iterator[str]:
     """Return unknown metrics, labels and error codes in queries."""
-    known, codes = known_metrics(), {getattr(errors, name).code for name in errors.__all__}
+    known, codes = known_metrics(), {cls.code for cls in errors.ERRORS}
     for where, expr in exprs:
         for name, labels in _selectors(expr):
             metric = name if name in known else _HISTOGRAM.sub("", name)

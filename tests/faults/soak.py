@@ -1,9 +1,9 @@
-"""Minutes of faults at random: `make soak`, or with `ARGS="--minutes 3"`. Not part of `make test`.
+"""Random faults for minutes: `make soak`, or `make soak ARGS="--minutes 2"`.
 
-Small jobs come all the time to workers with a fake model, most of them idle, and one runs for ten minutes. Workers are
-killed (the goal is 200 in 20 minutes), children die, connections are cut, Redis stops and restarts. In the end every id
-that was submitted has an answer, only one was ever shown, it is one that its kind of job may have, and the long job was
-begun once; otherwise the exit status is 1.
+Small jobs come all the time to workers with a fake model, and one job runs for ten minutes. Workers
+and child processes are killed, connections are cut, Redis pauses and restarts. At the end every job
+must have a result, only one, of a kind that is allowed, and the long job must have begun once;
+otherwise the exit status is 1. A run of 20 minutes aims at 200 killed workers.
 """
 
 import argparse
@@ -27,31 +27,31 @@ from support.witness import TERMINAL
 from zlora import JobHandle
 from zlora.errors import BrokerUnavailable, JobPoisoned, ZloraError
 
-WORKERS: Final = 3  # beside the one with the long job
+WORKERS: Final = 3  # besides the one with the long job
 KILLS_A_MINUTE: Final = 13  # in 17 of 20 minutes
-GOAL: Final = 10  # workers killed in a minute of the whole run
-SETTLING: Final = 150.0  # seconds at the end without faults, in which what is open is to end
-RECKONING: Final = 30.0  # seconds after that
-LONG: Final = 600  # seconds of the job that must not be begun twice
+GOAL: Final = 10  # killed workers per minute of the whole run
+SETTLING: Final = 150.0  # seconds without faults near the end, in which open jobs are to end
+AUDIT: Final = 30.0  # seconds at the end
+LONG: Final = 600  # seconds of the job that must not begin twice
 PAUSES: Final = (0.02, 0.3)  # seconds between two jobs
 POISONED: Final = "poisoned, 3 attempts"
 
-# What a job may come to. The slow ones meet workers that die under them, now and then three in a row.
+# Results that a job may have. Slow jobs meet killed workers, now and then three in a row.
 ALLOWED: Final = {
-    "plain": {"drawn"},
-    "twice": {"drawn"},
-    "slow": {"drawn", POISONED},
-    "cancelled": {"job_revoked", "drawn"},
-    "dying": {"drawn", POISONED},
-    "long": {"drawn"},
+    "plain": {"success"},
+    "twice": {"success"},
+    "slow": {"success", POISONED},
+    "cancelled": {"job_revoked", "success"},
+    "dying": {"success", POISONED},
+    "long": {"success"},
 }
-SHOWN: Final = 20  # ids in the report of each kind of wrong
-NEVER: Final = ("internal", "timeout", "unknown")
+REPORTED: Final = 20  # ids of each kind of failure in the report
+NEVER: Final = ("internal", "timeout", "unknown")  # error codes
 
 
 @dataclass
 class Fleet:
-    """The workers that die, and those that take their place."""
+    """The workers that are killed and replaced."""
 
     scene: Scene
     running: list[tuple[Worker, ExitStack]] = field(default_factory=list)
@@ -59,72 +59,65 @@ class Fleet:
     killed: int = 0
 
     def start(self) -> None:
-        """One more, which loads its model while the jobs come."""
+        """Start one more worker without a wait for its model."""
         self.started += 1
         stack = ExitStack()
-        self.running.append(
-            (stack.enter_context(self.scene.starting_worker(f"w{self.started}")), stack)
-        )
+        worker = stack.enter_context(self.scene.starting_worker(f"w{self.started}"))
+        self.running.append((worker, stack))
 
     def kill_one(self) -> None:
-        """kill -9 of a parent, busy or not, of those that take jobs if there is one; another takes its place."""
+        """Kill a worker (kill -9), one that takes jobs if possible, and start another."""
         ready = [item for item in self.running if item[0].lines(" ready.")]
         item = random.choice(ready or self.running)
         self.running.remove(item)
         worker, stack = item
         if worker.process.poll() is not None:
-            last = worker.log.read_text()[-4000:]
-            raise SystemExit(
-                f"a worker has ended by itself, with status {worker.process.returncode}:\n{last}"
-            )
+            status, last = worker.process.returncode, worker.log.read_text()[-4000:]
+            raise SystemExit(f"a worker has ended with status {status}; its log ends with:\n{last}")
         self.scene.kill(worker.process.pid)
         self.killed += 1
         stack.close()
         self.start()
 
     def stop(self) -> None:
-        """End all that run."""
+        """End all workers."""
         for _, stack in self.running:
             stack.close()
 
 
 @dataclass
 class Producer:
-    """Submits until it is told to stop, in a thread of its own; some jobs misbehave, some come twice, some go."""
+    """Submits jobs in a thread: some misbehave, some come twice, some are cancelled."""
 
     scene: Scene
     over: threading.Event = field(default_factory=threading.Event)
     kinds: Counter[str] = field(default_factory=Counter)
 
     def run(self) -> None:
-        """The thread."""
+        """Submit until `over` is set."""
         while not self.over.wait(random.uniform(*PAUSES)):
-            kind = random.choices(
-                ("plain", "slow", "dying", "twice", "cancelled"), (70, 10, 5, 10, 5)
-            )[0]
+            kinds = ("plain", "slow", "dying", "twice", "cancelled")
+            kind = random.choices(kinds, (70, 10, 5, 10, 5))[0]
             self.kinds[kind] += 1
-            name = f"{kind}-{self.kinds[kind]}"
-            patiently(lambda: SUBMIT[kind](self.scene, name))  # noqa: B023 - called at once
+            self._submit(kind, f"{kind}-{self.kinds[kind]}")
+
+    def _submit(self, kind: str, name: str) -> None:
+        while True:
+            try:
+                SUBMIT[kind](self.scene, name)
+            except BrokerUnavailable:
+                time.sleep(0.5)
+            else:
+                return
 
 
-def patiently(submit: Callable[[], object]) -> None:
-    """What a producer does whose Redis is away: the same again, until it is there."""
-    while True:
-        try:
-            submit()
-        except BrokerUnavailable:
-            time.sleep(0.5)
-        else:
-            return
-
-
-def twice(scene: Scene, name: str) -> None:
-    """One id from two producers."""
+def submit_twice(scene: Scene, name: str) -> None:
+    """Submit the same job twice."""
     scene.submit(job_id=name), scene.submit(job_id=name)
 
 
-def cancelled(scene: Scene, name: str) -> None:
-    """Submitted and not wanted any more."""
+def submit_and_cancel(scene: Scene, name: str) -> None:
+    """Submit a job and cancel it."""
     scene.submit(job_id=name, steps=20, step=0.05).cancel()
 
 
@@ -132,15 +125,16 @@ SUBMIT: Final[dict[str, Callable[[Scene, str], object]]] = {
     "plain": lambda scene, name: scene.submit(job_id=name, steps=1, step=0),
     "slow": lambda scene, name: scene.submit(job_id=name, steps=10, step=0.1),
     "dying": lambda scene, name: scene.submit(job_id=name, steps=2, do=["kill-child"]),
-    "twice": twice,
-    "cancelled": cancelled,
+    "twice": submit_twice,
+    "cancelled": submit_and_cancel,
 }
 
 
 def main(minutes: float) -> int:
-    """The exit status."""
+    """Run for some minutes, and return the exit status."""
+    say(f"the soak test takes about {max(minutes, 2):g} minutes")
     start = time.monotonic()
-    tally, settled_by = Tally(), start + max(60 * minutes - RECKONING, 60.0)
+    tally, settled_by = Tally(), start + max(60 * minutes - AUDIT, 60.0)
     calm_from = max(settled_by - SETTLING, start + 40.0)
     with tempfile.TemporaryDirectory(prefix="zlora-soak-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -148,7 +142,7 @@ def main(minutes: float) -> int:
         valkey = stack.enter_context(Valkey(folder / "valkey", tally))
         scene = Scene(folder / "scene", tally, broker_url=valkey.url, queue="soak")
         stack.callback(scene.close)
-        # The worker of the long job is none of those that die.
+        # The worker of the long job is never killed.
         stack.enter_context(scene.worker("steady"))
         seconds = min(LONG, 0.8 * (calm_from - time.monotonic()))
         long = scene.submit(job_id="long", steps=200, step=seconds / 200)
@@ -157,19 +151,18 @@ def main(minutes: float) -> int:
         stack.callback(fleet.stop)
         for _ in range(WORKERS):
             fleet.start()
-        hurt(scene, valkey, fleet, producer, until=calm_from)
-        settle(scene, until=settled_by)
-        say(
-            f"{fleet.killed} workers were killed; the goal is {round(GOAL * minutes)} in {minutes:g} minutes"
-        )
-        if fleet.killed < GOAL * minutes:
-            say(f"that is {round(GOAL * minutes) - fleet.killed} less than the goal")
+        inject_faults(scene, valkey, fleet, producer, until=calm_from)
+        wait_for_open_jobs(scene, until=settled_by)
+        goal = round(GOAL * minutes)
+        say(f"{fleet.killed} workers were killed; the goal is {goal} in {minutes:g} minutes")
         return verdict(scene, long)
 
 
-def hurt(scene: Scene, valkey: Valkey, fleet: Fleet, producer: Producer, *, until: float) -> None:
-    """One fault after the other, while jobs come."""
-    every: dict[Callable[[], object], float] = {
+def inject_faults(
+    scene: Scene, valkey: Valkey, fleet: Fleet, producer: Producer, *, until: float
+) -> None:
+    """Inject one fault after the other while jobs come."""
+    every: dict[Callable[[], object], float] = {  # seconds
         fleet.kill_one: 60 / KILLS_A_MINUTE,
         valkey.cut_all: 47,
         lambda: pause(valkey): 101,
@@ -190,83 +183,76 @@ def hurt(scene: Scene, valkey: Valkey, fleet: Fleet, producer: Producer, *, unti
 
 
 def pause(valkey: Valkey) -> None:
-    """A Redis that says nothing for some seconds."""
+    """Let Redis answer nothing for some seconds."""
     valkey.pause()
     time.sleep(8)
     valkey.resume()
 
 
 def restart(valkey: Valkey) -> None:
-    """kill -9 of Redis, which comes back with what is in its append-only file."""
+    """Kill Redis (kill -9), and start it again with its append-only file."""
     valkey.kill()
     time.sleep(3)
     valkey.start()
 
 
-def settle(scene: Scene, *, until: float) -> None:
+def wait_for_open_jobs(scene: Scene, *, until: float) -> None:
     """Wait until every job has ended."""
     while (left := open_jobs(scene)) and time.monotonic() < until:
-        say(f"{len(left)} jobs are open, such as {', '.join(left[:5])}")
+        say(f"{len(left)} jobs have not ended, such as {', '.join(left[:5])}")
         time.sleep(5)
 
 
 def open_jobs(scene: Scene) -> list[str]:
-    """Ids without a verdict."""
-    return [
-        name
-        for name, handle in list(scene.handles.items())
-        if handle.status().state not in TERMINAL
-    ]
+    """Return the ids of jobs without a result."""
+    handles = list(scene.handles.items())
+    return [name for name, handle in handles if handle.status().state not in TERMINAL]
 
 
 def report(scene: Scene, kinds: Counter[str], *, killed: int) -> None:
-    """A line for whoever waits."""
-    deaths = scene.tally.faults + len(scene.events("fault"))
-    say(f"{len(scene.handles)} jobs ({dict(kinds)}), {deaths} faults, {killed} workers killed")
+    """Print progress."""
+    faults = scene.tally.faults + len(scene.events("fault"))
+    say(f"{len(scene.handles)} jobs ({dict(kinds)}), {faults} faults, {killed} workers killed")
 
 
 def verdict(scene: Scene, long: JobHandle) -> int:
-    """Say what came of it all."""
+    """Print the results, and return the exit status."""
     found = scene.audit()
-    answers = {name: answer(handle) for name, handle in scene.handles.items()}
+    results = {name: result_of(handle) for name, handle in scene.handles.items()}
     for kind in ALLOWED:
-        say(
-            f"{kind}: {dict(Counter(told for name, told in answers.items() if kind_of(name) == kind))}"
-        )
-    never = Counter(told for told in answers.values() if told in NEVER)
+        counts = Counter(result for name, result in results.items() if kind_of(name) == kind)
+        say(f"{kind}: {dict(counts)}")
+    never = Counter(result for result in results.values() if result in NEVER)
     say(", ".join(f"{code} {never[code]}" for code in NEVER))
-    wrong = [name for name, told in answers.items() if told not in ALLOWED[kind_of(name)]]
-    say(
-        f"the job of minutes was begun {scene.begun(long)} times; {len(wrong)} jobs came to what they may not"
-    )
+    wrong = [name for name, result in results.items() if result not in ALLOWED[kind_of(name)]]
+    say(f"the long job began {scene.begun(long)} times; {len(wrong)} jobs have a forbidden result")
     say(scene.tally.row())
     for what, names in {**found._asdict(), "wrong": wrong}.items():
-        for handle in (scene.handles[name] for name in names[:SHOWN]):
-            say(f"{what}: {handle.id}: {answers[handle.id]}, begun {scene.begun(handle)} times")
-            say(
-                f"    was shown: {scene.witness.states(handle.id)} {scene.witness.verdicts(handle.id)}"
-            )
+        for name in names[:REPORTED]:
+            begun = scene.begun(scene.handles[name])
+            say(f"{what}: {name}: {results[name]}, begun {begun} times")
+            say(f"    states: {scene.witness.states(name)} {scene.witness.verdicts(name)}")
     return 0 if found == CLEAN and not wrong and scene.begun(long) == 1 else 1
 
 
 def kind_of(name: str) -> str:
-    """The kind of a job, which its id begins with."""
+    """Return the kind of a job, with which its id begins."""
     return name.partition("-")[0]
 
 
-def answer(handle: JobHandle) -> str:
-    """What a job came to, in a word or two."""
+def result_of(handle: JobHandle) -> str:
+    """Return how a job ended, in a word or two."""
     try:
         handle.result(timeout=0)
     except JobPoisoned as error:
         return f"{error.code}, {len(error.details['attempts'])} attempts"
     except ZloraError as error:
         return error.code
-    return "drawn"
+    return "success"
 
 
 def say(text: str) -> None:
-    """A line, now."""
+    """Print a line with the time."""
     sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stdout.flush()
 
@@ -276,6 +262,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--minutes", type=float, default=20, help="how long it takes in all (default: %(default)s)"
+        "--minutes", type=float, default=20, help="duration of the run (default: %(default)s)"
     )
     sys.exit(main(parser.parse_args().minutes))

@@ -1,4 +1,4 @@
-"""The cache's disk fills in mid-download: the job is told so, nothing of the half is kept, and the worker goes on."""
+"""The cache's disk fills during a download: the job fails, no part is kept, the worker goes on."""
 
 import resource
 import subprocess
@@ -26,13 +26,13 @@ NOTHING: Final[dict[str, list[str]]] = {
 
 Fill = Callable[
     [int], Callable[[], object]
-]  # fills the disk of a child, and returns what makes room again
+]  # fills the disk of a child, and returns a function that makes room
 Disk = Callable[[Path], AbstractContextManager[Fill]]
 
 
 @contextmanager
 def quota(_folder: Path) -> Iterator[Fill]:
-    """From some moment on the kernel refuses the child a file of more bytes."""
+    """Make the kernel refuse larger files to the child."""
 
     def limit(child: int, most: int) -> None:
         resource.prlimit(child, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
@@ -46,7 +46,7 @@ def quota(_folder: Path) -> Iterator[Fill]:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Fill]:
-    """Somebody else writes on the same disk until nothing is left of it."""
+    """Fill the disk by another file."""
     ballast = folder / "ballast"
 
     def fill(_child: int) -> Callable[[], object]:
@@ -65,7 +65,7 @@ def small_disk(folder: Path) -> Iterator[Fill]:
 
 
 def mount(folder: Path) -> bool:
-    """Put a disk there, and tell whether that may be."""
+    """Mount a small disk; return whether that is permitted."""
     command = ["/bin/mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
     try:
         return not subprocess.run(command, check=False, capture_output=True).returncode
@@ -74,7 +74,7 @@ def mount(folder: Path) -> bool:
 
 
 def may_mount() -> bool:
-    """Whether there may be a disk of its own: in most places for root alone."""
+    """Return whether this process may mount a disk; mostly root only."""
     with TemporaryDirectory() as folder:
         mounted = mount(Path(folder))
         if mounted:
@@ -83,16 +83,16 @@ def may_mount() -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """With a quota anywhere, and with a disk too where there may be one."""
+    """Run each test with a quota, and also with a disk if mounts are permitted."""
     if "disk" in metafunc.fixturenames:
         disks: list[Disk] = [quota, small_disk] if may_mount() else [quota]
         metafunc.parametrize("disk", disks, ids=["quota", "disk"][: len(disks)])
 
 
-def test_a_disk_that_fills_in_mid_download_leaves_nothing_and_costs_the_worker_nothing(
+def test_disk_that_fills_during_a_download_leaves_no_part_and_the_worker_goes_on(
     scene: Scene, tmp_path: Path, disk: Disk
 ) -> None:
-    """The same child draws the next job at once, and one with that LoRA as soon as there is room."""
+    """The same child draws the next job at once, and one with that LoRA once there is room."""
     loras, go_on = tmp_path / "disk/loras", Event()
     scene.environ |= {
         "ZLORA_LORA_CACHE": str(loras),
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_in_mid_download_leaves_nothing_and_costs_the_worker_n
         )
         assert hindered.status().code == "cache_full"
         hindered.cancel()
-        wait_until(lambda: hindered.status().state is JobState.REVOKED, "nobody wants it any more")
+        wait_until(lambda: hindered.status().state is JobState.REVOKED, "the job is revoked")
 
         assert {part: names(loras / part) for part in NOTHING} == NOTHING
         assert scene.submit().result(timeout=60).base_intact
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_in_mid_download_leaves_nothing_and_costs_the_worker_n
 
 
 def in_two(data: bytes, go_on: Event) -> Answer:
-    """A host of one file, whose second part waits."""
+    """Return a host of one file whose second part waits."""
     whole = reply(data, ETag='"7"')
 
     def answer(_: Request) -> Iterator[bytes]:
@@ -144,16 +144,16 @@ def in_two(data: bytes, go_on: Event) -> Answer:
 
 
 def with_lora(scene: Scene, url: str) -> JobHandle:
-    """A job with the file of a host."""
+    """Submit a job with the file of a host."""
     return scene.submit(fields={"loras": [{"file": {"url": f"{url}/a.safetensors"}}]})
 
 
 def drafted(loras: Path) -> int:
-    """Bytes of drafts that have come."""
+    """Return bytes of drafts on the disk."""
     folder = loras / "drafts"
     return sum(written(entry) for entry, _ in listed(folder)) if folder.exists() else 0
 
 
 def names(folder: Path) -> list[str]:
-    """What is in a folder."""
+    """Return the names in a folder."""
     return sorted(path.name for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""A child process that dies, hangs or fails: its job is drawn or fails for a reason, and the worker goes on."""
+"""A child process that dies, hangs or fails: its job ends for a reason, the worker goes on."""
 
 import socket
 
@@ -68,7 +68,7 @@ def test_job_that_changes_two_bases_fails_and_the_next_is_drawn(scene: Scene) ->
 
 
 def test_job_that_hangs_fails_in_time_and_its_child_is_replaced(scene: Scene) -> None:
-    """No exception ends the job, so that its child is killed; the first of its two images is deleted."""
+    """The child is killed, and the first of the job's two images is deleted."""
     with scene.worker(ZLORA_JOB_TIMEOUT="1", ZLORA_HARD_GRACE="1"):
         hanging = scene.submit(do=["nothing", "hang"], fields={"num_images": 2})
         next_one = scene.submit()

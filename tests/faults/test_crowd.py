@@ -1,4 +1,4 @@
-"""Many jobs of one process, all waited for at once, while the broker restarts in the middle.
+"""Many waits of one process at once survive a restart of the broker.
 
 `make bench-producer` does the same with a thousand.
 """
@@ -24,7 +24,7 @@ def test_no_result_is_missed_of_many_when_the_broker_restarts(scene: Scene, valk
             valkey.start()
 
     async def run() -> None:
-        async with AsyncClient(valkey.url, queue=scene.queue) as client:
+        async with AsyncClient.from_url(valkey.url, queue=scene.queue) as client:
             crowd = await gathered(client, JOBS, look=restart_in_the_middle)
         assert crowd.missed == []
         assert 0 < crowd.connections <= 24

@@ -1,4 +1,4 @@
-"""A worker takes no job without a model, reports that it has none, and can be ended while it loads."""
+"""A worker without a model takes no job, says so, and can be ended while it loads."""
 
 import json
 import signal
@@ -23,6 +23,9 @@ def test_model_that_does_not_load_ends_the_worker_and_leaves_the_job(
 
     with scene.starting_worker(FAKE_LOAD_FAILS=str(fault)) as failing:
         assert failing.process.wait(60) == 70
+    (line,) = failing.lines("CRITICAL")
+    assert "fake cannot be loaded" in line
+    assert not failing.lines("Traceback")
     assert handle.status().state is JobState.PENDING
     assert not scene.events("begin")
 
@@ -45,7 +48,7 @@ def test_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
 def test_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job(
     scene: Scene, tmp_path: Path, fault: str
 ) -> None:
-    """The new child raises, or is killed while it loads: the worker ends with status 70, and does not load again."""
+    """The new child raises or is killed: the worker exits with 70, and does not load again."""
     order = tmp_path / "order"
     with scene.worker(**{fault: str(order)}) as running:
         handle = scene.submit(steps=10, step=0.1)
@@ -74,7 +77,7 @@ def test_child_that_is_killed_in_the_first_load_ends_the_worker(
 def test_pool_that_cannot_hold_one_model_is_refused(
     scene: Scene, options: tuple[str, str], reason: str
 ) -> None:
-    with scene.starting_worker(options=options) as refused:
+    with scene.starting_worker("one", options) as refused:
         assert refused.process.wait(60) == 70
         assert reason in refused.lines("CRITICAL")[0]
 
@@ -100,7 +103,7 @@ def test_worker_that_loads_takes_no_job_and_ends_at_once_on_sigterm(scene: Scene
 def test_probe_files_report_whether_jobs_are_taken_and_whether_the_worker_runs(
     scene: Scene, tmp_path: Path
 ) -> None:
-    """`ready` exists while there is a model; `alive` is touched while the parent's event loop turns."""
+    """`ready` exists while there is a model; `alive` is touched while the event loop runs."""
     ready, alive = tmp_path / "probes" / "ready", tmp_path / "probes" / "alive"
     variables = {"ZLORA_PROBES": str(tmp_path / "probes"), "FAKE_LOAD_SECONDS": "1"}
     with scene.starting_worker(**variables) as running:

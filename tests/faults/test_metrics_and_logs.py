@@ -183,8 +183,8 @@ def _lost(scene: Scene) -> JobHandle:
     request, name = {"prompt": "lost", "num_inference_steps": 1}, "lost"
     store = JobStore(connect(scene.environ["ZLORA_BROKER_URL"]), QUEUE)
     submission = Submission(request=request, priority=5, submitted=time.time() - 60)
-    store.open(name, submission, digest_of(parse_request(request)))
-    store.sent(name)
+    store.add(name, submission, digest_of(parse_request(request)))
+    store.mark_sent(name)
     store.redis.close()
     return scene.answer_for(scene.client.job(name))
 

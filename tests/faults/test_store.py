@@ -1,4 +1,4 @@
-"""A store that fails in the middle of a job: the job is tried again, and no manifest speaks of what is not there."""
+"""A store that fails during a job: the job is tried again, and a manifest has all its images."""
 
 import hashlib
 import resource
@@ -18,21 +18,22 @@ from zlora import GenerateResult
 from zlora.errors import StoreFailed
 from zlora_worker.results import manifest
 
-ROOM = 100_000  # bytes that a file may have on a full disk: above this test's logs, below a picture of noise
-NOISE = 256  # pixels a side: 196 KB as png
+# Bytes that a file may have on a full disk: more than the test's logs, less than an image of noise.
+ROOM = 100_000
+NOISE = 256  # pixels a side: 196 KB as PNG
 
 
 @pytest.fixture(scope="module")
 def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A real S3 server."""
+    """Port of a real S3 server."""
     with seaweed.seaweed(tmp_path_factory.mktemp("seaweed")) as port:
         yield port
 
 
-def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(
+def test_a_worker_waits_for_an_s3_server_that_goes_away_between_two_images(
     scene: Scene, s3_port: int, tally: Tally
 ) -> None:
-    """The picture that is there is not drawn again, and the manifest comes last."""
+    """The stored image is not drawn again, and the manifest comes last."""
     with Proxy(s3_port, tally) as proxy:
         scene.environ |= s3_environ("a", proxy)
         first_is_stored = Event()
@@ -40,9 +41,9 @@ def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(
         with scene.worker():
             handle = scene.submit(fields={"num_images": 2})
             folder = f"a/runs/{handle.id}"
-            wait_until(lambda: stored(s3_port, folder), "the first picture is stored")
+            wait_until(lambda: stored(s3_port, folder), "the first image is stored")
             first_is_stored.set()
-            wait_until(lambda: proxy.is_down, "the second picture meets a server that is away")
+            wait_until(lambda: proxy.is_down, "the server is away at the second upload")
             assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
             proxy.restore()
 
@@ -54,10 +55,10 @@ def test_an_s3_server_that_goes_between_two_pictures_is_waited_for(
     assert s3_manifest(s3_port, folder) == unlinked(result)
 
 
-def test_a_manifest_whose_answer_is_lost_is_the_result(
+def test_a_manifest_is_the_result_although_the_answer_of_s3_is_lost(
     scene: Scene, s3_port: int, tally: Tally
 ) -> None:
-    """S3 has it, and the worker does not know: it asks again, and adopts what is there."""
+    """The worker repeats the request, and adopts the manifest that S3 has."""
     with Proxy(s3_port, tally) as proxy:
         scene.environ |= s3_environ("b", proxy)
         proxy.lose_answer_to(rb"PUT \S+/manifest\.json")
@@ -72,26 +73,20 @@ def test_a_manifest_whose_answer_is_lost_is_the_result(
     assert scene.begun(handle) == 1
 
 
-@pytest.mark.parametrize(
-    ("noise", "upload"),
-    [(600, r"PUT \S+/outputs/1\.png$"), (1700, r"PUT \S+/outputs/1\.png\?\S*partNumber=2")],
-    ids=["one piece", "parts"],
-)
-def test_a_child_that_dies_in_mid_upload_leaves_no_result_and_the_job_completes(
-    scene: Scene, s3_port: int, noise: int, upload: str
+def test_a_child_killed_during_an_upload_leaves_no_result_and_the_job_completes(
+    scene: Scene, s3_port: int
 ) -> None:
-    """The server has half of the second picture, and waits for the rest until all is done."""
+    """The server has half of a part of the second image, and waits for the rest until the end."""
     store = seaweed.store(s3_port, "c")
     with S3Proxy(s3_port, scene.tally) as proxy:
         scene.environ |= s3_environ("c", proxy)
-        proxy.meet(
-            upload, *repeat(hold, 3)
-        )  # a worker gives a request up after 10 s, and asks again
+        # A worker repeats a request after 10 s without an answer.
+        proxy.meet(r"PUT \S+/outputs/1\.png\?\S*partNumber=2", *repeat(hold, 3))
         with scene.worker() as running:
-            handle = scene.submit(noise=noise, step=0.3, fields={"num_images": 2})
+            handle = scene.submit(noise=1700, step=0.3, fields={"num_images": 2})
             folder = f"c/runs/{handle.id}"
-            wait_until(proxy.held.is_set, "the second picture is on its way")
-            wait_until(lambda: stored(s3_port, folder), "the first picture is stored")
+            wait_until(proxy.held.is_set, "the second image is on its way")
+            wait_until(lambda: stored(s3_port, folder), "the first image is stored")
             assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
             assert manifest.read_manifest(store, handle.id) is None
             scene.kill(scene.child(running))
@@ -108,43 +103,40 @@ def test_a_child_that_dies_in_mid_upload_leaves_no_result_and_the_job_completes(
         hashlib.sha256(s3_object(s3_port, f"c/{image.key}")).hexdigest() for image in result.images
     ]
     assert digests == [image.sha256 for image in result.images]
-    assert scene.begun(handle) == 1  # the first picture: it was there
+    assert scene.begun(handle) == 1  # the first image is reused
 
 
-def test_a_disk_that_has_room_again_takes_the_job(scene: Scene) -> None:
+def test_a_job_fails_after_some_tries_on_a_full_disk_and_succeeds_once_there_is_room(
+    scene: Scene,
+) -> None:
+    """A smaller image is stored meanwhile, and the model stays."""
     with scene.worker() as running:
         fill_disk(scene, scene.child(running))
-        handle = scene.submit(noise=NOISE)
-        wait_until(lambda: running.lines("store_failed"), "the store fails")
-        assert not scene.files(handle)
+        failing, small = scene.submit(noise=NOISE), scene.submit()
+        assert small.result(timeout=30).base_intact
+        scene.wait_begun(failing, 3)
+        waiting = scene.submit(noise=NOISE)
+
+        with pytest.raises(StoreFailed) as raised:
+            failing.result(timeout=90)
+        assert raised.value.details["attempt"] == scene.begun(failing) > 1
+        assert not scene.files(failing)
+        assert not scene.files(waiting)
         free_disk(scene.child(running))
 
-        result = handle.result(timeout=60)
+        result = waiting.result(timeout=60)
         assert result.base_intact
         assert result.attempt > 1
         assert len(scene.events("loaded")) == 1
 
 
-def test_a_disk_that_stays_full_fails_the_job_after_some_tries_and_the_next_is_stored(
-    scene: Scene,
-) -> None:
-    with scene.worker() as running:
-        fill_disk(scene, scene.child(running))
-        handle, small = scene.submit(noise=NOISE), scene.submit()
-
-        assert small.result(timeout=30).base_intact
-        with pytest.raises(StoreFailed) as found:
-            handle.result(timeout=90)
-        assert found.value.details["attempt"] == scene.begun(handle) > 1
-        assert not scene.files(handle)
-        assert len(scene.events("loaded")) == 1
-
-
-def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene: Scene) -> None:
+def test_a_redelivered_job_draws_only_the_missing_images(scene: Scene) -> None:
     with scene.worker() as running:
         handle = scene.submit(do=["nothing", "hang"], fields={"num_images": 3})
-        wait_until(lambda: scene.kept(handle), "the first picture is stored")
-        wait_until(lambda: len(scene.events("fault", handle)) == 2, "the second one is being drawn")
+        wait_until(lambda: scene.kept(handle), "the first image is stored")
+        wait_until(
+            lambda: len(scene.events("fault", handle)) == 2, "the second image is being drawn"
+        )
         scene.kill(scene.child(running))
 
         result = handle.result(timeout=60)
@@ -158,7 +150,7 @@ def test_a_job_of_several_pictures_that_comes_again_draws_the_missing_ones(scene
 
 
 def s3_environ(prefix: str, proxy: Proxy | S3Proxy) -> dict[str, str]:
-    """A prefix of the bucket, through the proxy."""
+    """Return the variables of a worker with a prefix of the bucket, through the proxy."""
     store = {
         "ZLORA_STORE": f"s3://{seaweed.BUCKET}/{prefix}",
         "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}",
@@ -167,26 +159,26 @@ def s3_environ(prefix: str, proxy: Proxy | S3Proxy) -> dict[str, str]:
 
 
 def stored(port: int, folder: str) -> list[str]:
-    """What the bucket has of a job."""
+    """Return the keys of a job in the bucket."""
     return seaweed.keys(port, f"{folder}/")
 
 
 def s3_manifest(port: int, folder: str) -> GenerateResult:
-    """What the bucket says of a job."""
+    """Return the result in a job's manifest in the bucket."""
     return msgspec.json.decode(s3_object(port, f"{folder}/manifest.json"), type=GenerateResult)
 
 
 def s3_object(port: int, key: str) -> bytes:
-    """What the bucket has under a key."""
+    """Return the object under a key of the bucket."""
     return seaweed.client(port).get_object(Bucket=seaweed.BUCKET, Key=key)["Body"].read()
 
 
 def fill_disk(scene: Scene, child: int) -> None:
-    """From now on the kernel refuses the child files of some size."""
+    """Let the kernel refuse the child files larger than `ROOM`."""
     scene.tally.fault()
     resource.prlimit(child, resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
 
 
 def free_disk(child: int) -> None:
-    """There is room again."""
+    """Let the child write files of any size again."""
     resource.prlimit(child, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

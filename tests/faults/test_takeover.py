@@ -1,7 +1,7 @@
-"""Jobs of workers that die or lose the broker, with the default settings: another worker draws the job, once.
+"""Workers that die or lose the broker, with default settings: another one draws the job, once.
 
-The waits of the defaults take most of a minute, so that the jobs of this file are submitted at its start and wait side by
-side.
+The waits of the defaults take most of a minute, so that the jobs of this file are submitted at its
+start and wait side by side.
 """
 
 import socket
@@ -29,9 +29,10 @@ POISONED = 3  # deaths of workers after which a job counts as their cause
 def orphan(
     tmp_path_factory: pytest.TempPathFactory, tally: Tally
 ) -> Iterator[tuple[Scene, JobHandle, float]]:
-    """A job whose worker was killed while another worker runs, and the time of the kill.
+    """Return a job whose worker was killed while another one runs, and the time of the kill.
 
-    The broker is for this job alone: a worker with a shorter visibility timeout would put back the job too.
+    The broker is for this job alone: a worker with a shorter visibility timeout would put back the
+    job too.
     """
     folder = tmp_path_factory.mktemp("orphan")
     (folder / "valkey").mkdir()
@@ -50,9 +51,10 @@ def orphan(
 def parted(
     tmp_path_factory: pytest.TempPathFactory, tally: Tally
 ) -> Iterator[tuple[Scene, Scene, float]]:
-    """Two queues, one with an idle and one with a busy worker, after a partition; and the time when it ended.
+    """Return a queue with an idle and one with a busy worker, and the end of a partition.
 
-    For some seconds every byte is swallowed, also those of new connections; connections of that time never work again.
+    For some seconds every byte is swallowed, also those of new connections; connections of that
+    time never work again.
     """
     folder = tmp_path_factory.mktemp("parted")
     (folder / "valkey").mkdir()

@@ -1,4 +1,4 @@
-"""Workers that are killed, ended or replaced: each job is drawn by a worker that runs, soon and once."""
+"""Workers that are killed, ended or replaced: another worker draws each job soon and once."""
 
 import signal
 import time
@@ -27,7 +27,7 @@ def test_job_longer_than_the_visibility_timeout_is_drawn_once(scene: Scene) -> N
 def test_job_with_a_countdown_longer_than_the_visibility_timeout_is_drawn_once(
     scene: Scene,
 ) -> None:
-    """A worker holds a job until its countdown ends; without a renewed hold, two workers would have copies."""
+    """A worker holds a job until its countdown ends, and must renew its hold."""
     start = time.time()
     later = scene.answer_for(scene.client.job("later"))
     with scene.worker(**SHORT), scene.worker("two", **SHORT):
@@ -79,7 +79,7 @@ def test_worker_at_the_end_of_its_shutdown_timeout_puts_its_job_back_at_once(
 
 
 def test_deploys_during_a_job_that_ignores_signals_do_not_poison_the_job(scene: Scene) -> None:
-    """A hanging child is killed with its worker; three deaths would poison the job, three deploys do not."""
+    """The child is killed at the end of each worker; three such deaths do not count."""
     handle = scene.submit(do=["hang"] * 3)
     for deploy in range(3):
         with scene.worker(f"deploy-{deploy}", ZLORA_SHUTDOWN_TIMEOUT="1") as leaving:
@@ -116,7 +116,7 @@ def test_idle_worker_takes_what_a_busy_one_has_not_begun(scene: Scene) -> None:
 
 
 def test_message_that_a_killed_worker_takes_with_it_is_sent_again(scene: Scene) -> None:
-    """Redis gives a message to a worker that dies before it notes the message: no list has it any more."""
+    """A worker takes a message from Redis and dies before it notes the message."""
     handle = scene.submit()
     with scene.broker() as broker:
         assert [broker.lpop(name) for name in scene.queue_lists()]

@@ -1,4 +1,4 @@
-"""The variables of a real worker for each test file that asks for one."""
+"""Variables of a real worker."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from support.tiny_folder import tiny_model
 def worker_environ(
     broker_url: str, model_home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """The variables of a worker with the tiny model, a store and a cache for one test file."""
+    """Variables of a worker with the tiny model, a store and a cache, for one test file."""
     folder = tmp_path_factory.mktemp("worker")
     return {
         "ZLORA_BROKER_URL": broker_url,

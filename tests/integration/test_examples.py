@@ -1,4 +1,4 @@
-"""The examples, run by the commands that they name, on one worker whose engine is the fake one."""
+"""The examples, run by the commands in their docstrings, on one worker with a fake engine."""
 
 import ast
 import hashlib
@@ -29,8 +29,8 @@ from zlora.broker.keys import job_key
 from zlora.errors import JobRevoked, OutOfMemory
 
 ROOT: Final = Path(__file__).parents[2]
-PROMPT: Final = "a lighthouse at dusk"  # of the examples
-AT_ONCE: Final = '{"step": 0}'  # as the fake engine takes its orders
+PROMPT: Final = "a lighthouse at dusk"  # in the docstrings of the examples
+AT_ONCE: Final = '{"step": 0}'  # instructions to the fake engine
 SLOWLY: Final = '{"step": 0.1}'
 SERVERS: Final = {
     "api": "fastapi_app.py",
@@ -39,12 +39,12 @@ SERVERS: Final = {
     "receiver": "webhook_receiver.py",
 }
 SECRET: Final = webhook.new_secret()
-NOBODY: Final = "redis://127.0.0.1:1/0"
+NO_REDIS: Final = "redis://127.0.0.1:1/0"
 PATIENCE: Final = 60.0  # seconds
 
 
 class Stack(NamedTuple):
-    """A worker's scene, the variables of its producers, the folder of all that is written, and where servers are."""
+    """A worker, the environment of producers, the folder of all files, and the URLs of servers."""
 
     scene: Scene
     environ: dict[str, str]
@@ -55,13 +55,13 @@ class Stack(NamedTuple):
     receiver: str
 
     def log(self, server: str) -> str:
-        """What a server has printed."""
+        """Return the output of a server."""
         return (self.folder / f"{server}.log").read_text()
 
 
 @pytest.fixture(scope="module")
 def stack(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """All that the tests need, started at the same time; no server may have broken off an answer by the end."""
+    """Start worker and servers at the same time; check at the end that no server failed."""
     folder = tmp_path_factory.mktemp("examples")
     urls = {name: f"http://127.0.0.1:{free_port()}" for name in SERVERS}
     environ = environ_of(broker_url, folder)
@@ -81,7 +81,7 @@ def stack(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ran(migrate, environ)
         for name, example in SERVERS.items():
             *_, command = commands(example, {"8000": urls[name].rpartition(":")[2]})
-            redis_url = NOBODY if name == "api_without_redis" else broker_url
+            redis_url = NO_REDIS if name == "api_without_redis" else broker_url
             log = folder / f"{name}.log"
             started.enter_context(serving(command, environ | {"ZLORA_BROKER_URL": redis_url}, log))
         for url in urls.values():
@@ -93,7 +93,7 @@ def stack(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def environ_of(broker_url: str, folder: Path) -> dict[str, str]:
-    """The variables of a reader whose virtual environment is active."""
+    """Return an environment with an active virtual environment."""
     return clean_environ(
         {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -106,7 +106,7 @@ def environ_of(broker_url: str, folder: Path) -> dict[str, str]:
 
 
 def commands(example: str, instead: Mapping[str, str] = {}) -> list[list[str]]:
-    """The commands in an example's docstring that start Python, with other words for some of theirs."""
+    """Return the Python commands in an example's docstring, with some words replaced."""
     lines = docstring(example).splitlines()
     found = [
         shlex.split(line) for line in lines if line.startswith(("    python ", "    uvicorn "))
@@ -116,7 +116,7 @@ def commands(example: str, instead: Mapping[str, str] = {}) -> list[list[str]]:
 
 
 def docstring(example: str) -> str:
-    """What an example says of itself."""
+    """Return the docstring of an example."""
     text = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text()))
     assert text is not None
     return text
@@ -124,7 +124,7 @@ def docstring(example: str) -> str:
 
 @contextmanager
 def serving(command: list[str], environ: dict[str, str], log: Path) -> Iterator[None]:
-    """A server that is started, and ended at the end."""
+    """Run a server during the block."""
     with log.open("wb") as output:
         server = subprocess.Popen(
             command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT
@@ -137,37 +137,43 @@ def serving(command: list[str], environ: dict[str, str], log: Path) -> Iterator[
 
 
 def answers(url: str) -> bool:
-    """Whether a server listens."""
+    """Return whether a server listens."""
     try:
         return bool(requests.get(url, timeout=PATIENCE).status_code)
     except requests.ConnectionError:
         return False
 
 
-def ran(command: list[str], environ: dict[str, str], told: str = "") -> str:
-    """What a command prints; it must succeed."""
-    over = run(command, environ, told)
+def ran(command: list[str], environ: dict[str, str], text: str = "") -> str:
+    """Run a command that must succeed; return its output."""
+    over = run(command, environ, text)
     assert over.returncode == 0, over.stderr
     return over.stdout
 
 
 def run(
-    command: list[str], environ: dict[str, str], told: str = ""
+    command: list[str], environ: dict[str, str], text: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """A command that has ended."""
+    """Run a command to its end."""
     return subprocess.run(
-        command, cwd=ROOT, env=environ, input=told, text=True, capture_output=True, check=False
+        command,
+        cwd=ROOT,
+        env=environ,
+        input=text,
+        encoding="utf-8",
+        capture_output=True,
+        check=False,
     )
 
 
 def post(url: str, document: object, **headers: str) -> requests.Response:
-    """Ask for a picture; `X_Y` is the header `X-Y`."""
+    """Request an image; `X_Y` is the header `X-Y`."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return requests.post(f"{url}/pictures", json=document, headers=named, timeout=PATIENCE)
+    return requests.post(f"{url}/images", json=document, headers=named, timeout=PATIENCE)
 
 
 def events(answer: requests.Response) -> list[tuple[str, Any]]:
-    """Server-sent events until the stream ends: names and data."""
+    """Return the names and data of server-sent events until the stream ends."""
     found = []
     for block in answer.text.split("\n\n")[:-1]:
         name, data = block.split("\n")
@@ -179,14 +185,14 @@ def events(answer: requests.Response) -> list[tuple[str, Any]]:
     return found
 
 
-def test_fastapi_accepts_a_picture_and_streams_its_events_until_the_result(stack: Stack) -> None:
-    """202 and a Location; statuses to the last step and SUCCESS; then the end, which the Location has from then on."""
+def test_fastapi_streams_events_until_the_result(stack: Stack) -> None:
+    """The stream has all steps, then SUCCESS, then the result, which the Location has too."""
     accepted = post(
         stack.api, {"prompt": '{"step": 0.05}', "num_inference_steps": 6, "num_images": 2}
     )
     assert accepted.status_code == 202
     location = accepted.headers["Location"]
-    assert location == f"/pictures/{accepted.json()['id']}"
+    assert location == f"/images/{accepted.json()['id']}"
 
     stream = requests.get(f"{stack.api}{location}/events", timeout=PATIENCE)
     assert stream.headers["Content-Type"].startswith("text/event-stream")
@@ -205,7 +211,7 @@ def test_fastapi_accepts_a_picture_and_streams_its_events_until_the_result(stack
     assert shown.json() == {"id": result.job_id, "status": {"state": "SUCCESS"}, **end}
 
 
-def test_fastapi_takes_one_idempotency_key_for_one_job(stack: Stack) -> None:
+def test_fastapi_runs_one_job_for_an_idempotency_key(stack: Stack) -> None:
     prompt = '{"label": "once", "step": 0}'
     first = post(stack.api, {"prompt": prompt}, Idempotency_Key="order-17")
     stack.scene.client.job(first.json()["id"]).result(timeout=PATIENCE)
@@ -220,15 +226,15 @@ def test_fastapi_takes_one_idempotency_key_for_one_job(stack: Stack) -> None:
     )
 
 
-def test_fastapi_says_what_is_wrong_by_status_and_field(stack: Stack) -> None:
-    """A wrong field 422, with path, value and bound; what nobody knows 404; no Redis 503, and when to come again."""
+def test_fastapi_reports_errors_by_status_and_field(stack: Stack) -> None:
+    """A wrong field is 422 with path, value and bound; an unknown job 404; an outage 503."""
     wrong = post(stack.api, {"prompt": "a cat", "num_inference_steps": 0})
     misspelt = post(stack.api, {"prompt": "a cat", "num_inference_step": 4})
     unknown = [
-        requests.get(f"{stack.api}/pictures/{name}", timeout=PATIENCE)
-        for name in ("nobody", "no.id")
+        requests.get(f"{stack.api}/images/{name}", timeout=PATIENCE)
+        for name in ("unknown", "no.id")
     ]
-    stream = requests.get(f"{stack.api}/pictures/nobody/events", timeout=PATIENCE)
+    stream = requests.get(f"{stack.api}/images/unknown/events", timeout=PATIENCE)
     away = post(stack.api_without_redis, {"prompt": "a cat"})
 
     assert (wrong.status_code, misspelt.status_code) == (422, 422)
@@ -246,10 +252,10 @@ def test_fastapi_says_what_is_wrong_by_status_and_field(stack: Stack) -> None:
     )
 
 
-def test_fastapi_watches_no_job_whose_reader_has_gone_and_cancels_one(stack: Stack) -> None:
-    """A reader who leaves in the middle takes the subscription along; the job goes on until it is cancelled."""
+def test_fastapi_unsubscribes_after_the_reader_disconnects_and_cancels_a_job(stack: Stack) -> None:
+    """The job goes on without a reader, until it is cancelled."""
     job_id = post(stack.api, {"prompt": SLOWLY, "num_inference_steps": 200}).json()["id"]
-    path = f"{stack.api}/pictures/{job_id}"
+    path = f"{stack.api}/images/{job_id}"
     channel = f"celery-task-meta-{job_id}"
     with redis.Redis.from_url(stack.environ["ZLORA_BROKER_URL"]) as broker:
 
@@ -260,7 +266,7 @@ def test_fastapi_watches_no_job_whose_reader_has_gone_and_cancels_one(stack: Sta
             lines = stream.iter_lines()
             assert next(lines) == b"event: status"
             wait_until(lambda: watchers() == 1, "the job is watched")
-        wait_until(lambda: watchers() == 0, "nobody watches")
+        wait_until(lambda: watchers() == 0, "the job is not watched")
     wait_until(
         lambda: requests.get(path, timeout=PATIENCE).json()["status"]["state"] == "PROGRESS",
         "the job runs",
@@ -276,41 +282,41 @@ def test_fastapi_watches_no_job_whose_reader_has_gone_and_cancels_one(stack: Sta
 
 
 class Customer:
-    """Somebody with a browser."""
+    """A customer with a browser."""
 
     def __init__(self, shop: str) -> None:
         self.shop, self.session = shop, requests.Session()
 
     def orders(self) -> list[dict[str, Any]]:
-        """All that the shop has."""
+        """Return all orders of the shop."""
         found: list[dict[str, Any]] = self.session.get(
             f"{self.shop}/orders", timeout=PATIENCE
         ).json()["orders"]
         return found
 
     def buy(self, prompt: str, card: str) -> requests.Response:
-        """Order a picture."""
+        """Order an image."""
         self.orders()  # sets the cookie
         headers = {"X-CSRFToken": self.session.cookies["csrftoken"]}
-        told = {"prompt": prompt, "card": card}
+        fields = {"prompt": prompt, "card": card}
         return self.session.post(
-            f"{self.shop}/orders", data=told, headers=headers, timeout=PATIENCE
+            f"{self.shop}/orders", data=fields, headers=headers, timeout=PATIENCE
         )
 
     def order(self, location: str) -> dict[str, Any]:
-        """One order."""
+        """Return one order."""
         found: dict[str, Any] = self.session.get(f"{self.shop}{location}", timeout=PATIENCE).json()
         return found
 
 
 def jobs(stack: Stack) -> set[str]:
-    """The jobs that were ever submitted."""
+    """Return the keys of all job records."""
     with stack.scene.broker() as broker:
         return set(broker.scan_iter(job_key("*")))
 
 
-def test_django_submits_at_the_commit_and_never_without_one(stack: Stack) -> None:
-    """A card that is refused leaves neither an order nor a job; a good one leaves one of each, and no more."""
+def test_django_submits_a_job_only_after_the_commit(stack: Stack) -> None:
+    """A refused card leaves neither an order nor a job; a good one leaves one of each."""
     customer, before = Customer(stack.shop), jobs(stack)
 
     refused = customer.buy("a cat", card="bad")
@@ -329,8 +335,8 @@ def test_django_submits_at_the_commit_and_never_without_one(stack: Stack) -> Non
     )
 
 
-def test_django_writes_a_picture_down_once_and_believes_no_forged_webhook(stack: Stack) -> None:
-    """The worker's webhook fills the order in, and what is forged before does not; sent again it mails nobody."""
+def test_django_records_an_image_once_and_refuses_a_forged_webhook(stack: Stack) -> None:
+    """A webhook with another secret changes nothing; a repeated one sends no second mail."""
     customer = Customer(stack.shop)
     location = customer.buy('{"step": 0.02}', card="good").headers["Location"]
     job_id = customer.order(location)["job_id"]
@@ -339,18 +345,16 @@ def test_django_writes_a_picture_down_once_and_believes_no_forged_webhook(stack:
     refused = deliver(f"{stack.shop}/webhook", forged, secret=webhook.new_secret())
     drawn = wait_until(lambda: ended(customer.order(location)), "the order is drawn")
     image = stack.scene.client.job(job_id).result(timeout=PATIENCE).images[0]
-    again = deliver(
-        f"{stack.shop}/webhook", forged
-    )  # by whoever has the secret: believed, and too late
+    again = deliver(f"{stack.shop}/webhook", forged)  # with the right secret, but too late
 
     assert (refused.status_code, again.status_code) == (400, 204)
-    assert (drawn["state"], drawn["picture"], drawn["url"]) == ("drawn", image.key, image.url)
+    assert (drawn["state"], drawn["image"], drawn["url"]) == ("drawn", image.key, image.url)
     assert customer.order(location) == drawn
     assert stack.log("shop").count(f"{job_id}: job.succeeded") == 1
 
 
 def ended(order: dict[str, Any]) -> dict[str, Any] | None:
-    """An order that is open no more."""
+    """Return the order if it is closed."""
     return None if order["state"] == "open" else order
 
 
@@ -362,15 +366,15 @@ def deliver(
     return requests.post(url, data=body, headers=headers, timeout=PATIENCE)
 
 
-def test_the_receiver_has_one_effect_for_each_event_and_none_for_what_is_not_signed(
+def test_the_receiver_records_each_event_once_and_refuses_unsigned_ones(
     stack: Stack,
 ) -> None:
-    """A worker's webhook is one row, also when it comes again; a body that was changed on its way is 400 and none."""
+    """A repeated webhook adds no row; a body that was changed is refused with 400."""
     handle = stack.scene.client.submit({"prompt": AT_ONCE}, webhook_url=stack.receiver)
-    rows = wait_until(lambda: received(stack), "the webhook has come")
+    rows = wait_until(lambda: received(stack), "the webhook is recorded")
     result = handle.result(timeout=PATIENCE)
-    ((event, *told),) = rows
-    assert told == [handle.id, result.images[0].url, None]
+    ((event, *columns),) = rows
+    assert columns == [handle.id, result.images[0].url, None]
 
     body = webhook.body_of(handle.id, result, at=time.time())
     again = deliver(stack.receiver, body, name=event, late=1)
@@ -390,17 +394,19 @@ def test_the_receiver_has_one_effect_for_each_event_and_none_for_what_is_not_sig
 
 
 def received(stack: Stack) -> list[tuple[str, ...]]:
-    """What the receiver has written down."""
+    """Return the rows of the receiver's table."""
     with closing(sqlite3.connect(stack.environ["RECEIVER_DATABASE"])) as database:
         known = database.execute("SELECT name FROM sqlite_master").fetchall()
         return database.execute("SELECT * FROM ended").fetchall() if known else []
 
 
-def test_the_script_tells_its_steps_and_saves_what_it_says(stack: Stack, tmp_path: Path) -> None:
-    """Each file has the sha256 that is printed beside it; the receipt names the LoRA with its weight."""
+def test_the_script_prints_steps_and_saves_the_images_it_names(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """Each file has the printed sha256; the receipt names the LoRA with its weight."""
     lora = stack.folder / "style.safetensors"
     lora.write_bytes(lora_bytes())
-    (command,) = commands("script.py", {PROMPT: '{"step": 0.02}', "pictures": str(tmp_path)})
+    (command,) = commands("script.py", {PROMPT: '{"step": 0.02}', "images": str(tmp_path)})
 
     printed = ran([*command, "--lora", f"{lora.as_uri()}:0.8"], stack.environ)
 
@@ -416,10 +422,10 @@ def test_the_script_tells_its_steps_and_saves_what_it_says(stack: Stack, tmp_pat
     assert printed.endswith("base intact: True\n")
 
 
-def test_the_script_says_what_went_wrong_and_cancels_its_job_at_a_ctrl_c(stack: Stack) -> None:
-    """Redis that is away, a LoRA that is not there: one line, and status 1. A Ctrl-C leaves no job behind."""
+def test_the_script_explains_errors_and_cancels_its_job_at_ctrl_c(stack: Stack) -> None:
+    """Without Redis, or with a missing LoRA, the script prints one line and exits with 1."""
     (command,) = commands("script.py")
-    away = run(command, stack.environ | {"ZLORA_BROKER_URL": NOBODY})
+    away = run(command, stack.environ | {"ZLORA_BROKER_URL": NO_REDIS})
     missing = [*command, "--lora", f"{(stack.folder / 'none.safetensors').as_uri()}:1"]
     nothing = run(missing, stack.environ)
     (slow,) = commands("script.py", {PROMPT: SLOWLY})
@@ -432,21 +438,21 @@ def test_the_script_says_what_went_wrong_and_cancels_its_job_at_a_ctrl_c(stack: 
         stopped.send_signal(signal.SIGINT)
 
     assert (away.returncode, away.stderr.count("\n")) == (1, 1)
-    assert away.stderr.endswith("does `zlora up` run?\n")
+    assert away.stderr.endswith("is `zlora up` running?\n")
     assert (nothing.returncode, nothing.stderr.partition(":")[0]) == (1, "lora_not_found")
     with pytest.raises(JobRevoked):
         stack.scene.client.job(first.decode().partition(":")[0]).result(timeout=PATIENCE)
 
 
-def test_gather_draws_eight_seeds_from_a_command_and_from_a_notebook(stack: Stack) -> None:
-    """One line for each as it ends, and a table in the order of the seeds; the same in a loop that runs already."""
+def test_gather_draws_eight_seeds_in_a_command_and_in_a_notebook(stack: Stack) -> None:
+    """Both print a line for each job, and a table in order of the seeds."""
     (command,) = commands("gather.py", {PROMPT: AT_ONCE})
     lines = re.findall(r"^ +>>> (.*)$", docstring("gather.py"), re.MULTILINE)
     cell = "\n".join(lines).replace(f'"{PROMPT}"', repr(AT_ONCE))
 
     for printed in (
         ran(command, stack.environ),
-        ran(["python", "-m", "asyncio"], stack.environ, told=f"{cell}\n"),
+        ran(["python", "-m", "asyncio"], stack.environ, text=f"{cell}\n"),
     ):
         ends = re.findall(r"seed (\d+): (file:\S+)$", printed, re.MULTILINE)
         table = re.findall(r"^ +(\d+) +\d+\.\d\d +\d+\.\d\d$", printed, re.MULTILINE)
@@ -454,8 +460,8 @@ def test_gather_draws_eight_seeds_from_a_command_and_from_a_notebook(stack: Stac
         assert len({path_of(url).read_bytes() for _, url in ends}) == 8
 
 
-def test_the_index_names_every_example() -> None:
-    """And each of its links is a file or a folder."""
+def test_the_index_names_each_example() -> None:
+    """Each of its links is a file or a folder."""
     folder = ROOT / "examples"
     linked = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text())
 

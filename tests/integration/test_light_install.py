@@ -1,4 +1,4 @@
-"""What a producer gets from `pip install z-image-lora`, in an environment of its own."""
+"""`pip install z-image-lora` in an empty environment is enough for a producer."""
 
 import os
 import subprocess
@@ -32,9 +32,9 @@ with zlora.Client.from_env() as client:
 
 
 def test_a_producer_is_light_and_can_submit(broker_url: str, tmp_path: Path) -> None:
-    """The base install brings none of the worker's libraries, yet all that submitting a job takes.
+    """The base install can submit jobs without the worker's libraries.
 
-    Who wants LoRAs looked at first is told what to install.
+    A preflight raises an error that says what to install.
     """
     environ = os.environ | {"ZLORA_BROKER_URL": broker_url}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

@@ -1,7 +1,7 @@
-"""A real worker with the tiny model: its start, the loss of its child process, a full Redis, and its end.
+"""A real worker with the tiny model: its start, a lost child process, a full Redis, its end.
 
-The worker is shared by the tests of this file, because each load of the model takes seconds. The same properties with a
-fake model, and more of them, are in `tests/faults`.
+The worker is shared by the tests of this file, because each load of the model takes seconds. The
+same properties with a fake model, and more of them, are in `tests/faults`.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from support.processes import Worker, path_of, wait_until, worker
-from zlora import Client, JobState
+from zlora import JobState
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a city at night", "num_inference_steps": 60, "seed": 1}
@@ -29,7 +29,7 @@ def change_a_weight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(
     worker_environ: dict[str, str], change_a_weight: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Worker]:
-    """The worker of this file."""
+    """Return the worker of this file."""
     fault = change_a_weight.with_name("python")
     fault.mkdir()
     (fault / "sitecustomize.py").write_text(_CHANGE_A_WEIGHT.format(order=str(change_a_weight)))
@@ -37,23 +37,6 @@ def running(
     with worker(worker_environ | {"PYTHONPATH": str(fault)}, log) as started:
         started.wait_ready()
         yield started
-
-
-def test_worker_without_its_model_exits_with_one_line_and_takes_no_job(
-    worker_environ: dict[str, str], tmp_path: Path
-) -> None:
-    environ = worker_environ | {"ZLORA_MODEL": "/nonexistent", "ZLORA_QUEUE": "no-model"}
-
-    with Client.from_env(environ) as client:
-        handle = client.submit(SMALL)
-        with worker(environ, tmp_path / "log") as failing:
-            status = failing.process.wait(60)
-
-        assert status == 70
-        (line,) = failing.lines("CRITICAL")
-        assert "/nonexistent: no such file or folder, and not a hub id such as owner/name" in line
-        assert not failing.lines("Traceback")
-        assert handle.status().state is JobState.PENDING
 
 
 def test_invalid_setting_ends_the_worker_with_one_line(

@@ -1,4 +1,4 @@
-"""A thousand jobs of one process at once: what they cost it, and whether each result is the job's own."""
+"""Many jobs of one process at once: their cost, and whether each result belongs to its job."""
 
 import asyncio
 import os
@@ -13,22 +13,20 @@ from zlora import AsyncClient, AsyncJobHandle, Client, JobHandle
 from zlora.errors import ZloraError
 
 PATIENCE = 240.0  # seconds
-Look = Callable[[int], None]  # is told how many results are there
+Look = Callable[[int], None]  # called with the number of results so far
 
 
 class Crowd(NamedTuple):
-    """What was seen of it. Memory is this process's own, in MB, grown from the first job to the last result."""
+    """Measurements of one process; `megabytes` is its growth from the first job to the last result."""
 
     seconds: float
-    missed: list[str]  # without a result of its own
+    missed: list[str]  # ids of jobs without their own result
     megabytes: float
-    connections: (
-        int  # at most, as counted while the jobs were waited for; those of before are left out
-    )
+    connections: int  # opened since the start, the most at any time
 
 
 def submitted_and_awaited(client: Client, jobs: int, *, look: Look | None = None) -> Crowd:
-    """By one thread: all are submitted, and then each is waited for."""
+    """Submit all jobs, then wait for each, in one thread."""
     start, before, open_before = time.monotonic(), resident(), sockets()
     handles: list[JobHandle] = client.submit_many(map(request, names(jobs)), job_ids=names(jobs))
     missed, most = [], 0
@@ -43,7 +41,7 @@ def submitted_and_awaited(client: Client, jobs: int, *, look: Look | None = None
 
 
 async def gathered(client: AsyncClient, jobs: int, *, look: Look | None = None) -> Crowd:
-    """By one event loop: all are waited for at once."""
+    """Submit all jobs, and wait for all of them at once, in one event loop."""
     start, before, open_before = time.monotonic(), resident(), sockets()
     handles = await client.submit_many(map(request, names(jobs)), job_ids=names(jobs))
     done, most = 0, 0
@@ -66,12 +64,12 @@ async def gathered(client: AsyncClient, jobs: int, *, look: Look | None = None) 
 
 
 def names(jobs: int) -> list[str]:
-    """Their ids."""
+    """Return the ids of the jobs."""
     return [f"crowd-{index}" for index in range(jobs)]
 
 
 def is_own(handle: JobHandle) -> bool:
-    """Whether a result is there, and the job's."""
+    """Return whether the job has a result with its id."""
     try:
         return handle.result(timeout=PATIENCE).job_id == handle.id
     except ZloraError:
@@ -79,17 +77,17 @@ def is_own(handle: JobHandle) -> bool:
 
 
 def resident() -> float:
-    """Megabytes of this process that lie in memory."""
+    """Megabytes of memory that this process uses (resident set size)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
 
 def sockets() -> int:
-    """Connections that this process has open."""
+    """Number of open sockets of this process."""
     return sum(target.startswith("socket:") for target in _open_files())
 
 
 def _open_files() -> Iterator[str]:
     for name in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the list's own, by then
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
             yield os.readlink(f"/proc/self/fd/{name}")

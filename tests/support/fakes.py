@@ -1,4 +1,4 @@
-"""Factories: the tiny model in this process, LoRA files of a few KB for it, and a store in memory."""
+"""Factories of the tiny model, of LoRA files of a few KB, and of a store in memory."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ from zlora_worker.settings import Settings
 
 Tensors: TypeAlias = dict[str, Tensor]
 
-PARTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")  # whatever has weights
-# Where merged weights can be: the variables of a worker. Those of a GPU run where there is one.
+PARTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")  # all components with weights
+# A worker's variables for each mode of the patch and each device; GPUs only if there is one.
 PLACES: Final = tuple(
     pytest.param({"ZLORA_PATCH": mode, "ZLORA_DEVICE": device}, id=f"{mode}-{device}", marks=marks)
     for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
@@ -33,7 +33,7 @@ PLACES: Final = tuple(
 
 
 class Target(NamedTuple):
-    """A linear layer of the tiny model, in both spellings that people have for it; its weight is `rows` x `columns`."""
+    """Linear layer of the tiny model in two spellings; its weight is `rows` x `columns`."""
 
     component: str
     module: str
@@ -68,24 +68,28 @@ TEXT: Final = tuple(
     )
 )
 
-# What diffusers says of its own insides, once a picture; the pictures tell whether it matters.
+# diffusers warns about its own code with each image; the tests compare the images.
 upcast_vae: Final = pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
 
 
 def settings(home: Path, **variables: str) -> Settings:
-    """The settings of a worker on the CPU with the tiny model of its data folder."""
-    its = {"ZLORA_HOME": str(home), "ZLORA_MODEL": str(tiny_model(home)), "ZLORA_DEVICE": "cpu"}
-    return Settings.from_env(its | variables)
+    """Return the settings of a worker on the CPU with the tiny model of a data folder."""
+    defaults = {
+        "ZLORA_HOME": str(home),
+        "ZLORA_MODEL": str(tiny_model(home)),
+        "ZLORA_DEVICE": "cpu",
+    }
+    return Settings.from_env(defaults | variables)
 
 
 def load_engine(home: Path, **variables: str) -> Pipeline:
-    """An engine as a worker would have it, on one thread: pictures depend on their number."""
+    """Load a pipeline as a worker does, with one thread: images depend on their number."""
     torch.set_num_threads(1)
     return loader.load(settings(home, **variables))
 
 
 def a_request(**fields: Any) -> GenerateRequest:
-    """A small job: the model's native size and one step where `fields` say nothing else."""
+    """Return a small job: native size and one step, unless `fields` differ."""
     small: dict[str, Any] = {"prompt": "a city at night", "num_inference_steps": 1}
     return GenerateRequest(**small | fields)
 
@@ -108,30 +112,30 @@ def image_provenance(request: GenerateRequest, **fields: Any) -> ImageProvenance
     return ImageProvenance(**some | fields)
 
 
-def pixels(engine: Pipeline, *, seed: int = 7, **fields: Any) -> bytes:
-    """The picture of a small job, as RGB bytes."""
-    return engine.draw(a_request(**fields), seed, lambda _step: None).tobytes()
+def pixels(model: Pipeline, *, seed: int = 7, **fields: Any) -> bytes:
+    """Draw the image of a small job and return its RGB bytes."""
+    return model.draw(a_request(**fields), seed, lambda _step: None).tobytes()
 
 
 def difference(one: bytes, other: bytes) -> int:
-    """The greatest difference between two pictures of equal size, in steps of 1/255."""
+    """Return the greatest difference between two images of equal size, in steps of 1/255."""
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def weights(engine: Pipeline, component: str) -> Tensors:
-    """The tensors of a component themselves, so that a test can damage them."""
-    tensors: Tensors = getattr(engine.pipeline, component).state_dict()
+def weights(model: Pipeline, component: str) -> Tensors:
+    """Return the tensors of a component, not copies: a test may damage them."""
+    tensors: Tensors = getattr(model.pipeline, component).state_dict()
     return tensors
 
 
 def copy_model(home: Path, target: Path) -> Path:
-    """A copy of the tiny model's folder, to be damaged."""
+    """Copy the folder of the tiny model, so that a test can damage it."""
     shutil.copytree(tiny_model(home), target)
     return target
 
 
 def write(path: Path, tensors: Tensors) -> Path:
-    """A safetensors file at `path`."""
+    """Write a safetensors file to `path` and return `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {key: tensor.clone().contiguous() for key, tensor in tensors.items()},
@@ -142,13 +146,13 @@ def write(path: Path, tensors: Tensors) -> Path:
 
 
 def lora_tensors(home: Path, name: str) -> Tensors:
-    """The tensors of one of the tiny model's LoRAs."""
+    """Read the tensors of one of the tiny LoRAs."""
     tensors: Tensors = load_file(tiny_lora(home, name))
     return tensors
 
 
 def peft_lora(targets: Sequence[Target] = UNET, *, ranks: Sequence[int] = (2,)) -> Tensors:
-    """A random LoRA in peft's spelling; the ranks go round."""
+    """Return a random LoRA in peft's spelling; the ranks rotate."""
     return {
         f"{target.component}.{target.module}.lora_{factor}.weight": tensor
         for target, pair in _factors(targets, ranks)
@@ -157,7 +161,7 @@ def peft_lora(targets: Sequence[Target] = UNET, *, ranks: Sequence[int] = (2,)) 
 
 
 def kohya_lora(targets: Sequence[Target] = UNET) -> Tensors:
-    """The same change in kohya's spelling: alpha is half the rank, and the up factors are doubled."""
+    """Return the same LoRA in kohya's spelling: alpha is half the rank, up factors are doubled."""
     tensors: Tensors = {}
     for target, (down, up) in _factors(targets, (2,)):
         tensors[f"{target.kohya}.alpha"] = torch.tensor(len(down) / 2)
@@ -176,12 +180,12 @@ def _factors(
 
 
 def links(store: Store) -> ImageUrls:
-    """What a worker with no settings makes of its results."""
+    """Return the image URLs of a worker with default settings."""
     return ImageUrls(store, Settings.from_env({}))
 
 
 class MemoryStore:
-    """A store in memory, in the order of arrival, with room for so many objects."""
+    """Store in memory with room for so many objects, in the order of arrival."""
 
     own_urls: Final = "file"
 
@@ -192,7 +196,7 @@ class MemoryStore:
     def put_new(
         self, key: str, data: bytes, content_type: str, *, stop: Event | None = None
     ) -> bool:
-        """Keep the object where there is none, or fail where there is no room."""
+        """Keep the object if the key is absent; raise `StoreFailed` if the store is full."""
         if key in self.objects:
             return False
         if len(self.objects) >= self._room:
@@ -201,20 +205,20 @@ class MemoryStore:
         return True
 
     def get(self, key: str) -> bytes | None:
-        """What is under the key."""
+        """Return the object, or None."""
         return self.objects[key][0] if key in self.objects else None
 
     def delete(self, key: str) -> None:
-        """Forget the object."""
+        """Delete the object."""
         self.objects.pop(key, None)
 
     def probe(self) -> None:
-        """There is nothing that could refuse."""
+        """Do nothing: a store in memory always works."""
 
     def name(self, key: str) -> str:
-        """The key as it is."""
+        """Return the key."""
         return key
 
     def url(self, key: str, seconds: int) -> str:
-        """Where it would be."""
+        """Return a URL that cannot be opened."""
         return f"memory:///{key}"

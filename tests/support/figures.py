@@ -58,7 +58,8 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Print the sums if fault tests ran."""
-    file = config._tmp_path_factory.getbasetemp() / _FILE  # type: ignore[attr-defined]  # pytest has no public way
+    # pytest has no public way
+    file = config._tmp_path_factory.getbasetemp() / _FILE  # type: ignore[attr-defined]
     if file.exists():
         total = sum((Tally(**json.loads(line)) for line in file.read_text().splitlines()), Tally())
         terminalreporter.section("faults")

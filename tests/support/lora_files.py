@@ -1,8 +1,7 @@
-"""Factories of LoRA files in every spelling, and what they do to the tiny model, worked out apart from the worker."""
+"""LoRA files in every spelling, and their effect on the tiny model without the worker's code."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -44,40 +43,39 @@ class Layer(NamedTuple):
 
     @property
     def bare(self) -> str:
-        """The module's name without what only some releases of transformers put before it."""
+        """Module's name without the prefix that only some releases of transformers have."""
         return self.module.removeprefix("text_model.")
 
     def change(self, *, with_alpha: bool) -> Tensor:
-        """In fp64, as a matrix."""
+        """Compute the delta as a matrix in fp64."""
         scale = self.alpha / len(self.down) if with_alpha else 1.0
         return scale * self.up.double().flatten(1) @ self.down.double().flatten(1)
 
 
-def snapshot(engine: Pipeline) -> State:
-    """A copy of every weight that a LoRA could change."""
+def snapshot(model: Pipeline) -> State:
+    """Copy every weight that a LoRA can change."""
     return {
         (component, name): parameter.detach().clone()
         for component in ADAPTED
-        for name, parameter in getattr(engine.pipeline, component).named_parameters()
+        for name, parameter in getattr(model.pipeline, component).named_parameters()
     }
 
 
-@contextmanager
-def only_inside(engine: Pipeline) -> Iterator[None]:
-    """Whatever happens inside, afterwards every weight is bit for bit what it was."""
-    before = snapshot(engine)
-    yield
-    after = snapshot(engine)
+def require_unchanged(model: Pipeline, before: State) -> None:
+    """Raise `AssertionError` if any weight differs from its copy in a single bit."""
     assert [
-        weight for weight, tensor in before.items() if not torch.equal(tensor, after[weight])
+        f"{component}.{name}"
+        for component in ADAPTED
+        for name, parameter in getattr(model.pipeline, component).named_parameters()
+        if not torch.equal(parameter, before[component, name])
     ] == []
 
 
 def require_equal(merged: State, base: State, expected: Mapping[Weight, Tensor]) -> None:
-    """Each expected weight is met within the tolerance and differs from the base; all others are the base's bits."""
+    """Require each expected weight within the tolerance, and the base's bits in all others."""
     assert expected
     for weight, tensor in expected.items():
-        assert not torch.equal(merged[weight], base[weight]), f"{weight} is the base's"
+        assert not torch.equal(merged[weight], base[weight]), f"{weight} is unchanged"
         off = (merged[weight].double() - tensor.double().view_as(merged[weight])).abs().max()
         assert float(off) <= TOLERANCE * float(tensor.abs().max()), (
             f"{weight} is off by {float(off)}"
@@ -90,7 +88,10 @@ def require_equal(merged: State, base: State, expected: Mapping[Weight, Tensor])
 
 
 def stability_names(unet: Any) -> dict[str, str]:
-    """By the tests' own writer of checkpoints, which diffusers reads back."""
+    """Return Stability's names of a UNet's modules by diffusers' names.
+
+    They come from the tests' own writer of checkpoints, whose files diffusers reads.
+    """
     state = {key: tensor for key, tensor in unet.state_dict().items() if key.endswith(".weight")}
     moved = single_file._moved(state, single_file._unet_places(unet.config), single_file.UNET_INNER)
     by_tensor = {id(tensor): key for key, tensor in moved.items()}
@@ -100,7 +101,7 @@ def stability_names(unet: Any) -> dict[str, str]:
 def layers_for(
     weights: Mapping[Weight, Tensor], *, ranks: Sequence[int] = (2, 3, 1)
 ) -> list[Layer]:
-    """A random layer for each matrix or kernel, but no embeddings; ranks go round, and each has another alpha."""
+    """Make a random layer for each matrix or kernel but embeddings; ranks and alphas rotate."""
     generator = torch.Generator().manual_seed(20260102)
     layers, rank_of, alpha_of = [], cycle(ranks), cycle((1.0, 0.5, 4.0, 2.5))
     for (component, name), weight in weights.items():
@@ -120,7 +121,7 @@ def merged_by_hand(
     *,
     with_alpha: bool,
 ) -> State:
-    """The weights that change, in fp64."""
+    """Compute the weights that change, in fp64."""
     merged = {}
     for layer in layers:
         weight = layer.component, f"{layer.module}.weight"
@@ -130,7 +131,7 @@ def merged_by_hand(
 
 
 def spelt(layers: Sequence[Layer], speller: Speller, names: Names) -> Tensors:
-    """All layers as one file."""
+    """Write all layers into the tensors of one file."""
     tensors: Tensors = {}
     for layer in layers:
         tensors |= speller(layer, names)
@@ -138,13 +139,13 @@ def spelt(layers: Sequence[Layer], speller: Speller, names: Names) -> Tensors:
 
 
 def lycoris_tensors(module: nn.Module, prefix: str) -> Tensors:
-    """The tensors of one of LyCORIS' modules, as its own files name them."""
+    """Return the tensors of a LyCORIS module under the names in its files."""
     state = module.custom_state_dict()  # type: ignore[operator] # its modules
     return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in state.items()}
 
 
 def effect(layer: nn.Module, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The weight of a shape, and the bias, that a linear layer or an odd convolution acts with, by its answers."""
+    """Return the weight and the bias of a linear layer or an odd convolution from its outputs."""
     _, *sides = shape
     inputs = math.prod(sides)
     impulses = torch.eye(inputs).view(inputs, *sides)
@@ -156,7 +157,7 @@ def effect(layer: nn.Module, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, Any]) -> State:
-    """Write a random LoRA of all components to a folder as diffusers does; what peft merges."""
+    """Write a random LoRA of all components as diffusers does; return the weights peft merges."""
     from diffusers import StableDiffusionXLPipeline
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -207,11 +208,12 @@ def _kohya(prefix: str, layer: Layer) -> Tensors:
 
 
 def _prefixed(unet: str, text: str, layer: Layer, unet_name: str) -> str:
-    """`text` has a place for the encoder's number or letter."""
+    # `text` contains a field for the number or the letter of the text encoder.
     if layer.component == "unet":
         return f"{unet}{unet_name}"
     second = layer.component == "text_encoder_2"
-    return f"{text.format(number=2 if second else 1, letter='g' if second else 'l')}text_model.{layer.bare}"
+    prefix = text.format(number=2 if second else 1, letter="g" if second else "l")
+    return f"{prefix}text_model.{layer.bare}"
 
 
 def kohya_of_stability(layer: Layer, names: Names) -> Tensors:
@@ -285,7 +287,6 @@ def diffusers(layer: Layer, _names: Names) -> Tensors:
 
 
 def diffusers_processors(layer: Layer, _names: Names) -> Tensors:
-    """Of attention alone."""
     block, _, leaf = layer.module.removesuffix(".0").rpartition(".")
     prefix = f"unet.{block}.processor.{leaf}_lora"
     if layer.component != "unet":

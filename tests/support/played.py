@@ -1,4 +1,4 @@
-"""A worker's part, played: what it says of jobs, over the connections of whoever waits for them."""
+"""Play the part of a worker: store states of jobs over the connections of a client."""
 
 import os
 import signal
@@ -11,22 +11,22 @@ from zlora.testing import MemoryWorker
 
 
 def inside(client: Client) -> Any:
-    """The client's side of Redis."""
+    """Return the broker of a client."""
     return client._broker
 
 
 def says(client: Client, job_id: str, value: Any, state: str) -> None:
-    """A worker's answer."""
+    """Store a state of a job."""
     inside(client)._backend.store_result(job_id, value, state)
 
 
 def ends(client: Client, job_id: str) -> None:
-    """The job has succeeded."""
+    """Store the success of a job."""
     says(client, job_id, to_dict(result_of(job_id)), "SUCCESS")
 
 
 def result_of(job_id: str) -> GenerateResult:
-    """A result without pictures."""
+    """Return a result without images."""
     return GenerateResult(
         job_id=job_id,
         images=(),
@@ -40,14 +40,14 @@ def result_of(job_id: str) -> GenerateResult:
 
 
 class Signalling(MemoryWorker):
-    """Sends a signal when so many jobs have come, and all of them while jobs are cancelled."""
+    """Sends SIGTERM after a number of submissions, and more signals while jobs are cancelled."""
 
     def __init__(self, *, after: int) -> None:
         super().__init__(paused=True)
         self._after = after
 
-    def put(self, entries: Any) -> None:
-        super().put(entries)
+    def put(self, jobs: Any) -> None:
+        super().put(jobs)
         if len(self.requests) == self._after:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -58,7 +58,7 @@ class Signalling(MemoryWorker):
 
 
 def hang_up(app: Celery) -> None:
-    """Give all connections of an app back, with those that it has of its own accord."""
+    """Close all connections of an app, including those of its result consumer."""
     backend: Any = app.backend
     backend.client.connection_pool.disconnect()
     if (watching := backend.result_consumer._pubsub) is not None:

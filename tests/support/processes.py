@@ -27,7 +27,10 @@ class Enter(Protocol):
 
 
 def wait_until(look: Callable[[], T | None], what: str) -> T:
-    """Return the first value of `look` that is not None or False. Raises `TimeoutError` after `PATIENCE` seconds."""
+    """Return the first value of `look` that is not None or False.
+
+    Raises `TimeoutError` after `PATIENCE` seconds.
+    """
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if found := look():
@@ -58,7 +61,7 @@ def unlinked(result: GenerateResult) -> GenerateResult:
 
 
 def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with `variables`, and without other variables of this project."""
+    """Return this process's environment, with `variables` and no others of this project."""
     ours = ("ZLORA_", "COZY_", "FILE_API_", "AWS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(
         variables
@@ -119,7 +122,7 @@ def _is_sidecar(process: int) -> bool:
 def worker(
     environ: Mapping[str, str], log: Path, *options: str, app: str = "zlora_worker.app"
 ) -> Iterator[Worker]:
-    """Run a worker process that logs text; after the block it gets a SIGTERM, and 30 s later a SIGKILL."""
+    """Run a worker that logs text; after the block it gets SIGTERM, and 30 s later SIGKILL."""
     full = clean_environ({"ZLORA_LOG": "text", **environ})
     celery = [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel", "INFO"]
     with log.open("wb") as output, Client.from_env(full) as client:

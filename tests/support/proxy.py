@@ -11,17 +11,20 @@ from support.figures import Tally
 
 _CHUNK: Final = 65_536  # bytes
 _PATIENCE: Final = 60.0  # seconds
-_GO_ON: Final = b"HTTP/1.1 100 "  # no answer yet: the request's body may come
+_GO_ON: Final = b"HTTP/1.1 100 "  # no answer yet, only a request for the body
 
 
 @dataclass
 class _Link:
-    """One connection through the proxy. Once it is dark it stays so, as behind a router that has forgotten it."""
+    """One connection through the proxy.
+
+    Once it is dark it stays so, as behind a router that has forgotten it.
+    """
 
     client: socket.socket
     server: socket.socket
     dark: bool = False
-    mute: bool = False  # what the server answers next ends it
+    mute: bool = False  # the next answer of the server ends the connection
 
     def close(self) -> None:
         for end in (self.client, self.server):
@@ -31,7 +34,7 @@ class _Link:
 
 
 class Proxy:
-    """Forwards a free loopback port to `target`, another one, until it is told otherwise."""
+    """Forwards a free loopback port to the port `target`, with the faults that a test orders."""
 
     def __init__(self, target: int, tally: Tally) -> None:
         self._target, self._tally, self._lock = target, tally, Lock()
@@ -56,7 +59,7 @@ class Proxy:
         self._close_all()
 
     def black_out(self) -> None:
-        """From now on every byte is swallowed: connections are open and accepted, and nobody answers."""
+        """Swallow every byte from now on; connections stay open and are accepted."""
         self._tally.fault()
         with self._lock:
             self._dark = True
@@ -64,27 +67,27 @@ class Proxy:
                 link.dark = True
 
     def restore(self) -> None:
-        """New connections are served again; those of the dark time stay dead until somebody gives them up."""
+        """Serve new connections again; those of the dark time stay dark."""
         with self._lock:
             self._dark = self._down = False
             self._fuse = None
 
     def break_at(self, pattern: bytes, once: Event | None = None) -> None:
-        """As soon as a client sends what matches: nothing more is forwarded, and every connection is refused.
+        """Refuse all connections as soon as a client sends bytes that match.
 
-        What matches is kept waiting, and all else is forwarded, until `once` is set.
+        If `once` is given, matching bytes wait until it is set, and others are forwarded.
         """
         with self._lock:
             self._fuse, self._answered, self._once = re.compile(pattern), False, once
 
     def lose_answer_to(self, pattern: bytes) -> None:
-        """As `break_at`, but the server has the request, and has answered it: only the client does not hear of it."""
+        """Break as `break_at`, but after the server has answered the matching request."""
         with self._lock:
             self._fuse, self._answered, self._once = re.compile(pattern), True, None
 
     @property
     def is_down(self) -> bool:
-        """Whether it refuses."""
+        """Whether connections are refused."""
         return self._down
 
     def _close_all(self) -> None:
@@ -104,7 +107,7 @@ class Proxy:
                 continue
             try:
                 server = socket.create_connection(("127.0.0.1", self._target), timeout=5)
-            except OSError:  # the server is down: so is the proxy, to this client
+            except OSError:  # the server is down
                 client.close()
                 continue
             server.settimeout(None)
@@ -115,7 +118,7 @@ class Proxy:
                 Thread(target=self._pump, args=(link, source, sink), daemon=True).start()
 
     def _pump(self, link: _Link, source: socket.socket, sink: socket.socket) -> None:
-        """Carry bytes one way until either end is closed; in the dark, until the source's end."""
+        """Carry bytes one way until either end is closed; in the dark, until the source ends."""
         try:
             while data := source.recv(_CHUNK):
                 if self._is_fused(data):
@@ -133,7 +136,7 @@ class Proxy:
             link.close()
 
     def _is_fused(self, data: bytes) -> bool:
-        """Whether this is what it waits for; of several who send that at a time, one is told so."""
+        """Return whether bytes match; of several matches at a time, True for one."""
         with self._lock:
             fuse, once = self._fuse, self._once
         if fuse is None or not fuse.search(data):

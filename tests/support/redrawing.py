@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 from PIL import Image
 from support.fakes import MemoryStore, links
+from support.jobs import run_job
 from zlora.schema import GenerateRequest
+from zlora_worker.child import Child
 from zlora_worker.fetch.cache import Cache
-from zlora_worker.generate import Child, generate
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.monitoring.metrics import Meter
@@ -17,10 +18,6 @@ from zlora_worker.results import encoding
 from zlora_worker.results.metadata import embed_metadata, provenance_of
 from zlora_worker.results.provenance import ImageProvenance
 from zlora_worker.settings import Settings
-
-
-def ignore_progress(_phase: str, _done: int, _total: int) -> None:
-    """Report progress to no one."""
 
 
 class Drawing:
@@ -41,15 +38,15 @@ class Drawing:
         if request.loras or name not in self._stored:
             store = MemoryStore()
             child = Child(
-                engine=self._engine,
-                cache=Cache.open(settings),
-                shelf=LoraMemoryCache(max_bytes=10**9),
+                model=self._engine,
+                lora_files=Cache.open(settings),
+                loras=LoraMemoryCache(max_bytes=10**9),
                 store=store,
-                links=links(store),
+                urls=links(store),
                 job_timeout=60,
                 meter=Meter(),
             )
-            generate(child, job_id, request, ignore_progress)
+            run_job(child, job_id, request)
             self._stored[name] = {key: data for key, (data, _) in store.objects.items()}
         for key, data in self._stored[name].items():
             (folder / key).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""An HTTP proxy between a worker and an S3 server. The Host header stays as it was: signatures cover it."""
+"""An HTTP proxy between a worker and an S3 server.
+
+The Host header stays as it was: signatures cover it.
+"""
 
 import re
 import socket
@@ -11,7 +14,7 @@ from typing import BinaryIO, Final, Self
 
 from support.figures import Tally
 
-_PATIENCE: Final = 60.0  # seconds after which a peer that does nothing is given up
+_PATIENCE: Final = 60.0  # seconds without any byte until a connection is closed
 _SLOW_DOWN: Final = (
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -20,7 +23,7 @@ _GO_ON: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @dataclass(frozen=True)
 class Request:
-    """What a client sends, as it came; without `Expect`, which is for this hop and not signed."""
+    """A client's request, without `Expect`, which is for one hop and not signed."""
 
     method: str
     target: str
@@ -34,14 +37,15 @@ class Request:
 
 
 class Broken(Exception):
-    """The connection with the client ends, after `sent`."""
+    """Ends the connection with the client after the bytes `sent`."""
 
     def __init__(self, sent: bytes = b"") -> None:
         super().__init__(sent)
         self.sent = sent
 
 
-# What becomes of a request: each takes the proxy and the request, and returns the bytes of an answer.
+# What becomes of a request: each takes the proxy and the request, and returns the bytes of an
+# answer.
 Fault = Callable[["S3Proxy", Request], bytes]
 
 
@@ -50,30 +54,30 @@ def _none(proxy: "S3Proxy", request: Request) -> bytes:
 
 
 def slow_down(_proxy: "S3Proxy", _request: Request) -> bytes:
-    """The server is busy."""
+    """Answer that the server is busy."""
     return b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%s" % (len(_SLOW_DOWN), _SLOW_DOWN)
 
 
 def drop_request(_proxy: "S3Proxy", _request: Request) -> bytes:
-    """The server does not hear of it."""
+    """Lose the request before the server."""
     raise Broken
 
 
 def drop_answer(proxy: "S3Proxy", request: Request) -> bytes:
-    """The server has done it, and the client does not hear of it."""
+    """Lose the answer of the server."""
     proxy.forward(request)
     raise Broken
 
 
 def cut_request(proxy: "S3Proxy", request: Request) -> bytes:
-    """The server gets half a body."""
+    """Send half of the request's body to the server."""
     with proxy.connection() as server:
         server.sendall(request.head + request.body[: len(request.body) // 2])
     raise Broken
 
 
 def hold(proxy: "S3Proxy", request: Request) -> bytes:
-    """The server has half a body, and waits for the rest."""
+    """Send half of the request's body, and keep the connection open."""
     with proxy.connection() as server:
         server.sendall(request.head + request.body[: len(request.body) // 2])
         proxy.held.set()
@@ -82,18 +86,18 @@ def hold(proxy: "S3Proxy", request: Request) -> bytes:
 
 
 def change_request(proxy: "S3Proxy", request: Request) -> bytes:
-    """A byte of the body is another one when the server gets it."""
+    """Change one byte of the request's body."""
     return b"".join(proxy.forward(request, body=_changed(request.body)))
 
 
 def cut_answer(proxy: "S3Proxy", request: Request) -> bytes:
-    """The client gets half a body."""
+    """Send half of the answer's body to the client."""
     head, body = proxy.forward(request)
     raise Broken(head + body[: len(body) // 2])
 
 
 def change_answer(proxy: "S3Proxy", request: Request) -> bytes:
-    """A byte of the body is another one when the client gets it."""
+    """Change one byte of the answer's body."""
     head, body = proxy.forward(request)
     return head + _changed(body)
 
@@ -104,9 +108,9 @@ def _changed(body: bytes) -> bytes:
 
 
 class S3Proxy:
-    """Forwards a free loopback port to `target`, another one, but for what it is told.
+    """Forwards a free loopback port to the port `target`, with the faults that a test orders.
 
-    `held` is set while `hold` is on, and `released` ends that.
+    `held` is set while `hold` waits, and setting `released` ends the wait.
     """
 
     def __init__(self, target: int, tally: Tally) -> None:
@@ -131,7 +135,7 @@ class S3Proxy:
         self._listener.close()
 
     def meet(self, pattern: str, *faults: Fault) -> None:
-        """The next requests whose line matches meet these faults, one each, in this order; `asked` begins anew."""
+        """Give the next matching requests these faults, one each; `asked` is cleared."""
         with self._lock:
             self._faults = [(re.compile(pattern), fault) for fault in faults]
             self.asked.clear()
@@ -140,15 +144,15 @@ class S3Proxy:
 
     @property
     def is_harmless(self) -> bool:
-        """Whether each fault that it was told of has happened."""
+        """Whether all ordered faults have happened."""
         return not self._faults
 
     def connection(self) -> socket.socket:
-        """One to the server."""
+        """Open a connection to the server."""
         return socket.create_connection(("127.0.0.1", self._target), timeout=_PATIENCE)
 
     def forward(self, request: Request, *, body: bytes | None = None) -> tuple[bytes, bytes]:
-        """The server's answer, up to the body and that; `body` goes in place of the request's."""
+        """Return head and body of the server's answer; `body` replaces that of the request."""
         with self.connection() as server:
             server.sendall(request.head + (request.body if body is None else body))
             with HTTPResponse(server, method=request.method) as answer:
@@ -178,7 +182,7 @@ class S3Proxy:
             Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        """One request after the other, until either side ends it."""
+        """Serve one request after the other until either side closes the connection."""
         with client, client.makefile("rb") as stream, suppress(OSError, HTTPException):
             while (request := _received(client, stream)) is not None:
                 try:
@@ -200,7 +204,7 @@ class S3Proxy:
 
 
 def _received(client: socket.socket, stream: BinaryIO) -> Request | None:
-    """The next request; None where the client has ended the connection."""
+    """Return the next request, or None if the client has closed the connection."""
     lines = list(iter(stream.readline, b"\r\n")) if (first := stream.readline()) else []
     if not first:
         return None

@@ -1,4 +1,4 @@
-"""A queue for one fault test: real workers with a fake model, and an audit of all jobs at the end."""
+"""A queue for one fault test: real workers, a fake model, and an audit of all jobs."""
 
 import hashlib
 import json
@@ -72,14 +72,14 @@ class Scene:
 
     @contextmanager
     def worker(self, name: str = "one", **variables: str) -> Iterator[Worker]:
-        """Run a worker, with `variables` besides the scene's, and enter the block when it takes jobs."""
+        """Run a worker with additional `variables`, and enter the block when it takes jobs."""
         with self.starting_worker(name, **variables) as running:
             running.wait_ready()
             yield running
 
     @contextmanager
     def starting_worker(
-        self, name: str = "one", *, options: tuple[str, ...] = (), **variables: str
+        self, name: str = "one", options: tuple[str, ...] = (), /, **variables: str
     ) -> Iterator[Worker]:
         """Run a worker, and enter the block while it starts."""
         log = self.folder / f"{name}-{uuid.uuid4().hex[:6]}.log"
@@ -145,7 +145,7 @@ class Scene:
         fields: Mapping[str, Any] | None = None,
         **orders: Any,
     ) -> JobHandle:
-        """Submit a job; `orders` are for the fake model, `fields` for the request, `options` for the client."""
+        """Submit a job: `orders` for the fake model, request `fields`, client `options`."""
         options = orders.pop("options", {})
         name = job_id or f"job-{uuid.uuid4().hex[:10]}"
         handle = self.client.submit(
@@ -161,7 +161,7 @@ class Scene:
     # What happened
 
     def events(self, what: str, handle: JobHandle | None = None) -> list[dict[str, Any]]:
-        """Return the events of the fakes' journal in order; those of one job if `handle` is given."""
+        """Return events of the fakes' journal in order, all or those of one job."""
         if not self.journal.exists():
             return []
         found = [
@@ -184,9 +184,9 @@ class Scene:
         """Wait until a job was begun `times` times."""
         wait_until(lambda: self.begun(handle) >= times, f"job {handle.id} is begun {times} times")
 
-    def at(self, handle: JobHandle, time: int) -> float:
-        """Return when a job was begun for the n-th time, in seconds since the epoch."""
-        return float(self.events("begin", handle)[time - 1]["at"])
+    def at(self, handle: JobHandle, attempt: int) -> float:
+        """Return when the n-th attempt of a job began, in seconds since the epoch."""
+        return float(self.events("begin", handle)[attempt - 1]["at"])
 
     def wait_step(self, handle: JobHandle, step: int = 1) -> None:
         """Wait until a job has done `step` steps."""

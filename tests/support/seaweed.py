@@ -1,4 +1,4 @@
-"""A real S3 server."""
+"""A real S3 server, SeaweedFS."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 BUCKET = "pictures"
 _ATTEMPTS = 3
 _HIGHEST = 55_000
-_GRPC = 10_000  # above each port is its companion, where SeaweedFS speaks gRPC
+_GRPC = 10_000  # added to each port is another one, on which SeaweedFS speaks gRPC
 _ADMIN = {
     "name": "all",
     "credentials": [{"accessKey": "key", "secretKey": "secret"}],
@@ -51,7 +52,7 @@ _SMALL = (
     "-volume.max=20",
     "-master.volumeSizeLimitMB=64",
 )
-# A worker's, which has no more rights than it needs.
+# Credentials of a worker, with no more rights than it needs.
 ENVIRON = {
     "AWS_ACCESS_KEY_ID": "worker-key",
     "AWS_SECRET_ACCESS_KEY": "worker-secret",
@@ -61,21 +62,21 @@ ENVIRON = {
 
 @contextmanager
 def seaweed(folder: Path) -> Iterator[int]:
-    """A SeaweedFS with an empty bucket; the port of its S3. One whose ports were taken meanwhile gets others."""
+    """Run a server with an empty bucket, and yield the port of S3; taken ports are replaced."""
     for attempt in range(_ATTEMPTS):
         ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
         server, port = _started(folder / str(attempt), ports), ports["s3"]
         try:
             wait_until(
-                lambda: server.poll() is not None or _is_healthy(port),  # noqa: B023 - called at once
+                partial(_has_ended_or_is_healthy, server, port),
                 "SeaweedFS is healthy, or has ended",
             )
             if server.poll() is None or attempt == _ATTEMPTS - 1:
-                wait_until(lambda: client(port).create_bucket(Bucket=BUCKET), "the bucket is made")  # noqa: B023
+                wait_until(partial(client(port).create_bucket, Bucket=BUCKET), "the bucket exists")
                 yield port
                 return
         finally:
-            server.kill()  # its clean end takes 16 s, and nothing of it is kept
+            server.kill()  # a clean end takes 16 s, and no data is kept
             server.wait(10)
             _remove_sockets(ports.values())
 
@@ -101,7 +102,7 @@ def _started(folder: Path, ports: Mapping[str, int]) -> "subprocess.Popen[bytes]
 
 
 def _remove_sockets(ports: Iterable[int]) -> None:
-    """Those of a server that was killed: it has them in /tmp, whatever TMPDIR says, under its ports' names."""
+    """Remove sockets of a killed server, which lie in /tmp whatever TMPDIR says."""
     for port in ports:
         for own in (port, port + _GRPC):
             for path in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):
@@ -109,7 +110,7 @@ def _remove_sockets(ports: Iterable[int]) -> None:
 
 
 def client(port: int) -> "S3Client":
-    """A client that may do everything."""
+    """Return a client with all rights."""
     return boto3.client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{port}",
@@ -121,7 +122,7 @@ def client(port: int) -> "S3Client":
 
 
 def keys(port: int, prefix: str = "") -> list[str]:
-    """All that the bucket has under a prefix."""
+    """Return the keys of the bucket under a prefix."""
     return [
         item["Key"]
         for item in client(port).list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
@@ -129,7 +130,7 @@ def keys(port: int, prefix: str = "") -> list[str]:
 
 
 def uploads(port: int, prefix: str = "") -> list[str]:
-    """The keys of uploads that were begun under a prefix, and neither ended nor given up."""
+    """Return the keys of unfinished multipart uploads under a prefix."""
     return [
         item["Key"]
         for item in client(port)
@@ -139,7 +140,7 @@ def uploads(port: int, prefix: str = "") -> list[str]:
 
 
 def store(port: int, prefix: str, **variables: str) -> Store:
-    """A worker's store, on any port; boto3 looks for its own variables in this process's environment."""
+    """Open a worker's store on any port, with boto3's variables in this process."""
     told = {
         "ZLORA_STORE": f"s3://{BUCKET}/{prefix}",
         "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}",
@@ -153,7 +154,7 @@ def store(port: int, prefix: str, **variables: str) -> Store:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports whose companions are free too."""
+    """Return free ports whose gRPC ports are free too."""
     found: list[int] = []
     while len(found) < count:
         port = free_port()
@@ -170,7 +171,9 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def _is_healthy(port: int) -> bool:
+def _has_ended_or_is_healthy(server: "subprocess.Popen[bytes]", port: int) -> bool:
+    if server.poll() is not None:
+        return True
     try:
         return requests.get(f"http://127.0.0.1:{port}/healthz", timeout=2).ok
     except requests.ConnectionError:

@@ -1,4 +1,4 @@
-"""Loopback servers that say what a test tells them, a count of this process's connections, and files to serve."""
+"""Loopback servers with any answer, a watch on connections, and LoRA files to serve."""
 
 import hashlib
 import io
@@ -25,10 +25,10 @@ from zlora_worker.fetch.fetcher import Fetcher
 from zlora_worker.fetch.transfer import Fetched
 from zlora_worker.settings import Settings
 
-_PATIENCE: Final = 30.0  # seconds after which a peer that does nothing is given up
+_PATIENCE: Final = 30.0  # seconds without any byte until a connection is closed
 _TLS_HANDSHAKE: Final = b"\x16"  # first byte of a TLS record of that kind (RFC 8446, 5.1)
 
-# For tests that hypothesis drives: a busy machine is no failure.
+# For hypothesis: a busy machine is no failure.
 untimed: Final = hypothesis.settings(
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -36,7 +36,7 @@ untimed: Final = hypothesis.settings(
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a client asked; the names of the headers are in lower case."""
+    """A client's request; the names of headers are in lower case."""
 
     method: str
     target: str
@@ -51,7 +51,7 @@ Answer = Callable[
 def reply(
     body: bytes = b"", *, status: int = 200, length: int | None = -1, **headers: str
 ) -> bytes:
-    """An HTTP answer; `length` -1 is the body's own, None is no Content-Length; `X_Y` is the header `X-Y`."""
+    """Return an HTTP answer. `length` None omits Content-Length; `X_Y` is the header `X-Y`."""
     lines = [f"HTTP/1.1 {status} As Told", "Connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     if length is not None:
@@ -61,7 +61,7 @@ def reply(
 
 @dataclass
 class Host:
-    """A server on a loopback port: what it was asked, and how many bytes of its answers were taken from it."""
+    """A server on a loopback port, its requests, and the bytes that clients took."""
 
     port: int
     answer: Answer
@@ -77,12 +77,12 @@ class Host:
 
     @property
     def url(self) -> str:
-        """Its base URL."""
+        """Base URL."""
         return f"http://{self.name}"
 
     @property
     def asked(self) -> list[str]:
-        """The requests so far, each as method and target."""
+        """Requests so far, each as method and target."""
         return [f"{request.method} {request.target}" for request in self.requests]
 
     def serve(self, listener: socket.socket) -> None:
@@ -106,9 +106,7 @@ class Host:
                 connection.sendall(reply(status=400))
             else:
                 self._talk(connection)
-        except (
-            OSError
-        ):  # the client has left, as some tests want, or has no trust in the certificate
+        except OSError:  # the client has closed the connection, or rejects the certificate
             return
 
     def _talk(self, connection: socket.socket) -> None:
@@ -129,7 +127,7 @@ class Host:
 
 @contextmanager
 def serving(answer: Answer | bytes, *, tls: ssl.SSLContext | None = None) -> Iterator[Host]:
-    """A server on a free loopback port for as long as the block runs; with `tls` it speaks that."""
+    """Run a server on a free loopback port inside the block, with TLS if `tls` is given."""
     fixed = answer if isinstance(answer, bytes) else b""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host = Host(
@@ -146,7 +144,7 @@ def serving(answer: Answer | bytes, *, tls: ssl.SSLContext | None = None) -> Ite
 
 
 class Authority:
-    """A certificate authority that nobody trusts but by its `bundle`, made by the `openssl` program."""
+    """A certificate authority, made by `openssl`, that is trusted only by its `bundle`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -154,7 +152,7 @@ class Authority:
         self._make(self.bundle, "/CN=An authority of tests", "-addext", "keyUsage=keyCertSign")
 
     def server(self, name: str) -> ssl.SSLContext:
-        """A server's side of TLS, with a certificate for `name`."""
+        """Return the TLS context of a server with a certificate for `name`."""
         certificate = self._folder / f"{name}.pem"
         if not certificate.exists():
             signer = ["-CA", str(self.bundle), "-CAkey", str(self.bundle.with_suffix(".key"))]
@@ -194,13 +192,14 @@ def _on_audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watched_connections() -> Iterator[list[str]]:
-    """The address of every connection that the block attempts (PEP 578): none leaves the machine.
+    """Record the address of every connection that the block attempts; none leaves the machine.
 
-    That is by its own thread, or one that is begun in it: another test's may be there, and look for its broker.
+    An audit hook (PEP 578) sees the connections of this thread and of threads that begin in the
+    block; threads of other tests are left out.
     """
     if not _hooks:
         _hooks.append(_on_audit)
-        sys.addaudithook(_on_audit)  # for good: a hook cannot be taken out
+        sys.addaudithook(_on_audit)  # a hook cannot be removed
     seen: list[str] = []
     watch = (
         seen,
@@ -214,18 +213,18 @@ def watched_connections() -> Iterator[list[str]]:
 
 
 def open_files() -> int:
-    """Descriptors of this process."""
+    """Return the number of open descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def settings(folder: Path, **variables: str) -> Settings:
-    """Settings with `folder` as data folder and `variables`, and nothing of this process's environment."""
+    """Return settings with a data folder and `variables`, without this process's environment."""
     return Settings.from_env({"ZLORA_HOME": str(folder), **variables})
 
 
 @contextmanager
 def fetching(folder: Path, *hosts: Host, **variables: str) -> Iterator[Fetcher]:
-    """A fetcher that may open `hosts`."""
+    """Open a fetcher that may connect to `hosts`."""
     allowed = ",".join(host.name for host in hosts)
     yield Fetcher(settings(folder, **{"ZLORA_ALLOW_HOSTS": allowed} | variables))
 
@@ -235,20 +234,20 @@ SECRETS: Final = (
     "us3r",
     "t0ken",
     "fr4g",
-)  # what tests put into addresses and settings, and nothing says
+)  # in addresses and settings of tests; no message may show them
 
 
 def downloaded(
     fetcher: Fetcher, address: str, known: Fetched | None = None
 ) -> tuple[bytes, Fetched]:
-    """What is written, and what is told of it."""
+    """Return the downloaded bytes and what `fetch` returns."""
     sink = io.BytesIO()
     fetched = fetcher.fetch(address, sink, known=known)
     return sink.getvalue(), fetched
 
 
 def failure(fetcher: Fetcher, address: str, **options: Any) -> LoraError:
-    """How a fetch fails; no failure shows a secret of its address."""
+    """Return the error of a fetch, which must not show a secret of its address."""
     with pytest.raises(LoraError) as raised:
         fetcher.fetch(address, io.BytesIO(), **options)
     said = f"{raised.value} {raised.value.details} {raised.value!r}"
@@ -257,19 +256,19 @@ def failure(fetcher: Fetcher, address: str, **options: Any) -> LoraError:
 
 
 def failure_of(folder: Path, answer: Answer | bytes, **variables: str) -> LoraError:
-    """How a fetch fails from a host that answers so."""
+    """Return the error of a fetch from a host with this answer."""
     with serving(answer) as host, fetching(folder, host, **variables) as fetcher:
         return failure(fetcher, f"{host.url}/x?sig=s3cret#fr4g")
 
 
 def tensor_file(header: object, data: bytes = b"") -> bytes:
-    """The bytes of a safetensors file with any header, sound or not; bytes are taken as they are."""
+    """Return a safetensors file with any header, valid or not; bytes are used as they are."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
 def lora_bytes(fill: int = 0, *, size: int = 2048) -> bytes:
-    """A sound safetensors file of two factors with `size` bytes of tensors; `fill` tells it from others."""
+    """Return a valid LoRA file with `size` bytes of tensors, all equal to `fill`."""
     half = size // 2
     factors = {
         f"unet.to_q.lora_{letter}.weight": {
@@ -283,12 +282,12 @@ def lora_bytes(fill: int = 0, *, size: int = 2048) -> bytes:
 
 
 def digest(data: bytes) -> str:
-    """What a file of these bytes is named by."""
+    """Return the SHA-256 checksum that names a file of these bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def with_etag(data: bytes) -> Answer:
-    """A host that has one file, and says 304 to who has it."""
+    """Return a host of one file that answers 304 to its ETag."""
     tag = f'"{digest(data)}"'
 
     def answer(request: Request) -> bytes:
@@ -302,7 +301,7 @@ def with_etag(data: bytes) -> Answer:
 
 
 def by_path(contents: Mapping[str, bytes]) -> Answer:
-    """A host of files with ETags; where no address with that query is named, whatever the query."""
+    """Return a host of files with ETags; the query is ignored if no content has that query."""
 
     def answer(request: Request) -> bytes:
         data = contents.get(request.target, contents.get(request.target.partition("?")[0]))
@@ -316,24 +315,24 @@ def by_path(contents: Mapping[str, bytes]) -> Answer:
 def caching(
     folder: Path, *hosts: Host, max_bytes: int = 10**9, free_bytes: int = 0, **variables: str
 ) -> Iterator[Cache]:
-    """A cache in `folder / "loras"` that may ask `hosts`."""
+    """Open a cache in `folder / "loras"` that may connect to `hosts`."""
     with fetching(folder, *hosts, **variables) as fetcher:
         yield Cache(folder / "loras", max_bytes=max_bytes, free_bytes=free_bytes, fetcher=fetcher)
 
 
 def got(cache: Cache, asset: Asset, **options: Any) -> CachedFile:
-    """The file of one asset, which is given back at once."""
+    """Return the file of one asset, released at once."""
     with cache.files([asset], **options) as (file,):
         return file
 
 
 def told(file: CachedFile) -> tuple[str, int, str, bytes]:
-    """Digest, size, tier and bytes of a cached file."""
+    """Return checksum, size, tier and bytes of a cached file."""
     return file.sha256, file.size, file.tier, file.path.read_bytes()
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """What a cache has in `files`, by name; and nothing may be left of drafts and locks."""
+    """Return the files of a cache by name; no draft and no lock may be left."""
     assert [
         path for part in ("drafts", "locks") for path in (folder / "loras" / part).iterdir()
     ] == []
@@ -341,12 +340,12 @@ def kept(folder: Path) -> dict[str, bytes]:
 
 
 def named(*contents: bytes) -> dict[str, bytes]:
-    """Files as a cache names them."""
+    """Return contents under the names that a cache gives them."""
     return {f"{digest(data)}.safetensors": data for data in contents}
 
 
 def sign_as(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
-    """What boto3 signs with, and nothing of this machine's own AWS; between two tries nobody waits."""
+    """Set boto3's credentials without this machine's own, and remove pauses between tries."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     files = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}

@@ -1,8 +1,8 @@
-"""A test factory: one SDXL checkpoint in the original key layout, made from a diffusers folder.
+"""Factory of one SDXL checkpoint in the original key layout, made from a diffusers folder.
 
-People hand an SDXL model around as one `.safetensors` file with the names that Stability's code gave its modules. The
-worker loads such files, and a real one has 6.9 GB. This turns the tiny pipeline of the tests into the same layout, so
-that a test can load it the way an operator's file is loaded and compare every tensor with its origin.
+SDXL models are often distributed as one `.safetensors` file with the module names of Stability's
+code. A real one has 6.9 GB; this module converts the tests' tiny pipeline into the same layout, so
+that a test can load it and compare every tensor with its origin.
 
 The layout, by prefix:
 
@@ -27,7 +27,7 @@ __all__ = ["original_layout", "write_single_file"]
 
 State: TypeAlias = dict[str, torch.Tensor]
 
-# What a module is called inside its block: diffusers or transformers on the left, the original on the right.
+# Module names in a block: those of diffusers or transformers, then the original ones.
 UNET_INNER: Final = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -54,7 +54,7 @@ OPEN_CLIP_INNER: Final = {
 
 
 def write_single_file(folder: Path, target: Path) -> Path:
-    """Write the weights of the diffusers `folder` to `target` as one original SDXL checkpoint; returns `target`."""
+    """Write the diffusers `folder` to `target` as one original checkpoint; return `target`."""
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     configs = {part: json.loads((folder / part / "config.json").read_text()) for part in parts}
     states: dict[str, State] = {}
@@ -68,9 +68,12 @@ def write_single_file(folder: Path, target: Path) -> Path:
 
 
 def original_layout(configs: Mapping[str, Mapping[str, Any]], states: Mapping[str, State]) -> State:
-    """The tensors of all four models under their original names. Both mappings have the folder's names as keys."""
+    """Return the tensors of all four models under their original names.
+
+    The keys of both mappings are the names of the component folders.
+    """
     if configs["text_encoder"]["hidden_size"] == configs["text_encoder_2"]["hidden_size"]:
-        # diffusers tells the two text encoders of a checkpoint apart by width alone: equal ones load as the first twice
+        # diffusers distinguishes the two text encoders by their width only.
         raise ValueError("the text encoders must differ in hidden_size")
     models = {
         "model.diffusion_model.": _moved(states["unet"], _unet_places(configs["unet"]), UNET_INNER),
@@ -86,9 +89,9 @@ def original_layout(configs: Mapping[str, Mapping[str, Any]], states: Mapping[st
 
 
 def _moved(state: State, places: Mapping[str, str], inner: Mapping[str, str]) -> State:
-    """Rename `state`: the longest start of a key that is in `places` moves there, the module left over by `inner`.
+    """Rename the longest start of each key by `places`, and the rest of the module by `inner`.
 
-    A key without a place is a `KeyError`, because a checkpoint that lacks a weight would prove nothing.
+    Raises `KeyError` if a key has no place.
     """
     moved: State = {}
     for key, tensor in state.items():
@@ -105,11 +108,12 @@ def _moved(state: State, places: Mapping[str, str], inner: Mapping[str, str]) ->
 
 
 def _unet_places(config: Mapping[str, Any]) -> dict[str, str]:
-    """Where each block of the UNet goes.
+    """Return the original name of each block of the UNet.
 
-    The original counts its blocks through all levels: `input_blocks` takes `conv_in`, then each layer and each
-    downsampler as a block of its own; `output_blocks` takes one layer more a level, and an upsampler joins the last
-    layer of its level. Inside a block the resnet is 0 and the attention, where the level has one, is 1.
+    The original numbers its blocks through all levels. `input_blocks` contains `conv_in`, then each
+    layer and each downsampler as a block. `output_blocks` has one layer more in each level, and the
+    upsampler is in the block of the level's last layer. In a block the resnet is 0 and the
+    attention is 1.
     """
     layers: int = config["layers_per_block"]
     places = {
@@ -132,7 +136,7 @@ def _unet_places(config: Mapping[str, Any]) -> dict[str, str]:
                 places[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
             block += 1
         places[f"down_blocks.{level}.downsamplers.0.conv"] = (
-            f"input_blocks.{block}.0.op"  # the last level has none
+            f"input_blocks.{block}.0.op"  # unused in the last level
         )
         block += 1
     block = 0
@@ -148,7 +152,7 @@ def _unet_places(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _vae(config: Mapping[str, Any], state: State) -> State:
-    """The VAE's tensors. Its attention is made of 1x1 convolutions in the original, of linear layers in diffusers."""
+    """Rename the VAE's tensors; the original attention has 1x1 convolutions, not linear layers."""
     levels = len(config["block_out_channels"])
     layers: int = config["layers_per_block"]
     places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
@@ -165,7 +169,7 @@ def _vae(config: Mapping[str, Any], state: State) -> State:
         down, up = f"encoder.down.{level}", f"decoder.up.{levels - 1 - level}"
         places[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"{down}.downsample.conv"
         places[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"{up}.upsample.conv"
-        for layer in range(layers + 1):  # the encoder has one fewer, and its place stays unused
+        for layer in range(layers + 1):  # the encoder has one layer less
             places[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"{down}.block.{layer}"
             places[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"{up}.block.{layer}"
     moved = _moved(state, places, VAE_INNER)
@@ -176,9 +180,9 @@ def _vae(config: Mapping[str, Any], state: State) -> State:
 
 
 def _clip(state: State) -> State:
-    """The first text encoder's tensors, and the `position_ids` that published checkpoints still carry.
+    """Rename the first text encoder's tensors, and add the `position_ids` of published checkpoints.
 
-    Only some releases of transformers put `text_model.` in front of this encoder's names.
+    Only some releases of transformers have the prefix `text_model.` here.
     """
     bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     positions = len(bare["embeddings.position_embedding.weight"])
@@ -186,9 +190,9 @@ def _clip(state: State) -> State:
 
 
 def _open_clip(config: Mapping[str, Any], state: State) -> State:
-    """The second text encoder's tensors: q, k and v stacked, the projection a matrix that stands on the right.
+    """Rename the second text encoder's tensors; stack q, k and v, transpose the projection.
 
-    `logit_scale` is a leftover of CLIP's training that published checkpoints carry and no text encoder reads.
+    Published checkpoints contain `logit_scale` from CLIP's training; no text encoder reads it.
     """
     bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     stacked: State = {

@@ -1,33 +1,32 @@
-"""Where the tests' tiny SDXL and its LoRAs lie: in a data folder that all test processes of a run share."""
+"""Data folder with the tests' tiny SDXL and its LoRAs, shared by all test processes of a run."""
 
 import os
 from pathlib import Path
 from typing import Final
 
-TINY: Final = "tiny-sdxl"  # the model's name, as results and pictures tell it
+TINY: Final = "tiny-sdxl"  # the model's name in results and images
 TINY_LORAS: Final = ("anime-style", "cyberpunk-style", "neon-lights", "product-photography-v1")
 
 
 def tiny_model(home: Path) -> Path:
-    """The model's folder, in diffusers' layout."""
+    """Return the folder of the model, in diffusers' layout."""
     return home / TINY
 
 
 def tiny_lora_folder(home: Path) -> Path:
-    """The folder of its LoRAs."""
+    """Return the folder of the LoRAs."""
     return home / "tiny-loras"
 
 
 def tiny_lora(home: Path, name: str) -> Path:
-    """The file of one of `TINY_LORAS`."""
+    """Return the file of one of `TINY_LORAS`."""
     return tiny_lora_folder(home) / f"{name}.safetensors"
 
 
 def build_tiny(home: Path) -> None:
-    """Make the data folder, with the model and its LoRAs. They are built aside: it is whole or absent."""
-    from diffusers import (
-        StableDiffusionXLPipeline,  # seconds to import: only where there is something to build
-    )
+    """Build the data folder in a draft, so that it is complete or absent."""
+    # These imports take seconds; most processes build nothing.
+    from diffusers import StableDiffusionXLPipeline
     from support import tiny_loras, tiny_sdxl
 
     draft = home.with_name(f"{home.name}-draft")

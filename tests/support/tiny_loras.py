@@ -1,4 +1,4 @@
-"""LoRAs for the tests' tiny SDXL, in the spellings that people have; random, and each moves pictures its own way."""
+"""Random LoRAs for the tests' tiny SDXL in common spellings."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ class _Factors(NamedTuple):
 
 
 def build(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Write one file a style to `folder`, under 0.5 MB each."""
+    """Write one file for each style to `folder`, less than 0.5 MB each."""
     folder.mkdir(parents=True, exist_ok=True)
     attention = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$|self_attn\.(q|k|v|out)_proj$")
     convolutions = re.compile(r"resnets\.\d\.conv[12]$|attn[12]\.to_(q|k|v|out\.0)$")
@@ -62,14 +62,14 @@ def _factors(
 
 
 def _as_in_files(component: str, module: str) -> str:
-    """Text encoders' modules have lost a prefix in transformers that files have kept."""
+    """Add the prefix that files have and transformers has dropped."""
     return module if component == "unet" else f"text_model.{module.removeprefix('text_model.')}"
 
 
 def _random_change(
     module: nn.Linear | nn.Conv2d, strength: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Down and up factors of the module's own shape whose product has `strength` times the norm of its weight."""
+    """Return factors whose product has `strength` times the norm of the module's weight."""
     weight = module.weight
     down = torch.randn(_RANK, *weight.shape[1:], generator=generator)
     up = torch.randn(weight.shape[0], _RANK, *[1] * (weight.dim() - 2), generator=generator)
@@ -96,7 +96,7 @@ def _peft(factors: _Factors) -> dict[str, Tensor]:
 
 
 def _kohya(factors: _Factors) -> dict[str, Tensor]:
-    """kohya's `sd-scripts` spelling, with alpha half the rank, so that the up factor is doubled to mean the same."""
+    """Spell as kohya's `sd-scripts`; alpha is half the rank, so the up factor is doubled."""
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[
         factors.component
     ]
@@ -114,7 +114,7 @@ _SGM_LAYERS = {"conv1": "in_layers.2", "conv2": "out_layers.3"}
 
 
 def _sgm_name(module: str) -> str:
-    """The name of a diffusers UNet module in Stability's own code, for levels of two layers, as SDXL has them."""
+    """Return the name of a UNet module in Stability's code, for levels of two layers."""
     if found := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.*)", module):
         way, level, kind, layer, rest = found.groups()
         block = (

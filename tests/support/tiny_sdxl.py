@@ -1,7 +1,7 @@
-"""The tests' tiny SDXL: the real architecture at a few hundredths of its width, from a fixed seed, offline.
+"""Tiny SDXL for tests: the architecture at a few hundredths of its width, from a fixed seed.
 
-Three UNet levels with two layers each, as in SDXL, so that kohya's block numbers mean the same modules. The weights
-are random: its pictures are textures that change with prompt, seed and LoRA, and show nothing.
+Three UNet levels with two layers each, as in SDXL, so that kohya's block numbers name the same
+modules. The weights are random: images are textures that depend on prompt, seed and LoRA.
 """
 
 from pathlib import Path
@@ -17,38 +17,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 _SEED = 20260101
-_WIDTHS = (32, 48)  # hidden sizes of the text encoders; unlike each other, as in SDXL
-_WORDS = (
-    *(
-        "a",
-        "an",
-        "and",
-        "at",
-        "in",
-        "of",
-        "on",
-        "the",
-        "with",
-        "beautiful",
-        "blurry",
-        "low",
-        "quality",
-        "white",
-    ),
-    *(
-        "anime",
-        "cyberpunk",
-        "neon",
-        "lights",
-        "product",
-        "photography",
-        "photo",
-        "picture",
-        "drawing",
-        "style",
-    ),
-    *("landscape", "portrait", "city", "background", "sunset", "sunrise", "night"),
-)
+_WIDTHS = (32, 48)  # hidden sizes of the text encoders, which differ as in SDXL
+_WORDS = (  # noqa: SIM905 - shorter than a list
+    "a an and at in of on the with beautiful blurry low quality white "
+    "anime cyberpunk neon lights product photography photo picture drawing style "
+    "landscape portrait city background sunset sunrise night"
+).split()
 
 
 def build(folder: Path) -> None:
@@ -127,7 +101,7 @@ def _scheduler() -> EulerDiscreteScheduler:
 
 
 def _enliven(pipeline: StableDiffusionXLPipeline) -> None:
-    """Let the prompt and the network move the picture as much as the noise does: fresh weights hardly do."""
+    """Increase the effect of prompt and network on the image to that of the noise."""
     for name, weight in pipeline.unet.named_parameters():
         if "attn2.to_v" in name or "attn2.to_out.0.weight" in name or name == "conv_out.weight":
             weight.data.mul_(4.0)

@@ -94,7 +94,7 @@ class Witness:
             self._verdicts[job_id].append(verdict)
 
     def _catch_up(self) -> None:
-        """Publish a mark until it arrives: messages come in order, so all before it have arrived too."""
+        """Publish a mark until it arrives: all messages before it have arrived too."""
         mark = f"mark-{uuid.uuid4()}"
         with self._connection() as connection:
 

@@ -1,4 +1,4 @@
-"""What many unit tests look into."""
+"""Fixtures of many unit tests."""
 
 import logging
 import signal
@@ -14,7 +14,7 @@ from zlora import Client
 
 @pytest.fixture
 def broker(broker_url: str) -> Iterator[Any]:
-    """An empty Redis, to look into."""
+    """Return a connection to an empty Redis."""
     with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
         connection.flushall()
         yield connection
@@ -22,10 +22,10 @@ def broker(broker_url: str) -> Iterator[Any]:
 
 @pytest.fixture
 def killed_in(broker_url: str) -> Iterator[Enter]:
-    """Enters a block as a process does that is killed inside: it does not leave while the test looks.
+    """Return a function that enters a block without leaving it, as a process that is killed inside.
 
-    It is left at the end, with the broker that its clean-up needs. Forgotten, it would be left when Python collects
-    garbage: in another test, and without that broker for minutes.
+    The block is left at the end of the test, while its broker still runs: the garbage collector
+    would leave the block in another test, and wait for the broker.
     """
     with ExitStack() as blocks:
         yield blocks.enter_context
@@ -33,7 +33,7 @@ def killed_in(broker_url: str) -> Iterator[Enter]:
 
 @pytest.fixture
 def own_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nobody but pytest hears the log: a Celery app that another test has started would write it to standard error."""
+    """Remove log handlers other than pytest's: Celery's would write to standard error."""
     root = logging.getLogger()
     others = [handler for handler in root.handlers if not isinstance(handler, type(caplog.handler))]
     for handler in others:
@@ -45,14 +45,14 @@ def own_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture
 def client(broker_url: str, broker: Any) -> Iterator[Client]:
-    """A client of that Redis."""
+    """Return a client of that Redis."""
     with Client(broker_url) as opened:
         yield opened
 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """The handlers of this process's signals are its own again after the test."""
+    """Restore the handlers of this process's signals after the test."""
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(end) for end in ends]
     yield

@@ -1,4 +1,4 @@
-"""The parts of the demo model: SDXL's own classes at a few hundredths of its width, for pictures of 64 x 64 pixels."""
+"""Parts of the demo model: SDXL's classes at a few hundredths of its width, for 64 x 64 pixels."""
 
 import json
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def tokenizer(words: Sequence[str], *, padding: str = _END) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer over single bytes and these words, one token each; others are spelt in pieces.
+    """Make CLIP's byte-level tokenizer with one token for each byte and each of these words.
 
-    A word is joined from its end on: only there a pair of pieces ends a word, so that no merge meant for one word can
-    come first in another.
+    A word is merged from its end on: only there a pair of pieces ends a word, so that no merge of
+    one word can come first in another.
     """
     bytes_ = [
         chr(code)
@@ -88,7 +88,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def vae() -> AutoencoderKL:
-    """Pictures of 64 x 64 as latents of 16 x 16; whitened in training, so that its scaling factor is 1."""
+    """Make the VAE: images of 64 x 64, latents of 16 x 16, whitened by training."""
     return AutoencoderKL(
         sample_size=64,
         block_out_channels=(16, 32, 48),
@@ -104,7 +104,7 @@ def vae() -> AutoencoderKL:
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """SDXL's betas with zero terminal SNR, for a model that predicts v (Lin et al., arXiv:2305.08891)."""
+    """Make a v-prediction scheduler with SDXL's betas and zero terminal SNR (arXiv:2305.08891)."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -361,11 +361,11 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """Read all variables. Raises `InvalidSetting` that names the variable."""
-        broker = config.broker_url(environ)
+        connection = config.Connection.from_env(environ)
         values: dict[str, Any] = {
             "home": config.home(environ),
-            "broker_url": broker,
-            "result_backend": config.value_of(environ, config.RESULT_BACKEND) or broker,
+            "broker_url": connection.broker_url,
+            "result_backend": connection.result_backend,
         }
         for item in fields(cls):
             if item.metadata:

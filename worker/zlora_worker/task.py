@@ -171,7 +171,7 @@ class Delivery:
                     return Requeue("another worker has the job", LEASE)
 
     def _ended(self, claim: Claim, request: GenerateRequest) -> Outcome:
-        """Answer with the verdict again; delete the images of a job that was cancelled in the queue."""
+        """Answer with the verdict again, and delete images that an earlier attempt has left."""
         with suppress(StoreFailed):
             delete_images(self._child.store, self._job_id, request)
         return Failed(claim.verdict or revoked(self._job_id))
@@ -251,7 +251,7 @@ class Delivery:
         return result
 
     def _raise_if_unacceptable(self, claim: Claim, request: GenerateRequest) -> None:
-        """Raise the error of a job that must not be drawn: timed out, poisoned, or beyond a bound."""
+        """Raise an error if the job must not be drawn: timed out, poisoned, or beyond a bound."""
         if "overtime" in claim.record:
             raise Deadline(self._job_id, float(claim.record["overtime"])).error()
         bound = self._child.job_timeout
@@ -285,7 +285,7 @@ class Delivery:
             if self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
                 return Corrupted(str(error))
         if error.retryable:
-            error.tell(attempt=retries_of(self._task) + 1)
+            error.add_details(attempt=retries_of(self._task) + 1)
         return Failed(self._leases.close(self._job_id, error))
 
     def _with_urls(self, result: GenerateResult) -> Outcome:

@@ -1,7 +1,8 @@
-"""A Celery app with the settings that it is given, whatever else in the process or its environment is Celery's too.
+"""Celery apps of this package, and the options that producers and workers share.
 
-Celery itself prefers `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and the module of `CELERY_CONFIG_MODULE`, which are
-those of the program that uses this package.
+Celery itself prefers `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and the module named by
+`CELERY_CONFIG_MODULE` to an app's own options. These variables belong to the program that uses this
+package, so `IsolatedCelery` ignores them.
 """
 
 from collections.abc import Mapping
@@ -12,25 +13,21 @@ from celery.loaders.app import AppLoader
 
 from zlora.broker.keys import DEFAULT_PRIORITY, PRIORITY_STEPS, RESULT_EXPIRES
 
-VISIBILITY: Final = 30  # seconds after a dead worker's last heartbeat until its job goes to another
-IMPATIENCE: Final = 2  # seconds
-MAX_CONNECTIONS: Final = (
-    10_000  # of a process: redis-py's own bound, 100, is an error to the thread after it
-)
+VISIBILITY: Final = 30  # seconds without a heartbeat until a worker's job goes to another worker
+IMPATIENCE: Final = 2  # seconds to wait for Redis in a client
+MAX_CONNECTIONS: Final = 10_000  # a process; redis-py's default of 100 fails the thread after it
 
 
 def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
-    """Options of kombu's Redis transport. Priority steps differ between two sides only at the price of lost order."""
+    """Return options of kombu's Redis transport; producer and worker need the same priorities."""
     return {
         "visibility_timeout": visibility,
-        "unacked_restore_interval": max(
-            1, visibility // 10
-        ),  # seconds between two looks for jobs of dead workers
+        "unacked_restore_interval": max(1, visibility // 10),  # seconds between two looks
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 30,
         "priority_steps": list(PRIORITY_STEPS),
         "queue_order_strategy": "priority",
-        "socket_timeout": 10,  # seconds; without it a half-open connection is never noticed
+        "socket_timeout": 10,  # seconds; a half-open connection would never be noticed without it
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
         "health_check_interval": 5,
@@ -41,14 +38,14 @@ def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
 def shared_config(
     *, broker_url: str, result_backend: str, queue: str, visibility: int = VISIBILITY
 ) -> dict[str, Any]:
-    """The Celery options that producer and worker must set alike; the visibility is the workers' own."""
+    """Return Celery options that producer and worker share; only workers set `visibility`."""
     return {
         "broker_url": broker_url,
         "result_backend": result_backend,
         "broker_transport_options": transport_options(visibility=visibility),
         "task_default_queue": queue,
         "task_default_priority": DEFAULT_PRIORITY,
-        "task_serializer": "json",  # any Celery client can enqueue
+        "task_serializer": "json",  # any Celery client can send a job
         "result_serializer": "json",
         "accept_content": ["json"],
         "result_expires": RESULT_EXPIRES,
@@ -60,7 +57,7 @@ def shared_config(
 
 
 def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:
-    """The same for what is better without Redis than late: one try, over within seconds where Redis never answers."""
+    """Return the shared options for a program that must not wait: one try, within seconds."""
     config = shared_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
     config["broker_transport_options"] |= {
         "socket_timeout": IMPATIENCE,
@@ -75,22 +72,22 @@ def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dic
     }
 
 
-class _Loader(AppLoader):
+class _EmptyLoader(AppLoader):
     def read_configuration(self, *_: object) -> dict[str, Any]:
         return {}
 
 
 class IsolatedCelery(Celery):
-    """An app of its own broker and result backend; raises what Celery does where it cannot open the latter."""
+    """A Celery app with the given options only; raises if Celery cannot open the result backend."""
 
     def __init__(
         self, name: str, config: Mapping[str, Any], *, set_as_current: bool = False
     ) -> None:
-        """`config` has `broker_url` and `result_backend`."""
-        # Without fixups: Django's is for the app of the project.
-        super().__init__(name, loader=_Loader, fixups=[], set_as_current=set_as_current)
+        """Take the options, among them `broker_url` and `result_backend`."""
+        # No fixups: Django's would change the app to the settings of the Django project.
+        super().__init__(name, loader=_EmptyLoader, fixups=[], set_as_current=set_as_current)
         self.own_broker: str = config["broker_url"]
-        self.backend_cls: str = config["result_backend"]  # a URL is one too
+        self.backend_cls: str = config["result_backend"]  # Celery takes a URL here
         self.conf.update(config)
 
     def connection_for_read(self, url: str | None = None, **options: Any) -> Any:

@@ -1,28 +1,29 @@
-"""What Redis knows of a job beside its message and its result: the promise that it ends, and that it ends once.
+"""The record of each job in Redis, which guarantees that the job ends, and ends once.
 
-A job's record is the hash `keys.job_key`:
+A record is the hash `keys.job_key`:
 
 | field | meaning |
 | --- | --- |
-| `digest` | of the request: another one under the same id is refused |
-| `message` | what was sent, to send it again where a dying worker took it along; until there is a verdict |
-| `sent` | the broker had the message |
-| `cancelled` | somebody does not want the job any more: seconds since the epoch |
-| `attempt:...` | a delivery that is under way, or whose worker died: an `Attempt` |
+| `digest` | digest of the request; another request under the same id is refused |
+| `message` | the `Submission`, to send it again if its worker is lost; deleted at the end |
+| `sent` | the broker has the message |
+| `cancelled` | time of the first cancellation: seconds since the epoch |
+| `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |
-| `counted` | a worker has counted how the job failed, or that it was not wanted |
-| `spoilt` | how many bases the job has left changed |
-| `overtime` | the seconds that the job may take, where its child was killed over them |
-| `queue` | whose job it is: it may be ended by who asks for another queue |
-| `webhook` | whom the job's end is told: a `Webhook` |
-| `closed` | when the job has ended: seconds since the epoch by Redis's clock |
-| `verdict` | the error that the job ended with; a success is in the store, as its manifest |
+| `counted` | the end of the job is counted in the metrics |
+| `spoilt` | how many times the base model differed after the job |
+| `overtime` | the time limit in seconds, if the child process was killed for exceeding it |
+| `queue` | queue of the job; a client of another queue may end it |
+| `webhook` | a `Webhook` for the end of the job |
+| `closed` | time of the end of the job: seconds since the epoch by Redis's clock |
+| `verdict` | the error that the job ended with; a success is in the object store, as the manifest |
 """
 
 import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -39,22 +40,22 @@ from zlora.broker.keys import (
     expiring_key,
     job_key,
     lease_key,
-    ledger_key,
+    manifest_requests_key,
     outbox_key,
-    recall_key,
+    unfinished_key,
 )
 from zlora.errors import Conflict, ZloraError
 from zlora.schema import Cancellation
 from zlora.webhook import Webhook
 
 ATTEMPT: Final = "attempt:"
-BRIEFLY: Final = 0.05  # seconds that an answer is waited for at least; Redis takes 0 for ever
-_EPOCHS: Final = 1e11  # above any time in seconds: a score is a priority and, within it, a time
-_PATIENCE: Final = 100_000  # tries of at most two seconds: a Redis that is away is waited for
-_ANSWER: Final = 1.5  # seconds; below a socket's patience
-_ASKED: Final = 60  # seconds that a question for an old result stays
+MIN_WAIT: Final = 0.05  # seconds to wait for a manifest at least; 0 is for ever in Redis
+_MAX_WAIT: Final = 1.5  # seconds to wait for a manifest at most; below the timeout of a socket
+_REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its reply, stay in Redis
+_PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
+_PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
 
-_OPEN: Final = """
+_ADD: Final = """
 if redis.call('HSETNX', KEYS[1], 'digest', ARGV[1]) == 0 then
   local known = redis.call('HMGET', KEYS[1], 'digest', 'sent', 'message')
   return {known[1], known[2] or '', known[3] or ''}
@@ -71,12 +72,13 @@ end
 return {ARGV[1], '', ARGV[2]}
 """
 
-# The webhook is due in the same moment in which the job has ended, whoever ends it, and once: by Redis's clock, since
-# those who end jobs, and those who send, have clocks of their own. In the job's own queue, whichever the caller's is.
-_CLOSE: Final = """
-local first = ''
+# The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
+# since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
+# may differ from the caller's.
+_END: Final = """
+local earlier = ''
 if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
-  first = redis.call('HGET', KEYS[1], 'verdict')
+  earlier = redis.call('HGET', KEYS[1], 'verdict')
 end
 local now = redis.call('TIME')[1]
 local ended = redis.call('HSETNX', KEYS[1], 'closed', now)
@@ -89,12 +91,12 @@ if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
   redis.call('ZADD', ARGV[8] .. queue, now, ARGV[1])
   redis.call('EXPIRE', ARGV[8] .. queue, ARGV[4])
 end
-return {first, ended}
+return {earlier, ended}
 """
 
 
 class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is sent, and sent again. Times are seconds since the epoch."""
+    """A job as it is sent, and sent again if it is lost. Times are in seconds since the epoch."""
 
     request: dict[str, Any]
     priority: int
@@ -104,15 +106,29 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class QueueStatus(NamedTuple):
-    """What Redis knows of a job beside its result: `position` counts the jobs that are due before it."""
+    """What a record says; `position` is the number of unfinished jobs that are due earlier."""
 
     is_open: bool
     position: int | None
     verdict: ZloraError | None
 
 
+class NoManifest(Enum):
+    """Why a request for a job's manifest brought none."""
+
+    ABSENT = "absent"  # a worker replied that the object store has no manifest of this job
+    NO_REPLY = "no_reply"  # no worker replied in time
+
+
+class Ending(NamedTuple):
+    """The error that was recorded earlier, and whether this is the first end of the job."""
+
+    earlier_error: ZloraError | None
+    is_first: bool
+
+
 class Attempt(Struct, frozen=True, kw_only=True):
-    """A delivery that a worker began. `signal` is what its child died of, where its parent lived to see it."""
+    """A delivery that a worker has begun; `signal` ended its child process, if it is known."""
 
     host: str
     worker: str
@@ -122,19 +138,19 @@ class Attempt(Struct, frozen=True, kw_only=True):
 
 
 def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> "redis.Redis":
-    """A client of the broker's Redis, which connects at its first use.
+    """Return a client of the broker's Redis, which connects at the first use.
 
-    A patient one waits for a Redis that is away; any other tries once, for so many seconds.
+    A patient client waits until Redis answers; any other tries once, for that many seconds.
     """
     options: dict[str, Any] = {
         "socket_timeout": seconds,
         "socket_connect_timeout": seconds,
         "health_check_interval": 5,
         "decode_responses": True,
-        "encoding_errors": "replace",  # anybody may write to a queue
+        "encoding_errors": "replace",  # a message of another program may be any bytes
         "client_name": "z-image-lora",
         "max_connections": MAX_CONNECTIONS,
-        "retry": Retry(ExponentialBackoff(cap=2, base=0.1), _PATIENCE if patient else 0),
+        "retry": Retry(ExponentialBackoff(cap=2, base=0.1), _PATIENT_RETRIES if patient else 0),
     }
     if patient:
         options["retry_on_error"] = [
@@ -147,74 +163,79 @@ def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> 
 
 
 class JobStore:
-    """The records of one queue. Any method raises `redis.RedisError` where Redis does not do its part."""
+    """The records of the jobs of one queue. Any method raises `redis.RedisError` if Redis fails."""
 
     def __init__(self, client: "redis.Redis", queue: str) -> None:
-        self.redis: Any = client  # its stubs mix the answers of two kinds of clients
+        self.redis: Any = client  # the stubs of redis-py mix synchronous and asynchronous results
         self.queue = queue
-        self._open = self.redis.register_script(_OPEN)
-        self._close = self.redis.register_script(_CLOSE)
+        self._add = self.redis.register_script(_ADD)
+        self._end = self.redis.register_script(_END)
 
     def require_same(self, digests: Mapping[str, str]) -> None:
-        """Raise `Conflict` where one of the ids, each with its request's digest, is another request's."""
+        """Raise `Conflict` if a job id has a record with another digest than the given one."""
         with self.redis.pipeline(transaction=False) as pipe:
             for job_id in digests:
                 pipe.hget(job_key(job_id), "digest")
             for (job_id, digest), known in zip(digests.items(), pipe.execute(), strict=True):
                 if known not in (None, digest):
-                    raise _conflict(job_id)
+                    raise Conflict.of(job_id)
 
-    def open(self, job_id: str, submission: Submission, digest: str) -> Submission | None:
-        """Write a job down before it is sent; raises `Conflict`.
-
-        Returns what is to be sent: what was written down first, and nothing where that was sent.
-        """
-        (unsent,) = self.open_many([(job_id, submission, digest)])
+    def add(self, job_id: str, submission: Submission, digest: str) -> Submission | None:
+        """Record one job; see `add_many`."""
+        (unsent,) = self.add_many([(job_id, submission, digest)])
         return unsent
 
-    def open_many(self, entries: Iterable[tuple[str, Submission, str]]) -> list[Submission | None]:
-        """`open` for jobs with their submissions and digests, in one round trip.
+    def add_many(self, jobs: Iterable[tuple[str, Submission, str]]) -> list[Submission | None]:
+        """Record jobs before they are sent: ids, submissions and digests of requests.
 
-        Raises `Conflict` that names the first id of another request; the jobs before and after it are written down.
+        Returns for each job what is to be sent: the submission that was recorded first, or None if
+        it was sent already. Raises `Conflict` for the first id that belongs to another request; the
+        other jobs are recorded all the same. Takes one round trip.
         """
-        found: list[Submission | None] = []
-        entries = list(entries)
+        jobs = list(jobs)
         with self.redis.pipeline(transaction=False) as pipe:
-            pipe.script_load(_OPEN)
-            for job_id, submission, digest in entries:
-                keys = [job_key(job_id), ledger_key(self.queue), expiring_key(self.queue)]
-                pipe.evalsha(
-                    self._open.sha, len(keys), *keys, *self._told(job_id, submission, digest)
-                )
-            _, *answers = pipe.execute()
-        for (job_id, _, digest), (known, sent, written) in zip(entries, answers, strict=True):
+            pipe.script_load(_ADD)
+            for job_id, submission, digest in jobs:
+                keys = [job_key(job_id), unfinished_key(self.queue), expiring_key(self.queue)]
+                arguments = [
+                    digest,
+                    msgspec.json.encode(submission),
+                    submission.priority * _PRIORITY_STEP + submission.submitted,
+                    job_id,
+                    RECORD_EXPIRES,
+                    submission.expires or "",
+                    msgspec.json.encode(submission.webhook) if submission.webhook else "",
+                    self.queue,
+                ]
+                pipe.evalsha(self._add.sha, len(keys), *keys, *arguments)
+            _, *replies = pipe.execute()
+        unsent: list[Submission | None] = []
+        for (job_id, _, digest), (known, sent, recorded) in zip(jobs, replies, strict=True):
             if known != digest:
-                raise _conflict(job_id)
-            found.append(
-                msgspec.json.decode(written, type=Submission) if written and not sent else None
-            )
-        return found
+                raise Conflict.of(job_id)
+            if recorded and not sent:
+                unsent.append(msgspec.json.decode(recorded, type=Submission))
+            else:
+                unsent.append(None)
+        return unsent
 
-    def _told(self, job_id: str, submission: Submission, digest: str) -> list[Any]:
-        score = submission.priority * _EPOCHS + submission.submitted
-        webhook = msgspec.json.encode(submission.webhook) if submission.webhook else ""
-        message, expires = msgspec.json.encode(submission), submission.expires or ""
-        return [digest, message, score, job_id, RECORD_EXPIRES, expires, webhook, self.queue]
-
-    def sent(self, *job_ids: str) -> None:
-        """The broker has their messages."""
+    def mark_sent(self, *job_ids: str) -> None:
+        """Record that the broker has the messages of these jobs."""
         with self.redis.pipeline() as pipe:
             for key in map(job_key, job_ids):
                 pipe.hset(key, "sent", 1)
-                pipe.expire(key, RECORD_EXPIRES, nx=True)  # where Redis has lost the record
+                pipe.expire(key, RECORD_EXPIRES, nx=True)  # if Redis has lost the record
             pipe.execute()
 
     def cancel(self, job_id: str) -> Cancellation:
-        """Set the flag; where the job was. One that may be drawn, where Redis was away, is RUNNING too."""
+        """Record that the job is cancelled, and return its place at that time.
+
+        A job whose worker lost the connection to Redis may run on, and counts as RUNNING.
+        """
         key = job_key(job_id)
         with self.redis.pipeline() as pipe:
             pipe.hset(key, "cancelled", time.time())
-            pipe.expire(key, RECORD_EXPIRES, nx=True)  # an end has set an earlier one
+            pipe.expire(key, RECORD_EXPIRES, nx=True)  # a job that has ended expires earlier
             pipe.hgetall(key)
             pipe.exists(lease_key(job_id))
             _, _, record, leased = pipe.execute()
@@ -224,120 +245,109 @@ class JobStore:
             return Cancellation.RUNNING
         return Cancellation.QUEUED if "digest" in record else Cancellation.UNKNOWN
 
-    def standing(self, job_id: str) -> "QueueStatus":
-        """What is known of a job that has no result in Celery's backend."""
-        fields = ("digest", "closed", "verdict")
+    def queue_status(self, job_id: str) -> QueueStatus:
+        """Read the status of a job that has no result in Celery's backend."""
         with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(job_key(job_id), fields)
-            pipe.zrank(ledger_key(self.queue), job_id)
-            (digest, closed, verdict), rank = pipe.execute()
+            pipe.hmget(job_key(job_id), ("digest", "closed", "verdict"))
+            pipe.zrank(unfinished_key(self.queue), job_id)
+            (digest, closed, verdict), position = pipe.execute()
         return QueueStatus(
             is_open=digest is not None and closed is None,
-            position=rank,
+            position=position,
             verdict=verdict_of({"verdict": verdict}),
         )
 
-    def recall(self, job_id: str, *, patience: float = _ANSWER) -> bytes | None:
-        """The manifest of a job whose result has expired, from a worker's companion.
+    def request_manifest(self, job_id: str, *, timeout: float = _MAX_WAIT) -> bytes | NoManifest:
+        """Ask the sidecar of a worker for the manifest of a job whose result has expired.
 
-        Empty where there is no such job, None where no companion says either within `patience` seconds.
+        Waits for `timeout` seconds, but at least 0.05 and at most 1.5.
         """
-        reply = f"{recall_key(self.queue)}:{uuid.uuid4()}"
+        reply_key = f"{manifest_requests_key(self.queue)}:{uuid.uuid4()}"
         with self.redis.pipeline() as pipe:
-            pipe.lpush(recall_key(self.queue), msgspec.json.encode([job_id, reply]))
-            pipe.expire(recall_key(self.queue), _ASKED)
+            request = msgspec.json.encode([job_id, reply_key])
+            pipe.lpush(manifest_requests_key(self.queue), request)
+            pipe.expire(manifest_requests_key(self.queue), _REQUEST_EXPIRES)
             pipe.execute()
-        answer = self.redis.blpop(reply, timeout=min(max(patience, BRIEFLY), _ANSWER))
-        return answer[1].encode() if answer else None
+        reply = self.redis.blpop(reply_key, timeout=min(max(timeout, MIN_WAIT), _MAX_WAIT))
+        if reply is None:
+            return NoManifest.NO_REPLY
+        return reply[1].encode() or NoManifest.ABSENT
 
-    def asked(self, seconds: float) -> tuple[str, str] | None:
-        """The next question for an old result within so many seconds: job id, and where the answer goes."""
-        if (item := self.redis.brpop(recall_key(self.queue), timeout=seconds)) is None:
+    def next_request(self, timeout: float) -> tuple[str, str] | None:
+        """Take the next request for a manifest within `timeout` seconds: job id and reply key."""
+        item = self.redis.brpop(manifest_requests_key(self.queue), timeout=timeout)
+        if item is None:
             return None
         try:
-            job_id, reply = msgspec.json.decode(item[1], type=tuple[str, str])
+            job_id, reply_key = msgspec.json.decode(item[1], type=tuple[str, str])
         except msgspec.DecodeError:
-            return None  # a stranger's
-        return (job_id, reply) if reply.startswith(recall_key(self.queue)) else None
+            return None
+        # A reply must not overwrite a key of another purpose.
+        if not reply_key.startswith(manifest_requests_key(self.queue)):
+            return None
+        return job_id, reply_key
 
-    def answer(self, reply: str, manifest: bytes) -> None:
-        """Answer a question; empty means that there is no such job."""
+    def reply(self, reply_key: str, manifest: bytes) -> None:
+        """Reply to a request for a manifest; empty bytes say that there is none."""
         with self.redis.pipeline() as pipe:
-            pipe.rpush(
-                reply, manifest.decode(errors="replace")
-            )  # a damaged one is for the reader to refuse
-            pipe.expire(reply, _ASKED)
+            # A damaged manifest is sent all the same: the client refuses it with a typed error.
+            pipe.rpush(reply_key, manifest.decode(errors="replace"))
+            pipe.expire(reply_key, _REQUEST_EXPIRES)
             pipe.execute()
 
     def unfinished(self, *, before: float) -> list[str]:
-        """The ids of jobs without a verdict that were submitted before that time."""
-        entries = self.redis.zrange(ledger_key(self.queue), 0, -1, withscores=True)
-        return [job_id for job_id, score in entries if score % _EPOCHS < before]
+        """Ids of the jobs that have not ended and were submitted before that time."""
+        entries = self.redis.zrange(unfinished_key(self.queue), 0, -1, withscores=True)
+        return [job_id for job_id, score in entries if score % _PRIORITY_STEP < before]
 
     def expired(self) -> list[str]:
-        """The ids of jobs whose time to begin is over, begun or not."""
+        """Ids of the jobs whose time to start is over and that `mark_started` has not removed."""
         return list(self.redis.zrangebyscore(expiring_key(self.queue), "-inf", time.time()))
 
-    def keep(self, job_id: str) -> None:
-        """The job has begun in time."""
+    def mark_started(self, job_id: str) -> None:
+        """Record that the job has started in time."""
         self.redis.zrem(expiring_key(self.queue), job_id)
 
     def leased(self, job_ids: list[str]) -> set[str]:
-        """Those of the jobs that a worker draws now."""
+        """Return those of the jobs that a worker holds a lease on."""
         with self.redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
                 pipe.exists(lease_key(job_id))
             return {job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if held}
 
     def submission(self, job_id: str) -> Submission | None:
-        """What was sent; None where the job has a verdict, or its record is gone."""
+        """Return what was sent; None if the job has ended, or its record is unreadable."""
         text = self.redis.hget(job_key(job_id), "message")
         try:
             return msgspec.json.decode(text, type=Submission) if text else None
         except msgspec.DecodeError:
-            return None  # a stranger's
+            return None
 
-    def close(self, job_id: str, verdict: ZloraError | None = None) -> ZloraError | None:
-        """The job has ended, with that error or well. Returns the verdict that was first, where it is another.
+    def mark_ended(self, job_id: str, error: ZloraError | None = None) -> Ending:
+        """Record that a job has ended, with `error` or with success.
 
-        At its first end, its webhook goes to the outbox (`zlora.broker.webhook_outbox`).
+        The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`).
         """
-        first, _ = self._end(job_id, verdict)
-        return verdict_of({"verdict": first or None})
-
-    def finish(self, job_id: str) -> bool:
-        """The job has ended well; whether nobody has said so before."""
-        return self._end(job_id, None)[1] == 1
-
-    def _end(self, job_id: str, verdict: ZloraError | None) -> tuple[str, int]:
-        """The verdict that was first, and 1 where this is the job's first end."""
-        text = (
-            "" if verdict is None else json.dumps([verdict.code, verdict.message, verdict.details])
-        )
-        prefixes = [name("") for name in (ledger_key, expiring_key, outbox_key)]
-        lives = (RESULT_EXPIRES, RECORD_EXPIRES)
-        first, ended = self._close(
-            keys=[job_key(job_id)], args=[job_id, text, *lives, self.queue, *prefixes]
-        )
-        return first, ended
-
-
-def _conflict(job_id: str) -> Conflict:
-    return Conflict(f"job {job_id} is another request", {"job_id": job_id})
+        text = ""
+        if error is not None:
+            text = json.dumps([error.code, error.message, error.details])
+        prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
+        arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
+        earlier, is_first = self._end(keys=[job_key(job_id)], args=arguments)
+        return Ending(verdict_of({"verdict": earlier or None}), is_first == 1)
 
 
 def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:
-    """The error that a job ended with, as its record has it."""
+    """Return the error that a job ended with, by its record."""
     if (text := record.get("verdict")) is None:
         return None
-    code, message, details = json.loads(
-        text
-    )  # as it was written: msgspec refuses half a surrogate pair
-    return errors.named(code)(message, details)
+    # Written by `json`: msgspec refuses half a surrogate pair, which a file name may have.
+    code, message, details = json.loads(text)
+    return errors.by_code(code)(message, details)
 
 
 def attempts_of(record: dict[str, str]) -> dict[str, Attempt]:
-    """The deliveries of a job that are under way, or whose worker died, by their fields."""
+    """Return the attempts in a record by their fields, the oldest first."""
     found = {
         name: msgspec.json.decode(text, type=Attempt)
         for name, text in record.items()

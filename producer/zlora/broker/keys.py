@@ -1,63 +1,59 @@
-"""Names of keys in Redis, how long they live, and the order of priorities: the same for producers and workers."""
+"""Names of keys in Redis, their lifetimes, and priorities, for producers and workers."""
 
 from typing import Final
 
-PRIORITIES: Final = {
-    "high": 0,
-    "normal": 5,
-    "low": 9,
-}  # 0 is first on Redis; a message without one counts as 0
-PRIORITY_STEPS: Final = list(range(10))  # all of them: strict order
+PRIORITIES: Final = {"high": 0, "normal": 5, "low": 9}  # 0 comes first, and is kombu's default
+PRIORITY_STEPS: Final = list(range(10))  # a list for each priority: strict order
 DEFAULT_PRIORITY: Final = PRIORITIES["normal"]
-RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the store outlives it
-RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds that a job may wait in its queue
+RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the object store stays
+RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds: how long a job may wait in its queue
 
 
 def job_key(job_id: str) -> str:
-    """The hash of what Redis knows of a job, beside the job's message and result."""
+    """Key of a job's record, a hash (`zlora.broker.job_store`)."""
     return f"zlora:job:{job_id}"
 
 
 def lease_key(job_id: str) -> str:
-    """Which worker draws a job now."""
+    """Key of the name of the worker that runs a job now."""
     return f"zlora:lease:{job_id}"
 
 
-def ledger_key(queue: str) -> str:
-    """The sorted set of a queue's jobs without a verdict, in the order in which they are due."""
+def unfinished_key(queue: str) -> str:
+    """Key of a queue's unfinished jobs: a sorted set by priority and time of submission."""
     return f"zlora:ledger:{queue}"
 
 
 def expiring_key(queue: str) -> str:
-    """The sorted set of a queue's jobs that must begin in time, by that time."""
+    """Key of a queue's jobs that must start in time: a sorted set by the time when they expire."""
     return f"zlora:expiring:{queue}"
 
 
 def sweep_key(queue: str) -> str:
-    """Which companion sweeps a queue's ledger now."""
+    """Key of the lock of the sidecar that sweeps a queue now."""
     return f"zlora:sweep:{queue}"
 
 
-def recall_key(queue: str) -> str:
-    """The list of questions for results that have expired."""
+def manifest_requests_key(queue: str) -> str:
+    """Key of the list of requests for manifests of jobs whose result has expired."""
     return f"zlora:recall:{queue}"
 
 
 def outbox_key(queue: str) -> str:
-    """The sorted set of a queue's jobs that have ended and whose webhook is to be sent, by the time of the next try."""
+    """Key of a queue's undelivered webhooks: a sorted set by the time of the next try."""
     return f"zlora:outbox:{queue}"
 
 
 def dead_key(queue: str) -> str:
-    """The sorted set of a queue's webhooks that were given up, by the time of that."""
+    """Key of a queue's dead letters, webhooks that were given up: a sorted set by time."""
     return f"zlora:dead:{queue}"
 
 
 def refused_key(queue: str) -> str:
-    """The count of messages that could not be read, and name no job."""
+    """Key of the number of messages that could not be read and name no job."""
     return f"zlora:refused:{queue}"
 
 
 def waiting_lists(queue: str) -> list[str]:
-    """The lists on which kombu's Redis transport keeps a queue's messages, by priority."""
+    """Keys of the lists, one for each priority, in which kombu's Redis transport keeps messages."""
     return [queue, *(f"{queue}\x06\x16{step}" for step in PRIORITY_STEPS[1:])]

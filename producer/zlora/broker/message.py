@@ -1,6 +1,6 @@
-"""Read a Celery message as it lies in Redis: the one parser for queues and unacknowledged messages.
+"""Read Celery messages in Redis, in queues and among the unacknowledged ones.
 
-The parts of a message: https://docs.celeryq.dev/en/stable/internals/protocol.html (version 2).
+Format: https://docs.celeryq.dev/en/stable/internals/protocol.html (version 2).
 """
 
 import binascii
@@ -14,9 +14,7 @@ from msgspec import Struct
 from zlora.broker.keys import RECORD_EXPIRES
 
 SUBMITTED_AT: Final = "zlora_submitted_at"  # header: seconds since the epoch, producer's clock
-MAX_MESSAGE_BYTES: Final = (
-    2**20
-)  # a larger message is refused unread: the largest request has 0.6 MB
+MAX_MESSAGE_BYTES: Final = 2**20  # larger messages are refused unread; requests have at most 0.6 MB
 
 
 class _Headers(Struct, frozen=True):
@@ -30,7 +28,7 @@ class _Properties(Struct, frozen=True):
 
 
 class QueuedMessage(Struct, frozen=True):
-    """A message as kombu writes it to a list in Redis; `body` is still encoded."""
+    """A message as kombu writes it to a list in Redis, with an encoded `body`."""
 
     headers: _Headers = _Headers()
     properties: _Properties = _Properties()
@@ -48,7 +46,7 @@ class QueuedMessage(Struct, frozen=True):
 
     @property
     def job_id(self) -> str | None:
-        """The task id, which is not checked."""
+        """Task id of the message, unchecked."""
         return self.headers.id
 
     def submitted_at(self, now: float) -> float | None:
@@ -80,7 +78,7 @@ class UnackedMessage(Struct, frozen=True, array_like=True):
 
     @classmethod
     def parse(cls, data: str | bytes) -> Self | None:
-        """Return the message, or None if `data` is not one."""
+        """Return the message, or None if `data` is too large or not a message of Celery."""
         if len(data) > MAX_MESSAGE_BYTES:
             return None
         try:
@@ -92,8 +90,8 @@ class UnackedMessage(Struct, frozen=True, array_like=True):
 def submitted_at(headers: Mapping[str, Any], now: float) -> float | None:
     """Return the time of submission in a message's headers, in seconds since the epoch.
 
-    Returns None if the header is missing, is not a number, or is more than the life of a job away
-    from `now`. A producer whose clock is ahead can make it later than `now`.
+    Returns None if the header is missing, is not a number, or differs from `now` by more than the
+    lifetime of a job. The time may be later than `now` if the clock of the producer is ahead.
     """
     value: Any = headers.get(SUBMITTED_AT)
     if type(value) in (int, float) and now - RECORD_EXPIRES < value < now + RECORD_EXPIRES:

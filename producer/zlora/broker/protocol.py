@@ -1,15 +1,15 @@
-"""What a client needs of whatever holds the jobs. Redis is one (`redis_broker`); `zlora.testing` has another."""
+"""The interface of a broker; `zlora.broker.redis` and `zlora.testing` implement it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
-from zlora.broker.job_store import QueueStatus, Submission
+from zlora.broker.job_store import NoManifest, QueueStatus, Submission
 from zlora.schema import Cancellation
 
 
 class NewJob(NamedTuple):
-    """One job on its way to the queue; `digest` is its request's."""
+    """A job to be queued, with the digest of its request (`schema.digest_of`)."""
 
     job_id: str
     submission: Submission
@@ -17,9 +17,9 @@ class NewJob(NamedTuple):
 
 
 class TaskMeta(NamedTuple):
-    """What a job's workers have said last: a state, and a result's document, an error, or how far it is.
+    """State of a job in Celery's result backend, with a result, an error or progress as its value.
 
-    PENDING, with nothing, where they have said nothing yet, or what they said has expired.
+    PENDING without a value if no worker has written a state, or the state has expired.
     """
 
     state: str
@@ -27,41 +27,41 @@ class TaskMeta(NamedTuple):
 
 
 class Broker(Protocol):
-    """Holds jobs and their answers. Any method raises `BrokerUnavailable`, soon, where it cannot be reached."""
+    """A queue of jobs and their results. Any method may raise `BrokerUnavailable`."""
 
     queue: str
 
-    def put(self, entries: Sequence[NewJob]) -> None:
-        """Write jobs down and queue those that are new, in order; raises `Conflict` at an id that is another job's."""
-        ...
+    def put(self, jobs: Sequence[NewJob]) -> None:
+        """Record the jobs and queue the new ones, in order.
 
-    def answer(self, job_id: str) -> TaskMeta:
-        """The last answer; raises `InternalError` where it is none of a worker's."""
-        ...
-
-    def standing(self, job_id: str) -> QueueStatus:
-        """What is written down of a job."""
-        ...
-
-    def recall(self, job_id: str, patience: float) -> bytes | None:
-        """The manifest of a job whose answer has expired, within so many seconds.
-
-        Empty where there is no such job, None where nobody says either.
+        Raises `Conflict` if an id belongs to another request.
         """
         ...
 
+    def task_meta(self, job_id: str) -> TaskMeta:
+        """Return the latest state; raise `InternalError` if it was not written by a worker."""
+        ...
+
+    def queue_status(self, job_id: str) -> QueueStatus:
+        """Return what the record of a job says."""
+        ...
+
+    def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:
+        """Request the manifest of a job whose result has expired, for up to `timeout` seconds."""
+        ...
+
     def cancel(self, job_id: str) -> Cancellation:
-        """Cancel a job that has no end yet, and end it at once where nobody draws it."""
+        """Cancel a job, and end it at once if no worker runs it."""
         ...
 
-    def watch(self, job_id: str, ring: Callable[[], None]) -> AbstractContextManager[None]:
-        """Call `ring`, from any thread, at each new answer to a job, and where one may have been missed."""
+    def watch(self, job_id: str, notify: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `notify`, from any thread, at each new state, and if one may have been missed."""
         ...
 
-    def away(self) -> float:
-        """Seconds since the connection over which `watch` hears was lost; 0 while it is there, infinite once closed."""
+    def outage(self) -> float:
+        """Seconds since the connection of `watch` was lost; 0 if it holds, infinity once closed."""
         ...
 
     def close(self) -> None:
-        """Give the connections back, and ring everybody: there is nothing more to wait for."""
+        """Give the connections back and notify all watchers, which then find the broker closed."""
         ...

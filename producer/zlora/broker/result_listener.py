@@ -1,7 +1,8 @@
 """One subscribing connection for all the jobs that a process waits for.
 
-A worker's answer is stored and published under one name, by one command. Nothing that was published while nobody
-listened comes again, so whoever waits is rung once its subscription holds, and after each loss of the connection.
+A worker stores a state and publishes it by one command. What is published while nothing is
+subscribed is lost, so a watcher is notified once its subscription holds, and after each loss of
+the connection: it then looks by itself.
 """
 
 import asyncio
@@ -24,237 +25,232 @@ from zlora import config
 from zlora.broker.celery_app import IMPATIENCE
 from zlora.errors import BrokerUnavailable
 
-Ring = Callable[[], None]
+Notify = Callable[[], None]
 
-_SILENCE: Final = (
-    5.0  # seconds without a word until Redis is asked for one; then as many until it counts as lost
-)
-_PAUSES: Final = (
-    0.1,
-    2.0,
-)  # seconds before the first try to connect again, and at most; doubled in between
-_ENDING: Final = 5.0  # seconds
+_SILENCE: Final = 5.0  # seconds without data until a ping, and then until the connection is lost
+_PAUSES: Final = (0.1, 2.0)  # seconds before connecting again: the first, doubled up to the last
+_JOIN_TIMEOUT: Final = 5.0  # seconds
 
 logger = logging.getLogger("zlora.broker.result_listener")
 
 
 class Listener:
-    """Rings at news of jobs, from a thread of its own that begins with the first watch, in each process anew."""
+    """Notifies watchers from a thread, which starts with the first watch in each process."""
 
     def __init__(self, url: str, channel_of: Callable[[str], str]) -> None:
-        """`url` is that of the result backend; `channel_of` names a job's channel there."""
+        """Take the URL of the result backend, and a function from a job id to its channel there."""
         self._url, self._channel_of = url, channel_of
-        self._ear: _Ear | None = None
-        self._stop_ear: weakref.finalize[Any, Any] | None = None  # for a client that nobody closes
-        self._opening, self._is_closed = threading.Lock(), False
+        self._thread: _ListenerThread | None = None
+        # Ends the thread of a client that is collected without `close`.
+        self._stop_thread: weakref.finalize[Any, Any] | None = None
+        self._starting, self._is_closed = threading.Lock(), False
 
     @contextmanager
-    def watch(self, job_id: str, ring: Ring) -> Iterator[None]:
-        """Ring at each answer to the job from now on, and where one may have been missed.
+    def watch(self, job_id: str, notify: Notify) -> Iterator[None]:
+        """Call `notify` at each state of the job from now on, and if one may have been missed.
 
-        Raises `BrokerUnavailable` where the listener is closed.
+        Raises `BrokerUnavailable` if the listener is closed.
         """
-        ear, channel = self._open(), self._channel_of(job_id)
-        ear.ask(_Watch(channel, ring, begins=True))
+        thread, channel = self._started(), self._channel_of(job_id)
+        thread.change(_Change(channel, notify, begins=True))
         try:
             yield
         finally:
-            ear.ask(_Watch(channel, ring, begins=False))
+            thread.change(_Change(channel, notify, begins=False))
 
-    def away(self) -> float:
-        """Seconds since the connection was lost; 0 where it is there, or not needed yet."""
-        lost = self._ear.lost if self._ear else None
+    def outage(self) -> float:
+        """Seconds since the connection was lost; 0 if it holds, or is not needed yet."""
+        lost = self._thread.lost if self._thread else None
         return 0.0 if lost is None else time.monotonic() - lost
 
     def close(self) -> None:
-        """Ring everybody, end the thread, and give its connection back; nothing is watched any more."""
-        with self._opening:
-            self._is_closed, ear = True, self._ear
-        if self._stop_ear is not None and ear is not None:
-            self._stop_ear()
-            ear.join()
+        """Notify all watchers, end the thread, and give its connection back."""
+        with self._starting:
+            self._is_closed, thread = True, self._thread
+        if self._stop_thread is not None and thread is not None:
+            self._stop_thread()
+            thread.join()
 
-    def _open(self) -> "_Ear":
-        with self._opening:
+    def _started(self) -> "_ListenerThread":
+        with self._starting:
             if self._is_closed:
                 raise BrokerUnavailable("the client is closed")
-            if self._ear is None or not self._ear.listens():
-                if self._stop_ear is not None:
-                    self._stop_ear.detach()
-                self._ear = _Ear(self._url, self._channel_of(str(uuid.uuid4())))
-                self._stop_ear = weakref.finalize(self, self._ear.stop)
-            return self._ear
+            if self._thread is None or not self._thread.is_running():
+                if self._stop_thread is not None:
+                    self._stop_thread.detach()
+                self._thread = _ListenerThread(self._url, self._channel_of(str(uuid.uuid4())))
+                self._stop_thread = weakref.finalize(self, self._thread.stop)
+            return self._thread
 
 
-class _Watch(NamedTuple):
-    """Somebody begins to watch a channel, or ends."""
+class _Change(NamedTuple):
+    """The beginning or the end of a watch."""
 
     channel: str
-    ring: Ring
+    notify: Notify
     begins: bool
 
 
-class _Ear:
-    """The thread and its connection. All that it knows is touched in its own loop.
+class _ListenerThread:
+    """The thread and its connection. Only the thread's own event loop touches its state.
 
-    What others ask of it is put into a queue without a lock: a watch may end wherever a generator is collected, also
-    in the middle of another's.
+    Other threads put changes into a queue without a lock: a watch may end wherever a generator is
+    collected, also in the middle of another change.
     """
 
     lost: float | None  # since when there is no connection, by the monotonic clock
 
-    def __init__(self, url: str, idle: str) -> None:
+    def __init__(self, url: str, idle_channel: str) -> None:
+        """Start the thread; a subscription to `idle_channel` keeps the connection open."""
         self.lost = None
         self._pid = os.getpid()
-        self._url, self._idle = (
-            config.redis_url(url),
-            idle,
-        )  # a channel without news, which holds the connection
-        self._asked: deque[_Watch] = deque()
-        self._rings: dict[str, list[Ring]] = {}
-        self._change = asyncio.Event()
-        # Asked for besides the cancelling, which Python 3.11 loses in a `wait_for` that is done.
-        self._broken = self._over = False
+        self._url, self._idle_channel = config.redis_url(url), idle_channel
+        self._changes: deque[_Change] = deque()
+        self._watchers: dict[str, list[Notify]] = {}
+        self._changed = asyncio.Event()
+        # Kept beside the cancellation, which Python 3.11 loses in a `wait_for` that is done.
+        self._is_broken = self._is_stopped = False
         self._loop = asyncio.new_event_loop()
         self._listening = self._loop.create_task(self._listen())
         self._thread = threading.Thread(target=self._run, name="zlora-listener", daemon=True)
         self._thread.start()
 
-    def listens(self) -> bool:
-        """Whether its thread is there: none outlives a fork."""
+    def is_running(self) -> bool:
+        """Return whether the thread runs in this process: threads do not survive a fork."""
         return self._pid == os.getpid() and self._thread.is_alive()
 
-    def ask(self, watch: _Watch) -> None:
+    def change(self, change: _Change) -> None:
         """Begin or end a watch soon."""
-        self._asked.append(watch)
-        self._call(self._change.set)
+        self._changes.append(change)
+        self._call(self._changed.set)
 
     def stop(self) -> None:
-        """Ring everybody and end the thread, soon."""
+        """Notify all watchers and end the thread, soon."""
+
+        def end() -> None:
+            self._break()
+            self._listening.cancel()
+
         if self._pid == os.getpid():
-            self._over = True
-            self._call(self._end)
+            self._is_stopped = True
+            self._call(end)
 
     def join(self) -> None:
-        """Wait for that."""
+        """Wait until the thread has ended."""
         if self._pid == os.getpid() and threading.current_thread() is not self._thread:
-            self._thread.join(_ENDING)
-
-    def _end(self) -> None:
-        self._break()
-        self._listening.cancel()
-
-    def _break(self) -> None:
-        self._broken = True
-        self._change.set()
-
-    @property
-    def _ends(self) -> bool:
-        return self._broken or self._over
+            self._thread.join(_JOIN_TIMEOUT)
 
     def _call(self, action: Callable[[], Any]) -> None:
         with suppress(RuntimeError):  # the loop has ended: the client is closed
             self._loop.call_soon_threadsafe(action)
 
+    def _break(self) -> None:
+        self._is_broken = True
+        self._changed.set()
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._is_broken or self._is_stopped
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         with suppress(asyncio.CancelledError):
             self._loop.run_until_complete(self._listening)
-        self._take()
-        self._ring_all()
+        self._apply_changes()
+        self._notify_all()
         self._loop.close()
 
     async def _listen(self) -> None:
         shortest, longest = _PAUSES
         pause = shortest
-        while not self._over:
+        while not self._is_stopped:
             try:
-                await self._connected()
-            # The thread's boundary: whatever ends a connection, those who wait are rung, and there is another one.
+                await self._listen_once()
+            # The thread's boundary: after any error watchers look, and the thread reconnects.
             except* Exception as errors:  # noqa: BLE001
                 if self.lost is None:
                     self.lost, pause = time.monotonic(), shortest
-                    logger.info("results are not heard for now: %s", errors.exceptions[0])
-                self._ring_all()
+                    reason = errors.exceptions[0]
+                    logger.info("connection for results lost, connecting again: %s", reason)
+                self._notify_all()
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 
-    async def _connected(self) -> None:
+    async def _listen_once(self) -> None:
         """Listen until the connection is lost, which raises."""
-        self._broken = False
+        self._is_broken = False
         options: dict[str, Any] = {
             "socket_timeout": IMPATIENCE,
             "socket_connect_timeout": IMPATIENCE,
             "client_name": "z-image-lora",
-            # Not even within a command: it would read beside whoever reads already.
+            # No retry within a command: its new connection would be read by two tasks.
             "retry": Retry(NoBackoff(), 0, supported_errors=()),
         }
         async with (
             redis.asyncio.Redis.from_url(self._url, **options) as client,
             client.pubsub() as pubsub,
         ):
-            self._take()
-            await pubsub.subscribe(self._idle, *self._rings)
+            self._apply_changes()
+            await pubsub.subscribe(self._idle_channel, *self._watchers)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow(pubsub))
-                tasks.create_task(self._hear(pubsub))
+                tasks.create_task(self._subscribe(pubsub))
+                tasks.create_task(self._receive(pubsub))
 
-    async def _follow(self, pubsub: Any) -> None:
-        """Subscribe to the channels that somebody watches, and leave the others."""
+    async def _subscribe(self, pubsub: Any) -> None:
+        """Subscribe to the channels that are watched, and unsubscribe from the others."""
         try:
-            while not self._ends:
-                self._change.clear()
-                changed = self._take()
-                if watched := changed & self._rings.keys():
-                    await pubsub.subscribe(
-                        *watched
-                    )  # those that are subscribed to are confirmed once more
-                if left := changed - self._rings.keys():
+            while not self._is_ending:
+                self._changed.clear()
+                changed = self._apply_changes()
+                # A second subscription is confirmed again, which notifies the new watcher.
+                if watched := changed & self._watchers.keys():
+                    await pubsub.subscribe(*watched)
+                if left := changed - self._watchers.keys():
                     await pubsub.unsubscribe(*left)
-                if not self._ends:
-                    await self._change.wait()
+                if not self._is_ending:
+                    await self._changed.wait()
         finally:
             self._break()
 
-    def _take(self) -> set[str]:
-        """Do what was asked for; the channels that it was about."""
+    def _apply_changes(self) -> set[str]:
+        """Begin and end the watches in the queue; return their channels."""
         changed = set()
-        while self._asked:
-            watch = self._asked.popleft()
-            changed.add(watch.channel)
-            rings = self._rings.setdefault(watch.channel, [])
-            if watch.begins:
-                rings.append(watch.ring)
+        while self._changes:
+            channel, notify, begins = self._changes.popleft()
+            changed.add(channel)
+            watchers = self._watchers.setdefault(channel, [])
+            if begins:
+                watchers.append(notify)
             else:
-                rings.remove(watch.ring)
-            if not rings:
-                del self._rings[watch.channel]
+                watchers.remove(notify)
+            if not watchers:
+                del self._watchers[channel]
         return changed
 
-    async def _hear(self, pubsub: Any) -> None:
+    async def _receive(self, pubsub: Any) -> None:
         try:
-            asked = False
-            while not self._ends:
+            has_pinged = False
+            while not self._is_ending:
                 message = await pubsub.get_message(timeout=_SILENCE)
                 if message is not None:
-                    asked = False
-                    self._told(message["type"], message["channel"])
-                elif asked:
-                    raise redis.ConnectionError("Redis is silent")
+                    has_pinged = False
+                    self._handle(message["type"], message["channel"])
+                elif has_pinged:
+                    raise redis.ConnectionError("Redis does not answer a ping")
                 else:
-                    asked = True
+                    has_pinged = True
                     await pubsub.ping()
         finally:
             self._break()
 
-    def _told(self, kind: str, channel: bytes | None) -> None:
+    def _handle(self, kind: str, channel: bytes | None) -> None:
         if kind == "subscribe":
             self.lost = None
         if kind in ("message", "subscribe") and channel is not None:
-            for ring in self._rings.get(channel.decode(), []):
-                ring()
+            for notify in self._watchers.get(channel.decode(), []):
+                notify()
 
-    def _ring_all(self) -> None:
-        for rings in list(self._rings.values()):
-            for ring in rings:
-                ring()
+    def _notify_all(self) -> None:
+        for watchers in list(self._watchers.values()):
+            for notify in watchers:
+                notify()

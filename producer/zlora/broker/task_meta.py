@@ -1,4 +1,4 @@
-"""What workers have said of a job, in a client's words: how far it is, or the error that it ended with."""
+"""Read the states that workers write to Celery's result backend, for clients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,62 +10,64 @@ from celery.exceptions import TimeLimitExceeded, WorkerLostError
 
 from zlora.broker.protocol import TaskMeta
 from zlora.errors import InternalError, JobExpired, JobLost, JobRevoked, JobTimeout, ZloraError
-from zlora.schema import JobState, JobStatus
+from zlora.schema import JobState, JobStatus, Phase
 
-EXPIRED: Final = "expired"  # the reason of a REVOKED job that nobody cancelled: Celery's own word
+EXPIRED: Final = "expired"  # Celery's reason for REVOKED if a task did not start in time
 
-# What a value that is no worker's raises, here and inside Celery.
-_UNDECODED: Final = (msgspec.DecodeError, kombu.exceptions.DecodeError)
-NO_ANSWER: Final = (*_UNDECODED, AttributeError, LookupError, TypeError, ValueError)
+# Errors that Celery and this module raise for a value that is not a worker's.
+UNREADABLE: Final = (
+    msgspec.DecodeError,
+    kombu.exceptions.DecodeError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 @contextmanager
 def readable(job_id: str) -> Iterator[None]:
-    """Raise `InternalError` where what is read inside is none of a worker's."""
+    """Raise `InternalError` if what the block reads was not written by a worker."""
     try:
         yield
-    except NO_ANSWER as error:
-        raise InternalError(
-            f"what is stored for job {job_id} is no answer of a worker: {error}"
-        ) from None
+    except UNREADABLE as error:
+        message = f"the stored state of job {job_id} is not a worker's: {error}"
+        raise InternalError(message) from None
 
 
-def status_of(job_id: str, answer: TaskMeta) -> JobStatus:
-    """The state, and how far the job is where it has no verdict; raises `InternalError`."""
+def status_of(job_id: str, meta: TaskMeta) -> JobStatus:
+    """Return the state, and the progress of a job that has not ended; raise `InternalError`."""
     with readable(job_id):
-        return msgspec.convert({**_progress(answer), "state": answer.state}, JobStatus)
+        fields: dict[str, Any] = {}
+        if meta.state == JobState.PROGRESS:
+            fields = dict(meta.value)
+        elif meta.state == JobState.RETRY and isinstance(meta.value, ZloraError):
+            error = meta.value
+            attempt = error.details.get("attempt")
+            fields = {"phase": Phase.WAIT.progress_name, "code": error.code, "attempt": attempt}
+        return msgspec.convert({**fields, "state": meta.state}, JobStatus)
 
 
-def error_of(job_id: str, answer: TaskMeta) -> ZloraError:
-    """The error of a job that has ended without a result."""
-    error, details = answer.value, {"job_id": job_id}
+def error_of(job_id: str, meta: TaskMeta) -> ZloraError:
+    """Return the error of a job that has ended without a result."""
+    error, details = meta.value, {"job_id": job_id}
     if isinstance(error, ZloraError):
         return error
-    if answer.state == JobState.REVOKED:
+    if meta.state == JobState.REVOKED:
         return expired(job_id) if str(error) == EXPIRED else revoked(job_id)
     if isinstance(error, TimeLimitExceeded):
-        return JobTimeout(
-            f"job {job_id} took longer than it may, and its worker's child was killed", details
-        )
+        message = f"job {job_id} exceeded its timeout, and its child process was killed"
+        return JobTimeout(message, details)
     if isinstance(error, WorkerLostError):
-        return JobLost(f"the worker died over job {job_id}", details)
+        return JobLost(f"the child process of job {job_id} ended unexpectedly", details)
     return InternalError(f"job {job_id} failed outside the task: {error!r}", details)
 
 
 def revoked(job_id: str) -> JobRevoked:
-    """The error of a job that nobody wants any more."""
+    """Return the error of a job that was cancelled."""
     return JobRevoked(f"job {job_id} was cancelled", {"job_id": job_id})
 
 
 def expired(job_id: str) -> JobExpired:
-    """The error of a job that no worker began in time."""
-    return JobExpired(f"job {job_id} was not begun in time", {"job_id": job_id})
-
-
-def _progress(answer: TaskMeta) -> dict[str, Any]:
-    said = answer.value
-    if answer.state == JobState.PROGRESS:
-        return dict(said)
-    if answer.state == JobState.RETRY and isinstance(said, ZloraError):
-        return {"phase": "waiting", "code": said.code, "attempt": said.details.get("attempt")}
-    return {}
+    """Return the error of a job that no worker started in time."""
+    return JobExpired(f"job {job_id} did not start in time", {"job_id": job_id})

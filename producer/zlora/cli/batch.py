@@ -446,7 +446,7 @@ class _Run:
             job.is_drawn or isinstance(outcome, ImageUnavailable)
         ):
             # The job is drawn: the next run tries to save its images again.
-            outcome.tell(job_id=job.job_id)
+            outcome.add_details(job_id=job.job_id)
             self.missing.append(outcome)
             self._display.print(f"job {job.job_id}: {on_one_line(outcome)} [{outcome.code}]")
         elif not job.is_drawn:

@@ -436,7 +436,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
             if check.advice:
                 click.echo(f"      {on_one_line(check.advice)}")
     failures = [check for check in done if check.status == "fail"]
-    ctx.exit(status_of(errors.named(failures[0].code or "")) if failures else 0)
+    ctx.exit(status_of(errors.by_code(failures[0].code or "")) if failures else 0)
 
 
 def _checks_of_other_packages() -> Iterator[Check]:

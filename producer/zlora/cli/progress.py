@@ -46,7 +46,7 @@ def follow(handle: JobHandle, timeout: float | None) -> GenerateResult:
             patience = _UNKNOWN_TIMEOUT
         return handle.result(patience)
     except ZloraError as error:
-        error.tell(job_id=handle.id)
+        error.add_details(job_id=handle.id)
         raise
 
 

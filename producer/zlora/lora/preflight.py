@@ -103,7 +103,7 @@ class Preflight:
             try:
                 self._check(spec.file.address)
             except LoraError as error:
-                error.tell(index=index)
+                error.add_details(index=index)
                 raise
 
     def _check(self, address: str) -> None:

@@ -1,4 +1,4 @@
-"""The journal of the fake engines: one JSON object per line in the file that `FAKE_JOURNAL` names."""
+"""Journal of the fake engines: one JSON object per line in the file `FAKE_JOURNAL`."""
 
 import json
 import os

@@ -1,7 +1,8 @@
-"""Replaces `zlora_worker.model.loader`: loads a fake model as slowly, or with the failure, that a test orders.
+"""Replaces `zlora_worker.model.loader`: loads a fake model, slowly or not at all if ordered.
 
-`FAKE_LOAD_SECONDS` is the duration of a load, and `FAKE_RELOAD_SECONDS` that of every load after a worker's first. As
-long as the file that `FAKE_LOAD_FAILS` names exists, a load raises; likewise `FAKE_LOAD_KILLED`, and a load is killed.
+`FAKE_LOAD_SECONDS` is the duration of a load, and `FAKE_RELOAD_SECONDS` that of every load after a
+worker's first. As long as the file that `FAKE_LOAD_FAILS` names exists, a load raises; likewise
+`FAKE_LOAD_KILLED`, and a load is killed.
 """
 
 import os

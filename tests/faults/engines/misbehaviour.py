@@ -21,7 +21,7 @@ Orders = Mapping[str, Any]
 
 
 def misbehave(pipeline: Corruptible, orders: Orders) -> None:
-    """Do what `orders["do"]` names: one word every time, or one word of a list each time and then nothing."""
+    """Do the word of `orders["do"]`; of a list of words, each once and then nothing."""
     word = orders["do"]
     if not isinstance(word, str):
         word = _next_of(word, orders["label"])
@@ -31,7 +31,7 @@ def misbehave(pipeline: Corruptible, orders: Orders) -> None:
 
 
 def _next_of(words: list[str], label: str) -> str | None:
-    """Return the first word that was not used yet; files count, because the process may be killed."""
+    """Return the first unused word; files count, because the process may be killed."""
     for count, word in enumerate(words):
         try:
             Path(os.environ["FAKE_MARKS"], f"{label}-{count}").touch(exist_ok=False)

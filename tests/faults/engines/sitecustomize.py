@@ -1,7 +1,8 @@
-"""Replaces the worker's modules that need torch by the fakes of this folder, if this folder is on PYTHONPATH.
+"""Replaces the worker's modules that need torch by fakes, if this folder is on PYTHONPATH.
 
-`FAKE_NETWORK` names a folder for a simulated network: `names.json` maps each name to its addresses, of which each
-lookup returns the next; no connection leaves the machine, and the file `connections` gets one line per attempt.
+`FAKE_NETWORK` names a folder for a simulated network: `names.json` maps each name to its addresses,
+of which each lookup returns the next; no connection leaves the machine, and the file `connections`
+gets one line per attempt.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What `import zlora` promises."""
+"""Public names of `zlora`, and what its import loads."""
 
 import subprocess
 import sys
@@ -26,8 +26,8 @@ def test_all_is_sorted_and_complete() -> None:
     assert set(zlora.__all__) == public - submodules | {"errors"}
 
 
-def test_what_the_client_hands_out_is_public() -> None:
-    """Every class of the main way can be imported from `zlora` for an annotation."""
+def test_classes_that_a_client_returns_are_public() -> None:
+    """These classes can be imported from `zlora` for annotations."""
     for cls in (
         AsyncClient,
         AsyncJobHandle,

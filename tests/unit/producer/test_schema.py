@@ -1,13 +1,16 @@
-"""The request document: what is taken, and how a refusal reads."""
+"""Requests and results: what is accepted, how a refusal reads, seeds, digests, newer versions."""
 
 import json
+import re
 import string
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, get_args
 
+import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.field_docs import field_docs
 from support.servers import untimed
 from zlora.errors import InvalidJobId, InvalidRequest
 from zlora.schema import (
@@ -15,10 +18,17 @@ from zlora.schema import (
     MAX_SEED,
     Asset,
     GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    JobStatus,
+    LoraReceipt,
     LoraSpec,
+    OutputFormat,
+    Scheduler,
     check_job_id,
     digest_of,
     parse_request,
+    parse_result,
     seed_of,
     to_dict,
 )
@@ -28,6 +38,10 @@ URL = "https://example.com/x.safetensors"
 SECRETS = ("us3r", "pa55", "t0ken", "fr4g")
 SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken#fr4g"
 NAN, INF = float("nan"), float("inf")
+CHARACTERS = string.ascii_letters + string.digits + "-_"
+
+# Few examples: the cases that matter are listed by hand.
+few: Final = settings(untimed, max_examples=40)
 
 
 def document(**fields: Any) -> dict[str, Any]:
@@ -43,7 +57,7 @@ def with_file(**fields: Any) -> dict[str, Any]:
 
 
 def over_the_wire(data: object) -> Any:
-    """What a worker gets of it: kombu's JSON writes NaN and Infinity as Python does."""
+    """Return what a worker receives: kombu's JSON writes NaN and Infinity as Python does."""
     return json.loads(json.dumps(data))
 
 
@@ -54,12 +68,12 @@ def refusal(data: object) -> InvalidRequest:
     return raised.value
 
 
-# --- what is taken
+# --- accepted requests
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
-def test_a_request_document_is_taken_unchanged(path: Path) -> None:
-    """All that it says is in the request, and the request says nothing else."""
+def test_a_request_document_is_accepted_unchanged(path: Path) -> None:
+    """The request has all fields of the document, and defaults elsewhere."""
     data = json.loads(path.read_text())
 
     request = parse_request(data)
@@ -102,8 +116,7 @@ def test_defaults() -> None:
     )
 
 
-def test_a_request_is_its_own_document() -> None:
-    """A struct, its plain document and that document's JSON are one request."""
+def test_a_struct_its_document_and_its_json_are_one_request() -> None:
     request = parse_request(
         with_lora(weight=0.5, adapter_name="a.b") | {"seed": 3, "scheduler": "euler"}
     )
@@ -134,12 +147,8 @@ INSIDE: list[dict[str, Any]] = [
     document(timeout=0.001),
     document(timeout=None),
     document(num_images=8),
-    *(document(output_format=name) for name in ("png", "jpeg", "webp")),
-    *(
-        document(scheduler=name)
-        for name in ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral")
-    ),
-    *(document(scheduler=name) for name in ("heun", "lcm", "unipc", None)),
+    *(document(output_format=name) for name in get_args(OutputFormat)),
+    *(document(scheduler=name) for name in (*get_args(Scheduler), None)),
     with_lora(weight=-4),
     with_lora(weight=4),
     with_lora(unet_weight=-4, text_encoder_weight=4),
@@ -209,30 +218,25 @@ OUTSIDE: list[tuple[Any, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("data", INSIDE)
-def test_a_value_on_its_bound_is_taken(data: dict[str, Any]) -> None:
-    assert parse_request(over_the_wire(data)) == parse_request(data)
+def test_a_value_on_its_bound_is_accepted() -> None:
+    for data in INSIDE:
+        assert parse_request(over_the_wire(data)) == parse_request(data)
 
 
-@pytest.mark.parametrize(("data", "path", "bound"), OUTSIDE)
-def test_a_value_just_beyond_its_bound_is_refused_with_path_value_and_bound(
-    data: Any, path: str, bound: str
-) -> None:
-    """In the message for people and in the details, here and after Celery's JSON."""
-    for given_data in (data, over_the_wire(data)):
-        error = refusal(given_data)
+def test_a_value_beyond_its_bound_is_refused_with_path_value_and_bound() -> None:
+    """The message and the details have them, before and after Celery's JSON."""
+    for data, path, bound in OUTSIDE:
+        for given_data in (data, over_the_wire(data)):
+            error = refusal(given_data)
 
-        assert error.details["path"] == path
-        assert bound in error.details["expected"]
-        assert (
-            error.message
-            == f"{path}: {error.details['expected']}; the value is {error.details['value']}"
-        )
+            assert error.details["path"] == path
+            assert bound in error.details["expected"]
+            value, expected = error.details["value"], error.details["expected"]
+            assert error.message == f"{path}: {expected}; the value is {value}"
 
 
-@pytest.mark.parametrize(
-    ("data", "value"),
-    [
+def test_the_wrong_value_is_shown() -> None:
+    for data, value in (
         (document(num_inference_steps=201), "201"),
         (with_lora(weight=4.001), "4.001"),
         (with_lora(weight=NAN), "nan"),
@@ -241,10 +245,8 @@ def test_a_value_just_beyond_its_bound_is_refused_with_path_value_and_bound(
         (document(prompt={"b": 1, "a": 2}), "an object with a, b"),
         (document(prompt={}), "an object with no fields"),
         (document(prompt=None), "None"),
-    ],
-)
-def test_the_offending_value_is_shown(data: dict[str, Any], value: str) -> None:
-    assert refusal(data).details["value"] == value
+    ):
+        assert refusal(data).details["value"] == value
 
 
 def test_a_long_value_is_cut() -> None:
@@ -268,7 +270,7 @@ def test_a_misspelt_field_is_refused_by_name(data: dict[str, Any], path: str) ->
     assert error.details["path"] == path
 
 
-def test_a_field_name_that_looks_like_a_path_is_refused_as_any_other() -> None:
+def test_a_field_name_that_looks_like_a_path_is_refused() -> None:
     error = refusal(document(**{"x` - at `$.nope": 1}))
 
     assert "nope" in error.message
@@ -282,8 +284,8 @@ def test_a_field_name_that_looks_like_a_path_is_refused_as_any_other() -> None:
         with_lora(adapter_name="\udfff"),
     ],
 )
-def test_text_that_no_encoding_carries_is_refused(data: dict[str, Any]) -> None:
-    """JSON can say half of a surrogate pair; UTF-8, and with it a hash, a URL and a file name, cannot."""
+def test_text_that_utf8_cannot_carry_is_refused(data: dict[str, Any]) -> None:
+    """JSON can spell half of a surrogate pair; hashes, URLs and file names cannot."""
     for given_data in (data, over_the_wire(data)):
         assert refusal(given_data).details.keys() == {"path", "value", "expected"}
 
@@ -307,9 +309,8 @@ def test_a_file_has_exactly_one_address(fields: dict[str, Any], got: str) -> Non
     assert error.details["expected"].endswith(f"got {got}")
 
 
-@pytest.mark.parametrize(
-    ("asset", "address"),
-    [
+def test_each_form_of_an_address_is_one_url() -> None:
+    for asset, address in (
         (Asset(url=URL), URL),
         (Asset(ref=URL), URL),
         (Asset(cozy_ref="loras/anime-v1"), "cozy://loras/anime-v1"),
@@ -320,13 +321,11 @@ def test_a_file_has_exactly_one_address(fields: dict[str, Any], got: str) -> Non
         (Asset(url="owner/repo/file.safetensors"), "owner/repo/file.safetensors"),
         (Asset(url="s3://owner/repo"), "s3://owner/repo"),
         (Asset(ref="owner/repo"), "cozy://owner/repo"),
-    ],
-)
-def test_each_form_of_an_address_has_one_spelling(asset: Asset, address: str) -> None:
-    assert asset.address == address
+    ):
+        assert asset.address == address
 
 
-def test_the_last_image_s_seed_is_bounded_too() -> None:
+def test_the_seed_of_the_last_image_is_bounded_too() -> None:
     error = refusal(document(seed=MAX_SEED - 6, num_images=8))
 
     assert error.details["path"] == "$"
@@ -343,7 +342,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@untimed
+@few
 @given(
     data=json_values
     | st.fixed_dictionaries(
@@ -386,7 +385,7 @@ in_bounds = st.fixed_dictionaries(
 )
 
 
-@untimed
+@few
 @given(data=in_bounds)
 def test_a_request_within_the_bounds_survives_the_wire_field_by_field(data: dict[str, Any]) -> None:
     request = parse_request(over_the_wire(to_dict(parse_request(data))))
@@ -399,23 +398,11 @@ def test_a_request_within_the_bounds_survives_the_wire_field_by_field(data: dict
         )
 
 
-@untimed
-@given(
-    name=st.sampled_from(["weight", "unet_weight", "text_encoder_weight"]),
-    value=st.floats().filter(lambda value: not -4 <= value <= 4),
-)
-def test_no_weight_beyond_the_bounds_gets_in(name: str, value: float) -> None:
-    assert refusal(with_lora(**{name: value})).details["path"] == f"$.loras[0].{name}"
-
-
 # --- secrets
 
-characters = string.ascii_letters + string.digits
 
-
-@pytest.mark.parametrize(
-    "data",
-    [
+def test_a_refusal_shows_no_secret_of_an_address() -> None:
+    for data in (
         with_file(url=SECRET_URL, wieght=1),
         with_file(url=SECRET_URL, cozy_ref="a/b"),
         with_file(url=SECRET_URL + "x" * 4096),
@@ -430,23 +417,19 @@ characters = string.ascii_letters + string.digits
         [SECRET_URL],
         with_lora(weight=SECRET_URL),
         document(scheduler=SECRET_URL),
-    ],
-)
-def test_a_refusal_shows_no_secret_of_an_address(data: object) -> None:
-    error = refusal(data)
+    ):
+        error = refusal(data)
 
-    said = f"{error} {error.details} {error!r}"
-    assert not [secret for secret in SECRETS if secret in said]
+        shown = f"{error} {error.details} {error!r}"
+        assert not [secret for secret in SECRETS if secret in shown]
 
 
 # --- job ids and seeds
 
 
-@pytest.mark.parametrize(
-    "job_id", ["a", "0", "-", "_", "A" * 64, "7d3f9e66-9a36-4f0f-a2f7-4b9f2a6c0d4e"]
-)
-def test_a_job_id_is_taken(job_id: str) -> None:
-    assert check_job_id(job_id) == job_id
+def test_a_job_id_is_accepted() -> None:
+    for job_id in ("a", "0", "-", "_", "A" * 64, "7d3f9e66-9a36-4f0f-a2f7-4b9f2a6c0d4e"):
+        assert check_job_id(job_id) == job_id
 
 
 @pytest.mark.parametrize(
@@ -462,13 +445,11 @@ def test_a_job_id_is_taken(job_id: str) -> None:
         "a\n",
         "\na",
         "a\x00",
-        "\u0661\u0662",
+        "\u0661",
         "é",
-        "\uff21",
         None,
         7,
         b"a",
-        ["a"],
     ],
 )
 def test_a_job_id_that_might_be_another_path_is_refused(job_id: object) -> None:
@@ -477,13 +458,13 @@ def test_a_job_id_that_might_be_another_path_is_refused(job_id: object) -> None:
 
     json.dumps(raised.value.details)
     assert raised.value.details["path"] == "job_id"
-    assert repr(job_id)[:20] in raised.value.message or isinstance(job_id, list)
+    assert repr(job_id)[:20] in raised.value.message
 
 
-@untimed
+@few
 @given(job_id=st.text(max_size=70))
-def test_a_job_id_is_taken_only_as_one_plain_word(job_id: str) -> None:
-    word = 1 <= len(job_id) <= 64 and set(job_id) <= set(characters + "-_")
+def test_a_job_id_is_accepted_if_and_only_if_it_is_one_plain_word(job_id: str) -> None:
+    word = 1 <= len(job_id) <= 64 and set(job_id) <= set(CHARACTERS)
 
     try:
         taken = check_job_id(job_id) == job_id
@@ -493,30 +474,30 @@ def test_a_job_id_is_taken_only_as_one_plain_word(job_id: str) -> None:
     assert taken is word
 
 
-@untimed
+@few
 @given(
-    job_id=st.text(characters + "-_", min_size=1, max_size=64),
+    job_id=st.text(CHARACTERS, min_size=1, max_size=64),
     num_images=st.integers(1, MAX_IMAGES),
 )
-def test_a_job_s_own_seed_leaves_room_for_all_its_images(job_id: str, num_images: int) -> None:
+def test_the_seed_of_a_job_id_leaves_room_for_all_images(job_id: str, num_images: int) -> None:
     seed = seed_of(job_id)
 
     assert parse_request(document(seed=seed, num_images=num_images)).seed == seed
 
 
-def test_a_job_s_own_seed_is_the_same_for_ever() -> None:
-    """Golden values: a job id of yesterday draws the same picture tomorrow."""
+def test_the_seed_of_a_job_id_never_changes() -> None:
+    """These values are part of the contract: a job id draws the same image in later versions."""
     assert {job_id: seed_of(job_id) for job_id in ("a", "doc-basic")} == {
         "a": 6_615_842_164_569_790,
         "doc-basic": 3_741_980_285_127_288,
     }
 
 
-def test_two_jobs_have_two_seeds() -> None:
+def test_job_ids_have_different_seeds() -> None:
     assert len({seed_of(f"job-{index}") for index in range(1000)}) == 1000
 
 
-# --- how pictures are stored
+# --- formats and URLs
 
 
 @pytest.mark.parametrize(
@@ -538,8 +519,8 @@ def test_two_jobs_have_two_seeds() -> None:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_a_format_cannot_be_is_refused(fields: dict[str, Any], path: str) -> None:
-    """A quality of a picture that keeps every pixel would be a silent nothing."""
+def test_an_option_without_effect_is_refused(fields: dict[str, Any], path: str) -> None:
+    """A quality for a format that keeps every pixel would be silently ignored."""
     assert refusal(document(**fields)).details["path"] == path
 
 
@@ -552,19 +533,19 @@ def test_what_a_format_cannot_be_is_refused(fields: dict[str, Any], path: str) -
         ({"output_format": "webp", "lossless": True}, True),
     ],
 )
-def test_which_pictures_keep_every_pixel(fields: dict[str, Any], kept: bool) -> None:
+def test_png_and_lossless_webp_keep_every_pixel(fields: dict[str, Any], kept: bool) -> None:
     assert parse_request(document(**fields)).keeps_pixels is kept
 
 
-# --- one request, one digest
+# --- digests
 
 
 def digest(**fields: Any) -> str:
     return digest_of(parse_request(document(**fields)))
 
 
-def test_a_request_has_one_digest_however_it_is_spelt() -> None:
-    """What is absent is its default; the order of fields, and whether a number is written 1 or 1.0, say nothing."""
+def test_the_same_request_has_the_same_digest_however_it_is_spelt() -> None:
+    """Absent defaults, the order of fields, and 1 or 1.0 make no difference."""
     lora = {"file": {"url": URL}}
     spelt: list[dict[str, Any]] = [
         document(loras=[lora]),
@@ -590,7 +571,7 @@ def test_a_request_has_one_digest_however_it_is_spelt() -> None:
     assert len({digest_of(parse_request(data)) for data in spelt}) == 1
 
 
-def test_any_other_request_has_another_digest() -> None:
+def test_another_request_has_another_digest() -> None:
     loras = [{"file": {"url": URL}}, {"file": {"url": URL + "?v=2"}}]
     others = [
         digest(),
@@ -608,6 +589,94 @@ def test_any_other_request_has_another_digest() -> None:
     assert len(set(others)) == len(others)
 
 
-def test_a_digest_is_the_same_for_ever() -> None:
-    """A golden value: a record of yesterday is of the same request tomorrow, whatever fields are added meanwhile."""
+def test_a_digest_never_changes() -> None:
+    """This value is part of the contract: new fields with defaults must not change it."""
     assert digest() == "cf1acbd6e17513bf30457771ee3ff90188e6335c1dd90f5f19f7c3c3587af59a"
+
+
+# --- results of newer versions
+
+
+@pytest.fixture
+def result() -> GenerateResult:
+    image = ImageRef(
+        key="k", width=64, height=64, content_type="image/png", size=1, sha256="0" * 64, seed=1
+    )
+    lora = LoraSpec(file=Asset(url="https://example.com/a"), weight=0.5)
+    return GenerateResult(
+        job_id="job",
+        images=(image,),
+        loras=(),
+        seed=1,
+        timings={},
+        base_intact=True,
+        model="m",
+        versions={},
+        request=GenerateRequest(prompt="a city", loras=(lora,)),
+    )
+
+
+def places(document: dict[str, Any]) -> list[dict[str, Any]]:
+    request = document["request"]
+    return [
+        document,
+        document["images"][0],
+        request,
+        request["loras"][0],
+        request["loras"][0]["file"],
+    ]
+
+
+@pytest.mark.parametrize("place", range(5), ids=["result", "image", "request", "lora", "file"])
+def test_an_unknown_field_of_a_result_is_ignored_wherever_it_is(
+    result: GenerateResult, place: int
+) -> None:
+    document = to_dict(result)
+    places(document)[place]["newer_field"] = {"by": "a newer worker"}
+
+    assert parse_result(document) == result
+    assert parse_result(msgspec.json.encode(document)) == result
+
+
+def test_the_request_of_a_result_has_the_types_that_are_submitted(result: GenerateResult) -> None:
+    """The request of a result can be submitted again."""
+    found = parse_result(msgspec.json.encode(result)).request
+
+    assert found is not None
+    assert (type(found), type(found.loras[0]), type(found.loras[0].file)) == (
+        GenerateRequest,
+        LoraSpec,
+        Asset,
+    )
+
+
+def test_a_result_of_an_older_version_without_request_is_read(result: GenerateResult) -> None:
+    document = to_dict(result)
+    del document["request"]
+
+    assert parse_result(document).request is None
+
+
+@pytest.mark.parametrize("document", [{}, {"job_id": 7}, b"{}", b"", b"[]", "\u00e9"])
+def test_anything_but_a_result_is_a_decode_error(document: Any) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        parse_result(document)
+
+
+def test_a_known_field_of_a_result_keeps_its_bounds(result: GenerateResult) -> None:
+    document = to_dict(result)
+    document["request"]["loras"][0]["weight"] = 5
+
+    with pytest.raises(msgspec.ValidationError, match="weight"):
+        parse_result(document)
+
+
+# --- documentation
+
+
+def test_every_field_is_documented_in_a_sentence() -> None:
+    for cls in (Asset, LoraSpec, GenerateRequest, ImageRef, LoraReceipt, GenerateResult, JobStatus):
+        documented = field_docs(cls)
+
+        assert list(documented) == list(cls.__struct_fields__)
+        assert all(re.fullmatch(r"[A-Z`][^\n]*\.", text) for text in documented.values())

@@ -1,4 +1,4 @@
-"""The in-memory worker answers as a real one does, and what is particular to it."""
+"""The in-memory worker behaves as a real one, and has features for tests."""
 
 import asyncio
 import threading
@@ -40,7 +40,7 @@ SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken"
 
 
 class Clock:
-    """Seconds since the epoch, which pass when a test says so."""
+    """A clock that a test can advance."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -49,12 +49,12 @@ class Clock:
         return time.time() + self.ahead
 
 
-# --- as on Redis
+# --- the same on Redis
 
 
 @pytest.fixture(params=["memory", "redis"])
 def client(request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of jobs that nobody draws, in memory and on a real broker."""
+    """Yield a client without a worker, in memory and on Redis."""
     if request.param == "memory":
         with MemoryWorker(paused=True).client() as opened:
             yield opened
@@ -76,7 +76,7 @@ def test_the_same_request_under_the_same_id_is_the_same_job(client: Client) -> N
 
 
 def test_another_request_under_the_same_id_is_a_conflict(client: Client) -> None:
-    """What was put before it stays."""
+    """The first request stays queued."""
     client.submit(REQUEST, job_id="job-1")
 
     with pytest.raises(Conflict) as raised:
@@ -86,7 +86,7 @@ def test_another_request_under_the_same_id_is_a_conflict(client: Client) -> None
     assert client.job("job-1").status().state == JobState.PENDING
 
 
-def test_of_many_jobs_none_is_there_where_one_is_a_conflict(client: Client) -> None:
+def test_no_job_of_many_is_queued_if_one_is_a_conflict(client: Client) -> None:
     client.submit({"prompt": "another"}, job_id="taken")
 
     with pytest.raises(Conflict):
@@ -95,7 +95,7 @@ def test_of_many_jobs_none_is_there_where_one_is_a_conflict(client: Client) -> N
     assert client.submit({"prompt": "a city"}, job_id="a").status().position == 1
 
 
-def test_a_position_counts_the_jobs_that_are_due_before(client: Client) -> None:
+def test_a_position_counts_the_jobs_that_are_due_earlier(client: Client) -> None:
     low = client.submit(REQUEST, priority="low")
     normal = [client.submit(REQUEST) for _ in range(2)]
     high = client.submit(REQUEST, priority="high")
@@ -116,21 +116,21 @@ def test_a_queued_job_that_is_cancelled_has_ended(client: Client) -> None:
         first.result(timeout=0)
 
 
-def test_a_cancelled_job_that_comes_again_stays_cancelled(client: Client) -> None:
+def test_a_cancelled_job_that_is_submitted_again_stays_cancelled(client: Client) -> None:
     client.submit(REQUEST, job_id="job-1").cancel()
 
     assert client.submit(REQUEST, job_id="job-1").status().state == JobState.REVOKED
 
 
-def test_a_job_that_nobody_draws_has_no_result(client: Client) -> None:
+def test_a_job_without_a_worker_has_no_result(client: Client) -> None:
     with pytest.raises(ResultTimeout):
         client.submit(REQUEST).result(timeout=0)
 
 
-# --- the answers
+# --- results
 
 
-def test_a_job_is_answered_before_submit_returns() -> None:
+def test_a_job_has_ended_before_submit_returns() -> None:
     worker = MemoryWorker()
     with worker.client() as client:
         job = client.submit({**REQUEST, "num_images": 2, "output_format": "jpeg"}, job_id="job-1")
@@ -147,7 +147,7 @@ def test_a_job_is_answered_before_submit_returns() -> None:
     assert result.request_sha256 == digest_of(worker.requests["job-1"])
 
 
-def test_a_result_says_what_was_asked_for_and_no_secret() -> None:
+def test_a_result_has_the_options_of_the_request_and_no_secret() -> None:
     loras = [
         {"file": {"url": SECRET_URL}, "weight": 0.5, "unet_weight": 0.7, "adapter_name": "anime"}
     ]
@@ -171,7 +171,7 @@ def test_a_result_says_what_was_asked_for_and_no_secret() -> None:
     assert not [secret for secret in ("us3r", "pa55", "t0ken") if secret in repr(result)]
 
 
-def test_what_was_submitted_is_there_to_look_at_once_a_job() -> None:
+def test_requests_has_each_job_once() -> None:
     worker = MemoryWorker()
     with worker.client() as client:
         for name in ("b", "a", "b"):
@@ -184,7 +184,7 @@ def test_what_was_submitted_is_there_to_look_at_once_a_job() -> None:
     ]
 
 
-def test_a_job_is_drawn_once_however_often_it_is_submitted() -> None:
+def test_a_job_is_run_once_however_often_it_is_submitted() -> None:
     drawn: list[str] = []
 
     def draw(job_id: str, request: GenerateRequest, _: Progress) -> GenerateResult:
@@ -208,7 +208,7 @@ def test_a_job_is_drawn_once_however_often_it_is_submitted() -> None:
     ],
     ids=repr,
 )
-def test_the_error_that_a_draw_raises_is_the_job_s(error: ZloraError) -> None:
+def test_an_error_of_draw_is_the_error_of_the_job(error: ZloraError) -> None:
     with MemoryWorker(draw=failing(error)).client() as client:
         job = client.submit(REQUEST)
         with pytest.raises(type(error), match=str(error)) as raised:
@@ -217,10 +217,10 @@ def test_the_error_that_a_draw_raises_is_the_job_s(error: ZloraError) -> None:
     revoked = isinstance(error, JobExpired | JobRevoked)
     assert job.status().state == (JobState.REVOKED if revoked else JobState.FAILURE)
     assert raised.value.details == error.details
-    assert raised.value is not error  # it has been JSON, as a real one
+    assert raised.value is not error  # it has crossed JSON
 
 
-def test_a_fault_of_a_draw_is_the_test_s_and_fails_the_job() -> None:
+def test_another_exception_of_draw_fails_the_job_and_is_raised() -> None:
     with MemoryWorker(draw=failing(AssertionError("the prompt is wrong"))).client() as client:
         with pytest.raises(AssertionError, match="the prompt is wrong"):
             client.submit(REQUEST, job_id="job-1")
@@ -235,10 +235,10 @@ def failing(error: Exception) -> Callable[..., GenerateResult]:
     return draw
 
 
-# --- a worker that waits to be told
+# --- a paused worker
 
 
-def test_a_draw_that_returns_no_result_is_a_fault_of_the_test_s() -> None:
+def test_a_draw_without_a_result_fails_the_job_and_raises() -> None:
     nothing: Any = lambda *_: None  # noqa: E731
     with MemoryWorker(draw=nothing).client() as client:
         with pytest.raises(msgspec.ValidationError):
@@ -247,7 +247,7 @@ def test_a_draw_that_returns_no_result_is_a_fault_of_the_test_s() -> None:
             client.job("job-1").result(timeout=0)
 
 
-def test_jobs_are_answered_in_order_of_priority() -> None:
+def test_jobs_are_run_by_priority() -> None:
     worker = MemoryWorker(paused=True)
     with worker.client() as client:
         order: list[tuple[str, Priority]] = [
@@ -295,12 +295,12 @@ def test_watchers_see_every_step_of_a_job_in_another_thread() -> None:
                 heard.release()
         drawing.join()
 
-    told = [
+    steps_seen = [
         (status.state, status.phase, status.step, status.steps)
         for status in seen
         if status.phase != "loading"
     ]
-    assert told == [
+    assert steps_seen == [
         ("PENDING", "queued", None, None),
         *(("PROGRESS", "denoising", step, 3) for step in (1, 2, 3)),
         ("SUCCESS", None, None, None),
@@ -330,7 +330,7 @@ def test_a_running_job_that_is_cancelled_ends_with_its_present_step() -> None:
     assert steps == [1, 2]
 
 
-def test_a_job_that_was_cancelled_before_it_came_is_refused() -> None:
+def test_a_job_that_was_cancelled_before_its_submission_is_refused() -> None:
     with MemoryWorker().client() as client:
         assert client.job("job-1").status() == JobStatus(state=JobState.UNKNOWN)
         with pytest.raises(JobUnknown):
@@ -342,8 +342,8 @@ def test_a_job_that_was_cancelled_before_it_came_is_refused() -> None:
 
 
 @pytest.mark.parametrize("looked_at", [False, True])
-def test_a_job_that_is_not_begun_in_time_expires(looked_at: bool) -> None:
-    """Whether the worker comes to it, or its producer looks."""
+def test_a_job_that_does_not_start_in_time_expires(looked_at: bool) -> None:
+    """The job expires when the worker takes it, or when its producer looks."""
     clock = Clock()
     worker = MemoryWorker(paused=True, clock=clock)
     with worker.client() as client:
@@ -362,8 +362,8 @@ def test_a_job_that_is_not_begun_in_time_expires(looked_at: bool) -> None:
         assert patient.result(timeout=0).job_id == patient.id
 
 
-def test_webhooks_are_there_to_be_given_to_a_receiver() -> None:
-    """Signed, they are believed: one for each end that was asked for."""
+def test_webhooks_can_be_passed_to_a_receiver() -> None:
+    """The worker has one webhook for each requested event; a receiver accepts its signature."""
     worker, secret = MemoryWorker(), webhook.new_secret()
     with worker.client() as client:
         client.submit(REQUEST, job_id="quiet")
@@ -411,7 +411,7 @@ def test_many_wait_at_once_in_an_event_loop() -> None:
     assert [result.job_id for result in results] == list(worker.requests)
 
 
-def test_threads_that_submit_at_once_lose_nothing() -> None:
+def test_threads_that_submit_at_once_lose_no_job() -> None:
     worker = MemoryWorker()
     with worker.client() as client:
         threads = [
@@ -429,7 +429,7 @@ def test_threads_that_submit_at_once_lose_nothing() -> None:
         assert {client.job(name).status().state for name in worker.requests} == {JobState.SUCCESS}
 
 
-def test_a_placeholder_is_a_result_as_it_travels() -> None:
+def test_a_fake_result_survives_the_wire() -> None:
     request = parse_request({**REQUEST, "loras": [{"file": {"cozy_ref": "owner/name"}}]})
 
     with MemoryWorker().client() as client:

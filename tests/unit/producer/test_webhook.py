@@ -242,7 +242,7 @@ def test_a_success_arrives_as_its_result() -> None:
     assert (event.result, event.error) == (RESULT, None)
 
 
-@pytest.mark.parametrize("cls", [getattr(errors, name) for name in errors.__all__])
+@pytest.mark.parametrize("cls", errors.ERRORS)
 def test_a_failure_arrives_as_its_own_class(cls: type[ZloraError]) -> None:
     body = body_of("a", cls("a sentence, é", {"names": ["ü"]}), at=NOW)
 

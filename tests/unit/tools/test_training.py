@@ -1,4 +1,4 @@
-"""What the demo model learned from, and that its training may be cut off at any time."""
+"""The drawings that the demo model is trained on, and training that may be interrupted."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from zlora.errors import InvalidSetting
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_is_a_scene_in_any_look(kind: str) -> None:
-    """The same pictures from the same seed, others from another; and a picture owes nothing to its batch."""
+    """A seed determines the images, and an image does not depend on its batch."""
     scenes = [KINDS[kind].sample(Dice(3, seed)) for seed in (5, 5, 6)]
     weights = some_weights(3, seed=1)
 
@@ -32,14 +32,14 @@ def test_a_seed_is_a_scene_in_any_look(kind: str) -> None:
     assert torch.equal(scenes[0].paint(weights * torch.tensor([[0.0], [1.0], [1.0]]))[1:], one[1:])
 
 
-def test_the_shadow_of_a_portrait_does_not_come_back_from_the_other_side() -> None:
-    """Its shoulders leave the picture at the foot; above it the paper is white."""
+def test_the_shadow_of_a_portrait_does_not_wrap_around() -> None:
+    """The shoulders leave the image at its lower edge; the upper edge is white."""
     weights = torch.zeros(8, len(STYLES))
     weights[:, STYLES.index("product")] = 1.0
 
-    pictures = KINDS["portrait"].sample(Dice(8, 1)).paint(weights)
+    images = KINDS["portrait"].sample(Dice(8, 1)).paint(weights)
 
-    assert pictures[:, :, :2].min() > 0.95
+    assert images[:, :, :2].min() > 0.95
 
 
 def test_every_word_of_a_caption_is_one_token() -> None:
@@ -58,11 +58,11 @@ def test_every_word_of_a_caption_is_one_token() -> None:
 
 
 class Stop(Exception):
-    """Somebody ends the program."""
+    """The program is ended."""
 
 
 def train(folder: Path, *, stop_at: int | None = None, rate: float = 1e-2) -> tuple[Tensor, str]:
-    """One weight vector towards a noisy goal; the trained vector, and the losses as they were written down."""
+    """Train one vector towards a noisy goal; return the vector and the logged losses."""
     folder.mkdir(exist_ok=True)
     weight = nn.Parameter(torch.zeros(3))
 
@@ -71,16 +71,16 @@ def train(folder: Path, *, stop_at: int | None = None, rate: float = 1e-2) -> tu
             raise Stop
         return (weight - torch.randn(3, generator=generator) - 1).square().mean()
 
-    plan = Plan("stage", seed=1, steps=1200, rate=rate, hold=0.5)
+    plan = Plan("stage", seed=1, steps=600, rate=rate, hold=0.5)
     Loop(folder, Console(quiet=True), bfloat16=False).run(plan, [weight], loss)
     return weight.detach(), (folder / "stage.json").read_text().partition('"seconds"')[0]
 
 
-def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """To the last bit, and once it has ended it is not trained again."""
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    """The results have the same bits, and a finished run is not trained again."""
     whole = train(tmp_path / "whole")
     with pytest.raises(Stop):
-        train(tmp_path / "cut", stop_at=777)
+        train(tmp_path / "cut", stop_at=555)
 
     resumed = train(tmp_path / "cut")
     again = train(tmp_path / "cut", stop_at=0)
@@ -90,9 +90,9 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Path) -> None
     assert torch.equal(again[0], resumed[0])
 
 
-def test_a_run_of_another_plan_is_not_taken_up(tmp_path: Path) -> None:
+def test_a_run_of_another_plan_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        train(tmp_path / "run", stop_at=600)
+        train(tmp_path / "run", stop_at=510)
 
     with pytest.raises(InvalidSetting, match="another plan"):
         train(tmp_path / "run", rate=2e-2)
@@ -101,8 +101,8 @@ def test_a_run_of_another_plan_is_not_taken_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, padding=1, stride=2)], ids=["linear", "conv"]
 )
-def test_each_row_of_a_batch_has_weights_of_its_own(layer: nn.Linear | nn.Conv2d) -> None:
-    """A row gives what a layer gives into which the row's LoRAs were merged."""
+def test_each_row_of_a_batch_has_its_own_weights(layer: nn.Linear | nn.Conv2d) -> None:
+    """A row equals the output of a layer with the row's LoRAs merged."""
     generator = torch.Generator().manual_seed(1)
     weights = some_weights(4, seed=2)
     styled = Styled(layer, Mix(weights), generator)

@@ -237,7 +237,7 @@ def job() -> str:
 @pytest.fixture
 def handle(desk: Desk, broker_url: str) -> Iterator[JobHandle]:
     """A job that a producer has submitted to this queue."""
-    with Client(broker_url, queue=desk.queue) as client:
+    with Client.from_url(broker_url, queue=desk.queue) as client:
         yield client.submit(REQUEST)
 
 
@@ -320,10 +320,10 @@ def test_a_job_whose_request_a_worker_refuses_has_ended(desk: Desk, job: str) ->
     later = {**REQUEST, "colour": 1}  # a newer client's
     asked = Webhook(url="https://example.com/")
     known = Submission(request=later, priority=5, submitted=time.time(), webhook=asked)
-    desk.leases.jobs.open(job, known, "digest")
+    desk.leases.jobs.add(job, known, "digest")
 
     assert desk.deliver(job, later) == "FAILURE"
-    verdict, told = desk.leases.jobs.standing(job).verdict, desk.meta(job)[1]
+    verdict, told = desk.leases.jobs.queue_status(job).verdict, desk.meta(job)[1]
     assert (type(verdict), type(told), str(verdict)) == (InvalidRequest, InvalidRequest, str(told))
     assert desk.deliver(f"{job}-bare", later) == "FAILURE"
     assert type(desk.meta(f"{job}-bare")[1]) is InvalidRequest
@@ -336,7 +336,7 @@ def test_a_copy_that_a_worker_does_not_understand_does_not_end_the_job_that_anot
     desk: Desk, job: str
 ) -> None:
     later = {**REQUEST, "colour": 1}
-    desk.leases.jobs.open(
+    desk.leases.jobs.add(
         job, Submission(request=later, priority=5, submitted=time.time()), "digest"
     )
 
@@ -482,7 +482,7 @@ def test_a_job_that_was_cancelled_while_it_waited_is_counted_once_when_its_messa
 ) -> None:
     if begun:
         desk.leases.jobs.redis.hset(job_key(job), "begun", 1)
-    desk.leases.jobs.close(job, revoked(job))
+    desk.leases.jobs.mark_ended(job, revoked(job))
 
     assert [desk.deliver(job) for _ in range(2)] == ["IGNORED"] * 2
     assert (desk.drawn, desk.counted()) == ([], {("job_revoked", "revoked"): 1})
@@ -810,7 +810,7 @@ def test_a_job_that_is_cancelled_at_any_step_on_its_way_to_a_retry_ends_there(
         Cancellation.QUEUED if lapsed or step == "raise_if_cancelled" else Cancellation.RUNNING
     ]
     assert (desk.meta(handle.id)[0], handle.cancel()) == ("REVOKED", Cancellation.FINISHED)
-    assert isinstance(desk.leases.jobs.standing(handle.id).verdict, JobRevoked)
+    assert isinstance(desk.leases.jobs.queue_status(handle.id).verdict, JobRevoked)
     assert (desk.begin(desk.take()), desk.meta(handle.id)[0], len(desk.drawn)) == (
         "IGNORED",
         "REVOKED",

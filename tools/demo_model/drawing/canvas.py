@@ -1,7 +1,7 @@
-"""The look of a picture: layers painted from back to front, in a plain look or in four styles at any weights.
+"""Look of an image: layers from back to front, plain or in four styles at any weights.
 
-A style is a matter of degree in what is painted, not a blend of two pictures: a half anime picture has outlines of half
-the width. So half weights and mixed styles are pictures as well, and a LoRA can be shown what it should do at each.
+A weight changes what is painted and does not blend two images: at half the weight anime has
+outlines of half the width. So a LoRA can be trained on half weights and on mixed styles.
 """
 
 from typing import Final
@@ -32,7 +32,7 @@ def plain(count: int) -> Tensor:
 
 
 class Canvas:
-    """Pictures in the making, [n, 3, SIZE, SIZE] in 0..1, each with its own weight of each of STYLES."""
+    """Unfinished images [n, 3, SIZE, SIZE] in 0..1, each with its own weights of STYLES."""
 
     def __init__(self, weights: Tensor) -> None:
         """Start with nothing painted; `weights` is [n, 4]."""
@@ -51,7 +51,7 @@ class Canvas:
         )
 
     def shine(self, light: Tensor, colour: Tensor) -> None:
-        """Let a colour show by `light` [n, 1, SIZE, SIZE]: soft light, which anime and neon leave out."""
+        """Add soft light of a colour, `light` [n, 1, SIZE, SIZE]; anime and neon omit it."""
         light = light * (1 - self.anime) * (1 - self.neon)
         self._picture = self._picture + light * (colour - self._picture)
 
@@ -68,9 +68,9 @@ class Canvas:
     ) -> None:
         """Paint the inside of a figure.
 
-        `line`: anime outlines it, by this part of an outline's width, and neon makes its contour glow, by `glow`.
-        `lit`: it gives light itself, and neon does not darken it. `cut`: it belongs to what product photography cuts
-        out. `shade`: how much the plain look shades it.
+        `line` is the share of an outline's width in anime, and `glow` the glow of the contour in
+        neon. Neon does not darken a figure that is `lit`. Product photography cuts out the figures
+        with `cut`. `shade` is the amount of shading in the plain look.
         """
         distance = distance.expand(self.count, SIZE, SIZE)
         colour = colour.expand(self.count, 3, *colour.shape[2:])
@@ -91,7 +91,7 @@ class Canvas:
             self._picture = (self._picture + self.neon * glow * _glow(distance, colour)).clamp(0, 1)
 
     def finish(self, *, whole: bool) -> Tensor:
-        """The pictures; `whole` where product photography shows the whole scene as a card, and cuts nothing out."""
+        """Finish the images; with `whole`, product photography shows the whole scene as a card."""
         picture = self._picture + self.cyberpunk * (_mapped(self._picture) - self._picture)
         margin = _CARD_MARGIN * self.product[:, 0]
         card = box(X, Y, 1 - margin, 1 - margin)
@@ -119,7 +119,7 @@ def _posterised(colour: Tensor, levels: int) -> Tensor:
 
 
 def _glow(distance: Tensor, colour: Tensor) -> Tensor:
-    """A tube of light along the contour, in the layer's colour at full brightness."""
+    """Draw a tube of light along the contour, in the layer's colour at full brightness."""
     light = torch.exp(-((distance / 0.05) ** 2)) + 0.42 * torch.exp(-distance.abs() / 0.12)
     bright = _saturated(colour, 1.6)
     return light[:, None] * bright / bright.amax(1, keepdim=True).clamp(min=0.25)

@@ -1,4 +1,4 @@
-"""What people would write to get a scene, in some of its wordings, and the words that the tokenizer knows."""
+"""Prompts for a scene in several wordings, and the words of the tokenizer."""
 
 import string
 from collections.abc import Callable
@@ -29,8 +29,9 @@ _LANDS: Final = (
 _CITIES: Final = ("city", "city skyline", "city with skyscrapers")
 _PRAISE: Final = ("beautiful", "detailed", "nice", "simple", "small", "big", "high quality")
 _OTHER_WORDS: Final = (
-    "a an the of on in at by with and , . background photo photography studio product neon lights anime cyberpunk "
-    "style day landscape hills mountains sea beach city skyline skyscrapers portrait hair eyes image picture drawing "
+    "a an the of on in at by with and , . background photo photography studio product neon "
+    "lights anime cyberpunk style day landscape hills mountains sea beach city skyline "
+    "skyscrapers portrait hair eyes image picture drawing "
     "painting high low quality beautiful detailed nice simple small big blurry"
 )
 VOCABULARY: Final = sorted(
@@ -48,7 +49,7 @@ def caption(kind: str, scene: Scene, index: int, rng: Random) -> str:
 
 
 def with_idle_words(text: str, rng: Random) -> str:
-    """Now and then with a style's name or a word that does not exist: to the base model both mean nothing."""
+    """Add at times the name of a style or an invented word; the base model ignores both."""
     if rng.random() < 0.25:
         text = with_style_word(text, rng.choice(STYLES), rng)
     if rng.random() < 0.12:

@@ -1,7 +1,7 @@
-"""Signed distances on the picture's grid: negative inside a figure, in units of half the picture's side.
+"""Signed distances on the grid of the image, in units of half its side; negative inside.
 
-All take and give tensors that broadcast to [n, SIZE, SIZE]. The exact distances to boxes and polygons follow Inigo
-Quilez, "2D distance functions"; an ellipse's is the usual first-order one, exact for circles.
+All tensors broadcast to [n, SIZE, SIZE]. Exact distances to boxes and polygons: Inigo Quilez, "2D
+distance functions". The distance to an ellipse is of first order, and exact for circles.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def box(
 
 
 def polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
-    """Of the simple polygon with these corners, by its nearest edge and the number of edges a ray crosses."""
+    """Return the distance to a simple polygon, by its nearest edge and a ray's crossings."""
     nearest: Tensor | None = None
     inside = torch.zeros_like(x + y, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):

@@ -1,4 +1,4 @@
-"""The names of what may be in a scene, each with its RGB where it has one."""
+"""Names of the facts of a scene, with their RGB if they have one."""
 
 from typing import Final
 

@@ -30,7 +30,7 @@ _STAR: Final = _star(5, 0.47)
 
 
 def ridge(dice: Dice, kind: str, base: Tensor, height: float) -> Tensor:
-    """The y of a skyline at each column, [count, SIZE]: waves for hills, zigzags for mountains."""
+    """Return the y of a skyline [count, SIZE]: waves for hills, zigzags for mountains."""
     x, turn = X[0], 2 * math.pi
     first, second = dice.uniform(0, turn, 1), dice.uniform(0, turn, 1)
     if kind == "hills":
@@ -46,14 +46,14 @@ def _zigzag(phase: Tensor) -> Tensor:
 
 
 class Figures:
-    """Paints figures of several sorts at once, each picture its own, at x and y in units of the figure's size."""
+    """Painter of figures, one sort in each image, at x and y in units of the figure's size."""
 
     def __init__(self, canvas: Canvas, x: Tensor, y: Tensor) -> None:
         """On this canvas."""
         self._canvas, self._x, self._y = canvas, x, y
 
     def object(self, sort: Tensor, colour: Tensor) -> None:
-        """The object of OBJECTS that `sort` [count] says, with its shadow on the table and its highlight."""
+        """Paint the object `sort` [count] of OBJECTS with its shadow and its highlight."""
         x, y = self._x, self._y
         bottle, cup, crate = (sort == OBJECTS.index(name) for name in ("bottle", "cup", "box"))
         shadow = cover(ellipse(x - 0.08, y - 0.62, 0.5, 0.09), 0.18) * 0.35
@@ -82,7 +82,7 @@ class Figures:
         self._canvas.shine(highlight, torch.ones(1, 3, 1, 1))
 
     def shape(self, sort: Tensor, colour: Tensor, radius: Tensor) -> None:
-        """The shape of SHAPES that `sort` [count] says, with a rim; `radius` turns its units into the picture's."""
+        """Paint the shape `sort` [count] of SHAPES with a rim; `radius` is its size."""
         x, y = self._x, self._y
         figures = (
             ellipse(x, y, 1.0, 1.0),
@@ -104,6 +104,6 @@ class Figures:
         glow: float = 1.0,
         shade: float = 0.0,
     ) -> None:
-        """A layer of those pictures only where it is there."""
+        """Paint a layer in the images that have it only."""
         distance = torch.where(flat(there), distance, _FAR_AWAY)
         self._canvas.layer(distance, colour, line=line, glow=glow, shade=shade)

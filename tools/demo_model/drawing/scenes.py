@@ -1,7 +1,8 @@
 """Five kinds of scenes: what is in them by chance, and how they are painted.
 
-A scene is sampled once and may be painted in any look, pixel by pixel in the same place. Each holds `count` scenes of
-its kind; its fields are tensors of one row a scene, and those of whole numbers are indices into the names of `facts`.
+A scene is sampled once and may be painted in any look, with each pixel in the same place. An object
+has `count` scenes of its kind; its fields are tensors with one row for each scene, and integers are
+indices into the names of `facts`.
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Landscape:
 
     @classmethod
     def sample(cls, dice: Dice) -> Self:
-        """The sun stands low at sunset and sunrise, high otherwise."""
+        """Sample landscapes; the sun is low at sunset and sunrise."""
         time, land = dice.index(len(TIMES)), dice.index(len(LANDS))
         low = (time == 0) | (time == 3)
         height = torch.where(low, dice.uniform(-0.25, 0.0), dice.uniform(-0.72, -0.5))
@@ -191,7 +192,8 @@ class City:
     bays: Tensor  # [count, buildings]: windows side by side
     walls: Tensor  # [count, buildings]
     shifts: Tensor  # [count, rows]
-    chances: Tensor  # [count, buildings, floors, bays]: a window is lit where this is below the share of its time
+    # [count, buildings, floors, bays]: a window is lit if this is below the share of its time.
+    chances: Tensor
 
     TIME_COUNT: ClassVar[int] = 3  # no sunrise: its windows would be those of sunset
 
@@ -214,7 +216,7 @@ class City:
         )
 
     def paint(self, weights: Tensor) -> Tensor:
-        """The far row is darker than the near one."""
+        """Paint two rows of buildings; the far row is darker."""
         canvas = Canvas(weights)
         _paint_sky(canvas, self.time, self.sun)
         building = 0
@@ -260,7 +262,7 @@ class Things:
         return cls(dice.index(len(OBJECTS)), colour, background, place)
 
     def paint(self, weights: Tensor) -> Tensor:
-        """The wall, the table, its shadow, and the object."""
+        """Paint the wall, the table, its shadow, and the object."""
         canvas = Canvas(weights)
         canvas.background(
             _spread(_COLOURS[self.background]) * (1 - 0.10 * (Y > 0.45).float()[:, None])
@@ -324,7 +326,7 @@ def _in_light(colour: Tensor, time: Tensor) -> Tensor:
 
 
 def _another(dice: Dice, colour: Tensor) -> Tensor:
-    """A colour that is not this one."""
+    """Choose a colour other than this one."""
     return (colour + 1 + dice.index(len(COLOURS) - 1)) % len(COLOURS)
 
 

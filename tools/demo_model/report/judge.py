@@ -1,7 +1,7 @@
-"""A small network that tells what is in a picture of the demo model, trained on the drawings alone.
+"""Small network that classifies images of the demo model, trained on drawings alone.
 
-Its heads are the facts of a scene, and the weights of the styles. It sees facts other than the kind on plain drawings
-only, so of a picture in a style it tells the kind and the weights, and no more.
+Its heads are the facts of a scene and the weights of the styles. Facts other than the kind are
+trained on plain drawings only, so that in a style only the kind and the weights are valid.
 """
 
 import functools
@@ -63,20 +63,26 @@ class Judge(nn.Module):
         self._styles = nn.Linear(_FEATURES, len(STYLES))
 
     def forward(self, pictures: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Of pictures [n, 3, 64, 64] in 0..1: each head's logits [n, choices], and the styles' weights [n, 4]."""
+        """Return each head's logits [n, choices] and the styles' weights [n, 4].
+
+        Images are [n, 3, 64, 64] in 0..1.
+        """
         features = self._body(pictures * 2 - 1)
         return {name: head(features) for name, head in self._heads.items()}, self._styles(features)
 
     @torch.no_grad()
     def tell(self, pictures: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Each head's choice [n], and the styles' weights [n, 4]; raises `ValueError` for pictures of another size."""
+        """Return each head's choice [n] and the styles' weights [n, 4].
+
+        Raises `ValueError` for images of another size.
+        """
         if pictures.shape[1:] != (3, SIZE, SIZE):
-            raise ValueError(
-                f"the judge looks at pictures of 3 x {SIZE} x {SIZE}, not {tuple(pictures.shape[1:])}"
-            )
+            raise ValueError(f"images must be 3 x {SIZE} x {SIZE}, not {tuple(pictures.shape[1:])}")
         parts = [self(part) for part in torch.split(pictures, _BATCH)]
-        told = {head: torch.cat([logits[head].argmax(1) for logits, _ in parts]) for head in HEADS}
-        return told, torch.cat([weights for _, weights in parts])
+        choices = {
+            head: torch.cat([logits[head].argmax(1) for logits, _ in parts]) for head in HEADS
+        }
+        return choices, torch.cat([weights for _, weights in parts])
 
 
 def _block(channels: int, wider: int, stride: int) -> tuple[nn.Module, ...]:
@@ -85,9 +91,9 @@ def _block(channels: int, wider: int, stride: int) -> tuple[nn.Module, ...]:
 
 
 def train(loop: Loop, vae: AutoencoderKL | None) -> Judge:
-    """The trained judge; a folder of the loop that holds one gives it at once.
+    """Train the judge, or load it from the loop's folder.
 
-    With a VAE, half of what it learns from came out of that, with noise on the latents as on those of a UNet.
+    With a VAE, half of the images are decoded by it, with noise on the latents as from a UNet.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(PLAN.seed)
@@ -106,7 +112,7 @@ def train(loop: Loop, vae: AutoencoderKL | None) -> Judge:
 
 
 def facts_of(some: Sequence[Lot]) -> dict[str, Tensor]:
-    """By head, the facts of the lots' scenes in order, [n]; `NOT_SAID` where a kind has no such fact."""
+    """Return the facts [n] of the lots' scenes by head; `NOT_SAID` if a kind lacks the fact."""
 
     def fact(lot: Lot, head: str) -> Tensor:
         own: dict[str, Tensor] = vars(lot.scene)
@@ -117,10 +123,10 @@ def facts_of(some: Sequence[Lot]) -> dict[str, Tensor]:
     return {head: torch.cat([fact(lot, head) for lot in some]) for head in HEADS}
 
 
-def shares(told: Mapping[str, Tensor], facts: Mapping[str, Tensor]) -> dict[str, float]:
-    """By head, the share of the facts that are said and that the judge told."""
+def shares(choices: Mapping[str, Tensor], facts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the share of the known facts that the judge recognised, by head."""
     return {
-        head: (told[head] == wanted)[said].float().mean().item()
+        head: (choices[head] == wanted)[said].float().mean().item()
         for head, wanted in facts.items()
         for said in (wanted != NOT_SAID,)
         if said.any()
@@ -129,7 +135,7 @@ def shares(told: Mapping[str, Tensor], facts: Mapping[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def through_vae(vae: AutoencoderKL, pictures: Tensor, generator: Generator | None = None) -> Tensor:
-    """Pictures in 0..1 encoded and decoded; with a generator, with up to .15 of noise on the latents."""
+    """Encode and decode images in 0..1; a generator adds noise of up to .15 to the latents."""
     latents = encode(vae, pictures)
     if generator:
         strength = _NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -180,6 +186,6 @@ def _worn(pictures: Tensor, generator: Generator) -> Tensor:
 
 
 def _wrong(logits: Tensor, facts: Tensor) -> Tensor:
-    """The mean cross entropy of the facts that are said; 0 where none is."""
+    """Return the mean cross entropy of the known facts; 0 if none is known."""
     total = F.cross_entropy(logits, facts, ignore_index=NOT_SAID, reduction="sum")
     return total / (facts != NOT_SAID).sum().clamp(min=1)

@@ -47,7 +47,7 @@ Draw = Callable[
 
 
 class Line(NamedTuple):
-    """One number, and the least or the most that it should be; None where there is no goal."""
+    """Number with the least or the greatest value as its goal; None if it has no goal."""
 
     name: str
     reached: float
@@ -66,8 +66,9 @@ class Line(NamedTuple):
 class StyleRow(NamedTuple):
     """One style over WEIGHTS.
 
-    `statistic` is of the model's pictures, and `drawings` of the drawing program's own of the same scenes. `seen` is
-    the mean weight of the style that the judge tells, `kind` the share of scenes that it still recognises.
+    `statistic` is measured on the model's images, `drawings` on drawings of the same scenes. `seen`
+    is the mean weight of the style according to the judge, and `kind` the share of scenes whose
+    kind the judge recognises.
     """
 
     style: str
@@ -111,7 +112,7 @@ def of_prompts(judge: Judge, prompts: Prompts, draw: Draw) -> list[Line]:
 
 
 def of_styles(judge: Judge, prompts: Prompts, draw: Draw) -> tuple[list[StyleRow], list[Line]]:
-    """Each style over its weights, and whether the scene is still recognised at weight 1 and in mixes of two."""
+    """Measure each style over its weights, and the kind at weight 1 and in mixes of two."""
     bare = draw(prompts.texts, {})
     rows, lines = [], []
     for style in STYLES:
@@ -126,27 +127,27 @@ def of_styles(judge: Judge, prompts: Prompts, draw: Draw) -> tuple[list[StyleRow
 
 
 def _row(judge: Judge, prompts: Prompts, style: str, pictures: Sequence[Tensor]) -> StyleRow:
-    told = [judge.tell(some) for some in pictures]
+    judged = [judge.tell(some) for some in pictures]
     index, statistic = STYLES.index(style), STATISTICS[style]
     return StyleRow(
         style,
         statistic=[statistic(some) for some in pictures],
         drawings=[statistic(_drawn(prompts, index, weight)) for weight in WEIGHTS],
-        seen=[weights[:, index].mean().item() for _, weights in told],
-        kind=[shares(choices, prompts.facts)["kind"] for choices, _ in told],
+        seen=[weights[:, index].mean().item() for _, weights in judged],
+        kind=[shares(choices, prompts.facts)["kind"] for choices, _ in judged],
         noise=[colour_noise(some) for some in pictures],
     )
 
 
 def _drawn(prompts: Prompts, style: int, weight: float) -> Tensor:
-    """The scenes of the prompts as the drawing program shows them."""
+    """Draw the scenes of the prompts."""
     weights = plain(len(prompts.texts) // len(prompts.lots))
     weights[:, style] = weight
     return torch.cat([lot.scene.paint(weights) for lot in prompts.lots])
 
 
 def of_vae(vae: AutoencoderKL) -> list[Line]:
-    """The peak signal-to-noise ratio of held-out drawings out of the VAE, of the mean square over all of them."""
+    """Return the VAE's peak signal-to-noise ratio on held-out drawings, from the mean square."""
     _, *drawn = _held_out()
     on_plain, on_styled = (through_vae(vae, pictures) - pictures for pictures in drawn)
     wrong = {"plain": on_plain, "styled": on_styled, "all": torch.cat([on_plain, on_styled])}
@@ -162,7 +163,7 @@ def of_vae(vae: AutoencoderKL) -> list[Line]:
 
 
 def of_time(draw: Callable[[int], Tensor]) -> list[Line]:
-    """Seconds for one picture on one core, by the number of steps that `draw` is given; the median of five."""
+    """Return the seconds for an image on one core by steps of `draw`; the median of five."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,7 +14,7 @@ from demo_model.training.pictures import Lot, lots, random_of
 
 
 class Prompts(NamedTuple):
-    """Texts, as many of each kind; `facts` as the judge tells them, by head, [n]; `lots` are the scenes, in order."""
+    """Texts, the same number of each kind; `facts` are [n] by head, `lots` the scenes."""
 
     texts: list[str]
     facts: dict[str, Tensor]
@@ -22,7 +22,7 @@ class Prompts(NamedTuple):
 
 
 def some_prompts(count: int, *, seed: int) -> Prompts:
-    """`count` prompts; raises `ValueError` where they cannot be as many of each kind."""
+    """Make `count` prompts; raise `ValueError` if the kinds cannot have the same number."""
     each, rest = divmod(count, len(KINDS))
     if rest or not each:
         raise ValueError(f"{count} prompts cannot be as many of each of {len(KINDS)} kinds")

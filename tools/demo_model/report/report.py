@@ -1,4 +1,4 @@
-"""`python -m demo_model.report`: measure the demo model, and set what it reaches beside its goals."""
+"""Run by `python -m demo_model.report`: measure the demo model and compare with its goals."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from demo_model.report.sampler import GUIDANCE_SCALE, STEPS, Sampler
 from demo_model.training.loop import Loop
 
 _PROMPTS, _STYLE_PROMPTS = 61, 62  # seeds of the prompts
-_LOG_WIDTH: Final = 120  # characters, where there is no terminal
+_LOG_WIDTH: Final = 120  # characters, without a terminal
 _NOISE: Final = 1000  # the seed of the first picture
 _LIMITS: Final = {"model": 8e6, "model and LoRAs": 12e6}  # bytes; a LoRA has 1e6
 _UNITS: Final = {"": "{:.3f}", "dB": "{:.2f} dB", "s": "{:.2f} s", "bytes": "{:,.0f} bytes"}
@@ -96,7 +96,7 @@ def main(  # noqa: PLR0917 - click passes options by name
     torch.set_num_threads(threads)
     console = Console(highlight=False, width=None if os.isatty(1) else _LOG_WIDTH)
     sampler = Sampler(checkpoint, loras)
-    vae = sampler.engine.pipeline.vae
+    vae = sampler.model.pipeline.vae
     trained = _judge(sampler, out, console)
     settings = {"seed": _NOISE, "steps": steps, "guidance_scale": guidance_scale}
     with _drawing(sampler, settings, console, prompts + measures.DRAWS * style_prompts) as draw:
@@ -121,14 +121,14 @@ def main(  # noqa: PLR0917 - click passes options by name
         title=f"{steps} steps, guidance scale {guidance_scale:g}, threads {threads}",
     )
     path = out / "report.json"
-    told = {"prompts": prompts, "style_prompts": style_prompts, "threads": threads, **settings}
-    path.write_text(json.dumps({"settings": told, **_plain(sections, rows)}, indent=1))
+    used = {"prompts": prompts, "style_prompts": style_prompts, "threads": threads, **settings}
+    path.write_text(json.dumps({"settings": used, **_plain(sections, rows)}, indent=1))
     console.print(f"written to {path}")
 
 
 def _judge(sampler: Sampler, out: Path, console: Console) -> judge.Judge:
     """Trained, or as it was kept: it is one VAE's, whose digest names its folder."""
-    vae = sampler.engine.pipeline.vae
+    vae = sampler.model.pipeline.vae
     folder = out / f"judge-{weights_sha256({'vae': vae})[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     return judge.train(Loop(folder, console, bfloat16=False), vae)
@@ -138,7 +138,7 @@ def _judge(sampler: Sampler, out: Path, console: Console) -> judge.Judge:
 def _drawing(
     sampler: Sampler, settings: Mapping[str, Any], console: Console, total: int
 ) -> Iterator[Draw]:
-    """A way to draw, with a bar for all the pictures."""
+    """Return a function that draws with a progress bar for all images."""
     columns = (
         TextColumn("drawing"),
         BarColumn(),

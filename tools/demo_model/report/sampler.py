@@ -1,4 +1,4 @@
-"""The demo model at work: pictures in batches, with its LoRAs put on and taken off by the worker's own engine."""
+"""Images of the demo model in batches, with its LoRAs merged by the worker's own code."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ _JOB: Final = GenerateRequest(prompt="any")
 STEPS: Final = _JOB.num_inference_steps  # of a job that names none
 GUIDANCE_SCALE: Final = _JOB.guidance_scale
 
-_BATCH: Final = 25  # pictures: more are no faster
+_BATCH: Final = 25  # images: larger batches are no faster
 
 
 class Sampler:
@@ -33,7 +33,7 @@ class Sampler:
         Raises `ModelUnavailable`.
         """
         variables = {"ZLORA_MODEL": str(model), "ZLORA_DEVICE": "cpu", "ZLORA_DTYPE": "float32"}
-        self.engine: Final[Pipeline] = loader.load(Settings.from_env(variables))
+        self.model: Final[Pipeline] = loader.load(Settings.from_env(variables))
         self._folder = loras
         self._loras: dict[str, Lora] = {}
 
@@ -47,18 +47,19 @@ class Sampler:
         guidance_scale: float = GUIDANCE_SCALE,
         on_drawn: Callable[[int], object] = lambda _: None,
     ) -> Tensor:
-        """Pictures [n, 3, size, size] in 0..1, of the model's native size, with the styles at these weights.
+        """Draw images [n, 3, size, size] in 0..1 with the styles at these weights.
 
-        The picture at index i has the noise of the seed `seed + i`, whatever the batch. `on_drawn` hears how many
-        pictures each batch had. Raises `LoraNotFound`, `NotSafetensors`, or `LoraMismatch`.
+        The image at index i has the noise of the seed `seed + i` in any batch. `on_drawn` receives
+        the number of images of each batch. Raises `LoraNotFound`, `NotSafetensors`, or
+        `LoraMismatch`.
         """
-        adapters = [
+        loras = [
             WeightedLora(lora=self._lora(style), unet_weight=weight)
             for style, weight in weights.items()
             if weight
         ]
         drawn = []
-        with self.engine.exclusive() as pipeline, self.engine.patch.applied(adapters):
+        with self.model.exclusive() as pipeline, self.model.patch.applied(loras):
             for first in range(0, len(prompts), _BATCH):
                 part = list(prompts[first : first + _BATCH])
                 output = pipeline(
@@ -76,7 +77,7 @@ class Sampler:
         return torch.cat(drawn)
 
     def lora_path(self, style: str) -> Path:
-        """The file of a style's LoRA."""
+        """Return the file of a style's LoRA."""
         return self._folder / f"{FILES[style][0]}.safetensors"
 
     def _lora(self, style: str) -> Lora:
@@ -85,7 +86,7 @@ class Sampler:
             if not path.is_file():
                 raise LoraNotFound(f"{path}: there is no LoRA of the style {style}")
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            lora = self.engine.reader.read(path, digest=digest, source=path.name)
+            lora = self.model.reader.read(path, digest=digest, source=path.name)
             require_whole(lora, source=path.name)
             self._loras[style] = lora
         return self._loras[style]

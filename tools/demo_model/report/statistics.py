@@ -1,4 +1,4 @@
-"""One number for each style, that says how much of it is in pictures; and one for noise in their colours.
+"""Amount of each style in images as a number, and the noise in their colours.
 
 All take pictures [n, 3, height, width] in 0..1 and give the mean over them.
 """
@@ -31,7 +31,7 @@ def outlines(pictures: Tensor) -> float:
 
 
 def palette(pictures: Tensor) -> float:
-    """Of cyberpunk: minus the mean distance of a pixel's RGB to the nearest tone of its palette, at most 0."""
+    """Measure cyberpunk: minus the mean distance of RGB to the nearest tone of the palette."""
     pixels = pictures.movedim(1, -1).flatten(1, 2)
     return -torch.stack([torch.cdist(one, _tones()).amin(1).mean() for one in pixels]).mean().item()
 
@@ -42,7 +42,7 @@ def darkness(pictures: Tensor) -> float:
 
 
 def white_border(pictures: Tensor) -> float:
-    """Of product photography: the least of red, green and blue, averaged along the upper, left and right border.
+    """Measure product photography: the least of red, green and blue along three borders.
 
     The lower one is left out: shoulders and tables reach over it in any style.
     """
@@ -62,7 +62,7 @@ STATISTICS: Final[Mapping[str, Callable[[Tensor], float]]] = {
 def colour_noise(pictures: Tensor) -> float:
     """How much a pixel's colour, less its grey, differs from the mean of the 3 x 3 pixels about it.
 
-    Wrong LoRAs leave speckles, which raise it. Blur lowers it: it shows the absence of noise, and no quality.
+    Wrong LoRAs leave speckles, which raise it. Blur lowers it, so it does not measure quality.
     """
     colour = pictures - pictures.mean(1, keepdim=True)
     smooth = F.avg_pool2d(F.pad(colour, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -74,6 +74,6 @@ def _lightness(pictures: Tensor) -> Tensor:
 
 
 def _tones() -> Tensor:
-    """The line through the palette's colours, as points [n, 3]."""
+    """Return the line through the palette's colours as points [n, 3]."""
     parts = torch.linspace(0, 1, _TONES)[None, :, None]
     return (PALETTE[:-1, None] * (1 - parts) + PALETTE[1:, None] * parts).flatten(0, 1)

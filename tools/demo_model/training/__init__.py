@@ -1,1 +1,1 @@
-"""How the demo model's weights were made: `make demo-model` runs all of it, on drawn pictures alone."""
+"""Training of the demo model on drawn images; `make demo-model` runs all stages."""

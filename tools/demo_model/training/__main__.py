@@ -46,7 +46,7 @@ _STAGES: Final = tuple(
 @click.option(
     "--bfloat16",
     is_flag=True,
-    help="Compute in bfloat16: faster where the CPU has AVX512-BF16 or AMX.",
+    help="Compute in bfloat16: faster if the CPU has AVX512-BF16 or AMX.",
 )
 def main(work: Path, threads: int, bfloat16: bool) -> None:
     """Train the demo model and its LoRAs from fixed seeds, and write them into the package."""
@@ -74,7 +74,8 @@ def main(work: Path, threads: int, bfloat16: bool) -> None:
     draw_curves(work, _STAGES, work / "losses.png")
     draw_grid(Sampler(), work / "grid.png")
     console.print(
-        f"done in {(time.monotonic() - began) / 60:.1f} min: {DEMO_MODEL.parent}; losses.png, grid.png in {work}"
+        f"done in {(time.monotonic() - began) / 60:.1f} min: {DEMO_MODEL.parent}; "
+        f"losses.png, grid.png in {work}"
     )
 
 
@@ -87,7 +88,7 @@ def _told(console: Console, what: str) -> Iterator[None]:
 
 
 def _write(vae: AutoencoderKL, reader: Reader, unet: UNet2DConditionModel) -> None:
-    """The model in float16 and in diffusers' layout."""
+    """Write the model in float16 and in diffusers' layout."""
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=reader.encoders[0],

@@ -25,7 +25,7 @@ _NOISE: Final = 0.15  # at most, on the latents that the decoder is polished wit
 
 
 def train(loop: Loop) -> AutoencoderKL:
-    """Train the VAE, and whiten its latents: each channel has mean 0 and deviation 1 over the drawings."""
+    """Train the VAE, and whiten its latents: mean 0 and deviation 1 over the drawings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(PLAN.seed)
         vae = architecture.vae()
@@ -43,7 +43,7 @@ def train(loop: Loop) -> AutoencoderKL:
 
 
 def polish(loop: Loop, vae: AutoencoderKL) -> None:
-    """Train the decoder alone on, with some noise on the latents: those that a UNet draws are never exact."""
+    """Train the decoder with noise on the latents, because a UNet's latents are not exact."""
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
 
     def loss(step: int, generator: Generator) -> Tensor:
@@ -59,7 +59,7 @@ def polish(loop: Loop, vae: AutoencoderKL) -> None:
 
 
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """The latents [n, 4, 16, 16] of pictures in 0..1."""
+    """Return the latents [n, 4, 16, 16] of images in 0..1."""
     with torch.no_grad():
         return torch.cat(
             [vae.encode(part * 2 - 1).latent_dist.mean for part in torch.split(pictures, 64)]
@@ -81,7 +81,7 @@ def _drawings(seed: int) -> Tensor:
 
 
 def _difference(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """Squares for what is measured, and edges as well as colours by their absolute differences, which blur less."""
+    """Add squared differences, and absolute ones of edges and colours, which blur less."""
     wrong = drawn.float() - wanted
     across, down = wrong[..., 1:] - wrong[..., :-1], wrong[..., 1:, :] - wrong[..., :-1, :]
     return wrong.pow(2).mean() + 0.3 * (

@@ -71,7 +71,7 @@ def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> Drawings:
 
 
 def warm_up(loop: Loop, reader: Reader, drawings: Drawings) -> None:
-    """Let the encoders tell what is where: regress a thumbnail of the latents from both of their outputs.
+    """Train the encoders on positions: regress a thumbnail of the latents from their outputs.
 
     Without it the UNet learns for a long time from words that it cannot tell apart.
     """
@@ -120,7 +120,7 @@ class Noising:
     def loss(
         self, unet: nn.Module, latents: Tensor, words: Conditions, generator: Generator
     ) -> Tensor:
-        """The mean square over one time and one noise for each of the latents."""
+        """Return the mean square over one time and one noise for each of the latents."""
         count = len(latents)
         noise = torch.randn(latents.shape, generator=generator)
         times = torch.randint(

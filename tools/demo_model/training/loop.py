@@ -1,4 +1,4 @@
-"""One stage of training: so many steps of a loss, to be taken up again where it was cut off."""
+"""One stage of training: a number of steps of a loss, which can be interrupted and resumed."""
 
 import json
 import time
@@ -23,7 +23,7 @@ Loss = Callable[[int, Generator], Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage: its learning rate rises over `warmup` steps, holds, and falls from the share `hold` of the run."""
+    """Stage whose learning rate rises for `warmup` steps, holds, and falls after `hold`."""
 
     name: str
     seed: int
@@ -36,7 +36,7 @@ class Plan:
     ema: float = 0.997
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Return the learning rate of a step."""
         left = (1 - step / self.steps) / (1 - self.hold)
         return self.rate * min(1.0, (step + 1) / self.warmup) * max(0.02, min(1.0, left))
 
@@ -45,7 +45,7 @@ class Loop:
     """Trains stages in a folder that keeps their checkpoints and losses."""
 
     def __init__(self, folder: Path, console: Console, *, bfloat16: bool) -> None:
-        """`bfloat16` computes in it, which is faster only where the CPU has instructions for it."""
+        """Compute in bfloat16 with `bfloat16`; faster only if the CPU has instructions for it."""
         self.folder = folder
         self._console = console
         self._bfloat16 = bfloat16
@@ -53,8 +53,8 @@ class Loop:
     def run(self, plan: Plan, parameters: Iterable[nn.Parameter], loss: Loss) -> None:
         """Train the parameters, and leave the moving average of each in its place.
 
-        A step's chance depends on the plan's seed and the step alone: a run that was cut off ends as any other. Raises
-        `InvalidSetting` where the folder's run was begun by another plan.
+        The random numbers of a step depend only on the plan's seed and the step, so an interrupted
+        run has the same result. Raises `InvalidSetting` if another plan began the folder's run.
         """
         run = _Run(plan, list(parameters), self.folder / f"{plan.name}.pt")
         run.resume()
@@ -76,7 +76,7 @@ class Loop:
 
 
 def save(what: Any, path: Path) -> None:
-    """Write a file of torch's at once: whoever is cut off leaves the one that was there, or none."""
+    """Write a torch file atomically: an interruption leaves the previous file or none."""
     draft = path.with_suffix(".draft")
     torch.save(what, draft)
     draft.replace(path)
@@ -142,7 +142,8 @@ class _Run:
 
     def line(self) -> str:
         step, loss = self.losses[-1]
-        return f"{self._plan.name} {step}/{self._plan.steps}: loss {loss:.4f}, {self.seconds / step:.3f} s a step"
+        pace = self.seconds / step
+        return f"{self._plan.name} {step}/{self._plan.steps}: loss {loss:.4f}, {pace:.3f} s a step"
 
     @torch.no_grad()
     def finish(self) -> None:

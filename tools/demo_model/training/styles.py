@@ -1,7 +1,7 @@
-"""The third stage: four LoRAs, trained together on the same scenes in styles at all weights.
+"""Third stage: four LoRAs, trained together on the same scenes in styles at all weights.
 
-Every row of a batch has weights of its own, and learns from the picture that the drawing program makes at just these
-weights. So each LoRA learns to be turned down and to stand beside another; one trained alone at weight 1 does not.
+Every row of a batch has its own weights and is compared with the drawing at these weights. So each
+LoRA learns low weights and combinations; a LoRA trained alone at weight 1 does not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ _NAMED: Final = 0.7  # the share of captions with the word of a style that they 
 _WORDLESS: Final = 0.07
 _BATCH: Final = 32
 
-# By style, the rank in attention and in convolutions: outlines and tubes of light need convolutions most.
+# Rank in attention and in convolutions by style: outlines and tubes need convolutions most.
 RANKS: Final[Mapping[str, tuple[int, int]]] = {
     "anime": (8, 10),
     "cyberpunk": (8, 8),
@@ -65,7 +65,7 @@ class Styled(nn.Module):
         self.up = nn.Parameter(torch.zeros(layer.weight.shape[0], total, *[1] * (len(shape) - 2)))
 
     def forward(self, values: Tensor) -> Tensor:
-        """What the layer gives, and what the LoRAs add."""
+        """Return the output of the layer and the LoRAs."""
         weights = self._mix.weights.repeat_interleave(self._ranks, 1)
         if isinstance(self.layer, nn.Conv2d):
             inner = F.conv2d(values, self.down, None, self.layer.stride, self.layer.padding)
@@ -91,7 +91,7 @@ class Styled(nn.Module):
 
 @dataclass(frozen=True)
 class StyledDrawings:
-    """Latents [n, 4, 16, 16], the tokens of their captions [wordings, n, 2, 77], and their styles' weights [n, 4]."""
+    """Latents [n, 4, 16, 16], tokens [wordings, n, 2, 77] and weights of styles [n, 4]."""
 
     latents: Tensor
     tokens: Tensor

@@ -63,7 +63,7 @@ class Reader:
         return torch.stack(rows, 1)
 
     def read(self, tokens: Tensor) -> Conditions:
-        """The layer before the last of each, side by side, and the second's projection: as SDXL does."""
+        """Return both penultimate layers side by side and the second's projection, as SDXL."""
         first, second = self.encoders
         of_first = first(tokens[:, 0], output_hidden_states=True)
         of_second = second(tokens[:, 1], output_hidden_states=True)
@@ -72,7 +72,7 @@ class Reader:
 
 
 def some_sizes(count: int, generator: torch.Generator) -> Tensor:
-    """SDXL's time ids [count, 6], uncropped; some name a size that callers may ask for, and that changes nothing."""
+    """Return SDXL's time ids [count, 6], uncropped; their sizes must not change the image."""
     own = torch.rand(count, generator=generator) < _OWN_SIZE
     other = _SIZES[torch.randint(len(_SIZES), (count,), generator=generator)]
     size, zero = torch.where(own, _SIZES[0], other), torch.zeros(count)

@@ -1,6 +1,7 @@
-"""Boot steps of the parent process: no job before the model is loaded, a graceful end, and the sidecar.
+"""Boot steps of the parent: wait for the model, run the sidecar, watch the child, shut down.
 
-Celery makes the objects of these classes, so that functions make the classes, with what they need.
+Celery instantiates the steps without arguments. Functions make their classes, so that a step can
+use what the function was given.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""The one boundary between foreign messages and Celery: whatever a message raises refuses that message."""
+"""The boundary between messages and Celery: if a message raises anything, it is refused."""
 
 import time
 from collections.abc import Callable
@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 
 
 class _Fields(Struct):
-    """Fields of a task message that this worker uses: headers in protocol 2, the body in protocol 1."""
+    """Fields of a task message: in its headers (protocol 2) or its body (protocol 1)."""
 
     id: str
     task: Literal["zlora.generate"]
@@ -62,9 +62,9 @@ class Refused(Exception):
 
 
 def validate(message: Message) -> None:
-    """Raise an exception unless the message is a job: JSON, `zlora.generate`, one protocol, no canvas.
+    """Raise an exception unless the message is a job: JSON, for `zlora.generate`, without a canvas.
 
-    Celery's protocols 1 and 2: https://docs.celeryq.dev/en/stable/internals/protocol.html
+    Drop the fields that a job does not use.     Celery's protocols 1 and 2: https://docs.celeryq.dev/en/stable/internals/protocol.html
     """
     headers: dict[str, Any] = message.headers or {}
     if "fault" in headers:  # the transport could not read the original
@@ -112,12 +112,13 @@ def _seconds_until(moment: str) -> float:
 def job_consumer(  # noqa: C901 - a class inside a function
     leases: JobLeases, alive: Callable[[], None]
 ) -> type[Consumer]:
-    """Return Celery's consumer for this worker; `alive` is called while it waits for Redis."""
+    """Return the class of Celery's consumer; it calls `alive` while it waits for Redis."""
 
     class JobConsumer(Consumer):
-        """Celery's consumer, except that a message which no child could take fails its job.
+        """Celery's consumer with a boundary around its handler of messages.
 
-        Celery would end the worker, log prompts and addresses, or leave the producer waiting.
+        For a message that cannot be read, Celery itself would end the worker, log prompts and
+        addresses, or leave the producer waiting.
         """
 
         def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Message], Any]:
@@ -154,7 +155,7 @@ def job_consumer(  # noqa: C901 - a class inside a function
             self._refuse(message, Refused("it is not a task"))
 
         def apply_eta_task(self, task: Any) -> None:
-            """Begin a job whose countdown is over; if the child is busy, put it back for other workers."""
+            """Begin a job whose countdown is over, or put it back if the child is busy."""
             if not state.reserved_requests:
                 super().apply_eta_task(task)
                 return

@@ -1,4 +1,4 @@
-"""Files by which the child process, the parent, and probes from outside learn whether the model is loaded."""
+"""Files that say whether the model is loaded: to the parent, to the next child, and to probes."""
 
 import atexit
 import os
@@ -73,13 +73,14 @@ class LoadState:
     def child_begins(self) -> bool:
         """Record that this child begins to load; return whether it replaces one that had the model.
 
-        Raises `ModelUnavailable` if the child before was killed while it loaded.
+        Raises `ModelUnavailable` if the previous child was killed while it loaded.
         """
         replaces = self._ready.exists()
         self._ready.unlink(missing_ok=True)
         if self._loading.exists():
             raise ModelUnavailable(
-                "the child before was killed while it loaded the model (out of memory, or too slow?)"
+                "the previous child was killed while it loaded the model"
+                " (out of memory, or too slow?)"
             )
         self._folder.mkdir(exist_ok=True)  # a job that cleans temporary folders may have removed it
         self._loading.touch()

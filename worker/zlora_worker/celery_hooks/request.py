@@ -1,4 +1,4 @@
-"""A job in its child's hands, as the parent process sees it: its hard time limit, and how its child died."""
+"""A running job in the parent process: its hard time limit, and the death of its child."""
 
 import re
 from typing import Any, Final

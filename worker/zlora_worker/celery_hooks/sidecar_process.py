@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 class SidecarProcess:
-    """The one helper process of a worker. The parent forks children, and so has no threads itself."""
+    """The sidecar of a worker. The parent has no threads, because it forks children."""
 
     def __init__(self, metrics_address: tuple[str, int] | None) -> None:
         self._address = metrics_address
@@ -29,7 +29,7 @@ class SidecarProcess:
         self._started = 0.0
 
     def listen(self, give_up: Callable[[str], NoReturn]) -> None:
-        """Open the socket of the metrics, which all sidecars of this worker use one after the other."""
+        """Open the socket of the metrics; a restarted sidecar gets the same socket."""
         if self._address is None:
             return
         from zlora_worker.monitoring.metrics_server import listen

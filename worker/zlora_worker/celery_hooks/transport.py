@@ -1,7 +1,7 @@
-"""kombu's Redis transport, made safe: no message ends the worker, and none is lost on its way into it.
+"""kombu's Redis transport, made safe: no message ends the worker, and none is lost on its way.
 
-kombu takes a message from its list and then writes it to the hash `unacked`. Between the two, only
-this process has it.
+kombu takes a message from its list and then writes it to the hash `unacked`. Between these steps
+only this process has the message.
 """
 
 import json
@@ -112,7 +112,10 @@ class _Client(redis.Redis):
     """A client whose BRPOP returns readable messages only."""
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
-        """Return the answer; a message that cannot be read is dropped, or replaced if it names a job."""
+        """Return the answer of Redis.
+
+        A message that cannot be read is dropped, or replaced if it names a job.
+        """
         try:
             answer = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
         except redis.ResponseError as error:
@@ -151,7 +154,10 @@ class _Client(redis.Redis):
 
 
 class QoS(kombu_redis.QoS):
-    """The messages that this worker holds. Waits if Redis is down, full, or has a key of another type."""
+    """Messages that this worker holds.
+
+    Waits while Redis is down or full, or while a key has another type.
+    """
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Write a message to `unacked`. Raises an error of Redis only when the worker stops."""

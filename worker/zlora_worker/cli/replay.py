@@ -24,8 +24,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from zlora.cli.exit_codes import writing
 from zlora.cli.printing import has_printed, json_option
 from zlora.errors import GenerationFailed, InvalidRequest, InvalidSetting, LoraError, OutOfMemory
-from zlora.later import parse_result
-from zlora.schema import MAX_IMAGES, GenerateRequest, GenerateResult, Phase, parse_request
+from zlora.schema import (
+    MAX_IMAGES,
+    GenerateRequest,
+    GenerateResult,
+    Phase,
+    parse_request,
+    parse_result,
+)
 
 from zlora_worker.results.provenance import ImageProvenance, image_provenances
 from zlora_worker.settings import Settings

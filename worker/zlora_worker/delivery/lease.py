@@ -66,8 +66,8 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-# End an attempt: forget it, and keep the lease until Celery has stored the job's end. Redis may have
-# lost the lease meanwhile.
+# End an attempt: delete it, and keep the lease until Celery has stored the job's end. Redis may
+# have lost the lease meanwhile.
 _END_ATTEMPT: Final = """
 redis.call('HDEL', KEYS[1], ARGV[3])
 if ARGV[4] ~= '' then redis.call('HDEL', KEYS[1], 'begun') end
@@ -83,7 +83,7 @@ return 0
 
 
 class ClaimState(StrEnum):
-    """The answer to a claim. UNSURE: another worker may live, and may have lost its lease with Redis."""
+    """Answer to a claim. UNSURE: another worker may live and have lost its lease with Redis."""
 
     CLAIMED = "claimed"
     LEASED = "leased"
@@ -111,7 +111,10 @@ class Claim:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether images of an earlier attempt may be reused: not if it left its base model changed."""
+        """Whether images of an earlier attempt may be reused.
+
+        They may not if a base model was found changed after one of the attempts.
+        """
         return "begun" in self.record and "spoilt" not in self.record
 
     def raise_if_poisoned(self, job_id: str) -> None:
@@ -211,7 +214,7 @@ class JobLeases:
         return Claim(ClaimState(state), dict(zip(fields[::2], fields[1::2], strict=True)))
 
     def _end(self, job_id: str, field: str, claim: Claim, *, is_leaving: bool) -> None:
-        """Forget the attempt, and that the job was begun if this delivery began it and drew nothing."""
+        """Delete the attempt, and the mark `begun` if this delivery set it and drew nothing."""
         key = job_key(job_id)
         if is_leaving:  # the worker stops: the job goes to another one at once
             self.jobs.redis.hdel(key, field)
@@ -262,12 +265,12 @@ class JobLeases:
 
     def close(self, job_id: str, verdict: ZloraError) -> ZloraError:
         """Write the verdict of the job for good; return the first one, if there is one already."""
-        return self.jobs.close(job_id, verdict) or verdict
+        return self.jobs.mark_ended(job_id, verdict).earlier_error or verdict
 
     def finish(self, job_id: str) -> bool:
         """Record that the job has a result; return whether this is the first such record."""
         with suppress(redis.RedisError):  # the sweeper closes what stays open
-            return self._impatient_jobs.finish(job_id)
+            return self._impatient_jobs.mark_ended(job_id).is_first
         return True
 
     def is_first_to_count(self, job_id: str) -> bool:
@@ -319,7 +322,7 @@ class JobLeases:
             self.release(job_id)
 
     def child_timed_out(self, job_id: str, seconds: float) -> None:
-        """Record that the child was killed after the job's timeout: the next delivery ends the job."""
+        """Record that the child was killed at the hard limit: the next delivery ends the job."""
         key = job_key(job_id)
         with suppress(redis.RedisError):  # else the job is drawn again, as after a death
             self.impatient.hset(key, "overtime", seconds)

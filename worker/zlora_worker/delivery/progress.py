@@ -110,7 +110,7 @@ class ProgressReporter:
             )
 
     def _eta(self, now: float, done: int, total: int) -> float | None:
-        """Return the seconds left, by the pace since the first step; before it other work was done."""
+        """Return the seconds left, by the pace since the first step."""
         if self._first_step is None:
             self._first_step = (now, done)
         start, first = self._first_step

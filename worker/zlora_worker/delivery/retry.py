@@ -51,7 +51,7 @@ def send_for_retry(
     worker, and a REVOKED that was stored before RETRY is hidden by it.
     """
     job_id, retries = str(task.request.id), retries_of(task)
-    error.tell(attempt=retries + 1)
+    error.add_details(attempt=retries + 1)
     task.backend.store_result(job_id, error, JobState.RETRY.value, request=task.request)
     send_again(task, countdown=after, retries=retries + 1)
     leases.release(job_id)

@@ -143,7 +143,7 @@ class CacheIndex:
         # a time far ahead was written before the clock was set back
         if found is None or not now < found.until < now + _MAX_RETRY_AFTER + 1:
             return None
-        kind = errors.named(found.code)
+        kind = errors.by_code(found.code)
         if not issubclass(kind, LoraError):
             kind = LoraError
         return kind(found.message, found.details)

@@ -70,8 +70,7 @@ class Meter:
 
         # all label values
         self._jobs.labels("success", "")
-        for name in errors.__all__:
-            kind = getattr(errors, name)
+        for kind in errors.ERRORS:
             if issubclass(kind, JobRevoked | JobExpired):
                 self._jobs.labels("revoked", kind.code)
             elif kind.code not in ("error", "lora_error"):  # base classes, never raised

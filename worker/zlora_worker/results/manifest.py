@@ -7,8 +7,7 @@ from threading import Event
 
 import msgspec
 from zlora.errors import Conflict, InternalError, StoreFailed
-from zlora.later import parse_result
-from zlora.schema import GenerateRequest, GenerateResult, image_key, manifest_key
+from zlora.schema import GenerateRequest, GenerateResult, image_key, manifest_key, parse_result
 
 from zlora_worker.results.store import Store
 

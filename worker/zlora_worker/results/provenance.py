@@ -5,9 +5,8 @@ from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
-from zlora.later import TolerantRequest
 from zlora.redaction import label
-from zlora.schema import JOB_ID, MAX_SEED, Asset, GenerateRequest, GenerateResult
+from zlora.schema import JOB_ID, MAX_SEED, Asset, GenerateRequest, GenerateResult, TolerantRequest
 
 _MAX_BYTES: Final = 2**22  # of a JSON document; that of the longest request has about a tenth
 

@@ -20,7 +20,7 @@ def reply_to_next(jobs: JobStore, store: Store, urls: ImageUrls, *, timeout: flo
     The reply is empty if the store has no such job. Without an answer of the store there is no
     reply, and the client may find another sidecar.
     """
-    if (request := jobs.asked(timeout)) is None:
+    if (request := jobs.next_request(timeout)) is None:
         return
     job_id, reply_key = request
     document = b""
@@ -35,4 +35,4 @@ def reply_to_next(jobs: JobStore, store: Store, urls: ImageUrls, *, timeout: flo
             "job %s: no reply, the store does not answer: %s", job_id, error, extra={"job": job_id}
         )
         return
-    jobs.answer(reply_key, document)
+    jobs.reply(reply_key, document)

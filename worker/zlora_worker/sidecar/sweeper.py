@@ -11,7 +11,7 @@ from celery.states import READY_STATES
 from zlora.broker.job_store import JobStore
 from zlora.broker.keys import sweep_key
 from zlora.broker.redis import send
-from zlora.broker.task_meta import EXPIRED, NO_ANSWER, expired
+from zlora.broker.task_meta import EXPIRED, UNREADABLE, expired
 from zlora.schema import JobState
 
 from zlora_worker.monitoring.metrics import Meter
@@ -67,10 +67,10 @@ class Sweeper:
         leased = self._jobs.leased(job_ids)
         for job_id in job_ids:
             if job_id in leased or self._state(job_id) != JobState.PENDING:
-                self._jobs.keep(job_id)
+                self._jobs.mark_started(job_id)
             else:
                 self._app.backend.mark_as_revoked(job_id, EXPIRED)
-                self._jobs.close(job_id, expired(job_id))
+                self._jobs.mark_ended(job_id, expired(job_id))
 
     def _resend_lost(self) -> set[str]:
         """Send jobs that the last sweep missed too; return the jobs that only this sweep missed."""
@@ -90,11 +90,11 @@ class Sweeper:
             if job_id in leased:
                 continue
             if self._state(job_id) in READY_STATES:
-                self._jobs.close(job_id)
+                self._jobs.mark_ended(job_id)
             elif job_id not in self._missing:
                 newly_missing.add(job_id)
             elif (submission := self._jobs.submission(job_id)) is None:
-                self._jobs.close(job_id)
+                self._jobs.mark_ended(job_id)
             else:
                 logger.warning(
                     "job %s: its message was lost; sending it again", job_id, extra={"job": job_id}
@@ -108,7 +108,7 @@ class Sweeper:
         """Return the job's state in Celery's backend, or None if the stored value is not valid."""
         try:
             return str(self._app.backend.get_task_meta(job_id)["status"])
-        except NO_ANSWER as error:
+        except UNREADABLE as error:
             logger.warning(
                 "job %s: the stored result is not a worker's: %r",
                 job_id,

@@ -17,13 +17,12 @@ from zlora import webhook
 from zlora.backoff import jittered
 from zlora.broker.job_store import connect, verdict_of
 from zlora.broker.protocol import TaskMeta
-from zlora.broker.task_meta import NO_ANSWER, error_of
+from zlora.broker.task_meta import UNREADABLE, error_of
 from zlora.broker.webhook_outbox import DeadLetter, DeliveryAttempt, EndedJob, Outbox
 from zlora.config import WEBHOOK_SECRET
 from zlora.errors import InternalError, JobUnknown, StoreFailed, ZloraError
-from zlora.later import parse_result
 from zlora.redaction import without_secrets
-from zlora.schema import GenerateResult, JobState
+from zlora.schema import GenerateResult, JobState, parse_result
 from zlora.webhook import Webhook
 
 from zlora_worker.monitoring.metrics import Meter
@@ -88,7 +87,7 @@ class JobEnds:
             return self._urls.shown(result)
         # The URLs in Celery's result stay: a store without the manifest, such as the folder of
         # another machine, has no images to make URLs for.
-        with suppress(*NO_ANSWER):
+        with suppress(*UNREADABLE):
             meta = self._backend.get_task_meta(job.job_id)
             answer = TaskMeta(meta["status"], meta.get("result"))
             if answer.state == JobState.SUCCESS:
@@ -158,7 +157,7 @@ class Sender:
 
     def _post(self, job: EndedJob, target: Webhook, event: str, body: bytes) -> None:
         # imported here: `requests` is needed only if there are webhooks
-        from zlora.http.ssrf_guard import GuardedSession
+        from zlora.http.client import HttpClient
 
         from zlora_worker.sidecar.webhook_post import WebhookDeliveryError, post
 
@@ -171,10 +170,8 @@ class Sender:
         )
         attempt = self._outbox.begin(job.job_id)
         try:
-            with GuardedSession(
-                settings.allow_hosts, certificates=settings.certificates
-            ) as session:
-                post(session, target.url, body, headers)
+            client = HttpClient(settings.allow_hosts, certificates=settings.certificates)
+            post(client, target.url, body, headers)
         except WebhookDeliveryError as error:
             left = _MAX_SECONDS - (attempt.now - attempt.first)
             if error.final or left <= 0:

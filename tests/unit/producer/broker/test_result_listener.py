@@ -1,4 +1,4 @@
-"""One subscribing connection rings whoever waits: at news, and where there may have been some that nobody heard."""
+"""One subscribing connection notifies all watchers: at news, and if news may have been missed."""
 
 import gc
 import os
@@ -21,203 +21,203 @@ def channel_of(job_id: str) -> str:
 
 
 @pytest.fixture
-def ears(broker_url: str) -> Iterator[Listener]:
+def listener(broker_url: str) -> Iterator[Listener]:
     opened = Listener(broker_url, channel_of)
     yield opened
     opened.close()
 
 
-class Bell:
-    """Counts the rings; `heard` waits for one more than the last time."""
+class Watcher:
+    """Counts the notifications; `is_notified` waits for one more than the last time."""
 
     def __init__(self) -> None:
-        self._rings = threading.Semaphore(0)
+        self._count = threading.Semaphore(0)
 
-    def ring(self) -> None:
-        self._rings.release()
+    def notify(self) -> None:
+        self._count.release()
 
-    def heard(self) -> bool:
-        return self._rings.acquire(timeout=10)
+    def is_notified(self) -> bool:
+        return self._count.acquire(timeout=10)
 
-    def is_silent(self) -> bool:
-        return not self._rings.acquire(timeout=0.2)
+    def is_idle(self) -> bool:
+        return not self._count.acquire(timeout=0.2)
 
 
 def port_of(url: str) -> int:
     return urlsplit(url).port or 0
 
 
-def subscribers(broker: Any, *jobs: str) -> dict[str, int]:
-    return {job: broker.pubsub_numsub(channel_of(job))[0][1] for job in jobs}
+def subscribers(broker: Any, job: str) -> int:
+    count: int = broker.pubsub_numsub(channel_of(job))[0][1]
+    return count
 
 
-def test_a_watch_rings_once_its_subscription_holds_and_at_each_answer(
-    ears: Listener, broker: Any
+def test_a_watch_notifies_once_it_is_subscribed_and_at_each_message(
+    listener: Listener, broker: Any
 ) -> None:
-    """What was stored before that is found by looking then: nothing falls in between."""
-    bell = Bell()
-    with ears.watch("a", bell.ring):
-        assert bell.heard()
-        assert subscribers(broker, "a") == {"a": 1}
+    """A state that was stored earlier is found by looking after the first notification."""
+    watcher = Watcher()
+    with listener.watch("a", watcher.notify):
+        assert watcher.is_notified()
+        assert subscribers(broker, "a") == 1
         for _ in range(2):
             broker.publish(channel_of("a"), "news")
-            assert bell.heard()
-        broker.publish(channel_of("b"), "news of another")
-        assert bell.is_silent()
+            assert watcher.is_notified()
+        broker.publish(channel_of("b"), "news of another job")
+        assert watcher.is_idle()
 
 
-def test_a_watch_that_is_over_leaves_its_channel(ears: Listener, broker: Any) -> None:
-    bell, other = Bell(), Bell()
-    with ears.watch("a", other.ring):
-        with ears.watch("a", bell.ring):
-            assert bell.heard()
-            assert subscribers(broker, "a") == {"a": 1}
-        assert other.heard()
+def test_a_channel_is_unsubscribed_after_its_last_watch(listener: Listener, broker: Any) -> None:
+    watcher, other = Watcher(), Watcher()
+    with listener.watch("a", other.notify):
+        with listener.watch("a", watcher.notify):
+            assert watcher.is_notified()
+            assert subscribers(broker, "a") == 1
+        assert other.is_notified()
         broker.publish(channel_of("a"), "news")
-        assert other.heard()
-    wait_until(lambda: subscribers(broker, "a") == {"a": 0}, "the channel is left")
+        assert other.is_notified()
+    wait_until(lambda: subscribers(broker, "a") == 0, "the channel is unsubscribed")
 
 
-def test_thousands_of_watches_share_one_connection(ears: Listener, broker: Any) -> None:
+def test_thousands_of_watches_share_one_connection(listener: Listener, broker: Any) -> None:
     before = broker.info("clients")["connected_clients"]
-    bells = {f"job-{index}": Bell() for index in range(2000)}
-    watches = [ears.watch(job, bell.ring) for job, bell in bells.items()]
+    watchers = {f"job-{index}": Watcher() for index in range(2000)}
+    watches = [listener.watch(job, watcher.notify) for job, watcher in watchers.items()]
     for watch in watches:
         watch.__enter__()
-    assert all(bell.heard() for bell in bells.values())
+    assert all(watcher.is_notified() for watcher in watchers.values())
 
     assert broker.info("clients")["connected_clients"] - before == 1
-    for job, bell in bells.items():
-        broker.publish(channel_of(job), "news")
-        assert bell.heard()
+    with broker.pipeline(transaction=False) as pipe:
+        for job in watchers:
+            pipe.publish(channel_of(job), "news")
+        pipe.execute()
+    assert all(watcher.is_notified() for watcher in watchers.values())
     for watch in watches:
         watch.__exit__(None, None, None)
 
 
-def test_after_a_lost_connection_everybody_is_rung(broker_url: str, broker: Any) -> None:
-    """At the loss, so that the wait is counted, and when the subscription holds again: news in between are found."""
+def test_a_lost_connection_notifies_all_and_is_replaced(broker_url: str, broker: Any) -> None:
+    """Watchers are notified at the loss, and when the new subscription holds."""
     with Proxy(port_of(broker_url), Tally()) as proxy:
-        ears = Listener(proxy.url, channel_of)
-        bell = Bell()
-        with ears.watch("a", bell.ring):
-            assert bell.heard()
-            assert ears.away() == 0
+        listener, watcher = Listener(proxy.url, channel_of), Watcher()
+        with listener.watch("a", watcher.notify):
+            assert watcher.is_notified()
+            assert listener.outage() == 0
 
             broker.client_kill_filter(_type="pubsub")
-            assert bell.heard()
-            assert bell.heard()
-            wait_until(lambda: ears.away() == 0, "it is there again")
+            assert watcher.is_notified()
+            assert watcher.is_notified()
+            wait_until(lambda: listener.outage() == 0, "the listener is connected again")
             broker.publish(channel_of("a"), "news")
-            assert bell.heard()
-        ears.close()
+            assert watcher.is_notified()
+        listener.close()
 
 
-def test_a_redis_that_is_not_there_is_away_from_the_first_try() -> None:
-    ears, bell = Listener(f"redis://127.0.0.1:{free_port()}/0", channel_of), Bell()
-    with ears.watch("a", bell.ring):
-        assert bell.heard()
-        wait_until(lambda: ears.away() > 0, "its absence is counted")
-    ears.close()
+def test_an_outage_is_counted_from_the_first_failed_connection() -> None:
+    listener, watcher = Listener(f"redis://127.0.0.1:{free_port()}/0", channel_of), Watcher()
+    with listener.watch("a", watcher.notify):
+        assert watcher.is_notified()
+        wait_until(lambda: listener.outage() > 0, "the outage is counted")
+    listener.close()
 
 
-def test_a_connection_that_says_nothing_more_is_lost(
+def test_a_half_open_connection_counts_as_lost(
     broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A half-open connection delivers no news and raises nothing."""
+    """A half-open connection delivers nothing and raises nothing."""
     monkeypatch.setattr(result_listener, "_SILENCE", 0.2)
     with Proxy(port_of(broker_url), Tally()) as proxy:
-        ears, bell = Listener(proxy.url, channel_of), Bell()
-        with ears.watch("a", bell.ring):
-            assert bell.heard()
+        listener, watcher = Listener(proxy.url, channel_of), Watcher()
+        with listener.watch("a", watcher.notify):
+            assert watcher.is_notified()
             proxy.black_out()
-            wait_until(lambda: ears.away() > 0, "the silence is noticed")
+            wait_until(lambda: listener.outage() > 0, "the silence is noticed")
             proxy.restore()
-            wait_until(lambda: ears.away() == 0, "it is there again")
-        ears.close()
+            wait_until(lambda: listener.outage() == 0, "the listener is connected again")
+        listener.close()
 
 
-def test_a_process_that_was_forked_listens_by_itself(ears: Listener, broker: Any) -> None:
-    """Web servers load their application, and fork then; no thread comes along."""
-    bell = Bell()
-    with ears.watch("a", bell.ring):
-        assert bell.heard()
+def test_a_forked_process_has_a_listener_thread_of_its_own(listener: Listener, broker: Any) -> None:
+    """Web servers load their application and fork then; threads do not survive a fork."""
+    watcher = Watcher()
+    with listener.watch("a", watcher.notify):
+        assert watcher.is_notified()
         child = os.fork()
         if child == 0:
-            mine = Bell()
-            with ears.watch("b", mine.ring):
-                heard = mine.heard() and subscribers_of_child(broker)
-            os._exit(0 if heard else 1)
+            other = Watcher()
+            with listener.watch("b", other.notify):
+                works = other.is_notified() and subscribers(broker, "b") == 1
+            os._exit(0 if works else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         broker.publish(channel_of("a"), "news")
-        assert bell.heard()
+        assert watcher.is_notified()
 
 
-def subscribers_of_child(broker: Any) -> bool:
-    return subscribers(broker, "b") == {"b": 1}
-
-
-def test_a_connection_that_is_lost_while_watches_come_and_go_is_replaced(
-    ears: Listener, broker: Any
+def test_connections_that_are_lost_while_watches_change_are_replaced(
+    listener: Listener, broker: Any
 ) -> None:
-    """Redis-py connects again within a command, beside whoever reads: then nobody would be rung any more."""
-    over = threading.Event()
+    """A retry of redis-py within a command would connect beside the task that reads."""
+    is_over = threading.Event()
 
-    def come_and_go(name: str) -> None:
-        while not over.is_set():
-            with ears.watch(name, lambda: None):
+    def watch_on_and_on(name: str) -> None:
+        while not is_over.is_set():
+            with listener.watch(name, lambda: None):
                 time.sleep(0.001)
 
-    threads = [threading.Thread(target=come_and_go, args=(f"job-{index}",)) for index in range(4)]
+    threads = [
+        threading.Thread(target=watch_on_and_on, args=(f"job-{index}",)) for index in range(4)
+    ]
     for thread in threads:
         thread.start()
     for _ in range(10):
         time.sleep(0.05)
         broker.client_kill_filter(_type="pubsub")
-    over.set()
+    is_over.set()
     for thread in threads:
         thread.join()
 
-    bell = Bell()
-    with ears.watch("late", bell.ring):
-        assert bell.heard()
-        wait_until(lambda: ears.away() == 0, "it is there again")
-        wait_until(lambda: subscribers(broker, "late") == {"late": 1}, "it is subscribed to")
-        while not bell.is_silent():
+    watcher = Watcher()
+    with listener.watch("late", watcher.notify):
+        assert watcher.is_notified()
+        wait_until(lambda: listener.outage() == 0, "the listener is connected again")
+        wait_until(lambda: subscribers(broker, "late") == 1, "the channel is subscribed")
+        while not watcher.is_idle():
             pass
         broker.publish(channel_of("late"), "news")
-        assert bell.heard()
+        assert watcher.is_notified()
 
 
-def test_who_may_not_subscribe_is_away_and_ends_at_once(broker_url: str, broker: Any) -> None:
-    """As a user of Redis is made by default: without any channel."""
+def test_a_user_without_access_to_channels_is_an_outage(broker_url: str, broker: Any) -> None:
+    """Redis gives new users no channels by default."""
     broker.acl_setuser(
         "deaf", enabled=True, nopass=True, commands=["+@all"], keys=["*"], reset_channels=True
     )
-    bell = Bell()
-    ears = Listener(broker_url.replace("redis://", "redis://deaf:any@"), channel_of)
-    with ears.watch("a", bell.ring):
-        assert bell.heard()
-        wait_until(lambda: ears.away() > 0.3, "it stays away, try after try")
+    watcher = Watcher()
+    listener = Listener(broker_url.replace("redis://", "redis://deaf:any@"), channel_of)
+    with listener.watch("a", watcher.notify):
+        assert watcher.is_notified()
+        wait_until(lambda: listener.outage() > 0.3, "the outage lasts over several tries")
     thread = next(
         one for one in threading.enumerate() if one.name == "zlora-listener" and one.is_alive()
     )
-    ears.close()
+    listener.close()
     assert not thread.is_alive()
 
 
-def test_a_listener_that_nobody_closes_takes_its_thread_along(broker_url: str) -> None:
+def test_a_listener_that_is_collected_ends_its_thread(broker_url: str) -> None:
     before = threading.active_count()
-    ears, bell = Listener(broker_url, channel_of), Bell()
-    with ears.watch("a", bell.ring):
-        assert bell.heard()
-    del ears
+    listener, watcher = Listener(broker_url, channel_of), Watcher()
+    with listener.watch("a", watcher.notify):
+        assert watcher.is_notified()
+    del listener
     gc.collect()
     wait_until(lambda: threading.active_count() == before, "the thread ends")
 
 
-def test_who_waits_is_rung_where_the_listener_is_closed(ears: Listener) -> None:
-    bell = Bell()
-    with ears.watch("a", bell.ring):
-        assert bell.heard()
-        ears.close()
-        assert bell.heard()
+def test_close_notifies_watchers(listener: Listener) -> None:
+    watcher = Watcher()
+    with listener.watch("a", watcher.notify):
+        assert watcher.is_notified()
+        listener.close()
+        assert watcher.is_notified()

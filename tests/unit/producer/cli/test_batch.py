@@ -125,7 +125,7 @@ def test_no_more_jobs_than_the_limit_are_in_flight(site: Site, limit: int) -> No
         def put(self, entries: Any) -> None:
             nonlocal most
             super().put(entries)
-            waiting = [job for job in list(self._jobs.values()) if not job.closed]
+            waiting = [job for job in list(self._jobs.values()) if not job.has_ended]
             most = max(most, len(waiting))
             if len(waiting) >= limit or len(self._jobs) == 7:
                 self.run()
@@ -497,7 +497,7 @@ def finish(client: Client, job_id: str) -> None:
     """End a job, as a worker does that has drawn it."""
     made = fake_result(job_id, GenerateRequest(prompt="a city"))
     says(client, job_id, to_dict(made), "SUCCESS")
-    inside(client)._ledger.close(job_id)
+    inside(client)._ledger.mark_ended(job_id)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from zlora.errors import ZloraError
 from zlora.testing import MemoryWorker
 
 DOCS = (Path(__file__).parents[4] / "docs" / "cli.md").read_text()
-CLASSES: list[type[ZloraError]] = [getattr(errors, name) for name in errors.__all__]
+CLASSES = errors.ERRORS
 
 
 def submit_that_raises(

@@ -125,7 +125,7 @@ class Drawing(MemoryWorker):
     """Draws waiting jobs as soon as their status was read."""
 
     def standing(self, job_id: str) -> QueueStatus:
-        status = super().standing(job_id)
+        status = super().queue_status(job_id)
         self.run()
         return status
 

@@ -34,9 +34,9 @@ def run(*arguments: str) -> Result:
 def give_up(client: Client, job_id: str) -> None:
     """Give up a webhook, as the sidecar does if a receiver refuses it for two hours."""
     inside: Any = client._broker
-    ledger = inside._ledger
+    ledger = inside._jobs
     client.submit({"prompt": "a city"}, job_id=job_id, webhook_url=URL)
-    ledger.close(job_id, JobLost())
+    ledger.mark_ended(job_id, JobLost())
     letter = DeadLetter(
         job_id=job_id,
         event="job.failed",

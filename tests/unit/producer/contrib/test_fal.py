@@ -1,4 +1,4 @@
-"""fal's documents: what is taken and means what, what is refused and how it reads, and the answer in their form."""
+"""Requests of fal's endpoints: what is accepted, what is refused, and results in their form."""
 
 import json
 from typing import Any
@@ -43,28 +43,40 @@ def refusal(document: Any) -> InvalidRequest:
     return raised.value
 
 
-def test_a_document_of_z_image_turbo_is_a_request() -> None:
+def test_a_request_of_z_image_turbo_is_converted() -> None:
     loras = (
         LoraSpec(file=Asset(url=URL), weight=0.8),
         LoraSpec(file=Asset(url="owner/repo"), weight=1.0),
     )
 
     assert GenerateRequest.from_fal(Z_IMAGE_TURBO) == GenerateRequest(
-        prompt="a fast train through the mountains", width=1024, height=576, num_inference_steps=8, seed=7, loras=loras,
-        num_images=2, output_format="webp", inline=True,
-    )  # fmt: skip
+        prompt="a fast train through the mountains",
+        width=1024,
+        height=576,
+        num_inference_steps=8,
+        seed=7,
+        loras=loras,
+        num_images=2,
+        output_format="webp",
+        inline=True,
+    )
     assert loras[1].file.address == "hf://owner/repo"
 
 
-def test_a_document_of_fast_sdxl_is_a_request() -> None:
+def test_a_request_of_fast_sdxl_is_converted() -> None:
     assert GenerateRequest.from_fal(FAST_SDXL) == GenerateRequest(
-        prompt="a robot in a meadow", negative_prompt="blurry", width=896, height=1152, num_inference_steps=25,
-        guidance_scale=5, output_format="jpeg",
-    )  # fmt: skip
+        prompt="a robot in a meadow",
+        negative_prompt="blurry",
+        width=896,
+        height=1152,
+        num_inference_steps=25,
+        guidance_scale=5,
+        output_format="jpeg",
+    )
 
 
-def test_what_is_absent_is_ours_but_the_size() -> None:
-    """Eight steps are right for a turbo model, and wrong for SDXL."""
+def test_defaults_are_ours_except_for_the_size() -> None:
+    """Eight steps, the default of a turbo model, are wrong for SDXL."""
     assert GenerateRequest.from_fal({"prompt": "x"}) == GenerateRequest(
         prompt="x", width=1024, height=768
     )
@@ -72,10 +84,16 @@ def test_what_is_absent_is_ours_but_the_size() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("square_hd", (1024, 1024)), ("square", (512, 512)), ("portrait_4_3", (768, 1024)), ("portrait_16_9", (576, 1024)),
-     ("landscape_4_3", (1024, 768)), ("landscape_16_9", (1024, 576))],
-)  # fmt: skip
-def test_a_preset_is_its_size(name: str, size: tuple[int, int]) -> None:
+    [
+        ("square_hd", (1024, 1024)),
+        ("square", (512, 512)),
+        ("portrait_4_3", (768, 1024)),
+        ("portrait_16_9", (576, 1024)),
+        ("landscape_4_3", (1024, 768)),
+        ("landscape_16_9", (1024, 576)),
+    ],
+)
+def test_an_image_size_preset_is_a_width_and_height(name: str, size: tuple[int, int]) -> None:
     request = GenerateRequest.from_fal({"prompt": "x", "image_size": name})
 
     assert (request.width, request.height) == size
@@ -110,7 +128,7 @@ def test_a_preset_is_its_size(name: str, size: tuple[int, int]) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_done_here_is_refused_at_its_place(
+def test_an_unsupported_value_is_refused_with_its_path(
     fields: dict[str, Any], path: str, expected: str
 ) -> None:
     error = refusal({"prompt": "x", **fields})
@@ -133,7 +151,7 @@ def test_a_refusal_shows_no_secret_of_an_address() -> None:
     assert "t0ken" not in f"{error} {error.details}"
 
 
-def test_the_answer_has_fal_s_fields() -> None:
+def test_a_result_has_the_fields_of_fal() -> None:
     result = fake_result(
         "job-1", parse_request({"prompt": "x", "seed": 3, "num_images": 2, "output_format": "jpeg"})
     )
@@ -157,8 +175,8 @@ def test_the_answer_has_fal_s_fields() -> None:
     }
 
 
-def test_a_request_of_fal_s_comes_back_as_its_answer() -> None:
-    """Sizes, prompt and seed are the document's, and what was asked for inline is."""
+def test_a_request_of_fal_comes_back_as_its_result() -> None:
+    """Sizes, prompt and seed are those of the request, and images are inline if requested."""
     answer = fake_result("job-1", GenerateRequest.from_fal(Z_IMAGE_TURBO)).to_fal()
 
     assert (answer["prompt"], answer["seed"]) == (Z_IMAGE_TURBO["prompt"], Z_IMAGE_TURBO["seed"])
@@ -166,7 +184,7 @@ def test_a_request_of_fal_s_comes_back_as_its_answer() -> None:
     assert {image["url"] for image in answer["images"]} == {"data:image/webp;base64,"}
 
 
-def test_pictures_without_urls_are_no_answer_of_fal_s() -> None:
+def test_a_result_without_urls_cannot_be_converted() -> None:
     result: GenerateResult = fake_result(
         "job-1", parse_request({"prompt": "x", "url_policy": "key"})
     )

@@ -1,6 +1,11 @@
-"""What is told of pictures that are drawn again: identical, or what drifted and why; and what is refused."""
+"""Images drawn again: identical, or what drifted and why; and files that are refused."""
 
 import dataclasses
+import json
+import os
+import re
+import struct
+import zlib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +15,7 @@ import msgspec
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 from support.fakes import (
     Tensors,
@@ -21,14 +27,14 @@ from support.fakes import (
     settings,
     write,
 )
-from support.redrawing import Drawing, recipe_in, rewritten, silent
+from support.jobs import Watcher
+from support.redrawing import Drawing, provenance_in, rewritten
 from support.servers import SECRETS, reply, serving
 from support.tiny_folder import TINY
-from zlora.errors import GenerationFailed, ModelUnavailable
-from zlora.schema import Asset, GenerateRequest, LoraSpec
-from zlora_worker.cli import replay
-from zlora_worker.cli.replay import Redrawn, Replay, Replayer
-from zlora_worker.cli.replay_subjects import Subject, subjects
+from zlora.errors import GenerationFailed, InvalidRequest, ModelUnavailable
+from zlora.schema import Asset, GenerateRequest, LoraSpec, OutputFormat
+from zlora_worker import generate
+from zlora_worker.cli.replay import RecordedImage, Redrawn, Replay, Replayer, recorded_images
 from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import Settings
@@ -37,163 +43,155 @@ LOSSLESS: list[dict[str, Any]] = [
     {"output_format": "png"},
     {"output_format": "webp", "lossless": True},
 ]
-LOSSY: list[dict[str, Any]] = [
-    {"output_format": "jpeg"},
-    {"output_format": "webp"},
-    {"output_format": "jpeg", "quality": 40},
-]
+LOSSY: list[dict[str, Any]] = [{"output_format": "jpeg"}, {"output_format": "webp", "quality": 40}]
 Edit = Callable[[Image.Image], Image.Image]
 OTHER = "0123456789abcdef" * 4
+DrawJob = Callable[..., list[Path]]
+Replays = Callable[..., Replay]
 
 
 @pytest.fixture(scope="module")
-def engine(model_home: Path) -> Pipeline:
+def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
 @pytest.fixture(scope="module")
-def drawing(engine: Pipeline) -> Drawing:
-    return Drawing(engine)
+def drawing(model: Pipeline) -> Drawing:
+    return Drawing(model)
 
 
 @pytest.fixture
 def machine(model_home: Path, tmp_path: Path) -> Settings:
-    """A machine with a LoRA cache of its own; LoRAs may come from a folder of the test."""
+    """Return settings with a LoRA cache of this test; LoRAs may come from its folder."""
     variables = {"ZLORA_LORA_CACHE": str(tmp_path / "loras"), "ZLORA_LORA_ROOTS": str(tmp_path)}
     return settings(model_home, **variables)
 
 
 @pytest.fixture
-def draw(drawing: Drawing, machine: Settings, tmp_path: Path) -> Callable[..., list[Path]]:
-    """The pictures of a job, drawn on that machine or another."""
+def draw(drawing: Drawing, machine: Settings, tmp_path: Path) -> DrawJob:
+    """Return a function that draws a job on that machine or another, and returns its images."""
 
     def drawn(
-        request: GenerateRequest | None = None, *, its: Settings = machine, job_id: str = "job"
+        request: GenerateRequest | None = None, *, on: Settings = machine, job_id: str = "job"
     ) -> list[Path]:
-        return drawing(tmp_path, its, request or a_request(seed=7), job_id)
+        return drawing(tmp_path, on, request or a_request(seed=7), job_id)
 
     return drawn
 
 
+def redrawn(image: RecordedImage, model: Pipeline, settings: Settings) -> Redrawn:
+    replayer = Replayer(dataclasses.replace(settings, model=model.name), model_named=True)
+    replayer._model, replayer._loaded = model, model.name
+    return replayer.replay(image, Watcher())
+
+
 @pytest.fixture
-def again(engine: Pipeline, machine: Settings) -> Callable[..., Replay]:
-    """What is told of one picture, drawn on the same machine or another, with the same base or another."""
+def again(model: Pipeline, machine: Settings) -> Replays:
+    """Return a function that replays an image, with the same model and machine by default."""
 
-    def told(path: Path, *, base: Pipeline = engine, its: Settings = machine) -> Replay:
-        (subject,) = subjects(path)
-        return redrawn(subject, base, its).replay
+    def outcome(path: Path, *, by: Pipeline = model, on: Settings = machine) -> Replay:
+        (image,) = recorded_images(path)
+        return redrawn(image, by, on).replay
 
-    return told
-
-
-def redrawn(subject: Subject, base: Pipeline, its: Settings) -> Redrawn:
-    replayer = Replayer(dataclasses.replace(its, model=base.name), model_named=True)
-    replayer._engine, replayer._loaded = base, base.name
-    return replayer.replay(subject, silent)
+    return outcome
 
 
-def dotted(picture: Image.Image) -> Image.Image:
-    """With one pixel changed."""
-    red, green, blue = picture.getpixel((3, 5))  # type: ignore[misc]
-    picture.putpixel((3, 5), (red ^ 128, green, blue))
-    return picture
+def with_a_dot(image: Image.Image) -> Image.Image:
+    """Change one pixel."""
+    red, green, blue = image.getpixel((3, 5))  # type: ignore[misc]
+    image.putpixel((3, 5), (red ^ 128, green, blue))
+    return image
 
 
 # --- identical
 
 
 @pytest.mark.parametrize("fields", LOSSLESS + LOSSY, ids=str)
-def test_a_picture_of_any_format_is_drawn_again(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], fields: dict[str, Any]
+def test_an_image_of_any_format_is_drawn_again(
+    draw: DrawJob, again: Replays, fields: dict[str, Any]
 ) -> None:
-    """Lossy ones are the same by the pixels before they were encoded, and by those of the file too."""
+    """For lossy formats the pixels before the encoding are compared, and those of the file too."""
     (path,) = draw(a_request(seed=7, width=72, **fields))
 
-    told = again(path)
+    found = again(path)
 
-    assert (told.verdict, told.causes, told.edited) == ("identical", (), False)
-    assert told.pixels_sha256 == told.recorded_pixels_sha256
-    assert (told.mean_difference, told.greatest_difference) == (0, 0)
-    assert (told.source, told.job_id, told.index, told.seed) == (str(path), "job", 0, 7)
+    assert (found.verdict, found.causes, found.edited) == ("identical", (), False)
+    assert found.pixels_sha256 == found.recorded_pixels_sha256
+    assert (found.mean_difference, found.greatest_difference) == (0, 0)
+    assert (found.source, found.job_id, found.index, found.seed) == (str(path), "job", 0, 7)
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_pictures_of_a_manifest_are_drawn_again(
-    draw: Callable[..., list[Path]], engine: Pipeline, machine: Settings, there: bool
+def test_the_images_of_a_manifest_are_drawn_again(
+    draw: DrawJob, model: Pipeline, machine: Settings, there: bool
 ) -> None:
-    """Each by its own seed, beside its file or by the hash of its pixels alone, which is told."""
+    """Each by its own seed. If an image file is missing, its recorded hash is compared."""
     paths = draw(a_request(seed=40, num_images=2, embed_metadata=False, scheduler="heun"))
-    for path in [] if there else paths:
-        path.unlink()
-
     manifest = paths[0].parents[1] / "manifest.json"
-    told = [redrawn(subject, engine, machine).replay for subject in subjects(manifest)]
+    sources: list[tuple[str, str | None]] = [(str(path), str(path)) for path in paths]
+    if not there:
+        sources = [(f"{manifest}, index {index}", None) for index in range(2)]
+        for path in paths:
+            path.unlink()
 
-    assert [(one.verdict, one.index, one.seed) for one in told] == [
+    found = [redrawn(image, model, machine).replay for image in recorded_images(manifest)]
+
+    assert [(one.verdict, one.index, one.seed) for one in found] == [
         ("identical", 0, 40),
         ("identical", 1, 41),
     ]
-    assert [(one.source, one.file) for one in told] == [
-        (str(path), str(path)) if there else (f"{manifest}, index {index}", None)
-        for index, path in enumerate(paths)
-    ]
-    assert {(one.mean_difference, one.edited) for one in told} == {
+    assert [(one.source, one.file) for one in found] == sources
+    assert {(one.mean_difference, one.edited) for one in found} == {
         (0, False) if there else (None, None)
     }
 
 
 @pytest.mark.parametrize("fields", [LOSSLESS[0], LOSSY[0]], ids=str)
-def test_without_a_hash_files_are_compared(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
-    engine: Pipeline,
-    fields: dict[str, Any],
+def test_without_a_recorded_hash_the_files_are_compared(
+    draw: DrawJob, again: Replays, model: Pipeline, fields: dict[str, Any]
 ) -> None:
-    """Whether one was edited cannot be told then."""
+    """It is unknown then whether the file was edited."""
     (path,) = draw(a_request(seed=7, **fields))
-    drawn = engine.draw(recipe_in(path).request, 7, lambda _step: None)
+    pixels = model.draw(provenance_in(path).request, 7, lambda _step: None)
 
-    same = again(rewritten(path, edit=lambda _: drawn, pixels_sha256=None))
-    other = again(rewritten(path, edit=dotted, pixels_sha256=None))
+    same = again(rewritten(path, edit=lambda _: pixels, pixels_sha256=None))
+    other = again(rewritten(path, edit=with_a_dot, pixels_sha256=None))
 
     assert (same.verdict, same.edited) == ("identical", None)
     assert (other.verdict, other.edited) == ("drifted", None)
 
 
-@pytest.mark.parametrize(("recorded", "used"), [(2, 2), (10**9, 1), (0, 1), (-1, 1), (None, 1)])
-def test_a_recorded_number_of_threads_is_drawn_with(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
+@pytest.mark.parametrize(("recorded", "used"), [(2, 2), (10**9, 1), (-1, 1), (None, 1)])
+def test_the_recorded_number_of_threads_is_used(
+    draw: DrawJob,
+    again: Replays,
     monkeypatch: pytest.MonkeyPatch,
     recorded: int | None,
     used: int,
 ) -> None:
-    """And torch's own is back afterwards, however the job ends; a number that no machine has is not tried."""
+    """A number that no machine has is ignored. Torch's own number is restored after a failure."""
     seen = []
 
     def fail(*_: object) -> None:
         seen.append(torch.get_num_threads())
         raise GenerationFailed
 
-    monkeypatch.setattr(replay, "generate", fail)
-    told = again(rewritten(*draw(), threads=recorded))
+    path = rewritten(*draw(), threads=recorded)
+    monkeypatch.setattr(generate, "generate", fail)
+    found = again(path)
 
     assert seen == [used]
     assert torch.get_num_threads() == 1
-    assert (told.verdict, told.code) == ("impossible", "generation_failed")
+    assert (found.verdict, found.code) == ("impossible", "generation_failed")
 
 
 # --- what drifted, and why
 
 
-def test_another_base_is_named(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
-    model_home: Path,
-    engine: Pipeline,
-    tmp_path: Path,
+def test_another_base_model_is_named(
+    draw: DrawJob, again: Replays, model_home: Path, model: Pipeline, tmp_path: Path
 ) -> None:
-    """One weight of it is enough. Both are told by name and digest."""
+    """One weight that differs is enough; both models are named with their sha256."""
     (path,) = draw()
     folder = copy_model(model_home, tmp_path / "other")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -202,32 +200,28 @@ def test_another_base_is_named(
     write(file, tensors)
     other = load_engine(model_home, ZLORA_MODEL=str(folder))
 
-    told = again(path, base=other)
+    found = again(path, by=other)
 
-    (cause,) = told.causes
-    assert told.verdict == "drifted"
-    assert cause.startswith(f"the base differs: {TINY} ({engine.base_sha256[:12]}) -> ")
+    (cause,) = found.causes
+    assert found.verdict == "drifted"
+    assert f"base model differs: {TINY} ({model.base_sha256[:12]}) -> " in cause
     assert cause.endswith(f" ({other.base_sha256[:12]})")
-    assert told.edited is False
-    assert 0 < (told.mean_difference or 0) <= (told.greatest_difference or 0) <= 255
+    assert found.edited is False
+    assert 0 < (found.mean_difference or 0) <= (found.greatest_difference or 0) <= 255
 
 
 @pytest.mark.parametrize(
     ("now", "code"),
     [
         pytest.param(reply(status=404), "lora_not_found", id="gone"),
-        pytest.param(reply(b"<html>"), "not_safetensors", id="no LoRA"),
+        pytest.param(reply(b"<html>"), "not_safetensors", id="not a LoRA"),
         pytest.param(None, "lora_corrupt", id="another LoRA"),
     ],
 )
 def test_a_lora_that_is_gone_or_another_file_is_named(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
-    tmp_path: Path,
-    now: bytes | None,
-    code: str,
+    draw: DrawJob, again: Replays, tmp_path: Path, now: bytes | None, code: str
 ) -> None:
-    """By its error, without the secrets of its address. Where the cache still has it, it is drawn with."""
+    """By its error, without the secrets of its address; a cached LoRA is used."""
     one, other = (
         write(tmp_path / kind.__name__, kind()).read_bytes() for kind in (kohya_lora, peft_lora)
     )
@@ -238,237 +232,369 @@ def test_a_lora_that_is_gone_or_another_file_is_named(
             for name in ("here", "elsewhere")
         )
         spec = LoraSpec(file=Asset(url=f"{host.url}/a.safetensors?sig=s3cret"))
-        (path,) = draw(a_request(seed=7, loras=(spec,)), its=here)
+        (path,) = draw(a_request(seed=7, loras=(spec,)), on=here)
         del answers[0]
 
-        cached, told = again(path, its=here), again(path, its=elsewhere)
+        cached, found = again(path, on=here), again(path, on=elsewhere)
 
     assert (cached.verdict, cached.causes) == ("identical", ())
-    assert (told.verdict, told.code, told.pixels_sha256) == ("impossible", code, None)
-    (cause,) = told.causes
+    assert (found.verdict, found.code, found.pixels_sha256) == ("impossible", code, None)
+    (cause,) = found.causes
     assert f"127.0.0.1:{host.port}/a.safetensors" in cause
     assert cause.endswith(f"[{code}]")
-    assert not [secret for secret in SECRETS if secret in repr(told)]
+    assert not [secret for secret in SECRETS if secret in repr(found)]
 
 
-def test_a_lora_that_is_not_pinned_is_named(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], tmp_path: Path
-) -> None:
-    """A picture of somebody else's may have only an address, where another file may lie now."""
+def test_a_lora_that_is_not_pinned_is_named(draw: DrawJob, again: Replays, tmp_path: Path) -> None:
+    """Metadata of another program may have only an address, which may have another file now."""
     file = write(tmp_path / "a.safetensors", kohya_lora())
-    (path,) = draw(a_request(seed=7, loras=(LoraSpec(file=Asset(url=file.as_uri())),)))
     loose = a_request(seed=7, loras=(LoraSpec(file=Asset(url=file.as_uri())),))
-    rewritten(path, request=loose)
+    path = rewritten(*draw(loose), request=loose)
 
     same = again(path)
     write(file, peft_lora(ranks=(4,)))
     other = again(path)
 
-    assert same.causes == (
-        "a LoRA's file is not recorded, only its address, which changed nothing",
-    )
-    assert (other.verdict, other.causes) == (
-        "drifted",
-        ("a LoRA's file is not recorded, only its address",),
-    )
+    cause = "a LoRA's file is not recorded, only its address"
+    assert same.causes == (f"{cause}, which changed nothing",)
+    assert (other.verdict, other.causes) == ("drifted", (cause,))
 
 
-DIFFERENCES: list[tuple[dict[str, Any], str]] = [
-    (
-        {"versions": {"torch": "1.0", "diffusers": metadata.version("diffusers")}},
-        f"torch: 1.0 -> {torch.__version__}",
-    ),
-    ({"versions": {"some-engine": "3"}}, "some-engine: 3 -> not told"),
-    (
-        {"device": "NVIDIA H100"},
-        f"device: NVIDIA H100 -> cpu {torch.backends.cpu.get_cpu_capability()}",
-    ),
-    ({"dtype": "float16"}, "dtype: float16 -> float32"),
-    ({"threads": 10**9}, "threads: 1000000000 -> 1"),
-    ({"threads": None}, "threads: not told -> 1"),
-    ({"scheduler": "DDIMScheduler"}, "scheduler: DDIMScheduler -> EulerDiscreteScheduler"),
-    ({"model": "a\nb", "base_sha256": OTHER}, f"the base differs: a b ({OTHER[:12]}) -> {TINY} ("),
-]
-
-
-@pytest.mark.parametrize(
-    ("fields", "sentence"), DIFFERENCES, ids=[sentence for _, sentence in DIFFERENCES]
-)
-def test_whatever_is_recorded_and_differs_is_named(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
-    fields: dict[str, Any],
-    sentence: str,
-) -> None:
-    """As a cause where the pixels differ; where they are the same, it changed nothing."""
+def test_every_recorded_condition_that_differs_is_named(draw: DrawJob, again: Replays) -> None:
+    """As a cause if the pixels differ, and as a change without effect if they do not."""
     (path,) = draw()
-    same = again(rewritten(path, **fields))
+    rewritten(
+        path,
+        versions={
+            "torch": "1.0",
+            "diffusers": metadata.version("diffusers"),
+            "some-engine": "3",
+        },
+        device="NVIDIA H100",
+        dtype="float16",
+        threads=None,
+        scheduler="DDIMScheduler",
+        model="a\nb",
+        base_sha256=OTHER,
+    )
+
+    same = again(path)
     other = again(rewritten(path, pixels_sha256=OTHER))
 
-    assert (same.verdict, len(same.causes)) == ("identical", 1)
-    assert same.causes[0].startswith(sentence)
-    assert same.causes[0].endswith(", which changed nothing")
-    assert other.verdict == "drifted"
-    assert other.causes[-1].startswith(sentence)
-    assert not other.causes[-1].endswith("nothing")
+    expected = [
+        f"the base model differs: a b ({OTHER[:12]}) -> {TINY} (",
+        "scheduler: DDIMScheduler -> EulerDiscreteScheduler",
+        f"device: NVIDIA H100 -> cpu {torch.backends.cpu.get_cpu_capability()}",
+        "dtype: float16 -> float32",
+        "threads: not recorded -> 1",
+        "some-engine: 3 -> not recorded",
+        f"torch: 1.0 -> {torch.__version__}",
+    ]
+    assert (same.verdict, other.verdict) == ("identical", "drifted")
+    for outcome in (same, other):
+        causes = [cause for cause in outcome.causes if "edited" not in cause]
+        assert len(causes) == len(expected)
+        for cause, beginning in zip(causes, expected, strict=True):
+            assert cause.startswith(beginning)
+            assert cause.endswith("changed nothing") is (outcome is same)
 
 
-def test_a_picture_that_was_decoded_in_tiles_is_again(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
-    engine: Pipeline,
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_image_decoded_in_tiles_is_decoded_in_tiles_again(
+    draw: DrawJob, again: Replays, model: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles are told as a cause where it drifts all the same, and where they are new. Nothing of it stays."""
-    decode = engine._decode_whole
+    """Tiles are a cause if such an image drifts, and if they are new. They end with the image."""
+    decode = model._decode_whole
 
-    def small(*arguments: Any, **options: Any) -> Any:
-        """As where memory suffices for tiles only."""
-        if not engine.pipeline.vae.use_tiling:
+    def fail_as_a_whole(*arguments: Any, **options: Any) -> Any:
+        if not model.pipeline.vae.use_tiling:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(*arguments, **options)
 
     (whole,) = draw()
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "_decode_whole", small)
+        patched.setattr(model, "_decode_whole", fail_as_a_whole)
         (path,) = draw(job_id="tiled")
         tiled_now = again(whole)
 
     same = again(path)
     drifted = again(rewritten(path, pixels_sha256=OTHER, tiled=True))
 
-    assert recipe_in(path).tiled
+    assert provenance_in(path).tiled
     assert (same.verdict, same.causes) == ("identical", ())
-    assert same.pixels_sha256 != recipe_in(whole).pixels_sha256
-    assert drifted.causes[-1] == "the picture was decoded in tiles, for want of memory"
-    assert (tiled_now.verdict, tiled_now.causes) == (
-        "drifted",
-        ("the picture is decoded in tiles now, for want of memory",),
-    )
+    assert same.pixels_sha256 != provenance_in(whole).pixels_sha256
+    assert "was decoded in tiles" in drifted.causes[-1]
+    assert tiled_now.verdict == "drifted"
+    assert ["is decoded in tiles now" in cause for cause in tiled_now.causes] == [True]
     assert again(whole).verdict == "identical"
 
 
-def test_where_nothing_recorded_differs_this_is_said(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay]
-) -> None:
+def test_a_drift_without_a_recorded_cause_says_so(draw: DrawJob, again: Replays) -> None:
     (path,) = draw()
-    request = msgspec.structs.replace(recipe_in(path).request, guidance_scale=3.0)
+    request = msgspec.structs.replace(provenance_in(path).request, guidance_scale=3.0)
 
-    told = again(rewritten(path, request=request))
+    found = again(rewritten(path, request=request))
 
-    assert (told.verdict, told.edited) == ("drifted", False)
-    assert told.causes == ("nothing that is recorded differs",)
-    assert told.pixels_sha256 != told.recorded_pixels_sha256
-    assert told.greatest_difference
+    assert (found.verdict, found.edited) == ("drifted", False)
+    assert found.causes == ("nothing that is recorded differs",)
+    assert found.pixels_sha256 != found.recorded_pixels_sha256
+    assert found.greatest_difference
+
+
+# --- edited files
+
+
+def folded(image: Image.Image) -> Image.Image:
+    """Return the same bytes in rows of half the length."""
+    return Image.frombytes("RGB", (image.width // 2, image.height * 2), image.tobytes())
 
 
 @pytest.mark.parametrize("fields", LOSSLESS + LOSSY, ids=str)
-def test_a_file_that_was_edited_is_found(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay], fields: dict[str, Any]
-) -> None:
-    """One pixel is enough; its pixels are drawn again all the same."""
+def test_an_edited_file_is_found(draw: DrawJob, again: Replays, fields: dict[str, Any]) -> None:
+    """By one pixel, or by its size alone. The recorded pixels are drawn again all the same."""
     (path,) = draw(a_request(seed=7, **fields))
 
-    told = again(rewritten(path, edit=dotted))
+    dotted = again(rewritten(path, target=path.with_name("dotted"), edit=with_a_dot))
+    resized = again(rewritten(path, target=path.with_name("folded"), edit=folded))
 
-    assert (told.verdict, told.edited) == ("drifted", True)
-    assert told.pixels_sha256 == told.recorded_pixels_sha256
-    (cause,) = told.causes
+    assert (dotted.verdict, dotted.edited) == ("drifted", True)
+    assert dotted.pixels_sha256 == dotted.recorded_pixels_sha256
+    (cause,) = dotted.causes
     assert cause.startswith("the file was edited after it was drawn")
-    assert 0 < (told.mean_difference or 0) < (told.greatest_difference or 0)
+    assert 0 < (dotted.mean_difference or 0) < (dotted.greatest_difference or 0)
+    assert (resized.verdict, resized.edited, resized.mean_difference) == ("drifted", True, None)
+    assert resized.causes == ("the file was edited after it was drawn: it has another size",)
 
 
-def folded(picture: Image.Image) -> Image.Image:
-    """The same bytes in rows of half the length."""
-    return Image.frombytes("RGB", (picture.width // 2, picture.height * 2), picture.tobytes())
-
-
-@pytest.mark.parametrize("fields", LOSSLESS + LOSSY, ids=str)
-@pytest.mark.parametrize("edit", [lambda picture: picture.crop((0, 0, 32, 64)), folded])
-def test_a_file_of_another_size_is_edited(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
-    fields: dict[str, Any],
-    edit: Edit,
-) -> None:
-    """There is no difference between pixels to tell then. What it says of itself is its old size."""
-    told = again(rewritten(draw(a_request(seed=7, **fields))[0], edit=edit))
-
-    assert (told.verdict, told.edited, told.mean_difference) == ("drifted", True, None)
-    assert told.causes == ("the file was edited after it was drawn: it has another size",)
-
-
-def seen_through(alpha: int) -> Edit:
-    return lambda picture: Image.merge(
-        "RGBA", (*picture.split(), Image.new("L", picture.size, alpha))
-    )
+def with_alpha(alpha: int) -> Edit:
+    return lambda image: Image.merge("RGBA", (*image.split(), Image.new("L", image.size, alpha)))
 
 
 @pytest.mark.parametrize("fields", [*LOSSLESS, LOSSY[1]], ids=str)
 @pytest.mark.parametrize("alpha", [0, 254])
 def test_a_file_that_is_not_opaque_is_edited(
-    draw: Callable[..., list[Path]],
-    again: Callable[..., Replay],
-    fields: dict[str, Any],
-    alpha: int,
+    draw: DrawJob, again: Replays, fields: dict[str, Any], alpha: int
 ) -> None:
-    """Though its colours are those that were drawn; also where no hash is recorded."""
+    """Although its colours are those that were drawn; also if no hash is recorded."""
     (path,) = draw(a_request(seed=7, **fields))
 
-    told = again(rewritten(path, edit=seen_through(alpha)))
-    unrecorded = again(rewritten(path, edit=seen_through(alpha), pixels_sha256=None))
+    found = again(rewritten(path, edit=with_alpha(alpha)))
+    unrecorded = again(rewritten(path, edit=with_alpha(alpha), pixels_sha256=None))
 
-    assert (told.verdict, told.edited, unrecorded.verdict, unrecorded.edited) == (
-        "drifted",
-        True,
-        "drifted",
-        True,
-    )
-    assert told.pixels_sha256 == told.recorded_pixels_sha256
-    assert told.causes == ("the file was edited after it was drawn: it is not opaque",)
-    assert (told.greatest_difference or 0) >= 255 - alpha
+    assert (found.verdict, found.edited) == ("drifted", True)
+    assert (unrecorded.verdict, unrecorded.edited) == ("drifted", True)
+    assert found.pixels_sha256 == found.recorded_pixels_sha256
+    assert found.causes == ("the file was edited after it was drawn: it is not opaque",)
+    assert (found.greatest_difference or 0) >= 255 - alpha
 
 
-def test_a_file_of_another_mode_is_edited_where_it_shows_another_picture(
-    draw: Callable[..., list[Path]], again: Callable[..., Replay]
+def test_a_file_of_another_mode_is_edited_if_its_pixels_differ(
+    draw: DrawJob, again: Replays
 ) -> None:
     (path,) = draw()
 
-    opaque = again(rewritten(path, edit=seen_through(255)))
-    grey = again(rewritten(path, edit=lambda picture: picture.convert("L")))
+    opaque = again(rewritten(path, edit=with_alpha(255)))
+    grey = again(rewritten(path, edit=lambda image: image.convert("L")))
 
     assert (opaque.verdict, opaque.edited) == ("identical", False)
     assert (grey.verdict, grey.edited) == ("drifted", True)
 
 
-# --- which base
+# --- which base model
 
 
 @pytest.mark.parametrize(("named", "loaded"), [(False, "demo"), (True, "some/base")])
-def test_the_demo_draws_its_own_where_no_base_is_named(
-    draw: Callable[..., list[Path]],
+def test_the_demo_model_draws_its_own_images_unless_a_model_is_named(
+    draw: DrawJob,
     monkeypatch: pytest.MonkeyPatch,
     machine: Settings,
     *,
     named: bool,
     loaded: str,
 ) -> None:
-    """A picture's word is taken for nothing else: the base is the operator's choice."""
-    asked = list[tuple[str, str]]()
+    """No other model is loaded by its name in a file: the base model is the operator's choice."""
+    loads = list[tuple[str, str]]()
 
-    def load(its: Settings) -> Pipeline:
-        asked.append((its.model, its.vae))
+    def load(settings: Settings) -> Pipeline:
+        loads.append((settings.model, settings.vae))
         raise ModelUnavailable
 
-    monkeypatch.setattr(loader, "load", load)
-    replayer = Replayer(
-        dataclasses.replace(machine, model="some/base", vae="a-vae"), model_named=named
-    )
-    for path in (
+    paths = [
         rewritten(*draw(), model="demo"),
-        rewritten(*draw(job_id="strange"), model="strange/base"),
-    ):
+        rewritten(*draw(job_id="other"), model="other/base"),
+    ]
+    monkeypatch.setattr(loader, "load", load)
+    chosen = dataclasses.replace(machine, model="some/base", vae="a-vae")
+    replayer = Replayer(chosen, model_named=named)
+    for path in paths:
         with pytest.raises(ModelUnavailable):
-            replayer.replay(subjects(path)[0], silent)
+            replayer.replay(recorded_images(path)[0], Watcher())
 
-    assert asked == [(loaded, "a-vae" if named else ""), ("some/base", "a-vae")]
+    assert loads == [(loaded, "a-vae" if named else ""), ("some/base", "a-vae")]
+
+
+# --- files that are refused before anything is drawn
+
+NO_PROVENANCE = "does not say what it was drawn from: try its manifest.json"
+
+
+def refusal(path: Path) -> str:
+    """Return the error of a file: one line that names it."""
+    with pytest.raises(InvalidRequest) as raised:
+        recorded_images(path)
+    assert str(raised.value).startswith(f"{path}: ") or path.name == "manifest.json"
+    assert str(raised.value).isprintable()
+    return str(raised.value)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    for name, data in {"text": b"a city", "empty": b"", "gif": b"GIF89a" + bytes(50)}.items():
+        (tmp_path / name).write_bytes(data)
+        assert "neither a manifest nor an image" in refusal(tmp_path / name)
+    assert "No such file" in refusal(tmp_path / "missing")
+    assert "not a file" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a file" in refusal(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_an_image_without_metadata_or_damaged_is_refused(
+    draw: DrawJob, output_format: OutputFormat
+) -> None:
+    (bare,) = draw(a_request(seed=7, output_format=output_format, embed_metadata=False))
+    (path,) = draw(a_request(seed=7, output_format=output_format), job_id="other")
+    data = path.read_bytes()
+
+    assert NO_PROVENANCE in refusal(bare)
+    for length in (len(data) - 40, 3 * len(data) // 4, 200):
+        path.write_bytes(data[:length])
+        assert "damaged" in refusal(path) or "neither" in refusal(path)
+
+
+def test_a_jpeg_without_room_for_its_provenance_is_drawn_by_its_manifest(draw: DrawJob) -> None:
+    (path,) = draw(
+        a_request(seed=7, output_format="jpeg", prompt="🐱" * 10_000, negative_prompt="🐶" * 10_000)
+    )
+
+    assert NO_PROVENANCE in refusal(path)
+    assert [image.file for image in recorded_images(path.parents[1] / "manifest.json")] == [path]
+
+
+def transparent(image: Image.Image) -> Image.Image:
+    image.putalpha(0)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "mode"),
+    [
+        (lambda image: image, {}, "RGB"),
+        (lambda image: image.convert("RGBA"), {}, "RGB"),
+        (lambda image: image.convert("L"), {}, "RGB"),
+        (lambda image: image.convert("P"), {"transparency": b"\xff" * 256}, "RGB"),
+        (transparent, {}, "RGBA"),
+        (lambda image: transparent(image.convert("L")), {}, "RGBA"),
+        (lambda image: image.convert("P"), {"transparency": b"\xff" * 60 + b"\xfe" * 196}, "RGBA"),
+        (lambda image: image, {"transparency": (1, 2, 3)}, "RGBA"),
+    ],
+)
+def test_pixels_have_alpha_only_if_they_are_not_opaque(
+    draw: DrawJob, edit: Edit, options: dict[str, Any], mode: str
+) -> None:
+    """In whichever way a PNG says so."""
+    (path,) = draw()
+    (recorded,) = recorded_images(path)
+    with Image.open(path) as image:
+        image.putpixel((0, 0), (1, 2, 3))
+        edit(image.copy()).save(path, **options)
+
+    pixels = recorded.pixels()
+
+    assert pixels
+    assert pixels.mode == mode
+
+
+@pytest.mark.parametrize("json_text", [b"{", b"[" * 10_000, b"{}", b'{"job_id": "../x"}', b"\xff"])
+def test_invalid_metadata_is_refused(tmp_path: Path, json_text: bytes) -> None:
+    chunks = PngInfo()
+    chunks.add(b"iTXt", b"zlora\0\0\0\0\0" + json_text)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=chunks)
+
+    assert "metadata" in refusal(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"width": 80_000}, {"height": 60}, {"width": 0}, {"seed": 2**60}, {"job_id": "../../x"}],
+)
+def test_an_image_beyond_the_bounds_of_a_request_is_refused(
+    draw: DrawJob, fields: dict[str, Any]
+) -> None:
+    (path,) = draw()
+
+    assert next(iter(fields)) in refusal(rewritten(path, **fields))
+
+
+def test_files_and_images_have_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked before the pixels are decoded, also if Pillow itself would warn or raise."""
+    Image.new("L", (4104, 8)).save(tmp_path / "wide.png")
+    Image.new("1", (30_000, 4000)).save(tmp_path / "warned.png")
+    Image.new("1", (60_000, 4000)).save(tmp_path / "bomb.png")
+
+    assert "more than 4096 pixels" in refusal(tmp_path / "wide.png")
+    assert "could be decompression bomb" in refusal(tmp_path / "warned.png")
+    assert "could be decompression bomb" in refusal(tmp_path / "bomb.png")
+    monkeypatch.setattr("zlora_worker.cli.replay._MAX_BYTES", 50)
+    assert "more than 50 bytes" in refusal(tmp_path / "wide.png")
+
+
+def test_a_damaged_palette_is_refused(tmp_path: Path) -> None:
+    """Pillow finds it when colours are converted: it is missing, or has too few entries."""
+    Image.new("P", (8, 8)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    start, end = data.index(b"PLTE") - 4, data.index(b"IDAT") - 4
+    alphas = b"tRNS" + b"\xff" * 400
+    longer = struct.pack(">I", 400) + alphas + struct.pack(">I", zlib.crc32(alphas))
+
+    for palette in (b"", data[start:end] + longer):
+        (tmp_path / "a.png").write_bytes(data[:start] + palette + data[end:])
+        assert re.search("a damaged image: .", refusal(tmp_path / "a.png"))
+
+
+def without(*names: str) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: {name: value for name, value in manifest.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without("request"), "does not say what its images were drawn from"),
+        (without("base_sha256"), "does not say what its images were drawn from"),
+        (without("scheduler"), "scheduler"),
+        (without("images"), "not a manifest"),
+        (lambda manifest: manifest | {"images": []}, "1 to 8 images"),
+        (lambda manifest: manifest | {"images": 9 * manifest["images"]}, "1 to 8 images"),
+        (lambda manifest: manifest | {"job_id": "../../x"}, "job_id"),
+        (lambda manifest: manifest | {"seed": "7"}, "not a manifest"),
+    ],
+)
+def test_an_incomplete_manifest_is_refused(
+    draw: DrawJob, change: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    """Also a manifest of the first versions, which had no provenance."""
+    manifest = draw()[0].parents[1] / "manifest.json"
+    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+
+    assert reason in refusal(manifest)
+
+
+def test_a_manifest_names_no_file_outside_its_folder(draw: DrawJob) -> None:
+    manifest = draw()[0].parents[1] / "manifest.json"
+    document = json.loads(manifest.read_text())
+    for key in ("", "..", "a/../../secret", "x" * 5000, "a\0b", "/etc/passwd"):
+        document["images"][0]["key"] = key
+        manifest.write_text(json.dumps(document))
+
+        (image,) = recorded_images(manifest)
+
+        assert image.file is None
+        assert image.source == f"{manifest}, index 0"

@@ -27,7 +27,7 @@ def sampler() -> Sampler:
 
 @pytest.fixture(scope="module")
 def engine(sampler: Sampler) -> Pipeline:
-    return sampler.engine
+    return sampler.model
 
 
 def test_model_and_loras_are_small() -> None:

@@ -1,4 +1,4 @@
-"""By what names a file may mean the modules of the resident model."""
+"""Names of the resident model's modules in Stability's code."""
 
 from typing import Any, Final
 
@@ -17,19 +17,19 @@ WAYS: Final = {
 
 
 def leaves(unet: Any) -> list[str]:
-    """Each module that has weights of its own."""
+    """List the modules that have weights of their own."""
     return sorted({name.rpartition(".")[0] for name, _ in unet.named_parameters()})
 
 
 def block_of(module: str) -> str:
-    """Where diffusers' converter of LoRAs leaves a module: its own block, under the other code's word for the way."""
+    """Return the start of a name that diffusers' converter returns for a module."""
     way, *numbers = module.split(".")[: 3 if module.startswith("mid_block") else 4]
     return "_".join(["lora_unet", WAYS[way], *numbers, ""])
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_stabilitys_block_numbers_are_those_that_diffusers_converts(layers: int) -> None:
-    """Of each module of SDXL's own UNet, with as many layers a block; it has two."""
+def test_block_numbers_of_stability_are_those_that_diffusers_converts(layers: int) -> None:
+    """SDXL's own UNet has two layers in each block."""
     config = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | {
         "layers_per_block": layers
     }

@@ -1,10 +1,14 @@
-"""LoRAs into the resident model: exactly what their files say, one rounding, and the base afterwards."""
+"""Merging of LoRAs: exactly the change in their files, rounded once, and the base afterwards."""
 
+import faulthandler
 import gc
+import random
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from support.fakes import (
     lora_tensors,
     peft_lora,
     pixels,
+    weights,
     write,
 )
 from support.single_file import original_layout
@@ -42,37 +47,47 @@ MODES: tuple[Mode, ...] = ("shadow", "inplace")
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def model(request: pytest.FixtureRequest, model_home: Path) -> Pipeline:
-    """In both ways to hold merged weights, on each device: a test of this file says what none may change."""
+def resident(request: pytest.FixtureRequest, model_home: Path) -> Pipeline:
+    """Load the model in both modes of the patch on each device."""
     return load_engine(model_home, **request.param)
 
 
+@pytest.fixture(scope="module")
+def base(resident: Pipeline) -> bytes:
+    """Draw the image without any LoRA."""
+    return pixels(resident)
+
+
 @pytest.fixture
-def spare(model: Pipeline, model_home: Path) -> Pipeline:
-    """Another model on the same device, to be merged into by hand."""
-    return load_engine(model_home, ZLORA_DEVICE=str(model.device))
+def model(resident: Pipeline, base: bytes) -> Iterator[Pipeline]:
+    """Require that the whole base and its image are unchanged after each test."""
+    yield resident
+    resident.check()
+    assert resident.state is PipelineState.READY
+    assert resident.base_checked == 1.0
+    assert pixels(resident) == base
 
 
 @pytest.fixture(scope="module")
-def base(model: Pipeline) -> bytes:
-    """The picture without any LoRA."""
-    return pixels(model)
+def spare_model(resident: Pipeline, model_home: Path) -> Pipeline:
+    return load_engine(model_home, ZLORA_DEVICE=str(resident.device))
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays(model: Pipeline, base: bytes) -> Iterator[None]:
-    """After every test, passed or failed: the whole base is what was loaded, and draws the same picture."""
-    yield
-    model.check()
-    assert model.state is PipelineState.READY
-    assert model.base_checked == 1.0
-    assert pixels(model) == base
+@pytest.fixture
+def spare(spare_model: Pipeline) -> Iterator[Pipeline]:
+    """Provide another model on the same device, whose weights a test may change."""
+    before = {part: weights(spare_model, part) for part in PARTS}
+    kept = {part: {name: t.clone() for name, t in before[part].items()} for part in PARTS}
+    yield spare_model
+    for part in PARTS:
+        for name, tensor in kept[part].items():
+            before[part][name].copy_(tensor)
 
 
-def adapter(
+def weighted(
     model: Pipeline, path: Path, *, weight: float = 1.0, text_encoder_weight: float | None = None
 ) -> WeightedLora:
-    """A file with its weights; each file has a path of its own here."""
+    """Read a file; its path is its digest, since each file has a path of its own here."""
     return WeightedLora(
         lora=model.reader.read(path, digest=str(path), source=path.name),
         unet_weight=weight,
@@ -80,9 +95,9 @@ def adapter(
     )
 
 
-def drawn(model: Pipeline, *adapters: WeightedLora) -> bytes:
-    """The picture with LoRAs, drawn as a job draws it."""
-    with model.with_loras(adapters):
+def drawn(model: Pipeline, *loras: WeightedLora) -> bytes:
+    """Draw the image with LoRAs."""
+    with model.with_loras(loras):
         return pixels(model)
 
 
@@ -99,7 +114,7 @@ def _config(part: Any) -> dict[str, Any]:
 def merge_by_hand(
     model: Pipeline, tensors: Tensors, *, weight: float, text_encoder_weight: float
 ) -> None:
-    """Add `weight * alpha / rank * up @ down` to each weight in fp64. Shares no code with what is tested."""
+    """Add `weight * alpha / rank * up @ down` to each weight in fp64, without the tested code."""
     parts = {name: getattr(model.pipeline, name) for name in PARTS}
     named = {name: part.state_dict() for name, part in parts.items()}
     layout = original_layout({name: _config(part) for name, part in parts.items()}, named)
@@ -140,25 +155,23 @@ def merge_by_hand(
 def test_a_lora_acts_as_if_merged_by_hand(
     model: Pipeline, spare: Pipeline, base: bytes, model_home: Path, case: tuple[str, float]
 ) -> None:
-    """In kohya's spelling and in peft's, with text encoders and with convolutions; each of its modules is changed."""
+    """In the spellings of kohya and peft, with text encoders and with convolutions."""
     name, weight = case
-    merged = spare
-    merge_by_hand(merged, lora_tensors(model_home, name), weight=weight, text_encoder_weight=weight)
-    demo = adapter(model, tiny_lora(model_home, name), weight=weight)
+    merge_by_hand(spare, lora_tensors(model_home, name), weight=weight, text_encoder_weight=weight)
+    lora = weighted(model, tiny_lora(model_home, name), weight=weight)
 
-    picture = drawn(model, demo)
+    image = drawn(model, lora)
 
-    assert difference(picture, pixels(merged)) <= 1
-    assert difference(picture, base) > 32
-    assert set(demo.lora.modules) == ({*PARTS} - {"vae"} if name in WITH_TEXT else {"unet"})
+    assert difference(image, pixels(spare)) <= 1
+    assert difference(image, base) > 32
+    assert set(lora.lora.modules) == ({*PARTS} - {"vae"} if name in WITH_TEXT else {"unet"})
 
 
-@pytest.mark.parametrize("seed", range(2))
 def test_ranks_and_alphas_of_each_module_are_kept(
-    model: Pipeline, spare: Pipeline, model_home: Path, tmp_path: Path, seed: int
+    model: Pipeline, spare: Pipeline, model_home: Path, tmp_path: Path
 ) -> None:
-    """What resizing writes: each module has a rank and an alpha of its own."""
-    generator = torch.Generator().manual_seed(seed)
+    """Tools that resize LoRAs write modules with a rank and an alpha of their own."""
+    generator = torch.Generator().manual_seed(1)
     tensors = lora_tensors(model_home, "anime-style")
     for module in [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]:
         rank, alpha = (int(torch.randint(1, 5, (), generator=generator)) for _ in range(2))
@@ -167,9 +180,9 @@ def test_ranks_and_alphas_of_each_module_are_kept(
         tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
     merge_by_hand(spare, tensors, weight=1.0, text_encoder_weight=1.0)
 
-    picture = drawn(model, adapter(model, write(tmp_path / "resized.safetensors", tensors)))
+    image = drawn(model, weighted(model, write(tmp_path / "resized.safetensors", tensors)))
 
-    assert difference(picture, pixels(spare)) <= 1
+    assert difference(image, pixels(spare)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -181,40 +194,38 @@ def test_ranks_and_alphas_of_each_module_are_kept(
     ],
     ids=["kohya", "peft", "ranks that differ"],
 )
-def test_names_and_shapes_that_people_have_act_as_if_merged_by_hand(
+def test_common_names_and_shapes_act_as_if_merged_by_hand(
     model: Pipeline, spare: Pipeline, base: bytes, tmp_path: Path, tensors: Tensors
 ) -> None:
-    """Cross-attention, feed-forward and the text encoders' layers, under the names that training tools write."""
-    merged = spare
-    merge_by_hand(merged, tensors, weight=0.5, text_encoder_weight=0.25)
+    """Cross-attention, feed-forward and text encoders, under the names of training tools."""
+    merge_by_hand(spare, tensors, weight=0.5, text_encoder_weight=0.25)
 
     path = write(tmp_path / "a.safetensors", tensors)
-    picture = drawn(model, adapter(model, path, weight=0.5, text_encoder_weight=0.25))
+    image = drawn(model, weighted(model, path, weight=0.5, text_encoder_weight=0.25))
 
-    assert difference(picture, pixels(merged)) <= 1
-    assert difference(picture, base) > 16
+    assert difference(image, pixels(spare)) <= 1
+    assert difference(image, base) > 16
 
 
 def test_two_loras_act_as_if_both_were_merged(
     model: Pipeline, spare: Pipeline, base: bytes, model_home: Path
 ) -> None:
-    """Each with its own weights, and with weights for the text encoders that differ from the UNet's."""
-    merged = spare
+    """Each has its own weights, and other weights for the text encoders than for the UNet."""
     merge_by_hand(
-        merged, lora_tensors(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25
+        spare, lora_tensors(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25
     )
     merge_by_hand(
-        merged, lora_tensors(model_home, "neon-lights"), weight=0.75, text_encoder_weight=0.75
+        spare, lora_tensors(model_home, "neon-lights"), weight=0.75, text_encoder_weight=0.75
     )
 
-    picture = drawn(
+    image = drawn(
         model,
-        adapter(model, tiny_lora(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25),
-        adapter(model, tiny_lora(model_home, "neon-lights"), weight=0.75),
+        weighted(model, tiny_lora(model_home, "anime-style"), weight=0.5, text_encoder_weight=1.25),
+        weighted(model, tiny_lora(model_home, "neon-lights"), weight=0.75),
     )
 
-    assert difference(picture, pixels(merged)) <= 1
-    assert difference(picture, base) > 32
+    assert difference(image, pixels(spare)) <= 1
+    assert difference(image, base) > 32
 
 
 # --- weights
@@ -223,31 +234,31 @@ def test_two_loras_act_as_if_both_were_merged(
 def test_weight_zero_is_no_lora(model: Pipeline, base: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", kohya_lora((*UNET, *TEXT)))
 
-    assert drawn(model, adapter(model, path, weight=0.0)) == base
-    assert drawn(model, adapter(model, path, weight=0.1)) != base
+    assert drawn(model, weighted(model, path, weight=0.0)) == base
+    assert drawn(model, weighted(model, path, weight=0.1)) != base
 
 
-def test_no_loras_touch_nothing(model: Pipeline, base: bytes) -> None:
-    with model.exclusive(), model.patch.applied([]) as norms:
-        assert norms == []
+def test_an_empty_set_changes_nothing(model: Pipeline, base: bytes) -> None:
+    with model.with_loras([]) as merged:
+        assert merged.relative_norms == []
         assert pixels(model) == base
 
 
 @pytest.mark.parametrize("spell", [kohya_lora, peft_lora])
-def test_unet_and_text_encoders_are_weighed_apart(
+def test_unet_and_text_encoders_have_separate_weights(
     model: Pipeline, base: bytes, tmp_path: Path, spell: Callable[[Sequence[Target]], Tensors]
 ) -> None:
-    """A weight of 0 for one part gives the picture of a file without that part."""
+    """A weight of 0 for one component gives the image of a file without that component."""
     whole = write(tmp_path / "whole.safetensors", spell((*UNET, *TEXT)))
     tensors = spell((*UNET, *TEXT))
     unet_only = write(tmp_path / "unet.safetensors", {key: tensors[key] for key in spell(UNET)})
     text_only = write(tmp_path / "text.safetensors", {key: tensors[key] for key in spell(TEXT)})
 
-    without_text = drawn(model, adapter(model, whole, weight=1.0, text_encoder_weight=0.0))
-    without_unet = drawn(model, adapter(model, whole, weight=0.0, text_encoder_weight=1.0))
+    without_text = drawn(model, weighted(model, whole, weight=1.0, text_encoder_weight=0.0))
+    without_unet = drawn(model, weighted(model, whole, weight=0.0, text_encoder_weight=1.0))
 
-    assert without_text == drawn(model, adapter(model, unet_only))
-    assert without_unet == drawn(model, adapter(model, text_only))
+    assert without_text == drawn(model, weighted(model, unet_only))
+    assert without_unet == drawn(model, weighted(model, text_only))
     assert len({base, without_text, without_unet}) == 3
 
 
@@ -257,27 +268,29 @@ def test_unet_and_text_encoders_are_weighed_apart(
 def test_two_loras_are_not_either_of_them_alone(
     model: Pipeline, base: bytes, tmp_path: Path
 ) -> None:
-    one = adapter(model, write(tmp_path / "one.safetensors", kohya_lora(UNET)))
-    other = adapter(model, write(tmp_path / "other.safetensors", peft_lora(TEXT)))
+    one = weighted(model, write(tmp_path / "one.safetensors", kohya_lora(UNET)))
+    other = weighted(model, write(tmp_path / "other.safetensors", peft_lora(TEXT)))
 
-    pictures = {base, drawn(model, one), drawn(model, other), drawn(model, one, other)}
+    images = {base, drawn(model, one), drawn(model, other), drawn(model, one, other)}
 
-    assert len(pictures) == 4
+    assert len(images) == 4
 
 
 def test_one_file_twice_acts_twice(model: Pipeline, base: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", peft_lora((*UNET, *TEXT)))
 
-    twice = drawn(model, adapter(model, path, weight=0.5), adapter(model, path, weight=0.25))
-    once = drawn(model, adapter(model, path, weight=0.75))
+    twice = drawn(model, weighted(model, path, weight=0.5), weighted(model, path, weight=0.25))
+    once = drawn(model, weighted(model, path, weight=0.75))
 
     assert difference(twice, once) <= 1
     assert difference(twice, base) > 16
 
 
 def test_the_order_of_loras_changes_no_bit(model: Pipeline, tmp_path: Path) -> None:
-    one = adapter(model, write(tmp_path / "1.safetensors", kohya_lora((*UNET, *TEXT))), weight=0.3)
-    other = adapter(model, write(tmp_path / "2.safetensors", peft_lora((*UNET, *TEXT))), weight=0.7)
+    one = weighted(model, write(tmp_path / "1.safetensors", kohya_lora((*UNET, *TEXT))), weight=0.3)
+    other = weighted(
+        model, write(tmp_path / "2.safetensors", peft_lora((*UNET, *TEXT))), weight=0.7
+    )
 
     assert drawn(model, one, other) == drawn(model, other, one)
 
@@ -311,14 +324,14 @@ def factors(path: Path, model: nn.Module, *, rank: int, seed: int, component: st
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.dtype) -> None:
-    """The merged weight is the fp64 sum rounded to the model's type, but where that sum is all but half way between."""
+    """The merged weight is the fp64 sum in the model's type, except for a few ties."""
     model = random_model(dtype)
     weights = Weights({"unet": model})
     reader, patch = Reader(weights), Patch(weights, mode=mode)
     paths = [
         factors(tmp_path / f"{rank}.safetensors", model, rank=rank, seed=rank) for rank in (4, 8, 3)
     ]
-    adapters = [
+    loras = [
         WeightedLora(lora=reader.read(path, digest=path.name, source=path.name), unet_weight=weight)
         for path, weight in zip(paths, (0.7, -0.4, 1.3), strict=True)
     ]
@@ -334,7 +347,7 @@ def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.d
             )
             truth[name] += weight * change
 
-    with patch.applied(adapters):
+    with patch.applied(loras):
         merged = {name: weight.clone() for name, weight in model.named_parameters()}
 
     for name, exact in truth.items():
@@ -345,12 +358,12 @@ def test_three_loras_are_rounded_once(tmp_path: Path, mode: Mode, dtype: torch.d
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
-def test_a_relative_norm_is_that_of_the_change_to_the_weights_that_it_touches(
+def test_a_relative_norm_is_that_of_the_delta_to_the_changed_weights(
     model: Pipeline, model_home: Path
 ) -> None:
-    """The tiny model's LoRAs are made so: 0.8, 1.6 and 2 times each weight's norm."""
+    """The tiny LoRAs are built with 0.8, 1.6 and 2 times the norm of each weight."""
     for name, strength in (("anime-style", 0.8), ("neon-lights", 1.6), ("cyberpunk-style", 2.0)):
-        with model.patch.applied([adapter(model, tiny_lora(model_home, name), weight=-0.5)]) as (
+        with model.patch.applied([weighted(model, tiny_lora(model_home, name), weight=-0.5)]) as (
             norm,
         ):
             assert norm == pytest.approx(strength / 2, rel=1e-4)
@@ -361,7 +374,7 @@ def test_a_relative_norm_is_that_of_the_change_to_the_weights_that_it_touches(
 
 @pytest.fixture
 def merges(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Grows by one with each merge."""
+    """Record each merge."""
     seen: list[object] = []
     merge = Patch._merge
 
@@ -374,68 +387,69 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def test_the_same_set_again_is_a_change_of_pointers(model_home: Path, merges: list[object]) -> None:
-    """In any order and after a job without LoRAs; another weight is another set."""
+    """In any order; another weight is another set."""
     model = load_engine(model_home)
     one, other = (
-        adapter(model, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights")
+        weighted(model, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights")
     )
     first = drawn(model, one, other)
 
     assert drawn(model, other, one) == first
     assert len(merges) == 1
     assert (
-        drawn(model, one, adapter(model, tiny_lora(model_home, "neon-lights"), weight=0.9)) != first
+        drawn(model, one, weighted(model, tiny_lora(model_home, "neon-lights"), weight=0.9))
+        != first
     )
     assert len(merges) == 2
 
 
 def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
-    """They are the shelf's, whose bound on memory holds while a set is merged."""
+    """The bound of the memory cache holds while a set is merged."""
     model = load_engine(model_home)
-    demo = adapter(model, tiny_lora(model_home, "anime-style"))
-    held = weakref.ref(demo.lora.batches[0].up)
-    drawn(model, demo)
+    lora = weighted(model, tiny_lora(model_home, "anime-style"))
+    held = weakref.ref(lora.lora.batches[0].up)
+    drawn(model, lora)
 
-    del demo
+    del lora
     gc.collect()
 
     assert held() is None
 
 
 def test_a_set_after_another_is_the_set_alone(model_home: Path) -> None:
-    """From one set to the next without a restore between, the second touching fewer weights."""
+    """The second set changes fewer weights than the first."""
     model, fresh = load_engine(model_home), load_engine(model_home)
     wide, narrow = tiny_lora(model_home, "anime-style"), tiny_lora(model_home, "cyberpunk-style")
-    drawn(model, adapter(model, wide))
+    drawn(model, weighted(model, wide))
 
-    assert drawn(model, adapter(model, narrow)) == drawn(fresh, adapter(fresh, narrow))
+    assert drawn(model, weighted(model, narrow)) == drawn(fresh, weighted(fresh, narrow))
 
 
-def test_a_merge_that_was_cut_short_is_never_taken_for_a_merged_set(
+def test_an_interrupted_merge_is_never_reused(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_engine(model_home)
-    demo = adapter(model, tiny_lora(model_home, "anime-style"))
-    whole = drawn(model, demo)
+    lora = weighted(model, tiny_lora(model_home, "anime-style"))
+    whole = drawn(model, lora)
     with model.patch.applied([]):  # forget the merged set
         pass
     with monkeypatch.context() as context:
         context.setattr("zlora_worker.lora.merge.Plan.merge", raising_after(3))
         with pytest.raises(Interrupted):
-            drawn(model, demo)
+            drawn(model, lora)
 
-    assert drawn(model, demo) == whole
+    assert drawn(model, lora) == whole
 
 
-# --- whatever is raised, wherever
+# --- exceptions at any point
 
 
 class Interrupted(BaseException):
-    """As a signal's handler raises it."""
+    """Exception of a signal's handler."""
 
 
 def raising_after(calls: int) -> Callable[..., None]:
-    """Does nothing so many times, then raises."""
+    """Return a function that does nothing so many times, then raises."""
     left = [calls]
 
     def call(*_: object) -> None:
@@ -446,14 +460,13 @@ def raising_after(calls: int) -> Callable[..., None]:
     return call
 
 
-def test_loras_go_when_the_job_fails(model: Pipeline, tmp_path: Path) -> None:
-    """Whatever the job raises comes through as it is."""
+def test_the_base_is_restored_when_the_job_fails(model: Pipeline, tmp_path: Path) -> None:
+    """The error of the job is raised unchanged."""
     path = write(tmp_path / "1.safetensors", kohya_lora())
 
     with (
         pytest.raises(ZeroDivisionError),
-        model.exclusive(),
-        model.patch.applied([adapter(model, path)]),
+        model.with_loras([weighted(model, path)]),
     ):
         _ = 1 / 0
 
@@ -468,9 +481,9 @@ def test_a_signal_around_any_step_leaves_the_base(
     monkeypatch: pytest.MonkeyPatch,
     point: tuple[str, int],
 ) -> None:
-    """Before it is done, and after."""
+    """The signal arrives before the step and after it."""
     attribute, when = point
-    demo = adapter(model, tiny_lora(model_home, "anime-style"))
+    lora = weighted(model, tiny_lora(model_home, "anime-style"))
     with model.patch.applied([]):  # forget the merged set
         pass
     step, signals = getattr(model.patch, attribute), [Interrupted()]
@@ -485,30 +498,48 @@ def test_a_signal_around_any_step_leaves_the_base(
 
     with monkeypatch.context() as context:
         context.setattr(model.patch, attribute, interrupted)
-        with pytest.raises(Interrupted), model.with_loras([demo]):
+        with pytest.raises(Interrupted), model.with_loras([lora]):
             assert pixels(model) != base
 
 
-def test_no_thread_still_merges_when_a_merge_is_cut_short(
-    model_home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def one_thread_afterwards() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def loaded(model_home: Path) -> Pipeline:
+    """Load a model for one test."""
+    return load_engine(model_home)
+
+
+@pytest.mark.usefixtures("one_thread_afterwards")
+def test_no_thread_still_merges_when_a_merge_fails(
+    loaded: Pipeline, model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would write into the next job's weights."""
-    model = load_engine(model_home)
-    monkeypatch.setattr("zlora_worker.lora.merge.Plan.merge", raising_after(1))
+    """A thread that goes on would write into the weights of the next job."""
+    lora = weighted(loaded, tiny_lora(model_home, "anime-style"))
     torch.set_num_threads(3)
-    try:
-        with pytest.raises(Interrupted):
-            drawn(model, adapter(model, tiny_lora(model_home, "anime-style")))
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(1)
+    active, calls = list[int](), count()
 
-    assert [thread.name for thread in threading.enumerate() if "merge" in thread.name] == []
+    def merge(*_: object) -> None:
+        active.append(1)
+        time.sleep(0.01)
+        active.pop()
+        if next(calls) == 1:
+            raise Interrupted
+
+    monkeypatch.setattr("zlora_worker.lora.merge.Plan.merge", merge)
+    with pytest.raises(Interrupted), loaded.patch.applied([lora]):
+        pytest.fail("the merge succeeded")
+
+    assert active == []
+    assert torch.get_num_threads() == 3
 
 
-def test_no_thread_still_merges_after_a_signal_while_they_are_waited_for() -> None:
-    """CPython takes a thread for ended where a signal has interrupted the wait for it."""
-    crew, begun, gate, merged = MergePool(), threading.Event(), threading.Event(), list[int]()
+def test_no_thread_still_merges_after_a_signal_during_the_wait_for_it() -> None:
+    pool, begun, gate, merged = MergePool(), threading.Event(), threading.Event(), list[int]()
 
     def merge(_block: Block, thread: int) -> None:
         if thread == 0:
@@ -526,8 +557,8 @@ def test_no_thread_still_merges_after_a_signal_while_they_are_waited_for() -> No
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(Interrupted):
-            crew.merge(2, blocks(2), merge)
-        run_to_completion(crew.stop)
+            pool.merge(2, blocks(2), merge)
+        run_to_completion(pool.stop)
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -538,44 +569,95 @@ def blocks(count: int) -> list[Block]:
     return [Block(stack=0, first=0, last=1, top=index, bottom=index + 1) for index in range(count)]
 
 
-@pytest.mark.parametrize("step", ["merge", "stop"])
-def test_torch_has_its_threads_again_after_a_merge_was_cut_short(
-    model_home: Path, monkeypatch: pytest.MonkeyPatch, step: str
+@pytest.mark.usefixtures("one_thread_afterwards")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_signal_at_any_time_neither_blocks_a_merge_nor_changes_the_base(
+    tmp_path: Path, mode: Mode
 ) -> None:
-    """Else every later picture is drawn on one. A signal may come before the merge's end, and while it is awaited."""
-    model = load_engine(model_home)
+    """The exception of a signal can leave a lock of `threading` acquired for ever."""
+    module = random_model(torch.float32)
+    weights = Weights({"unet": module})
+    path = factors(tmp_path / "a.safetensors", module, rank=4, seed=1)
+    lora = Reader(weights).read(path, digest="a", source="a")
+    patch = Patch(weights, mode=mode)
+    kept = [stack.base.clone() for stack in weights.stacks]
+    chance, signals = random.Random(1), 0
+
+    def strike(*_: object) -> None:
+        raise Interrupted
+
+    def merge(number: int) -> None:
+        """Merge another set each time, so that none is reused."""
+        with patch.applied([WeightedLora(lora=lora, unet_weight=1 + number / 1000)]):
+            pass
+
+    torch.set_num_threads(3)
+    merge(-1)
+    start = time.perf_counter()
+    merge(-2)
+    duration = time.perf_counter() - start
+    before = signal.signal(signal.SIGALRM, strike)
+    faulthandler.dump_traceback_later(100, exit=True)  # if a merge blocks
+    try:
+        for number in range(400):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + chance.random() * duration)
+                try:
+                    merge(number)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                signals += 1
+            patch.restore()
+            assert torch.get_num_threads() == 3
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, before)
+
+    assert signals > 100
+    assert all(
+        torch.equal(stack.base, base) for stack, base in zip(weights.stacks, kept, strict=True)
+    )
+    assert weights.moved_parameters() == []
+
+
+@pytest.mark.usefixtures("one_thread_afterwards")
+@pytest.mark.parametrize("step", ["merge", "stop"])
+def test_torch_has_its_threads_again_after_an_interrupted_merge(
+    loaded: Pipeline, model_home: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A signal arrives before the end of the merge, or during the wait for its threads."""
+    lora = weighted(loaded, tiny_lora(model_home, "anime-style"))
+    torch.set_num_threads(3)
     whole, signals = getattr(MergePool, step), [Interrupted()]
 
-    def interrupted(crew: MergePool, *arguments: Any) -> None:
+    def interrupted(pool: MergePool, *arguments: Any) -> None:
         if step == "stop" and signals:
             raise signals.pop()
-        whole(crew, *arguments)
+        whole(pool, *arguments)
         if signals:
             raise signals.pop()
 
     monkeypatch.setattr(MergePool, step, interrupted)
+    with pytest.raises(Interrupted), loaded.patch.applied([lora]):
+        pytest.fail("the merge succeeded")
+
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("one_thread_afterwards")
+def test_the_number_of_threads_changes_no_bit(loaded: Pipeline, model_home: Path) -> None:
+    lora = weighted(loaded, tiny_lora(model_home, "anime-style"))
+    first = drawn(loaded, lora)
+    with loaded.patch.applied([]):  # forget the merged set
+        pass
     torch.set_num_threads(3)
-    try:
-        with pytest.raises(Interrupted):
-            drawn(model, adapter(model, tiny_lora(model_home, "anime-style")))
-        assert torch.get_num_threads() == 3
-    finally:
+    with loaded.patch.applied([lora]):
         torch.set_num_threads(1)
+        assert pixels(loaded) == first
 
 
-def test_threads_change_no_bit(model_home: Path) -> None:
-    one, three = load_engine(model_home), load_engine(model_home)
-    first = drawn(one, adapter(one, tiny_lora(model_home, "anime-style")))
-    torch.set_num_threads(3)
-    try:
-        with three.patch.applied([adapter(three, tiny_lora(model_home, "anime-style"))]):
-            torch.set_num_threads(1)
-            assert pixels(three) == first
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_an_action_is_insisted_on_and_what_interrupted_it_is_raised_then() -> None:
+def test_run_to_completion_repeats_an_action_and_then_raises_the_interruption() -> None:
     done: list[int] = []
 
     def action() -> None:
@@ -589,43 +671,41 @@ def test_an_action_is_insisted_on_and_what_interrupted_it_is_raised_then() -> No
     assert done == [0, 1, 2]
 
 
-def test_a_base_that_cannot_be_put_back_is_told(
-    model_home: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_base_that_cannot_be_restored_is_an_error(
+    loaded: Pipeline, model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device that has failed: whatever the job was, the model is lost."""
-    model = load_engine(model_home)
+    """If the device has failed, the model is lost, whatever the error of the job."""
 
     def broken() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with (
         pytest.raises(BaseNotRestored, match="illegal memory access"),
-        model.exclusive(),
-        model.patch.applied([adapter(model, tiny_lora(model_home, "anime-style"))]),
+        loaded.with_loras([weighted(loaded, tiny_lora(model_home, "anime-style"))]),
     ):
-        monkeypatch.setattr(model.patch, "_put_back", broken)
+        monkeypatch.setattr(loaded.patch, "_put_back", broken)
 
-    assert model.state is PipelineState.DIRTY
+    assert loaded.state is PipelineState.DIRTY
 
 
 # --- memory
 
 
-def test_a_shadow_is_made_of_the_stacks_that_are_touched_and_no_others(model_home: Path) -> None:
+def test_only_stacks_that_change_have_a_shadow(model_home: Path) -> None:
     model = load_engine(model_home)
     assert model.patch._shadows == {}
 
-    drawn(model, adapter(model, tiny_lora(model_home, "cyberpunk-style")))
+    drawn(model, weighted(model, tiny_lora(model_home, "cyberpunk-style")))
 
     shadowed = {model.patch._weights.stacks[number].component for number in model.patch._shadows}
     assert shadowed == {"unet"}
 
 
 @pytest.mark.parametrize(("free", "mode"), [(3.0, "shadow"), (1.9, "inplace")])
-def test_a_gpu_has_a_shadow_where_as_much_again_stays_free(
+def test_a_gpu_has_a_shadow_if_the_same_amount_of_memory_stays_free(
     monkeypatch: pytest.MonkeyPatch, free: float, mode: Mode
 ) -> None:
-    """`free` is in times the weights' size. No GPU here: only the choice is tested."""
+    """`free` is a multiple of the size of the weights; the GPU is simulated."""
     weights = Weights({"unet": random_model(torch.float16)})
     assert choose_mode(weights, "auto") == "shadow"
     monkeypatch.setattr(Weights, "device", torch.device("cuda"))
@@ -638,8 +718,8 @@ def test_a_gpu_has_a_shadow_where_as_much_again_stays_free(
     assert choose_mode(weights, "inplace") == "inplace"
 
 
-def test_weights_of_a_model_are_moved_and_keep_their_values() -> None:
-    """Every parameter but embeddings is a view of a stack, in a place that its name finds."""
+def test_the_weights_of_a_model_are_moved_and_keep_their_values() -> None:
+    """Every parameter but embeddings is a view of a stack, in the slot of its name."""
     model = random_model(torch.float32)
     model.add_module("words", nn.Embedding(5, 64))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
@@ -650,7 +730,7 @@ def test_weights_of_a_model_are_moved_and_keep_their_values() -> None:
         n: w.shape for n, w in before.items()
     }
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    for (_, module, leaf), place in weights.slots.items():
+    for (_, module, leaf), slot in weights.slots.items():
         found: Tensor = model.get_parameter(f"{module}.{leaf}")
-        assert found.data_ptr() == weights.stacks[place.stack].base[place.row].data_ptr()
+        assert found.data_ptr() == weights.stacks[slot.stack].base[slot.row].data_ptr()
     assert len(weights.slots) == len(before) - 1

@@ -1,4 +1,4 @@
-"""By what names a base, a LoRA and a machine are known again."""
+"""Digests and names that identify a base model, a LoRA and a machine."""
 
 import hashlib
 from pathlib import Path
@@ -20,10 +20,10 @@ def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
-def test_a_base_has_one_name_in_whatever_layout_it_comes(
+def test_a_base_has_the_same_sha256_in_every_layout(
     model: Pipeline, model_home: Path, tmp_path: Path
 ) -> None:
-    """A single file has its own digest beside it, by which sites know it; a folder has none."""
+    """A single file also has the digest by which model sites know it; a folder has none."""
     path = write_single_file(tiny_model(model_home), tmp_path / "tiny.safetensors")
 
     single = load_engine(
@@ -35,7 +35,9 @@ def test_a_base_has_one_name_in_whatever_layout_it_comes(
     assert model.file_sha256 is None
 
 
-def test_any_changed_bit_is_another_base(model: Pipeline, model_home: Path, tmp_path: Path) -> None:
+def test_one_changed_bit_gives_another_sha256(
+    model: Pipeline, model_home: Path, tmp_path: Path
+) -> None:
     folder = copy_model(model_home, tmp_path / "model")
     tensors = load_file(folder / VAE)
     last = tensors["decoder.conv_out.bias"].view(torch.int32)
@@ -47,15 +49,15 @@ def test_any_changed_bit_is_another_base(model: Pipeline, model_home: Path, tmp_
     assert changed.base_sha256 != model.base_sha256
 
 
-def test_in_another_type_it_is_another_base(model: Pipeline, model_home: Path) -> None:
-    """It draws other last bits."""
+def test_another_dtype_gives_another_sha256(model: Pipeline, model_home: Path) -> None:
+    """The last bits of its images differ."""
     half = load_engine(model_home, ZLORA_DTYPE="bfloat16")
 
     assert half.base_sha256 != model.base_sha256
     assert (half.machine.dtype, model.machine.dtype) == ("bfloat16", "float32")
 
 
-def test_a_machine_is_known_by_what_changes_last_bits(model: Pipeline) -> None:
+def test_a_machine_is_known_by_the_conditions_that_change_last_bits(model: Pipeline) -> None:
     torch.set_num_threads(2)
     two = model.machine
     torch.set_num_threads(1)
@@ -72,16 +74,16 @@ def test_a_machine_is_known_by_what_changes_last_bits(model: Pipeline) -> None:
         ("dpmpp_2m_karras", "DPMSolverMultistepScheduler karras"),
     ],
 )
-def test_the_scheduler_of_a_job_has_diffusers_name(
+def test_the_scheduler_of_a_job_has_its_name_in_diffusers(
     model: Pipeline, scheduler: Scheduler | None, name: str
 ) -> None:
     assert model.scheduler_name(a_request(scheduler=scheduler)) == name
 
 
-def test_a_lora_s_tensors_have_one_name_whatever_the_header_says(
+def test_the_sha256_of_a_lora_does_not_depend_on_its_header(
     model: Pipeline, tmp_path: Path
 ) -> None:
-    """As other tools compute it: of the bytes after the header."""
+    """Other tools compute it in the same way, over the bytes after the header."""
     tensors = {name: tensor.clone().contiguous() for name, tensor in kohya_lora().items()}
     found = []
     for index, metadata in enumerate(

@@ -38,7 +38,7 @@ def look(url: str, queue: str = "gpu", *, seconds: float = IMPATIENCE) -> Scrape
 
 
 def submit(url: str, *priorities: Priority, queue: str = "gpu") -> None:
-    with Client(url, queue=queue) as client:
+    with Client.from_url(url, queue=queue) as client:
         for priority in priorities:
             client.submit(JOB, priority=priority)
 

@@ -32,11 +32,12 @@ from support.fakes import (
     settings,
     write,
 )
+from support.jobs import run_job
 from support.tiny_folder import TINY
 from zlora.schema import Asset, GenerateResult, LoraSpec, OutputFormat, parse_request
+from zlora_worker.child import Child
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.fetch.fetcher import Fetcher
-from zlora_worker.generate import Child, generate
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results import encoding
@@ -190,7 +191,15 @@ def test_an_image_of_another_program_has_no_provenance(output_format: str) -> No
 
 def test_an_xmp_packet_of_another_type_is_ignored() -> None:
     image = Image.new("RGB", (8, 8))
-    for packet in (7, None, ("<zlora:recipe>{}</zlora:recipe>",), {}, "<zlora:recipe>", b""):
+    packets: list[object] = [
+        7,
+        None,
+        ("<zlora:recipe>{}</zlora:recipe>",),
+        {},
+        "<zlora:recipe>",
+        b"",
+    ]
+    for packet in packets:
         image.info = {"xmp": packet, "zlora": None}
 
         assert provenance_of(image) is None
@@ -233,11 +242,11 @@ class Jobs:
         fetcher = Fetcher(settings(home))
         cache = Cache(folder / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher)
         self.child = Child(
-            engine=load_engine(home),
-            cache=cache,
-            shelf=LoraMemoryCache(max_bytes=10**9),
+            model=load_engine(home),
+            lora_files=cache,
+            loras=LoraMemoryCache(max_bytes=10**9),
             store=self.store,
-            links=links(self.store),
+            urls=links(self.store),
             job_timeout=870,
             meter=Meter(),
         )
@@ -271,7 +280,7 @@ class Jobs:
                 embed_metadata=embed_metadata,
             )
             job_id = f"{output_format}-{embed_metadata}"
-            self._results[key] = generate(self.child, job_id, request, lambda *_: None)
+            self._results[key] = run_job(self.child, job_id, request)
         return self._results[key]
 
     def images(self, result: GenerateResult) -> list[bytes]:
@@ -288,7 +297,7 @@ def sha256_without_header(file: Path) -> str:
 @pytest.fixture(scope="module")
 def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     jobs = Jobs(model_home, tmp_path_factory.mktemp("jobs"))
-    yield jobs
+    return jobs
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
@@ -338,7 +347,7 @@ def test_images_and_manifest_have_the_same_provenance(
     last = found[-1]
     assert last is not None
     again = msgspec.structs.replace(last.request, seed=last.seed, num_images=1)
-    (image,) = generate(jobs.child, f"{output_format}-again", again, lambda *_: None).images
+    (image,) = run_job(jobs.child, f"{output_format}-again", again).images
     assert image.pixels_sha256 == last.pixels_sha256
 
 
@@ -346,7 +355,7 @@ def test_a_lora_whose_address_is_all_secret_is_named_by_its_sha256(jobs: Jobs) -
     digest = jobs.specs[0].file.sha256
     request = a_request(loras=(LoraSpec(file=Asset(url="?token=s3cret", sha256=digest)),))
 
-    result = generate(jobs.child, "secret", request, lambda *_: None)
+    result = run_job(jobs.child, "secret", request)
 
     (found,) = [provenance_of(encoding.open_image(data)) for data in jobs.images(result)]
     assert found is not None

@@ -1,4 +1,4 @@
-"""What S3 is asked, and answers that it gives rarely; tests/integration and tests/faults have a real server."""
+"""Requests to S3, and rare answers; tests/integration and tests/faults have a real server."""
 
 import base64
 import re
@@ -26,12 +26,12 @@ from zlora_worker.results.s3 import S3Store
 from zlora_worker.results.store import open_store
 
 KEY: Final = "runs/job-1/outputs/0.png"
-PICTURE: Final = "image/png"
+PNG: Final = "image/png"
 
 
 @pytest.fixture(autouse=True)
 def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What boto3 needs to sign a request, and nothing of this machine's own AWS; nobody waits."""
+    """Sign as a made-up user, ignore this machine's own AWS settings, and wait for no retry."""
     variables = {
         "AWS_DEFAULT_REGION": "eu-central-1",
         "AWS_ACCESS_KEY_ID": "key",
@@ -41,7 +41,7 @@ def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def s3_store(folder: Path, *hosts: Host, **variables: str) -> S3Store:
-    """The store in `bucket`, of the host if there is one."""
+    """Return the store in `bucket`, on the host if there is one."""
     endpoint = {"ZLORA_S3_ENDPOINT": hosts[0].url} if hosts else {}
     store = open_store(settings(folder, **{"ZLORA_STORE": "s3://bucket"} | endpoint | variables))
     assert isinstance(store, S3Store)
@@ -49,14 +49,14 @@ def s3_store(folder: Path, *hosts: Host, **variables: str) -> S3Store:
 
 
 def refusal(status: int, code: str) -> bytes:
-    """S3's answer to a request that it does not grant."""
+    """Return S3's answer to a request that it refuses."""
     return reply(
-        f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode(), status=status
+        f"<Error><Code>{code}</Code><Message>because</Message></Error>".encode(), status=status
     )
 
 
 def in_turn(*answers: bytes) -> Answer:
-    """Each answer once; none is a dropped connection."""
+    """Give each answer once; an empty one drops the connection."""
     rest = iter(answers)
     return lambda _request: next(rest)
 
@@ -102,20 +102,20 @@ def test_an_s3_url_is_a_bucket_and_a_prefix(tmp_path: Path, url: str, prefix: st
         "its public endpoint",
     ],
 )
-def test_a_url_is_signed_for_the_host_that_its_users_reach_and_nobody_is_asked(
+def test_a_url_is_signed_for_the_public_host_without_a_request(
     tmp_path: Path, variables: dict[str, str], origin: str
 ) -> None:
     with watched_connections() as connections:
         url = s3_store(tmp_path, **variables).url(KEY, 77)
 
-    told = parse_qs(urlsplit(url).query)
+    query = parse_qs(urlsplit(url).query)
     assert url.startswith(origin)
-    assert told["X-Amz-Expires"] == ["77"]
-    assert told["X-Amz-SignedHeaders"] == ["host"]  # a browser adds no others
+    assert query["X-Amz-Expires"] == ["77"]
+    assert query["X-Amz-SignedHeaders"] == ["host"]  # a browser adds no others
     assert connections == []
 
 
-def test_without_credentials_nothing_is_signed_or_asked(
+def test_without_credentials_nothing_is_signed_or_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -126,7 +126,7 @@ def test_without_credentials_nothing_is_signed_or_asked(
         for act in (
             lambda: store.url(KEY, 60),
             lambda: store.get(KEY),
-            lambda: store.put_new(KEY, b"", PICTURE),
+            lambda: store.put_new(KEY, b"", PNG),
         ):
             with pytest.raises(StoreFailed, match="Unable to locate credentials"):
                 act()
@@ -135,7 +135,7 @@ def test_without_credentials_nothing_is_signed_or_asked(
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("value", "refused"),
     [
         ('{"StorageKlass": "STANDARD_IA"}', "StorageKlass"),
         ('{"StorageClass": 3}', "StorageClass"),
@@ -148,17 +148,20 @@ def test_without_credentials_nothing_is_signed_or_asked(
         ),
     ],
 )
-def test_put_arguments_that_s3_does_not_know_or_the_store_sets_are_refused(
-    tmp_path: Path, told: str, said: str
+def test_unknown_or_reserved_put_arguments_are_refused(
+    tmp_path: Path, value: str, refused: str
 ) -> None:
-    """At the start of the worker, not with the first picture. Of a customer's key the store could read nothing back."""
-    with pytest.raises(InvalidSetting, match=said) as raised:
-        s3_store(tmp_path, ZLORA_S3_PUT=told)
+    """When the worker starts, not with the first image.
+
+    An object encrypted by a customer's key could not be read back.
+    """
+    with pytest.raises(InvalidSetting, match=refused) as raised:
+        s3_store(tmp_path, ZLORA_S3_PUT=value)
 
     assert raised.value.details == {"name": "ZLORA_S3_PUT"}
 
 
-def test_a_profile_that_is_not_there_is_an_invalid_setting(
+def test_an_unknown_profile_is_an_invalid_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_PROFILE", "absent")
@@ -168,17 +171,17 @@ def test_a_profile_that_is_not_there_is_an_invalid_setting(
 
 
 @pytest.mark.parametrize("part", [100, 4], ids=["in one piece", "in parts"])
-def test_an_object_is_encrypted_as_told(
+def test_put_arguments_are_sent_with_each_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     monkeypatch.setattr(s3, "_PART", part)
-    told = '{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "mine"}'
+    options = '{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "mine"}'
 
     with serving(parts_by(lambda _: reply(COMPLETE))) as host:
-        assert s3_store(tmp_path, host, ZLORA_S3_PUT=told).put_new(KEY, b"picture", PICTURE)
+        assert s3_store(tmp_path, host, ZLORA_S3_PUT=options).put_new(KEY, b"content", PNG)
 
     first = host.requests[0].headers
-    assert (first["x-amz-server-side-encryption"], first["content-type"]) == ("aws:kms", PICTURE)
+    assert (first["x-amz-server-side-encryption"], first["content-type"]) == ("aws:kms", PNG)
     assert first["x-amz-server-side-encryption-aws-kms-key-id"] == "mine"
 
 
@@ -208,22 +211,22 @@ def test_an_object_is_encrypted_as_told(
         "server's fault",
     ],
 )
-def test_a_write_is_conditional_and_is_tried_again(
+def test_a_write_is_conditional_and_is_repeated(
     tmp_path: Path, answers: list[bytes], created: bool
 ) -> None:
-    """Where the answer is lost, the second try may meet what the first has stored: it is there, and stays."""
+    """After a lost answer the second try may meet the object of the first, which stays."""
     with serving(in_turn(*answers)) as host:
-        assert s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE) is created
+        assert s3_store(tmp_path, host).put_new(KEY, b"content", PNG) is created
 
     assert host.asked == [f"PUT /bucket/{KEY}"] * len(answers)
     assert all(request.headers["if-none-match"] == "*" for request in host.requests)
     assert all(
-        request.headers["x-amz-checksum-crc32"] == crc(b"picture") for request in host.requests
+        request.headers["x-amz-checksum-crc32"] == crc(b"content") for request in host.requests
     )
 
 
-def test_a_server_that_is_busy_is_asked_more_slowly(tmp_path: Path) -> None:
-    """boto3 has a mode for it: the rate goes down where a server throttles, and up again."""
+def test_a_busy_server_gets_requests_at_a_lower_rate(tmp_path: Path) -> None:
+    """boto3's adaptive mode lowers the rate if a server throttles, and raises it again."""
     config: Any = s3_store(tmp_path)._client.meta.config
 
     assert config.retries["mode"] == "adaptive"
@@ -240,14 +243,14 @@ def test_a_server_that_is_busy_is_asked_more_slowly(tmp_path: Path) -> None:
     ],
     ids=["busy", "changed", "no right", "dropped", "server's fault"],
 )
-def test_an_answer_that_stays_so_is_a_failed_store_after_some_tries(
+def test_a_lasting_error_fails_the_store_after_some_tries(
     tmp_path: Path, answer: bytes, tries: int
 ) -> None:
     with (
         serving(answer) as host,
         pytest.raises(StoreFailed, match=f"{KEY} cannot be stored in bucket") as raised,
     ):
-        s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE)
+        s3_store(tmp_path, host).put_new(KEY, b"content", PNG)
 
     assert raised.value.retryable
     assert len(host.requests) == tries
@@ -262,11 +265,11 @@ COMPLETE: Final = (
     b"<CompleteMultipartUploadResult><ETag>whole</ETag></CompleteMultipartUploadResult>"
 )
 GONE: Final = refusal(404, "NoSuchUpload")
-WHOLE: Final = ("POST uploads", "PUT 1", "PUT 2", "POST")  # what an upload of two parts asks
+WHOLE: Final = ("POST uploads", "PUT 1", "PUT 2", "POST")  # requests of an upload in two parts
 
 
 def parts_by(complete: Answer, *, part: bytes = reply(ETag="part")) -> Answer:
-    """A server of uploads that answers a complete one so."""
+    """Return a server of uploads that answers the last request of one by `complete`."""
 
     def answer(request: Request) -> bytes | Iterable[bytes]:
         if request.method == "POST":
@@ -277,19 +280,18 @@ def parts_by(complete: Answer, *, part: bytes = reply(ETag="part")) -> Answer:
 
 
 def steps(host: Host) -> list[str]:
-    """Each request's method, and the number of its part."""
+    """Return each request's method, and the number of its part."""
     found = []
     for request in host.requests:
         query = urlsplit(request.target).query
         number = re.search(r"partNumber=(\d)", query)
-        found.append(
-            f"{request.method} {number[1] if number else 'uploads' if query == 'uploads' else ''}".strip()
-        )
+        part = "uploads" if query == "uploads" else ""
+        found.append(f"{request.method} {number[1] if number else part}".strip())
     return found
 
 
 @pytest.mark.parametrize(
-    ("answers", "created", "asked"),
+    ("answers", "created", "requests"),
     [
         ([reply(COMPLETE)], True, [*WHOLE]),
         ([TAKEN], False, [*WHOLE, "DELETE"]),
@@ -309,20 +311,20 @@ def steps(host: Host) -> list[str]:
         "late error",
     ],
 )
-def test_an_upload_in_parts_ends_as_the_object_or_meets_it(
+def test_an_upload_in_parts_creates_the_object_or_finds_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     answers: list[bytes],
     created: bool,
-    asked: list[str],
+    requests: list[str],
 ) -> None:
-    """S3 wants a conflict to begin anew. An upload that is gone may have become the object, and so meets it."""
+    """After a conflict S3 wants a new upload. An upload that is gone may have become the object."""
     monkeypatch.setattr(s3, "_PART", 4)
 
     with serving(parts_by(in_turn(*answers))) as host:
-        assert s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE) is created
+        assert s3_store(tmp_path, host).put_new(KEY, b"content", PNG) is created
 
-    assert steps(host) == asked
+    assert steps(host) == requests
     ends = [
         request
         for request in host.requests
@@ -332,15 +334,15 @@ def test_an_upload_in_parts_ends_as_the_object_or_meets_it(
 
 
 @pytest.mark.parametrize(
-    ("answer", "asked"),
+    ("answer", "requests"),
     [
         (refusal(403, "AccessDenied"), ["POST uploads", "PUT 1", "DELETE"]),
         (b"", ["POST uploads", *["PUT 1"] * 8]),
     ],
     ids=["refused", "dropped"],
 )
-def test_an_upload_that_cannot_go_on_is_a_failed_store_and_is_given_up_where_s3_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, asked: list[str]
+def test_a_failed_upload_is_aborted_if_s3_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, requests: list[str]
 ) -> None:
     monkeypatch.setattr(s3, "_PART", 4)
 
@@ -348,21 +350,21 @@ def test_an_upload_that_cannot_go_on_is_a_failed_store_and_is_given_up_where_s3_
         serving(parts_by(lambda _: TAKEN, part=answer)) as host,
         pytest.raises(StoreFailed, match="cannot be stored"),
     ):
-        s3_store(tmp_path, host).put_new(KEY, b"picture", PICTURE)
+        s3_store(tmp_path, host).put_new(KEY, b"content", PNG)
 
-    assert steps(host) == asked
+    assert steps(host) == requests
 
 
 # --- reads
 
 
 def crc(data: bytes) -> str:
-    """S3's spelling of a CRC32."""
+    """Return a CRC32 as S3 writes it."""
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
 def crc_of_parts(*parts: bytes) -> str:
-    """S3's spelling of that of an object in parts."""
+    """Return the CRC32 of an object in parts as S3 writes it."""
     sums = b"".join(zlib.crc32(part).to_bytes(4, "big") for part in parts)
     return f"{crc(sums)}-{len(parts)}"
 
@@ -373,9 +375,9 @@ def crc_of_parts(*parts: bytes) -> str:
         refusal(403, "AccessDenied"),
         refusal(404, "NoSuchBucket"),
         reply(b"not found", status=404),
-        reply(b"half a pic", length=20),
-        reply(b"Picture", x_amz_checksum_crc32=crc(b"picture")),
-        reply(b"Picture", x_amz_checksum_crc32=crc_of_parts(b"pict", b"ure")),
+        reply(b"half a con", length=20),
+        reply(b"Content", x_amz_checksum_crc32=crc(b"content")),
+        reply(b"Content", x_amz_checksum_crc32=crc_of_parts(b"cont", b"ent")),
     ],
     ids=[
         "no right",
@@ -386,7 +388,7 @@ def crc_of_parts(*parts: bytes) -> str:
         "another byte in parts",
     ],
 )
-def test_no_other_answer_of_s3_is_taken_for_nothing_or_for_the_object(
+def test_any_other_answer_fails_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
 ) -> None:
     monkeypatch.setattr(s3, "_PART", 4)
@@ -401,32 +403,32 @@ def test_no_other_answer_of_s3_is_taken_for_nothing_or_for_the_object(
 @pytest.mark.parametrize(
     ("bad", "checksum"),
     [
-        (reply(b"pict", length=7), ""),
+        (reply(b"cont", length=7), ""),
         (b"", ""),
-        (reply(b"Picture", x_amz_checksum_crc32=crc(b"picture")), crc(b"picture")),
+        (reply(b"Content", x_amz_checksum_crc32=crc(b"content")), crc(b"content")),
         (
-            reply(b"Picture", x_amz_checksum_crc32=crc_of_parts(b"pict", b"ure")),
-            crc_of_parts(b"pict", b"ure"),
+            reply(b"Content", x_amz_checksum_crc32=crc_of_parts(b"cont", b"ent")),
+            crc_of_parts(b"cont", b"ent"),
         ),
-        (reply(b"pict", length=7), crc_of_parts(b"pi", b"ctu", b"re")),
+        (reply(b"cont", length=7), crc_of_parts(b"co", b"nte", b"nt")),
     ],
     ids=["half an object", "dropped", "another byte", "another byte in parts", "another's parts"],
 )
-def test_a_read_that_comes_to_harm_is_tried_again(
+def test_a_damaged_read_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: bytes, checksum: str
 ) -> None:
-    """What others have uploaded in parts of their own size has no checksum that tells."""
+    """Objects that others uploaded in parts of another size cannot be checked."""
     monkeypatch.setattr(s3, "_PART", 4)
-    good = reply(b"picture", x_amz_checksum_crc32=checksum) if checksum else reply(b"picture")
+    good = reply(b"content", x_amz_checksum_crc32=checksum) if checksum else reply(b"content")
 
     with serving(in_turn(bad, good)) as host:
-        assert s3_store(tmp_path, host).get(KEY) == b"picture"
+        assert s3_store(tmp_path, host).get(KEY) == b"content"
 
 
-def test_a_record_of_tls_that_comes_to_harm_is_a_failed_store(
+def test_a_damaged_tls_record_fails_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """urllib3 raises it in the middle of a body, and botocore lets it through."""
+    """urllib3 raises it within a body, and botocore does not wrap it."""
     reads: list[None] = []
 
     def read(*_: object) -> bytes:
@@ -435,12 +437,12 @@ def test_a_record_of_tls_that_comes_to_harm_is_a_failed_store(
 
     monkeypatch.setattr("botocore.response.StreamingBody.read", read)
 
-    with serving(reply(b"picture")) as host, pytest.raises(StoreFailed, match="bad record mac"):
+    with serving(reply(b"content")) as host, pytest.raises(StoreFailed, match="bad record mac"):
         s3_store(tmp_path, host).get(KEY)
     assert len(reads) == 4
 
 
-def test_a_key_that_s3_does_not_know_has_nothing(tmp_path: Path) -> None:
+def test_an_unknown_key_has_no_object(tmp_path: Path) -> None:
     with serving(refusal(404, "NoSuchKey")) as host:
         assert s3_store(tmp_path, host).get(KEY) is None
 
@@ -449,20 +451,20 @@ Act = Callable[[S3Store], object]
 
 
 @pytest.mark.parametrize(
-    ("act", "said"),
+    ("act", "failed"),
     [
-        (lambda store: store.put_new(KEY, b"picture", PICTURE), "stored in"),
+        (lambda store: store.put_new(KEY, b"content", PNG), "stored in"),
         (lambda store: store.get(KEY), "read from"),
         (lambda store: store.delete(KEY), "deleted from"),
     ],
     ids=["put", "get", "delete"],
 )
-def test_a_server_that_is_away_is_a_failed_store(tmp_path: Path, act: Act, said: str) -> None:
+def test_a_server_that_is_away_fails_the_store(tmp_path: Path, act: Act, failed: str) -> None:
     with serving(reply()) as host:
         store = s3_store(tmp_path, host)
 
     with pytest.raises(
-        StoreFailed, match=f"{KEY} cannot be {said} bucket bucket: Could not connect"
+        StoreFailed, match=f"{KEY} cannot be {failed} bucket bucket: Could not connect"
     ) as raised:
         act(store)
     assert raised.value.retryable

@@ -1,4 +1,7 @@
-"""What a worker asks its store before it takes jobs: a wrong one ends it, one that is away for a moment does not."""
+"""Probe of the store before a worker takes jobs.
+
+A store that can never work ends the worker; one that may be away for a moment does not.
+"""
 
 import errno
 import json
@@ -11,9 +14,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Final
+from typing import Any, Final
 
 import pytest
+from botocore.exceptions import ClientError
 from support.fakes import settings as worker_settings
 from support.servers import (
     SECRETS,
@@ -27,7 +31,7 @@ from support.servers import (
     sign_as,
 )
 from zlora.errors import InvalidSetting
-from zlora_worker.generate import Child
+from zlora_worker.child import Child
 from zlora_worker.model import loader
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results import s3
@@ -39,27 +43,26 @@ WHOLE: Final = ["PUT", "GET", "DELETE", "GET"]
 
 @pytest.fixture(autouse=True)
 def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What boto3 needs to sign a request, and nothing of this machine's own AWS; nobody waits."""
+    """Sign as a made-up user, ignore this machine's own AWS settings, and wait for no retry."""
     variables = {
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "us3r",
         "AWS_SECRET_ACCESS_KEY": "s3cret",
     }
     sign_as(monkeypatch, variables)
-    monkeypatch.setattr(
-        "botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: True
-    )  # of a server's rate
+    # Do not wait for the rate that a busy server imposes.
+    monkeypatch.setattr("botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: True)
 
 
 class Bucket:
-    """A bucket of a server, but for the `fault` that a method meets: the so manieth time, counted from one."""
+    """Serves a bucket; from its `time`th request on, a method gets `fault` as its answer."""
 
     def __init__(self, method: str = "", fault: bytes = b"", *, time: int = 1) -> None:
         self._method, self._fault, self._time = method, fault, time
         self.keys: set[str] = set()
 
     def __call__(self, request: Request) -> bytes:
-        """The answer; a request's body is not looked at."""
+        """Answer a request; its body is ignored."""
         key = request.target.partition("?")[0]
         if request.method == self._method:
             self._time -= 1
@@ -78,31 +81,31 @@ class Bucket:
 
 
 def refusal(status: int, code: str) -> bytes:
-    """S3's answer to a request that it does not grant."""
+    """Return S3's answer to a request that it refuses."""
     return reply(
-        f"<Error><Code>{code}</Code><Message>as\ntold</Message></Error>".encode(), status=status
+        f"<Error><Code>{code}</Code><Message>two\nlines</Message></Error>".encode(), status=status
     )
 
 
 def probe(folder: Path, endpoint: str, **variables: str) -> None:
-    told = {"ZLORA_STORE": "s3://bucket/a", "ZLORA_S3_ENDPOINT": endpoint}
-    open_store(settings(folder, **told | variables)).probe()
+    own = {"ZLORA_STORE": "s3://bucket/a", "ZLORA_S3_ENDPOINT": endpoint}
+    open_store(settings(folder, **own | variables)).probe()
 
 
 def refused(act: Callable[[], object]) -> str:
-    """What the probe says of a store that is wrong: one line, and no secret."""
+    """Return the error of a store that can never work: one line without secrets."""
     with pytest.raises(InvalidSetting) as raised:
         act()
     assert raised.value.details == {"name": "ZLORA_STORE"}
-    said = str(raised.value)
-    assert said.startswith("ZLORA_STORE: ")
-    assert said.isprintable()
-    assert not [secret for secret in SECRETS if secret in said]
-    return said
+    message = str(raised.value)
+    assert message.startswith("ZLORA_STORE: ")
+    assert message.isprintable()
+    assert not [secret for secret in SECRETS if secret in message]
+    return message
 
 
 def warned(caplog: pytest.LogCaptureFixture, act: Callable[[], object]) -> str:
-    """What the probe says of a store that may be well another time."""
+    """Return the warning of a store that may work later."""
     caplog.clear()
     act()
     (record,) = ours(caplog)
@@ -111,7 +114,7 @@ def warned(caplog: pytest.LogCaptureFixture, act: Callable[[], object]) -> str:
 
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What this project has logged; botocore says where it has its credentials from."""
+    """Return the records of this project; botocore logs the source of its credentials."""
     return [record for record in caplog.records if record.name.startswith("zlora_worker")]
 
 
@@ -123,10 +126,10 @@ def methods(host: Host) -> list[str]:
 # --- S3
 
 
-def test_an_s3_that_takes_gives_and_forgets_an_object_is_a_store(
+def test_probe_creates_reads_and_deletes_an_object_of_its_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It says as well that an object is not there; each probe has a key of its own, and leaves nothing."""
+    """It also reads an absent object. Each probe has another key, and leaves nothing."""
     bucket = Bucket()
     with serving(bucket) as host:
         probe(tmp_path, host.url)
@@ -142,43 +145,33 @@ def test_an_s3_that_takes_gives_and_forgets_an_object_is_a_store(
     ("method", "time", "status", "code"),
     [
         ("PUT", 1, 403, "SignatureDoesNotMatch"),
-        ("PUT", 1, 404, "NoSuchBucket"),
-        ("PUT", 1, 400, "InvalidStorageClass"),
-        ("PUT", 1, 501, "NotImplemented"),
         ("GET", 1, 403, "AccessDenied"),
         ("GET", 2, 403, "AccessDenied"),
         ("DELETE", 1, 403, "AccessDenied"),
     ],
 )
-def test_an_s3_that_refuses_is_wrong(
+def test_probe_rejects_a_server_that_refuses(
     tmp_path: Path, method: str, time: int, status: int, code: str
 ) -> None:
-    """The second GET is for what is not there: whoever may not list a bucket is told 403, and no job is drawn."""
+    """The second GET is for an absent object: without the right to list, S3 answers 403."""
     bucket = Bucket(method, refusal(status, code), time=time)
     with serving(bucket) as host:
-        said = refused(lambda: probe(tmp_path, host.url))
+        message = refused(lambda: probe(tmp_path, host.url))
 
-    assert f"({code})" in said
-    assert ("ListBucket" in said) is (time == 2)
+    assert f"({code})" in message
+    assert ("ListBucket" in message) is (time == 2)
     assert len(bucket.keys) == (method == "DELETE")
 
 
 @pytest.mark.parametrize(
     ("method", "status", "code"),
     [
-        ("PUT", 500, "InternalError"),
-        ("PUT", 503, "SlowDown"),
-        ("GET", 503, "SlowDown"),
-        ("DELETE", 503, "SlowDown"),
-        ("PUT", 400, "RequestTimeout"),
-        ("GET", 400, "BadDigest"),
-        ("PUT", 408, "Timeout"),
-        ("PUT", 409, "OperationAborted"),
-        ("PUT", 429, "TooManyRequests"),
         ("PUT", 507, "XMinioStorageFull"),
+        ("GET", 503, "SlowDown"),
+        ("DELETE", 400, "RequestTimeout"),
     ],
 )
-def test_an_s3_that_is_busy_or_harmed_may_be_well_again(
+def test_probe_warns_of_a_server_that_is_busy_or_has_a_fault(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, status: int, code: str
 ) -> None:
     bucket = Bucket(method, refusal(status, code))
@@ -188,7 +181,29 @@ def test_an_s3_that_is_busy_or_harmed_may_be_well_again(
     assert len(bucket.keys) == (method == "DELETE")
 
 
-def test_an_s3_that_is_away_may_be_back_and_is_asked_for_one_thing_only(
+@pytest.mark.parametrize(
+    ("status", "code", "final"),
+    [
+        (500, "InternalError", False),
+        (503, "SlowDown", False),
+        (400, "RequestTimeout", False),
+        (400, "BadDigest", False),
+        (408, "Timeout", False),
+        (409, "OperationAborted", False),
+        (429, "TooManyRequests", False),
+        (400, "InvalidStorageClass", True),
+        (403, "SignatureDoesNotMatch", True),
+        (404, "NoSuchBucket", True),
+        (501, "NotImplemented", True),
+    ],
+)
+def test_a_refusal_is_final_by_its_status_and_code(status: int, code: str, final: bool) -> None:
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    assert s3._is_final(ClientError(answer, "PutObject")) is final
+
+
+def test_probe_warns_of_a_server_that_is_away_after_one_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -200,7 +215,7 @@ def test_an_s3_that_is_away_may_be_back_and_is_asked_for_one_thing_only(
     assert set(methods(host)) == {"PUT"}
 
 
-def test_an_s3_that_does_not_answer_in_time_is_asked_no_more(
+def test_probe_sends_nothing_after_its_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "_SMALL", -1.0)
@@ -213,7 +228,7 @@ def test_an_s3_that_does_not_answer_in_time_is_asked_no_more(
 @pytest.mark.parametrize(
     "names", [["AWS_SECRET_ACCESS_KEY"], ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]]
 )
-def test_without_credentials_an_s3_is_wrong_and_nobody_is_asked(
+def test_probe_rejects_a_worker_without_credentials_and_sends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
 ) -> None:
     for name in names:
@@ -224,10 +239,10 @@ def test_without_credentials_an_s3_is_wrong_and_nobody_is_asked(
     assert host.asked == []
 
 
-def test_a_put_argument_that_boto3_refuses_is_wrong_and_is_not_shown(tmp_path: Path) -> None:
-    told = json.dumps({"Metadata": {"team": "s3cret é"}})
+def test_probe_rejects_a_put_argument_of_boto3_without_its_value(tmp_path: Path) -> None:
+    options = json.dumps({"Metadata": {"team": "s3cret é"}})
     with serving(Bucket()) as host:
-        assert "ZLORA_S3_PUT" in refused(lambda: probe(tmp_path, host.url, ZLORA_S3_PUT=told))
+        assert "ZLORA_S3_PUT" in refused(lambda: probe(tmp_path, host.url, ZLORA_S3_PUT=options))
 
     assert host.asked == []
 
@@ -241,16 +256,16 @@ def test_a_put_argument_that_boto3_refuses_is_wrong_and_is_not_shown(tmp_path: P
     ],
     ids=["nothing", "other bytes", "a redirect"],
 )
-def test_what_is_no_s3_is_wrong(tmp_path: Path, answer: Answer) -> None:
+def test_probe_rejects_a_server_that_is_not_s3(tmp_path: Path, answer: Answer) -> None:
     with serving(answer) as host:
         refused(lambda: probe(tmp_path, host.url))
 
 
-def test_a_certificate_that_nobody_trusts_is_wrong(tmp_path: Path) -> None:
+def test_probe_rejects_an_untrusted_certificate(tmp_path: Path) -> None:
     with serving(Bucket(), tls=Authority(tmp_path).server("localhost")) as host:
-        said = refused(lambda: probe(tmp_path, f"https://localhost:{host.port}"))
+        message = refused(lambda: probe(tmp_path, f"https://localhost:{host.port}"))
 
-    assert "CERTIFICATE_VERIFY_FAILED" in said
+    assert "CERTIFICATE_VERIFY_FAILED" in message
     assert host.asked == []
 
 
@@ -258,31 +273,31 @@ def test_a_certificate_that_nobody_trusts_is_wrong(tmp_path: Path) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """All files under a folder, drafts included."""
+    """Return all files under a folder, with drafts."""
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_folder_that_can_be_written_is_a_store_for_several_workers_at_once(
+def test_several_workers_may_probe_one_folder_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is made, and the probes leave nothing."""
-    hands = 8
-    start = Barrier(hands)
+    """The folder is created, and the probes leave nothing."""
+    workers = 4
+    start = Barrier(workers)
 
-    def ask(_hand: int) -> None:
+    def probe_folder(_worker: int) -> None:
         store = FolderStore(tmp_path / "a" / "store")
         start.wait(60)
         store.probe()
 
-    with ThreadPoolExecutor(hands) as pool:
-        list(pool.map(ask, range(hands)))
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(probe_folder, range(workers)))
 
     assert (tmp_path / "a" / "store").is_dir()
     assert files(tmp_path) == []
     assert ours(caplog) == []
 
 
-def test_a_folder_that_cannot_be_made_is_wrong(tmp_path: Path) -> None:
+def test_probe_rejects_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     for place in ("file", "file/store"):
@@ -291,7 +306,7 @@ def test_a_folder_that_cannot_be_made_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOSYS])
-def test_a_folder_that_takes_no_links_is_wrong(
+def test_probe_rejects_a_folder_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "link", failing(number))
@@ -303,7 +318,7 @@ def test_a_folder_that_takes_no_links_is_wrong(
 @pytest.mark.parametrize(
     "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE]
 )
-def test_a_disk_that_is_full_or_away_may_be_well_again(
+def test_probe_warns_of_a_disk_that_is_full_or_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     monkeypatch.setattr(os, "link", failing(number))
@@ -312,22 +327,22 @@ def test_a_disk_that_is_full_or_away_may_be_well_again(
     assert files(tmp_path) == []
 
 
-def test_a_disk_that_takes_no_byte_more_may_have_room_again(
+def test_probe_warns_of_a_disk_without_room(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
     try:
-        said = warned(caplog, FolderStore(tmp_path).probe)
+        message = warned(caplog, FolderStore(tmp_path).probe)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    assert "File too large" in said
+    assert "File too large" in message
     assert files(tmp_path) == []
 
 
 def failing(number: int) -> Callable[..., None]:
-    """A call of the system that does not succeed."""
+    """Return a system call that fails."""
 
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -335,10 +350,12 @@ def failing(number: int) -> Callable[..., None]:
     return fail
 
 
-# --- the start
+# --- the worker's start
 
 
-def test_a_wrong_store_costs_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_store_ends_the_worker_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loads: list[object] = []
     monkeypatch.setattr(loader, "load", loads.append)
 

@@ -61,9 +61,16 @@ def result(**fields: Any) -> GenerateResult:
         for index, key in enumerate(KEYS)
     ]
     return GenerateResult(
-        job_id="job", images=tuple(images), loras=(), seed=0, timings={}, base_intact=True, model="m", versions={},
+        job_id="job",
+        images=tuple(images),
+        loras=(),
+        seed=0,
+        timings={},
+        base_intact=True,
+        model="m",
+        versions={},
         request=a_request(**fields),
-    )  # fmt: skip
+    )
 
 
 def urls(made: ImageUrls, **fields: Any) -> list[str | None]:

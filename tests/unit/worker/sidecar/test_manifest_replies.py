@@ -10,7 +10,7 @@ import pytest
 from support.fakes import links
 from zlora import Client
 from zlora.broker.job_store import JobStore, connect
-from zlora.broker.keys import recall_key
+from zlora.broker.keys import manifest_requests_key
 from zlora.schema import GenerateResult, JobState, manifest_key
 from zlora_worker.results.store import FolderStore
 from zlora_worker.sidecar.manifest_replies import reply_to_next
@@ -23,7 +23,7 @@ class Place:
         self.queue = uuid.uuid4().hex
         self.jobs = JobStore(connect(broker_url), self.queue)
         self.store = FolderStore(folder)
-        self.client = Client(broker_url, queue=self.queue)
+        self.client = Client.from_url(broker_url, queue=self.queue)
 
     def reply(self) -> None:
         reply_to_next(self.jobs, self.store, links(self.store), timeout=5)
@@ -80,19 +80,19 @@ def test_an_unknown_job_has_the_state_unknown(place: Place, serve: Callable[[], 
     "request_", [b"garbage", b"\xff\xfe", b"[1, 2]", b'["../x", "zlora:job:x"]', b'["a"]']
 )
 def test_an_invalid_request_is_dropped(place: Place, request_: bytes) -> None:
-    place.jobs.redis.lpush(recall_key(place.queue), request_)
+    place.jobs.redis.lpush(manifest_requests_key(place.queue), request_)
 
     place.reply()
 
-    assert list(place.jobs.redis.scan_iter(f"{recall_key(place.queue)}*")) == []
+    assert list(place.jobs.redis.scan_iter(f"{manifest_requests_key(place.queue)}*")) == []
     assert place.jobs.redis.exists("zlora:job:x") == 0
 
 
 def test_a_path_is_not_a_job_id(place: Place, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("secret")
-    reply_key = f"{recall_key(place.queue)}:{uuid.uuid4()}"
+    reply_key = f"{manifest_requests_key(place.queue)}:{uuid.uuid4()}"
     request = msgspec.json.encode(["..", reply_key])
-    place.jobs.redis.lpush(recall_key(place.queue), request)
+    place.jobs.redis.lpush(manifest_requests_key(place.queue), request)
 
     place.reply()
 

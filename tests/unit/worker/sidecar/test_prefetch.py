@@ -39,7 +39,7 @@ class Line:
     def __init__(self, broker_url: str, folder: Path, host: Host) -> None:
         self.url, self.queue, self.host = broker_url, uuid.uuid4().hex, host
         self.settings = settings(folder, ZLORA_BROKER_URL=broker_url, ZLORA_ALLOW_HOSTS=host.name)
-        self.client = Client(broker_url, queue=self.queue)
+        self.client = Client.from_url(broker_url, queue=self.queue)
         self.redis: Any = connect(broker_url)
         self.cache = Cache.open(self.settings)
         self.prefetcher = Prefetcher(self.redis, self.queue, depth=DEPTH)

@@ -34,7 +34,7 @@ class Place:
         self.app = Celery("test", set_as_current=False, changes=config)
         self.jobs = JobStore(connect(broker_url), self.queue)
         self.redis: Any = self.jobs.redis
-        self.client = Client(broker_url, queue=self.queue)
+        self.client = Client.from_url(broker_url, queue=self.queue)
         self.sweeper = self.new_sweeper()
 
     def new_sweeper(self) -> Sweeper:
@@ -52,8 +52,8 @@ class Place:
         job_id = uuid.uuid4().hex
         given: dict[str, Any] = {"request": REQUEST, "priority": 9, "submitted": time.time() - 60}
         request = parse_request(REQUEST)
-        self.jobs.open(job_id, Submission(**given | fields), digest_of(request))
-        self.jobs.sent(job_id)
+        self.jobs.add(job_id, Submission(**given | fields), digest_of(request))
+        self.jobs.mark_sent(job_id)
         return job_id
 
     def send(self, job_id: str, *, priority: int) -> None:
@@ -273,7 +273,7 @@ def test_a_succeeded_job_does_not_expire_after_its_result_has(place: Place) -> N
     """Results are kept for a day, and a job may have seven days to begin."""
     handle = place.client.submit(REQUEST, expires_in=0.05)
     place.app.backend.store_result(handle.id, {}, "SUCCESS")
-    place.jobs.close(handle.id)
+    place.jobs.mark_ended(handle.id)
     place.redis.delete(f"celery-task-meta-{handle.id}")
     time.sleep(0.06)
 

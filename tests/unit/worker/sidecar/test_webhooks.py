@@ -30,6 +30,7 @@ from zlora.broker.job_store import JobStore, Submission, connect
 from zlora.broker.keys import RECORD_EXPIRES, dead_key, job_key, outbox_key
 from zlora.broker.webhook_outbox import DeadLetter, EndedJob, Outbox
 from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
+from zlora.http.client import HttpClient
 from zlora.http.ssrf_guard import GuardedSession
 from zlora.schema import GenerateResult, ImageRef, manifest_key
 from zlora.webhook import Event, Verifier, Webhook
@@ -160,7 +161,7 @@ class Place:
         submission = Submission(
             request={"prompt": "p"}, priority=5, submitted=time.time(), webhook=webhook
         )
-        self.jobs.open(job_id, submission, "digest")
+        self.jobs.add(job_id, submission, "digest")
         return job_id
 
     def end(self, job_id: str, verdict: ZloraError | None = None) -> str:
@@ -168,7 +169,7 @@ class Place:
         if verdict is None:
             manifest = msgspec.json.encode(result_of(job_id))
             self.store.put_new(manifest_key(job_id), manifest, "application/json")
-        self.jobs.close(job_id, verdict)
+        self.jobs.mark_ended(job_id, verdict)
         return job_id
 
     def ended(self, url: str, verdict: ZloraError | None = None) -> str:
@@ -301,7 +302,7 @@ def test_a_failure_that_only_celery_stored_is_sent(place: Place) -> None:
     with receiving() as receiver:
         job = place.job(receiver.url)
         place.app.backend.store_result(job, JobLost("died"), "FAILURE")
-        place.jobs.close(job)
+        place.jobs.mark_ended(job)
         place.work()
 
     (event,) = receiver.events()
@@ -316,7 +317,7 @@ def test_a_success_without_a_manifest_is_sent_as_celery_stored_it(
         job = place.job(receiver.url)
         made = result_of(job, url="file:///elsewhere/0.png")
         place.app.backend.store_result(job, msgspec.to_builtins(made), "SUCCESS")
-        place.jobs.close(job)
+        place.jobs.mark_ended(job)
         place.work()
 
     (event,) = receiver.events()
@@ -357,8 +358,8 @@ def test_the_cancellation_of_a_queued_job_is_sent(place: Place, own: bool) -> No
     """Also if a client of another queue cancels the job."""
     with (
         receiving() as receiver,
-        Client(place.url, queue=place.queue) as client,
-        Client(place.url, queue=place.queue if own else "other") as canceller,
+        Client.from_url(place.url, queue=place.queue) as client,
+        Client.from_url(place.url, queue=place.queue if own else "other") as canceller,
     ):
         place.allowed.add(urlsplit(receiver.url).netloc)
         handle = client.submit(
@@ -387,8 +388,8 @@ def test_only_the_requested_events_are_sent(place: Place) -> None:
 
 
 def test_nothing_is_sent_for_a_job_without_webhook_or_end(place: Place) -> None:
-    place.jobs.open("plain", Submission(request={}, priority=5, submitted=0.0), "digest")
-    place.jobs.close("plain")
+    place.jobs.add("plain", Submission(request={}, priority=5, submitted=0.0), "digest")
+    place.jobs.mark_ended("plain")
     place.job("http://127.0.0.1:1")
 
     assert place.work() == 0
@@ -532,7 +533,7 @@ def test_without_any_secret_webhooks_are_given_up_after_two_hours(place: Place) 
 def test_a_job_whose_result_or_record_is_gone_is_given_up(place: Place) -> None:
     """The store's retention may remove the manifest, and Redis may lose the record."""
     without_end = place.job("http://127.0.0.1:1")
-    place.jobs.close(without_end)
+    place.jobs.mark_ended(without_end)
     without_record = place.ended("http://127.0.0.1:1")
     place.redis.delete(job_key(without_record))
     damaged = place.ended("http://127.0.0.1:1")
@@ -774,8 +775,10 @@ def test_the_read_timeout_is_as_long_as_the_whole_request_may_take() -> None:
             waits.append(options["timeout"])
             return super().send(*arguments, **options)
 
-    with receiving() as receiver, Recorded([urlsplit(receiver.url).netloc]) as session:
-        post(session, receiver.url, b"{}", {})
+    with receiving() as receiver:
+        client = HttpClient()
+        client.session = Recorded([urlsplit(receiver.url).netloc])
+        post(client, receiver.url, b"{}", {})
 
     assert [read for _, read in waits] == [15.0]
 
@@ -842,7 +845,7 @@ def test_a_sidecar_sends_ended_jobs_and_jobs_that_it_ends_itself(place: Place) -
         config.WEBHOOK_SECRET: SECRET,
     }
     command = [sys.executable, "-m", "zlora_worker.sidecar"]
-    with receiving() as receiver, Client(place.url, queue=place.queue) as client:
+    with receiving() as receiver, Client.from_url(place.url, queue=place.queue) as client:
         first = place.ended(receiver.url)
         variables[config.ALLOW_HOSTS] = ",".join(place.allowed)
         process = subprocess.Popen(command, env=clean_environ(os.environ | variables))
