@@ -8,20 +8,17 @@ export ZLORA_HOME ?= $(CURDIR)/build/zlora
 # Debian starts Prometheus on port 9090 at its installation: systemctl disable --now prometheus
 DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget
 
-<<<<<<< HEAD
-.PHONY: setup demo demo-model demo-model-report docs test check check-deploy soak bench clean
-=======
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report test check check-deploy soak bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy soak bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
->>>>>>> main
 
 setup: $(VENV)/dev.stamp
 
 help:
 	@echo 'make setup         install everything into .venv'
 	@echo 'make demo          draw with the demo model on this machine'
+	@echo 'make docs          generate docs/reference from the code'
 	@echo 'make check         ruff, mypy --strict, import-linter'
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
@@ -56,7 +53,7 @@ demo-model: $(VENV)/dev.stamp
 demo-model-report: $(VENV)/dev.stamp
 	TRANSFORMERS_VERBOSITY=error PYTHONPATH=tools $(RUN)/python -P -m demo_model.report $(ARGS)
 
-# The pages of docs/reference, from the code.
+# Generates docs/reference from the code.
 docs: $(VENV)/dev.stamp
 	$(RUN)/python -P tools/reference.py
 
