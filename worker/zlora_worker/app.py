@@ -1,8 +1,8 @@
 """The worker's Celery app: `celery -A zlora_worker.app worker`.
 
-Every Celery option is here, or in `zlora.broker.celery_app` if producers need it too. Importing this
-module does not import torch: the parent process forks, and CUDA does not survive a fork. The child
-loads the model.
+Every Celery option is here, or in `zlora.broker.celery_app` if producers need it too. Importing
+this module does not import torch: the parent process forks, and CUDA does not survive a fork. The
+child loads the model.
 """
 
 import logging
