@@ -36,7 +36,7 @@ GAP = 0.020  # seconds between two jobs, 95th percentile
 
 def main(*, rounds: int) -> None:
     """Measure and publish."""
-    announce("queue", seconds=40 + 1.7 * rounds)
+    announce("queue", seconds=30 + 1.5 * rounds)
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
         home = Path(folder, "home")
         build_tiny(home)
@@ -126,4 +126,4 @@ def gap_row(gaps: list[float], again: list[float], percentile: int, goal: float 
 
 
 if __name__ == "__main__":
-    main(rounds=20 if options_parser(__doc__).parse_args().thin else 200)
+    main(rounds=10 if options_parser(__doc__).parse_args().thin else 200)

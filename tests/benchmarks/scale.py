@@ -40,7 +40,6 @@ from zlora import AsyncClient, Client
 from zlora.broker.keys import unfinished_key
 
 EVENTS: Final = "/0.celeryev*"  # the channels of kombu's fan-out
-SETTLE: Final = 8.0  # seconds until the sidecar of a new worker runs in its steady state
 
 
 class Size(NamedTuple):
@@ -50,15 +49,18 @@ class Size(NamedTuple):
     shaped: int  # jobs of a shape
     drawn: int  # short jobs; a fifth as many are long
     sent: int  # jobs per producer process
+    settle: float  # seconds until the sidecar of a new worker runs in its steady state
     idle: float  # seconds of a look at idle workers
     backlog: int  # jobs
     seconds: float  # that the benchmark takes, about
 
 
 FULL: Final = Size(
-    rounds=3, shaped=100, drawn=50, sent=2000, idle=30.0, backlog=10_000, seconds=900
+    rounds=3, shaped=100, drawn=50, sent=2000, settle=8.0, idle=30.0, backlog=10_000, seconds=900
 )
-THIN: Final = Size(rounds=1, shaped=5, drawn=5, sent=200, idle=2.0, backlog=400, seconds=100)
+THIN: Final = Size(
+    rounds=1, shaped=5, drawn=5, sent=200, settle=3.0, idle=2.0, backlog=400, seconds=100
+)
 
 
 class Kind(NamedTuple):
@@ -112,12 +114,12 @@ def measured(folder: Path, size: Size) -> Found:
         progress("bytes of jobs")
         found |= shapes(folder / "shapes", valkey, broker, size.shaped)
         progress("commands of jobs")
-        found |= lives(folder / "lives", valkey, broker, size.drawn)
+        found |= lives(folder / "lives", valkey, broker, size)
         progress("submissions")
         found |= submissions(valkey, broker, size.sent)
         for workers in range(3):
             progress(f"{workers} idle workers")
-            found |= idle(folder / f"idle-{workers}", valkey, broker, workers, size.idle)
+            found |= idle(folder / f"idle-{workers}", valkey, broker, workers, size)
         progress("a long queue")
         found |= behind(folder / "behind", valkey, broker, size)
     return found
@@ -126,10 +128,11 @@ def measured(folder: Path, size: Size) -> Found:
 # Whole jobs
 
 
-def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", jobs: int) -> Found:
+def lives(folder: Path, valkey: Valkey, broker: "redis.Redis", size: Size) -> Found:
     """Return the costs of a job, a step and a second, and how well they predict another job."""
+    jobs = size.drawn
     with scene(folder, valkey) as made, made.worker():
-        time.sleep(SETTLE)
+        time.sleep(size.settle)
         asyncio.run(drawn(made, SHORT, 2, watched=True))
         solved = [
             life(made, broker, kind, jobs if kind is SHORT else jobs // 5, watched=True)
@@ -283,16 +286,14 @@ def produce(url: str, jobs: int, together: int) -> None:
 # Workers
 
 
-def idle(
-    folder: Path, valkey: Valkey, broker: "redis.Redis", workers: int, seconds: float
-) -> Found:
+def idle(folder: Path, valkey: Valkey, broker: "redis.Redis", workers: int, size: Size) -> Found:
     """Measure workers with nothing to do."""
     with scene(folder, valkey) as made, ExitStack() as stack:
         for index in range(workers):
             stack.enter_context(made.worker(f"idle-{index}"))
-        time.sleep(SETTLE)
+        time.sleep(size.settle)
         connected = connections(broker)
-        took = looked(broker, seconds)
+        took = looked(broker, size.idle)
     return {f"{workers} idle workers: connections": connected} | of_a_second(
         f"{workers} idle workers", took
     )
@@ -306,7 +307,7 @@ def behind(folder: Path, valkey: Valkey, broker: "redis.Redis", size: Size) -> F
         made.client.submit(slow, priority="high")
         with made.worker():
             made.client.submit_many([document] * size.backlog)
-            time.sleep(SETTLE)
+            time.sleep(size.settle)
             took = looked(broker, size.idle)
     return of_a_second(f"1 worker that draws before {size.backlog:,} jobs", took)
 

@@ -100,7 +100,7 @@ class Peer:
     def __init__(self, process: BaseProcess, line: Connection) -> None:
         self.process, self.line = process, line
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """Return the next message of the process."""
         assert self.line.poll(PATIENCE), "a process sends no message"
         return self.line.recv()
@@ -197,12 +197,12 @@ def test_many_processes_that_need_one_file_make_one_download(tmp_path: Path, sta
     since = time.time()
     with source(large=LARGE) as host:
         peers = [start(ask, tmp_path, host.name, host.asset("/large"), since) for _ in range(MANY)]
-        assert [peer.hear() for peer in peers] == ["asking"] * MANY
+        assert [peer.receive() for peer in peers] == ["asking"] * MANY
         host.gate.set()
-        told = [peer.hear() for peer in peers]
+        answers = [peer.receive() for peer in peers]
 
-        assert {sha256 for sha256, _ in told} == {digest(LARGE)}
-        assert sorted(tier for _, tier in told) == ["disk"] * (MANY - 1) + ["network"]
+        assert {sha256 for sha256, _ in answers} == {digest(LARGE)}
+        assert sorted(tier for _, tier in answers) == ["disk"] * (MANY - 1) + ["network"]
         assert host.gets == ["/large"]
     assert sound(tmp_path) == [digest(LARGE)]
 
@@ -215,10 +215,10 @@ def test_jobs_with_and_without_a_checksum_make_one_download(tmp_path: Path, star
         peers = [start(ask, tmp_path / "one", host.name, asset, since) for asset in assets * 4]
         both = [host.asset("/a", **pin), host.asset("/b", **pin)]
         peers += [start(ask, tmp_path / "two", host.name, asset, since) for asset in both * 4]
-        assert [peer.hear() for peer in peers] == ["asking"] * 16
+        assert [peer.receive() for peer in peers] == ["asking"] * 16
         host.gate.set()
 
-        assert {peer.hear()[0] for peer in peers} == {digest(SMALL[1])}
+        assert {peer.receive()[0] for peer in peers} == {digest(SMALL[1])}
         assert len(host.gets) == 2
 
 
@@ -229,10 +229,10 @@ def test_many_processes_that_need_a_missing_file_make_one_request(
         peers = [
             start(ask, tmp_path, host.name, host.asset("/none"), time.time()) for _ in range(16)
         ]
-        assert [peer.hear() for peer in peers] == ["asking"] * len(peers)
+        assert [peer.receive() for peer in peers] == ["asking"] * len(peers)
         host.gate.set()
 
-        assert {peer.hear() for peer in peers} == {"lora_not_found"}
+        assert {peer.receive() for peer in peers} == {"lora_not_found"}
         assert host.gets == ["/none"]
 
 
@@ -250,7 +250,7 @@ def test_waiting_process_downloads_after_the_downloader_is_killed(
         peers = [
             start(ask, tmp_path, host.name, host.asset("/large", **pin), since) for _ in range(8)
         ]
-        assert [peer.hear() for peer in peers] == ["asking"] * 8
+        assert [peer.receive() for peer in peers] == ["asking"] * 8
         half = len(LARGE) // 2 - 2**20
         wait_until(
             lambda: sum(path.stat().st_blocks * 512 for path in drafts.iterdir()) > half,
@@ -259,10 +259,10 @@ def test_waiting_process_downloads_after_the_downloader_is_killed(
         (downloader,) = (peer for peer in peers if peer.has_open(drafts))
         downloader.kill()
         host.gate.set()
-        told = [peer.hear() for peer in peers if peer is not downloader]
+        answers = [peer.receive() for peer in peers if peer is not downloader]
 
-        assert {sha256 for sha256, _ in told} == {digest(LARGE)}
-        assert sorted(tier for _, tier in told) == ["disk"] * 6 + ["network"]
+        assert {sha256 for sha256, _ in answers} == {digest(LARGE)}
+        assert sorted(tier for _, tier in answers) == ["disk"] * 6 + ["network"]
         assert host.gets == ["/large", "/large"]
     assert sound(tmp_path) == [digest(LARGE)]
 
@@ -275,7 +275,7 @@ def test_kill_at_any_moment_leaves_no_bad_file_and_blocks_no_process(
     with source(**{str(index): data for index, data in enumerate(SMALL)}) as host:
         host.gate.set()
         peers = [start(work, tmp_path, host.name, seed, stop) for seed in range(4)]
-        assert [peer.hear() for peer in peers] == ["at work"] * 4
+        assert [peer.receive() for peer in peers] == ["at work"] * 4
         for seed in range(KILLS):
             time.sleep(choose.uniform(0, 0.1))
             peers.pop(0).kill()
@@ -283,12 +283,12 @@ def test_kill_at_any_moment_leaves_no_bad_file_and_blocks_no_process(
                 with suppress(FileNotFoundError):
                     assert f"{digest(path.read_bytes())}.safetensors" == path.name
             peers.append(start(work, tmp_path, host.name, 100 + seed, stop))
-            assert peers[-1].hear() == "at work"
+            assert peers[-1].receive() == "at work"
             assert not any(peer.line.poll() for peer in peers), [
-                peer.hear() for peer in peers if peer.line.poll()
+                peer.receive() for peer in peers if peer.line.poll()
             ]
         stop.touch()
-        assert [peer.hear() for peer in peers] == ["done"] * 4
+        assert [peer.receive() for peer in peers] == ["done"] * 4
         assert len(host.gets) > KILLS
 
         with caching(tmp_path, max_bytes=ROOM, ZLORA_ALLOW_HOSTS=host.name) as cache:
@@ -320,14 +320,14 @@ def test_file_that_a_process_uses_is_never_evicted(tmp_path: Path, start: Start)
         with caching(tmp_path, max_bytes=room, ZLORA_ALLOW_HOSTS=host.name) as cache:
             got(cache, host.asset("/0"), since=0)
             peers = [start(hold, tmp_path, host.name, host.asset("/0"), room) for _ in range(2)]
-            assert [peer.hear() for peer in peers] == ["holding"] * 2
+            assert [peer.receive() for peer in peers] == ["holding"] * 2
             fill(cache, host, 1, 2, 3)
             assert kept(tmp_path) == named(SMALL[0], SMALL[3])
             peers[0].kill()
             fill(cache, host, 1, 2)
             assert kept(tmp_path) == named(SMALL[0], SMALL[2])
             peers[1].line.send("enough")
-            assert peers[1].hear() == digest(SMALL[0])
+            assert peers[1].receive() == digest(SMALL[0])
             peers[1].process.join(PATIENCE)
 
             fill(cache, host, 1)

@@ -158,16 +158,16 @@ class S3Proxy:
             with HTTPResponse(server, method=request.method) as answer:
                 answer.begin()
                 content = answer.read()
-                told = [
+                headers = [
                     (name, value)
                     for name, value in answer.getheaders()
                     if name.lower() != "transfer-encoding"
                 ]
                 if answer.chunked:
-                    told.append(("Content-Length", str(len(content))))
+                    headers.append(("Content-Length", str(len(content))))
                 lines = [
                     f"HTTP/1.1 {answer.status} {answer.reason}",
-                    *(f"{name}: {value}" for name, value in told),
+                    *(f"{name}: {value}" for name, value in headers),
                 ]
                 return "\r\n".join([*lines, "", ""]).encode("latin-1"), content
 
@@ -208,13 +208,13 @@ def _received(client: socket.socket, stream: BinaryIO) -> Request | None:
     lines = list(iter(stream.readline, b"\r\n")) if (first := stream.readline()) else []
     if not first:
         return None
-    told = {
+    headers = {
         name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)
     }
-    if b"expect" in told:
+    if b"expect" in headers:
         client.sendall(_GO_ON)
     head = b"".join(
         [first, *(line for line in lines if not line.lower().startswith(b"expect:")), b"\r\n"]
     )
     method, target, _ = first.decode("latin-1").split()
-    return Request(method, target, head, stream.read(int(told.get(b"content-length", 0))))
+    return Request(method, target, head, stream.read(int(headers.get(b"content-length", 0))))

@@ -141,7 +141,7 @@ def uploads(port: int, prefix: str = "") -> list[str]:
 
 def store(port: int, prefix: str, **variables: str) -> Store:
     """Open a worker's store on any port, with boto3's variables in this process."""
-    told = {
+    settings = {
         "ZLORA_STORE": f"s3://{BUCKET}/{prefix}",
         "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{port}",
         **variables,
@@ -150,7 +150,7 @@ def store(port: int, prefix: str, **variables: str) -> Store:
         for name, value in (ENVIRON | variables).items():
             if name.startswith("AWS_"):
                 patch.setenv(name, value)
-        return open_store(Settings.from_env(told))
+        return open_store(Settings.from_env(settings))
 
 
 def free_ports(count: int) -> list[int]:
