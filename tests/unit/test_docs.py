@@ -1,11 +1,16 @@
 """The documentation agrees with the code, and its links lead somewhere."""
 
+import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import reference
+from zlora.cli import main as zlora
+from zlora_worker.settings import reference as setting_rows
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -31,6 +36,12 @@ def name_of(page: Path) -> str:
 def without_code(page: Path) -> str:
     """Return the text of a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the code blocks of a page in one language."""
+    pattern = rf"^```{language}\n(.*?)^```$"
+    return re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
@@ -79,6 +90,49 @@ def test_paths_in_a_page_exist(page: Path) -> None:
     ]
 
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_and_json_in_a_page_are_valid(page: Path) -> None:
+    for source in blocks(page, "python"):
+        compile(source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for text in blocks(page, "json"):
+        try:
+            json.loads(text)
+        except ValueError:  # a document on each line
+            [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_options_in_a_page_exist(page: Path) -> None:
+    """`zlora` in shell blocks, also as the service `producer` of the compose file."""
+    context = click.Context(zlora)
+    for line in "\n".join(blocks(page, "sh")).splitlines():
+        if not (found := re.search(r"(?:^|[|] )(?:\w+=\S+ )*zlora (.+)| producer (.+)", line)):
+            continue
+        name, *words = (found[1] or found[2]).partition("#")[0].split()
+        command = zlora.get_command(context, name)
+        if isinstance(command, click.Group):
+            command = command.get_command(context, words[0])
+        assert command is not None, line
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if re.match("--?[a-z]", word)} <= options, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_variables_and_make_targets_in_a_page_exist(page: Path) -> None:
+    text = page.read_text()
+    variables = {name for row in setting_rows() for name in row.names} | {"ZLORA_WORKERS"}
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    benchmarks = [path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")]
+    targets += [f"bench-{name}" for name in benchmarks]
+
+    named = {
+        name.removesuffix("_FILE") for name in re.findall(r"\bZLORA_[A-Z0-9_]*[A-Z0-9]\b", text)
+    }
+
+    assert named <= variables
+    assert set(re.findall(r"(?:`|^)make ([\w-]+)(?=[` \n])", text, re.MULTILINE)) <= {*targets}
 
 
 def test_every_image_in_the_docs_is_used() -> None:
