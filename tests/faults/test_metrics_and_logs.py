@@ -190,12 +190,12 @@ def _lost(scene: Scene) -> JobHandle:
 
 
 def test_the_port_answers_after_the_sidecar_was_killed(watched: Watched) -> None:
-    before, first = watched.look(), watched.worker.companion()
+    before, first = watched.look(), watched.worker.sidecar()
 
     watched.scene.kill(first)
     after = watched.look()  # the parent has the socket open
 
-    assert watched.worker.companion() != first
+    assert watched.worker.sidecar() != first
     assert jobs(after) == jobs(before)
 
 
@@ -205,7 +205,7 @@ def test_the_child_does_not_hold_the_metrics_socket(watched: Watched) -> None:
     (listening,) = _listening(watched.port)
 
     assert listening in _sockets(worker.process.pid)
-    assert listening in _sockets(worker.companion())
+    assert listening in _sockets(worker.sidecar())
     assert listening not in _sockets(scene.child(worker))
 
 

@@ -52,7 +52,7 @@ def test_a_job_continues_the_download_of_a_killed_sidecar(scene: Scene) -> None:
         scene.wait_begun(running)
         following = with_lora(scene, host.url)
         assert begun.wait(60), "the sidecar fetches"
-        scene.kill(worker.companion())
+        scene.kill(worker.sidecar())
         killed.set()
         running.cancel()
         result = following.result(timeout=60)

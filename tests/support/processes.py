@@ -96,7 +96,7 @@ class Worker:
         (child,) = wait_until(look, "the worker has a child")
         return child
 
-    def companion(self) -> int:
+    def sidecar(self) -> int:
         """Return the process id of the sidecar."""
         return wait_until(
             lambda: next(filter(_is_sidecar, children(self.process.pid)), None),

@@ -24,7 +24,15 @@ from msgspec import Struct
 from zlora import config, errors
 from zlora.broker.celery_app import IMPATIENCE, impatient_config
 from zlora.broker.job_store import connect
-from zlora.broker.keys import PRIORITIES, dead_key, outbox_key, refused_key, waiting_lists
+from zlora.broker.keys import (
+    PRIORITIES,
+    dead_key,
+    expiring_key,
+    outbox_key,
+    refused_key,
+    unfinished_key,
+    waiting_lists,
+)
 from zlora.broker.message import QueuedMessage
 from zlora.cli.exit_codes import status_of
 from zlora.cli.printing import json_option, print_json, terminal
@@ -314,6 +322,33 @@ def _needs_broker(
     return run
 
 
+def _keys(found: Environment) -> Check:
+    """Check the types of the keys in Redis: workers wait while one has another type."""
+    queue = found.queue
+    kinds = dict.fromkeys(waiting_lists(queue), "list") | {
+        "unacked": "hash",
+        "unacked_index": "zset",
+        unfinished_key(queue): "zset",
+        expiring_key(queue): "zset",
+        outbox_key(queue): "zset",
+        dead_key(queue): "zset",
+    }
+    with connect(found.broker_url, seconds=IMPATIENCE) as client:
+        pipe: Any = client.pipeline(transaction=False)
+        for name in kinds:
+            pipe.type(name)
+        types = pipe.execute()
+    wrong = [
+        f"{on_one_line(name)} is a {kind}, not a {kinds[name]}"
+        for name, kind in zip(kinds, types, strict=True)
+        if kind not in (kinds[name], "none")
+    ]
+    if wrong:
+        advice = "Delete or rename these keys: workers take no job until then."
+        return failed("keys", BrokerUnavailable("; ".join(wrong)), advice)
+    return ok("keys", f"the {len(kinds)} keys of the queue have their types, or do not exist yet")
+
+
 def _queue(found: Environment) -> Check:
     queue = found.queue
     with connect(found.broker_url, seconds=IMPATIENCE) as client:
@@ -404,6 +439,7 @@ def _workers(found: Environment) -> Check:
 CHECKS: Final[tuple[Callable[[Environment], Iterator[Check]], ...]] = (
     _broker,
     _result_backend,
+    _needs_broker("keys", _keys),
     _needs_broker("queue", _queue),
     _needs_broker("workers", _workers),
 )

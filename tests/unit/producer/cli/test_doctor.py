@@ -104,6 +104,7 @@ def test_a_good_broker_is_ok_and_a_queue_without_workers_fails(
             ("software", "broker", "broker: persistence", "broker: memory", "broker: clock"), "ok"
         ),
         "result backend": "ok",
+        "keys": "ok",
         "queue": "ok",
         "workers": "fail",
     }
@@ -281,6 +282,16 @@ def test_a_redis_that_is_down_or_silent_costs_a_bounded_time(
     assert config.BROKER_URL in found["broker"].advice
     assert [found[name].status for name in ("result backend", "queue", "workers")] == ["skip"] * 3
     assert "s3cret" not in repr(found)
+
+
+@pytest.mark.parametrize("key", ["gpu", "unacked", "zlora:ledger:gpu"])
+def test_a_key_of_another_type_is_named(broker_url: str, broker: Any, key: str) -> None:
+    broker.set(key, "x")
+
+    found = producer({config.BROKER_URL: broker_url})
+
+    assert (found["keys"].status, found["keys"].code) == ("fail", "broker_unavailable")
+    assert f"{key} is a string" in found["keys"].told
 
 
 @pytest.mark.parametrize("url", ["amqp://u:s3cret@h//", "redis://:s3cret@h/0?ssl=true"])
