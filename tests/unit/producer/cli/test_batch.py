@@ -490,14 +490,14 @@ def test_jobs_that_cannot_be_cancelled_are_counted(site: Site) -> None:
 
 def waiting(client: Client) -> list[str]:
     """Return the ids of the jobs that are queued."""
-    return sorted(inside(client)._ledger.unfinished(before=float("inf")))
+    return sorted(inside(client)._jobs.unfinished(before=float("inf")))
 
 
 def finish(client: Client, job_id: str) -> None:
     """End a job, as a worker does that has drawn it."""
     made = fake_result(job_id, GenerateRequest(prompt="a city"))
     says(client, job_id, to_dict(made), "SUCCESS")
-    inside(client)._ledger.mark_ended(job_id)
+    inside(client)._jobs.mark_ended(job_id)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_an_id_that_a_worker_does_not_know_is_unknown_and_not_a_timeout() -> Non
 class Drawing(MemoryWorker):
     """Draws waiting jobs as soon as their status was read."""
 
-    def standing(self, job_id: str) -> QueueStatus:
+    def queue_status(self, job_id: str) -> QueueStatus:
         status = super().queue_status(job_id)
         self.run()
         return status

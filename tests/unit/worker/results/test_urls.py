@@ -276,11 +276,11 @@ def test_a_store_that_is_away_costs_a_result_only_its_inline_data(
         ({"ZLORA_PUBLIC_URL": "cdn.example.com"}, "ZLORA_PUBLIC_URL"),
         (
             {"ZLORA_PUBLIC_URL": "https://cdn.example.com/x?y=1"},
-            "ZLORA_PUBLIC_URL.*no user, query or fragment",
+            "ZLORA_PUBLIC_URL.*without user, query and fragment",
         ),
         (
             {"ZLORA_PUBLIC_URL": "https://u:p@cdn.example.com"},
-            "ZLORA_PUBLIC_URL.*no user, query or fragment",
+            "ZLORA_PUBLIC_URL.*without user, query and fragment",
         ),
         (S3 | {"ZLORA_S3_PUT": "STANDARD_IA"}, "ZLORA_S3_PUT=.*JSON object"),
         (S3 | {"ZLORA_S3_ADDRESSING": "host"}, "ZLORA_S3_ADDRESSING"),
