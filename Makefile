@@ -10,7 +10,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy soak bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy soak fuzz bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -23,6 +23,7 @@ help:
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
 	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
+	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make bench         the short form of every benchmark'
 	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
 	@echo 'make bench-gpu     the LoRA benchmark on a GPU'
@@ -79,6 +80,10 @@ check-deploy: $(VENV)/dev.stamp
 # Random faults for twenty minutes; ARGS="--minutes 2" for a short run.
 soak: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/soak.py $(ARGS)
+
+# 2,000 mutated messages between good jobs: worker and child live, every good job is drawn. `make test` has a short form.
+fuzz: $(VENV)/dev.stamp
+	ZLORA_FUZZ_MESSAGES=2000 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 --timeout 1200 tests/faults/test_fuzz.py
 
 # The short form of every benchmark, at most a minute or two each. The whole one: make bench-<name>; its other options:
 # make bench-<name> ARGS=--help. Tables are printed, and build/bench/<name>.json is written.
