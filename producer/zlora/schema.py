@@ -5,7 +5,6 @@ The line below each field is its documentation, from which `docs/reference/reque
 
 import hashlib
 import re
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -147,13 +146,6 @@ class GenerateRequest(
         if self.url_expires_in is not None and self.url_policy not in (None, "presigned"):
             raise ValueError("Expected `url_expires_in` with `url_policy` presigned only")
 
-    @classmethod
-    def from_fal(cls, document: Mapping[str, Any]) -> "GenerateRequest":
-        """Convert a request of fal's endpoints; raise `InvalidRequest` as `parse_request` does."""
-        from zlora.contrib import fal
-
-        return fal.to_request(document)
-
     def seed_for(self, job_id: str) -> int:
         """Seed of the first image: the request's own, or one made from the job id."""
         return seed_of(job_id) if self.seed is None else self.seed
@@ -275,12 +267,6 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Data type of the weights."""
     threads: int | None = None
     """Number of threads on a CPU, on which the last bits of the pixels depend."""
-
-    def to_fal(self) -> dict[str, Any]:
-        """Convert to a result of fal's endpoints; raise `InvalidRequest` without URLs."""
-        from zlora.contrib import fal
-
-        return fal.from_result(self)
 
 
 class Phase(StrEnum):

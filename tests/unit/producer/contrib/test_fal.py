@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from zlora.contrib.fal import from_result, to_request
 from zlora.errors import InvalidRequest
 from zlora.schema import Asset, GenerateRequest, GenerateResult, LoraSpec, parse_request
 from zlora.testing import fake_result
@@ -38,7 +39,7 @@ FAST_SDXL = {
 
 def refusal(document: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as raised:
-        GenerateRequest.from_fal(document)
+        to_request(document)
     json.dumps(raised.value.details)
     return raised.value
 
@@ -49,7 +50,7 @@ def test_a_request_of_z_image_turbo_is_converted() -> None:
         LoraSpec(file=Asset(url="owner/repo"), weight=1.0),
     )
 
-    assert GenerateRequest.from_fal(Z_IMAGE_TURBO) == GenerateRequest(
+    assert to_request(Z_IMAGE_TURBO) == GenerateRequest(
         prompt="a fast train through the mountains",
         width=1024,
         height=576,
@@ -64,7 +65,7 @@ def test_a_request_of_z_image_turbo_is_converted() -> None:
 
 
 def test_a_request_of_fast_sdxl_is_converted() -> None:
-    assert GenerateRequest.from_fal(FAST_SDXL) == GenerateRequest(
+    assert to_request(FAST_SDXL) == GenerateRequest(
         prompt="a robot in a meadow",
         negative_prompt="blurry",
         width=896,
@@ -77,9 +78,7 @@ def test_a_request_of_fast_sdxl_is_converted() -> None:
 
 def test_defaults_are_ours_except_for_the_size() -> None:
     """Eight steps, the default of a turbo model, are wrong for SDXL."""
-    assert GenerateRequest.from_fal({"prompt": "x"}) == GenerateRequest(
-        prompt="x", width=1024, height=768
-    )
+    assert to_request({"prompt": "x"}) == GenerateRequest(prompt="x", width=1024, height=768)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,7 @@ def test_defaults_are_ours_except_for_the_size() -> None:
     ],
 )
 def test_an_image_size_preset_is_a_width_and_height(name: str, size: tuple[int, int]) -> None:
-    request = GenerateRequest.from_fal({"prompt": "x", "image_size": name})
+    request = to_request({"prompt": "x", "image_size": name})
 
     assert (request.width, request.height) == size
 
@@ -156,7 +155,7 @@ def test_a_result_has_the_fields_of_fal() -> None:
         "job-1", parse_request({"prompt": "x", "seed": 3, "num_images": 2, "output_format": "jpeg"})
     )
 
-    assert msgspec.structs.replace(result, timings={"denoise": 2.5, "fetch": 9.0}).to_fal() == {
+    assert from_result(msgspec.structs.replace(result, timings={"denoise": 2.5, "fetch": 9.0})) == {
         "images": [
             {
                 "url": f"https://pictures.invalid/runs/job-1/outputs/{index}.jpeg",
@@ -177,7 +176,7 @@ def test_a_result_has_the_fields_of_fal() -> None:
 
 def test_a_request_of_fal_comes_back_as_its_result() -> None:
     """Sizes, prompt and seed are those of the request, and images are inline if requested."""
-    answer = fake_result("job-1", GenerateRequest.from_fal(Z_IMAGE_TURBO)).to_fal()
+    answer = from_result(fake_result("job-1", to_request(Z_IMAGE_TURBO)))
 
     assert (answer["prompt"], answer["seed"]) == (Z_IMAGE_TURBO["prompt"], Z_IMAGE_TURBO["seed"])
     assert [(image["width"], image["height"]) for image in answer["images"]] == [(1024, 576)] * 2
@@ -190,6 +189,6 @@ def test_a_result_without_urls_cannot_be_converted() -> None:
     )
 
     with pytest.raises(InvalidRequest) as raised:
-        result.to_fal()
+        from_result(result)
 
     assert raised.value.details["path"] == "$.url_policy"
