@@ -10,7 +10,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report test check check-deploy soak fuzz bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy soak fuzz bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -18,6 +18,7 @@ setup: $(VENV)/dev.stamp
 help:
 	@echo 'make setup         install everything into .venv'
 	@echo 'make demo          draw with the demo model on this machine'
+	@echo 'make docs          generate docs/reference from the code'
 	@echo 'make check         ruff, mypy --strict, import-linter'
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
@@ -52,6 +53,10 @@ demo-model: $(VENV)/dev.stamp
 # Measures the shipped demo model against its goals; ARGS="--prompts 50" for a shorter run.
 demo-model-report: $(VENV)/dev.stamp
 	TRANSFORMERS_VERBOSITY=error PYTHONPATH=tools $(RUN)/python -P -m demo_model.report $(ARGS)
+
+# Generates docs/reference from the code.
+docs: $(VENV)/dev.stamp
+	$(RUN)/python -P tools/reference.py
 
 check: $(VENV)/dev.stamp
 	$(RUN)/ruff check .

@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import re
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from celery import Celery
 from kombu import Connection
 from PIL import Image
 from support.fakes import load_engine
-from support.processes import Worker, clean_environ, path_of, unlinked, worker
+from support.processes import Worker, path_of, unlinked, worker
 from support.tiny_folder import tiny_lora_folder
 from zlora import Client, GenerateRequest, GenerateResult, JobState
 from zlora.errors import InvalidRequest, JobUnknown, LoraNotAllowed, LoraNotFound, ZloraError
@@ -152,26 +150,6 @@ def test_any_celery_program_can_enqueue(client: Client, celery: Celery) -> None:
 
     assert msgspec.convert(document, GenerateResult) == client.job("bare-1").result(timeout=5)
     assert document["job_id"] == "bare-1"
-
-
-def test_the_python_of_the_readme_prints_the_url_of_an_image(
-    environ: dict[str, str], host: str, running: Worker
-) -> None:
-    assert running.process.poll() is None
-    (lines, *_) = re.findall(
-        r"```python\n(.+?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL
-    )
-    here = lines.replace("https://example.com", f"http://{host}")
-
-    ended = subprocess.run(
-        [sys.executable, "-c", here],
-        env=clean_environ(environ),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-    assert path_of(ended.stdout.strip()).read_bytes().startswith(b"\x89PNG")
 
 
 # --- bad jobs; after each kind the worker draws a good one

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,3 +245,19 @@ def test_a_long_temporary_folder_and_an_old_record_do_not_stop_a_broker(
     with EmbeddedStack(clean_environ(environ)) as stack:
         assert "gone.sock" not in stack.broker_url
         stack.check()
+
+
+def test_the_first_steps_of_the_readme_work_as_written(tmp_path: Path) -> None:
+    """Its Python and its `zlora generate` draw with a LoRA beside `ZLORA_MODEL=demo zlora up`."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (python,) = re.findall(r"```python\n(.+?)```", readme, re.DOTALL)
+    (command,) = re.findall(r"^zlora generate .+$", readme, re.MULTILINE)
+    environ = {"ZLORA_HOME": str(tmp_path / "home"), "ZLORA_MODEL": "demo"}
+    with up(environ, tmp_path / "screen") as stack:
+        stack.wait_for("\nready after ")
+        zlora = str(Path(sys.executable).with_name("zlora"))
+        for program in [sys.executable, "-c", python], [zlora, *shlex.split(command)[1:]]:
+            subprocess.run(program, env=clean_environ(environ), cwd=tmp_path, check=True)
+
+    saved = list((tmp_path / "images").glob("*-0.png"))
+    assert len(saved) == len({path.read_bytes() for path in saved}) == 2

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.field_docs import field_docs
+from reference import field_docs
 from support.servers import untimed
 from zlora.errors import InvalidJobId, InvalidRequest
 from zlora.schema import (

@@ -1,6 +1,5 @@
 """Settings of the worker: each variable is read, errors name it, and secrets stay hidden."""
 
-import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from zlora.errors import InvalidSetting
 from zlora.lora.addresses import HUGGING_FACE
 from zlora_worker.settings import Settings, reference
 
-README = Path(__file__).parents[3] / "README.md"
 READ: list["Field[Any]"] = [item for item in fields(Settings) if item.metadata]
 
 # For each field: a text of its variable, other than the default, and the value that it means.
@@ -461,11 +459,3 @@ def test_the_reference_has_a_row_for_every_variable() -> None:
     for row in rows:
         assert row.note.endswith(".")
         assert "|" not in row.note
-
-
-def test_the_readme_lists_every_variable_with_its_default() -> None:
-    rows = re.findall(r"^\| (`[A-Z0-9_`, ]+`) \| (\S+) \| .+ \|$", README.read_text(), re.MULTILINE)
-
-    assert [(tuple(re.findall(r"`(\w+)`", names)), default) for names, default in rows] == [
-        (row.names, f"`{row.default}`" if row.default else "-") for row in reference()
-    ]

@@ -230,20 +230,4 @@ def test_zlora_up_ends_with_0_if_its_terminal_is_closed(
 
 @pytest.mark.parametrize("code", ["usage", "cannot_write", "interrupted"])
 def test_the_docs_have_the_codes_that_no_error_has(code: str) -> None:
-    assert re.search(rf"^\| [0-9, ]+ \| \| .*`{code}` \|$", DOCS, re.MULTILINE)
-
-
-def test_the_docs_have_the_table() -> None:
-    rows = re.findall(r"^\| ([0-9]+) \| (.+?) \|", DOCS, re.MULTILINE)
-    in_docs = {
-        name: int(status) for status, names in rows for name in re.findall(r"`([A-Z]\w+)`", names)
-    }
-
-    assert in_docs == {kind.__name__: status for kind, status in exit_codes.STATUSES.items()}
-
-
-def test_the_docs_have_every_command() -> None:
-    with main.make_context("zlora", ["up"]) as ctx:
-        names = main.list_commands(ctx)
-
-    assert not [name for name in names if f"`zlora {name}" not in DOCS]
+    assert re.search(rf"^\| [0-9, ]+ \| `{code}` \|", DOCS, re.MULTILINE)
