@@ -317,7 +317,7 @@ def test_an_unexpected_error_is_one_line_with_its_traceback_without_secrets(
     )
 
     assert any("RuntimeError: no kernel\nfor ***" in line["exception"] for line in lines)
-    assert {line["phase"] for line in lines if line["message"] == f"job {failed.id}"} == {
+    assert {line["phase"] for line in lines if line["message"] == f"job {failed.id} failed"} == {
         "denoising"
     }
     text = watched.worker.log.read_text()

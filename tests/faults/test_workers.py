@@ -105,7 +105,7 @@ def test_rolling_restarts_under_load_lose_nothing_and_draw_nothing_twice(scene: 
 
 def test_idle_worker_takes_what_a_busy_one_has_not_begun(scene: Scene) -> None:
     with scene.worker():
-        long = scene.submit(steps=1, step=4)
+        long = scene.submit(steps=1, step=8)
         scene.wait_begun(long)
         queued = [scene.submit() for _ in range(3)]
         with scene.worker("two"):

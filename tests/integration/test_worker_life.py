@@ -16,7 +16,7 @@ from zlora import JobState
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a city at night", "num_inference_steps": 60, "seed": 1}
-RESIDENT = "is resident after"
+RESIDENT = "is loaded after"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_ending_child_checks_the_whole_base(running: Worker) -> None:
     running.process.send_signal(signal.SIGTERM)
 
     assert running.process.wait(30) == 0
-    assert len(running.lines("at the end: the base is what was loaded")) == 1
+    assert len(running.lines("the base model is what was loaded")) == 1
 
 
 # In a worker's child process: as long as the file exists, the next image leaves a weight changed.

@@ -93,7 +93,7 @@ class JobRunner:
                         finish_with_error(task, ended)
                     raise Ignore(f"job {job_id} is tried again: {error.code}")
                 case Requeue(reason, after):
-                    logger.info("job %s: %s; looking again in %.0f s", job_id, reason, after)
+                    logger.warning("job %s: %s; again in %.0f s", job_id, reason, after)
                     send_again(task, countdown=after)
                     raise Ignore(reason)
                 case NotMine(reason):
@@ -281,9 +281,8 @@ class Delivery:
                 return self._with_urls(result)
             delete_images(self._child.store, self._job_id, request)
         if isinstance(error, BaseNotRestored):
-            logger.critical("job %s: %s", self._job_id, error, extra={"code": error.code})
             if self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
-                return Corrupted(str(error))
+                return Corrupted(f"job {self._job_id}: {error}")
         if error.retryable:
             error.add_details(attempt=retries_of(self._task) + 1)
         return Failed(self._leases.close(self._job_id, error))

@@ -7,16 +7,11 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
-from pythonjsonlogger.msgspec import MsgspecFormatter
 from zlora.errors import ZloraError
 from zlora.redaction import Redactor, on_one_line
 
-# Characters of a text in a JSON line. ASCII lines then fit into 4,096 bytes (PIPE_BUF in pipe(7)),
-# so that lines of several processes in one pipe stay whole.
-_MAX_CHARACTERS: Final = {"message": 1000, "exception": 1800, "stack": 500}
 _MAX_NAME: Final = 64  # characters of a job id or code
 _MAX_REASON: Final = 200  # characters of another library's error in an answer
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tab, newline
@@ -63,6 +58,8 @@ def use(kind: str, secrets: Iterable[str], *, logger: logging.Logger, process: s
     for handler in logger.handlers:
         handler.addFilter(RedactingFilter(redact, process=process, is_text=not is_json(kind)))
         if is_json(kind):
+            from zlora_worker.monitoring.json_formatter import JsonFormatter
+
             handler.setFormatter(JsonFormatter())
     logging.raiseExceptions = False
     threading.excepthook = _log_thread_error
@@ -118,47 +115,6 @@ class RedactingFilter(logging.Filter):
     def _name(self, value: object) -> str | None:
         """Return a value that may come from a message, as one short line."""
         return None if value is None else on_one_line(self._redact(str(value)))[:_MAX_NAME]
-
-
-class JsonFormatter(MsgspecFormatter):
-    """One JSON object per line, from a record that a `RedactingFilter` has prepared.
-
-    Fields: `time` (RFC 3339, UTC), `level`, `logger`, `process`, `message`; if known also `job`,
-    `phase`, `code`, `exception`, `stack`.
-    """
-
-    def add_fields(
-        self,
-        log_data: dict[str, Any],
-        record: logging.LogRecord,
-        message_dict: dict[str, Any],  # noqa: ARG002 - the base's signature
-    ) -> None:
-        """Fill `log_data`, and leave other attributes of the record out."""
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        fields: dict[str, Any] = {
-            "time": time.replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "process": getattr(record, "role", None),
-            "message": record.getMessage(),
-            "job": getattr(record, "job", None),
-            "phase": getattr(record, "phase", None),
-            "code": getattr(record, "code", None),
-            "exception": record.exc_text,
-            "stack": record.stack_info,
-        }
-        for name, limit in _MAX_CHARACTERS.items():
-            if fields[name] is not None:
-                fields[name] = _shortened(fields[name], limit)
-        log_data |= {name: value for name, value in fields.items() if value is not None}
-
-
-def _shortened(text: str, limit: int) -> str:
-    """Return the start and the end of a long text: the end of a traceback names the error."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]} ...[{len(text) - 2 * half} characters left out]... {text[-half:]}"
 
 
 def _message(record: logging.LogRecord) -> str:
