@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -137,7 +136,7 @@ def test_a_job_waits_for_a_store_that_does_not_answer_and_fails_in_the_end(
 def test_the_seconds_in_the_queue_are_known_if_the_message_has_its_time_of_submission(
     worker: InlineWorker,
 ) -> None:
-    """The seconds are at least 0, since two machines have two clocks; an impossible time is ignored."""
+    """Two clocks may differ: the least is 0, and an impossible time is ignored."""
     now = time.time()
     impossible = [None, "yesterday", True, 10**400, float("nan"), now - 1e6]
 
@@ -165,21 +164,19 @@ def test_every_key_that_a_delivery_writes_expires(worker: InlineWorker, job: str
 
     A key may expire between KEYS and TTL, which is then -2.
     """
-    past = datetime.now(UTC) - timedelta(seconds=1)
-    deliveries: list[Callable[[str], object]] = [
-        worker.deliver,
-        lambda job_id: worker.deliver(job_id, expires=past),
-        lambda job_id: (worker.leases.jobs.cancel(job_id), worker.deliver(job_id)),
-        lambda job_id: (worker.leases.child_timed_out(job_id, 5), worker.deliver(job_id)),
-        lambda job_id: (worker.fails_with(StoreFailed("full")), worker.deliver(job_id)),
-        lambda job_id: (worker.fails_with(LoraNotFound("no")), worker.deliver(job_id)),
-    ]
-    for index, deliver in enumerate(deliveries):
-        deliver(f"{job}-{index}")
+    worker.deliver(f"{job}-drawn")
+    worker.deliver(f"{job}-expired", expires=datetime.now(UTC) - timedelta(seconds=1))
+    worker.leases.jobs.cancel(f"{job}-cancelled")
+    worker.deliver(f"{job}-cancelled")
+    worker.leases.child_timed_out(f"{job}-late", 5)
+    worker.deliver(f"{job}-late")
     with worker.other.claim(f"{job}-leased", digest()):
         worker.deliver(f"{job}-leased")
     with pytest.raises(InvalidRequest):
         worker.apply({}, job_id=f"{job}-refused")
+    for error in (StoreFailed("full"), LoraNotFound("none")):
+        worker.fails_with(error)
+        worker.deliver(f"{job}-{error.code}")
 
     keys = worker.redis.keys()
     assert [key for key in keys if key.startswith("zlora:")]
