@@ -456,12 +456,13 @@ def test_a_weight_of_one_component_replaces_weight_even_if_it_is_zero(
 @pytest.mark.parametrize("error", [LoraMismatch, NotSafetensors])
 def test_a_lora_that_is_refused_changes_neither_the_store_nor_the_next_job(
     child: Child,
-    store: MemoryStore,
     unpatched: bytes,
     pinned: Callable[..., LoraSpec],
     tmp_path: Path,
     error: type[Exception],
 ) -> None:
+    store = MemoryStore()
+    child = dataclasses.replace(child, store=store)
     bad = tmp_path / "bad.safetensors"
     if error is LoraMismatch:
         write(
