@@ -69,7 +69,7 @@ def test_each_message_that_ends_an_unprotected_worker_is_refused(scene: Scene) -
                 ):
                     with pytest.raises(InvalidRequest):
                         scene.answer_for(scene.client.job(job_id)).result(timeout=30)
-                require_alive(scene, running)
+            require_alive(scene, running)
 
 
 def test_commands_of_remote_control_that_change_a_worker_are_not_answered(scene: Scene) -> None:
