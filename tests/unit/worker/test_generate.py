@@ -376,7 +376,7 @@ def test_the_receipt_has_what_was_used_of_each_lora(
     assert "s3cret" not in repr(result)
 
 
-def test_a_lora_that_was_used_before_comes_from_memory_whatever_its_weight(
+def test_a_lora_that_was_used_before_comes_from_memory_with_any_weight(
     child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
     """The image is the same as at first."""

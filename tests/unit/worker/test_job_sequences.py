@@ -138,8 +138,8 @@ def jobs(
     return Jobs(model_home, tmp_path_factory.mktemp("jobs"), request.param)
 
 
-# An exception that a signal raises during garbage collection is lost, and the job goes on: so it is
-# with a worker's time limit.
+# An exception that a signal raises during garbage collection is lost, and the job goes on. A time
+# limit of a worker can be lost in the same way.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @hypothesis_settings(max_examples=3, deadline=None, derandomize=True)
 @given(order=st.permutations([*GOOD, *BAD, *TIME_LIMITS]))

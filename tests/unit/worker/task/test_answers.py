@@ -1,4 +1,4 @@
-"""The result of a delivered job: how it is drawn, stored and answered."""
+"""Delivered jobs that succeed: their drawing, their result, and waits for the store."""
 
 import json
 import time
@@ -136,7 +136,7 @@ def test_a_job_waits_for_a_store_that_does_not_answer_and_fails_in_the_end(
 def test_the_seconds_in_the_queue_are_known_if_the_message_has_its_time_of_submission(
     worker: InlineWorker,
 ) -> None:
-    """Two clocks may differ: the least is 0, and an impossible time is ignored."""
+    """Two clocks may differ, so the seconds are at least 0; an impossible time is ignored."""
     now = time.time()
     impossible = [None, "yesterday", True, 10**400, float("nan"), now - 1e6]
 

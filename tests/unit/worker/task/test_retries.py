@@ -90,7 +90,7 @@ def test_a_job_that_is_cancelled_at_any_step_before_its_retry_is_revoked_once(
     step: str,
     lapsed: bool,
 ) -> None:
-    """The worker revokes it if it has the lease, else the producer; no RETRY hides the REVOKED."""
+    """The worker revokes the job if it has the lease, else the producer does."""
     worker.fails_with(StoreFailed("full"))
     places: list[Cancellation] = []
 
