@@ -73,7 +73,7 @@ async def submit(
     response: Response,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> dict[str, str]:
-    """Queue a request; the same key is the same job. Add the user's name to it if you have users."""
+    """Queue a request; the same key is the same job. With many users, add their ids to the key."""
     job = await client.submit(document, idempotency_key=idempotency_key)
     response.headers["Location"] = f"/images/{job.id}"
     return {"id": job.id}

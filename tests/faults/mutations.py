@@ -1,4 +1,4 @@
-"""Celery messages, changed at random or in a way that once ended a worker."""
+"""Celery messages, changed at random or in a way that ends an unprotected worker."""
 
 import base64
 import copy
@@ -15,7 +15,8 @@ ODD: Final[list[Any]] = [
     None, True, 0, -1, 10**400, 0.5, "", "x", "\x00", "é" * 50, [], {}, [1], {"a": 1}, [[[]]],
     "application/data", "application/text", "application/x-python-serialize", "application/json",
     "base64", "utf-16", "binary", "zlib", "bzip2", "gzip", "2099-01-01T00:00:00", "soon",
-    "celery.starmap", "celery.chain", "celery.chord_unlock", {"__type__": "datetime", "__value__": 5},
+    "celery.starmap", "celery.chain", "celery.chord_unlock",
+    {"__type__": "datetime", "__value__": 5},
 ]  # fmt: skip
 HEADERS: Final = (
     "argsrepr", "compression", "eta", "expires", "group", "group_index", "id", "ignore_result",
@@ -44,7 +45,8 @@ def envelope(job_id: str, request: Any, queue: str) -> Envelope:
         },
         "properties": {
             "correlation_id": job_id, "delivery_mode": 2, "priority": 0, "body_encoding": "base64",
-            "delivery_info": {"exchange": "", "routing_key": queue}, "delivery_tag": str(uuid.uuid4()),
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "delivery_tag": str(uuid.uuid4()),
         },
     }  # fmt: skip
 
@@ -137,8 +139,8 @@ _CHANGES: Final = (
 )  # fmt: skip
 
 
-def known_holes(message: Envelope) -> dict[str, list[bytes]]:
-    """Return messages that ended or held up a worker before there was a boundary, by their cause."""
+def faulty_messages(message: Envelope) -> dict[str, list[bytes]]:
+    """Return messages that end or stop a worker which does not validate them, by their fault."""
     job_id = message["headers"]["id"]
     far = (datetime.now(UTC) + timedelta(days=25_000)).isoformat()
     nested = ["zlora.generate", [["x"] * 10] * 10]
@@ -149,7 +151,10 @@ def known_holes(message: Envelope) -> dict[str, list[bytes]]:
         "body": "text",
         "properties": {**message["properties"], "body_encoding": None},
     }
+    starmap = with_body(message, [["celery.starmap", nested], {}, {}])
+    chord_unlock = with_body(message, unlock)
     protocol_1 = {"task": "celery.chunks", "id": job_id, "args": [], "kwargs": {}, "timelimit": 5}
+    two_ids = {**protocol_1, "task": "zlora.generate"}
     link = {"task": "zlora.generate", "args": [], "options": {"queue": "elsewhere"}}
     found: dict[str, list[Envelope]] = {
         "a content type that Celery cannot take": [
@@ -159,18 +164,16 @@ def known_holes(message: Envelope) -> dict[str, list[bytes]]:
         ],
         "a body of two fields": [with_body(message, [[{}], {}])],
         "protocol 1 for a built-in task": [with_body({**message, "headers": {}}, protocol_1)],
-        "two ids": [
-            with_body({**message, "headers": {"id": "other"}}, {**protocol_1, "task": "zlora.generate"})
-        ],
+        "two ids": [with_body({**message, "headers": {"id": "other"}}, two_ids)],
         "a built-in task": [
-            with_headers(with_body(message, [["celery.starmap", nested], {}, {}]), task="celery.starmap"),
-            with_headers(with_body(message, unlock), task="celery.chord_unlock"),
+            with_headers(starmap, task="celery.starmap"),
+            with_headers(chord_unlock, task="celery.chord_unlock"),
             with_headers(message, task="celery.starmap", timelimit=[0.05, None]),
             with_headers(message, task="celery.chain"),
         ],
         "a large message": [with_headers(message, unknown="x" * 5_000_000, eta=far)],
         "an ETA in many years": [with_headers(message, eta=far)],
-        "an answer of another class": [
+        "a header of another type": [
             with_headers(message, eta={"a": 1}),
             with_headers(message, retries="many"),
             with_headers(message, expires=[1]),
@@ -181,5 +184,5 @@ def known_holes(message: Envelope) -> dict[str, list[bytes]]:
             with_body(message, [[{"prompt": "x"}], {}, {"chain": [link], "errbacks": [link]}]),
             with_headers(message, shadow="a label of a metric"),
         ],
-    }  # fmt: skip
+    }
     return {cause: [json.dumps(one).encode() for one in many] for cause, many in found.items()}

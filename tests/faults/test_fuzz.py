@@ -1,4 +1,4 @@
-"""Mutated messages between good jobs: the worker lives, its child too, and every good job is drawn.
+"""Mutated messages between good jobs: worker and child go on, and each good job is drawn.
 
 `ZLORA_FUZZ_MESSAGES` sets how many; `make fuzz` sends 2,000.
 """
@@ -10,7 +10,7 @@ import uuid
 from typing import Any, Final
 
 import pytest
-from faults.mutations import envelope, known_holes, mutate
+from faults.mutations import envelope, faulty_messages, mutate
 from support.processes import Worker, wait_until
 from support.scene import Scene, request
 from zlora import JobHandle
@@ -22,12 +22,14 @@ GOOD_EVERY: Final = 10  # one good job among so many messages
 
 
 def push(scene: Scene, data: bytes) -> None:
+    """Put a message into the queue."""
     with scene.broker() as broker:
         broker.lpush(scene.queue, data)
     scene.tally.fault()
 
 
 def good_message(scene: Scene, job_id: str) -> dict[str, Any]:
+    """Return the message of a job."""
     return envelope(job_id, request(job_id), scene.queue)
 
 
@@ -53,13 +55,13 @@ def test_mutated_messages_between_good_jobs_leave_worker_and_jobs_intact(scene: 
         require_alive(scene, running)
 
 
-def test_each_message_that_once_ended_a_worker_is_refused(scene: Scene) -> None:
-    """It is answered with `invalid_request` if its headers name a job, and is counted in any case."""
+def test_each_message_that_ends_an_unprotected_worker_is_refused(scene: Scene) -> None:
+    """The error is stored as the result of the job if the headers have its id."""
     with scene.worker() as running:
-        for messages in known_holes(good_message(scene, "hole")).values():
+        for messages in faulty_messages(good_message(scene, "faulty")).values():
             for data in messages:
-                job_id = f"hole-{uuid.uuid4().hex[:12]}"
-                sent = data.replace(b'"hole"', f'"{job_id}"'.encode())
+                job_id = f"faulty-{uuid.uuid4().hex[:12]}"
+                sent = data.replace(b'"faulty"', f'"{job_id}"'.encode())
                 push(scene, sent)
                 if (
                     len(sent) < MAX_MESSAGE_BYTES
@@ -67,7 +69,7 @@ def test_each_message_that_once_ended_a_worker_is_refused(scene: Scene) -> None:
                 ):
                     with pytest.raises(InvalidRequest):
                         scene.answer_for(scene.client.job(job_id)).result(timeout=30)
-                require_alive(scene, running)
+            require_alive(scene, running)
 
 
 def test_commands_of_remote_control_that_change_a_worker_are_not_answered(scene: Scene) -> None:
@@ -96,7 +98,7 @@ def test_a_worker_waits_while_keys_in_redis_have_another_type(scene: Scene) -> N
         with scene.broker() as broker:
             for key in ("unacked", "unacked_index", f"zlora:ledger:{scene.queue}"):
                 broker.delete(key)
-                broker.set(key, "of another type")
+                broker.set(key, "not of the expected type")
                 scene.tally.fault()
                 handle = scene.client.job(f"typed-{uuid.uuid4().hex[:8]}")
                 push(scene, json.dumps(good_message(scene, handle.id)).encode())

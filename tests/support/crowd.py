@@ -17,11 +17,11 @@ Look = Callable[[int], None]  # called with the number of results so far
 
 
 class Crowd(NamedTuple):
-    """Measurements of one process; `megabytes` is its growth from the first job to the last result."""
+    """Measurements of one process, from the first submission to the last result."""
 
     seconds: float
     missed: list[str]  # ids of jobs without their own result
-    megabytes: float
+    megabytes: float  # growth of the memory
     connections: int  # opened since the start, the most at any time
 
 
@@ -58,8 +58,8 @@ async def gathered(client: AsyncClient, jobs: int, *, look: Look | None = None) 
             await asyncio.to_thread(look, done)
         return result is not None and result.job_id == handle.id
 
-    there = await asyncio.gather(*map(wait, handles))
-    missed = [handle.id for handle, found in zip(handles, there, strict=True) if not found]
+    owned = await asyncio.gather(*map(wait, handles))
+    missed = [handle.id for handle, is_owned in zip(handles, owned, strict=True) if not is_owned]
     return Crowd(time.monotonic() - start, missed, resident() - before, most)
 
 
@@ -77,13 +77,13 @@ def is_own(handle: JobHandle) -> bool:
 
 
 def resident() -> float:
-    """Megabytes of memory that this process uses (resident set size)."""
+    """Return the megabytes of memory that this process uses (resident set size)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
 
 def sockets() -> int:
-    """Number of open sockets of this process."""
+    """Return the number of open sockets of this process."""
     return sum(target.startswith("socket:") for target in _open_files())
 
 

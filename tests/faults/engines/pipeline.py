@@ -1,8 +1,9 @@
-"""Replaces `zlora_worker.model.pipeline`: takes orders from the prompt and draws a small image of one colour.
+"""Replaces `zlora_worker.model.pipeline`: takes orders from the prompt, and draws one colour.
 
-The prompt of such a job is a JSON object: `label` is the job's name in the journal, `step` the seconds of a step, and
-`do` what happens at step `at`: words of `faults.engines.misbehaviour`. `noise` orders an image of noise with that many
-pixels a side, which no encoder makes small. If `FAKE_IMAGES` names a folder, the images in it are drawn instead.
+The prompt of such a job is a JSON object: `label` is the name of the job in the journal, `step` the
+seconds of a step, and `do` is what happens at step `at`, in words of `faults.engines.misbehaviour`.
+`noise` orders an image of noise with that many pixels a side, which no encoder makes small. If
+`FAKE_IMAGES` names a folder, the images in it are drawn instead.
 """
 
 import functools
@@ -65,7 +66,7 @@ class Pipeline:
     def with_loras(
         self, loras: Sequence[WeightedLora], request: GenerateRequest
     ) -> Iterator[MergedModel]:
-        """Lend the pipeline to one job; raise `BaseNotRestored` if the job changed the base model."""
+        """Lend the pipeline to one job; raise `BaseNotRestored` if the base model is changed."""
         if not self.is_ready():
             raise BaseNotRestored
         self.state = PipelineState.BUSY
@@ -85,7 +86,7 @@ class Pipeline:
         """Become READY, or raise `BaseNotRestored` if a job changed the base model."""
         self.state = PipelineState.DIRTY
         if self.corrupted:
-            raise BaseNotRestored("1 tensor of the fake base is not what was loaded")
+            raise BaseNotRestored("1 tensor of the fake base model is not what was loaded")
         self.state = PipelineState.READY
 
     def size(self, request: GenerateRequest) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The story of a job, with the real model and cache; LoRAs are pinned and in the cache by default."""
+"""Jobs with the tiny model and a real cache, which has their LoRAs unless a test says otherwise."""
 
 import dataclasses
 import hashlib
@@ -57,6 +57,12 @@ def model(model_home: Path) -> Pipeline:
     return load_engine(model_home)
 
 
+@pytest.fixture(scope="module")
+def unpatched(model: Pipeline) -> bytes:
+    """Pixels of a job without a LoRA, before any test has merged one."""
+    return pixels(model)
+
+
 @pytest.fixture
 def store() -> MemoryStore:
     return MemoryStore()
@@ -69,7 +75,7 @@ def child(model: Pipeline, store: MemoryStore, model_home: Path, tmp_path: Path)
 
 @pytest.fixture
 def pinned(child: Child, tmp_path: Path) -> Callable[..., LoraSpec]:
-    """A spec of a file that is in the cache already; its host is one that nobody can reach."""
+    """Return the spec of a file that is in the cache; its host does not exist."""
 
     def put(file: Path, **fields: Any) -> LoraSpec:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -90,21 +96,21 @@ def read(data: bytes) -> Image.Image:
         return image
 
 
-# --- pictures and seeds
+# --- images and seeds
 
 
-def test_image_i_is_the_picture_of_a_job_with_seed_plus_i(child: Child, store: MemoryStore) -> None:
-    result = run_job(child, "many", a_request(seed=40, num_images=3))
+def test_image_i_is_the_image_of_a_job_with_seed_plus_i(child: Child, store: MemoryStore) -> None:
+    result = run_job(child, "many", a_request(seed=40, num_images=2))
 
     assert result.seed == 40
-    assert [image.seed for image in result.images] == [40, 41, 42]
+    assert [image.seed for image in result.images] == [40, 41]
     for image in result.images:
         single = pixels(child.model, seed=image.seed)
         assert read(store.objects[image.key][0]).tobytes() == single
 
 
-def test_a_job_without_a_seed_has_the_one_of_its_id(child: Child, store: MemoryStore) -> None:
-    """The same at every delivery, told in the result, and different for another id."""
+def test_a_job_without_a_seed_has_the_seed_of_its_id(child: Child, store: MemoryStore) -> None:
+    """The seed is the same at each delivery, is in the result, and differs for another id."""
     results = [run_job(child, job_id, a_request()) for job_id in ("one", "one", "two")]
 
     assert [result.seed for result in results] == [seed_of("one"), seed_of("one"), seed_of("two")]
@@ -116,21 +122,21 @@ def test_a_job_without_a_seed_has_the_one_of_its_id(child: Child, store: MemoryS
     )
 
 
-def test_seed_zero_is_a_seed(child: Child) -> None:
+def test_seed_zero_is_not_replaced(child: Child) -> None:
     assert run_job(child, "zero", a_request(seed=0)).seed == 0
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
-def test_a_picture_is_stored_as_its_reference_says(
+def test_an_image_is_stored_as_the_result_describes_it(
     child: Child, store: MemoryStore, output_format: OutputFormat
 ) -> None:
     request = a_request(output_format=output_format, width=128, height=72)
 
-    (image,) = run_job(child, "pictures", request).images
+    (image,) = run_job(child, "formats", request).images
 
     data, content_type = store.objects[image.key]
-    assert image.key == f"runs/pictures/outputs/0.{output_format}"
-    assert image.url is None  # a link is made when somebody asks
+    assert image.key == f"runs/formats/outputs/0.{output_format}"
+    assert image.url is None  # URLs are made when a result is read
     if request.keeps_pixels:
         assert image.pixels_sha256 == hashlib.sha256(read(data).tobytes()).hexdigest()
     assert (image.size, image.sha256) == (len(data), hashlib.sha256(data).hexdigest())
@@ -141,12 +147,12 @@ def test_a_picture_is_stored_as_its_reference_says(
 # --- the store
 
 
-def test_the_manifest_is_written_last_and_is_the_result(child: Child, store: MemoryStore) -> None:
-    result = run_job(child, "job-1", a_request(num_images=3), queued=0.5)
+def test_the_manifest_is_stored_last_and_is_the_result(child: Child, store: MemoryStore) -> None:
+    result = run_job(child, "job-1", a_request(num_images=2), queued=0.5)
 
-    pictures = [f"runs/job-1/outputs/{index}.png" for index in range(3)]
-    assert [image.key for image in result.images] == pictures
-    assert list(store.objects) == [*pictures, "runs/job-1/manifest.json"]
+    images = [f"runs/job-1/outputs/{index}.png" for index in range(2)]
+    assert [image.key for image in result.images] == images
+    assert list(store.objects) == [*images, "runs/job-1/manifest.json"]
     manifest, content_type = store.objects["runs/job-1/manifest.json"]
     assert msgspec.json.decode(manifest, type=GenerateResult) == result
     assert content_type == "application/json"
@@ -167,11 +173,10 @@ def test_a_job_delivered_twice_leaves_one_set_of_images(
 
 
 @pytest.mark.parametrize("room", [0, 1, 2])
-def test_a_store_that_fails_leaves_no_manifest_and_an_intact_model(
-    child: Child, model: Pipeline, pinned: Callable[..., LoraSpec], tmp_path: Path, room: int
+def test_a_failure_of_the_store_leaves_no_manifest_and_an_intact_model(
+    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path, room: int
 ) -> None:
-    """It fails at the first image, at the second, and at the manifest."""
-    before = pixels(model)
+    """The store fails at the first image, at the second one, and at the manifest."""
     store = MemoryStore(room)
     child = dataclasses.replace(child, store=store)
     spec = pinned(write(tmp_path / "a.safetensors", kohya_lora()))
@@ -182,7 +187,7 @@ def test_a_store_that_fails_leaves_no_manifest_and_an_intact_model(
 
     assert "runs/unstored/manifest.json" not in store.objects
     assert child.model.state is PipelineState.READY
-    assert pixels(child.model) == before
+    assert pixels(child.model) == unpatched
 
 
 def test_a_folder_that_cannot_be_written_is_a_store_failure(child: Child, tmp_path: Path) -> None:
@@ -195,15 +200,15 @@ def test_a_folder_that_cannot_be_written_is_a_store_failure(child: Child, tmp_pa
     assert child.model.state is PipelineState.READY
 
 
-# --- what a watcher hears, what the receipt says
+# --- progress and receipts
 
 
 def test_phases_and_steps_are_reported_in_order(
     child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """Steps count through all images."""
-    heard: list[tuple[Phase, int, int]] = []
-    report: Watch = lambda *event: heard.append(event)  # noqa: E731 - typed
+    """Steps are counted over all images."""
+    reports: list[tuple[Phase, int, int]] = []
+    report: Watch = lambda *event: reports.append(event)  # noqa: E731 - typed
     files = [
         write(tmp_path / "1.safetensors", kohya_lora()),
         write(tmp_path / "2.safetensors", peft_lora()),
@@ -212,7 +217,7 @@ def test_phases_and_steps_are_reported_in_order(
 
     run_job(child, "watched", a_request(num_images=2, num_inference_steps=3, loras=loras), report)
 
-    assert list(dict.fromkeys(heard)) == [  # the last ones again and again, as long as they take
+    assert list(dict.fromkeys(reports)) == [  # a phase repeats its last report while it lasts
         (Phase.PARSE, 0, 2),
         *((Phase.DENOISE, step, 6) for step in range(1, 7)),
         *((Phase.UPLOAD, done, 2) for done in range(2)),
@@ -222,9 +227,9 @@ def test_phases_and_steps_are_reported_in_order(
 def test_a_download_is_reported_with_its_bytes(
     model: Pipeline, model_home: Path, store: MemoryStore, tmp_path: Path
 ) -> None:
-    """Before all else; from the cache there is nothing to report."""
-    heard: list[tuple[Phase, int, int]] = []
-    report: Watch = lambda *event: heard.append(event)  # noqa: E731 - typed
+    """The download comes before every other phase."""
+    reports: list[tuple[Phase, int, int]] = []
+    report: Watch = lambda *event: reports.append(event)  # noqa: E731 - typed
     data = kohya_bytes(tmp_path)
     with serving(reply(data, ETag='"1"')) as host:
         allowed = lora_cache(tmp_path / "loras") | {"ZLORA_ALLOW_HOSTS": host.name}
@@ -232,18 +237,18 @@ def test_a_download_is_reported_with_its_bytes(
         url = f"{host.url}/a.safetensors"
         run_job(child, "fetched", a_request(loras=(LoraSpec(file=Asset(url=url)),)), report)
 
-    pieces = [event for event in heard if event[0] is Phase.FETCH]
+    pieces = [event for event in reports if event[0] is Phase.FETCH]
     assert pieces
-    assert heard[: len(pieces)] == pieces
-    assert pieces[0] == (Phase.FETCH, 0, 0)  # before the server says anything
+    assert reports[: len(pieces)] == pieces
+    assert pieces[0] == (Phase.FETCH, 0, 0)  # before the server replies
     assert pieces[-1] == (Phase.FETCH, len(data), len(data))
     assert [received for _, received, _ in pieces] == sorted(
         {received for _, received, _ in pieces}
     )
-    assert heard[len(pieces)] == (Phase.PARSE, 0, 1)
+    assert reports[len(pieces)] == (Phase.PARSE, 0, 1)
 
 
-def test_a_job_that_is_cancelled_in_a_download_ends_there(
+def test_a_job_that_is_cancelled_in_a_download_stores_nothing(
     model: Pipeline, model_home: Path, store: MemoryStore, tmp_path: Path
 ) -> None:
     cancelled = JobRevoked("job was cancelled", {"job_id": "job"})
@@ -270,7 +275,7 @@ def test_a_job_that_is_cancelled_in_a_download_ends_there(
     assert files == ["lock"]
 
 
-def test_the_result_tells_when_how_and_for_which_request_it_was_drawn(child: Child) -> None:
+def test_the_result_has_the_time_the_attempt_and_the_request_of_the_job(child: Child) -> None:
     request, before = a_request(seed=3), time.time()
 
     result = run_job(child, "job", request, attempt=3)
@@ -279,15 +284,15 @@ def test_the_result_tells_when_how_and_for_which_request_it_was_drawn(child: Chi
     assert result.finished_at is not None
     assert before <= result.started_at <= result.finished_at <= time.time()
     assert (result.attempt, result.tiled, result.request_sha256) == (3, False, digest_of(request))
-    beside = result.timings["encode"] + result.timings["upload"]  # the drawing
-    assert result.finished_at - result.started_at >= sum(result.timings.values()) - beside - 0.01
+    in_parallel = result.timings["encode"] + result.timings["upload"]  # with the drawing
+    in_turn = sum(result.timings.values()) - in_parallel
+    assert result.finished_at - result.started_at >= in_turn - 0.01
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_result_tells_that_a_picture_of_it_was_decoded_in_tiles(
+def test_a_result_is_tiled_if_any_of_its_images_was_decoded_in_tiles(
     child: Child, monkeypatch: pytest.MonkeyPatch, index: int
 ) -> None:
-    """Whichever of several."""
     decode, decoded = child.model._decode_whole, list[int]()
 
     def small(*arguments: Any, **options: Any) -> Any:
@@ -301,7 +306,7 @@ def test_a_result_tells_that_a_picture_of_it_was_decoded_in_tiles(
     assert run_job(child, "tiled", a_request(num_images=2)).tiled
 
 
-def test_every_phase_has_its_seconds(child: Child) -> None:
+def test_the_result_has_the_seconds_of_each_phase(child: Child) -> None:
     direct = run_job(child, "direct", a_request())
     queued = run_job(child, "queued", a_request(), queued=1.25)
 
@@ -312,10 +317,10 @@ def test_every_phase_has_its_seconds(child: Child) -> None:
     assert direct.timings["denoise"] > 0
 
 
-def test_two_loras_may_have_one_label(
+def test_two_loras_may_have_the_same_adapter_name(
     child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """It is the producer's word, and names nothing in the worker."""
+    """The name is a label of the producer, and identifies nothing in the worker."""
     files = [
         write(tmp_path / "one.safetensors", kohya_lora(UNET)),
         write(tmp_path / "two.safetensors", peft_lora(UNET)),
@@ -328,10 +333,10 @@ def test_two_loras_may_have_one_label(
     assert [receipt.format for receipt in result.loras] == ["kohya", "peft"]
 
 
-def test_the_receipt_says_what_was_used_of_each_lora(
+def test_the_receipt_has_what_was_used_of_each_lora(
     child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """In the request's order, without the credentials and the query of its address."""
+    """Receipts are in the order of the request, and sources have no credentials and no query."""
     files = [
         write(tmp_path / "one.safetensors", kohya_lora(UNET)),
         write(tmp_path / "two.safetensors", peft_lora((*UNET, *TEXT), ranks=(4, 2))),
@@ -371,10 +376,10 @@ def test_the_receipt_says_what_was_used_of_each_lora(
     assert "s3cret" not in repr(result)
 
 
-def test_a_lora_seen_before_comes_from_memory(
+def test_a_lora_that_was_used_before_comes_from_memory_with_any_weight(
     child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """With any weight: weights are no part of what is kept. The picture is the one of the first time."""
+    """The image is the same as at first."""
     file = write(tmp_path / "a.safetensors", kohya_lora())
     requests = [
         a_request(seed=1, loras=(pinned(file, weight=weight),)) for weight in (0.5, 0.9, 0.5)
@@ -396,12 +401,12 @@ def test_a_lora_seen_before_comes_from_memory(
     )
 
 
-def test_a_part_that_lands_nowhere_is_let_through_where_asked_for_and_told(
+def test_tensors_without_a_target_are_ignored_if_strict_is_false_and_are_in_the_receipt(
     child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """The same file is refused before and after: what one job allows is no part of what is kept."""
-    stray = {"unet.nowhere.lora_A.weight": torch.ones(2, 2), "emphasis": torch.ones(2)}
-    file = write(tmp_path / "a.safetensors", peft_lora() | stray)
+    """The parsed LoRA that is kept in memory does not depend on `strict`."""
+    unmatched = {"unet.nowhere.lora_A.weight": torch.ones(2, 2), "emphasis": torch.ones(2)}
+    file = write(tmp_path / "a.safetensors", peft_lora() | unmatched)
     plain = write(tmp_path / "b.safetensors", peft_lora())
     strict, lenient = (
         a_request(seed=1, loras=(pinned(file, strict=strict),)) for strict in (True, False)
@@ -416,14 +421,13 @@ def test_a_part_that_lands_nowhere_is_let_through_where_asked_for_and_told(
     (receipt,) = result.loras
     assert receipt.unmatched == {"unet": 1, "unknown": 1}
     assert receipt.unmatched_names == ("emphasis", "unet.nowhere.lora_A.weight")
-    without_stray = run_job(child, "plain", a_request(seed=1, loras=(pinned(plain),)))
-    assert result.images[0].pixels_sha256 == without_stray.images[0].pixels_sha256
+    without = run_job(child, "plain", a_request(seed=1, loras=(pinned(plain),)))
+    assert result.images[0].pixels_sha256 == without.images[0].pixels_sha256
 
 
-def test_weights_of_one_part_take_the_place_of_weight(
+def test_a_weight_of_one_component_replaces_weight_even_if_it_is_zero(
     child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """Zero counts as a weight: it is not the same as none."""
     file = write(tmp_path / "a.safetensors", kohya_lora((*UNET, *TEXT)))
     cases: list[dict[str, float]] = [
         {"weight": 0.5},
@@ -446,19 +450,19 @@ def test_weights_of_one_part_take_the_place_of_weight(
     assert len(set(digests)) == 4
 
 
-# --- what fails
+# --- failures
 
 
 @pytest.mark.parametrize("error", [LoraMismatch, NotSafetensors])
-def test_a_lora_that_fails_costs_its_job_only(
+def test_a_lora_that_is_refused_changes_neither_the_store_nor_the_next_job(
     child: Child,
-    store: MemoryStore,
+    unpatched: bytes,
     pinned: Callable[..., LoraSpec],
     tmp_path: Path,
     error: type[Exception],
 ) -> None:
-    """Nothing is stored, and the next job draws what it drew before."""
-    before = pixels(child.model)
+    store = MemoryStore()
+    child = dataclasses.replace(child, store=store)
     bad = tmp_path / "bad.safetensors"
     if error is LoraMismatch:
         write(
@@ -474,14 +478,13 @@ def test_a_lora_that_fails_costs_its_job_only(
     assert store.objects == {}
     assert "s3cret" not in str(raised.value)
     assert child.model.state is PipelineState.READY
-    assert pixels(child.model) == before
+    assert pixels(child.model) == unpatched
 
 
-def test_a_watcher_that_fails_costs_its_job_only(
-    child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
+def test_an_error_of_a_progress_report_does_not_change_the_next_job(
+    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """Reports go to a broker that may be gone: in the middle of drawing with a LoRA, the worst place."""
-    before = pixels(child.model)
+    """The broker may be down while a LoRA is merged into the model."""
     spec = pinned(write(tmp_path / "a.safetensors", kohya_lora()))
 
     def report(phase: Phase, _step: int, _steps: int) -> None:
@@ -492,4 +495,4 @@ def test_a_watcher_that_fails_costs_its_job_only(
         run_job(child, "unwatched", a_request(loras=(spec,)), report)
 
     assert child.model.state is PipelineState.READY
-    assert pixels(child.model) == before
+    assert pixels(child.model) == unpatched

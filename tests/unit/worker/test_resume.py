@@ -1,4 +1,4 @@
-"""A job that comes again: what its earlier deliveries have stored is neither drawn nor shown a second time."""
+"""Later deliveries of a job: what earlier ones have stored is neither drawn nor stored again."""
 
 import hashlib
 import io
@@ -38,20 +38,22 @@ def read(data: bytes) -> Image.Image:
         return image
 
 
-def drawing(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds that are drawn from now on."""
+def seeds_drawn(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the seed of each image that is drawn."""
     draw, drawn = model.draw, list[int]()
 
-    def watched(request: GenerateRequest, seed: int, on_step: Callable[[int], None]) -> Image.Image:
+    def recorded(
+        request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+    ) -> Image.Image:
         drawn.append(seed)
         return draw(request, seed, on_step)
 
-    monkeypatch.setattr(model, "draw", watched)
+    monkeypatch.setattr(model, "draw", recorded)
     return drawn
 
 
 def raising(error: BaseException, *, phase: Phase, at: int) -> Watch:
-    """Raise an error at a point of a phase."""
+    """Return a progress callback that raises an error at one report of a phase."""
 
     def report(current: Phase, done: int, _total: int) -> None:
         if (current, done) == (phase, at):
@@ -60,18 +62,17 @@ def raising(error: BaseException, *, phase: Phase, at: int) -> Watch:
     return report
 
 
-def pictures(store: MemoryStore, job_id: str) -> list[str]:
+def stored_images(store: MemoryStore, job_id: str) -> list[str]:
     return sorted(key for key in store.objects if key.startswith(f"runs/{job_id}/outputs/"))
 
 
-def test_a_job_that_comes_again_draws_only_what_is_missing(
+def test_a_resumed_job_draws_only_the_missing_images_and_has_the_same_result(
     child: Child, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is the job that it would have been."""
     request = a_request(seed=40, num_images=3)
     whole = run_job(child, "job", request)
     del store.objects["runs/job/outputs/1.png"], store.objects["runs/job/manifest.json"]
-    drawn = drawing(child.model, monkeypatch)
+    drawn = seeds_drawn(child.model, monkeypatch)
 
     again = run_job(child, "job", request, attempt=2, is_resumed=True)
 
@@ -80,8 +81,8 @@ def test_a_job_that_comes_again_draws_only_what_is_missing(
     assert (whole.attempt, again.attempt) == (1, 2)
 
 
-def test_a_picture_that_is_there_is_adopted_as_it_is(child: Child, store: MemoryStore) -> None:
-    """Digest and size are of what is stored, not of what this worker would have drawn."""
+def test_a_stored_image_is_reused_as_it_is(child: Child, store: MemoryStore) -> None:
+    """Checksum and size are those of the stored image, not of one that this worker would draw."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, "png")
     store.put_new("runs/job/outputs/0.png", buffer.getvalue(), "image/png")
@@ -93,10 +94,10 @@ def test_a_picture_that_is_there_is_adopted_as_it_is(child: Child, store: Memory
     assert store.objects["runs/job/outputs/0.png"][0] == buffer.getvalue()
 
 
-def test_a_picture_that_another_worker_stores_meanwhile_is_adopted(
+def test_an_image_that_another_worker_stores_first_is_reused(
     child: Child, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the last moment; its pixels are told too, and not those that were drawn here."""
+    """The result has the checksum of the stored pixels, not of those that were drawn here."""
     buffer, put_new = io.BytesIO(), store.put_new
     Image.new("RGB", (64, 64), "red").save(buffer, "png")
 
@@ -112,7 +113,9 @@ def test_a_picture_that_another_worker_stores_meanwhile_is_adopted(
     assert image.pixels_sha256 == hashlib.sha256(bytes([255, 0, 0]) * 64 * 64).hexdigest()
 
 
-def test_the_first_manifest_is_the_result_of_all(child: Child, store: MemoryStore) -> None:
+def test_the_first_manifest_is_the_result_of_all_deliveries(
+    child: Child, store: MemoryStore
+) -> None:
     first = run_job(child, "job", a_request(), attempt=1)
     manifest = store.objects["runs/job/manifest.json"]
 
@@ -122,8 +125,8 @@ def test_the_first_manifest_is_the_result_of_all(child: Child, store: MemoryStor
     assert store.objects["runs/job/manifest.json"] == manifest
 
 
-def test_a_picture_of_another_request_is_not_adopted(child: Child, store: MemoryStore) -> None:
-    """What a failed job left, long after its record has expired: the same id may then be another request."""
+def test_an_image_of_another_request_is_not_reused(child: Child, store: MemoryStore) -> None:
+    """A failed job may leave images; its id is free again after its record has expired."""
     with pytest.raises(StoreFailed):
         run_job(
             child, "job", a_request(num_images=2), raising(StoreFailed(), phase=Phase.UPLOAD, at=1)
@@ -137,10 +140,10 @@ def test_a_picture_of_another_request_is_not_adopted(child: Child, store: Memory
     )
 
 
-def test_what_is_stored_and_is_no_picture_is_a_store_failure(
+def test_a_stored_object_that_is_not_an_image_is_a_store_failure_and_is_deleted(
     child: Child, store: MemoryStore
 ) -> None:
-    store.put_new("runs/job/outputs/0.png", b"no picture", "image/png")
+    store.put_new("runs/job/outputs/0.png", b"not an image", "image/png")
 
     with pytest.raises(StoreFailed):
         run_job(child, "job", a_request(), is_resumed=True)
@@ -149,24 +152,24 @@ def test_what_is_stored_and_is_no_picture_is_a_store_failure(
     assert run_job(child, "job", a_request(), is_resumed=True).images
 
 
-def test_pictures_are_discarded_where_there_is_no_result(child: Child, store: MemoryStore) -> None:
-    """A lease can be lost with Redis: another worker may end the job while this one fails or is cancelled."""
+def test_images_are_deleted_only_if_there_is_no_manifest(child: Child, store: MemoryStore) -> None:
+    """Another worker may have ended the job while this one fails, if Redis lost the lease."""
     request = a_request(num_images=2)
     result = run_job(child, "job", request)
 
     delete_images(store, "job", request)
     assert load_result(store, "job", digest_of(request)) == result
-    assert pictures(store, "job") == [image.key for image in result.images]
+    assert stored_images(store, "job") == [image.key for image in result.images]
 
     del store.objects["runs/job/manifest.json"]
     delete_images(store, "job", request)
     assert store.objects == {}
 
 
-# --- a job that was drawn before
+# --- earlier results
 
 
-def test_a_job_without_a_manifest_is_not_finished(child: Child, store: MemoryStore) -> None:
+def test_a_job_without_a_manifest_has_no_result(child: Child, store: MemoryStore) -> None:
     assert load_result(store, "job", "digest") is None
 
     with pytest.raises(StoreFailed):
@@ -177,7 +180,7 @@ def test_a_job_without_a_manifest_is_not_finished(child: Child, store: MemorySto
     assert load_result(store, "job", digest_of(a_request(num_images=2))) is None
 
 
-def test_a_finished_job_is_its_result_and_of_one_request(child: Child, store: MemoryStore) -> None:
+def test_a_stored_result_belongs_to_one_request(child: Child, store: MemoryStore) -> None:
     result = run_job(child, "job", a_request())
 
     assert load_result(store, "job", digest_of(a_request())) == result
@@ -186,7 +189,7 @@ def test_a_finished_job_is_its_result_and_of_one_request(child: Child, store: Me
     assert raised.value.details == {"job_id": "job"}
 
 
-def test_a_manifest_from_before_there_were_digests_is_a_result(
+def test_a_manifest_without_a_digest_is_the_result_of_any_request(
     child: Child, store: MemoryStore
 ) -> None:
     result = msgspec.structs.replace(run_job(child, "job", a_request()), request_sha256=None)

@@ -1,4 +1,4 @@
-"""The record of a job: its position, its end, requests for its manifest; and every key expires."""
+"""The record of a job: its place in the queue, its end, and requests for its manifest."""
 
 import threading
 import time
@@ -48,40 +48,41 @@ def submission(
 
 
 def lifetimes(broker: Any) -> dict[str, int]:
+    """Return the seconds until each key expires; -1 for a key that does not."""
     return {key: broker.ttl(key) for key in broker.scan_iter()}
 
 
 # --- submitting
 
 
-def test_a_job_is_due_to_be_sent_until_it_is_marked_as_sent(jobs: JobStore) -> None:
+def test_a_job_must_be_sent_until_it_is_marked_as_sent(jobs: JobStore) -> None:
     assert jobs.add("a", submission(), "digest")
     assert jobs.add("a", submission(), "digest")
     jobs.mark_sent("a")
     assert not jobs.add("a", submission(), "digest")
 
 
-def test_another_digest_is_a_conflict_and_changes_nothing(jobs: JobStore, broker: Any) -> None:
+def test_another_request_under_the_same_id_is_a_conflict_and_changes_nothing(
+    jobs: JobStore, broker: Any
+) -> None:
     jobs.add("a", submission(), "digest")
-    before = (
-        broker.hgetall(job_key("a")),
-        broker.zrange(unfinished_key("gpu"), 0, -1, withscores=True),
-    )
+
+    def stored() -> tuple[Any, Any]:
+        unfinished = broker.zrange(unfinished_key("gpu"), 0, -1, withscores=True)
+        return broker.hgetall(job_key("a")), unfinished
+
+    before = stored()
 
     with pytest.raises(Conflict) as raised:
         jobs.add("a", submission(0, expires=time.time() + 9), "other")
 
     assert raised.value.details == {"job_id": "a"}
-    after = (
-        broker.hgetall(job_key("a")),
-        broker.zrange(unfinished_key("gpu"), 0, -1, withscores=True),
-    )
-    assert after == before
+    assert stored() == before
     assert not broker.exists(expiring_key("gpu"))
 
 
-def test_one_of_many_concurrent_requests_gets_the_id(broker_url: str, broker: Any) -> None:
-    """Eight requests under one id at the same time: seven raise a conflict."""
+def test_one_of_eight_concurrent_requests_gets_the_id(broker_url: str, broker: Any) -> None:
+    """The other seven requests raise a conflict."""
     outcomes: list[object] = []
     one = submission(submitted=1.0)
 
@@ -113,7 +114,9 @@ def test_a_submission_can_be_sent_again_until_the_job_has_ended(jobs: JobStore) 
     assert jobs.submission("never") is None
 
 
-def test_many_jobs_are_recorded_as_one_by_one(jobs: JobStore, broker: Any) -> None:
+def test_jobs_that_are_recorded_together_have_the_same_records_as_single_ones(
+    jobs: JobStore, broker: Any
+) -> None:
     many = [
         (f"job-{index}", submission(index, expires=time.time() + 60), "digest")
         for index in range(5)
@@ -126,10 +129,10 @@ def test_many_jobs_are_recorded_as_one_by_one(jobs: JobStore, broker: Any) -> No
     assert jobs.add_many(many) == [None] * 5
     assert jobs.add_many([]) == []
     assert broker.zcard(unfinished_key("gpu")) == broker.zcard(expiring_key("gpu")) == 5
-    assert [key for key, life in lifetimes(broker).items() if life < 0] == []
+    assert [key for key, life in lifetimes(broker).items() if life == -1] == []
 
 
-def test_a_conflict_names_the_first_id_and_the_other_jobs_are_recorded(
+def test_a_conflict_has_the_first_id_and_the_other_jobs_are_recorded(
     jobs: JobStore,
 ) -> None:
     for name in ("b", "c"):
@@ -143,8 +146,8 @@ def test_a_conflict_names_the_first_id_and_the_other_jobs_are_recorded(
     assert jobs.add("d", submission(), "digest") is not None
 
 
-def test_scripts_work_after_redis_has_forgotten_them(jobs: JobStore, broker: Any) -> None:
-    """Redis forgets scripts with every restart."""
+def test_scripts_work_after_a_restart_of_redis(jobs: JobStore, broker: Any) -> None:
+    """A restart clears the scripts that Redis has loaded."""
     for name in "ab":
         broker.script_flush()
         assert len(jobs.add_many([(name, submission(), "digest")])) == 1
@@ -152,10 +155,10 @@ def test_scripts_work_after_redis_has_forgotten_them(jobs: JobStore, broker: Any
         assert jobs.mark_ended(name, LoraMismatch("no")).is_first
 
 
-# --- positions
+# --- places in the queue
 
 
-def test_jobs_are_due_by_priority_and_then_by_time(jobs: JobStore) -> None:
+def test_jobs_are_ordered_by_priority_and_then_by_time(jobs: JobStore) -> None:
     now = time.time()
     for job_id, priority, age in (("low", 9, 3), ("late", 5, 1), ("early", 5, 2), ("high", 0, 0)):
         jobs.add(job_id, submission(priority, submitted=now - age), "digest")
@@ -174,7 +177,7 @@ def test_jobs_are_due_by_priority_and_then_by_time(jobs: JobStore) -> None:
     }
 
 
-def test_unfinished_jobs_are_found_by_time_whatever_their_priority(jobs: JobStore) -> None:
+def test_unfinished_returns_old_jobs_of_any_priority(jobs: JobStore) -> None:
     now = time.time()
     for priority in (0, 5, 9):
         jobs.add(f"old-{priority}", submission(priority, submitted=now - 60), "digest")
@@ -184,7 +187,7 @@ def test_unfinished_jobs_are_found_by_time_whatever_their_priority(jobs: JobStor
     assert sorted(jobs.unfinished(before=now - 30)) == ["old-0", "old-9"]
 
 
-def test_expired_jobs_are_found_until_they_have_started_or_ended(jobs: JobStore) -> None:
+def test_expired_returns_jobs_that_have_neither_started_nor_ended_in_time(jobs: JobStore) -> None:
     for job_id, seconds in (("over", -2), ("too", -1), ("in time", 60)):
         jobs.add(job_id, submission(expires=time.time() + seconds), "digest")
     jobs.add("never expires", submission(), "digest")
@@ -216,7 +219,7 @@ def test_each_queue_has_its_own_unfinished_jobs(jobs: JobStore, broker_url: str)
 
 
 def test_a_job_that_has_ended_cannot_be_cancelled(jobs: JobStore) -> None:
-    """The record is enough, also if Celery's result is lost and no sidecar replies."""
+    """The record is enough, even if the result has expired and no sidecar replies."""
     jobs.add("done", submission(), "digest")
     jobs.mark_ended("done")
 
@@ -229,15 +232,17 @@ def test_cancel_returns_whether_the_job_is_queued_running_or_unknown(
     jobs.add("queued", submission(), "digest")
     jobs.add("running", submission(), "digest")
     broker.set(lease_key("running"), "worker", ex=60)
-    broker.set(lease_key("theirs"), "worker", ex=60)
+    broker.set(lease_key("unsubmitted"), "worker", ex=60)
 
-    answers = {job_id: jobs.cancel(job_id) for job_id in ("queued", "running", "never", "theirs")}
+    answers = {
+        job_id: jobs.cancel(job_id) for job_id in ("queued", "running", "never", "unsubmitted")
+    }
 
     assert answers == {
         "queued": "queued",
         "running": "running",
         "never": "unknown",
-        "theirs": "running",
+        "unsubmitted": "running",
     }
     assert all(broker.hexists(job_key(job_id), "cancelled") for job_id in answers)
 
@@ -252,15 +257,15 @@ def test_each_error_is_read_as_it_was_recorded(jobs: JobStore, broker: Any) -> N
         assert (str(found), found.details) == ("a sentence, é", DETAILS)
 
 
-def test_an_error_of_a_newer_worker_is_read_as_its_parent() -> None:
-    found = verdict_of({"verdict": '["unheard_of","it says",{"a":1}]'})
+def test_an_error_with_an_unknown_code_is_read_as_a_zlora_error() -> None:
+    found = verdict_of({"verdict": '["unknown_code","a message",{"a":1}]'})
 
     assert type(found) is ZloraError
-    assert (str(found), found.details) == ("it says", {"a": 1})
+    assert (str(found), found.details) == ("a message", {"a": 1})
     assert verdict_of({}) is None
 
 
-def test_the_first_error_of_a_job_stays(jobs: JobStore) -> None:
+def test_the_first_error_of_a_job_is_kept(jobs: JobStore) -> None:
     assert jobs.mark_ended("a", LoraMismatch("first")) == (None, True)
 
     second, is_first = jobs.mark_ended("a", JobRevoked("second"))
@@ -270,7 +275,7 @@ def test_the_first_error_of_a_job_stays(jobs: JobStore) -> None:
 
 
 @pytest.mark.parametrize("verdict", [None, LoraMismatch("no")])
-def test_a_webhook_is_due_once_however_often_the_job_ends(
+def test_a_webhook_is_due_once_even_if_the_job_ends_twice(
     jobs: JobStore, broker: Any, verdict: ZloraError | None
 ) -> None:
     expected = Webhook(url="https://example.com/", events=("job.failed",))
@@ -290,10 +295,10 @@ def test_a_webhook_is_due_once_however_often_the_job_ends(
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-def test_a_job_ends_in_its_own_queue_whatever_the_queue_of_the_caller(
+def test_a_job_ends_in_its_own_queue_even_if_the_caller_has_another_queue(
     jobs: JobStore, broker: Any, is_old: bool
 ) -> None:
-    """A record of an older version has no queue: it is the caller's then."""
+    """A record of an older version has no queue, so the queue of the caller is used."""
     webhook = Webhook(url="https://example.com/")
     jobs.add(
         "a",
@@ -319,10 +324,10 @@ def test_a_job_that_is_submitted_again_keeps_its_first_webhook(jobs: JobStore, b
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\x00", "a\nb", float("nan")], ids=ascii)
-def test_an_error_is_recorded_whatever_its_details(
+def test_an_error_with_any_text_in_its_details_is_recorded(
     jobs: JobStore, broker: Any, text: object
 ) -> None:
-    """Details have names from LoRA files; a job that cannot be ended would be delivered for ever."""
+    """Details have names from LoRA files. A job that cannot end would be delivered for ever."""
     jobs.mark_ended("a", LoraMismatch(f"name {text}", {"names": [text]}))
 
     assert isinstance(verdict_of(broker.hgetall(job_key("a"))), LoraMismatch)
@@ -347,7 +352,7 @@ def test_attempts_are_sorted_by_time() -> None:
 # --- manifests of jobs whose result has expired
 
 
-def test_a_reply_goes_to_its_request(jobs: JobStore, broker_url: str) -> None:
+def test_each_request_for_a_manifest_gets_its_own_reply(jobs: JobStore, broker_url: str) -> None:
     def reply_twice() -> None:
         with connect(broker_url) as connection:
             sidecar = JobStore(connection, "gpu")
@@ -378,13 +383,13 @@ def test_a_request_without_a_reply_ends_within_two_seconds(jobs: JobStore) -> No
 def test_a_request_with_another_reply_key_is_ignored(
     jobs: JobStore, broker: Any, text: str
 ) -> None:
-    """A reply would overwrite that key."""
+    """A reply would overwrite the key."""
     broker.lpush(manifest_requests_key("gpu"), text)
 
     assert jobs.next_request(0.1) is None
 
 
-def test_without_requests_the_sidecar_goes_on(jobs: JobStore) -> None:
+def test_next_request_returns_none_if_there_is_no_request(jobs: JobStore) -> None:
     assert jobs.next_request(0.05) is None
 
 
@@ -392,7 +397,7 @@ def test_without_requests_the_sidecar_goes_on(jobs: JobStore) -> None:
 
 
 def test_every_key_expires(jobs: JobStore, broker: Any) -> None:
-    """Redis evicts nothing: a key without expiry would stay for ever."""
+    """Redis evicts nothing: a key without an expiry would stay for ever."""
     jobs.add("a", submission(expires=time.time() + 60), "digest")
     jobs.mark_sent("a")
     jobs.add("b", submission(), "digest")
@@ -409,10 +414,10 @@ def test_every_key_expires(jobs: JobStore, broker: Any) -> None:
 
 
 @pytest.mark.parametrize("call", ["mark_sent", "mark_ended", "cancel"])
-def test_a_record_that_redis_has_lost_expires_if_it_comes_back(
+def test_a_record_that_redis_has_lost_expires_after_the_next_write(
     jobs: JobStore, broker: Any, call: str
 ) -> None:
-    """Redis loses a record between two calls by a truncated append-only file, or FLUSHALL."""
+    """A truncated append-only file or FLUSHALL may remove a record between two calls."""
     getattr(jobs, call)("a")
 
-    assert [key for key, life in lifetimes(broker).items() if life < 0] == []
+    assert [key for key, life in lifetimes(broker).items() if life == -1] == []

@@ -1,4 +1,4 @@
-"""Celery messages in Redis: id, time of submission and argument are read, anything else is refused."""
+"""Celery messages in Redis: job id, time of submission and argument; other data is refused."""
 
 import base64
 import json
@@ -21,6 +21,7 @@ REQUEST = {"prompt": "a portrait"}
 
 
 def message(body: object, *, encoding: str | None = "base64") -> str:
+    """Return a message as Redis has it."""
     text = json.dumps(body)
     if encoding == "base64":
         text = base64.b64encode(text.encode()).decode()
@@ -29,12 +30,13 @@ def message(body: object, *, encoding: str | None = "base64") -> str:
 
 
 def parsed(data: str) -> QueuedMessage:
+    """Return the parsed message, which must be valid."""
     found = QueuedMessage.parse(data)
     assert found is not None
     return found
 
 
-def test_a_message_of_a_client_is_read(client: Client, broker: Any) -> None:
+def test_a_message_of_the_client_has_its_id_argument_and_time(client: Client, broker: Any) -> None:
     client.submit(REQUEST, job_id="job-1")
     (data,) = (text for name in waiting_lists("gpu") for text in broker.lrange(name, 0, -1))
 
@@ -91,7 +93,7 @@ def test_a_body_that_is_not_base64_or_too_deep_is_a_value_error() -> None:
     ],
     ids=lambda data: data[:12],
 )
-def test_anything_but_a_message_is_none(data: str) -> None:
+def test_data_that_is_not_a_message_is_none(data: str) -> None:
     assert QueuedMessage.parse(data) is None
     assert UnackedMessage.parse(data) is None
 

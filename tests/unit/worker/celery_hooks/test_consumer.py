@@ -1,4 +1,4 @@
-"""The boundary between messages and Celery: a message is a job, or is refused with a reason."""
+"""The boundary before Celery: a message is accepted as a job, or refused with a reason."""
 
 import json
 import uuid
@@ -25,7 +25,7 @@ HEADERS = {"id": "job-1", "task": "zlora.generate", "retries": 0, "timelimit": [
 def message(
     body: Any, headers: dict[str, Any] | None = None, content_type: str = "application/json"
 ) -> Message:
-    """A message with a JSON body, as kombu gives it to a consumer that accepts JSON."""
+    """Return a message with a JSON body, as kombu gives it to a consumer that accepts JSON."""
     return Message(
         body=json.dumps(body),
         headers={} if headers is None else dict(headers),
@@ -107,14 +107,14 @@ def test_a_job_in_either_protocol_is_accepted(sent: Message) -> None:
         Message(body="{", headers={"id": "job-1"}, content_type="application/json"),
     ],
 )  # fmt: skip
-def test_anything_else_is_refused(sent: Message) -> None:
-    """Each of these would end the worker, reach the child, or change other tasks."""
+def test_any_other_message_is_refused(sent: Message) -> None:
+    """Each of these messages would end the worker, reach the child, or change other tasks."""
     with pytest.raises(Exception):  # noqa: B017, PT011 - the consumer catches all
         validate(sent)
 
 
-def test_headers_that_mean_nothing_to_a_job_are_dropped() -> None:
-    """A value of another type in one of these would raise in the child."""
+def test_headers_without_a_meaning_for_a_job_are_dropped() -> None:
+    """In such a header, a value of another type would raise an error in the child."""
     sent = version_2(
         root_id={}, parent_id=5, stamps="x", stamped_headers=7, group=[1], argsrepr={}, lang=3,
         origin=7, **{SUBMITTED_AT: 1.5},
@@ -127,8 +127,8 @@ def test_headers_that_mean_nothing_to_a_job_are_dropped() -> None:
     }  # fmt: skip
 
 
-class Answering:
-    """A consumer as far as it answers for a refused message."""
+class RefusingConsumer:
+    """The part of the consumer that answers refused messages, with a queue of its own."""
 
     def __init__(self, broker_url: str) -> None:
         self.queue, self.job = uuid.uuid4().hex, uuid.uuid4().hex
@@ -136,14 +136,14 @@ class Answering:
         self.app = IsolatedCelery("test", config)
         self.leases = JobLeases(broker_url, self.queue)
         kind = job_consumer(self.leases, lambda: None)
-        self.consumer: Any = kind.__new__(kind)
-        self.consumer.app = self.app
+        self._consumer: Any = kind.__new__(kind)
+        self._consumer.app = self.app
         self.acknowledged = 0
 
     def refuse(self, headers: dict[str, Any], body: Any = None) -> None:
         refused: Any = message(body, headers)
         refused.ack_log_error = self._acknowledge
-        self.consumer._refuse(refused, ValueError("odd"))
+        self._consumer._refuse(refused, ValueError("odd"))
 
     def _acknowledge(self, *_: object) -> None:
         self.acknowledged += 1
@@ -154,9 +154,10 @@ class Answering:
 
 
 @pytest.fixture
-def answering(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answering]:
+def consumer(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefusingConsumer]:
+    # As in a worker: no subscription to results.
     monkeypatch.setattr(celery.backends.redis, "task_join_will_block", lambda: True)
-    made = Answering(broker_url)
+    made = RefusingConsumer(broker_url)
     yield made
     made.leases.jobs.redis.close()
     made.leases.impatient.close()
@@ -167,39 +168,41 @@ def answering(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answ
 
 @pytest.mark.parametrize("protocol", [1, 2])
 def test_a_refused_message_is_answered_counted_and_acknowledged(
-    answering: Answering, protocol: int
+    consumer: RefusingConsumer, protocol: int
 ) -> None:
     if protocol == 1:
-        answering.refuse({}, {"id": answering.job})
+        consumer.refuse({}, {"id": consumer.job})
     else:
-        answering.refuse({"id": answering.job})
+        consumer.refuse({"id": consumer.job})
 
-    state, error = answering.state()
-    assert (state, type(error), answering.acknowledged) == ("FAILURE", InvalidRequest, 1)
-    assert answering.leases.impatient.get(refused_key(answering.queue)) == "1"
+    state, error = consumer.state()
+    assert (state, type(error), consumer.acknowledged) == ("FAILURE", InvalidRequest, 1)
+    assert consumer.leases.impatient.get(refused_key(consumer.queue)) == "1"
 
 
-def test_a_refused_message_does_not_fail_a_job_that_was_submitted(answering: Answering) -> None:
-    """A good message of the job is on its way: the job would fail first and succeed later."""
-    with answering.leases.claim(answering.job, "d"):
+def test_a_refused_message_does_not_fail_a_job_that_was_submitted(
+    consumer: RefusingConsumer,
+) -> None:
+    """The message of the client is still in the queue, so the job would fail and then succeed."""
+    with consumer.leases.claim(consumer.job, "d"):
         pass
 
-    answering.refuse({"id": answering.job})
+    consumer.refuse({"id": consumer.job})
 
-    assert (answering.state()[0], answering.acknowledged) == ("PENDING", 1)
+    assert (consumer.state()[0], consumer.acknowledged) == ("PENDING", 1)
 
 
 @pytest.mark.parametrize("job_id", [None, 5, "../x", "a" * 65, ""])
 def test_a_refused_message_without_a_valid_id_is_only_counted(
-    answering: Answering, job_id: Any
+    consumer: RefusingConsumer, job_id: Any
 ) -> None:
-    answering.refuse({"id": job_id})
+    consumer.refuse({"id": job_id})
 
-    assert answering.acknowledged == 1
-    assert answering.leases.impatient.get(refused_key(answering.queue)) == "1"
+    assert consumer.acknowledged == 1
+    assert consumer.leases.impatient.get(refused_key(consumer.queue)) == "1"
 
 
-def test_the_transports_replacement_is_refused_with_the_original_fault() -> None:
+def test_a_replacement_of_the_transport_is_refused_with_the_fault_of_the_original() -> None:
     replaced = message("", {"id": "job-1", "task": "unreadable", "fault": "it is compressed"})
 
     with pytest.raises(Exception, match="it is compressed"):

@@ -1,4 +1,4 @@
-"""Requests in the parent process: time limits, how a child died, and the visibility heartbeat."""
+"""Requests in the parent process: time limits, deaths of a child, and the visibility heartbeat."""
 
 import time
 import uuid
@@ -30,18 +30,18 @@ REQUEST = {"prompt": "a portrait"}
 
 
 def _task(request: object) -> None:
-    """Stands for the task that a child would run."""
+    """Do nothing, in the place of the task that a child runs."""
 
 
 class Held:
-    """As much of a request as the heartbeat looks at."""
+    """The part of a request that the heartbeat reads."""
 
     def __init__(self, message: Any, *, acknowledged: bool) -> None:
         self.message, self.acknowledged = message, acknowledged
 
 
 class Parent:
-    """A parent that has one job."""
+    """Parent process with one job."""
 
     def __init__(self, broker_url: str, folder: Path) -> None:
         self.queue, self.job = uuid.uuid4().hex, uuid.uuid4().hex
@@ -77,9 +77,9 @@ class Parent:
         return [attempt.signal for attempt in attempts_of(self.leases.record(self.job)).values()]
 
     def close(self) -> None:
-        for desk in (self.leases, self.other):
-            desk.jobs.redis.close()
-            desk.impatient.close()
+        for leases in (self.leases, self.other):
+            leases.jobs.redis.close()
+            leases.impatient.close()
         backend: Any = self.app.backend
         backend.client.connection_pool.disconnect()
         self.app.close()
@@ -87,9 +87,8 @@ class Parent:
 
 @pytest.fixture
 def parent(broker_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
-    monkeypatch.setattr(
-        celery.backends.redis, "task_join_will_block", lambda: True
-    )  # as in a worker: no subscription
+    # As in a worker: no subscription to results.
+    monkeypatch.setattr(celery.backends.redis, "task_join_will_block", lambda: True)
     made = Parent(broker_url, tmp_path)
     yield made
     made.close()
@@ -101,35 +100,33 @@ def info(error: BaseException) -> Any:
 
     try:
         fail()
-    except BaseException:  # noqa: BLE001 - what is caught is what was given
+    except BaseException:  # noqa: BLE001 - the given error, of any class
         return ExceptionInfo()
 
 
-# --- the time of a job
+# --- time limits
 
 
-@pytest.mark.parametrize(
-    ("asked", "seconds"),
-    [
-        (None, 60), (10, 10), (0.5, 0.5), (60, 60), (61, 60), (1e300, 60), (10**400, 60),
-        (0, 60), (-1, 60), (True, 60), ("10", 60), ([10], 60), (float("nan"), 60), (float("inf"), 60),
-    ],
-)  # fmt: skip
-def test_the_hard_limit_is_the_requests_timeout_within_the_bound_plus_a_grace(
-    parent: Parent, asked: Any, seconds: float
+def test_the_hard_limit_is_the_timeout_of_the_request_within_the_bound_plus_a_grace(
+    parent: Parent,
 ) -> None:
-    """Values that make no sense are refused later, by the child."""
-    assert parent.request({**REQUEST, "timeout": asked}).time_limits == (seconds + 30, None)
+    """A timeout that is not a positive number is refused later, by the child."""
+    for timeout, seconds in ((None, 60), (10, 10), (0.5, 0.5), (60, 60), (61, 60), (10**400, 60)):
+        assert parent.request({**REQUEST, "timeout": timeout}).time_limits == (seconds + 30, None)
+    odd: list[object] = [0, -1, True, "10", [10], 1e300, float("nan"), float("inf")]
+    for value in odd:
+        assert parent.request({**REQUEST, "timeout": value}).time_limits == (90, None)
 
 
-@pytest.mark.parametrize("document", [None, "x", [], 5, {"timeout": {}}])
-def test_any_document_has_a_hard_limit(parent: Parent, document: Any) -> None:
-    assert parent.request(document).time_limits == (90, None)
-    assert parent.request(args=[], kwargs={"request": document}).time_limits == (90, None)
+def test_the_hard_limit_is_the_bound_if_there_is_no_request(parent: Parent) -> None:
+    documents: list[object] = [None, "x", [], 5, {"timeout": {}}]
+    for document in documents:
+        assert parent.request(document).time_limits == (90, None)
+        assert parent.request(args=[], kwargs={"request": document}).time_limits == (90, None)
     assert parent.request(args=[]).time_limits == (90, None)
 
 
-def test_a_request_passed_by_name_has_its_own_limit(parent: Parent) -> None:
+def test_the_timeout_of_a_request_that_is_passed_by_name_counts(parent: Parent) -> None:
     assert parent.request(args=[], kwargs={"request": {"timeout": 10}}).time_limits == (40, None)
 
 
@@ -137,7 +134,7 @@ def test_time_limits_in_the_message_are_ignored(parent: Parent) -> None:
     assert parent.request(time_limit=1e6, soft_time_limit=1e5).time_limits == (90, None)
 
 
-def test_inspection_shows_no_secret(parent: Parent) -> None:
+def test_celery_inspect_shows_no_secret(parent: Parent) -> None:
     signed = {
         "prompt": "p",
         "loras": [{"file": {"url": "https://user:word@host/file?signature=0123"}}],
@@ -146,12 +143,7 @@ def test_inspection_shows_no_secret(parent: Parent) -> None:
 
     shown = str(request.info()) + request.argsrepr + request.kwargsrepr + repr(request)
     assert "https://host/file" in request.argsrepr
-    assert not [
-        secret
-        for secret in ("0123", "word")
-        if secret in request.argsrepr + request.kwargsrepr + repr(request)
-    ]
-    assert shown
+    assert [secret for secret in ("0123", "word") if secret in shown] == []
 
 
 def test_the_parent_does_not_expire_a_job(parent: Parent) -> None:
@@ -160,7 +152,7 @@ def test_the_parent_does_not_expire_a_job(parent: Parent) -> None:
     assert request.revoked() is False
 
 
-# --- the end of a child
+# --- deaths of a child
 
 
 @pytest.mark.parametrize(
@@ -175,7 +167,7 @@ def test_the_parent_does_not_expire_a_job(parent: Parent) -> None:
         (SystemExit(3), "3"),
     ],
 )
-def test_the_cause_of_a_childs_death_is_recorded_and_its_job_released(
+def test_the_cause_of_death_of_a_child_is_recorded_and_its_job_is_released(
     parent: Parent, error: BaseException, signal: str, killed_in: Enter
 ) -> None:
     request = parent.request()
@@ -189,7 +181,7 @@ def test_the_cause_of_a_childs_death_is_recorded_and_its_job_released(
         assert claim.state is ClaimState.CLAIMED
 
 
-def test_an_error_of_the_job_is_not_a_death(parent: Parent) -> None:
+def test_an_error_of_a_job_is_not_a_death(parent: Parent) -> None:
     request = parent.request()
     with parent.leases.claim(parent.job, "d"):
         request.on_failure(info(LoraNotFound("none")), return_ok=True)
@@ -214,7 +206,7 @@ def test_a_job_that_a_stopping_worker_puts_back_counts_no_death(
 def test_a_job_whose_child_was_killed_at_the_hard_limit_is_put_back_as_timed_out(
     parent: Parent,
 ) -> None:
-    """The next delivery looks into the store before it ends the job."""
+    """The next delivery reads the store before it ends the job."""
     with parent.leases.claim(parent.job, "d"):
         request = parent.request({**REQUEST, "timeout": 5})
         request.on_failure(info(TimeLimitExceeded(40)))
@@ -227,7 +219,7 @@ def test_a_job_whose_child_was_killed_at_the_hard_limit_is_put_back_as_timed_out
     assert (parent.rejected, parent.acknowledged) == ([True], [])
 
 
-def test_a_death_while_redis_is_down_does_not_stop_the_parent(
+def test_a_death_of_a_child_while_redis_is_down_does_not_raise_in_the_parent(
     parent: Parent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: Any, **__: Any) -> None:
@@ -236,15 +228,15 @@ def test_a_death_while_redis_is_down_does_not_stop_the_parent(
     request = parent.request()
     monkeypatch.setattr(parent.leases.impatient, "execute_command", away)
 
-    request.on_failure(info(WorkerLostError("signal 9 (SIGKILL)")))
-    parent.leases.give_up(parent.job)
+    request.on_failure(info(WorkerLostError("signal 9 (SIGKILL)")))  # must not raise
+    parent.leases.give_up(parent.job)  # must not raise
     parent.leases.child_timed_out(parent.job, 5)  # must not raise
 
 
 # --- the heartbeat
 
 
-def test_the_heartbeat_keeps_held_messages_and_does_not_take_back_restored_ones(
+def test_the_heartbeat_renews_held_messages_but_not_restored_or_acknowledged_ones(
     parent: Parent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats: list[Any] = []

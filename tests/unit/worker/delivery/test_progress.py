@@ -1,4 +1,4 @@
-"""Progress reports and cancel checks of a running job, by a fake clock."""
+"""Progress reports and cancel checks of a running job, with a fake clock."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from zlora_worker.delivery.progress import ProgressReporter, progress_backend
 
 
 class Clock:
-    """Time as a test tells it."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -30,18 +30,18 @@ class Clock:
         return self.now
 
 
-class Desk:
-    """JobLeases and backend in one, which a test watches."""
+class FakeRedis:
+    """Leases and result backend in one, which record what a job asks and reports."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.looks: list[float] = []
+        self.checks: list[float] = []
         self.reports: list[dict[str, Any]] = []
         self.cancelled = False
         self.fail: Callable[[], None] = lambda: None
 
     def raise_if_cancelled(self, job_id: str) -> None:
-        self.looks.append(self.clock.now)
+        self.checks.append(self.clock.now)
         self.fail()
         if self.cancelled:
             raise revoked(job_id)
@@ -67,11 +67,11 @@ class Desk:
         )
 
 
-def reporter(desk: Desk, *, seconds: float = 1e9) -> ProgressReporter:
+def reporter(fake_redis: FakeRedis, *, seconds: float = 1e9) -> ProgressReporter:
     return ProgressReporter(
         "request",
-        cast("Any", desk),
-        cast("Any", desk),
+        cast("Any", fake_redis),
+        cast("Any", fake_redis),
         job_id="job-1",
         deadline=Deadline("job-1", seconds),
         attempt=2,
@@ -80,55 +80,60 @@ def reporter(desk: Desk, *, seconds: float = 1e9) -> ProgressReporter:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    told = Clock()
-    monkeypatch.setattr(progress, "time", told)
-    monkeypatch.setattr(deadline, "time", told)
-    return told
+    made = Clock()
+    monkeypatch.setattr(progress, "time", made)
+    monkeypatch.setattr(deadline, "time", made)
+    return made
 
 
 @pytest.fixture
-def desk(clock: Clock) -> Desk:
-    return Desk(clock)
+def fake_redis(clock: Clock) -> FakeRedis:
+    return FakeRedis(clock)
 
 
 # --- checks
 
 
-def test_each_step_checks_for_a_cancel(clock: Clock, desk: Desk) -> None:
-    report = reporter(desk)
+def test_each_step_checks_for_a_cancel(clock: Clock, fake_redis: FakeRedis) -> None:
+    report = reporter(fake_redis)
     for step in range(20):
         clock.now += 0.001
         report(Phase.DENOISE, step, 20)
 
-    assert len(desk.looks) == 20
+    assert len(fake_redis.checks) == 20
 
 
 def test_a_download_checks_for_a_cancel_twenty_times_a_second_at_most(
-    clock: Clock, desk: Desk
+    clock: Clock, fake_redis: FakeRedis
 ) -> None:
-    report = reporter(desk)
+    report = reporter(fake_redis)
     for piece in range(1000):
         clock.now += 0.001
         report(Phase.FETCH, piece, 1000)
 
-    gaps = [later - earlier for earlier, later in zip(desk.looks, desk.looks[1:], strict=False)]
+    gaps = [
+        later - earlier
+        for earlier, later in zip(fake_redis.checks, fake_redis.checks[1:], strict=False)
+    ]
     assert min(gaps) >= 0.0499
-    assert len(desk.looks) >= 19
+    assert len(fake_redis.checks) >= 19
 
 
 @pytest.mark.parametrize("phase", [Phase.FETCH, Phase.PARSE, Phase.DENOISE, Phase.UPLOAD])
-def test_a_cancelled_job_stops_in_any_phase(clock: Clock, desk: Desk, phase: Phase) -> None:
-    report = reporter(desk)
+def test_a_cancelled_job_stops_in_any_phase(
+    clock: Clock, fake_redis: FakeRedis, phase: Phase
+) -> None:
+    report = reporter(fake_redis)
     report(phase, 0, 2)
-    desk.cancelled = True
+    fake_redis.cancelled = True
     clock.now += 0.06
 
     with pytest.raises(JobRevoked):
         report(phase, 1, 2)
 
 
-def test_a_job_stops_at_its_deadline(clock: Clock, desk: Desk) -> None:
-    report = reporter(desk, seconds=5)
+def test_a_job_stops_at_its_deadline(clock: Clock, fake_redis: FakeRedis) -> None:
+    report = reporter(fake_redis, seconds=5)
     clock.now += 5
     report(Phase.FETCH, 0, 1)
     clock.now += 0.001
@@ -143,19 +148,23 @@ def test_a_job_stops_at_its_deadline(clock: Clock, desk: Desk) -> None:
 @pytest.mark.parametrize(
     "error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")]
 )
-@pytest.mark.parametrize("where", ["raise_if_cancelled", "store_result"])
+@pytest.mark.parametrize("call", ["raise_if_cancelled", "store_result"])
 def test_a_redis_that_is_full_or_down_is_tried_every_five_seconds(
-    clock: Clock, desk: Desk, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+    clock: Clock,
+    fake_redis: FakeRedis,
+    error: Exception,
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The job goes on, and its deadline holds meanwhile."""
+    """The job goes on meanwhile, until its deadline."""
     tries: list[float] = []
 
     def fail(*_: Any, **__: Any) -> None:
         tries.append(clock.now - 1000)
         raise error
 
-    monkeypatch.setattr(desk, where, fail)
-    report = reporter(desk, seconds=25)
+    monkeypatch.setattr(fake_redis, call, fail)
+    report = reporter(fake_redis, seconds=25)
     for step in range(50):
         report((Phase.DENOISE, Phase.UPLOAD)[step % 2], step, 50)
         clock.now += 0.5
@@ -166,19 +175,19 @@ def test_a_redis_that_is_full_or_down_is_tried_every_five_seconds(
         report(Phase.DENOISE, 50, 50)
 
 
-def test_the_last_check_before_the_manifest_is_made_even_after_a_failure_of_redis(
-    clock: Clock, desk: Desk
+def test_the_check_before_the_manifest_is_made_even_shortly_after_a_failure_of_redis(
+    clock: Clock, fake_redis: FakeRedis
 ) -> None:
     """A cancelled job must not succeed because Redis was down for a moment."""
-    report = reporter(desk)
+    report = reporter(fake_redis)
 
     def fail() -> None:
         raise redis.ConnectionError("gone")
 
-    desk.fail = fail
+    fake_redis.fail = fail
     report(Phase.DENOISE, 1, 2)
-    desk.fail = lambda: None
-    desk.cancelled = True
+    fake_redis.fail = lambda: None
+    fake_redis.cancelled = True
     clock.now += 0.1
     report(Phase.DENOISE, 2, 2)
 
@@ -189,19 +198,19 @@ def test_the_last_check_before_the_manifest_is_made_even_after_a_failure_of_redi
 # --- reports
 
 
-def test_a_report_has_the_phase_and_how_much_of_it_is_done(clock: Clock, desk: Desk) -> None:
-    report = reporter(desk)
+def test_a_report_has_the_phase_and_its_progress(clock: Clock, fake_redis: FakeRedis) -> None:
+    report = reporter(fake_redis)
     for phase in (Phase.FETCH, Phase.PARSE, Phase.DENOISE, Phase.UPLOAD):
         report(phase, 3, 9)
         clock.now += 1
 
-    assert [told["meta"] for told in desk.reports] == [
+    assert [made["meta"] for made in fake_redis.reports] == [
         {"phase": "fetching", "attempt": 2, "received": 3, "expected": 9},
         {"phase": "loading", "attempt": 2},
         {"phase": "denoising", "attempt": 2, "step": 3, "steps": 9, "eta": None},
         {"phase": "uploading", "attempt": 2},
     ]
-    assert {(told["job"], told["state"], told["request"]) for told in desk.reports} == {
+    assert {(made["job"], made["state"], made["request"]) for made in fake_redis.reports} == {
         ("job-1", "PROGRESS", "request")
     }
 
@@ -216,43 +225,45 @@ def test_a_report_has_the_phase_and_how_much_of_it_is_done(clock: Clock, desk: D
 def test_there_are_at_most_two_reports_in_any_second(calls: list[tuple[Phase, float]]) -> None:
     """After a second without a report the next call is reported."""
     clock = Clock()
-    desk = Desk(clock)
-    quiet: list[tuple[float, bool]] = []
+    fake_redis = FakeRedis(clock)
+    silences: list[tuple[float, bool]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "time", clock)
         patch.setattr(deadline, "time", clock)
-        report = reporter(desk)
+        report = reporter(fake_redis)
         for phase, wait in calls:
             clock.now += wait
-            last = desk.reports[-1]["at"] if desk.reports else 0.0
+            last = fake_redis.reports[-1]["at"] if fake_redis.reports else 0.0
             report(phase, 0, 1)
-            quiet.append((clock.now - last, desk.reports[-1]["at"] == clock.now))
+            silences.append((clock.now - last, fake_redis.reports[-1]["at"] == clock.now))
 
-    times = [told["at"] for told in desk.reports]
+    times = [made["at"] for made in fake_redis.reports]
     assert all(third - first >= 1 for first, third in zip(times, times[2:], strict=False))
-    assert all(told for silence, told in quiet if silence >= 1)
+    assert all(is_reported for silence, is_reported in silences if silence >= 1)
 
 
-def test_the_eta_follows_the_pace_of_the_steps(clock: Clock, desk: Desk) -> None:
-    """Steps of a second each; the time before the first step does not count."""
-    report = reporter(desk)
+def test_the_eta_is_the_remaining_steps_at_the_pace_of_the_steps_so_far(
+    clock: Clock, fake_redis: FakeRedis
+) -> None:
+    """Each step takes a second; the time before the first step does not count."""
+    report = reporter(fake_redis)
     report(Phase.PARSE, 0, 1)
     clock.now += 60
     for step in range(1, 11):
         report(Phase.DENOISE, step, 10)
         clock.now += 1
 
-    told = [
+    reported = [
         (found["meta"]["step"], found["meta"]["eta"])
-        for found in desk.reports
+        for found in fake_redis.reports
         if "step" in found["meta"]
     ]
-    assert told == [(1, None), *((step, float(10 - step)) for step in range(2, 11))]
+    assert reported == [(1, None), *((step, float(10 - step)) for step in range(2, 11))]
 
 
-def test_a_report_of_zero_of_zero_is_accepted(desk: Desk) -> None:
-    reporter(desk)(Phase.DENOISE, 0, 0)
-    reporter(desk)(Phase.FETCH, 0, 0)  # must not raise
+def test_a_report_of_zero_of_zero_is_accepted(fake_redis: FakeRedis) -> None:
+    reporter(fake_redis)(Phase.DENOISE, 0, 0)  # must not raise
+    reporter(fake_redis)(Phase.FETCH, 0, 0)  # must not raise
 
 
 # --- on a real Redis
@@ -267,7 +278,7 @@ def app(broker_url: str) -> Iterator[IsolatedCelery]:
     made.close()
 
 
-def test_a_watcher_sees_the_progress_and_a_producer_is_heard(
+def test_a_report_is_the_result_of_the_job_in_redis_and_a_cancel_stops_the_job(
     app: IsolatedCelery, broker_url: str
 ) -> None:
     job, leases = uuid.uuid4().hex, JobLeases(broker_url, "gpu")
