@@ -44,7 +44,7 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     """Address of a file: exactly one of `url`, `cozy_ref` and `ref`."""
 
     url: Address | None = None
-    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `file`, `demo`), or a repository `owner/repo`."""
+    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `file`, `demo`), or the name `owner/repo`."""
     cozy_ref: Address | None = None
     """Reference to a file of the Cozy hub."""
     ref: Address | None = None

@@ -14,7 +14,7 @@ import pytest
 from celery import Celery
 from kombu import Connection
 from PIL import Image
-from support.fakes import load_engine
+from support.fakes import load_pipeline
 from support.processes import Worker, path_of, unlinked, worker
 from support.tiny_folder import tiny_lora_folder
 from zlora import Client, GenerateRequest, GenerateResult, JobState
@@ -120,7 +120,7 @@ def test_a_lora_changes_its_own_job_and_no_other(client: Client, host: str) -> N
 def test_another_process_draws_the_same_pixels(client: Client, model_home: Path) -> None:
     result = draw(client, SMALL | {"num_images": 2})
 
-    model, request = load_engine(model_home), msgspec.convert(SMALL, GenerateRequest)
+    model, request = load_pipeline(model_home), msgspec.convert(SMALL, GenerateRequest)
     assert [image.seed for image in result.images] == [7, 8]
     for index, seed in enumerate((7, 8)):
         assert model.draw(request, seed, lambda _: None).tobytes() == pixels(result, index)

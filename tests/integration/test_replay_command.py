@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
-from support.fakes import a_request, links, load_engine, write
+from support.fakes import a_request, links, load_pipeline, write
 from support.jobs import run_job
 from support.processes import clean_environ
 from support.redrawing import provenance_in, rewritten
@@ -84,7 +84,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             "FILE_API_TOKEN": TOKEN,
         }
         yield Scene(
-            load_engine(folder, ZLORA_MODEL="demo"),
+            load_pipeline(folder, ZLORA_MODEL="demo"),
             Settings.from_env({"ZLORA_MODEL": "demo"} | variables),
             variables,
             host,

@@ -82,7 +82,7 @@ def settings(home: Path, **variables: str) -> Settings:
     return Settings.from_env(defaults | variables)
 
 
-def load_engine(home: Path, **variables: str) -> Pipeline:
+def load_pipeline(home: Path, **variables: str) -> Pipeline:
     """Load a pipeline as a worker does, with one thread: images depend on their number."""
     torch.set_num_threads(1)
     return loader.load(settings(home, **variables))

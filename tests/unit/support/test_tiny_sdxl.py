@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fakes import Tensors, load_engine, lora_tensors
+from support.fakes import Tensors, load_pipeline, lora_tensors
 from support.tiny_folder import TINY_LORAS, build_tiny, tiny_lora, tiny_lora_folder, tiny_model
 from zlora_worker.lora.reader import Reader
 
 
 @pytest.fixture(scope="module")
 def reader(model_home: Path) -> Reader:
-    return load_engine(model_home).reader
+    return load_pipeline(model_home).reader
 
 
 def digests(folder: Path) -> dict[str, str]:

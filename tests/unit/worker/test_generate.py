@@ -19,7 +19,7 @@ from support.fakes import (
     MemoryStore,
     a_request,
     kohya_lora,
-    load_engine,
+    load_pipeline,
     peft_lora,
     pixels,
     settings,
@@ -54,7 +54,7 @@ PHASES = ["fetch", "parse", "apply", "denoise", "restore", "tail", "encode", "up
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")

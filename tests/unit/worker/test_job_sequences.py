@@ -21,7 +21,7 @@ from support.fakes import (
     Tensors,
     a_request,
     kohya_lora,
-    load_engine,
+    load_pipeline,
     peft_lora,
     settings,
     weights,
@@ -57,7 +57,7 @@ class Jobs:
     """Child of a worker without a broker, which runs jobs of each kind."""
 
     def __init__(self, home: Path, folder: Path, place: dict[str, str]) -> None:
-        self.model: Pipeline = load_engine(home, **place)
+        self.model: Pipeline = load_pipeline(home, **place)
         self._folder = folder
         self._settings = settings(home, **lora_cache(folder / "cache"))
         self._cache = Cache.open(self._settings)

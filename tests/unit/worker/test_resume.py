@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from PIL import Image
-from support.fakes import MemoryStore, a_request, load_engine, pixels, settings
+from support.fakes import MemoryStore, a_request, load_pipeline, pixels, settings
 from support.jobs import Watch, lora_cache, make_child, run_job
 from zlora.errors import Conflict, InternalError, StoreFailed
 from zlora.schema import GenerateRequest, Phase, digest_of
@@ -19,7 +19,7 @@ from zlora_worker.results.manifest import delete_images, load_result
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Log records as JSON lines. Imported only if the log is JSON: a producer has no python-json-logger."""
+"""Log records as JSON lines.
+
+Imported only if the log is JSON, since producers do not install python-json-logger.
+"""
 
 import logging
 from datetime import UTC, datetime

@@ -22,7 +22,7 @@ from support.fakes import (
     a_request,
     copy_model,
     kohya_lora,
-    load_engine,
+    load_pipeline,
     peft_lora,
     settings,
     write,
@@ -52,7 +52,7 @@ Replays = Callable[..., Replay]
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_another_base_model_is_named(
     tensors: Tensors = load_file(file)
     tensors["decoder.conv_out.bias"][0] += 0.1
     write(file, tensors)
-    other = load_engine(model_home, ZLORA_MODEL=str(folder))
+    other = load_pipeline(model_home, ZLORA_MODEL=str(folder))
 
     found = again(path, by=other)
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import torch
 from support import lora_files
-from support.fakes import Tensors, load_engine, write
+from support.fakes import Tensors, load_pipeline, write
 from support.lora_files import (
     Layer,
     Speller,
@@ -39,7 +39,7 @@ EVERYWHERE, UNET_ALONE = tuple(STRENGTHS), ("unet",)
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")

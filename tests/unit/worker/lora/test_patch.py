@@ -24,7 +24,7 @@ from support.fakes import (
     Tensors,
     difference,
     kohya_lora,
-    load_engine,
+    load_pipeline,
     lora_tensors,
     peft_lora,
     pixels,
@@ -49,7 +49,7 @@ MODES: tuple[Mode, ...] = ("shadow", "inplace")
 @pytest.fixture(scope="module", params=PLACES)
 def resident(request: pytest.FixtureRequest, model_home: Path) -> Pipeline:
     """Load the model in both modes of the patch on each device."""
-    return load_engine(model_home, **request.param)
+    return load_pipeline(model_home, **request.param)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def model(resident: Pipeline, base: bytes) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def spare_model(resident: Pipeline, model_home: Path) -> Pipeline:
-    return load_engine(model_home, ZLORA_DEVICE=str(resident.device))
+    return load_pipeline(model_home, ZLORA_DEVICE=str(resident.device))
 
 
 @pytest.fixture
@@ -388,7 +388,7 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def test_the_same_set_again_is_a_change_of_pointers(model_home: Path, merges: list[object]) -> None:
     """In any order; another weight is another set."""
-    model = load_engine(model_home)
+    model = load_pipeline(model_home)
     one, other = (
         weighted(model, tiny_lora(model_home, name)) for name in ("anime-style", "neon-lights")
     )
@@ -405,7 +405,7 @@ def test_the_same_set_again_is_a_change_of_pointers(model_home: Path, merges: li
 
 def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
     """The bound of the memory cache holds while a set is merged."""
-    model = load_engine(model_home)
+    model = load_pipeline(model_home)
     lora = weighted(model, tiny_lora(model_home, "anime-style"))
     held = weakref.ref(lora.lora.batches[0].up)
     drawn(model, lora)
@@ -418,7 +418,7 @@ def test_a_merged_set_holds_none_of_its_loras(model_home: Path) -> None:
 
 def test_a_set_after_another_is_the_set_alone(model_home: Path) -> None:
     """The second set changes fewer weights than the first."""
-    model, fresh = load_engine(model_home), load_engine(model_home)
+    model, fresh = load_pipeline(model_home), load_pipeline(model_home)
     wide, narrow = tiny_lora(model_home, "anime-style"), tiny_lora(model_home, "cyberpunk-style")
     drawn(model, weighted(model, wide))
 
@@ -428,7 +428,7 @@ def test_a_set_after_another_is_the_set_alone(model_home: Path) -> None:
 def test_an_interrupted_merge_is_never_reused(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_engine(model_home)
+    model = load_pipeline(model_home)
     lora = weighted(model, tiny_lora(model_home, "anime-style"))
     whole = drawn(model, lora)
     with model.patch.applied([]):  # forget the merged set
@@ -511,7 +511,7 @@ def one_thread_afterwards() -> Iterator[None]:
 @pytest.fixture
 def loaded(model_home: Path) -> Pipeline:
     """Load a model for one test."""
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.mark.usefixtures("one_thread_afterwards")
@@ -692,7 +692,7 @@ def test_a_base_that_cannot_be_restored_is_an_error(
 
 
 def test_only_stacks_that_change_have_a_shadow(model_home: Path) -> None:
-    model = load_engine(model_home)
+    model = load_pipeline(model_home)
     assert model.patch._shadows == {}
 
     drawn(model, weighted(model, tiny_lora(model_home, "cyberpunk-style")))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_engine, peft_lora, write
+from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
 from zlora.lora.base_model import describe
 from zlora.lora.safetensors_header import read_header
 from zlora_worker.lora.memory_cache import LoraMemoryCache
@@ -15,7 +15,7 @@ SOURCE = "https://example.com/a.safetensors"
 
 @pytest.fixture(scope="module")
 def reader(model_home: Path) -> Reader:
-    return load_engine(model_home).reader
+    return load_pipeline(model_home).reader
 
 
 def read(reader: Reader, path: Path) -> Lora:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from support import lora_files
-from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_engine, peft_lora, write
+from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
 from support.lora_files import State, merged_by_hand, require_equal, require_unchanged, snapshot
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors, ZloraError
@@ -33,7 +33,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.fakes import a_request, copy_model, kohya_lora, load_engine
+from support.fakes import a_request, copy_model, kohya_lora, load_pipeline
 from support.single_file import write_single_file
 from support.tiny_folder import tiny_model
 from zlora.schema import Scheduler
@@ -17,7 +17,7 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 def test_a_base_has_the_same_sha256_in_every_layout(
@@ -26,7 +26,7 @@ def test_a_base_has_the_same_sha256_in_every_layout(
     """A single file also has the digest by which model sites know it; a folder has none."""
     path = write_single_file(tiny_model(model_home), tmp_path / "tiny.safetensors")
 
-    single = load_engine(
+    single = load_pipeline(
         model_home, ZLORA_MODEL=str(path), ZLORA_MODEL_CONFIG=str(tiny_model(model_home))
     )
 
@@ -44,14 +44,14 @@ def test_one_changed_bit_gives_another_sha256(
     last[-1] ^= 1
     save_file(tensors, folder / VAE, metadata={"format": "pt"})
 
-    changed = load_engine(model_home, ZLORA_MODEL=str(folder))
+    changed = load_pipeline(model_home, ZLORA_MODEL=str(folder))
 
     assert changed.base_sha256 != model.base_sha256
 
 
 def test_another_dtype_gives_another_sha256(model: Pipeline, model_home: Path) -> None:
     """The last bits of its images differ."""
-    half = load_engine(model_home, ZLORA_DTYPE="bfloat16")
+    half = load_pipeline(model_home, ZLORA_DTYPE="bfloat16")
 
     assert half.base_sha256 != model.base_sha256
     assert (half.machine.dtype, model.machine.dtype) == ("bfloat16", "float32")

@@ -14,7 +14,7 @@ from support.fakes import (
     Tensors,
     copy_model,
     difference,
-    load_engine,
+    load_pipeline,
     pixels,
     upcast_vae,
     weights,
@@ -40,7 +40,7 @@ def tiny(model_home: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
     """Load the model that the others must equal."""
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def assert_equal_weights(one: Pipeline, other: Pipeline) -> None:
 
 def test_a_folder_is_the_demo_model(model_home: Path) -> None:
     """Images name the model, and not its path on the worker's machine."""
-    demo = load_engine(model_home, ZLORA_MODEL="demo")
-    loaded = load_engine(model_home, ZLORA_MODEL=str(DEMO_MODEL))
+    demo = load_pipeline(model_home, ZLORA_MODEL="demo")
+    loaded = load_pipeline(model_home, ZLORA_MODEL=str(DEMO_MODEL))
 
     assert (demo.name, loaded.name) == ("demo", DEMO_MODEL.name)
     assert loaded.state is PipelineState.READY
@@ -100,7 +100,7 @@ def test_a_folder_is_the_demo_model(model_home: Path) -> None:
 def test_a_single_file_has_every_tensor_of_its_folder_and_draws_the_same(
     model: Pipeline, model_home: Path, tiny: Path, single_file: Path
 ) -> None:
-    loaded = load_engine(model_home, ZLORA_MODEL=str(single_file), ZLORA_MODEL_CONFIG=str(tiny))
+    loaded = load_pipeline(model_home, ZLORA_MODEL=str(single_file), ZLORA_MODEL_CONFIG=str(tiny))
 
     assert_equal_weights(model, loaded)
     assert loaded.pipeline.default_sample_size == model.pipeline.default_sample_size
@@ -116,8 +116,8 @@ def test_the_files_of_a_model_may_change_while_the_worker_runs(
     folder = copy_model(model_home, tmp_path / "model")
     single = write_single_file(tiny, tmp_path / "tiny.safetensors")
     loaded = [
-        load_engine(model_home, ZLORA_MODEL=str(folder)),
-        load_engine(model_home, ZLORA_MODEL=str(single), ZLORA_MODEL_CONFIG=str(tiny)),
+        load_pipeline(model_home, ZLORA_MODEL=str(folder)),
+        load_pipeline(model_home, ZLORA_MODEL=str(single), ZLORA_MODEL_CONFIG=str(tiny)),
     ]
 
     for path in (*folder.glob("*/*.safetensors"), single):
@@ -132,7 +132,7 @@ def test_a_hub_id_is_loaded_from_what_was_downloaded_before(
 ) -> None:
     put_in_hub_cache(hub_cache, model_home, "owner/tiny")
 
-    loaded = load_engine(model_home, ZLORA_MODEL="owner/tiny")
+    loaded = load_pipeline(model_home, ZLORA_MODEL="owner/tiny")
 
     assert loaded.name == "owner/tiny"
     assert_equal_weights(model, loaded)
@@ -146,7 +146,7 @@ def test_a_hub_id_in_half_precision_takes_fp16_files_where_there_are_any(
     """The repository has one kind of file only, so that a load shows which kind was requested."""
     put_in_hub_cache(hub_cache, model_home, "owner/tiny", variant=variant)
 
-    loaded = load_engine(model_home, ZLORA_MODEL="owner/tiny", ZLORA_DTYPE="float16")
+    loaded = load_pipeline(model_home, ZLORA_MODEL="owner/tiny", ZLORA_DTYPE="float16")
 
     assert loaded.pipeline.unet.dtype is torch.float16
     assert len(set(pixels(loaded))) > 100
@@ -157,7 +157,7 @@ def test_a_folder_of_fp16_files_loads_in_half_precision(model_home: Path, tmp_pa
     folder = copy_model(model_home, tmp_path / "half")
     mark_as("fp16", folder)
 
-    loaded = load_engine(model_home, ZLORA_MODEL=str(folder), ZLORA_DTYPE="float16")
+    loaded = load_pipeline(model_home, ZLORA_MODEL=str(folder), ZLORA_DTYPE="float16")
 
     assert loaded.pipeline.unet.dtype is torch.float16
 
@@ -167,7 +167,7 @@ def test_a_folder_of_fp16_files_loads_in_half_precision(model_home: Path, tmp_pa
 def test_half_precision_draws_nearly_the_same_image(
     model: Pipeline, model_home: Path, dtype: str
 ) -> None:
-    half = load_engine(model_home, ZLORA_DTYPE=dtype)
+    half = load_pipeline(model_home, ZLORA_DTYPE=dtype)
 
     with half.exclusive():
         first = pixels(half)
@@ -200,9 +200,9 @@ def overflowing(model_home: Path, tmp_path: Path) -> Path:
 @upcast_vae
 def test_a_vae_that_overflows_in_fp16_still_draws(model_home: Path, overflowing: Path) -> None:
     """Without the upcast it draws NaN: `ZLORA_VAE` uses the configuration of the same VAE."""
-    in_full = load_engine(model_home, ZLORA_MODEL=str(overflowing))
-    in_half = load_engine(model_home, ZLORA_MODEL=str(overflowing), ZLORA_DTYPE="float16")
-    not_upcast = load_engine(
+    in_full = load_pipeline(model_home, ZLORA_MODEL=str(overflowing))
+    in_half = load_pipeline(model_home, ZLORA_MODEL=str(overflowing), ZLORA_DTYPE="float16")
+    not_upcast = load_pipeline(
         model_home,
         ZLORA_MODEL=str(overflowing),
         ZLORA_DTYPE="float16",
@@ -228,7 +228,7 @@ def test_another_vae_is_used_with_its_own_configuration(
     tensors["decoder.conv_out.bias"] += 0.25
     write(folder / "diffusion_pytorch_model.safetensors", tensors)
 
-    loaded = load_engine(model_home, ZLORA_VAE=str(folder))
+    loaded = load_pipeline(model_home, ZLORA_VAE=str(folder))
 
     assert loaded.pipeline.vae.config.force_upcast is False
     assert torch.equal(
@@ -273,7 +273,7 @@ def test_the_packaged_tokenizers_are_clips(name: str, padding: int) -> None:
 def refusal(home: Path, **variables: str) -> str:
     """Return the message of a refused model, which is one line."""
     with pytest.raises(ModelUnavailable) as raised:
-        load_engine(home, **variables)
+        load_pipeline(home, **variables)
     message = str(raised.value)
     assert len(message.splitlines()) == 1
     assert len(message) < 400

@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn
 import numpy as np
 import pytest
 import torch
-from support.fakes import a_request, load_engine, peft_lora, pixels, upcast_vae, write
+from support.fakes import a_request, load_pipeline, peft_lora, pixels, upcast_vae, write
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored, GenerationFailed, OutOfMemory
 from zlora_worker.lora.merge import Plan, WeightedLora
@@ -30,13 +30,13 @@ WIDE: Final = {"width": 128, "height": 64}  # twice the native width
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")
 def half(model_home: Path) -> Pipeline:
     """Load the model in fp16, whose VAE decodes in fp32."""
-    return load_engine(model_home, ZLORA_DTYPE="float16")
+    return load_pipeline(model_home, ZLORA_DTYPE="float16")
 
 
 @contextlib.contextmanager
@@ -189,7 +189,7 @@ def test_a_model_that_runs_out_of_memory_is_a_typed_error_and_the_next_job_succe
 
 @pytest.fixture(scope="module", params=["shadow", "inplace"])
 def merging(request: pytest.FixtureRequest, model_home: Path) -> Pipeline:
-    return load_engine(model_home, ZLORA_PATCH=request.param)
+    return load_pipeline(model_home, ZLORA_PATCH=request.param)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, get_args
 
 import pytest
 import torch
-from support.fakes import PARTS, a_request, load_engine, pixels, weights
+from support.fakes import PARTS, a_request, load_pipeline, pixels, weights
 from support.tiny_folder import tiny_lora
 from zlora.errors import BaseNotRestored, GenerationFailed
 from zlora.schema import Scheduler
@@ -21,13 +21,13 @@ WEIGHT: Final = "decoder.conv_in.bias"  # of the VAE
 
 @pytest.fixture(scope="module")
 def model(model_home: Path) -> Pipeline:
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 @pytest.fixture
 def disposable(model_home: Path) -> Pipeline:
     """Load a model for one test, which may leave it damaged."""
-    return load_engine(model_home)
+    return load_pipeline(model_home)
 
 
 class Drawing(NamedTuple):
@@ -132,7 +132,7 @@ def test_an_image_has_the_requested_size_or_the_native_one(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_seed_means_the_same_initial_noise_in_every_dtype(model_home: Path, dtype: str) -> None:
     """Noise is drawn in fp32 on the CPU and cast: it depends on no type and device of the model."""
-    model = load_engine(model_home, ZLORA_DTYPE=dtype)
+    model = load_pipeline(model_home, ZLORA_DTYPE=dtype)
 
     noise = model._noise(64, 128, torch.Generator("cpu").manual_seed(11))
 
@@ -212,7 +212,7 @@ def flip(tensor: torch.Tensor, bit: int, *, at: int = 0) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_flipped_bit_is_found_in_every_tensor(model_home: Path, dtype: str) -> None:
     """In each round the tensors differ in another bit, so that all bits occur in many tensors."""
-    model = load_engine(model_home, ZLORA_DTYPE=dtype)
+    model = load_pipeline(model_home, ZLORA_DTYPE=dtype)
     named = {
         f"{part}.{name}": tensor for part in PARTS for name, tensor in weights(model, part).items()
     }
@@ -275,7 +275,7 @@ def test_a_long_job_pays_for_a_check_of_the_whole_base(
 def test_a_setting_has_the_whole_base_checked_after_every_job(
     model_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_engine(model_home, ZLORA_BASE_CHECK="all")
+    model = load_pipeline(model_home, ZLORA_BASE_CHECK="all")
     monkeypatch.setattr(model._checksum, "_seconds", 1e9)
 
     with model.exclusive():
@@ -286,7 +286,7 @@ def test_a_setting_has_the_whole_base_checked_after_every_job(
 
 def test_a_vae_left_in_another_type_is_restored(model_home: Path) -> None:
     """The pipeline decodes in fp32 and casts back; a job that ends in between leaves it in fp32."""
-    model = load_engine(model_home, ZLORA_DTYPE="float16")
+    model = load_pipeline(model_home, ZLORA_DTYPE="float16")
 
     def job() -> None:
         model.pipeline.vae.to(torch.float32)

@@ -26,7 +26,7 @@ from support.fakes import (
     image_provenance,
     kohya_lora,
     links,
-    load_engine,
+    load_pipeline,
     peft_lora,
     settings,
     write,
@@ -241,7 +241,7 @@ class Jobs:
         fetcher = Fetcher(settings(home))
         cache = Cache(folder / "loras", max_bytes=10**9, free_bytes=0, fetcher=fetcher)
         self.child = Child(
-            model=load_engine(home),
+            model=load_pipeline(home),
             lora_files=cache,
             loras=LoraMemoryCache(max_bytes=10**9),
             store=self.store,
@@ -295,8 +295,7 @@ def sha256_without_header(file: Path) -> str:
 
 @pytest.fixture(scope="module")
 def jobs(model_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    jobs = Jobs(model_home, tmp_path_factory.mktemp("jobs"))
-    return jobs
+    return Jobs(model_home, tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
