@@ -280,9 +280,9 @@ class Delivery:
             if result is not None:
                 return self._with_urls(result)
             delete_images(self._child.store, self._job_id, request)
-        if isinstance(error, BaseNotRestored):
-            if self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
-                return Corrupted(f"job {self._job_id}: {error}")
+        is_corrupted = isinstance(error, BaseNotRestored)
+        if is_corrupted and self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
+            return Corrupted(f"job {self._job_id}: {error}")
         if error.retryable:
             error.add_details(attempt=retries_of(self._task) + 1)
         return Failed(self._leases.close(self._job_id, error))
@@ -290,7 +290,7 @@ class Delivery:
     def _with_urls(self, result: GenerateResult) -> Outcome:
         """Add URLs to the images. If the store cannot sign now, do that later, or never."""
         try:
-            return Succeeded(self._child.urls.shown(result))
+            return Succeeded(self._child.urls.with_urls(result))
         except StoreFailed as error:
             if self._leases.store_outage(self._job_id) > STORE_PATIENCE:
                 return Succeeded(result)

@@ -52,7 +52,7 @@ class ImageUrls:
         if seconds and seconds > bound:
             _refuse("url_expires_in", f"Expected up to {bound}, this worker's bound", seconds)
 
-    def shown(self, result: GenerateResult) -> GenerateResult:
+    def with_urls(self, result: GenerateResult) -> GenerateResult:
         """Return a stored result with URLs made now; raise `StoreFailed` if they cannot be made."""
         request = result.request or GenerateRequest(prompt="")
         images = [self._with_url(image, request) for image in result.images]

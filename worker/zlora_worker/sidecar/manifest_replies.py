@@ -27,7 +27,7 @@ def reply_to_next(jobs: JobStore, store: Store, urls: ImageUrls, *, timeout: flo
     try:
         result = read_manifest(store, job_id) if JOB_ID.fullmatch(job_id) else None
         if result is not None:
-            document = msgspec.json.encode(urls.shown(result))
+            document = msgspec.json.encode(urls.with_urls(result))
     except InternalError as error:  # a damaged manifest: the client reports what it cannot read
         document = str(error).encode()
     except StoreFailed as error:

@@ -84,7 +84,7 @@ class JobEnds:
         if (verdict := verdict_of(job.record)) is not None:
             return verdict
         if (result := read_manifest(self._store, job.job_id)) is not None:
-            return self._urls.shown(result)
+            return self._urls.with_urls(result)
         # The URLs in Celery's result stay: a store without the manifest, such as the folder of
         # another machine, has no images to make URLs for.
         with suppress(*UNREADABLE):

@@ -76,7 +76,7 @@ def result(**fields: Any) -> GenerateResult:
 def urls(made: ImageUrls, **fields: Any) -> list[str | None]:
     """Return the URLs of a new job's result."""
     made.require(a_request(**fields))
-    return [image.url for image in made.shown(result(**fields)).images]
+    return [image.url for image in made.with_urls(result(**fields)).images]
 
 
 # --- policies
@@ -94,7 +94,7 @@ def test_images_in_s3_have_signed_urls_with_their_end() -> None:
     made = image_urls(S3 | {"ZLORA_URL_SECONDS": "600"})
 
     before = time.time()
-    first, second = made.shown(result()).images
+    first, second = made.with_urls(result()).images
     after = time.time()
 
     for image in (first, second):
@@ -131,7 +131,7 @@ def test_a_public_url_is_the_default_if_it_is_set(store: dict[str, str], tmp_pat
 
     prefix = "team%20a/" if store else ""
     assert urls(made) == [f"https://cdn.example.com/images/{prefix}{key}" for key in KEYS]
-    assert made.shown(result()).images[0].url_expires_at is None
+    assert made.with_urls(result()).images[0].url_expires_at is None
 
 
 def test_any_store_gives_keys_without_urls(tmp_path: Path) -> None:
@@ -165,12 +165,13 @@ def test_an_old_result_gets_urls_by_the_present_settings() -> None:
     old: dict[str, Any] = {"url_policy": "presigned", "url_expires_in": 604_800}
 
     assert [
-        image.url for image in image_urls(S3 | {"ZLORA_URLS": "key"}).shown(result(**old)).images
+        image.url
+        for image in image_urls(S3 | {"ZLORA_URLS": "key"}).with_urls(result(**old)).images
     ] == [None, None]
-    (image, _) = image_urls(S3 | {"ZLORA_URL_SECONDS": "60"}).shown(result(**old)).images
+    (image, _) = image_urls(S3 | {"ZLORA_URL_SECONDS": "60"}).with_urls(result(**old)).images
     assert image.url is not None
     assert "X-Amz-Expires=60&" in image.url
-    (image, _) = image_urls(S3 | CDN).shown(result(**old)).images
+    (image, _) = image_urls(S3 | CDN).with_urls(result(**old)).images
     assert image.url == f"https://cdn.example.com/images/team%20a/{KEYS[0]}"
 
 
@@ -178,7 +179,7 @@ def test_an_old_result_of_another_store_gets_urls_of_this_store(tmp_path: Path) 
     made = image_urls({}, FolderStore(tmp_path))
 
     for policy in ("presigned", "public"):
-        (image, _) = made.shown(result(url_policy=policy)).images
+        (image, _) = made.with_urls(result(url_policy=policy)).images
         assert (image.url, image.url_expires_at) == ((tmp_path / KEYS[0]).as_uri(), None)
 
 
@@ -205,9 +206,9 @@ def test_each_read_of_a_result_has_fresh_urls(monkeypatch: pytest.MonkeyPatch) -
     made, stored = image_urls(S3), result()
     now = time.time()
 
-    first = made.shown(stored).images[0].url_expires_at
+    first = made.with_urls(stored).images[0].url_expires_at
     monkeypatch.setattr(time, "time", lambda: now + 31_536_000)
-    later = made.shown(stored).images[0].url_expires_at
+    later = made.with_urls(stored).images[0].url_expires_at
 
     assert first is not None
     assert later is not None
@@ -227,7 +228,7 @@ def filled(size: int = 3) -> MemoryStore:
 def test_small_images_are_inlined_if_the_request_says_so() -> None:
     made = image_urls({"ZLORA_INLINE_BYTES": "6"}, filled())
 
-    for image in made.shown(result(inline=True)).images:
+    for image in made.with_urls(result(inline=True)).images:
         assert image.data_uri == f"data:image/png;base64,{base64.b64encode(b'xxx').decode()}"
         assert image.url == f"memory:///{image.key}"
 
@@ -241,7 +242,7 @@ def test_larger_images_and_those_of_other_requests_are_not_inlined(
     """The bound is for all images of a job, since one result carries them."""
     made = image_urls({"ZLORA_INLINE_BYTES": room}, filled())
 
-    assert [image.data_uri for image in made.shown(result(**fields)).images] == [None, None]
+    assert [image.data_uri for image in made.with_urls(result(**fields)).images] == [None, None]
 
 
 def test_a_store_that_is_away_costs_a_result_only_its_inline_data(
@@ -256,7 +257,7 @@ def test_a_store_that_is_away_costs_a_result_only_its_inline_data(
     monkeypatch.setattr(away, "get", fail)
 
     for store in (gone, away):
-        shown = image_urls({}, store).shown(result(inline=True))
+        shown = image_urls({}, store).with_urls(result(inline=True))
         assert [(image.data_uri, image.url) for image in shown.images] == [
             (None, f"memory:///{key}") for key in KEYS
         ]

@@ -81,7 +81,7 @@ def test_a_result_whose_urls_cannot_be_made_now_is_answered_later_and_drawn_once
             raise failure
         return result
 
-    worker.urls = SimpleNamespace(require=lambda _request: None, shown=shown)
+    worker.urls = SimpleNamespace(require=lambda _request: None, with_urls=shown)
     worker.install()
 
     assert worker.deliver(job) == "IGNORED"
@@ -95,7 +95,7 @@ def test_a_result_whose_urls_can_never_be_made_is_answered_without_urls(
     def shown(_result: GenerateResult) -> GenerateResult:
         raise StoreFailed("the store cannot sign")
 
-    worker.urls = SimpleNamespace(require=lambda _request: None, shown=shown)
+    worker.urls = SimpleNamespace(require=lambda _request: None, with_urls=shown)
     worker.install()
     assert worker.deliver(job) == "IGNORED"
 
