@@ -2,15 +2,18 @@
 
 `PYTHONPATH=tests .venv/bin/python -P tests/compat.py OLD` compares this checkout with the checkout
 OLD, which has a `.venv` of its own. Each version is once the client and once the worker: jobs,
-progress, cancellation, errors, webhooks, manifests, images drawn again. Then the documents of
-`zlora demo`, the data in Redis, metrics and command lines of both versions are compared.
+progress, cancellation, errors, webhooks, manifests, images drawn again, jobs of a killed worker.
+Then the data in Redis, the metrics, the images of `zlora demo`, the environment variables and the
+command lines of both versions are compared.
 
-Prints a line for each check; the exit status is 1 if one has failed. Takes about ten minutes.
+Prints a line for each check; the exit status is 1 if one has failed. Takes about eight minutes.
 """
 
 import base64
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +27,7 @@ from typing import Any, Final
 from prometheus_client.parser import text_string_to_metric_families
 from support.compat_client import EXPIRED, Checks, expect, path_of, shape_of
 from support.figures import Tally
-from support.processes import clean_environ, free_port, wait_until, worker
+from support.processes import Worker, clean_environ, free_port, wait_until, worker
 from support.valkey import Valkey
 from zlora_worker.demo.server import serving
 from zlora_worker.settings import DEMO_LORAS
@@ -134,10 +137,11 @@ class Direction:
         with Valkey(self.folder, Tally()) as broker:
             environ = self.scene.environ(broker.url, self.client.name, self.port)
             self.step("before", self.client, environ)
-            with self.serving(environ) as metrics_url:
+            metrics = f"127.0.0.1:{free_port()}"
+            with self.serving(self.server, {**environ, "ZLORA_METRICS": metrics}):
                 self.step("main", self.client, environ)
                 self.step("again", self.server, environ)
-                self.facts["metrics"] = metrics_at(metrics_url)
+                self.facts["metrics"] = metrics_at(f"http://{metrics}/metrics")
                 self.command_lines(environ)
                 self.facts["keys"] = self.keys(broker)
                 with broker.client() as connection:
@@ -146,6 +150,7 @@ class Direction:
                     connection.delete(f"zlora:job:{EXPIRED[0]}")
                 self.step("expired", self.client, environ)
             self.facts["queue metrics"] = self.queue_metrics(environ)
+            self.take_over({**environ, "ZLORA_VISIBILITY": "5"})
         self.replay(environ)
         return self.failed + self.checks.failed
 
@@ -165,15 +170,38 @@ class Direction:
             self.facts[name] = json.loads(facts.read_text())
 
     @contextmanager
-    def serving(self, environ: Mapping[str, str]) -> Iterator[str]:
-        """Run the worker; yield the URL of its metrics."""
-        address = f"127.0.0.1:{free_port()}"
-        variables = {**environ, "ZLORA_METRICS": address}
-        log = self.folder / "worker.log"
-        options = ("-n", f"{self.server.name}@%h", "--without-gossip", "--without-mingle")
-        with worker(variables, log, *options, python=self.server.python) as running:
+    def serving(self, version: Version, environ: Mapping[str, str]) -> Iterator[Worker]:
+        """Run a worker of a version until the end of the block."""
+        log = self.folder / f"{version.name}-worker.log"
+        options = ("-n", f"{version.name}@%h", "--without-gossip", "--without-mingle")
+        with worker(environ, log, *options, python=version.python) as running:
             running.wait_ready()
-            yield f"http://{address}/metrics"
+            yield running
+
+    def take_over(self, environ: Mapping[str, str]) -> None:
+        """Kill the worker between two images of a job; a worker of the other version goes on."""
+        first, second = self.server, self.client
+        title = f"a job of a killed {first.name} worker is ended by the {second.name} worker"
+        with self.checks.check(f"{title}: second attempt, first image kept"):
+            job = ["taken-over", "--json"]
+            order = ["x", "-n", "2", "--steps", "100", "--seed", "5", "--job-id", *job]
+            with self.serving(first, environ) as running:
+                submitted = second.zlora("submit", *order, environ=environ, cwd=self.folder)
+                expect(submitted.status == 0, submitted)
+                outputs = self.folder / "store" / "runs" / "taken-over" / "outputs"
+                image = outputs / "0.png"
+                wait_until(image.exists, "the first image is stored")
+                os.killpg(running.process.pid, signal.SIGKILL)
+            before, left = image.stat().st_mtime_ns, sorted(path.name for path in outputs.iterdir())
+            with self.serving(second, environ):
+                command = ["result", *job, "--wait", "120"]
+                ended = second.zlora(*command, environ=environ, cwd=self.folder)
+            result = decoded(ended.out)
+            expect(ended.status == 0 and result, ended)
+            expect(left == ["0.png"], "images of the first worker:", left)
+            expect(result["attempt"] == 2 and len(result["images"]) == 2, result)
+            expect(image.stat().st_mtime_ns == before, "the first image was stored again")
+            self.facts["taken over"] = [one["pixels_sha256"] for one in result["images"]]
 
     def keys(self, broker: Valkey) -> dict[str, str]:
         """Return the names and types of all keys of this project and of Celery's results."""
@@ -258,7 +286,7 @@ class Direction:
                     if command[0] in ("doctor", "cache"):  # times and counts
                         document = shape_of(document)
                     seen.append((ended.status, facts_of(document)))
-                expect(seen[0] == seen[1], first_difference(*seen))
+                expect(seen[0] == seen[1], first_difference(seen[0], seen[1]))
 
     def replay(self, environ: Mapping[str, str]) -> None:
         """Draw the worker's images again with the client's version."""
@@ -286,6 +314,8 @@ def compare(checks: Checks, one: dict[str, Any], other: dict[str, Any]) -> None:
     for step, name, title in parts:
         with checks.check(title):
             expect(one[step][name] == other[step][name], one[step][name], other[step][name])
+    with checks.check("pixels_sha256 of the job that was taken over, in both directions"):
+        expect(one["taken over"] == other["taken over"], one["taken over"], other["taken over"])
     for step in ("before", "main"):
         shapes = [facts[step]["shapes"] for facts in (one, other)]
         for name in sorted(shapes[0] | shapes[1]):
@@ -313,45 +343,42 @@ def without_file_hash(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_demos(checks: Checks, scene: Scene, old: Version, new: Version) -> None:
-    """Run `zlora demo` of both versions, and compare the images of equal requests and seeds."""
-    seen = []
-    for version in (old, new):
-        environ = {"ZLORA_HOME": str(scene.folder / f"demo-{version.name}"), "COLUMNS": "120"}
-        ended = version.zlora("demo", "--json", environ=environ, cwd=scene.folder)
-        with checks.check(f"{version.name} `zlora demo`"):
-            expect(ended.status == 0, ended.err)
-        seen.append(json.loads(ended.out)["jobs"])
-    for one, other in zip(*seen, strict=True):
-        with checks.check(f"demo: keys of {one['document']}, {one['caption']}"):
-            expect(shape_of(one).keys() == shape_of(other).keys())
-            expect(one["document"] == other["document"], one, other)
-    # A document without a seed gets one from its job id, which is random: draw with the old seeds.
+    """Run `zlora demo` of both versions; draw each one's images again with the other version.
+
+    A document without a seed gets one from its job id, which is random: two demos have no seed in
+    common.
+    """
     requests = scene.folder / "requests"
     requests.mkdir()
-    drawn = {}
+    jobs: dict[str, Any] = {}
+    for version in (old, new):
+        environ = {"ZLORA_HOME": str(scene.folder / f"demo-{version.name}"), "COLUMNS": "120"}
+        with checks.check(f"{version.name} `zlora demo`"):
+            ended = version.zlora("demo", "--json", environ=environ, cwd=scene.folder)
+            expect(ended.status == 0, ended.err)
+            jobs[version.name] = json.loads(ended.out)["jobs"]
+    with checks.check("demo: documents and JSON of both versions"):
+        seen = [[(job["document"], job["result"].keys()) for job in jobs[name]] for name in jobs]
+        expect(len(seen) == 2 and seen[0] == seen[1], seen)
     with Valkey(requests, Tally()) as broker:
         environ = scene.environ(broker.url, "requests", free_port())
-        for version in (old, new):
-            log = requests / f"{version.name}.log"
-            with worker(environ, log, "--without-gossip", python=version.python) as running:
+        for version, other in ((old, new), (new, old)):
+            log = requests / f"{other.name}.log"
+            with worker(environ, log, "--without-gossip", python=other.python) as running:
                 running.wait_ready()
-                for index, job in enumerate(seen[0]):
-                    document = with_host(job["result"]["request"], scene.host)
-                    document["seed"] = job["result"]["seed"]
+                for index, job in enumerate(jobs[version.name]):
+                    (image,) = job["result"]["images"]
+                    shown = f"{job['document']}, {job['caption']}, seed {image['seed']}"
+                    title = f"pixels of {shown}: {version.name} demo, {other.name} worker"
                     path = requests / f"{index}.json"
-                    path.write_text(json.dumps(document))
-                    name = f"{version.name}-{index}"
-                    arguments = ["generate", "--request", str(path), "--job-id", name, "--json"]
-                    ended = version.zlora(*arguments, environ=environ, cwd=requests)
-                    drawn[name] = decoded(ended.out)
-    for index, job in enumerate(seen[0]):
-        (image,) = job["result"]["images"]
-        for version in (old, new):
-            title = f"demo: pixels of {job['document']}, {job['caption']}, seed {image['seed']}"
-            with checks.check(f"{title}: {version.name} worker, as the old demo"):
-                found = drawn[f"{version.name}-{index}"]
-                hashes = [one["pixels_sha256"] for one in pictures(found)]
-                expect(hashes == [image["pixels_sha256"]], found)
+                    request = with_host(job["result"]["request"], scene.host)
+                    path.write_text(json.dumps({**request, "seed": image["seed"]}))
+                    with checks.check(title):
+                        name = f"{other.name}-{index}"
+                        command = ["generate", "--request", str(path), "--job-id", name, "--json"]
+                        ended = other.zlora(*command, environ=environ, cwd=requests)
+                        (drawn,) = images_of(decoded(ended.out))
+                        expect(drawn["pixels_sha256"] == image["pixels_sha256"], drawn, image)
 
 
 def with_host(request: dict[str, Any], host: str) -> dict[str, Any]:
@@ -366,7 +393,7 @@ def with_host(request: dict[str, Any], host: str) -> dict[str, Any]:
     return {**request, "loras": loras}
 
 
-def pictures(document: Any) -> list[dict[str, Any]]:
+def images_of(document: Any) -> list[dict[str, Any]]:
     """Return the images of the JSON of `zlora generate`."""
     images: list[dict[str, Any]] = (document.get("result") or document)["images"]
     return images
@@ -400,7 +427,7 @@ def compare_help(checks: Checks, scene: Scene, old: Version, new: Version) -> No
         ]
         with checks.check(f"zlora {' '.join(command)} --help: usage, options and commands"):
             seen = [words_of(text) for text in texts]
-            expect(seen[0] == seen[1], first_difference(*seen))
+            expect(seen[0] == seen[1], first_difference(seen[0], seen[1]))
         waiting += [[*command, name] for name in words_of(texts[1])["commands"]]
 
 
