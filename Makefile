@@ -10,7 +10,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy soak fuzz bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat soak fuzz bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -22,6 +22,7 @@ help:
 	@echo 'make check         ruff, mypy --strict, import-linter'
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
+	@echo 'make compat        old clients with new workers and the reverse; OLD=<checkout with .venv>'
 	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make bench         the short form of every benchmark'
@@ -76,6 +77,11 @@ check-deploy: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/manifests.py
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/watching.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/deploy
+
+# Another version as client of this version's worker and as worker of its client; prints a line for each check. OLD is a
+# checkout of the other version with a .venv of its own, for example: git worktree add ../old <commit>; make -C ../old setup
+compat: $(VENV)/dev.stamp
+	PYTHONPATH=tests $(RUN)/python -P tests/compat.py $(OLD)
 
 # Random faults for twenty minutes; ARGS="--minutes 2" for a short run.
 soak: $(VENV)/dev.stamp

@@ -120,11 +120,15 @@ def _is_sidecar(process: int) -> bool:
 
 @contextmanager
 def worker(
-    environ: Mapping[str, str], log: Path, *options: str, app: str = "zlora_worker.app"
+    environ: Mapping[str, str],
+    log: Path,
+    *options: str,
+    app: str = "zlora_worker.app",
+    python: str = sys.executable,
 ) -> Iterator[Worker]:
     """Run a worker that logs text; after the block it gets SIGTERM, and 30 s later SIGKILL."""
     full = clean_environ({"ZLORA_LOG": "text", **environ})
-    celery = [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel", "INFO"]
+    celery = [python, "-m", "celery", "-A", app, "worker", "--loglevel", "INFO"]
     with log.open("wb") as output, Client.from_env(full) as client:
         process = subprocess.Popen(
             [*celery, *options],
