@@ -14,7 +14,7 @@ _MAX_LINE: Final = 1000  # characters of one request
 _MAX_HOST: Final = 30  # characters of the host of a long address
 _MAX_PATH_END: Final = 35  # characters of the end of a long address
 _HASH_DIGITS: Final = 12  # hex digits; enough to tell a day's prompts apart
-_ENUM_FIELDS: Final = ("scheduler", "output_format", "url_policy")  # text fields without prompts
+ENUM_FIELDS: Final = ("output_format", "scheduler", "url_policy")  # as `schema.enum_fields`
 _ENUM_VALUE: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # a valid value, or a misspelt one
 _MAX_NESTED: Final = 8  # addresses inside one another; deeper nesting could exhaust the stack
 _MIN_SECRET: Final = 6  # characters; masking shorter secrets would mask ordinary words
@@ -90,7 +90,7 @@ def shown(request: object, *, prompts: str = "shown") -> str:
 
 def _field(name: object, value: object, prompts: str) -> str:
     if isinstance(value, str):
-        is_enum = name in _ENUM_FIELDS and _ENUM_VALUE.fullmatch(value)
+        is_enum = name in ENUM_FIELDS and _ENUM_VALUE.fullmatch(value)
         if prompts == "hashed" and not is_enum:
             return _hash(value)
         if name in ("prompt", "negative_prompt"):  # not an address, whatever it contains

@@ -6,7 +6,7 @@ The line below each field is its documentation, from which `docs/reference/reque
 import hashlib
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -454,11 +454,17 @@ def to_dict(value: Struct) -> dict[str, Any]:
     return document
 
 
-_CHOICES: Final = {
-    "scheduler": get_args(Scheduler),
-    "output_format": get_args(OutputFormat),
-    "url_policy": get_args(UrlPolicy),
-}
+def enum_fields() -> dict[str, tuple[str, ...]]:
+    """Return the fields of a request that take one of several words, with these words."""
+    found = {}
+    for field in msgspec.structs.fields(GenerateRequest):
+        kinds = [field.type, *get_args(field.type)]  # a Literal, or a union with one
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if words:
+            found[field.name] = tuple(words)
+    return found
+
+
 _PATH: Final = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 _PROMPT_PATHS: Final = ("$", "$.prompt", "$.negative_prompt")  # texts that logs must not contain
 
@@ -478,7 +484,7 @@ def _explained(reason: str, document: object) -> InvalidRequest:
     path = found["path"] if found else ""
     expected = _PATH.sub("", reason)[:200]
     if expected.startswith("Invalid enum value"):
-        expected = f"Expected one of {', '.join(_CHOICES[path.rpartition('.')[2]])}"
+        expected = f"Expected one of {', '.join(enum_fields()[path.rpartition('.')[2]])}"
     value: Any = document
     try:
         for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):

@@ -166,12 +166,12 @@ def load_model(**_: Any) -> None:
         meter.loaded(seconds, replaces=replaces)
         logger.info("model %s is loaded after %.1f s", settings.model, seconds)
     except ZloraError as error:
-        _exit_child(str(error))
+        _exit_without_model(str(error))
     except (
         Exception
     ) as error:  # the boundary of the child's start: Celery would go on without a model
         logger.exception("loading %s failed", settings.model)
-        _exit_child(f"loading {settings.model} failed: {type(error).__name__}: {error}")
+        _exit_without_model(f"loading {settings.model} failed: {type(error).__name__}: {error}")
     load_state.child_has_model()
 
 
@@ -188,7 +188,7 @@ def check_base_model(**_: Any) -> None:
         logger.info("the base model is what was loaded")
 
 
-def _exit_child(reason: str) -> None:
+def _exit_without_model(reason: str) -> None:
     try:
         load_state.child_failed(reason)
     finally:

@@ -1,4 +1,4 @@
-"""Actions that must not stay half done when a signal raises an exception."""
+"""Finish an action even if a signal raises an exception in the middle of it."""
 
 from collections.abc import Callable
 

@@ -65,7 +65,7 @@ class JobRunner:
     def run(
         self, task: "Task[Any, Any]", arguments: tuple[object, ...], options: dict[str, object]
     ) -> ResultPayload:
-        """Return the result of the job as plain JSON data.
+        """Return the result of the job as plain JSON data, which Celery stores and publishes.
 
         Raises a `ZloraError` if the job fails: class, message and details reach the producer.
         Raises `Ignore` if the job is revoked, is sent again, or belongs to another worker.
@@ -73,20 +73,25 @@ class JobRunner:
         job_id = check_job_id(task.request.id)
         with logs.about(job_id):
             if self.child is None:
-                _exit_child("this child has no base model")
+                _exit_corrupted("this child has no base model")
             delivery = Delivery(task, self.child, self.leases, job_id)
             try:
                 outcome = delivery.run(arguments, options)
             except RedisError as refusal:  # a key of another type, for instance
                 failure = InternalError(f"Redis refuses a command: {refusal}")
                 outcome = Failed(failure, is_recorded=False)
-            self.count(job_id, outcome)
+            meter = self.child.meter
             match outcome:
                 case Succeeded(result):
+                    if self.leases.finish(job_id):  # also makes the webhook due
+                        meter.succeeded()
                     return ResultPayload(result)
-                case Failed(error):
+                case Failed(error, is_recorded):
+                    if not is_recorded or self.leases.is_first_to_count(job_id):
+                        meter.ended(error)
                     finish_with_error(task, error)
                 case Retry(error, after):
+                    meter.retried(error)
                     logger.warning("job %s: %s; again in %.0f s", job_id, error, after)
                     ended = send_for_retry(task, self.leases, delivery.digest, error, after=after)
                     if ended is not None:
@@ -100,22 +105,8 @@ class JobRunner:
                     logger.warning("job %s: %s; the message is dropped", job_id, reason)
                     raise Ignore(reason)
                 case Corrupted(reason):
-                    _exit_child(reason)
+                    _exit_corrupted(reason)
             assert_never(outcome)
-
-    def count(self, job_id: str, outcome: Outcome) -> None:
-        """Count the outcome in the metrics: each end of a job once, whichever worker sees it."""
-        assert self.child is not None  # noqa: S101 - checked by `run`
-        meter = self.child.meter
-        match outcome:
-            case Succeeded() if self.leases.finish(job_id):
-                meter.succeeded()
-            case Failed(error, is_recorded) if not is_recorded or self.leases.is_first_to_count(
-                job_id
-            ):
-                meter.ended(error)
-            case Retry(error):
-                meter.retried(error)
 
 
 class Delivery:
@@ -327,7 +318,7 @@ def _is_past(expires: Any) -> bool:
     return datetime.now(UTC) > moment
 
 
-def _exit_child(reason: str) -> NoReturn:
+def _exit_corrupted(reason: str) -> NoReturn:
     """End this child process: Celery then delivers the job again (`task_reject_on_worker_lost`)."""
     logger.critical("%s: this child exits, and the job goes to a new one", reason)
     os._exit(EXIT_CORRUPTED)

@@ -54,6 +54,21 @@ def refused_key(queue: str) -> str:
     return f"zlora:refused:{queue}"
 
 
+def key_types(queue: str) -> dict[str, str]:
+    """Return Redis' type of each key of a queue, kombu's keys included; for `zlora doctor`."""
+    return dict.fromkeys(waiting_lists(queue), "list") | {
+        "unacked": "hash",
+        "unacked_index": "zset",
+        unfinished_key(queue): "zset",
+        expiring_key(queue): "zset",
+        outbox_key(queue): "zset",
+        dead_key(queue): "zset",
+        sweep_key(queue): "string",
+        manifest_requests_key(queue): "list",
+        refused_key(queue): "string",
+    }
+
+
 def waiting_lists(queue: str) -> list[str]:
     """Keys of the lists, one for each priority, in which kombu's Redis transport keeps messages."""
     return [queue, *(f"{queue}\x06\x16{step}" for step in PRIORITY_STEPS[1:])]

@@ -27,10 +27,9 @@ from zlora.broker.job_store import connect
 from zlora.broker.keys import (
     PRIORITIES,
     dead_key,
-    expiring_key,
+    key_types,
     outbox_key,
     refused_key,
-    unfinished_key,
     waiting_lists,
 )
 from zlora.broker.message import QueuedMessage
@@ -324,15 +323,7 @@ def _needs_broker(
 
 def _keys(found: Environment) -> Check:
     """Check the types of the keys in Redis: workers wait while one has another type."""
-    queue = found.queue
-    kinds = dict.fromkeys(waiting_lists(queue), "list") | {
-        "unacked": "hash",
-        "unacked_index": "zset",
-        unfinished_key(queue): "zset",
-        expiring_key(queue): "zset",
-        outbox_key(queue): "zset",
-        dead_key(queue): "zset",
-    }
+    kinds = key_types(found.queue)
     with connect(found.broker_url, seconds=IMPATIENCE) as client:
         pipe: Any = client.pipeline(transaction=False)
         for name in kinds:

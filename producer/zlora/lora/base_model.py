@@ -1,4 +1,4 @@
-"""What the header of a LoRA file says: kinds, ranks, base model, trigger words."""
+"""Describe a LoRA by the header of its file: base model, kinds, ranks, trigger words."""
 
 import re
 from collections import Counter, defaultdict

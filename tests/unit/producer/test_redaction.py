@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.servers import untimed
-from zlora.redaction import Redactor, label, shown, without_secrets
+from zlora.redaction import ENUM_FIELDS, Redactor, label, shown, without_secrets
+from zlora.schema import enum_fields
 
 SECRETS = ("us3r", "pa55", "t0ken", "fr4g")
 SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken#fr4g"
@@ -371,3 +372,7 @@ def test_no_secret_survives_anywhere(secrets: list[str], around: list[str]) -> N
     redacted = Redactor(secrets)(text)
 
     assert not any(secret in redacted for secret in secrets)
+
+
+def test_fields_that_take_a_word_are_not_redacted_like_prompts() -> None:
+    assert sorted(ENUM_FIELDS) == sorted(enum_fields())

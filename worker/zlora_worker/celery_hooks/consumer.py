@@ -18,8 +18,8 @@ from zlora.errors import InvalidRequest
 from zlora.redaction import on_one_line
 from zlora.schema import JOB_ID, JobState
 
-from zlora_worker.celery_hooks.transport import MAX_DEPTH, deeper_than
-from zlora_worker.delivery.lease import JobLeases, count_refused
+from zlora_worker.celery_hooks.transport import MAX_DEPTH, count_refused, deeper_than
+from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import progress_backend
 
 _SHOWN: Final = 200  # characters of a fault in logs and answers
@@ -64,7 +64,8 @@ class Refused(Exception):
 def validate(message: Message) -> None:
     """Raise an exception unless the message is a job: JSON, for `zlora.generate`, without a canvas.
 
-    Drop the fields that a job does not use.     Celery's protocols 1 and 2: https://docs.celeryq.dev/en/stable/internals/protocol.html
+    Drop the fields that a job does not use. Celery's protocols 1 and 2:
+    https://docs.celeryq.dev/en/stable/internals/protocol.html
     """
     headers: dict[str, Any] = message.headers or {}
     if "fault" in headers:  # the transport could not read the original

@@ -19,10 +19,9 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps, loads
 from msgspec import Struct
+from zlora.broker.keys import RECORD_EXPIRES, refused_key
 from zlora.broker.message import MAX_MESSAGE_BYTES
 from zlora.schema import JOB_ID
-
-from zlora_worker.delivery.lease import count_refused
 
 MAX_DEPTH: Final = (
     64  # levels of arrays and objects: from about 600 on, pickling for the child fails
@@ -240,6 +239,18 @@ class Transport(kombu_redis.Transport):
     Channel = Channel
 
     connection_errors = (*kombu_redis.Transport.connection_errors, redis.OutOfMemoryError)
+
+
+def count_refused(client: Any, queue: str) -> None:
+    """Count a message of the queue that is refused; only log it if Redis does not answer."""
+    counter = refused_key(queue)
+    try:
+        with client.pipeline() as pipe:
+            pipe.incr(counter)
+            pipe.expire(counter, RECORD_EXPIRES)
+            pipe.execute()
+    except redis.RedisError as error:
+        logger.warning("%s is not incremented: %s", counter, error)
 
 
 def _job_id_of(message: Any) -> str | None:

@@ -17,7 +17,7 @@ import msgspec
 import redis
 from celery.utils.log import get_task_logger
 from zlora.broker.job_store import ATTEMPT, Attempt, JobStore, attempts_of, connect, verdict_of
-from zlora.broker.keys import RECORD_EXPIRES, job_key, lease_key, refused_key
+from zlora.broker.keys import RECORD_EXPIRES, job_key, lease_key
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobPoisoned, ZloraError
 
@@ -131,18 +131,6 @@ class JobEnded(Exception):
     def __init__(self, verdict: ZloraError) -> None:
         super().__init__(verdict)
         self.verdict = verdict
-
-
-def count_refused(client: Any, queue: str) -> None:
-    """Count a message of the queue that is refused; only log it if Redis does not answer."""
-    counter = refused_key(queue)
-    try:
-        with client.pipeline() as pipe:
-            pipe.incr(counter)
-            pipe.expire(counter, RECORD_EXPIRES)
-            pipe.execute()
-    except redis.RedisError as error:
-        logger.warning("%s is not incremented: %s", counter, error)
 
 
 class JobLeases:

@@ -1,6 +1,5 @@
 """Fetches the LoRA at an address into a file. All sources but local files go through the guard."""
 
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO
@@ -39,26 +38,6 @@ class Fetcher:
             if site and site not in PUBLIC_SITES:
                 hosts.add(urlsplit(site).netloc.lower())
             self._clients[scheme] = HttpClient(hosts, certificates=settings.certificates)
-
-    @property
-    def asker(self) -> str:
-        """Fingerprint of the settings that decide what a source answers, such as credentials."""
-        settings = self.settings
-        own = (
-            (settings.hub_url, settings.hub_token, settings.hub_tenant),
-            (settings.hf_endpoint, settings.hf_token),
-            (settings.civitai_url, settings.civitai_token),
-            (
-                settings.source_endpoint,
-                settings.lora_s3_key,
-                settings.lora_s3_secret,
-                settings.lora_s3_token,
-                settings.lora_buckets,
-            ),
-            (settings.lora_roots, sorted(settings.allow_hosts)),
-            settings.model == "demo",
-        )
-        return hashlib.sha256(repr(own).encode()).hexdigest()
 
     def source(self, address: str) -> str:
         """Return the canonical spelling of an address without secrets, for receipts."""

@@ -1,4 +1,4 @@
-"""Merging of LoRAs into the resident model, and the way back to the base.
+"""Put merged weights into the resident model for one job, and the base weights back after it.
 
 If memory allows, the base is never written: merged weights are in a second copy, the shadow, and
 parameters point at the shadow for the time of a job. Otherwise the base is overwritten in place and

@@ -1,4 +1,4 @@
-"""Weights of the resident model, stacked by component and shape, and restored by pointers."""
+"""Weights of the base model (not LoRA strengths), stacked by component and shape."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Conditions of a recorded image: its last bits depend on them, beside request and weights."""
+"""Draw under the threads and tiling of a recorded image, for `zlora replay`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -28,7 +28,6 @@ from zlora_worker.monitoring.logs import said_by
 COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
 ADAPTED: Final = COMPONENTS[:3]  # components that LoRAs are made for
 
-_LCM_STEPS: Final = 50  # steps from which latent consistency models are distilled
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
 # Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -280,9 +279,7 @@ class Pipeline:
         if request.scheduler is None:
             return type(self._scheduler).from_config(config)
         entry = SCHEDULERS[request.scheduler]
-        options = entry.options
-        if request.scheduler == "lcm":  # its steps are a choice from these
-            options = {"original_inference_steps": max(_LCM_STEPS, request.num_inference_steps)}
+        options = entry.options_for(request.num_inference_steps)
         return getattr(diffusers, entry.class_name).from_config(config, **options)
 
 

@@ -15,6 +15,16 @@ class SchedulerEntry(NamedTuple):
     options: dict[str, Any]
     sampler: str
 
+    def options_for(self, steps: int) -> dict[str, Any]:
+        """Return the options for a number of steps.
+
+        LCM picks its steps among the original ones, of which there must be as many at least.
+        """
+        original = self.options.get("original_inference_steps")
+        if original is None:
+            return self.options
+        return self.options | {"original_inference_steps": max(original, steps)}
+
 
 SCHEDULERS: Final[dict[Scheduler, SchedulerEntry]] = {
     "ddim": SchedulerEntry("DDIMScheduler", {}, "DDIM"),
@@ -25,7 +35,7 @@ SCHEDULERS: Final[dict[Scheduler, SchedulerEntry]] = {
     "euler": SchedulerEntry("EulerDiscreteScheduler", {}, "Euler"),
     "euler_ancestral": SchedulerEntry("EulerAncestralDiscreteScheduler", {}, "Euler a"),
     "heun": SchedulerEntry("HeunDiscreteScheduler", {}, "Heun"),
-    "lcm": SchedulerEntry("LCMScheduler", {}, "LCM"),
+    "lcm": SchedulerEntry("LCMScheduler", {"original_inference_steps": 50}, "LCM"),
     "unipc": SchedulerEntry("UniPCMultistepScheduler", {}, "UniPC"),
 }
 

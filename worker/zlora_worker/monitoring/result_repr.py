@@ -1,4 +1,4 @@
-"""How logs and Flower show a result. The result itself is unchanged."""
+"""The payload that the task returns: a result as JSON data with a short `repr` for logs and Flower."""
 
 from collections import UserDict
 from typing import Any, Final

@@ -83,10 +83,12 @@ def open_store(settings: Settings) -> Store:
     match url.scheme:
         case "file":
             return FolderStore(Path(unquote(url.path)))
-        case _:  # "s3"; the settings have checked the scheme
+        case "s3":
             from zlora_worker.results.s3 import S3Store  # imports boto3, which is heavy
 
             return S3Store(url.netloc, url.path.strip("/"), settings)
+        case scheme:
+            raise InvalidSetting(f"ZLORA_STORE: no store has the scheme {scheme}")
 
 
 class FolderStore:

@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 import msgspec
 from PIL import Image
 from zlora.errors import StoreFailed
-from zlora.schema import ImageRef
+from zlora.schema import ImageRef, Phase
 
 from zlora_worker.results import encoding
 from zlora_worker.results.infotext import infotext
@@ -45,7 +45,7 @@ class ImageUploader:
         self._deletions: list[Future[None]] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self.seconds = {"encode": 0.0, "upload": 0.0}
+        self.seconds: dict[str, float] = {Phase.ENCODE: 0.0, Phase.UPLOAD: 0.0}
 
     def __enter__(self) -> Self:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
@@ -137,8 +137,8 @@ class ImageUploader:
             self._store, self._keys[index], data, self._content_type, stop=self._stop
         )
         with self._lock:
-            self.seconds["encode"] += encoded - start
-            self.seconds["upload"] += time.perf_counter() - encoded
+            self.seconds[Phase.ENCODE] += encoded - start
+            self.seconds[Phase.UPLOAD] += time.perf_counter() - encoded
         return self._ref(data, provenance) if stored == data else self._ref_of_stored(index, stored)
 
     def _ref_of_stored(self, index: int, data: bytes) -> ImageRef:

@@ -574,7 +574,7 @@ def test_a_worker_of_another_model_refuses_the_demo_loras(tmp_path: Path) -> Non
 
 def test_workers_of_the_demo_model_share_no_cached_answers_with_others(tmp_path: Path) -> None:
     with fetching(tmp_path, ZLORA_MODEL="demo") as demo, fetching(tmp_path) as other:
-        assert demo.asker != other.asker
+        assert demo.settings.credentials_fingerprint != other.settings.credentials_fingerprint
 
 
 @pytest.mark.parametrize(
