@@ -1,4 +1,4 @@
-"""The payload that the task returns: a result as JSON data with a short `repr` for logs and Flower."""
+"""The payload that the task returns: a result as JSON data, with a short `repr` for Flower."""
 
 from collections import UserDict
 from typing import Any, Final

@@ -88,7 +88,8 @@ def open_store(settings: Settings) -> Store:
 
             return S3Store(url.netloc, url.path.strip("/"), settings)
         case scheme:
-            raise InvalidSetting(f"ZLORA_STORE: no store has the scheme {scheme}")
+            reason = f"ZLORA_STORE: no store has the scheme {scheme}"
+            raise InvalidSetting(reason, {"name": "ZLORA_STORE"})
 
 
 class FolderStore:
