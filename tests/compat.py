@@ -10,6 +10,7 @@ Prints a line for each check; the exit status is 1 if one has failed. Takes abou
 """
 
 import base64
+import html
 import json
 import os
 import re
@@ -468,8 +469,12 @@ def metadata_of(path: Path) -> dict[str, Any]:
             for name, value in image.info.items()
             if name != "exif"
         }
-    decoded_texts = {name: decoded(value) or value for name, value in texts.items()}
-    return {"exif": exif, "texts": decoded_texts}
+    # The order of the fields in a JSON document does not matter; XMP has one between two tags.
+    documents = {
+        name: [decoded(html.unescape(part)) or part for part in re.split("</?zlora:recipe>", text)]
+        for name, text in texts.items()
+    }
+    return {"exif": exif, "texts": documents}
 
 
 def decoded(text: str) -> Any:
