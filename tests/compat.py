@@ -6,7 +6,7 @@ progress, cancellation, errors, webhooks, manifests, images drawn again, jobs of
 Then the data in Redis, the metrics, the images of `zlora demo`, the environment variables and the
 command lines of both versions are compared.
 
-Prints a line for each check; the exit status is 1 if one has failed. Takes about eight minutes.
+Prints a line for each check; the exit status is 1 if one has failed. Takes about ten minutes.
 """
 
 import base64
@@ -337,6 +337,7 @@ def compare(checks: Checks, one: dict[str, Any], other: dict[str, Any]) -> None:
             expect(seen[0] == seen[1], first_difference(*seen))
     for name in ("keys", "metrics", "queue metrics"):
         with checks.check(f"{name}: names, types and labels"):
+            expect(one[name], "nothing was seen")
             expect(one[name] == other[name], first_difference(one[name], other[name]))
 
 
