@@ -12,6 +12,16 @@ from support.processes import Enter
 from zlora import Client
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Restore the loggers that a Celery worker in this process sets up: caplog would miss records."""
+    loggers = [logging.getLogger(name) for name in ("", "celery", "celery.task", "multiprocessing")]
+    before = [(one.level, one.propagate, one.handlers[:]) for one in loggers]
+    yield
+    for one, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        one.level, one.propagate, one.handlers = level, propagate, handlers
+
+
 @pytest.fixture
 def broker(broker_url: str) -> Iterator[Any]:
     """Return a connection to an empty Redis."""

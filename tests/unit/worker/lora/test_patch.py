@@ -569,6 +569,8 @@ def blocks(count: int) -> list[Block]:
     return [Block(stack=0, first=0, last=1, top=index, bottom=index + 1) for index in range(count)]
 
 
+# The exception of a signal during garbage collection is lost, as in a worker.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("one_thread_afterwards")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_signal_at_any_time_neither_blocks_a_merge_nor_changes_the_base(
