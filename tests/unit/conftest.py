@@ -14,7 +14,7 @@ from zlora import Client
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Restore the loggers that a Celery worker in this process sets up: caplog would miss records."""
+    """Restore the loggers that a Celery worker in this process sets up, which caplog misses."""
     loggers = [logging.getLogger(name) for name in ("", "celery", "celery.task", "multiprocessing")]
     before = [(one.level, one.propagate, one.handlers[:]) for one in loggers]
     yield
