@@ -2,7 +2,7 @@
 
 The same small job alternates between the two, so that both meet the same machine. The queue has two
 turns per round, for the noise. Then as many jobs wait on a full queue: the gap between two jobs is
-from the end of one, with its images stored, to the start of the next. `--thin` takes 20 rounds
+from the end of one, with its images stored, to the start of the next. `--thin` takes 10 rounds
 instead of 200.
 """
 
