@@ -228,7 +228,7 @@ class ImageUnavailable(ZloraError):
     Details: `key`.
     """
 
-    code = "picture_unavailable"
+    code = "picture_unavailable"  # older than the name of the class; programs compare it
     retryable = True
 
 

@@ -1,4 +1,7 @@
-"""Names of keys in Redis, their lifetimes, and priorities, for producers and workers."""
+"""Names of keys in Redis, their lifetimes, and priorities, for producers and workers.
+
+Some keys have older words than their functions (`ledger`, `recall`): other versions read them.
+"""
 
 from typing import Final
 

@@ -1,7 +1,8 @@
 """`zlora doctor`: check everything that a job needs, and say what to do about what is wrong.
 
-To add a check, write a function of `Environment` that yields a `Check` and add it to `CHECKS`. The
-checks of a worker are in `zlora_worker.cli.doctor`; they come in by the entry point `zlora.checks`.
+To add a check, write a function of `Environment` that yields a `Check`, or one that needs the
+broker and returns a `Check`, wrapped by `_needs_broker`; add it to `CHECKS`. A worker's checks are
+in `zlora_worker.cli.doctor`; they come in by the entry point `zlora.checks`.
 """
 
 import os

@@ -21,7 +21,7 @@ OUTPUT: Final = Path("the output")  # the name of stdout in errors of `writing`
 
 # The exit status of each class of errors, as in sysexits.h except for 4, 5 and 124. A class without
 # a row has the status of its parent. To add an error: add the class to zlora.errors, and a row here
-# if it is neither a `LoraError` nor an `InvalidRequest`. A test compares the two.
+# if it is retryable, or neither a `LoraError` nor an `InvalidRequest`. A test compares the two.
 STATUSES: Final[dict[type[ZloraError], int]] = {
     errors.JobRevoked: 4,
     errors.JobExpired: 5,

@@ -1,4 +1,4 @@
-"""Names of modules and tensors in LoRA files of all tools: the only tables of such names."""
+"""Prefixes and suffixes of names in LoRA files of all tools, and the kinds of LoRA they show."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The boundary between messages and Celery: if a message raises anything, it is refused."""
+"""Check each message before Celery takes it: what is not a job, or cannot be read, is refused."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Files that say whether the model is loaded: to the parent, to the next child, and to probes."""
+"""Files by which parent, child and probes see that the model is loaded and the parent is alive."""
 
 import atexit
 import os

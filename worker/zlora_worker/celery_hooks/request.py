@@ -1,4 +1,4 @@
-"""A running job in the parent process: its hard time limit, and the death of its child."""
+"""Celery's request, a running job in the parent: its hard time limit, the death of its child."""
 
 import re
 from typing import Any, Final

@@ -1,4 +1,4 @@
-"""The timeout of a job: one clock for the progress reports, the interruption and the hard limit."""
+"""The timeout of a job: checked at each progress report, then enforced by an interruption."""
 
 import signal
 import time

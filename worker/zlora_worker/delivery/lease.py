@@ -1,4 +1,4 @@
-"""Leases: each job is drawn by one worker at a time, ends once, and is given up after three deaths.
+"""Leases: one worker at a time draws a job, the job ends once, and three killed workers end it too.
 
 This is the worker's side of `zlora.broker.job_store`, which describes the record of a job.
 """

@@ -1,4 +1,4 @@
-"""Progress of a running job, and the signs on which it must stop: cancelled, ended, timed out."""
+"""Report the progress of a running job; stop it if it was cancelled, has ended, or is too late."""
 
 import time
 from collections import deque

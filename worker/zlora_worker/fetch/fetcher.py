@@ -1,4 +1,4 @@
-"""Fetches the LoRA at an address into a file. All sources but local files go through the guard."""
+"""Fetch the LoRA at an address into a file; remote servers only by the guarded client."""
 
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,9 +1,7 @@
 """Sources of LoRAs: one function for each scheme of an address, and the table of all schemes.
 
-To add a scheme, add a function and its line in `SCHEMES`, and name the scheme in
-`zlora.lora.addresses`. A scheme with a host or a token of its own is also named in `Fetcher` (its
-site) and in `Settings.credentials_fingerprint`. Each token goes to its own site only: no redirect
-takes it elsewhere.
+Each token goes to its own site only: no redirect takes it elsewhere. docs/architecture.md lists all
+that a new scheme changes.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Writes a body to a file as it arrives: counts, hashes and checks it, and bounds its time."""
+"""Write a downloaded file as it arrives: count, hash and check its bytes, and bound its time."""
 
 import hashlib
 import time

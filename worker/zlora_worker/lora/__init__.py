@@ -1,1 +1,1 @@
-"""LoRA files become weights merged into the base model."""
+"""From LoRA files to weights that are merged into the base model."""

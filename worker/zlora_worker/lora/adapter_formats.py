@@ -1,4 +1,4 @@
-"""Parsing of one module's tensors into a delta, one function for each adapter format."""
+"""Parsing of one module's tensors into a delta, one function for each kind: LoRA, LoHa, LoKr."""
 
 import math
 from collections.abc import Callable, Mapping

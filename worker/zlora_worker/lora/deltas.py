@@ -1,4 +1,4 @@
-"""Changes that a LoRA makes to one weight, one class for each adapter format.
+"""Changes that a LoRA makes to one weight, one class for each kind: LoRA, LoHa, LoKr and others.
 
 Every delta is a matrix [out, in * kernel] in fp32. Sources: LoRA arXiv:2106.09685, DoRA
 arXiv:2402.09353, LoHa and LoKr arXiv:2309.14859, with the tensor names that LyCORIS writes.

@@ -1,4 +1,4 @@
-"""Draw under the threads and tiling of a recorded image, for `zlora replay`."""
+"""Set CPU threads and tiling as they were for a recorded image, for `zlora replay`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

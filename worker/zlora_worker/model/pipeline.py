@@ -1,4 +1,4 @@
-"""SDXL in memory: lent to one job at a time, and checked when the job is over."""
+"""SDXL in memory: merges the LoRAs of one job, draws, restores and checks the base weights."""
 
 import math
 import time

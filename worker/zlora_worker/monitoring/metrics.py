@@ -1,4 +1,4 @@
-"""Metrics of a worker for Prometheus: the one place of each metric's name, unit and labels.
+"""Counters of a worker's processes for Prometheus; the metrics of queues and GPUs are beside it.
 
 Label values are words of this project, never values of a request (prompt, address, id).
 """

@@ -1,6 +1,6 @@
 """Image files: pixels to bytes and back.
 
-To add a format, add its media type to `zlora.schema`, and its options to `_options` here.
+docs/architecture.md lists all that a new format changes.
 """
 
 import hashlib

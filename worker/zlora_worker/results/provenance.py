@@ -1,4 +1,4 @@
-"""Provenance: everything that draws an image again, without secrets."""
+"""Provenance: everything needed to draw an image again, without secrets."""
 
 from collections.abc import Iterable
 from typing import Annotated, Final

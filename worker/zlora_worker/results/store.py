@@ -1,7 +1,6 @@
 """The store of results: what a store does, which one the settings mean, and the store folder.
 
-To add an object store, write a class with the methods of `Store`, add its scheme to `open_store`,
-and let `setting_parsers.store_url` accept its URLs.
+docs/architecture.md lists all that a new store changes.
 """
 
 import errno
