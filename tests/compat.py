@@ -193,7 +193,8 @@ class Direction:
                 image = outputs / "0.png"
                 wait_until(image.exists, "the first image is stored")
                 os.killpg(running.process.pid, signal.SIGKILL)
-            before, left = image.stat().st_mtime_ns, sorted(path.name for path in outputs.iterdir())
+            before = image.stat().st_mtime_ns
+            left = sorted(path.name for path in outputs.glob("[0-9]*"))  # a kill can leave a draft
             with self.serving(second, environ):
                 command = ["result", *job, "--wait", "120"]
                 ended = second.zlora(*command, environ=environ, cwd=self.folder)
