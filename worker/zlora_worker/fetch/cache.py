@@ -281,7 +281,6 @@ class Cache:
 
     def _keep(self, draft: Path, descriptor: int, sha256: str) -> None:
         """Give a checked draft its final name, if no file has that; `descriptor` still locks it."""
-        os.fsync(descriptor)  # after a power loss a name must not stand for other bytes
         with self.budget.exclusive():
             if not is_at(descriptor, draft):
                 raise _deleted()

@@ -24,6 +24,8 @@ from zlora_worker.fetch.transfer import Fetched
 
 T = TypeVar("T")
 
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")  # another one after each boot of Linux
+
 # Seconds for which a failure answers other jobs as well. Less than a job's first retry waits, and
 # enough for the processes that waited for the same download.
 _FAILURE_SECONDS: Final = 1.5
@@ -67,15 +69,15 @@ class _Failure(Struct, frozen=True, kw_only=True):
 
 
 class _Identity(Struct, frozen=True, array_like=True):
-    """Facts that change if another file takes a name, or if its bytes are written again."""
+    """Facts that change if another file takes a name, or if its bytes are written again.
 
+    After a power loss a file may have its size but other bytes, so it is hashed after each boot.
+    """
+
+    boot_id: str
     inode: int
     size: int
     modified: int  # nanoseconds
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> "_Identity":
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 class CacheIndex:
@@ -87,6 +89,7 @@ class CacheIndex:
 
     def __init__(self, folder: Path, *, credentials_fingerprint: str) -> None:
         self._fingerprint = credentials_fingerprint
+        self._boot_id = BOOT_ID.read_text().strip()
         self._entries = folder / "index"
         self._failures = folder / "failed"
         self._verified = folder / "verified"
@@ -165,12 +168,15 @@ class CacheIndex:
     # verified files
 
     def is_verified(self, sha256: str, found: os.stat_result) -> bool:
-        """Whether a file was hashed and is unchanged, by inode, size and modification time."""
-        return _read(self._verified / f"{sha256}.json", _Identity) == _Identity.of(found)
+        """Whether a file was hashed since the boot, and inode, size and time are the same."""
+        return _read(self._verified / f"{sha256}.json", _Identity) == self._identity(found)
 
     def mark_verified(self, sha256: str, found: os.stat_result) -> None:
         """Record that a file's bytes have this sha256."""
-        _write(self._verified / f"{sha256}.json", _Identity.of(found))
+        _write(self._verified / f"{sha256}.json", self._identity(found))
+
+    def _identity(self, found: os.stat_result) -> _Identity:
+        return _Identity(self._boot_id, found.st_ino, found.st_size, found.st_mtime_ns)
 
     # upkeep
 

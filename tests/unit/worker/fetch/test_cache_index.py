@@ -412,21 +412,26 @@ def test_a_file_is_hashed_once_by_all_processes_together(
         assert watched.call_count == 1
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(
+def test_a_file_is_hashed_once_after_each_boot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss of power must not leave a name whose file has its length and not its bytes."""
-    synced = list[bytes]()
+    """After a power loss a file may have its length but not its bytes."""
+    boot_id = tmp_path / "boot_id"
+    monkeypatch.setattr(cache_index, "BOOT_ID", boot_id)
+    with serving(with_etag(ONE)) as host:
+        asset = Asset(url=f"{host.url}/a", sha256=digest(ONE))
+        boot_id.write_text("first\n")
+        with caching(tmp_path, host) as cache:
+            file = got(cache, asset)
+            times = file.path.stat().st_atime_ns, file.path.stat().st_mtime_ns
+            file.path.write_bytes(bytes(len(ONE)))
+            os.utime(file.path, ns=times)
+            assert got(cache, asset).tier == "disk"
 
-    def fsync(descriptor: int) -> None:
-        assert list((tmp_path / "loras/files").iterdir()) == []
-        synced.append(Path(f"/proc/self/fd/{descriptor}").read_bytes())
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
-        got(cache, Asset(url=f"{host.url}/a"))
-
-    assert synced == [ONE]
+        boot_id.write_text("second\n")
+        with caching(tmp_path, host) as cache:
+            file = got(cache, asset)
+            assert (file.tier, file.path.read_bytes()) == ("network", ONE)
 
 
 @pytest.mark.parametrize("data", DAMAGED, ids=range(len(DAMAGED)))

@@ -308,9 +308,10 @@ def limited(kind: int, most: int) -> Iterator[None]:
 
 
 def reserve(cache: Cache, count: int) -> None:
-    """Reserve the space of so many files, in a process that may open few files."""
+    """Reserve the space of so many files, in a process that may open few more files."""
     draft = cache.budget.drafts / "large"
-    with limited(resource.RLIMIT_NOFILE, 128), draft.open("wb") as file:
+    most = 100 + max(int(name) for name in os.listdir("/proc/self/fd"))
+    with limited(resource.RLIMIT_NOFILE, most), draft.open("wb") as file:
         cache.budget.reserve(file, count * 100)
 
 
