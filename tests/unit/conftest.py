@@ -14,10 +14,20 @@ from zlora import Client
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Restore the loggers that a Celery worker in this process sets up, which caplog misses."""
+    """Restore the loggers and handlers that a Celery worker in this process sets up.
+
+    Otherwise caplog misses records of later tests, or sees them without their exceptions.
+    """
     loggers = [logging.getLogger(name) for name in ("", "celery", "celery.task", "multiprocessing")]
     before = [(one.level, one.propagate, one.handlers[:]) for one in loggers]
+    handlers_before = [
+        (handler, handler.filters[:], handler.formatter)
+        for one in loggers
+        for handler in one.handlers
+    ]
     yield
+    for handler, filters, formatter in handlers_before:
+        handler.filters, handler.formatter = filters, formatter
     for one, (level, propagate, handlers) in zip(loggers, before, strict=True):
         one.level, one.propagate, one.handlers = level, propagate, handlers
 
