@@ -275,18 +275,23 @@ class Cache:
         while not self._hold(fetched.sha256, held):
             if tier == "disk":  # nothing was sent, and the file was deleted meanwhile
                 raise _deleted()
-            self._keep(draft, descriptor, fetched.sha256)
+            self._keep(asset, draft, descriptor, fetched, at=now)
         self.index.remember(asset.address, fetched, at=now)
         return fetched.sha256, tier
 
-    def _keep(self, draft: Path, descriptor: int, sha256: str) -> None:
+    def _keep(
+        self, asset: Asset, draft: Path, descriptor: int, fetched: Fetched, *, at: float
+    ) -> None:
         """Give a checked draft its final name, if no file has that; `descriptor` still locks it."""
+        path = self.file(fetched.sha256)
         with self.budget.exclusive():
             if not is_at(descriptor, draft):
                 raise _deleted()
-            if not self.file(sha256).exists():
-                self.index.mark_verified(sha256, os.fstat(descriptor))
-                os.replace(draft, self.file(sha256))
+            if not path.exists():
+                self.index.mark_verified(fetched.sha256, os.fstat(descriptor))
+                # without its name the draft locks nothing: who waited must find the record by then
+                self.index.remember(asset.address, fetched, at=at)
+                os.replace(draft, path)
                 share(descriptor)  # before others may evict
 
     def _hold(self, sha256: str, held: ExitStack) -> bool:

@@ -170,10 +170,10 @@ def test_a_file_in_use_is_not_replaced_by_the_same_content_from_another_source(
     ):
         keep = cache._keep
 
-        def late(*arguments: Any) -> None:
+        def late(*arguments: Any, **options: Any) -> None:
             monkeypatch.undo()
             stack.enter_context(cache.files([Asset(url=f"{host.url}/b")]))
-            keep(*arguments)
+            keep(*arguments, **options)
 
         monkeypatch.setattr(cache, "_keep", late)
         got(cache, Asset(url=f"{host.url}/a"))

@@ -1,7 +1,8 @@
 """Waiting for another process's download, and not for long if it is slow or stopped."""
 
+import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from support.servers import (
 from zlora.errors import LoraUnreachable
 from zlora.schema import Asset
 from zlora_worker.fetch import cache as cache_module
+from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.fetch.file_lock import try_lock
 from zlora_worker.fetch.transfer import Fetched
 
@@ -82,6 +84,31 @@ def test_the_same_content_from_two_quick_sources_is_one_download(tmp_path: Path)
             assert got(other, asset, on_bytes=lambda *_: go_on.set()).tier == "disk"
             assert first.result(30).tier == "network"
         assert good.connections == 0
+
+
+def test_a_process_that_looks_just_after_a_download_does_not_repeat_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look comes at once after the file has its name, before the downloader goes on."""
+    second: list[Future[CachedFile]] = []
+    with (
+        serving(with_etag(ONE)) as host,
+        caching(tmp_path, host) as one,
+        caching(tmp_path, host) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asset, replace = Asset(url=f"{host.url}/a"), os.replace
+
+        def rename(source: Path, target: Path) -> None:
+            replace(source, target)
+            if source.parent.name == "drafts" and not second:
+                second.append(pool.submit(got, other, asset, since=1.0))
+                wait(second, timeout=0.5)
+
+        monkeypatch.setattr(os, "replace", rename)
+        assert got(one, asset, since=1.0).tier == "network"
+        assert second[0].result(30).tier == "disk"
+        assert host.connections == 1
 
 
 def test_a_download_that_does_not_move_is_taken_over(
