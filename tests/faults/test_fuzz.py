@@ -7,18 +7,30 @@ import json
 import os
 import random
 import uuid
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from faults.mutations import envelope, faulty_messages, mutate
+from faults.mutations import envelope, faulty_messages, mutate, with_headers
 from support.processes import Worker, wait_until
 from support.scene import Scene, request
+from support.servers import lora_bytes, reply, serving
 from zlora import JobHandle
+from zlora.broker.keys import waiting_lists
 from zlora.broker.message import MAX_MESSAGE_BYTES
 from zlora.errors import InvalidRequest
 
 MESSAGES: Final = int(os.environ.get("ZLORA_FUZZ_MESSAGES", "150"))
 GOOD_EVERY: Final = 10  # one good job among so many messages
+
+
+LARGE_COST: Final = 60_000_000  # bytes; all large messages together have 568 MB
+
+
+def peak_memory(pid: int) -> int:
+    """Return the largest resident size that a process has had, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def push(scene: Scene, data: bytes) -> None:
@@ -70,6 +82,44 @@ def test_each_message_that_ends_an_unprotected_worker_is_refused(scene: Scene) -
                     with pytest.raises(InvalidRequest):
                         scene.answer_for(scene.client.job(job_id)).result(timeout=30)
             require_alive(scene, running)
+
+
+def test_large_messages_cost_neither_parent_nor_sidecar_much_memory(scene: Scene) -> None:
+    """60 of 5 MB with an ETA in many years, then 40 of 6.7 MB that are the next in each list.
+
+    The sidecar still prefetches the LoRA of the job behind them, and Redis sends it no large one.
+    """
+    with (
+        serving(reply(lora_bytes(1, size=100_000))) as host,
+        scene.worker(ZLORA_ALLOW_HOSTS=host.name, ZLORA_LOOK_AHEAD="16") as running,
+        scene.broker() as broker,
+    ):
+        require_alive(scene, running)
+        before = peak_memory(running.process.pid), peak_memory(running.sidecar())
+        message = with_headers(good_message(scene, "large"), eta="2099-01-01T00:00:00+00:00")
+        large = json.dumps(with_headers(message, unknown="x" * 5_000_000)).encode()
+        for _ in range(60):
+            push(scene, large)
+        require_alive(scene, running)
+        assert peak_memory(running.process.pid) - before[0] < LARGE_COST
+
+        drawing = scene.submit(steps=200, step=0.5)
+        scene.wait_begun(drawing)
+        sent = broker.info("stats")["total_net_output_bytes"]
+        large = json.dumps(with_headers(message, unknown="x" * 6_700_000)).encode()
+        lists = waiting_lists(scene.queue)
+        for index in range(40):
+            broker.rpush(lists[index % len(lists)], large)
+            scene.tally.fault()
+        following = scene.submit(fields={"loras": [{"file": {"url": f"{host.url}/a"}}]})
+        wait_until(lambda: host.sent, "the LoRA of the job behind them is fetched")
+        assert broker.info("stats")["total_net_output_bytes"] - sent < LARGE_COST
+        assert peak_memory(running.sidecar()) - before[1] < LARGE_COST
+
+        drawing.cancel()
+        assert following.result(timeout=60).loras[0].tier == "disk"
+        require_alive(scene, running)
+        assert peak_memory(running.process.pid) - before[0] < LARGE_COST
 
 
 def test_commands_of_remote_control_that_change_a_worker_are_not_answered(scene: Scene) -> None:
