@@ -20,6 +20,7 @@ from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
 from zlora.schema import (
+    TIMED_PHASES,
     Asset,
     Cancellation,
     GenerateRequest,
@@ -29,7 +30,6 @@ from zlora.schema import (
     JobStatus,
     LoraReceipt,
     LoraSpec,
-    Phase,
 )
 from zlora_worker.settings import reference as setting_rows
 
@@ -68,8 +68,8 @@ def settings_page() -> str:
         containers: `ZLORA_BROKER_URL_FILE=/run/secrets/broker_url`.
 
         A worker with an invalid setting exits with a message that names the variable. Everyone
-        who can add jobs to the queue can use what `ZLORA_ALLOW_HOSTS`, `ZLORA_LORA_ROOTS`,
-        `ZLORA_LORA_S3` and the tokens allow.
+        who can add jobs to the queue can use each source of LoRA files that the settings and tokens
+        of a worker open.
         """
     return _page("Settings", text, _table(("variable", "default", "meaning"), rows))
 
@@ -77,7 +77,7 @@ def settings_page() -> str:
 def request_page() -> str:
     """Return the fields of requests, results and states."""
     states = ", ".join(f"`{state}`" for state in JobState)
-    phases = ", ".join(f"`{phase}`" for phase in Phase if phase is not Phase.WAIT)
+    phases = ", ".join(f"`{phase}`" for phase in TIMED_PHASES)
     cancellations = ", ".join(f"`{place}`" for place in Cancellation)
     parts = [
         "## Request",

@@ -281,7 +281,7 @@ class Phase(StrEnum):
     TAIL = "tail"  # from the last image to the last upload
     ENCODE = "encode"  # beside the denoising
     UPLOAD = "upload"  # beside the denoising
-    WAIT = "waiting"  # before a retry; has no timing
+    WAIT = "waiting"  # before a retry
 
     @property
     def progress_name(self) -> str:
@@ -289,6 +289,7 @@ class Phase(StrEnum):
         return _PROGRESS_NAMES.get(self, self.value)
 
 
+TIMED_PHASES: Final = tuple(phase for phase in Phase if phase is not Phase.WAIT)
 _PROGRESS_NAMES: Final = {
     Phase.FETCH: "fetching",
     Phase.PARSE: "loading",
@@ -455,9 +456,10 @@ def to_dict(value: Struct) -> dict[str, Any]:
 
 
 def enum_fields() -> dict[str, tuple[str, ...]]:
-    """Return the fields of a request that take one of several words, with these words."""
+    """Return the fields of a request and its LoRAs that take one of several words, with these."""
     found = {}
-    for field in msgspec.structs.fields(GenerateRequest):
+    structs = (GenerateRequest, LoraSpec, Asset)
+    for field in (field for struct in structs for field in msgspec.structs.fields(struct)):
         kinds = [field.type, *get_args(field.type)]  # a Literal, or a union with one
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         if words:
@@ -484,7 +486,8 @@ def _explained(reason: str, document: object) -> InvalidRequest:
     path = found["path"] if found else ""
     expected = _PATH.sub("", reason)[:200]
     if expected.startswith("Invalid enum value"):
-        expected = f"Expected one of {', '.join(enum_fields()[path.rpartition('.')[2]])}"
+        name = path.rpartition(".")[2].partition("[")[0]  # `[0]` follows the name of a list
+        expected = f"Expected one of {', '.join(enum_fields()[name])}"
     value: Any = document
     try:
         for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):

@@ -34,6 +34,7 @@ from zlora.redaction import label, without_secrets
 from zlora.schema import (
     CONTENT_TYPES,
     QUEUE,
+    TIMED_PHASES,
     Asset,
     Cancellation,
     GenerateRequest,
@@ -69,15 +70,6 @@ class Posted(NamedTuple):
     body: bytes
 
 
-_TIMED_PHASES: Final = (
-    Phase.QUEUED,
-    Phase.FETCH,
-    Phase.PARSE,
-    Phase.APPLY,
-    Phase.DENOISE,
-    Phase.RESTORE,
-    Phase.TAIL,
-)
 _PENDING: Final = TaskMeta(JobState.PENDING.value, None)
 
 
@@ -357,7 +349,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         images=tuple(images),
         loras=tuple(receipts),
         seed=seed,
-        timings={phase.value: 0.0 for phase in _TIMED_PHASES},
+        timings={phase.value: 0.0 for phase in TIMED_PHASES},
         base_intact=True,
         model="zlora.testing",
         versions={"z-image-lora": version("z-image-lora")},

@@ -178,7 +178,7 @@ class Settings:
         read=parsers.url_policies,
         note="URL policies that requests may choose, separated by commas, the default first: "
         "`presigned`, `public`, `file`, `key`. Default: `public` if `ZLORA_PUBLIC_URL` is set, "
-        "else `presigned` for S3 and `file` for a folder.",
+        "else the store's own: `presigned` for S3, `file` for a folder.",
     )
     public_url: str = _variable(
         "ZLORA_PUBLIC_URL",

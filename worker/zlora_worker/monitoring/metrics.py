@@ -15,9 +15,8 @@ from prometheus_client.registry import Collector
 from zlora import errors
 from zlora.errors import JobExpired, JobRevoked, ZloraError
 from zlora.redaction import without_secrets
-from zlora.schema import GenerateResult, LoraTier, Phase
+from zlora.schema import TIMED_PHASES, GenerateResult, LoraTier
 
-PHASES: Final = tuple(phase.value for phase in Phase if phase is not Phase.WAIT)
 TIERS: Final = get_args(LoraTier)
 
 _FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own variable
@@ -77,7 +76,7 @@ class Meter:
                 self._jobs.labels("failure", kind.code)
                 if kind.retryable:
                     self._jobs.labels("retried", kind.code)
-        for phase in PHASES:
+        for phase in TIMED_PHASES:
             self._phases.labels(phase)
         for tier in TIERS:
             self._files.labels(tier)
@@ -108,7 +107,7 @@ class Meter:
     def drawn(self, result: GenerateResult) -> None:
         """Count images, phases and LoRAs of a job that this delivery generated."""
         self._images.inc(len(result.images))
-        for phase in PHASES:
+        for phase in TIMED_PHASES:
             if phase in result.timings:
                 self._phases.labels(phase).observe(result.timings[phase])
         for receipt in result.loras:

@@ -16,7 +16,13 @@ from support.played import Signalling
 from support.servers import Request, reply, serving
 from zlora.cli import connection, main
 from zlora.errors import LoraNotFound
-from zlora.schema import GenerateRequest, GenerateResult, parse_request, to_dict
+from zlora.schema import (
+    TIMED_PHASES,
+    GenerateRequest,
+    GenerateResult,
+    parse_request,
+    to_dict,
+)
 from zlora.testing import MemoryWorker, Progress, fake_result
 
 DATA = b"the bytes of an image"
@@ -209,8 +215,7 @@ def test_generate_saves_the_images_and_prints_what_was_used(
         "j-0.png": DATA,
         "j-1.png": DATA,
     }
-    phases = ("queued", "fetch", "parse", "apply", "denoise", "restore", "tail")
-    seconds = ", ".join(f"{phase} 0.00" for phase in phases)
+    seconds = ", ".join(f"{phase} 0.00" for phase in TIMED_PHASES)
     used = "rank 8, 16, modules 3 in unet, relative norm 0.0125, from disk"
     assert result.stdout.splitlines() == [
         "job: j",

@@ -10,9 +10,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from support.scraped import Scraped
 from zlora import errors
 from zlora.errors import InvalidRequest, JobExpired, JobRevoked, LoraUnreachable, OutOfMemory
-from zlora.schema import GenerateResult, ImageRef, LoraReceipt, LoraTier
+from zlora.schema import TIMED_PHASES, GenerateResult, ImageRef, LoraReceipt, LoraTier
 from zlora_worker.monitoring import metrics
-from zlora_worker.monitoring.metrics import PHASES, TIERS, Meter, WorkerCollector
+from zlora_worker.monitoring.metrics import TIERS, Meter, WorkerCollector
 
 MARK = "from-a-request"
 
@@ -93,7 +93,9 @@ def test_all_label_values_exist_before_the_first_count(counts: Path) -> None:
         *((code, "failure") for code in codes - revoked),
         *((cls.code, "retried") for cls in kinds if cls.retryable),
     }
-    assert set(scraped.named("zlora_job_phase_seconds_count")) == {(phase,) for phase in PHASES}
+    assert set(scraped.named("zlora_job_phase_seconds_count")) == {
+        (phase,) for phase in TIMED_PHASES
+    }
     for name in ("zlora_lora_files_total", "zlora_lora_bytes_total"):
         assert set(scraped.named(name)) == {(tier,) for tier in TIERS}
     assert set(scraped.named("zlora_webhooks_total")) == {("sent",), ("retried",), ("given_up",)}
