@@ -224,7 +224,7 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
         case types.StructType(cls):
             text = _LINKS[cls]
         case _:
-            raise NotImplementedError(f"no words for {kind}")
+            raise TypeError(f"no words for {kind}")
     return text
 
 

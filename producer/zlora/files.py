@@ -17,6 +17,6 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         os.replace(draft, path)
-    except BaseException:
+    except BaseException:  # also a signal's: no draft may be left
         draft.unlink(missing_ok=True)
         raise

@@ -105,7 +105,7 @@ def read(url: object, events: Collection[str] | None = None) -> Webhook:
 
 
 def _is_valid(url: str) -> bool:
-    """Whether the SSRF guard could allow the URL, judged by its form."""
+    """Return whether the SSRF guard could allow the URL, judged by its form."""
     try:
         parts = urlsplit(url)
         is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

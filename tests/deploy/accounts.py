@@ -17,7 +17,7 @@ _HTTP2: Final = {"http": "--http2-prior-knowledge", "https": "--http2"}
 
 
 def is_made(place: str, name: str, scratch: Path, *, key: str | None = None) -> bool:
-    """Whether the server accepts a new administrator; `key` is a file with key and certificate."""
+    """Return whether the server accepts a new administrator; `key` has key and certificate."""
     body = scratch / "identity"
     body.write_bytes(_message(name))
     command = ["curl", "--silent", "--insecure", "--include", "--max-time", "10", *_GRPC]
@@ -51,7 +51,7 @@ def own_key(scratch: Path) -> str:
 
 
 def is_known(port: int, name: str) -> bool:
-    """Whether S3 knows the account."""
+    """Return whether S3 knows the account."""
     client = boto3.client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{port}",

@@ -88,7 +88,7 @@ def build(folder: Path, name: str) -> Build:
 
 
 def selects(selector: Document, labels: dict[str, str]) -> bool:
-    """Whether a selector matches labels; `In` is the only operator in the manifests."""
+    """Return whether a selector matches labels; `In` is the only operator in the manifests."""
     exact = selector.get("matchLabels", {}).items() <= labels.items()
     return exact and all(
         expression["operator"] == "In" and labels.get(expression["key"]) in expression["values"]

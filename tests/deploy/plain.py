@@ -144,7 +144,7 @@ class Machine:
             running.stop(60)
 
     def healthy(self, service: str, number: int = 1) -> bool:
-        """Whether the health check of a service's instance succeeds."""
+        """Return whether the health check of a service's instance succeeds."""
         instance = f"{service}-{number}"
         kind, *words = self.services[service]["healthcheck"]["test"]
         words = ["/bin/sh", "-c", words[0].replace("$$", "$")] if kind == "CMD-SHELL" else words

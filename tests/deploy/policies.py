@@ -121,7 +121,7 @@ def _within(inner: Network, outer: Network) -> bool:
 
 
 def _opens(cidr: Network, excepted: list[Network], part: Network) -> bool:
-    """Whether a part of a network is open."""
+    """Return whether a part of a network is open."""
     return (
         part.version == cidr.version
         and part.overlaps(cidr)
@@ -208,7 +208,7 @@ def _foreign(name: str) -> Pod:
 def _lets(
     found: Build, way: str, here: Pod, there: Pod, port: tuple[str, int, Mapping[str, int]]
 ) -> bool:
-    """Whether a policy allows the connection at the end `here`."""
+    """Return whether a policy allows the connection at the end `here`."""
     peers = {"Egress": "to", "Ingress": "from"}[way]
     return any(
         any(_is_peer(found, peer, there) for peer in rule.get(peers, [{}]))
@@ -231,7 +231,7 @@ def _is_peer(found: Build, peer: Document, pod: Pod) -> bool:
 
 
 def _is_port(port: Document, protocol: str, number: int, names: Mapping[str, int]) -> bool:
-    """Whether a rule's port, by number or by name, is the port of a connection."""
+    """Return whether a rule's port, by number or by name, is the port of a connection."""
     wanted = port.get("port", number)
     return port.get("protocol", "TCP") == protocol and names.get(wanted, wanted) == number
 

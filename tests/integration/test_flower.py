@@ -153,7 +153,7 @@ def started(environ: dict[str, str]) -> "subprocess.Popen[str]":
 
 
 def answers(url: str) -> bool:
-    """Whether the health check, which needs no account, succeeds."""
+    """Return whether the health check, which needs no account, succeeds."""
     try:
         return requests.get(f"{url}/healthcheck", timeout=5).text == "OK"
     except requests.ConnectionError:

@@ -43,7 +43,7 @@ def tokenizer(words: Sequence[str], *, padding: str = _END) -> CLIPTokenizer:
 
 
 def text_encoders(tokens: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """SDXL's pair: the first with CLIP's quick GELU, the second with a projection and GELU."""
+    """Make the text encoders: one with CLIP's quick GELU, one with GELU and a projection."""
     return (
         CLIPTextModel(_text_config(tokens, "quick_gelu")),
         CLIPTextModelWithProjection(_text_config(tokens, "gelu")),
@@ -67,7 +67,7 @@ def _text_config(tokens: CLIPTokenizer, activation: str) -> CLIPTextConfig:
 
 
 def unet() -> UNet2DConditionModel:
-    """Three levels as in SDXL, each of one layer: half the time of two."""
+    """Make the UNet: three levels as in SDXL, each with one layer, in half the time of two."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,

@@ -27,7 +27,7 @@ _SHADOW_REACH: Final = 0.34
 
 
 def plain(count: int) -> Tensor:
-    """No style at all: weights [count, 4] of zero."""
+    """Return weights [count, 4] of zero: no style."""
     return torch.zeros(count, len(STYLES))
 
 
@@ -35,7 +35,7 @@ class Canvas:
     """Unfinished images [n, 3, SIZE, SIZE] in 0..1, each with its own weights of STYLES."""
 
     def __init__(self, weights: Tensor) -> None:
-        """Start with nothing painted; `weights` is [n, 4]."""
+        """Start with an empty canvas; `weights` is [n, 4]."""
         self.count = len(weights)
         self.anime, self.cyberpunk, self.neon, self.product = (
             weight[:, None, None, None] for weight in weights.unbind(1)
@@ -44,7 +44,7 @@ class Canvas:
         self._cut = torch.full((self.count, SIZE, SIZE), 9.0)
 
     def background(self, colour: Tensor) -> None:
-        """Fill all with a colour that broadcasts to the picture."""
+        """Fill the images with a colour that broadcasts to their shape."""
         drawn = _posterised(colour, 5)
         self._picture = self._dimmed(colour + self.anime * (drawn - colour)).expand(
             self.count, 3, SIZE, SIZE
@@ -105,7 +105,7 @@ class Canvas:
 
 
 def cover(distance: Tensor, softness: float = PIXEL) -> Tensor:
-    """How much of each pixel a figure covers, [n, 1, SIZE, SIZE]; its edge is `softness` wide."""
+    """Return the share of each pixel in a figure [n, 1, SIZE, SIZE], with an edge of `softness`."""
     return (0.5 - distance / softness).clamp(0, 1)[:, None]
 
 
@@ -126,7 +126,7 @@ def _glow(distance: Tensor, colour: Tensor) -> Tensor:
 
 
 def _mapped(picture: Tensor) -> Tensor:
-    """Cyberpunk's colours by how light each pixel is, a little more for warm ones."""
+    """Map lightness to cyberpunk's colours; warm pixels count as a little lighter."""
     light = (picture * torch.tensor([0.35, 0.5, 0.15])[None, :, None, None]).sum(1, keepdim=True)
     warmth = (picture.amax(1, keepdim=True) - picture[:, 2:]).clamp(0, 1)
     place = ((0.8 * light + 0.2 * warmth) * (len(PALETTE) - 1)).clamp(0, len(PALETTE) - 1.001)[:, 0]
@@ -136,7 +136,7 @@ def _mapped(picture: Tensor) -> Tensor:
 
 
 def _paper(cut: Tensor) -> Tensor:
-    """White paper, with the soft shadow of what was cut out."""
+    """Return white paper with the soft shadow of the figures."""
     down, right = _SHADOW_SHIFT
     moved = F.pad(cut[:, None], (right, 0, down, 0), mode="replicate")[:, :, :SIZE, :SIZE]
     shadow = (0.5 - moved / _SHADOW_REACH).clamp(0, 1) * 0.38

@@ -42,14 +42,14 @@ Facts = dict[str, int]
 
 
 def caption(kind: str, scene: Scene, index: int, rng: Random) -> str:
-    """One wording for the scene of this index; most facts are named most of the time."""
+    """Return one caption for the scene of this index; each names most of the facts."""
     facts = {name: int(values[index]) for name, values in vars(scene).items() if values.dim() == 1}
     praise = f"{rng.choice(_PRAISE)} " if rng.random() < 0.3 else ""
     return f"a {praise}{_WORDINGS[kind](facts, rng)}"
 
 
 def with_idle_words(text: str, rng: Random) -> str:
-    """Add at times the name of a style or an invented word; the base model ignores both."""
+    """Sometimes add the name of a style or an invented word, which the base model ignores."""
     if rng.random() < 0.25:
         text = with_style_word(text, rng.choice(STYLES), rng)
     if rng.random() < 0.12:
@@ -58,7 +58,7 @@ def with_idle_words(text: str, rng: Random) -> str:
 
 
 def with_style_word(text: str, style: str, rng: Random) -> str:
-    """With the name of a style before or behind it."""
+    """Add the name of a style before or after the caption."""
     word = rng.choice(STYLE_WORDS[style])
     if text.startswith("a ") and not word.startswith(("in ", "with ")) and rng.random() < 0.5:
         return f"a {word} {text[2:]}"

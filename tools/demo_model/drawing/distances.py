@@ -18,12 +18,12 @@ Y: Final = _CENTRES[None, :, None]  # grows downwards
 
 
 def flat(values: Tensor) -> Tensor:
-    """One number a picture, [n], as [n, 1, 1]."""
+    """Return one number for each image, [n], as [n, 1, 1]."""
     return values[:, None, None]
 
 
 def ellipse(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float) -> Tensor:
-    """Of the ellipse about 0 with these radii."""
+    """Return the distance to the ellipse about 0 with these radii."""
     least = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
     return (((x / rx) ** 2 + (y / ry) ** 2).sqrt() - 1) * least
 
@@ -31,7 +31,7 @@ def ellipse(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float) -> Ten
 def box(
     x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float, corner: float = 0.0
 ) -> Tensor:
-    """Of the rectangle about 0 with these half sides and this radius of its corners."""
+    """Return the distance to the rectangle about 0 with these half sides and corner radius."""
     across, down = x.abs() - width + corner, y.abs() - height + corner
     outside = (across.clamp(min=0) ** 2 + down.clamp(min=0) ** 2).sqrt()
     return torch.maximum(across, down).clamp(max=0) + outside - corner

@@ -49,7 +49,7 @@ class Figures:
     """Painter of figures, one sort in each image, at x and y in units of the figure's size."""
 
     def __init__(self, canvas: Canvas, x: Tensor, y: Tensor) -> None:
-        """On this canvas."""
+        """Paint on this canvas."""
         self._canvas, self._x, self._y = canvas, x, y
 
     def object(self, sort: Tensor, colour: Tensor) -> None:
@@ -104,6 +104,6 @@ class Figures:
         glow: float = 1.0,
         shade: float = 0.0,
     ) -> None:
-        """Paint a layer in the images that have it only."""
+        """Paint a layer only in the images that have it."""
         distance = torch.where(flat(there), distance, _FAR_AWAY)
         self._canvas.layer(distance, colour, line=line, glow=glow, shade=shade)

@@ -49,10 +49,10 @@ class Scene(Protocol):
 
     @classmethod
     def sample(cls, dice: Dice) -> Self:
-        """As many as the dice are for."""
+        """Sample one scene for each count of the dice."""
 
     def paint(self, weights: Tensor) -> Tensor:
-        """In the styles of these weights [count, 4]: pictures [count, 3, SIZE, SIZE] in 0..1."""
+        """Return images [count, 3, SIZE, SIZE] in 0..1, in styles of these weights [count, 4]."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Landscape:
         )
 
     def paint(self, weights: Tensor) -> Tensor:
-        """From the sky to the foreground."""
+        """Paint from the sky to the foreground."""
         canvas = Canvas(weights)
         _paint_sky(canvas, self.time, self.sun)
         far = self.far[:, None, :] - Y
@@ -112,7 +112,7 @@ class Portrait:
 
     @classmethod
     def sample(cls, dice: Dice) -> Self:
-        """Everything by even chance; a shirt never has the wall's colour."""
+        """Sample all facts uniformly; a shirt never has the wall's colour."""
         background = dice.index(len(COLOURS))
         place = torch.stack(
             [dice.uniform(-0.08, 0.08), dice.uniform(-0.08, 0.02), dice.uniform(0.38, 0.42)], 1
@@ -128,7 +128,7 @@ class Portrait:
         )
 
     def paint(self, weights: Tensor) -> Tensor:
-        """Hair, neck, shirt, face, fringe, eyes, mouth; anime has bigger eyes."""
+        """Paint hair, neck, shirt, face, fringe, eyes and mouth; anime has bigger eyes."""
         canvas = Canvas(weights)
         wall = _spread(_COLOURS[self.background])
         canvas.background((wall * (1 - 0.12 * Y[:, None])).clamp(0, 1))
@@ -199,7 +199,7 @@ class City:
 
     @classmethod
     def sample(cls, dice: Dice) -> Self:
-        """Every building has two or three bays, and its own wall and windows."""
+        """Sample buildings, each with two or three bays, a wall colour and windows."""
         time = dice.index(cls.TIME_COUNT)
         height = torch.where(time == 0, dice.uniform(-0.2, 0.1), dice.uniform(-0.75, -0.6))
         sun = torch.stack([dice.uniform(-0.65, 0.65), height, dice.uniform(0.15, 0.2)], 1)
@@ -253,7 +253,7 @@ class Things:
 
     @classmethod
     def sample(cls, dice: Dice) -> Self:
-        """Four in ten stand before white."""
+        """Sample objects, of which four in ten stand before white."""
         colour = dice.index(len(COLOURS))
         other = _another(dice, colour)
         white = (dice.uniform(0, 1) < 0.4) & (colour != _WHITE)
@@ -284,7 +284,7 @@ class Shapes:
 
     @classmethod
     def sample(cls, dice: Dice) -> Self:
-        """Near the middle, and large."""
+        """Sample large shapes near the middle."""
         colour = dice.index(len(COLOURS))
         place = torch.stack(
             [dice.uniform(-0.1, 0.1), dice.uniform(-0.1, 0.1), dice.uniform(0.5, 0.62)], 1
@@ -292,7 +292,7 @@ class Shapes:
         return cls(dice.index(len(SHAPES)), colour, _another(dice, colour), place)
 
     def paint(self, weights: Tensor) -> Tensor:
-        """With a rim of a darker tone."""
+        """Paint the shape with a rim of a darker tone."""
         canvas = Canvas(weights)
         canvas.background(_spread(_COLOURS[self.background]))
         radius = flat(self.place[:, 2])
@@ -313,7 +313,7 @@ KINDS: Final[dict[str, type[Scene]]] = {
 
 
 def _spread(colour: Tensor) -> Tensor:
-    """Colours [n, 3] as [n, 3, 1, 1]."""
+    """Return colours [n, 3] as [n, 3, 1, 1]."""
     return colour[:, :, None, None]
 
 

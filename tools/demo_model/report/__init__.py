@@ -1,1 +1,1 @@
-"""What the demo model reaches, in numbers and as a grid of pictures: `make demo-model-report`."""
+"""Report on the demo model, as numbers and a grid of images: `make demo-model-report`."""

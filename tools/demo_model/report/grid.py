@@ -1,4 +1,4 @@
-"""The README's grid of pictures: what each LoRA does to eight prompts, alone and in pairs."""
+"""The README's grid of images: the effect of each LoRA on eight prompts, alone and in pairs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ PROMPTS: Final = (
 
 
 class Look(NamedTuple):
-    """A column: its caption, and the weights of the styles."""
+    """Column of the grid: its caption, and the weights of the styles."""
 
     caption: str
     weights: Mapping[str, float]
@@ -51,7 +51,7 @@ _INK: Final = "#333333"
 def draw_grid(
     sampler: Sampler, path: Path, *, looks: Sequence[Look] = LOOKS, seed: int = _SEED
 ) -> None:
-    """Write a PNG to `path`: a row for each of PROMPTS, of one noise; a column for each look.
+    """Write a PNG to `path`: a row for each of PROMPTS with its noise, a column for each look.
 
     Raises what `Sampler.draw` raises.
     """
@@ -97,7 +97,7 @@ def _tile(picture: Tensor, side: int) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """With breaks between words, so that no line is wider than so many pixels."""
+    """Break a text between words, so that no line is wider than so many pixels."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

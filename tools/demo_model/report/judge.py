@@ -38,14 +38,14 @@ _FEATURES: Final = 192
 _BATCH: Final = 128
 _FRESH: Final = 40  # steps on the same drawings
 _LOT: Final = 48  # plain and styled drawings of each kind among them
-_NOISE: Final = 0.15  # at most, on the latents, whose deviation is 1
+_NOISE: Final = 0.15  # at most; on the latents, whose deviation is 1
 
 
 class Judge(nn.Module):
     """Five convolutions and a layer that all heads share."""
 
     def __init__(self) -> None:
-        """Untrained."""
+        """Create an untrained judge."""
         super().__init__()
         self._body = nn.Sequential(
             *_block(3, 24, 2),
@@ -152,7 +152,7 @@ class _Lesson(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _lesson(number: int, vae: AutoencoderKL | None) -> _Lesson:
-    """Of every kind, as many plain as styled; every other one out of the VAE."""
+    """Draw images of every kind, as many plain as styled; the VAE decodes every other one."""
     drawn = lots(1, _LOT, seed=PLAN.seed * 10_007 + number)
     looks = [(plain(_LOT), some_weights(_LOT, lot.seed)) for lot in drawn]
     of_plain = torch.cat(
@@ -176,7 +176,7 @@ def _lesson(number: int, vae: AutoencoderKL | None) -> _Lesson:
 
 
 def _worn(pictures: Tensor, generator: Generator) -> Tensor:
-    """With some blur, a cast of colour and noise, each of any strength up to a little."""
+    """Add a little blur, colour cast and noise, each of random strength."""
     strengths = torch.rand(3, len(pictures), 1, 1, 1, generator=generator)
     cast = torch.randn(len(pictures), 3, 1, 1, generator=generator)
     noise = torch.randn(pictures.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""What the demo model is measured by: each measure gives lines of the report, with their goals."""
+"""Measures of the demo model; each gives lines of the report with their goals."""
 
 import statistics
 import time
@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal or the limit is kept."""
+        """Whether the number reaches its goal."""
         if self.limit is not None:
             return self.reached <= self.limit
         return None if self.goal is None else self.reached >= self.goal
@@ -85,7 +85,7 @@ class StyleRow(NamedTuple):
 
 
 def of_judge(judge: Judge, vae: AutoencoderKL) -> list[Line]:
-    """How well it does on drawings that it was not trained on, as they are and out of the VAE."""
+    """Measure the accuracy of the judge on held-out drawings, as drawn and decoded by the VAE."""
     facts, drawn, styled = _held_out()
     on_drawings = shares(judge.tell(drawn)[0], facts)
     by_vae = shares(judge.tell(through_vae(vae, drawn))[0], facts)
@@ -101,7 +101,7 @@ def of_judge(judge: Judge, vae: AutoencoderKL) -> list[Line]:
 
 
 def of_prompts(judge: Judge, prompts: Prompts, draw: Draw) -> list[Line]:
-    """Whether the model draws what its prompts say."""
+    """Return whether the model draws what its prompts say."""
     pictures = draw(prompts.texts, {})
     reached = shares(judge.tell(pictures)[0], prompts.facts)
     return [

@@ -1,4 +1,4 @@
-"""Prompts that name all that the judge can see, and the scenes that they describe."""
+"""Prompts that name every fact that the judge recognizes, and their scenes."""
 
 from collections.abc import Callable
 from random import Random
@@ -14,7 +14,7 @@ from demo_model.training.pictures import Lot, lots, random_of
 
 
 class Prompts(NamedTuple):
-    """Texts, the same number of each kind; `facts` are [n] by head, `lots` the scenes."""
+    """Prompts, the same number of each kind; `facts` are [n] by head, `lots` the scenes."""
 
     texts: list[str]
     facts: dict[str, Tensor]

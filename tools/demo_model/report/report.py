@@ -92,7 +92,7 @@ def main(  # noqa: PLR0917 - click passes options by name
     checkpoint: Path,
     loras: Path,
 ) -> None:
-    """Draw with the demo model, and print what it reaches beside its goals."""
+    """Draw with the demo model, and print its measures beside their goals."""
     torch.set_num_threads(threads)
     console = Console(highlight=False, width=None if os.isatty(1) else _LOG_WIDTH)
     sampler = Sampler(checkpoint, loras)
@@ -127,7 +127,7 @@ def main(  # noqa: PLR0917 - click passes options by name
 
 
 def _judge(sampler: Sampler, out: Path, console: Console) -> judge.Judge:
-    """Trained, or as it was kept: it is one VAE's, whose digest names its folder."""
+    """Train the judge of this VAE, or load it; the VAE's digest names its folder."""
     vae = sampler.model.pipeline.vae
     folder = out / f"judge-{weights_sha256({'vae': vae})[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def _one(sampler: Sampler, steps: int) -> Tensor:
 
 
 def _sizes(sampler: Sampler, checkpoint: Path) -> list[Line]:
-    """Of the model's folder and the LoRAs' files."""
+    """Return the bytes of the model's folder and of the LoRA files."""
     model = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     loras = {f"LoRA {style}": sampler.lora_path(style).stat().st_size for style in STYLES}
     sizes = {"model": model, **loras, "model and LoRAs": model + sum(loras.values())}
@@ -215,7 +215,7 @@ def _style_table(rows: Iterable[StyleRow]) -> Table:
 
 
 def _plain(sections: Mapping[str, Iterable[Line]], rows: Iterable[StyleRow]) -> dict[str, Any]:
-    """For JSON."""
+    """Return the report as JSON data."""
     return {
         "lines": {
             name: [{**line._asdict(), "met": line.met} for line in lines]

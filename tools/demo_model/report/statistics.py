@@ -24,7 +24,7 @@ _TONES: Final = 9  # from one of the palette's colours to the next
 
 
 def outlines(pictures: Tensor) -> float:
-    """Of anime: the share of dark pixels that have a light one at most two pixels away."""
+    """Measure anime: the share of dark pixels that have a light one at most two pixels away."""
     light = _lightness(pictures)
     near = F.max_pool2d(light, _REACH, 1, _REACH // 2)
     return ((light < _INK) & (near > _PAPER)).float().mean().item()
@@ -37,7 +37,7 @@ def palette(pictures: Tensor) -> float:
 
 
 def darkness(pictures: Tensor) -> float:
-    """Of neon: the share of dark pixels."""
+    """Measure neon: the share of dark pixels."""
     return (_lightness(pictures) < _DARK).float().mean().item()
 
 
@@ -60,7 +60,7 @@ STATISTICS: Final[Mapping[str, Callable[[Tensor], float]]] = {
 
 
 def colour_noise(pictures: Tensor) -> float:
-    """How much a pixel's colour, less its grey, differs from the mean of the 3 x 3 pixels about it.
+    """Measure how far the colour of pixels, less grey, is from the mean of 3 x 3 pixels.
 
     Wrong LoRAs leave speckles, which raise it. Blur lowers it, so it does not measure quality.
     """

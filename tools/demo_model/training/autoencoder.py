@@ -1,4 +1,4 @@
-"""The first stage, the VAE; and the last touch to its decoder."""
+"""The first stage: training of the VAE, then of its decoder alone."""
 
 import functools
 from typing import Final
@@ -73,7 +73,7 @@ def _some(step: int, seed: int, generator: Generator) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _drawings(seed: int) -> Tensor:
-    """Of every kind, as many plain as styled, in -1..1."""
+    """Draw images in -1..1 of every kind, as many plain as styled."""
     drawn = []
     for lot in lots(1, _LOT, seed=seed):
         drawn += [lot.scene.paint(plain(_LOT)), lot.scene.paint(some_weights(_LOT, lot.seed))]
@@ -81,7 +81,7 @@ def _drawings(seed: int) -> Tensor:
 
 
 def _difference(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """Add squared differences, and absolute ones of edges and colours, which blur less."""
+    """Return squared differences plus absolute ones of edges and colours, which blur less."""
     wrong = drawn.float() - wanted
     across, down = wrong[..., 1:] - wrong[..., :-1], wrong[..., 1:, :] - wrong[..., :-1, :]
     return wrong.pow(2).mean() + 0.3 * (

@@ -44,14 +44,14 @@ class Drawings:
     tokens: Tensor
 
     def some(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Latents, and the tokens of one caption of each."""
+        """Return latents, and the tokens of one caption of each."""
         rows = torch.randint(len(self.latents), (count,), generator=generator)
         wordings = torch.randint(len(self.tokens), (count,), generator=generator)
         return self.latents[rows], self.tokens[wordings, rows].long()
 
 
 def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> Drawings:
-    """Draw all that the stage learns from; kept at `path`."""
+    """Draw the training data of the stage, or load it from `path`."""
     if not path.exists():
         latents, rng = [], random_of(PLAN.seed)
         captions: list[list[str]] = [[] for _ in range(_WORDINGS)]
@@ -95,7 +95,7 @@ def warm_up(loop: Loop, reader: Reader, drawings: Drawings) -> None:
 
 
 def train(loop: Loop, reader: Reader, drawings: Drawings) -> UNet2DConditionModel:
-    """Train the UNet and the encoders together to predict v at even chance of all times."""
+    """Train the UNet and the encoders together to predict v, with uniformly sampled times."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(PLAN.seed)
         unet = architecture.unet()
@@ -111,10 +111,10 @@ def train(loop: Loop, reader: Reader, drawings: Drawings) -> UNet2DConditionMode
 
 
 class Noising:
-    """The loss of a UNet that predicts v (Salimans and Ho, arXiv:2202.00512)."""
+    """Loss of a UNet that predicts v (Salimans and Ho, arXiv:2202.00512)."""
 
     def __init__(self) -> None:
-        """With the betas of the model's own scheduler."""
+        """Take the betas of the model's own scheduler."""
         self._noising = DDPMScheduler.from_config(architecture.scheduler().config)
 
     def loss(

@@ -1,4 +1,4 @@
-"""The losses of all stages, as a picture."""
+"""Losses of all stages as an image."""
 
 import json
 from collections.abc import Sequence

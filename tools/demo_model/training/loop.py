@@ -83,7 +83,7 @@ def save(what: Any, path: Path) -> None:
 
 
 class _Run:
-    """The state of a stage."""
+    """State of a stage."""
 
     def __init__(self, plan: Plan, parameters: list[nn.Parameter], path: Path) -> None:
         self.step = 0

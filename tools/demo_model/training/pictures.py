@@ -1,4 +1,4 @@
-"""Lots of drawn pictures, and the styles that they are drawn in."""
+"""Batches of drawn images, and the styles of these images."""
 
 import random
 from typing import Final, NamedTuple
@@ -28,7 +28,7 @@ class Lot(NamedTuple):
 
 
 def lots(count: int, size: int, *, seed: int) -> list[Lot]:
-    """`count` lots of each kind, of `size` scenes each."""
+    """Return `count` batches of each kind, each with `size` scenes."""
     return [
         Lot(kind, scene.sample(Dice(size, place)), place)
         for number in range(count)
@@ -38,7 +38,7 @@ def lots(count: int, size: int, *, seed: int) -> list[Lot]:
 
 
 def some_weights(count: int, seed: int) -> Tensor:
-    """Weights of the styles [count, 4]: one at 1, one at less, or two mixed."""
+    """Return weights of the styles [count, 4]: one of 1, one below 1, or a mix of two."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(_LIKELY.expand(count, -1), 2, generator=generator)
     sort = torch.rand(count, generator=generator)
@@ -53,5 +53,5 @@ def some_weights(count: int, seed: int) -> Tensor:
 
 
 def random_of(seed: int) -> random.Random:
-    """Python's chance, for captions: never a secret."""
+    """Return a random generator of Python, for captions."""
     return random.Random(seed)  # noqa: S311

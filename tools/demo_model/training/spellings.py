@@ -1,4 +1,4 @@
-"""The four LoRAs as files, in the spellings that people have."""
+"""Write the four LoRAs as files, in the spellings of common tools."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 
 
 def kohya(factors: Factors) -> Tensors:
-    """As kohya's sd-scripts write it: Stability's block numbers, and alpha, here half the rank."""
+    """Name tensors as kohya's sd-scripts: Stability's block numbers, and alpha of half the rank."""
     names = LdmNames(factors)
     tensors: Tensors = {}
     for module, (down, up) in factors.items():
@@ -27,7 +27,7 @@ def kohya(factors: Factors) -> Tensors:
 
 
 def peft(factors: Factors) -> Tensors:
-    """As peft and diffusers write it: A and B, whose alpha is the rank."""
+    """Name tensors as peft and diffusers: A and B, whose alpha is the rank."""
     tensors: Tensors = {}
     for module, (down, up) in factors.items():
         tensors[f"unet.{module}.lora_A.weight"], tensors[f"unet.{module}.lora_B.weight"] = down, up
@@ -43,7 +43,7 @@ FILES: Final[Mapping[str, tuple[str, Callable[[Factors], Tensors]]]] = {
 
 
 def write(styles: Mapping[str, Factors], folder: Path) -> None:
-    """Write one file a style to `folder`, in float16."""
+    """Write one file for each style to `folder`, in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     for style, factors in styles.items():
         name, spelt = FILES[style]

@@ -1,4 +1,4 @@
-"""Third stage: four LoRAs, trained together on the same scenes in styles at all weights.
+"""The third stage: four LoRAs, trained together on the same scenes in styles at all weights.
 
 Every row of a batch has its own weights and is compared with the drawing at these weights. So each
 LoRA learns low weights and combinations; a LoRA trained alone at weight 1 does not.
@@ -43,16 +43,16 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # by module: down and up
 
 @dataclass
 class Mix:
-    """The weights of the styles [n, 4] for the rows of the batch at hand."""
+    """Weights of the styles [n, 4] for the rows of the current batch."""
 
     weights: Tensor
 
 
 class Styled(nn.Module):
-    """A layer with the factors of all LoRAs side by side, each row's weighed by the mix."""
+    """Layer with the factors of all LoRAs side by side, weighted for each row by the mix."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, mix: Mix, generator: Generator) -> None:
-        """Down factors as peft begins them; up factors begin at 0."""
+        """Initialize down factors as peft does, and up factors with 0."""
         super().__init__()
         self.layer = layer
         self._mix = mix
@@ -79,7 +79,7 @@ class Styled(nn.Module):
         return base + added
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """By style: down and up."""
+        """Return the down and up factors of each style."""
         ranks = self._ranks.tolist()
         yield from zip(
             STYLES,
@@ -99,7 +99,7 @@ class StyledDrawings:
 
 
 def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> StyledDrawings:
-    """Draw all that the stage learns from; kept at `path`."""
+    """Draw the training data of the stage, or load it from `path`."""
     if not path.exists():
         latents, all_weights = [], []
         captions: list[list[str]] = [[] for _ in range(_WORDINGS)]
@@ -123,7 +123,7 @@ def draw(vae: AutoencoderKL, reader: Reader, path: Path) -> StyledDrawings:
 def train(
     loop: Loop, unet: UNet2DConditionModel, reader: Reader, drawings: StyledDrawings
 ) -> dict[str, Factors]:
-    """Train the four together; by style, the factors of each module. The UNet is left as it was."""
+    """Train the four together, and return the factors of each module by style."""
     mix = Mix(drawings.weights[:0])
     unet.requires_grad_(requires_grad=False)
     layers = _put_on(unet, mix)
@@ -148,7 +148,7 @@ def train(
 
 
 def _put_on(unet: UNet2DConditionModel, mix: Mix) -> dict[str, Styled]:
-    """On attention and on the convolutions of residual blocks and samplers."""
+    """Add factors to attention and to the convolutions of residual blocks and samplers."""
     generator = torch.Generator().manual_seed(PLAN.seed)
     layers = {
         name: Styled(module, mix, generator)

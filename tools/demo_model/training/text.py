@@ -1,4 +1,4 @@
-"""The two text encoders in training: captions in, what the UNet is conditioned on out."""
+"""The two text encoders in training: from captions to the conditioning of the UNet."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Conditions:
     pooled: Tensor
 
     def where(self, kept: Tensor) -> "Conditions":
-        """With zeros for the rows that are not kept: what diffusers' SDXL takes for no prompt."""
+        """Replace rows that are not kept by zeros, which diffusers' SDXL uses for no prompt."""
         return Conditions(self.states * kept[:, None, None], self.pooled * kept[:, None])
 
 
@@ -36,7 +36,7 @@ class Reader:
 
     @classmethod
     def untrained(cls, seed: int) -> "Reader":
-        """Over the words of the captions; the second pads with "!", as SDXL's does."""
+        """Make both from the words of the captions; the second pads with "!", as SDXL's does."""
         first = architecture.tokenizer(VOCABULARY)
         second = architecture.tokenizer(VOCABULARY, padding="!")
         with torch.random.fork_rng(devices=[]):
@@ -44,12 +44,12 @@ class Reader:
             return cls((first, second), architecture.text_encoders(first))
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Of both encoders."""
+        """Return the parameters of both encoders."""
         for encoder in self.encoders:
             yield from encoder.parameters()
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        """[n, 2, 77]: for each encoder its own, since they pad differently."""
+        """Return tokens [n, 2, 77], different for each encoder because the padding differs."""
         rows = [
             tokenizer(
                 list(captions),

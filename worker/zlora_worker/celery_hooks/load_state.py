@@ -58,7 +58,7 @@ class LoadState:
         self._show("ready", is_true=self.is_loaded())
 
     def is_loaded(self) -> bool:
-        """Whether the newest child has its model."""
+        """Return whether the newest child has its model."""
         return self._ready.exists()
 
     def failure(self) -> str | None:

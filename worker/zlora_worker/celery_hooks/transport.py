@@ -92,7 +92,7 @@ def fault_of(message: Any) -> str | None:
 
 
 def deeper_than(limit: int, value: Any) -> bool:
-    """Whether a value has more levels than `limit`; level by level, without recursion."""
+    """Return whether a value has more levels than `limit`; level by level, without recursion."""
     level = [value]
     for _ in range(limit):
         children: list[Any] = []

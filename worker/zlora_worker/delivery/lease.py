@@ -233,7 +233,7 @@ class JobLeases:
         return found
 
     def is_own(self, job_id: str, document: object) -> bool:
-        """Whether an invalid request is the one that was submitted under this id, or the first."""
+        """Return whether an invalid request is the submitted one of this id, or the first."""
         if "digest" not in self.record(job_id):
             return True
         submission = self.jobs.submission(job_id)
@@ -262,7 +262,7 @@ class JobLeases:
         return True
 
     def is_first_to_count(self, job_id: str) -> bool:
-        """Whether no worker has counted the end of this job in its metrics; marks it as counted."""
+        """Return whether no worker has counted the end of this job in its metrics; mark it so."""
         key = job_key(job_id)
         with suppress(redis.RedisError), self.impatient.pipeline() as pipe:
             pipe.hsetnx(key, "counted", 1)
@@ -296,7 +296,7 @@ class JobLeases:
     # In the parent, about its child
 
     def is_known(self, job_id: str) -> bool:
-        """Whether a job with this id was submitted."""
+        """Return whether a job with this id was submitted."""
         return bool(self.impatient.hexists(job_key(job_id), "digest"))
 
     def child_died(self, job_id: str, reason: str) -> None:

@@ -30,7 +30,7 @@ def retries_of(task: "Task[Any, Any]") -> int:
 
 
 def should_retry(task: "Task[Any, Any]", error: ZloraError) -> bool:
-    """Whether the job is sent again because of this error."""
+    """Return whether the job is sent again because of this error."""
     is_transient = error.retryable and not isinstance(error, BaseNotRestored)
     return is_transient and retries_of(task) < _RETRIES
 

@@ -168,7 +168,7 @@ class CacheIndex:
     # verified files
 
     def is_verified(self, sha256: str, found: os.stat_result) -> bool:
-        """Whether a file was hashed since the boot, and inode, size and time are the same."""
+        """Return whether a file was hashed since the boot, and has the same identity."""
         return _read(self._verified / f"{sha256}.json", _Identity) == self._identity(found)
 
     def mark_verified(self, sha256: str, found: os.stat_result) -> None:

@@ -220,5 +220,5 @@ def written(entry: os.stat_result) -> int:
 
 
 def _is_recent(entry: os.stat_result, seconds: float) -> bool:
-    """Whether a file was used within `seconds`; with 0 never, even if the clock was set back."""
+    """Return whether a file was used within `seconds`; with 0 False, whatever the clock says."""
     return seconds > 0 and time.time() - entry.st_atime <= seconds

@@ -51,7 +51,7 @@ def hold(path: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if is_at(descriptor, path):
             return descriptor
-    except BaseException:
+    except BaseException:  # also a signal's: no descriptor may be left open
         os.close(descriptor)
         raise
     os.close(descriptor)
@@ -78,7 +78,7 @@ def unused(path: Path) -> Iterator[bool]:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has the name `path`."""
+    """Return whether an open file still has the name `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

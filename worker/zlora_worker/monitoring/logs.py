@@ -66,7 +66,7 @@ def use(kind: str, secrets: Iterable[str], *, logger: logging.Logger, process: s
 
 
 def is_json(kind: str) -> bool:
-    """Whether log lines are JSON objects."""
+    """Return whether log lines are JSON objects."""
     return kind == "json" or (kind == "auto" and not sys.stderr.isatty())
 
 

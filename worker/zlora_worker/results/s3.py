@@ -258,7 +258,7 @@ def _with_retries(act: Callable[[], T]) -> T:
 
 
 def _is_final(error: BaseException | None) -> bool:
-    """Whether another try would fail too: the cause is neither the network nor a passing state."""
+    """Return whether another try would fail too: the cause is no network and no passing state."""
     if isinstance(error, ClientError):
         status = _status(error)
         refused = status < HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.NOT_IMPLEMENTED

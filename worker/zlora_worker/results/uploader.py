@@ -106,7 +106,7 @@ class ImageUploader:
                 ref.result()
 
     def _is_of_another_job(self, data: bytes) -> bool:
-        """Whether a stored image says that it was drawn from another request or base model."""
+        """Return whether a stored image says that its request or base model was another one."""
         found = None
         with suppress(StoreFailed, msgspec.DecodeError), encoding.open_image(data) as image:
             found = provenance_of(image)

@@ -428,7 +428,7 @@ def a_sidecar(line: Line, log: Path, **variables: str) -> Iterator["subprocess.P
 
 
 def answers(line: Line) -> bool:
-    """Whether a sidecar answers requests for expired results."""
+    """Return whether a sidecar answers requests for expired results."""
     return line.client.job("never").status().state is JobState.UNKNOWN
 
 
