@@ -36,6 +36,9 @@ class Store(Protocol):
     """Bytes under keys, for several threads at once.
 
     Every method but `probe` and `name` raises `StoreFailed`. `own_urls` is the kind of `url`.
+
+    A request without an answer is given up after 10 s, and no try begins later than 8 s after the
+    call, 60 s for `put_new`: docs/guarantees.md promises an end to jobs on a store that hangs.
     """
 
     @property
