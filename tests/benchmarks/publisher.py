@@ -25,7 +25,7 @@ from zlora.schema import (
     to_dict,
 )
 from zlora_worker.results.encoding import encode
-from zlora_worker.results.manifest import put_if_absent, write_manifest
+from zlora_worker.results.manifest import put_if_absent, write_result
 from zlora_worker.results.store import Store, open_store
 from zlora_worker.settings import Settings
 
@@ -118,5 +118,6 @@ def publish_result(document: Any) -> None:
     result = msgspec.convert(document, GenerateResult)
     found = _broker().hgetall(_images_key(result.job_id))
     images = tuple(msgspec.json.decode(found[name], type=ImageRef) for name in sorted(found))
-    whole = write_manifest(store(), msgspec.structs.replace(result, images=images))
+    whole = write_result(store(), msgspec.structs.replace(result, images=images))
+    assert isinstance(whole, GenerateResult)
     app.backend.store_result(result.job_id, to_dict(whole), JobState.SUCCESS.value)

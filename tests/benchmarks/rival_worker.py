@@ -19,7 +19,7 @@ from celery.exceptions import Ignore
 from faults.engines.pipeline import Pipeline
 from zlora.broker.celery_app import shared_config
 from zlora.schema import TASK_NAME, GenerateResult, parse_request, to_dict
-from zlora_worker.results.manifest import write_manifest
+from zlora_worker.results.manifest import write_result
 
 DESIGN: Final = os.environ["BENCH_DESIGN"]
 
@@ -63,4 +63,6 @@ def generate(task: Any, document: dict[str, Any]) -> dict[str, Any]:
     if DESIGN == "handed":
         publisher.give_result(result)
         raise Ignore("the publisher stores the result")
-    return to_dict(write_manifest(publisher.store(), result))
+    whole = write_result(publisher.store(), result)
+    assert isinstance(whole, GenerateResult)
+    return to_dict(whole)

@@ -88,7 +88,7 @@ def test_a_child_killed_during_an_upload_leaves_no_result_and_the_job_completes(
             wait_until(proxy.held.is_set, "the second image is on its way")
             wait_until(lambda: stored(s3_port, folder), "the first image is stored")
             assert stored(s3_port, folder) == [f"{folder}/outputs/0.png"]
-            assert manifest.read_manifest(store, handle.id) is None
+            assert manifest.read_result(store, handle.id) is None
             scene.kill(scene.child(running))
             proxy.meet("-")
 

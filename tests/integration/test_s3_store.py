@@ -21,9 +21,9 @@ from support.s3_proxy import S3Proxy
 from support.scene import TESTS
 from support.seaweed import BUCKET, client, keys, uploads
 from zlora import Client, GenerateResult, JobState
-from zlora.errors import StoreFailed
+from zlora.errors import StoreFailed, ZloraError
 from zlora.schema import image_key, manifest_key
-from zlora_worker.results.manifest import load_result, read_manifest, write_manifest
+from zlora_worker.results.manifest import load_end, read_result, write_result
 from zlora_worker.results.store import Store
 
 LIFECYCLE: Final = Path(__file__).parents[2] / "deploy" / "s3" / "lifecycle.json"
@@ -211,19 +211,17 @@ def test_two_workers_with_one_job_return_one_result(
 ) -> None:
     stores, rounds, start = [open_store(), open_store()], 8, Barrier(2)
 
-    def write(writer: int) -> list[GenerateResult]:
+    def write(writer: int) -> list[GenerateResult | ZloraError]:
         answers = []
         for index in range(rounds):
             start.wait(60)
-            answers.append(write_manifest(stores[writer], a_result(f"published-{index}", writer)))
+            answers.append(write_result(stores[writer], a_result(f"published-{index}", writer)))
         return answers
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(write, range(2))
 
-    assert (
-        one == other == [read_manifest(stores[0], f"published-{index}") for index in range(rounds)]
-    )
+    assert one == other == [read_result(stores[0], f"published-{index}") for index in range(rounds)]
 
 
 def test_images_without_a_manifest_are_no_result(store: Store, port: int) -> None:
@@ -234,12 +232,12 @@ def test_images_without_a_manifest_are_no_result(store: Store, port: int) -> Non
         client(port).upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"{}")
     assert store.put_new(image_key("orphan", 0, "png"), b"content", PNG)
 
-    assert read_manifest(store, "orphan") is load_result(store, "orphan", "digest") is None
+    assert read_result(store, "orphan") is load_end(store, "orphan", "digest") is None
     assert keys(port, "team/a/runs/orphan") == [f"team/a/{image_key('orphan', 0, 'png')}"]
     assert sorted(uploads(port, "team/a/runs/orphan")) == sorted(begun)
 
-    made = write_manifest(store, a_result("orphan", 2))
-    assert read_manifest(store, "orphan") == load_result(store, "orphan", "digest") == made
+    made = write_result(store, a_result("orphan", 2))
+    assert read_result(store, "orphan") == load_end(store, "orphan", "digest") == made
 
 
 def test_a_reader_sees_nothing_or_the_whole_object(store: Store) -> None:

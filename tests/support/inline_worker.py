@@ -115,7 +115,7 @@ class InlineWorker:
         assert child is self.runner.child
         self.drawn.append(job)
         self.draw(job, progress)
-        progress.raise_if_cancelled()
+        progress.raise_if_over()
         return self.store_result(job.id, job.request, attempt=job.attempt)
 
     def draws_well(self) -> None:

@@ -27,7 +27,7 @@ class Watcher:
     def __call__(self, phase: Phase, done: int, total: int) -> None:
         self._watch(phase, done, total)
 
-    def raise_if_cancelled(self) -> None:
+    def raise_if_over(self) -> None:
         """Do nothing."""
 
 

@@ -51,7 +51,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-leases = JobLeases(settings.broker_url, settings.queue)
+leases = JobLeases(settings.broker_url, settings.queue, result_backend=settings.result_backend)
 runner = JobRunner(leases)
 load_state = LoadState(settings.probes)
 sidecar = SidecarProcess(settings.metrics)

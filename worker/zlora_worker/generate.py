@@ -8,14 +8,16 @@ from importlib.metadata import version
 from typing import Final
 
 import msgspec
+from zlora.errors import ZloraError
 from zlora.schema import GenerateRequest, GenerateResult, Phase, digest_of
 
 from zlora_worker.child import Child
+from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.lora_in_use import LoraInUse
 from zlora_worker.model.pipeline import PipelineState
-from zlora_worker.results.manifest import write_manifest
+from zlora_worker.results.manifest import write_result
 from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.uploader import ImageUploader
 
@@ -28,12 +30,14 @@ _VERSIONS: Final = {
 class Job:
     """One attempt at one job.
 
-    `is_resumed` says that images of an earlier attempt may be in the store: they are not drawn
-    again. `queued` is the time in seconds that the job has waited, if known.
+    `token` is that of the claim (`delivery.lease`). `is_resumed` says that images of an
+    earlier attempt may be in the store: they are not drawn again. `queued` is the time in seconds
+    that the job has waited, if known.
     """
 
     id: str
     request: GenerateRequest
+    token: str = "0"  # noqa: S105 - of a job without a claim
     attempt: int = 1
     is_resumed: bool = False
     queued: float | None = None
@@ -48,8 +52,8 @@ class Job:
 def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
     """Run one job: fetch its LoRAs, merge them, denoise, restore the base model, upload.
 
-    Raises a `ZloraError` if the job fails, or what `progress` raises. The base model is restored
-    and checked in any case.
+    Raises a `ZloraError` if the job fails, `JobEnded` if it has ended with an error meanwhile, or
+    what `progress` raises. The base model is restored and checked in any case.
     """
     request, timer = job.request, PhaseTimer(queued=job.queued)
 
@@ -65,15 +69,19 @@ def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
 
     drawn_from = provenance(child, job, loras)
     digests = [lora.parsed.tensors_sha256 for lora in loras]
-    with ImageUploader(child.store, drawn_from, tensors_sha256=digests) as uploader:
-        if not job.is_resumed:
-            uploader.delete_stored()
+    with ImageUploader(
+        child.store,
+        drawn_from,
+        token=job.token,
+        is_resumed=job.is_resumed,
+        tensors_sha256=digests,
+    ) as uploader:
         # merge
         with child.model.with_loras([lora.weighted for lora in loras], request) as model:
             timer.end(Phase.APPLY)
             # denoise
             for index in range(request.num_images):
-                if job.is_resumed and uploader.reuse_stored():
+                if uploader.reuse_stored():
                     continue
                 image = model.draw(
                     request, job.seed + index, step_counter(child, job, progress, index)
@@ -101,8 +109,11 @@ def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
         **msgspec.structs.asdict(drawn_from),
     )
     # images first, the manifest last
-    progress.raise_if_cancelled()
-    return write_manifest(child.store, result)
+    progress.raise_if_over()
+    end = write_result(child.store, result)
+    if isinstance(end, ZloraError):
+        raise JobEnded(end)
+    return end
 
 
 def open_files(

@@ -17,7 +17,7 @@ from zlora.errors import BaseNotRestored, InternalError, InvalidRequest, StoreFa
 from zlora.schema import GenerateRequest, GenerateResult, check_job_id, digest_of, parse_request
 
 from zlora_worker.delivery.deadline import Deadline
-from zlora_worker.delivery.lease import LEASE, Claim, ClaimState, JobEnded, JobLeases
+from zlora_worker.delivery.lease import LEASE, Claim, ClaimState, JobEnded, JobLeases, LeaseLost
 from zlora_worker.delivery.outcome import (
     Corrupted,
     Failed,
@@ -38,7 +38,7 @@ from zlora_worker.delivery.retry import (
 )
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.result_repr import ResultPayload
-from zlora_worker.results.manifest import delete_images, load_result
+from zlora_worker.results.manifest import delete_images, image_keys, load_end, write_verdict
 
 if TYPE_CHECKING:
     from zlora_worker.child import Child
@@ -90,12 +90,7 @@ class JobRunner:
                     if not is_recorded or self.leases.is_first_to_count(job_id):
                         meter.ended(error)
                     finish_with_error(task, error)
-                case Retry(error, after):
-                    meter.retried(error)
-                    logger.warning("job %s: %s; again in %.0f s", job_id, error, after)
-                    ended = send_for_retry(task, self.leases, delivery.digest, error, after=after)
-                    if ended is not None:
-                        finish_with_error(task, ended)
+                case Retry(error, _):
                     raise Ignore(f"job {job_id} is tried again: {error.code}")
                 case Requeue(reason, after):
                     logger.warning("job %s: %s; again in %.0f s", job_id, reason, after)
@@ -116,29 +111,40 @@ class Delivery:
         self, task: "Task[Any, Any]", child: "Child", leases: JobLeases, job_id: str
     ) -> None:
         self._task, self._child, self._leases, self._job_id = task, child, leases, job_id
-        self.digest = ""
+        self._request: GenerateRequest | None = None
+        self._digest: str | None = None
+        self._token = ""  # that of the claim
         if (task.request.delivery_info or {}).get("redelivered"):
             child.meter.redelivered()
 
     def run(self, arguments: tuple[object, ...], options: dict[str, object]) -> Outcome:
-        """Claim the job, return its earlier result, or draw it."""
+        """Claim the job, return its earlier result, or draw it; send it again after some errors."""
+        try:
+            outcome = self._run(arguments, options)
+            if isinstance(outcome, Retry):
+                return self._retry(outcome)
+        except LeaseLost as lost:
+            return NotMine(str(lost))
+        return outcome
+
+    def _run(self, arguments: tuple[object, ...], options: dict[str, object]) -> Outcome:
         document: object = None
         try:
             document = the_argument(arguments, options)
-            request = parse_request(document)
+            self._request = parse_request(document)
         except InvalidRequest as error:
             return self._refuse(document, error)
         if not self._child.model.is_ready():
             return Corrupted("this child has no intact base model")
-        self.digest = digest_of(request)
-        with self._leases.claim(self._job_id, self.digest) as claim:
+        self._digest = digest_of(self._request)
+        with self._leases.claim(self._job_id, self._digest) as claim:
             match claim.state:
                 case ClaimState.OTHER_REQUEST:
                     return NotMine("the id belongs to another request")
                 case ClaimState.ENDED:
-                    return self._ended(claim, request)
+                    return self._ended(claim)
                 case ClaimState.CLAIMED:
-                    return self._claimed(claim, request)
+                    return self._claimed(claim, self._request)
                 case _:
                     return self._leased_elsewhere()
 
@@ -149,60 +155,69 @@ class Delivery:
         """
         if not self._leases.is_own(self._job_id, document):
             return NotMine(f"the id belongs to another request: {error}")
-        digest = self._leases.record(self._job_id).get("digest")
-        if digest is None:
+        self._digest = self._leases.record(self._job_id).get("digest")
+        if self._digest is None:
             return Failed(error, is_recorded=False)
-        with self._leases.claim(self._job_id, digest) as claim:
+        with self._leases.claim(self._job_id, self._digest) as claim:
             match claim.state:
                 case ClaimState.CLAIMED:
-                    return Failed(self._leases.close(self._job_id, error))
+                    self._token = claim.token
+                    return self._end(error)
                 case ClaimState.ENDED:
                     return Failed(claim.verdict or error)
                 case _:
                     return Requeue("another worker has the job", LEASE)
 
-    def _ended(self, claim: Claim, request: GenerateRequest) -> Outcome:
-        """Answer with the verdict again, and delete images that an earlier attempt has left."""
-        with suppress(StoreFailed):
-            delete_images(self._child.store, self._job_id, request)
-        return Failed(claim.verdict or revoked(self._job_id))
+    def _ended(self, claim: Claim) -> Outcome:
+        """Answer with the verdict again; write it into the store, if a client wrote it alone."""
+        verdict = claim.verdict or revoked(self._job_id)
+        with suppress(ZloraError):
+            end = write_verdict(self._child.store, self._job_id, verdict, self._digest)
+            if isinstance(end, GenerateResult):
+                return NotMine("it has a result")
+            self._delete_images()
+        return Failed(verdict)
 
     def _leased_elsewhere(self) -> Outcome:
         """Answer with the result that another worker has stored, or look again later."""
         with suppress(ZloraError):
-            result = load_result(self._child.store, self._job_id, self.digest)
-            if result is not None:
-                return self._with_urls(result)
+            end = load_end(self._child.store, self._job_id, self._digest)
+            if isinstance(end, GenerateResult):
+                return self._with_urls(end)
         return Requeue("another worker has the job", LEASE)
 
     def _claimed(self, claim: Claim, request: GenerateRequest) -> Outcome:
-        """Answer from the store, or draw; settle what goes wrong."""
+        """Answer from the store, or draw; settle what goes wrong. Raises `LeaseLost`."""
+        self._token = claim.token
         try:
             result = self._earlier_result(claim) or self._draw(claim, request)
         except _StoreDown as down:
             return Requeue(f"the store does not answer: {down}", LEASE)
         except JobEnded as ended:
-            return Failed(ended.verdict)
+            return self._end(ended.verdict)
         except ZloraError as error:
-            return self._settle(request, error)
+            return self._settle(error)
         return self._with_urls(result)
 
     def _earlier_result(self, claim: Claim) -> GenerateResult | None:
         """Return the result that an earlier delivery has stored, None if there is none.
 
-        Raises `JobRevoked` if the job is cancelled, and `_StoreDown` if the store does not answer:
-        nothing is drawn meanwhile, since it could not be stored.
+        Raises `JobEnded` if an earlier delivery has stored an error, `JobRevoked` if the job is
+        cancelled, and `_StoreDown` if the store does not answer: nothing is drawn meanwhile, since
+        it could not be stored.
         """
         if "cancelled" in claim.record:
             raise revoked(self._job_id)
         try:
-            result = load_result(self._child.store, self._job_id, self.digest)
+            end = load_end(self._child.store, self._job_id, self._digest)
         except StoreFailed as error:
             if self._leases.store_outage(self._job_id) > STORE_PATIENCE:
                 raise
             raise _StoreDown(str(error)) from error
         self._leases.store_answers(self._job_id, claim.record)
-        return result
+        if isinstance(end, ZloraError):
+            raise JobEnded(end)
+        return end
 
     def _draw(self, claim: Claim, request: GenerateRequest) -> GenerateResult:
         """Draw the job within its deadline. Raises a `ZloraError` for whatever goes wrong."""
@@ -213,6 +228,7 @@ class Delivery:
         job = Job(
             id=self._job_id,
             request=request,
+            token=claim.token,
             attempt=1 + len(claim.deaths) + retries_of(self._task),
             is_resumed=claim.is_resumed,
             queued=self._seconds_queued(),
@@ -222,6 +238,7 @@ class Delivery:
             self._leases,
             progress_backend(self._task.app),
             job_id=self._job_id,
+            token=claim.token,
             deadline=deadline,
             attempt=job.attempt,
         )
@@ -229,7 +246,7 @@ class Delivery:
         try:
             with deadline.interrupting(grace=INTERRUPT_AFTER):
                 result = generate(self._child, job, progress)
-        except (ZloraError, JobEnded):
+        except (ZloraError, JobEnded, LeaseLost):
             raise
         except Exception as error:  # the boundary of a job: the producer gets a typed error
             if deadline.has_passed:  # libraries turn an interruption into errors of their own
@@ -254,29 +271,79 @@ class Delivery:
                 {"path": "$.timeout", "value": value, "expected": expected},
             )
         self._child.urls.require(request)
-        if "begun" not in claim.record and _is_past(self._task.request.expires):
+        if "begun" not in claim.record and self._has_expired(claim):
             raise expired(self._job_id)
         claim.raise_if_poisoned(self._job_id)
 
-    def _settle(self, request: GenerateRequest, error: ZloraError) -> Outcome:
-        """Decide what follows an error, while the lease is held.
+    def _has_expired(self, claim: Claim) -> bool:
+        """Return whether the job had to start earlier, by Redis's clock.
 
-        A result that is in the store after all wins: the error came after the manifest. Else the
-        images are deleted, and the error is written down as the job's verdict.
+        Jobs of other Celery programs have a time by the program's clock.
         """
+        if "expires" in claim.record:
+            return claim.now > float(claim.record["expires"])
+        expires: Any = self._task.request.expires
+        if expires is None:
+            return False
+        moment = datetime.fromisoformat(expires) if isinstance(expires, str) else expires
+        if not moment.tzinfo:
+            moment = moment.replace(tzinfo=UTC)
+        return claim.now > float(moment.timestamp())
+
+    def _settle(self, error: ZloraError) -> Outcome:
+        """Decide what follows an error, while the lease is held."""
         if should_retry(self._task, error):
             return Retry(error, pause_before_retry(self._task, error))
-        with suppress(ZloraError):  # a manifest that is damaged, or belongs to another request
-            result = load_result(self._child.store, self._job_id, self.digest)
-            if result is not None:
-                return self._with_urls(result)
-            delete_images(self._child.store, self._job_id, request)
         is_corrupted = isinstance(error, BaseNotRestored)
         if is_corrupted and self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
             return Corrupted(f"job {self._job_id}: {error}")
         if error.retryable:
             error.add_details(attempt=retries_of(self._task) + 1)
-        return Failed(self._leases.close(self._job_id, error))
+        return self._end(error)
+
+    def _end(self, error: ZloraError) -> Outcome:
+        """End the job with this error, unless it has ended otherwise by now.
+
+        The manifest decides. Raises `LeaseLost` if another worker has taken the job.
+        """
+        self._leases.require_newest(self._job_id, self._token)
+        try:
+            end = write_verdict(self._child.store, self._job_id, error, self._digest)
+        except ZloraError as failure:  # the store is down, or the manifest is of another request
+            logger.warning("job %s: its error is in Redis alone: %s", self._job_id, failure)
+            return Failed(self._leases.close(self._job_id, error))
+        if isinstance(end, GenerateResult):
+            return self._with_urls(end)
+        self._delete_images()
+        return Failed(self._leases.close(self._job_id, end))
+
+    def _delete_images(self) -> None:
+        """Delete the images of a job whose manifest has a verdict."""
+        if self._request is not None:
+            keys = image_keys(self._job_id, self._request)
+            if self._token:
+                keys += image_keys(self._job_id, self._request, token=self._token)
+            delete_images(self._child.store, keys)
+
+    def _retry(self, retry: Retry) -> Outcome:
+        """Send the job again, or end it if it was cancelled meanwhile. Raises `LeaseLost`.
+
+        A producer that cancels before the lease is released leaves the end to this worker.
+        """
+        error, after = retry.error, retry.after
+        logger.warning("job %s: %s; again in %.0f s", self._job_id, error, after)
+        try:
+            send_for_retry(self._task, self._leases, self._token, error, after=after)
+        except JobEnded as ended:
+            return self._end(ended.verdict)
+        self._child.meter.retried(error)
+        with suppress(RedisError):  # the next delivery ends the job
+            if self._leases.is_cancelled(self._job_id):
+                with self._leases.claim(self._job_id, self._digest or "") as claim:
+                    if claim.state is ClaimState.CLAIMED:
+                        self._token = claim.token
+                        return self._end(revoked(self._job_id))
+        return retry
 
     def _with_urls(self, result: GenerateResult) -> Outcome:
         """Add URLs to the images. If the store cannot sign now, do that later, or never."""
@@ -307,15 +374,6 @@ def the_argument(arguments: tuple[object, ...], options: Mapping[str, object]) -
     expected = "Expected one argument, the request"
     details = {"path": "$", "value": found, "expected": expected}
     raise InvalidRequest(f"$: {expected}; there are {found}", details)
-
-
-def _is_past(expires: Any) -> bool:
-    if expires is None:
-        return False
-    moment = datetime.fromisoformat(expires) if isinstance(expires, str) else expires
-    if not moment.tzinfo:
-        moment = moment.replace(tzinfo=UTC)
-    return datetime.now(UTC) > moment
 
 
 def _exit_corrupted(reason: str) -> NoReturn:

@@ -1,4 +1,6 @@
-"""The record of each job in Redis, which guarantees that the job ends, and ends once.
+"""The record of each job in Redis, which guarantees that the job ends.
+
+Which end a job has is decided by its manifest in the object store.
 
 A record is the hash `keys.job_key`:
 
@@ -8,6 +10,8 @@ A record is the hash `keys.job_key`:
 | `message` | the `Submission`, to send it again if its worker is lost; deleted at the end |
 | `sent` | the broker has the message |
 | `cancelled` | time of the first cancellation: seconds since the epoch |
+| `token` | that of the newest claim: a worker with a smaller one must leave the job |
+| `expires` | when the job must have started: seconds since the epoch by Redis's clock |
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |
 | `counted` | the end of the job is counted in the metrics |
@@ -16,7 +20,7 @@ A record is the hash `keys.job_key`:
 | `queue` | queue of the job; a client of another queue may end it |
 | `webhook` | a `Webhook` for the end of the job |
 | `closed` | time of the end of the job: seconds since the epoch by Redis's clock |
-| `verdict` | the error that the job ended with; a success is in the object store, as the manifest |
+| `verdict` | the error that the job ended with, which the manifest in the store has too |
 """
 
 import json
@@ -55,7 +59,10 @@ _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its r
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
 
+# Times are by Redis's clock, since the clocks of producers and workers differ.
 _ADD: Final = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
 if redis.call('HSETNX', KEYS[1], 'digest', ARGV[1]) == 0 then
   local known = redis.call('HMGET', KEYS[1], 'digest', 'sent', 'message')
   return {known[1], known[2] or '', known[3] or ''}
@@ -63,10 +70,12 @@ end
 redis.call('HSET', KEYS[1], 'message', ARGV[2], 'queue', ARGV[8])
 if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'webhook', ARGV[7]) end
 redis.call('EXPIRE', KEYS[1], ARGV[5])
-redis.call('ZADD', KEYS[2], ARGV[3], ARGV[4])
+redis.call('ZADD', KEYS[2], string.format('%.6f', ARGV[3] + now), ARGV[4])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
 if ARGV[6] ~= '' then
-  redis.call('ZADD', KEYS[3], ARGV[6], ARGV[4])
+  local expires = string.format('%.6f', now + ARGV[6])
+  redis.call('HSET', KEYS[1], 'expires', expires)
+  redis.call('ZADD', KEYS[3], expires, ARGV[4])
   redis.call('EXPIRE', KEYS[3], ARGV[5])
 end
 return {ARGV[1], '', ARGV[2]}
@@ -196,14 +205,17 @@ class JobStore:
         with self.redis.pipeline(transaction=False) as pipe:
             pipe.script_load(_ADD)
             for job_id, submission, digest in jobs:
+                expires_in = None
+                if submission.expires is not None:
+                    expires_in = submission.expires - submission.submitted
                 keys = [job_key(job_id), unfinished_key(self.queue), expiring_key(self.queue)]
                 arguments = [
                     digest,
                     msgspec.json.encode(submission),
-                    submission.priority * _PRIORITY_STEP + submission.submitted,
+                    submission.priority * _PRIORITY_STEP,
                     job_id,
                     RECORD_EXPIRES,
-                    submission.expires or "",
+                    "" if expires_in is None else expires_in,
                     msgspec.json.encode(submission.webhook) if submission.webhook else "",
                     self.queue,
                 ]
@@ -295,14 +307,20 @@ class JobStore:
             pipe.expire(reply_key, _REQUEST_EXPIRES)
             pipe.execute()
 
-    def unfinished(self, *, before: float) -> list[str]:
-        """Ids of the jobs that have not ended and were submitted before that time."""
+    def unfinished(self, *, age: float) -> list[str]:
+        """Ids of the jobs that have not ended and were submitted at least `age` seconds ago."""
+        before = self.now() - age
         entries = self.redis.zrange(unfinished_key(self.queue), 0, -1, withscores=True)
         return [job_id for job_id, score in entries if score % _PRIORITY_STEP < before]
 
     def expired(self) -> list[str]:
         """Ids of the jobs whose time to start is over and that `mark_started` has not removed."""
-        return list(self.redis.zrangebyscore(expiring_key(self.queue), "-inf", time.time()))
+        return list(self.redis.zrangebyscore(expiring_key(self.queue), "-inf", self.now()))
+
+    def now(self) -> float:
+        """Seconds since the epoch by Redis's clock."""
+        seconds, microseconds = self.redis.time()
+        return float(seconds + microseconds / 1e6)
 
     def mark_started(self, job_id: str) -> None:
         """Record that the job has started in time."""

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from support.fakes import MemoryStore, a_request, load_pipeline, pixels, settings
 from support.jobs import Watch, lora_cache, make_child, run_job
-from zlora.errors import Conflict, InternalError, StoreFailed
+from zlora.errors import Conflict, InternalError, JobTimeout, StoreFailed
 from zlora.schema import GenerateRequest, Phase, digest_of
 from zlora_worker.child import Child
+from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.results.manifest import delete_images, load_result
+from zlora_worker.results.manifest import load_end, read_result, write_verdict
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_an_image_that_another_worker_stores_first_is_reused(
 
     monkeypatch.setattr(store, "put_new", put_late)
 
-    (image,) = run_job(child, "job", a_request()).images
+    (image,) = run_job(child, "job", a_request(), is_resumed=True).images
 
     assert image.sha256 == hashlib.sha256(buffer.getvalue()).hexdigest()
     assert image.pixels_sha256 == hashlib.sha256(bytes([255, 0, 0]) * 64 * 64).hexdigest()
@@ -140,52 +141,62 @@ def test_an_image_of_another_request_is_not_reused(child: Child, store: MemorySt
     )
 
 
-def test_a_stored_object_that_is_not_an_image_is_a_store_failure_and_is_deleted(
+def test_a_stored_object_that_is_not_an_image_is_neither_used_nor_deleted(
     child: Child, store: MemoryStore
 ) -> None:
     store.put_new("runs/job/outputs/0.png", b"not an image", "image/png")
 
-    with pytest.raises(StoreFailed):
-        run_job(child, "job", a_request(), is_resumed=True)
+    (image,) = run_job(child, "job", a_request(), is_resumed=True, token="7").images
 
-    assert store.objects == {}
-    assert run_job(child, "job", a_request(), is_resumed=True).images
+    assert image.key == "runs/job/outputs/0-7.png"
+    assert stored_images(store, "job") == ["runs/job/outputs/0-7.png", "runs/job/outputs/0.png"]
 
 
-def test_images_are_deleted_only_if_there_is_no_manifest(child: Child, store: MemoryStore) -> None:
-    """Another worker may have ended the job while this one fails, if Redis lost the lease."""
-    request = a_request(num_images=2)
-    result = run_job(child, "job", request)
+# --- how the job ends is decided by its manifest
 
-    delete_images(store, "job", request)
-    assert load_result(store, "job", digest_of(request)) == result
-    assert stored_images(store, "job") == [image.key for image in result.images]
 
-    del store.objects["runs/job/manifest.json"]
-    delete_images(store, "job", request)
-    assert store.objects == {}
+def test_the_first_of_two_workers_to_write_the_manifest_decides(
+    child: Child, store: MemoryStore
+) -> None:
+    """A worker that stood still may end a job with an error when another has drawn it."""
+    request = a_request()
+    result = run_job(child, "drawn", request)
+    error = JobTimeout("too long", {"seconds": 1.0})
+
+    assert write_verdict(store, "drawn", error, digest_of(request)) == result
+    ended = write_verdict(store, "ended", error, digest_of(request))
+    with pytest.raises(JobEnded) as raised:
+        run_job(child, "ended", request)
+    found = load_end(store, "ended", digest_of(request))
+
+    for verdict in (ended, raised.value.verdict, found):
+        assert isinstance(verdict, JobTimeout)
+        assert (str(verdict), verdict.details) == ("too long", {"seconds": 1.0})
+    assert read_result(store, "ended") is None
+    with pytest.raises(Conflict):
+        load_end(store, "ended", "of another request")
 
 
 # --- earlier results
 
 
 def test_a_job_without_a_manifest_has_no_result(child: Child, store: MemoryStore) -> None:
-    assert load_result(store, "job", "digest") is None
+    assert load_end(store, "job", "digest") is None
 
     with pytest.raises(StoreFailed):
         run_job(
             child, "job", a_request(num_images=2), raising(StoreFailed(), phase=Phase.UPLOAD, at=1)
         )
 
-    assert load_result(store, "job", digest_of(a_request(num_images=2))) is None
+    assert load_end(store, "job", digest_of(a_request(num_images=2))) is None
 
 
 def test_a_stored_result_belongs_to_one_request(child: Child, store: MemoryStore) -> None:
     result = run_job(child, "job", a_request())
 
-    assert load_result(store, "job", digest_of(a_request())) == result
+    assert load_end(store, "job", digest_of(a_request())) == result
     with pytest.raises(Conflict) as raised:
-        load_result(store, "job", digest_of(a_request(seed=1)))
+        load_end(store, "job", digest_of(a_request(seed=1)))
     assert raised.value.details == {"job_id": "job"}
 
 
@@ -195,7 +206,7 @@ def test_a_manifest_without_a_digest_is_the_result_of_any_request(
     result = msgspec.structs.replace(run_job(child, "job", a_request()), request_sha256=None)
     store.objects["runs/job/manifest.json"] = (msgspec.json.encode(result), "application/json")
 
-    assert load_result(store, "job", "any") == result
+    assert load_end(store, "job", "any") == result
 
 
 @pytest.mark.parametrize(
@@ -205,4 +216,4 @@ def test_a_damaged_manifest_is_a_typed_error(store: MemoryStore, manifest: bytes
     store.put_new("runs/job/manifest.json", manifest, "application/json")
 
     with pytest.raises(InternalError, match="job"):
-        load_result(store, "job", "digest")
+        load_end(store, "job", "digest")

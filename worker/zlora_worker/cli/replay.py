@@ -200,7 +200,7 @@ class BarProgress:
         description = f"{phase.progress_name} {self._title}"
         self._bar.update(self._task, description=description, completed=completed)
 
-    def raise_if_cancelled(self) -> None:
+    def raise_if_over(self) -> None:
         """Do nothing: Ctrl-C ends a replay."""
 
 

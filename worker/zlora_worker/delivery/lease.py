@@ -1,6 +1,8 @@
 """Leases: one worker at a time draws a job, the job ends once, and three killed workers end it too.
 
-This is the worker's side of `zlora.broker.job_store`, which describes the record of a job.
+This is the worker's side of `zlora.broker.job_store`, which describes the record of a job. Each
+claim gets a token, larger than all before it. A worker that stands still may lose its lease without
+notice; it leaves the job as soon as it finds that its token is not the newest.
 """
 
 import os
@@ -17,9 +19,10 @@ import msgspec
 import redis
 from celery.utils.log import get_task_logger
 from zlora.broker.job_store import ATTEMPT, Attempt, JobStore, attempts_of, connect, verdict_of
-from zlora.broker.keys import RECORD_EXPIRES, job_key, lease_key
+from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, job_key, lease_key
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobPoisoned, ZloraError
+from zlora.schema import JobState
 
 LEASE: Final = 10.0  # seconds that a job stays with a worker that does not renew its lease
 _RENEW: Final = 2.0  # seconds between two renewals
@@ -32,21 +35,26 @@ logger = get_task_logger(__name__)
 
 # Look at a job and take it, in one round trip. A worker has one child: a lease under the worker's
 # own name is that of the child's predecessor, which is dead. The attempt is written with the lease,
-# so that a kill at any later moment counts.
+# so that a kill at any later moment counts. The token is the server's time in microseconds if that
+# is larger, so that it grows even if Redis has lost the record.
 _CLAIM: Final = """
 local record = redis.call('HGETALL', KEYS[1])
 local worker, digest, is_sure = ARGV[1], ARGV[3], ARGV[7]
-local known = redis.call('HGET', KEYS[1], 'digest')
-if known and known ~= digest then return {'other_request', record} end
-if redis.call('HEXISTS', KEYS[1], 'verdict') == 1 then return {'ended', record} end
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local fields = redis.call('HMGET', KEYS[1], 'digest', 'verdict', 'token')
+local token = string.format('%.0f', math.max(now, (tonumber(fields[3]) or 0) + 1))
+now = string.format('%.0f', now)
+if fields[1] and fields[1] ~= digest then return {'other_request', record, now, token} end
+if fields[2] then return {'ended', record, now, token} end
 local owner = redis.call('GET', KEYS[2])
-if owner and owner ~= worker then return {'leased', record} end
+if owner and owner ~= worker then return {'leased', record, now, token} end
 if is_sure == '' then
   for index = 1, #record, 2 do
     if string.sub(record[index], 1, 8) == 'attempt:' then
       local attempt = cjson.decode(record[index + 1])
       if attempt.worker ~= worker and (attempt.signal == nil or attempt.signal == cjson.null) then
-        return {'unsure', record}
+        return {'unsure', record, now, token}
       end
     end
   end
@@ -54,15 +62,17 @@ end
 redis.call('SET', KEYS[2], worker, 'PX', ARGV[2])
 redis.call('HSETNX', KEYS[1], 'digest', digest)
 redis.call('HSETNX', KEYS[1], 'begun', 1)
-redis.call('HSET', KEYS[1], 'sent', 1, ARGV[4], ARGV[5])
+redis.call('HSET', KEYS[1], 'sent', 1, 'token', token, ARGV[4], ARGV[5])
 if redis.call('HEXISTS', KEYS[1], 'closed') == 0 then
   redis.call('EXPIRE', KEYS[1], ARGV[6])
 end
-return {'claimed', record}
+return {'claimed', record, now, token}
 """
 _RENEW_LEASE: Final = """
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return 0 end
+local token = redis.call('HGET', KEYS[2], 'token')
+if token and token ~= ARGV[3] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -70,10 +80,20 @@ return 1
 # have lost the lease meanwhile.
 _END_ATTEMPT: Final = """
 redis.call('HDEL', KEYS[1], ARGV[3])
+local token = redis.call('HGET', KEYS[1], 'token')
+if token and token ~= ARGV[5] then return 0 end
 if ARGV[4] ~= '' then redis.call('HDEL', KEYS[1], 'begun') end
 local owner = redis.call('GET', KEYS[2])
 if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+# Celery's backend stores a state and publishes it on a channel of the same name.
+_STORE_STATE: Final = """
+local record = redis.call('HMGET', KEYS[1], 'token', 'closed')
+if record[2] or (record[1] and record[1] ~= ARGV[1]) then return 0 end
+redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
+redis.call('PUBLISH', KEYS[2], ARGV[2])
 return 1
 """
 _RELEASE: Final = """
@@ -93,10 +113,15 @@ class ClaimState(StrEnum):
 
 
 class Claim:
-    """A claim of one job; `record` is the job's record as it was before the claim."""
+    """A claim of one job; `record` is the job's record as it was before the claim.
 
-    def __init__(self, state: ClaimState, record: Mapping[str, str]) -> None:
-        self.state, self.record = state, record
+    `now` is the time of the claim by Redis's clock, in seconds since the epoch.
+    """
+
+    def __init__(
+        self, state: ClaimState, record: Mapping[str, str], *, token: str = "", now: float = 0.0
+    ) -> None:
+        self.state, self.record, self.token, self.now = state, record, token, now
         self.has_drawn = False  # set when the drawing begins
 
     @property
@@ -126,11 +151,15 @@ class Claim:
 
 
 class JobEnded(Exception):
-    """Another worker has ended the job that this one draws."""
+    """The job that this worker draws has ended with an error."""
 
     def __init__(self, verdict: ZloraError) -> None:
         super().__init__(verdict)
         self.verdict = verdict
+
+
+class LeaseLost(Exception):
+    """Another worker has taken the job, or has ended it with a result: this one must leave it."""
 
 
 class JobLeases:
@@ -139,7 +168,9 @@ class JobLeases:
     The child's methods wait for Redis; the parent's do not, since the parent has more to do.
     """
 
-    def __init__(self, broker_url: str, queue: str) -> None:
+    def __init__(self, broker_url: str, queue: str, *, result_backend: str | None = None) -> None:
+        """`result_backend` is the URL of the Redis with Celery's states, if it is another one."""
+        self._has_results = result_backend in (None, broker_url)
         self.jobs = JobStore(connect(broker_url, patient=True), queue)
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
@@ -148,6 +179,7 @@ class JobLeases:
         self._end_attempt = self.jobs.redis.register_script(_END_ATTEMPT)
         self._renew_lease = self.impatient.register_script(_RENEW_LEASE)
         self._release = self.impatient.register_script(_RELEASE)
+        self._store_state = self.impatient.register_script(_STORE_STATE)
 
     # In the child, around a delivery
 
@@ -169,8 +201,9 @@ class JobLeases:
             yield claim
             return
         over = threading.Event()
-        key = lease_key(job_id)
-        renewal = threading.Thread(target=self._renew, args=(key, over), name="lease", daemon=True)
+        renewal = threading.Thread(
+            target=self._renew, args=(job_id, claim.token, over), name="lease", daemon=True
+        )
         renewal.start()
         is_leaving = False
         try:
@@ -187,7 +220,7 @@ class JobLeases:
         attempt = Attempt(
             host=socket.gethostname(), worker=self.worker, pid=os.getpid(), at=time.time()
         )
-        state, fields = self._claim(
+        state, fields, now, token = self._claim(
             keys=[job_key(job_id), lease_key(job_id)],
             args=[
                 self.worker,
@@ -199,7 +232,8 @@ class JobLeases:
                 "1" if is_sure else "",
             ],
         )
-        return Claim(ClaimState(state), dict(zip(fields[::2], fields[1::2], strict=True)))
+        record = dict(zip(fields[::2], fields[1::2], strict=True))
+        return Claim(ClaimState(state), record, token=token, now=int(now) / 1e6)
 
     def _end(self, job_id: str, field: str, claim: Claim, *, is_leaving: bool) -> None:
         """Delete the attempt, and the mark `begun` if this delivery set it and drew nothing."""
@@ -208,19 +242,17 @@ class JobLeases:
             self.jobs.redis.hdel(key, field)
             return
         undo = "" if claim.has_drawn or "begun" in claim.record else "1"
-        self._end_attempt(
-            keys=[key, lease_key(job_id)], args=[self.worker, int(LEASE * 1000), field, undo]
-        )
+        arguments = [self.worker, int(LEASE * 1000), field, undo, claim.token]
+        self._end_attempt(keys=[key, lease_key(job_id)], args=arguments)
 
-    def _renew(self, key: str, over: threading.Event) -> None:
+    def _renew(self, job_id: str, token: str, over: threading.Event) -> None:
+        keys = [lease_key(job_id), job_key(job_id)]
         while not over.wait(_RENEW):
             try:
-                if not self._renew_lease(keys=[key], args=[self.worker, int(LEASE * 1000)]):
-                    logger.warning(
-                        "%s: another worker has this job too; the first to end wins", key
-                    )
+                if not self._renew_lease(keys=keys, args=[self.worker, int(LEASE * 1000), token]):
+                    logger.warning("job %s: another worker has taken it", job_id)
             except redis.RedisError as error:
-                logger.warning("%s is not renewed: %s", key, error)
+                logger.warning("job %s: its lease is not renewed: %s", job_id, error)
 
     def release(self, job_id: str) -> None:
         """Let another worker take the job at once."""
@@ -239,17 +271,62 @@ class JobLeases:
         submission = self.jobs.submission(job_id)
         return submission is not None and submission.request == document
 
-    def raise_if_cancelled(self, job_id: str) -> None:
-        """Raise `JobRevoked` if the job is cancelled, `JobEnded` if another worker has ended it.
+    def raise_if_over(self, job_id: str, token: str) -> None:
+        """Raise if the attempt with this token must not go on.
 
-        Does not wait: raises `redis.RedisError` if Redis does not answer.
+        Raises `LeaseLost` if its token is not the newest or the job has a result, `JobEnded` if the
+        job has ended with an error, `JobRevoked` if the job is cancelled. Does not wait: raises
+        `redis.RedisError` if Redis does not answer.
         """
-        names = ("cancelled", "verdict")
+        names = ("token", "closed", "verdict", "cancelled")
         record = dict(zip(names, self.impatient.hmget(job_key(job_id), names), strict=True))
-        if record["verdict"] is not None and (verdict := verdict_of(record)) is not None:
+        _require_newest(job_id, token, record["token"])
+        if (verdict := verdict_of(record)) is not None:
             raise JobEnded(verdict)
+        if record["closed"] is not None:
+            raise LeaseLost(f"job {job_id} has a result by now")
         if record["cancelled"] is not None:
             raise revoked(job_id)
+
+    def is_cancelled(self, job_id: str) -> bool:
+        """Return whether the job is cancelled and has not ended; raise `redis.RedisError`."""
+        cancelled, closed = self.impatient.hmget(job_key(job_id), ("cancelled", "closed"))
+        return cancelled is not None and closed is None
+
+    def require_newest(self, job_id: str, token: str) -> None:
+        """Raise `LeaseLost` if another worker has claimed the job since. Waits for Redis."""
+        _require_newest(job_id, token, self.jobs.redis.hget(job_key(job_id), "token"))
+
+    def store_state(
+        self,
+        backend: Any,
+        request: Any,
+        token: str,
+        state: JobState,
+        value: object,
+        *,
+        patient: bool = False,
+    ) -> bool:
+        """Store and publish a state of a job that goes on, as Celery's `backend` does.
+
+        `request` is Celery's. Returns False, and stores nothing, if the token is not the newest or
+        the job has ended. Waits for Redis if it is `patient`, else raises `redis.RedisError`.
+        """
+        job_id = str(request.id)
+        value = backend.encode_result(value, state.value)
+        meta = backend._get_result_meta(value, state.value, None, request)  # noqa: SLF001 - no other
+        document, key = backend.encode(meta | {"task_id": job_id}), backend.get_key_for_task(job_id)
+        client = self.jobs.redis if patient else self.impatient
+        if self._has_results:
+            keys = [job_key(job_id), key]
+            return bool(
+                self._store_state(keys=keys, args=[token, document, RESULT_EXPIRES], client=client)
+            )
+        newest, closed = client.hmget(job_key(job_id), ("token", "closed"))
+        if newest not in (None, token) or closed is not None:
+            return False
+        backend.set(key, document)
+        return True
 
     def close(self, job_id: str, verdict: ZloraError) -> ZloraError:
         """Write the verdict of the job for good; return the first one, if there is one already."""
@@ -334,3 +411,9 @@ class JobLeases:
             for field, attempt in found.items()
             if attempt.worker == self.worker and attempt.signal is None
         }
+
+
+def _require_newest(job_id: str, token: str, newest: str | None) -> None:
+    # a Redis that has lost the record knows no newer claim
+    if newest not in (None, token):
+        raise LeaseLost(f"another worker has taken job {job_id}")

@@ -29,7 +29,7 @@ class Progress(Protocol):
         """Report that `done` of `total` units of a phase are done."""
         ...
 
-    def raise_if_cancelled(self) -> None:
+    def raise_if_over(self) -> None:
         """Raise an exception if the job must not succeed: the last check before its manifest."""
         ...
 
@@ -37,9 +37,8 @@ class Progress(Protocol):
 class ProgressReporter:
     """Stores the progress of one job as its Celery state PROGRESS, twice a second at most.
 
-    Each call raises `JobRevoked` if the job is cancelled, `JobEnded` if another worker has ended
-    the job, and `JobTimeout` after the deadline. If Redis does not answer, the job goes on without
-    reports and cancel checks.
+    Each call raises `JobTimeout` after the deadline, and what `JobLeases.raise_if_over` raises. If
+    Redis does not answer, the job goes on without reports and checks.
     """
 
     def __init__(
@@ -49,15 +48,16 @@ class ProgressReporter:
         backend: Backend,
         *,
         job_id: str,
+        token: str,
         deadline: Deadline,
         attempt: int,
     ) -> None:
         self._request, self._leases, self._backend = task_request, leases, backend
-        self._job_id, self._deadline, self._attempt = job_id, deadline, attempt
+        self._job_id, self._token = job_id, token
+        self._deadline, self._attempt = deadline, attempt
         self._next_check = time.monotonic() + _CHECK_EVERY  # the job was claimed just now
         self._redis_again = 0.0
         self._reports: deque[float] = deque([0.0] * _REPORTS, maxlen=_REPORTS)
-        self._is_first = True
         self._first_step: tuple[float, int] | None = None  # monotonic time, and the step done then
 
     def __call__(self, phase: Phase, done: int, total: int) -> None:
@@ -71,7 +71,7 @@ class ProgressReporter:
         try:
             if phase is not Phase.FETCH or now > self._next_check:
                 self._next_check = now + _CHECK_EVERY
-                self._leases.raise_if_cancelled(self._job_id)
+                self._leases.raise_if_over(self._job_id, self._token)
             self._store(now, phase, done, total)
         except RedisError as error:
             self._redis_again = time.monotonic() + _BACKOFF
@@ -82,12 +82,12 @@ class ProgressReporter:
                 error,
             )
 
-    def raise_if_cancelled(self) -> None:
+    def raise_if_over(self) -> None:
         """Raise if the job must not succeed; the last check before its manifest is written."""
         if self._deadline.has_passed:
             raise self._deadline.error()
         try:
-            self._leases.raise_if_cancelled(self._job_id)
+            self._leases.raise_if_over(self._job_id, self._token)
         except RedisError as error:
             logger.warning("job %s: no cancel check: Redis: %s", self._job_id, error)
 
@@ -101,13 +101,7 @@ class ProgressReporter:
             meta |= {"step": done, "steps": total, "eta": eta}
         if phase is Phase.FETCH:
             meta |= {"received": done, "expected": total}
-        if self._is_first:
-            self._is_first = False
-            store_first(self._backend, self._job_id, meta, request=self._request)
-        else:
-            self._backend.store_result(
-                self._job_id, meta, JobState.PROGRESS.value, request=self._request
-            )
+        self._leases.store_state(self._backend, self._request, self._token, JobState.PROGRESS, meta)
 
     def _eta(self, now: float, done: int, total: int) -> float | None:
         """Return the seconds left, by the pace since the first step."""
@@ -117,18 +111,6 @@ class ProgressReporter:
         if done <= first:
             return None
         return round((now - start) / (done - first) * (total - done), 3)
-
-
-def store_first(backend: Any, job_id: str, meta: dict[str, Any], *, request: Any) -> None:
-    """Store the first PROGRESS of a job that was claimed just now, in one round trip.
-
-    Celery reads the state before it writes another, so as not to hide a SUCCESS. The claim has
-    shown that the job has no end.
-    """
-    state = JobState.PROGRESS.value
-    document = backend._get_result_meta(meta, state, None, request)  # noqa: SLF001 - no public one
-    document["task_id"] = job_id
-    backend.set(backend.get_key_for_task(job_id), backend.encode(document))
 
 
 @cache

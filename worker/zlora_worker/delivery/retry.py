@@ -15,7 +15,7 @@ from zlora.errors import BaseNotRestored, JobExpired, JobRevoked, ZloraError
 from zlora.redaction import shown
 from zlora.schema import JobState
 
-from zlora_worker.delivery.lease import ClaimState, JobEnded, JobLeases
+from zlora_worker.delivery.lease import JobLeases
 
 _RETRIES: Final = 3
 _FIRST_PAUSE: Final = 2.0  # seconds before the first retry, doubled for each one after it
@@ -42,30 +42,19 @@ def pause_before_retry(task: "Task[Any, Any]", error: ZloraError) -> float:
 
 
 def send_for_retry(
-    task: "Task[Any, Any]", leases: JobLeases, digest: str, error: ZloraError, *, after: float
-) -> ZloraError | None:
+    task: "Task[Any, Any]", leases: JobLeases, token: str, error: ZloraError, *, after: float
+) -> None:
     """Store the state RETRY, send the job again in `after` seconds, and release its lease.
 
-    Returns the error with which the job has ended meanwhile, if it was cancelled or ended by
-    another worker. A producer that cancels before the lease is released leaves the end to this
-    worker, and a REVOKED that was stored before RETRY is hidden by it.
+    Raises what `JobLeases.raise_if_over` raises if the job must not be sent again.
     """
     job_id, retries = str(task.request.id), retries_of(task)
     error.add_details(attempt=retries + 1)
-    task.backend.store_result(job_id, error, JobState.RETRY.value, request=task.request)
+    state = JobState.RETRY
+    if not leases.store_state(task.backend, task.request, token, state, error, patient=True):
+        leases.raise_if_over(job_id, token)
     send_again(task, countdown=after, retries=retries + 1)
     leases.release(job_id)
-    try:
-        leases.raise_if_cancelled(job_id)
-    except JobEnded as ended:
-        return ended.verdict
-    except JobRevoked as cancelled:
-        with leases.claim(job_id, digest) as claim:
-            is_open = claim.state is ClaimState.CLAIMED and "closed" not in claim.record
-            return leases.close(job_id, cancelled) if is_open else claim.verdict
-    except RedisError:  # the next delivery ends the job
-        return None
-    return None
 
 
 def send_again(task: "Task[Any, Any]", **options: Any) -> None:

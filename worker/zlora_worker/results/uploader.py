@@ -1,6 +1,7 @@
 """Images of a job on their way to the store: one is encoded and stored while the next is drawn."""
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,23 +27,39 @@ _POLL: Final = 0.2  # seconds between two calls of `on_wait`
 # Seconds that leaving waits for uploads; a request that is not answered takes 10.
 _LEAVE_TIMEOUT: Final = 12.0
 
+logger = logging.getLogger(__name__)
+
 
 class ImageUploader:
     """Encodes and stores the images of one job, in order, while the block is open.
 
     A failure of an image is raised by the next call. `seconds` are what encoding and storing took,
     summed over all images.
+
+    No image is deleted or replaced, since another worker may have stored it, and may refer to it in
+    its result. An image whose key is taken by another one gets a key with the attempt's token.
     """
 
     def __init__(
-        self, store: Store, provenance: JobProvenance, *, tensors_sha256: Sequence[str] = ()
+        self,
+        store: Store,
+        provenance: JobProvenance,
+        *,
+        token: str,
+        is_resumed: bool = False,
+        tensors_sha256: Sequence[str] = (),
     ) -> None:
-        """`tensors_sha256` are the LoRAs', for `infotext`."""
+        """Store the images of the attempt with this `token`.
+
+        `is_resumed` says that images of an earlier attempt may be used. `tensors_sha256` are the
+        LoRAs', for `infotext`.
+        """
         self._store, self._job, self._tensors_sha256 = store, provenance, tensors_sha256
+        self._is_resumed = is_resumed
         self._keys = image_keys(provenance.job_id, provenance.request)
+        self._own_keys = image_keys(provenance.job_id, provenance.request, token=token)
         self._content_type = encoding.content_type(provenance.request.output_format)
         self._refs: list[Future[ImageRef]] = []
-        self._deletions: list[Future[None]] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.seconds: dict[str, float] = {Phase.ENCODE: 0.0, Phase.UPLOAD: 0.0}
@@ -55,22 +72,18 @@ class ImageUploader:
         """Send nothing any more, and wait for requests under way unless the store hangs."""
         run_to_completion(self._leave)
 
-    def delete_stored(self) -> None:
-        """Delete what is under the keys: an earlier job of this id has left it."""
-        for key in self._keys:
-            self._deletions.append(self._threads.submit(self._store.delete, key))
-
     def reuse_stored(self) -> bool:
-        """Take the next image from the store; return False if no earlier delivery stored it."""
+        """Take the next image from the store; return False if no earlier attempt stored it."""
         self._raise_failure()
+        if not self._is_resumed:
+            return False
         index = len(self._refs)
         data = self._store.get(self._keys[index])
-        if data is None:
+        if data is None or (ref := self._ref_of_stored(index, data)) is None:
             return False
-        if self._is_of_another_job(data):  # an earlier delivery ended before it had deleted it
-            self._store.delete(self._keys[index])
-            return False
-        self._refs.append(self._threads.submit(self._ref_of_stored, index, data))
+        taken = Future[ImageRef]()
+        taken.set_result(ref)
+        self._refs.append(taken)
         return True
 
     def add(self, image: Image.Image, *, tiled: bool) -> None:
@@ -97,22 +110,12 @@ class ImageUploader:
         for ref in self._refs:
             ref.cancel()
         self._threads.shutdown(wait=False)
-        begun: list[Future[Any]] = [*self._refs, *self._deletions]
-        wait((work for work in begun if not work.cancelled()), timeout=_LEAVE_TIMEOUT)
+        wait((ref for ref in self._refs if not ref.cancelled()), timeout=_LEAVE_TIMEOUT)
 
     def _raise_failure(self) -> None:
         for ref in self._refs:
             if ref.done():
                 ref.result()
-
-    def _is_of_another_job(self, data: bytes) -> bool:
-        """Return whether a stored image says that its request or base model was another one."""
-        found = None
-        with suppress(StoreFailed, msgspec.DecodeError), encoding.open_image(data) as image:
-            found = provenance_of(image)
-        return found is not None and (
-            found.request != self._job.request or found.base_sha256 != self._job.base_sha256
-        )
 
     def _store_image(self, index: int, image: Image.Image, tiled: bool) -> ImageRef:
         start = time.perf_counter()
@@ -131,20 +134,26 @@ class ImageUploader:
         data = encoding.encode(image, request, **metadata)
 
         encoded = time.perf_counter()
-        if self._deletions:
-            self._deletions[index].result()
-        stored = put_if_absent(
-            self._store, self._keys[index], data, self._content_type, stop=self._stop
-        )
+        ref = self._put(index, data, provenance)
         with self._lock:
             self.seconds[Phase.ENCODE] += encoded - start
             self.seconds[Phase.UPLOAD] += time.perf_counter() - encoded
-        return self._ref(data, provenance) if stored == data else self._ref_of_stored(index, stored)
+        return ref
 
-    def _ref_of_stored(self, index: int, data: bytes) -> ImageRef:
-        """Return the reference to an image that another delivery has stored.
+    def _put(self, index: int, data: bytes, provenance: ImageProvenance) -> ImageRef:
+        key = self._keys[index]
+        stored = put_if_absent(self._store, key, data, self._content_type, stop=self._stop)
+        if stored != data:
+            if self._is_resumed and (ref := self._ref_of_stored(index, stored)) is not None:
+                return ref
+            key = self._own_keys[index]
+            put_if_absent(self._store, key, data, self._content_type, stop=self._stop)
+        return self._ref(key, data, provenance)
 
-        Raises `StoreFailed` if it is damaged, and deletes it, so that the next try draws it again.
+    def _ref_of_stored(self, index: int, data: bytes) -> ImageRef | None:
+        """Return the reference to an image that another attempt has stored.
+
+        Returns None if the image is damaged, or was drawn from another request or base model.
         """
         try:
             with encoding.open_image(data) as image:
@@ -162,14 +171,18 @@ class ImageUploader:
                     pixels_sha256=pixels_sha256,
                     tiled=found is not None and found.tiled,
                 )
-        except StoreFailed:
-            self._store.delete(self._keys[index])
-            raise
-        return self._ref(data, provenance)
+        except StoreFailed as error:
+            logger.warning("%s is not used again: %s", self._keys[index], error)
+            return None
+        if found is not None and (
+            found.request != self._job.request or found.base_sha256 != self._job.base_sha256
+        ):
+            return None
+        return self._ref(self._keys[index], data, provenance)
 
-    def _ref(self, data: bytes, provenance: ImageProvenance) -> ImageRef:
+    def _ref(self, key: str, data: bytes, provenance: ImageProvenance) -> ImageRef:
         return ImageRef(
-            key=self._keys[provenance.index],
+            key=key,
             width=provenance.width,
             height=provenance.height,
             content_type=self._content_type,

@@ -7,7 +7,7 @@ from zlora.broker.job_store import JobStore
 from zlora.errors import InternalError, StoreFailed
 from zlora.schema import JOB_ID
 
-from zlora_worker.results.manifest import read_manifest
+from zlora_worker.results.manifest import read_result
 from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 
@@ -25,7 +25,7 @@ def reply_to_next(jobs: JobStore, store: Store, urls: ImageUrls, *, timeout: flo
     job_id, reply_key = request
     document = b""
     try:
-        result = read_manifest(store, job_id) if JOB_ID.fullmatch(job_id) else None
+        result = read_result(store, job_id) if JOB_ID.fullmatch(job_id) else None
         if result is not None:
             document = msgspec.json.encode(urls.with_urls(result))
     except InternalError as error:  # a damaged manifest: the client reports what it cannot read

@@ -74,7 +74,7 @@ class Sweeper:
 
     def _resend_lost(self) -> set[str]:
         """Send jobs that the last sweep missed too; return the jobs that only this sweep missed."""
-        unfinished = self._jobs.unfinished(before=time.time() - self._every)
+        unfinished = self._jobs.unfinished(age=self._every)
         if not unfinished:
             return set()
         # lists first, then taken messages: in the order in which a message moves

@@ -26,7 +26,7 @@ from zlora.schema import GenerateResult, JobState, parse_result
 from zlora.webhook import Webhook
 
 from zlora_worker.monitoring.metrics import Meter
-from zlora_worker.results.manifest import read_manifest
+from zlora_worker.results.manifest import load_end
 from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
@@ -83,8 +83,11 @@ class JobEnds:
         """
         if (verdict := verdict_of(job.record)) is not None:
             return verdict
-        if (result := read_manifest(self._store, job.job_id)) is not None:
-            return self._urls.with_urls(result)
+        end = load_end(self._store, job.job_id, None)
+        if isinstance(end, GenerateResult):
+            return self._urls.with_urls(end)
+        if end is not None:
+            return end
         # The URLs in Celery's result stay: a store without the manifest, such as the folder of
         # another machine, has no images to make URLs for.
         with suppress(*UNREADABLE):

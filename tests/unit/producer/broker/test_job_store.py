@@ -159,9 +159,11 @@ def test_scripts_work_after_a_restart_of_redis(jobs: JobStore, broker: Any) -> N
 
 
 def test_jobs_are_ordered_by_priority_and_then_by_time(jobs: JobStore) -> None:
-    now = time.time()
-    for job_id, priority, age in (("low", 9, 3), ("late", 5, 1), ("early", 5, 2), ("high", 0, 0)):
-        jobs.add(job_id, submission(priority, submitted=now - age), "digest")
+    """The time is that of the submission by Redis's clock: a producer's clock may be wrong."""
+    ahead = time.time() + 3600
+    for job_id, priority in (("low", 9), ("early", 5), ("late", 5), ("high", 0)):
+        jobs.add(job_id, submission(priority, submitted=ahead), "digest")
+        ahead -= 100
 
     places = {
         job_id: jobs.queue_status(job_id)[:2]
@@ -178,18 +180,21 @@ def test_jobs_are_ordered_by_priority_and_then_by_time(jobs: JobStore) -> None:
 
 
 def test_unfinished_returns_old_jobs_of_any_priority(jobs: JobStore) -> None:
-    now = time.time()
+    """The age is by Redis's clock, not by the producer's."""
+    ahead = time.time() + 3600
     for priority in (0, 5, 9):
-        jobs.add(f"old-{priority}", submission(priority, submitted=now - 60), "digest")
-        jobs.add(f"new-{priority}", submission(priority, submitted=now), "digest")
-    jobs.mark_ended("old-5")
+        jobs.add(f"job-{priority}", submission(priority, submitted=ahead), "digest")
+    jobs.mark_ended("job-5")
 
-    assert sorted(jobs.unfinished(before=now - 30)) == ["old-0", "old-9"]
+    assert sorted(jobs.unfinished(age=-1)) == ["job-0", "job-9"]
+    assert jobs.unfinished(age=30) == []
 
 
 def test_expired_returns_jobs_that_have_neither_started_nor_ended_in_time(jobs: JobStore) -> None:
+    """The time to start is counted from the submission, by Redis's clock."""
+    ahead = time.time() + 3600
     for job_id, seconds in (("over", -2), ("too", -1), ("in time", 60)):
-        jobs.add(job_id, submission(expires=time.time() + seconds), "digest")
+        jobs.add(job_id, submission(submitted=ahead, expires=ahead + seconds), "digest")
     jobs.add("never expires", submission(), "digest")
 
     assert jobs.expired() == ["over", "too"]
@@ -211,7 +216,7 @@ def test_each_queue_has_its_own_unfinished_jobs(jobs: JobStore, broker_url: str)
     with connect(broker_url) as connection:
         other = JobStore(connection, "other")
 
-        assert other.unfinished(before=time.time() + 1) == []
+        assert other.unfinished(age=-1) == []
         assert other.queue_status("a") == (True, None, None)
 
 

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from support.processes import Enter, wait_until
+from zlora.broker.celery_app import IsolatedCelery, shared_config
 from zlora.broker.job_store import Attempt, attempts_of
 from zlora.broker.keys import job_key, lease_key
 from zlora.errors import JobPoisoned, JobRevoked, LoraNotFound
+from zlora.schema import JobState
 from zlora_worker.delivery import lease
-from zlora_worker.delivery.lease import Claim, ClaimState, JobEnded, JobLeases
+from zlora_worker.delivery.lease import Claim, ClaimState, JobEnded, JobLeases, LeaseLost
 
 MakeWorker = Callable[[], JobLeases]
 
@@ -31,6 +33,16 @@ def make_worker(broker_url: str) -> Iterator[MakeWorker]:
     for leases in made:
         leases.jobs.redis.close()
         leases.impatient.close()
+
+
+@pytest.fixture
+def app(broker_url: str) -> Iterator[IsolatedCelery]:
+    """Celery app whose result backend is the broker."""
+    made = IsolatedCelery(
+        "test", shared_config(broker_url=broker_url, result_backend=broker_url, queue="gpu")
+    )
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -54,6 +66,14 @@ def job() -> str:
 def owner(leases: JobLeases, job: str) -> str | None:
     found: str | None = leases.jobs.redis.get(lease_key(job))
     return found
+
+
+def lapse(leases: JobLeases, job: str) -> None:
+    """Delete the lease, as Redis does if it is not renewed; the attempt has a known end."""
+    leases.jobs.redis.delete(lease_key(job))
+    for field, attempt in attempts_of(leases.record(job)).items():
+        ended = msgspec.structs.replace(attempt, signal="SIGKILL")
+        leases.jobs.redis.hset(job_key(job), field, msgspec.json.encode(ended))
 
 
 def attempts(leases: JobLeases, job: str) -> list[Attempt]:
@@ -302,6 +322,56 @@ def test_corrupted_base_models_are_counted(make_worker: MakeWorker, job: str) ->
     assert [make_worker().count_corrupted(job), make_worker().count_corrupted(job)] == [1, 2]
 
 
+# --- a worker that stood still
+
+
+def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
+    make_worker: MakeWorker, job: str, app: IsolatedCelery
+) -> None:
+    """The other worker has claimed the job, and may have lost its lease by now, too."""
+    frozen, other = make_worker(), make_worker()
+    request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
+    with frozen.claim(job, "d") as old:
+        lapse(frozen, job)
+        with other.claim(job, "d") as new:
+            assert int(new.token) > int(old.token)
+            lapse(other, job)
+            with pytest.raises(LeaseLost):
+                frozen.raise_if_over(job, old.token)
+            with pytest.raises(LeaseLost):
+                frozen.require_newest(job, old.token)
+            state = JobState.RETRY
+            assert not frozen.store_state(app.backend, request, old.token, state, LoraNotFound())
+            assert app.backend.get_task_meta(job)["status"] == "PENDING"
+            assert not frozen._renew_lease(
+                keys=[lease_key(job), job_key(job)], args=[frozen.worker, 1000, old.token]
+            )
+            other.raise_if_over(job, new.token)  # must not raise
+            assert other.store_state(app.backend, request, new.token, state, LoraNotFound())
+    assert attempts(other, job) == []
+
+
+def test_a_worker_must_leave_a_job_that_has_a_result(make_worker: MakeWorker, job: str) -> None:
+    leases = make_worker()
+    with leases.claim(job, "d") as claim:
+        leases.finish(job)
+        with pytest.raises(LeaseLost):
+            leases.raise_if_over(job, claim.token)
+
+
+def test_a_token_grows_even_if_redis_loses_the_record(make_worker: MakeWorker, job: str) -> None:
+    leases, tokens = make_worker(), list[int]()
+    for _ in range(3):
+        with leases.claim(job, "d") as claim:
+            tokens.append(int(claim.token))
+            leases.raise_if_over(job, claim.token)  # must not raise
+            leases.jobs.redis.delete(job_key(job))
+            leases.raise_if_over(job, claim.token)  # must not raise
+        lapse(leases, job)
+
+    assert tokens == sorted(set(tokens))
+
+
 # --- verdicts
 
 
@@ -309,16 +379,16 @@ def test_a_running_job_must_stop_once_it_is_cancelled_or_has_a_verdict(
     make_worker: MakeWorker, job: str
 ) -> None:
     leases = make_worker()
-    with leases.claim(job, "d"):
-        leases.raise_if_cancelled(job)  # must not raise
+    with leases.claim(job, "d") as claim:
+        leases.raise_if_over(job, claim.token)  # must not raise
 
         leases.jobs.cancel(job)
         with pytest.raises(JobRevoked):
-            leases.raise_if_cancelled(job)
+            leases.raise_if_over(job, claim.token)
 
         leases.close(job, LoraNotFound("no file"))
         with pytest.raises(JobEnded) as raised:
-            leases.raise_if_cancelled(job)
+            leases.raise_if_over(job, claim.token)
     assert raised.value.verdict.message == "no file"
 
 
@@ -328,7 +398,7 @@ def test_the_first_verdict_of_a_job_stands(make_worker: MakeWorker, job: str) ->
 
     assert str(leases.close(job, JobRevoked("second"))) == "first"
     with pytest.raises(JobEnded) as raised:
-        leases.raise_if_cancelled(job)
+        leases.raise_if_over(job, "1")
     assert raised.value.verdict.message == "first"
 
 

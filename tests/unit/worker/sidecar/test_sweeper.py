@@ -12,7 +12,7 @@ from support.played import hang_up
 from zlora import Client
 from zlora.broker.celery_app import impatient_config
 from zlora.broker.job_store import JobStore, Submission, connect
-from zlora.broker.keys import job_key, lease_key, sweep_key
+from zlora.broker.keys import job_key, lease_key, sweep_key, unfinished_key
 from zlora.broker.message import MAX_MESSAGE_BYTES, SUBMITTED_AT
 from zlora.errors import JobExpired, LoraNotFound
 from zlora.schema import JobState, digest_of, parse_request
@@ -47,13 +47,14 @@ class Place:
             sweeper._next_sweep = 0.0
             sweeper.sweep()
 
-    def lost(self, **fields: Any) -> str:
-        """Make a job that was submitted a minute ago and whose message is nowhere."""
+    def lost(self, *, age: float = 60, **fields: Any) -> str:
+        """Make a job that was submitted `age` seconds ago and whose message is nowhere."""
         job_id = uuid.uuid4().hex
         given: dict[str, Any] = {"request": REQUEST, "priority": 9, "submitted": time.time() - 60}
         request = parse_request(REQUEST)
         self.jobs.add(job_id, Submission(**given | fields), digest_of(request))
         self.jobs.mark_sent(job_id)
+        self.redis.zincrby(unfinished_key(self.queue), -age, job_id)
         return job_id
 
     def send(self, job_id: str, *, priority: int) -> None:
@@ -77,7 +78,7 @@ class Place:
         return found
 
     def unfinished(self) -> list[str]:
-        return self.jobs.unfinished(before=time.time() + 60)
+        return self.jobs.unfinished(age=-60)
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_sending_again_subscribes_to_no_result(place: Place) -> None:
 
 
 def test_a_job_that_was_just_submitted_is_not_lost(place: Place) -> None:
-    place.lost(submitted=time.time())
+    place.lost(age=0)
     place.sweep(3)
 
     assert place.messages() == []

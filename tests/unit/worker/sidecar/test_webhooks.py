@@ -371,7 +371,7 @@ def test_the_cancellation_of_a_queued_job_is_sent(place: Place, own: bool) -> No
 
     (event,) = receiver.events()
     assert (event.type, event.job_id) == ("job.cancelled", handle.id)
-    assert place.jobs.unfinished(before=time.time() + 60) == []
+    assert place.jobs.unfinished(age=-60) == []
 
 
 def test_only_the_requested_events_are_sent(place: Place) -> None:
