@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import msgspec
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
 from support.fakes import MemoryStore, links, settings
@@ -18,17 +17,17 @@ from zlora.schema import (
     GenerateRequest,
     GenerateResult,
     digest_of,
-    manifest_key,
     parse_request,
 )
 from zlora_worker.child import Child
-from zlora_worker.delivery.lease import JobLeases
+from zlora_worker.delivery.lease import JobEnded, JobLeases
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.generate import Job
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.manifest import write_result
 from zlora_worker.task import JobRunner
 
 REQUEST: Final = {"prompt": "a portrait", "seed": 3}
@@ -116,7 +115,10 @@ class InlineWorker:
         self.drawn.append(job)
         self.draw(job, progress)
         progress.raise_if_over()
-        return self.store_result(job.id, job.request, attempt=job.attempt)
+        end = self.store_result(job.id, job.request, attempt=job.attempt)
+        if isinstance(end, ZloraError):
+            raise JobEnded(end)
+        return end
 
     def draws_well(self) -> None:
         """Let each job succeed."""
@@ -132,8 +134,8 @@ class InlineWorker:
 
     def store_result(
         self, job_id: str, request: GenerateRequest | None = None, *, attempt: int = 1
-    ) -> GenerateResult:
-        """Store the manifest of a job, by default of `REQUEST`."""
+    ) -> GenerateResult | ZloraError:
+        """Store the manifest of a job, by default of `REQUEST`; return what the manifest has."""
         result = GenerateResult(
             job_id=job_id,
             images=(),
@@ -146,8 +148,7 @@ class InlineWorker:
             attempt=attempt,
             request_sha256=digest_of(request or parse_request(REQUEST)),
         )
-        self.store.put_new(manifest_key(job_id), msgspec.json.encode(result), "application/json")
-        return result
+        return write_result(self.store, result)
 
     # Messages
 
