@@ -106,9 +106,7 @@ class Scene:
 
     def child(self, worker: Worker) -> int:
         """Return the process id of the child that has the model."""
-        return wait_until(
-            lambda: self._child(worker.process.pid), "the worker has a child with a model"
-        )
+        return wait_until(lambda: self.find_child(worker), "the worker has a child with a model")
 
     def owner(self, handle: JobHandle) -> int:
         """Return the parent process of the child that began a job last."""
@@ -116,7 +114,9 @@ class Scene:
             lambda: parent_of(self.events("begin", handle)[-1]["pid"]), "a child draws the job"
         )
 
-    def _child(self, parent: int) -> int | None:
+    def find_child(self, worker: Worker) -> int | None:
+        """Return the process id of the child that has the model, if there is one."""
+        parent = worker.process.pid
         loaded = [event["pid"] for event in self.events("loaded")]
         return next((pid for pid in reversed(loaded) if parent_of(pid) == parent), None)
 
