@@ -10,7 +10,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat model soak fuzz bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat model soak freezes fuzz bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -25,6 +25,7 @@ help:
 	@echo 'make compat        old clients with new workers and the reverse; OLD=<checkout with .venv>'
 	@echo 'make model         every state of the protocol by which a job has one end'
 	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
+	@echo 'make freezes       twenty minutes of workers that stand still and come back; ARGS="--minutes 3"'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make bench         the short form of every benchmark'
 	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
@@ -91,6 +92,10 @@ model: $(VENV)/dev.stamp
 # Random faults for twenty minutes; ARGS="--minutes 2" for a short run.
 soak: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/soak.py $(ARGS)
+
+# Workers that stand still and come back, for twenty minutes; ARGS="--minutes 3" for a short run.
+freezes: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/freezes.py $(ARGS)
 
 # 2,000 mutated messages between good jobs: worker and child live, every good job is drawn. `make test` has a short form.
 fuzz: $(VENV)/dev.stamp
