@@ -41,7 +41,8 @@ PAUSES: Final = (0.5, 2.5)  # seconds between two jobs
 MOST_OPEN: Final = 6  # jobs
 SETTLING: Final = 240.0  # seconds without freezes at the end, in which open jobs are to end
 LATENCIES: Final = (0.02, 0.2)  # seconds that S3 takes for a request, besides its own time
-REPORTED: Final = 20  # ids of each kind of failure in the report
+REPORTED: Final = 10  # ids of each kind of failure in the report
+REPORTED_TEXT: Final = 200  # characters of an end
 
 # Requests and orders of each kind of job, and the results that it may have.
 STEPS: Final = {"steps": 10, "step": 0.3}
@@ -88,7 +89,7 @@ class Queue:
             if len(self.open_jobs()) < MOST_OPEN:
                 kind = random.choice(list(KINDS))
                 counts[kind] += 1
-                self._submit(kind, f"{kind}-{counts[kind]}")
+                self._submit(kind, f"{kind}-{counts[kind]}-{self.name}")
         self.over.set()
         for thread in threads:
             thread.join()
@@ -179,8 +180,10 @@ def verdict(queue: Queue) -> int:
     for what, names in (found._asdict() | {"wrong": wrong}).items():
         for name in names[:REPORTED]:
             say(f"    {what}: {name}: {results[name]}, begun {scene.begun(scene.handles[name])}")
-            say(f"        {scene.witness.states(name)} {scene.witness.verdicts(name)}")
-            say(f"        {scene.kept(scene.handles[name])}")
+            say(f"        states: {scene.witness.states(name)}")
+            for end in scene.witness.verdicts(name):
+                say(f"        end: {end[:REPORTED_TEXT]}")
+            say(f"        stored: {scene.kept(scene.handles[name])}")
     return 1 if any(broken.values()) else 0
 
 
