@@ -66,7 +66,8 @@ class Rules:
     keeps_strange_images: bool = True  # an attempt deletes no image that it cannot use
     checks_end: bool = True  # RETRY and PROGRESS are not stored after the end
     checks_token: bool = True  # an attempt leaves the job if its token is not the newest
-    client_never_ends: bool = True  # a client writes no verdict by itself
+    client_looks_for_begun: bool = True  # a client ends no job by itself that was ever begun
+    sidecar_marks: bool = True  # that a sidecar ends a job counts as begun, before its verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class Bounds:
     late: int = 1  # requests to the store that take effect later, or never
     losses: int = 0  # times that Redis loses what it has answered
     expires: bool = True  # the job has a time until which an attempt must have begun
+    has_replies: bool = False  # a client that cancels always gets the reply of a sidecar
     has_strange_image: bool = False  # an image of another job is stored at the start
 
 
@@ -397,15 +399,17 @@ class Protocol:
     # The sidecar
 
     def serve(self, state: State, me: int) -> Moves:
-        """Begin to end a job that has expired, or that a client asks to end."""
-        redis = state.redis
-        is_waiting = redis.is_known and not redis.lease and not redis.is_closed
-        if self.bounds.expires and is_waiting and redis.celery_state == PENDING:
-            expired = _goes_to_end(state, me, "write_verdict", End(EXPIRED))
+        """Begin to end a job that waits, if it has expired or a client asks to end it."""
+        redis, client = state.redis, state.actors[-1]
+        if not redis.is_known or redis.is_closed or redis.lease:
+            return
+        marked = _redis(state, has_begun=True) if self.rules.sidecar_marks else state
+        if self.bounds.expires and redis.celery_state == PENDING:
+            expired = _goes_to_end(marked, me, "write_verdict", End(EXPIRED))
             yield "the sidecar finds that the job has expired", expired
-        if state.actors[-1].step == "wait_for_sidecar":
-            revoked = _goes_to_end(state, me, "write_verdict", End(REVOKED))
-            yield "the sidecar receives the client's request to end the job", revoked
+        if client.step == "wait_for_sidecar" and not redis.running:
+            revoked = _goes_to_end(marked, me, "write_verdict", End(REVOKED))
+            yield "the sidecar begins to end the job for the client", revoked
 
     # The client
 
@@ -420,20 +424,21 @@ class Protocol:
 
     def wait_for_sidecar(self, state: State, me: int) -> Moves:
         """Wait until a sidecar has ended the job, or give up."""
-        if self.rules.client_never_ends:
-            yield "the client leaves the end to sidecar and workers", _ends(state, me)
+        if self.bounds.has_replies:
+            yield "the client receives the reply of the sidecar", _ends(state, me)
         else:
             yield "the client gives up waiting for a sidecar", _goes(state, me, "end_alone")
 
     def end_alone(self, state: State, me: int) -> Moves:
-        """Note a verdict in the record, if the record has no attempt."""
+        """Note a verdict in the record, if no attempt can have written an end into the store."""
         redis = state.redis
-        if redis.is_closed or redis.lease or redis.running or not redis.is_known:
+        has_begun = redis.has_begun if self.rules.client_looks_for_begun else bool(redis.running)
+        if not redis.is_known or redis.is_closed or redis.lease or has_begun:
             yield "the client leaves the end to sidecar and workers", _ends(state, me)
             return
         noted = _redis(_shows_end(state, End(REVOKED)), verdict=End(REVOKED), is_closed=True)
         noted = _goes_to_end(noted, me, "answer", End(REVOKED))
-        yield "the client finds no attempt, and notes a verdict by itself", noted
+        yield "the client notes a verdict in the record by itself", noted
 
     # Faults
 
