@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Final
 
-from protocol.one_end import PROPERTIES, Bounds, explore_protocol, missing_images, two_ends
+from protocol.one_end import Bounds, explore_protocol
 
 FORMS: Final = {
     "an error, a killed process, a late request": Bounds(errors=1, deaths=1, late=1),
@@ -26,9 +26,7 @@ def main() -> int:
     status = 0
     for name, bounds in FORMS.items():
         start = time.monotonic()
-        # Redis may lose the note that the job has ended, and then accepts reports of progress.
-        properties = (two_ends, missing_images) if bounds.losses else PROPERTIES
-        found = explore_protocol(bounds, properties=properties)
+        found = explore_protocol(bounds)
         seconds = time.monotonic() - start
         extent = "all" if found.is_complete else "the first"
         sys.stdout.write(

@@ -65,9 +65,10 @@ class Rules:
     keeps_stored_images: bool = True  # an attempt deletes no image at its start
     keeps_strange_images: bool = True  # an attempt deletes no image that it cannot use
     checks_end: bool = True  # RETRY and PROGRESS are not stored after the end
+    undoes_own_mark: bool = True  # only the newest attempt deletes its mark `begun`
     checks_token: bool = True  # an attempt leaves the job if its token is not the newest
     client_looks_for_begun: bool = True  # a client ends no job by itself that was ever begun
-    sidecar_marks: bool = True  # that a sidecar ends a job counts as begun, before its verdict
+    sidecar_marks: bool = True  # a sidecar marks a job in the record before its verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ class Redis(NamedTuple):
     lease: str = ""
     running: frozenset[str] = frozenset()
     has_begun: bool = False
+    is_ending: bool = False  # a sidecar is about to end the job
     is_cancelled: bool = False
     verdict: End | None = None
     is_closed: bool = False
@@ -136,6 +138,7 @@ class Actor(NamedTuple):
     name: str
     step: str
     is_resumed: bool = False  # images of earlier attempts may be used
+    is_first: bool = False  # the attempt has set the mark `begun`, and has drawn nothing
     is_apart: bool = False  # the next image gets the attempt's own key
     images: frozenset[Image] = frozenset()
     end: End | None = None  # with which the actor ends the job
@@ -200,7 +203,13 @@ class Protocol:
         elif redis.lease:
             yield f"{name} finds that the job is leased", _goes(state, me, "load_end_elsewhere")
         else:
-            claimed = _goes(state, me, "load_end", is_resumed=redis.has_begun)
+            claimed = _goes(
+                state,
+                me,
+                "load_end",
+                is_resumed=redis.has_begun,
+                is_first=not redis.has_begun,
+            )
             record = _redis(
                 claimed,
                 is_known=True,
@@ -233,14 +242,15 @@ class Protocol:
         """Leave the job if it must not go on: at each step, and before the manifest."""
         actor, redis = state.actors[me], state.redis
         if self._is_lost(state, me) or redis.is_closed or redis.verdict is not None:
-            yield f"{actor.name} finds that the job is over, and leaves it", _leaves(state, me)
+            yield f"{actor.name} finds that the job is over, and leaves it", self._leaves(state, me)
         elif redis.is_cancelled:
             revoked = _goes_to_end(state, me, "require_newest", End(REVOKED))
             yield f"{actor.name} finds that the job is cancelled", revoked
         elif len(actor.images) == self.bounds.images:
             yield f"{actor.name} finds that the job goes on", _goes(state, me, "write_result")
         else:
-            yield f"{actor.name} finds that the job goes on", _goes(state, me, "store_state")
+            drawing = _goes(state, me, "store_state", is_first=False)
+            yield f"{actor.name} finds that the job goes on", drawing
 
     def store_state(self, state: State, me: int) -> Moves:
         """Store PROGRESS, and draw the next image, which may fail."""
@@ -285,8 +295,8 @@ class Protocol:
     def end_attempt(self, state: State, me: int) -> Moves:
         """Delete the attempt from the record."""
         name = state.actors[me].name
-        ended = _redis(state, running=state.redis.running - {name})
-        yield f"{name} ends its attempt", _goes(ended, me, "finish")
+        ended = self._forgets(state, me)
+        yield f"{name} ends its attempt", _goes(ended, me, "finish", is_first=False)
 
     def finish(self, state: State, me: int) -> Moves:
         """Note the success in the record."""
@@ -298,7 +308,7 @@ class Protocol:
         actor = state.actors[me]
         assert actor.end is not None
         shown = _shows_end(state, actor.end)
-        shown = _redis(shown, celery_state=actor.end, running=state.redis.running - {actor.name})
+        shown = _redis(self._forgets(shown, me), celery_state=actor.end)
         yield f"{actor.name} shows {actor.end} to clients", _ends(shown, me)
 
     def store_retry(self, state: State, me: int) -> Moves:
@@ -308,13 +318,13 @@ class Protocol:
             stored = _shows_state(state, RETRY)
             yield f"{name} stores the state RETRY", _goes(stored, me, "send_again")
         else:
-            yield f"{name} finds that the job is over, and leaves it", _leaves(state, me)
+            yield f"{name} finds that the job is over, and leaves it", self._leaves(state, me)
 
     def send_again(self, state: State, me: int) -> Moves:
         """Send the message again, end the attempt, and release the lease."""
         name, redis = state.actors[me].name, state.redis
         released = _redis(state, lease="" if redis.lease == name else redis.lease)
-        yield f"{name} sends the message again, and releases the lease", _leaves(released, me)
+        yield f"{name} sends the message again, and releases the lease", self._leaves(released, me)
 
     # An end with a verdict
 
@@ -322,7 +332,10 @@ class Protocol:
         """Leave the job if another attempt has claimed it."""
         name = state.actors[me].name
         if self._is_lost(state, me):
-            yield f"{name} finds that its token is not the newest, and leaves", _leaves(state, me)
+            yield (
+                f"{name} finds that its token is not the newest, and leaves",
+                self._leaves(state, me),
+            )
         elif not self.rules.writes_verdicts:
             yield f"{name} finds that its token is the newest", _goes(state, me, "look_for_result")
         elif not self.rules.deletes_last:
@@ -403,7 +416,7 @@ class Protocol:
         redis, client = state.redis, state.actors[-1]
         if not redis.is_known or redis.is_closed or redis.lease:
             return
-        marked = _redis(state, has_begun=True) if self.rules.sidecar_marks else state
+        marked = _redis(state, is_ending=True) if self.rules.sidecar_marks else state
         if self.bounds.expires and redis.celery_state == PENDING:
             expired = _goes_to_end(marked, me, "write_verdict", End(EXPIRED))
             yield "the sidecar finds that the job has expired", expired
@@ -433,7 +446,8 @@ class Protocol:
         """Note a verdict in the record, if no attempt can have written an end into the store."""
         redis = state.redis
         has_begun = redis.has_begun if self.rules.client_looks_for_begun else bool(redis.running)
-        if not redis.is_known or redis.is_closed or redis.lease or has_begun:
+        is_decided = redis.is_closed or redis.is_ending
+        if not redis.is_known or redis.lease or has_begun or is_decided:
             yield "the client leaves the end to sidecar and workers", _ends(state, me)
             return
         noted = _redis(_shows_end(state, End(REVOKED)), verdict=End(REVOKED), is_closed=True)
@@ -451,7 +465,10 @@ class Protocol:
                 if actor.name in redis.running and actor.step != GONE:
                     killed = state._replace(deaths=state.deaths - 1)
                     killed = _redis(killed, lease="") if redis.lease == actor.name else killed
-                    yield f"{actor.name} is killed, and its parent notes it", _leaves(killed, me)
+                    yield (
+                        f"{actor.name} is killed, and its parent notes it",
+                        self._leaves(killed, me),
+                    )
         for request in state.store.late:
             yield from self._arrives(state, request)
         if state.losses and state.replica is None:
@@ -488,7 +505,7 @@ class Protocol:
         late = state.store.late | {request}
         sent = state._replace(store=state.store._replace(late=late), late=state.late - 1)
         if actor.step == "write_verdict" and self.rules.waits_for_store:
-            yield f"{actor.name} gives up the verdict, which is on its way", _leaves(sent, me)
+            yield f"{actor.name} gives up the verdict, which is on its way", self._leaves(sent, me)
         elif actor.step == "write_verdict":
             yield (
                 f"{actor.name} gives up the verdict, which is on its way",
@@ -504,6 +521,17 @@ class Protocol:
         verdict = _goes_to_end(state, me, "require_newest", End("failure", name))
         yield f"{name} {why}, and fails", verdict
 
+    def _leaves(self, state: State, me: int) -> State:
+        """Return the state in which an attempt has left the job."""
+        return _ends(self._forgets(state, me), me)
+
+    def _forgets(self, state: State, me: int) -> State:
+        """Return the state in which the record has forgotten an attempt."""
+        actor, redis = state.actors[me], state.redis
+        is_newest = redis.token == actor.name or not self.rules.undoes_own_mark
+        has_begun = redis.has_begun and not (actor.is_first and is_newest)
+        return _redis(state, running=redis.running - {actor.name}, has_begun=has_begun)
+
     def _is_lost(self, state: State, me: int) -> bool:
         """Return whether the record says that another attempt is the newest."""
         newest = state.redis.token
@@ -511,8 +539,9 @@ class Protocol:
 
     def _may_store_state(self, state: State, me: int) -> bool:
         """Return whether the state of a job that goes on is stored."""
-        has_ended = self.rules.checks_end and state.redis.is_closed
-        return not has_ended and not self._is_lost(state, me)
+        redis = state.redis
+        has_ended = redis.is_closed or isinstance(redis.celery_state, End)
+        return not (has_ended and self.rules.checks_end) and not self._is_lost(state, me)
 
 
 def two_ends(state: State) -> str:
@@ -569,7 +598,8 @@ def _goes(state: State, me: int, step: str, **changes: Any) -> State:
 
 def _goes_to_end(state: State, me: int, step: str, end: End, *, is_decided: bool = False) -> State:
     """Return the state in which an actor begins to end the job, and needs its images no more."""
-    actor = Actor(state.actors[me].name, step, end=end, is_decided=is_decided)
+    name, is_first = state.actors[me].name, state.actors[me].is_first
+    actor = Actor(name, step, is_first=is_first, end=end, is_decided=is_decided)
     return _with(state, me, actor)
 
 
@@ -590,12 +620,6 @@ def _decided(state: State, me: int, manifest: End) -> State:
 def _has_image(state: State, me: int, image: Image) -> State:
     images = state.actors[me].images | {image}
     return _goes(state, me, "raise_if_over", images=images, is_apart=False)
-
-
-def _leaves(state: State, me: int) -> State:
-    """Return the state in which an actor has left the job, and its attempt is not in the record."""
-    running = state.redis.running - {state.actors[me].name}
-    return _redis(_ends(state, me), running=running)
 
 
 def _ends(state: State, me: int) -> State:

@@ -12,7 +12,6 @@ from protocol.one_end import (
     Rules,
     explore_protocol,
     missing_images,
-    two_ends,
 )
 
 QUIET = Bounds(errors=0, deaths=0, late=0)
@@ -49,6 +48,7 @@ def test_zombie_deletes_images_of_a_result_unless_the_manifest_decides_first(rul
         (Rules(writes_verdicts=False), ERROR, "clients see"),
         (Rules(waits_for_store=False), LATE, "clients see"),
         (Rules(client_looks_for_begun=False), QUIET, "clients see revoked, and the manifest has"),
+        (Rules(undoes_own_mark=False), QUIET, "clients see revoked, and the manifest has a result"),
         (Rules(sidecar_marks=False), QUIET, "clients see revoked, and the manifest has expired"),
         (Rules(keeps_stored_images=False), QUIET, "the manifest has a result"),
         (Rules(keeps_strange_images=False), TAKEN_KEY, "the manifest has a result"),
@@ -72,18 +72,15 @@ def test_one_end_does_not_need_the_tokens() -> None:
 
 
 def test_loss_of_redis_makes_no_second_end() -> None:
-    """Redis may lose the note that the job has ended, and then accepts reports of progress.
-
-    `make model` visits the other states.
-    """
-    found = explore_protocol(LOSS, properties=[two_ends, missing_images], most=60_000)
+    """`make model` visits the other states."""
+    found = explore_protocol(LOSS, most=60_000)
 
     assert not found.violation, found.told()
 
 
 def test_job_that_a_client_has_ended_without_a_sidecar_runs_if_redis_loses_the_verdict() -> None:
     """Nothing but Redis knows of this end: docs/guarantees.md says that Redis must keep it."""
-    found = explore_protocol(replace(LOSS, has_replies=False), properties=[two_ends])
+    found = explore_protocol(replace(LOSS, has_replies=False))
 
     assert found.violation.startswith("clients see revoked, and the manifest has"), found
 
