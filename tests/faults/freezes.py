@@ -64,6 +64,8 @@ ALLOWED: Final = {
     "cancelled": {"success", "job_revoked"},
 }
 
+NEVER_SENT_AGAIN: Final = ("plain", "late", "failing", "cancelled")
+
 
 @dataclass
 class Queue:
@@ -169,8 +171,12 @@ def verdict(queue: Queue) -> int:
     results = {name: result_of(handle.result) for name, handle in scene.handles.items()}
     poisoned = [name for name, result in results.items() if result == "poisoned"]
     wrong = [name for name, result in results.items() if result not in ALLOWED[kind_of(name)]]
-    taken_over = sum(len(pids(scene, name)) > 1 for name in scene.handles)
-    say(f"{queue.name}: {queue.freezes} freezes, {taken_over} jobs drawn by two workers")
+    taken_over = [
+        name
+        for name in scene.handles
+        if kind_of(name) in NEVER_SENT_AGAIN and len(pids(scene, name)) > 1
+    ]
+    say(f"{queue.name}: {queue.freezes} freezes, {len(taken_over)} jobs were taken over")
     for kind in KINDS:
         counts = Counter(result for name, result in results.items() if kind_of(name) == kind)
         say(f"    {kind}: {dict(counts)}")
