@@ -41,6 +41,7 @@ from zlora.broker.celery_app import IMPATIENCE, MAX_CONNECTIONS
 from zlora.broker.keys import (
     RECORD_EXPIRES,
     RESULT_EXPIRES,
+    cancel_requests_key,
     expiring_key,
     job_key,
     lease_key,
@@ -129,6 +130,14 @@ class NoManifest(Enum):
     NO_REPLY = "no_reply"  # no worker replied in time
 
 
+class ClientRequest(NamedTuple):
+    """A request for a job's manifest, or for the end of a job that was cancelled."""
+
+    job_id: str
+    reply_key: str
+    is_cancel: bool
+
+
 class Ending(NamedTuple):
     """The error that was recorded earlier, and whether this is the first end of the job."""
 
@@ -202,6 +211,7 @@ class JobStore:
         other jobs are recorded all the same. Takes one round trip.
         """
         jobs = list(jobs)
+        first = min((submission.submitted for _, submission, _ in jobs), default=0.0)
         with self.redis.pipeline(transaction=False) as pipe:
             pipe.script_load(_ADD)
             for job_id, submission, digest in jobs:
@@ -212,7 +222,7 @@ class JobStore:
                 arguments = [
                     digest,
                     msgspec.json.encode(submission),
-                    submission.priority * _PRIORITY_STEP,
+                    submission.priority * _PRIORITY_STEP + submission.submitted - first,
                     job_id,
                     RECORD_EXPIRES,
                     "" if expires_in is None else expires_in,
@@ -240,17 +250,23 @@ class JobStore:
             pipe.execute()
 
     def cancel(self, job_id: str) -> Cancellation:
-        """Record that the job is cancelled, and return its place at that time.
-
-        A job whose worker lost the connection to Redis may run on, and counts as RUNNING.
-        """
+        """Record that the job is cancelled, and return its place at that time."""
         key = job_key(job_id)
         with self.redis.pipeline() as pipe:
             pipe.hset(key, "cancelled", time.time())
             pipe.expire(key, RECORD_EXPIRES, nx=True)  # a job that has ended expires earlier
-            pipe.hgetall(key)
+            pipe.execute()
+        return self.place(job_id)
+
+    def place(self, job_id: str) -> Cancellation:
+        """Return the place of a job: in its queue, with a worker, or at its end.
+
+        A job whose worker lost the connection to Redis may run on, and counts as RUNNING.
+        """
+        with self.redis.pipeline() as pipe:
+            pipe.hgetall(job_key(job_id))
             pipe.exists(lease_key(job_id))
-            _, _, record, leased = pipe.execute()
+            record, leased = pipe.execute()
         if "closed" in record:
             return Cancellation.FINISHED
         if leased or any(attempt.signal is None for attempt in attempts_of(record).values()):
@@ -274,33 +290,46 @@ class JobStore:
 
         Waits for `timeout` seconds, but at least 0.05 and at most 1.5.
         """
-        reply_key = f"{manifest_requests_key(self.queue)}:{uuid.uuid4()}"
-        with self.redis.pipeline() as pipe:
-            request = msgspec.json.encode([job_id, reply_key])
-            pipe.lpush(manifest_requests_key(self.queue), request)
-            pipe.expire(manifest_requests_key(self.queue), _REQUEST_EXPIRES)
-            pipe.execute()
-        reply = self.redis.blpop(reply_key, timeout=min(max(timeout, MIN_WAIT), _MAX_WAIT))
+        reply = self._request(manifest_requests_key(self.queue), job_id, timeout=timeout)
         if reply is None:
             return NoManifest.NO_REPLY
-        return reply[1].encode() or NoManifest.ABSENT
+        return reply or NoManifest.ABSENT
 
-    def next_request(self, timeout: float) -> tuple[str, str] | None:
-        """Take the next request for a manifest within `timeout` seconds: job id and reply key."""
-        item = self.redis.brpop(manifest_requests_key(self.queue), timeout=timeout)
+    def request_end(self, job_id: str, *, timeout: float = _MAX_WAIT) -> bool:
+        """Ask the sidecar of a worker to end a cancelled job; return whether one has replied.
+
+        Waits as `request_manifest` does.
+        """
+        reply = self._request(cancel_requests_key(self.queue), job_id, timeout=timeout)
+        return reply is not None
+
+    def _request(self, key: str, job_id: str, *, timeout: float) -> bytes | None:
+        reply_key = f"{key}:{uuid.uuid4()}"
+        with self.redis.pipeline() as pipe:
+            pipe.lpush(key, msgspec.json.encode([job_id, reply_key]))
+            pipe.expire(key, _REQUEST_EXPIRES)
+            pipe.execute()
+        reply = self.redis.blpop(reply_key, timeout=min(max(timeout, MIN_WAIT), _MAX_WAIT))
+        return None if reply is None else reply[1].encode()
+
+    def next_request(self, timeout: float) -> ClientRequest | None:
+        """Take the next request of a client within `timeout` seconds."""
+        keys = [cancel_requests_key(self.queue), manifest_requests_key(self.queue)]
+        item = self.redis.brpop(keys, timeout=timeout)
         if item is None:
             return None
+        key, text = item
         try:
-            job_id, reply_key = msgspec.json.decode(item[1], type=tuple[str, str])
+            job_id, reply_key = msgspec.json.decode(text, type=tuple[str, str])
         except msgspec.DecodeError:
             return None
         # A reply must not overwrite a key of another purpose.
-        if not reply_key.startswith(manifest_requests_key(self.queue)):
+        if not reply_key.startswith(key):
             return None
-        return job_id, reply_key
+        return ClientRequest(job_id, reply_key, is_cancel=key == keys[0])
 
-    def reply(self, reply_key: str, manifest: bytes) -> None:
-        """Reply to a request for a manifest; empty bytes say that there is none."""
+    def reply(self, reply_key: str, manifest: bytes = b"") -> None:
+        """Reply to a request; for a manifest, empty bytes say that there is none."""
         with self.redis.pipeline() as pipe:
             # A damaged manifest is sent all the same: the client refuses it with a typed error.
             pipe.rpush(reply_key, manifest.decode(errors="replace"))
@@ -332,6 +361,11 @@ class JobStore:
             for job_id in job_ids:
                 pipe.exists(lease_key(job_id))
             return {job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if held}
+
+    def digest(self, job_id: str) -> str | None:
+        """Return the digest of a job's request; None if there is no record."""
+        found: str | None = self.redis.hget(job_key(job_id), "digest")
+        return found
 
     def submission(self, job_id: str) -> Submission | None:
         """Return what was sent; None if the job has ended, or its record is unreadable."""

@@ -364,8 +364,8 @@ def test_each_request_for_a_manifest_gets_its_own_reply(jobs: JobStore, broker_u
             for _ in range(2):
                 request = sidecar.next_request(5)
                 assert request is not None
-                job_id, reply_key = request
-                sidecar.reply(reply_key, b"{}" if job_id == "a" else b"")
+                found = b"{}" if request.job_id == "a" else b""
+                sidecar.reply(request.reply_key, found)
 
     thread = threading.Thread(target=reply_twice)
     thread.start()
