@@ -10,7 +10,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat soak fuzz bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat model soak freezes fuzz bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -23,7 +23,9 @@ help:
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
 	@echo 'make compat        old clients with new workers and the reverse; OLD=<checkout with .venv>'
+	@echo 'make model         every state of the protocol by which a job has one end'
 	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
+	@echo 'make freezes       twenty minutes of workers that stand still and come back; ARGS="--minutes 3"'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make bench         the short form of every benchmark'
 	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
@@ -83,9 +85,17 @@ check-deploy: $(VENV)/dev.stamp
 compat: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/compat.py $(OLD)
 
+# Explores tests/protocol/one_end.py in larger forms than `make test`, in a minute or two.
+model: $(VENV)/dev.stamp
+	PYTHONPATH=tests $(RUN)/python -P tests/protocol/model.py
+
 # Random faults for twenty minutes; ARGS="--minutes 2" for a short run.
 soak: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/soak.py $(ARGS)
+
+# Workers that stand still and come back, for twenty minutes; ARGS="--minutes 3" for a short run.
+freezes: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/freezes.py $(ARGS)
 
 # 2,000 mutated messages between good jobs: worker and child live, every good job is drawn. `make test` has a short form.
 fuzz: $(VENV)/dev.stamp

@@ -1,48 +1,55 @@
 """Random faults for minutes: `make soak`, or `make soak ARGS="--minutes 2"`.
 
 Small jobs come all the time to workers with a fake model, and one job runs for ten minutes. Workers
-and child processes are killed, connections are cut, Redis pauses and restarts. At the end every job
-must have a result, only one, of a kind that is allowed, and the long job must have begun once;
-otherwise the exit status is 1. A run of 20 minutes aims at 200 killed workers.
+and child processes are killed, workers stand still or are cut off from Redis for a time, and some
+have a clock that is an hour wrong. Connections are cut, Redis pauses and restarts. At the end every
+job must have a result, only one, of a kind that is allowed, with its images, and the same for
+clients and in the store; and the long job must have begun once. Otherwise the exit status is 1. A
+run of 20 minutes aims at 200 killed workers.
 """
 
 import argparse
+import os
 import random
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from support.figures import Tally
 from support.processes import Worker
+from support.proxy import Proxy
 from support.scene import CLEAN, Scene
 from support.valkey import Valkey
 from support.witness import TERMINAL
 from zlora import JobHandle
-from zlora.errors import BrokerUnavailable, JobPoisoned, ZloraError
+from zlora.errors import BrokerUnavailable, ZloraError
 
-WORKERS: Final = 3  # besides the one with the long job
+WORKERS: Final = 4  # besides the one with the long job
 KILLS_A_MINUTE: Final = 13  # in 17 of 20 minutes
 GOAL: Final = 10  # killed workers per minute of the whole run
 SETTLING: Final = 150.0  # seconds without faults near the end, in which open jobs are to end
 AUDIT: Final = 30.0  # seconds at the end
 LONG: Final = 600  # seconds of the job that must not begin twice
 PAUSES: Final = (0.02, 0.3)  # seconds between two jobs
-POISONED: Final = "poisoned, 3 attempts"
+AWAY: Final = (12.0, 60.0)  # seconds that a worker stands still, or is cut off from Redis
+CLOCKS: Final = ("0", "0", "3600", "-3600")  # seconds by which the clocks of workers are wrong
 
 # Results that a job may have. Slow jobs meet killed workers, now and then three in a row.
 ALLOWED: Final = {
     "plain": {"success"},
     "twice": {"success"},
-    "slow": {"success", POISONED},
+    "slow": {"success", "poisoned"},
     "cancelled": {"job_revoked", "success"},
-    "dying": {"success", POISONED},
+    "failing": {"generation_failed"},
+    "dying": {"success", "poisoned"},
     "long": {"success"},
 }
 REPORTED: Final = 20  # ids of each kind of failure in the report
@@ -50,39 +57,109 @@ NEVER: Final = ("internal", "timeout", "unknown")  # error codes
 
 
 @dataclass
+class Member:
+    """A worker of the fleet. While it is away, it stands still or is cut off, and is not killed."""
+
+    worker: Worker
+    proxy: Proxy  # between the worker and Redis
+    stack: ExitStack
+    is_away: bool = False
+    back_at: float = 0.0  # on the monotonic clock
+
+    def leave(self) -> None:
+        """Stand still, or be cut off from Redis, for some time."""
+        self.is_away, self.back_at = True, time.monotonic() + random.uniform(*AWAY)
+
+    def come_back(self) -> None:
+        """Go on."""
+        self.worker.thaw()
+        self.proxy.restore()
+        self.is_away = False
+
+
+@dataclass
 class Fleet:
     """The workers that are killed and replaced."""
 
     scene: Scene
-    running: list[tuple[Worker, ExitStack]] = field(default_factory=list)
+    valkey: Valkey
+    running: list[Member] = field(default_factory=list)
     started: int = 0
-    killed: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
 
     def start(self) -> None:
         """Start one more worker without a wait for its model."""
         self.started += 1
         stack = ExitStack()
-        worker = stack.enter_context(self.scene.starting_worker(f"w{self.started}"))
-        self.running.append((worker, stack))
+        proxy = stack.enter_context(Proxy(self.valkey.port, self.scene.tally))
+        worker = stack.enter_context(
+            self.scene.starting_worker(
+                f"w{self.started}", ZLORA_BROKER_URL=proxy.url, FAKE_CLOCK=random.choice(CLOCKS)
+            )
+        )
+        self.running.append(Member(worker, proxy, stack))
 
     def kill_one(self) -> None:
-        """Kill a worker (kill -9), one that takes jobs if possible, and start another."""
-        ready = [item for item in self.running if item[0].lines(" ready.")]
-        item = random.choice(ready or self.running)
-        self.running.remove(item)
-        worker, stack = item
-        if worker.process.poll() is not None:
-            status, last = worker.process.returncode, worker.log.read_text()[-4000:]
-            raise SystemExit(f"a worker has ended with status {status}; its log ends with:\n{last}")
-        self.scene.kill(worker.process.pid)
-        self.killed += 1
-        stack.close()
+        """Kill a worker (kill -9), and start another."""
+        if (member := self._any()) is None:
+            return
+        self.running.remove(member)
+        self.scene.kill(member.worker.process.pid)
+        self.faults["killed"] += 1
+        member.stack.close()
         self.start()
+
+    def freeze_one(self) -> None:
+        """Let parent, child and sidecar of a worker stand still for some time."""
+        if (member := self._any()) is None:
+            return
+        self.scene.tally.fault()
+        self.faults["frozen"] += 1
+        member.leave()
+        member.worker.freeze()
+
+    def cut_off_one(self) -> None:
+        """Cut off a worker from Redis for some time; nobody is told."""
+        if (member := self._any()) is None:
+            return
+        self.faults["cut off"] += 1
+        member.leave()
+        member.proxy.black_out()
+
+    def terminate_one(self) -> None:
+        """Send SIGTERM to the child of a worker, as a machine does that runs out of memory."""
+        member = self._any()
+        if member is None or (child := self.scene.find_child(member.worker)) is None:
+            return
+        self.scene.tally.fault()
+        self.faults["terminated children"] += 1
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+
+    def welcome(self, *, all_of_them: bool = False) -> None:
+        """Let workers go on whose time away is over."""
+        now = time.monotonic()
+        for member in self.running:
+            if member.is_away and (all_of_them or member.back_at < now):
+                member.come_back()
 
     def stop(self) -> None:
         """End all workers."""
-        for _, stack in self.running:
-            stack.close()
+        for member in self.running:
+            member.stack.close()
+
+    def _any(self) -> Member | None:
+        """Return a worker that is not away, one that takes jobs if possible."""
+        for member in self.running:
+            worker = member.worker
+            if worker.process.poll() is not None:
+                status, last = worker.process.returncode, worker.log.read_text()[-4000:]
+                raise SystemExit(
+                    f"a worker has ended with status {status}; its log ends with:\n{last}"
+                )
+        here = [member for member in self.running if not member.is_away]
+        ready = [member for member in here if member.worker.lines(" ready.")]
+        return random.choice(ready or here) if here else None
 
 
 @dataclass
@@ -96,8 +173,8 @@ class Producer:
     def run(self) -> None:
         """Submit until `over` is set."""
         while not self.over.wait(random.uniform(*PAUSES)):
-            kinds = ("plain", "slow", "dying", "twice", "cancelled")
-            kind = random.choices(kinds, (70, 10, 5, 10, 5))[0]
+            kinds = ("plain", "slow", "dying", "twice", "cancelled", "failing")
+            kind = random.choices(kinds, (65, 10, 5, 10, 5, 5))[0]
             self.kinds[kind] += 1
             self._submit(kind, f"{kind}-{self.kinds[kind]}")
 
@@ -127,6 +204,7 @@ SUBMIT: Final[dict[str, Callable[[Scene, str], object]]] = {
     "dying": lambda scene, name: scene.submit(job_id=name, steps=2, do=["kill-child"]),
     "twice": submit_twice,
     "cancelled": submit_and_cancel,
+    "failing": lambda scene, name: scene.submit(job_id=name, steps=4, step=0.1, do="nan", at=4),
 }
 
 
@@ -147,14 +225,15 @@ def main(minutes: float) -> int:
         seconds = min(LONG, 0.8 * (calm_from - time.monotonic()))
         long = scene.submit(job_id="long", steps=200, step=seconds / 200)
         scene.wait_begun(long)
-        fleet, producer = Fleet(scene), Producer(scene)
+        fleet, producer = Fleet(scene, valkey), Producer(scene)
         stack.callback(fleet.stop)
         for _ in range(WORKERS):
             fleet.start()
         inject_faults(scene, valkey, fleet, producer, until=calm_from)
         wait_for_open_jobs(scene, until=settled_by)
         goal = round(GOAL * minutes)
-        say(f"{fleet.killed} workers were killed; the goal is {goal} in {minutes:g} minutes")
+        killed = fleet.faults["killed"]
+        say(f"{killed} workers were killed; the goal is {goal} in {minutes:g} minutes")
         return verdict(scene, long)
 
 
@@ -164,10 +243,13 @@ def inject_faults(
     """Inject one fault after the other while jobs come."""
     every: dict[Callable[[], object], float] = {  # seconds
         fleet.kill_one: 60 / KILLS_A_MINUTE,
+        fleet.freeze_one: 31,
+        fleet.cut_off_one: 37,
+        fleet.terminate_one: 13,
         valkey.cut_all: 47,
         lambda: pause(valkey): 101,
         lambda: restart(valkey): 163,
-        lambda: report(scene, producer.kinds, killed=fleet.killed): 30,
+        lambda: report(scene, producer.kinds, fleet.faults): 30,
     }
     start = time.monotonic()
     due = {act: start + period for act, period in every.items()}
@@ -177,7 +259,9 @@ def inject_faults(
         for act in [act for act, at in due.items() if at <= now]:
             act()
             due[act] += every[act]
+        fleet.welcome()
         time.sleep(0.05)
+    fleet.welcome(all_of_them=True)
     producer.over.set()
     thread.join()
 
@@ -209,10 +293,10 @@ def open_jobs(scene: Scene) -> list[str]:
     return [name for name, handle in handles if handle.status().state not in TERMINAL]
 
 
-def report(scene: Scene, kinds: Counter[str], *, killed: int) -> None:
+def report(scene: Scene, kinds: Counter[str], workers: Counter[str]) -> None:
     """Print progress."""
     faults = scene.tally.faults + len(scene.events("fault"))
-    say(f"{len(scene.handles)} jobs ({dict(kinds)}), {faults} faults, {killed} workers killed")
+    say(f"{len(scene.handles)} jobs {dict(kinds)}, {faults} faults, of workers {dict(workers)}")
 
 
 def verdict(scene: Scene, long: JobHandle) -> int:
@@ -232,7 +316,9 @@ def verdict(scene: Scene, long: JobHandle) -> int:
             begun = scene.begun(scene.handles[name])
             say(f"{what}: {name}: {results[name]}, begun {begun} times")
             say(f"    states: {scene.witness.states(name)} {scene.witness.verdicts(name)}")
-    return 0 if found == CLEAN and not wrong and scene.begun(long) == 1 else 1
+    # Images of a worker that stood still while it stored them may be left behind.
+    is_clean = found._replace(left=[]) == CLEAN
+    return 0 if is_clean and not wrong and scene.begun(long) == 1 else 1
 
 
 def kind_of(name: str) -> str:
@@ -241,11 +327,9 @@ def kind_of(name: str) -> str:
 
 
 def result_of(handle: JobHandle) -> str:
-    """Return how a job ended, in a word or two."""
+    """Return how a job ended, in a word."""
     try:
         handle.result(timeout=0)
-    except JobPoisoned as error:
-        return f"{error.code}, {len(error.details['attempts'])} attempts"
     except ZloraError as error:
         return error.code
     return "success"

@@ -22,7 +22,9 @@ class Tally:
         0  # images drawn to the end more than once: lost work, and no broken guarantee
     )
     two_results: int = 0  # jobs with two different results, now or at any time
-    left_behind: int = 0  # jobs that failed or were cancelled, and have images or a manifest
+    left_behind: int = 0  # jobs that failed or were cancelled, and have images or a result
+    without_images: int = 0  # results with an image that is missing or changed
+    contradicted: int = 0  # jobs whose end differs between clients and store
     notes: list[str] = field(default_factory=list)  # measurements
 
     def fault(self) -> None:

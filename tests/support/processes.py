@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -73,6 +73,7 @@ class Worker:
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path, client: Client) -> None:
         self.process, self.log, self.client = process, log, client
+        self._frozen: list[int] = []
 
     def lines(self, text: str) -> list[str]:
         """Return the lines of the log that contain `text`."""
@@ -86,6 +87,19 @@ class Worker:
             return bool(self.lines(" ready."))
 
         wait_until(look, "the worker is ready")
+
+    def freeze(self) -> None:
+        """Stop parent, child and sidecar (SIGSTOP), the parent first: it replaces neither."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        self._frozen = [*children(self.process.pid), self.process.pid]
+        for process in self._frozen:
+            os.kill(process, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen worker go on."""
+        for process in self._frozen:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
     def child(self) -> int:
         """Return the process id of the one child process."""

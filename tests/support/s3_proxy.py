@@ -5,6 +5,7 @@ The Host header stays as it was: signatures cover it.
 
 import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -110,11 +111,13 @@ def _changed(body: bytes) -> bytes:
 class S3Proxy:
     """Forwards a free loopback port to the port `target`, with the faults that a test orders.
 
-    `held` is set while `hold` waits, and setting `released` ends the wait.
+    `held` is set while `hold` waits, and setting `released` ends the wait. A request takes effect
+    `latency` seconds after it has arrived.
     """
 
-    def __init__(self, target: int, tally: Tally) -> None:
+    def __init__(self, target: int, tally: Tally, *, latency: float = 0.0) -> None:
         self._target, self._tally, self._lock = target, tally, Lock()
+        self._latency = latency
         self._faults: list[tuple[re.Pattern[str], Fault]] = []
         self.held, self.released = Event(), Event()
         self.asked: list[str] = []
@@ -185,6 +188,7 @@ class S3Proxy:
         """Serve one request after the other until either side closes the connection."""
         with client, client.makefile("rb") as stream, suppress(OSError, HTTPException):
             while (request := _received(client, stream)) is not None:
+                time.sleep(self._latency)
                 try:
                     client.sendall(self._fault(request.line)(self, request))
                 except Broken as broken:

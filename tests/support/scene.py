@@ -19,10 +19,12 @@ import redis
 from celery import Celery
 from support import processes
 from support.figures import Tally
+from support.objects import FolderObjects, Objects
 from support.processes import Worker, wait_until
 from support.witness import TERMINAL, Witness
 from zlora import Client, GenerateResult, JobHandle, JobState
 from zlora.broker.celery_app import shared_config
+from zlora.schema import manifest_key
 
 TESTS: Final = Path(__file__).parents[1]
 _QUIET: Final = ("--without-gossip", "--without-mingle")  # saves a second of each start
@@ -33,14 +35,19 @@ class Audit(NamedTuple):
 
     lost: list[str]  # no terminal state
     doubled: list[str]  # two different results, now or at any time
-    left: list[str]  # failed or cancelled, and images or a manifest are stored
+    left: list[str]  # failed or cancelled, and images or a result are stored
+    imageless: list[str]  # an image of the stored result is missing, or has another sha256
+    contradicted: list[str]  # clients see an error and the store has a result, or the reverse
 
 
-CLEAN: Final = Audit([], [], [])
+CLEAN: Final = Audit([], [], [], [], [])
 
 
 class Scene:
-    """A queue on a broker; `environ` has the variables of its workers."""
+    """A queue on a broker; `environ` has the variables of its workers.
+
+    The audit compares what clients see with the store folder, or with `bucket` if that is set.
+    """
 
     def __init__(
         self, folder: Path, tally: Tally, *, broker_url: str, queue: str, **variables: str
@@ -64,6 +71,7 @@ class Scene:
             "PYTHONPATH": _python_path(),
             **variables,
         }
+        self.bucket: Objects | None = None
         self.client = Client.from_env(self.environ)
         self.witness = Witness(broker_url)
         self.handles: dict[str, JobHandle] = {}
@@ -98,9 +106,7 @@ class Scene:
 
     def child(self, worker: Worker) -> int:
         """Return the process id of the child that has the model."""
-        return wait_until(
-            lambda: self._child(worker.process.pid), "the worker has a child with a model"
-        )
+        return wait_until(lambda: self.find_child(worker), "the worker has a child with a model")
 
     def owner(self, handle: JobHandle) -> int:
         """Return the parent process of the child that began a job last."""
@@ -108,7 +114,9 @@ class Scene:
             lambda: parent_of(self.events("begin", handle)[-1]["pid"]), "a child draws the job"
         )
 
-    def _child(self, parent: int) -> int | None:
+    def find_child(self, worker: Worker) -> int | None:
+        """Return the process id of the child that has the model, if there is one."""
+        parent = worker.process.pid
         loaded = [event["pid"] for event in self.events("loaded")]
         return next((pid for pid in reversed(loaded) if parent_of(pid) == parent), None)
 
@@ -200,44 +208,52 @@ class Scene:
     def audit(self) -> Audit:
         """Return the jobs with a broken guarantee, and add them to the tally."""
         self.witness.look_back()
-        states = {name: handle.status().state for name, handle in self.handles.items()}
-        lost = [name for name, state in states.items() if state not in TERMINAL]
-        doubled = [
-            name
-            for name in states
-            if len(self.witness.verdicts(name)) > 1 or not self._has_one_result(name)
-        ]
-        failed = (JobState.FAILURE, JobState.REVOKED)
-        left = [
-            name
-            for name, state in states.items()
-            if state in failed and self.kept(self.handles[name])
-        ]
+        objects, found = self._objects(), Audit([], [], [], [], [])
+        for name, handle in self.handles.items():
+            state = handle.status().state
+            if state not in TERMINAL:
+                found.lost.append(name)
+            is_doubled = len(self.witness.verdicts(name)) > 1
+            if objects is not None:
+                result = stored_result(objects, name)
+                if state is JobState.SUCCESS:
+                    is_doubled |= result != processes.unlinked(handle.result(timeout=5))
+                elif state in TERMINAL and self.kept(handle):
+                    found.left.append(name)
+                if result is not None and not has_all_images(objects, result):
+                    found.imageless.append(name)
+                if state in TERMINAL and (state is JobState.SUCCESS) != (result is not None):
+                    found.contradicted.append(name)
+            if is_doubled:
+                found.doubled.append(name)
         ends = Counter((event["label"], event["seed"]) for event in self.events("end"))
         self.tally.jobs += len(self.handles)
         self.tally.faults += len(self.events("fault"))
-        self.tally.lost += len(lost)
+        self.tally.lost += len(found.lost)
         self.tally.drawn_twice += sum(count > 1 for count in ends.values())
-        self.tally.two_results += len(doubled)
-        self.tally.left_behind += len(left)
-        return Audit(lost, doubled, left)
+        self.tally.two_results += len(found.doubled)
+        self.tally.left_behind += len(found.left)
+        self.tally.without_images += len(found.imageless)
+        self.tally.contradicted += len(found.contradicted)
+        return found
 
-    def _has_one_result(self, name: str) -> bool:
-        """Return whether client, manifest and files of a successful job agree."""
-        handle = self.handles[name]
-        if handle.status().state is not JobState.SUCCESS or not self._is_folder():
-            return True  # tests with another store compare by themselves
-        result = handle.result(timeout=5)
-        kept = self.manifest(handle)
-        digests = [
-            hashlib.sha256(processes.path_of(image.url).read_bytes()) for image in result.images
+    def _objects(self) -> Objects | None:
+        if self.bucket is None and urlsplit(self.environ["ZLORA_STORE"]).scheme == "file":
+            return FolderObjects(self._store_folder())
+        return self.bucket
+
+    def kept(self, handle: JobHandle) -> list[str]:
+        """Return the keys of a job's objects without a verdict and drafts of killed workers."""
+        objects = self._objects()
+        assert objects is not None
+        return [
+            key
+            for key in objects.keys(f"runs/{handle.id}")
+            if key != manifest_key(handle.id) or not is_verdict(objects.get(key) or b"")
         ]
-        return kept == processes.unlinked(result) and [
-            digest.hexdigest() for digest in digests
-        ] == [item.sha256 for item in result.images]
 
-    def _is_folder(self) -> bool:
-        return urlsplit(self.environ["ZLORA_STORE"]).scheme == "file"
+    def _store_folder(self) -> Path:
+        return Path(unquote(urlsplit(self.environ["ZLORA_STORE"]).path))
 
     def manifest(self, handle: JobHandle) -> GenerateResult:
         """Return the stored manifest of a job."""
@@ -246,17 +262,16 @@ class Scene:
 
     def run_folder(self, handle: JobHandle) -> Path:
         """Return the folder of a job's images and manifest."""
-        return Path(unquote(urlsplit(self.environ["ZLORA_STORE"]).path), "runs", handle.id)
+        return self._store_folder() / "runs" / handle.id
 
     def files(self, handle: JobHandle) -> list[Path]:
-        """Return all stored files of a job, with drafts."""
-        return [path for path in self.run_folder(handle).rglob("*") if path.is_file()]
-
-    def kept(self, handle: JobHandle) -> list[Path]:
-        """Return the stored images and the manifest of a job, without drafts of killed workers."""
-        if not self._is_folder():
-            return []
-        return [path for path in self.files(handle) if not path.name.startswith(".draft-")]
+        """Return all stored files of a job, with drafts, and without a verdict."""
+        return [
+            path
+            for path in self.run_folder(handle).rglob("*")
+            if path.is_file()
+            and (path.name != "manifest.json" or not is_verdict(path.read_bytes()))
+        ]
 
     def wait_settled(self) -> None:
         """Wait until no message is in the queue or in a worker, duplicates included."""
@@ -275,6 +290,29 @@ class Scene:
         self.witness.close()
         self.client.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def stored_result(objects: Objects, job_id: str) -> GenerateResult | None:
+    """Return the result in the manifest of a job, or None if it has none, or a verdict."""
+    manifest = objects.get(manifest_key(job_id))
+    if manifest is None or is_verdict(manifest):
+        return None
+    return msgspec.json.decode(manifest, type=GenerateResult)
+
+
+def has_all_images(objects: Objects, result: GenerateResult) -> bool:
+    """Return whether all images of a result are stored, with the sha256 that the result has."""
+    stored = [objects.get(image.key) for image in result.images]
+    digests = [data and hashlib.sha256(data).hexdigest() for data in stored]
+    return digests == [image.sha256 for image in result.images]
+
+
+def is_verdict(manifest: bytes) -> bool:
+    """Return whether a manifest has the error with which its job has ended."""
+    try:
+        return "verdict" in json.loads(manifest)
+    except ValueError:
+        return False
 
 
 def request(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 
 from faults.engines import journal
-from zlora.errors import GenerationFailed, OutOfMemory
+from zlora.errors import GenerationFailed, LoraUnreachable, OutOfMemory
 
 
 class Corruptible(Protocol):
@@ -85,6 +85,11 @@ def _nan(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
     raise GenerationFailed("the image has NaN or Inf values")
 
 
+def _unreachable(_pipeline: Corruptible, _orders: Orders) -> None:
+    """Fail with an error that is tried again."""
+    raise LoraUnreachable("a server that a test takes away")
+
+
 def _dirty(pipeline: Corruptible, _orders: Orders) -> None:
     """Leave a weight of the base model changed."""
     pipeline.corrupted = True
@@ -99,5 +104,6 @@ MISBEHAVIOURS: Final[dict[str, Callable[[Corruptible, Orders], None]]] = {
     "raise": _raise,
     "oom": _oom,
     "nan": _nan,
+    "unreachable": _unreachable,
     "dirty": _dirty,
 }

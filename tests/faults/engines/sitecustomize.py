@@ -2,7 +2,7 @@
 
 `FAKE_NETWORK` names a folder for a simulated network: `names.json` maps each name to its addresses,
 of which each lookup returns the next; no connection leaves the machine, and the file `connections`
-gets one line per attempt.
+gets one line per attempt. `FAKE_CLOCK` is the number of seconds by which the clock is wrong.
 """
 
 import importlib.util
@@ -68,6 +68,10 @@ def simulate_network(folder: Path) -> None:
     sys.addaudithook(on_audit)
 
 
+if "FAKE_CLOCK" in os.environ:
+    from faults.engines import clock
+
+    clock.set_wrong(float(os.environ["FAKE_CLOCK"]))
 sys.meta_path.insert(0, Fakes())
 if "FAKE_NETWORK" in os.environ:
     simulate_network(Path(os.environ["FAKE_NETWORK"]))
