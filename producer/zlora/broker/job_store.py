@@ -15,6 +15,8 @@ A record is the hash `keys.job_key`:
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |
 | `counted` | the end of the job is counted in the metrics |
+| `ending` | a sidecar is about to end the job, which no worker has begun |
+| `failing` | the error that the job ends with once the store answers |
 | `spoilt` | how many times the base model differed after the job |
 | `overtime` | the time limit in seconds, if the child process was killed for exceeding it |
 | `queue` | queue of the job; a client of another queue may end it |
@@ -85,11 +87,22 @@ return {ARGV[1], '', ARGV[2]}
 # The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
 # since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
 # may differ from the caller's.
+#
+# With ARGV[9] the job is ended only if no worker and no sidecar can have decided its end in the
+# store, or can do so soon: the third value of the reply says whether it is.
 _END: Final = """
-local earlier = ''
-if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
-  earlier = redis.call('HGET', KEYS[1], 'verdict')
+if ARGV[9] ~= '' then
+  if redis.call('EXISTS', KEYS[2]) == 1 then return {'', 0, 0} end
+  local fields = redis.call('HKEYS', KEYS[1])
+  for _, field in ipairs(fields) do
+    if field == 'begun' or field == 'ending' or field == 'closed' or field == 'verdict'
+        or string.sub(field, 1, 8) == 'attempt:' then
+      return {'', 0, 0}
+    end
+  end
 end
+local earlier = redis.call('HGET', KEYS[1], 'verdict') or ''
+if ARGV[2] ~= '' then redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) end
 local now = redis.call('TIME')[1]
 local ended = redis.call('HSETNX', KEYS[1], 'closed', now)
 redis.call('HDEL', KEYS[1], 'message')
@@ -101,7 +114,15 @@ if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
   redis.call('ZADD', ARGV[8] .. queue, now, ARGV[1])
   redis.call('EXPIRE', ARGV[8] .. queue, ARGV[4])
 end
-return {earlier, ended}
+return {earlier, ended, 1}
+"""
+# A sidecar is about to end a job in the store that no worker has begun.
+_BEGIN_ENDING: Final = """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'ending', 1)
+redis.call('EXPIRE', KEYS[1], ARGV[1], 'NX')
+return 1
 """
 
 
@@ -188,6 +209,7 @@ class JobStore:
         self.queue = queue
         self._add = self.redis.register_script(_ADD)
         self._end = self.redis.register_script(_END)
+        self._begin_ending = self.redis.register_script(_BEGIN_ENDING)
 
     def require_same(self, digests: Mapping[str, str]) -> None:
         """Raise `Conflict` if a job id has a record with another digest than the given one."""
@@ -380,13 +402,33 @@ class JobStore:
 
         The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`).
         """
+        earlier, is_first, _ = self._mark_ended(job_id, error)
+        return Ending(verdict_of({"verdict": earlier or None}), is_first == 1)
+
+    def end_alone(self, job_id: str, error: ZloraError) -> bool:
+        """Record the end of a job that is in no manifest; return whether it is recorded.
+
+        It is not if a worker has begun the job, or a sidecar is about to end it: these decide by
+        the manifest.
+        """
+        return self._mark_ended(job_id, error, alone=True)[2] == 1
+
+    def _mark_ended(
+        self, job_id: str, error: ZloraError | None, *, alone: bool = False
+    ) -> tuple[str, int, int]:
         text = ""
         if error is not None:
             text = json.dumps([error.code, error.message, error.details])
         prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
         arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
-        earlier, is_first = self._end(keys=[job_key(job_id)], args=arguments)
-        return Ending(verdict_of({"verdict": earlier or None}), is_first == 1)
+        keys = [job_key(job_id), lease_key(job_id)]
+        earlier, is_first, is_done = self._end(keys=keys, args=[*arguments, "1" if alone else ""])
+        return earlier, is_first, is_done
+
+    def begin_ending(self, job_id: str) -> bool:
+        """Record that a sidecar is about to end a job; return False if a worker has it."""
+        keys = [job_key(job_id), lease_key(job_id)]
+        return bool(self._begin_ending(keys=keys, args=[RECORD_EXPIRES]))
 
 
 def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:

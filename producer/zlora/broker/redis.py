@@ -149,8 +149,11 @@ class RedisBroker:
                 if has_replied:
                     is_revoked = isinstance(self._jobs.queue_status(job_id).verdict, JobRevoked)
                     return found if is_revoked else self._jobs.place(job_id)
+            if not self._jobs.end_alone(job_id, revoked(job_id)):
+                # a worker has begun the job before, and the next one ends it
+                found = self._jobs.place(job_id)
+                return Cancellation.RUNNING if found is Cancellation.QUEUED else found
             self._backend.mark_as_revoked(job_id, "cancelled")
-            self._jobs.mark_ended(job_id, revoked(job_id))
         return found
 
     def watch(self, job_id: str, notify: Callable[[], None]) -> AbstractContextManager[None]:

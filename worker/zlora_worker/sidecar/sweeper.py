@@ -130,10 +130,12 @@ class Sweeper:
 def end_unstarted(
     jobs: JobStore, store: Store, backend: Any, job_id: str, error: JobRevoked | JobExpired
 ) -> None:
-    """End a job that no worker has begun, unless its manifest says that it has ended otherwise.
+    """End a job that no worker has, unless its manifest says that it has ended otherwise.
 
     Raises `StoreFailed` if the store does not answer, `InternalError` if the manifest is damaged.
     """
+    if not jobs.begin_ending(job_id):
+        return
     end = write_verdict(store, job_id, error, jobs.digest(job_id))
     if isinstance(end, GenerateResult):  # Redis has lost the job's record
         jobs.mark_ended(job_id)
