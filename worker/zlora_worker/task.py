@@ -83,7 +83,10 @@ class JobRunner:
             meter = self.child.meter
             match outcome:
                 case Succeeded(result):
-                    if self.leases.finish(job_id):  # also makes the webhook due
+                    ending = self.leases.finish(job_id)  # also makes the webhook due
+                    if ending.earlier_error is not None:  # Redis had lost the record
+                        raise Ignore(f"job {job_id} has ended with an error before")
+                    if ending.is_first:
                         meter.succeeded()
                     return ResultPayload(result)
                 case Failed(error, is_recorded):
@@ -215,9 +218,9 @@ class Delivery:
                 raise
             raise _StoreDown(str(error)) from error
         self._leases.store_answers(self._job_id, claim.record)
-        if isinstance(end, ZloraError):
-            raise JobEnded(end)
-        return end
+        if (verdict := end or claim.failing) is None or isinstance(verdict, GenerateResult):
+            return verdict
+        raise JobEnded(verdict)
 
     def _draw(self, claim: Claim, request: GenerateRequest) -> GenerateResult:
         """Draw the job within its deadline. Raises a `ZloraError` for whatever goes wrong."""
@@ -304,13 +307,19 @@ class Delivery:
     def _end(self, error: ZloraError) -> Outcome:
         """End the job with this error, unless it has ended otherwise by now.
 
-        The manifest decides. Raises `LeaseLost` if another worker has taken the job.
+        The manifest decides. While the store does not answer, the job waits for it, but not
+        longer than `STORE_PATIENCE`. Raises `LeaseLost` if another worker has taken the job.
         """
         self._leases.require_newest(self._job_id, self._token)
         try:
             end = write_verdict(self._child.store, self._job_id, error, self._digest)
-        except ZloraError as failure:  # the store is down, or the manifest is of another request
+        except StoreFailed as failure:
+            if self._leases.store_outage(self._job_id) < STORE_PATIENCE:
+                self._leases.note_error(self._job_id, self._token, error)
+                return Requeue(f"the store does not answer: {failure}", LEASE)
             logger.warning("job %s: its error is in Redis alone: %s", self._job_id, failure)
+            return Failed(self._leases.close(self._job_id, error))
+        except ZloraError:  # the manifest is damaged, or of another request: no result can follow
             return Failed(self._leases.close(self._job_id, error))
         if isinstance(end, GenerateResult):
             return self._with_urls(end)

@@ -15,6 +15,8 @@ A record is the hash `keys.job_key`:
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |
 | `counted` | the end of the job is counted in the metrics |
+| `ending` | a sidecar is about to end the job, which no worker has begun |
+| `failing` | the error that the job ends with once the store answers |
 | `spoilt` | how many times the base model differed after the job |
 | `overtime` | the time limit in seconds, if the child process was killed for exceeding it |
 | `queue` | queue of the job; a client of another queue may end it |
@@ -41,6 +43,7 @@ from zlora.broker.celery_app import IMPATIENCE, MAX_CONNECTIONS
 from zlora.broker.keys import (
     RECORD_EXPIRES,
     RESULT_EXPIRES,
+    cancel_requests_key,
     expiring_key,
     job_key,
     lease_key,
@@ -84,11 +87,22 @@ return {ARGV[1], '', ARGV[2]}
 # The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
 # since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
 # may differ from the caller's.
+#
+# With ARGV[9] the job is ended only if no worker and no sidecar can have decided its end in the
+# store, or can do so soon: the third value of the reply says whether it is.
 _END: Final = """
-local earlier = ''
-if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
-  earlier = redis.call('HGET', KEYS[1], 'verdict')
+if ARGV[9] ~= '' then
+  if redis.call('EXISTS', KEYS[2]) == 1 then return {'', 0, 0} end
+  local fields = redis.call('HKEYS', KEYS[1])
+  for _, field in ipairs(fields) do
+    if field == 'begun' or field == 'ending' or field == 'closed' or field == 'verdict'
+        or string.sub(field, 1, 8) == 'attempt:' then
+      return {'', 0, 0}
+    end
+  end
 end
+local earlier = redis.call('HGET', KEYS[1], 'verdict') or ''
+if ARGV[2] ~= '' then redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) end
 local now = redis.call('TIME')[1]
 local ended = redis.call('HSETNX', KEYS[1], 'closed', now)
 redis.call('HDEL', KEYS[1], 'message')
@@ -100,7 +114,15 @@ if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
   redis.call('ZADD', ARGV[8] .. queue, now, ARGV[1])
   redis.call('EXPIRE', ARGV[8] .. queue, ARGV[4])
 end
-return {earlier, ended}
+return {earlier, ended, 1}
+"""
+# A sidecar is about to end a job in the store that no worker has begun.
+_BEGIN_ENDING: Final = """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'ending', 1)
+redis.call('EXPIRE', KEYS[1], ARGV[1], 'NX')
+return 1
 """
 
 
@@ -127,6 +149,14 @@ class NoManifest(Enum):
 
     ABSENT = "absent"  # a worker replied that the object store has no manifest of this job
     NO_REPLY = "no_reply"  # no worker replied in time
+
+
+class ClientRequest(NamedTuple):
+    """A request for a job's manifest, or for the end of a job that was cancelled."""
+
+    job_id: str
+    reply_key: str
+    is_cancel: bool
 
 
 class Ending(NamedTuple):
@@ -179,6 +209,7 @@ class JobStore:
         self.queue = queue
         self._add = self.redis.register_script(_ADD)
         self._end = self.redis.register_script(_END)
+        self._begin_ending = self.redis.register_script(_BEGIN_ENDING)
 
     def require_same(self, digests: Mapping[str, str]) -> None:
         """Raise `Conflict` if a job id has a record with another digest than the given one."""
@@ -202,6 +233,7 @@ class JobStore:
         other jobs are recorded all the same. Takes one round trip.
         """
         jobs = list(jobs)
+        first = min((submission.submitted for _, submission, _ in jobs), default=0.0)
         with self.redis.pipeline(transaction=False) as pipe:
             pipe.script_load(_ADD)
             for job_id, submission, digest in jobs:
@@ -212,7 +244,7 @@ class JobStore:
                 arguments = [
                     digest,
                     msgspec.json.encode(submission),
-                    submission.priority * _PRIORITY_STEP,
+                    submission.priority * _PRIORITY_STEP + submission.submitted - first,
                     job_id,
                     RECORD_EXPIRES,
                     "" if expires_in is None else expires_in,
@@ -240,17 +272,23 @@ class JobStore:
             pipe.execute()
 
     def cancel(self, job_id: str) -> Cancellation:
-        """Record that the job is cancelled, and return its place at that time.
-
-        A job whose worker lost the connection to Redis may run on, and counts as RUNNING.
-        """
+        """Record that the job is cancelled, and return its place at that time."""
         key = job_key(job_id)
         with self.redis.pipeline() as pipe:
             pipe.hset(key, "cancelled", time.time())
             pipe.expire(key, RECORD_EXPIRES, nx=True)  # a job that has ended expires earlier
-            pipe.hgetall(key)
+            pipe.execute()
+        return self.place(job_id)
+
+    def place(self, job_id: str) -> Cancellation:
+        """Return the place of a job: in its queue, with a worker, or at its end.
+
+        A job whose worker lost the connection to Redis may run on, and counts as RUNNING.
+        """
+        with self.redis.pipeline() as pipe:
+            pipe.hgetall(job_key(job_id))
             pipe.exists(lease_key(job_id))
-            _, _, record, leased = pipe.execute()
+            record, leased = pipe.execute()
         if "closed" in record:
             return Cancellation.FINISHED
         if leased or any(attempt.signal is None for attempt in attempts_of(record).values()):
@@ -274,33 +312,46 @@ class JobStore:
 
         Waits for `timeout` seconds, but at least 0.05 and at most 1.5.
         """
-        reply_key = f"{manifest_requests_key(self.queue)}:{uuid.uuid4()}"
-        with self.redis.pipeline() as pipe:
-            request = msgspec.json.encode([job_id, reply_key])
-            pipe.lpush(manifest_requests_key(self.queue), request)
-            pipe.expire(manifest_requests_key(self.queue), _REQUEST_EXPIRES)
-            pipe.execute()
-        reply = self.redis.blpop(reply_key, timeout=min(max(timeout, MIN_WAIT), _MAX_WAIT))
+        reply = self._request(manifest_requests_key(self.queue), job_id, timeout=timeout)
         if reply is None:
             return NoManifest.NO_REPLY
-        return reply[1].encode() or NoManifest.ABSENT
+        return reply or NoManifest.ABSENT
 
-    def next_request(self, timeout: float) -> tuple[str, str] | None:
-        """Take the next request for a manifest within `timeout` seconds: job id and reply key."""
-        item = self.redis.brpop(manifest_requests_key(self.queue), timeout=timeout)
+    def request_end(self, job_id: str, *, timeout: float = _MAX_WAIT) -> bool:
+        """Ask the sidecar of a worker to end a cancelled job; return whether one has replied.
+
+        Waits as `request_manifest` does.
+        """
+        reply = self._request(cancel_requests_key(self.queue), job_id, timeout=timeout)
+        return reply is not None
+
+    def _request(self, key: str, job_id: str, *, timeout: float) -> bytes | None:
+        reply_key = f"{key}:{uuid.uuid4()}"
+        with self.redis.pipeline() as pipe:
+            pipe.lpush(key, msgspec.json.encode([job_id, reply_key]))
+            pipe.expire(key, _REQUEST_EXPIRES)
+            pipe.execute()
+        reply = self.redis.blpop(reply_key, timeout=min(max(timeout, MIN_WAIT), _MAX_WAIT))
+        return None if reply is None else reply[1].encode()
+
+    def next_request(self, timeout: float) -> ClientRequest | None:
+        """Take the next request of a client within `timeout` seconds."""
+        keys = [cancel_requests_key(self.queue), manifest_requests_key(self.queue)]
+        item = self.redis.brpop(keys, timeout=timeout)
         if item is None:
             return None
+        key, text = item
         try:
-            job_id, reply_key = msgspec.json.decode(item[1], type=tuple[str, str])
+            job_id, reply_key = msgspec.json.decode(text, type=tuple[str, str])
         except msgspec.DecodeError:
             return None
         # A reply must not overwrite a key of another purpose.
-        if not reply_key.startswith(manifest_requests_key(self.queue)):
+        if not reply_key.startswith(key):
             return None
-        return job_id, reply_key
+        return ClientRequest(job_id, reply_key, is_cancel=key == keys[0])
 
-    def reply(self, reply_key: str, manifest: bytes) -> None:
-        """Reply to a request for a manifest; empty bytes say that there is none."""
+    def reply(self, reply_key: str, manifest: bytes = b"") -> None:
+        """Reply to a request; for a manifest, empty bytes say that there is none."""
         with self.redis.pipeline() as pipe:
             # A damaged manifest is sent all the same: the client refuses it with a typed error.
             pipe.rpush(reply_key, manifest.decode(errors="replace"))
@@ -333,6 +384,11 @@ class JobStore:
                 pipe.exists(lease_key(job_id))
             return {job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if held}
 
+    def digest(self, job_id: str) -> str | None:
+        """Return the digest of a job's request; None if there is no record."""
+        found: str | None = self.redis.hget(job_key(job_id), "digest")
+        return found
+
     def submission(self, job_id: str) -> Submission | None:
         """Return what was sent; None if the job has ended, or its record is unreadable."""
         text = self.redis.hget(job_key(job_id), "message")
@@ -346,13 +402,33 @@ class JobStore:
 
         The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`).
         """
+        earlier, is_first, _ = self._mark_ended(job_id, error)
+        return Ending(verdict_of({"verdict": earlier or None}), is_first == 1)
+
+    def end_alone(self, job_id: str, error: ZloraError) -> bool:
+        """Record the end of a job that is in no manifest; return whether it is recorded.
+
+        It is not if a worker has begun the job, or a sidecar is about to end it: these decide by
+        the manifest.
+        """
+        return self._mark_ended(job_id, error, alone=True)[2] == 1
+
+    def _mark_ended(
+        self, job_id: str, error: ZloraError | None, *, alone: bool = False
+    ) -> tuple[str, int, int]:
         text = ""
         if error is not None:
             text = json.dumps([error.code, error.message, error.details])
         prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
         arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
-        earlier, is_first = self._end(keys=[job_key(job_id)], args=arguments)
-        return Ending(verdict_of({"verdict": earlier or None}), is_first == 1)
+        keys = [job_key(job_id), lease_key(job_id)]
+        earlier, is_first, is_done = self._end(keys=keys, args=[*arguments, "1" if alone else ""])
+        return earlier, is_first, is_done
+
+    def begin_ending(self, job_id: str) -> bool:
+        """Record that a sidecar is about to end a job; return False if a worker has it."""
+        keys = [job_key(job_id), lease_key(job_id)]
+        return bool(self._begin_ending(keys=keys, args=[RECORD_EXPIRES]))
 
 
 def verdict_of(record: Mapping[str, str | None]) -> ZloraError | None:

@@ -42,6 +42,11 @@ def manifest_requests_key(queue: str) -> str:
     return f"zlora:recall:{queue}"
 
 
+def cancel_requests_key(queue: str) -> str:
+    """Key of the list of requests to end jobs that were cancelled before a worker began them."""
+    return f"zlora:cancel:{queue}"
+
+
 def outbox_key(queue: str) -> str:
     """Key of a queue's undelivered webhooks: a sorted set by the time of the next try."""
     return f"zlora:outbox:{queue}"
@@ -68,6 +73,7 @@ def key_types(queue: str) -> dict[str, str]:
         dead_key(queue): "zset",
         sweep_key(queue): "string",
         manifest_requests_key(queue): "list",
+        cancel_requests_key(queue): "list",
         refused_key(queue): "string",
     }
 

@@ -26,7 +26,7 @@ from zlora.broker.message import SUBMITTED_AT
 from zlora.broker.protocol import NewJob, TaskMeta
 from zlora.broker.result_listener import Listener
 from zlora.broker.task_meta import readable, revoked
-from zlora.errors import BrokerUnavailable, InvalidSetting
+from zlora.errors import BrokerUnavailable, InvalidSetting, JobRevoked
 from zlora.redaction import PROMPTS, shown
 from zlora.schema import QUEUE, TASK_NAME, Cancellation
 
@@ -35,9 +35,7 @@ _UNREACHABLE: Final = (kombu.exceptions.OperationalError, redis.exceptions.Redis
 _BAD_URL: Final = (ImproperlyConfigured, ImportError, LookupError, TypeError, ValueError)
 # Three tries: within about a second if Redis refuses, within nine seconds if it does not answer.
 _SEND_RETRIES: Final = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0.4}
-_NO_REPLY_PAUSE: Final = (
-    1.0  # seconds without further requests for manifests after one had no reply
-)
+_NO_REPLY_PAUSE: Final = 1.0  # seconds without further requests to sidecars after one had no reply
 _BATCH: Final = 200  # jobs that are recorded in one round trip
 
 
@@ -75,7 +73,8 @@ class RedisBroker:
         self._backend: Any = self._app.backend
         self._listener = Listener(result_backend, self._channel)
         self._is_closed = False
-        self._last_no_reply = -math.inf  # time on the monotonic clock
+        # by kind of request; times on the monotonic clock
+        self._last_no_reply = {"manifest": -math.inf, "end": -math.inf}
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
@@ -122,21 +121,39 @@ class RedisBroker:
             return self._jobs.queue_status(job_id)
 
     def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:
-        # Each request blocks a thread: if no sidecar runs, many threads must not wait for one.
-        if time.monotonic() - self._last_no_reply < _NO_REPLY_PAUSE:
+        if not self._may_request("manifest"):
             return NoManifest.NO_REPLY
         with self._reached({"job_id": job_id}):
             manifest = self._jobs.request_manifest(job_id, timeout=timeout)
-        if manifest is NoManifest.NO_REPLY and timeout > MIN_WAIT:
-            self._last_no_reply = time.monotonic()
+        self._note_reply("manifest", manifest is not NoManifest.NO_REPLY or timeout <= MIN_WAIT)
         return manifest
+
+    def _may_request(self, what: str) -> bool:
+        """Return whether a sidecar may reply: if none runs, many threads must not wait for one."""
+        return time.monotonic() - self._last_no_reply[what] >= _NO_REPLY_PAUSE
+
+    def _note_reply(self, what: str, has_replied: bool) -> None:
+        if not has_replied:
+            self._last_no_reply[what] = time.monotonic()
 
     def cancel(self, job_id: str) -> Cancellation:
         with self._reached({"job_id": job_id}):
             found = self._jobs.cancel(job_id)
-            if found is Cancellation.QUEUED:
-                self._backend.mark_as_revoked(job_id, "cancelled")
-                self._jobs.mark_ended(job_id, revoked(job_id))
+            if found is not Cancellation.QUEUED:
+                return found
+            # A sidecar ends the job in the store, too: after a fail-over of Redis a worker may draw
+            # the job, and write its result there.
+            if self._may_request("end"):
+                has_replied = self._jobs.request_end(job_id)
+                self._note_reply("end", has_replied)
+                if has_replied:
+                    is_revoked = isinstance(self._jobs.queue_status(job_id).verdict, JobRevoked)
+                    return found if is_revoked else self._jobs.place(job_id)
+            if not self._jobs.end_alone(job_id, revoked(job_id)):
+                # a worker has begun the job before, and the next one ends it
+                found = self._jobs.place(job_id)
+                return Cancellation.RUNNING if found is Cancellation.QUEUED else found
+            self._backend.mark_as_revoked(job_id, "cancelled")
         return found
 
     def watch(self, job_id: str, notify: Callable[[], None]) -> AbstractContextManager[None]:

@@ -105,9 +105,8 @@ def sidecar(url: str, manifests: dict[str, bytes]) -> Iterator[list[str]]:
             jobs = JobStore(connection, "gpu")
             while not is_over.is_set():
                 if (request := jobs.next_request(0.1)) is not None:
-                    job_id, reply_key = request
-                    requested.append(job_id)
-                    jobs.reply(reply_key, manifests.get(job_id, b""))
+                    requested.append(request.job_id)
+                    jobs.reply(request.reply_key, manifests.get(request.job_id, b""))
 
     thread = threading.Thread(target=work)
     thread.start()

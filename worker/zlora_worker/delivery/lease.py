@@ -5,6 +5,7 @@ claim gets a token, larger than all before it. A worker that stands still may lo
 notice; it leaves the job as soon as it finds that its token is not the newest.
 """
 
+import json
 import os
 import socket
 import threading
@@ -18,7 +19,15 @@ from typing import Any, Final
 import msgspec
 import redis
 from celery.utils.log import get_task_logger
-from zlora.broker.job_store import ATTEMPT, Attempt, JobStore, attempts_of, connect, verdict_of
+from zlora.broker.job_store import (
+    ATTEMPT,
+    Attempt,
+    Ending,
+    JobStore,
+    attempts_of,
+    connect,
+    verdict_of,
+)
 from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, job_key, lease_key
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobPoisoned, ZloraError
@@ -29,7 +38,9 @@ _RENEW: Final = 2.0  # seconds between two renewals
 _GRACE: Final = 4.0  # seconds in which a live worker takes back a lease that Redis lost
 _IMPATIENCE: Final = 1.0  # seconds that a running job may lose to a Redis that does not answer
 _POISON: Final = 3  # deaths after which a job is given up
-_STORE_DOWN: Final = "store_away"  # field of the record: first failure of the store, epoch seconds
+_STORE_DOWN: Final = (
+    "store_away"  # field of the record: first failure of the store, seconds by Redis's clock
+)
 
 logger = get_task_logger(__name__)
 
@@ -88,10 +99,24 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
 return 1
 """
+_NOTE_ERROR: Final = """
+local token = redis.call('HGET', KEYS[1], 'token')
+if token and token ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'failing', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
+return 1
+"""
 # Celery's backend stores a state and publishes it on a channel of the same name.
+# An end that it has stays, even if Redis has lost the record.
 _STORE_STATE: Final = """
 local record = redis.call('HMGET', KEYS[1], 'token', 'closed')
 if record[2] or (record[1] and record[1] ~= ARGV[1]) then return 0 end
+local stored = redis.call('GET', KEYS[2])
+local is_json, meta = pcall(cjson.decode, stored or '')
+if is_json and type(meta) == 'table' then
+  local state = meta.status
+  if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then return 0 end
+end
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
 redis.call('PUBLISH', KEYS[2], ARGV[2])
 return 1
@@ -128,6 +153,11 @@ class Claim:
     def verdict(self) -> ZloraError | None:
         """The error with which the job has ended."""
         return verdict_of(self.record)
+
+    @property
+    def failing(self) -> ZloraError | None:
+        """The error that the job is to end with, if the store did not take it before."""
+        return verdict_of({"verdict": self.record.get("failing")})
 
     @property
     def deaths(self) -> list[Attempt]:
@@ -176,6 +206,7 @@ class JobLeases:
         self._impatient_jobs = JobStore(self.impatient, queue)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._claim = self.jobs.redis.register_script(_CLAIM)
+        self._note_error = self.jobs.redis.register_script(_NOTE_ERROR)
         self._end_attempt = self.jobs.redis.register_script(_END_ATTEMPT)
         self._renew_lease = self.impatient.register_script(_RENEW_LEASE)
         self._release = self.impatient.register_script(_RELEASE)
@@ -332,11 +363,20 @@ class JobLeases:
         """Write the verdict of the job for good; return the first one, if there is one already."""
         return self.jobs.mark_ended(job_id, verdict).earlier_error or verdict
 
-    def finish(self, job_id: str) -> bool:
-        """Record that the job has a result; return whether this is the first such record."""
+    def finish(self, job_id: str) -> Ending:
+        """Record that the job has a result; return an error that the job has ended with before."""
         with suppress(redis.RedisError):  # the sweeper closes what stays open
-            return self._impatient_jobs.mark_ended(job_id).is_first
-        return True
+            return self._impatient_jobs.mark_ended(job_id)
+        return Ending(None, is_first=True)
+
+    def note_error(self, job_id: str, token: str, error: ZloraError) -> None:
+        """Record the error that the job is to end with, for the next delivery.
+
+        Raises `LeaseLost` if another worker has taken the job.
+        """
+        text = json.dumps([error.code, error.message, error.details])
+        if not self._note_error(keys=[job_key(job_id)], args=[token, text, RECORD_EXPIRES]):
+            raise LeaseLost(f"another worker has taken job {job_id}")
 
     def is_first_to_count(self, job_id: str) -> bool:
         """Return whether no worker has counted the end of this job in its metrics; mark it so."""
@@ -357,13 +397,13 @@ class JobLeases:
 
     def store_outage(self, job_id: str) -> float:
         """Record that the store does not answer; return the seconds since it was first recorded."""
-        key = job_key(job_id)
+        key, now = job_key(job_id), self.jobs.now()
         with self.jobs.redis.pipeline() as pipe:
-            pipe.hsetnx(key, _STORE_DOWN, time.time())
+            pipe.hsetnx(key, _STORE_DOWN, now)
             pipe.hget(key, _STORE_DOWN)
             pipe.expire(key, RECORD_EXPIRES, nx=True)
             _, since, _ = pipe.execute()
-        return time.time() - float(since)
+        return now - float(since)
 
     def store_answers(self, job_id: str, record: Mapping[str, str]) -> None:
         """Record that the store answers again, if the job's record says that it did not."""

@@ -25,7 +25,7 @@ from zlora_worker.monitoring.queue_metrics import QueueCollector
 from zlora_worker.results.store import open_store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
-from zlora_worker.sidecar import manifest_replies, prefetch, webhooks
+from zlora_worker.sidecar import client_requests, prefetch, webhooks
 from zlora_worker.sidecar.sweeper import Sweeper
 
 _REDIS_PAUSE: Final = 2.0  # seconds until the next attempt if Redis does not answer
@@ -51,11 +51,11 @@ def run(settings: Settings, metrics_socket: socket.socket | None) -> None:
     prefetch.start(settings)
     # webhooks of finished jobs
     webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter)
-    # lost and expired jobs, and results that have expired
-    sweeper = Sweeper(jobs, app, meter, every=settings.sweep)
+    # lost and expired jobs, and requests of clients
+    sweeper = Sweeper(jobs, app, store, meter, every=settings.sweep)
     while True:
         try:
-            manifest_replies.reply_to_next(jobs, store, urls, timeout=1.0)
+            client_requests.reply_to_next(jobs, store, urls, app.backend, timeout=1.0)
             sweeper.sweep()
         except (redis.RedisError, kombu.exceptions.OperationalError) as error:
             logger.warning("Redis does not answer; trying again in %.0f s: %s", _REDIS_PAUSE, error)

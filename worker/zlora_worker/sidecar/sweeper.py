@@ -12,9 +12,12 @@ from zlora.broker.job_store import JobStore
 from zlora.broker.keys import sweep_key
 from zlora.broker.redis import send
 from zlora.broker.task_meta import EXPIRED, UNREADABLE, expired
-from zlora.schema import JobState
+from zlora.errors import InternalError, JobExpired, JobRevoked, StoreFailed
+from zlora.schema import GenerateResult, JobState
 
 from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.manifest import write_verdict
+from zlora_worker.results.store import Store
 from zlora_worker.sidecar.queue_reader import QueueReader
 
 _MAX_SHARE: Final = (
@@ -33,9 +36,12 @@ class Sweeper:
     another is in neither for a moment.
     """
 
-    def __init__(self, jobs: JobStore, app: Celery, meter: Meter, *, every: float) -> None:
+    def __init__(
+        self, jobs: JobStore, app: Celery, store: Store, meter: Meter, *, every: float
+    ) -> None:
         """Sweep every `every` seconds."""
-        self._jobs, self._app, self._meter, self._every = jobs, app, meter, every
+        self._jobs, self._app, self._store = jobs, app, store
+        self._meter, self._every = meter, every
         self._messages = QueueReader(jobs.redis, jobs.queue)
         self._name = str(uuid.uuid4())
         self._next_sweep = 0.0
@@ -69,8 +75,11 @@ class Sweeper:
             if job_id in leased or self._state(job_id) != JobState.PENDING:
                 self._jobs.mark_started(job_id)
             else:
-                self._app.backend.mark_as_revoked(job_id, EXPIRED)
-                self._jobs.mark_ended(job_id, expired(job_id))
+                try:
+                    backend = self._app.backend
+                    end_unstarted(self._jobs, self._store, backend, job_id, expired(job_id))
+                except (StoreFailed, InternalError) as error:  # the next sweep tries again
+                    logger.warning("job %s has expired, and is not ended yet: %s", job_id, error)
 
     def _resend_lost(self) -> set[str]:
         """Send jobs that the last sweep missed too; return the jobs that only this sweep missed."""
@@ -116,3 +125,20 @@ class Sweeper:
                 extra={"job": job_id},
             )
             return None
+
+
+def end_unstarted(
+    jobs: JobStore, store: Store, backend: Any, job_id: str, error: JobRevoked | JobExpired
+) -> None:
+    """End a job that no worker has, unless its manifest says that it has ended otherwise.
+
+    Raises `StoreFailed` if the store does not answer, `InternalError` if the manifest is damaged.
+    """
+    if not jobs.begin_ending(job_id):
+        return
+    end = write_verdict(store, job_id, error, jobs.digest(job_id))
+    if isinstance(end, GenerateResult):  # Redis has lost the job's record
+        jobs.mark_ended(job_id)
+        return
+    backend.mark_as_revoked(job_id, EXPIRED if isinstance(end, JobExpired) else "cancelled")
+    jobs.mark_ended(job_id, end)

@@ -276,7 +276,33 @@ def test_the_first_error_of_a_job_is_kept(jobs: JobStore) -> None:
     second, is_first = jobs.mark_ended("a", JobRevoked("second"))
 
     assert (type(second), str(second), is_first) == (LoraMismatch, "first", False)
-    assert jobs.mark_ended("a") == (None, False)
+    success = jobs.mark_ended("a")
+    assert (str(success.earlier_error), success.is_first) == ("first", False)
+
+
+@pytest.mark.parametrize("has", ["lease", "begun", "attempt:1", "ending", "closed", "verdict"])
+def test_a_client_does_not_end_a_job_that_another_process_may_end_in_the_store(
+    jobs: JobStore, broker: Any, has: str
+) -> None:
+    jobs.add("a", submission(), "digest")
+    if has == "lease":
+        broker.set(lease_key("a"), "worker", ex=60)
+    elif has == "ending":
+        assert jobs.begin_ending("a")
+    else:
+        broker.hset(job_key("a"), has, "1")
+    before = broker.hgetall(job_key("a"))
+
+    assert not jobs.end_alone("a", JobRevoked("cancelled"))
+    assert broker.hgetall(job_key("a")) == before
+
+
+def test_a_client_ends_a_job_that_no_process_has_begun(jobs: JobStore) -> None:
+    jobs.add("a", submission(), "digest")
+
+    assert jobs.end_alone("a", JobRevoked("cancelled"))
+    assert isinstance(jobs.queue_status("a").verdict, JobRevoked)
+    assert not jobs.begin_ending("a")
 
 
 @pytest.mark.parametrize("verdict", [None, LoraMismatch("no")])
@@ -364,8 +390,8 @@ def test_each_request_for_a_manifest_gets_its_own_reply(jobs: JobStore, broker_u
             for _ in range(2):
                 request = sidecar.next_request(5)
                 assert request is not None
-                job_id, reply_key = request
-                sidecar.reply(reply_key, b"{}" if job_id == "a" else b"")
+                found = b"{}" if request.job_id == "a" else b""
+                sidecar.reply(request.reply_key, found)
 
     thread = threading.Thread(target=reply_twice)
     thread.start()

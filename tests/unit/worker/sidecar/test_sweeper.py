@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from celery import Celery
+from support.fakes import MemoryStore
 from support.played import hang_up
 from zlora import Client
 from zlora.broker.celery_app import impatient_config
@@ -17,6 +18,7 @@ from zlora.broker.message import MAX_MESSAGE_BYTES, SUBMITTED_AT
 from zlora.errors import JobExpired, LoraNotFound
 from zlora.schema import JobState, digest_of, parse_request
 from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.manifest import load_end
 from zlora_worker.sidecar import queue_reader, sweeper
 from zlora_worker.sidecar.sweeper import Sweeper
 
@@ -35,10 +37,11 @@ class Place:
         self.jobs = JobStore(connect(broker_url), self.queue)
         self.redis: Any = self.jobs.redis
         self.client = Client.from_url(broker_url, queue=self.queue)
+        self.store = MemoryStore()
         self.sweeper = self.new_sweeper()
 
     def new_sweeper(self) -> Sweeper:
-        return Sweeper(self.jobs, self.app, Meter(), every=1)
+        return Sweeper(self.jobs, self.app, self.store, Meter(), every=1)
 
     def sweep(self, times: int = 1, *, by: Sweeper | None = None) -> None:
         """Sweep so many times without a pause."""
@@ -210,7 +213,10 @@ def test_garbage_on_a_queue_does_not_stop_the_sweep(place: Place, garbage: bytes
 # --- one sidecar at a time
 
 
-def test_one_of_two_sidecars_sweeps_until_its_lock_expires(place: Place) -> None:
+def test_one_of_two_sidecars_sweeps_until_its_lock_expires(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeper, "_MAX_SHARE", 0)  # a sweep of a busy machine makes no pause
     second = place.new_sweeper()
     place.sweep()
     place.lost()
@@ -251,6 +257,7 @@ def test_a_job_that_no_worker_began_in_time_expires(place: Place) -> None:
         handle.result(timeout=0)
     assert place.unfinished() == []
     assert "verdict" in place.redis.hgetall(job_key(handle.id))
+    assert isinstance(load_end(place.store, handle.id, None), JobExpired)
 
 
 @pytest.mark.parametrize("state", ["STARTED", "PROGRESS", "RETRY", "SUCCESS", "FAILURE", "leased"])

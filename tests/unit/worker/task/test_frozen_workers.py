@@ -11,8 +11,9 @@ from zlora.broker.job_store import attempts_of
 from zlora.broker.keys import job_key, lease_key
 from zlora.errors import JobTimeout, LoraNotFound, StoreFailed, ZloraError
 from zlora.schema import Phase, image_key, manifest_key, parse_request
+from zlora_worker import task
 from zlora_worker.delivery.lease import ClaimState
-from zlora_worker.results.manifest import read_result, write_verdict
+from zlora_worker.results.manifest import load_end, read_result, write_verdict
 
 IMAGE = (b"of the other worker", "image/png")
 
@@ -141,6 +142,42 @@ def test_a_request_with_the_id_of_a_failed_job_is_a_conflict(
     assert worker.deliver(job, {**REQUEST, "seed": 9}) == "FAILURE"
     assert worker.meta(job)[1].code == "conflict"
     assert parse_request(REQUEST).seed == 3
+
+
+def test_a_store_that_does_not_answer_holds_back_the_end_of_a_job(
+    worker: InlineWorker, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in Redis alone would stand beside a result that another worker stores later."""
+    put_new = worker.store.put_new
+
+    def fail(*_: Any, **__: Any) -> bool:
+        raise StoreFailed("away")
+
+    monkeypatch.setattr(worker.store, "put_new", fail)
+    worker.fails_with(LoraNotFound("none"))
+    assert worker.deliver(job) == "IGNORED"
+    assert worker.meta(job)[0] == "PENDING"
+    monkeypatch.setattr(worker.store, "put_new", put_new)
+    worker.redis.delete(lease_key(job))
+
+    assert worker.run(worker.take()) == "FAILURE"
+    assert isinstance(worker.meta(job)[1], LoraNotFound)
+    assert isinstance(load_end(worker.store, job, None), LoraNotFound)
+    assert len(worker.drawn) == 1
+
+
+def test_a_store_that_is_away_for_long_leaves_the_error_in_redis_alone(
+    worker: InlineWorker, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> bool:
+        raise StoreFailed("away")
+
+    monkeypatch.setattr(worker.store, "put_new", fail)
+    monkeypatch.setattr(task, "STORE_PATIENCE", -1.0)
+    worker.fails_with(LoraNotFound("none"))
+
+    assert worker.deliver(job) == "FAILURE"
+    assert isinstance(worker.leases.jobs.queue_status(job).verdict, LoraNotFound)
 
 
 def before_manifest(

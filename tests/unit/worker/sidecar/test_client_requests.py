@@ -1,4 +1,4 @@
-"""Clients get expired results from the store, by the sidecar."""
+"""Clients get expired results from the store, and cancel jobs there, by the sidecar."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -8,12 +8,15 @@ from threading import Thread
 import msgspec
 import pytest
 from support.fakes import links
+from support.played import inside
 from zlora import Client
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import manifest_requests_key
-from zlora.schema import GenerateResult, JobState, manifest_key
+from zlora.errors import JobRevoked
+from zlora.schema import Cancellation, GenerateResult, JobState, manifest_key
+from zlora_worker.results.manifest import load_end, write_result
 from zlora_worker.results.store import FolderStore
-from zlora_worker.sidecar.manifest_replies import reply_to_next
+from zlora_worker.sidecar.client_requests import reply_to_next
 
 
 class Place:
@@ -26,7 +29,8 @@ class Place:
         self.client = Client.from_url(broker_url, queue=self.queue)
 
     def reply(self) -> None:
-        reply_to_next(self.jobs, self.store, links(self.store), timeout=5)
+        urls, backend = links(self.store), inside(self.client)._backend
+        reply_to_next(self.jobs, self.store, urls, backend, timeout=5)
 
 
 @pytest.fixture
@@ -98,3 +102,48 @@ def test_a_path_is_not_a_job_id(place: Place, tmp_path: Path) -> None:
 
     assert place.jobs.redis.lrange(reply_key, 0, -1) == [""]
     assert 0 < place.jobs.redis.ttl(reply_key) <= 60
+
+
+# --- cancelled jobs
+
+
+def test_a_job_that_is_cancelled_in_its_queue_has_ended_in_the_store_too(
+    place: Place, serve: Callable[[], None]
+) -> None:
+    """A worker that has lost touch with this Redis cannot give it a result any more."""
+    handle = place.client.submit({"prompt": "p"})
+    serve()
+
+    assert handle.cancel() is Cancellation.QUEUED
+    assert handle.status().state == JobState.REVOKED
+    assert isinstance(load_end(place.store, handle.id, None), JobRevoked)
+
+
+def test_a_job_whose_result_is_in_the_store_cannot_be_cancelled(
+    place: Place, serve: Callable[[], None]
+) -> None:
+    """Redis has lost the record of the worker that has drawn it."""
+    handle = place.client.submit({"prompt": "p"})
+    result = GenerateResult(
+        job_id=handle.id,
+        images=(),
+        loras=(),
+        seed=3,
+        timings={},
+        base_intact=True,
+        model="m",
+        versions={},
+    )
+    write_result(place.store, result)
+    serve()
+
+    assert handle.cancel() is Cancellation.FINISHED
+    assert load_end(place.store, handle.id, None) == result
+
+
+def test_without_a_sidecar_a_cancelled_job_has_ended_in_redis(place: Place) -> None:
+    handle = place.client.submit({"prompt": "p"})
+
+    assert handle.cancel() is Cancellation.QUEUED
+    assert handle.status().state == JobState.REVOKED
+    assert load_end(place.store, handle.id, None) is None
