@@ -57,6 +57,11 @@ def refused_key(queue: str) -> str:
     return f"zlora:refused:{queue}"
 
 
+def sidecar_faults_key(queue: str) -> str:
+    """Key of the numbers of sidecars of a queue that ended or hung, or could not be started."""
+    return f"zlora:sidecars:{queue}"
+
+
 def key_types(queue: str) -> dict[str, str]:
     """Return Redis' type of each key of a queue, kombu's keys included; for `zlora doctor`."""
     return dict.fromkeys(waiting_lists(queue), "list") | {
@@ -69,6 +74,7 @@ def key_types(queue: str) -> dict[str, str]:
         sweep_key(queue): "string",
         manifest_requests_key(queue): "list",
         refused_key(queue): "string",
+        sidecar_faults_key(queue): "hash",
     }
 
 

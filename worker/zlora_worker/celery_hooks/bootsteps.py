@@ -138,8 +138,7 @@ def graceful_shutdown(
 
         def _look(self, *_: Any) -> None:
             load_state.parent_is_alive()
-            with suppress(OSError):  # the last job is drawn even without memory for a new sidecar
-                sidecar.restart_if_ended()
+            sidecar.look()
             if time.monotonic() > self._limit:
                 self._next_step()
 
@@ -175,7 +174,7 @@ def child_watch(load_state: LoadState, sidecar: SidecarProcess) -> Step:
                 # A killed child closes its pipe before it can be waited for. Celery looks only at
                 # that moment, and then every 5 s, and so misses most deaths.
                 consumer.pool.maintain_pool()
-                sidecar.restart_if_ended()
+                sidecar.look()
                 reason = load_state.failure()
                 if reason is not None and not state.should_stop:
                     logger.critical("no model, no jobs: %s", reason)

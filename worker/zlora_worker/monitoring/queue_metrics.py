@@ -17,6 +17,7 @@ from zlora.broker.keys import (
     dead_key,
     outbox_key,
     refused_key,
+    sidecar_faults_key,
     waiting_lists,
 )
 from zlora.broker.message import MAX_MESSAGE_BYTES, QueuedMessage, UnackedMessage
@@ -35,7 +36,12 @@ GAUGES: Final = {
         "state",
     ),
     "zlora_queue_refused_messages": ("Messages of the last week that were not valid jobs",),
+    "zlora_queue_sidecar_faults": (
+        "Sidecars of the last week that hung, ended, or could not be started (not_started)",
+        "state",
+    ),
 }
+SIDECAR_FAULTS: Final = ("hung", "ended", "not_started")
 
 _PRIORITY_NAMES: Final = {step: name for name, step in PRIORITIES.items()}
 _WINDOW: Final = 100  # unacknowledged messages per read
@@ -88,7 +94,8 @@ class QueueCollector(Collector):
             pipe.zcard(outbox_key(self._queue))
             pipe.zcard(dead_key(self._queue))
             pipe.get(refused_key(self._queue))
-            *lists, waiting, dead, refused = pipe.execute(raise_on_error=False)
+            pipe.hmget(sidecar_faults_key(self._queue), SIDECAR_FAULTS)
+            *lists, waiting, dead, refused, faults = pipe.execute(raise_on_error=False)
         now = time.time()
         jobs: _Values = []
         ages: _Values = []
@@ -97,12 +104,17 @@ class QueueCollector(Collector):
             labels = (_PRIORITY_NAMES.get(step, str(step)),)
             jobs.append((labels, _number(length)))
             ages.append((labels, max(_age(first, now), _age(last, now))))
+        counts = faults if isinstance(faults, list) else [None] * len(SIDECAR_FAULTS)
         return {
             "zlora_queue_jobs": jobs,
             "zlora_queue_oldest_seconds": ages,
             "zlora_queue_running_jobs": [((), float(self._running()))],
             "zlora_queue_webhooks": [(("waiting",), _number(waiting)), (("dead",), _number(dead))],
             "zlora_queue_refused_messages": [((), _number(refused))],
+            "zlora_queue_sidecar_faults": [
+                ((fault,), _number(count))
+                for fault, count in zip(SIDECAR_FAULTS, counts, strict=True)
+            ],
         }
 
     def _running(self) -> int:

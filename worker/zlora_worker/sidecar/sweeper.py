@@ -4,6 +4,7 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any, Final
 
 from celery import Celery
@@ -33,9 +34,18 @@ class Sweeper:
     another is in neither for a moment.
     """
 
-    def __init__(self, jobs: JobStore, app: Celery, meter: Meter, *, every: float) -> None:
-        """Sweep every `every` seconds."""
+    def __init__(
+        self,
+        jobs: JobStore,
+        app: Celery,
+        meter: Meter,
+        *,
+        every: float,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Sweep every `every` seconds; `beat` is called at each part of a sweep."""
         self._jobs, self._app, self._meter, self._every = jobs, app, meter, every
+        self._beat = beat
         self._messages = QueueReader(jobs.redis, jobs.queue)
         self._name = str(uuid.uuid4())
         self._next_sweep = 0.0
@@ -66,6 +76,7 @@ class Sweeper:
         job_ids = self._jobs.expired()
         leased = self._jobs.leased(job_ids)
         for job_id in job_ids:
+            self._beat()
             if job_id in leased or self._state(job_id) != JobState.PENDING:
                 self._jobs.mark_started(job_id)
             else:
@@ -82,11 +93,15 @@ class Sweeper:
         for messages in self._messages.windows():
             found.update(message.job_id for message in messages)
             self._hold_lock()
-        found.update(taken.message.job_id for taken in self._messages.unacked())
+            self._beat()
+        for taken in self._messages.unacked():
+            found.add(taken.message.job_id)
+            self._beat()
         missing = [job_id for job_id in unfinished if job_id not in found]
         leased = self._jobs.leased(missing)
         newly_missing = set()
         for job_id in missing:
+            self._beat()
             if job_id in leased:
                 continue
             if self._state(job_id) in READY_STATES:

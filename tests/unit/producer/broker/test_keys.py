@@ -11,6 +11,7 @@ from zlora.broker.keys import (
     manifest_requests_key,
     outbox_key,
     refused_key,
+    sidecar_faults_key,
     sweep_key,
     unfinished_key,
     waiting_lists,
@@ -37,6 +38,7 @@ def test_each_purpose_has_its_own_key_for_each_job_or_queue() -> None:
         outbox_key,
         dead_key,
         refused_key,
+        sidecar_faults_key,
     )
 
     keys = [key_of(name) for key_of in key_functions for name in ("a", "b")]

@@ -827,7 +827,7 @@ def test_the_thread_continues_after_any_error(
     with receiving() as receiver:
         job = place.ended(receiver.url)
         with pytest.raises(SystemExit):
-            webhooks._work(Faulty(place.outbox, place.sender()))
+            webhooks._work(Faulty(place.outbox, place.sender()), lambda: None)
 
     assert [event.job_id for event in receiver.events()] == [job]
     assert ("ValueError" in caplog.text, "s3cret" in caplog.text) == (True, False)
