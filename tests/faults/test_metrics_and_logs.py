@@ -246,6 +246,7 @@ def test_counts_are_served_while_redis_does_not_answer(watched: Watched, valkey:
             "oldest_seconds",
             "running_jobs",
             "webhooks",
+            "dead_jobs",
             "refused_messages",
             "sidecar_faults",
         )

@@ -11,10 +11,26 @@ from celery import Task
 from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
 from redis import RedisError
+from zlora.broker.job_store import Submission
+from zlora.broker.keys import DEFAULT_PRIORITY, PRIORITY_STEPS
 from zlora.broker.message import submitted_at
 from zlora.broker.task_meta import expired, revoked
-from zlora.errors import BaseNotRestored, InternalError, InvalidRequest, StoreFailed, ZloraError
-from zlora.schema import GenerateRequest, GenerateResult, check_job_id, digest_of, parse_request
+from zlora.errors import (
+    BaseNotRestored,
+    InternalError,
+    InvalidRequest,
+    JobPoisoned,
+    StoreFailed,
+    ZloraError,
+)
+from zlora.schema import (
+    GenerateRequest,
+    GenerateResult,
+    check_job_id,
+    digest_of,
+    parse_request,
+    to_dict,
+)
 
 from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import LEASE, Claim, ClaimState, JobEnded, JobLeases
@@ -276,7 +292,19 @@ class Delivery:
             return Corrupted(f"job {self._job_id}: {error}")
         if error.retryable:
             error.add_details(attempt=retries_of(self._task) + 1)
-        return Failed(self._leases.close(self._job_id, error))
+        is_poisoned = isinstance(error, JobPoisoned)
+        kept = self._submission(request) if is_poisoned else None
+        return Failed(self._leases.close(self._job_id, error, submission=kept))
+
+    def _submission(self, request: GenerateRequest) -> Submission:
+        """Return what the producer has sent, for a job without a record of it."""
+        now = time.time()
+        priority = (self._task.request.delivery_info or {}).get("priority")
+        return Submission(
+            request=to_dict(request),
+            priority=priority if priority in PRIORITY_STEPS else DEFAULT_PRIORITY,
+            submitted=submitted_at(self._task.request.headers or {}, now) or now,
+        )
 
     def _with_urls(self, result: GenerateResult) -> Outcome:
         """Add URLs to the images. If the store cannot sign now, do that later, or never."""

@@ -37,6 +37,7 @@ from zlora.broker.celery_app import IMPATIENCE, MAX_CONNECTIONS
 from zlora.broker.keys import (
     RECORD_EXPIRES,
     RESULT_EXPIRES,
+    dead_jobs_key,
     expiring_key,
     job_key,
     lease_key,
@@ -49,6 +50,7 @@ from zlora.schema import Cancellation
 from zlora.webhook import Webhook
 
 ATTEMPT: Final = "attempt:"
+MAX_DEAD_JOBS: Final = 1000  # in a queue; the oldest are dropped
 MIN_WAIT: Final = 0.05  # seconds to wait for a manifest at least; 0 is for ever in Redis
 _MAX_WAIT: Final = 1.5  # seconds to wait for a manifest at most; below the timeout of a socket
 _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its reply, stay in Redis
@@ -74,7 +76,7 @@ return {ARGV[1], '', ARGV[2]}
 
 # The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
 # since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
-# may differ from the caller's.
+# may differ from the caller's. A poisoned job is kept with its submission (`broker.dead_jobs`).
 _END: Final = """
 local earlier = ''
 if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
@@ -82,9 +84,18 @@ if ARGV[2] ~= '' and redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) == 0 then
 end
 local now = redis.call('TIME')[1]
 local ended = redis.call('HSETNX', KEYS[1], 'closed', now)
+local queue = redis.call('HGET', KEYS[1], 'queue') or ARGV[5]
+if ended == 1 and ARGV[9] ~= '' then
+  local message = redis.call('HGET', KEYS[1], 'message') or ARGV[9]
+  local dead = '{"job_id":"' .. ARGV[1] .. '","at":' .. now
+    .. ',"error":' .. ARGV[2] .. ',"submission":' .. message .. '}'
+  redis.call('ZADD', ARGV[10] .. queue, now, dead)
+  redis.call('ZREMRANGEBYSCORE', ARGV[10] .. queue, '-inf', now - ARGV[4])
+  redis.call('ZREMRANGEBYRANK', ARGV[10] .. queue, 0, -1 - ARGV[11])
+  redis.call('EXPIRE', ARGV[10] .. queue, ARGV[4])
+end
 redis.call('HDEL', KEYS[1], 'message')
 redis.call('EXPIRE', KEYS[1], ARGV[3])
-local queue = redis.call('HGET', KEYS[1], 'queue') or ARGV[5]
 redis.call('ZREM', ARGV[6] .. queue, ARGV[1])
 redis.call('ZREM', ARGV[7] .. queue, ARGV[1])
 if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
@@ -323,16 +334,26 @@ class JobStore:
         except msgspec.DecodeError:
             return None
 
-    def mark_ended(self, job_id: str, error: ZloraError | None = None) -> Ending:
+    def mark_ended(
+        self,
+        job_id: str,
+        error: ZloraError | None = None,
+        *,
+        submission: Submission | None = None,
+    ) -> Ending:
         """Record that a job has ended, with `error` or with success.
 
-        The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`).
+        The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`). A
+        job with a `submission` becomes a dead job (`zlora.broker.dead_jobs`); the submission in the
+        record, if there is one, takes precedence.
         """
         text = ""
         if error is not None:
             text = json.dumps([error.code, error.message, error.details])
         prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
         arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
+        arguments += ["" if submission is None else msgspec.json.encode(submission)]
+        arguments += [dead_jobs_key(""), MAX_DEAD_JOBS]
         earlier, is_first = self._end(keys=[job_key(job_id)], args=arguments)
         return Ending(verdict_of({"verdict": earlier or None}), is_first == 1)
 

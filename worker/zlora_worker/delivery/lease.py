@@ -16,7 +16,15 @@ from typing import Any, Final
 import msgspec
 import redis
 from celery.utils.log import get_task_logger
-from zlora.broker.job_store import ATTEMPT, Attempt, JobStore, attempts_of, connect, verdict_of
+from zlora.broker.job_store import (
+    ATTEMPT,
+    Attempt,
+    JobStore,
+    Submission,
+    attempts_of,
+    connect,
+    verdict_of,
+)
 from zlora.broker.keys import RECORD_EXPIRES, job_key, lease_key
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobPoisoned, ZloraError
@@ -251,9 +259,15 @@ class JobLeases:
         if record["cancelled"] is not None:
             raise revoked(job_id)
 
-    def close(self, job_id: str, verdict: ZloraError) -> ZloraError:
-        """Write the verdict of the job for good; return the first one, if there is one already."""
-        return self.jobs.mark_ended(job_id, verdict).earlier_error or verdict
+    def close(
+        self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None
+    ) -> ZloraError:
+        """Write the verdict of the job for good; return the first one, if there is one already.
+
+        With a submission the job is kept as a dead job.
+        """
+        ending = self.jobs.mark_ended(job_id, verdict, submission=submission)
+        return ending.earlier_error or verdict
 
     def finish(self, job_id: str) -> bool:
         """Record that the job has a result; return whether this is the first such record."""

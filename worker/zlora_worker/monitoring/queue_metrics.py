@@ -14,6 +14,8 @@ from prometheus_client.registry import Collector
 from zlora.broker.keys import (
     PRIORITIES,
     PRIORITY_STEPS,
+    RECORD_EXPIRES,
+    dead_jobs_key,
     dead_key,
     outbox_key,
     refused_key,
@@ -34,6 +36,9 @@ GAUGES: Final = {
     "zlora_queue_webhooks": (
         "Webhooks that wait to be sent (waiting) or were given up (dead)",
         "state",
+    ),
+    "zlora_queue_dead_jobs": (
+        "Jobs of the last week that ended as poisoned and wait for a decision",
     ),
     "zlora_queue_refused_messages": ("Messages of the last week that were not valid jobs",),
     "zlora_queue_sidecar_faults": (
@@ -93,9 +98,10 @@ class QueueCollector(Collector):
                 pipe.eval(_READ_END, 1, name, 0, MAX_MESSAGE_BYTES)
             pipe.zcard(outbox_key(self._queue))
             pipe.zcard(dead_key(self._queue))
+            pipe.zcount(dead_jobs_key(self._queue), time.time() - RECORD_EXPIRES, "+inf")
             pipe.get(refused_key(self._queue))
             pipe.hmget(sidecar_faults_key(self._queue), SIDECAR_FAULTS)
-            *lists, waiting, dead, refused, faults = pipe.execute(raise_on_error=False)
+            *lists, waiting, dead, dead_jobs, refused, faults = pipe.execute(raise_on_error=False)
         now = time.time()
         jobs: _Values = []
         ages: _Values = []
@@ -110,6 +116,7 @@ class QueueCollector(Collector):
             "zlora_queue_oldest_seconds": ages,
             "zlora_queue_running_jobs": [((), float(self._running()))],
             "zlora_queue_webhooks": [(("waiting",), _number(waiting)), (("dead",), _number(dead))],
+            "zlora_queue_dead_jobs": [((), _number(dead_jobs))],
             "zlora_queue_refused_messages": [((), _number(refused))],
             "zlora_queue_sidecar_faults": [
                 ((fault,), _number(count))
