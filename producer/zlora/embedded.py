@@ -21,6 +21,7 @@ from zlora import config
 from zlora.child_process import end_with_parent
 from zlora.errors import StackError
 from zlora.files import write_atomically
+from zlora.temporary_folder import temporary_folder
 from zlora.webhook import new_secret
 
 _PROBES: Final = "ZLORA_PROBES"  # the worker writes the file `ready` there when its model is loaded
@@ -109,15 +110,15 @@ class EmbeddedStack:
         """Complete the variables of the child processes, and start a broker if there is none."""
         # A socket's path is short: the data folder's may be too long for it, and so may TMPDIR.
         is_short = len(os.fsencode(tempfile.gettempdir())) < _MAX_TMPDIR
-        folder = tempfile.TemporaryDirectory(prefix="zlora-", dir=None if is_short else "/tmp")  # noqa: S108 - mkdtemp makes it private
+        folder = temporary_folder("zlora-", parent=None if is_short else "/tmp")  # noqa: S108 - private
         temporary = self._children.enter_context(folder)
         if not self.environ.get(_PROBES):
-            self.environ[_PROBES] = temporary
+            self.environ[_PROBES] = str(temporary)
         Path(self.environ[_PROBES], "ready").unlink(missing_ok=True)  # of a worker that was killed
 
         explicit = config.value_of(self.environ, config.BROKER_URL)
         self.environ.pop(f"{config.BROKER_URL}_FILE", None)
-        self.environ[config.BROKER_URL] = explicit or self._broker(Path(temporary, "broker.sock"))
+        self.environ[config.BROKER_URL] = explicit or self._broker(temporary / "broker.sock")
         # Workers of an explicit broker may run elsewhere: only their operator knows one secret.
         if not explicit and not config.value_of(self.environ, config.WEBHOOK_SECRET):
             self.environ.pop(f"{config.WEBHOOK_SECRET}_FILE", None)

@@ -1,6 +1,7 @@
 """A worker without a model takes no job, says so, and can be ended while it loads."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -125,6 +126,33 @@ def test_probe_files_report_whether_jobs_are_taken_and_whether_the_worker_runs(
         running.process.send_signal(signal.SIGTERM)
         running.process.wait(30)
         assert not ready.exists()
+
+
+def test_a_worker_removes_what_a_killed_one_has_left(scene: Scene) -> None:
+    """The folder is made old, since a young one may be another's that is just starting."""
+    place = Path(scene.environ["TMPDIR"])
+    with scene.worker() as killed:
+        pids = (killed.process.pid, killed.sidecar(), scene.child(killed))
+        (left,) = place.glob("zlora-worker-*")
+        scene.kill(killed.process.pid)
+        wait_until(lambda: all(map(has_ended, pids)), "all processes have ended")
+        assert left.exists()
+        os.utime(left / ".lock", (0, 0))
+
+    with scene.worker("two") as ending:
+        assert not left.exists()
+        assert len(list(place.glob("zlora-worker-*"))) == 1
+        ending.process.send_signal(signal.SIGTERM)
+        ending.process.wait(30)
+    assert not list(place.glob("zlora-worker-*"))
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended; its parent may not have noticed."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def wait_touched(file: Path) -> None:

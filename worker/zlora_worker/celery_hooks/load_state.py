@@ -2,14 +2,14 @@
 
 import atexit
 import os
-import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 from celery.utils.log import get_logger
 from zlora.errors import ModelUnavailable
 from zlora.files import write_atomically
+from zlora.temporary_folder import temporary_folder
 
 logger = get_logger(__name__)
 
@@ -30,10 +30,11 @@ class LoadState:
     def open(self) -> Path:
         """Make the folder of these files, which is removed when this process ends, and return it.
 
-        To be called in the parent before it forks. Raises `OSError` if the probes' folder cannot be
-        made.
+        Also removes the folders of workers that were killed. To be called in the parent before it
+        forks. Raises `OSError` if the probes' folder cannot be made.
         """
-        self._folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
+        resources, owner = ExitStack(), os.getpid()
+        self._folder = resources.enter_context(temporary_folder("zlora-worker-"))
         self._ready, self._failed = self._folder / "ready", self._folder / "failed"
         self._loading = self._folder / "loading"
         if self._probes:
@@ -41,8 +42,8 @@ class LoadState:
             self._show("ready", is_true=False)
 
         def remove() -> None:
+            resources.close()
             if os.getpid() == owner:
-                shutil.rmtree(self._folder, ignore_errors=True)
                 self._show("ready", is_true=False)
                 self._show("alive", is_true=False)
 
