@@ -54,7 +54,7 @@ except InvalidSetting as error:
 
 leases = JobLeases(settings.broker_url, settings.queue)
 runner = JobRunner(leases)
-load_state = LoadState(settings.probes)
+load_state = LoadState(settings.probes, load_timeout=settings.load_timeout)
 sidecar = SidecarProcess(
     settings.metrics,
     timeout=settings.sidecar_timeout,

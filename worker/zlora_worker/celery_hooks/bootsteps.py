@@ -67,9 +67,10 @@ def model_gate(load_state: LoadState, settings: Settings) -> Step:
                     exit_without_model(reason)
                 children = parent.pool._pool._pool  # noqa: SLF001 - billiard has no public list
                 if any(child.exitcode is not None for child in children):
-                    exit_without_model(
-                        "the child was killed while it loaded the model (out of memory?)"
-                    )
+                    # The next child loads, or fails with the reason. The pool needs its event
+                    # loop for the pipes of the child that it replaces.
+                    parent.pool.register_with_event_loop(parent.hub)
+                    parent.pool.maintain_pool()
                 if time.monotonic() > end:
                     exit_without_model(
                         f"the model was not loaded within {timeout:.0f} s (ZLORA_LOAD_TIMEOUT)"

@@ -2,7 +2,8 @@
 
 import atexit
 import os
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +11,9 @@ from celery.utils.log import get_logger
 from zlora.errors import ModelUnavailable
 from zlora.files import write_atomically
 from zlora.temporary_folder import temporary_folder
+
+_MAX_LOADS: Final = 3  # killed loads in a row, after which the worker exits
+_FIRST_PAUSE: Final = 1.0  # seconds after the first killed load, doubled for each one after it
 
 logger = get_logger(__name__)
 
@@ -24,8 +28,9 @@ class LoadState:
     touched each second while the parent goes about its work.
     """
 
-    def __init__(self, probes: str = "") -> None:
+    def __init__(self, probes: str = "", *, load_timeout: float) -> None:
         self._probes: Final = Path(probes) if probes else None
+        self._load_timeout = load_timeout
 
     def open(self) -> Path:
         """Make the folder of these files, which is removed when this process ends, and return it.
@@ -74,17 +79,30 @@ class LoadState:
     def child_begins(self) -> bool:
         """Record that this child begins to load; return whether it replaces one that had the model.
 
-        Raises `ModelUnavailable` if the previous child was killed while it loaded.
+        If children were killed while they loaded, waits, and raises `ModelUnavailable` after the
+        third one, or after one that was too slow.
         """
         replaces = self._ready.exists()
         self._ready.unlink(missing_ok=True)
-        if self._loading.exists():
+        killed = 0
+        with suppress(FileNotFoundError):
+            killed, had_predecessor = map(int, self._loading.read_text().split())
+            replaces = replaces or bool(had_predecessor)
+            if time.time() - self._loading.stat().st_mtime > self._load_timeout:
+                raise ModelUnavailable(
+                    f"the model was not loaded within {self._load_timeout} s (ZLORA_LOAD_TIMEOUT)"
+                )
+        if killed == _MAX_LOADS:
             raise ModelUnavailable(
-                "the previous child was killed while it loaded the model"
-                " (out of memory, or too slow?)"
+                f"{killed} children in a row were killed while they loaded the model"
+                " (out of memory?)"
             )
         self._folder.mkdir(exist_ok=True)  # a job that cleans temporary folders may have removed it
-        self._loading.touch()
+        write_atomically(self._loading, f"{killed + 1} {replaces:d}".encode())
+        if killed:
+            pause = _FIRST_PAUSE * 2 ** (killed - 1)
+            logger.warning("a child was killed while it loaded the model; again in %.0f s", pause)
+            time.sleep(pause)
         return replaces
 
     def child_has_model(self) -> None:
