@@ -38,6 +38,7 @@ from zlora_worker.celery_hooks.bootsteps import (
 from zlora_worker.celery_hooks.consumer import job_consumer
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.request import job_request
+from zlora_worker.celery_hooks.restart import Restart
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess, count_sidecar
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring import logs
@@ -52,6 +53,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
+restart = Restart()
 leases = JobLeases(settings.broker_url, settings.queue)
 runner = JobRunner(leases)
 load_state = LoadState(settings.probes, load_timeout=settings.load_timeout)
@@ -111,7 +113,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-gate = model_gate(load_state, settings)
+gate = model_gate(load_state, restart, settings)
 app.steps["worker"].update(
     (
         gate,
