@@ -32,16 +32,7 @@ from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
 from zlora_worker.sidecar.heartbeat import Heartbeat
 
-_PAUSES: Final = (
-    5,
-    30,
-    120,
-    300,
-    600,
-    1200,
-    1800,
-    3000,
-)  # seconds after each attempt; last repeats
+_PAUSES: Final = (5, 30, 60, 120)  # seconds after each attempt; the last repeats
 _JITTER: Final = 0.2  # share of a pause
 _MAX_SECONDS: Final = 7200  # from the first attempt to the last
 _STORE_PAUSE: Final = 30.0  # seconds until the next attempt if the store does not answer
