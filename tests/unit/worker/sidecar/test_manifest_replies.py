@@ -1,5 +1,8 @@
 """Clients get expired results from the store, by the sidecar."""
 
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,11 +11,13 @@ from threading import Thread
 import msgspec
 import pytest
 from support.fakes import links
+from support.processes import clean_environ, wait_until
 from zlora import Client
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import manifest_requests_key
 from zlora.schema import GenerateResult, JobState, manifest_key
 from zlora_worker.results.store import FolderStore
+from zlora_worker.sidecar.heartbeat import EXIT_HANGS
 from zlora_worker.sidecar.manifest_replies import reply_to_next
 
 
@@ -20,7 +25,7 @@ class Place:
     """A queue of its own, with a store and a producer."""
 
     def __init__(self, broker_url: str, folder: Path) -> None:
-        self.queue = uuid.uuid4().hex
+        self.url, self.queue = broker_url, uuid.uuid4().hex
         self.jobs = JobStore(connect(broker_url), self.queue)
         self.store = FolderStore(folder)
         self.client = Client.from_url(broker_url, queue=self.queue)
@@ -98,3 +103,29 @@ def test_a_path_is_not_a_job_id(place: Place, tmp_path: Path) -> None:
 
     assert place.jobs.redis.lrange(reply_key, 0, -1) == [""]
     assert 0 < place.jobs.redis.ttl(reply_key) <= 60
+
+
+def test_a_store_that_hangs_for_ever_ends_the_sidecar(place: Place, tmp_path: Path) -> None:
+    """As a network file system does: a pipe in place of the manifest. The parent starts another."""
+    pipe = tmp_path / "store" / manifest_key("hangs")
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    environ = {
+        "ZLORA_BROKER_URL": place.url,
+        "ZLORA_QUEUE": place.queue,
+        "ZLORA_HOME": str(tmp_path),
+        "ZLORA_STORE": (tmp_path / "store").as_uri(),
+        "ZLORA_SIDECAR_TIMEOUT": "1",
+        "ZLORA_LOOK_AHEAD": "0",
+    }
+    command = [sys.executable, "-m", "zlora_worker.sidecar"]
+    with (tmp_path / "log").open("wb") as log:
+        sidecar = subprocess.Popen(command, env=clean_environ(environ), stderr=log)
+    try:
+        wait_until(lambda: place.client.job("never").status().state is JobState.UNKNOWN, "replies")
+        place.client.job("hangs").status()
+        assert sidecar.wait(60) == EXIT_HANGS
+    finally:
+        sidecar.kill()
+        sidecar.wait()
+    assert "the search for lost jobs hangs" in (tmp_path / "log").read_text()
