@@ -8,6 +8,7 @@ child loads the model.
 import logging
 import os
 import time
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -37,7 +38,8 @@ from zlora_worker.celery_hooks.bootsteps import (
 from zlora_worker.celery_hooks.consumer import job_consumer
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.request import job_request
-from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
+from zlora_worker.celery_hooks.restart import Restart
+from zlora_worker.celery_hooks.sidecar_process import SidecarProcess, count_sidecar
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.result_repr import MAX_SHOWN, ResultPayload
@@ -51,10 +53,15 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
+restart = Restart()
 leases = JobLeases(settings.broker_url, settings.queue, result_backend=settings.result_backend)
 runner = JobRunner(leases)
-load_state = LoadState(settings.probes)
-sidecar = SidecarProcess(settings.metrics)
+load_state = LoadState(settings.probes, load_timeout=settings.load_timeout)
+sidecar = SidecarProcess(
+    settings.metrics,
+    timeout=settings.sidecar_timeout,
+    count=partial(count_sidecar, leases.impatient, settings.queue),
+)
 transport.install(load_state.parent_is_alive)
 
 app = IsolatedCelery(
@@ -106,7 +113,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-gate = model_gate(load_state, settings)
+gate = model_gate(load_state, restart, settings)
 app.steps["worker"].update(
     (
         gate,

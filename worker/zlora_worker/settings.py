@@ -115,6 +115,12 @@ class Settings:
         read=parsers.positive,
         note="Seconds between two searches for jobs whose message is lost.",
     )
+    sidecar_timeout: int = _variable(
+        "ZLORA_SIDECAR_TIMEOUT",
+        default="60",
+        read=parsers.positive,
+        note="Seconds without a sign of life after which the sidecar is replaced.",
+    )
     probes: str = _variable(
         "ZLORA_PROBES",
         note="Folder for the probe files `ready` and `alive`; each worker needs its own. "

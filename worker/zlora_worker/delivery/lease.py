@@ -24,6 +24,7 @@ from zlora.broker.job_store import (
     Attempt,
     Ending,
     JobStore,
+    Submission,
     attempts_of,
     connect,
     verdict_of,
@@ -359,9 +360,15 @@ class JobLeases:
         backend.set(key, document)
         return True
 
-    def close(self, job_id: str, verdict: ZloraError) -> ZloraError:
-        """Write the verdict of the job for good; return the first one, if there is one already."""
-        return self.jobs.mark_ended(job_id, verdict).earlier_error or verdict
+    def close(
+        self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None
+    ) -> ZloraError:
+        """Write the verdict of the job for good; return the first one, if there is one already.
+
+        With a submission the job is kept as a dead job.
+        """
+        ending = self.jobs.mark_ended(job_id, verdict, submission=submission)
+        return ending.earlier_error or verdict
 
     def finish(self, job_id: str) -> Ending:
         """Record that the job has a result; return an error that the job has ended with before."""
