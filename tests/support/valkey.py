@@ -40,6 +40,31 @@ class Valkey:
         with redis.Redis(port=self.port) as probe:
             wait_until(lambda: _answers(probe), "the broker answers")
 
+    def follow(self, primary: "Valkey", *, cuts: bool = False) -> None:
+        """Become a replica, and wait until the data of the primary is here.
+
+        Connections stay open, and their commands that write are refused; with `cuts` they end.
+        """
+        self._tally.fault()
+        with self.client() as connection:
+            connection.replicaof("127.0.0.1", primary.port)
+            wait_until(
+                lambda: connection.info("replication")["master_link_status"] == "up",
+                "the replica has the data of its primary",
+            )
+        if cuts:
+            self.cut_all()
+
+    def promote(self) -> None:
+        """End being a replica."""
+        with self.client() as connection:
+            connection.replicaof("NO", "ONE")
+
+    def set(self, option: str, value: str) -> None:
+        """Change an option of the server, such as `min-replicas-to-write`."""
+        with self.client() as connection:
+            connection.config_set(option, value)
+
     def kill(self) -> None:
         """Kill the server (kill -9) once its append-only file has all that it has answered.
 

@@ -15,10 +15,10 @@ import msgspec
 import redis
 from celery.utils.log import get_logger
 from celery.worker import state
-from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps, loads
 from msgspec import Struct
+from zlora.broker import celery_app
 from zlora.broker.keys import RECORD_EXPIRES, refused_key
 from zlora.broker.message import MAX_MESSAGE_BYTES
 from zlora.schema import JOB_ID
@@ -37,10 +37,9 @@ _on_wait: list[Callable[[], None]] = []  # kombu makes the objects of this modul
 
 
 def install(on_wait: Callable[[], None]) -> None:
-    """Use this transport for `redis://` URLs in this process; `on_wait` is called during waits."""
+    """Use this transport in this process; `on_wait` is called during waits."""
     _on_wait.append(on_wait)
-    for scheme in ("redis", "rediss"):
-        TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+    celery_app.use_transport(Transport)
 
 
 class _DeliveryInfo(Struct):
@@ -197,11 +196,8 @@ class QoS(kombu_redis.QoS):
                 action()
             except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError) as error:
                 is_wrong_type = _is_wrong_type(error)
-                if isinstance(error, redis.ResponseError):
-                    is_transient = isinstance(error, redis.OutOfMemoryError)
-                else:
-                    is_transient = True
-                if not is_wrong_type and (only_wrong_type or not is_transient):
+                is_outage = not isinstance(error, redis.ResponseError)
+                if not is_wrong_type and (only_wrong_type or not is_outage):
                     raise
                 if not state.should_stop:
                     give_up = time.monotonic() + _LAST_WAIT
@@ -215,8 +211,8 @@ class QoS(kombu_redis.QoS):
                 return
 
 
-class Channel(kombu_redis.Channel):
-    """kombu's channel with this client and these held messages."""
+class Channel(celery_app.Channel):
+    """A channel with this client and these held messages."""
 
     QoS = QoS
 
@@ -233,12 +229,10 @@ class Channel(kombu_redis.Channel):
         return True
 
 
-class Transport(kombu_redis.Transport):
-    """kombu's transport with this channel. A Redis that is full counts as one that is down."""
+class Transport(celery_app.Transport):
+    """A transport with this channel."""
 
     Channel = Channel
-
-    connection_errors = (*kombu_redis.Transport.connection_errors, redis.OutOfMemoryError)
 
 
 def count_refused(client: Any, queue: str) -> None:
