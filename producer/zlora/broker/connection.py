@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
 import redis
+from redis.commands.core import Script
 from redis.sentinel import Sentinel
 
 from zlora import config
@@ -101,13 +102,21 @@ class _Connection:
 
     def read_response(self, *arguments: Any, **options: Any) -> Any:
         """Return the answer of Redis; raise `Outage` if Redis cannot serve now."""
-        this: Any = self
         base: Any = super()
         try:
-            return base.read_response(*arguments, **options)
+            answer = base.read_response(*arguments, **options)
         except redis.ResponseError as error:
-            if (answer := outage_of(error)) is None:
-                raise
+            self._raise_outage(error)
+            raise
+        if isinstance(answer, list):  # of a transaction, in which a script may be refused
+            for part in answer:
+                if isinstance(part, redis.ResponseError):
+                    self._raise_outage(part)
+        return answer
+
+    def _raise_outage(self, error: redis.ResponseError) -> None:
+        this: Any = self
+        if (answer := outage_of(error)) is not None:
             this.disconnect()
             raise Outage(answer) from error
 
@@ -118,6 +127,29 @@ def resilient(kind: type[Any]) -> type[Any]:
     With the option `primary`, each new connection goes to the server that is the primary then.
     """
     return type(kind.__name__, (_Connection, kind), {})
+
+
+class _Script(Script):
+    def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
+        """Run the script, and send its text if the server does not have it.
+
+        redis-py would load it first, and run it by a second command: after a fail-over between the
+        two the new primary does not have it.
+        """
+        client = client or self.registered_client
+        arguments = [len(keys or ()), *(keys or ()), *(args or ())]
+        try:
+            return client.evalsha(self.sha, *arguments)
+        except redis.exceptions.NoScriptError:
+            return client.eval(self.script, *arguments)
+
+
+class Client(redis.Redis):
+    """redis-py's client for a server that may change."""
+
+    def register_script(self, script: Any) -> Script:
+        """Return a function that runs a script."""
+        return _Script(self, script)
 
 
 def use(pool: Any, url: str) -> None:

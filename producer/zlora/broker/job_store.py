@@ -156,7 +156,7 @@ def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> 
     }
     if patient:
         options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
-    client = redis.Redis.from_url(config.redis_url(url), **options)
+    client = connection.Client.from_url(config.redis_url(url), **options)
     connection.use(client.connection_pool, url)
     return client
 

@@ -162,12 +162,16 @@ class QoS(kombu_redis.QoS):
         self._wait_for(lambda: super(QoS, self).append(message, delivery_tag))
 
     def ack(self, delivery_tag: str) -> None:
-        """Remove a message from `unacked`."""
-        self._wait_for(lambda: super(QoS, self).ack(delivery_tag), only_wrong_type=True)
+        """Remove a message from `unacked`.
+
+        Without a wait the worker would count the message as its own, and take no other one: the
+        connection on which it waits for messages may hold, and then nothing else ends this.
+        """
+        self._wait_for(lambda: super(QoS, self).ack(delivery_tag))
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Remove a message from `unacked`, and put it back on its queue with `requeue`."""
-        self._wait_for(lambda: super(QoS, self).reject(delivery_tag, requeue), only_wrong_type=True)
+        self._wait_for(lambda: super(QoS, self).reject(delivery_tag, requeue))
 
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
         """Put the messages of dead workers back on their queue."""
@@ -189,15 +193,13 @@ class QoS(kombu_redis.QoS):
         elif self._delivered is not None:
             self._delivered.clear()
 
-    def _wait_for(self, action: Callable[[], None], *, only_wrong_type: bool = False) -> None:
+    def _wait_for(self, action: Callable[[], None]) -> None:
         give_up = time.monotonic() + _LAST_WAIT
         while True:
             try:
                 action()
             except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError) as error:
-                is_wrong_type = _is_wrong_type(error)
-                is_outage = not isinstance(error, redis.ResponseError)
-                if not is_wrong_type and (only_wrong_type or not is_outage):
+                if isinstance(error, redis.ResponseError) and not _is_wrong_type(error):
                     raise
                 if not state.should_stop:
                     give_up = time.monotonic() + _LAST_WAIT
