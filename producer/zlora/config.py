@@ -4,7 +4,7 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple, Self, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
@@ -22,29 +22,40 @@ CERTIFICATES: Final = "ZLORA_CA_BUNDLE"
 HUGGING_FACE: Final = ("ZLORA_HF_ENDPOINT", "HF_ENDPOINT")  # the first that is set
 CIVITAI: Final = "ZLORA_CIVITAI_URL"
 PROMPTS: Final = "ZLORA_PROMPTS"
+WAIT_REPLICAS: Final = "ZLORA_WAIT_REPLICAS"
 WEBHOOK_SECRET: Final = "ZLORA_WEBHOOK_SECRET"  # noqa: S105 - a name
 
-SCHEMES: Final = ("redis", "rediss", "redis+socket")  # of a broker's URL
+SENTINEL: Final = "sentinel"
+SCHEMES: Final = ("redis", "rediss", "redis+socket", SENTINEL)  # of a broker's URL
+_SENTINEL_PORT: Final = 26379
+_MAX_DIGITS: Final = 3
 DEFAULT_BROKER: Final = "redis://localhost:6379/0"
 
 
 class Connection(NamedTuple):
-    """The broker, the result backend, the queue, and what is shown of prompts."""
+    """The broker, the result backend, the queue, what is shown of prompts, and who must have jobs.
+
+    `wait_replicas` is the number of replicas of Redis.
+    """
 
     broker_url: str
     result_backend: str
     queue: str
     prompts: str
+    wait_replicas: int = 0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
-        """Read the variables; raise `InvalidSetting` if a file of a variable cannot be read."""
+        """Read the variables; raise `InvalidSetting` for a wrong value or an unreadable file."""
         broker = broker_url(environ)
+        result_backend = value_of(environ, RESULT_BACKEND) or broker
+        require_sentinels(broker_url=broker, result_backend=result_backend)
         return cls(
             broker_url=broker,
-            result_backend=value_of(environ, RESULT_BACKEND) or broker,
+            result_backend=result_backend,
             queue=value_of(environ, QUEUE) or DEFAULT_QUEUE,
             prompts=value_of(environ, PROMPTS) or "shown",
+            wait_replicas=read_first(environ, WAIT_REPLICAS, parse=_count, default="0"),
         )
 
 
@@ -109,12 +120,77 @@ def home(environ: Mapping[str, str]) -> Path:
     return data / "zlora"
 
 
+class Sentinels(NamedTuple):
+    """A URL of Sentinels, `sentinel://user:password@host:port,host:port/0?master=name`.
+
+    User and password are those of Redis; the options `sentinel_username` and `sentinel_password`
+    are those of the Sentinels. An option such as `ssl_ca_certs` means TLS, to all of them.
+    """
+
+    hosts: tuple[tuple[str, int], ...]
+    name: str  # of the primary, for the Sentinels
+    username: str | None
+    password: str | None
+    primary: str  # URL of the primary without its address, as Celery understands it
+    celery: str  # URL of the Sentinels, as Celery understands it
+
+
+def sentinels(url: str) -> Sentinels | None:
+    """Parse a URL of Sentinels; return None for any other URL, and raise `ValueError`."""
+    if not url.startswith(f"{SENTINEL}://"):
+        return None
+    parts = urlsplit(url)
+    user, mark, places = parts.netloc.rpartition("@")
+    hosts = []
+    for place in places.split(","):
+        one = urlsplit(f"//{place}")
+        if not one.hostname:
+            raise ValueError("expected sentinel://host:port,host:port/0?master=name")
+        hosts.append((unquote(one.hostname), one.port or _SENTINEL_PORT))
+    query = dict(parse_qsl(parts.query))
+    name = query.pop("master", "")
+    if not name:
+        raise ValueError("expected ?master= with the name of the primary")
+    username, password = (query.pop(f"sentinel_{word}", None) for word in ("username", "password"))
+    options = f"?{urlencode(query)}" if query else ""
+    scheme = "rediss" if any(option.startswith("ssl_") for option in query) else "redis"
+    spelled = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in hosts]
+    return Sentinels(
+        hosts=tuple(hosts),
+        name=name,
+        username=username,
+        password=password,
+        primary=f"{scheme}://{user}{mark}localhost{parts.path}{options}",
+        celery=";".join(
+            f"{SENTINEL}://{user}{mark}{host}{parts.path}{options}" for host in spelled
+        ),
+    )
+
+
+def require_sentinels(*, broker_url: str, result_backend: str) -> None:
+    """Raise `InvalidSetting` if one of them is a URL of Sentinels that cannot be read."""
+    for name, url in ((BROKER_URL, broker_url), (RESULT_BACKEND, result_backend)):
+        try:
+            sentinels(url)
+        except ValueError:  # its text may have a part of a password
+            expected = "sentinel://host:port,host:port/0?master=name"
+            raise InvalidSetting(f"{name}: expected {expected}", {"name": name}) from None
+
+
+def celery_url(url: str) -> str:
+    """Return a broker's URL as Celery and the tools around it understand it."""
+    found = sentinels(url)
+    return url if found is None else found.celery
+
+
 def redis_url(url: str) -> str:
     """Translate Celery's URL of a Redis to redis-py's; raise `ValueError` for any other broker.
 
     Celery writes a socket as `redis+socket:///path?virtual_host=1`, and accepts `CERT_REQUIRED` for
-    `required`.
+    `required`. The address in the URL of a primary behind Sentinels means nothing.
     """
+    if (found := sentinels(url)) is not None:
+        url = found.primary
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES or ";" in url:
         raise ValueError(f"expected one URL of {', '.join(SCHEMES)}")
@@ -127,6 +203,13 @@ def redis_url(url: str) -> str:
         query["ssl_cert_reqs"] = query["ssl_cert_reqs"].lower().removeprefix("cert_")
     options = f"?{urlencode(query)}" if query else ""
     return f"{scheme}://{parts.netloc}{parts.path}{options}"
+
+
+def _count(text: str) -> int:
+    """Parse a number of replicas; raise `ValueError`."""
+    if not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise ValueError(f"expected a number of replicas, of up to {_MAX_DIGITS} digits")
+    return int(text)
 
 
 def hosts(text: str) -> frozenset[str]:

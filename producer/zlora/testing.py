@@ -214,6 +214,9 @@ class MemoryWorker:
     def outage(self) -> float:
         return 0.0
 
+    def losses(self) -> int:
+        return 0
+
     def close(self) -> None:
         """Do nothing: other clients of this worker go on."""
 

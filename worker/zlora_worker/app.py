@@ -92,11 +92,9 @@ app.conf.update(
     worker_proc_alive_timeout=float(settings.load_timeout),
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    # Without it, a result that meets a restart of Redis, or a full Redis, makes a done job fail.
+    # Without it, a result that meets an outage of Redis makes a done job fail.
     result_backend_always_retry=True,
-    result_backend_transport_options={
-        "additional_connection_errors": ["redis.exceptions:OutOfMemoryError"]
-    },
+    result_backend_max_sleep_between_retries_ms=2_000,
     # STARTED would be stored before the lease is held; the job stores PROGRESS at once.
     task_track_started=False,
     worker_send_task_events=True,

@@ -28,7 +28,7 @@ A record is the hash `keys.job_key`:
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -39,6 +39,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from zlora import config, errors
+from zlora.broker import connection
 from zlora.broker.celery_app import IMPATIENCE, MAX_CONNECTIONS
 from zlora.broker.keys import (
     RECORD_EXPIRES,
@@ -59,7 +60,7 @@ from zlora.webhook import Webhook
 ATTEMPT: Final = "attempt:"
 MAX_DEAD_JOBS: Final = 1000  # in a queue; the oldest are dropped
 MIN_WAIT: Final = 0.05  # seconds to wait for a manifest at least; 0 is for ever in Redis
-_MAX_WAIT: Final = 1.5  # seconds to wait for a manifest at most; below the timeout of a socket
+_MAX_WAIT: Final = 1.5  # seconds to wait in Redis at most; below the timeout of a socket
 _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its reply, stay in Redis
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
@@ -153,6 +154,7 @@ class QueueStatus(NamedTuple):
     is_open: bool
     position: int | None
     verdict: ZloraError | None
+    is_recorded: bool = True  # False: no client submitted this job, or Redis has lost the record
 
 
 class NoManifest(Enum):
@@ -203,13 +205,10 @@ def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> 
         "retry": Retry(ExponentialBackoff(cap=2, base=0.1), _PATIENT_RETRIES if patient else 0),
     }
     if patient:
-        options["retry_on_error"] = [
-            redis.ConnectionError,
-            redis.TimeoutError,
-            redis.BusyLoadingError,
-            redis.OutOfMemoryError,
-        ]
-    return redis.Redis.from_url(config.redis_url(url), **options)
+        options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
+    client = connection.Client.from_url(config.redis_url(url), **options)
+    connection.use(client.connection_pool, url)
+    return client
 
 
 class JobStore:
@@ -282,6 +281,21 @@ class JobStore:
                 pipe.expire(key, RECORD_EXPIRES, nx=True)  # if Redis has lost the record
             pipe.execute()
 
+    def replicas_with(self, job_ids: Sequence[str], wanted: int) -> int:
+        """Wait until `wanted` replicas have these jobs and their messages; return how many do.
+
+        Waits for up to 1.5 s.
+        """
+        # Redis waits for what this connection has written. That follows the messages, which other
+        # connections have written before.
+        with self.redis.pipeline(transaction=False) as pipe:
+            for key in map(job_key, job_ids):
+                pipe.hset(key, "sent", 1)
+                pipe.expire(key, RECORD_EXPIRES, nx=True)  # if Redis has lost the record
+            pipe.wait(wanted, int(_MAX_WAIT * 1000))
+            *_, found = pipe.execute()
+        return int(found)
+
     def cancel(self, job_id: str) -> Cancellation:
         """Record that the job is cancelled, and return its place at that time."""
         key = job_key(job_id)
@@ -316,6 +330,7 @@ class JobStore:
             is_open=digest is not None and closed is None,
             position=position,
             verdict=verdict_of({"verdict": verdict}),
+            is_recorded=digest is not None,
         )
 
     def request_manifest(self, job_id: str, *, timeout: float = _MAX_WAIT) -> bytes | NoManifest:

@@ -267,7 +267,7 @@ def test_job_store_and_queue_are_in_the_same_database(url: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "sentinel://h:26379",
+        "sentinel2://h:26379",
         "amqp://h//",
         "memory://",
         "cache+memory://",

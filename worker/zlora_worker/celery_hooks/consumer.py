@@ -12,6 +12,7 @@ from celery.worker.consumer import Consumer
 from kombu import Message
 from msgspec import Struct
 from redis import RedisError
+from zlora.backoff import jittered
 from zlora.broker.keys import RECORD_EXPIRES
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import InvalidRequest
@@ -23,6 +24,7 @@ from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import progress_backend
 
 _SHOWN: Final = 200  # characters of a fault in logs and answers
+_RECONNECT_PAUSE: Final = 0.5  # seconds: workers must not all come at once after a fail-over
 # Headers that other Celery applications set, and that mean nothing here. Values of other types
 # would raise in the child, so all of them go.
 _UNUSED_HEADERS: Final = (
@@ -180,6 +182,12 @@ def job_consumer(  # noqa: C901 - a class inside a function
 
             conn.ensure_connection = ensure_and_show
             return super().ensure_connected(conn)
+
+        def on_connection_error_after_connected(self, exc: Exception) -> None:
+            """Log the loss of the connection, and wait: the next one may be refused at once."""
+            super().on_connection_error_after_connected(exc)
+            alive()
+            time.sleep(jittered(_RECONNECT_PAUSE))
 
         def _refuse(self, message: Message, error: Exception) -> None:
             """Answer for the job that the message names, count the message, and acknowledge it."""
