@@ -11,7 +11,9 @@ from typing import Any, Final
 from celery import Celery
 from celery.loaders.app import AppLoader
 
+from zlora import config
 from zlora.broker.keys import DEFAULT_PRIORITY, PRIORITY_STEPS, RESULT_EXPIRES
+from zlora.errors import InvalidSetting
 
 VISIBILITY: Final = 30  # seconds without a heartbeat until a worker's job goes to another worker
 IMPATIENCE: Final = 2  # seconds to wait for Redis in a client
@@ -38,10 +40,15 @@ def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
 def shared_config(
     *, broker_url: str, result_backend: str, queue: str, visibility: int = VISIBILITY
 ) -> dict[str, Any]:
-    """Return Celery options that producer and worker share; only workers set `visibility`."""
+    """Return Celery options that producer and worker share; only workers set `visibility`.
+
+    Raises `InvalidSetting` if a URL's options for TLS cannot be used.
+    """
     return {
         "broker_url": broker_url,
+        "broker_use_ssl": _tls_options(config.BROKER_URL, broker_url),  # also for Flower
         "result_backend": result_backend,
+        "redis_backend_use_ssl": _tls_options(config.RESULT_BACKEND, result_backend),
         "broker_transport_options": transport_options(visibility=visibility),
         "task_default_queue": queue,
         "task_default_priority": DEFAULT_PRIORITY,
@@ -56,14 +63,21 @@ def shared_config(
     }
 
 
+def _tls_options(name: str, url: str) -> dict[str, str]:
+    try:
+        return config.tls_options(url)
+    except ValueError as error:
+        raise InvalidSetting(f"{name}: {error}", {"name": name}) from None
+
+
 def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:
     """Return the shared options for a program that must not wait: one try, within seconds."""
-    config = shared_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
-    config["broker_transport_options"] |= {
+    options = shared_config(broker_url=broker_url, result_backend=result_backend, queue=queue)
+    options["broker_transport_options"] |= {
         "socket_timeout": IMPATIENCE,
         "socket_connect_timeout": IMPATIENCE,
     }
-    return config | {
+    return options | {
         "redis_socket_timeout": IMPATIENCE,
         "redis_socket_connect_timeout": IMPATIENCE,
         "redis_retry_on_timeout": False,
@@ -81,14 +95,14 @@ class IsolatedCelery(Celery):
     """A Celery app with the given options only; raises if Celery cannot open the result backend."""
 
     def __init__(
-        self, name: str, config: Mapping[str, Any], *, set_as_current: bool = False
+        self, name: str, options: Mapping[str, Any], *, set_as_current: bool = False
     ) -> None:
         """Take the options, among them `broker_url` and `result_backend`."""
         # No fixups: Django's would change the app to the settings of the Django project.
         super().__init__(name, loader=_EmptyLoader, fixups=[], set_as_current=set_as_current)
-        self.own_broker: str = config["broker_url"]
-        self.backend_cls: str = config["result_backend"]  # Celery takes a URL here
-        self.conf.update(config)
+        self.own_broker: str = options["broker_url"]
+        self.backend_cls: str = options["result_backend"]  # Celery takes a URL here
+        self.conf.update(options)
 
     def connection_for_read(self, url: str | None = None, **options: Any) -> Any:
         return super().connection_for_read(url or self.own_broker, **options)

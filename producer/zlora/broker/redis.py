@@ -74,6 +74,10 @@ class RedisBroker:
         # One backend for all threads: Celery would make one, with its connections, for each.
         self._backend: Any = self._app.backend
         self._listener = Listener(result_backend, self._channel)
+        # The server's reason for refusing a certificate is often lost (see `zlora.cli.doctor`).
+        urls = (broker_url, result_backend)
+        is_tls = any(url.startswith("rediss:") for url in urls)
+        self._hint = "; `zlora doctor` checks the certificates" if is_tls else ""
         self._is_closed = False
         self._last_no_reply = -math.inf  # time on the monotonic clock
 
@@ -164,7 +168,8 @@ class RedisBroker:
         try:
             yield
         except _UNREACHABLE as error:
-            raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
+            message = f"the broker does not answer: {error}{self._hint}"
+            raise BrokerUnavailable(message, details) from error
         except (
             Exception
         ):  # the boundary to Redis: a socket closed by another thread raises anything
