@@ -1,5 +1,6 @@
 """Settings that producers and workers share: names of variables, parsers, and the broker's URL."""
 
+import ssl
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ SCHEMES: Final = ("redis", "rediss", "redis+socket", SENTINEL)  # of a broker's 
 _SENTINEL_PORT: Final = 26379
 _MAX_DIGITS: Final = 3
 DEFAULT_BROKER: Final = "redis://localhost:6379/0"
+_TLS_FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
 class Connection(NamedTuple):
@@ -199,8 +201,7 @@ def redis_url(url: str) -> str:
         scheme = "unix"
         if "virtual_host" in query:
             query["db"] = query.pop("virtual_host")
-    if "ssl_cert_reqs" in query:
-        query["ssl_cert_reqs"] = query["ssl_cert_reqs"].lower().removeprefix("cert_")
+    query |= tls_options(url)
     options = f"?{urlencode(query)}" if query else ""
     return f"{scheme}://{parts.netloc}{parts.path}{options}"
 
@@ -210,6 +211,51 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise ValueError(f"expected a number of replicas, of up to {_MAX_DIGITS} digits")
     return int(text)
+
+
+def tls_options(url: str) -> dict[str, str]:
+    """Return the TLS options of a `rediss://` URL as redis-py names them; {} without TLS.
+
+    kombu, Celery's result backend and redis-py read such a URL differently: kombu does not verify
+    the server if the URL says nothing of TLS, and the result backend refuses that URL. Here the
+    server is verified unless `ssl_cert_reqs` is `none`. Raises `ValueError` for an unknown option,
+    and for a file that cannot be used.
+    """
+    parts = urlsplit(url)
+    given = {name: value for name, value in parse_qsl(parts.query) if name.startswith("ssl_")}
+    if parts.scheme != "rediss":
+        if given:
+            raise ValueError(f"{min(given)}: expected a URL that begins with rediss://")
+        return {}
+    if unknown := given.keys() - {"ssl_cert_reqs", *_TLS_FILES}:
+        expected = ", ".join(("ssl_cert_reqs", *_TLS_FILES))
+        raise ValueError(f"{min(unknown)}: expected {expected}")
+    verify = given.get("ssl_cert_reqs", "required").lower().removeprefix("cert_")
+    if verify not in ("required", "optional", "none"):
+        raise ValueError("ssl_cert_reqs: expected required or none")
+    for name in given.keys() & set(_TLS_FILES):
+        if "%" in given[name]:  # Celery's result backend decodes it once more
+            raise ValueError(f"{name}: expected a path without %")
+    _try_certificates(*map(given.get, _TLS_FILES))
+    return given | {"ssl_cert_reqs": verify}
+
+
+def _try_certificates(authorities: str | None, certificate: str | None, key: str | None) -> None:
+    """Raise `ValueError` if a file of a TLS client cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = f"ssl_ca_certs={authorities}"
+    try:
+        if authorities is not None:
+            context.load_verify_locations(authorities)
+        if certificate is None and key is not None:
+            raise ValueError("ssl_keyfile: expected ssl_certfile, too")
+        name = f"ssl_certfile={certificate}" + (f", ssl_keyfile={key}" if key else "")
+        if certificate is not None:  # without a password OpenSSL would prompt for one
+            context.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        raise ValueError(f"{name}: OpenSSL cannot use it: {error.reason or error}") from None
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
 
 
 def hosts(text: str) -> frozenset[str]:

@@ -50,6 +50,12 @@ logger = get_logger(__name__)
 
 try:
     settings = Settings.from_env()
+    shared = shared_config(
+        broker_url=settings.broker_url,
+        result_backend=settings.result_backend,
+        queue=settings.queue,
+        visibility=settings.visibility,
+    )
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
@@ -64,16 +70,7 @@ sidecar = SidecarProcess(
 )
 transport.install(load_state.parent_is_alive)
 
-app = IsolatedCelery(
-    "zlora_worker",
-    shared_config(
-        broker_url=settings.broker_url,
-        result_backend=settings.result_backend,
-        queue=settings.queue,
-        visibility=settings.visibility,
-    ),
-    set_as_current=True,
-)
+app = IsolatedCelery("zlora_worker", shared, set_as_current=True)
 app.conf.update(
     # One child, one model, one GPU. A machine with more GPUs runs more workers.
     worker_pool="prefork",

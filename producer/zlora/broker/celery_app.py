@@ -18,6 +18,7 @@ from kombu.transport import redis as kombu_redis
 from zlora import config
 from zlora.broker.connection import Primary, resilient, sentinel_options, use
 from zlora.broker.keys import DEFAULT_PRIORITY, PRIORITY_STEPS, RESULT_EXPIRES
+from zlora.errors import InvalidSetting
 from zlora.redaction import without_secrets
 
 VISIBILITY: Final = 30  # seconds without a heartbeat until a worker's job goes to another worker
@@ -45,7 +46,10 @@ def transport_options(*, visibility: int = VISIBILITY) -> dict[str, Any]:
 def shared_config(
     *, broker_url: str, result_backend: str, queue: str, visibility: int = VISIBILITY
 ) -> dict[str, Any]:
-    """Return Celery options that producer and worker share; only workers set `visibility`."""
+    """Return Celery options that producer and worker share; only workers set `visibility`.
+
+    Raises `InvalidSetting` if a URL's options for TLS cannot be used.
+    """
     transport = transport_options(visibility=visibility)
     if (found := config.sentinels(broker_url)) is not None:
         transport["sentinels"] = list(found.hosts)
@@ -54,7 +58,9 @@ def shared_config(
         transport["sentinel_kwargs"] = sentinel_options(found)
     return {
         "broker_url": broker_url,
+        "broker_use_ssl": _tls_options(config.BROKER_URL, broker_url),  # also for Flower
         "result_backend": result_backend,
+        "redis_backend_use_ssl": _tls_options(config.RESULT_BACKEND, result_backend),
         "broker_transport_options": transport,
         "task_default_queue": queue,
         "task_default_priority": DEFAULT_PRIORITY,
@@ -67,6 +73,13 @@ def shared_config(
         "redis_backend_health_check_interval": 5,
         "redis_retry_on_timeout": True,
     }
+
+
+def _tls_options(name: str, url: str) -> dict[str, str]:
+    try:
+        return config.tls_options(url)
+    except ValueError as error:
+        raise InvalidSetting(f"{name}: {error}", {"name": name}) from None
 
 
 def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dict[str, Any]:

@@ -81,6 +81,10 @@ class RedisBroker:
         # Not a method: the listener's thread would keep this object, and so the listener, alive.
         on_loss = partial(_drop_idle, self._pools)
         self._listener = Listener(result_backend, self._channel, on_loss=on_loss)
+        # The server's reason for refusing a certificate is often lost (see `zlora.cli.doctor`).
+        urls = (broker_url, result_backend)
+        is_tls = any(url.startswith("rediss:") for url in urls)
+        self._hint = "; `zlora doctor` checks the certificates" if is_tls else ""
         self._is_closed = False
         # by kind of request; times on the monotonic clock
         self._last_no_reply = {"manifest": -math.inf, "end": -math.inf}
@@ -206,7 +210,8 @@ class RedisBroker:
             yield
         except _UNREACHABLE as error:
             _drop_idle(self._pools)  # after a fail-over they may all be of the old primary
-            raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
+            message = f"the broker does not answer: {error}{self._hint}"
+            raise BrokerUnavailable(message, details) from error
         except (
             Exception
         ):  # the boundary to Redis: a socket closed by another thread raises anything
