@@ -19,6 +19,7 @@ RESULT_BACKEND: Final = "ZLORA_RESULT_BACKEND"
 QUEUE: Final = "ZLORA_QUEUE"
 HOME: Final = "ZLORA_HOME"
 ALLOW_HOSTS: Final = "ZLORA_ALLOW_HOSTS"
+IMAGE_HOSTS: Final = "ZLORA_IMAGE_HOSTS"
 CERTIFICATES: Final = "ZLORA_CA_BUNDLE"
 HUGGING_FACE: Final = ("ZLORA_HF_ENDPOINT", "HF_ENDPOINT")  # the first that is set
 CIVITAI: Final = "ZLORA_CIVITAI_URL"
@@ -267,6 +268,11 @@ def hosts(text: str) -> frozenset[str]:
         if parts.netloc != host or "@" in host or not parts.hostname or parts.port == 0:
             raise ValueError("expected `host` or `host:port`, comma-separated")
     return found
+
+
+def image_hosts(environ: Mapping[str, str]) -> frozenset[str] | None:
+    """Return the hosts from which clients save images, None for all; raise `InvalidSetting`."""
+    return read_first(environ, IMAGE_HOSTS, parse=hosts) or None
 
 
 def web_url(text: str) -> str:

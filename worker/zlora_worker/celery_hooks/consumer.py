@@ -124,6 +124,11 @@ def job_consumer(  # noqa: C901 - a class inside a function
         addresses, or leave the producer waiting.
         """
 
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            """Leave out gossip and mingle: an odd event of another worker would end this one."""
+            options["worker_options"] |= {"without_gossip": True, "without_mingle": True}
+            super().__init__(*arguments, **options)
+
         def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Message], Any]:
             """Return the function that takes each message from the broker."""
             handle = super().create_task_handler(*arguments, **options)
