@@ -69,11 +69,12 @@ _UNSUPPORTED: Final = (
     (re.compile(r"\.(?:reshape_weight|set_weight)$"), "a weight's replacement"),
 )
 
+_PEFT: Final = re.compile(r"\.lora_(?:[AB]|magnitude_vector)\b|^base_model\.model\.")
 # The tool that names tensors so; the first match counts. Only for receipts.
 _FORMATS: Final = (
     (re.compile(r"^lycoris_"), "lycoris"),
     (re.compile(r"^(?:diffusion_model|model\.diffusion_model|text_encoders)\."), "comfyui"),
-    (re.compile(r"\.lora_(?:[AB]|magnitude_vector)\b"), "peft"),
+    (_PEFT, "peft"),
     (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.(?:up|down)\.weight$"), "diffusers"),
     (re.compile(r"^lora_(?:unet|te\d?|transformer)_\w+\."), "kohya"),
     (re.compile(r"^(?:lora_)?(?:unet|transformer|te\d|clip_[lg])\."), "onetrainer"),
@@ -112,6 +113,11 @@ def parse_key(name: str) -> Key | None:
         if found := pattern.match(name):
             return Key(found[1], part or found[2])
     return None
+
+
+def is_peft(name: str) -> bool:
+    """Return whether a tensor is named as peft does, which keeps alpha in another place."""
+    return _PEFT.search(name) is not None
 
 
 def unsupported_kind(name: str) -> str | None:

