@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,7 @@ class Reader:
             ranks=tuple(sorted({parsed.rank for parsed in modules.values() if parsed.rank})),
             modules=dict(Counter(component for component, _ in modules)),
             unmatched=tuple(sorted(unmatched)),
-            other_base=self._other_base(header),
+            other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
             batches=tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)),
             deltas=tuple(deltas),
@@ -199,12 +199,12 @@ class Reader:
                 )
             else:
                 found[module][key.part] = name
+        for module in [module for module, parts in found.items() if parts.keys() == {"alpha"}]:
+            unmatched += found.pop(module).values()
         if found:
             return found, unmatched
         if not any(map(key_names.parse_key, header.tensors)):
-            raise _Refusal(
-                f"not a LoRA that this worker reads: {key_names.summary(header.tensors)}"
-            )
+            raise _Refusal(base_model.not_a_lora(header))
         raise _Refusal(
             self._detect_base_model(header)
             or f"none of its modules is in the resident model: {key_names.summary(header.tensors)}"
@@ -232,19 +232,26 @@ class Reader:
             raise _Refusal(message) from None
         return modules
 
-    def _other_base(self, header: Header) -> str:
-        """Return a clause if the file fits and its header names another base model."""
-        detected = base_model.detect_base_model(header)
-        if detected and self._family and detected.family != self._family:
-            return detected.clause
-        return ""
+    def _other_base(self, header: Header, modules: Iterable[Module]) -> str:
+        """Return a clause if the header names another base model, and no layer shows this one.
+
+        The self-attention of some blocks has the same shapes in several families.
+        """
+        shows_this_base = any(
+            component == "text_encoder_2" or base_model.CROSS_ATTENTION.search(module)
+            for component, module in modules
+        )
+        origin = base_model.detect_by_metadata(header)
+        if origin is None or shows_this_base or self._family in (None, origin.family):
+            return ""
+        return origin.clause
 
     def _detect_base_model(self, header: Header) -> str:
         """Return the base model of the file in words, for a message; empty if it is not known.
 
         For example `made for SD 1.x: cross-attention width 768, the resident model has 2048`.
         """
-        if origin := base_model.detect_by_layer_names(header.tensors):
+        if origin := base_model.detect_by_layer_names(header):
             return origin.clause
         resident = self._text_width
         width = base_model.text_width(header.tensors)
@@ -253,6 +260,8 @@ class Reader:
             widths = f"cross-attention width {width}, the resident model has {resident}"
             return f"made for {family}: {widths}"
         origin = base_model.detect_by_metadata(header)
+        if origin is None:
+            origin = base_model.detect_by_blocks(header.tensors)
         if origin and origin.family != base_model.WIDTHS.get(resident):
             return origin.clause
         return ""

@@ -198,7 +198,7 @@ def test_unmatched_tensors_are_refused_or_listed_and_the_rest_is_used(
     alone = read(model, write(tmp_path / "a", kohya_lora()))
     path = write(tmp_path / "b", kohya_lora() | unmatched)
 
-    assert min(unmatched)[:60] in refusal(model, path)
+    assert min(unmatched)[-40:] in refusal(model, path)
     lora = read(model, path)
 
     assert lora.unmatched == tuple(sorted(unmatched))
