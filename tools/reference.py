@@ -20,6 +20,7 @@ from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
 from zlora.schema import (
+    NO_CONFIG,
     TIMED_PHASES,
     Asset,
     Cancellation,
@@ -208,8 +209,10 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
         case types.UnionType(found):
             (inner,) = (item for item in found if not isinstance(item, types.NoneType))
             text = f"{_type_name(inner, choices)}, or null"
-        case types.StrType(pattern=str()):  # the only one is that of a sha256
+        case types.StrType(pattern=str(pattern)):  # the only ones are those of a sha256
             text = "text, 64 hexadecimal digits"
+            if NO_CONFIG in pattern:
+                text += f" or `{NO_CONFIG}`"
         case types.StrType(max_length=most):
             text = f"text, at most {most:,} characters" if most else "text"
         case types.IntType() | types.FloatType():

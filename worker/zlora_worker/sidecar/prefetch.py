@@ -140,7 +140,7 @@ def _job_of(message: QueuedMessage, now: float) -> _Job | None:
     submitted = message.submitted_at(now)
     if submitted is None:
         submitted = now
-    return _Job(job_id, submitted, tuple(spec.file for spec in request.loras))
+    return _Job(job_id, submitted, tuple(spec.file for spec in request.loras if spec.is_used))
 
 
 def _work(prefetcher: Prefetcher, settings: Settings, beat: Callable[[], None]) -> None:
