@@ -292,7 +292,11 @@ class Delivery:
         self._child.urls.require(request)
         if "begun" not in claim.record and self._has_expired(claim):
             raise expired(self._job_id)
-        claim.raise_if_poisoned(self._job_id)
+        claim.raise_if_poisoned(
+            self._job_id,
+            max_attempts=self._child.max_attempts,
+            max_losses=self._child.max_losses,
+        )
 
     def _has_expired(self, claim: Claim) -> bool:
         """Return whether the job had to start earlier, by Redis's clock.
