@@ -20,6 +20,7 @@ from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
 from zlora.schema import (
+    NO_CONFIG,
     TIMED_PHASES,
     Asset,
     Cancellation,
@@ -61,8 +62,10 @@ def settings_page() -> str:
         Workers read all of these environment variables. Clients read `ZLORA_BROKER_URL`,
         `ZLORA_RESULT_BACKEND`, `ZLORA_HOME`, `ZLORA_QUEUE` and `ZLORA_PROMPTS`, and with
         `preflight` also `ZLORA_ALLOW_HOSTS`, `ZLORA_CA_BUNDLE`, `ZLORA_HF_ENDPOINT` and
-        `ZLORA_CIVITAI_URL`. Receivers of webhooks read `ZLORA_WEBHOOK_SECRET`. If a row has several
-        names, the first that is set counts.
+        `ZLORA_CIVITAI_URL`. Receivers of webhooks read `ZLORA_WEBHOOK_SECRET`. Commands that save
+        images also read `ZLORA_IMAGE_HOSTS`, the only hosts from which they take images:
+        `host` or `host:port`, comma-separated. If a row has several names, the first that is set
+        counts.
 
         Each variable except `ZLORA_HOME` can also be given as a file, as secrets are mounted in
         containers: `ZLORA_BROKER_URL_FILE=/run/secrets/broker_url`.
@@ -206,8 +209,10 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
         case types.UnionType(found):
             (inner,) = (item for item in found if not isinstance(item, types.NoneType))
             text = f"{_type_name(inner, choices)}, or null"
-        case types.StrType(pattern=str()):  # the only one is that of a sha256
+        case types.StrType(pattern=str(pattern)):  # the only ones are those of a sha256
             text = "text, 64 hexadecimal digits"
+            if NO_CONFIG in pattern:
+                text += f" or `{NO_CONFIG}`"
         case types.StrType(max_length=most):
             text = f"text, at most {most:,} characters" if most else "text"
         case types.IntType() | types.FloatType():

@@ -17,7 +17,7 @@ from zlora.broker.protocol import Broker
 from zlora.broker.redis import RedisBroker
 from zlora.client import Client, Options, Request
 from zlora.errors import BrokerUnavailable
-from zlora.handle import JobHandle, Wait, has_ended
+from zlora.handle import JobHandle, has_ended
 from zlora.lora.preflight import Preflight
 from zlora.schema import QUEUE, Cancellation, GenerateResult, JobStatus
 
@@ -32,13 +32,17 @@ class AsyncClient:
     """`Client` for asyncio. One client may be used in several event loops."""
 
     def __init__(
-        self, broker: Broker | str, *, preflight: Callable[[], Preflight] = Preflight
+        self,
+        broker: Broker | str,
+        *,
+        preflight: Callable[[], Preflight] = Preflight,
+        resubmit: bool = False,
     ) -> None:
         """See `Client`."""
         if isinstance(broker, str):
             broker = RedisBroker(broker)
         self._broker = broker
-        self._client = Client(broker, preflight=preflight)
+        self._client = Client(broker, preflight=preflight, resubmit=resubmit)
         self._senders = _Threads(_SENDERS, "zlora-send")
         self._lookers = _Threads(_LOOKERS, "zlora-look")
 
@@ -50,18 +54,25 @@ class AsyncClient:
         result_backend: str | None = None,
         queue: str = QUEUE,
         prompts: str = "shown",
+        wait_replicas: int = 0,
         preflight: Callable[[], Preflight] = Preflight,
+        resubmit: bool = False,
     ) -> Self:
         """See `Client.from_url`."""
         broker = RedisBroker(
-            broker_url, result_backend=result_backend, queue=queue, prompts=prompts
+            broker_url,
+            result_backend=result_backend,
+            queue=queue,
+            prompts=prompts,
+            wait_replicas=wait_replicas,
         )
-        return cls(broker, preflight=preflight)
+        return cls(broker, preflight=preflight, resubmit=resubmit)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+    def from_env(cls, environ: Mapping[str, str] = os.environ, *, resubmit: bool = False) -> Self:
         """See `Client.from_env`."""
-        return cls(RedisBroker.from_env(environ), preflight=partial(Preflight.from_env, environ))
+        preflight = partial(Preflight.from_env, environ)
+        return cls(RedisBroker.from_env(environ), preflight=preflight, resubmit=resubmit)
 
     async def __aenter__(self) -> Self:
         return self
@@ -134,7 +145,7 @@ class AsyncJobHandle:
 
     async def events(self, timeout: float | None = None) -> AsyncGenerator[JobStatus, None]:  # noqa: ASYNC109
         """See `JobHandle.events`."""
-        wait, last = Wait(self._broker, self.id, timeout), None
+        wait, last = self._handle.make_wait(timeout), None
         with self._watched() as news:
             while True:
                 news.clear()
@@ -148,7 +159,7 @@ class AsyncJobHandle:
 
     async def result(self, timeout: float | None = None) -> GenerateResult:  # noqa: ASYNC109
         """See `JobHandle.result`."""
-        wait = Wait(self._broker, self.id, timeout)
+        wait = self._handle.make_wait(timeout)
         with self._watched() as news:
             while (found := await self._threads.run(wait.result)) is None:
                 await _wait_for(news, wait.pause())

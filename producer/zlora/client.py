@@ -56,16 +56,22 @@ class Client:
     """Submits jobs, and waits for them without polling. Threads may share a client."""
 
     def __init__(
-        self, broker: Broker | str, *, preflight: Callable[[], Preflight] = Preflight
+        self,
+        broker: Broker | str,
+        *,
+        preflight: Callable[[], Preflight] = Preflight,
+        resubmit: bool = False,
     ) -> None:
         """Take a broker, or the URL of a Redis (`from_url` has more options).
 
-        `preflight` is called for the first job that wants its LoRAs checked.
+        `preflight` is called for the first job that wants its LoRAs checked. With `resubmit` a
+        handle that waits for its job submits it again if Redis has lost it (`JobVanished`).
         """
         if isinstance(broker, str):
             broker = RedisBroker(broker)
         self._broker: Broker = broker
         self._make_preflight = preflight
+        self._resubmit = resubmit
 
     @classmethod
     def from_url(
@@ -75,25 +81,33 @@ class Client:
         result_backend: str | None = None,
         queue: str = QUEUE,
         prompts: str = "shown",
+        wait_replicas: int = 0,
         preflight: Callable[[], Preflight] = Preflight,
+        resubmit: bool = False,
     ) -> Self:
         """Connect to Redis, at the first use. The result backend is the broker by default.
 
         `prompts` says what tools that watch the queue, such as Flower, see: "shown" or "hashed".
-        Raises `InvalidSetting` if a URL is not a single Redis that Celery can open.
+        A submission is complete once that many replicas have it (`wait_replicas`). Raises
+        `InvalidSetting` if a URL is not a single Redis, or its Sentinels, that Celery can open.
         """
         broker = RedisBroker(
-            broker_url, result_backend=result_backend, queue=queue, prompts=prompts
+            broker_url,
+            result_backend=result_backend,
+            queue=queue,
+            prompts=prompts,
+            wait_replicas=wait_replicas,
         )
-        return cls(broker, preflight=preflight)
+        return cls(broker, preflight=preflight, resubmit=resubmit)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Connect by `ZLORA_BROKER_URL`, `_RESULT_BACKEND`, `_QUEUE` and `_PROMPTS`.
+    def from_env(cls, environ: Mapping[str, str] = os.environ, *, resubmit: bool = False) -> Self:
+        """Connect by `ZLORA_BROKER_URL`, `_RESULT_BACKEND`, `_QUEUE`, `_PROMPTS`, `_WAIT_REPLICAS`.
 
         Without a URL the broker is that of a running `zlora up`, or Redis on this machine.
         """
-        return cls(RedisBroker.from_env(environ), preflight=partial(Preflight.from_env, environ))
+        preflight = partial(Preflight.from_env, environ)
+        return cls(RedisBroker.from_env(environ), preflight=preflight, resubmit=resubmit)
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +191,11 @@ class Client:
             if jobs.setdefault(name, job).digest != job.digest:
                 raise Conflict.of(name)
         self._broker.put(list(jobs.values()))
-        return [JobHandle(name, self._broker) for name in names]
+        return [self._handle(jobs[name]) for name in names]
+
+    def _handle(self, job: NewJob) -> JobHandle:
+        submit_again = partial(self._broker.put, [job]) if self._resubmit else None
+        return JobHandle(job.job_id, self._broker, is_submitted=True, submit_again=submit_again)
 
     @cached_property
     def _preflight(self) -> Preflight:

@@ -18,15 +18,19 @@ import msgspec
 import redis
 
 from zlora import config
+from zlora.broker.job_store import connect
 from zlora.child_process import end_with_parent
 from zlora.errors import StackError
 from zlora.files import write_atomically
+from zlora.temporary_folder import temporary_folder
 from zlora.webhook import new_secret
 
 _PROBES: Final = "ZLORA_PROBES"  # the worker writes the file `ready` there when its model is loaded
 _WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
+_BROKER_PATIENCE: Final = 3.0  # seconds without an answer of the broker until the worker is killed
 _SERVER_GRACE: Final = 10.0  # seconds for the broker to start, and for it and Flower to end
 _MAX_TMPDIR: Final = 80  # bytes; the path of a socket has at most 107
+_LOOK: Final = 0.5  # seconds between two looks at a process that is to end
 _LAST_LINES: Final = 12  # of a log, in the error of a process that has ended
 _MAX_TAIL: Final = 10_000  # bytes of them
 
@@ -64,7 +68,7 @@ class EmbeddedStack:
             name = f"zlora-{os.getpid()}@%h"  # several stacks may share a broker
             quiet = ("--without-gossip", "--without-mingle")
             worker = _celery("worker", "--loglevel", "INFO", "-n", name, *quiet)
-            self._start("worker", worker, grace=_WORKER_GRACE)
+            self._start("worker", worker, grace=_WORKER_GRACE, needs=self.broker_url)
             if self.flower_port is not None:
                 address = ("--address=127.0.0.1", f"--port={self.flower_port}")
                 self._start("flower", _celery("flower", *address), grace=_SERVER_GRACE)
@@ -109,15 +113,15 @@ class EmbeddedStack:
         """Complete the variables of the child processes, and start a broker if there is none."""
         # A socket's path is short: the data folder's may be too long for it, and so may TMPDIR.
         is_short = len(os.fsencode(tempfile.gettempdir())) < _MAX_TMPDIR
-        folder = tempfile.TemporaryDirectory(prefix="zlora-", dir=None if is_short else "/tmp")  # noqa: S108 - mkdtemp makes it private
+        folder = temporary_folder("zlora-", parent=None if is_short else "/tmp")  # noqa: S108 - private
         temporary = self._children.enter_context(folder)
         if not self.environ.get(_PROBES):
-            self.environ[_PROBES] = temporary
+            self.environ[_PROBES] = str(temporary)
         Path(self.environ[_PROBES], "ready").unlink(missing_ok=True)  # of a worker that was killed
 
         explicit = config.value_of(self.environ, config.BROKER_URL)
         self.environ.pop(f"{config.BROKER_URL}_FILE", None)
-        self.environ[config.BROKER_URL] = explicit or self._broker(Path(temporary, "broker.sock"))
+        self.environ[config.BROKER_URL] = explicit or self._broker(temporary / "broker.sock")
         # Workers of an explicit broker may run elsewhere: only their operator knows one secret.
         if not explicit and not config.value_of(self.environ, config.WEBHOOK_SECRET):
             self.environ.pop(f"{config.WEBHOOK_SECRET}_FILE", None)
@@ -161,8 +165,13 @@ class EmbeddedStack:
         self._children.callback(_forget, record, url)
         return url
 
-    def _start(self, name: str, command: list[str], *, grace: float) -> "subprocess.Popen[bytes]":
-        """Start a child process in its own session, so that Ctrl-C does not reach it."""
+    def _start(
+        self, name: str, command: list[str], *, grace: float, needs: str = ""
+    ) -> "subprocess.Popen[bytes]":
+        """Start a child process in its own session, so that Ctrl-C does not reach it.
+
+        It has `grace` seconds to end; less without the broker that it `needs`.
+        """
         # If this process is killed, the broker closes its append-only file. A worker would wait for
         # that broker for ever after a SIGTERM, so it is killed.
         at_death = signal.SIGTERM if name == "broker" else signal.SIGKILL
@@ -180,7 +189,7 @@ class EmbeddedStack:
                 preexec_fn=end_with_parent(at_death),  # noqa: PLW1509
             )
         self._running[name] = child
-        self._children.callback(_stop, child, grace)
+        self._children.callback(_stop, child, grace, needs)
         return child
 
 
@@ -222,16 +231,23 @@ def _server_binary() -> str:
     return str(get_binary_path())
 
 
-def _stop(child: "subprocess.Popen[bytes]", grace: float) -> None:
+def _stop(child: "subprocess.Popen[bytes]", grace: float, needs: str) -> None:
     if child.poll() is None:
         child.terminate()
+    now = answered = time.monotonic()
+    end = now + grace
     try:
-        child.wait(grace)
-    except BaseException as error:  # also a second Ctrl-C: no child process may be left
-        child.kill()
-        child.wait()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
+        # Without a broker a worker can end neither its job nor itself.
+        while child.poll() is None and now < end and now - answered < _BROKER_PATIENCE:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_LOOK)
+            now = time.monotonic()
+            if not needs or _answers(needs):
+                answered = now
+    finally:
+        if child.poll() is None:  # also after a second Ctrl-C: no child process may be left
+            child.kill()
+            child.wait()
 
 
 def _forget(record: Path, url: str) -> None:
@@ -246,9 +262,11 @@ def _socket_of(url: str) -> Path:
 
 
 def _answers(url: str) -> bool:
-    client: Any = redis.Redis(unix_socket_path=str(_socket_of(url)), socket_timeout=2)
+    client: Any = connect(url)
     try:
         with client:
             return bool(client.ping())
     except (redis.ConnectionError, redis.TimeoutError):
         return False
+    except redis.ResponseError:  # an account that may not ask, for instance
+        return True

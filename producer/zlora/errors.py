@@ -29,6 +29,7 @@ ZloraError
 ├── JobExpired
 ├── JobRevoked
 ├── JobUnknown
+│   └── JobVanished
 ├── Conflict
 ├── InvalidWebhook
 ├── InvalidSetting
@@ -273,6 +274,13 @@ class JobUnknown(ZloraError):
     """No job has this id, or nothing is known of it any more."""
 
     code = "unknown"
+
+
+class JobVanished(JobUnknown):
+    """Redis has lost the job, by a fail-over for instance: submit it again under the same id."""
+
+    code = "job_unknown"
+    retryable = True
 
 
 class Conflict(ZloraError):

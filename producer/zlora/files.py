@@ -1,8 +1,20 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that can be read without waiting."""
 
+import errno
 import os
 import secrets
+import stat
 from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; raise `OSError`, also for a pipe, which could block, or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:

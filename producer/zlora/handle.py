@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial
 from typing import Final, TypeVar
 
 from celery.states import READY_STATES
@@ -18,6 +19,7 @@ from zlora.errors import (
     JobExpired,
     JobRevoked,
     JobUnknown,
+    JobVanished,
     ResultTimeout,
     ZloraError,
 )
@@ -39,6 +41,7 @@ _POSITION_PAUSE: Final = 2.0  # seconds between two looks at a position, which i
 _OUTAGE: Final = 30.0  # seconds that a wait outlasts an outage of Redis, such as a restart
 _OUTAGE_MARGIN: Final = 0.1  # seconds after an outage has lasted too long until the wait ends
 _RETRY_PAUSE: Final = 1.0  # seconds until the next look after a failed one
+_VANISHED: Final = 3.0  # seconds without a record of a job until it counts as lost
 # Seconds until a look without a notification: the first, doubled each time up to the last.
 _LOOK_PAUSES: Final = (10.0, 160.0)
 
@@ -46,9 +49,20 @@ _LOOK_PAUSES: Final = (10.0, 160.0)
 class JobHandle:
     """A submitted job. Many threads may wait: one connection of the client notifies all."""
 
-    def __init__(self, job_id: str, broker: Broker) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        broker: Broker,
+        *,
+        is_submitted: bool = False,
+        submit_again: Callable[[], None] | None = None,
+    ) -> None:
+        """Take `is_submitted` if the broker has had the job; see `Wait`."""
         self.id = job_id  # also the task id and part of the object keys
         self._broker = broker
+        self.make_wait: Callable[[float | None], Wait] = partial(
+            Wait, broker, job_id, is_submitted=is_submitted, submit_again=submit_again
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r})"
@@ -68,7 +82,7 @@ class JobHandle:
         A slow reader misses states in between, but never the end. Raises `ResultTimeout` or
         `BrokerUnavailable` as `result` does. A job that fails is a status, not an error.
         """
-        wait, last, news = Wait(self._broker, self.id, timeout), None, threading.Event()
+        wait, last, news = self.make_wait(timeout), None, threading.Event()
         with self._broker.watch(self.id, news.set):
             while True:
                 news.clear()
@@ -86,12 +100,13 @@ class JobHandle:
         Raises the error of the job, or `ResultTimeout`. An id that no client submitted is waited
         for too, since any Celery program may send it later; it raises `JobUnknown` at the end if a
         worker says that it has no result. A restart of Redis is outlasted; `BrokerUnavailable` is
-        raised if Redis does not answer for longer.
+        raised if Redis does not answer for longer. `JobVanished` is raised if Redis has lost the
+        job, unless the client submits it again (`resubmit`).
 
         If presigned URLs have expired, a worker is asked for new ones, for up to two seconds;
         without a reply the result has the old ones.
         """
-        wait, news = Wait(self._broker, self.id, timeout), threading.Event()
+        wait, news = self.make_wait(timeout), threading.Event()
         if (found := wait.result()) is not None:
             return found
         with self._broker.watch(self.id, news.set):
@@ -124,14 +139,30 @@ class Wait:
     seconds.
     """
 
-    def __init__(self, broker: Broker, job_id: str, timeout: float | None) -> None:
-        """Wait for up to `timeout` seconds; raise `InvalidRequest` if that is not a number."""
+    def __init__(
+        self,
+        broker: Broker,
+        job_id: str,
+        timeout: float | None,
+        *,
+        is_submitted: bool = False,
+        submit_again: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait for up to `timeout` seconds; raise `InvalidRequest` if that is not a number.
+
+        `submit_again` is called if Redis has lost the job. A job that was not submitted by this
+        process counts as lost only if this wait has seen it before.
+        """
         if timeout is None:
             timeout = math.inf
         if not isinstance(timeout, int | float) or math.isnan(timeout):
             raise invalid("timeout", timeout, "Expected seconds, or None")
         self._broker, self._job_id, self._timeout = broker, job_id, timeout
-        self._end = time.monotonic() + timeout
+        self._begin = time.monotonic()
+        self._end = self._begin + timeout
+        self._was_seen, self._submit_again = is_submitted, submit_again
+        self._missing_since: float | None = None  # on the monotonic clock
+        self._losses = broker.losses()
         self._failing_since: float | None = None  # on the monotonic clock
         self._has_looked = False
         self._is_absent = False  # a worker has said that it has no manifest of this job
@@ -140,13 +171,16 @@ class Wait:
 
     def status(self) -> JobStatus | None:
         """Return the status, or None during an outage; raise as `JobHandle.events`."""
-        status = self._look(lambda: _read_status(self._broker, self._job_id))
+        self._manifest_due = 0.0
+        status = self._look(self._read_status)
         if self._is_over() and not has_ended(status):
             raise self._no_result()
         return status
 
     def result(self) -> GenerateResult | None:
         """Return the result, or None if there is none yet; raise as `JobHandle.result`."""
+        if self._losses != (losses := self._broker.losses()):
+            self._losses, self._manifest_due = losses, 0.0  # jobs may be lost with a connection
         asks_worker = time.monotonic() >= self._manifest_due
         if asks_worker:
             self._manifest_due = time.monotonic() + self._look_pause
@@ -163,7 +197,7 @@ class Wait:
             pauses[1] = max(0.0, self._manifest_due - time.monotonic())
         if last is not None and last.position is not None:
             pauses.append(_POSITION_PAUSE)
-        if outage := self._broker.outage():
+        if outage := self._outage():
             pauses.append(max(0.0, _OUTAGE - outage) + _OUTAGE_MARGIN)
         elif self._failing_since:
             pauses.append(_RETRY_PAUSE)
@@ -175,13 +209,18 @@ class Wait:
     def _is_over(self) -> bool:
         return time.monotonic() >= self._end
 
+    def _outage(self) -> float:
+        """Seconds of this wait without Redis; infinity if the client is closed."""
+        outage = self._broker.outage()
+        return outage if outage == math.inf else min(outage, time.monotonic() - self._begin)
+
     def _look(self, read: Callable[[], T]) -> T | None:
         """Return what `read` returns, or None if Redis does not answer, which may pass.
 
         Raises `BrokerUnavailable` if that lasts for too long, or the wait is over.
         """
         # Thousands may wait: the listener finds out for all of them whether Redis is back.
-        outage = self._broker.outage() if self._has_looked else 0.0
+        outage = self._outage() if self._has_looked else 0.0
         self._has_looked = True
         if outage:
             if self._is_over() or outage > _OUTAGE:
@@ -202,6 +241,14 @@ class Wait:
         self._failing_since = None
         return found
 
+    def _read_status(self) -> JobStatus:
+        status = _read_status(self._broker, self._job_id)
+        if status.state is JobState.UNKNOWN:
+            self._miss()
+        else:
+            self._was_seen, self._missing_since = True, None
+        return status
+
     def _read_result(self, *, asks_worker: bool) -> GenerateResult | None:
         meta = self._broker.task_meta(self._job_id)
         if meta.state == JobState.SUCCESS:
@@ -210,18 +257,42 @@ class Wait:
             return self._with_valid_urls(result)
         if meta.state in READY_STATES:
             raise error_of(self._job_id, meta)
-        if meta.state != JobState.PENDING or not asks_worker:
+        if meta.state != JobState.PENDING:
+            self._was_seen, self._missing_since = True, None
+            return None
+        if not asks_worker:
             return None
         # Celery's result has expired, or is still to come.
         queued = self._broker.queue_status(self._job_id)
         if queued.verdict is not None:
             raise queued.verdict
         if queued.is_open:
-            self._is_absent = False
+            self._is_absent, self._was_seen, self._missing_since = False, True, None
             return None
         found = _manifest(self._broker, self._job_id, self._left())
+        if isinstance(found, GenerateResult):
+            return found
         self._is_absent = found is NoManifest.ABSENT
-        return found if isinstance(found, GenerateResult) else None
+        self._miss()
+        return None
+
+    def _miss(self) -> None:
+        """Note that Redis knows nothing of the job; if it was known, and this lasts, it is lost.
+
+        One look is not enough: the worker of a running job reports it to the new primary soon.
+        """
+        if not self._was_seen or self._broker.queue_status(self._job_id).is_recorded:
+            return
+        now = time.monotonic()
+        self._manifest_due = now + _VANISHED
+        if self._missing_since is None:
+            self._missing_since = now
+        elif now - self._missing_since >= _VANISHED:
+            if self._submit_again is None:
+                message = f"Redis has lost job {self._job_id}: submit it again under the same id"
+                raise JobVanished(message, {"job_id": self._job_id})
+            self._submit_again()
+            self._missing_since = None
 
     def _with_valid_urls(self, result: GenerateResult) -> GenerateResult:
         """Return the result with new URLs, if its own have expired and a worker replies in time."""

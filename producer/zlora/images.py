@@ -4,14 +4,15 @@ import base64
 import hashlib
 import http.client
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from zlora import config
 from zlora.errors import ImageUnavailable
-from zlora.files import write_atomically
+from zlora.files import open_regular, write_atomically
 from zlora.redaction import printable, without_secrets
 from zlora.schema import CONTENT_TYPES, GenerateResult, ImageRef, check_job_id
 
@@ -21,17 +22,19 @@ if TYPE_CHECKING:  # urllib.request takes 40 ms to import, and most programs fet
 _CHUNK: Final = 65_536  # bytes
 
 
-def save(result: GenerateResult, folder: Path) -> list[Path]:
+def save(
+    result: GenerateResult, folder: Path, *, hosts: Collection[str] | None = None
+) -> list[Path]:
     """Write the images to `<folder>/<job id>-<index>.<format>` and return the files in order.
 
-    Makes the folder, replaces files, and writes each file whole or not at all. Raises
-    `ImageUnavailable`, and `OSError` if the folder cannot be written.
+    `hosts` are those of `read`. Makes the folder, replaces files, and writes each file whole or not
+    at all. Raises `ImageUnavailable`, and `OSError` if the folder cannot be written.
     """
     files = paths(result, folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path, image in zip(files, result.images, strict=True):
         try:
-            data = read(image)
+            data = read(image, hosts=hosts)
         except ImageUnavailable as error:
             error.add_details(job_id=result.job_id)
             raise
@@ -51,13 +54,20 @@ def paths(result: GenerateResult, folder: Path) -> list[Path]:
     return found
 
 
-def read(image: ImageRef, *, timeout: float = 30.0, deadline: float = 300.0) -> bytes:
+def read(
+    image: ImageRef,
+    *,
+    timeout: float = 30.0,
+    deadline: float = 300.0,
+    hosts: Collection[str] | None = None,
+) -> bytes:
     """Return the bytes of an image from its `data_uri`, else from its `url`.
 
     The URL may be `http`, `https`, `file` or `data`; the first two use the proxies of the
-    environment. A server may be silent for `timeout` seconds; the whole image may take `deadline`
-    seconds. Raises `ImageUnavailable`, also if the bytes do not have the size and the sha256 that
-    the result names.
+    environment. With `hosts`, each a `host` or `host:port` in lower case, no other host is opened,
+    also by a redirect. A server may be silent for `timeout` seconds; the whole image may take
+    `deadline` seconds. Raises `ImageUnavailable`, also if the bytes do not have the size and the
+    sha256 that the result names.
     """
     end = time.monotonic() + deadline
     address = image.data_uri or image.url
@@ -69,7 +79,7 @@ def read(image: ImageRef, *, timeout: float = 30.0, deadline: float = 300.0) -> 
         shown = "the inline image"
     data = bytearray()
     try:
-        with closing(_chunks(address, timeout)) as chunks:
+        with closing(_chunks(address, timeout, hosts)) as chunks:
             for chunk in chunks:
                 data += chunk
                 if len(data) > image.size or time.monotonic() > end:
@@ -84,7 +94,7 @@ def read(image: ImageRef, *, timeout: float = 30.0, deadline: float = 300.0) -> 
     return bytes(data)
 
 
-def _chunks(address: str, timeout: float) -> Generator[bytes]:
+def _chunks(address: str, timeout: float, hosts: Collection[str] | None) -> Generator[bytes]:
     match urlsplit(address).scheme:
         case "data":  # RFC 2397
             media_type, _, data = address.partition(",")
@@ -93,23 +103,36 @@ def _chunks(address: str, timeout: float) -> Generator[bytes]:
             else:
                 yield unquote_to_bytes(data)
         case "file":
-            with Path(unquote(urlsplit(address).path)).open("rb") as file:
+            with open_regular(Path(unquote(urlsplit(address).path))) as file:
                 while chunk := file.read(_CHUNK):
                     yield chunk
         case "http" | "https":
-            with _opener().open(address, timeout=timeout) as answer:
+            with _opener(hosts).open(address, timeout=timeout) as answer:
                 while chunk := answer.read1(_CHUNK):  # `read` would wait for a full chunk
                     yield chunk
         case scheme:
             raise OSError(None, f"images are not fetched by {printable(scheme)}")
 
 
-def _opener() -> "OpenerDirector":
+def _opener(hosts: Collection[str] | None) -> "OpenerDirector":
     """Return an opener of http and https only; `build_opener` would open files and FTP too."""
     from urllib import request
 
+    class AllowedHosts(request.BaseHandler):
+        """Sees each request before it is sent."""
+
+        def http_request(self, sent: request.Request) -> request.Request:
+            parts = urlsplit(sent.full_url)
+            host = (parts.hostname or "", parts.netloc.rpartition("@")[2].lower())
+            if hosts is not None and not set(host) & set(hosts):
+                raise OSError(None, f"{config.IMAGE_HOSTS} does not list its host")
+            return sent
+
+        https_request = http_request
+
     opener = request.OpenerDirector()
     for handler in (
+        AllowedHosts,
         request.ProxyHandler,
         request.HTTPHandler,
         request.HTTPSHandler,

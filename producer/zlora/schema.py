@@ -20,6 +20,7 @@ MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater int
 MAX_IMAGES: Final = 8
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
+NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exist or is not read
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -51,6 +52,8 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     """Either a URL or a reference to the Cozy hub."""
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
     """SHA-256 that the file must have, in lower-case hex; not checked by default."""
+    config_sha256: Annotated[str, Meta(pattern=r"^(?:none|[0-9a-f]{64})\Z")] | None = None
+    """SHA-256 that the `adapter_config.json` beside the file must have; `none` to read none."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("url", "cozy_ref", "ref") if getattr(self, name) is not None]
@@ -79,8 +82,10 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     """Strength in the UNet; `weight` by default."""
     text_encoder_weight: Weight | None = None
     """Strength in both text encoders; `weight` by default."""
+    alpha: Annotated[float, Meta(gt=0, le=100_000)] | None = None
+    """Alpha of the layers for which the file has none; by default as `adapter_config.json` says."""
     strict: bool = True
-    """Whether to refuse a file of which a tensor fits nowhere in the model; true by default."""
+    """Whether to refuse a file that fits only in part, or names another base; true by default."""
     adapter_name: Annotated[str, Meta(max_length=200)] | None = None
     """Label for the receipt, without any effect; none by default."""
 
@@ -89,6 +94,11 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
         """Weights in the UNet and in the text encoders; by default both are `weight`."""
         unet, text = self.unet_weight, self.text_encoder_weight
         return self.weight if unet is None else unet, self.weight if text is None else text
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a weight is not 0; otherwise the file is not fetched."""
+        return any(self.component_weights)
 
 
 class GenerateRequest(
@@ -220,6 +230,15 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     """Norm of the delta divided by the norm of the weights that it changes."""
     tensors_sha256: str | None = None
     """SHA-256 of the file without its header, which A1111 and Civitai (AutoV3) use as its name."""
+    config_sha256: str | None = None
+    """SHA-256 of the `adapter_config.json` that was used; `none` if none was beside the file."""
+    warnings: tuple[str, ...] = ()
+    """What was assumed about the file, such as `alpha: assumed equal to rank`."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a weight is not 0; otherwise the file was not fetched."""
+        return bool(self.unet_weight or self.text_encoder_weight)
 
 
 class GenerateResult(Struct, frozen=True, kw_only=True):

@@ -214,6 +214,9 @@ class MemoryWorker:
     def outage(self) -> float:
         return 0.0
 
+    def losses(self) -> int:
+        return 0
+
     def close(self) -> None:
         """Do nothing: other clients of this worker go on."""
 
@@ -343,7 +346,8 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
             adapter_name=label(spec.adapter_name),
         )
         receipts.append(receipt)
-        loras.append(msgspec.structs.replace(spec, file=Asset(url=source, sha256=sha256)))
+        file = Asset(url=source, sha256=sha256, config_sha256=spec.file.config_sha256)
+        loras.append(msgspec.structs.replace(spec, file=file))
     return GenerateResult(
         job_id=job_id,
         images=tuple(images),

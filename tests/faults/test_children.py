@@ -47,6 +47,16 @@ def test_job_that_kills_every_child_is_poisoned_and_the_next_is_drawn(scene: Sce
         assert scene.begun(next_one) == 1
 
 
+def test_job_that_exits_or_ends_every_child_by_sigterm_is_poisoned(scene: Scene) -> None:
+    with scene.worker(ZLORA_MAX_ATTEMPTS="2"):
+        for words in (["exit", "exit"], ["end-child", "exit"]):
+            poison = scene.submit(do=words)
+            with pytest.raises(JobPoisoned) as found:
+                poison.result(timeout=60)
+            assert len(found.value.details["attempts"]) == scene.begun(poison) == len(words)
+        assert scene.submit().result(timeout=60).base_intact
+
+
 def test_exit_of_a_child_with_a_changed_base_does_not_count_as_a_death(scene: Scene) -> None:
     """After two deaths and one changed base, the fourth child draws the job."""
     with scene.worker():

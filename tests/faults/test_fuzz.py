@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from faults.mutations import envelope, faulty_messages, mutate, with_headers
+from faults.mutations import envelope, faulty_messages, mutate, with_body, with_headers
 from support.processes import Worker, wait_until
 from support.scene import Scene, request
 from support.servers import lora_bytes, reply, serving
@@ -143,11 +143,13 @@ def test_commands_of_remote_control_that_change_a_worker_are_not_answered(scene:
         control.rate_limit("zlora.generate", "1/h")
         control.add_consumer("elsewhere")
         scene.tally.fault()
+        require_alive(scene, running)
+        odd = with_body({**good_message(scene, "odd"), "headers": {}}, [1])
         with scene.broker() as broker:
-            for garbage in ("[]", "5", "null", '{"body": 1}', "x"):
-                for channel in broker.pubsub_channels():
-                    if "pidbox" in str(channel):
-                        broker.publish(channel, garbage)
+            for garbage in ("[]", "5", "null", '{"body": 1}', "x", json.dumps(odd)):
+                assert broker.publish("/0.celery.pidbox", garbage) == 1
+                # An event of another worker; gossip, which reads events, would end this one.
+                assert broker.publish("/0.celeryev/worker.heartbeat", garbage) == 0
 
         require_alive(scene, running)
         wait_until(lambda: control.ping(timeout=1.0), "the worker answers inspection")

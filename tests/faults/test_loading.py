@@ -1,6 +1,7 @@
 """A worker without a model takes no job, says so, and can be ended while it loads."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -44,13 +45,12 @@ def test_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
         assert len(scene.events("loading")) == 2
 
 
-@pytest.mark.parametrize("fault", ["FAKE_LOAD_FAILS", "FAKE_LOAD_KILLED"])
 def test_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job(
-    scene: Scene, tmp_path: Path, fault: str
+    scene: Scene, tmp_path: Path
 ) -> None:
-    """The new child raises or is killed: the worker exits with 70, and does not load again."""
+    """The worker exits with 70, and does not load again."""
     order = tmp_path / "order"
-    with scene.worker(**{fault: str(order)}) as running:
+    with scene.worker(FAKE_LOAD_FAILS=str(order)) as running:
         handle = scene.submit(steps=10, step=0.1)
         scene.wait_step(handle)
         order.touch()
@@ -62,13 +62,44 @@ def test_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job(
         assert scene.begun(handle) == 2
 
 
-def test_child_that_is_killed_in_the_first_load_ends_the_worker(
+def test_replacement_that_is_killed_while_it_loads_is_replaced(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """There are two more loads at most, so that the order can be taken back in time."""
+    order = tmp_path / "order"
+    with scene.worker(FAKE_LOAD_KILLED=str(order)) as running:
+        handle = scene.submit(steps=10, step=0.1)
+        scene.wait_step(handle)
+        order.touch()
+        scene.kill(scene.child(running))
+        wait_until(lambda: len(scene.events("loading")) > 1, "the replacement loads")
+        order.unlink()
+
+        assert handle.result(timeout=60).base_intact
+        assert scene.begun(handle) == 2
+
+
+def test_three_children_that_are_killed_in_the_first_load_end_the_worker(
     scene: Scene, tmp_path: Path
 ) -> None:
     order = tmp_path / "order"
     order.touch()
     with scene.starting_worker(FAKE_LOAD_KILLED=str(order)) as failing:
         assert failing.process.wait(60) == 70
+    assert "killed while they loaded" in failing.lines("CRITICAL")[0]
+    assert len(scene.events("loading")) == 3
+
+
+def test_child_that_is_killed_once_in_the_first_load_is_replaced(
+    scene: Scene, tmp_path: Path
+) -> None:
+    order = tmp_path / "order"
+    order.touch()
+    with scene.starting_worker(FAKE_LOAD_KILLED=str(order)) as running:
+        wait_until(lambda: scene.events("loading"), "the child loads")
+        order.unlink()
+        running.wait_ready()
+        assert scene.submit(do=["kill-child"]).result(timeout=60).base_intact
 
 
 @pytest.mark.parametrize(
@@ -125,6 +156,33 @@ def test_probe_files_report_whether_jobs_are_taken_and_whether_the_worker_runs(
         running.process.send_signal(signal.SIGTERM)
         running.process.wait(30)
         assert not ready.exists()
+
+
+def test_a_worker_removes_what_a_killed_one_has_left(scene: Scene) -> None:
+    """The folder is made old, since a young one may be another's that is just starting."""
+    place = Path(scene.environ["TMPDIR"])
+    with scene.worker() as killed:
+        pids = (killed.process.pid, killed.sidecar(), scene.child(killed))
+        (left,) = place.glob("zlora-worker-*")
+        scene.kill(killed.process.pid)
+        wait_until(lambda: all(map(has_ended, pids)), "all processes have ended")
+        assert left.exists()
+        os.utime(left / ".lock", (0, 0))
+
+    with scene.worker("two") as ending:
+        assert not left.exists()
+        assert len(list(place.glob("zlora-worker-*"))) == 1
+        ending.process.send_signal(signal.SIGTERM)
+        ending.process.wait(30)
+    assert not list(place.glob("zlora-worker-*"))
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended; its parent may not have noticed."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def wait_touched(file: Path) -> None:

@@ -241,7 +241,15 @@ def test_counts_are_served_while_redis_does_not_answer(watched: Watched, valkey:
         family.name for family in away.families
     } == {
         f"zlora_queue_{name}"
-        for name in ("jobs", "oldest_seconds", "running_jobs", "webhooks", "refused_messages")
+        for name in (
+            "jobs",
+            "oldest_seconds",
+            "running_jobs",
+            "webhooks",
+            "dead_jobs",
+            "refused_messages",
+            "sidecar_faults",
+        )
     }
     assert jobs(away) == jobs(before)
     assert watched.look()("zlora_queue_up", queue=QUEUE) == 1

@@ -17,7 +17,10 @@ from support.s3_proxy import (
     cut_request,
     drop_answer,
     drop_request,
+    html_page,
+    nothing,
     slow_down,
+    unsigned_answer,
 )
 from support.seaweed import BUCKET, client, keys, uploads
 from zlora.errors import StoreFailed
@@ -122,6 +125,54 @@ def test_an_upload_in_parts_through_a_bad_network_is_whole(
     assert proxy.is_harmless
     assert kept(port, key) == store.get(key) == LARGE
     assert uploads(port, f"network/{key}") == []
+
+
+@pytest.mark.parametrize(
+    "met",
+    [
+        ("PUT", html_page, nothing),
+        (r"POST \S+uploads$", html_page, nothing),
+        (r"PUT \S+partNumber=2", html_page, nothing),
+        (r"POST \S+uploadId", html_page, nothing),
+    ],
+    ids=["in one piece", "beginning", "part", "end"],
+)
+def test_a_put_that_another_server_answers_with_success_is_tried_again(
+    store: Store, proxy: S3Proxy, port: int, key: str, met: tuple[Any, ...]
+) -> None:
+    whole = SMALL if met[0] == "PUT" else LARGE
+    proxy.meet(*met)
+
+    assert store.put_new(key, whole, PNG) is True
+
+    assert proxy.is_harmless
+    assert kept(port, key) == whole
+
+
+@pytest.mark.parametrize("fault", [html_page, nothing])
+def test_an_object_of_which_no_answer_is_of_s3_is_neither_stored_nor_read(
+    store: Store, proxy: S3Proxy, port: int, key: str, fault: Fault
+) -> None:
+    proxy.meet("PUT|HEAD", *[fault] * 8)
+    with pytest.raises(StoreFailed, match="cannot be stored"):
+        store.put_new(key, SMALL, PNG)
+    assert keys(port, f"network/{key}") == []
+
+    proxy.meet("GET", *[fault] * 4)
+    with pytest.raises(StoreFailed, match="does not answer as S3"):
+        store.get(key)
+    assert proxy.is_harmless
+
+
+def test_a_server_that_does_not_name_what_it_stored_is_asked_for_it(
+    store: Store, proxy: S3Proxy, port: int, key: str
+) -> None:
+    proxy.meet("PUT", unsigned_answer)
+
+    assert store.put_new(key, SMALL, PNG) is True
+
+    assert [line.split()[0] for line in proxy.asked] == ["PUT", "HEAD"]
+    assert kept(port, key) == SMALL
 
 
 def test_an_upload_whose_id_was_lost_leaves_no_object(

@@ -22,7 +22,7 @@ SHORT_TIMEOUT = 1.5  # seconds of a job, less than the time until another worker
 PARTITION = 6.0  # seconds
 RECOVERS_WITHIN = 60.0  # seconds after the partition
 SHORT = {"ZLORA_VISIBILITY": "2", "ZLORA_SWEEP": "1"}
-POISONED = 3  # deaths of workers after which a job counts as their cause
+POISONED = 3  # one lost worker, and two ended children
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,13 +80,14 @@ def parted(
         assert (idle.audit(), busy.audit()) == (CLEAN, CLEAN)
 
 
-def test_death_of_a_whole_worker_counts_as_the_jobs(scene: Scene) -> None:
+def test_loss_of_a_whole_worker_counts_apart_from_the_end_of_a_child(scene: Scene) -> None:
     """No parent process survives to note the death."""
     poison = scene.submit(do=["kill-worker", "kill-child", "kill-child"])
     with scene.starting_worker(**SHORT) as dying:
         dying.process.wait(30)
 
-    with scene.worker("two", **SHORT), pytest.raises(JobPoisoned) as found:
+    limits = {"ZLORA_MAX_LOSSES": "2", "ZLORA_MAX_ATTEMPTS": "2"}
+    with scene.worker("two", **SHORT | limits), pytest.raises(JobPoisoned) as found:
         poison.result(timeout=60)
     attempts = found.value.details["attempts"]
     assert [attempt["signal"] for attempt in attempts] == [None, "SIGKILL", "SIGKILL"]

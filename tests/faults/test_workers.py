@@ -63,6 +63,24 @@ def test_worker_finishes_its_job_after_sigterm_and_takes_no_other(
         assert queued.result(timeout=30).base_intact
 
 
+def test_worker_finishes_its_job_after_sighup_and_starts_again(scene: Scene) -> None:
+    """Also as `python -m celery`, where `sys.argv` is no command. Nothing is left behind."""
+    with scene.worker() as restarting:
+        handle = scene.submit(steps=10, step=0.1)
+        scene.wait_step(handle)
+        restarting.process.send_signal(signal.SIGHUP)
+        queued = scene.submit()
+
+        assert handle.result(timeout=30).base_intact
+        assert queued.result(timeout=60).base_intact
+        assert [scene.begun(handle), len(scene.events("loaded"))] == [1, 2]
+        assert len(restarting.lines(" ready.")) == 2
+
+        restarting.process.send_signal(signal.SIGTERM)
+        assert restarting.process.wait(30) == 0
+    assert not list(Path(scene.environ["TMPDIR"]).glob("zlora-worker-*"))
+
+
 def test_worker_at_the_end_of_its_shutdown_timeout_puts_its_job_back_at_once(
     scene: Scene,
 ) -> None:

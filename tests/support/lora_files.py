@@ -190,6 +190,31 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
     return changed
 
 
+def saved_by_peft(home: Path, folder: Path, kind: str, options: dict[str, Any]) -> State:
+    """Save a random adapter of the UNet as peft does; return the weights that peft merges."""
+    import peft
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(20260106)
+    unet = UNet2DConditionModel.from_pretrained(tiny_model(home) / "unet", local_files_only=True)
+    targets = ["to_q", "to_k", "ff.net.2", "conv1", "conv_shortcut"]
+    adapted = peft.get_peft_model(unet, getattr(peft, kind)(target_modules=targets, **options))
+    for name, parameter in adapted.named_parameters():
+        if ".lora_magnitude_vector." in name:
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+        elif any(part in name for part in (".lora_", ".hada_", ".lokr_")):
+            parameter.data.normal_(std=0.3)
+    adapted.save_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    merged = adapted.merge_and_unload().state_dict()
+    changed = {}
+    for name, tensor in merged.items():
+        old = before.get(name, before.get(f"{_module(name)}.base_layer.weight"))
+        if old is not None and not torch.equal(tensor, old):
+            changed["unet", name] = tensor
+    return changed
+
+
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 

@@ -72,6 +72,11 @@ class Proxy:
             self._dark = self._down = False
             self._fuse = None
 
+    def lead_to(self, target: int) -> None:
+        """Forward new connections to another port, as a name that belongs to another server."""
+        with self._lock:
+            self._target = target
+
     def break_at(self, pattern: bytes, once: Event | None = None) -> None:
         """Refuse all connections as soon as a client sends bytes that match.
 

@@ -59,6 +59,24 @@ def slow_down(_proxy: "S3Proxy", _request: Request) -> bytes:
     return b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%s" % (len(_SLOW_DOWN), _SLOW_DOWN)
 
 
+def html_page(_proxy: "S3Proxy", request: Request) -> bytes:
+    """Answer with a page and a status of success, as a portal or a proxy does."""
+    page = b"<html><p>It works!<br></html>"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page)
+    return head if request.method == "HEAD" else head + page
+
+
+def nothing(_proxy: "S3Proxy", _request: Request) -> bytes:
+    """Answer with a status of success and no content."""
+    return b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+
+def unsigned_answer(proxy: "S3Proxy", request: Request) -> bytes:
+    """Remove what S3 says about the object that it has stored."""
+    head, body = proxy.forward(request)
+    return re.sub(rb"(?i)(etag|x-amz-checksum-\w+): [^\r]*\r\n", b"", head) + body
+
+
 def drop_request(_proxy: "S3Proxy", _request: Request) -> bytes:
     """Lose the request before the server."""
     raise Broken

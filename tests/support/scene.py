@@ -27,7 +27,6 @@ from zlora.broker.celery_app import shared_config
 from zlora.schema import manifest_key
 
 TESTS: Final = Path(__file__).parents[1]
-_QUIET: Final = ("--without-gossip", "--without-mingle")  # saves a second of each start
 
 
 class Audit(NamedTuple):
@@ -92,7 +91,7 @@ class Scene:
         """Run a worker, and enter the block while it starts."""
         log = self.folder / f"{name}-{uuid.uuid4().hex[:6]}.log"
         with processes.worker(
-            self.environ | variables, log, "-n", f"{name}@%h", *_QUIET, *options
+            self.environ | variables, log, "-n", f"{name}@%h", *options
         ) as running:
             try:
                 yield running

@@ -153,6 +153,13 @@ class Authority:
 
     def server(self, name: str) -> ssl.SSLContext:
         """Return the TLS context of a server with a certificate for `name`."""
+        certificate = self.certificate(name)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+        return context
+
+    def certificate(self, name: str) -> Path:
+        """Return the certificate for `name`; its key is beside it, with the suffix `.key`."""
         certificate = self._folder / f"{name}.pem"
         if not certificate.exists():
             signer = ["-CA", str(self.bundle), "-CAkey", str(self.bundle.with_suffix(".key"))]
@@ -163,9 +170,7 @@ class Authority:
                 "basicConstraints=critical,CA:FALSE",
             ]
             self._make(certificate, f"/CN={name}", *signer, *facts)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, certificate.with_suffix(".key"))
-        return context
+        return certificate
 
     def _make(self, certificate: Path, subject: str, *options: str) -> None:
         kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-days", "2"]

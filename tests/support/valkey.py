@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import redis
 from support.figures import Tally
@@ -39,6 +39,60 @@ class Valkey:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as probe:
             wait_until(lambda: _answers(probe), "the broker answers")
+
+    def follow(self, port: int) -> None:
+        """Become a replica of the server at a port, and wait until its data is here."""
+        with self.client() as connection:
+            connection.replicaof("127.0.0.1", port)
+            wait_until(
+                lambda: connection.info("replication")["master_link_status"] == "up",
+                "the replica has the data of its primary",
+            )
+
+    def promote(self) -> None:
+        """Become a primary."""
+        self._tally.fault()
+        with self.client() as connection:
+            connection.replicaof("NO", "ONE")
+
+    def hand_over(self, replica: "Valkey") -> None:
+        """Change places with a replica, without a loss: connections hold, writes are refused."""
+        self._tally.fault()
+        with self.client() as connection, replica.client() as other:
+            order: Any = connection  # the stubs of redis-py have no types here
+            order.execute_command("FAILOVER", "TO", "127.0.0.1", replica.port)
+            wait_until(
+                lambda: other.info("replication")["role"] == "master", "the replica takes over"
+            )
+
+    @contextmanager
+    def without_disk(self) -> Iterator[None]:
+        """Let each snapshot fail inside the block, after which Redis refuses to write."""
+        self._tally.fault()
+        file = self._folder / "dump.rdb"
+        file.unlink(missing_ok=True)
+        file.mkdir()
+        with self.client() as connection:
+            connection.config_set("save", "86400 1")
+            self._snapshot(connection, "err")
+            try:
+                yield
+            finally:
+                file.rmdir()
+                self._snapshot(connection, "ok")
+                connection.config_set("save", "")
+
+    def _snapshot(self, connection: "redis.Redis", status: str) -> None:
+        connection.bgsave()
+        wait_until(
+            lambda: connection.info("persistence")["rdb_last_bgsave_status"] == status,
+            f"the status of the snapshot is {status}",
+        )
+
+    def set(self, option: str, value: str) -> None:
+        """Change an option of the server, such as `min-replicas-to-write`."""
+        with self.client() as connection:
+            connection.config_set(option, value)
 
     def kill(self) -> None:
         """Kill the server (kill -9) once its append-only file has all that it has answered.

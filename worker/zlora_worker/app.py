@@ -8,6 +8,7 @@ child loads the model.
 import logging
 import os
 import time
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -37,7 +38,8 @@ from zlora_worker.celery_hooks.bootsteps import (
 from zlora_worker.celery_hooks.consumer import job_consumer
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.request import job_request
-from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
+from zlora_worker.celery_hooks.restart import Restart
+from zlora_worker.celery_hooks.sidecar_process import SidecarProcess, count_sidecar
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.result_repr import MAX_SHOWN, ResultPayload
@@ -48,25 +50,27 @@ logger = get_logger(__name__)
 
 try:
     settings = Settings.from_env()
-except InvalidSetting as error:
-    raise SystemExit(f"zlora: {error}") from None
-
-leases = JobLeases(settings.broker_url, settings.queue, result_backend=settings.result_backend)
-runner = JobRunner(leases)
-load_state = LoadState(settings.probes)
-sidecar = SidecarProcess(settings.metrics)
-transport.install(load_state.parent_is_alive)
-
-app = IsolatedCelery(
-    "zlora_worker",
-    shared_config(
+    shared = shared_config(
         broker_url=settings.broker_url,
         result_backend=settings.result_backend,
         queue=settings.queue,
         visibility=settings.visibility,
-    ),
-    set_as_current=True,
+    )
+except InvalidSetting as error:
+    raise SystemExit(f"zlora: {error}") from None
+
+restart = Restart()
+leases = JobLeases(settings.broker_url, settings.queue, result_backend=settings.result_backend)
+runner = JobRunner(leases)
+load_state = LoadState(settings.probes, load_timeout=settings.load_timeout)
+sidecar = SidecarProcess(
+    settings.metrics,
+    timeout=settings.sidecar_timeout,
+    count=partial(count_sidecar, leases.impatient, settings.queue),
 )
+transport.install(load_state.parent_is_alive)
+
+app = IsolatedCelery("zlora_worker", shared, set_as_current=True)
 app.conf.update(
     # One child, one model, one GPU. A machine with more GPUs runs more workers.
     worker_pool="prefork",
@@ -85,11 +89,9 @@ app.conf.update(
     worker_proc_alive_timeout=float(settings.load_timeout),
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    # Without it, a result that meets a restart of Redis, or a full Redis, makes a done job fail.
+    # Without it, a result that meets an outage of Redis makes a done job fail.
     result_backend_always_retry=True,
-    result_backend_transport_options={
-        "additional_connection_errors": ["redis.exceptions:OutOfMemoryError"]
-    },
+    result_backend_max_sleep_between_retries_ms=2_000,
     # STARTED would be stored before the lease is held; the job stores PROGRESS at once.
     task_track_started=False,
     worker_send_task_events=True,
@@ -106,7 +108,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-gate = model_gate(load_state, settings)
+gate = model_gate(load_state, restart, settings)
 app.steps["worker"].update(
     (
         gate,

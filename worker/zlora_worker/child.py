@@ -24,6 +24,8 @@ class Child:
     urls: ImageUrls
     job_timeout: int  # seconds, the operator's bound
     meter: Meter
+    max_attempts: int = 3  # child processes that a job may end
+    max_losses: int = 10  # workers that a job may lose
 
     @classmethod
     def open(cls, settings: Settings, meter: Meter) -> Self:
@@ -43,4 +45,6 @@ class Child:
             urls=urls,
             job_timeout=settings.job_timeout,
             meter=meter,
+            max_attempts=settings.max_attempts,
+            max_losses=settings.max_losses,
         )

@@ -1,7 +1,7 @@
 """The story of a job: fetch its LoRAs, merge them, denoise, restore the base model, upload."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -9,13 +9,13 @@ from typing import Final
 
 import msgspec
 from zlora.errors import ZloraError
-from zlora.schema import GenerateRequest, GenerateResult, Phase, digest_of
+from zlora.schema import GenerateRequest, GenerateResult, LoraSpec, Phase, digest_of
 
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import CachedFile
-from zlora_worker.lora_in_use import LoraInUse
+from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
 from zlora_worker.model.pipeline import PipelineState
 from zlora_worker.results.manifest import write_result
 from zlora_worker.results.provenance import JobProvenance, pinned
@@ -56,15 +56,13 @@ def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
     what `progress` raises. The base model is restored and checked in any case.
     """
     request, timer = job.request, PhaseTimer(queued=job.queued)
+    specs = [spec for spec in request.loras if spec.is_used]
 
     # fetch
-    with open_files(child, job, progress) as files:
+    with open_files(child, job, specs, progress) as files:
         timer.end(Phase.FETCH)
         progress(Phase.PARSE, 0, len(files))
-        loras = [
-            LoraInUse.read(child, spec, file)
-            for spec, file in zip(request.loras, files, strict=True)
-        ]
+        loras = [LoraInUse.read(child, spec, file) for spec, file in zip(specs, files, strict=True)]
     timer.end(Phase.PARSE)
 
     drawn_from = provenance(child, job, loras)
@@ -93,10 +91,11 @@ def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
         images = uploader.images(lambda done: progress(Phase.UPLOAD, done, request.num_images))
         timer.end(Phase.TAIL)
 
+    receipts = (lora.receipt(norm) for lora, norm in zip(loras, model.relative_norms, strict=True))
     result = GenerateResult(
         images=images,
         loras=tuple(
-            lora.receipt(norm) for lora, norm in zip(loras, model.relative_norms, strict=True)
+            next(receipts) if spec.is_used else unused_receipt(spec) for spec in request.loras
         ),
         timings=timer.seconds | uploader.seconds,
         base_intact=child.model.state is PipelineState.READY,
@@ -117,11 +116,11 @@ def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
 
 
 def open_files(
-    child: Child, job: Job, progress: Progress
+    child: Child, job: Job, specs: Sequence[LoraSpec], progress: Progress
 ) -> AbstractContextManager[list[CachedFile]]:
     """Open the job's LoRA files in the cache, which keeps them for as long as the block is open."""
     return child.lora_files.files(
-        [spec.file for spec in job.request.loras],
+        [asset_of(spec) for spec in specs],
         since=job.started - (job.queued or 0.0),
         on_bytes=lambda received, expected: progress(Phase.FETCH, received, expected),
     )
@@ -130,10 +129,13 @@ def open_files(
 def provenance(child: Child, job: Job, loras: list[LoraInUse]) -> JobProvenance:
     """Return what draws the job's images again."""
     machine = child.model.machine
+    files = [lora.file for lora in loras]
     return JobProvenance(
         job_id=job.id,
         seed=job.seed,
-        request=pinned(job.request, [(lora.file.source, lora.file.sha256) for lora in loras]),
+        request=pinned(
+            job.request, [(file.source, file.sha256, file.config_sha256) for file in files]
+        ),
         model=child.model.name,
         base_sha256=child.model.base_sha256,
         model_sha256=child.model.file_sha256,

@@ -1,11 +1,12 @@
-"""One LoRA of a running job: what was asked for, its file, its parsed weights, its receipt."""
+"""One LoRA of a running job: its spec, its file, its parsed weights, its receipt."""
 
 import time
 from dataclasses import dataclass
 from typing import Final, Self
 
-from zlora.redaction import label
-from zlora.schema import LoraReceipt, LoraSpec, LoraTier, Phase
+import msgspec
+from zlora.redaction import label, without_secrets
+from zlora.schema import NO_CONFIG, Asset, LoraReceipt, LoraSpec, LoraTier, Phase
 
 from zlora_worker.child import Child
 from zlora_worker.fetch.cache import CachedFile
@@ -14,6 +15,8 @@ from zlora_worker.lora.reader import Lora, require_whole
 
 _UNMATCHED_NAMES: Final = 20  # in a receipt, which travels with each look at the result
 _NAME_LENGTH: Final = 200  # characters of a tensor's name, which the author of the file chose
+_ALPHA_ASSUMED: Final = "alpha: assumed equal to rank"
+_NOT_USED: Final = "weight 0: the file was not fetched"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,16 @@ class LoraInUse:
         Raises `NotSafetensors`, and `LoraMismatch` if the file does not fit the base model.
         """
         start = time.perf_counter()
+        digest = file.sha256  # of everything that the deltas depend on
+        if file.config is not None:
+            digest += f" {file.config_sha256}"
+        if spec.alpha is not None:
+            digest += f" {spec.alpha}"
         parsed, from_memory = child.loras.get(
-            file.sha256,
-            lambda: child.model.reader.read(file.path, digest=file.sha256, source=file.source),
+            digest,
+            lambda: child.model.reader.read(
+                file.path, digest=digest, source=file.source, config=file.config, alpha=spec.alpha
+            ),
         )
         if spec.strict:
             require_whole(parsed, source=file.source)
@@ -83,4 +93,32 @@ class LoraInUse:
             ),
             relative_norm=round(relative_norm, 6),
             tensors_sha256=parsed.tensors_sha256,
+            config_sha256=self.file.config_sha256,
+            warnings=(_ALPHA_ASSUMED,) if parsed.alpha_assumed else (),
         )
+
+
+def unused_receipt(spec: LoraSpec) -> LoraReceipt:
+    """Return the receipt of a LoRA with the weight 0, whose file is not known."""
+    return LoraReceipt(
+        source=without_secrets(spec.file.address),
+        sha256=spec.file.sha256 or "",
+        size=0,
+        format="unknown",
+        ranks=(),
+        unet_weight=0.0,
+        text_encoder_weight=0.0,
+        modules={},
+        tier="memory",
+        milliseconds={},
+        adapter_name=label(spec.adapter_name),
+        relative_norm=0.0,
+        warnings=(_NOT_USED,),
+    )
+
+
+def asset_of(spec: LoraSpec) -> Asset:
+    """Return the file to open; an alpha of the request replaces the configuration beside it."""
+    if spec.alpha is None:
+        return spec.file
+    return msgspec.structs.replace(spec.file, config_sha256=NO_CONFIG)

@@ -89,6 +89,20 @@ class Settings:
         read=parsers.positive,
         note="Seconds that a job may take; also the largest `timeout` that a request may have.",
     )
+    max_attempts: int = _variable(
+        "ZLORA_MAX_ATTEMPTS",
+        default="3",
+        read=parsers.positive,
+        note="Child processes that a job may end, by a crash or a signal for instance, until it "
+        "fails as `poisoned`.",
+    )
+    max_losses: int = _variable(
+        "ZLORA_MAX_LOSSES",
+        default="10",
+        read=parsers.positive,
+        note="Workers that may be lost while they have a job, as with a machine that is switched "
+        "off, until the job fails as `poisoned`.",
+    )
     hard_grace: int = _variable(
         "ZLORA_HARD_GRACE",
         default="30",
@@ -114,6 +128,12 @@ class Settings:
         default="15",
         read=parsers.positive,
         note="Seconds between two searches for jobs whose message is lost.",
+    )
+    sidecar_timeout: int = _variable(
+        "ZLORA_SIDECAR_TIMEOUT",
+        default="60",
+        read=parsers.positive,
+        note="Seconds without a sign of life after which the sidecar is replaced.",
     )
     probes: str = _variable(
         "ZLORA_PROBES",

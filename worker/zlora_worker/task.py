@@ -11,10 +11,26 @@ from celery import Task
 from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
 from redis import RedisError
+from zlora.broker.job_store import Submission
+from zlora.broker.keys import DEFAULT_PRIORITY, PRIORITY_STEPS
 from zlora.broker.message import submitted_at
 from zlora.broker.task_meta import expired, revoked
-from zlora.errors import BaseNotRestored, InternalError, InvalidRequest, StoreFailed, ZloraError
-from zlora.schema import GenerateRequest, GenerateResult, check_job_id, digest_of, parse_request
+from zlora.errors import (
+    BaseNotRestored,
+    InternalError,
+    InvalidRequest,
+    JobPoisoned,
+    StoreFailed,
+    ZloraError,
+)
+from zlora.schema import (
+    GenerateRequest,
+    GenerateResult,
+    check_job_id,
+    digest_of,
+    parse_request,
+    to_dict,
+)
 
 from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import LEASE, Claim, ClaimState, JobEnded, JobLeases, LeaseLost
@@ -276,7 +292,11 @@ class Delivery:
         self._child.urls.require(request)
         if "begun" not in claim.record and self._has_expired(claim):
             raise expired(self._job_id)
-        claim.raise_if_poisoned(self._job_id)
+        claim.raise_if_poisoned(
+            self._job_id,
+            max_attempts=self._child.max_attempts,
+            max_losses=self._child.max_losses,
+        )
 
     def _has_expired(self, claim: Claim) -> bool:
         """Return whether the job had to start earlier, by Redis's clock.
@@ -318,13 +338,18 @@ class Delivery:
                 self._leases.note_error(self._job_id, self._token, error)
                 return Requeue(f"the store does not answer: {failure}", LEASE)
             logger.warning("job %s: its error is in Redis alone: %s", self._job_id, failure)
-            return Failed(self._leases.close(self._job_id, error))
+            return self._close(error)
         except ZloraError:  # the manifest is damaged, or of another request: no result can follow
-            return Failed(self._leases.close(self._job_id, error))
+            return self._close(error)
         if isinstance(end, GenerateResult):
             return self._with_urls(end)
         self._delete_images()
-        return Failed(self._leases.close(self._job_id, end))
+        return self._close(end)
+
+    def _close(self, error: ZloraError) -> Outcome:
+        """Write the error into the job's record; keep a poisoned job for `zlora dead`."""
+        kept = self._submission() if isinstance(error, JobPoisoned) else None
+        return Failed(self._leases.close(self._job_id, error, submission=kept))
 
     def _delete_images(self) -> None:
         """Delete the images of a job whose manifest has a verdict."""
@@ -353,6 +378,18 @@ class Delivery:
                         self._token = claim.token
                         return self._end(revoked(self._job_id))
         return retry
+
+    def _submission(self) -> Submission | None:
+        """Return what the producer has sent, for a job without a record of it."""
+        if self._request is None:
+            return None
+        now = time.time()
+        priority = (self._task.request.delivery_info or {}).get("priority")
+        return Submission(
+            request=to_dict(self._request),
+            priority=priority if priority in PRIORITY_STEPS else DEFAULT_PRIORITY,
+            submitted=submitted_at(self._task.request.headers or {}, now) or now,
+        )
 
     def _with_urls(self, result: GenerateResult) -> Outcome:
         """Add URLs to the images. If the store cannot sign now, do that later, or never."""

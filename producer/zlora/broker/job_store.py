@@ -28,7 +28,7 @@ A record is the hash `keys.job_key`:
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -39,11 +39,13 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from zlora import config, errors
+from zlora.broker import connection
 from zlora.broker.celery_app import IMPATIENCE, MAX_CONNECTIONS
 from zlora.broker.keys import (
     RECORD_EXPIRES,
     RESULT_EXPIRES,
     cancel_requests_key,
+    dead_jobs_key,
     expiring_key,
     job_key,
     lease_key,
@@ -56,8 +58,9 @@ from zlora.schema import Cancellation
 from zlora.webhook import Webhook
 
 ATTEMPT: Final = "attempt:"
+MAX_DEAD_JOBS: Final = 1000  # in a queue; the oldest are dropped
 MIN_WAIT: Final = 0.05  # seconds to wait for a manifest at least; 0 is for ever in Redis
-_MAX_WAIT: Final = 1.5  # seconds to wait for a manifest at most; below the timeout of a socket
+_MAX_WAIT: Final = 1.5  # seconds to wait in Redis at most; below the timeout of a socket
 _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its reply, stay in Redis
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
@@ -86,12 +89,12 @@ return {ARGV[1], '', ARGV[2]}
 
 # The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
 # since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
-# may differ from the caller's.
+# may differ from the caller's. A poisoned job is kept with its submission (`broker.dead_jobs`).
 #
-# With ARGV[9] the job is ended only if no worker and no sidecar can have decided its end in the
+# With ARGV[12] the job is ended only if no worker and no sidecar can have decided its end in the
 # store, or can do so soon: the third value of the reply says whether it is.
 _END: Final = """
-if ARGV[9] ~= '' then
+if ARGV[12] ~= '' then
   if redis.call('EXISTS', KEYS[2]) == 1 then return {'', 0, 0} end
   local fields = redis.call('HKEYS', KEYS[1])
   for _, field in ipairs(fields) do
@@ -105,9 +108,18 @@ local earlier = redis.call('HGET', KEYS[1], 'verdict') or ''
 if ARGV[2] ~= '' then redis.call('HSETNX', KEYS[1], 'verdict', ARGV[2]) end
 local now = redis.call('TIME')[1]
 local ended = redis.call('HSETNX', KEYS[1], 'closed', now)
+local queue = redis.call('HGET', KEYS[1], 'queue') or ARGV[5]
+if ended == 1 and ARGV[9] ~= '' then
+  local message = redis.call('HGET', KEYS[1], 'message') or ARGV[9]
+  local dead = '{"job_id":"' .. ARGV[1] .. '","at":' .. now
+    .. ',"error":' .. ARGV[2] .. ',"submission":' .. message .. '}'
+  redis.call('ZADD', ARGV[10] .. queue, now, dead)
+  redis.call('ZREMRANGEBYSCORE', ARGV[10] .. queue, '-inf', now - ARGV[4])
+  redis.call('ZREMRANGEBYRANK', ARGV[10] .. queue, 0, -1 - ARGV[11])
+  redis.call('EXPIRE', ARGV[10] .. queue, ARGV[4])
+end
 redis.call('HDEL', KEYS[1], 'message')
 redis.call('EXPIRE', KEYS[1], ARGV[3])
-local queue = redis.call('HGET', KEYS[1], 'queue') or ARGV[5]
 redis.call('ZREM', ARGV[6] .. queue, ARGV[1])
 redis.call('ZREM', ARGV[7] .. queue, ARGV[1])
 if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
@@ -142,6 +154,7 @@ class QueueStatus(NamedTuple):
     is_open: bool
     position: int | None
     verdict: ZloraError | None
+    is_recorded: bool = True  # False: no client submitted this job, or Redis has lost the record
 
 
 class NoManifest(Enum):
@@ -192,13 +205,10 @@ def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> 
         "retry": Retry(ExponentialBackoff(cap=2, base=0.1), _PATIENT_RETRIES if patient else 0),
     }
     if patient:
-        options["retry_on_error"] = [
-            redis.ConnectionError,
-            redis.TimeoutError,
-            redis.BusyLoadingError,
-            redis.OutOfMemoryError,
-        ]
-    return redis.Redis.from_url(config.redis_url(url), **options)
+        options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
+    client = connection.Client.from_url(config.redis_url(url), **options)
+    connection.use(client.connection_pool, url)
+    return client
 
 
 class JobStore:
@@ -271,6 +281,21 @@ class JobStore:
                 pipe.expire(key, RECORD_EXPIRES, nx=True)  # if Redis has lost the record
             pipe.execute()
 
+    def replicas_with(self, job_ids: Sequence[str], wanted: int) -> int:
+        """Wait until `wanted` replicas have these jobs and their messages; return how many do.
+
+        Waits for up to 1.5 s.
+        """
+        # Redis waits for what this connection has written. That follows the messages, which other
+        # connections have written before.
+        with self.redis.pipeline(transaction=False) as pipe:
+            for key in map(job_key, job_ids):
+                pipe.hset(key, "sent", 1)
+                pipe.expire(key, RECORD_EXPIRES, nx=True)  # if Redis has lost the record
+            pipe.wait(wanted, int(_MAX_WAIT * 1000))
+            *_, found = pipe.execute()
+        return int(found)
+
     def cancel(self, job_id: str) -> Cancellation:
         """Record that the job is cancelled, and return its place at that time."""
         key = job_key(job_id)
@@ -305,6 +330,7 @@ class JobStore:
             is_open=digest is not None and closed is None,
             position=position,
             verdict=verdict_of({"verdict": verdict}),
+            is_recorded=digest is not None,
         )
 
     def request_manifest(self, job_id: str, *, timeout: float = _MAX_WAIT) -> bytes | NoManifest:
@@ -397,12 +423,20 @@ class JobStore:
         except msgspec.DecodeError:
             return None
 
-    def mark_ended(self, job_id: str, error: ZloraError | None = None) -> Ending:
+    def mark_ended(
+        self,
+        job_id: str,
+        error: ZloraError | None = None,
+        *,
+        submission: Submission | None = None,
+    ) -> Ending:
         """Record that a job has ended, with `error` or with success.
 
-        The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`).
+        The first end of a job puts its webhook into the outbox (`zlora.broker.webhook_outbox`). A
+        job with a `submission` becomes a dead job (`zlora.broker.dead_jobs`); the submission in the
+        record, if there is one, takes precedence.
         """
-        earlier, is_first, _ = self._mark_ended(job_id, error)
+        earlier, is_first, _ = self._mark_ended(job_id, error, submission=submission)
         return Ending(verdict_of({"verdict": earlier or None}), is_first == 1)
 
     def end_alone(self, job_id: str, error: ZloraError) -> bool:
@@ -414,7 +448,12 @@ class JobStore:
         return self._mark_ended(job_id, error, alone=True)[2] == 1
 
     def _mark_ended(
-        self, job_id: str, error: ZloraError | None, *, alone: bool = False
+        self,
+        job_id: str,
+        error: ZloraError | None,
+        *,
+        submission: Submission | None = None,
+        alone: bool = False,
     ) -> tuple[str, int, int]:
         text = ""
         if error is not None:
@@ -422,7 +461,9 @@ class JobStore:
         prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
         arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
         keys = [job_key(job_id), lease_key(job_id)]
-        earlier, is_first, is_done = self._end(keys=keys, args=[*arguments, "1" if alone else ""])
+        arguments += ["" if submission is None else msgspec.json.encode(submission)]
+        arguments += [dead_jobs_key(""), MAX_DEAD_JOBS, "1" if alone else ""]
+        earlier, is_first, is_done = self._end(keys=keys, args=arguments)
         return earlier, is_first, is_done
 
     def begin_ending(self, job_id: str) -> bool:

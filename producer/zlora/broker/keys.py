@@ -57,9 +57,24 @@ def dead_key(queue: str) -> str:
     return f"zlora:dead:{queue}"
 
 
+def dead_jobs_key(queue: str) -> str:
+    """Key of a queue's jobs that ended as poisoned: a sorted set by time."""
+    return f"zlora:poisoned:{queue}"
+
+
+def requeued_jobs_key(queue: str) -> str:
+    """Key of a queue's poisoned jobs that were submitted again: a sorted set by time."""
+    return f"zlora:requeued:{queue}"
+
+
 def refused_key(queue: str) -> str:
     """Key of the number of messages that could not be read and name no job."""
     return f"zlora:refused:{queue}"
+
+
+def sidecar_faults_key(queue: str) -> str:
+    """Key of the numbers of sidecars of a queue that ended or hung, or could not be started."""
+    return f"zlora:sidecars:{queue}"
 
 
 def key_types(queue: str) -> dict[str, str]:
@@ -71,10 +86,13 @@ def key_types(queue: str) -> dict[str, str]:
         expiring_key(queue): "zset",
         outbox_key(queue): "zset",
         dead_key(queue): "zset",
+        dead_jobs_key(queue): "zset",
+        requeued_jobs_key(queue): "zset",
         sweep_key(queue): "string",
         manifest_requests_key(queue): "list",
         cancel_requests_key(queue): "list",
         refused_key(queue): "string",
+        sidecar_faults_key(queue): "hash",
     }
 
 

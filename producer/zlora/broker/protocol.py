@@ -62,6 +62,10 @@ class Broker(Protocol):
         """Seconds since the connection of `watch` was lost; 0 if it holds, infinity once closed."""
         ...
 
+    def losses(self) -> int:
+        """Return how often the connection of `watch` was lost; jobs may be lost with it."""
+        ...
+
     def close(self) -> None:
         """Give the connections back and notify all watchers, which then find the broker closed."""
         ...

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Self
 
 import kombu.exceptions
@@ -49,17 +50,21 @@ class RedisBroker:
         result_backend: str | None = None,
         queue: str = QUEUE,
         prompts: str = "shown",
+        wait_replicas: int = 0,
     ) -> None:
         """Connect at the first use. The result backend is the broker unless another one is named.
 
         `prompts` says what tools that watch the queue, such as Flower, see: "shown" or "hashed".
-        Raises `InvalidSetting` if a URL is not a single Redis that Celery can open.
+        `put` waits until that many replicas of Redis have the jobs (`wait_replicas`). Raises
+        `InvalidSetting` if a URL is not a single Redis, or its Sentinels, that Celery can open.
         """
         if prompts not in PROMPTS:
             message = f"{config.PROMPTS}: expected one of {', '.join(PROMPTS)}"
             raise InvalidSetting(message, {"name": config.PROMPTS})
         self.queue = queue
+        self._wait_replicas = wait_replicas
         result_backend = result_backend or broker_url
+        config.require_sentinels(broker_url=broker_url, result_backend=result_backend)
         options = impatient_config(
             broker_url=broker_url, result_backend=result_backend, queue=queue
         )
@@ -71,7 +76,15 @@ class RedisBroker:
         self._jobs = JobStore(connect(broker_url), queue)
         # One backend for all threads: Celery would make one, with its connections, for each.
         self._backend: Any = self._app.backend
-        self._listener = Listener(result_backend, self._channel)
+        results: Any = self._backend.client  # type: ignore[attr-defined]  # not in the stubs
+        self._pools = [self._jobs.redis.connection_pool, results.connection_pool]
+        # Not a method: the listener's thread would keep this object, and so the listener, alive.
+        on_loss = partial(_drop_idle, self._pools)
+        self._listener = Listener(result_backend, self._channel, on_loss=on_loss)
+        # The server's reason for refusing a certificate is often lost (see `zlora.cli.doctor`).
+        urls = (broker_url, result_backend)
+        is_tls = any(url.startswith("rediss:") for url in urls)
+        self._hint = "; `zlora doctor` checks the certificates" if is_tls else ""
         self._is_closed = False
         # by kind of request; times on the monotonic clock
         self._last_no_reply = {"manifest": -math.inf, "end": -math.inf}
@@ -85,6 +98,7 @@ class RedisBroker:
             result_backend=found.result_backend,
             queue=found.queue,
             prompts=found.prompts,
+            wait_replicas=found.wait_replicas,
         )
 
     def put(self, jobs: Sequence[NewJob]) -> None:
@@ -109,6 +123,17 @@ class RedisBroker:
                         sent.append(job.job_id)
                 if sent:
                     self._jobs.mark_sent(*sent)
+                if self._wait_replicas:
+                    self._wait_for_replicas([job.job_id for job in batch], details)
+
+    def _wait_for_replicas(self, job_ids: Sequence[str], details: dict[str, Any]) -> None:
+        found = self._jobs.replicas_with(job_ids, self._wait_replicas)
+        if found < self._wait_replicas:
+            message = (
+                f"{found} of {self._wait_replicas} replicas of Redis have the job: it may run, and"
+                " is safe to submit again under the same id"
+            )
+            raise BrokerUnavailable(message, details)
 
     def task_meta(self, job_id: str) -> TaskMeta:
         # `AsyncResult` would subscribe for each job, and log errors at exit without Redis.
@@ -162,6 +187,9 @@ class RedisBroker:
     def outage(self) -> float:
         return math.inf if self._is_closed else self._listener.outage()
 
+    def losses(self) -> int:
+        return self._listener.losses()
+
     def close(self) -> None:
         self._is_closed = True
         self._listener.close()
@@ -170,8 +198,8 @@ class RedisBroker:
         self._app.close()
 
     def _disconnect(self) -> None:
-        self._jobs.redis.connection_pool.disconnect()
-        self._backend.client.connection_pool.disconnect()
+        for pool in self._pools:
+            pool.disconnect()
 
     @contextmanager
     def _reached(self, details: dict[str, Any]) -> Iterator[None]:
@@ -181,7 +209,9 @@ class RedisBroker:
         try:
             yield
         except _UNREACHABLE as error:
-            raise BrokerUnavailable(f"the broker does not answer: {error}", details) from error
+            _drop_idle(self._pools)  # after a fail-over they may all be of the old primary
+            message = f"the broker does not answer: {error}{self._hint}"
+            raise BrokerUnavailable(message, details) from error
         except (
             Exception
         ):  # the boundary to Redis: a socket closed by another thread raises anything
@@ -195,6 +225,12 @@ class RedisBroker:
     def _channel(self, job_id: str) -> str:
         key: bytes = self._backend.get_key_for_task(job_id)
         return key.decode()
+
+
+def _drop_idle(pools: Sequence[Any]) -> None:
+    """Close the connections that no thread uses now: the next ones resolve the name anew."""
+    for pool in pools:
+        pool.disconnect(inuse_connections=False)
 
 
 def send(app: Celery, queue: str, job_id: str, submission: Submission) -> None:

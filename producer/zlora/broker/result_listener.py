@@ -3,6 +3,10 @@
 A worker stores a state and publishes it by one command. What is published while nothing is
 subscribed is lost, so a watcher is notified once its subscription holds, and after each loss of
 the connection: it then looks by itself.
+
+After a fail-over a connection to the old primary may hold, and no worker publishes there any more.
+So the name of the server is resolved anew every few seconds, and if another server answers there,
+the connection counts as lost.
 """
 
 import asyncio
@@ -18,17 +22,20 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import redis.asyncio
+import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from zlora import config
 from zlora.broker.celery_app import IMPATIENCE
+from zlora.broker.connection import Primary
 from zlora.errors import BrokerUnavailable
 
 Notify = Callable[[], None]
 
 _SILENCE: Final = 5.0  # seconds without data until a ping, and then until the connection is lost
 _PAUSES: Final = (0.1, 2.0)  # seconds before connecting again: the first, doubled up to the last
+_SERVER_CHECK: Final = 10.0  # seconds between two looks at which server has the name
 _JOIN_TIMEOUT: Final = 5.0  # seconds
 
 logger = logging.getLogger("zlora.broker.result_listener")
@@ -37,9 +44,14 @@ logger = logging.getLogger("zlora.broker.result_listener")
 class Listener:
     """Notifies watchers from a thread, which starts with the first watch in each process."""
 
-    def __init__(self, url: str, channel_of: Callable[[str], str]) -> None:
-        """Take the URL of the result backend, and a function from a job id to its channel there."""
-        self._url, self._channel_of = url, channel_of
+    def __init__(
+        self, url: str, channel_of: Callable[[str], str], *, on_loss: Notify = lambda: None
+    ) -> None:
+        """Take the URL of the result backend, and a function from a job id to its channel there.
+
+        `on_loss` is called in the thread at each loss of the connection, before the watchers.
+        """
+        self._url, self._channel_of, self._on_loss = url, channel_of, on_loss
         self._thread: _ListenerThread | None = None
         # Ends the thread of a client that is collected without `close`.
         self._stop_thread: weakref.finalize[Any, Any] | None = None
@@ -63,6 +75,10 @@ class Listener:
         lost = self._thread.lost if self._thread else None
         return 0.0 if lost is None else time.monotonic() - lost
 
+    def losses(self) -> int:
+        """Return how often the connection was lost."""
+        return self._thread.losses if self._thread else 0
+
     def close(self) -> None:
         """Notify all watchers, end the thread, and give its connection back."""
         with self._starting:
@@ -78,7 +94,8 @@ class Listener:
             if self._thread is None or not self._thread.is_running():
                 if self._stop_thread is not None:
                     self._stop_thread.detach()
-                self._thread = _ListenerThread(self._url, self._channel_of(str(uuid.uuid4())))
+                idle_channel = self._channel_of(str(uuid.uuid4()))
+                self._thread = _ListenerThread(self._url, idle_channel, self._on_loss)
                 self._stop_thread = weakref.finalize(self, self._thread.stop)
             return self._thread
 
@@ -99,15 +116,17 @@ class _ListenerThread:
     """
 
     lost: float | None  # since when there is no connection, by the monotonic clock
+    losses: int
 
-    def __init__(self, url: str, idle_channel: str) -> None:
+    def __init__(self, url: str, idle_channel: str, on_loss: Notify) -> None:
         """Start the thread; a subscription to `idle_channel` keeps the connection open."""
-        self.lost = None
+        self.lost, self.losses, self._on_loss = None, 0, on_loss
+        self._primary = Primary.of_url(url)
         self._pid = os.getpid()
         self._url, self._idle_channel = config.redis_url(url), idle_channel
         self._changes: deque[_Change] = deque()
         self._watchers: dict[str, list[Notify]] = {}
-        self._changed = asyncio.Event()
+        self._changed, self._over = asyncio.Event(), asyncio.Event()
         # Kept beside the cancellation, which Python 3.11 loses in a `wait_for` that is done.
         self._is_broken = self._is_stopped = False
         self._loop = asyncio.new_event_loop()
@@ -147,6 +166,7 @@ class _ListenerThread:
     def _break(self) -> None:
         self._is_broken = True
         self._changed.set()
+        self._over.set()
 
     @property
     def _is_ending(self) -> bool:
@@ -170,6 +190,8 @@ class _ListenerThread:
             except* Exception as errors:  # noqa: BLE001
                 if self.lost is None:
                     self.lost, pause = time.monotonic(), shortest
+                    self.losses += 1
+                    self._on_loss()
                     reason = errors.exceptions[0]
                     logger.info("connection for results lost, connecting again: %s", reason)
                 self._notify_all()
@@ -179,6 +201,19 @@ class _ListenerThread:
     async def _listen_once(self) -> None:
         """Listen until the connection is lost, which raises."""
         self._is_broken = False
+        self._over.clear()
+        async with await self._open() as client, client.pubsub() as pubsub:
+            self._apply_changes()
+            server = await _server_of(client)
+            await pubsub.subscribe(self._idle_channel, *self._watchers)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._subscribe(pubsub))
+                tasks.create_task(self._receive(pubsub))
+                if server is not None:
+                    tasks.create_task(self._check_server(server))
+
+    async def _open(self) -> "redis.asyncio.Redis":
+        """Return a client of the server that has the name now; it connects at the first use."""
         options: dict[str, Any] = {
             "socket_timeout": IMPATIENCE,
             "socket_connect_timeout": IMPATIENCE,
@@ -186,15 +221,26 @@ class _ListenerThread:
             # No retry within a command: its new connection would be read by two tasks.
             "retry": Retry(NoBackoff(), 0, supported_errors=()),
         }
-        async with (
-            redis.asyncio.Redis.from_url(self._url, **options) as client,
-            client.pubsub() as pubsub,
-        ):
-            self._apply_changes()
-            await pubsub.subscribe(self._idle_channel, *self._watchers)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._subscribe(pubsub))
-                tasks.create_task(self._receive(pubsub))
+        client = redis.asyncio.Redis.from_url(self._url, **options)
+        if self._primary is not None:
+            host, port = await asyncio.to_thread(self._primary.address)
+            client.connection_pool.connection_kwargs |= {"host": host, "port": port}
+        return client
+
+    async def _check_server(self, server: str) -> None:
+        """Raise `redis.ConnectionError` once the name belongs to another server."""
+        while not self._is_ending:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SERVER_CHECK):
+                    await self._over.wait()
+                    return
+            found = server
+            # A server that does not answer is noticed by the subscription itself.
+            with suppress(redis.RedisError, OSError):
+                async with await self._open() as client:
+                    found = await _server_of(client) or server
+            if found != server:
+                raise redis.ConnectionError("the name of Redis belongs to another server")
 
     async def _subscribe(self, pubsub: Any) -> None:
         """Subscribe to the channels that are watched, and unsubscribe from the others."""
@@ -254,3 +300,11 @@ class _ListenerThread:
         for watchers in list(self._watchers.values()):
             for notify in watchers:
                 notify()
+
+
+async def _server_of(client: "redis.asyncio.Redis") -> str | None:
+    """Return the id of the running server; None if this user has no right to INFO."""
+    with suppress(redis.exceptions.NoPermissionError):
+        found: dict[str, Any] = await client.info("server")
+        return found.get("run_id")
+    return None

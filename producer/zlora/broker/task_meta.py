@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import kombu.exceptions
 import msgspec
-from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.exceptions import SecurityError, TimeLimitExceeded, WorkerLostError
 
 from zlora.broker.protocol import TaskMeta
 from zlora.errors import InternalError, JobExpired, JobLost, JobRevoked, JobTimeout, ZloraError
@@ -20,6 +20,8 @@ UNREADABLE: Final = (
     kombu.exceptions.DecodeError,
     AttributeError,
     LookupError,
+    RecursionError,  # of thousands of levels
+    SecurityError,  # of a class that is no exception
     TypeError,
     ValueError,
 )
@@ -51,7 +53,7 @@ def status_of(job_id: str, meta: TaskMeta) -> JobStatus:
 def error_of(job_id: str, meta: TaskMeta) -> ZloraError:
     """Return the error of a job that has ended without a result."""
     error, details = meta.value, {"job_id": job_id}
-    if isinstance(error, ZloraError):
+    if isinstance(error, ZloraError) and isinstance(error.details, dict):
         return error
     if meta.state == JobState.REVOKED:
         return expired(job_id) if str(error) == EXPIRED else revoked(job_id)

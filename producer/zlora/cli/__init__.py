@@ -14,7 +14,7 @@ All other modules are the producer's own commands.
 
 import click
 
-from zlora.cli import batch, doctor, generate, inspection, jobs, schema, signals, up, webhooks
+from zlora.cli import batch, dead, doctor, generate, inspection, jobs, schema, signals, up, webhooks
 from zlora.cli.commands import Commands
 
 
@@ -32,6 +32,7 @@ def main() -> None:
 for _command in (
     batch.batch,
     jobs.cancel,
+    dead.dead,
     doctor.doctor,
     generate.generate,
     inspection.inspect,

@@ -29,7 +29,7 @@ import click
 import msgspec
 from msgspec import Struct
 
-from zlora import images
+from zlora import config, images
 from zlora.async_client import AsyncClient
 from zlora.broker.keys import PRIORITIES
 from zlora.cli import connection, json_input, signals
@@ -460,7 +460,7 @@ class _Run:
 
         def save() -> None:
             try:
-                images.save(result, folder)
+                images.save(result, folder, hosts=config.image_hosts(os.environ))
             except Exception as error:  # noqa: BLE001 - thread boundary: raised by `wrap_future`
                 saved.set_exception(error)
             else:

@@ -8,6 +8,7 @@ in `zlora_worker.cli.doctor`; they come in by the entry point `zlora.checks`.
 import os
 import platform
 import re
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,6 +53,7 @@ _NEARLY_FULL: Final = 0.9  # of `maxmemory`
 _MAX_SKEW: Final = 2.0  # seconds between two clocks
 _REPLY_TIME: Final = 1.0  # seconds for workers to answer, however many there are
 _SETTINGS_TIME: Final = 5.0  # seconds for known workers to send their settings
+_ALERT_TIME: Final = 0.5  # seconds for a server to refuse a client's certificate
 _RETRY_POLICY: Final = {"max_retries": 1, "interval_start": 0.1, "interval_max": 0.1}  # of kombu
 _COLOURS: Final = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 _ESCAPES: Final = "In a password write / as %2F, # as %23, ? as %3F, @ as %40 and % as %25."
@@ -194,6 +196,9 @@ def _redis(name: str, url: str, variable: str) -> Iterator[Check]:
     except redis.RedisError as error:
         yield _unusable(name, error, url, variable)
         return
+    if config.tls_options(url).get("ssl_cert_reqs") == "none":
+        advice = f"Remove ssl_cert_reqs from {variable}, and name its authority by ssl_ca_certs."
+        yield doubtful(f"{name}: TLS", "the certificate of the server is not verified", advice)
     told = f"{without_secrets(url)} answers in {1000 * seconds:.0f} ms"
     if info is None:
         yield skipped(name, f"{told}; its user has no right to INFO")
@@ -238,12 +243,34 @@ def _unusable(name: str, error: redis.RedisError, url: str, variable: str) -> Ch
             advice = f"Name another user in {variable}, or give this one more rights."
         case redis.ResponseError() if "DB index" in str(error):
             advice = f"End {variable} with the number of a database that exists: /0."
+        case _ if url.startswith("rediss:") and (reason := _tls_fault(url)):
+            told = f"{shown}: {reason}"
+            advice = f"Correct ssl_ca_certs, ssl_certfile or ssl_keyfile in {variable}."
+            return failed(name, BrokerUnavailable(told), advice)
         case _:
             advice = (
                 f"Start a Redis there (`zlora up` has one), or set {variable} to one that runs."
             )
             return failed(name, BrokerUnavailable(told), advice + _escapes(url))
     return failed(name, InvalidSetting(told), advice)
+
+
+def _tls_fault(url: str) -> str | None:
+    """Return why client or server refuses the other's certificate, or None if neither does.
+
+    redis-py writes as soon as it may, and then often loses the alert by which the server refuses.
+    """
+    connection: Any = connect(url).connection_pool.make_connection()
+    try:
+        with connection._connect() as stream:  # noqa: SLF001 - TCP and TLS, without a command
+            stream.settimeout(_ALERT_TIME)
+            if not stream.recv(1):
+                return "the server has ended the connection after TLS, without a reason"
+    except ssl.SSLError as error:
+        return f"TLS: {error}"
+    except OSError:
+        pass
+    return None
 
 
 def _version(name: str, told: str, info: Mapping[str, Any], variable: str) -> Check:

@@ -45,6 +45,7 @@ STATUSES: Final[dict[type[ZloraError], int]] = {
     errors.ResultTimeout: 75,
     errors.ImageUnavailable: 75,
     errors.JobLost: 75,
+    errors.JobVanished: 75,
     errors.LoraNotAllowed: 77,
     errors.LoraForbidden: 77,
     errors.InvalidSetting: 78,

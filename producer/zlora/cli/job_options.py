@@ -16,10 +16,10 @@ from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
 from zlora.schema import GenerateRequest, OutputFormat, Scheduler, parse_request
 
-# An address and the number after its last colon.
-_WEIGHTED: Final = re.compile(
-    r"(.+):([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)",
-    re.ASCII | re.DOTALL | re.IGNORECASE,
+_NUMBER: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
+# An address, the number after its last colon, and an alpha.
+_LORA: Final = re.compile(
+    rf"(.+?)(?::({_NUMBER}))?(?::alpha=({_NUMBER}))?", re.ASCII | re.DOTALL | re.IGNORECASE
 )
 _SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
 _FIELDS: Final = (  # options that have the name of a field of the request
@@ -66,16 +66,22 @@ class Order(NamedTuple):
 def _loras(
     _ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """Parse `address` or `address:weight`; an address may have colons, but no number after one."""
+    """Parse `address:weight:alpha=number`; weight and alpha may be absent.
+
+    An address may have colons, but no number after the last one.
+    """
     specs = []
     for text in texts:
-        address, weight = text, 1.0
-        if found := _WEIGHTED.fullmatch(text):
-            address, weight = found[1], float(found[2])
+        address, weight, alpha = text, None, None
+        if found := _LORA.fullmatch(text):
+            address, weight, alpha = found.groups()
         file = {"url": address}
         if address.startswith("cozy://"):
             file = {"cozy_ref": address.removeprefix("cozy://")}
-        specs.append({"file": file, "weight": weight})
+        spec: dict[str, Any] = {"file": file, "weight": float(weight or 1.0)}
+        if alpha is not None:
+            spec["alpha"] = float(alpha)
+        specs.append(spec)
     return specs
 
 
@@ -103,9 +109,10 @@ _OPTIONS: Final = (
         "loras",
         multiple=True,
         callback=_loras,
-        metavar="ADDRESS[:WEIGHT]",
+        metavar="ADDRESS[:WEIGHT][:alpha=ALPHA]",
         help="LoRA, may be repeated. ADDRESS is a URL, `hf://owner/repo/file`, `owner/repo`, "
-        "`civitai://<version id>` or another that the workers may open.",
+        "`civitai://<version id>` or another that the workers may open. ALPHA is for a file "
+        "that has none.",
     ),
     click.option(
         "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."

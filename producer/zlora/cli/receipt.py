@@ -28,6 +28,8 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     facts.append(("seconds", timings))
     facts.append(("base intact", "yes" if result.base_intact else "no"))
     facts.append(("model", result.model))
+    for receipt in result.loras:
+        facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
 
     console = terminal(sys.stdout)
     if console is None or console.width < _TABLE_WIDTH:

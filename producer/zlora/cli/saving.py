@@ -1,9 +1,10 @@
 """Save images to a folder of the user, which is checked before anything is drawn."""
 
+import os
 import shlex
 from pathlib import Path
 
-from zlora import images
+from zlora import config, images
 from zlora.cli import signals
 from zlora.cli.exit_codes import Interrupted, writing
 from zlora.schema import GenerateResult
@@ -29,7 +30,7 @@ def save(result: GenerateResult, folder: Path) -> list[Path]:
     """
     try:
         with writing(folder, job_id=result.job_id):
-            return images.save(result, folder)
+            return images.save(result, folder, hosts=config.image_hosts(os.environ))
     except KeyboardInterrupt:
         again = f"zlora result {result.job_id} --out {shlex.quote(str(folder))}"
         message, status = f"job {result.job_id} is done: {again}", signals.exit_status()

@@ -62,6 +62,17 @@ class HubFile(NamedTuple):
         revision = quote(self.revision, safe="")
         return f"{endpoint}/api/{self.kind}s/{self.repository}/revision/{revision}"
 
+    @property
+    def address(self) -> str:
+        """Canonical `hf://` address."""
+        revision = quote(self.revision, safe="")
+        return f"hf://{self.kind}s/{self.repository}@{revision}/{self.path}".rstrip("/")
+
+    def beside(self, name: str) -> "HubFile":
+        """Return the file of another name in the same folder."""
+        folder, slash, _ = self.path.rpartition("/")
+        return self._replace(path=f"{folder}{slash}{name}")
+
     def only_lora(self, listing: bytes, *, name: str) -> "HubFile":
         """Return the only safetensors file of a listed repository, at the commit of the list.
 
@@ -147,11 +158,9 @@ def canonical(url: str, *, hub: str = HUGGING_FACE, civitai: str = CIVITAI) -> s
         return _canonical_civitai(url)
     if origin == hub or (hub == HUGGING_FACE and origin in _HUGGING_FACE_ALIASES):
         try:
-            file = hub_file(url, endpoint=hub)
+            return hub_file(url, endpoint=hub).address
         except LoraNotFound:
             return url
-        revision = quote(file.revision, safe="")
-        return f"hf://{file.kind}s/{file.repository}@{revision}/{file.path}".rstrip("/")
     return url
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -18,16 +18,47 @@ WIDTHS: Final = {768: "SD 1.x", 1024: "SD 2.x", 2048: SDXL}
 CROSS_ATTENTION: Final = re.compile(r"attn2[._]to_[kv]$")
 # Parts whose second dimension is the input width of their layer.
 _INPUT_WIDTH_PARTS: Final = frozenset({"down", "hada_w1_b", "diff"})
-# Names of layers that only one family has, dots as underscores.
-_LAYERS: Final = (
-    (re.compile(r"double_blocks_\d|single_blocks_\d|single_transformer_blocks_\d"), "Flux"),
-    (
-        re.compile(r"joint_blocks_\d|transformer_blocks_\d+_attn_add_[qkv]_proj"),
-        "Stable Diffusion 3",
-    ),
-    (re.compile(r"(?:^|_)blocks_\d+_(?:self|cross)_attn_"), "Wan"),
-    (re.compile(r"layers_\d+_attention_(?:to_)?[qkv]"), "Lumina or Z-Image"),
-    (re.compile(r"adaln_single|caption_projection"), "PixArt"),
+# Names of layers that no UNet has, dots as underscores and numbers as 0, and the families that have
+# them; the first match counts. Many families share their names with others.
+_SIMILAR: Final = "or a similar model"
+_ROOT: Final = (
+    r"^(?:base_model_model_)?(?:(?:model_)?diffusion_model_|(?:lora_)?transformer_|lora_unet_"
+    r"|lycoris_|unet_)?"
+)
+_LAYERS: Final = tuple(
+    (re.compile(pattern), family)
+    for pattern, family in (
+        (r"joint_transformer_blocks_\d", "AuraFlow"),
+        (r"joint_blocks_\d", "Stable Diffusion 3"),
+        (r"transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_", f"Qwen-Image {_SIMILAR}"),
+        (r"token_refiner", f"HunyuanVideo {_SIMILAR}"),
+        (r"(?:double|single)_blocks_\d|single_transformer_blocks_\d", f"Flux {_SIMILAR}"),
+        (
+            r"transformer_blocks_\d+_(?:attn_(?:add_[qkv]_proj|to_add_out)|ff_context)",
+            f"Stable Diffusion 3, Flux, Qwen-Image {_SIMILAR}",
+        ),
+        (
+            rf"{_ROOT}(?:transformer_)?blocks_\d+_(?:attn\d|ff)_",
+            f"PixArt, Sana, LTX, Wan {_SIMILAR}",
+        ),
+        (r"adaln_single|caption_projection", f"PixArt, Sana, LTX {_SIMILAR}"),
+        (rf"{_ROOT}blocks_\d+_(?:self_attn|cross_attn|ffn)_", f"Wan {_SIMILAR}"),
+        (rf"{_ROOT}transformer_blocks_\d+_attn_", f"Stable Diffusion 3, Flux {_SIMILAR}"),
+        (
+            rf"{_ROOT}(?:layers|\w+_refiner)_\d+_(?:attention|attn|feed_forward)_",
+            f"Lumina, Z-Image {_SIMILAR}",
+        ),
+    )
+)
+# Blocks of a UNet with attention that SDXL's has not.
+_OLDER: Final = "SD 1.x or 2.x"
+_OLDER_BLOCKS: Final = re.compile(
+    r"(?:down_blocks_0|up_blocks_3)_attentions_\d|input_blocks_[12]_1_|output_blocks_(?:9|1[01])_1_"
+)
+_ATTENTION: Final = re.compile(r"attn1[._]to_[qkv]$|ff[._]net[._]0[._]proj$")
+_OLDER_WIDTHS: Final = (  # of blocks that SDXL has with another width
+    (re.compile(""), 320),
+    (re.compile(r"up_blocks[._]1[._]|output_blocks[._][345][._]"), 1280),
 )
 # Words in `ss_base_model_version` (kohya) and `modelspec.architecture` (Stability's Model Spec).
 _WORDS: Final = (
@@ -37,6 +68,12 @@ _WORDS: Final = (
     (re.compile(r"^sd_?3|stable-diffusion-3"), "Stable Diffusion 3"),
     (re.compile(r"flux"), "Flux"),
 )
+# peft's configuration of an adapter: the field of the header that diffusers writes, and the file
+# that peft writes beside the LoRA.
+HEADER_CONFIG: Final = "lora_adapter_metadata"
+CONFIG_FILE: Final = "adapter_config.json"
+MAX_CONFIG: Final = 2**20  # bytes; one with a pattern for each layer of SDXL has 150 KB
+_DIGITS: Final = re.compile(r"\d+")
 _FIELDS: Final = ("modelspec.architecture", "ss_base_model_version")
 _MAX_TRIGGERS: Final = 10  # trigger words
 _TRIGGER_LENGTH: Final = 100  # characters of one trigger word
@@ -74,8 +111,25 @@ def require_lora(header: Header, name: str) -> None:
         if kind := key_names.unsupported_kind(tensor):
             raise LoraMismatch(f"{name}: a LoRA of the kind {kind}, which is not supported")
     if not any(map(key_names.parse_key, header.tensors)):
-        summary = key_names.summary(header.tensors)
-        raise LoraMismatch(f"{name}: not a LoRA that a worker reads: {summary}")
+        raise LoraMismatch(f"{name}: {not_a_lora(header)}")
+
+
+def lacks_alpha(header: Header) -> bool:
+    """Return whether a file of peft has no alpha: then it may be in a file beside it."""
+    names = header.tensors
+    return (
+        HEADER_CONFIG not in header.metadata
+        and any(map(key_names.is_peft, names))
+        and not any(name.endswith(".alpha") for name in names)
+    )
+
+
+def not_a_lora(header: Header) -> str:
+    """Return what a file is that is not a LoRA, for a message."""
+    summary = key_names.summary(header.tensors)
+    if kind := key_names.other_file(header.tensors):
+        return f"not a LoRA but {kind}: {summary}"
+    return f"not a LoRA that a worker reads: {summary}"
 
 
 def describe(header: Header, *, source: str, size: int) -> LoraInfo:
@@ -105,7 +159,7 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
 
 def detect_base_model(header: Header) -> DetectedBase | None:
     """Return the base model of a file by its layers, else its shapes, else its metadata."""
-    if detected := detect_by_layer_names(header.tensors):
+    if detected := detect_by_layer_names(header):
         return detected
     width = text_width(header.tensors)
     if width is not None and (family := WIDTHS.get(width)):
@@ -113,16 +167,35 @@ def detect_base_model(header: Header) -> DetectedBase | None:
     # Other families with a second text encoder are detected by their layers.
     if any(key_names.component_of(name) == "text_encoder_2" for name in header.tensors):
         return DetectedBase(SDXL, f"made for {SDXL}: it has a second text encoder")
-    return detect_by_metadata(header)
+    return detect_by_metadata(header) or detect_by_blocks(header.tensors)
 
 
-def detect_by_layer_names(tensors: Iterable[str]) -> DetectedBase | None:
-    """Return the family that alone has layers of these names; None if there is no such layer."""
-    for name in tensors:
-        flat = name.replace(".", "_")
-        for pattern, family in _LAYERS:
-            if pattern.search(flat):
-                return DetectedBase(family, f"made for {family}, by the names of its layers")
+def detect_by_layer_names(header: Header) -> DetectedBase | None:
+    """Return the families that have layers of these names; None if a UNet may have them.
+
+    The header decides between families that share them.
+    """
+    layers = {_DIGITS.sub("0", name.replace(".", "_")) for name in header.tensors}
+    for pattern, family in _LAYERS:
+        if any(map(pattern.search, layers)):
+            named = detect_by_metadata(header)
+            if named and named.family in family:
+                return named
+            return DetectedBase(family, f"made for {family}, by the names of its layers")
+    return None
+
+
+def detect_by_blocks(tensors: Mapping[str, TensorInfo]) -> DetectedBase | None:
+    """Return the family whose UNet has attention in these blocks, or of this width."""
+    for name, info in tensors.items():
+        key = key_names.parse_key(name)
+        if key is None:
+            continue
+        if _OLDER_BLOCKS.search(key.module.replace(".", "_")):
+            return DetectedBase(_OLDER, f"made for {_OLDER}, by its blocks")
+        width = _input_width(key, info, _ATTENTION)
+        if any(width == old and blocks.search(key.module) for blocks, old in _OLDER_WIDTHS):
+            return DetectedBase(_OLDER, f"made for {_OLDER}, by the width {width} of a layer")
     return None
 
 
@@ -141,11 +214,15 @@ def text_width(tensors: Mapping[str, TensorInfo]) -> int | None:
     """Return the width of the text that the file's cross-attention reads; None if it has none."""
     for name, info in tensors.items():
         key = key_names.parse_key(name)
-        if key is None or key.part not in _INPUT_WIDTH_PARTS or len(info.shape) < 2:  # noqa: PLR2004 - sides of a matrix
-            continue
-        if CROSS_ATTENTION.search(key.module):
-            return info.shape[1]
+        if key and (width := _input_width(key, info, CROSS_ATTENTION)):
+            return width
     return None
+
+
+def _input_width(key: key_names.Key, info: TensorInfo, layers: re.Pattern[str]) -> int | None:
+    """Return the input width of a layer if the tensor shows it, and `layers` matches its name."""
+    shows_width = key.part in _INPUT_WIDTH_PARTS and len(info.shape) >= 2  # noqa: PLR2004 - sides of a matrix
+    return info.shape[1] if shows_width and layers.search(key.module) else None
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ _PARTS: Final = tuple(
         (r"\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "magnitude"),
         (r"(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight", "down"),
         (r"(?:\.lora|\.lora_linear_layer|_lora)\.up\.weight", "up"),
+        (r"(?:\.lora|\.lora_linear_layer|_lora)\.up\.bias", "up_bias"),
         (r"\.alpha", "alpha"),
         (r"\.dora_scale", "dora_scale"),
         (r"\.(?:diff|w_norm)", "diff"),
@@ -66,14 +67,44 @@ _UNSUPPORTED: Final = (
     (re.compile(r"\.(?:ia3_l\b|on_input$)"), "IA3"),
     (re.compile(r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight$"), "GLoRA"),
     (re.compile(r"\.(?:vera_lambda_\w+|lora_embedding_[AB])\b"), "VeRA or an embedding's LoRA"),
+    (re.compile(r"\.(?:[pq]_layer\.weight|lambda_layer|base_lambda)$"), "T-LoRA"),
+    (re.compile(r"\.lora_diag\b"), "KaSA"),
+    (re.compile(r"\.lora_monteclora_sampler\b"), "MonteCLoRA"),
+    (re.compile(r"\.lora_E\b"), "AdaLoRA"),
     (re.compile(r"\.(?:reshape_weight|set_weight)$"), "a weight's replacement"),
+    (
+        re.compile(r"^base_model\.model\.(?!.*(?:lora|hada|lokr)_).+\.(?:weight|bias)$"),
+        "LoRA with whole layers beside it (peft's `modules_to_save` or `bias`)",
+    ),
 )
 
+# Files that are no LoRAs, by names that they have; the first match counts.
+_OTHER_FILES: Final = (
+    (re.compile(r"control_model\.|controlnet_|zero_convs\.|input_hint_block\."), "a ControlNet"),
+    (re.compile(r"^lllite_"), "a ControlNet-LLLite"),
+    (re.compile(r"^(?:ip_adapter|image_proj)\b"), "an IP-Adapter"),
+    (
+        re.compile(r"^(?:model\.diffusion_model|conditioner\.embedders)\."),
+        "a checkpoint",
+    ),
+    (re.compile(r"^(?:first_stage_model\.)?(?:decoder|encoder|(?:post_)?quant_conv)\b"), "a VAE"),
+    (
+        re.compile(r"^(?:unet\.)?(?:down_blocks|mid_block|up_blocks)\..+\.(?:weight|bias)$"),
+        "a whole UNet",
+    ),
+    (re.compile(r"(?:^|\.)text_model\..+\.(?:weight|bias)$"), "a text encoder"),
+    (
+        re.compile(r"^(?:emb_params|clip_[lg]|string_to_param\b.*|<.{1,100}>)$"),
+        "an embedding (textual inversion)",
+    ),
+)
+
+_PEFT: Final = re.compile(r"\.lora_(?:[AB]|magnitude_vector)\b|^base_model\.model\.")
 # The tool that names tensors so; the first match counts. Only for receipts.
 _FORMATS: Final = (
     (re.compile(r"^lycoris_"), "lycoris"),
     (re.compile(r"^(?:diffusion_model|model\.diffusion_model|text_encoders)\."), "comfyui"),
-    (re.compile(r"\.lora_(?:[AB]|magnitude_vector)\b"), "peft"),
+    (_PEFT, "peft"),
     (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.(?:up|down)\.weight$"), "diffusers"),
     (re.compile(r"^lora_(?:unet|te\d?|transformer)_\w+\."), "kohya"),
     (re.compile(r"^(?:lora_)?(?:unet|transformer|te\d|clip_[lg])\."), "onetrainer"),
@@ -97,6 +128,7 @@ RANK_PARTS: Final = {
 }
 MAGNITUDES: Final = frozenset({"magnitude", "dora_scale"})  # DoRA; every kind may have one
 _SHOWN: Final = 3  # names in a message
+_SHOWN_START, _SHOWN_END = 20, 40  # characters of a name in a message; its end tells more
 
 
 class Key(NamedTuple):
@@ -112,6 +144,11 @@ def parse_key(name: str) -> Key | None:
         if found := pattern.match(name):
             return Key(found[1], part or found[2])
     return None
+
+
+def is_peft(name: str) -> bool:
+    """Return whether a tensor is named as peft does, which keeps alpha in another place."""
+    return _PEFT.search(name) is not None
 
 
 def unsupported_kind(name: str) -> str | None:
@@ -150,11 +187,29 @@ def component_of(name: str) -> str:
     return found
 
 
+def other_file(names: Iterable[str]) -> str:
+    """Return what a file of these tensors is, which are not a LoRA's; empty if it is not known."""
+    found = list(names)
+    for pattern, kind in _OTHER_FILES:
+        if any(map(pattern.search, found)):
+            return kind
+    return ""
+
+
 def summary(names: Iterable[str]) -> str:
     """Return the number of tensors and some of their names, for a message."""
     found = sorted(names)
-    shown = ", ".join(name[:60] for name in found[:_SHOWN]) or "none"
+    if not found:
+        return "no tensors"
+    shown = ", ".join(map(shortened, found[:_SHOWN]))
     return f"{len(found)} tensors, such as {shown}"
+
+
+def shortened(name: str) -> str:
+    """Return a name for a message, without the middle if it is long."""
+    if len(name) <= _SHOWN_START + _SHOWN_END:
+        return name
+    return f"{name[:_SHOWN_START]}...{name[-_SHOWN_END:]}"
 
 
 def normalized(module: str) -> str:

@@ -96,17 +96,19 @@ class Preflight:
     def check(self, request: GenerateRequest) -> None:
         """Raise a `LoraError`, with `index` in its details, for the first LoRA that is unusable.
 
-        A LoRA that was made for another base model than SDXL is a `LoraMismatch`. Addresses that
-        only a worker opens, and files that require a token, are not checked.
+        A LoRA that was made for another base model than SDXL is a `LoraMismatch`, unless `strict`
+        is false: then the worker decides. Addresses that only a worker opens, files that require a
+        token, and LoRAs with the weight 0 are not checked.
         """
         for index, spec in enumerate(request.loras):
             try:
-                self._check(spec.file.address)
+                if spec.is_used:
+                    self._check(spec.file.address, strict=spec.strict)
             except LoraError as error:
                 error.add_details(index=index)
                 raise
 
-    def _check(self, address: str) -> None:
+    def _check(self, address: str, *, strict: bool) -> None:
         if scheme_of(address) in WORKER_SCHEMES:
             return
         try:
@@ -118,7 +120,7 @@ class Preflight:
         name = without_secrets(address)
         base_model.require_lora(header, name)
         detected = base_model.detect_base_model(header)
-        if detected and detected.family != base_model.SDXL:
+        if strict and detected and detected.family != base_model.SDXL:
             raise LoraMismatch(
                 f"{name}: {detected.clause}; the base model of the queue is {base_model.SDXL}",
                 {"base": detected.family},

@@ -18,6 +18,7 @@ from zlora.errors import NotSafetensors
 MAX_HEADER: Final = 16 * 2**20
 _LENGTH: Final = 8  # bytes of the header's length
 _SIGNATURE: Final = 64  # bytes by which common files of another kind are recognised
+_MAX_VALID_HEADER: Final = 100 * 10**6  # bytes; the limit of the package safetensors
 _CHUNK: Final = 2**20  # bytes
 _MAX_ELEMENTS: Final = 2**48
 _BITS: Final = {
@@ -156,10 +157,16 @@ def _wrong_size(found: int, expected: int) -> NotSafetensors:
 def _kind_of_file(start: bytes) -> str:
     """Return a message that names a common file of another kind by its first bytes."""
     text = start.lstrip().lower()
+    length = int.from_bytes(start[:_LENGTH], "little")
+    if MAX_HEADER < length <= _MAX_VALID_HEADER and start[_LENGTH : _LENGTH + 1] == b"{":
+        return f"its header has {length} bytes, at most {MAX_HEADER} are read"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "not a safetensors file but a web page: the address requires a login or is wrong"
     if text.startswith(b"version https://git-lfs"):
         return "not a safetensors file but a git-lfs pointer to one"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    is_pickle = start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    if is_pickle or b"/data.pkl" in start:
         return "not a safetensors file but a pickle, which can run code: only safetensors is read"
+    if start.startswith(b"PK\x03\x04"):
+        return "not a safetensors file but a zip archive"
     return "not a safetensors file, or a damaged one: its header is not valid"

@@ -50,6 +50,17 @@ def _kill_child(_pipeline: Corruptible, _orders: Orders) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _exit(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
+    """End the child process as a library may do."""
+    raise SystemExit(1)
+
+
+def _end_child(_pipeline: Corruptible, _orders: Orders) -> None:
+    """End the child process by SIGTERM, as earlyoom and systemd-oomd do first."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
 def _kill_worker(_pipeline: Corruptible, _orders: Orders) -> None:
     """Kill the parent process, then the child process."""
     os.kill(os.getppid(), signal.SIGKILL)
@@ -98,6 +109,8 @@ def _dirty(pipeline: Corruptible, _orders: Orders) -> None:
 MISBEHAVIOURS: Final[dict[str, Callable[[Corruptible, Orders], None]]] = {
     "nothing": _nothing,
     "kill-child": _kill_child,
+    "exit": _exit,
+    "end-child": _end_child,
     "kill-worker": _kill_worker,
     "hang": _hang,
     "sleep": _sleep,

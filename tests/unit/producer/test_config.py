@@ -3,17 +3,22 @@
 import json
 import os
 import socket
+import ssl
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import redis
 from kombu import Connection
 from kombu.transport.redis import Channel
+from support.servers import Authority
 from zlora import Client, config
+from zlora.broker.celery_app import IsolatedCelery, shared_config
 from zlora.broker.keys import waiting_lists
 from zlora.errors import InvalidSetting
 from zlora.webhook import Verifier, new_secret
@@ -211,10 +216,8 @@ def test_a_producer_reads_its_secrets_from_files(tmp_path: Path, broker_url: str
         ("rediss://h/0?ssl_cert_reqs=CERT_REQUIRED", {"ssl_cert_reqs": "required"}),
         ("rediss://h/0?ssl_cert_reqs=required", {"ssl_cert_reqs": "required"}),
         ("rediss://h/0?ssl_cert_reqs=CERT_NONE", {"ssl_cert_reqs": "none"}),
-        (
-            "rediss://h/0?ssl_cert_reqs=optional&ssl_ca_certs=%2Fetc%2Fa%20b.pem",
-            {"ssl_cert_reqs": "optional", "ssl_ca_certs": "/etc/a b.pem"},
-        ),
+        ("rediss://h/0?ssl_cert_reqs=optional", {"ssl_cert_reqs": "optional"}),
+        ("rediss://h/0", {"ssl_cert_reqs": "required"}),
         ("redis+socket:///run/zlora/s", {"path": "/run/zlora/s"}),
         ("redis+socket:///run/s?virtual_host=2", {"path": "/run/s", "db": 2}),
         (
@@ -264,10 +267,78 @@ def test_job_store_and_queue_are_in_the_same_database(url: str) -> None:
     }
 
 
+def test_the_files_of_a_tls_client_are_named_in_the_url(tmp_path: Path) -> None:
+    """A path with a space, as kombu, Celery's backend and redis-py each decode it."""
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    authority = Authority(folder)
+    certificate = authority.certificate("client")
+    files = {
+        "ssl_ca_certs": str(authority.bundle),
+        "ssl_certfile": str(certificate),
+        "ssl_keyfile": str(certificate.with_suffix(".key")),
+    }
+    url = f"rediss://h/0?{urlencode(files)}"
+
+    found = shared_config(broker_url=url, result_backend=url, queue="gpu")
+    options = redis.Redis.from_url(config.redis_url(url)).connection_pool.connection_kwargs
+    app = IsolatedCelery("test", found)
+    kombus = app.connection_for_write().ssl
+    backend: Any = app.backend
+    celerys = backend.connparams
+
+    expected = files | {"ssl_cert_reqs": "required"}
+    assert found["broker_use_ssl"] == found["redis_backend_use_ssl"] == expected
+    for name, path in files.items():
+        assert options[name] == kombus[name] == celerys[name] == path
+    assert options["ssl_cert_reqs"] == "required"
+    assert celerys["ssl_cert_reqs"] is ssl.CERT_REQUIRED
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("redis://h/0?ssl_ca_certs=/ca.pem", "expected a URL that begins with rediss://"),
+        ("rediss://h/0?ssl_check_hostname=false", "ssl_check_hostname: expected ssl_cert_reqs, "),
+        ("rediss://h/0?ssl_cert_reqs=maybe", "ssl_cert_reqs: expected required or none"),
+        ("rediss://h/0?ssl_ca_certs=/a%2525b.pem", "ssl_ca_certs: expected a path without %"),
+        ("rediss://h/0?ssl_ca_certs=/nowhere", "ssl_ca_certs=/nowhere: No such file"),
+        ("rediss://h/0?ssl_ca_certs={folder}", "ssl_ca_certs={folder}: Is a directory"),
+        ("rediss://h/0?ssl_ca_certs={folder}/junk", "OpenSSL cannot use it"),
+        ("rediss://h/0?ssl_keyfile=/nowhere", "ssl_keyfile: expected ssl_certfile, too"),
+        ("rediss://h/0?ssl_certfile={folder}/ca.pem", "ssl_certfile={folder}/ca.pem: OpenSSL"),
+        (
+            "rediss://h/0?ssl_certfile={folder}/ca.pem&ssl_keyfile={folder}/client.key",
+            "KEY_VALUES_MISMATCH",
+        ),
+        (
+            "rediss://h/0?ssl_certfile={folder}/client.pem&ssl_keyfile={folder}/locked.key",
+            "locked.key: OpenSSL cannot use it",
+        ),
+    ],
+)
+def test_options_for_tls_that_cannot_be_used_are_refused(
+    url: str, reason: str, tmp_path: Path
+) -> None:
+    """An encrypted key too, for which OpenSSL would prompt."""
+    Authority(tmp_path).certificate("client")
+    (tmp_path / "junk").write_text("junk")
+    locked = ["-aes256", "-passout", "pass:word", "-out", str(tmp_path / "locked.key")]
+    key = str(tmp_path / "client.key")
+    subprocess.run(["openssl", "pkey", "-in", key, *locked], check=True)
+    url = url.format(folder=tmp_path)
+
+    with pytest.raises(InvalidSetting) as raised:
+        Client(url)
+
+    assert str(raised.value).startswith("ZLORA_BROKER_URL: ")
+    assert reason.format(folder=tmp_path) in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "url",
     [
-        "sentinel://h:26379",
+        "sentinel2://h:26379",
         "amqp://h//",
         "memory://",
         "cache+memory://",

@@ -5,11 +5,12 @@ The tests play the part of a worker.
 
 import asyncio
 import gc
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -225,6 +226,45 @@ def test_a_state_that_another_program_wrote_is_an_internal_error(
 
     with pytest.raises(InternalError, match="job-1"):
         client.job("job-1").result(timeout=0)
+
+
+def forged(module: Any, kind: Any, message: Any) -> str:
+    """Return a failure as Celery stores it, with any class of any module."""
+    failure = {"exc_type": kind, "exc_module": module, "exc_message": message}
+    return json.dumps({"status": "FAILURE", "result": failure})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        forged("os", "system", ["true"]),
+        forged("builtins", "print", "x"),
+        forged("builtins", "SystemExit", [0]),
+        forged("builtins", "KeyboardInterrupt", []),
+        forged("builtins", "UnicodeDecodeError", ["x"]),
+        forged(None, "a\x00b", "x"),
+        forged([], "A", "x"),
+        forged("zlora.errors", 5, "x"),
+        forged("zlora.errors", "ZloraError", [5, "x"]),
+        forged("zlora.errors", "JobPoisoned", ["x", [1]]),
+        forged("zlora.errors", "InternalError", ["\ud800", {"attempt": {"a": 1}}]),
+        "[" * 100_000,
+        json.dumps({"status": "SUCCESS", "result": {"images": "x", "job_id": [1]}}),
+        json.dumps({"status": [1], "result": None}),
+    ],
+)
+def test_a_forged_end_is_an_error_that_the_command_line_can_show(
+    client: Client, broker: Any, text: str
+) -> None:
+    broker.set("celery-task-meta-job-1", text, ex=60)
+
+    with pytest.raises(ZloraError) as raised:
+        client.job("job-1").result(timeout=0)
+    with suppress(ZloraError):
+        client.job("job-1").status()
+    assert json.dumps(raised.value.as_document())
+    assert isinstance(raised.value.details, dict)
+    assert str(raised.value).encode()
 
 
 # --- results

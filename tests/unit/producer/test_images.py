@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -86,6 +87,21 @@ def test_a_redirect_is_followed_to_http_only(tmp_path: Path) -> None:
             assert refusal(image(url=host.url + target))
 
 
+def test_only_the_given_hosts_are_opened_also_by_a_redirect(tmp_path: Path) -> None:
+    with serving(reply(DATA)) as internal:
+        elsewhere = reply(status=302, Location=f"http://localhost:{internal.port}/0.png")
+        with serving(elsewhere) as host:
+            ref = image(url=f"{host.url}/0.png{QUERY}")
+            for hosts in ({"images.test"}, {f"127.0.0.1:{internal.port}"}, {host.name}):
+                with pytest.raises(ImageUnavailable, match="ZLORA_IMAGE_HOSTS does not list"):
+                    images.save(result(ref), tmp_path, hosts=hosts)
+            assert len(host.asked) == 1
+            assert internal.asked == []
+
+            for hosts in ({host.name, "localhost"}, {host.name, f"localhost:{internal.port}"}):
+                assert images.read(ref, hosts=hosts) == DATA
+
+
 @pytest.mark.parametrize("body", [DATA[:-1], DATA + b"!", b"x" * len(DATA), b""])
 def test_bytes_with_another_checksum_or_size_are_refused(body: bytes) -> None:
     with serving(reply(body)) as host:
@@ -115,6 +131,14 @@ def test_no_more_bytes_are_read_than_the_image_has() -> None:
 )
 def test_an_unavailable_image_is_reported_without_its_query(url: str | None, reason: str) -> None:
     assert reason in refusal(image(url=url))
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A pipe would wait for its writer, and a device may have no end."""
+    os.mkfifo(tmp_path / "pipe")
+
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        assert "it is not a regular file" in refusal(image(url=path.as_uri()))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +186,25 @@ def test_images_are_saved_under_job_and_index(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in paths] == [DATA, DATA]
     assert {path.stat().st_mode for path in paths} == {(folder / "any").stat().st_mode}
     assert sorted(folder.iterdir()) == sorted([*paths, folder / "any"])
+
+
+def test_a_link_that_another_user_planted_is_replaced_and_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at the name of an image nor at that of its draft, even if the draft's is known."""
+    folder, target = tmp_path / "shared", tmp_path / "target"
+    folder.mkdir()
+    target.write_bytes(b"older")
+    (folder / "job-1-0.png").symlink_to(target)
+    images.save(result(image(data_uri=inline())), folder)
+
+    monkeypatch.setattr("zlora.files.secrets.token_hex", lambda _: "known")
+    (folder / ".job-1-0.png.known").symlink_to(target)
+    with pytest.raises(FileExistsError):
+        images.save(result(image(data_uri=inline())), folder)
+
+    assert target.read_bytes() == b"older"
+    assert (folder / "job-1-0.png").read_bytes() == DATA
 
 
 def test_an_unavailable_image_replaces_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from support.tiny_folder import TINY
 from zlora.errors import (
     JobRevoked,
     LoraMismatch,
+    LoraNotAllowed,
     NotSafetensors,
     StoreFailed,
 )
@@ -448,6 +450,98 @@ def test_a_weight_of_one_component_replaces_weight_even_if_it_is_zero(
     assert digests[0] == digests[1]
     assert digests[4] == without
     assert len(set(digests)) == 4
+
+
+# --- peft's alpha
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Return the file of a folder that peft saved."""
+    tensors = {
+        f"base_model.model.{name.removeprefix('unet.')}": tensor
+        for name, tensor in peft_lora().items()
+    }
+    path = write(tmp_path / "roots" / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    path.with_name("adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def opener(model: Pipeline, store: MemoryStore, model_home: Path, tmp_path: Path) -> Child:
+    """Return a child that opens files of folders."""
+    variables = lora_cache(tmp_path / "loras") | {"ZLORA_LORA_ROOTS": str(tmp_path / "roots")}
+    return make_child(model, store, settings(model_home, **variables))
+
+
+def drawn(child: Child, job_id: str, spec: LoraSpec) -> tuple[GenerateResult, str]:
+    result = run_job(child, job_id, a_request(seed=3, loras=(spec,)))
+    return result, str(result.images[0].pixels_sha256)
+
+
+def test_a_job_uses_the_configuration_beside_its_file_and_a_replay_pins_it(
+    opener: Child, saved: Path
+) -> None:
+    """The strength is that of peft, also in a job after one without the configuration."""
+    spec, config = LoraSpec(file=Asset(url=saved.as_uri())), saved.with_name("adapter_config.json")
+    first, image = drawn(opener, "first", spec)
+    _, doubled = drawn(opener, "doubled", LoraSpec(file=Asset(url=saved.as_uri()), alpha=4.0))
+    (receipt,) = first.loras
+    recorded = first.request.loras[0] if first.request else spec
+    assert image == doubled
+    assert receipt.config_sha256 == hashlib.sha256(config.read_bytes()).hexdigest()
+    assert receipt.warnings == ()
+
+    config.unlink()
+    alone, weaker = drawn(opener, "alone", spec)
+    assert alone.loras[0].warnings == ("alpha: assumed equal to rank",)
+    assert (alone.loras[0].config_sha256, weaker == image) == ("none", False)
+
+    assert drawn(opener, "replayed", recorded)[1] == image
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 40}))
+    recorded = alone.request.loras[0] if alone.request else spec
+    assert drawn(opener, "replayed-alone", recorded)[1] == weaker
+
+
+def test_an_assumed_alpha_is_a_warning_of_the_receipt(
+    child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """An alpha of the request replaces it, and the merged weights are not those without it."""
+    file = write(tmp_path / "a.safetensors", peft_lora())
+
+    plain, assumed = drawn(child, "assumed", pinned(file))
+    named, stronger = drawn(child, "named", pinned(file, alpha=4.0))
+    _, doubled = drawn(child, "doubled", pinned(file, weight=2.0))
+    again = drawn(child, "again", pinned(file))[1]
+
+    assert plain.loras[0].warnings == ("alpha: assumed equal to rank",)
+    assert named.loras[0].warnings == ()
+    assert stronger == doubled != assumed == again
+
+
+def test_a_lora_of_weight_0_is_not_fetched_and_has_a_receipt(
+    child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """Its file may be one that a job with a weight is refused for."""
+    file = write(tmp_path / "a.safetensors", peft_lora())
+    away = Asset(url="https://user:pa55@nowhere.invalid/b?token=s3cret")
+    loras = (LoraSpec(file=away, weight=0.0), pinned(file), LoraSpec(file=away, unet_weight=0.0))
+
+    result = run_job(child, "zero", a_request(seed=3, loras=loras[:2]))
+    with pytest.raises(LoraNotAllowed):
+        run_job(child, "text", a_request(loras=loras))
+
+    unused, used = result.loras
+    assert (unused.source, unused.sha256, unused.modules) == ("https://nowhere.invalid/b", "", {})
+    assert unused.warnings == ("weight 0: the file was not fetched",)
+    assert used.modules == {"unet": 3}
+    assert result.request is not None
+    assert [spec.weight for spec in result.request.loras] == [0.0, 1.0]
+    assert drawn(child, "replayed", result.request.loras[1])[1] == result.images[0].pixels_sha256
+    assert run_job(child, "again", result.request).images[0].pixels_sha256 == (
+        result.images[0].pixels_sha256
+    )
 
 
 # --- failures

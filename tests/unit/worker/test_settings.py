@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "shutdown_timeout": ("20", 20),
     "visibility": ("60", 60),
     "sweep": ("2", 2),
+    "sidecar_timeout": ("90", 90),
     "probes": ("/run/zlora", "/run/zlora"),
     "metrics": ("127.0.0.1:9808", ("127.0.0.1", 9808)),
     "log": ("json", "json"),

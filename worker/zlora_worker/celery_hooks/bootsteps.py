@@ -18,6 +18,7 @@ from celery.utils.log import get_logger
 from celery.worker import state
 
 from zlora_worker.celery_hooks.load_state import LoadState
+from zlora_worker.celery_hooks.restart import Restart
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.settings import Settings
@@ -33,7 +34,7 @@ logger = get_logger(__name__)
 Step = type[bootsteps.StartStopStep]
 
 
-def model_gate(load_state: LoadState, settings: Settings) -> Step:
+def model_gate(load_state: LoadState, restart: Restart, settings: Settings) -> Step:
     """Return the step that lets no job in before the child has its model.
 
     The worker exits with `EXIT_NO_MODEL` if the child cannot load the model.
@@ -57,6 +58,7 @@ def model_gate(load_state: LoadState, settings: Settings) -> Step:
         def start(self, parent: Any) -> None:
             """Wait for the child's model; runs after the pool's start and before the consumer's."""
             _require_one_prefork_child(parent)
+            restart.follow_signal()
             timeout = parent.app.conf.worker_proc_alive_timeout
             end = time.monotonic() + timeout
             while not load_state.is_loaded():
@@ -67,9 +69,10 @@ def model_gate(load_state: LoadState, settings: Settings) -> Step:
                     exit_without_model(reason)
                 children = parent.pool._pool._pool  # noqa: SLF001 - billiard has no public list
                 if any(child.exitcode is not None for child in children):
-                    exit_without_model(
-                        "the child was killed while it loaded the model (out of memory?)"
-                    )
+                    # The next child loads, or fails with the reason. The pool needs its event
+                    # loop for the pipes of the child that it replaces.
+                    parent.pool.register_with_event_loop(parent.hub)
+                    parent.pool.maintain_pool()
                 if time.monotonic() > end:
                     exit_without_model(
                         f"the model was not loaded within {timeout:.0f} s (ZLORA_LOAD_TIMEOUT)"
@@ -138,8 +141,7 @@ def graceful_shutdown(
 
         def _look(self, *_: Any) -> None:
             load_state.parent_is_alive()
-            with suppress(OSError):  # the last job is drawn even without memory for a new sidecar
-                sidecar.restart_if_ended()
+            sidecar.look()
             if time.monotonic() > self._limit:
                 self._next_step()
 
@@ -175,7 +177,7 @@ def child_watch(load_state: LoadState, sidecar: SidecarProcess) -> Step:
                 # A killed child closes its pipe before it can be waited for. Celery looks only at
                 # that moment, and then every 5 s, and so misses most deaths.
                 consumer.pool.maintain_pool()
-                sidecar.restart_if_ended()
+                sidecar.look()
                 reason = load_state.failure()
                 if reason is not None and not state.should_stop:
                     logger.critical("no model, no jobs: %s", reason)

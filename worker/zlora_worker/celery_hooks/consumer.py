@@ -12,6 +12,7 @@ from celery.worker.consumer import Consumer
 from kombu import Message
 from msgspec import Struct
 from redis import RedisError
+from zlora.backoff import jittered
 from zlora.broker.keys import RECORD_EXPIRES
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import InvalidRequest
@@ -23,6 +24,7 @@ from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import progress_backend
 
 _SHOWN: Final = 200  # characters of a fault in logs and answers
+_RECONNECT_PAUSE: Final = 0.5  # seconds: workers must not all come at once after a fail-over
 # Headers that other Celery applications set, and that mean nothing here. Values of other types
 # would raise in the child, so all of them go.
 _UNUSED_HEADERS: Final = (
@@ -122,6 +124,11 @@ def job_consumer(  # noqa: C901 - a class inside a function
         addresses, or leave the producer waiting.
         """
 
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            """Leave out gossip and mingle: an odd event of another worker would end this one."""
+            options["worker_options"] |= {"without_gossip": True, "without_mingle": True}
+            super().__init__(*arguments, **options)
+
         def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Message], Any]:
             """Return the function that takes each message from the broker."""
             handle = super().create_task_handler(*arguments, **options)
@@ -180,6 +187,12 @@ def job_consumer(  # noqa: C901 - a class inside a function
 
             conn.ensure_connection = ensure_and_show
             return super().ensure_connected(conn)
+
+        def on_connection_error_after_connected(self, exc: Exception) -> None:
+            """Log the loss of the connection, and wait: the next one may be refused at once."""
+            super().on_connection_error_after_connected(exc)
+            alive()
+            time.sleep(jittered(_RECONNECT_PAUSE))
 
         def _refuse(self, message: Message, error: Exception) -> None:
             """Answer for the job that the message names, count the message, and acknowledge it."""

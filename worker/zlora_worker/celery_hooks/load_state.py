@@ -2,14 +2,18 @@
 
 import atexit
 import os
-import shutil
-import tempfile
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
 from celery.utils.log import get_logger
 from zlora.errors import ModelUnavailable
 from zlora.files import write_atomically
+from zlora.temporary_folder import temporary_folder
+
+_MAX_LOADS: Final = 3  # killed loads in a row, after which the worker exits
+_FIRST_PAUSE: Final = 1.0  # seconds after the first killed load, doubled for each one after it
 
 logger = get_logger(__name__)
 
@@ -24,16 +28,18 @@ class LoadState:
     touched each second while the parent goes about its work.
     """
 
-    def __init__(self, probes: str = "") -> None:
+    def __init__(self, probes: str = "", *, load_timeout: float) -> None:
         self._probes: Final = Path(probes) if probes else None
+        self._load_timeout = load_timeout
 
     def open(self) -> Path:
         """Make the folder of these files, which is removed when this process ends, and return it.
 
-        To be called in the parent before it forks. Raises `OSError` if the probes' folder cannot be
-        made.
+        Also removes the folders of workers that were killed. To be called in the parent before it
+        forks. Raises `OSError` if the probes' folder cannot be made.
         """
-        self._folder, owner = Path(tempfile.mkdtemp(prefix="zlora-worker-")), os.getpid()
+        resources, owner = ExitStack(), os.getpid()
+        self._folder = resources.enter_context(temporary_folder("zlora-worker-"))
         self._ready, self._failed = self._folder / "ready", self._folder / "failed"
         self._loading = self._folder / "loading"
         if self._probes:
@@ -41,8 +47,8 @@ class LoadState:
             self._show("ready", is_true=False)
 
         def remove() -> None:
+            resources.close()
             if os.getpid() == owner:
-                shutil.rmtree(self._folder, ignore_errors=True)
                 self._show("ready", is_true=False)
                 self._show("alive", is_true=False)
 
@@ -73,17 +79,30 @@ class LoadState:
     def child_begins(self) -> bool:
         """Record that this child begins to load; return whether it replaces one that had the model.
 
-        Raises `ModelUnavailable` if the previous child was killed while it loaded.
+        If children were killed while they loaded, waits, and raises `ModelUnavailable` after the
+        third one, or after one that was too slow.
         """
         replaces = self._ready.exists()
         self._ready.unlink(missing_ok=True)
-        if self._loading.exists():
+        killed = 0
+        with suppress(FileNotFoundError):
+            killed, had_predecessor = map(int, self._loading.read_text().split())
+            replaces = replaces or bool(had_predecessor)
+            if time.time() - self._loading.stat().st_mtime > self._load_timeout:
+                raise ModelUnavailable(
+                    f"the model was not loaded within {self._load_timeout} s (ZLORA_LOAD_TIMEOUT)"
+                )
+        if killed == _MAX_LOADS:
             raise ModelUnavailable(
-                "the previous child was killed while it loaded the model"
-                " (out of memory, or too slow?)"
+                f"{killed} children in a row were killed while they loaded the model"
+                " (out of memory?)"
             )
         self._folder.mkdir(exist_ok=True)  # a job that cleans temporary folders may have removed it
-        self._loading.touch()
+        write_atomically(self._loading, f"{killed + 1} {replaces:d}".encode())
+        if killed:
+            pause = _FIRST_PAUSE * 2 ** (killed - 1)
+            logger.warning("a child was killed while it loaded the model; again in %.0f s", pause)
+            time.sleep(pause)
         return replaces
 
     def child_has_model(self) -> None:

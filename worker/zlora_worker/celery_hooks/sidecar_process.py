@@ -1,19 +1,26 @@
 """The sidecar as the parent process sees it: started, watched, started again, stopped."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
+import redis
 from billiard.util import register_after_fork
 from celery.utils.log import get_logger
+from zlora.broker.keys import RECORD_EXPIRES, sidecar_faults_key
 from zlora.child_process import end_with_parent
 from zlora.errors import InvalidSetting
 
 _RESTART_AFTER: Final = 5.0  # seconds between two starts
+_MAX_LOOK: Final = 2.0  # seconds between two looks that count: the parent may have stood still
+_DEATH: Final = 0.5  # seconds that a killed process has at most to end
+_BEATS: Final = 65_536  # bytes, all that a pipe holds
 _LAST_SECONDS: Final = 2.0  # in which the sidecar may end by itself
 
 logger = get_logger(__name__)
@@ -22,11 +29,19 @@ logger = get_logger(__name__)
 class SidecarProcess:
     """The sidecar of a worker. The parent has no threads, because it forks children."""
 
-    def __init__(self, metrics_address: tuple[str, int] | None) -> None:
-        self._address = metrics_address
+    def __init__(
+        self,
+        metrics_address: tuple[str, int] | None,
+        *,
+        timeout: float,
+        count: Callable[[str], None],
+    ) -> None:
+        """Take the seconds of silence after which the sidecar hangs, and a counter of faults."""
+        self._address, self._timeout, self._count = metrics_address, timeout, count
         self._listener: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._started = 0.0
+        self._beats = -1  # file descriptor of the pipe into which the sidecar writes signs of life
+        self._started = self._looked = self._silent = 0.0
 
     def listen(self, give_up: Callable[[str], NoReturn]) -> None:
         """Open the socket of the metrics; a restarted sidecar gets the same socket."""
@@ -42,25 +57,59 @@ class SidecarProcess:
         register_after_fork(self._listener, socket.socket.close)
 
     def start(self) -> None:
-        """Start the process."""
-        passed = [] if self._listener is None else [self._listener.fileno()]
-        # A session of its own: Ctrl-C in a terminal reaches the parent, which stops the sidecar.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "zlora_worker.sidecar", *map(str, passed)],
-            pass_fds=passed,
-            start_new_session=True,
-            preexec_fn=end_with_parent(signal.SIGTERM),  # noqa: PLW1509 - see `end_with_parent`
-        )
-        self._started = time.monotonic()
+        """Start the process; raise `OSError`."""
+        self._started = self._looked = time.monotonic()
+        self._silent = 0.0
+        if self._beats >= 0:
+            os.close(self._beats)
+        self._beats, pipe = os.pipe()
+        os.set_blocking(self._beats, False)
+        passed = [pipe] if self._listener is None else [pipe, self._listener.fileno()]
+        try:
+            # A session of its own: Ctrl-C in a terminal reaches the parent, which stops the
+            # sidecar.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "zlora_worker.sidecar", *map(str, passed)],
+                pass_fds=passed,
+                start_new_session=True,
+                preexec_fn=end_with_parent(signal.SIGTERM),  # noqa: PLW1509 - see `end_with_parent`
+            )
+        finally:
+            os.close(pipe)
 
-    def restart_if_ended(self) -> None:
-        """Start the process again if it has ended."""
-        if self._process is None or self._process.poll() is None:
+    def look(self) -> None:
+        """Start the process again if it has ended or hangs; to be called each second."""
+        if self._process is None:
             return
-        if time.monotonic() - self._started > _RESTART_AFTER:
-            status = self._process.returncode
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, _MAX_LOOK), now
+        status = self._process.poll()
+        if status is None:
+            self._silent = 0.0 if self._has_beaten() else self._silent + passed
+            if self._silent <= self._timeout:
+                return
+            fault = "hung"
+            logger.error("the sidecar hangs for %.0f s: it is replaced", self._silent)
+            self._process.kill()
+            with suppress(subprocess.TimeoutExpired):  # the kernel may hold it, at a disk's fault
+                self._process.wait(_DEATH)
+        elif now - self._started > _RESTART_AFTER:
+            fault = "ended"
             logger.error("the sidecar has exited with status %s: it is started again", status)
+        else:
+            return
+        try:
             self.start()
+        except OSError as error:
+            fault = "not_started"
+            logger.critical("there is no sidecar, since it cannot be started: %s", error)
+        self._count(fault)
+
+    def _has_beaten(self) -> bool:
+        try:
+            return bool(os.read(self._beats, _BEATS))
+        except BlockingIOError:
+            return False
 
     def stop(self, **_: Any) -> None:
         """Stop the process. Does nothing if it has ended."""
@@ -72,3 +121,19 @@ class SidecarProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def count_sidecar(client: Any, queue: str, fault: str) -> None:
+    """Count a fault of a sidecar: `hung`, `ended` or `not_started`.
+
+    It is counted in Redis, because without a sidecar the worker serves no metrics. Only logs if
+    Redis does not answer.
+    """
+    key = sidecar_faults_key(queue)
+    try:
+        with client.pipeline() as pipe:
+            pipe.hincrby(key, fault, 1)
+            pipe.expire(key, RECORD_EXPIRES)
+            pipe.execute()
+    except redis.RedisError as error:
+        logger.warning("%s is not incremented: %s", key, error)

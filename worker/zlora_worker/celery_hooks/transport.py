@@ -15,10 +15,10 @@ import msgspec
 import redis
 from celery.utils.log import get_logger
 from celery.worker import state
-from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps, loads
 from msgspec import Struct
+from zlora.broker import celery_app
 from zlora.broker.keys import RECORD_EXPIRES, refused_key
 from zlora.broker.message import MAX_MESSAGE_BYTES
 from zlora.schema import JOB_ID
@@ -37,10 +37,9 @@ _on_wait: list[Callable[[], None]] = []  # kombu makes the objects of this modul
 
 
 def install(on_wait: Callable[[], None]) -> None:
-    """Use this transport for `redis://` URLs in this process; `on_wait` is called during waits."""
+    """Use this transport in this process; `on_wait` is called during waits."""
     _on_wait.append(on_wait)
-    for scheme in ("redis", "rediss"):
-        TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+    celery_app.use_transport(Transport)
 
 
 class _DeliveryInfo(Struct):
@@ -163,12 +162,16 @@ class QoS(kombu_redis.QoS):
         self._wait_for(lambda: super(QoS, self).append(message, delivery_tag))
 
     def ack(self, delivery_tag: str) -> None:
-        """Remove a message from `unacked`."""
-        self._wait_for(lambda: super(QoS, self).ack(delivery_tag), only_wrong_type=True)
+        """Remove a message from `unacked`.
+
+        Without a wait the worker would count the message as its own, and take no other one: the
+        connection on which it waits for messages may hold, and then nothing else ends this.
+        """
+        self._wait_for(lambda: super(QoS, self).ack(delivery_tag))
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Remove a message from `unacked`, and put it back on its queue with `requeue`."""
-        self._wait_for(lambda: super(QoS, self).reject(delivery_tag, requeue), only_wrong_type=True)
+        self._wait_for(lambda: super(QoS, self).reject(delivery_tag, requeue))
 
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
         """Put the messages of dead workers back on their queue."""
@@ -190,18 +193,13 @@ class QoS(kombu_redis.QoS):
         elif self._delivered is not None:
             self._delivered.clear()
 
-    def _wait_for(self, action: Callable[[], None], *, only_wrong_type: bool = False) -> None:
+    def _wait_for(self, action: Callable[[], None]) -> None:
         give_up = time.monotonic() + _LAST_WAIT
         while True:
             try:
                 action()
             except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError) as error:
-                is_wrong_type = _is_wrong_type(error)
-                if isinstance(error, redis.ResponseError):
-                    is_transient = isinstance(error, redis.OutOfMemoryError)
-                else:
-                    is_transient = True
-                if not is_wrong_type and (only_wrong_type or not is_transient):
+                if isinstance(error, redis.ResponseError) and not _is_wrong_type(error):
                     raise
                 if not state.should_stop:
                     give_up = time.monotonic() + _LAST_WAIT
@@ -215,8 +213,8 @@ class QoS(kombu_redis.QoS):
                 return
 
 
-class Channel(kombu_redis.Channel):
-    """kombu's channel with this client and these held messages."""
+class Channel(celery_app.Channel):
+    """A channel with this client and these held messages."""
 
     QoS = QoS
 
@@ -233,12 +231,10 @@ class Channel(kombu_redis.Channel):
         return True
 
 
-class Transport(kombu_redis.Transport):
-    """kombu's transport with this channel. A Redis that is full counts as one that is down."""
+class Transport(celery_app.Transport):
+    """A transport with this channel."""
 
     Channel = Channel
-
-    connection_errors = (*kombu_redis.Transport.connection_errors, redis.OutOfMemoryError)
 
 
 def count_refused(client: Any, queue: str) -> None:

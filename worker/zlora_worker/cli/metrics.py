@@ -6,6 +6,7 @@ import time
 import click
 from zlora.broker.job_store import connect
 from zlora.cli import signals
+from zlora.config import BROKER_URL
 from zlora.errors import InvalidSetting
 
 from zlora_worker.monitoring import logs
@@ -24,11 +25,15 @@ def metrics() -> None:
     settings = Settings.from_env()
     if settings.metrics is None:
         raise InvalidSetting("ZLORA_METRICS: expected `host:port`", {"name": "ZLORA_METRICS"})
+    try:
+        client = connect(settings.broker_url)
+    except ValueError as error:
+        raise InvalidSetting(f"{BROKER_URL}: {error}", {"name": BROKER_URL}) from None
     logging.basicConfig(level=logging.INFO)
     logs.use(settings.log, settings.secrets, logger=logging.getLogger(), process="metrics")
     listener = listen(settings.metrics)
     registry = CollectorRegistry()
-    registry.register(QueueCollector(connect(settings.broker_url), settings.queue))
+    registry.register(QueueCollector(client, settings.queue))
     serve(listener, registry)
     click.echo(f"queue {settings.queue}: http://{spelled(settings.metrics)}/metrics")
     try:

@@ -469,7 +469,7 @@ def _difference(one: "Image.Image | None", other: "Image.Image") -> tuple[float 
 def _differences(recorded: ImageProvenance, present: ImageProvenance) -> Iterator[str]:
     """Yield a sentence for each recorded condition that has another value now."""
     yield from _other_base(recorded, present.model, present.base_sha256)
-    if any(spec.file.sha256 is None for spec in recorded.request.loras):
+    if any(spec.is_used and spec.file.sha256 is None for spec in recorded.request.loras):
         yield "a LoRA's file is not recorded, only its address"
     for name in ("scheduler", "device", "dtype", "threads"):
         old, new = getattr(recorded, name), getattr(present, name)

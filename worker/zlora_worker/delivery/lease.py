@@ -1,4 +1,4 @@
-"""Leases: one worker at a time draws a job, the job ends once, and three killed workers end it too.
+"""Leases: one worker at a time draws a job, the job ends once, and ends if it kills all children.
 
 This is the worker's side of `zlora.broker.job_store`, which describes the record of a job. Each
 claim gets a token, larger than all before it. A worker that stands still may lose its lease without
@@ -24,6 +24,7 @@ from zlora.broker.job_store import (
     Attempt,
     Ending,
     JobStore,
+    Submission,
     attempts_of,
     connect,
     verdict_of,
@@ -37,7 +38,6 @@ LEASE: Final = 10.0  # seconds that a job stays with a worker that does not rene
 _RENEW: Final = 2.0  # seconds between two renewals
 _GRACE: Final = 4.0  # seconds in which a live worker takes back a lease that Redis lost
 _IMPATIENCE: Final = 1.0  # seconds that a running job may lose to a Redis that does not answer
-_POISON: Final = 3  # deaths after which a job is given up
 _STORE_DOWN: Final = (
     "store_away"  # field of the record: first failure of the store, seconds by Redis's clock
 )
@@ -161,7 +161,7 @@ class Claim:
 
     @property
     def deaths(self) -> list[Attempt]:
-        """Earlier attempts that ended with the death of their worker."""
+        """Earlier attempts that ended with their child process, or whose worker was lost."""
         return list(attempts_of(dict(self.record)).values())
 
     @property
@@ -172,12 +172,21 @@ class Claim:
         """
         return "begun" in self.record and "spoilt" not in self.record
 
-    def raise_if_poisoned(self, job_id: str) -> None:
-        """Raise `JobPoisoned` if too many workers died while they had the job."""
+    def raise_if_poisoned(self, job_id: str, *, max_attempts: int, max_losses: int) -> None:
+        """Raise `JobPoisoned` if the job has ended too many child processes, or lost its worker.
+
+        A worker is lost if its parent process says nothing of the end of its child: the machine is
+        gone or cut off, or the worker stands still, and then takes back its attempt later.
+        """
         deaths = self.deaths
-        if len(deaths) >= _POISON:
-            evidence = {"attempts": [msgspec.to_builtins(attempt) for attempt in deaths]}
-            raise JobPoisoned(f"{len(deaths)} workers died while they had job {job_id}", evidence)
+        lost = sum(attempt.signal is None for attempt in deaths)
+        if len(deaths) - lost < max_attempts and lost < max_losses:
+            return
+        evidence = {"attempts": [msgspec.to_builtins(attempt) for attempt in deaths]}
+        message = f"{len(deaths) - lost} child processes ended while they had job {job_id}"
+        if lost:
+            message += f", and {lost} workers were lost"
+        raise JobPoisoned(message, evidence)
 
 
 class JobEnded(Exception):
@@ -236,16 +245,18 @@ class JobLeases:
             target=self._renew, args=(job_id, claim.token, over), name="lease", daemon=True
         )
         renewal.start()
-        is_leaving = False
+        is_process_ending = False
         try:
             yield claim
         except (SystemExit, KeyboardInterrupt):
-            is_leaving = True
+            # the parent counts the attempt, or has put the job back itself
+            is_process_ending = True
             raise
         finally:
             over.set()
             renewal.join()
-            self._end(job_id, field, claim, is_leaving=is_leaving)
+            if not is_process_ending:
+                self._end(job_id, field, claim)
 
     def _try_claim(self, job_id: str, digest: str, field: str, *, is_sure: bool = False) -> Claim:
         attempt = Attempt(
@@ -266,12 +277,9 @@ class JobLeases:
         record = dict(zip(fields[::2], fields[1::2], strict=True))
         return Claim(ClaimState(state), record, token=token, now=int(now) / 1e6)
 
-    def _end(self, job_id: str, field: str, claim: Claim, *, is_leaving: bool) -> None:
+    def _end(self, job_id: str, field: str, claim: Claim) -> None:
         """Delete the attempt, and the mark `begun` if this delivery set it and drew nothing."""
         key = job_key(job_id)
-        if is_leaving:  # the worker stops: the job goes to another one at once
-            self.jobs.redis.hdel(key, field)
-            return
         undo = "" if claim.has_drawn or "begun" in claim.record else "1"
         arguments = [self.worker, int(LEASE * 1000), field, undo, claim.token]
         self._end_attempt(keys=[key, lease_key(job_id)], args=arguments)
@@ -359,9 +367,15 @@ class JobLeases:
         backend.set(key, document)
         return True
 
-    def close(self, job_id: str, verdict: ZloraError) -> ZloraError:
-        """Write the verdict of the job for good; return the first one, if there is one already."""
-        return self.jobs.mark_ended(job_id, verdict).earlier_error or verdict
+    def close(
+        self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None
+    ) -> ZloraError:
+        """Write the verdict of the job for good; return the first one, if there is one already.
+
+        With a submission the job is kept as a dead job.
+        """
+        ending = self.jobs.mark_ended(job_id, verdict, submission=submission)
+        return ending.earlier_error or verdict
 
     def finish(self, job_id: str) -> Ending:
         """Record that the job has a result; return an error that the job has ended with before."""

@@ -2,6 +2,7 @@
 
 * `files/<sha256>.safetensors`: whole files, which appear by a rename and disappear by an unlink. A
   process that uses a file holds a shared lock on it; its access time is the time of its last use.
+  peft's configurations of LoRAs have such names, too.
 * `drafts/`: one file for each source that is being downloaded, locked by the downloading process.
 * `locks/`: one lock for each content (sha256) that is being downloaded.
 * `index/`, `failed/`, `verified/`: the records of `CacheIndex`.
@@ -13,12 +14,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from zlora.errors import CacheFull, InvalidSetting, LoraCorrupt, LoraError, LoraUnreachable
+from zlora.errors import (
+    CacheFull,
+    InvalidSetting,
+    LoraCorrupt,
+    LoraError,
+    LoraNotFound,
+    LoraUnreachable,
+    NotSafetensors,
+)
+from zlora.lora.base_model import lacks_alpha
+from zlora.lora.safetensors_header import read_header
 from zlora.redaction import without_secrets
-from zlora.schema import Asset
+from zlora.schema import NO_CONFIG, Asset
 
 from zlora_worker.fetch.cache_index import CacheIndex, digest_of, source_of
 from zlora_worker.fetch.eviction import DiskBudget, sha256_of, written
@@ -39,7 +51,11 @@ Tier = Literal["disk", "network"]
 
 @dataclass(frozen=True, kw_only=True)
 class CachedFile:
-    """A checked safetensors file; `seconds` is the time that it took to get it."""
+    """A checked safetensors file; `seconds` is the time that it took to get it.
+
+    `config` is peft's configuration beside the file, if the file needs it. `config_sha256` is its
+    checksum, `none` if the source has no such file, and None if the file needs none.
+    """
 
     path: Path
     sha256: str
@@ -47,6 +63,8 @@ class CachedFile:
     source: str
     tier: Tier
     seconds: float
+    config: bytes | None = None
+    config_sha256: str | None = None
 
 
 class Cache:
@@ -100,6 +118,10 @@ class Cache:
                     start = time.monotonic()
                     sha256, tier = self._find(asset, held, since, on_bytes or _ignore)
                     path = self.file(sha256)
+                    config_sha256 = self._find_config(asset, path, held, since)
+                    config = None
+                    if config_sha256 not in (None, NO_CONFIG):
+                        config = self.file(config_sha256).read_bytes()
                     file = CachedFile(
                         path=path,
                         sha256=sha256,
@@ -107,6 +129,8 @@ class Cache:
                         source=self._fetcher.source(asset.address),
                         tier=tier,
                         seconds=time.monotonic() - start,
+                        config=config,
+                        config_sha256=config_sha256,
                     )
                     found.append(file)
             yield found
@@ -144,8 +168,38 @@ class Cache:
                 pass  # a lock that no process has is deleted as it is given back
         self.budget.remove_abandoned_drafts()
 
+    def _find_config(self, asset: Asset, path: Path, held: ExitStack, since: float) -> str | None:
+        """Sha256 of peft's configuration beside an asset's file at `path`, which is then held.
+
+        Returns `none` if the source has none, or the asset says so. Returns None if the file does
+        not need it, or if the source is not one whose files belong together.
+        """
+        pinned = asset.config_sha256
+        address = None
+        with suppress(LoraError):  # a cached file needs no valid address
+            address = self._fetcher.config_address(asset.address)
+        if (address is None and pinned is None) or not _lacks_alpha(path):
+            return None
+        if pinned == NO_CONFIG or (pinned and self._hold(pinned, held)):
+            return pinned
+        if address is None:
+            raise LoraNotFound(f"{without_secrets(asset.address)}: has no configuration beside it")
+        config = Asset(url=address, sha256=pinned)
+        try:
+            return self._find(config, held, since, _ignore, is_config=True)[0]
+        except LoraNotFound:
+            if pinned:
+                raise
+            return NO_CONFIG
+
     def _find(
-        self, asset: Asset, held: ExitStack, since: float, on_bytes: OnBytes
+        self,
+        asset: Asset,
+        held: ExitStack,
+        since: float,
+        on_bytes: OnBytes,
+        *,
+        is_config: bool = False,
     ) -> tuple[str, Tier]:
         """Sha256 and tier of an asset's file, which is held from then on.
 
@@ -164,7 +218,9 @@ class Cache:
                     if (sha256 := self._known(asset, held, since)) is not None:
                         break
                     try:
-                        return self._download(asset, draft, descriptor, held, on_bytes)
+                        return self._download(
+                            asset, draft, descriptor, held, on_bytes, is_config=is_config
+                        )
                     except CacheFull:
                         raise  # of this machine, not of the source
                     except LoraError as error:
@@ -239,6 +295,7 @@ class Cache:
         on_bytes: OnBytes,
         *,
         spare: float = 0.0,
+        is_config: bool = False,
     ) -> tuple[str, Tier]:
         """Ask the source, and keep what it sends; `descriptor` is the locked draft."""
         on_bytes(0, 0)  # the source may be silent for long
@@ -265,6 +322,7 @@ class Cache:
                 have=have,
                 on_bytes=on_bytes,
                 make_room=make_room,
+                is_config=is_config,
             )
             tier: Tier = "network" if file.tell() == fetched.size else "disk"
         if asset.sha256 and fetched.sha256 != asset.sha256:
@@ -314,6 +372,15 @@ class Cache:
     def _make_folders(self) -> None:
         for part in (self._files, self._drafts, self._locks, *self.index.folders):
             part.mkdir(parents=True, exist_ok=True)
+
+
+@lru_cache(maxsize=1024)
+def _lacks_alpha(path: Path) -> bool:
+    """Return whether a file of the cache, which never changes, is one of peft without an alpha."""
+    try:
+        return lacks_alpha(read_header(path))
+    except NotSafetensors:  # the reader says why
+        return False
 
 
 @contextmanager

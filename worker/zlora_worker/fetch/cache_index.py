@@ -3,6 +3,7 @@
 Small JSON files, each replaced as a whole. A lost or damaged one costs a request or a hash.
 """
 
+import errno
 import hashlib
 import os
 import time
@@ -15,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from zlora import errors
 from zlora.errors import LoraError
-from zlora.files import write_atomically
+from zlora.files import open_regular, write_atomically
 from zlora.redaction import without_secrets
 from zlora.schema import Asset
 
@@ -237,11 +238,16 @@ def _records(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        with open_regular(path) as file:
+            return msgspec.json.decode(file.read(), type=kind)
     except (FileNotFoundError, PermissionError):  # another user's file: `zlora cache ls`
         return None
     except (ValueError, RecursionError):  # damaged; msgspec's errors are among ValueError
         return None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a pipe with the name of a record
+            return None
+        raise
 
 
 def _write(path: Path, value: Struct) -> None:

@@ -7,12 +7,14 @@ from urllib.parse import urlsplit
 
 from zlora.errors import LoraError, LoraNotAllowed
 from zlora.http.client import HttpClient, HttpError
-from zlora.lora.addresses import PUBLIC_SITES, canonical, scheme_of
+from zlora.lora.addresses import PUBLIC_SITES, canonical, hub_file, scheme_of
+from zlora.lora.base_model import CONFIG_FILE, MAX_CONFIG
 from zlora.lora.http_errors import lora_error
+from zlora.lora.safetensors_header import SafetensorsStream
 from zlora.redaction import without_secrets
 
 from zlora_worker.fetch.sources import SCHEMES, Download
-from zlora_worker.fetch.transfer import Fetched, Limits, OnBytes, Transfer
+from zlora_worker.fetch.transfer import DocumentStream, Fetched, Limits, OnBytes, Transfer
 from zlora_worker.s3_client import SourceBuckets
 from zlora_worker.settings import Settings
 
@@ -46,6 +48,19 @@ class Fetcher:
             return without_secrets(self._canonical(address, name))
         return name
 
+    def config_address(self, address: str) -> str | None:
+        """Return the address of peft's configuration beside a file; None for other sources.
+
+        Only the hub and folders of this machine have files that belong together.
+        """
+        address = self._canonical(address, without_secrets(address))
+        scheme = scheme_of(address)
+        if scheme == "file":
+            return f"{address.rpartition('/')[0]}/{CONFIG_FILE}"
+        if scheme == "hf":
+            return hub_file(address, endpoint=self.settings.hf_endpoint).beside(CONFIG_FILE).address
+        return None
+
     def fetch(
         self,
         address: str,
@@ -55,19 +70,31 @@ class Fetcher:
         have: Callable[[str], Fetched | None] | None = None,
         on_bytes: OnBytes | None = None,
         make_room: Callable[[int], None] | None = None,
+        is_config: bool = False,
     ) -> Fetched:
         """Write the file at `address` to `file`, or write nothing if it is here already.
 
         `known` is what the address had the last time, `have` returns the cached file of a sha256,
-        `make_room` is called with the file's size before the file is written. Raises a `LoraError`
-        whose message has no secret, and everything that the callbacks raise.
+        `make_room` is called with the file's size before the file is written. With `is_config` the
+        file is peft's configuration, not a LoRA. Raises a `LoraError` whose message has no secret,
+        and everything that the callbacks raise.
         """
         name = without_secrets(address)
         address = self._canonical(address, name)
         scheme = scheme_of(address)
         settings, client = self.settings, self._clients[scheme]
-        limits = Limits(max_bytes=settings.lora_max_bytes, min_rate=settings.lora_min_rate)
-        transfer = Transfer(file, name=name, limits=limits, on_bytes=on_bytes, make_room=make_room)
+        limits = Limits(
+            max_bytes=MAX_CONFIG if is_config else settings.lora_max_bytes,
+            min_rate=settings.lora_min_rate,
+        )
+        transfer = Transfer(
+            file,
+            name=name,
+            limits=limits,
+            on_bytes=on_bytes,
+            make_room=make_room,
+            stream=DocumentStream if is_config else SafetensorsStream,
+        )
         download = Download(
             settings=settings,
             client=client,

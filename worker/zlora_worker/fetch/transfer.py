@@ -10,7 +10,7 @@ from typing import BinaryIO, Final
 
 from zlora.errors import LoraTooLarge, NotSafetensors
 from zlora.http.client import HttpError, Response
-from zlora.lora.safetensors_header import SafetensorsStream
+from zlora.lora.safetensors_header import Header, SafetensorsStream
 
 CHUNK: Final = 2**18  # bytes
 _END_SECONDS: Final = 2.0  # from the last byte of the file to the end of the answer
@@ -39,10 +39,26 @@ class Limits:
     min_rate: int
 
 
+class DocumentStream:
+    """Stands for a `SafetensorsStream` while a small document arrives, which is not checked."""
+
+    def __init__(self) -> None:
+        self.header: Header | None = None
+        self.total = 0
+        self.received = 0
+
+    def feed(self, chunk: bytes) -> None:
+        """Count the next bytes."""
+        self.received += len(chunk)
+
+    def end(self) -> None:
+        """Do nothing: a document has no length of its own."""
+
+
 class Transfer:
     """Target of a download. `make_room` gets the file's size before any tensor is written.
 
-    `name` is the address without secrets, for messages.
+    `name` is the address without secrets, for messages. `stream` checks the bytes.
     """
 
     def __init__(
@@ -53,11 +69,12 @@ class Transfer:
         limits: Limits,
         on_bytes: OnBytes | None = None,
         make_room: Callable[[int], None] | None = None,
+        stream: Callable[[], SafetensorsStream | DocumentStream] = SafetensorsStream,
     ) -> None:
-        self.name, self.limits = name, limits
+        self.name, self.limits, self._new_stream = name, limits, stream
         self._file, self._on_bytes, self._make_room = file, on_bytes, make_room
         self._expected = self.received = 0
-        self._digest, self._stream = hashlib.sha256(), SafetensorsStream()
+        self._digest, self._stream = hashlib.sha256(), self._new_stream()
 
     def begin(self, expected: int = 0) -> None:
         """Start a body of `expected` bytes (0 if unknown); discard the bytes of an earlier try."""
@@ -66,7 +83,7 @@ class Transfer:
         self._file.seek(0)
         self._file.truncate()
         self._expected, self.received = expected, 0
-        self._digest, self._stream = hashlib.sha256(), SafetensorsStream()
+        self._digest, self._stream = hashlib.sha256(), self._new_stream()
 
     def write(self, chunk: bytes) -> None:
         """Take the next bytes; raise `NotSafetensors` or `LoraTooLarge` as early as possible."""

@@ -39,11 +39,13 @@ class ParsedModule:
     bias_part: str = ""  # name of the tensor that changes the bias
 
 
-def parse_module(parts: Parts, target: Shape, peft_scale: Callable[[int], float]) -> ParsedModule:
+def parse_module(
+    parts: Parts, target: Shape, scale_of: Callable[[int | None], float]
+) -> ParsedModule:
     """Parse the tensors of one module whose weight has the shape `target`.
 
-    `peft_scale` returns the scale of a rank from the file's metadata; it is used if there is no
-    `alpha` tensor. Raises `InvalidAdapter` if the tensors do not describe a delta of that shape.
+    `scale_of` returns the scale of a rank, or of factors without a rank, if there is no `alpha`
+    tensor. Raises `InvalidAdapter` if the tensors do not describe a delta of that shape.
     """
     kinds = kinds_of(parts.keys())
     if len(kinds) > 1:
@@ -58,7 +60,7 @@ def parse_module(parts: Parts, target: Shape, peft_scale: Callable[[int], float]
         kind = kinds[0]
         _require_kernel(parts, target)
         rank = _rank(kind, parts)
-        scale = _scale(parts, rank, peft_scale)
+        scale = _scale(kind, parts, rank, scale_of)
         # A small file can describe a huge product: limit the numbers that one may have.
         max_elements = max(target[0], _MIN_RANK_LIMIT) * math.prod(target[1:])
         weight = _PARSERS[kind](parts, scale, max_elements)
@@ -95,13 +97,15 @@ def _rank(kind: str, parts: Parts) -> int | None:
     return None
 
 
-def _scale(parts: Parts, rank: int | None, peft_scale: Callable[[int], float]) -> float:
-    if rank is None:  # LyCORIS ignores alpha if there is no rank
+def _scale(
+    kind: str, parts: Parts, rank: int | None, scale_of: Callable[[int | None], float]
+) -> float:
+    if kind == "full" or (rank is None and "alpha" in parts):  # LyCORIS ignores such an alpha
         return 1.0
-    if not rank:
+    if rank == 0:
         raise InvalidAdapter("has the rank 0")
-    if "alpha" not in parts:
-        return peft_scale(rank)
+    if rank is None or "alpha" not in parts:
+        return scale_of(rank)
     if parts["alpha"].numel() != 1:
         raise InvalidAdapter(f"has an alpha of {parts['alpha'].numel()} numbers")
     return float(parts["alpha"]) / rank

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from zlora.errors import LoraMismatch, NotSafetensors
 from zlora.lora import base_model, key_names
 from zlora.lora.safetensors_header import Header, TensorInfo, read_header
 
-from zlora_worker.lora.adapter_config import AdapterConfig
+from zlora_worker.lora.adapter_config import Scales
 from zlora_worker.lora.adapter_formats import ParsedModule, parse_module
 from zlora_worker.lora.deltas import InvalidAdapter, LoraDelta, WeightDelta
 from zlora_worker.lora.key_map import KeyMap, Module
@@ -50,7 +50,9 @@ class Lora:
     """Deltas of one file for one resident model, independent of a job's LoRA weights.
 
     `modules` counts the changed modules of each component. `unmatched` lists the tensors without a
-    place in the model. `tensors_sha256` is the sha256 of the file without its header.
+    place in the model. `other_base` is a clause that says that the file was made for another base
+    model, empty if nothing says so. `alpha_assumed` says that modules of peft have no alpha, and
+    got the scale 1. `tensors_sha256` is the sha256 of the file without its header.
     """
 
     digest: str
@@ -60,6 +62,8 @@ class Lora:
     ranks: tuple[int, ...]
     modules: dict[str, int]
     unmatched: tuple[str, ...]
+    other_base: str
+    alpha_assumed: bool
     batches: tuple[Batch, ...]
     deltas: tuple[tuple[Slot, WeightDelta], ...]  # of all formats but LoRA
 
@@ -84,22 +88,43 @@ class Reader:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self._key_map = KeyMap(weights.modules())
+        self._text_width = 0  # of the text that the resident model's cross-attention reads
+        for (_, module, _), slot in weights.slots.items():
+            shape = weights.shape(slot)
+            if len(shape) > 1 and base_model.CROSS_ATTENTION.search(module):
+                self._text_width = shape[1]
+                break
+        self._family = base_model.WIDTHS.get(self._text_width)
+        if self._family is None and "text_encoder_2" in weights.components:
+            self._family = base_model.SDXL
 
-    def read(self, path: Path, *, digest: str, source: str) -> Lora:
+    def read(
+        self,
+        path: Path,
+        *,
+        digest: str,
+        source: str,
+        config: bytes | None = None,
+        alpha: float | None = None,
+    ) -> Lora:
         """Read the file at `path` into memory; `source` is its name in messages.
 
-        Unmatched tensors are not an error here: see `require_whole`. Raises `NotSafetensors` if the
+        `config` is peft's configuration beside the file. `alpha` is that of modules for which the
+        file has none. Parts that do not fit, and a header that names another base model, are not an
+        error here: see `require_whole`. Raises `NotSafetensors` if the
         file is not a safetensors file, and `LoraMismatch` if it is not a LoRA, is incomplete, is
         for another base model, has an unsupported format, contains NaN or Inf, or changes nothing.
         """
         try:
-            return self._read(path, read_header(path), digest)
+            return self._read(path, read_header(path), digest, config=config, alpha=alpha)
         except NotSafetensors as error:
             raise NotSafetensors(f"{source}: {error}", error.details) from None
         except _Refusal as refusal:
             raise LoraMismatch(f"{source}: {refusal}") from None
 
-    def _read(self, path: Path, header: Header, digest: str) -> Lora:
+    def _read(
+        self, path: Path, header: Header, digest: str, *, config: bytes | None, alpha: float | None
+    ) -> Lora:
         # names
         found, unmatched = self._by_module(header)
 
@@ -117,7 +142,12 @@ class Reader:
                 raise _Refusal(f"NaN or Inf in {name[:100]}")
 
         # deltas
-        modules = self._parse(header, found, tensors)
+        try:
+            scales = Scales(header.metadata, beside=config, alpha=alpha)
+            modules = self._parse(header, found, tensors, scales)
+            scales.require_alpha_used()
+        except ValueError as error:
+            raise _Refusal(str(error)) from None
         products: dict[tuple[int, int], dict[int, LoraDelta]] = defaultdict(dict)
         deltas: list[tuple[Slot, WeightDelta]] = []
         for module, parsed in modules.items():
@@ -125,7 +155,12 @@ class Reader:
                 if delta is None:
                     continue
                 slot = self._weights.slots.get((*module, leaf))
-                if slot is None:  # the module has no bias
+                if slot is None and parsed.bias_part == "up_bias":  # half of a LoRA is none
+                    raise _Refusal(
+                        f"{'.'.join(module)} has a LoRA with a bias (`lora_bias`), "
+                        "the resident model's layer has no bias"
+                    )
+                if slot is None:
                     unmatched.append(found[module][parsed.bias_part])
                 elif isinstance(delta, LoraDelta):
                     products[slot.stack, delta.rank][slot.row] = delta
@@ -139,6 +174,8 @@ class Reader:
             ranks=tuple(sorted({parsed.rank for parsed in modules.values() if parsed.rank})),
             modules=dict(Counter(component for component, _ in modules)),
             unmatched=tuple(sorted(unmatched)),
+            other_base=self._other_base(header, modules),
+            alpha_assumed=scales.assumed,
             batches=tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)),
             deltas=tuple(deltas),
         )
@@ -162,12 +199,12 @@ class Reader:
                 )
             else:
                 found[module][key.part] = name
+        for module in [module for module, parts in found.items() if parts.keys() == {"alpha"}]:
+            unmatched += found.pop(module).values()
         if found:
             return found, unmatched
         if not any(map(key_names.parse_key, header.tensors)):
-            raise _Refusal(
-                f"not a LoRA that this worker reads: {key_names.summary(header.tensors)}"
-            )
+            raise _Refusal(base_model.not_a_lora(header))
         raise _Refusal(
             self._detect_base_model(header)
             or f"none of its modules is in the resident model: {key_names.summary(header.tensors)}"
@@ -178,42 +215,53 @@ class Reader:
         header: Header,
         found: Mapping[Module, Mapping[str, str]],
         tensors: Mapping[str, Tensor],
+        scales: Scales,
     ) -> dict[Module, ParsedModule]:
         modules = {}
         try:
-            config = AdapterConfig(header.metadata)
             for module, names in found.items():
                 parts = {part: tensors[name] for part, name in names.items()}
                 target = self._weights.shape(self._weights.slots[(*module, "weight")])
-                modules[module] = parse_module(parts, target, partial(config.scale, *module))
+                is_peft = any(map(key_names.is_peft, names.values()))
+                scale_of = partial(scales.of, *module, is_peft=is_peft)
+                modules[module] = parse_module(parts, target, scale_of)
         except InvalidAdapter as error:
             message = f"{'.'.join(module)[:120]} {error}"
             if clause := self._detect_base_model(header):
                 message = f"{clause}; {message}"
             raise _Refusal(message) from None
-        except ValueError as error:
-            raise _Refusal(str(error)) from None
         return modules
+
+    def _other_base(self, header: Header, modules: Iterable[Module]) -> str:
+        """Return a clause if the header names another base model, and no layer shows this one.
+
+        The self-attention of some blocks has the same shapes in several families.
+        """
+        shows_this_base = any(
+            component == "text_encoder_2" or base_model.CROSS_ATTENTION.search(module)
+            for component, module in modules
+        )
+        origin = base_model.detect_by_metadata(header)
+        if origin is None or shows_this_base or self._family in (None, origin.family):
+            return ""
+        return origin.clause
 
     def _detect_base_model(self, header: Header) -> str:
         """Return the base model of the file in words, for a message; empty if it is not known.
 
         For example `made for SD 1.x: cross-attention width 768, the resident model has 2048`.
         """
-        if origin := base_model.detect_by_layer_names(header.tensors):
+        if origin := base_model.detect_by_layer_names(header):
             return origin.clause
-        resident = 0  # width of the text that the resident model's cross-attention reads
-        for (_, module, _), slot in self._weights.slots.items():
-            shape = self._weights.shape(slot)
-            if len(shape) > 1 and base_model.CROSS_ATTENTION.search(module):
-                resident = shape[1]
-                break
+        resident = self._text_width
         width = base_model.text_width(header.tensors)
         if width and width != resident:
             family = base_model.WIDTHS.get(width, "another model")
             widths = f"cross-attention width {width}, the resident model has {resident}"
             return f"made for {family}: {widths}"
         origin = base_model.detect_by_metadata(header)
+        if origin is None:
+            origin = base_model.detect_by_blocks(header.tensors)
         if origin and origin.family != base_model.WIDTHS.get(resident):
             return origin.clause
         return ""
@@ -234,7 +282,11 @@ class Reader:
 
 
 def require_whole(lora: Lora, *, source: str) -> None:
-    """Raise `LoraMismatch` if the file has unmatched tensors."""
+    """Raise `LoraMismatch` if the file fits in part only, or was made for another base model."""
+    if lora.other_base:
+        raise LoraMismatch(
+            f"{source}: {lora.other_base}; with `strict: false` it is used all the same"
+        )
     if lora.unmatched:
         raise LoraMismatch(
             f"{source}: part of it has no place in the resident model: "

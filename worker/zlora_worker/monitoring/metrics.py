@@ -111,6 +111,8 @@ class Meter:
             if phase in result.timings:
                 self._phases.labels(phase).observe(result.timings[phase])
         for receipt in result.loras:
+            if not receipt.is_used:
+                continue
             self._files.labels(receipt.tier).inc()
             self._bytes.labels(receipt.tier).inc(receipt.size)
 

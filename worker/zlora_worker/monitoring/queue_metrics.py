@@ -14,9 +14,12 @@ from prometheus_client.registry import Collector
 from zlora.broker.keys import (
     PRIORITIES,
     PRIORITY_STEPS,
+    RECORD_EXPIRES,
+    dead_jobs_key,
     dead_key,
     outbox_key,
     refused_key,
+    sidecar_faults_key,
     waiting_lists,
 )
 from zlora.broker.message import MAX_MESSAGE_BYTES, QueuedMessage, UnackedMessage
@@ -34,8 +37,16 @@ GAUGES: Final = {
         "Webhooks that wait to be sent (waiting) or were given up (dead)",
         "state",
     ),
+    "zlora_queue_dead_jobs": (
+        "Jobs of the last week that ended as poisoned and wait for a decision",
+    ),
     "zlora_queue_refused_messages": ("Messages of the last week that were not valid jobs",),
+    "zlora_queue_sidecar_faults": (
+        "Sidecars of the last week that hung, ended, or could not be started (not_started)",
+        "state",
+    ),
 }
+SIDECAR_FAULTS: Final = ("hung", "ended", "not_started")
 
 _PRIORITY_NAMES: Final = {step: name for name, step in PRIORITIES.items()}
 _WINDOW: Final = 100  # unacknowledged messages per read
@@ -87,8 +98,10 @@ class QueueCollector(Collector):
                 pipe.eval(_READ_END, 1, name, 0, MAX_MESSAGE_BYTES)
             pipe.zcard(outbox_key(self._queue))
             pipe.zcard(dead_key(self._queue))
+            pipe.zcount(dead_jobs_key(self._queue), time.time() - RECORD_EXPIRES, "+inf")
             pipe.get(refused_key(self._queue))
-            *lists, waiting, dead, refused = pipe.execute(raise_on_error=False)
+            pipe.hmget(sidecar_faults_key(self._queue), SIDECAR_FAULTS)
+            *lists, waiting, dead, dead_jobs, refused, faults = pipe.execute(raise_on_error=False)
         now = time.time()
         jobs: _Values = []
         ages: _Values = []
@@ -97,12 +110,18 @@ class QueueCollector(Collector):
             labels = (_PRIORITY_NAMES.get(step, str(step)),)
             jobs.append((labels, _number(length)))
             ages.append((labels, max(_age(first, now), _age(last, now))))
+        counts = faults if isinstance(faults, list) else [None] * len(SIDECAR_FAULTS)
         return {
             "zlora_queue_jobs": jobs,
             "zlora_queue_oldest_seconds": ages,
             "zlora_queue_running_jobs": [((), float(self._running()))],
             "zlora_queue_webhooks": [(("waiting",), _number(waiting)), (("dead",), _number(dead))],
+            "zlora_queue_dead_jobs": [((), _number(dead_jobs))],
             "zlora_queue_refused_messages": [((), _number(refused))],
+            "zlora_queue_sidecar_faults": [
+                ((fault,), _number(count))
+                for fault, count in zip(SIDECAR_FAULTS, counts, strict=True)
+            ],
         }
 
     def _running(self) -> int:

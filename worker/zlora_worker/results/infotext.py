@@ -30,12 +30,13 @@ _NOT_IN_NAMES: Final = re.compile(r"[:,<>\"\\]")
 def infotext(provenance: ImageProvenance, tensors_sha256: Sequence[str]) -> str:
     """Return the infotext of an image.
 
-    `tensors_sha256` are the LoRAs' in the request's order, as in `LoraReceipt`. For a JPEG, which
+    `tensors_sha256` are those of the LoRAs with a weight, in the request's order. For a JPEG, which
     lacks the room for the longest prompts, these are cut and end in an ellipsis.
     """
     request = provenance.request
-    names = _unique_names(request.loras)
-    tags = [_tag(name, spec) for name, spec in zip(names, request.loras, strict=True)]
+    loras = [spec for spec in request.loras if spec.is_used]
+    names = _unique_names(loras)
+    tags = [_tag(name, spec) for name, spec in zip(names, loras, strict=True)]
     hashes = ", ".join(
         f"{name}: {sha256[:_LORA_DIGITS]}"
         for name, sha256 in zip(names, tensors_sha256, strict=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
-from zlora.redaction import label
+from zlora.redaction import label, without_secrets
 from zlora.schema import JOB_ID, MAX_SEED, Asset, GenerateRequest, GenerateResult, TolerantRequest
 
 _MAX_BYTES: Final = 2**22  # of a JSON document; that of the longest request has about a tenth
@@ -65,17 +65,25 @@ class ImageProvenance(JobProvenance, frozen=True, kw_only=True):
     tiled: bool = False
 
 
-def pinned(request: GenerateRequest, files: Iterable[tuple[str, str]]) -> GenerateRequest:
+def pinned(
+    request: GenerateRequest, files: Iterable[tuple[str, str, str | None]]
+) -> GenerateRequest:
     """Return the request with each LoRA pinned to its file.
 
-    `files` has the source without secrets and the sha256 of each LoRA, in the request's order.
+    `files` has the source without secrets, the sha256, and that of the configuration beside it, of
+    each LoRA with a weight in the request's order. Others keep their address.
     """
-    loras = []
-    for spec, (source, sha256) in zip(request.loras, files, strict=True):
+    used, loras = iter(files), []
+    for spec in request.loras:
+        source, sha256 = without_secrets(spec.file.address), spec.file.sha256
+        config_sha256 = spec.file.config_sha256
+        if spec.is_used:
+            source, sha256, config_sha256 = next(used)
+        pins = {"sha256": sha256, "config_sha256": config_sha256}
         try:
-            asset = msgspec.convert({"url": source, "sha256": sha256}, Asset)
+            asset = msgspec.convert({"url": source} | pins, Asset)
         except msgspec.ValidationError:  # nothing is left of the address, or too long when quoted
-            asset = Asset(url=f"sha256:{sha256}", sha256=sha256)
+            asset = msgspec.convert({"url": f"sha256:{sha256}"} | pins, Asset)
         loras.append(
             msgspec.structs.replace(spec, file=asset, adapter_name=label(spec.adapter_name))
         )

@@ -1,6 +1,7 @@
 """S3 as the store of results."""
 
 import base64
+import hashlib
 import logging
 import math
 import threading
@@ -67,6 +68,12 @@ class _GivenUp(BotoCoreError):
     fmt = "{reason}"
 
 
+class _NotStored(BotoCoreError):
+    """An answer with a status of success that S3 has not given, such as the page of a proxy."""
+
+    fmt = "the server does not answer as S3: {reason}"
+
+
 class S3Store:
     """Objects in a bucket. Credentials and region come from boto3's own chain."""
 
@@ -122,11 +129,8 @@ class S3Store:
             if _is_final(error.__cause__):
                 raise _invalid(str(error)) from error
             logger.warning("the store may be away: %s", error)
-        except (ResponseParserError, RecursionError) as error:  # the second: endless redirects
-            kind = type(error).__name__
-            raise _invalid(
-                f"the server of bucket {self._bucket} does not answer as S3: {kind}"
-            ) from error
+        except RecursionError as error:  # endless redirects
+            raise _invalid(f"the server of bucket {self._bucket} does not answer as S3") from error
 
     def name(self, key: str) -> str:
         return self._prefix + key
@@ -150,6 +154,8 @@ class S3Store:
             yield
         except (BotoCoreError, ClientError) as error:
             raise StoreFailed(f"{what}: {error}") from error
+        except ResponseParserError as error:
+            raise StoreFailed(f"{what}: the server does not answer as S3") from error
         finally:
             self._limits.end, self._limits.stop = math.inf, None
 
@@ -169,6 +175,7 @@ class S3Store:
             data = answer["Body"].read()
         except SSLError as error:  # botocore wraps every other error of a connection
             raise exceptions.ResponseStreamingError(error=error) from error
+        _require_field(answer, "ETag")
         _require_checksum(data, answer.get("ChecksumCRC32", ""))
         return data
 
@@ -187,9 +194,11 @@ class S3Store:
 
     def _put_whole(self, target: dict[str, str], data: bytes, content_type: str) -> None:
         client: Any = self._client  # the stubs type each argument; the operator's have no types
-        client.put_object(
+        answer = client.put_object(
             **target, **self._put_options, Body=data, ContentType=content_type, IfNoneMatch="*"
         )
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        self._require_stored(target, data, answer, checksum=_crc(data), etag=digest)
 
     def _put_parts(self, target: dict[str, str], data: bytes, content_type: str) -> None:
         """Upload in parts, which become an object all at once, if there is none yet.
@@ -201,6 +210,7 @@ class S3Store:
         created = client.create_multipart_upload(
             **target, **self._put_options, ContentType=content_type, ChecksumAlgorithm="CRC32"
         )
+        _require_field(created, "UploadId")
         upload = target | {"UploadId": created["UploadId"]}
         try:
             parts = []
@@ -208,31 +218,78 @@ class S3Store:
                 answer = client.upload_part(
                     **upload, PartNumber=number, Body=part, ChecksumAlgorithm="CRC32"
                 )
+                _require_field(answer, "ETag")
                 sums = {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
                 parts.append({"PartNumber": number, **sums})
-            client.complete_multipart_upload(
+            answer = client.complete_multipart_upload(
                 **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
-        except ClientError:
+        except (ClientError, _NotStored):
             # Only if S3 has refused: without an answer the parts may be, or become, an object.
             with suppress(BotoCoreError, ClientError):
                 client.abort_multipart_upload(**upload)
             raise
+        self._require_stored(target, data, answer, checksum=_crc_of_parts(data))
+
+    def _require_stored(
+        self,
+        target: dict[str, str],
+        data: bytes,
+        answer: Mapping[str, Any],
+        *,
+        checksum: str,
+        etag: str | None = None,
+    ) -> None:
+        """Raise unless S3 says that it has these bytes: a proxy, too, can answer a put with 200.
+
+        A server that does not name them in its answer gets one more request.
+        """
+        if answer.get("ChecksumCRC32") == checksum:
+            return
+        if etag and answer.get("ETag", "").strip('"') == etag:
+            return
+        try:
+            found = self._client.head_object(
+                Bucket=target["Bucket"], Key=target["Key"], ChecksumMode="ENABLED"
+            )
+        except ClientError as error:
+            if _status(error) != HTTPStatus.NOT_FOUND:
+                raise
+            raise _NotStored(reason="it has nothing of a put that succeeded") from None
+        if (
+            found.get("ContentLength") != len(data)
+            or found.get("ChecksumCRC32", checksum) != checksum
+        ):
+            raise _NotStored(reason="it has other bytes than were put")
 
 
 def _parts(data: bytes) -> Iterator[bytes]:
     return (data[start : start + _PART] for start in range(0, len(data), _PART))
 
 
+def _require_field(answer: Mapping[str, Any], name: str) -> None:
+    """Raise unless a successful answer has what S3's own have."""
+    if name not in answer:
+        raise _NotStored(reason=f"its answer has no {name}")
+
+
+def _crc(data: bytes) -> str:
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def _crc_of_parts(data: bytes) -> str:
+    """Return S3's checksum of an object in parts: that of their checksums, a dash, their number."""
+    sums = [zlib.crc32(part).to_bytes(4, "big") for part in _parts(data)]
+    return f"{_crc(b''.join(sums))}-{len(sums)}"
+
+
 def _require_checksum(data: bytes, expected: str) -> None:
     """Raise if an object that `_put_parts` uploaded differs from what was put.
 
-    S3's checksum of such an object is that of its parts' checksums, a dash, and their number;
     botocore checks only objects in one piece.
     """
-    sums = [zlib.crc32(part).to_bytes(4, "big") for part in _parts(data)]
-    checksum = base64.b64encode(zlib.crc32(b"".join(sums)).to_bytes(4, "big")).decode()
-    if expected.endswith(f"-{len(sums)}") and expected != f"{checksum}-{len(sums)}":
+    checksum = _crc_of_parts(data)
+    if expected.endswith(checksum[checksum.index("-") :]) and expected != checksum:
         raise exceptions.FlexibleChecksumError(
             error_msg=f"Expected checksum {expected} of the parts did not match"
         )
@@ -251,6 +308,8 @@ def _with_retries(act: Callable[[], T]) -> T:
             exceptions.FlexibleChecksumError,
             exceptions.IncompleteReadError,
             exceptions.ResponseStreamingError,
+            ResponseParserError,
+            _NotStored,
         ):
             pass
         time.sleep(pause)
@@ -274,6 +333,8 @@ def _is_final(error: BaseException | None) -> bool:
         exceptions.FlexibleChecksumError,
         _GivenUp,
     )
+    if isinstance(error, ResponseParserError):
+        return True
     # What remains of botocore's errors: credentials, a profile, an argument.
     return isinstance(error, BotoCoreError) and not isinstance(error, transient_errors)
 

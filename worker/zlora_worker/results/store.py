@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from zlora.errors import InvalidSetting, StoreFailed
+from zlora.files import open_regular
 
 from zlora_worker.settings import Settings
 
@@ -127,7 +128,8 @@ class FolderStore:
     def get(self, key: str) -> bytes | None:
         with _store_errors(f"{key} cannot be read from the store folder"):
             try:
-                return (self._folder / key).read_bytes()
+                with open_regular(self._folder / key) as file:
+                    return file.read()
             except FileNotFoundError:
                 return None
 

@@ -1,6 +1,7 @@
 """URLs of a result's images, and small images inside the result."""
 
 import base64
+import hashlib
 import time
 from typing import Final, NoReturn
 from urllib.parse import quote
@@ -88,7 +89,8 @@ class ImageUrls:
         except StoreFailed as error:
             logger.warning("%s is not inlined: %s", image.key, error)
             return image
-        if data is None:
+        if data is None or hashlib.sha256(data).hexdigest() != image.sha256:
+            logger.warning("%s is not inlined: the store has other bytes or none", image.key)
             return image
         uri = f"data:{image.content_type};base64,{base64.b64encode(data).decode()}"
         return msgspec.structs.replace(image, data_uri=uri)

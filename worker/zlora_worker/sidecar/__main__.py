@@ -26,6 +26,7 @@ from zlora_worker.results.store import open_store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
 from zlora_worker.sidecar import client_requests, prefetch, webhooks
+from zlora_worker.sidecar.heartbeat import Heartbeat
 from zlora_worker.sidecar.sweeper import Sweeper
 
 _REDIS_PAUSE: Final = 2.0  # seconds until the next attempt if Redis does not answer
@@ -33,8 +34,14 @@ _REDIS_PAUSE: Final = 2.0  # seconds until the next attempt if Redis does not an
 logger = logging.getLogger("zlora_worker.sidecar")
 
 
-def run(settings: Settings, metrics_socket: socket.socket | None) -> None:
+def run(
+    settings: Settings, metrics_socket: socket.socket | None, heartbeat_pipe: int | None
+) -> None:
     """Do the sidecar's work until the process ends."""
+    heartbeat = Heartbeat(heartbeat_pipe)
+    heartbeat.start()
+    # Every step of the loop below is shorter: a call of Redis or of the store.
+    beat = heartbeat.part("the search for lost jobs", seconds=2 * settings.sidecar_timeout)
     meter = Meter.of_process("sidecar")
     store = open_store(settings)
     urls = ImageUrls(store, settings)
@@ -48,12 +55,13 @@ def run(settings: Settings, metrics_socket: socket.socket | None) -> None:
     if metrics_socket is not None:
         serve_metrics(settings, metrics_socket)
     # LoRAs of the next jobs into the disk cache
-    prefetch.start(settings)
+    prefetch.start(settings, heartbeat)
     # webhooks of finished jobs
-    webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter)
+    webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter, heartbeat)
     # lost and expired jobs, and requests of clients
-    sweeper = Sweeper(jobs, app, store, meter, every=settings.sweep)
+    sweeper = Sweeper(jobs, app, store, meter, every=settings.sweep, beat=beat)
     while True:
+        beat()
         try:
             client_requests.reply_to_next(jobs, store, urls, app.backend, timeout=1.0)
             sweeper.sweep()
@@ -73,10 +81,11 @@ def serve_metrics(settings: Settings, listener: socket.socket) -> None:
     serve(listener, registry)
 
 
-def main(metrics_fd: str | None = None) -> None:
-    """Start the sidecar; `metrics_fd` is the file descriptor of the listening metrics socket.
+def main(heartbeat_fd: str | None = None, metrics_fd: str | None = None) -> None:
+    """Start the sidecar with file descriptors of the parent.
 
-    The worker keeps that socket, so that a restarted sidecar has the same address.
+    `heartbeat_fd` is the pipe for signs of life. `metrics_fd` is the listening socket of the
+    metrics: the worker keeps it, so that a restarted sidecar has the same address.
     """
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s: %(levelname)s/sidecar] %(message)s"
@@ -85,7 +94,7 @@ def main(metrics_fd: str | None = None) -> None:
     logs.use(settings.log, settings.secrets, logger=logging.getLogger(), process="sidecar")
     metrics_socket = None if metrics_fd is None else socket.socket(fileno=int(metrics_fd))
     try:
-        run(settings, metrics_socket)
+        run(settings, metrics_socket, None if heartbeat_fd is None else int(heartbeat_fd))
     except KeyboardInterrupt:
         pass
     except Exception:  # process boundary: Python's own traceback would be neither JSON nor redacted

@@ -6,6 +6,7 @@ them again. A failed prefetch fails no job: the job fetches the file itself and 
 
 import logging
 import time
+from collections.abc import Callable
 from itertools import islice
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -17,6 +18,7 @@ from zlora.errors import InvalidRequest, InvalidSetting, LoraError
 from zlora.schema import JOB_ID, TASK_NAME, Asset, parse_request
 
 from zlora_worker.settings import Settings
+from zlora_worker.sidecar.heartbeat import Heartbeat
 from zlora_worker.sidecar.queue_reader import QueueReader
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _TIDY: Final = 3600.0  # seconds between two clean-ups of the cache
 logger = logging.getLogger(__name__)
 
 
-def start(settings: Settings) -> None:
+def start(settings: Settings, heartbeat: Heartbeat) -> None:
     """Prefetch in threads until the process ends, unless disabled or the broker is not Redis."""
     if not settings.look_ahead:
         return
@@ -41,10 +43,12 @@ def start(settings: Settings) -> None:
     except ValueError:
         return
     prefetcher = Prefetcher(client, settings.queue, depth=settings.look_ahead)
+    # A prefetch may wait for another process's download before it begins its own.
+    seconds = 2 * (settings.lora_deadline + settings.sidecar_timeout)
     for number in range(_DOWNLOADS):
-        Thread(
-            target=_work, args=(prefetcher, settings), name=f"prefetch-{number}", daemon=True
-        ).start()
+        name = f"prefetch-{number}"
+        beat = heartbeat.part(f"the thread {name}", seconds=seconds)
+        Thread(target=_work, args=(prefetcher, settings, beat), name=name, daemon=True).start()
 
 
 class Prefetcher:
@@ -136,15 +140,16 @@ def _job_of(message: QueuedMessage, now: float) -> _Job | None:
     submitted = message.submitted_at(now)
     if submitted is None:
         submitted = now
-    return _Job(job_id, submitted, tuple(spec.file for spec in request.loras))
+    return _Job(job_id, submitted, tuple(spec.file for spec in request.loras if spec.is_used))
 
 
-def _work(prefetcher: Prefetcher, settings: Settings) -> None:
+def _work(prefetcher: Prefetcher, settings: Settings, beat: Callable[[], None]) -> None:
     # imported here: downloads need many modules, and the sidecar's other work starts without them
     from zlora_worker.fetch.cache import Cache
 
     cache = None
     while True:
+        beat()
         pause = _EVERY
         try:
             cache = cache or Cache.open(settings)

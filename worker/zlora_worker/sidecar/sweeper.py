@@ -4,6 +4,7 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any, Final
 
 from celery import Celery
@@ -37,11 +38,18 @@ class Sweeper:
     """
 
     def __init__(
-        self, jobs: JobStore, app: Celery, store: Store, meter: Meter, *, every: float
+        self,
+        jobs: JobStore,
+        app: Celery,
+        store: Store,
+        meter: Meter,
+        *,
+        every: float,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """Sweep every `every` seconds."""
-        self._jobs, self._app, self._store = jobs, app, store
-        self._meter, self._every = meter, every
+        """Sweep every `every` seconds; `beat` is called at each part of a sweep."""
+        self._jobs, self._app, self._store, self._meter = jobs, app, store, meter
+        self._every, self._beat = every, beat
         self._messages = QueueReader(jobs.redis, jobs.queue)
         self._name = str(uuid.uuid4())
         self._next_sweep = 0.0
@@ -72,6 +80,7 @@ class Sweeper:
         job_ids = self._jobs.expired()
         leased = self._jobs.leased(job_ids)
         for job_id in job_ids:
+            self._beat()
             if job_id in leased or self._state(job_id) != JobState.PENDING:
                 self._jobs.mark_started(job_id)
             else:
@@ -91,11 +100,15 @@ class Sweeper:
         for messages in self._messages.windows():
             found.update(message.job_id for message in messages)
             self._hold_lock()
-        found.update(taken.message.job_id for taken in self._messages.unacked())
+            self._beat()
+        for taken in self._messages.unacked():
+            found.add(taken.message.job_id)
+            self._beat()
         missing = [job_id for job_id in unfinished if job_id not in found]
         leased = self._jobs.leased(missing)
         newly_missing = set()
         for job_id in missing:
+            self._beat()
             if job_id in leased:
                 continue
             if self._state(job_id) in READY_STATES:

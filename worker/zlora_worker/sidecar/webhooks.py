@@ -30,17 +30,9 @@ from zlora_worker.results.manifest import load_end
 from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
+from zlora_worker.sidecar.heartbeat import Heartbeat
 
-_PAUSES: Final = (
-    5,
-    30,
-    120,
-    300,
-    600,
-    1200,
-    1800,
-    3000,
-)  # seconds after each attempt; last repeats
+_PAUSES: Final = (5, 30, 60, 120)  # seconds after each attempt; the last repeats
 _JITTER: Final = 0.2  # share of a pause
 _MAX_SECONDS: Final = 7200  # from the first attempt to the last
 _STORE_PAUSE: Final = 30.0  # seconds until the next attempt if the store does not answer
@@ -52,6 +44,7 @@ _QUICK: Final = 4.0  # seconds of an attempt; less than the timeout of a connect
 _WINDOW: Final = 10_000  # due jobs in memory; the next ones are read after these
 _EVERY: Final = 0.5  # seconds between two reads of the due jobs
 _MAX_SHARE: Final = 10  # reads take at most one part in so many of the time: lists may be long
+_MAX_REST: Final = 1.0  # seconds between two signs of life
 _ERROR_PAUSE: Final = 2.0  # seconds until the next read if Redis does not answer
 _NO_THREAD_PAUSE: Final = 5.0  # seconds until the next attempt if no thread could be started
 _EPOCH: Final = 1e9  # seconds; earlier versions stored 1 as the time of a job's end
@@ -59,13 +52,14 @@ _EPOCH: Final = 1e9  # seconds; earlier versions stored 1 as the time of a job's
 logger = logging.getLogger(__name__)
 
 
-def start(settings: Settings, ends: "JobEnds", meter: Meter) -> None:
+def start(settings: Settings, ends: "JobEnds", meter: Meter, heartbeat: Heartbeat) -> None:
     """Send webhooks in threads until the process ends."""
     if not settings.webhook_secret:
         logger.info("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
     outbox = Outbox(connect(settings.broker_url), settings.queue)
     dispatcher = Dispatcher(outbox, Sender(outbox, ends, settings, meter))
-    Thread(target=_work, args=(dispatcher,), name="webhooks", daemon=True).start()
+    beat = heartbeat.part("the thread of the webhooks", seconds=2 * settings.sidecar_timeout)
+    Thread(target=_work, args=(dispatcher, beat), name="webhooks", daemon=True).start()
 
 
 class JobEnds:
@@ -363,10 +357,11 @@ class Dispatcher:
         self._freed.set()
 
 
-def _work(dispatcher: Dispatcher) -> None:
+def _work(dispatcher: Dispatcher, beat: Callable[[], None]) -> None:
     while True:
+        beat()
         try:
-            dispatcher.rest(dispatcher.step())
+            dispatcher.rest(min(dispatcher.step(), _MAX_REST))
         except redis.RedisError as error:
             logger.warning("webhooks wait %.0f s, Redis does not answer: %s", _ERROR_PAUSE, error)
             time.sleep(_ERROR_PAUSE)

@@ -217,7 +217,7 @@ def test_each_queue_has_its_own_unfinished_jobs(jobs: JobStore, broker_url: str)
         other = JobStore(connection, "other")
 
         assert other.unfinished(age=-1) == []
-        assert other.queue_status("a") == (True, None, None)
+        assert other.queue_status("a") == (True, None, None, True)
 
 
 # --- cancelling and ending

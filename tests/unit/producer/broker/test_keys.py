@@ -4,6 +4,7 @@ from zlora.broker.keys import (
     DEFAULT_PRIORITY,
     PRIORITIES,
     PRIORITY_STEPS,
+    dead_jobs_key,
     dead_key,
     expiring_key,
     job_key,
@@ -11,6 +12,8 @@ from zlora.broker.keys import (
     manifest_requests_key,
     outbox_key,
     refused_key,
+    requeued_jobs_key,
+    sidecar_faults_key,
     sweep_key,
     unfinished_key,
     waiting_lists,
@@ -36,7 +39,10 @@ def test_each_purpose_has_its_own_key_for_each_job_or_queue() -> None:
         manifest_requests_key,
         outbox_key,
         dead_key,
+        dead_jobs_key,
+        requeued_jobs_key,
         refused_key,
+        sidecar_faults_key,
     )
 
     keys = [key_of(name) for key_of in key_functions for name in ("a", "b")]

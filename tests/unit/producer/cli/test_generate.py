@@ -118,6 +118,24 @@ def test_the_number_after_the_last_colon_of_a_lora_is_its_weight(
     assert (spec["file"], spec.get("weight", 1.0)) == (file, weight)
 
 
+@pytest.mark.parametrize(
+    ("text", "weight", "alpha"),
+    [
+        ("owner/repo:alpha=8", 1.0, 8.0),
+        ("owner/repo:0.5:alpha=.5", 0.5, 0.5),
+        ("owner/repo:0:alpha=1e2", 0.0, 100.0),
+    ],
+)
+def test_a_lora_may_end_in_its_alpha(
+    worker: MemoryWorker, text: str, weight: float, alpha: float
+) -> None:
+    run("submit", "a city", "--lora", text)
+    (spec,) = requested(worker)["loras"]
+
+    assert spec["file"] == {"url": "owner/repo"}
+    assert (spec.get("weight", 1.0), spec["alpha"]) == (weight, alpha)
+
+
 @pytest.mark.parametrize("name", ["request.json", "-"])
 def test_options_replace_fields_of_the_document(
     worker: MemoryWorker, tmp_path: Path, name: str

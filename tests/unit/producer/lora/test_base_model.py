@@ -43,8 +43,21 @@ def described(header: Header) -> LoraInfo:
         (lora(width=2048, metadata={"ss_base_model_version": "sd_v1"}), "SDXL"),
         (lora(width=80), None),
         (lora("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "SDXL"),
-        (lora("lora_unet_double_blocks_0_img_attn_proj"), "Flux"),
-        (lora("transformer.transformer_blocks.0.attn.add_k_proj"), "Stable Diffusion 3"),
+        (lora("lora_unet_double_blocks_0_img_attn_proj"), "Flux or a similar model"),
+        (
+            lora(
+                "lora_unet_double_blocks_0_img_attn_proj",
+                metadata={"ss_base_model_version": "flux1"},
+            ),
+            "Flux",
+        ),
+        (
+            lora(
+                "lora_unet_double_blocks_0_img_attn_proj",
+                metadata={"ss_base_model_version": "sd_v1"},
+            ),
+            "Flux or a similar model",
+        ),
         (
             lora(
                 "lora_unet_down_blocks_0_conv", metadata={"ss_base_model_version": "sdxl_base_v1-0"}
@@ -62,6 +75,148 @@ def test_the_base_model_is_detected_by_layers_then_shapes_then_metadata(
     header: Header, base: str | None
 ) -> None:
     assert described(header).base == base
+
+
+# Layers of a block: all, those of attention, and those of the feed-forward.
+BLOCKS: Final = {
+    "Flux": (
+        "transformer.transformer_blocks.0.attn.add_k_proj",
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.single_transformer_blocks.0.attn.to_q",
+        "transformer.transformer_blocks.0.ff_context.net.2",
+        "lora_unet_single_blocks_0_linear1",
+        "lora_unet_double_blocks_0_txt_mlp_0",
+    ),
+    "Stable Diffusion 3": (
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.transformer_blocks.0.attn.add_q_proj",
+        "lora_unet_joint_blocks_0_context_block_attn_qkv",
+    ),
+    "PixArt": (
+        "transformer.transformer_blocks.0.attn1.to_q",
+        "transformer.transformer_blocks.0.ff.net.0.proj",
+        "base_model.model.transformer_blocks.0.attn2.to_k",
+        "transformer.caption_projection.linear_1",
+    ),
+    "Sana": ("transformer.transformer_blocks.0.attn2.to_k", "caption_projection.linear_1"),
+    "LTX": ("diffusion_model.transformer_blocks.0.attn1.to_q", "transformer.adaln_single.linear"),
+    "a similar model": (  # Allegro, Bria and CogVideoX, which have names of others
+        "transformer.transformer_blocks.0.attn1.to_out.0",
+        "transformer.single_transformer_blocks.0.proj_mlp",
+        "transformer.transformer_blocks.0.ff.net.2",
+    ),
+    "AuraFlow": (
+        "transformer.joint_transformer_blocks.0.attn.add_k_proj",
+        "transformer.joint_transformer_blocks.0.attn.to_q",
+    ),
+    "Qwen-Image": (
+        "transformer.transformer_blocks.0.attn.add_k_proj",
+        "transformer.transformer_blocks.0.img_mlp.net.2",
+        "transformer.transformer_blocks.0.txt_mod.1",
+    ),
+    "HunyuanVideo": ("transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q",),
+    "Wan": (
+        "transformer.blocks.0.attn1.to_q",
+        "diffusion_model.blocks.0.self_attn.q",
+        "lora_unet_blocks_0_ffn_0",
+    ),
+    "Lumina": ("transformer.layers.0.attn.to_q", "transformer.layers.0.feed_forward.linear_1"),
+    "Z-Image": (
+        "transformer.layers.0.attention.to_q",
+        "diffusion_model.context_refiner.0.attention.to_q",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [(family, module) for family, modules in BLOCKS.items() for module in modules],
+)
+def test_each_layer_of_another_architecture_names_its_family_among_others(
+    family: str, module: str
+) -> None:
+    """Families that share their layers are named together: none is named wrongly."""
+    base = described(lora(module, width=64)).base
+
+    assert base is not None
+    assert family in base
+    assert base.endswith("or a similar model") or base in ("AuraFlow", "Stable Diffusion 3")
+
+
+UNETS: Final = {
+    "blocks of SD": ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 999),
+    "blocks of SD in kohya's names": (
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_ff_net_2",
+        9,
+    ),
+    "the last block of SD": ("lora_unet_output_blocks_11_1_proj_in", 320),
+    "a width of SD": ("lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj", 320),
+    "a width of SD in another block": (
+        "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        1280,
+    ),
+}
+
+
+@pytest.mark.parametrize(("module", "width"), UNETS.values(), ids=UNETS)
+def test_self_attention_and_feed_forward_of_older_models_are_named(module: str, width: int) -> None:
+    assert described(lora(module, width=width)).base == "SD 1.x or 2.x"
+
+
+@pytest.mark.parametrize(
+    ("module", "width"),
+    [
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640),
+        ("unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 640),
+        ("unet.down_blocks.2.attentions.0.transformer_blocks.9.ff.net.0.proj", 1280),
+        ("lora_unet_output_blocks_8_0_in_layers_2", 320),
+    ],
+)
+def test_layers_of_sdxl_are_not_named_after_an_older_model(module: str, width: int) -> None:
+    assert described(lora(module, width=width)).base is None
+
+
+OTHER_FILES: Final = {
+    "emb_params": "an embedding",
+    "clip_g": "an embedding",
+    "model.diffusion_model.input_blocks.0.0.weight": "a checkpoint",
+    "first_stage_model.decoder.conv_in.weight": "a VAE",
+    "decoder.conv_in.weight": "a VAE",
+    "control_model.input_blocks.0.0.weight": "a ControlNet",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": "LLLite",
+    "image_proj.proj.weight": "an IP-Adapter",
+    "down_blocks.0.resnets.0.conv1.weight": "a whole UNet",
+    "text_model.encoder.layers.0.mlp.fc1.weight": "a text encoder",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), OTHER_FILES.items())
+def test_a_file_that_is_no_lora_is_named(name: str, kind: str) -> None:
+    with pytest.raises(LoraMismatch, match=f"not a LoRA but {kind}" if "LL" not in kind else kind):
+        require_lora(header_of({name: (1,)}), "here")
+
+
+def test_a_header_without_tensors_says_so() -> None:
+    with pytest.raises(LoraMismatch, match=r"no tensors$"):
+        require_lora(header_of({}), "here")
+
+
+KINDS: Final = {
+    f"{SDXL}.q_layer.weight": "T-LoRA",
+    f"{SDXL}.lambda_layer": "T-LoRA",
+    "base_model.model.mid_block.attn.to_q.lora_diag": "KaSA",
+    "base_model.model.mid_block.attn.to_q.lora_monteclora_sampler.std": "MonteCLoRA",
+    "base_model.model.mid_block.attn.to_q.lora_E": "AdaLoRA",
+    "base_model.model.conv_out.weight": "modules_to_save",
+    "base_model.model.conv_out.bias": "modules_to_save",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_a_kind_of_which_the_rest_would_be_wrong_is_refused_by_name(name: str, kind: str) -> None:
+    with pytest.raises(LoraMismatch, match=f"kind .*{kind}.*not supported"):
+        require_lora(header_of({name: (1,), f"{SDXL}.lora_down.weight": (4, 2048)}), "here")
 
 
 TAGS: Final = {
@@ -105,7 +260,7 @@ def test_the_clause_says_how_the_base_model_was_detected() -> None:
         (lora(width=768), "made for SD 1.x: cross-attention width 768"),
         (
             lora("lora_unet_double_blocks_0_img_attn_proj"),
-            "made for Flux, by the names of its layers",
+            "made for Flux or a similar model, by the names of its layers",
         ),
         (
             lora(

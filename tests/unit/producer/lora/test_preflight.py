@@ -499,6 +499,22 @@ def test_a_job_with_an_unusable_lora_is_not_queued(
     assert queued(broker) == []
 
 
+@pytest.mark.parametrize("options", [{"strict": False}, {"weight": 0.0}])
+def test_a_base_model_that_the_header_names_matters_to_strict_jobs_only(
+    options: dict[str, Any],
+) -> None:
+    """The self-attention of the middle block has the same shapes in SD 1.x."""
+    module = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    body = lora(module, width=1280, metadata={"ss_base_model_version": "sd_v1"})
+    with serving(ranged(body)) as host:
+        file = Asset(url=f"{host.url}/a.safetensors")
+        checks, request = preflight(host), GenerateRequest(prompt="", loras=(LoraSpec(file=file),))
+        with pytest.raises(LoraMismatch, match=r"made for SD 1\.x, by its header"):
+            checks.check(request)
+
+        checks.check(GenerateRequest(prompt="", loras=(LoraSpec(file=file, **options),)))
+
+
 def test_a_job_with_an_absent_lora_is_not_queued(broker_url: str, broker: Any) -> None:
     with serving(reply(status=404)) as host, pytest.raises(LoraNotFound) as raised:
         submitted(broker_url, preflight(host), f"{host.url}/a{QUERY}")

@@ -86,3 +86,13 @@ def test_a_missing_invalid_or_taken_address_is_reported() -> None:
         assert "ZLORA_METRICS" in outcome.output
         assert reason in outcome.output
         assert "Traceback" not in outcome.output
+
+
+def test_a_url_of_the_broker_that_cannot_be_used_is_reported() -> None:
+    for url in ("amqp://h", "rediss://h/0?ssl_ca_certs=/nowhere"):
+        environ = {"ZLORA_METRICS": "127.0.0.1:1", "ZLORA_BROKER_URL": url}
+
+        outcome = CliRunner().invoke(main, ["metrics"], env=environ)
+
+        assert outcome.exit_code == 78
+        assert "ZLORA_BROKER_URL: " in outcome.output

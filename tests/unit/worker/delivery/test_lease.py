@@ -261,27 +261,57 @@ def test_an_attempt_is_recorded_until_its_block_ends(make_worker: MakeWorker, jo
 
 
 @pytest.mark.usefixtures("pauses")
-def test_a_job_is_poisoned_after_three_deaths_and_has_them_as_evidence(
-    make_worker: MakeWorker, job: str, killed_in: Enter
+@pytest.mark.parametrize("limits", [(2, 10), (10, 1)], ids=["ended children", "lost workers"])
+def test_a_job_is_poisoned_by_ended_children_or_lost_workers_and_has_them_as_evidence(
+    make_worker: MakeWorker, job: str, killed_in: Enter, limits: tuple[int, int]
 ) -> None:
+    """Each has a limit of its own: a machine may be switched off for any reason."""
     workers = [make_worker(), make_worker(), make_worker()]
     deaths: list[int] = []
-    for worker in workers:
+    for worker, signal in zip(workers, ("SIGSEGV", None, "SIGTERM"), strict=True):
         claim: Claim = killed_in(worker.claim(job, "d"))
-        claim.raise_if_poisoned(job)
+        claim.raise_if_poisoned(job, max_attempts=2, max_losses=2)
         deaths.append(len(claim.deaths))
+        if signal:
+            worker.child_died(job, signal)
         worker.release(job)
-    workers[1].child_died(job, "SIGSEGV")
     assert deaths == [0, 1, 2]
 
     with make_worker().claim(job, "d") as last, pytest.raises(JobPoisoned) as raised:
-        last.raise_if_poisoned(job)
+        last.raise_if_poisoned(job, max_attempts=limits[0], max_losses=limits[1])
 
     evidence = raised.value.details["attempts"]
     assert [found["worker"] for found in evidence] == [worker.worker for worker in workers]
-    assert [found["signal"] for found in evidence] == [None, "SIGSEGV", None]
+    assert [found["signal"] for found in evidence] == ["SIGSEGV", None, "SIGTERM"]
     assert all(found["host"] and found["pid"] and found["at"] > 0 for found in evidence)
     msgspec.json.encode(evidence)
+
+
+@pytest.mark.usefixtures("pauses")
+def test_a_worker_that_stood_still_and_comes_back_is_not_lost(
+    make_worker: MakeWorker, job: str
+) -> None:
+    frozen, other = make_worker(), make_worker()
+    with frozen.claim(job, "d"):
+        frozen.jobs.redis.delete(lease_key(job))
+        with other.claim(job, "d") as claim:
+            assert len(claim.deaths) == 1
+            lapse(other, job)
+    with make_worker().claim(job, "d") as claim:
+        assert claim.deaths == []
+
+
+def test_a_child_that_exits_leaves_its_attempt_to_the_parent(
+    make_worker: MakeWorker, job: str
+) -> None:
+    """The parent counts it, unless the parent stops and has put the job back."""
+    leases = make_worker()
+    with pytest.raises(SystemExit), leases.claim(job, "d"):
+        raise SystemExit(1)
+    assert len(attempts(leases, job)) == 1
+
+    leases.give_up(job)
+    assert attempts(leases, job) == []
 
 
 @pytest.mark.usefixtures("pauses")

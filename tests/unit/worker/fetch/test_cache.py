@@ -29,7 +29,9 @@ from zlora.errors import (
     LoraCorrupt,
     LoraError,
     LoraForbidden,
+    LoraNotAllowed,
     LoraNotFound,
+    LoraTooLarge,
     LoraUnreachable,
     NotSafetensors,
 )
@@ -182,7 +184,7 @@ def test_a_file_of_hugging_face_has_the_digest_that_the_hub_names(
         return reply(bodies[-1], ETag='"one"')
 
     with serving(answer) as host, caching(tmp_path, HF_ENDPOINT=host.url) as cache:
-        asset = Asset(url="hf://owner/repo/x.safetensors")
+        asset = Asset(url="hf://owner/repo/x.safetensors", config_sha256="none")
         assert got(cache, asset).path.read_bytes() == ONE
         named_now.append(TWO)
         bodies.append(ONE if is_stale else TWO)
@@ -503,3 +505,96 @@ def test_a_file_fetched_with_one_credential_does_not_answer_for_another(
         with caching(tmp_path, host, **hub, **ours) as cache:
             assert got(cache, asset, since=1.0).tier == "disk"
     assert answers == []
+
+
+# --- peft's configuration beside a file
+
+CONFIG, OTHER = b'{"r": 4}', b'{"r": 8}'
+FOLDER = "/owner/repo/resolve/main/folder"
+ON_HUB = Asset(url="hf://owner/repo/folder/x.safetensors")
+
+
+def with_config(data: bytes | None) -> dict[str, bytes]:
+    """Return the files of a hub, which may be changed."""
+    files = {f"{FOLDER}/x.safetensors": ONE, f"{FOLDER}/y.safetensors": TWO}
+    return files if data is None else {**files, f"{FOLDER}/adapter_config.json": data}
+
+
+def test_the_configuration_beside_a_file_of_the_hub_comes_with_it(tmp_path: Path) -> None:
+    """It is found by the address of a page, too, and is asked for as the file is."""
+    files = with_config(CONFIG)
+    with serving(by_path(files)) as host, caching(tmp_path, HF_ENDPOINT=host.url) as cache:
+        page = Asset(url=f"{host.url}/owner/repo/blob/main/folder/y.safetensors")
+        for asset in (ON_HUB, page, ON_HUB):
+            file = got(cache, asset)
+            assert (file.config, file.config_sha256) == (CONFIG, digest(CONFIG))
+        assert kept(tmp_path) == named(ONE, TWO, CONFIG)
+
+        files |= with_config(OTHER)
+        assert got(cache, ON_HUB).config == OTHER
+
+
+def test_a_file_of_a_folder_has_the_configuration_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(ONE)
+    asset = Asset(url=(folder / "adapter_model.safetensors").as_uri())
+    with caching(tmp_path, ZLORA_LORA_ROOTS=str(tmp_path)) as cache:
+        assert (got(cache, asset).config, got(cache, asset).config_sha256) == (None, "none")
+
+        forget_failures(tmp_path)
+        (folder / "adapter_config.json").write_bytes(CONFIG)
+        assert got(cache, asset).config == CONFIG
+
+
+def test_the_configuration_is_read_under_the_same_guard(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "x.safetensors").write_bytes(ONE)
+    (tmp_path / "secret.json").write_bytes(CONFIG)
+    (folder / "adapter_config.json").symlink_to(tmp_path / "secret.json")
+    with caching(tmp_path, ZLORA_LORA_ROOTS=str(folder)) as cache, pytest.raises(LoraNotAllowed):
+        got(cache, Asset(url=(folder / "x.safetensors").as_uri()))
+
+
+def test_a_pinned_configuration_costs_no_request_and_stays_the_same(tmp_path: Path) -> None:
+    """So a replay has the configuration of the recorded job, or its absence."""
+    files = with_config(CONFIG)
+    with serving(by_path(files)) as host, caching(tmp_path, HF_ENDPOINT=host.url) as cache:
+        got(cache, ON_HUB)
+        files |= with_config(OTHER)
+        asked = len(host.requests)
+
+        for pin, config in ((digest(CONFIG), CONFIG), ("none", None)):
+            asset = Asset(url=ON_HUB.url, sha256=digest(ONE), config_sha256=pin)
+            file = got(cache, asset)
+            assert (file.config, file.config_sha256) == (config, pin)
+
+        assert len(host.requests) == asked
+        with pytest.raises(LoraCorrupt, match="adapter_config"):
+            got(cache, Asset(url=ON_HUB.url, config_sha256="0" * 64))
+
+
+def test_only_a_file_that_needs_it_is_looked_at_for_a_configuration(tmp_path: Path) -> None:
+    """Others have an alpha, or a source whose files do not belong together."""
+    header = {"unet.a.alpha": {"dtype": "F16", "shape": [], "data_offsets": [0, 2]}}
+    files = with_config(CONFIG) | {f"{FOLDER}/x.safetensors": tensor_file(header, b"\0\0")}
+    with (
+        serving(by_path(files)) as host,
+        caching(tmp_path, host, HF_ENDPOINT=host.url) as cache,
+        serving(by_path({"/a/x.safetensors": ONE, "/a/adapter_config.json": CONFIG})) as other,
+        caching(tmp_path, other) as plain,
+    ):
+        assert got(cache, ON_HUB).config_sha256 is None
+        assert got(plain, Asset(url=f"{other.url}/a/x.safetensors")).config_sha256 is None
+        assert not [line for line in (*host.asked, *other.asked) if "adapter_config" in line]
+
+
+def test_a_configuration_of_many_bytes_is_not_downloaded(tmp_path: Path) -> None:
+    files = with_config(b" " * (2**20 + 1))
+    with (
+        serving(by_path(files)) as host,
+        caching(tmp_path, HF_ENDPOINT=host.url) as cache,
+        pytest.raises(LoraTooLarge),
+    ):
+        got(cache, ON_HUB)

@@ -434,6 +434,21 @@ def test_a_file_is_hashed_once_after_each_boot(
             assert (file.tier, file.path.read_bytes()) == ("network", ONE)
 
 
+@pytest.mark.parametrize("kind", ["index", "failed"])
+def test_a_pipe_in_place_of_a_record_is_no_record(tmp_path: Path, kind: str) -> None:
+    """Reading it would wait for ever."""
+    with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:
+        asset = Asset(url=f"{host.url}/a")
+        cache.index.remember_failure(asset, LoraNotFound("not there"))
+        cache.index.remember(asset.address, Fetched(sha256=digest(ONE), size=SIZE), at=0)
+        (path,) = (tmp_path / "loras" / kind).iterdir()
+        for folder in ("failed", "index"):
+            next((tmp_path / "loras" / folder).iterdir()).unlink()
+        os.mkfifo(path)
+
+        assert got(cache, asset).sha256 == digest(ONE)
+
+
 @pytest.mark.parametrize("data", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_record_of_a_verified_file_costs_a_hash(tmp_path: Path, data: bytes) -> None:
     with serving(with_etag(ONE)) as host, caching(tmp_path, host) as cache:

@@ -512,6 +512,30 @@ PEFT: Final = [
 ]
 
 
+def test_the_bias_of_a_lora_in_the_older_names_of_diffusers_is_that_of_peft(
+    model: Pipeline, base: State, tmp_path: Path
+) -> None:
+    layer = "unet.mid_block.resnets.0.conv1"
+    out, inputs = base["unet", "mid_block.resnets.0.conv1.weight"].shape[:2]
+    factors = {"A": torch.randn(2, inputs, 3, 3), "B": torch.randn(out, 2, 1, 1)}
+    tensors = {f"{layer}.lora_{name}.weight": tensor for name, tensor in factors.items()}
+    peft = write(tmp_path / "a", tensors | {f"{layer}.lora_B.bias": torch.ones(out)})
+    older = write(
+        tmp_path / "b",
+        {
+            f"{layer}.lora.down.weight": factors["A"],
+            f"{layer}.lora.up.weight": factors["B"],
+            f"{layer}.lora.up.bias": torch.ones(out),
+        },
+    )
+
+    one, other = merged(model, read(model, peft)), merged(model, read(model, older))
+
+    assert all(torch.equal(one[weight], other[weight]) for weight in base)
+    bias = "unet", "mid_block.resnets.0.conv1.bias"
+    torch.testing.assert_close(other[bias], base[bias] + 1)
+
+
 @pytest.mark.parametrize("options", PEFT, ids=str)
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # about biases and missing modules
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")

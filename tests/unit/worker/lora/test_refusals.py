@@ -177,6 +177,46 @@ def test_another_base_model_is_named_after_the_header_if_shapes_do_not_help(
     assert f"made for {family}" in refusal(model, tmp_path / "a")
 
 
+MIDDLE: Final = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [("ss_base_model_version", "sd_v1"), ("modelspec.architecture", "stable-diffusion-v1/lora")],
+)
+def test_a_file_that_fits_but_names_another_base_model_is_refused_unless_strict_is_false(
+    model: Pipeline, tmp_path: Path, field: str, text: str
+) -> None:
+    """The self-attention of the middle block has the shapes of SDXL in SD 1.x and 2.x, too."""
+    tensors = lora_of(MIDDLE, 32, 32)
+    save_file(tensors, tmp_path / "a", metadata={field: text})
+
+    message = refusal(model, tmp_path / "a")
+
+    assert all(words in message for words in ("made for SD 1.x, by its header", "strict: false"))
+    assert read(model, tmp_path / "a").modules == {"unet": 1}
+
+
+@pytest.mark.parametrize("module", [KEY, TEXT[-1].kohya])
+def test_layers_of_sdxl_alone_are_believed_more_than_the_header(
+    model: Pipeline, tmp_path: Path, module: str
+) -> None:
+    tensors = lora_of(module, 32, 80) if module == KEY else lora_of(module, 96, 48)
+    save_file(tensors, tmp_path / "a", metadata={"ss_base_model_version": "sd_v1"})
+
+    require_whole(read(model, tmp_path / "a"), source=SOURCE)
+
+
+def test_a_header_that_names_this_base_model_is_no_reason_to_refuse(
+    model: Pipeline, tmp_path: Path
+) -> None:
+    save_file(
+        lora_of(MIDDLE, 32, 32), tmp_path / "a", metadata={"ss_base_model_version": "sdxl_base_v1"}
+    )
+
+    require_whole(read(model, tmp_path / "a"), source=SOURCE)
+
+
 # --- unmatched tensors
 
 UNMATCHED: Final = {
@@ -184,6 +224,7 @@ UNMATCHED: Final = {
     "component": lora_of("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 32, 32),
     "other tensor": {"some.tensor": torch.ones(2)},
     "embedding": {"emb_params": torch.ones(4, 32)},
+    "an alpha alone": {f"{BLOCK}attn1_to_k.alpha": torch.tensor(1.0)},
     "bias of a module without one": {
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.diff_b": torch.ones(32)
     },
@@ -198,13 +239,32 @@ def test_unmatched_tensors_are_refused_or_listed_and_the_rest_is_used(
     alone = read(model, write(tmp_path / "a", kohya_lora()))
     path = write(tmp_path / "b", kohya_lora() | unmatched)
 
-    assert min(unmatched)[:60] in refusal(model, path)
+    assert min(unmatched)[-40:] in refusal(model, path)
     lora = read(model, path)
 
     assert lora.unmatched == tuple(sorted(unmatched))
     assert sum(lora.unmatched_counts().values()) == len(unmatched)
     assert lora.modules == alone.modules
     require_equal(merged(model, lora), snapshot(model), changed(model, alone))
+
+
+def test_the_end_of_a_long_name_is_shown(model: Pipeline, tmp_path: Path) -> None:
+    name = f"lora_unet_{'deep_' * 40}proj_in.lora_down.weight"
+
+    message = refusal(model, write(tmp_path / "a", kohya_lora() | {name: torch.ones(2, 2)}))
+
+    assert "proj_in.lora_down.weight;" in message
+
+
+def test_a_lora_with_a_bias_for_a_layer_without_one_is_refused_whatever_strict_says(
+    model: Pipeline, tmp_path: Path
+) -> None:
+    """The rest would be another change than the trained one."""
+    target = UNET[0]
+    tensors = peft_lora() | {f"unet.{target.module}.lora_B.bias": torch.ones(target.rows)}
+
+    with pytest.raises(LoraMismatch, match=r"`lora_bias`.*has no bias"):
+        read(model, write(tmp_path / "a", tensors))
 
 
 def changed(model: Pipeline, lora: Lora) -> State:
@@ -397,7 +457,7 @@ INVALID: Final = {
     | {f"{QUERY}.lora_up.weight": torch.ones(32, 2, dtype=torch.int8)},
     "no up": named(QUERY, random(**{"lora_down.weight": (2, 32)})),
     "no down": named(QUERY, random(**{"lora_up.weight": (32, 2)})),
-    "alpha alone": {f"{QUERY}.alpha": torch.tensor(1.0)},
+    "nothing but alpha": {f"{QUERY}.alpha": torch.tensor(1.0)},
     "magnitude alone": {f"{QUERY}.dora_scale": torch.ones(32, 1)},
     "middle alone": named(KERNEL, random(**{"lora_mid.weight": (2, 2, 3, 3)})),
     "half a LoHa": named(QUERY, random(hada_w1_a=(32, 2), hada_w1_b=(2, 32))),
@@ -575,8 +635,7 @@ HOSTILE: Final = {
     "a number": "7",
     "deep": "[" * 100_000,
     "deep object": '{"a":' * 100_000,
-    "regex": json.dumps({"unet.alpha_pattern": {REGEX: 4}}),
-    "slow regex": json.dumps({"unet.alpha_pattern": {"(.*)*" * 20 + "x": 4}}),
+    "no regex": json.dumps({"unet.alpha_pattern": {"(": 4}}),
     "patterns in a list": json.dumps({"unet.alpha_pattern": ["to_q"]}),
     "a pattern's alpha": json.dumps({"unet.alpha_pattern": {"to_q": "four"}}),
     "alpha is a word": json.dumps({"unet.lora_alpha": "x" * 10_000}),
@@ -595,7 +654,6 @@ HOSTILE: Final = {
 def test_a_malformed_configuration_is_refused_at_once(
     model: Pipeline, tmp_path: Path, text: str
 ) -> None:
-    """Regular expressions from files are not executed, because one can run for ever."""
     save_file(peft_lora(), tmp_path / "a", metadata={"lora_adapter_metadata": text})
     start = time.monotonic()
 

@@ -16,7 +16,16 @@ from support.scraped import Scraped
 from zlora import Client
 from zlora.broker.celery_app import IMPATIENCE, shared_config
 from zlora.broker.job_store import connect
-from zlora.broker.keys import dead_key, outbox_key, refused_key, waiting_lists
+from zlora.broker.keys import (
+    RECORD_EXPIRES,
+    dead_jobs_key,
+    dead_key,
+    outbox_key,
+    refused_key,
+    requeued_jobs_key,
+    sidecar_faults_key,
+    waiting_lists,
+)
 from zlora.broker.message import MAX_MESSAGE_BYTES, SUBMITTED_AT
 from zlora.broker.webhook_outbox import DeadLetter
 from zlora.client import Priority
@@ -81,10 +90,23 @@ def test_an_empty_queue_has_all_series(broker_url: str) -> None:
     assert scraped.named("zlora_queue_webhooks") == {("gpu", "dead"): 0, ("gpu", "waiting"): 0}
     assert scraped("zlora_queue_running_jobs", queue="gpu") == 0
     assert scraped("zlora_queue_refused_messages", queue="gpu") == 0
+    assert scraped("zlora_queue_dead_jobs", queue="gpu") == 0
+    assert scraped.named("zlora_queue_sidecar_faults") == dict.fromkeys(
+        [("gpu", "ended"), ("gpu", "hung"), ("gpu", "not_started")], 0
+    )
     assert scraped("zlora_queue_up", queue="gpu") == 1
     assert {family.name for family in scraped.families} == {
         f"zlora_queue_{name}"
-        for name in ("up", "jobs", "oldest_seconds", "running_jobs", "webhooks", "refused_messages")
+        for name in (
+            "up",
+            "jobs",
+            "oldest_seconds",
+            "running_jobs",
+            "webhooks",
+            "dead_jobs",
+            "refused_messages",
+            "sidecar_faults",
+        )
     }
     assert scraped.faults() == []
 
@@ -174,19 +196,28 @@ def test_running_jobs_are_counted_for_their_own_queue(broker_url: str, other_app
     assert fewer("zlora_queue_running_jobs", queue="gpu") == 1
 
 
-def test_webhooks_and_refused_messages_are_counted_by_queue(broker_url: str, broker: Any) -> None:
+def test_what_waits_or_failed_is_counted_by_queue(broker_url: str, broker: Any) -> None:
     letter = DeadLetter(
         job_id="j", event="job.failed", url="https://x", tries=9, first=1, last=2, reason="500"
     )
     broker.zadd(outbox_key("gpu"), {"one": 1, "two": 2})
     broker.zadd(dead_key("gpu"), {documents.encode(letter): 1, "not a letter": 2, "third": 3})
     broker.set(refused_key("gpu"), 7)
+    broker.hset(sidecar_faults_key("gpu"), "hung", 2)
+    now = time.time()
+    broker.zadd(dead_jobs_key("gpu"), {"new": now, "newer": now, "old": now - RECORD_EXPIRES - 1})
+    broker.zadd(requeued_jobs_key("gpu"), {"decided": now})
 
     ours, others = look(broker_url), look(broker_url, "other")
 
     assert ours("zlora_queue_webhooks", queue="gpu", state="waiting") == 2
     assert ours("zlora_queue_webhooks", queue="gpu", state="dead") == 3
     assert ours("zlora_queue_refused_messages", queue="gpu") == 7
+    assert ours("zlora_queue_sidecar_faults", queue="gpu", state="hung") == 2
+    assert ours("zlora_queue_sidecar_faults", queue="gpu", state="ended") == 0
+    assert ours("zlora_queue_dead_jobs", queue="gpu") == 2
+    assert others("zlora_queue_dead_jobs", queue="other") == 0
+    assert others("zlora_queue_sidecar_faults", queue="other", state="hung") == 0
     assert others("zlora_queue_webhooks", queue="other", state="dead") == 0
     assert others("zlora_queue_refused_messages", queue="other") == 0
 
@@ -221,6 +252,8 @@ def test_a_key_of_another_type_counts_as_zero(broker_url: str, broker: Any) -> N
     broker.set(dead_key("gpu"), "no sorted set")
     broker.set("unacked", "no hash")
     broker.set(refused_key("gpu"), "no number")
+    broker.set(sidecar_faults_key("gpu"), "no hash")
+    broker.set(dead_jobs_key("gpu"), "no sorted set")
 
     scraped = look(broker_url)
 
@@ -232,6 +265,8 @@ def test_a_key_of_another_type_counts_as_zero(broker_url: str, broker: Any) -> N
     assert scraped("zlora_queue_webhooks", queue="gpu", state="dead") == 0
     assert (
         scraped("zlora_queue_running_jobs", queue="gpu")
+        == scraped("zlora_queue_dead_jobs", queue="gpu")
         == scraped("zlora_queue_refused_messages", queue="gpu")
+        == scraped("zlora_queue_sidecar_faults", queue="gpu", state="hung")
         == 0
     )

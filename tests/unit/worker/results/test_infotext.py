@@ -49,7 +49,7 @@ def spec(url: str = "https://a.invalid/b.safetensors", **fields: Any) -> LoraSpe
 def written(request: GenerateRequest, **fields: Any) -> str:
     return infotext(
         image_provenance(request, **fields),
-        [digest(number) for number, _ in enumerate(request.loras)],
+        [digest(number) for number in range(sum(spec.is_used for spec in request.loras))],
     )
 
 
@@ -118,8 +118,9 @@ def test_any_request_is_read_back(document: dict[str, Any], model: str) -> None:
     assert (settings["Sampler"], settings["Seed"], settings["Size"]) == ("Euler", "7", "64x72")
     assert (settings["Model hash"], settings["Version"]) == ("b" * 10, "z-image-lora 1.2")
     assert settings["RNG"] == "CPU"
-    names, weights = tags(prompt, len(request.loras))
-    assert weights == [lora.component_weights for lora in request.loras]
+    used = [lora.component_weights for lora in request.loras if lora.is_used]
+    names, weights = tags(prompt, len(used))
+    assert weights == used
     assert hashes(settings) == [(name, digest(number)[:12]) for number, name in enumerate(names)]
     assert letters(prompt).startswith(letters(request.prompt))
 

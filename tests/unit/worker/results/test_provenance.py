@@ -71,7 +71,7 @@ def test_a_pinned_request_is_a_request(fetcher: Fetcher, form: str, address: str
     request = parse_request({"prompt": "", "loras": [{"file": {form: address}, "weight": 0.5}]})
 
     file = a_file(fetcher.source(request.loras[0].file.address))
-    found = pinned(request, [(file.source, file.sha256)])
+    found = pinned(request, [(file.source, file.sha256, None)])
 
     (lora,) = found.loras
     assert parse_provenance(msgspec.json.encode(image_provenance(found))).request == found

@@ -61,6 +61,18 @@ def in_turn(*answers: bytes) -> Answer:
     return lambda _request: next(rest)
 
 
+def crc(data: bytes) -> str:
+    """Return a CRC32 as S3 writes it."""
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def crc_of_parts(*parts: bytes) -> str:
+    """Return the CRC32 of an object in parts as S3 writes it."""
+    sums = b"".join(zlib.crc32(part).to_bytes(4, "big") for part in parts)
+    return f"{crc(sums)}-{len(parts)}"
+
+
+STORED: Final = reply(x_amz_checksum_crc32=crc(b"content"))
 TAKEN: Final = refusal(412, "PreconditionFailed")
 BUSY: Final = refusal(409, "ConditionalRequestConflict")
 CHANGED: Final = refusal(400, "BadDigest")
@@ -175,9 +187,10 @@ def test_put_arguments_are_sent_with_each_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     monkeypatch.setattr(s3, "_PART", part)
+    put = reply(ETag="part", x_amz_checksum_crc32=crc(b"content"))
     options = '{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "mine"}'
 
-    with serving(parts_by(lambda _: reply(COMPLETE))) as host:
+    with serving(parts_by(lambda _: reply(COMPLETE), part=put)) as host:
         assert s3_store(tmp_path, host, ZLORA_S3_PUT=options).put_new(KEY, b"content", PNG)
 
     first = host.requests[0].headers
@@ -191,14 +204,14 @@ def test_put_arguments_are_sent_with_each_upload(
 @pytest.mark.parametrize(
     ("answers", "created"),
     [
-        ([reply()], True),
+        ([STORED], True),
         ([TAKEN], False),
-        ([BUSY, BUSY, reply()], True),
+        ([BUSY, BUSY, STORED], True),
         ([BUSY, TAKEN], False),
         ([b"", TAKEN], False),
-        ([b"", reply()], True),
-        ([CHANGED, reply()], True),
-        ([refusal(500, "InternalError"), refusal(503, "Unavailable"), reply()], True),
+        ([b"", STORED], True),
+        ([CHANGED, STORED], True),
+        ([refusal(500, "InternalError"), refusal(503, "Unavailable"), STORED], True),
     ],
     ids=[
         "free",
@@ -262,8 +275,9 @@ CREATE: Final = (
     b"<InitiateMultipartUploadResult><UploadId>one</UploadId></InitiateMultipartUploadResult>"
 )
 COMPLETE: Final = (
-    b"<CompleteMultipartUploadResult><ETag>whole</ETag></CompleteMultipartUploadResult>"
-)
+    f"<CompleteMultipartUploadResult><ChecksumCRC32>{crc_of_parts(b'cont', b'ent')}</ChecksumCRC32>"
+    "</CompleteMultipartUploadResult>"
+).encode()
 GONE: Final = refusal(404, "NoSuchUpload")
 WHOLE: Final = ("POST uploads", "PUT 1", "PUT 2", "POST")  # requests of an upload in two parts
 
@@ -358,17 +372,6 @@ def test_a_failed_upload_is_aborted_if_s3_answers(
 # --- reads
 
 
-def crc(data: bytes) -> str:
-    """Return a CRC32 as S3 writes it."""
-    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
-
-
-def crc_of_parts(*parts: bytes) -> str:
-    """Return the CRC32 of an object in parts as S3 writes it."""
-    sums = b"".join(zlib.crc32(part).to_bytes(4, "big") for part in parts)
-    return f"{crc(sums)}-{len(parts)}"
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -376,6 +379,7 @@ def crc_of_parts(*parts: bytes) -> str:
         refusal(404, "NoSuchBucket"),
         reply(b"not found", status=404),
         reply(b"half a con", length=20),
+        reply(b"<html>Welcome</html>"),
         reply(b"Content", x_amz_checksum_crc32=crc(b"content")),
         reply(b"Content", x_amz_checksum_crc32=crc_of_parts(b"cont", b"ent")),
     ],
@@ -384,6 +388,7 @@ def crc_of_parts(*parts: bytes) -> str:
         "no bucket",
         "no S3",
         "half an object",
+        "a page",
         "another byte",
         "another byte in parts",
     ],
@@ -404,6 +409,7 @@ def test_any_other_answer_fails_the_store(
     ("bad", "checksum"),
     [
         (reply(b"cont", length=7), ""),
+        (reply(b"Content"), ""),
         (b"", ""),
         (reply(b"Content", x_amz_checksum_crc32=crc(b"content")), crc(b"content")),
         (
@@ -412,14 +418,23 @@ def test_any_other_answer_fails_the_store(
         ),
         (reply(b"cont", length=7), crc_of_parts(b"co", b"nte", b"nt")),
     ],
-    ids=["half an object", "dropped", "another byte", "another byte in parts", "another's parts"],
+    ids=[
+        "half an object",
+        "a page",
+        "dropped",
+        "another byte",
+        "another byte in parts",
+        "another's parts",
+    ],
 )
 def test_a_damaged_read_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: bytes, checksum: str
 ) -> None:
     """Objects that others uploaded in parts of another size cannot be checked."""
     monkeypatch.setattr(s3, "_PART", 4)
-    good = reply(b"content", x_amz_checksum_crc32=checksum) if checksum else reply(b"content")
+    good = reply(b"content", ETag="1")
+    if checksum:
+        good = reply(b"content", ETag="1", x_amz_checksum_crc32=checksum)
 
     with serving(in_turn(bad, good)) as host:
         assert s3_store(tmp_path, host).get(KEY) == b"content"

@@ -291,13 +291,22 @@ def calls_of(store: FolderStore) -> list[Callable[[], object]]:
     ]
 
 
+def test_a_pipe_in_place_of_the_file_fails_the_store(tmp_path: Path) -> None:
+    """Reading it would wait for ever."""
+    (tmp_path / KEY).parent.mkdir(parents=True)
+    os.mkfifo(tmp_path / KEY)
+
+    with pytest.raises(StoreFailed, match="not a regular file"):
+        FolderStore(tmp_path).get(KEY)
+
+
 def test_a_folder_in_place_of_the_file_is_left_alone(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     (tmp_path / KEY).mkdir(parents=True)
 
     assert store.put_new(KEY, b"content", PNG) is False
     for call in calls_of(store)[1:]:
-        with pytest.raises(StoreFailed, match="Is a directory"):
+        with pytest.raises(StoreFailed, match=r"Is a directory|not a regular file"):
             call()
 
     assert (tmp_path / KEY).is_dir()

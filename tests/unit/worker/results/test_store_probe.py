@@ -4,6 +4,7 @@ A store that can never work ends the worker; one that may be away for a moment d
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from zlora_worker.results.store import FolderStore, open_store
 
 KEY: Final = re.compile(r"/bucket/a/runs/\.probe-[0-9a-f]{32}")
 WHOLE: Final = ["PUT", "GET", "DELETE", "GET"]
+ETAG: Final = hashlib.md5(b"probe", usedforsecurity=False).hexdigest()
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +76,10 @@ class Bucket:
             self.keys.discard(key)
             return reply(status=204, length=None)
         elif key in self.keys:
-            return reply(b"probe")
+            return reply(b"probe", ETag=ETAG)
         else:
             return refusal(404, "NoSuchKey")
-        return reply()
+        return reply(ETag=ETAG)
 
 
 def refusal(status: int, code: str) -> bytes:

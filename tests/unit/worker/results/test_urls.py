@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def result(**fields: Any) -> GenerateResult:
             height=64,
             content_type="image/png",
             size=3,
-            sha256="0" * 64,
+            sha256=hashlib.sha256(b"xxx").hexdigest(),
             seed=index,
         )
         for index, key in enumerate(KEYS)
@@ -245,18 +246,18 @@ def test_larger_images_and_those_of_other_requests_are_not_inlined(
     assert [image.data_uri for image in made.with_urls(result(**fields)).images] == [None, None]
 
 
-def test_a_store_that_is_away_costs_a_result_only_its_inline_data(
+def test_a_store_that_is_away_or_wrong_costs_a_result_only_its_inline_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Otherwise a job would fail after its images are stored."""
-    gone, away = MemoryStore(), filled()
+    """Otherwise a job would fail after its images are stored; other bytes are no images of it."""
+    gone, away, other = MemoryStore(), filled(), filled(size=4)
 
     def fail(_key: str) -> bytes:
         raise StoreFailed("the store is away")
 
     monkeypatch.setattr(away, "get", fail)
 
-    for store in (gone, away):
+    for store in (gone, away, other):
         shown = image_urls({}, store).with_urls(result(inline=True))
         assert [(image.data_uri, image.url) for image in shown.images] == [
             (None, f"memory:///{key}") for key in KEYS

@@ -1,5 +1,8 @@
 """Clients get expired results from the store, and cancel jobs there, by the sidecar."""
 
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +12,7 @@ import msgspec
 import pytest
 from support.fakes import links
 from support.played import inside
+from support.processes import clean_environ, wait_until
 from zlora import Client
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import manifest_requests_key
@@ -17,13 +21,14 @@ from zlora.schema import Cancellation, GenerateResult, JobState, manifest_key
 from zlora_worker.results.manifest import load_end, write_result
 from zlora_worker.results.store import FolderStore
 from zlora_worker.sidecar.client_requests import reply_to_next
+from zlora_worker.sidecar.heartbeat import EXIT_HANGS
 
 
 class Place:
     """A queue of its own, with a store and a producer."""
 
     def __init__(self, broker_url: str, folder: Path) -> None:
-        self.queue = uuid.uuid4().hex
+        self.url, self.queue = broker_url, uuid.uuid4().hex
         self.jobs = JobStore(connect(broker_url), self.queue)
         self.store = FolderStore(folder)
         self.client = Client.from_url(broker_url, queue=self.queue)
@@ -147,3 +152,29 @@ def test_without_a_sidecar_a_cancelled_job_has_ended_in_redis(place: Place) -> N
     assert handle.cancel() is Cancellation.QUEUED
     assert handle.status().state == JobState.REVOKED
     assert load_end(place.store, handle.id, None) is None
+
+
+def test_a_store_that_hangs_for_ever_ends_the_sidecar(place: Place, tmp_path: Path) -> None:
+    """As a network file system does: a pipe in place of the manifest. The parent starts another."""
+    pipe = tmp_path / "store" / manifest_key("hangs")
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    environ = {
+        "ZLORA_BROKER_URL": place.url,
+        "ZLORA_QUEUE": place.queue,
+        "ZLORA_HOME": str(tmp_path),
+        "ZLORA_STORE": (tmp_path / "store").as_uri(),
+        "ZLORA_SIDECAR_TIMEOUT": "1",
+        "ZLORA_LOOK_AHEAD": "0",
+    }
+    command = [sys.executable, "-m", "zlora_worker.sidecar"]
+    with (tmp_path / "log").open("wb") as log:
+        sidecar = subprocess.Popen(command, env=clean_environ(environ), stderr=log)
+    try:
+        wait_until(lambda: place.client.job("never").status().state is JobState.UNKNOWN, "replies")
+        place.client.job("hangs").status()
+        assert sidecar.wait(60) == EXIT_HANGS
+    finally:
+        sidecar.kill()
+        sidecar.wait()
+    assert "the search for lost jobs hangs" in (tmp_path / "log").read_text()

@@ -27,6 +27,7 @@ from zlora.errors import LoraNotFound
 from zlora.schema import Asset
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.sidecar import prefetch
+from zlora_worker.sidecar.heartbeat import Heartbeat
 from zlora_worker.sidecar.prefetch import Prefetcher
 
 DEPTH: Final = 4
@@ -377,7 +378,7 @@ def test_no_thread_is_started_if_off_or_without_redis(
 ) -> None:
     before = threading.enumerate()
 
-    prefetch.start(settings(tmp_path, **variables))
+    prefetch.start(settings(tmp_path, **variables), Heartbeat(None))
 
     assert threading.enumerate() == before
 
@@ -486,7 +487,7 @@ def test_a_thread_continues_after_any_error(
     monkeypatch.setattr(line.prefetcher, "step", Mock(side_effect=errors))
 
     with pytest.raises(SystemExit):
-        prefetch._work(line.prefetcher, line.settings)
+        prefetch._work(line.prefetcher, line.settings, lambda: None)
 
     assert [record.levelname for record in caplog.records] == ["DEBUG", "DEBUG", "INFO"]
     assert "s3cret" not in caplog.text

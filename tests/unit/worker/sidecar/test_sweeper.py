@@ -303,3 +303,14 @@ def test_every_key_expires(place: Place) -> None:
         if not key.startswith(("_kombu.", "unacked")) and place.redis.type(key) != "list"
     }
     assert (stay, any(key.startswith("zlora:") for key in keys)) == (set(), False)
+
+
+def test_a_sweep_of_a_long_queue_shows_that_it_goes_on(place: Place) -> None:
+    """At each part of the queue, so that a sidecar that sweeps for minutes is not replaced."""
+    beats = list[float]()
+    place.redis.lpush(place.queue, *[b"{}"] * (3 * queue_reader._WINDOW))
+    place.lost()
+    beat = lambda: beats.append(time.time())  # noqa: E731 - as the sidecar's
+    place.sweep(by=Sweeper(place.jobs, place.app, place.store, Meter(), every=1, beat=beat))
+
+    assert len(beats) >= 3

@@ -1,0 +1,158 @@
+"""A fail-over is an event: no worker ends, and no client gets an error for a job that succeeds.
+
+Two Valkeys are primary and replica behind one address, a proxy that stands for the name of the
+broker. `make failover` repeats each event, with more jobs.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import pytest
+from support.figures import Tally
+from support.processes import wait_until
+from support.proxy import Proxy
+from support.scene import CLEAN, Scene
+from support.valkey import Valkey
+from zlora import JobHandle
+from zlora.errors import BrokerUnavailable
+
+JOBS: Final = int(os.environ.get("ZLORA_FAILOVER_JOBS", "8"))  # submitted around each event
+ROUNDS: Final = int(os.environ.get("ZLORA_FAILOVER_ROUNDS", "1"))
+REFUSED: Final = 1.0  # seconds in which Redis refuses to write
+
+
+class Stage:
+    """Two servers, one of which is the primary, behind one address; two workers, and a client."""
+
+    def __init__(self, folder: Path, tally: Tally, stack: ExitStack) -> None:
+        servers = []
+        for name in ("a", "b"):
+            (folder / name).mkdir()
+            servers.append(stack.enter_context(Valkey(folder / name, tally)))
+        self.primary, self.replica = servers
+        self.replica.follow(self.primary.port)
+        self.name = stack.enter_context(Proxy(self.primary.port, tally))
+        self.tally = tally
+        self.scene = Scene(folder / "scene", tally, broker_url=self.name.url, queue="failover")
+        stack.callback(self.scene.close)
+        self.workers = [stack.enter_context(self.scene.worker(name)) for name in ("one", "two")]
+
+    def switch(self) -> None:
+        """Give the name to the replica, which is a primary now."""
+        self.primary, self.replica = self.replica, self.primary
+        self.name.lead_to(self.primary.port)
+
+    def submit(self, count: int) -> list[JobHandle]:
+        """Submit jobs, each again under its id until the broker has accepted it."""
+        return [self._submit() for _ in range(count)]
+
+    def _submit(self) -> JobHandle:
+        try:
+            return self.scene.submit(steps=2, step=0.02)
+        except BrokerUnavailable as error:
+            job_id = error.details["job_id"]
+
+        def again() -> JobHandle | None:
+            try:
+                return self.scene.submit(job_id=job_id, steps=2, step=0.02)
+            except BrokerUnavailable:
+                return None
+
+        return wait_until(again, "the broker accepts jobs again")
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[Stage]:
+    """Return a stage for all events, one after the other."""
+    with ExitStack() as stack:
+        made = Stage(tmp_path_factory.mktemp("failover"), tally, stack)
+        yield made
+        assert made.scene.audit() == CLEAN
+
+
+def demote(stage: Stage, *, cuts: bool) -> None:
+    """Let primary and replica change places, as an operator does for an upgrade."""
+    stage.primary.hand_over(stage.replica)
+    if cuts:
+        stage.primary.cut_all()
+    stage.switch()
+
+
+def primary_becomes_a_replica(stage: Stage) -> None:
+    """Keep its connections, on which each command that writes is refused."""
+    demote(stage, cuts=False)
+
+
+def primary_becomes_a_replica_and_cuts(stage: Stage) -> None:
+    """End its connections."""
+    demote(stage, cuts=True)
+
+
+def primary_dies(stage: Stage) -> None:
+    """Kill it; it comes back as a replica."""
+    dead = stage.primary
+    dead.kill()
+    stage.replica.promote()
+    stage.switch()
+    dead.start()
+    dead.follow(stage.primary.port)
+
+
+def disk_is_full(stage: Stage) -> None:
+    """Let a snapshot fail: Redis refuses to write (MISCONF)."""
+    with stage.primary.without_disk():
+        time.sleep(REFUSED)
+
+
+def replicas_are_missing(stage: Stage) -> None:
+    """Ask for more replicas than there are: Redis refuses to write (NOREPLICAS)."""
+    stage.primary.set("min-replicas-to-write", "2")
+    time.sleep(REFUSED)
+    stage.primary.set("min-replicas-to-write", "0")
+
+
+def memory_is_full(stage: Stage) -> None:
+    """Take all memory: Redis refuses to write (OOM)."""
+    stage.primary.set("maxmemory", "1")
+    time.sleep(REFUSED)
+    stage.primary.set("maxmemory", "0")
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize(
+    "event",
+    [
+        primary_becomes_a_replica,
+        primary_becomes_a_replica_and_cuts,
+        primary_dies,
+        disk_is_full,
+        replicas_are_missing,
+        memory_is_full,
+    ],
+)
+def test_event_ends_no_worker_and_no_job(
+    stage: Stage, event: Callable[[Stage], None], round_: int
+) -> None:
+    """Two jobs run, others are queued, and all are waited for, when the event comes."""
+    with ThreadPoolExecutor(2 * JOBS + 2) as pool:
+        handles = [stage.scene.submit(steps=10, step=0.15) for _ in stage.workers]
+        for handle in handles:
+            stage.scene.wait_step(handle)
+        handles += stage.submit(JOBS // 2)
+        waits = [pool.submit(handle.result, 90) for handle in handles]
+
+        start = time.monotonic()
+        event(stage)
+        waits += [pool.submit(handle.result, 90) for handle in stage.submit(JOBS // 2)]
+        first = wait_until(lambda: next((one for one in waits[-1:] if one.done()), None), "results")
+        stage.tally.notes.append(f"{event.__name__}: {time.monotonic() - start:.1f} s")
+
+        assert first.result().base_intact
+        assert all(wait.result().base_intact for wait in waits)
+        assert [worker.process.poll() for worker in stage.workers] == [None, None]
+        assert len(stage.scene.events("loaded")) == len(stage.workers)
