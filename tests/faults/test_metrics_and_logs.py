@@ -248,6 +248,7 @@ def test_counts_are_served_while_redis_does_not_answer(watched: Watched, valkey:
             "webhooks",
             "dead_jobs",
             "refused_messages",
+            "clock_skew_seconds",
             "sidecar_faults",
         )
     }

@@ -15,7 +15,7 @@ from support.proxy import Proxy
 from support.scene import CLEAN, Scene
 from support.valkey import Valkey
 from zlora import JobHandle
-from zlora.errors import JobPoisoned
+from zlora.errors import JobPoisoned, JobRevoked
 
 TAKEN_OVER_WITHIN = 45.0  # seconds after the death of a worker, at the default settings
 SHORT_TIMEOUT = 1.5  # seconds of a job, less than the time until another worker takes it over
@@ -94,6 +94,24 @@ def test_loss_of_a_whole_worker_counts_apart_from_the_end_of_a_child(scene: Scen
     assert {attempt["host"] for attempt in attempts} == {socket.gethostname()}
     assert attempts[0]["worker"] != attempts[1]["worker"] == attempts[2]["worker"]
     assert scene.begun(poison) == POISONED
+
+
+def test_a_worker_with_a_wrong_clock_neither_expires_jobs_nor_keeps_them_after_its_death(
+    scene: Scene,
+) -> None:
+    with scene.worker(FAKE_CLOCK="3600", **SHORT) as ahead:
+        in_time = scene.submit(options={"expires_in": 60})
+        assert in_time.result(timeout=60).base_intact
+        orphan = scene.submit(steps=200, step=0.5)
+        scene.wait_begun(orphan)
+        scene.kill(ahead.process.pid)
+        scene.kill(scene.events("begin", orphan)[-1]["pid"])
+
+    with scene.worker("two", **SHORT):
+        scene.wait_begun(orphan, times=2)
+        orphan.cancel()
+        with pytest.raises(JobRevoked):
+            orphan.result(timeout=60)
 
 
 def test_other_worker_takes_over_from_a_killed_one_within_45_seconds(

@@ -9,6 +9,7 @@ PRIORITIES: Final = {"high": 0, "normal": 5, "low": 9}  # 0 comes first, and is 
 PRIORITY_STEPS: Final = list(range(10))  # a list for each priority: strict order
 DEFAULT_PRIORITY: Final = PRIORITIES["normal"]
 RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the object store stays
+MAX_SKEW: Final = 5.0  # seconds between the clocks of a machine and of Redis, else a warning
 RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds: how long a job may wait in its queue
 
 

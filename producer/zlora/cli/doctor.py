@@ -27,6 +27,7 @@ from zlora import config, errors
 from zlora.broker.celery_app import IMPATIENCE, impatient_config
 from zlora.broker.job_store import connect
 from zlora.broker.keys import (
+    MAX_SKEW,
     PRIORITIES,
     dead_key,
     key_types,
@@ -368,6 +369,19 @@ def _keys(found: Environment) -> Check:
     return ok("keys", f"the {len(kinds)} keys of the queue have their types, or do not exist yet")
 
 
+def _clock(found: Environment) -> Check:
+    """Check this machine's clock: links and requests of webhooks have times by it."""
+    with connect(found.broker_url, seconds=IMPATIENCE) as client:
+        clock: Any = client.time()
+    skew = time.time() - clock[0] - clock[1] / 1e6
+    told = f"the clock of this machine is {skew:+.1f} s from that of Redis"
+    if abs(skew) > MAX_SKEW:
+        return doubtful(
+            "clock", told, "Synchronize the clocks of both machines, by NTP for instance."
+        )
+    return ok("clock", told)
+
+
 def _queue(found: Environment) -> Check:
     queue = found.queue
     with connect(found.broker_url, seconds=IMPATIENCE) as client:
@@ -459,6 +473,7 @@ CHECKS: Final[tuple[Callable[[Environment], Iterator[Check]], ...]] = (
     _broker,
     _result_backend,
     _needs_broker("keys", _keys),
+    _needs_broker("clock", _clock),
     _needs_broker("queue", _queue),
     _needs_broker("workers", _workers),
 )

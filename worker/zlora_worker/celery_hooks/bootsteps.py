@@ -16,10 +16,12 @@ from celery import bootsteps
 from celery.signals import worker_shutdown, worker_shutting_down
 from celery.utils.log import get_logger
 from celery.worker import state
+from zlora.broker.keys import MAX_SKEW
 
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.restart import Restart
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
+from zlora_worker.celery_hooks.transport import clock_skew
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.settings import Settings
 
@@ -205,6 +207,9 @@ class VisibilityHeartbeat(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         """Send heartbeats; runs with each connection to the broker."""
         channel = consumer.task_consumer.channel
+        with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
+            if abs(skew := clock_skew(client)) > MAX_SKEW:
+                logger.warning("the clock of this machine is %+.0f s from that of Redis", skew)
 
         def beat() -> None:
             scheduled = state.scheduled_requests  # type: ignore[attr-defined]  # not in the stubs
@@ -214,10 +219,9 @@ class VisibilityHeartbeat(bootsteps.StartStopStep):
             ]
             if held:
                 with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
+                    now = time.time() - clock_skew(client)
                     # XX: a message that was restored already is not taken back.
-                    client.zadd(
-                        channel.unacked_index_key, dict.fromkeys(held, time.time()), xx=True
-                    )
+                    client.zadd(channel.unacked_index_key, dict.fromkeys(held, now), xx=True)
 
         self._timer = consumer.timer.call_repeatedly(channel.visibility_timeout / _HEARTBEATS, beat)
 

@@ -16,6 +16,7 @@ import redis
 from celery.utils.log import get_logger
 from celery.worker import state
 from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
 from kombu.utils.json import dumps, loads
 from msgspec import Struct
 from zlora.broker import celery_app
@@ -26,6 +27,12 @@ from zlora.schema import JOB_ID
 MAX_DEPTH: Final = (
     64  # levels of arrays and objects: from about 600 on, pickling for the child fails
 )
+# Write a message to `unacked`, with the time as its score in the index.
+_HOLD: Final = """
+local time = redis.call('TIME')
+redis.call('ZADD', KEYS[1], time[1] + time[2] / 1000000, ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+"""
 UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of a message's replacement
 _LAST_WAIT: Final = 5.0  # seconds after SIGTERM in which Redis may still accept a message
 _PAUSE: Final = 0.5  # seconds between two tries
@@ -40,6 +47,12 @@ def install(on_wait: Callable[[], None]) -> None:
     """Use this transport in this process; `on_wait` is called during waits."""
     _on_wait.append(on_wait)
     celery_app.use_transport(Transport)
+
+
+def clock_skew(client: Any) -> float:
+    """Return the seconds by which this machine's clock is ahead of Redis's."""
+    seconds, microseconds = client.time()
+    return float(time.time() - seconds - microseconds / 1e6)
 
 
 class _DeliveryInfo(Struct):
@@ -154,12 +167,30 @@ class _Client(redis.Redis):
 class QoS(kombu_redis.QoS):
     """Messages that this worker holds.
 
-    Waits while Redis is down or full, or while a key has another type.
+    Waits while Redis is down or full, or while a key has another type. Times are by Redis's clock:
+    kombu takes its own, and the messages of a dead worker whose clock was ahead would wait for it.
     """
+
+    channel: Any  # the stubs have no channel of Redis
+    _skew = 0.0  # seconds by which this machine's clock is ahead of Redis's
+
+    @property
+    def visibility_timeout(self) -> float:  # type: ignore[override]  # an attribute in kombu
+        """Seconds to subtract from this machine's time for the time of abandoned messages."""
+        return float(self.channel.visibility_timeout) + self._skew
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Write a message to `unacked`. Raises an error of Redis only when the worker stops."""
-        self._wait_for(lambda: super(QoS, self).append(message, delivery_tag))
+        info = message.delivery_info
+        content = dumps([message._raw, info["exchange"], info["routing_key"]])  # noqa: SLF001 - kombu's form
+
+        def write() -> None:
+            with self.channel.conn_or_acquire() as client:
+                keys = (self.unacked_index_key, self.unacked_key)
+                client.eval(_HOLD, len(keys), *keys, delivery_tag, content)
+
+        self._wait_for(write)
+        virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
         """Remove a message from `unacked`.
@@ -176,6 +207,8 @@ class QoS(kombu_redis.QoS):
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
         """Put the messages of dead workers back on their queue."""
         try:
+            with self.channel.conn_or_acquire() as client:
+                self._skew = clock_skew(client)
             super().restore_visible(*arguments, **options)
         except redis.ResponseError as error:
             if not _is_wrong_type(error):

@@ -27,6 +27,9 @@ from zlora.broker.message import MAX_MESSAGE_BYTES, QueuedMessage, UnackedMessag
 # Help text of each gauge, and its labels beside `queue`.
 GAUGES: Final = {
     "zlora_queue_up": ("1 if Redis answered this scrape, else 0",),
+    "zlora_queue_clock_skew_seconds": (
+        "Seconds by which the clock of this machine is ahead of Redis's",
+    ),
     "zlora_queue_jobs": ("Jobs that wait on the queue", "priority"),
     "zlora_queue_oldest_seconds": (
         "Seconds since the submission of the older of the first and the last waiting job",
@@ -96,13 +99,16 @@ class QueueCollector(Collector):
                 # the next message for kombu, and the newest or one that was sent again
                 pipe.eval(_READ_END, 1, name, -1, MAX_MESSAGE_BYTES)
                 pipe.eval(_READ_END, 1, name, 0, MAX_MESSAGE_BYTES)
+            pipe.time()
             pipe.zcard(outbox_key(self._queue))
             pipe.zcard(dead_key(self._queue))
             pipe.zcount(dead_jobs_key(self._queue), time.time() - RECORD_EXPIRES, "+inf")
             pipe.get(refused_key(self._queue))
             pipe.hmget(sidecar_faults_key(self._queue), SIDECAR_FAULTS)
-            *lists, waiting, dead, dead_jobs, refused, faults = pipe.execute(raise_on_error=False)
+            answers = pipe.execute(raise_on_error=False)
+        *lists, redis_time, waiting, dead, dead_jobs, refused, faults = answers
         now = time.time()
+        skew = now - redis_time[0] - redis_time[1] / 1e6
         jobs: _Values = []
         ages: _Values = []
         for place, step in enumerate(PRIORITY_STEPS):
@@ -112,6 +118,7 @@ class QueueCollector(Collector):
             ages.append((labels, max(_age(first, now), _age(last, now))))
         counts = faults if isinstance(faults, list) else [None] * len(SIDECAR_FAULTS)
         return {
+            "zlora_queue_clock_skew_seconds": [((), skew)],
             "zlora_queue_jobs": jobs,
             "zlora_queue_oldest_seconds": ages,
             "zlora_queue_running_jobs": [((), float(self._running()))],

@@ -105,6 +105,7 @@ def test_a_good_broker_is_ok_and_a_queue_without_workers_fails(
         ),
         "result backend": "ok",
         "keys": "ok",
+        "clock": "ok",
         "queue": "ok",
         "workers": "fail",
     }

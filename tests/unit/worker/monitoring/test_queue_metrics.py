@@ -94,10 +94,12 @@ def test_an_empty_queue_has_all_series(broker_url: str) -> None:
     assert scraped.named("zlora_queue_sidecar_faults") == dict.fromkeys(
         [("gpu", "ended"), ("gpu", "hung"), ("gpu", "not_started")], 0
     )
+    assert abs(scraped("zlora_queue_clock_skew_seconds", queue="gpu")) < 60
     assert scraped("zlora_queue_up", queue="gpu") == 1
     assert {family.name for family in scraped.families} == {
         f"zlora_queue_{name}"
         for name in (
+            "clock_skew_seconds",
             "up",
             "jobs",
             "oldest_seconds",
