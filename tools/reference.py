@@ -68,7 +68,9 @@ def settings_page() -> str:
         counts.
 
         Each variable except `ZLORA_HOME` can also be given as a file, as secrets are mounted in
-        containers: `ZLORA_BROKER_URL_FILE=/run/secrets/broker_url`.
+        containers: `ZLORA_BROKER_URL_FILE=/run/secrets/broker_url`. `ZLORA_SECRETS` names a folder
+        of files with the names of variables, such as a mounted Secret of Kubernetes; a variable
+        that is set is not read from it.
 
         A worker with an invalid setting exits with a message that names the variable. Everyone
         who can add jobs to the queue can use each source of LoRA files that the settings and tokens
