@@ -192,9 +192,12 @@ class _ListenerThread:
         ):
             self._apply_changes()
             await pubsub.subscribe(self._idle_channel, *self._watchers)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._subscribe(pubsub))
-                tasks.create_task(self._receive(pubsub))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._subscribe(pubsub))
+                    tasks.create_task(self._receive(pubsub))
+            finally:
+                _abort(pubsub.connection)
 
     async def _subscribe(self, pubsub: Any) -> None:
         """Subscribe to the channels that are watched, and unsubscribe from the others."""
@@ -254,3 +257,10 @@ class _ListenerThread:
         for watchers in list(self._watchers.values()):
             for notify in watchers:
                 notify()
+
+
+def _abort(connection: Any) -> None:
+    """End a connection now: the farewell of TLS takes turns of the loop, which may not come."""
+    writer = getattr(connection, "_writer", None)
+    if writer is not None:
+        writer.transport.abort()
