@@ -167,6 +167,9 @@ class RedisBroker:
             raise BrokerUnavailable("the client is closed", details)
         try:
             yield
+        except redis.exceptions.NoPermissionError as error:
+            message = f"{config.BROKER_URL}: its user lacks a right in Redis: {error}"
+            raise InvalidSetting(message, {"name": config.BROKER_URL, **details}) from error
         except _UNREACHABLE as error:
             message = f"the broker does not answer: {error}{self._hint}"
             raise BrokerUnavailable(message, details) from error

@@ -27,6 +27,7 @@ MAX_DEPTH: Final = (
     64  # levels of arrays and objects: from about 600 on, pickling for the child fails
 )
 UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of a message's replacement
+_REPLIES: Final = ".reply.celery.pidbox"  # end of the name of a queue of Celery's remote control
 _LAST_WAIT: Final = 5.0  # seconds after SIGTERM in which Redis may still accept a message
 _PAUSE: Final = 0.5  # seconds between two tries
 _LOG_EVERY: Final = 30.0  # seconds between two equal log lines
@@ -171,7 +172,14 @@ class QoS(kombu_redis.QoS):
         self._wait_for(lambda: super(QoS, self).reject(delivery_tag, requeue), only_wrong_type=True)
 
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
-        """Put the messages of dead workers back on their queue."""
+        """Put the messages of dead workers back on their queue, if this process takes jobs.
+
+        Flower and `celery inspect` wait for replies only. Their user of Redis may have no right to
+        the messages, and their visibility timeout may be shorter than that of the workers.
+        """
+        channel: Any = self.channel  # the stubs do not have `active_queues`
+        if all(queue.endswith(_REPLIES) for queue in channel.active_queues):
+            return
         try:
             super().restore_visible(*arguments, **options)
         except redis.ResponseError as error:
