@@ -49,7 +49,7 @@ done
 any='+ping +client|setname +client|setinfo'
 scripts='+evalsha +script|load +script|exists +multi +exec'
 produce="$scripts +hget +hmget +hgetall +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time +lpush"
-produce="$produce +llen +blpop +get +setex +publish +subscribe +unsubscribe +sadd"
+produce="$produce +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
 receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
 look='+llen +lindex +zcard +get +hscan +eval +type +hlen' # the last three are for KEDA
 serve="$produce $receive $look +set +zrange +zscore +zremrangebyrank +zremrangebyscore +hincrby +incr +rpush +lrange +watch +unwatch +smembers"

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 import redis
 import requests
+from celery import Celery
 from click.testing import CliRunner
 from support.figures import Tally
 from support.guarded import ROOT, USERS, GuardedRedis
@@ -22,6 +23,7 @@ from support.processes import clean_environ, free_port, wait_until
 from support.scene import Scene, request
 from support.servers import reply, serving
 from zlora import Cancellation, Client
+from zlora.broker.celery_app import shared_config
 from zlora.broker.keys import job_key, waiting_lists
 from zlora.cli import doctor, main
 from zlora.errors import InvalidSetting, JobExpired, JobRevoked
@@ -81,6 +83,9 @@ def watched(broker: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> W
             done.result(timeout=60)
             for job in client.submit_many([request("one"), request("two")], priority="low"):
                 job.result(timeout=60)
+            with other_program(broker) as app:
+                sent = app.send_task("zlora.generate", [request("plain")], queue="gpu")
+                assert sent.get(timeout=60)["base_intact"]
             running = client.submit(request("running", steps=200, step=0.1), job_id="running")
             scene.wait_step(running)
             queued = client.submit(request("queued"))
@@ -130,6 +135,15 @@ def metrics_of(broker: GuardedRedis) -> Iterator[str]:
     command = [str(Path(sys.executable).with_name("zlora")), "metrics"]
     with program(broker, "metrics", command, {"ZLORA_METRICS": place}):
         yield f"http://{place}/metrics"
+
+
+@contextmanager
+def other_program(broker: GuardedRedis) -> Iterator[Celery]:
+    """Open the app of a program that does not use this project's client."""
+    url = broker.url("producer")
+    with Celery("other", set_as_current=False) as app:
+        app.conf.update(shared_config(broker_url=url, result_backend=url, queue="gpu"))
+        yield app
 
 
 @contextmanager
@@ -291,6 +305,17 @@ def test_a_user_can_do_nothing_else(user: str, broker: GuardedRedis) -> None:
             done.append(command)
 
     assert done == []
+
+
+def test_keda_counts_by_the_user_of_metrics(broker: GuardedRedis) -> None:
+    """By a script that looks at the type of a key, as KEDA's scaler does."""
+    script = """
+    local kind = redis.call('TYPE', KEYS[1]).ok
+    return redis.call(kind == 'hash' and 'HLEN' or 'LLEN', KEYS[1])
+    """
+    with broker.client("metrics") as client:
+        for key in (*waiting_lists("gpu"), "unacked"):
+            assert client.eval(script, 1, key) == 0
 
 
 def test_a_script_of_metrics_cannot_write(broker: GuardedRedis) -> None:
