@@ -487,8 +487,8 @@ def reference() -> Iterator[SettingRow]:
     yield SettingRow(
         (config.BROKER_URL,),
         config.DEFAULT_BROKER,
-        "URL of the Redis broker, for clients and workers. If it is not set, a running `zlora up` "
-        "is used before the default.",
+        "URL of the Redis broker, for clients and workers; with TLS and its files see "
+        "docs/operations.md. If it is not set, a running `zlora up` is used before the default.",
     )
     yield SettingRow(
         (config.RESULT_BACKEND,),

@@ -88,6 +88,11 @@ def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dic
     options["broker_transport_options"] |= {
         "socket_timeout": IMPATIENCE,
         "socket_connect_timeout": IMPATIENCE,
+        # kombu puts back messages of dead workers wherever it waits for anything, such as the
+        # replies of workers: here it finds none.
+        "unacked_key": "zlora:watcher:unacked",
+        "unacked_index_key": "zlora:watcher:unacked_index",
+        "unacked_mutex_key": "zlora:watcher:unacked_mutex",
     }
     return options | {
         "redis_socket_timeout": IMPATIENCE,
