@@ -201,7 +201,7 @@ def test_an_id_that_was_never_submitted_is_unknown(client: Client, broker_url: s
     assert client.job("never").status() == JobStatus(state=JobState.UNKNOWN)
     with sidecar(broker_url, {}) as requested:
         assert client.job("never").status() == JobStatus(state=JobState.UNKNOWN)
-    assert "never" in requested
+        wait_until(lambda: "never" in requested, "the sidecar has taken the request")
 
 
 @pytest.mark.parametrize("progress", [None, [1], {"step": "three"}], ids=str)
@@ -572,7 +572,7 @@ def test_a_job_with_an_open_attempt_is_running(client: Client, broker: Any) -> N
     assert job.status().state is JobState.PENDING
 
     broker.hset(job_key("job-1"), "attempt:1", msgspec.json.encode(attempt | {"signal": "SIGKILL"}))
-    assert job.cancel() is Cancellation.QUEUED
+    assert job.cancel() is Cancellation.RUNNING  # a worker may have written its result
 
 
 def test_the_end_of_a_job_is_known_without_celerys_result(

@@ -490,7 +490,7 @@ def test_jobs_that_cannot_be_cancelled_are_counted(site: Site) -> None:
 
 def waiting(client: Client) -> list[str]:
     """Return the ids of the jobs that are queued."""
-    return sorted(inside(client)._jobs.unfinished(before=float("inf")))
+    return sorted(inside(client)._jobs.unfinished(age=-60))
 
 
 def finish(client: Client, job_id: str) -> None:

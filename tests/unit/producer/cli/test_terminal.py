@@ -232,7 +232,7 @@ def test_a_batch_asks_once_for_all_jobs_in_flight(
     shell = terminal("batch", "jobs.jsonl", "--out", "results.jsonl", "--in-flight", "2")
     shell.sees("0/3")
     wait_until(
-        lambda: len(inside(client)._jobs.unfinished(before=float("inf"))) == 2,
+        lambda: len(inside(client)._jobs.unfinished(age=-60)) == 2,
         "two are in flight",
     )
     set_state(client, JobState.SUCCESS, to_dict(fake_result("j", GenerateRequest(prompt="a city"))))

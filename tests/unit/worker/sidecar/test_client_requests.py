@@ -1,6 +1,6 @@
 """Clients get expired results from the store, and cancel jobs there, by the sidecar."""
 
-import os
+import socket
 import subprocess
 import sys
 import uuid
@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from support.fakes import links
 from support.played import inside
-from support.processes import clean_environ, wait_until
+from support.processes import clean_environ
 from zlora import Client
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import manifest_requests_key
@@ -154,27 +154,27 @@ def test_without_a_sidecar_a_cancelled_job_has_ended_in_redis(place: Place) -> N
     assert load_end(place.store, handle.id, None) is None
 
 
-def test_a_store_that_hangs_for_ever_ends_the_sidecar(place: Place, tmp_path: Path) -> None:
-    """As a network file system does: a pipe in place of the manifest. The parent starts another."""
-    pipe = tmp_path / "store" / manifest_key("hangs")
-    pipe.parent.mkdir(parents=True)
-    os.mkfifo(pipe)
-    environ = {
-        "ZLORA_BROKER_URL": place.url,
-        "ZLORA_QUEUE": place.queue,
-        "ZLORA_HOME": str(tmp_path),
-        "ZLORA_STORE": (tmp_path / "store").as_uri(),
-        "ZLORA_SIDECAR_TIMEOUT": "1",
-        "ZLORA_LOOK_AHEAD": "0",
-    }
-    command = [sys.executable, "-m", "zlora_worker.sidecar"]
-    with (tmp_path / "log").open("wb") as log:
-        sidecar = subprocess.Popen(command, env=clean_environ(environ), stderr=log)
-    try:
-        wait_until(lambda: place.client.job("never").status().state is JobState.UNKNOWN, "replies")
-        place.client.job("hangs").status()
-        assert sidecar.wait(60) == EXIT_HANGS
-    finally:
-        sidecar.kill()
-        sidecar.wait()
+def test_a_store_that_hangs_ends_the_sidecar(place: Place, tmp_path: Path) -> None:
+    """The store accepts a connection and never answers. The parent starts another sidecar."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environ = {
+            "ZLORA_BROKER_URL": place.url,
+            "ZLORA_QUEUE": place.queue,
+            "ZLORA_HOME": str(tmp_path),
+            "ZLORA_STORE": "s3://bucket",
+            "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "ZLORA_SIDECAR_TIMEOUT": "1",
+            "ZLORA_LOOK_AHEAD": "0",
+        }
+        command = [sys.executable, "-m", "zlora_worker.sidecar"]
+        with (tmp_path / "log").open("wb") as log:
+            sidecar = subprocess.Popen(command, env=clean_environ(environ), stderr=log)
+        try:
+            place.client.job("hangs").status()  # the request waits for the sidecar
+            assert sidecar.wait(60) == EXIT_HANGS
+        finally:
+            sidecar.kill()
+            sidecar.wait()
     assert "the search for lost jobs hangs" in (tmp_path / "log").read_text()
