@@ -153,5 +153,10 @@ def end_unstarted(
     if isinstance(end, GenerateResult):  # Redis has lost the job's record
         jobs.mark_ended(job_id)
         return
-    backend.mark_as_revoked(job_id, EXPIRED if isinstance(end, JobExpired) else "cancelled")
+    if isinstance(end, JobExpired):
+        backend.mark_as_revoked(job_id, EXPIRED)
+    elif isinstance(end, JobRevoked):
+        backend.mark_as_revoked(job_id, "cancelled")
+    else:  # of a worker that was killed before it could say so
+        backend.mark_as_failure(job_id, end)
     jobs.mark_ended(job_id, end)

@@ -16,9 +16,9 @@ from support.processes import clean_environ
 from zlora import Client
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import manifest_requests_key
-from zlora.errors import JobRevoked
+from zlora.errors import JobRevoked, LoraNotFound
 from zlora.schema import Cancellation, GenerateResult, JobState, manifest_key
-from zlora_worker.results.manifest import load_end, write_result
+from zlora_worker.results.manifest import load_end, write_result, write_verdict
 from zlora_worker.results.store import FolderStore
 from zlora_worker.sidecar.client_requests import reply_to_next
 from zlora_worker.sidecar.heartbeat import EXIT_HANGS
@@ -144,6 +144,19 @@ def test_a_job_whose_result_is_in_the_store_cannot_be_cancelled(
 
     assert handle.cancel() is Cancellation.FINISHED
     assert load_end(place.store, handle.id, None) == result
+
+
+def test_a_job_that_has_failed_in_the_store_alone_fails(
+    place: Place, serve: Callable[[], None]
+) -> None:
+    """Its worker was killed before it could record the error."""
+    handle = place.client.submit({"prompt": "p"})
+    write_verdict(place.store, handle.id, LoraNotFound("none"), None)
+    serve()
+
+    assert handle.cancel() is Cancellation.FINISHED
+    with pytest.raises(LoraNotFound):
+        handle.result(timeout=5)
 
 
 def test_without_a_sidecar_a_cancelled_job_has_ended_in_redis(place: Place) -> None:
