@@ -5,8 +5,9 @@ RUN := $(VENV)/bin
 export ZLORA_HOME ?= $(CURDIR)/build/zlora
 
 # Debian's names of the programs that `make check-deploy` runs; apt-get installs them if one is missing. With systemd,
-# Debian starts Prometheus on port 9090 at its installation: systemctl disable --now prometheus
-DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget
+# Debian starts Prometheus on port 9090 and Valkey on port 6379 at their installation:
+# systemctl disable --now prometheus valkey-server
+DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget valkey-server
 
 BENCHMARKS := fetch lora png producer queue results scale
 
@@ -79,6 +80,8 @@ check-deploy: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/manifests.py
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/watching.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/deploy
+	TLS_SERVER=$$(command -v valkey-server) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 \
+	    tests/integration/test_broker_tls.py tests/integration/test_broker_users.py
 
 # Another version as client of this version's worker and as worker of its client; prints a line for each check. OLD is a
 # checkout of the other version with a .venv of its own, for example: git worktree add ../old <commit>; make -C ../old setup

@@ -43,12 +43,9 @@ missing() { # whether none of the files exists; ends if only some exist, because
 mkdir -p "$folder"
 chmod 0700 "$folder"
 
-if missing broker_password broker_config broker_url; then
-    password=$(random 24)
-    printf '%s\n' "$password" | write broker_password
-    printf 'requirepass %s\n' "$password" | write broker_config
-    printf 'redis://:%s@broker:6379/0\n' "$password" | write broker_url
-fi
+# The users of the broker, for the queue of compose. Their rights are those of this version, also for old passwords.
+queue=${ZLORA_QUEUE:-$(sed -n 's/^ZLORA_QUEUE=//p' "$(dirname "$0")/../.env" 2>/dev/null || true)}
+sh "$(dirname "$0")/broker/users.sh" "$folder" broker:6379 "${queue:-gpu}"
 
 if missing store_identities store_credentials; then
     key=$(random 10)

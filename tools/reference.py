@@ -62,13 +62,16 @@ def settings_page() -> str:
         Workers read all of these environment variables. Clients read `ZLORA_BROKER_URL`,
         `ZLORA_RESULT_BACKEND`, `ZLORA_HOME`, `ZLORA_QUEUE` and `ZLORA_PROMPTS`, and with
         `preflight` also `ZLORA_ALLOW_HOSTS`, `ZLORA_CA_BUNDLE`, `ZLORA_HF_ENDPOINT` and
-        `ZLORA_CIVITAI_URL`. Receivers of webhooks read `ZLORA_WEBHOOK_SECRET`. Commands that save
+        `ZLORA_CIVITAI_URL`. Clients also read `ZLORA_WAIT_REPLICAS`, the number of replicas of Redis
+        that must have a job before its submission returns. Receivers of webhooks read `ZLORA_WEBHOOK_SECRET`. Commands that save
         images also read `ZLORA_IMAGE_HOSTS`, the only hosts from which they take images:
         `host` or `host:port`, comma-separated. If a row has several names, the first that is set
         counts.
 
         Each variable except `ZLORA_HOME` can also be given as a file, as secrets are mounted in
-        containers: `ZLORA_BROKER_URL_FILE=/run/secrets/broker_url`.
+        containers: `ZLORA_BROKER_URL_FILE=/run/secrets/broker_url`. `ZLORA_SECRETS` names a folder
+        of files with the names of variables, such as a mounted Secret of Kubernetes; a variable
+        that is set is not read from it.
 
         A worker with an invalid setting exits with a message that names the variable. Everyone
         who can add jobs to the queue can use each source of LoRA files that the settings and tokens

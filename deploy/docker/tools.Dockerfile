@@ -6,27 +6,25 @@
 #
 # Size: 0.22 GB. Measured where the tests run: the 45 packages of '.[flower,preflight]' have 82 MB.
 # Estimated: the base image has 0.13 GB.
-FROM python:3.11.15-slim-trixie AS base
+# By digest: --build-arg PYTHON=python:3.11.15-slim-trixie@sha256:..., see docs/operations.md.
+ARG PYTHON=python:3.11.15-slim-trixie
+FROM ${PYTHON} AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /app
 
-FROM base AS requirements
-COPY pyproject.toml ./
-COPY deploy/docker/requirements.py ./
-RUN python requirements.py pyproject.toml flower preflight > /requirements.txt
-
 FROM base AS wheel
+COPY deploy/docker/build.lock /build.lock
+RUN pip install --require-hashes --no-deps --requirement /build.lock
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY producer producer
 COPY worker worker
-RUN pip wheel --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM base AS tools
 RUN useradd --no-create-home --uid 10001 zlora && install -d -o zlora -g zlora /pictures
-COPY deploy/docker/constraints.txt /constraints.txt
-COPY --from=requirements /requirements.txt /requirements.txt
-RUN pip install --constraint /constraints.txt --requirement /requirements.txt
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+COPY deploy/docker/tools.lock /tools.lock
+RUN pip install --require-hashes --no-deps --requirement /tools.lock
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl && pip check
 COPY deploy/flower/flowerconfig.py deploy/flower/flowerconfig.py
 ENV HOME=/tmp
 USER 10001

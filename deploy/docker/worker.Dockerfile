@@ -14,33 +14,33 @@
 #   worker, CPU torch    1.3 GB
 #   worker, CUDA torch   5.6 GB, 3.0 GB to pull
 #   baked, CUDA torch    12.6 GB
-FROM python:3.11.15-slim-trixie AS base
+# By digest: --build-arg PYTHON=python:3.11.15-slim-trixie@sha256:..., see docs/operations.md.
+ARG PYTHON=python:3.11.15-slim-trixie
+FROM ${PYTHON} AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /app
 
-# The list of dependencies alone: the layer with torch is built again only if the list changes, not
-# with every change of pyproject.toml.
-FROM base AS requirements
-COPY pyproject.toml ./
-COPY deploy/docker/requirements.py ./
-RUN python requirements.py pyproject.toml worker > /requirements.txt
-
 FROM base AS wheel
+COPY deploy/docker/build.lock /build.lock
+RUN pip install --require-hashes --no-deps --requirement /build.lock
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY producer producer
 COPY worker worker
-RUN pip wheel --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM base AS worker
 RUN useradd --no-create-home --uid 10001 zlora && install -d -o zlora -g zlora /models /loras /run/zlora
-COPY deploy/docker/constraints.txt /constraints.txt
-COPY --from=requirements /requirements.txt /requirements.txt
-# Another index for torch alone; its dependencies come from PyPI in the pinned versions. Without
-# another index pip installs the CUDA wheels.
+COPY deploy/docker/worker.lock /worker.lock
+# Another index for torch alone, without CUDA's packages and without a hash: its wheels of the same
+# version differ. All else is compared with the hashes of the list.
 ARG TORCH_INDEX=""
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX" --no-deps} --constraint /constraints.txt torch \
-    && pip install --constraint /constraints.txt --requirement /requirements.txt
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+RUN if [ -n "$TORCH_INDEX" ]; then \
+        pip install --index-url "$TORCH_INDEX" --no-deps "$(grep -o '^torch==[^ ]*' /worker.lock)" \
+        && sed -E -e '/^nvidia-ml-py=/b' -e '/^(torch|triton|nvidia-|cuda-)/d' /worker.lock > /tmp/packages.lock; \
+    else cp /worker.lock /tmp/packages.lock; fi \
+    && pip install --require-hashes --no-deps --requirement /tmp/packages.lock \
+    && rm /tmp/packages.lock
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl && pip check
 ENV HOME=/tmp ZLORA_HOME=/models HF_HOME=/models/huggingface ZLORA_LORA_CACHE=/loras ZLORA_PROBES=/run/zlora
 USER 10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m \
@@ -49,9 +49,11 @@ CMD ["celery", "-A", "zlora_worker.app", "worker", "--loglevel", "INFO", "--with
 
 FROM worker AS baked
 ARG MODEL=stabilityai/stable-diffusion-xl-base-1.0
+# Another model needs its own commit, or `main`.
+ARG REVISION=462165984030d82259a11f4367a4eed129e94a7b
 USER 0
 # In diffusers' layout, only weights in fp16: a worker loads these on CUDA.
-RUN HF_HOME=/tmp/hf hf download "$MODEL" --local-dir /model --include '*.json' --include '*.txt' \
+RUN HF_HOME=/tmp/hf hf download "$MODEL" --revision "$REVISION" --local-dir /model --include '*.json' --include '*.txt' \
     --include '*.fp16.safetensors' --exclude 'vae_1_0/*' && rm -rf /model/.cache /tmp/hf
 USER 10001
 ENV ZLORA_MODEL=/model

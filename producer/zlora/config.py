@@ -18,6 +18,7 @@ BROKER_URL: Final = "ZLORA_BROKER_URL"
 RESULT_BACKEND: Final = "ZLORA_RESULT_BACKEND"
 QUEUE: Final = "ZLORA_QUEUE"
 HOME: Final = "ZLORA_HOME"
+SECRETS: Final = "ZLORA_SECRETS"  # folder of files with the names of variables
 ALLOW_HOSTS: Final = "ZLORA_ALLOW_HOSTS"
 IMAGE_HOSTS: Final = "ZLORA_IMAGE_HOSTS"
 CERTIFICATES: Final = "ZLORA_CA_BUNDLE"
@@ -65,10 +66,14 @@ class Connection(NamedTuple):
 def value_of(environ: Mapping[str, str], name: str) -> str:
     """Return a variable, or the content of the file that `<name>_FILE` names, or "" for neither.
 
-    Newlines at the end of the file are removed. Raises `InvalidSetting` if both are set, or the
-    file cannot be read.
+    Without both, a file with the variable's name in the folder `ZLORA_SECRETS` counts. Newlines at
+    the end of a file are removed. Raises `InvalidSetting` if both are set, or a file cannot be
+    read.
     """
     value, file = environ.get(name, ""), environ.get(f"{name}_FILE")
+    if not value and not file and (folder := environ.get(SECRETS)):
+        found = Path(folder, name)
+        file = str(found) if found.exists() else None
     if not file:
         return value
     if value:

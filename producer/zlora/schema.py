@@ -410,13 +410,13 @@ def check_job_id(job_id: object) -> str:
 
 
 def image_key(job_id: str, index: int, output_format: OutputFormat) -> str:
-    """Object key of a job's image with this index."""
-    return f"runs/{job_id}/outputs/{index}.{output_format}"
+    """Object key of a job's image with this index; raise `InvalidJobId`."""
+    return f"runs/{check_job_id(job_id)}/outputs/{index}.{output_format}"
 
 
 def manifest_key(job_id: str) -> str:
-    """Object key of a job's manifest."""
-    return f"runs/{job_id}/manifest.json"
+    """Object key of a job's manifest; raise `InvalidJobId`."""
+    return f"runs/{check_job_id(job_id)}/manifest.json"
 
 
 def seed_of(job_id: str) -> int:

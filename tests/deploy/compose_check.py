@@ -31,7 +31,7 @@ _STACKS = {
     "cpu": ["-f", "docker-compose.yml", "-f", "docker-compose.cpu.yml"],
     "all profiles": ["-f", "docker-compose.yml", "--profile", "monitoring", "--profile", "example"],
 }
-_ONCE = {"bucket", "producer"}  # services that run once
+_ONCE = {"bucket", "producer", "operator"}  # services that run once
 _YAML = (
     "docker-compose.yml",
     "docker-compose.cpu.yml",
@@ -213,9 +213,13 @@ def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:
             or {path.name: path.read_bytes() for path in folder.iterdir()} != before
         ):
             yield f"deploy/secrets.sh: it does not keep existing files: {again.stderr}"
-        (folder / "broker_url").unlink()
+        (folder / "broker_url_worker").unlink()
+        _run("sh", str(script), str(folder))
+        if (folder / "broker_config").read_bytes() == before["broker_config"]:
+            yield "deploy/secrets.sh: a new URL's password is not in broker_config"
+        (folder / "store_identities").unlink()
         if not _run("sh", str(script), str(folder)).returncode:
-            yield "deploy/secrets.sh: it accepts a password without its URL"
+            yield "deploy/secrets.sh: it accepts a key without its account"
         yield from _readable(Path(scratch, "clone"))
     used = {
         item["source"]

@@ -1,17 +1,19 @@
 """Check the Dockerfiles: base images, packages and copied files."""
 
+import importlib.util
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Final
 
 from deploy.wiring import OURS, dockerfile
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from zlora_worker.settings import Settings
 
-_EXTRAS: Final = {"tools.Dockerfile": ["flower", "preflight"], "worker.Dockerfile": ["worker"]}
+_LOCKED: Final = re.compile(r"[a-z0-9-]+==[\w.!]+ --hash=sha256:[0-9a-f]{64}")
 
 
 def files(root: Path) -> list[Path]:
@@ -37,16 +39,16 @@ def seconds(text: str) -> int:
 
 def _file(file: Path) -> Iterator[str]:
     text = file.read_text(encoding="utf-8")
-    for name, tag in re.findall(r"^FROM (\S+):(\S+)", text, re.MULTILINE):
+    for name, tag in re.findall(r"^ARG PYTHON=(\S+):(\S+)", text, re.MULTILINE):
         if not re.match(r"\d+\.\d+\.\d+", tag):
             yield f"the image {name}:{tag} is not pinned"
         if name == "python" and not tag.startswith("{}.{}.".format(*sys.version_info)):
             yield f"Python {tag}, and the tests run with {sys.version.split()[0]}"
     if re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1:] != ["10001"]:
         yield "expected it to end as user 10001"
-    extras = re.findall(r"requirements\.py pyproject\.toml (.*) >", text)
-    if [sorted(line.split()) for line in extras] != [_EXTRAS[file.name]]:
-        yield f"expected it to install {_EXTRAS[file.name]}, not {extras}"
+    installs = re.findall(r"pip install .*--requirement (\S+)", text)
+    if not installs or text.count("--require-hashes") != len(installs):
+        yield "expected each list of packages to be installed with --require-hashes"
     for period in re.findall(r"--start-period=(\w+)", text):
         if seconds(period) < Settings.from_env({}).load_timeout:
             yield f"loading the model may take longer than {period}"
@@ -81,24 +83,41 @@ def _copies(file: Path) -> list[tuple[str, str]]:
 
 
 def _pins(root: Path) -> Iterator[str]:
-    """Check that constraints.txt pins each direct dependency to an allowed version."""
-    folder = root / "deploy/docker"
-    text = (folder / "constraints.txt").read_text(encoding="utf-8")
-    pins = dict(line.lower().split("==") for line in text.splitlines() if "==" in line)
-    extras = [extra for wanted in _EXTRAS.values() for extra in wanted]
-    command = [
-        sys.executable,
-        str(folder / "requirements.py"),
-        str(root / "pyproject.toml"),
-        *extras,
-    ]
-    for line in subprocess.run(
-        command, capture_output=True, text=True, check=True
-    ).stdout.splitlines():
-        wanted = Requirement(line)
-        if not wanted.specifier.contains(pins.get(wanted.name.lower(), "0")):
-            pin = pins.get(wanted.name.lower())
-            yield f"constraints.txt: {wanted.name} {pin}, and pyproject.toml requires {line}"
+    """Check that each lock has a hash of each package, and each requirement in an allowed version.
+
+    Requirements of requirements are those of the packages that are installed here.
+    """
+    spec = importlib.util.spec_from_file_location("locks", root / "deploy/docker/locks.py")
+    assert spec
+    assert spec.loader
+    locks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(locks)
+    for image in locks.IMAGES:
+        file = f"{image}.lock"
+        lines = (root / "deploy/docker" / file).read_text(encoding="utf-8").splitlines()[1:]
+        if odd := [line for line in lines if not _LOCKED.fullmatch(line)]:
+            yield f"{file}: expected name, version and sha256, not {odd[0]}"
+            continue
+        pins = dict(line.partition(" ")[0].split("==") for line in lines)
+        waiting, seen = list(map(Requirement, locks.requirements(image))), set[str]()
+        while waiting:
+            wanted = waiting.pop()
+            name = canonicalize_name(wanted.name)
+            pin = pins.get(name)
+            if pin is None or not wanted.specifier.contains(pin):
+                yield f"{file}: {name} is {pin}, expected {wanted}"
+            if str(wanted) in seen:
+                continue
+            seen.add(str(wanted))
+            try:
+                lines = distribution(name).requires or []
+            except PackageNotFoundError:  # what builds a wheel need not be installed
+                continue
+            for line in lines:
+                needed = Requirement(line)
+                extras = ("", *wanted.extras)
+                if not needed.marker or any(needed.marker.evaluate({"extra": e}) for e in extras):
+                    waiting.append(needed)
 
 
 def _built(services: Mapping[str, Any]) -> Iterator[str]:

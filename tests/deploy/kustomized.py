@@ -79,6 +79,17 @@ def mounted(spec: Document, container: Document) -> set[str]:
     }
 
 
+def optional_folders(spec: Document, container: Document) -> tuple[str, ...]:
+    """Return the folders of optional Secrets in a container, whose keys are not known."""
+    optional = {
+        volume["name"]
+        for volume in spec.get("volumes", [])
+        if volume.get("secret", {}).get("optional")
+    }
+    mounts = container.get("volumeMounts", [])
+    return tuple(mount["mountPath"] for mount in mounts if mount["name"] in optional)
+
+
 def build(folder: Path, name: str) -> Build:
     """Build a folder; raise `subprocess.CalledProcessError` if kustomize fails."""
     made = subprocess.run(

@@ -204,11 +204,18 @@ class Machine:
         subprocess.run(
             ["/bin/sh", "deploy/secrets.sh", str(folder)], cwd=ROOT, check=True, capture_output=True
         )
-        url = folder / "broker_url"
-        url.chmod(0o644)
-        url.write_text(
-            url.read_text().replace("broker:6379", f"127.0.0.1:{self.port('broker', 6379)}")
-        )
+        for url in folder.glob("broker_url_*"):
+            url.chmod(0o644)
+            url.write_text(
+                url.read_text().replace("broker:6379", f"127.0.0.1:{self.port('broker', 6379)}")
+            )
+
+    def broker_url(self, user: str) -> str:
+        """Return the URL of a user of the broker."""
+        if user == "default":
+            password = (self.folder / "secrets/broker_password").read_text()
+            return f"redis://:{password}@127.0.0.1:{self.port('broker', 6379)}/0"
+        return (self.folder / f"secrets/broker_url_{user}").read_text().strip()
 
     def prometheus(self, workers: int, *, every: str) -> None:
         """Make Prometheus' folder, with this machine's addresses and scrapes every so often."""

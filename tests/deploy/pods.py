@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from deploy.kustomized import Build, mounted
+from deploy.kustomized import Build, mounted, optional_folders
 from zlora import config
 from zlora.errors import InvalidSetting
 from zlora_worker.settings import Settings
@@ -18,6 +18,7 @@ FOREIGN: Final = {
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_DEFAULT_REGION",
     "HF_HOME",
+    "HF_TOKEN_PATH",
     "NVIDIA_DRIVER_CAPABILITIES",
 }
 FOREIGN_TOO: Final = {"FLOWER_ADDRESS", "FLOWER_AUTH_FILE", "HOME"}
@@ -28,7 +29,7 @@ SECRETS: Final = {
 }
 SETTINGS: Final = {
     *(name for field in NAMED for name in field.metadata["names"]),
-    *(config.BROKER_URL, config.RESULT_BACKEND, config.HOME),
+    *(config.BROKER_URL, config.RESULT_BACKEND, config.HOME, config.SECRETS),
 }
 
 
@@ -59,6 +60,7 @@ def settings(found: Build) -> Iterator[str]:
             f"{name}: {path}: no mounted secret"
             for path in paths
             if path not in mounted(spec, container)
+            and not path.startswith(optional_folders(spec, container))
         )
         if given.get("ZLORA_METRICS"):
             ports = {
@@ -203,7 +205,7 @@ def secrets(found: Build, folder: Path) -> Iterator[str]:
         (volume["secret"]["secretName"], item["key"])
         for _, pod in found.pods()
         for volume in pod["spec"].get("volumes", [])
-        if "secret" in volume
+        if "secret" in volume and not volume["secret"].get("optional")
         for item in volume["secret"].get("items", [{"key": "all keys: no `items`"}])
     } | {
         (reference["name"], reference["key"])

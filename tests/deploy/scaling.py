@@ -8,6 +8,7 @@ from zlora.broker.keys import waiting_lists
 
 PARAMETERS: Final = {
     "address",
+    "username",
     "password",
 }  # parameters of KEDA's trigger `redis` from the Secret
 DATABASE: Final = "0"  # in the README's address

@@ -63,6 +63,7 @@ class Outcome:
     tasks: dict[str, Mapping[str, Any]]  # Flower's data, by job
     statuses: dict[str, int]  # exit statuses by service
     output: str  # of the producer
+    doctor: str  # output of the operator
     early: set[str]  # services that were healthy before they were started
 
     def url(self, service: str, port: int) -> str:
@@ -92,7 +93,7 @@ def ran(machine: Machine) -> Iterator[Outcome]:
             return stack.enter_context(machine.started(service, number))
 
         early = {service for service in CHECKED if machine.healthy(service)}
-        broker_url = (machine.folder / "secrets/broker_url").read_text().strip()
+        broker_url = machine.broker_url("producer")
         client = stack.enter_context(Client(broker_url))
         start("broker")
         wait_until(lambda: _pings(broker_url), "the broker answers")
@@ -114,6 +115,8 @@ def ran(machine: Machine) -> Iterator[Outcome]:
             )  # as Docker's client configuration may set for containers
             producer = start("producer")
         statuses["producer"] = producer.process.wait(90)
+        operator = start("operator")
+        operator.process.wait(90)
         requests_ = [
             {"prompt": f"image {number}", "num_inference_steps": 12} for number in range(JOBS)
         ]
@@ -128,7 +131,14 @@ def ran(machine: Machine) -> Iterator[Outcome]:
                 _with_lora(f"http://10.0.0.1/anime.safetensors?X-Amz-Signature={SIGNATURE}")
             ).result(60)
         yield Outcome(
-            machine, client, [*results, *more], tasks, statuses, producer.log.read_text(), early
+            machine,
+            client,
+            [*results, *more],
+            tasks,
+            statuses,
+            producer.log.read_text(),
+            operator.log.read_text(),
+            early,
         )
 
 
@@ -200,14 +210,25 @@ def test_health_checks_succeed_for_running_services_only(ran: Outcome) -> None:
 
 
 def test_the_broker_keeps_jobs_on_disk_and_evicts_none(ran: Outcome) -> None:
-    with redis.Redis.from_url(
-        (ran.machine.folder / "secrets/broker_url").read_text().strip()
-    ) as broker:
+    with redis.Redis.from_url(ran.machine.broker_url("default")) as broker:
         config = broker.config_get("appendonly", "appendfsync", "maxmemory-policy", "maxmemory")
     assert config["appendonly"] == "yes"
     assert config["appendfsync"] == "everysec"
     assert config["maxmemory-policy"] == "noeviction"
     assert int(config["maxmemory"]) > 0
+
+
+def test_each_service_has_the_rights_in_redis_that_it_needs(ran: Outcome) -> None:
+    """More of it in `tests/integration/test_broker_users.py`."""
+    with redis.Redis.from_url(ran.machine.broker_url("default")) as broker:
+        assert broker.acl_log() == []
+    assert "workers: 2 serve the queue" in ran.doctor
+    for user in ("producer", "worker", "flower", "metrics", "operator"):
+        with (
+            redis.Redis.from_url(ran.machine.broker_url(user)) as broker,
+            pytest.raises(redis.exceptions.NoPermissionError),
+        ):
+            broker.flushall()
 
 
 def test_accounts_of_the_store_need_its_key(ran: Outcome) -> None:

@@ -108,7 +108,7 @@ def _reaches(services: Services, name: str, host: str, port: int) -> Iterator[st
 
 def _broker(services: Services, name: str) -> Iterator[str]:
     service = services[name]
-    if any(item["source"] == "broker_url" for item in service.get("secrets", [])):
+    if any(item["source"].startswith("broker_url_") for item in service.get("secrets", [])):
         yield from _reaches(services, name, "broker", 6379)
 
 

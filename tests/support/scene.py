@@ -21,7 +21,7 @@ from support import processes
 from support.figures import Tally
 from support.objects import FolderObjects, Objects
 from support.processes import Worker, wait_until
-from support.witness import TERMINAL, Witness
+from support.witness import TERMINAL, Witness, opened
 from zlora import Client, GenerateResult, JobHandle, JobState
 from zlora.broker.celery_app import shared_config
 from zlora.schema import manifest_key
@@ -123,9 +123,7 @@ class Scene:
     @contextmanager
     def broker(self) -> Iterator["redis.Redis"]:
         """Open a connection to look at the broker."""
-        with redis.Redis.from_url(
-            self.environ["ZLORA_BROKER_URL"], decode_responses=True
-        ) as connection:
+        with opened(self.environ["ZLORA_BROKER_URL"], decode_responses=True) as connection:
             yield connection
 
     def queue_lists(self) -> list[str]:

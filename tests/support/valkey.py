@@ -38,7 +38,7 @@ class Valkey:
         command = [str(get_binary_path()), *place, *_OPTIONS, *_APPEND_ONLY]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as probe:
-            wait_until(lambda: _answers(probe), "the broker answers")
+            wait_until(lambda: answers(probe), "the broker answers")
 
     def follow(self, port: int) -> None:
         """Become a replica of the server at a port, and wait until its data is here."""
@@ -136,7 +136,8 @@ class Valkey:
             return sum(int(connection.client_kill_filter(_id=item)) for item in ids)
 
 
-def _answers(probe: "redis.Redis") -> bool:
+def answers(probe: "redis.Redis") -> bool:
+    """Return whether a server answers."""
     try:
         return bool(probe.ping())
     except redis.ConnectionError:

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import redis
 from support.processes import wait_until
-from zlora import JobState
+from zlora import JobState, config
+from zlora.broker.connection import use
 
 NAME: Final = "witness"  # of the connection, so that a fault which cuts connections spares it
 TERMINAL: Final = (JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED)
@@ -116,7 +117,14 @@ class Witness:
             wait_until(arrived, "the witness receives its mark")
 
     def _connection(self) -> "redis.Redis":
-        return redis.Redis.from_url(self._url, client_name=NAME, socket_connect_timeout=1)
+        return opened(self._url, client_name=NAME, socket_connect_timeout=1)
+
+
+def opened(url: str, **options: Any) -> "redis.Redis":
+    """Open a connection to any broker that workers accept."""
+    client = redis.Redis.from_url(config.redis_url(url), **options)
+    use(client.connection_pool, url)
+    return client
 
 
 def _without_urls(result: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 import reference
+from zlora import config
 from zlora.cli import main as zlora
 from zlora_worker.settings import reference as setting_rows
 
@@ -122,7 +123,9 @@ def test_commands_and_options_in_a_page_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_variables_and_make_targets_in_a_page_exist(page: Path) -> None:
     text = page.read_text()
-    variables = {name for row in setting_rows() for name in row.names} | {"ZLORA_WORKERS"}
+    variables = {name for row in setting_rows() for name in row.names} | {"ZLORA_SECRETS"}
+    variables |= set(re.findall(r"\$\{(ZLORA_\w+):-", (ROOT / "docker-compose.yml").read_text()))
+    variables |= {name for name in vars(config).values() if str(name).startswith("ZLORA_")}
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     benchmarks = [path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")]
     targets += [f"bench-{name}" for name in benchmarks]

@@ -20,6 +20,8 @@ from zlora.schema import QUEUE, UrlPolicy
 
 from zlora_worker import setting_parsers as parsers
 
+_SDXL: Final = "stabilityai/stable-diffusion-xl-base-1.0"
+_SDXL_REVISION: Final = "462165984030d82259a11f4367a4eed129e94a7b"  # commit of its repository
 DEMO_MODEL: Final = Path(__file__).with_name("demo") / "weights" / "model"  # diffusers layout
 DEMO_LORAS: Final = Path(__file__).with_name("demo") / "weights" / "loras"  # safetensors files
 
@@ -50,9 +52,14 @@ class Settings:
     )
     model: str = _variable(
         "ZLORA_MODEL",
-        default="stabilityai/stable-diffusion-xl-base-1.0",
+        default=_SDXL,
         note="Base model: a Hugging Face id, a folder in diffusers layout, a single `.safetensors` "
         "file, or `demo` for the built-in demo model.",
+    )
+    model_revision: str = _variable(
+        "ZLORA_MODEL_REVISION",
+        note="Commit, branch or tag of a base model on Hugging Face. With a commit, no other one "
+        f"is loaded. Default: the commit `{_SDXL_REVISION}` of SDXL 1.0, `main` of other models.",
     )
     model_config: str = _variable(
         "ZLORA_MODEL_CONFIG",
@@ -420,6 +427,13 @@ class Settings:
         return self.model == "demo"
 
     @property
+    def hub_revision(self) -> str | None:
+        """Revision of a base model on Hugging Face; None for the hub's default."""
+        if not self.model_revision and self.model == _SDXL:
+            return _SDXL_REVISION
+        return self.model_revision or None
+
+    @property
     def credentials_fingerprint(self) -> str:
         """Sha256 of all settings that decide what LoRA sources let this worker have."""
         deciding = (
@@ -473,8 +487,8 @@ def reference() -> Iterator[SettingRow]:
     yield SettingRow(
         (config.BROKER_URL,),
         config.DEFAULT_BROKER,
-        "URL of the Redis broker, for clients and workers. If it is not set, a running `zlora up` "
-        "is used before the default.",
+        "URL of the Redis broker, for clients and workers; with TLS and its files see "
+        "docs/operations.md. If it is not set, a running `zlora up` is used before the default.",
     )
     yield SettingRow(
         (config.RESULT_BACKEND,),

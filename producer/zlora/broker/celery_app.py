@@ -12,7 +12,7 @@ from celery import Celery
 from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from celery.loaders.app import AppLoader
-from kombu import Connection
+from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as kombu_redis
 
 from zlora import config
@@ -88,6 +88,11 @@ def impatient_config(*, broker_url: str, result_backend: str, queue: str) -> dic
     options["broker_transport_options"] |= {
         "socket_timeout": IMPATIENCE,
         "socket_connect_timeout": IMPATIENCE,
+        # kombu puts back messages of dead workers wherever it waits for anything, such as the
+        # replies of workers: here it finds none.
+        "unacked_key": "zlora:watcher:unacked",
+        "unacked_index_key": "zlora:watcher:unacked_index",
+        "unacked_mutex_key": "zlora:watcher:unacked_mutex",
     }
     return options | {
         "redis_socket_timeout": IMPATIENCE,
@@ -134,9 +139,25 @@ def use_transport(transport: type[Transport]) -> None:
     _transports.update(dict.fromkeys(_transports, transport))
 
 
-class _Connection(Connection):
+class _WithTransport(Connection):
     def get_transport_cls(self) -> Any:
         return _transports.get(self.transport_cls) or super().get_transport_cls()
+
+
+class _PooledConnection(_WithTransport, PooledConnection):
+    pass
+
+
+class _ConnectionPool(ConnectionPool):
+    def new(self) -> Any:
+        options = dict(self.connection._info(resolve=False))  # noqa: SLF001 - as kombu does
+        return _PooledConnection(self, **options)  # type: ignore[arg-type]  # wrong in the stubs
+
+
+class _Connection(_WithTransport):
+    def Pool(self, limit: int | None = None, **options: Any) -> Any:  # noqa: N802 - kombu's name
+        """Return the pool that kombu makes for all connections like this one."""
+        return _ConnectionPool(self, limit, **options)
 
 
 class _Amqp(AMQP):

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
 import redis
+from redis.backoff import NoBackoff
 from redis.commands.core import Script
+from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from zlora import config
@@ -58,7 +60,9 @@ class Primary:
     ) -> None:
         """Take the `sentinel_options` of the Sentinels."""
         self._name = name
-        self._sentinel: Any = Sentinel(sentinels, sentinel_kwargs=dict(options))  # type: ignore[no-untyped-call]
+        # One try for each: another Sentinel may answer.
+        options = {**options, "retry": Retry(NoBackoff(), 0)}
+        self._sentinel: Any = Sentinel(sentinels, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
 
     @classmethod
     def of_url(cls, url: str) -> Self | None:
@@ -69,7 +73,10 @@ class Primary:
 
     def address(self) -> tuple[str, int]:
         """Return host and port; raise `redis.ConnectionError` if no Sentinel knows them now."""
-        host, port = self._sentinel.discover_master(self._name)
+        try:
+            host, port = self._sentinel.discover_master(self._name)
+        except redis.ConnectionError:  # its text shows the options of the connections
+            raise redis.ConnectionError(f"no Sentinel knows the primary {self._name}") from None
         return host, port
 
 

@@ -208,6 +208,9 @@ class RedisBroker:
             raise BrokerUnavailable("the client is closed", details)
         try:
             yield
+        except redis.exceptions.NoPermissionError as error:
+            message = f"{config.BROKER_URL}: its user lacks a right in Redis: {error}"
+            raise InvalidSetting(message, {"name": config.BROKER_URL, **details}) from error
         except _UNREACHABLE as error:
             _drop_idle(self._pools)  # after a fail-over they may all be of the old primary
             message = f"the broker does not answer: {error}{self._hint}"

@@ -206,11 +206,14 @@ class _ListenerThread:
             self._apply_changes()
             server = await _server_of(client)
             await pubsub.subscribe(self._idle_channel, *self._watchers)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._subscribe(pubsub))
-                tasks.create_task(self._receive(pubsub))
-                if server is not None:
-                    tasks.create_task(self._check_server(server))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._subscribe(pubsub))
+                    tasks.create_task(self._receive(pubsub))
+                    if server is not None:
+                        tasks.create_task(self._check_server(server))
+            finally:
+                _abort(pubsub.connection)
 
     async def _open(self) -> "redis.asyncio.Redis":
         """Return a client of the server that has the name now; it connects at the first use."""
@@ -308,3 +311,10 @@ async def _server_of(client: "redis.asyncio.Redis") -> str | None:
         found: dict[str, Any] = await client.info("server")
         return found.get("run_id")
     return None
+
+
+def _abort(connection: Any) -> None:
+    """End a connection now: the farewell of TLS takes turns of the loop, which may not come."""
+    writer = getattr(connection, "_writer", None)
+    if writer is not None:
+        writer.transport.abort()

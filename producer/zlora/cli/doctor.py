@@ -11,6 +11,7 @@ import re
 import ssl
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,9 +31,13 @@ from zlora.broker.keys import (
     MAX_SKEW,
     PRIORITIES,
     dead_key,
+    expiring_key,
+    job_key,
     key_types,
+    lease_key,
     outbox_key,
     refused_key,
+    unfinished_key,
     waiting_lists,
 )
 from zlora.broker.message import QueuedMessage
@@ -340,14 +345,35 @@ def _needs_broker(
         try:
             yield check(found)
         except redis.exceptions.NoPermissionError as error:
-            advice = "Give the user of the broker's URL this right in Redis."
-            yield failed(name, InvalidSetting(str(error)), advice)
+            yield skipped(name, str(error))  # jobs do not need it: `_rights` has looked
         except (redis.RedisError, OperationalError) as error:
             yield failed(
                 name, BrokerUnavailable(str(error)), "Look at Redis: it stopped answering."
             )
 
     return run
+
+
+def _rights(found: Environment) -> Check:
+    """Try what a client does with a job, on a job that does not exist: nothing changes."""
+    job_id, queue = str(uuid.uuid4()), found.queue
+    with connect(found.broker_url, seconds=IMPATIENCE) as client:
+        pipe: Any = client.pipeline(transaction=False)
+        pipe.hdel(job_key(job_id), "sent")
+        pipe.exists(lease_key(job_id))
+        for key in (unfinished_key(queue), expiring_key(queue), outbox_key(queue)):
+            pipe.zrem(key, job_id)
+        for name in waiting_lists(queue):
+            pipe.llen(name)
+        try:
+            pipe.execute()
+        except redis.exceptions.NoPermissionError as error:
+            advice = (
+                "Give the user of the broker's URL this right in Redis, or name another user: "
+                "docs/operations.md, Users of the broker."
+            )
+            return failed("rights", InvalidSetting(str(error)), advice)
+    return ok("rights", f"the user of the broker's URL may submit jobs to {queue}")
 
 
 def _keys(found: Environment) -> Check:
@@ -472,6 +498,7 @@ def _workers(found: Environment) -> Check:
 CHECKS: Final[tuple[Callable[[Environment], Iterator[Check]], ...]] = (
     _broker,
     _result_backend,
+    _needs_broker("rights", _rights),
     _needs_broker("keys", _keys),
     _needs_broker("clock", _clock),
     _needs_broker("queue", _queue),

@@ -12,6 +12,10 @@ from zlora.errors import LoraMismatch
 from zlora.lora import key_names
 from zlora.lora.safetensors_header import Header, TensorInfo
 
+# A LoRA of all of SDXL's modules has up to 7,000 tensors, with names of up to 150 characters. Each
+# name is searched for the words of many formats: 15 MB of names would take 20 s.
+_MAX_TENSORS: Final = 20_000
+_MAX_NAME: Final = 300  # characters
 SDXL: Final = "SDXL"
 # Family by the width of cross-attention, which is the width of the text encoders' output.
 WIDTHS: Final = {768: "SD 1.x", 1024: "SD 2.x", 2048: SDXL}
@@ -107,6 +111,12 @@ class DetectedBase(NamedTuple):
 
 def require_lora(header: Header, name: str) -> None:
     """Raise `LoraMismatch` for a file that no worker reads, whatever its base model."""
+    if (count := len(header.tensors)) > _MAX_TENSORS:
+        raise LoraMismatch(f"{name}: {count} tensors, at most {_MAX_TENSORS} are read")
+    if (longest := max(map(len, header.tensors), default=0)) > _MAX_NAME:
+        raise LoraMismatch(
+            f"{name}: a tensor has a name of {longest} characters, at most {_MAX_NAME} are read"
+        )
     for tensor in header.tensors:
         if kind := key_names.unsupported_kind(tensor):
             raise LoraMismatch(f"{name}: a LoRA of the kind {kind}, which is not supported")

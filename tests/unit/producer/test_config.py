@@ -134,6 +134,19 @@ def test_a_value_is_the_content_of_its_file_without_final_newlines(
     assert config.value_of({"NAME_FILE": str(tmp_path / "secret"), "NAME": ""}, "NAME") == value
 
 
+def test_a_folder_of_secrets_has_the_variables_that_are_not_set(tmp_path: Path) -> None:
+    """As a mounted Secret of Kubernetes, which may be absent."""
+    (tmp_path / "NAME").write_text("s3cret\n")
+    (tmp_path / "file").write_text("other")
+    folder = {"ZLORA_SECRETS": str(tmp_path)}
+
+    assert config.value_of(folder, "NAME") == "s3cret"
+    assert config.value_of(folder | {"NAME": "set"}, "NAME") == "set"
+    assert config.value_of(folder | {"NAME_FILE": str(tmp_path / "file")}, "NAME") == "other"
+    assert config.value_of(folder, "OTHER") == ""
+    assert config.value_of({"ZLORA_SECRETS": str(tmp_path / "absent")}, "NAME") == ""
+
+
 def test_a_pipe_and_an_empty_file_of_the_broker_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").touch()

@@ -17,6 +17,7 @@ READ: list["Field[Any]"] = [item for item in fields(Settings) if item.metadata]
 VALUES: dict[str, tuple[str, object]] = {
     "queue": ("other", "other"),
     "model": ("demo", "demo"),
+    "model_revision": ("v1", "v1"),
     "model_config": ("/models/config", "/models/config"),
     "vae": ("owner/vae", "owner/vae"),
     "device": ("cuda:1", "cuda:1"),

@@ -34,6 +34,7 @@ redis.call('ZADD', KEYS[1], time[1] + time[2] / 1000000, ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 """
 UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of a message's replacement
+_REPLIES: Final = ".reply.celery.pidbox"  # end of the name of a queue of Celery's remote control
 _LAST_WAIT: Final = 5.0  # seconds after SIGTERM in which Redis may still accept a message
 _PAUSE: Final = 0.5  # seconds between two tries
 _LOG_EVERY: Final = 30.0  # seconds between two equal log lines
@@ -205,7 +206,14 @@ class QoS(kombu_redis.QoS):
         self._wait_for(lambda: super(QoS, self).reject(delivery_tag, requeue))
 
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
-        """Put the messages of dead workers back on their queue."""
+        """Put the messages of dead workers back on their queue, if this process takes jobs.
+
+        Flower and `celery inspect` wait for replies only. Their user of Redis may have no right to
+        the messages, and their visibility timeout may be shorter than that of the workers.
+        """
+        channel: Any = self.channel  # the stubs do not have `active_queues`
+        if all(queue.endswith(_REPLIES) for queue in channel.active_queues):
+            return
         try:
             with self.channel.conn_or_acquire() as client:
                 self._skew = clock_skew(client)

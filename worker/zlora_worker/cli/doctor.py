@@ -140,15 +140,15 @@ def _model(name: str, settings: Settings) -> Check:
         told = f"{model}: no file, no folder with a model_index.json, and not a hub id"
         advice = "Set ZLORA_MODEL to a diffusers folder, a .safetensors file, or a hub id."
         return failed(name, ModelUnavailable(told), advice)
-    return _hub_model(name, model)
+    return _hub_model(name, model, settings.hub_revision)
 
 
-def _hub_model(name: str, model: str) -> Check:
+def _hub_model(name: str, model: str, revision: str | None) -> Check:
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(model, "model_index.json")
+        found = try_to_load_from_cache(model, "model_index.json", revision=revision)
     except HFValidationError as error:
         wrong = ModelUnavailable(f"{model}: {error}")
         return failed(name, wrong, "Set ZLORA_MODEL to a hub id or a path.")

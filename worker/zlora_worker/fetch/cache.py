@@ -27,7 +27,7 @@ from zlora.errors import (
     LoraUnreachable,
     NotSafetensors,
 )
-from zlora.lora.base_model import lacks_alpha
+from zlora.lora.base_model import MAX_CONFIG, lacks_alpha
 from zlora.lora.safetensors_header import read_header
 from zlora.redaction import without_secrets
 from zlora.schema import NO_CONFIG, Asset
@@ -111,17 +111,19 @@ class Cache:
         that it raises ends the download. Raises a `LoraError` if a file cannot be had.
         """
         since = time.time() if since is None else since
+        on_bytes = on_bytes or _ignore
         found = []
         with ExitStack() as held:
             with _disk_errors():
                 for asset in assets:
                     start = time.monotonic()
-                    sha256, tier = self._find(asset, held, since, on_bytes or _ignore)
+                    sha256, tier = self._find(asset, held, since, on_bytes)
                     path = self.file(sha256)
-                    config_sha256 = self._find_config(asset, path, held, since)
+                    config_sha256 = self._find_config(asset, path, held, since, on_bytes)
                     config = None
                     if config_sha256 not in (None, NO_CONFIG):
-                        config = self.file(config_sha256).read_bytes()
+                        with self.file(config_sha256).open("rb") as opened:
+                            config = opened.read(MAX_CONFIG + 1)  # it may be any file of the cache
                     file = CachedFile(
                         path=path,
                         sha256=sha256,
@@ -168,7 +170,9 @@ class Cache:
                 pass  # a lock that no process has is deleted as it is given back
         self.budget.remove_abandoned_drafts()
 
-    def _find_config(self, asset: Asset, path: Path, held: ExitStack, since: float) -> str | None:
+    def _find_config(
+        self, asset: Asset, path: Path, held: ExitStack, since: float, on_bytes: OnBytes
+    ) -> str | None:
         """Sha256 of peft's configuration beside an asset's file at `path`, which is then held.
 
         Returns `none` if the source has none, or the asset says so. Returns None if the file does
@@ -186,7 +190,7 @@ class Cache:
             raise LoraNotFound(f"{without_secrets(asset.address)}: has no configuration beside it")
         config = Asset(url=address, sha256=pinned)
         try:
-            return self._find(config, held, since, _ignore, is_config=True)[0]
+            return self._find(config, held, since, on_bytes, is_config=True)[0]
         except LoraNotFound:
             if pinned:
                 raise

@@ -17,6 +17,9 @@ _END_SECONDS: Final = 2.0  # from the last byte of the file to the end of the an
 PACE_SECONDS: Final = 15.0  # over which the rate of a download is measured
 _SIGNATURE: Final = 64  # bytes by which `SafetensorsStream` recognises another kind of file
 _GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's number for gzip alone
+# Weights hardly shrink; zeros shrink to a thousandth, and would cost seconds to write and hash.
+_MAX_RATIO: Final = 50  # decoded bytes for each encoded one, after the first `_FREE` of them
+_FREE: Final = 2**24  # bytes
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes received and expected (0 if unknown); may raise to end the download."""
@@ -200,11 +203,16 @@ def _identity(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Yield decoded pieces of bounded size: one chunk of a gzip bomb may decode to gigabytes."""
     decoder = zlib.decompressobj(_GZIP)
+    encoded = decoded = 0
     try:
         for chunk in chunks:
-            rest = chunk
+            rest, encoded = chunk, encoded + len(chunk)
             while rest and not decoder.eof:
-                yield decoder.decompress(rest, CHUNK)
+                piece = decoder.decompress(rest, CHUNK)
+                decoded += len(piece)
+                if decoded > max(_FREE, _MAX_RATIO * encoded):
+                    raise HttpError(f"its gzip decodes to more than {_MAX_RATIO} times its bytes")
+                yield piece
                 rest = decoder.unconsumed_tail
     except zlib.error:
         raise HttpError("the body is not the gzip that it claims to be", transient=True) from None

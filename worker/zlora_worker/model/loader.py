@@ -20,6 +20,7 @@ from zlora_worker.settings import DEMO_MODEL, Settings
 
 # SDXL's published configuration with CLIP's vocabulary.
 SDXL_CONFIG: Final = Path(__file__).with_name("sdxl")
+_COMMIT: Final = re.compile("[0-9a-f]{40}")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MARKERS: Final = {  # one tensor name of each component in the original layout
     "unet": "model.diffusion_model.label_emb.0.0.weight",
@@ -94,7 +95,9 @@ def load(settings: Settings) -> Pipeline:
 
 
 def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    name = settings.model
+    name, revision = settings.model, settings.hub_revision
+    if settings.model_revision and (name == "demo" or path.exists()):
+        raise ModelUnavailable("ZLORA_MODEL_REVISION is set, but the model is not a hub id")
     if name == "demo":
         return _from_folder(DEMO_MODEL, dtype)
     if path.is_file():
@@ -108,15 +111,21 @@ def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> Stable
     # Download the files that are not in the hub's cache, then load from that folder.
     if dtype is torch.float16:
         try:
-            return _from_folder(_download(name, variant="fp16"), dtype)
+            return _from_folder(_download(name, revision=revision, variant="fp16"), dtype)
         except ValueError as error:
             if _NO_VARIANT not in str(error):
                 raise
-    return _from_folder(_download(name, variant=None), dtype)
+    return _from_folder(_download(name, revision=revision, variant=None), dtype)
 
 
-def _download(name: str, *, variant: str | None) -> Path:
-    return Path(StableDiffusionXLPipeline.download(name, variant=variant, use_safetensors=True))
+def _download(name: str, *, revision: str | None, variant: str | None) -> Path:
+    folder = StableDiffusionXLPipeline.download(
+        name, revision=revision, variant=variant, use_safetensors=True
+    )
+    found = Path(folder).name  # a snapshot's folder is named by its commit
+    if revision and _COMMIT.fullmatch(revision) and found != revision:
+        raise ModelUnavailable(f"{name}: the hub sent the commit {found[:40]}, not {revision}")
+    return Path(folder)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:

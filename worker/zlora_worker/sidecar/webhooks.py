@@ -6,11 +6,11 @@ other receivers.
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Lock, Thread
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
 
 import redis
 from zlora import webhook
@@ -20,7 +20,7 @@ from zlora.broker.protocol import TaskMeta
 from zlora.broker.task_meta import UNREADABLE, error_of
 from zlora.broker.webhook_outbox import DeadLetter, DeliveryAttempt, EndedJob, Outbox
 from zlora.config import WEBHOOK_SECRET
-from zlora.errors import InternalError, JobUnknown, StoreFailed, ZloraError
+from zlora.errors import InternalError, InvalidJobId, JobUnknown, StoreFailed, ZloraError
 from zlora.redaction import without_secrets
 from zlora.schema import GenerateResult, JobState, parse_result
 from zlora.webhook import Webhook
@@ -37,10 +37,14 @@ _JITTER: Final = 0.2  # share of a pause
 _MAX_SECONDS: Final = 7200  # from the first attempt to the last
 _STORE_PAUSE: Final = 30.0  # seconds until the next attempt if the store does not answer
 _CLAIM: Final = 120.0  # seconds until another sidecar may send a claimed webhook
-_MAX_SENDING: Final = 16  # webhooks at once
+_MAX_SENDING: Final = 96  # webhooks at once; an https connection costs 1 MB
 _MAX_PER_HOST: Final = 2  # of these
-_MAX_TO_SLOW: Final = 8  # of these, to all hosts that have not just answered quickly
 _QUICK: Final = 4.0  # seconds of an attempt; less than the timeout of a connection
+# Of the webhooks at once: to hosts whose last attempt was slow, to hosts without an attempt in the
+# first `_QUICK` seconds, and to both, so that quick hosts always have places.
+_MAX_TO_SLOW: Final = 8
+_MAX_TO_NEW: Final = 24
+_MAX_NOT_QUICK: Final = 80
 _WINDOW: Final = 10_000  # due jobs in memory; the next ones are read after these
 _EVERY: Final = 0.5  # seconds between two reads of the due jobs
 _MAX_SHARE: Final = 10  # reads take at most one part in so many of the time: lists may be long
@@ -73,7 +77,7 @@ class JobEnds:
         """Return the error, or the result with URLs that are valid from now on.
 
         Raises `StoreFailed` if the store does not answer, `InternalError` if the manifest is
-        damaged, and `JobUnknown` if neither a result nor an error exists.
+        damaged, `InvalidJobId`, and `JobUnknown` if neither a result nor an error exists.
         """
         if (verdict := verdict_of(job.record)) is not None:
             return verdict
@@ -138,7 +142,7 @@ class Sender:
             )
             self._outbox.postpone(_STORE_PAUSE, job.job_id)
             return
-        except (InternalError, JobUnknown) as error:
+        except (InternalError, InvalidJobId, JobUnknown) as error:
             self._give_up(job, str(error))
             return
         event = webhook.type_of(end)
@@ -217,8 +221,19 @@ class Sender:
         )
 
 
+class _Place(NamedTuple):
+    """What an attempt to a host takes of the limits, by the host's last attempt."""
+
+    host: str
+    kind: Literal["quick", "new", "slow"]
+    since: float  # on the monotonic clock
+
+
 class Dispatcher:
     """Starts due webhooks in threads, with limits for all, for one host, and for slow hosts.
+
+    A slow host delays slow hosts only; a host without an attempt counts as new, and for the first
+    seconds of its attempt only, so that silent ones among many do not block the others.
 
     Jobs that wait for a free place are only read, so that a backlog for one host costs Redis
     almost nothing.
@@ -228,8 +243,9 @@ class Dispatcher:
         self._outbox, self._sender = outbox, sender
         self._lock = Lock()
         self._freed = Event()  # set when a place becomes free
-        self._sending: Counter[str] = Counter()  # webhooks by host
-        self._quick: dict[str, float] = {}  # hosts that just answered quickly, and when
+        self._sending: list[_Place] = []
+        # Seconds that the last attempt to a host took, and when it ended on the monotonic clock.
+        self._last: dict[str, tuple[float, float]] = {}
         self._hosts: dict[str, str] = {}  # by job, of the jobs that were due at the last read
         self._due: dict[str, deque[str]] = {}  # jobs not started, by host; the next host first
         self._start_at, self._next_read = 0, 0.0
@@ -269,48 +285,63 @@ class Dispatcher:
         now = time.monotonic()
         self._next_read = now + max(_EVERY, _MAX_SHARE * (now - start))
         with self._lock:
-            self._quick = {host: at for host, at in self._quick.items() if now - at < _MAX_SECONDS}
+            self._last = {
+                host: last for host, last in self._last.items() if now - last[1] < _MAX_SECONDS
+            }
 
-    def _pick(self) -> list[tuple[str, str]]:
-        """Return jobs with their hosts, and take a place for each; the caller frees the places."""
+    def _pick(self) -> list[tuple[str, _Place]]:
+        """Return jobs with a place for each, which the caller frees."""
         picked = []
         with self._lock:
-            for host in list(self._due):
-                if self._sending.total() >= _MAX_SENDING:
+            for host in sorted(self._due, key=self._slowness):  # equal ones have turns
+                if len(self._sending) >= _MAX_SENDING:
                     break
                 waiting = self._due[host]
-                while waiting and self._has_place(host):
-                    self._sending[host] += 1
-                    picked.append((waiting.popleft(), host))
+                while waiting and (place := self._place_for(host)):
+                    self._sending.append(place)
+                    picked.append((waiting.popleft(), place))
                     self._due[host] = self._due.pop(host)  # the other hosts have the next turns
         return picked
 
-    def _has_place(self, host: str) -> bool:
-        if self._sending.total() >= _MAX_SENDING or self._sending[host] >= _MAX_PER_HOST:
-            return False
-        if host in self._quick:
-            return True
-        slow = sum(count for name, count in self._sending.items() if name not in self._quick)
-        return slow < _MAX_TO_SLOW
+    def _slowness(self, host: str) -> int:
+        """Return 0 for a quick host, more for slower ones, and -1 for a new one."""
+        return int(self._last[host][0] // _QUICK) if host in self._last else -1
 
-    def _start(self, picked: list[tuple[str, str]]) -> None:
+    def _place_for(self, host: str) -> _Place | None:
+        now, sending = time.monotonic(), self._sending
+        if len(sending) >= _MAX_SENDING:
+            return None
+        if sum(place.host == host for place in sending) >= _MAX_PER_HOST:
+            return None
+        slowness = self._slowness(host)
+        if slowness == 0:
+            return _Place(host, "quick", now)
+        if sum(place.kind != "quick" for place in sending) >= _MAX_NOT_QUICK:
+            return None
+        if slowness < 0:
+            new = sum(place.kind == "new" and now - place.since < _QUICK for place in sending)
+            return _Place(host, "new", now) if new < _MAX_TO_NEW else None
+        slow = sum(place.kind == "slow" for place in sending)
+        return _Place(host, "slow", now) if slow < _MAX_TO_SLOW else None
+
+    def _start(self, picked: list[tuple[str, _Place]]) -> None:
         """Claim jobs and send them; free the places of jobs that another sidecar has claimed."""
         claimed: dict[str, EndedJob] = {}
         try:
             jobs = self._outbox.claim([job_id for job_id, _ in picked], _CLAIM)
             claimed = {job.job_id: job for job in jobs}
         finally:
-            for job_id, host in picked:
+            for job_id, place in picked:
                 if job_id not in claimed:
-                    self._free(host)
-        for job_id, host in picked:
+                    self._free(place)
+        for job_id, place in picked:
             if job_id in claimed:
-                self._start_thread(claimed[job_id], host)
+                self._start_thread(claimed[job_id], place)
 
-    def _start_thread(self, job: EndedJob, host: str) -> None:
+    def _start_thread(self, job: EndedJob, place: _Place) -> None:
         try:
             Thread(
-                target=self._send, args=(job, host), name=f"webhook-{job.job_id}", daemon=True
+                target=self._send, args=(job, place), name=f"webhook-{job.job_id}", daemon=True
             ).start()
         except (RuntimeError, MemoryError):  # the machine has no more threads
             logger.warning(
@@ -319,12 +350,12 @@ class Dispatcher:
                 _NO_THREAD_PAUSE,
                 extra={"job": job.job_id},
             )
-            self._free(host)
+            self._free(place)
             self._due.clear()  # until the next read: other webhooks would get no thread either
             with suppress(redis.RedisError):  # the job becomes due again when the claim ends
                 self._outbox.postpone(_NO_THREAD_PAUSE, job.job_id)
 
-    def _send(self, job: EndedJob, host: str) -> None:
+    def _send(self, job: EndedJob, place: _Place) -> None:
         start = time.monotonic()
         try:
             self._sender.send(job)
@@ -344,16 +375,14 @@ class Dispatcher:
                 extra={"job": job.job_id},
             )
         finally:
+            now = time.monotonic()
             with self._lock:
-                self._quick.pop(host, None)
-                if time.monotonic() - start < _QUICK:
-                    self._quick[host] = time.monotonic()
-            self._free(host)
+                self._last[place.host] = (now - start, now)
+            self._free(place)
 
-    def _free(self, host: str) -> None:
+    def _free(self, place: _Place) -> None:
         with self._lock:
-            self._sending[host] -= 1
-            self._sending += Counter()  # removes hosts with 0
+            self._sending.remove(place)
         self._freed.set()
 
 

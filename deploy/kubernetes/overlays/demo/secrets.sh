@@ -4,17 +4,19 @@
 # existing Secrets.
 set -eu
 umask 077
+users=$(cd "$(dirname "$0")/../../../broker" && pwd)/users.sh
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 
 fresh() { od -An -N 24 -tx1 /dev/urandom | tr -d ' \n'; }
-broker=$(fresh) key=$(fresh) secret=$(fresh)
+key=$(fresh) secret=$(fresh)
 
-printf 'redis://:%s@zlora-broker:6379/0' "$broker" >url
-printf 'zlora-broker.zlora.svc:6379' >address # the address for KEDA, from its own namespace
-printf '%s' "$broker" >password
-printf 'requirepass %s\n' "$broker" >valkey.conf
+sh "$users" . zlora-broker:6379 gpu # ZLORA_QUEUE of the overlay
+# For KEDA: the address from its own namespace, and the user `metrics`.
+printf 'zlora-broker.zlora.svc:6379' >address
+printf 'metrics' >username
+sed 's|.*:\(.*\)@.*|\1|' broker_url_metrics | tr -d '\n' >password
 printf '[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n' "$key" "$secret" >credentials
 printf '{"identities": [{"name": "worker", "credentials": [{"accessKey": "%s", "secretKey": "%s"}],
   "actions": ["Read:pictures", "List:pictures", "Write:pictures"]}]}\n' "$key" "$secret" >s3.json
@@ -25,6 +27,8 @@ printf 'admin:%s\n' "$(fresh)" >auth
 
 kubectl get namespace zlora >namespace 2>&1 || kubectl create namespace zlora
 make() { kubectl --namespace zlora create secret generic "$@"; }
-make zlora-broker --from-file=url --from-file=address --from-file=password --from-file=valkey.conf
+make zlora-broker --from-file=broker_url_worker --from-file=broker_url_flower --from-file=broker_url_metrics \
+  --from-file=broker_url_producer --from-file=broker_url_operator --from-file=address --from-file=username \
+  --from-file=password --from-file=broker_config
 make zlora-store --from-file=credentials --from-file=s3.json --from-file=grpc.crt --from-file=grpc.key
 make zlora-flower --from-file=auth

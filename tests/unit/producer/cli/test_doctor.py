@@ -104,6 +104,7 @@ def test_a_good_broker_is_ok_and_a_queue_without_workers_fails(
             ("software", "broker", "broker: persistence", "broker: memory", "broker: clock"), "ok"
         ),
         "result backend": "ok",
+        "rights": "ok",
         "keys": "ok",
         "clock": "ok",
         "queue": "ok",
@@ -246,7 +247,8 @@ def test_checks_that_the_user_has_no_right_to_are_skipped(broker_url: str, broke
     absent = producer({config.BROKER_URL: broker_url.removesuffix("0") + "99"})["broker"]
 
     assert (found["broker"].status, found["broker: clock"].status) == ("skip", "skip")
-    assert (found["queue"].code, "right" in found["queue"].advice) == ("invalid_setting", True)
+    assert (found["queue"].status, "'llen'" in found["queue"].told) == ("skip", True)
+    assert (found["rights"].code, "'llen'" in found["rights"].told) == ("invalid_setting", True)
     assert (refused.code, absent.code) == ("invalid_setting", "invalid_setting")
     assert "password" in refused.advice
     assert "database" in absent.advice

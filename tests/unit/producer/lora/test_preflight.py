@@ -257,6 +257,23 @@ def test_a_page_in_the_second_range_is_no_header() -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([f"lora_unet_{index}.lora_down.weight" for index in range(20_001)], "20001 tensors"),
+        (["unet." + "a." * 200 + "lora_down.weight"], "a name of 421 characters"),
+    ],
+    ids=["many", "long"],
+)
+def test_more_or_longer_names_than_any_lora_has_are_a_mismatch(
+    names: list[str], words: str
+) -> None:
+    """They are searched for the words of many formats: 15 MB of names would take 20 s."""
+    entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
+
+    assert words in str(failure_of(ranged(tensor_file(dict.fromkeys(names, entry)))))
+
+
+@pytest.mark.parametrize(
     "tensors", [{"model.weight": torch.ones(2)}, {f"{SDXL}.oft_blocks": torch.ones(2)}]
 )
 def test_a_valid_file_that_no_worker_reads_is_a_mismatch(tensors: Tensors) -> None:

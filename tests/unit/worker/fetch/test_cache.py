@@ -252,7 +252,7 @@ def test_a_pinned_sha256_is_compared_with_an_unchanged_file_too(tmp_path: Path) 
     ("data", "word"),
     [
         (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
-        (b"PK\x03\x04" + bytes(100), "pickle"),
+        (b"\x80\x02}q" + bytes(100), "pickle"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs"),
         (b"", "0 bytes"),
         (ONE[:-1], "bytes, but its header"),
@@ -588,6 +588,34 @@ def test_only_a_file_that_needs_it_is_looked_at_for_a_configuration(tmp_path: Pa
         assert got(cache, ON_HUB).config_sha256 is None
         assert got(plain, Asset(url=f"{other.url}/a/x.safetensors")).config_sha256 is None
         assert not [line for line in (*host.asked, *other.asked) if "adapter_config" in line]
+
+
+def test_of_another_file_of_the_cache_only_the_beginning_is_read_as_a_configuration(
+    tmp_path: Path,
+) -> None:
+    """A request may name the checksum of any file; the reader refuses what is too long."""
+    large = lora_bytes(4, size=2**21)
+    files = with_config(CONFIG) | {f"{FOLDER}/large.safetensors": large}
+    with serving(by_path(files)) as host, caching(tmp_path, HF_ENDPOINT=host.url) as cache:
+        got(cache, Asset(url="hf://owner/repo/folder/large.safetensors", config_sha256="none"))
+
+        file = got(cache, Asset(url=ON_HUB.url, config_sha256=digest(large)))
+
+    assert file.config is not None
+    assert len(file.config) == 2**20 + 1
+
+
+def test_an_exception_of_the_progress_ends_the_download_of_a_configuration(tmp_path: Path) -> None:
+    def cancelled(*_: int) -> None:
+        raise JobRevoked("cancelled")
+
+    with (
+        serving(by_path(with_config(CONFIG))) as host,
+        caching(tmp_path, HF_ENDPOINT=host.url) as cache,
+    ):
+        got(cache, Asset(url=ON_HUB.url, config_sha256="none"))
+        with pytest.raises(JobRevoked):
+            got(cache, Asset(url=ON_HUB.url, sha256=digest(ONE)), on_bytes=cancelled)
 
 
 def test_a_configuration_of_many_bytes_is_not_downloaded(tmp_path: Path) -> None:

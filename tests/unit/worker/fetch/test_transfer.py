@@ -395,6 +395,26 @@ def test_a_gzip_bomb_is_not_decoded_past_the_maximum(
     assert peak[0] < (4 if kind is NotSafetensors else 24) * MEGABYTE
 
 
+def test_a_file_of_zeros_in_gzip_is_refused_after_its_first_part(tmp_path: Path) -> None:
+    """It is a file as its header says; a small one may be of zeros."""
+    small, large = (
+        tensor_file({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+        + bytes(size)
+        for size in (MEGABYTE, 64 * MEGABYTE)
+    )
+    sinks = io.BytesIO(), io.BytesIO()
+    answers = [reply(gzip.compress(data), Content_Encoding="gzip") for data in (small, large)]
+    with (
+        serving(lambda _: answers.pop(0)) as host,
+        fetching(tmp_path, host) as fetcher,
+    ):
+        assert fetcher.fetch(f"{host.url}/x", sinks[0]).size == len(small)
+        with pytest.raises(LoraUnreachable, match="more than 50 times"):
+            fetcher.fetch(f"{host.url}/y", sinks[1])
+
+    assert len(sinks[1].getvalue()) <= 17 * MEGABYTE
+
+
 def test_the_maximum_counts_bytes_on_the_wire_too(tmp_path: Path) -> None:
     """Any number of encoded bytes may decode to none."""
     nothing = b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff"  # gzip's header with a field of 64 KiB

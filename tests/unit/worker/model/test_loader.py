@@ -138,6 +138,33 @@ def test_a_hub_id_is_loaded_from_what_was_downloaded_before(
     assert_equal_weights(model, loaded)
 
 
+def test_a_commit_of_a_hub_id_is_the_one_that_is_loaded(
+    model: Pipeline, model_home: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever `main` is now; another commit is an error."""
+    put_in_hub_cache(hub_cache, model_home, "owner/tiny")
+    (hub_cache / "models--owner--tiny" / "refs" / "main").write_text("1" * 40)
+
+    loaded = load_pipeline(model_home, ZLORA_MODEL="owner/tiny", ZLORA_MODEL_REVISION="0" * 40)
+    with pytest.raises(ModelUnavailable):
+        load_pipeline(model_home, ZLORA_MODEL="owner/tiny", ZLORA_MODEL_REVISION="2" * 40)
+    sent = hub_cache / "models--owner--tiny" / "snapshots" / ("0" * 40)
+    monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.download", lambda *_, **__: str(sent))
+    with pytest.raises(ModelUnavailable, match=f"the commit {'0' * 40}, not {'2' * 40}"):
+        load_pipeline(model_home, ZLORA_MODEL="owner/tiny", ZLORA_MODEL_REVISION="2" * 40)
+
+    assert_equal_weights(model, loaded)
+
+
+@pytest.mark.parametrize("name", ["demo", ""])
+def test_a_revision_of_a_model_that_is_not_on_the_hub_is_refused(
+    model_home: Path, name: str
+) -> None:
+    variables = {"ZLORA_MODEL": name} if name else {}
+    with pytest.raises(ModelUnavailable, match="not a hub id"):
+        load_pipeline(model_home, ZLORA_MODEL_REVISION="0" * 40, **variables)
+
+
 @upcast_vae
 @pytest.mark.parametrize("variant", ["fp16", ""], ids=["with fp16 files", "without"])
 def test_a_hub_id_in_half_precision_takes_fp16_files_where_there_are_any(

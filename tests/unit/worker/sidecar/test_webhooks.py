@@ -550,6 +550,26 @@ def test_a_job_whose_result_or_record_is_gone_is_given_up(place: Place) -> None:
     assert place.outbox.pending() == 0
 
 
+def test_an_id_that_is_a_path_is_given_up_and_reads_nothing(place: Place) -> None:
+    """A manifest outside of the store's prefix would be sent to its receiver."""
+    secret = f"../{place.queue}/runs/job"
+    (place.folder / "runs").mkdir()
+    elsewhere = place.folder / manifest_key("x").replace("x", secret, 1)
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_bytes(msgspec.json.encode(result_of("job")))
+    with receiving() as receiver:
+        record = {"webhook": msgspec.json.encode(Webhook(url=receiver.url)), "closed": 1e9}
+        place.redis.hset(job_key(secret), mapping=record)
+        place.redis.expire(job_key(secret), 60)
+        place.redis.zadd(outbox_key(place.queue), {secret: 1})
+        place.allowed.add(urlsplit(receiver.url).netloc)
+
+        place.work()
+
+    assert receiver.requests == []
+    assert (place.letter().job_id, place.outbox.pending()) == (secret, 0)
+
+
 @pytest.mark.parametrize(
     "url", ["https://[/", "https://[v1.x]/", "https://host:port/", "https://a b/"]
 )
@@ -721,32 +741,54 @@ def test_many_jobs_for_one_host_do_not_delay_another(
     assert sorted(sender.begun) == ["hanging.example"] * 2 + ["quick.example"]
 
 
-def test_unknown_hosts_cannot_take_all_places(place: Place) -> None:
-    """Each of many host names may hang for fifteen seconds."""
-    place.ended("https://quick.example/", LoraMismatch("no"))
-    sender = Held(place, "quick.example")
+def test_a_new_receiver_is_served_beside_many_silent_ones_that_are_new_too(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each silent one blocks a thread, but for a moment only a place among the new ones."""
+    monkeypatch.setattr(webhooks, "_QUICK", 0.05)
+    for number in range(60):
+        place.ended(f"https://silent-{number}.example/", LoraMismatch("no"))
+    place.ended("https://new.example/", LoraMismatch("no"))
+    sender = Held(place, "new.example")
     dispatcher = Dispatcher(place.outbox, sender)
-    dispatcher.step()
-    wait_until(
-        lambda: "quick.example" in dispatcher._quick and not dispatcher._sending, "it was quick"
-    )
 
-    sender.begun.clear()
-    sender.quick = ()
-    names = [f"new-{number}.example" for number in range(20)]
-    for name in [*names, "quick.example"]:
-        place.ended(f"https://{name}/", LoraMismatch("no"))
-    dispatcher._next_read = 0.0
-    dispatcher.step()
-    wait_until(lambda: len(sender.begun) == 9, "as many as may be are begun")
-    assert (dispatcher._sending.total(), dispatcher._sending["quick.example"]) == (9, 1)
+    wait_until(
+        lambda: dispatcher.step() and "new.example" in sender.begun, "the new one's is begun"
+    )
+    assert len(dispatcher._sending) <= webhooks._MAX_NOT_QUICK
     sender.over.set()
 
-    def has_sent_all() -> bool:
-        dispatcher.step()
-        return len(sender.begun) == 21
 
-    wait_until(has_sent_all, "the others follow")
+def test_receivers_that_were_slow_delay_no_other(place: Place) -> None:
+    """However many they are, and however many others come."""
+    silent = [f"silent-{number}.example" for number in range(400)]
+    others = [f"other-{number}.example" for number in range(50)]
+    for host in [*silent, *others]:
+        place.ended(f"https://{host}/", LoraMismatch("no"))
+    sender = Held(place, *others)
+    dispatcher = Dispatcher(place.outbox, sender)
+    dispatcher._last = {host: (15.0, time.monotonic()) for host in silent}
+
+    wait_until(
+        lambda: dispatcher.step() and set(others) <= set(sender.begun), "all others' are begun"
+    )
+    assert len(set(sender.begun) - set(others)) <= webhooks._MAX_TO_SLOW
+    sender.over.set()
+
+
+def test_of_slow_receivers_the_least_slow_has_the_first_turn(place: Place) -> None:
+    silent = [f"silent-{number}.example" for number in range(20)]
+    for host in [*silent, "slow.example"]:
+        place.ended(f"https://{host}/", LoraMismatch("no"))
+    sender = Held(place)
+    dispatcher = Dispatcher(place.outbox, sender)
+    dispatcher._last = {host: (15.0, time.monotonic()) for host in silent}
+    dispatcher._last["slow.example"] = (5.0, time.monotonic())
+
+    dispatcher.step()
+    wait_until(lambda: len(sender.begun) == webhooks._MAX_TO_SLOW, "as many as may are begun")
+    assert "slow.example" in sender.begun
+    sender.over.set()
 
 
 def test_without_a_free_thread_the_webhook_is_postponed(
@@ -758,7 +800,7 @@ def test_without_a_free_thread_the_webhook_is_postponed(
         with monkeypatch.context() as patched:
             patched.setattr(webhooks, "Thread", no_thread)
             dispatcher.step()
-        assert (receiver.requests, dispatcher._sending) == ([], {})
+        assert (receiver.requests, dispatcher._sending) == ([], [])
         assert 0 < (place.due_in(job) or 0.0) <= webhooks._NO_THREAD_PAUSE
         place.pass_time(webhooks._NO_THREAD_PAUSE)
         dispatcher._next_read = 0.0

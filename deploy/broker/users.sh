@@ -1,0 +1,67 @@
+#!/bin/sh
+# Makes the users of the broker: `users.sh FOLDER HOST:PORT QUEUE...`
+#
+# Writes into FOLDER what is missing: `broker_password`, the password of Redis' user `default`, and for
+# each other user its URL, `broker_url_<user>`. Writes `broker_config` in any case: the lines `user` for
+# redis.conf or valkey.conf, for these passwords, queues, and version. docs/operations.md, "Users of the
+# broker", says who uses which. For Redis 7 or later, or Valkey; channels are those of database 0.
+#
+# tests/integration/test_broker_users.py runs everything under these users, and tries what they must not do.
+set -eu
+folder=$1 address=$2
+shift 2
+
+password() { # of a user, by its URL
+    sed -n 's|^[a-z]*://[^:]*:\([^@]*\)@.*|\1|p' "$folder/broker_url_$1"
+}
+
+fresh() {
+    od -An -v -N24 -tx1 /dev/urandom | tr -d ' \n' # hexadecimal digits need no quoting
+}
+
+keep() { # standard input into the file $1, which all users may read: the folder is closed
+    (set -C && cat >"$folder/$1")
+    chmod 0444 "$folder/$1"
+}
+
+[ -e "$folder/broker_password" ] || fresh | keep broker_password
+for user in producer worker operator flower metrics; do
+    [ -e "$folder/broker_url_$user" ] || printf 'redis://%s:%s@%s/0\n' "$user" "$(fresh)" "$address" | keep "broker_url_$user"
+done
+
+# Keys. %R~ is read only; \x06\x16 comes from kombu.
+lists='' produced='' served='' watched='' letters=''
+for queue in "$@"; do
+    lists="$lists ~$queue \"~$queue\\x06\\x16[1-9]\""
+    produced="$produced ~_kombu.binding.$queue ~_kombu.binding_permanent.$queue"
+    produced="$produced ~zlora:ledger:$queue ~zlora:expiring:$queue ~zlora:outbox:$queue ~zlora:recall:$queue ~zlora:recall:$queue:*"
+    served="$served ~zlora:*:$queue"
+    watched="$watched %R~zlora:*:$queue"
+    letters="$letters ~zlora:dead:$queue"
+done
+produced="$lists$produced ~celery-task-meta-* ~zlora:job:* %R~zlora:lease:*"
+replies='~*.celery.pidbox* ~celeryev.* ~_kombu.binding_deadlines'
+for exchange in celery.pidbox reply.celery.pidbox celeryev; do
+    replies="$replies ~_kombu.binding.$exchange ~_kombu.binding_permanent.$exchange"
+done
+
+# Commands.
+any='+ping +client|setname +client|setinfo'
+scripts='+evalsha +script|load +script|exists +multi +exec'
+produce="$scripts +hget +hmget +hgetall +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time +lpush"
+produce="$produce +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
+receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
+look='+llen +lindex +zcard +get +hscan +eval +type +hlen' # the last three are for KEDA
+serve="$produce $receive $look +set +zrange +zscore +zremrangebyrank +zremrangebyscore +hincrby +incr +rpush +lrange +watch +unwatch +smembers"
+
+umask 077
+cat >"$folder/broker_config.new" <<END
+user default on >$(cat "$folder/broker_password") ~* &* +@all
+user producer on >$(password producer)$produced &celery-task-meta-* $any $produce
+user worker on >$(password worker)$produced$served $replies ~zlora:lease:* ~unacked ~unacked_index ~unacked_mutex &celery-task-meta-* &/0.celeryev/* $any $serve (+psubscribe +punsubscribe &/0.celery.pidbox &/0.celeryev/*)
+user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce +info ($replies ~zlora:watcher:* $receive +get +set +zrange) ($lists$watched$letters %R~unacked %R~unacked_index $look +zrange +zrangebyscore +zrem)
+user flower on >$(password flower) $replies $any $receive &/0.celery.pidbox (+psubscribe +punsubscribe &/0.celeryev/*) ($lists +llen)
+user metrics on >$(password metrics)$lists ~unacked$watched $any $look
+END
+chmod 0444 "$folder/broker_config.new"
+mv -f "$folder/broker_config.new" "$folder/broker_config"

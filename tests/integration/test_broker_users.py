@@ -1,0 +1,354 @@
+"""The users of deploy/broker/users.sh: each may do all that its programs do, and no more.
+
+All connections use TLS, by certificates of both sides. `make check-deploy` runs this file with a
+server that has TLS of its own.
+"""
+
+import base64
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+import redis
+import requests
+from celery import Celery
+from click.testing import CliRunner
+from support.figures import Tally
+from support.guarded import ROOT, USERS, GuardedRedis
+from support.processes import clean_environ, free_port, wait_until
+from support.scene import Scene, request
+from support.servers import reply, serving
+from zlora import Cancellation, Client
+from zlora.broker.celery_app import shared_config
+from zlora.broker.keys import job_key, waiting_lists
+from zlora.cli import doctor, main
+from zlora.errors import InvalidSetting, JobExpired, JobRevoked
+
+ACCOUNT: Final = ("operator", "word")
+PAGES: Final = (
+    "/api/workers?refresh=1",
+    "/workers",
+    "/tasks",
+    "/broker",
+    "/api/tasks",
+    "/api/queues/length",
+    "/metrics",
+)
+SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedRedis]:
+    with GuardedRedis(tmp_path_factory.mktemp("broker")) as running:
+        yield running
+
+
+class Watched(NamedTuple):
+    """What Flower, `zlora metrics`, `zlora doctor` and the receiver of webhooks have seen."""
+
+    pages: dict[str, requests.Response]
+    metrics: str
+    checks: dict[str, str]  # of the operator
+    events: list[str]
+    denials: list[tuple[str, str, str]]
+
+
+@pytest.fixture(scope="module")
+def watched(broker: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Run every kind of job to its end, with all programs under their users."""
+    folder = tmp_path_factory.mktemp("scene")
+    scene = Scene(folder / "scene", Tally(), broker_url=broker.url("default"), queue="gpu")
+    with ExitStack() as stack:
+        stack.callback(scene.close)
+        client = stack.enter_context(Client(broker.url("producer")))
+        receiver = stack.enter_context(serving(reply()))
+        flower = stack.enter_context(flower_of(broker, folder))
+        metrics = stack.enter_context(metrics_of(broker))
+        lost = client.submit(request("lost"))
+        with broker.client() as admin:  # its message is lost, as with a killed idle worker
+            admin.delete(*waiting_lists("gpu"))
+        late = client.submit(request("late"), expires_in=0.1)
+        variables = {
+            "ZLORA_BROKER_URL": broker.url("worker"),
+            "ZLORA_SWEEP": "1",
+            "ZLORA_WEBHOOK_SECRET": SECRET,
+            "ZLORA_ALLOW_HOSTS": receiver.name,
+        }
+        with scene.worker(**variables) as worker:
+            done = client.submit(request("done"), webhook_url=f"{receiver.url}/jobs")
+            done.result(timeout=60)
+            for job in client.submit_many([request("one"), request("two")], priority="low"):
+                job.result(timeout=60)
+            with other_program(broker) as app:
+                sent = app.send_task("zlora.generate", [request("plain")], queue="gpu")
+                assert sent.get(timeout=60)["base_intact"]
+            running = client.submit(request("running", steps=200, step=0.1), job_id="running")
+            scene.wait_step(running)
+            queued = client.submit(request("queued"))
+            assert queued.cancel() is Cancellation.QUEUED
+            assert running.cancel() is Cancellation.RUNNING
+            for job in (queued, running):
+                with pytest.raises(JobRevoked):
+                    job.result(timeout=60)
+            with pytest.raises(JobExpired):
+                late.result(timeout=60)
+            lost.result(timeout=60)
+            killed = client.submit(request("killed", steps=200, step=0.1), job_id="killed")
+            scene.wait_step(killed)
+            scene.kill(worker.child())
+            scene.wait_begun(killed, 2)
+            killed.cancel()
+            with broker.client() as admin:  # the result has expired
+                admin.delete(f"celery-task-meta-{done.id}", job_key(done.id))
+            assert done.result(timeout=30).job_id == done.id
+            wait_until(lambda: receiver.asked, "the webhook is sent")
+            wait_until(lambda: worker_of(flower), "Flower sees the worker")
+            pages = {page: get(flower + page) for page in PAGES}
+            operator = {"ZLORA_BROKER_URL": broker.url("operator")}
+            checks: dict[str, str] = {check.name: check.status for check in doctor.checks(operator)}
+            ran = CliRunner().invoke(main, ["webhooks"], env=operator, catch_exceptions=False)
+            assert ran.exit_code == 0, ran.output
+        denials = broker.denials()
+        return Watched(pages, get(metrics).text, checks, receiver.asked, denials)
+
+
+@contextmanager
+def flower_of(broker: GuardedRedis, folder: Path) -> Iterator[str]:
+    """Run Flower; return its base URL."""
+    accounts, port = folder / "accounts", free_port()
+    accounts.write_text(":".join(ACCOUNT))
+    variables = {"FLOWER_AUTH_FILE": str(accounts), "FLOWER_PORT": str(port)}
+    command = ["-m", "celery", "-A", "zlora_worker.app", "flower"]
+    command += [f"--conf={ROOT / 'deploy/flower/flowerconfig.py'}"]
+    with program(broker, "flower", command, variables):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def metrics_of(broker: GuardedRedis) -> Iterator[str]:
+    """Run `zlora metrics`; return the URL of its page."""
+    place = f"127.0.0.1:{free_port()}"
+    command = [str(Path(sys.executable).with_name("zlora")), "metrics"]
+    with program(broker, "metrics", command, {"ZLORA_METRICS": place}):
+        yield f"http://{place}/metrics"
+
+
+@contextmanager
+def other_program(broker: GuardedRedis) -> Iterator[Celery]:
+    """Open the app of a program that does not use this project's client."""
+    url = broker.url("producer")
+    with Celery("other", set_as_current=False) as app:
+        app.conf.update(shared_config(broker_url=url, result_backend=url, queue="gpu"))
+        yield app
+
+
+@contextmanager
+def program(
+    broker: GuardedRedis, user: str, arguments: list[str], variables: dict[str, str]
+) -> Iterator[None]:
+    environ = clean_environ({"ZLORA_BROKER_URL": broker.url(user), **variables})
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *arguments], env=environ, **quiet)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def get(url: str) -> requests.Response:
+    return requests.get(url, auth=ACCOUNT, timeout=30)
+
+
+def worker_of(flower: str) -> Any:
+    try:
+        return get(f"{flower}/api/workers?refresh=1").json()
+    except requests.ConnectionError:
+        return None
+
+
+def test_no_program_needs_a_right_that_its_user_does_not_have(watched: Watched) -> None:
+    assert watched.denials == []
+
+
+def test_flower_metrics_and_doctor_see_all_by_their_users(watched: Watched) -> None:
+    assert {page: answer.status_code for page, answer in watched.pages.items()} == dict.fromkeys(
+        PAGES, 200
+    )
+    (worker,) = watched.pages[PAGES[0]].json().values()
+    assert worker["stats"]
+    (queue,) = watched.pages["/api/queues/length"].json()["active_queues"]
+    assert queue == {"name": "gpu", "messages": 0}
+    assert 'zlora_queue_up{queue="gpu"} 1.0' in watched.metrics
+    assert 'zlora_queue_running_jobs{queue="gpu"} 0.0' in watched.metrics
+    assert set(watched.checks.values()) == {"ok"}
+
+
+# What no user may do, and what each one may not do beside that.
+NOBODY: Final = (
+    "FLUSHALL",
+    "FLUSHDB",
+    "KEYS *",
+    "SCAN 0",
+    "RANDOMKEY",
+    "DBSIZE",
+    "CONFIG GET *",
+    "CONFIG SET maxmemory 1",
+    "ACL LIST",
+    "ACL SETUSER worker nopass",
+    "MONITOR",
+    "SHUTDOWN NOSAVE",
+    "SAVE",
+    "REPLICAOF NO ONE",
+    "CLIENT LIST",
+    "CLIENT KILL TYPE normal",
+    "SCRIPT FLUSH",
+    "FUNCTION LIST",
+    "MODULE LIST",
+    "SWAPDB 0 1",
+    "GET another",
+    "LPUSH other-queue x",
+    "RENAME gpu other",
+    "EVALSHA {flush} 0",
+)
+REMOTE_CONTROL: Final = "PUBLISH /0.celery.pidbox x"
+FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
+    "producer": (
+        REMOTE_CONTROL,
+        "SUBSCRIBE /0.celery.pidbox",
+        "LPUSH x.reply.celery.pidbox x",
+        "PUBLISH /0.celeryev/task.failed x",
+        "PSUBSCRIBE celery-task-meta-*",
+        "PUBLISH other x",
+        "BRPOP gpu 1",
+        "LRANGE gpu 0 -1",
+        "DEL gpu",
+        "HGETALL unacked",
+        "ZADD unacked_index 1 x",
+        "SETEX zlora:lease:x 9 y",
+        "GET zlora:sweep:gpu",
+        "ZADD zlora:dead:gpu 1 x",
+        "HGETALL zlora:dead:gpu",
+        "ZADD zlora:ledger:other 1 x",
+        "SADD _kombu.binding.other x",
+        "INFO",
+    ),
+    "worker": (
+        REMOTE_CONTROL,
+        "BRPOP other-queue 1",
+        "ZADD zlora:ledger:other 1 x",
+        "PUBLISH other x",
+        "PSUBSCRIBE *",
+        "INFO",
+    ),
+    "operator": (
+        "BRPOP gpu 1",
+        "LPOP gpu",
+        "DEL gpu\x06\x165",
+        "HDEL unacked x",
+        "ZADD unacked_index 1 x",
+        "SET zlora:lease:x y",
+        "ZADD zlora:ledger:other 1 x",
+        "PUBLISH /0.celeryev/task.failed x",
+    ),
+    "flower": (
+        "LPUSH gpu x",
+        "BRPOP gpu 1",
+        "DEL gpu",
+        "LRANGE gpu 0 -1",
+        "LINDEX gpu 0",
+        "SADD _kombu.binding.gpu x",
+        "GET celery-task-meta-x",
+        "PUBLISH celery-task-meta-x y",
+        "SUBSCRIBE celery-task-meta-x",
+        "PUBLISH /0.celeryev/task.failed x",
+        "HGETALL zlora:job:x",
+        "HGETALL unacked",
+        "SET unacked_mutex x",
+        "ZADD zlora:ledger:gpu 1 x",
+        "INFO",
+    ),
+    "metrics": (
+        REMOTE_CONTROL,
+        "LPUSH gpu x",
+        "BRPOP gpu 1",
+        "DEL gpu",
+        "LRANGE gpu 0 -1",
+        "HSET unacked x y",
+        "SET zlora:refused:gpu 1",
+        "EXPIRE zlora:refused:gpu 1",
+        "GET celery-task-meta-x",
+        "HGETALL zlora:job:x",
+        "SUBSCRIBE /0.celeryev/x",
+        "INFO",
+    ),
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_a_user_can_do_nothing_else(user: str, broker: GuardedRedis) -> None:
+    with broker.client() as admin:
+        flush = admin.script_load("return redis.call('FLUSHALL')")
+    done = []
+    with broker.client(user) as client:
+        assert client.ping()
+        for command in (*NOBODY, *FORBIDDEN[user]):
+            try:
+                client.execute_command(*command.format(flush=flush).split(" "))
+            except redis.ResponseError as error:
+                if "no permissions" in str(error).lower():  # those of a script have no class
+                    continue
+            done.append(command)
+
+    assert done == []
+
+
+def test_keda_counts_by_the_user_of_metrics(broker: GuardedRedis) -> None:
+    """By a script that looks at the type of a key, as KEDA's scaler does."""
+    script = """
+    local kind = redis.call('TYPE', KEYS[1]).ok
+    return redis.call(kind == 'hash' and 'HLEN' or 'LLEN', KEYS[1])
+    """
+    with broker.client("metrics") as client:
+        for key in (*waiting_lists("gpu"), "unacked"):
+            assert client.eval(script, 1, key) == 0
+
+
+def test_a_script_of_metrics_cannot_write(broker: GuardedRedis) -> None:
+    with (
+        broker.client("metrics") as client,
+        pytest.raises(redis.ResponseError, match="ACL failure in script"),
+    ):
+        client.eval("return redis.call('LPUSH', KEYS[1], 'x')", 1, "gpu")
+
+
+def test_a_producer_can_send_no_worker_a_command_and_is_told(
+    broker: GuardedRedis, watched: Watched
+) -> None:
+    """Its own `zlora doctor` leaves out what its user has no right to see."""
+    assert watched.checks["workers"] == "ok"
+    found = {
+        check.name: check for check in doctor.checks({"ZLORA_BROKER_URL": broker.url("producer")})
+    }
+
+    assert {name: check.status for name, check in found.items()} == {
+        **dict.fromkeys(("software", "broker: clock", "result backend", "rights"), "ok"),
+        **dict.fromkeys(("broker", "keys", "queue", "workers"), "skip"),
+    }
+    assert "producer has no permissions to run the 'type' command" in found["keys"].told
+
+
+def test_a_right_that_jobs_need_is_named(broker: GuardedRedis) -> None:
+    """By the client and by `zlora doctor`: here the users have no rights on another queue."""
+    environ = {"ZLORA_BROKER_URL": broker.url("producer"), "ZLORA_QUEUE": "other"}
+
+    with Client.from_env(environ) as client, pytest.raises(InvalidSetting, match="lacks a right"):
+        client.submit({"prompt": "x"})
+    found = {check.name: check for check in doctor.checks(environ)}
+
+    assert found["rights"].status == "fail"
+    assert "zlora:ledger:other" in found["rights"].told
