@@ -2,10 +2,10 @@
 
 Small jobs come all the time to workers with a fake model, and one job runs for ten minutes. Workers
 and child processes are killed, workers stand still or are cut off from Redis for a time, and some
-have a clock that is an hour wrong. Connections are cut, Redis pauses and restarts. At the end every
-job must have a result, only one, of a kind that is allowed, with its images, and the same for
-clients and in the store; and the long job must have begun once. Otherwise the exit status is 1. A
-run of 20 minutes aims at 200 killed workers.
+have a clock that is an hour wrong. Connections are cut, Redis pauses, restarts, and changes places
+with its replica. At the end every job must have a result, only one, of a kind that is allowed, with
+its images, and the same for clients and in the store; and the long job must have begun once.
+Otherwise the exit status is 1. A run of 20 minutes aims at 200 killed workers.
 """
 
 import argparse
@@ -17,14 +17,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from support.figures import Tally
-from support.processes import Worker
+from support.processes import Worker, wait_until
 from support.proxy import Proxy
 from support.scene import CLEAN, Scene
 from support.valkey import Valkey
@@ -78,11 +78,60 @@ class Member:
 
 
 @dataclass
+class Broker:
+    """A Redis with its replica, and the addresses that lead to it: clients know no other."""
+
+    primary: Valkey
+    replica: Valkey
+    tally: Tally
+    addresses: list[Proxy] = field(default_factory=list)
+
+    @contextmanager
+    def new_address(self) -> Iterator[Proxy]:
+        """Open one more address."""
+        with Proxy(self.primary.port, self.tally) as proxy:
+            self.addresses.append(proxy)
+            yield proxy
+            self.addresses.remove(proxy)
+
+    def cut_all(self) -> None:
+        """End all connections."""
+        self.primary.cut_all()
+
+    def pause(self) -> None:
+        """Answer nothing for some seconds."""
+        self.primary.pause()
+        time.sleep(8)
+        self.primary.resume()
+
+    def restart(self) -> None:
+        """Be killed (kill -9), and start again with the append-only file."""
+        self.primary.kill()
+        time.sleep(3)
+        self.primary.start()
+
+    def fail_over(self) -> None:
+        """Change places with the replica; connections are cut, or refuse to write from now on."""
+        self.replica.follow(self.primary.port)
+        with self.primary.client() as connection:
+            wait_until(
+                lambda: connection.info("replication")["slave0"]["state"] == "online",
+                "the primary knows its replica",
+            )
+        self.primary.hand_over(self.replica)
+        if random.random() < 0.5:
+            self.primary.cut_all()
+        self.primary, self.replica = self.replica, self.primary
+        for address in self.addresses:
+            address.lead_to(self.primary.port)
+
+
+@dataclass
 class Fleet:
     """The workers that are killed and replaced."""
 
     scene: Scene
-    valkey: Valkey
+    broker: Broker
     running: list[Member] = field(default_factory=list)
     started: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -91,7 +140,7 @@ class Fleet:
         """Start one more worker without a wait for its model."""
         self.started += 1
         stack = ExitStack()
-        proxy = stack.enter_context(Proxy(self.valkey.port, self.scene.tally))
+        proxy = stack.enter_context(self.broker.new_address())
         worker = stack.enter_context(
             self.scene.starting_worker(
                 f"w{self.started}", ZLORA_BROKER_URL=proxy.url, FAKE_CLOCK=random.choice(CLOCKS)
@@ -216,20 +265,26 @@ def main(minutes: float) -> int:
     calm_from = max(settled_by - SETTLING, start + 40.0)
     with tempfile.TemporaryDirectory(prefix="zlora-soak-") as name, ExitStack() as stack:
         folder = Path(name)
-        (folder / "valkey").mkdir()
-        valkey = stack.enter_context(Valkey(folder / "valkey", tally))
-        scene = Scene(folder / "scene", tally, broker_url=valkey.url, queue="soak")
+        for server in ("a", "b"):
+            (folder / server).mkdir()
+        primary, replica = (
+            stack.enter_context(Valkey(folder / server, tally)) for server in ("a", "b")
+        )
+        broker = Broker(primary, replica, tally)
+        url = stack.enter_context(broker.new_address()).url
+        broker.replica.follow(broker.primary.port)
+        scene = Scene(folder / "scene", tally, broker_url=url, queue="soak")
         stack.callback(scene.close)
         # The worker of the long job is never killed.
         stack.enter_context(scene.worker("steady"))
         seconds = min(LONG, 0.8 * (calm_from - time.monotonic()))
         long = scene.submit(job_id="long", steps=200, step=seconds / 200)
         scene.wait_begun(long)
-        fleet, producer = Fleet(scene, valkey), Producer(scene)
+        fleet, producer = Fleet(scene, broker), Producer(scene)
         stack.callback(fleet.stop)
         for _ in range(WORKERS):
             fleet.start()
-        inject_faults(scene, valkey, fleet, producer, until=calm_from)
+        inject_faults(scene, broker, fleet, producer, until=calm_from)
         wait_for_open_jobs(scene, until=settled_by)
         goal = round(GOAL * minutes)
         killed = fleet.faults["killed"]
@@ -238,7 +293,7 @@ def main(minutes: float) -> int:
 
 
 def inject_faults(
-    scene: Scene, valkey: Valkey, fleet: Fleet, producer: Producer, *, until: float
+    scene: Scene, broker: Broker, fleet: Fleet, producer: Producer, *, until: float
 ) -> None:
     """Inject one fault after the other while jobs come."""
     every: dict[Callable[[], object], float] = {  # seconds
@@ -246,9 +301,10 @@ def inject_faults(
         fleet.freeze_one: 31,
         fleet.cut_off_one: 37,
         fleet.terminate_one: 13,
-        valkey.cut_all: 47,
-        lambda: pause(valkey): 101,
-        lambda: restart(valkey): 163,
+        broker.cut_all: 47,
+        broker.pause: 101,
+        broker.fail_over: 83,
+        broker.restart: 163,
         lambda: report(scene, producer.kinds, fleet.faults): 30,
     }
     start = time.monotonic()
@@ -264,20 +320,6 @@ def inject_faults(
     fleet.welcome(all_of_them=True)
     producer.over.set()
     thread.join()
-
-
-def pause(valkey: Valkey) -> None:
-    """Let Redis answer nothing for some seconds."""
-    valkey.pause()
-    time.sleep(8)
-    valkey.resume()
-
-
-def restart(valkey: Valkey) -> None:
-    """Kill Redis (kill -9), and start it again with its append-only file."""
-    valkey.kill()
-    time.sleep(3)
-    valkey.start()
 
 
 def wait_for_open_jobs(scene: Scene, *, until: float) -> None:

@@ -88,6 +88,15 @@ def test_success_beside_a_verdict_is_found(watched: Scene) -> None:
     assert watched.audit() == CLEAN._replace(doubled=[handle.id], contradicted=[handle.id])
 
 
+def test_job_that_runs_on_after_its_end_is_found(watched: Scene) -> None:
+    job_id = watched.submit().id
+    with watched.any_client() as app:
+        fail(app, job_id, GenerationFailed("a"))
+        app.backend.store_result(job_id, {"phase": "denoising"}, "PROGRESS")
+        fail(app, job_id, GenerationFailed("a"))
+    assert watched.audit() == CLEAN._replace(reopened=[job_id])
+
+
 def test_job_without_a_terminal_state_is_lost(watched: Scene) -> None:
     assert watched.audit().lost == []
     job_id = watched.submit().id

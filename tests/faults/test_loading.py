@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from support.figures import Tally
 from support.processes import wait_until
+from support.proxy import Proxy
 from support.scene import Scene
+from support.valkey import Valkey
 from zlora import JobState
 
 ENDS_WITHIN = 2.0  # seconds from a SIGTERM, while the model loads
@@ -43,6 +46,21 @@ def test_replacement_that_loads_slowly_is_waited_for(scene: Scene) -> None:
 
         assert handle.result(timeout=60).base_intact
         assert len(scene.events("loading")) == 2
+
+
+def test_child_that_dies_before_the_worker_reaches_the_broker_is_replaced(
+    scene: Scene, valkey: Valkey, tally: Tally
+) -> None:
+    handle = scene.submit()
+    with Proxy(valkey.port, tally) as proxy:
+        proxy.break_at(b".")
+        with scene.starting_worker(ZLORA_BROKER_URL=proxy.url) as running:
+            wait_until(lambda: running.lines("Cannot connect to"), "the worker misses its broker")
+            scene.kill(scene.child(running))
+            proxy.restore()
+
+            assert handle.result(timeout=60).base_intact
+            assert len(scene.events("loaded")) == 2
 
 
 def test_replacement_that_cannot_load_ends_the_worker_and_leaves_the_job(

@@ -20,11 +20,12 @@ An attempt of a worker passes these steps:
 | `put_image` | creates an image, or uses the one that is stored |
 | `write_result` | creates the manifest with the result |
 | `end_attempt` | deletes the attempt from the record |
-| `finish` | notes the success in the record |
+| `finish` | notes the success in the record; leaves if the record has a verdict |
 | `answer` | stores the end as Celery's state, which clients see |
 | `require_newest` | leaves the job if it is another attempt's, before a verdict |
 | `write_verdict` | creates the manifest with the verdict |
 | `delete_images` | deletes an image, once the manifest has a verdict |
+| `note_error` | notes a verdict that the store has not taken, and puts the message back |
 | `close` | notes the verdict in the record |
 | `store_retry` | stores the state RETRY, or leaves the job |
 | `send_again` | sends the message again, and releases the lease |
@@ -107,6 +108,7 @@ class Redis(NamedTuple):
     has_begun: bool = False
     is_ending: bool = False  # a sidecar is about to end the job
     is_cancelled: bool = False
+    failing: End | None = None  # a verdict that the store has not taken
     verdict: End | None = None
     is_closed: bool = False
     celery_state: str | End = PENDING
@@ -226,6 +228,10 @@ class Protocol:
         if manifest is not None:
             yield f"{actor.name} finds {manifest} in the manifest", _decided(state, me, manifest)
             return
+        if state.redis.failing is not None:
+            failing = _goes_to_end(state, me, "require_newest", state.redis.failing)
+            yield f"{actor.name} finds no manifest, and an error that waits for the store", failing
+            return
         deletes = not (self.rules.keeps_stored_images or actor.is_resumed)
         following = "delete_stored" if deletes else "raise_if_over"
         yield f"{actor.name} finds no manifest", _goes(state, me, following)
@@ -241,8 +247,11 @@ class Protocol:
     def raise_if_over(self, state: State, me: int) -> Moves:
         """Leave the job if it must not go on: at each step, and before the manifest."""
         actor, redis = state.actors[me], state.redis
-        if self._is_lost(state, me) or redis.is_closed or redis.verdict is not None:
+        if self._is_lost(state, me) or (redis.is_closed and redis.verdict is None):
             yield f"{actor.name} finds that the job is over, and leaves it", self._leaves(state, me)
+        elif redis.verdict is not None:
+            ended = _goes_to_end(state, me, "require_newest", redis.verdict)
+            yield f"{actor.name} finds the verdict {redis.verdict} in the record", ended
         elif redis.is_cancelled:
             revoked = _goes_to_end(state, me, "require_newest", End(REVOKED))
             yield f"{actor.name} finds that the job is cancelled", revoked
@@ -299,9 +308,12 @@ class Protocol:
         yield f"{name} ends its attempt", _goes(ended, me, "finish", is_first=False)
 
     def finish(self, state: State, me: int) -> Moves:
-        """Note the success in the record."""
-        noted = _redis(state, is_closed=True)
-        yield f"{state.actors[me].name} notes the success in the record", _goes(noted, me, "answer")
+        """Note the success in the record, and leave the job if the record has a verdict."""
+        name, noted = state.actors[me].name, _redis(state, is_closed=True)
+        if name == SIDECAR or state.redis.verdict is not None:
+            yield f"{name} notes the success in the record, and leaves", self._leaves(noted, me)
+        else:
+            yield f"{name} notes the success in the record", _goes(noted, me, "answer")
 
     def answer(self, state: State, me: int) -> Moves:
         """Store the end as Celery's state."""
@@ -309,7 +321,11 @@ class Protocol:
         assert actor.end is not None
         shown = _shows_end(state, actor.end)
         shown = _redis(self._forgets(shown, me), celery_state=actor.end)
-        yield f"{actor.name} shows {actor.end} to clients", _ends(shown, me)
+        sentence = f"{actor.name} shows {actor.end} to clients"
+        if actor.name == SIDECAR:
+            yield sentence, _goes(shown, me, "close")
+        else:
+            yield sentence, _ends(shown, me)
 
     def store_retry(self, state: State, me: int) -> Moves:
         """Store RETRY, if the job is still this attempt's."""
@@ -332,10 +348,7 @@ class Protocol:
         """Leave the job if another attempt has claimed it."""
         name = state.actors[me].name
         if self._is_lost(state, me):
-            yield (
-                f"{name} finds that its token is not the newest, and leaves",
-                self._leaves(state, me),
-            )
+            yield f"{name} finds that its token is old, and leaves", self._leaves(state, me)
         elif not self.rules.writes_verdicts:
             yield f"{name} finds that its token is the newest", _goes(state, me, "look_for_result")
         elif not self.rules.deletes_last:
@@ -353,6 +366,15 @@ class Protocol:
         written = state._replace(store=state.store._replace(manifest=actor.end))
         yield f"{actor.name} writes {actor.end} into the manifest", _decided(written, me, actor.end)
         yield from self._late(state, me, MANIFEST, actor.end)
+
+    def note_error(self, state: State, me: int) -> Moves:
+        """Note a verdict that the store has not taken, and put the message back."""
+        actor = state.actors[me]
+        if self._is_lost(state, me):
+            yield f"{actor.name} finds that its token is old, and leaves", self._leaves(state, me)
+        else:
+            noted = self._leaves(_redis(state, failing=actor.end), me)
+            yield f"{actor.name} notes the error, and puts the message back", noted
 
     def delete_images(self, state: State, me: int) -> Moves:
         """Delete one image after the other, then go on."""
@@ -382,7 +404,10 @@ class Protocol:
         verdict = state.redis.verdict or actor.end
         noted = _redis(_shows_end(state, verdict), verdict=verdict, is_closed=True)
         sentence = f"{actor.name} notes the verdict in the record, which says {verdict}"
-        yield sentence, _goes_to_end(noted, me, "answer", verdict)
+        if actor.name == SIDECAR:
+            yield sentence, _ends(noted, me)
+        else:
+            yield sentence, _goes_to_end(noted, me, "answer", verdict)
 
     # Steps of an attempt whose protections are switched off
 
@@ -504,15 +529,12 @@ class Protocol:
         request = Request(actor.name, key, content)
         late = state.store.late | {request}
         sent = state._replace(store=state.store._replace(late=late), late=state.late - 1)
-        if actor.step == "write_verdict" and self.rules.waits_for_store:
-            yield f"{actor.name} gives up the verdict, which is on its way", self._leaves(sent, me)
-        elif actor.step == "write_verdict":
-            yield (
-                f"{actor.name} gives up the verdict, which is on its way",
-                _goes(sent, me, "close"),
-            )
-        else:
+        if actor.step != "write_verdict":
             yield from self._fails(sent, me, f"gives up {key}, which is on its way")
+            return
+        following = "note_error" if self.rules.waits_for_store else "close"
+        given_up = _ends(sent, me) if actor.name == SIDECAR else _goes(sent, me, following)
+        yield f"{actor.name} gives up the verdict, which is on its way", given_up
 
     def _fails(self, state: State, me: int, why: str) -> Moves:
         """Let an attempt end with an error, which is either tried again or the verdict."""
@@ -611,7 +633,9 @@ def _with(state: State, me: int, actor: Actor) -> State:
 def _decided(state: State, me: int, manifest: End) -> State:
     """Return the state in which an actor follows the end that the manifest has."""
     if manifest.kind != RESULT:
-        return _goes_to_end(state, me, "delete_images", manifest, is_decided=True)
+        is_sidecar = state.actors[me].name == SIDECAR
+        following = "answer" if is_sidecar else "delete_images"
+        return _goes_to_end(state, me, following, manifest, is_decided=True)
     has_attempt = state.actors[me].name in state.redis.running
     following = "end_attempt" if has_attempt else "finish"
     return _goes_to_end(state, me, following, manifest, is_decided=True)

@@ -25,6 +25,7 @@ class Tally:
     left_behind: int = 0  # jobs that failed or were cancelled, and have images or a result
     without_images: int = 0  # results with an image that is missing or changed
     contradicted: int = 0  # jobs whose end differs between clients and store
+    reopened: int = 0  # jobs that ran on after their end, as clients see it
     notes: list[str] = field(default_factory=list)  # measurements
 
     def fault(self) -> None:

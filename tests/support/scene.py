@@ -37,9 +37,10 @@ class Audit(NamedTuple):
     left: list[str]  # failed or cancelled, and images or a result are stored
     imageless: list[str]  # an image of the stored result is missing, or has another sha256
     contradicted: list[str]  # clients see an error and the store has a result, or the reverse
+    reopened: list[str]  # a state of a running job was published after an end
 
 
-CLEAN: Final = Audit([], [], [], [], [])
+CLEAN: Final = Audit([], [], [], [], [], [])
 
 
 class Scene:
@@ -205,7 +206,7 @@ class Scene:
     def audit(self) -> Audit:
         """Return the jobs with a broken guarantee, and add them to the tally."""
         self.witness.look_back()
-        objects, found = self._objects(), Audit([], [], [], [], [])
+        objects, found = self._objects(), Audit([], [], [], [], [], [])
         for name, handle in self.handles.items():
             state = handle.status().state
             if state not in TERMINAL:
@@ -223,6 +224,8 @@ class Scene:
                     found.contradicted.append(name)
             if is_doubled:
                 found.doubled.append(name)
+            if self.witness.was_reopened(name):
+                found.reopened.append(name)
         ends = Counter((event["label"], event["seed"]) for event in self.events("end"))
         self.tally.jobs += len(self.handles)
         self.tally.faults += len(self.events("fault"))
@@ -232,6 +235,7 @@ class Scene:
         self.tally.left_behind += len(found.left)
         self.tally.without_images += len(found.imageless)
         self.tally.contradicted += len(found.contradicted)
+        self.tally.reopened += len(found.reopened)
         return found
 
     def _objects(self) -> Objects | None:

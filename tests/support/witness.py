@@ -30,6 +30,7 @@ class Witness:
         self._url, self._over, self._subscribed = url, Event(), Event()
         self._states: dict[str, list[str]] = defaultdict(list)
         self._verdicts: dict[str, list[str]] = defaultdict(list)
+        self._ended, self._reopened = set[str](), set[str]()
         self._marks: set[str] = set()
         self._thread = Thread(target=self._run, name="witness", daemon=True)
         self._thread.start()
@@ -43,6 +44,10 @@ class Witness:
     def verdicts(self, job_id: str) -> list[str]:
         """Return the different terminal states of a job with their results, in order."""
         return list(self._verdicts[job_id])
+
+    def was_reopened(self, job_id: str) -> bool:
+        """Return whether a state of a running job was published after an end."""
+        return job_id in self._reopened
 
     def look_back(self) -> None:
         """Wait until everything published before now is recorded, and record what is stored."""
@@ -72,7 +77,7 @@ class Witness:
                     self._look(connection)  # published before
                     self._subscribed.set()
                 elif message is not None and message["type"] == "pmessage":
-                    self._record(message["channel"], message["data"])
+                    self._record(message["channel"], message["data"], is_published=True)
 
     def _look(self, connection: "redis.Redis") -> None:
         names = list(connection.scan_iter(f"{_PREFIX}*", count=1000))
@@ -80,7 +85,7 @@ class Witness:
             if text is not None:
                 self._record(name, text)
 
-    def _record(self, name: bytes, text: bytes | str) -> None:
+    def _record(self, name: bytes, text: bytes | str, *, is_published: bool = False) -> None:
         job_id = name.decode().removeprefix(_PREFIX)
         try:
             meta = json.loads(text)
@@ -90,7 +95,12 @@ class Witness:
             return
         if self._states[job_id][-1:] != [state]:
             self._states[job_id].append(state)
-        verdict = json.dumps([state, result], sort_keys=True)
+        # What is read may be newer than what is published next.
+        if is_published and state in TERMINAL:
+            self._ended.add(job_id)
+        elif is_published and job_id in self._ended:
+            self._reopened.add(job_id)
+        verdict = json.dumps([state, _without_urls(result)], sort_keys=True)
         if state in TERMINAL and verdict not in self._verdicts[job_id]:
             self._verdicts[job_id].append(verdict)
 
@@ -115,3 +125,18 @@ def opened(url: str, **options: Any) -> "redis.Redis":
     client = redis.Redis.from_url(config.redis_url(url), **options)
     use(client.connection_pool, url)
     return client
+
+
+def _without_urls(result: Any) -> Any:
+    """Return a result without the URLs of its images, which each answer signs anew."""
+    images = result.get("images") if isinstance(result, dict) else None
+    if not isinstance(images, list):
+        return result
+    urls = ("url", "url_expires_at")
+    found = [
+        {name: value for name, value in image.items() if name not in urls}
+        if isinstance(image, dict)
+        else image
+        for image in images
+    ]
+    return result | {"images": found}

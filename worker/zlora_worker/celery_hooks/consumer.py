@@ -128,6 +128,9 @@ def job_consumer(  # noqa: C901 - a class inside a function
             """Leave out gossip and mingle: an odd event of another worker would end this one."""
             options["worker_options"] |= {"without_gossip": True, "without_mingle": True}
             super().__init__(*arguments, **options)
+            # At its first start Celery ends the worker if a child has died since it was forked; at
+            # a later one it replaces the child.
+            self.restart_count = 0
 
         def create_task_handler(self, *arguments: Any, **options: Any) -> Callable[[Message], Any]:
             """Return the function that takes each message from the broker."""
