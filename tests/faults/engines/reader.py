@@ -14,6 +14,7 @@ class Lora:
     kinds: tuple[str, ...] = ("lora",)
     ranks: tuple[int, ...] = (4,)
     unmatched: tuple[str, ...] = ()
+    alpha_assumed: bool = False
     nbytes: int = 1
 
     @property
@@ -29,7 +30,15 @@ class Lora:
 class Reader:
     """Reads no byte of a file."""
 
-    def read(self, path: Path, *, digest: str, source: str) -> Lora:
+    def read(
+        self,
+        path: Path,
+        *,
+        digest: str,
+        source: str,
+        config: bytes | None = None,
+        alpha: float | None = None,
+    ) -> Lora:
         """Return the fake LoRA of a file."""
         return Lora(digest=digest)
 

@@ -142,7 +142,8 @@ class AdapterConfig:
         named = self.rank(module)
         if named is None or rank not in (None, named):
             raise ValueError(
-                f"its {self._name} is that of another file: it names the rank {named} for {module}"
+                f"its {self._name} is that of another file: it names the rank {named} for "
+                f"{module}; `config_sha256: none` uses no such file"
             )
         if (scale := self.scale(module, rank)) is None:
             raise ValueError(f"its {self._name} has no alpha")
