@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from zlora.files import write_atomically
 from zlora.temporary_folder import temporary_folder
 from zlora.webhook import new_secret
 
+_FLOWER_ACCOUNTS: Final = "FLOWER_BASIC_AUTH"  # `user:password`, which Flower itself reads
 _PROBES: Final = "ZLORA_PROBES"  # the worker writes the file `ready` there when its model is loaded
 _WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
 _BROKER_PATIENCE: Final = 3.0  # seconds without an answer of the broker until the worker is killed
@@ -52,6 +54,12 @@ class EmbeddedStack:
         # Threads that spin while they wait take the cores from others. Logs are for people.
         self.environ = {"OMP_WAIT_POLICY": "PASSIVE", "ZLORA_LOG": "text", **environ}
         self.flower_port = flower_port
+        # The address of Flower, with its account unless the environment has accounts. Without one,
+        # any web page whose name resolves to this machine could read prompts.
+        self.flower_url = f"http://127.0.0.1:{flower_port}"
+        if not self.environ.get(_FLOWER_ACCOUNTS):
+            account = self.environ[_FLOWER_ACCOUNTS] = f"zlora:{secrets.token_urlsafe(12)}"
+            self.flower_url = f"http://{account}@127.0.0.1:{flower_port}"
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._borrowed = ""  # URL of a broker that another stack runs
         self._children = ExitStack()
@@ -61,7 +69,7 @@ class EmbeddedStack:
             self._children = started
             try:
                 self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self.log_folder.mkdir(exist_ok=True, mode=0o700)
+                _make_private(self.log_folder)
                 self._set_environ()
             except OSError as error:
                 raise StackError(f"{config.HOME}={self.home}: {error.strerror}") from error
@@ -138,7 +146,7 @@ class EmbeddedStack:
 
     def _start_valkey(self, socket: Path) -> str:
         folder = self.home / "broker"
-        folder.mkdir(exist_ok=True, mode=0o700)
+        _make_private(folder)
         options = {
             "port": "0",
             "unixsocket": str(socket),
@@ -201,6 +209,12 @@ def _webhook_secret(home: Path) -> str:
         if not path.exists() or not path.stat().st_size:
             write_atomically(path, new_secret().encode(), mode=0o600)
         return path.read_text()
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only its owner reads, also if an earlier version has made it."""
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)
 
 
 @contextmanager

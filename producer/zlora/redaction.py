@@ -81,7 +81,7 @@ def shown(request: object, *, prompts: str = "shown") -> str:
             if name == "loras":
                 parts += _loras(value)
             else:
-                parts.append(f"{on_one_line(name)}={_field(name, value, prompts)}")
+                parts.append(f"{field_name(name)}={_field(name, value, prompts)}")
         return ", ".join(parts)[:_MAX_LINE]
     if isinstance(request, str) and prompts == "hashed":
         return _hash(request)
@@ -136,13 +136,18 @@ def short(name: str) -> str:
 def printable(value: object) -> str:
     """Return any value in one short line, without secrets of addresses."""
     if isinstance(value, dict):
-        fields = ", ".join(sorted(map(on_one_line, value))) or "no fields"
+        fields = ", ".join(sorted(map(field_name, value))) or "no fields"
         return f"an object with {fields}"[:200]
     if isinstance(value, list | tuple):
         return f"an array of {len(value)}"
     if isinstance(value, str):
         value = without_secrets(value)
     return _shortened(repr(value))
+
+
+def field_name(name: object) -> str:
+    """Return the name of a field, which may be an address in the wrong place, as addresses are."""
+    return _shortened(on_one_line(without_secrets(str(name))))
 
 
 def _shortened(text: str) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from zlora.errors import InvalidJobId, InvalidRequest
-from zlora.redaction import printable
+from zlora.redaction import field_name, printable
 
 TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
@@ -487,6 +487,7 @@ def enum_fields() -> dict[str, tuple[str, ...]]:
 
 
 _PATH: Final = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+_UNKNOWN_FIELD: Final = re.compile(r"(?<=unknown field `).*(?=`)", re.DOTALL)
 _PROMPT_PATHS: Final = ("$", "$.prompt", "$.negative_prompt")  # texts that logs must not contain
 
 
@@ -503,7 +504,7 @@ def _explained(reason: str, document: object) -> InvalidRequest:
     """Add the wrong value to what msgspec says of its place and its bound."""
     found = _PATH.search(reason)
     path = found["path"] if found else ""
-    expected = _PATH.sub("", reason)[:200]
+    expected = _UNKNOWN_FIELD.sub(lambda name: field_name(name[0]), _PATH.sub("", reason))[:200]
     if expected.startswith("Invalid enum value"):
         name = path.rpartition(".")[2].partition("[")[0]  # `[0]` follows the name of a list
         expected = f"Expected one of {', '.join(enum_fields()[name])}"

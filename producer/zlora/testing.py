@@ -299,7 +299,7 @@ class MemoryWorker:
             end = verdict or parse_result(meta.value)
             if not hook.events or webhook.type_of(end) in hook.events:
                 now = self._clock()
-                body = webhook.body_of(job.id, end, at=now)
+                body = webhook.body_of(job.id, end, at=now, url=hook.url)
                 self.webhooks.append(Posted(hook.url, webhook.id_of(job.id, now), body))
         for notify in watchers:
             notify()

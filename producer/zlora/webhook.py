@@ -77,7 +77,8 @@ class Event(Struct, frozen=True, kw_only=True):
 
     `id` stays the same if the event is sent again. `type` is one of `EVENTS`, or new in a later
     version. `timestamp` is the time of the job's end. A job that succeeded has a `result`, any
-    other job an `error` of its own class.
+    other job an `error` of its own class. `receiver` is the URL that the event was sent to, without
+    its query; None from older workers.
     """
 
     id: str
@@ -86,6 +87,7 @@ class Event(Struct, frozen=True, kw_only=True):
     job_id: str
     result: GenerateResult | None = None
     error: ZloraError | None = None
+    receiver: str | None = None
 
 
 def read(url: object, events: Collection[str] | None = None) -> Webhook:
@@ -135,8 +137,13 @@ def id_of(job_id: str, at: float) -> str:
     return f"msg_{job_id}_{int(at)}"
 
 
-def body_of(job_id: str, end: GenerateResult | ZloraError, *, at: float) -> bytes:
-    """Return the body of the event that a job ended at `at`, in seconds since the epoch."""
+def body_of(
+    job_id: str, end: GenerateResult | ZloraError, *, at: float, url: str | None = None
+) -> bytes:
+    """Return the body of the event that a job ended at `at`, in seconds since the epoch.
+
+    `url` is that of its receiver.
+    """
     if isinstance(end, ZloraError):
         # Details may contain half a surrogate pair (from file names) or NaN: neither is JSON.
         text = json.dumps(end.details, ensure_ascii=False).encode(errors="replace")
@@ -146,7 +153,15 @@ def body_of(job_id: str, end: GenerateResult | ZloraError, *, at: float) -> byte
     else:
         data = _Data(job_id=job_id, result=to_dict(end))
     moment = datetime.fromtimestamp(int(at), UTC)
-    return msgspec.json.encode(_Body(type=type_of(end), timestamp=moment, data=data))
+    receiver = None if url is None else _receiver(url)
+    body = _Body(type=type_of(end), timestamp=moment, data=data, receiver=receiver)
+    return msgspec.json.encode(body)
+
+
+def _receiver(url: str) -> str:
+    """Return a URL as a body names it: without its query, which may be a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme.lower()}://{parts.netloc.lower()}{parts.path or '/'}"
 
 
 def sign(
@@ -198,6 +213,10 @@ class Verifier:
     any of which may have signed, so that a secret can be replaced without a gap. `tolerance` is the
     age in seconds up to which a message is accepted, and the same for a clock that is ahead.
 
+    With `url`, the one that jobs are submitted with, only events for this receiver are accepted.
+    Use it if several receivers have the same secret: otherwise each of them can send to the others
+    what it has received.
+
     The same message is accepted once. An event that is sent again has the same id and a later time,
     and is accepted: the receiver may not have got the first message, or the worker not the answer.
     So act on an event once for each `Event.id`.
@@ -219,6 +238,7 @@ class Verifier:
         *,
         tolerance: float = TOLERANCE,
         seen: Seen | None = None,
+        url: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Raise `InvalidSetting` if the secret is not valid.
@@ -234,6 +254,7 @@ class Verifier:
             raise InvalidSetting(problem, {"name": config.WEBHOOK_SECRET})
         self._tolerance, self._clock = tolerance, clock
         self._seen = seen or _SeenHere(clock)
+        self._receiver = None if url is None else _receiver(url)
 
     @classmethod
     def from_env(
@@ -242,6 +263,7 @@ class Verifier:
         *,
         tolerance: float = TOLERANCE,
         seen: Seen | None = None,
+        url: str | None = None,
     ) -> Self:
         """Use `ZLORA_WEBHOOK_SECRET`, else the secret file of this machine's `zlora up`.
 
@@ -259,7 +281,7 @@ class Verifier:
                 f"{config.WEBHOOK_SECRET} is not set, and {reason}",
                 {"name": config.WEBHOOK_SECRET},
             ) from None
-        return cls(secret, tolerance=tolerance, seen=seen)
+        return cls(secret, tolerance=tolerance, seen=seen, url=url)
 
     def verify(self, body: bytes | str, headers: Mapping[str, str]) -> Event:
         """Return the event of a request.
@@ -267,7 +289,8 @@ class Verifier:
         `body` is the raw body, as bytes or text; header names may be in any case.
 
         Raises `InvalidWebhook`, whose details have the `reason`: `header` (missing or not a time),
-        `stale`, `future`, `signature`, `replayed`, or `unreadable` (signed, but not an event).
+        `stale`, `future`, `signature`, `replayed`, `unreadable` (signed, but not an event), or
+        `receiver` (sent to another URL, or by a worker that does not name the URL).
         """
         if isinstance(body, str):
             body = body.encode(errors="replace")
@@ -293,6 +316,8 @@ class Verifier:
             raise _refused("signature", "no signature matches")
         # event, once
         event = _event(message_id, body)
+        if self._receiver not in (None, event.receiver):
+            raise _refused("receiver", "the message is not for this URL")
         # Twice the tolerance, because the message's time may be as far in the future.
         if self._seen(f"{message_id}.{timestamp}", 2 * self._tolerance + 1):
             raise _refused("replayed", "this message was accepted before")
@@ -337,6 +362,7 @@ def _event(message_id: str, body: bytes) -> Event:
         job_id=data.job_id,
         result=result,
         error=failure,
+        receiver=document.receiver,
     )
 
 
@@ -357,7 +383,8 @@ class _Data(Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: _Error | None = None
 
 
-class _Body(Struct, frozen=True, kw_only=True):
+class _Body(Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: str
     timestamp: datetime
     data: _Data
+    receiver: str | None = None

@@ -83,6 +83,19 @@ def test_garbage_in_the_queue_is_counted_and_the_worker_goes_on(scene: Scene) ->
         assert scene.events("loaded")[0]["pid"] == scene.child(running)
 
 
+def test_the_name_of_a_foreign_task_is_in_no_event(scene: Scene) -> None:
+    """It would become a label of Flower's metrics, one for each name."""
+    with scene.worker(), watched_events(scene) as events, scene.any_client() as other:
+        for index in range(5):
+            sent(scene, other, f"foreign-{index}", f"task.number{index}", [request("x")])
+        handle = scene.submit()
+        handle.result(timeout=30)
+        wait_until(lambda: "task-succeeded" in kinds(events, handle), "the events arrive")
+
+    assert has_refused(scene, 5)
+    assert "task.number" not in json.dumps(events)
+
+
 def test_events_result_and_log_of_a_job_have_no_secret_of_its_lora(scene: Scene) -> None:
     """Flower shows the content of events."""
     with serving(serve_lora) as host:

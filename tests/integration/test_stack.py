@@ -92,9 +92,9 @@ def wait_until_running(handle: JobHandle) -> None:
     wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
 
 
-def flower_page(port: int) -> str | None:
+def flower_page(url: str) -> "requests.Response | None":
     try:
-        return requests.get(f"http://127.0.0.1:{port}/tasks", timeout=5).text
+        return requests.get(f"{url}/tasks", timeout=5)
     except requests.ConnectionError:
         return None
 
@@ -110,8 +110,13 @@ def test_jobs_outlive_the_stack_and_its_processes_do_not(
     home, port = Path(environ["ZLORA_HOME"]), free_port()
     with up(environ, tmp_path / "1", "--flower", f"--flower-port={port}") as stack:
         stack.wait_for("\nready after ")
-        page = wait_until(lambda: flower_page(port), "Flower answers")
-        assert "Flower" in page
+        (url,) = re.findall(r"Flower  (http://zlora:\S+)", stack.screen)
+        page = wait_until(lambda: flower_page(url), "Flower answers")
+        assert (page.status_code, "Flower" in page.text) == (200, True)
+        # As a page does whose name has been made to resolve to this machine.
+        without_account = flower_page(f"http://127.0.0.1:{port}")
+        assert without_account is not None
+        assert without_account.status_code == 401
         with Client.from_env(environ) as client:
             done = client.submit(SMALL)
             assert done.result(timeout=90).base_intact
@@ -134,10 +139,14 @@ def test_jobs_outlive_the_stack_and_its_processes_do_not(
     assert "a city at night" in stack.screen
     for name in ("broker", "worker", "flower"):
         assert (home / "logs" / f"{name}.log").stat().st_size
-    assert home.stat().st_mode & 0o777 == 0o700
+    folders = (home, home / "broker", home / "logs")
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 3
+    for folder in folders[1:]:
+        folder.chmod(0o755)  # as an earlier version or another program may have made it
 
     with up(environ, tmp_path / "2") as stack:
         wait_until(lambda: config.recorded_broker(home), "the broker is recorded")
+        assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 3
         with Client.from_env(environ) as client:
             for handle in (done, unfinished, queued):
                 assert client.job(handle.id).result(timeout=90).job_id == handle.id

@@ -38,6 +38,8 @@ class Webhook(Struct, frozen=True, kw_only=True):
     type: Literal["job.succeeded", "job.failed", "job.cancelled"]
     timestamp: datetime
     data: WebhookData
+    receiver: str | None = None
+    """The URL that it was sent to, without its query; absent from older workers."""
 
 
 _TYPES: Final[dict[str, Any]] = {

@@ -50,7 +50,7 @@ def up(flower: bool, flower_port: int) -> None:
             click.echo(f"broker  {without_secrets(stack.broker_url)}")
             click.echo(f"store   {without_secrets(store)}")
             if flower:
-                click.echo(f"Flower  http://127.0.0.1:{flower_port}")
+                click.echo(f"Flower  {stack.flower_url}")
             click.echo(f"logs    {stack.log_folder}")
             click.echo(f"model   {without_secrets(model)}, loading")
             is_ready = False

@@ -222,6 +222,9 @@ def test_any_json_is_shown_without_an_error(data: Any) -> None:
         {"loras": [{"file": SECRET_URL}]},
         {"request": {"x": SECRET_URL}},
         {"loras": [{"adapter_name": SECRET_URL}]},
+        {"loras": {SECRET_URL: 1}},
+        {SECRET_URL: 1},
+        {"request": {SECRET_URL: 1}},
         {
             "loras": [
                 {
@@ -232,7 +235,7 @@ def test_any_json_is_shown_without_an_error(data: Any) -> None:
             ]
         },
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_an_address_in_a_wrong_place_loses_its_secrets(data: Any) -> None:
     assert not [secret for secret in SECRETS if secret in shown(data)]

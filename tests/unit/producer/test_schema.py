@@ -417,6 +417,14 @@ def test_a_refusal_shows_no_secret_of_an_address() -> None:
         [SECRET_URL],
         with_lora(weight=SECRET_URL),
         document(scheduler=SECRET_URL),
+        document(loras={SECRET_URL: 1}),
+        document(loras=[{SECRET_URL: 1}]),
+        document(**{SECRET_URL: 1}),
+        document(**{f"x` {SECRET_URL} `y": 1}),
+        with_lora(**{SECRET_URL: 1}),
+        with_file(url=URL, **{SECRET_URL: 1}),
+        with_file(url={SECRET_URL: SECRET_URL}),
+        {SECRET_URL: 1},
     ):
         error = refusal(data)
 

@@ -6,6 +6,7 @@ import stat
 import threading
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -383,6 +384,21 @@ def test_one_of_many_threads_accepts_a_message() -> None:
         thread.join()
 
     assert sorted(outcomes) == ["msg_a", *["replayed"] * 7]
+
+
+def test_a_receiver_that_names_its_url_accepts_no_event_for_another() -> None:
+    """All receivers of a pool have one secret, so any of them could send what it has received."""
+    url = "https://Shop.example/jobs?token=t"
+    by = partial(verifier, url=url)
+    body = body_of("a", RESULT, at=NOW, url=url)
+
+    assert b"token" not in body
+    assert by().verify(body, signed(body)).receiver == "https://shop.example/jobs"
+    assert verifier().verify(body, signed(body)).result == RESULT
+    others = [body_of("a", RESULT, at=NOW, url=f"{url[:20]}{end}") for end in ("/", ":1/jobs")]
+    for other in [*others, body_of("a", RESULT, at=NOW)]:  # the last is an older worker's
+        assert refusal(other, signed(other), by()) == "receiver"
+        assert verifier().verify(other, signed(other)).job_id == "a"
 
 
 def test_a_body_may_be_text() -> None:

@@ -22,8 +22,8 @@ from zlora.schema import JOB_ID, JobState
 from zlora_worker.celery_hooks.transport import MAX_DEPTH, count_refused, deeper_than
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import progress_backend
+from zlora_worker.monitoring.logs import said_by
 
-_SHOWN: Final = 200  # characters of a fault in logs and answers
 _RECONNECT_PAUSE: Final = 0.5  # seconds: workers must not all come at once after a fail-over
 # Headers that other Celery applications set, and that mean nothing here. Values of other types
 # would raise in the child, so all of them go.
@@ -199,7 +199,7 @@ def job_consumer(  # noqa: C901 - a class inside a function
 
         def _refuse(self, message: Message, error: Exception) -> None:
             """Answer for the job that the message names, count the message, and acknowledge it."""
-            fault = on_one_line(f"{error}")[:_SHOWN]
+            fault = on_one_line(said_by(error))
             kind = on_one_line(message.content_type)[:60]
             size = len(message.body or "")
             logger.error("a message is refused: %s (%s, %d bytes)", fault, kind, size)

@@ -188,8 +188,11 @@ def file(download: Download, address: str) -> Fetched:
     path = unquote(parts.path)
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or "\0" in path:
         raise LoraNotAllowed(f"{name}: expected file:///path")
-    path = os.path.realpath(path)
-    roots = [os.path.realpath(root) for root in download.settings.lora_roots]
+    try:
+        path = os.path.realpath(path)
+        roots = [os.path.realpath(root) for root in download.settings.lora_roots]
+    except OSError as error:  # a link in the path has become a file between two of its steps
+        raise LoraUnreachable(f"{name}: {error.strerror}") from None
     if not any(Path(path).is_relative_to(root) for root in roots):
         raise LoraNotAllowed(f"{name}: not in the folders of ZLORA_LORA_ROOTS")
     try:

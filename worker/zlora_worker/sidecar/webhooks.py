@@ -154,7 +154,8 @@ class Sender:
             at = job.closed
             if at < _EPOCH:
                 at = self._clock()
-            self._post(job, target, event, webhook.body_of(job.job_id, end, at=at))
+            body = webhook.body_of(job.job_id, end, at=at, url=target.url)
+            self._post(job, target, event, body)
 
     def _post(self, job: EndedJob, target: Webhook, event: str, body: bytes) -> None:
         # imported here: `requests` is needed only if there are webhooks

@@ -19,6 +19,7 @@ class FakeStack:
     """A stack that is ready at once, until `check` is called for the second time."""
 
     broker_url, home, log_folder = "redis://:a-secret@redis:6379/0", Path("/data"), LOGS
+    flower_url = "http://zlora:password@127.0.0.1:5555"
 
     def __init__(self, *_: object, **__: object) -> None:
         self.checks = 0
@@ -56,7 +57,7 @@ def test_the_screen_says_where_which_model_and_what_to_type(
     assert result.stdout.splitlines() == [
         "broker  redis://redis:6379/0",
         "store   /data/store",
-        "Flower  http://127.0.0.1:5555",
+        "Flower  http://zlora:password@127.0.0.1:5555",
         "logs    /data/logs",
         "model   demo, loading",
         "ready after 0 s; to draw an image, type in another terminal with the same ZLORA_HOME:",

@@ -528,6 +528,25 @@ def test_a_link_that_appears_after_the_check_is_not_followed(
         assert type(failure(fetcher, f"file://{root}/y")) is LoraNotAllowed
 
 
+def test_a_link_that_becomes_a_file_while_it_is_resolved_is_a_typed_error(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between `lstat` and `readlink`, as happens once in some thousand times in a race."""
+    _link(root)
+    real = os.readlink
+
+    def replaced_before(path: Any, **options: Any) -> Any:
+        if str(path) == str(root / "y"):
+            (root / "y").unlink()
+            (root / "y").write_bytes(BODY)
+        return real(path, **options)
+
+    monkeypatch.setattr("os.readlink", replaced_before)
+    with fetching(tmp_path, ZLORA_LORA_ROOTS=str(root)) as fetcher:
+        assert type(failure(fetcher, f"file://{root}/y")) is LoraUnreachable
+        assert downloaded(fetcher, f"file://{root}/y")[0] == BODY
+
+
 def test_without_allowed_folders_no_file_is_read(tmp_path: Path, root: Path) -> None:
     with fetching(tmp_path) as fetcher:
         for path in (root / "x.safetensors", "/etc/passwd", "/proc/self/environ", "/dev/zero"):

@@ -272,6 +272,7 @@ def test_a_success_is_sent_once_with_new_urls(place: Place) -> None:
 
     (event,) = receiver.events()
     assert (event.id, event.type, event.job_id) == (place.message_id(job), "job.succeeded", job)
+    assert event.receiver == f"{receiver.url}/hook"
     assert event.result is not None
     assert str(event.result.images[0].url).startswith("file://")
     assert abs(event.timestamp.timestamp() - time.time()) < 60
