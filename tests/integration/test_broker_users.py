@@ -235,7 +235,7 @@ FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
         "HGETALL zlora:dead:gpu",
         "ZADD zlora:ledger:other 1 x",
         "SADD _kombu.binding.other x",
-        "INFO",
+        "ZRANGEBYSCORE zlora:poisoned:gpu 0 1",
     ),
     "worker": (
         REMOTE_CONTROL,
@@ -243,7 +243,6 @@ FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
         "ZADD zlora:ledger:other 1 x",
         "PUBLISH other x",
         "PSUBSCRIBE *",
-        "INFO",
     ),
     "operator": (
         "BRPOP gpu 1",
@@ -335,10 +334,9 @@ def test_a_producer_can_send_no_worker_a_command_and_is_told(
         check.name: check for check in doctor.checks({"ZLORA_BROKER_URL": broker.url("producer")})
     }
 
-    assert {name: check.status for name, check in found.items()} == {
-        **dict.fromkeys(("software", "broker: clock", "result backend", "rights"), "ok"),
-        **dict.fromkeys(("broker", "keys", "queue", "workers"), "skip"),
-    }
+    left_out = {name for name, check in found.items() if check.status != "ok"}
+    assert left_out == {"keys", "queue", "workers"}
+    assert found["workers"].status == "skip"
     assert "producer has no permissions to run the 'type' command" in found["keys"].told
 
 
