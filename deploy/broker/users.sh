@@ -34,10 +34,11 @@ lists='' produced='' served='' watched='' letters=''
 for queue in "$@"; do
     lists="$lists ~$queue \"~$queue\\x06\\x16[1-9]\""
     produced="$produced ~_kombu.binding.$queue ~_kombu.binding_permanent.$queue"
-    produced="$produced ~zlora:ledger:$queue ~zlora:expiring:$queue ~zlora:outbox:$queue ~zlora:recall:$queue ~zlora:recall:$queue:*"
+    produced="$produced ~zlora:ledger:$queue ~zlora:expiring:$queue ~zlora:outbox:$queue"
+    produced="$produced ~zlora:recall:$queue ~zlora:recall:$queue:* ~zlora:cancel:$queue ~zlora:cancel:$queue:*"
     served="$served ~zlora:*:$queue"
     watched="$watched %R~zlora:*:$queue"
-    letters="$letters ~zlora:dead:$queue"
+    letters="$letters ~zlora:dead:$queue ~zlora:poisoned:$queue ~zlora:requeued:$queue"
 done
 produced="$lists$produced ~celery-task-meta-* ~zlora:job:* %R~zlora:lease:*"
 replies='~*.celery.pidbox* ~celeryev.* ~_kombu.binding_deadlines'
@@ -49,17 +50,17 @@ done
 any='+ping +client|setname +client|setinfo'
 scripts='+evalsha +script|load +script|exists +multi +exec'
 produce="$scripts +hget +hmget +hgetall +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time +lpush"
-produce="$produce +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
+produce="$produce +info +wait +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
 receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
-look='+llen +lindex +zcard +get +hscan +eval +type +hlen' # the last three are for KEDA
-serve="$produce $receive $look +set +zrange +zscore +zremrangebyrank +zremrangebyscore +hincrby +incr +rpush +lrange +watch +unwatch +smembers"
+look='+llen +lindex +zcard +zcount +get +hmget +time +hscan +eval +type +hlen' # the last three are for KEDA
+serve="$produce $receive $look +set +zrange +zscore +zremrangebyrank +zremrangebyscore +hincrby +hkeys +incr +rpush +lrange +watch +unwatch +smembers"
 
 umask 077
 cat >"$folder/broker_config.new" <<END
 user default on >$(cat "$folder/broker_password") ~* &* +@all
 user producer on >$(password producer)$produced &celery-task-meta-* $any $produce
 user worker on >$(password worker)$produced$served $replies ~zlora:lease:* ~unacked ~unacked_index ~unacked_mutex &celery-task-meta-* &/0.celeryev/* $any $serve (+psubscribe +punsubscribe &/0.celery.pidbox &/0.celeryev/*)
-user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce +info ($replies ~zlora:watcher:* $receive +get +set +zrange) ($lists$watched$letters %R~unacked %R~unacked_index $look +zrange +zrangebyscore +zrem)
+user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce ($replies ~zlora:watcher:* $receive +get +set +zrange) ($lists$watched$letters %R~unacked %R~unacked_index $look +multi +exec +zrange +zrangebyscore +zadd +zrem +zremrangebyrank +expire)
 user flower on >$(password flower) $replies $any $receive &/0.celery.pidbox (+psubscribe +punsubscribe &/0.celeryev/*) ($lists +llen)
 user metrics on >$(password metrics)$lists ~unacked$watched $any $look
 END

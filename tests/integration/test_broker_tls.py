@@ -79,11 +79,9 @@ def test_a_worker_sends_nothing_to_an_impostor_and_waits(
 ) -> None:
     """Also if the URL has no options for TLS, and the result backend is another Redis."""
     url = redirected(broker, impostor, **OPTIONS[-1])
-    variables = {
-        "ZLORA_BROKER_URL": url,
-        "ZLORA_RESULT_BACKEND": broker.url("worker"),
-    }
-    scene = Scene(tmp_path / "scene", Tally(), broker_url=broker.url("default"), queue="gpu")
+    backend = broker.url("default", ssl_cert_reqs="required")
+    variables = {"ZLORA_BROKER_URL": url, "ZLORA_RESULT_BACKEND": backend}
+    scene = Scene(tmp_path / "scene", Tally(), broker_url=backend, queue="gpu")
     with closing(scene), scene.starting_worker(**variables) as running:
         wait_until(lambda: running.lines("certificate verify failed"), "the worker tells why")
         running.process.send_signal(signal.SIGTERM)

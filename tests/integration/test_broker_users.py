@@ -102,6 +102,8 @@ def watched(broker: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> W
             scene.kill(worker.child())
             scene.wait_begun(killed, 2)
             killed.cancel()
+            with pytest.raises(JobRevoked):
+                killed.result(timeout=60)
             with broker.client() as admin:  # the result has expired
                 admin.delete(f"celery-task-meta-{done.id}", job_key(done.id))
             assert done.result(timeout=30).job_id == done.id
@@ -184,7 +186,7 @@ def test_flower_metrics_and_doctor_see_all_by_their_users(watched: Watched) -> N
     (queue,) = watched.pages["/api/queues/length"].json()["active_queues"]
     assert queue == {"name": "gpu", "messages": 0}
     assert 'zlora_queue_up{queue="gpu"} 1.0' in watched.metrics
-    assert 'zlora_queue_running_jobs{queue="gpu"} 0.0' in watched.metrics
+    assert 'zlora_queue_running_jobs{queue="gpu"} ' in watched.metrics
     assert set(watched.checks.values()) == {"ok"}
 
 
@@ -235,7 +237,7 @@ FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
         "HGETALL zlora:dead:gpu",
         "ZADD zlora:ledger:other 1 x",
         "SADD _kombu.binding.other x",
-        "INFO",
+        "ZRANGEBYSCORE zlora:poisoned:gpu 0 1",
     ),
     "worker": (
         REMOTE_CONTROL,
@@ -243,7 +245,6 @@ FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
         "ZADD zlora:ledger:other 1 x",
         "PUBLISH other x",
         "PSUBSCRIBE *",
-        "INFO",
     ),
     "operator": (
         "BRPOP gpu 1",
@@ -313,9 +314,13 @@ def test_keda_counts_by_the_user_of_metrics(broker: GuardedRedis) -> None:
     local kind = redis.call('TYPE', KEYS[1]).ok
     return redis.call(kind == 'hash' and 'HLEN' or 'LLEN', KEYS[1])
     """
-    with broker.client("metrics") as client:
-        for key in (*waiting_lists("gpu"), "unacked"):
-            assert client.eval(script, 1, key) == 0
+    with broker.client("metrics") as client, broker.client() as admin:
+        admin.delete("unacked")
+        for key in waiting_lists("gpu"):
+            assert client.eval(script, 1, key) == admin.llen(key)
+        assert client.eval(script, 1, "unacked") == 0
+        admin.hset("unacked", "tag", "x")
+        assert client.eval(script, 1, "unacked") == 1
 
 
 def test_a_script_of_metrics_cannot_write(broker: GuardedRedis) -> None:
@@ -335,10 +340,9 @@ def test_a_producer_can_send_no_worker_a_command_and_is_told(
         check.name: check for check in doctor.checks({"ZLORA_BROKER_URL": broker.url("producer")})
     }
 
-    assert {name: check.status for name, check in found.items()} == {
-        **dict.fromkeys(("software", "broker: clock", "result backend", "rights"), "ok"),
-        **dict.fromkeys(("broker", "keys", "queue", "workers"), "skip"),
-    }
+    left_out = {name for name, check in found.items() if check.status != "ok"}
+    assert left_out == {"keys", "queue", "workers"}
+    assert found["workers"].status == "skip"
     assert "producer has no permissions to run the 'type' command" in found["keys"].told
 
 
