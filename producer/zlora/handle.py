@@ -223,6 +223,7 @@ class Wait:
         outage = self._outage() if self._has_looked else 0.0
         self._has_looked = True
         if outage:
+            self._manifest_due = 0.0  # the worker is not asked now
             if self._is_over() or outage > _OUTAGE:
                 reason = f"the broker does not answer for {outage:.0f} s"
                 if outage == math.inf:

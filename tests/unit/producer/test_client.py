@@ -21,7 +21,7 @@ from support.played import inside, says
 from support.processes import free_port
 from support.servers import watched_connections
 from zlora import Client, config, job_id_of
-from zlora.broker import celery_app
+from zlora.broker import celery_app, job_store
 from zlora.broker.job_store import JobStore
 from zlora.broker.keys import (
     DEFAULT_PRIORITY,
@@ -448,6 +448,18 @@ def test_a_broker_that_is_down_is_broker_unavailable_after_a_few_tries(
     assert raised.value.retryable
     assert raised.value.details == {"job_id": "job-1"}
     assert 0 < len(connections) < 20
+
+
+def test_a_submission_that_too_few_replicas_have_is_an_error_and_safe_to_repeat(
+    broker_url: str, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_store, "_MAX_WAIT", 0.1)
+    with Client.from_url(broker_url, wait_replicas=1) as client:
+        for _ in range(2):
+            with pytest.raises(BrokerUnavailable, match="0 of 1 replicas") as raised:
+                client.submit(REQUEST, job_id="job-1")
+            assert raised.value.details == {"job_id": "job-1"}
+    assert broker.llen("gpu\x06\x165") == 1
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from kombu.transport.redis import Channel
 from support.servers import Authority
 from zlora import Client, config
 from zlora.broker.celery_app import IsolatedCelery, shared_config
+from zlora.broker.connection import sentinel_options
 from zlora.broker.keys import waiting_lists
 from zlora.errors import InvalidSetting
 from zlora.webhook import Verifier, new_secret
@@ -378,3 +379,63 @@ def test_the_first_variable_that_is_set_is_read_and_not_shown_if_wrong() -> None
     with pytest.raises(InvalidSetting, match=r"^B: ") as raised:
         config.read_first({"B": "s3cret"}, "A", "B", parse=config.web_url)
     assert "s3cret" not in str(raised.value)
+
+
+# --- Sentinels
+
+
+def test_a_url_of_sentinels_names_the_primary_and_how_to_open_it() -> None:
+    found = config.sentinels(
+        "sentinel://user:p%40ss@one,two:26380,[::1]:3/2?master=zlora&sentinel_username=watcher"
+        "&sentinel_password=w%2Fs&socket_timeout=3"
+    )
+    assert found is not None
+    assert found.hosts == (("one", 26379), ("two", 26380), ("::1", 3))
+    assert (found.name, found.username, found.password) == ("zlora", "watcher", "w/s")
+    assert found.primary == "redis://user:p%40ss@localhost/2?socket_timeout=3"
+    assert found.celery.split(";") == [
+        "sentinel://user:p%40ss@one:26379/2?socket_timeout=3",
+        "sentinel://user:p%40ss@two:26380/2?socket_timeout=3",
+        "sentinel://user:p%40ss@[::1]:3/2?socket_timeout=3",
+    ]
+
+
+def test_an_option_of_tls_in_a_url_of_sentinels_means_tls() -> None:
+    found = config.sentinels("sentinel://one/0?master=zlora&ssl_cert_reqs=none")
+    assert found is not None
+    assert found.primary == "rediss://localhost/0?ssl_cert_reqs=none"
+    assert sentinel_options(found)["ssl"]
+
+
+@pytest.mark.parametrize("url", ["redis://h/0", "rediss://h/0", "redis+socket:///s", "", "h"])
+def test_any_other_url_names_no_sentinels(url: str) -> None:
+    assert config.sentinels(url) is None
+    assert config.celery_url(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sentinel://:s3cret@one/0",
+        "sentinel://:s3cret@/0?master=zlora",
+        "sentinel://:s3cret@one,,two/0?master=zlora",
+        "sentinel://:s3cret@one:port/0?master=zlora",
+        "sentinel://:s3cret@[one/0?master=zlora",
+    ],
+)
+@pytest.mark.parametrize("name", [config.BROKER_URL, config.RESULT_BACKEND])
+def test_a_wrong_url_of_sentinels_is_refused_and_not_shown(url: str, name: str) -> None:
+    with pytest.raises(InvalidSetting, match=name) as raised:
+        config.Connection.from_env({config.BROKER_URL: "redis://h/0", name: url})
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["-1", "one", "1.5", "1000", "\u0661"])
+def test_a_wrong_number_of_replicas_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSetting, match=config.WAIT_REPLICAS):
+        config.Connection.from_env({config.WAIT_REPLICAS: text})
+
+
+def test_the_number_of_replicas_is_read() -> None:
+    assert config.Connection.from_env({config.WAIT_REPLICAS: "2"}).wait_replicas == 2
+    assert config.Connection.from_env({}).wait_replicas == 0

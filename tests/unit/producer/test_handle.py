@@ -42,6 +42,7 @@ from zlora.errors import (
     JobRevoked,
     JobTimeout,
     JobUnknown,
+    JobVanished,
     LoraMismatch,
     LoraUnreachable,
     ResultTimeout,
@@ -844,6 +845,77 @@ def test_a_restart_of_redis_is_outlasted(broker: Any, proxy: Proxy, client: Clie
         waiter.join(30)
 
     assert [result.job_id for result in found] == ["job-1"]
+
+
+def test_a_wait_outlasts_the_rest_of_a_long_outage(
+    broker: Any, proxy: Proxy, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis answers again, and the listener's connection is still to come."""
+    monkeypatch.setattr(result_listener, "_PAUSES", (0.6, 0.6))
+    monkeypatch.setattr(handle, "_OUTAGE", 1.0)
+    with Client(proxy.url) as cut, inside(cut).watch("other", lambda: None):
+        job = cut.submit(REQUEST, job_id="job-1")
+        wait_until(lambda: broker.pubsub_numsub("celery-task-meta-other")[0][1], "it listens")
+        proxy.break_at(b"PING|SUBSCRIBE")
+        broker.client_kill_filter(_type="pubsub")
+        wait_until(lambda: inside(cut).outage() > 1.0, "the outage is a long one")
+        proxy.restore()
+
+        worker = threading.Timer(0.4, lambda: ends(client, "job-1"))
+        worker.start()
+        assert job.result(timeout=30).job_id == "job-1"
+        worker.join()
+
+
+def lose_everything(broker: Any) -> None:
+    """Empty Redis as if a replica that has nothing were the primary now."""
+    broker.flushall()
+    broker.client_kill_filter(_type="pubsub")
+
+
+def test_a_job_that_redis_has_lost_is_an_error_to_submit_it_again(
+    broker: Any, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handle, "_VANISHED", 0.2)
+    job = client.submit(REQUEST, job_id="job-1")
+    with ThreadPoolExecutor() as pool:
+        waits: list[Future[Any]] = [
+            pool.submit(job.result, 30),
+            pool.submit(lambda: list(job.events(30))),
+            pool.submit(lambda: list(client.job("job-1").events(30))),
+        ]
+        channel = "celery-task-meta-job-1"
+        wait_until(lambda: broker.pubsub_numsub(channel)[0][1], "the waits have begun")
+        time.sleep(0.3)  # the wait of the third handle has seen the job
+        lose_everything(broker)
+        errors = [wait.exception(30) for wait in waits]
+
+    assert [type(error) for error in errors] == [JobVanished] * 3
+    assert isinstance(errors[0], JobVanished)
+    assert errors[0].retryable
+    assert errors[0].details == {"job_id": "job-1"}
+    again = client.submit(REQUEST, job_id="job-1")
+    ends(client, "job-1")
+    assert again.result(timeout=5).job_id == "job-1"
+
+
+@pytest.mark.parametrize("events", [False, True])
+def test_a_client_submits_a_lost_job_again_if_it_is_to(
+    broker: Any, client: Client, broker_url: str, events: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handle, "_VANISHED", 0.2)
+    with ThreadPoolExecutor() as pool, Client(broker_url, resubmit=True) as stubborn:
+        job = stubborn.submit(REQUEST, job_id="job-1", priority="high")
+        call: Any = (lambda: list(job.events(30))[-1].state) if events else lambda: job.result(30)
+        wait = pool.submit(call)
+        wait_until(lambda: broker.pubsub_numsub("celery-task-meta-job-1")[0][1], "the wait begins")
+        before = broker.hget(job_key("job-1"), "message")
+        lose_everything(broker)
+        wait_until(lambda: broker.llen("gpu"), "the message is sent again")
+        assert broker.hget(job_key("job-1"), "message") == before
+        ends(client, "job-1")
+
+        assert wait.result(30) == (JobState.SUCCESS if events else RESULT)
 
 
 def test_a_long_outage_is_found_out_once_for_all_waits(

@@ -1,6 +1,7 @@
 """Celery's request, a running job in the parent: its hard time limit, the death of its child."""
 
 import re
+import time
 from typing import Any, Final
 
 from billiard.exceptions import WorkerLostError
@@ -16,6 +17,7 @@ from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.settings import Settings
 
 _SIGNAL: Final = re.compile(r"signal \d+ \((\w+)\)")
+_PAUSE: Final = 1.0  # seconds until a job is put back whose end could not be stored
 
 logger = get_logger(__name__)
 
@@ -55,7 +57,11 @@ def job_request(leases: JobLeases, settings: Settings) -> type[Request]:
         def on_failure(
             self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
         ) -> Any:
-            """Record what the child died of. The message goes back to its queue."""
+            """Record what the child died of. The message goes back to its queue.
+
+            It does so, too, if the child raised an error instead of storing how the job has ended:
+            Celery would store that error, though the job may have a result.
+            """
             error = getattr(exc_info.exception, "exc", exc_info.exception)
             if isinstance(error, TimeLimitExceeded):
                 logger.error(
@@ -71,6 +77,17 @@ def job_request(leases: JobLeases, settings: Settings) -> type[Request]:
             if isinstance(error, WorkerLostError | SystemExit | KeyboardInterrupt):
                 found = _SIGNAL.search(str(error))
                 leases.child_died(self.id, found[1] if found else str(error)[:100])
+            elif not return_ok:
+                logger.error(
+                    "job %s is put back: its child could not store its end: %s",
+                    self.id,
+                    error,
+                    extra={"job": self.id},
+                )
+                state.task_ready(self)
+                time.sleep(_PAUSE)
+                self.reject(requeue=True)
+                return None
             return super().on_failure(
                 exc_info, send_failed_event=send_failed_event, return_ok=return_ok
             )

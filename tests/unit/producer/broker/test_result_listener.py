@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ import pytest
 from support.figures import Tally
 from support.processes import free_port, wait_until
 from support.proxy import Proxy
+from support.valkey import Valkey
 from zlora.broker import result_listener
 from zlora.broker.result_listener import Listener
 
@@ -112,6 +114,48 @@ def test_a_lost_connection_notifies_all_and_is_replaced(broker_url: str, broker:
             broker.publish(channel_of("a"), "news")
             assert watcher.is_notified()
         listener.close()
+
+
+def test_a_name_that_belongs_to_another_server_is_followed(
+    broker_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a fail-over the connection to the old primary may hold, and nothing is published."""
+    monkeypatch.setattr(result_listener, "_SERVER_CHECK", 0.2)
+    losses: list[None] = []
+    with Valkey(tmp_path, Tally()) as other, Proxy(port_of(broker_url), Tally()) as proxy:
+        listener = Listener(proxy.url, channel_of, on_loss=lambda: losses.append(None))
+        watcher = Watcher()
+        with listener.watch("a", watcher.notify), other.client() as there:
+            assert watcher.is_notified()
+            assert watcher.is_idle()
+            proxy.lead_to(other.port)
+            wait_until(lambda: subscribers(there, "a") == 1, "the other server is subscribed")
+            assert watcher.is_notified()
+            assert watcher.is_notified()
+            there.publish(channel_of("a"), "news")
+            assert watcher.is_notified()
+            assert listener.losses() == len(losses) == 1
+        listener.close()
+
+
+def test_a_user_without_info_is_served(broker_url: str, broker: Any) -> None:
+    """Whether the name belongs to another server is then unknown."""
+    broker.acl_setuser(
+        "plain",
+        enabled=True,
+        nopass=True,
+        commands=["+@all", "-info"],
+        keys=["*"],
+        channels=["*"],
+    )
+    watcher = Watcher()
+    listener = Listener(broker_url.replace("redis://", "redis://plain:any@"), channel_of)
+    with listener.watch("a", watcher.notify):
+        assert watcher.is_notified()
+        broker.publish(channel_of("a"), "news")
+        assert watcher.is_notified()
+        assert listener.losses() == 0
+    listener.close()
 
 
 def test_an_outage_is_counted_from_the_first_failed_connection() -> None:
