@@ -209,7 +209,7 @@ class Direction:
         """Return the names and types of all keys of this project and of Celery's results."""
         with broker.client() as connection:
             names = [*connection.scan_iter("zlora:*"), *connection.scan_iter("celery-task-meta-*")]
-            volatile = ("zlora:lease:", "zlora:sweep:", "zlora:recall:")
+            volatile = ("zlora:lease:", "zlora:sweep:", "zlora:recall:", "zlora:cancel:")
             return {
                 name: str(connection.type(name))
                 for name in sorted(names)

@@ -156,7 +156,10 @@ class _Client(redis.Redis):
             else:
                 fault = fault_of(message)
         if fault is None:
-            return key, item
+            # A message that was put back has the tag of its first delivery. A worker that stood
+            # still would acknowledge by it the delivery of the worker that has the job now.
+            message["properties"]["delivery_tag"] = str(uuid.uuid4())
+            return key, dumps(message).encode()
         job_id = _job_id_of(message)
         if job_id is None:
             logger.error("a message on %s is dropped: %s, and it names no job", queue, fault)
