@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import redis
 from support.figures import Tally
 from support.processes import Worker, wait_until
 from support.proxy import Proxy
@@ -30,6 +31,7 @@ from support.scene import CLEAN, Scene
 from support.valkey import Valkey
 from support.witness import TERMINAL
 from zlora import JobHandle
+from zlora.broker.keys import unfinished_key
 from zlora.errors import BrokerUnavailable, ZloraError
 
 WORKERS: Final = 4  # besides the one with the long job
@@ -39,6 +41,7 @@ SETTLING: Final = 150.0  # seconds without faults near the end, in which open jo
 AUDIT: Final = 30.0  # seconds at the end
 LONG: Final = 600  # seconds of the job that must not begin twice
 PAUSES: Final = (0.02, 0.3)  # seconds between two jobs
+MOST_OPEN: Final = 300  # jobs; more would not end while no faults are injected
 AWAY: Final = (12.0, 60.0)  # seconds that a worker stands still, or is cut off from Redis
 CLOCKS: Final = ("0", "0", "3600", "-3600")  # seconds by which the clocks of workers are wrong
 
@@ -85,6 +88,7 @@ class Broker:
     replica: Valkey
     tally: Tally
     addresses: list[Proxy] = field(default_factory=list)
+    fail_overs: int = 0
 
     @contextmanager
     def new_address(self) -> Iterator[Proxy]:
@@ -121,6 +125,7 @@ class Broker:
         self.primary.hand_over(self.replica)
         if random.random() < 0.5:
             self.primary.cut_all()
+        self.fail_overs += 1
         self.primary, self.replica = self.replica, self.primary
         for address in self.addresses:
             address.lead_to(self.primary.port)
@@ -222,10 +227,18 @@ class Producer:
     def run(self) -> None:
         """Submit until `over` is set."""
         while not self.over.wait(random.uniform(*PAUSES)):
+            if self._open() > MOST_OPEN:
+                continue
             kinds = ("plain", "slow", "dying", "twice", "cancelled", "failing")
             kind = random.choices(kinds, (65, 10, 5, 10, 5, 5))[0]
             self.kinds[kind] += 1
             self._submit(kind, f"{kind}-{self.kinds[kind]}")
+
+    def _open(self) -> int:
+        """Return the number of jobs that have not ended, or 0 if Redis does not answer."""
+        with suppress(redis.RedisError), self.scene.broker() as broker:
+            return int(broker.zcard(unfinished_key(self.scene.queue)))
+        return 0
 
     def _submit(self, kind: str, name: str) -> None:
         while True:
@@ -289,6 +302,7 @@ def main(minutes: float) -> int:
         goal = round(GOAL * minutes)
         killed = fleet.faults["killed"]
         say(f"{killed} workers were killed; the goal is {goal} in {minutes:g} minutes")
+        report(scene, producer.kinds, fleet)
         return verdict(scene, long)
 
 
@@ -305,7 +319,7 @@ def inject_faults(
         broker.pause: 101,
         broker.fail_over: 83,
         broker.restart: 163,
-        lambda: report(scene, producer.kinds, fleet.faults): 30,
+        lambda: report(scene, producer.kinds, fleet): 30,
     }
     start = time.monotonic()
     due = {act: start + period for act, period in every.items()}
@@ -335,10 +349,11 @@ def open_jobs(scene: Scene) -> list[str]:
     return [name for name, handle in handles if handle.status().state not in TERMINAL]
 
 
-def report(scene: Scene, kinds: Counter[str], workers: Counter[str]) -> None:
+def report(scene: Scene, kinds: Counter[str], fleet: Fleet) -> None:
     """Print progress."""
     faults = scene.tally.faults + len(scene.events("fault"))
-    say(f"{len(scene.handles)} jobs {dict(kinds)}, {faults} faults, of workers {dict(workers)}")
+    say(f"{len(scene.handles)} jobs {dict(kinds)}, {faults} faults")
+    say(f"    workers: {dict(fleet.faults)}; {fleet.broker.fail_overs} fail-overs")
 
 
 def verdict(scene: Scene, long: JobHandle) -> int:
