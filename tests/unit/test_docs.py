@@ -10,6 +10,7 @@ import click
 import pytest
 import reference
 from zlora.cli import main as zlora
+from zlora.config import IMAGE_HOSTS
 from zlora_worker.settings import reference as setting_rows
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,8 @@ def test_commands_and_options_in_a_page_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_variables_and_make_targets_in_a_page_exist(page: Path) -> None:
     text = page.read_text()
-    variables = {name for row in setting_rows() for name in row.names} | {"ZLORA_WORKERS"}
+    variables = {name for row in setting_rows() for name in row.names}
+    variables |= {"ZLORA_WORKERS", IMAGE_HOSTS}  # of the compose file, and of clients alone
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     benchmarks = [path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")]
     targets += [f"bench-{name}" for name in benchmarks]
