@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from click.testing import CliRunner, Result
 from support.servers import by_path, caching, digest, got, kept, lora_bytes, named, serving
 from zlora.cli import main
 from zlora.schema import Asset
+from zlora_worker.fetch import cache_index
 from zlora_worker.fetch.cache import Cache
 
 ONE, TWO, THREE = (lora_bytes(fill) for fill in (1, 2, 3))
@@ -291,10 +292,10 @@ def test_sources_that_this_user_may_not_read_are_left_out(
 ) -> None:
     """The files are listed all the same."""
 
-    def read_bytes(path: Path) -> bytes:
+    def open_regular(path: Path) -> BinaryIO:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(cache_index, "open_regular", open_regular)
     rows = json.loads(run("ls", "--json").output)["files"]
 
     assert [(row["sha256"], row["sources"]) for row in rows] == [
