@@ -48,11 +48,11 @@ done
 
 # Commands.
 any='+ping +client|setname +client|setinfo'
-scripts='+evalsha +script|load +script|exists +multi +exec'
+scripts='+eval +evalsha +script|load +script|exists +multi +exec'
 produce="$scripts +hget +hmget +hgetall +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time +lpush"
 produce="$produce +info +wait +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
 receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
-look='+llen +lindex +zcard +zcount +get +hmget +time +hscan +eval +type +hlen' # the last three are for KEDA
+look='+llen +lindex +zcard +zcount +get +hmget +time +hscan +eval +type +hlen' # +type and +hlen are for KEDA
 serve="$produce $receive $look +set +zrange +zscore +zremrangebyrank +zremrangebyscore +hincrby +hkeys +incr +rpush +lrange +watch +unwatch +smembers"
 
 umask 077

@@ -19,9 +19,9 @@ from celery import Celery
 from click.testing import CliRunner
 from support.figures import Tally
 from support.guarded import ROOT, USERS, GuardedRedis
-from support.processes import clean_environ, free_port, wait_until
+from support.processes import Worker, clean_environ, free_port, wait_until
 from support.scene import Scene, request
-from support.servers import reply, serving
+from support.servers import Host, reply, serving
 from zlora import Cancellation, Client
 from zlora.broker.celery_app import shared_config
 from zlora.broker.keys import job_key, waiting_lists
@@ -79,43 +79,57 @@ def watched(broker: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> W
             "ZLORA_ALLOW_HOSTS": receiver.name,
         }
         with scene.worker(**variables) as worker:
-            done = client.submit(request("done"), webhook_url=f"{receiver.url}/jobs")
-            done.result(timeout=60)
-            for job in client.submit_many([request("one"), request("two")], priority="low"):
-                job.result(timeout=60)
-            with other_program(broker) as app:
-                sent = app.send_task("zlora.generate", [request("plain")], queue="gpu")
-                assert sent.get(timeout=60)["base_intact"]
-            running = client.submit(request("running", steps=200, step=0.1), job_id="running")
-            scene.wait_step(running)
-            queued = client.submit(request("queued"))
-            assert queued.cancel() is Cancellation.QUEUED
-            assert running.cancel() is Cancellation.RUNNING
-            for job in (queued, running):
-                with pytest.raises(JobRevoked):
-                    job.result(timeout=60)
+            answer(broker, client, receiver)
+            cancel(scene, client, worker)
             with pytest.raises(JobExpired):
                 late.result(timeout=60)
             lost.result(timeout=60)
-            killed = client.submit(request("killed", steps=200, step=0.1), job_id="killed")
-            scene.wait_step(killed)
-            scene.kill(worker.child())
-            scene.wait_begun(killed, 2)
-            killed.cancel()
-            with pytest.raises(JobRevoked):
-                killed.result(timeout=60)
-            with broker.client() as admin:  # the result has expired
-                admin.delete(f"celery-task-meta-{done.id}", job_key(done.id))
-            assert done.result(timeout=30).job_id == done.id
-            wait_until(lambda: receiver.asked, "the webhook is sent")
             wait_until(lambda: worker_of(flower), "Flower sees the worker")
             pages = {page: get(flower + page) for page in PAGES}
-            operator = {"ZLORA_BROKER_URL": broker.url("operator")}
-            checks: dict[str, str] = {check.name: check.status for check in doctor.checks(operator)}
-            ran = CliRunner().invoke(main, ["webhooks"], env=operator, catch_exceptions=False)
-            assert ran.exit_code == 0, ran.output
+            checks = operate(broker)
         denials = broker.denials()
         return Watched(pages, get(metrics).text, checks, receiver.asked, denials)
+
+
+def answer(broker: GuardedRedis, client: Client, receiver: Host) -> None:
+    """Run jobs to their results: with a webhook, from a batch, from another program."""
+    done = client.submit(request("done"), webhook_url=f"{receiver.url}/jobs")
+    done.result(timeout=60)
+    for job in client.submit_many([request("one"), request("two")], priority="low"):
+        job.result(timeout=60)
+    with other_program(broker) as app:
+        sent = app.send_task("zlora.generate", [request("plain")], queue="gpu")
+        assert sent.get(timeout=60)["base_intact"]
+    wait_until(lambda: receiver.asked, "the webhook is sent")
+    with broker.client() as admin:  # the result has expired
+        admin.delete(f"celery-task-meta-{done.id}", job_key(done.id))
+    assert done.result(timeout=30).job_id == done.id
+
+
+def cancel(scene: Scene, client: Client, worker: Worker) -> None:
+    """Cancel a job that runs, one that waits, and one whose child was killed."""
+    running = client.submit(request("running", steps=200, step=0.1), job_id="running")
+    scene.wait_step(running)
+    queued = client.submit(request("queued"))
+    assert queued.cancel() is Cancellation.QUEUED
+    assert running.cancel() is Cancellation.RUNNING
+    killed = client.submit(request("killed", steps=200, step=0.1), job_id="killed")
+    scene.wait_step(killed)
+    scene.kill(worker.child())
+    scene.wait_begun(killed, 2)
+    killed.cancel()
+    for job in (queued, running, killed):
+        with pytest.raises(JobRevoked):
+            job.result(timeout=60)
+
+
+def operate(broker: GuardedRedis) -> dict[str, str]:
+    """Run the commands of an operator; return the checks of `zlora doctor`."""
+    environ = {"ZLORA_BROKER_URL": broker.url("operator")}
+    for words in ("webhooks",):
+        ran = CliRunner().invoke(main, words.split(), env=environ, catch_exceptions=False)
+        assert ran.exit_code == 0, ran.output
+    return {check.name: check.status for check in doctor.checks(environ)}
 
 
 @contextmanager
