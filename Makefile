@@ -10,7 +10,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat soak fuzz bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover soak fuzz bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -23,6 +23,7 @@ help:
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
 	@echo 'make compat        old clients with new workers and the reverse; OLD=<checkout with .venv>'
+	@echo 'make failover      fail-overs and other outages of Redis, five times each; prints the longest pause of each'
 	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make bench         the short form of every benchmark'
@@ -82,6 +83,11 @@ check-deploy: $(VENV)/dev.stamp
 # checkout of the other version with a .venv of its own, for example: git worktree add ../old <commit>; make -C ../old setup
 compat: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/compat.py $(OLD)
+
+# Each outage of tests/faults/test_failover.py five times, with more jobs; `make test` has a short form.
+failover: $(VENV)/dev.stamp
+	ZLORA_FAILOVER_ROUNDS=5 ZLORA_FAILOVER_JOBS=60 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	    $(RUN)/pytest -n 0 --timeout 1200 tests/faults/test_failover.py tests/faults/test_sentinel.py
 
 # Random faults for twenty minutes; ARGS="--minutes 2" for a short run.
 soak: $(VENV)/dev.stamp
