@@ -11,7 +11,8 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := fetch lora png producer queue results scale
 
-.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat model soak freezes fuzz bench bench-gpu clean
+.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
+.PHONY: bench bench-gpu clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -25,6 +26,7 @@ help:
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
 	@echo 'make compat        old clients with new workers and the reverse; OLD=<checkout with .venv>'
 	@echo 'make model         every state of the protocol by which a job has one end'
+	@echo 'make failover      fail-overs and other outages of Redis, five times each; prints the longest pause of each'
 	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
 	@echo 'make freezes       twenty minutes of workers that stand still and come back; ARGS="--minutes 3"'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
@@ -91,6 +93,11 @@ compat: $(VENV)/dev.stamp
 # Explores tests/protocol/one_end.py in larger forms than `make test`, in a minute or two.
 model: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/protocol/model.py
+
+# Each outage of tests/faults/test_failover.py five times, with more jobs; `make test` has a short form.
+failover: $(VENV)/dev.stamp
+	ZLORA_FAILOVER_ROUNDS=5 ZLORA_FAILOVER_JOBS=60 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	    $(RUN)/pytest -n 0 --timeout 1200 tests/faults/test_failover.py tests/faults/test_sentinel.py
 
 # Random faults for twenty minutes; ARGS="--minutes 2" for a short run.
 soak: $(VENV)/dev.stamp

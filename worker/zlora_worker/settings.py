@@ -456,7 +456,11 @@ class Settings:
                 secrets += value.split()
         for url in map(urlsplit, (self.broker_url, self.result_backend)):
             passwords = [url.password or ""]
-            passwords += [value for name, value in parse_qsl(url.query) if name == "password"]
+            passwords += [
+                value
+                for name, value in parse_qsl(url.query)
+                if name in ("password", "sentinel_password")
+            ]
             secrets += [*passwords, *map(unquote, passwords)]
         # `SSEKMSKeyId` for example, and not `ACL`
         secrets += [str(value) for name, value in self.s3_put.items() if "Key" in name]
@@ -522,4 +526,4 @@ def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"://[^;]*@", "://***@", text)
+    return re.sub(r"password=[^&;]*", "password=***", re.sub(r"://[^;]*@", "://***@", text))

@@ -138,17 +138,17 @@ def resilient(kind: type[Any]) -> type[Any]:
 
 class _Script(Script):
     def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
-        """Run the script, and send its text if the server does not have it.
+        """Run the script, and load it as often as the server does not have it.
 
-        redis-py would load it first, and run it by a second command: after a fail-over between the
-        two the new primary does not have it.
+        redis-py loads it once, and runs it by a second command: after a fail-over between the two
+        the new primary does not have it.
         """
         client = client or self.registered_client
-        arguments = [len(keys or ()), *(keys or ()), *(args or ())]
-        try:
-            return client.evalsha(self.sha, *arguments)
-        except redis.exceptions.NoScriptError:
-            return client.eval(self.script, *arguments)
+        while True:
+            try:
+                return client.evalsha(self.sha, len(keys or ()), *(keys or ()), *(args or ()))
+            except redis.exceptions.NoScriptError:
+                client.script_load(self.script)
 
 
 class Client(redis.Redis):

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def client() -> Client:
-    """Return a client configured by the environment."""
-    return Client.from_env()
+    """Return a client configured by the environment, which submits lost jobs again."""
+    return Client.from_env(resubmit=True)
 
 
 def async_client() -> "AsyncClient":
-    """Return a client for asyncio, configured by the environment."""
+    """Return a client for asyncio, configured by the environment, as `client` is."""
     from zlora.async_client import AsyncClient
 
-    return AsyncClient.from_env()
+    return AsyncClient.from_env(resubmit=True)
 
 
 @contextmanager

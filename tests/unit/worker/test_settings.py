@@ -386,7 +386,7 @@ def test_an_error_shows_no_password(home: dict[str, str], text: str) -> None:
         ("ZLORA_BROKER_URL", "redis://:s3cret@localhost/0"),
         ("ZLORA_BROKER_URL", "redis://user:s3cret@localhost/0"),
         ("ZLORA_BROKER_URL", "redis://user:p@s3cret@localhost/0"),
-        ("ZLORA_BROKER_URL", "sentinel://:s3cret@one:26379;sentinel://:s3cret@two:26379"),
+        ("ZLORA_BROKER_URL", "sentinel://:s3cret@a,localhost/0?master=z&sentinel_password=s3cret"),
         ("ZLORA_RESULT_BACKEND", "rediss://:s3cret@localhost/0"),
         ("ZLORA_S3_ENDPOINT", "http://key:s3cret@localhost:9000"),
         ("COZY_HUB_URL", "https://user:s3cret@hub.example.com"),
