@@ -197,9 +197,14 @@ def test_a_drifted_image_is_reported_and_shown(
         request=a_request(guidance_scale=7.0, seed=drawn.seed),
     )
 
+    (tmp_path / "out").mkdir()
+    for name in ("1-same-0.png", "2-drifting-0-drift.png"):  # planted links are not followed
+        (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+
     result = run(same, other, "--out", tmp_path / "out")
 
     assert (result.exit_code, result.stderr) == (3, "")
+    assert not (tmp_path / "elsewhere").exists()
     lines = result.stdout.splitlines()
     assert lines[:2] == [f"identical   {same}", f"drifted     {other}"]
     assert re.fullmatch(r" {12}[\d.]+ of 255 on average, \d+ at most", lines[2])

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from zlora.cli.exit_codes import writing
 from zlora.cli.printing import has_printed, json_option
 from zlora.errors import GenerationFailed, InvalidRequest, InvalidSetting, LoraError, OutOfMemory
+from zlora.files import write_atomically
 from zlora.schema import (
     MAX_IMAGES,
     GenerateRequest,
@@ -522,9 +523,11 @@ def _write(redrawn: Redrawn, folder: Path, name: str, extension: str) -> None:
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.{extension}").write_bytes(redrawn.data)
+        write_atomically(folder / f"{name}.{extension}", redrawn.data)
         if redrawn.replay.verdict == "drifted" and redrawn.before:
-            _comparison(redrawn.before, redrawn.now).save(folder / f"{name}-drift.png")
+            sheet = io.BytesIO()
+            _comparison(redrawn.before, redrawn.now).save(sheet, "PNG")
+            write_atomically(folder / f"{name}-drift.png", sheet.getvalue())
 
 
 def _comparison(before: "Image.Image", now: "Image.Image") -> "Image.Image":

@@ -68,7 +68,7 @@ class _GivenUp(BotoCoreError):
     fmt = "{reason}"
 
 
-class _NotStored(BotoCoreError):
+class _NotS3(BotoCoreError):
     """An answer with a status of success that S3 has not given, such as the page of a proxy."""
 
     fmt = "the server does not answer as S3: {reason}"
@@ -197,8 +197,7 @@ class S3Store:
         answer = client.put_object(
             **target, **self._put_options, Body=data, ContentType=content_type, IfNoneMatch="*"
         )
-        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        self._require_stored(target, data, answer, checksum=_crc(data), etag=digest)
+        self._require_stored(target, data, answer, _crc(data))
 
     def _put_parts(self, target: dict[str, str], data: bytes, content_type: str) -> None:
         """Upload in parts, which become an object all at once, if there is none yet.
@@ -224,21 +223,15 @@ class S3Store:
             answer = client.complete_multipart_upload(
                 **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
-        except (ClientError, _NotStored):
+        except (ClientError, _NotS3):
             # Only if S3 has refused: without an answer the parts may be, or become, an object.
             with suppress(BotoCoreError, ClientError):
                 client.abort_multipart_upload(**upload)
             raise
-        self._require_stored(target, data, answer, checksum=_crc_of_parts(data))
+        self._require_stored(target, data, answer, _crc_of_parts(data))
 
     def _require_stored(
-        self,
-        target: dict[str, str],
-        data: bytes,
-        answer: Mapping[str, Any],
-        *,
-        checksum: str,
-        etag: str | None = None,
+        self, target: dict[str, str], data: bytes, answer: Mapping[str, Any], checksum: str
     ) -> None:
         """Raise unless S3 says that it has these bytes: a proxy, too, can answer a put with 200.
 
@@ -246,7 +239,8 @@ class S3Store:
         """
         if answer.get("ChecksumCRC32") == checksum:
             return
-        if etag and answer.get("ETag", "").strip('"') == etag:
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if answer.get("ETag", "").strip('"') == digest:  # most servers' of one piece
             return
         try:
             found = self._client.head_object(
@@ -255,12 +249,12 @@ class S3Store:
         except ClientError as error:
             if _status(error) != HTTPStatus.NOT_FOUND:
                 raise
-            raise _NotStored(reason="it has nothing of a put that succeeded") from None
+            raise _NotS3(reason="it has nothing of a put that succeeded") from None
         if (
             found.get("ContentLength") != len(data)
             or found.get("ChecksumCRC32", checksum) != checksum
         ):
-            raise _NotStored(reason="it has other bytes than were put")
+            raise _NotS3(reason="it has other bytes than were put")
 
 
 def _parts(data: bytes) -> Iterator[bytes]:
@@ -270,7 +264,7 @@ def _parts(data: bytes) -> Iterator[bytes]:
 def _require_field(answer: Mapping[str, Any], name: str) -> None:
     """Raise unless a successful answer has what S3's own have."""
     if name not in answer:
-        raise _NotStored(reason=f"its answer has no {name}")
+        raise _NotS3(reason=f"its answer has no {name}")
 
 
 def _crc(data: bytes) -> str:
@@ -309,7 +303,7 @@ def _with_retries(act: Callable[[], T]) -> T:
             exceptions.IncompleteReadError,
             exceptions.ResponseStreamingError,
             ResponseParserError,
-            _NotStored,
+            _NotS3,
         ):
             pass
         time.sleep(pause)
