@@ -11,7 +11,7 @@ set -eu
 folder=$1 address=$2
 shift 2
 
-password() { # of a user, by its URL
+password() { # of a user, by its URL, which you may edit: no character of the password may need an escape
     sed -n 's|^[a-z]*://[^:]*:\([^@]*\)@.*|\1|p' "$folder/broker_url_$1"
 }
 
