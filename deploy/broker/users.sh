@@ -11,7 +11,7 @@ set -eu
 folder=$1 address=$2
 shift 2
 
-password() { # of a user, by its URL
+password() { # of a user, by its URL, which you may edit: no character of the password may need an escape
     sed -n 's|^[a-z]*://[^:]*:\([^@]*\)@.*|\1|p' "$folder/broker_url_$1"
 }
 
@@ -26,7 +26,8 @@ keep() { # standard input into the file $1, which all users may read: the folder
 
 [ -e "$folder/broker_password" ] || fresh | keep broker_password
 for user in producer worker operator flower metrics; do
-    [ -e "$folder/broker_url_$user" ] || printf 'redis://%s:%s@%s/0\n' "$user" "$(fresh)" "$address" | keep "broker_url_$user"
+    [ -e "$folder/broker_url_$user" ] ||
+        printf 'redis://%s:%s@%s/0\n' "$user" "$(fresh)" "$address" | keep "broker_url_$user"
 done
 
 # Keys. %R~ is read only; \x06\x16 comes from kombu.
@@ -53,15 +54,21 @@ produce="$scripts +hget +hmget +hgetall +hset +hsetnx +hdel +hexists +expire +ex
 produce="$produce +info +wait +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
 receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
 look='+llen +lindex +zcard +zcount +get +hmget +time +hscan +eval +type +hlen' # +type and +hlen are for KEDA
-serve="$produce $receive $look +set +zrange +zscore +zremrangebyrank +zremrangebyscore +hincrby +hkeys +incr +rpush +lrange +watch +unwatch +smembers"
+serve="$produce $receive $look +set +incr +hincrby +hkeys +rpush +lrange +smembers +watch +unwatch"
+serve="$serve +zrange +zscore +zremrangebyrank +zremrangebyscore"
 
+# Each user is one line: a backslash joins lines. Parentheses hold rights for keys or channels of their own.
 umask 077
 cat >"$folder/broker_config.new" <<END
 user default on >$(cat "$folder/broker_password") ~* &* +@all
 user producer on >$(password producer)$produced &celery-task-meta-* $any $produce
-user worker on >$(password worker)$produced$served $replies ~zlora:lease:* ~unacked ~unacked_index ~unacked_mutex &celery-task-meta-* &/0.celeryev/* $any $serve (+psubscribe +punsubscribe &/0.celery.pidbox &/0.celeryev/*)
-user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce ($replies ~zlora:watcher:* $receive +get +set +zrange) ($lists$watched$letters %R~unacked %R~unacked_index $look +multi +exec +zrange +zrangebyscore +zadd +zrem +zremrangebyrank +expire)
-user flower on >$(password flower) $replies $any $receive &/0.celery.pidbox (+psubscribe +punsubscribe &/0.celeryev/*) ($lists +llen)
+user worker on >$(password worker)$produced$served $replies ~zlora:lease:* ~unacked ~unacked_index ~unacked_mutex \
+ &celery-task-meta-* &/0.celeryev/* $any $serve (+psubscribe +punsubscribe &/0.celery.pidbox &/0.celeryev/*)
+user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce \
+ ($replies ~zlora:watcher:* $receive +get +set +zrange) ($lists$watched$letters %R~unacked %R~unacked_index \
+ $look +multi +exec +zrange +zrangebyscore +zadd +zrem +zremrangebyrank +expire)
+user flower on >$(password flower) $replies $any $receive &/0.celery.pidbox \
+ (+psubscribe +punsubscribe &/0.celeryev/*) ($lists +llen)
 user metrics on >$(password metrics)$lists ~unacked$watched $any $look
 END
 chmod 0444 "$folder/broker_config.new"
