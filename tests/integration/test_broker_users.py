@@ -7,11 +7,13 @@ server that has TLS of its own.
 import base64
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import pytest
 import redis
 import requests
@@ -24,7 +26,9 @@ from support.scene import Scene, request
 from support.servers import Host, reply, serving
 from zlora import Cancellation, Client
 from zlora.broker.celery_app import shared_config
-from zlora.broker.keys import job_key, waiting_lists
+from zlora.broker.dead_jobs import DeadJob
+from zlora.broker.job_store import Submission
+from zlora.broker.keys import dead_jobs_key, job_key, waiting_lists
 from zlora.cli import doctor, main
 from zlora.errors import InvalidSetting, JobExpired, JobRevoked
 
@@ -126,10 +130,19 @@ def cancel(scene: Scene, client: Client, worker: Worker) -> None:
 def operate(broker: GuardedRedis) -> dict[str, str]:
     """Run the commands of an operator; return the checks of `zlora doctor`."""
     environ = {"ZLORA_BROKER_URL": broker.url("operator")}
-    for words in ("webhooks",):
+    with broker.client() as admin:
+        admin.zadd(dead_jobs_key("gpu"), {msgspec.json.encode(poisoned()): time.time()})
+    for words in ("webhooks", "dead ls", "dead requeue poisoned", "dead drop poisoned"):
         ran = CliRunner().invoke(main, words.split(), env=environ, catch_exceptions=False)
         assert ran.exit_code == 0, ran.output
     return {check.name: check.status for check in doctor.checks(environ)}
+
+
+def poisoned() -> DeadJob:
+    """Return a job that killed its workers."""
+    submission = Submission(request=request("again"), priority=5, submitted=time.time())
+    error: tuple[str, str, dict[str, Any]] = ("poisoned", "three workers died", {})
+    return DeadJob(job_id="poisoned", at=time.time(), error=error, submission=submission)
 
 
 @contextmanager
