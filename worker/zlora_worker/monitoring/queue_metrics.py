@@ -107,6 +107,8 @@ class QueueCollector(Collector):
             pipe.hmget(sidecar_faults_key(self._queue), SIDECAR_FAULTS)
             answers = pipe.execute(raise_on_error=False)
         *lists, redis_time, waiting, dead, dead_jobs, refused, faults = answers
+        if isinstance(redis_time, redis.RedisError):  # the user may have the rights of a version
+            raise redis_time
         now = time.time()
         skew = now - redis_time[0] - redis_time[1] / 1e6
         jobs: _Values = []

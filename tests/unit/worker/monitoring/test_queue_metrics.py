@@ -272,3 +272,14 @@ def test_a_key_of_another_type_counts_as_zero(broker_url: str, broker: Any) -> N
         == scraped("zlora_queue_sidecar_faults", queue="gpu", state="hung")
         == 0
     )
+
+
+def test_a_user_without_a_right_sees_the_gauge_up_only(broker_url: str, broker: Any) -> None:
+    """As with the rights of an older version."""
+    rules = ("on", ">pw", "~*", "&*", "+@all", "-time")
+    broker.execute_command("ACL", "SETUSER", "older", *rules)
+
+    found = look(broker_url.replace("//", "//older:pw@"))
+
+    assert {family.name for family in found.families} == {"zlora_queue_up"}
+    assert found("zlora_queue_up", queue="gpu") == 0
