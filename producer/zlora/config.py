@@ -220,13 +220,16 @@ def _count(text: str) -> int:
 
 
 def tls_options(url: str) -> dict[str, str]:
-    """Return the TLS options of a `rediss://` URL as redis-py names them; {} without TLS.
+    """Return the TLS options of a broker's URL as redis-py names them; {} without TLS.
 
     kombu, Celery's result backend and redis-py read such a URL differently: kombu does not verify
     the server if the URL says nothing of TLS, and the result backend refuses that URL. Here the
-    server is verified unless `ssl_cert_reqs` is `none`. Raises `ValueError` for an unknown option,
-    and for a file that cannot be used.
+    server is verified unless `ssl_cert_reqs` is `none`. With Sentinels, these are the options for
+    them and for the primary. Raises `ValueError` for an unknown option, and for a file that cannot
+    be used.
     """
+    if (found := sentinels(url)) is not None:
+        url = found.primary
     parts = urlsplit(url)
     given = {name: value for name, value in parse_qsl(parts.query) if name.startswith("ssl_")}
     if parts.scheme != "rediss":

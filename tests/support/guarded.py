@@ -21,18 +21,21 @@ TLS_SERVER: Final = os.environ.get("TLS_SERVER")
 class GuardedRedis:
     """The server process; clients connect to `localhost`."""
 
-    def __init__(self, folder: Path, *, queue: str = "gpu") -> None:
+    def __init__(
+        self, folder: Path, *, queue: str = "gpu", tls_server: str | None = TLS_SERVER
+    ) -> None:
         self._secrets = folder / "secrets"
         self.authority, self.port = Authority(folder), free_port()
         self._secrets.mkdir()
         self._certificate = self.authority.certificate("localhost")
         self.make_users(queue)
-        server = TLS_SERVER or str(get_binary_path())
+        self._has_tls = tls_server is not None
+        server = tls_server or str(get_binary_path())
         place = ["--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes"]
         command = [server, str(self._secrets / "broker_config"), *place, *self._listening()]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self._front: TlsFront | None = None
-        if TLS_SERVER is None:
+        if not self._has_tls:
             self._front = TlsFront(self.port, self.authority, clients=self.authority)
             self.port = self._front.port
 
@@ -82,14 +85,19 @@ class GuardedRedis:
         return [(entry["username"], entry["reason"], entry["object"]) for entry in found]
 
     def _listening(self) -> list[str]:
-        if TLS_SERVER is None:
+        if not self._has_tls:
             return ["--port", str(self.port)]
-        key = str(self._certificate.with_suffix(".key"))
-        return [
-            *("--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "yes"),
-            *("--tls-cert-file", str(self._certificate), "--tls-key-file", key),
-            *("--tls-ca-cert-file", str(self.authority.bundle)),
-        ]
+        listening = {"port": "0", "tls-port": str(self.port), **self.tls_options()}
+        return [word for name, value in listening.items() for word in (f"--{name}", value)]
+
+    def tls_options(self) -> dict[str, str]:
+        """Return the options of a server with this one's certificate and clients."""
+        return {
+            "tls-auth-clients": "yes",
+            "tls-cert-file": str(self._certificate),
+            "tls-key-file": str(self._certificate.with_suffix(".key")),
+            "tls-ca-cert-file": str(self.authority.bundle),
+        }
 
 
 def _answers(probe: Any) -> bool:

@@ -50,6 +50,8 @@ def shared_config(
 
     Raises `InvalidSetting` if a URL's options for TLS cannot be used.
     """
+    broker_tls = _tls_options(config.BROKER_URL, broker_url)
+    backend_tls = _tls_options(config.RESULT_BACKEND, result_backend)
     transport = transport_options(visibility=visibility)
     if (found := config.sentinels(broker_url)) is not None:
         transport["sentinels"] = list(found.hosts)
@@ -58,9 +60,9 @@ def shared_config(
         transport["sentinel_kwargs"] = sentinel_options(found)
     return {
         "broker_url": broker_url,
-        "broker_use_ssl": _tls_options(config.BROKER_URL, broker_url),  # also for Flower
+        "broker_use_ssl": broker_tls,  # also for Flower
         "result_backend": result_backend,
-        "redis_backend_use_ssl": _tls_options(config.RESULT_BACKEND, result_backend),
+        "redis_backend_use_ssl": backend_tls,
         "broker_transport_options": transport,
         "task_default_queue": queue,
         "task_default_priority": DEFAULT_PRIORITY,

@@ -82,11 +82,9 @@ class Primary:
 
 def sentinel_options(found: config.Sentinels) -> dict[str, Any]:
     """Return redis-py's options of the connections to Sentinels."""
-    ssl = redis.connection.parse_url(found.primary)  # type: ignore[no-untyped-call]  # no stubs
-    if ssl.pop("connection_class", None) is None:
-        ssl = {}
-    return {name: value for name, value in ssl.items() if name.startswith("ssl_")} | {
-        "ssl": bool(ssl),
+    tls = config.tls_options(found.primary)
+    return tls | {
+        "ssl": bool(tls),
         "username": found.username,
         "password": found.password,
         "socket_timeout": _SENTINEL_SECONDS,

@@ -82,8 +82,7 @@ class RedisBroker:
         on_loss = partial(_drop_idle, self._pools)
         self._listener = Listener(result_backend, self._channel, on_loss=on_loss)
         # The server's reason for refusing a certificate is often lost (see `zlora.cli.doctor`).
-        urls = (broker_url, result_backend)
-        is_tls = any(url.startswith("rediss:") for url in urls)
+        is_tls = options["broker_use_ssl"] or options["redis_backend_use_ssl"]
         self._hint = "; `zlora doctor` checks the certificates" if is_tls else ""
         self._is_closed = False
         # by kind of request; times on the monotonic clock

@@ -249,7 +249,7 @@ def _unusable(name: str, error: redis.RedisError, url: str, variable: str) -> Ch
             advice = f"Name another user in {variable}, or give this one more rights."
         case redis.ResponseError() if "DB index" in str(error):
             advice = f"End {variable} with the number of a database that exists: /0."
-        case _ if url.startswith("rediss:") and (reason := _tls_fault(url)):
+        case _ if config.tls_options(url) and (reason := _tls_fault(url)):
             told = f"{shown}: {reason}"
             advice = f"Correct ssl_ca_certs, ssl_certfile or ssl_keyfile in {variable}."
             return failed(name, BrokerUnavailable(told), advice)
