@@ -74,7 +74,8 @@ def test_job_cancelled_before_or_after_its_child_is_killed_is_not_drawn_again(
         scene.kill(scene.child(running))
         if where == "queued":
             wait_until(lambda: not is_leased(scene, cancelled), "the parent notes the death")
-            assert cancelled.cancel() == "queued"
+            # the sidecar has ended the job, or the next child does
+            assert cancelled.cancel() in ("queued", "running")
 
         wait_until(lambda: cancelled.status().state is JobState.REVOKED, "the job is revoked")
         scene.wait_settled()

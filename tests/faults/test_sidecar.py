@@ -12,7 +12,7 @@ from support.processes import wait_until
 from support.scene import Scene
 from zlora.broker.keys import RECORD_EXPIRES, sidecar_faults_key
 
-TIMEOUT: Final = 2
+TIMEOUT: Final = 3
 SHORT: Final = {"ZLORA_SWEEP": "1", "ZLORA_SIDECAR_TIMEOUT": str(TIMEOUT)}
 
 

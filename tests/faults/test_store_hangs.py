@@ -39,8 +39,8 @@ def hang(proxy: S3Proxy, _request: Request) -> bytes:
     raise Broken
 
 
-def stored(port: int, handle: JobHandle) -> list[str]:
-    return seaweed.keys(port, f"hangs/runs/{handle.id}/")
+def images_of(port: int, handle: JobHandle) -> list[str]:
+    return seaweed.keys(port, f"hangs/runs/{handle.id}/outputs/")
 
 
 def test_a_job_whose_upload_hangs_ends_by_its_timeout_and_leaves_nothing(
@@ -58,7 +58,7 @@ def test_a_job_whose_upload_hangs_ends_by_its_timeout_and_leaves_nothing(
         after.result(timeout=60)
 
         assert scene.child(running) == child
-    assert stored(s3_port, handle) == []
+    assert images_of(s3_port, handle) == []
 
 
 def test_a_job_can_be_cancelled_while_its_last_image_is_uploaded(
@@ -77,7 +77,7 @@ def test_a_job_can_be_cancelled_while_its_last_image_is_uploaded(
 
         assert scene.child(running) == child
         proxy.meet("-")
-    assert stored(s3_port, handle) == []
+    assert images_of(s3_port, handle) == []
 
 
 def test_a_job_waits_for_a_store_that_is_away_and_is_drawn_once(
