@@ -101,4 +101,4 @@ def test_a_job_waits_for_a_store_that_is_away_and_is_drawn_once(
     log = running.log.read_text()
     assert f"[{handle.id}] succeeded" in log
     assert "X-Amz-Signature" not in log  # nor in events, which have the same text of a result
-    assert len(stored(s3_port, handle)) == 2
+    assert len(images_of(s3_port, handle)) == 1
