@@ -91,15 +91,15 @@ class Worker:
     def freeze(self) -> None:
         """Stop parent, child and sidecar (SIGSTOP), the parent first: it replaces neither."""
         os.kill(self.process.pid, signal.SIGSTOP)
-        self._frozen = [*children(self.process.pid), self.process.pid]
+        self._frozen = [self.process.pid, *children(self.process.pid)]
         for process in self._frozen:
             os.kill(process, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen worker go on."""
-        for process in self._frozen:
+        """Let a frozen worker go on; do nothing if it is not frozen."""
+        while self._frozen:
             with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGCONT)
+                os.kill(self._frozen.pop(), signal.SIGCONT)
 
     def child(self) -> int:
         """Return the process id of the one child process."""

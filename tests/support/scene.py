@@ -97,6 +97,7 @@ class Scene:
             try:
                 yield running
             finally:
+                running.thaw()  # a sidecar that stands still outlives its worker
                 running.process.kill()  # a test of a clean end has seen that end by now
 
     def kill(self, pid: int) -> None:
