@@ -160,9 +160,9 @@ class ImageUploader:
                 found = None
                 with suppress(msgspec.DecodeError):  # another program may have put it there
                     found = provenance_of(image)
-                pixels_sha256 = found.pixels_sha256 if found else None
-                if self._job.request.keeps_pixels:
-                    pixels_sha256 = encoding.pixels_sha256(image)
+                pixels_sha256: str | None = encoding.pixels_sha256(image)  # decodes all of it
+                if not self._job.request.keeps_pixels:
+                    pixels_sha256 = found.pixels_sha256 if found else None
                 provenance = self._job.for_image(
                     index,
                     seed=self._job.seed + index,

@@ -277,20 +277,23 @@ def test_pixels_of_a_reused_image_are_known_by_its_file_or_its_metadata(
 
 
 @pytest.mark.parametrize("part", [slice(None, -40), slice(None, 200)])
-def test_a_truncated_image_is_drawn_again_under_another_key(store: GatedStore, part: slice) -> None:
+@pytest.mark.parametrize("output_format", ["png", "jpeg"])
+def test_a_truncated_image_is_drawn_again_under_another_key(
+    store: GatedStore, part: slice, output_format: str
+) -> None:
     """It stays: another worker may have stored a good image under its key by now."""
     noise = Image.frombytes("RGB", (64, 64), random.Random(1).randbytes(3 * 64 * 64))
-    with uploading(store, 1) as uploader:
+    with uploading(store, 1, output_format=output_format) as uploader:
         uploader.add(noise, tiled=False)
-        uploader.images()
-    store.objects[key(0)] = truncated = (store.objects[key(0)][0][part], "image/png")
+        (stored,) = uploader.images()
+    store.objects[stored.key] = truncated = (store.objects[stored.key][0][part], "image")
 
-    with uploading(store, 1, is_resumed=True) as uploader:
+    with uploading(store, 1, is_resumed=True, output_format=output_format) as uploader:
         assert not uploader.reuse_stored()
         uploader.add(noise, tiled=False)
         (ref,) = uploader.images()
 
-    assert store.objects[key(0)] == truncated
+    assert store.objects[stored.key] == truncated
     assert sha256(store.objects[ref.key][0]) == ref.sha256
 
 
