@@ -81,9 +81,8 @@ check-deploy: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/compose_check.py
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/manifests.py
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/watching.py
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/deploy
 	TLS_SERVER=$$(command -v valkey-server) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 \
-	    tests/integration/test_broker_tls.py tests/integration/test_broker_users.py
+	    tests/deploy tests/integration/test_broker_tls.py
 
 # Another version as client of this version's worker and as worker of its client; prints a line for each check. OLD is a
 # checkout of the other version with a .venv of its own, for example: git worktree add ../old <commit>; make -C ../old setup

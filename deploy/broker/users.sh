@@ -6,7 +6,7 @@
 # redis.conf or valkey.conf, for these passwords, queues, and version. docs/operations.md, "Users of the
 # broker", says who uses which. For Redis 7 or later, or Valkey; channels are those of database 0.
 #
-# tests/integration/test_broker_users.py runs everything under these users, and tries what they must not do.
+# tests/deploy/test_broker_users.py runs everything under these users, and tries what they must not do.
 set -eu
 folder=$1 address=$2
 shift 2

@@ -219,7 +219,7 @@ def test_the_broker_keeps_jobs_on_disk_and_evicts_none(ran: Outcome) -> None:
 
 
 def test_each_service_has_the_rights_in_redis_that_it_needs(ran: Outcome) -> None:
-    """More of it in `tests/integration/test_broker_users.py`."""
+    """More of it in `tests/deploy/test_broker_users.py`."""
     with redis.Redis.from_url(ran.machine.broker_url("default")) as broker:
         assert broker.acl_log() == []
     assert "workers: 2 serve the queue" in ran.doctor

@@ -431,4 +431,6 @@ def test_s3_accepts_the_lifecycle_rules(port: int) -> None:
 
     kept: Any = admin.get_bucket_lifecycle_configuration(Bucket="ruled")["Rules"]
     assert kept == rules["Rules"]
-    assert {rule["Filter"]["Prefix"] for rule in kept} == {manifest_key("").partition("/")[0] + "/"}
+    assert {rule["Filter"]["Prefix"] for rule in kept} == {
+        manifest_key("job").partition("/")[0] + "/"
+    }

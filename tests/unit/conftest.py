@@ -10,11 +10,12 @@ import pytest
 import redis
 from support.processes import Enter
 from zlora import Client
+from zlora_worker.monitoring import logs
 
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Restore the loggers and handlers that a Celery worker in this process sets up.
+    """Restore loggers, handlers and the current job that a worker in this process sets up.
 
     Otherwise caplog misses records of later tests, or sees them without their exceptions.
     """
@@ -26,6 +27,7 @@ def logging_as_before() -> Iterator[None]:
         for handler in one.handlers
     ]
     yield
+    logs._job.id = logs._job.phase = None
     for handler, filters, formatter in handlers_before:
         handler.filters, handler.formatter = filters, formatter
     for one, (level, propagate, handlers) in zip(loggers, before, strict=True):

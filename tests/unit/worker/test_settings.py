@@ -24,6 +24,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "dtype": ("bfloat16", "bfloat16"),
     "load_timeout": ("60", 60),
     "job_timeout": ("3600", 3600),
+    "max_attempts": ("5", 5),
+    "max_losses": ("20", 20),
     "hard_grace": ("10", 10),
     "shutdown_timeout": ("20", 20),
     "visibility": ("60", 60),

@@ -84,7 +84,7 @@ LONGEST: Final = {
 def saved_image(provenance: ImageProvenance) -> tuple[Image.Image, str]:
     """Save a small image with its metadata and open it; return it and its infotext."""
     request = provenance.request
-    text = infotext(provenance, ["a" * 64 for _ in request.loras])
+    text = infotext(provenance, ["a" * 64 for spec in request.loras if spec.is_used])
     options = embed_metadata(provenance, text, request.output_format)
     data = encoding.encode(Image.new("RGB", (8, 8)), request, **options)
     return encoding.open_image(data), text
