@@ -1,7 +1,7 @@
 """A `rediss://` broker: nothing is sent to a server that is not verified.
 
-Jobs run through TLS in `tests/deploy/test_broker_users.py`. `make check-deploy` runs both files with
-a server that has TLS of its own.
+Jobs run through TLS in `tests/deploy/test_broker_users.py`. `make check-deploy` runs both files
+with a server that has TLS of its own.
 """
 
 import signal
