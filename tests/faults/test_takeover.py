@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 from support.figures import Tally
+from support.processes import wait_until
 from support.proxy import Proxy
 from support.scene import CLEAN, Scene
 from support.valkey import Valkey
@@ -40,7 +41,7 @@ def orphan(
         scene = Scene(folder / "scene", tally, broker_url=server.url, queue="orphan")
         with closing(scene), scene.worker(), scene.worker("two"):
             handle = scene.submit(do=["sleep"], seconds=300, fields={"timeout": SHORT_TIMEOUT})
-            scene.wait_begun(handle)
+            wait_until(lambda: scene.events("fault", handle), "the job sleeps")
             scene.kill(scene.owner(handle))
             yield scene, handle, time.time()
             handle.result(timeout=60)
