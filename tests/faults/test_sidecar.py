@@ -12,7 +12,7 @@ from support.processes import wait_until
 from support.scene import Scene
 from zlora.broker.keys import RECORD_EXPIRES, sidecar_faults_key
 
-TIMEOUT: Final = 3
+TIMEOUT: Final = 5  # seconds; a sidecar needs some to start on a busy machine
 SHORT: Final = {"ZLORA_SWEEP": "1", "ZLORA_SIDECAR_TIMEOUT": str(TIMEOUT)}
 
 
@@ -60,6 +60,7 @@ def test_a_sidecar_that_hangs_is_replaced_and_a_lost_message_is_sent_again(scene
 def test_a_sidecar_stays_if_the_whole_worker_stood_still(scene: Scene) -> None:
     """As on a machine that was suspended: the parent had no chance to see signs of life."""
     with scene.worker(**SHORT) as running:
+        wait_until(lambda: running.lines("/sidecar]"), "the sidecar has started")
         sidecar = running.sidecar()
         with stopped(running.process.pid, running.child(), sidecar):
             time.sleep(TIMEOUT + 1)
