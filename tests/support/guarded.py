@@ -43,7 +43,7 @@ class GuardedRedis:
         try:
             with self.client() as probe:
                 wait_until(lambda: _answers(probe), "Redis answers")
-        except BaseException:
+        except BaseException:  # also Ctrl-C: no server may be left
             self.__exit__()
             raise
         return self

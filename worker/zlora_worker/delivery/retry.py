@@ -15,7 +15,7 @@ from zlora.errors import BaseNotRestored, JobExpired, JobRevoked, ZloraError
 from zlora.redaction import shown
 from zlora.schema import JobState
 
-from zlora_worker.delivery.lease import JobLeases
+from zlora_worker.delivery.lease import JobLeases, LeaseLost
 
 _RETRIES: Final = 3
 _FIRST_PAUSE: Final = 2.0  # seconds before the first retry, doubled for each one after it
@@ -46,13 +46,15 @@ def send_for_retry(
 ) -> None:
     """Store the state RETRY, send the job again in `after` seconds, and release its lease.
 
-    Raises what `JobLeases.raise_if_over` raises if the job must not be sent again.
+    Raises `JobEnded` or `LeaseLost` instead if the job must not be sent again.
     """
     job_id, retries = str(task.request.id), retries_of(task)
     error.add_details(attempt=retries + 1)
     state = JobState.RETRY
     if not leases.store_state(task.backend, task.request, token, state, error, patient=True):
-        leases.raise_if_over(job_id, token)
+        with suppress(RedisError, JobRevoked):  # neither says why the state was refused
+            leases.raise_if_over(job_id, token)
+        raise LeaseLost(f"job {job_id} has ended, or another worker has taken it")
     send_again(task, countdown=after, retries=retries + 1)
     leases.release(job_id)
 

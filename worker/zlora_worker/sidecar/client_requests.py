@@ -28,10 +28,11 @@ def reply_to_next(
     if (request := jobs.next_request(timeout)) is None:
         return
     job_id, document = request.job_id, b""
+    if not JOB_ID.fullmatch(job_id):  # an id becomes part of a key in the store
+        jobs.reply(request.reply_key)
+        return
     try:
-        if not JOB_ID.fullmatch(job_id):
-            pass  # it becomes part of a key in the store
-        elif request.is_cancel:
+        if request.is_cancel:
             if jobs.place(job_id) is Cancellation.QUEUED:
                 end_unstarted(jobs, store, backend, job_id, revoked(job_id))
         elif (result := read_result(store, job_id)) is not None:
