@@ -25,6 +25,7 @@ JOBS: Final = int(os.environ.get("ZLORA_FAILOVER_JOBS", "8"))  # submitted aroun
 ROUNDS: Final = int(os.environ.get("ZLORA_FAILOVER_ROUNDS", "1"))
 REQUEST: Final = {"prompt": "a portrait"}
 REFUSED: Final = 1.0  # seconds in which Redis refuses to write
+LAG: Final = 1.5  # seconds by which a replica is behind
 
 
 class Stage:
@@ -200,5 +201,36 @@ def test_job_that_the_new_primary_never_had_is_reported_or_submitted_again(stage
         stubborn.cancel()
         with pytest.raises(JobRevoked):
             waits[1].result()
+        dead.start()
+        dead.follow(stage.primary.port)
+
+
+def test_primary_dies_while_its_replica_is_behind(stage: Stage) -> None:
+    """Jobs whose submissions waited for the replica are there; others vanish, which is reported."""
+    with ExitStack() as stack:
+        link = stack.enter_context(Proxy(stage.primary.port, stage.tally))
+        stage.replica.follow(link.port)
+        safe, plain = (
+            stack.enter_context(
+                Client.from_url(stage.name.url, queue="behind", wait_replicas=replicas)
+            )
+            for replicas in (1, 0)
+        )
+        link.lag(LAG)
+        kept = [safe.submit(REQUEST) for _ in range(JOBS // 4)]
+        lost = [plain.submit(REQUEST) for _ in range(JOBS // 4)]
+        dead = stage.primary
+        dead.kill()
+        link.black_out()  # a dead machine sends nothing; the proxy would still send what it holds
+        stage.replica.promote()
+        stage.switch()
+
+        assert [handle.status().state for handle in kept] == [JobState.PENDING] * len(kept)
+        pool = stack.enter_context(ThreadPoolExecutor())
+        for wait in [pool.submit(handle.result, 30) for handle in lost]:
+            with pytest.raises(JobVanished):
+                wait.result()
+        for handle in kept:
+            handle.cancel()
         dead.start()
         dead.follow(stage.primary.port)

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
@@ -39,6 +40,7 @@ class Proxy:
     def __init__(self, target: int, tally: Tally) -> None:
         self._target, self._tally, self._lock = target, tally, Lock()
         self._dark = self._down = False
+        self._lag = 0.0
         self._fuse: re.Pattern[bytes] | None = None
         self._answered = False
         self._once: Event | None = None
@@ -71,6 +73,11 @@ class Proxy:
         with self._lock:
             self._dark = self._down = False
             self._fuse = None
+
+    def lag(self, seconds: float) -> None:
+        """Forward what the server sends at least that much later; clients are not slowed down."""
+        self._tally.fault()
+        self._lag = seconds
 
     def lead_to(self, target: int) -> None:
         """Forward new connections to another port, as a name that belongs to another server."""
@@ -133,6 +140,8 @@ class Proxy:
                         self._break()
                 elif link.mute and source is link.server and not data.startswith(_GO_ON):
                     self._break()
+                if source is link.server:
+                    time.sleep(self._lag)
                 if not link.dark:
                     sink.sendall(data)
         except OSError:  # closed by a fault, or by the peer

@@ -61,6 +61,7 @@ ATTEMPT: Final = "attempt:"
 MAX_DEAD_JOBS: Final = 1000  # in a queue; the oldest are dropped
 MIN_WAIT: Final = 0.05  # seconds to wait for a manifest at least; 0 is for ever in Redis
 _MAX_WAIT: Final = 1.5  # seconds to wait in Redis at most; below the timeout of a socket
+_REPLICA_WAITS: Final = 3  # of that length, one after the other, for replicas that are behind
 _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its reply, stay in Redis
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
@@ -284,7 +285,7 @@ class JobStore:
     def replicas_with(self, job_ids: Sequence[str], wanted: int) -> int:
         """Wait until `wanted` replicas have these jobs and their messages; return how many do.
 
-        Waits for up to 1.5 s.
+        Waits for up to 4.5 s.
         """
         # Redis waits for what this connection has written. That follows the messages, which other
         # connections have written before.
@@ -292,7 +293,8 @@ class JobStore:
             for key in map(job_key, job_ids):
                 pipe.hset(key, "sent", 1)
                 pipe.expire(key, RECORD_EXPIRES, nx=True)  # if Redis has lost the record
-            pipe.wait(wanted, int(_MAX_WAIT * 1000))
+            for _ in range(_REPLICA_WAITS):
+                pipe.wait(wanted, int(_MAX_WAIT * 1000))
             *_, found = pipe.execute()
         return int(found)
 
