@@ -412,6 +412,13 @@ class JobStore:
                 pipe.exists(lease_key(job_id))
             return {job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if held}
 
+    def begun(self, job_ids: list[str]) -> set[str]:
+        """Return those of the jobs that a worker has begun at least once."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hexists(job_key(job_id), "begun")
+            return {job_id for job_id, found in zip(job_ids, pipe.execute(), strict=True) if found}
+
     def digest(self, job_id: str) -> str | None:
         """Return the digest of a job's request; None if there is no record."""
         found: str | None = self.redis.hget(job_key(job_id), "digest")
