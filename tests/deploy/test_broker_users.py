@@ -139,9 +139,9 @@ def operate(broker: GuardedRedis) -> dict[str, str]:
 
 
 def poisoned() -> DeadJob:
-    """Return a job that killed its workers."""
+    """Return a job that ended its child processes."""
     submission = Submission(request=request("again"), priority=5, submitted=time.time())
-    error: tuple[str, str, dict[str, Any]] = ("poisoned", "three workers died", {})
+    error: tuple[str, str, dict[str, Any]] = ("poisoned", "three child processes ended", {})
     return DeadJob(job_id="poisoned", at=time.time(), error=error, submission=submission)
 
 

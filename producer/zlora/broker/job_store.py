@@ -9,13 +9,13 @@ A record is the hash `keys.job_key`:
 | `digest` | digest of the request; another request under the same id is refused |
 | `message` | the `Submission`, to send it again if its worker is lost; deleted at the end |
 | `sent` | the broker has the message |
-| `cancelled` | time of the first cancellation: seconds since the epoch |
+| `cancelled` | time of the latest cancellation, by the client's clock: seconds since the epoch |
 | `token` | that of the newest claim: a worker with a smaller one must leave the job |
 | `expires` | when the job must have started: seconds since the epoch by Redis's clock |
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |
 | `counted` | the end of the job is counted in the metrics |
-| `ending` | a sidecar is about to end the job, which no worker has begun |
+| `ending` | a sidecar is about to end the job, which no worker holds |
 | `failing` | the error that the job ends with once the store answers |
 | `spoilt` | how many times the base model differed after the job |
 | `overtime` | the time limit in seconds, if the child process was killed for exceeding it |
@@ -23,6 +23,8 @@ A record is the hash `keys.job_key`:
 | `webhook` | a `Webhook` for the end of the job |
 | `closed` | time of the end of the job: seconds since the epoch by Redis's clock |
 | `verdict` | the error that the job ended with, which the manifest in the store has too |
+| `store_away` | when the store first did not answer: seconds since the epoch by Redis's clock |
+| `tries`, `tried` | see `zlora.broker.webhook_outbox` |
 """
 
 import json
@@ -129,7 +131,7 @@ if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
 end
 return {earlier, ended, 1}
 """
-# A sidecar is about to end a job in the store that no worker has begun.
+# A sidecar is about to end a job in the store that no worker holds.
 _BEGIN_ENDING: Final = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then return 0 end

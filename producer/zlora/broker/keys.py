@@ -44,7 +44,7 @@ def manifest_requests_key(queue: str) -> str:
 
 
 def cancel_requests_key(queue: str) -> str:
-    """Key of the list of requests to end jobs that were cancelled before a worker began them."""
+    """Key of the list of requests to end jobs that were cancelled while no worker held them."""
     return f"zlora:cancel:{queue}"
 
 
