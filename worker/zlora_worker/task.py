@@ -172,7 +172,7 @@ class Delivery:
 
         A message without a record in Redis leaves none: its id stays free.
         """
-        if not self._leases.is_own(self._job_id, document):
+        if not self._leases.is_recorded_request(self._job_id, document):
             return NotMine(f"the id belongs to another request: {error}")
         self._digest = self._leases.record(self._job_id).get("digest")
         if self._digest is None:
@@ -219,9 +219,9 @@ class Delivery:
         return self._with_urls(result)
 
     def _earlier_result(self, claim: Claim) -> GenerateResult | None:
-        """Return the result that an earlier delivery has stored, None if there is none.
+        """Return the result that an earlier attempt has stored, None if there is none.
 
-        Raises `JobEnded` if an earlier delivery has stored an error, `JobRevoked` if the job is
+        Raises `JobEnded` if an earlier attempt has stored an error, `JobRevoked` if the job is
         cancelled, and `_StoreDown` if the store does not answer: nothing is drawn meanwhile, since
         it could not be stored.
         """

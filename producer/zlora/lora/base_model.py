@@ -54,7 +54,7 @@ _LAYERS: Final = tuple(
         ),
     )
 )
-# Blocks of a UNet with attention that SDXL's has not.
+# UNet blocks that have attention in SD 1.x or 2.x, and not in SDXL.
 _OLDER: Final = "SD 1.x or 2.x"
 _OLDER_BLOCKS: Final = re.compile(
     r"(?:down_blocks_0|up_blocks_3)_attentions_\d|input_blocks_[12]_1_|output_blocks_(?:9|1[01])_1_"

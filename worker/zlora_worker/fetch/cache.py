@@ -123,7 +123,8 @@ class Cache:
                     config = None
                     if config_sha256 not in (None, NO_CONFIG):
                         with self.file(config_sha256).open("rb") as opened:
-                            config = opened.read(MAX_CONFIG + 1)  # it may be any file of the cache
+                            # a request may name a large file here
+                            config = opened.read(MAX_CONFIG + 1)
                     file = CachedFile(
                         path=path,
                         sha256=sha256,

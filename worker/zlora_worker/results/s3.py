@@ -45,7 +45,7 @@ _DAMAGED: Final = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
-# Refusals that may not be repeated: statuses, and codes whatever their status.
+# Refusals that may be over at the next try: statuses, and codes whatever their status.
 _TRANSIENT_STATUSES: Final = (
     HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.CONFLICT,
