@@ -212,7 +212,7 @@ class Scene:
             state = handle.status().state
             if state not in TERMINAL:
                 found.lost.append(name)
-            is_doubled = len(self.witness.verdicts(name)) > 1
+            is_doubled = len(self.witness.ends(name)) > 1
             if objects is not None:
                 result = stored_result(objects, name)
                 if state is JobState.SUCCESS:
