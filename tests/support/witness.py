@@ -11,7 +11,7 @@ from typing import Any, Final
 import redis
 from support.processes import wait_until
 from zlora import JobState, config
-from zlora.broker.connection import use
+from zlora.broker.connection import make_resilient
 
 NAME: Final = "witness"  # of the connection, so that a fault which cuts connections spares it
 TERMINAL: Final = (JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED)
@@ -123,7 +123,7 @@ class Witness:
 def opened(url: str, **options: Any) -> "redis.Redis":
     """Open a connection to any broker that workers accept."""
     client = redis.Redis.from_url(config.redis_url(url), **options)
-    use(client.connection_pool, url)
+    make_resilient(client.connection_pool, url)
     return client
 
 

@@ -157,7 +157,7 @@ class Client(redis.Redis):
         return _Script(self, script)
 
 
-def use(pool: Any, url: str) -> None:
+def make_resilient(pool: Any, url: str) -> None:
     """Let a pool of redis-py make such connections, to the server of the URL."""
     pool.connection_class = resilient(pool.connection_class)
     if (primary := Primary.of_url(url)) is not None:

@@ -68,7 +68,7 @@ _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its r
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
 
-# Times are by Redis's clock, since the clocks of producers and workers differ.
+# Times of all scripts are by Redis's clock, since the clocks of producers and workers differ.
 _ADD: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
@@ -90,9 +90,9 @@ end
 return {ARGV[1], '', ARGV[2]}
 """
 
-# The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
-# since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
-# may differ from the caller's. A poisoned job is kept with its submission (`broker.dead_jobs`).
+# The webhook becomes due with the first end of the job, and only then. Its queue is that of the
+# job, which may differ from the caller's. A poisoned job is kept with its submission
+# (`broker.dead_jobs`).
 #
 # With ARGV[12] the job is ended only if no worker and no sidecar can have decided its end in the
 # store, or can do so soon: the third value of the reply says whether it is.
@@ -210,7 +210,7 @@ def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> 
     if patient:
         options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
     client = connection.Client.from_url(config.redis_url(url), **options)
-    connection.use(client.connection_pool, url)
+    connection.make_resilient(client.connection_pool, url)
     return client
 
 

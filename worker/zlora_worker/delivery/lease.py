@@ -368,7 +368,7 @@ class JobLeases:
         backend.set(key, document)
         return True
 
-    def close(
+    def record_verdict(
         self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None
     ) -> ZloraError:
         """Write the verdict of the job for good; return the first one, if there is one already.
@@ -378,7 +378,7 @@ class JobLeases:
         ending = self.jobs.mark_ended(job_id, verdict, submission=submission)
         return ending.earlier_error or verdict
 
-    def finish(self, job_id: str) -> Ending:
+    def record_success(self, job_id: str) -> Ending:
         """Record that the job has a result; return an error that the job has ended with before."""
         with suppress(redis.RedisError):  # the sweeper closes what stays open
             return self._impatient_jobs.mark_ended(job_id)
@@ -410,7 +410,7 @@ class JobLeases:
             count, _ = pipe.execute()
         return int(count)
 
-    def store_outage(self, job_id: str) -> float:
+    def note_store_outage(self, job_id: str) -> float:
         """Record that the store does not answer; return the seconds since it was first recorded."""
         key, now = job_key(job_id), self.jobs.now()
         with self.jobs.redis.pipeline() as pipe:
@@ -420,7 +420,7 @@ class JobLeases:
             _, since, _ = pipe.execute()
         return now - float(since)
 
-    def store_answers(self, job_id: str, record: Mapping[str, str]) -> None:
+    def clear_store_outage(self, job_id: str, record: Mapping[str, str]) -> None:
         """Record that the store answers again, if the job's record says that it did not."""
         if _STORE_DOWN in record:
             self.jobs.redis.hdel(job_key(job_id), _STORE_DOWN)
