@@ -1,4 +1,8 @@
-"""Settings that producers and workers share: names of variables, parsers, and the broker's URL."""
+"""Settings that producers and workers share.
+
+Names of variables and parsers of their values; the broker's URL as Celery and redis-py understand
+it, with its Sentinels and TLS options; the broker that a running `zlora up` has recorded.
+"""
 
 import ssl
 import stat

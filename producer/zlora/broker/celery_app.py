@@ -1,4 +1,4 @@
-"""Celery apps of this package, and the options that producers and workers share.
+"""Celery apps of this package with their transport, result backend and shared options.
 
 Celery itself prefers `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and the module named by
 `CELERY_CONFIG_MODULE` to an app's own options. These variables belong to the program that uses this

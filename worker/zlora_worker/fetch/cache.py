@@ -27,7 +27,7 @@ from zlora.errors import (
     LoraUnreachable,
     NotSafetensors,
 )
-from zlora.lora.base_model import MAX_CONFIG, lacks_alpha
+from zlora.lora.peft_config import MAX_CONFIG, lacks_alpha
 from zlora.lora.safetensors_header import read_header
 from zlora.redaction import without_secrets
 from zlora.schema import NO_CONFIG, Asset
