@@ -177,7 +177,7 @@ class Claim:
         """Raise `JobPoisoned` if the job has ended too many child processes, or lost its worker.
 
         A worker is lost if its parent process says nothing of the end of its child: the machine is
-        gone or cut off, or the worker stands still, and then takes back its attempt later.
+        gone or cut off, or the worker stands still: then its attempt is deleted when it goes on.
         """
         deaths = self.deaths
         lost = sum(attempt.signal is None for attempt in deaths)
