@@ -136,6 +136,10 @@ def errors_page() -> str:
         `retryable` means that the same request may succeed later. Workers retry such jobs by
         themselves, see [guarantees](../guarantees.md#retries). The last column is the exit status
         of `zlora` commands.
+
+        Three codes are easily confused. `unknown`: no job with this id is known, and perhaps there
+        never was one. `job_unknown`: Redis had the job, and has lost it.
+        `job_lost`: Redis has the job, which failed because its child process ended.
         """
     header = ("code", "class", "meaning", "retryable", "exit status")
     return _page("Errors", text, _table(header, rows))

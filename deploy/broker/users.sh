@@ -41,7 +41,7 @@ for queue in "$@"; do
     watched="$watched %R~zlora:*:$queue"
     letters="$letters ~zlora:dead:$queue ~zlora:poisoned:$queue ~zlora:requeued:$queue"
 done
-produced="$lists$produced ~celery-task-meta-* ~zlora:job:* %R~zlora:lease:*"
+produced="$produced ~celery-task-meta-* ~zlora:job:* %R~zlora:lease:*"
 replies='~*.celery.pidbox* ~celeryev.* ~_kombu.binding_deadlines'
 for exchange in celery.pidbox reply.celery.pidbox celeryev; do
     replies="$replies ~_kombu.binding.$exchange ~_kombu.binding_permanent.$exchange"
@@ -49,6 +49,7 @@ done
 
 # Commands.
 any='+ping +client|setname +client|setinfo'
+submit='+lpush +llen +exists' # of messages: no command that takes, replaces or expires a list
 scripts='+eval +evalsha +script|load +script|exists +multi +exec'
 produce="$scripts +hget +hmget +hgetall +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time +lpush"
 produce="$produce +info +wait +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
@@ -61,12 +62,13 @@ serve="$serve +zrange +zscore +zremrangebyrank +zremrangebyscore"
 umask 077
 cat >"$folder/broker_config.new" <<END
 user default on >$(cat "$folder/broker_password") ~* &* +@all
-user producer on >$(password producer)$produced &celery-task-meta-* $any $produce
-user worker on >$(password worker)$produced$served $replies ~zlora:lease:* ~unacked ~unacked_index ~unacked_mutex \
+user producer on >$(password producer)$produced &celery-task-meta-* $any $produce ($lists $submit)
+user worker on >$(password worker)$lists$produced$served $replies ~zlora:lease:* ~unacked ~unacked_index ~unacked_mutex \
  &celery-task-meta-* &/0.celeryev/* $any $serve (+psubscribe +punsubscribe &/0.celery.pidbox &/0.celeryev/*)
 user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce \
- ($replies ~zlora:watcher:* $receive +get +set +zrange) ($lists$watched$letters %R~unacked %R~unacked_index \
- $look +multi +exec +zrange +zrangebyscore +zadd +zrem +zremrangebyrank +expire)
+ ($lists $submit) ($replies ~zlora:watcher:* $receive +get +set +zrange) \
+ ($lists$watched %R~unacked %R~unacked_index $look +zrange +zrangebyscore) \
+ ($letters +zrange +zrangebyscore +zadd +zrem +zremrangebyrank +expire)
 user flower on >$(password flower) $replies $any $receive &/0.celery.pidbox \
  (+psubscribe +punsubscribe &/0.celeryev/*) ($lists +llen)
 user metrics on >$(password metrics)$lists ~unacked$watched $any $look

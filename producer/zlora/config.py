@@ -1,4 +1,8 @@
-"""Settings that producers and workers share: names of variables, parsers, and the broker's URL."""
+"""Settings that producers and workers share.
+
+Names of variables and parsers of their values; the broker's URL as Celery and redis-py understand
+it, with its Sentinels and TLS options; the broker that a running `zlora up` has recorded.
+"""
 
 import ssl
 import stat
@@ -37,9 +41,9 @@ _TLS_FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
 class Connection(NamedTuple):
-    """The broker, the result backend, the queue, what is shown of prompts, and who must have jobs.
+    """The broker, the result backend, the queue, and what is shown of prompts.
 
-    `wait_replicas` is the number of replicas of Redis.
+    `wait_replicas` is how many replicas of Redis must have a job.
     """
 
     broker_url: str
@@ -144,7 +148,10 @@ class Sentinels(NamedTuple):
 
 
 def sentinels(url: str) -> Sentinels | None:
-    """Parse a URL of Sentinels; return None for any other URL, and raise `ValueError`."""
+    """Parse a URL of Sentinels; return None for any other URL.
+
+    Raises `ValueError` if it is malformed.
+    """
     if not url.startswith(f"{SENTINEL}://"):
         return None
     parts = urlsplit(url)
@@ -240,7 +247,7 @@ def tls_options(url: str) -> dict[str, str]:
         expected = ", ".join(("ssl_cert_reqs", *_TLS_FILES))
         raise ValueError(f"{min(unknown)}: expected {expected}")
     verify = given.get("ssl_cert_reqs", "required").lower().removeprefix("cert_")
-    if verify not in ("required", "optional", "none"):
+    if verify not in ("required", "none"):
         raise ValueError("ssl_cert_reqs: expected required or none")
     for name in given.keys() & set(_TLS_FILES):
         if "%" in given[name]:  # Celery's result backend decodes it once more

@@ -241,9 +241,9 @@ class JobLost(ZloraError):
 
 
 class JobPoisoned(ZloraError):
-    """Several workers were killed or crashed during the job.
+    """Too many child processes ended, or too many workers were lost, while they had the job.
 
-    Details: `attempts`, each with `host`, `worker`, `at` and `signal`.
+    Details: `attempts`, each with `host`, `worker`, `pid`, `at` and `signal`.
     """
 
     code = "poisoned"

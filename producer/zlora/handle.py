@@ -245,7 +245,7 @@ class Wait:
     def _read_status(self) -> JobStatus:
         status = _read_status(self._broker, self._job_id)
         if status.state is JobState.UNKNOWN:
-            self._miss()
+            self._check_for_loss()
         else:
             self._was_seen, self._missing_since = True, None
         return status
@@ -274,11 +274,11 @@ class Wait:
         if isinstance(found, GenerateResult):
             return found
         self._is_absent = found is NoManifest.ABSENT
-        self._miss()
+        self._check_for_loss()
         return None
 
-    def _miss(self) -> None:
-        """Note that Redis knows nothing of the job; if it was known, and this lasts, it is lost.
+    def _check_for_loss(self) -> None:
+        """Submit again, or raise `JobVanished`, if Redis has had no record of a known job for 3 s.
 
         One look is not enough: the worker of a running job reports it to the new primary soon.
         """

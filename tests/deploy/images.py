@@ -110,10 +110,10 @@ def _pins(root: Path) -> Iterator[str]:
                 continue
             seen.add(str(wanted))
             try:
-                lines = distribution(name).requires or []
+                needs = distribution(name).requires or []
             except PackageNotFoundError:  # what builds a wheel need not be installed
                 continue
-            for line in lines:
+            for line in needs:
                 needed = Requirement(line)
                 extras = ("", *wanted.extras)
                 if not needed.marker or any(needed.marker.evaluate({"extra": e}) for e in extras):

@@ -139,9 +139,9 @@ def operate(broker: GuardedRedis) -> dict[str, str]:
 
 
 def poisoned() -> DeadJob:
-    """Return a job that killed its workers."""
+    """Return a job that ended its child processes."""
     submission = Submission(request=request("again"), priority=5, submitted=time.time())
-    error: tuple[str, str, dict[str, Any]] = ("poisoned", "three workers died", {})
+    error: tuple[str, str, dict[str, Any]] = ("poisoned", "three child processes ended", {})
     return DeadJob(job_id="poisoned", at=time.time(), error=error, submission=submission)
 
 
@@ -254,6 +254,9 @@ FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
         "PSUBSCRIBE celery-task-meta-*",
         "PUBLISH other x",
         "BRPOP gpu 1",
+        "BLPOP gpu 1",
+        "EXPIRE gpu 0",
+        "SETEX gpu 9 x",
         "LRANGE gpu 0 -1",
         "DEL gpu",
         "HGETALL unacked",
@@ -275,7 +278,10 @@ FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
     ),
     "operator": (
         "BRPOP gpu 1",
+        "BLPOP gpu 1",
         "LPOP gpu",
+        "EXPIRE gpu 0",
+        "SETEX gpu 9 x",
         "DEL gpu\x06\x165",
         "HDEL unacked x",
         "ZADD unacked_index 1 x",

@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -25,13 +24,12 @@ from typing import Any, Final
 
 from support import seaweed
 from support.figures import Tally
+from support.long_runs import kind_of, open_jobs, result_of, say
 from support.objects import BucketObjects
 from support.processes import Worker
 from support.s3_proxy import S3Proxy
 from support.scene import Scene
 from support.valkey import Valkey
-from support.witness import TERMINAL
-from zlora.errors import ZloraError
 
 WORKERS: Final = 3
 MOST_FROZEN: Final = 2  # workers at a time
@@ -88,7 +86,7 @@ class Queue:
         counts = Counter[str]()
         while time.monotonic() < until:
             time.sleep(random.uniform(*PAUSES))
-            if len(self.open_jobs()) < MOST_OPEN:
+            if len(open_jobs(self.scene)) < MOST_OPEN:
                 kind = random.choice(list(KINDS))
                 counts[kind] += 1
                 self._submit(kind, f"{kind}-{counts[kind]}-{self.name}")
@@ -96,15 +94,10 @@ class Queue:
         for thread in threads:
             thread.join()
         settled_by = time.monotonic() + SETTLING
-        while self.open_jobs() and time.monotonic() < settled_by:
+        while open_jobs(self.scene) and time.monotonic() < settled_by:
             time.sleep(1)
         with suppress(TimeoutError):  # of late copies: a copy may wait for its retry
             self.scene.wait_settled()
-
-    def open_jobs(self) -> list[str]:
-        """Return the ids of jobs that have not ended."""
-        handles = list(self.scene.handles.items())
-        return [name for name, handle in handles if handle.status().state not in TERMINAL]
 
     def _submit(self, kind: str, name: str) -> None:
         handle = self.scene.submit(job_id=name, **KINDS[kind])
@@ -138,7 +131,7 @@ def main(minutes: float) -> int:
                     say(f"{queue.name}: {jobs} jobs, {queue.freezes} freezes")
         for run in runs:
             run.result()
-        return max(verdict(queue) for queue in queues)
+        return max(exit_status(queue) for queue in queues)
 
 
 def start(folder: Path, stack: ExitStack) -> list[Queue]:
@@ -164,11 +157,11 @@ def start(folder: Path, stack: ExitStack) -> list[Queue]:
     return queues
 
 
-def verdict(queue: Queue) -> int:
+def exit_status(queue: Queue) -> int:
     """Print what happened to the jobs of a queue, and return the exit status."""
     scene = queue.scene
     found = scene.audit()
-    results = {name: result_of(handle.result) for name, handle in scene.handles.items()}
+    results = {name: result_of(handle) for name, handle in scene.handles.items()}
     poisoned = [name for name, result in results.items() if result == "poisoned"]
     wrong = [name for name, result in results.items() if result not in ALLOWED[kind_of(name)]]
     taken_over = [
@@ -181,41 +174,21 @@ def verdict(queue: Queue) -> int:
         counts = Counter(result for name, result in results.items() if kind_of(name) == kind)
         say(f"    {kind}: {dict(counts)}")
     say(f"    {scene.tally.row()}, poisoned {len(poisoned)}")
-    # Images of a worker that stood still while it stored them may be left behind.
-    broken = found._replace(left=[])._asdict() | {"wrong": wrong}
-    for what, names in (found._asdict() | {"wrong": wrong}).items():
+    broken = found._asdict() | {"wrong": wrong}
+    for what, names in broken.items():
         for name in names[:REPORTED]:
             say(f"    {what}: {name}: {results[name]}, begun {scene.begun(scene.handles[name])}")
             say(f"        states: {scene.witness.states(name)}")
-            for end in scene.witness.verdicts(name):
+            for end in scene.witness.ends(name):
                 say(f"        end: {end[:REPORTED_TEXT]}")
             say(f"        stored: {scene.kept(scene.handles[name])}")
-    return 1 if any(broken.values()) else 0
+    # Images of a worker that stood still while it stored them may be left behind.
+    return 1 if any(names for what, names in broken.items() if what != "left") else 0
 
 
 def pids(scene: Scene, name: str) -> set[int]:
     """Return the processes that began to draw a job."""
     return {event["pid"] for event in scene.events("begin", scene.handles[name])}
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of a job, with which its id begins."""
-    return name.partition("-")[0]
-
-
-def result_of(result: Callable[..., object]) -> str:
-    """Return how a job ended, in a word."""
-    try:
-        result(timeout=0)
-    except ZloraError as error:
-        return error.code
-    return "success"
-
-
-def say(text: str) -> None:
-    """Print a line with the time."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

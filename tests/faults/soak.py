@@ -25,14 +25,14 @@ from typing import Final
 
 import redis
 from support.figures import Tally
+from support.long_runs import kind_of, open_jobs, result_of, say
 from support.processes import Worker, wait_until
 from support.proxy import Proxy
 from support.scene import CLEAN, Scene
 from support.valkey import Valkey
-from support.witness import TERMINAL
 from zlora import JobHandle
 from zlora.broker.keys import unfinished_key
-from zlora.errors import BrokerUnavailable, ZloraError
+from zlora.errors import BrokerUnavailable
 
 WORKERS: Final = 4  # besides the one with the long job
 KILLS_A_MINUTE: Final = 13  # in 17 of 20 minutes
@@ -173,7 +173,7 @@ class Fleet:
         member.worker.freeze()
 
     def cut_off_one(self) -> None:
-        """Cut off a worker from Redis for some time; nobody is told."""
+        """Cut off a worker from Redis for some time, while its connections stay open."""
         if (member := self._any()) is None:
             return
         self.faults["cut off"] += 1
@@ -303,7 +303,7 @@ def main(minutes: float) -> int:
         killed = fleet.faults["killed"]
         say(f"{killed} workers were killed; the goal is {goal} in {minutes:g} minutes")
         report(scene, producer.kinds, fleet)
-        return verdict(scene, long)
+        return exit_status(scene, long)
 
 
 def inject_faults(
@@ -343,12 +343,6 @@ def wait_for_open_jobs(scene: Scene, *, until: float) -> None:
         time.sleep(5)
 
 
-def open_jobs(scene: Scene) -> list[str]:
-    """Return the ids of jobs without a result."""
-    handles = list(scene.handles.items())
-    return [name for name, handle in handles if handle.status().state not in TERMINAL]
-
-
 def report(scene: Scene, kinds: Counter[str], fleet: Fleet) -> None:
     """Print progress."""
     faults = scene.tally.faults + len(scene.events("fault"))
@@ -356,7 +350,7 @@ def report(scene: Scene, kinds: Counter[str], fleet: Fleet) -> None:
     say(f"    workers: {dict(fleet.faults)}; {fleet.broker.fail_overs} fail-overs")
 
 
-def verdict(scene: Scene, long: JobHandle) -> int:
+def exit_status(scene: Scene, long: JobHandle) -> int:
     """Print the results, and return the exit status."""
     found = scene.audit()
     results = {name: result_of(handle) for name, handle in scene.handles.items()}
@@ -372,30 +366,10 @@ def verdict(scene: Scene, long: JobHandle) -> int:
         for name in names[:REPORTED]:
             begun = scene.begun(scene.handles[name])
             say(f"{what}: {name}: {results[name]}, begun {begun} times")
-            say(f"    states: {scene.witness.states(name)} {scene.witness.verdicts(name)}")
+            say(f"    states: {scene.witness.states(name)} {scene.witness.ends(name)}")
     # Images of a worker that stood still while it stored them may be left behind.
     is_clean = found._replace(left=[]) == CLEAN
     return 0 if is_clean and not wrong and scene.begun(long) == 1 else 1
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of a job, with which its id begins."""
-    return name.partition("-")[0]
-
-
-def result_of(handle: JobHandle) -> str:
-    """Return how a job ended, in a word."""
-    try:
-        handle.result(timeout=0)
-    except ZloraError as error:
-        return error.code
-    return "success"
-
-
-def say(text: str) -> None:
-    """Print a line with the time."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Exploration:
     violation: str = ""
     trace: list[str] = field(default_factory=list)
 
-    def told(self) -> str:
+    def text(self) -> str:
         """Return the violation with its trace, one sentence a line."""
         steps = [f"{number}. {sentence}" for number, sentence in enumerate(self.trace, start=1)]
         return "\n".join([*steps, f"=> {self.violation}"])

@@ -34,7 +34,7 @@ def main() -> int:
         )
         sys.stdout.flush()
         if found.violation:
-            sys.stdout.write(found.told() + "\n")
+            sys.stdout.write(found.text() + "\n")
             status = 1
     return status
 

@@ -1,9 +1,9 @@
 """The protocol by which a job has one end, as rules that can be explored.
 
 Workers, a sidecar and a client are actors; each move of an actor is one command to Redis or one
-request to the store, and is named after the function of the code that makes it. An actor that does
-not move is frozen or dead: freezes are nothing but other moves in between. What one Lua script does
-is one move.
+request to the store, and is named after the function of the code that makes it, if there is one. An
+actor that does not move is frozen or dead: freezes are nothing but other moves in between. What one
+Lua script does is one move.
 
 Further moves are faults: a lease expires, a process is killed, a request to the store takes effect
 later although its sender has given up, Redis fails over to a replica that has lost its last writes,
@@ -20,15 +20,24 @@ An attempt of a worker passes these steps:
 | `put_image` | creates an image, or uses the one that is stored |
 | `write_result` | creates the manifest with the result |
 | `end_attempt` | deletes the attempt from the record |
-| `finish` | notes the success in the record; leaves if the record has a verdict |
+| `record_success` | notes the success in the record; leaves if the record has a verdict |
 | `answer` | stores the end as Celery's state, which clients see |
 | `require_newest` | leaves the job if it is another attempt's, before a verdict |
 | `write_verdict` | creates the manifest with the verdict |
 | `delete_images` | deletes an image, once the manifest has a verdict |
 | `note_error` | notes a verdict that the store has not taken, and puts the message back |
-| `close` | notes the verdict in the record |
+| `record_verdict` | notes the verdict in the record |
 | `store_retry` | stores the state RETRY, or leaves the job |
 | `send_again` | sends the message again, and releases the lease |
+
+Steps with a name of their own, and the code that makes them:
+
+| step | code |
+| --- | --- |
+| `put_image` | `ImageUploader._put` |
+| `store_retry` | `send_for_retry` |
+| `answer` | Celery's result backend |
+| `wait_for_sidecar` | `JobStore.request_end` |
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -305,9 +314,9 @@ class Protocol:
         """Delete the attempt from the record."""
         name = state.actors[me].name
         ended = self._forgets(state, me)
-        yield f"{name} ends its attempt", _goes(ended, me, "finish", is_first=False)
+        yield f"{name} ends its attempt", _goes(ended, me, "record_success", is_first=False)
 
-    def finish(self, state: State, me: int) -> Moves:
+    def record_success(self, state: State, me: int) -> Moves:
         """Note the success in the record, and leave the job if the record has a verdict."""
         name, noted = state.actors[me].name, _redis(state, is_closed=True)
         if name == SIDECAR or state.redis.verdict is not None:
@@ -323,7 +332,7 @@ class Protocol:
         shown = _redis(self._forgets(shown, me), celery_state=actor.end)
         sentence = f"{actor.name} shows {actor.end} to clients"
         if actor.name == SIDECAR:
-            yield sentence, _goes(shown, me, "close")
+            yield sentence, _goes(shown, me, "record_verdict")
         else:
             yield sentence, _ends(shown, me)
 
@@ -381,7 +390,7 @@ class Protocol:
         actor, store = state.actors[me], state.store
         if not store.images:
             must_decide = self.rules.writes_verdicts and not actor.is_decided
-            following = "write_verdict" if must_decide else "close"
+            following = "write_verdict" if must_decide else "record_verdict"
             yield f"{actor.name} finds no image", _goes(state, me, following)
             return
         image = min(store.images)
@@ -394,10 +403,10 @@ class Protocol:
             )
             yield (
                 f"{actor.name} gives up the deletion of {image[0]}, which is on its way",
-                _goes(sent, me, "close"),
+                _goes(sent, me, "record_verdict"),
             )
 
-    def close(self, state: State, me: int) -> Moves:
+    def record_verdict(self, state: State, me: int) -> Moves:
         """Note the verdict in the record; the first one stays."""
         actor = state.actors[me]
         assert actor.end is not None
@@ -532,7 +541,7 @@ class Protocol:
         if actor.step != "write_verdict":
             yield from self._fails(sent, me, f"gives up {key}, which is on its way")
             return
-        following = "note_error" if self.rules.waits_for_store else "close"
+        following = "note_error" if self.rules.waits_for_store else "record_verdict"
         given_up = _ends(sent, me) if actor.name == SIDECAR else _goes(sent, me, following)
         yield f"{actor.name} gives up the verdict, which is on its way", given_up
 
@@ -637,7 +646,7 @@ def _decided(state: State, me: int, manifest: End) -> State:
         following = "answer" if is_sidecar else "delete_images"
         return _goes_to_end(state, me, following, manifest, is_decided=True)
     has_attempt = state.actors[me].name in state.redis.running
-    following = "end_attempt" if has_attempt else "finish"
+    following = "end_attempt" if has_attempt else "record_success"
     return _goes_to_end(state, me, following, manifest, is_decided=True)
 
 

@@ -26,7 +26,7 @@ TAKEN_KEY = Bounds(errors=0, deaths=0, late=0, has_strange_image=True)
 def test_no_state_violates_a_property(bounds: Bounds) -> None:
     found = explore_protocol(bounds)
 
-    assert not found.violation, found.told()
+    assert not found.violation, found.text()
     assert found.is_complete
 
 
@@ -68,14 +68,14 @@ def test_one_end_does_not_need_the_tokens() -> None:
     """
     found = explore_protocol(ERROR, Rules(checks_token=False))
 
-    assert not found.violation, found.told()
+    assert not found.violation, found.text()
 
 
 def test_loss_of_redis_makes_no_second_end() -> None:
     """`make model` visits the other states."""
     found = explore_protocol(LOSS, most=60_000)
 
-    assert not found.violation, found.told()
+    assert not found.violation, found.text()
 
 
 def test_job_that_a_client_has_ended_without_a_sidecar_runs_if_redis_loses_the_verdict() -> None:
@@ -92,7 +92,7 @@ def test_exploration_finds_the_shortest_way() -> None:
     found = explore(1, moves, lambda number: "it is 10" if number == 10 else "", most=1000)
 
     assert found.trace == ["1 and 1", "twice 2", "4 and 1", "twice 5"]
-    assert found.told().splitlines()[-2:] == ["4. twice 5", "=> it is 10"]
+    assert found.text().splitlines()[-2:] == ["4. twice 5", "=> it is 10"]
     assert found.depth == len(found.trace)
 
 

@@ -212,7 +212,7 @@ class Scene:
             state = handle.status().state
             if state not in TERMINAL:
                 found.lost.append(name)
-            is_doubled = len(self.witness.verdicts(name)) > 1
+            is_doubled = len(self.witness.ends(name)) > 1
             if objects is not None:
                 result = stored_result(objects, name)
                 if state is JobState.SUCCESS:
@@ -245,7 +245,7 @@ class Scene:
         return self.bucket
 
     def kept(self, handle: JobHandle) -> list[str]:
-        """Return the keys of a job's objects without a verdict and drafts of killed workers."""
+        """Return the keys of a job's objects, except drafts and a manifest with a verdict."""
         objects = self._objects()
         assert objects is not None
         return [
@@ -267,7 +267,7 @@ class Scene:
         return self._store_folder() / "runs" / handle.id
 
     def files(self, handle: JobHandle) -> list[Path]:
-        """Return all stored files of a job, with drafts, and without a verdict."""
+        """Return the files of a job, drafts included, except a manifest with a verdict."""
         return [
             path
             for path in self.run_folder(handle).rglob("*")

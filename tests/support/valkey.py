@@ -1,4 +1,4 @@
-"""A Redis that can be killed, started again on the same port and folder, or paused."""
+"""A Redis that can be killed and restarted, paused, cut off from its disk, or made a replica."""
 
 import signal
 import subprocess

@@ -11,7 +11,7 @@ from typing import Any, Final
 import redis
 from support.processes import wait_until
 from zlora import JobState, config
-from zlora.broker.connection import use
+from zlora.broker.connection import make_resilient
 
 NAME: Final = "witness"  # of the connection, so that a fault which cuts connections spares it
 TERMINAL: Final = (JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED)
@@ -29,7 +29,7 @@ class Witness:
     def __init__(self, url: str) -> None:
         self._url, self._over, self._subscribed = url, Event(), Event()
         self._states: dict[str, list[str]] = defaultdict(list)
-        self._verdicts: dict[str, list[str]] = defaultdict(list)
+        self._ends: dict[str, list[str]] = defaultdict(list)
         self._ended, self._reopened = set[str](), set[str]()
         self._marks: set[str] = set()
         self._thread = Thread(target=self._run, name="witness", daemon=True)
@@ -41,9 +41,9 @@ class Witness:
         self._catch_up()
         return list(self._states[job_id])
 
-    def verdicts(self, job_id: str) -> list[str]:
+    def ends(self, job_id: str) -> list[str]:
         """Return the different terminal states of a job with their results, in order."""
-        return list(self._verdicts[job_id])
+        return list(self._ends[job_id])
 
     def was_reopened(self, job_id: str) -> bool:
         """Return whether a state of a running job was published after an end."""
@@ -100,9 +100,9 @@ class Witness:
             self._ended.add(job_id)
         elif is_published and job_id in self._ended:
             self._reopened.add(job_id)
-        verdict = json.dumps([state, _without_urls(result)], sort_keys=True)
-        if state in TERMINAL and verdict not in self._verdicts[job_id]:
-            self._verdicts[job_id].append(verdict)
+        end = json.dumps([state, _without_urls(result)], sort_keys=True)
+        if state in TERMINAL and end not in self._ends[job_id]:
+            self._ends[job_id].append(end)
 
     def _catch_up(self) -> None:
         """Publish a mark until it arrives: all messages before it have arrived too."""
@@ -123,7 +123,7 @@ class Witness:
 def opened(url: str, **options: Any) -> "redis.Redis":
     """Open a connection to any broker that workers accept."""
     client = redis.Redis.from_url(config.redis_url(url), **options)
-    use(client.connection_pool, url)
+    make_resilient(client.connection_pool, url)
     return client
 
 

@@ -39,7 +39,7 @@ from zlora_worker.celery_hooks.consumer import job_consumer
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.request import job_request
 from zlora_worker.celery_hooks.restart import Restart
-from zlora_worker.celery_hooks.sidecar_process import SidecarProcess, count_sidecar
+from zlora_worker.celery_hooks.sidecar_process import SidecarProcess, count_sidecar_fault
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.result_repr import MAX_SHOWN, ResultPayload
@@ -66,7 +66,7 @@ load_state = LoadState(settings.probes, load_timeout=settings.load_timeout)
 sidecar = SidecarProcess(
     settings.metrics,
     timeout=settings.sidecar_timeout,
-    count=partial(count_sidecar, leases.impatient, settings.queue),
+    count=partial(count_sidecar_fault, leases.impatient, settings.queue),
 )
 transport.install(load_state.parent_is_alive)
 

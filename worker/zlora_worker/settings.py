@@ -128,7 +128,7 @@ class Settings:
         default=str(VISIBILITY),
         read=parsers.positive,
         note="Seconds after the last heartbeat of a killed worker until another one gets its job. "
-        "Must be the same for all workers of a broker.",
+        "Must be the same for all workers of a Redis database.",
     )
     sweep: int = _variable(
         "ZLORA_SWEEP",
@@ -491,7 +491,7 @@ def reference() -> Iterator[SettingRow]:
     yield SettingRow(
         (config.BROKER_URL,),
         config.DEFAULT_BROKER,
-        "URL of the Redis broker, for clients and workers; with TLS and its files see "
+        "URL of the Redis broker, for clients and workers; for TLS and Sentinels see "
         "docs/operations.md. If it is not set, a running `zlora up` is used before the default.",
     )
     yield SettingRow(

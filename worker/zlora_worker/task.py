@@ -99,7 +99,7 @@ class JobRunner:
             meter = self.child.meter
             match outcome:
                 case Succeeded(result):
-                    ending = self.leases.finish(job_id)  # also makes the webhook due
+                    ending = self.leases.record_success(job_id)  # also makes the webhook due
                     if ending.earlier_error is not None:  # Redis had lost the record
                         raise Ignore(f"job {job_id} has ended with an error before")
                     if ending.is_first:
@@ -161,7 +161,7 @@ class Delivery:
                 case ClaimState.OTHER_REQUEST:
                     return NotMine("the id belongs to another request")
                 case ClaimState.ENDED:
-                    return self._ended(claim)
+                    return self._answer_again(claim)
                 case ClaimState.CLAIMED:
                     return self._claimed(claim, self._request)
                 case _:
@@ -172,7 +172,7 @@ class Delivery:
 
         A message without a record in Redis leaves none: its id stays free.
         """
-        if not self._leases.is_own(self._job_id, document):
+        if not self._leases.is_recorded_request(self._job_id, document):
             return NotMine(f"the id belongs to another request: {error}")
         self._digest = self._leases.record(self._job_id).get("digest")
         if self._digest is None:
@@ -187,7 +187,7 @@ class Delivery:
                 case _:
                     return Requeue("another worker has the job", LEASE)
 
-    def _ended(self, claim: Claim) -> Outcome:
+    def _answer_again(self, claim: Claim) -> Outcome:
         """Answer with the verdict again; write it into the store, if a client wrote it alone."""
         verdict = claim.verdict or revoked(self._job_id)
         with suppress(ZloraError):
@@ -219,9 +219,9 @@ class Delivery:
         return self._with_urls(result)
 
     def _earlier_result(self, claim: Claim) -> GenerateResult | None:
-        """Return the result that an earlier delivery has stored, None if there is none.
+        """Return the result that an earlier attempt has stored, None if there is none.
 
-        Raises `JobEnded` if an earlier delivery has stored an error, `JobRevoked` if the job is
+        Raises `JobEnded` if an earlier attempt has stored an error, `JobRevoked` if the job is
         cancelled, and `_StoreDown` if the store does not answer: nothing is drawn meanwhile, since
         it could not be stored.
         """
@@ -230,10 +230,10 @@ class Delivery:
         try:
             end = load_end(self._child.store, self._job_id, self._digest)
         except StoreFailed as error:
-            if self._leases.store_outage(self._job_id) > STORE_PATIENCE:
+            if self._leases.note_store_outage(self._job_id) > STORE_PATIENCE:
                 raise
             raise _StoreDown(str(error)) from error
-        self._leases.store_answers(self._job_id, claim.record)
+        self._leases.clear_store_outage(self._job_id, claim.record)
         if (verdict := end or claim.failing) is None or isinstance(verdict, GenerateResult):
             return verdict
         raise JobEnded(verdict)
@@ -334,7 +334,7 @@ class Delivery:
         try:
             end = write_verdict(self._child.store, self._job_id, error, self._digest)
         except StoreFailed as failure:
-            if self._leases.store_outage(self._job_id) < STORE_PATIENCE:
+            if self._leases.note_store_outage(self._job_id) < STORE_PATIENCE:
                 self._leases.note_error(self._job_id, self._token, error)
                 return Requeue(f"the store does not answer: {failure}", LEASE)
             logger.warning("job %s: its error is in Redis alone: %s", self._job_id, failure)
@@ -349,7 +349,7 @@ class Delivery:
     def _close(self, error: ZloraError) -> Outcome:
         """Write the error into the job's record; keep a poisoned job for `zlora dead`."""
         kept = self._submission() if isinstance(error, JobPoisoned) else None
-        return Failed(self._leases.close(self._job_id, error, submission=kept))
+        return Failed(self._leases.record_verdict(self._job_id, error, submission=kept))
 
     def _delete_images(self) -> None:
         """Delete the images of a job whose manifest has a verdict."""
@@ -396,7 +396,7 @@ class Delivery:
         try:
             return Succeeded(self._child.urls.with_urls(result))
         except StoreFailed as error:
-            if self._leases.store_outage(self._job_id) > STORE_PATIENCE:
+            if self._leases.note_store_outage(self._job_id) > STORE_PATIENCE:
                 return Succeeded(result)
             return Requeue(f"the URLs of its images cannot be made: {error}", LEASE)
 

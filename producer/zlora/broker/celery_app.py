@@ -1,4 +1,4 @@
-"""Celery apps of this package, and the options that producers and workers share.
+"""Celery apps of this package with their transport, result backend and shared options.
 
 Celery itself prefers `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and the module named by
 `CELERY_CONFIG_MODULE` to an app's own options. These variables belong to the program that uses this
@@ -16,7 +16,7 @@ from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as kombu_redis
 
 from zlora import config
-from zlora.broker.connection import Primary, resilient, sentinel_options, use
+from zlora.broker.connection import Primary, make_resilient, resilient, sentinel_options
 from zlora.broker.keys import DEFAULT_PRIORITY, PRIORITY_STEPS, RESULT_EXPIRES
 from zlora.errors import InvalidSetting
 from zlora.redaction import without_secrets
@@ -179,7 +179,7 @@ class Backend(RedisBackend):
 
     def _get_pool(self, **params: Any) -> Any:
         pool = super()._get_pool(**params)  # type: ignore[misc]
-        use(pool, self.url)
+        make_resilient(pool, self.url)
         return pool
 
     def as_uri(self, include_password: bool = False) -> str:

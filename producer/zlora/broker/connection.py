@@ -1,4 +1,4 @@
-"""Connections to Redis that treat a Redis which cannot serve like one that is gone.
+"""Connections to Redis: an answer such as READONLY counts as a lost connection.
 
 After a fail-over the name of the broker belongs to another server, while connections to the old
 one may still hold and be answered: READONLY, LOADING. A disk or a memory that is full has answers
@@ -37,7 +37,7 @@ class Outage(redis.ConnectionError):
 
 
 def outage_of(error: redis.ResponseError) -> str | None:
-    """Return Redis's answer if it means an outage, None if it means the command."""
+    """Return Redis's answer if it means an outage, None if the command itself is wrong."""
     # redis-py removes the first word of the answers for which it has a class.
     code = getattr(error, "status_code", None) or _CODES.get(type(error), "")
     text = str(error).removeprefix(_IN_A_TRANSACTION)
@@ -157,7 +157,7 @@ class Client(redis.Redis):
         return _Script(self, script)
 
 
-def use(pool: Any, url: str) -> None:
+def make_resilient(pool: Any, url: str) -> None:
     """Let a pool of redis-py make such connections, to the server of the URL."""
     pool.connection_class = resilient(pool.connection_class)
     if (primary := Primary.of_url(url)) is not None:

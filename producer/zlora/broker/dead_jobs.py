@@ -31,7 +31,7 @@ class DeadJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        """The attempts whose workers died, each with `host`, `worker`, `pid`, `at` and `signal`."""
+        """The attempts at the job, each with `host`, `worker`, `pid`, `at` and `signal`."""
         _, _, details = self.error
         found: list[dict[str, Any]] = details.get("attempts", [])
         return found

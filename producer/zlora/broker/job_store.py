@@ -9,13 +9,13 @@ A record is the hash `keys.job_key`:
 | `digest` | digest of the request; another request under the same id is refused |
 | `message` | the `Submission`, to send it again if its worker is lost; deleted at the end |
 | `sent` | the broker has the message |
-| `cancelled` | time of the first cancellation: seconds since the epoch |
+| `cancelled` | time of the latest cancellation, by the client's clock: seconds since the epoch |
 | `token` | that of the newest claim: a worker with a smaller one must leave the job |
 | `expires` | when the job must have started: seconds since the epoch by Redis's clock |
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |
 | `counted` | the end of the job is counted in the metrics |
-| `ending` | a sidecar is about to end the job, which no worker has begun |
+| `ending` | a sidecar is about to end the job, which no worker holds |
 | `failing` | the error that the job ends with once the store answers |
 | `spoilt` | how many times the base model differed after the job |
 | `overtime` | the time limit in seconds, if the child process was killed for exceeding it |
@@ -23,6 +23,8 @@ A record is the hash `keys.job_key`:
 | `webhook` | a `Webhook` for the end of the job |
 | `closed` | time of the end of the job: seconds since the epoch by Redis's clock |
 | `verdict` | the error that the job ended with, which the manifest in the store has too |
+| `store_away` | when the store first did not answer: seconds since the epoch by Redis's clock |
+| `tries`, `tried` | see `zlora.broker.webhook_outbox` |
 """
 
 import json
@@ -66,7 +68,7 @@ _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its r
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
 
-# Times are by Redis's clock, since the clocks of producers and workers differ.
+# Times of all scripts are by Redis's clock, since the clocks of producers and workers differ.
 _ADD: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
@@ -88,9 +90,9 @@ end
 return {ARGV[1], '', ARGV[2]}
 """
 
-# The webhook becomes due with the first end of the job, and only then. Times are by Redis's clock,
-# since the clocks of producers and workers differ. The webhook goes to the queue of the job, which
-# may differ from the caller's. A poisoned job is kept with its submission (`broker.dead_jobs`).
+# The webhook becomes due with the first end of the job, and only then. Its queue is that of the
+# job, which may differ from the caller's. A poisoned job is kept with its submission
+# (`broker.dead_jobs`).
 #
 # With ARGV[12] the job is ended only if no worker and no sidecar can have decided its end in the
 # store, or can do so soon: the third value of the reply says whether it is.
@@ -129,7 +131,7 @@ if ended == 1 and redis.call('HEXISTS', KEYS[1], 'webhook') == 1 then
 end
 return {earlier, ended, 1}
 """
-# A sidecar is about to end a job in the store that no worker has begun.
+# A sidecar is about to end a job in the store that no worker holds.
 _BEGIN_ENDING: Final = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then return 0 end
@@ -208,7 +210,7 @@ def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> 
     if patient:
         options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
     client = connection.Client.from_url(config.redis_url(url), **options)
-    connection.use(client.connection_pool, url)
+    connection.make_resilient(client.connection_pool, url)
     return client
 
 
@@ -411,6 +413,13 @@ class JobStore:
             for job_id in job_ids:
                 pipe.exists(lease_key(job_id))
             return {job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if held}
+
+    def begun(self, job_ids: list[str]) -> set[str]:
+        """Return those of the jobs that a worker has begun at least once."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hexists(job_key(job_id), "begun")
+            return {job_id for job_id, found in zip(job_ids, pipe.execute(), strict=True) if found}
 
     def digest(self, job_id: str) -> str | None:
         """Return the digest of a job's request; None if there is no record."""

@@ -44,7 +44,7 @@ def manifest_requests_key(queue: str) -> str:
 
 
 def cancel_requests_key(queue: str) -> str:
-    """Key of the list of requests to end jobs that were cancelled before a worker began them."""
+    """Key of the list of requests to end jobs that were cancelled while no worker held them."""
     return f"zlora:cancel:{queue}"
 
 
@@ -53,7 +53,7 @@ def outbox_key(queue: str) -> str:
     return f"zlora:outbox:{queue}"
 
 
-def dead_key(queue: str) -> str:
+def dead_letters_key(queue: str) -> str:
     """Key of a queue's dead letters, webhooks that were given up: a sorted set by time."""
     return f"zlora:dead:{queue}"
 
@@ -86,7 +86,7 @@ def key_types(queue: str) -> dict[str, str]:
         unfinished_key(queue): "zset",
         expiring_key(queue): "zset",
         outbox_key(queue): "zset",
-        dead_key(queue): "zset",
+        dead_letters_key(queue): "zset",
         dead_jobs_key(queue): "zset",
         requeued_jobs_key(queue): "zset",
         sweep_key(queue): "string",

@@ -202,7 +202,10 @@ class RedisBroker:
 
     @contextmanager
     def _reached(self, details: dict[str, Any]) -> Iterator[None]:
-        """Raise `BrokerUnavailable` if Redis fails in the block, or the client is closed."""
+        """Raise `BrokerUnavailable` if Redis fails in the block, or the client is closed.
+
+        Raises `InvalidSetting` if the user lacks a right.
+        """
         if self._is_closed:
             raise BrokerUnavailable("the client is closed", details)
         try:

@@ -1,11 +1,11 @@
 """One subscribing connection for all the jobs that a process waits for.
 
 A worker stores a state and publishes it by one command. What is published while nothing is
-subscribed is lost, so a watcher is notified once its subscription holds, and after each loss of
-the connection: it then looks by itself.
+subscribed is lost, so a watcher is notified as soon as its subscription holds, and after each loss
+of the connection: it then looks by itself.
 
 After a fail-over a connection to the old primary may hold, and no worker publishes there any more.
-So the name of the server is resolved anew every few seconds, and if another server answers there,
+So the name of the server is resolved anew every 10 s, and if another server answers there,
 the connection counts as lost.
 """
 

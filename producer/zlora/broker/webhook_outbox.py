@@ -19,7 +19,7 @@ import msgspec
 import redis
 from msgspec import Struct
 
-from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, dead_key, job_key, outbox_key
+from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, dead_letters_key, job_key, outbox_key
 from zlora.webhook import Webhook
 
 _DEAD_EXPIRES: Final = 7 * 86_400  # seconds
@@ -115,7 +115,7 @@ class Outbox:
     def __init__(self, client: Any, queue: str) -> None:
         """Take a client made by `zlora.broker.job_store.connect`."""
         self._redis = client
-        self._waiting, self._dead = outbox_key(queue), dead_key(queue)
+        self._waiting, self._dead = outbox_key(queue), dead_letters_key(queue)
         self._due = client.register_script(_DUE)
         self._claim = client.register_script(_CLAIM)
         self._postpone = client.register_script(_POSTPONE)

@@ -28,8 +28,8 @@ _HEADINGS: Final = ("job", "ended", "attempts", "requeued as")
 def dead() -> None:
     """List, show, requeue or drop dead jobs.
 
-    A dead job ended as `poisoned`: too many workers died while they had it. Dead jobs are kept for
-    seven days, at most 1,000 of a queue.
+    A dead job ended as `poisoned`: too many child processes ended, or too many workers were lost,
+    while they had it. Dead jobs are kept for seven days, at most 1,000 of a queue.
     """
 
 

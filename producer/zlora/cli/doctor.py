@@ -30,7 +30,7 @@ from zlora.broker.job_store import connect
 from zlora.broker.keys import (
     MAX_SKEW,
     PRIORITIES,
-    dead_key,
+    dead_letters_key,
     expiring_key,
     job_key,
     key_types,
@@ -416,9 +416,9 @@ def _queue(found: Environment) -> Check:
             pipe.llen(name)
             pipe.lindex(name, -1)
         pipe.zcard(outbox_key(queue))
-        pipe.zcard(dead_key(queue))
+        pipe.zcard(dead_letters_key(queue))
         pipe.get(refused_key(queue))
-        pipe.zrange(dead_key(queue), -1, -1)
+        pipe.zrange(dead_letters_key(queue), -1, -1)
         *waiting, pending, dead, refused, dead_letters = pipe.execute()
     counts, oldest = waiting[::2], _oldest_age(waiting[1::2])
     ranks = ", ".join(f"{counts[step]} {name}" for name, step in PRIORITIES.items())

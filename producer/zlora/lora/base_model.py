@@ -54,7 +54,7 @@ _LAYERS: Final = tuple(
         ),
     )
 )
-# Blocks of a UNet with attention that SDXL's has not.
+# UNet blocks that have attention in SD 1.x or 2.x, and not in SDXL.
 _OLDER: Final = "SD 1.x or 2.x"
 _OLDER_BLOCKS: Final = re.compile(
     r"(?:down_blocks_0|up_blocks_3)_attentions_\d|input_blocks_[12]_1_|output_blocks_(?:9|1[01])_1_"
@@ -72,11 +72,6 @@ _WORDS: Final = (
     (re.compile(r"^sd_?3|stable-diffusion-3"), "Stable Diffusion 3"),
     (re.compile(r"flux"), "Flux"),
 )
-# peft's configuration of an adapter: the field of the header that diffusers writes, and the file
-# that peft writes beside the LoRA.
-HEADER_CONFIG: Final = "lora_adapter_metadata"
-CONFIG_FILE: Final = "adapter_config.json"
-MAX_CONFIG: Final = 2**20  # bytes; one with a pattern for each layer of SDXL has 150 KB
 _DIGITS: Final = re.compile(r"\d+")
 _FIELDS: Final = ("modelspec.architecture", "ss_base_model_version")
 _MAX_TRIGGERS: Final = 10  # trigger words
@@ -122,16 +117,6 @@ def require_lora(header: Header, name: str) -> None:
             raise LoraMismatch(f"{name}: a LoRA of the kind {kind}, which is not supported")
     if not any(map(key_names.parse_key, header.tensors)):
         raise LoraMismatch(f"{name}: {not_a_lora(header)}")
-
-
-def lacks_alpha(header: Header) -> bool:
-    """Return whether a file of peft has no alpha: then it may be in a file beside it."""
-    names = header.tensors
-    return (
-        HEADER_CONFIG not in header.metadata
-        and any(map(key_names.is_peft, names))
-        and not any(name.endswith(".alpha") for name in names)
-    )
 
 
 def not_a_lora(header: Header) -> str:

@@ -89,9 +89,12 @@ class SidecarProcess:
             if self._silent <= self._timeout:
                 return
             fault = "hung"
-            logger.error("the sidecar hangs for %.0f s: it is replaced", self._silent)
+            logger.error(
+                "the sidecar has given no sign of life for %.0f s: it is replaced", self._silent
+            )
             self._process.kill()
-            with suppress(subprocess.TimeoutExpired):  # the kernel may hold it, at a disk's fault
+            # a process that waits for a broken disk cannot be killed
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_DEATH)
         elif now - self._started > _RESTART_AFTER:
             fault = "ended"
@@ -123,7 +126,7 @@ class SidecarProcess:
             self._process.wait()
 
 
-def count_sidecar(client: Any, queue: str, fault: str) -> None:
+def count_sidecar_fault(client: Any, queue: str, fault: str) -> None:
     """Count a fault of a sidecar: `hung`, `ended` or `not_started`.
 
     It is counted in Redis, because without a sidecar the worker serves no metrics. Only logs if

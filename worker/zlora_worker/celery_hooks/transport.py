@@ -1,7 +1,7 @@
-"""kombu's Redis transport, made safe: no message ends the worker, and none is lost on its way.
+"""kombu's Redis transport, made safe: no message ends the worker.
 
-kombu takes a message from its list and then writes it to the hash `unacked`. Between these steps
-only this process has the message.
+kombu takes a message from its list and then writes it to the hash `unacked`. If the worker is
+killed between these steps, the sweeper (`zlora_worker.sidecar.sweeper`) sends the job again.
 """
 
 import json

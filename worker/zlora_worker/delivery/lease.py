@@ -1,8 +1,9 @@
-"""Leases: one worker at a time draws a job, the job ends once, and ends if it kills all children.
+"""Leases: one worker at a time draws a job; one that kills its child processes ends as `poisoned`.
 
-This is the worker's side of `zlora.broker.job_store`, which describes the record of a job. Each
-claim gets a token, larger than all before it. A worker that stands still may lose its lease without
-notice; it leaves the job as soon as it finds that its token is not the newest.
+Used in parent and child. This is the worker's side of `zlora.broker.job_store`, which describes the
+record of a job. Each claim gets a token, larger than all before it. A worker that stands still may
+lose its lease without notice; it leaves the job as soon as it finds that its token is not the
+newest.
 """
 
 import json
@@ -128,7 +129,7 @@ return 0
 
 
 class ClaimState(StrEnum):
-    """Answer to a claim. UNSURE: another worker may live and have lost its lease with Redis."""
+    """Answer to a claim. UNSURE: another worker may live, while Redis has lost its lease."""
 
     CLAIMED = "claimed"
     LEASED = "leased"
@@ -176,7 +177,7 @@ class Claim:
         """Raise `JobPoisoned` if the job has ended too many child processes, or lost its worker.
 
         A worker is lost if its parent process says nothing of the end of its child: the machine is
-        gone or cut off, or the worker stands still, and then takes back its attempt later.
+        gone or cut off, or the worker stands still: then its attempt is deleted when it goes on.
         """
         deaths = self.deaths
         lost = sum(attempt.signal is None for attempt in deaths)
@@ -198,7 +199,7 @@ class JobEnded(Exception):
 
 
 class LeaseLost(Exception):
-    """Another worker has taken the job, or has ended it with a result: this one must leave it."""
+    """Another worker has taken the job, or has ended it with a result: this worker leaves it."""
 
 
 class JobLeases:
@@ -303,8 +304,8 @@ class JobLeases:
         found: dict[str, str] = self.jobs.redis.hgetall(job_key(job_id))
         return found
 
-    def is_own(self, job_id: str, document: object) -> bool:
-        """Return whether an invalid request is the submitted one of this id, or the first."""
+    def is_recorded_request(self, job_id: str, document: object) -> bool:
+        """Return whether this request is the one recorded under the id; True if none is."""
         if "digest" not in self.record(job_id):
             return True
         submission = self.jobs.submission(job_id)
@@ -367,7 +368,7 @@ class JobLeases:
         backend.set(key, document)
         return True
 
-    def close(
+    def record_verdict(
         self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None
     ) -> ZloraError:
         """Write the verdict of the job for good; return the first one, if there is one already.
@@ -377,7 +378,7 @@ class JobLeases:
         ending = self.jobs.mark_ended(job_id, verdict, submission=submission)
         return ending.earlier_error or verdict
 
-    def finish(self, job_id: str) -> Ending:
+    def record_success(self, job_id: str) -> Ending:
         """Record that the job has a result; return an error that the job has ended with before."""
         with suppress(redis.RedisError):  # the sweeper closes what stays open
             return self._impatient_jobs.mark_ended(job_id)
@@ -402,14 +403,14 @@ class JobLeases:
         return True
 
     def count_corrupted(self, job_id: str) -> int:
-        """Count a base model that the job has left changed; return how many it were."""
+        """Count a base model that the job has left changed; return how many there were."""
         with self.jobs.redis.pipeline() as pipe:
             pipe.hincrby(job_key(job_id), "spoilt", 1)
             pipe.expire(job_key(job_id), RECORD_EXPIRES, nx=True)
             count, _ = pipe.execute()
         return int(count)
 
-    def store_outage(self, job_id: str) -> float:
+    def note_store_outage(self, job_id: str) -> float:
         """Record that the store does not answer; return the seconds since it was first recorded."""
         key, now = job_key(job_id), self.jobs.now()
         with self.jobs.redis.pipeline() as pipe:
@@ -419,7 +420,7 @@ class JobLeases:
             _, since, _ = pipe.execute()
         return now - float(since)
 
-    def store_answers(self, job_id: str, record: Mapping[str, str]) -> None:
+    def clear_store_outage(self, job_id: str, record: Mapping[str, str]) -> None:
         """Record that the store answers again, if the job's record says that it did not."""
         if _STORE_DOWN in record:
             self.jobs.redis.hdel(job_key(job_id), _STORE_DOWN)
@@ -449,7 +450,7 @@ class JobLeases:
             self._forget_own_attempts(job_id)
 
     def give_up(self, job_id: str) -> None:
-        """Return a job that this worker stops to draw, without counting a death."""
+        """Return a job that this worker stops drawing, without counting a death."""
         with suppress(redis.RedisError):  # else it counts as a death: the job has two more
             self._forget_own_attempts(job_id)
             self.release(job_id)

@@ -27,7 +27,7 @@ from zlora.errors import (
     LoraUnreachable,
     NotSafetensors,
 )
-from zlora.lora.base_model import MAX_CONFIG, lacks_alpha
+from zlora.lora.peft_config import MAX_CONFIG, lacks_alpha
 from zlora.lora.safetensors_header import read_header
 from zlora.redaction import without_secrets
 from zlora.schema import NO_CONFIG, Asset
@@ -123,7 +123,8 @@ class Cache:
                     config = None
                     if config_sha256 not in (None, NO_CONFIG):
                         with self.file(config_sha256).open("rb") as opened:
-                            config = opened.read(MAX_CONFIG + 1)  # it may be any file of the cache
+                            # a request may name a large file here
+                            config = opened.read(MAX_CONFIG + 1)
                     file = CachedFile(
                         path=path,
                         sha256=sha256,

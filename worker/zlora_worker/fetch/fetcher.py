@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 from zlora.errors import LoraError, LoraNotAllowed
 from zlora.http.client import HttpClient, HttpError
 from zlora.lora.addresses import PUBLIC_SITES, canonical, hub_file, scheme_of
-from zlora.lora.base_model import CONFIG_FILE, MAX_CONFIG
 from zlora.lora.http_errors import lora_error
+from zlora.lora.peft_config import CONFIG_FILE, MAX_CONFIG
 from zlora.lora.safetensors_header import SafetensorsStream
 from zlora.redaction import without_secrets
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 import regex
-from zlora.lora.base_model import CONFIG_FILE, HEADER_CONFIG, MAX_CONFIG
+from zlora.lora.peft_config import CONFIG_FILE, HEADER_CONFIG, MAX_CONFIG
 
 _MAX_PATTERNS: Final = 4096  # SDXL has 986 layers
 _MAX_EXPRESSIONS: Final = 1000  # patterns that are not names

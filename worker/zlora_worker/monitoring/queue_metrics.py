@@ -16,7 +16,7 @@ from zlora.broker.keys import (
     PRIORITY_STEPS,
     RECORD_EXPIRES,
     dead_jobs_key,
-    dead_key,
+    dead_letters_key,
     outbox_key,
     refused_key,
     sidecar_faults_key,
@@ -101,7 +101,7 @@ class QueueCollector(Collector):
                 pipe.eval(_READ_END, 1, name, 0, MAX_MESSAGE_BYTES)
             pipe.time()
             pipe.zcard(outbox_key(self._queue))
-            pipe.zcard(dead_key(self._queue))
+            pipe.zcard(dead_letters_key(self._queue))
             pipe.zcount(dead_jobs_key(self._queue), time.time() - RECORD_EXPIRES, "+inf")
             pipe.get(refused_key(self._queue))
             pipe.hmget(sidecar_faults_key(self._queue), SIDECAR_FAULTS)

@@ -2,7 +2,7 @@
 
 Each object is created once and never overwritten. The manifest has the job's result or its verdict,
 the error that it ended with: of several workers that end a job, the first to write it decides. Once
-it has a verdict, no result can refer to an image, and then only are images deleted.
+it has a verdict, no result can refer to an image. Only then does a worker delete images.
 """
 
 import json
@@ -84,7 +84,7 @@ def put_if_absent(
 ) -> bytes:
     """Store `data` if nothing is under the key; return the bytes that are under the key.
 
-    These are `data`, or what an earlier delivery of the job has stored. No request is sent once
+    These are `data`, or what an earlier attempt at the job has stored. No request is sent once
     `stop` is set.
     """
     if store.put_new(key, data, content_type, stop=stop):

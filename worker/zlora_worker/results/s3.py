@@ -45,7 +45,7 @@ _DAMAGED: Final = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
-# Refusals that may not be repeated: statuses, and codes whatever their status.
+# Refusals that may be over at the next try: statuses, and codes whatever their status.
 _TRANSIENT_STATUSES: Final = (
     HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.CONFLICT,
@@ -87,7 +87,7 @@ class S3Store:
         if settings.s3_public_endpoint:  # a signature covers the host
             self._signer = _store_client(settings.s3_public_endpoint, settings)
         self._limits = threading.local()  # `end` and `stop` of the thread's present call
-        self._client.meta.events.register("before-send.s3", self._require_time)
+        self._client.meta.events.register("before-send.s3", self._raise_if_over)
         self._put_options = settings.s3_put
         _require_put_options(self._client, settings.s3_put)
 
@@ -159,7 +159,7 @@ class S3Store:
         finally:
             self._limits.end, self._limits.stop = math.inf, None
 
-    def _require_time(self, **_: Any) -> None:
+    def _raise_if_over(self, **_: Any) -> None:
         stop: Event | None = getattr(self._limits, "stop", None)
         if stop is not None and stop.is_set():
             raise _GivenUp(reason="the job has ended")

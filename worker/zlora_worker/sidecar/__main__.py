@@ -41,7 +41,7 @@ def run(
     heartbeat = Heartbeat(heartbeat_pipe)
     heartbeat.start()
     # Every step of the loop below is shorter: a call of Redis or of the store.
-    beat = heartbeat.part("the search for lost jobs", seconds=2 * settings.sidecar_timeout)
+    beat = heartbeat.part("the main thread", seconds=2 * settings.sidecar_timeout)
     meter = Meter.of_process("sidecar")
     store = open_store(settings)
     urls = ImageUrls(store, settings)

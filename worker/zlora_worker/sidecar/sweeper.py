@@ -78,10 +78,10 @@ class Sweeper:
 
     def _end_expired(self) -> None:
         job_ids = self._jobs.expired()
-        leased = self._jobs.leased(job_ids)
+        started = self._jobs.leased(job_ids) | self._jobs.begun(job_ids)
         for job_id in job_ids:
             self._beat()
-            if job_id in leased or self._state(job_id) != JobState.PENDING:
+            if job_id in started or self._state(job_id) != JobState.PENDING:
                 self._jobs.mark_started(job_id)
             else:
                 try:

@@ -249,7 +249,7 @@ class Dispatcher:
         self._last: dict[str, tuple[float, float]] = {}
         self._hosts: dict[str, str] = {}  # by job, of the jobs that were due at the last read
         self._due: dict[str, deque[str]] = {}  # jobs not started, by host; the next host first
-        self._start_at, self._next_read = 0, 0.0
+        self._window_start, self._next_read = 0, 0.0
 
     def step(self) -> float:
         """Start what is due and has a place; return the seconds until the next read.
@@ -269,10 +269,10 @@ class Dispatcher:
 
     def _read_due(self) -> None:
         start = time.monotonic()
-        due = self._outbox.due(self._start_at, _WINDOW, since=self._sender.since)
-        self._start_at += _WINDOW
+        due = self._outbox.due(self._window_start, _WINDOW, since=self._sender.since)
+        self._window_start += _WINDOW
         if len(due) < _WINDOW:
-            self._start_at = 0
+            self._window_start = 0
         new = [job_id for job_id in due if job_id not in self._hosts]
         hosts = dict(self._hosts)
         for job_id, target in zip(new, self._outbox.webhooks(new), strict=True):

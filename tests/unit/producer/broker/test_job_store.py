@@ -211,6 +211,14 @@ def test_leased_returns_the_jobs_with_a_lease(jobs: JobStore, broker: Any) -> No
     assert jobs.leased([]) == set()
 
 
+def test_begun_returns_the_jobs_that_a_worker_has_begun(jobs: JobStore, broker: Any) -> None:
+    jobs.add("waits", submission(), "digest")
+    broker.hset(job_key("runs"), "begun", 1)
+
+    assert jobs.begun(["waits", "runs", "unknown"]) == {"runs"}
+    assert jobs.begun([]) == set()
+
+
 def test_each_queue_has_its_own_unfinished_jobs(jobs: JobStore, broker_url: str) -> None:
     jobs.add("a", submission(), "digest")
     with connect(broker_url) as connection:

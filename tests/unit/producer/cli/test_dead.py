@@ -58,7 +58,7 @@ def poison(client: Client, job_id: str, **options: Any) -> Submission:
     died = Attempt(host="h", worker="h-1", pid=7, at=1_764_112_409.0, signal="SIGKILL")
     unknown = msgspec.structs.replace(died, signal=None)
     attempts = [msgspec.to_builtins(attempt) for attempt in (died, died, unknown)]
-    error = JobPoisoned(f"3 workers died while they had job {job_id}", {"attempts": attempts})
+    error = JobPoisoned(details={"attempts": attempts})
     other = Submission(request={"prompt": "not the one of the record"}, priority=5, submitted=1.0)
     jobs.mark_ended(job_id, error, submission=other)
     return submission

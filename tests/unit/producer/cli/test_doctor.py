@@ -24,7 +24,7 @@ from ssrfguard import SSRFGuardError
 from support.processes import free_port, wait_until
 from zlora import Client, config
 from zlora.broker.celery_app import shared_config
-from zlora.broker.keys import dead_key, refused_key, waiting_lists
+from zlora.broker.keys import dead_letters_key, refused_key, waiting_lists
 from zlora.broker.message import SUBMITTED_AT
 from zlora.broker.webhook_outbox import DeadLetter
 from zlora.cli import main
@@ -153,7 +153,7 @@ def test_unreadable_messages_and_webhooks_that_were_given_up_are_reported(
         last=2,
         reason="it says 500",
     )
-    broker.zadd(dead_key("gpu"), {"not a dead letter": 1, msgspec.json.encode(letter): 2})
+    broker.zadd(dead_letters_key("gpu"), {"not a dead letter": 1, msgspec.json.encode(letter): 2})
     given_up = producer({config.BROKER_URL: broker_url})["queue"]
     broker.set(refused_key("gpu"), 7)
     refused = producer({config.BROKER_URL: broker_url})["queue"]
@@ -176,7 +176,7 @@ def test_the_setting_that_allows_a_refused_receiver_is_named(broker_url: str, br
         last=2,
         reason=refusal(SSRFGuardError()),
     )
-    broker.zadd(dead_key("gpu"), {msgspec.json.encode(letter): 1})
+    broker.zadd(dead_letters_key("gpu"), {msgspec.json.encode(letter): 1})
 
     assert (
         f"host in {config.ALLOW_HOSTS} of the workers"

@@ -218,7 +218,7 @@ def test_a_claim_of_another_request_or_of_an_ended_job_changes_nothing(
     assert claim_once(leases, job, "another") is ClaimState.OTHER_REQUEST
     assert (leases.record(job), owner(leases, job)) == (before, None)
 
-    leases.close(job, LoraNotFound("no file", {"status": 404}))
+    leases.record_verdict(job, LoraNotFound("no file", {"status": 404}))
     ended = leases.record(job)
     with leases.claim(job, "d") as claim:
         verdict = claim.verdict
@@ -384,7 +384,7 @@ def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
 def test_a_worker_must_leave_a_job_that_has_a_result(make_worker: MakeWorker, job: str) -> None:
     leases = make_worker()
     with leases.claim(job, "d") as claim:
-        leases.finish(job)
+        leases.record_success(job)
         with pytest.raises(LeaseLost):
             leases.raise_if_over(job, claim.token)
 
@@ -416,7 +416,7 @@ def test_a_running_job_must_stop_once_it_is_cancelled_or_has_a_verdict(
         with pytest.raises(JobRevoked):
             leases.raise_if_over(job, claim.token)
 
-        leases.close(job, LoraNotFound("no file"))
+        leases.record_verdict(job, LoraNotFound("no file"))
         with pytest.raises(JobEnded) as raised:
             leases.raise_if_over(job, claim.token)
     assert raised.value.verdict.message == "no file"
@@ -424,9 +424,9 @@ def test_a_running_job_must_stop_once_it_is_cancelled_or_has_a_verdict(
 
 def test_the_first_verdict_of_a_job_stands(make_worker: MakeWorker, job: str) -> None:
     leases = make_worker()
-    leases.close(job, LoraNotFound("first"))
+    leases.record_verdict(job, LoraNotFound("first"))
 
-    assert str(leases.close(job, JobRevoked("second"))) == "first"
+    assert str(leases.record_verdict(job, JobRevoked("second"))) == "first"
     with pytest.raises(JobEnded) as raised:
         leases.raise_if_over(job, "1")
     assert raised.value.verdict.message == "first"
@@ -436,13 +436,13 @@ def test_the_first_verdict_of_a_job_stands(make_worker: MakeWorker, job: str) ->
     "write",
     [
         lambda leases, job: leases.jobs.cancel(job),
-        lambda leases, job: leases.close(job, LoraNotFound()),
+        lambda leases, job: leases.record_verdict(job, LoraNotFound()),
         claim_once,
         lambda leases, job: leases.count_corrupted(job),
         lambda leases, job: leases.give_up(job),
         lambda leases, job: leases.child_died(job, "SIGKILL"),
         lambda leases, job: leases.child_timed_out(job, 5.0),
-        lambda leases, job: leases.store_outage(job),
+        lambda leases, job: leases.note_store_outage(job),
         lambda leases, job: leases.is_first_to_count(job),
     ],
 )

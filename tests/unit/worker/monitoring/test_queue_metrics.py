@@ -19,7 +19,7 @@ from zlora.broker.job_store import connect
 from zlora.broker.keys import (
     RECORD_EXPIRES,
     dead_jobs_key,
-    dead_key,
+    dead_letters_key,
     outbox_key,
     refused_key,
     requeued_jobs_key,
@@ -203,7 +203,9 @@ def test_what_waits_or_failed_is_counted_by_queue(broker_url: str, broker: Any) 
         job_id="j", event="job.failed", url="https://x", tries=9, first=1, last=2, reason="500"
     )
     broker.zadd(outbox_key("gpu"), {"one": 1, "two": 2})
-    broker.zadd(dead_key("gpu"), {documents.encode(letter): 1, "not a letter": 2, "third": 3})
+    broker.zadd(
+        dead_letters_key("gpu"), {documents.encode(letter): 1, "not a letter": 2, "third": 3}
+    )
     broker.set(refused_key("gpu"), 7)
     broker.hset(sidecar_faults_key("gpu"), "hung", 2)
     now = time.time()
@@ -251,7 +253,7 @@ def test_without_redis_only_the_gauge_up_is_served(is_silent: bool) -> None:
 
 def test_a_key_of_another_type_counts_as_zero(broker_url: str, broker: Any) -> None:
     broker.lpush("gpu", message(5))
-    broker.set(dead_key("gpu"), "no sorted set")
+    broker.set(dead_letters_key("gpu"), "no sorted set")
     broker.set("unacked", "no hash")
     broker.set(refused_key("gpu"), "no number")
     broker.set(sidecar_faults_key("gpu"), "no hash")

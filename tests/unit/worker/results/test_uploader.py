@@ -221,7 +221,7 @@ def test_a_key_that_is_taken_is_not_deleted_and_not_overwritten(store: GatedStor
 
 @pytest.mark.parametrize("differs", ["request", "base model"])
 def test_an_image_of_another_job_is_not_reused(store: GatedStore, differs: str) -> None:
-    """An earlier delivery may have ended before it had deleted the image."""
+    """An earlier attempt may have ended before it had deleted the image."""
     other = job(1, prompt="a forest") if differs == "request" else job(1)
     if differs == "base model":
         other = replace(other, base_sha256="f" * 64)
@@ -237,7 +237,7 @@ def test_an_image_of_another_job_is_not_reused(store: GatedStore, differs: str) 
     assert ref.pixels_sha256 == sha256(an_image(3).tobytes())
 
 
-# --- what an earlier delivery of this job has stored
+# --- what an earlier attempt at this job has stored
 
 
 def test_a_stored_image_is_reused_and_a_missing_one_is_drawn(store: GatedStore) -> None:

@@ -190,4 +190,4 @@ def test_a_store_that_hangs_ends_the_sidecar(place: Place, tmp_path: Path) -> No
         finally:
             sidecar.kill()
             sidecar.wait()
-    assert "the search for lost jobs hangs" in (tmp_path / "log").read_text()
+    assert "the main thread hangs" in (tmp_path / "log").read_text()

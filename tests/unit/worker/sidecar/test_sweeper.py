@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from zlora.broker.keys import job_key, lease_key, sweep_key, unfinished_key
 from zlora.broker.message import MAX_MESSAGE_BYTES, SUBMITTED_AT
 from zlora.errors import JobExpired, LoraNotFound
 from zlora.schema import JobState, digest_of, parse_request
+from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results.manifest import load_end
 from zlora_worker.sidecar import queue_reader, sweeper
@@ -275,6 +277,22 @@ def test_a_job_that_was_begun_does_not_expire(place: Place, state: str) -> None:
     place.sweep()
 
     assert place.app.backend.get_task_meta(handle.id)["status"] == expected
+
+
+def test_a_job_whose_worker_died_before_its_first_report_does_not_expire(
+    place: Place, broker_url: str
+) -> None:
+    handle = place.client.submit(REQUEST, expires_in=0.05)
+    leases = JobLeases(broker_url, place.queue)
+    with suppress(SystemExit), leases.claim(handle.id, digest_of(parse_request(REQUEST))):
+        raise SystemExit
+    place.redis.delete(lease_key(handle.id))  # as if the lease had expired
+    time.sleep(0.06)
+
+    place.sweep()
+
+    assert place.unfinished() == [handle.id]
+    assert place.jobs.expired() == []
 
 
 def test_a_succeeded_job_does_not_expire_after_its_result_has(place: Place) -> None:

@@ -27,7 +27,7 @@ from support.servers import settings
 from zlora import Client, config
 from zlora.broker.celery_app import impatient_config
 from zlora.broker.job_store import JobStore, Submission, connect
-from zlora.broker.keys import RECORD_EXPIRES, dead_key, job_key, outbox_key
+from zlora.broker.keys import RECORD_EXPIRES, dead_letters_key, job_key, outbox_key
 from zlora.broker.webhook_outbox import DeadLetter, EndedJob, Outbox
 from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
 from zlora.http.client import HttpClient
@@ -914,7 +914,7 @@ def test_every_key_expires(place: Place) -> None:
         jobs = [place.ended(receiver.url) for _ in range(2)]
         place.work()
 
-    keys = [job_key(job) for job in jobs] + [outbox_key(place.queue), dead_key(place.queue)]
+    keys = [job_key(job) for job in jobs] + [outbox_key(place.queue), dead_letters_key(place.queue)]
     lives = [place.redis.ttl(key) for key in keys]
     assert all(0 < life <= RECORD_EXPIRES for life in lives)
     assert min(lives[:2]) > TWO_HOURS

@@ -163,7 +163,7 @@ def test_a_job_that_another_worker_has_failed_meanwhile_does_not_succeed(
     """Two workers may draw a job if Redis was down: the first end stands."""
 
     def draw(_job: Job, _progress: Progress) -> None:
-        worker.other.close(job, LoraNotFound("none"))
+        worker.other.record_verdict(job, LoraNotFound("none"))
 
     worker.draw = draw
 

@@ -66,7 +66,7 @@ def test_a_worker_that_lost_the_job_stops_at_its_next_step(worker: InlineWorker,
             if step == 2:
                 with other_draws(worker, job):
                     worker.store_result(job)
-                worker.other.finish(job)
+                worker.other.record_success(job)
             progress(Phase.DENOISE, step, 5)
 
     worker.draw = draw
@@ -86,7 +86,7 @@ def test_an_end_with_an_error_deletes_no_image_of_a_result_that_came_first(
         with other_draws(worker, job):
             worker.store.objects[image] = IMAGE
             worker.store_result(job)
-        worker.other.finish(job)
+        worker.other.record_success(job)
 
     worker.fails_with(error)
     before_manifest(worker, job, finish, monkeypatch)
@@ -105,7 +105,7 @@ def test_a_job_that_was_ended_with_an_error_first_has_no_result(
     def end() -> None:
         with other_draws(worker, job):
             write_verdict(worker.store, job, LoraNotFound("none"), digest())
-        worker.other.close(job, LoraNotFound("none"))
+        worker.other.record_verdict(job, LoraNotFound("none"))
 
     before_manifest(worker, job, end, monkeypatch)
 

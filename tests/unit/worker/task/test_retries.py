@@ -115,7 +115,7 @@ def test_a_retry_does_not_hide_the_end_that_another_worker_gave_the_job(
     worker: InlineWorker, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end() -> None:
-        worker.other.close(job, LoraNotFound("none"))
+        worker.other.record_verdict(job, LoraNotFound("none"))
 
     worker.fails_with(StoreFailed("full"))
     call_before(worker, "store_state", end, monkeypatch)
@@ -139,7 +139,7 @@ def test_a_cancel_before_a_retry_does_not_end_a_job_that_another_worker_draws_or
         worker.redis.delete(lease_key(job))
         if is_done:
             worker.store_result(job)
-            worker.other.finish(job)
+            worker.other.record_success(job)
         else:
             killed_in(worker.other.claim(job, digest()))
         worker.leases.jobs.cancel(job)

@@ -117,7 +117,7 @@ def test_waits_for_redis_before_and_after_the_drawing_do_not_count_for_the_timeo
         return wait
 
     monkeypatch.setattr(worker.leases, "claim", slowly(worker.leases.claim))
-    monkeypatch.setattr(worker.leases, "finish", slowly(worker.leases.finish))
+    monkeypatch.setattr(worker.leases, "record_success", slowly(worker.leases.record_success))
 
     worker.deliver(job, {**REQUEST, "timeout": 0.2})
 
