@@ -100,7 +100,7 @@ def cut_off(scene: Scene, _s3: S3Proxy) -> JobHandle:
 def frozen_while_it_ends(scene: Scene, s3: S3Proxy) -> JobHandle:
     """Let a worker fail, and stand still while its first request to end the job is under way."""
     with scene.worker() as first:
-        s3.meet(r"(DELETE|PUT \S*/manifest)", delay)
+        s3.meet(r"(DELETE \S*/outputs|PUT \S*/manifest)", delay)
         handle = scene.submit(do=["nan"])
         wait_until(s3.held.is_set, "the worker ends the job")
         stand_still(scene, first, handle)
