@@ -48,13 +48,18 @@ def test_job_that_kills_every_child_is_poisoned_and_the_next_is_drawn(scene: Sce
 
 
 def test_job_that_exits_or_ends_every_child_by_sigterm_is_poisoned(scene: Scene) -> None:
-    with scene.worker(ZLORA_MAX_ATTEMPTS="2"):
-        for words in (["exit", "exit"], ["end-child", "exit"]):
+    with scene.worker():
+        for words in (["exit"] * 3, ["end-child"] * 3):
             poison = scene.submit(do=words)
             with pytest.raises(JobPoisoned) as found:
                 poison.result(timeout=60)
             assert len(found.value.details["attempts"]) == scene.begun(poison) == len(words)
         assert scene.submit().result(timeout=60).base_intact
+
+
+def test_limit_of_ended_children_can_be_set(scene: Scene) -> None:
+    with scene.worker(ZLORA_MAX_ATTEMPTS="4"):
+        assert scene.submit(do=["kill-child"] * 3).result(timeout=60).base_intact
 
 
 def test_exit_of_a_child_with_a_changed_base_does_not_count_as_a_death(scene: Scene) -> None:

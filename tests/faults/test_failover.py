@@ -24,7 +24,7 @@ from zlora.errors import BrokerUnavailable, JobRevoked, JobVanished
 JOBS: Final = int(os.environ.get("ZLORA_FAILOVER_JOBS", "8"))  # submitted around each event
 ROUNDS: Final = int(os.environ.get("ZLORA_FAILOVER_ROUNDS", "1"))
 REQUEST: Final = {"prompt": "a portrait"}
-REFUSED: Final = 1.0  # seconds in which Redis refuses to write
+REFUSED: Final = 3.0  # seconds in which Redis refuses to write: longer than a job takes
 LAG: Final = 1.5  # seconds by which a replica is behind
 
 

@@ -104,6 +104,13 @@ def hold(proxy: "S3Proxy", request: Request) -> bytes:
     raise Broken
 
 
+def delay(proxy: "S3Proxy", request: Request) -> bytes:
+    """Let the request reach the server once `released` is set."""
+    proxy.held.set()
+    proxy.released.wait(_PATIENCE)
+    return b"".join(proxy.forward(request))
+
+
 def change_request(proxy: "S3Proxy", request: Request) -> bytes:
     """Change one byte of the request's body."""
     return b"".join(proxy.forward(request, body=_changed(request.body)))
@@ -129,8 +136,8 @@ def _changed(body: bytes) -> bytes:
 class S3Proxy:
     """Forwards a free loopback port to the port `target`, with the faults that a test orders.
 
-    `held` is set while `hold` waits, and setting `released` ends the wait. A request takes effect
-    `latency` seconds after it has arrived.
+    `held` is set while `hold` or `delay` waits, and setting `released` ends the wait. A request
+    takes effect `latency` seconds after it has arrived.
     """
 
     def __init__(self, target: int, tally: Tally, *, latency: float = 0.0) -> None:

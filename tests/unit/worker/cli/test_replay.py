@@ -454,6 +454,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert "not a file" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     assert "not a file" in refusal(tmp_path / "pipe")
+    assert "not a file" in refusal(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
