@@ -92,10 +92,11 @@ return {ARGV[1], '', ARGV[2]}
 # may differ from the caller's. A poisoned job is kept with its submission (`broker.dead_jobs`).
 #
 # With ARGV[12] the job is ended only if no worker and no sidecar can have decided its end in the
-# store, or can do so soon: the third value of the reply says whether it is.
+# store, or can do so soon: the third value of the reply says whether it is. The lease is no key of
+# the script, since clients may have the right to read leases only, and keys of a script need both.
 _END: Final = """
 if ARGV[12] ~= '' then
-  if redis.call('EXISTS', KEYS[2]) == 1 then return {'', 0, 0} end
+  if redis.call('EXISTS', ARGV[13]) == 1 then return {'', 0, 0} end
   local fields = redis.call('HKEYS', KEYS[1])
   for _, field in ipairs(fields) do
     if field == 'begun' or field == 'ending' or field == 'closed' or field == 'verdict'
@@ -460,10 +461,9 @@ class JobStore:
             text = json.dumps([error.code, error.message, error.details])
         prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
         arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
-        keys = [job_key(job_id), lease_key(job_id)]
         arguments += ["" if submission is None else msgspec.json.encode(submission)]
-        arguments += [dead_jobs_key(""), MAX_DEAD_JOBS, "1" if alone else ""]
-        earlier, is_first, is_done = self._end(keys=keys, args=arguments)
+        arguments += [dead_jobs_key(""), MAX_DEAD_JOBS, "1" if alone else "", lease_key(job_id)]
+        earlier, is_first, is_done = self._end(keys=[job_key(job_id)], args=arguments)
         return earlier, is_first, is_done
 
     def begin_ending(self, job_id: str) -> bool:
