@@ -47,7 +47,8 @@ logger = get_task_logger(__name__)
 # Look at a job and take it, in one round trip. A worker has one child: a lease under the worker's
 # own name is that of the child's predecessor, which is dead. The attempt is written with the lease,
 # so that a kill at any later moment counts. The token is the server's time in microseconds if that
-# is larger, so that it grows even if Redis has lost the record.
+# is larger, so that it grows even if Redis has lost the record. After a fail-over the record may
+# have the token of an earlier claim: only a larger one is newer, and a renewal writes its own back.
 _CLAIM: Final = """
 local record = redis.call('HGETALL', KEYS[1])
 local worker, digest, is_sure = ARGV[1], ARGV[3], ARGV[7]
@@ -83,7 +84,8 @@ _RENEW_LEASE: Final = """
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return 0 end
 local token = redis.call('HGET', KEYS[2], 'token')
-if token and token ~= ARGV[3] then return 0 end
+if token and tonumber(token) > tonumber(ARGV[3]) then return 0 end
+if token then redis.call('HSET', KEYS[2], 'token', ARGV[3]) end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -92,7 +94,7 @@ return 1
 _END_ATTEMPT: Final = """
 redis.call('HDEL', KEYS[1], ARGV[3])
 local token = redis.call('HGET', KEYS[1], 'token')
-if token and token ~= ARGV[5] then return 0 end
+if token and tonumber(token) > tonumber(ARGV[5]) then return 0 end
 if ARGV[4] ~= '' then redis.call('HDEL', KEYS[1], 'begun') end
 local owner = redis.call('GET', KEYS[2])
 if owner and owner ~= ARGV[1] then return 0 end
@@ -101,7 +103,7 @@ return 1
 """
 _NOTE_ERROR: Final = """
 local token = redis.call('HGET', KEYS[1], 'token')
-if token and token ~= ARGV[1] then return 0 end
+if token and tonumber(token) > tonumber(ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[1], 'failing', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
 return 1
@@ -110,7 +112,7 @@ return 1
 # An end that it has stays, even if Redis has lost the record.
 _STORE_STATE: Final = """
 local record = redis.call('HMGET', KEYS[1], 'token', 'closed')
-if record[2] or (record[1] and record[1] ~= ARGV[1]) then return 0 end
+if record[2] or (record[1] and tonumber(record[1]) > tonumber(ARGV[1])) then return 0 end
 local stored = redis.call('GET', KEYS[2])
 local is_json, meta = pcall(cjson.decode, stored or '')
 if is_json and type(meta) == 'table' then
@@ -362,7 +364,7 @@ class JobLeases:
                 self._store_state(keys=keys, args=[token, document, RESULT_EXPIRES], client=client)
             )
         newest, closed = client.hmget(job_key(job_id), ("token", "closed"))
-        if newest not in (None, token) or closed is not None:
+        if not _is_newest(token, newest) or closed is not None:
             return False
         backend.set(key, document)
         return True
@@ -467,7 +469,14 @@ class JobLeases:
         }
 
 
-def _require_newest(job_id: str, token: str, newest: str | None) -> None:
-    # a Redis that has lost the record knows no newer claim
-    if newest not in (None, token):
+def _is_newest(token: str, known: str | None) -> bool:
+    """Return whether the token is the newest: Redis knows no token, or none that is larger.
+
+    After a fail-over Redis may have lost the newest claim, and know that of an earlier one.
+    """
+    return known is None or int(known) <= int(token)
+
+
+def _require_newest(job_id: str, token: str, known: str | None) -> None:
+    if not _is_newest(token, known):
         raise LeaseLost(f"another worker has taken job {job_id}")
