@@ -11,6 +11,7 @@ A record is the hash `keys.job_key`:
 | `sent` | the broker has the message |
 | `cancelled` | time of the first cancellation: seconds since the epoch |
 | `token` | that of the newest claim: a worker with a smaller one must leave the job |
+| `worker` | that of the newest claim |
 | `expires` | when the job must have started: seconds since the epoch by Redis's clock |
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |

@@ -74,7 +74,7 @@ end
 redis.call('SET', KEYS[2], worker, 'PX', ARGV[2])
 redis.call('HSETNX', KEYS[1], 'digest', digest)
 redis.call('HSETNX', KEYS[1], 'begun', 1)
-redis.call('HSET', KEYS[1], 'sent', 1, 'token', token, ARGV[4], ARGV[5])
+redis.call('HSET', KEYS[1], 'sent', 1, 'token', token, 'worker', worker, ARGV[4], ARGV[5])
 if redis.call('HEXISTS', KEYS[1], 'closed') == 0 then
   redis.call('EXPIRE', KEYS[1], ARGV[6])
 end
@@ -107,6 +107,24 @@ if token and tonumber(token) > tonumber(ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[1], 'failing', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
 return 1
+"""
+# Delete a worker's running attempts; of the newest claim, record that its time was over.
+_TIME_OUT: Final = """
+local record = redis.call('HGETALL', KEYS[1])
+local ended = false
+for index = 1, #record, 2 do
+  if string.sub(record[index], 1, 8) == 'attempt:' then
+    local attempt = cjson.decode(record[index + 1])
+    if attempt.worker == ARGV[1] and (attempt.signal == nil or attempt.signal == cjson.null) then
+      redis.call('HDEL', KEYS[1], record[index])
+      ended = true
+    end
+  end
+end
+if ended and redis.call('HGET', KEYS[1], 'worker') == ARGV[1] then
+  redis.call('HSET', KEYS[1], 'overtime', ARGV[2])
+  redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
+end
 """
 # Celery's backend stores a state and publishes it on a channel of the same name.
 # An end that it has stays, even if Redis has lost the record.
@@ -222,6 +240,7 @@ class JobLeases:
         self._renew_lease = self.impatient.register_script(_RENEW_LEASE)
         self._release = self.impatient.register_script(_RELEASE)
         self._store_state = self.impatient.register_script(_STORE_STATE)
+        self._time_out = self.impatient.register_script(_TIME_OUT)
 
     # In the child, around a delivery
 
@@ -443,22 +462,20 @@ class JobLeases:
             self.release(job_id)
 
     def child_timed_out(self, job_id: str, seconds: float) -> None:
-        """Record that the child was killed at the hard limit: the next delivery ends the job."""
-        key = job_key(job_id)
+        """Record that the child was killed at the hard limit: the next delivery ends the job.
+
+        Only deletes the attempt if another worker has claimed the job since, and does nothing if
+        the child had ended its attempt.
+        """
         with suppress(redis.RedisError):  # else the job is drawn again, as after a death
-            self.impatient.hset(key, "overtime", seconds)
-            self.impatient.expire(key, RECORD_EXPIRES, nx=True)
-            self._forget_own_attempts(job_id)
+            self._time_out(keys=[job_key(job_id)], args=[self.worker, seconds, RECORD_EXPIRES])
 
     def give_up(self, job_id: str) -> None:
         """Return a job that this worker stops to draw, without counting a death."""
         with suppress(redis.RedisError):  # else it counts as a death: the job has two more
-            self._forget_own_attempts(job_id)
+            for field in self._own_attempts(job_id):
+                self.impatient.hdel(job_key(job_id), field)
             self.release(job_id)
-
-    def _forget_own_attempts(self, job_id: str) -> None:
-        for field in self._own_attempts(job_id):
-            self.impatient.hdel(job_key(job_id), field)
 
     def _own_attempts(self, job_id: str) -> dict[str, Attempt]:
         found = attempts_of(self.impatient.hgetall(job_key(job_id)))

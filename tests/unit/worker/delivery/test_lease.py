@@ -355,6 +355,23 @@ def test_corrupted_base_models_are_counted(make_worker: MakeWorker, job: str) ->
 # --- a worker that stood still
 
 
+@pytest.mark.usefixtures("pauses")
+def test_the_parent_of_a_worker_that_lost_the_job_does_not_end_it(
+    make_worker: MakeWorker, job: str, killed_in: Enter
+) -> None:
+    """It comes back after the hard limit, kills its child, and takes back the attempt."""
+    frozen, other = make_worker(), make_worker()
+    killed_in(frozen.claim(job, "d"))
+    frozen.jobs.redis.delete(lease_key(job))
+    with other.claim(job, "d"):
+        frozen.child_timed_out(job, 5.0)
+
+        assert "overtime" not in other.record(job)
+        assert [found.worker for found in attempts(other, job)] == [other.worker]
+        other.child_timed_out(job, 6.0)
+        assert other.record(job)["overtime"] == "6.0"
+
+
 def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
     make_worker: MakeWorker, job: str, app: IsolatedCelery
 ) -> None:

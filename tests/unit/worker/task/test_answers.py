@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import redis
 from support.inline_worker import REQUEST, InlineWorker, digest
+from support.processes import Enter
 from zlora.broker.keys import job_key
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import InvalidRequest, LoraNotFound, StoreFailed
@@ -159,7 +160,9 @@ def test_a_broken_callback_in_the_message_does_not_leave_the_job_open(
     assert worker.meta(job)[0] in ("SUCCESS", "FAILURE")
 
 
-def test_every_key_that_a_delivery_writes_expires(worker: InlineWorker, job: str) -> None:
+def test_every_key_that_a_delivery_writes_expires(
+    worker: InlineWorker, job: str, killed_in: Enter
+) -> None:
     """Redis evicts nothing; only Celery's lists and bindings stay.
 
     A key may expire between KEYS and TTL, which is then -2.
@@ -168,6 +171,7 @@ def test_every_key_that_a_delivery_writes_expires(worker: InlineWorker, job: str
     worker.deliver(f"{job}-expired", expires=datetime.now(UTC) - timedelta(seconds=1))
     worker.leases.jobs.cancel(f"{job}-cancelled")
     worker.deliver(f"{job}-cancelled")
+    killed_in(worker.leases.claim(f"{job}-late", digest()))
     worker.leases.child_timed_out(f"{job}-late", 5)
     worker.deliver(f"{job}-late")
     with worker.other.claim(f"{job}-leased", digest()):
