@@ -263,7 +263,7 @@ class Delivery:
         )
         claim.has_drawn = True
         try:
-            with deadline.interrupting(grace=INTERRUPT_AFTER):
+            with self._leases.drawing(), deadline.interrupting(grace=INTERRUPT_AFTER):
                 result = generate(self._child, job, progress)
         except (ZloraError, JobEnded, LeaseLost, SystemExit, KeyboardInterrupt):
             raise

@@ -6,6 +6,7 @@ notice; it leaves the job as soon as it finds that its token is not the newest.
 """
 
 import json
+import mmap
 import os
 import socket
 import threading
@@ -234,6 +235,7 @@ class JobLeases:
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._draws = mmap.mmap(-1, 1)  # parent and child share this byte: 1 while the child draws
         self._claim = self.jobs.redis.register_script(_CLAIM)
         self._note_error = self.jobs.redis.register_script(_NOTE_ERROR)
         self._end_attempt = self.jobs.redis.register_script(_END_ATTEMPT)
@@ -278,6 +280,15 @@ class JobLeases:
             renewal.join()
             if not is_process_ending:
                 self._end(job_id, field, claim)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Show the parent that the child draws, and does not wait for Redis, in the block."""
+        self._draws[0] = 1
+        try:
+            yield
+        finally:
+            self._draws[0] = 0
 
     def _try_claim(self, job_id: str, digest: str, field: str, *, is_sure: bool = False) -> Claim:
         attempt = Attempt(
@@ -454,6 +465,7 @@ class JobLeases:
     def child_died(self, job_id: str, reason: str) -> None:
         """Record what the child that had the job died of, and release the job."""
         key = job_key(job_id)
+        self._draws[0] = 0
         with suppress(redis.RedisError):
             for field, attempt in self._own_attempts(job_id).items():
                 noted = msgspec.structs.replace(attempt, signal=reason)
@@ -464,9 +476,13 @@ class JobLeases:
     def child_timed_out(self, job_id: str, seconds: float) -> None:
         """Record that the child was killed at the hard limit: the next delivery ends the job.
 
-        Only deletes the attempt if another worker has claimed the job since, and does nothing if
-        the child had ended its attempt.
+        Only deletes the attempt if another worker has claimed the job since, or the child did not
+        draw: it waited for Redis, and that does not count. Does nothing if the attempt was over.
         """
+        if not self._draws[0]:
+            self.give_up(job_id)
+            return
+        self._draws[0] = 0
         with suppress(redis.RedisError):  # else the job is drawn again, as after a death
             self._time_out(keys=[job_key(job_id)], args=[self.worker, seconds, RECORD_EXPIRES])
 

@@ -362,8 +362,9 @@ def test_the_parent_of_a_worker_that_lost_the_job_does_not_end_it(
     """It comes back after the hard limit, kills its child, and takes back the attempt."""
     frozen, other = make_worker(), make_worker()
     killed_in(frozen.claim(job, "d"))
+    killed_in(frozen.drawing())
     frozen.jobs.redis.delete(lease_key(job))
-    with other.claim(job, "d"):
+    with other.claim(job, "d"), other.drawing():
         frozen.child_timed_out(job, 5.0)
 
         assert "overtime" not in other.record(job)

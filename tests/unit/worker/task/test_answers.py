@@ -172,6 +172,7 @@ def test_every_key_that_a_delivery_writes_expires(
     worker.leases.jobs.cancel(f"{job}-cancelled")
     worker.deliver(f"{job}-cancelled")
     killed_in(worker.leases.claim(f"{job}-late", digest()))
+    killed_in(worker.leases.drawing())
     worker.leases.child_timed_out(f"{job}-late", 5)
     worker.deliver(f"{job}-late")
     with worker.other.claim(f"{job}-leased", digest()):

@@ -138,12 +138,24 @@ def test_a_kill_at_the_hard_limit_ends_no_job_that_the_child_has_left(
     assert worker.run(worker.take()) == "SUCCESS"
 
 
+def test_a_kill_at_the_hard_limit_ends_no_job_whose_child_waited_for_redis(
+    worker: InlineWorker, job: str, killed_in: Enter
+) -> None:
+    """Such a wait does not count, and the parent kills the child as soon as Redis answers."""
+    killed_in(worker.leases.claim(job, digest()))
+
+    worker.leases.child_timed_out(job, 5)
+
+    assert worker.deliver(job) == "SUCCESS"
+
+
 @pytest.mark.parametrize("is_stored", [False, True])
 def test_the_delivery_after_a_kill_at_the_hard_limit_ends_the_job_by_what_is_in_the_store(
     worker: InlineWorker, job: str, killed_in: Enter, is_stored: bool
 ) -> None:
     """The killed child may have stored the manifest, and then have waited for Redis."""
     killed_in(worker.leases.claim(job, digest()))
+    killed_in(worker.leases.drawing())
     worker.leases.child_timed_out(job, 5)
     if is_stored:
         worker.store_result(job)
