@@ -66,7 +66,8 @@ _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its r
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
 
-# Times are by Redis's clock, since the clocks of producers and workers differ.
+# Times are by Redis's clock, since the clocks of producers and workers differ. A job whose record
+# Redis has lost may have ended by now: its webhook is due at once.
 _ADD: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
@@ -75,7 +76,13 @@ if redis.call('HSETNX', KEYS[1], 'digest', ARGV[1]) == 0 then
   return {known[1], known[2] or '', known[3] or ''}
 end
 redis.call('HSET', KEYS[1], 'message', ARGV[2], 'queue', ARGV[8])
-if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'webhook', ARGV[7]) end
+if ARGV[7] ~= '' then
+  redis.call('HSET', KEYS[1], 'webhook', ARGV[7])
+  if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then
+    redis.call('ZADD', KEYS[4], time[1], ARGV[4])
+    redis.call('EXPIRE', KEYS[4], ARGV[5])
+  end
+end
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('ZADD', KEYS[2], string.format('%.6f', ARGV[3] + now), ARGV[4])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
@@ -253,6 +260,7 @@ class JobStore:
                 if submission.expires is not None:
                     expires_in = submission.expires - submission.submitted
                 keys = [job_key(job_id), unfinished_key(self.queue), expiring_key(self.queue)]
+                keys.append(outbox_key(self.queue))
                 arguments = [
                     digest,
                     msgspec.json.encode(submission),
