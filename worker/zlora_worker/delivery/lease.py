@@ -279,7 +279,10 @@ class JobLeases:
             over.set()
             renewal.join()
             if not is_process_ending:
-                self._end(job_id, field, claim)
+                try:
+                    self._end(job_id, field, claim)
+                except redis.RedisError as error:  # refused; the job may have a result by now
+                    logger.warning("job %s: its attempt is not ended: %s", job_id, error)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ import json
 import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
@@ -149,6 +149,20 @@ def test_the_seconds_in_the_queue_are_known_if_the_message_has_its_time_of_submi
     assert queued[0] is not None
     assert 2.5 <= queued[0] < 10
     assert queued[1:] == [0.0, *[None] * 7]
+
+
+def test_a_job_with_a_result_succeeds_even_if_redis_refuses_to_end_the_attempt(
+    worker: InlineWorker, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator has changed the rights of the worker's user."""
+
+    def refuse(**_: Any) -> NoReturn:
+        raise redis.ResponseError("no permissions to run the 'evalsha' command")
+
+    monkeypatch.setattr(worker.leases, "_end_attempt", refuse)
+
+    assert worker.deliver(job) == "SUCCESS"
+    assert worker.meta(job)[1]["job_id"] == job
 
 
 def test_a_broken_callback_in_the_message_does_not_leave_the_job_open(
