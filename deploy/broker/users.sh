@@ -51,11 +51,11 @@ done
 any='+ping +client|setname +client|setinfo'
 submit='+lpush +llen +exists' # of messages: no command that takes, replaces or expires a list
 scripts='+eval +evalsha +script|load +script|exists +multi +exec'
-produce="$scripts +hget +hmget +hgetall +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time +lpush"
-produce="$produce +info +wait +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
+produce="$scripts +hget +hmget +hgetall +hkeys +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time"
+produce="$produce +lpush +info +wait +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
 receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
 look='+llen +lindex +zcard +zcount +get +hmget +time +hscan +eval +type +hlen' # +type and +hlen are for KEDA
-serve="$produce $receive $look +set +incr +hincrby +hkeys +rpush +lrange +smembers +watch +unwatch"
+serve="$produce $receive $look +set +incr +hincrby +rpush +lrange +smembers +watch +unwatch"
 serve="$serve +zrange +zscore +zremrangebyrank +zremrangebyscore"
 
 # Each user is one line: a backslash joins lines. Parentheses hold rights for keys or channels of their own.

@@ -24,7 +24,7 @@ from support.guarded import ROOT, USERS, GuardedRedis
 from support.processes import Worker, clean_environ, free_port, wait_until
 from support.scene import Scene, request
 from support.servers import Host, reply, serving
-from zlora import Cancellation, Client
+from zlora import Cancellation, Client, JobState
 from zlora.broker.celery_app import shared_config
 from zlora.broker.dead_jobs import DeadJob
 from zlora.broker.job_store import Submission
@@ -377,6 +377,15 @@ def test_a_producer_can_send_no_worker_a_command_and_is_told(
     assert left_out == {"keys", "queue", "workers"}
     assert found["workers"].status == "skip"
     assert "producer has no permissions to run the 'type' command" in found["keys"].told
+
+
+@pytest.mark.parametrize("user", ["producer", "operator"])
+def test_a_queued_job_can_be_cancelled_without_a_worker(user: str, broker: GuardedRedis) -> None:
+    with Client(broker.url(user)) as client:
+        job = client.submit(request("queued"))
+
+        assert job.cancel() is Cancellation.QUEUED
+        assert job.status().state is JobState.REVOKED
 
 
 def test_a_right_that_jobs_need_is_named(broker: GuardedRedis) -> None:

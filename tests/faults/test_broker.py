@@ -87,6 +87,20 @@ def test_job_that_fails_while_redis_is_silent_keeps_its_own_error(
         assert scene.begun(handle) == 1
 
 
+def test_job_that_waits_for_redis_beyond_its_hard_limit_is_tried_again(
+    scene: Scene, valkey: Valkey
+) -> None:
+    """The child is killed as soon as Redis answers, but the job has not used up its time."""
+    with scene.worker(ZLORA_HARD_GRACE="1", ZLORA_VISIBILITY="120"):
+        handle = scene.submit(steps=2, step=0.3, do=["unreachable"], at=2, fields={"timeout": 2})
+        scene.wait_step(handle)
+        with silent(valkey):
+            wait_until(lambda: scene.events("fault", handle), "the job fails")
+            time.sleep(4.5)
+
+        assert handle.result(timeout=60).base_intact
+
+
 def test_manifest_survives_a_child_that_is_killed_because_its_result_cannot_be_sent(
     scene: Scene, valkey: Valkey, tally: Tally
 ) -> None:

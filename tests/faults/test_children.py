@@ -121,6 +121,7 @@ def test_failing_jobs_have_typed_errors_and_the_model_stays(scene: Scene) -> Non
         "oom": OutOfMemory,
         "nan": GenerationFailed,
         "raise": InternalError,
+        "panic": InternalError,
     }
     with scene.worker():
         for fault, kind in kinds.items():

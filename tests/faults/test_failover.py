@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import redis
 from support.figures import Tally
 from support.processes import wait_until
 from support.proxy import Proxy
@@ -132,6 +133,17 @@ def memory_is_full(stage: Stage) -> None:
     stage.primary.set("maxmemory", "0")
 
 
+def script_runs_for_long(stage: Stage) -> None:
+    """Run a script of another program: Redis refuses every command meanwhile (BUSY)."""
+    stage.primary.set("busy-reply-threshold", "1")
+    with ThreadPoolExecutor(1) as pool, stage.primary.client() as other:
+        running = pool.submit(other.eval, "while true do end", 0)
+        time.sleep(3 * REFUSED)
+        with stage.primary.client() as admin:
+            admin.script_kill()
+        assert isinstance(running.exception(), redis.ResponseError)
+
+
 @pytest.mark.parametrize("round_", range(ROUNDS))
 @pytest.mark.parametrize(
     "event",
@@ -142,6 +154,7 @@ def memory_is_full(stage: Stage) -> None:
         disk_is_full,
         replicas_are_missing,
         memory_is_full,
+        script_runs_for_long,
     ],
 )
 def test_event_ends_no_worker_and_no_job(

@@ -263,11 +263,13 @@ class Delivery:
         )
         claim.has_drawn = True
         try:
-            with deadline.interrupting(grace=INTERRUPT_AFTER):
+            with self._leases.drawing(), deadline.interrupting(grace=INTERRUPT_AFTER):
                 result = generate(self._child, job, progress)
-        except (ZloraError, JobEnded, LeaseLost):
+        except (ZloraError, JobEnded, LeaseLost, SystemExit, KeyboardInterrupt):
             raise
-        except Exception as error:  # the boundary of a job: the producer gets a typed error
+        # The boundary of a job: the producer gets a typed error. The panic of a library in Rust is
+        # no `Exception`, and does not end the process either.
+        except BaseException as error:
             if deadline.has_passed:  # libraries turn an interruption into errors of their own
                 raise deadline.error() from error
             logger.exception("job %s failed", self._job_id)

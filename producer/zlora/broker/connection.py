@@ -20,6 +20,7 @@ from zlora import config
 
 # How Redis begins its answer if the same command succeeds later, on this server or on another one.
 _OUTAGES: Final = (
+    "BUSY ",  # a script runs for seconds; BUSYKEY and BUSYGROUP mean the command
     "LOADING",  # the server reads its data after a start
     "MASTERDOWN",  # a replica without its primary
     "MISCONF",  # the disk takes no more data

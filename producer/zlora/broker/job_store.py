@@ -11,6 +11,7 @@ A record is the hash `keys.job_key`:
 | `sent` | the broker has the message |
 | `cancelled` | time of the latest cancellation, by the client's clock: seconds since the epoch |
 | `token` | that of the newest claim: a worker with a smaller one must leave the job |
+| `worker` | that of the newest claim |
 | `expires` | when the job must have started: seconds since the epoch by Redis's clock |
 | `attempt:...` | an `Attempt`: a delivery that is running, or whose worker was lost |
 | `begun` | a worker has begun the job at least once |
@@ -68,7 +69,8 @@ _REQUEST_EXPIRES: Final = 60  # seconds that a request for a manifest, and its r
 _PRIORITY_STEP: Final = 1e11  # above any time in seconds: jobs sort by priority, then by time
 _PATIENT_RETRIES: Final = 100_000  # at most two seconds apart: enough to outlast a restart of Redis
 
-# Times of all scripts are by Redis's clock, since the clocks of producers and workers differ.
+# Times of all scripts are by Redis's clock, since the clocks of producers and workers differ. A job
+# whose record Redis has lost may have ended by now: its webhook is due at once.
 _ADD: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
@@ -77,7 +79,13 @@ if redis.call('HSETNX', KEYS[1], 'digest', ARGV[1]) == 0 then
   return {known[1], known[2] or '', known[3] or ''}
 end
 redis.call('HSET', KEYS[1], 'message', ARGV[2], 'queue', ARGV[8])
-if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'webhook', ARGV[7]) end
+if ARGV[7] ~= '' then
+  redis.call('HSET', KEYS[1], 'webhook', ARGV[7])
+  if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then
+    redis.call('ZADD', KEYS[4], time[1], ARGV[4])
+    redis.call('EXPIRE', KEYS[4], ARGV[5])
+  end
+end
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('ZADD', KEYS[2], string.format('%.6f', ARGV[3] + now), ARGV[4])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
@@ -95,10 +103,11 @@ return {ARGV[1], '', ARGV[2]}
 # (`broker.dead_jobs`).
 #
 # With ARGV[12] the job is ended only if no worker and no sidecar can have decided its end in the
-# store, or can do so soon: the third value of the reply says whether it is.
+# store, or can do so soon: the third value of the reply says whether it is. The lease is no key of
+# the script, since clients may have the right to read leases only, and keys of a script need both.
 _END: Final = """
 if ARGV[12] ~= '' then
-  if redis.call('EXISTS', KEYS[2]) == 1 then return {'', 0, 0} end
+  if redis.call('EXISTS', ARGV[13]) == 1 then return {'', 0, 0} end
   local fields = redis.call('HKEYS', KEYS[1])
   for _, field in ipairs(fields) do
     if field == 'begun' or field == 'ending' or field == 'closed' or field == 'verdict'
@@ -254,6 +263,7 @@ class JobStore:
                 if submission.expires is not None:
                     expires_in = submission.expires - submission.submitted
                 keys = [job_key(job_id), unfinished_key(self.queue), expiring_key(self.queue)]
+                keys.append(outbox_key(self.queue))
                 arguments = [
                     digest,
                     msgspec.json.encode(submission),
@@ -471,10 +481,9 @@ class JobStore:
             text = json.dumps([error.code, error.message, error.details])
         prefixes = [key_of("") for key_of in (unfinished_key, expiring_key, outbox_key)]
         arguments: list[Any] = [job_id, text, RESULT_EXPIRES, RECORD_EXPIRES, self.queue, *prefixes]
-        keys = [job_key(job_id), lease_key(job_id)]
         arguments += ["" if submission is None else msgspec.json.encode(submission)]
-        arguments += [dead_jobs_key(""), MAX_DEAD_JOBS, "1" if alone else ""]
-        earlier, is_first, is_done = self._end(keys=keys, args=arguments)
+        arguments += [dead_jobs_key(""), MAX_DEAD_JOBS, "1" if alone else "", lease_key(job_id)]
+        earlier, is_first, is_done = self._end(keys=[job_key(job_id)], args=arguments)
         return earlier, is_first, is_done
 
     def begin_ending(self, job_id: str) -> bool:

@@ -55,6 +55,15 @@ def _exit(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
     raise SystemExit(1)
 
 
+class _Panic(BaseException):
+    """What libraries written in Rust, such as tokenizers, raise for a mistake of their own."""
+
+
+def _panic(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
+    """Raise what no `except Exception` catches."""
+    raise _Panic("called `Option::unwrap()` on a `None` value")
+
+
 def _end_child(_pipeline: Corruptible, _orders: Orders) -> None:
     """End the child process by SIGTERM, as earlyoom and systemd-oomd do first."""
     os.kill(os.getpid(), signal.SIGTERM)
@@ -110,6 +119,7 @@ MISBEHAVIOURS: Final[dict[str, Callable[[Corruptible, Orders], None]]] = {
     "nothing": _nothing,
     "kill-child": _kill_child,
     "exit": _exit,
+    "panic": _panic,
     "end-child": _end_child,
     "kill-worker": _kill_worker,
     "hang": _hang,

@@ -62,6 +62,7 @@ class SidecarProcess:
         self._silent = 0.0
         if self._beats >= 0:
             os.close(self._beats)
+        self._beats = -1  # the next line may fail
         self._beats, pipe = os.pipe()
         os.set_blocking(self._beats, False)
         passed = [pipe] if self._listener is None else [pipe, self._listener.fileno()]
@@ -111,7 +112,7 @@ class SidecarProcess:
     def _has_beaten(self) -> bool:
         try:
             return bool(os.read(self._beats, _BEATS))
-        except BlockingIOError:
+        except OSError:  # there is none now, or there was no pipe to be had
             return False
 
     def stop(self, **_: Any) -> None:

@@ -7,6 +7,7 @@ newest.
 """
 
 import json
+import mmap
 import os
 import socket
 import threading
@@ -48,7 +49,8 @@ logger = get_task_logger(__name__)
 # Look at a job and take it, in one round trip. A worker has one child: a lease under the worker's
 # own name is that of the child's predecessor, which is dead. The attempt is written with the lease,
 # so that a kill at any later moment counts. The token is the server's time in microseconds if that
-# is larger, so that it grows even if Redis has lost the record.
+# is larger, so that it grows even if Redis has lost the record. After a fail-over the record may
+# have the token of an earlier claim: only a larger one is newer, and a renewal writes its own back.
 _CLAIM: Final = """
 local record = redis.call('HGETALL', KEYS[1])
 local worker, digest, is_sure = ARGV[1], ARGV[3], ARGV[7]
@@ -74,7 +76,7 @@ end
 redis.call('SET', KEYS[2], worker, 'PX', ARGV[2])
 redis.call('HSETNX', KEYS[1], 'digest', digest)
 redis.call('HSETNX', KEYS[1], 'begun', 1)
-redis.call('HSET', KEYS[1], 'sent', 1, 'token', token, ARGV[4], ARGV[5])
+redis.call('HSET', KEYS[1], 'sent', 1, 'token', token, 'worker', worker, ARGV[4], ARGV[5])
 if redis.call('HEXISTS', KEYS[1], 'closed') == 0 then
   redis.call('EXPIRE', KEYS[1], ARGV[6])
 end
@@ -84,7 +86,8 @@ _RENEW_LEASE: Final = """
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return 0 end
 local token = redis.call('HGET', KEYS[2], 'token')
-if token and token ~= ARGV[3] then return 0 end
+if token and tonumber(token) > tonumber(ARGV[3]) then return 0 end
+if token then redis.call('HSET', KEYS[2], 'token', ARGV[3]) end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -93,7 +96,7 @@ return 1
 _END_ATTEMPT: Final = """
 redis.call('HDEL', KEYS[1], ARGV[3])
 local token = redis.call('HGET', KEYS[1], 'token')
-if token and token ~= ARGV[5] then return 0 end
+if token and tonumber(token) > tonumber(ARGV[5]) then return 0 end
 if ARGV[4] ~= '' then redis.call('HDEL', KEYS[1], 'begun') end
 local owner = redis.call('GET', KEYS[2])
 if owner and owner ~= ARGV[1] then return 0 end
@@ -102,16 +105,34 @@ return 1
 """
 _NOTE_ERROR: Final = """
 local token = redis.call('HGET', KEYS[1], 'token')
-if token and token ~= ARGV[1] then return 0 end
+if token and tonumber(token) > tonumber(ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[1], 'failing', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
 return 1
+"""
+# Delete a worker's running attempts; of the newest claim, record that its time was over.
+_TIME_OUT: Final = """
+local record = redis.call('HGETALL', KEYS[1])
+local ended = false
+for index = 1, #record, 2 do
+  if string.sub(record[index], 1, 8) == 'attempt:' then
+    local attempt = cjson.decode(record[index + 1])
+    if attempt.worker == ARGV[1] and (attempt.signal == nil or attempt.signal == cjson.null) then
+      redis.call('HDEL', KEYS[1], record[index])
+      ended = true
+    end
+  end
+end
+if ended and redis.call('HGET', KEYS[1], 'worker') == ARGV[1] then
+  redis.call('HSET', KEYS[1], 'overtime', ARGV[2])
+  redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
+end
 """
 # Celery's backend stores a state and publishes it on a channel of the same name.
 # An end that it has stays, even if Redis has lost the record.
 _STORE_STATE: Final = """
 local record = redis.call('HMGET', KEYS[1], 'token', 'closed')
-if record[2] or (record[1] and record[1] ~= ARGV[1]) then return 0 end
+if record[2] or (record[1] and tonumber(record[1]) > tonumber(ARGV[1])) then return 0 end
 local stored = redis.call('GET', KEYS[2])
 local is_json, meta = pcall(cjson.decode, stored or '')
 if is_json and type(meta) == 'table' then
@@ -215,12 +236,14 @@ class JobLeases:
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._draws = mmap.mmap(-1, 1)  # parent and child share this byte: 1 while the child draws
         self._claim = self.jobs.redis.register_script(_CLAIM)
         self._note_error = self.jobs.redis.register_script(_NOTE_ERROR)
         self._end_attempt = self.jobs.redis.register_script(_END_ATTEMPT)
         self._renew_lease = self.impatient.register_script(_RENEW_LEASE)
         self._release = self.impatient.register_script(_RELEASE)
         self._store_state = self.impatient.register_script(_STORE_STATE)
+        self._time_out = self.impatient.register_script(_TIME_OUT)
 
     # In the child, around a delivery
 
@@ -257,7 +280,19 @@ class JobLeases:
             over.set()
             renewal.join()
             if not is_process_ending:
-                self._end(job_id, field, claim)
+                try:
+                    self._end(job_id, field, claim)
+                except redis.RedisError as error:  # refused; the job may have a result by now
+                    logger.warning("job %s: its attempt is not ended: %s", job_id, error)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Show the parent that the child draws, and does not wait for Redis, in the block."""
+        self._draws[0] = 1
+        try:
+            yield
+        finally:
+            self._draws[0] = 0
 
     def _try_claim(self, job_id: str, digest: str, field: str, *, is_sure: bool = False) -> Claim:
         attempt = Attempt(
@@ -363,7 +398,7 @@ class JobLeases:
                 self._store_state(keys=keys, args=[token, document, RESULT_EXPIRES], client=client)
             )
         newest, closed = client.hmget(job_key(job_id), ("token", "closed"))
-        if newest not in (None, token) or closed is not None:
+        if not _is_newest(token, newest) or closed is not None:
             return False
         backend.set(key, document)
         return True
@@ -434,6 +469,7 @@ class JobLeases:
     def child_died(self, job_id: str, reason: str) -> None:
         """Record what the child that had the job died of, and release the job."""
         key = job_key(job_id)
+        self._draws[0] = 0
         with suppress(redis.RedisError):
             for field, attempt in self._own_attempts(job_id).items():
                 noted = msgspec.structs.replace(attempt, signal=reason)
@@ -442,22 +478,24 @@ class JobLeases:
             self.release(job_id)
 
     def child_timed_out(self, job_id: str, seconds: float) -> None:
-        """Record that the child was killed at the hard limit: the next delivery ends the job."""
-        key = job_key(job_id)
+        """Record that the child was killed at the hard limit: the next delivery ends the job.
+
+        Only deletes the attempt if another worker has claimed the job since, or the child did not
+        draw: it waited for Redis, and that does not count. Does nothing if the attempt was over.
+        """
+        if not self._draws[0]:
+            self.give_up(job_id)
+            return
+        self._draws[0] = 0
         with suppress(redis.RedisError):  # else the job is drawn again, as after a death
-            self.impatient.hset(key, "overtime", seconds)
-            self.impatient.expire(key, RECORD_EXPIRES, nx=True)
-            self._forget_own_attempts(job_id)
+            self._time_out(keys=[job_key(job_id)], args=[self.worker, seconds, RECORD_EXPIRES])
 
     def give_up(self, job_id: str) -> None:
         """Return a job that this worker stops drawing, without counting a death."""
         with suppress(redis.RedisError):  # else it counts as a death: the job has two more
-            self._forget_own_attempts(job_id)
+            for field in self._own_attempts(job_id):
+                self.impatient.hdel(job_key(job_id), field)
             self.release(job_id)
-
-    def _forget_own_attempts(self, job_id: str) -> None:
-        for field in self._own_attempts(job_id):
-            self.impatient.hdel(job_key(job_id), field)
 
     def _own_attempts(self, job_id: str) -> dict[str, Attempt]:
         found = attempts_of(self.impatient.hgetall(job_key(job_id)))
@@ -468,7 +506,14 @@ class JobLeases:
         }
 
 
-def _require_newest(job_id: str, token: str, newest: str | None) -> None:
-    # a Redis that has lost the record knows no newer claim
-    if newest not in (None, token):
+def _is_newest(token: str, known: str | None) -> bool:
+    """Return whether the token is the newest: Redis knows no token, or none that is larger.
+
+    After a fail-over Redis may have lost the newest claim, and know that of an earlier one.
+    """
+    return known is None or int(known) <= int(token)
+
+
+def _require_newest(job_id: str, token: str, known: str | None) -> None:
+    if not _is_newest(token, known):
         raise LeaseLost(f"another worker has taken job {job_id}")

@@ -109,15 +109,20 @@ class S3Store:
         # Among the results: rights may be limited to that prefix, and the bucket's lifecycle rule
         # deletes a probe that a killed worker leaves.
         key, data = f"runs/.probe-{uuid4().hex}", b"probe"
+        what = f"{key} cannot be stored in bucket {self._bucket}"
         try:
-            with self._call(f"{key} cannot be stored in bucket {self._bucket}", _SMALL):
+            with self._call(what, _SMALL):
                 self._create(key, data, "text/plain")
             try:
                 found = self.get(key)
+                with self._call(what, _SMALL):
+                    is_replaced = self._create(key, data, "text/plain")
             finally:
                 self.delete(key)
             if found != data:
                 raise _invalid(f"bucket {self._bucket} returns other bytes than were stored")
+            if is_replaced:  # a worker that stood still could replace the end of a job
+                raise _invalid(f"the server of bucket {self._bucket} ignores If-None-Match")
             # Without the right to list, S3 answers 403 for an absent object, and no job could run.
             what = f"bucket {self._bucket} does not say that an object is absent (s3:ListBucket?)"
             with self._call(what, _SMALL):

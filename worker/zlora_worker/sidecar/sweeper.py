@@ -5,6 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from celery import Celery
@@ -13,7 +14,14 @@ from zlora.broker.job_store import JobStore
 from zlora.broker.keys import sweep_key
 from zlora.broker.redis import send
 from zlora.broker.task_meta import EXPIRED, UNREADABLE, expired
-from zlora.errors import InternalError, JobExpired, JobRevoked, StoreFailed
+from zlora.errors import (
+    Conflict,
+    InternalError,
+    JobExpired,
+    JobRevoked,
+    StoreFailed,
+    ZloraError,
+)
 from zlora.schema import GenerateResult, JobState
 
 from zlora_worker.monitoring.metrics import Meter
@@ -87,7 +95,7 @@ class Sweeper:
                 try:
                     backend = self._app.backend
                     end_unstarted(self._jobs, self._store, backend, job_id, expired(job_id))
-                except (StoreFailed, InternalError) as error:  # the next sweep tries again
+                except StoreFailed as error:  # the next sweep tries again
                     logger.warning("job %s has expired, and is not ended yet: %s", job_id, error)
 
     def _resend_lost(self) -> set[str]:
@@ -145,11 +153,14 @@ def end_unstarted(
 ) -> None:
     """End a job that no worker has, unless its manifest says that it has ended otherwise.
 
-    Raises `StoreFailed` if the store does not answer, `InternalError` if the manifest is damaged.
+    Raises `StoreFailed` if the store does not answer.
     """
     if not jobs.begin_ending(job_id):
         return
-    end = write_verdict(store, job_id, error, jobs.digest(job_id))
+    end: GenerateResult | ZloraError = error
+    # A manifest that is damaged, or of another request, stays: no result can follow.
+    with suppress(Conflict, InternalError):
+        end = write_verdict(store, job_id, error, jobs.digest(job_id))
     if isinstance(end, GenerateResult):  # Redis has lost the job's record
         jobs.mark_ended(job_id)
         return

@@ -164,13 +164,13 @@ class Sender:
         from zlora_worker.sidecar.webhook_post import WebhookDeliveryError, post
 
         settings = self._settings
+        attempt = self._outbox.begin(job.job_id)
         headers = webhook.sign(
             body,
             settings.webhook_secret,
             message_id=webhook.id_of(job.job_id, job.closed),
-            timestamp=self._clock(),
+            timestamp=attempt.now,
         )
-        attempt = self._outbox.begin(job.job_id)
         try:
             client = HttpClient(settings.allow_hosts, certificates=settings.certificates)
             post(client, target.url, body, headers)

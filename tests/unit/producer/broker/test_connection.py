@@ -1,12 +1,14 @@
 """A Redis that refuses to serve counts as one that is gone, whatever form the command has."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Timer
 from typing import Any
 
 import pytest
 import redis
+from support.processes import wait_until
 from zlora.broker.connection import Outage
 from zlora.broker.job_store import connect
 
@@ -99,6 +101,33 @@ def test_a_replica_without_its_primary_is_an_outage(broker_url: str, broker: Any
         pytest.raises(Outage, match="MASTERDOWN"),
     ):
         client.get("a")
+
+
+def test_a_server_that_runs_a_long_script_is_an_outage(broker_url: str, broker: Any) -> None:
+    """Another program shares it, and each command is refused meanwhile."""
+    with (
+        connect(broker_url) as client,
+        connect(broker_url) as other,
+        changed(broker, "busy-reply-threshold", "1"),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        running = pool.submit(other.eval, "while true do end", 0)
+        wait_until(lambda: is_busy(broker), "the script runs")
+        try:
+            with pytest.raises(Outage, match="BUSY"):
+                client.get("a")
+        finally:
+            broker.script_kill()
+        assert "killed" in str(running.exception())
+        client.get("a")
+
+
+def is_busy(broker: Any) -> bool:
+    try:
+        broker.get("a")
+    except redis.ResponseError:
+        return True
+    return False
 
 
 def test_a_patient_client_waits_until_redis_serves_again(broker_url: str, broker: Any) -> None:

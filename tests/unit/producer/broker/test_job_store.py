@@ -333,6 +333,19 @@ def test_a_webhook_is_due_once_even_if_the_job_ends_twice(
     assert not broker.exists(outbox_key("gpu"))
 
 
+def test_a_webhook_is_due_if_redis_had_lost_the_job_and_its_worker_has_ended_it(
+    jobs: JobStore, broker: Any
+) -> None:
+    """By a fail-over; the client then submits the job again under the same id."""
+    jobs.mark_ended("a")
+    webhook = Webhook(url="https://example.com/")
+
+    for _ in range(2):
+        jobs.add("a", msgspec.structs.replace(submission(), webhook=webhook), "digest")
+
+    assert broker.zrange(outbox_key("gpu"), 0, -1) == ["a"]
+
+
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_job_ends_in_its_own_queue_even_if_the_caller_has_another_queue(
     jobs: JobStore, broker: Any, is_old: bool

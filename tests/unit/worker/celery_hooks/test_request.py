@@ -207,7 +207,7 @@ def test_a_job_whose_child_was_killed_at_the_hard_limit_is_put_back_as_timed_out
     parent: Parent,
 ) -> None:
     """The next delivery reads the store before it ends the job."""
-    with parent.leases.claim(parent.job, "d"):
+    with parent.leases.claim(parent.job, "d"), parent.leases.drawing():
         request = parent.request({**REQUEST, "timeout": 5})
         request.on_failure(info(TimeLimitExceeded(40)))
         request.on_timeout(False, 40)
@@ -230,7 +230,8 @@ def test_a_death_of_a_child_while_redis_is_down_does_not_raise_in_the_parent(
 
     request.on_failure(info(WorkerLostError("signal 9 (SIGKILL)")))  # must not raise
     parent.leases.give_up(parent.job)  # must not raise
-    parent.leases.child_timed_out(parent.job, 5)  # must not raise
+    with parent.leases.drawing():
+        parent.leases.child_timed_out(parent.job, 5)  # must not raise
 
 
 # --- the heartbeat

@@ -1,8 +1,11 @@
 """The sidecar as the parent sees it, with a program in its place that hangs or does not start."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support.processes import wait_until
@@ -58,3 +61,18 @@ def test_a_sidecar_that_cannot_be_started_is_counted_and_started_later(
         return parent.faults[-1] == "hung"
 
     wait_until(look, "a sidecar was started, and hangs")
+
+
+def test_a_parent_without_free_handles_starts_a_sidecar_later(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as handles:
+        handles.setattr(os, "pipe", no_handles)
+        parent.looks_until_counted("not_started")
+
+    # the one that was killed is counted, too, before the new one hangs
+    parent.looks_until_counted("not_started", "ended", "hung")
+
+
+def no_handles() -> NoReturn:
+    raise OSError(errno.EMFILE, "Too many open files")

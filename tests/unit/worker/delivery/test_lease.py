@@ -355,6 +355,24 @@ def test_corrupted_base_models_are_counted(make_worker: MakeWorker, job: str) ->
 # --- a worker that stood still
 
 
+@pytest.mark.usefixtures("pauses")
+def test_the_parent_of_a_worker_that_lost_the_job_does_not_end_it(
+    make_worker: MakeWorker, job: str, killed_in: Enter
+) -> None:
+    """It comes back after the hard limit, kills its child, and takes back the attempt."""
+    frozen, other = make_worker(), make_worker()
+    killed_in(frozen.claim(job, "d"))
+    killed_in(frozen.drawing())
+    frozen.jobs.redis.delete(lease_key(job))
+    with other.claim(job, "d"), other.drawing():
+        frozen.child_timed_out(job, 5.0)
+
+        assert "overtime" not in other.record(job)
+        assert [found.worker for found in attempts(other, job)] == [other.worker]
+        other.child_timed_out(job, 6.0)
+        assert other.record(job)["overtime"] == "6.0"
+
+
 def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
     make_worker: MakeWorker, job: str, app: IsolatedCelery
 ) -> None:
@@ -400,6 +418,33 @@ def test_a_token_grows_even_if_redis_loses_the_record(make_worker: MakeWorker, j
         lapse(leases, job)
 
     assert tokens == sorted(set(tokens))
+
+
+def test_a_worker_keeps_a_job_whose_newest_claim_redis_has_lost(
+    make_worker: MakeWorker, job: str, app: IsolatedCelery
+) -> None:
+    """A fail-over to a replica that is behind leaves the record of an earlier claim."""
+    first, second = make_worker(), make_worker()
+    request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
+    with first.claim(job, "d") as old:
+        pass
+    lapse(first, job)
+    record = first.record(job)
+    with second.claim(job, "d") as new:
+        second.jobs.redis.delete(job_key(job), lease_key(job))
+        second.jobs.redis.hset(job_key(job), mapping=record)
+
+        second.raise_if_over(job, new.token)  # must not raise
+        second.require_newest(job, new.token)  # must not raise
+        assert second.store_state(
+            app.backend, request, new.token, JobState.RETRY, LoraNotFound(), patient=True
+        )
+        second.note_error(job, new.token, LoraNotFound())
+        assert second._renew_lease(
+            keys=[lease_key(job), job_key(job)], args=[second.worker, 1000, new.token]
+        )
+        with pytest.raises(LeaseLost):
+            first.require_newest(job, old.token)
 
 
 # --- verdicts

@@ -39,7 +39,7 @@ from zlora_worker.results import s3
 from zlora_worker.results.store import FolderStore, open_store
 
 KEY: Final = re.compile(r"/bucket/a/runs/\.probe-[0-9a-f]{32}")
-WHOLE: Final = ["PUT", "GET", "DELETE", "GET"]
+WHOLE: Final = ["PUT", "GET", "PUT", "DELETE", "GET"]
 ETAG: Final = hashlib.md5(b"probe", usedforsecurity=False).hexdigest()
 
 
@@ -59,8 +59,10 @@ def _s3_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 class Bucket:
     """Serves a bucket; from its `time`th request on, a method gets `fault` as its answer."""
 
-    def __init__(self, method: str = "", fault: bytes = b"", *, time: int = 1) -> None:
-        self._method, self._fault, self._time = method, fault, time
+    def __init__(
+        self, method: str = "", fault: bytes = b"", *, time: int = 1, replaces: bool = False
+    ) -> None:
+        self._method, self._fault, self._time, self._replaces = method, fault, time, replaces
         self.keys: set[str] = set()
 
     def __call__(self, request: Request) -> bytes:
@@ -71,6 +73,8 @@ class Bucket:
             if self._time <= 0:
                 return self._fault
         if request.method == "PUT":
+            if key in self.keys and not self._replaces:
+                return refusal(412, "PreconditionFailed")
             self.keys.add(key)
         elif request.method == "DELETE":
             self.keys.discard(key)
@@ -141,6 +145,16 @@ def test_probe_creates_reads_and_deletes_an_object_of_its_own(
     assert len({request.target.partition("?")[0] for request in host.requests}) == 2
     assert bucket.keys == set()
     assert ours(caplog) == []
+
+
+def test_probe_rejects_a_server_that_lets_a_second_put_replace_an_object(tmp_path: Path) -> None:
+    """Of two workers that end a job, each would be told that its end is the first."""
+    bucket = Bucket(replaces=True)
+    with serving(bucket) as host:
+        message = refused(lambda: probe(tmp_path, host.url))
+
+    assert "ignores If-None-Match" in message
+    assert bucket.keys == set()
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,19 @@ def test_a_job_that_has_failed_in_the_store_alone_fails(
         handle.result(timeout=5)
 
 
+def test_a_job_is_cancelled_beside_the_manifest_of_another_request(
+    place: Place, serve: Callable[[], None]
+) -> None:
+    """Its id was used before, and the record of that has expired."""
+    handle = place.client.submit({"prompt": "p"})
+    write_verdict(place.store, handle.id, LoraNotFound("none"), "of another request")
+    serve()
+
+    assert handle.cancel() is Cancellation.QUEUED
+    with pytest.raises(JobRevoked):
+        handle.result(timeout=5)
+
+
 def test_without_a_sidecar_a_cancelled_job_has_ended_in_redis(place: Place) -> None:
     handle = place.client.submit({"prompt": "p"})
 

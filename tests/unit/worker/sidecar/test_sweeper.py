@@ -17,10 +17,10 @@ from zlora.broker.job_store import JobStore, Submission, connect
 from zlora.broker.keys import job_key, lease_key, sweep_key, unfinished_key
 from zlora.broker.message import MAX_MESSAGE_BYTES, SUBMITTED_AT
 from zlora.errors import JobExpired, LoraNotFound
-from zlora.schema import JobState, digest_of, parse_request
+from zlora.schema import JobState, digest_of, manifest_key, parse_request
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring.metrics import Meter
-from zlora_worker.results.manifest import load_end
+from zlora_worker.results.manifest import load_end, write_verdict
 from zlora_worker.sidecar import queue_reader, sweeper
 from zlora_worker.sidecar.sweeper import Sweeper
 
@@ -260,6 +260,26 @@ def test_a_job_that_no_worker_began_in_time_expires(place: Place) -> None:
     assert place.unfinished() == []
     assert "verdict" in place.redis.hgetall(job_key(handle.id))
     assert isinstance(load_end(place.store, handle.id, None), JobExpired)
+
+
+@pytest.mark.parametrize("digest", ["of another request", None])
+def test_a_job_expires_beside_a_manifest_of_another_request_or_a_damaged_one(
+    place: Place, digest: str | None
+) -> None:
+    """Its id was used before, and the record of that has expired. The sidecar goes on."""
+    handle = place.client.submit(REQUEST, expires_in=0.05)
+    write_verdict(place.store, handle.id, LoraNotFound("none"), digest)
+    if digest is None:
+        place.store.objects[manifest_key(handle.id)] = (b"[]", "application/json")
+    stored = place.store.get(manifest_key(handle.id))
+    time.sleep(0.06)
+
+    place.sweep()
+
+    with pytest.raises(JobExpired):
+        handle.result(timeout=0)
+    assert place.unfinished() == []
+    assert place.store.get(manifest_key(handle.id)) == stored
 
 
 @pytest.mark.parametrize("state", ["STARTED", "PROGRESS", "RETRY", "SUCCESS", "FAILURE", "leased"])

@@ -28,7 +28,7 @@ from zlora import Client, config
 from zlora.broker.celery_app import impatient_config
 from zlora.broker.job_store import JobStore, Submission, connect
 from zlora.broker.keys import RECORD_EXPIRES, dead_letters_key, job_key, outbox_key
-from zlora.broker.webhook_outbox import DeadLetter, EndedJob, Outbox
+from zlora.broker.webhook_outbox import DeadLetter, DeliveryAttempt, EndedJob, Outbox
 from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
 from zlora.http.client import HttpClient
 from zlora.http.ssrf_guard import GuardedSession
@@ -137,6 +137,16 @@ class FailingStore(FolderStore):
         raise StoreFailed(f"{key}: away")
 
 
+class LaterOutbox(Outbox):
+    """An outbox whose Redis has a clock that is `passed` seconds ahead."""
+
+    passed = 0.0
+
+    def begin(self, job_id: str) -> DeliveryAttempt:
+        number, first, now = super().begin(job_id)
+        return DeliveryAttempt(number, first + self.passed, now + self.passed)
+
+
 class Place:
     """A queue of its own with a store, and senders."""
 
@@ -144,7 +154,8 @@ class Place:
         self.url, self.folder = broker_url, folder
         self.queue, self.now = uuid.uuid4().hex, time.time()
         self.redis: Any = connect(broker_url)
-        self.jobs, self.outbox = JobStore(self.redis, self.queue), Outbox(self.redis, self.queue)
+        self.jobs = JobStore(self.redis, self.queue)
+        self.outbox = LaterOutbox(self.redis, self.queue)
         self.store = FolderStore(folder)
         self.allowed: set[str] = set()
         self.meter = Meter()
@@ -207,6 +218,7 @@ class Place:
     def pass_time(self, seconds: float) -> None:
         """Make all times so many seconds older."""
         self.now += seconds
+        self.outbox.passed += seconds
         key = outbox_key(self.queue)
         for job_id in self.redis.zrange(key, 0, -1):
             self.redis.zincrby(key, -seconds, job_id)
@@ -336,6 +348,17 @@ def test_a_job_id_that_is_used_again_has_another_event_id(place: Place) -> None:
 
     first, second = (event.id for event in receiver.events())
     assert first != second
+
+
+def test_a_sidecar_whose_clock_is_wrong_signs_by_that_of_redis(place: Place) -> None:
+    """Receivers refuse what is more than five minutes old, or from the future."""
+    with receiving() as receiver:
+        place.ended(receiver.url)
+        place.now += 3600
+        place.work()
+
+    (sent,) = receiver.requests
+    Verifier(SECRET).verify(sent.body, sent.headers)  # must not raise
 
 
 @pytest.mark.parametrize("written", ["1", None, "long ago"])
@@ -605,6 +628,7 @@ def test_a_dead_letter_can_be_sent_again(place: Place) -> None:
         place.work()
         place.redis.hincrby(job_key(job), "tried", -TWO_HOURS)
         place.now += TWO_HOURS
+        place.outbox.passed += TWO_HOURS
         assert (place.letter().job_id, place.outbox.resend(job)) == (job, True)
         assert (place.outbox.dead(), place.outbox.pending()) == ([], 1)
         place.work()

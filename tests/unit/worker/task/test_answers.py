@@ -4,12 +4,13 @@ import json
 import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
 import redis
 from support.inline_worker import REQUEST, InlineWorker, digest
+from support.processes import Enter
 from zlora.broker.keys import job_key
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import InvalidRequest, LoraNotFound, StoreFailed
@@ -150,6 +151,20 @@ def test_the_seconds_in_the_queue_are_known_if_the_message_has_its_time_of_submi
     assert queued[1:] == [0.0, *[None] * 7]
 
 
+def test_a_job_with_a_result_succeeds_even_if_redis_refuses_to_end_the_attempt(
+    worker: InlineWorker, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator has changed the rights of the worker's user."""
+
+    def refuse(**_: Any) -> NoReturn:
+        raise redis.ResponseError("no permissions to run the 'evalsha' command")
+
+    monkeypatch.setattr(worker.leases, "_end_attempt", refuse)
+
+    assert worker.deliver(job) == "SUCCESS"
+    assert worker.meta(job)[1]["job_id"] == job
+
+
 def test_a_broken_callback_in_the_message_does_not_leave_the_job_open(
     worker: InlineWorker, job: str
 ) -> None:
@@ -159,7 +174,9 @@ def test_a_broken_callback_in_the_message_does_not_leave_the_job_open(
     assert worker.meta(job)[0] in ("SUCCESS", "FAILURE")
 
 
-def test_every_key_that_a_delivery_writes_expires(worker: InlineWorker, job: str) -> None:
+def test_every_key_that_a_delivery_writes_expires(
+    worker: InlineWorker, job: str, killed_in: Enter
+) -> None:
     """Redis evicts nothing; only Celery's lists and bindings stay.
 
     A key may expire between KEYS and TTL, which is then -2.
@@ -168,6 +185,8 @@ def test_every_key_that_a_delivery_writes_expires(worker: InlineWorker, job: str
     worker.deliver(f"{job}-expired", expires=datetime.now(UTC) - timedelta(seconds=1))
     worker.leases.jobs.cancel(f"{job}-cancelled")
     worker.deliver(f"{job}-cancelled")
+    killed_in(worker.leases.claim(f"{job}-late", digest()))
+    killed_in(worker.leases.drawing())
     worker.leases.child_timed_out(f"{job}-late", 5)
     worker.deliver(f"{job}-late")
     with worker.other.claim(f"{job}-leased", digest()):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
 from support.inline_worker import REQUEST, InlineWorker, digest
-from zlora.errors import JobTimeout, StoreFailed
+from support.processes import Enter
+from zlora.errors import JobTimeout, LoraUnreachable, StoreFailed
 from zlora_worker import task
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.generate import Job
@@ -124,11 +125,37 @@ def test_waits_for_redis_before_and_after_the_drawing_do_not_count_for_the_timeo
     assert worker.meta(job)[0] == "SUCCESS"
 
 
+def test_a_kill_at_the_hard_limit_ends_no_job_that_the_child_has_left(
+    worker: InlineWorker, job: str
+) -> None:
+    """The child has sent the job again; its parent kills it before it reads the answer."""
+    worker.fails_with(LoraUnreachable("none"))
+    worker.deliver(job)
+
+    worker.leases.child_timed_out(job, 5)
+
+    worker.draws_well()
+    assert worker.run(worker.take()) == "SUCCESS"
+
+
+def test_a_kill_at_the_hard_limit_ends_no_job_whose_child_waited_for_redis(
+    worker: InlineWorker, job: str, killed_in: Enter
+) -> None:
+    """Such a wait does not count, and the parent kills the child as soon as Redis answers."""
+    killed_in(worker.leases.claim(job, digest()))
+
+    worker.leases.child_timed_out(job, 5)
+
+    assert worker.deliver(job) == "SUCCESS"
+
+
 @pytest.mark.parametrize("is_stored", [False, True])
 def test_the_delivery_after_a_kill_at_the_hard_limit_ends_the_job_by_what_is_in_the_store(
-    worker: InlineWorker, job: str, is_stored: bool
+    worker: InlineWorker, job: str, killed_in: Enter, is_stored: bool
 ) -> None:
     """The killed child may have stored the manifest, and then have waited for Redis."""
+    killed_in(worker.leases.claim(job, digest()))
+    killed_in(worker.leases.drawing())
     worker.leases.child_timed_out(job, 5)
     if is_stored:
         worker.store_result(job)
