@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from itertools import pairwise
 
 from benchmarks.report import Row, announce, compare, options_parser, progress, publish
-from support.jobs import run_job
+from support.jobs import make_spool, run_job
 from support.tiny_folder import build_tiny, tiny_model
 from zlora import Client
 from zlora.embedded import EmbeddedStack
@@ -46,7 +46,7 @@ def main(*, rounds: int) -> None:
             "ZLORA_MODEL": model,
             "ZLORA_DEVICE": "cpu",
         }
-        runtime = Child.open(Settings.from_env(environ), Meter())
+        runtime = Child.open(Settings.from_env(environ), make_spool(home / "spool"), Meter())
         with (
             EmbeddedStack(environ) as stack,
             Client.from_env(stack.environ) as client,

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
 from support.fakes import a_request, links, load_pipeline, write
-from support.jobs import run_job
+from support.jobs import make_spool, run_job
 from support.processes import clean_environ
 from support.redrawing import provenance_in, rewritten
 from zlora.cli import main
@@ -57,6 +57,7 @@ class Scene(NamedTuple):
             lora_files=Cache.open(self.settings),
             loras=LoraMemoryCache(max_bytes=10**9),
             store=store,
+            spool=make_spool(self.settings.cache_folder.with_name("spool")),
             urls=links(store),
             job_timeout=60,
             meter=Meter(),

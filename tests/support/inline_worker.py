@@ -8,7 +8,9 @@ from typing import Any, Final, NoReturn
 
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
+from PIL import Image
 from support.fakes import MemoryStore, links, settings
+from support.jobs import make_spool
 from support.scraped import Scraped
 from zlora.broker.celery_app import IsolatedCelery, shared_config
 from zlora.errors import ZloraError
@@ -20,7 +22,7 @@ from zlora.schema import (
     parse_request,
 )
 from zlora_worker.child import Child
-from zlora_worker.delivery.lease import JobEnded, JobLeases
+from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.generate import Job
@@ -28,9 +30,16 @@ from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results.manifest import write_result
+from zlora_worker.results.provenance import JobProvenance
+from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
+from zlora_worker.sidecar.finisher import Finisher, Resources
 from zlora_worker.task import JobRunner
 
 REQUEST: Final = {"prompt": "a portrait", "seed": 3}
+
+STATES: Final = {
+    "succeeded": "SUCCESS", "failed": "FAILURE", "revoked": "REVOKED", "left": "IGNORED",
+}  # fmt: skip
 
 Draw = Callable[[Job, Progress], None]
 
@@ -62,6 +71,7 @@ class InlineWorker:
         self.redis: Any = self.leases.jobs.redis
         self.runner = JobRunner(self.leases)
         self._lora_files = Cache.open(settings(folder, ZLORA_LORA_CACHE=str(folder / "loras")))
+        self.spool = make_spool(folder / "spool")
         config = shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
         self.app = IsolatedCelery("test", config | {"task_acks_late": True})
         runner = self.runner
@@ -102,6 +112,7 @@ class InlineWorker:
             lora_files=self._lora_files,
             loras=LoraMemoryCache(max_bytes=0),
             store=self.store,
+            spool=self.spool,
             urls=self.urls,
             job_timeout=timeout,
             meter=self.meter,
@@ -109,16 +120,57 @@ class InlineWorker:
 
     # Drawing
 
-    def generate(self, child: Child, job: Job, progress: Progress) -> GenerateResult:
-        """Replace `zlora_worker.generate.generate`: call `draw`, then store a manifest."""
+    def generate(self, child: Child, job: Job, progress: Progress) -> SpoolWriter:
+        """Replace `zlora_worker.generate.generate`: call `draw`, then pass on a small image."""
         assert child is self.runner.child
         self.drawn.append(job)
-        self.draw(job, progress)
-        progress.raise_if_over()
-        end = self.store_result(job.id, job.request, attempt=job.attempt)
-        if isinstance(end, ZloraError):
-            raise JobEnded(end)
-        return end
+        spooled = SpooledJob(
+            worker=job.worker,
+            token=job.token,
+            attempt=job.attempt,
+            is_resumed=job.is_resumed,
+            request_sha256=digest_of(job.request),
+            deadline=job.deadline,
+            timeout=job.timeout,
+            started=job.started,
+            has_answer=job.has_answer,
+            tensors_sha256=(),
+            provenance=JobProvenance(
+                job_id=job.id,
+                seed=3,
+                request=job.request,
+                model="m",
+                base_sha256="0" * 64,
+                scheduler="S",
+                device="cpu",
+                dtype="float32",
+                versions={},
+            ),
+        )
+        with self.spool.open(spooled) as images:
+            self.draw(job, progress)
+            for index in range(job.request.num_images):
+                images.add(Image.new("RGB", (8, 8), (index, 0, 0)), tiled=False)
+            drawn = DrawnJob(loras=(), timings={}, base_intact=True, base_checked=1.0, at=0.0)
+            images.close(drawn)
+        return images
+
+    def finish(self) -> str:
+        """End the drawn jobs as the sidecar does; return the state of the last one."""
+        state = "IGNORED"
+        resources = Resources(
+            leases=self.leases,
+            store=self.store,
+            urls=self.urls,
+            backend=self.app.backend,
+            meter=self.meter,
+        )
+        for entry in self.spool.entries():
+            Finisher(self.spool, resources, wake_parent=lambda: None).finish(entry)
+            if (ended := entry.ended()) is not None:
+                state = STATES[ended.end]
+            entry.remove()
+        return state
 
     def draws_well(self) -> None:
         """Let each job succeed."""
@@ -155,9 +207,15 @@ class InlineWorker:
     def apply(self, request: object = REQUEST, *, job_id: object = None, **options: Any) -> Any:
         """Return what the task returns without a broker, or raise what it raises."""
         task_id = uuid.uuid4().hex if job_id is None else job_id
-        return self.task.apply(**{"args": [request], "task_id": task_id} | options).get(
+        returned = self.task.apply(**{"args": [request], "task_id": task_id} | options).get(
             propagate=True
         )
+        if self.finish() == "IGNORED":
+            return returned
+        result = self.meta(str(task_id))[1]
+        if isinstance(result, ZloraError):
+            raise result
+        return result
 
     def send(self, job_id: str, request: object = REQUEST, **options: Any) -> None:
         """Send the message of a job."""
@@ -178,7 +236,8 @@ class InlineWorker:
         request = Request(message, app=self.app, task=self.task)
         tracer = build_tracer(TASK_NAME, self.task, app=self.app)
         info = tracer(request.id, request.args, request.kwargs, request.request_dict)[1]
-        return info.state if info else "SUCCESS"
+        state = info.state if info else "SUCCESS"
+        return self.finish() if state == "IGNORED" else state
 
     def deliver(self, job_id: str, request: object = REQUEST, **options: Any) -> str:
         """Send the message of a job, run the task for it, and return the state."""

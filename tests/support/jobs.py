@@ -4,13 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zlora.errors import ZloraError
 from zlora.schema import GenerateRequest, GenerateResult, Phase
 from zlora_worker.child import Child
+from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.generate import Job, generate
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.finish import finish
+from zlora_worker.results.spool import Spool
 from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
@@ -40,6 +44,7 @@ def make_child(
         "lora_files": Cache.open(settings),
         "loras": LoraMemoryCache(max_bytes=lora_memory),
         "store": store,
+        "spool": make_spool(settings.cache_folder.with_name("spool")),
         "urls": ImageUrls(store, Settings.from_env({})),
         "job_timeout": 870,
         "meter": Meter(),
@@ -54,8 +59,25 @@ def run_job(
     watch: Watch = lambda *_: None,
     **fields: Any,
 ) -> GenerateResult:
-    """Run one job; `fields` are those of `Job`."""
-    return generate(child, Job(id=job_id, request=request, **fields), Watcher(watch))
+    """Run one job, from its LoRAs to its manifest; `fields` are those of `Job`.
+
+    `watch` is also called before the manifest. Raises `JobEnded` if that has an error.
+    """
+    images = generate(child, Job(id=job_id, request=request, **fields), Watcher(watch))
+    count = request.num_images
+    try:
+        end = finish(child.store, images.entry, check=lambda: watch(Phase.UPLOAD, count, count))
+    finally:
+        images.entry.remove()
+    if isinstance(end, ZloraError):
+        raise JobEnded(end)
+    return end
+
+
+def make_spool(folder: Path) -> Spool:
+    """Return a spool in a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Spool(folder, folder, max_bytes=10**9)
 
 
 def lora_cache(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from PIL import Image
 from support.fakes import MemoryStore, links
-from support.jobs import run_job
+from support.jobs import make_spool, run_job
 from zlora.schema import GenerateRequest
 from zlora_worker.child import Child
 from zlora_worker.fetch.cache import Cache
@@ -42,6 +42,7 @@ class Drawing:
                 lora_files=Cache.open(settings),
                 loras=LoraMemoryCache(max_bytes=10**9),
                 store=store,
+                spool=make_spool(settings.cache_folder.with_name("spool")),
                 urls=links(store),
                 job_timeout=60,
                 meter=Meter(),

@@ -29,13 +29,15 @@ from zlora.schema import TASK_NAME
 from zlora_worker.celery_hooks import remote_control, transport
 from zlora_worker.celery_hooks.bootsteps import (
     EXIT_NO_MODEL,
-    VisibilityHeartbeat,
     child_watch,
+    drawn_jobs_step,
     graceful_shutdown,
     model_gate,
     sidecar_step,
+    visibility_heartbeat,
 )
 from zlora_worker.celery_hooks.consumer import job_consumer
+from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.request import job_request
 from zlora_worker.celery_hooks.restart import Restart
@@ -63,8 +65,10 @@ restart = Restart()
 leases = JobLeases(settings.broker_url, settings.queue, result_backend=settings.result_backend)
 runner = JobRunner(leases)
 load_state = LoadState(settings.probes, load_timeout=settings.load_timeout)
+drawn = DrawnJobs(settings.spool, settings.home / "spool", max_bytes=settings.spool_bytes)
 sidecar = SidecarProcess(
     settings.metrics,
+    drawn,
     timeout=settings.sidecar_timeout,
     count=partial(count_sidecar_fault, leases.impatient, settings.queue),
 )
@@ -75,7 +79,7 @@ app.conf.update(
     # One child, one model, one GPU. A machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
-    worker_consumer=job_consumer(leases, load_state.parent_is_alive),
+    worker_consumer=job_consumer(leases, drawn, load_state.parent_is_alive),
     # One running job and none reserved: an idle worker finds what a busy one has not begun.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
@@ -108,7 +112,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-gate = model_gate(load_state, restart, settings)
+gate = model_gate(load_state, drawn, restart, settings)
 app.steps["worker"].update(
     (
         gate,
@@ -116,7 +120,9 @@ app.steps["worker"].update(
         graceful_shutdown(gate, load_state, sidecar, leases, settings),
     )
 )
-app.steps["consumer"].update((child_watch(load_state, sidecar), VisibilityHeartbeat))
+app.steps["consumer"].update(
+    (child_watch(load_state, sidecar, drawn), visibility_heartbeat(drawn), drawn_jobs_step(drawn))
+)
 remote_control.restrict()
 
 
@@ -124,7 +130,7 @@ remote_control.restrict()
     name=TASK_NAME,
     bind=True,
     throws=(ZloraError,),
-    Request=job_request(leases, settings),
+    Request=job_request(leases, drawn, settings),
     resultrepr_maxsize=MAX_SHOWN,
 )
 def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -> ResultPayload:
@@ -159,13 +165,17 @@ def load_model(**_: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         replaces = load_state.child_begins()
+        from zlora_worker import read_ahead
         from zlora_worker.child import Child
+        from zlora_worker.fetch.cache import Cache
         from zlora_worker.monitoring.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
-        runner.child = Child.open(settings, meter)
+        runner.child = Child.open(settings, drawn.spool, meter)
         seconds = time.monotonic() - start
         meter.loaded(seconds, replaces=replaces)
+        if settings.look_ahead:
+            read_ahead.start(runner.child, Cache.open(settings))
         logger.info("model %s is loaded after %.1f s", settings.model, seconds)
     except ZloraError as error:
         _exit_without_model(str(error))

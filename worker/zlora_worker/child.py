@@ -8,6 +8,7 @@ from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.monitoring.metrics import Meter
+from zlora_worker.results.spool import Spool
 from zlora_worker.results.store import Store, open_store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
@@ -21,6 +22,7 @@ class Child:
     lora_files: Cache  # on disk
     loras: LoraMemoryCache  # parsed, in memory
     store: Store
+    spool: Spool
     urls: ImageUrls
     job_timeout: int  # seconds, the operator's bound
     meter: Meter
@@ -28,7 +30,7 @@ class Child:
     max_losses: int = 10  # workers that a job may lose
 
     @classmethod
-    def open(cls, settings: Settings, meter: Meter) -> Self:
+    def open(cls, settings: Settings, spool: Spool, meter: Meter) -> Self:
         """Open store and cache, and load the base model.
 
         Raises `ModelUnavailable`, or `InvalidSetting` if the store or the cache cannot be used.
@@ -42,6 +44,7 @@ class Child:
             lora_files=lora_files,
             loras=LoraMemoryCache(max_bytes=settings.lora_memory_bytes),
             store=store,
+            spool=spool,
             urls=urls,
             job_timeout=settings.job_timeout,
             meter=meter,

@@ -1,4 +1,4 @@
-"""The story of a job: fetch its LoRAs, merge them, denoise, restore the base model, upload."""
+"""The story of a job: fetch its LoRAs, merge them, denoise, restore the base model, pass it on."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,23 +7,21 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Final
 
-import msgspec
-from zlora.errors import ZloraError
-from zlora.schema import GenerateRequest, GenerateResult, LoraSpec, Phase, digest_of
+from zlora.schema import GenerateRequest, LoraSpec, Phase, digest_of
 
 from zlora_worker.child import Child
-from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
 from zlora_worker.model.pipeline import PipelineState
-from zlora_worker.results.manifest import write_result
 from zlora_worker.results.provenance import JobProvenance, pinned
-from zlora_worker.results.uploader import ImageUploader
+from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
+from zlora_worker.results.uploader import stored_image
 
 _VERSIONS: Final = {
     name: version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers", "pillow")
 }
+_NEVER: Final = 1e12  # seconds, of jobs without a deadline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +30,18 @@ class Job:
 
     `token` is that of the claim (`delivery.lease`). `is_resumed` says that images of an
     earlier attempt may be in the store: they are not drawn again. `queued` is the time in seconds
-    that the job has waited, if known.
+    that the job has waited, if known. `deadline` is a time of `time.monotonic`, and `timeout` the
+    seconds until then from the start; `worker` is the name under which the sidecar has the job, and
+    `has_answer` says whether Celery's backend stores how the job ends.
     """
 
     id: str
     request: GenerateRequest
     token: str = "0"  # noqa: S105 - of a job without a claim
+    worker: str = ""
+    has_answer: bool = True
+    deadline: float = _NEVER
+    timeout: float = _NEVER
     attempt: int = 1
     is_resumed: bool = False
     queued: float | None = None
@@ -49,11 +53,12 @@ class Job:
         return self.request.seed_for(self.id)
 
 
-def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
-    """Run one job: fetch its LoRAs, merge them, denoise, restore the base model, upload.
+def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
+    """Run one job: fetch its LoRAs, merge them, denoise, restore the base model.
 
-    Raises a `ZloraError` if the job fails, `JobEnded` if it has ended with an error meanwhile, or
-    what `progress` raises. The base model is restored and checked in any case.
+    Return the job in the spool, from which `results.finish` stores its images and manifest. Raises
+    a `ZloraError` if the job fails, or what `progress` raises; then the spool has nothing of it.
+    The base model is restored and checked in any case.
     """
     request, timer = job.request, PhaseTimer(queued=job.queued)
     specs = [spec for spec in request.loras if spec.is_used]
@@ -65,54 +70,43 @@ def generate(child: Child, job: Job, progress: Progress) -> GenerateResult:
         loras = [LoraInUse.read(child, spec, file) for spec, file in zip(specs, files, strict=True)]
     timer.end(Phase.PARSE)
 
-    drawn_from = provenance(child, job, loras)
-    digests = [lora.parsed.tensors_sha256 for lora in loras]
-    with ImageUploader(
-        child.store,
-        drawn_from,
-        token=job.token,
-        is_resumed=job.is_resumed,
-        tensors_sha256=digests,
-    ) as uploader:
+    spooled = spooled_job(child, job, loras)
+    with child.spool.open(spooled) as images:
         # merge
         with child.model.with_loras([lora.weighted for lora in loras], request) as model:
             timer.end(Phase.APPLY)
             # denoise
             for index in range(request.num_images):
-                if uploader.reuse_stored():
-                    continue
+                if job.is_resumed:
+                    stored = stored_image(child.store, spooled.provenance, index)
+                    if stored is not None:
+                        images.add_stored(stored)
+                        continue
                 image = model.draw(
                     request, job.seed + index, step_counter(child, job, progress, index)
                 )
-                uploader.add(image, tiled=model.tiled)
+                images.add(image, tiled=model.tiled)
             timer.end(Phase.DENOISE)
         # the base model is restored and checked
         timer.end(Phase.RESTORE)
-        images = uploader.images(lambda done: progress(Phase.UPLOAD, done, request.num_images))
-        timer.end(Phase.TAIL)
-
-    receipts = (lora.receipt(norm) for lora, norm in zip(loras, model.relative_norms, strict=True))
-    result = GenerateResult(
-        images=images,
-        loras=tuple(
-            next(receipts) if spec.is_used else unused_receipt(spec) for spec in request.loras
-        ),
-        timings=timer.seconds | uploader.seconds,
-        base_intact=child.model.state is PipelineState.READY,
-        base_checked=round(child.model.base_checked, 4),
-        tiled=any(image.tiled for image in images),
-        attempt=job.attempt,
-        started_at=job.started,
-        finished_at=time.time(),
-        request_sha256=digest_of(request),
-        **msgspec.structs.asdict(drawn_from),
-    )
-    # images first, the manifest last
-    progress.raise_if_over()
-    end = write_result(child.store, result)
-    if isinstance(end, ZloraError):
-        raise JobEnded(end)
-    return end
+        progress(Phase.UPLOAD, 0, request.num_images)
+        receipts = (
+            lora.receipt(norm) for lora, norm in zip(loras, model.relative_norms, strict=True)
+        )
+        # the images are passed on
+        images.close(
+            DrawnJob(
+                loras=tuple(
+                    next(receipts) if spec.is_used else unused_receipt(spec)
+                    for spec in request.loras
+                ),
+                timings=timer.seconds,
+                base_intact=child.model.state is PipelineState.READY,
+                base_checked=round(child.model.base_checked, 4),
+                at=time.monotonic(),
+            )
+        )
+    return images
 
 
 def open_files(
@@ -126,24 +120,36 @@ def open_files(
     )
 
 
-def provenance(child: Child, job: Job, loras: list[LoraInUse]) -> JobProvenance:
-    """Return what draws the job's images again."""
+def spooled_job(child: Child, job: Job, loras: list[LoraInUse]) -> SpooledJob:
+    """Return what the sidecar needs to store the job's images, and what draws them again."""
     machine = child.model.machine
     files = [lora.file for lora in loras]
-    return JobProvenance(
-        job_id=job.id,
-        seed=job.seed,
-        request=pinned(
-            job.request, [(file.source, file.sha256, file.config_sha256) for file in files]
+    return SpooledJob(
+        worker=job.worker,
+        has_answer=job.has_answer,
+        token=job.token,
+        attempt=job.attempt,
+        is_resumed=job.is_resumed,
+        request_sha256=digest_of(job.request),
+        deadline=job.deadline,
+        timeout=job.timeout,
+        started=job.started,
+        tensors_sha256=tuple(lora.parsed.tensors_sha256 for lora in loras),
+        provenance=JobProvenance(
+            job_id=job.id,
+            seed=job.seed,
+            request=pinned(
+                job.request, [(file.source, file.sha256, file.config_sha256) for file in files]
+            ),
+            model=child.model.name,
+            base_sha256=child.model.base_sha256,
+            model_sha256=child.model.file_sha256,
+            scheduler=child.model.scheduler_name(job.request),
+            device=machine.device,
+            dtype=machine.dtype,
+            threads=machine.threads,
+            versions=_VERSIONS,
         ),
-        model=child.model.name,
-        base_sha256=child.model.base_sha256,
-        model_sha256=child.model.file_sha256,
-        scheduler=child.model.scheduler_name(job.request),
-        device=machine.device,
-        dtype=machine.dtype,
-        threads=machine.threads,
-        versions=_VERSIONS,
     )
 
 

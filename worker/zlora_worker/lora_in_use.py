@@ -36,17 +36,7 @@ class LoraInUse:
         Raises `NotSafetensors`, and `LoraMismatch` if the file does not fit the base model.
         """
         start = time.perf_counter()
-        digest = file.sha256  # of everything that the deltas depend on
-        if file.config is not None:
-            digest += f" {file.config_sha256}"
-        if spec.alpha is not None:
-            digest += f" {spec.alpha}"
-        parsed, from_memory = child.loras.get(
-            digest,
-            lambda: child.model.reader.read(
-                file.path, digest=digest, source=file.source, config=file.config, alpha=spec.alpha
-            ),
-        )
+        parsed, from_memory = parse(child, spec, file)
         if spec.strict:
             require_whole(parsed, source=file.source)
         tier: LoraTier = file.tier
@@ -96,6 +86,21 @@ class LoraInUse:
             config_sha256=self.file.config_sha256,
             warnings=(_ALPHA_ASSUMED,) if parsed.alpha_assumed else (),
         )
+
+
+def parse(child: Child, spec: LoraSpec, file: CachedFile) -> tuple[Lora, bool]:
+    """Return the parsed LoRA, and whether it was in memory; raise as `LoraInUse.read`."""
+    digest = file.sha256  # of everything that the deltas depend on
+    if file.config is not None:
+        digest += f" {file.config_sha256}"
+    if spec.alpha is not None:
+        digest += f" {spec.alpha}"
+    return child.loras.get(
+        digest,
+        lambda: child.model.reader.read(
+            file.path, digest=digest, source=file.source, config=file.config, alpha=spec.alpha
+        ),
+    )
 
 
 def unused_receipt(spec: LoraSpec) -> LoraReceipt:

@@ -249,6 +249,18 @@ class Settings:
         read=parsers.positive,
         note="Bytes of host memory for LoRAs that stay loaded between jobs.",
     )
+    spool: str = _variable(
+        "ZLORA_SPOOL",
+        note="Folder in memory for drawn images until the sidecar has stored them. Default: "
+        "`/dev/shm`, or the folder for temporary files if that cannot be used.",
+    )
+    spool_bytes: int = _variable(
+        "ZLORA_SPOOL_BYTES",
+        default="256000000",
+        read=parsers.positive,
+        note="Bytes of drawn images in that folder. Further images of a job are in the folder "
+        "`spool` in `ZLORA_HOME`, and the next job waits.",
+    )
     lora_deadline: int = _variable(
         "ZLORA_LORA_DEADLINE",
         default="300",
@@ -271,8 +283,8 @@ class Settings:
         "ZLORA_LOOK_AHEAD",
         default="4",
         read=parsers.look_ahead,
-        note="Number of waiting jobs, 0 to 64, whose LoRAs are prefetched while another job runs. "
-        "0 turns prefetching off.",
+        note="Number of waiting jobs, 0 to 64, whose LoRAs are prefetched while another job runs; "
+        "those of the next two are also parsed. 0 turns both off.",
     )
     patch: str = _variable(
         "ZLORA_PATCH",

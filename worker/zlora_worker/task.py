@@ -36,7 +36,9 @@ from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import LEASE, Claim, ClaimState, JobEnded, JobLeases, LeaseLost
 from zlora_worker.delivery.outcome import (
     Corrupted,
+    Drawn,
     Failed,
+    JobDrawn,
     NotMine,
     Outcome,
     Requeue,
@@ -52,15 +54,15 @@ from zlora_worker.delivery.retry import (
     send_for_retry,
     should_retry,
 )
+from zlora_worker.ending import Ending
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.result_repr import ResultPayload
-from zlora_worker.results.manifest import delete_images, image_keys, load_end, write_verdict
+from zlora_worker.results.manifest import load_end, write_verdict
 
 if TYPE_CHECKING:
     from zlora_worker.child import Child
 
 EXIT_CORRUPTED: Final = 71  # exit status of a child whose base model is not what was loaded
-STORE_PATIENCE: Final = 300.0  # seconds that a job waits for a store that does not answer
 INTERRUPT_AFTER: Final = 2.0  # seconds after a timeout: most jobs stop by themselves at a step
 _CORRUPTIONS: Final = 2  # base models that a job may leave changed: then the job is the cause
 
@@ -91,13 +93,8 @@ class JobRunner:
             if self.child is None:
                 _exit_corrupted("this child has no base model")
             delivery = Delivery(task, self.child, self.leases, job_id)
-            try:
-                outcome = delivery.run(arguments, options)
-            except RedisError as refusal:  # a key of another type, for instance
-                failure = InternalError(f"Redis refuses a command: {refusal}")
-                outcome = Failed(failure, is_recorded=False)
             meter = self.child.meter
-            match outcome:
+            match outcome := delivery.run(arguments, options):
                 case Succeeded(result):
                     ending = self.leases.record_success(job_id)  # also makes the webhook due
                     if ending.earlier_error is not None:  # Redis had lost the record
@@ -105,6 +102,8 @@ class JobRunner:
                     if ending.is_first:
                         meter.succeeded()
                     return ResultPayload(result)
+                case Drawn(entry, nbytes):
+                    raise JobDrawn(entry, nbytes)
                 case Failed(error, is_recorded):
                     if not is_recorded or self.leases.is_first_to_count(job_id):
                         meter.ended(error)
@@ -130,9 +129,7 @@ class Delivery:
         self, task: "Task[Any, Any]", child: "Child", leases: JobLeases, job_id: str
     ) -> None:
         self._task, self._child, self._leases, self._job_id = task, child, leases, job_id
-        self._request: GenerateRequest | None = None
-        self._digest: str | None = None
-        self._token = ""  # that of the claim
+        self._ending = Ending(leases=leases, store=child.store, urls=child.urls, job_id=job_id)
         if (task.request.delivery_info or {}).get("redelivered"):
             child.meter.redelivered()
 
@@ -144,26 +141,29 @@ class Delivery:
                 return self._retry(outcome)
         except LeaseLost as lost:
             return NotMine(str(lost))
+        except RedisError as refusal:  # a key of another type, for instance
+            failure = InternalError(f"Redis refuses a command: {refusal}")
+            return Failed(failure, is_recorded=False)
         return outcome
 
     def _run(self, arguments: tuple[object, ...], options: dict[str, object]) -> Outcome:
         document: object = None
         try:
             document = the_argument(arguments, options)
-            self._request = parse_request(document)
+            self._ending.request = parse_request(document)
         except InvalidRequest as error:
             return self._refuse(document, error)
         if not self._child.model.is_ready():
             return Corrupted("this child has no intact base model")
-        self._digest = digest_of(self._request)
-        with self._leases.claim(self._job_id, self._digest) as claim:
+        self._ending.digest = digest_of(self._ending.request)
+        with self._leases.claim(self._job_id, self._ending.digest) as claim:
             match claim.state:
                 case ClaimState.OTHER_REQUEST:
                     return NotMine("the id belongs to another request")
                 case ClaimState.ENDED:
                     return self._answer_again(claim)
                 case ClaimState.CLAIMED:
-                    return self._claimed(claim, self._request)
+                    return self._claimed(claim, self._ending.request)
                 case _:
                     return self._leased_elsewhere()
 
@@ -174,13 +174,13 @@ class Delivery:
         """
         if not self._leases.is_recorded_request(self._job_id, document):
             return NotMine(f"the id belongs to another request: {error}")
-        self._digest = self._leases.record(self._job_id).get("digest")
-        if self._digest is None:
+        self._ending.digest = self._leases.record(self._job_id).get("digest")
+        if self._ending.digest is None:
             return Failed(error, is_recorded=False)
-        with self._leases.claim(self._job_id, self._digest) as claim:
+        with self._leases.claim(self._job_id, self._ending.digest) as claim:
             match claim.state:
                 case ClaimState.CLAIMED:
-                    self._token = claim.token
+                    self._ending.token = claim.token
                     return self._end(error)
                 case ClaimState.ENDED:
                     return Failed(claim.verdict or error)
@@ -191,32 +191,34 @@ class Delivery:
         """Answer with the verdict again; write it into the store, if a client wrote it alone."""
         verdict = claim.verdict or revoked(self._job_id)
         with suppress(ZloraError):
-            end = write_verdict(self._child.store, self._job_id, verdict, self._digest)
+            end = write_verdict(self._child.store, self._job_id, verdict, self._ending.digest)
             if isinstance(end, GenerateResult):
                 return NotMine("it has a result")
-            self._delete_images()
+            self._ending.delete_images()
         return Failed(verdict)
 
     def _leased_elsewhere(self) -> Outcome:
         """Answer with the result that another worker has stored, or look again later."""
         with suppress(ZloraError):
-            end = load_end(self._child.store, self._job_id, self._digest)
+            end = load_end(self._child.store, self._job_id, self._ending.digest)
             if isinstance(end, GenerateResult):
-                return self._with_urls(end)
+                return self._ending.with_urls(end)
         return Requeue("another worker has the job", LEASE)
 
     def _claimed(self, claim: Claim, request: GenerateRequest) -> Outcome:
         """Answer from the store, or draw; settle what goes wrong. Raises `LeaseLost`."""
-        self._token = claim.token
+        self._ending.token = claim.token
         try:
-            result = self._earlier_result(claim) or self._draw(claim, request)
+            result = self._earlier_result(claim)
+            if result is None:
+                return self._draw(claim, request)
         except _StoreDown as down:
             return Requeue(f"the store does not answer: {down}", LEASE)
         except JobEnded as ended:
             return self._end(ended.verdict)
         except ZloraError as error:
             return self._settle(error)
-        return self._with_urls(result)
+        return self._ending.with_urls(result)
 
     def _earlier_result(self, claim: Claim) -> GenerateResult | None:
         """Return the result that an earlier attempt has stored, None if there is none.
@@ -228,9 +230,9 @@ class Delivery:
         if "cancelled" in claim.record:
             raise revoked(self._job_id)
         try:
-            end = load_end(self._child.store, self._job_id, self._digest)
+            end = load_end(self._child.store, self._job_id, self._ending.digest)
         except StoreFailed as error:
-            if self._leases.note_store_outage(self._job_id) > STORE_PATIENCE:
+            if self._ending.is_store_lost():
                 raise
             raise _StoreDown(str(error)) from error
         self._leases.clear_store_outage(self._job_id, claim.record)
@@ -238,7 +240,7 @@ class Delivery:
             return verdict
         raise JobEnded(verdict)
 
-    def _draw(self, claim: Claim, request: GenerateRequest) -> GenerateResult:
+    def _draw(self, claim: Claim, request: GenerateRequest) -> Drawn:
         """Draw the job within its deadline. Raises a `ZloraError` for whatever goes wrong."""
         from zlora_worker.generate import Job, generate  # imports torch, which only a child may
 
@@ -248,6 +250,10 @@ class Delivery:
             id=self._job_id,
             request=request,
             token=claim.token,
+            worker=self._leases.sidecar,
+            has_answer=not self._task.request.ignore_result,
+            deadline=deadline.end,
+            timeout=deadline.seconds,
             attempt=1 + len(claim.deaths) + retries_of(self._task),
             is_resumed=claim.is_resumed,
             queued=self._seconds_queued(),
@@ -264,7 +270,7 @@ class Delivery:
         claim.has_drawn = True
         try:
             with self._leases.drawing(), deadline.interrupting(grace=INTERRUPT_AFTER):
-                result = generate(self._child, job, progress)
+                spooled = generate(self._child, job, progress)
         except (ZloraError, JobEnded, LeaseLost, SystemExit, KeyboardInterrupt):
             raise
         # The boundary of a job: the producer gets a typed error. The panic of a library in Rust is
@@ -276,8 +282,8 @@ class Delivery:
             raise InternalError(
                 f"the worker failed: {type(error).__name__}: {logs.said_by(error)}"
             ) from error
-        self._child.meter.drawn(result)
-        return result
+        claim.heir = job.worker
+        return Drawn(spooled.entry.name, spooled.nbytes)
 
     def _raise_if_unacceptable(self, claim: Claim, request: GenerateRequest) -> None:
         """Raise an error if the job must not be drawn: timed out, poisoned, or beyond a bound."""
@@ -327,39 +333,9 @@ class Delivery:
         return self._end(error)
 
     def _end(self, error: ZloraError) -> Outcome:
-        """End the job with this error, unless it has ended otherwise by now.
-
-        The manifest decides. While the store does not answer, the job waits for it, but not
-        longer than `STORE_PATIENCE`. Raises `LeaseLost` if another worker has taken the job.
-        """
-        self._leases.require_newest(self._job_id, self._token)
-        try:
-            end = write_verdict(self._child.store, self._job_id, error, self._digest)
-        except StoreFailed as failure:
-            if self._leases.note_store_outage(self._job_id) < STORE_PATIENCE:
-                self._leases.note_error(self._job_id, self._token, error)
-                return Requeue(f"the store does not answer: {failure}", LEASE)
-            logger.warning("job %s: its error is in Redis alone: %s", self._job_id, failure)
-            return self._close(error)
-        except ZloraError:  # the manifest is damaged, or of another request: no result can follow
-            return self._close(error)
-        if isinstance(end, GenerateResult):
-            return self._with_urls(end)
-        self._delete_images()
-        return self._close(end)
-
-    def _close(self, error: ZloraError) -> Outcome:
-        """Write the error into the job's record; keep a poisoned job for `zlora dead`."""
+        """End the job with this error; keep a poisoned job for `zlora dead`."""
         kept = self._submission() if isinstance(error, JobPoisoned) else None
-        return Failed(self._leases.record_verdict(self._job_id, error, submission=kept))
-
-    def _delete_images(self) -> None:
-        """Delete the images of a job whose manifest has a verdict."""
-        if self._request is not None:
-            keys = image_keys(self._job_id, self._request)
-            if self._token:
-                keys += image_keys(self._job_id, self._request, token=self._token)
-            delete_images(self._child.store, keys)
+        return self._ending.end(error, submission=kept)
 
     def _retry(self, retry: Retry) -> Outcome:
         """Send the job again, or end it if it was cancelled meanwhile. Raises `LeaseLost`.
@@ -369,38 +345,29 @@ class Delivery:
         error, after = retry.error, retry.after
         logger.warning("job %s: %s; again in %.0f s", self._job_id, error, after)
         try:
-            send_for_retry(self._task, self._leases, self._token, error, after=after)
+            send_for_retry(self._task, self._leases, self._ending.token, error, after=after)
         except JobEnded as ended:
             return self._end(ended.verdict)
         self._child.meter.retried(error)
         with suppress(RedisError):  # the next delivery ends the job
             if self._leases.is_cancelled(self._job_id):
-                with self._leases.claim(self._job_id, self._digest or "") as claim:
+                with self._leases.claim(self._job_id, self._ending.digest or "") as claim:
                     if claim.state is ClaimState.CLAIMED:
-                        self._token = claim.token
+                        self._ending.token = claim.token
                         return self._end(revoked(self._job_id))
         return retry
 
     def _submission(self) -> Submission | None:
         """Return what the producer has sent, for a job without a record of it."""
-        if self._request is None:
+        if self._ending.request is None:
             return None
         now = time.time()
         priority = (self._task.request.delivery_info or {}).get("priority")
         return Submission(
-            request=to_dict(self._request),
+            request=to_dict(self._ending.request),
             priority=priority if priority in PRIORITY_STEPS else DEFAULT_PRIORITY,
             submitted=submitted_at(self._task.request.headers or {}, now) or now,
         )
-
-    def _with_urls(self, result: GenerateResult) -> Outcome:
-        """Add URLs to the images. If the store cannot sign now, do that later, or never."""
-        try:
-            return Succeeded(self._child.urls.with_urls(result))
-        except StoreFailed as error:
-            if self._leases.note_store_outage(self._job_id) > STORE_PATIENCE:
-                return Succeeded(result)
-            return Requeue(f"the URLs of its images cannot be made: {error}", LEASE)
 
     def _seconds_queued(self) -> float | None:
         """Return the seconds from submission to start, by two clocks; None if unknown."""

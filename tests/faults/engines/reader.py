@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from faults.engines import journal
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -40,6 +42,7 @@ class Reader:
         alpha: float | None = None,
     ) -> Lora:
         """Return the fake LoRA of a file."""
+        journal.write("parsed", digest=digest)
         return Lora(digest=digest)
 
 

@@ -130,7 +130,7 @@ def test_an_image_of_another_request_is_not_reused(child: Child, store: MemorySt
     """A failed job may leave images; its id is free again after its record has expired."""
     with pytest.raises(StoreFailed):
         run_job(
-            child, "job", a_request(num_images=2), raising(StoreFailed(), phase=Phase.UPLOAD, at=1)
+            child, "job", a_request(num_images=2), raising(StoreFailed(), phase=Phase.UPLOAD, at=2)
         )
     other = a_request(prompt="a forest in the morning", seed=99)
 
@@ -185,7 +185,7 @@ def test_a_job_without_a_manifest_has_no_result(child: Child, store: MemoryStore
 
     with pytest.raises(StoreFailed):
         run_job(
-            child, "job", a_request(num_images=2), raising(StoreFailed(), phase=Phase.UPLOAD, at=1)
+            child, "job", a_request(num_images=2), raising(StoreFailed(), phase=Phase.UPLOAD, at=2)
         )
 
     assert load_end(store, "job", digest_of(a_request(num_images=2))) is None

@@ -32,6 +32,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "sweep": ("2", 2),
     "sidecar_timeout": ("90", 90),
     "probes": ("/run/zlora", "/run/zlora"),
+    "spool": ("/run/images", "/run/images"),
+    "spool_bytes": ("1000", 1000),
     "metrics": ("127.0.0.1:9808", ("127.0.0.1", 9808)),
     "log": ("json", "json"),
     "prompts": ("hashed", "hashed"),

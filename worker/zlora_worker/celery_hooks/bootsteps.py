@@ -18,6 +18,7 @@ from celery.utils.log import get_logger
 from celery.worker import state
 from zlora.broker.keys import MAX_SKEW
 
+from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.restart import Restart
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
@@ -36,7 +37,9 @@ logger = get_logger(__name__)
 Step = type[bootsteps.StartStopStep]
 
 
-def model_gate(load_state: LoadState, restart: Restart, settings: Settings) -> Step:
+def model_gate(
+    load_state: LoadState, drawn: DrawnJobs, restart: Restart, settings: Settings
+) -> Step:
     """Return the step that lets no job in before the child has its model.
 
     The worker exits with `EXIT_NO_MODEL` if the child cannot load the model.
@@ -46,12 +49,16 @@ def model_gate(load_state: LoadState, restart: Restart, settings: Settings) -> S
         requires = ("celery.worker.components:Pool",)
 
         def __init__(self, parent: Any, **options: Any) -> None:
-            """Make the files of `load_state`; runs before a child is forked."""
+            """Make the files of `load_state` and the spool; runs before a child is forked."""
             super().__init__(parent, **options)
             try:
                 folder = load_state.open()
             except OSError as error:
                 exit_without_model(f"ZLORA_PROBES={settings.probes}: {error.strerror}")
+            try:
+                drawn.open()
+            except OSError as error:
+                exit_without_model(f"ZLORA_SPOOL={settings.spool}: {error.strerror}")
             if settings.metrics:
                 from zlora_worker.monitoring import metrics  # a producer has no prometheus_client
 
@@ -165,7 +172,7 @@ def graceful_shutdown(
     return GracefulShutdown
 
 
-def child_watch(load_state: LoadState, sidecar: SidecarProcess) -> Step:
+def child_watch(load_state: LoadState, sidecar: SidecarProcess, drawn: DrawnJobs) -> Step:
     """Return the step that stops the worker if a new child cannot load the model."""
 
     class ChildWatch(bootsteps.StartStopStep):
@@ -180,6 +187,7 @@ def child_watch(load_state: LoadState, sidecar: SidecarProcess) -> Step:
                 # that moment, and then every 5 s, and so misses most deaths.
                 consumer.pool.maintain_pool()
                 sidecar.look()
+                drawn.look()  # a new sidecar may have ended a job without a sign
                 reason = load_state.failure()
                 if reason is not None and not state.should_stop:
                     logger.critical("no model, no jobs: %s", reason)
@@ -195,39 +203,67 @@ def child_watch(load_state: LoadState, sidecar: SidecarProcess) -> Step:
     return ChildWatch
 
 
-class VisibilityHeartbeat(bootsteps.StartStopStep):
-    """Keeps the messages that this worker holds, for as long as its parent process lives.
+def drawn_jobs_step(drawn: DrawnJobs) -> Step:
+    """Return the step that lets the parent hear from the sidecar about drawn jobs."""
+
+    class DrawnJobsStep(bootsteps.StartStopStep):
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def start(self, consumer: Any) -> None:
+            """Listen; runs with each connection to the broker."""
+            drawn.use(consumer.qos)
+            consumer.hub.add_reader(drawn.for_parent, drawn.look)
+
+        def stop(self, consumer: Any) -> None:
+            """Take no more messages by this connection."""
+            drawn.use(None)
+            consumer.hub.remove(drawn.for_parent)
+
+    return DrawnJobsStep
+
+
+def visibility_heartbeat(drawn: DrawnJobs) -> Step:
+    """Return the step that keeps the messages of this worker, as long as its parent lives.
 
     kombu gives a message to another worker some time after it was taken, however long the job is.
     The parent sends the heartbeat, since a child may hang.
     """
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    class VisibilityHeartbeat(bootsteps.StartStopStep):
+        requires = ("celery.worker.consumer.tasks:Tasks",)
 
-    def start(self, consumer: Any) -> None:
-        """Send heartbeats; runs with each connection to the broker."""
-        channel = consumer.task_consumer.channel
-        with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
-            if abs(skew := clock_skew(client)) > MAX_SKEW:
-                logger.warning("the clock of this machine is %+.0f s from that of Redis", skew)
+        def start(self, consumer: Any) -> None:
+            """Send heartbeats; runs with each connection to the broker."""
+            channel = consumer.task_consumer.channel
+            with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
+                if abs(skew := clock_skew(client)) > MAX_SKEW:
+                    logger.warning("the clock of this machine is %+.0f s from that of Redis", skew)
 
-        def beat() -> None:
-            scheduled = state.scheduled_requests  # type: ignore[attr-defined]  # not in the stubs
-            requests = {*state.active_requests, *state.reserved_requests, *scheduled}
-            held = [
-                request.message.delivery_tag for request in requests if not request.acknowledged
-            ]
-            if held:
-                with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
-                    now = time.time() - clock_skew(client)
-                    # XX: a message that was restored already is not taken back.
-                    client.zadd(channel.unacked_index_key, dict.fromkeys(held, now), xx=True)
+            def beat() -> None:
+                scheduled = state.scheduled_requests  # type: ignore[attr-defined]  # not in stubs
+                requests = {
+                    *state.active_requests,
+                    *state.reserved_requests,
+                    *scheduled,
+                    *drawn.requests,
+                }
+                held = [
+                    request.message.delivery_tag for request in requests if not request.acknowledged
+                ]
+                if held:
+                    with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
+                        now = time.time() - clock_skew(client)
+                        # XX: a message that was restored already is not taken back.
+                        client.zadd(channel.unacked_index_key, dict.fromkeys(held, now), xx=True)
 
-        self._timer = consumer.timer.call_repeatedly(channel.visibility_timeout / _HEARTBEATS, beat)
+            every = channel.visibility_timeout / _HEARTBEATS
+            self._timer = consumer.timer.call_repeatedly(every, beat)
 
-    def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """End with the connection."""
-        self._timer.cancel()
+        def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
+            """End with the connection."""
+            self._timer.cancel()
+
+    return VisibilityHeartbeat
 
 
 def exit_without_model(reason: str) -> NoReturn:

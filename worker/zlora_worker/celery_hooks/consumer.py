@@ -19,6 +19,7 @@ from zlora.errors import InvalidRequest
 from zlora.redaction import on_one_line
 from zlora.schema import JOB_ID, JobState
 
+from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
 from zlora_worker.celery_hooks.transport import MAX_DEPTH, count_refused, deeper_than
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import progress_backend
@@ -113,7 +114,7 @@ def _seconds_until(moment: str) -> float:
 
 
 def job_consumer(  # noqa: C901 - a class inside a function
-    leases: JobLeases, alive: Callable[[], None]
+    leases: JobLeases, drawn: DrawnJobs, alive: Callable[[], None]
 ) -> type[Consumer]:
     """Return the class of Celery's consumer; it calls `alive` while it waits for Redis."""
 
@@ -196,6 +197,11 @@ def job_consumer(  # noqa: C901 - a class inside a function
             super().on_connection_error_after_connected(exc)
             alive()
             time.sleep(jittered(_RECONNECT_PAUSE))
+
+        def shutdown(self) -> None:
+            """Close the connection once the drawn jobs have ended: their messages need it."""
+            drawn.wait()
+            super().shutdown()
 
         def _refuse(self, message: Message, error: Exception) -> None:
             """Answer for the job that the message names, count the message, and acknowledge it."""

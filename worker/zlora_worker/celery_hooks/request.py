@@ -12,8 +12,10 @@ from celery.worker.request import Request
 from zlora.errors import JobTimeout
 from zlora.redaction import shown
 
+from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
 from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import JobLeases
+from zlora_worker.delivery.outcome import JobDrawn
 from zlora_worker.settings import Settings
 
 _SIGNAL: Final = re.compile(r"signal \d+ \((\w+)\)")
@@ -22,7 +24,7 @@ _PAUSE: Final = 1.0  # seconds until a job is put back whose end could not be st
 logger = get_logger(__name__)
 
 
-def job_request(leases: JobLeases, settings: Settings) -> type[Request]:
+def job_request(leases: JobLeases, drawn: DrawnJobs, settings: Settings) -> type[Request]:
     """Return the class of Celery's requests for this worker's jobs."""
 
     class JobRequest(Request):
@@ -63,6 +65,9 @@ def job_request(leases: JobLeases, settings: Settings) -> type[Request]:
             Celery would store that error, though the job may have a result.
             """
             error = getattr(exc_info.exception, "exc", exc_info.exception)
+            if isinstance(error, JobDrawn):
+                drawn.add(self, error)
+                return None
             if isinstance(error, TimeLimitExceeded):
                 logger.error(
                     "job %s takes longer than %.0f s: its child is killed",

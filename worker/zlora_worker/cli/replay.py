@@ -344,19 +344,23 @@ class Replayer:
         from zlora_worker.generate import Job, generate
         from zlora_worker.model.conditions import recorded_conditions
         from zlora_worker.monitoring.metrics import Meter
+        from zlora_worker.results.finish import finish
+        from zlora_worker.results.spool import Spool
         from zlora_worker.results.store import FolderStore
         from zlora_worker.results.urls import ImageUrls
 
         provenance = image.provenance
         model = self._model_for(provenance)
         with TemporaryDirectory(prefix="zlora-") as folder:
-            store = FolderStore(Path(folder))
+            store, spooled = FolderStore(Path(folder, "store")), Path(folder, "spool")
+            spooled.mkdir()
             local = dataclasses.replace(self._settings, urls=(), public_url="")
             child = Child(
                 model=model,
                 lora_files=self._cache,
                 loras=self._loras,
                 store=store,
+                spool=Spool(spooled, spooled, max_bytes=self._settings.spool_bytes),
                 urls=ImageUrls(store, local),
                 job_timeout=self._settings.job_timeout,
                 meter=Meter(),
@@ -364,7 +368,9 @@ class Replayer:
             try:
                 with recorded_conditions(model, threads=provenance.threads, tiled=provenance.tiled):
                     job = Job(id=provenance.job_id, request=image.request)
-                    result = generate(child, job, progress)
+                    images = generate(child, job, progress)
+                result = finish(store, images.entry)
+                assert isinstance(result, GenerateResult)  # noqa: S101 - the store was empty
             except (LoraError, GenerationFailed, OutOfMemory) as error:
                 causes = [f"{error} [{error.code}]"]
                 causes += _other_base(provenance, model.name, model.base_sha256)

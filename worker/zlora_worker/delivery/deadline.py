@@ -11,11 +11,14 @@ from zlora.errors import JobTimeout
 
 
 class Deadline:
-    """The moment at which a job times out. Its time begins when the object is made."""
+    """The moment at which a job times out. Its time begins when the object is made.
 
-    def __init__(self, job_id: str, seconds: float) -> None:
+    `end` is a time of `time.monotonic`, which all processes of a machine share.
+    """
+
+    def __init__(self, job_id: str, seconds: float, *, end: float | None = None) -> None:
         self._job_id, self.seconds = job_id, seconds
-        self._end = time.monotonic() + seconds
+        self.end = time.monotonic() + seconds if end is None else end
 
     @classmethod
     def of_document(cls, job_id: str, document: Any, *, bound: float) -> Self:
@@ -32,7 +35,7 @@ class Deadline:
     @property
     def has_passed(self) -> bool:
         """Whether the job has timed out."""
-        return time.monotonic() > self._end
+        return time.monotonic() > self.end
 
     def error(self) -> JobTimeout:
         """Return the error of a job that takes longer than this."""
@@ -51,7 +54,7 @@ class Deadline:
             raise SoftTimeLimitExceeded(self.seconds)
 
         signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, max(self._end + grace - time.monotonic(), 1e-3))
+        signal.setitimer(signal.ITIMER_REAL, max(self.end + grace - time.monotonic(), 1e-3))
         try:
             yield
         finally:

@@ -100,7 +100,7 @@ if token and tonumber(token) > tonumber(ARGV[5]) then return 0 end
 if ARGV[4] ~= '' then redis.call('HDEL', KEYS[1], 'begun') end
 local owner = redis.call('GET', KEYS[2])
 if owner and owner ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[2], ARGV[6], 'PX', ARGV[2])
 return 1
 """
 _NOTE_ERROR: Final = """
@@ -170,6 +170,7 @@ class Claim:
     ) -> None:
         self.state, self.record, self.token, self.now = state, record, token, now
         self.has_drawn = False  # set when the drawing begins
+        self.heir = ""  # who has the job after the block, if not this worker's child
 
     @property
     def verdict(self) -> ZloraError | None:
@@ -236,6 +237,7 @@ class JobLeases:
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.sidecar = f"{self.worker}-sidecar"  # has the jobs that the child has drawn
         self._draws = mmap.mmap(-1, 1)  # parent and child share this byte: 1 while the child draws
         self._claim = self.jobs.redis.register_script(_CLAIM)
         self._note_error = self.jobs.redis.register_script(_NOTE_ERROR)
@@ -264,21 +266,15 @@ class JobLeases:
         if claim.state is not ClaimState.CLAIMED:
             yield claim
             return
-        over = threading.Event()
-        renewal = threading.Thread(
-            target=self._renew, args=(job_id, claim.token, over), name="lease", daemon=True
-        )
-        renewal.start()
         is_process_ending = False
         try:
-            yield claim
+            with self.renewing(job_id, claim.token, owner=self.worker):
+                yield claim
         except (SystemExit, KeyboardInterrupt):
             # the parent counts the attempt, or has put the job back itself
             is_process_ending = True
             raise
         finally:
-            over.set()
-            renewal.join()
             if not is_process_ending:
                 try:
                     self._end(job_id, field, claim)
@@ -293,6 +289,20 @@ class JobLeases:
             yield
         finally:
             self._draws[0] = 0
+
+    @contextmanager
+    def renewing(self, job_id: str, token: str, *, owner: str) -> Iterator[None]:
+        """Renew the lease of `owner` in a thread, as long as the block lasts."""
+        over = threading.Event()
+        renewal = threading.Thread(
+            target=self._renew, args=(job_id, token, owner, over), name="lease", daemon=True
+        )
+        renewal.start()
+        try:
+            yield
+        finally:
+            over.set()
+            renewal.join()
 
     def _try_claim(self, job_id: str, digest: str, field: str, *, is_sure: bool = False) -> Claim:
         attempt = Attempt(
@@ -317,14 +327,15 @@ class JobLeases:
         """Delete the attempt, and the mark `begun` if this delivery set it and drew nothing."""
         key = job_key(job_id)
         undo = "" if claim.has_drawn or "begun" in claim.record else "1"
-        arguments = [self.worker, int(LEASE * 1000), field, undo, claim.token]
+        owner = claim.heir or self.worker
+        arguments = [self.worker, int(LEASE * 1000), field, undo, claim.token, owner]
         self._end_attempt(keys=[key, lease_key(job_id)], args=arguments)
 
-    def _renew(self, job_id: str, token: str, over: threading.Event) -> None:
+    def _renew(self, job_id: str, token: str, owner: str, over: threading.Event) -> None:
         keys = [lease_key(job_id), job_key(job_id)]
         while not over.wait(_RENEW):
             try:
-                if not self._renew_lease(keys=keys, args=[self.worker, int(LEASE * 1000), token]):
+                if not self._renew_lease(keys=keys, args=[owner, int(LEASE * 1000), token]):
                     logger.warning("job %s: another worker has taken it", job_id)
             except redis.RedisError as error:
                 logger.warning("job %s: its lease is not renewed: %s", job_id, error)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from celery.exceptions import Ignore
 from zlora.errors import ZloraError
 from zlora.schema import GenerateResult
 
@@ -11,6 +12,14 @@ class Succeeded:
     """The job has a result."""
 
     result: GenerateResult
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The job is in the spool, in the folder `entry`: the sidecar stores its images and ends it."""
+
+    entry: str
+    nbytes: int  # of its images
 
 
 @dataclass(frozen=True)
@@ -54,4 +63,12 @@ class Corrupted:
     reason: str
 
 
-Outcome = Succeeded | Failed | Retry | Requeue | NotMine | Corrupted
+Outcome = Succeeded | Drawn | Failed | Retry | Requeue | NotMine | Corrupted
+
+
+class JobDrawn(Ignore):
+    """Leaves the task of a job that is drawn: the parent acknowledges its message at its end."""
+
+    def __init__(self, entry: str, nbytes: int) -> None:
+        super().__init__(entry, nbytes)
+        self.entry, self.nbytes = entry, nbytes

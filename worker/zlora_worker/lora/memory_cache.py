@@ -1,34 +1,51 @@
 """Parsed LoRAs in memory, bounded by bytes; the least recently used LoRA is evicted first."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Final
 
 from zlora_worker.lora.reader import Lora
 
+_WAIT: Final = 0.002  # seconds between two looks at a LoRA that another thread reads
+
 
 class LoraMemoryCache:
-    """Parsed LoRAs by the sha256 of their file; one entry serves jobs with any LoRA weight."""
+    """Parsed LoRAs by the sha256 of their file; one entry serves jobs with any LoRA weight.
+
+    Two threads share it, without locks of `threading`: the exception of a signal, such as a time
+    limit, can leave them acquired for ever. Each step on a dictionary is atomic.
+    """
 
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._loras: OrderedDict[str, Lora] = OrderedDict()
+        self._readers: dict[str, object] = {}  # who reads a file, by its sha256
 
     def get(self, digest: str, read: Callable[[], Lora]) -> tuple[Lora, bool]:
-        """Return the LoRA, and True if it was cached.
+        """Return the LoRA, and True if it was cached or another thread was reading it.
 
         A LoRA that is larger than the whole cache is read and not kept.
         """
-        if digest in self._loras:
-            self._loras.move_to_end(digest)
-            return self._loras[digest], True
-        lora = read()
-        if lora.nbytes <= self._max_bytes:
-            while self._loras and self.nbytes + lora.nbytes > self._max_bytes:
-                self._loras.popitem(last=False)
-            self._loras[digest] = lora
+        me = object()
+        while True:
+            if (cached := self._loras.get(digest)) is not None:
+                self._loras[digest] = self._loras.pop(digest, cached)  # now the newest
+                return cached, True
+            if self._readers.setdefault(digest, me) is me:
+                break
+            time.sleep(_WAIT)
+        try:
+            lora = read()
+            if lora.nbytes <= self._max_bytes:
+                self._loras[digest] = lora
+                while self.nbytes > self._max_bytes and len(self._loras) > 1:
+                    self._loras.popitem(last=False)
+        finally:
+            self._readers.pop(digest, None)
         return lora, False
 
     @property
     def nbytes(self) -> int:
         """Bytes of all cached LoRAs."""
-        return sum(lora.nbytes for lora in self._loras.values())
+        return sum(lora.nbytes for lora in list(self._loras.values()))

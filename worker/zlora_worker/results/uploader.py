@@ -23,7 +23,7 @@ from zlora_worker.results.store import Store
 from zlora_worker.signals import run_to_completion
 
 _THREADS: Final = 4  # images that are encoded and stored at a time; an upload mostly waits
-_POLL: Final = 0.2  # seconds between two calls of `on_wait`
+_POLL: Final = 0.3  # seconds between two calls of `on_wait`
 # Seconds that leaving waits for uploads; a request that is not answered takes 10.
 _LEAVE_TIMEOUT: Final = 12.0
 
@@ -72,36 +72,28 @@ class ImageUploader:
         """Send nothing any more, and wait for requests under way unless the store hangs."""
         run_to_completion(self._leave)
 
-    def reuse_stored(self) -> bool:
-        """Take the next image from the store; return False if no earlier attempt stored it."""
-        self._raise_failure()
-        if not self._is_resumed:
-            return False
-        index = len(self._refs)
-        data = self._store.get(self._keys[index])
-        if data is None or (ref := self._ref_of_stored(index, data)) is None:
-            return False
+    def add_stored(self, image: ImageRef) -> None:
+        """Take the next image as an earlier attempt has stored it."""
         taken = Future[ImageRef]()
-        taken.set_result(ref)
+        taken.set_result(image)
         self._refs.append(taken)
-        return True
 
     def add(self, image: Image.Image, *, tiled: bool) -> None:
         """Encode and store the next image in the background."""
         self._raise_failure()
         self._refs.append(self._threads.submit(self._store_image, len(self._refs), image, tiled))
 
-    def images(self, on_wait: Callable[[int], None] = lambda _stored: None) -> tuple[ImageRef, ...]:
+    def images(self, on_wait: Callable[[], None] = lambda: None) -> tuple[ImageRef, ...]:
         """Wait until all images are stored, and return them.
 
-        `on_wait` is called several times a second with the number of stored images; it ends the
-        wait if it raises.
+        `on_wait` is called several times a second, and ends the wait if it raises.
         """
         refs = list[ImageRef]()
         while len(refs) < len(self._refs):
-            on_wait(len(refs))
-            with suppress(TimeoutError):
+            try:
                 refs.append(self._refs[len(refs)].result(_POLL))
+            except TimeoutError:
+                on_wait()
         return tuple(refs)
 
     def _leave(self) -> None:
@@ -144,51 +136,57 @@ class ImageUploader:
         key = self._keys[index]
         stored = put_if_absent(self._store, key, data, self._content_type, stop=self._stop)
         if stored != data:
-            if self._is_resumed and (ref := self._ref_of_stored(index, stored)) is not None:
+            if self._is_resumed and (ref := _ref_of_stored(self._job, index, stored)) is not None:
                 return ref
             key = self._own_keys[index]
             put_if_absent(self._store, key, data, self._content_type, stop=self._stop)
-        return self._ref(key, data, provenance)
+        return _ref(key, data, provenance)
 
-    def _ref_of_stored(self, index: int, data: bytes) -> ImageRef | None:
-        """Return the reference to an image that another attempt has stored.
 
-        Returns None if the image is damaged, or was drawn from another request or base model.
-        """
-        try:
-            with encoding.open_image(data) as image:
-                found = None
-                with suppress(msgspec.DecodeError):  # another program may have put it there
-                    found = provenance_of(image)
-                pixels_sha256: str | None = encoding.pixels_sha256(image)  # decodes all of it
-                if not self._job.request.keeps_pixels:
-                    pixels_sha256 = found.pixels_sha256 if found else None
-                provenance = self._job.for_image(
-                    index,
-                    seed=self._job.seed + index,
-                    width=image.width,
-                    height=image.height,
-                    pixels_sha256=pixels_sha256,
-                    tiled=found is not None and found.tiled,
-                )
-        except StoreFailed as error:
-            logger.warning("%s is not used again: %s", self._keys[index], error)
-            return None
-        if found is not None and (
-            found.request != self._job.request or found.base_sha256 != self._job.base_sha256
-        ):
-            return None
-        return self._ref(self._keys[index], data, provenance)
+def stored_image(store: Store, job: JobProvenance, index: int) -> ImageRef | None:
+    """Return the reference to an image that an earlier attempt has stored, None if there is none.
 
-    def _ref(self, key: str, data: bytes, provenance: ImageProvenance) -> ImageRef:
-        return ImageRef(
-            key=key,
-            width=provenance.width,
-            height=provenance.height,
-            content_type=self._content_type,
-            size=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            seed=provenance.seed,
-            pixels_sha256=provenance.pixels_sha256,
-            tiled=provenance.tiled,
-        )
+    An image does not count if it is damaged, or was drawn from another request or base model.
+    """
+    data = store.get(image_keys(job.job_id, job.request)[index])
+    return None if data is None else _ref_of_stored(job, index, data)
+
+
+def _ref_of_stored(job: JobProvenance, index: int, data: bytes) -> ImageRef | None:
+    key = image_keys(job.job_id, job.request)[index]
+    try:
+        with encoding.open_image(data) as image:
+            found = None
+            with suppress(msgspec.DecodeError):  # another program may have put it there
+                found = provenance_of(image)
+            pixels_sha256: str | None = encoding.pixels_sha256(image)  # decodes all of it
+            if not job.request.keeps_pixels:
+                pixels_sha256 = found.pixels_sha256 if found else None
+            provenance = job.for_image(
+                index,
+                seed=job.seed + index,
+                width=image.width,
+                height=image.height,
+                pixels_sha256=pixels_sha256,
+                tiled=found is not None and found.tiled,
+            )
+    except StoreFailed as error:
+        logger.warning("%s is not used again: %s", key, error)
+        return None
+    if found is not None and (found.request != job.request or found.base_sha256 != job.base_sha256):
+        return None
+    return _ref(key, data, provenance)
+
+
+def _ref(key: str, data: bytes, provenance: ImageProvenance) -> ImageRef:
+    return ImageRef(
+        key=key,
+        width=provenance.width,
+        height=provenance.height,
+        content_type=encoding.content_type(provenance.request.output_format),
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        seed=provenance.seed,
+        pixels_sha256=provenance.pixels_sha256,
+        tiled=provenance.tiled,
+    )

@@ -8,6 +8,9 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import kombu.exceptions
@@ -17,15 +20,18 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from zlora.broker.celery_app import IsolatedCelery, impatient_config
 from zlora.broker.job_store import JobStore, connect
 
+from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring import logs
 from zlora_worker.monitoring.gpu import GpuCollector
 from zlora_worker.monitoring.metrics import Meter, WorkerCollector, shared_folder
 from zlora_worker.monitoring.metrics_server import serve
 from zlora_worker.monitoring.queue_metrics import QueueCollector
+from zlora_worker.results.spool import Spool
 from zlora_worker.results.store import open_store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
 from zlora_worker.sidecar import client_requests, prefetch, webhooks
+from zlora_worker.sidecar.finisher import Finisher, Resources
 from zlora_worker.sidecar.heartbeat import Heartbeat
 from zlora_worker.sidecar.sweeper import Sweeper
 
@@ -34,11 +40,29 @@ _REDIS_PAUSE: Final = 2.0  # seconds until the next attempt if Redis does not an
 logger = logging.getLogger("zlora_worker.sidecar")
 
 
-def run(
-    settings: Settings, metrics_socket: socket.socket | None, heartbeat_pipe: int | None
-) -> None:
-    """Do the sidecar's work until the process ends."""
-    heartbeat = Heartbeat(heartbeat_pipe)
+@dataclass(frozen=True)
+class Links:
+    """What a sidecar shares with its worker: folders and pipes of the spool, pipe of the heartbeat.
+
+    `metrics` is the listening socket of the metrics.
+    """
+
+    memory: Path
+    disk: Path
+    heartbeat: int
+    from_child: int
+    to_parent: int
+    metrics: socket.socket | None = None
+
+    def wake_parent(self) -> None:
+        """Let the parent look at the spool."""
+        with suppress(BlockingIOError):  # a full pipe wakes, too
+            os.write(self.to_parent, b".")
+
+
+def run(settings: Settings, links: Links | None) -> None:
+    """Do the sidecar's work until the process ends; without links, that of no worker."""
+    heartbeat = Heartbeat(links.heartbeat if links else None)
     heartbeat.start()
     # Every step of the loop below is shorter: a call of Redis or of the store.
     beat = heartbeat.part("the main thread", seconds=2 * settings.sidecar_timeout)
@@ -52,10 +76,23 @@ def run(
     app = IsolatedCelery("zlora_sidecar", config | {"zlora_prompts": settings.prompts})
 
     # metrics of the worker's processes, its GPU and its queue
-    if metrics_socket is not None:
-        serve_metrics(settings, metrics_socket)
+    if links is not None and links.metrics is not None:
+        serve_metrics(settings, links.metrics)
+    # jobs that the child has drawn
+    spool = None
+    if links is not None:
+        spool = Spool(links.memory, links.disk, max_bytes=settings.spool_bytes)
+        leases = JobLeases(
+            settings.broker_url, settings.queue, result_backend=settings.result_backend
+        )
+        finisher = Finisher(
+            spool,
+            Resources(leases=leases, store=store, urls=urls, backend=app.backend, meter=meter),
+            wake_parent=links.wake_parent,
+        )
+        finisher.start(links.from_child, heartbeat, timeout=2 * settings.sidecar_timeout)
     # LoRAs of the next jobs into the disk cache
-    prefetch.start(settings, heartbeat)
+    prefetch.start(settings, spool, heartbeat)
     # webhooks of finished jobs
     webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter, heartbeat)
     # lost and expired jobs, and requests of clients
@@ -81,20 +118,24 @@ def serve_metrics(settings: Settings, listener: socket.socket) -> None:
     serve(listener, registry)
 
 
-def main(heartbeat_fd: str | None = None, metrics_fd: str | None = None) -> None:
-    """Start the sidecar with file descriptors of the parent.
+def main(*arguments: str) -> None:
+    """Start the sidecar of a worker, which gives the fields of `Links`, or of none.
 
-    `heartbeat_fd` is the pipe for signs of life. `metrics_fd` is the listening socket of the
-    metrics: the worker keeps it, so that a restarted sidecar has the same address.
+    The worker keeps the socket of the metrics, so that a restarted sidecar has the same address.
     """
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s: %(levelname)s/sidecar] %(message)s"
     )
     settings = Settings.from_env()
     logs.use(settings.log, settings.secrets, logger=logging.getLogger(), process="sidecar")
-    metrics_socket = None if metrics_fd is None else socket.socket(fileno=int(metrics_fd))
+    links = None
+    if arguments:
+        memory, disk, *numbers = arguments
+        heartbeat, from_child, to_parent, *metrics = map(int, numbers)
+        sockets = [socket.socket(fileno=number) for number in metrics]
+        links = Links(Path(memory), Path(disk), heartbeat, from_child, to_parent, *sockets)
     try:
-        run(settings, metrics_socket, None if heartbeat_fd is None else int(heartbeat_fd))
+        run(settings, links)
     except KeyboardInterrupt:
         pass
     except Exception:  # process boundary: Python's own traceback would be neither JSON nor redacted

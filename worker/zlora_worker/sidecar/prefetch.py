@@ -15,8 +15,9 @@ import redis
 from zlora.broker.job_store import connect
 from zlora.broker.message import QueuedMessage
 from zlora.errors import InvalidRequest, InvalidSetting, LoraError
-from zlora.schema import JOB_ID, TASK_NAME, Asset, parse_request
+from zlora.schema import JOB_ID, TASK_NAME, Asset, LoraSpec, parse_request
 
+from zlora_worker.results.spool import NextLora, Spool
 from zlora_worker.settings import Settings
 from zlora_worker.sidecar.heartbeat import Heartbeat
 from zlora_worker.sidecar.queue_reader import QueueReader
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from zlora_worker.fetch.cache import Cache
 
 _DOWNLOADS: Final = 2  # at once
+_AHEAD: Final = 2  # jobs whose LoRAs the child parses before it takes them
 _EVERY: Final = 0.5  # seconds between two looks at the queue
 _ERROR_PAUSE: Final = 2.0  # seconds until the next look if Redis or the cache fails
 _RECHECK: Final = 10.0  # seconds until a LoRA is checked again: another's download may have failed
@@ -34,15 +36,23 @@ _TIDY: Final = 3600.0  # seconds between two clean-ups of the cache
 logger = logging.getLogger(__name__)
 
 
-def start(settings: Settings, heartbeat: Heartbeat) -> None:
-    """Prefetch in threads until the process ends, unless disabled or the broker is not Redis."""
+def start(settings: Settings, spool: Spool | None, heartbeat: Heartbeat) -> None:
+    """Prefetch in threads until the process ends, unless disabled or the broker is not Redis.
+
+    Write the LoRAs of the next jobs into the spool, if there is one.
+    """
     if not settings.look_ahead:
         return
     try:
         client = connect(settings.broker_url)
     except ValueError:
         return
-    prefetcher = Prefetcher(client, settings.queue, depth=settings.look_ahead)
+    prefetcher = Prefetcher(
+        client,
+        settings.queue,
+        depth=settings.look_ahead,
+        show=spool.show_next if spool else lambda _loras: None,
+    )
     # A prefetch may wait for another process's download before it begins its own.
     seconds = 2 * (settings.lora_deadline + settings.sidecar_timeout)
     for number in range(_DOWNLOADS):
@@ -54,8 +64,16 @@ def start(settings: Settings, heartbeat: Heartbeat) -> None:
 class Prefetcher:
     """The LoRAs of the next `depth` jobs of a queue. Threads share it, each with its own cache."""
 
-    def __init__(self, client: "redis.Redis", queue: str, *, depth: int) -> None:
-        self._messages, self._depth = QueueReader(client, queue), depth
+    def __init__(
+        self,
+        client: "redis.Redis",
+        queue: str,
+        *,
+        depth: int,
+        show: Callable[[list[NextLora]], None] = lambda _loras: None,
+    ) -> None:
+        """Call `show` with the LoRAs of the very next jobs."""
+        self._messages, self._depth, self._show = QueueReader(client, queue), depth, show
         self._lock = Lock()
         self._checks: dict[tuple[str, Asset], _Check] = {}  # by job id; only jobs that wait now
         self._failed: dict[str, float] = {}  # addresses, and the time of the next attempt
@@ -97,9 +115,13 @@ class Prefetcher:
             }
             known, self._checks = self._checks, {}
             messages = self._messages.next_in_line(self._depth)
-            jobs = filter(None, (_job_of(message, now) for message in messages))
-            for job in islice(jobs, self._depth):
-                for asset in job.assets:
+            found = filter(None, (_job_of(message, now) for message in messages))
+            jobs = list(islice(found, self._depth))
+            self._show(
+                [NextLora(spec, job.submitted) for job in jobs[:_AHEAD] for spec in job.loras]
+            )
+            for job in jobs:
+                for asset in (spec.file for spec in job.loras):
                     # Not before a submission time in the future, by a producer's wrong clock: the
                     # job would check the source again.
                     first = _Check(since=job.submitted, due=job.submitted)
@@ -125,7 +147,7 @@ class _Check(NamedTuple):
 class _Job(NamedTuple):
     id: str
     submitted: float
-    assets: tuple[Asset, ...]
+    loras: tuple[LoraSpec, ...]  # those that are used
 
 
 def _job_of(message: QueuedMessage, now: float) -> _Job | None:
@@ -140,7 +162,7 @@ def _job_of(message: QueuedMessage, now: float) -> _Job | None:
     submitted = message.submitted_at(now)
     if submitted is None:
         submitted = now
-    return _Job(job_id, submitted, tuple(spec.file for spec in request.loras if spec.is_used))
+    return _Job(job_id, submitted, tuple(spec for spec in request.loras if spec.is_used))
 
 
 def _work(prefetcher: Prefetcher, settings: Settings, beat: Callable[[], None]) -> None:

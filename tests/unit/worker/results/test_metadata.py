@@ -31,7 +31,7 @@ from support.fakes import (
     settings,
     write,
 )
-from support.jobs import run_job
+from support.jobs import make_spool, run_job
 from support.tiny_folder import TINY
 from zlora.schema import Asset, GenerateResult, LoraSpec, OutputFormat, parse_request
 from zlora_worker.child import Child
@@ -245,6 +245,7 @@ class Jobs:
             lora_files=cache,
             loras=LoraMemoryCache(max_bytes=10**9),
             store=self.store,
+            spool=make_spool(folder / "spool"),
             urls=links(self.store),
             job_timeout=870,
             meter=Meter(),

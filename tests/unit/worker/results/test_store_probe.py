@@ -20,6 +20,7 @@ from typing import Any, Final
 import pytest
 from botocore.exceptions import ClientError
 from support.fakes import settings as worker_settings
+from support.jobs import make_spool
 from support.servers import (
     SECRETS,
     Answer,
@@ -376,7 +377,11 @@ def test_a_wrong_store_ends_the_worker_before_the_model_is_loaded(
     monkeypatch.setattr(loader, "load", loads.append)
 
     refused(
-        lambda: Child.open(worker_settings(tmp_path, ZLORA_STORE="file:///proc/nosuch"), Meter())
+        lambda: Child.open(
+            worker_settings(tmp_path, ZLORA_STORE="file:///proc/nosuch"),
+            make_spool(tmp_path),
+            Meter(),
+        )
     )
 
     assert loads == []

@@ -13,7 +13,7 @@ from PIL import Image
 from support.fakes import MemoryStore, a_request
 from zlora.errors import JobRevoked, JobTimeout, StoreFailed
 from zlora_worker.results.provenance import JobProvenance
-from zlora_worker.results.uploader import ImageUploader
+from zlora_worker.results.uploader import ImageUploader, stored_image
 
 PATIENCE = 30  # seconds; a longer wait is a hang
 
@@ -122,16 +122,6 @@ def test_an_image_has_metadata_unless_the_request_refuses_it(
         assert bool(stored.info) is embed
 
 
-def test_the_wait_reports_how_many_images_are_stored(store: GatedStore) -> None:
-    counts: list[int] = []
-    with uploading(store, 3) as uploader:
-        for index in range(3):
-            uploader.add(an_image(index), tiled=False)
-        uploader.images(counts.append)
-
-    assert list(dict.fromkeys(counts)) == [0, 1, 2]
-
-
 # --- failures and ends
 
 
@@ -161,11 +151,6 @@ def test_nothing_is_stored_after_the_block(store: GatedStore) -> None:
     """Uploads under way are finished, and those that wait for a thread do not begin."""
     gates = [store.shut("put", index) for index in range(4)]
 
-    def cancel(_stored: int) -> None:
-        while len(store.begun) < 4:
-            pass
-        raise JobRevoked
-
     def open_gates(uploader: ImageUploader) -> None:
         while not uploader._threads._shutdown:
             pass
@@ -176,7 +161,9 @@ def test_nothing_is_stored_after_the_block(store: GatedStore) -> None:
         for index in range(8):
             uploader.add(an_image(index), tiled=False)
         Thread(target=open_gates, args=[uploader]).start()
-        uploader.images(cancel)
+        while len(store.begun) < 4:
+            pass
+        raise JobRevoked
 
     assert sorted(store.objects) == [key(index) for index in range(4)]
     assert len(store.begun) == 4
@@ -230,7 +217,7 @@ def test_an_image_of_another_job_is_not_reused(store: GatedStore, differs: str) 
         uploader.images()
 
     with uploading(store, 1, is_resumed=True) as uploader:
-        assert not uploader.reuse_stored()
+        assert stored_image(store, job(1), 0) is None
         uploader.add(an_image(3), tiled=False)
         (ref,) = uploader.images()
 
@@ -244,12 +231,14 @@ def test_a_stored_image_is_reused_and_a_missing_one_is_drawn(store: GatedStore) 
     with uploading(store) as uploader:
         uploader.add(an_image(3), tiled=False)
         (first,) = uploader.images()
+    found = stored_image(store, job(2), 0)
+    assert found == first
+    assert stored_image(store, job(2), 1) is None
     with uploading(store, is_resumed=True) as uploader:
-        reused = [uploader.reuse_stored(), uploader.reuse_stored()]
+        uploader.add_stored(found)
         uploader.add(an_image(4), tiled=False)
         refs = uploader.images()
 
-    assert reused == [True, False]
     assert refs[0] == first
     assert [ref.key for ref in refs] == [key(0), key(1)]
 
@@ -269,10 +258,9 @@ def test_pixels_of_a_reused_image_are_known_by_its_file_or_its_metadata(
     with uploading(store, 1, **fields) as uploader:
         uploader.add(an_image(3), tiled=False)
         uploader.images()
-    with uploading(store, 1, is_resumed=True, **fields) as uploader:
-        assert uploader.reuse_stored()
-        (ref,) = uploader.images()
+    ref = stored_image(store, job(1, **fields), 0)
 
+    assert ref is not None
     assert ref.pixels_sha256 == (sha256(an_image(3).tobytes()) if known else None)
 
 
@@ -289,7 +277,7 @@ def test_a_truncated_image_is_drawn_again_under_another_key(
     store.objects[stored.key] = truncated = (store.objects[stored.key][0][part], "image")
 
     with uploading(store, 1, is_resumed=True, output_format=output_format) as uploader:
-        assert not uploader.reuse_stored()
+        assert stored_image(store, job(1, output_format=output_format), 0) is None
         uploader.add(noise, tiled=False)
         (ref,) = uploader.images()
 
@@ -302,8 +290,7 @@ def test_invalid_metadata_of_a_stored_image_is_ignored(store: GatedStore) -> Non
     an_image().save(file, "jpeg", xmp=b"<zlora:recipe>{}</zlora:recipe>")
     store.objects[key(0).replace("png", "jpeg")] = (file.getvalue(), "image/jpeg")
 
-    with uploading(store, 1, is_resumed=True, output_format="jpeg") as uploader:
-        assert uploader.reuse_stored()
-        (ref,) = uploader.images()
+    ref = stored_image(store, job(1, output_format="jpeg"), 0)
 
+    assert ref is not None
     assert (ref.pixels_sha256, ref.tiled) == (None, False)

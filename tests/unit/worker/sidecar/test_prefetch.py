@@ -378,7 +378,7 @@ def test_no_thread_is_started_if_off_or_without_redis(
 ) -> None:
     before = threading.enumerate()
 
-    prefetch.start(settings(tmp_path, **variables), Heartbeat(None))
+    prefetch.start(settings(tmp_path, **variables), None, Heartbeat(None))
 
     assert threading.enumerate() == before
 

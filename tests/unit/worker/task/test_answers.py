@@ -15,7 +15,7 @@ from zlora.broker.keys import job_key
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import InvalidRequest, LoraNotFound, StoreFailed
 from zlora.schema import GenerateResult, Phase, parse_request
-from zlora_worker import task
+from zlora_worker import ending
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.generate import Job
 
@@ -85,8 +85,7 @@ def test_a_result_whose_urls_cannot_be_made_now_is_answered_later_and_drawn_once
     worker.urls = SimpleNamespace(require=lambda _request: None, with_urls=shown)
     worker.install()
 
-    assert worker.deliver(job) == "IGNORED"
-    assert (worker.run(worker.take()), len(worker.drawn)) == ("SUCCESS", 1)
+    assert (worker.deliver(job), len(worker.drawn)) == ("SUCCESS", 1)
     assert worker.meta(job)[1]["job_id"] == job
 
 
@@ -98,11 +97,9 @@ def test_a_result_whose_urls_can_never_be_made_is_answered_without_urls(
 
     worker.urls = SimpleNamespace(require=lambda _request: None, with_urls=shown)
     worker.install()
-    assert worker.deliver(job) == "IGNORED"
+    monkeypatch.setattr(ending, "_STORE_PATIENCE", -1.0)
 
-    monkeypatch.setattr(task, "STORE_PATIENCE", -1.0)
-
-    assert (worker.run(worker.take()), len(worker.drawn)) == ("SUCCESS", 1)
+    assert (worker.deliver(job), len(worker.drawn)) == ("SUCCESS", 1)
     assert worker.meta(job)[1]["job_id"] == job
 
 
@@ -129,7 +126,7 @@ def test_a_job_waits_for_a_store_that_does_not_answer_and_fails_in_the_end(
     assert not worker.redis.hexists(job_key(job), "store_away")
 
     is_down = True
-    monkeypatch.setattr(task, "STORE_PATIENCE", -1.0)
+    monkeypatch.setattr(ending, "_STORE_PATIENCE", -1.0)
     with pytest.raises(StoreFailed):
         worker.apply(job_id=f"{job}-2", retries=3)
 

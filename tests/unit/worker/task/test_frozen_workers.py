@@ -11,7 +11,7 @@ from zlora.broker.job_store import attempts_of
 from zlora.broker.keys import job_key, lease_key
 from zlora.errors import JobTimeout, LoraNotFound, StoreFailed, ZloraError
 from zlora.schema import Phase, image_key, manifest_key, parse_request
-from zlora_worker import task
+from zlora_worker import ending
 from zlora_worker.delivery.lease import ClaimState
 from zlora_worker.results.manifest import load_end, read_result, write_verdict
 
@@ -173,7 +173,7 @@ def test_a_store_that_is_away_for_long_leaves_the_error_in_redis_alone(
         raise StoreFailed("away")
 
     monkeypatch.setattr(worker.store, "put_new", fail)
-    monkeypatch.setattr(task, "STORE_PATIENCE", -1.0)
+    monkeypatch.setattr(ending, "_STORE_PATIENCE", -1.0)
     worker.fails_with(LoraNotFound("none"))
 
     assert worker.deliver(job) == "FAILURE"
