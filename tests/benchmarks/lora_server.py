@@ -39,8 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         start = time.monotonic()
         for first in range(0, len(body), PIECE):
-            self.wfile.write(body[first : first + PIECE])
             time.sleep(max(0.0, start + first / self.rate - time.monotonic()))
+            self.wfile.write(body[first : first + PIECE])
 
     def log_message(self, *_: object) -> None:
         """Log nothing."""
