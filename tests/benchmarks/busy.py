@@ -314,7 +314,7 @@ def times(
 
 
 def kept(made: Stage, job_id: str) -> float:
-    """Return when the manifest of a job was stored."""
+    """Return when the manifest of a job was stored; in a folder, before it was synced to disk."""
     if made.store is None:
         return (made.scene.store / "runs" / job_id / "manifest.json").stat().st_mtime
     path = f"/runs/{job_id}/manifest.json"
