@@ -1,8 +1,7 @@
 """What passes between the denoising of a job and that of the next one, part by part."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from statistics import mean
 from typing import Final, NamedTuple
 
 # The first three after the restore are no reason for a pause if they end once the next job has
@@ -54,8 +53,3 @@ def pauses(jobs: Sequence[Times], denoising: float) -> Iterator[dict[str, float]
             parts[part] += end - reached
             reached = end
         yield parts
-
-
-def means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each part."""
-    return {part: mean(parts[part] for parts in found) for part in PARTS}
