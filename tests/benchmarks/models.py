@@ -7,7 +7,7 @@ adapt.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +21,9 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from zlora_worker.model.loader import SDXL_CONFIG
+from zlora_worker import model
 
+SDXL_CONFIG: Final = Path(model.__path__[0], "sdxl")  # the loader may be replaced in this process
 UNET_TARGETS: Final = re.compile(
     r"attn[12]\.to_(q|k|v|out\.0)$|ff\.net\.(0\.proj|2)$|proj_(in|out)$"
 )
@@ -42,6 +43,19 @@ _THIN_TEXT: Final = (
 
 def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusionXLPipeline:
     """Return a pipeline with random weights. REAL in bf16 takes 7 GB and about ten seconds."""
+    modules = {name: _filled(module, dtype) for name, module in without_numbers(thin=thin).items()}
+    tokenizer = CLIPTokenizer.from_pretrained(SDXL_CONFIG / "tokenizer")
+    return StableDiffusionXLPipeline(
+        **modules,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=EulerDiscreteScheduler.from_pretrained(SDXL_CONFIG / "scheduler"),
+        add_watermarker=False,
+    )
+
+
+def without_numbers(*, thin: bool) -> dict[str, nn.Module]:
+    """Return all components on PyTorch's meta device, where weights have shapes only."""
     unet = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | (
         _THIN_UNET if thin else {}
     )
@@ -49,25 +63,13 @@ def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusion
     vae = dict(AutoencoderKL.load_config(SDXL_CONFIG / "vae")) | (
         {"block_out_channels": (32, 32, 32, 32)} if thin else {}
     )
-    tokenizer = CLIPTokenizer.from_pretrained(SDXL_CONFIG / "tokenizer")
     with torch.device("meta"):
-        modules = (
-            UNet2DConditionModel.from_config(unet),
-            CLIPTextModel(texts[0]),
-            CLIPTextModelWithProjection(texts[1]),
-            AutoencoderKL.from_config(vae),
-        )
-    filled = [_filled(module, dtype) for module in modules]
-    return StableDiffusionXLPipeline(
-        unet=filled[0],
-        text_encoder=filled[1],
-        text_encoder_2=filled[2],
-        vae=filled[3],
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        scheduler=EulerDiscreteScheduler.from_pretrained(SDXL_CONFIG / "scheduler"),
-        add_watermarker=False,
-    )
+        return {
+            "unet": UNet2DConditionModel.from_config(unet),
+            "text_encoder": CLIPTextModel(texts[0]),
+            "text_encoder_2": CLIPTextModelWithProjection(texts[1]),
+            "vae": AutoencoderKL.from_config(vae),
+        }
 
 
 def write_lora(
@@ -76,7 +78,7 @@ def write_lora(
     """Write fp16 factors under peft's names; each delta has a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for component, name, module in targets(pipeline, with_text=with_text):
+    for component, name, module in targets(pipeline.components, with_text=with_text):
         out, columns = module.weight.shape
         down = torch.randn(rank, columns, generator=generator) / columns**0.5
         up = (
@@ -92,7 +94,7 @@ def write_lora(
 
 
 def targets(
-    pipeline: StableDiffusionXLPipeline, *, with_text: bool
+    components: Mapping[str, nn.Module], *, with_text: bool
 ) -> Iterator[tuple[str, str, nn.Linear]]:
     """Return the linear layers that trainers adapt, as component, name and module."""
     for component, pattern in (
@@ -101,7 +103,7 @@ def targets(
         ("text_encoder_2", TEXT_TARGETS),
     ):
         if component == "unet" or with_text:
-            for name, module in getattr(pipeline, component).named_modules():
+            for name, module in components[component].named_modules():
                 if pattern.search(name):
                     yield component, name, module
 

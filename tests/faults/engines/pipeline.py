@@ -54,12 +54,12 @@ class MergedModel:
 class Pipeline:
     """The interface of the real pipeline without a model."""
 
-    def __init__(self, *, name: str) -> None:
+    def __init__(self, *, name: str, reader: Reader | None = None) -> None:
         self.name, self.state = name, PipelineState.READY
         self.base_checked, self.tiled = 1.0, False
         self.base_sha256, self.file_sha256 = "0" * 64, None
         self.machine = Machine("fake", "float32", 1)
-        self.reader = Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
+        self.reader = reader or Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
         self.corrupted = False
 
     @contextmanager
@@ -112,13 +112,14 @@ class Pipeline:
             journal.write("step", label=label, step=step)
         journal.write("end", label=label, seed=seed)
         if folder := os.environ.get("FAKE_IMAGES"):
-            images = _images(Path(folder))
+            images = images_in(Path(folder))
             return images[seed % len(images)].copy()
         return image_of(seed, orders.get("noise", 0))
 
 
 @functools.cache
-def _images(folder: Path) -> list[Image.Image]:
+def images_in(folder: Path) -> list[Image.Image]:
+    """Return all images of a folder, by name."""
     return [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
 
 

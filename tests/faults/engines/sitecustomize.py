@@ -1,5 +1,6 @@
 """Replaces the worker's modules that need torch by fakes, if this folder is on PYTHONPATH.
 
+`FAKE_ENGINE` names another folder of fakes; modules without a file in it are the real ones.
 `FAKE_NETWORK` names a folder for a simulated network: `names.json` maps each name to its addresses,
 of which each lookup returns the next; no connection leaves the machine, and the file `connections`
 gets one line per attempt. `FAKE_CLOCK` is the number of seconds by which the clock is wrong.
@@ -17,13 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-FOLDER: Final = Path(__file__).parent
-FAKES: Final = {
-    "zlora_worker.model.loader": FOLDER / "loader.py",
-    "zlora_worker.model.pipeline": FOLDER / "pipeline.py",
-    "zlora_worker.lora.reader": FOLDER / "reader.py",
-    "zlora_worker.lora.merge": FOLDER / "merge.py",
+FOLDER: Final = Path(os.environ.get("FAKE_ENGINE", Path(__file__).parent))
+MODULES: Final = {
+    "loader.py": "zlora_worker.model.loader",
+    "pipeline.py": "zlora_worker.model.pipeline",
+    "reader.py": "zlora_worker.lora.reader",
+    "merge.py": "zlora_worker.lora.merge",
 }
+FAKES: Final = {name: FOLDER / file for file, name in MODULES.items() if (FOLDER / file).exists()}
 LOOPBACK: Final = ("127.", "::1")
 
 
