@@ -164,14 +164,11 @@ class Plan:
 
 def _add_products(total: Tensor, batch: Batch, block: Block, weight: float) -> None:
     """Add the products of a batch whose rows are in the block."""
-    device = total.device
     low, high = bisect_left(batch.rows, block.first), bisect_left(batch.rows, block.last)
-    up, down = batch.up[:, block.top : block.bottom], batch.down
     for first, last in runs(batch.rows[low:high]):
         these = slice(low, low + last - first)
         low = these.stop
-        ups = up[these].to(device, non_blocking=True)
-        downs = down[these].to(device, non_blocking=True)
+        ups, downs = batch.factors(these, total.device, top=block.top, bottom=block.bottom)
         if last - first == 1:
             total[first - block.first].addmm_(ups[0], downs[0], alpha=weight)
         else:
