@@ -7,6 +7,7 @@ that LyCORIS writes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -235,10 +236,34 @@ class DoraDelta:
         return float(self.delta(resident, 1.0).norm()) <= _UNTRAINED * float(resident.norm())
 
 
-def widened(tensor: Tensor, device: torch.device, scale: float | Tensor = 1.0) -> Tensor:
+class Scratch:
+    """Memory of one thread for fp32, kept from one use to the next: new memory has page faults."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory: dict[str, Tensor] = {}
+
+    def of(self, use: str, shape: Sequence[int]) -> Tensor:
+        """Return memory without defined content, until the next call for the same use."""
+        size = math.prod(shape)
+        if use not in self._memory or len(self._memory[use]) < size:
+            self._memory[use] = torch.empty(size, dtype=torch.float32, device=self.device)
+        return self._memory[use][:size].view(*shape)
+
+    def widened(self, use: str, tensor: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Return `scale * tensor` as the function `widened` does, in this memory."""
+        moved = tensor.to(self.device, non_blocking=True)
+        memory = self.of(use, moved.shape)
+        wide = moved if moved.dtype == torch.float32 else memory.copy_(moved)
+        if isinstance(scale, float) and scale == 1.0:
+            return wide
+        return torch.mul(wide, scale, out=memory)
+
+
+def widened(tensor: Tensor, device: torch.device, scale: float = 1.0) -> Tensor:
     """Return `scale * tensor` in fp32 on a device; the tensor itself if nothing is to be done."""
     wide = tensor.to(device, non_blocking=True).float()  # in this order: fewer bytes travel
-    return wide if isinstance(scale, float) and scale == 1.0 else wide * scale
+    return wide if scale == 1.0 else wide * scale
 
 
 def shown(shape: tuple[int, ...] | torch.Size) -> str:

@@ -20,8 +20,8 @@ from zlora_worker.lora.deltas import (
     CONTRACTED,
     InvalidAdapter,
     LoraDelta,
+    Scratch,
     WeightDelta,
-    widened,
 )
 from zlora_worker.lora.key_map import KeyMap, Module
 from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, read_stacks
@@ -47,20 +47,20 @@ class Batch:
     squared_norm: float  # of all products, at weight 1
 
     def factors(
-        self, rows: slice, device: torch.device, *, top: int = 0, bottom: int | None = None
+        self, rows: slice, scratch: Scratch, *, top: int = 0, bottom: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return factors in fp32, whose product is the delta: `up` from `top` to `bottom`, `down`.
 
-        `rows` counts the rows of this batch.
+        `rows` counts the rows of this batch. The factors last until the next call with `scratch`.
         """
         scale = self.scale
         if isinstance(scale, Tensor):
-            scale = scale[rows].to(device, non_blocking=True)
-        up = widened(self.up[rows, top:bottom], device, scale)
-        down = widened(self.down[rows], device)
+            scale = scale[rows].to(scratch.device, non_blocking=True)
+        up = scratch.widened("up", self.up[rows, top:bottom], scale)
+        down = scratch.widened("down", self.down[rows])
         if self.mid is None:
             return up, down
-        pairs = zip(down, widened(self.mid[rows], device), strict=True)
+        pairs = zip(down, scratch.widened("mid", self.mid[rows]), strict=True)
         return up, torch.stack([torch.einsum(CONTRACTED, *pair).flatten(1) for pair in pairs])
 
 
@@ -394,10 +394,10 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def _squared_norm(batch: Batch) -> float:
     """Return |up @ down|², for small ranks from Gram matrices, without making the products."""
-    total, cpu = 0.0, torch.device("cpu")
+    total, scratch = 0.0, Scratch(torch.device("cpu"))
     step = max(1, _NORM_ELEMENTS // (batch.up[0].numel() + batch.down[0].numel()))
     for first in range(0, len(batch.rows), step):
-        up, down = batch.factors(slice(first, first + step), cpu)
+        up, down = batch.factors(slice(first, first + step), scratch)
         rank = up.shape[2]
         if rank * rank > up.shape[1] * down.shape[2]:
             total += sum(
