@@ -27,8 +27,8 @@ from zlora_worker.lora.key_map import KeyMap, Module
 from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, read_stacks
 from zlora_worker.lora.weights import Slot, Weights, as_matrices
 
-# Numbers of a batch that are widened at a time for its norm: 4 MB of fp32.
-_NORM_ELEMENTS: Final = 2**20
+# Numbers that are widened at a time for checks and norms: 4 MB of fp32.
+_ELEMENTS: Final = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +350,8 @@ def _require_floats(header: Header, found: Mapping[Module, Mapping[str, str]]) -
 
 def _require_finite(names: Sequence[str], stack: Tensor) -> None:
     """Raise `_Refusal` for a number that is NaN or Inf in fp32."""
-    if stack.sum(dtype=torch.float32).isfinite():
+    parts = stack.flatten().split(_ELEMENTS)
+    if all(part.sum(dtype=torch.float32).isfinite() for part in parts):
         return  # a sum is not finite if one of its numbers is not
     for name, tensor in zip(names, stack, strict=True):
         if not tensor.float().isfinite().all():
@@ -395,7 +396,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 def _squared_norm(batch: Batch) -> float:
     """Return |up @ down|², for small ranks from Gram matrices, without making the products."""
     total, scratch = 0.0, Scratch(torch.device("cpu"))
-    step = max(1, _NORM_ELEMENTS // (batch.up[0].numel() + batch.down[0].numel()))
+    step = max(1, _ELEMENTS // (batch.up[0].numel() + batch.down[0].numel()))
     for first in range(0, len(batch.rows), step):
         up, down = batch.factors(slice(first, first + step), scratch)
         rank = up.shape[2]
