@@ -70,6 +70,15 @@ def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusion
     )
 
 
+def unet_on_meta() -> UNet2DConditionModel:
+    """Return REAL's UNet without numbers: enough to read LoRA files for it."""
+    with torch.device("meta"):
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")
+        )
+    return unet
+
+
 def write_lora(
     pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int
 ) -> Path:

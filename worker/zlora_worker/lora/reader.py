@@ -350,7 +350,7 @@ def _require_floats(header: Header, found: Mapping[Module, Mapping[str, str]]) -
 
 def _require_finite(names: Sequence[str], stack: Tensor) -> None:
     """Raise `_Refusal` for a number that is NaN or Inf in fp32."""
-    parts = stack.flatten().split(_ELEMENTS)
+    parts = torch.split(stack.flatten(), _ELEMENTS)
     if all(part.sum(dtype=torch.float32).isfinite() for part in parts):
         return  # a sum is not finite if one of its numbers is not
     for name, tensor in zip(names, stack, strict=True):
