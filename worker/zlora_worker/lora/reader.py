@@ -24,7 +24,7 @@ from zlora_worker.lora.deltas import (
     WeightDelta,
 )
 from zlora_worker.lora.key_map import KeyMap, Module
-from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, read_stacks
+from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, pin_exactly, read_stacks
 from zlora_worker.lora.weights import Slot, Weights, as_matrices
 
 # Numbers that are widened at a time for checks and norms: 4 MB of fp32.
@@ -101,6 +101,9 @@ class Reader:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
+        self._on_gpu = weights.device.type == "cuda"
+        if self._on_gpu:
+            pin_exactly()
         self._key_map = KeyMap(weights.modules())
         self._text_width = 0  # of the text that the resident model's cross-attention reads
         for (_, module, _), slot in weights.slots.items():
@@ -153,8 +156,9 @@ class Reader:
         # tensors
         _require_floats(header, found)
         groups = self._groups(header, found)
-        on_gpu = self._weights.device.type == "cuda"
-        stacks, tensors_sha256 = read_stacks(path, header, groups, pinned=on_gpu, between=between)
+        stacks, tensors_sha256 = read_stacks(
+            path, header, groups, pinned=self._on_gpu, between=between
+        )
         tensors: dict[str, Tensor] = {}
         for names, stack in zip(groups, stacks, strict=True):
             _require_finite(names, stack)

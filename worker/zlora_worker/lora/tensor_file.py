@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,23 @@ INTEGERS: Final = {
 _LENGTH: Final = 8  # bytes at the start of the file, the length of the header
 # Bytes read, hashed and moved at a time, without Python's global lock; a core's cache holds them.
 _CHUNK: Final = 2**20
+# For torch's allocator of pinned memory, in MB: above, a size is exact, and what is freed is freed.
+_EXACT: Final = "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
+
+
+def pin_exactly() -> None:
+    """Let torch pin no more memory than is asked for, and free it with its tensor.
+
+    By default torch rounds up to powers of two and keeps what is freed, so that bounds of memory
+    would not hold. Older releases of torch have no such option, and an operator's own one counts.
+    """
+    get, put = (
+        getattr(torch._C, f"_accelerator_{verb}AllocatorSettings", None)  # noqa: SLF001 - none is public
+        for verb in ("get", "set")
+    )
+    if get and put and "pinned_max" not in (present := get()):
+        with suppress(ValueError, RuntimeError):  # torch's errors for an unknown option
+            put(",".join(filter(None, (present, _EXACT))))
 
 
 def read_stacks(
