@@ -26,7 +26,7 @@ import msgspec
 import torch
 import transformers
 from benchmarks import models
-from benchmarks.lora_proofs import base_bytes, errors, memory
+from benchmarks.lora_proofs import base_bytes, errors, memory, parsed
 from benchmarks.report import Row, announce, compare, options_parser, progress, publish, say
 from benchmarks.rivals import (
     FuseAndUnfuse,
@@ -189,6 +189,7 @@ def thin(folder: Path, *, short: bool) -> list[Row]:
             *steps(bench, (2,), rounds=5),
             *errors(folder, files=1, dtypes=(torch.bfloat16,), counts=(2,)),
             base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=30),
+            *parsed(folder, files=4),
         ]
     return [
         *rows,
@@ -198,6 +199,7 @@ def thin(folder: Path, *, short: bool) -> list[Row]:
         *errors(folder, files=5, dtypes=(torch.bfloat16, torch.float16), counts=(1, 2)),
         base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=1000),
         *memory(folder, jobs=500, files=60),
+        *parsed(folder, files=8),
     ]
 
 

@@ -1,6 +1,7 @@
 """What a fast merge must not cost: errors of the merge, changed bytes of the base model, memory."""
 
 import gc
+import hashlib
 import os
 import random
 import signal
@@ -13,9 +14,9 @@ from typing import Any, Final, NoReturn
 
 import torch
 from benchmarks import models
-from benchmarks.report import Row, progress
+from benchmarks.report import Row, compare, progress
 from benchmarks.rivals import FuseAndUnfuse, LoadAndUnload, Ours, Weighted
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.lora.merge import WeightedLora
@@ -232,6 +233,62 @@ def memory(folder: Path, *, jobs: int, files: int) -> list[Row]:
     return [row]
 
 
+def parsed(folder: Path, *, files: int) -> list[Row]:
+    """Return memory and time of LoRAs of SDXL's true shape, fp16, rank 10, as a worker keeps them.
+
+    Memory is what the process grows by.
+    """
+    unet = models.unet_on_meta()
+    path = folder / "sdxl.safetensors"
+    save_file(
+        {
+            f"unet.{name}.lora_{factor}.weight": torch.rand(shape).half()
+            for name, module in unet.named_modules()
+            if models.UNET_TARGETS.search(name)
+            for factor, shape in (
+                ("A", (10, module.in_features)),
+                ("B", (module.out_features, 10)),
+            )
+        },
+        path,
+    )
+    size = path.stat().st_size / 1e6
+    read = partial(Reader(Weights({"unet": unet})).read, path, digest="-", source="-")
+    read()  # what the first use loads stays
+    grown: list[float] = []
+    most: list[float] = []
+    theirs: list[float] = []
+    ours: list[list[float]] = [[], []]
+    for turn in ours:
+        before, loras = _resident(), []
+        for _ in range(files):
+            start = time.perf_counter()
+            hashlib.sha256(path.read_bytes())
+            theirs.append(time.perf_counter() - start)
+            kept = _resident()
+            Path("/proc/self/clear_refs").write_text("5")  # forget the highest memory so far
+            start = time.perf_counter()
+            loras.append(read())
+            turn.append(time.perf_counter() - start)
+            most.append(_highest() - kept)
+            progress(f"parse a LoRA of {size:.0f} MB")
+        grown.append((_resident() - before) / files)
+        del loras
+    return [
+        Row(
+            name=f"MB of a parsed LoRA / its file, {what}",
+            rival="the file",
+            rival_median=size,
+            ours_median=found[0],
+            ratio=found[0] / size,
+            noise=found[-1] / found[0],
+            goal=f"<= {goal}",
+            met=found[0] / size <= goal,
+        )
+        for what, found, goal in (("kept", grown, 1.05), ("while it is read", most, 1.5))
+    ] + [compare(f"parse a LoRA of {size:.0f} MB", "read and hash the file", theirs, *ours)]
+
+
 def _growth(
     pairs: Sequence[Sequence[Path]],
     job: Callable[[Sequence[Path]], None],
@@ -245,6 +302,12 @@ def _growth(
         if index % 10 == 0:
             progress(f"memory, job {index} of {len(pairs)}")
     return _resident() - start
+
+
+def _highest() -> float:
+    """Return the highest MB since /proc/self/clear_refs was written."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 def _resident() -> float:

@@ -72,6 +72,15 @@ def without_numbers(*, thin: bool) -> dict[str, nn.Module]:
         }
 
 
+def unet_on_meta() -> UNet2DConditionModel:
+    """Return REAL's UNet without numbers: enough to read LoRA files for it."""
+    with torch.device("meta"):
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")
+        )
+    return unet
+
+
 def write_lora(
     pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int
 ) -> Path:

@@ -247,7 +247,8 @@ class Settings:
         "ZLORA_LORA_MEMORY_BYTES",
         default="4000000000",
         read=parsers.positive,
-        note="Bytes of host memory for LoRAs that stay loaded between jobs.",
+        note="Bytes of host memory for LoRAs that stay loaded between jobs. A LoRA takes as much "
+        "as its file, in pinned memory if the model is on a GPU.",
     )
     spool: str = _variable(
         "ZLORA_SPOOL",

@@ -2,9 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
-from typing import Final, NamedTuple
+from functools import lru_cache, wraps
+from typing import Final, NamedTuple, TypeVar
 
 # Prefixes of a component's modules, dots as underscores; "" is for files of one network only.
 PREFIXES: Final[dict[str, tuple[str, ...]]] = {
@@ -127,8 +128,25 @@ RANK_PARTS: Final = {
     "full": (),
 }
 MAGNITUDES: Final = frozenset({"magnitude", "dora_scale"})  # DoRA; every kind may have one
+# Names whose patterns are remembered, for files of the same tool: a LoRA of SDXL has 3,000.
+_REMEMBERED: Final = 8192
+_REMEMBERED_LENGTH: Final = 200  # characters; a file can have names of megabytes
 _SHOWN: Final = 3  # names in a message
 _SHOWN_START, _SHOWN_END = 20, 40  # characters of a name in a message; its end tells more
+
+
+_Found = TypeVar("_Found")
+
+
+def _remembered(function: Callable[[str], _Found]) -> Callable[[str], _Found]:
+    """Remember what a function returns for the last names that are not long."""
+    cached = lru_cache(_REMEMBERED)(function)
+
+    @wraps(function)
+    def call(name: str) -> _Found:
+        return cached(name) if len(name) <= _REMEMBERED_LENGTH else function(name)
+
+    return call
 
 
 class Key(NamedTuple):
@@ -138,6 +156,7 @@ class Key(NamedTuple):
     part: str
 
 
+@_remembered
 def parse_key(name: str) -> Key | None:
     """Return the module and the part of a tensor's name; None if no known tool writes it."""
     for pattern, part in _PARTS:
@@ -146,11 +165,13 @@ def parse_key(name: str) -> Key | None:
     return None
 
 
+@_remembered
 def is_peft(name: str) -> bool:
     """Return whether a tensor is named as peft does, which keeps alpha in another place."""
     return _PEFT.search(name) is not None
 
 
+@_remembered
 def unsupported_kind(name: str) -> str | None:
     """Return the kind of change of a tensor if it is a known kind that is not supported."""
     return next((kind for pattern, kind in _UNSUPPORTED if pattern.search(name)), None)
@@ -169,11 +190,13 @@ def kind_of(parts: AbstractSet[str]) -> str:
 
 def format_of(names: Iterable[str]) -> str:
     """Return the tool that names most of these tensors so; `unknown` if there is none."""
-    tools = Counter(
-        next((tool for pattern, tool in _FORMATS if pattern.search(name)), "unknown")
-        for name in names
-    )
+    tools = Counter(map(_tool, names))
     return tools.most_common(1)[0][0] if tools else "unknown"
+
+
+@_remembered
+def _tool(name: str) -> str:
+    return next((tool for pattern, tool in _FORMATS if pattern.search(name)), "unknown")
 
 
 def component_of(name: str) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor
 from zlora.lora.key_names import MAGNITUDES, RANK_PARTS, kinds_of
 
 from zlora_worker.lora.deltas import (
+    CONTRACTED,
+    EXPANDED,
     DoraDelta,
     FullDelta,
     InvalidAdapter,
@@ -17,6 +19,7 @@ from zlora_worker.lora.deltas import (
     LokrDelta,
     LoraDelta,
     WeightDelta,
+    Whole,
     shown,
 )
 
@@ -85,7 +88,7 @@ def parse_module(
         raise InvalidAdapter(
             f"changes a bias of {shown(tensor.shape)}, the weight is {shown(target)}"
         )
-    bias = FullDelta(_matrix(tensor).mul_(scale if bias_part == "up_bias" else 1.0))
+    bias = FullDelta(_matrix(tensor), scale if bias_part == "up_bias" else 1.0)
     return ParsedModule(kind, rank, weight, bias, bias_part)
 
 
@@ -113,20 +116,17 @@ def _scale(
 
 def _lora(parts: Parts, scale: float, max_elements: int) -> WeightDelta:
     up, down = _two(parts, "up", "down")
-    if "mid" in parts:  # a convolution between the factors: merged into the down factor
-        down = _joined(max_elements, "q i, p q ... -> p i ...", down, parts["mid"])
-    return LoraDelta(_matrix(up).mul_(scale), _matrix(down))
+    middle = parts.get("mid")  # a convolution between the factors
+    return LoraDelta(_matrix(up), _inner(max_elements, down, middle), scale, middle)
 
 
 def _loha(parts: Parts, scale: float, max_elements: int) -> WeightDelta:
     halves = []
-    for half in ("1", "2"):
+    for half, factor in (("1", scale), ("2", 1.0)):
         up, down = _two(parts, f"hada_w{half}_a", f"hada_w{half}_b")
-        if f"hada_t{half}" in parts:
-            middle = parts[f"hada_t{half}"]
-            up, down = up.T, _joined(max_elements, "q i, p q ... -> p i ...", down, middle)
-        halves.append(LoraDelta(_matrix(up), _matrix(down)))
-    halves[0].up.mul_(scale)
+        middle = parts.get(f"hada_t{half}")
+        up = _matrix(up if middle is None else up.T)
+        halves.append(LoraDelta(up, _inner(max_elements, down, middle), factor, middle))
     return LohaDelta(*halves)
 
 
@@ -135,25 +135,25 @@ def _lokr(parts: Parts, scale: float, max_elements: int) -> WeightDelta:
         if factor in parts and parts.keys() & {f"{factor}_a", f"{factor}_b"}:
             raise InvalidAdapter(f"has a {factor} both whole and in factors")
     if "lokr_w1" in parts:
-        small = parts["lokr_w1"].float()
+        small = Whole((parts["lokr_w1"],))
     else:
-        small = _multiplied(max_elements, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
+        small = _product(max_elements, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
     if "lokr_w2" in parts:
-        large = parts["lokr_w2"].float().clone()
+        large = Whole((parts["lokr_w2"],))
     elif "lokr_t2" in parts:
         up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
-        inner = _joined(max_elements, "q i, p q ... -> p i ...", down, parts["lokr_t2"])
-        large = _joined(max_elements, "p o, p i ... -> o i ...", up, inner)
+        down, inner = _joined(max_elements, CONTRACTED, down, parts["lokr_t2"])
+        up, _ = _joined(max_elements, EXPANDED, up, inner)
+        large = Whole((up, down, parts["lokr_t2"]))
     else:
-        up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
-        large = _multiplied(max_elements, up, down.flatten(1)).view(len(up), *down.shape[1:])
-    if small.dim() != 2 or large.dim() < 2 or not small.numel() or not large.numel():  # noqa: PLR2004
+        large = _product(max_elements, *_two(parts, "lokr_w2_a", "lokr_w2_b"))
+    if len(small.shape) != 2 or len(large.shape) < 2 or 0 in small.shape + large.shape:  # noqa: PLR2004
         raise InvalidAdapter(f"has factors of {shown(small.shape)} and {shown(large.shape)}")
-    return LokrDelta(small * scale, large)
+    return LokrDelta(small, large, scale)
 
 
 def _full(parts: Parts, scale: float, max_elements: int) -> WeightDelta:  # noqa: ARG001 - as the others
-    return FullDelta(_matrix(parts["diff"]) * scale)
+    return FullDelta(_matrix(parts["diff"]), scale)
 
 
 _PARSERS: Final[dict[str, Callable[[Parts, float, int], WeightDelta]]] = {
@@ -168,14 +168,14 @@ def _dora(inner: WeightDelta, parts: Parts, magnitudes: list[str], target: Shape
     if len(magnitudes) > 1:
         raise InvalidAdapter("has a magnitude in two spellings")
     name = magnitudes[0]
-    magnitude, (out, inputs) = parts[name].float(), (*target, 1)[:2]
+    magnitude, (out, inputs) = parts[name], (*target, 1)[:2]
     if name == "dora_scale" and magnitude.shape[:2] == (1, inputs):
-        return DoraDelta(inner, magnitude.reshape(1, inputs, 1).clone(), scales_inner=False)
+        return DoraDelta(inner, magnitude.reshape(1, inputs, 1), scales_inner=False)
     if magnitude.numel() != out:
         raise InvalidAdapter(
             f"has a magnitude of {shown(magnitude.shape)} for a weight of {shown(target)}"
         )
-    return DoraDelta(inner, magnitude.reshape(out, 1).clone(), scales_inner=name == "magnitude")
+    return DoraDelta(inner, magnitude.reshape(out, 1), scales_inner=name == "magnitude")
 
 
 def _require_kernel(parts: Parts, target: Shape) -> None:
@@ -192,7 +192,7 @@ def _require_kernel(parts: Parts, target: Shape) -> None:
 
 
 def _two(parts: Parts, one: str, other: str) -> tuple[Tensor, Tensor]:
-    """Two factors in fp32."""
+    """Return two factors."""
     if missing := [name for name in (one, other) if name not in parts]:
         raise InvalidAdapter(f"lacks {' and '.join(missing)}")
     for name in (one, other):
@@ -200,18 +200,25 @@ def _two(parts: Parts, one: str, other: str) -> tuple[Tensor, Tensor]:
             raise InvalidAdapter(
                 f"has a {name} of shape {shown(parts[name].shape)}, which is not a matrix"
             )
-    return parts[one].float(), parts[other].float()
+    return parts[one], parts[other]
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """Copy as [out, in * kernel] in fp32; a vector becomes a column."""
+    """View as [out, in * kernel]; a vector becomes a column."""
     if not tensor.dim() or not tensor.numel():
         raise InvalidAdapter(f"has a tensor of shape {shown(tensor.shape)}, which is not a matrix")
-    return tensor.to(torch.float32, copy=True).reshape(len(tensor), -1)
+    return tensor.reshape(tensor.shape[0], -1)
 
 
-def _joined(max_elements: int, equation: str, one: Tensor, other: Tensor) -> Tensor:
-    """Contract a factor [inner, side] with the middle tensor of a Tucker decomposition."""
+def _inner(max_elements: int, down: Tensor, middle: Tensor | None) -> Tensor:
+    """View a down factor as a matrix, after a check of the middle that it is contracted with."""
+    if middle is None:
+        return _matrix(down)
+    return _joined(max_elements, CONTRACTED, down, middle)[0]
+
+
+def _joined(max_elements: int, equation: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a factor as a matrix, and its contraction with `other` as a shape (device `meta`)."""
     factor = one
     if one.dim() > 2:  # noqa: PLR2004 - a 1x1 kernel
         factor = one.flatten(2).squeeze(-1)
@@ -222,14 +229,15 @@ def _joined(max_elements: int, equation: str, one: Tensor, other: Tensor) -> Ten
     if too_large:
         raise mismatch
     try:
-        return torch.einsum(equation, factor, other.float())
+        return factor, torch.einsum(equation, factor.to("meta").float(), other.to("meta").float())
     except RuntimeError:
         raise mismatch from None
 
 
-def _multiplied(max_elements: int, one: Tensor, other: Tensor) -> Tensor:
-    """Multiply two factors; raise `InvalidAdapter` if the product is larger than allowed."""
-    are_factors = one.dim() == other.dim() == 2 and one.shape[1] == len(other)  # noqa: PLR2004
-    if not are_factors or len(one) * other.shape[1] > max_elements:
-        raise InvalidAdapter(f"has factors of {shown(one.shape)} and {shown(other.shape)}")
-    return one @ other
+def _product(max_elements: int, one: Tensor, other: Tensor) -> Whole:
+    """Pair two factors; raise `InvalidAdapter` if their product is larger than allowed."""
+    flat = other.flatten(1)
+    are_factors = one.dim() == 2 and one.shape[1] == len(flat)  # noqa: PLR2004
+    if not are_factors or len(one) * flat.shape[1] > max_elements:
+        raise InvalidAdapter(f"has factors of {shown(one.shape)} and {shown(flat.shape)}")
+    return Whole((one, other))

@@ -1,15 +1,22 @@
 """Changes that a LoRA makes to one weight, one class for each kind: LoRA, LoHa, LoKr and others.
 
-Every delta is a matrix [out, in * kernel] in fp32. Sources: LoRA arXiv:2106.09685, DoRA
-arXiv:2402.09353, LoHa and LoKr arXiv:2309.14859, with the tensor names that LyCORIS writes.
+Tensors keep the type that they have in the file, and are multiplied in fp32 at each merge: so a
+LoRA takes as much memory as its file. Every delta is a matrix [out, in * kernel] in fp32. Sources:
+LoRA arXiv:2106.09685, DoRA arXiv:2402.09353, LoHa and LoKr arXiv:2309.14859, with the tensor names
+that LyCORIS writes.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
+# Contractions of a Tucker decomposition: a factor with the middle, and the other one with both.
+CONTRACTED: Final = "q i, p q ... -> p i ..."
+EXPANDED: Final = "p o, p i ... -> o i ..."
 # Divisor for a weight of zeros, which has no direction and stays zeros.
 _TINY: Final = torch.finfo(torch.float32).tiny
 # Of the base's norm: the error of magnitudes that are stored in fp16 or bf16.
@@ -28,8 +35,8 @@ class WeightDelta(Protocol):
         """Shape of the matrix."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the delta's tensors."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors that the delta keeps in memory."""
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
         """Matrix to add to `base` at a LoRA weight; both are [out, in * kernel] in fp32."""
@@ -40,39 +47,50 @@ class WeightDelta(Protocol):
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """LoRA: `up @ down`, with the scale in `up`."""
+    """LoRA: `scale * up @ down`; with a middle tensor, `down` is first contracted with it."""
 
     up: Tensor  # [out, rank]
-    down: Tensor  # [rank, in * kernel]
+    down: Tensor  # [rank, in * kernel], or [inner, in] beside a middle
+    scale: float = 1.0
+    mid: Tensor | None = None  # [rank, inner, *kernel]
 
     def __post_init__(self) -> None:
-        if self.up.shape[1] != len(self.down):
+        if self.up.shape[1] != self.rank:
             raise InvalidAdapter(
-                f"has factors of {shown(self.up.shape)} and {shown(self.down.shape)}"
+                f"has factors of {shown(self.up.shape)} and {shown((self.rank, self._columns))}"
             )
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.up), self.down.shape[1]
+        return self.up.shape[0], self._columns
+
+    @property
+    def _columns(self) -> int:
+        kernel = () if self.mid is None else self.mid.shape[2:]
+        return self.down.shape[1] * math.prod(kernel)
 
     @property
     def rank(self) -> int:
-        return len(self.down)
+        return (self.down if self.mid is None else self.mid).shape[0]
 
     @property
-    def nbytes(self) -> int:
-        return self.up.nbytes + self.down.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.up, self.down) if self.mid is None else (self.up, self.down, self.mid)
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
-        return (self.up.to(base.device) @ self.down.to(base.device)).mul_(weight)
+        down = widened(self.down, base.device)
+        if self.mid is not None:
+            down = torch.einsum(CONTRACTED, down, widened(self.mid, base.device)).flatten(1)
+        return (widened(self.up, base.device, self.scale) @ down).mul_(weight)
 
     def is_zero(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
-        return not (self.up.any() and self.down.any())
+        up = widened(self.up, self.up.device, self.scale)
+        return not (up.any() and all(factor.float().any() for factor in self.tensors[1:]))
 
 
 @dataclass(frozen=True)
 class LohaDelta:
-    """LoHa: the elementwise product of two LoRAs, with the scale in the first."""
+    """LoHa: the elementwise product of two LoRAs, of which the first has the scale."""
 
     one: LoraDelta
     two: LoraDelta
@@ -88,8 +106,8 @@ class LohaDelta:
         return self.one.shape
 
     @property
-    def nbytes(self) -> int:
-        return self.one.nbytes + self.two.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.one.tensors + self.two.tensors
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
         return self.one.delta(base, weight).mul_(self.two.delta(base, 1.0))
@@ -99,27 +117,60 @@ class LohaDelta:
 
 
 @dataclass(frozen=True)
-class LokrDelta:
-    """LoKr: the Kronecker product of a small matrix, which has the scale, and a larger tensor."""
+class Whole:
+    """Tensor that a file has whole, or as two factors with or without a middle between them."""
 
-    small: Tensor  # [a, b]
-    large: Tensor  # [c, d, *kernel]
+    # The whole; up [c, rank] and down [rank, d, *kernel]; or up [rank, c], down [inner, d] and
+    # middle [rank, inner, *kernel].
+    factors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        one, *others = self.factors
+        if not others:
+            return tuple(one.shape)
+        down, *middle = others
+        if not middle:
+            return one.shape[0], *down.shape[1:]
+        return one.shape[1], down.shape[1], *middle[0].shape[2:]
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the whole tensor in fp32."""
+        one, *others = (widened(factor, device) for factor in self.factors)
+        if not others:
+            return one
+        down, *middle = others
+        if not middle:
+            return (one @ down.flatten(1)).view(self.shape)
+        return torch.einsum(EXPANDED, one, torch.einsum(CONTRACTED, down, middle[0]))
+
+
+@dataclass(frozen=True)
+class LokrDelta:
+    """LoKr: the Kronecker product of a small matrix and a larger tensor."""
+
+    small: Whole  # [a, b]
+    large: Whole  # [c, d, *kernel]
+    scale: float  # of `small`
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.small) * len(self.large), self.small.shape[1] * self.large[0].numel()
+        (rows, columns), (height, *widths) = self.small.shape, self.large.shape
+        return rows * height, columns * math.prod(widths)
 
     @property
-    def nbytes(self) -> int:
-        return self.small.nbytes + self.large.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.small.factors + self.large.factors
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
-        small, large = self.small.to(base.device), self.large.to(base.device)
+        small, large = self.small.on(base.device) * self.scale, self.large.on(base.device)
         kernel = [1] * (large.dim() - 2)
-        return torch.kron(small.mul(weight).view(*small.shape, *kernel), large).flatten(1)
+        return torch.kron(small.mul_(weight).view(*small.shape, *kernel), large).flatten(1)
 
     def is_zero(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
-        return not (self.small.any() and self.large.any())
+        cpu = torch.device("cpu")
+        return not ((self.small.on(cpu) * self.scale).any() and self.large.on(cpu).any())
 
 
 @dataclass(frozen=True)
@@ -127,20 +178,21 @@ class FullDelta:
     """Difference of the same size as the weight or bias."""
 
     difference: Tensor  # [out, in * kernel]; [out, 1] for a vector
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.difference), self.difference.shape[1]
 
     @property
-    def nbytes(self) -> int:
-        return self.difference.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.difference,)
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
-        return self.difference.to(base.device) * weight
+        return widened(self.difference, base.device, self.scale) * weight
 
     def is_zero(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
-        return not self.difference.any()
+        return not widened(self.difference, self.difference.device, self.scale).any()
 
 
 @dataclass(frozen=True)
@@ -160,13 +212,13 @@ class DoraDelta:
         return self.inner.shape
 
     @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes + self.magnitude.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.inner.tensors, self.magnitude)
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
         inner_weight, outer_weight = (weight, 1.0) if self.scales_inner else (1.0, weight)
         changed = base + self.inner.delta(base, inner_weight)
-        magnitude = self.magnitude.to(base.device)
+        magnitude = widened(self.magnitude, base.device)
         if magnitude.dim() == 2:  # noqa: PLR2004 - one norm for each output
             norms = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
             scaled: Tensor = changed * (magnitude / norms.clamp_min_(_TINY))
@@ -182,6 +234,36 @@ class DoraDelta:
             return False
         resident = base.float()
         return float(self.delta(resident, 1.0).norm()) <= _UNTRAINED * float(resident.norm())
+
+
+class Scratch:
+    """Memory of one thread for fp32, kept from one use to the next: new memory has page faults."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory: dict[str, Tensor] = {}
+
+    def of(self, use: str, shape: Sequence[int]) -> Tensor:
+        """Return memory without defined content, until the next call for the same use."""
+        size = math.prod(shape)
+        if use not in self._memory or len(self._memory[use]) < size:
+            self._memory[use] = torch.empty(size, dtype=torch.float32, device=self.device)
+        return self._memory[use][:size].view(*shape)
+
+    def widened(self, use: str, tensor: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Return `scale * tensor` as the function `widened` does, in this memory."""
+        moved = tensor.to(self.device, non_blocking=True)
+        memory = self.of(use, moved.shape)
+        wide = moved if moved.dtype == torch.float32 else memory.copy_(moved)
+        if isinstance(scale, float) and scale == 1.0:
+            return wide
+        return torch.mul(wide, scale, out=memory)
+
+
+def widened(tensor: Tensor, device: torch.device, scale: float = 1.0) -> Tensor:
+    """Return `scale * tensor` in fp32 on a device; the tensor itself if nothing is to be done."""
+    wide = tensor.to(device, non_blocking=True).float()  # in this order: fewer bytes travel
+    return wide if scale == 1.0 else wide * scale
 
 
 def shown(shape: tuple[int, ...] | torch.Size) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from threading import get_ident
 from typing import Final
 
 from zlora_worker.lora.reader import Lora
@@ -20,19 +21,22 @@ class LoraMemoryCache:
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._loras: OrderedDict[str, Lora] = OrderedDict()
-        self._readers: dict[str, object] = {}  # who reads a file, by its sha256
+        self._readers: dict[str, int] = {}  # the thread that reads a file, by its sha256
 
     def get(self, digest: str, read: Callable[[], Lora]) -> tuple[Lora, bool]:
         """Return the LoRA, and True if it was cached or another thread was reading it.
 
         A LoRA that is larger than the whole cache is read and not kept.
         """
-        me = object()
+        me = get_ident()
+        for other, reader in list(self._readers.items()):
+            if reader == me:  # the last read of this thread was interrupted
+                self._readers.pop(other)
         while True:
             if (cached := self._loras.get(digest)) is not None:
                 self._loras[digest] = self._loras.pop(digest, cached)  # now the newest
                 return cached, True
-            if self._readers.setdefault(digest, me) is me:
+            if self._readers.setdefault(digest, me) == me:
                 break
             time.sleep(_WAIT)
         try:

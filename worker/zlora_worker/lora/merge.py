@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from zlora.errors import LoraMismatch
 
-from zlora_worker.lora.deltas import WeightDelta
+from zlora_worker.lora.deltas import Scratch, WeightDelta
 from zlora_worker.lora.reader import Batch, Lora
 from zlora_worker.lora.weights import Slot, Weights
 
@@ -139,15 +139,14 @@ class Plan:
                     for top in range(0, out, height):
                         yield Block(stack, row, row + 1, top, min(top + height, out))
 
-    def merge(self, block: Block, base: Matrices, target: Tensor, total: Tensor) -> None:
-        """Merge one block of `base` into `target`.
+    def merge(self, block: Block, base: Matrices, target: Tensor, scratch: Scratch) -> None:
+        """Merge one block of `base` into `target`, a view with the block's shape.
 
-        `target` is a view with the block's shape; `total` is fp32 scratch memory of that shape.
         Raises `LoraMismatch` if a delta is not finite.
         """
-        total.copy_(block.of(base[block.stack]))
+        total = scratch.of("total", target.shape).copy_(block.of(base[block.stack]))
         for weight, batch in self._batches.get(block.stack, ()):
-            _add_products(total, batch, block, weight)
+            _add_products(total, batch, block, weight, scratch)
         for row in range(block.first, block.last) if self._deltas else ():
             for index, weight, change in self._deltas.get(Slot(block.stack, row), ()):
                 delta = change.delta(base[block.stack][row].to(total), weight)
@@ -162,16 +161,15 @@ class Plan:
         target.copy_(total)
 
 
-def _add_products(total: Tensor, batch: Batch, block: Block, weight: float) -> None:
+def _add_products(
+    total: Tensor, batch: Batch, block: Block, weight: float, scratch: Scratch
+) -> None:
     """Add the products of a batch whose rows are in the block."""
-    device = total.device
     low, high = bisect_left(batch.rows, block.first), bisect_left(batch.rows, block.last)
-    up, down = batch.up[:, block.top : block.bottom], batch.down
     for first, last in runs(batch.rows[low:high]):
         these = slice(low, low + last - first)
         low = these.stop
-        ups = up[these].to(device, non_blocking=True)
-        downs = down[these].to(device, non_blocking=True)
+        ups, downs = batch.factors(these, scratch, top=block.top, bottom=block.bottom)
         if last - first == 1:
             total[first - block.first].addmm_(ups[0], downs[0], alpha=weight)
         else:

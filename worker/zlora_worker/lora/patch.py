@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
 
+from zlora_worker.lora.deltas import Scratch
 from zlora_worker.lora.merge import Block, MergePool, Plan, WeightedLora
 from zlora_worker.lora.weights import Weights
 from zlora_worker.monitoring.logs import said_by
@@ -39,7 +40,7 @@ class Patch:
         self._merged: Plan | None = None  # content of the shadows; None while they are written
         self._pointers: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, shadow, base
         self._written: list[Block] = []  # blocks of the base that are overwritten
-        self._scratch: list[Tensor] = []  # fp32, one for each thread
+        self._scratch: list[Scratch] = []  # one for each thread
         self._pool = MergePool()
 
     @contextmanager
@@ -107,16 +108,10 @@ class Patch:
         blocks = list(plan.blocks(self._base))
         device = self._weights.device
         threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
-        size = max((block.of(self._base[block.stack]).numel() for block in blocks), default=0)
-        if len(self._scratch) < threads or any(len(scratch) < size for scratch in self._scratch):
-            self._scratch = [
-                torch.empty(size, dtype=torch.float32, device=device) for _ in range(threads)
-            ]
+        self._scratch += [Scratch(device) for _ in range(threads - len(self._scratch))]
 
         def merge(block: Block, thread: int) -> None:
-            written = block.of(target[block.stack])
-            scratch = self._scratch[thread][: written.numel()].view(written.shape)
-            plan.merge(block, source, written, scratch)
+            plan.merge(block, source, block.of(target[block.stack]), self._scratch[thread])
 
         self._pool.merge(threads, blocks, merge)
 

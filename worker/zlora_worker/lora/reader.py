@@ -1,10 +1,9 @@
 """Reading of a safetensors file into deltas for the resident model."""
 
-import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -13,36 +12,56 @@ import torch
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors
 from zlora.lora import base_model, key_names
-from zlora.lora.safetensors_header import Header, TensorInfo, read_header
+from zlora.lora.safetensors_header import Header, read_header
 
 from zlora_worker.lora.adapter_config import Scales
 from zlora_worker.lora.adapter_formats import ParsedModule, parse_module
-from zlora_worker.lora.deltas import InvalidAdapter, LoraDelta, WeightDelta
+from zlora_worker.lora.deltas import (
+    CONTRACTED,
+    InvalidAdapter,
+    LoraDelta,
+    Scratch,
+    WeightDelta,
+)
 from zlora_worker.lora.key_map import KeyMap, Module
+from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, pin_exactly, read_stacks
 from zlora_worker.lora.weights import Slot, Weights, as_matrices
 
-_DTYPES: Final = {
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_INTEGERS: Final = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+# Numbers that are widened at a time for checks and norms: 4 MB of fp32.
+_ELEMENTS: Final = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """LoRA deltas of one stack and rank, ready for one batched product; `rows` are ascending."""
+    """LoRA deltas of one stack and rank, ready for batched products; `rows` are ascending.
+
+    Tensors have the file's type, and lie in the buffer that the file was read into.
+    """
 
     stack: int
     rows: tuple[int, ...]
-    up: Tensor  # [rows, out, rank], fp32; has the scale
-    down: Tensor  # [rows, rank, in * kernel], fp32
+    up: Tensor  # [rows, out, rank]
+    down: Tensor  # [rows, rank, in * kernel], or [rows, inner, in] beside middles
+    mid: Tensor | None  # [rows, rank, inner, *kernel]
+    scale: float | Tensor  # of `up`: one for all rows, or [rows, 1, 1] in fp32
     squared_norm: float  # of all products, at weight 1
+
+    def factors(
+        self, rows: slice, scratch: Scratch, *, top: int = 0, bottom: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return factors in fp32, whose product is the delta: `up` from `top` to `bottom`, `down`.
+
+        `rows` counts the rows of this batch. The factors last until the next call with `scratch`.
+        """
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale[rows].to(scratch.device, non_blocking=True)
+        up = scratch.widened("up", self.up[rows, top:bottom], scale)
+        down = scratch.widened("down", self.down[rows])
+        if self.mid is None:
+            return up, down
+        pairs = zip(down, scratch.widened("mid", self.mid[rows]), strict=True)
+        return up, torch.stack([torch.einsum(CONTRACTED, *pair).flatten(1) for pair in pairs])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +85,7 @@ class Lora:
     alpha_assumed: bool
     batches: tuple[Batch, ...]
     deltas: tuple[tuple[Slot, WeightDelta], ...]  # of all formats but LoRA
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the LoRA's tensors in memory."""
-        batched = sum(batch.up.nbytes + batch.down.nbytes for batch in self.batches)
-        return batched + sum(delta.nbytes for _, delta in self.deltas)
+    nbytes: int  # of all tensors in memory
 
     def unmatched_counts(self) -> dict[str, int]:
         """Count the unmatched tensors by the component in their name."""
@@ -87,6 +101,9 @@ class Reader:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
+        self._on_gpu = weights.device.type == "cuda"
+        if self._on_gpu:
+            pin_exactly()
         self._key_map = KeyMap(weights.modules())
         self._text_width = 0  # of the text that the resident model's cross-attention reads
         for (_, module, _), slot in weights.slots.items():
@@ -106,49 +123,56 @@ class Reader:
         source: str,
         config: bytes | None = None,
         alpha: float | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Lora:
         """Read the file at `path` into memory; `source` is its name in messages.
 
         `config` is peft's configuration beside the file. `alpha` is that of modules for which the
-        file has none. Parts that do not fit, and a header that names another base model, are not an
-        error here: see `require_whole`. Raises `NotSafetensors` if the
-        file is not a safetensors file, and `LoraMismatch` if it is not a LoRA, is incomplete, is
-        for another base model, has an unsupported format, contains NaN or Inf, or changes nothing.
+        file has none. `between` is called after each part of the work, and may raise to end it.
+        Parts that do not fit, and a header that names another base model, are not an error here:
+        see `require_whole`. Raises `NotSafetensors` if the file is not a safetensors file, and
+        `LoraMismatch` if it is not a LoRA, is incomplete, is for another base model, has an
+        unsupported format, contains NaN or Inf, or changes nothing.
         """
         try:
-            return self._read(path, read_header(path), digest, config=config, alpha=alpha)
+            scales = partial(Scales, beside=config, alpha=alpha)
+            return self._read(path, digest, scales, between)
         except NotSafetensors as error:
             raise NotSafetensors(f"{source}: {error}", error.details) from None
         except _Refusal as refusal:
             raise LoraMismatch(f"{source}: {refusal}") from None
 
     def _read(
-        self, path: Path, header: Header, digest: str, *, config: bytes | None, alpha: float | None
+        self,
+        path: Path,
+        digest: str,
+        scales_of: Callable[[Mapping[str, str]], Scales],
+        between: Callable[[], None],
     ) -> Lora:
         # names
+        header = read_header(path)
         found, unmatched = self._by_module(header)
 
         # tensors
-        used = {name: header.tensors[name] for parts in found.values() for name in parts.values()}
-        _require_floats(used)
-        # Read into memory: if a memory-mapped file is truncated, the process is killed.
-        data = bytearray(path.read_bytes())
-        start = len(data) - max(info.data_offsets[1] for info in header.tensors.values())
-        if start < 0:
-            raise NotSafetensors("damaged safetensors file: it was truncated while it was read")
-        tensors = {name: _tensor(data, start, info) for name, info in used.items()}
-        for name, tensor in tensors.items():
-            if not tensor.float().isfinite().all():
-                raise _Refusal(f"NaN or Inf in {name[:100]}")
+        _require_floats(header, found)
+        groups = self._groups(header, found)
+        stacks, tensors_sha256 = read_stacks(
+            path, header, groups, pinned=self._on_gpu, between=between
+        )
+        tensors: dict[str, Tensor] = {}
+        for names, stack in zip(groups, stacks, strict=True):
+            _require_finite(names, stack)
+            tensors |= zip(names, stack.unbind(), strict=True)
+            between()
 
         # deltas
         try:
-            scales = Scales(header.metadata, beside=config, alpha=alpha)
-            modules = self._parse(header, found, tensors, scales)
+            scales = scales_of(header.metadata)
+            modules = self._parse(header, found, tensors, scales, between)
             scales.require_alpha_used()
         except ValueError as error:
             raise _Refusal(str(error)) from None
-        products: dict[tuple[int, int], dict[int, LoraDelta]] = defaultdict(dict)
+        products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)
         deltas: list[tuple[Slot, WeightDelta]] = []
         for module, parsed in modules.items():
             for leaf, delta in (("weight", parsed.weight), ("bias", parsed.bias)):
@@ -163,12 +187,16 @@ class Reader:
                 if slot is None:
                     unmatched.append(found[module][parsed.bias_part])
                 elif isinstance(delta, LoraDelta):
-                    products[slot.stack, delta.rank][slot.row] = delta
+                    products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
                 else:
                     deltas.append((slot, delta))
+        batches = []
+        for key in sorted(products):
+            batches.append(_batch(key[0], products[key]))
+            between()
         lora = Lora(
             digest=digest,
-            tensors_sha256=hashlib.sha256(memoryview(data)[start:]).hexdigest(),
+            tensors_sha256=tensors_sha256,
             format=key_names.format_of(header.tensors),
             kinds=tuple(sorted({parsed.kind for parsed in modules.values()})),
             ranks=tuple(sorted({parsed.rank for parsed in modules.values() if parsed.rank})),
@@ -176,8 +204,9 @@ class Reader:
             unmatched=tuple(sorted(unmatched)),
             other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
-            batches=tuple(_batch(stack, products[stack, rank]) for stack, rank in sorted(products)),
+            batches=tuple(batches),
             deltas=tuple(deltas),
+            nbytes=_nbytes(batches, (delta for _, delta in deltas)),
         )
         self._require_effect(lora)
         return lora
@@ -210,12 +239,28 @@ class Reader:
             or f"none of its modules is in the resident model: {key_names.summary(header.tensors)}"
         )
 
+    def _groups(self, header: Header, found: Mapping[Module, Mapping[str, str]]) -> list[list[str]]:
+        """Group tensors of one part, type and shape by stack, in the order of its rows.
+
+        In memory in this order, a batch's factors are one tensor each.
+        """
+        groups: dict[tuple[int, str, str, tuple[int, ...]], list[tuple[int, str]]] = defaultdict(
+            list
+        )
+        for module, names in found.items():
+            slot = self._weights.slots[(*module, "weight")]
+            for part, name in names.items():
+                info = header.tensors[name]
+                groups[slot.stack, part, info.dtype, info.shape].append((slot.row, name))
+        return [[name for _, name in sorted(groups[key])] for key in sorted(groups)]
+
     def _parse(
         self,
         header: Header,
         found: Mapping[Module, Mapping[str, str]],
         tensors: Mapping[str, Tensor],
         scales: Scales,
+        between: Callable[[], None],
     ) -> dict[Module, ParsedModule]:
         modules = {}
         try:
@@ -225,6 +270,7 @@ class Reader:
                 is_peft = any(map(key_names.is_peft, names.values()))
                 scale_of = partial(scales.of, *module, is_peft=is_peft)
                 modules[module] = parse_module(parts, target, scale_of)
+                between()
         except InvalidAdapter as error:
             message = f"{'.'.join(module)[:120]} {error}"
             if clause := self._detect_base_model(header):
@@ -295,38 +341,86 @@ def require_whole(lora: Lora, *, source: str) -> None:
         )
 
 
-def _require_floats(tensors: Mapping[str, TensorInfo]) -> None:
-    for name, info in tensors.items():
-        is_alpha = name.endswith(".alpha") and info.dtype in _INTEGERS
-        if info.dtype not in _DTYPES and not is_alpha:
-            raise _Refusal(
-                f"{name[:100]} is of the type {info.dtype}: quantised files are not supported"
-            )
+def _require_floats(header: Header, found: Mapping[Module, Mapping[str, str]]) -> None:
+    for names in found.values():
+        for name in names.values():
+            dtype = header.tensors[name].dtype
+            is_alpha = name.endswith(".alpha") and dtype in INTEGERS
+            if dtype not in FLOATS and not is_alpha:
+                raise _Refusal(
+                    f"{name[:100]} is of the type {dtype}: quantised files are not supported"
+                )
 
 
-def _tensor(data: bytearray, start: int, info: TensorInfo) -> Tensor:
-    """View a tensor of the file; copy it if its numbers are not aligned."""
-    dtype = _DTYPES.get(info.dtype) or _INTEGERS[info.dtype]
-    first, last = info.data_offsets
-    if first == last:
-        return torch.empty(info.shape, dtype=dtype)
-    raw = torch.frombuffer(data, dtype=torch.uint8, count=last - first, offset=start + first)
-    if (start + first) % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(info.shape)
+def _require_finite(names: Sequence[str], stack: Tensor) -> None:
+    """Raise `_Refusal` for a number that is NaN or Inf in fp32."""
+    parts = torch.split(stack.flatten(), _ELEMENTS)
+    if all(part.sum(dtype=torch.float32).isfinite() for part in parts):
+        return  # a sum is not finite if one of its numbers is not
+    for name, tensor in zip(names, stack, strict=True):
+        if not tensor.float().isfinite().all():
+            raise _Refusal(f"NaN or Inf in {name[:100]}")
 
 
 def _batch(stack: int, by_row: Mapping[int, LoraDelta]) -> Batch:
     rows = tuple(sorted(by_row))
-    up = torch.stack([by_row[row].up for row in rows])
-    down = torch.stack([by_row[row].down for row in rows])
-    return Batch(stack=stack, rows=rows, up=up, down=down, squared_norm=_squared_norm(up, down))
+    deltas = [by_row[row] for row in rows]
+    scales = [delta.scale for delta in deltas]
+    middles = [delta.mid for delta in deltas if delta.mid is not None]
+    batch = Batch(
+        stack=stack,
+        rows=rows,
+        up=_stacked([delta.up for delta in deltas]),
+        down=_stacked([delta.down for delta in deltas]),
+        mid=_stacked(middles) if middles else None,
+        scale=scales[0] if len(set(scales)) == 1 else torch.tensor(scales).view(-1, 1, 1),
+        squared_norm=0.0,
+    )
+    return replace(batch, squared_norm=_squared_norm(batch))
 
 
-def _squared_norm(up: Tensor, down: Tensor) -> float:
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape: as a view, if they follow each other in one buffer.
+
+    Tensors of several types in one batch do not; they are copied in fp32.
+    """
+    first = tensors[0]
+    storage, start = first.untyped_storage().data_ptr(), first.data_ptr()
+    if all(
+        tensor.dtype == first.dtype
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().data_ptr() == storage
+        and tensor.data_ptr() == start + index * first.nbytes
+        for index, tensor in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack([tensor.float() for tensor in tensors])
+
+
+def _squared_norm(batch: Batch) -> float:
     """Return |up @ down|², for small ranks from Gram matrices, without making the products."""
-    rank = up.shape[2]
-    if rank * rank > up.shape[1] * down.shape[2]:
-        return sum(float((one @ other).square().sum()) for one, other in zip(up, down, strict=True))
-    square = float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
-    return 0.0 if square < 0 else square  # NaN stays NaN
+    total, scratch = 0.0, Scratch(torch.device("cpu"))
+    step = max(1, _ELEMENTS // (batch.up[0].numel() + batch.down[0].numel()))
+    for first in range(0, len(batch.rows), step):
+        up, down = batch.factors(slice(first, first + step), scratch)
+        rank = up.shape[2]
+        if rank * rank > up.shape[1] * down.shape[2]:
+            total += sum(
+                float((one @ other).square().sum()) for one, other in zip(up, down, strict=True)
+            )
+        else:
+            square = float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
+            total += 0.0 if square < 0 else square  # NaN stays NaN
+    return total
+
+
+def _nbytes(batches: Iterable[Batch], deltas: Iterable[WeightDelta]) -> int:
+    """Bytes of the buffers that tensors are in, wholly or in part."""
+    tensors: list[Tensor] = []
+    for batch in batches:
+        parts = (batch.up, batch.down, batch.mid, batch.scale)
+        tensors += [part for part in parts if isinstance(part, Tensor)]
+    for delta in deltas:
+        tensors += delta.tensors
+    storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, tensors)}
+    return sum(storage.nbytes() for storage in storages.values())

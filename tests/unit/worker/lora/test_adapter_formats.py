@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
@@ -253,6 +254,34 @@ def test_a_file_of_another_precision_is_read_as_its_numbers(
     require_equal(
         weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
     )
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float16,),
+        (torch.bfloat16,),
+        (torch.float64,),
+        (torch.float8_e4m3fn,),
+        (torch.float16, torch.float32, torch.bfloat16),
+    ],
+    ids=["fp16", "bf16", "fp64", "fp8", "several in one file"],
+)
+def test_the_type_of_a_file_changes_no_bit_of_the_merge(
+    model: Pipeline, base: State, tmp_path: Path, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Factors are widened at the merge, and multiplied by their scale as those in fp32 are."""
+    tensors = lora_files.spelt(layers_for(base), lora_files.kohya_of_diffusers, {})
+    typed = {
+        key: tensor.to(dtype)
+        for (key, tensor), dtype in zip(tensors.items(), cycle(dtypes), strict=False)
+    }
+    wide = {key: tensor.float() for key, tensor in typed.items()}
+
+    one = merged(model, read(model, write(tmp_path / "typed", typed)), unet=0.7, text=-0.3)
+    other = merged(model, read(model, write(tmp_path / "wide", wide)), unet=0.7, text=-0.3)
+
+    assert [weight for weight in one if not torch.equal(one[weight], other[weight])] == []
 
 
 def test_factors_shaped_as_1x1_convolutions_change_a_linear_layer(

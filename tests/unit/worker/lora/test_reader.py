@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
+from torch import nn
 from zlora.lora.base_model import describe
 from zlora.lora.safetensors_header import read_header
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.lora.reader import Lora, Reader, require_whole
+from zlora_worker.lora.tensor_file import pin_exactly
+from zlora_worker.lora.weights import Weights
 
 SOURCE = "https://example.com/a.safetensors"
 
@@ -142,6 +146,116 @@ def test_a_file_is_not_memory_mapped_after_it_was_read(reader: Reader, tmp_path:
     assert all(
         torch.equal(batch.up, kept) for batch, kept in zip(found.batches, before, strict=True)
     )
+
+
+CONVOLUTION = "lora_unet_input_blocks_1_0_in_layers_2"
+TUCKER = {
+    f"{CONVOLUTION}.lora_down.weight": torch.randn(5, 16, 1, 1),
+    f"{CONVOLUTION}.lora_mid.weight": torch.randn(5, 5, 3, 3),
+    f"{CONVOLUTION}.lora_up.weight": torch.randn(16, 5, 1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        kohya_lora((*UNET, *TEXT)),
+        peft_lora((*UNET, *TEXT), ranks=(8, 4, 1)),
+        TUCKER,
+        LOHA,
+        LOKR,
+        DORA,
+        FULL,
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float32])
+def test_a_lora_of_each_kind_and_type_takes_as_much_memory_as_its_tensors(
+    reader: Reader, tmp_path: Path, tensors: Tensors, dtype: torch.dtype
+) -> None:
+    typed = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+    found = read(reader, write(tmp_path / "a", typed))
+
+    assert found.nbytes <= 1.05 * sum(tensor.nbytes for tensor in typed.values())
+
+
+def test_the_process_grows_by_the_files_that_it_keeps(tmp_path: Path) -> None:
+    """Measured from outside, as `nbytes` and `max_bytes` count it; also while a file is read."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({f"{index}": nn.Linear(4096, 4096) for index in range(8)})
+    reader = Reader(Weights({"unet": model}))
+    path, size = tmp_path / "a.safetensors", 32 * 2**20
+    save_file(
+        {
+            f"unet.{name}.{factor}.weight": torch.rand(shape).half()
+            for name in model
+            for factor, shape in (("lora_A", (256, 4096)), ("lora_B", (4096, 256)))
+        },
+        path,
+    )
+    found = [read(reader, path)]  # what the first use loads stays
+    kept = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the process's highest memory so far
+
+    found += [read(reader, path) for _ in range(3)]
+
+    assert found[0].nbytes == size
+    assert 0.8 * 3 * size < _resident() - kept < 1.2 * 3 * size  # the allocator keeps some
+    assert _resident("VmHWM") - kept < 4 * size
+
+
+def _resident(field: str = "VmRSS") -> int:
+    """Return bytes of this process in memory, now or at most (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+@pytest.mark.parametrize("calls", [0, 1, 5, 10])
+def test_the_reading_of_a_file_can_be_ended_between_its_tensors(
+    reader: Reader, tmp_path: Path, calls: int
+) -> None:
+    """The exception arrives unchanged; the same file can be read afterwards."""
+    path = write(tmp_path / "a", kohya_lora((*UNET, *TEXT)))
+    left = [calls]
+
+    class Ended(Exception):
+        pass
+
+    def between() -> None:
+        if not left[0]:
+            raise Ended
+        left[0] -= 1
+
+    with pytest.raises(Ended):
+        reader.read(path, digest="d", source=SOURCE, between=between)
+
+    assert read(reader, path).modules == {"unet": 3, "text_encoder": 3, "text_encoder_2": 3}
+
+
+def test_torch_takes_the_option_by_which_pinned_memory_has_the_size_of_the_file() -> None:
+    """This torch has it; its effect needs a GPU."""
+    before = torch._C._accelerator_getAllocatorSettings()
+    try:
+        torch._C._accelerator_setAllocatorSettings("max_split_size_mb:512")
+
+        pin_exactly()
+        pin_exactly()
+
+        assert torch._C._accelerator_getAllocatorSettings() == (
+            "max_split_size_mb:512,pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
+        )
+    finally:
+        torch._C._accelerator_setAllocatorSettings(before)
+
+
+@pytest.mark.gpu
+def test_factors_for_a_gpu_are_in_pinned_memory(model_home: Path, tmp_path: Path) -> None:
+    """A GPU copies pinned memory at full speed, and while it computes."""
+    model = load_pipeline(model_home, ZLORA_DEVICE="cuda")
+
+    found = read(model.reader, write(tmp_path / "a", kohya_lora((*UNET, *TEXT))))
+
+    assert all(batch.up.is_pinned() and batch.down.is_pinned() for batch in found.batches)
 
 
 def test_a_lora_is_read_once_while_the_memory_cache_has_room(
