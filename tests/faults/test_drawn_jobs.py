@@ -4,10 +4,12 @@ A sidecar that stands still keeps a job in this state for as long as a test need
 """
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +112,15 @@ def test_worker_that_is_stopped_at_once_gives_its_drawn_jobs_back(scene: Scene) 
         worker.process.wait(30)
     with scene.worker("two"):
         assert handle.result(timeout=90).base_intact
+
+
+def test_drawn_job_whose_files_are_removed_is_drawn_again(scene: Scene, tmp_path: Path) -> None:
+    spool = tmp_path / "memory"
+    spool.mkdir()
+    with scene.worker(ZLORA_SPOOL=str(spool)) as worker:
+        with standing(worker):
+            handle = draw(scene)
+            for folder in spool.glob("zlora-spool-*/[0-9]*"):
+                shutil.rmtree(folder)
+            wait_until(lambda: worker.lines("its images are gone"), "the parent sees that")
+        assert handle.result(timeout=60).base_intact

@@ -104,16 +104,23 @@ class DrawnJobs:
         self.look()
 
     def look(self) -> None:
-        """Acknowledge the messages of jobs that have ended, and remove their files."""
+        """Acknowledge the messages of jobs that have ended, and remove their files.
+
+        The message of a job whose files another program has removed goes back to its queue.
+        """
         with suppress(BlockingIOError):
             os.read(self._to_parent[0], 65_536)
-        for entry in self.spool.entries():
+        entries = {entry.name: entry for entry in self.spool.entries()}
+        for name in self._open.keys() - entries.keys():
+            job = self._close(name)
+            logger.error("job %s is put back: its images are gone", job.request.id)
+            job.request.reject(requeue=True)
+        for name, entry in entries.items():
             if (ended := entry.ended()) is None:
                 continue
-            job = self._open.pop(entry.name, None)
-            if job is not None:
-                self._settle(job, ended)
-            elif self._is_running(entry):
+            if name in self._open:
+                self._settle(self._close(name).request, ended)
+            elif self._is_taken(entry):
                 continue  # the child's message that the job is drawn is on its way
             entry.remove()
         self._take_more()
@@ -124,8 +131,14 @@ class DrawnJobs:
             select.select([self._to_parent[0]], [], [], _WAIT)
             self.look()
 
-    def _is_running(self, entry: SpoolEntry) -> bool:
-        return any(request.id == entry.job().id for request in state.active_requests)
+    def _is_taken(self, entry: SpoolEntry) -> bool:
+        return any(request.id == entry.job().id for request in state.reserved_requests)
+
+    def _close(self, name: str) -> _Open:
+        job = self._open.pop(name)
+        if job.qos is not None:
+            job.qos.decrement_eventually()
+        return job
 
     def _take_more(self) -> None:
         """Let the worker take one more message for each open job, unless the spool is full."""
@@ -137,10 +150,7 @@ class DrawnJobs:
                 job.qos = self._qos
                 job.qos.increment_eventually()
 
-    def _settle(self, job: _Open, ended: EndedJob) -> None:
-        request = job.request
-        if job.qos is not None:
-            job.qos.decrement_eventually()
+    def _settle(self, request: Any, ended: EndedJob) -> None:
         request.acknowledge()
         match ended.end:
             case "succeeded":
