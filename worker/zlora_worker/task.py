@@ -230,7 +230,7 @@ class Delivery:
         try:
             end = load_end(self._child.store, self._job_id, self._digest)
         except StoreFailed as error:
-            if self._leases.note_store_outage(self._job_id) > STORE_PATIENCE:
+            if self._leases.note_store_outage(self._job_id, self._token) > STORE_PATIENCE:
                 raise
             raise _StoreDown(str(error)) from error
         self._leases.clear_store_outage(self._job_id, claim.record)
@@ -320,7 +320,7 @@ class Delivery:
         if should_retry(self._task, error):
             return Retry(error, pause_before_retry(self._task, error))
         is_corrupted = isinstance(error, BaseNotRestored)
-        if is_corrupted and self._leases.count_corrupted(self._job_id) < _CORRUPTIONS:
+        if is_corrupted and self._leases.count_corrupted(self._job_id, self._token) < _CORRUPTIONS:
             return Corrupted(f"job {self._job_id}: {error}")
         if error.retryable:
             error.add_details(attempt=retries_of(self._task) + 1)
@@ -336,7 +336,7 @@ class Delivery:
         try:
             end = write_verdict(self._child.store, self._job_id, error, self._digest)
         except StoreFailed as failure:
-            if self._leases.note_store_outage(self._job_id) < STORE_PATIENCE:
+            if self._leases.note_store_outage(self._job_id, self._token) < STORE_PATIENCE:
                 self._leases.note_error(self._job_id, self._token, error)
                 return Requeue(f"the store does not answer: {failure}", LEASE)
             logger.warning("job %s: its error is in Redis alone: %s", self._job_id, failure)
@@ -398,8 +398,10 @@ class Delivery:
         try:
             return Succeeded(self._child.urls.with_urls(result))
         except StoreFailed as error:
-            if self._leases.note_store_outage(self._job_id) > STORE_PATIENCE:
-                return Succeeded(result)
+            if self._token:  # else another worker has the job, and waits
+                away = self._leases.note_store_outage(self._job_id, self._token)
+                if away > STORE_PATIENCE:
+                    return Succeeded(result)
             return Requeue(f"the URLs of its images cannot be made: {error}", LEASE)
 
     def _seconds_queued(self) -> float | None:

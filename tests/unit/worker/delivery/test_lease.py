@@ -349,7 +349,12 @@ def test_a_death_releases_the_lease_of_its_own_worker_only(
 
 
 def test_corrupted_base_models_are_counted(make_worker: MakeWorker, job: str) -> None:
-    assert [make_worker().count_corrupted(job), make_worker().count_corrupted(job)] == [1, 2]
+    found = list[int]()
+    for _ in range(2):
+        with (worker := make_worker()).claim(job, "d") as claim:
+            found.append(worker.count_corrupted(job, claim.token))
+        lapse(worker, job)
+    assert found == [1, 2]
 
 
 # --- a worker that stood still
@@ -388,6 +393,9 @@ def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
                 frozen.raise_if_over(job, old.token)
             with pytest.raises(LeaseLost):
                 frozen.require_newest(job, old.token)
+            with pytest.raises(LeaseLost):
+                frozen.note_store_outage(job, old.token)
+            assert "store_away" not in other.record(job)
             state = JobState.RETRY
             assert not frozen.store_state(app.backend, request, old.token, state, LoraNotFound())
             assert app.backend.get_task_meta(job)["status"] == "PENDING"
@@ -397,6 +405,20 @@ def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
             other.raise_if_over(job, new.token)  # must not raise
             assert other.store_state(app.backend, request, new.token, state, LoraNotFound())
     assert attempts(other, job) == []
+
+
+def test_a_base_model_of_a_worker_that_lost_the_job_does_not_count_but_spoils_its_images(
+    make_worker: MakeWorker, job: str
+) -> None:
+    frozen, other, third = make_worker(), make_worker(), make_worker()
+    with frozen.claim(job, "d") as old:
+        lapse(frozen, job)
+        with other.claim(job, "d"), pytest.raises(LeaseLost):
+            frozen.count_corrupted(job, old.token)
+    lapse(other, job)
+    with third.claim(job, "d") as claim:
+        assert not claim.is_resumed
+        assert third.count_corrupted(job, claim.token) == 1
 
 
 def test_a_worker_must_leave_a_job_that_has_a_result(make_worker: MakeWorker, job: str) -> None:
@@ -440,6 +462,7 @@ def test_a_worker_keeps_a_job_whose_newest_claim_redis_has_lost(
             app.backend, request, new.token, JobState.RETRY, LoraNotFound(), patient=True
         )
         second.note_error(job, new.token, LoraNotFound())
+        assert second.note_store_outage(job, new.token) >= 0
         assert second._renew_lease(
             keys=[lease_key(job), job_key(job)], args=[second.worker, 1000, new.token]
         )
@@ -483,11 +506,11 @@ def test_the_first_verdict_of_a_job_stands(make_worker: MakeWorker, job: str) ->
         lambda leases, job: leases.jobs.cancel(job),
         lambda leases, job: leases.record_verdict(job, LoraNotFound()),
         claim_once,
-        lambda leases, job: leases.count_corrupted(job),
+        lambda leases, job: leases.count_corrupted(job, "1"),
         lambda leases, job: leases.give_up(job),
         lambda leases, job: leases.child_died(job, "SIGKILL"),
         lambda leases, job: leases.child_timed_out(job, 5.0),
-        lambda leases, job: leases.note_store_outage(job),
+        lambda leases, job: leases.note_store_outage(job, "1"),
         lambda leases, job: leases.is_first_to_count(job),
     ],
 )
