@@ -132,19 +132,21 @@ end
 """
 # Celery's backend stores a state and publishes it on a channel of the same name.
 # An end that it has stays, even if Redis has lost the record.
-_STORE_STATE: Final = """
-local record = redis.call('HMGET', KEYS[1], 'token', 'closed')
-if record[2] or (record[1] and tonumber(record[1]) > tonumber(ARGV[1])) then return 0 end
-local stored = redis.call('GET', KEYS[2])
+_STORE_UNLESS_ENDED: Final = """
+local stored = redis.call('GET', KEYS[1])
 local is_json, meta = pcall(cjson.decode, stored or '')
 if is_json and type(meta) == 'table' then
   local state = meta.status
   if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then return 0 end
 end
-redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
-redis.call('PUBLISH', KEYS[2], ARGV[2])
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+redis.call('PUBLISH', KEYS[1], ARGV[1])
 return 1
 """
+_STORE_STATE: Final = f"""
+local record = redis.call('HMGET', KEYS[2], 'token', 'closed')
+if record[2] or (record[1] and tonumber(record[1]) > tonumber(ARGV[3])) then return 0 end
+{_STORE_UNLESS_ENDED}"""
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
@@ -233,7 +235,6 @@ class JobLeases:
 
     def __init__(self, broker_url: str, queue: str, *, result_backend: str | None = None) -> None:
         """`result_backend` is the URL of the Redis with Celery's states, if it is another one."""
-        self._has_results = result_backend in (None, broker_url)
         self.jobs = JobStore(connect(broker_url, patient=True), queue)
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
@@ -245,6 +246,12 @@ class JobLeases:
         self._renew_lease = self.impatient.register_script(_RENEW_LEASE)
         self._release = self.impatient.register_script(_RELEASE)
         self._store_state = self.impatient.register_script(_STORE_STATE)
+        self._store_elsewhere: tuple[Any, Any] | None = None  # by an impatient and a patient client
+        if result_backend not in (None, broker_url):
+            self._store_elsewhere = (
+                connect(result_backend, seconds=_IMPATIENCE).register_script(_STORE_UNLESS_ENDED),
+                connect(result_backend, patient=True).register_script(_STORE_UNLESS_ENDED),
+            )
         self._time_out = self.impatient.register_script(_TIME_OUT)
 
     # In the child, around a delivery
@@ -394,16 +401,14 @@ class JobLeases:
         meta = backend._get_result_meta(value, state.value, None, request)  # noqa: SLF001 - no other
         document, key = backend.encode(meta | {"task_id": job_id}), backend.get_key_for_task(job_id)
         client = self.jobs.redis if patient else self.impatient
-        if self._has_results:
-            keys = [job_key(job_id), key]
-            return bool(
-                self._store_state(keys=keys, args=[token, document, RESULT_EXPIRES], client=client)
-            )
+        values = [document, RESULT_EXPIRES]
+        if self._store_elsewhere is None:
+            keys = [key, job_key(job_id)]
+            return bool(self._store_state(keys=keys, args=[*values, token], client=client))
         newest, closed = client.hmget(job_key(job_id), ("token", "closed"))
         if not _is_newest(token, newest) or closed is not None:
             return False
-        backend.set(key, document)
-        return True
+        return bool(self._store_elsewhere[patient](keys=[key], args=values))
 
     def record_verdict(
         self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from threading import Barrier, Thread
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -468,6 +469,37 @@ def test_a_worker_keeps_a_job_whose_newest_claim_redis_has_lost(
         )
         with pytest.raises(LeaseLost):
             first.require_newest(job, old.token)
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_no_state_replaces_an_end_in_a_result_backend_of_its_own(
+    broker_url: str, job: str, monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    """The worker stands still between its look at the record and its write to the backend."""
+    url = f"{broker_url.removesuffix('/0')}/1"
+    config = shared_config(broker_url=broker_url, result_backend=url, queue="gpu")
+    leases, app = JobLeases(broker_url, "gpu", result_backend=url), IsolatedCelery("test", config)
+    backend: Any = app.backend
+    request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
+    client = leases.jobs.redis if patient else leases.impatient
+    look = client.hmget
+
+    def store(state: JobState) -> bool:
+        return leases.store_state(backend, request, "1", state, {"step": 1}, patient=patient)
+
+    def look_and_stand_still(*arguments: Any) -> Any:
+        found = look(*arguments)
+        backend.set(backend.get_key_for_task(job), backend.encode({"status": "SUCCESS"}))
+        return found
+
+    with app, leases.jobs.redis, leases.impatient:
+        assert store(JobState.PROGRESS)
+        assert backend.get_task_meta(job)["status"] == "PROGRESS"
+        monkeypatch.setattr(client, "hmget", look_and_stand_still)
+        assert not store(JobState.PROGRESS)
+        assert backend.client.get(backend.get_key_for_task(job)) == b'{"status": "SUCCESS"}'
+        assert backend.client.ttl(backend.get_key_for_task(job)) > 0
+    backend.client.connection_pool.disconnect()
 
 
 # --- verdicts
