@@ -145,6 +145,27 @@ def test_end_that_a_child_cannot_store_is_not_invented_by_its_parent(
     assert scene.begun(handle) == 1
 
 
+@pytest.mark.parametrize(("right", "line"), [("brpop", "no job is taken"), ("hset", "waits until")])
+def test_worker_whose_user_lacks_a_right_waits_for_it(
+    scene: Scene, valkey: Valkey, right: str, line: str
+) -> None:
+    """To take a message, or to hold it: an end would cost a model load, and so would each start."""
+    with valkey.client() as broker:
+        broker.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], commands=["+@all"])
+        broker.acl_setuser("limited", enabled=True, channels=["*"])
+        url = valkey.url.replace("redis://", "redis://limited:any@")
+        with scene.worker(ZLORA_BROKER_URL=url) as worker:
+            broker.acl_setuser("limited", enabled=True, commands=[f"-{right}"])
+            handle = scene.submit()
+            wait_until(lambda: worker.lines(line), "the worker is refused")
+            time.sleep(1)
+            assert worker.process.poll() is None
+            broker.acl_setuser("limited", enabled=True, commands=[f"+{right}"])
+
+            assert handle.result(timeout=60).base_intact
+            assert len(scene.events("loaded")) == 1
+
+
 @contextmanager
 def silent(valkey: Valkey) -> Iterator[None]:
     """Let Redis answer nothing inside the block."""
