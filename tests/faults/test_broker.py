@@ -101,6 +101,22 @@ def test_job_that_waits_for_redis_beyond_its_hard_limit_is_tried_again(
         assert handle.result(timeout=60).base_intact
 
 
+def test_job_that_waits_for_redis_for_longer_than_its_hard_limit_keeps_its_child(
+    scene: Scene, valkey: Valkey
+) -> None:
+    with scene.worker(ZLORA_HARD_GRACE="3"):
+        handle = scene.submit(steps=2, step=0.5, fields={"timeout": 2})
+        scene.wait_step(handle)
+        valkey.kill()
+        wait_until(lambda: scene.events("end", handle), "the job ends")
+        time.sleep(5)
+        valkey.start()
+
+        assert handle.result(timeout=60).base_intact
+        assert scene.submit().result(timeout=60).base_intact
+        assert (scene.begun(handle), len(scene.events("loaded"))) == (1, 1)
+
+
 def test_manifest_survives_a_child_that_is_killed_because_its_result_cannot_be_sent(
     scene: Scene, valkey: Valkey, tally: Tally
 ) -> None:

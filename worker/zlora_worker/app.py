@@ -126,7 +126,7 @@ app.steps["worker"].update(
         graceful_shutdown(gate, load_state, sidecar, leases, settings),
     )
 )
-app.steps["consumer"].update((child_watch(load_state, sidecar), VisibilityHeartbeat))
+app.steps["consumer"].update((child_watch(load_state, sidecar, leases), VisibilityHeartbeat))
 remote_control.restrict()
 
 

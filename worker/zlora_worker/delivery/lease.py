@@ -481,6 +481,11 @@ class JobLeases:
 
     # In the parent, about its child
 
+    @property
+    def is_drawing(self) -> bool:
+        """Whether the child draws, and does not wait for Redis."""
+        return bool(self._draws[0])
+
     def is_known(self, job_id: str) -> bool:
         """Return whether a job with this id was submitted."""
         return bool(self.impatient.hexists(job_key(job_id), "digest"))
@@ -502,7 +507,7 @@ class JobLeases:
         Only deletes the attempt if another worker has claimed the job since, or the child did not
         draw: it waited for Redis, and that does not count. Does nothing if the attempt was over.
         """
-        if not self._draws[0]:
+        if not self.is_drawing:
             self.give_up(job_id)
             return
         self._draws[0] = 0
