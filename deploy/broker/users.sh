@@ -68,7 +68,7 @@ user worker on >$(password worker)$lists$produced$served $replies ~zlora:lease:*
 user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce \
  ($lists $submit) ($replies ~zlora:watcher:* $receive +get +set +zrange) \
  ($lists$watched %R~unacked %R~unacked_index $look +zrange +zrangebyscore) \
- ($letters +zrange +zrangebyscore +zadd +zrem +zremrangebyrank +expire)
+ ($letters +evalsha +zrange +zrangebyscore +zadd +zrem +zremrangebyrank +expire)
 user flower on >$(password flower) $replies $any $receive &/0.celery.pidbox \
  (+psubscribe +punsubscribe &/0.celeryev/*) ($lists +llen)
 user metrics on >$(password metrics)$lists ~unacked$watched $any $look

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 from celery.states import READY_STATES
 
 from zlora.broker.job_store import MIN_WAIT, NoManifest
+from zlora.broker.keys import RESULT_EXPIRES
 from zlora.broker.protocol import Broker
 from zlora.broker.task_meta import error_of, readable, status_of
 from zlora.errors import (
@@ -60,8 +61,9 @@ class JobHandle:
         """Take `is_submitted` if the broker has had the job; see `Wait`."""
         self.id = job_id  # also the task id and part of the object keys
         self._broker = broker
+        seen = time.monotonic() if is_submitted else None
         self.make_wait: Callable[[float | None], Wait] = partial(
-            Wait, broker, job_id, is_submitted=is_submitted, submit_again=submit_again
+            Wait, broker, job_id, seen=seen, submit_again=submit_again
         )
 
     def __repr__(self) -> str:
@@ -74,7 +76,8 @@ class JobHandle:
         Without a reply the state is UNKNOWN, as for an id that does not exist; only `result` tells
         them apart.
         """
-        return _read_status(self._broker, self.id)
+        status, _ = _read_status(self._broker, self.id)
+        return status
 
     def events(self, timeout: float | None = None) -> Generator[JobStatus, None, None]:
         """Yield each new status as it comes; the last one is the end of the job.
@@ -145,13 +148,13 @@ class Wait:
         job_id: str,
         timeout: float | None,
         *,
-        is_submitted: bool = False,
+        seen: float | None = None,
         submit_again: Callable[[], None] | None = None,
     ) -> None:
         """Wait for up to `timeout` seconds; raise `InvalidRequest` if that is not a number.
 
-        `submit_again` is called if Redis has lost the job. A job that was not submitted by this
-        process counts as lost only if this wait has seen it before.
+        `submit_again` is called if Redis has lost the job. A job counts as lost only if Redis has
+        had it before: when this wait saw that, or at the time `seen` on the monotonic clock.
         """
         if timeout is None:
             timeout = math.inf
@@ -160,7 +163,7 @@ class Wait:
         self._broker, self._job_id, self._timeout = broker, job_id, timeout
         self._begin = time.monotonic()
         self._end = self._begin + timeout
-        self._was_seen, self._submit_again = is_submitted, submit_again
+        self._seen, self._submit_again = seen, submit_again
         self._missing_since: float | None = None  # on the monotonic clock
         self._losses = broker.losses()
         self._failing_since: float | None = None  # on the monotonic clock
@@ -243,11 +246,11 @@ class Wait:
         return found
 
     def _read_status(self) -> JobStatus:
-        status = _read_status(self._broker, self._job_id)
+        status, is_absent = _read_status(self._broker, self._job_id)
         if status.state is JobState.UNKNOWN:
-            self._check_for_loss()
+            self._check_for_loss(is_absent=is_absent)
         else:
-            self._was_seen, self._missing_since = True, None
+            self._seen, self._missing_since = time.monotonic(), None
         return status
 
     def _read_result(self, *, asks_worker: bool) -> GenerateResult | None:
@@ -259,7 +262,7 @@ class Wait:
         if meta.state in READY_STATES:
             raise error_of(self._job_id, meta)
         if meta.state != JobState.PENDING:
-            self._was_seen, self._missing_since = True, None
+            self._seen, self._missing_since = time.monotonic(), None
             return None
         if not asks_worker:
             return None
@@ -268,23 +271,27 @@ class Wait:
         if queued.verdict is not None:
             raise queued.verdict
         if queued.is_open:
-            self._is_absent, self._was_seen, self._missing_since = False, True, None
+            self._is_absent, self._seen, self._missing_since = False, time.monotonic(), None
             return None
         found = _manifest(self._broker, self._job_id, self._left())
         if isinstance(found, GenerateResult):
             return found
         self._is_absent = found is NoManifest.ABSENT
-        self._check_for_loss()
+        self._check_for_loss(is_absent=self._is_absent)
         return None
 
-    def _check_for_loss(self) -> None:
+    def _check_for_loss(self, *, is_absent: bool) -> None:
         """Submit again, or raise `JobVanished`, if Redis has had no record of a known job for 3 s.
 
         One look is not enough: the worker of a running job reports it to the new primary soon.
+        A record that was not seen for a day may have expired after the job's end: then a worker
+        must have replied that there is no manifest.
         """
-        if not self._was_seen or self._broker.queue_status(self._job_id).is_recorded:
+        if self._seen is None or self._broker.queue_status(self._job_id).is_recorded:
             return
         now = time.monotonic()
+        if not is_absent and now - self._seen >= RESULT_EXPIRES:
+            return
         self._manifest_due = now + _VANISHED
         if self._missing_since is None:
             self._missing_since = now
@@ -321,22 +328,24 @@ def has_ended(status: JobStatus | None) -> bool:
     return status is not None and status.state in READY_STATES
 
 
-def _read_status(broker: Broker, job_id: str) -> JobStatus:
+def _read_status(broker: Broker, job_id: str) -> tuple[JobStatus, bool]:
+    """Return the status, and whether a worker has replied that it has no manifest of the job."""
     meta = broker.task_meta(job_id)
     if meta.state != JobState.PENDING:
-        return status_of(job_id, meta)
+        return status_of(job_id, meta), False
     # Celery's result is still to come, has expired, or is lost.
     queued = broker.queue_status(job_id)
     if queued.is_open:
         phase = Phase.QUEUED.progress_name
-        return JobStatus(state=JobState.PENDING, phase=phase, position=queued.position)
+        return JobStatus(state=JobState.PENDING, phase=phase, position=queued.position), False
     if isinstance(queued.verdict, JobRevoked | JobExpired):
-        return JobStatus(state=JobState.REVOKED)
+        return JobStatus(state=JobState.REVOKED), False
     if queued.verdict is not None:
-        return JobStatus(state=JobState.FAILURE)
-    if isinstance(_manifest(broker, job_id), GenerateResult):
-        return JobStatus(state=JobState.SUCCESS)
-    return JobStatus(state=JobState.UNKNOWN)
+        return JobStatus(state=JobState.FAILURE), False
+    found = _manifest(broker, job_id)
+    if isinstance(found, GenerateResult):
+        return JobStatus(state=JobState.SUCCESS), False
+    return JobStatus(state=JobState.UNKNOWN), found is NoManifest.ABSENT
 
 
 def _manifest(

@@ -101,6 +101,22 @@ def test_job_that_waits_for_redis_beyond_its_hard_limit_is_tried_again(
         assert handle.result(timeout=60).base_intact
 
 
+def test_job_that_waits_for_redis_for_longer_than_its_hard_limit_keeps_its_child(
+    scene: Scene, valkey: Valkey
+) -> None:
+    with scene.worker(ZLORA_HARD_GRACE="3"):
+        handle = scene.submit(steps=2, step=0.5, fields={"timeout": 2})
+        scene.wait_step(handle)
+        valkey.kill()
+        wait_until(lambda: scene.events("end", handle), "the job ends")
+        time.sleep(5)
+        valkey.start()
+
+        assert handle.result(timeout=60).base_intact
+        assert scene.submit().result(timeout=60).base_intact
+        assert (scene.begun(handle), len(scene.events("loaded"))) == (1, 1)
+
+
 def test_result_that_cannot_be_sent_waits_and_the_child_draws_on(
     scene: Scene, valkey: Valkey, tally: Tally
 ) -> None:
@@ -148,6 +164,27 @@ def test_end_that_cannot_be_stored_is_not_invented_by_the_parent(
     assert set(scene.witness.states(drawn.id)) <= {"PROGRESS", "SUCCESS"}
     assert set(scene.witness.states(failed.id)) <= {"PROGRESS", "FAILURE"}
     assert scene.begun(drawn) == 1
+
+
+@pytest.mark.parametrize(("right", "line"), [("brpop", "no job is taken"), ("hset", "waits until")])
+def test_worker_whose_user_lacks_a_right_waits_for_it(
+    scene: Scene, valkey: Valkey, right: str, line: str
+) -> None:
+    """To take a message, or to hold it: an end would cost a model load, and so would each start."""
+    with valkey.client() as broker:
+        broker.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], commands=["+@all"])
+        broker.acl_setuser("limited", enabled=True, channels=["*"])
+        url = valkey.url.replace("redis://", "redis://limited:any@")
+        with scene.worker(ZLORA_BROKER_URL=url) as worker:
+            broker.acl_setuser("limited", enabled=True, commands=[f"-{right}"])
+            handle = scene.submit()
+            wait_until(lambda: worker.lines(line), "the worker is refused")
+            time.sleep(1)
+            assert worker.process.poll() is None
+            broker.acl_setuser("limited", enabled=True, commands=[f"+{right}"])
+
+            assert handle.result(timeout=60).base_intact
+            assert len(scene.events("loaded")) == 1
 
 
 @contextmanager

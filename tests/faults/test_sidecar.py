@@ -10,6 +10,7 @@ from typing import Final
 
 from support.processes import wait_until
 from support.scene import Scene
+from support.valkey import Valkey
 from zlora.broker.keys import RECORD_EXPIRES, sidecar_faults_key
 
 TIMEOUT: Final = 5  # seconds; a sidecar needs some to start on a busy machine
@@ -55,6 +56,22 @@ def test_a_sidecar_that_hangs_is_replaced_and_a_lost_message_is_sent_again(scene
         assert not Path(f"/proc/{first}").exists()
         assert running.lines("the sidecar has given no sign of life for")
         assert faults(scene) == {"hung": "1"}
+
+
+def test_a_sidecar_that_ends_while_redis_is_down_is_started_again_meanwhile(
+    scene: Scene, valkey: Valkey
+) -> None:
+    """Metrics would be missing for as long as the outage lasts."""
+    with scene.worker() as running:
+        first = running.sidecar()
+        valkey.kill()
+        try:
+            wait_until(lambda: running.lines("Trying again"), "the parent waits for Redis")
+            scene.kill(first)
+            wait_until(lambda: running.sidecar() != first, "there is another sidecar")
+        finally:
+            valkey.start()
+        assert scene.submit().result(timeout=60).base_intact
 
 
 def test_a_sidecar_stays_if_the_whole_worker_stood_still(scene: Scene) -> None:

@@ -21,6 +21,7 @@ from celery.signals import (
     worker_process_shutdown,
 )
 from celery.utils.log import get_logger
+from celery.worker import state
 from zlora.broker.celery_app import IsolatedCelery, shared_config
 from zlora.broker.redis import check_urls
 from zlora.errors import BaseNotRestored, InvalidSetting, ZloraError
@@ -72,14 +73,23 @@ sidecar = SidecarProcess(
     timeout=settings.sidecar_timeout,
     count=partial(count_sidecar_fault, leases.impatient, settings.queue),
 )
-transport.install(load_state.parent_is_alive)
+
+
+def look_while_waiting() -> None:
+    """Show that the parent is alive, and look at the sidecar, while the parent waits for Redis."""
+    load_state.parent_is_alive()
+    if state.should_stop is None:  # else an alarm looks (`graceful_shutdown`), perhaps right now
+        sidecar.look()
+
+
+transport.install(look_while_waiting)
 
 app = IsolatedCelery("zlora_worker", shared, set_as_current=True)
 app.conf.update(
     # One child, one model, one GPU. A machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
-    worker_consumer=job_consumer(leases, drawn, load_state.parent_is_alive),
+    worker_consumer=job_consumer(leases, drawn, look_while_waiting),
     # One running job and none reserved: an idle worker finds what a busy one has not begun.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
@@ -121,7 +131,11 @@ app.steps["worker"].update(
     )
 )
 app.steps["consumer"].update(
-    (child_watch(load_state, sidecar, drawn), visibility_heartbeat(drawn), drawn_jobs_step(drawn))
+    (
+        child_watch(load_state, sidecar, drawn, leases),
+        visibility_heartbeat(drawn),
+        drawn_jobs_step(drawn),
+    )
 )
 remote_control.restrict()
 

@@ -76,5 +76,10 @@ class Ending:
             return Requeue(f"the URLs of its images cannot be made: {error}", LEASE)
 
     def is_store_lost(self) -> bool:
-        """Record that the store does not answer; return whether the job has waited long enough."""
-        return self.leases.note_store_outage(self.job_id) > _STORE_PATIENCE
+        """Record that the store does not answer; return whether the job has waited long enough.
+
+        An attempt without a claim leaves that to the worker that has the job.
+        """
+        if not self.token:
+            return False
+        return self.leases.note_store_outage(self.job_id, self.token) > _STORE_PATIENCE

@@ -18,7 +18,7 @@ A record is the hash `keys.job_key`:
 | `counted` | the end of the job is counted in the metrics |
 | `ending` | a sidecar is about to end the job, which no worker holds |
 | `failing` | the error that the job ends with once the store answers |
-| `spoilt` | how many times the base model differed after the job |
+| `spoilt` | how many times the base model differed after the job; 0: in a worker that lost it |
 | `overtime` | the time limit in seconds, if the child process was killed for exceeding it |
 | `queue` | queue of the job; a client of another queue may end it |
 | `webhook` | a `Webhook` for the end of the job |

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -97,22 +98,20 @@ def requeue(job_id: str, new_id: str | None, as_json: bool) -> None:
     """
     new_id = next_id(check_job_id(job_id)) if new_id is None else check_job_id(new_id)
     with connection.dead_jobs() as jobs:
-        job = jobs.get(job_id)
-        if job.requeued_as not in (None, new_id):
-            message = f"job {job_id} was requeued as {job.requeued_as}"
-            raise Conflict(message, {"job_id": job.requeued_as})
-        old, now = job.submission, time.time()
+        old, now = jobs.get(job_id).submission, time.time()
         submission = msgspec.structs.replace(
             old,
             submitted=now,
             expires=None if old.expires is None else now + old.expires - old.submitted,
         )
-        broker = RedisBroker.from_env(os.environ)
-        try:
-            broker.put([NewJob(new_id, submission, digest_of(parse_request(old.request)))])
-        finally:
-            broker.close()
-        jobs.mark_requeued(job_id, new_id)
+        new = NewJob(new_id, submission, digest_of(parse_request(old.request)))
+        with closing(RedisBroker.from_env(os.environ)) as broker:
+            jobs.mark_requeued(job_id, new_id)
+            try:
+                broker.put([new])
+            except Conflict:
+                jobs.unmark_requeued(job_id, new_id)
+                raise
     if as_json:
         print_json({"job_id": new_id})
     else:

@@ -900,6 +900,26 @@ def test_a_job_that_redis_has_lost_is_an_error_to_submit_it_again(
 
 
 @pytest.mark.parametrize("events", [False, True])
+def test_a_job_that_ended_over_a_day_ago_is_not_lost_while_no_worker_replies(
+    broker: Any, client: Client, broker_url: str, events: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record has expired, and only a worker knows that it has a result."""
+    monkeypatch.setattr(handle, "_VANISHED", 0.2)
+    monkeypatch.setattr(handle, "_LOOK_PAUSES", (0.1, 0.1))
+    monkeypatch.setattr(handle, "RESULT_EXPIRES", 0)
+    job = client.submit(REQUEST, job_id="job-1")
+    broker.flushall()
+    call: Any = (lambda: list(job.events(1))) if events else lambda: job.result(1)
+    with pytest.raises(ResultTimeout):
+        call()
+
+    with sidecar(broker_url, {"job-1": MANIFEST}):
+        assert job.result(timeout=5) == RESULT
+    with sidecar(broker_url, {}), pytest.raises(JobVanished):
+        job.result(timeout=5)
+
+
+@pytest.mark.parametrize("events", [False, True])
 def test_a_client_submits_a_lost_job_again_if_it_is_to(
     broker: Any, client: Client, broker_url: str, events: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,14 +172,25 @@ def graceful_shutdown(
     return GracefulShutdown
 
 
-def child_watch(load_state: LoadState, sidecar: SidecarProcess, drawn: DrawnJobs) -> Step:
+def child_watch(
+    load_state: LoadState, sidecar: SidecarProcess, drawn: DrawnJobs, leases: JobLeases
+) -> Step:
     """Return the step that stops the worker if a new child cannot load the model."""
 
     class ChildWatch(bootsteps.StartStopStep):
         requires = ("celery.worker.consumer.tasks:Tasks",)
 
         def start(self, consumer: Any) -> None:
-            """Look each second; runs with each connection to the broker."""
+            """Look each second; runs with each connection to the broker.
+
+            A child that waits for Redis, and does not draw, gets the whole time of its job again:
+            an outage may have lasted longer, and the timers run again after this.
+            """
+            pool = consumer.pool._pool  # noqa: SLF001 - Celery has no public way to its timers
+            for result in pool._cache.values():  # noqa: SLF001
+                if result.accepted() and not leases.is_drawing:
+                    pool.on_timeout_cancel(result)
+                    pool.on_timeout_set(result, None, result._timeout)  # noqa: SLF001
 
             def look() -> None:
                 load_state.parent_is_alive()

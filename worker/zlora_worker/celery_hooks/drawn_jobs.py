@@ -127,7 +127,7 @@ class DrawnJobs:
 
     def wait(self) -> None:
         """Return once all jobs have ended, or the worker is to end at once."""
-        while self._open and not state.should_terminate:
+        while self._open and state.should_terminate is None:
             select.select([self._to_parent[0]], [], [], _WAIT)
             self.look()
 

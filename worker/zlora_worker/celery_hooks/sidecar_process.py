@@ -87,7 +87,10 @@ class SidecarProcess:
             os.close(pipe)
 
     def look(self) -> None:
-        """Start the process again if it has ended or hangs; to be called each second."""
+        """Start the process again if it has ended or hangs; to be called each second.
+
+        Does nothing before the first start and after `stop`.
+        """
         if self._process is None:
             return
         now = time.monotonic()
@@ -127,12 +130,13 @@ class SidecarProcess:
         """Stop the process. Does nothing if it has ended."""
         if self._process is None:
             return
-        self._process.terminate()
+        process, self._process = self._process, None
+        process.terminate()
         try:
-            self._process.wait(_LAST_SECONDS)
+            process.wait(_LAST_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            process.kill()
+            process.wait()
 
 
 def count_sidecar_fault(client: Any, queue: str, fault: str) -> None:

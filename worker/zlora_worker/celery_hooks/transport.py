@@ -131,9 +131,9 @@ class _Client(redis.Redis):
         try:
             answer = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
         except redis.ResponseError as error:
-            if command_name != "BRPOP" or not _is_wrong_type(error):
+            if command_name != "BRPOP" or not _may_be_repaired(error):
                 raise
-            _log_seldom("the queue is a key of another type in Redis: no job is taken")
+            _log_seldom(f"no job is taken: {error}")
             time.sleep(_PAUSE)
             return None
         if command_name != "BRPOP" or not answer:
@@ -171,8 +171,9 @@ class _Client(redis.Redis):
 class QoS(kombu_redis.QoS):
     """Messages that this worker holds.
 
-    Waits while Redis is down or full, or while a key has another type. Times are by Redis's clock:
-    kombu takes its own, and the messages of a dead worker whose clock was ahead would wait for it.
+    Waits while Redis is down or full, a key has another type, or the user lacks a right. Times are
+    by Redis's clock: kombu takes its own, and the messages of a dead worker whose clock was ahead
+    would wait for it.
     """
 
     channel: Any  # the stubs have no channel of Redis
@@ -222,9 +223,9 @@ class QoS(kombu_redis.QoS):
                 self._skew = clock_skew(client)
             super().restore_visible(*arguments, **options)
         except redis.ResponseError as error:
-            if not _is_wrong_type(error):
+            if not _may_be_repaired(error):
                 raise
-            _log_seldom(f"`{self.unacked_key}` is a key of another type in Redis")
+            _log_seldom(f"messages of dead workers are not put back: {error}")
 
     def restore_unacked(self, client: Any = None) -> None:
         """Put back the messages that this worker holds.
@@ -243,7 +244,7 @@ class QoS(kombu_redis.QoS):
             try:
                 action()
             except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError) as error:
-                if isinstance(error, redis.ResponseError) and not _is_wrong_type(error):
+                if isinstance(error, redis.ResponseError) and not _may_be_repaired(error):
                     raise
                 if not state.should_stop:
                     give_up = time.monotonic() + _LAST_WAIT
@@ -315,8 +316,10 @@ def _replacement(job_id: str, fault: str, queue: str) -> dict[str, Any]:
     }
 
 
-def _is_wrong_type(error: Exception) -> bool:
-    return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
+def _may_be_repaired(error: redis.ResponseError) -> bool:
+    """Return whether an operator can end the cause: a key of another type, or a missing right."""
+    is_forbidden = isinstance(error, redis.exceptions.NoPermissionError)
+    return is_forbidden or any(text in str(error) for text in ("WRONGTYPE", "ACL failure"))
 
 
 _logged: dict[str, float] = {}  # lines, and when each was logged last

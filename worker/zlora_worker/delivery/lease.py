@@ -43,6 +43,7 @@ _IMPATIENCE: Final = 1.0  # seconds that a running job may lose to a Redis that 
 _STORE_DOWN: Final = (
     "store_away"  # field of the record: first failure of the store, seconds by Redis's clock
 )
+_SPOILT: Final = "spoilt"  # field of the record: how many times the base model differed
 
 logger = get_task_logger(__name__)
 
@@ -103,12 +104,13 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[2], ARGV[6], 'PX', ARGV[2])
 return 1
 """
-_NOTE_ERROR: Final = """
+# Write a field of a record by a command such as HSET, and return the field.
+_NOTE: Final = """
 local token = redis.call('HGET', KEYS[1], 'token')
-if token and tonumber(token) > tonumber(ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[1], 'failing', ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
-return 1
+if token and tonumber(token) > tonumber(ARGV[1]) then return false end
+redis.call(ARGV[2], KEYS[1], ARGV[3], ARGV[4])
+redis.call('EXPIRE', KEYS[1], ARGV[5], 'NX')
+return redis.call('HGET', KEYS[1], ARGV[3])
 """
 # Delete a worker's running attempts; of the newest claim, record that its time was over.
 _TIME_OUT: Final = """
@@ -130,19 +132,21 @@ end
 """
 # Celery's backend stores a state and publishes it on a channel of the same name.
 # An end that it has stays, even if Redis has lost the record.
-_STORE_STATE: Final = """
-local record = redis.call('HMGET', KEYS[1], 'token', 'closed')
-if record[2] or (record[1] and tonumber(record[1]) > tonumber(ARGV[1])) then return 0 end
-local stored = redis.call('GET', KEYS[2])
+_STORE_UNLESS_ENDED: Final = """
+local stored = redis.call('GET', KEYS[1])
 local is_json, meta = pcall(cjson.decode, stored or '')
 if is_json and type(meta) == 'table' then
   local state = meta.status
   if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then return 0 end
 end
-redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
-redis.call('PUBLISH', KEYS[2], ARGV[2])
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+redis.call('PUBLISH', KEYS[1], ARGV[1])
 return 1
 """
+_STORE_STATE: Final = f"""
+local record = redis.call('HMGET', KEYS[2], 'token', 'closed')
+if record[2] or (record[1] and tonumber(record[1]) > tonumber(ARGV[3])) then return 0 end
+{_STORE_UNLESS_ENDED}"""
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
@@ -193,7 +197,7 @@ class Claim:
 
         They may not if a base model was found changed after one of the attempts.
         """
-        return "begun" in self.record and "spoilt" not in self.record
+        return "begun" in self.record and _SPOILT not in self.record
 
     def raise_if_poisoned(self, job_id: str, *, max_attempts: int, max_losses: int) -> None:
         """Raise `JobPoisoned` if the job has ended too many child processes, or lost its worker.
@@ -232,7 +236,6 @@ class JobLeases:
 
     def __init__(self, broker_url: str, queue: str, *, result_backend: str | None = None) -> None:
         """`result_backend` is the URL of the Redis with Celery's states, if it is another one."""
-        self._has_results = result_backend in (None, broker_url)
         self.jobs = JobStore(connect(broker_url, patient=True), queue)
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
@@ -240,11 +243,17 @@ class JobLeases:
         self.sidecar = f"{self.worker}-sidecar"  # has the jobs that the child has drawn
         self._draws = mmap.mmap(-1, 1)  # parent and child share this byte: 1 while the child draws
         self._claim = self.jobs.redis.register_script(_CLAIM)
-        self._note_error = self.jobs.redis.register_script(_NOTE_ERROR)
+        self._note_field = self.jobs.redis.register_script(_NOTE)
         self._end_attempt = self.jobs.redis.register_script(_END_ATTEMPT)
         self._renew_lease = self.impatient.register_script(_RENEW_LEASE)
         self._release = self.impatient.register_script(_RELEASE)
         self._store_state = self.impatient.register_script(_STORE_STATE)
+        self._store_elsewhere: tuple[Any, Any] | None = None  # by an impatient and a patient client
+        if result_backend not in (None, broker_url):
+            self._store_elsewhere = (
+                connect(result_backend, seconds=_IMPATIENCE).register_script(_STORE_UNLESS_ENDED),
+                connect(result_backend, patient=True).register_script(_STORE_UNLESS_ENDED),
+            )
         self._time_out = self.impatient.register_script(_TIME_OUT)
 
     # In the child, around a delivery
@@ -403,16 +412,14 @@ class JobLeases:
         meta = backend._get_result_meta(value, state.value, None, request)  # noqa: SLF001 - no other
         document, key = backend.encode(meta | {"task_id": job_id}), backend.get_key_for_task(job_id)
         client = self.jobs.redis if patient else self.impatient
-        if self._has_results:
-            keys = [job_key(job_id), key]
-            return bool(
-                self._store_state(keys=keys, args=[token, document, RESULT_EXPIRES], client=client)
-            )
+        values = [document, RESULT_EXPIRES]
+        if self._store_elsewhere is None:
+            keys = [key, job_key(job_id)]
+            return bool(self._store_state(keys=keys, args=[*values, token], client=client))
         newest, closed = client.hmget(job_key(job_id), ("token", "closed"))
         if not _is_newest(token, newest) or closed is not None:
             return False
-        backend.set(key, document)
-        return True
+        return bool(self._store_elsewhere[patient](keys=[key], args=values))
 
     def record_verdict(
         self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None
@@ -436,8 +443,7 @@ class JobLeases:
         Raises `LeaseLost` if another worker has taken the job.
         """
         text = json.dumps([error.code, error.message, error.details])
-        if not self._note_error(keys=[job_key(job_id)], args=[token, text, RECORD_EXPIRES]):
-            raise LeaseLost(f"another worker has taken job {job_id}")
+        self._note(job_id, token, "HSET", "failing", text)
 
     def is_first_to_count(self, job_id: str) -> bool:
         """Return whether no worker has counted the end of this job in its metrics; mark it so."""
@@ -448,30 +454,48 @@ class JobLeases:
             return bool(pipe.execute()[0])
         return True
 
-    def count_corrupted(self, job_id: str) -> int:
-        """Count a base model that the job has left changed; return how many there were."""
-        with self.jobs.redis.pipeline() as pipe:
-            pipe.hincrby(job_key(job_id), "spoilt", 1)
-            pipe.expire(job_key(job_id), RECORD_EXPIRES, nx=True)
-            count, _ = pipe.execute()
-        return int(count)
+    def count_corrupted(self, job_id: str, token: str) -> int:
+        """Count a base model that the job has left changed; return how many there were.
 
-    def note_store_outage(self, job_id: str) -> float:
-        """Record that the store does not answer; return the seconds since it was first recorded."""
-        key, now = job_key(job_id), self.jobs.now()
-        with self.jobs.redis.pipeline() as pipe:
-            pipe.hsetnx(key, _STORE_DOWN, now)
-            pipe.hget(key, _STORE_DOWN)
-            pipe.expire(key, RECORD_EXPIRES, nx=True)
-            _, since, _ = pipe.execute()
-        return now - float(since)
+        Raises `LeaseLost` if another worker has taken the job: the base model does not count then,
+        but later attempts reuse no images of this one.
+        """
+        try:
+            return int(self._note(job_id, token, "HINCRBY", _SPOILT, "1"))
+        except LeaseLost:
+            with self.jobs.redis.pipeline() as pipe:
+                pipe.hsetnx(job_key(job_id), _SPOILT, 0)
+                pipe.expire(job_key(job_id), RECORD_EXPIRES, nx=True)
+                pipe.execute()
+            raise
+
+    def note_store_outage(self, job_id: str, token: str) -> float:
+        """Record that the store does not answer; return the seconds since it was first recorded.
+
+        Raises `LeaseLost` if another worker has taken the job.
+        """
+        now = self.jobs.now()
+        return now - float(self._note(job_id, token, "HSETNX", _STORE_DOWN, str(now)))
 
     def clear_store_outage(self, job_id: str, record: Mapping[str, str]) -> None:
         """Record that the store answers again, if the job's record says that it did not."""
         if _STORE_DOWN in record:
             self.jobs.redis.hdel(job_key(job_id), _STORE_DOWN)
 
+    def _note(self, job_id: str, token: str, command: str, field: str, value: str) -> str:
+        """Write a field of the record, and return it; raise `LeaseLost`."""
+        arguments = [token, command, field, value, RECORD_EXPIRES]
+        written: str | None = self._note_field(keys=[job_key(job_id)], args=arguments)
+        if written is None:
+            raise LeaseLost(f"another worker has taken job {job_id}")
+        return written
+
     # In the parent, about its child
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether the child draws, and does not wait for Redis."""
+        return bool(self._draws[0])
 
     def is_known(self, job_id: str) -> bool:
         """Return whether a job with this id was submitted."""
@@ -494,7 +518,7 @@ class JobLeases:
         Only deletes the attempt if another worker has claimed the job since, or the child did not
         draw: it waited for Redis, and that does not count. Does nothing if the attempt was over.
         """
-        if not self._draws[0]:
+        if not self.is_drawing:
             self.give_up(job_id)
             return
         self._draws[0] = 0

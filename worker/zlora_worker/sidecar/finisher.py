@@ -168,10 +168,6 @@ class _Attempt:
             except JobEnded as ended:
                 error = ended.verdict
                 continue
-            except StoreFailed as failure:
-                reason = f"the store does not answer: {failure}"
-                if self._ending.is_store_lost():
-                    error = failure
             except ZloraError as failure:
                 error = failure
                 continue
@@ -181,6 +177,7 @@ class _Attempt:
             time.sleep(jittered(_PAUSE))
 
     def _finish(self) -> Outcome:
+        """Store images and manifest; return `Requeue` if the store does not answer."""
         if self._is_leased:  # a further try
             self._check()
         if self._result is None:
@@ -195,6 +192,10 @@ class _Attempt:
                     on_drawn=self._hold,
                     check=self._check,
                 )
+            except StoreFailed as failure:
+                if self._ending.is_store_lost():
+                    return self._ending.end(failure)
+                return Requeue(f"the store does not answer: {failure}", _PAUSE)
             finally:
                 self._slots.release()
             if isinstance(end, ZloraError):

@@ -2,7 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import msgspec
@@ -14,8 +16,10 @@ from zlora.broker import job_store
 from zlora.broker.dead_jobs import DeadJobs, next_id
 from zlora.broker.job_store import Attempt, JobStore, Submission
 from zlora.broker.keys import RECORD_EXPIRES, dead_jobs_key, requeued_jobs_key
+from zlora.broker.protocol import NewJob
+from zlora.broker.redis import RedisBroker
 from zlora.cli import main
-from zlora.errors import JobPoisoned
+from zlora.errors import Conflict, JobPoisoned
 from zlora.webhook import Webhook
 
 URL = "https://receiver.invalid/hook?token=s3cret"
@@ -117,6 +121,44 @@ def test_a_second_requeue_names_the_first_and_submits_nothing(client: Client) ->
     assert again.exit_code == 65
     assert "requeued as mine" in again.output
     assert client.job("j-r2").status().state is JobState.UNKNOWN
+
+
+def test_of_two_operators_who_requeue_a_job_at_once_one_does(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one comes while the first one is about to send."""
+    poison(client, "j")
+    put, second = RedisBroker.put, list[Result]()
+
+    def put_late(broker: RedisBroker, jobs: Sequence[NewJob]) -> None:
+        monkeypatch.setattr(RedisBroker, "put", put)
+        second.append(run("requeue", "j", "--job-id", "b"))
+        broker.put(jobs)
+
+    monkeypatch.setattr(RedisBroker, "put", put_late)
+
+    assert run("requeue", "j", "--job-id", "a").exit_code == 0
+    assert [result.exit_code for result in second] == [65]
+    assert client.job("a").status().state is JobState.PENDING
+    assert client.job("b").status().state is JobState.UNKNOWN
+    assert document("ls")[0]["requeued_as"] == "a"
+
+
+def test_a_job_has_one_mark_of_any_number_of_operators_at_once(client: Client) -> None:
+    poison(client, "j")
+    jobs, start = DeadJobs(store_of(client).redis, "gpu"), Barrier(8)
+
+    def mark(new_id: str) -> None:
+        start.wait(10)
+        jobs.mark_requeued("j", new_id)
+
+    with ThreadPoolExecutor(8) as pool:
+        tried = {f"j-{index}": pool.submit(mark, f"j-{index}") for index in range(8)}
+    (name,) = [name for name, call in tried.items() if call.exception() is None]
+    errors = [call.exception() for call in tried.values() if call.exception()]
+
+    assert [type(error) for error in errors] == [Conflict] * 7
+    assert [job.requeued_as for job in jobs.all()] == [name]
 
 
 def test_a_requeue_under_the_id_of_another_request_is_a_conflict(client: Client) -> None:

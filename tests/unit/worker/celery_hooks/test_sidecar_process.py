@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -75,6 +76,14 @@ def test_a_parent_without_free_handles_starts_a_sidecar_later(
 
     # the one that was killed is counted, too, before the new one hangs
     parent.looks_until_counted("not_started", "ended", "hung")
+
+
+def test_no_sidecar_is_started_after_the_stop(parent: Parent) -> None:
+    parent.sidecar.stop()
+    time.sleep(0.2)
+    parent.sidecar.look()
+
+    assert parent.faults == []
 
 
 def no_handles() -> NoReturn:

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from threading import Barrier, Thread
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -349,7 +350,12 @@ def test_a_death_releases_the_lease_of_its_own_worker_only(
 
 
 def test_corrupted_base_models_are_counted(make_worker: MakeWorker, job: str) -> None:
-    assert [make_worker().count_corrupted(job), make_worker().count_corrupted(job)] == [1, 2]
+    found = list[int]()
+    for _ in range(2):
+        with (worker := make_worker()).claim(job, "d") as claim:
+            found.append(worker.count_corrupted(job, claim.token))
+        lapse(worker, job)
+    assert found == [1, 2]
 
 
 # --- a worker that stood still
@@ -388,6 +394,9 @@ def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
                 frozen.raise_if_over(job, old.token)
             with pytest.raises(LeaseLost):
                 frozen.require_newest(job, old.token)
+            with pytest.raises(LeaseLost):
+                frozen.note_store_outage(job, old.token)
+            assert "store_away" not in other.record(job)
             state = JobState.RETRY
             assert not frozen.store_state(app.backend, request, old.token, state, LoraNotFound())
             assert app.backend.get_task_meta(job)["status"] == "PENDING"
@@ -397,6 +406,20 @@ def test_a_worker_that_lost_its_lease_must_leave_the_job_and_changes_nothing(
             other.raise_if_over(job, new.token)  # must not raise
             assert other.store_state(app.backend, request, new.token, state, LoraNotFound())
     assert attempts(other, job) == []
+
+
+def test_a_base_model_of_a_worker_that_lost_the_job_does_not_count_but_spoils_its_images(
+    make_worker: MakeWorker, job: str
+) -> None:
+    frozen, other, third = make_worker(), make_worker(), make_worker()
+    with frozen.claim(job, "d") as old:
+        lapse(frozen, job)
+        with other.claim(job, "d"), pytest.raises(LeaseLost):
+            frozen.count_corrupted(job, old.token)
+    lapse(other, job)
+    with third.claim(job, "d") as claim:
+        assert not claim.is_resumed
+        assert third.count_corrupted(job, claim.token) == 1
 
 
 def test_a_worker_must_leave_a_job_that_has_a_result(make_worker: MakeWorker, job: str) -> None:
@@ -440,11 +463,43 @@ def test_a_worker_keeps_a_job_whose_newest_claim_redis_has_lost(
             app.backend, request, new.token, JobState.RETRY, LoraNotFound(), patient=True
         )
         second.note_error(job, new.token, LoraNotFound())
+        assert second.note_store_outage(job, new.token) >= 0
         assert second._renew_lease(
             keys=[lease_key(job), job_key(job)], args=[second.worker, 1000, new.token]
         )
         with pytest.raises(LeaseLost):
             first.require_newest(job, old.token)
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_no_state_replaces_an_end_in_a_result_backend_of_its_own(
+    broker_url: str, job: str, monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    """The worker stands still between its look at the record and its write to the backend."""
+    url = f"{broker_url.removesuffix('/0')}/1"
+    config = shared_config(broker_url=broker_url, result_backend=url, queue="gpu")
+    leases, app = JobLeases(broker_url, "gpu", result_backend=url), IsolatedCelery("test", config)
+    backend: Any = app.backend
+    request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
+    client = leases.jobs.redis if patient else leases.impatient
+    look = client.hmget
+
+    def store(state: JobState) -> bool:
+        return leases.store_state(backend, request, "1", state, {"step": 1}, patient=patient)
+
+    def look_and_stand_still(*arguments: Any) -> Any:
+        found = look(*arguments)
+        backend.set(backend.get_key_for_task(job), backend.encode({"status": "SUCCESS"}))
+        return found
+
+    with app, leases.jobs.redis, leases.impatient:
+        assert store(JobState.PROGRESS)
+        assert backend.get_task_meta(job)["status"] == "PROGRESS"
+        monkeypatch.setattr(client, "hmget", look_and_stand_still)
+        assert not store(JobState.PROGRESS)
+        assert backend.client.get(backend.get_key_for_task(job)) == b'{"status": "SUCCESS"}'
+        assert backend.client.ttl(backend.get_key_for_task(job)) > 0
+    backend.client.connection_pool.disconnect()
 
 
 # --- verdicts
@@ -483,11 +538,11 @@ def test_the_first_verdict_of_a_job_stands(make_worker: MakeWorker, job: str) ->
         lambda leases, job: leases.jobs.cancel(job),
         lambda leases, job: leases.record_verdict(job, LoraNotFound()),
         claim_once,
-        lambda leases, job: leases.count_corrupted(job),
+        lambda leases, job: leases.count_corrupted(job, "1"),
         lambda leases, job: leases.give_up(job),
         lambda leases, job: leases.child_died(job, "SIGKILL"),
         lambda leases, job: leases.child_timed_out(job, 5.0),
-        lambda leases, job: leases.note_store_outage(job),
+        lambda leases, job: leases.note_store_outage(job, "1"),
         lambda leases, job: leases.is_first_to_count(job),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from support.inline_worker import REQUEST, InlineWorker, digest
 from zlora.broker.job_store import attempts_of
 from zlora.broker.keys import job_key, lease_key
-from zlora.errors import JobTimeout, LoraNotFound, StoreFailed, ZloraError
+from zlora.errors import BaseNotRestored, JobTimeout, LoraNotFound, StoreFailed, ZloraError
 from zlora.schema import Phase, image_key, manifest_key, parse_request
 from zlora_worker import ending
 from zlora_worker.delivery.lease import ClaimState
@@ -34,7 +34,14 @@ def other_draws(worker: InlineWorker, job: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "error", [JobTimeout("too long"), LoraNotFound("none"), StoreFailed("full"), KeyError("unet")]
+    "error",
+    [
+        JobTimeout("too long"),
+        LoraNotFound("none"),
+        StoreFailed("full"),
+        KeyError("unet"),
+        BaseNotRestored("changed"),
+    ],
 )
 def test_an_error_of_a_worker_that_lost_the_job_is_neither_its_end_nor_its_retry(
     worker: InlineWorker, job: str, error: Exception
