@@ -326,7 +326,10 @@ class Delivery:
         if should_retry(self._task, error):
             return Retry(error, pause_before_retry(self._task, error))
         is_corrupted = isinstance(error, BaseNotRestored)
-        if is_corrupted and self._leases.count_corrupted(self._job_id, self._ending.token) < _CORRUPTIONS:
+        if (
+            is_corrupted
+            and self._leases.count_corrupted(self._job_id, self._ending.token) < _CORRUPTIONS
+        ):
             return Corrupted(f"job {self._job_id}: {error}")
         if error.retryable:
             error.add_details(attempt=retries_of(self._task) + 1)
