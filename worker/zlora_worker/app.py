@@ -1,10 +1,11 @@
 """The worker's Celery app: `celery -A zlora_worker.app worker`.
 
 Every Celery option is here, or in `zlora.broker.celery_app` if producers need it too. Importing
-this module does not import torch: the parent process forks, and CUDA does not survive a fork. The
-child loads the model.
+this module does not import torch. The parent imports torch before it forks and runs nothing of it:
+CUDA and threads of torch do not survive a fork. The child loads the model.
 """
 
+import gc
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from celery.signals import (
     after_setup_logger,
     after_setup_task_logger,
     celeryd_init,
+    worker_before_create_process,
     worker_process_init,
     worker_process_shutdown,
 )
@@ -152,18 +154,29 @@ def write_pool_log(**_: Any) -> None:
     logs.use(settings.log, settings.secrets, logger=pool_logger, process="parent")
 
 
+@worker_before_create_process.connect
+def import_for_children(**_: Any) -> None:
+    """Import once in the parent what every child needs; an import uses no device and no thread.
+
+    If it fails, Celery logs the error, and the child fails in the same way.
+    """
+    # transformers warns at import of things that are not used here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import zlora_worker.child  # noqa: F401 - the child uses it
+
+    gc.freeze()  # Celery collects garbage before each fork: not among all these modules
+
+
 @worker_process_init.connect
 def load_model(**_: Any) -> None:
     """Load the model in the child; exit with the reason if it cannot be loaded."""
-    # transformers warns at import of things that are not used here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         replaces = load_state.child_begins()
         from zlora_worker.child import Child
         from zlora_worker.monitoring.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
-        runner.child = Child.open(settings, meter)
+        runner.child = Child.open(settings, meter, record=load_state.digests)
         seconds = time.monotonic() - start
         meter.loaded(seconds, replaces=replaces)
         logger.info("model %s is loaded after %.1f s", settings.model, seconds)

@@ -15,7 +15,7 @@ from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import Settings
 
 
-def load(settings: Settings) -> Pipeline:
+def load(settings: Settings, *, record: Path | None = None) -> Pipeline:
     """Return the fake model. Raises `ModelUnavailable` if the file of `FAKE_LOAD_FAILS` exists."""
     from faults.engines import journal
 

@@ -25,7 +25,7 @@ class Patch:
     """The only code that changes the model's weights."""
 
     def __init__(self, weights: Weights, *, mode: Mode) -> None:
-        """Make the pristine copy if `mode` is `inplace`; shadows are made when first needed."""
+        """Make the pristine copy if `mode` is `inplace`; see also `warm_up`."""
         self.mode: Final = mode
         self._weights = weights
         self._base = {number: stack.matrices() for number, stack in enumerate(weights.stacks)}
@@ -41,6 +41,23 @@ class Patch:
         self._written: list[Block] = []  # blocks of the base that are overwritten
         self._scratch: list[Tensor] = []  # fp32, one for each thread
         self._pool = MergePool()
+
+    def warm_up(self) -> None:
+        """Make the shadows and measure the base, which the first merge would do otherwise."""
+        if self.mode == "shadow":
+            for number, matrices in self._base.items():
+                self._shadows[number] = torch.zeros_like(matrices)  # writes: pages are made now
+        stacks = self._weights.stacks
+        rows = [
+            Block(number, row, row + 1, 0, matrices.shape[1])
+            for number, matrices in self._base.items()
+            for row in range(len(matrices))
+        ]
+
+        def measure(row: Block, _thread: int) -> None:
+            stacks[row.stack].squared_norm(row.first)
+
+        self._pool.merge(self._threads(rows), rows, measure)
 
     @contextmanager
     def applied(self, loras: Sequence[WeightedLora]) -> Iterator[list[float]]:
@@ -105,12 +122,12 @@ class Patch:
 
     def _run(self, plan: Plan, *, source: dict[int, Tensor], target: dict[int, Tensor]) -> None:
         blocks = list(plan.blocks(self._base))
-        device = self._weights.device
-        threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
+        threads = self._threads(blocks)
         size = max((block.of(self._base[block.stack]).numel() for block in blocks), default=0)
         if len(self._scratch) < threads or any(len(scratch) < size for scratch in self._scratch):
             self._scratch = [
-                torch.empty(size, dtype=torch.float32, device=device) for _ in range(threads)
+                torch.empty(size, dtype=torch.float32, device=self._weights.device)
+                for _ in range(threads)
             ]
 
         def merge(block: Block, thread: int) -> None:
@@ -119,6 +136,10 @@ class Patch:
             plan.merge(block, source, written, scratch)
 
         self._pool.merge(threads, blocks, merge)
+
+    def _threads(self, blocks: Sequence[Block]) -> int:
+        on_cpu = self._weights.device.type == "cpu"
+        return min(torch.get_num_threads(), len(blocks)) if on_cpu else 1
 
 
 def choose_mode(weights: Weights, setting: str) -> Mode:
