@@ -8,12 +8,14 @@ CUDA and threads of torch do not survive a fork. The child loads the model.
 import gc
 import logging
 import os
+import signal
 import time
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import Task
+from celery.exceptions import WorkerShutdown
 from celery.signals import (
     after_setup_logger,
     after_setup_task_logger,
@@ -162,8 +164,12 @@ def import_for_children(**_: Any) -> None:
     """
     # transformers warns at import of things that are not used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import zlora_worker.child  # noqa: F401 - the child uses it
-
+    # Celery's own handler ends the worker only after the import, which takes seconds.
+    handler = signal.signal(signal.SIGTERM, _stop)
+    try:
+        import zlora_worker.child  # noqa: F401 - the child uses it
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     gc.freeze()  # Celery collects garbage before each fork: not among all these modules
 
 
@@ -201,6 +207,10 @@ def check_base_model(**_: Any) -> None:
         logger.critical("the base model has changed: %s", error)
     else:
         logger.info("the base model is what was loaded")
+
+
+def _stop(*_: object) -> NoReturn:
+    raise WorkerShutdown(0)
 
 
 def _exit_without_model(reason: str) -> None:
