@@ -5,6 +5,7 @@ parameters point at the shadow for the time of a job. Otherwise the base is over
 restored from a pristine copy in host memory. No delta is ever subtracted.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal
@@ -46,7 +47,9 @@ class Patch:
         """Make the shadows and measure the base, which the first merge would do otherwise."""
         if self.mode == "shadow":
             for number, matrices in self._base.items():
-                self._shadows[number] = torch.zeros_like(matrices)  # writes: pages are made now
+                self._shadows[number] = shadow = torch.empty_like(matrices)
+                # A number in each page, which the system makes at the first write to it.
+                shadow.flatten()[:: mmap.PAGESIZE // shadow.itemsize].zero_()
         stacks = self._weights.stacks
         rows = [
             Block(number, row, row + 1, 0, matrices.shape[1])

@@ -72,9 +72,9 @@ class Weights:
     ) -> None:
         """Move the weights to `device`, by default their own, in several threads.
 
-        Weights that lie in a memory-mapped file are read by this, straight into their stacks. The
-        same threads call `on_read` with the component and the weight in host memory, while a core's
-        caches have its bytes.
+        Weights that lie in a memory-mapped file are read by this, straight into their stacks. While
+        a core's caches have a weight, its norm is computed, and `on_read` is called in the same
+        thread with the component and the weight in host memory.
         """
         self.stacks: list[WeightStack] = []
         # Keys are component, module and `weight` or `bias`.
@@ -89,6 +89,8 @@ class Weights:
             weight, parameter.data = parameter.data, target.copy_(parameter.data)
             if on_read:
                 on_read(stack.component, weight if target.is_cuda else target)
+            if target.device.type == "cpu":
+                stack.squared_norm(row)
 
         rows = [(stack, row) for stack in self.stacks for row in range(len(stack.names))]
         # Each thread copies alone: torch's own threads would be as many for each of them.

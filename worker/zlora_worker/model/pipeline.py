@@ -30,7 +30,6 @@ COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
 ADAPTED: Final = COMPONENTS[:3]  # components that LoRAs are made for
 
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
-_WARM_UP_SIDE: Final = 64  # pixels, the least of a request
 # Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
@@ -118,15 +117,15 @@ class Pipeline:
     def warm_up(self) -> None:
         """Do now what would make the first job slower than the next ones.
 
-        A small image is drawn once, since libraries and devices prepare at their first use.
+        A GPU loads and chooses its kernels when they are first used, by the size of the image. On a
+        CPU the first use costs milliseconds, and an image of SDXL seconds.
         """
         self.patch.warm_up()
-        # A GPU chooses its kernels by size. On a CPU, an image of native size takes seconds.
-        side = None if self.device.type == "cuda" else _WARM_UP_SIDE
-        request = GenerateRequest(prompt="a", num_inference_steps=1, width=side, height=side)
-        # What fails here fails in a job, too, which then says so.
-        with suppress(GenerationFailed, OutOfMemory), self.with_loras([], request) as model:
-            model.draw(request, 0, lambda _step: None)
+        if self.device.type == "cuda":
+            request = GenerateRequest(prompt="a", num_inference_steps=1)
+            # What fails here fails in a job, too, which then says so.
+            with suppress(GenerationFailed, OutOfMemory), self.with_loras([], request) as model:
+                model.draw(request, 0, lambda _step: None)
 
     @contextmanager
     def with_loras(
