@@ -182,7 +182,7 @@ def load_model(**_: Any) -> None:
         from zlora_worker.monitoring.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
-        runner.child = Child.open(settings, meter, record=load_state.digests)
+        runner.child = Child.open(settings, meter)
         seconds = time.monotonic() - start
         meter.loaded(seconds, replaces=replaces)
         logger.info("model %s is loaded after %.1f s", settings.model, seconds)

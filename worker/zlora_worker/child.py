@@ -1,7 +1,6 @@
 """What the child process keeps from its start to its end: the base model, caches, the store."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from zlora_worker.fetch.cache import Cache
@@ -29,17 +28,16 @@ class Child:
     max_losses: int = 10  # workers that a job may lose
 
     @classmethod
-    def open(cls, settings: Settings, meter: Meter, *, record: Path | None = None) -> Self:
+    def open(cls, settings: Settings, meter: Meter) -> Self:
         """Open store and cache, and load the base model, so that the first job is a usual one.
 
-        The file `record` keeps the model's digests for the next child.
         Raises `ModelUnavailable`, or `InvalidSetting` if the store or the cache cannot be used.
         """
         store = open_store(settings)
         urls = ImageUrls(store, settings)
         store.probe()  # before the slow load: a worker with a wrong store would empty the queue
         lora_files = Cache.open(settings)
-        model = loader.load(settings, record=record)
+        model = loader.load(settings)
         model.warm_up()
         return cls(
             model=model,

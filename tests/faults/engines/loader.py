@@ -20,7 +20,7 @@ if "FAKE_IMPORT_FAILS" in os.environ:
     raise ImportError("a test ordered this failure")
 
 
-def load(settings: Settings, *, record: Path | None = None) -> Pipeline:
+def load(settings: Settings) -> Pipeline:
     """Return the fake model. Raises `ModelUnavailable` if the file of `FAKE_LOAD_FAILS` exists."""
     from faults.engines import journal
 

@@ -56,11 +56,6 @@ class LoadState:
         self.parent_is_alive()
         return self._folder
 
-    @property
-    def digests(self) -> Path:
-        """File in which a child keeps the digests of its model for the next child."""
-        return self._folder / "digests"
-
     # In the parent
 
     def parent_is_alive(self) -> None:

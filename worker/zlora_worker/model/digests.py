@@ -1,13 +1,17 @@
-"""Digests of a base model, kept for the child that loads the same model after another child."""
+"""Digests of a base model, kept in the data folder for the next process that loads the model."""
 
 import hashlib
 import logging
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import msgspec
 from msgspec import Struct
 from zlora.files import write_atomically
+
+from zlora_worker.settings import Settings
+
+_VERSION: Final = 1  # of what the digests are made of
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,13 @@ class ModelDigests(Struct, frozen=True, kw_only=True):
     file: FileDigest | None = None
 
     @classmethod
+    def path(cls, settings: Settings, *, dtype: str) -> Path:
+        """File of the digests of the model in the settings."""
+        names = (settings.model, settings.model_revision, settings.vae, dtype, str(_VERSION))
+        key = hashlib.sha256("\0".join(names).encode()).hexdigest()
+        return settings.home / "digests" / f"{key}.json"
+
+    @classmethod
     def read(cls, path: Path) -> Self:
         """Return the digests in a file; none if it is missing or cannot be read."""
         try:
@@ -55,8 +66,9 @@ class ModelDigests(Struct, frozen=True, kw_only=True):
             return cls()
 
     def write(self, path: Path) -> None:
-        """Write the digests to a file; without it, the next child computes them."""
+        """Write the digests to a file; without it, the next process computes them."""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, msgspec.json.encode(self))
         except OSError as error:
             logger.warning("the digests of the model are not kept: %s", error.strerror)

@@ -46,10 +46,10 @@ _LOAD_ERRORS: Final = (
 _MESSAGE: Final = 300  # characters of a library's error that are shown
 
 
-def load(settings: Settings, *, record: Path | None = None) -> Pipeline:
+def load(settings: Settings) -> Pipeline:
     """Load the base model; raise `ModelUnavailable`, with a message of one line, if it fails.
 
-    The file `record` keeps the model's digests for the next process that loads the same model.
+    The data folder keeps the model's digests for the next process that loads the same model.
     """
     # No progress bars in a log; this package checks itself what the libraries only warn of.
     diffusers_logging.set_verbosity_error()
@@ -62,7 +62,8 @@ def load(settings: Settings, *, record: Path | None = None) -> Pipeline:
     else:
         dtype = getattr(torch, settings.dtype)
     path = Path(settings.model).expanduser()
-    known = ModelDigests.read(record) if record else ModelDigests()
+    record = ModelDigests.path(settings, dtype=str(dtype))
+    known = ModelDigests.read(record)
     with ThreadPoolExecutor(1) as beside:
         # Model sites identify a checkpoint by the sha256 of its file.
         file = beside.submit(FileDigest.of, path, known=known.file) if path.is_file() else None
@@ -80,8 +81,9 @@ def load(settings: Settings, *, record: Path | None = None) -> Pipeline:
         )
         file_digest = file.result() if file else None
     model.file_sha256 = file_digest.sha256 if file_digest else None
-    if record:
-        ModelDigests(base=model.digest, file=file_digest).write(record)
+    digests = ModelDigests(base=model.digest, file=file_digest)
+    if digests != known:
+        digests.write(record)
     return model
 
 

@@ -1,6 +1,7 @@
 """Digests and names that identify a base model, a LoRA and a machine."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,52 +113,52 @@ def single_file(model_home: Path, tmp_path: Path) -> dict[str, str]:
     return {"ZLORA_MODEL": str(path), "ZLORA_MODEL_CONFIG": str(tiny_model(model_home))}
 
 
-def load(home: Path, record: Path, **variables: str) -> Pipeline:
-    return loader.load(settings(home, **variables), record=record)
-
-
 def test_a_model_that_is_loaded_again_has_its_digests_without_hashing(
-    model_home: Path, single_file: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single_file: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A child that replaces another one saves the time of two digests of all bytes."""
-    record = tmp_path / "digests"
-    first = load(model_home, record, **single_file)
+    first = load_pipeline(tmp_path, **single_file)
     monkeypatch.setattr(WeightDigests, "add", None)
     monkeypatch.setattr(hashlib, "file_digest", None)
 
-    again = load(model_home, record, **single_file)
+    again = load_pipeline(tmp_path, **single_file)
 
     assert again.base_sha256 == first.base_sha256
     assert again.file_sha256 == first.file_sha256
 
 
 def test_a_model_whose_files_have_changed_meanwhile_has_its_own_digests(
-    model_home: Path, single_file: dict[str, str], tmp_path: Path
+    single_file: dict[str, str], tmp_path: Path
 ) -> None:
     """One bit differs, and the size of the file does not."""
-    record, path = tmp_path / "digests", Path(single_file["ZLORA_MODEL"])
-    first = load(model_home, record, **single_file)
+    path = Path(single_file["ZLORA_MODEL"])
+    first = load_pipeline(tmp_path, **single_file)
     tensors = load_file(path)
     tensors["first_stage_model.decoder.conv_out.bias"].view(torch.int32)[-1] ^= 1
     save_file(tensors, path, metadata={"format": "pt"})
 
-    changed = load(model_home, record, **single_file)
+    changed = load_pipeline(tmp_path, **single_file)
 
     assert changed.base_sha256 != first.base_sha256
-    assert changed.base_sha256 == load(model_home, tmp_path / "none", **single_file).base_sha256
+    assert changed.base_sha256 == load_pipeline(tmp_path / "other", **single_file).base_sha256
     assert changed.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert load(model_home, record, **single_file).base_sha256 == changed.base_sha256
+    assert load_pipeline(tmp_path, **single_file).base_sha256 == changed.base_sha256
 
 
-def test_a_damaged_record_of_digests_is_replaced(
-    model: Pipeline, model_home: Path, tmp_path: Path
+def test_damaged_or_missing_records_of_digests_change_nothing(
+    single_file: dict[str, str], tmp_path: Path
 ) -> None:
-    record = tmp_path / "digests"
+    first = load_pipeline(tmp_path, **single_file)
+    (record,) = (tmp_path / "digests").iterdir()
+    whole = record.read_bytes()
     for damage in (b"", b"[]", b'{"base": {"base_sha256": 1}}', b"\xff"):
         record.write_bytes(damage)
 
-        assert load(model_home, record).base_sha256 == model.base_sha256
-        assert record.read_bytes() != damage
+        assert load_pipeline(tmp_path, **single_file).base_sha256 == first.base_sha256
+        assert record.read_bytes() == whole
+    shutil.rmtree(tmp_path / "digests")
+    (tmp_path / "digests").touch()  # no folder can be made
+    assert load_pipeline(tmp_path, **single_file).base_sha256 == first.base_sha256
 
 
 def test_a_load_leaves_the_number_of_threads(model_home: Path) -> None:
