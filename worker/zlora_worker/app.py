@@ -112,7 +112,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-gate = model_gate(load_state, restart, settings)
+gate = model_gate(load_state, settings)
 app.steps["worker"].update(
     (
         gate,
@@ -164,6 +164,7 @@ def import_for_children(**_: Any) -> None:
     """
     # transformers warns at import of things that are not used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    restart.follow_signal()
     # Celery's own handler ends the worker only after the import, which takes seconds.
     handler = signal.signal(signal.SIGTERM, _stop)
     try:

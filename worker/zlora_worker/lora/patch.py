@@ -50,17 +50,9 @@ class Patch:
                 self._shadows[number] = shadow = torch.empty_like(matrices)
                 # A number in each page, which the system makes at the first write to it.
                 shadow.flatten()[:: mmap.PAGESIZE // shadow.itemsize].zero_()
-        stacks = self._weights.stacks
-        rows = [
-            Block(number, row, row + 1, 0, matrices.shape[1])
-            for number, matrices in self._base.items()
-            for row in range(len(matrices))
-        ]
-
-        def measure(row: Block, _thread: int) -> None:
-            stacks[row.stack].squared_norm(row.first)
-
-        self._pool.merge(self._threads(rows), rows, measure)
+        for stack in self._weights.stacks:
+            for row in range(len(stack.names)):
+                stack.squared_norm(row)
 
     @contextmanager
     def applied(self, loras: Sequence[WeightedLora]) -> Iterator[list[float]]:
@@ -125,12 +117,12 @@ class Patch:
 
     def _run(self, plan: Plan, *, source: dict[int, Tensor], target: dict[int, Tensor]) -> None:
         blocks = list(plan.blocks(self._base))
-        threads = self._threads(blocks)
+        device = self._weights.device
+        threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
         size = max((block.of(self._base[block.stack]).numel() for block in blocks), default=0)
         if len(self._scratch) < threads or any(len(scratch) < size for scratch in self._scratch):
             self._scratch = [
-                torch.empty(size, dtype=torch.float32, device=self._weights.device)
-                for _ in range(threads)
+                torch.empty(size, dtype=torch.float32, device=device) for _ in range(threads)
             ]
 
         def merge(block: Block, thread: int) -> None:
@@ -139,10 +131,6 @@ class Patch:
             plan.merge(block, source, written, scratch)
 
         self._pool.merge(threads, blocks, merge)
-
-    def _threads(self, blocks: Sequence[Block]) -> int:
-        on_cpu = self._weights.device.type == "cpu"
-        return min(torch.get_num_threads(), len(blocks)) if on_cpu else 1
 
 
 def choose_mode(weights: Weights, setting: str) -> Mode:
