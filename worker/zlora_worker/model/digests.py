@@ -71,4 +71,4 @@ class ModelDigests(Struct, frozen=True, kw_only=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, msgspec.json.encode(self))
         except OSError as error:
-            logger.warning("the digests of the model are not kept: %s", error.strerror)
+            logger.info("the digests of the model are not kept: %s", error.strerror)
