@@ -9,7 +9,7 @@ export ZLORA_HOME ?= $(CURDIR)/build/zlora
 # systemctl disable --now prometheus valkey-server
 DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget valkey-server
 
-BENCHMARKS := busy fetch lora png producer queue results scale
+BENCHMARKS := busy fetch lora png producer queue results scale starts
 
 .PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
 .PHONY: bench bench-gpu clean

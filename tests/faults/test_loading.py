@@ -131,6 +131,32 @@ def test_pool_that_cannot_hold_one_model_is_refused(
         assert reason in refused.lines("CRITICAL")[0]
 
 
+def test_worker_that_imports_slowly_ends_at_once_on_sigterm(scene: Scene) -> None:
+    with scene.starting_worker(FAKE_IMPORT_SECONDS="60") as importing:
+        parent = Path(f"/proc/{importing.process.pid}")
+        wait_until(lambda: has_own_sigterm(parent), "the parent imports")
+        time.sleep(1)
+
+        start = time.monotonic()
+        importing.process.send_signal(signal.SIGTERM)
+        assert importing.process.wait(30) == 0
+        assert time.monotonic() - start < ENDS_WITHIN
+    assert not scene.events("loading")
+
+
+def has_own_sigterm(process: Path) -> bool:
+    """Return whether a process handles SIGTERM, as Celery does once it starts."""
+    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_worker_whose_packages_cannot_be_imported_ends_with_the_reason(scene: Scene) -> None:
+    with scene.starting_worker(FAKE_IMPORT_FAILS="1") as failing:
+        assert failing.process.wait(60) == 70
+    (line,) = failing.lines("CRITICAL")
+    assert "ImportError: a test ordered this failure" in line
+
+
 def test_worker_that_loads_takes_no_job_and_ends_at_once_on_sigterm(scene: Scene) -> None:
     handle = scene.submit()
     with scene.starting_worker(FAKE_LOAD_SECONDS="60") as loading:

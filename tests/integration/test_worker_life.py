@@ -50,10 +50,11 @@ def test_invalid_setting_ends_the_worker_with_one_line(
     assert "Traceback" not in text
 
 
-def test_only_the_child_process_loads_torch(running: Worker) -> None:
-    """The parent process forks, and CUDA does not survive a fork."""
+def test_child_has_torch_from_its_parent_and_the_sidecar_has_none(running: Worker) -> None:
+    """An import in the parent is what a replaced child does not repeat."""
+    assert "libtorch" in Path(f"/proc/{running.process.pid}/maps").read_text()
     assert "libtorch" in Path(f"/proc/{running.child()}/maps").read_text()
-    assert "libtorch" not in Path(f"/proc/{running.process.pid}/maps").read_text()
+    assert "libtorch" not in Path(f"/proc/{running.sidecar()}/maps").read_text()
 
 
 def test_killed_child_is_replaced_and_its_job_succeeds(running: Worker) -> None:

@@ -1,22 +1,26 @@
 """The worker's Celery app: `celery -A zlora_worker.app worker`.
 
 Every Celery option is here, or in `zlora.broker.celery_app` if producers need it too. Importing
-this module does not import torch: the parent process forks, and CUDA does not survive a fork. The
-child loads the model.
+this module does not import torch. The parent imports torch before it forks and runs nothing of it:
+CUDA and threads of torch do not survive a fork. The child loads the model.
 """
 
+import gc
 import logging
 import os
+import signal
 import time
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import Task
+from celery.exceptions import WorkerShutdown
 from celery.signals import (
     after_setup_logger,
     after_setup_task_logger,
     celeryd_init,
+    worker_before_create_process,
     worker_process_init,
     worker_process_shutdown,
 )
@@ -122,7 +126,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-gate = model_gate(load_state, drawn, restart, settings)
+gate = model_gate(load_state, drawn, settings)
 app.steps["worker"].update(
     (
         gate,
@@ -172,11 +176,27 @@ def write_pool_log(**_: Any) -> None:
     logs.use(settings.log, settings.secrets, logger=pool_logger, process="parent")
 
 
+@worker_before_create_process.connect
+def import_for_children(**_: Any) -> None:
+    """Import once in the parent what every child needs; an import uses no device and no thread.
+
+    If it fails, Celery logs the error, and the child fails in the same way.
+    """
+    # transformers warns at import of things that are not used here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    restart.follow_signal()
+    # Celery's own handler ends the worker only after the import, which takes seconds.
+    handler = signal.signal(signal.SIGTERM, _stop)
+    try:
+        import zlora_worker.child  # noqa: F401 - the child uses it
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    gc.freeze()  # Celery collects garbage before each fork: not among all these modules
+
+
 @worker_process_init.connect
 def load_model(**_: Any) -> None:
     """Load the model in the child; exit with the reason if it cannot be loaded."""
-    # transformers warns at import of things that are not used here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         replaces = load_state.child_begins()
         from zlora_worker import read_ahead
@@ -212,6 +232,10 @@ def check_base_model(**_: Any) -> None:
         logger.critical("the base model has changed: %s", error)
     else:
         logger.info("the base model is what was loaded")
+
+
+def _stop(*_: object) -> NoReturn:
+    raise WorkerShutdown(0)
 
 
 def _exit_without_model(reason: str) -> None:

@@ -31,7 +31,7 @@ class Child:
 
     @classmethod
     def open(cls, settings: Settings, spool: Spool, meter: Meter) -> Self:
-        """Open store and cache, and load the base model.
+        """Open store and cache, and load the base model, so that the first job is a usual one.
 
         Raises `ModelUnavailable`, or `InvalidSetting` if the store or the cache cannot be used.
         """
@@ -39,8 +39,10 @@ class Child:
         urls = ImageUrls(store, settings)
         store.probe()  # before the slow load: a worker with a wrong store would empty the queue
         lora_files = Cache.open(settings)
+        model = loader.load(settings)
+        model.warm_up()
         return cls(
-            model=loader.load(settings),
+            model=model,
             lora_files=lora_files,
             loras=LoraMemoryCache(max_bytes=settings.lora_memory_bytes),
             store=store,

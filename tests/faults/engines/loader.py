@@ -2,7 +2,8 @@
 
 `FAKE_LOAD_SECONDS` is the duration of a load, and `FAKE_RELOAD_SECONDS` that of every load after a
 worker's first. As long as the file that `FAKE_LOAD_FAILS` names exists, a load raises; likewise
-`FAKE_LOAD_KILLED`, and a load is killed.
+`FAKE_LOAD_KILLED`, and a load is killed. The import of this module takes `FAKE_IMPORT_SECONDS`, and
+fails if `FAKE_IMPORT_FAILS` is set.
 """
 
 import os
@@ -13,6 +14,10 @@ from pathlib import Path
 from zlora.errors import ModelUnavailable
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import Settings
+
+time.sleep(float(os.environ.get("FAKE_IMPORT_SECONDS", "0")))
+if "FAKE_IMPORT_FAILS" in os.environ:
+    raise ImportError("a test ordered this failure")
 
 
 def load(settings: Settings) -> Pipeline:

@@ -62,6 +62,9 @@ class Pipeline:
         self.reader = reader or Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
         self.corrupted = False
 
+    def warm_up(self) -> None:
+        """Do nothing: there are no kernels."""
+
     @contextmanager
     def with_loras(
         self, loras: Sequence[WeightedLora], request: GenerateRequest

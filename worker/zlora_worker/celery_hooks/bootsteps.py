@@ -20,7 +20,6 @@ from zlora.broker.keys import MAX_SKEW
 
 from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
 from zlora_worker.celery_hooks.load_state import LoadState
-from zlora_worker.celery_hooks.restart import Restart
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
 from zlora_worker.celery_hooks.transport import clock_skew
 from zlora_worker.delivery.lease import JobLeases
@@ -37,9 +36,7 @@ logger = get_logger(__name__)
 Step = type[bootsteps.StartStopStep]
 
 
-def model_gate(
-    load_state: LoadState, drawn: DrawnJobs, restart: Restart, settings: Settings
-) -> Step:
+def model_gate(load_state: LoadState, drawn: DrawnJobs, settings: Settings) -> Step:
     """Return the step that lets no job in before the child has its model.
 
     The worker exits with `EXIT_NO_MODEL` if the child cannot load the model.
@@ -67,7 +64,6 @@ def model_gate(
         def start(self, parent: Any) -> None:
             """Wait for the child's model; runs after the pool's start and before the consumer's."""
             _require_one_prefork_child(parent)
-            restart.follow_signal()
             timeout = parent.app.conf.worker_proc_alive_timeout
             end = time.monotonic() + timeout
             while not load_state.is_loaded():

@@ -5,6 +5,7 @@ parameters point at the shadow for the time of a job. Otherwise the base is over
 restored from a pristine copy in host memory. No delta is ever subtracted.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal
@@ -26,7 +27,7 @@ class Patch:
     """The only code that changes the model's weights."""
 
     def __init__(self, weights: Weights, *, mode: Mode) -> None:
-        """Make the pristine copy if `mode` is `inplace`; shadows are made when first needed."""
+        """Make the pristine copy if `mode` is `inplace`; see also `warm_up`."""
         self.mode: Final = mode
         self._weights = weights
         self._base = {number: stack.matrices() for number, stack in enumerate(weights.stacks)}
@@ -42,6 +43,17 @@ class Patch:
         self._written: list[Block] = []  # blocks of the base that are overwritten
         self._scratch: list[Scratch] = []  # one for each thread
         self._pool = MergePool()
+
+    def warm_up(self) -> None:
+        """Make the shadows and measure the base, which the first merge would do otherwise."""
+        if self.mode == "shadow":
+            for number, matrices in self._base.items():
+                self._shadows[number] = shadow = torch.empty_like(matrices)
+                # A number in each page, which the system makes at the first write to it.
+                shadow.flatten()[:: mmap.PAGESIZE // shadow.itemsize].zero_()
+        for stack in self._weights.stacks:
+            for row in range(len(stack.names)):
+                stack.squared_norm(row)
 
     @contextmanager
     def applied(self, loras: Sequence[WeightedLora]) -> Iterator[list[float]]:

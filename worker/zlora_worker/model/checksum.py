@@ -86,6 +86,16 @@ class WeightChecksum:
             compared / total if total else 1.0,
         )
 
+    def sums_sha256(self) -> str:
+        """Sha256 in hex of all sums, with the names, types and shapes of the tensors."""
+        tensors = {
+            f"{component}.{name}": f"{tensor.dtype} {tuple(tensor.shape)}"
+            for component, model in self._components.items()
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
+        lines = [f"{name} {tensors[name]} {self._sums[name]}\n" for name in sorted(self._sums)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
     def _slice(self, parts: list[_Part], budget: float) -> list[_Part]:
         """Next parts in turn, with at least `budget` bytes."""
         chosen: list[_Part] = []
@@ -134,21 +144,34 @@ def weights_sha256(components: Mapping[str, nn.Module]) -> str:
     It is made from the digests of each component's parameters (type, shape, bytes), sorted, because
     the parameters' names depend on the versions of the libraries.
     """
+    digests = WeightDigests()
     tensors = [
         (name, parameter)
         for name, module in components.items()
         for parameter in module.parameters()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        digests = sorted(threads.map(_tensor_digest, *zip(*tensors, strict=True)))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+        for _ in threads.map(digests.add, *zip(*tensors, strict=True)):
+            pass  # raises the error of a thread
+    return digests.sha256()
 
 
-def _tensor_digest(component: str, tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    digest = hashlib.sha256(f"{component} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(data)
-    return f"{component} {digest.hexdigest()}\n"
+class WeightDigests:
+    """Digests of weights, added in any order, of which `weights_sha256` is made."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, component: str, tensor: Tensor) -> None:
+        """Add a weight of a component; may be called in several threads."""
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        digest = hashlib.sha256(f"{component} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(data)
+        self._lines.append(f"{component} {digest.hexdigest()}\n")
+
+    def sha256(self) -> str:
+        """Sha256 in hex of all weights."""
+        return hashlib.sha256("".join(sorted(self._lines)).encode()).hexdigest()
 
 
 def _words(rows: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Loading of the base model: a hub id, a diffusers folder, a single file, or `demo`."""
 
-import hashlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from zlora.errors import ModelUnavailable, NotSafetensors
 from zlora.lora.safetensors_header import read_header
 
+from zlora_worker.model.digests import FileDigest, ModelDigests
 from zlora_worker.model.pipeline import COMPONENTS, Pipeline
 from zlora_worker.settings import DEMO_MODEL, Settings
 
@@ -46,7 +47,10 @@ _MESSAGE: Final = 300  # characters of a library's error that are shown
 
 
 def load(settings: Settings) -> Pipeline:
-    """Load the base model; raise `ModelUnavailable`, with a message of one line, if it fails."""
+    """Load the base model; raise `ModelUnavailable`, with a message of one line, if it fails.
+
+    The data folder keeps the model's digests for the next process that loads the same model.
+    """
     # No progress bars in a log; this package checks itself what the libraries only warn of.
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
@@ -58,6 +62,33 @@ def load(settings: Settings) -> Pipeline:
     else:
         dtype = getattr(torch, settings.dtype)
     path = Path(settings.model).expanduser()
+    record = ModelDigests.path(settings, dtype=str(dtype))
+    known = ModelDigests.read(record)
+    with ThreadPoolExecutor(1) as beside:
+        # Model sites identify a checkpoint by the sha256 of its file.
+        file = beside.submit(FileDigest.of, path, known=known.file) if path.is_file() else None
+        # Results and images are public: of a path, show the last part only.
+        name = settings.model
+        if name != "demo" and path.exists():
+            name = Path(os.path.abspath(path)).name
+        model = Pipeline(
+            _read(settings, path, dtype),
+            name=name,
+            device=device,
+            patch_mode=settings.patch,
+            check_all=settings.base_check == "all",
+            known=known.base,
+        )
+        file_digest = file.result() if file else None
+    model.file_sha256 = file_digest.sha256 if file_digest else None
+    digests = ModelDigests(base=model.digest, file=file_digest)
+    if digests != known:
+        digests.write(record)
+    return model
+
+
+def _read(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """Read the model and its VAE; raise `ModelUnavailable`."""
     try:
         pipeline = _load_pipeline(settings, path, dtype)
         if settings.vae:
@@ -74,24 +105,7 @@ def load(settings: Settings) -> Pipeline:
         raise ModelUnavailable(
             f"{settings.model} cannot be loaded: {lines[0][:_MESSAGE]}"
         ) from error
-
-    # Results and images are public: of a path, show the last part only.
-    name = settings.model
-    if name != "demo" and path.exists():
-        name = Path(os.path.abspath(path)).name
-    # Model sites identify a checkpoint by the sha256 of its file.
-    file_sha256 = None
-    if path.is_file():
-        with path.open("rb") as file:
-            file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Pipeline(
-        pipeline,
-        name=name,
-        device=device,
-        patch_mode=settings.patch,
-        check_all=settings.base_check == "all",
-        file_sha256=file_sha256,
-    )
+    return pipeline
 
 
 def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:

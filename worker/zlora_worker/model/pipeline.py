@@ -3,7 +3,7 @@
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
@@ -21,7 +21,8 @@ from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch, choose_mode
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
-from zlora_worker.model.checksum import WeightChecksum, weights_sha256
+from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_sha256
+from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.schedulers import KARRAS, SCHEDULERS
 from zlora_worker.monitoring.logs import said_by
 
@@ -60,23 +61,37 @@ class Pipeline:
         device: torch.device,
         patch_mode: str = "auto",
         check_all: bool = False,
-        file_sha256: str | None = None,
+        known: BaseDigest | None = None,
     ) -> None:
         """Move the pipeline to the device.
 
-        With `check_all` the whole base is compared after each job. `file_sha256` is the digest of
-        the single file that the weights come from; None if they come from a folder.
+        With `check_all` the whole base is compared after each job. `known` is the digest of a base
+        that was loaded before: if this one has the same checksum, it is not computed again.
         """
         self.name, self.device, self.state = name, device, PipelineState.READY
+        self.file_sha256: str | None = None  # of the file that all weights come from, if it is one
         components = {component: getattr(pipeline, component) for component in COMPONENTS}
-        self.base_sha256, self.file_sha256 = weights_sha256(components), file_sha256
-        self.pipeline = pipeline.to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
         for module in components.values():
             module.requires_grad_(False)  # once: it changes the last bit of an image
-        self.weights = Weights({component: components[component] for component in ADAPTED})
-        if device.type == "cpu":
-            _copy_from_files(components.values(), self.weights)
+        digests = WeightDigests()
+        self.weights = Weights(
+            {component: components[component] for component in ADAPTED},
+            device=device,
+            on_read=None if known else digests.add,
+        )
+        stacked = {id(weight) for stack in self.weights.stacks for weight in stack.parameters}
+        for component, module in components.items():
+            for tensor in (*module.parameters(), *module.buffers()):
+                if id(tensor) in stacked:
+                    continue
+                if not known and isinstance(tensor, torch.nn.Parameter):
+                    digests.add(component, tensor)
+                if device.type == "cpu":
+                    # Out of the memory-mapped file, which may change while the worker runs. And its
+                    # alignment there would change the last bits of an image.
+                    tensor.data = tensor.data.clone()
+        self.pipeline = pipeline.to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
         self.reader = Reader(self.weights)
         self.patch = Patch(self.weights, mode=choose_mode(self.weights, patch_mode))
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
@@ -85,11 +100,32 @@ class Pipeline:
         self._scheduler = pipeline.scheduler
         self._vae_dtype = pipeline.vae.dtype
         self._checksum = WeightChecksum(components, self.weights)
+        sums_sha256 = self._checksum.sums_sha256()
+        if known is None:
+            self.base_sha256 = digests.sha256()
+        elif known.sums_sha256 == sums_sha256:
+            self.base_sha256 = known.base_sha256
+        else:
+            self.base_sha256 = weights_sha256(components)
+        self.digest = BaseDigest(base_sha256=self.base_sha256, sums_sha256=sums_sha256)
         self._decode_whole = pipeline.vae.decode
         pipeline.vae.decode = self._decode
         # Half of the native size: a VAE's default tile is as large as an image of native size.
         pipeline.vae.tile_latent_min_size = tile = pipeline.default_sample_size // 2
         pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
+
+    def warm_up(self) -> None:
+        """Do now what would make the first job slower than the next ones.
+
+        A GPU loads and chooses its kernels when they are first used, by the size of the image. On a
+        CPU the first use costs milliseconds, and an image of SDXL seconds.
+        """
+        self.patch.warm_up()
+        if self.device.type == "cuda":
+            request = GenerateRequest(prompt="a", num_inference_steps=1)
+            # What fails here fails in a job, too, which then says so.
+            with suppress(GenerationFailed, OutOfMemory), self.with_loras([], request) as model:
+                model.draw(request, 0, lambda _step: None)
 
     @contextmanager
     def with_loras(
@@ -306,16 +342,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-def _copy_from_files(components: Iterable[torch.nn.Module], weights: Weights) -> None:
-    """Copy tensors that lie in a memory-mapped file and in no stack.
-
-    The file may change while the worker runs, and a weight's alignment in it would change the last
-    bits of an image, because kernels differ by alignment.
-    """
-    stacked = {id(parameter) for stack in weights.stacks for parameter in stack.parameters}
-    for module in components:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in stacked:
-                tensor.data = tensor.data.clone()

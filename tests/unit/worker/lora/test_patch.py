@@ -101,6 +101,33 @@ def drawn(model: Pipeline, *loras: WeightedLora) -> bytes:
         return pixels(model)
 
 
+# --- the first job
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_merge_after_a_warm_up_prepares_nothing(
+    model_home: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shadows are in memory and the base is measured; and no bit of an image differs."""
+    warm, cold = (load_pipeline(model_home, ZLORA_PATCH=mode) for _ in range(2))
+    warm.warm_up()
+    assert warm.state is PipelineState.READY
+    files = [tiny_lora(model_home, name) for name in TINY_LORAS]
+    expected = [drawn_with_norm(cold, file) for file in files]
+    shadows = {number: shadow.data_ptr() for number, shadow in warm.patch._shadows.items()}
+    monkeypatch.setattr(torch, "empty_like", None)
+    monkeypatch.setattr(torch, "dot", None)
+
+    assert [drawn_with_norm(warm, file) for file in files] == expected
+    assert len(shadows) == (len(warm.weights.stacks) if mode == "shadow" else 0)
+    assert {n: shadow.data_ptr() for n, shadow in warm.patch._shadows.items()} == shadows
+
+
+def drawn_with_norm(model: Pipeline, file: Path) -> tuple[bytes, float]:
+    with model.with_loras([weighted(model, file)]) as merged:
+        return pixels(model), merged.relative_norms[0]
+
+
 # --- what a file means
 
 

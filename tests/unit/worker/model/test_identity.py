@@ -1,15 +1,18 @@
 """Digests and names that identify a base model, a LoRA and a machine."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.fakes import a_request, copy_model, kohya_lora, load_pipeline
+from support.fakes import a_request, copy_model, kohya_lora, load_pipeline, settings
 from support.single_file import write_single_file
 from support.tiny_folder import tiny_model
 from zlora.schema import Scheduler
+from zlora_worker.model import loader
+from zlora_worker.model.checksum import WeightDigests
 from zlora_worker.model.pipeline import Pipeline
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -98,3 +101,71 @@ def test_the_sha256_of_a_lora_does_not_depend_on_its_header(
         found.append(lora.tensors_sha256)
 
     assert len(set(found)) == 1
+
+
+# --- a model that is loaded again
+
+
+@pytest.fixture
+def single_file(model_home: Path, tmp_path: Path) -> dict[str, str]:
+    """Variables of a worker whose model is one file."""
+    path = write_single_file(tiny_model(model_home), tmp_path / "tiny.safetensors")
+    return {"ZLORA_MODEL": str(path), "ZLORA_MODEL_CONFIG": str(tiny_model(model_home))}
+
+
+def test_a_model_that_is_loaded_again_has_its_digests_without_hashing(
+    single_file: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that replaces another one saves the time of two digests of all bytes."""
+    first = load_pipeline(tmp_path, **single_file)
+    monkeypatch.setattr(WeightDigests, "add", None)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+
+    again = load_pipeline(tmp_path, **single_file)
+
+    assert again.base_sha256 == first.base_sha256
+    assert again.file_sha256 == first.file_sha256
+
+
+def test_a_model_whose_files_have_changed_meanwhile_has_its_own_digests(
+    single_file: dict[str, str], tmp_path: Path
+) -> None:
+    """One bit differs, and the size of the file does not."""
+    path = Path(single_file["ZLORA_MODEL"])
+    first = load_pipeline(tmp_path, **single_file)
+    tensors = load_file(path)
+    tensors["first_stage_model.decoder.conv_out.bias"].view(torch.int32)[-1] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+    changed = load_pipeline(tmp_path, **single_file)
+
+    assert changed.base_sha256 != first.base_sha256
+    assert changed.base_sha256 == load_pipeline(tmp_path / "other", **single_file).base_sha256
+    assert changed.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_pipeline(tmp_path, **single_file).base_sha256 == changed.base_sha256
+
+
+def test_damaged_or_missing_records_of_digests_change_nothing(
+    single_file: dict[str, str], tmp_path: Path
+) -> None:
+    first = load_pipeline(tmp_path, **single_file)
+    (record,) = (tmp_path / "digests").iterdir()
+    whole = record.read_bytes()
+    for damage in (b"", b"[]", b'{"base": {"base_sha256": 1}}', b"\xff"):
+        record.write_bytes(damage)
+
+        assert load_pipeline(tmp_path, **single_file).base_sha256 == first.base_sha256
+        assert record.read_bytes() == whole
+    shutil.rmtree(tmp_path / "digests")
+    (tmp_path / "digests").touch()  # no folder can be made
+    assert load_pipeline(tmp_path, **single_file).base_sha256 == first.base_sha256
+
+
+def test_a_load_leaves_the_number_of_threads(model_home: Path) -> None:
+    """Its own threads use one each; images depend on the number."""
+    torch.set_num_threads(2)
+    loader.load(settings(model_home))
+    after = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    assert after == 2
