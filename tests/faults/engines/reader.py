@@ -1,5 +1,6 @@
 """Replaces `zlora_worker.lora.reader`: every checked file is a LoRA of one module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Reader:
         source: str,
         config: bytes | None = None,
         alpha: float | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Lora:
         """Return the fake LoRA of a file."""
         journal.write("parsed", digest=digest)
