@@ -29,6 +29,7 @@ from zlora.broker.job_store import (
     connect,
     verdict_of,
 )
+from zlora.broker.key_watch import KeyWatch
 from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, job_key, lease_key
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobPoisoned, ZloraError
@@ -38,6 +39,7 @@ LEASE: Final = 10.0  # seconds that a job stays with a worker that does not rene
 _RENEW: Final = 2.0  # seconds between two renewals
 _GRACE: Final = 4.0  # seconds in which a live worker takes back a lease that Redis lost
 _IMPATIENCE: Final = 1.0  # seconds that a running job may lose to a Redis that does not answer
+_CHECK_EVERY: Final = 0.05  # seconds between two checks of a job if Redis announces no changes
 _STORE_DOWN: Final = (
     "store_away"  # field of the record: first failure of the store, seconds by Redis's clock
 )
@@ -106,20 +108,23 @@ redis.call('HSET', KEYS[1], 'failing', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
 return 1
 """
-# Celery's backend stores a state and publishes it on a channel of the same name.
-# An end that it has stays, even if Redis has lost the record.
+# Celery's backend stores a state and publishes it on a channel of the same name. An end that it has
+# stays, even if Redis has lost the record: ARGV[4] says whether to look. Once this attempt has
+# stored a state, an end comes with a mark in the record. Returns 2 if the job is cancelled.
 _STORE_STATE: Final = """
-local record = redis.call('HMGET', KEYS[1], 'token', 'closed')
+local record = redis.call('HMGET', KEYS[1], 'token', 'closed', 'ending', 'cancelled')
 if record[2] or (record[1] and record[1] ~= ARGV[1]) then return 0 end
-local stored = redis.call('GET', KEYS[2])
-local is_json, meta = pcall(cjson.decode, stored or '')
-if is_json and type(meta) == 'table' then
-  local state = meta.status
-  if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then return 0 end
+if ARGV[4] ~= '' or not record[1] or record[3] then
+  local stored = redis.call('GET', KEYS[2])
+  local is_json, meta = pcall(cjson.decode, stored or '')
+  if is_json and type(meta) == 'table' then
+    local state = meta.status
+    if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then return 0 end
+  end
 end
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
 redis.call('PUBLISH', KEYS[2], ARGV[2])
-return 1
+return record[4] and 2 or 1
 """
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
@@ -213,6 +218,7 @@ class JobLeases:
         self.jobs = JobStore(connect(broker_url, patient=True), queue)
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
+        self._watch = KeyWatch(broker_url, every=_CHECK_EVERY, seconds=_IMPATIENCE)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._claim = self.jobs.redis.register_script(_CLAIM)
         self._note_error = self.jobs.redis.register_script(_NOTE_ERROR)
@@ -318,7 +324,8 @@ class JobLeases:
         `redis.RedisError` if Redis does not answer.
         """
         names = ("token", "closed", "verdict", "cancelled")
-        record = dict(zip(names, self.impatient.hmget(job_key(job_id), names), strict=True))
+        found = self._watch.redis.hmget(job_key(job_id), names)
+        record = dict(zip(names, found, strict=True))
         _require_newest(job_id, token, record["token"])
         if (verdict := verdict_of(record)) is not None:
             raise JobEnded(verdict)
@@ -326,6 +333,14 @@ class JobLeases:
             raise LeaseLost(f"job {job_id} has a result by now")
         if record["cancelled"] is not None:
             raise revoked(job_id)
+
+    def may_be_over(self, job_id: str) -> bool:
+        """Return whether the job's record may have changed since `raise_if_over`.
+
+        Sends nothing. Raises `redis.RedisError` if it must connect and Redis does not answer.
+        """
+        changed = self._watch.wait()
+        return changed is None or job_key(job_id) in changed
 
     def is_cancelled(self, job_id: str) -> bool:
         """Return whether the job is cancelled and has not ended; raise `redis.RedisError`."""
@@ -351,21 +366,44 @@ class JobLeases:
         `request` is Celery's. Returns False, and stores nothing, if the token is not the newest or
         the job has ended. Waits for Redis if it is `patient`, else raises `redis.RedisError`.
         """
+        client = self.jobs.redis if patient else self.impatient
+        return self._store(client, backend, request, (token, state, value)) > 0
+
+    def report(
+        self, backend: Any, request: Any, token: str, value: object, *, is_first: bool
+    ) -> bool:
+        """Store and publish the progress of a job; return whether `raise_if_over` would not raise.
+
+        `is_first` says that it is the first progress of this attempt. Raises `redis.RedisError`.
+        """
+        state = (token, JobState.PROGRESS, value)
+        return self._store(self._watch.redis, backend, request, state, looks=is_first) == 1
+
+    def _store(
+        self,
+        client: Any,
+        backend: Any,
+        request: Any,
+        news: tuple[str, JobState, object],
+        *,
+        looks: bool = True,
+    ) -> int:
+        """Store token, state and value; return 0 if that is refused, 2 if the job is cancelled."""
+        token, state, value = news
         job_id = str(request.id)
         value = backend.encode_result(value, state.value)
         meta = backend._get_result_meta(value, state.value, None, request)  # noqa: SLF001 - no other
         document, key = backend.encode(meta | {"task_id": job_id}), backend.get_key_for_task(job_id)
-        client = self.jobs.redis if patient else self.impatient
         if self._has_results:
+            arguments = [token, document, RESULT_EXPIRES, "1" if looks else ""]
             keys = [job_key(job_id), key]
-            return bool(
-                self._store_state(keys=keys, args=[token, document, RESULT_EXPIRES], client=client)
-            )
-        newest, closed = client.hmget(job_key(job_id), ("token", "closed"))
+            return int(self._store_state(keys=keys, args=arguments, client=client))
+        fields = ("token", "closed", "cancelled")
+        newest, closed, cancelled = client.hmget(job_key(job_id), fields)
         if newest not in (None, token) or closed is not None:
-            return False
+            return 0
         backend.set(key, document)
-        return True
+        return 1 if cancelled is None else 2
 
     def close(
         self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None

@@ -27,6 +27,7 @@ from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
 from zlora_worker.sidecar import client_requests, prefetch, webhooks
 from zlora_worker.sidecar.heartbeat import Heartbeat
+from zlora_worker.sidecar.queue_watch import QueueWatch
 from zlora_worker.sidecar.sweeper import Sweeper
 
 _REDIS_PAUSE: Final = 2.0  # seconds until the next attempt if Redis does not answer
@@ -54,10 +55,12 @@ def run(
     # metrics of the worker's processes, its GPU and its queue
     if metrics_socket is not None:
         serve_metrics(settings, metrics_socket)
+    watch = QueueWatch(settings.broker_url)
     # LoRAs of the next jobs into the disk cache
-    prefetch.start(settings, heartbeat)
+    prefetch.start(settings, heartbeat, watch)
     # webhooks of finished jobs
-    webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter, heartbeat)
+    webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter, heartbeat, watch)
+    watch.start(heartbeat, seconds=2 * settings.sidecar_timeout)
     # lost and expired jobs, and requests of clients
     sweeper = Sweeper(jobs, app, store, meter, every=settings.sweep, beat=beat)
     while True:
@@ -66,6 +69,7 @@ def run(
             client_requests.reply_to_next(jobs, store, urls, app.backend, timeout=1.0)
             sweeper.sweep()
         except (redis.RedisError, kombu.exceptions.OperationalError) as error:
+            watch.reconnect()
             logger.warning("Redis does not answer; trying again in %.0f s: %s", _REDIS_PAUSE, error)
             time.sleep(_REDIS_PAUSE)
 
