@@ -109,22 +109,22 @@ redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
 return 1
 """
 # Celery's backend stores a state and publishes it on a channel of the same name. An end that it has
-# stays, even if Redis has lost the record: ARGV[4] says whether to look. Once this attempt has
-# stored a state, an end comes with a mark in the record. Returns 2 if the job is cancelled.
+# stays, even if Redis has lost the record; no client sees what is stored for a moment.
+# Returns 2 if the job is cancelled.
 _STORE_STATE: Final = """
-local record = redis.call('HMGET', KEYS[1], 'token', 'closed', 'ending', 'cancelled')
+local record = redis.call('HMGET', KEYS[1], 'token', 'closed', 'cancelled')
 if record[2] or (record[1] and record[1] ~= ARGV[1]) then return 0 end
-if ARGV[4] ~= '' or not record[1] or record[3] then
-  local stored = redis.call('GET', KEYS[2])
-  local is_json, meta = pcall(cjson.decode, stored or '')
-  if is_json and type(meta) == 'table' then
-    local state = meta.status
-    if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then return 0 end
+local stored = redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3], 'GET')
+local is_json, meta = pcall(cjson.decode, stored or '')
+if is_json and type(meta) == 'table' then
+  local state = meta.status
+  if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then
+    redis.call('SET', KEYS[2], stored, 'EX', ARGV[3])
+    return 0
   end
 end
-redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
 redis.call('PUBLISH', KEYS[2], ARGV[2])
-return record[4] and 2 or 1
+return record[3] and 2 or 1
 """
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
@@ -369,24 +369,16 @@ class JobLeases:
         client = self.jobs.redis if patient else self.impatient
         return self._store(client, backend, request, (token, state, value)) > 0
 
-    def report(
-        self, backend: Any, request: Any, token: str, value: object, *, is_first: bool
-    ) -> bool:
+    def report(self, backend: Any, request: Any, token: str, value: object) -> bool:
         """Store and publish the progress of a job; return whether `raise_if_over` would not raise.
 
-        `is_first` says that it is the first progress of this attempt. Raises `redis.RedisError`.
+        Raises `redis.RedisError`.
         """
         state = (token, JobState.PROGRESS, value)
-        return self._store(self._watch.redis, backend, request, state, looks=is_first) == 1
+        return self._store(self._watch.redis, backend, request, state) == 1
 
     def _store(
-        self,
-        client: Any,
-        backend: Any,
-        request: Any,
-        news: tuple[str, JobState, object],
-        *,
-        looks: bool = True,
+        self, client: Any, backend: Any, request: Any, news: tuple[str, JobState, object]
     ) -> int:
         """Store token, state and value; return 0 if that is refused, 2 if the job is cancelled."""
         token, state, value = news
@@ -395,8 +387,7 @@ class JobLeases:
         meta = backend._get_result_meta(value, state.value, None, request)  # noqa: SLF001 - no other
         document, key = backend.encode(meta | {"task_id": job_id}), backend.get_key_for_task(job_id)
         if self._has_results:
-            arguments = [token, document, RESULT_EXPIRES, "1" if looks else ""]
-            keys = [job_key(job_id), key]
+            keys, arguments = [job_key(job_id), key], [token, document, RESULT_EXPIRES]
             return int(self._store_state(keys=keys, args=arguments, client=client))
         fields = ("token", "closed", "cancelled")
         newest, closed, cancelled = client.hmget(job_key(job_id), fields)

@@ -56,7 +56,6 @@ class ProgressReporter:
         self._request, self._leases, self._backend = task_request, leases, backend
         self._job_id, self._token = job_id, token
         self._deadline, self._attempt = deadline, attempt
-        self._has_reported = False
         self._next_check = 0.0  # on the monotonic clock
         self._redis_again = 0.0
         self._reports: deque[float] = deque([0.0] * _REPORTS, maxlen=_REPORTS)
@@ -102,10 +101,8 @@ class ProgressReporter:
                 meta |= {"step": done, "steps": total, "eta": eta}
             if phase is Phase.FETCH:
                 meta |= {"received": done, "expected": total}
-            goes_on = self._leases.report(
-                self._backend, self._request, self._token, meta, is_first=not self._has_reported
-            )
-            self._has_reported, self._next_check = True, now + _CHECK_EVERY
+            goes_on = self._leases.report(self._backend, self._request, self._token, meta)
+            self._next_check = now + _CHECK_EVERY
         if not goes_on:
             self._next_check = now + _CHECK_EVERY
             self._leases.raise_if_over(self._job_id, self._token)

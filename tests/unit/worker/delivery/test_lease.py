@@ -386,22 +386,14 @@ def test_no_progress_follows_an_end(make_worker: MakeWorker, job: str, app: Isol
     leases = make_worker()
     request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
 
-    def is_reported(*, is_first: bool) -> bool:
-        return leases.report(app.backend, request, claim.token, {}, is_first=is_first)
-
     with leases.claim(job, "d") as claim:
-        assert is_reported(is_first=True)
-        assert is_reported(is_first=False)
-        leases.jobs.redis.hset(job_key(job), "ending", 1)
-        assert is_reported(is_first=False)
-
+        assert leases.report(app.backend, request, claim.token, {})
         app.backend.mark_as_revoked(job, "cancelled")
-        assert not is_reported(is_first=False)
-        leases.jobs.redis.hdel(job_key(job), "ending")
-        assert not is_reported(is_first=True)
+        assert not leases.report(app.backend, request, claim.token, {})
         leases.jobs.redis.delete(job_key(job))
-        assert not is_reported(is_first=False)
-        assert app.backend.get_task_meta(job)["status"] == "REVOKED"
+        assert not leases.report(app.backend, request, claim.token, {})
+    assert app.backend.get_task_meta(job)["status"] == "REVOKED"
+    assert leases.jobs.redis.ttl(f"celery-task-meta-{job}") > 0
 
 
 def test_progress_of_a_cancelled_job_is_stored_and_says_so(
@@ -411,7 +403,7 @@ def test_progress_of_a_cancelled_job_is_stored_and_says_so(
     request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
     with leases.claim(job, "d") as claim:
         leases.jobs.cancel(job)
-        assert not leases.report(app.backend, request, claim.token, {}, is_first=True)
+        assert not leases.report(app.backend, request, claim.token, {})
         assert app.backend.get_task_meta(job)["status"] == "PROGRESS"
 
 

@@ -37,7 +37,6 @@ class FakeRedis:
         self.clock = clock
         self.checks: list[float] = []
         self.reports: list[dict[str, Any]] = []
-        self.firsts: list[bool] = []
         self.cancelled = self.has_news = False
         self.fail: Callable[[], None] = lambda: None
 
@@ -52,13 +51,10 @@ class FakeRedis:
         found, self.has_news = self.has_news, False
         return found
 
-    def report(
-        self, _backend: Any, request: Any, token: str, value: dict[str, Any], *, is_first: bool
-    ) -> bool:
+    def report(self, _backend: Any, request: Any, token: str, value: dict[str, Any]) -> bool:
         assert token == "7"
         self.fail()
         self.reports.append({"at": self.clock.now, "meta": value, "request": request})
-        self.firsts.append(is_first)
         return not self.cancelled
 
 
@@ -209,7 +205,6 @@ def test_a_report_has_the_phase_and_its_progress(clock: Clock, fake_redis: FakeR
         {"phase": "uploading", "attempt": 2},
     ]
     assert {made["request"] for made in fake_redis.reports} == {"request"}
-    assert fake_redis.firsts == [True, False, False, False]
 
 
 @untimed
