@@ -35,10 +35,11 @@ def test_an_idle_and_a_drawing_worker_send_few_commands(scene: Scene) -> None:
         found, seconds = spent(scene, seconds=6)
         assert found.total() <= IDLE * seconds, found
 
+        scene.submit().result(timeout=60)  # opens connections and loads the scripts
         job = scene.submit(steps=120, step=0.05)
         waits = Thread(target=job.result)
         waits.start()
-        scene.wait_step(job, 5)
+        scene.wait_step(job, 10)
         found, seconds = spent(scene, seconds=4)
         assert scene.events("end", job) == []  # it was being drawn all the time
         assert found.total() <= DRAWING * seconds, found
