@@ -56,7 +56,7 @@ produce="$produce +lpush +info +wait +llen +blpop +get +mget +setex +publish +su
 receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
 look='+llen +lindex +zcard +zcount +get +hmget +time +hscan +eval +type +hlen' # +type and +hlen are for KEDA
 serve="$produce $receive $look +set +incr +hincrby +rpush +lrange +smembers +watch +unwatch"
-serve="$serve +zrange +zscore +zremrangebyrank +zremrangebyscore"
+serve="$serve +zrange +zscore +zremrangebyrank +zremrangebyscore +pttl +client|tracking"
 
 # Each user is one line: a backslash joins lines. Parentheses hold rights for keys or channels of their own.
 umask 077

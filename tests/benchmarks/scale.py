@@ -9,6 +9,7 @@
 - Submissions by one process and by several, and the load of the server.
 - Idle workers, and one worker in front of a long queue: commands, connections, bytes and CPU time.
 - The events that Flower reads.
+- Many workers: their commands are sent without them, and whole jobs without processes of Celery.
 
 Each round measures everything. Ours is the median of the rounds, and the noise is the largest by
 the smallest; nothing is a ratio. `--thin` takes one round with fewer jobs and shorter times instead
@@ -30,6 +31,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import redis
+from benchmarks import many_workers
 from benchmarks.job_bytes import WAITED, Found, scene, shapes
 from benchmarks.report import Row, announce, options_parser, progress, publish
 from support.figures import Tally
@@ -52,14 +54,34 @@ class Size(NamedTuple):
     settle: float  # seconds until the sidecar of a new worker runs in its steady state
     idle: float  # seconds of a look at idle workers
     backlog: int  # jobs
+    crowd: int  # simulated workers
+    lives: int  # whole jobs of a process, one after the other
     seconds: float  # that the benchmark takes, about
 
 
 FULL: Final = Size(
-    rounds=3, shaped=100, drawn=50, sent=2000, settle=8.0, idle=30.0, backlog=10_000, seconds=900
+    rounds=3,
+    shaped=100,
+    drawn=50,
+    sent=2000,
+    settle=8.0,
+    idle=30.0,
+    backlog=10_000,
+    crowd=1000,
+    lives=1000,
+    seconds=1200,
 )
 THIN: Final = Size(
-    rounds=1, shaped=5, drawn=5, sent=200, settle=3.0, idle=2.0, backlog=400, seconds=100
+    rounds=1,
+    shaped=5,
+    drawn=5,
+    sent=200,
+    settle=3.0,
+    idle=6.0,
+    backlog=400,
+    crowd=100,
+    lives=50,
+    seconds=150,
 )
 
 
@@ -122,6 +144,9 @@ def measured(folder: Path, size: Size) -> Found:
             found |= idle(folder / f"idle-{workers}", valkey, broker, workers, size)
         progress("a long queue")
         found |= behind(folder / "behind", valkey, broker, size)
+        progress("many workers")
+        found |= many_workers.crowds(valkey, broker, size.crowd, size.idle)
+        found |= many_workers.lives(valkey, broker, folder / "whole", size.lives)
     return found
 
 

@@ -16,7 +16,7 @@ An attempt of a worker passes these steps:
 | `claim` | takes lease and token, or finds a verdict or another worker's lease |
 | `load_end` | looks whether the manifest has a result or a verdict |
 | `raise_if_over` | leaves the job if it is another attempt's or has ended; sees a cancellation |
-| `store_state` | reports progress |
+| `report` | reports progress |
 | `put_image` | creates an image, or uses the one that is stored |
 | `write_result` | creates the manifest with the result |
 | `end_attempt` | deletes the attempt from the record |
@@ -267,10 +267,10 @@ class Protocol:
         elif len(actor.images) == self.bounds.images:
             yield f"{actor.name} finds that the job goes on", _goes(state, me, "write_result")
         else:
-            drawing = _goes(state, me, "store_state", is_first=False)
+            drawing = _goes(state, me, "report", is_first=False)
             yield f"{actor.name} finds that the job goes on", drawing
 
-    def store_state(self, state: State, me: int) -> Moves:
+    def report(self, state: State, me: int) -> Moves:
         """Store PROGRESS, and draw the next image, which may fail."""
         name = state.actors[me].name
         if self._may_store_state(state, me):

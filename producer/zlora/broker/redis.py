@@ -137,7 +137,12 @@ class RedisBroker:
     def task_meta(self, job_id: str) -> TaskMeta:
         # `AsyncResult` would subscribe for each job, and log errors at exit without Redis.
         with self._reached({"job_id": job_id}), readable(job_id):
-            meta: dict[str, Any] = self._backend.get_task_meta(job_id)
+            published = self._listener.take(job_id)
+            meta: dict[str, Any] = (
+                self._backend.get_task_meta(job_id)
+                if published is None
+                else self._backend.decode_result(published)
+            )
             return TaskMeta(meta["status"], meta.get("result"))
 
     def queue_status(self, job_id: str) -> QueueStatus:

@@ -70,6 +70,14 @@ class Listener:
         finally:
             thread.change(_Change(channel, notify, begins=False))
 
+    def take(self, job_id: str) -> bytes | None:
+        """Return the last state that was published for a watched job, once; None if there is none.
+
+        It is the stored one, unless a newer one is about to be published.
+        """
+        thread = self._thread
+        return None if thread is None else thread.published.pop(self._channel_of(job_id), None)
+
     def outage(self) -> float:
         """Seconds since the connection was lost; 0 if it holds, or is not needed yet."""
         lost = self._thread.lost if self._thread else None
@@ -117,10 +125,12 @@ class _ListenerThread:
 
     lost: float | None  # since when there is no connection, by the monotonic clock
     losses: int
+    published: dict[str, bytes]  # by channel; other threads take from it
 
     def __init__(self, url: str, idle_channel: str, on_loss: Notify) -> None:
         """Start the thread; a subscription to `idle_channel` keeps the connection open."""
         self.lost, self.losses, self._on_loss = None, 0, on_loss
+        self.published = {}
         self._primary = Primary.of_url(url)
         self._pid = os.getpid()
         self._url, self._idle_channel = config.redis_url(url), idle_channel
@@ -274,6 +284,7 @@ class _ListenerThread:
                 watchers.remove(notify)
             if not watchers:
                 del self._watchers[channel]
+                self.published.pop(channel, None)
         return changed
 
     async def _receive(self, pubsub: Any) -> None:
@@ -283,7 +294,7 @@ class _ListenerThread:
                 message = await pubsub.get_message(timeout=_SILENCE)
                 if message is not None:
                     has_pinged = False
-                    self._handle(message["type"], message["channel"])
+                    self._handle(message["type"], message["channel"], message["data"])
                 elif has_pinged:
                     raise redis.ConnectionError("Redis does not answer a ping")
                 else:
@@ -292,14 +303,20 @@ class _ListenerThread:
         finally:
             self._break()
 
-    def _handle(self, kind: str, channel: bytes | None) -> None:
+    def _handle(self, kind: str, channel: bytes | None, data: Any) -> None:
         if kind == "subscribe":
             self.lost = None
-        if kind in ("message", "subscribe") and channel is not None:
-            for notify in self._watchers.get(channel.decode(), []):
-                notify()
+        if kind not in ("message", "subscribe") or channel is None:
+            return
+        name = channel.decode()
+        watchers = self._watchers.get(name, [])
+        if kind == "message" and watchers:
+            self.published[name] = data
+        for notify in watchers:
+            notify()
 
     def _notify_all(self) -> None:
+        self.published.clear()  # others may have been missed
         for watchers in list(self._watchers.values()):
             for notify in watchers:
                 notify()

@@ -148,6 +148,17 @@ class Outbox:
         """
         return list(self._due(keys=[self._waiting], args=[start, count, since]))
 
+    def next_due(self, *, since: float = 0.0, client: Any = None) -> float | None:
+        """Return the seconds until a job is due, None if no job waits; see `due`.
+
+        Reads by another `client`, if one is given.
+        """
+        client = client or self._redis
+        if not (first := client.zrange(self._waiting, 0, 0, withscores=True)):
+            return None
+        seconds, microseconds = client.time()
+        return float(first[0][1] + since - seconds - microseconds / 1e6)
+
     def webhooks(self, job_ids: Iterable[str]) -> list[Webhook | None]:
         """Return the webhook of each job, or None if its record is gone."""
         with self._redis.pipeline(transaction=False) as pipe:

@@ -178,6 +178,7 @@ class QoS(kombu_redis.QoS):
 
     channel: Any  # the stubs have no channel of Redis
     _skew = 0.0  # seconds by which this machine's clock is ahead of Redis's
+    _next_look = 0.0  # when a message can be abandoned at the earliest, on the monotonic clock
 
     @property
     def visibility_timeout(self) -> float:  # type: ignore[override]  # an attribute in kombu
@@ -218,9 +219,19 @@ class QoS(kombu_redis.QoS):
         channel: Any = self.channel  # the stubs do not have `active_queues`
         if all(queue.endswith(_REPLIES) for queue in channel.active_queues):
             return
+        if time.monotonic() < self._next_look:
+            return
         try:
             with self.channel.conn_or_acquire() as client:
+                oldest = client.zrange(self.unacked_index_key, 0, 0, withscores=True)
                 self._skew = clock_skew(client)
+            # A message that is taken later, or kept by a heartbeat, is abandoned later.
+            left = float(channel.visibility_timeout)
+            if oldest:
+                left += oldest[0][1] + self._skew - time.time()
+            if left > 0:
+                self._next_look = time.monotonic() + left
+                return
             super().restore_visible(*arguments, **options)
         except redis.ResponseError as error:
             if not _may_be_repaired(error):

@@ -31,6 +31,7 @@ from zlora.broker.job_store import (
     connect,
     verdict_of,
 )
+from zlora.broker.key_watch import KeyWatch
 from zlora.broker.keys import RECORD_EXPIRES, RESULT_EXPIRES, job_key, lease_key
 from zlora.broker.task_meta import revoked
 from zlora.errors import JobPoisoned, ZloraError
@@ -40,6 +41,7 @@ LEASE: Final = 10.0  # seconds that a job stays with a worker that does not rene
 _RENEW: Final = 2.0  # seconds between two renewals
 _GRACE: Final = 4.0  # seconds in which a live worker takes back a lease that Redis lost
 _IMPATIENCE: Final = 1.0  # seconds that a running job may lose to a Redis that does not answer
+_CHECK_EVERY: Final = 0.05  # seconds between two checks of a job if Redis announces no changes
 _STORE_DOWN: Final = (
     "store_away"  # field of the record: first failure of the store, seconds by Redis's clock
 )
@@ -130,23 +132,30 @@ if ended and redis.call('HGET', KEYS[1], 'worker') == ARGV[1] then
   redis.call('EXPIRE', KEYS[1], ARGV[3], 'NX')
 end
 """
-# Celery's backend stores a state and publishes it on a channel of the same name.
-# An end that it has stays, even if Redis has lost the record.
-_STORE_UNLESS_ENDED: Final = """
-local stored = redis.call('GET', KEYS[1])
+# Celery's backend stores a state and publishes it on a channel of the same name. An end that it has
+# stays, even if Redis has lost the record; no client sees what is stored for a moment.
+_STORE: Final = """
+local stored = redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2], 'GET')
 local is_json, meta = pcall(cjson.decode, stored or '')
 if is_json and type(meta) == 'table' then
   local state = meta.status
-  if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then return 0 end
+  if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then
+    redis.call('SET', KEYS[1], stored, 'EX', ARGV[2])
+    return 0
+  end
 end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 redis.call('PUBLISH', KEYS[1], ARGV[1])
+"""
+_STORE_UNLESS_ENDED: Final = f"""{_STORE}
 return 1
 """
+# Returns 2 if the job is cancelled.
 _STORE_STATE: Final = f"""
-local record = redis.call('HMGET', KEYS[2], 'token', 'closed')
+local record = redis.call('HMGET', KEYS[2], 'token', 'closed', 'cancelled')
 if record[2] or (record[1] and tonumber(record[1]) > tonumber(ARGV[3])) then return 0 end
-{_STORE_UNLESS_ENDED}"""
+{_STORE}
+return record[3] and 2 or 1
+"""
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
@@ -239,6 +248,7 @@ class JobLeases:
         self.jobs = JobStore(connect(broker_url, patient=True), queue)
         self.impatient: Any = connect(broker_url, seconds=_IMPATIENCE)
         self._impatient_jobs = JobStore(self.impatient, queue)
+        self._watch = KeyWatch(broker_url, every=_CHECK_EVERY, seconds=_IMPATIENCE)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.sidecar = f"{self.worker}-sidecar"  # has the jobs that the child has drawn
         self._draws = mmap.mmap(-1, 1)  # parent and child share this byte: 1 while the child draws
@@ -374,7 +384,8 @@ class JobLeases:
         `redis.RedisError` if Redis does not answer.
         """
         names = ("token", "closed", "verdict", "cancelled")
-        record = dict(zip(names, self.impatient.hmget(job_key(job_id), names), strict=True))
+        found = self._watch.redis.hmget(job_key(job_id), names)
+        record = dict(zip(names, found, strict=True))
         _require_newest(job_id, token, record["token"])
         if (verdict := verdict_of(record)) is not None:
             raise JobEnded(verdict)
@@ -382,6 +393,14 @@ class JobLeases:
             raise LeaseLost(f"job {job_id} has a result by now")
         if record["cancelled"] is not None:
             raise revoked(job_id)
+
+    def may_be_over(self, job_id: str) -> bool:
+        """Return whether the job's record may have changed since `raise_if_over`.
+
+        Sends nothing. Raises `redis.RedisError` if it must connect and Redis does not answer.
+        """
+        changed = self._watch.wait()
+        return changed is None or job_key(job_id) in changed
 
     def is_cancelled(self, job_id: str) -> bool:
         """Return whether the job is cancelled and has not ended; raise `redis.RedisError`."""
@@ -407,19 +426,38 @@ class JobLeases:
         `request` is Celery's. Returns False, and stores nothing, if the token is not the newest or
         the job has ended. Waits for Redis if it is `patient`, else raises `redis.RedisError`.
         """
+        client = self.jobs.redis if patient else self.impatient
+        return self._store(client, backend, request, (token, state, value)) > 0
+
+    def report(self, backend: Any, request: Any, token: str, value: object) -> bool:
+        """Store and publish the progress of a job; return whether `raise_if_over` would not raise.
+
+        Raises `redis.RedisError`.
+        """
+        state = (token, JobState.PROGRESS, value)
+        return self._store(self._watch.redis, backend, request, state) == 1
+
+    def _store(
+        self, client: Any, backend: Any, request: Any, news: tuple[str, JobState, object]
+    ) -> int:
+        """Store token, state and value; return 0 if that is refused, 2 if the job is cancelled."""
+        token, state, value = news
         job_id = str(request.id)
         value = backend.encode_result(value, state.value)
         meta = backend._get_result_meta(value, state.value, None, request)  # noqa: SLF001 - no other
         document, key = backend.encode(meta | {"task_id": job_id}), backend.get_key_for_task(job_id)
-        client = self.jobs.redis if patient else self.impatient
         values = [document, RESULT_EXPIRES]
         if self._store_elsewhere is None:
             keys = [key, job_key(job_id)]
-            return bool(self._store_state(keys=keys, args=[*values, token], client=client))
-        newest, closed = client.hmget(job_key(job_id), ("token", "closed"))
+            return int(self._store_state(keys=keys, args=[*values, token], client=client))
+        fields = ("token", "closed", "cancelled")
+        newest, closed, cancelled = client.hmget(job_key(job_id), fields)
         if not _is_newest(token, newest) or closed is not None:
-            return False
-        return bool(self._store_elsewhere[patient](keys=[key], args=values))
+            return 0
+        store = self._store_elsewhere[client is self.jobs.redis]
+        if not store(keys=[key], args=values):
+            return 0
+        return 1 if cancelled is None else 2
 
     def record_verdict(
         self, job_id: str, verdict: ZloraError, *, submission: Submission | None = None

@@ -9,13 +9,13 @@ from celery.backends.base import Backend
 from celery.utils.log import get_task_logger
 from redis import RedisError
 from zlora.broker.celery_app import IsolatedCelery, impatient_config
-from zlora.schema import JobState, Phase
+from zlora.schema import Phase
 
 from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.monitoring import logs
 
-_CHECK_EVERY: Final = 0.05  # seconds between two checks during a download, which has many pieces
+_CHECK_EVERY: Final = 1.0  # seconds between two checks, even if Redis has announced no change
 _REPORTS: Final = 2  # per second
 _BACKOFF: Final = 5.0  # seconds without Redis after a failure, which may itself have taken a second
 
@@ -38,7 +38,8 @@ class ProgressReporter:
     """Stores the progress of one job as its Celery state PROGRESS, twice a second at most.
 
     Each call raises `JobTimeout` after the deadline, and what `JobLeases.raise_if_over` raises. If
-    Redis does not answer, the job goes on without reports and checks.
+    Redis does not answer, the job goes on without reports and checks. Redis is asked whether the
+    job must stop when it has announced a change of the job's record, and each second.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ProgressReporter:
         self._request, self._leases, self._backend = task_request, leases, backend
         self._job_id, self._token = job_id, token
         self._deadline, self._attempt = deadline, attempt
-        self._next_check = time.monotonic() + _CHECK_EVERY  # the job was claimed just now
+        self._next_check = 0.0  # on the monotonic clock
         self._redis_again = 0.0
         self._reports: deque[float] = deque([0.0] * _REPORTS, maxlen=_REPORTS)
         self._first_step: tuple[float, int] | None = None  # monotonic time, and the step done then
@@ -69,10 +70,7 @@ class ProgressReporter:
         if now < self._redis_again:
             return
         try:
-            if phase is not Phase.FETCH or now > self._next_check:
-                self._next_check = now + _CHECK_EVERY
-                self._leases.raise_if_over(self._job_id, self._token)
-            self._store(now, phase, done, total)
+            self._report_or_check(now, phase, done, total)
         except RedisError as error:
             self._redis_again = time.monotonic() + _BACKOFF
             logger.warning(
@@ -91,17 +89,23 @@ class ProgressReporter:
         except RedisError as error:
             logger.warning("job %s: no cancel check: Redis: %s", self._job_id, error)
 
-    def _store(self, now: float, phase: Phase, done: int, total: int) -> None:
+    def _report_or_check(self, now: float, phase: Phase, done: int, total: int) -> None:
+        """Report if it is time, which also says whether the job goes on; else check if needed."""
         eta = self._eta(now, done, total) if phase is Phase.DENOISE else None
         if now - self._reports[0] < 1 or getattr(self._request, "ignore_result", False):
-            return
-        self._reports.append(now)
-        meta: dict[str, Any] = {"phase": phase.progress_name, "attempt": self._attempt}
-        if phase is Phase.DENOISE:
-            meta |= {"step": done, "steps": total, "eta": eta}
-        if phase is Phase.FETCH:
-            meta |= {"received": done, "expected": total}
-        self._leases.store_state(self._backend, self._request, self._token, JobState.PROGRESS, meta)
+            goes_on = now < self._next_check and not self._leases.may_be_over(self._job_id)
+        else:
+            self._reports.append(now)
+            meta: dict[str, Any] = {"phase": phase.progress_name, "attempt": self._attempt}
+            if phase is Phase.DENOISE:
+                meta |= {"step": done, "steps": total, "eta": eta}
+            if phase is Phase.FETCH:
+                meta |= {"received": done, "expected": total}
+            goes_on = self._leases.report(self._backend, self._request, self._token, meta)
+            self._next_check = now + _CHECK_EVERY
+        if not goes_on:
+            self._next_check = now + _CHECK_EVERY
+            self._leases.raise_if_over(self._job_id, self._token)
 
     def _eta(self, now: float, done: int, total: int) -> float | None:
         """Return the seconds left, by the pace since the first step."""

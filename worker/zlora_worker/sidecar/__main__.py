@@ -33,6 +33,7 @@ from zlora_worker.settings import Settings
 from zlora_worker.sidecar import client_requests, prefetch, webhooks
 from zlora_worker.sidecar.finisher import Finisher, Resources
 from zlora_worker.sidecar.heartbeat import Heartbeat
+from zlora_worker.sidecar.queue_watch import QueueWatch
 from zlora_worker.sidecar.sweeper import Sweeper
 
 _REDIS_PAUSE: Final = 2.0  # seconds until the next attempt if Redis does not answer
@@ -91,10 +92,12 @@ def run(settings: Settings, links: Links | None) -> None:
             wake_parent=links.wake_parent,
         )
         finisher.start(links.from_child, heartbeat, timeout=2 * settings.sidecar_timeout)
+    watch = QueueWatch(settings.broker_url)
     # LoRAs of the next jobs into the disk cache
-    prefetch.start(settings, spool, heartbeat)
+    prefetch.start(settings, spool, heartbeat, watch)
     # webhooks of finished jobs
-    webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter, heartbeat)
+    webhooks.start(settings, webhooks.JobEnds(store, urls, app.backend), meter, heartbeat, watch)
+    watch.start(heartbeat, seconds=2 * settings.sidecar_timeout)
     # lost and expired jobs, and requests of clients
     sweeper = Sweeper(jobs, app, store, meter, every=settings.sweep, beat=beat)
     while True:
@@ -103,6 +106,7 @@ def run(settings: Settings, links: Links | None) -> None:
             client_requests.reply_to_next(jobs, store, urls, app.backend, timeout=1.0)
             sweeper.sweep()
         except (redis.RedisError, kombu.exceptions.OperationalError) as error:
+            watch.reconnect()
             logger.warning("Redis does not answer; trying again in %.0f s: %s", _REDIS_PAUSE, error)
             time.sleep(_REDIS_PAUSE)
 

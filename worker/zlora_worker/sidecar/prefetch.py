@@ -6,13 +6,13 @@ them again. A failed prefetch fails no job: the job fetches the file itself and 
 
 import logging
 import time
-from collections.abc import Callable
-from itertools import islice
-from threading import Lock, Thread
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import redis
 from zlora.broker.job_store import connect
+from zlora.broker.keys import waiting_lists
 from zlora.broker.message import QueuedMessage
 from zlora.errors import InvalidRequest, InvalidSetting, LoraError
 from zlora.schema import JOB_ID, TASK_NAME, Asset, LoraSpec, parse_request
@@ -21,14 +21,17 @@ from zlora_worker.results.spool import NextLora, Spool
 from zlora_worker.settings import Settings
 from zlora_worker.sidecar.heartbeat import Heartbeat
 from zlora_worker.sidecar.queue_reader import QueueReader
+from zlora_worker.sidecar.queue_watch import QueueWatch
 
 if TYPE_CHECKING:
+    import redis
+
     from zlora_worker.fetch.cache import Cache
 
 _DOWNLOADS: Final = 2  # at once
 _AHEAD: Final = 2  # jobs whose LoRAs the child parses before it takes them
-_EVERY: Final = 0.5  # seconds between two looks at the queue
-_ERROR_PAUSE: Final = 2.0  # seconds until the next look if Redis or the cache fails
+_EVERY: Final = 0.5  # seconds until the next look at what is due
+_ERROR_PAUSE: Final = 2.0  # seconds until the next look if the cache fails
 _RECHECK: Final = 10.0  # seconds until a LoRA is checked again: another's download may have failed
 _FAILED_PAUSE: Final = 60.0  # seconds without a new attempt after a failure, or as the server says
 _TIDY: Final = 3600.0  # seconds between two clean-ups of the cache
@@ -36,7 +39,7 @@ _TIDY: Final = 3600.0  # seconds between two clean-ups of the cache
 logger = logging.getLogger(__name__)
 
 
-def start(settings: Settings, spool: Spool | None, heartbeat: Heartbeat) -> None:
+def start(settings: Settings, spool: Spool | None, heartbeat: Heartbeat, watch: QueueWatch) -> None:
     """Prefetch in threads until the process ends, unless disabled or the broker is not Redis.
 
     Write the LoRAs of the next jobs into the spool, if there is one.
@@ -53,6 +56,7 @@ def start(settings: Settings, spool: Spool | None, heartbeat: Heartbeat) -> None
         depth=settings.look_ahead,
         show=spool.show_next if spool else lambda _loras: None,
     )
+    watch.add(waiting_lists(settings.queue), prefetcher.look)
     # A prefetch may wait for another process's download before it begins its own.
     seconds = 2 * (settings.lora_deadline + settings.sidecar_timeout)
     for number in range(_DOWNLOADS):
@@ -75,15 +79,29 @@ class Prefetcher:
         """Call `show` with the LoRAs of the very next jobs."""
         self._messages, self._depth, self._show = QueueReader(client, queue), depth, show
         self._lock = Lock()
+        self._changed = Condition(self._lock)
+        # The next jobs of each list, the highest priority first.
+        self._jobs: dict[str, list[_Job]] = {name: [] for name in waiting_lists(queue)}
         self._checks: dict[tuple[str, Asset], _Check] = {}  # by job id; only jobs that wait now
         self._failed: dict[str, float] = {}  # addresses, and the time of the next attempt
         self._tidied = time.monotonic()  # opening a cache tidies it
 
-    def step(self, cache: "Cache") -> bool:
-        """Fetch the first LoRA in line that is due; return False if there is none.
+    def look(self, client: "redis.Redis", lists: Sequence[str]) -> None:
+        """Read the next jobs of these lists, which have changed; raise `redis.RedisError`."""
+        now = time.time()
+        found = self._messages.next_in_line(self._depth, lists, client=client)
+        with self._changed:
+            for name, messages in found.items():
+                self._jobs[name] = list(filter(None, (_job_of(item, now) for item in messages)))
+            self._changed.notify_all()
 
-        Raises `redis.RedisError` if Redis does not answer.
-        """
+    def rest(self, seconds: float) -> None:
+        """Wait so many seconds, or until other jobs are next."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    def step(self, cache: "Cache") -> bool:
+        """Fetch the first LoRA in line that is due; return False if there is none."""
         if (claimed := self._claim()) is None:
             return False
         asset, since = claimed
@@ -114,9 +132,7 @@ class Prefetcher:
                 address: until for address, until in self._failed.items() if until > now
             }
             known, self._checks = self._checks, {}
-            messages = self._messages.next_in_line(self._depth)
-            found = filter(None, (_job_of(message, now) for message in messages))
-            jobs = list(islice(found, self._depth))
+            jobs = list(islice(chain.from_iterable(self._jobs.values()), self._depth))
             self._show(
                 [NextLora(spec, job.submitted) for job in jobs[:_AHEAD] for spec in job.loras]
             )
@@ -172,17 +188,16 @@ def _work(prefetcher: Prefetcher, settings: Settings, beat: Callable[[], None]) 
     cache = None
     while True:
         beat()
-        pause = _EVERY
         try:
             cache = cache or Cache.open(settings)
             if prefetcher.step(cache):
                 continue
             prefetcher.tidy(cache)
-        except (redis.RedisError, InvalidSetting, OSError) as error:
+            prefetcher.rest(_EVERY)
+            continue
+        except (InvalidSetting, OSError) as error:
             logger.debug("no prefetch for %.0f s: %s", _ERROR_PAUSE, error)
-            pause = _ERROR_PAUSE
         except Exception as error:  # noqa: BLE001 - thread boundary: no job depends on the prefetch
             # The error's text may contain an address with its secrets.
             logger.info("no prefetch for %.0f s: %s", _ERROR_PAUSE, type(error).__name__)
-            pause = _ERROR_PAUSE
-        time.sleep(pause)
+        time.sleep(_ERROR_PAUSE)

@@ -1,6 +1,6 @@
 """Read the messages of a queue in place: nothing is taken, moved or changed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from zlora.broker.keys import waiting_lists
@@ -12,9 +12,9 @@ _BUDGET: Final = 8 * MAX_MESSAGE_BYTES  # bytes of one look at the next jobs
 # Messages between two places of each list, the last first, each as '' if it has too many bytes or
 # does not fit into the budget. Ten at once, so that large messages do not fill Redis's memory.
 _READ: Final = """
-local found, left = {}, tonumber(ARGV[4])
+local lists, left = {}, tonumber(ARGV[4])
 for _, list in ipairs(KEYS) do
-  local first, last = tonumber(ARGV[1]), tonumber(ARGV[2])
+  local found, first, last = {}, tonumber(ARGV[1]), tonumber(ARGV[2])
   while last >= first do
     local items = redis.call('LRANGE', list, math.max(first, last - 9), last)
     for place = #items, 1, -1 do
@@ -28,8 +28,9 @@ for _, list in ipairs(KEYS) do
     end
     last = last - 10
   end
+  lists[#lists + 1] = found
 end
-return found
+return lists
 """
 
 
@@ -43,13 +44,16 @@ class QueueReader:
         self._redis, self._lists = client, waiting_lists(queue)
         self._read = client.register_script(_READ)
 
-    def next_in_line(self, depth: int) -> list[QueuedMessage]:
-        """Return the next `depth` messages of each priority, the highest priority first.
+    def next_in_line(
+        self, depth: int, lists: Sequence[str], *, client: Any = None
+    ) -> dict[str, list[QueuedMessage]]:
+        """Return the next `depth` messages of each of these lists; read at most 8 MiB in all.
 
-        Reads at most 8 MiB in all.
+        Reads by another `client`, if one is given.
         """
-        items = self._read(keys=self._lists, args=[-depth, -1, MAX_MESSAGE_BYTES, _BUDGET])
-        return list(filter(None, map(QueuedMessage.parse, items)))
+        arguments = [-depth, -1, MAX_MESSAGE_BYTES, _BUDGET]
+        found = self._read(keys=lists, args=arguments, client=client)
+        return dict(zip(lists, map(_parsed, found), strict=True))
 
     def windows(self) -> Iterator[list[QueuedMessage]]:
         """Return all waiting messages in parts, each part by one read."""
@@ -58,8 +62,8 @@ class QueueReader:
             start = 0
             while items := self._read(
                 keys=[name], args=[start, start + _WINDOW - 1, MAX_MESSAGE_BYTES, everything]
-            ):
-                yield list(filter(None, map(QueuedMessage.parse, items)))
+            )[0]:
+                yield _parsed(items)
                 start += _WINDOW
 
     def unacked(self) -> Iterator[UnackedMessage]:
@@ -67,3 +71,7 @@ class QueueReader:
         for _, item in self._redis.hscan_iter("unacked", count=_WINDOW):
             if (message := UnackedMessage.parse(item)) is not None:
                 yield message
+
+
+def _parsed(items: list[str]) -> list[QueuedMessage]:
+    return list(filter(None, map(QueuedMessage.parse, items)))

@@ -33,6 +33,18 @@ _MAX_SHARE: Final = (
     50  # a sweep takes at most one part in so many of the time: deep queues are long
 )
 
+# Take or renew the lock; return 0, or the milliseconds that another sidecar holds it at least.
+_LOCK: Final = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then
+  local left = redis.pcall('PTTL', KEYS[1])
+  if type(left) == 'number' and left > 0 then return left end
+  return 1000
+end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return 0
+"""
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +71,7 @@ class Sweeper:
         self._jobs, self._app, self._store, self._meter = jobs, app, store, meter
         self._every, self._beat = every, beat
         self._messages = QueueReader(jobs.redis, jobs.queue)
+        self._lock = jobs.redis.register_script(_LOCK)
         self._name = str(uuid.uuid4())
         self._next_sweep = 0.0
         self._missing = set[str]()  # jobs that the last sweep did not find
@@ -66,23 +79,25 @@ class Sweeper:
     def sweep(self) -> None:
         """Sweep, if it is time and no other sidecar sweeps; raise `redis.RedisError`."""
         start = time.monotonic()
-        if start < self._next_sweep or not self._hold_lock():
+        if start < self._next_sweep:
+            return
+        if held := self._held_elsewhere():
+            self._next_sweep = start + held  # when the lock may expire
             return
         self._end_expired()
         self._missing = self._resend_lost()
         pause = max(self._every, _MAX_SHARE * (time.monotonic() - start))
         self._next_sweep = time.monotonic() + pause
-        self._hold_lock(pause)
+        self._held_elsewhere(pause)
 
-    def _hold_lock(self, pause: float = 0.0) -> bool:
-        """Take or renew the lock for a sweep and its pause; return whether the lock is held."""
-        redis: Any = self._jobs.redis
-        key = sweep_key(self._jobs.queue)
+    def _held_elsewhere(self, pause: float = 0.0) -> float:
+        """Take or renew the lock for a sweep and its pause, and return 0.
+
+        If another sidecar has the lock, return the seconds that it lasts at least.
+        """
         seconds = math.ceil(2 * max(self._every, pause))
-        if redis.get(key) != self._name:
-            return bool(redis.set(key, self._name, nx=True, ex=seconds))
-        redis.expire(key, seconds)
-        return True
+        left = self._lock(keys=[sweep_key(self._jobs.queue)], args=[self._name, seconds])
+        return float(left / 1000)
 
     def _end_expired(self) -> None:
         job_ids = self._jobs.expired()
@@ -107,7 +122,7 @@ class Sweeper:
         found: set[str | None] = set()
         for messages in self._messages.windows():
             found.update(message.job_id for message in messages)
-            self._hold_lock()
+            self._held_elsewhere()
             self._beat()
         for taken in self._messages.unacked():
             found.add(taken.message.job_id)
@@ -131,7 +146,7 @@ class Sweeper:
                 )
                 send(self._app, self._jobs.queue, job_id, submission)
                 self._meter.resent()
-                self._hold_lock()
+                self._held_elsewhere()
         return newly_missing
 
     def _state(self, job_id: str) -> str | None:

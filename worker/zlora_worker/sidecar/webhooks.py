@@ -5,9 +5,10 @@ other receivers.
 """
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import Any, Final, Literal, NamedTuple
@@ -16,6 +17,7 @@ import redis
 from zlora import webhook
 from zlora.backoff import jittered
 from zlora.broker.job_store import connect, verdict_of
+from zlora.broker.keys import outbox_key
 from zlora.broker.protocol import TaskMeta
 from zlora.broker.task_meta import UNREADABLE, error_of
 from zlora.broker.webhook_outbox import DeadLetter, DeliveryAttempt, EndedJob, Outbox
@@ -31,6 +33,7 @@ from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
 from zlora_worker.sidecar.heartbeat import Heartbeat
+from zlora_worker.sidecar.queue_watch import QueueWatch
 
 _PAUSES: Final = (5, 30, 60, 120)  # seconds after each attempt; the last repeats
 _JITTER: Final = 0.2  # share of a pause
@@ -46,7 +49,8 @@ _MAX_TO_SLOW: Final = 8
 _MAX_TO_NEW: Final = 24
 _MAX_NOT_QUICK: Final = 80
 _WINDOW: Final = 10_000  # due jobs in memory; the next ones are read after these
-_EVERY: Final = 0.5  # seconds between two reads of the due jobs
+_EVERY: Final = 0.5  # seconds between two reads of the due jobs, at least
+_LONGEST: Final = 60.0  # seconds between two reads, at most
 _MAX_SHARE: Final = 10  # reads take at most one part in so many of the time: lists may be long
 _MAX_REST: Final = 1.0  # seconds between two signs of life
 _ERROR_PAUSE: Final = 2.0  # seconds until the next read if Redis does not answer
@@ -56,12 +60,15 @@ _EPOCH: Final = 1e9  # seconds; earlier versions stored 1 as the time of a job's
 logger = logging.getLogger(__name__)
 
 
-def start(settings: Settings, ends: "JobEnds", meter: Meter, heartbeat: Heartbeat) -> None:
+def start(
+    settings: Settings, ends: "JobEnds", meter: Meter, heartbeat: Heartbeat, watch: QueueWatch
+) -> None:
     """Send webhooks in threads until the process ends."""
     if not settings.webhook_secret:
         logger.info("%s is not set: webhooks wait for a worker that has it", WEBHOOK_SECRET)
     outbox = Outbox(connect(settings.broker_url), settings.queue)
     dispatcher = Dispatcher(outbox, Sender(outbox, ends, settings, meter))
+    watch.add([outbox_key(settings.queue)], dispatcher.outbox_changed)
     beat = heartbeat.part("the thread of the webhooks", seconds=2 * settings.sidecar_timeout)
     Thread(target=_work, args=(dispatcher, beat), name="webhooks", daemon=True).start()
 
@@ -243,13 +250,23 @@ class Dispatcher:
     def __init__(self, outbox: Outbox, sender: Sender) -> None:
         self._outbox, self._sender = outbox, sender
         self._lock = Lock()
-        self._freed = Event()  # set when a place becomes free
+        self._freed = Event()  # set when a place becomes free, and by a change of the outbox
         self._sending: list[_Place] = []
         # Seconds that the last attempt to a host took, and when it ended on the monotonic clock.
         self._last: dict[str, tuple[float, float]] = {}
         self._hosts: dict[str, str] = {}  # by job, of the jobs that were due at the last read
         self._due: dict[str, deque[str]] = {}  # jobs not started, by host; the next host first
-        self._window_start, self._next_read = 0, 0.0
+        self._window_start, self._next_read, self._not_before = 0, 0.0, 0.0
+        self._early_read = math.inf  # the time that a change of the outbox asks for
+
+    def outbox_changed(self, client: "redis.Redis", _: Sequence[str]) -> None:
+        """Read the due jobs when the next one is due; raise `redis.RedisError`."""
+        next_due = self._outbox.next_due(since=self._sender.since, client=client)
+        if next_due is None:
+            return
+        due_at = max(time.monotonic() + next_due, self._not_before)
+        self._early_read = min(self._early_read, due_at)
+        self._freed.set()
 
     def step(self) -> float:
         """Start what is due and has a place; return the seconds until the next read.
@@ -257,14 +274,15 @@ class Dispatcher:
         Raises `redis.RedisError`.
         """
         self._freed.clear()  # before the places are counted
-        if time.monotonic() >= self._next_read:
+        if time.monotonic() >= min(self._next_read, self._early_read):
+            self._early_read = math.inf  # before the outbox is read
             self._read_due()
         while picked := self._pick():
             self._start(picked)
-        return max(0.0, self._next_read - time.monotonic())
+        return max(0.0, min(self._next_read, self._early_read) - time.monotonic())
 
     def rest(self, seconds: float) -> None:
-        """Wait so many seconds, or until a place becomes free."""
+        """Wait so many seconds, or until a place becomes free or the outbox changes."""
         self._freed.wait(seconds)
 
     def _read_due(self) -> None:
@@ -283,8 +301,11 @@ class Dispatcher:
             by_host.setdefault(host, deque()).append(job_id)
         # the order of turns stays; new hosts come last
         self._due = {host: by_host[host] for host in (*self._due, *by_host) if host in by_host}
+        next_due = 0.0 if due else self._outbox.next_due(since=self._sender.since)
+        wait = _LONGEST if next_due is None else min(max(next_due, _EVERY), _LONGEST)
         now = time.monotonic()
-        self._next_read = now + max(_EVERY, _MAX_SHARE * (now - start))
+        self._not_before = now + _MAX_SHARE * (now - start)
+        self._next_read = max(now + wait, self._not_before)
         with self._lock:
             self._last = {
                 host: last for host, last in self._last.items() if now - last[1] < _MAX_SECONDS

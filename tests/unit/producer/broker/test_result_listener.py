@@ -69,6 +69,27 @@ def test_a_watch_notifies_once_it_is_subscribed_and_at_each_message(
         assert watcher.is_idle()
 
 
+def test_the_last_published_state_of_a_watched_job_is_taken_once(
+    listener: Listener, broker: Any
+) -> None:
+    """So that no waiting client asks Redis for what it was just sent."""
+    watcher, other = Watcher(), Watcher()
+    with listener.watch("a", watcher.notify), listener.watch("b", other.notify):
+        assert watcher.is_notified()
+        assert other.is_notified()
+        assert listener.take("a") is None
+        for state in ("one", "two"):
+            broker.publish(channel_of("a"), state)
+            assert watcher.is_notified()
+        assert (listener.take("b"), listener.take("a"), listener.take("a")) == (None, b"two", None)
+
+        broker.publish(channel_of("a"), "three")
+        assert watcher.is_notified()
+        broker.client_kill_filter(_type="pubsub")
+        assert other.is_notified()
+        assert listener.take("a") is None  # there may be a newer one
+
+
 def test_a_channel_is_unsubscribed_after_its_last_watch(listener: Listener, broker: Any) -> None:
     watcher, other = Watcher(), Watcher()
     with listener.watch("a", other.notify):

@@ -14,8 +14,9 @@ import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kombu import Connection, Consumer, Message, Queue
+from support.processes import wait_until
 from zlora.broker.celery_app import transport_options
-from zlora.broker.keys import RECORD_EXPIRES, refused_key
+from zlora.broker.keys import RECORD_EXPIRES, refused_key, waiting_lists
 from zlora.broker.message import MAX_MESSAGE_BYTES
 from zlora_worker.celery_hooks import transport
 from zlora_worker.celery_hooks.transport import MAX_DEPTH, UNREADABLE, _Client, deeper_than
@@ -357,6 +358,39 @@ def test_a_channel_without_a_connection_leaves_its_messages_in_unacked(
             channel.qos.restore_unacked_once()
 
     assert reader.redis.hexists("unacked", held.delivery_tag)
+
+
+def test_abandoned_messages_are_looked_for_when_there_can_be_some(reader: Reader) -> None:
+    """A message of a dead worker goes back once it has been silent for the visibility timeout."""
+    options: Any = {
+        "transport": "zlora_worker.celery_hooks.transport:Transport",
+        "transport_options": transport_options(visibility=2),
+    }
+    reader.redis.delete("unacked", "unacked_index")
+    held = json.dumps([GOOD, "", reader.queue])
+
+    def look() -> bool:
+        channel.qos.restore_visible(num=None, interval=1)
+        return any(map(reader.redis.llen, waiting_lists(reader.queue)))
+
+    def looks() -> int:
+        return int(reader.redis.info("commandstats")["cmdstat_zrange"]["calls"])
+
+    with Connection(reader.url, **options) as connection, connection.channel() as opened:
+        channel: Any = opened
+        with Consumer(channel, [Queue(reader.queue)], on_message=print):
+            assert not look()
+            before = looks()
+            assert not any(look() for _ in range(20))
+            assert looks() == before
+
+            taken, _ = reader.redis.time()
+            reader.redis.hset("unacked", "t", held)
+            reader.redis.zadd("unacked_index", {"t": taken})
+            wait_until(look, "the message is on its queue again")
+
+    assert taken + 2 <= reader.redis.time()[0] <= taken + 30
+    assert looks() <= before + 4
 
 
 @settings(max_examples=40)

@@ -422,6 +422,51 @@ def test_a_base_model_of_a_worker_that_lost_the_job_does_not_count_but_spoils_it
         assert third.count_corrupted(job, claim.token) == 1
 
 
+def test_no_progress_follows_an_end(make_worker: MakeWorker, job: str, app: IsolatedCelery) -> None:
+    """Also if Redis has lost the record, or a sidecar is about to end the job."""
+    leases = make_worker()
+    request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
+
+    with leases.claim(job, "d") as claim:
+        assert leases.report(app.backend, request, claim.token, {})
+        app.backend.mark_as_revoked(job, "cancelled")
+        assert not leases.report(app.backend, request, claim.token, {})
+        leases.jobs.redis.delete(job_key(job))
+        assert not leases.report(app.backend, request, claim.token, {})
+    assert app.backend.get_task_meta(job)["status"] == "REVOKED"
+    assert leases.jobs.redis.ttl(f"celery-task-meta-{job}") > 0
+
+
+def test_progress_of_a_cancelled_job_is_stored_and_says_so(
+    make_worker: MakeWorker, job: str, app: IsolatedCelery
+) -> None:
+    leases = make_worker()
+    request = SimpleNamespace(id=job, group=None, chord=None, parent_id=None)
+    with leases.claim(job, "d") as claim:
+        leases.jobs.cancel(job)
+        assert not leases.report(app.backend, request, claim.token, {})
+        assert app.backend.get_task_meta(job)["status"] == "PROGRESS"
+
+
+def test_a_change_of_the_record_shows_without_a_command(make_worker: MakeWorker, job: str) -> None:
+    leases = make_worker()
+    with leases.claim(job, "d") as claim:
+        leases.raise_if_over(job, claim.token)
+        leases.may_be_over(job)
+        before = calls(leases)
+        assert not any(leases.may_be_over(job) for _ in range(20))
+        assert calls(leases) == before + 1  # that of `calls` itself
+
+        make_worker().jobs.cancel(job)
+        wait_until(lambda: leases.may_be_over(job), "the change is announced")
+
+
+def calls(leases: JobLeases) -> int:
+    """Return how many commands Redis has run."""
+    stats = leases.jobs.redis.info("commandstats")
+    return sum(found["calls"] for found in stats.values())
+
+
 def test_a_worker_must_leave_a_job_that_has_a_result(make_worker: MakeWorker, job: str) -> None:
     leases = make_worker()
     with leases.claim(job, "d") as claim:

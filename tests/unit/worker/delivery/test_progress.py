@@ -37,7 +37,7 @@ class FakeRedis:
         self.clock = clock
         self.checks: list[float] = []
         self.reports: list[dict[str, Any]] = []
-        self.cancelled = False
+        self.cancelled = self.has_news = False
         self.fail: Callable[[], None] = lambda: None
 
     def raise_if_over(self, job_id: str, token: str) -> None:
@@ -47,18 +47,22 @@ class FakeRedis:
         if self.cancelled:
             raise revoked(job_id)
 
-    def store_state(
-        self, _backend: Any, request: Any, token: str, state: str, value: dict[str, Any]
-    ) -> None:
+    def may_be_over(self, _job_id: str) -> bool:
+        found, self.has_news = self.has_news, False
+        return found
+
+    def report(self, _backend: Any, request: Any, token: str, value: dict[str, Any]) -> bool:
         assert token == "7"
-        self.reports.append(
-            {"at": self.clock.now, "meta": value, "state": state, "request": request}
-        )
+        self.fail()
+        self.reports.append({"at": self.clock.now, "meta": value, "request": request})
+        return not self.cancelled
 
 
-def reporter(fake_redis: FakeRedis, *, seconds: float = 1e9) -> ProgressReporter:
+def reporter(
+    fake_redis: FakeRedis, *, seconds: float = 1e9, request: object = "request"
+) -> ProgressReporter:
     return ProgressReporter(
-        "request",
+        request,
         cast("Any", fake_redis),
         cast("Any", fake_redis),
         job_id="job-1",
@@ -84,29 +88,28 @@ def fake_redis(clock: Clock) -> FakeRedis:
 # --- checks
 
 
-def test_each_step_checks_for_a_cancel(clock: Clock, fake_redis: FakeRedis) -> None:
+def test_a_job_is_checked_when_its_record_has_changed(clock: Clock, fake_redis: FakeRedis) -> None:
     report = reporter(fake_redis)
     for step in range(20):
         clock.now += 0.001
+        fake_redis.has_news = step == 10
         report(Phase.DENOISE, step, 20)
 
-    assert len(fake_redis.checks) == 20
+    assert fake_redis.checks == [pytest.approx(1000.011)]
 
 
-def test_a_download_checks_for_a_cancel_twenty_times_a_second_at_most(
-    clock: Clock, fake_redis: FakeRedis
+@pytest.mark.parametrize("ignores", [False, True], ids=["with a result", "without"])
+def test_a_job_is_checked_once_a_second_if_redis_announces_nothing(
+    clock: Clock, fake_redis: FakeRedis, *, ignores: bool
 ) -> None:
-    report = reporter(fake_redis)
-    for piece in range(1000):
+    """A report is a check, too."""
+    report = reporter(fake_redis, request=SimpleNamespace(ignore_result=ignores))
+    for piece in range(5000):
         clock.now += 0.001
-        report(Phase.FETCH, piece, 1000)
+        report(Phase.FETCH, piece, 5000)
 
-    gaps = [
-        later - earlier
-        for earlier, later in zip(fake_redis.checks, fake_redis.checks[1:], strict=False)
-    ]
-    assert min(gaps) >= 0.0499
-    assert len(fake_redis.checks) >= 19
+    looks = [*fake_redis.checks, *(made["at"] for made in fake_redis.reports)]
+    assert len(looks) == (5 if ignores else 10)
 
 
 @pytest.mark.parametrize("phase", [Phase.FETCH, Phase.PARSE, Phase.DENOISE, Phase.UPLOAD])
@@ -115,8 +118,8 @@ def test_a_cancelled_job_stops_in_any_phase(
 ) -> None:
     report = reporter(fake_redis)
     report(phase, 0, 2)
-    fake_redis.cancelled = True
-    clock.now += 0.06
+    fake_redis.cancelled = fake_redis.has_news = True
+    clock.now += 0.001
 
     with pytest.raises(JobRevoked):
         report(phase, 1, 2)
@@ -138,7 +141,7 @@ def test_a_job_stops_at_its_deadline(clock: Clock, fake_redis: FakeRedis) -> Non
 @pytest.mark.parametrize(
     "error", [redis.OutOfMemoryError("used memory > 'maxmemory'"), redis.ConnectionError("gone")]
 )
-@pytest.mark.parametrize("call", ["raise_if_over", "store_state"])
+@pytest.mark.parametrize("call", ["raise_if_over", "report"])
 def test_a_redis_that_is_full_or_down_is_tried_every_five_seconds(
     clock: Clock,
     fake_redis: FakeRedis,
@@ -154,7 +157,8 @@ def test_a_redis_that_is_full_or_down_is_tried_every_five_seconds(
         raise error
 
     monkeypatch.setattr(fake_redis, call, fail)
-    report = reporter(fake_redis, seconds=25)
+    request = SimpleNamespace(ignore_result=call == "raise_if_over")
+    report = reporter(fake_redis, seconds=25, request=request)
     for step in range(50):
         report((Phase.DENOISE, Phase.UPLOAD)[step % 2], step, 50)
         clock.now += 0.5
@@ -200,9 +204,7 @@ def test_a_report_has_the_phase_and_its_progress(clock: Clock, fake_redis: FakeR
         {"phase": "denoising", "attempt": 2, "step": 3, "steps": 9, "eta": None},
         {"phase": "uploading", "attempt": 2},
     ]
-    assert {(made["state"], made["request"]) for made in fake_redis.reports} == {
-        ("PROGRESS", "request")
-    }
+    assert {made["request"] for made in fake_redis.reports} == {"request"}
 
 
 @untimed

@@ -27,7 +27,8 @@ class Queue:
         self.redis.lpush(self.lists[priority], msgspec.json.encode(message))
 
     def next(self, depth: int) -> list[str | None]:
-        return [message.job_id for message in self.reader.next_in_line(depth)]
+        found = self.reader.next_in_line(depth, self.lists)
+        return [message.job_id for name in self.lists for message in found[name]]
 
     def sent_bytes(self) -> int:
         """Bytes that Redis has sent to all clients."""

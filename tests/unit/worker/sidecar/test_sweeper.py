@@ -232,6 +232,18 @@ def test_one_of_two_sidecars_sweeps_until_its_lock_expires(
     assert 0 < place.redis.ttl(sweep_key(place.queue)) <= 4
 
 
+def test_a_sidecar_that_does_not_sweep_looks_at_the_lock_when_it_may_expire(place: Place) -> None:
+    second = place.new_sweeper()
+    place.sweep()
+    before = place.redis.info("commandstats")["cmdstat_evalsha"]["calls"]
+    for _ in range(20):
+        second.sweep()
+
+    assert place.redis.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
+    left = place.redis.pttl(sweep_key(place.queue)) / 1000
+    assert second._next_sweep - time.monotonic() == pytest.approx(left, abs=0.1)
+
+
 def test_the_lock_lasts_for_the_pause_after_a_long_sweep(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
