@@ -35,7 +35,9 @@ def test_an_idle_and_a_drawing_worker_send_few_commands(scene: Scene) -> None:
         found, seconds = spent(scene, seconds=6)
         assert found.total() <= IDLE * seconds, found
 
-        scene.submit().result(timeout=60)  # opens connections and loads the scripts
+        warm = scene.submit(steps=40, step=0.05)  # opens connections and loads the scripts
+        warm.result(timeout=60)
+        scene.wait_settled()
         job = scene.submit(steps=120, step=0.05)
         waits = Thread(target=job.result)
         waits.start()
