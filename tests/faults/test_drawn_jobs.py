@@ -72,6 +72,7 @@ def test_killed_process_loses_no_drawn_job(scene: Scene, victim: str) -> None:
 
 
 def test_killed_worker_loses_no_drawn_job(scene: Scene) -> None:
+    scene.environ["ZLORA_VISIBILITY"] = "5"
     with scene.worker("one") as worker, standing(worker):
         handle = draw(scene)
         scene.kill(worker.process.pid)

@@ -129,7 +129,7 @@ def test_large_messages_cost_neither_parent_nor_sidecar_much_memory(scene: Scene
         assert peak_memory(running.sidecar()) - before[1] < LARGE_COST
 
         drawing.cancel()
-        assert following.result(timeout=60).loras[0].tier == "disk"
+        assert following.result(timeout=60).loras[0].tier != "network"
         require_alive(scene, running)
         assert peak_memory(running.process.pid) - before[0] < LARGE_COST
 

@@ -1,5 +1,6 @@
 """A store that hangs or is away: every job ends, the model stays, and nothing is stored late."""
 
+import time
 from collections.abc import Iterator
 from itertools import repeat
 
@@ -10,7 +11,7 @@ from support.processes import wait_until
 from support.s3_proxy import Broken, Request, S3Proxy, drop_request
 from support.scene import Scene
 from zlora import JobHandle, JobState
-from zlora.errors import JobRevoked, JobTimeout
+from zlora.errors import GenerationFailed, JobRevoked, JobTimeout
 from zlora.schema import Cancellation
 
 MANY = 200  # requests; more than a test sends
@@ -104,3 +105,18 @@ def test_a_job_waits_for_a_store_that_is_away_and_is_drawn_once(
     log = running.log.read_text()
     assert "X-Amz-Signature" not in log  # nor in events, which have the same text of a result
     assert len(images_of(s3_port, handle)) == 1
+
+
+def test_an_image_that_is_stored_after_its_job_has_failed_is_deleted(
+    scene: Scene, proxy: S3Proxy, s3_port: int
+) -> None:
+    with scene.worker():
+        proxy.meet(r"PUT \S+/outputs/0", hang)
+        handle = scene.submit(step=0.7, at=2, do=["nothing", "nan"], fields={"num_images": 2})
+        wait_until(proxy.held.is_set, "the first image is on its way")
+        with pytest.raises(GenerationFailed):
+            handle.result(timeout=60)
+        proxy.released.set()  # boto3 sends the image again
+        time.sleep(2)
+        scene.submit().result(timeout=60)
+        wait_until(lambda: not images_of(s3_port, handle), "the image is deleted")

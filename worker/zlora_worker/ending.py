@@ -4,6 +4,7 @@ The child ends a job that it cannot draw; the sidecar ends a job that is drawn.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +14,7 @@ from zlora.schema import GenerateRequest, GenerateResult
 
 from zlora_worker.delivery.lease import LEASE, JobLeases
 from zlora_worker.delivery.outcome import Failed, Outcome, Requeue, Succeeded
-from zlora_worker.results.manifest import delete_images, image_keys, write_verdict
+from zlora_worker.results.manifest import delete_images, image_keys, load_end, write_verdict
 from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 
@@ -65,6 +66,15 @@ class Ending:
             if self.token:
                 keys += image_keys(self.job_id, self.request, token=self.token)
             delete_images(self.store, keys)
+
+    def delete_images_of_an_error(self) -> None:
+        """Delete the images of a job that another process has ended with an error by now.
+
+        If it ends so later, that process deletes them.
+        """
+        with suppress(ZloraError):
+            if isinstance(load_end(self.store, self.job_id, self.digest), ZloraError):
+                self.delete_images()
 
     def with_urls(self, result: GenerateResult) -> Outcome:
         """Add URLs to the images. If the store cannot sign now, do that later, or never."""

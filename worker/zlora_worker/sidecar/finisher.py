@@ -160,7 +160,8 @@ class _Attempt:
                 if not isinstance(outcome, Requeue):
                     return self._answer(outcome)
                 reason = outcome.reason
-            except Abandoned:
+            except (Abandoned, FileNotFoundError):  # the child removes a job that it cannot draw
+                self._ending.delete_images_of_an_error()
                 return None
             except LeaseLost as lost:
                 self._log(f"it is left: {lost}")
