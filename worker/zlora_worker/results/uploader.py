@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from zlora_worker.results.store import Store
 from zlora_worker.signals import run_to_completion
 
 _THREADS: Final = 4  # images that are encoded and stored at a time; an upload mostly waits
+_NICENESS: Final = 10  # of the threads, from 0 to 19
 _POLL: Final = 0.3  # seconds between two calls of `on_wait`
 # Seconds that leaving waits for uploads; a request that is not answered takes 10.
 _LEAVE_TIMEOUT: Final = 12.0
@@ -65,7 +67,9 @@ class ImageUploader:
         self.seconds: dict[str, float] = {Phase.ENCODE: 0.0, Phase.UPLOAD: 0.0}
 
     def __enter__(self) -> Self:
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
+        self._threads = ThreadPoolExecutor(
+            _THREADS, thread_name_prefix="images", initializer=_yield_to_drawing
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,6 +145,11 @@ class ImageUploader:
             key = self._own_keys[index]
             put_if_absent(self._store, key, data, self._content_type, stop=self._stop)
         return _ref(key, data, provenance)
+
+
+def _yield_to_drawing() -> None:
+    """Let this thread use only the time that the processes of the next job leave."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def stored_image(store: Store, job: JobProvenance, index: int) -> ImageRef | None:
