@@ -104,8 +104,8 @@ def test_job_that_waits_for_redis_beyond_its_hard_limit_is_tried_again(
 def test_job_that_waits_for_redis_for_longer_than_its_hard_limit_keeps_its_child(
     scene: Scene, valkey: Valkey
 ) -> None:
-    with scene.worker(ZLORA_HARD_GRACE="3"):
-        handle = scene.submit(steps=2, step=0.5, fields={"timeout": 2})
+    with scene.worker(ZLORA_HARD_GRACE="1"):
+        handle = scene.submit(steps=2, step=0.5, fields={"timeout": 4})
         scene.wait_step(handle)
         valkey.kill()
         wait_until(lambda: scene.events("end", handle), "the job ends")

@@ -32,7 +32,7 @@ def test_an_idle_and_a_drawing_worker_send_few_commands(scene: Scene) -> None:
     """Also with short steps, and with a client that waits."""
     with scene.worker():
         time.sleep(SETTLED)
-        found, seconds = spent(scene, seconds=6)
+        found, seconds = spent(scene, seconds=4)
         assert found.total() <= IDLE * seconds, found
 
         warm = scene.submit(steps=40, step=0.05)  # opens connections and loads the scripts
