@@ -125,12 +125,12 @@ def test_result_that_cannot_be_sent_waits_and_the_child_draws_on(
         Proxy(valkey.port, tally) as proxy,
         scene.worker(ZLORA_HARD_GRACE="1", ZLORA_RESULT_BACKEND=proxy.url) as one,
     ):
-        handle = scene.submit(steps=2, step=0.3, fields={"timeout": 3})
+        handle = scene.submit(steps=2, step=0.3, fields={"timeout": 6})
         first = scene.child(one)
         scene.wait_step(handle)
         proxy.black_out()
         wait_until((scene.run_folder(handle) / "manifest.json").exists, "the manifest exists")
-        time.sleep(4.5)
+        time.sleep(7)
         assert handle.status().state is JobState.PROGRESS
         proxy.restore()
 
