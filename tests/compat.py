@@ -39,7 +39,7 @@ _SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 # What differs between two runs of the same version.
 _VOLATILE: Final = {"timings", "milliseconds", "started_at", "finished_at", "tier", "url"}
 # Fields that versions have added, which older ones ignore, or do not write.
-_ADDED: Final = {"alpha", "config_sha256", "expires", "receiver", "token", "warnings"}
+_ADDED: Final = {"alpha", "config_sha256", "expires", "receiver", "token", "warnings", "worker"}
 _SENTENCES: Final = {"message", "expected", "description", "title", "told", "advice", "help"}
 _CODE: Final = re.compile(r"\b(?:ZLORA|COZY|FILE_API|HF|AWS)_[A-Z0-9_]+")
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import kombu.exceptions
 import redis
+from celery.app.task import Context
 from zlora.backoff import jittered
 from zlora.broker.task_meta import EXPIRED
 from zlora.errors import InternalError, JobExpired, JobRevoked, StoreFailed, ZloraError
@@ -221,7 +222,7 @@ class _Attempt:
 
     def _answer(self, outcome: Outcome) -> EndedJob:
         """Store how the job has ended as Celery's worker does."""
-        job_id = self._job.id
+        job_id, request = self._job.id, Context(id=self._job.id)
         if isinstance(outcome, Succeeded):
             ending = self._leases.record_success(job_id)  # also makes the webhook due
             if ending.earlier_error is not None:  # Redis had lost the record
@@ -229,7 +230,7 @@ class _Attempt:
             if ending.is_first:
                 self._meter.succeeded()
             payload = ResultPayload(outcome.result)
-            self._store_answer(lambda: self._backend.mark_as_done(job_id, payload))
+            self._store_answer(lambda: self._backend.mark_as_done(job_id, payload, request))
             return EndedJob(end="succeeded", shown=repr(payload))
         assert isinstance(outcome, Failed)  # noqa: S101 - what `Ending` returns
         error = outcome.error
@@ -238,9 +239,9 @@ class _Attempt:
         self._log(f"{error.code}: {error}")
         if isinstance(error, JobRevoked | JobExpired):
             reason = EXPIRED if isinstance(error, JobExpired) else "cancelled"
-            self._store_answer(lambda: self._backend.mark_as_revoked(job_id, reason))
+            self._store_answer(lambda: self._backend.mark_as_revoked(job_id, reason, request))
             return EndedJob(end="revoked", shown=reason)
-        self._store_answer(lambda: self._backend.mark_as_failure(job_id, error))
+        self._store_answer(lambda: self._backend.mark_as_failure(job_id, error, request=request))
         return EndedJob(end="failed", shown=repr(error))
 
     def _store_answer(self, store: Callable[[], object]) -> None:
