@@ -87,7 +87,7 @@ PLAIN: Final = Kind(steps=2, images=1, side=64)  # a job without a LoRA
 
 
 class Size(NamedTuple):
-    """How much is measured."""
+    """Sizes of one form of the benchmark."""
 
     paces: tuple[float, ...]  # seconds of denoising of a job
     batch: float  # seconds of denoising in one batch

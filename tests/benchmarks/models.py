@@ -55,7 +55,7 @@ def build(*, thin: bool, dtype: torch.dtype = torch.bfloat16) -> StableDiffusion
 
 
 def without_numbers(*, thin: bool) -> dict[str, nn.Module]:
-    """Return all components on PyTorch's meta device, where weights have shapes only."""
+    """Return all components on PyTorch's meta device; its weights have shapes only."""
     unet = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | (
         _THIN_UNET if thin else {}
     )

@@ -1,4 +1,4 @@
-"""What passes between the denoising of a job and that of the next one, part by part."""
+"""Split the time from the denoising of a job to that of the next one into parts."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise

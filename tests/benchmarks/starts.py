@@ -1,4 +1,4 @@
-"""How soon a worker has its model, against what cannot be left out, each in a fresh process.
+"""Compare the start of a worker with what no start can leave out, each in a fresh process.
 
 What cannot be left out: the import of torch and of the classes of diffusers and transformers that
 SDXL needs, one read of the bytes of the model's weights into memory, and one copy of them. The

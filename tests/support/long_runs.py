@@ -1,4 +1,4 @@
-"""What `make soak` and `make freezes` share: jobs by kind, their ends, and lines with the time."""
+"""Code that `make soak` and `make freezes` share: jobs by kind, their ends, lines with the time."""
 
 import sys
 import time

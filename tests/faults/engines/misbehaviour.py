@@ -56,7 +56,7 @@ def _exit(_pipeline: Corruptible, _orders: Orders) -> NoReturn:
 
 
 class _Panic(BaseException):
-    """What libraries written in Rust, such as tokenizers, raise for a mistake of their own."""
+    """Error of a library written in Rust, such as tokenizers, that has a bug."""
 
 
 def _panic(_pipeline: Corruptible, _orders: Orders) -> NoReturn:

@@ -99,8 +99,7 @@ class Weights:
             with ThreadPoolExecutor(
                 os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
             ) as threads:
-                for _ in threads.map(move, *zip(*rows, strict=True)):
-                    pass  # raises the error of a thread
+                list(threads.map(move, *zip(*rows, strict=True)))  # raises an error of a thread
         finally:
             torch.set_num_threads(before)
 

@@ -151,8 +151,7 @@ def weights_sha256(components: Mapping[str, nn.Module]) -> str:
         for parameter in module.parameters()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for _ in threads.map(digests.add, *zip(*tensors, strict=True)):
-            pass  # raises the error of a thread
+        list(threads.map(digests.add, *zip(*tensors, strict=True)))  # raises an error of a thread
     return digests.sha256()
 
 

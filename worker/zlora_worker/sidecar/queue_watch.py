@@ -82,8 +82,8 @@ class QueueWatch:
     def _look(self, watched: _Watched) -> None:
         try:
             watched.look(self._watch.redis, watched.changed)
-        except Exception:
-            self._watch.forget()  # what was not read is not announced again
+        except Exception:  # raised again: what was not read is not announced again
+            self._watch.forget()
             raise
         watched.changed = []
 
