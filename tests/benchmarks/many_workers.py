@@ -108,7 +108,7 @@ def drawing(port: int, number: int, shas: Sequence[str]) -> list[Awaitable[None]
     look = ["EVALSHA", read, "1", LIST, "-4", "-1", str(MAX_MESSAGE_BYTES), "8000000"]
     expires, milliseconds = str(RESULT_EXPIRES), str(int(1000 * LEASE))
     return [
-        repeated(port, number, 0.5, ["EVALSHA", store, "2", job, state, "7", STATE, expires]),
+        repeated(port, number, 0.5, ["EVALSHA", store, "2", state, job, STATE, expires, "7"]),
         repeated(port, number, 2.0, ["EVALSHA", renew, "2", lease, job, "me", milliseconds, "7"]),
         repeated(port, number, 7.5, ["ZADD", "unacked_index", "XX", "1", str(number)]),
         subscribed(port, state),
