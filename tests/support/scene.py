@@ -134,6 +134,11 @@ class Scene:
                 name for name in broker.scan_iter(f"{self.queue}*") if broker.type(name) == "list"
             ]
 
+    def waiting(self) -> int:
+        """Return the number of messages in the queue."""
+        with self.broker() as broker:
+            return sum(int(broker.llen(name)) for name in self.queue_lists())
+
     @contextmanager
     def any_client(self) -> Iterator[Celery]:
         """Open a Celery app of a producer that does not use this project's client."""

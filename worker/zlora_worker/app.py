@@ -44,7 +44,7 @@ from zlora_worker.celery_hooks.bootsteps import (
 from zlora_worker.celery_hooks.consumer import job_consumer
 from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
 from zlora_worker.celery_hooks.load_state import LoadState
-from zlora_worker.celery_hooks.request import job_request
+from zlora_worker.celery_hooks.request import job_request, shorten
 from zlora_worker.celery_hooks.restart import Restart
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess, count_sidecar_fault
 from zlora_worker.delivery.lease import JobLeases
@@ -94,9 +94,8 @@ app.conf.update(
     worker_pool="prefork",
     worker_concurrency=1,
     worker_consumer=job_consumer(leases, drawn, look_while_waiting),
-    # One running job and none reserved: an idle worker finds what a busy one has not begun.
-    worker_prefetch_multiplier=1,
-    worker_disable_prefetch=True,
+    # No limit of Celery's: `DrawnJobs` says when a worker takes a message.
+    worker_prefetch_multiplier=0,
     # A message leaves the broker when its job is done, and comes back if its child is killed.
     task_acks_late=True,
     task_reject_on_worker_lost=True,
@@ -131,7 +130,14 @@ app.steps["worker"].update(
     (
         gate,
         sidecar_step(gate, sidecar),
-        graceful_shutdown(gate, load_state, sidecar, leases, settings),
+        graceful_shutdown(
+            gate,
+            load_state,
+            sidecar,
+            drawn,
+            leases,
+            shutdown_timeout=settings.shutdown_timeout,
+        ),
     )
 )
 app.steps["consumer"].update(
@@ -210,6 +216,7 @@ def load_model(**_: Any) -> None:
         meter.loaded(seconds, replaces=replaces)
         if settings.look_ahead:
             read_ahead.start(runner.child, Cache.open(settings))
+        shorten(generate, drawn)
         logger.info("model %s is loaded after %.1f s", settings.model, seconds)
     except ZloraError as error:
         _exit_without_model(str(error))

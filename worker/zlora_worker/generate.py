@@ -154,17 +154,24 @@ def spooled_job(child: Child, job: Job, loras: list[LoraInUse]) -> SpooledJob:
 
 
 def step_counter(child: Child, job: Job, progress: Progress, index: int) -> Callable[[int], None]:
-    """Return a callback for the steps of one image, which reports steps of all images together."""
+    """Return a callback for the steps of one image, which reports steps of all images together.
+
+    The parent takes the next job during the last step.
+    """
     steps = job.request.num_inference_steps
     done, total = index * steps, job.request.num_images * steps
     counted = 0
 
     def on_step(step: int) -> None:
         nonlocal counted
+        if done + step == total - 1:
+            child.spool.nearly_drawn()
         child.meter.stepped(step - counted)
         counted = step
         progress(Phase.DENOISE, done + step, total)
 
+    if done == total - 1:
+        child.spool.nearly_drawn()
     return on_step
 
 

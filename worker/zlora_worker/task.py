@@ -86,7 +86,8 @@ class JobRunner:
         """Return the result of the job as plain JSON data, which Celery stores and publishes.
 
         Raises a `ZloraError` if the job fails: class, message and details reach the producer.
-        Raises `Ignore` if the job is revoked, is sent again, or belongs to another worker.
+        Raises `JobDrawn` if the sidecar is to store it, and `Ignore` if the job is sent again, or
+        belongs to another worker.
         """
         job_id = check_job_id(task.request.id)
         with logs.about(job_id):

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 from celery import bootsteps
+from celery.concurrency import asynpool
 from celery.signals import worker_shutdown, worker_shutting_down
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -29,6 +30,8 @@ EXIT_NO_MODEL: Final = 70  # EX_SOFTWARE of sysexits.h: a supervisor sees a fail
 _POLL: Final = 0.05  # seconds between two looks at a child that loads its model
 _LOOK: Final = 0.5  # seconds between two looks while the worker waits for its last job
 _LAST_SECONDS: Final = 2.0  # in which a child may end by itself
+# Celery's strategy that writes a job to a child which still runs another; the stubs do not have it.
+_AT_ONCE: Final[Any] = asynpool.SCHED_STRATEGY_FCFS  # type: ignore[attr-defined]
 _HEARTBEATS: Final = 4  # in the time after which a job without one goes to another worker
 
 logger = get_logger(__name__)
@@ -64,6 +67,9 @@ def model_gate(load_state: LoadState, drawn: DrawnJobs, settings: Settings) -> S
         def start(self, parent: Any) -> None:
             """Wait for the child's model; runs after the pool's start and before the consumer's."""
             _require_one_prefork_child(parent)
+            # A second job may be in the child's pipe before the first one ends.
+            parent.semaphore.grow()
+            parent.pool._pool.sched_strategy = _AT_ONCE  # noqa: SLF001 - no option
             timeout = parent.app.conf.worker_proc_alive_timeout
             end = time.monotonic() + timeout
             while not load_state.is_loaded():
@@ -113,8 +119,10 @@ def graceful_shutdown(
     gate: Step,
     load_state: LoadState,
     sidecar: SidecarProcess,
+    drawn: DrawnJobs,
     leases: JobLeases,
-    settings: Settings,
+    *,
+    shutdown_timeout: float,
 ) -> Step:
     """Return the step that bounds a warm shutdown.
 
@@ -132,11 +140,15 @@ def graceful_shutdown(
             self._has_begun = False
             worker_shutting_down.connect(self._begin)
 
+        def close(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+            """Give back the job that would follow the running one; runs before the pool closes."""
+            drawn.give_back_waiting()
+
         def _begin(self, how: str = "", **_: Any) -> None:
             if how != "Warm" or self._has_begun:  # a second SIGTERM does not start the time again
                 return
             self._has_begun = True
-            self._limit = time.monotonic() + (settings.shutdown_timeout or math.inf)
+            self._limit = time.monotonic() + (shutdown_timeout or math.inf)
             self._next_step = self._put_back
             # An alarm, since the main thread waits in the pool.
             signal.signal(signal.SIGALRM, self._look)
@@ -211,19 +223,22 @@ def child_watch(
 
 
 def drawn_jobs_step(drawn: DrawnJobs) -> Step:
-    """Return the step that lets the parent hear from the sidecar about drawn jobs."""
+    """Return the step that says when the worker takes a message, and ends drawn jobs."""
 
     class DrawnJobsStep(bootsteps.StartStopStep):
         requires = ("celery.worker.consumer.tasks:Tasks",)
 
         def start(self, consumer: Any) -> None:
             """Listen; runs with each connection to the broker."""
-            drawn.use(consumer.qos)
-            consumer.hub.add_reader(drawn.for_parent, drawn.look)
+            channel = consumer.task_consumer.channel
+            loading = consumer.pool._pool._waiting_to_start  # noqa: SLF001 - children without a model
+            channel.qos.can_consume = lambda: not loading and drawn.has_room()
+            drawn.take_waiting = channel.take_waiting
+            consumer.hub.add_reader(drawn.for_parent, drawn.hear)
 
         def stop(self, consumer: Any) -> None:
             """Take no more messages by this connection."""
-            drawn.use(None)
+            drawn.take_waiting = lambda: None
             consumer.hub.remove(drawn.for_parent)
 
     return DrawnJobsStep

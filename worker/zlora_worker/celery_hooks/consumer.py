@@ -198,6 +198,11 @@ def job_consumer(  # noqa: C901 - a class inside a function
             alive()
             time.sleep(jittered(_RECONNECT_PAUSE))
 
+        def on_close(self) -> None:
+            """Leave the jobs that the child has not begun: Redis gives their messages out again."""
+            drawn.leave_waiting()
+            super().on_close()
+
         def shutdown(self) -> None:
             """Close the connection once the drawn jobs have ended: their messages need it."""
             drawn.wait()

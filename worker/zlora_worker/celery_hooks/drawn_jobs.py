@@ -1,16 +1,20 @@
-"""Jobs that the child has drawn and the sidecar has not ended: their messages stay with the worker.
+"""Which messages a worker holds: of the job that the child draws, of the next one, of drawn ones.
 
-The child takes the next job meanwhile. A message is acknowledged once its job has ended, so that a
-worker that is killed before that loses nothing.
+A job that the child has drawn is ended by the sidecar, and the child draws the next one meanwhile.
+A message is acknowledged once its job has ended, so that a worker that is killed before that loses
+nothing.
 """
 
 import atexit
+import mmap
 import os
 import select
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +29,8 @@ _PREFIX: Final = "zlora-spool-"
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - the folder in it is private
 _MAX_OPEN: Final = 32  # jobs; each has a thread in the sidecar
 _WAIT: Final = 0.5  # seconds between two looks if the sidecar does not wake the parent
+_TAG_BYTES: Final = 36  # of a delivery tag, a UUID
+_NEARLY_DRAWN: Final = b"n"  # from the child; the sidecar sends another byte
 
 logger = get_logger(__name__)
 
@@ -33,7 +39,6 @@ logger = get_logger(__name__)
 class _Open:
     request: Any  # Celery's
     nbytes: int  # of images in the spool
-    qos: Any = None  # Celery's count of messages to take, which has one more for this job
 
 
 class DrawnJobs:
@@ -48,7 +53,8 @@ class DrawnJobs:
         """
         self._folder, self._disk, self._max_bytes = folder, disk, max_bytes
         self._open: dict[str, _Open] = {}  # by name in the spool
-        self._qos: Any = None
+        self.take_waiting: Callable[[], None] = lambda: None  # of the connection to the broker
+        self._skipped = mmap.mmap(-1, _TAG_BYTES)  # delivery tag; parent and child share this
 
     def open(self) -> None:
         """Make the spool, and pipes by which processes wake each other, before a child is forked.
@@ -69,7 +75,13 @@ class DrawnJobs:
         self._to_sidecar, self._to_parent = os.pipe(), os.pipe()
         for end in (*self._to_sidecar, *self._to_parent):
             os.set_blocking(end, False)
-        self.spool = Spool(folders[0], folders[1], max_bytes=self._max_bytes, wake=self._wake)
+        self.spool = Spool(
+            folders[0],
+            folders[1],
+            max_bytes=self._max_bytes,
+            wake=partial(_write, self._to_sidecar[1], b"."),
+            nearly_drawn=partial(_write, self._to_parent[1], _NEARLY_DRAWN),
+        )
 
     @property
     def for_sidecar(self) -> list[int]:
@@ -81,15 +93,12 @@ class DrawnJobs:
         """File descriptor that becomes readable when a job has ended."""
         return self._to_parent[0]
 
-    def _wake(self) -> None:
-        with suppress(BlockingIOError):  # a full pipe wakes, too
-            os.write(self._to_sidecar[1], b".")
+    def has_room(self) -> bool:
+        """Return whether the worker may wait for a message.
 
-    def use(self, qos: Any) -> None:
-        """Take messages by this count of Celery's from now on, which has none of the open jobs."""
-        for job in self._open.values():
-            job.qos = job.qos or self._qos
-        self._qos = qos
+        One that has a job does not, so that an idle worker finds the next one.
+        """
+        return not state.reserved_requests and self._has_space()
 
     @property
     def requests(self) -> list[Any]:
@@ -97,58 +106,80 @@ class DrawnJobs:
         return [job.request for job in self._open.values()]
 
     def add(self, request: Any, drawn: JobDrawn) -> None:
-        """Keep the message of a job, and let the worker take another one if the spool has room."""
+        """Keep the message of a job."""
         state.task_ready(request)
         self._open[drawn.entry] = _Open(request, drawn.nbytes)
-        self._take_more()
         self.look()
+
+    def hear(self) -> None:
+        """Do what child and sidecar ask for.
+
+        Takes the next message, if one waits already, when the child is about to end a job: the
+        child then finds it without a pause, and no idle worker has waited for it.
+        """
+        with suppress(BlockingIOError):
+            signs = os.read(self._to_parent[0], 65_536)
+            if _NEARLY_DRAWN in signs and len(state.reserved_requests) == 1 and self._has_space():
+                self.take_waiting()
+        self.look()
+
+    def leave_waiting(self) -> list[Any]:
+        """Let the child skip the jobs that it has not begun; return Celery's requests of them."""
+        waiting = [
+            request
+            for request in state.reserved_requests - state.active_requests
+            if request._apply_result is not None  # noqa: SLF001 - Celery has no public name
+        ]
+        for request in waiting:
+            self._skipped[:] = request.message.delivery_tag.encode()
+            result = request._apply_result()  # noqa: SLF001
+            if result._write_to is None:  # noqa: SLF001
+                result.discard()
+            else:  # the child answers, and the pool must wait for that
+                result._accepted = True  # noqa: SLF001
+        return waiting
+
+    def give_back_waiting(self) -> None:
+        """Put the jobs that the child has not begun back on their queue."""
+        for request in self.leave_waiting():
+            state.task_ready(request)
+            request.reject(requeue=True)
+
+    def is_skipped(self, delivery_tag: str) -> bool:
+        """Return whether the child is to skip the job of this delivery."""
+        return self._skipped[:] == delivery_tag.encode()
 
     def look(self) -> None:
         """Acknowledge the messages of jobs that have ended, and remove their files.
 
         The message of a job whose files another program has removed goes back to its queue.
         """
-        with suppress(BlockingIOError):
-            os.read(self._to_parent[0], 65_536)
         entries = {entry.name: entry for entry in self.spool.entries()}
         for name in self._open.keys() - entries.keys():
-            job = self._close(name)
+            job = self._open.pop(name)
             logger.error("job %s is put back: its images are gone", job.request.id)
             job.request.reject(requeue=True)
         for name, entry in entries.items():
             if (ended := entry.ended()) is None:
                 continue
             if name in self._open:
-                self._settle(self._close(name).request, ended)
+                self._settle(self._open.pop(name).request, ended)
             elif self._is_taken(entry):
                 continue  # the child's message that the job is drawn is on its way
             entry.remove()
-        self._take_more()
 
     def wait(self) -> None:
         """Return once all jobs have ended, or the worker is to end at once."""
         while self._open and state.should_terminate is None:
             select.select([self._to_parent[0]], [], [], _WAIT)
-            self.look()
+            self.hear()
 
     def _is_taken(self, entry: SpoolEntry) -> bool:
         return any(request.id == entry.job().id for request in state.reserved_requests)
 
-    def _close(self, name: str) -> _Open:
-        job = self._open.pop(name)
-        if job.qos is not None:
-            job.qos.decrement_eventually()
-        return job
-
-    def _take_more(self) -> None:
-        """Let the worker take one more message for each open job, unless the spool is full."""
-        is_full = sum(job.nbytes for job in self._open.values()) >= self._max_bytes
-        if is_full or len(self._open) >= _MAX_OPEN:
-            return
-        for job in self._open.values():
-            if job.qos is None and self._qos is not None:
-                job.qos = self._qos
-                job.qos.increment_eventually()
+    def _has_space(self) -> bool:
+        nbytes = sum(job.nbytes for job in self._open.values())
+        return nbytes < self._max_bytes and len(self._open) < _MAX_OPEN
 
     def _settle(self, request: Any, ended: EndedJob) -> None:
         request.acknowledge()
@@ -170,3 +201,8 @@ class DrawnJobs:
             case "revoked":
                 expired = ended.shown == "expired"
                 request.send_event("task-revoked", terminated=False, signum=None, expired=expired)
+
+
+def _write(pipe: int, sign: bytes) -> None:
+    with suppress(BlockingIOError):  # a full pipe wakes, too
+        os.write(pipe, sign)

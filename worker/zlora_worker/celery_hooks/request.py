@@ -1,11 +1,15 @@
-"""Celery's request, a running job in the parent: its hard time limit, the death of its child."""
+"""Celery's request, a job of the child as the parent sees it: its end, its time limit, a death."""
 
 import re
 import time
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, Final
 
 from billiard.exceptions import WorkerLostError
+from celery.app.trace import TraceInfo, trace_ok_t
 from celery.exceptions import TimeLimitExceeded
+from celery.states import IGNORED
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.request import Request
@@ -22,6 +26,30 @@ _SIGNAL: Final = re.compile(r"signal \d+ \((\w+)\)")
 _PAUSE: Final = 1.0  # seconds until a job is put back whose end could not be stored
 
 logger = get_logger(__name__)
+
+
+class _Skipped(Exception):
+    """The parent has given the message back before the child began its job."""
+
+
+def shorten(task: Any, drawn: DrawnJobs) -> None:
+    """Let a task of this child skip what was given back, and pass on `JobDrawn` at once.
+
+    To be called once Celery has made the task's tracer. The request gets both as an error without
+    a traceback.
+    """
+    trace = task.__trace__
+
+    def traced(job_id: str, args: Any, kwargs: Any, request: Mapping[str, Any]) -> Any:
+        left: BaseException = _Skipped()
+        if not drawn.is_skipped(request["properties"]["delivery_tag"]):
+            try:
+                return trace(job_id, args, kwargs, request)
+            except JobDrawn as error:
+                left = error
+        return trace_ok_t(SimpleNamespace(exception=left), TraceInfo(IGNORED, left), None, None)
+
+    task.__trace__ = traced
 
 
 def job_request(leases: JobLeases, drawn: DrawnJobs, settings: Settings) -> type[Request]:
@@ -68,6 +96,8 @@ def job_request(leases: JobLeases, drawn: DrawnJobs, settings: Settings) -> type
             if isinstance(error, JobDrawn):
                 drawn.add(self, error)
                 return None
+            if isinstance(error, _Skipped):
+                return None
             if isinstance(error, TimeLimitExceeded):
                 logger.error(
                     "job %s takes longer than %.0f s: its child is killed",
@@ -76,12 +106,14 @@ def job_request(leases: JobLeases, drawn: DrawnJobs, settings: Settings) -> type
                     extra={"job": self.id, "code": JobTimeout.code},
                 )
                 leases.child_timed_out(self.id, self._seconds)
+                drawn.give_back_waiting()
                 state.task_ready(self)
                 self.reject(requeue=True)
                 return None
             if isinstance(error, WorkerLostError | SystemExit | KeyboardInterrupt):
                 found = _SIGNAL.search(str(error))
                 leases.child_died(self.id, found[1] if found else str(error)[:100])
+                drawn.give_back_waiting()  # another worker need not wait for the next child
             elif not return_ok:
                 logger.error(
                     "job %s is put back: its child could not store its end: %s",

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from queue import Empty
 from typing import Any, Final, Literal
 
 import msgspec
@@ -37,6 +38,7 @@ UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of a messag
 _REPLIES: Final = ".reply.celery.pidbox"  # end of the name of a queue of Celery's remote control
 _LAST_WAIT: Final = 5.0  # seconds after SIGTERM in which Redis may still accept a message
 _PAUSE: Final = 0.5  # seconds between two tries
+_AT_ONCE: Final = 0.001  # seconds, the shortest wait of BRPOP: 0 would be without an end
 _LOG_EVERY: Final = 30.0  # seconds between two equal log lines
 
 logger = get_logger(__name__)
@@ -273,10 +275,35 @@ class Channel(celery_app.Channel):
     """A channel with this client and these held messages."""
 
     QoS = QoS
+    _pooled: redis.Redis | None = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """Return the client for commands on the pool; to make one takes longer than a command."""
+        channel: Any = self  # the stubs do not have `pool`
+        if asynchronous:
+            return super()._create_client(asynchronous)  # type: ignore[misc]
+        if self._pooled is None or self._pooled.connection_pool is not channel.pool:
+            self._pooled = super()._create_client()  # type: ignore[misc]
+        return self._pooled
 
     def _get_client(self) -> type[redis.Redis]:
         super()._get_client()  # type: ignore[misc]  # checks redis-py's version; not in the stubs
         return _Client
+
+    def take_waiting(self) -> None:
+        """Take a message that is in a queue already, on the connection that else waits for one.
+
+        Takes none if that connection is waiting, or is closed: the event loop opens it. Raises an
+        error of Redis.
+        """
+        channel: Any = self  # the stubs do not have what kombu's event loop uses
+        connection = channel.client.connection
+        if channel._in_poll or connection is None or connection._sock is None:  # noqa: SLF001
+            return
+        channel._brpop_start(timeout=_AT_ONCE)  # noqa: SLF001
+        if channel._in_poll:  # noqa: SLF001 - else no queue is consumed
+            with suppress(Empty):
+                channel._brpop_read()  # noqa: SLF001
 
     def _deliver_fanout_message(self, message: Any, exchange: str) -> bool:
         """Deliver a message of remote control, unless it cannot be read."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from celery.exceptions import Ignore
 from zlora.errors import ZloraError
 from zlora.schema import GenerateResult
 
@@ -66,8 +65,11 @@ class Corrupted:
 Outcome = Succeeded | Drawn | Failed | Retry | Requeue | NotMine | Corrupted
 
 
-class JobDrawn(Ignore):
-    """Leaves the task of a job that is drawn: the parent acknowledges its message at its end."""
+class JobDrawn(BaseException):
+    """Leaves the task of a job that is drawn: the parent acknowledges its message at its end.
+
+    No `Exception`, of which Celery would keep the traceback: that takes longer than the hand-over.
+    """
 
     def __init__(self, entry: str, nbytes: int) -> None:
         super().__init__(entry, nbytes)

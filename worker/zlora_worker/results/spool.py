@@ -112,9 +112,14 @@ class Spool:
         *,
         max_bytes: int,
         wake: Callable[[], None] = lambda: None,
+        nearly_drawn: Callable[[], None] = lambda: None,
     ) -> None:
-        """Call `wake` whenever there is something for the sidecar."""
-        self.memory, self.disk, self.max_bytes, self.wake = memory, disk, max_bytes, wake
+        """Call `wake` whenever there is something for the sidecar.
+
+        `nearly_drawn` is called by the child before the last step of a job.
+        """
+        self.memory, self.disk, self.max_bytes = memory, disk, max_bytes
+        self.wake, self.nearly_drawn = wake, nearly_drawn
 
     def entries(self) -> list["SpoolEntry"]:
         """Return the jobs in the spool, the oldest first."""
