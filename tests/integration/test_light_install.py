@@ -40,8 +40,8 @@ def test_a_producer_is_light_and_can_submit(broker_url: str, tmp_path: Path) -> 
     empty = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True)
     python = empty / "bin" / "python"
-    # A pip outside spares the environment one of its own; few of the modules are ever imported.
-    pip = [sys.executable, "-m", "pip", "--python", python]
+    # A pip outside the environment saves its installation; few modules are ever imported.
+    pip = (sys.executable, "-m", "pip", "--python", str(python))
     subprocess.run([*pip, "install", "--quiet", "--no-compile", ROOT], check=True)
 
     listed = subprocess.run([*pip, "list"], check=True, capture_output=True, text=True).stdout
