@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin
 export ZLORA_HOME ?= $(CURDIR)/build/zlora
+# Tests start some hundred processes, each of which would compile this project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Debian's names of the programs that `make check-deploy` runs; apt-get installs them if one is missing. With systemd,
 # Debian starts Prometheus on port 9090 and Valkey on port 6379 at their installation:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks.report import Row, announce, options_parser, progress, publish
+from benchmarks.report import Row, announce, compare_reversed, options_parser, progress, publish
 from celery import Celery
 from support.crowd import Crowd, gathered, submitted_and_awaited
 from support.figures import Tally
@@ -78,7 +78,9 @@ def import_row(count: int) -> Row:
         progress(f"{index + 1}/{count} imports")
         for program, found in ((OURS, ours), (LIBRARIES, theirs), (OURS, again)):
             found.append(imported(program) - imported("pass"))
-    return reversed_row("import zlora (ours / rival)", LIBRARIES, theirs, ours, again, goal=IMPORT)
+    return compare_reversed(
+        "import zlora (ours / rival)", LIBRARIES, theirs, ours, again, goal=IMPORT
+    )
 
 
 def imported(program: str) -> float:
@@ -115,7 +117,7 @@ def submit_rows(url: str, count: int) -> list[Row]:
         for _ in range(count):
             for action, found in ((submit, ours), (bare, theirs), (submit, again)):
                 found.append(timed(action))
-    row = reversed_row(
+    row = compare_reversed(
         "submit (ours / rival)", "a bare send_task", theirs, ours, again, goal=SUBMIT
     )
     median = statistics.median(ours)
@@ -211,30 +213,6 @@ def described(crowd: Crowd) -> str:
 
 
 # The report
-
-
-def reversed_row(
-    name: str,
-    rival: str,
-    theirs: list[float],
-    ours: list[float],
-    again: list[float],
-    *,
-    goal: float,
-) -> Row:
-    """Return a row whose ratio is ours / rival."""
-    rival_median, ours_median = statistics.median(theirs), statistics.median(ours)
-    ratio, noise = ours_median / rival_median, statistics.median(again) / ours_median
-    return Row(
-        name=name,
-        rival=rival,
-        rival_median=rival_median,
-        ours_median=ours_median,
-        ratio=ratio,
-        noise=noise,
-        goal=f"<= {goal:g}",
-        met=ratio <= goal,
-    )
 
 
 def absolute_row(name: str, median: float, again: float) -> Row:

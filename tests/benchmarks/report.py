@@ -76,6 +76,23 @@ def compare(
     )
 
 
+def compare_reversed(
+    name: str,
+    rival: str,
+    theirs: Sequence[float],
+    ours: Sequence[float],
+    again: Sequence[float],
+    *,
+    goal: float | None = None,
+) -> Row:
+    """Return such a row whose ratio is ours / rival; `goal` is the largest ratio that meets it."""
+    row = compare(name, rival, theirs, ours, again)
+    row.ratio = row.ours_median / row.rival_median
+    if goal is not None:
+        row.goal, row.met = f"<= {goal:g}", row.ratio <= goal
+    return row
+
+
 def publish(benchmark: str, rows: Sequence[Row], **facts: float | str) -> None:
     """Print the table and write `build/bench/<benchmark>.json` with `facts` of the machine."""
     machine = {

@@ -1,4 +1,4 @@
-"""Ways to draw with LoRAs, each at its best setting, on one resident pipeline."""
+"""Ways to draw with LoRAs, each at its best setting, on one loaded pipeline."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

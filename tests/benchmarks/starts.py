@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks.report import Row, announce, options_parser, progress, publish
+from benchmarks.report import Row, announce, compare_reversed, options_parser, progress, publish
 from support.figures import Tally
 from support.processes import Worker, worker
 from support.valkey import Valkey
@@ -254,7 +254,7 @@ def rows_of(name: str, turns: Turns) -> list[Row]:
     jobs = [turn.first for turn in turns.jobs], [turn.second for turn in turns.jobs]
     return [
         *(
-            row(
+            compare_reversed(
                 f"ready, {name}, {which} (ours / rival)",
                 "imports + read + copy",
                 [sum(turn) for turn in turns.plain],
@@ -267,7 +267,7 @@ def rows_of(name: str, turns: Turns) -> list[Row]:
                 ("later start", turns.later, turns.later_again),
             )
         ),
-        row(
+        compare_reversed(
             f"a replaced child, {name} (ours / rival)",
             "read + copy",
             [turn.read + turn.copy for turn in turns.plain],
@@ -276,7 +276,7 @@ def rows_of(name: str, turns: Turns) -> list[Row]:
             # Of DEMO, whose files are read in milliseconds, it is mostly what is neither.
             goal=STARTS if name == "REAL" else None,
         ),
-        row(
+        compare_reversed(
             f"first job, {name} (ours / rival)",
             "the second job",
             jobs[1],
@@ -287,30 +287,6 @@ def rows_of(name: str, turns: Turns) -> list[Row]:
             goal=FIRST_JOB,
         ),
     ]
-
-
-def row(
-    name: str,
-    rival: str,
-    theirs: Sequence[float],
-    ours: Sequence[float],
-    again: Sequence[float],
-    *,
-    goal: float | None,
-) -> Row:
-    """Compare medians of all turns."""
-    rival_median, ours_median = statistics.median(theirs), statistics.median(ours)
-    ratio = ours_median / rival_median
-    return Row(
-        name=name,
-        rival=rival,
-        rival_median=rival_median,
-        ours_median=ours_median,
-        ratio=ratio,
-        noise=statistics.median(again) / ours_median,
-        goal="-" if goal is None else f"<= {goal:g}",
-        met=None if goal is None else ratio <= goal,
-    )
 
 
 def facts_of(name: str, turns: Turns) -> dict[str, float | str]:

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support import figures
 from support.figures import Tally
-from support.scene import CLEAN, Scene
+from support.scene import CLEAN, Scene, Shared
 from support.valkey import Valkey
 
 MakeScene = Callable[..., Scene]
@@ -32,6 +33,19 @@ def valkey(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Iterator[V
     """Return the broker of one file; each test leaves it running."""
     with Valkey(tmp_path_factory.mktemp("valkey"), tally) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally
+) -> Iterator[Shared]:
+    """Return a queue and its worker for those tests of a file that leave the worker running."""
+    folder = tmp_path_factory.mktemp("shared")
+    made = Scene(folder / "scene", tally, broker_url=valkey.url, queue="shared")
+    with closing(made):
+        with made.worker() as running:
+            yield made, running
+        assert made.audit() == CLEAN
 
 
 @pytest.fixture

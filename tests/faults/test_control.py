@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from support.processes import wait_until
-from support.scene import Scene, request
+from support.scene import Scene, Shared, request
 from support.servers import Request, lora_bytes, reply, serving
 from zlora import JobHandle, JobState
 from zlora.broker.keys import lease_key
@@ -36,25 +36,25 @@ def test_job_cancelled_in_the_queue_is_never_drawn_even_by_a_later_worker(scene:
 
 
 def test_job_cancelled_while_it_is_drawn_ends_within_a_step_and_the_model_stays(
-    scene: Scene,
+    shared: Shared,
 ) -> None:
-    with scene.worker():
-        cancelled, next_one = scene.submit(steps=100, step=STEP), scene.submit()
-        scene.wait_step(cancelled, 2)
+    scene, _ = shared
+    cancelled, next_one = scene.submit(steps=100, step=STEP), scene.submit()
+    scene.wait_step(cancelled, 2)
 
-        start = time.monotonic()
-        assert cancelled.cancel() == "running"
-        with pytest.raises(JobRevoked):
-            cancelled.result(timeout=30)
-        seconds = time.monotonic() - start
-        scene.tally.notes.append(
-            f"a cancel took effect after {seconds:.2f} s, in a job with steps of {STEP} s"
-        )
-        assert seconds < ENDS_WITHIN
+    start = time.monotonic()
+    assert cancelled.cancel() == "running"
+    with pytest.raises(JobRevoked):
+        cancelled.result(timeout=30)
+    seconds = time.monotonic() - start
+    scene.tally.notes.append(
+        f"a cancel took effect after {seconds:.2f} s, in a job with steps of {STEP} s"
+    )
+    assert seconds < ENDS_WITHIN
 
-        assert next_one.result(timeout=30).base_intact
-        assert_revoked(scene, cancelled)
-        assert len(scene.events("loaded")) == 1
+    assert next_one.result(timeout=30).base_intact
+    assert_revoked(scene, cancelled)
+    assert len(scene.events("loaded")) == 1
 
 
 @pytest.mark.parametrize("where", ["running", "queued"])
@@ -99,58 +99,42 @@ def test_job_cancelled_during_a_download_is_not_drawn(scene: Scene) -> None:
         assert scene.begun(cancelled) == 0
 
 
-def test_job_cancelled_after_its_end_keeps_its_result(scene: Scene) -> None:
-    with scene.worker():
-        handle = scene.submit()
-        result = handle.result(timeout=30)
+def test_job_cancelled_after_its_end_keeps_its_result(shared: Shared) -> None:
+    scene, _ = shared
+    handle = scene.submit()
+    result = handle.result(timeout=30)
 
-        assert handle.cancel() == "finished"
-        assert handle.result(timeout=1) == result
-        assert handle.status().state is JobState.SUCCESS
-
-
-def test_jobs_are_drawn_by_priority_and_then_in_order(scene: Scene) -> None:
-    with scene.worker():
-        first = scene.submit(steps=1, step=1)
-        scene.wait_begun(first)
-        order = ["low", "normal", "high", "low", "normal", "high"]
-        handles = [scene.submit(options={"priority": priority}) for priority in order]
-        for handle in handles:
-            handle.result(timeout=30)
-
-    begun = [event["label"] for event in scene.events("begin")]
-    assert [handles.index(scene.handles[label]) for label in begun[1:]] == [2, 5, 1, 4, 0, 3]
+    assert handle.cancel() == "finished"
+    assert handle.result(timeout=1) == result
+    assert handle.status().state is JobState.SUCCESS
 
 
-def test_job_without_a_priority_has_the_normal_one(scene: Scene) -> None:
-    with scene.worker():
-        first = scene.submit(steps=1, step=1)
-        scene.wait_begun(first)
-        low, plain, high = (
-            scene.submit(options=options)
-            for options in ({"priority": "low"}, {}, {"priority": "high"})
-        )
-        for handle in (low, plain, high):
-            handle.result(timeout=30)
-
-    assert [event["label"] for event in scene.events("begin")] == [
-        first.id,
-        high.id,
-        plain.id,
-        low.id,
+def test_jobs_are_drawn_by_priority_and_then_in_order(shared: Shared) -> None:
+    """A job without a priority has the normal one."""
+    scene, _ = shared
+    first = scene.submit(steps=1, step=1)
+    scene.wait_begun(first)
+    order = ["low", "normal", "high", "low", None, "high"]
+    ids = [
+        scene.submit(options={"priority": priority} if priority else {}).id for priority in order
     ]
+    for job_id in ids:
+        scene.handles[job_id].result(timeout=30)
+
+    begun = [event["label"] for event in scene.events("begin") if event["label"] in ids]
+    assert [ids.index(label) for label in begun] == [2, 5, 1, 4, 0, 3]
 
 
-def test_job_not_begun_before_its_deadline_expires_and_a_begun_one_goes_on(scene: Scene) -> None:
-    with scene.worker():
-        in_time = scene.submit(steps=1, step=2, options={"expires_in": 1.5})
-        scene.wait_begun(in_time)
-        late = scene.submit(options={"expires_in": 1})
+def test_job_not_begun_before_its_deadline_expires_and_a_begun_one_goes_on(shared: Shared) -> None:
+    scene, _ = shared
+    in_time = scene.submit(steps=1, step=2, options={"expires_in": 1.5})
+    scene.wait_begun(in_time)
+    late = scene.submit(options={"expires_in": 1})
 
-        assert in_time.result(timeout=30).base_intact
-        with pytest.raises(JobExpired):
-            late.result(timeout=30)
-        assert scene.begun(late) == 0
+    assert in_time.result(timeout=30).base_intact
+    with pytest.raises(JobExpired):
+        late.result(timeout=30)
+    assert scene.begun(late) == 0
 
 
 def test_one_id_submitted_again_is_one_job(scene: Scene) -> None:
@@ -190,18 +174,17 @@ def test_id_that_was_never_submitted_is_unknown(scene: Scene) -> None:
         wait_until(is_known_to_be_unknown, "the worker's sidecar answers")
 
 
-def test_expired_result_is_read_from_the_store(scene: Scene) -> None:
-    with scene.worker(), scene.broker() as broker:
-        result = scene.submit(job_id="old").result(timeout=30)
-        scene.handles.clear()  # leaves the job out of the audit
+def test_expired_result_is_read_from_the_store(shared: Shared) -> None:
+    scene, _ = shared
+    result = scene.submit(job_id="old").result(timeout=30)
+    del scene.handles["old"]  # leaves the job out of the audit
+    with scene.broker() as broker:
         assert broker.delete(*(name for name in broker.scan_iter("*old")))
 
-        handle = scene.client.job("old")
-        wait_until(
-            lambda: handle.status().state is JobState.SUCCESS, "the worker's sidecar answers"
-        )
-        assert handle.result(timeout=10) == result
-        assert handle.cancel() == "finished"
+    handle = scene.client.job("old")
+    wait_until(lambda: handle.status().state is JobState.SUCCESS, "the worker's sidecar answers")
+    assert handle.result(timeout=10) == result
+    assert handle.cancel() == "finished"
 
 
 def test_every_redis_key_of_a_job_expires(scene: Scene) -> None:

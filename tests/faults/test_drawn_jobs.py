@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.processes import Worker, wait_until
-from support.scene import Scene
+from support.scene import Scene, Shared
 from zlora import JobHandle, JobState
 from zlora.errors import JobRevoked, JobTimeout
 
@@ -39,13 +39,13 @@ def draw(scene: Scene, **orders: Any) -> JobHandle:
     return handle
 
 
-def test_next_job_is_drawn_before_the_last_one_has_ended(scene: Scene) -> None:
-    with scene.worker() as worker:
-        with standing(worker):
-            first, second = draw(scene), draw(scene)
-            assert first.status().state is not JobState.SUCCESS
-        assert first.result(timeout=30).base_intact
-        assert second.result(timeout=30).base_intact
+def test_next_job_is_drawn_before_the_last_one_has_ended(shared: Shared) -> None:
+    scene, worker = shared
+    with standing(worker):
+        first, second = draw(scene), draw(scene)
+        assert first.status().state is not JobState.SUCCESS
+    assert first.result(timeout=30).base_intact
+    assert second.result(timeout=30).base_intact
     assert (scene.begun(first), scene.begun(second)) == (1, 1)
 
 
@@ -61,13 +61,13 @@ def test_full_spool_holds_the_next_job_back(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("victim", ["child", "sidecar"])
-def test_killed_process_loses_no_drawn_job(scene: Scene, victim: str) -> None:
-    with scene.worker() as worker:
-        with standing(worker) as sidecar:
-            handle = draw(scene)
-            scene.kill(scene.child(worker) if victim == "child" else sidecar)
-        assert handle.result(timeout=60).base_intact
-        assert scene.submit().result(timeout=60).base_intact
+def test_killed_process_loses_no_drawn_job(shared: Shared, victim: str) -> None:
+    scene, worker = shared
+    with standing(worker) as sidecar:
+        handle = draw(scene)
+        scene.kill(scene.child(worker) if victim == "child" else sidecar)
+    assert handle.result(timeout=60).base_intact
+    assert scene.submit().result(timeout=60).base_intact
     assert scene.begun(handle) <= 2
 
 
@@ -76,22 +76,23 @@ def test_killed_worker_loses_no_drawn_job(scene: Scene) -> None:
     with scene.worker("one") as worker, standing(worker):
         handle = draw(scene)
         scene.kill(worker.process.pid)
+    scene.expire_locks(handle)
     with scene.worker("two"):
         assert handle.result(timeout=90).base_intact
 
 
-def test_cancel_and_deadline_hold_until_the_manifest(scene: Scene) -> None:
-    with scene.worker() as worker:
-        with standing(worker):
-            cancelled, late = draw(scene), draw(scene, fields={"timeout": 2})
-            cancelled.cancel()
-            time.sleep(2)
-        with pytest.raises(JobRevoked):
-            cancelled.result(timeout=30)
-        with pytest.raises(JobTimeout):
-            late.result(timeout=30)
-        wait_until(lambda: not scene.kept(cancelled), "its images are gone")
-        assert scene.kept(late) == []
+def test_cancel_and_deadline_hold_until_the_manifest(shared: Shared) -> None:
+    scene, worker = shared
+    with standing(worker):
+        cancelled, late = draw(scene), draw(scene, fields={"timeout": 2})
+        cancelled.cancel()
+        time.sleep(2)
+    with pytest.raises(JobRevoked):
+        cancelled.result(timeout=30)
+    with pytest.raises(JobTimeout):
+        late.result(timeout=30)
+    wait_until(lambda: not scene.kept(cancelled), "its images are gone")
+    assert scene.kept(late) == []
 
 
 def test_stopping_worker_ends_its_drawn_jobs_first(scene: Scene) -> None:
@@ -111,6 +112,7 @@ def test_worker_that_is_stopped_at_once_gives_its_drawn_jobs_back(scene: Scene) 
         handle = draw(scene)
         worker.process.send_signal(signal.SIGQUIT)
         worker.process.wait(30)
+    scene.expire_locks(handle)
     with scene.worker("two"):
         assert handle.result(timeout=90).base_intact
 
@@ -124,4 +126,5 @@ def test_drawn_job_whose_files_are_removed_is_drawn_again(scene: Scene, tmp_path
             for folder in spool.glob("zlora-spool-*/[0-9]*"):
                 shutil.rmtree(folder)
             wait_until(lambda: worker.lines("its images are gone"), "the parent sees that")
+        scene.expire_locks(handle)
         assert handle.result(timeout=60).base_intact

@@ -22,7 +22,6 @@ from support.scene import CLEAN, Scene
 from support.valkey import Valkey
 from support.witness import TERMINAL
 from zlora import JobHandle, JobState
-from zlora.broker.keys import lease_key
 from zlora.errors import GenerationFailed, JobRevoked
 
 SHORT: Final = {"ZLORA_VISIBILITY": "2", "ZLORA_SWEEP": "1"}
@@ -39,13 +38,7 @@ def stand_still(scene: Scene, worker: Worker, handle: JobHandle) -> None:
     """Stop all processes of the worker that has the job, and let its locks expire at once."""
     scene.tally.fault()
     worker.freeze()
-    let_locks_expire(scene, handle)
-
-
-def let_locks_expire(scene: Scene, handle: JobHandle) -> None:
-    """Delete the lease of a job, and the lock of a worker that looks for abandoned messages."""
-    with scene.broker() as broker:
-        broker.delete(lease_key(handle.id), "unacked_mutex")
+    scene.expire_locks(handle)
 
 
 def come_back(*workers: Worker) -> None:
@@ -60,6 +53,17 @@ def come_back(*workers: Worker) -> None:
 def wait_ended(handle: JobHandle) -> None:
     """Wait until clients see the end of a job."""
     wait_until(lambda: handle.status().state in TERMINAL, "the job has ended")
+
+
+def end_by_another(
+    scene: Scene, handle: JobHandle, *frozen: Worker, s3: S3Proxy | None = None
+) -> None:
+    """Let another worker end the job, and then the frozen ones come back."""
+    with scene.worker("two"):
+        wait_ended(handle)
+        if s3 is not None:
+            s3.released.set()
+        come_back(*frozen)
 
 
 # Stories
@@ -88,7 +92,7 @@ def cut_off(scene: Scene, _s3: S3Proxy) -> JobHandle:
         scene.wait_begun(handle)
         proxy.break_at(b".")
         wait_until(lambda: proxy.is_down, "the worker is cut off")
-        let_locks_expire(scene, handle)
+        scene.expire_locks(handle)
         with scene.worker("two"):
             scene.wait_begun(handle, times=2)
             proxy.restore()
@@ -104,10 +108,7 @@ def frozen_while_it_ends(scene: Scene, s3: S3Proxy) -> JobHandle:
         handle = scene.submit(do=["nan"])
         wait_until(s3.held.is_set, "the worker ends the job")
         stand_still(scene, first, handle)
-        with scene.worker("two"):
-            wait_ended(handle)
-            s3.released.set()
-            come_back(first)
+        end_by_another(scene, handle, first, s3=s3)
     return handle
 
 
@@ -119,10 +120,7 @@ def frozen_before_its_manifest(scene: Scene, s3: S3Proxy) -> JobHandle:
         wait_until(s3.held.is_set, "the worker writes the manifest")
         stand_still(scene, first, handle)
         handle.cancel()
-        with scene.worker("two"):
-            wait_ended(handle)
-            s3.released.set()
-            come_back(first)
+        end_by_another(scene, handle, first, s3=s3)
     return handle
 
 
@@ -132,9 +130,7 @@ def frozen_before_its_retry(scene: Scene, _s3: S3Proxy) -> JobHandle:
         handle = scene.submit(steps=1, step=3, do=["nan", "unreachable"])
         scene.wait_begun(handle)
         stand_still(scene, first, handle)
-        with scene.worker("two"):
-            wait_ended(handle)
-            come_back(first)
+        end_by_another(scene, handle, first)
     return handle
 
 
@@ -147,9 +143,7 @@ def frozen_one_after_the_other(scene: Scene, _s3: S3Proxy) -> JobHandle:
             workers.append(stack.enter_context(scene.worker(f"w{count}")))
             scene.wait_begun(handle, times=count + 1)
             stand_still(scene, workers[-1], handle)
-        with scene.worker("last"):
-            wait_ended(handle)
-            come_back(*workers)
+        end_by_another(scene, handle, *workers)
     return handle
 
 
@@ -193,28 +187,11 @@ def told(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey, tally: Tally)
         yield lambda story: (runs[story][0], runs[story][1].result())
 
 
-def test_a_frozen_worker_whose_time_is_over_does_not_end_the_job_of_its_successor(
-    told: Told,
+@pytest.mark.parametrize("story", [late, cut_off, frozen_while_it_ends])
+def test_a_worker_that_comes_back_neither_ends_the_job_of_its_successor_nor_deletes_its_images(
+    told: Told, story: Story
 ) -> None:
-    scene, handle = told(late)
-
-    assert handle.result(timeout=5).base_intact
-    assert scene.begun(handle) == 2
-    assert scene.audit() == CLEAN
-
-
-def test_a_worker_that_was_cut_off_until_its_time_was_over_does_not_end_the_job_of_its_successor(
-    told: Told,
-) -> None:
-    scene, handle = told(cut_off)
-
-    assert handle.result(timeout=5).base_intact
-    assert scene.begun(handle) == 2
-    assert scene.audit() == CLEAN
-
-
-def test_a_frozen_worker_deletes_no_image_of_its_successor(told: Told) -> None:
-    scene, handle = told(frozen_while_it_ends)
+    scene, handle = told(story)
 
     assert handle.result(timeout=5).base_intact
     assert scene.begun(handle) == 2

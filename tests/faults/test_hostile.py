@@ -98,13 +98,13 @@ def zipped(data: bytes, *, length: int | None = -1) -> bytes:
     return reply(data, length=length, Content_Encoding="gzip")
 
 
-def bomb(start: bytes, piece: bytes) -> bytes:
-    packer = zlib.compressobj(9, wbits=31)
-    return (
-        packer.compress(start)
-        + b"".join(packer.compress(piece * 2**20) for _ in range(64))
-        + packer.flush()
-    )
+def bomb(start: bytes, piece: bytes) -> Answer:
+    def answer(_: Request) -> bytes:
+        packer = zlib.compressobj(9, wbits=31)
+        pieces = [packer.compress(start), *(packer.compress(piece * 2**20) for _ in range(64))]
+        return zipped(b"".join(pieces) + packer.flush())
+
+    return answer
 
 
 def refused(*urls: str) -> dict[str, Case]:
@@ -210,13 +210,13 @@ CASES: dict[str, Case] = {
         a_deep_header=reply(tensor_file(b'{"a":' * 50_000)),
         no_bytes=reply(b""),
         endless_chunks=endless(in_chunks(chunk(GOOD)), chunk(b"x" * 2**16)),
-        a_gzip_bomb_behind_a_file=zipped(bomb(GOOD, b"\0")),
+        a_gzip_bomb_behind_a_file=bomb(GOOD, b"\0"),
     ),
     **answered(
         "lora_too_large",
         a_large_length=endless(reply(GOOD, length=2**40), bytes(2**16)),
         a_large_file=endless(reply(lora_bytes(size=2 * LIMIT)[:5000], length=None), bytes(2**16)),
-        a_gzip_bomb_in_the_header=zipped(bomb((15 * 2**20).to_bytes(8, "little") + b"{", b" ")),
+        a_gzip_bomb_in_the_header=bomb((15 * 2**20).to_bytes(8, "little") + b"{", b" "),
     ),
     # Checksums and references
     "another checksum": Case(code="lora_corrupt", fields={"sha256": "0" * 64}),

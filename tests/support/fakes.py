@@ -16,7 +16,7 @@ from zlora.errors import StoreFailed
 from zlora.schema import GenerateRequest
 from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.results.provenance import ImageProvenance
+from zlora_worker.results.provenance import ImageProvenance, JobProvenance
 from zlora_worker.results.store import Store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
@@ -94,22 +94,27 @@ def a_request(**fields: Any) -> GenerateRequest:
     return GenerateRequest(**small | fields)
 
 
+_PROVENANCE: Final[dict[str, Any]] = {
+    "job_id": "job",
+    "seed": 7,
+    "model": "models/some.safetensors",
+    "base_sha256": "b" * 64,
+    "scheduler": "EulerDiscreteScheduler",
+    "device": "cpu",
+    "dtype": "float32",
+    "versions": {"z-image-lora": "1.2"},
+}
+
+
+def job_provenance(request: GenerateRequest, **fields: Any) -> JobProvenance:
+    """Return the provenance of a made-up job."""
+    return JobProvenance(request=request, **_PROVENANCE | fields)
+
+
 def image_provenance(request: GenerateRequest, **fields: Any) -> ImageProvenance:
     """Return the provenance of a made-up image."""
-    some: dict[str, Any] = {
-        "job_id": "some-job",
-        "seed": 7,
-        "width": 64,
-        "height": 72,
-        "request": request,
-        "model": "models/some.safetensors",
-        "base_sha256": "b" * 64,
-        "scheduler": "EulerDiscreteScheduler",
-        "device": "cpu",
-        "dtype": "float32",
-        "versions": {"z-image-lora": "1.2"},
-    }
-    return ImageProvenance(**some | fields)
+    size = {"width": 64, "height": 72}
+    return ImageProvenance(request=request, **_PROVENANCE | size | fields)
 
 
 def pixels(model: Pipeline, *, seed: int = 7, **fields: Any) -> bytes:

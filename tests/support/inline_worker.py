@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, NoReturn
 
 from celery.app.trace import build_tracer
@@ -25,13 +26,12 @@ from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import Cache
-from zlora_worker.generate import Job
+from zlora_worker.generate import Job, spooled_job
 from zlora_worker.lora.memory_cache import LoraMemoryCache
-from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.model.pipeline import Machine, Pipeline
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results.manifest import write_result
-from zlora_worker.results.provenance import JobProvenance
-from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
+from zlora_worker.results.spool import DrawnJob, SpoolWriter
 from zlora_worker.sidecar.finisher import Finisher, Resources
 from zlora_worker.task import JobRunner
 
@@ -40,6 +40,12 @@ REQUEST: Final = {"prompt": "a portrait", "seed": 3}
 STATES: Final = {
     "succeeded": "SUCCESS", "failed": "FAILURE", "revoked": "REVOKED", "left": "IGNORED",
 }  # fmt: skip
+
+# What the spool has of a LoRA that no test fetches or reads.
+UNREAD: Final[Any] = SimpleNamespace(
+    file=SimpleNamespace(source="https://host/file", sha256="0" * 64, config_sha256=None),
+    parsed=SimpleNamespace(tensors_sha256="0" * 64),
+)
 
 Draw = Callable[[Job, Progress], None]
 
@@ -51,11 +57,17 @@ class ChildExit(BaseException):
 class UnusedModel(Pipeline):
     """A base model without weights, which is intact or not."""
 
+    machine = Machine("cpu", "float32", None)
+
     def __init__(self, *, is_intact: bool) -> None:
+        self.name, self.base_sha256, self.file_sha256 = "m", "0" * 64, None
         self._is_intact = is_intact
 
     def is_ready(self) -> bool:
         return self._is_intact
+
+    def scheduler_name(self, request: GenerateRequest) -> str:
+        return "S"
 
 
 class InlineWorker:
@@ -124,30 +136,8 @@ class InlineWorker:
         """Replace `zlora_worker.generate.generate`: call `draw`, then pass on a small image."""
         assert child is self.runner.child
         self.drawn.append(job)
-        spooled = SpooledJob(
-            worker=job.worker,
-            token=job.token,
-            attempt=job.attempt,
-            is_resumed=job.is_resumed,
-            request_sha256=digest_of(job.request),
-            deadline=job.deadline,
-            timeout=job.timeout,
-            started=job.started,
-            has_answer=job.has_answer,
-            tensors_sha256=(),
-            provenance=JobProvenance(
-                job_id=job.id,
-                seed=3,
-                request=job.request,
-                model="m",
-                base_sha256="0" * 64,
-                scheduler="S",
-                device="cpu",
-                dtype="float32",
-                versions={},
-            ),
-        )
-        with self.spool.open(spooled) as images:
+        loras = [UNREAD for spec in job.request.loras if spec.is_used]
+        with self.spool.open(spooled_job(child, job, loras)) as images:
             self.draw(job, progress)
             for index in range(job.request.num_images):
                 images.add(Image.new("RGB", (8, 8), (index, 0, 0)), tiled=False)

@@ -24,6 +24,7 @@ from support.processes import Worker, wait_until
 from support.witness import TERMINAL, Witness, opened
 from zlora import Client, GenerateResult, JobHandle, JobState
 from zlora.broker.celery_app import shared_config
+from zlora.broker.keys import lease_key
 from zlora.schema import manifest_key
 
 TESTS: Final = Path(__file__).parents[1]
@@ -104,6 +105,11 @@ class Scene:
         """Kill a process (kill -9), and count the fault."""
         self.tally.fault()
         os.kill(pid, signal.SIGKILL)
+
+    def expire_locks(self, handle: JobHandle) -> None:
+        """Delete a job's lease, and the lock of a worker that looks for abandoned messages."""
+        with self.broker() as broker:
+            broker.delete(lease_key(handle.id), "unacked_mutex")
 
     def child(self, worker: Worker) -> int:
         """Return the process id of the child that has the model."""
@@ -297,6 +303,9 @@ class Scene:
         self.witness.close()
         self.client.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+Shared = tuple[Scene, Worker]  # a queue and its one worker, for several tests
 
 
 def stored_result(objects: Objects, job_id: str) -> GenerateResult | None:

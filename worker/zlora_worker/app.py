@@ -113,7 +113,7 @@ app.conf.update(
     task_track_started=False,
     worker_send_task_events=True,
     task_send_sent_event=True,
-    # A resident SDXL is above any sensible memory limit, and a new child costs a model load.
+    # A loaded SDXL is above any sensible memory limit, and a new child costs a model load.
     worker_max_tasks_per_child=None,
     worker_max_memory_per_child=None,
     # This project's own.

@@ -74,6 +74,9 @@ if "FAKE_CLOCK" in os.environ:
     from faults.engines import clock
 
     clock.set_wrong(float(os.environ["FAKE_CLOCK"]))
+if "flower" not in sys.orig_argv:
+    # A plugin of the command `celery`, which would import a web server at each start of a worker.
+    sys.modules["flower"] = None  # type: ignore[assignment]
 sys.meta_path.insert(0, Fakes())
 if "FAKE_NETWORK" in os.environ:
     simulate_network(Path(os.environ["FAKE_NETWORK"]))

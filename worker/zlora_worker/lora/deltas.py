@@ -232,8 +232,8 @@ class DoraDelta:
     def is_zero(self, base: Tensor) -> bool:
         if not self.inner.is_zero(base):
             return False
-        resident = base.float()
-        return float(self.delta(resident, 1.0).norm()) <= _UNTRAINED * float(resident.norm())
+        base = base.float()
+        return float(self.delta(base, 1.0).norm()) <= _UNTRAINED * float(base.norm())
 
 
 class Scratch:

@@ -1,4 +1,4 @@
-"""Module names of the resident model in every spelling that a LoRA file may use."""
+"""Module names of the base model in every spelling that a LoRA file may use."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ _OLD_ATTENTION: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "
 
 
 class KeyMap:
-    """Modules of one resident model by every spelling of their names.
+    """Modules of one base model by every spelling of their names.
 
     All spellings are derived from the model's own module names, so that a model of another depth
     needs no table.

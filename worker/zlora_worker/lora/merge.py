@@ -114,7 +114,7 @@ class Plan:
             self._sources, self._squares, self._base_squares, strict=True
         ):
             if base and not square:
-                raise LoraMismatch(f"{source}: changes nothing in the resident model")
+                raise LoraMismatch(f"{source}: changes nothing in the base model")
 
     def release(self) -> None:
         """Drop the references to the LoRAs' tensors, so that the memory cache can evict them."""

@@ -1,4 +1,4 @@
-"""Put merged weights into the resident model for one job, and the base weights back after it.
+"""Put merged weights into the base model for one job, and the base weights back after it.
 
 If memory allows, the base is never written: merged weights are in a second copy, the shadow, and
 parameters point at the shadow for the time of a job. Otherwise the base is overwritten in place and

@@ -1,4 +1,4 @@
-"""Reading of a safetensors file into deltas for the resident model."""
+"""Reading of a safetensors file into deltas for the base model."""
 
 import math
 from collections import Counter, defaultdict
@@ -66,7 +66,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Deltas of one file for one resident model, independent of a job's LoRA weights.
+    """Deltas of one file for one base model, independent of a job's LoRA weights.
 
     `modules` counts the changed modules of each component. `unmatched` lists the tensors without a
     place in the model. `other_base` is a clause that says that the file was made for another base
@@ -97,7 +97,7 @@ class _Refusal(Exception):
 
 
 class Reader:
-    """Reader of LoRA files for one resident model."""
+    """Reader of LoRA files for one base model."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -105,7 +105,7 @@ class Reader:
         if self._on_gpu:
             pin_exactly()
         self._key_map = KeyMap(weights.modules())
-        self._text_width = 0  # of the text that the resident model's cross-attention reads
+        self._text_width = 0  # of the text that the base model's cross-attention reads
         for (_, module, _), slot in weights.slots.items():
             shape = weights.shape(slot)
             if len(shape) > 1 and base_model.CROSS_ATTENTION.search(module):
@@ -182,7 +182,7 @@ class Reader:
                 if slot is None and parsed.bias_part == "up_bias":  # half of a LoRA is none
                     raise _Refusal(
                         f"{'.'.join(module)} has a LoRA with a bias (`lora_bias`), "
-                        "the resident model's layer has no bias"
+                        "the base model's layer has no bias"
                     )
                 if slot is None:
                     unmatched.append(found[module][parsed.bias_part])
@@ -236,7 +236,7 @@ class Reader:
             raise _Refusal(base_model.not_a_lora(header))
         raise _Refusal(
             self._detect_base_model(header)
-            or f"none of its modules is in the resident model: {key_names.summary(header.tensors)}"
+            or f"none of its modules is in the base model: {key_names.summary(header.tensors)}"
         )
 
     def _groups(self, header: Header, found: Mapping[Module, Mapping[str, str]]) -> list[list[str]]:
@@ -295,20 +295,20 @@ class Reader:
     def _detect_base_model(self, header: Header) -> str:
         """Return the base model of the file in words, for a message; empty if it is not known.
 
-        For example `made for SD 1.x: cross-attention width 768, the resident model has 2048`.
+        For example `made for SD 1.x: cross-attention width 768, the worker's base model has 2048`.
         """
         if origin := base_model.detect_by_layer_names(header):
             return origin.clause
-        resident = self._text_width
+        own = self._text_width
         width = base_model.text_width(header.tensors)
-        if width and width != resident:
+        if width and width != own:
             family = base_model.WIDTHS.get(width, "another model")
-            widths = f"cross-attention width {width}, the resident model has {resident}"
+            widths = f"cross-attention width {width}, the worker's base model has {own}"
             return f"made for {family}: {widths}"
         origin = base_model.detect_by_metadata(header)
         if origin is None:
             origin = base_model.detect_by_blocks(header.tensors)
-        if origin and origin.family != base_model.WIDTHS.get(resident):
+        if origin and origin.family != base_model.WIDTHS.get(own):
             return origin.clause
         return ""
 
@@ -335,7 +335,7 @@ def require_whole(lora: Lora, *, source: str) -> None:
         )
     if lora.unmatched:
         raise LoraMismatch(
-            f"{source}: part of it has no place in the resident model: "
+            f"{source}: part of it has no place in the base model: "
             f"{key_names.summary(lora.unmatched)}; with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )

@@ -1,4 +1,4 @@
-"""Names of the resident model's modules in Stability's code."""
+"""Names of the base model's modules in Stability's code."""
 
 from typing import Any, Final
 

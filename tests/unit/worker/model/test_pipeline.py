@@ -1,4 +1,4 @@
-"""The resident model: the same seed draws the same image; a base that differs is not lent."""
+"""The base model: the same seed draws the same image; a base that differs is not lent."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -8,11 +8,9 @@ from typing import Any, NoReturn
 
 import pytest
 from PIL import Image
-from support.fakes import MemoryStore
+from support.fakes import MemoryStore, a_request, job_provenance
 from zlora.errors import StoreFailed
-from zlora.schema import GenerateRequest
 from zlora_worker.results.finish import Abandoned, finish
-from zlora_worker.results.provenance import JobProvenance
 from zlora_worker.results.spool import DrawnJob, EndedJob, Spool, SpooledJob
 
 DRAWN = DrawnJob(loras=(), timings={}, base_intact=True, base_checked=1.0, at=0.0)
@@ -30,17 +28,7 @@ def a_job(num_images: int = 2) -> SpooledJob:
         started=0.0,
         has_answer=True,
         tensors_sha256=(),
-        provenance=JobProvenance(
-            job_id="job",
-            seed=3,
-            request=GenerateRequest(prompt="a portrait", num_images=num_images),
-            model="m",
-            base_sha256="0" * 64,
-            scheduler="S",
-            device="cpu",
-            dtype="float32",
-            versions={},
-        ),
+        provenance=job_provenance(a_request(num_images=num_images)),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from PIL import Image
-from support.fakes import MemoryStore, a_request
+from support.fakes import MemoryStore, a_request, job_provenance
 from zlora.errors import JobRevoked, JobTimeout, StoreFailed
 from zlora_worker.results.provenance import JobProvenance
 from zlora_worker.results.uploader import ImageUploader, stored_image
@@ -19,17 +19,7 @@ PATIENCE = 30  # seconds; a longer wait is a hang
 
 
 def job(num_images: int = 2, **fields: Any) -> JobProvenance:
-    return JobProvenance(
-        job_id="job",
-        seed=7,
-        request=a_request(num_images=num_images, seed=7, **fields),
-        model="m",
-        base_sha256="0" * 64,
-        scheduler="EulerDiscreteScheduler",
-        device="cpu",
-        dtype="float32",
-        versions={},
-    )
+    return job_provenance(a_request(num_images=num_images, seed=7, **fields))
 
 
 def an_image(number: int = 0) -> Image.Image:
