@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,11 @@ from zlora.schema import (
     digest_of,
     parse_request,
 )
+from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.request import shorten
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobLeases
+from zlora_worker.delivery.outcome import JobDrawn
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.generate import Job, spooled_job
@@ -84,6 +88,7 @@ class InlineWorker:
         self.runner = JobRunner(self.leases)
         self._lora_files = Cache.open(settings(folder, ZLORA_LORA_CACHE=str(folder / "loras")))
         self.spool = make_spool(folder / "spool")
+        self._drawn = DrawnJobs("", folder, max_bytes=0)
         config = shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
         self.app = IsolatedCelery("test", config | {"task_acks_late": True})
         runner = self.runner
@@ -197,9 +202,10 @@ class InlineWorker:
     def apply(self, request: object = REQUEST, *, job_id: object = None, **options: Any) -> Any:
         """Return what the task returns without a broker, or raise what it raises."""
         task_id = uuid.uuid4().hex if job_id is None else job_id
-        returned = self.task.apply(**{"args": [request], "task_id": task_id} | options).get(
-            propagate=True
-        )
+        returned: Any = None
+        sent = {"args": [request], "task_id": task_id} | options
+        with suppress(JobDrawn):
+            returned = self.task.apply(**sent).get(propagate=True)
         if self.finish() == "IGNORED":
             return returned
         result = self.meta(str(task_id))[1]
@@ -224,8 +230,10 @@ class InlineWorker:
     def run(self, message: Any) -> str:
         """Run the task for a message as Celery's worker does, and return the state."""
         request = Request(message, app=self.app, task=self.task)
-        tracer = build_tracer(TASK_NAME, self.task, app=self.app)
-        info = tracer(request.id, request.args, request.kwargs, request.request_dict)[1]
+        self.task.__trace__ = build_tracer(TASK_NAME, self.task, app=self.app)
+        shorten(self.task, self._drawn)
+        arguments = (request.id, request.args, request.kwargs, request.request_dict)
+        info = self.task.__trace__(*arguments)[1]
         state = info.state if info else "SUCCESS"
         return self.finish() if state == "IGNORED" else state
 
