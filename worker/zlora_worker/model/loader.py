@@ -56,6 +56,9 @@ def load(settings: Settings) -> Pipeline:
     diffusers_logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
 
+    if settings.compile != "off":
+        # Of PyTorch: a later start finds the compiled code in the data folder.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.home / "compiled"))
     device = _device(settings.device)
     if settings.dtype == "auto":
         dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -76,6 +79,7 @@ def load(settings: Settings) -> Pipeline:
             name=name,
             device=device,
             patch_mode=settings.patch,
+            compile_mode=settings.compile,
             check_all=settings.base_check == "all",
             known=known.base,
         )
