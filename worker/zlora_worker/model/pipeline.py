@@ -9,7 +9,6 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
@@ -298,8 +297,7 @@ class Pipeline:
                 "the image has NaN or Inf values: "
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
-        pixels = output.images[0].float().permute(1, 2, 0).cpu().numpy()  # in 0..1
-        return Image.fromarray((pixels * 255).round().astype(np.uint8))
+        return Image.fromarray(rgb(output.images[0]).cpu().numpy())
 
     def _decode(self, latents: Tensor, **options: Any) -> Any:
         """Replace the VAE's `decode`: decode in tiles if the whole image runs out of memory.
@@ -359,6 +357,14 @@ class MergedModel:
     def tiled(self) -> bool:
         """True if the last image was decoded in tiles."""
         return self._pipeline.tiled
+
+
+def rgb(image: Tensor) -> Tensor:
+    """Convert [3, height, width] in 0..1 to RGB bytes [height, width, 3], on the image's device.
+
+    The bits are those of diffusers' own conversion, which copies fp32 to the host first.
+    """
+    return (image.float() * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
