@@ -26,8 +26,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from operator import itemgetter
@@ -70,6 +70,7 @@ from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import Settings
 
 CHECK: Final = 0.01  # of a job's time, which the check of the base may take
+LOAD_AND_UNLOAD: Final = "load + set + unload"  # the rival's name
 COUNTS: Final = (1, 2, 8)  # LoRAs of a merge
 SETS: Final = (  # of LoRAs that a compiled model draws with
     (),
@@ -120,14 +121,13 @@ def main(size: Size) -> None:
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
-    rows: list[Row] = []
-    facts: dict[str, float | str] = {"model": f"{size.model}, {size.dtype}, {size.side} pixels"}
+    found = Figures()
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as name, ExitStack() as stack:
         if not is_gpu:  # traces and guards as on a GPU, and no compiler
             stack.enter_context(torch.compiler.set_stance(force_backend="eager"))
         folder = Path(name)
         model = written(folder / "model", size)
-        rows += loads(folder, model, size)
+        found.add("loads", loads, folder, model, size)
         bench = Bench(
             size.model,
             folder / "loras",
@@ -137,19 +137,43 @@ def main(size: Size) -> None:
             unet_targets=models.UNET_TARGETS if is_gpu else FEW_TARGETS,
         )
         files = bench.files
-        facts |= rates(bench, size)
-        in_and_out = swaps(bench, size)
-        rows += in_and_out
-        rows += merges(bench, size)
-        rows += steps(bench, (1, 2, 8), rounds=size.rounds)
-        rows += traffic(bench, folder, size)
-        rows += layouts(bench, size)
+        found.facts |= rates(bench, size)
+        found.add("LoRAs in and out", swaps, bench, size)
+        found.add("merges", merges, bench, size)
+        found.add("steps", partial(steps, rounds=size.rounds), bench, COUNTS)
+        found.add("bytes", traffic, bench, folder, size)
+        found.add("attention", attention, bench, size)
+        found.add("layout", layout, bench, size)
         del bench
-        rows += compiled(folder, model, files, size)
-        rows += busy(folder, model, files["r16"], size, without=in_and_out[0].rival_median)
+        for mode in ("blocks", "graphs"):
+            found.add(mode, compiled, mode, folder, model, files, size)
+        swapped = [row.rival_median for row in found.rows if row.rival == LOAD_AND_UNLOAD]
+        without = swapped[0] if swapped else 0.0
+        found.add("busy share", partial(busy, without=without), folder, model, files["r16"], size)
+    found.facts["model"] = f"{size.model}, {size.dtype}, {size.side} pixels"
     if is_gpu:
-        facts |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    publish("gpu", rows, **facts)
+        found.facts |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    publish("gpu", found.rows, **found.facts)
+    if found.failed:
+        raise SystemExit(f"failed: {', '.join(found.failed)}")
+
+
+class Figures:
+    """Rows and facts of all sections."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.facts: dict[str, float | str] = {}
+        self.failed: list[str] = []
+
+    def add(self, section: str, measure: Callable[..., Sequence[Row]], *arguments: object) -> None:
+        """Measure a section, and free the memory of the device."""
+        try:
+            self.rows += measure(*arguments)
+        except Exception as error:  # noqa: BLE001 - one section must not lose the others' figures
+            self.failed.append(section)
+            self.facts[f"failed: {section}"] = f"{type(error).__name__}: {error}"[:500]
+        free()
 
 
 def written(folder: Path, size: Size) -> Path:
@@ -174,16 +198,16 @@ def loads(folder: Path, model: Path, size: Size) -> list[Row]:
     for index in range(size.loads):
         progress(f"loads, round {index + 1} of {size.loads}")
         plain.append(seconds(size, lambda: [file.read_bytes() for file in files]))
-        with freed(size):
-            rivals.append(diffusers_load(model, size))
+        rivals.append(diffusers_load(model, size))
+        free()
         home = str(folder / f"home-{index}")
         for turn in turns:
-            with freed(size):
-                start = time.perf_counter()
-                ours = load(model, size, ZLORA_HOME=home)
-                moved = time.perf_counter() - start
-                turn.append((moved, moved + seconds(size, ours.warm_up)))
-                del ours
+            start = time.perf_counter()
+            ours = load(model, size, ZLORA_HOME=home)
+            moved = time.perf_counter() - start
+            turn.append((moved, moved + seconds(size, ours.warm_up)))
+            del ours
+            free()
     read, moved_by_rival, drawn = ([one[at] for one in rivals] for at in range(3))
     first, later, again = ([one[0] for one in turn] for turn in turns)
     ready, ready_again = ([one[1] for one in turn] for turn in turns[1:])
@@ -233,11 +257,9 @@ def environ(model: Path, size: Size) -> dict[str, str]:
     }
 
 
-@contextmanager
-def freed(size: Size) -> Iterator[None]:
-    """Free the memory of the device after the block."""
-    yield
-    if size.device.type == "cuda":
+def free() -> None:
+    """Free the memory of the device that nothing refers to."""
+    if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -283,7 +305,7 @@ def swaps(bench: Bench, size: Size) -> list[Row]:
             bench.timed(lambda: bench.engine.check(bound)) for _ in range(rounds)
         ],
     }
-    unload, unfuse = "load + set + unload", "load + fuse + unfuse + unload"
+    unload, unfuse = LOAD_AND_UNLOAD, "load + fuse + unfuse + unload"
     again = Turns(turns.rival, same, same[::-1])
     return [
         turns.row(f"two LoRAs in and out, {name}", unload, sum, goal=None),
@@ -348,7 +370,7 @@ def traffic(bench: Bench, folder: Path, size: Size) -> list[Row]:
     return [
         Row(
             name=f"MB {name}, two LoRAs and 4 steps, {bench.name}",
-            rival="load + set + unload",
+            rival=LOAD_AND_UNLOAD,
             rival_median=rival[at],
             ours_median=ours[at],
             ratio=rival[at] / ours[at] if ours[at] else 0.0,
@@ -383,11 +405,11 @@ def copied_megabytes(events: Sequence[Mapping[str, Any]], direction: str) -> flo
     return float(sum(copy["args"]["bytes"] for copy in copies if direction in copy["name"])) / 1e6
 
 
-# Layouts and attention; the last use of a bench, whose weights lose their places
+# Attention and layout
 
 
-def layouts(bench: Bench, size: Size) -> list[Row]:
-    """Compare a step to one with each backend of attention, and to one in channels-last."""
+def attention(bench: Bench, size: Size) -> list[Row]:
+    """Compare a step to one with each backend of attention."""
     rows = []
     for name in BACKENDS:
         progress(f"attention: {name}")
@@ -413,53 +435,49 @@ def layouts(bench: Bench, size: Size) -> list[Row]:
                 )
                 continue
         rows.append(compare(label, name, theirs[1:], ours[1:], again[1:]))
+    return rows
+
+
+def layout(bench: Bench, size: Size) -> list[Row]:
+    """Compare a step to one in channels-last; afterwards the weights are in no stack any more."""
     unet, sample = bench.pipeline.unet, bench.inputs["sample"]
     found: dict[str, list[float]] = {}
-    for turn, layout in (
+    for turn, memory_format in (
         ("ours", torch.contiguous_format),
         ("rival", torch.channels_last),
         ("again", torch.contiguous_format),
     ):
-        progress(f"layout: {layout}")
-        unet.to(memory_format=layout)
-        bench.inputs["sample"] = sample.to(memory_format=layout)
+        progress(f"layout: {memory_format}")
+        unet.to(memory_format=memory_format)
+        bench.inputs["sample"] = sample.to(memory_format=memory_format)
         found[turn] = [bench.step() for _ in range(size.rounds + 2)][2:]  # the first choose kernels
-    rows.append(
-        compare(
-            f"a step, {bench.name}",
-            "channels-last",
-            found["rival"],
-            found["ours"],
-            found["again"],
-        )
-    )
-    return rows
+    name = f"a step, {bench.name}"
+    return [compare(name, "channels-last", found["rival"], found["ours"], found["again"])]
 
 
 # Compilation
 
 
-def compiled(folder: Path, model: Path, files: Mapping[str, Path], size: Size) -> list[Row]:
+def compiled(
+    mode: str, folder: Path, model: Path, files: Mapping[str, Path], size: Size
+) -> list[Row]:
     """Compare `ZLORA_COMPILE` to a model that is not compiled."""
-    rows = []
-    for mode in ("blocks", "graphs"):
-        progress(f"ZLORA_COMPILE={mode}")
-        warm_ups: list[float] = []
-        # A GPU's second load finds the code of the first one in the data folder.
-        for _ in range(2 if size.device.type == "cuda" else 1):
-            with freed(size):
-                ours = None
-                torch._dynamo.reset()
-            home = str(folder / f"home-{mode}")
-            ours = load(model, size, ZLORA_HOME=home, ZLORA_COMPILE=mode)
-            warm_ups.append(seconds(size, ours.warm_up))
-        assert ours is not None
-        rows += [
-            figure(f"s of the warm-up, {mode}", warm_ups[0], noise=1.0),
-            figure(f"s of the warm-up, {mode}, compiled before", warm_ups[-1], noise=1.0),
-            *compiled_steps(ours, mode, files, size),
-        ]
-    return rows
+    warm_ups: list[float] = []
+    # A GPU's second load finds the code of the first one in the data folder.
+    for index in range(2 if size.device.type == "cuda" else 1):
+        progress(f"ZLORA_COMPILE={mode}, load {index + 1}")
+        ours = None
+        torch._dynamo.reset()
+        free()
+        home = str(folder / f"home-{mode}")
+        ours = load(model, size, ZLORA_HOME=home, ZLORA_COMPILE=mode)
+        warm_ups.append(seconds(size, ours.warm_up))
+    assert ours is not None
+    return [
+        figure(f"s of the warm-up, {mode}", warm_ups[0], noise=1.0),
+        figure(f"s of the warm-up, {mode}, compiled before", warm_ups[-1], noise=1.0),
+        *compiled_steps(ours, mode, files, size),
+    ]
 
 
 def compiled_steps(model: Pipeline, mode: str, files: Mapping[str, Path], size: Size) -> list[Row]:
@@ -504,7 +522,7 @@ def compiled_steps(model: Pipeline, mode: str, files: Mapping[str, Path], size: 
         rows.append(
             Row(
                 name=f"compilations by a set of LoRAs, {mode} (ours / rival)",
-                rival="load + set + unload",
+                rival=LOAD_AND_UNLOAD,
                 rival_median=theirs,
                 ours_median=count / len(SETS),
                 ratio=count / len(SETS) / theirs if theirs else 0.0,

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import pytest
 import torch
 from benchmarks import gpu
+from benchmarks.report import figure
 
 ROWS: Final = {
     "load: read, by mapping the files": 1,
@@ -59,6 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch._dynamo.reset()
 
 
+@pytest.mark.timeout(300)  # 20 s on two cores alone
 @pytest.mark.filterwarnings("ignore")  # of the rivals
 def test_the_whole_benchmark_runs_and_its_json_has_every_row(folder: Path) -> None:
     gpu.main(gpu.CPU)
@@ -81,6 +83,20 @@ def test_without_a_gpu_it_says_so_and_ends(
 
     assert "no CUDA device" in capsys.readouterr().out
     assert not list(folder.iterdir())
+
+
+def test_a_section_that_fails_loses_no_figure_of_the_others() -> None:
+    def fails() -> NoReturn:
+        raise RuntimeError("CUDA error")
+
+    found, row = gpu.Figures(), figure("-", 1.0, noise=1.0)
+    found.add("first", lambda: [row])
+    found.add("second", fails)
+    found.add("third", lambda: [row])
+
+    assert found.rows == [row, row]
+    assert found.failed == ["second"]
+    assert found.facts == {"failed: second": "RuntimeError: CUDA error"}
 
 
 def test_bytes_are_those_of_the_copies_in_one_direction() -> None:
