@@ -126,6 +126,8 @@ def main(size: Size) -> None:
         if not is_gpu:  # traces and guards as on a GPU, and no compiler
             stack.enter_context(torch.compiler.set_stance(force_backend="eager"))
         folder = Path(name)
+        if is_gpu:  # nothing is compiled before
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
         model = written(folder / "model", size)
         found.add("loads", loads, folder, model, size)
         bench = Bench(
@@ -463,7 +465,7 @@ def compiled(
 ) -> list[Row]:
     """Compare `ZLORA_COMPILE` to a model that is not compiled."""
     warm_ups: list[float] = []
-    # A GPU's second load finds the code of the first one in the data folder.
+    # A GPU's second load finds the code of the first one on the disk.
     for index in range(2 if size.device.type == "cuda" else 1):
         progress(f"ZLORA_COMPILE={mode}, load {index + 1}")
         ours = None

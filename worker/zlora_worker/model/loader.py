@@ -56,9 +56,6 @@ def load(settings: Settings) -> Pipeline:
     diffusers_logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
 
-    if settings.compile != "off":
-        # Of PyTorch: a later start finds the compiled code in the data folder.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.home / "compiled"))
     device = _device(settings.device)
     if settings.dtype == "auto":
         dtype = torch.float16 if device.type == "cuda" else torch.float32
