@@ -195,40 +195,31 @@ def loads(folder: Path, model: Path, size: Size) -> list[Row]:
     """Compare loads of the model from the page cache; nothing of one is kept for the next one."""
     files = sorted(model.glob("*/*.safetensors"))
     plain: list[float] = []
-    rivals: list[tuple[float, float, float]] = []
-    turns: list[list[tuple[float, float]]] = [[], [], []]  # first start, later start, and again
+    rivals: list[list[tuple[float, float, float]]] = [[], []]
+    turns: list[list[tuple[float, float]]] = [[], [], [], []]  # first and later start, twice each
     for index in range(size.loads):
         progress(f"loads, round {index + 1} of {size.loads}")
         plain.append(seconds(size, lambda: [file.read_bytes() for file in files]))
-        rivals.append(diffusers_load(model, size))
-        free()
-        home = str(folder / f"home-{index}")
-        for turn in turns:
+        for rival in rivals:
+            rival.append(diffusers_load(model, size))
+            free()
+        for number, turn in enumerate(turns):
             start = time.perf_counter()
-            ours = load(model, size, ZLORA_HOME=home)
+            ours = load(model, size, ZLORA_HOME=str(folder / f"home-{index}-{number // 2}"))
             moved = time.perf_counter() - start
             turn.append((moved, moved + seconds(size, ours.warm_up)))
             del ours
             free()
-    read, moved_by_rival, drawn = ([one[at] for one in rivals] for at in range(3))
-    first, later, again = ([one[0] for one in turn] for turn in turns)
-    ready, ready_again = ([one[1] for one in turn] for turn in turns[1:])
+    (read, to, drawn), (read_again, _, _) = (zip(*rival, strict=True) for rival in rivals)
+    (first, _), (later, ready), (first_again, _), (later_again, ready_again) = (
+        zip(*turn, strict=True) for turn in turns
+    )
+    load_only, with_step = "from_pretrained + to", "from_pretrained + to + an image of one step"
     return [
-        compare("load: read, by mapping the files", "each file read whole", plain, read, read),
-        *(
-            compare(f"load: {name}", rival, theirs, ours, more)
-            for name, rival, theirs, ours, more in (
-                (
-                    "moved, first start on a machine",
-                    "from_pretrained + to",
-                    moved_by_rival,
-                    first,
-                    first,
-                ),
-                ("moved, later start", "from_pretrained + to", moved_by_rival, later, again),
-                ("ready, later start", "... + an image of one step", drawn, ready, ready_again),
-            )
-        ),
+        compare("load: read, by mapping the files", "each file read", plain, read, read_again),
+        compare("load: moved, first start on a machine", load_only, to, first, first_again),
+        compare("load: moved, later start", load_only, to, later, later_again),
+        compare("load: ready, later start", with_step, drawn, ready, ready_again),
     ]
 
 
@@ -327,10 +318,7 @@ def merges(bench: Bench, size: Size) -> list[Row]:
     for rank in ("r16", "r64"):
         file = bench.files[rank]
         for count in COUNTS:
-
-            def loras(strength: float) -> Weighted:
-                return [(file, strength + 0.001 * index) for index in range(count)]  # noqa: B023
-
+            loras = partial(repeated, file, count)
             plan = Plan(bench.engine.weights, bench.ours.adapters(loras(0.8)))
             stacks = bench.engine.weights.stacks
             changed = sum(stacks[at].base[0].nbytes * len(rows) for at, rows in plan.rows.items())
@@ -344,6 +332,11 @@ def merges(bench: Bench, size: Size) -> list[Row]:
             rows.append(msgspec.structs.replace(row, ratio=row.ours_median / limit))
             progress(name)
     return rows
+
+
+def repeated(file: Path, count: int, strength: float) -> Weighted:
+    """Return one LoRA several times, with weights that differ a little."""
+    return [(file, strength + 0.001 * index) for index in range(count)]
 
 
 # Bytes
@@ -555,7 +548,7 @@ def busy(folder: Path, model: Path, lora: Path, size: Size, *, without: float) -
     with Valkey(folder, Tally()) as broker:
         variables = {
             "ZLORA_BROKER_URL": broker.url,
-            "ZLORA_HOME": str(folder / "home-0"),
+            "ZLORA_HOME": str(folder / "home"),
             "ZLORA_STORE": (folder / "store").as_uri(),
             "ZLORA_LORA_ROOTS": str(loras),
         }
