@@ -11,10 +11,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # systemctl disable --now prometheus valkey-server
 DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget valkey-server
 
-BENCHMARKS := busy fetch lora png producer queue results scale starts
+BENCHMARKS := busy fetch gpu lora png producer queue results scale starts
 
 .PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
-.PHONY: bench bench-gpu clean
+.PHONY: bench clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/dev.stamp
@@ -34,7 +34,7 @@ help:
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make bench         the short form of every benchmark'
 	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
-	@echo 'make bench-gpu     the LoRA benchmark on a GPU'
+	@echo 'make bench-gpu     what only a GPU can show; says so if there is none'
 	@echo 'make demo-model    train the demo model, in an hour and a half on two cores'
 	@echo 'make clean         remove build/ and dist/'
 
@@ -119,10 +119,6 @@ bench: $(addprefix bench-,$(BENCHMARKS))
 
 $(addprefix bench-,$(BENCHMARKS)): bench-%: $(VENV)/dev.stamp
 	PYTHONPATH=tests:tools $(RUN)/python -P tests/benchmarks/$*.py $(ARGS)
-
-# The LoRA benchmark on a GPU; says so if there is none.
-bench-gpu: $(VENV)/dev.stamp
-	PYTHONPATH=tests:tools $(RUN)/python -P tests/benchmarks/lora.py --gpu
 
 clean:
 	rm -rf build dist

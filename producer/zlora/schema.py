@@ -286,6 +286,8 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Data type of the weights."""
     threads: int | None = None
     """Number of threads on a CPU, on which the last bits of the pixels depend."""
+    compile: str = "off"
+    """The worker's `ZLORA_COMPILE`, on which the last bits of the pixels depend."""
 
 
 class Phase(StrEnum):

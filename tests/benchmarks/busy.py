@@ -42,7 +42,7 @@ from benchmarks.batches import Arrivals
 from benchmarks.job_bytes import scene
 from benchmarks.lora_server import numbered
 from benchmarks.pauses import PARTS, Times, pauses
-from benchmarks.report import Row, announce, options_parser, progress, publish
+from benchmarks.report import Row, announce, figure, options_parser, progress, publish
 from benchmarks.slow_store import SlowStore, slow_store
 from safetensors.torch import save
 from support import seaweed
@@ -359,7 +359,7 @@ def commands(made: Stage, size: Size) -> tuple[list[Row], dict[str, str]]:
         "commands of a second of drawing": (drawing, DRAWING_GOAL),
     }
     rows = [
-        figure_row(name, one.total(), two.total() / one.total(), goal)
+        figure(name, one.total(), noise=two.total() / one.total(), goal=goal)
         for name, ((one, two), goal) in found.items()
     ]
     facts = {
@@ -411,21 +411,7 @@ def gap_row(one: Batch, two: Batch, percentile: int) -> Row:
         for gaps in (one.gaps + two.gaps, one.gaps, two.gaps)
     )
     name = f"ms from the last step of a job to the first of the next, no LoRA, p{percentile}"
-    return figure_row(name, 1000 * found, second / first, 1000 * GAP_GOALS[percentile])
-
-
-def figure_row(name: str, figure: float, noise: float, goal: float) -> Row:
-    """Return a row without a rival."""
-    return Row(
-        name=f"{name} (not a ratio)",
-        rival="-",
-        rival_median=0.0,
-        ours_median=figure,
-        ratio=figure,
-        noise=noise,
-        goal=f"<= {goal:g}",
-        met=figure <= goal,
-    )
+    return figure(name, 1000 * found, noise=second / first, goal=1000 * GAP_GOALS[percentile])
 
 
 def facts_of(setting: str, batches: Sequence[Batch]) -> dict[str, str]:

@@ -5,14 +5,14 @@ has SDXL's true shape in bf16, so that memory and multiply-adds take most of the
 alternate; ours has a second turn in each round, for the noise. Each turn checks that the LoRAs
 change the outputs of some layers, and as much as in the other ways.
 
-`--thin` runs a short THIN alone, `--real` REAL alone, and `--gpu` REAL alone on the first CUDA
-device.
+`--thin` runs a short THIN alone, `--real` REAL alone. On a GPU run `make bench-gpu`.
 """
 
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 import transformers
 from benchmarks import models
 from benchmarks.lora_proofs import base_bytes, errors, memory, parsed
-from benchmarks.report import Row, announce, compare, options_parser, progress, publish, say
+from benchmarks.report import Row, announce, compare, options_parser, progress, publish
 from benchmarks.rivals import (
     FuseAndUnfuse,
     HotSwap,
@@ -38,23 +38,22 @@ from benchmarks.rivals import (
     Way,
     Weighted,
 )
+from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from zlora_worker.lora.merge import Plan, runs
 from zlora_worker.model.pipeline import Pipeline
 
 PROBED = (
     "down_blocks.1.attentions.0.proj_in",
-    "mid_block.attentions.0.transformer_blocks.3.ff.net.0.proj",
+    "mid_block.attentions.0.transformer_blocks.1.ff.net.0.proj",
 )
 STEPS = 28
-SECONDS: Final = {"thin": 60, "real": 600, "gpu": 120, "": 900}  # about, on two cores
+_CPU: Final = torch.device("cpu")
+SECONDS: Final = {"thin": 60, "real": 600, "": 900}  # about, on two cores
 
 
 def main(*, only: str) -> None:
-    """Measure and publish; `only` is `thin`, `real`, `gpu`, or empty for THIN and REAL."""
-    if only == "gpu" and not torch.cuda.is_available():
-        say("this machine has no CUDA device: nothing to measure")
-        return
+    """Measure and publish; `only` is `thin`, `real`, or empty for THIN and REAL."""
     announce(f"lora-{only}" if only else "lora", seconds=SECONDS[only])
     diffusers_logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -62,9 +61,7 @@ def main(*, only: str) -> None:
     facts: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
         if only != "thin":
-            rows, facts = real(
-                Path(folder, "real"), torch.device("cuda" if only == "gpu" else "cpu")
-            )
+            rows, facts = real(Path(folder, "real"))
         if only in ("", "thin"):
             rows += thin(Path(folder, "thin"), short=only == "thin")
     if isa := os.environ.get("ONEDNN_MAX_CPU_ISA"):
@@ -73,17 +70,31 @@ def main(*, only: str) -> None:
 
 
 class Bench:
-    """A model with LoRA files for it, and the clock."""
+    """A model with LoRA files for it, and the clock; `side` is that of images, in pixels."""
 
-    def __init__(self, folder: Path, *, is_thin: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        pipeline: StableDiffusionXLPipeline,
+        *,
+        device: torch.device = _CPU,
+        side: int = 256,
+        unet_targets: re.Pattern[str] = models.UNET_TARGETS,
+    ) -> None:
         folder.mkdir()
-        progress(f"build {folder.name}")
-        self.pipeline = models.build(thin=is_thin)
+        progress(f"write LoRAs for {name}")
+        self.name, self.pipeline = name, pipeline
         self.files = {
-            name: models.write_lora(
-                self.pipeline, folder / f"{name}.safetensors", rank=rank, with_text=text, seed=seed
+            file: models.write_lora(
+                pipeline,
+                folder / f"{file}.safetensors",
+                rank=rank,
+                with_text=text,
+                seed=seed,
+                unet_targets=unet_targets,
             )
-            for name, rank, text, seed in (
+            for file, rank, text, seed in (
                 ("r16", 16, False, 1),
                 ("other-r16", 16, False, 2),
                 ("r64", 64, False, 3),
@@ -91,11 +102,11 @@ class Bench:
             )
         }
         self.device = device
-        self.engine = Pipeline(self.pipeline, name=folder.name, device=device)
+        self.engine = Pipeline(pipeline, name=name, device=device)
         self.ours = Ours(self.engine)
-        self._probe = Probe(self.pipeline, PROBED)
+        self._probe = Probe(pipeline, PROBED)
         self._base = self._probe.outputs()
-        self._inputs = models.step_inputs(self.pipeline.unet)
+        self.inputs = models.step_inputs(pipeline.unet, side=side)
         self._seen: dict[Any, torch.Tensor] = {}
 
     def pair(self, strength: float) -> Weighted:
@@ -143,7 +154,7 @@ class Bench:
     def step(self) -> float:
         """Return seconds of one denoising step."""
         with torch.no_grad():
-            return self.timed(lambda: self.pipeline.unet(**self._inputs))
+            return self.timed(lambda: self.pipeline.unet(**self.inputs))
 
     def timed(self, action: Callable[[], Any]) -> float:
         """Return seconds of an action, with the kernels that it starts on a GPU."""
@@ -177,7 +188,7 @@ class Turns(NamedTuple):
 def thin(folder: Path, *, short: bool) -> list[Row]:
     """Compare where Python takes most of the time, and what does not depend on size."""
     rounds = 2 if short else 9
-    bench = Bench(folder, is_thin=True, device=torch.device("cpu"))
+    bench = Bench("THIN", folder, models.build(thin=True))
     load, fuse = LoadAndUnload(bench.pipeline), FuseAndUnfuse(bench.pipeline)
     name, fused = "two LoRAs in and out, THIN", "load + fuse + unfuse + unload"
     rows = [
@@ -194,7 +205,7 @@ def thin(folder: Path, *, short: bool) -> list[Row]:
     return [
         *rows,
         bench.alternated(fuse, bench.pair, 3).row(name, fused, sum, goal=None),
-        *kept(bench, "THIN", rounds),
+        *kept(bench, rounds),
         *steps(bench, (1, 2, 8), rounds=27),
         *errors(folder, files=5, dtypes=(torch.bfloat16, torch.float16), counts=(1, 2)),
         base_bytes(bench.engine, bench.ours, bench.pair(0.8), cycles=1000),
@@ -203,9 +214,9 @@ def thin(folder: Path, *, short: bool) -> list[Row]:
     ]
 
 
-def real(folder: Path, device: torch.device) -> tuple[list[Row], dict[str, float | str]]:
+def real(folder: Path) -> tuple[list[Row], dict[str, float | str]]:
     """Compare where memory and multiply-adds take most of the time."""
-    bench = Bench(folder, is_thin=False, device=device)
+    bench = Bench("REAL", folder, models.build(thin=False))
     rate, best = {}, 0.0
     for dtype in (torch.float32, torch.bfloat16):
         rate[dtype] = matmul_rate(bench, dtype)
@@ -222,10 +233,10 @@ def real(folder: Path, device: torch.device) -> tuple[list[Row], dict[str, float
         turns.row("restore, REAL", "unload", itemgetter(1), goal=30),
         fused.row("restore, REAL", "unfuse + unload", itemgetter(1), goal=500),
         fused.row("two LoRAs in and out, REAL", "load + fuse + unfuse + unload", sum, goal=None),
-        *kept(bench, "REAL", 3),
+        *kept(bench, 3),
         *(floor(bench, name, rates, goal) for name, goal in (("r16", 1.8), ("r64", 1.5))
           for rates in (("the best matmul", best), ("fp32 matmul", rate[torch.float32]))),
-        *taxes(turns, same, checks, step),
+        *taxes(bench.name, turns, same, step, {"the check of all of the base": checks}),
     ]  # fmt: skip
     return rows, {
         "copy_, GB/s read and written": round(copy_rate(bench), 1),
@@ -233,11 +244,10 @@ def real(folder: Path, device: torch.device) -> tuple[list[Row], dict[str, float
         "bf16 matmul, GFLOP/s": round(rate[torch.bfloat16]),
         "step of REAL, s": round(median(step), 3),
         "check of all of REAL's base, s": round(median(checks), 3),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
 
 
-def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
+def kept(bench: Bench, rounds: int) -> list[Row]:
     """Compare with ways that serve the same LoRAs, or the same targets, again and again."""
     stay, swap = KeptLoaded(bench.pipeline), HotSwap(bench.pipeline)
     with stay.loaded(bench.pair(0.8)):
@@ -248,7 +258,7 @@ def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
     ]
     rows = [
         Turns(theirs, *ours).row(
-            f"two LoRAs with other weights, {name}",
+            f"two LoRAs with other weights, {bench.name}",
             "kept loaded (and slower steps)",
             sum,
             goal=None,
@@ -260,7 +270,7 @@ def kept(bench: Bench, name: str, rounds: int) -> list[Row]:
     ours = [[bench.turn(bench.ours, loras) for loras in one] for _ in range(2)]
     rows.append(
         Turns(theirs, *ours).row(
-            f"one LoRA of the UNet for another, {name}", "hotswap", sum, goal=None
+            f"one LoRA of the UNet for another, {bench.name}", "hotswap", sum, goal=None
         )
     )
     return rows
@@ -288,7 +298,7 @@ def steps(bench: Bench, counts: Sequence[int], *, rounds: int) -> list[Row]:
         quarter = max(1, len(ratios) // 4)
         found = median(one / other for one, other in zip(ours, base, strict=True))
         row = compare(
-            f"a step with {count} LoRAs / without, THIN",
+            f"a step with {count} LoRAs / without, {bench.name}",
             f"peft, {min(count, 4)} adapters",
             theirs,
             ours,
@@ -334,23 +344,24 @@ def floor(bench: Bench, name: str, rate: tuple[str, float], goal: float) -> Row:
 
 
 def taxes(
+    model: str,
     turns: Turns,
     same: Sequence[tuple[float, float]],
-    checks: Sequence[float],
     step: Sequence[float],
+    checks: Mapping[str, Sequence[float]],
 ) -> list[Row]:
-    """Return shares of a 28-step job: of two LoRAs, and of the check of the base."""
+    """Return shares of a 28-step job: of two LoRAs, and of named checks of the base."""
     job = STEPS * median(step)
     theirs = [sum(turn) / job for turn in turns.rival]
     shares = (
         ("two LoRAs", [sum(turn) / job for turn in turns.ours], 0.02),
         ("two LoRAs, the same set again", [sum(turn) / job for turn in same], 0.003),
-        ("the check of all of the base", [seconds / job for seconds in checks], 0.01),
+        *((name, [seconds / job for seconds in found], 0.01) for name, found in checks.items()),
     )
     rows = []
     for name, ours, goal in shares:
         rival = ("-", ours) if "check" in name else ("load + set + unload", theirs)
-        row = compare(f"share of a {STEPS}-step job, REAL: {name}", *rival, ours, ours[::-1])
+        row = compare(f"share of a {STEPS}-step job, {model}: {name}", *rival, ours, ours[::-1])
         rows.append(
             msgspec.structs.replace(row, goal=f"ours <= {goal}", met=row.ours_median <= goal)
         )
@@ -365,9 +376,9 @@ def matmul_rate(bench: Bench, dtype: torch.dtype) -> float:
     return 2 * side**3 / seconds / 1e9
 
 
-def copy_rate(bench: Bench) -> float:
+def copy_rate(bench: Bench, nbytes: int = 2**29) -> float:
     """Return GB/s, read and written, of a copy that no cache holds, at best."""
-    one, other = (torch.zeros(2**29, dtype=torch.uint8, device=bench.device) for _ in range(2))
+    one, other = (torch.zeros(nbytes, dtype=torch.uint8, device=bench.device) for _ in range(2))
     return 2 * one.nbytes / min(bench.timed(lambda: other.copy_(one)) for _ in range(4)) / 1e9
 
 
@@ -386,6 +397,5 @@ def weight(index: int) -> float:
 if __name__ == "__main__":
     parser = options_parser(__doc__)
     parser.add_argument("--real", action="store_true", help="REAL alone")
-    parser.add_argument("--gpu", action="store_true", help="REAL alone on a GPU")
     options = vars(parser.parse_args())
-    main(only=next((part for part in ("thin", "real", "gpu") if options[part]), ""))
+    main(only=next((part for part in ("thin", "real") if options[part]), ""))

@@ -82,12 +82,20 @@ def unet_on_meta() -> UNet2DConditionModel:
 
 
 def write_lora(
-    pipeline: StableDiffusionXLPipeline, path: Path, *, rank: int, with_text: bool, seed: int
+    pipeline: StableDiffusionXLPipeline,
+    path: Path,
+    *,
+    rank: int,
+    with_text: bool,
+    seed: int,
+    unet_targets: re.Pattern[str] = UNET_TARGETS,
 ) -> Path:
     """Write fp16 factors under peft's names; each delta has a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for component, name, module in targets(pipeline.components, with_text=with_text):
+    for component, name, module in targets(
+        pipeline.components, with_text=with_text, unet_targets=unet_targets
+    ):
         out, columns = module.weight.shape
         down = torch.randn(rank, columns, generator=generator) / columns**0.5
         up = (
@@ -103,11 +111,14 @@ def write_lora(
 
 
 def targets(
-    components: Mapping[str, nn.Module], *, with_text: bool
+    components: Mapping[str, nn.Module],
+    *,
+    with_text: bool,
+    unet_targets: re.Pattern[str] = UNET_TARGETS,
 ) -> Iterator[tuple[str, str, nn.Linear]]:
     """Return the linear layers that trainers adapt, as component, name and module."""
     for component, pattern in (
-        ("unet", UNET_TARGETS),
+        ("unet", unet_targets),
         ("text_encoder", TEXT_TARGETS),
         ("text_encoder_2", TEXT_TARGETS),
     ):
@@ -117,8 +128,8 @@ def targets(
                     yield component, name, module
 
 
-def step_inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """Return the inputs of one denoising step of a 256x256 image with guidance."""
+def step_inputs(unet: UNet2DConditionModel, *, side: int = 256) -> dict[str, Any]:
+    """Return the inputs of one denoising step of a square image with guidance."""
     generator = torch.Generator().manual_seed(6)
 
     def noise(*shape: int) -> Tensor:
@@ -127,9 +138,9 @@ def step_inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
     pooled = (
         unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     )
-    ids = torch.tensor([[256, 256, 0, 0, 256, 256]] * 2).to(unet.device, unet.dtype)
+    ids = torch.tensor([[side, side, 0, 0, side, side]] * 2).to(unet.device, unet.dtype)
     return {
-        "sample": noise(2, 4, 32, 32),
+        "sample": noise(2, 4, side // 8, side // 8),
         "timestep": torch.tensor(500, device=unet.device),
         "encoder_hidden_states": noise(2, 77, unet.config.cross_attention_dim),
         "added_cond_kwargs": {"text_embeds": noise(2, pooled), "time_ids": ids},

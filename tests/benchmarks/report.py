@@ -93,6 +93,20 @@ def compare_reversed(
     return row
 
 
+def figure(name: str, value: float, *, noise: float, goal: float | None = None) -> Row:
+    """Return a row without a rival; `goal` is the greatest value that meets it."""
+    return Row(
+        name=f"{name} (not a ratio)",
+        rival="-",
+        rival_median=0.0,
+        ours_median=value,
+        ratio=value,
+        noise=noise,
+        goal="-" if goal is None else f"<= {goal:g}",
+        met=None if goal is None else value <= goal,
+    )
+
+
 def publish(benchmark: str, rows: Sequence[Row], **facts: float | str) -> None:
     """Print the table and write `build/bench/<benchmark>.json` with `facts` of the machine."""
     machine = {

@@ -190,6 +190,9 @@ def import_for_children(**_: Any) -> None:
     """
     # transformers warns at import of things that are not used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if settings.compile != "off":
+        # A later start finds the compiled code; PyTorch takes another folder when it is imported.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.home / "compiled"))
     restart.follow_signal()
     # Celery's own handler ends the worker only after the import, which takes seconds.
     handler = signal.signal(signal.SIGTERM, _stop)

@@ -148,6 +148,7 @@ def spooled_job(child: Child, job: Job, loras: list[LoraInUse]) -> SpooledJob:
             device=machine.device,
             dtype=machine.dtype,
             threads=machine.threads,
+            compile=machine.compile,
             versions=_VERSIONS,
         ),
     )

@@ -295,6 +295,14 @@ class Settings:
         "the base model's weights, with a copy of them in host memory. `auto` chooses by free "
         "memory.",
     )
+    compile: Literal["off", "blocks", "graphs"] = _variable(
+        "ZLORA_COMPILE",
+        default="off",
+        read=parsers.one_of("off", "blocks", "graphs"),
+        note="Compilation of the UNet by PyTorch at the start, which needs a C compiler: `blocks` "
+        "compiles its transformer blocks, `graphs` also records them as CUDA graphs and merges "
+        "LoRAs in place. Last bits of images differ. See docs/operations.md.",
+    )
     base_check: str = _variable(
         "ZLORA_BASE_CHECK",
         default="auto",
@@ -414,6 +422,13 @@ class Settings:
             name = "ZLORA_LORA_S3_SECRET_ACCESS_KEY"
             raise InvalidSetting(
                 f"{name} and ZLORA_LORA_S3_ACCESS_KEY_ID: expected both or neither", {"name": name}
+            )
+        if values["compile"] == "graphs" and values["patch"] == "shadow":
+            name = "ZLORA_PATCH"
+            raise InvalidSetting(
+                f"{name}=shadow and ZLORA_COMPILE=graphs: CUDA graphs need weights that stay where "
+                "they are, expected inplace or auto",
+                {"name": name},
             )
         return cls(**values)
 

@@ -41,6 +41,7 @@ class Machine(NamedTuple):
     device: str
     dtype: str
     threads: int | None
+    compile: str = "off"
 
 
 class MergedModel:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.processes import clean_environ
+
 # The parent's import, then a fork as Celery's. Prints what must not have happened in the parent.
 PARENT = """
 import os, sys, threading
@@ -26,6 +28,7 @@ worker_before_create_process.send(sender=None)
 assert "diffusers" in sys.modules and "zlora_worker.model.loader" in sys.modules
 assert not torch.cuda.is_initialized()
 print("device:", used, "threads:", len(threads() - before), threading.active_count(), flush=True)
+print("compiled code:", os.environ["TORCHINDUCTOR_CACHE_DIR"], flush=True)
 """
 CHILD = """
 child = os.fork()
@@ -43,18 +46,25 @@ print("exit status:", os.waitpid(child, 0)[1])
 def test_parent_imports_torch_without_device_or_thread_and_its_child_computes(
     tmp_path: Path,
 ) -> None:
-    """CUDA, and threads of torch, would not survive the fork: the child would hang."""
+    """CUDA, and threads of torch, would not survive the fork: the child would hang.
+
+    What the child compiles is kept in the data folder for the next one.
+    """
+    environ = clean_environ({"ZLORA_HOME": str(tmp_path), "ZLORA_COMPILE": "blocks"})
+    environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # PyTorch sets it in this process
     done = subprocess.run(
         [sys.executable, "-c", PARENT + CHILD],
         capture_output=True,
         text=True,
         timeout=90,
         cwd=tmp_path,
+        env=environ,
         check=False,
     )
 
     assert done.stdout.splitlines() == [
         "device: [] threads: 0 1",
+        f"compiled code: {tmp_path / 'compiled'}",
         "child: 1024.0 512.0 True",
         "exit status: 0",
     ], done.stderr

@@ -292,6 +292,20 @@ def test_the_result_has_the_time_the_attempt_and_the_request_of_the_job(child: C
     assert result.finished_at - result.started_at >= in_turn - 0.01
 
 
+def test_the_result_says_whether_its_model_was_compiled(
+    child: Child, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata of images say it only if it was: those of earlier versions mean the same."""
+    results = []
+    for mode in ("off", "blocks"):
+        monkeypatch.setattr(child.model, "_compile_mode", mode)
+        results.append(run_job(child, mode, a_request(seed=3)))
+
+    assert [result.compile for result in results] == ["off", "blocks"]
+    texts = [read(store.objects[result.images[0].key][0]).info["zlora"] for result in results]
+    assert [json.loads(text).get("compile") for text in texts] == [None, "blocks"]
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_result_is_tiled_if_any_of_its_images_was_decoded_in_tiles(
     child: Child, monkeypatch: pytest.MonkeyPatch, index: int

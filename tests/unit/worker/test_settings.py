@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "vae": ("owner/vae", "owner/vae"),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
+    "compile": ("blocks", "blocks"),
     "load_timeout": ("60", 60),
     "job_timeout": ("3600", 3600),
     "max_attempts": ("5", 5),

@@ -478,7 +478,7 @@ def _differences(recorded: ImageProvenance, present: ImageProvenance) -> Iterato
     yield from _other_base(recorded, present.model, present.base_sha256)
     if any(spec.is_used and spec.file.sha256 is None for spec in recorded.request.loras):
         yield "a LoRA's file is not recorded, only its address"
-    for name in ("scheduler", "device", "dtype", "threads"):
+    for name in ("scheduler", "device", "dtype", "threads", "compile"):
         old, new = getattr(recorded, name), getattr(present, name)
         if old != new:
             yield f"{name}: {_value(old)} -> {_value(new)}"

@@ -76,6 +76,7 @@ def load(settings: Settings) -> Pipeline:
             name=name,
             device=device,
             patch_mode=settings.patch,
+            compile_mode=settings.compile,
             check_all=settings.base_check == "all",
             known=known.base,
         )

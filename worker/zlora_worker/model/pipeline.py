@@ -9,12 +9,12 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from zlora.errors import BaseNotRestored, GenerationFailed, OutOfMemory
+from torch._dynamo.exc import TorchDynamoException
+from zlora.errors import BaseNotRestored, GenerationFailed, ModelUnavailable, OutOfMemory
 from zlora.schema import GenerateRequest
 
 from zlora_worker.lora.merge import WeightedLora
@@ -22,6 +22,7 @@ from zlora_worker.lora.patch import Patch, choose_mode
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
 from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_sha256
+from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.schedulers import KARRAS, SCHEDULERS
 from zlora_worker.monitoring.logs import said_by
@@ -29,6 +30,8 @@ from zlora_worker.monitoring.logs import said_by
 COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
 ADAPTED: Final = COMPONENTS[:3]  # components that LoRAs are made for
 
+_GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
+_NO_GUIDANCE: Final = 1.0
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
 # Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -48,6 +51,7 @@ class Machine(NamedTuple):
     device: str
     dtype: str
     threads: int | None
+    compile: str
 
 
 class Pipeline:
@@ -60,13 +64,15 @@ class Pipeline:
         name: str,
         device: torch.device,
         patch_mode: str = "auto",
+        compile_mode: str = "off",
         check_all: bool = False,
         known: BaseDigest | None = None,
     ) -> None:
         """Move the pipeline to the device.
 
         With `check_all` the whole base is compared after each job. `known` is the digest of a base
-        that was loaded before: if this one has the same checksum, it is not computed again.
+        that was loaded before: if this one has the same checksum, it is not computed again. What
+        `compile_mode` names is compiled when it first runs, see `warm_up`.
         """
         self.name, self.device, self.state = name, device, PipelineState.READY
         self.file_sha256: str | None = None  # of the file that all weights come from, if it is one
@@ -93,7 +99,12 @@ class Pipeline:
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.reader = Reader(self.weights)
+        if compile_mode == "graphs":
+            patch_mode = "inplace"
         self.patch = Patch(self.weights, mode=choose_mode(self.weights, patch_mode))
+        self._compile_mode = compile_mode
+        if compile_mode != "off":
+            compile_blocks(pipeline.unet, with_graphs=compile_mode == "graphs")
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
         self.tiled = False  # True if the last image was decoded in tiles, which differs slightly
         self._check_all = check_all
@@ -118,14 +129,27 @@ class Pipeline:
         """Do now what would make the first job slower than the next ones.
 
         A GPU loads and chooses its kernels when they are first used, by the size of the image. On a
-        CPU the first use costs milliseconds, and an image of SDXL seconds.
+        CPU the first use costs milliseconds, and an image of SDXL seconds. What is compiled is
+        compiled at its first use, once with guidance and once without, for all sizes. Raises
+        `ModelUnavailable` if that fails.
         """
         self.patch.warm_up()
-        if self.device.type == "cuda":
-            request = GenerateRequest(prompt="a", num_inference_steps=1)
+        scales: tuple[float, ...] = (_GUIDANCE,) if self.device.type == "cuda" else ()
+        if self._compile_mode != "off":
+            scales = (_GUIDANCE, _NO_GUIDANCE)
+        # A CUDA graph is run, recorded and replayed.
+        steps = 3 if self._compile_mode == "graphs" else 1
+        for scale in scales:
+            request = GenerateRequest(prompt="a", num_inference_steps=steps, guidance_scale=scale)
             # What fails here fails in a job, too, which then says so.
             with suppress(GenerationFailed, OutOfMemory), self.with_loras([], request) as model:
-                model.draw(request, 0, lambda _step: None)
+                try:
+                    model.draw(request, 0, lambda _step: None)
+                except TorchDynamoException as error:
+                    raise ModelUnavailable(
+                        f"ZLORA_COMPILE={self._compile_mode}: PyTorch cannot compile the UNet: "
+                        f"{said_by(error)}"
+                    ) from error
 
     @contextmanager
     def with_loras(
@@ -215,10 +239,10 @@ class Pipeline:
         """Conditions under which this pipeline draws at present."""
         dtype = str(self.pipeline.unet.dtype).removeprefix("torch.")
         if self.device.type == "cuda":
-            return Machine(torch.cuda.get_device_name(self.device), dtype, None)
-        return Machine(
-            f"cpu {torch.backends.cpu.get_cpu_capability()}", dtype, torch.get_num_threads()
-        )
+            name = torch.cuda.get_device_name(self.device)
+            return Machine(name, dtype, None, self._compile_mode)
+        name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        return Machine(name, dtype, torch.get_num_threads(), self._compile_mode)
 
     def scheduler_name(self, request: GenerateRequest) -> str:
         """Name of the request's scheduler: diffusers' class, and ` karras` for Karras sigmas."""
@@ -275,8 +299,7 @@ class Pipeline:
                 "the image has NaN or Inf values: "
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
-        pixels = output.images[0].float().permute(1, 2, 0).cpu().numpy()  # in 0..1
-        return Image.fromarray((pixels * 255).round().astype(np.uint8))
+        return Image.fromarray(rgb(output.images[0]).cpu().numpy())
 
     def _decode(self, latents: Tensor, **options: Any) -> Any:
         """Replace the VAE's `decode`: decode in tiles if the whole image runs out of memory.
@@ -336,6 +359,14 @@ class MergedModel:
     def tiled(self) -> bool:
         """True if the last image was decoded in tiles."""
         return self._pipeline.tiled
+
+
+def rgb(image: Tensor) -> Tensor:
+    """Convert [3, height, width] in 0..1 to RGB bytes [height, width, 3], on the image's device.
+
+    The bits are those of diffusers' own conversion, which copies fp32 to the host first.
+    """
+    return (image.float() * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -28,6 +28,7 @@ class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     device: str
     dtype: str
     threads: int | None = None
+    compile: str = "off"
     versions: dict[str, str]
 
     def for_image(

@@ -273,6 +273,7 @@ def test_every_recorded_condition_that_differs_is_named(draw: DrawJob, again: Re
         device="NVIDIA H100",
         dtype="float16",
         threads=None,
+        compile="blocks",
         scheduler="DDIMScheduler",
         model="a\nb",
         base_sha256=OTHER,
@@ -287,6 +288,7 @@ def test_every_recorded_condition_that_differs_is_named(draw: DrawJob, again: Re
         f"device: NVIDIA H100 -> cpu {torch.backends.cpu.get_cpu_capability()}",
         "dtype: float16 -> float32",
         "threads: not recorded -> 1",
+        "compile: blocks -> off",
         "some-engine: 3 -> not recorded",
         f"torch: 1.0 -> {torch.__version__}",
     ]

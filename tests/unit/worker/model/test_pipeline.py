@@ -8,12 +8,14 @@ from typing import Any, Final, NamedTuple, get_args
 
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from support.fakes import PARTS, a_request, load_pipeline, pixels, weights
 from support.tiny_folder import tiny_lora
 from zlora.errors import BaseNotRestored, GenerationFailed
 from zlora.schema import Scheduler
 from zlora_worker.lora.merge import WeightedLora
-from zlora_worker.model.pipeline import Pipeline, PipelineState
+from zlora_worker.model.pipeline import Pipeline, PipelineState, rgb
 
 SCHEDULERS: Final[tuple[Scheduler, ...]] = get_args(Scheduler)
 WEIGHT: Final = "decoder.conv_in.bias"  # of the VAE
@@ -167,6 +169,23 @@ def replaced(tensor: torch.Tensor, index: int, value: float) -> Iterator[None]:
     tensor[index] = value
     yield
     tensor[index] = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_bytes_are_made_on_the_device_with_the_bits_of_diffusers(dtype: torch.dtype) -> None:
+    """For every number of the type in 0..1; in fp32 for those beside the middle of two bytes."""
+    if dtype is torch.float32:
+        middles = (torch.arange(255, dtype=torch.float64) + 0.5).div(255).float().view(torch.int32)
+        numbers = (middles[:, None] + torch.arange(-64, 64)).flatten().int().view(dtype)
+    else:
+        numbers = torch.arange(2**15).to(torch.int16).view(dtype)
+    numbers = numbers[(numbers >= 0) & (numbers <= 1)]
+    image = torch.cat([numbers, numbers.new_tensor([0, 1])])
+    image = image[: len(image) // 3 * 3].view(3, 1, -1)
+
+    expected = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None]))[0]
+
+    assert Image.fromarray(rgb(image).numpy()).tobytes() == expected.tobytes()
 
 
 def test_a_loaded_model_keeps_no_gradients(model: Pipeline) -> None:
