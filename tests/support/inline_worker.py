@@ -61,7 +61,7 @@ class ChildExit(BaseException):
 class UnusedModel(Pipeline):
     """A base model without weights, which is intact or not."""
 
-    machine = Machine("cpu", "float32", None)
+    machine = Machine("cpu", "float32", None, "off")
 
     def __init__(self, *, is_intact: bool) -> None:
         self.name, self.base_sha256, self.file_sha256 = "m", "0" * 64, None
