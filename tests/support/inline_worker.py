@@ -23,7 +23,7 @@ from zlora.schema import (
     digest_of,
     parse_request,
 )
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.request import shorten
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobLeases
@@ -88,7 +88,7 @@ class InlineWorker:
         self.runner = JobRunner(self.leases)
         self._lora_files = Cache.open(settings(folder, ZLORA_LORA_CACHE=str(folder / "loras")))
         self.spool = make_spool(folder / "spool")
-        self._drawn = DrawnJobs("", folder, max_bytes=0)
+        self._held = HeldMessages("", folder, max_bytes=0)
         config = shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
         self.app = IsolatedCelery("test", config | {"task_acks_late": True})
         runner = self.runner
@@ -231,7 +231,7 @@ class InlineWorker:
         """Run the task for a message as Celery's worker does, and return the state."""
         request = Request(message, app=self.app, task=self.task)
         self.task.__trace__ = build_tracer(TASK_NAME, self.task, app=self.app)
-        shorten(self.task, self._drawn)
+        shorten(self.task, self._held)
         arguments = (request.id, request.args, request.kwargs, request.request_dict)
         info = self.task.__trace__(*arguments)[1]
         state = info.state if info else "SUCCESS"

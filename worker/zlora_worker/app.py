@@ -35,14 +35,14 @@ from zlora_worker.celery_hooks import remote_control, transport
 from zlora_worker.celery_hooks.bootsteps import (
     EXIT_NO_MODEL,
     child_watch,
-    drawn_jobs_step,
     graceful_shutdown,
+    message_step,
     model_gate,
     sidecar_step,
     visibility_heartbeat,
 )
 from zlora_worker.celery_hooks.consumer import job_consumer
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.request import job_request, shorten
 from zlora_worker.celery_hooks.restart import Restart
@@ -70,10 +70,10 @@ restart = Restart()
 leases = JobLeases(settings.broker_url, settings.queue, result_backend=settings.result_backend)
 runner = JobRunner(leases)
 load_state = LoadState(settings.probes, load_timeout=settings.load_timeout)
-drawn = DrawnJobs(settings.spool, settings.home / "spool", max_bytes=settings.spool_bytes)
+held = HeldMessages(settings.spool, settings.home / "spool", max_bytes=settings.spool_bytes)
 sidecar = SidecarProcess(
     settings.metrics,
-    drawn,
+    held,
     timeout=settings.sidecar_timeout,
     count=partial(count_sidecar_fault, leases.impatient, settings.queue),
 )
@@ -93,8 +93,8 @@ app.conf.update(
     # One child, one model, one GPU. A machine with more GPUs runs more workers.
     worker_pool="prefork",
     worker_concurrency=1,
-    worker_consumer=job_consumer(leases, drawn, look_while_waiting),
-    # No limit of Celery's: `DrawnJobs` says when a worker takes a message.
+    worker_consumer=job_consumer(leases, held, look_while_waiting),
+    # No limit of Celery's: `HeldMessages` says when a worker takes a message.
     worker_prefetch_multiplier=0,
     # A message leaves the broker when its job is done, and comes back if its child is killed.
     task_acks_late=True,
@@ -125,7 +125,7 @@ try:
 except InvalidSetting as error:
     raise SystemExit(f"zlora: {error}") from None
 
-gate = model_gate(load_state, drawn, settings)
+gate = model_gate(load_state, held, settings)
 app.steps["worker"].update(
     (
         gate,
@@ -134,7 +134,7 @@ app.steps["worker"].update(
             gate,
             load_state,
             sidecar,
-            drawn,
+            held,
             leases,
             shutdown_timeout=settings.shutdown_timeout,
         ),
@@ -142,9 +142,9 @@ app.steps["worker"].update(
 )
 app.steps["consumer"].update(
     (
-        child_watch(load_state, sidecar, drawn, leases),
-        visibility_heartbeat(drawn),
-        drawn_jobs_step(drawn),
+        child_watch(load_state, sidecar, held, leases),
+        visibility_heartbeat(held),
+        message_step(held),
     )
 )
 remote_control.restrict()
@@ -154,7 +154,7 @@ remote_control.restrict()
     name=TASK_NAME,
     bind=True,
     throws=(ZloraError,),
-    Request=job_request(leases, drawn, settings),
+    Request=job_request(leases, held, settings),
     resultrepr_maxsize=MAX_SHOWN,
 )
 def generate(task: "Task[Any, Any]", /, *arguments: object, **options: object) -> ResultPayload:
@@ -214,12 +214,12 @@ def load_model(**_: Any) -> None:
         from zlora_worker.monitoring.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
-        runner.child = Child.open(settings, drawn.spool, meter)
+        runner.child = Child.open(settings, held.spool, meter)
         seconds = time.monotonic() - start
         meter.loaded(seconds, replaces=replaces)
         if settings.look_ahead:
             read_ahead.start(runner.child, Cache.open(settings))
-        shorten(generate, drawn)
+        shorten(generate, held)
         logger.info("model %s is loaded after %.1f s", settings.model, seconds)
     except ZloraError as error:
         _exit_without_model(str(error))

@@ -19,7 +19,7 @@ from celery.utils.log import get_logger
 from celery.worker import state
 from zlora.broker.keys import MAX_SKEW
 
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.load_state import LoadState
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
 from zlora_worker.celery_hooks.transport import clock_skew
@@ -39,7 +39,7 @@ logger = get_logger(__name__)
 Step = type[bootsteps.StartStopStep]
 
 
-def model_gate(load_state: LoadState, drawn: DrawnJobs, settings: Settings) -> Step:
+def model_gate(load_state: LoadState, held: HeldMessages, settings: Settings) -> Step:
     """Return the step that lets no job in before the child has its model.
 
     The worker exits with `EXIT_NO_MODEL` if the child cannot load the model.
@@ -56,7 +56,7 @@ def model_gate(load_state: LoadState, drawn: DrawnJobs, settings: Settings) -> S
             except OSError as error:
                 exit_without_model(f"ZLORA_PROBES={settings.probes}: {error.strerror}")
             try:
-                drawn.open()
+                held.open()
             except OSError as error:
                 exit_without_model(f"ZLORA_SPOOL={settings.spool}: {error.strerror}")
             if settings.metrics:
@@ -119,7 +119,7 @@ def graceful_shutdown(
     gate: Step,
     load_state: LoadState,
     sidecar: SidecarProcess,
-    drawn: DrawnJobs,
+    held: HeldMessages,
     leases: JobLeases,
     *,
     shutdown_timeout: float,
@@ -142,7 +142,7 @@ def graceful_shutdown(
 
         def close(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
             """Give back the job that would follow the running one; runs before the pool closes."""
-            drawn.give_back_waiting()
+            held.give_back_waiting()
 
         def _begin(self, how: str = "", **_: Any) -> None:
             if how != "Warm" or self._has_begun:  # a second SIGTERM does not start the time again
@@ -181,7 +181,7 @@ def graceful_shutdown(
 
 
 def child_watch(
-    load_state: LoadState, sidecar: SidecarProcess, drawn: DrawnJobs, leases: JobLeases
+    load_state: LoadState, sidecar: SidecarProcess, held: HeldMessages, leases: JobLeases
 ) -> Step:
     """Return the step that stops the worker if a new child cannot load the model."""
 
@@ -206,7 +206,7 @@ def child_watch(
                 # that moment, and then every 5 s, and so misses most deaths.
                 consumer.pool.maintain_pool()
                 sidecar.look()
-                drawn.look()  # a new sidecar may have ended a job without a sign
+                held.look()  # a new sidecar may have ended a job without a sign
                 reason = load_state.failure()
                 if reason is not None and not state.should_stop:
                     logger.critical("no model, no jobs: %s", reason)
@@ -222,29 +222,29 @@ def child_watch(
     return ChildWatch
 
 
-def drawn_jobs_step(drawn: DrawnJobs) -> Step:
+def message_step(held: HeldMessages) -> Step:
     """Return the step that says when the worker takes a message, and ends drawn jobs."""
 
-    class DrawnJobsStep(bootsteps.StartStopStep):
+    class MessageStep(bootsteps.StartStopStep):
         requires = ("celery.worker.consumer.tasks:Tasks",)
 
         def start(self, consumer: Any) -> None:
             """Listen; runs with each connection to the broker."""
             channel = consumer.task_consumer.channel
             loading = consumer.pool._pool._waiting_to_start  # noqa: SLF001 - children without a model
-            channel.qos.can_consume = lambda: not loading and drawn.has_room()
-            drawn.take_waiting = channel.take_waiting
-            consumer.hub.add_reader(drawn.for_parent, drawn.hear)
+            channel.qos.can_consume = lambda: not loading and held.has_room()
+            held.take_waiting = channel.take_waiting
+            consumer.hub.add_reader(held.for_parent, held.hear)
 
         def stop(self, consumer: Any) -> None:
             """Take no more messages by this connection."""
-            drawn.take_waiting = lambda: None
-            consumer.hub.remove(drawn.for_parent)
+            held.take_waiting = lambda: None
+            consumer.hub.remove(held.for_parent)
 
-    return DrawnJobsStep
+    return MessageStep
 
 
-def visibility_heartbeat(drawn: DrawnJobs) -> Step:
+def visibility_heartbeat(held: HeldMessages) -> Step:
     """Return the step that keeps the messages of this worker, as long as its parent lives.
 
     kombu gives a message to another worker some time after it was taken, however long the job is.
@@ -267,16 +267,16 @@ def visibility_heartbeat(drawn: DrawnJobs) -> Step:
                     *state.active_requests,
                     *state.reserved_requests,
                     *scheduled,
-                    *drawn.requests,
+                    *held.requests,
                 }
-                held = [
+                tags = [
                     request.message.delivery_tag for request in requests if not request.acknowledged
                 ]
-                if held:
+                if tags:
                     with suppress(*consumer.connection_errors), channel.conn_or_acquire() as client:
                         now = time.time() - clock_skew(client)
                         # XX: a message that was restored already is not taken back.
-                        client.zadd(channel.unacked_index_key, dict.fromkeys(held, now), xx=True)
+                        client.zadd(channel.unacked_index_key, dict.fromkeys(tags, now), xx=True)
 
             every = channel.visibility_timeout / _HEARTBEATS
             self._timer = consumer.timer.call_repeatedly(every, beat)

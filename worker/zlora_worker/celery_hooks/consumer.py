@@ -19,7 +19,7 @@ from zlora.errors import InvalidRequest
 from zlora.redaction import on_one_line
 from zlora.schema import JOB_ID, JobState
 
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.transport import MAX_DEPTH, count_refused, deeper_than
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import progress_backend
@@ -114,7 +114,7 @@ def _seconds_until(moment: str) -> float:
 
 
 def job_consumer(  # noqa: C901 - a class inside a function
-    leases: JobLeases, drawn: DrawnJobs, alive: Callable[[], None]
+    leases: JobLeases, held: HeldMessages, alive: Callable[[], None]
 ) -> type[Consumer]:
     """Return the class of Celery's consumer; it calls `alive` while it waits for Redis."""
 
@@ -200,12 +200,12 @@ def job_consumer(  # noqa: C901 - a class inside a function
 
         def on_close(self) -> None:
             """Leave the jobs that the child has not begun: Redis gives their messages out again."""
-            drawn.leave_waiting()
+            held.leave_waiting()
             super().on_close()
 
         def shutdown(self) -> None:
             """Close the connection once the drawn jobs have ended: their messages need it."""
-            drawn.wait()
+            held.wait()
             super().shutdown()
 
         def _refuse(self, message: Message, error: Exception) -> None:

@@ -16,7 +16,7 @@ from celery.worker.request import Request
 from zlora.errors import JobTimeout
 from zlora.redaction import shown
 
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.delivery.deadline import Deadline
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.outcome import JobDrawn
@@ -32,7 +32,7 @@ class _Skipped(Exception):
     """The parent has given the message back before the child began its job."""
 
 
-def shorten(task: Any, drawn: DrawnJobs) -> None:
+def shorten(task: Any, held: HeldMessages) -> None:
     """Let a task of this child skip what was given back, and pass on `JobDrawn` at once.
 
     To be called once Celery has made the task's tracer. The request gets both as an error without
@@ -42,7 +42,7 @@ def shorten(task: Any, drawn: DrawnJobs) -> None:
 
     def traced(job_id: str, args: Any, kwargs: Any, request: Mapping[str, Any]) -> Any:
         left: BaseException = _Skipped()
-        if not drawn.is_skipped(request["properties"]["delivery_tag"]):
+        if not held.is_skipped(request["properties"]["delivery_tag"]):
             try:
                 return trace(job_id, args, kwargs, request)
             except JobDrawn as error:
@@ -52,7 +52,7 @@ def shorten(task: Any, drawn: DrawnJobs) -> None:
     task.__trace__ = traced
 
 
-def job_request(leases: JobLeases, drawn: DrawnJobs, settings: Settings) -> type[Request]:
+def job_request(leases: JobLeases, held: HeldMessages, settings: Settings) -> type[Request]:
     """Return the class of Celery's requests for this worker's jobs."""
 
     class JobRequest(Request):
@@ -94,7 +94,7 @@ def job_request(leases: JobLeases, drawn: DrawnJobs, settings: Settings) -> type
             """
             error = getattr(exc_info.exception, "exc", exc_info.exception)
             if isinstance(error, JobDrawn):
-                drawn.add(self, error)
+                held.add(self, error)
                 return None
             if isinstance(error, _Skipped):
                 return None
@@ -106,14 +106,14 @@ def job_request(leases: JobLeases, drawn: DrawnJobs, settings: Settings) -> type
                     extra={"job": self.id, "code": JobTimeout.code},
                 )
                 leases.child_timed_out(self.id, self._seconds)
-                drawn.give_back_waiting()
+                held.give_back_waiting()
                 state.task_ready(self)
                 self.reject(requeue=True)
                 return None
             if isinstance(error, WorkerLostError | SystemExit | KeyboardInterrupt):
                 found = _SIGNAL.search(str(error))
                 leases.child_died(self.id, found[1] if found else str(error)[:100])
-                drawn.give_back_waiting()  # another worker need not wait for the next child
+                held.give_back_waiting()  # another worker need not wait for the next child
             elif not return_ok:
                 logger.error(
                     "job %s is put back: its child could not store its end: %s",

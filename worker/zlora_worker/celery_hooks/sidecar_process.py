@@ -17,7 +17,7 @@ from zlora.broker.keys import RECORD_EXPIRES, sidecar_faults_key
 from zlora.child_process import end_with_parent
 from zlora.errors import InvalidSetting
 
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 
 _RESTART_AFTER: Final = 5.0  # seconds between two starts
 _MAX_LOOK: Final = 2.0  # seconds between two looks that count: the parent may have stood still
@@ -34,14 +34,14 @@ class SidecarProcess:
     def __init__(
         self,
         metrics_address: tuple[str, int] | None,
-        drawn: DrawnJobs,
+        held: HeldMessages,
         *,
         timeout: float,
         count: Callable[[str], None],
     ) -> None:
         """Take the seconds of silence after which the sidecar hangs, and a counter of faults."""
         self._address, self._timeout, self._count = metrics_address, timeout, count
-        self._drawn = drawn
+        self._held = held
         self._listener: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._beats = -1  # file descriptor of the pipe into which the sidecar writes signs of life
@@ -69,10 +69,10 @@ class SidecarProcess:
         self._beats = -1  # the next line may fail
         self._beats, pipe = os.pipe()
         os.set_blocking(self._beats, False)
-        passed = [pipe, *self._drawn.for_sidecar]
+        passed = [pipe, *self._held.for_sidecar]
         if self._listener is not None:
             passed.append(self._listener.fileno())
-        spool = self._drawn.spool
+        spool = self._held.spool
         folders = [str(spool.memory), str(spool.disk)]
         try:
             # A session of its own: Ctrl-C in a terminal reaches the parent, which stops the

@@ -15,7 +15,7 @@ from zlora.broker.keys import refused_key
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import InvalidRequest
 from zlora_worker.celery_hooks.consumer import job_consumer, validate
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.transport import MAX_DEPTH
 from zlora_worker.delivery.lease import JobLeases
 
@@ -137,7 +137,7 @@ class RefusingConsumer:
         config = shared_config(broker_url=broker_url, result_backend=broker_url, queue=self.queue)
         self.app = IsolatedCelery("test", config)
         self.leases = JobLeases(broker_url, self.queue)
-        kind = job_consumer(self.leases, DrawnJobs("", Path(), max_bytes=1), lambda: None)
+        kind = job_consumer(self.leases, HeldMessages("", Path(), max_bytes=1), lambda: None)
         self._consumer: Any = kind.__new__(kind)
         self._consumer.app = self.app
         self.acknowledged = 0

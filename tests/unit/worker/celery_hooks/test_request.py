@@ -22,7 +22,7 @@ from zlora.broker.job_store import attempts_of, verdict_of
 from zlora.broker.keys import lease_key
 from zlora.errors import LoraNotFound
 from zlora_worker.celery_hooks.bootsteps import visibility_heartbeat
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.request import job_request
 from zlora_worker.delivery.lease import ClaimState, JobLeases
 
@@ -53,7 +53,7 @@ class Parent:
         self.leases = JobLeases(broker_url, self.queue)
         self.other = JobLeases(broker_url, self.queue)
         self.settings = settings(folder, ZLORA_JOB_TIMEOUT="60", ZLORA_HARD_GRACE="30")
-        self.drawn = DrawnJobs("", Path(), max_bytes=10**6)
+        self.held = HeldMessages("", Path(), max_bytes=10**6)
         self.rejected: list[bool] = []
         self.acknowledged: list[bool] = []
 
@@ -68,7 +68,7 @@ class Parent:
         with self.app.connection_for_read() as connection:
             channel: Any = connection.default_channel
             message = channel.basic_get(self.queue, no_ack=True)
-        return job_request(self.leases, self.drawn, self.settings)(
+        return job_request(self.leases, self.held, self.settings)(
             message,
             app=self.app,
             on_reject=lambda _logger, _errors, requeue: self.rejected.append(requeue),
@@ -261,7 +261,7 @@ def test_the_heartbeat_renews_held_messages_but_not_restored_or_acknowledged_one
             task_consumer=Consumer(channel, [Queue(parent.queue)]), timer=timer,
             connection_errors=connection.connection_errors,
         )  # fmt: skip
-        visibility_heartbeat(parent.drawn)(consumer).start(consumer)
+        visibility_heartbeat(parent.held)(consumer).start(consumer)
         ((seconds, beat),) = beats
         beat()
 

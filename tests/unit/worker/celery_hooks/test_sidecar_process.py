@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 from support.processes import wait_until
 from zlora_worker.celery_hooks import sidecar_process
-from zlora_worker.celery_hooks.drawn_jobs import DrawnJobs
+from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess
 
 
@@ -20,9 +20,9 @@ class Parent:
 
     def __init__(self, program: Path) -> None:
         self.program, self.faults = program, list[str]()
-        drawn = DrawnJobs(str(program.parent), program.parent, max_bytes=10**6)
-        drawn.open()
-        self.sidecar = SidecarProcess(None, drawn, timeout=1, count=self.faults.append)
+        held = HeldMessages(str(program.parent), program.parent, max_bytes=10**6)
+        held.open()
+        self.sidecar = SidecarProcess(None, held, timeout=1, count=self.faults.append)
 
     def looks_until_counted(self, *faults: str) -> None:
         def look() -> bool:

@@ -41,8 +41,11 @@ class _Open:
     nbytes: int  # of images in the spool
 
 
-class DrawnJobs:
-    """The drawn jobs of this worker, in its parent process; the child uses `spool`."""
+class HeldMessages:
+    """The messages of one worker, in its parent process; the child uses `spool` and `is_skipped`.
+
+    Celery's own `state` has those of the running and the next job.
+    """
 
     spool: Spool
 
@@ -102,7 +105,7 @@ class DrawnJobs:
 
     @property
     def requests(self) -> list[Any]:
-        """Celery's requests of these jobs."""
+        """Celery's requests of the drawn jobs."""
         return [job.request for job in self._open.values()]
 
     def add(self, request: Any, drawn: JobDrawn) -> None:
