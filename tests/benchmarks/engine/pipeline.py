@@ -2,7 +2,8 @@
 
 LoRA files are parsed into memory as for a real model, since SDXL's weights have their true names
 and shapes. They are on PyTorch's meta device, so that a merge has all its steps and no arithmetic,
-as on a GPU that does not have to be awaited. The check of the base model is left out.
+as on a GPU that does not have to be awaited. The check of the base model is left out. A product
+takes the time of a launch: on the meta device it is 0.1 ms of torch's Python code.
 """
 
 import os
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from benchmarks import models
 from faults.engines import journal, pipeline
 from faults.engines.pipeline import Machine, MergedModel, PipelineState, orders_in
@@ -36,6 +38,13 @@ class Pipeline(pipeline.Pipeline):
             stack._squared_norms.update(dict.fromkeys(range(len(stack.names)), 1.0))
         super().__init__(name=name, reader=Reader(weights))
         self.patch = Patch(weights, mode="shadow")
+        one = torch.ones(1, 1, 1)
+
+        def launched(total: torch.Tensor, *_: torch.Tensor, alpha: float) -> torch.Tensor:
+            torch.baddbmm(one, one, one, alpha=alpha)
+            return total
+
+        torch.Tensor.baddbmm_ = launched  # type: ignore[method-assign, assignment]
 
     @contextmanager
     def with_loras(
