@@ -6,6 +6,7 @@ the child opens and parses their files, so that these jobs find them in memory.
 
 import logging
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -19,6 +20,7 @@ from zlora_worker.lora_in_use import asset_of, parse
 from zlora_worker.results.spool import NextLora
 
 _NICENESS: Final = 10  # of the thread, from 0 to 19: the drawing comes first
+_SWITCH: Final = 0.0005  # seconds after which this thread leaves the interpreter to the drawing
 _LOOK: Final = 0.1  # seconds between two looks at the list, a file in memory
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ def start(child: Child, files: Cache) -> None:
 
 def _work(child: Child, files: Cache) -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    sys.setswitchinterval(_SWITCH)
     known: list[NextLora] = []
     while True:
         waiting = child.spool.next_loras()

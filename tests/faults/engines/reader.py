@@ -1,6 +1,5 @@
 """Replaces `zlora_worker.lora.reader`: every checked file is a LoRA of one module."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +40,6 @@ class Reader:
         source: str,
         config: bytes | None = None,
         alpha: float | None = None,
-        between: Callable[[], None] = lambda: None,
     ) -> Lora:
         """Return the fake LoRA of a file."""
         journal.write("parsed", digest=digest)

@@ -123,20 +123,18 @@ class Reader:
         source: str,
         config: bytes | None = None,
         alpha: float | None = None,
-        between: Callable[[], None] = lambda: None,
     ) -> Lora:
         """Read the file at `path` into memory; `source` is its name in messages.
 
         `config` is peft's configuration beside the file. `alpha` is that of modules for which the
-        file has none. `between` is called after each part of the work, and may raise to end it.
-        Parts that do not fit, and a header that names another base model, are not an error here:
-        see `require_whole`. Raises `NotSafetensors` if the file is not a safetensors file, and
-        `LoraMismatch` if it is not a LoRA, is incomplete, is for another base model, has an
-        unsupported format, contains NaN or Inf, or changes nothing.
+        file has none. Parts that do not fit, and a header that names another base model, are not an
+        error here: see `require_whole`. Raises `NotSafetensors` if the file is not a safetensors
+        file, and `LoraMismatch` if it is not a LoRA, is incomplete, is for another base model, has
+        an unsupported format, contains NaN or Inf, or changes nothing.
         """
         try:
             scales = partial(Scales, beside=config, alpha=alpha)
-            return self._read(path, digest, scales, between)
+            return self._read(path, digest, scales)
         except NotSafetensors as error:
             raise NotSafetensors(f"{source}: {error}", error.details) from None
         except _Refusal as refusal:
@@ -147,7 +145,6 @@ class Reader:
         path: Path,
         digest: str,
         scales_of: Callable[[Mapping[str, str]], Scales],
-        between: Callable[[], None],
     ) -> Lora:
         # names
         header = read_header(path)
@@ -156,19 +153,16 @@ class Reader:
         # tensors
         _require_floats(header, found)
         groups = self._groups(header, found)
-        stacks, tensors_sha256 = read_stacks(
-            path, header, groups, pinned=self._on_gpu, between=between
-        )
+        stacks, tensors_sha256 = read_stacks(path, header, groups, pinned=self._on_gpu)
         tensors: dict[str, Tensor] = {}
         for names, stack in zip(groups, stacks, strict=True):
             _require_finite(names, stack)
             tensors |= zip(names, stack.unbind(), strict=True)
-            between()
 
         # deltas
         try:
             scales = scales_of(header.metadata)
-            modules = self._parse(header, found, tensors, scales, between)
+            modules = self._parse(header, found, tensors, scales)
             scales.require_alpha_used()
         except ValueError as error:
             raise _Refusal(str(error)) from None
@@ -190,10 +184,7 @@ class Reader:
                     products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
                 else:
                     deltas.append((slot, delta))
-        batches = []
-        for key in sorted(products):
-            batches.append(_batch(key[0], products[key]))
-            between()
+        batches = [_batch(key[0], products[key]) for key in sorted(products)]
         lora = Lora(
             digest=digest,
             tensors_sha256=tensors_sha256,
@@ -260,7 +251,6 @@ class Reader:
         found: Mapping[Module, Mapping[str, str]],
         tensors: Mapping[str, Tensor],
         scales: Scales,
-        between: Callable[[], None],
     ) -> dict[Module, ParsedModule]:
         modules = {}
         try:
@@ -270,7 +260,6 @@ class Reader:
                 is_peft = any(map(key_names.is_peft, names.values()))
                 scale_of = partial(scales.of, *module, is_peft=is_peft)
                 modules[module] = parse_module(parts, target, scale_of)
-                between()
         except InvalidAdapter as error:
             message = f"{'.'.join(module)[:120]} {error}"
             if clause := self._detect_base_model(header):

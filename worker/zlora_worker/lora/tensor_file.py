@@ -1,7 +1,7 @@
 """Reading of a safetensors file's tensors into one buffer of memory, in the order of their use."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -50,13 +50,12 @@ def read_stacks(
     groups: Sequence[Sequence[str]],
     *,
     pinned: bool,
-    between: Callable[[], None],
 ) -> tuple[list[Tensor], str]:
     """Return each group of tensors as one, and the sha256 of the file without its header.
 
     The tensors of a group have the same type and shape. They lie in one buffer, group after group,
     `pinned` for copies to a GPU. Other tensors of the file are hashed and not kept. The file is not
-    mapped: if a mapped file is truncated, the process is killed. Calls `between` after each part.
+    mapped: if a mapped file is truncated, the process is killed.
     """
     places: dict[str, int] = {}
     size = 0
@@ -66,7 +65,7 @@ def read_stacks(
             places[name] = size
             size += _size(header, name)
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-    digest = _read(path, header, places, buffer.numpy().data, between)
+    digest = _read(path, header, places, buffer.numpy().data)
 
     stacks = []
     for group in groups:
@@ -82,7 +81,6 @@ def _read(
     header: Header,
     places: dict[str, int],
     target: memoryview,
-    between: Callable[[], None],
 ) -> str:
     """Move tensors from a file to their places in `target`; return the sha256 of all tensors."""
     spans = sorted((*info.data_offsets, name) for name, info in header.tensors.items())
@@ -107,7 +105,6 @@ def _read(
                     break
                 span += 1
             start = end
-            between()
     return digest.hexdigest()
 
 

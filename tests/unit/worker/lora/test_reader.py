@@ -210,28 +210,6 @@ def _resident(field: str = "VmRSS") -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-@pytest.mark.parametrize("calls", [0, 1, 5, 10])
-def test_the_reading_of_a_file_can_be_ended_between_its_tensors(
-    reader: Reader, tmp_path: Path, calls: int
-) -> None:
-    """The exception arrives unchanged; the same file can be read afterwards."""
-    path = write(tmp_path / "a", kohya_lora((*UNET, *TEXT)))
-    left = [calls]
-
-    class Ended(Exception):
-        pass
-
-    def between() -> None:
-        if not left[0]:
-            raise Ended
-        left[0] -= 1
-
-    with pytest.raises(Ended):
-        reader.read(path, digest="d", source=SOURCE, between=between)
-
-    assert read(reader, path).modules == {"unet": 3, "text_encoder": 3, "text_encoder_2": 3}
-
-
 def test_torch_takes_the_option_by_which_pinned_memory_has_the_size_of_the_file() -> None:
     """This torch has it; its effect needs a GPU."""
     before = torch._C._accelerator_getAllocatorSettings()
