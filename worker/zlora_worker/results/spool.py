@@ -184,8 +184,11 @@ class SpoolWriter:
 
     def add(self, image: "Image.Image", *, tiled: bool) -> None:
         """Add the next image; raise `StoreFailed` if neither memory nor disk has room."""
+        import numpy as np  # the parent and the sidecar need none
+
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        pixels, name = rgb.tobytes(), f"{self._count}.rgb"
+        pixels = np.asarray(rgb).data.cast("B")  # Pillow's own `tobytes` takes 2 ms
+        name = f"{self._count}.rgb"
         with _typed():
             try:
                 self._spool.require_room(len(pixels))
