@@ -123,8 +123,10 @@ def test_drawn_job_whose_files_are_removed_is_drawn_again(scene: Scene, tmp_path
     with scene.worker(ZLORA_SPOOL=str(spool)) as worker:
         with standing(worker):
             handle = draw(scene)
-            for folder in spool.glob("zlora-spool-*/[0-9]*"):
-                shutil.rmtree(folder)
+            drawn = "zlora-spool-*/[0-9]*/drawn.json"
+            wait_until(lambda: list(spool.glob(drawn)), "the child has left the job")
+            for file in spool.glob(drawn):
+                shutil.rmtree(file.parent)
             wait_until(lambda: worker.lines("its images are gone"), "the parent sees that")
         scene.expire_locks(handle)
         assert handle.result(timeout=60).base_intact
