@@ -24,7 +24,7 @@ from zlora.schema import (
     parse_request,
 )
 from zlora_worker.celery_hooks.held_messages import HeldMessages
-from zlora_worker.celery_hooks.request import shorten
+from zlora_worker.celery_hooks.request import wrap_tracer
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.outcome import JobDrawn
@@ -231,7 +231,7 @@ class InlineWorker:
         """Run the task for a message as Celery's worker does, and return the state."""
         request = Request(message, app=self.app, task=self.task)
         self.task.__trace__ = build_tracer(TASK_NAME, self.task, app=self.app)
-        shorten(self.task, self._held)
+        wrap_tracer(self.task, self._held)
         arguments = (request.id, request.args, request.kwargs, request.request_dict)
         info = self.task.__trace__(*arguments)[1]
         state = info.state if info else "SUCCESS"

@@ -44,7 +44,7 @@ from zlora_worker.celery_hooks.bootsteps import (
 from zlora_worker.celery_hooks.consumer import job_consumer
 from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.load_state import LoadState
-from zlora_worker.celery_hooks.request import job_request, shorten
+from zlora_worker.celery_hooks.request import job_request, wrap_tracer
 from zlora_worker.celery_hooks.restart import Restart
 from zlora_worker.celery_hooks.sidecar_process import SidecarProcess, count_sidecar_fault
 from zlora_worker.delivery.lease import JobLeases
@@ -219,7 +219,7 @@ def load_model(**_: Any) -> None:
         meter.loaded(seconds, replaces=replaces)
         if settings.look_ahead:
             read_ahead.start(runner.child, Cache.open(settings))
-        shorten(generate, held)
+        wrap_tracer(generate, held)
         logger.info("model %s is loaded after %.1f s", settings.model, seconds)
     except ZloraError as error:
         _exit_without_model(str(error))

@@ -32,11 +32,11 @@ class _Skipped(Exception):
     """The parent has given the message back before the child began its job."""
 
 
-def shorten(task: Any, held: HeldMessages) -> None:
-    """Let a task of this child skip what was given back, and pass on `JobDrawn` at once.
+def wrap_tracer(task: Any, held: HeldMessages) -> None:
+    """Wrap Celery's tracer of a task: skip jobs that were given back, and pass on `JobDrawn`.
 
-    To be called once Celery has made the task's tracer. The request gets both as an error without
-    a traceback.
+    To be called in the child, once Celery has made the tracer. The parent's request receives both
+    as an error without a traceback.
     """
     trace = task.__trace__
 
