@@ -153,6 +153,8 @@ def main(size: Size) -> None:
                 for pace, (one, two) in shares(made, form, size).items():
                     rows.append(share_row(form, pace, one, two))
                     facts |= facts_of(f"{form}, {pace:g} s a job", [one, two])
+                peak = peak_bytes(made.worker.sidecar()) / 1e6
+                facts[f"greatest memory of the sidecar, {form}, MB"] = f"{peak:.0f}"
                 if not made.is_cold:
                     progress("jobs without LoRAs")
                     one, two = (batch(made, PLAIN, [None] * size.plain) for _ in range(2))
@@ -338,6 +340,13 @@ def cpu_seconds(process: int) -> float:
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     user, system = fields[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_bytes(process: int) -> int:
+    """Return the greatest resident memory that a process has had."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return 1024 * int(line.split()[1])
 
 
 # Commands to Redis
