@@ -38,6 +38,7 @@ class Patch:
                 # A GPU reads pinned memory at full speed.
                 self._pristine[number] = copy.pin_memory() if matrices.is_cuda else copy
         self._shadows: dict[int, Tensor] = {}
+        self._shadow_views: dict[int, tuple[Tensor, ...]] = {}  # their rows in the weights' shapes
         self._merged: Plan | None = None  # content of the shadows; None while they are written
         self._pointers: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, shadow, base
         self._written: list[Block] = []  # blocks of the base that are overwritten
@@ -47,8 +48,8 @@ class Patch:
     def warm_up(self) -> None:
         """Make the shadows and measure the base, which the first merge would do otherwise."""
         if self.mode == "shadow":
-            for number, matrices in self._base.items():
-                self._shadows[number] = shadow = torch.empty_like(matrices)
+            for number in self._base:
+                shadow = self._make_shadow(number)
                 # A number in each page, which the system makes at the first write to it.
                 shadow.flatten()[:: mmap.PAGESIZE // shadow.itemsize].zero_()
         for stack in self._weights.stacks:
@@ -101,12 +102,11 @@ class Patch:
             self._run(plan, source=self._pristine, target=self._base)
         else:
             for number in plan.rows.keys() - self._shadows.keys():
-                self._shadows[number] = torch.empty_like(self._base[number])
+                self._make_shadow(number)
             self._run(plan, source=self._base, target=self._shadows)
             pointers = []
             for number, rows in plan.rows.items():
-                stack = self._weights.stacks[number]
-                shadows = self._shadows[number].view(stack.base.shape).unbind()
+                stack, shadows = self._weights.stacks[number], self._shadow_views[number]
                 pointers += [
                     (stack.parameters[row], shadows[row], stack.base_views[row]) for row in rows
                 ]
@@ -115,6 +115,11 @@ class Patch:
         plan.release()
         self._merged = plan
         return plan
+
+    def _make_shadow(self, number: int) -> Tensor:
+        self._shadows[number] = shadow = torch.empty_like(self._base[number])
+        self._shadow_views[number] = shadow.view(self._weights.stacks[number].base.shape).unbind()
+        return shadow
 
     def _run(self, plan: Plan, *, source: dict[int, Tensor], target: dict[int, Tensor]) -> None:
         blocks = list(plan.blocks(self._base))
