@@ -100,7 +100,7 @@ def zipped(data: bytes, *, length: int | None = -1) -> bytes:
 
 def bomb(start: bytes, piece: bytes) -> Answer:
     def answer(_: Request) -> bytes:
-        packer = zlib.compressobj(9, wbits=31)
+        packer = zlib.compressobj(1, wbits=31)  # fast: the client waits
         pieces = [packer.compress(start), *(packer.compress(piece * 2**20) for _ in range(64))]
         return zipped(b"".join(pieces) + packer.flush())
 

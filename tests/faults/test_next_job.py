@@ -8,6 +8,7 @@ import time
 
 from support.processes import wait_until
 from support.scene import Scene
+from support.valkey import Valkey
 from zlora import JobHandle
 
 STEP = 1.0  # seconds
@@ -49,16 +50,6 @@ def test_job_that_comes_in_the_last_step_of_another_goes_to_an_idle_worker(scene
         assert scene.owner(first) != scene.owner(second)
 
 
-def test_next_job_need_not_wait_for_the_child_after_one_that_died(scene: Scene) -> None:
-    with scene.worker(FAKE_RELOAD_SECONDS="3") as worker:
-        first, second = two_jobs(scene)
-        scene.kill(scene.child(worker))
-        wait_until(lambda: scene.waiting() == 2, "both jobs are back")
-        assert first.result(timeout=60).base_intact
-        assert second.result(timeout=60).base_intact
-    assert (scene.begun(first), scene.begun(second)) == (2, 1)
-
-
 def test_worker_that_is_stopped_in_the_last_step_gives_the_next_job_back(scene: Scene) -> None:
     with scene.worker("one") as worker:
         first, second = two_jobs(scene)
@@ -70,10 +61,55 @@ def test_worker_that_is_stopped_in_the_last_step_gives_the_next_job_back(scene: 
         assert second.result(timeout=30).base_intact
 
 
-def test_connection_that_is_lost_in_the_last_step_loses_no_job(scene: Scene) -> None:
-    with scene.worker(), scene.broker() as broker:
-        first, second = two_jobs(scene)
-        broker.client_kill_filter(_type="normal", skipme=True)
-        assert first.result(timeout=60).base_intact
-        assert second.result(timeout=60).base_intact
-    assert scene.begun(second) == 1
+def test_restart_of_redis_in_the_last_step_loses_no_job_and_leaves_the_worker_well(
+    scene: Scene, valkey: Valkey
+) -> None:
+    with scene.worker():
+        for _ in range(2):
+            first, second = two_jobs(scene)
+            valkey.kill()
+            time.sleep(0.5)
+            valkey.start()
+            assert first.result(timeout=60).base_intact
+            assert second.result(timeout=15).base_intact
+            assert scene.begun(second) == 1
+        assert scene.submit().result(timeout=15).base_intact
+
+
+def test_each_child_that_dies_in_the_last_step_gives_the_next_job_back(scene: Scene) -> None:
+    with scene.worker(FAKE_RELOAD_SECONDS="3") as worker:
+        for _ in range(2):
+            first, second = two_jobs(scene)
+            scene.kill(scene.child(worker))
+            wait_until(lambda: scene.waiting() == 2, "both jobs are back")
+            assert first.result(timeout=60).base_intact
+            assert second.result(timeout=60).base_intact
+
+
+def test_next_job_does_not_wait_for_a_long_last_step(scene: Scene) -> None:
+    with scene.worker():
+        first = scene.submit(steps=2, step=STEP, do="sleep", at=2, seconds=9)
+        scene.wait_begun(first)
+        second = scene.submit()
+        scene.wait_step(first)
+        wait_until(lambda: not scene.queue_lists(), "the second job is taken")
+        wait_until(scene.queue_lists, "the second job is given back")
+        with scene.worker("two"):
+            assert second.result(timeout=30).base_intact
+            assert not scene.events("end", first)
+        assert first.result(timeout=30).base_intact
+
+
+def test_large_message_is_not_taken_while_the_child_draws(scene: Scene) -> None:
+    with scene.worker() as worker:
+        first = scene.submit(steps=2, step=STEP)
+        scene.wait_begun(first)
+        second = scene.submit(fields={"negative_prompt": "\N{GRINNING FACE}" * 5000})
+        scene.wait_step(first)
+        time.sleep(STEP / 2)
+        assert scene.queue_lists()
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(30) == 0
+    with scene.worker("two"):
+        assert first.result(timeout=30).base_intact
+        assert second.result(timeout=30).base_intact

@@ -31,7 +31,7 @@ _POLL: Final = 0.05  # seconds between two looks at a child that loads its model
 _LOOK: Final = 0.5  # seconds between two looks while the worker waits for its last job
 _LAST_SECONDS: Final = 2.0  # in which a child may end by itself
 # Celery's strategy that writes a job to a child which still runs another; the stubs do not have it.
-_AT_ONCE: Final[Any] = asynpool.SCHED_STRATEGY_FCFS  # type: ignore[attr-defined]
+_FCFS: Final[Any] = asynpool.SCHED_STRATEGY_FCFS  # type: ignore[attr-defined]
 _HEARTBEATS: Final = 4  # in the time after which a job without one goes to another worker
 
 logger = get_logger(__name__)
@@ -69,7 +69,7 @@ def model_gate(load_state: LoadState, held: HeldMessages, settings: Settings) ->
             _require_one_prefork_child(parent)
             # A second job may be in the child's pipe before the first one ends.
             parent.semaphore.grow()
-            parent.pool._pool.sched_strategy = _AT_ONCE  # noqa: SLF001 - no option
+            parent.pool._pool.sched_strategy = _FCFS  # noqa: SLF001 - no option
             timeout = parent.app.conf.worker_proc_alive_timeout
             end = time.monotonic() + timeout
             while not load_state.is_loaded():
@@ -142,7 +142,7 @@ def graceful_shutdown(
 
         def close(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
             """Give back the job that would follow the running one; runs before the pool closes."""
-            held.give_back_waiting()
+            held.give_back_next()
 
         def _begin(self, how: str = "", **_: Any) -> None:
             if how != "Warm" or self._has_begun:  # a second SIGTERM does not start the time again
@@ -231,7 +231,16 @@ def message_step(held: HeldMessages) -> Step:
         def start(self, consumer: Any) -> None:
             """Listen; runs with each connection to the broker."""
             channel = consumer.task_consumer.channel
-            loading = consumer.pool._pool._waiting_to_start  # noqa: SLF001 - children without a model
+            pool = consumer.pool._pool  # noqa: SLF001 - Celery has no public way to it
+            loading = pool._waiting_to_start  # noqa: SLF001 - children without a model
+
+            def forget(result: Any) -> None:
+                with suppress(ValueError):
+                    pool.outbound_buffer.remove(result)
+                result.discard()
+                consumer.controller.semaphore.release()
+
+            held.forget = forget
             channel.qos.can_consume = lambda: not loading and held.has_room()
             held.take_waiting = channel.take_waiting
             consumer.hub.add_reader(held.for_parent, held.hear)

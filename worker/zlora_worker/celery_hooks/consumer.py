@@ -1,5 +1,6 @@
 """Check each message before Celery takes it: what is not a job, or cannot be read, is refused."""
 
+import pickle
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,6 +26,9 @@ from zlora_worker.delivery.lease import JobLeases
 from zlora_worker.delivery.progress import progress_backend
 from zlora_worker.monitoring.logs import said_by
 
+# Bytes of a message that is taken while the child draws, and does not read its pipe: half of what
+# the pipe holds. A parent that waits for the rest could not stop.
+_MAX_AHEAD: Final = 2**15
 _RECONNECT_PAUSE: Final = 0.5  # seconds: workers must not all come at once after a fail-over
 # Headers that other Celery applications set, and that mean nothing here. Values of other types
 # would raise in the child, so all of them go.
@@ -34,6 +38,12 @@ _UNUSED_HEADERS: Final = (
 )  # fmt: skip
 
 logger = get_logger(__name__)
+
+
+def _size(message: Message) -> int:
+    """Return about the number of bytes that Celery writes into the pipe to the child."""
+    parts = (message.headers, message.properties, message.payload, message.body)
+    return len(pickle.dumps(parts))
 
 
 class _Fields(Struct):
@@ -142,6 +152,9 @@ def job_consumer(  # noqa: C901 - a class inside a function
             def on_message(message: Message) -> Any:
                 try:
                     validate(message)
+                    if state.reserved_requests and _size(message) > _MAX_AHEAD:
+                        message.requeue()
+                        return None
                     return handle(message)
                 except broker_errors:
                     raise
@@ -199,8 +212,8 @@ def job_consumer(  # noqa: C901 - a class inside a function
             time.sleep(jittered(_RECONNECT_PAUSE))
 
         def on_close(self) -> None:
-            """Leave the jobs that the child has not begun: Redis gives their messages out again."""
-            held.leave_waiting()
+            """Keep the next job, which may be in the child's pipe, before Celery forgets it."""
+            held.keep_next()
             super().on_close()
 
         def shutdown(self) -> None:

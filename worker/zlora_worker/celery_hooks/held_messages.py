@@ -6,6 +6,7 @@ nothing.
 """
 
 import atexit
+import math
 import mmap
 import os
 import select
@@ -29,6 +30,7 @@ _PREFIX: Final = "zlora-spool-"
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - the folder in it is private
 _MAX_OPEN: Final = 32  # jobs; each has a thread in the sidecar
 _WAIT: Final = 0.5  # seconds between two looks if the sidecar does not wake the parent
+_PATIENCE: Final = 5.0  # seconds in which the child should begin the next job
 _TAG_BYTES: Final = 36  # of a delivery tag, a UUID
 _NEARLY_DRAWN: Final = b"n"  # from the child; the sidecar sends another byte
 
@@ -57,6 +59,8 @@ class HeldMessages:
         self._folder, self._disk, self._max_bytes = folder, disk, max_bytes
         self._open: dict[str, _Open] = {}  # by name in the spool
         self.take_waiting: Callable[[], None] = lambda: None  # of the connection to the broker
+        self.forget: Callable[[Any], None] = lambda _result: None  # of the pool
+        self._give_back_at = math.inf  # on the monotonic clock
         self._skipped = mmap.mmap(-1, _TAG_BYTES)  # delivery tag; parent and child share this
 
     def open(self) -> None:
@@ -93,7 +97,7 @@ class HeldMessages:
 
     @property
     def for_parent(self) -> int:
-        """File descriptor that becomes readable when a job has ended."""
+        """File descriptor that becomes readable when `hear` has something to do."""
         return self._to_parent[0]
 
     def has_room(self) -> bool:
@@ -120,33 +124,42 @@ class HeldMessages:
         Takes the next message, if one waits already, when the child is about to end a job: the
         child then finds it without a pause, and no idle worker has waited for it.
         """
+        signs = b""
         with suppress(BlockingIOError):
             signs = os.read(self._to_parent[0], 65_536)
-            if _NEARLY_DRAWN in signs and len(state.reserved_requests) == 1 and self._has_space():
-                self.take_waiting()
+        if _NEARLY_DRAWN in signs and len(state.reserved_requests) == 1 and self._has_space():
+            self.take_waiting()
+            self._give_back_at = time.monotonic() + _PATIENCE
         self.look()
 
-    def leave_waiting(self) -> list[Any]:
-        """Let the child skip the jobs that it has not begun; return Celery's requests of them."""
-        waiting = [
-            request
-            for request in state.reserved_requests - state.active_requests
-            if request._apply_result is not None  # noqa: SLF001 - Celery has no public name
-        ]
-        for request in waiting:
-            self._skipped[:] = request.message.delivery_tag.encode()
-            result = request._apply_result()  # noqa: SLF001
-            if result._write_to is None:  # noqa: SLF001
-                result.discard()
-            else:  # the child answers, and the pool must wait for that
-                result._accepted = True  # noqa: SLF001
-        return waiting
+    def keep_next(self) -> None:
+        """Keep the next job over the loss of a connection, as Celery keeps the running one.
 
-    def give_back_waiting(self) -> None:
-        """Put the jobs that the child has not begun back on their queue."""
-        for request in self.leave_waiting():
+        Redis gives out a copy of its message; the lease says who draws the job.
+        """
+        for request, result in self._not_begun():
+            if _is_written(result):
+                result._accepted = True  # noqa: SLF001 - else the pool forgets it, and the child has it
+                state.active_requests.add(request)
+
+    def give_back_next(self) -> None:
+        """Put the next job back on its queue, if the child has not begun it: the child skips it."""
+        for request, result in self._not_begun():
             state.task_ready(request)
+            if _is_written(result):
+                self._skipped[:] = request.message.delivery_tag.encode()
+                result._accepted = True  # noqa: SLF001 - the pool waits for the child's answer
+            else:
+                self.forget(result)
             request.reject(requeue=True)
+
+    def _not_begun(self) -> list[tuple[Any, Any]]:
+        """Return Celery's request of the next job, and its result in the pool, if there is one."""
+        return [
+            (request, result)
+            for request in state.reserved_requests - state.active_requests
+            if request._apply_result and (result := request._apply_result())  # noqa: SLF001
+        ]
 
     def is_skipped(self, delivery_tag: str) -> bool:
         """Return whether the child is to skip the job of this delivery."""
@@ -155,8 +168,12 @@ class HeldMessages:
     def look(self) -> None:
         """Acknowledge the messages of jobs that have ended, and remove their files.
 
-        The message of a job whose files another program has removed goes back to its queue.
+        The message of a job whose files another program has removed goes back to its queue, and
+        that of the next job, if the present one is in its last step for long.
         """
+        if time.monotonic() > self._give_back_at:
+            self._give_back_at = math.inf
+            self.give_back_next()
         entries = {entry.name: entry for entry in self.spool.entries()}
         for name in self._open.keys() - entries.keys():
             job = self._open.pop(name)
@@ -204,6 +221,12 @@ class HeldMessages:
             case "revoked":
                 expired = ended.shown == "expired"
                 request.send_event("task-revoked", terminated=False, signum=None, expired=expired)
+
+
+def _is_written(result: Any) -> bool:
+    """Return whether the pool has written this job to a child that lives."""
+    child = result._write_to  # noqa: SLF001 - billiard has no public name
+    return child is not None and child._is_alive()  # noqa: SLF001
 
 
 def _write(pipe: int, sign: bytes) -> None:

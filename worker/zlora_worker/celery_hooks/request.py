@@ -41,18 +41,23 @@ def wrap_tracer(task: Any, held: HeldMessages) -> None:
     trace = task.__trace__
 
     def traced(job_id: str, args: Any, kwargs: Any, request: Mapping[str, Any]) -> Any:
-        left: BaseException = _Skipped()
-        if not held.is_skipped(request["properties"]["delivery_tag"]):
-            try:
-                return trace(job_id, args, kwargs, request)
-            except JobDrawn as error:
-                left = error
-        return trace_ok_t(SimpleNamespace(exception=left), TraceInfo(IGNORED, left), None, None)
+        if held.is_skipped(request["properties"]["delivery_tag"]):
+            return _left_by(_Skipped())
+        try:
+            return trace(job_id, args, kwargs, request)
+        except JobDrawn as drawn:
+            return _left_by(drawn)
 
     task.__trace__ = traced
 
 
-def job_request(leases: JobLeases, held: HeldMessages, settings: Settings) -> type[Request]:
+def _left_by(error: BaseException) -> Any:
+    return trace_ok_t(SimpleNamespace(exception=error), TraceInfo(IGNORED, error), None, None)
+
+
+def job_request(  # noqa: C901 - a class inside a function
+    leases: JobLeases, held: HeldMessages, settings: Settings
+) -> type[Request]:
     """Return the class of Celery's requests for this worker's jobs."""
 
     class JobRequest(Request):
@@ -77,6 +82,16 @@ def job_request(leases: JobLeases, held: HeldMessages, settings: Settings) -> ty
 
         def maybe_expire(self) -> None:
             """Do nothing: the child decides, which knows whether a copy of the job runs in time."""
+
+        def revoked(self) -> bool:
+            """Return whether Celery's `revoke` ends the job: not once the child may have it."""
+            pool_result = self._apply_result  # type: ignore[attr-defined]  # not in the stubs
+            return pool_result is None and super().revoked()
+
+        def on_accepted(self, pid: Any, time_accepted: Any) -> None:
+            """Note that the child begins the job, unless it skips the job."""
+            if not self.acknowledged:
+                super().on_accepted(pid, time_accepted)
 
         def on_timeout(self, soft: bool, timeout: float) -> None:
             """Do nothing: Celery would fail a job that may be done, and only wait for Redis.
@@ -106,14 +121,14 @@ def job_request(leases: JobLeases, held: HeldMessages, settings: Settings) -> ty
                     extra={"job": self.id, "code": JobTimeout.code},
                 )
                 leases.child_timed_out(self.id, self._seconds)
-                held.give_back_waiting()
+                held.give_back_next()
                 state.task_ready(self)
                 self.reject(requeue=True)
                 return None
             if isinstance(error, WorkerLostError | SystemExit | KeyboardInterrupt):
                 found = _SIGNAL.search(str(error))
                 leases.child_died(self.id, found[1] if found else str(error)[:100])
-                held.give_back_waiting()  # another worker need not wait for the next child
+                held.give_back_next()  # another worker need not wait for the next child
             elif not return_ok:
                 logger.error(
                     "job %s is put back: its child could not store its end: %s",

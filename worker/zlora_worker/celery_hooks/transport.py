@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from queue import Empty
 from typing import Any, Final, Literal
 
 import msgspec
@@ -38,7 +37,6 @@ UNREADABLE: Final = "application/x-zlora-unreadable"  # content type of a messag
 _REPLIES: Final = ".reply.celery.pidbox"  # end of the name of a queue of Celery's remote control
 _LAST_WAIT: Final = 5.0  # seconds after SIGTERM in which Redis may still accept a message
 _PAUSE: Final = 0.5  # seconds between two tries
-_AT_ONCE: Final = 0.001  # seconds, the shortest wait of BRPOP: 0 would be without an end
 _LOG_EVERY: Final = 30.0  # seconds between two equal log lines
 
 logger = get_logger(__name__)
@@ -141,10 +139,11 @@ class _Client(redis.Redis):
         if command_name != "BRPOP" or not answer:
             return answer
         key, item = answer
-        return self._readable(key, item)
+        return self.readable(key, item)
 
-    def _readable(self, key: bytes, item: bytes) -> tuple[bytes, bytes] | None:
-        queue = key.decode(errors="replace").partition(kombu_redis.Channel.sep)[0]
+    def readable(self, key: bytes, item: bytes) -> tuple[bytes, bytes] | None:
+        """Return a list and its message, or a replacement that kombu can read, or None."""
+        queue = _queue_of(key)
         message: Any = None
         if len(item) > MAX_MESSAGE_BYTES:
             fault: str | None = f"it has {len(item)} bytes, more than {MAX_MESSAGE_BYTES}"
@@ -291,19 +290,25 @@ class Channel(celery_app.Channel):
         return _Client
 
     def take_waiting(self) -> None:
-        """Take a message that is in a queue already, on the connection that else waits for one.
-
-        Takes none if that connection is waiting, or is closed: the event loop opens it. Raises an
-        error of Redis.
-        """
+        """Take a message that is in a queue already; take none if Redis refuses or is away."""
         channel: Any = self  # the stubs do not have what kombu's event loop uses
-        connection = channel.client.connection
-        if channel._in_poll or connection is None or connection._sock is None:  # noqa: SLF001
+        keys = [
+            channel._q_for_pri(queue, priority)  # noqa: SLF001
+            for priority in channel.priority_steps
+            for queue in channel.active_queues
+        ]
+        if not keys:
             return
-        channel._brpop_start(timeout=_AT_ONCE)  # noqa: SLF001
-        if channel._in_poll:  # noqa: SLF001 - else no queue is consumed
-            with suppress(Empty):
-                channel._brpop_read()  # noqa: SLF001
+        try:
+            with channel.conn_or_acquire() as client, client.pipeline() as pipe:
+                pipe.brpop(keys, timeout=1)  # in a transaction it does not wait
+                (found,) = pipe.execute()
+        except redis.RedisError as error:
+            _log_seldom(f"no job is taken ahead: {error}")
+            return
+        if found is not None and (message := client.readable(*found)) is not None:
+            key, item = message
+            channel.connection._deliver(loads(item.decode()), _queue_of(key))  # noqa: SLF001
 
     def _deliver_fanout_message(self, message: Any, exchange: str) -> bool:
         """Deliver a message of remote control, unless it cannot be read."""
@@ -318,6 +323,10 @@ class Transport(celery_app.Transport):
     """A transport with this channel."""
 
     Channel = Channel
+
+
+def _queue_of(key: bytes) -> str:
+    return key.decode(errors="replace").partition(kombu_redis.Channel.sep)[0]
 
 
 def count_refused(client: Any, queue: str) -> None:

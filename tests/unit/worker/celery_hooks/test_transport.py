@@ -113,7 +113,7 @@ class Reader:
         self.url, self.queue = broker_url, uuid.uuid4().hex
 
     def readable(self, item: bytes) -> tuple[bytes, bytes] | None:
-        found: tuple[bytes, bytes] | None = self.client._readable(self.queue.encode(), item)
+        found: tuple[bytes, bytes] | None = self.client.readable(self.queue.encode(), item)
         return found
 
     def refused(self) -> int:
@@ -315,7 +315,7 @@ def test_a_message_without_a_valid_job_id_is_not_replaced(reader: Reader, job_id
 
 def test_a_message_is_dropped_even_if_it_cannot_be_counted() -> None:
     with _Client.from_url("redis://127.0.0.1:1/0", retry=None) as away:
-        assert away._readable(b"gpu", b"garbage") is None
+        assert away.readable(b"gpu", b"garbage") is None
 
 
 @pytest.mark.usefixtures("short_pauses")
