@@ -15,6 +15,7 @@ _READ: Final = """
 local lists, left = {}, tonumber(ARGV[4])
 for _, list in ipairs(KEYS) do
   local found, first, last = {}, tonumber(ARGV[1]), tonumber(ARGV[2])
+  if last >= 0 then last = math.min(last, redis.call('LLEN', list) - 1) end
   while last >= first do
     local items = redis.call('LRANGE', list, math.max(first, last - 9), last)
     for place = #items, 1, -1 do
