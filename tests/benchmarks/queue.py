@@ -2,8 +2,8 @@
 
 The same small job alternates between the two, so that both meet the same machine. The queue has two
 turns per round, for the noise. Then as many jobs wait on a full queue: the gap between two jobs is
-from the end of one, with its images stored, to the start of the next. `--thin` takes 10 rounds
-instead of 200.
+from the end of one in the child, with the base model restored, to the start of the next; the
+sidecar stores images meanwhile. `--thin` takes 10 rounds instead of 200.
 """
 
 import os
@@ -24,7 +24,7 @@ from support.jobs import make_spool, run_job
 from support.tiny_folder import build_tiny, tiny_model
 from zlora import Client
 from zlora.embedded import EmbeddedStack
-from zlora.schema import parse_request
+from zlora.schema import Phase, parse_request
 from zlora_worker.child import Child
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.settings import Settings
@@ -85,7 +85,10 @@ def directly(runtime: Child, job_id: str) -> float:
 def gaps_of(client: Client, jobs: int) -> list[float]:
     """Return seconds between jobs while more jobs wait."""
     results = [handle.result(timeout=600) for handle in [client.submit(JOB) for _ in range(jobs)]]
-    spans = sorted((result.started_at or 0.0, result.finished_at or 0.0) for result in results)
+    spans = sorted(
+        (result.started_at or 0.0, (result.finished_at or 0.0) - result.timings[Phase.TAIL])
+        for result in results
+    )
     return [later[0] - earlier[1] for earlier, later in pairwise(spans)]
 
 
