@@ -1,4 +1,4 @@
-"""What only a GPU can show: everything in one run on its first CUDA device, and one JSON file.
+"""Measure on the first CUDA device what needs a GPU, in one run, and write one JSON file.
 
 SDXL in its true shape with random fp16 weights (REAL), images of 1024x1024:
 

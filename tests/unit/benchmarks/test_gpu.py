@@ -1,4 +1,4 @@
-"""`make bench-gpu`: all of it runs to its end, on the tiny model where there is no GPU."""
+"""`make bench-gpu`: the program runs to its end, with the tiny model if there is no GPU."""
 
 import json
 from collections.abc import Iterator

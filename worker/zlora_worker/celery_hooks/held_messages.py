@@ -113,9 +113,10 @@ class HeldMessages:
         return [job.request for job in self._open.values()]
 
     def add(self, request: Any, drawn: JobDrawn) -> None:
-        """Keep the message of a job."""
+        """Keep the message of a drawn job, unless it was given back while the child began it."""
         state.task_ready(request)
-        self._open[drawn.entry] = _Open(request, drawn.nbytes)
+        if not request.acknowledged:
+            self._open[drawn.entry] = _Open(request, drawn.nbytes)
         self.look()
 
     def hear(self) -> None:

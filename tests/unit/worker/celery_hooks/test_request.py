@@ -15,6 +15,7 @@ from billiard.einfo import ExceptionInfo
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker import state
 from kombu import Consumer, Queue
+from support.jobs import make_spool
 from support.processes import Enter
 from support.servers import settings
 from zlora.broker.celery_app import VISIBILITY, IsolatedCelery, shared_config
@@ -25,6 +26,8 @@ from zlora_worker.celery_hooks.bootsteps import visibility_heartbeat
 from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.request import job_request
 from zlora_worker.delivery.lease import ClaimState, JobLeases
+from zlora_worker.delivery.outcome import JobDrawn
+from zlora_worker.results.spool import EndedJob
 
 TASK = "test.request"  # a name of its own: Celery knows names of all apps in a process
 REQUEST = {"prompt": "a portrait"}
@@ -269,3 +272,24 @@ def test_the_heartbeat_renews_held_messages_but_not_restored_or_acknowledged_one
     assert 0 < seconds <= VISIBILITY / 3
     assert scores[0] == pytest.approx(time.time(), abs=10)
     assert scores[1:] == [None, 1.0]
+
+
+# --- drawn jobs
+
+
+def test_a_job_that_was_given_back_while_the_child_began_it_may_be_drawn(
+    parent: Parent, tmp_path: Path
+) -> None:
+    parent.held.spool = make_spool(tmp_path / "spool")
+    entry = parent.held.spool.entry("1")
+    entry.folder.mkdir()
+    entry.end(EndedJob(end="succeeded"))
+    request = parent.request()
+
+    request.reject(requeue=True)
+    request.on_accepted("1", 0.0)
+    request.on_failure(info(JobDrawn("1", 1)), return_ok=True)
+
+    assert parent.rejected == [True]
+    assert parent.acknowledged == []
+    assert not entry.folder.exists()
