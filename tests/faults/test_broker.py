@@ -76,7 +76,7 @@ def test_job_that_fails_while_redis_is_silent_keeps_its_own_error(
     """The job's time ends while its error waits for Redis: the error is not a timeout."""
     # The visibility keeps the parent free, so that the parent too could report the timeout.
     with scene.worker(ZLORA_VISIBILITY="120"):
-        handle = scene.submit(steps=2, step=0.6, do="nan", at=2, fields={"timeout": 1.8})
+        handle = scene.submit(steps=2, step=0.6, do="nan", at=2, fields={"timeout": 3.5})
         scene.wait_step(handle)
         with silent(valkey):
             wait_until(lambda: scene.events("fault", handle), "the job fails")
@@ -92,7 +92,7 @@ def test_job_that_waits_for_redis_beyond_its_hard_limit_is_tried_again(
 ) -> None:
     """The child is killed as soon as Redis answers, but the job has not used up its time."""
     with scene.worker(ZLORA_HARD_GRACE="1", ZLORA_VISIBILITY="120"):
-        handle = scene.submit(steps=2, step=0.3, do=["unreachable"], at=2, fields={"timeout": 2})
+        handle = scene.submit(steps=2, step=0.3, do=["unreachable"], at=2, fields={"timeout": 3})
         scene.wait_step(handle)
         with silent(valkey):
             wait_until(lambda: scene.events("fault", handle), "the job fails")

@@ -85,7 +85,7 @@ def test_job_that_changes_two_bases_fails_and_the_next_is_drawn(shared: Shared) 
 
 def test_job_that_hangs_fails_in_time_and_its_child_is_replaced(scene: Scene) -> None:
     """The child is killed, and the first of the job's two images is deleted."""
-    with scene.worker(ZLORA_JOB_TIMEOUT="1", ZLORA_HARD_GRACE="1"):
+    with scene.worker(ZLORA_JOB_TIMEOUT="4", ZLORA_HARD_GRACE="1"):
         hanging = scene.submit(do=["nothing", "hang"], fields={"num_images": 2})
         next_one = scene.submit()
 
@@ -100,7 +100,7 @@ def test_job_that_hangs_fails_in_time_and_its_child_is_replaced(scene: Scene) ->
 
 @pytest.mark.parametrize(
     ("variables", "fields"),
-    [({"ZLORA_JOB_TIMEOUT": "1"}, {}), ({}, {"timeout": 1})],
+    [({"ZLORA_JOB_TIMEOUT": "5"}, {}), ({}, {"timeout": 1})],
     ids=["operator", "request"],
 )
 def test_job_over_its_time_fails_and_the_model_stays(

@@ -84,9 +84,9 @@ def test_killed_worker_loses_no_drawn_job(scene: Scene) -> None:
 def test_cancel_and_deadline_hold_until_the_manifest(shared: Shared) -> None:
     scene, worker = shared
     with standing(worker):
-        cancelled, late = draw(scene), draw(scene, fields={"timeout": 2})
+        cancelled, late = draw(scene), draw(scene, fields={"timeout": 4})
         cancelled.cancel()
-        time.sleep(2)
+        time.sleep(4)
     with pytest.raises(JobRevoked):
         cancelled.result(timeout=30)
     with pytest.raises(JobTimeout):

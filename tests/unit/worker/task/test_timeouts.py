@@ -100,7 +100,7 @@ def test_an_interruption_after_the_manifest_leaves_a_success(
 
     worker.draw = late
 
-    worker.deliver(job, {**REQUEST, "timeout": 0.1})
+    worker.deliver(job, {**REQUEST, "timeout": 1})
 
     assert worker.meta(job)[0] == "SUCCESS"
 
@@ -112,7 +112,7 @@ def test_waits_for_redis_before_and_after_the_drawing_do_not_count_for_the_timeo
 
     def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
         def wait(*given: Any) -> Any:
-            time.sleep(0.3)
+            time.sleep(0.8)
             return real(*given)
 
         return wait
@@ -120,7 +120,7 @@ def test_waits_for_redis_before_and_after_the_drawing_do_not_count_for_the_timeo
     monkeypatch.setattr(worker.leases, "claim", slowly(worker.leases.claim))
     monkeypatch.setattr(worker.leases, "record_success", slowly(worker.leases.record_success))
 
-    worker.deliver(job, {**REQUEST, "timeout": 0.2})
+    worker.deliver(job, {**REQUEST, "timeout": 0.7})
 
     assert worker.meta(job)[0] == "SUCCESS"
 
