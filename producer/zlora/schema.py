@@ -6,10 +6,10 @@ The line below each field is its documentation, from which `docs/reference/reque
 import hashlib
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from zlora.errors import InvalidJobId, InvalidRequest
 from zlora.redaction import field_name, printable
@@ -18,6 +18,9 @@ TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
+STEPS: Final = 28  # of a request that says none
+GUIDANCE_SCALE: Final = 7.5  # likewise
+WEIGHT: Final = 1.0  # of a LoRA, likewise
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
 NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exist or is not read
@@ -76,7 +79,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
 
     file: Asset
     """Address of the safetensors file."""
-    weight: Weight = 1.0
+    weight: Weight | None = None
     """Strength of the LoRA, from -4 to 4; 1.0 by default."""
     unet_weight: Weight | None = None
     """Strength in the UNet; `weight` by default."""
@@ -92,8 +95,9 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     @property
     def component_weights(self) -> tuple[float, float]:
         """Weights in the UNet and in the text encoders; by default both are `weight`."""
+        weight = WEIGHT if self.weight is None else self.weight
         unet, text = self.unet_weight, self.text_encoder_weight
-        return self.weight if unet is None else unet, self.weight if text is None else text
+        return weight if unet is None else unet, weight if text is None else text
 
     @property
     def is_used(self) -> bool:
@@ -112,9 +116,9 @@ class GenerateRequest(
     """What not to draw; empty by default."""
     loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=8)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
-    num_inference_steps: Annotated[int, Meta(ge=1, le=200)] = 28
+    num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
     """Denoising steps of each image; 28 by default."""
-    guidance_scale: Annotated[float, Meta(ge=0, le=50)] = 7.5
+    guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
     """Strength of the prompt (classifier-free guidance); 7.5 by default."""
     width: Side | None = None
     """Width in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
@@ -159,6 +163,26 @@ class GenerateRequest(
     def seed_for(self, job_id: str) -> int:
         """Seed of the first image: the request's own, or one made from the job id."""
         return seed_of(job_id) if self.seed is None else self.seed
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of each image, 28 if the request names none."""
+        return STEPS if self.num_inference_steps is None else self.num_inference_steps
+
+    @property
+    def guidance(self) -> float:
+        """Strength of the prompt, 7.5 if the request names none."""
+        return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
+
+    def with_defaults(self) -> Self:
+        """Return the request with its steps, guidance scale and weights written out."""
+        loras = tuple(
+            lora if lora.weight is not None else structs.replace(lora, weight=WEIGHT)
+            for lora in self.loras
+        )
+        return structs.replace(
+            self, loras=loras, num_inference_steps=self.steps, guidance_scale=self.guidance
+        )
 
     @property
     def keeps_pixels(self) -> bool:
@@ -451,10 +475,19 @@ def parse_request(document: object) -> GenerateRequest:
 def digest_of(request: GenerateRequest) -> str:
     """SHA-256 in hex of the request's JSON without default values.
 
-    The same request has the same digest however it is spelt, and in later versions.
+    The same request has the same digest whether a default is written out or not, and in later
+    versions.
     """
     document = msgspec.json.encode(_without_defaults(request), order="deterministic")
     return hashlib.sha256(document).hexdigest()
+
+
+# Defaults of earlier versions, whose digests leave these values out.
+_FORMER_DEFAULTS: Final = {
+    "num_inference_steps": STEPS,
+    "guidance_scale": GUIDANCE_SCALE,
+    "weight": WEIGHT,
+}
 
 
 def _without_defaults(value: object) -> object:
@@ -463,9 +496,9 @@ def _without_defaults(value: object) -> object:
     if not isinstance(value, Struct):
         return value
     found = {}
-    for field in msgspec.structs.fields(value):
+    for field in structs.fields(value):
         given = getattr(value, field.name)
-        if given != field.default:
+        if given != field.default and given != _FORMER_DEFAULTS.get(field.name):
             found[field.name] = _without_defaults(given)
     return found
 
@@ -479,8 +512,8 @@ def to_dict(value: Struct) -> dict[str, Any]:
 def enum_fields() -> dict[str, tuple[str, ...]]:
     """Return the fields of a request and its LoRAs that take one of several words, with these."""
     found = {}
-    structs = (GenerateRequest, LoraSpec, Asset)
-    for field in (field for struct in structs for field in msgspec.structs.fields(struct)):
+    documents = (GenerateRequest, LoraSpec, Asset)
+    for field in (field for struct in documents for field in structs.fields(struct)):
         kinds = [field.type, *get_args(field.type)]  # a Literal, or a union with one
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         if words:

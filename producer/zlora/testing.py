@@ -369,7 +369,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
 
 
 def _draw_fake(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
-    steps = request.num_images * request.num_inference_steps
+    steps = request.num_images * request.steps
     progress(Phase.DENOISE.progress_name, 0, steps)
     progress(Phase.DENOISE.progress_name, steps, steps)
     return fake_result(job_id, request)

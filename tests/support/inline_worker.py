@@ -142,7 +142,7 @@ class InlineWorker:
         assert child is self.runner.child
         self.drawn.append(job)
         loras = [UNREAD for spec in job.request.loras if spec.is_used]
-        with self.spool.open(spooled_job(child, job, loras)) as images:
+        with self.spool.open(spooled_job(child, job, job.request, loras)) as images:
             self.draw(job, progress)
             for index in range(job.request.num_images):
                 images.add(Image.new("RGB", (8, 8), (index, 0, 0)), tiled=False)

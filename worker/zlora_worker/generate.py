@@ -60,7 +60,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     a `ZloraError` if the job fails, or what `progress` raises; then the spool has nothing of it.
     The base model is restored and checked in any case.
     """
-    request, timer = job.request, PhaseTimer(queued=job.queued)
+    request, timer = job.request.with_defaults(), PhaseTimer(queued=job.queued)
     specs = [spec for spec in request.loras if spec.is_used]
 
     # fetch
@@ -70,7 +70,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         loras = [LoraInUse.read(child, spec, file) for spec, file in zip(specs, files, strict=True)]
     timer.end(Phase.PARSE)
 
-    spooled = spooled_job(child, job, loras)
+    spooled = spooled_job(child, job, request, loras)
     with child.spool.open(spooled) as images:
         # merge
         with child.model.with_loras([lora.weighted for lora in loras], request) as model:
@@ -83,7 +83,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                         images.add_stored(stored)
                         continue
                 image = model.draw(
-                    request, job.seed + index, step_counter(child, job, progress, index)
+                    request, job.seed + index, step_counter(child, request, progress, index)
                 )
                 images.add(image, tiled=model.tiled)
             timer.end(Phase.DENOISE)
@@ -120,8 +120,13 @@ def open_files(
     )
 
 
-def spooled_job(child: Child, job: Job, loras: list[LoraInUse]) -> SpooledJob:
-    """Return what the sidecar needs to store the job's images, and what draws them again."""
+def spooled_job(
+    child: Child, job: Job, request: GenerateRequest, loras: list[LoraInUse]
+) -> SpooledJob:
+    """Return what the sidecar needs to store the job's images, and what draws them again.
+
+    `request` is the job's with its defaults written out.
+    """
     machine = child.model.machine
     files = [lora.file for lora in loras]
     return SpooledJob(
@@ -139,12 +144,12 @@ def spooled_job(child: Child, job: Job, loras: list[LoraInUse]) -> SpooledJob:
             job_id=job.id,
             seed=job.seed,
             request=pinned(
-                job.request, [(file.source, file.sha256, file.config_sha256) for file in files]
+                request, [(file.source, file.sha256, file.config_sha256) for file in files]
             ),
             model=child.model.name,
             base_sha256=child.model.base_sha256,
             model_sha256=child.model.file_sha256,
-            scheduler=child.model.scheduler_name(job.request),
+            scheduler=child.model.scheduler_name(request),
             device=machine.device,
             dtype=machine.dtype,
             threads=machine.threads,
@@ -154,13 +159,15 @@ def spooled_job(child: Child, job: Job, loras: list[LoraInUse]) -> SpooledJob:
     )
 
 
-def step_counter(child: Child, job: Job, progress: Progress, index: int) -> Callable[[int], None]:
+def step_counter(
+    child: Child, request: GenerateRequest, progress: Progress, index: int
+) -> Callable[[int], None]:
     """Return a callback for the steps of one image, which reports steps of all images together.
 
     The parent takes the next job during the last step.
     """
-    steps = job.request.num_inference_steps
-    done, total = index * steps, job.request.num_images * steps
+    steps = request.steps
+    done, total = index * steps, request.num_images * steps
     counted = 0
 
     def on_step(step: int) -> None:

@@ -78,7 +78,9 @@ def _loras(
         file = {"url": address}
         if address.startswith("cozy://"):
             file = {"cozy_ref": address.removeprefix("cozy://")}
-        spec: dict[str, Any] = {"file": file, "weight": float(weight or 1.0)}
+        spec: dict[str, Any] = {"file": file}
+        if weight is not None:
+            spec["weight"] = float(weight)
         if alpha is not None:
             spec["alpha"] = float(alpha)
         specs.append(spec)

@@ -70,7 +70,7 @@ class Pipeline(pipeline.Pipeline):
         label = orders.get("label", "")
         journal.write("begin", label=label, seed=seed)
         start = time.monotonic()
-        for step in range(1, request.num_inference_steps + 1):
+        for step in range(1, request.steps + 1):
             time.sleep(max(0.0, start + step * orders["step"] - time.monotonic()))
             on_step(step)
         journal.write("end", label=label, seed=seed)

@@ -108,7 +108,7 @@ class Pipeline:
         orders = orders_in(request.prompt)
         label = orders.get("label", "")
         journal.write("begin", label=label, seed=seed)
-        for step in range(1, request.num_inference_steps + 1):
+        for step in range(1, request.steps + 1):
             time.sleep(orders.get("step", 0.01))
             if orders.get("do") and step == orders.get("at", 1):
                 misbehave(self, orders)

@@ -102,17 +102,17 @@ def test_defaults() -> None:
     request = parse_request(with_lora())
 
     assert request == GenerateRequest(prompt="a portrait", loras=(LoraSpec(file=Asset(url=URL)),))
-    assert (request.num_inference_steps, request.guidance_scale, request.num_images) == (28, 7.5, 1)
+    assert (request.steps, request.guidance, request.num_images) == (28, 7.5, 1)
     assert (request.width, request.height, request.seed, request.scheduler) == (
         None,
         None,
         None,
         None,
     )
-    assert (request.negative_prompt, request.output_format, request.loras[0].weight) == (
+    assert (request.negative_prompt, request.output_format, request.loras[0].component_weights) == (
         "",
         "png",
-        1.0,
+        (1.0, 1.0),
     )
 
 
@@ -152,7 +152,8 @@ INSIDE: list[dict[str, Any]] = [
     with_lora(weight=-4),
     with_lora(weight=4),
     with_lora(unet_weight=-4, text_encoder_weight=4),
-    with_lora(unet_weight=None, adapter_name=None),
+    with_lora(weight=None, unet_weight=None, adapter_name=None),
+    document(num_inference_steps=None, guidance_scale=None),
     with_lora(adapter_name="x" * 200),
     with_file(url="x"),
     with_file(url="x" * 4096),
@@ -193,7 +194,6 @@ OUTSIDE: list[tuple[Any, str, str]] = [
         for weight in ("weight", "unet_weight", "text_encoder_weight")
         for value in (-4.001, 4.001, NAN, INF, -INF)
     ),
-    (with_lora(weight=None), "$.loras[0].weight", "float"),
     (with_lora(weight="1"), "$.loras[0].weight", "float"),
     (with_lora(weight=10**400), "$.loras[0].weight", "range"),
     (with_lora(adapter_name="x" * 201), "$.loras[0].adapter_name", "200"),

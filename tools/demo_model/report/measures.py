@@ -9,11 +9,11 @@ from typing import Final, NamedTuple
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from zlora.schema import STEPS
 
 from demo_model.drawing.canvas import STYLES, plain
 from demo_model.report.judge import Judge, facts_of, shares, through_vae
 from demo_model.report.prompts import Prompts
-from demo_model.report.sampler import STEPS
 from demo_model.report.statistics import STATISTICS, colour_noise
 from demo_model.training.pictures import lots, some_weights
 

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from torch import Tensor
+from zlora.schema import GUIDANCE_SCALE, STEPS
 from zlora_worker.model.checksum import weights_sha256
 from zlora_worker.settings import DEMO_LORAS, DEMO_MODEL
 
@@ -28,7 +29,7 @@ from demo_model.drawing.scenes import KINDS
 from demo_model.report import judge, measures
 from demo_model.report.measures import Draw, Line, StyleRow
 from demo_model.report.prompts import some_prompts
-from demo_model.report.sampler import GUIDANCE_SCALE, STEPS, Sampler
+from demo_model.report.sampler import Sampler
 from demo_model.training.loop import Loop
 
 _PROMPTS, _STYLE_PROMPTS = 61, 62  # seeds of the prompts

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 from zlora.errors import LoraNotFound
-from zlora.schema import GenerateRequest
+from zlora.schema import GUIDANCE_SCALE, STEPS
 from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.reader import Lora, require_whole
 from zlora_worker.model import loader
@@ -16,10 +16,6 @@ from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import DEMO_LORAS, DEMO_MODEL, Settings
 
 from demo_model.training.spellings import FILES
-
-_JOB: Final = GenerateRequest(prompt="any")
-STEPS: Final = _JOB.num_inference_steps  # of a job that names none
-GUIDANCE_SCALE: Final = _JOB.guidance_scale
 
 _BATCH: Final = 25  # images: larger batches are no faster
 

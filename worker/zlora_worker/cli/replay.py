@@ -167,7 +167,7 @@ def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Repla
     """Draw each image, with a progress bar of all steps if stderr is a terminal."""
     replayer = Replayer(Settings.from_env(), model_named=bool(os.environ.get("ZLORA_MODEL")))
     console = Console(stderr=True)
-    steps = [image.request.num_inference_steps for image in images]
+    steps = [image.request.steps for image in images]
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -252,7 +252,7 @@ def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance)
     try:
         request = parse_request(
             msgspec.structs.replace(
-                provenance.request,
+                provenance.request.with_defaults(),
                 width=provenance.width,
                 height=provenance.height,
                 seed=provenance.seed,

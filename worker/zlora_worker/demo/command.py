@@ -150,7 +150,8 @@ def _submit(client: Client, name: str, host: str) -> Iterator[Variant]:
 
 def _lora_names(request: GenerateRequest) -> str:
     return " + ".join(
-        f"{Path(urlsplit(spec.file.address).path).stem} {spec.weight:g}" for spec in request.loras
+        f"{Path(urlsplit(spec.file.address).path).stem} {spec.component_weights[0]:g}"
+        for spec in request.loras
     )
 
 

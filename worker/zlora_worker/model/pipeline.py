@@ -269,7 +269,7 @@ class Pipeline:
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
         ) -> dict[str, Tensor]:
             # A second-order scheduler calls the model about twice for each step.
-            on_step(math.ceil((call + 1) * request.num_inference_steps / pipeline.num_timesteps))
+            on_step(math.ceil((call + 1) * request.steps / pipeline.num_timesteps))
             return tensors
 
         # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
@@ -283,8 +283,8 @@ class Pipeline:
                 prompt=request.prompt,
                 # SDXL encodes "" like any text; only None means zeros.
                 negative_prompt=request.negative_prompt or None,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
                 width=width,
                 height=height,
                 latents=self._noise(width, height, generator),
@@ -338,7 +338,7 @@ class Pipeline:
         if request.scheduler is None:
             return type(self._scheduler).from_config(config)
         entry = SCHEDULERS[request.scheduler]
-        options = entry.options_for(request.num_inference_steps)
+        options = entry.options_for(request.steps)
         return getattr(diffusers, entry.class_name).from_config(config, **options)
 
 

@@ -62,10 +62,10 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
     request = provenance.request
     scheduler, karras, _ = provenance.scheduler.partition(KARRAS)
     return {
-        "Steps": str(request.num_inference_steps),
+        "Steps": str(request.steps),
         "Sampler": sampler_name(scheduler),
         "Schedule type": karras.strip().capitalize(),
-        "CFG scale": _number(request.guidance_scale),
+        "CFG scale": _number(request.guidance),
         "Seed": str(provenance.seed),
         "Size": f"{provenance.width}x{provenance.height}",
         "Model hash": (provenance.model_sha256 or provenance.base_sha256)[:_MODEL_DIGITS],

@@ -112,8 +112,8 @@ def test_any_request_is_read_back(document: dict[str, Any], model: str) -> None:
     assert CONTROLS.sub("", text) == text.replace("\n", "")
     assert letters(negative) == letters(request.negative_prompt)
     assert (int(settings["Steps"]), float(settings["CFG scale"])) == (
-        request.num_inference_steps,
-        request.guidance_scale,
+        request.steps,
+        request.guidance,
     )
     assert (settings["Sampler"], settings["Seed"], settings["Size"]) == ("Euler", "7", "64x72")
     assert (settings["Model hash"], settings["Version"]) == ("b" * 10, "z-image-lora 1.2")
