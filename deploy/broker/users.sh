@@ -36,6 +36,7 @@ for queue in "$@"; do
     lists="$lists ~$queue \"~$queue\\x06\\x16[1-9]\""
     produced="$produced ~_kombu.binding.$queue ~_kombu.binding_permanent.$queue"
     produced="$produced ~zlora:ledger:$queue ~zlora:expiring:$queue ~zlora:outbox:$queue"
+    produced="$produced %R~zlora:serves:$queue"
     produced="$produced ~zlora:recall:$queue ~zlora:recall:$queue:* ~zlora:cancel:$queue ~zlora:cancel:$queue:*"
     served="$served ~zlora:*:$queue"
     watched="$watched %R~zlora:*:$queue"

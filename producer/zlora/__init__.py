@@ -13,6 +13,7 @@ from zlora.client import Client, Options, Priority, job_id_of
 from zlora.handle import JobHandle
 from zlora.lora.base_model import LoraInfo
 from zlora.lora.preflight import Preflight
+from zlora.queue_info import QueueInfo
 from zlora.schema import (
     Asset,
     Cancellation,
@@ -43,6 +44,7 @@ __all__ = [
     "Options",
     "Preflight",
     "Priority",
+    "QueueInfo",
     "errors",
     "job_id_of",
 ]

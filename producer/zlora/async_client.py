@@ -19,6 +19,7 @@ from zlora.client import Client, Options, Request
 from zlora.errors import BrokerUnavailable
 from zlora.handle import JobHandle, has_ended
 from zlora.lora.preflight import Preflight
+from zlora.queue_info import QueueInfo
 from zlora.schema import QUEUE, Cancellation, GenerateResult, JobStatus
 
 T = TypeVar("T")
@@ -120,6 +121,10 @@ class AsyncClient:
         """See `Client.submit_many`."""
         submit = partial(self._client.submit_many, requests, job_ids=job_ids, **options)
         return [self._handle(handle) for handle in await self._senders.run(submit)]
+
+    async def queue_info(self) -> QueueInfo | None:
+        """See `Client.queue_info`."""
+        return await self._lookers.run(self._client.queue_info)
 
     def job(self, job_id: str) -> "AsyncJobHandle":
         """See `Client.job`."""

@@ -1,6 +1,7 @@
 """Submit jobs to the queue."""
 
 import hashlib
+import math
 import os
 import time
 import uuid
@@ -14,9 +15,10 @@ from zlora.broker.job_store import Submission
 from zlora.broker.keys import PRIORITIES, RECORD_EXPIRES
 from zlora.broker.protocol import Broker, NewJob
 from zlora.broker.redis import RedisBroker
-from zlora.errors import Conflict, InvalidRequest
+from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest
 from zlora.handle import JobHandle
 from zlora.lora.preflight import Preflight
+from zlora.queue_info import QueueInfo
 from zlora.schema import (
     QUEUE,
     GenerateRequest,
@@ -31,6 +33,7 @@ Priority = Literal["high", "normal", "low"]
 Request = GenerateRequest | dict[str, Any]
 
 _SPACING: Final = 0.00025  # seconds between two jobs of one call, since jobs are ordered by time
+_INFO_SECONDS: Final = 30.0  # for which what a queue serves is not read again
 _MAX_KEY: Final = 1000  # characters of an idempotency key
 
 
@@ -72,6 +75,8 @@ class Client:
         self._broker: Broker = broker
         self._make_preflight = preflight
         self._resubmit = resubmit
+        self._info: QueueInfo | None = None
+        self._info_read = -math.inf  # on the monotonic clock
 
     @classmethod
     def from_url(
@@ -137,7 +142,7 @@ class Client:
         idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> JobHandle:
-        """Check a request and queue it.
+        """Check a request, also by what the queue serves (`queue_info`), and queue it.
 
         The same request under the same `job_id` is the same job, whether it waits, runs or has
         ended. An `idempotency_key`, any text of up to 1,000 characters such as an order number, is
@@ -173,9 +178,14 @@ class Client:
         checked = [parse_request(request) for request in requests]
         names = _checked_ids(job_ids, len(checked))
         priority, expires_in, hook = _checked_options(options)
+        try:
+            self._require_served(checked)
+        except BrokerUnavailable as error:
+            error.add_details(**({"job_id": names[0]} if len(names) == 1 else {"job_ids": names}))
+            raise
         if options.get("preflight"):
             for request in checked:
-                self._preflight.check(request)
+                self._preflight.check(request, base=self._info.base if self._info else None)
         now = time.time()
         jobs: dict[str, NewJob] = {}
         for index, (name, request) in enumerate(zip(names, checked, strict=True)):
@@ -192,6 +202,30 @@ class Client:
                 raise Conflict.of(name)
         self._broker.put(list(jobs.values()))
         return [self._handle(jobs[name]) for name in names]
+
+    def queue_info(self) -> QueueInfo | None:
+        """Return what the queue serves: base model, bounds, schedulers, names of LoRAs.
+
+        None if no worker has run in the last hour, or the broker's user may not read it.
+        """
+        self._info, self._info_read = self._broker.queue_info(), time.monotonic()
+        return self._info
+
+    def _require_served(self, requests: Sequence[GenerateRequest]) -> None:
+        """Raise `InvalidRequest` for the first request that the workers would refuse.
+
+        What is known of the queue is read again from time to time, and before a refusal.
+        """
+        if requests and time.monotonic() - self._info_read >= _INFO_SECONDS:
+            self.queue_info()
+        for request in requests:
+            if self._info is None:
+                return
+            try:
+                self._info.require_served(request)
+            except InvalidRequest:
+                if (info := self.queue_info()) is not None:
+                    info.require_served(request)
 
     def _handle(self, job: NewJob) -> JobHandle:
         submit_again = partial(self._broker.put, [job]) if self._resubmit else None

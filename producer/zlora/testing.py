@@ -30,6 +30,7 @@ from zlora.broker.protocol import NewJob, TaskMeta
 from zlora.broker.task_meta import expired, revoked
 from zlora.client import Client
 from zlora.errors import Conflict, InternalError, JobExpired, JobRevoked, ZloraError
+from zlora.queue_info import QueueInfo
 from zlora.redaction import label, without_secrets
 from zlora.schema import (
     CONTENT_TYPES,
@@ -99,6 +100,7 @@ class MemoryWorker:
 
     A worker that is `paused` runs jobs only in `run`. `webhooks` has the webhooks that a worker
     would post; none is sent. `clock` returns seconds since the epoch; it decides which jobs expire.
+    `info` is what the queue serves, for the checks of a client.
     """
 
     queue = QUEUE
@@ -109,11 +111,13 @@ class MemoryWorker:
         draw: Draw | None = None,
         paused: bool = False,
         clock: Callable[[], float] = time.time,
+        info: QueueInfo | None = None,
     ) -> None:
         self.webhooks: list[Posted] = []
         self._draw = draw or _draw_fake
         self._paused = paused
         self._clock = clock
+        self._info = info
         # Reentrant: a generator of `events` may be collected in a thread that holds the lock.
         self._lock = RLock()
         self._jobs: dict[str, _Job] = {}
@@ -181,6 +185,9 @@ class MemoryWorker:
                 if not other.has_ended and other.rank < job.rank
             ]
         return QueueStatus(is_open=True, position=len(earlier), verdict=None)
+
+    def queue_info(self) -> QueueInfo | None:
+        return self._info
 
     def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:  # noqa: ARG002
         state, value = self.task_meta(job_id)

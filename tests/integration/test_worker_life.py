@@ -13,6 +13,8 @@ import pytest
 import redis
 from support.processes import Worker, path_of, wait_until, worker
 from zlora import JobState
+from zlora.broker.keys import INFO_EXPIRES, queue_info_key
+from zlora.errors import InvalidRequest
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a city at night", "num_inference_steps": 60, "seed": 1}
@@ -55,6 +57,20 @@ def test_child_has_torch_from_its_parent_and_the_sidecar_has_none(running: Worke
     assert "libtorch" in Path(f"/proc/{running.process.pid}/maps").read_text()
     assert "libtorch" in Path(f"/proc/{running.child()}/maps").read_text()
     assert "libtorch" not in Path(f"/proc/{running.sidecar()}/maps").read_text()
+
+
+def test_a_worker_writes_what_its_queue_serves(
+    running: Worker, worker_environ: dict[str, str]
+) -> None:
+    info = wait_until(running.client.queue_info, "the record is there")
+
+    result = running.client.submit(SMALL).result(timeout=90)
+    drawn = (result.model, result.base_sha256, result.scheduler, result.images[0].width)
+    assert drawn == (info.model, info.base_sha256, info.scheduler, info.width)
+    with pytest.raises(InvalidRequest, match="the value is 871"):
+        running.client.submit({"prompt": "a city", "timeout": 871})
+    with redis.Redis.from_url(worker_environ["ZLORA_BROKER_URL"]) as broker:
+        assert 0 < broker.ttl(queue_info_key("gpu")) <= INFO_EXPIRES
 
 
 def test_killed_child_is_replaced_and_its_job_succeeds(running: Worker) -> None:

@@ -215,6 +215,7 @@ def load_model(**_: Any) -> None:
 
         start, meter = time.monotonic(), Meter.of_process("child")
         runner.child = Child.open(settings, held.spool, meter)
+        held.spool.show_queue_info(runner.child.queue_info())
         seconds = time.monotonic() - start
         meter.loaded(seconds, replaces=replaces)
         if settings.look_ahead:

@@ -1,7 +1,12 @@
 """What the child process keeps from its start to its end: the base model, caches, the store."""
 
+import time
 from dataclasses import dataclass
-from typing import Self
+from importlib.metadata import version
+from typing import Final, Self, get_args
+
+from zlora.queue_info import QueueInfo
+from zlora.schema import GUIDANCE_SCALE, STEPS, GenerateRequest, Scheduler
 
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.lora.memory_cache import LoraMemoryCache
@@ -12,6 +17,10 @@ from zlora_worker.results.spool import Spool
 from zlora_worker.results.store import Store, open_store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
+
+VERSIONS: Final = {
+    name: version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers", "pillow")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,4 +61,25 @@ class Child:
             meter=meter,
             max_attempts=settings.max_attempts,
             max_losses=settings.max_losses,
+        )
+
+    def queue_info(self) -> QueueInfo:
+        """Return what this worker serves."""
+        silent = GenerateRequest(prompt="")
+        width, height = self.model.size(silent)
+        return QueueInfo(
+            base=self.model.family,
+            model=self.model.name,
+            base_sha256=self.model.base_sha256,
+            width=width,
+            height=height,
+            scheduler=self.model.scheduler_name(silent),
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            schedulers=get_args(Scheduler),
+            timeout=self.job_timeout,
+            url_policies=self.urls.policies,
+            url_expires_in=self.urls.max_seconds,
+            versions=VERSIONS,
+            written_at=time.time(),
         )

@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Final
 
 from zlora.schema import GenerateRequest, LoraSpec, Phase, digest_of
 
-from zlora_worker.child import Child
+from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
@@ -18,9 +17,6 @@ from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
 from zlora_worker.results.uploader import stored_image
 
-_VERSIONS: Final = {
-    name: version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers", "pillow")
-}
 _NEVER: Final = 1e12  # seconds, of jobs without a deadline
 
 
@@ -154,7 +150,7 @@ def spooled_job(
             dtype=machine.dtype,
             threads=machine.threads,
             compile=machine.compile,
-            versions=_VERSIONS,
+            versions=VERSIONS,
         ),
     )
 

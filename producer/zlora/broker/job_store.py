@@ -32,6 +32,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -45,6 +46,7 @@ from zlora import config, errors
 from zlora.broker import connection
 from zlora.broker.celery_app import IMPATIENCE, MAX_CONNECTIONS
 from zlora.broker.keys import (
+    INFO_EXPIRES,
     RECORD_EXPIRES,
     RESULT_EXPIRES,
     cancel_requests_key,
@@ -54,9 +56,11 @@ from zlora.broker.keys import (
     lease_key,
     manifest_requests_key,
     outbox_key,
+    queue_info_key,
     unfinished_key,
 )
 from zlora.errors import Conflict, ZloraError
+from zlora.queue_info import QueueInfo
 from zlora.schema import Cancellation
 from zlora.webhook import Webhook
 
@@ -346,6 +350,22 @@ class JobStore:
             verdict=verdict_of({"verdict": verdict}),
             is_recorded=digest is not None,
         )
+
+    def put_queue_info(self, document: bytes) -> None:
+        """Write or renew what the workers of the queue serve."""
+        self.redis.set(queue_info_key(self.queue), document, ex=INFO_EXPIRES)
+
+    def queue_info(self) -> QueueInfo | None:
+        """Return what the workers of the queue serve.
+
+        None if none has run lately, or their version writes something else.
+        """
+        document = self.redis.get(queue_info_key(self.queue))
+        if document is None:
+            return None
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(document, type=QueueInfo)
+        return None
 
     def request_manifest(self, job_id: str, *, timeout: float = _MAX_WAIT) -> bytes | NoManifest:
         """Ask the sidecar of a worker for the manifest of a job whose result has expired.

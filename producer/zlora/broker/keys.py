@@ -10,6 +10,7 @@ PRIORITY_STEPS: Final = list(range(10))  # a list for each priority: strict orde
 DEFAULT_PRIORITY: Final = PRIORITIES["normal"]
 RESULT_EXPIRES: Final = 86_400  # seconds; the manifest in the object store stays
 MAX_SKEW: Final = 5.0  # seconds between the clocks of a machine and of Redis, else a warning
+INFO_EXPIRES: Final = 3600  # seconds after the last worker of a queue has written it
 RECORD_EXPIRES: Final = 7 * RESULT_EXPIRES  # seconds: how long a job may wait in its queue
 
 
@@ -26,6 +27,11 @@ def lease_key(job_id: str) -> str:
 def unfinished_key(queue: str) -> str:
     """Key of a queue's unfinished jobs: a sorted set by priority and time of submission."""
     return f"zlora:ledger:{queue}"
+
+
+def queue_info_key(queue: str) -> str:
+    """Key of what the workers of a queue serve (`zlora.queue_info`)."""
+    return f"zlora:serves:{queue}"
 
 
 def expiring_key(queue: str) -> str:
@@ -90,6 +96,7 @@ def key_types(queue: str) -> dict[str, str]:
         dead_jobs_key(queue): "zset",
         requeued_jobs_key(queue): "zset",
         sweep_key(queue): "string",
+        queue_info_key(queue): "string",
         manifest_requests_key(queue): "list",
         cancel_requests_key(queue): "list",
         refused_key(queue): "string",

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from zlora.broker.job_store import NoManifest, QueueStatus, Submission
+from zlora.queue_info import QueueInfo
 from zlora.schema import Cancellation
 
 
@@ -44,6 +45,10 @@ class Broker(Protocol):
 
     def queue_status(self, job_id: str) -> QueueStatus:
         """Return what the record of a job says."""
+        ...
+
+    def queue_info(self) -> QueueInfo | None:
+        """Return what the workers of the queue serve, None if it is not known."""
         ...
 
     def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:

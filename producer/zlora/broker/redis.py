@@ -28,6 +28,7 @@ from zlora.broker.protocol import NewJob, TaskMeta
 from zlora.broker.result_listener import Listener
 from zlora.broker.task_meta import readable, revoked
 from zlora.errors import BrokerUnavailable, InvalidSetting, JobRevoked
+from zlora.queue_info import QueueInfo
 from zlora.redaction import PROMPTS, shown
 from zlora.schema import QUEUE, TASK_NAME, Cancellation
 
@@ -148,6 +149,13 @@ class RedisBroker:
     def queue_status(self, job_id: str) -> QueueStatus:
         with self._reached({"job_id": job_id}):
             return self._jobs.queue_status(job_id)
+
+    def queue_info(self) -> QueueInfo | None:
+        with self._reached({}):
+            try:
+                return self._jobs.queue_info()
+            except redis.exceptions.NoPermissionError:  # of users that older versions have made
+                return None
 
     def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:
         if not self._may_request("manifest"):

@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from zlora import config, errors
 from zlora.broker.celery_app import IMPATIENCE, impatient_config
-from zlora.broker.job_store import connect
+from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import (
     MAX_SKEW,
     PRIORITIES,
@@ -459,6 +459,16 @@ def _reason(dead_letters: list[str]) -> str:
     return ""
 
 
+def _serves(found: Environment) -> Check:
+    """Read what the workers of the queue serve."""
+    with connect(found.broker_url, seconds=IMPATIENCE) as client:
+        info = JobStore(client, found.queue).queue_info()
+    if info is None:
+        return skipped("serves", "no worker of the queue has run in the last hour")
+    told = f"{info.base or 'unknown base model'}: {info.model}, {info.width}x{info.height} pixels"
+    return ok("serves", f"{told}; `zlora info` prints the rest")
+
+
 def _workers(found: Environment) -> Check:
     """Find the workers of the queue. A worker answers once its model is loaded."""
     from zlora.broker.celery_app import IsolatedCelery
@@ -502,6 +512,7 @@ CHECKS: Final[tuple[Callable[[Environment], Iterator[Check]], ...]] = (
     _needs_broker("keys", _keys),
     _needs_broker("clock", _clock),
     _needs_broker("queue", _queue),
+    _needs_broker("serves", _serves),
     _needs_broker("workers", _workers),
 )
 

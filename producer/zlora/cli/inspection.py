@@ -1,8 +1,10 @@
-"""`zlora inspect`: what a LoRA is, without submitting a job."""
+"""`zlora inspect` and `zlora info`: what a LoRA is and what a queue serves, without a job."""
 
 import click
 
 from zlora.cli.printing import json_option, print_facts, print_json
+from zlora.client import Client
+from zlora.errors import ModelUnavailable
 from zlora.lora.preflight import Preflight
 from zlora.schema import Asset
 
@@ -31,5 +33,36 @@ def inspect(address: str, as_json: bool) -> None:
             ("base", info.base or "unknown"),
             ("trigger words", ", ".join(info.trigger_words) or "unknown"),
             ("modules", modules),
+        ]
+    )
+
+
+@click.command()
+@json_option
+def info(as_json: bool) -> None:
+    """Print what the queue serves: its base model, bounds, defaults and schedulers.
+
+    The workers of the queue write this record; it expires an hour after the last one has ended.
+    """
+    with Client.from_env() as client:
+        found = client.queue_info()
+        if found is None:
+            raise ModelUnavailable(f"no worker has served the queue {client.queue} lately")
+    if as_json:
+        print_json(found)
+        return
+    print_facts(
+        [
+            ("base", found.base or "unknown"),
+            ("model", found.model),
+            ("weights", f"sha256 {found.base_sha256}"),
+            ("native size", f"{found.width}x{found.height}"),
+            ("scheduler", f"{found.scheduler} unless a request names one"),
+            ("schedulers", ", ".join(found.schedulers)),
+            ("steps", f"{found.num_inference_steps} by default"),
+            ("guidance scale", f"{found.guidance_scale:g} by default"),
+            ("timeout", f"at most {found.timeout} s"),
+            ("URLs", f"{', '.join(found.url_policies)}; at most {found.url_expires_in} s"),
+            ("versions", ", ".join(f"{name} {text}" for name, text in found.versions.items())),
         ]
     )

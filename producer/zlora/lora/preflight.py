@@ -93,22 +93,23 @@ class Preflight:
         base_model.require_lora(found.header, name)
         return base_model.describe(found.header, source=name, size=found.size)
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, request: GenerateRequest, *, base: str | None = None) -> None:
         """Raise a `LoraError`, with `index` in its details, for the first LoRA that is unusable.
 
-        A LoRA that was made for another base model than SDXL is a `LoraMismatch`, unless `strict`
-        is false: then the worker decides. Addresses that only a worker opens, files that require a
-        token, and LoRAs with the weight 0 are not checked.
+        `base` is the family of the queue's base model, SDXL if it is not known. A LoRA that was
+        made for another one is a `LoraMismatch`, unless `strict` is false: then the worker decides.
+        Addresses that only a worker opens, files that require a token, and LoRAs with the weight 0
+        are not checked.
         """
         for index, spec in enumerate(request.loras):
             try:
                 if spec.is_used:
-                    self._check(spec.file.address, strict=spec.strict)
+                    self._check(spec.file.address, strict=spec.strict, base=base or base_model.SDXL)
             except LoraError as error:
                 error.add_details(index=index)
                 raise
 
-    def _check(self, address: str, *, strict: bool) -> None:
+    def _check(self, address: str, *, strict: bool, base: str) -> None:
         if scheme_of(address) in WORKER_SCHEMES:
             return
         try:
@@ -120,9 +121,9 @@ class Preflight:
         name = without_secrets(address)
         base_model.require_lora(header, name)
         detected = base_model.detect_base_model(header)
-        if strict and detected and detected.family != base_model.SDXL:
+        if strict and detected and detected.family != base:
             raise LoraMismatch(
-                f"{name}: {detected.clause}; the base model of the queue is {base_model.SDXL}",
+                f"{name}: {detected.clause}; the base model of the queue is {base}",
                 {"base": detected.family},
             )
 

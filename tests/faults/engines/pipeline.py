@@ -62,6 +62,7 @@ class Pipeline:
         self.machine = Machine("fake", "float32", 1)
         self.reader = reader or Reader()  # type: ignore[call-arg]  # the fake, see sitecustomize
         self.corrupted = False
+        self.family = "SDXL"
 
     def warm_up(self) -> None:
         """Do nothing: there are no kernels."""

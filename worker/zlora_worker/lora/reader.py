@@ -111,9 +111,9 @@ class Reader:
             if len(shape) > 1 and base_model.CROSS_ATTENTION.search(module):
                 self._text_width = shape[1]
                 break
-        self._family = base_model.WIDTHS.get(self._text_width)
-        if self._family is None and "text_encoder_2" in weights.components:
-            self._family = base_model.SDXL
+        self.family = base_model.WIDTHS.get(self._text_width)
+        if self.family is None and "text_encoder_2" in weights.components:
+            self.family = base_model.SDXL
 
     def read(
         self,
@@ -277,7 +277,7 @@ class Reader:
             for component, module in modules
         )
         origin = base_model.detect_by_metadata(header)
-        if origin is None or shows_this_base or self._family in (None, origin.family):
+        if origin is None or shows_this_base or self.family in (None, origin.family):
             return ""
         return origin.clause
 

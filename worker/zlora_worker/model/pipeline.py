@@ -235,6 +235,11 @@ class Pipeline:
         return request.width or native, request.height or native
 
     @property
+    def family(self) -> str | None:
+        """Family of the base model, such as `SDXL`; None if its weights do not show it."""
+        return self.reader.family
+
+    @property
     def machine(self) -> Machine:
         """Conditions under which this pipeline draws at present."""
         dtype = str(self.pipeline.unet.dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 from zlora.errors import StoreFailed
 from zlora.files import write_atomically
+from zlora.queue_info import QueueInfo
 from zlora.schema import GenerateRequest, ImageRef, LoraReceipt, LoraSpec
 
 from zlora_worker.results.provenance import JobProvenance
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _NEXT: Final = ".next.json"
+_INFO: Final = ".queue.json"
 _JOB: Final = "job.json"
 _DRAWN: Final = "drawn.json"
 _ENDED: Final = "ended.json"
@@ -166,6 +168,14 @@ class Spool:
         """Return the LoRAs of the next jobs."""
         data = _read(self.memory / _NEXT)
         return [] if data is None else msgspec.json.decode(data, type=list[NextLora])
+
+    def show_queue_info(self, info: QueueInfo) -> None:
+        """Write what this worker serves, for the sidecar."""
+        write_atomically(self.memory / _INFO, msgspec.json.encode(info))
+
+    def queue_info(self) -> bytes | None:
+        """Return what this worker serves, as JSON; None until its model is loaded."""
+        return _read(self.memory / _INFO)
 
     def require_room(self, size: int) -> None:
         """Raise `OSError` if `size` more bytes do not fit into memory."""

@@ -41,12 +41,22 @@ class ImageUrls:
                     f"{_SETTING}=public: ZLORA_PUBLIC_URL is not set", {"name": _SETTING}
                 )
 
+    @property
+    def max_seconds(self) -> int:
+        """Largest `url_expires_in` of a request."""
+        return self._settings.url_seconds
+
+    @property
+    def policies(self) -> tuple[UrlPolicy, ...]:
+        """URL policies that requests may choose, the default first."""
+        return tuple(dict.fromkeys((*self._policies, "key")))
+
     def require(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` if a request wants URLs that the operator does not give."""
         policy, seconds = request.url_policy, request.url_expires_in
         bound = self._settings.url_seconds
-        if policy not in (None, "key", *self._policies):
-            choices = ", ".join(sorted({"key", *self._policies}))
+        if policy is not None and policy not in self.policies:
+            choices = ", ".join(sorted(self.policies))
             _refuse("url_policy", f"Expected one of {choices}", policy)
         if seconds and self._policy(request) != "presigned":
             _refuse("url_expires_in", "Expected none, since no URL is signed here", seconds)
@@ -65,7 +75,7 @@ class ImageUrls:
     def _policy(self, request: GenerateRequest) -> UrlPolicy:
         """Return the request's policy, or the default if the operator no longer offers it."""
         policy = request.url_policy
-        if policy and policy in ("key", *self._policies):
+        if policy in self.policies:
             return policy
         return self._policies[0]
 

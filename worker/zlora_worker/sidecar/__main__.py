@@ -36,6 +36,7 @@ from zlora_worker.sidecar.heartbeat import Heartbeat
 from zlora_worker.sidecar.queue_watch import QueueWatch
 from zlora_worker.sidecar.sweeper import Sweeper
 
+_INFO_EVERY: Final = 60.0  # seconds between two renewals of what the queue serves
 _REDIS_PAUSE: Final = 2.0  # seconds until the next attempt if Redis does not answer
 
 logger = logging.getLogger("zlora_worker.sidecar")
@@ -100,11 +101,19 @@ def run(settings: Settings, links: Links | None) -> None:
     watch.start(heartbeat, seconds=2 * settings.sidecar_timeout)
     # lost and expired jobs, and requests of clients
     sweeper = Sweeper(jobs, app, store, meter, every=settings.sweep, beat=beat)
+    shown: bytes | None = None
+    next_info = 0.0
     while True:
         beat()
         try:
             client_requests.reply_to_next(jobs, store, urls, app.backend, timeout=1.0)
             sweeper.sweep()
+            # what the queue serves
+            info = spool.queue_info() if spool is not None else None
+            if info is not None and (info != shown or time.monotonic() >= next_info):
+                shown, next_info = info, time.monotonic() + _INFO_EVERY
+                with suppress(redis.ResponseError):  # such as a full Redis: jobs do not need it
+                    jobs.put_queue_info(info)
         except (redis.RedisError, kombu.exceptions.OperationalError) as error:
             watch.reconnect()
             logger.warning("Redis does not answer; trying again in %.0f s: %s", _REDIS_PAUSE, error)

@@ -108,6 +108,7 @@ def test_a_good_broker_is_ok_and_a_queue_without_workers_fails(
         "keys": "ok",
         "clock": "ok",
         "queue": "ok",
+        "serves": "skip",
         "workers": "fail",
     }
     assert "5 jobs wait (2 high, 2 normal, 1 low), the oldest for 36" in found["queue"].told

@@ -1,0 +1,130 @@
+"""What a queue serves: requests that its workers would refuse are not queued."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from support.processes import free_port
+from zlora import Client, GenerateRequest, Preflight, QueueInfo
+from zlora.broker.job_store import JobStore, connect
+from zlora.broker.keys import queue_info_key
+from zlora.cli import main
+from zlora.errors import BrokerUnavailable, InvalidRequest
+from zlora.testing import MemoryWorker
+
+INFO = QueueInfo(
+    base="SDXL",
+    model="a model",
+    base_sha256="0" * 64,
+    width=1024,
+    height=1024,
+    scheduler="EulerDiscreteScheduler",
+    num_inference_steps=28,
+    guidance_scale=7.5,
+    schedulers=("euler", "ddim"),
+    timeout=60,
+    url_policies=("presigned", "key"),
+    url_expires_in=3600,
+    versions={"z-image-lora": "1"},
+    written_at=1.0,
+)
+SERVED = (
+    {"timeout": 60},
+    {"url_policy": "presigned", "url_expires_in": 3600},
+    {"url_policy": "key"},
+    {"scheduler": "ddim"},
+)
+REFUSED = (
+    {"timeout": 61},
+    {"url_policy": "public"},
+    {"url_expires_in": 3601},
+    {"scheduler": "heun"},
+)
+
+
+@pytest.mark.parametrize("fields", SERVED)
+def test_a_request_that_the_queue_serves_is_queued(fields: dict[str, Any]) -> None:
+    worker = MemoryWorker(info=INFO)
+
+    worker.client().submit({"prompt": "a portrait", **fields})
+
+    assert len(worker.requests) == 1
+
+
+@pytest.mark.parametrize("fields", REFUSED)
+def test_a_request_that_the_queue_does_not_serve_is_refused_before_it_is_queued(
+    fields: dict[str, Any],
+) -> None:
+    worker, (field, value) = MemoryWorker(info=INFO), next(iter(fields.items()))
+
+    with pytest.raises(InvalidRequest) as raised:
+        worker.client().submit_many([{"prompt": "a portrait"}, {"prompt": "a city", **fields}])
+
+    assert raised.value.details["path"] == f"$.{field}"
+    assert str(value) in raised.value.details["value"]
+    assert not worker.requests
+
+
+@pytest.mark.parametrize("fields", REFUSED)
+def test_any_request_is_queued_if_the_queue_is_not_known(fields: dict[str, Any]) -> None:
+    worker = MemoryWorker()
+
+    worker.client().submit({"prompt": "a portrait", **fields})
+
+    assert len(worker.requests) == 1
+
+
+def test_what_has_changed_is_read_again_before_a_refusal(broker_url: str) -> None:
+    """Workers of today serve what those of a moment ago did not."""
+    jobs = JobStore(connect(broker_url), "gpu")
+    jobs.put_queue_info(msgspec.json.encode(INFO))
+    with Client(broker_url) as client:
+        assert client.queue_info() == INFO
+        jobs.put_queue_info(msgspec.json.encode(msgspec.structs.replace(INFO, timeout=90)))
+
+        client.submit({"prompt": "a portrait", "timeout": 90})
+
+
+@pytest.mark.parametrize("document", ["{}", "no JSON", '{"base": 1}'])
+def test_a_record_of_another_version_is_no_record(broker_url: str, document: str) -> None:
+    JobStore(connect(broker_url), "gpu").redis.set(queue_info_key("gpu"), document)
+    with Client(broker_url) as client:
+        assert client.queue_info() is None
+        client.submit({"prompt": "a portrait"})
+
+
+def test_a_broker_that_is_away_leaves_the_id_of_the_job() -> None:
+    with (
+        Client(f"redis://127.0.0.1:{free_port()}/0") as client,
+        pytest.raises(BrokerUnavailable) as raised,
+    ):
+        client.submit({"prompt": "a portrait"}, job_id="mine")
+
+    assert raised.value.details["job_id"] == "mine"
+
+
+def test_preflight_compares_with_the_base_model_of_the_queue() -> None:
+    compared = []
+
+    class Checks(Preflight):
+        def check(self, request: GenerateRequest, *, base: str | None = None) -> None:
+            compared.append(base)
+
+    for info in (INFO, msgspec.structs.replace(INFO, base="SD 1.x"), None):
+        client = Client(MemoryWorker(info=info), preflight=Checks)
+        client.submit({"prompt": "a portrait"}, preflight=True)
+
+    assert compared == ["SDXL", "SD 1.x", None]
+
+
+def test_the_command_prints_the_record(broker_url: str) -> None:
+    environ = {"ZLORA_BROKER_URL": broker_url}
+    assert CliRunner().invoke(main, ["info"], env=environ).exit_code != 0
+    JobStore(connect(broker_url), "gpu").put_queue_info(msgspec.json.encode(INFO))
+
+    lines = CliRunner().invoke(main, ["info"], env=environ)
+    document = CliRunner().invoke(main, ["info", "--json"], env=environ)
+
+    assert "native size: 1024x1024" in lines.output
+    assert msgspec.json.decode(document.output, type=QueueInfo) == INFO
