@@ -15,9 +15,9 @@ SDXL in its true shape with random fp16 weights (REAL), images of 1024x1024:
   against one that is not compiled, the first step with a new set against the next ones;
 - busy share of a real worker whose jobs have a LoRA of their own.
 
-Ways alternate, and ours has a second turn for the noise. `--thin` takes few rounds. `--cpu` runs
-all of it with the tests' tiny model on the CPU, without a compiler, in seconds: the figures mean
-nothing.
+Ways alternate, and ours has a second turn for the noise. `--thin` takes few rounds. `--cpu`, and
+`--thin` on a machine without a GPU, run all of it with the tests' tiny model on the CPU, without a
+compiler, in seconds: the figures mean nothing.
 """
 
 import gc
@@ -606,4 +606,7 @@ if __name__ == "__main__":
         "--cpu", action="store_true", help="run all of it on the CPU; the figures mean nothing"
     )
     options = parser.parse_args()
-    main(CPU if options.cpu else THIN if options.thin else FULL)
+    size = THIN if options.thin else FULL
+    if options.cpu or (options.thin and not torch.cuda.is_available()):
+        size = CPU
+    main(size)
