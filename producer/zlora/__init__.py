@@ -24,6 +24,7 @@ from zlora.schema import (
     JobStatus,
     LoraReceipt,
     LoraSpec,
+    PromptReceipt,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Options",
     "Preflight",
     "Priority",
+    "PromptReceipt",
     "QueueInfo",
     "errors",
     "job_id_of",
