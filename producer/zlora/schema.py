@@ -27,6 +27,7 @@ NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exi
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
 Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
@@ -53,7 +54,7 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     """Reference to a file of the Cozy hub."""
     ref: Address | None = None
     """Either a URL or a reference to the Cozy hub."""
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    sha256: Sha256 | None = None
     """SHA-256 that the file must have, in lower-case hex; not checked by default."""
     config_sha256: Annotated[str, Meta(pattern=r"^(?:none|[0-9a-f]{64})\Z")] | None = None
     """SHA-256 that the `adapter_config.json` beside the file must have; `none` to read none."""
