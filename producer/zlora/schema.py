@@ -49,11 +49,11 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     """Address of a file: exactly one of `url`, `cozy_ref` and `ref`."""
 
     url: Address | None = None
-    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `file`, `demo`), or the name `owner/repo`."""
+    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `lora`, `file`, `demo`), or `owner/repo`."""
     cozy_ref: Address | None = None
     """Reference to a file of the Cozy hub."""
     ref: Address | None = None
-    """Either a URL or a reference to the Cozy hub."""
+    """A URL, a name of the worker's catalogue, or a reference to the Cozy hub."""
     sha256: Sha256 | None = None
     """SHA-256 that the file must have, in lower-case hex; not checked by default."""
     config_sha256: Annotated[str, Meta(pattern=r"^(?:none|[0-9a-f]{64})\Z")] | None = None
@@ -131,6 +131,8 @@ class GenerateRequest(
     """Number of images; 1 by default."""
     scheduler: Scheduler | None = None
     """Sampler of the denoising; the model's own by default."""
+    trigger_words: Literal["list", "add"] = "list"
+    """Trigger words of the catalogue: `add` to the prompt, or only `list` (the default)."""
     output_format: OutputFormat = "png"
     """Format of the images: `png` (the default), `jpeg` or `webp`."""
     quality: Annotated[int, Meta(ge=1, le=100)] | None = None
@@ -259,6 +261,10 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     """SHA-256 of the `adapter_config.json` that was used; `none` if none was beside the file."""
     warnings: tuple[str, ...] = ()
     """What was assumed about the file, such as `alpha: assumed equal to rank`."""
+    catalogue: str | None = None
+    """Name in the worker's catalogue, if it is there."""
+    trigger_words: tuple[str, ...] = ()
+    """Trigger words by the worker's catalogue, else by the file's header."""
 
     @property
     def is_used(self) -> bool:

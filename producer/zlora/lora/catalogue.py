@@ -19,7 +19,7 @@ trigger words and recipe of that entry unless it has its own.
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Self
@@ -32,7 +32,16 @@ from zlora.errors import InvalidSetting, LoraError, LoraNotAllowed, LoraNotFound
 from zlora.files import open_regular
 from zlora.lora.addresses import CATALOGUE, PUBLIC_SCHEMES, WORKER_SCHEMES, canonical, scheme_of
 from zlora.redaction import on_one_line, without_secrets
-from zlora.schema import Address, Asset, GenerateRequest, LoraSpec, Sha256, Weight, invalid
+from zlora.schema import (
+    Address,
+    Asset,
+    GenerateRequest,
+    LoraSpec,
+    Sha256,
+    Weight,
+    invalid,
+    parse_request,
+)
 
 _TABLE: Final = "loras"
 _MAX_BYTES: Final = 4 * 2**20  # of the file: more than 10,000 entries
@@ -137,7 +146,7 @@ class Catalogue:
 
         Raises `LoraNotFound` for an unknown name and `LoraNotAllowed` for a LoRA that is not
         served, both with `index` in the details, and `InvalidRequest` if a field contradicts the
-        catalogue.
+        catalogue, or the prompt is too long with its trigger words.
         """
         specs: list[LoraSpec] = []
         entries: list[CatalogueEntry | None] = []
@@ -149,7 +158,15 @@ class Catalogue:
                 raise
             entries.append(entry)
             specs.append(self._filled_in(spec, entry, f"$.loras[{index}]") if entry else spec)
-        return Resolved(structs.replace(request, loras=tuple(specs)), tuple(entries))
+        prompt, adds_words = request.prompt, request.trigger_words == "add"
+        if not any(entries) and not adds_words:
+            return Resolved(request, tuple(entries))
+        if adds_words:
+            for spec, entry in zip(specs, entries, strict=True):
+                if entry is not None and spec.is_used:
+                    prompt = with_words(prompt, entry.words)
+        found = structs.replace(request, prompt=prompt, loras=tuple(specs), trigger_words="list")
+        return Resolved(parse_request(found), tuple(entries))
 
     def _entry_of(self, asset: Asset) -> CatalogueEntry | None:
         """Return the entry that a file of a request names; None for a file of another source."""
@@ -185,6 +202,14 @@ class Catalogue:
             weight=entry.weight if spec.weight is None else spec.weight,
             adapter_name=spec.adapter_name or entry.name,
         )
+
+
+def with_words(prompt: str, words: Iterable[str]) -> str:
+    """Return a prompt with these trigger words at its end, but for those that it already has."""
+    for word in words:
+        if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE):
+            prompt = f"{prompt}, {word}" if prompt.strip() else word
+    return prompt
 
 
 def nearest_names(name: str, names: Mapping[str, object]) -> list[str]:
