@@ -20,6 +20,7 @@ from typing import Final, Literal, NamedTuple
 
 PromptSyntax = Literal["plain", "a1111"]
 
+MAX_WINDOWS: Final = 10  # of the text encoders for one prompt; each costs memory in every step
 MAX_WEIGHT: Final = 10.0  # of a fragment; images are noise long before
 MAX_LORA_WEIGHT: Final = 4.0  # as of a LoRA in `loras`
 _FACTORS: Final = {"(": 1.1, "[": 1 / 1.1}  # of the weight, by bracket
