@@ -13,13 +13,14 @@ from msgspec import Meta, Struct, structs
 
 from zlora import prompt_syntax
 from zlora.errors import InvalidJobId, InvalidRequest
-from zlora.prompt_syntax import MAX_WINDOWS, PromptSyntax
+from zlora.prompt_syntax import MAX_WINDOWS, ParsedPrompt, PromptSyntax
 from zlora.redaction import field_name, printable
 
 TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
+MAX_LORAS: Final = 8
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
@@ -121,7 +122,7 @@ class GenerateRequest(
     """Syntax of both prompts: `plain` (the default) or `a1111`, with weights and `BREAK`."""
     clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
     """Layers of the text encoders to skip before the one that SDXL reads; none by default."""
-    loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=8)] = ()
+    loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=MAX_LORAS)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
     """Denoising steps of each image; 28 by default."""
@@ -495,12 +496,15 @@ def parse_request(document: object) -> GenerateRequest:
         raise _explained(str(error), data) from None
     except UnicodeEncodeError:
         raise invalid("$", data, "Expected text that UTF-8 can carry") from None
-    _check_prompt("$.prompt", request.prompt, request.prompt_syntax)
+    inline = _check_prompt("$.prompt", request.prompt, request.prompt_syntax).loras
     _check_prompt("$.negative_prompt", request.negative_prompt, request.prompt_syntax)
+    if (count := len(request.loras) + len(inline)) > MAX_LORAS:
+        expected = f"Expected at most {MAX_LORAS} LoRAs in prompt and `loras`, got {count}"
+        raise invalid("$.prompt", request.prompt, expected)
     return request
 
 
-def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> None:
+def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> ParsedPrompt:
     """Refuse what this syntax does not have, and what no tokenizer is needed to count."""
     try:
         parsed = prompt_syntax.parse(text, syntax)
@@ -511,6 +515,7 @@ def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> None:
         raise invalid(path, text, f"Expected at most {MAX_WINDOWS} windows, got at least {count}")
     if parsed.loras and path != "$.prompt":
         raise invalid(path, text, "Expected LoRA tags in `prompt` only")
+    return parsed
 
 
 def digest_of(request: GenerateRequest) -> str:

@@ -23,14 +23,16 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Self
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import msgspec
 from msgspec import Meta, Struct, structs
 
+from zlora import prompt_syntax
 from zlora.errors import InvalidSetting, LoraError, LoraNotAllowed, LoraNotFound
 from zlora.files import open_regular
 from zlora.lora.addresses import CATALOGUE, PUBLIC_SCHEMES, WORKER_SCHEMES, canonical, scheme_of
+from zlora.prompt_syntax import LoraTag, PromptSyntax
 from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import (
     Address,
@@ -144,13 +146,20 @@ class Catalogue:
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Return the request with the files, weights and trigger words of the catalogue.
 
+        LoRAs that the prompt names follow those of `loras`, and are no longer in the prompt.
+
         Raises `LoraNotFound` for an unknown name and `LoraNotAllowed` for a LoRA that is not
         served, both with `index` in the details, and `InvalidRequest` if a field contradicts the
         catalogue, or the prompt is too long with its trigger words.
         """
+        prompt, syntax = request.prompt, request.prompt_syntax
+        given = list(request.loras)
+        if inline := prompt_syntax.parse(prompt, syntax).loras:
+            prompt = prompt_syntax.without_loras(prompt).strip()
+            given += map(_spec_of, inline)
         specs: list[LoraSpec] = []
         entries: list[CatalogueEntry | None] = []
-        for index, spec in enumerate(request.loras):
+        for index, spec in enumerate(given):
             try:
                 entry = self._entry_of(spec.file)
             except LoraError as error:
@@ -158,13 +167,13 @@ class Catalogue:
                 raise
             entries.append(entry)
             specs.append(self._filled_in(spec, entry, f"$.loras[{index}]") if entry else spec)
-        prompt, adds_words = request.prompt, request.trigger_words == "add"
+        adds_words = request.trigger_words == "add"
         if not any(entries) and not adds_words:
             return Resolved(request, tuple(entries))
         if adds_words:
             for spec, entry in zip(specs, entries, strict=True):
                 if entry is not None and spec.is_used:
-                    prompt = with_words(prompt, entry.words)
+                    prompt = with_words(prompt, entry.words, syntax)
         found = structs.replace(request, prompt=prompt, loras=tuple(specs), trigger_words="list")
         return Resolved(parse_request(found), tuple(entries))
 
@@ -204,9 +213,19 @@ class Catalogue:
         )
 
 
-def with_words(prompt: str, words: Iterable[str]) -> str:
+def _spec_of(tag: LoraTag) -> LoraSpec:
+    """Return the LoRA of a tag in a prompt, in which a weight may be absent."""
+    file = Asset(ref=f"{CATALOGUE}://{quote(tag.name, safe='')}")
+    text, unet = tag.text_encoder_weight, tag.unet_weight
+    if text == unet:
+        return LoraSpec(file=file, weight=unet)
+    return LoraSpec(file=file, text_encoder_weight=text, unet_weight=unet)
+
+
+def with_words(prompt: str, words: Iterable[str], syntax: PromptSyntax) -> str:
     """Return a prompt with these trigger words at its end, but for those that it already has."""
-    for word in words:
+    for plain in words:
+        word = prompt_syntax.escaped(plain) if syntax == "a1111" else plain
         if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE):
             prompt = f"{prompt}, {word}" if prompt.strip() else word
     return prompt

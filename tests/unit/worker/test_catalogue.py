@@ -90,6 +90,23 @@ def test_trigger_words_are_added_if_the_request_says_so(worker: Worker) -> None:
     assert [receipt.trigger_words for receipt in listed.loras] == [("one style",), ("two style",)]
 
 
+def test_a_tag_in_the_prompt_draws_what_the_list_of_loras_draws(worker: Worker) -> None:
+    """Weights of text encoders and UNet are those of the web UI; the record has no tag."""
+    child = worker()
+    spec = by_name("one", text_encoder_weight=0.25, unet_weight=0.75)
+    request = a_request(seed=7, prompt="a (city:1.2)", prompt_syntax="a1111", loras=(spec,))
+    tagged = a_request(seed=7, prompt="a (city:1.2) <lora:one:0.25:0.75>", prompt_syntax="a1111")
+    expected = run_job(child, "listed", request)
+
+    result = run_job(child, "tagged", tagged)
+
+    assert pixels_of(result) == pixels_of(expected)
+    assert (result.loras[0].text_encoder_weight, result.loras[0].unet_weight) == (0.25, 0.75)
+    assert result.request is not None
+    assert result.request.prompt == "a (city:1.2)"
+    assert pixels_of(run_job(child, "again", result.request)) == pixels_of(expected)
+
+
 def test_words_that_are_asked_for_and_not_known_are_a_warning(
     worker: Worker, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from zlora.errors import InvalidRequest, InvalidSetting, LoraNotAllowed, LoraNotFound
 from zlora.lora.catalogue import Catalogue, parse_rows
+from zlora.prompt_syntax import parse
 from zlora.schema import Asset, GenerateRequest, LoraSpec, parse_request
 
 ONE, OTHER = "a" * 64, "b" * 64
@@ -32,7 +33,7 @@ def catalogue(text: str = TEXT, *, only: bool = False) -> Catalogue:
 
 
 def a_request(*files: dict[str, str], **fields: object) -> GenerateRequest:
-    return parse_request({"prompt": "a", "loras": [{"file": file} for file in files], **fields})
+    return parse_request({"prompt": "a", "loras": [{"file": file} for file in files]} | fields)
 
 
 # --- names
@@ -117,6 +118,99 @@ def test_a_sha256_that_contradicts_the_entry_is_refused() -> None:
 
     assert caught.value.details["path"] == "$.loras[0].file.sha256"
     assert ONE in caught.value.details["expected"]
+
+
+# --- prompts
+
+
+def test_a_tag_of_the_prompt_is_a_lora_of_the_catalogue() -> None:
+    """The first number is for the text encoders; a tag without one has the weight of the entry."""
+    request = parse_request(
+        {
+            "prompt": "a <lora:WaterColor> cat <lora:Neon Lights:0.3><lora:watercolor:0.2:0.4>",
+            "prompt_syntax": "a1111",
+            "loras": [{"file": {"url": "https://loras.invalid/x"}, "weight": 0.9}],
+        }
+    )
+
+    found, entries = catalogue().resolve(request)
+
+    assert found.prompt == "a  cat"
+    assert [spec.component_weights for spec in found.loras] == [
+        (0.9, 0.9),
+        (0.8, 0.8),
+        (0.3, 0.3),
+        (0.4, 0.2),
+    ]
+    assert [entry and entry.name for entry in entries] == [
+        None,
+        "watercolor",
+        "Neon Lights",
+        "watercolor",
+    ]
+
+
+def test_a_tag_is_text_in_a_plain_prompt() -> None:
+    request = parse_request({"prompt": "a <lora:watercolor:1> cat"})
+
+    assert catalogue().resolve(request) == (request, ())
+
+
+def test_a_tag_with_an_unknown_name_is_refused() -> None:
+    request = parse_request({"prompt": "a <lora:x/?#water color:1>", "prompt_syntax": "a1111"})
+
+    with pytest.raises(LoraNotFound, match=r"lora://x/[?]#water color: no such name") as caught:
+        catalogue().resolve(request)
+    assert caught.value.details["nearest"] == ["watercolor", "strong-watercolor"]
+
+
+def test_more_loras_than_a_request_may_have_are_refused_before_the_queue() -> None:
+    request = {
+        "prompt": "<lora:a:1><lora:b:1>",
+        "prompt_syntax": "a1111",
+        "loras": [{"file": {"url": "owner/x"}}] * 7,
+    }
+
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(request)
+    assert caught.value.details["path"] == "$.prompt"
+    assert "at most 8 LoRAs in prompt and `loras`, got 9" in caught.value.details["expected"]
+
+
+def test_trigger_words_follow_the_prompt_once() -> None:
+    text = """
+        [loras.a]
+        source = "owner/a"
+        trigger_words = ["Ink (old)", "art"]
+        [loras.b]
+        source = "owner/b"
+        trigger_words = ["art", "AND"]
+        """
+    files = [{"file": {"ref": name}} for name in "ab"]
+    plain = parse_request({"prompt": "a party", "loras": files, "trigger_words": "add"})
+    weighted = parse_request(
+        {
+            "prompt": "(art:1.2)",
+            "loras": files,
+            "trigger_words": "add",
+            "prompt_syntax": "a1111",
+        }
+    )
+
+    assert catalogue(text).resolve(plain).request.prompt == "a party, Ink (old), art, AND"
+    found = catalogue(text).resolve(weighted).request
+    assert found.prompt == r"(art:1.2), Ink \(old\), \AND"
+    assert (
+        "".join(part.text for part in parse(found.prompt, "a1111").sections[0])
+        == "art, Ink (old), AND"
+    )
+
+
+def test_a_prompt_that_is_too_long_with_its_trigger_words_is_refused() -> None:
+    request = a_request({"ref": "watercolor"}, trigger_words="add", prompt="x" * 9_990)
+
+    with pytest.raises(InvalidRequest, match=r"\$\.prompt: .*<= 10000"):
+        catalogue().resolve(request)
 
 
 # --- a closed catalogue
