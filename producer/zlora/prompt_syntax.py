@@ -37,6 +37,7 @@ _SPECIAL: Final = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_SYNTAX: Final = re.compile(r"[\\<()\[\]|]|\b(?:AND|BREAK)\b")
 
 
 class Fragment(NamedTuple):
@@ -92,6 +93,11 @@ def parse(text: str, syntax: PromptSyntax) -> ParsedPrompt:
 def without_loras(text: str) -> str:
     """Return a prompt of the syntax `a1111` without its LoRA tags; all else stays as it is."""
     return _SPECIAL.sub(lambda found: "" if found["network"] else found[0], text)
+
+
+def escaped(text: str) -> str:
+    """Return a prompt that the syntax `a1111` reads as this text."""
+    return _SYNTAX.sub(r"\\\g<0>", text)
 
 
 @dataclass

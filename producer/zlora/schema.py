@@ -13,13 +13,14 @@ from msgspec import Meta, Struct, structs
 
 from zlora import prompt_syntax
 from zlora.errors import InvalidJobId, InvalidRequest
-from zlora.prompt_syntax import MAX_WINDOWS, PromptSyntax
+from zlora.prompt_syntax import MAX_WINDOWS, ParsedPrompt, PromptSyntax
 from zlora.redaction import field_name, printable
 
 TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
+MAX_LORAS: Final = 8
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
@@ -29,6 +30,7 @@ NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exi
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
 Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
@@ -50,12 +52,12 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
     """Address of a file: exactly one of `url`, `cozy_ref` and `ref`."""
 
     url: Address | None = None
-    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `file`, `demo`), or the name `owner/repo`."""
+    """URL (`https`, `http`, `s3`, `hf`, `civitai`, `lora`, `file`, `demo`), or `owner/repo`."""
     cozy_ref: Address | None = None
     """Reference to a file of the Cozy hub."""
     ref: Address | None = None
-    """Either a URL or a reference to the Cozy hub."""
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    """A URL, a name of the worker's catalogue, or a reference to the Cozy hub."""
+    sha256: Sha256 | None = None
     """SHA-256 that the file must have, in lower-case hex; not checked by default."""
     config_sha256: Annotated[str, Meta(pattern=r"^(?:none|[0-9a-f]{64})\Z")] | None = None
     """SHA-256 that the `adapter_config.json` beside the file must have; `none` to read none."""
@@ -120,7 +122,7 @@ class GenerateRequest(
     """Syntax of both prompts: `plain` (the default) or `a1111`, with weights and `BREAK`."""
     clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
     """Layers of the text encoders to skip before the one that SDXL reads; none by default."""
-    loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=8)] = ()
+    loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=MAX_LORAS)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
     """Denoising steps of each image; 28 by default."""
@@ -136,6 +138,8 @@ class GenerateRequest(
     """Number of images; 1 by default."""
     scheduler: Scheduler | None = None
     """Sampler of the denoising; the model's own by default."""
+    trigger_words: Literal["list", "add"] = "list"
+    """Trigger words of the catalogue: `add` to the prompt, or only `list` (the default)."""
     output_format: OutputFormat = "png"
     """Format of the images: `png` (the default), `jpeg` or `webp`."""
     quality: Annotated[int, Meta(ge=1, le=100)] | None = None
@@ -264,6 +268,10 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     """SHA-256 of the `adapter_config.json` that was used; `none` if none was beside the file."""
     warnings: tuple[str, ...] = ()
     """What was assumed about the file, such as `alpha: assumed equal to rank`."""
+    catalogue: str | None = None
+    """Name in the worker's catalogue, if it is there."""
+    trigger_words: tuple[str, ...] = ()
+    """Trigger words by the worker's catalogue, else by the file's header."""
 
     @property
     def is_used(self) -> bool:
@@ -488,12 +496,15 @@ def parse_request(document: object) -> GenerateRequest:
         raise _explained(str(error), data) from None
     except UnicodeEncodeError:
         raise invalid("$", data, "Expected text that UTF-8 can carry") from None
-    _check_prompt("$.prompt", request.prompt, request.prompt_syntax)
+    inline = _check_prompt("$.prompt", request.prompt, request.prompt_syntax).loras
     _check_prompt("$.negative_prompt", request.negative_prompt, request.prompt_syntax)
+    if (count := len(request.loras) + len(inline)) > MAX_LORAS:
+        expected = f"Expected at most {MAX_LORAS} LoRAs in prompt and `loras`, got {count}"
+        raise invalid("$.prompt", request.prompt, expected)
     return request
 
 
-def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> None:
+def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> ParsedPrompt:
     """Refuse what this syntax does not have, and what no tokenizer is needed to count."""
     try:
         parsed = prompt_syntax.parse(text, syntax)
@@ -504,6 +515,7 @@ def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> None:
         raise invalid(path, text, f"Expected at most {MAX_WINDOWS} windows, got at least {count}")
     if parsed.loras and path != "$.prompt":
         raise invalid(path, text, "Expected LoRA tags in `prompt` only")
+    return parsed
 
 
 def digest_of(request: GenerateRequest) -> str:

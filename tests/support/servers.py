@@ -272,8 +272,12 @@ def tensor_file(header: object, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def lora_bytes(fill: int = 0, *, size: int = 2048) -> bytes:
-    """Return a valid LoRA file with `size` bytes of tensors, all equal to `fill`."""
+def lora_bytes(fill: int = 0, *, size: int = 2048, trigger: str = "") -> bytes:
+    """Return a valid LoRA file with `size` bytes of tensors, all equal to `fill`.
+
+    `trigger` is the trigger phrase in its header.
+    """
+    metadata = {"modelspec.trigger_phrase": trigger} if trigger else {}
     half = size // 2
     factors = {
         f"unet.to_q.lora_{letter}.weight": {
@@ -283,7 +287,9 @@ def lora_bytes(fill: int = 0, *, size: int = 2048) -> bytes:
         }
         for index, (letter, shape) in enumerate({"A": [4, half // 8], "B": [half // 8, 4]}.items())
     }
-    return tensor_file({"__metadata__": {"format": "pt"}, **factors}, bytes([fill]) * size)
+    return tensor_file(
+        {"__metadata__": {"format": "pt", **metadata}, **factors}, bytes([fill]) * size
+    )
 
 
 def digest(data: bytes) -> str:

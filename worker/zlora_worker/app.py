@@ -211,10 +211,12 @@ def load_model(**_: Any) -> None:
         from zlora_worker import read_ahead
         from zlora_worker.child import Child
         from zlora_worker.fetch.cache import Cache
+        from zlora_worker.lora_in_use import hold_pinned
         from zlora_worker.monitoring.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
         runner.child = Child.open(settings, held.spool, meter)
+        hold_pinned(runner.child)
         held.spool.show_queue_info(runner.child.queue_info())
         seconds = time.monotonic() - start
         meter.loaded(seconds, replaces=replaces)

@@ -1,10 +1,12 @@
 """What the child process keeps from its start to its end: the base model, caches, the store."""
 
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Final, Self, get_args
 
+from zlora.lora.catalogue import Catalogue
 from zlora.queue_info import QueueInfo
 from zlora.schema import GUIDANCE_SCALE, STEPS, GenerateRequest, Scheduler
 
@@ -35,6 +37,8 @@ class Child:
     urls: ImageUrls
     job_timeout: int  # seconds, the operator's bound
     meter: Meter
+    catalogue: Catalogue = field(default_factory=Catalogue)
+    pinned_files: ExitStack = field(default_factory=ExitStack)  # they stay on disk, too
     max_attempts: int = 3  # child processes that a job may end
     max_losses: int = 10  # workers that a job may lose
 
@@ -42,8 +46,10 @@ class Child:
     def open(cls, settings: Settings, spool: Spool, meter: Meter) -> Self:
         """Open store and cache, and load the base model, so that the first job is a usual one.
 
-        Raises `ModelUnavailable`, or `InvalidSetting` if the store or the cache cannot be used.
+        Raises `ModelUnavailable`, or `InvalidSetting` if the store, the cache or the catalogue
+        cannot be used.
         """
+        catalogue = settings.open_catalogue()
         store = open_store(settings)
         urls = ImageUrls(store, settings)
         store.probe()  # before the slow load: a worker with a wrong store would empty the queue
@@ -59,6 +65,7 @@ class Child:
             urls=urls,
             job_timeout=settings.job_timeout,
             meter=meter,
+            catalogue=catalogue,
             max_attempts=settings.max_attempts,
             max_losses=settings.max_losses,
         )

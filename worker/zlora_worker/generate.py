@@ -56,14 +56,19 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     a `ZloraError` if the job fails, or what `progress` raises; then the spool has nothing of it.
     The base model is restored and checked in any case.
     """
-    request, timer = job.request.with_defaults(), PhaseTimer(queued=job.queued)
-    specs = [spec for spec in request.loras if spec.is_used]
+    timer = PhaseTimer(queued=job.queued)
+    filled_in, entries = child.catalogue.resolve(job.request)
+    request = filled_in.with_defaults()
+    used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
 
     # fetch
-    with open_files(child, job, specs, progress) as files:
+    with open_files(child, job, [spec for spec, _ in used], progress) as files:
         timer.end(Phase.FETCH)
         progress(Phase.PARSE, 0, len(files))
-        loras = [LoraInUse.read(child, spec, file) for spec, file in zip(specs, files, strict=True)]
+        loras = [
+            LoraInUse.read(child, spec, file, entry=entry)
+            for (spec, entry), file in zip(used, files, strict=True)
+        ]
     timer.end(Phase.PARSE)
 
     spooled = spooled_job(child, job, request, loras)
@@ -90,15 +95,17 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         # the base model is restored and checked
         timer.end(Phase.RESTORE)
         progress(Phase.UPLOAD, 0, request.num_images)
+        adds_words = job.request.trigger_words == "add"
         receipts = (
-            lora.receipt(norm) for lora, norm in zip(loras, model.relative_norms, strict=True)
+            lora.receipt(norm, adds_words=adds_words)
+            for lora, norm in zip(loras, model.relative_norms, strict=True)
         )
         # the images are passed on
         images.close(
             DrawnJob(
                 loras=tuple(
-                    next(receipts) if spec.is_used else unused_receipt(spec)
-                    for spec in request.loras
+                    next(receipts) if spec.is_used else unused_receipt(spec, entry)
+                    for spec, entry in zip(request.loras, entries, strict=True)
                 ),
                 timings=timer.seconds,
                 base_intact=child.model.state is PipelineState.READY,
@@ -127,7 +134,7 @@ def spooled_job(
 ) -> SpooledJob:
     """Return what the sidecar needs to store the job's images, and what draws them again.
 
-    `request` is the job's with its defaults written out.
+    `request` is the job's with what the catalogue says, and its defaults written out.
     """
     machine = child.model.machine
     files = [lora.file for lora in loras]

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 import msgspec
+from zlora import config
+from zlora.errors import InvalidSetting, LoraError
+from zlora.lora.catalogue import CatalogueEntry
 from zlora.redaction import label, without_secrets
 from zlora.schema import NO_CONFIG, Asset, LoraReceipt, LoraSpec, LoraTier, Phase
 
@@ -17,6 +20,7 @@ _UNMATCHED_NAMES: Final = 20  # in a receipt, which travels with each look at th
 _NAME_LENGTH: Final = 200  # characters of a tensor's name, which the author of the file chose
 _ALPHA_ASSUMED: Final = "alpha: assumed equal to rank"
 _NOT_USED: Final = "weight 0: the file was not fetched"
+_NO_WORDS: Final = "trigger_words: none are added, since the LoRA is not one of the catalogue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +32,17 @@ class LoraInUse:
     parsed: Lora
     tier: LoraTier  # the nearest place that had it
     seconds: float  # that parsing took
+    entry: CatalogueEntry | None = None  # of the catalogue, if it is one
 
     @classmethod
-    def read(cls, child: Child, spec: LoraSpec, file: CachedFile) -> Self:
+    def read(
+        cls,
+        child: Child,
+        spec: LoraSpec,
+        file: CachedFile,
+        *,
+        entry: CatalogueEntry | None = None,
+    ) -> Self:
         """Parse the file, or take the parsed LoRA from memory.
 
         Raises `NotSafetensors`, and `LoraMismatch` if the file does not fit the base model.
@@ -43,7 +55,12 @@ class LoraInUse:
         if from_memory and tier == "disk":
             tier = "memory"
         return cls(
-            spec=spec, file=file, parsed=parsed, tier=tier, seconds=time.perf_counter() - start
+            spec=spec,
+            file=file,
+            parsed=parsed,
+            tier=tier,
+            seconds=time.perf_counter() - start,
+            entry=entry,
         )
 
     @property
@@ -57,9 +74,15 @@ class LoraInUse:
             source=self.file.source,
         )
 
-    def receipt(self, relative_norm: float) -> LoraReceipt:
-        """Return what was used; `relative_norm` is that of the merged change."""
-        parsed = self.parsed
+    def receipt(self, relative_norm: float, *, adds_words: bool = False) -> LoraReceipt:
+        """Return what was used; `relative_norm` is that of the merged change.
+
+        `adds_words` says that the request asks for trigger words in the prompt.
+        """
+        parsed, entry = self.parsed, self.entry
+        warnings = [_ALPHA_ASSUMED] if parsed.alpha_assumed else []
+        if adds_words and entry is None:
+            warnings.append(_NO_WORDS)
         unet, text = self.spec.component_weights
         return LoraReceipt(
             source=self.file.source,
@@ -84,7 +107,9 @@ class LoraInUse:
             relative_norm=round(relative_norm, 6),
             tensors_sha256=parsed.tensors_sha256,
             config_sha256=self.file.config_sha256,
-            warnings=(_ALPHA_ASSUMED,) if parsed.alpha_assumed else (),
+            warnings=tuple(warnings),
+            catalogue=entry.name if entry else None,
+            trigger_words=_words(entry, parsed),
         )
 
 
@@ -103,7 +128,37 @@ def parse(child: Child, spec: LoraSpec, file: CachedFile) -> tuple[Lora, bool]:
     )
 
 
-def unused_receipt(spec: LoraSpec) -> LoraReceipt:
+def _words(entry: CatalogueEntry | None, parsed: Lora) -> tuple[str, ...]:
+    """Return the trigger words of the catalogue, else those of the file's header."""
+    if entry is None or entry.trigger_words is None:
+        return parsed.trigger_words
+    return entry.trigger_words
+
+
+def hold_pinned(child: Child) -> None:
+    """Parse the pinned LoRAs of the catalogue, and keep them in memory and on disk.
+
+    Raises `InvalidSetting` if one cannot be used, or if memory has no room for all.
+    """
+    for entry in child.catalogue.entries.values():
+        if not entry.pinned:
+            continue
+        start = f"{config.CATALOGUE}: the pinned LoRA {entry.name}"
+        spec = LoraSpec(file=entry.asset)
+        try:
+            (file,) = child.pinned_files.enter_context(child.lora_files.files([spec.file]))
+            parsed, _ = parse(child, spec, file)
+        except LoraError as error:
+            raise InvalidSetting(f"{start}: {error}", {"name": config.CATALOGUE}) from None
+        if not child.loras.pin(parsed.digest):
+            raise InvalidSetting(
+                f"{start} has {parsed.nbytes:,} bytes, and ZLORA_LORA_MEMORY_BYTES leaves no room "
+                f"for them beside {child.loras.pinned_bytes:,} bytes of other pinned LoRAs",
+                {"name": config.CATALOGUE},
+            )
+
+
+def unused_receipt(spec: LoraSpec, entry: CatalogueEntry | None = None) -> LoraReceipt:
     """Return the receipt of a LoRA with the weight 0, whose file is not known."""
     return LoraReceipt(
         source=without_secrets(spec.file.address),
@@ -119,6 +174,8 @@ def unused_receipt(spec: LoraSpec) -> LoraReceipt:
         adapter_name=label(spec.adapter_name),
         relative_norm=0.0,
         warnings=(_NOT_USED,),
+        catalogue=entry.name if entry else None,
+        trigger_words=entry.words if entry else (),
     )
 
 

@@ -16,6 +16,7 @@ from zlora import config
 from zlora.broker.celery_app import VISIBILITY
 from zlora.errors import InvalidSetting
 from zlora.lora.addresses import CIVITAI, HUGGING_FACE
+from zlora.lora.catalogue import Catalogue
 from zlora.schema import QUEUE, UrlPolicy
 
 from zlora_worker import setting_parsers as parsers
@@ -24,6 +25,7 @@ _SDXL: Final = "stabilityai/stable-diffusion-xl-base-1.0"
 _SDXL_REVISION: Final = "462165984030d82259a11f4367a4eed129e94a7b"  # commit of its repository
 DEMO_MODEL: Final = Path(__file__).with_name("demo") / "weights" / "model"  # diffusers layout
 DEMO_LORAS: Final = Path(__file__).with_name("demo") / "weights" / "loras"  # safetensors files
+DEMO_CATALOGUE: Final = DEMO_LORAS.with_suffix(".toml")
 
 
 def _variable(
@@ -226,6 +228,19 @@ class Settings:
         read=parsers.non_negative,
         note="Bytes of all images of a job up to which a request with `inline` gets them as data "
         "URIs.",
+    )
+    catalogue: str = _variable(
+        config.CATALOGUE,
+        read=config.existing_file,
+        note="TOML file with names of LoRAs, their sources and weights: see docs/catalogue.md. "
+        "Default: none; with the demo model, a catalogue of its LoRAs.",
+    )
+    loras: Literal["any", "catalogue"] = _variable(
+        "ZLORA_LORAS",
+        default="any",
+        read=parsers.one_of("any", "catalogue"),
+        note="LoRAs that requests may use: `any` is the catalogue and every address that the other "
+        "settings allow, `catalogue` is the catalogue only.",
     )
     lora_cache: str = _variable(
         "ZLORA_LORA_CACHE",
@@ -453,6 +468,25 @@ class Settings:
     def serves_demo_model(self) -> bool:
         """Whether the base model is the demo model, which alone fits `demo://` LoRAs."""
         return self.model == "demo"
+
+    @property
+    def catalogue_file(self) -> Path | None:
+        """File of the catalogue; None if there is none."""
+        if self.catalogue:
+            return Path(self.catalogue)
+        return DEMO_CATALOGUE if self.serves_demo_model else None
+
+    def open_catalogue(self) -> Catalogue:
+        """Read the catalogue, which is empty without a file; raise `InvalidSetting`."""
+        name, only = config.CATALOGUE, self.loras == "catalogue"
+        if (file := self.catalogue_file) is not None:
+            return Catalogue.load(file, only=only, variable=name)
+        if only:
+            raise InvalidSetting(
+                f"{name}: expected the file of a catalogue with ZLORA_LORAS=catalogue",
+                {"name": name},
+            )
+        return Catalogue()
 
     @property
     def hub_revision(self) -> str | None:

@@ -527,8 +527,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     """Check all that a job needs, and print what to do.
 
     Checks the broker, the queue and its workers and, if the worker's packages are installed, a
-    worker's settings, store, device, model and LoRA cache. Prints a line for each check, and advice
-    if something is wrong. The exit status is 0, or that of the first check that has failed.
+    worker's settings, store, device, model, LoRA cache and catalogue. Prints a line for each check,
+    and advice if something is wrong. The exit status is 0, or that of the first check that has
+    failed.
     """
     found = chain(checks(os.environ), _checks_of_other_packages())
     if as_json:

@@ -14,7 +14,7 @@ from zlora.cli import json_input
 from zlora.client import Client, Options, job_id_of
 from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
-from zlora.schema import GenerateRequest, OutputFormat, Scheduler, parse_request
+from zlora.schema import GenerateRequest, OutputFormat, Scheduler, enum_fields, parse_request
 
 _NUMBER: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
 # An address, the number after its last colon, and an alpha.
@@ -30,6 +30,7 @@ _FIELDS: Final = (  # options that have the name of a field of the request
     "seed",
     "num_images",
     "scheduler",
+    "trigger_words",
     "output_format",
     "quality",
     "timeout",
@@ -113,8 +114,13 @@ _OPTIONS: Final = (
         callback=_loras,
         metavar="ADDRESS[:WEIGHT][:alpha=ALPHA]",
         help="LoRA, may be repeated. ADDRESS is a URL, `hf://owner/repo/file`, `owner/repo`, "
-        "`civitai://<version id>` or another that the workers may open. ALPHA is for a file "
-        "that has none.",
+        "`civitai://<version id>`, `lora://` with a name of the workers' catalogue, or another "
+        "that the workers may open. ALPHA is for a file that has none.",
+    ),
+    click.option(
+        "--trigger-words",
+        type=click.Choice(enum_fields()["trigger_words"]),
+        help="Add the catalogue's trigger words of the LoRAs to the prompt, or only list them.",
     ),
     click.option(
         "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."

@@ -29,6 +29,9 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     facts.append(("base intact", "yes" if result.base_intact else "no"))
     facts.append(("model", result.model))
     for receipt in result.loras:
+        if receipt.trigger_words:
+            words = ", ".join(receipt.trigger_words)
+            facts.append(("trigger words", f"{receipt.source}: {words}"))
         facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
 
     console = terminal(sys.stdout)

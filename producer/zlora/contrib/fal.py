@@ -117,7 +117,8 @@ def _loras(loras: object) -> object:
         if not is_object or not lora.keys() <= {"path", "scale"}:
             expected = "Expected an object with `path`, and no other field but `scale`"
             raise invalid(f"$.loras[{index}]", lora, expected)
-        found.append({"file": {"url": lora["path"]}, "weight": lora.get("scale", 1.0)})
+        weight = {"weight": lora["scale"]} if "scale" in lora else {}  # fal's default is ours
+        found.append({"file": {"url": lora["path"]}, **weight})
     return found
 
 

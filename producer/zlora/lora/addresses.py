@@ -13,6 +13,7 @@ from zlora.redaction import without_secrets
 # Schemes that preflight opens, and schemes that need the settings or the files of a worker.
 PUBLIC_SCHEMES: Final = ("https", "http", "hf", "civitai")
 WORKER_SCHEMES: Final = ("s3", "cozy", "file", "demo")
+CATALOGUE: Final = "lora"  # scheme of names in a worker's catalogue, which replaces them
 
 HUGGING_FACE: Final = "https://huggingface.co"
 CIVITAI: Final = "https://civitai.com"

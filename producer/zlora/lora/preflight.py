@@ -22,6 +22,7 @@ from zlora.errors import (
 )
 from zlora.lora import base_model
 from zlora.lora.addresses import (
+    CATALOGUE,
     CIVITAI,
     HUGGING_FACE,
     MAX_LISTING,
@@ -110,7 +111,7 @@ class Preflight:
                 raise
 
     def _check(self, address: str, *, strict: bool, base: str) -> None:
-        if scheme_of(address) in WORKER_SCHEMES:
+        if scheme_of(address) in (*WORKER_SCHEMES, CATALOGUE):
             return
         try:
             header = self._read(address).header
@@ -134,7 +135,7 @@ class Preflight:
 
         name = without_secrets(address)
         scheme = scheme_of(address)
-        if scheme in WORKER_SCHEMES:
+        if scheme in (*WORKER_SCHEMES, CATALOGUE):
             raise LoraNotAllowed(f"{name}: only a worker opens {scheme}://")
         if scheme not in PUBLIC_SCHEMES or not address.isprintable():
             schemes = ", ".join(PUBLIC_SCHEMES + WORKER_SCHEMES)

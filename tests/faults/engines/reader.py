@@ -17,6 +17,7 @@ class Lora:
     ranks: tuple[int, ...] = (4,)
     unmatched: tuple[str, ...] = ()
     alpha_assumed: bool = False
+    trigger_words: tuple[str, ...] = ()
     nbytes: int = 1
 
     @property

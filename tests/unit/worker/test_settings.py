@@ -1,5 +1,6 @@
 """Settings of the worker: each variable is read, errors name it, and secrets stay hidden."""
 
+import hashlib
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from zlora import config
 from zlora.broker.celery_app import VISIBILITY
 from zlora.errors import InvalidSetting
 from zlora.lora.addresses import HUGGING_FACE
-from zlora_worker.settings import Settings, reference
+from zlora_worker.settings import DEMO_LORAS, Settings, reference
 
 READ: list["Field[Any]"] = [item for item in fields(Settings) if item.metadata]
 
@@ -47,6 +48,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "public_url": ("https://cdn.example.com/pictures/", "https://cdn.example.com/pictures"),
     "url_seconds": ("600", 600),
     "inline_bytes": ("0", 0),
+    "catalogue": (__file__, __file__),
+    "loras": ("catalogue", "catalogue"),
     "lora_cache": ("/cache", "/cache"),
     "lora_cache_bytes": ("1000", 1000),
     "lora_max_bytes": ("100", 100),
@@ -466,3 +469,33 @@ def test_the_reference_has_a_row_for_every_variable() -> None:
     for row in rows:
         assert row.note.endswith(".")
         assert "|" not in row.note
+
+
+# --- the catalogue of LoRAs
+
+
+def test_the_demo_model_has_a_catalogue_of_its_loras_unless_another_is_set(tmp_path: Path) -> None:
+    """Each entry has the checksum of the file that its source names."""
+    own = tmp_path / "loras.toml"
+    own.write_text("[loras.mine]\nsource = 'owner/mine'\n")
+    demo = Settings.from_env({"ZLORA_MODEL": "demo"})
+    other = Settings.from_env({"ZLORA_MODEL": "demo", "ZLORA_CATALOGUE": str(own)})
+
+    entries = demo.open_catalogue().entries
+
+    assert list(entries) == sorted(file.stem for file in DEMO_LORAS.glob("*.safetensors"))
+    for name, entry in entries.items():
+        data = (DEMO_LORAS / f"{name}.safetensors").read_bytes()
+        assert entry.source == f"demo://{name}"
+        assert entry.sha256 == hashlib.sha256(data).hexdigest()
+    assert list(other.open_catalogue().entries) == ["mine"]
+    assert not Settings.from_env({}).open_catalogue().entries
+
+
+def test_a_closed_catalogue_needs_a_file() -> None:
+    closed = Settings.from_env({"ZLORA_LORAS": "catalogue"})
+
+    with pytest.raises(InvalidSetting, match="ZLORA_CATALOGUE: expected the file"):
+        closed.open_catalogue()
+    with pytest.raises(InvalidSetting, match="ZLORA_CATALOGUE='/no/such': expected the path"):
+        Settings.from_env({"ZLORA_CATALOGUE": "/no/such"})

@@ -67,6 +67,19 @@ def _settings(name: str, settings: Settings) -> Check:
     return ok(name, told)
 
 
+def _catalogue(name: str, settings: Settings) -> Check:
+    try:
+        entries = settings.open_catalogue().entries
+    except InvalidSetting as error:
+        return failed(name, error, "Correct the file: see docs/catalogue.md.")
+    if settings.catalogue_file is None:
+        return ok(name, "none (ZLORA_CATALOGUE)")
+    pinned = sum(entry.pinned for entry in entries.values())
+    served = "no others" if settings.loras == "catalogue" else "others too"
+    told = f"{settings.catalogue_file}: {len(entries)} LoRAs, {pinned} pinned; {served} are served"
+    return ok(name, told)
+
+
 def _store(name: str, settings: Settings) -> Check:
     """Write, read and delete an object, as a worker does at its start."""
     from zlora_worker.results.store import open_store
@@ -211,4 +224,5 @@ CHECKS: Final[dict[str, Callable[[str, Settings], Check]]] = {
     "device": _device,
     "model": _model,
     "LoRA cache": _cache,
+    "catalogue": _catalogue,
 }

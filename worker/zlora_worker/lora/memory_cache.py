@@ -1,4 +1,7 @@
-"""Parsed LoRAs in memory, bounded by bytes; the least recently used LoRA is evicted first."""
+"""Parsed LoRAs in memory, bounded by bytes; the least recently used LoRA is evicted first.
+
+Pinned LoRAs are never evicted.
+"""
 
 import time
 from collections import OrderedDict
@@ -21,12 +24,13 @@ class LoraMemoryCache:
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._loras: OrderedDict[str, Lora] = OrderedDict()
+        self._pinned: frozenset[str] = frozenset()
         self._readers: dict[str, int] = {}  # the thread that reads a file, by its sha256
 
     def get(self, digest: str, read: Callable[[], Lora]) -> tuple[Lora, bool]:
         """Return the LoRA, and True if it was cached or another thread was reading it.
 
-        A LoRA that is larger than the whole cache is read and not kept.
+        A LoRA that is larger than the room that pinned LoRAs leave is read and not kept.
         """
         me = get_ident()
         for other, reader in list(self._readers.items()):
@@ -41,13 +45,30 @@ class LoraMemoryCache:
             time.sleep(_WAIT)
         try:
             lora = read()
-            if lora.nbytes <= self._max_bytes:
+            if lora.nbytes <= self._max_bytes - self.pinned_bytes:
                 self._loras[digest] = lora
-                while self.nbytes > self._max_bytes and len(self._loras) > 1:
-                    self._loras.popitem(last=False)
+                self._evict(newest=digest)
         finally:
             self._readers.pop(digest, None)
         return lora, False
+
+    def pin(self, digest: str) -> bool:
+        """Never evict a LoRA from now on; return False if it is not cached, for lack of room."""
+        self._pinned |= {digest}
+        return digest in self._loras
+
+    def _evict(self, *, newest: str) -> None:
+        """Evict the oldest LoRAs that are not pinned until the others fit, but not the newest."""
+        for digest in list(self._loras):
+            if self.nbytes <= self._max_bytes:
+                break
+            if digest != newest and digest not in self._pinned:
+                self._loras.pop(digest, None)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the pinned LoRAs."""
+        return sum(lora.nbytes for key, lora in list(self._loras.items()) if key in self._pinned)
 
     @property
     def nbytes(self) -> int:

@@ -83,6 +83,7 @@ class Lora:
     unmatched: tuple[str, ...]
     other_base: str
     alpha_assumed: bool
+    trigger_words: tuple[str, ...]  # by the header
     batches: tuple[Batch, ...]
     deltas: tuple[tuple[Slot, WeightDelta], ...]  # of all formats but LoRA
     nbytes: int  # of all tensors in memory
@@ -195,6 +196,7 @@ class Reader:
             unmatched=tuple(sorted(unmatched)),
             other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
+            trigger_words=base_model.trigger_words(header.metadata),
             batches=tuple(batches),
             deltas=tuple(deltas),
             nbytes=_nbytes(batches, (delta for _, delta in deltas)),

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from zlora.broker.job_store import connect
 from zlora.broker.keys import waiting_lists
 from zlora.broker.message import QueuedMessage
-from zlora.errors import InvalidRequest, InvalidSetting, LoraError
+from zlora.errors import InvalidSetting, LoraError, ZloraError
+from zlora.lora.catalogue import Catalogue
 from zlora.schema import JOB_ID, TASK_NAME, Asset, LoraSpec, parse_request
 
 from zlora_worker.results.spool import NextLora, Spool
@@ -54,6 +55,7 @@ def start(settings: Settings, spool: Spool | None, heartbeat: Heartbeat, watch: 
         client,
         settings.queue,
         depth=settings.look_ahead,
+        catalogue=_catalogue(settings),
         show=spool.show_next if spool else lambda _loras: None,
     )
     watch.add(waiting_lists(settings.queue), prefetcher.look)
@@ -74,10 +76,12 @@ class Prefetcher:
         queue: str,
         *,
         depth: int,
+        catalogue: Catalogue,
         show: Callable[[list[NextLora]], None] = lambda _loras: None,
     ) -> None:
         """Call `show` with the LoRAs of the very next jobs."""
         self._messages, self._depth, self._show = QueueReader(client, queue), depth, show
+        self._catalogue = catalogue
         self._lock = Lock()
         self._changed = Condition(self._lock)
         # The next jobs of each list, the highest priority first.
@@ -92,7 +96,8 @@ class Prefetcher:
         found = self._messages.next_in_line(self._depth, lists, client=client)
         with self._changed:
             for name, messages in found.items():
-                self._jobs[name] = list(filter(None, (_job_of(item, now) for item in messages)))
+                jobs = (_job_of(item, now, self._catalogue) for item in messages)
+                self._jobs[name] = list(filter(None, jobs))
             self._changed.notify_all()
 
     def rest(self, seconds: float) -> None:
@@ -166,14 +171,23 @@ class _Job(NamedTuple):
     loras: tuple[LoraSpec, ...]  # those that are used
 
 
-def _job_of(message: QueuedMessage, now: float) -> _Job | None:
+def _catalogue(settings: Settings) -> Catalogue:
+    """Read the catalogue; an empty one if its file was damaged after the start of the worker."""
+    try:
+        return settings.open_catalogue()
+    except InvalidSetting as error:
+        logger.warning("LoRAs of the catalogue are not prefetched: %s", error)
+        return Catalogue()
+
+
+def _job_of(message: QueuedMessage, now: float, catalogue: Catalogue) -> _Job | None:
     """Return the job of a message, or None if a worker would refuse the message."""
     job_id = message.job_id or ""
     if message.headers.task != TASK_NAME or not JOB_ID.fullmatch(job_id):
         return None
     try:
-        request = parse_request(message.argument())
-    except (InvalidRequest, ValueError):
+        request, _ = catalogue.resolve(parse_request(message.argument()))
+    except (ZloraError, ValueError):
         return None
     submitted = message.submitted_at(now)
     if submitted is None:

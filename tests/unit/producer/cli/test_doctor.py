@@ -332,7 +332,7 @@ def test_all_checks_of_a_worker_that_can_start_are_ok(environ: dict[str, str]) -
     found = worker(environ)
 
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(
-        ("software", "settings", "store", "device", "model", "LoRA cache"), "ok"
+        ("software", "settings", "store", "device", "model", "LoRA cache", "catalogue"), "ok"
     )
     assert "demo, which is part of the package" in found["model"].told
     for package in ("torch", "diffusers", "transformers"):

@@ -47,7 +47,7 @@ def refusal(document: Any) -> InvalidRequest:
 def test_a_request_of_z_image_turbo_is_converted() -> None:
     loras = (
         LoraSpec(file=Asset(url=URL), weight=0.8),
-        LoraSpec(file=Asset(url="owner/repo"), weight=1.0),
+        LoraSpec(file=Asset(url="owner/repo")),
     )
 
     assert to_request(Z_IMAGE_TURBO) == GenerateRequest(

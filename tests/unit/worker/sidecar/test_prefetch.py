@@ -23,6 +23,7 @@ from zlora.broker.job_store import connect
 from zlora.broker.keys import DEFAULT_PRIORITY, PRIORITIES, waiting_lists
 from zlora.broker.message import SUBMITTED_AT
 from zlora.errors import LoraNotFound
+from zlora.lora.catalogue import Catalogue, CatalogueRow
 from zlora.schema import Asset
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.sidecar import prefetch
@@ -42,7 +43,10 @@ class Line:
         self.client = Client.from_url(broker_url, queue=self.queue)
         self.redis: Any = connect(broker_url)
         self.cache = Cache.open(self.settings)
-        self.prefetcher = Prefetcher(self.redis, self.queue, depth=DEPTH)
+        names = {"named": CatalogueRow(source=f"{host.url}/named")}
+        self.prefetcher = Prefetcher(
+            self.redis, self.queue, depth=DEPTH, catalogue=Catalogue(names)
+        )
 
     def asset(self, name: str) -> Asset:
         return Asset(url=f"{self.host.url}/{name}")
@@ -116,6 +120,15 @@ def line(broker_url: str, tmp_path: Path) -> Iterator[Line]:
 
 
 # --- order
+
+
+def test_a_lora_of_the_catalogue_is_fetched_from_its_source(line: Line) -> None:
+    """A job with an unknown name, which a worker refuses, keeps no other one back."""
+    for name in ("unknown", "named"):
+        line.client.submit({"prompt": "a cat", "loras": [{"file": {"url": f"lora://{name}"}}]})
+    line.submit("a")
+
+    assert line.fetch() == ["named", "a"]
 
 
 def test_loras_are_fetched_in_the_order_of_the_jobs(line: Line) -> None:
