@@ -78,6 +78,7 @@ def test_a_name_draws_what_its_address_draws(worker: Worker, tmp_path: Path) -> 
 
 
 def test_trigger_words_are_added_if_the_request_says_so(worker: Worker) -> None:
+    """The next job without them has the image that it had before."""
     child, loras = worker(), (by_name("one"), by_name("two", weight=0.0))
     listed = run_job(child, "listed", a_request(seed=7, loras=loras))
     written = a_request(seed=7, loras=loras, prompt="a city at night, one style")
@@ -88,6 +89,8 @@ def test_trigger_words_are_added_if_the_request_says_so(worker: Worker) -> None:
     assert added.request is not None
     assert (added.request.prompt, added.request.trigger_words) == (written.prompt, "list")
     assert [receipt.trigger_words for receipt in listed.loras] == [("one style",), ("two style",)]
+    again = run_job(child, "again", a_request(seed=7, loras=loras))
+    assert pixels_of(again) == pixels_of(listed)
 
 
 def test_a_tag_in_the_prompt_draws_what_the_list_of_loras_draws(worker: Worker) -> None:
