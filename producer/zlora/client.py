@@ -15,7 +15,7 @@ from zlora.broker.job_store import Submission
 from zlora.broker.keys import PRIORITIES, RECORD_EXPIRES
 from zlora.broker.protocol import Broker, NewJob
 from zlora.broker.redis import RedisBroker
-from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest
+from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, LoraNotFound
 from zlora.handle import JobHandle
 from zlora.lora.preflight import Preflight
 from zlora.queue_info import QueueInfo
@@ -28,6 +28,7 @@ from zlora.schema import (
     parse_request,
     to_dict,
 )
+from zlora.served import require_served
 
 Priority = Literal["high", "normal", "low"]
 Request = GenerateRequest | dict[str, Any]
@@ -212,7 +213,7 @@ class Client:
         return self._info
 
     def _require_served(self, requests: Sequence[GenerateRequest]) -> None:
-        """Raise `InvalidRequest` for the first request that the workers would refuse.
+        """Raise the error of the first request that the workers would refuse.
 
         What is known of the queue is read again from time to time, and before a refusal.
         """
@@ -222,10 +223,10 @@ class Client:
             if self._info is None:
                 return
             try:
-                self._info.require_served(request)
-            except InvalidRequest:
+                require_served(request, self._info)
+            except (InvalidRequest, LoraNotFound):
                 if (info := self.queue_info()) is not None:
-                    info.require_served(request)
+                    require_served(request, info)
 
     def _handle(self, job: NewJob) -> JobHandle:
         submit_again = partial(self._broker.put, [job]) if self._resubmit else None

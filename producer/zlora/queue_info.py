@@ -1,9 +1,8 @@
-"""What a queue serves: the record of its workers, and whether they can draw a request."""
+"""What a queue serves: the record that its workers write."""
 
 from msgspec import Struct
 
-from zlora.errors import InvalidRequest
-from zlora.schema import GenerateRequest, UrlPolicy, invalid
+from zlora.schema import UrlPolicy
 
 
 class QueueInfo(Struct, frozen=True, kw_only=True):
@@ -37,27 +36,11 @@ class QueueInfo(Struct, frozen=True, kw_only=True):
     """URL policies that a request may choose, the default first."""
     url_expires_in: int
     """Largest `url_expires_in` of a request in seconds."""
+    serves_catalogue_only: bool = False
+    """Whether a request may name LoRAs of the catalogue only."""
+    catalogue: tuple[str, ...] | None = ()
+    """Names of the LoRAs in the catalogue; None for more than 1,000 names."""
     versions: dict[str, str]
     """Versions of the packages that draw."""
     written_at: float
     """Time when the model was loaded, in seconds since the epoch."""
-
-    def require_served(self, request: GenerateRequest) -> None:
-        """Raise `InvalidRequest` if the workers of this queue would refuse the request."""
-        if request.timeout is not None and request.timeout > self.timeout:
-            raise self._refused("timeout", request.timeout, f"up to {self.timeout}")
-        if request.scheduler is not None and request.scheduler not in self.schedulers:
-            raise self._refused(
-                "scheduler", request.scheduler, f"one of {', '.join(self.schedulers)}"
-            )
-        if request.url_policy is not None and request.url_policy not in self.url_policies:
-            raise self._refused(
-                "url_policy", request.url_policy, f"one of {', '.join(self.url_policies)}"
-            )
-        if request.url_expires_in is not None and request.url_expires_in > self.url_expires_in:
-            raise self._refused(
-                "url_expires_in", request.url_expires_in, f"up to {self.url_expires_in}"
-            )
-
-    def _refused(self, field: str, value: object, expected: str) -> InvalidRequest:
-        return invalid(f"$.{field}", value, f"Expected {expected}, which this queue serves")

@@ -20,6 +20,7 @@ from zlora_worker.results.store import Store, open_store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
 
+_MAX_NAMES: Final = 1000  # of LoRAs in the record of the queue
 VERSIONS: Final = {
     name: version(name) for name in ("z-image-lora", "torch", "diffusers", "transformers", "pillow")
 }
@@ -74,6 +75,7 @@ class Child:
         """Return what this worker serves."""
         silent = GenerateRequest(prompt="")
         width, height = self.model.size(silent)
+        names = tuple(self.catalogue.entries)
         return QueueInfo(
             base=self.model.family,
             model=self.model.name,
@@ -87,6 +89,8 @@ class Child:
             timeout=self.job_timeout,
             url_policies=self.urls.policies,
             url_expires_in=self.urls.max_seconds,
+            serves_catalogue_only=self.catalogue.only,
+            catalogue=names if len(names) <= _MAX_NAMES else None,
             versions=VERSIONS,
             written_at=time.time(),
         )

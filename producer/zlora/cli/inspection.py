@@ -6,6 +6,7 @@ from zlora.cli.printing import json_option, print_facts, print_json
 from zlora.client import Client
 from zlora.errors import ModelUnavailable
 from zlora.lora.preflight import Preflight
+from zlora.queue_info import QueueInfo
 from zlora.schema import Asset
 
 
@@ -63,6 +64,15 @@ def info(as_json: bool) -> None:
             ("guidance scale", f"{found.guidance_scale:g} by default"),
             ("timeout", f"at most {found.timeout} s"),
             ("URLs", f"{', '.join(found.url_policies)}; at most {found.url_expires_in} s"),
+            ("catalogue", _catalogue(found)),
             ("versions", ", ".join(f"{name} {text}" for name, text in found.versions.items())),
         ]
     )
+
+
+def _catalogue(found: QueueInfo) -> str:
+    if found.catalogue is None:
+        names = "more than 1,000 LoRAs"
+    else:
+        names = ", ".join(found.catalogue) or "none"
+    return f"{names}; no other LoRAs are served" if found.serves_catalogue_only else names

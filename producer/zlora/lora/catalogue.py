@@ -180,8 +180,8 @@ class Catalogue:
     def _entry_of(self, asset: Asset) -> CatalogueEntry | None:
         """Return the entry that a file of a request names; None for a file of another source."""
         address, ref = asset.address, asset.ref
-        if scheme_of(address) == CATALOGUE:
-            return self.find(unquote(address.partition("://")[2]))
+        if (name := lora_name(address)) is not None:
+            return self.find(name)
         if ref and ref.casefold() in self._folded:
             return self.find(ref)
         if not self.only:
@@ -229,6 +229,13 @@ def with_words(prompt: str, words: Iterable[str], syntax: PromptSyntax) -> str:
         if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE):
             prompt = f"{prompt}, {word}" if prompt.strip() else word
     return prompt
+
+
+def lora_name(address: str) -> str | None:
+    """Return the name in an address `lora://<name>`, None for other addresses."""
+    if scheme_of(address) != CATALOGUE:
+        return None
+    return unquote(address.partition("://")[2])
 
 
 def nearest_names(name: str, names: Mapping[str, object]) -> list[str]:

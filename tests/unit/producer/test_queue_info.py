@@ -10,7 +10,7 @@ from zlora import Client, GenerateRequest, Preflight, QueueInfo
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import queue_info_key
 from zlora.cli import main
-from zlora.errors import BrokerUnavailable, InvalidRequest
+from zlora.errors import BrokerUnavailable, InvalidRequest, LoraNotFound
 from zlora.testing import MemoryWorker
 
 INFO = QueueInfo(
@@ -26,6 +26,7 @@ INFO = QueueInfo(
     timeout=60,
     url_policies=("presigned", "key"),
     url_expires_in=3600,
+    catalogue=("neon-lights", "watercolor"),
     versions={"z-image-lora": "1"},
     written_at=1.0,
 )
@@ -34,6 +35,8 @@ SERVED = (
     {"url_policy": "presigned", "url_expires_in": 3600},
     {"url_policy": "key"},
     {"scheduler": "ddim"},
+    {"loras": [{"file": {"url": "lora://Watercolor"}}]},
+    {"prompt": "a city <lora:neon-lights>", "prompt_syntax": "a1111"},
 )
 REFUSED = (
     {"timeout": 61},
@@ -73,6 +76,23 @@ def test_any_request_is_queued_if_the_queue_is_not_known(fields: dict[str, Any])
     worker.client().submit({"prompt": "a portrait", **fields})
 
     assert len(worker.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loras": [{"file": {"url": "lora://neon-light"}}]},
+        {"prompt": "a city <lora:neon-light>", "prompt_syntax": "a1111"},
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_names(fields: dict[str, Any]) -> None:
+    worker = MemoryWorker(info=INFO)
+
+    with pytest.raises(LoraNotFound, match="neon-lights") as raised:
+        worker.client().submit({"prompt": "a portrait", **fields})
+
+    assert raised.value.details["index"] == 0
+    assert not worker.requests
 
 
 def test_what_has_changed_is_read_again_before_a_refusal(broker_url: str) -> None:
