@@ -21,6 +21,7 @@ MAX_IMAGES: Final = 8
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
+MAX_TOKEN: Final = 100  # characters of a word that stands for an embedding
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
 NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exist or is not read
@@ -433,6 +434,11 @@ def check_job_id(job_id: object) -> str:
     raise InvalidJobId(
         f"job id {printable(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details
     )
+
+
+def is_token(text: str) -> bool:
+    """Return whether a text can stand for an embedding: 1 to 100 characters, none is a space."""
+    return 0 < len(text) <= MAX_TOKEN and text.isprintable() and not any(map(str.isspace, text))
 
 
 def image_key(job_id: str, index: int, output_format: OutputFormat) -> str:
