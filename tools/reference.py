@@ -31,6 +31,7 @@ from zlora.schema import (
     JobStatus,
     LoraReceipt,
     LoraSpec,
+    PromptReceipt,
 )
 from zlora_worker.settings import reference as setting_rows
 
@@ -103,6 +104,9 @@ def request_page() -> str:
         "## Receipt",
         _doc(LoraReceipt),
         _fields(LoraReceipt),
+        "## Prompt receipt",
+        _doc(PromptReceipt),
+        _fields(PromptReceipt),
         "## Status",
         f"{_doc(JobStatus)} Fields without a value are absent.",
         _fields(JobStatus),
@@ -246,6 +250,7 @@ _LINKS: Final[dict[type, str]] = {
     Asset: "[file](#file)",
     ImageRef: "[image](#image)",
     LoraReceipt: "[receipt](#receipt)",
+    PromptReceipt: "[prompt receipt](#prompt-receipt)",
 }
 
 

@@ -23,6 +23,7 @@ from zlora.schema import (
     JobStatus,
     LoraReceipt,
     LoraSpec,
+    PromptReceipt,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Options",
     "Preflight",
     "Priority",
+    "PromptReceipt",
     "errors",
     "job_id_of",
 ]

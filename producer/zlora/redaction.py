@@ -14,7 +14,8 @@ _MAX_LINE: Final = 1000  # characters of one request
 _MAX_HOST: Final = 30  # characters of the host of a long address
 _MAX_PATH_END: Final = 35  # characters of the end of a long address
 _HASH_DIGITS: Final = 12  # hex digits; enough to tell a day's prompts apart
-ENUM_FIELDS: Final = ("output_format", "scheduler", "url_policy")  # as `schema.enum_fields`
+# As `schema.enum_fields`.
+ENUM_FIELDS: Final = ("output_format", "prompt_syntax", "scheduler", "url_policy")
 _ENUM_VALUE: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # a valid value, or a misspelt one
 _MAX_NESTED: Final = 8  # addresses inside one another; deeper nesting could exhaust the stack
 _MIN_SECRET: Final = 6  # characters; masking shorter secrets would mask ordinary words

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct, structs
 
+from zlora import prompt_syntax
 from zlora.errors import InvalidJobId, InvalidRequest
+from zlora.prompt_syntax import MAX_WINDOWS, PromptSyntax
 from zlora.redaction import field_name, printable
 
 TASK_NAME: Final = "zlora.generate"
@@ -112,9 +114,13 @@ class GenerateRequest(
     """One job. Unknown fields are refused, so that a misspelt field is never a silent default."""
 
     prompt: Text
-    """What to draw, at most 10,000 characters; the model reads the first 77 tokens."""
+    """What to draw, at most 10,000 characters in at most 10 windows of 75 tokens."""
     negative_prompt: Text = ""
-    """What not to draw; empty by default."""
+    """What not to draw, with the same bounds; empty by default."""
+    prompt_syntax: PromptSyntax = "plain"
+    """Syntax of both prompts: `plain` (the default) or `a1111`, with weights and `BREAK`."""
+    clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
+    """Layers of the text encoders to skip before the one that SDXL reads; none by default."""
     loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=8)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
@@ -266,6 +272,15 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
         return bool(self.unet_weight or self.text_encoder_weight)
 
 
+class PromptReceipt(Struct, frozen=True, kw_only=True):
+    """How the text encoders read a prompt."""
+
+    tokens: int
+    """Number of tokens of the text, without those that begin, end and fill a window."""
+    windows: int
+    """Number of windows that the text takes."""
+
+
 class GenerateResult(Struct, frozen=True, kw_only=True):
     """Images of a job and the receipt. Later versions add fields, and never change one."""
 
@@ -313,6 +328,10 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Number of threads on a CPU, on which the last bits of the pixels depend."""
     compile: str = "off"
     """The worker's `ZLORA_COMPILE`, on which the last bits of the pixels depend."""
+    prompt_receipt: PromptReceipt | None = None
+    """How the prompt was read."""
+    negative_prompt_receipt: PromptReceipt | None = None
+    """How the negative prompt was read; none if it is empty, or not used for lack of guidance."""
 
 
 class Phase(StrEnum):
@@ -475,7 +494,22 @@ def parse_request(document: object) -> GenerateRequest:
         raise _explained(str(error), data) from None
     except UnicodeEncodeError:
         raise invalid("$", data, "Expected text that UTF-8 can carry") from None
+    _check_prompt("$.prompt", request.prompt, request.prompt_syntax)
+    _check_prompt("$.negative_prompt", request.negative_prompt, request.prompt_syntax)
     return request
+
+
+def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> None:
+    """Refuse what this syntax does not have, and what no tokenizer is needed to count."""
+    try:
+        parsed = prompt_syntax.parse(text, syntax)
+    except ValueError as error:
+        raise invalid(path, text, str(error)) from None
+    if len(parsed.sections) > MAX_WINDOWS:
+        count = len(parsed.sections)
+        raise invalid(path, text, f"Expected at most {MAX_WINDOWS} windows, got at least {count}")
+    if parsed.loras and path != "$.prompt":
+        raise invalid(path, text, "Expected LoRA tags in `prompt` only")
 
 
 def digest_of(request: GenerateRequest) -> str:

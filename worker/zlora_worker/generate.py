@@ -76,6 +76,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         with child.model.with_loras([lora.weighted for lora in loras], request) as model:
             timer.end(Phase.APPLY)
             # denoise
+            text = model.encode(request)
             for index in range(request.num_images):
                 if job.is_resumed:
                     stored = stored_image(child.store, spooled.provenance, index)
@@ -83,7 +84,10 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                         images.add_stored(stored)
                         continue
                 image = model.draw(
-                    request, job.seed + index, step_counter(child, request, progress, index)
+                    request,
+                    job.seed + index,
+                    step_counter(child, request, progress, index),
+                    text=text,
                 )
                 images.add(image, tiled=model.tiled)
             timer.end(Phase.DENOISE)
@@ -103,6 +107,8 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                 timings=timer.seconds,
                 base_intact=child.model.state is PipelineState.READY,
                 base_checked=round(child.model.base_checked, 4),
+                prompt_receipt=text.prompt_receipt,
+                negative_prompt_receipt=text.negative_receipt,
                 at=time.monotonic(),
             )
         )

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from benchmarks import models
 from faults.engines import journal, pipeline
-from faults.engines.pipeline import Machine, MergedModel, PipelineState, orders_in
+from faults.engines.pipeline import EncodedText, Machine, MergedModel, PipelineState, orders_in
 from PIL import Image
 from zlora.schema import GenerateRequest
 from zlora_worker.lora.merge import WeightedLora
@@ -60,7 +60,12 @@ class Pipeline(pipeline.Pipeline):
         journal.write("restored", label=label)
 
     def draw(
-        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+        self,
+        request: GenerateRequest,
+        seed: int,
+        on_step: Callable[[int], None],
+        *,
+        text: EncodedText | None = None,
     ) -> Image.Image:
         """Sleep until each step would be done, and return a given image if its size is right.
 

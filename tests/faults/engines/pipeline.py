@@ -44,12 +44,23 @@ class Machine(NamedTuple):
     compile: str = "off"
 
 
+class EncodedText(NamedTuple):
+    """What is known of prompts that no tokenizer has read."""
+
+    prompt_receipt: None = None
+    negative_receipt: None = None
+
+
 class MergedModel:
     """The fake pipeline during one job."""
 
     def __init__(self, pipeline: "Pipeline", relative_norms: list[float]) -> None:
         self.draw = pipeline.draw
         self.relative_norms, self.tiled = relative_norms, False
+
+    def encode(self, request: GenerateRequest) -> EncodedText:
+        """Do nothing: the fake reads orders from the prompt."""
+        return EncodedText()
 
 
 class Pipeline:
@@ -102,7 +113,12 @@ class Pipeline:
         return "FakeScheduler"
 
     def draw(
-        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+        self,
+        request: GenerateRequest,
+        seed: int,
+        on_step: Callable[[int], None],
+        *,
+        text: EncodedText | None = None,
     ) -> Image.Image:
         """Draw one image, after the steps and the faults that the prompt orders."""
         orders = orders_in(request.prompt)

@@ -25,6 +25,7 @@ from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_s
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.schedulers import KARRAS, SCHEDULERS
+from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
 from zlora_worker.monitoring.logs import said_by
 
 COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -252,15 +253,26 @@ class Pipeline:
             name += KARRAS
         return name
 
+    def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
+        """Encode the prompts of a request; see `text_encoding.encode`."""
+        return encode(self.pipeline, request, embeddings)
+
     def draw(
-        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+        self,
+        request: GenerateRequest,
+        seed: int,
+        on_step: Callable[[int], None],
+        *,
+        text: EncodedText | None = None,
     ) -> Image.Image:
         """Draw one RGB image; `on_step` receives the number of each finished step, from 1.
 
-        `tiled` says afterwards how the image was decoded. Raises `GenerationFailed` if the image
-        contains NaN or Inf.
+        `text` is what `encode` returned for this request, by default the prompts without
+        embeddings. `tiled` says afterwards how the image was decoded. Raises `GenerationFailed` if
+        the image contains NaN or Inf.
         """
         self.tiled = False
+        text = text or self.encode(request)
         width, height = self.size(request)
         generator = torch.Generator("cpu").manual_seed(seed)
         self.pipeline.scheduler = self._fresh_scheduler(request)
@@ -280,9 +292,10 @@ class Pipeline:
         )
         try:
             output = self.pipeline(
-                prompt=request.prompt,
-                # SDXL encodes "" like any text; only None means zeros.
-                negative_prompt=request.negative_prompt or None,
+                prompt_embeds=text.prompt,
+                pooled_prompt_embeds=text.pooled,
+                negative_prompt_embeds=text.negative,
+                negative_pooled_prompt_embeds=text.negative_pooled,
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance,
                 width=width,
@@ -349,11 +362,20 @@ class MergedModel:
         self.relative_norms: Final = relative_norms  # |delta| / |W| of each LoRA, in their order
         self._pipeline = pipeline
 
+    def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
+        """Encode the prompts of a request; see `text_encoding.encode`."""
+        return self._pipeline.encode(request, embeddings)
+
     def draw(
-        self, request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+        self,
+        request: GenerateRequest,
+        seed: int,
+        on_step: Callable[[int], None],
+        *,
+        text: EncodedText | None = None,
     ) -> Image.Image:
         """Draw one image; see `Pipeline.draw`."""
-        return self._pipeline.draw(request, seed, on_step)
+        return self._pipeline.draw(request, seed, on_step, text=text)
 
     @property
     def tiled(self) -> bool:

@@ -73,6 +73,8 @@ def _result(
         timings=drawn.timings | {Phase.TAIL: tail} | seconds,
         base_intact=drawn.base_intact,
         base_checked=drawn.base_checked,
+        prompt_receipt=drawn.prompt_receipt,
+        negative_prompt_receipt=drawn.negative_prompt_receipt,
         tiled=any(image.tiled for image in images),
         attempt=job.attempt,
         started_at=job.started,

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 from zlora.errors import StoreFailed
 from zlora.files import write_atomically
-from zlora.schema import GenerateRequest, ImageRef, LoraReceipt, LoraSpec
+from zlora.schema import GenerateRequest, ImageRef, LoraReceipt, LoraSpec, PromptReceipt
 
 from zlora_worker.results.provenance import JobProvenance
 
@@ -71,6 +71,8 @@ class DrawnJob(Struct, frozen=True, kw_only=True):
     base_intact: bool
     base_checked: float
     at: float  # of `time.monotonic`
+    prompt_receipt: PromptReceipt | None = None
+    negative_prompt_receipt: PromptReceipt | None = None
 
 
 class EndedJob(Struct, frozen=True, kw_only=True):
