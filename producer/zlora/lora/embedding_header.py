@@ -15,8 +15,7 @@ from zlora.lora import key_names
 from zlora.lora.safetensors_header import Header
 from zlora.schema import is_token
 
-# Text encoders of SDXL with the widths of their tokens.
-SDXL_WIDTHS: Final = {"text_encoder": 768, "text_encoder_2": 1280}
+TEXT_ENCODERS: Final = ("text_encoder", "text_encoder_2")
 MAX_VECTORS: Final = 75  # of one file; a window of CLIP has room for as many
 _MAX_EMBEDDINGS: Final = 64  # in one file
 _SEARCHED: Final = 100  # names of a file of another kind, which may have megabytes of names
@@ -70,14 +69,14 @@ def read_embeddings(
     source: str,
     *,
     token: str | None = None,
-    widths: Mapping[str, int] = SDXL_WIDTHS,
+    widths: Mapping[str, int] | None = None,
     beside_lora: bool = False,
 ) -> EmbeddingFile:
     """Return the embeddings of a file, named by `token` if that is given.
 
     `source` is the file's address without secrets. `widths` are those of the base model's text
-    encoders. Only of a file of a LoRA (`beside_lora`) other tensors are left out. Raises
-    `EmbeddingMismatch` if anything in the file cannot be used.
+    encoders, if they are known. Only in a LoRA's file (`beside_lora`) other tensors are left out.
+    Raises `EmbeddingMismatch` if anything in the file cannot be used.
     """
     found, others = _by_own_name(header, source, beside_lora=beside_lora)
     _require_two_encoders(header, others, source)
@@ -152,11 +151,11 @@ def _other_file(header: Header, others: Iterable[str]) -> str:
 
 
 def _vectors(
-    header: Header, tensors: Mapping[str, str], source: str, widths: Mapping[str, int]
+    header: Header, tensors: Mapping[str, str], source: str, widths: Mapping[str, int] | None
 ) -> int:
     """Return the number of vectors of an embedding, after a check of its tensors."""
     names = ", ".join(map(key_names.shortened, tensors.values()))
-    if missing := [encoder for encoder in widths if encoder not in tensors]:
+    if missing := [encoder for encoder in TEXT_ENCODERS if encoder not in tensors]:
         raise EmbeddingMismatch(
             f"{source}: an embedding for one encoder only: it has {names}, "
             f"and nothing for {missing[0]}"
@@ -165,11 +164,12 @@ def _vectors(
     for encoder, name in tensors.items():
         info = header.tensors[name]
         count, width = (1, *info.shape)[-2:] if 1 <= len(info.shape) <= 2 else (0, 0)  # noqa: PLR2004
-        if width != widths[encoder]:
+        expected = width if widths is None else widths[encoder]
+        if not width or width != expected:
             shape = " x ".join(map(str, info.shape)) or "a number"
             raise EmbeddingMismatch(
-                f"{source}: wrong width: {key_names.shortened(name)} is {shape}, a token of the "
-                f"base model's {encoder} is {widths[encoder]} wide"
+                f"{source}: wrong width: {key_names.shortened(name)} is {shape}, the base "
+                f"model's {encoder} reads vectors of {expected or 'SDXL'}"
             )
         if info.dtype not in _FLOATS:
             raise EmbeddingMismatch(

@@ -17,6 +17,7 @@ class Lora:
     ranks: tuple[int, ...] = (4,)
     unmatched: tuple[str, ...] = ()
     alpha_assumed: bool = False
+    has_embeddings: bool = False
     nbytes: int = 1
 
     @property

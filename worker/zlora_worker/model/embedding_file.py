@@ -1,23 +1,16 @@
 """Reading of embeddings (textual inversions) from safetensors files, for one base model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from torch import Tensor
 from zlora.errors import EmbeddingMismatch, NotSafetensors
 from zlora.lora import embedding_header
 from zlora.lora.embedding_header import HeaderEmbedding
 from zlora.lora.safetensors_header import Header, read_header
 
 from zlora_worker.lora.tensor_file import read_tensor
-
-
-class Embedding(NamedTuple):
-    """Vectors of a word, [vectors, width] by text encoder."""
-
-    token: str
-    vectors: Mapping[str, Tensor]
+from zlora_worker.model.text_encoding import Embedding
 
 
 class FileEmbeddings(NamedTuple):
@@ -32,7 +25,7 @@ class EmbeddingReader:
 
     def __init__(self, pipeline: Any) -> None:
         """Take the widths and data types of the encoders, and the words of the tokenizers."""
-        encoders = {name: getattr(pipeline, name) for name in embedding_header.SDXL_WIDTHS}
+        encoders = {name: getattr(pipeline, name) for name in embedding_header.TEXT_ENCODERS}
         self._widths: Final = {
             name: int(encoder.get_input_embeddings().weight.shape[1])
             for name, encoder in encoders.items()
@@ -79,11 +72,11 @@ class EmbeddingReader:
                     {"token": word},
                 )
         if len(found.words) == 1:
-            yield Embedding(found.words[0], vectors)
+            yield Embedding(token=found.words[0], vectors=vectors)
             return
         for index, word in enumerate(found.words):
             rows = {encoder: tensor[index : index + 1] for encoder, tensor in vectors.items()}
-            yield Embedding(word, rows)
+            yield Embedding(token=word, vectors=rows)
 
 
 def is_known(tokenizer: Any, word: str) -> bool:
