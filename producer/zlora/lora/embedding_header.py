@@ -17,7 +17,7 @@ from zlora.schema import is_token
 
 TEXT_ENCODERS: Final = ("text_encoder", "text_encoder_2")
 MAX_VECTORS: Final = 75  # of one file; a window of CLIP has room for as many
-_MAX_EMBEDDINGS: Final = 64  # in one file
+_MAX_EMBEDDINGS: Final = 16  # in one file
 _SEARCHED: Final = 100  # names of a file of another kind, which may have megabytes of names
 _FLOATS: Final = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Tensor names of A1111, ComfyUI and kohya, and of diffusers' training scripts.

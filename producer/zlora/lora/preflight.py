@@ -34,7 +34,7 @@ from zlora.lora.addresses import (
     scheme_of,
 )
 from zlora.lora.base_model import LoraInfo
-from zlora.lora.embedding_header import read_embeddings
+from zlora.lora.embedding_header import is_embedding, read_embeddings
 from zlora.redaction import without_secrets
 from zlora.schema import Asset, GenerateRequest
 
@@ -136,6 +136,8 @@ class Preflight:
             return
         name = without_secrets(address)
         base_model.require_lora(header, name)
+        if any(map(is_embedding, header.tensors)):
+            read_embeddings(header, name, beside_lora=True)
         detected = base_model.detect_base_model(header)
         if strict and detected and detected.family != base_model.SDXL:
             raise LoraMismatch(

@@ -161,6 +161,25 @@ def test_the_negative_prompt_has_embeddings_too(child: Child, cached: Callable[.
     assert with_[1] != without[1]
 
 
+def test_a_word_may_have_a_weight_in_the_syntax_of_a1111(
+    child: Child, cached: Callable[..., Asset]
+) -> None:
+    """The second word is spelled as ComfyUI does."""
+    file = cached(sdxl())
+    images = set()
+    for token, text in (("fish42", "(fish42:1.3)"), ("embedding:fish42", "(embedding:fish42:0.7)")):
+        result, image = drawn(
+            child,
+            token.partition(":")[0],
+            prompt=f"a city, {text}",
+            prompt_syntax="a1111",
+            embeddings=(EmbeddingSpec(file=file, token=token),),
+        )
+        assert result.embeddings[0].used == {token: 1}
+        images.add(image)
+    assert len(images) == 2
+
+
 def test_a_lora_and_its_embeddings_come_from_one_file(
     child: Child, plain: bytes, cached: Callable[..., Asset]
 ) -> None:

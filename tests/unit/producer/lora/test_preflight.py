@@ -497,6 +497,11 @@ def test_a_lora_for_the_right_base_model_is_queued(broker_url: str, broker: Any)
         (lora("lora_unet_double_blocks_0_img_attn_proj"), LoraMismatch, "made for Flux"),
         (saved({"weight": torch.ones(1)}), LoraMismatch, "not a LoRA"),
         (saved({f"{SDXL}.oft_blocks": torch.ones(1)}), LoraMismatch, "OFT"),
+        (
+            saved(kohya_lora() | {"bundle_emb.x.clip_l": torch.ones(1, 768)}),
+            EmbeddingMismatch,
+            "one encoder only",
+        ),
         (PAGE, NotSafetensors, "a web page"),
     ],
 )
