@@ -17,6 +17,8 @@ from zlora.queue_info import QueueInfo
 from zlora.schema import (
     Asset,
     Cancellation,
+    EmbeddingReceipt,
+    EmbeddingSpec,
     GenerateRequest,
     GenerateResult,
     ImageRef,
@@ -33,6 +35,8 @@ __all__ = [
     "AsyncJobHandle",
     "Cancellation",
     "Client",
+    "EmbeddingReceipt",
+    "EmbeddingSpec",
     "GenerateRequest",
     "GenerateResult",
     "ImageRef",

@@ -20,7 +20,14 @@ from msgspec import Struct
 from zlora.errors import StoreFailed
 from zlora.files import write_atomically
 from zlora.queue_info import QueueInfo
-from zlora.schema import GenerateRequest, ImageRef, LoraReceipt, LoraSpec, PromptReceipt
+from zlora.schema import (
+    EmbeddingReceipt,
+    GenerateRequest,
+    ImageRef,
+    LoraReceipt,
+    LoraSpec,
+    PromptReceipt,
+)
 
 from zlora_worker.results.provenance import JobProvenance
 
@@ -61,7 +68,7 @@ class SpooledJob(Struct, frozen=True, kw_only=True):
 
     @property
     def request(self) -> GenerateRequest:
-        """The request, with its LoRAs pinned."""
+        """The request, with its LoRAs and embeddings pinned."""
         return self.provenance.request
 
 
@@ -69,6 +76,7 @@ class DrawnJob(Struct, frozen=True, kw_only=True):
     """What is known of an attempt after its last image, once the base model is restored."""
 
     loras: tuple[LoraReceipt, ...]
+    embeddings: tuple[EmbeddingReceipt, ...]
     timings: dict[str, float]
     base_intact: bool
     base_checked: float
