@@ -16,6 +16,8 @@ from zlora.lora.preflight import Preflight
 from zlora.schema import (
     Asset,
     Cancellation,
+    EmbeddingReceipt,
+    EmbeddingSpec,
     GenerateRequest,
     GenerateResult,
     ImageRef,
@@ -32,6 +34,8 @@ __all__ = [
     "AsyncJobHandle",
     "Cancellation",
     "Client",
+    "EmbeddingReceipt",
+    "EmbeddingSpec",
     "GenerateRequest",
     "GenerateResult",
     "ImageRef",

@@ -13,6 +13,7 @@ ZloraError
 │   ├── LoraCorrupt
 │   ├── NotSafetensors
 │   ├── LoraMismatch
+│   ├── EmbeddingMismatch
 │   └── CacheFull
 ├── GenerationFailed
 ├── OutOfMemory
@@ -104,31 +105,31 @@ class InvalidJobId(InvalidRequest):
 
 
 class LoraError(ZloraError):
-    """A LoRA cannot be used: the parent of all errors of LoRAs."""
+    """A LoRA or an embedding cannot be used: the parent of all errors of their files."""
 
     code = "lora_error"
 
 
 class LoraNotAllowed(LoraError):
-    """The scheme, host or address of the LoRA is not allowed by the operator of the worker."""
+    """The scheme, host or address of the file is not allowed by the operator of the worker."""
 
     code = "lora_not_allowed"
 
 
 class LoraNotFound(LoraError):
-    """There is no LoRA at that address."""
+    """There is no file at that address."""
 
     code = "lora_not_found"
 
 
 class LoraForbidden(LoraError):
-    """The source of the LoRA denies access to this worker."""
+    """The source of the file denies access to this worker."""
 
     code = "lora_forbidden"
 
 
 class LoraUnreachable(LoraError):
-    """The source of the LoRA does not answer, answers with an error, or is too slow.
+    """The source of the file does not answer, answers with an error, or is too slow.
 
     Details: `status`, `retry_after` in seconds.
     """
@@ -138,19 +139,19 @@ class LoraUnreachable(LoraError):
 
 
 class LoraTooLarge(LoraError):
-    """The LoRA has more bytes than the worker accepts."""
+    """The file has more bytes than the worker accepts."""
 
     code = "lora_too_large"
 
 
 class LoraCorrupt(LoraError):
-    """The bytes of the LoRA do not match the sha256 of the request."""
+    """The bytes of the file do not match the sha256 of the request."""
 
     code = "lora_corrupt"
 
 
 class NotSafetensors(LoraError):
-    """The LoRA is not a valid safetensors file."""
+    """The file is not a valid safetensors file."""
 
     code = "not_safetensors"
 
@@ -159,6 +160,15 @@ class LoraMismatch(LoraError):
     """The LoRA is a valid file, but does not fit the model of the worker."""
 
     code = "lora_mismatch"
+
+
+class EmbeddingMismatch(LoraError):
+    """The embedding is a valid file, but does not fit the model or the other embeddings of the job.
+
+    Details: `token`, if the error is about one.
+    """
+
+    code = "embedding_mismatch"
 
 
 class CacheFull(LoraError):

@@ -22,6 +22,7 @@ ENUM_FIELDS: Final = (
     "trigger_words",
     "url_policy",
 )
+_FILES: Final = {"loras": "lora", "embeddings": "embedding"}  # fields with addresses
 _ENUM_VALUE: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # a valid value, or a misspelt one
 _MAX_NESTED: Final = 8  # addresses inside one another; deeper nesting could exhaust the stack
 _MIN_SECRET: Final = 6  # characters; masking shorter secrets would mask ordinary words
@@ -78,15 +79,15 @@ def label(name: str | None) -> str | None:
 
 
 def shown(request: object, *, prompts: str = "shown") -> str:
-    """Return a request as one line for logs and Flower: prompt, LoRAs and numbers, no secrets.
+    """Return a request as one line for logs and Flower: prompt, files and numbers, no secrets.
 
     With `prompts="hashed"` every text that may be a prompt is replaced by its hash.
     """
     if isinstance(request, dict):
         parts: list[str] = []
         for name, value in request.items():
-            if name == "loras":
-                parts += _loras(value)
+            if name in _FILES:
+                parts += _files(_FILES[name], value)
             else:
                 parts.append(f"{field_name(name)}={_field(name, value, prompts)}")
         return ", ".join(parts)[:_MAX_LINE]
@@ -111,8 +112,11 @@ def _hash(text: str) -> str:
     return f"sha256:{digest[:_HASH_DIGITS]}"
 
 
-def _loras(specs: object) -> list[str]:
-    """Return each LoRA's name in the request, else its address, and its weight if there is one."""
+def _files(kind: str, specs: object) -> list[str]:
+    """Return each LoRA's name in the request, else its address, and its weight if there is one.
+
+    An embedding is shown by its address.
+    """
     found: list[str] = []
     if not isinstance(specs, list | tuple):
         return []
@@ -123,7 +127,7 @@ def _loras(specs: object) -> list[str]:
         if isinstance(file := spec.get("file"), dict):
             names += [file.get(field) for field in ("url", "cozy_ref", "ref")]
         name = next((name for name in names if isinstance(name, str) and name), "?")
-        text = f"lora={short(name)}"
+        text = f"{kind}={short(name)}"
         if isinstance(weight := spec.get("weight"), int | float):
             text += f" {weight:g}"
         found.append(text)

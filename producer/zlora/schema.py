@@ -24,11 +24,13 @@ MAX_LORAS: Final = 8
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
+MAX_TOKEN: Final = 100  # characters of a word that stands for an embedding
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
 NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exist or is not read
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
+Token = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN)]
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
@@ -109,6 +111,23 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
         return any(self.component_weights)
 
 
+class EmbeddingSpec(
+    Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """One embedding (textual inversion) of a job: vectors for words of its prompts."""
+
+    file: Asset
+    """Address of the safetensors file."""
+    token: Token | None = None
+    """Word that stands for it in the prompts; by default as the file says, else the file's name."""
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not is_token(self.token):
+            raise ValueError("Expected `token` to be one printable word without spaces")
+        if self.file.config_sha256 is not None:
+            raise ValueError("Expected no `config_sha256` in the file of an embedding")
+
+
 class GenerateRequest(
     Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
@@ -124,6 +143,8 @@ class GenerateRequest(
     """Layers of the text encoders to skip before the one that SDXL reads; none by default."""
     loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=MAX_LORAS)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
+    embeddings: Annotated[tuple[EmbeddingSpec, ...], Meta(max_length=8)] = ()
+    """Embeddings (textual inversions) for words of the prompts, at most 8; none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
     """Denoising steps of each image; 28 by default."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
@@ -158,6 +179,9 @@ class GenerateRequest(
     """Seconds from its start in which the job must end; the operator's limit by default."""
 
     def __post_init__(self) -> None:
+        tokens = [spec.token.lower() for spec in self.embeddings if spec.token is not None]
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("Expected another `token` for each of the `embeddings`")
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"Expected `seed` + `num_images` - 1 <= {MAX_SEED}")
         if self.lossless and self.output_format != "webp":
@@ -288,6 +312,27 @@ class PromptReceipt(Struct, frozen=True, kw_only=True):
     """Number of windows that the text takes."""
 
 
+class EmbeddingReceipt(Struct, frozen=True, kw_only=True):
+    """What was used of one file of embeddings, which may be that of a LoRA."""
+
+    source: str
+    """Address of the file without query and credentials."""
+    sha256: str
+    """SHA-256 of the file, in hex."""
+    size: int
+    """Size of the file in bytes."""
+    format: str
+    """Naming scheme of the tensors: `sdxl`, `pivotal` or `bundle`."""
+    vectors: dict[str, int]
+    """Number of vectors by token: each takes the place of one token of the prompt."""
+    used: dict[str, int]
+    """Number of occurrences in the prompt and the negative prompt by token."""
+    tier: LoraTier
+    """Where the file came from: `memory`, `disk` or `network`."""
+    warnings: tuple[str, ...] = ()
+    """What has no effect, such as `<s1>: in neither prompt`."""
+
+
 class GenerateResult(Struct, frozen=True, kw_only=True):
     """Images of a job and the receipt. Later versions add fields, and never change one."""
 
@@ -297,6 +342,8 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """The images, in order of their seeds."""
     loras: tuple[LoraReceipt, ...]
     """A receipt for each LoRA, in order of the request."""
+    embeddings: tuple[EmbeddingReceipt, ...] = ()
+    """A receipt for each of the `embeddings`, then for each LoRA whose file has embeddings."""
     seed: int
     """Seed of the first image."""
     timings: dict[str, float]
@@ -427,6 +474,12 @@ class TolerantLoraSpec(LoraSpec, frozen=True, kw_only=True, forbid_unknown_field
     file: TolerantAsset
 
 
+class TolerantEmbeddingSpec(EmbeddingSpec, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """An `EmbeddingSpec` of a newer version, whose unknown fields are ignored."""
+
+    file: TolerantAsset
+
+
 class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A `GenerateRequest` of a newer version, whose unknown fields are ignored.
 
@@ -434,6 +487,7 @@ class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown
     """
 
     loras: tuple[TolerantLoraSpec, ...] = ()
+    embeddings: tuple[TolerantEmbeddingSpec, ...] = ()
 
 
 class _TolerantResult(GenerateResult, frozen=True, kw_only=True):
@@ -460,6 +514,11 @@ def check_job_id(job_id: object) -> str:
     raise InvalidJobId(
         f"job id {printable(job_id)} is not 1 to 64 characters of A-Z, a-z, 0-9, _ and -", details
     )
+
+
+def is_token(text: str) -> bool:
+    """Return whether a text can stand for an embedding: 1 to 100 characters, none is a space."""
+    return 0 < len(text) <= MAX_TOKEN and text.isprintable() and not any(map(str.isspace, text))
 
 
 def image_key(job_id: str, index: int, output_format: OutputFormat) -> str:

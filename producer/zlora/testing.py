@@ -37,6 +37,8 @@ from zlora.schema import (
     TIMED_PHASES,
     Asset,
     Cancellation,
+    EmbeddingReceipt,
+    EmbeddingSpec,
     GenerateRequest,
     GenerateResult,
     ImageRef,
@@ -306,7 +308,7 @@ class MemoryWorker:
 
 
 def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
-    """Return a result with all fields of a worker's, LoRA receipts, and images without bytes.
+    """Return a result with all fields of a worker's, receipts, and images without bytes.
 
     URLs begin with `https://pictures.invalid/`, which never resolves (RFC 2606).
     """
@@ -348,10 +350,19 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         receipts.append(receipt)
         file = Asset(url=source, sha256=sha256, config_sha256=spec.file.config_sha256)
         loras.append(msgspec.structs.replace(spec, file=file))
+    embeddings = [
+        _fake_embedding(spec, index, f"{request.prompt} {request.negative_prompt}")
+        for index, spec in enumerate(request.embeddings)
+    ]
+    specs = tuple(
+        msgspec.structs.replace(spec, file=Asset(url=receipt.source, sha256=receipt.sha256))
+        for spec, receipt in zip(request.embeddings, embeddings, strict=True)
+    )
     return GenerateResult(
         job_id=job_id,
         images=tuple(images),
         loras=tuple(receipts),
+        embeddings=tuple(embeddings),
         seed=seed,
         timings={phase.value: 0.0 for phase in TIMED_PHASES},
         base_intact=True,
@@ -360,11 +371,25 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         started_at=now,
         finished_at=now,
         request_sha256=digest_of(request),
-        request=msgspec.structs.replace(request, loras=tuple(loras)),
+        request=msgspec.structs.replace(request, loras=tuple(loras), embeddings=specs),
         base_sha256=_EMPTY_SHA256,
         scheduler=request.scheduler or "none",
         device="none",
         dtype="none",
+    )
+
+
+def _fake_embedding(spec: EmbeddingSpec, index: int, prompts: str) -> EmbeddingReceipt:
+    """Return the receipt of a file of one vector; without a token its word is made up."""
+    token = spec.token or f"embedding-{index}"
+    return EmbeddingReceipt(
+        source=without_secrets(spec.file.address),
+        sha256=spec.file.sha256 or _EMPTY_SHA256,
+        size=0,
+        format="sdxl",
+        vectors={token: 1},
+        used={token: prompts.count(token)},
+        tier="memory",
     )
 
 

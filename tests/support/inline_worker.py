@@ -142,11 +142,13 @@ class InlineWorker:
         assert child is self.runner.child
         self.drawn.append(job)
         loras = [UNREAD for spec in job.request.loras if spec.is_used]
-        with self.spool.open(spooled_job(child, job, job.request, loras)) as images:
+        with self.spool.open(spooled_job(child, job, job.request, loras, [])) as images:
             self.draw(job, progress)
             for index in range(job.request.num_images):
                 images.add(Image.new("RGB", (8, 8), (index, 0, 0)), tiled=False)
-            drawn = DrawnJob(loras=(), timings={}, base_intact=True, base_checked=1.0, at=0.0)
+            drawn = DrawnJob(
+                loras=(), embeddings=(), timings={}, base_intact=True, base_checked=1.0, at=0.0
+            )
             images.close(drawn)
         return images
 

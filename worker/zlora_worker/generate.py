@@ -1,4 +1,4 @@
-"""The story of a job: fetch its LoRAs, merge them, denoise, restore the base model, pass it on."""
+"""The story of a job: fetch, merge LoRAs, denoise, restore the base model, pass the images on."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Final
 
-from zlora.schema import GenerateRequest, LoraSpec, Phase, digest_of
+from zlora.schema import Asset, GenerateRequest, Phase, digest_of
 
 from zlora_worker.child import Child
 from zlora_worker.delivery.progress import Progress
+from zlora_worker.embedding_in_use import EmbeddingInUse, embeddings_in_use
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
 from zlora_worker.model.pipeline import PipelineState
@@ -54,7 +55,7 @@ class Job:
 
 
 def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
-    """Run one job: fetch its LoRAs, merge them, denoise, restore the base model.
+    """Run one job: fetch its LoRAs and embeddings, merge, denoise, restore the base model.
 
     Return the job in the spool, from which `results.finish` stores its images and manifest. Raises
     a `ZloraError` if the job fails, or what `progress` raises; then the spool has nothing of it.
@@ -66,22 +67,24 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
 
     # fetch
-    with open_files(child, job, [spec for spec, _ in used], progress) as files:
+    assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]
+    with open_files(child, job, assets, progress) as files:
         timer.end(Phase.FETCH)
         progress(Phase.PARSE, 0, len(files))
         loras = [
             LoraInUse.read(child, spec, file, entry=entry)
-            for (spec, entry), file in zip(used, files, strict=True)
+            for (spec, entry), file in zip(used, files[: len(used)], strict=True)
         ]
+        embeddings = embeddings_in_use(child, request.embeddings, files[len(used) :], loras)
     timer.end(Phase.PARSE)
 
-    spooled = spooled_job(child, job, request, loras)
+    spooled = spooled_job(child, job, request, loras, embeddings)
     with child.spool.open(spooled) as images:
         # merge
         with child.model.with_loras([lora.weighted for lora in loras], request) as model:
             timer.end(Phase.APPLY)
             # denoise
-            text = model.encode(request)
+            text = model.encode(request, [each for file in embeddings for each in file.embeddings])
             for index in range(request.num_images):
                 if job.is_resumed:
                     stored = stored_image(child.store, spooled.provenance, index)
@@ -104,6 +107,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
             lora.receipt(norm, adds_words=adds_words)
             for lora, norm in zip(loras, model.relative_norms, strict=True)
         )
+        uses = iter(text.uses)
         # the images are passed on
         images.close(
             DrawnJob(
@@ -111,6 +115,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                     next(receipts) if spec.is_used else unused_receipt(spec, entry)
                     for spec, entry in zip(request.loras, entries, strict=True)
                 ),
+                embeddings=tuple(file.receipt(uses) for file in embeddings),
                 timings=timer.seconds,
                 base_intact=child.model.state is PipelineState.READY,
                 base_checked=round(child.model.base_checked, 4),
@@ -123,18 +128,22 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
 
 
 def open_files(
-    child: Child, job: Job, specs: Sequence[LoraSpec], progress: Progress
+    child: Child, job: Job, assets: Sequence[Asset], progress: Progress
 ) -> AbstractContextManager[list[CachedFile]]:
-    """Open the job's LoRA files in the cache, which keeps them for as long as the block is open."""
+    """Open the job's files in the cache, which keeps them for as long as the block is open."""
     return child.lora_files.files(
-        [asset_of(spec) for spec in specs],
+        assets,
         since=job.started - (job.queued or 0.0),
         on_bytes=lambda received, expected: progress(Phase.FETCH, received, expected),
     )
 
 
 def spooled_job(
-    child: Child, job: Job, request: GenerateRequest, loras: list[LoraInUse]
+    child: Child,
+    job: Job,
+    request: GenerateRequest,
+    loras: list[LoraInUse],
+    embeddings: list[EmbeddingInUse],
 ) -> SpooledJob:
     """Return what the sidecar needs to store the job's images, and what draws them again.
 
@@ -157,7 +166,12 @@ def spooled_job(
             job_id=job.id,
             seed=job.seed,
             request=pinned(
-                request, [(file.source, file.sha256, file.config_sha256) for file in files]
+                request,
+                [(file.source, file.sha256, file.config_sha256) for file in files],
+                [
+                    (found.file.source, found.file.sha256, found.only_token)
+                    for found in embeddings[: len(request.embeddings)]
+                ],
             ),
             model=child.model.name,
             base_sha256=child.model.base_sha256,

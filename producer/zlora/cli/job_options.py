@@ -76,16 +76,33 @@ def _loras(
         address, weight, alpha = text, None, None
         if found := _LORA.fullmatch(text):
             address, weight, alpha = found.groups()
-        file = {"url": address}
-        if address.startswith("cozy://"):
-            file = {"cozy_ref": address.removeprefix("cozy://")}
-        spec: dict[str, Any] = {"file": file}
+        spec: dict[str, Any] = {"file": _file(address)}
         if weight is not None:
             spec["weight"] = float(weight)
         if alpha is not None:
             spec["alpha"] = float(alpha)
         specs.append(spec)
     return specs
+
+
+def _embeddings(
+    _ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Parse `token=address` or `address`, which has a slash before its first equals sign."""
+    specs = []
+    for text in texts:
+        token, mark, address = text.partition("=")
+        spec: dict[str, Any] = {"file": _file(text)}
+        if mark and "/" not in token:
+            spec = {"file": _file(address), "token": token}
+        specs.append(spec)
+    return specs
+
+
+def _file(address: str) -> dict[str, str]:
+    if address.startswith("cozy://"):
+        return {"cozy_ref": address.removeprefix("cozy://")}
+    return {"url": address}
 
 
 def _size(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> dict[str, int]:
@@ -121,6 +138,15 @@ _OPTIONS: Final = (
         "--trigger-words",
         type=click.Choice(enum_fields()["trigger_words"]),
         help="Add the catalogue's trigger words of the LoRAs to the prompt, or only list them.",
+    ),
+    click.option(
+        "--embedding",
+        "embeddings",
+        multiple=True,
+        callback=_embeddings,
+        metavar="[TOKEN=]ADDRESS",
+        help="Embedding (textual inversion) for the word TOKEN of the prompts, may be repeated. "
+        "ADDRESS is one as of a LoRA; TOKEN is by default the word in the file, or its name.",
     ),
     click.option(
         "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."
@@ -198,8 +224,9 @@ def read(given: dict[str, Any]) -> Order:
     """Return the order that the options describe; raise `InvalidRequest` or `InvalidJobId`."""
     document = _document(given["document"])
     document |= {name: given[name] for name in _FIELDS if given[name] is not None} | given["size"]
-    if given["loras"]:
-        document["loras"] = given["loras"]
+    for name in ("loras", "embeddings"):
+        if given[name]:
+            document[name] = given[name]
     if "prompt" not in document:
         raise click.UsageError("Missing argument 'PROMPT', or --request with a prompt.")
     options: Options = {

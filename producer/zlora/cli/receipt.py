@@ -33,6 +33,11 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
             words = ", ".join(receipt.trigger_words)
             facts.append(("trigger words", f"{receipt.source}: {words}"))
         facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
+    for found in result.embeddings:
+        for token, count in found.used.items():
+            shown = f"{token}, {found.vectors[token]} vectors, used {count} times"
+            facts.append(("embedding", f"{shown} ({found.source})"))
+        facts += [("warning", f"{found.source}: {warning}") for warning in found.warnings]
 
     console = terminal(sys.stdout)
     if console is None or console.width < _TABLE_WIDTH:

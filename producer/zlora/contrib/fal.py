@@ -35,10 +35,10 @@ _IGNORED: Final[dict[str, tuple[Any, ...]]] = {
     "enable_safety_checker": (False,),
     "enable_prompt_expansion": (False,),
     "expand_prompt": (False,),
-    "embeddings": ([],),
     "safety_checker_version": ("v1", "v2"),  # of the checker that is not enabled
 }
-_KNOWN: Final = (*_SAME_NAMES, *_OTHER_NAMES, *_IGNORED, "image_size", "loras")
+_TOKENS: Final = ("<s0>", "<s1>")  # of an embedding that names none
+_KNOWN: Final = (*_SAME_NAMES, *_OTHER_NAMES, *_IGNORED, "image_size", "loras", "embeddings")
 
 
 def to_request(document: object) -> GenerateRequest:
@@ -55,6 +55,8 @@ def to_request(document: object) -> GenerateRequest:
     ours["width"], ours["height"] = _size(document.get("image_size", DEFAULT_SIZE))
     if "loras" in document:
         ours["loras"] = _loras(document["loras"])
+    if "embeddings" in document:
+        ours["embeddings"] = _embeddings(document["embeddings"])
     try:
         return parse_request(ours)
     except InvalidRequest as error:
@@ -122,9 +124,29 @@ def _loras(loras: object) -> object:
     return found
 
 
+def _embeddings(embeddings: object) -> object:
+    """Our list of embeddings; anything but a list stays as it is, for `parse_request` to refuse."""
+    if not isinstance(embeddings, list | tuple):
+        return embeddings
+    found = []
+    for index, embedding in enumerate(embeddings):
+        is_object = isinstance(embedding, Mapping) and "path" in embedding
+        if not is_object or not embedding.keys() <= {"path", "tokens"}:
+            expected = "Expected an object with `path`, and no other field but `tokens`"
+            raise invalid(f"$.embeddings[{index}]", embedding, expected)
+        tokens = embedding.get("tokens", _TOKENS)
+        if not isinstance(tokens, list | tuple) or not all(
+            isinstance(token, str) for token in tokens
+        ):
+            raise invalid(f"$.embeddings[{index}].tokens", tokens, "Expected a list of words")
+        found.append({"file": {"url": embedding["path"]}, "token": "".join(tokens)})
+    return found
+
+
 def _with_fal_path(error: InvalidRequest, document: Mapping[str, Any]) -> InvalidRequest:
     """Return the same error with the path in fal's document."""
     path = str(error.details["path"]).replace(".file.url", ".path").replace("].weight", "].scale")
+    path = path.replace("].token", "].tokens")
     if path in ("$.width", "$.height"):
         path = f"$.image_size{path[1:]}"
     elif path == "$.inline":

@@ -95,8 +95,8 @@ _OTHER_FILES: Final = (
     ),
     (re.compile(r"(?:^|\.)text_model\..+\.(?:weight|bias)$"), "a text encoder"),
     (
-        re.compile(r"^(?:emb_params|clip_[lg]|string_to_param\b.*|<.{1,100}>)$"),
-        "an embedding (textual inversion)",
+        re.compile(r"^(?:emb_params|clip_[lg]|text_encoders_[01]|string_to_param\b.*|<.{1,100}>)$"),
+        "an embedding (textual inversion), which is for `embeddings`",
     ),
 )
 

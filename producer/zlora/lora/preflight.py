@@ -1,4 +1,4 @@
-"""Checks LoRAs before a job is queued: whether they exist and what their headers say.
+"""Checks LoRAs and embeddings before a job is queued: whether they exist, and their headers.
 
 Addresses that need a worker's settings or files (`s3://`, `cozy://`, `file://`, `demo://`) and
 files that require a token are left to the worker. The packages of the extra `preflight` are
@@ -35,11 +35,13 @@ from zlora.lora.addresses import (
     scheme_of,
 )
 from zlora.lora.base_model import LoraInfo
+from zlora.lora.embedding_header import is_embedding, read_embeddings
 from zlora.redaction import without_secrets
 from zlora.schema import Asset, GenerateRequest
 
 if TYPE_CHECKING:
     from zlora.lora.remote_header import RemoteHeader
+    from zlora.lora.safetensors_header import Header
 
 T = TypeVar("T")
 
@@ -95,7 +97,9 @@ class Preflight:
         return base_model.describe(found.header, source=name, size=found.size)
 
     def check(self, request: GenerateRequest) -> None:
-        """Raise a `LoraError`, with `index` in its details, for the first LoRA that is unusable.
+        """Raise a `LoraError`, with `index` in its details, for the first file that is unusable.
+
+        `field` in the details is `embeddings` if `index` counts these.
 
         A LoRA that was made for another base model than SDXL is a `LoraMismatch`, unless `strict`
         is false: then the worker decides. Addresses that only a worker opens, files that require a
@@ -108,18 +112,33 @@ class Preflight:
             except LoraError as error:
                 error.add_details(index=index)
                 raise
+        for index, embedding in enumerate(request.embeddings):
+            address, name = embedding.file.address, without_secrets(embedding.file.address)
+            try:
+                if header := self._header(address):
+                    read_embeddings(header, name, token=embedding.token)
+            except LoraError as error:
+                error.add_details(index=index, field="embeddings")
+                raise
 
-    def _check(self, address: str, *, strict: bool) -> None:
+    def _header(self, address: str) -> "Header | None":
+        """Return the header at an address; None if only a worker can open it."""
         if scheme_of(address) in (*WORKER_SCHEMES, CATALOGUE):
-            return
+            return None
         try:
-            header = self._read(address).header
+            return self._read(address).header
         except LoraForbidden as error:
             if error.details.get("status") in _TOKEN_REQUIRED:
-                return
+                return None
             raise
+
+    def _check(self, address: str, *, strict: bool) -> None:
+        if (header := self._header(address)) is None:
+            return
         name = without_secrets(address)
         base_model.require_lora(header, name)
+        if any(map(is_embedding, header.tensors)):
+            read_embeddings(header, name, beside_lora=True)
         detected = base_model.detect_base_model(header)
         if strict and detected and detected.family != base_model.SDXL:
             raise LoraMismatch(

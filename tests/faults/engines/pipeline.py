@@ -49,6 +49,7 @@ class EncodedText(NamedTuple):
 
     prompt_receipt: None = None
     negative_receipt: None = None
+    uses: tuple[int, ...] = ()
 
 
 class MergedModel:
@@ -58,7 +59,7 @@ class MergedModel:
         self.draw = pipeline.draw
         self.relative_norms, self.tiled = relative_norms, False
 
-    def encode(self, request: GenerateRequest) -> EncodedText:
+    def encode(self, request: GenerateRequest, embeddings: Sequence[Any] = ()) -> EncodedText:
         """Do nothing: the fake reads orders from the prompt."""
         return EncodedText()
 

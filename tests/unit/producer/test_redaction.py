@@ -129,6 +129,14 @@ def test_a_lora_is_shown_by_its_name_else_by_its_address() -> None:
     )
 
 
+def test_an_embedding_is_shown_by_its_address() -> None:
+    specs = [{"file": {"url": SECRET_URL}, "token": "<s0>"}, {"file": {"cozy_ref": "owner/anime"}}]
+
+    assert shown({"embeddings": specs}) == (
+        "embedding='https://example.com/x.safetensors', embedding='owner/anime'"
+    )
+
+
 def test_a_long_address_keeps_its_host_and_file_name() -> None:
     url = f"https://example.com/{'x' * 500}/anime.safetensors?sig=t0ken"
 

@@ -17,6 +17,8 @@ from zlora.schema import (
     MAX_IMAGES,
     MAX_SEED,
     Asset,
+    EmbeddingReceipt,
+    EmbeddingSpec,
     GenerateRequest,
     GenerateResult,
     ImageRef,
@@ -50,6 +52,10 @@ def document(**fields: Any) -> dict[str, Any]:
 
 def with_lora(**fields: Any) -> dict[str, Any]:
     return document(loras=[{"file": {"url": URL}, **fields}])
+
+
+def with_embeddings(*specs: dict[str, Any]) -> dict[str, Any]:
+    return document(embeddings=[{"file": {"url": URL}, **spec} for spec in specs])
 
 
 def with_file(**fields: Any) -> dict[str, Any]:
@@ -210,6 +216,18 @@ OUTSIDE: list[tuple[Any, str, str]] = [
         "$.loras[1].weight",
         "4",
     ),
+    (with_embeddings({"token": ""}), "$.embeddings[0].token", "1"),
+    (with_embeddings({"token": "x" * 101}), "$.embeddings[0].token", "100"),
+    (with_embeddings({"token": "two words"}), "$.embeddings[0]", "without spaces"),
+    (with_embeddings({"token": "a\u3000b"}), "$.embeddings[0]", "without spaces"),
+    (with_embeddings({"token": "a\nb"}), "$.embeddings[0]", "without spaces"),
+    (with_embeddings({"token": "Cat"}, {}, {"token": "cat"}), "$", "another `token`"),
+    (with_embeddings(*[{}] * 9), "$.embeddings", "8"),
+    (
+        document(embeddings=[{"file": {"url": URL, "config_sha256": "none"}}]),
+        "$.embeddings[0]",
+        "config_sha256",
+    ),
     ({}, "$", "prompt"),
     (document(loras=[{"weight": 1}]), "$.loras[0]", "file"),
     (None, "$", "object"),
@@ -260,6 +278,7 @@ def test_a_long_value_is_cut() -> None:
     [
         (document(wieght=1), "$"),
         (with_lora(wieght=1), "$.loras[0]"),
+        (with_embeddings({"wieght": 1}), "$.embeddings[0]"),
         (with_file(url=URL, wieght=1), "$.loras[0].file"),
     ],
 )
@@ -611,6 +630,7 @@ def result() -> GenerateResult:
         key="k", width=64, height=64, content_type="image/png", size=1, sha256="0" * 64, seed=1
     )
     lora = LoraSpec(file=Asset(url="https://example.com/a"), weight=0.5)
+    embedding = EmbeddingSpec(file=Asset(url="https://example.com/b"), token="cat")
     return GenerateResult(
         job_id="job",
         images=(image,),
@@ -620,7 +640,7 @@ def result() -> GenerateResult:
         base_intact=True,
         model="m",
         versions={},
-        request=GenerateRequest(prompt="a city", loras=(lora,)),
+        request=GenerateRequest(prompt="a city", loras=(lora,), embeddings=(embedding,)),
     )
 
 
@@ -632,10 +652,15 @@ def places(document: dict[str, Any]) -> list[dict[str, Any]]:
         request,
         request["loras"][0],
         request["loras"][0]["file"],
+        request["embeddings"][0],
+        request["embeddings"][0]["file"],
     ]
 
 
-@pytest.mark.parametrize("place", range(5), ids=["result", "image", "request", "lora", "file"])
+PLACES = ("result", "image", "request", "lora", "lora-file", "embedding", "embedding-file")
+
+
+@pytest.mark.parametrize("place", range(len(PLACES)), ids=PLACES)
 def test_an_unknown_field_of_a_result_is_ignored_wherever_it_is(
     result: GenerateResult, place: int
 ) -> None:
@@ -656,6 +681,8 @@ def test_the_request_of_a_result_has_the_types_that_are_submitted(result: Genera
         LoraSpec,
         Asset,
     )
+    (embedding,) = found.embeddings
+    assert (type(embedding), type(embedding.file)) == (EmbeddingSpec, Asset)
 
 
 def test_a_result_of_an_older_version_without_request_is_read(result: GenerateResult) -> None:
@@ -683,7 +710,9 @@ def test_a_known_field_of_a_result_keeps_its_bounds(result: GenerateResult) -> N
 
 
 def test_every_field_is_documented_in_a_sentence() -> None:
-    for cls in (Asset, LoraSpec, GenerateRequest, ImageRef, LoraReceipt, GenerateResult, JobStatus):
+    inputs = (Asset, LoraSpec, EmbeddingSpec, GenerateRequest)
+    results = (ImageRef, LoraReceipt, EmbeddingReceipt, GenerateResult, JobStatus)
+    for cls in inputs + results:
         documented = field_docs(cls)
 
         assert list(documented) == list(cls.__struct_fields__)

@@ -429,6 +429,19 @@ def test_threads_that_submit_at_once_lose_no_job() -> None:
         assert {client.job(name).status().state for name in worker.requests} == {JobState.SUCCESS}
 
 
+def test_a_fake_result_has_a_receipt_for_each_embedding() -> None:
+    specs = [{"file": {"url": SECRET_URL}, "token": "cat"}, {"file": {"ref": "owner/x"}}]
+    request = parse_request({"prompt": "a cat", "negative_prompt": "no cat", "embeddings": specs})
+
+    result = fake_result("job", request)
+
+    first, second = result.embeddings
+    assert (first.source, first.used) == ("https://example.com/x.safetensors", {"cat": 2})
+    assert second.source == "cozy://owner/x"
+    assert result.request is not None
+    assert [spec.file.sha256 for spec in result.request.embeddings] == [first.sha256] * 2
+
+
 def test_a_fake_result_survives_the_wire() -> None:
     request = parse_request({**REQUEST, "loras": [{"file": {"cozy_ref": "owner/name"}}]})
 

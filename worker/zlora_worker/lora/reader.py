@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors
 from zlora.lora import base_model, key_names
+from zlora.lora.embedding_header import is_embedding
 from zlora.lora.safetensors_header import Header, read_header
 
 from zlora_worker.lora.adapter_config import Scales
@@ -71,7 +72,8 @@ class Lora:
     `modules` counts the changed modules of each component. `unmatched` lists the tensors without a
     place in the model. `other_base` is a clause that says that the file was made for another base
     model, empty if nothing says so. `alpha_assumed` says that modules of peft have no alpha, and
-    got the scale 1. `tensors_sha256` is the sha256 of the file without its header.
+    got the scale 1. `has_embeddings` says that the file has embeddings beside the LoRA, which this
+    reader leaves out. `tensors_sha256` is the sha256 of the file without its header.
     """
 
     digest: str
@@ -84,6 +86,7 @@ class Lora:
     other_base: str
     alpha_assumed: bool
     trigger_words: tuple[str, ...]  # by the header
+    has_embeddings: bool
     batches: tuple[Batch, ...]
     deltas: tuple[tuple[Slot, WeightDelta], ...]  # of all formats but LoRA
     nbytes: int  # of all tensors in memory
@@ -197,6 +200,7 @@ class Reader:
             other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
             trigger_words=base_model.trigger_words(header.metadata),
+            has_embeddings=any(map(is_embedding, header.tensors)),
             batches=tuple(batches),
             deltas=tuple(deltas),
             nbytes=_nbytes(batches, (delta for _, delta in deltas)),
@@ -209,6 +213,8 @@ class Reader:
         found: dict[Module, dict[str, str]] = defaultdict(dict)
         unmatched = []
         for name in header.tensors:
+            if is_embedding(name):
+                continue
             if kind := key_names.unsupported_kind(name):
                 raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
             key = key_names.parse_key(name)

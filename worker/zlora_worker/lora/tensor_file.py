@@ -76,6 +76,22 @@ def read_stacks(
     return stacks, digest
 
 
+def read_tensor(path: Path, header: Header, name: str) -> Tensor:
+    """Return one tensor of a file, and read no other; the file is not mapped."""
+    first, last = header.tensors[name].data_offsets
+    with path.open("rb") as file:
+        file.seek(_LENGTH + int.from_bytes(file.read(_LENGTH), "little") + first)
+        data = bytearray(file.read(last - first))
+    if len(data) < last - first:
+        raise _truncated()
+    tensor = torch.frombuffer(data, dtype=torch.uint8)
+    return tensor.view(_dtype(header, name)).view(header.tensors[name].shape)
+
+
+def _truncated() -> NotSafetensors:
+    return NotSafetensors("damaged safetensors file: it was truncated while it was read")
+
+
 def _read(
     path: Path,
     header: Header,
@@ -92,7 +108,7 @@ def _read(
         while start < total:
             count = file.readinto(chunk[: total - start])
             if not count:
-                raise NotSafetensors("damaged safetensors file: it was truncated while it was read")
+                raise _truncated()
             digest.update(chunk[:count])
             end = start + count
             while span < len(spans):

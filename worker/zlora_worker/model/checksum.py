@@ -1,4 +1,4 @@
-"""Checksums of the base model's weights, compared in full or in slices after each job."""
+"""Checksums of the base model's weights and words, compared in full or in slices after each job."""
 
 import hashlib
 import math
@@ -48,9 +48,16 @@ class WeightChecksum:
     except within 512 bytes. The checksum detects faults; it does not detect forgery.
     """
 
-    def __init__(self, components: Mapping[str, nn.Module], weights: Weights) -> None:
-        """Sum all weights once."""
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        weights: Weights,
+        tokenizers: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Sum all weights once; the words of the tokenizers are compared, too."""
         self._components, self._weights = components, weights
+        self._tokenizers = tokenizers or {}
+        self._vocabularies = self._current_vocabularies()
         self._structure = self._current_structure()
         self._stacked = {
             f"{stack.component}.{name}" for stack in weights.stacks for name in stack.names
@@ -63,8 +70,9 @@ class WeightChecksum:
     def check(self, seconds: float | None = None) -> ChecksumResult:
         """Compare the base: all of it, or as much as `seconds` allow if that is less.
 
-        A slice begins where the last slice ended. Modules, parameters and their pointers are
-        compared at every check.
+        A slice begins where the last slice ended. Modules, parameters and their pointers, and the
+        words that were added to a tokenizer, are compared at every check, and whole vocabularies if
+        all is compared.
         """
         found = self._current_structure()
         moved = [
@@ -81,6 +89,11 @@ class WeightChecksum:
         if compared == total:
             self._seconds = time.perf_counter() - start
         changed = [name for name, found_sum in sums.items() if self._sums.get(name) != found_sum]
+        if compared == total:
+            vocabularies = self._current_vocabularies()
+            changed += [
+                name for name, sha256 in vocabularies.items() if self._vocabularies[name] != sha256
+            ]
         return ChecksumResult(
             sorted({*moved, *self._weights.moved_parameters(), *changed}),
             compared / total if total else 1.0,
@@ -121,6 +134,22 @@ class WeightChecksum:
                 )
             for name, buffer in model.named_buffers(remove_duplicate=False):
                 found[f"{component}.{name}"] = (tuple(buffer.shape), buffer.stride())
+        for name, tokenizer in self._tokenizers.items():
+            found[name] = (
+                id(tokenizer.backend_tokenizer),
+                *sorted(tokenizer.added_tokens_encoder.items()),
+                *sorted(tokenizer.special_tokens_map.items()),
+                tokenizer.model_max_length,
+            )
+        return found
+
+    def _current_vocabularies(self) -> dict[str, str]:
+        """Sha256 of all that a tokenizer does, except the truncation and padding of a call."""
+        found = {}
+        for name, tokenizer in self._tokenizers.items():
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+            found[name] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         return found
 
     def _parts(self) -> Iterator[_Part]:

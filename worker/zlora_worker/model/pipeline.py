@@ -24,12 +24,14 @@ from zlora_worker.lora.weights import Weights
 from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_sha256
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
+from zlora_worker.model.embedding_file import EmbeddingReader
 from zlora_worker.model.schedulers import KARRAS, SCHEDULERS
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
 from zlora_worker.monitoring.logs import said_by
 
 COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
 ADAPTED: Final = COMPONENTS[:3]  # components that LoRAs are made for
+TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
 
 _GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
 _NO_GUIDANCE: Final = 1.0
@@ -100,6 +102,7 @@ class Pipeline:
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.reader = Reader(self.weights)
+        self.embedding_reader = EmbeddingReader(pipeline)
         if compile_mode == "graphs":
             patch_mode = "inplace"
         self.patch = Patch(self.weights, mode=choose_mode(self.weights, patch_mode))
@@ -111,7 +114,8 @@ class Pipeline:
         self._check_all = check_all
         self._scheduler = pipeline.scheduler
         self._vae_dtype = pipeline.vae.dtype
-        self._checksum = WeightChecksum(components, self.weights)
+        tokenizers = {name: getattr(pipeline, name) for name in TOKENIZERS}
+        self._checksum = WeightChecksum(components, self.weights, tokenizers)
         sums_sha256 = self._checksum.sums_sha256()
         if known is None:
             self.base_sha256 = digests.sha256()

@@ -70,6 +70,7 @@ def _result(
     return GenerateResult(
         images=images,
         loras=drawn.loras,
+        embeddings=drawn.embeddings,
         timings=drawn.timings | {Phase.TAIL: tail} | seconds,
         base_intact=drawn.base_intact,
         base_checked=drawn.base_checked,

@@ -16,7 +16,7 @@ from zlora_worker.model.schedulers import KARRAS, sampler_name
 from zlora_worker.results.provenance import ImageProvenance
 
 _MODEL_DIGITS: Final = 10  # of the base model's sha256
-_LORA_DIGITS: Final = 12  # of a LoRA's sha256
+_LORA_DIGITS: Final = 12  # of the sha256 of a LoRA or an embedding
 _MAX_NAME: Final = 200  # characters; an address may be a single long name
 # UTF-16 units of an Exif segment, which has 65,533 bytes with its own headers.
 _JPEG_ROOM: Final = 32_000
@@ -42,7 +42,17 @@ def infotext(provenance: ImageProvenance, tensors_sha256: Sequence[str]) -> str:
         for name, sha256 in zip(names, tensors_sha256, strict=True)
     )
     version = f"{_SOFTWARE} {provenance.versions.get(_SOFTWARE, '')}".rstrip()
-    pairs = {**_settings(provenance), "Lora hashes": hashes, "Version": version}
+    embeddings = ", ".join(
+        f"{_name(spec.token or _file_name(spec.file.address))}: {spec.file.sha256[:_LORA_DIGITS]}"
+        for spec in request.embeddings
+        if spec.file.sha256
+    )
+    pairs = {
+        **_settings(provenance),
+        "Lora hashes": hashes,
+        "TI hashes": embeddings,
+        "Version": version,
+    }
     last = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value)
 
     prompt, negative = _prompt(request.prompt), _prompt(request.negative_prompt)
@@ -78,14 +88,17 @@ def _unique_names(loras: Sequence[LoraSpec]) -> list[str]:
     """Return a name for each LoRA, each once: readers look up a tag's hash by its name."""
     names: list[str] = []
     for spec in loras:
-        label = spec.adapter_name or _file_name(spec.file.address)
-        label = _one_line(_NOT_IN_NAMES.sub(" ", label))[:_MAX_NAME].rstrip() or "lora"
+        label = _name(spec.adapter_name or _file_name(spec.file.address)) or "lora"
         name, number = label, 1
         while name in names:
             number += 1
             name = f"{label}_{number}"
         names.append(name)
     return names
+
+
+def _name(text: str) -> str:
+    return _one_line(_NOT_IN_NAMES.sub(" ", text))[:_MAX_NAME].rstrip()
 
 
 def _file_name(address: str) -> str:

@@ -14,8 +14,8 @@ _MAX_BYTES: Final = 2**22  # of a JSON document; that of the longest request has
 class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What all images of a job share; each field is also a field of `GenerateResult`.
 
-    `seed` is that of the first image. In `request` the addresses have no query, and each LoRA is
-    pinned to the file that was used.
+    `seed` is that of the first image. In `request` the addresses have no query, and each LoRA and
+    embedding is pinned to the file that was used.
     """
 
     job_id: Annotated[str, Meta(pattern=rf"^{JOB_ID.pattern}\Z")]
@@ -67,12 +67,15 @@ class ImageProvenance(JobProvenance, frozen=True, kw_only=True):
 
 
 def pinned(
-    request: GenerateRequest, files: Iterable[tuple[str, str, str | None]]
+    request: GenerateRequest,
+    files: Iterable[tuple[str, str, str | None]],
+    embeddings: Iterable[tuple[str, str, str | None]] = (),
 ) -> GenerateRequest:
-    """Return the request with each LoRA pinned to its file.
+    """Return the request with each LoRA and each embedding pinned to its file.
 
     `files` has the source without secrets, the sha256, and that of the configuration beside it, of
-    each LoRA with a weight in the request's order. Others keep their address.
+    each LoRA with a weight in the request's order. Others keep their address. `embeddings` has the
+    source, the sha256, and the word of a file with one embedding.
     """
     used, loras = iter(files), []
     for spec in request.loras:
@@ -80,15 +83,23 @@ def pinned(
         config_sha256 = spec.file.config_sha256
         if spec.is_used:
             source, sha256, config_sha256 = next(used)
-        pins = {"sha256": sha256, "config_sha256": config_sha256}
-        try:
-            asset = msgspec.convert({"url": source} | pins, Asset)
-        except msgspec.ValidationError:  # nothing is left of the address, or too long when quoted
-            asset = msgspec.convert({"url": f"sha256:{sha256}"} | pins, Asset)
+        asset = _pinned_file(source, sha256, config_sha256)
         loras.append(
             msgspec.structs.replace(spec, file=asset, adapter_name=label(spec.adapter_name))
         )
-    return msgspec.structs.replace(request, loras=tuple(loras))
+    specs = tuple(
+        msgspec.structs.replace(spec, file=_pinned_file(source, sha256), token=spec.token or token)
+        for spec, (source, sha256, token) in zip(request.embeddings, embeddings, strict=True)
+    )
+    return msgspec.structs.replace(request, loras=tuple(loras), embeddings=specs)
+
+
+def _pinned_file(source: str, sha256: str | None, config_sha256: str | None = None) -> Asset:
+    pins = {"sha256": sha256, "config_sha256": config_sha256}
+    try:
+        return msgspec.convert({"url": source} | pins, Asset)
+    except msgspec.ValidationError:  # nothing is left of the address, or too long when quoted
+        return msgspec.convert({"url": f"sha256:{sha256}"} | pins, Asset)
 
 
 def image_provenances(result: GenerateResult) -> list[ImageProvenance]:

@@ -19,7 +19,14 @@ import msgspec
 from msgspec import Struct
 from zlora.errors import StoreFailed
 from zlora.files import write_atomically
-from zlora.schema import GenerateRequest, ImageRef, LoraReceipt, LoraSpec, PromptReceipt
+from zlora.schema import (
+    EmbeddingReceipt,
+    GenerateRequest,
+    ImageRef,
+    LoraReceipt,
+    LoraSpec,
+    PromptReceipt,
+)
 
 from zlora_worker.results.provenance import JobProvenance
 
@@ -59,7 +66,7 @@ class SpooledJob(Struct, frozen=True, kw_only=True):
 
     @property
     def request(self) -> GenerateRequest:
-        """The request, with its LoRAs pinned."""
+        """The request, with its LoRAs and embeddings pinned."""
         return self.provenance.request
 
 
@@ -67,6 +74,7 @@ class DrawnJob(Struct, frozen=True, kw_only=True):
     """What is known of an attempt after its last image, once the base model is restored."""
 
     loras: tuple[LoraReceipt, ...]
+    embeddings: tuple[EmbeddingReceipt, ...]
     timings: dict[str, float]
     base_intact: bool
     base_checked: float

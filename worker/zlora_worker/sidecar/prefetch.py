@@ -1,4 +1,4 @@
-"""Fetch the LoRAs of the next jobs into the disk cache while another job runs.
+"""Fetch the LoRAs and embeddings of the next jobs into the disk cache while another job runs.
 
 The jobs' messages are read and not changed. A job whose files are in the cache does not download
 them again. A failed prefetch fails no job: the job fetches the file itself and reports the error.
@@ -33,7 +33,7 @@ _DOWNLOADS: Final = 2  # at once
 _AHEAD: Final = 2  # jobs whose LoRAs the child parses before it takes them
 _EVERY: Final = 0.5  # seconds until the next look at what is due
 _ERROR_PAUSE: Final = 2.0  # seconds until the next look if the cache fails
-_RECHECK: Final = 10.0  # seconds until a LoRA is checked again: another's download may have failed
+_RECHECK: Final = 10.0  # seconds until a file is checked again: another's download may have failed
 _FAILED_PAUSE: Final = 60.0  # seconds without a new attempt after a failure, or as the server says
 _TIDY: Final = 3600.0  # seconds between two clean-ups of the cache
 
@@ -106,7 +106,7 @@ class Prefetcher:
             self._changed.wait(seconds)
 
     def step(self, cache: "Cache") -> bool:
-        """Fetch the first LoRA in line that is due; return False if there is none."""
+        """Fetch the first file in line that is due; return False if there is none."""
         if (claimed := self._claim()) is None:
             return False
         asset, since = claimed
@@ -127,7 +127,7 @@ class Prefetcher:
         cache.tidy()
 
     def _claim(self) -> tuple[Asset, float] | None:
-        """Return a LoRA that no other thread fetches, and the submission time of its job.
+        """Return a file that no other thread fetches, and the submission time of its job.
 
         A file that was fetched after that time need not be checked at its source again.
         """
@@ -142,7 +142,7 @@ class Prefetcher:
                 [NextLora(spec, job.submitted) for job in jobs[:_AHEAD] for spec in job.loras]
             )
             for job in jobs:
-                for asset in (spec.file for spec in job.loras):
+                for asset in (*(spec.file for spec in job.loras), *job.embeddings):
                     # Not before a submission time in the future, by a producer's wrong clock: the
                     # job would check the source again.
                     first = _Check(since=job.submitted, due=job.submitted)
@@ -156,7 +156,7 @@ class Prefetcher:
 
 
 class _Check(NamedTuple):
-    """When a waiting job's LoRA is due; times in seconds since the epoch.
+    """When a file of a waiting job is due; times in seconds since the epoch.
 
     `since` stays as first seen for messages without a submission time.
     """
@@ -169,6 +169,7 @@ class _Job(NamedTuple):
     id: str
     submitted: float
     loras: tuple[LoraSpec, ...]  # those that are used
+    embeddings: tuple[Asset, ...]
 
 
 def _catalogue(settings: Settings) -> Catalogue:
@@ -192,7 +193,12 @@ def _job_of(message: QueuedMessage, now: float, catalogue: Catalogue) -> _Job | 
     submitted = message.submitted_at(now)
     if submitted is None:
         submitted = now
-    return _Job(job_id, submitted, tuple(spec for spec in request.loras if spec.is_used))
+    return _Job(
+        job_id,
+        submitted,
+        loras=tuple(spec for spec in request.loras if spec.is_used),
+        embeddings=tuple(spec.file for spec in request.embeddings),
+    )
 
 
 def _work(prefetcher: Prefetcher, settings: Settings, beat: Callable[[], None]) -> None:

@@ -136,6 +136,23 @@ def test_a_lora_may_end_in_its_alpha(
     assert (spec.get("weight", 1.0), spec["alpha"]) == (weight, alpha)
 
 
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("owner/repo", {"file": {"url": "owner/repo"}}),
+        ("<s0><s1>=owner/repo", {"file": {"url": "owner/repo"}, "token": "<s0><s1>"}),
+        ("https://a.b/c?d=e", {"file": {"url": "https://a.b/c?d=e"}}),
+        ("cat=cozy://owner/cat", {"file": {"cozy_ref": "owner/cat"}, "token": "cat"}),
+    ],
+)
+def test_an_embedding_may_begin_with_its_word(
+    worker: MemoryWorker, text: str, spec: dict[str, Any]
+) -> None:
+    run("submit", "a city", "--embedding", text)
+
+    assert requested(worker)["embeddings"] == (spec,)
+
+
 @pytest.mark.parametrize("name", ["request.json", "-"])
 def test_options_replace_fields_of_the_document(
     worker: MemoryWorker, tmp_path: Path, name: str

@@ -98,6 +98,17 @@ def test_an_image_size_preset_is_a_width_and_height(name: str, size: tuple[int, 
     assert (request.width, request.height) == size
 
 
+def test_an_embedding_has_the_words_that_fal_gives_it() -> None:
+    document = {"prompt": "x", "embeddings": [{"path": URL}, {"path": "o/r", "tokens": ["cat"]}]}
+
+    request = to_request(document)
+
+    assert [(spec.file.url, spec.token) for spec in request.embeddings] == [
+        (URL, "<s0><s1>"),
+        ("o/r", "cat"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("fields", "path", "expected"),
     [
@@ -106,7 +117,12 @@ def test_an_image_size_preset_is_a_width_and_height(name: str, size: tuple[int, 
         ({"enable_safety_checker": True}, "$.enable_safety_checker", "False"),
         ({"enable_safety_checker": 0}, "$.enable_safety_checker", "False"),
         ({"expand_prompt": True}, "$.expand_prompt", "False"),
-        ({"embeddings": [{"path": "x"}]}, "$.embeddings", "[]"),
+        ({"embeddings": "owner/repo"}, "$.embeddings", "array"),
+        ({"embeddings": [{"path": URL}, {}]}, "$.embeddings[1]", "`path`"),
+        ({"embeddings": [{"path": URL, "token": "x"}]}, "$.embeddings[0]", "`tokens`"),
+        ({"embeddings": [{"path": URL, "tokens": "x"}]}, "$.embeddings[0].tokens", "list"),
+        ({"embeddings": [{"path": 1}]}, "$.embeddings[0].path", "str"),
+        ({"embeddings": [{"path": URL, "tokens": []}]}, "$.embeddings[0].tokens", ">= 1"),
         ({"acceleration": "warp"}, "$.acceleration", "regular"),
         ({"image_size": "huge"}, "$.image_size", "square_hd"),
         ({"image_size": ["square"]}, "$.image_size", "square_hd"),

@@ -28,6 +28,7 @@ from zlora import Client, LoraInfo, Preflight
 from zlora.broker.keys import waiting_lists
 from zlora.cli import main
 from zlora.errors import (
+    EmbeddingMismatch,
     InvalidRequest,
     InvalidSetting,
     LoraError,
@@ -496,6 +497,11 @@ def test_a_lora_for_the_right_base_model_is_queued(broker_url: str, broker: Any)
         (lora("lora_unet_double_blocks_0_img_attn_proj"), LoraMismatch, "made for Flux"),
         (saved({"weight": torch.ones(1)}), LoraMismatch, "not a LoRA"),
         (saved({f"{SDXL}.oft_blocks": torch.ones(1)}), LoraMismatch, "OFT"),
+        (
+            saved(kohya_lora() | {"bundle_emb.x.clip_l": torch.ones(1, 768)}),
+            EmbeddingMismatch,
+            "one encoder only",
+        ),
         (PAGE, NotSafetensors, "a web page"),
     ],
 )
@@ -530,6 +536,38 @@ def test_a_base_model_that_the_header_names_matters_to_strict_jobs_only(
             checks.check(request)
 
         checks.check(GenerateRequest(prompt="", loras=(LoraSpec(file=file, **options),)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "words"),
+    [
+        ({"emb_params": torch.ones(2, 768)}, EmbeddingMismatch, "one encoder only.*SD 1.x"),
+        ({"clip_l": torch.ones(2, 768)}, EmbeddingMismatch, "nothing for text_encoder_2"),
+        ({"vae": torch.ones(1, 2, 3)}, EmbeddingMismatch, "not an embedding"),
+        (None, NotSafetensors, "a web page"),
+    ],
+)
+def test_a_job_with_an_unusable_embedding_is_not_queued(
+    broker_url: str, broker: Any, tensors: Tensors | None, kind: type[LoraError], words: str
+) -> None:
+    """The error names the list and the index in it; a good embedding is queued."""
+    good = saved({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)})
+    bad = PAGE if tensors is None else saved(tensors)
+    with serving(ranged(good)) as one, serving(ranged(bad)) as other:
+        specs = [
+            {"file": {"url": f"{host.url}/e{QUERY}"}, "token": host.name} for host in (one, other)
+        ]
+        with Client(broker_url, preflight=lambda: preflight(one, other)) as client:
+            with pytest.raises(kind, match=words) as raised:
+                client.submit({"prompt": "x", "embeddings": specs}, preflight=True)
+            assert queued(broker) == []
+            request = {"prompt": "x", "embeddings": specs[:1]}
+            client.submit(request, job_id="job-1", preflight=True)
+
+    assert raised.value.details["index"] == 1
+    assert raised.value.details["field"] == "embeddings"
+    said_by(raised.value)
+    assert "zlora:job:job-1" in queued(broker)
 
 
 def test_a_job_with_an_absent_lora_is_not_queued(broker_url: str, broker: Any) -> None:

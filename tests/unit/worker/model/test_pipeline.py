@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from support.fakes import PARTS, a_request, load_pipeline, pixels, weights
 from support.tiny_folder import tiny_lora
+from tokenizers.normalizers import Lowercase
 from zlora.errors import BaseNotRestored, GenerationFailed
 from zlora.schema import Scheduler
 from zlora_worker.lora.merge import WeightedLora
@@ -406,9 +407,29 @@ def an_extra_module(model: Pipeline) -> Iterator[None]:
     del model.pipeline.unet.extra
 
 
+@contextmanager
+def a_word(model: Pipeline) -> Iterator[None]:
+    weight = model.pipeline.text_encoder_2.get_input_embeddings().weight
+    before = weight.data[300].clone()
+    weight.data[300] = 1.0
+    yield
+    weight.data[300] = before
+
+
+@contextmanager
+def another_vocabulary(model: Pipeline) -> Iterator[None]:
+    tokenizer = model.pipeline.tokenizer.backend_tokenizer
+    before = tokenizer.normalizer
+    tokenizer.normalizer = Lowercase()
+    yield
+    tokenizer.normalizer = before
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        a_word,
+        another_vocabulary,
         another_order,
         two_signs,
         another_parameter,
@@ -438,6 +459,21 @@ def test_a_lora_that_diffusers_loaded_is_found(disposable: Pipeline, model_home:
 
     with pytest.raises(BaseNotRestored), disposable.exclusive() as pipeline:
         pipeline.load_lora_weights(str(path), adapter_name="left")
+
+    assert disposable.state is PipelineState.DIRTY
+
+
+def test_a_word_that_a_job_added_is_found(disposable: Pipeline) -> None:
+    """The weights are the same; the next prompt with this word would have another token."""
+    with pytest.raises(BaseNotRestored), disposable.exclusive() as pipeline:
+        pipeline.tokenizer_2.add_tokens(["<s0>"])
+
+    assert disposable.state is PipelineState.DIRTY
+
+
+def test_an_embedding_that_diffusers_loaded_is_found(disposable: Pipeline) -> None:
+    with pytest.raises(BaseNotRestored), disposable.exclusive() as pipeline:
+        pipeline.load_textual_inversion(torch.ones(1, 32), token="<s0>")
 
     assert disposable.state is PipelineState.DIRTY
 

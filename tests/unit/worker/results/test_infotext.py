@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.fakes import a_request, image_provenance
-from zlora.schema import Asset, GenerateRequest, LoraSpec, Scheduler, parse_request
+from zlora.schema import Asset, EmbeddingSpec, GenerateRequest, LoraSpec, Scheduler, parse_request
 from zlora_worker.model.schedulers import SCHEDULERS
 from zlora_worker.results.infotext import infotext
 
@@ -59,6 +59,19 @@ def digest(number: int) -> str:
 
 
 # --- the form
+
+
+def test_infotext_has_the_hashes_of_embeddings() -> None:
+    """By their words, without what would end a name."""
+    specs = tuple(
+        EmbeddingSpec(
+            file=Asset(url="https://a.invalid/b.safetensors", sha256=digest(n)), token=token
+        )
+        for n, token in enumerate(("badhands", "<s0>", None))
+    )
+
+    hashes = 'TI hashes: "badhands: 000000000000, s0: 000000000001, b: 000000000002"'
+    assert hashes in written(a_request(embeddings=specs))
 
 
 def test_infotext_has_the_form_of_the_web_ui() -> None:

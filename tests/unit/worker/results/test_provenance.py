@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.fakes import a_request, image_provenance, settings
-from zlora.schema import Asset, GenerateResult, ImageRef, LoraSpec, parse_request
+from zlora.schema import Asset, EmbeddingSpec, GenerateResult, ImageRef, LoraSpec, parse_request
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.fetch.fetcher import Fetcher
 from zlora_worker.results.provenance import (
@@ -77,6 +77,21 @@ def test_a_pinned_request_is_a_request(fetcher: Fetcher, form: str, address: str
     assert parse_provenance(msgspec.json.encode(image_provenance(found))).request == found
     assert (lora.file.sha256, lora.weight) == (DIGEST, 0.5)
     assert re.search(r"[?#]|s3cret", lora.file.address) is None
+
+
+def test_an_embedding_is_pinned_to_its_file_and_its_word() -> None:
+    """The word may have been the name of the file, which the address may lose."""
+    file = Asset(url="https://user:s3cret@a.invalid/zebra.safetensors?token=s3cret")
+    specs = (EmbeddingSpec(file=file), EmbeddingSpec(file=file, token="<x>"))
+    source = "https://a.invalid/zebra.safetensors"
+
+    found = pinned(
+        a_request(embeddings=specs), [], [(source, DIGEST, "zebra"), (source, DIGEST, "<x>")]
+    )
+
+    assert [spec.token for spec in found.embeddings] == ["zebra", "<x>"]
+    assert {(spec.file.url, spec.file.sha256) for spec in found.embeddings} == {(source, DIGEST)}
+    assert parse_provenance(msgspec.json.encode(image_provenance(found))).request == found
 
 
 # --- a result's

@@ -13,7 +13,7 @@ from zlora.errors import StoreFailed
 from zlora_worker.results.finish import Abandoned, finish
 from zlora_worker.results.spool import DrawnJob, EndedJob, Spool, SpooledJob
 
-DRAWN = DrawnJob(loras=(), timings={}, base_intact=True, base_checked=1.0, at=0.0)
+DRAWN = DrawnJob(loras=(), embeddings=(), timings={}, base_intact=True, base_checked=1.0, at=0.0)
 
 
 def a_job(num_images: int = 2) -> SpooledJob:

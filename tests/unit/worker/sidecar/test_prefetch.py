@@ -139,6 +139,14 @@ def test_loras_are_fetched_in_the_order_of_the_jobs(line: Line) -> None:
     assert line.fetch() == ["a1", "a2", "c1", "c2", "d1", "d2", "e1", "e2"]
 
 
+def test_embeddings_are_fetched_after_the_loras_of_their_job(line: Line) -> None:
+    embeddings = [{"file": {"url": f"{line.host.url}/e{number}"}} for number in (1, 2)]
+    line.client.submit(line.request("a") | {"embeddings": embeddings})
+    line.submit("b")
+
+    assert line.fetch() == ["a", "e1", "e2", "b"]
+
+
 def test_a_message_that_was_put_back_is_next(line: Line) -> None:
     line.submit("a")
     line.redis.rpush(
