@@ -24,6 +24,7 @@ from support.jobs import make_spool, run_job
 from support.tiny_folder import build_tiny, tiny_model
 from zlora import Client
 from zlora.embedded import EmbeddedStack
+from zlora.lora.catalogue import Catalogue
 from zlora.schema import Phase, parse_request
 from zlora_worker.child import Child
 from zlora_worker.monitoring.metrics import Meter
@@ -46,7 +47,9 @@ def main(*, rounds: int) -> None:
             "ZLORA_MODEL": model,
             "ZLORA_DEVICE": "cpu",
         }
-        runtime = Child.open(Settings.from_env(environ), make_spool(home / "spool"), Meter())
+        runtime = Child.open(
+            Settings.from_env(environ), make_spool(home / "spool"), Meter(), Catalogue()
+        )
         with (
             EmbeddedStack(environ) as stack,
             Client.from_env(stack.environ) as client,

@@ -47,23 +47,24 @@ def test_a_closed_catalogue_serves_its_loras_from_memory_and_no_others(
     assert len(scene.events("parsed")) == 2
 
 
-@pytest.mark.parametrize(
-    ("more", "variables", "reason"),
-    [
-        ("[loras.a]\nsource = 'lora://a'\n", {}, "a: its source leads back to itself: a -> a"),
-        ("", {"ZLORA_LORA_MEMORY_BYTES": "1"}, "the pinned LoRA two has 1 bytes, and"),
-    ],
-)
-def test_a_catalogue_that_cannot_be_kept_ends_the_worker_with_the_reason(
-    scene: Scene,
-    catalogue: Callable[[str], Variables],
-    more: str,
-    variables: Variables,
-    reason: str,
+def test_a_worker_with_a_wrong_catalogue_ends_before_it_loads_a_model(
+    scene: Scene, catalogue: Callable[[str], Variables]
 ) -> None:
-    with scene.starting_worker(**catalogue(more), **variables) as failing:
+    circle = catalogue("[loras.a]\nsource = 'lora://a'\n")
+    with scene.starting_worker(**circle) as failing:
+        assert failing.process.wait(60) == 1
+
+    assert len(failing.lines("loras.toml: a: its source leads back to itself: a -> a")) == 1
+    assert not failing.lines("Traceback")
+    assert not scene.events("loading")
+
+
+def test_a_worker_without_memory_for_its_pinned_loras_ends_and_says_which(
+    scene: Scene, catalogue: Callable[[str], Variables]
+) -> None:
+    with scene.starting_worker(**catalogue(""), ZLORA_LORA_MEMORY_BYTES="1") as failing:
         assert failing.process.wait(60) == 70
 
     (line,) = failing.lines("CRITICAL")
-    assert "ZLORA_CATALOGUE" in line
-    assert reason in line
+    assert "ZLORA_CATALOGUE: the pinned LoRA two has 1 bytes, and" in line
+    assert not failing.lines("Traceback")

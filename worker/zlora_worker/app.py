@@ -57,6 +57,7 @@ logger = get_logger(__name__)
 
 try:
     settings = Settings.from_env()
+    catalogue = settings.open_catalogue()  # once: a changed file is for the next start
     shared = shared_config(
         broker_url=settings.broker_url,
         result_backend=settings.result_backend,
@@ -215,7 +216,7 @@ def load_model(**_: Any) -> None:
         from zlora_worker.monitoring.metrics import Meter
 
         start, meter = time.monotonic(), Meter.of_process("child")
-        runner.child = Child.open(settings, held.spool, meter)
+        runner.child = Child.open(settings, held.spool, meter, catalogue)
         hold_pinned(runner.child)
         held.spool.show_queue_info(runner.child.queue_info())
         seconds = time.monotonic() - start

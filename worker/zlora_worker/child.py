@@ -44,13 +44,11 @@ class Child:
     max_losses: int = 10  # workers that a job may lose
 
     @classmethod
-    def open(cls, settings: Settings, spool: Spool, meter: Meter) -> Self:
+    def open(cls, settings: Settings, spool: Spool, meter: Meter, catalogue: Catalogue) -> Self:
         """Open store and cache, and load the base model, so that the first job is a usual one.
 
-        Raises `ModelUnavailable`, or `InvalidSetting` if the store, the cache or the catalogue
-        cannot be used.
+        Raises `ModelUnavailable`, or `InvalidSetting` if the store or the cache cannot be used.
         """
-        catalogue = settings.open_catalogue()
         store = open_store(settings)
         urls = ImageUrls(store, settings)
         store.probe()  # before the slow load: a worker with a wrong store would empty the queue

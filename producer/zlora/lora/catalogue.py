@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, Self
+from typing import Annotated, Any, Final, NamedTuple, Self, TypeVar
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -37,6 +37,7 @@ from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import (
     Address,
     Asset,
+    EmbeddingSpec,
     GenerateRequest,
     LoraSpec,
     Sha256,
@@ -56,6 +57,9 @@ _SCHEMES: Final = (*PUBLIC_SCHEMES, *WORKER_SCHEMES)
 
 # One word or phrase of a prompt, on one line.
 TriggerWord = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\A\S([^\r\n]*\S)?\Z")]
+
+
+Spec = TypeVar("Spec", LoraSpec, EmbeddingSpec)
 
 
 class CatalogueRow(
@@ -146,9 +150,10 @@ class Catalogue:
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Return the request with the files, weights and trigger words of the catalogue.
 
-        LoRAs that the prompt names follow those of `loras`, and are no longer in the prompt.
+        LoRAs that the prompt names follow those of `loras`, and are no longer in the prompt. Of
+        an embedding, the catalogue names the file.
 
-        Raises `LoraNotFound` for an unknown name and `LoraNotAllowed` for a LoRA that is not
+        Raises `LoraNotFound` for an unknown name and `LoraNotAllowed` for a file that is not
         served, both with `index` in the details, and `InvalidRequest` if a field contradicts the
         catalogue, or the prompt is too long with its trigger words.
         """
@@ -157,25 +162,54 @@ class Catalogue:
         if inline := prompt_syntax.parse(prompt, syntax).loras:
             prompt = prompt_syntax.without_loras(prompt).strip()
             given += map(_spec_of, inline)
-        specs: list[LoraSpec] = []
-        entries: list[CatalogueEntry | None] = []
-        for index, spec in enumerate(given):
-            try:
-                entry = self._entry_of(spec.file)
-            except LoraError as error:
-                error.add_details(index=index)
-                raise
-            entries.append(entry)
-            specs.append(self._filled_in(spec, entry, f"$.loras[{index}]") if entry else spec)
+        loras = [
+            self._named(spec, f"$.loras[{index}]", index=index) for index, spec in enumerate(given)
+        ]
+        embeddings = [
+            self._named(spec, f"$.embeddings[{index}]", index=index, field="embeddings")
+            for index, spec in enumerate(request.embeddings)
+        ]
+        entries = tuple(entry for _, entry in loras)
         adds_words = request.trigger_words == "add"
-        if not any(entries) and not adds_words:
-            return Resolved(request, tuple(entries))
+        if not any(entry for _, entry in (*loras, *embeddings)) and not adds_words:
+            return Resolved(request, entries)
+        specs = [spec if entry is None else _filled_in(spec, entry) for spec, entry in loras]
         if adds_words:
             for spec, entry in zip(specs, entries, strict=True):
                 if entry is not None and spec.is_used:
                     prompt = with_words(prompt, entry.words, syntax)
-        found = structs.replace(request, prompt=prompt, loras=tuple(specs), trigger_words="list")
-        return Resolved(parse_request(found), tuple(entries))
+        found = structs.replace(
+            request,
+            prompt=prompt,
+            loras=tuple(specs),
+            embeddings=tuple(spec for spec, _ in embeddings),
+            trigger_words="list",
+        )
+        return Resolved(parse_request(found), entries)
+
+    def _named(self, spec: Spec, path: str, **details: Any) -> tuple[Spec, CatalogueEntry | None]:
+        """Return a spec with the file that it names, and the entry of the file if there is one.
+
+        Raises a `LoraError` with these details, or `InvalidRequest` for the path.
+        """
+        try:
+            entry = self._entry_of(spec.file)
+        except LoraError as error:
+            error.add_details(**details)
+            raise
+        if entry is None:
+            return spec, None
+        sha256 = spec.file.sha256
+        # In a closed catalogue the sha256 of a request would choose any file that is cached.
+        if sha256 and sha256 != entry.sha256 and (entry.sha256 or self.only):
+            expected = f"Expected {entry.sha256 or 'none'}, as the catalogue says of {entry.name}"
+            raise invalid(f"{path}.file.sha256", sha256, expected)
+        asset = Asset(
+            url=entry.source,
+            sha256=entry.sha256 or sha256,
+            config_sha256=spec.file.config_sha256,
+        )
+        return structs.replace(spec, file=asset), entry
 
     def _entry_of(self, asset: Asset) -> CatalogueEntry | None:
         """Return the entry that a file of a request names; None for a file of another source."""
@@ -188,29 +222,20 @@ class Catalogue:
             return None
         if (entry := self._by_source.get(without_secrets(address))) is not None:
             return entry  # as the request in a result names it
-        if ref and "://" not in ref:
+        if ref and _NAME.fullmatch(ref):  # not a reference to a hub
             return self.find(ref)
         raise LoraNotAllowed(
             f"{without_secrets(address)}: this worker serves the LoRAs of its catalogue only"
         )
 
-    def _filled_in(self, spec: LoraSpec, entry: CatalogueEntry, path: str) -> LoraSpec:
-        sha256 = spec.file.sha256
-        # In a closed catalogue the sha256 of a request would choose any file that is cached.
-        if sha256 and sha256 != entry.sha256 and (entry.sha256 or self.only):
-            expected = f"Expected {entry.sha256 or 'none'}, as the catalogue says of {entry.name}"
-            raise invalid(f"{path}.file.sha256", sha256, expected)
-        asset = Asset(
-            url=entry.source,
-            sha256=entry.sha256 or sha256,
-            config_sha256=spec.file.config_sha256,
-        )
-        return structs.replace(
-            spec,
-            file=asset,
-            weight=entry.weight if spec.weight is None else spec.weight,
-            adapter_name=spec.adapter_name or entry.name,
-        )
+
+def _filled_in(spec: LoraSpec, entry: CatalogueEntry) -> LoraSpec:
+    """Return a LoRA with the weight and the name of its entry, unless it has its own."""
+    return structs.replace(
+        spec,
+        weight=entry.weight if spec.weight is None else spec.weight,
+        adapter_name=spec.adapter_name or entry.name,
+    )
 
 
 def _spec_of(tag: LoraTag) -> LoraSpec:

@@ -247,6 +247,20 @@ def test_a_closed_catalogue_draws_the_request_of_a_result_again() -> None:
     assert entry is not None
 
 
+def test_the_catalogue_names_files_of_embeddings_too_and_closes_them() -> None:
+    named, other = ({"file": {"ref": name}} for name in ("watercolor", "owner/x"))
+    request = parse_request({"prompt": "a", "embeddings": [named]})
+    refused = parse_request({"prompt": "a", "embeddings": [named, other]})
+
+    found, entries = catalogue(only=True).resolve(request)
+
+    assert found.embeddings[0].file == catalogue().find("watercolor").asset
+    assert entries == ()
+    with pytest.raises(LoraNotAllowed) as caught:
+        catalogue(only=True).resolve(refused)
+    assert caught.value.details == {"index": 1, "field": "embeddings"}
+
+
 # --- the file
 
 

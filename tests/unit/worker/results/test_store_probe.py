@@ -33,6 +33,7 @@ from support.servers import (
     sign_as,
 )
 from zlora.errors import InvalidSetting
+from zlora.lora.catalogue import Catalogue
 from zlora_worker.child import Child
 from zlora_worker.model import loader
 from zlora_worker.monitoring.metrics import Meter
@@ -381,6 +382,7 @@ def test_a_wrong_store_ends_the_worker_before_the_model_is_loaded(
             worker_settings(tmp_path, ZLORA_STORE="file:///proc/nosuch"),
             make_spool(tmp_path),
             Meter(),
+            Catalogue(),
         )
     )
 
