@@ -25,7 +25,9 @@ MAX_WEIGHT: Final = 10.0  # of a fragment; images are noise long before
 MAX_LORA_WEIGHT: Final = 4.0  # as of a LoRA in `loras`
 _FACTORS: Final = {"(": 1.1, "[": 1 / 1.1}  # of the weight, by bracket
 _MAX_OPEN: Final = 100  # brackets at once, so that no text takes more than milliseconds
-_NUMBER: Final = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_NUMBER: Final = re.compile(
+    r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?", re.ASCII | re.IGNORECASE
+)
 _LORA_NETWORKS: Final = ("lora", "lyco")  # the web UI reads both alike
 _SPECIAL: Final = re.compile(
     r"""
@@ -37,7 +39,7 @@ _SPECIAL: Final = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_SYNTAX: Final = re.compile(r"[\\<()\[\]|]|\b(?:AND|BREAK)\b")
+_MEANINGFUL: Final = re.compile(r"[\\()\[\]|]|<(?=\w+:)|\b(?:AND|BREAK)\b")
 
 
 class Fragment(NamedTuple):
@@ -96,8 +98,8 @@ def without_loras(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return a prompt that the syntax `a1111` reads as this text."""
-    return _SYNTAX.sub(r"\\\g<0>", text)
+    """Return what the syntax `a1111` reads as this text."""
+    return _MEANINGFUL.sub(r"\\\g<0>", text)
 
 
 @dataclass

@@ -28,16 +28,13 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     facts.append(("seconds", timings))
     facts.append(("base intact", "yes" if result.base_intact else "no"))
     facts.append(("model", result.model))
-    for receipt in result.loras:
-        if receipt.trigger_words:
-            words = ", ".join(receipt.trigger_words)
-            facts.append(("trigger words", f"{receipt.source}: {words}"))
-        facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
-    for found in result.embeddings:
-        for token, count in found.used.items():
-            shown = f"{token}, {found.vectors[token]} vectors, used {count} times"
-            facts.append(("embedding", f"{shown} ({found.source})"))
-        facts += [("warning", f"{found.source}: {warning}") for warning in found.warnings]
+    for name, read in (
+        ("prompt", result.prompt_receipt),
+        ("negative", result.negative_prompt_receipt),
+    ):
+        if read is not None and read.windows > 1:
+            facts.append((name, f"{read.tokens} tokens in {read.windows} windows"))
+    facts += _file_facts(result)
 
     console = terminal(sys.stdout)
     if console is None or console.width < _TABLE_WIDTH:
@@ -59,6 +56,22 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     for receipt in result.loras:
         table.add_row(*(Text(on_one_line(cell)) for cell in _cells(receipt)))
     console.print(table)
+
+
+def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
+    """Return what the receipts say beside the table: words of LoRAs, embeddings, warnings."""
+    facts = []
+    for receipt in result.loras:
+        if receipt.trigger_words:
+            words = ", ".join(receipt.trigger_words)
+            facts.append(("trigger words", f"{receipt.source}: {words}"))
+        facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
+    for found in result.embeddings:
+        for token, count in found.used.items():
+            shown = f"{token}, {found.vectors[token]} vectors, used {count} times"
+            facts.append(("embedding", f"{shown} ({found.source})"))
+        facts += [("warning", f"{found.source}: {warning}") for warning in found.warnings]
+    return facts
 
 
 def _cells(receipt: LoraReceipt) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from zlora.schema import GenerateRequest, Phase, digest_of
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.model.text_encoding import EncodedText
 from zlora_worker.results.manifest import load_end, read_result, write_verdict
 
 
@@ -44,10 +45,14 @@ def seeds_drawn(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     draw, drawn = model.draw, list[int]()
 
     def recorded(
-        request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+        request: GenerateRequest,
+        seed: int,
+        on_step: Callable[[int], None],
+        *,
+        text: EncodedText | None = None,
     ) -> Image.Image:
         drawn.append(seed)
-        return draw(request, seed, on_step)
+        return draw(request, seed, on_step, text=text)
 
     monkeypatch.setattr(model, "draw", recorded)
     return drawn
