@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import quote
 
+from zlora.schedulers import find_scheduler
+
 PROMPTS: Final = ("shown", "hashed")  # how prompts appear in logs and in Flower
 _MASK: Final = "***"
 _MAX_VALUE: Final = 80  # characters of one value
@@ -14,7 +16,7 @@ _MAX_LINE: Final = 1000  # characters of one request
 _MAX_HOST: Final = 30  # characters of the host of a long address
 _MAX_PATH_END: Final = 35  # characters of the end of a long address
 _HASH_DIGITS: Final = 12  # hex digits; enough to tell a day's prompts apart
-ENUM_FIELDS: Final = ("output_format", "scheduler", "url_policy")  # as `schema.enum_fields`
+ENUM_FIELDS: Final = ("output_format", "schedule", "url_policy")  # as `schema.enum_fields`
 _ENUM_VALUE: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # a valid value, or a misspelt one
 _MAX_NESTED: Final = 8  # addresses inside one another; deeper nesting could exhaust the stack
 _MIN_SECRET: Final = 6  # characters; masking shorter secrets would mask ordinary words
@@ -91,7 +93,8 @@ def shown(request: object, *, prompts: str = "shown") -> str:
 def _field(name: object, value: object, prompts: str) -> str:
     if isinstance(value, str):
         is_enum = name in ENUM_FIELDS and _ENUM_VALUE.fullmatch(value)
-        if prompts == "hashed" and not is_enum:
+        is_scheduler = name == "scheduler" and find_scheduler(value)
+        if prompts == "hashed" and not is_enum and not is_scheduler:
             return _hash(value)
         if name in ("prompt", "negative_prompt"):  # not an address, whatever it contains
             return _shortened(repr(value))

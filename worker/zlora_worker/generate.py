@@ -62,6 +62,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     """
     request, timer = job.request.with_defaults(), PhaseTimer(queued=job.queued)
     specs = [spec for spec in request.loras if spec.is_used]
+    child.model.scheduler_name(request)  # raises before anything is fetched
 
     # fetch
     with open_files(child, job, specs, progress) as files:
