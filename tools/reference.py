@@ -19,6 +19,7 @@ from zlora import errors
 from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
+from zlora.schedulers import SCHEDULE_TYPES, SCHEDULERS
 from zlora.schema import (
     NO_CONFIG,
     TIMED_PHASES,
@@ -46,6 +47,7 @@ def pages() -> dict[str, str]:
     return {
         "settings.md": settings_page(),
         "request.md": request_page(),
+        "schedulers.md": schedulers_page(),
         "errors.md": errors_page(),
         "cli.md": cli_page(),
     }
@@ -125,6 +127,51 @@ def request_page() -> str:
         `0-9`, `_` and `-`.
         """
     return _page("Request and result", text, *parts)
+
+
+def schedulers_page() -> str:
+    """Return the table of schedulers and the table of schedules."""
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(f"`{text}`" for text in (entry.sampler, entry.class_name, *entry.names)),
+            " ".join(f"`{schedule}`" for schedule in entry.schedules),
+            " ".join(f"`{field}`" for field in entry.takes),
+        )
+        for name, entry in SCHEDULERS.items()
+    ]
+    schedules = [(f"`{schedule}`", name) for schedule, name in SCHEDULE_TYPES.items()]
+    text = """
+        `scheduler` takes any name of this table, in upper or lower case, with any spaces and signs
+        between its words: `DPM++ 2M`, `dpmpp_2m` and `DPMSolverMultistepScheduler` are the same
+        scheduler. The names are those of diffusers, A1111's web UI, ComfyUI, fal and Replicate. A
+        schedule may follow the name: `DPM++ 2M Karras`, `Euler (trailing timesteps)`,
+        `dpmpp_2m sgm_uniform`. So an infotext is read by its `Sampler` and its `Schedule type`
+        together. An unknown name is refused, and the error has the nearest names.
+
+        Each scheduler draws exactly what diffusers draws with this class and the configuration of
+        the base model. Without a scheduler, or without a schedule, the base model's own counts.
+        `dpmpp_2m` and `DPM++ 2M` alone are not `DPM++ 2M Automatic`, for which the web UI takes
+        Karras.
+
+        `timesteps`, `sigmas` and `eta` are fields of the [request](request.md) that only some
+        schedulers take, and a schedule cannot be combined with `timesteps` or `sigmas`. What no
+        base model could do is refused before the job is queued. The worker refuses a scheduler for
+        another kind of model, and the error names both: `edm_*` need a base that was trained with
+        EDM, such as Playground 2.5, and `flow_match_*` a flow-matching one, which SDXL is not.
+
+        The web UI's `DPM++ 2S a`, `DPM fast`, `DPM adaptive` and `Restart`, which diffusers lacks,
+        are unknown names.
+        """
+    return _page(
+        "Schedulers",
+        text,
+        _table(("scheduler", "other names", "schedules", "fields"), rows),
+        "## Schedules",
+        "A formula (`karras` to `lu`) covers all noise levels of the model. The others are the "
+        "spacings of timesteps in diffusers (arXiv:2305.08891, table 2).",
+        _table(("schedule", "schedule type in infotext"), schedules),
+    )
 
 
 def errors_page() -> str:
@@ -227,6 +274,8 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
         case types.UnionType(found):
             (inner,) = (item for item in found if not isinstance(item, types.NoneType))
             text = f"{_type_name(inner, choices)}, or null"
+        case types.Metadata(inner):  # examples for the JSON Schema
+            text = _type_name(inner)
         case types.StrType(pattern=str(pattern)):  # the only ones are those of a sha256
             text = "text, 64 hexadecimal digits"
             if NO_CONFIG in pattern:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import quote
 
+from zlora.schedulers import find_scheduler
+
 PROMPTS: Final = ("shown", "hashed")  # how prompts appear in logs and in Flower
 _MASK: Final = "***"
 _MAX_VALUE: Final = 80  # characters of one value
@@ -18,7 +20,7 @@ _HASH_DIGITS: Final = 12  # hex digits; enough to tell a day's prompts apart
 ENUM_FIELDS: Final = (
     "output_format",
     "prompt_syntax",
-    "scheduler",
+    "schedule",
     "trigger_words",
     "url_policy",
 )
@@ -99,7 +101,8 @@ def shown(request: object, *, prompts: str = "shown") -> str:
 def _field(name: object, value: object, prompts: str) -> str:
     if isinstance(value, str):
         is_enum = name in ENUM_FIELDS and _ENUM_VALUE.fullmatch(value)
-        if prompts == "hashed" and not is_enum:
+        is_scheduler = name == "scheduler" and find_scheduler(value)
+        if prompts == "hashed" and not is_enum and not is_scheduler:
             return _hash(value)
         if name in ("prompt", "negative_prompt"):  # not an address, whatever it contains
             return _shortened(repr(value))

@@ -6,6 +6,7 @@ The line below each field is its documentation, from which `docs/reference/reque
 import hashlib
 import re
 from enum import StrEnum
+from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
 
 import msgspec
@@ -15,6 +16,14 @@ from zlora import prompt_syntax
 from zlora.errors import InvalidJobId, InvalidRequest
 from zlora.prompt_syntax import MAX_WINDOWS, ParsedPrompt, PromptSyntax
 from zlora.redaction import field_name, printable
+from zlora.schedulers import (
+    SCHEDULERS,
+    Choice,
+    Schedule,
+    find_scheduler,
+    nearest_schedulers,
+    unsupported,
+)
 
 TASK_NAME: Final = "zlora.generate"
 QUEUE: Final = "gpu"  # default; one base model per queue
@@ -36,11 +45,17 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
 Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
+Timesteps = Annotated[
+    tuple[Annotated[int, Meta(ge=0, le=999)], ...], Meta(min_length=1, max_length=200)
+]
+Sigmas = Annotated[
+    tuple[Annotated[float, Meta(ge=0, le=10_000)], ...], Meta(min_length=1, max_length=201)
+]
 OutputFormat = Literal["png", "jpeg", "webp"]
 LoraTier = Literal["memory", "disk", "network"]
 UrlPolicy = Literal["presigned", "public", "file", "key"]
-Scheduler = Literal[
-    "ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_ancestral", "heun", "lcm", "unipc"
+SchedulerName = Annotated[
+    str, Meta(min_length=1, max_length=100, extra_json_schema={"examples": list(SCHEDULERS)})
 ]
 # Formats by media type (RFC 6838); a format is also the extension of its files.
 CONTENT_TYPES: Final[dict[str, OutputFormat]] = {
@@ -157,10 +172,18 @@ class GenerateRequest(
     """Seed of the first image, one more for each next one; made from the job id by default."""
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
     """Number of images; 1 by default."""
-    scheduler: Scheduler | None = None
-    """Sampler of the denoising; the model's own by default."""
     trigger_words: Literal["list", "add"] = "list"
     """Trigger words of the catalogue: `add` to the prompt, or only `list` (the default)."""
+    scheduler: SchedulerName | None = None
+    """Sampler by [any of its names](schedulers.md); the model's own by default."""
+    schedule: Schedule | None = None
+    """Spacing of the noise levels; by default that in the name of the scheduler, or the model's."""
+    timesteps: Timesteps | None = None
+    """Timestep of each step, falling from 999 at most to 0 at least; their number is the steps."""
+    sigmas: Sigmas | None = None
+    """Noise level of each step, falling; a last 0 is not counted as a step and may be absent."""
+    eta: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """Noise that DDIM and TCD add at each step, from 0 (the default) to 1."""
     output_format: OutputFormat = "png"
     """Format of the images: `png` (the default), `jpeg` or `webp`."""
     quality: Annotated[int, Meta(ge=1, le=100)] | None = None
@@ -201,7 +224,33 @@ class GenerateRequest(
     @property
     def steps(self) -> int:
         """Denoising steps of each image, 28 if the request names none."""
+        if self.timesteps:
+            return len(self.timesteps)
+        if self.sigmas:
+            return len(self.noise_levels) - 1
         return STEPS if self.num_inference_steps is None else self.num_inference_steps
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """The `sigmas` with the 0 at their end; empty without `sigmas`."""
+        sigmas = self.sigmas or ()
+        return sigmas if not sigmas or sigmas[-1] == 0 else (*sigmas, 0.0)
+
+    @property
+    def given_sampling(self) -> tuple[str, ...]:
+        """Names of the fields `timesteps`, `sigmas` and `eta` that the request gives."""
+        names = ("timesteps", "sigmas", "eta")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
+    def sampling(self) -> Choice | None:
+        """Canonical name of the scheduler with the schedule of the request; None for the model's.
+
+        Also None for a name that no scheduler has, which `parse_request` refuses.
+        """
+        if self.scheduler is None or (found := find_scheduler(self.scheduler)) is None:
+            return None
+        return found._replace(schedule=self.schedule or found.schedule)
 
     @property
     def guidance(self) -> float:
@@ -560,6 +609,7 @@ def parse_request(document: object) -> GenerateRequest:
     if (count := len(request.loras) + len(inline)) > MAX_LORAS:
         expected = f"Expected at most {MAX_LORAS} LoRAs in prompt and `loras`, got {count}"
         raise invalid("$.prompt", request.prompt, expected)
+    _check_sampling(request)
     return request
 
 
@@ -575,6 +625,40 @@ def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> ParsedPrompt:
     if parsed.loras and path != "$.prompt":
         raise invalid(path, text, "Expected LoRA tags in `prompt` only")
     return parsed
+
+
+def _check_sampling(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if no base model could honour the fields of the scheduler."""
+    name, schedule = request.scheduler, request.schedule
+    if name is not None:
+        if (found := find_scheduler(name)) is None:
+            names = ", ".join(nearest_schedulers(name))
+            raise invalid("$.scheduler", name, f"Expected the name of a scheduler, such as {names}")
+        if schedule and found.schedule and schedule != found.schedule:
+            expected = f"Expected {found.schedule}, the schedule in the name of the scheduler"
+            raise invalid("$.schedule", schedule, expected)
+        schedule = schedule or found.schedule
+        missing = unsupported(found.name, schedule=schedule, given=request.given_sampling)
+        if missing is not None:
+            field, expected = missing
+            if field == "schedule" and request.schedule is None:  # it is in the name
+                field = "scheduler"
+            raise invalid(f"$.{field}", getattr(request, field), expected)
+    levels = [field for field in request.given_sampling if field != "eta"]
+    if len(levels) > 1:
+        raise invalid("$.sigmas", request.sigmas, "Expected no `sigmas` with `timesteps`")
+    for field in levels:
+        numbers = getattr(request, field)
+        if any(later >= earlier for earlier, later in pairwise(numbers)):
+            raise invalid(f"$.{field}", numbers, "Expected numbers that fall")
+        if schedule:
+            raise invalid("$.schedule", schedule, f"Expected no schedule with `{field}`")
+        steps = request.num_inference_steps
+        if steps not in (None, request.steps):
+            expected = f"Expected {request.steps}, the number of the `{field}`, or no number"
+            raise invalid("$.num_inference_steps", steps, expected)
+    if request.sigmas and request.steps == 0:
+        raise invalid("$.sigmas", request.sigmas, "Expected a number above 0")
 
 
 def digest_of(request: GenerateRequest) -> str:

@@ -15,7 +15,7 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
     """
     if request.timeout is not None and request.timeout > info.timeout:
         raise _refused("timeout", request.timeout, f"up to {info.timeout}")
-    if request.scheduler is not None and request.scheduler not in info.schedulers:
+    if request.sampling is not None and request.sampling.name not in info.schedulers:
         raise _refused("scheduler", request.scheduler, f"one of {', '.join(info.schedulers)}")
     if request.url_policy is not None and request.url_policy not in info.url_policies:
         raise _refused("url_policy", request.url_policy, f"one of {', '.join(info.url_policies)}")

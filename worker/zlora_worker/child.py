@@ -1,14 +1,16 @@
 """What the child process keeps from its start to its end: the base model, caches, the store."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Final, Self, get_args
+from typing import Final, Self
 
+from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue
 from zlora.queue_info import QueueInfo
-from zlora.schema import GUIDANCE_SCALE, STEPS, GenerateRequest, Scheduler
+from zlora.schedulers import SCHEDULERS
+from zlora.schema import GUIDANCE_SCALE, STEPS, GenerateRequest
 
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.lora.memory_cache import LoraMemoryCache
@@ -83,7 +85,7 @@ class Child:
             scheduler=self.model.scheduler_name(silent),
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            schedulers=get_args(Scheduler),
+            schedulers=tuple(filter(self._has_scheduler, SCHEDULERS)),
             timeout=self.job_timeout,
             url_policies=self.urls.policies,
             url_expires_in=self.urls.max_seconds,
@@ -92,3 +94,9 @@ class Child:
             versions=VERSIONS,
             written_at=time.time(),
         )
+
+    def _has_scheduler(self, name: str) -> bool:
+        with suppress(InvalidRequest):
+            self.model.scheduler_name(GenerateRequest(prompt="", scheduler=name))
+            return True
+        return False

@@ -61,6 +61,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     filled_in, entries = child.catalogue.resolve(job.request)
     request = filled_in.with_defaults()
     used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
+    child.model.scheduler_name(request)  # raises before anything is fetched
 
     # fetch
     assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]

@@ -15,7 +15,8 @@ from zlora.client import Client, Options, job_id_of
 from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
 from zlora.prompt_syntax import PromptSyntax
-from zlora.schema import GenerateRequest, OutputFormat, Scheduler, enum_fields, parse_request
+from zlora.schedulers import Schedule
+from zlora.schema import GenerateRequest, OutputFormat, enum_fields, parse_request
 
 _NUMBER: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
 # An address, the number after its last colon, and an alpha.
@@ -33,6 +34,8 @@ _FIELDS: Final = (  # options that have the name of a field of the request
     "seed",
     "num_images",
     "scheduler",
+    "schedule",
+    "eta",
     "trigger_words",
     "output_format",
     "quality",
@@ -165,7 +168,15 @@ _OPTIONS: Final = (
     click.option("--size", callback=_size, metavar="WIDTHxHEIGHT", help="Size in pixels."),
     click.option("--seed", type=int, help="Seed of the first image.  [default: from the job id]"),
     click.option("-n", "num_images", type=int, help="Number of images."),
-    click.option("--scheduler", type=click.Choice(get_args(Scheduler)), help="Noise scheduler."),
+    click.option(
+        "--scheduler",
+        metavar="NAME",
+        help="Sampler, such as `euler_ancestral` or `DPM++ 2M Karras`.",
+    ),
+    click.option(
+        "--schedule", type=click.Choice(get_args(Schedule)), help="Spacing of the noise levels."
+    ),
+    click.option("--eta", type=float, help="Noise that ddim and tcd add, 0 to 1."),
     click.option(
         "--format",
         "output_format",

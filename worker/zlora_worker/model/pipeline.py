@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-import diffusers
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
@@ -25,7 +24,7 @@ from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_s
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
-from zlora_worker.model.schedulers import KARRAS, SCHEDULERS
+from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
 from zlora_worker.monitoring.logs import said_by
 
@@ -255,12 +254,11 @@ class Pipeline:
         return Machine(name, dtype, torch.get_num_threads(), self._compile_mode)
 
     def scheduler_name(self, request: GenerateRequest) -> str:
-        """Name of the request's scheduler: diffusers' class, and ` karras` for Karras sigmas."""
-        scheduler = self._fresh_scheduler(request)
-        name = type(scheduler).__name__
-        if scheduler.config.get("use_karras_sigmas"):
-            name += KARRAS
-        return name
+        """Name of the request's scheduler, as results have it.
+
+        Raises `InvalidRequest` if this model cannot draw with it.
+        """
+        return scheduler_name(self._scheduler, request)
 
     def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
         """Encode the prompts of a request; see `text_encoding.encode`."""
@@ -278,13 +276,14 @@ class Pipeline:
 
         `text` is what `encode` returned for this request, by default the prompts without
         embeddings. `tiled` says afterwards how the image was decoded. Raises `GenerationFailed` if
-        the image contains NaN or Inf.
+        the image contains NaN or Inf, and `InvalidRequest` if the model cannot draw with the
+        scheduler.
         """
         self.tiled = False
         text = text or self.encode(request)
         width, height = self.size(request)
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.pipeline.scheduler = self._fresh_scheduler(request)
+        self.pipeline.scheduler = scheduler_for(self._scheduler, request, seed=seed)
 
         def step_end(
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
@@ -306,6 +305,9 @@ class Pipeline:
                 negative_prompt_embeds=text.negative,
                 negative_pooled_prompt_embeds=text.negative_pooled,
                 num_inference_steps=request.steps,
+                timesteps=list(request.timesteps) if request.timesteps else None,
+                sigmas=list(request.noise_levels) or None,
+                eta=request.eta or 0.0,
                 guidance_scale=request.guidance,
                 width=width,
                 height=height,
@@ -353,15 +355,6 @@ class Pipeline:
         shape = (1, self.pipeline.unet.config.in_channels, height // factor, width // factor)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return noise.to(self.device, self.pipeline.unet.dtype)
-
-    def _fresh_scheduler(self, request: GenerateRequest) -> Any:
-        """Make a scheduler without the state of another job."""
-        config = self._scheduler.config
-        if request.scheduler is None:
-            return type(self._scheduler).from_config(config)
-        entry = SCHEDULERS[request.scheduler]
-        options = entry.options_for(request.steps)
-        return getattr(diffusers, entry.class_name).from_config(config, **options)
 
 
 class MergedModel:

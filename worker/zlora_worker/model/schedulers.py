@@ -1,50 +1,85 @@
-"""Schedulers that a request can name: the only table of them."""
+"""Schedulers of diffusers for requests, made from the configuration of the base's own one."""
 
-from typing import Any, Final, NamedTuple
+import inspect
+from typing import Any, Final
 
-from zlora.schema import Scheduler
+import diffusers
+from diffusers import EulerDiscreteScheduler
+from zlora.schedulers import SCHEDULERS, Family, of_class, recorded_name, unsupported
+from zlora.schema import GenerateRequest, invalid
 
-
-class SchedulerEntry(NamedTuple):
-    """Scheduler class of diffusers with its options, and the sampler's name in infotext.
-
-    Source of the sampler names: AUTOMATIC1111's web UI.
-    """
-
-    class_name: str
-    options: dict[str, Any]
-    sampler: str
-
-    def options_for(self, steps: int) -> dict[str, Any]:
-        """Return the options for a number of steps.
-
-        LCM picks its steps among the original ones, of which there must be as many at least.
-        """
-        original = self.options.get("original_inference_steps")
-        if original is None:
-            return self.options
-        return self.options | {"original_inference_steps": max(original, steps)}
-
-
-SCHEDULERS: Final[dict[Scheduler, SchedulerEntry]] = {
-    "ddim": SchedulerEntry("DDIMScheduler", {}, "DDIM"),
-    "dpmpp_2m": SchedulerEntry("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
-    "dpmpp_2m_karras": SchedulerEntry(
-        "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "DPM++ 2M"
-    ),
-    "euler": SchedulerEntry("EulerDiscreteScheduler", {}, "Euler"),
-    "euler_ancestral": SchedulerEntry("EulerAncestralDiscreteScheduler", {}, "Euler a"),
-    "heun": SchedulerEntry("HeunDiscreteScheduler", {}, "Heun"),
-    "lcm": SchedulerEntry("LCMScheduler", {"original_inference_steps": 50}, "LCM"),
-    "unipc": SchedulerEntry("UniPCMultistepScheduler", {}, "UniPC"),
+_FAMILIES: Final[dict[Family, str]] = {
+    "diffusion": "noise or velocity prediction",
+    "edm": "EDM",
+    "flow": "flow matching",
 }
+_LEAST_SNR: Final = 2**-24  # with which diffusers replaces zero, as infinite noise has no number
 
-KARRAS: Final = " karras"  # follows the class name in results if the noise levels are Karras'
+
+def scheduler_for(base: Any, request: GenerateRequest, *, seed: int) -> Any:
+    """Make the scheduler of a request, without the state of another job.
+
+    `base` is the scheduler that the base model came with. Raises `InvalidRequest` if a scheduler
+    for that model cannot do what the request says.
+    """
+    config = base.config
+    choice, schedule = request.sampling, request.schedule
+    if choice is None:
+        cls, name = type(base), of_class(type(base).__name__, config)
+    else:
+        name, schedule = choice
+        _require_family(base, request)
+        cls = getattr(diffusers, choice.entry.class_name)
+    given = request.given_sampling
+    if name is None:
+        if schedule is None and not given:
+            return cls.from_config(config)
+        field = "schedule" if schedule else given[0]
+        expected = f"Expected a `scheduler` too: the model's own is a {cls.__name__}"
+        raise invalid(f"$.{field}", getattr(request, field), expected)
+    if (missing := unsupported(name, schedule=schedule, given=given)) is not None:
+        field, expected = missing
+        raise invalid(f"$.{field}", getattr(request, field), expected)
+    entry = SCHEDULERS[name]
+    options = entry.options_for(schedule, steps=request.steps, seed=seed, named=choice is not None)
+    if request.timesteps or request.sigmas:
+        options |= entry.formulas(None)
+    if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
+        options["trained_betas"] = _zero_snr_betas(config)
+    return cls.from_config(config, **options)
 
 
-def sampler_name(class_name: str) -> str:
-    """Return the infotext name of a scheduler class, or the class name without `Scheduler`."""
-    for entry in SCHEDULERS.values():
-        if entry.class_name == class_name:
-            return entry.sampler
-    return class_name.removesuffix("Scheduler")
+def scheduler_name(base: Any, request: GenerateRequest) -> str:
+    """Return the name that the result has of a request's scheduler; see `scheduler_for`."""
+    made = scheduler_for(base, request, seed=0)
+    schedule = request.sampling.schedule if request.sampling else request.schedule
+    return recorded_name(type(made).__name__, made.config, schedule=schedule)
+
+
+def _require_family(base: Any, request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if the scheduler is for models of another kind."""
+    assert request.sampling is not None  # noqa: S101 - the caller has looked
+    wanted, own = request.sampling.entry, of_class(type(base).__name__, base.config)
+    family: Family = SCHEDULERS[own].family if own else "diffusion"
+    prediction = base.config.get("prediction_type", "epsilon")
+    if base.config.get("use_flow_sigmas") or prediction == "flow_prediction":
+        family = "flow"
+    if wanted.family != family:
+        expected = (
+            f"Expected a scheduler for {_FAMILIES[family]}, as the model's own is "
+            f"({type(base).__name__}, {prediction}): {wanted.class_name} is for "
+            f"{_FAMILIES[wanted.family]}"
+        )
+        raise invalid("$.scheduler", request.scheduler, expected)
+
+
+def _knows_zero_snr(cls: type) -> bool:
+    return "rescale_betas_zero_snr" in inspect.signature(cls).parameters
+
+
+def _zero_snr_betas(config: Any) -> list[float]:
+    """Return the betas of zero terminal SNR, for a class that cannot compute them itself."""
+    known = EulerDiscreteScheduler.from_config(config)
+    betas: list[float] = known.betas.tolist()
+    betas[-1] = 1 - _LEAST_SNR / known.alphas_cumprod[-2].item()
+    return betas

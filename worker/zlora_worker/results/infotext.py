@@ -11,9 +11,9 @@ from typing import Final
 
 import msgspec
 from zlora.prompt_syntax import escaped
+from zlora.schedulers import infotext_names
 from zlora.schema import LoraSpec
 
-from zlora_worker.model.schedulers import KARRAS, sampler_name
 from zlora_worker.results.provenance import ImageProvenance
 
 _MODEL_DIGITS: Final = 10  # of the base model's sha256
@@ -74,11 +74,13 @@ def infotext(provenance: ImageProvenance, tensors_sha256: Sequence[str]) -> str:
 def _settings(provenance: ImageProvenance) -> dict[str, str]:
     """Return the pairs by their names; those with an empty value are left out of the text."""
     request = provenance.request
-    scheduler, karras, _ = provenance.scheduler.partition(KARRAS)
+    sampler, schedule_type = infotext_names(provenance.scheduler)
+    eta = "Eta DDIM" if sampler == "DDIM" else "Eta"  # two settings of the web UI
     return {
         "Steps": str(request.steps),
-        "Sampler": sampler_name(scheduler),
-        "Schedule type": karras.strip().capitalize(),
+        "Sampler": sampler,
+        "Schedule type": schedule_type,
+        eta: _number(request.eta) if request.eta else "",
         "CFG scale": _number(request.guidance),
         "Seed": str(provenance.seed),
         "Size": f"{provenance.width}x{provenance.height}",

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from support.fakes import a_request, copy_model, kohya_lora, load_pipeline, settings
 from support.single_file import write_single_file
 from support.tiny_folder import tiny_model
-from zlora.schema import Scheduler
 from zlora_worker.model import loader
 from zlora_worker.model.checksum import WeightDigests
 from zlora_worker.model.pipeline import Pipeline
@@ -78,7 +77,7 @@ def test_a_machine_is_known_by_the_conditions_that_change_last_bits(model: Pipel
     ],
 )
 def test_the_scheduler_of_a_job_has_its_name_in_diffusers(
-    model: Pipeline, scheduler: Scheduler | None, name: str
+    model: Pipeline, scheduler: str | None, name: str
 ) -> None:
     assert model.scheduler_name(a_request(scheduler=scheduler)) == name
 

@@ -15,6 +15,7 @@ from zlora.errors import InvalidRequest
 from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
 from zlora.schema import PromptReceipt, parse_request
 from zlora_worker.model.pipeline import Pipeline, rgb
+from zlora_worker.model.schedulers import scheduler_for
 from zlora_worker.model.text_encoding import Embedding, EncodedText
 
 ENCODERS: Final = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
@@ -149,7 +150,7 @@ def test_1000_generated_prompts_are_read_or_refused(text_of: Encode) -> None:
 def drawn_by_diffusers(model: Pipeline, seed: int, **fields: Any) -> bytes:
     """Draw with diffusers' own encoding of the prompts, from the same noise."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    model.pipeline.scheduler = model._fresh_scheduler(a_request())
+    model.pipeline.scheduler = scheduler_for(model._scheduler, a_request(), seed=seed)
     output = model.pipeline(
         num_inference_steps=1,
         latents=model._noise(*model.size(a_request()), generator),

@@ -2,15 +2,15 @@
 
 import json
 import re
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.fakes import a_request, image_provenance
 from zlora.prompt_syntax import parse
-from zlora.schema import Asset, EmbeddingSpec, GenerateRequest, LoraSpec, Scheduler, parse_request
-from zlora_worker.model.schedulers import SCHEDULERS
+from zlora.schedulers import SCHEDULERS, Schedule, find_scheduler, recorded_name
+from zlora.schema import Asset, EmbeddingSpec, GenerateRequest, LoraSpec, parse_request
 from zlora_worker.results.infotext import infotext
 
 NEGATIVE: Final = "Negative prompt: "
@@ -186,15 +186,49 @@ def test_any_address_gives_a_name_of_bounded_length(address: str) -> None:
     assert 0 < len(names[0]) <= 200
 
 
-@pytest.mark.parametrize("scheduler", get_args(Scheduler))
-def test_every_scheduler_has_its_name_in_the_web_ui(scheduler: Scheduler) -> None:
-    entry = SCHEDULERS[scheduler]
-    name = entry.class_name + " karras" * entry.options.get("use_karras_sigmas", False)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_sampler_of_infotext_reads_back_to_the_same_scheduler(name: str) -> None:
+    """With each schedule, as the web UI joins sampler and schedule type."""
+    entry = SCHEDULERS[name]
+    schedules: list[Schedule | None] = [None, *entry.schedules]
+    for schedule in schedules:
+        config = {**entry.options, **entry.formulas(schedule)}
+        recorded = recorded_name(entry.class_name, config, schedule=schedule)
 
-    settings = pairs(written(a_request(), scheduler=name).split("\n")[-1])
+        settings = pairs(written(a_request(), scheduler=recorded).split("\n")[-1])
 
-    assert settings["Sampler"] in ("DDIM", "DPM++ 2M", "Euler", "Euler a", "Heun", "LCM", "UniPC")
-    assert settings.get("Schedule type") == ("Karras" if scheduler.endswith("karras") else None)
+        given = f"{settings['Sampler']} {settings.get('Schedule type', '')}"
+        assert find_scheduler(given) == find_scheduler(recorded) == (name, schedule)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "sampler", "schedule_type"),
+    [
+        ("EulerDiscreteScheduler", "Euler", None),
+        ("EulerAncestralDiscreteScheduler trailing", "Euler a", "SGM Uniform"),
+        ("DPMSolverMultistepScheduler karras", "DPM++ 2M", "Karras"),
+        ("DPMSolverMultistepScheduler dpmpp_2m_sde exponential", "DPM++ 2M SDE", "Exponential"),
+        ("DPMSolverSDEScheduler karras", "DPM++ SDE", "Karras"),
+        ("KDPM2AncestralDiscreteScheduler", "DPM2 a", None),
+        ("PNDMScheduler", "PLMS", None),
+        ("ScoreSdeVeScheduler karras", "ScoreSdeVe", "Karras"),
+    ],
+)
+def test_a_scheduler_has_its_name_in_the_web_ui(
+    recorded: str, sampler: str, schedule_type: str | None
+) -> None:
+    settings = pairs(written(a_request(), scheduler=recorded).split("\n")[-1])
+
+    assert (settings["Sampler"], settings.get("Schedule type")) == (sampler, schedule_type)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"), [("DDIMScheduler", "Eta DDIM"), ("TCDScheduler", "Eta")]
+)
+def test_eta_has_the_name_of_its_setting_in_the_web_ui(scheduler: str, name: str) -> None:
+    settings = pairs(written(a_request(eta=0.25), scheduler=scheduler).split("\n")[-1])
+
+    assert settings[name] == "0.25"
 
 
 @pytest.mark.parametrize(("prompt", "negative"), [(LONG, LONG), (LONG, 10), (0, LONG)])
