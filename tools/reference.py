@@ -293,6 +293,8 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
             text = f"list of {_type_name(item)}" + (f", at most {most}" if most else "")
         case types.DictType(key, value):
             text = f"object, {_type_name(key)} to {_type_name(value)}"
+        case types.AnyType():
+            text = "any value"
         case types.StructType(cls):
             text = _LINKS[cls]
         case _:

@@ -20,6 +20,7 @@ _HASH_DIGITS: Final = 12  # hex digits; enough to tell a day's prompts apart
 ENUM_FIELDS: Final = (
     "output_format",
     "prompt_syntax",
+    "recipes",
     "schedule",
     "trigger_words",
     "url_policy",

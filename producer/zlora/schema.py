@@ -184,6 +184,8 @@ class GenerateRequest(
     """Noise level of each step, falling; a last 0 is not counted as a step and may be absent."""
     eta: Annotated[float, Meta(ge=0, le=1)] | None = None
     """Noise that DDIM and TCD add at each step, from 0 (the default) to 1."""
+    recipes: Literal["auto", "off"] = "auto"
+    """Whether few-step LoRAs set scheduler, steps and guidance scale that are not here: `auto`."""
     output_format: OutputFormat = "png"
     """Format of the images: `png` (the default), `jpeg` or `webp`."""
     quality: Annotated[int, Meta(ge=1, le=100)] | None = None
@@ -345,6 +347,8 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     """Name in the worker's catalogue, if it is there."""
     trigger_words: tuple[str, ...] = ()
     """Trigger words by the worker's catalogue, else by the file's header."""
+    recipe: str | None = None
+    """Recipe of a few-step LoRA, such as `lightning-4`."""
 
     @property
     def is_used(self) -> bool:
@@ -431,6 +435,8 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Number of threads on a CPU, on which the last bits of the pixels depend."""
     compile: str = "off"
     """The worker's `ZLORA_COMPILE`, on which the last bits of the pixels depend."""
+    recipe_fields: dict[str, Any] = {}
+    """Fields of the request that few-step LoRAs have set, with their values."""
     prompt_receipt: PromptReceipt | None = None
     """How the prompt was read."""
     negative_prompt_receipt: PromptReceipt | None = None

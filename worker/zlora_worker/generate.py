@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final
 
+from zlora.lora import recipes
 from zlora.schema import Asset, GenerateRequest, Phase, digest_of
 
 from zlora_worker.child import VERSIONS, Child
@@ -58,8 +59,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     The base model is restored and checked in any case.
     """
     timer = PhaseTimer(queued=job.queued)
-    filled_in, entries = child.catalogue.resolve(job.request)
-    request = filled_in.with_defaults()
+    request, entries = child.catalogue.resolve(job.request)
     used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
     child.model.scheduler_name(request)  # raises before anything is fetched
 
@@ -73,6 +73,8 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
             for (spec, entry), file in zip(used, files[: len(used)], strict=True)
         ]
         embeddings = embeddings_in_use(child, request.embeddings, files[len(used) :], loras)
+    request, recipe_fields, warned = recipes.fill(request, [lora.recipe for lora in loras])
+    request = request.with_defaults()
     timer.end(Phase.PARSE)
 
     spooled = spooled_job(child, job, request, loras, embeddings)
@@ -101,8 +103,8 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         progress(Phase.UPLOAD, 0, request.num_images)
         adds_words = job.request.trigger_words == "add"
         receipts = (
-            lora.receipt(norm, adds_words=adds_words)
-            for lora, norm in zip(loras, model.relative_norms, strict=True)
+            lora.receipt(norm, warned=warnings, adds_words=adds_words)
+            for lora, norm, warnings in zip(loras, model.relative_norms, warned, strict=True)
         )
         uses = iter(text.uses)
         # the images are passed on
@@ -116,6 +118,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                 timings=timer.seconds,
                 base_intact=child.model.state is PipelineState.READY,
                 base_checked=round(child.model.base_checked, 4),
+                recipe_fields=recipe_fields,
                 prompt_receipt=text.prompt_receipt,
                 negative_prompt_receipt=text.negative_receipt,
                 at=time.monotonic(),
@@ -144,7 +147,7 @@ def spooled_job(
 ) -> SpooledJob:
     """Return what the sidecar needs to store the job's images, and what draws them again.
 
-    `request` is the job's with what the catalogue says, and its defaults written out.
+    `request` is the job's with what the catalogue and recipes say, and its defaults written out.
     """
     machine = child.model.machine
     files = [lora.file for lora in loras]

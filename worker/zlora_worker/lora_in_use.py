@@ -1,6 +1,7 @@
 """One LoRA of a running job: its spec, its file, its parsed weights, its receipt."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -8,6 +9,7 @@ import msgspec
 from zlora import config
 from zlora.errors import InvalidSetting, LoraError
 from zlora.lora.catalogue import CatalogueEntry
+from zlora.lora.recipes import Recipe, recipe_named, recipe_of_address
 from zlora.redaction import label, without_secrets
 from zlora.schema import NO_CONFIG, Asset, LoraReceipt, LoraSpec, LoraTier, Phase
 
@@ -74,13 +76,23 @@ class LoraInUse:
             source=self.file.source,
         )
 
-    def receipt(self, relative_norm: float, *, adds_words: bool = False) -> LoraReceipt:
+    @property
+    def recipe(self) -> Recipe | None:
+        """Recipe of a few-step LoRA: by the catalogue, else by the file's header or address."""
+        if self.entry is not None and self.entry.recipe is not None:
+            return recipe_named(self.entry.recipe)
+        return self.parsed.recipe or recipe_of_address(self.file.source)
+
+    def receipt(
+        self, relative_norm: float, *, warned: Sequence[str] = (), adds_words: bool = False
+    ) -> LoraReceipt:
         """Return what was used; `relative_norm` is that of the merged change.
 
-        `adds_words` says that the request asks for trigger words in the prompt.
+        `warned` says what in the request contradicts the LoRA's recipe. `adds_words` says that the
+        request asks for trigger words in the prompt.
         """
         parsed, entry = self.parsed, self.entry
-        warnings = [_ALPHA_ASSUMED] if parsed.alpha_assumed else []
+        warnings = [_ALPHA_ASSUMED, *warned] if parsed.alpha_assumed else [*warned]
         if adds_words and entry is None:
             warnings.append(_NO_WORDS)
         unet, text = self.spec.component_weights
@@ -110,6 +122,7 @@ class LoraInUse:
             warnings=tuple(warnings),
             catalogue=entry.name if entry else None,
             trigger_words=_words(entry, parsed),
+            recipe=self.recipe.name if self.recipe else None,
         )
 
 

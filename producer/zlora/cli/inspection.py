@@ -33,6 +33,7 @@ def inspect(address: str, as_json: bool) -> None:
             ("ranks", ", ".join(map(str, info.ranks)) or "none"),
             ("base", info.base or "unknown"),
             ("trigger words", ", ".join(info.trigger_words) or "unknown"),
+            ("recipe", info.recipe or "none"),
             ("modules", modules),
         ]
     )

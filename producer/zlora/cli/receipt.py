@@ -59,8 +59,12 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
 
 
 def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
-    """Return what the receipts say beside the table: words of LoRAs, embeddings, warnings."""
+    """Return what the receipts say beside the table: recipes, words, embeddings, warnings."""
     facts = []
+    if result.recipe_fields:
+        names = ", ".join(filter(None, (receipt.recipe for receipt in result.loras)))
+        values = ", ".join(f"{name} {value}" for name, value in result.recipe_fields.items())
+        facts.append(("recipe", f"{names}: {values}"))
     for receipt in result.loras:
         if receipt.trigger_words:
             words = ", ".join(receipt.trigger_words)

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from zlora.errors import LoraMismatch
 from zlora.lora import key_names
+from zlora.lora.recipes import recipe_of_address, recipe_of_header
 from zlora.lora.safetensors_header import Header, TensorInfo
 
 # A LoRA of all of SDXL's modules has up to 7,000 tensors, with names of up to 150 characters. Each
@@ -84,7 +85,7 @@ class LoraInfo(Struct, frozen=True, kw_only=True):
     `source` has no query and no credentials. `size` is in bytes. `format` is the tool that names
     tensors so, `kinds` are the kinds of change, `ranks` are ascending. `base` is the family of
     models that the LoRA was made for, None if nothing says so. `modules` counts the changed
-    modules by component, as far as their names show it.
+    modules by component, as far as their names show it. `recipe` is that of a few-step LoRA.
     """
 
     source: str
@@ -95,6 +96,7 @@ class LoraInfo(Struct, frozen=True, kw_only=True):
     base: str | None
     trigger_words: tuple[str, ...]
     modules: dict[str, int]
+    recipe: str | None = None
 
 
 class DetectedBase(NamedTuple):
@@ -140,6 +142,7 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
         if shapes and shapes[0][0]:
             ranks.add(shapes[0][0])
     detected = detect_base_model(header)
+    recipe = recipe_of_header(header.metadata) or recipe_of_address(source)
     return LoraInfo(
         source=source,
         size=size,
@@ -148,6 +151,7 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
         ranks=tuple(sorted(ranks)),
         base=detected.family if detected else None,
         trigger_words=trigger_words(header.metadata),
+        recipe=recipe.name if recipe else None,
         modules=dict(Counter(map(key_names.component_of, modules))),
     )
 

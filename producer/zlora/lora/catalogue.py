@@ -32,6 +32,7 @@ from zlora import prompt_syntax
 from zlora.errors import InvalidSetting, LoraError, LoraNotAllowed, LoraNotFound
 from zlora.files import open_regular
 from zlora.lora.addresses import CATALOGUE, PUBLIC_SCHEMES, WORKER_SCHEMES, canonical, scheme_of
+from zlora.lora.recipes import recipe_named
 from zlora.prompt_syntax import LoraTag, PromptSyntax
 from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import (
@@ -365,6 +366,11 @@ def _entry(name: str, rows: Mapping[str, CatalogueRow], names: Mapping[str, str]
             f"{name}: its source {without_secrets(found.source)} is not a URL of "
             f"{', '.join(_SCHEMES)}"
         )
+    if found.recipe is not None:
+        try:
+            recipe_named(found.recipe)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     if found.pinned and found.sha256 is None:
         raise ValueError(f"{name}: `pinned` needs `sha256`, so that the file is always the same")
     return CatalogueEntry(name=name, **structs.asdict(found))

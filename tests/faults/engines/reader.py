@@ -18,6 +18,7 @@ class Lora:
     unmatched: tuple[str, ...] = ()
     alpha_assumed: bool = False
     trigger_words: tuple[str, ...] = ()
+    recipe: None = None
     has_embeddings: bool = False
     nbytes: int = 1
 

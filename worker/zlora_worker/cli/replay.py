@@ -257,6 +257,7 @@ def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance)
                 height=provenance.height,
                 seed=provenance.seed,
                 num_images=1,
+                recipes="off",
             )
         )
     except InvalidRequest as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors
 from zlora.lora import base_model, key_names
 from zlora.lora.embedding_header import is_embedding
+from zlora.lora.recipes import Recipe, recipe_of_header
 from zlora.lora.safetensors_header import Header, read_header
 
 from zlora_worker.lora.adapter_config import Scales
@@ -86,6 +87,7 @@ class Lora:
     other_base: str
     alpha_assumed: bool
     trigger_words: tuple[str, ...]  # by the header
+    recipe: Recipe | None  # by the header
     has_embeddings: bool
     batches: tuple[Batch, ...]
     deltas: tuple[tuple[Slot, WeightDelta], ...]  # of all formats but LoRA
@@ -200,6 +202,7 @@ class Reader:
             other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
             trigger_words=base_model.trigger_words(header.metadata),
+            recipe=recipe_of_header(header.metadata),
             has_embeddings=any(map(is_embedding, header.tensors)),
             batches=tuple(batches),
             deltas=tuple(deltas),

@@ -74,6 +74,7 @@ def _result(
         timings=drawn.timings | {Phase.TAIL: tail} | seconds,
         base_intact=drawn.base_intact,
         base_checked=drawn.base_checked,
+        recipe_fields=drawn.recipe_fields,
         prompt_receipt=drawn.prompt_receipt,
         negative_prompt_receipt=drawn.negative_prompt_receipt,
         tiled=any(image.tiled for image in images),

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -81,6 +81,7 @@ class DrawnJob(Struct, frozen=True, kw_only=True):
     base_intact: bool
     base_checked: float
     at: float  # of `time.monotonic`
+    recipe_fields: dict[str, Any] = {}
     prompt_receipt: PromptReceipt | None = None
     negative_prompt_receipt: PromptReceipt | None = None
 
