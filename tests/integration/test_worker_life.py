@@ -144,8 +144,8 @@ class Fault(importlib.abc.MetaPathFinder):
             execute(module)
             from zlora_worker.model.pipeline import Pipeline
             draw, order = Pipeline.draw, pathlib.Path({order!r})
-            def draw_and_change(pipeline, *arguments):
-                image = draw(pipeline, *arguments)
+            def draw_and_change(pipeline, *arguments, **options):
+                image = draw(pipeline, *arguments, **options)
                 if order.exists():
                     order.unlink()
                     pipeline.pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-6

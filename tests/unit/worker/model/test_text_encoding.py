@@ -40,7 +40,7 @@ def text_of(model: Pipeline) -> Encode:
 
 def mixed_prompt(rng: random.Random) -> str:
     """Return words, up to two breaks, and a few weights: compel reads the text again for each."""
-    weighted = ["(neon:1.4)", "[city]", "((a b))", "(very [dark: red):1.2)", "(a 🎨:0)", "(a:.3)"]
+    weighted = ["(neon:1.4)", "[city]", "((a b))", "(very [dark: red):1.2)", "(a 🎨:0)", "(a:-1)"]
     words = rng.choices([*WORDS.split(" "), r"\(1990\)"], k=rng.choice((1, 4, 20, 40)))
     for word in rng.choices([*weighted, "BREAK"], k=2):
         words.insert(rng.randint(0, len(words)), word)
