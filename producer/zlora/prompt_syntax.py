@@ -25,7 +25,9 @@ MAX_WEIGHT: Final = 10.0  # of a fragment; images are noise long before
 MAX_LORA_WEIGHT: Final = 4.0  # as of a LoRA in `loras`
 _FACTORS: Final = {"(": 1.1, "[": 1 / 1.1}  # of the weight, by bracket
 _MAX_OPEN: Final = 100  # brackets at once, so that no text takes more than milliseconds
-_NUMBER: Final = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_NUMBER: Final = re.compile(
+    r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?", re.ASCII | re.IGNORECASE
+)
 _LORA_NETWORKS: Final = ("lora", "lyco")  # the web UI reads both alike
 _SPECIAL: Final = re.compile(
     r"""
@@ -37,6 +39,9 @@ _SPECIAL: Final = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+
+
+_MEANINGFUL: Final = re.compile(r"[\\()\[\]|]|<(?=\w+:)|\b(?:AND|BREAK)\b")
 
 
 class Fragment(NamedTuple):
@@ -92,6 +97,11 @@ def parse(text: str, syntax: PromptSyntax) -> ParsedPrompt:
 def without_loras(text: str) -> str:
     """Return a prompt of the syntax `a1111` without its LoRA tags; all else stays as it is."""
     return _SPECIAL.sub(lambda found: "" if found["network"] else found[0], text)
+
+
+def escaped(text: str) -> str:
+    """Return what the syntax `a1111` reads as this text."""
+    return _MEANINGFUL.sub(r"\\\g<0>", text)
 
 
 @dataclass

@@ -45,6 +45,7 @@ from zlora.schema import (
     JobState,
     LoraReceipt,
     Phase,
+    PromptReceipt,
     digest_of,
     image_key,
     parse_request,
@@ -376,6 +377,10 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         scheduler=request.scheduler or "none",
         device="none",
         dtype="none",
+        prompt_receipt=PromptReceipt(tokens=0, windows=1),
+        negative_prompt_receipt=PromptReceipt(tokens=0, windows=1)
+        if request.negative_prompt and request.guidance > 1
+        else None,
     )
 
 

@@ -14,6 +14,7 @@ from zlora.cli import json_input
 from zlora.client import Client, Options, job_id_of
 from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
+from zlora.prompt_syntax import PromptSyntax
 from zlora.schema import GenerateRequest, OutputFormat, Scheduler, parse_request
 
 _NUMBER: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
@@ -25,6 +26,8 @@ _SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
 _FIELDS: Final = (  # options that have the name of a field of the request
     "prompt",
     "negative_prompt",
+    "prompt_syntax",
+    "clip_skip",
     "num_inference_steps",
     "guidance_scale",
     "seed",
@@ -145,6 +148,12 @@ _OPTIONS: Final = (
     click.option(
         "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."
     ),
+    click.option(
+        "--prompt-syntax",
+        type=click.Choice(get_args(PromptSyntax)),
+        help="Syntax of both prompts; a1111 has weights, `(word:1.3)`, and BREAK.",
+    ),
+    click.option("--clip-skip", type=int, help="Layers of the text encoders to skip."),
     click.option("--steps", "num_inference_steps", type=int, help="Denoising steps."),
     click.option("--guidance", "guidance_scale", type=float, help="Guidance scale."),
     click.option("--size", callback=_size, metavar="WIDTHxHEIGHT", help="Size in pixels."),

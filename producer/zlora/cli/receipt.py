@@ -28,6 +28,12 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     facts.append(("seconds", timings))
     facts.append(("base intact", "yes" if result.base_intact else "no"))
     facts.append(("model", result.model))
+    for name, read in (
+        ("prompt", result.prompt_receipt),
+        ("negative", result.negative_prompt_receipt),
+    ):
+        if read is not None and read.windows > 1:
+            facts.append((name, f"{read.tokens} tokens in {read.windows} windows"))
     for receipt in result.loras:
         facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
     for found in result.embeddings:

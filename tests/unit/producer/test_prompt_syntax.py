@@ -9,6 +9,7 @@ from zlora.prompt_syntax import (
     Fragment,
     LoraTag,
     ParsedPrompt,
+    escaped,
     parse,
     without_loras,
 )
@@ -85,6 +86,7 @@ def test_break_begins_a_section(text: str, expected: list[list[tuple[str, float]
         ("<lora: anime v2 : 0.8 : -.5>", LoraTag("anime v2", 0.8, -0.5)),
         ("<lora:anime:te=0.8:unet=0.5>", LoraTag("anime", 0.8, 0.5)),
         ("<lora:anime:unet=0.5>", LoraTag("anime", None, 0.5)),
+        ("<lora:anime:6.1e-05>", LoraTag("anime", 6.1e-05, 6.1e-05)),
         ("<lyco:anime:1>", LoraTag("anime", 1.0, 1.0)),
     ],
 )
@@ -96,6 +98,13 @@ def test_a_tag_names_a_lora_and_is_no_text(tag: str, expected: LoraTag) -> None:
         ((Fragment("a "), Fragment("cat", 1.2), Fragment(" hat")),), (expected,)
     )
     assert without_loras(prompt) == "a (cat:1.2) hat"
+
+
+@pytest.mark.parametrize(
+    "text", ["a (b:1.2) [c:0.5] [d|e]", r"\(a\) \\", "a AND b BREAK", "<lora:x:1>", "1 < 2, :)"]
+)
+def test_an_escaped_text_is_read_as_that_text(text: str) -> None:
+    assert parse(escaped(text), "a1111") == ParsedPrompt(((Fragment(text),),))
 
 
 def test_an_escaped_tag_is_text() -> None:

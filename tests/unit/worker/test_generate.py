@@ -30,6 +30,7 @@ from support.jobs import Watch, lora_cache, make_child, run_job
 from support.servers import reply, serving
 from support.tiny_folder import TINY
 from zlora.errors import (
+    InvalidRequest,
     JobRevoked,
     LoraMismatch,
     LoraNotAllowed,
@@ -44,6 +45,7 @@ from zlora.schema import (
     LoraSpec,
     OutputFormat,
     Phase,
+    PromptReceipt,
     digest_of,
     seed_of,
 )
@@ -201,6 +203,53 @@ def test_a_folder_that_cannot_be_written_is_a_store_failure(child: Child, tmp_pa
         run_job(dataclasses.replace(child, store=store), "job", a_request())
 
     assert child.model.state is PipelineState.READY
+
+
+# --- prompts
+
+
+def test_a_job_encodes_its_prompts_once_and_says_how_they_were_read(
+    child: Child, store: MemoryStore
+) -> None:
+    """Also with weights; the images are those of single jobs."""
+    fields = {"prompt": "a (city:1.3) at night, " * 20, "negative_prompt": "fog"}
+    request = a_request(**fields, prompt_syntax="a1111", num_images=2, seed=3)
+    calls: list[object] = []
+    with child.model.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(None)):
+        result = run_job(child, "prompts", request)
+
+    assert len(calls) == 4  # both prompts, and an empty text beside each
+    assert result.prompt_receipt == PromptReceipt(tokens=100, windows=2)
+    assert result.negative_prompt_receipt == PromptReceipt(tokens=3, windows=1)
+    for image in result.images:
+        single = pixels(child.model, seed=image.seed, **fields, prompt_syntax="a1111")
+        assert read(store.objects[image.key][0]).tobytes() == single
+
+
+def test_a_prompt_is_read_by_the_text_encoders_with_their_loras(
+    child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    lora = pinned(write(tmp_path / "text.safetensors", kohya_lora(TEXT)))
+    fields = {"prompt": "a (city:1.3) at [night]", "prompt_syntax": "a1111"}
+
+    digests = [
+        run_job(child, f"text-{len(loras)}", a_request(seed=1, loras=loras, **fields)).images[0]
+        for loras in ((), (lora,))
+    ]
+
+    assert digests[0].pixels_sha256 != digests[1].pixels_sha256
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "photo " * 751}, {"clip_skip": 3}])
+def test_a_prompt_that_the_model_cannot_read_fails_its_job_only(
+    child: Child, unpatched: bytes, store: MemoryStore, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest):
+        run_job(child, "unread", a_request(**fields))
+
+    assert not store.objects
+    assert child.model.state is PipelineState.READY
+    assert pixels(child.model) == unpatched
 
 
 # --- progress and receipts

@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -44,10 +45,10 @@ def seeds_drawn(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     draw, drawn = model.draw, list[int]()
 
     def recorded(
-        request: GenerateRequest, seed: int, on_step: Callable[[int], None]
+        request: GenerateRequest, seed: int, on_step: Callable[[int], None], **options: Any
     ) -> Image.Image:
         drawn.append(seed)
-        return draw(request, seed, on_step)
+        return draw(request, seed, on_step, **options)
 
     monkeypatch.setattr(model, "draw", recorded)
     return drawn

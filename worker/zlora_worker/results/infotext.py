@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Final
 
 import msgspec
+from zlora.prompt_syntax import escaped
 from zlora.schema import LoraSpec
 
 from zlora_worker.model.schedulers import KARRAS, sampler_name
@@ -55,7 +56,10 @@ def infotext(provenance: ImageProvenance, tensors_sha256: Sequence[str]) -> str:
     }
     last = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value)
 
-    prompt, negative = _prompt(request.prompt), _prompt(request.negative_prompt)
+    prompts = (request.prompt, request.negative_prompt)
+    if request.prompt_syntax == "plain":  # readers of infotext take brackets for weights
+        prompts = (escaped(prompts[0]), escaped(prompts[1]))
+    prompt, negative = map(_prompt, prompts)
     if request.output_format == "jpeg":
         room = _JPEG_ROOM - _units(" ".join([*tags, last]))
         # The shorter prompt leaves to the longer one what it does not need.
@@ -80,6 +84,8 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
         "Size": f"{provenance.width}x{provenance.height}",
         "Model hash": (provenance.model_sha256 or provenance.base_sha256)[:_MODEL_DIGITS],
         "Model": _one_line(_file_name(provenance.model))[:_MAX_NAME],
+        # The web UI counts from the last layer, of which SDXL never reads the output.
+        "Clip skip": str(request.clip_skip + 2) if request.clip_skip else "",
         "RNG": "CPU",  # the initial noise is made there; the web UI's default is the GPU
     }
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.fakes import a_request, image_provenance
+from zlora.prompt_syntax import parse
 from zlora.schema import Asset, EmbeddingSpec, GenerateRequest, LoraSpec, Scheduler, parse_request
 from zlora_worker.model.schedulers import SCHEDULERS
 from zlora_worker.results.infotext import infotext
@@ -123,7 +124,7 @@ def test_any_request_is_read_back(document: dict[str, Any], model: str) -> None:
     assert not any(re.search("Negative prompt:|^Steps:", line) for line in (prompt, negative))
     assert text.splitlines() == text.split("\n")
     assert CONTROLS.sub("", text) == text.replace("\n", "")
-    assert letters(negative) == letters(request.negative_prompt)
+    assert letters(read(negative)) == letters(request.negative_prompt)
     assert (int(settings["Steps"]), float(settings["CFG scale"])) == (
         request.steps,
         request.guidance,
@@ -135,7 +136,25 @@ def test_any_request_is_read_back(document: dict[str, Any], model: str) -> None:
     names, weights = tags(prompt, len(used))
     assert weights == used
     assert hashes(settings) == [(name, digest(number)[:12]) for number, name in enumerate(names)]
-    assert letters(prompt).startswith(letters(request.prompt))
+    assert letters(read(prompt)).startswith(letters(request.prompt))
+
+
+def test_brackets_of_a_plain_prompt_are_no_weights_and_those_of_a_prompt_with_weights_are() -> None:
+    prompt = r"a (city:1.3) \(1990\) [BREAK]"
+
+    plain, a1111 = (
+        written(a_request(prompt=prompt, prompt_syntax=syntax)).split("\n")[0]
+        for syntax in ("plain", "a1111")
+    )
+
+    assert read(plain) == prompt
+    assert a1111 == prompt
+
+
+def test_clip_skip_counts_from_the_last_layer() -> None:
+    skipped = [written(a_request(clip_skip=skip)).split("\n")[-1] for skip in (None, 0, 1)]
+
+    assert [pairs(line).get("Clip skip") for line in skipped] == [None, None, "3"]
 
 
 def test_loras_of_the_same_name_get_numbers() -> None:
@@ -235,6 +254,13 @@ def tags(prompt: str, number: int) -> tuple[list[str], list[tuple[float, float]]
     return [name for name, *_ in last], [
         (float(unet or text), float(text)) for _, text, unet in last
     ]
+
+
+def read(prompt: str) -> str:
+    """Return the text of a prompt in the web UI's syntax, in which nothing has a weight."""
+    ((fragment,),) = parse(prompt, "a1111").sections
+    assert fragment.weight == 1
+    return fragment.text
 
 
 def letters(text: str) -> str:

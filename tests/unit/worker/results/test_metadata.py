@@ -316,7 +316,7 @@ def test_an_independent_parser_reads_what_was_drawn(
         assert found is not None
         (sampler,) = found.samplers
         (prompt,) = sampler.prompts
-        assert prompt.value == "a café at night, (neon:1.2) <lora:one:0.5> <lora:two:0.5>"
+        assert prompt.value == (r"a café at night, \(neon:1.2\) <lora:one:0.5> <lora:two:0.5>")
         assert [prompt.value for prompt in sampler.negative_prompts] == [
             "blurry: no, \N{GRINNING FACE}"
         ]
