@@ -38,8 +38,8 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
         facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
     for found in result.embeddings:
         for token, count in found.used.items():
-            shown = f"{token}, {found.vectors[token]} vectors, used {count} times"
-            facts.append(("embedding", f"{shown} ({found.source})"))
+            shown = f"{token} (vectors {found.vectors[token]}, used {count}, {found.source})"
+            facts.append(("embedding", shown))
         facts += [("warning", f"{found.source}: {warning}") for warning in found.warnings]
 
     console = terminal(sys.stdout)
