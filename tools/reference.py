@@ -285,16 +285,14 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
         case types.IntType() | types.FloatType():
             name = "integer" if isinstance(kind, types.IntType) else "number"
             text = name + _bounds(kind)
-        case types.BoolType():
-            text = "true or false"
+        case types.BoolType() | types.AnyType():
+            text = "true or false" if isinstance(kind, types.BoolType) else "any value"
         case types.LiteralType(values) | types.EnumType(cls=values):
             text = " ".join(f"`{value}`" for value in _in_source_order(values, choices))
         case types.VarTupleType(item, _, most):
             text = f"list of {_type_name(item)}" + (f", at most {most}" if most else "")
         case types.DictType(key, value):
             text = f"object, {_type_name(key)} to {_type_name(value)}"
-        case types.AnyType():
-            text = "any value"
         case types.StructType(cls):
             text = _LINKS[cls]
         case _:

@@ -383,7 +383,7 @@ class EmbeddingReceipt(Struct, frozen=True, kw_only=True):
     tier: LoraTier
     """Where the file came from: `memory`, `disk` or `network`."""
     warnings: tuple[str, ...] = ()
-    """What has no effect, such as `<s1>: in neither prompt`."""
+    """What has no effect, such as `<s1>: in no prompt that was read`."""
 
 
 class GenerateResult(Struct, frozen=True, kw_only=True):

@@ -55,7 +55,9 @@ class EmbeddingInUse:
             },
             used=used,
             tier=self.file.tier,
-            warnings=tuple(f"{token}: in neither prompt" for token in used if not used[token]),
+            warnings=tuple(
+                f"{token}: in no prompt that was read" for token in used if not used[token]
+            ),
         )
 
 

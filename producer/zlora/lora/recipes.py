@@ -145,6 +145,7 @@ def fill(request: GenerateRequest, recipes: Sequence[Recipe | None]) -> FilledRe
                     f"Expected few-step LoRAs of one recipe, or `{field}` in the request",
                 )
             given_by.setdefault(field, recipe.name)
+    fields = {field: value for field, value in fields.items() if value is not None}
     filled = structs.replace(request, **fields, recipes="off")
     return FilledRequest(
         filled, fields, [_warnings(filled, recipe) if recipe else () for recipe in recipes]
@@ -152,7 +153,7 @@ def fill(request: GenerateRequest, recipes: Sequence[Recipe | None]) -> FilledRe
 
 
 def _silent(request: GenerateRequest, recipe: Recipe) -> dict[str, Any]:
-    """Return the fields that the recipe sets, those that the request names left out."""
+    """Return the fields that the recipe sets, also to None; not those that the request names."""
     fields: dict[str, Any] = {}
     has_steps = request.num_inference_steps is not None
     has_levels = request.sigmas is not None or request.timesteps is not None
@@ -163,13 +164,13 @@ def _silent(request: GenerateRequest, recipe: Recipe) -> dict[str, Any]:
         if request.eta is None:
             fields["eta"] = recipe.eta
     if not has_steps and not has_levels:
-        if recipe.timesteps is not None and "scheduler" in fields and request.schedule is None:
+        fields["timesteps"] = None
+        if "schedule" in fields:
             fields["timesteps"] = recipe.timesteps
-        else:
-            fields["num_inference_steps"] = recipe.steps
+        fields["num_inference_steps"] = None if fields["timesteps"] else recipe.steps
     if request.guidance_scale is None:
         fields["guidance_scale"] = recipe.guidance_scale
-    return {field: value for field, value in fields.items() if value is not None}
+    return fields
 
 
 def _warnings(request: GenerateRequest, recipe: Recipe) -> tuple[str, ...]:

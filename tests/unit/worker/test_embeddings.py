@@ -147,7 +147,10 @@ def test_an_embedding_that_no_prompt_names_changes_nothing_and_is_warned_of(
 
     (receipt,) = result.embeddings
     assert receipt.used == {"<s0>": 0, "<s1>": 0}
-    assert receipt.warnings == ("<s0>: in neither prompt", "<s1>: in neither prompt")
+    assert receipt.warnings == (
+        "<s0>: in no prompt that was read",
+        "<s1>: in no prompt that was read",
+    )
     assert image == hashlib.sha256(plain).hexdigest()
 
 

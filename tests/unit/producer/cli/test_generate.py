@@ -270,6 +270,12 @@ def test_generate_saves_the_images_and_prints_what_was_used(
     assert list(worker.requests) == ["j"]
 
 
+def test_generate_prints_how_often_an_embedding_was_used(worker: MemoryWorker) -> None:
+    result = run("generate", "a cat", "--embedding", "cat=owner/repo", "--out", ".")
+
+    assert "embedding: cat (vectors 1, used 1, hf://owner/repo)" in result.stdout.splitlines()
+
+
 @pytest.mark.usefixtures("worker")
 def test_with_json_the_result_and_its_files_are_one_document() -> None:
     result = run("generate", "a city", "--job-id", "j", "--json")

@@ -103,6 +103,9 @@ def test_what_the_request_says_counts_and_is_warned_of_if_it_contradicts(
 def test_two_recipes_that_contradict_are_refused_unless_the_request_decides() -> None:
     recipes = [RECIPES["lcm"], RECIPES["lightning-4"]]
 
+    for name in ("lcm", "tcd", "hyper-1"):
+        with pytest.raises(InvalidRequest):
+            fill(request(), [RECIPES[name], RECIPES["dmd2"]])
     with pytest.raises(InvalidRequest) as raised:
         fill(request(), recipes)
     filled, _, (first, second) = fill(
