@@ -325,7 +325,9 @@ def recorded_name(class_name: str, config: Mapping[str, Any], *, schedule: Sched
     name = of_class(class_name, config)
     names = [canonical for canonical, row in SCHEDULERS.items() if row.class_name == class_name]
     variant = name if name in names[1:] else None
-    formula = next((word for word, option in SIGMA_OPTIONS.items() if config.get(option)), None)
+    # A configuration also has options of other classes, which change nothing.
+    formulas = [word for word in SIGMA_OPTIONS if not name or word in SCHEDULERS[name].schedules]
+    formula = next((word for word in formulas if config.get(SIGMA_OPTIONS[word])), None)
     spacing = schedule if schedule in SPACINGS else None
     return " ".join(filter(None, [class_name, variant, formula or spacing]))
 

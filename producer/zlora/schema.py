@@ -636,6 +636,7 @@ def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> ParsedPrompt:
 def _check_sampling(request: GenerateRequest) -> None:
     """Raise `InvalidRequest` if no base model could honour the fields of the scheduler."""
     name, schedule = request.scheduler, request.schedule
+    place = "scheduler" if schedule is None else "schedule"  # a name may have a schedule too
     if name is not None:
         if (found := find_scheduler(name)) is None:
             names = ", ".join(nearest_schedulers(name))
@@ -647,8 +648,8 @@ def _check_sampling(request: GenerateRequest) -> None:
         missing = unsupported(found.name, schedule=schedule, given=request.given_sampling)
         if missing is not None:
             field, expected = missing
-            if field == "schedule" and request.schedule is None:  # it is in the name
-                field = "scheduler"
+            if field == "schedule":
+                field = place
             raise invalid(f"$.{field}", getattr(request, field), expected)
     levels = [field for field in request.given_sampling if field != "eta"]
     if len(levels) > 1:
@@ -658,7 +659,8 @@ def _check_sampling(request: GenerateRequest) -> None:
         if any(later >= earlier for earlier, later in pairwise(numbers)):
             raise invalid(f"$.{field}", numbers, "Expected numbers that fall")
         if schedule:
-            raise invalid("$.schedule", schedule, f"Expected no schedule with `{field}`")
+            expected = f"Expected no schedule with `{field}`"
+            raise invalid(f"$.{place}", getattr(request, place), expected)
         steps = request.num_inference_steps
         if steps not in (None, request.steps):
             expected = f"Expected {request.steps}, the number of the `{field}`, or no number"

@@ -22,6 +22,8 @@ _SAME_NAMES: Final = (
     "guidance_scale",
     "seed",
     "num_images",
+    "scheduler",
+    "eta",
 )
 # Names in our request by fal's; `format` is that of fast-sdxl.
 _OTHER_NAMES: Final = {
@@ -38,7 +40,16 @@ _IGNORED: Final[dict[str, tuple[Any, ...]]] = {
     "safety_checker_version": ("v1", "v2"),  # of the checker that is not enabled
 }
 _TOKENS: Final = ("<s0>", "<s1>")  # of an embedding that names none
-_KNOWN: Final = (*_SAME_NAMES, *_OTHER_NAMES, *_IGNORED, "image_size", "loras", "embeddings")
+_LEVELS: Final = ("timesteps", "sigmas")  # objects with `method` and `array`
+_KNOWN: Final = (
+    *_SAME_NAMES,
+    *_OTHER_NAMES,
+    *_IGNORED,
+    *_LEVELS,
+    "image_size",
+    "loras",
+    "embeddings",
+)
 
 
 def to_request(document: object) -> GenerateRequest:
@@ -57,6 +68,9 @@ def to_request(document: object) -> GenerateRequest:
         ours["loras"] = _loras(document["loras"])
     if "embeddings" in document:
         ours["embeddings"] = _embeddings(document["embeddings"])
+    for name in _LEVELS:
+        if name in document:
+            ours[name] = _levels(name, document[name])
     try:
         return parse_request(ours)
     except InvalidRequest as error:
@@ -109,6 +123,18 @@ def _size(size: object) -> tuple[Any, Any]:
     raise invalid("$.image_size", size, expected)
 
 
+def _levels(name: str, levels: object) -> object:
+    """Our list of numbers, or None for the method `default`."""
+    if isinstance(levels, Mapping):
+        method, array = levels.get("method", "default"), levels.get("array", [])
+        if method == "default" and not array and levels.keys() <= {"method", "array"}:
+            return None
+        if method == "array" and levels.keys() == {"method", "array"}:
+            return array
+    expected = "Expected `method` default, or `method` array with `array`"
+    raise invalid(f"$.{name}", levels, expected)
+
+
 def _loras(loras: object) -> object:
     """Our list of LoRAs; anything but a list stays as it is, for `parse_request` to refuse."""
     if not isinstance(loras, list | tuple):
@@ -153,6 +179,8 @@ def _with_fal_path(error: InvalidRequest, document: Mapping[str, Any]) -> Invali
         path = "$.sync_mode"
     elif path == "$.output_format" and "format" in document:
         path = "$.format"
+    elif path.startswith(("$.timesteps", "$.sigmas")):
+        path = path.replace("[", ".array[")
     details = {**error.details, "path": path}
     message = f"{path}: {details['expected']}; the value is {details['value']}"
     return InvalidRequest(message, details)

@@ -639,6 +639,38 @@ def test_a_lora_that_is_refused_changes_neither_the_store_nor_the_next_job(
     assert pixels(child.model) == unpatched
 
 
+@pytest.mark.parametrize("fields", [{"scheduler": "FlowMatchEuler"}, {"eta": 0.5}], ids=str)
+def test_a_scheduler_that_the_model_lacks_is_refused_before_anything_is_fetched(
+    child: Child, store: MemoryStore, unpatched: bytes, fields: dict[str, Any]
+) -> None:
+    unreachable = LoraSpec(file=Asset(url="https://loras.invalid/a.safetensors"))
+
+    with pytest.raises(InvalidRequest, match="uler") as raised:
+        run_job(child, "flow", a_request(loras=(unreachable,), **fields))
+
+    assert raised.value.details["path"] == f"$.{next(iter(fields))}"
+    assert store.objects == {}
+    assert pixels(child.model) == unpatched
+
+
+def test_the_result_names_the_scheduler_with_its_schedule(child: Child, unpatched: bytes) -> None:
+    """The request is kept as it was typed; both names draw the image again."""
+    typed, schedule = "DPM++ 2M SDE", {"schedule": "beta"}
+    result = run_job(child, "typed", a_request(scheduler=typed, num_inference_steps=2, **schedule))
+    assert result.request is not None
+    assert (result.request.scheduler, result.request.schedule) == (typed, "beta")
+    assert result.scheduler == "DPMSolverMultistepScheduler dpmpp_2m_sde beta"
+
+    named = run_job(
+        child,
+        "named",
+        a_request(scheduler=result.scheduler, num_inference_steps=2, seed=result.seed),
+    )
+
+    assert named.images[0].pixels_sha256 == result.images[0].pixels_sha256
+    assert pixels(child.model) == unpatched
+
+
 def test_an_error_of_a_progress_report_does_not_change_the_next_job(
     child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:

@@ -372,7 +372,7 @@ class Replayer:
                     images = generate(child, job, progress)
                 result = finish(store, images.entry)
                 assert isinstance(result, GenerateResult)  # noqa: S101 - the store was empty
-            except (LoraError, GenerationFailed, OutOfMemory) as error:
+            except (LoraError, GenerationFailed, InvalidRequest, OutOfMemory) as error:
                 causes = [f"{error} [{error.code}]"]
                 causes += _other_base(provenance, model.name, model.base_sha256)
                 failed = _outcome(image, verdict="impossible", causes=causes, code=error.code)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -174,7 +175,7 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiff
             f"{path}: only .safetensors files are loaded, because other checkpoints can run code"
         )
     folder = Path(config).expanduser() if config else SDXL_CONFIG
-    _require_sdxl(path)
+    tensors = _require_sdxl(path)
     pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_single_file(
         str(path),
         config=str(folder),
@@ -185,7 +186,24 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiff
         add_watermarker=False,
     )
     _require_whole(pipeline, str(path))
+    _set_prediction(pipeline, tensors)
     return pipeline
+
+
+def _set_prediction(pipeline: StableDiffusionXLPipeline, tensors: Collection[str]) -> None:
+    """Configure the scheduler as the empty tensors say by which a single file names its training.
+
+    `v_pred` is velocity prediction. `ztsnr` is zero terminal SNR, whose steps must begin at the
+    last timestep (arXiv:2305.08891). Source: the web UI's pull requests 16567 and 16569.
+    """
+    scheduler = pipeline.scheduler
+    options: dict[str, Any] = {}
+    if "v_pred" in tensors:
+        options["prediction_type"] = "v_prediction"
+    # A folder with the configuration that says so also says how its steps are spaced.
+    if "ztsnr" in tensors and not scheduler.config.get("rescale_betas_zero_snr"):
+        options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **options)
 
 
 def _require_whole(pipeline: StableDiffusionXLPipeline, name: str) -> None:
@@ -221,8 +239,8 @@ def _require_text_weights(folder: Path, pipeline: StableDiffusionXLPipeline) -> 
             )
 
 
-def _require_sdxl(path: Path) -> None:
-    """Raise `ModelUnavailable` if the tensor names are not those of an SDXL checkpoint.
+def _require_sdxl(path: Path) -> Collection[str]:
+    """Return the tensor names, or raise `ModelUnavailable` if they are not an SDXL checkpoint's.
 
     diffusers would raise a long error, or none.
     """
@@ -235,11 +253,7 @@ def _require_sdxl(path: Path) -> None:
         raise ModelUnavailable(f"{path} is a LoRA, not a checkpoint")
     if missing:
         raise ModelUnavailable(f"{path} is not an SDXL checkpoint: it lacks {', '.join(missing)}")
-    if "v_pred" in tensors:
-        raise ModelUnavailable(
-            f"{path} is a v-prediction model: provide it as a diffusers folder, "
-            "because only the scheduler's configuration in a folder says so"
-        )
+    return tensors
 
 
 def _tokenizer(folder: Path, name: str) -> CLIPTokenizer:

@@ -76,6 +76,25 @@ def test_a_request_of_fast_sdxl_is_converted() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "ours"),
+    [
+        ({"scheduler": "Euler (trailing timesteps)"}, {"scheduler": "Euler (trailing timesteps)"}),
+        ({"scheduler": "DDIM", "eta": 0.5}, {"scheduler": "DDIM", "eta": 0.5}),
+        ({"timesteps": {"method": "array", "array": [999, 5]}}, {"timesteps": (999, 5)}),
+        ({"sigmas": {"method": "array", "array": [9, 0.5]}}, {"sigmas": (9.0, 0.5)}),
+        ({"sigmas": {"method": "default", "array": []}, "timesteps": {"method": "default"}}, {}),
+    ],
+    ids=str,
+)
+def test_the_sampling_of_fal_lora_is_converted(
+    fields: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    request = to_request({"prompt": "x", **fields})
+
+    assert request == GenerateRequest(prompt="x", width=1024, height=768, **ours)
+
+
 def test_defaults_are_ours_except_for_the_size() -> None:
     """Eight steps, the default of a turbo model, are wrong for SDXL."""
     assert to_request({"prompt": "x"}) == GenerateRequest(prompt="x", width=1024, height=768)
@@ -113,7 +132,11 @@ def test_an_embedding_has_the_words_that_fal_gives_it() -> None:
     ("fields", "path", "expected"),
     [
         ({"strength": 0.5}, "$.strength", "prompt"),
-        ({"scheduler": "euler"}, "$.scheduler", "prompt"),
+        ({"scheduler": "dreamy"}, "$.scheduler", "such as"),
+        ({"timesteps": [9]}, "$.timesteps", "`method`"),
+        ({"timesteps": {"method": "default", "array": [9]}}, "$.timesteps", "`method`"),
+        ({"sigmas": {"method": "array"}}, "$.sigmas", "`array`"),
+        ({"sigmas": {"method": "array", "array": ["a"]}}, "$.sigmas.array[0]", "float"),
         ({"enable_safety_checker": True}, "$.enable_safety_checker", "False"),
         ({"enable_safety_checker": 0}, "$.enable_safety_checker", "False"),
         ({"expand_prompt": True}, "$.expand_prompt", "False"),

@@ -346,10 +346,6 @@ def sd15_file(_home: Path, single_file: Path, target: Path) -> None:
     )
 
 
-def v_prediction_file(_home: Path, single_file: Path, target: Path) -> None:
-    write(target, load_file(single_file) | {"v_pred": torch.zeros(0)})
-
-
 def without(*names: str) -> Callable[[Path, Path, Path], None]:
     def make(_home: Path, single_file: Path, target: Path) -> None:
         tensors: Tensors = load_file(single_file)
@@ -381,7 +377,6 @@ def empty_file(_home: Path, _single_file: Path, target: Path) -> None:
     [
         (lora_file, "is a LoRA, not a checkpoint"),
         (sd15_file, "not an SDXL checkpoint: it lacks unet, text_encoder, text_encoder_2"),
-        (v_prediction_file, "v-prediction"),
         (truncated_file, "damaged"),
         (web_page, "web page"),
         (pointer, "git-lfs"),
@@ -412,6 +407,46 @@ def test_a_file_that_is_not_a_complete_sdxl_checkpoint_is_refused(
 
     assert message.startswith(str(target))
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "training"),
+    [
+        (("v_pred",), {"prediction_type": "v_prediction"}),
+        (
+            ("v_pred", "ztsnr"),
+            {
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_a_single_file_that_names_its_training_draws_as_its_folder_does(
+    model_home: Path,
+    model: Pipeline,
+    tiny: Path,
+    single_file: Path,
+    tmp_path: Path,
+    *,
+    keys: tuple[str, ...],
+    training: dict[str, object],
+) -> None:
+    """Whether the folder with its configuration says so too or not."""
+    file, folder = tmp_path / "a.safetensors", copy_model(model_home, tmp_path / "folder")
+    write(file, load_file(single_file) | {key: torch.zeros(0) for key in keys})
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | training))
+    expected = pixels(load_pipeline(model_home, ZLORA_MODEL=str(folder)))
+
+    for configuration in (tiny, folder):
+        drawn = load_pipeline(
+            model_home, ZLORA_MODEL=str(file), ZLORA_MODEL_CONFIG=str(configuration)
+        )
+        assert pixels(drawn) == expected
+    assert expected != pixels(model)
 
 
 def test_a_checkpoint_that_can_run_code_is_not_opened(

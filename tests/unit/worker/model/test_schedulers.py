@@ -1,5 +1,6 @@
 """Each scheduler draws what diffusers' own pipeline draws with it, and no other image."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -9,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from support.fakes import a_request, load_pipeline
-from zlora.schedulers import SCHEDULERS, SIGMA_OPTIONS, SPACINGS, Schedule
+from zlora.errors import InvalidRequest
+from zlora.schedulers import SCHEDULERS, SIGMA_OPTIONS, SPACINGS, Schedule, find_scheduler
 from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.model.schedulers import scheduler_for
+from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 
+GUIDANCE: Final = 1.0  # none, which is faster
 STEPS: Final = 5  # of fewer, a third-order solver takes none of the third order
 SEED: Final = 7
 NAMES: Final = [name for name, entry in SCHEDULERS.items() if entry.family == "diffusion"]
@@ -44,7 +47,7 @@ def named(model: Pipeline) -> dict[str, bytes]:
 
 
 def drawn(model: Pipeline, **fields: Any) -> bytes:
-    request = a_request(num_inference_steps=None if "timesteps" in fields else STEPS, **fields)
+    request = a_request(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **fields)
     return model.draw(request, SEED, lambda _step: None).tobytes()
 
 
@@ -59,7 +62,7 @@ def direct(model: Pipeline, class_name: str, options: Mapping[str, Any], **argum
     found = pipeline(
         "a city at night",
         num_inference_steps=STEPS,
-        guidance_scale=7.5,
+        guidance_scale=GUIDANCE,
         width=64,
         height=64,
         latents=noise,
@@ -70,7 +73,7 @@ def direct(model: Pipeline, class_name: str, options: Mapping[str, Any], **argum
     return image.tobytes()
 
 
-def written(scheduler: Any) -> dict[str, Any]:
+def configuration(scheduler: Any) -> dict[str, Any]:
     """Return the configuration, without the list of options that were left at their defaults."""
     config = dict(scheduler.config)
     config.pop("_use_default_values", None)
@@ -94,7 +97,10 @@ def of_diffusers(name: str, schedule: Schedule | None) -> dict[str, Any]:
     if schedule in SPACINGS:
         return {**options, "timestep_spacing": schedule}
     if schedule is not None:
-        return {**options, SIGMA_OPTIONS[schedule]: True, "timestep_spacing": "linspace"}
+        spaced = (
+            {"timestep_spacing": "linspace"} if "linspace" in SCHEDULERS[name].schedules else {}
+        )
+        return {**options, SIGMA_OPTIONS[schedule]: True, **spaced}
     return options
 
 
@@ -106,7 +112,7 @@ def test_each_scheduler_draws_another_image(plain: bytes, named: dict[str, bytes
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_scheduler_draws_the_bytes_of_diffusers(
-    model: Pipeline, plain: bytes, named: dict[str, bytes], name: str
+    model: Pipeline, named: dict[str, bytes], name: str
 ) -> None:
     """So it does with each field that it takes, which changes the image."""
     entry, options = SCHEDULERS[name], of_diffusers(name, None)
@@ -120,7 +126,6 @@ def test_a_scheduler_draws_the_bytes_of_diffusers(
         images.add(image)
 
     assert len(images) == 1 + len(entry.takes)
-    assert drawn(model) == plain  # as if the job before it had not been
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,14 +133,13 @@ def test_each_schedule_is_that_of_diffusers_and_has_other_levels(
     model: Pipeline, name: str
 ) -> None:
     """Schedulers of one class and configuration draw the same."""
-    entry, levels = SCHEDULERS[name], set()
+    base, entry, levels = model._scheduler, SCHEDULERS[name], set()
+    plain = configuration(getattr(diffusers, entry.class_name).from_config(base.config))
     for schedule in entry.schedules:
         request = a_request(num_inference_steps=STEPS, scheduler=name, schedule=schedule)
-        made = scheduler_for(model._scheduler, request, seed=SEED)
-        options = of_diffusers(name, schedule)
-        expected = type(made).from_config(model._scheduler.config, **options)
+        made = scheduler_for(base, request, seed=SEED)
         assert type(made).__name__ == entry.class_name
-        assert written(made) == written(expected)
+        assert configuration(made) == plain | of_diffusers(name, schedule)
         made.set_timesteps(STEPS)
         levels.add(tuple(getattr(made, "sigmas", made.timesteps).tolist()))
     assert len(levels) == len(entry.schedules)
@@ -143,11 +147,128 @@ def test_each_schedule_is_that_of_diffusers_and_has_other_levels(
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_a_schedule_draws_the_bytes_of_diffusers(
-    model: Pipeline, plain: bytes, schedule: Schedule
+    model: Pipeline, named: dict[str, bytes], schedule: Schedule
 ) -> None:
     image = drawn(model, scheduler="dpmpp_2m", schedule=schedule)
 
     options = of_diffusers("dpmpp_2m", schedule)
     assert image == direct(model, "DPMSolverMultistepScheduler", options)
-    assert (image == drawn(model, scheduler="dpmpp_2m")) == (schedule == "leading")  # the model's
+    assert (image == named["dpmpp_2m"]) == (schedule == "leading")  # the model's
+
+
+def test_the_next_plain_job_is_as_before(model: Pipeline, plain: bytes) -> None:
+    """After jobs with each scheduler, schedule and field."""
     assert drawn(model) == plain
+
+
+# --- what a base model cannot do
+
+
+def refusal(base: Any, **fields: Any) -> Mapping[str, Any]:
+    with pytest.raises(InvalidRequest) as raised:
+        scheduler_for(base, a_request(**fields), seed=SEED)
+    return raised.value.details
+
+
+FLOW: Final = diffusers.FlowMatchEulerDiscreteScheduler()
+EDM: Final = diffusers.EDMEulerScheduler()
+UNKNOWN: Final = diffusers.DDPMParallelScheduler()
+
+
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscreteScheduler", "flow_match_heun", "EDM Euler"]
+)
+def test_a_scheduler_of_another_family_is_refused_with_both_names(
+    model: Pipeline, name: str
+) -> None:
+    found = refusal(model._scheduler, scheduler=name)
+
+    choice = find_scheduler(name)
+    assert choice is not None
+    assert found["path"] == "$.scheduler"
+    assert choice.entry.class_name in found["expected"]
+    assert "EulerDiscreteScheduler, epsilon" in found["expected"]
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        (FLOW, "euler"),
+        (EDM, "euler"),
+        (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "euler"),
+        (diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "dpmpp_2m"),
+    ],
+)
+def test_a_base_of_another_family_has_no_other_scheduler(base: Any, name: str) -> None:
+    found = refusal(base, scheduler=name)
+
+    assert type(base).__name__ in found["expected"]
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "path"),
+    [
+        (diffusers.EulerAncestralDiscreteScheduler(), {"schedule": "karras"}, "$.schedule"),
+        (diffusers.UniPCMultistepScheduler(), {"timesteps": (9,)}, "$.timesteps"),
+        (diffusers.HeunDiscreteScheduler(), {"sigmas": (9.0,)}, "$.sigmas"),
+        (diffusers.EulerDiscreteScheduler(), {"eta": 0.5}, "$.eta"),
+        (UNKNOWN, {"schedule": "trailing"}, "$.schedule"),
+        (UNKNOWN, {"timesteps": (9,)}, "$.timesteps"),
+    ],
+)
+def test_what_the_models_own_scheduler_cannot_honour_is_refused(
+    base: Any, fields: dict[str, Any], path: str
+) -> None:
+    assert refusal(base, **fields)["path"] == path
+
+
+def test_a_base_whose_class_is_unknown_draws_with_its_own_and_with_others() -> None:
+    made = [
+        scheduler_for(UNKNOWN, a_request(scheduler=name), seed=SEED) for name in (None, "euler")
+    ]
+
+    assert [type(one) for one in made] == [
+        diffusers.DDPMParallelScheduler,
+        diffusers.EulerDiscreteScheduler,
+    ]
+
+
+def test_a_base_keeps_its_own_options_unless_the_request_has_others() -> None:
+    base = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++", solver_order=3, use_karras_sigmas=True
+    )
+
+    assert scheduler_name(base, a_request()) == "DPMSolverMultistepScheduler dpmpp_3m_sde karras"
+    names = {
+        "dpmpp_2m": "DPMSolverMultistepScheduler karras",
+        "dpmpp_2m_sde exponential": "DPMSolverMultistepScheduler dpmpp_2m_sde exponential",
+        "euler trailing": "EulerDiscreteScheduler trailing",
+        "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    }
+    for scheduler, recorded in names.items():
+        assert scheduler_name(base, a_request(scheduler=scheduler)) == recorded
+    timesteps = scheduler_for(base, a_request(timesteps=(9, 5)), seed=SEED)
+    timesteps.set_timesteps(timesteps=[9, 5])
+    assert timesteps.timesteps.tolist() == [9, 5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_terminal_snr_holds_for_every_scheduler(name: str) -> None:
+    """Also for classes of diffusers without that option, whose betas are given instead."""
+    base = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+    made = scheduler_for(base, a_request(scheduler=name, num_inference_steps=5), seed=SEED)
+
+    own = base.alphas_cumprod
+    assert made.config.prediction_type == "v_prediction"
+    assert made.alphas_cumprod[-1] <= 2**-23
+    torch.testing.assert_close(made.alphas_cumprod[:-1], own[:-1], rtol=1e-4, atol=1e-7)
+    made.set_timesteps(5)
+    assert all(map(math.isfinite, getattr(made, "sigmas", made.timesteps).tolist()))
