@@ -14,6 +14,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 BENCHMARKS := busy fetch gpu lora png producer queue results scale starts
 
 .PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
+.PHONY: gallery mixed
 .PHONY: bench clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
@@ -32,6 +33,8 @@ help:
 	@echo 'make soak          twenty minutes of random faults; ARGS="--minutes 2" for a short run'
 	@echo 'make freezes       twenty minutes of workers that stand still and come back; ARGS="--minutes 3"'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
+	@echo 'make mixed         300 jobs that mix everything a request can say, with failures'
+	@echo 'make gallery       draw docs/gallery.md with the demo model'
 	@echo 'make bench         the short form of every benchmark'
 	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
 	@echo 'make bench-gpu     what only a GPU can show; says so if there is none'
@@ -107,6 +110,14 @@ soak: $(VENV)/dev.stamp
 # Workers that stand still and come back, for twenty minutes; ARGS="--minutes 3" for a short run.
 freezes: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests $(RUN)/python -P tests/faults/freezes.py $(ARGS)
+
+# 300 jobs that mix everything a request can say, with failures, on the tests' tiny model; `make test` has a short form.
+mixed: $(VENV)/dev.stamp
+	ZLORA_MIXED_JOBS=300 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/unit/worker/test_mixed_jobs.py
+
+# Draws docs/gallery.md: a sheet of images for each feature, with the demo model, in a minute.
+gallery: $(VENV)/dev.stamp
+	$(RUN)/python -P tools/gallery.py
 
 # 2,000 mutated messages between good jobs: worker and child live, every good job is drawn. `make test` has a short form.
 fuzz: $(VENV)/dev.stamp

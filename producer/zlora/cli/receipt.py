@@ -72,8 +72,8 @@ def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
         facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
     for found in result.embeddings:
         for token, count in found.used.items():
-            shown = f"{token}, {found.vectors[token]} vectors, used {count} times"
-            facts.append(("embedding", f"{shown} ({found.source})"))
+            shown = f"{token} (vectors {found.vectors[token]}, used {count}, {found.source})"
+            facts.append(("embedding", shown))
         facts += [("warning", f"{found.source}: {warning}") for warning in found.warnings]
     return facts
 

@@ -112,8 +112,11 @@ class WeightChecksum:
     def _slice(self, parts: list[_Part], budget: float) -> list[_Part]:
         """Next parts in turn, with at least `budget` bytes."""
         chosen: list[_Part] = []
-        while len(chosen) < len(parts) and sum(part.nbytes for part in chosen) < budget:
-            chosen.append(parts[(self._next + len(chosen)) % len(parts)])
+        nbytes = 0
+        while len(chosen) < len(parts) and nbytes < budget:
+            part = parts[(self._next + len(chosen)) % len(parts)]
+            chosen.append(part)
+            nbytes += part.nbytes
         self._next = (self._next + len(chosen)) % len(parts)
         return chosen
 

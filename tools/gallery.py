@@ -1,0 +1,238 @@
+"""Draw `docs/gallery.md`: a sheet of images for each feature of a request, with the demo model.
+
+    python tools/gallery.py       # or: make gallery
+
+Starts a broker and a worker for the time of the drawing, and submits each request as a user does.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, get_args
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from rich.progress import track
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPTokenizer
+from zlora import Client, config
+from zlora.embedded import EmbeddedStack
+from zlora.schedulers import SCHEDULERS, Schedule
+from zlora_worker.demo.sheet import Row, draw_sheet
+from zlora_worker.settings import DEMO_MODEL
+
+DOCS: Final = Path(__file__).parents[1] / "docs"
+_SEED: Final = 7
+_PATIENCE: Final = 300.0  # seconds for one job
+_COLUMNS: Final = 6  # images in a row
+_NOTE: Final = "demo model, 64 x 64 pixels, seed 7; each image is a job of its own"
+_A1111: Final = {"prompt_syntax": "a1111"}
+_CITY: Final = "a city with skyscrapers at night"
+_WOMAN: Final = "a portrait of a woman with blue hair"
+_LONG: Final = ", ".join([_WOMAN, *["a red background"] * 30])
+_WORDS: Final = "a landscape with mountains at sunset"  # that the embedding stands for
+_FAST: Final = ("lcm", "lightning-4", "hyper-8", "turbo", "dmd2")  # recipes
+
+Images = Sequence[tuple[str, dict[str, Any]]]
+"""Captions and requests."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A feature: its text, and rows of images under their headings."""
+
+    name: str
+    title: str
+    text: str
+    rows: Mapping[str, Images]
+
+
+def sections(embedding: str) -> list[Section]:
+    """Return the sections of the page; `embedding` is the address of the file."""
+    scheduler_images = [
+        (name, {"prompt": _CITY, "scheduler": name, "num_inference_steps": 12})
+        for name, entry in SCHEDULERS.items()
+        if entry.family == "diffusion"
+    ]
+    return [
+        Section(
+            "prompts",
+            "Prompts",
+            "`prompt_syntax: a1111` weights words and begins windows. Text beyond one window of 77 "
+            "tokens is encoded in several windows, and never cut.",
+            {
+                "a portrait of a woman with (blue hair:w)": [
+                    (
+                        f"w = {weight}",
+                        _A1111 | {"prompt": f"a portrait of a woman with (blue hair:{weight})"},
+                    )
+                    for weight in (0, 0.5, 1, 1.5, 2)
+                ],
+                "a text of two windows, and its end": [
+                    ("one window", {"prompt": _WOMAN}),
+                    ("... at night", {"prompt": f"{_LONG}, at night"}),
+                    ("... a yellow box", {"prompt": f"{_LONG}, a yellow box"}),
+                    ("BREAK before `red`", _A1111 | {"prompt": f"{_WOMAN} BREAK a red background"}),
+                    ("clip_skip 1", {"prompt": _WOMAN, "clip_skip": 1}),
+                ],
+            },
+        ),
+        Section(
+            "embeddings",
+            "Embeddings",
+            f"The file of this row has the vectors of the words `{_WORDS}`, so that its token draws "
+            "what the words draw.",
+            {
+                "prompt: the words, the token, and the token within a text": [
+                    (_WORDS[:22] + "...", {"prompt": _WORDS}),
+                    ("<view>", {"prompt": "<view>", "embeddings": [{"file": {"url": embedding}}]}),
+                    (
+                        "<view> (by 1.4)",
+                        _A1111
+                        | {"prompt": "(<view>:1.4)", "embeddings": [{"file": {"url": embedding}}]},
+                    ),
+                    (
+                        "not <view>",
+                        {
+                            "prompt": "a landscape with mountains",
+                            "negative_prompt": "<view>",
+                            "embeddings": [{"file": {"url": embedding}}],
+                        },
+                    ),
+                ]
+            },
+        ),
+        Section(
+            "schedulers",
+            "Schedulers",
+            "Every scheduler with 12 steps, and the noise levels of one.",
+            {
+                **{
+                    f"scheduler ({first // _COLUMNS + 1})": scheduler_images[
+                        first : first + _COLUMNS
+                    ]
+                    for first in range(0, len(scheduler_images), _COLUMNS)
+                },
+                "schedule of dpmpp_2m, 8 steps": [
+                    (
+                        schedule,
+                        {
+                            "prompt": _CITY,
+                            "scheduler": "dpmpp_2m",
+                            "schedule": schedule,
+                            "num_inference_steps": 8,
+                        },
+                    )
+                    for schedule in get_args(Schedule)
+                ],
+            },
+        ),
+        Section(
+            "recipes",
+            "Few-step recipes",
+            "A request that is silent about scheduler, steps and guidance scale gets those of its "
+            "few-step LoRA. The demo model has no such LoRA: here a catalogue gives the recipe to "
+            "its style `neon-lights`, so that the row shows what each recipe sets.",
+            {
+                "loras: [lora://<name>]": [
+                    (name, {"prompt": _CITY, "loras": [{"file": {"url": f"lora://fast {name}"}}]})
+                    for name in _FAST
+                ]
+            },
+        ),
+        Section(
+            "catalogue",
+            "Catalogue",
+            "LoRAs by the names of a catalogue, in the prompt or in `loras`, with its weights and "
+            "trigger words.",
+            {
+                "<lora:neon-lights:w> a city with skyscrapers at night": [
+                    (f"w = {weight}", _A1111 | {"prompt": f"{_CITY} <lora:neon-lights:{weight}>"})
+                    for weight in (0, 0.25, 0.5, 0.75, 1)
+                ],
+                "two tags": [
+                    (
+                        f"neon {first}, cyberpunk {second}",
+                        _A1111
+                        | {
+                            "prompt": f"{_CITY} <lora:neon-lights:{first}>"
+                            f" <lora:cyberpunk-style:{second}>"
+                        },
+                    )
+                    for first, second in ((1, 0.2), (0.7, 0.5), (0.5, 0.7), (0.2, 1))
+                ],
+            },
+        ),
+    ]
+
+
+def draw(section: Section, client: Client) -> str:
+    """Draw the sheet of a section; return its part of the page."""
+    rows = []
+    for heading, images in section.rows.items():
+        handles = [
+            (caption, client.submit({"seed": _SEED, **request})) for caption, request in images
+        ]
+        done = []
+        for caption, handle in track(handles, description=f"{section.name}: {heading}"):
+            image = handle.result(timeout=_PATIENCE).images[0]
+            done.append((caption, Path(unquote(urlsplit(image.url or "").path))))
+        rows.append(Row(heading, done))
+    picture = f"pictures/gallery-{section.name}.png"
+    draw_sheet(rows, DOCS / picture, note=_NOTE)
+    alternative = f"Images by the demo model: {section.title.lower()}"
+    return f"## {section.title}\n\n{section.text}\n\n![{alternative}]({picture})\n"
+
+
+def write_embedding(target: Path) -> None:
+    """Write an embedding with the vectors of `_WORDS`, in SDXL's form of two encoders."""
+    vectors: dict[str, np.ndarray[Any, Any]] = {}
+    for key, number in (("clip_l", ""), ("clip_g", "_2")):
+        tokenizer = CLIPTokenizer.from_pretrained(DEMO_MODEL / f"tokenizer{number}")
+        ids = tokenizer(_WORDS, add_special_tokens=False).input_ids
+        weights = load_file(DEMO_MODEL / f"text_encoder{number}" / "model.safetensors")
+        (table,) = (weights[name] for name in weights if name.endswith("token_embedding.weight"))
+        vectors[key] = table[ids]
+    save_file(vectors, target)
+
+
+def write_catalogue(target: Path) -> None:
+    """Write a catalogue with the demo model's LoRAs, and one of them for each recipe."""
+    entries = {name: ("demo://" + name, "") for name in ("neon-lights", "cyberpunk-style")}
+    entries |= {f"fast {name}": ("demo://neon-lights", name) for name in _FAST}
+    lines = []
+    for name, (source, recipe) in entries.items():
+        lines += [f'[loras."{name}"]', f'source = "{source}"']
+        if recipe:
+            lines.append(f'recipe = "{recipe}"')
+    target.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Draw all sections and write the page."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_embedding(folder / "view.safetensors")
+        write_catalogue(folder / "loras.toml")
+        environ = {
+            **os.environ,
+            "ZLORA_MODEL": "demo",
+            "ZLORA_DEVICE": "cpu",
+            "ZLORA_STORE": (folder / "store").as_uri(),
+            "ZLORA_CATALOGUE": str(folder / "loras.toml"),
+            "ZLORA_LORA_ROOTS": str(folder),
+            config.HOME: str(folder / "home"),
+            config.QUEUE: f"gallery-{os.getpid()}",
+            "OMP_NUM_THREADS": "1",
+        }
+        embedding = (folder / "view.safetensors").as_uri()
+        with EmbeddedStack(environ) as stack, Client.from_env(stack.environ) as client:
+            parts = [draw(section, client) for section in sections(embedding)]
+    note = "Drawn by `make gallery` with the [demo model](demo-model.md); do not edit."
+    (DOCS / "gallery.md").write_text("\n".join(["# Gallery\n", f"{note}\n", *parts]))
+
+
+if __name__ == "__main__":
+    main()
