@@ -33,10 +33,13 @@ def scheduler_for(base: Any, request: GenerateRequest, *, seed: int) -> Any:
         name, schedule = choice
         _require_family(base, request)
         cls = getattr(diffusers, choice.entry.class_name)
+    betas: dict[str, Any] = {}
+    if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
+        betas = {"trained_betas": _zero_snr_betas(config)}
     given = request.given_sampling
     if name is None:
         if schedule is None and not given:
-            return cls.from_config(config)
+            return cls.from_config(config, **betas)
         field = "schedule" if schedule else given[0]
         expected = f"Expected a `scheduler` too: the model's own is a {cls.__name__}"
         raise invalid(f"$.{field}", getattr(request, field), expected)
@@ -48,9 +51,7 @@ def scheduler_for(base: Any, request: GenerateRequest, *, seed: int) -> Any:
     options = entry.options_for(schedule, steps=request.steps, seed=seed, named=choice is not None)
     if request.timesteps or request.sigmas:
         options |= entry.formulas(None)
-    if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
-        options["trained_betas"] = _zero_snr_betas(config)
-    return cls.from_config(config, **options)
+    return cls.from_config(config, **options, **betas)
 
 
 def scheduler_name(base: Any, request: GenerateRequest) -> str:

@@ -266,6 +266,15 @@ ZERO_SNR: Final = diffusers.EulerDiscreteScheduler(
 )
 
 
+def test_a_base_of_a_class_without_that_option_has_zero_terminal_snr_too() -> None:
+    base = diffusers.HeunDiscreteScheduler.from_config(ZERO_SNR.config)
+    assert base.alphas_cumprod[-1] > 1e-3  # diffusers ignores it
+
+    for name in (None, "heun", "dpmpp_2m"):
+        made = scheduler_for(base, a_request(scheduler=name), seed=SEED)
+        assert made.alphas_cumprod[-1] <= 2**-23
+
+
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
