@@ -19,7 +19,7 @@ from zlora import errors
 from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
-from zlora.schedulers import SCHEDULE_TYPES, SCHEDULERS
+from zlora.schedulers import SCHEDULE_TYPES, SCHEDULERS, find_scheduler
 from zlora.schema import (
     NO_CONFIG,
     TIMED_PHASES,
@@ -134,7 +134,11 @@ def schedulers_page() -> str:
     rows = [
         (
             f"`{name}`",
-            ", ".join(f"`{text}`" for text in (entry.sampler, entry.class_name, *entry.names)),
+            ", ".join(
+                f"`{text}`"
+                for text in (entry.sampler, entry.class_name, *entry.names)
+                if find_scheduler(text) == (name, None)
+            ),
             " ".join(f"`{schedule}`" for schedule in entry.schedules),
             " ".join(f"`{field}`" for field in entry.takes),
         )
@@ -158,7 +162,13 @@ def schedulers_page() -> str:
         schedulers take, and a schedule cannot be combined with `timesteps` or `sigmas`. What no
         base model could do is refused before the job is queued. The worker refuses a scheduler for
         another kind of model, and the error names both: `edm_*` need a base that was trained with
-        EDM, such as Playground 2.5, and `flow_match_*` a flow-matching one, which SDXL is not.
+        EDM, such as Playground 2.5, and `flow_match_*` a flow-matching one, which SDXL is not. It
+        also refuses what diffusers would draw as noise: `beta`, and `ddim` with `eta` 1, on a base
+        with zero terminal SNR, and `ddim`, `ddpm` and `pndm` with a few numbers of steps, such as
+        61, if the spacing is `trailing`.
+
+        `ddpm` is the method of `euler_ancestral`, and `pndm` is PLMS. One step of `dpm_2`,
+        `dpm_2_ancestral`, `dpmpp_sde` and `heun` takes as long as two of the others.
 
         The web UI's `DPM++ 2S a`, `DPM fast`, `DPM adaptive` and `Restart`, which diffusers lacks,
         are unknown names.

@@ -83,13 +83,17 @@ def _multistep(solver_order: int, *, sde: bool = False, heun: bool = False) -> d
     }
 
 
+# SDXL's latents have no bounds; its configuration says so, but not every one that is made from it.
+_UNCLIPPED: Final = {"clip_sample": False}
 _DPM: Final = "DPMSolverMultistepScheduler"
 _DPM_SINGLE: Final = "DPMSolverSinglestepScheduler"
 
 # Of the rows with one class, the first is that of the class's own name.
 SCHEDULERS: Final[dict[str, SchedulerEntry]] = {
-    "ddim": SchedulerEntry("DDIMScheduler", "DDIM", schedules=SPACINGS, takes=("eta",)),
-    "ddpm": SchedulerEntry("DDPMScheduler", "DDPM", schedules=SPACINGS, takes=("timesteps",)),
+    "ddim": SchedulerEntry("DDIMScheduler", "DDIM", _UNCLIPPED, schedules=SPACINGS, takes=("eta",)),
+    "ddpm": SchedulerEntry(
+        "DDPMScheduler", "DDPM", _UNCLIPPED, schedules=SPACINGS, takes=("timesteps",)
+    ),
     "deis": SchedulerEntry("DEISMultistepScheduler", "DEIS", schedules=_ALL),
     "dpm_2": SchedulerEntry("KDPM2DiscreteScheduler", "DPM2", schedules=_ALL, automatic="karras"),
     "dpm_2_ancestral": SchedulerEntry(

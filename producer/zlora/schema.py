@@ -426,7 +426,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     model_sha256: str | None = None
     """SHA-256 of the single file that the base model was loaded from, if any."""
     scheduler: str | None = None
-    """Class of the scheduler in diffusers."""
+    """Class of the scheduler in diffusers, then its variant and its schedule, if it has any."""
     device: str | None = None
     """Device that drew the images."""
     dtype: str | None = None

@@ -162,7 +162,7 @@ def test_a_prompt_can_be_shown_as_its_hash() -> None:
     data = document(
         negative_prompt="fog",
         promt="a portrait",
-        scheduler="euler",
+        scheduler="DPM++ 2M Karras",
         seed=3,
         loras=[{"file": {"ref": "x"}}],
     )
@@ -170,7 +170,8 @@ def test_a_prompt_can_be_shown_as_its_hash() -> None:
     line = shown(data, prompts="hashed")
 
     assert line.startswith(f"prompt={digest}, negative_prompt=sha256:")
-    assert f"promt={digest}, scheduler='euler', seed=3, lora='x'" in line
+    assert f"promt={digest}, scheduler='DPM++ 2M Karras', seed=3, lora='x'" in line
+    line += shown(document(scheduler="a portrait"), prompts="hashed")
     line += shown("a portrait", prompts="hashed")
     assert not [text for text in ("portrait", "fog") if text in line]
 

@@ -203,7 +203,8 @@ def _set_prediction(pipeline: StableDiffusionXLPipeline, tensors: Collection[str
     # A folder with the configuration that says so also says how its steps are spaced.
     if "ztsnr" in tensors and not scheduler.config.get("rescale_betas_zero_snr"):
         options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **options)
+    # In the configuration, so that a class without such an option keeps it for other schedulers.
+    pipeline.scheduler = type(scheduler).from_config({**scheduler.config, **options})
 
 
 def _require_whole(pipeline: StableDiffusionXLPipeline, name: str) -> None:

@@ -1,11 +1,12 @@
 """Schedulers of diffusers for requests, made from the configuration of the base's own one."""
 
 import inspect
+import math
 from typing import Any, Final
 
 import diffusers
 from diffusers import EulerDiscreteScheduler
-from zlora.schedulers import SCHEDULERS, Family, of_class, recorded_name, unsupported
+from zlora.schedulers import SCHEDULERS, Family, Schedule, of_class, recorded_name, unsupported
 from zlora.schema import GenerateRequest, invalid
 
 _FAMILIES: Final[dict[Family, str]] = {
@@ -13,6 +14,8 @@ _FAMILIES: Final[dict[Family, str]] = {
     "edm": "EDM",
     "flow": "flow matching",
 }
+# Schedulers that look noise levels up by the timestep; others interpolate, and -1 is as 0.
+_INDEXED: Final = ("ddim", "ddpm", "pndm")
 _LEAST_SNR: Final = 2**-24  # with which diffusers replaces zero, as infinite noise has no number
 
 
@@ -30,23 +33,25 @@ def scheduler_for(base: Any, request: GenerateRequest, *, seed: int) -> Any:
         name, schedule = choice
         _require_family(base, request)
         cls = getattr(diffusers, choice.entry.class_name)
+    betas: dict[str, Any] = {}
+    if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
+        betas = {"trained_betas": _zero_snr_betas(config)}
     given = request.given_sampling
     if name is None:
         if schedule is None and not given:
-            return cls.from_config(config)
+            return cls.from_config(config, **betas)
         field = "schedule" if schedule else given[0]
         expected = f"Expected a `scheduler` too: the model's own is a {cls.__name__}"
         raise invalid(f"$.{field}", getattr(request, field), expected)
     if (missing := unsupported(name, schedule=schedule, given=given)) is not None:
         field, expected = missing
         raise invalid(f"$.{field}", getattr(request, field), expected)
+    _require_possible(config, request, name=name, schedule=schedule)
     entry = SCHEDULERS[name]
     options = entry.options_for(schedule, steps=request.steps, seed=seed, named=choice is not None)
     if request.timesteps or request.sigmas:
         options |= entry.formulas(None)
-    if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
-        options["trained_betas"] = _zero_snr_betas(config)
-    return cls.from_config(config, **options)
+    return cls.from_config(config, **options, **betas)
 
 
 def scheduler_name(base: Any, request: GenerateRequest) -> str:
@@ -71,6 +76,29 @@ def _require_family(base: Any, request: GenerateRequest) -> None:
             f"{_FAMILIES[wanted.family]}"
         )
         raise invalid("$.scheduler", request.scheduler, expected)
+
+
+def _require_possible(
+    config: Any, request: GenerateRequest, *, name: str, schedule: Schedule | None
+) -> None:
+    """Raise `InvalidRequest` if diffusers would draw noise with this model and these fields."""
+    if config.get("rescale_betas_zero_snr"):
+        because = "because the base has zero terminal SNR"
+        if schedule == "beta":  # spaced by the noise level, which is thousands at the first steps
+            raise invalid("$.schedule", schedule, f"Expected another schedule, {because}")
+        if request.eta == 1 and name == "ddim":  # rounding makes a variance negative
+            raise invalid("$.eta", request.eta, f"Expected a number below 1, {because}")
+    spacing = schedule or config.get("timestep_spacing")
+    if spacing != "trailing" or name not in _INDEXED or request.timesteps:
+        return
+    total = config.get("num_train_timesteps", 1000)
+    made = math.ceil(total / (total / request.steps))  # as numpy.arange counts
+    if made != request.steps:
+        expected = (
+            f"Expected another number of steps: of {request.steps} steps with the spacing "
+            f"trailing, diffusers' {name} makes {made}, the last beyond the end"
+        )
+        raise invalid("$.num_inference_steps", request.steps, expected)
 
 
 def _knows_zero_snr(cls: type) -> bool:

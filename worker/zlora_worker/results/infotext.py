@@ -81,6 +81,8 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
         "Sampler": sampler,
         "Schedule type": schedule_type,
         eta: _number(request.eta) if request.eta else "",
+        "Timesteps": ", ".join(map(str, request.timesteps or ())),
+        "Sigmas": ", ".join(map(_number, request.sigmas or ())),
         "CFG scale": _number(request.guidance),
         "Seed": str(provenance.seed),
         "Size": f"{provenance.width}x{provenance.height}",

@@ -83,6 +83,8 @@ def configuration(scheduler: Any) -> dict[str, Any]:
 def of_diffusers(name: str, schedule: Schedule | None) -> dict[str, Any]:
     """Return the options of diffusers for a row of the table, written out once more."""
     variants: dict[str, dict[str, Any]] = {
+        "ddim": {"clip_sample": False},
+        "ddpm": {"clip_sample": False},
         "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
         "dpmpp_2m_sde_heun": {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
         "dpmpp_3m": {"solver_order": 3},
@@ -106,8 +108,10 @@ def of_diffusers(name: str, schedule: Schedule | None) -> dict[str, Any]:
 
 def test_each_scheduler_draws_another_image(plain: bytes, named: dict[str, bytes]) -> None:
     assert len(named) >= 20
-    assert len(set(named.values())) == len(named)
     assert named["euler"] == plain  # the model's own
+    # One method with two names, which on this model differ by less than a byte.
+    assert named["ddpm"] == named["euler_ancestral"]
+    assert len(set(named.values())) == len(named) - 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -252,21 +256,62 @@ def test_a_base_keeps_its_own_options_unless_the_request_has_others() -> None:
     assert timesteps.timesteps.tolist() == [9, 5]
 
 
+ZERO_SNR: Final = diffusers.EulerDiscreteScheduler(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    timestep_spacing="trailing",
+)
+
+
+def test_a_base_of_a_class_without_that_option_has_zero_terminal_snr_too() -> None:
+    base = diffusers.HeunDiscreteScheduler.from_config(ZERO_SNR.config)
+    assert base.alphas_cumprod[-1] > 1e-3  # diffusers ignores it
+
+    for name in (None, "heun", "dpmpp_2m"):
+        made = scheduler_for(base, a_request(scheduler=name), seed=SEED)
+        assert made.alphas_cumprod[-1] <= 2**-23
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"scheduler": "dpmpp_2m", "schedule": "beta"}, "$.schedule"),
+        ({"schedule": "beta"}, "$.schedule"),
+        ({"scheduler": "ddim", "eta": 1.0}, "$.eta"),
+        ({"scheduler": "ddim", "num_inference_steps": 61}, "$.num_inference_steps"),
+        ({"scheduler": "pndm", "num_inference_steps": 122}, "$.num_inference_steps"),
+    ],
+    ids=str,
+)
+def test_what_diffusers_would_draw_as_noise_is_refused(fields: dict[str, Any], path: str) -> None:
+    """With zero terminal SNR, or of a number of steps that its spacing miscounts."""
+    assert refusal(ZERO_SNR, **fields)["path"] == path
+
+
+def test_every_other_number_of_steps_is_drawn() -> None:
+    refused = []
+    for steps in range(1, 201):
+        request = a_request(scheduler="ddim", num_inference_steps=steps)
+        try:
+            made = scheduler_for(ZERO_SNR, request, seed=SEED)
+        except InvalidRequest:
+            refused.append(steps)
+            continue
+        made.set_timesteps(steps)
+        assert (len(made.timesteps), int(made.timesteps.min()) >= 0) == (steps, True)
+
+    assert refused == [61, 103, 121, 122]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_terminal_snr_holds_for_every_scheduler(name: str) -> None:
     """Also for classes of diffusers without that option, whose betas are given instead."""
-    base = diffusers.EulerDiscreteScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
+    made = scheduler_for(ZERO_SNR, a_request(scheduler=name, num_inference_steps=5), seed=SEED)
 
-    made = scheduler_for(base, a_request(scheduler=name, num_inference_steps=5), seed=SEED)
-
-    own = base.alphas_cumprod
+    own = ZERO_SNR.alphas_cumprod
     assert made.config.prediction_type == "v_prediction"
     assert made.alphas_cumprod[-1] <= 2**-23
     torch.testing.assert_close(made.alphas_cumprod[:-1], own[:-1], rtol=1e-4, atol=1e-7)

@@ -231,6 +231,15 @@ def test_eta_has_the_name_of_its_setting_in_the_web_ui(scheduler: str, name: str
     assert settings[name] == "0.25"
 
 
+def test_custom_levels_are_read_back() -> None:
+    """The web UI has no name for them, and keeps what it does not know."""
+    settings = pairs(written(a_request(timesteps=(999, 5))).split("\n")[-1])
+    assert settings["Timesteps"] == "999, 5"
+
+    settings = pairs(written(a_request(sigmas=(14.6, 0.1))).split("\n")[-1])
+    assert settings["Sigmas"] == "14.6, 0.1"
+
+
 @pytest.mark.parametrize(("prompt", "negative"), [(LONG, LONG), (LONG, 10), (0, LONG)])
 @pytest.mark.parametrize("character", ["a", "\u6f22", "\U0001f600"])
 def test_long_prompts_are_cut_in_a_jpeg_only_and_only_if_they_must_be(
