@@ -19,6 +19,7 @@ from zlora import errors
 from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
+from zlora.lora.recipes import NO_RECIPE, RECIPES
 from zlora.schedulers import SCHEDULE_TYPES, SCHEDULERS, find_scheduler
 from zlora.schema import (
     NO_CONFIG,
@@ -48,6 +49,7 @@ def pages() -> dict[str, str]:
         "settings.md": settings_page(),
         "request.md": request_page(),
         "schedulers.md": schedulers_page(),
+        "recipes.md": recipes_page(),
         "errors.md": errors_page(),
         "cli.md": cli_page(),
     }
@@ -127,6 +129,55 @@ def request_page() -> str:
         `0-9`, `_` and `-`.
         """
     return _page("Request and result", text, *parts)
+
+
+def recipes_page() -> str:
+    """Return the table of few-step recipes."""
+    rows = []
+    for recipe in RECIPES.values():
+        few, most = recipe.fewest_steps, recipe.most_steps
+        steps = f"{recipe.steps}" + ("" if few == most else f" ({few} to {most})")
+        further = {"timesteps": recipe.timesteps, "eta": recipe.eta}
+        rows.append(
+            (
+                f"`{recipe.name}`",
+                f"`{recipe.scheduler}`",
+                f"`{recipe.schedule}`" if recipe.schedule else "",
+                steps,
+                f"{recipe.guidance_scale:g} (at most {recipe.most_guidance:g})",
+                ", ".join(f"`{name}` {value}" for name, value in further.items() if value),
+            )
+        )
+    text = f"""
+        A few-step LoRA, such as SDXL-Lightning, draws in a few steps, and needs the scheduler,
+        steps and guidance scale that it was trained for. If a request is silent about one of these
+        fields, the LoRA's recipe sets it. The result has the fields that were set in
+        `recipe_fields`, the receipt of the LoRA has the name of its recipe, and the request in the
+        result draws the same images again.
+
+        What the request says counts. If that contradicts the recipe, the receipt has a warning. Two
+        LoRAs whose recipes set a field to different values are refused, unless the request has the
+        field. With `"recipes": "off"` nothing is set. A LoRA with the weight 0 sets nothing.
+
+        A recipe is known, in this order:
+
+        1. by the LoRA's entry in the [catalogue](../catalogue.md), as `recipe = "lcm"`;
+           `recipe = "{NO_RECIPE}"` says that the LoRA has none, whatever its name is;
+        2. by the title in the file's header (`ss_output_name`, `modelspec.title`);
+        3. by the name of the file, or of its repository on Hugging Face, such as
+           `sdxl_lightning_4step_lora.safetensors` and `latent-consistency/lcm-lora-sdxl`.
+
+        `zlora inspect` shows the recipe of a file. A LoRA that is published under a number only, as
+        on Civitai, and has no such title is not known: name its fields in the request, or its
+        recipe in the catalogue.
+        """
+    return _page(
+        "Few-step recipes",
+        text,
+        _table(
+            ("recipe", "scheduler", "schedule", "steps", "guidance scale", "further fields"), rows
+        ),
+    )
 
 
 def schedulers_page() -> str:

@@ -37,6 +37,7 @@ _FIELDS: Final = (  # options that have the name of a field of the request
     "schedule",
     "eta",
     "trigger_words",
+    "recipes",
     "output_format",
     "quality",
     "timeout",
@@ -144,6 +145,12 @@ _OPTIONS: Final = (
         "--trigger-words",
         type=click.Choice(enum_fields()["trigger_words"]),
         help="Add the catalogue's trigger words of the LoRAs to the prompt, or only list them.",
+    ),
+    click.option(
+        "--recipes",
+        type=click.Choice(enum_fields()["recipes"]),
+        help="Let few-step LoRAs set scheduler, steps and guidance scale that are not given, or "
+        "not.  [default: auto]",
     ),
     click.option(
         "--embedding",

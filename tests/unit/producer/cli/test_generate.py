@@ -80,6 +80,10 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
         (["--scheduler", "ddim", "--eta", "0.5"], {"scheduler": "ddim", "eta": 0.5}),
         (["--format", "webp", "--quality", "80"], {"output_format": "webp", "quality": 80}),
         (["--timeout", "60"], {"timeout": 60.0}),
+        (
+            ["--recipes", "off", "--trigger-words", "add"],
+            {"recipes": "off", "trigger_words": "add"},
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "submit"])
