@@ -2,12 +2,24 @@
 
 import inspect
 import math
+import warnings
 from typing import Any, Final
 
 import diffusers
 from diffusers import EulerDiscreteScheduler
-from zlora.schedulers import SCHEDULERS, Family, Schedule, of_class, recorded_name, unsupported
+from zlora.schedulers import (
+    SCHEDULERS,
+    Family,
+    Schedule,
+    SchedulerEntry,
+    of_class,
+    recorded_name,
+    unsupported,
+)
 from zlora.schema import GenerateRequest, invalid
+
+# diffusers asks torchsde for times that rounding puts a millionth outside of its interval.
+warnings.filterwarnings("ignore", r"Should have t[ab][<>]=t[01]", UserWarning)
 
 _FAMILIES: Final[dict[Family, str]] = {
     "diffusion": "noise or velocity prediction",
@@ -25,21 +37,35 @@ def scheduler_for(base: Any, request: GenerateRequest, *, seed: int) -> Any:
     `base` is the scheduler that the base model came with. Raises `InvalidRequest` if a scheduler
     for that model cannot do what the request says.
     """
-    config = base.config
-    choice, schedule = request.sampling, request.schedule
+    cls, options = _class_and_options(base, request, seed=seed)
+    return cls.from_config(base.config, **options)
+
+
+def scheduler_name(base: Any, request: GenerateRequest) -> str:
+    """Return the name that the result has of a request's scheduler; see `scheduler_for`."""
+    cls, options = _class_and_options(base, request, seed=0)
+    schedule = request.sampling.schedule if request.sampling else request.schedule
+    return recorded_name(cls.__name__, {**base.config, **options}, schedule=schedule)
+
+
+def _class_and_options(
+    base: Any, request: GenerateRequest, *, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a request's scheduler, and what differs from the base's configuration."""
+    config, choice, schedule = base.config, request.sampling, request.schedule
     if choice is None:
         cls, name = type(base), of_class(type(base).__name__, config)
     else:
         name, schedule = choice
-        _require_family(base, request)
+        _require_family(base, choice.entry, request)
         cls = getattr(diffusers, choice.entry.class_name)
-    betas: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
-        betas = {"trained_betas": _zero_snr_betas(config)}
+        options["trained_betas"] = _zero_snr_betas(config)
     given = request.given_sampling
     if name is None:
         if schedule is None and not given:
-            return cls.from_config(config, **betas)
+            return cls, options
         field = "schedule" if schedule else given[0]
         expected = f"Expected a `scheduler` too: the model's own is a {cls.__name__}"
         raise invalid(f"$.{field}", getattr(request, field), expected)
@@ -48,23 +74,15 @@ def scheduler_for(base: Any, request: GenerateRequest, *, seed: int) -> Any:
         raise invalid(f"$.{field}", getattr(request, field), expected)
     _require_possible(config, request, name=name, schedule=schedule)
     entry = SCHEDULERS[name]
-    options = entry.options_for(schedule, steps=request.steps, seed=seed, named=choice is not None)
+    options |= entry.options_for(schedule, steps=request.steps, seed=seed, named=choice is not None)
     if request.timesteps or request.sigmas:
         options |= entry.formulas(None)
-    return cls.from_config(config, **options, **betas)
+    return cls, options
 
 
-def scheduler_name(base: Any, request: GenerateRequest) -> str:
-    """Return the name that the result has of a request's scheduler; see `scheduler_for`."""
-    made = scheduler_for(base, request, seed=0)
-    schedule = request.sampling.schedule if request.sampling else request.schedule
-    return recorded_name(type(made).__name__, made.config, schedule=schedule)
-
-
-def _require_family(base: Any, request: GenerateRequest) -> None:
+def _require_family(base: Any, wanted: SchedulerEntry, request: GenerateRequest) -> None:
     """Raise `InvalidRequest` if the scheduler is for models of another kind."""
-    assert request.sampling is not None  # noqa: S101 - the caller has looked
-    wanted, own = request.sampling.entry, of_class(type(base).__name__, base.config)
+    own = of_class(type(base).__name__, base.config)
     family: Family = SCHEDULERS[own].family if own else "diffusion"
     prediction = base.config.get("prediction_type", "epsilon")
     if base.config.get("use_flow_sigmas") or prediction == "flow_prediction":
@@ -85,7 +103,8 @@ def _require_possible(
     if config.get("rescale_betas_zero_snr"):
         because = "because the base has zero terminal SNR"
         if schedule == "beta":  # spaced by the noise level, which is thousands at the first steps
-            raise invalid("$.schedule", schedule, f"Expected another schedule, {because}")
+            path = "$.schedule" if request.schedule else "$.scheduler"
+            raise invalid(path, schedule, f"Expected another schedule, {because}")
         if request.eta == 1 and name == "ddim":  # rounding makes a variance negative
             raise invalid("$.eta", request.eta, f"Expected a number below 1, {because}")
     spacing = schedule or config.get("timestep_spacing")

@@ -280,6 +280,7 @@ def test_a_base_of_a_class_without_that_option_has_zero_terminal_snr_too() -> No
     [
         ({"scheduler": "dpmpp_2m", "schedule": "beta"}, "$.schedule"),
         ({"schedule": "beta"}, "$.schedule"),
+        ({"scheduler": "Euler Beta"}, "$.scheduler"),
         ({"scheduler": "ddim", "eta": 1.0}, "$.eta"),
         ({"scheduler": "ddim", "num_inference_steps": 61}, "$.num_inference_steps"),
         ({"scheduler": "pndm", "num_inference_steps": 122}, "$.num_inference_steps"),
