@@ -34,7 +34,6 @@ TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
 
 _GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
 _NO_GUIDANCE: Final = 1.0
-_MAX_NAMES: Final = 1000  # names of schedulers that are kept: to find one takes 2 ms
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
 # Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -113,7 +112,6 @@ class Pipeline:
         self.tiled = False  # True if the last image was decoded in tiles, which differs slightly
         self._check_all = check_all
         self._scheduler = pipeline.scheduler
-        self._scheduler_names: dict[tuple[object, ...], str] = {}
         self._vae_dtype = pipeline.vae.dtype
         tokenizers = {name: getattr(pipeline, name) for name in TOKENIZERS}
         self._checksum = WeightChecksum(components, self.weights, tokenizers)
@@ -260,12 +258,7 @@ class Pipeline:
 
         Raises `InvalidRequest` if this model cannot draw with it.
         """
-        key = (request.scheduler, request.schedule, request.given_sampling, request.steps)
-        if (name := self._scheduler_names.get(key)) is None:
-            if len(self._scheduler_names) >= _MAX_NAMES:
-                self._scheduler_names.clear()
-            name = self._scheduler_names[key] = scheduler_name(self._scheduler, request)
-        return name
+        return scheduler_name(self._scheduler, request)
 
     def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
         """Encode the prompts of a request; see `text_encoding.encode`."""
