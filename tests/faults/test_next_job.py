@@ -88,7 +88,7 @@ def test_each_child_that_dies_in_the_last_step_gives_the_next_job_back(scene: Sc
 
 def test_next_job_does_not_wait_for_a_long_last_step(scene: Scene) -> None:
     with scene.worker():
-        first = scene.submit(steps=2, step=STEP, do="sleep", at=2, seconds=9)
+        first = scene.submit(steps=2, step=STEP, do="sleep", at=2, seconds=14)
         scene.wait_begun(first)
         second = scene.submit()
         scene.wait_step(first)

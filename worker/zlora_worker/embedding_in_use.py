@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from zlora.errors import EmbeddingMismatch
 from zlora.schema import EmbeddingReceipt, EmbeddingSpec
@@ -10,7 +10,9 @@ from zlora.schema import EmbeddingReceipt, EmbeddingSpec
 from zlora_worker.child import Child
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.lora_in_use import LoraInUse
-from zlora_worker.model.text_encoding import Embedding
+
+if TYPE_CHECKING:  # imports torch, which a child with a fake engine is without
+    from zlora_worker.model.text_encoding import Embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class EmbeddingInUse:
 
     file: CachedFile
     format: str
-    embeddings: tuple[Embedding, ...]
+    embeddings: "tuple[Embedding, ...]"
 
     @classmethod
     def read(

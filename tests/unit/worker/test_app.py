@@ -68,3 +68,23 @@ def test_parent_imports_torch_without_device_or_thread_and_its_child_computes(
         "child: 1024.0 512.0 True",
         "exit status: 0",
     ], done.stderr
+
+
+def test_only_the_engine_imports_torch() -> None:
+    """The tests with a fake engine start hundreds of children: each would import it."""
+    engines = Path(__file__).parents[2] / "faults" / "engines"
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, zlora_worker.task, zlora_worker.generate as _; "
+            "print([name for name in ('torch', 'numpy', 'diffusers') if name in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean_environ({"PYTHONPATH": f"{engines}:{engines.parents[1]}"}),
+        check=True,
+    )
+
+    assert loaded.stdout.strip() == "[]"
