@@ -70,16 +70,19 @@ def test_parent_imports_torch_without_device_or_thread_and_its_child_computes(
     ], done.stderr
 
 
+LOADED = """
+import sys
+import zlora_worker.generate
+import zlora_worker.task
+print([name for name in ("torch", "numpy", "diffusers") if name in sys.modules])
+"""
+
+
 def test_only_the_engine_imports_torch() -> None:
     """The tests with a fake engine start hundreds of children: each would import it."""
     engines = Path(__file__).parents[2] / "faults" / "engines"
     loaded = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, zlora_worker.task, zlora_worker.generate as _; "
-            "print([name for name in ('torch', 'numpy', 'diffusers') if name in sys.modules])",
-        ],
+        [sys.executable, "-c", LOADED],
         capture_output=True,
         text=True,
         timeout=60,
