@@ -50,7 +50,7 @@ class Fragment(NamedTuple):
 
 
 class LoraTag(NamedTuple):
-    """LoRA that a prompt names; without numbers both weights are None."""
+    """LoRA that a prompt names; a weight that the tag does not have is None."""
 
     name: str
     text_encoder_weight: float | None = None
@@ -67,8 +67,8 @@ class ParsedPrompt(NamedTuple):
 def parse(text: str, syntax: PromptSyntax) -> ParsedPrompt:
     """Read a prompt.
 
-    Raises `ValueError` for what is refused; the message has the position in the text, and nothing
-    of the text, which logs must not contain.
+    Raises `ValueError` for what is refused; the message may have the position in the text, and has
+    nothing of the text, which logs must not contain.
     """
     if syntax == "plain":
         return ParsedPrompt(((Fragment(text),),))
@@ -86,7 +86,7 @@ def parse(text: str, syntax: PromptSyntax) -> ParsedPrompt:
             brackets.pieces.append(_Piece(None))
         elif found["escaped"] is not None:
             brackets.pieces.append(_Piece(found["escaped"]))
-        elif not brackets.read(found["bracket"] or found["closing"], found["number"], start):
+        elif not brackets.apply(found["bracket"] or found["closing"], found["number"], start):
             brackets.pieces.append(_Piece(found[0]))
     brackets.pieces.append(_Piece(text[end:]))
     return ParsedPrompt(_sections(brackets.weighted()), tuple(loras))
@@ -116,6 +116,7 @@ class _Bracket:
 
     kind: str
     start: int
+    position: int  # in the text
     is_alternation: bool = False
 
 
@@ -126,7 +127,7 @@ class _Brackets:
         self.pieces: list[_Piece] = []
         self._open: list[_Bracket] = []
 
-    def read(self, bracket: str, number: str | None, position: int) -> bool:
+    def apply(self, bracket: str, number: str | None, position: int) -> bool:
         """Open or close a bracket, with the number before it; return False if it is only text."""
         if bracket == "|":
             # Only an alternation once its bracket is closed.
@@ -134,7 +135,7 @@ class _Brackets:
                 self._open[-1].is_alternation = True
             return False
         if bracket in _FACTORS:
-            self._open.append(_Bracket(bracket, len(self.pieces)))
+            self._open.append(_Bracket(bracket, len(self.pieces), position))
             if len(self._open) > _MAX_OPEN:
                 raise _refused(f"at most {_MAX_OPEN} brackets are open at once", position)
             return True
@@ -143,9 +144,9 @@ class _Brackets:
         if opened is None:
             return False
         if opened.is_alternation:
-            raise _refused("alternation, `[one|other]`, is not supported", position)
+            raise _refused("alternation, `[one|other]`, is not supported", opened.position)
         if number is not None and kind == "[":
-            raise _refused("prompt editing, `[from:to:when]`, is not supported", position)
+            raise _refused("prompt editing, `[from:to:when]`, is not supported", opened.position)
         self._open.remove(opened)
         self._multiply(opened, _FACTORS[kind] if number is None else _number(number, position))
         return True

@@ -42,5 +42,5 @@ class QueueInfo(Struct, frozen=True, kw_only=True):
     """Names of the LoRAs in the catalogue; None for more than 1,000 names."""
     versions: dict[str, str]
     """Versions of the packages that draw."""
-    written_at: float
+    loaded_at: float
     """Time when the model was loaded, in seconds since the epoch."""

@@ -213,7 +213,7 @@ SCHEDULERS: Final[dict[str, SchedulerEntry]] = {
     "flow_match_lcm": SchedulerEntry("FlowMatchLCMScheduler", "Flow Match LCM", family="flow"),
 }
 
-# Schedule types of infotext; the others have none in the web UI and are written as here.
+# Schedule types of infotext; `Lu`, which the web UI lacks, is written as here.
 SCHEDULE_TYPES: Final[dict[Schedule, str]] = {
     "karras": "Karras",
     "exponential": "Exponential",

@@ -363,6 +363,8 @@ class PromptReceipt(Struct, frozen=True, kw_only=True):
     """Number of tokens of the text, without those that begin, end and fill a window."""
     windows: int
     """Number of windows that the text takes."""
+    warnings: tuple[str, ...] = ()
+    """What the text may have been meant as, such as LoRA tags in the syntax `plain`."""
 
 
 class EmbeddingReceipt(Struct, frozen=True, kw_only=True):
@@ -639,7 +641,7 @@ def _check_sampling(request: GenerateRequest) -> None:
     place = "scheduler" if schedule is None else "schedule"  # a name may have a schedule too
     if name is not None:
         if (found := find_scheduler(name)) is None:
-            names = ", ".join(nearest_schedulers(name))
+            names = ", ".join(nearest_schedulers(name) or SCHEDULERS)
             raise invalid("$.scheduler", name, f"Expected the name of a scheduler, such as {names}")
         if schedule and found.schedule and schedule != found.schedule:
             expected = f"Expected {found.schedule}, the schedule in the name of the scheduler"

@@ -92,7 +92,7 @@ class Child:
             serves_catalogue_only=self.catalogue.only,
             catalogue=names if len(names) <= _MAX_NAMES else None,
             versions=VERSIONS,
-            written_at=time.time(),
+            loaded_at=time.time(),
         )
 
     def _has_scheduler(self, name: str) -> bool:

@@ -28,12 +28,16 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     facts.append(("seconds", timings))
     facts.append(("base intact", "yes" if result.base_intact else "no"))
     facts.append(("model", result.model))
+    if result.scheduler is not None:
+        facts.append(("scheduler", result.scheduler))
     for name, read in (
         ("prompt", result.prompt_receipt),
         ("negative", result.negative_prompt_receipt),
     ):
         if read is not None and read.windows > 1:
             facts.append((name, f"{read.tokens} tokens in {read.windows} windows"))
+        if read is not None:
+            facts += [("warning", f"{name}: {warning}") for warning in read.warnings]
     facts += _file_facts(result)
 
     console = terminal(sys.stdout)

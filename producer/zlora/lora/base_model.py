@@ -73,6 +73,7 @@ _WORDS: Final = (
     (re.compile(r"^sd_?3|stable-diffusion-3"), "Stable Diffusion 3"),
     (re.compile(r"flux"), "Flux"),
 )
+EMBEDDING: Final = "embedding"  # kind of a file that has no LoRA
 _DIGITS: Final = re.compile(r"\d+")
 _FIELDS: Final = ("modelspec.architecture", "ss_base_model_version")
 _MAX_TRIGGERS: Final = 10  # trigger words

@@ -16,7 +16,7 @@ from zlora.lora.safetensors_header import Header
 from zlora.schema import is_token
 
 TEXT_ENCODERS: Final = ("text_encoder", "text_encoder_2")
-MAX_VECTORS: Final = 75  # of one file; a window of CLIP has room for as many
+MAX_VECTORS: Final = 75  # of one embedding; a window of CLIP has room for as many
 _MAX_EMBEDDINGS: Final = 16  # in one file
 _SEARCHED: Final = 100  # names of a file of another kind, which may have megabytes of names
 _FLOATS: Final = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -95,7 +95,7 @@ def read_embeddings(
         )
     embeddings = []
     for own_name, tensors in found.items():
-        vectors = _vectors(header, tensors, source, widths)
+        vectors = _vector_count(header, tensors, source, widths)
         if token is None and not own_name and "text_encoders_0" in tensors.values():
             words = tuple(f"<s{index}>" for index in range(vectors))
         else:
@@ -150,7 +150,7 @@ def _other_file(header: Header, others: Iterable[str]) -> str:
     return f"not an embedding that a worker reads: {key_names.summary(others)}"
 
 
-def _vectors(
+def _vector_count(
     header: Header, tensors: Mapping[str, str], source: str, widths: Mapping[str, int] | None
 ) -> int:
     """Return the number of vectors of an embedding, after a check of its tensors."""

@@ -20,7 +20,7 @@ from zlora.errors import (
     LoraMismatch,
     LoraNotAllowed,
 )
-from zlora.lora import base_model
+from zlora.lora import base_model, key_names
 from zlora.lora.addresses import (
     CATALOGUE,
     CIVITAI,
@@ -85,7 +85,7 @@ class Preflight:
         )
 
     def inspect(self, lora: Asset | str) -> LoraInfo:
-        """Describe the LoRA at an address.
+        """Describe the LoRA, or the embedding, at an address.
 
         Raises a `LoraError` whose message has no secret: `LoraNotAllowed` also for an address that
         only a worker opens, `LoraMismatch` for a file that no worker reads.
@@ -93,8 +93,7 @@ class Preflight:
         address = lora if isinstance(lora, str) else lora.address
         name = without_secrets(address)
         found = self._read(address)
-        base_model.require_lora(found.header, name)
-        return base_model.describe(found.header, source=name, size=found.size)
+        return describe(found.header, source=name, size=found.size)
 
     def check(self, request: GenerateRequest, *, base: str | None = None) -> None:
         """Raise a `LoraError`, with `index` in its details, for the first file that is unusable.
@@ -183,6 +182,30 @@ class Preflight:
             return client.with_retries(attempt, seconds=_SECONDS, cut_errors=LoraError)
         except HttpError as error:
             raise lora_error(error, name=name) from None
+
+
+def describe(header: "Header", *, source: str, size: int) -> LoraInfo:
+    """Return the description of a file of `size` bytes: a LoRA, or embeddings.
+
+    `source` is its address without secrets. Raises `LoraMismatch` or `EmbeddingMismatch` for a file
+    that no worker reads.
+    """
+    names = header.tensors
+    if not any(map(is_embedding, names)) or any(map(key_names.parse_key, names)):
+        base_model.require_lora(header, source)
+        return base_model.describe(header, source=source, size=size)
+    is_one = not any(name.startswith("bundle_emb.") for name in names)
+    found = read_embeddings(header, source, token="any" if is_one else None)
+    return LoraInfo(
+        source=source,
+        size=size,
+        format=found.format,
+        kinds=(base_model.EMBEDDING,),
+        ranks=(),
+        base=base_model.SDXL,
+        trigger_words=() if is_one else tuple(one.words[0] for one in found.embeddings),
+        modules={},
+    )
 
 
 def _setting(environ: Mapping[str, str], *names: str, read: Callable[[str], T]) -> T:

@@ -23,8 +23,8 @@ _TITLES: Final = ("ss_output_name", "modelspec.title")
 class Recipe(Struct, frozen=True, kw_only=True):
     """How to draw with a few-step LoRA.
 
-    `steps` is the best number of steps of the range `most_steps` allows, from `fewest_steps`. A
-    guidance scale above `most_guidance` spoils the images.
+    `steps` is the best number of steps; `fewest_steps` to `most_steps` draw as well. A guidance
+    scale above `most_guidance` spoils the images.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Recipe(Struct, frozen=True, kw_only=True):
     steps: int
     fewest_steps: int
     most_steps: int
-    guidance_scale: float = 1.0  # no guidance: one image in each step
+    guidance_scale: float = 1.0  # no guidance: the UNet runs once in a step, not twice
     most_guidance: float = 2.0
 
 
@@ -72,9 +72,12 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 # Words of an address or a title, in lower case with `_` between them. Each pattern asks for more
 # than the word: a style may be named `lightning` or `hyperrealism` too.
 _PATTERNS: Final = (
-    (re.compile(r"dmd2?_.*(?:lora|step|sdxl)|sdxl_dmd"), "dmd2"),
+    (re.compile(r"dmd2_.*(?:lora|step|sdxl)|sdxl_dmd2?"), "dmd2"),
     (re.compile(r"tcd_(?:sdxl|lora)|sdxl_tcd"), "tcd"),
-    (re.compile(r"lightning_.*?(?<!\d)([248])_?steps?|([248])_?steps?_lightning"), "lightning-{}"),
+    (
+        re.compile(r"(?:sd_?)?xl_lightning_.*?(?<!\d)([248])_?steps?|lightning_([248])_?steps?"),
+        "lightning-{}",
+    ),
     (re.compile(r"sdxl_lightning|lightning_sdxl"), "lightning-4"),
     (re.compile(r"hyper_sd(?:xl)?_.*?(?<!\d)(8|12)_?steps?_cfg"), "hyper-{}-cfg"),
     (re.compile(r"hyper_sd(?:xl)?_.*?(?<!\d)([1248])_?steps?"), "hyper-{}"),
@@ -137,7 +140,7 @@ def fill(request: GenerateRequest, recipes: Sequence[Recipe | None]) -> FilledRe
     fields: dict[str, Any] = {}
     given_by: dict[str, str] = {}
     for recipe in filter(None, recipes):
-        for field, value in _silent(request, recipe).items():
+        for field, value in _fields_to_set(request, recipe).items():
             if fields.setdefault(field, value) != value:
                 raise invalid(
                     "$.loras",
@@ -152,14 +155,20 @@ def fill(request: GenerateRequest, recipes: Sequence[Recipe | None]) -> FilledRe
     )
 
 
-def _silent(request: GenerateRequest, recipe: Recipe) -> dict[str, Any]:
-    """Return the fields that the recipe sets, also to None; not those that the request names."""
+def _fields_to_set(request: GenerateRequest, recipe: Recipe) -> dict[str, Any]:
+    """Return the fields that the recipe sets; not those that the request names.
+
+    A recipe without a schedule, timesteps or eta sets these to None, which contradicts a recipe
+    that has one.
+    """
     fields: dict[str, Any] = {}
     has_steps = request.num_inference_steps is not None
     has_levels = request.sigmas is not None or request.timesteps is not None
+    schedule = request.sampling.schedule if request.sampling else request.schedule
     if request.scheduler is None:
         fields["scheduler"] = recipe.scheduler
-        if request.schedule is None and not has_levels:
+    if request.sampling is None or request.sampling.name == recipe.scheduler:
+        if schedule is None and not has_levels:
             fields["schedule"] = recipe.schedule
         if request.eta is None:
             fields["eta"] = recipe.eta
@@ -178,6 +187,11 @@ def _warnings(request: GenerateRequest, recipe: Recipe) -> tuple[str, ...]:
     found = []
     if request.sampling and request.sampling.name != recipe.scheduler:
         found.append(f"scheduler {request.sampling.name}: {recipe.name} is for {recipe.scheduler}")
+    elif request.sampling and request.sampling.schedule not in (None, recipe.schedule):
+        schedule = recipe.schedule or "none"
+        found.append(f"schedule {request.sampling.schedule}: {recipe.name} is for {schedule}")
+    if request.eta is not None and request.eta != (recipe.eta or 0):
+        found.append(f"eta {request.eta:g}: {recipe.name} is for {recipe.eta or 0:g}")
     if not recipe.fewest_steps <= request.steps <= recipe.most_steps:
         few, most = recipe.fewest_steps, recipe.most_steps
         steps = f"{few}" if few == most else f"{few} to {most}"

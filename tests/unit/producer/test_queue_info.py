@@ -28,7 +28,7 @@ INFO = QueueInfo(
     url_expires_in=3600,
     catalogue=("neon-lights", "watercolor"),
     versions={"z-image-lora": "1"},
-    written_at=1.0,
+    loaded_at=1.0,
 )
 SERVED = (
     {"timeout": 60},

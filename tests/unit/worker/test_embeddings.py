@@ -254,7 +254,12 @@ def beside_a_lora(cached: Callable[..., Asset]) -> dict[str, Any]:
     return {"loras": (lora,), "embeddings": (EmbeddingSpec(file=cached(sdxl())),)}
 
 
-@pytest.mark.parametrize("twice", [two_files, beside_a_lora])
+def in_one_file(cached: Callable[..., Asset]) -> dict[str, Any]:
+    file = cached(kohya_lora() | bundle("zebrafish", "Zebrafish"), name="lora")
+    return {"loras": (LoraSpec(file=file),)}
+
+
+@pytest.mark.parametrize("twice", [two_files, beside_a_lora, in_one_file])
 def test_a_word_stands_for_one_embedding(
     child: Child,
     plain: bytes,

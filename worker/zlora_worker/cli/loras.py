@@ -17,8 +17,8 @@ from zlora.cli.printing import json_option, print_facts, print_json
 from zlora.errors import InvalidSetting, LoraError, LoraMismatch
 from zlora.files import write_atomically
 from zlora.lora import base_model
-from zlora.lora.addresses import WORKER_SCHEMES, scheme_of
-from zlora.lora.base_model import LoraInfo
+from zlora.lora.addresses import CATALOGUE, WORKER_SCHEMES, scheme_of
+from zlora.lora.base_model import EMBEDDING, LoraInfo
 from zlora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueRow, parse_rows
 from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import Asset
@@ -33,6 +33,7 @@ class Checked(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     name: str
     source: str
+    kind: str = "LoRA"
     base: str | None = None
     size: int | None = None
     sha256: str | None = None
@@ -94,7 +95,7 @@ def show(file: Path, name: str, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def check(ctx: click.Context, names: Sequence[str], fetch: bool, as_json: bool) -> None:
-    """Read the header of each LoRA, or of NAMES; exit status 1 if one cannot be used.
+    """Read the header of each file, or of NAMES; exit status 1 if one cannot be used.
 
     Files that only a worker opens are downloaded into the cache with the worker's settings, as all
     are with --fetch.
@@ -106,7 +107,8 @@ def check(ctx: click.Context, names: Sequence[str], fetch: bool, as_json: bool) 
         print_json(found)
     else:
         for one in found:
-            told = one.error or f"{one.base or 'unknown base'}, {one.size:,} bytes"
+            base = one.base or "of a base that its header does not name"
+            told = one.error or f"{one.kind}, {base}, {one.size:,} bytes"
             click.echo(f"{one.name}: {on_one_line(told)}")
     ctx.exit(1 if any(one.error for one in found) else 0)
 
@@ -134,18 +136,26 @@ def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fi
 
     The header of the file is read first. The file of the catalogue is made if there is none.
     """
-    given = {field: value for field, value in fields.items() if value not in (None, (), "", False)}
+    if file == DEMO_CATALOGUE:
+        raise click.UsageError(
+            "The catalogue of the demo model is part of the package: set ZLORA_CATALOGUE, or "
+            "--catalogue."
+        )
+    given = {
+        field: value
+        for field, value in fields.items()
+        if value is not None and value is not False and value not in ((), "")
+    }
     try:
         row = msgspec.convert({"source": source, **given}, CatalogueRow)
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         rows = parse_rows(text)
-        catalogue = Catalogue({**rows, name: msgspec.structs.replace(row, pinned=False)})
+        Catalogue({**rows, name: structs.replace(row, pinned=False)})
     except (ValueError, OSError) as error:
         raise click.UsageError(on_one_line(error)) from None
     if name in rows:
         raise click.UsageError(f"{name}: there is a LoRA of this name already")
-    is_alias = catalogue.find(name).source != source
-    if not no_check and not is_alias:
+    if not no_check and scheme_of(source) != CATALOGUE:
         info, sha256 = _inspect(
             Asset(url=source, sha256=row.sha256), fetch=fetch or (row.pinned and not row.sha256)
         )
@@ -192,6 +202,7 @@ def _check(entry: CatalogueEntry, *, fetch: bool) -> Checked:
     return Checked(
         name=entry.name,
         source=source,
+        kind="embedding" if EMBEDDING in info.kinds else "LoRA",
         base=info.base,
         size=info.size,
         sha256=sha256,
@@ -219,9 +230,10 @@ def _fetched(asset: Asset) -> tuple[LoraInfo, str]:
     """Describe a file that is downloaded into the cache as a worker does it."""
     if not all(map(find_spec, ("requests", "ssrfguard", "boto3"))):
         raise InvalidSetting(
-            "files are downloaded by the worker's code: pip install 'z-image-lora[worker]'",
+            "files are downloaded by the worker's code: pip install '.[worker]'",
             {"name": "worker"},
         )
+    from zlora.lora.preflight import describe
     from zlora.lora.safetensors_header import read_header
 
     from zlora_worker.fetch.cache import Cache
@@ -230,8 +242,7 @@ def _fetched(asset: Asset) -> tuple[LoraInfo, str]:
     settings = Settings.from_env({**os.environ, config.CATALOGUE: ""})
     with Cache.open(settings).files([asset]) as (file,):
         header = read_header(file.path)
-        base_model.require_lora(header, file.source)
-        return base_model.describe(header, source=file.source, size=file.size), file.sha256
+        return describe(header, source=file.source, size=file.size), file.sha256
 
 
 def _toml(name: str, row: CatalogueRow) -> str:

@@ -115,5 +115,8 @@ class Fetcher:
 
     def _canonical(self, address: str, name: str) -> str:
         if scheme_of(address) not in SCHEMES or not address.isprintable():
-            raise LoraNotAllowed(f"{name}: not a URL of {', '.join(SCHEMES)}")
+            raise LoraNotAllowed(
+                f"{name}: not a URL of {', '.join(SCHEMES)}; a repository of Hugging Face is "
+                "`owner/repo`, a name of the catalogue `lora://name`"
+            )
         return canonical(address, hub=self.settings.hf_endpoint, civitai=self.settings.civitai_url)

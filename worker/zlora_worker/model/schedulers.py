@@ -103,8 +103,9 @@ def _require_possible(
     if config.get("rescale_betas_zero_snr"):
         because = "because the base has zero terminal SNR"
         if schedule == "beta":  # spaced by the noise level, which is thousands at the first steps
-            path = "$.schedule" if request.schedule else "$.scheduler"
-            raise invalid(path, schedule, f"Expected another schedule, {because}")
+            field = "schedule" if request.schedule else "scheduler"
+            expected = f"Expected another schedule than beta, {because}"
+            raise invalid(f"$.{field}", getattr(request, field), expected)
         if request.eta == 1 and name == "ddim":  # rounding makes a variance negative
             raise invalid("$.eta", request.eta, f"Expected a number below 1, {because}")
     spacing = schedule or config.get("timestep_spacing")

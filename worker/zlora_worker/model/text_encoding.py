@@ -19,12 +19,14 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from zlora.prompt_syntax import MAX_WINDOWS, Fragment, parse
+from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
 from zlora.schema import GenerateRequest, PromptReceipt, invalid
 
 _BATCH: Final = 16  # windows that a text encoder reads at once
 # Spellings of tokens after which a window may end, the best ones first.
 _ENDS: Final = (re.compile(r"[.,;:]</w>"), re.compile(r".*</w>", re.DOTALL))
+_TAG: Final = re.compile(r"<(?:lora|lyco):[^<>]+>")
+_TAG_IS_TEXT: Final = "`<lora:...>` is text: only with prompt_syntax a1111 it names a LoRA"
 _LEAST_WEIGHT: Final = 1e-5  # of a fragment that is blended: at 0 its counterpart would be infinite
 _PENULTIMATE: Final = -2  # layer that SDXL was trained on
 _STAND_IN: Final = 0  # token in the place of a vector: not that of the end, by which CLIP pools
@@ -93,6 +95,7 @@ def encode(
         receipt = PromptReceipt(
             tokens=sum(section.tokens for section in plan[0]),
             windows=max(sum(len(section.ids) for section in sections) for sections in plan),
+            warnings=_warnings(text, request.prompt_syntax),
         )
         if receipt.windows > MAX_WINDOWS:
             found = f"{receipt.windows} with {receipt.tokens} tokens"
@@ -120,6 +123,12 @@ def encode(
             for first, *_ in encoders[0].ids.values()
         ),
     )
+
+
+def _warnings(text: str, syntax: PromptSyntax) -> tuple[str, ...]:
+    if syntax == "plain" and _TAG.search(text):
+        return (_TAG_IS_TEXT,)
+    return ()
 
 
 class _Token(NamedTuple):

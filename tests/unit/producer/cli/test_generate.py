@@ -267,6 +267,7 @@ def test_generate_saves_the_images_and_prints_what_was_used(
         f"seconds: {seconds}",
         "base intact: yes",
         "model: zlora.testing",
+        "scheduler: none",
         f"LoRA: {LORA} (weight 0.8, {used})",
         f"LoRA: hf://owner/repo (weight 1, {used})",
     ]

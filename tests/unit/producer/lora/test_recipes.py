@@ -25,6 +25,8 @@ ADDRESSES = {
     "hf://h1t/TCD-SDXL-LoRA/pytorch_lora_weights.safetensors": "tcd",
 }
 STYLES = (
+    "https://example.com/Lightning_style_8_steps.safetensors",
+    "https://example.com/pixel_dmd_lora.safetensors",
     "https://example.com/lightning-style.safetensors",
     "https://example.com/hyperrealism_v2.safetensors",
     "https://example.com/turbo-car.safetensors",
@@ -84,6 +86,8 @@ def test_a_silent_request_gets_what_the_recipe_says_and_is_valid(name: str) -> N
         ({"guidance_scale": 7.5}, "guidance scale 7.5: lightning-4 is for at most 2"),
         ({"timesteps": [900, 500]}, "2 steps: lightning-4 is for 4"),
         ({"scheduler": "euler", "num_inference_steps": 4, "guidance_scale": 1.5}, None),
+        ({"scheduler": "Euler Karras"}, "schedule karras: lightning-4 is for trailing"),
+        ({"schedule": "karras"}, "schedule karras: lightning-4 is for trailing"),
         ({"scheduler": "euler", "sigmas": [14, 7, 3, 1]}, None),
     ],
 )
@@ -98,6 +102,16 @@ def test_what_the_request_says_counts_and_is_warned_of_if_it_contradicts(
         assert getattr(filled, field) == getattr(asked, field)
     assert parse_request(filled) == filled
     assert list(warnings) == ([warning] if warning else [])
+
+
+def test_a_request_that_names_the_scheduler_of_the_recipe_gets_the_rest() -> None:
+    filled, fields, _ = fill(request(scheduler="Euler"), [RECIPES["lightning-4"]])
+    tcd = fill(request(scheduler="tcd", eta=0.5), [RECIPES["hyper-1"]])
+
+    assert fields == {"schedule": "trailing", "num_inference_steps": 4, "guidance_scale": 1.0}
+    assert parse_request(filled) == filled
+    assert tcd.request.eta == 0.5
+    assert list(tcd.warnings[0]) == ["eta 0.5: hyper-1 is for 1"]
 
 
 def test_two_recipes_that_contradict_are_refused_unless_the_request_decides() -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from support.embedding_files import sdxl, write_embedding
 from support.servers import by_path, digest, lora_bytes, serving
 from zlora.cli import main
 from zlora.lora.catalogue import Catalogue
+from zlora_worker.settings import DEMO_CATALOGUE
 
 GOOD = lora_bytes(1)
 
@@ -121,14 +123,35 @@ def test_add_appends_an_entry_that_reads_back(home: Path, file: Path) -> None:
         *("--trigger-word", 'a "neon" \\ sign', "--notes", "größer"),
     )
     alias = run("add", "strong", "lora://one", "--weight", "1.5")
+    off = run("add", "off", "lora://one", "--weight", "0")
 
-    assert (result.exit_code, alias.exit_code) == (0, 0), result.output + alias.output
+    assert (result.exit_code, alias.exit_code, off.exit_code) == (0, 0, 0), result.output
+    assert opened(file).find("off").weight == 0
     assert file.read_text().startswith(before)
     entry = opened(file).find("neon lights")
     assert (entry.source, entry.sha256) == (source.as_uri(), digest(GOOD))
     assert (entry.weight, entry.pinned, entry.notes) == (0.7, True, "größer")
     assert entry.trigger_words == ('a "neon" \\ sign',)
     assert opened(file).find("strong").weight == 1.5
+
+
+def test_an_embedding_can_be_in_a_catalogue(home: Path) -> None:
+    source, made = write_embedding(home, sdxl()), home / "new.toml"
+
+    added = run("--catalogue", str(made), "add", "fish", source.as_uri())
+    checked = run("--catalogue", str(made), "check")
+
+    assert (added.exit_code, checked.exit_code) == (0, 0), added.output
+    assert checked.output.startswith("fish: embedding, SDXL, ")
+
+
+def test_the_catalogue_of_the_demo_model_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZLORA_MODEL", "demo")
+    before = DEMO_CATALOGUE.read_text()
+
+    result = run("add", "new", "demo://neon-lights", "--no-check")
+
+    assert (result.exit_code, DEMO_CATALOGUE.read_text()) == (2, before)
 
 
 def test_add_takes_the_trigger_words_of_the_header(home: Path) -> None:

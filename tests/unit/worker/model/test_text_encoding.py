@@ -403,3 +403,14 @@ def test_the_pooled_vector_is_read_at_the_end_of_the_text_in_both_forms_of_clip(
         monkeypatch.setattr(model.pipeline.text_encoder_2.text_model, "eos_token_id", end)
 
         assert torch.equal(text_of("a <mine>", embeddings=mine).pooled, expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count"), [("a city <lora:neon:0.8>", 1), ("a city <3", 0), ("<view> of a city", 0)]
+)
+def test_a_tag_in_plain_text_is_text_and_a_warning(
+    model: Pipeline, prompt: str, count: int
+) -> None:
+    text = model.encode(a_request(prompt=prompt))
+
+    assert len(text.prompt_receipt.warnings) == count
