@@ -61,7 +61,7 @@ def sections(embedding: str) -> list[Section]:
         Section(
             "prompts",
             "Prompts",
-            "`prompt_syntax: a1111` weights words and begins windows. Text beyond one window of 77 "
+            "`prompt_syntax: a1111` weights words and begins windows. Text beyond one window of 75 "
             "tokens is encoded in several windows, and never cut.",
             {
                 "a portrait of a woman with (blue hair:w)": [
@@ -95,7 +95,7 @@ def sections(embedding: str) -> list[Section]:
                         | {"prompt": "(<view>:1.4)", "embeddings": [{"file": {"url": embedding}}]},
                     ),
                     (
-                        "not <view>",
+                        "<view> as negative",
                         {
                             "prompt": "a landscape with mountains",
                             "negative_prompt": "<view>",

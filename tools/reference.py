@@ -150,10 +150,10 @@ def recipes_page() -> str:
         )
     text = f"""
         A few-step LoRA, such as SDXL-Lightning, draws in a few steps, and needs the scheduler,
-        steps and guidance scale that it was trained for. If a request is silent about one of these
-        fields, the LoRA's recipe sets it. The result has the fields that were set in
-        `recipe_fields`, the receipt of the LoRA has the name of its recipe, and the request in the
-        result draws the same images again.
+        steps and guidance scale that it was trained for. What a request does not say of these, the
+        LoRA's recipe sets, with the further fields of the table. The result has the fields that
+        were set in `recipe_fields`, the receipt of the LoRA has the name of its recipe, and the
+        request in the result draws the same images again.
 
         What the request says counts. If that contradicts the recipe, the receipt has a warning. Two
         LoRAs whose recipes set a field to different values are refused, unless the request has the
@@ -275,7 +275,7 @@ def error_classes(cls: type[ZloraError] = ZloraError) -> Iterator[type[ZloraErro
 def cli_page() -> str:
     """Return the help of each command."""
     text = """
-        The commands `cache`, `demo` and `replay` need the worker's packages
+        The commands `cache`, `demo`, `loras` and `replay` need the worker's packages
         (`pip install '.[worker]'`), `metrics` needs these or `.[flower]`, `inspect` needs
         `.[preflight]`. [The command line](../cli.md) explains the commands, the documents of
         `--json` and the exit statuses.

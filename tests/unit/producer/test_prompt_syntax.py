@@ -115,7 +115,7 @@ def test_an_escaped_tag_is_text() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a [b:c:0.5] d", "prompt editing, .* \\(character 7\\)"),
+        ("a [b:c:0.5] d", "prompt editing, .* \\(character 3\\)"),
         ("a [b:0.5]", "prompt editing"),
         ("a [b::12]", "prompt editing"),
         ("[(a:1.2)::.5]", "prompt editing"),

@@ -1,6 +1,6 @@
 """Prompts as the text encoders read them: tokens, windows, weights, hidden states.
 
-A text encoder reads windows of 77 tokens, of which one begins and one ends the text. A longer text
+A text encoder reads windows of 75 tokens, and one more at the beginning and the end. A longer text
 has several windows, whose hidden states follow one another. A window ends after the last `.`, `,`,
 `;` or `:` that fits, otherwise after the last word. The pooled vector is that of the first window.
 
