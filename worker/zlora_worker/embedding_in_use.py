@@ -86,9 +86,10 @@ def embeddings_in_use(
     for each in found:
         for embedding in each.embeddings:
             token, source = embedding.token, each.file.source
-            if (other := sources.setdefault(token.lower(), source)) is not source:
+            if (other := sources.get(token.lower())) is not None:
                 raise EmbeddingMismatch(
                     f"{source}: the word {token} also stands for an embedding of {other}",
                     {"token": token},
                 )
+            sources[token.lower()] = source
     return found
