@@ -13,7 +13,7 @@ from zlora.schema import GenerateResult, parse_request
 from zlora_worker.child import Child
 from zlora_worker.model.pipeline import Pipeline
 
-RECIPES = {"style": None, "quick": "lightning-2", "other": "lcm"}
+RECIPES = {"style": None, "quick": "lightning-2", "other": "lcm", "noisy": "tcd"}
 SET = {
     "scheduler": "euler",
     "schedule": "trailing",
@@ -29,7 +29,7 @@ def model(model_home: Path) -> Pipeline:
 
 @pytest.fixture
 def child(model: Pipeline, model_home: Path, tmp_path: Path) -> Child:
-    """Return a child with one LoRA under three names, of which two have a recipe."""
+    """Return a child with one LoRA under four names, of which three have a recipe."""
     source = write(tmp_path / "one.safetensors", kohya_lora()).as_uri()
     rows = {name: CatalogueRow(source=source, recipe=recipe) for name, recipe in RECIPES.items()}
     made = settings(model_home, **lora_cache(tmp_path / "loras"), ZLORA_LORA_ROOTS=str(tmp_path))
@@ -80,6 +80,21 @@ def test_what_the_request_says_is_drawn_and_the_receipt_warns(child: Child) -> N
     explicit = draw(child, "style", scheduler="heun", num_inference_steps=3, guidance_scale=7.5)
     assert pixels(quick) == pixels(explicit)
     assert not explicit.loras[0].warnings
+
+
+def test_a_field_is_for_the_scheduler_of_the_recipe(child: Child) -> None:
+    """The model's own scheduler takes no `eta`."""
+    noisy = draw(child, "noisy", eta=0.5)
+
+    assert noisy.recipe_fields == {
+        "scheduler": "tcd",
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+    }
+    fields = {**noisy.recipe_fields, "eta": 0.5}
+    assert pixels(noisy) == pixels(draw(child, "style", **fields))
+    with pytest.raises(InvalidRequest, match="takes `eta`"):
+        draw(child, "style", eta=0.5)
 
 
 def test_two_recipes_that_contradict_are_refused_and_the_next_job_is_drawn(child: Child) -> None:
