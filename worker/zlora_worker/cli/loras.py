@@ -134,7 +134,11 @@ def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fi
 
     The header of the file is read first. The file of the catalogue is made if there is none.
     """
-    given = {field: value for field, value in fields.items() if value not in (None, (), "", False)}
+    given = {
+        field: value
+        for field, value in fields.items()
+        if value is not None and value is not False and value not in ((), "")  # 0 is a weight
+    }
     try:
         row = msgspec.convert({"source": source, **given}, CatalogueRow)
         text = file.read_text(encoding="utf-8") if file.exists() else ""

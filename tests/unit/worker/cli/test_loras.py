@@ -129,6 +129,8 @@ def test_add_appends_an_entry_that_reads_back(home: Path, file: Path) -> None:
     assert (entry.weight, entry.pinned, entry.notes) == (0.7, True, "größer")
     assert entry.trigger_words == ('a "neon" \\ sign',)
     assert opened(file).find("strong").weight == 1.5
+    assert run("add", "none", "lora://one", "--weight", "0").exit_code == 0
+    assert opened(file).find("none").weight == 0
 
 
 def test_add_takes_the_trigger_words_of_the_header(home: Path) -> None:
