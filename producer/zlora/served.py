@@ -1,17 +1,18 @@
 """Refuse a request that the workers of a queue would refuse, before it is queued."""
 
-from zlora.errors import InvalidRequest, LoraNotFound
+from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow, lora_name
 from zlora.prompt_syntax import parse
 from zlora.queue_info import QueueInfo
+from zlora.schedulers import find_scheduler, unsupported
 from zlora.schema import GenerateRequest, invalid
 
 
 def require_served(request: GenerateRequest, info: QueueInfo) -> None:
     """Raise the error with which the workers of this queue would refuse the request.
 
-    That is `InvalidRequest`, or `LoraNotFound` for a name that the catalogue lacks. LoRAs of
-    other addresses are left to the workers.
+    That is `InvalidRequest`, or `LoraNotFound` for a name that the catalogue lacks. Files of
+    other addresses, and what the recipe of a LoRA may set, are left to the workers.
     """
     if request.timeout is not None and request.timeout > info.timeout:
         raise _refused("timeout", request.timeout, f"up to {info.timeout}")
@@ -21,24 +22,37 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
         raise _refused("url_policy", request.url_policy, f"one of {', '.join(info.url_policies)}")
     if request.url_expires_in is not None and request.url_expires_in > info.url_expires_in:
         raise _refused("url_expires_in", request.url_expires_in, f"up to {info.url_expires_in}")
+    _require_own_scheduler(request, info)
     _require_names(request, info)
+
+
+def _require_own_scheduler(request: GenerateRequest, info: QueueInfo) -> None:
+    """Raise `InvalidRequest` for a field that the model's own scheduler does not take."""
+    own = find_scheduler(info.scheduler)
+    may_have_recipe = request.recipes == "auto" and (request.loras or _has_tags(request))
+    if request.scheduler is not None or own is None or may_have_recipe:
+        return
+    given = request.given_sampling
+    if (missing := unsupported(own.name, schedule=request.schedule, given=given)) is not None:
+        field, expected = missing
+        raise invalid(f"$.{field}", getattr(request, field), expected)
 
 
 def _require_names(request: GenerateRequest, info: QueueInfo) -> None:
     """Raise `LoraNotFound` for a name that is not in the catalogue."""
-    names = [lora_name(spec.file.address) for spec in request.loras]
-    names += [tag.name for tag in parse(request.prompt, request.prompt_syntax).loras]
-    if info.catalogue is None or not any(names):
+    addresses = [spec.file.address for spec in (*request.loras, *request.embeddings)]
+    has_names = any(lora_name(address) is not None for address in addresses)
+    if info.catalogue is None or not (has_names or _has_tags(request)):
         return
-    # The sources of the entries are the workers' own.
-    catalogue = Catalogue(dict.fromkeys(info.catalogue, CatalogueRow(source="demo://any")))
-    for index, name in enumerate(names):
-        try:
-            if name is not None:
-                catalogue.find(name)
-        except LoraNotFound as error:
-            error.add_details(index=index)
-            raise
+    try:  # The sources of the entries are the workers' own.
+        catalogue = Catalogue(dict.fromkeys(info.catalogue, CatalogueRow(source="demo://any")))
+    except ValueError:  # workers of a version that has other names
+        return
+    catalogue.resolve(request)
+
+
+def _has_tags(request: GenerateRequest) -> bool:
+    return bool(parse(request.prompt, request.prompt_syntax).loras)
 
 
 def _refused(field: str, value: object, expected: str) -> InvalidRequest:

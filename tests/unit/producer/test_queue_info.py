@@ -34,7 +34,10 @@ SERVED = (
     {"timeout": 60},
     {"url_policy": "presigned", "url_expires_in": 3600},
     {"url_policy": "key"},
-    {"scheduler": "ddim"},
+    {"scheduler": "ddim", "eta": 0.5},
+    {"schedule": "karras"},
+    {"sigmas": [9, 1]},
+    {"eta": 0.5, "loras": [{"file": {"url": "lora://watercolor"}}]},  # it may have a recipe
     {"loras": [{"file": {"url": "lora://Watercolor"}}]},
     {"prompt": "a city <lora:neon-lights>", "prompt_syntax": "a1111"},
 )
@@ -43,6 +46,9 @@ REFUSED = (
     {"url_policy": "public"},
     {"url_expires_in": 3601},
     {"scheduler": "heun"},
+    {"eta": 0.5},
+    {"eta": 0.5, "loras": [{"file": {"url": "lora://watercolor"}}], "recipes": "off"},
+    {"schedule": "lu"},
 )
 
 
@@ -83,6 +89,7 @@ def test_any_request_is_queued_if_the_queue_is_not_known(fields: dict[str, Any])
     [
         {"loras": [{"file": {"url": "lora://neon-light"}}]},
         {"prompt": "a city <lora:neon-light>", "prompt_syntax": "a1111"},
+        {"embeddings": [{"file": {"url": "lora://neon-light"}}]},
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_names(fields: dict[str, Any]) -> None:
@@ -93,6 +100,14 @@ def test_an_unknown_name_is_refused_with_the_nearest_names(fields: dict[str, Any
 
     assert raised.value.details["index"] == 0
     assert not worker.requests
+
+
+def test_names_of_another_version_are_left_to_its_workers() -> None:
+    worker = MemoryWorker(info=msgspec.structs.replace(INFO, catalogue=("a/b",)))
+
+    worker.client().submit({"prompt": "a portrait", "loras": [{"file": {"url": "lora://a/b"}}]})
+
+    assert len(worker.requests) == 1
 
 
 def test_what_has_changed_is_read_again_before_a_refusal(broker_url: str) -> None:
