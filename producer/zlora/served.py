@@ -1,5 +1,7 @@
 """Refuse a request that the workers of a queue would refuse, before it is queued."""
 
+from functools import lru_cache
+
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow, lora_name
 from zlora.prompt_syntax import parse
@@ -40,15 +42,21 @@ def _require_own_scheduler(request: GenerateRequest, info: QueueInfo) -> None:
 
 def _require_names(request: GenerateRequest, info: QueueInfo) -> None:
     """Raise `LoraNotFound` for a name that is not in the catalogue."""
-    addresses = [spec.file.address for spec in (*request.loras, *request.embeddings)]
-    has_names = any(lora_name(address) is not None for address in addresses)
+    files = [spec.file for spec in request.loras] + [spec.file for spec in request.embeddings]
+    has_names = any(lora_name(file.address) is not None for file in files)
     if info.catalogue is None or not (has_names or _has_tags(request)):
         return
-    try:  # The sources of the entries are the workers' own.
-        catalogue = Catalogue(dict.fromkeys(info.catalogue, CatalogueRow(source="demo://any")))
-    except ValueError:  # workers of a version that has other names
-        return
-    catalogue.resolve(request)
+    if (catalogue := _catalogue_of(info.catalogue)) is not None:
+        catalogue.resolve(request)
+
+
+@lru_cache(maxsize=1)  # it takes milliseconds, and many requests have the same queue
+def _catalogue_of(names: tuple[str, ...]) -> Catalogue | None:
+    """Return a catalogue of these names; None for names of another version."""
+    try:  # the sources of the entries are the workers' own
+        return Catalogue(dict.fromkeys(names, CatalogueRow(source="demo://any")))
+    except ValueError:
+        return None
 
 
 def _has_tags(request: GenerateRequest) -> bool:

@@ -6,11 +6,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 from support.processes import free_port
-from zlora import Client, GenerateRequest, Preflight, QueueInfo
+from zlora import Client, GenerateRequest, Preflight, QueueInfo, served
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import queue_info_key
 from zlora.cli import main
 from zlora.errors import BrokerUnavailable, InvalidRequest, LoraNotFound
+from zlora.lora.catalogue import Catalogue, CatalogueRow
 from zlora.testing import MemoryWorker
 
 INFO = QueueInfo(
@@ -100,6 +101,22 @@ def test_an_unknown_name_is_refused_with_the_nearest_names(fields: dict[str, Any
 
     assert raised.value.details["index"] == 0
     assert not worker.requests
+
+
+def test_the_names_are_read_once_for_many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Catalogue] = []
+
+    def make(rows: dict[str, CatalogueRow]) -> Catalogue:
+        made.append(Catalogue(rows))
+        return made[-1]
+
+    monkeypatch.setattr(served, "Catalogue", make)
+    worker = MemoryWorker(info=msgspec.structs.replace(INFO, catalogue=("only here",)))
+    request = {"prompt": "a city", "loras": [{"file": {"url": "lora://only here"}}]}
+
+    worker.client().submit_many([request] * 3)
+
+    assert len(made) == 1
 
 
 def test_names_of_another_version_are_left_to_its_workers() -> None:
