@@ -282,6 +282,11 @@ def nearest_names(name: str, names: Mapping[str, object]) -> list[str]:
 
 def read_rows(file: Path) -> dict[str, CatalogueRow]:
     """Read the tables of a file in their order; raise `ValueError` without the file's name."""
+    return parse_rows(read_text(file))
+
+
+def read_text(file: Path) -> str:
+    """Read the text of a file; raise `ValueError` without the file's name."""
     try:
         with open_regular(file) as opened:
             data = opened.read(_MAX_BYTES + 1)
@@ -290,7 +295,7 @@ def read_rows(file: Path) -> dict[str, CatalogueRow]:
     if len(data) > _MAX_BYTES:
         raise ValueError(f"a catalogue has at most {_MAX_BYTES} bytes")
     try:
-        return parse_rows(data.decode())
+        return data.decode()
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
 

@@ -19,7 +19,7 @@ from zlora.files import write_atomically
 from zlora.lora import base_model
 from zlora.lora.addresses import WORKER_SCHEMES, scheme_of
 from zlora.lora.base_model import LoraInfo
-from zlora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueRow, parse_rows
+from zlora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueRow, parse_rows, read_text
 from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import Asset
 
@@ -141,10 +141,10 @@ def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fi
     }
     try:
         row = msgspec.convert({"source": source, **given}, CatalogueRow)
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = read_text(file) if file.exists() else ""
         rows = parse_rows(text)
         catalogue = Catalogue({**rows, name: msgspec.structs.replace(row, pinned=False)})
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise click.UsageError(on_one_line(error)) from None
     if name in rows:
         raise click.UsageError(f"{name}: there is a LoRA of this name already")
@@ -159,10 +159,11 @@ def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fi
     text = f"{text.rstrip()}\n\n{_toml(name, row)}".lstrip()
     try:
         Catalogue(parse_rows(text))
+        data = text.encode()  # fails for bytes of the command line that are no text
     except ValueError as error:
         raise click.UsageError(on_one_line(error)) from None
     with writing(file):
-        write_atomically(file, text.encode())
+        write_atomically(file, data)
     click.echo(f"{file}: {name} is added")
 
 
