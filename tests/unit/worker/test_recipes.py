@@ -5,11 +5,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from support.fakes import MemoryStore, kohya_lora, load_pipeline, settings, write
+from safetensors.torch import save_file
+from support.fakes import MemoryStore, a_request, kohya_lora, load_pipeline, settings, write
 from support.jobs import lora_cache, make_child, run_job
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow
-from zlora.schema import GenerateResult, parse_request
+from zlora.schema import Asset, GenerateResult, LoraSpec, parse_request
 from zlora_worker.child import Child
 from zlora_worker.model.pipeline import Pipeline
 
@@ -59,6 +60,28 @@ def test_a_silent_request_is_drawn_as_the_recipe_says(child: Child) -> None:
     assert quick.request is not None
     assert pixels(run_job(child, "again", quick.request)) == pixels(quick)
     assert pixels(draw(child, "style", num_inference_steps=2)) == pixels(plain)
+
+
+def test_a_file_outside_of_the_catalogue_is_known_by_its_name_and_its_header(
+    child: Child, tmp_path: Path
+) -> None:
+    """The header counts, if both name a recipe."""
+    named, titled = (tmp_path / f"lightning_{word}_2step.safetensors" for word in ("a", "b"))
+    write(named, kohya_lora())
+    save_file(kohya_lora(), titled, metadata={"ss_output_name": "lcm_lora"})
+
+    found = [
+        run_job(child, file.stem, a_request(num_inference_steps=None, loras=(lora_at(file),)))
+        for file in (named, titled)
+    ]
+
+    assert [result.loras[0].recipe for result in found] == ["lightning-2", "lcm"]
+    assert found[0].recipe_fields == SET
+    assert found[1].recipe_fields["scheduler"] == "lcm"
+
+
+def lora_at(file: Path) -> LoraSpec:
+    return LoraSpec(file=Asset(url=file.as_uri()))
 
 
 def test_recipes_can_be_off(child: Child) -> None:
