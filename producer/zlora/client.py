@@ -180,7 +180,7 @@ class Client:
         names = _checked_ids(job_ids, len(checked))
         priority, expires_in, hook = _checked_options(options)
         try:
-            self._require_served(checked)
+            self._require_served(dict(zip(names, checked, strict=True)))
         except BrokerUnavailable as error:
             error.add_details(**({"job_id": names[0]} if len(names) == 1 else {"job_ids": names}))
             raise
@@ -212,20 +212,22 @@ class Client:
         self._info, self._info_read = self._broker.queue_info(), time.monotonic()
         return self._info
 
-    def _require_served(self, requests: Sequence[GenerateRequest]) -> None:
-        """Raise the error of the first request that the workers would refuse.
+    def _require_served(self, requests: Mapping[str, GenerateRequest]) -> None:
+        """Raise the error of the first request, by its job's id, that the workers would refuse.
 
-        What is known of the queue is read again from time to time, and before a refusal.
+        What is known of the queue is read again from time to time, and before a refusal. A job that
+        was submitted before is not refused: it may have a result.
         """
         if requests and time.monotonic() - self._info_read >= _INFO_SECONDS:
             self.queue_info()
-        for request in requests:
+        for job_id, request in requests.items():
             if self._info is None:
                 return
             try:
                 require_served(request, self._info)
             except (InvalidRequest, LoraNotFound):
-                if (info := self.queue_info()) is not None:
+                info = self.queue_info()
+                if info is not None and not self._broker.queue_status(job_id).is_recorded:
                     require_served(request, info)
 
     def _handle(self, job: NewJob) -> JobHandle:

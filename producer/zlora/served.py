@@ -1,9 +1,12 @@
 """Refuse a request that the workers of a queue would refuse, before it is queued."""
 
-from zlora.errors import InvalidRequest, LoraNotFound
+from functools import lru_cache
+
+from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow, lora_name
 from zlora.prompt_syntax import parse
 from zlora.queue_info import QueueInfo
+from zlora.schedulers import find_scheduler, unsupported
 from zlora.schema import GenerateRequest, invalid
 
 
@@ -11,7 +14,8 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
     """Raise the error with which the workers of this queue would refuse the request.
 
     That is `InvalidRequest`, or `LoraNotFound` for the name of a LoRA or an embedding that the
-    catalogue lacks. Other addresses are left to the workers.
+    catalogue lacks. Files of other addresses, and what the recipe of a LoRA may set, are left to
+    the workers.
     """
     if request.timeout is not None and request.timeout > info.timeout:
         raise _refused("timeout", request.timeout, f"up to {info.timeout}")
@@ -23,26 +27,43 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
         raise _refused("url_policy", request.url_policy, f"one of {', '.join(info.url_policies)}")
     if request.url_expires_in is not None and request.url_expires_in > info.url_expires_in:
         raise _refused("url_expires_in", request.url_expires_in, f"up to {info.url_expires_in}")
+    _require_own_scheduler(request, info)
     _require_names(request, info)
+
+
+def _require_own_scheduler(request: GenerateRequest, info: QueueInfo) -> None:
+    """Raise `InvalidRequest` for a field that the model's own scheduler does not take."""
+    own = find_scheduler(info.scheduler)
+    may_have_recipe = request.recipes == "auto" and (request.loras or _has_tags(request))
+    if request.scheduler is not None or own is None or may_have_recipe:
+        return
+    given = request.given_sampling
+    if (missing := unsupported(own.name, schedule=request.schedule, given=given)) is not None:
+        field, expected = missing
+        raise invalid(f"$.{field}", getattr(request, field), expected)
 
 
 def _require_names(request: GenerateRequest, info: QueueInfo) -> None:
     """Raise `LoraNotFound` for a name that is not in the catalogue."""
-    loras = [lora_name(spec.file.address) for spec in request.loras]
-    loras += [tag.name for tag in parse(request.prompt, request.prompt_syntax).loras]
-    embeddings = [lora_name(spec.file.address) for spec in request.embeddings]
-    if info.catalogue is None or not any([*loras, *embeddings]):
+    files = [spec.file for spec in request.loras] + [spec.file for spec in request.embeddings]
+    has_names = any(lora_name(file.address) is not None for file in files)
+    if info.catalogue is None or not (has_names or _has_tags(request)):
         return
-    # Only the names are known here: the sources of the entries are the workers' own.
-    catalogue = Catalogue(dict.fromkeys(info.catalogue, CatalogueRow(source="demo://any")))
-    for names, further in ((loras, {}), (embeddings, {"field": "embeddings"})):
-        for index, name in enumerate(names):
-            try:
-                if name is not None:
-                    catalogue.find(name)
-            except LoraNotFound as error:
-                error.add_details(index=index, **further)
-                raise
+    if (catalogue := _catalogue_of(info.catalogue)) is not None:
+        catalogue.resolve(request)
+
+
+@lru_cache(maxsize=1)  # it takes milliseconds, and many requests have the same queue
+def _catalogue_of(names: tuple[str, ...]) -> Catalogue | None:
+    """Return a catalogue of these names; None for names of another version."""
+    try:  # the sources of the entries are the workers' own
+        return Catalogue(dict.fromkeys(names, CatalogueRow(source="demo://any")))
+    except ValueError:
+        return None
+
+
+def _has_tags(request: GenerateRequest) -> bool:
+    return bool(parse(request.prompt, request.prompt_syntax).loras)
 
 
 def _refused(field: str, value: object, expected: str) -> InvalidRequest:

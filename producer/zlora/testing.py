@@ -178,7 +178,7 @@ class MemoryWorker:
     def queue_status(self, job_id: str) -> QueueStatus:
         job = self._find(job_id)
         if job is None:
-            return QueueStatus(is_open=False, position=None, verdict=None)
+            return QueueStatus(is_open=False, position=None, verdict=None, is_recorded=False)
         if job.has_ended:
             return QueueStatus(is_open=False, position=None, verdict=job.verdict)
         with self._lock:

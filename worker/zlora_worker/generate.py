@@ -61,7 +61,8 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     timer = PhaseTimer(queued=job.queued)
     request, entries = child.catalogue.resolve(job.request)
     used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
-    child.model.scheduler_name(request)  # raises before anything is fetched
+    if request.scheduler or request.recipes == "off" or not used:  # else a recipe may set it
+        child.model.scheduler_name(request)  # raises before anything is fetched
 
     # fetch
     assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]

@@ -352,8 +352,15 @@ class JobStore:
         )
 
     def put_queue_info(self, document: bytes) -> None:
-        """Write or renew what the workers of the queue serve."""
+        """Write what the workers of the queue serve."""
         self.redis.set(queue_info_key(self.queue), document, ex=INFO_EXPIRES)
+
+    def renew_queue_info(self, document: bytes) -> None:
+        """Keep what the worker that loaded its model last has written; write it if it is gone."""
+        pipe: Any = self.redis.pipeline()
+        pipe.set(queue_info_key(self.queue), document, ex=INFO_EXPIRES, nx=True)
+        pipe.expire(queue_info_key(self.queue), INFO_EXPIRES)
+        pipe.execute()
 
     def queue_info(self) -> QueueInfo | None:
         """Return what the workers of the queue serve.

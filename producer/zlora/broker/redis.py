@@ -154,7 +154,7 @@ class RedisBroker:
         with self._reached({}):
             try:
                 return self._jobs.queue_info()
-            except redis.exceptions.NoPermissionError:  # of users that older versions have made
+            except redis.exceptions.ResponseError:  # no right to read it, or a key of another type
                 return None
 
     def request_manifest(self, job_id: str, timeout: float) -> bytes | NoManifest:

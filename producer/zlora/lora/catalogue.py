@@ -50,6 +50,8 @@ from zlora.schema import (
 _TABLE: Final = "loras"
 _MAX_BYTES: Final = 4 * 2**20  # of the file: more than 10,000 entries
 _MAX_NAME: Final = 100  # characters
+_MAX_SHOWN: Final = _MAX_NAME + len("lora://")  # characters of an unknown name in a message
+_MAX_CHAIN: Final = 10  # names from an entry to its file; each entry follows all of its own
 # Letters and digits of any script; what separates the parts of an address or a tag is not in names.
 _NAME: Final = re.compile(r"\w(?:[\w .+-]*[\w+])?")
 _NEAREST: Final = 3  # names in a message
@@ -135,18 +137,25 @@ class Catalogue:
         except ValueError as error:
             raise InvalidSetting(f"{variable}={file}: {error}", {"name": variable}) from None
 
-    def find(self, name: str) -> CatalogueEntry:
-        """Return the entry of a name, in upper or lower case; raise `LoraNotFound`."""
+    def find_address(self, address: str) -> CatalogueEntry | None:
+        """Return the entry of an address `lora://<name>`, None for others; see `find`."""
+        if (name := lora_name(address)) is None:
+            return None
+        return self.find(name, shown=unquote(without_secrets(address)))
+
+    def find(self, name: str, *, shown: str = "") -> CatalogueEntry:
+        """Return the entry of a name, in upper or lower case.
+
+        Raises `LoraNotFound` with what is `shown` of the name, which has no secrets.
+        """
         if (found := self._folded.get(name.casefold())) is not None:
             return found
-        shown = on_one_line(name[:_MAX_NAME])
+        shown = on_one_line((shown or f"{CATALOGUE}://{name}")[:_MAX_SHOWN])
         if not self.entries:
-            raise LoraNotFound(f"{CATALOGUE}://{shown}: this worker has no catalogue of LoRAs")
+            raise LoraNotFound(f"{shown}: this worker has no catalogue of LoRAs")
         nearest = nearest_names(name, self.entries)
         advice = f"; the nearest names: {', '.join(nearest)}" if nearest else ""
-        raise LoraNotFound(
-            f"{CATALOGUE}://{shown}: no such name in the catalogue{advice}", {"nearest": nearest}
-        )
+        raise LoraNotFound(f"{shown}: no such name in the catalogue{advice}", {"nearest": nearest})
 
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Return the request with the files, weights and trigger words of the catalogue.
@@ -215,8 +224,8 @@ class Catalogue:
     def _entry_of(self, asset: Asset) -> CatalogueEntry | None:
         """Return the entry that a file of a request names; None for a file of another source."""
         address, ref = asset.address, asset.ref
-        if (name := lora_name(address)) is not None:
-            return self.find(name)
+        if (entry := self.find_address(address)) is not None:
+            return entry
         if ref and ref.casefold() in self._folded:
             return self.find(ref)
         if not self.only:
@@ -273,6 +282,11 @@ def nearest_names(name: str, names: Mapping[str, object]) -> list[str]:
 
 def read_rows(file: Path) -> dict[str, CatalogueRow]:
     """Read the tables of a file in their order; raise `ValueError` without the file's name."""
+    return parse_rows(read_text(file))
+
+
+def read_text(file: Path) -> str:
+    """Read the text of a file; raise `ValueError` without the file's name."""
     try:
         with open_regular(file) as opened:
             data = opened.read(_MAX_BYTES + 1)
@@ -281,7 +295,7 @@ def read_rows(file: Path) -> dict[str, CatalogueRow]:
     if len(data) > _MAX_BYTES:
         raise ValueError(f"a catalogue has at most {_MAX_BYTES} bytes")
     try:
-        return parse_rows(data.decode())
+        return data.decode()
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
 
@@ -348,6 +362,8 @@ def _entry(name: str, rows: Mapping[str, CatalogueRow], names: Mapping[str, str]
             circle = " -> ".join([*path[path.index(target) :], target])
             raise ValueError(f"{name}: its source leads back to itself: {circle}")
         path.append(target)
+        if len(path) - 1 > _MAX_CHAIN:
+            raise ValueError(f"{name}: its file is more than {_MAX_CHAIN} names away")
         origin = rows[target]
         if found.sha256 and origin.sha256 and found.sha256 != origin.sha256:
             raise ValueError(f"{path[-2]}: its sha256 is not that of {target}, whose file it names")

@@ -6,11 +6,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 from support.processes import free_port
-from zlora import Client, GenerateRequest, Preflight, QueueInfo
+from zlora import Client, GenerateRequest, Preflight, QueueInfo, served
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import queue_info_key
 from zlora.cli import main
 from zlora.errors import BrokerUnavailable, InvalidRequest, LoraNotFound
+from zlora.lora.catalogue import Catalogue, CatalogueRow
 from zlora.testing import MemoryWorker
 
 INFO = QueueInfo(
@@ -34,7 +35,10 @@ SERVED = (
     {"timeout": 60},
     {"url_policy": "presigned", "url_expires_in": 3600},
     {"url_policy": "key"},
-    {"scheduler": "ddim"},
+    {"scheduler": "ddim", "eta": 0.5},
+    {"schedule": "karras"},
+    {"sigmas": [9, 1]},
+    {"eta": 0.5, "loras": [{"file": {"url": "lora://watercolor"}}]},  # it may have a recipe
     {"loras": [{"file": {"url": "lora://Watercolor"}}]},
     {"prompt": "a city <lora:neon-lights>", "prompt_syntax": "a1111"},
 )
@@ -43,6 +47,9 @@ REFUSED = (
     {"url_policy": "public"},
     {"url_expires_in": 3601},
     {"scheduler": "heun"},
+    {"eta": 0.5},
+    {"eta": 0.5, "loras": [{"file": {"url": "lora://watercolor"}}], "recipes": "off"},
+    {"schedule": "lu"},
 )
 
 
@@ -83,6 +90,7 @@ def test_any_request_is_queued_if_the_queue_is_not_known(fields: dict[str, Any])
     [
         {"loras": [{"file": {"url": "lora://neon-light"}}]},
         {"prompt": "a city <lora:neon-light>", "prompt_syntax": "a1111"},
+        {"embeddings": [{"file": {"url": "lora://neon-light"}}]},
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_names(fields: dict[str, Any]) -> None:
@@ -95,6 +103,30 @@ def test_an_unknown_name_is_refused_with_the_nearest_names(fields: dict[str, Any
     assert not worker.requests
 
 
+def test_the_names_are_read_once_for_many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Catalogue] = []
+
+    def make(rows: dict[str, CatalogueRow]) -> Catalogue:
+        made.append(Catalogue(rows))
+        return made[-1]
+
+    monkeypatch.setattr(served, "Catalogue", make)
+    worker = MemoryWorker(info=msgspec.structs.replace(INFO, catalogue=("only here",)))
+    request = {"prompt": "a city", "loras": [{"file": {"url": "lora://only here"}}]}
+
+    worker.client().submit_many([request] * 3)
+
+    assert len(made) == 1
+
+
+def test_names_of_another_version_are_left_to_its_workers() -> None:
+    worker = MemoryWorker(info=msgspec.structs.replace(INFO, catalogue=("a/b",)))
+
+    worker.client().submit({"prompt": "a portrait", "loras": [{"file": {"url": "lora://a/b"}}]})
+
+    assert len(worker.requests) == 1
+
+
 def test_what_has_changed_is_read_again_before_a_refusal(broker_url: str) -> None:
     """Workers of today serve what those of a moment ago did not."""
     jobs = JobStore(connect(broker_url), "gpu")
@@ -104,6 +136,45 @@ def test_what_has_changed_is_read_again_before_a_refusal(broker_url: str) -> Non
         jobs.put_queue_info(msgspec.json.encode(msgspec.structs.replace(INFO, timeout=90)))
 
         client.submit({"prompt": "a portrait", "timeout": 90})
+
+
+def test_the_record_of_the_newest_worker_is_renewed_by_the_others(broker_url: str) -> None:
+    jobs = JobStore(connect(broker_url), "gpu")
+    older, newer = (msgspec.structs.replace(INFO, loaded_at=at) for at in (1.0, 2.0))
+    jobs.put_queue_info(msgspec.json.encode(newer))
+    jobs.redis.expire(queue_info_key("gpu"), 5)
+
+    jobs.renew_queue_info(msgspec.json.encode(older))
+
+    assert jobs.queue_info() == newer
+    assert jobs.redis.ttl(queue_info_key("gpu")) > 5
+    jobs.redis.delete(queue_info_key("gpu"))
+    jobs.renew_queue_info(msgspec.json.encode(older))
+    assert jobs.queue_info() == older
+
+
+def test_a_job_that_was_submitted_before_is_not_refused(broker_url: str) -> None:
+    """The catalogue may have changed since, and the job may have a result."""
+    jobs, request = JobStore(connect(broker_url), "gpu"), {"prompt": "a city", "timeout": 61}
+    jobs.redis.delete(queue_info_key("gpu"))
+    with Client(broker_url) as client:
+        client.submit(request, job_id="mine")
+        jobs.put_queue_info(msgspec.json.encode(INFO))
+        client.queue_info()
+
+        assert client.submit(request, job_id="mine").id == "mine"
+        with pytest.raises(InvalidRequest):
+            client.submit(request, job_id="another")
+
+
+def test_a_key_of_another_type_is_no_record(broker_url: str) -> None:
+    broker = connect(broker_url)
+    broker.delete(queue_info_key("gpu"))
+    broker.lpush(queue_info_key("gpu"), "x")
+    with Client(broker_url) as client:
+        assert client.queue_info() is None
+        client.submit({"prompt": "a portrait"})
+    broker.delete(queue_info_key("gpu"))
 
 
 @pytest.mark.parametrize("document", ["{}", "no JSON", '{"base": 1}'])

@@ -188,3 +188,11 @@ def test_each_field_of_sampling_is_part_of_the_digest() -> None:
     ]
 
     assert len({digest_of(request) for request in requests}) == len(requests)
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_schedulers_of_few_steps_may_have_many(name: str) -> None:
+    """diffusers refuses more steps than the original ones."""
+    made = [SCHEDULERS[name].options_for(None, steps=steps, seed=0) for steps in (4, 200)]
+
+    assert [options["original_inference_steps"] for options in made] == [50, 200]

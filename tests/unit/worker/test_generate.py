@@ -639,7 +639,9 @@ def test_a_lora_that_is_refused_changes_neither_the_store_nor_the_next_job(
     assert pixels(child.model) == unpatched
 
 
-@pytest.mark.parametrize("fields", [{"scheduler": "FlowMatchEuler"}, {"eta": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"scheduler": "FlowMatchEuler"}, {"eta": 0.5, "recipes": "off"}], ids=str
+)
 def test_a_scheduler_that_the_model_lacks_is_refused_before_anything_is_fetched(
     child: Child, store: MemoryStore, unpatched: bytes, fields: dict[str, Any]
 ) -> None:

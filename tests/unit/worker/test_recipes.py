@@ -5,15 +5,16 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from support.fakes import MemoryStore, kohya_lora, load_pipeline, settings, write
+from safetensors.torch import save_file
+from support.fakes import MemoryStore, a_request, kohya_lora, load_pipeline, settings, write
 from support.jobs import lora_cache, make_child, run_job
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow
-from zlora.schema import GenerateResult, parse_request
+from zlora.schema import Asset, GenerateResult, LoraSpec, parse_request
 from zlora_worker.child import Child
 from zlora_worker.model.pipeline import Pipeline
 
-RECIPES = {"style": None, "quick": "lightning-2", "other": "lcm"}
+RECIPES = {"style": None, "quick": "lightning-2", "other": "lcm", "noisy": "tcd"}
 SET = {
     "scheduler": "euler",
     "schedule": "trailing",
@@ -29,7 +30,7 @@ def model(model_home: Path) -> Pipeline:
 
 @pytest.fixture
 def child(model: Pipeline, model_home: Path, tmp_path: Path) -> Child:
-    """Return a child with one LoRA under three names, of which two have a recipe."""
+    """Return a child with one LoRA under four names, of which three have a recipe."""
     source = write(tmp_path / "one.safetensors", kohya_lora()).as_uri()
     rows = {name: CatalogueRow(source=source, recipe=recipe) for name, recipe in RECIPES.items()}
     made = settings(model_home, **lora_cache(tmp_path / "loras"), ZLORA_LORA_ROOTS=str(tmp_path))
@@ -61,6 +62,28 @@ def test_a_silent_request_is_drawn_as_the_recipe_says(child: Child) -> None:
     assert pixels(draw(child, "style", num_inference_steps=2)) == pixels(plain)
 
 
+def test_a_file_outside_of_the_catalogue_is_known_by_its_name_and_its_header(
+    child: Child, tmp_path: Path
+) -> None:
+    """The header counts, if both name a recipe."""
+    named, titled = (tmp_path / f"sdxl_lightning_{word}_2step.safetensors" for word in ("a", "b"))
+    write(named, kohya_lora())
+    save_file(kohya_lora(), titled, metadata={"ss_output_name": "lcm_lora"})
+
+    found = [
+        run_job(child, file.stem, a_request(num_inference_steps=None, loras=(lora_at(file),)))
+        for file in (named, titled)
+    ]
+
+    assert [result.loras[0].recipe for result in found] == ["lightning-2", "lcm"]
+    assert found[0].recipe_fields == SET
+    assert found[1].recipe_fields["scheduler"] == "lcm"
+
+
+def lora_at(file: Path) -> LoraSpec:
+    return LoraSpec(file=Asset(url=file.as_uri()))
+
+
 def test_recipes_can_be_off(child: Child) -> None:
     quick = draw(child, "quick", recipes="off", num_inference_steps=3)
 
@@ -80,6 +103,21 @@ def test_what_the_request_says_is_drawn_and_the_receipt_warns(child: Child) -> N
     explicit = draw(child, "style", scheduler="heun", num_inference_steps=3, guidance_scale=7.5)
     assert pixels(quick) == pixels(explicit)
     assert not explicit.loras[0].warnings
+
+
+def test_a_field_is_for_the_scheduler_of_the_recipe(child: Child) -> None:
+    """The model's own scheduler takes no `eta`."""
+    noisy = draw(child, "noisy", eta=0.5)
+
+    assert noisy.recipe_fields == {
+        "scheduler": "tcd",
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+    }
+    fields = {**noisy.recipe_fields, "eta": 0.5}
+    assert pixels(noisy) == pixels(draw(child, "style", **fields))
+    with pytest.raises(InvalidRequest, match="takes `eta`"):
+        draw(child, "style", eta=0.5)
 
 
 def test_two_recipes_that_contradict_are_refused_and_the_next_job_is_drawn(child: Child) -> None:

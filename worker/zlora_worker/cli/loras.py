@@ -19,7 +19,7 @@ from zlora.files import write_atomically
 from zlora.lora import base_model
 from zlora.lora.addresses import CATALOGUE, WORKER_SCHEMES, scheme_of
 from zlora.lora.base_model import EMBEDDING, LoraInfo
-from zlora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueRow, parse_rows
+from zlora.lora.catalogue import Catalogue, CatalogueEntry, CatalogueRow, parse_rows, read_text
 from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import Asset
 
@@ -144,14 +144,14 @@ def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fi
     given = {
         field: value
         for field, value in fields.items()
-        if value is not None and value is not False and value not in ((), "")
+        if value is not None and value is not False and value not in ((), "")  # 0 is a weight
     }
     try:
         row = msgspec.convert({"source": source, **given}, CatalogueRow)
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = read_text(file) if file.exists() else ""
         rows = parse_rows(text)
         Catalogue({**rows, name: structs.replace(row, pinned=False)})
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise click.UsageError(on_one_line(error)) from None
     if name in rows:
         raise click.UsageError(f"{name}: there is a LoRA of this name already")
@@ -165,10 +165,11 @@ def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fi
     text = f"{text.rstrip()}\n\n{_toml(name, row)}".lstrip()
     try:
         Catalogue(parse_rows(text))
+        data = text.encode()  # fails for bytes of the command line that are no text
     except ValueError as error:
         raise click.UsageError(on_one_line(error)) from None
     with writing(file):
-        write_atomically(file, text.encode())
+        write_atomically(file, data)
     click.echo(f"{file}: {name} is added")
 
 

@@ -170,7 +170,7 @@ class _TextEncoder:
             self.ids[embedding.token.lower()] = [-1 - start - row for row in range(len(own))]
         self._vectors = torch.stack(vectors) if vectors else None
         # The longest first, because one token may begin with another.
-        tokens = sorted(self.ids, key=len, reverse=True)
+        tokens = sorted((one.token for one in embeddings), key=len, reverse=True)
         self._embedded = re.compile(f"({'|'.join(map(_as_word, tokens))})", re.IGNORECASE)
 
     def plan(self, fragments: Sequence[Fragment]) -> _Section:
@@ -220,8 +220,9 @@ class _TextEncoder:
         """Return the tokens of a text; the last vector of an embedding ends a word."""
         parts = self._embedded.split(text) if self.ids else [text]
         for index, part in enumerate(parts):
-            if index % 2:  # the token of an embedding
-                *ids, last = self.ids[part.lower()]
+            # Patterns also find letters such as the long s, which is no upper or lower case of s.
+            if index % 2 and (found := self.ids.get(part.lower())):  # the token of an embedding
+                *ids, last = found
                 yield from (_Token(one, "", fragment) for one in ids)
                 yield _Token(last, "</w>", fragment)
             elif part:

@@ -111,9 +111,10 @@ def run(settings: Settings, links: Links | None) -> None:
             # what the queue serves
             info = spool.queue_info() if spool is not None else None
             if info is not None and (info != shown or time.monotonic() >= next_info):
+                write = jobs.put_queue_info if info != shown else jobs.renew_queue_info
                 shown, next_info = info, time.monotonic() + _INFO_EVERY
                 with suppress(redis.ResponseError):  # such as a full Redis: jobs do not need it
-                    jobs.put_queue_info(info)
+                    write(info)
         except (redis.RedisError, kombu.exceptions.OperationalError) as error:
             watch.reconnect()
             logger.warning("Redis does not answer; trying again in %.0f s: %s", _REDIS_PAUSE, error)

@@ -103,6 +103,14 @@ def test_a_name_is_refused_by_a_worker_without_a_catalogue() -> None:
         Catalogue().resolve(a_request({"url": "lora://x"}))
 
 
+@pytest.mark.parametrize("text", ["", TEXT])
+def test_an_unknown_name_is_shown_without_secrets(text: str) -> None:
+    with pytest.raises(LoraNotFound, match=r"^lora://x\.invalid/one: ") as caught:
+        catalogue(text).resolve(a_request({"url": "lora://u:pa55@x.invalid/one?token=s3cret"}))
+
+    assert "pa55" not in f"{caught.value} {caught.value.details}"
+
+
 def test_other_addresses_stay_as_they_are() -> None:
     request = a_request({"url": "hf://a/b/c"}, {"ref": "loras/x"}, {"cozy_ref": "watercolor"})
 
@@ -303,6 +311,10 @@ def test_the_catalogue_names_files_of_embeddings_too_and_closes_them() -> None:
             "b: its sha256 is not that of a",
         ),
         ("[loras.a]\nsource='x/y'\npinned=true", "a: `pinned` needs `sha256`"),
+        (
+            "".join(f"[loras.n{i}]\nsource='lora://n{i + 1}'\n" for i in range(2000)),
+            "n0: its file is more than 10 names away",
+        ),
     ],
 )
 def test_a_file_with_a_mistake_is_refused_with_its_name_and_reason(

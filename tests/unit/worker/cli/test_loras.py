@@ -1,6 +1,7 @@
 """`zlora loras`: list, show, check and add."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,8 @@ def test_add_appends_an_entry_that_reads_back(home: Path, file: Path) -> None:
     assert (entry.weight, entry.pinned, entry.notes) == (0.7, True, "größer")
     assert entry.trigger_words == ('a "neon" \\ sign',)
     assert opened(file).find("strong").weight == 1.5
+    assert run("add", "none", "lora://one", "--weight", "0").exit_code == 0
+    assert opened(file).find("none").weight == 0
 
 
 def test_an_embedding_can_be_in_a_catalogue(home: Path) -> None:
@@ -174,6 +177,7 @@ def test_add_takes_the_trigger_words_of_the_header(home: Path) -> None:
         (("new", "lora://on", "--no-check"), "the nearest names: one"),
         (("new", "owner/x", "--no-check", "--pinned"), "`pinned` needs `sha256`"),
         (("new", "owner/x", "--no-check", "--weight", "9"), "weight"),
+        (("new", "owner/x", "--no-check", "--notes", "\udcff"), "surrogates not allowed"),
         (("new", "file:///etc/x"), "not in the folders of ZLORA_LORA_ROOTS"),
     ],
 )
@@ -185,3 +189,13 @@ def test_a_wrong_entry_is_not_added(file: Path, arguments: tuple[str, ...], reas
     assert result.exit_code != 0
     assert reason in " ".join(result.output.split())
     assert file.read_bytes() == before
+
+
+def test_a_pipe_is_no_catalogue(home: Path) -> None:
+    """Opening a pipe would wait for a writer."""
+    os.mkfifo(home / "pipe")
+
+    result = run("--catalogue", str(home / "pipe"), "add", "new", "owner/x", "--no-check")
+
+    assert result.exit_code == 2
+    assert "not a regular file" in result.output

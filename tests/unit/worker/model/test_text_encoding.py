@@ -341,6 +341,7 @@ def embedding(model: Pipeline, token: str, words: str) -> Embedding:
         ("a<mine><mine>b", "a night city night city b", (2, 0, 0)),
         ("a <mine> <mine-2> at", "a night city photo at", (1, 1, 0)),
         ("my_style, my_styles, notmy_style", "sunset, my_styles, notmy_style", (0, 0, 1)),
+        ("my_\u017ftyle, MY_STYLE", "my_\u017ftyle, sunset", (0, 0, 1)),  # the long s is not an s
         ("(<mine>:1.3) [at <mine>]", "(night city:1.3) [at night city]", (2, 0, 0)),
         ("photo, " * 37 + "<mine> photo", "photo, " * 37 + "night city photo", (1, 0, 0)),
     ],
@@ -359,6 +360,16 @@ def test_a_token_is_read_as_its_vectors(
     assert (encoded.pooled - expected.pooled).abs().max() < 1e-5
     assert encoded.prompt_receipt == expected.prompt_receipt
     assert encoded.uses == uses
+
+
+def test_a_token_has_letters_whose_lower_case_is_longer(model: Pipeline, text_of: Encode) -> None:
+    """The lower case of a capital I with a dot has two characters."""
+    embeddings = [embedding(model, "myst\u0130le", "sunset")]
+
+    encoded = text_of("a MYST\u0130LE", embeddings=embeddings)
+
+    assert encoded.uses == (1,)
+    assert (encoded.prompt - text_of("a sunset").prompt).abs().max() < 1e-5
 
 
 def test_the_vectors_of_one_token_stay_in_one_window(model: Pipeline, text_of: Encode) -> None:
