@@ -277,6 +277,8 @@ class MemoryWorker:
         status: dict[str, Any] = {"phase": phase, "attempt": 1}
         if phase == Phase.DENOISE.progress_name:
             status |= {"step": done, "steps": total}
+            if job.submission.request.get("previews"):
+                status["preview"] = "data:image/jpeg;base64,"
         elif phase == Phase.FETCH.progress_name:
             status |= {"received": done, "expected": total}
         self._set_meta(job, TaskMeta(JobState.PROGRESS.value, status))
@@ -335,6 +337,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
             seed=seed + index,
             url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
             pixels_sha256=_EMPTY_SHA256,
+            batch_size=request.batch_size,
             data_uri=f"data:{content_type};base64," if request.inline else None,
         )
         images.append(image)

@@ -1,211 +1,110 @@
-"""Batches of jobs with paced denoising, through real workers to a slow store."""
+"""Images of a job drawn at once (`batch_size`) and one by one, side by side in one process.
 
-import json
-import statistics
+Tiny is the tests' model, whose images take milliseconds. THIN has SDXL's topology with few numbers,
+so that Python takes most of the time, as on a GPU with work for more. REAL has SDXL's true shape in
+bf16, so that multiply-adds take most of the time. Ways alternate; batches have a second turn in
+each round, for the noise. What the bits of an image depend on is shown with the tiny model.
+
+`--thin` leaves out REAL.
+"""
+
+import os
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
-import redis
-from benchmarks.report import progress
-from benchmarks.slow_store import Put, SlowStore, slow_store
-from support import processes, seaweed
-from support.figures import Tally
-from support.processes import Worker, wait_until
-from support.scene import Scene
-from support.valkey import Valkey
-from zlora import JobHandle
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-DELAY: Final = 0.15  # seconds that the store adds to each PUT
-IMAGES: Final = 2  # per job
-PACE: Final = 2.0  # seconds of denoising per image
-APPS: Final = {  # the Celery app of each design
-    "ours": "zlora_worker.app",
-    "inline": "benchmarks.rival_worker",
-    "handed": "benchmarks.rival_worker",
-}
-DESIGNS: Final = tuple(APPS)
-_STEPS: Final = 20  # per image
-_QUIET: Final = ("--without-gossip", "--without-mingle")
-_JOIN: Final = 10.0  # seconds for a thread to end
-_RESULTS: Final = "celery-task-meta-"
+import torch
+import transformers
+from benchmarks import models
+from benchmarks.report import (
+    Row,
+    announce,
+    compare_reversed,
+    figure,
+    options_parser,
+    progress,
+    publish,
+)
+from diffusers.utils import logging as diffusers_logging
+from support.fakes import difference, settings
+from support.tiny_folder import build_tiny
+from zlora.schema import GenerateRequest
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline
 
-
-class Tail(NamedTuple):
-    """Seconds from the end of a job's last drawing to its result, in order."""
-
-    # until the first byte of the last image reaches the store; includes the restore of the base
-    encode: float
-    upload: float  # of the last image
-    manifest: float
-    answer: float  # until a client can see the result
+SIZE: Final = 4  # images of a job
+SECONDS: Final = {True: 60, False: 360}  # about, on two cores; True is the short form
+_CPU: Final = torch.device("cpu")
 
 
-class Batch(NamedTuple):
-    """Measurements of some jobs that were queued at once."""
-
-    jobs: int
-    makespan: float  # seconds from the first job's first step to the last result
-    tails: list[Tail]
-    idle: list[float]  # seconds between the last drawing of a job and the first of the next job
-    redis_bytes: float  # per job, to Redis and from it
-
-    @property
-    def share(self) -> float:
-        """Makespan divided by the sum of the denoising."""
-        return self.makespan / (self.jobs * IMAGES * PACE)
-
-    def tail(self, percentile: int) -> float:
-        """Return a percentile of the tails, in seconds."""
-        return statistics.quantiles([sum(tail) for tail in self.tails], n=100, method="inclusive")[
-            percentile - 1
-        ]
-
-
-class Arrivals:
-    """Times of published results, in seconds since the epoch."""
-
-    def __init__(self, url: str) -> None:
-        self.at: dict[str, float] = {}
-        self._connection = redis.Redis.from_url(url)
-        self._channel = self._connection.pubsub()  # type: ignore[no-untyped-call]  # redis-py's
-        self._channel.psubscribe(**{f"{_RESULTS}*": self._hear})
-        self._thread = self._channel.run_in_thread(sleep_time=0.5, daemon=True)
-
-    def _hear(self, message: Any) -> None:
-        if json.loads(message["data"])["status"] == "SUCCESS":
-            self.at.setdefault(message["channel"].decode().removeprefix(_RESULTS), time.time())
-
-    def close(self) -> None:
-        """Stop to listen."""
-        self._thread.stop()
-        self._thread.join(_JOIN)
-        self._connection.close()
+def main(*, short: bool) -> None:
+    """Measure and publish."""
+    announce("batches", seconds=SECONDS[short])
+    diffusers_logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
+        home = Path(folder, "home")
+        build_tiny(home)
+        tiny = loader.load(settings(home))
+    rows = [*bits(tiny, side=64, guidance=7.5), *bits(tiny, side=72, guidance=1.0)]
+    rows.append(speed("tiny, 64 px", tiny, side=64, steps=8, rounds=3 if short else 15))
+    thin = Pipeline(models.build(thin=True), name="THIN", device=_CPU)
+    rows.append(speed("THIN, 256 px", thin, side=256, steps=4, rounds=2 if short else 9))
+    if not short:
+        del tiny, thin
+        real = Pipeline(models.build(thin=False), name="REAL", device=_CPU)
+        rows.append(speed("REAL, 256 px", real, side=256, steps=2, rounds=3))
+    publish("batches", rows, threads=torch.get_num_threads())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """Broker, store and a worker for each design, all ready."""
+def speed(name: str, model: Pipeline, *, side: int, steps: int, rounds: int) -> Row:
+    """Compare the images per second of a job with those of a job that draws one by one."""
+    request = GenerateRequest(prompt="a", width=side, height=side, num_inference_steps=steps)
 
-    valkey: Valkey
-    store: SlowStore
-    scenes: dict[str, Scene]
+    def images_per_second(size: int) -> float:
+        start = time.perf_counter()
+        for first in range(0, SIZE, size):
+            model.draw(request, range(first, first + size), lambda _step: None)
+        return SIZE / (time.perf_counter() - start)
 
-    def warm(self) -> None:
-        """Send one quick job through each worker, so that its connections are open."""
-        for scene in self.scenes.values():
-            submitted(scene, images=1, step=0.01).result(timeout=60)
+    turns: list[tuple[float, float, float]] = []
+    for index in range(rounds + 1):  # the first one warms up
+        progress(f"{name}: round {index} of {rounds}")
+        turns.append((images_per_second(1), images_per_second(SIZE), images_per_second(SIZE)))
+    theirs, ours, again = zip(*turns[1:], strict=True)
+    what = f"images per second, {SIZE} at once / one by one, {name}"
+    return compare_reversed(what, "one by one", theirs, ours, again)
 
-    def batch(self, design: str, jobs: int) -> Batch:
-        """Queue jobs at once, and wait for all results."""
-        scene, arrivals = self.scenes[design], Arrivals(self.valkey.url)
-        try:
-            before = self._redis_bytes()
-            handles = [submitted(scene, images=IMAGES, step=PACE / _STEPS) for _ in range(jobs)]
-            for index, handle in enumerate(handles):
-                result = handle.result(timeout=60 + 2 * jobs * IMAGES * PACE)
-                assert [image.width for image in result.images] == [1024] * IMAGES, result
-                progress(f"{design}: {index + 1}/{jobs} jobs")
-            wait_until(
-                lambda: all(handle.id in arrivals.at for handle in handles),
-                "all results are published",
-            )
-            return self._seen(design, handles, arrivals.at, (self._redis_bytes() - before) / jobs)
-        finally:
-            arrivals.close()
 
-    def _seen(
-        self, design: str, handles: list[JobHandle], arrived: dict[str, float], size: float
-    ) -> Batch:
-        scene = self.scenes[design]
-        begun = {
-            handle.id: min(event["at"] for event in scene.events("begin", handle))
-            for handle in handles
-        }
-        ended = {
-            handle.id: max(event["at"] for event in scene.events("end", handle))
-            for handle in handles
-        }
-        order = sorted(begun, key=begun.__getitem__)
-        return Batch(
-            jobs=len(handles),
-            makespan=max(arrived[name] for name in order) - begun[order[0]],
-            tails=[self._tail(name, ended[name], arrived[name]) for name in order],
-            idle=[begun[later] - ended[earlier] for earlier, later in pairwise(order)],
-            redis_bytes=size,
+def bits(model: Pipeline, *, side: int, guidance: float) -> list[Row]:
+    """Return how much the pixels of an image differ if only the images beside it do."""
+
+    def drawn(seeds: Sequence[int], place: int) -> bytes:
+        request = GenerateRequest(
+            prompt="a", width=side, height=88, num_inference_steps=8, guidance_scale=guidance
         )
+        return model.draw(request, seeds, lambda _step: None)[place].tobytes()
 
-    def _tail(self, job_id: str, ended: float, arrived: float) -> Tail:
-        image, stored = self._put(f"/runs/{job_id}/outputs/{IMAGES - 1}.png")
-        _, kept = self._put(f"/runs/{job_id}/manifest.json")
-        return Tail(image.begun - ended, stored - image.begun, kept - stored, arrived - kept)
-
-    def _put(self, path: str) -> tuple[Put, float]:
-        """Return the one PUT of an object, and the time of its answer."""
-        (put,) = [put for put in self.store.puts if put.path.endswith(path)]
-        assert put.answered is not None and put.status == 200, put  # noqa: PT018 - one fact
-        return put, put.answered
-
-    def _redis_bytes(self) -> int:
-        with self.valkey.client() as connection:
-            stats: Any = connection.info("stats")
-        return int(stats["total_net_input_bytes"] + stats["total_net_output_bytes"])
-
-
-def submitted(scene: Scene, *, images: int, step: float) -> JobHandle:
-    """Submit a job of 1024x1024."""
-    fields = {"width": 1024, "height": 1024, "num_images": images}
-    return scene.submit(steps=_STEPS, step=step, fields=fields)
-
-
-@contextmanager
-def setup(folder: Path, images: Path) -> Iterator[Setup]:
-    """Start broker, store and workers, and end all of them after the block."""
-    (folder / "valkey").mkdir()
-    with ExitStack() as stack:
-        valkey = stack.enter_context(Valkey(folder / "valkey", Tally()))
-        (folder / "seaweed").mkdir()
-        port = stack.enter_context(seaweed.seaweed(folder / "seaweed"))
-        store = stack.enter_context(slow_store(port, delay=DELAY))
-        scenes = {design: _scene(folder, design, valkey, store) for design in DESIGNS}
-        workers = [
-            stack.enter_context(_worker(scenes[design], APPS[design], design, images))
-            for design in DESIGNS
-        ]
-        publisher = _worker(scenes["handed"], "benchmarks.publisher", "publisher", images)
-        workers.append(stack.enter_context(publisher))
-        for worker in workers:
-            worker.wait_ready()
-        try:
-            yield Setup(valkey=valkey, store=store, scenes=scenes)
-        finally:
-            for scene in scenes.values():
-                scene.close()
-
-
-def _scene(folder: Path, design: str, valkey: Valkey, store: SlowStore) -> Scene:
-    variables = {
-        "ZLORA_STORE": f"s3://{seaweed.BUCKET}/{design}",
-        "ZLORA_S3_ENDPOINT": f"http://127.0.0.1:{store.port}",
+    image, what = drawn([7, 8, 9], 2), f"tiny, {side} x 88 px, guidance {guidance:g}"
+    found = {
+        "drawn again in the same batch": (drawn([7, 8, 9], 2), 0),
+        "beside other images": (drawn([1, 2, 9], 2), 0),
+        "beside copies of itself": (drawn([9, 9, 9], 2), 0),
+        "at another place": (drawn([9, 7, 8], 0), None),
+        "in a batch of 2": (drawn([8, 9], 1), None),
+        "alone": (drawn([9], 0), None),
     }
-    return Scene(
-        folder / design,
-        Tally(),
-        broker_url=valkey.url,
-        queue=design,
-        **variables,
-        **seaweed.ENVIRON,
-    )
+    rows = []
+    for how, (other, goal) in found.items():
+        name = f"greatest difference of 255, {how}, {what}"
+        rows.append(figure(name, difference(image, other), noise=1.0, goal=goal))
+    return rows
 
 
-@contextmanager
-def _worker(scene: Scene, app: str, name: str, images: Path) -> Iterator[Worker]:
-    variables = {"BENCH_DESIGN": name, "FAKE_IMAGES": str(images)}
-    options = ("-n", f"{name}@%h", *_QUIET)
-    environ = scene.environ | variables
-    with processes.worker(environ, scene.folder / f"{name}.log", *options, app=app) as running:
-        yield running
+if __name__ == "__main__":
+    main(short=options_parser(__doc__).parse_args().thin)

@@ -133,7 +133,8 @@ def test_a_job_without_a_worker_has_no_result(client: Client) -> None:
 def test_a_job_has_ended_before_submit_returns() -> None:
     worker = MemoryWorker()
     with worker.client() as client:
-        job = client.submit({**REQUEST, "num_images": 2, "output_format": "jpeg"}, job_id="job-1")
+        fields = {"num_images": 2, "batch_size": 2, "output_format": "jpeg"}
+        job = client.submit({**REQUEST, **fields}, job_id="job-1")
 
         assert job.status() == JobStatus(state=JobState.SUCCESS)
         assert job.cancel() == Cancellation.FINISHED
@@ -143,8 +144,26 @@ def test_a_job_has_ended_before_submit_returns() -> None:
     assert (first.key, first.content_type) == ("runs/job-1/outputs/0.jpeg", "image/jpeg")
     assert second.url == "https://pictures.invalid/runs/job-1/outputs/1.jpeg"
     assert (first.width, first.height, first.size) == (1024, 1024, 0)
+    assert (first.batch_size, second.batch_size) == (2, 2)
     assert (first.seed, second.seed) == (seed_of("job-1"), seed_of("job-1") + 1)
     assert result.request_sha256 == digest_of(worker.requests["job-1"])
+
+
+@pytest.mark.parametrize("fields", [{}, {"previews": True}], ids=str)
+def test_the_progress_of_a_job_has_previews_if_its_request_asks_for_them(
+    fields: dict[str, Any],
+) -> None:
+    found = list[str | None]()
+
+    def draw(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+        progress("denoising", 1, 2)
+        found.append(opened.job(job_id).status().preview)
+        return fake_result(job_id, request)
+
+    with MemoryWorker(draw=draw).client() as opened:
+        opened.submit({**REQUEST, **fields}).result(timeout=0)
+
+    assert found == ["data:image/jpeg;base64," if fields else None]
 
 
 def test_a_result_has_the_options_of_the_request_and_no_secret() -> None:

@@ -24,6 +24,7 @@ from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_s
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
+from zlora_worker.model.preview import Previews
 from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
 from zlora_worker.monitoring.logs import said_by
@@ -108,8 +109,9 @@ class Pipeline:
         self._compile_mode = compile_mode
         if compile_mode != "off":
             compile_blocks(pipeline.unet, with_graphs=compile_mode == "graphs")
+        self.previews = Previews(pipeline)
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
-        self.tiled = False  # True if the last image was decoded in tiles, which differs slightly
+        self.tiled = False  # True if the last images were decoded in tiles, which differs slightly
         self._check_all = check_all
         self._scheduler = pipeline.scheduler
         self._vae_dtype = pipeline.vae.dtype
@@ -148,7 +150,7 @@ class Pipeline:
             # What fails here fails in a job, too, which then says so.
             with suppress(GenerationFailed, OutOfMemory), self.with_loras([], request) as model:
                 try:
-                    model.draw(request, 0, lambda _step: None)
+                    model.draw(request, [0], lambda _step: None)
                 except TorchDynamoException as error:
                     raise ModelUnavailable(
                         f"ZLORA_COMPILE={self._compile_mode}: PyTorch cannot compile the UNet: "
@@ -183,15 +185,7 @@ class Pipeline:
             if not _is_out_of_memory(error):
                 raise
             self._free(error)  # first: the check below needs memory too
-            width, height, size = None, None, ""
-            if request:
-                width, height = self.size(request)
-                size = f" at {width} x {height} pixels"
-            raise OutOfMemory(
-                f"the job needs more memory than this worker has{size}: "
-                f"{type(error).__name__}: {said_by(error)}",
-                {"width": width, "height": height},
-            ) from error
+            raise self._out_of_memory(error, request) from error
         finally:
             self.state = PipelineState.DIRTY
             self._restore()
@@ -267,22 +261,26 @@ class Pipeline:
     def draw(
         self,
         request: GenerateRequest,
-        seed: int,
+        seeds: Sequence[int],
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
-    ) -> Image.Image:
-        """Draw one RGB image; `on_step` receives the number of each finished step, from 1.
+    ) -> list[Image.Image]:
+        """Draw an RGB image of each seed, all in the same forward passes.
+
+        `on_step` receives the number of each finished step, from 1. The last bits of the pixels
+        depend on the number of seeds.
 
         `text` is what `encode` returned for this request, by default the prompts without
-        embeddings. `tiled` says afterwards how the image was decoded. Raises `GenerationFailed` if
-        the image contains NaN or Inf, and `InvalidRequest` if the model cannot draw with the
-        scheduler.
+        embeddings. `tiled` says afterwards how the images were decoded. Raises `GenerationFailed`
+        if an image contains NaN or Inf, `InvalidRequest` if the model cannot draw with the
+        scheduler, and `OutOfMemory` if memory does not suffice for several images at once.
         """
         self.tiled = False
         text = text or self.encode(request)
         width, height = self.size(request)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        seed = seeds[0] if len(seeds) == 1 else list(seeds)
         self.pipeline.scheduler = scheduler_for(self._scheduler, request, seed=seed)
 
         def step_end(
@@ -292,11 +290,14 @@ class Pipeline:
             on_step(math.ceil((call + 1) * request.steps / pipeline.num_timesteps))
             return tensors
 
+        hooks = [self.previews.watch()] if request.previews else []
         # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
         # hook, because the pipeline casts the VAE back after it has decoded.
         finite: list[Tensor] = []
-        hook = self.pipeline.vae.decoder.register_forward_hook(
-            lambda *call: finite.append(torch.isfinite(call[-1]).all())
+        hooks.append(
+            self.pipeline.vae.decoder.register_forward_hook(
+                lambda *call: finite.append(torch.isfinite(call[-1]).all())
+            )
         )
         try:
             output = self.pipeline(
@@ -311,27 +312,35 @@ class Pipeline:
                 guidance_scale=request.guidance,
                 width=width,
                 height=height,
-                latents=self._noise(width, height, generator),
-                generator=generator,
+                num_images_per_prompt=len(seeds),
+                latents=self._noise(width, height, generators),
+                generator=generators,
                 callback_on_step_end=step_end,
                 output_type="pt",
             )
+        except (RuntimeError, MemoryError) as error:
+            if len(seeds) == 1 or not _is_out_of_memory(error):
+                raise
+            self._free(error)
+            raise self._out_of_memory(error, request) from error
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+            self.previews.forget()
         if not all(map(bool, finite)):
             raise GenerationFailed(
-                "the image has NaN or Inf values: "
+                "an image has NaN or Inf values: "
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
-        return Image.fromarray(rgb(output.images[0]).cpu().numpy())
+        return [Image.fromarray(rgb(image).cpu().numpy()) for image in output.images]
 
     def _decode(self, latents: Tensor, **options: Any) -> Any:
-        """Replace the VAE's `decode`: decode in tiles if the whole image runs out of memory.
+        """Replace the VAE's `decode`: decode in tiles if whole images run out of memory.
 
         Both ways start from the same latents: no step is denoised again.
         """
         try:
-            return self._decode_whole(latents, **options)
+            return self._decode_each(latents, **options)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -339,9 +348,28 @@ class Pipeline:
         self.tiled = True
         try:
             self.pipeline.vae.enable_tiling()
-            return self._decode_whole(latents, **options)
+            return self._decode_each(latents, **options)
         finally:
             self.pipeline.vae.disable_tiling()
+
+    def _decode_each(self, latents: Tensor, **options: Any) -> Any:
+        """Decode one image at a time: decoding takes far more memory than a step of denoising."""
+        if len(latents) == 1:
+            return self._decode_whole(latents, **options)
+        # Copies, because the alignment in memory changes the last bits of an image.
+        rows = [latents[row : row + 1].clone() for row in range(len(latents))]
+        return (torch.cat([self._decode_whole(row, **options)[0] for row in rows]),)
+
+    def _out_of_memory(self, error: BaseException, request: GenerateRequest | None) -> OutOfMemory:
+        width, height, size = None, None, ""
+        if request:
+            width, height = self.size(request)
+            size = f" at {width} x {height} pixels"
+        return OutOfMemory(
+            f"the job needs more memory than this worker has{size}: "
+            f"{type(error).__name__}: {said_by(error)}",
+            {"width": width, "height": height},
+        )
 
     def _free(self, error: BaseException) -> None:
         """Free the tensors that the frames of an error's traceback hold."""
@@ -349,12 +377,12 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
+    def _noise(self, width: int, height: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Draw the initial latents, in fp32 on the CPU: a seed is the same noise on any device."""
         factor = self.pipeline.vae_scale_factor
         shape = (1, self.pipeline.unet.config.in_channels, height // factor, width // factor)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        return noise.to(self.device, self.pipeline.unet.dtype)
+        rows = [torch.randn(shape, generator=each, dtype=torch.float32) for each in generators]
+        return torch.cat(rows).to(self.device, self.pipeline.unet.dtype)
 
 
 class MergedModel:
@@ -371,17 +399,21 @@ class MergedModel:
     def draw(
         self,
         request: GenerateRequest,
-        seed: int,
+        seeds: Sequence[int],
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
-    ) -> Image.Image:
-        """Draw one image; see `Pipeline.draw`."""
-        return self._pipeline.draw(request, seed, on_step, text=text)
+    ) -> list[Image.Image]:
+        """Draw an image of each seed; see `Pipeline.draw`."""
+        return self._pipeline.draw(request, seeds, on_step, text=text)
+
+    def preview(self) -> str | None:
+        """Return the first image that is being drawn, for `previews`; see `Previews.latest`."""
+        return self._pipeline.previews.latest()
 
     @property
     def tiled(self) -> bool:
-        """True if the last image was decoded in tiles."""
+        """True if the last images were decoded in tiles."""
         return self._pipeline.tiled
 
 

@@ -75,6 +75,7 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
         (["--guidance", "0"], {"guidance_scale": 0.0}),
         (["--size", "1024x768"], {"width": 1024, "height": 768}),
         (["--seed", "0", "-n", "4"], {"seed": 0, "num_images": 4}),
+        (["-n", "4", "--batch-size", "2"], {"num_images": 4, "batch_size": 2}),
         (["--scheduler", "Euler a"], {"scheduler": "Euler a"}),
         (["--schedule", "trailing"], {"schedule": "trailing"}),
         (["--scheduler", "ddim", "--eta", "0.5"], {"scheduler": "ddim", "eta": 0.5}),
@@ -273,6 +274,19 @@ def test_generate_saves_the_images_and_prints_what_was_used(
     ]
     assert result.stderr.startswith("job j\n")
     assert list(worker.requests) == ["j"]
+
+
+def test_preview_is_a_field_of_the_request(worker: MemoryWorker) -> None:
+    assert run("generate", "a city", "--preview", "--out", "a").exit_code == 0
+    assert requested(worker) == {"prompt": "a city", "previews": True}
+
+
+def test_generate_prints_the_batch_size_of_images_that_were_drawn_together(
+    worker: MemoryWorker,
+) -> None:
+    result = run("generate", "a city", "-n", "2", "--batch-size", "2", "--seed", "7", "--out", "a")
+
+    assert "-1.png (seed 8, 1024x1024, batch size 2)\n" in result.stdout
 
 
 def test_generate_prints_how_often_an_embedding_was_used(worker: MemoryWorker) -> None:
