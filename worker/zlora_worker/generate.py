@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from zlora.lora import recipes
-from zlora.schema import Asset, GenerateRequest, Phase, digest_of
+from zlora.schema import Asset, GenerateRequest, Phase, digest_of, require_steps_of_loras
 
 from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
@@ -62,6 +62,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     request, entries = child.catalogue.resolve(job.request)
     used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
     child.model.scheduler_name(request)  # raises before anything is fetched
+    child.model.require_blocks(request)
 
     # fetch
     assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]
@@ -75,6 +76,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         embeddings = embeddings_in_use(child, request.embeddings, files[len(used) :], loras)
     request, recipe_fields, warned = recipes.fill(request, [lora.recipe for lora in loras])
     request = request.with_defaults()
+    require_steps_of_loras(request)
     timer.end(Phase.PARSE)
 
     spooled = spooled_job(child, job, request, loras, embeddings)
@@ -103,7 +105,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         progress(Phase.UPLOAD, 0, request.num_images)
         adds_words = job.request.trigger_words == "add"
         receipts = (
-            lora.receipt(norm, warned=warnings, adds_words=adds_words)
+            lora.receipt(norm, steps=request.steps, warned=warnings, adds_words=adds_words)
             for lora, norm, warnings in zip(loras, model.relative_norms, warned, strict=True)
         )
         uses = iter(text.uses)
