@@ -11,7 +11,7 @@ _LETTERS: Final = {"input_blocks": "IN", "middle_block": "M", "output_blocks": "
 
 
 class BlockNames:
-    """Names of the blocks around each module of a UNet; a module of the stem has none."""
+    """Names of the blocks around each module of a UNet; some modules are in no block."""
 
     def __init__(self, modules: Iterable[str]) -> None:
         """Take diffusers' names of the modules."""
@@ -32,12 +32,11 @@ class BlockNames:
 
 def _blocks_around(module: str, ldm: LdmNames) -> Iterator[str]:
     """Yield the names of the blocks that a module is in, the innermost first."""
-    kind, _, rest = module.partition(".")
-    if kind not in ("down_blocks", "mid_block", "up_blocks"):
-        return
-    parts = [kind.partition("_")[0], *rest.split(".")]
-    for depth in range(len(parts), 0, -1):
-        yield ".".join(parts[:depth])
+    kind, *rest = module.split(".")
+    if kind in ("down_blocks", "mid_block", "up_blocks"):
+        parts = [kind.partition("_")[0], *rest]
+        for depth in range(len(parts), 0, -1):
+            yield ".".join(parts[:depth])
     ldm_kind, _, ldm_rest = (ldm.of(module) or "").partition(".")
     if ldm_kind in _LETTERS:
         number = 0 if ldm_kind == "middle_block" else int(ldm_rest.partition(".")[0])
