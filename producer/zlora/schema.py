@@ -118,7 +118,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     end: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Share of the steps from which on the LoRA is not in the UNet; 1 by default."""
     weights: (
-        Annotated[tuple[tuple[Share, Weight], ...], Meta(min_length=1, max_length=200)] | None
+        Annotated[tuple[tuple[Share, Weight], ...], Meta(min_length=1, max_length=64)] | None
     ) = None
     """Strengths in the UNet by share of the steps, as `[[0, 1], [0.5, 0.3]]`; none by default."""
     blocks: Annotated[dict[str, Weight], Meta(min_length=1, max_length=64)] | None = None

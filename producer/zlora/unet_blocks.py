@@ -12,11 +12,14 @@ _PART: Final = re.compile(
     r"(?:(down|up)(?:_blocks)?((?:\.\w+)*)|(mid)(?:_block)?((?:\.\w+)*))", re.ASCII
 )
 _LETTERS: Final = re.compile(r"(?:IN|OUT)(?:0[0-9]|1[01])|M00|MID", re.ASCII)
+_MAX_NAME: Final = 100  # characters; modules of SDXL have names of up to 70
 _TEXT: Final = "BASE"  # the letters of the text encoders
 
 
 def canonical(name: str) -> str:
     """Return the one spelling of a block's name; raise `ValueError` if it has the form of none."""
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"Expected names of at most {_MAX_NAME} characters")
     if _LETTERS.fullmatch(name):
         return "M00" if name == "MID" else name
     if found := _PART.fullmatch(name):

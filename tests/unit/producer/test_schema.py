@@ -172,6 +172,7 @@ def test_a_strength_over_the_steps_begins_with_the_step_at_its_share(
         ({"blocks": {"BASE": 0.5}}, "blocks"),
         ({"blocks": {"IN12": 0.5}}, "blocks"),
         ({"blocks": {"side": 0.5}}, "blocks"),
+        ({"blocks": {"down." + "x" * 100: 0.5}}, "blocks"),
         ({"blocks": {"IN04": 0.5, "mid": 1}}, "blocks"),
         ({"blocks": {"down.1": 0.5, "down_blocks.1": 1}}, "blocks"),
         ({"blocks": {"M00": 0.5, "MID": 1}}, "blocks"),
