@@ -296,6 +296,18 @@ def test_generate_saves_the_images_and_prints_what_was_used(
     assert list(worker.requests) == ["j"]
 
 
+@pytest.mark.usefixtures("worker")
+def test_generate_prints_strengths_over_steps_and_by_block() -> None:
+    lora = "owner/repo:0.5:start=0.2:end=0.8:blocks=0.5@down.1,0@mid"
+    result = run("generate", "a city", "--lora", lora, "--lora", "owner/other", "--out", ".")
+
+    lines = [line for line in result.stdout.splitlines() if " by " in line]
+    assert lines == [
+        "weight by step: hf://owner/repo: 0 from 1, 0.5 from 7, 0 from 24",
+        "factor by block: hf://owner/repo: down.1 0.5, mid 0",
+    ]
+
+
 def test_generate_prints_how_often_an_embedding_was_used(worker: MemoryWorker) -> None:
     result = run("generate", "a cat", "--embedding", "cat=owner/repo", "--out", ".")
 
