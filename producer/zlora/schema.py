@@ -5,7 +5,7 @@ The line below each field is its documentation, from which `docs/reference/reque
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct, structs
 
 from zlora import prompt_syntax, unet_blocks
-from zlora.errors import InvalidJobId, InvalidRequest
+from zlora.errors import InvalidJobId, InvalidRequest, LoraMismatch
 from zlora.prompt_syntax import MAX_WINDOWS, ParsedPrompt, PromptSyntax
 from zlora.redaction import field_name, printable
 from zlora.schedulers import (
@@ -147,6 +147,15 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     def has_schedule(self) -> bool:
         """Whether the weight in the UNet may change over the steps."""
         return self.weights is not None or self.start > 0 or self.end < 1
+
+    def require_constant_text(self, components: Iterable[str], source: str) -> None:
+        """Raise `LoraMismatch` if a file with these components may be used in the UNet only."""
+        is_silent = self.has_schedule and self.text_encoder_weight is None
+        if is_silent and any(name.startswith("text_encoder") for name in components):
+            raise LoraMismatch(
+                f"{source}: changes the text encoders too. {TEXT_IS_CONSTANT}; "
+                "with `text_encoder_weight: 0` the rest is used"
+            )
 
     @property
     def unet_weights(self) -> tuple[tuple[float, float], ...]:

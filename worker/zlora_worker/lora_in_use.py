@@ -7,19 +7,11 @@ from typing import Final, Self
 
 import msgspec
 from zlora import config
-from zlora.errors import InvalidSetting, LoraError, LoraMismatch
+from zlora.errors import InvalidSetting, LoraError
 from zlora.lora.catalogue import CatalogueEntry
 from zlora.lora.recipes import Recipe, recipe_named, recipe_of_address
 from zlora.redaction import label, without_secrets
-from zlora.schema import (
-    NO_CONFIG,
-    TEXT_IS_CONSTANT,
-    Asset,
-    LoraReceipt,
-    LoraSpec,
-    LoraTier,
-    Phase,
-)
+from zlora.schema import NO_CONFIG, Asset, LoraReceipt, LoraSpec, LoraTier, Phase
 from zlora.unet_blocks import canonical
 
 from zlora_worker.child import Child
@@ -63,12 +55,7 @@ class LoraInUse:
         parsed, from_memory = parse(child, spec, file)
         if spec.strict:
             require_whole(parsed, source=file.source)
-        texts = {name for name in parsed.modules if name.startswith("text_encoder")}
-        if spec.has_schedule and spec.text_encoder_weight is None and texts:
-            raise LoraMismatch(
-                f"{file.source}: changes the text encoders too. {TEXT_IS_CONSTANT}; "
-                "with `text_encoder_weight: 0` the rest is used"
-            )
+        spec.require_constant_text(parsed.modules, file.source)
         tier: LoraTier = file.tier
         if from_memory and tier == "disk":
             tier = "memory"

@@ -98,7 +98,8 @@ class Patch:
             return
         plan = self._apply(used)
         for index, lora in enumerate(loras):
-            self._norms[index] = max(self._norms[index], plan.relative_norm(lora))
+            if self._loras[index].schedule or not unet_only:
+                self._norms[index] = max(self._norms[index], plan.relative_norm(lora))
 
     def restore(self) -> None:
         """Restore the base; does nothing if it is in place."""
