@@ -52,7 +52,7 @@ def main(*, thin: bool) -> None:
         for model in ("THIN",) if thin else ("REAL", "THIN"):
             folder = Path(name, model)
             bench = Bench(model, folder, models.build(thin=model == "THIN"), side=SIDE)
-            rows += changes(bench, rounds=3 if thin else 7)
+            rows += changes(bench, rounds=3 if thin else 4)
             if model == "THIN":
                 rows.append(unchanged(bench, rounds=5 if thin else 21))
             del bench
