@@ -147,6 +147,36 @@ def sections(embedding: str) -> list[Section]:
             },
         ),
         Section(
+            "strengths",
+            "Strengths over the steps and by block",
+            "`start` and `end` are shares of the steps, `weights` are strengths from shares of the "
+            "steps on, and `blocks` are factors for blocks of the UNet.",
+            {
+                "cyberpunk-style, 12 steps": [
+                    (caption, _city_with(fields))
+                    for caption, fields in (
+                        ("no LoRA", {"weight": 0}),
+                        ("all steps", {}),
+                        ("start 0.5", {"start": 0.5}),
+                        ("end 0.5", {"end": 0.5}),
+                        ("0.2 to 0.8", {"start": 0.2, "end": 0.8}),
+                        ("1, then 0.3", {"weights": [[0, 1], [0.5, 0.3]]}),
+                    )
+                ],
+                "one kind of block alone": [
+                    (caption, _city_with({"blocks": dict.fromkeys(("down", "mid", "up"), 0) | one}))
+                    for caption, one in (
+                        ("none", {}),
+                        ("down", {"down": 1}),
+                        ("mid", {"mid": 1}),
+                        ("up", {"up": 1}),
+                        ("up.0", {"up.0": 1}),
+                        ("up.1", {"up.1": 1}),
+                    )
+                ],
+            },
+        ),
+        Section(
             "catalogue",
             "Catalogue",
             "LoRAs by the names of a catalogue, in the prompt or in `loras`, with its weights and "
@@ -182,6 +212,12 @@ def sections(embedding: str) -> list[Section]:
             },
         ),
     ]
+
+
+def _city_with(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a request whose LoRA, of the UNet alone, has these fields."""
+    spec = {"file": {"url": "demo://cyberpunk-style"}, "text_encoder_weight": 0, **fields}
+    return {"prompt": _CITY, "num_inference_steps": 12, "loras": [spec]}
 
 
 def draw(section: Section, client: Client) -> str:

@@ -350,8 +350,8 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
             text = "true or false" if isinstance(kind, types.BoolType) else "any value"
         case types.LiteralType(values) | types.EnumType(cls=values):
             text = " ".join(f"`{value}`" for value in _in_source_order(values, choices))
-        case types.VarTupleType(item, _, most):
-            text = f"list of {_type_name(item)}" + (f", at most {most}" if most else "")
+        case types.VarTupleType() | types.TupleType():
+            text = _list_name(kind)
         case types.DictType(key, value):
             text = f"object, {_type_name(key)} to {_type_name(value)}"
         case types.StructType(cls):
@@ -359,6 +359,13 @@ def _type_name(kind: msgspec.inspect.Type, choices: Iterable[Any] = ()) -> str:
         case _:
             raise TypeError(f"no words for {kind}")
     return text
+
+
+def _list_name(kind: "msgspec.inspect.VarTupleType | msgspec.inspect.TupleType") -> str:
+    if isinstance(kind, msgspec.inspect.TupleType):
+        return f"[{'; '.join(map(_type_name, kind.item_types))}]"
+    most = f", at most {kind.max_length}" if kind.max_length else ""
+    return f"list of {_type_name(kind.item_type)}{most}"
 
 
 _LINKS: Final[dict[type, str]] = {

@@ -5,6 +5,7 @@ The line below each field is its documentation, from which `docs/reference/reque
 
 import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
@@ -12,8 +13,8 @@ from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from zlora import prompt_syntax
-from zlora.errors import InvalidJobId, InvalidRequest
+from zlora import prompt_syntax, unet_blocks
+from zlora.errors import InvalidJobId, InvalidRequest, LoraMismatch
 from zlora.prompt_syntax import MAX_WINDOWS, ParsedPrompt, PromptSyntax
 from zlora.redaction import field_name, printable
 from zlora.schedulers import (
@@ -33,6 +34,11 @@ MAX_LORAS: Final = 8
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
+# Why a schedule has no weight in the text encoders.
+TEXT_IS_CONSTANT: Final = (
+    "Expected 0, since the LoRA's strength changes over the steps: "
+    "prompts are encoded once, before the first step"
+)
 MAX_TOKEN: Final = 100  # characters of a word that stands for an embedding
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
@@ -43,6 +49,7 @@ Token = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN)]
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
+Share = Annotated[float, Meta(ge=0, le=1)]  # of the steps
 Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
 Timesteps = Annotated[
@@ -107,7 +114,17 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     unet_weight: Weight | None = None
     """Strength in the UNet; `weight` by default."""
     text_encoder_weight: Weight | None = None
-    """Strength in both text encoders; `weight` by default."""
+    """Strength in both text encoders; `weight` by default, 0 if the strength changes over steps."""
+    start: Share = 0.0
+    """Share of the steps before which the LoRA is not in the UNet; 0 by default."""
+    end: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of the steps from which on the LoRA is not in the UNet; 1 by default."""
+    weights: (
+        Annotated[tuple[tuple[Share, Weight], ...], Meta(min_length=1, max_length=64)] | None
+    ) = None
+    """Strengths in the UNet by share of the steps, as `[[0, 1], [0.5, 0.3]]`; none by default."""
+    blocks: Annotated[dict[str, Weight], Meta(min_length=1, max_length=64)] | None = None
+    """Factors of the strength by block of the UNet, as `{"down.1": 0.5, "mid": 0}`; else 1."""
     alpha: Annotated[float, Meta(gt=0, le=100_000)] | None = None
     """Alpha of the layers for which the file has none; by default as `adapter_config.json` says."""
     strict: bool = True
@@ -117,10 +134,52 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
 
     @property
     def component_weights(self) -> tuple[float, float]:
-        """Weights in the UNet and in the text encoders; by default both are `weight`."""
-        weight = WEIGHT if self.weight is None else self.weight
-        unet, text = self.unet_weight, self.text_encoder_weight
-        return weight if unet is None else unet, weight if text is None else text
+        """Weights in the UNet and in the text encoders; by default both are `weight`.
+
+        Of weights that change over the steps, the one that is farthest from 0.
+        """
+        unet = max((weight for _, weight in self.unet_weights), key=abs)
+        if self.text_encoder_weight is not None:
+            return unet, self.text_encoder_weight
+        if self.has_schedule:
+            return unet, 0.0
+        return unet, WEIGHT if self.weight is None else self.weight
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the weight in the UNet may change over the steps."""
+        return self.weights is not None or self.start > 0 or self.end < 1
+
+    def require_constant_text(self, components: Iterable[str], source: str) -> None:
+        """Raise `LoraMismatch` if a file with these components may be used in the UNet only."""
+        is_silent = self.has_schedule and self.text_encoder_weight is None
+        if is_silent and any(name.startswith("text_encoder") for name in components):
+            raise LoraMismatch(
+                f"{source}: changes the text encoders too. {TEXT_IS_CONSTANT}; "
+                "with `text_encoder_weight: 0` the rest is used"
+            )
+
+    @property
+    def unet_weights(self) -> tuple[tuple[float, float], ...]:
+        """Weights in the UNet, each after the share of the steps from which on it holds."""
+        if self.weights is not None:
+            return self.weights
+        weight = self.weight if self.unet_weight is None else self.unet_weight
+        found = [(self.start, WEIGHT if weight is None else weight)]
+        if self.start > 0:
+            found.insert(0, (0.0, 0.0))
+        if self.end < 1:
+            found.append((self.end, 0.0))
+        return tuple(found)
+
+    def weights_by_step(self, steps: int) -> tuple[tuple[int, float], ...]:
+        """Weights in the UNet, each after the first step, from 1, that has it."""
+        found: list[tuple[int, float]] = []
+        for step in range(steps):
+            weight = weight_at(self.unet_weights, step / steps)
+            if not found or found[-1][1] != weight:
+                found.append((step + 1, weight))
+        return tuple(found)
 
     @property
     def is_used(self) -> bool:
@@ -268,7 +327,9 @@ class GenerateRequest(
     def with_defaults(self) -> Self:
         """Return the request with its steps, guidance scale and weights written out."""
         loras = tuple(
-            lora if lora.weight is not None else structs.replace(lora, weight=WEIGHT)
+            lora
+            if lora.weight is not None or lora.weights is not None
+            else structs.replace(lora, weight=WEIGHT)
             for lora in self.loras
         )
         return structs.replace(
@@ -326,7 +387,7 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     ranks: tuple[int, ...]
     """Ranks of the layers, each once, ascending."""
     unet_weight: float
-    """Strength in the UNet."""
+    """Strength in the UNet; if it changes over the steps, the one that is farthest from 0."""
     text_encoder_weight: float
     """Strength in both text encoders."""
     modules: dict[str, int]
@@ -344,7 +405,7 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     unmatched_names: tuple[str, ...] = ()
     """Names of the first tensors that fit nowhere."""
     relative_norm: float | None = None
-    """Norm of the delta divided by the norm of the weights that it changes."""
+    """Norm of the delta divided by the norm of the weights that it changes, at its greatest."""
     tensors_sha256: str | None = None
     """SHA-256 of the file without its header, which A1111 and Civitai (AutoV3) use as its name."""
     config_sha256: str | None = None
@@ -355,6 +416,10 @@ class LoraReceipt(Struct, frozen=True, kw_only=True):
     """Name in the worker's catalogue, if it is there."""
     trigger_words: tuple[str, ...] = ()
     """Trigger words by the worker's catalogue, else by the file's header."""
+    unet_weights: tuple[tuple[int, float], ...] = ()
+    """Strengths in the UNet, if they change, each after its first step, from 1."""
+    blocks: dict[str, float] = {}
+    """Factors of the strength in the UNet by block, as in the request."""
     recipe: str | None = None
     """Recipe of a few-step LoRA, such as `lightning-4`."""
 
@@ -628,6 +693,7 @@ def parse_request(document: object) -> GenerateRequest:
         expected = f"Expected at most {MAX_LORAS} LoRAs in prompt and `loras`, got {count}"
         raise invalid("$.prompt", request.prompt, expected)
     _check_sampling(request)
+    _check_loras(request)
     return request
 
 
@@ -679,6 +745,49 @@ def _check_sampling(request: GenerateRequest) -> None:
             raise invalid("$.num_inference_steps", steps, expected)
     if request.sigmas and request.steps == 0:
         raise invalid("$.sigmas", request.sigmas, "Expected a number above 0")
+
+
+def _check_loras(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` for strengths over steps, or by block, that contradict each other."""
+    for index, spec in enumerate(request.loras):
+        path = f"$.loras[{index}]"
+        if spec.weights is not None:
+            shares = [share for share, _ in spec.weights]
+            if shares[0] != 0 or any(later <= earlier for earlier, later in pairwise(shares)):
+                expected = "Expected shares of the steps that begin with 0 and rise"
+                raise invalid(f"{path}.weights", shares, expected)
+            for field in ("weight", "unet_weight"):
+                if (value := getattr(spec, field)) is not None:
+                    raise invalid(f"{path}.{field}", value, f"Expected no `{field}` with `weights`")
+            if spec.start > 0 or spec.end < 1:
+                expected = "Expected no `weights` with `start` or `end`"
+                raise invalid(f"{path}.weights", spec.weights, expected)
+        if spec.start >= spec.end:
+            raise invalid(f"{path}.end", spec.end, f"Expected a number above {spec.start}, `start`")
+        if spec.has_schedule and spec.text_encoder_weight:
+            raise invalid(f"{path}.text_encoder_weight", spec.text_encoder_weight, TEXT_IS_CONSTANT)
+        try:
+            unet_blocks.require_distinct(spec.blocks or ())
+        except ValueError as error:
+            raise invalid(f"{path}.blocks", spec.blocks, str(error)) from None
+    if request.num_inference_steps or request.timesteps or request.sigmas:
+        require_steps_of_loras(request)
+
+
+def require_steps_of_loras(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if a LoRA has a weight at none of the request's steps."""
+    for index, spec in enumerate(request.loras):
+        if not spec.has_schedule or not spec.is_used:
+            continue
+        if not any(weight for _, weight in spec.weights_by_step(request.steps)):
+            field = "start" if spec.weights is None else "weights"
+            expected = f"Expected a weight at some of the {request.steps} steps, or `weight` 0"
+            raise invalid(f"$.loras[{index}].{field}", getattr(spec, field), expected)
+
+
+def weight_at(weights: Sequence[tuple[float, float]], share: float) -> float:
+    """Return the last of the weights whose share of the steps is not beyond this one."""
+    return next(weight for start, weight in reversed(weights) if start <= share)
 
 
 def digest_of(request: GenerateRequest) -> str:

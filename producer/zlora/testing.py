@@ -357,6 +357,8 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
             tier="memory",
             milliseconds={Phase.FETCH.value: 0.0, Phase.PARSE.value: 0.0},
             adapter_name=label(spec.adapter_name),
+            unet_weights=spec.weights_by_step(request.steps) if spec.has_schedule else (),
+            blocks=spec.blocks or {},
         )
         receipts.append(receipt)
         file = Asset(url=source, sha256=sha256, config_sha256=spec.file.config_sha256)

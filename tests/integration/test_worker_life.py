@@ -8,13 +8,16 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 from support.processes import Worker, path_of, wait_until, worker
+from support.tiny_folder import tiny_lora
 from zlora import JobState
 from zlora.broker.keys import INFO_EXPIRES, queue_info_key
-from zlora.errors import InvalidRequest
+from zlora.errors import InvalidRequest, JobRevoked
+from zlora.handle import JobHandle
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a city at night", "num_inference_steps": 60, "seed": 1}
@@ -30,14 +33,18 @@ def change_a_weight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(
-    worker_environ: dict[str, str], change_a_weight: Path, tmp_path_factory: pytest.TempPathFactory
+    worker_environ: dict[str, str],
+    change_a_weight: Path,
+    model_home: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Worker]:
     """Return the worker of this file."""
     fault = change_a_weight.with_name("python")
     fault.mkdir()
     (fault / "sitecustomize.py").write_text(_CHANGE_A_WEIGHT.format(order=str(change_a_weight)))
     log = tmp_path_factory.mktemp("log") / "log"
-    with worker(worker_environ | {"PYTHONPATH": str(fault)}, log) as started:
+    roots = {"ZLORA_LORA_ROOTS": str(tiny_lora(model_home, "neon-lights").parent)}
+    with worker(worker_environ | roots | {"PYTHONPATH": str(fault)}, log) as started:
         started.wait_ready()
         yield started
 
@@ -93,6 +100,52 @@ def test_killed_child_is_replaced_and_its_job_has_the_bits_of_an_undisturbed_one
     ]
     assert len(running.lines(RESIDENT)) == loads + 1
     assert running.child() != first
+
+
+def test_killed_child_leaves_the_image_of_a_lora_that_changes_over_the_steps(
+    running: Worker, model_home: Path
+) -> None:
+    """The image is that of the job without a kill, and the next plain job's is what it was."""
+    plain = pixels(running.client.submit(SMALL))
+    whole = pixels(running.client.submit(changing(model_home)))
+    loads, first = len(running.lines(RESIDENT)), running.child()
+    handle = running.client.submit(changing(model_home))
+    wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+
+    os.kill(first, signal.SIGKILL)
+
+    assert pixels(handle) == whole != pixels(running.client.submit(LONG))
+    assert len(running.lines(RESIDENT)) == loads + 1
+    assert running.child() != first
+    assert pixels(running.client.submit(SMALL)) == plain
+
+
+def test_a_job_that_is_cancelled_between_two_strengths_leaves_the_base(
+    running: Worker, model_home: Path
+) -> None:
+    plain, loads = pixels(running.client.submit(SMALL)), len(running.lines(RESIDENT))
+    handle = running.client.submit(changing(model_home))
+    wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+
+    handle.cancel()
+
+    with pytest.raises(JobRevoked):
+        handle.result(timeout=60)
+    assert pixels(running.client.submit(SMALL)) == plain
+    assert len(running.lines(RESIDENT)) == loads
+
+
+def changing(home: Path) -> dict[str, Any]:
+    """Return a long request whose LoRA has another strength at most steps."""
+    file = {"url": tiny_lora(home, "neon-lights").as_uri()}
+    weights = [[share / 50, 1 - share / 50] for share in range(50)]
+    return LONG | {"loras": [{"file": file, "weights": weights}]}
+
+
+def pixels(handle: JobHandle) -> str | None:
+    result = handle.result(timeout=90)
+    assert result.base_intact
+    return result.images[0].pixels_sha256
 
 
 def test_job_after_which_the_base_differs_is_drawn_again_by_a_new_child(

@@ -10,7 +10,15 @@ from typing import Final, get_args
 from PIL.Image import Image
 from zlora.errors import OutOfMemory
 from zlora.lora import recipes
-from zlora.schema import Asset, BatchSize, GenerateRequest, ImageRef, Phase, digest_of
+from zlora.schema import (
+    Asset,
+    BatchSize,
+    GenerateRequest,
+    ImageRef,
+    Phase,
+    digest_of,
+    require_steps_of_loras,
+)
 
 from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
@@ -70,6 +78,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
     if request.scheduler or request.recipes == "off" or not used:  # else a recipe may set it
         child.model.scheduler_name(request)  # raises before anything is fetched
+    child.model.require_blocks(request)
 
     # fetch
     assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]
@@ -83,6 +92,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         embeddings = embeddings_in_use(child, request.embeddings, files[len(used) :], loras)
     request, recipe_fields, warned = recipes.fill(request, [lora.recipe for lora in loras])
     request = request.with_defaults()
+    require_steps_of_loras(request)
     timer.end(Phase.PARSE)
 
     spooled = spooled_job(child, job, request, loras, embeddings)
@@ -99,7 +109,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         progress(Phase.UPLOAD, 0, request.num_images)
         adds_words = job.request.trigger_words == "add"
         receipts = (
-            lora.receipt(norm, warned=warnings, adds_words=adds_words)
+            lora.receipt(norm, steps=request.steps, warned=warnings, adds_words=adds_words)
             for lora, norm, warnings in zip(loras, model.relative_norms, warned, strict=True)
         )
         uses = iter(text.uses)

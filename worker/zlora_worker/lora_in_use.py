@@ -12,6 +12,7 @@ from zlora.lora.catalogue import CatalogueEntry
 from zlora.lora.recipes import Recipe, recipe_named, recipe_of_address
 from zlora.redaction import label, without_secrets
 from zlora.schema import NO_CONFIG, Asset, LoraReceipt, LoraSpec, LoraTier, Phase
+from zlora.unet_blocks import canonical
 
 from zlora_worker.child import Child
 from zlora_worker.fetch.cache import CachedFile
@@ -47,12 +48,14 @@ class LoraInUse:
     ) -> Self:
         """Parse the file, or take the parsed LoRA from memory.
 
-        Raises `NotSafetensors`, and `LoraMismatch` if the file does not fit the base model.
+        Raises `NotSafetensors`, and `LoraMismatch` if the file does not fit the base model, or
+        changes text encoders with a strength that changes over the steps.
         """
         start = time.perf_counter()
         parsed, from_memory = parse(child, spec, file)
         if spec.strict:
             require_whole(parsed, source=file.source)
+        spec.require_constant_text(parsed.modules, file.source)
         tier: LoraTier = file.tier
         if from_memory and tier == "disk":
             tier = "memory"
@@ -69,10 +72,13 @@ class LoraInUse:
     def weighted(self) -> WeightedLora:
         """The LoRA with the weights of this job."""
         unet, text = self.spec.component_weights
+        blocks = self.spec.blocks or {}
         return WeightedLora(
             lora=self.parsed,
             unet_weight=unet,
             text_encoder_weight=text,
+            schedule=self.spec.unet_weights if self.spec.has_schedule else (),
+            blocks=tuple(sorted((canonical(name), factor) for name, factor in blocks.items())),
             source=self.file.source,
         )
 
@@ -84,12 +90,17 @@ class LoraInUse:
         return self.parsed.recipe or recipe_of_address(self.file.source)
 
     def receipt(
-        self, relative_norm: float, *, warned: Sequence[str] = (), adds_words: bool = False
+        self,
+        relative_norm: float,
+        *,
+        steps: int,
+        warned: Sequence[str] = (),
+        adds_words: bool = False,
     ) -> LoraReceipt:
         """Return what was used; `relative_norm` is that of the merged change.
 
-        `warned` says what in the request contradicts the LoRA's recipe. `adds_words` says that the
-        request asks for trigger words in the prompt.
+        `steps` are those of an image. `warned` says what in the request contradicts the LoRA's
+        recipe. `adds_words` says that the request asks for trigger words in the prompt.
         """
         parsed, entry = self.parsed, self.entry
         warnings = [_ALPHA_ASSUMED, *warned] if parsed.alpha_assumed else [*warned]
@@ -122,6 +133,8 @@ class LoraInUse:
             warnings=tuple(warnings),
             catalogue=entry.name if entry else None,
             trigger_words=_words(entry, parsed),
+            unet_weights=self.spec.weights_by_step(steps) if self.spec.has_schedule else (),
+            blocks=self.spec.blocks or {},
             recipe=self.recipe.name if self.recipe else None,
         )
 

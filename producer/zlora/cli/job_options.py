@@ -19,9 +19,14 @@ from zlora.schedulers import Schedule
 from zlora.schema import GenerateRequest, OutputFormat, enum_fields, parse_request
 
 _NUMBER: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
-# An address, the number after its last colon, and an alpha.
+_WEIGHTS: Final = rf"{_NUMBER}@{_NUMBER}"  # from a share of the steps on
+_FACTORS: Final = rf"{_NUMBER}@[\w.]+"  # for a block
+# An address, the number after its last colon, and options.
 _LORA: Final = re.compile(
-    rf"(.+?)(?::({_NUMBER}))?(?::alpha=({_NUMBER}))?", re.ASCII | re.DOTALL | re.IGNORECASE
+    rf"(.+?)(?::({_NUMBER}))?"
+    rf"((?::(?:alpha|start|end)={_NUMBER}"
+    rf"|:weights={_WEIGHTS}(?:,{_WEIGHTS})*|:blocks={_FACTORS}(?:,{_FACTORS})*)*)",
+    re.ASCII | re.DOTALL | re.IGNORECASE,
 )
 _SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
 _FIELDS: Final = (  # options that have the name of a field of the request
@@ -75,20 +80,28 @@ class Order(NamedTuple):
 def _loras(
     _ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """Parse `address:weight:alpha=number`; weight and alpha may be absent.
+    """Parse `address:weight:name=value`; weight and options may be absent.
 
     An address may have colons, but no number after the last one.
     """
     specs = []
     for text in texts:
-        address, weight, alpha = text, None, None
+        address, weight, options = text, None, ""
         if found := _LORA.fullmatch(text):
-            address, weight, alpha = found.groups()
+            address, weight, options = found.groups()
         spec: dict[str, Any] = {"file": _file(address)}
         if weight is not None:
             spec["weight"] = float(weight)
-        if alpha is not None:
-            spec["alpha"] = float(alpha)
+        for option in options.split(":")[1:]:
+            name, _, value = option.partition("=")
+            pairs = [pair.split("@") for pair in value.split(",")]
+            match name.lower():
+                case "weights":
+                    spec["weights"] = [[float(share), float(number)] for number, share in pairs]
+                case "blocks":
+                    spec["blocks"] = {block: float(number) for number, block in pairs}
+                case field:
+                    spec[field] = float(value)
         specs.append(spec)
     return specs
 
@@ -137,10 +150,12 @@ _OPTIONS: Final = (
         "loras",
         multiple=True,
         callback=_loras,
-        metavar="ADDRESS[:WEIGHT][:alpha=ALPHA]",
+        metavar="ADDRESS[:WEIGHT][:OPTION=VALUE]...",
         help="LoRA, may be repeated. ADDRESS is a URL, `hf://owner/repo/file`, `owner/repo`, "
         "`civitai://<version id>`, `lora://` with a name of the workers' catalogue, or another "
-        "that the workers may open. ALPHA is for a file that has none.",
+        "that the workers may open. Options: alpha=8 for a file that has none; start=0.2 and "
+        "end=0.8, shares of the steps; weights=1@0,0.3@0.5, each from a share of the steps on; "
+        "blocks=0.5@down.1,0@mid, factors of the weight.",
     ),
     click.option(
         "--trigger-words",

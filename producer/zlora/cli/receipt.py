@@ -65,7 +65,7 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
 
 
 def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
-    """Return what the receipts say beside the table: recipes, words, embeddings, warnings."""
+    """Return what the receipts say beside the table: recipes, strengths, words and others."""
     facts = []
     if result.recipe_fields:
         names = ", ".join(filter(None, (receipt.recipe for receipt in result.loras)))
@@ -75,6 +75,12 @@ def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
         if receipt.trigger_words:
             words = ", ".join(receipt.trigger_words)
             facts.append(("trigger words", f"{receipt.source}: {words}"))
+        if receipt.unet_weights:
+            shown = ", ".join(f"{weight:g} from {step}" for step, weight in receipt.unet_weights)
+            facts.append(("weight by step", f"{receipt.source}: {shown}"))
+        if receipt.blocks:
+            shown = ", ".join(f"{block} {factor:g}" for block, factor in receipt.blocks.items())
+            facts.append(("factor by block", f"{receipt.source}: {shown}"))
         facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]
     for found in result.embeddings:
         for token, count in found.used.items():

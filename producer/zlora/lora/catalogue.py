@@ -241,9 +241,10 @@ class Catalogue:
 
 def _filled_in(spec: LoraSpec, entry: CatalogueEntry) -> LoraSpec:
     """Return a LoRA with the weight and the name of its entry, unless it has its own."""
+    is_silent = spec.weight is None and spec.weights is None
     return structs.replace(
         spec,
-        weight=entry.weight if spec.weight is None else spec.weight,
+        weight=entry.weight if is_silent else spec.weight,
         adapter_name=spec.adapter_name or entry.name,
     )
 

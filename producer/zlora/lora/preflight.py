@@ -37,7 +37,7 @@ from zlora.lora.addresses import (
 from zlora.lora.base_model import LoraInfo
 from zlora.lora.embedding_header import is_embedding, read_embeddings
 from zlora.redaction import without_secrets
-from zlora.schema import Asset, GenerateRequest
+from zlora.schema import Asset, GenerateRequest, LoraSpec
 
 if TYPE_CHECKING:
     from zlora.lora.remote_header import RemoteHeader
@@ -102,13 +102,14 @@ class Preflight:
 
         `base` is the family of the queue's base model, SDXL if it is not known. A LoRA that was
         made for another one is a `LoraMismatch`, unless `strict` is false: then the worker decides.
+        So is one that changes text encoders with a strength that changes over the steps.
         Addresses that only a worker opens, files that require a token, and LoRAs with the weight 0
         are not checked.
         """
         for index, spec in enumerate(request.loras):
             try:
                 if spec.is_used:
-                    self._check(spec.file.address, strict=spec.strict, base=base or base_model.SDXL)
+                    self._check(spec, base=base or base_model.SDXL)
             except LoraError as error:
                 error.add_details(index=index)
                 raise
@@ -132,19 +133,21 @@ class Preflight:
                 return None
             raise
 
-    def _check(self, address: str, *, strict: bool, base: str) -> None:
-        if (header := self._header(address)) is None:
+    def _check(self, spec: LoraSpec, *, base: str) -> None:
+        if (header := self._header(spec.file.address)) is None:
             return
-        name = without_secrets(address)
+        name = without_secrets(spec.file.address)
         base_model.require_lora(header, name)
         if any(map(is_embedding, header.tensors)):
             read_embeddings(header, name, beside_lora=True)
         detected = base_model.detect_base_model(header)
-        if strict and detected and detected.family != base:
+        if spec.strict and detected and detected.family != base:
             raise LoraMismatch(
                 f"{name}: {detected.clause}; the base model of the queue is {base}",
                 {"base": detected.family},
             )
+        info = base_model.describe(header, source=name, size=0)
+        spec.require_constant_text(info.modules, name)
 
     def _read(self, address: str) -> "RemoteHeader":
         from zlora.http.client import HttpClient, HttpError

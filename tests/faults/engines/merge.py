@@ -12,4 +12,6 @@ class WeightedLora:
     lora: Lora
     unet_weight: float = 1.0
     text_encoder_weight: float = 1.0
+    schedule: tuple[tuple[float, float], ...] = ()
+    blocks: tuple[tuple[str, float], ...] = ()
     source: str = "the LoRA"

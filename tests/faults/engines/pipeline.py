@@ -118,6 +118,9 @@ class Pipeline:
         """Return a name that diffusers does not have."""
         return "FakeScheduler"
 
+    def require_blocks(self, request: GenerateRequest) -> None:
+        """Do nothing: there are no blocks."""
+
     def draw(
         self,
         request: GenerateRequest,

@@ -132,6 +132,71 @@ def test_a_struct_its_document_and_its_json_are_one_request() -> None:
     assert parse_request(over_the_wire(to_dict(request))) == request
 
 
+@pytest.mark.parametrize(
+    ("fields", "weights", "by_step"),
+    [
+        ({"start": 0.2, "end": 0.8}, (1.0, 0.0), ((1, 0.0), (3, 1.0), (9, 0.0))),
+        ({"start": 0.2, "weight": 0.5}, (0.5, 0.0), ((1, 0.0), (3, 0.5))),
+        ({"end": 0.1, "unet_weight": -2}, (-2.0, 0.0), ((1, -2.0), (2, 0.0))),
+        ({"weights": [[0, 0.2], [0.55, -1]]}, (-1.0, 0.0), ((1, 0.2), (7, -1.0))),
+        ({"weights": [[0, 1], [0.5, 1]]}, (1.0, 0.0), ((1, 1.0),)),
+        ({"start": 0, "end": 1, "weight": 0.5}, (0.5, 0.5), ((1, 0.5),)),
+        ({"blocks": {"mid": 0}, "weight": 0.5}, (0.5, 0.5), ((1, 0.5),)),
+    ],
+)
+def test_a_strength_over_the_steps_begins_with_the_step_at_its_share(
+    fields: dict[str, Any], weights: tuple[float, float], by_step: tuple[tuple[int, float], ...]
+) -> None:
+    """The text encoders have none, unless it is constant."""
+    request = parse_request(with_lora(**fields))
+
+    spec = request.loras[0]
+    assert spec.component_weights == weights
+    assert spec.weights_by_step(10) == by_step
+    assert parse_request(request.with_defaults()).loras[0].weights_by_step(10) == by_step
+    assert parse_request(over_the_wire(to_dict(request))) == request
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"start": 0.5, "end": 0.5}, "end"),
+        ({"start": 0.8, "end": 0.2}, "end"),
+        ({"start": 0.2, "text_encoder_weight": 0.5}, "text_encoder_weight"),
+        ({"weights": [[0, 1]], "text_encoder_weight": -1}, "text_encoder_weight"),
+        ({"weights": [[0, 1]], "weight": 1}, "weight"),
+        ({"weights": [[0, 1]], "unet_weight": 0}, "unet_weight"),
+        ({"weights": [[0, 1]], "end": 0.5}, "weights"),
+        ({"weights": [[0.1, 1]]}, "weights"),
+        ({"weights": [[0, 1], [0.5, 0.2], [0.5, 0.3]]}, "weights"),
+        ({"blocks": {"BASE": 0.5}}, "blocks"),
+        ({"blocks": {"IN12": 0.5}}, "blocks"),
+        ({"blocks": {"side": 0.5}}, "blocks"),
+        ({"blocks": {"down." + "x" * 100: 0.5}}, "blocks"),
+        ({"blocks": {"IN04": 0.5, "mid": 1}}, "blocks"),
+        ({"blocks": {"down.1": 0.5, "down_blocks.1": 1}}, "blocks"),
+        ({"blocks": {"M00": 0.5, "MID": 1}}, "blocks"),
+        ({"start": 0.26, "end": 0.49}, "start"),
+        ({"weights": [[0, 0], [0.8, 1]]}, "weights"),
+    ],
+)
+def test_strengths_that_contradict_each_other_are_refused(
+    fields: dict[str, Any], field: str
+) -> None:
+    error = refusal(with_lora(**fields) | {"num_inference_steps": 4})
+
+    assert error.details["path"] == f"$.loras[0].{field}"
+
+
+def test_blocks_have_several_spellings() -> None:
+    names = ("down", "down.1", "down_blocks.2.attentions.0", "mid_block", "up.0.resnets.1.conv1")
+    letters = ("IN00", "IN11", "M00", "OUT00", "OUT11")
+
+    for group in (names, letters):
+        spec = parse_request(with_lora(blocks=dict.fromkeys(group, 0.5))).loras[0]
+        assert spec.blocks == dict.fromkeys(group, 0.5)
+
+
 # --- bounds
 
 INSIDE: list[dict[str, Any]] = [
@@ -165,6 +230,9 @@ INSIDE: list[dict[str, Any]] = [
     with_lora(weight=None, unet_weight=None, adapter_name=None),
     document(num_inference_steps=None, guidance_scale=None),
     with_lora(adapter_name="x" * 200),
+    with_lora(start=0, end=1),
+    with_lora(weights=[[0, -4], [1, 4]]),
+    with_lora(blocks={f"down.{number}": 4 for number in range(64)}),
     with_file(url="x"),
     with_file(url="x" * 4096),
     with_file(cozy_ref="x" * 4096),
@@ -184,6 +252,14 @@ OUTSIDE: list[tuple[Any, str, str]] = [
     (document(clip_skip=101), "$.clip_skip", "100"),
     (document(loras=[{"file": {"url": URL}}] * 9), "$.loras", "8"),
     (document(loras=None), "$.loras", "array"),
+    (with_lora(start=-0.01), "$.loras[0].start", "0"),
+    (with_lora(end=0), "$.loras[0].end", "0"),
+    (with_lora(end=1.01), "$.loras[0].end", "1"),
+    (with_lora(weights=[]), "$.loras[0].weights", "1"),
+    (with_lora(weights=[[0, 5]]), "$.loras[0].weights[0][1]", "4"),
+    (with_lora(weights=[[0, 1, 2]]), "$.loras[0].weights[0]", "2"),
+    (with_lora(blocks={}), "$.loras[0].blocks", "1"),
+    (with_lora(blocks={"mid": NAN}), "$.loras[0].blocks[...]", "float"),
     (document(num_inference_steps=0), "$.num_inference_steps", "1"),
     (document(num_inference_steps=201), "$.num_inference_steps", "200"),
     (document(num_inference_steps=1.5), "$.num_inference_steps", "int"),

@@ -608,6 +608,116 @@ def test_a_lora_of_weight_0_is_not_fetched_and_has_a_receipt(
     )
 
 
+def test_strengths_over_steps_and_by_block_are_in_the_receipt_and_a_replay_draws_them(
+    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """Each field changes the image; a scheduled LoRA with a plain one; the next job is plain."""
+    file = write(tmp_path / "a.safetensors", peft_lora())
+    both = write(tmp_path / "b.safetensors", peft_lora((*UNET, *TEXT), ranks=(4,)))
+    plain = pinned(both, weight=0.5)
+    steps: dict[str, Any] = {"num_inference_steps": 4, "seed": 3, "num_images": 2}
+    variants: list[dict[str, Any]] = [
+        {},
+        {"start": 0.3},
+        {"end": 0.5},
+        {"weights": ((0.0, 1.0), (0.5, 0.3))},
+        {"blocks": {"down.1": 0.5}},
+        {"weight": 1.5, "start": 0.3, "end": 0.8, "blocks": {"IN04": 0.5}},
+    ]
+    results = [
+        run_job(child, f"job-{number}", a_request(loras=(pinned(file, **fields), plain), **steps))
+        for number, fields in enumerate(variants)
+    ]
+
+    images = [result.images[1].pixels_sha256 for result in results]
+    assert len(set(images)) == len(results)
+    assert [result.loras[0].unet_weights for result in results] == [
+        (),
+        ((1, 0.0), (3, 1.0)),
+        ((1, 1.0), (3, 0.0)),
+        ((1, 1.0), (3, 0.3)),
+        (),
+        ((1, 0.0), (3, 1.5)),
+    ]
+    last = results[-1]
+    assert (last.loras[0].unet_weight, last.loras[0].text_encoder_weight) == (1.5, 0.0)
+    assert (last.loras[0].blocks, last.loras[1].blocks) == ({"IN04": 0.5}, {})
+    for result in (results[3], last):
+        assert result.request is not None
+        again = run_job(child, f"again-{result.job_id}", result.request)
+        assert again.loras[0].unet_weights == result.loras[0].unet_weights
+        assert [image.pixels_sha256 for image in again.images] == [
+            image.pixels_sha256 for image in result.images
+        ]
+    assert pixels(child.model) == unpatched
+
+
+def test_an_image_of_a_resumed_job_has_the_weights_of_its_own_steps(
+    child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """The second image is the same whether the first one was drawn before it or not."""
+    file = write(tmp_path / "a.safetensors", peft_lora())
+    loras = (pinned(file, weights=((0.0, 1.0), (0.5, 0.3))),)
+    request = a_request(loras=loras, seed=3, num_images=2, num_inference_steps=4)
+    whole = run_job(child, "whole", request)
+    store = MemoryStore()
+    child = dataclasses.replace(child, store=store)
+    resumed = run_job(child, "resumed", request)
+    for key in ("runs/resumed/manifest.json", resumed.images[1].key):
+        store.delete(key)
+
+    result = run_job(child, "resumed", request, is_resumed=True)
+
+    assert result.images[1].pixels_sha256 == whole.images[1].pixels_sha256
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"blocks": {"down.1": 1.0, "down.7": 0.5}}, "$.loras[0].blocks"),
+        ({"blocks": {"OUT09": 0.5}}, "$.loras[0].blocks"),
+        ({"blocks": {"mid.attentions.0.nothing": 0.5}}, "$.loras[0].blocks"),
+    ],
+)
+def test_a_block_that_the_model_lacks_is_refused_before_anything_is_fetched(
+    child: Child, fields: dict[str, Any], path: str
+) -> None:
+    unreachable = LoraSpec(file=Asset(url="https://loras.invalid/a.safetensors"), **fields)
+
+    with pytest.raises(InvalidRequest, match=list(fields["blocks"])[-1]) as raised:
+        run_job(child, "block", a_request(loras=(unreachable,)))
+
+    assert raised.value.details["path"] == path
+
+
+def test_changes_of_text_encoders_have_no_schedule(
+    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """The file is refused by the name of the weight that uses the rest of it."""
+    file = write(tmp_path / "a.safetensors", peft_lora((*UNET, *TEXT)))
+
+    with pytest.raises(LoraMismatch, match="`text_encoder_weight: 0`"):
+        run_job(child, "text", a_request(loras=(pinned(file, end=0.5),)))
+
+    spec = pinned(file, end=0.5, text_encoder_weight=0.0)
+    result = run_job(child, "unet", a_request(loras=(spec,)))
+    assert result.loras[0].text_encoder_weight == 0.0
+    assert pixels(child.model) == unpatched
+
+
+def test_a_lora_that_no_step_has_is_refused_with_the_steps_of_a_recipe(
+    child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path
+) -> None:
+    """The request alone does not show how many steps there are."""
+    fast = write(tmp_path / "sdxl_lightning_2step_lora.safetensors", peft_lora())
+    loras = (pinned(fast), pinned(fast, start=0.6))
+
+    with pytest.raises(InvalidRequest, match="2 steps") as raised:
+        run_job(child, "never", a_request(loras=loras, num_inference_steps=None))
+
+    assert raised.value.details["path"] == "$.loras[1].start"
+
+
 # --- failures
 
 

@@ -52,12 +52,22 @@ PROMPTS: Final = (
 )
 NAMES: Final = [name for name, row in SCHEDULERS.items() if row.family == "diffusion"]
 LORAS: Final = ("lora://one", "lora://fast", "lora://both")
+STRENGTHS: Final[tuple[dict[str, Any], ...]] = (  # over the steps and by block
+    {"weight": -1},
+    {"start": 0.5, "text_encoder_weight": 0},
+    {"end": 0.3, "text_encoder_weight": 0},
+    {"weights": [[0, 0.5], [0.3, 0], [0.6, 1]], "text_encoder_weight": 0},
+    {"blocks": {"down.1": 0.3, "mid": 0}},
+    {"start": 0.3, "blocks": {"IN04": 0.7}, "text_encoder_weight": 0},
+)
 WRONG: Final[tuple[tuple[dict[str, Any], type[ZloraError]], ...]] = (
     ({"prompt": "neon " * 1500}, InvalidRequest),
     ({"clip_skip": 11}, InvalidRequest),
     ({"scheduler": "flow_match_euler"}, InvalidRequest),
     ({"loras": [{"file": {"url": "lora://none"}}]}, LoraNotFound),
     ({"loras": [{"file": {"url": "lora://mismatched"}}]}, LoraMismatch),
+    ({"loras": [{"file": {"url": "lora://one"}, "start": 0.5}]}, LoraMismatch),
+    ({"loras": [{"file": {"url": "lora://one"}, "blocks": {"down.9": 0}}]}, InvalidRequest),
     (
         {"loras": [{"file": {"url": "lora://fast"}}, {"file": {"url": "lora://other fast"}}]},
         InvalidRequest,
@@ -117,6 +127,9 @@ def good(chance: random.Random) -> dict[str, Any]:
         fields["loras"] = [
             {"file": {"url": chance.choice(LORAS)}, "weight": chance.choice((0.5, -1))}
         ]
+    if fields.get("num_inference_steps", 1) > 1 and chance.random() < 0.5:
+        spec = {"file": {"url": "lora://fast"}, **chance.choice(STRENGTHS)}
+        fields["loras"] = [*fields.get("loras", ()), spec]
     if "zebrafish" in fields["prompt"] or chance.random() < 0.2:
         fields["embeddings"] = [{"file": {"url": "lora://word"}, "token": "zebrafish"}]
     if chance.random() < 0.2:

@@ -6,13 +6,15 @@ import threading
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from queue import SimpleQueue
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from zlora.errors import LoraMismatch
+from zlora.schema import weight_at
 
 from zlora_worker.lora.deltas import Scratch, WeightDelta
 from zlora_worker.lora.reader import Batch, Lora
@@ -27,23 +29,45 @@ Matrices = Mapping[int, Tensor]  # by stack: [rows, out, in * kernel]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedLora:
-    """One LoRA with the weights of a job; at a weight of 0 the LoRA does nothing."""
+    """One LoRA with the weights of a job; at a weight of 0 the LoRA does nothing.
+
+    `schedule` has weights in the UNet that take the place of `unet_weight`, each after the share of
+    the steps from which on it holds. `blocks` has factors of the weight by the canonical names of
+    blocks of the UNet.
+    """
 
     lora: Lora
     unet_weight: float = 1.0
     text_encoder_weight: float = 1.0
+    schedule: tuple[tuple[float, float], ...] = ()
+    blocks: tuple[tuple[str, float], ...] = ()
     source: str = "the LoRA"  # in messages
 
+    def at(self, share: float) -> Self:
+        """Return the LoRA with its weights at a share of the steps."""
+        if not self.schedule:
+            return self
+        return replace(self, unet_weight=weight_at(self.schedule, share), schedule=())
+
     def weight(self, component: str) -> float:
-        """Weight for the modules of a component."""
+        """Weight for the modules of a component, but for `blocks`."""
         if component.startswith("text_encoder"):
             return self.text_encoder_weight
         return self.unet_weight
 
+    def weights(self, weights: Weights, stack: int, rows: Sequence[int]) -> list[float]:
+        """Weights for rows of a stack."""
+        component, names = weights.stacks[stack].component, weights.stacks[stack].names
+        weight = self.weight(component)
+        if not self.blocks or component != "unet":
+            return [weight] * len(rows)
+        factors, modules = dict(self.blocks), (names[row].rpartition(".")[0] for row in rows)
+        return [weight * weights.unet_blocks.factor(module, factors) for module in modules]
+
     @property
-    def key(self) -> tuple[str, float, float]:
-        """Everything that the merged weights depend on."""
-        return self.lora.digest, self.unet_weight, self.text_encoder_weight
+    def key(self) -> tuple[str, float, float, tuple[tuple[str, float], ...]]:
+        """Everything that the merged weights depend on, without a schedule."""
+        return self.lora.digest, self.unet_weight, self.text_encoder_weight, self.blocks
 
 
 class Block(NamedTuple):
@@ -71,7 +95,8 @@ class Plan:
         ordered = sorted(loras, key=lambda lora: lora.key)
         self.key = tuple(lora.key for lora in ordered)
         self._sources = [lora.source for lora in ordered]
-        self._batches: dict[int, list[tuple[float, Batch]]] = defaultdict(list)
+        # With each batch the weight of some of its rows, and the positions of these rows in it.
+        self._batches: dict[int, list[tuple[float, Batch, range]]] = defaultdict(list)
         self._deltas: dict[Slot, list[tuple[int, float, WeightDelta]]] = defaultdict(list)
         self._base_squares: list[float] = []  # |W|² over the weights that each LoRA changes
         self._squares: list[float] = []  # |delta|² of each LoRA; complete after the merge
@@ -81,12 +106,17 @@ class Plan:
             rows: dict[int, set[int]] = defaultdict(set)
             square = 0.0
             for batch in weighted.lora.batches:
-                if weight := weighted.weight(weights.stacks[batch.stack].component):
-                    self._batches[batch.stack].append((weight, batch))
-                    rows[batch.stack].update(batch.rows)
-                    square += weight**2 * batch.squared_norm
+                first = 0
+                for weight, same in groupby(weighted.weights(weights, batch.stack, batch.rows)):
+                    part = range(first, first + len(list(same)))
+                    first = part.stop
+                    if weight:
+                        self._batches[batch.stack].append((weight, batch, part))
+                        rows[batch.stack].update(batch.rows[part.start : part.stop])
+                        square += weight**2 * sum(batch.squared_norms[part.start : part.stop])
             for slot, delta in weighted.lora.deltas:
-                if weight := weighted.weight(weights.stacks[slot.stack].component):
+                (weight,) = weighted.weights(weights, slot.stack, [slot.row])
+                if weight:
                     self._deltas[slot].append((index, weight, delta))
                     rows[slot.stack].add(slot.row)
             self._squares.append(square)
@@ -102,8 +132,10 @@ class Plan:
     def relative_norm(self, lora: WeightedLora) -> float:
         """Return |delta| / |W| over the weights that a LoRA changes; valid after the merge.
 
-        Returns 0 if the LoRA changes no weight.
+        Returns 0 if the LoRA changes no weight, or is not in the set.
         """
+        if lora.key not in self.key:
+            return 0.0
         index = self.key.index(lora.key)
         base = self._base_squares[index]
         return float((self._squares[index] / base) ** 0.5) if base else 0.0
@@ -145,8 +177,8 @@ class Plan:
         Raises `LoraMismatch` if a delta is not finite.
         """
         total = scratch.of("total", target.shape).copy_(block.of(base[block.stack]))
-        for weight, batch in self._batches.get(block.stack, ()):
-            _add_products(total, batch, block, weight, scratch)
+        for weight, batch, part in self._batches.get(block.stack, ()):
+            _add_products(total, batch, block, part=part, weight=weight, scratch=scratch)
         for row in range(block.first, block.last) if self._deltas else ():
             for index, weight, change in self._deltas.get(Slot(block.stack, row), ()):
                 delta = change.delta(base[block.stack][row].to(total), weight)
@@ -162,10 +194,11 @@ class Plan:
 
 
 def _add_products(
-    total: Tensor, batch: Batch, block: Block, weight: float, scratch: Scratch
+    total: Tensor, batch: Batch, block: Block, *, part: range, weight: float, scratch: Scratch
 ) -> None:
-    """Add the products of a batch whose rows are in the block."""
-    low, high = bisect_left(batch.rows, block.first), bisect_left(batch.rows, block.last)
+    """Add the products of a part of a batch whose rows are in the block."""
+    low = bisect_left(batch.rows, block.first, part.start, part.stop)
+    high = bisect_left(batch.rows, block.last, part.start, part.stop)
     for first, last in runs(batch.rows[low:high]):
         these = slice(low, low + last - first)
         low = these.stop

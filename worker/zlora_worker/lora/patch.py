@@ -6,8 +6,9 @@ restored from a pristine copy in host memory. No delta is ever subtracted.
 """
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final, Literal
 
 import torch
@@ -39,6 +40,9 @@ class Patch:
                 self._pristine[number] = copy.pin_memory() if matrices.is_cuda else copy
         self._shadows: dict[int, Tensor] = {}
         self._shadow_views: dict[int, tuple[Tensor, ...]] = {}  # their rows in the weights' shapes
+        self._loras: Sequence[WeightedLora] = ()  # of the job
+        self._norms: list[float] = []  # |delta| / |W| of each, the greatest so far
+        self._weights_now: list[float] = []  # of each in the UNet
         self._merged: Plan | None = None  # content of the shadows; None while they are written
         self._pointers: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, shadow, base
         self._written: list[Block] = []  # blocks of the base that are overwritten
@@ -58,16 +62,44 @@ class Patch:
 
     @contextmanager
     def applied(self, loras: Sequence[WeightedLora]) -> Iterator[list[float]]:
-        """Merge LoRAs, and restore the base on leaving.
+        """Merge LoRAs with their weights at the first step, and restore the base on leaving.
 
-        Yields |delta| / |W| of each LoRA over the weights that it changes. Raises `LoraMismatch` if
-        a LoRA changes nothing or is not finite, and `BaseNotRestored` if the base is lost.
+        Yields |delta| / |W| of each LoRA over the weights that it changes; `move_to` replaces them
+        by greater ones. Raises `LoraMismatch` if a LoRA changes nothing or is not finite, and
+        `BaseNotRestored` if the base is lost.
         """
         try:
-            plan = self._apply(loras)
-            yield [plan.relative_norm(lora) for lora in loras]
+            self._loras, self._norms = loras, [0.0] * len(loras)
+            self._merge_at(0.0)
+            yield self._norms
         finally:
+            self._loras = ()
             self.restore()
+
+    def move_to(self, share: float) -> None:
+        """Merge the LoRAs with their weights at a share of the steps, if any weight changes.
+
+        Always merges them from the base, and raises what `applied` does. In text encoders, which
+        no step runs, the base's weights are back after the first change.
+        """
+        if any(lora.schedule for lora in self._loras):
+            weights = [lora.at(share).unet_weight for lora in self._loras]
+            if weights != self._weights_now:
+                self._merge_at(share, unet_only=True)
+
+    def _merge_at(self, share: float, *, unet_only: bool = False) -> None:
+        loras = [lora.at(share) for lora in self._loras]
+        self._weights_now = [lora.unet_weight for lora in loras]
+        if unet_only:
+            loras = [replace(lora, text_encoder_weight=0.0) for lora in loras]
+        used = [lora for lora in loras if lora.unet_weight or lora.text_encoder_weight]
+        if not used:  # whatever is merged stays in the shadows, for a step that needs it again
+            run_to_completion(self._put_back)
+            return
+        plan = self._apply(used)
+        for index, lora in enumerate(loras):
+            if self._loras[index].schedule or not unet_only:
+                self._norms[index] = max(self._norms[index], plan.relative_norm(lora))
 
     def restore(self) -> None:
         """Restore the base; does nothing if it is in place."""
@@ -91,16 +123,24 @@ class Patch:
             parameter.data = base
         if self._written:
             self._merged = None  # first: a set is not merged once a block of it is restored
-        for block in self._written:
-            block.of(self._base[block.stack]).copy_(block.of(self._pristine[block.stack]))
+        self._copy_back(self._written)
         self._written = []
 
+    def _copy_back(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            block.of(self._base[block.stack]).copy_(block.of(self._pristine[block.stack]))
+
     def _merge(self, plan: Plan) -> Plan:
-        self._merged, self._pointers = None, []
+        self._merged = None
         if self.mode == "inplace":
-            self._written = list(plan.blocks(self._base))  # before the first block is written
+            fresh, stale = list(plan.blocks(self._base)), self._written
+            self._written = [*stale, *fresh]  # before the first block is written
+            self._copy_back(set(stale).difference(fresh))
             self._run(plan, source=self._pristine, target=self._base)
+            self._written = fresh
         else:
+            run_to_completion(self._put_back)  # no parameter points at a shadow that is written
+            self._pointers = []
             for number in plan.rows.keys() - self._shadows.keys():
                 self._make_shadow(number)
             self._run(plan, source=self._base, target=self._shadows)

@@ -46,7 +46,7 @@ class Batch:
     down: Tensor  # [rows, rank, in * kernel], or [rows, inner, in] beside middles
     mid: Tensor | None  # [rows, rank, inner, *kernel]
     scale: float | Tensor  # of `up`: one for all rows, or [rows, 1, 1] in fp32
-    squared_norm: float  # of all products, at weight 1
+    squared_norms: tuple[float, ...]  # of the products of each row, at weight 1
 
     def factors(
         self, rows: slice, scratch: Scratch, *, top: int = 0, bottom: int | None = None
@@ -314,9 +314,9 @@ class Reader:
 
     def _require_effect(self, lora: Lora) -> None:
         """Raise `_Refusal` if all deltas are zero, as in a file of a training that never began."""
-        if not all(math.isfinite(batch.squared_norm) for batch in lora.batches):
+        if not all(math.isfinite(sum(batch.squared_norms)) for batch in lora.batches):
             raise _Refusal("its change of the model is not finite")
-        if any(batch.squared_norm for batch in lora.batches):
+        if any(any(batch.squared_norms) for batch in lora.batches):
             return
         stacks = self._weights.stacks
         if all(
@@ -374,9 +374,9 @@ def _batch(stack: int, by_row: Mapping[int, LoraDelta]) -> Batch:
         down=_stacked([delta.down for delta in deltas]),
         mid=_stacked(middles) if middles else None,
         scale=scales[0] if len(set(scales)) == 1 else torch.tensor(scales).view(-1, 1, 1),
-        squared_norm=0.0,
+        squared_norms=(),
     )
-    return replace(batch, squared_norm=_squared_norm(batch))
+    return replace(batch, squared_norms=_squared_norms(batch))
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -397,21 +397,22 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.float() for tensor in tensors])
 
 
-def _squared_norm(batch: Batch) -> float:
-    """Return |up @ down|², for small ranks from Gram matrices, without making the products."""
-    total, scratch = 0.0, Scratch(torch.device("cpu"))
+def _squared_norms(batch: Batch) -> tuple[float, ...]:
+    """Return |up @ down|² by row; for small ranks from Gram matrices, without the products."""
+    squares: list[float] = []
+    scratch = Scratch(torch.device("cpu"))
     step = max(1, _ELEMENTS // (batch.up[0].numel() + batch.down[0].numel()))
     for first in range(0, len(batch.rows), step):
         up, down = batch.factors(slice(first, first + step), scratch)
         rank = up.shape[2]
         if rank * rank > up.shape[1] * down.shape[2]:
-            total += sum(
+            squares += [
                 float((one @ other).square().sum()) for one, other in zip(up, down, strict=True)
-            )
+            ]
         else:
-            square = float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
-            total += 0.0 if square < 0 else square  # NaN stays NaN
-    return total
+            sums = ((up.mT @ up) * (down @ down.mT)).sum(dim=(1, 2), dtype=torch.float64)
+            squares += sums.clamp_min_(0.0).tolist()  # rounding; NaN stays NaN
+    return tuple(squares)
 
 
 def _nbytes(batches: Iterable[Batch], deltas: Iterable[WeightDelta]) -> int:

@@ -5,10 +5,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from zlora_worker.lora.block_names import BlockNames
 
 # Numbers converted to fp32 at a time, 1 MB that the caches of a core hold: torch's own conversion
 # inside a norm is 20 times slower.
@@ -127,6 +130,11 @@ class Weights:
     def modules(self) -> Iterator[tuple[str, str]]:
         """Component and name of each module that has a weight."""
         return ((component, module) for component, module, leaf in self.slots if leaf == "weight")
+
+    @cached_property
+    def unet_blocks(self) -> BlockNames:
+        """Names of the blocks that the UNet's modules are in."""
+        return BlockNames(module for component, module, _ in self.slots if component == "unet")
 
     def moved_parameters(self) -> list[str]:
         """Names of the parameters that do not point at the base."""

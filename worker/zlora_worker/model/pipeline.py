@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from zlora.errors import BaseNotRestored, GenerationFailed, ModelUnavailable, OutOfMemory
-from zlora.schema import GenerateRequest
+from zlora.schema import GenerateRequest, invalid
 
 from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch, choose_mode
@@ -227,6 +227,13 @@ class Pipeline:
             )
         self.state = PipelineState.READY
 
+    def require_blocks(self, request: GenerateRequest) -> None:
+        """Raise `InvalidRequest` if a LoRA of the request names a block that the UNet has not."""
+        for index, spec in enumerate(request.loras):
+            if unknown := self.weights.unet_blocks.unknown(spec.blocks or ()):
+                expected = f"Expected blocks of the base model, not {', '.join(unknown)}"
+                raise invalid(f"$.loras[{index}].blocks", spec.blocks, expected)
+
     def size(self, request: GenerateRequest) -> tuple[int, int]:
         """Width and height in pixels; the default is the model's native size."""
         native = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
@@ -287,7 +294,11 @@ class Pipeline:
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
         ) -> dict[str, Tensor]:
             # A second-order scheduler calls the model about twice for each step.
-            on_step(math.ceil((call + 1) * request.steps / pipeline.num_timesteps))
+            calls = pipeline.num_timesteps
+            on_step(math.ceil((call + 1) * request.steps / calls))
+            if call + 1 < calls:  # the calls of one step have the same weights
+                step = (call + 1) * request.steps // calls
+                self.patch.move_to(step / request.steps)
             return tensors
 
         hooks = [self.previews.watch()] if request.previews else []
@@ -300,6 +311,7 @@ class Pipeline:
             )
         )
         try:
+            self.patch.move_to(0.0)
             output = self.pipeline(
                 prompt_embeds=text.prompt,
                 pooled_prompt_embeds=text.pooled,

@@ -5,7 +5,7 @@ value with a comma, a colon or a double quote is a JSON string.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Final
 
@@ -43,6 +43,13 @@ def infotext(provenance: ImageProvenance, tensors_sha256: Sequence[str]) -> str:
         for name, sha256 in zip(names, tensors_sha256, strict=True)
     )
     version = f"{_SOFTWARE} {provenance.versions.get(_SOFTWARE, '')}".rstrip()
+    weights, factors = [], []
+    for name, spec in zip(names, loras, strict=True):
+        if spec.has_schedule:
+            shares = ((_number(share), weight) for share, weight in spec.unet_weights)
+            weights.append(f"{name}: {_numbers_at(shares)}")
+        if spec.blocks:
+            factors.append(f"{name}: {_numbers_at(spec.blocks.items())}")
     embeddings = ", ".join(
         f"{_name(spec.token or _file_name(spec.file.address))}: {spec.file.sha256[:_LORA_DIGITS]}"
         for spec in request.embeddings
@@ -51,6 +58,8 @@ def infotext(provenance: ImageProvenance, tensors_sha256: Sequence[str]) -> str:
     pairs = {
         **_settings(provenance),
         "Lora hashes": hashes,
+        "Lora weights": ", ".join(weights),
+        "Lora blocks": ", ".join(factors),
         "TI hashes": embeddings,
         "Version": version,
     }
@@ -119,6 +128,10 @@ def _tag(name: str, spec: LoraSpec) -> str:
     """Return the tag of the web UI's prompts; of two numbers the first is for the text encoders."""
     unet, text = map(_number, spec.component_weights)
     return f"<lora:{name}:{text}>" if unet == text else f"<lora:{name}:{text}:{unet}>"
+
+
+def _numbers_at(pairs: Iterable[tuple[str, float]]) -> str:
+    return " ".join(f"{_number(value)}@{place}" for place, value in pairs)
 
 
 def _number(value: float) -> str:

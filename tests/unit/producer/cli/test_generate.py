@@ -146,6 +146,28 @@ def test_a_lora_may_end_in_its_alpha(
 
 
 @pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        (":start=0.2:end=.8", {"start": 0.2, "end": 0.8}),
+        (":0.7:end=0.5:alpha=8", {"weight": 0.7, "end": 0.5, "alpha": 8.0}),
+        (":weights=1@0,-0.3@0.5", {"weights": [[0.0, 1.0], [0.5, -0.3]]}),
+        (":blocks=0.5@down.1,0@mid", {"blocks": {"down.1": 0.5, "mid": 0.0}}),
+        (":1.5:start=0.1:blocks=2@IN04", {"weight": 1.5, "start": 0.1, "blocks": {"IN04": 2.0}}),
+    ],
+)
+def test_a_lora_may_end_in_its_strengths_over_steps_and_by_block(
+    worker: MemoryWorker, options: str, fields: dict[str, Any]
+) -> None:
+    run("submit", "a city", "--lora", f"hf://owner/repo/x.safetensors@main{options}")
+    (spec,) = requested(worker)["loras"]
+
+    assert json.loads(json.dumps(spec)) == {
+        "file": {"url": "hf://owner/repo/x.safetensors@main"},
+        **fields,
+    }
+
+
+@pytest.mark.parametrize(
     ("text", "spec"),
     [
         ("owner/repo", {"file": {"url": "owner/repo"}}),
@@ -287,6 +309,18 @@ def test_generate_prints_the_batch_size_of_images_that_were_drawn_together(
     result = run("generate", "a city", "-n", "2", "--batch-size", "2", "--seed", "7", "--out", "a")
 
     assert "-1.png (seed 8, 1024x1024, batch size 2)\n" in result.stdout
+
+
+@pytest.mark.usefixtures("worker")
+def test_generate_prints_strengths_over_steps_and_by_block() -> None:
+    lora = "owner/repo:0.5:start=0.2:end=0.8:blocks=0.5@down.1,0@mid"
+    result = run("generate", "a city", "--lora", lora, "--lora", "owner/other", "--out", ".")
+
+    lines = [line for line in result.stdout.splitlines() if " by " in line]
+    assert lines == [
+        "weight by step: hf://owner/repo: 0 from 1, 0.5 from 7, 0 from 24",
+        "factor by block: hf://owner/repo: down.1 0.5, mid 0",
+    ]
 
 
 def test_generate_prints_how_often_an_embedding_was_used(worker: MemoryWorker) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from zlora.errors import InvalidRequest, InvalidSetting, LoraNotAllowed, LoraNotFound
 from zlora.lora.catalogue import Catalogue, parse_rows
 from zlora.prompt_syntax import parse
@@ -156,6 +157,16 @@ def test_a_tag_of_the_prompt_is_a_lora_of_the_catalogue() -> None:
         "Neon Lights",
         "watercolor",
     ]
+
+
+def test_strengths_over_steps_replace_the_weight_of_the_entry() -> None:
+    request = a_request({"ref": "watercolor"})
+    spec = structs.replace(request.loras[0], weights=((0.0, 1.0), (0.5, 0.3)))
+
+    found, _ = catalogue().resolve(structs.replace(request, loras=(spec,)))
+
+    assert found.loras[0].weight is None
+    assert found.loras[0].weights == spec.weights
 
 
 def test_a_tag_is_text_in_a_plain_prompt() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pytest
 import torch
 import zlora.lora.preflight
@@ -520,6 +521,18 @@ def test_a_job_with_an_unusable_lora_is_not_queued(
     assert raised.value.details["index"] == 1
     said_by(raised.value)
     assert queued(broker) == []
+
+
+def test_changes_of_text_encoders_have_no_schedule() -> None:
+    module = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    with serving(ranged(lora(module, width=768))) as host:
+        file = Asset(url=f"{host.url}/a.safetensors")
+        checks, spec = preflight(host), LoraSpec(file=file, start=0.5, strict=False)
+        with pytest.raises(LoraMismatch, match="`text_encoder_weight: 0`"):
+            checks.check(GenerateRequest(prompt="", loras=(spec,)))
+
+        silent = msgspec.structs.replace(spec, text_encoder_weight=0.0)
+        checks.check(GenerateRequest(prompt="", loras=(silent,)))
 
 
 @pytest.mark.parametrize("options", [{"strict": False}, {"weight": 0.0}])

@@ -6,6 +6,7 @@ which runs what was traced as it is: it needs no C compiler, and no bit of an im
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,6 +89,21 @@ def test_ten_sets_of_loras_compile_nothing_and_draw_what_they_draw_uncompiled(
     assert compiled_graphs() == before > 0
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0].values())) == len(set(SETS))
+
+
+def test_strengths_over_the_steps_compile_nothing_and_draw_what_they_draw_uncompiled(
+    plain: Pipeline, model: Pipeline, model_home: Path, tmp_path: Path
+) -> None:
+    before = compiled_graphs()
+    images = []
+    for one in (plain, model):
+        (lora,) = loras(one, model_home, tmp_path, (CONVOLUTIONS,))
+        schedule = ((0.0, 0.0), (0.2, 1.0), (0.4, 0.3), (0.6, 0.0), (0.8, 0.3))
+        with one.with_loras([replace(lora, schedule=schedule, text_encoder_weight=0.0)]):
+            images.append(pixels(one, num_inference_steps=5))
+
+    assert images[0] == images[1] != pixels(model, num_inference_steps=5)
+    assert compiled_graphs() == before > 0
 
 
 def test_no_size_scheduler_or_guidance_compiles_anything(model: Pipeline) -> None:

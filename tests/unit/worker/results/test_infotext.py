@@ -157,6 +157,23 @@ def test_clip_skip_counts_from_the_last_layer() -> None:
     assert [pairs(line).get("Clip skip") for line in skipped] == [None, None, "3"]
 
 
+def test_strengths_over_steps_and_by_block_are_pairs_of_their_own() -> None:
+    """By the names of the tags, with the shares of the steps; a plain LoRA has none."""
+    loras = (
+        spec(adapter_name="a", start=0.2, end=0.85, weight=0.5),
+        spec(
+            adapter_name="b", weights=((0.0, 1.0), (0.5, 0.3)), blocks={"down.1": 0.5, "mid": 0.0}
+        ),
+        spec(adapter_name="c"),
+    )
+
+    prompt, last = written(a_request(loras=loras)).split("\n")
+
+    assert prompt == "a city at night <lora:a:0:0.5> <lora:b:0:1> <lora:c:1>"
+    assert pairs(last)["Lora weights"] == "a: 0@0 0.5@0.2 0@0.85, b: 1@0 0.3@0.5"
+    assert pairs(last)["Lora blocks"] == "b: 0.5@down.1 0@mid"
+
+
 def test_loras_of_the_same_name_get_numbers() -> None:
     """A numbered name that another LoRA has is skipped; each tag has its own hash."""
     loras = (
