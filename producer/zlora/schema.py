@@ -33,10 +33,13 @@ MAX_LORAS: Final = 8
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
+STRENGTH: Final = 0.75  # of an image to start from, likewise; that of A1111's web UI
 MAX_TOKEN: Final = 100  # characters of a word that stands for an embedding
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
 NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exist or is not read
+# Address of the image with this index of an earlier job.
+JOB_IMAGE: Final = re.compile(r"job:([A-Za-z0-9_-]{1,64})#([0-9]{1,2})", re.ASCII)
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
 Token = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN)]
@@ -90,9 +93,15 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
         """URL of the file, with the schemes `cozy` for a hub and `hf` for `owner/repo`."""
         if self.url and _REPOSITORY.fullmatch(self.url):
             return f"hf://{self.url}"
-        if self.url or (self.ref and "://" in self.ref):
+        if self.url or (self.ref and ("://" in self.ref or JOB_IMAGE.fullmatch(self.ref))):
             return str(self.url or self.ref)
         return f"cozy://{self.cozy_ref or self.ref}"
+
+    @property
+    def job_image(self) -> tuple[str, int] | None:
+        """Job id and index of `job:<id>#<index>`, None for other addresses."""
+        found = JOB_IMAGE.fullmatch(self.address)
+        return (found[1], int(found[2])) if found else None
 
 
 class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -160,14 +169,24 @@ class GenerateRequest(
     """LoRAs to merge into the base model, at most 8; none by default."""
     embeddings: Annotated[tuple[EmbeddingSpec, ...], Meta(max_length=8)] = ()
     """Embeddings (textual inversions) for words of the prompts, at most 8; none by default."""
+    image: Asset | None = None
+    """PNG, JPEG or WebP to start from, also `job:<id>#<index>`, a job's image; none by default."""
+    mask: Asset | None = None
+    """Mask of the image's size (inpainting): what is white is drawn anew; none by default."""
+    strength: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Share of the steps that are drawn, from nearly 0 to 1 (all is new); 0.75 by default."""
+    mask_blur: Annotated[float, Meta(ge=0, le=256)] = 0
+    """Pixels by which the edge of the mask is softened (Gaussian radius); 0 (hard) by default."""
+    mask_invert: bool = False
+    """Whether what is black in the mask is drawn anew, not what is white; false by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
-    """Denoising steps of each image; 28 by default."""
+    """Denoising steps of each image; 28 by default. With `image`, `strength` times as many."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
     """Strength of the prompt (classifier-free guidance); 7.5 by default."""
     width: Side | None = None
-    """Width in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
+    """Width in pixels, a multiple of 8; by default the image's, else the model's (SDXL: 1024)."""
     height: Side | None = None
-    """Height in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
+    """Height in pixels, a multiple of 8; by default the image's, else the model's (SDXL: 1024)."""
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
     """Seed of the first image, one more for each next one; made from the job id by default."""
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
@@ -233,6 +252,29 @@ class GenerateRequest(
         return STEPS if self.num_inference_steps is None else self.num_inference_steps
 
     @property
+    def images(self) -> dict[str, Asset]:
+        """The image to start from and its mask, by the name of the field."""
+        given = {"image": self.image, "mask": self.mask}
+        return {name: asset for name, asset in given.items() if asset is not None}
+
+    @property
+    def fetched_images(self) -> tuple[Asset, ...]:
+        """Those of the `images` that are not an earlier job's."""
+        return tuple(asset for asset in self.images.values() if asset.job_image is None)
+
+    @property
+    def image_strength(self) -> float:
+        """Share of the steps that are drawn from an image, 0.75 if the request names none."""
+        return STRENGTH if self.strength is None else self.strength
+
+    @property
+    def drawn_steps(self) -> int:
+        """Steps that are drawn of each image: from an image to start from, only the last ones."""
+        if self.image is None:
+            return self.steps
+        return int(self.steps * self.image_strength)  # as diffusers counts
+
+    @property
     def noise_levels(self) -> tuple[float, ...]:
         """The `sigmas` with the 0 at their end; empty without `sigmas`."""
         sigmas = self.sigmas or ()
@@ -260,13 +302,17 @@ class GenerateRequest(
         return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
     def with_defaults(self) -> Self:
-        """Return the request with its steps, guidance scale and weights written out."""
+        """Return the request with its steps, guidance scale, weights and strength written out."""
         loras = tuple(
             lora if lora.weight is not None else structs.replace(lora, weight=WEIGHT)
             for lora in self.loras
         )
         return structs.replace(
-            self, loras=loras, num_inference_steps=self.steps, guidance_scale=self.guidance
+            self,
+            loras=loras,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            strength=self.image_strength if self.image else None,
         )
 
     @property
@@ -386,6 +432,25 @@ class EmbeddingReceipt(Struct, frozen=True, kw_only=True):
     """What has no effect, such as `<s1>: in no prompt that was read`."""
 
 
+class ImageReceipt(Struct, frozen=True, kw_only=True):
+    """What was used of the image to start from, or of its mask."""
+
+    source: str
+    """Address of the file without query and credentials."""
+    sha256: str
+    """SHA-256 of the file, in hex."""
+    size: int
+    """Size of the file in bytes."""
+    width: int
+    """Width in pixels, turned as its Exif data says."""
+    height: int
+    """Height in pixels, turned as its Exif data says."""
+    tier: Literal["disk", "network", "store"]
+    """Where the file came from: `disk`, `network`, or `store` for an image of an earlier job."""
+    notes: tuple[str, ...] = ()
+    """What was changed before it was used, such as `transparent pixels are white`."""
+
+
 class GenerateResult(Struct, frozen=True, kw_only=True):
     """Images of a job and the receipt. Later versions add fields, and never change one."""
 
@@ -441,6 +506,10 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """How the prompt was read."""
     negative_prompt_receipt: PromptReceipt | None = None
     """How the negative prompt was read; none if it is empty, or not used for lack of guidance."""
+    image_receipt: ImageReceipt | None = None
+    """What was used of the `image`."""
+    mask_receipt: ImageReceipt | None = None
+    """What was used of the `mask`."""
 
 
 class Phase(StrEnum):
@@ -543,6 +612,8 @@ class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown
 
     loras: tuple[TolerantLoraSpec, ...] = ()
     embeddings: tuple[TolerantEmbeddingSpec, ...] = ()
+    image: TolerantAsset | None = None
+    mask: TolerantAsset | None = None
 
 
 class _TolerantResult(GenerateResult, frozen=True, kw_only=True):
@@ -616,6 +687,7 @@ def parse_request(document: object) -> GenerateRequest:
         expected = f"Expected at most {MAX_LORAS} LoRAs in prompt and `loras`, got {count}"
         raise invalid("$.prompt", request.prompt, expected)
     _check_sampling(request)
+    _check_image(request)
     return request
 
 
@@ -667,6 +739,29 @@ def _check_sampling(request: GenerateRequest) -> None:
             raise invalid("$.num_inference_steps", steps, expected)
     if request.sigmas and request.steps == 0:
         raise invalid("$.sigmas", request.sigmas, "Expected a number above 0")
+
+
+def _check_image(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if no image could be drawn with these fields."""
+    needs = {"mask": "image", "strength": "image", "mask_blur": "mask", "mask_invert": "mask"}
+    for field, other in needs.items():
+        value = getattr(request, field)
+        if value and getattr(request, other) is None:
+            raise invalid(f"$.{field}", value, f"Expected no `{field}` without `{other}`")
+    for field, asset in request.images.items():
+        if asset.config_sha256 is not None:
+            expected = "Expected no `config_sha256` in the file of an image"
+            raise invalid(f"$.{field}.config_sha256", asset.config_sha256, expected)
+    require_drawn_steps(request)
+
+
+def require_drawn_steps(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if the strength leaves no step to draw."""
+    if request.drawn_steps < 1:
+        expected = (
+            f"Expected {1 / request.steps:.3g} at least, to draw one of {request.steps} steps"
+        )
+        raise invalid("$.strength", request.image_strength, expected)
 
 
 def digest_of(request: GenerateRequest) -> str:

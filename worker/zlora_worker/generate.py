@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from zlora.lora import recipes
-from zlora.schema import Asset, GenerateRequest, Phase, digest_of
+from zlora.schema import Asset, GenerateRequest, Phase, digest_of, require_drawn_steps
 
 from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.embedding_in_use import EmbeddingInUse, embeddings_in_use
 from zlora_worker.fetch.cache import CachedFile
+from zlora_worker.image_in_use import ImageInUse, read_files
 from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
 from zlora_worker.model.pipeline import PipelineState
 from zlora_worker.results.provenance import JobProvenance, pinned
@@ -52,7 +53,7 @@ class Job:
 
 
 def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
-    """Run one job: fetch its LoRAs and embeddings, merge, denoise, restore the base model.
+    """Run one job: fetch its files, merge its LoRAs, denoise, restore the base model.
 
     Return the job in the spool, from which `results.finish` stores its images and manifest. Raises
     a `ZloraError` if the job fails, or what `progress` raises; then the spool has nothing of it.
@@ -65,7 +66,9 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
 
     # fetch
     assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]
-    with open_files(child, job, assets, progress) as files:
+    with open_files(child, job, assets, request.fetched_images, progress) as opened:
+        files, images_opened = opened[: len(assets)], opened[len(assets) :]
+        image_files = read_files(child, request, images_opened)
         timer.end(Phase.FETCH)
         progress(Phase.PARSE, 0, len(files))
         loras = [
@@ -75,9 +78,14 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         embeddings = embeddings_in_use(child, request.embeddings, files[len(used) :], loras)
     request, recipe_fields, warned = recipes.fill(request, [lora.recipe for lora in loras])
     request = request.with_defaults()
+    require_drawn_steps(request)
+    image_in_use = None
+    if image_files:
+        image_in_use = ImageInUse.decode(child, request, image_files)
+        request = image_in_use.request
     timer.end(Phase.PARSE)
 
-    spooled = spooled_job(child, job, request, loras, embeddings)
+    spooled = spooled_job(child, job, request, loras, embeddings, image=image_in_use)
     with child.spool.open(spooled) as images:
         # merge
         with child.model.with_loras([lora.weighted for lora in loras], request) as model:
@@ -95,6 +103,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                     job.seed + index,
                     step_counter(child, request, progress, index),
                     text=text,
+                    start=image_in_use.start if image_in_use else None,
                 )
                 images.add(image, tiled=model.tiled)
             timer.end(Phase.DENOISE)
@@ -107,6 +116,7 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
             for lora, norm, warnings in zip(loras, model.relative_norms, warned, strict=True)
         )
         uses = iter(text.uses)
+        input_receipts = image_in_use.receipts if image_in_use else {}
         # the images are passed on
         images.close(
             DrawnJob(
@@ -121,6 +131,8 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                 recipe_fields=recipe_fields,
                 prompt_receipt=text.prompt_receipt,
                 negative_prompt_receipt=text.negative_receipt,
+                image_receipt=input_receipts.get("image"),
+                mask_receipt=input_receipts.get("mask"),
                 at=time.monotonic(),
             )
         )
@@ -128,11 +140,15 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
 
 
 def open_files(
-    child: Child, job: Job, assets: Sequence[Asset], progress: Progress
+    child: Child, job: Job, assets: Sequence[Asset], images: Sequence[Asset], progress: Progress
 ) -> AbstractContextManager[list[CachedFile]]:
-    """Open the job's files in the cache, which keeps them for as long as the block is open."""
+    """Open the job's files in the cache, which keeps them for as long as the block is open.
+
+    Those of the images follow the others.
+    """
     return child.lora_files.files(
         assets,
+        images=images,
         since=job.started - (job.queued or 0.0),
         on_bytes=lambda received, expected: progress(Phase.FETCH, received, expected),
     )
@@ -144,6 +160,8 @@ def spooled_job(
     request: GenerateRequest,
     loras: list[LoraInUse],
     embeddings: list[EmbeddingInUse],
+    *,
+    image: ImageInUse | None = None,
 ) -> SpooledJob:
     """Return what the sidecar needs to store the job's images, and what draws them again.
 
@@ -172,6 +190,7 @@ def spooled_job(
                     (found.file.source, found.file.sha256, found.only_token)
                     for found in embeddings[: len(request.embeddings)]
                 ],
+                image.receipts if image else {},
             ),
             model=child.model.name,
             base_sha256=child.model.base_sha256,
@@ -193,7 +212,7 @@ def step_counter(
 
     The parent takes the next job during the last step.
     """
-    steps = request.steps
+    steps = request.drawn_steps
     done, total = index * steps, request.num_images * steps
     counted = 0
 

@@ -29,6 +29,11 @@ _FIELDS: Final = (  # options that have the name of a field of the request
     "negative_prompt",
     "prompt_syntax",
     "clip_skip",
+    "image",
+    "mask",
+    "strength",
+    "mask_blur",
+    "mask_invert",
     "num_inference_steps",
     "guidance_scale",
     "seed",
@@ -106,6 +111,12 @@ def _embeddings(
     return specs
 
 
+def _image(
+    _ctx: click.Context, _parameter: click.Parameter, address: str | None
+) -> dict[str, str] | None:
+    return None if address is None else _file(address)
+
+
 def _file(address: str) -> dict[str, str]:
     if address.startswith("cozy://"):
         return {"cozy_ref": address.removeprefix("cozy://")}
@@ -160,6 +171,35 @@ _OPTIONS: Final = (
         metavar="[TOKEN=]ADDRESS",
         help="Embedding (textual inversion) for the word TOKEN of the prompts, may be repeated. "
         "ADDRESS is one as of a LoRA; TOKEN is by default the word in the file, or its name.",
+    ),
+    click.option(
+        "--image",
+        callback=_image,
+        metavar="ADDRESS",
+        help="Image to start from: an address as of a LoRA, or `job:<id>#<index>`, an image of an "
+        "earlier job.",
+    ),
+    click.option(
+        "--mask",
+        callback=_image,
+        metavar="ADDRESS",
+        help="Mask of the image's size: what is white is drawn anew.",
+    ),
+    click.option(
+        "--strength",
+        type=float,
+        callback=reject_nan,
+        help="Share of the steps that are drawn from the image, up to 1.  [default: 0.75]",
+    ),
+    click.option(
+        "--mask-blur",
+        type=float,
+        callback=reject_nan,
+        metavar="PIXELS",
+        help="Soften the edge of the mask.",
+    ),
+    click.option(
+        "--mask-invert", is_flag=True, default=None, help="Draw anew what is black in the mask."
     ),
     click.option(
         "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."

@@ -66,6 +66,7 @@ class Pipeline(pipeline.Pipeline):
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
+        start: object = None,
     ) -> Image.Image:
         """Sleep until each step would be done, and return a given image if its size is right.
 
@@ -74,9 +75,9 @@ class Pipeline(pipeline.Pipeline):
         orders: dict[str, Any] = orders_in(request.prompt)
         label = orders.get("label", "")
         journal.write("begin", label=label, seed=seed)
-        start = time.monotonic()
+        began = time.monotonic()
         for step in range(1, request.steps + 1):
-            time.sleep(max(0.0, start + step * orders["step"] - time.monotonic()))
+            time.sleep(max(0.0, began + step * orders["step"] - time.monotonic()))
             on_step(step)
         journal.write("end", label=label, seed=seed)
         images = pipeline.images_in(Path(os.environ["FAKE_IMAGES"]))

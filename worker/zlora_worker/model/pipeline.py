@@ -9,7 +9,11 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -25,6 +29,7 @@ from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
 from zlora_worker.model.schedulers import scheduler_for, scheduler_name
+from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
 from zlora_worker.monitoring.logs import said_by
 
@@ -125,6 +130,8 @@ class Pipeline:
         self.digest = BaseDigest(base_sha256=self.base_sha256, sums_sha256=sums_sha256)
         self._decode_whole = pipeline.vae.decode
         pipeline.vae.decode = self._decode
+        self._encode_whole = pipeline.vae.encode
+        pipeline.vae.encode = self._encode
         # Half of the native size: a VAE's default tile is as large as an image of native size.
         pipeline.vae.tile_latent_min_size = tile = pipeline.default_sample_size // 2
         pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
@@ -271,8 +278,11 @@ class Pipeline:
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
+        start: StartingImage | None = None,
     ) -> Image.Image:
         """Draw one RGB image; `on_step` receives the number of each finished step, from 1.
+
+        With `start` the image is drawn from that one, by as many steps as `strength` leaves.
 
         `text` is what `encode` returned for this request, by default the prompts without
         embeddings. `tiled` says afterwards how the image was decoded. Raises `GenerationFailed` if
@@ -281,15 +291,15 @@ class Pipeline:
         """
         self.tiled = False
         text = text or self.encode(request)
-        width, height = self.size(request)
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.pipeline.scheduler = scheduler_for(self._scheduler, request, seed=seed)
+        drawing, options = self._drawing(request, start, [generator])
+        drawing.scheduler = scheduler_for(self._scheduler, request, seed=seed)
 
         def step_end(
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
         ) -> dict[str, Tensor]:
             # A second-order scheduler calls the model about twice for each step.
-            on_step(math.ceil((call + 1) * request.steps / pipeline.num_timesteps))
+            on_step(math.ceil((call + 1) * request.drawn_steps / pipeline.num_timesteps))
             return tensors
 
         # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
@@ -299,7 +309,7 @@ class Pipeline:
             lambda *call: finite.append(torch.isfinite(call[-1]).all())
         )
         try:
-            output = self.pipeline(
+            output = drawing(
                 prompt_embeds=text.prompt,
                 pooled_prompt_embeds=text.pooled,
                 negative_prompt_embeds=text.negative,
@@ -309,12 +319,10 @@ class Pipeline:
                 sigmas=list(request.noise_levels) or None,
                 eta=request.eta or 0.0,
                 guidance_scale=request.guidance,
-                width=width,
-                height=height,
-                latents=self._noise(width, height, generator),
                 generator=generator,
                 callback_on_step_end=step_end,
                 output_type="pt",
+                **options,
             )
         finally:
             hook.remove()
@@ -324,6 +332,49 @@ class Pipeline:
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
         return Image.fromarray(rgb(output.images[0]).cpu().numpy())
+
+    def _drawing(
+        self,
+        request: GenerateRequest,
+        start: StartingImage | None,
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return diffusers' pipeline for text alone, an image, or an image with a mask.
+
+        Each has the components of the resident one, and no weight of its own. Also return what is
+        an argument of this pipeline only.
+        """
+        if start is None:
+            width, height = self.size(request)
+            latents = self._noise(width, height, *generators)
+            return self.pipeline, {"width": width, "height": height, "latents": latents}
+        rows = len(generators)
+        options: dict[str, Any] = {
+            "image": [start.image] * rows,
+            "strength": request.image_strength,
+        }
+        cls: Any = StableDiffusionXLImg2ImgPipeline
+        if start.mask is not None:
+            cls = StableDiffusionXLInpaintPipeline
+            width, height = start.image.size
+            options |= {"mask_image": [start.mask] * rows, "width": width, "height": height}
+        drawing = cls(**self.pipeline.components, add_watermarker=False)
+        drawing.set_progress_bar_config(disable=True)
+        if start.is_soft:
+            drawing.mask_processor.register_to_config(do_binarize=False)
+        return drawing, options
+
+    def _encode(self, image: Tensor, **options: Any) -> Any:
+        """Replace the VAE's `encode`: whole, also if `zlora replay` has turned on tiles.
+
+        The image that is drawn again was decoded in tiles; its start was encoded whole.
+        """
+        vae = self.pipeline.vae
+        tiles, vae.use_tiling = vae.use_tiling, False
+        try:
+            return self._encode_whole(image, **options)
+        finally:
+            vae.use_tiling = tiles
 
     def _decode(self, latents: Tensor, **options: Any) -> Any:
         """Replace the VAE's `decode`: decode in tiles if the whole image runs out of memory.
@@ -375,9 +426,10 @@ class MergedModel:
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
+        start: StartingImage | None = None,
     ) -> Image.Image:
         """Draw one image; see `Pipeline.draw`."""
-        return self._pipeline.draw(request, seed, on_step, text=text)
+        return self._pipeline.draw(request, seed, on_step, text=text, start=start)
 
     @property
     def tiled(self) -> bool:

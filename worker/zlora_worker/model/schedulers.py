@@ -59,6 +59,7 @@ def _class_and_options(
         name, schedule = choice
         _require_family(base, choice.entry, request)
         cls = getattr(diffusers, choice.entry.class_name)
+    _require_image(cls, request)
     options: dict[str, Any] = {}
     if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
         options["trained_betas"] = _zero_snr_betas(config)
@@ -94,6 +95,19 @@ def _require_family(base: Any, wanted: SchedulerEntry, request: GenerateRequest)
             f"{_FAMILIES[wanted.family]}"
         )
         raise invalid("$.scheduler", request.scheduler, expected)
+
+
+def _require_image(cls: Any, request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if diffusers cannot draw from an image with this class."""
+    if request.image is None:
+        return
+    if not hasattr(cls, "add_noise"):
+        expected = f"Expected no image: {cls.__name__} cannot add noise to one"
+        raise invalid("$.image", "an image", expected)
+    levels = [field for field in request.given_sampling if field != "eta"]
+    if cls.order > 1 and levels:  # diffusers counts each level as a step, of which each has two
+        expected = f"Expected no `{levels[0]}` with an image: {cls.__name__} is of second order"
+        raise invalid(f"$.{levels[0]}", getattr(request, levels[0]), expected)
 
 
 def _require_possible(

@@ -84,6 +84,8 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
         "Timesteps": ", ".join(map(str, request.timesteps or ())),
         "Sigmas": ", ".join(map(_number, request.sigmas or ())),
         "CFG scale": _number(request.guidance),
+        "Denoising strength": _number(request.image_strength) if request.image else "",
+        "Mask blur": _number(request.mask_blur) if request.mask else "",
         "Seed": str(provenance.seed),
         "Size": f"{provenance.width}x{provenance.height}",
         "Model hash": (provenance.model_sha256 or provenance.base_sha256)[:_MODEL_DIGITS],

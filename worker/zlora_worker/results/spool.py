@@ -23,6 +23,7 @@ from zlora.queue_info import QueueInfo
 from zlora.schema import (
     EmbeddingReceipt,
     GenerateRequest,
+    ImageReceipt,
     ImageRef,
     LoraReceipt,
     LoraSpec,
@@ -84,6 +85,8 @@ class DrawnJob(Struct, frozen=True, kw_only=True):
     recipe_fields: dict[str, Any] = {}
     prompt_receipt: PromptReceipt | None = None
     negative_prompt_receipt: PromptReceipt | None = None
+    image_receipt: ImageReceipt | None = None
+    mask_receipt: ImageReceipt | None = None
 
 
 class EndedJob(Struct, frozen=True, kw_only=True):

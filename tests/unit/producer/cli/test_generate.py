@@ -81,6 +81,14 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
         (["--format", "webp", "--quality", "80"], {"output_format": "webp", "quality": 80}),
         (["--timeout", "60"], {"timeout": 60.0}),
         (
+            ["--image", LORA, "--mask", "job:a#0", "--strength", "0.5", "--mask-blur", "4"],
+            {"image": {"url": LORA}, "mask": {"url": "job:a#0"}, "strength": 0.5, "mask_blur": 4.0},
+        ),
+        (
+            ["--image", "cozy://owner/a", "--mask", LORA, "--mask-invert"],
+            {"image": {"cozy_ref": "owner/a"}, "mask": {"url": LORA}, "mask_invert": True},
+        ),
+        (
             ["--recipes", "off", "--trigger-words", "add"],
             {"recipes": "off", "trigger_words": "add"},
         ),

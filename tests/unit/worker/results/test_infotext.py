@@ -75,6 +75,16 @@ def test_infotext_has_the_hashes_of_embeddings() -> None:
     assert hashes in written(a_request(embeddings=specs))
 
 
+def test_infotext_has_the_strength_and_the_blur_of_the_web_ui() -> None:
+    image = Asset(url="https://a.invalid/b.png", sha256=digest(0))
+
+    text = written(a_request(num_inference_steps=20, image=image, mask=image, mask_blur=4))
+
+    assert "Steps: 20," in text
+    assert "Denoising strength: 0.75, Mask blur: 4, " in text
+    assert "Mask blur" not in written(a_request(image=image, strength=1))
+
+
 def test_infotext_has_the_form_of_the_web_ui() -> None:
     request = a_request(
         prompt="a city,\nat night",
