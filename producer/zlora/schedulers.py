@@ -46,14 +46,19 @@ class SchedulerEntry(NamedTuple):
     family: Family = "diffusion"
 
     def options_for(
-        self, schedule: Schedule | None, *, steps: int, seed: int, named: bool = True
+        self,
+        schedule: Schedule | None,
+        *,
+        steps: int,
+        seed: int | list[int],
+        named: bool = True,
     ) -> dict[str, Any]:
         """Return the options of diffusers.
 
         Without a schedule, the noise levels are as the configuration of the model says; a formula
         starts from evenly spaced timesteps, so that it covers all levels. LCM and TCD pick their
-        steps among the original ones, of which there must be as many at least. Without `named`,
-        only the options of the schedule are returned.
+        steps among the original ones, of which there must be as many at least. `seed` is a list
+        for several images at once. Without `named`, only the options of the schedule are returned.
         """
         options = dict(self.options) if named else {}
         if "original_inference_steps" in options:

@@ -354,7 +354,7 @@ def traffic(bench: Bench, folder: Path, size: Size) -> list[Row]:
 
     def whole(way: Way, strength: float) -> None:
         way.enter(bench.pair(strength))
-        bench.engine.draw(request, 1, lambda _: None)
+        bench.engine.draw(request, [1], lambda _: None)
         way.leave()
 
     progress("bytes between host and device")

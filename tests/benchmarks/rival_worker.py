@@ -44,7 +44,7 @@ def generate(task: Any, document: dict[str, Any]) -> dict[str, Any]:
     seed = request.seed_for(job_id)
     images = []
     for index in range(request.num_images):
-        image = _pipeline.draw(request, seed + index, lambda _: None)
+        (image,) = _pipeline.draw(request, [seed + index], lambda _: None)
         if DESIGN == "handed":
             publisher.give_image(job_id, index, image, document)
         else:

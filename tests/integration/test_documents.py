@@ -123,7 +123,8 @@ def test_another_process_draws_the_same_pixels(client: Client, model_home: Path)
     model, request = load_pipeline(model_home), msgspec.convert(SMALL, GenerateRequest)
     assert [image.seed for image in result.images] == [7, 8]
     for index, seed in enumerate((7, 8)):
-        assert model.draw(request, seed, lambda _: None).tobytes() == pixels(result, index)
+        (image,) = model.draw(request, [seed], lambda _: None)
+        assert image.tobytes() == pixels(result, index)
 
 
 def test_a_job_without_a_seed_draws_the_same_for_the_same_id(client: Client) -> None:

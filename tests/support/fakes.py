@@ -119,7 +119,7 @@ def image_provenance(request: GenerateRequest, **fields: Any) -> ImageProvenance
 
 def pixels(model: Pipeline, *, seed: int = 7, **fields: Any) -> bytes:
     """Draw the image of a small job and return its RGB bytes."""
-    return model.draw(a_request(**fields), seed, lambda _step: None).tobytes()
+    return model.draw(a_request(**fields), [seed], lambda _step: None)[0].tobytes()
 
 
 def difference(one: bytes, other: bytes) -> int:

@@ -98,9 +98,9 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                     if stored is not None:
                         images.add_stored(stored)
                         continue
-                image = model.draw(
+                (image,) = model.draw(
                     request,
-                    job.seed + index,
+                    [job.seed + index],
                     step_counter(child, request, progress, index),
                     text=text,
                     start=image_in_use.start if image_in_use else None,

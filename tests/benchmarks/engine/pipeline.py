@@ -62,24 +62,29 @@ class Pipeline(pipeline.Pipeline):
     def draw(
         self,
         request: GenerateRequest,
-        seed: int,
+        seeds: Sequence[int],
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
         start: object = None,
-    ) -> Image.Image:
-        """Sleep until each step would be done, and return a given image if its size is right.
+    ) -> list[Image.Image]:
+        """Sleep until each step would be done, and return given images if their size is right.
 
         A GPU goes on while `on_step` runs, so the time of `on_step` is not added to the steps.
         """
         orders: dict[str, Any] = orders_in(request.prompt)
         label = orders.get("label", "")
-        journal.write("begin", label=label, seed=seed)
+        for seed in seeds:
+            journal.write("begin", label=label, seed=seed)
         began = time.monotonic()
         for step in range(1, request.steps + 1):
             time.sleep(max(0.0, began + step * orders["step"] - time.monotonic()))
             on_step(step)
-        journal.write("end", label=label, seed=seed)
+        for seed in seeds:
+            journal.write("end", label=label, seed=seed)
         images = pipeline.images_in(Path(os.environ["FAKE_IMAGES"]))
-        image = images[seed % len(images)]
-        return image if image.size == self.size(request) else pipeline.image_of(seed, 0)
+        found = [(seed, images[seed % len(images)]) for seed in seeds]
+        size = self.size(request)
+        return [
+            image if image.size == size else pipeline.image_of(seed, 0) for seed, image in found
+        ]

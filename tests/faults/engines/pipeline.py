@@ -117,27 +117,29 @@ class Pipeline:
     def draw(
         self,
         request: GenerateRequest,
-        seed: int,
+        seeds: Sequence[int],
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
         start: object = None,
-    ) -> Image.Image:
-        """Draw one image, after the steps and the faults that the prompt orders."""
+    ) -> list[Image.Image]:
+        """Draw an image of each seed, after the steps and the faults that the prompt orders."""
         orders = orders_in(request.prompt)
         label = orders.get("label", "")
-        journal.write("begin", label=label, seed=seed)
+        for seed in seeds:
+            journal.write("begin", label=label, seed=seed)
         for step in range(1, request.drawn_steps + 1):
             time.sleep(orders.get("step", 0.01))
             if orders.get("do") and step == orders.get("at", 1):
                 misbehave(self, orders)
             on_step(step)
             journal.write("step", label=label, step=step)
-        journal.write("end", label=label, seed=seed)
+        for seed in seeds:
+            journal.write("end", label=label, seed=seed)
         if folder := os.environ.get("FAKE_IMAGES"):
             images = images_in(Path(folder))
-            return images[seed % len(images)].copy()
-        return image_of(seed, orders.get("noise", 0))
+            return [images[seed % len(images)].copy() for seed in seeds]
+        return [image_of(seed, orders.get("noise", 0)) for seed in seeds]
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -46,13 +46,13 @@ def seeds_drawn(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def recorded(
         request: GenerateRequest,
-        seed: int,
+        seeds: Sequence[int],
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
-    ) -> Image.Image:
-        drawn.append(seed)
-        return draw(request, seed, on_step, text=text)
+    ) -> list[Image.Image]:
+        drawn.extend(seeds)
+        return draw(request, seeds, on_step, text=text)
 
     monkeypatch.setattr(model, "draw", recorded)
     return drawn

@@ -114,7 +114,7 @@ class Pipeline:
         if compile_mode != "off":
             compile_blocks(pipeline.unet, with_graphs=compile_mode == "graphs")
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
-        self.tiled = False  # True if the last image was decoded in tiles, which differs slightly
+        self.tiled = False  # True if the last images were decoded in tiles, which differs slightly
         self._check_all = check_all
         self._scheduler = pipeline.scheduler
         self._vae_dtype = pipeline.vae.dtype
@@ -155,7 +155,7 @@ class Pipeline:
             # What fails here fails in a job, too, which then says so.
             with suppress(GenerationFailed, OutOfMemory), self.with_loras([], request) as model:
                 try:
-                    model.draw(request, 0, lambda _step: None)
+                    model.draw(request, [0], lambda _step: None)
                 except TorchDynamoException as error:
                     raise ModelUnavailable(
                         f"ZLORA_COMPILE={self._compile_mode}: PyTorch cannot compile the UNet: "
@@ -190,15 +190,7 @@ class Pipeline:
             if not _is_out_of_memory(error):
                 raise
             self._free(error)  # first: the check below needs memory too
-            width, height, size = None, None, ""
-            if request:
-                width, height = self.size(request)
-                size = f" at {width} x {height} pixels"
-            raise OutOfMemory(
-                f"the job needs more memory than this worker has{size}: "
-                f"{type(error).__name__}: {said_by(error)}",
-                {"width": width, "height": height},
-            ) from error
+            raise self._out_of_memory(error, request) from error
         finally:
             self.state = PipelineState.DIRTY
             self._restore()
@@ -274,25 +266,29 @@ class Pipeline:
     def draw(
         self,
         request: GenerateRequest,
-        seed: int,
+        seeds: Sequence[int],
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
         start: StartingImage | None = None,
-    ) -> Image.Image:
-        """Draw one RGB image; `on_step` receives the number of each finished step, from 1.
+    ) -> list[Image.Image]:
+        """Draw an RGB image of each seed, all in the same forward passes.
+
+        `on_step` receives the number of each finished step, from 1. The last bits of the pixels
+        depend on the number of seeds.
 
         With `start` the image is drawn from that one, by as many steps as `strength` leaves.
 
         `text` is what `encode` returned for this request, by default the prompts without
-        embeddings. `tiled` says afterwards how the image was decoded. Raises `GenerationFailed` if
-        the image contains NaN or Inf, and `InvalidRequest` if the model cannot draw with the
-        scheduler.
+        embeddings. `tiled` says afterwards how the images were decoded. Raises `GenerationFailed`
+        if an image contains NaN or Inf, `InvalidRequest` if the model cannot draw with the
+        scheduler, and `OutOfMemory` if memory does not suffice for several images at once.
         """
         self.tiled = False
         text = text or self.encode(request)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        drawing, options = self._drawing(request, start, [generator])
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        drawing, options = self._drawing(request, start, generators)
+        seed = seeds[0] if len(seeds) == 1 else list(seeds)
         drawing.scheduler = scheduler_for(self._scheduler, request, seed=seed)
 
         def step_end(
@@ -319,19 +315,25 @@ class Pipeline:
                 sigmas=list(request.noise_levels) or None,
                 eta=request.eta or 0.0,
                 guidance_scale=request.guidance,
-                generator=generator,
+                num_images_per_prompt=len(seeds),
+                generator=generators,
                 callback_on_step_end=step_end,
                 output_type="pt",
                 **options,
             )
+        except (RuntimeError, MemoryError) as error:
+            if len(seeds) == 1 or not _is_out_of_memory(error):
+                raise
+            self._free(error)
+            raise self._out_of_memory(error, request) from error
         finally:
             hook.remove()
         if not all(map(bool, finite)):
             raise GenerationFailed(
-                "the image has NaN or Inf values: "
+                "an image has NaN or Inf values: "
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
-        return Image.fromarray(rgb(output.images[0]).cpu().numpy())
+        return [Image.fromarray(rgb(image).cpu().numpy()) for image in output.images]
 
     def _drawing(
         self,
@@ -346,7 +348,7 @@ class Pipeline:
         """
         if start is None:
             width, height = self.size(request)
-            latents = self._noise(width, height, *generators)
+            latents = self._noise(width, height, generators)
             return self.pipeline, {"width": width, "height": height, "latents": latents}
         rows = len(generators)
         options: dict[str, Any] = {
@@ -377,12 +379,12 @@ class Pipeline:
             vae.use_tiling = tiles
 
     def _decode(self, latents: Tensor, **options: Any) -> Any:
-        """Replace the VAE's `decode`: decode in tiles if the whole image runs out of memory.
+        """Replace the VAE's `decode`: decode in tiles if whole images run out of memory.
 
         Both ways start from the same latents: no step is denoised again.
         """
         try:
-            return self._decode_whole(latents, **options)
+            return self._decode_each(latents, **options)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -390,9 +392,28 @@ class Pipeline:
         self.tiled = True
         try:
             self.pipeline.vae.enable_tiling()
-            return self._decode_whole(latents, **options)
+            return self._decode_each(latents, **options)
         finally:
             self.pipeline.vae.disable_tiling()
+
+    def _decode_each(self, latents: Tensor, **options: Any) -> Any:
+        """Decode one image at a time: decoding takes far more memory than a step of denoising."""
+        if len(latents) == 1:
+            return self._decode_whole(latents, **options)
+        # Copies, because the alignment in memory changes the last bits of an image.
+        rows = [latents[row : row + 1].clone() for row in range(len(latents))]
+        return (torch.cat([self._decode_whole(row, **options)[0] for row in rows]),)
+
+    def _out_of_memory(self, error: BaseException, request: GenerateRequest | None) -> OutOfMemory:
+        width, height, size = None, None, ""
+        if request:
+            width, height = self.size(request)
+            size = f" at {width} x {height} pixels"
+        return OutOfMemory(
+            f"the job needs more memory than this worker has{size}: "
+            f"{type(error).__name__}: {said_by(error)}",
+            {"width": width, "height": height},
+        )
 
     def _free(self, error: BaseException) -> None:
         """Free the tensors that the frames of an error's traceback hold."""
@@ -400,12 +421,12 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
+    def _noise(self, width: int, height: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Draw the initial latents, in fp32 on the CPU: a seed is the same noise on any device."""
         factor = self.pipeline.vae_scale_factor
         shape = (1, self.pipeline.unet.config.in_channels, height // factor, width // factor)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        return noise.to(self.device, self.pipeline.unet.dtype)
+        rows = [torch.randn(shape, generator=each, dtype=torch.float32) for each in generators]
+        return torch.cat(rows).to(self.device, self.pipeline.unet.dtype)
 
 
 class MergedModel:
@@ -422,18 +443,18 @@ class MergedModel:
     def draw(
         self,
         request: GenerateRequest,
-        seed: int,
+        seeds: Sequence[int],
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
         start: StartingImage | None = None,
-    ) -> Image.Image:
-        """Draw one image; see `Pipeline.draw`."""
-        return self._pipeline.draw(request, seed, on_step, text=text, start=start)
+    ) -> list[Image.Image]:
+        """Draw an image of each seed; see `Pipeline.draw`."""
+        return self._pipeline.draw(request, seeds, on_step, text=text, start=start)
 
     @property
     def tiled(self) -> bool:
-        """True if the last image was decoded in tiles."""
+        """True if the last images were decoded in tiles."""
         return self._pipeline.tiled
 
 

@@ -31,10 +31,11 @@ _INDEXED: Final = ("ddim", "ddpm", "pndm")
 _LEAST_SNR: Final = 2**-24  # with which diffusers replaces zero, as infinite noise has no number
 
 
-def scheduler_for(base: Any, request: GenerateRequest, *, seed: int) -> Any:
+def scheduler_for(base: Any, request: GenerateRequest, *, seed: int | list[int]) -> Any:
     """Make the scheduler of a request, without the state of another job.
 
-    `base` is the scheduler that the base model came with. Raises `InvalidRequest` if a scheduler
+    `base` is the scheduler that the base model came with. `seed` is that of the image, or a list of
+    the seeds of several images that are drawn at once. Raises `InvalidRequest` if a scheduler
     for that model cannot do what the request says.
     """
     cls, options = _class_and_options(base, request, seed=seed)
@@ -49,7 +50,7 @@ def scheduler_name(base: Any, request: GenerateRequest) -> str:
 
 
 def _class_and_options(
-    base: Any, request: GenerateRequest, *, seed: int
+    base: Any, request: GenerateRequest, *, seed: int | list[int]
 ) -> tuple[Any, dict[str, Any]]:
     """Return the class of a request's scheduler, and what differs from the base's configuration."""
     config, choice, schedule = base.config, request.sampling, request.schedule

@@ -158,7 +158,7 @@ def test_without_a_recorded_hash_the_files_are_compared(
 ) -> None:
     """It is unknown then whether the file was edited."""
     (path,) = draw(a_request(seed=7, **fields))
-    pixels = model.draw(provenance_in(path).request, 7, lambda _step: None)
+    (pixels,) = model.draw(provenance_in(path).request, [7], lambda _step: None)
 
     same = again(rewritten(path, edit=lambda _: pixels, pixels_sha256=None))
     other = again(rewritten(path, edit=with_a_dot, pixels_sha256=None))

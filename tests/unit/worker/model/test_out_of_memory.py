@@ -115,7 +115,7 @@ def test_nothing_is_denoised_again_for_tiles(model: Pipeline) -> None:
     steps: list[int] = []
 
     with decoder_room(model, 4):
-        model.draw(a_request(num_inference_steps=3), 1, steps.append)
+        model.draw(a_request(num_inference_steps=3), [1], steps.append)
 
     assert model.tiled
     assert steps == [1, 2, 3]

@@ -57,7 +57,8 @@ class Drawing(NamedTuple):
 def drawing(model: Pipeline, scheduler: str | None) -> Drawing:
     steps: list[int] = []
     request = a_request(num_inference_steps=3, scheduler=scheduler)
-    return Drawing(model.draw(request, 7, steps.append).tobytes(), steps)
+    (image,) = model.draw(request, [7], steps.append)
+    return Drawing(image.tobytes(), steps)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_an_image_has_the_requested_size_or_the_native_one(
     request = a_request(**fields)
 
     assert model.size(request) == size
-    assert model.draw(request, 1, lambda _step: None).size == size
+    assert [image.size for image in model.draw(request, [1], lambda _step: None)] == [size]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -152,7 +153,7 @@ def test_a_seed_means_the_same_initial_noise_in_every_dtype(model_home: Path, dt
     """Noise is drawn in fp32 on the CPU and cast: it depends on no type and device of the model."""
     model = load_pipeline(model_home, ZLORA_DTYPE=dtype)
 
-    noise = model._noise(64, 128, torch.Generator("cpu").manual_seed(11))
+    noise = model._noise(64, 128, [torch.Generator("cpu").manual_seed(11)])
 
     expected = torch.randn(
         (1, 4, 16, 8), generator=torch.Generator("cpu").manual_seed(11), dtype=torch.float32
@@ -224,7 +225,7 @@ def test_a_merged_model_draws_with_its_loras_inside_the_block_only(
     request, before = a_request(), pixels(model)
 
     with model.with_loras([lora], request) as merged:
-        image = merged.draw(request, 7, lambda _step: None)
+        (image,) = merged.draw(request, [7], lambda _step: None)
         state = model.state
 
     assert image.tobytes() != before

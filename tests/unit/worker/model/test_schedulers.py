@@ -48,7 +48,7 @@ def named(model: Pipeline) -> dict[str, bytes]:
 
 def drawn(model: Pipeline, **fields: Any) -> bytes:
     request = a_request(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **fields)
-    return model.draw(request, SEED, lambda _step: None).tobytes()
+    return model.draw(request, [SEED], lambda _step: None)[0].tobytes()
 
 
 def direct(model: Pipeline, class_name: str, options: Mapping[str, Any], **arguments: Any) -> bytes:

@@ -153,7 +153,7 @@ def drawn_by_diffusers(model: Pipeline, seed: int, **fields: Any) -> bytes:
     model.pipeline.scheduler = scheduler_for(model._scheduler, a_request(), seed=seed)
     output = model.pipeline(
         num_inference_steps=1,
-        latents=model._noise(*model.size(a_request()), generator),
+        latents=model._noise(*model.size(a_request()), [generator]),
         output_type="pt",
         **{"prompt": "a city at night", "guidance_scale": 7.5} | fields,
     )
