@@ -190,6 +190,18 @@ def sections(embedding: str, sketch: str, mask: str) -> list[Section]:
                 ],
             },
         ),
+        Section(
+            "batches",
+            "Batches",
+            "`batch_size` images of a job are drawn at once. Image i has the seed of the job + i, "
+            "whether it is drawn alone or among others.",
+            {
+                f"batch_size: {size}": [
+                    ("image", {"prompt": _WOMAN, "num_images": 4, "batch_size": size})
+                ]
+                for size in (1, 4)
+            },
+        ),
     ]
 
 
@@ -203,10 +215,12 @@ def draw(section: Section, client: Client) -> str:
         done = []
         for caption, handle in track(handles, description=f"{section.name}: {heading}"):
             try:
-                image = handle.result(timeout=_PATIENCE).images[0]
+                drawn = handle.result(timeout=_PATIENCE).images
             except InvalidRequest:  # the base cannot do this
                 continue
-            done.append((caption, Path(unquote(urlsplit(image.url or "").path))))
+            for image in drawn:
+                shown = f"{caption}, seed {image.seed}" if len(drawn) > 1 else caption
+                done.append((shown, Path(unquote(urlsplit(image.url or "").path))))
         rows.append(Row(heading, done))
     picture = f"pictures/gallery-{section.name}.png"
     draw_sheet(rows, DOCS / picture, note=_NOTE)

@@ -57,6 +57,8 @@ Sigmas = Annotated[
 OutputFormat = Literal["png", "jpeg", "webp"]
 LoraTier = Literal["memory", "disk", "network"]
 UrlPolicy = Literal["presigned", "public", "file", "key"]
+# Powers of two, so that a batch that is too large for memory has the images of two smaller ones.
+BatchSize = Literal[1, 2, 4, 8]
 SchedulerName = Annotated[
     str, Meta(min_length=1, max_length=100, extra_json_schema={"examples": list(SCHEDULERS)})
 ]
@@ -191,6 +193,8 @@ class GenerateRequest(
     """Seed of the first image, one more for each next one; made from the job id by default."""
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
     """Number of images; 1 by default."""
+    batch_size: BatchSize = 1
+    """Images to draw at once, 1 (the default), 2, 4 or 8; fewer if memory is short."""
     trigger_words: Literal["list", "add"] = "list"
     """Trigger words of the catalogue: `add` to the prompt, or only `list` (the default)."""
     scheduler: SchedulerName | None = None
@@ -346,6 +350,8 @@ class ImageRef(Struct, frozen=True, kw_only=True):
     """SHA-256 of the RGB bytes as they were drawn, row by row."""
     tiled: bool = False
     """Whether memory allowed only a decode in tiles, which differs a little."""
+    batch_size: BatchSize = 1
+    """Images drawn at once: those whose index divided by it, rounded down, is the same."""
     data_uri: str | None = None
     """The file as a data URI (RFC 2397), for `inline` and within the operator's limit."""
 
@@ -809,7 +815,7 @@ def enum_fields() -> dict[str, tuple[str, ...]]:
         kinds = [field.type, *get_args(field.type)]  # a Literal, or a union with one
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         if words:
-            found[field.name] = tuple(words)
+            found[field.name] = tuple(map(str, words))
     return found
 
 

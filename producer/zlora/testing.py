@@ -336,6 +336,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
             seed=seed + index,
             url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
             pixels_sha256=_EMPTY_SHA256,
+            batch_size=request.batch_size,
             data_uri=f"data:{content_type};base64," if request.inline else None,
         )
         images.append(image)

@@ -38,10 +38,10 @@ from typing import Any, Final, NamedTuple
 
 import redis
 from benchmarks import models, sample_images
-from benchmarks.batches import Arrivals
 from benchmarks.job_bytes import scene
 from benchmarks.lora_server import numbered
 from benchmarks.pauses import PARTS, Times, pauses
+from benchmarks.queued_jobs import Arrivals
 from benchmarks.report import Row, announce, figure, options_parser, progress, publish
 from benchmarks.slow_store import SlowStore, slow_store
 from safetensors.torch import save

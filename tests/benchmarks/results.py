@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from benchmarks import sample_images
-from benchmarks.batches import DELAY, IMAGES, PACE, Batch, setup
+from benchmarks.queued_jobs import DELAY, IMAGES, PACE, Batch, setup
 from benchmarks.report import Row, announce, options_parser, progress, publish
 from PIL import Image
 from zlora.schema import GenerateRequest

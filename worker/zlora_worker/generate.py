@@ -1,13 +1,24 @@
 """The story of a job: fetch, merge LoRAs, denoise, restore the base model, pass the images on."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, get_args
 
+from PIL.Image import Image
+from zlora.errors import OutOfMemory
 from zlora.lora import recipes
-from zlora.schema import Asset, GenerateRequest, Phase, digest_of, require_drawn_steps
+from zlora.schema import (
+    Asset,
+    BatchSize,
+    GenerateRequest,
+    ImageRef,
+    Phase,
+    digest_of,
+    require_drawn_steps,
+)
 
 from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
@@ -15,12 +26,17 @@ from zlora_worker.embedding_in_use import EmbeddingInUse, embeddings_in_use
 from zlora_worker.fetch.cache import CachedFile
 from zlora_worker.image_in_use import ImageInUse, read_files
 from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
-from zlora_worker.model.pipeline import PipelineState
+from zlora_worker.model.pipeline import MergedModel, PipelineState
+from zlora_worker.model.starting_image import StartingImage
+from zlora_worker.model.text_encoding import EncodedText
 from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
 from zlora_worker.results.uploader import stored_image
 
 _NEVER: Final = 1e12  # seconds, of jobs without a deadline
+_BATCH_SIZES: Final[tuple[BatchSize, ...]] = get_args(BatchSize)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +108,15 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
             timer.end(Phase.APPLY)
             # denoise
             text = model.encode(request, [each for file in embeddings for each in file.embeddings])
-            for index in range(request.num_images):
-                if job.is_resumed:
-                    stored = stored_image(child.store, spooled.provenance, index)
-                    if stored is not None:
-                        images.add_stored(stored)
-                        continue
-                (image,) = model.draw(
-                    request,
-                    [job.seed + index],
-                    step_counter(child, request, progress, index),
-                    text=text,
-                    start=image_in_use.start if image_in_use else None,
-                )
-                images.add(image, tiled=model.tiled)
+            draw_images(
+                child,
+                spooled,
+                model=model,
+                text=text,
+                start=image_in_use.start if image_in_use else None,
+                images=images,
+                progress=progress,
+            )
             timer.end(Phase.DENOISE)
         # the base model is restored and checked
         timer.end(Phase.RESTORE)
@@ -205,26 +216,77 @@ def spooled_job(
     )
 
 
+def draw_images(
+    child: Child,
+    spooled: SpooledJob,
+    *,
+    model: MergedModel,
+    text: EncodedText,
+    start: StartingImage | None,
+    images: SpoolWriter,
+    progress: Progress,
+) -> None:
+    """Draw the images that are not stored yet, in batches that are halved if memory is short.
+
+    A batch is always drawn whole, even if an earlier attempt has stored some of its images: the
+    last bits of an image depend on the size of its batch, and on its place there. For the same
+    reason an attempt goes on with the batches of the one before it.
+    """
+    request, job = spooled.request, spooled.provenance
+    size = request.batch_size
+    first = 0
+    while first < request.num_images:
+        batch = range(first, min(first + size, request.num_images))
+        stored: dict[int, ImageRef] = {}
+        for index in batch if spooled.is_resumed else ():
+            if (found := stored_image(child.store, job, index)) is not None:
+                stored[index] = found
+        smallest = min((image.batch_size for image in stored.values()), default=size)
+        if smallest < size:
+            size = smallest
+            continue
+        drawn: dict[int, Image] = {}
+        if len(stored) < len(batch):
+            seeds = [job.seed + index for index in batch]
+            on_step = step_counter(child, request, progress, batch)
+            try:
+                made = model.draw(request, seeds, on_step, text=text, start=start)
+            except OutOfMemory as error:
+                if len(batch) == 1:
+                    raise
+                size = max(fewer for fewer in _BATCH_SIZES if fewer < len(batch))
+                logger.warning("%d images at once, now at most %d: %s", len(batch), size, error)
+                continue
+            drawn = dict(zip(batch, made, strict=True))
+        for index in batch:
+            if index in stored:
+                images.add_stored(stored[index])
+            else:
+                images.add(drawn[index], tiled=model.tiled, batch_size=size)
+        first = batch.stop
+
+
 def step_counter(
-    child: Child, request: GenerateRequest, progress: Progress, index: int
+    child: Child, request: GenerateRequest, progress: Progress, batch: range
 ) -> Callable[[int], None]:
-    """Return a callback for the steps of one image, which reports steps of all images together.
+    """Return a callback for the steps of a batch, which reports steps of all images together.
 
     The parent takes the next job during the last step.
     """
-    steps = request.drawn_steps
-    done, total = index * steps, request.num_images * steps
+    steps, count = request.drawn_steps, len(batch)
+    done, total = batch.start * steps, request.num_images * steps
     counted = 0
 
     def on_step(step: int) -> None:
         nonlocal counted
-        if done + step == total - 1:
+        now = done + step * count
+        if now == total - count:
             child.spool.nearly_drawn()
-        child.meter.stepped(step - counted)
+        child.meter.stepped((step - counted) * count)
         counted = step
-        progress(Phase.DENOISE, done + step, total)
+        progress(Phase.DENOISE, now, total)
 
-    if done == total - 1:
+    if done == total - count:
         child.spool.nearly_drawn()
     return on_step
 

@@ -38,6 +38,7 @@ _FIELDS: Final = (  # options that have the name of a field of the request
     "guidance_scale",
     "seed",
     "num_images",
+    "batch_size",
     "scheduler",
     "schedule",
     "eta",
@@ -215,6 +216,7 @@ _OPTIONS: Final = (
     click.option("--size", callback=_size, metavar="WIDTHxHEIGHT", help="Size in pixels."),
     click.option("--seed", type=int, help="Seed of the first image.  [default: from the job id]"),
     click.option("-n", "num_images", type=int, help="Number of images."),
+    click.option("--batch-size", type=int, help="Images to draw at once: 1, 2, 4 or 8."),
     click.option(
         "--scheduler",
         metavar="NAME",

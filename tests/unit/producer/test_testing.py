@@ -133,7 +133,8 @@ def test_a_job_without_a_worker_has_no_result(client: Client) -> None:
 def test_a_job_has_ended_before_submit_returns() -> None:
     worker = MemoryWorker()
     with worker.client() as client:
-        job = client.submit({**REQUEST, "num_images": 2, "output_format": "jpeg"}, job_id="job-1")
+        fields = {"num_images": 2, "batch_size": 2, "output_format": "jpeg"}
+        job = client.submit({**REQUEST, **fields}, job_id="job-1")
 
         assert job.status() == JobStatus(state=JobState.SUCCESS)
         assert job.cancel() == Cancellation.FINISHED
@@ -143,6 +144,7 @@ def test_a_job_has_ended_before_submit_returns() -> None:
     assert (first.key, first.content_type) == ("runs/job-1/outputs/0.jpeg", "image/jpeg")
     assert second.url == "https://pictures.invalid/runs/job-1/outputs/1.jpeg"
     assert (first.width, first.height, first.size) == (1024, 1024, 0)
+    assert (first.batch_size, second.batch_size) == (2, 2)
     assert (first.seed, second.seed) == (seed_of("job-1"), seed_of("job-1") + 1)
     assert result.request_sha256 == digest_of(worker.requests["job-1"])
 

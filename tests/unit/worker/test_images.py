@@ -41,6 +41,7 @@ from zlora_worker.image_in_use import ImageInUse, read_files
 from zlora_worker.model import pipeline
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.model.schedulers import scheduler_for
+from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.results.manifest import write_verdict
 
 STEPS: Final = 4
@@ -323,6 +324,24 @@ def test_a_redelivery_uses_the_stored_images_and_draws_the_others_alike(
         each.pixels_sha256 for each in whole.images
     ]
     assert [each.seed for each in again.images] == [7, 8]
+
+
+@pytest.mark.parametrize("mask", [None, half_mask()])
+def test_an_image_of_a_batch_does_not_depend_on_its_company(
+    model: Pipeline, mask: Image.Image | None
+) -> None:
+    """Each has noise of its own, also for the image it starts from."""
+    start = StartingImage(picture(), mask)
+    request = a_request(image=Asset(url="job:a#0"), num_inference_steps=STEPS)
+
+    def drawn_at_once(*seeds: int) -> list[bytes]:
+        made = model.draw(request, seeds, lambda _step: None, start=start)
+        return [image.tobytes() for image in made]
+
+    one, two = drawn_at_once(7, 8), drawn_at_once(7, 9)
+
+    assert one[0] == two[0]
+    assert len({*one, *two}) == 3
 
 
 # --- files

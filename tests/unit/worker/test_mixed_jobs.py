@@ -119,6 +119,8 @@ def good(chance: random.Random) -> dict[str, Any]:
         ]
     if "zebrafish" in fields["prompt"] or chance.random() < 0.2:
         fields["embeddings"] = [{"file": {"url": "lora://word"}, "token": "zebrafish"}]
+    if chance.random() < 0.2:
+        fields |= {"num_images": 2, "batch_size": 2}
     return fields | {"guidance_scale": chance.choice((1.0, 5.0)), "seed": 3}
 
 

@@ -86,12 +86,21 @@ class Replay(Struct, frozen=True, kw_only=True):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordedImage:
-    """An image to draw again. `request` is a job of this image alone; see `Replay` for the rest."""
+    """An image to draw again; see `Replay` for the rest.
+
+    `request` is a job of this image, and of those that were drawn together with it: the last bits
+    of its pixels depend on how many they were, and on its `place` among them.
+    """
 
     source: str
     file: Path | None
     provenance: ImageProvenance
     request: GenerateRequest
+
+    @property
+    def place(self) -> int:
+        """Index of the image in this job."""
+        return self.provenance.index - self.provenance.batch.start
 
     def pixels(self) -> "Image.Image | None":
         """Return the file's image as `_open_image` does; raise `InvalidRequest`."""
@@ -252,8 +261,9 @@ def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance)
                 provenance.request.with_defaults(),
                 width=provenance.width,
                 height=provenance.height,
-                seed=provenance.seed,
-                num_images=1,
+                seed=provenance.seed - (provenance.index - provenance.batch.start),
+                num_images=len(provenance.batch),
+                batch_size=provenance.batch_size,
                 recipes="off",
             )
         )
@@ -360,7 +370,8 @@ class Replayer:
                 causes += _other_base(provenance, model.name, model.base_sha256)
                 failed = _outcome(image, verdict="impossible", causes=causes, code=error.code)
                 return Redrawn(failed, None, None, image.pixels())
-            return _compare(image, store.get(result.images[0].key) or b"", result)
+            key = result.images[image.place].key
+            return _compare(image, store.get(key) or b"", result)
 
     def _model_for(self, provenance: ImageProvenance) -> "Pipeline":
         from zlora_worker.lora.memory_cache import LoraMemoryCache
@@ -379,7 +390,8 @@ class Replayer:
 def _compare(image: RecordedImage, data: bytes, result: GenerateResult) -> Redrawn:
     from zlora_worker.results.encoding import open_image
 
-    recorded, (drawn,), (present,) = image.provenance, result.images, image_provenances(result)
+    recorded, place = image.provenance, image.place
+    drawn, present = result.images[place], image_provenances(result)[place]
     with open_image(data) as opened:
         now = opened.convert("RGB")
     before = image.pixels()
@@ -462,7 +474,7 @@ def _differences(recorded: ImageProvenance, present: ImageProvenance) -> Iterato
     yield from _other_base(recorded, present.model, present.base_sha256)
     if any(spec.is_used and spec.file.sha256 is None for spec in recorded.request.loras):
         yield "a LoRA's file is not recorded, only its address"
-    for name in ("scheduler", "device", "dtype", "threads", "compile"):
+    for name in ("scheduler", "device", "dtype", "threads", "compile", "batch_size"):
         old, new = getattr(recorded, name), getattr(present, name)
         if old != new:
             yield f"{name}: {_value(old)} -> {_value(new)}"

@@ -47,7 +47,7 @@ def finish(
             if isinstance(image, ImageRef):
                 uploader.add_stored(image)
             else:
-                uploader.add(image[0], tiled=image[1])
+                uploader.add(image.image, tiled=image.tiled, batch_size=image.batch_size)
         while (drawn := entry.drawn()) is None:
             _require_child(entry)
             wait()

@@ -10,6 +10,7 @@ from zlora.schema import (
     JOB_ID,
     MAX_SEED,
     Asset,
+    BatchSize,
     GenerateRequest,
     GenerateResult,
     ImageReceipt,
@@ -48,6 +49,7 @@ class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
         height: int,
         pixels_sha256: str | None,
         tiled: bool,
+        batch_size: BatchSize,
     ) -> "ImageProvenance":
         """Return the provenance of one image of this job."""
         shared = msgspec.structs.asdict(self) | {"seed": seed}
@@ -58,13 +60,15 @@ class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
             height=height,
             pixels_sha256=pixels_sha256,
             tiled=tiled,
+            batch_size=batch_size,
         )
 
 
 class ImageProvenance(JobProvenance, frozen=True, kw_only=True):
     """Provenance of the image with this `index` in its job, as its file's metadata has it.
 
-    `seed` is the image's own. `pixels_sha256` is that of the RGB bytes as they were drawn.
+    `seed` is the image's own. `pixels_sha256` is that of the RGB bytes as they were drawn. With a
+    `batch_size` above 1 it was drawn together with its `batch`.
     """
 
     index: Annotated[int, Meta(ge=0)] = 0
@@ -72,6 +76,14 @@ class ImageProvenance(JobProvenance, frozen=True, kw_only=True):
     height: Annotated[int, Meta(ge=1)]
     pixels_sha256: str | None = None
     tiled: bool = False
+    batch_size: BatchSize = 1
+
+    @property
+    def batch(self) -> range:
+        """Indices of the images that were drawn together with this one, and its own."""
+        first = self.index - self.index % self.batch_size
+        end = min(first + self.batch_size, self.request.num_images)
+        return range(first, max(end, self.index + 1))
 
 
 def pinned(
@@ -134,6 +146,7 @@ def image_provenances(result: GenerateResult) -> list[ImageProvenance]:
             height=image.height,
             pixels_sha256=image.pixels_sha256,
             tiled=image.tiled,
+            batch_size=image.batch_size,
         )
         for index, image in enumerate(result.images)
     ]

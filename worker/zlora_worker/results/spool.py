@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -21,6 +21,7 @@ from zlora.errors import StoreFailed
 from zlora.files import write_atomically
 from zlora.queue_info import QueueInfo
 from zlora.schema import (
+    BatchSize,
     EmbeddingReceipt,
     GenerateRequest,
     ImageReceipt,
@@ -112,6 +113,15 @@ class _ImageHeader(Struct, frozen=True):
     width: int
     height: int
     tiled: bool
+    batch_size: BatchSize = 1
+
+
+class SpooledImage(NamedTuple):
+    """A drawn image; see `ImageRef` for what is known of it."""
+
+    image: "Image.Image"
+    tiled: bool
+    batch_size: BatchSize
 
 
 class Spool:
@@ -206,7 +216,7 @@ class SpoolWriter:
         self._spool, self._count = spool, 0
         self.entry, self.nbytes = entry, 0
 
-    def add(self, image: "Image.Image", *, tiled: bool) -> None:
+    def add(self, image: "Image.Image", *, tiled: bool, batch_size: BatchSize = 1) -> None:
         """Add the next image; raise `StoreFailed` if neither memory nor disk has room."""
         import numpy as np  # the parent and the sidecar need none
 
@@ -222,8 +232,9 @@ class SpoolWriter:
                 self.entry.spilled.mkdir(mode=0o700, exist_ok=True)
                 (self.entry.spilled / name).write_bytes(pixels)
             # last, since it says that the pixels are complete
-            header = msgspec.json.encode(_ImageHeader(rgb.width, rgb.height, tiled))
-            write_atomically(self.entry.folder / f"{self._count}.json", header)
+            header = _ImageHeader(rgb.width, rgb.height, tiled, batch_size)
+            path = self.entry.folder / f"{self._count}.json"
+            write_atomically(path, msgspec.json.encode(header))
         self._count += 1
         self.nbytes += len(pixels)
         self._spool.wake()
@@ -267,8 +278,8 @@ class SpoolEntry:
         data = _read(self.folder / _ENDED)
         return None if data is None else msgspec.json.decode(data, type=EndedJob)
 
-    def image(self, index: int) -> "tuple[Image.Image, bool] | ImageRef | None":
-        """Return an image and whether it was decoded in tiles, or where it is in the store.
+    def image(self, index: int) -> SpooledImage | ImageRef | None:
+        """Return an image, or where it is in the store.
 
         Returns None if the image is not drawn yet.
         """
@@ -282,7 +293,8 @@ class SpoolEntry:
 
         header, name = msgspec.json.decode(data, type=_ImageHeader), f"{index}.rgb"
         pixels = _read(self.folder / name) or (self.spilled / name).read_bytes()
-        return Image.frombytes("RGB", (header.width, header.height), pixels), header.tiled
+        image = Image.frombytes("RGB", (header.width, header.height), pixels)
+        return SpooledImage(image, header.tiled, header.batch_size)
 
     def is_abandoned(self) -> bool:
         """Return whether the child was killed before the job was drawn."""

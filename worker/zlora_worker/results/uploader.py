@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import msgspec
 from PIL import Image
 from zlora.errors import StoreFailed
-from zlora.schema import ImageRef, Phase
+from zlora.schema import BatchSize, ImageRef, Phase
 
 from zlora_worker.results import encoding
 from zlora_worker.results.infotext import infotext
@@ -82,10 +82,12 @@ class ImageUploader:
         taken.set_result(image)
         self._refs.append(taken)
 
-    def add(self, image: Image.Image, *, tiled: bool) -> None:
+    def add(self, image: Image.Image, *, tiled: bool, batch_size: BatchSize = 1) -> None:
         """Encode and store the next image in the background."""
         self._raise_failure()
-        self._refs.append(self._threads.submit(self._store_image, len(self._refs), image, tiled))
+        index = len(self._refs)
+        work = self._threads.submit(self._store_image, index, image, tiled, batch_size)
+        self._refs.append(work)
 
     def images(self, on_wait: Callable[[], None] = lambda: None) -> tuple[ImageRef, ...]:
         """Wait until all images are stored, and return them.
@@ -113,7 +115,9 @@ class ImageUploader:
             if ref.done():
                 ref.result()
 
-    def _store_image(self, index: int, image: Image.Image, tiled: bool) -> ImageRef:
+    def _store_image(
+        self, index: int, image: Image.Image, tiled: bool, batch_size: BatchSize
+    ) -> ImageRef:
         start = time.perf_counter()
         provenance = self._job.for_image(
             index,
@@ -122,6 +126,7 @@ class ImageUploader:
             height=image.height,
             pixels_sha256=encoding.pixels_sha256(image),
             tiled=tiled,
+            batch_size=batch_size,
         )
         request, metadata = self._job.request, dict[str, Any]()
         if request.embed_metadata:
@@ -178,6 +183,7 @@ def _ref_of_stored(job: JobProvenance, index: int, data: bytes) -> ImageRef | No
                 height=image.height,
                 pixels_sha256=pixels_sha256,
                 tiled=found is not None and found.tiled,
+                batch_size=found.batch_size if found else job.request.batch_size,
             )
     except StoreFailed as error:
         logger.warning("%s is not used again: %s", key, error)
@@ -198,4 +204,5 @@ def _ref(key: str, data: bytes, provenance: ImageProvenance) -> ImageRef:
         seed=provenance.seed,
         pixels_sha256=provenance.pixels_sha256,
         tiled=provenance.tiled,
+        batch_size=provenance.batch_size,
     )

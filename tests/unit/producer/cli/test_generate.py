@@ -75,6 +75,7 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
         (["--guidance", "0"], {"guidance_scale": 0.0}),
         (["--size", "1024x768"], {"width": 1024, "height": 768}),
         (["--seed", "0", "-n", "4"], {"seed": 0, "num_images": 4}),
+        (["-n", "4", "--batch-size", "2"], {"num_images": 4, "batch_size": 2}),
         (["--scheduler", "Euler a"], {"scheduler": "Euler a"}),
         (["--schedule", "trailing"], {"schedule": "trailing"}),
         (["--scheduler", "ddim", "--eta", "0.5"], {"scheduler": "ddim", "eta": 0.5}),

@@ -1,5 +1,6 @@
 """Images drawn again: identical, or what drifted and why; and files that are refused."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -165,6 +166,42 @@ def test_without_a_recorded_hash_the_files_are_compared(
 
     assert (same.verdict, same.edited) == ("identical", None)
     assert (other.verdict, other.edited) == ("drifted", None)
+
+
+def test_an_image_of_a_batch_is_drawn_in_such_a_batch_at_its_place(
+    draw: DrawJob, model: Pipeline, machine: Settings
+) -> None:
+    """At a size for which the last bits depend on the place too."""
+    odd: dict[str, Any] = {"width": 72, "height": 88, "guidance_scale": 1.0}
+    paths = draw(a_request(seed=40, num_images=6, batch_size=4, num_inference_steps=2, **odd))
+    recorded = [image for path in paths[2:5] for image in recorded_images(path)]
+    recorded += recorded_images(paths[0].parents[1] / "manifest.json")[5:]
+
+    found = [redrawn(image, model, machine).replay for image in recorded]
+
+    assert [(one.index, one.seed, one.verdict, one.causes) for one in found] == [
+        (index, 40 + index, "identical", ()) for index in (2, 3, 4, 5)
+    ]
+    assert [(image.request.num_images, image.place) for image in recorded] == [
+        (4, 2),
+        (4, 3),
+        (2, 0),
+        (2, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"index": 6, "batch_size": 8}, {"index": 2**40}, {"seed": 0, "index": 1}], ids=str
+)
+def test_a_batch_that_no_job_has_is_refused_or_drawn(
+    draw: DrawJob, again: Replays, fields: dict[str, Any]
+) -> None:
+    """Metadata may say anything: nothing else is raised."""
+    (path,) = draw()
+    path = rewritten(path, **{"batch_size": 2} | fields)
+
+    with contextlib.suppress(InvalidRequest):
+        assert again(path).verdict in ("identical", "drifted")
 
 
 @pytest.mark.parametrize(("recorded", "used"), [(2, 2), (10**9, 1), (-1, 1), (None, 1)])

@@ -99,6 +99,7 @@ def test_an_embedding_is_pinned_to_its_file_and_its_word() -> None:
 
 def test_a_manifest_has_the_provenance_of_each_image() -> None:
     own: dict[str, Any] = {"width": 64, "height": 72, "pixels_sha256": DIGEST, "tiled": True}
+    own["batch_size"] = 2
     job = msgspec.convert(
         a_pinned_provenance(model_sha256=DIGEST, threads=1), JobProvenance, from_attributes=True
     )

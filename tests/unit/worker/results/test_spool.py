@@ -11,7 +11,7 @@ from PIL import Image
 from support.fakes import MemoryStore, a_request, job_provenance
 from zlora.errors import StoreFailed
 from zlora_worker.results.finish import Abandoned, finish
-from zlora_worker.results.spool import DrawnJob, EndedJob, Spool, SpooledJob
+from zlora_worker.results.spool import DrawnJob, EndedJob, Spool, SpooledImage, SpooledJob
 
 DRAWN = DrawnJob(loras=(), embeddings=(), timings={}, base_intact=True, base_checked=1.0, at=0.0)
 
@@ -52,7 +52,7 @@ def test_images_beyond_the_bound_are_on_disk_and_all_are_read_back(
     spool = make_spool(max_bytes=300)
     with spool.open(a_job()) as writer:
         for index in range(2):
-            writer.add(an_image(index), tiled=index == 1)
+            writer.add(an_image(index), tiled=index == 1, batch_size=2)
         writer.close(DRAWN)
     (entry,) = spool.entries()
 
@@ -61,8 +61,9 @@ def test_images_beyond_the_bound_are_on_disk_and_all_are_read_back(
     assert entry.drawn() == DRAWN
     for index in range(2):
         found = entry.image(index)
-        assert isinstance(found, tuple)
-        assert (found[0].getpixel((0, 0)), found[1]) == ((index, 0, 0), index == 1)
+        assert isinstance(found, SpooledImage)
+        assert found.image.getpixel((0, 0)) == (index, 0, 0)
+        assert (found.tiled, found.batch_size) == (index == 1, 2)
     entry.remove()
     assert list(spool.memory.iterdir()) == list(spool.disk.iterdir()) == []
 
