@@ -178,7 +178,7 @@ class GenerateRequest(
     strength: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Share of the steps that are drawn, from nearly 0 to 1 (all is new); 0.75 by default."""
     mask_blur: Annotated[float, Meta(ge=0, le=256)] = 0
-    """Pixels by which the edge of the mask is softened (Gaussian radius); 0 (hard) by default."""
+    """Pixels of the soft edge of the mask, beyond which the image stays exactly; 0 by default."""
     mask_invert: bool = False
     """Whether what is black in the mask is drawn anew, not what is white; false by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None

@@ -204,8 +204,7 @@ def _mask(request: GenerateRequest, found: Image.Image) -> Image.Image:
         mask = ImageOps.invert(mask)
     if request.mask_blur:
         mask = mask.filter(ImageFilter.GaussianBlur(request.mask_blur))
-    least = 1 if request.mask_blur else _HALF
-    if int(np.asarray(mask)[::_STEP, ::_STEP].max()) < least:
+    if int(np.asarray(mask)[::_STEP, ::_STEP].max()) < _HALF:
         colour = "black" if request.mask_invert else "white"
         expected = f"Expected a mask with {colour} in it, at least 8 x 8 pixels of it"
         raise invalid("$.mask", f"a mask of {_shown(found)}", expected)

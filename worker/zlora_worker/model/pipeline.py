@@ -333,7 +333,11 @@ class Pipeline:
                 "an image has NaN or Inf values: "
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
-        return [Image.fromarray(rgb(image).cpu().numpy()) for image in output.images]
+        images = [Image.fromarray(rgb(image).cpu().numpy()) for image in output.images]
+        if start is not None and start.keeps:
+            lay = drawing.image_processor.apply_overlay
+            images = [lay(start.mask, start.image, image) for image in images]
+        return images
 
     def _drawing(
         self,
@@ -362,8 +366,6 @@ class Pipeline:
             options |= {"mask_image": [start.mask] * rows, "width": width, "height": height}
         drawing = cls(**self.pipeline.components, add_watermarker=False)
         drawing.set_progress_bar_config(disable=True)
-        if start.is_soft:
-            drawing.mask_processor.register_to_config(do_binarize=False)
         return drawing, options
 
     def _encode(self, image: Tensor, **options: Any) -> Any:

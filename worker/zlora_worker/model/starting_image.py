@@ -9,10 +9,10 @@ from PIL import Image
 class StartingImage:
     """An RGB image of the job's size, and the mask of what is drawn anew in it, if it has one.
 
-    The mask has one channel, 255 for what is drawn anew; with `is_soft` values between are used as
-    they are, otherwise each is taken for 0 or 255, as diffusers does.
+    The mask has one channel: diffusers draws anew what is above the half of 255. With `keeps` the
+    image itself is laid over the drawn one: as much of each pixel as its mask is below 255.
     """
 
     image: Image.Image
     mask: Image.Image | None = None
-    is_soft: bool = False
+    keeps: bool = False
