@@ -127,6 +127,28 @@ def sections(embedding: str, sketch: str, mask: str) -> list[Section]:
             },
         ),
         Section(
+            "upscale",
+            "A second pass",
+            "`upscale` draws the enlarged image once more. The demo model draws well at 64 x 64 "
+            "pixels only: at 128 x 128 it repeats what it draws, the more the larger the strength.",
+            {
+                f"upscale, factor 2; {_CITY}": [
+                    ("none", {"prompt": _CITY}),
+                    *(
+                        (
+                            f"{mode}, {strength}",
+                            {
+                                "prompt": _CITY,
+                                "upscale": {"factor": 2, "strength": strength, "mode": mode},
+                            },
+                        )
+                        for mode in ("image", "latent")
+                        for strength in (0.2, 0.5)
+                    ),
+                ]
+            },
+        ),
+        Section(
             "schedulers",
             "Schedulers",
             "Every scheduler with 12 steps, and the noise levels of one. The demo model has zero "

@@ -37,6 +37,7 @@ from zlora.schema import (
     LoraReceipt,
     LoraSpec,
     PromptReceipt,
+    Upscale,
 )
 from zlora_worker.settings import reference as setting_rows
 
@@ -101,6 +102,9 @@ def request_page() -> str:
         _fields(LoraSpec, is_input=True),
         "## Embedding",
         _fields(EmbeddingSpec, is_input=True),
+        "## Upscale",
+        _doc(Upscale),
+        _fields(Upscale, is_input=True),
         "## File",
         _plain(f"{_doc(Asset)} [LoRA files](../loras.md) describes the sources."),
         _fields(Asset, is_input=True),
@@ -375,6 +379,7 @@ _LINKS: Final[dict[type, str]] = {
     ImageRef: "[image](#image)",
     LoraReceipt: "[receipt](#receipt)",
     PromptReceipt: "[prompt receipt](#prompt-receipt)",
+    Upscale: "[upscale](#upscale)",
 }
 
 

@@ -18,6 +18,7 @@ _MAX_PATH_END: Final = 35  # characters of the end of a long address
 _HASH_DIGITS: Final = 12  # hex digits; enough to tell a day's prompts apart
 # As `schema.enum_fields`.
 ENUM_FIELDS: Final = (
+    "mode",
     "batch_size",
     "output_format",
     "prompt_syntax",

@@ -46,7 +46,9 @@ Token = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN)]
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
-Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
+MAX_SIDE: Final = 4096  # pixels
+Side = Annotated[int, Meta(ge=64, le=MAX_SIDE, multiple_of=8)]  # pixels; 8 is the VAE's factor
+Strength = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
 Timesteps = Annotated[
     tuple[Annotated[int, Meta(ge=0, le=999)], ...], Meta(min_length=1, max_length=200)
@@ -154,6 +156,24 @@ class EmbeddingSpec(
             raise ValueError("Expected no `config_sha256` in the file of an embedding")
 
 
+class Upscale(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A second pass, which starts from the enlarged image (hires fix)."""
+
+    factor: Annotated[float, Meta(gt=1, le=4)]
+    """Factor of both sides, up to 4; the sides become multiples of 8."""
+    strength: Strength = 0.5
+    """Share of the steps of the second pass that are drawn, up to 1; 0.5 by default."""
+    steps: Annotated[int, Meta(ge=1, le=200)] | None = None
+    """Denoising steps of the second pass, of which `strength` leaves the last; as the first's."""
+    mode: Literal["image", "latent"] = "image"
+    """What is enlarged: the decoded `image` (the default), or its `latent` before the decoding."""
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of an image that is enlarged."""
+        sides = (8 * round(side * self.factor / 8) for side in (width, height))
+        return next(sides), next(sides)
+
+
 class GenerateRequest(
     Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
@@ -175,12 +195,14 @@ class GenerateRequest(
     """PNG, JPEG or WebP to start from, also `job:<id>#<index>`, a job's image; none by default."""
     mask: Asset | None = None
     """Mask of the image's size (inpainting): what is white is drawn anew; none by default."""
-    strength: Annotated[float, Meta(gt=0, le=1)] | None = None
+    strength: Strength | None = None
     """Share of the steps that are drawn, from nearly 0 to 1 (all is new); 0.75 by default."""
     mask_blur: Annotated[float, Meta(ge=0, le=256)] = 0
     """Pixels of the soft edge of the mask, beyond which the image stays exactly; 0 by default."""
     mask_invert: bool = False
     """Whether what is black in the mask is drawn anew, not what is white; false by default."""
+    upscale: Upscale | None = None
+    """Second pass at a larger size (hires fix); none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
     """Denoising steps of each image; 28 by default. With `image`, `strength` times as many."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
@@ -273,10 +295,27 @@ class GenerateRequest(
 
     @property
     def drawn_steps(self) -> int:
-        """Steps that are drawn of each image: from an image to start from, only the last ones."""
-        if self.image is None:
+        """Steps that the first pass draws: from an image to start from, only the last ones."""
+        if self.image is None and self.strength is None:
             return self.steps
         return int(self.steps * self.image_strength)  # as diffusers counts
+
+    @property
+    def all_steps(self) -> int:
+        """Steps that are drawn of each image, in both passes."""
+        second = self.second_pass
+        return self.drawn_steps + (second.drawn_steps if second else 0)
+
+    @property
+    def second_pass(self) -> Self | None:
+        """The second pass alone, as a request with a strength; None without `upscale`."""
+        if self.upscale is None:
+            return None
+        changed: dict[str, Any] = {"upscale": None, "image": None}
+        if self.upscale.steps is not None:
+            levels = {"timesteps": None, "sigmas": None}
+            changed |= {"num_inference_steps": self.upscale.steps, **levels}
+        return structs.replace(self, strength=self.upscale.strength, **changed)
 
     @property
     def noise_levels(self) -> tuple[float, ...]:
@@ -610,6 +649,10 @@ class TolerantEmbeddingSpec(EmbeddingSpec, frozen=True, kw_only=True, forbid_unk
     file: TolerantAsset
 
 
+class TolerantUpscale(Upscale, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """An `Upscale` of a newer version, whose unknown fields are ignored."""
+
+
 class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A `GenerateRequest` of a newer version, whose unknown fields are ignored.
 
@@ -620,6 +663,7 @@ class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown
     embeddings: tuple[TolerantEmbeddingSpec, ...] = ()
     image: TolerantAsset | None = None
     mask: TolerantAsset | None = None
+    upscale: TolerantUpscale | None = None
 
 
 class _TolerantResult(GenerateResult, frozen=True, kw_only=True):
@@ -759,6 +803,22 @@ def _check_image(request: GenerateRequest) -> None:
             expected = "Expected no `config_sha256` in the file of an image"
             raise invalid(f"$.{field}.config_sha256", asset.config_sha256, expected)
     require_drawn_steps(request)
+    if request.upscale is not None:
+        if request.mask is not None:
+            expected = "Expected no `upscale` with `mask`: it would draw all of the image anew"
+            raise invalid("$.upscale", request.upscale.factor, expected)
+        if request.width is not None and request.height is not None:
+            require_upscaled_size(request)
+
+
+def require_upscaled_size(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if the second pass is too large, for a request with a size."""
+    upscale, width, height = request.upscale, request.width, request.height
+    if upscale is None or width is None or height is None:
+        return
+    if max(upscale.size(width, height)) > MAX_SIDE:
+        expected = f"Expected sides of at most {MAX_SIDE} pixels after it, of {width} x {height}"
+        raise invalid("$.upscale.factor", upscale.factor, expected)
 
 
 def require_drawn_steps(request: GenerateRequest) -> None:
@@ -768,6 +828,10 @@ def require_drawn_steps(request: GenerateRequest) -> None:
             f"Expected {1 / request.steps:.3g} at least, to draw one of {request.steps} steps"
         )
         raise invalid("$.strength", request.image_strength, expected)
+    second = request.second_pass
+    if second is not None and second.drawn_steps < 1:
+        expected = f"Expected {1 / second.steps:.3g} at least, to draw one of {second.steps} steps"
+        raise invalid("$.upscale.strength", second.image_strength, expected)
 
 
 def digest_of(request: GenerateRequest) -> str:
@@ -810,7 +874,7 @@ def to_dict(value: Struct) -> dict[str, Any]:
 def enum_fields() -> dict[str, tuple[str, ...]]:
     """Return the fields of a request and its LoRAs that take one of several words, with these."""
     found = {}
-    documents = (GenerateRequest, LoraSpec, Asset)
+    documents = (GenerateRequest, LoraSpec, Asset, Upscale)
     for field in (field for struct in documents for field in structs.fields(struct)):
         kinds = [field.type, *get_args(field.type)]  # a Literal, or a union with one
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]

@@ -323,13 +323,16 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
     """
     now, seed = time.time(), request.seed_for(job_id)
     images, loras, receipts = [], [], []
+    width, height = request.width or _NATIVE_SIDE, request.height or _NATIVE_SIDE
+    if request.upscale is not None:
+        width, height = request.upscale.size(width, height)
     for index in range(request.num_images):
         key = image_key(job_id, index, request.output_format)
         content_type = _MEDIA_TYPES[request.output_format]
         image = ImageRef(
             key=key,
-            width=request.width or _NATIVE_SIDE,
-            height=request.height or _NATIVE_SIDE,
+            width=width,
+            height=height,
             content_type=content_type,
             size=0,
             sha256=_EMPTY_SHA256,
@@ -430,7 +433,7 @@ def _fake_embedding(spec: EmbeddingSpec, index: int, prompts: str) -> EmbeddingR
 
 
 def _draw_fake(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
-    steps = request.num_images * request.drawn_steps
+    steps = request.num_images * request.all_steps
     progress(Phase.DENOISE.progress_name, 0, steps)
     progress(Phase.DENOISE.progress_name, steps, steps)
     return fake_result(job_id, request)

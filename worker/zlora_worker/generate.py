@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, get_args
 
+from msgspec import structs
 from PIL.Image import Image
 from zlora.errors import OutOfMemory
 from zlora.lora import recipes
@@ -18,6 +19,7 @@ from zlora.schema import (
     Phase,
     digest_of,
     require_drawn_steps,
+    require_upscaled_size,
 )
 
 from zlora_worker.child import VERSIONS, Child
@@ -99,6 +101,10 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     if image_files:
         image_in_use = ImageInUse.decode(child, request, image_files)
         request = image_in_use.request
+    if request.upscale is not None:  # the size of the first pass, which the images do not show
+        width, height = child.model.size(request)
+        request = structs.replace(request, width=width, height=height)
+        require_upscaled_size(request)
     timer.end(Phase.PARSE)
 
     spooled = spooled_job(child, job, request, loras, embeddings, image=image_in_use)
@@ -273,7 +279,7 @@ def step_counter(
 
     The parent takes the next job during the last step.
     """
-    steps, count = request.drawn_steps, len(batch)
+    steps, count = request.all_steps, len(batch)
     done, total = batch.start * steps, request.num_images * steps
     counted = 0
 

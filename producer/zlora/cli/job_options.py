@@ -16,7 +16,7 @@ from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
 from zlora.prompt_syntax import PromptSyntax
 from zlora.schedulers import Schedule
-from zlora.schema import GenerateRequest, OutputFormat, enum_fields, parse_request
+from zlora.schema import GenerateRequest, OutputFormat, Upscale, enum_fields, parse_request
 
 _NUMBER: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
 # An address, the number after its last colon, and an alpha.
@@ -203,6 +203,28 @@ _OPTIONS: Final = (
         "--mask-invert", is_flag=True, default=None, help="Draw anew what is black in the mask."
     ),
     click.option(
+        "--upscale",
+        "upscale_factor",
+        type=float,
+        callback=reject_nan,
+        metavar="FACTOR",
+        help="Draw a second pass at a size larger by FACTOR, up to 4 (hires fix).",
+    ),
+    click.option(
+        "--upscale-strength",
+        type=float,
+        callback=reject_nan,
+        help="Share of the steps that the second pass draws, up to 1.  [default: 0.5]",
+    ),
+    click.option(
+        "--upscale-steps", type=int, help="Denoising steps of the second pass, as --steps."
+    ),
+    click.option(
+        "--upscale-mode",
+        type=click.Choice(enum_fields()["mode"]),
+        help="Enlarge the decoded image, or its latent.  [default: image]",
+    ),
+    click.option(
         "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."
     ),
     click.option(
@@ -296,6 +318,10 @@ def read(given: dict[str, Any]) -> Order:
     for name in ("loras", "embeddings"):
         if given[name]:
             document[name] = given[name]
+    upscale = {name: given[f"upscale_{name}"] for name in Upscale.__struct_fields__}
+    upscale = {name: value for name, value in upscale.items() if value is not None}
+    if upscale:
+        document["upscale"] = (document.get("upscale") or {}) | upscale
     if "prompt" not in document:
         raise click.UsageError("Missing argument 'PROMPT', or --request with a prompt.")
     options: Options = {

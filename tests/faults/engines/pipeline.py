@@ -128,7 +128,7 @@ class Pipeline:
         label = orders.get("label", "")
         for seed in seeds:
             journal.write("begin", label=label, seed=seed)
-        for step in range(1, request.drawn_steps + 1):
+        for step in range(1, request.all_steps + 1):
             time.sleep(orders.get("step", 0.01))
             if orders.get("do") and step == orders.get("at", 1):
                 misbehave(self, orders)

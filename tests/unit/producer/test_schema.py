@@ -28,6 +28,7 @@ from zlora.schema import (
     LoraReceipt,
     LoraSpec,
     OutputFormat,
+    Upscale,
     check_job_id,
     digest_of,
     parse_request,
@@ -622,6 +623,50 @@ def test_an_image_that_could_not_be_drawn_is_refused(
     assert expected in error.details["expected"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "path", "expected"),
+    [
+        ({"upscale": {}}, "$.upscale", "factor"),
+        ({"upscale": {"factor": 1}}, "$.upscale.factor", "> 1"),
+        ({"upscale": {"factor": 4.5}}, "$.upscale.factor", "<= 4"),
+        ({"upscale": {"factor": 2, "mode": "esrgan"}}, "$.upscale.mode", "image, latent"),
+        ({"upscale": {"factor": 2, "by": 3}}, "$.upscale", "by"),
+        ({"upscale": {"factor": 2, "strength": 0}}, "$.upscale.strength", "> 0"),
+        (
+            {"upscale": {"factor": 2, "strength": 0.2, "steps": 4}},
+            "$.upscale.strength",
+            "Expected 0.25 at least, to draw one of 4 steps",
+        ),
+        (
+            {"upscale": {"factor": 4}, "width": 1032, "height": 64},
+            "$.upscale.factor",
+            "at most 4096 pixels",
+        ),
+        ({"upscale": {"factor": 2}, "image": IMAGE, "mask": IMAGE}, "$.upscale", "with `mask`"),
+    ],
+    ids=str,
+)
+def test_a_second_pass_that_could_not_be_drawn_is_refused(
+    fields: dict[str, Any], path: str, expected: str
+) -> None:
+    error = refusal(document(**fields))
+
+    assert error.details["path"] == path
+    assert expected in error.details["expected"]
+
+
+def test_the_second_pass_has_steps_of_its_own_or_those_of_the_first() -> None:
+    levels = {"scheduler": "lcm", "timesteps": [900, 600, 300, 100]}
+    same = parse_request(document(**levels, upscale={"factor": 2}))
+    own = parse_request(document(**levels, upscale={"factor": 2, "steps": 10}))
+
+    assert (same.all_steps, own.all_steps) == (4 + 2, 4 + 5)
+    assert same.second_pass is not None
+    assert own.second_pass is not None
+    assert (same.second_pass.timesteps, own.second_pass.timesteps) == (same.timesteps, None)
+    assert parse_request(document()).second_pass is None
+
+
 def test_the_strength_decides_how_many_steps_are_drawn() -> None:
     image = parse_request(document(image=IMAGE))
 
@@ -721,7 +766,12 @@ def result() -> GenerateResult:
         model="m",
         versions={},
         request=GenerateRequest(
-            prompt="a city", loras=(lora,), embeddings=(embedding,), image=image, mask=image
+            prompt="a city",
+            loras=(lora,),
+            embeddings=(embedding,),
+            image=image,
+            mask=image,
+            upscale=Upscale(factor=2),
         ),
     )
 
@@ -738,12 +788,13 @@ def places(document: dict[str, Any]) -> list[dict[str, Any]]:
         request["embeddings"][0]["file"],
         request["image"],
         request["mask"],
+        request["upscale"],
     ]
 
 
 PLACES = (
     "result", "image", "request", "lora", "lora-file", "embedding", "embedding-file",
-    "starting-image", "mask",
+    "starting-image", "mask", "upscale",
 )  # fmt: skip
 
 
@@ -798,7 +849,7 @@ def test_a_known_field_of_a_result_keeps_its_bounds(result: GenerateResult) -> N
 
 
 def test_every_field_is_documented_in_a_sentence() -> None:
-    inputs = (Asset, LoraSpec, EmbeddingSpec, GenerateRequest)
+    inputs = (Asset, LoraSpec, EmbeddingSpec, Upscale, GenerateRequest)
     results = (ImageRef, LoraReceipt, EmbeddingReceipt, ImageReceipt, GenerateResult, JobStatus)
     for cls in inputs + results:
         documented = field_docs(cls)

@@ -460,6 +460,16 @@ def test_a_fake_result_has_receipts_of_image_and_mask() -> None:
     assert result.request.image.sha256 == result.image_receipt.sha256
 
 
+def test_a_fake_result_has_the_size_of_the_second_pass() -> None:
+    request = parse_request(
+        {"prompt": "a cat", "width": 512, "height": 256, "upscale": {"factor": 2}}
+    )
+
+    (image,) = fake_result("job", request).images
+
+    assert (image.width, image.height) == (1024, 512)
+
+
 def test_a_fake_job_has_the_steps_that_are_drawn() -> None:
     seen: list[tuple[str, int, int]] = []
 

@@ -173,7 +173,7 @@ def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Repla
     """Draw each image, with a progress bar of all steps if stderr is a terminal."""
     replayer = Replayer(Settings.from_env(), model_named=bool(os.environ.get("ZLORA_MODEL")))
     console = Console(stderr=True)
-    steps = [image.request.drawn_steps for image in images]
+    steps = [image.request.all_steps for image in images]
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -255,12 +255,15 @@ def _images_of_manifest(path: Path, data: bytes) -> list[RecordedImage]:
 
 
 def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance) -> RecordedImage:
+    width, height = provenance.width, provenance.height
+    if provenance.request.upscale is not None:  # the image has the size of the second pass
+        width, height = provenance.request.width or width, provenance.request.height or height
     try:
         request = parse_request(
             msgspec.structs.replace(
                 provenance.request.with_defaults(),
-                width=provenance.width,
-                height=provenance.height,
+                width=width,
+                height=height,
                 seed=provenance.seed - (provenance.index - provenance.batch.start),
                 num_images=len(provenance.batch),
                 batch_size=provenance.batch_size,

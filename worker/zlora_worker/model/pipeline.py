@@ -17,6 +17,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.functional import interpolate
 from zlora.errors import BaseNotRestored, GenerationFailed, ModelUnavailable, OutOfMemory
 from zlora.schema import GenerateRequest
 
@@ -277,7 +278,8 @@ class Pipeline:
         `on_step` receives the number of each finished step, from 1. The last bits of the pixels
         depend on the number of seeds.
 
-        With `start` the image is drawn from that one, by as many steps as `strength` leaves.
+        With `start` the images are drawn from that one, by as many steps as `strength` leaves. With
+        `upscale` in the request a second pass starts from each enlarged image.
 
         `text` is what `encode` returned for this request, by default the prompts without
         embeddings. `tiled` says afterwards how the images were decoded. Raises `GenerationFailed`
@@ -286,8 +288,50 @@ class Pipeline:
         """
         self.tiled = False
         text = text or self.encode(request)
+        second, upscale = request.second_pass, request.upscale
+        if second is None or upscale is None:
+            return _pictures(self._pass(request, seeds, on_step, text=text, start=start))
+        width, height = upscale.size(*self.size(request))
+        enlarged: Any
+        if upscale.mode == "latent":
+            latents = self._pass(
+                request, seeds, on_step, text=text, start=start, output_type="latent"
+            )
+            factor = self.pipeline.vae_scale_factor
+            size = (height // factor, width // factor)
+            enlarged = interpolate(latents.float(), size, mode="bilinear").to(latents.dtype)
+        else:
+            with self._untiled():  # `zlora replay` turns on tiles for the last decode
+                made = _pictures(self._pass(request, seeds, on_step, text=text, start=start))
+            enlarged = [image.resize((width, height), Image.Resampling.LANCZOS) for image in made]
+        first_steps = request.drawn_steps
+        return _pictures(
+            self._pass(
+                second,
+                seeds,
+                lambda step: on_step(first_steps + step),
+                text=text,
+                enlarged=enlarged,
+            )
+        )
+
+    def _pass(
+        self,
+        request: GenerateRequest,
+        seeds: Sequence[int],
+        on_step: Callable[[int], None],
+        *,
+        text: EncodedText,
+        start: StartingImage | None = None,
+        enlarged: Any = None,
+        output_type: str = "pt",
+    ) -> Any:
+        """Draw the images of one pass, or with the output type `latent` their latents.
+
+        `enlarged` has the images or the latents that the second pass starts from.
+        """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        drawing, options = self._drawing(request, start, generators)
+        drawing, options = self._drawing(request, start, generators, enlarged)
         seed = seeds[0] if len(seeds) == 1 else list(seeds)
         drawing.scheduler = scheduler_for(self._scheduler, request, seed=seed)
 
@@ -318,7 +362,7 @@ class Pipeline:
                 num_images_per_prompt=len(seeds),
                 generator=generators,
                 callback_on_step_end=step_end,
-                output_type="pt",
+                output_type=output_type,
                 **options,
             )
         except (RuntimeError, MemoryError) as error:
@@ -333,34 +377,33 @@ class Pipeline:
                 "an image has NaN or Inf values: "
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
-        images = [Image.fromarray(rgb(image).cpu().numpy()) for image in output.images]
         if start is not None and start.keeps:
             lay = drawing.image_processor.apply_overlay
-            images = [lay(start.mask, start.image, image) for image in images]
-        return images
+            return [lay(start.mask, start.image, image) for image in _pictures(output.images)]
+        return output.images
 
     def _drawing(
         self,
         request: GenerateRequest,
         start: StartingImage | None,
         generators: Sequence[torch.Generator],
+        enlarged: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Return diffusers' pipeline for text alone, an image, or an image with a mask.
 
         Each has the components of the resident one, and no weight of its own. Also return what is
         an argument of this pipeline only.
         """
-        if start is None:
+        if start is None and enlarged is None:
             width, height = self.size(request)
             latents = self._noise(width, height, generators)
             return self.pipeline, {"width": width, "height": height, "latents": latents}
         rows = len(generators)
-        options: dict[str, Any] = {
-            "image": [start.image] * rows,
-            "strength": request.image_strength,
-        }
+        options: dict[str, Any] = {"image": enlarged, "strength": request.image_strength}
+        if start is not None:
+            options["image"] = [start.image] * rows
         cls: Any = StableDiffusionXLImg2ImgPipeline
-        if start.mask is not None:
+        if start is not None and start.mask is not None:
             cls = StableDiffusionXLInpaintPipeline
             width, height = start.image.size
             options |= {"mask_image": [start.mask] * rows, "width": width, "height": height}
@@ -373,10 +416,15 @@ class Pipeline:
 
         The image that is drawn again was decoded in tiles; its start was encoded whole.
         """
+        with self._untiled():
+            return self._encode_whole(image, **options)
+
+    @contextmanager
+    def _untiled(self) -> Iterator[None]:
         vae = self.pipeline.vae
         tiles, vae.use_tiling = vae.use_tiling, False
         try:
-            return self._encode_whole(image, **options)
+            yield
         finally:
             vae.use_tiling = tiles
 
@@ -458,6 +506,13 @@ class MergedModel:
     def tiled(self) -> bool:
         """True if the last images were decoded in tiles."""
         return self._pipeline.tiled
+
+
+def _pictures(images: Any) -> list[Image.Image]:
+    """Return the images of tensors; others are images already."""
+    if not isinstance(images, Tensor):
+        return list(images)
+    return [Image.fromarray(rgb(image).cpu().numpy()) for image in images]
 
 
 def rgb(image: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ def scheduler_for(base: Any, request: GenerateRequest, *, seed: int | list[int])
 
 def scheduler_name(base: Any, request: GenerateRequest) -> str:
     """Return the name that the result has of a request's scheduler; see `scheduler_for`."""
+    if (second := request.second_pass) is not None:
+        _class_and_options(base, second, seed=0)
     cls, options = _class_and_options(base, request, seed=0)
     schedule = request.sampling.schedule if request.sampling else request.schedule
     return recorded_name(cls.__name__, {**base.config, **options}, schedule=schedule)
@@ -100,7 +102,7 @@ def _require_family(base: Any, wanted: SchedulerEntry, request: GenerateRequest)
 
 def _require_image(cls: Any, request: GenerateRequest) -> None:
     """Raise `InvalidRequest` if diffusers cannot draw from an image with this class."""
-    if request.image is None:
+    if request.image is None and request.strength is None:
         return
     if not hasattr(cls, "add_noise"):
         expected = f"Expected no image: {cls.__name__} cannot add noise to one"

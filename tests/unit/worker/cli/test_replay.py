@@ -35,7 +35,7 @@ from support.redrawing import Drawing, provenance_in, rewritten
 from support.servers import SECRETS, reply, serving
 from support.tiny_folder import TINY
 from zlora.errors import GenerationFailed, InvalidRequest, ModelUnavailable
-from zlora.schema import Asset, GenerateRequest, LoraSpec, OutputFormat
+from zlora.schema import Asset, GenerateRequest, LoraSpec, OutputFormat, Upscale
 from zlora_worker import generate
 from zlora_worker.cli.replay import RecordedImage, Redrawn, Replay, Replayer, recorded_images
 from zlora_worker.model import loader
@@ -394,12 +394,13 @@ def test_an_image_that_started_from_another_is_drawn_again(
         return decode(*arguments, **options)
 
     (path,) = draw(request)
+    (larger,) = draw(a_request(seed=9, upscale=Upscale(factor=1.5, strength=1)), job_id="larger")
     (chained,) = draw(a_request(seed=8, image=Asset(url="job:job#0"), strength=1), job_id="next")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(model, "_decode_whole", fail_as_a_whole)
         (tiled,) = draw(request, job_id="tiled")
 
-    for image in (path, chained, tiled):
+    for image in (path, larger, chained, tiled):
         outcome = again(image)
         assert (outcome.verdict, outcome.causes) == ("identical", ())
     shutil.rmtree(machine.cache_folder)
