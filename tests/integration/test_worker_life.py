@@ -18,6 +18,7 @@ from zlora.errors import InvalidRequest
 
 SMALL = {"prompt": "a city at night", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a city at night", "num_inference_steps": 60, "seed": 1}
+BATCHES = LONG | {"num_images": 4, "batch_size": 2}
 RESIDENT = "is loaded after"
 
 
@@ -73,14 +74,23 @@ def test_a_worker_writes_what_its_queue_serves(
         assert 0 < broker.ttl(queue_info_key("gpu")) <= INFO_EXPIRES
 
 
-def test_killed_child_is_replaced_and_its_job_succeeds(running: Worker) -> None:
+def test_killed_child_is_replaced_and_its_job_has_the_bits_of_an_undisturbed_one(
+    running: Worker, worker_environ: dict[str, str]
+) -> None:
+    """Killed in the second of two batches, when images of the first one are stored."""
+    undisturbed = running.client.submit(BATCHES).result(timeout=90)
     loads, first = len(running.lines(RESIDENT)), running.child()
-    handle = running.client.submit(LONG)
-    wait_until(lambda: handle.status().state is JobState.PROGRESS, "the job runs")
+    handle = running.client.submit(BATCHES)
+    images = path_of(worker_environ["ZLORA_STORE"]) / "runs" / handle.id / "outputs"
+    wait_until((images / "0.png").exists, "an image of the first batch is stored")
 
     os.kill(first, signal.SIGKILL)
 
-    assert handle.result(timeout=90).base_intact
+    result = handle.result(timeout=90)
+    assert result.base_intact
+    assert [(image.pixels_sha256, image.batch_size) for image in result.images] == [
+        (image.pixels_sha256, 2) for image in undisturbed.images
+    ]
     assert len(running.lines(RESIDENT)) == loads + 1
     assert running.child() != first
 

@@ -23,7 +23,9 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     places = [str(file) for file in files] or [image.url or image.key for image in result.images]
     facts = [("job", result.job_id)]
     for image, place in zip(result.images, places, strict=True):
-        facts.append(("image", f"{place} (seed {image.seed}, {image.width}x{image.height})"))
+        batch = f", batch size {image.batch_size}" if image.batch_size > 1 else ""
+        shown = f"{place} (seed {image.seed}, {image.width}x{image.height}{batch})"
+        facts.append(("image", shown))
     timings = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.timings.items())
     facts.append(("seconds", timings))
     facts.append(("base intact", "yes" if result.base_intact else "no"))

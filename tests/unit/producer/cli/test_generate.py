@@ -292,6 +292,14 @@ def test_generate_saves_the_images_and_prints_what_was_used(
     assert list(worker.requests) == ["j"]
 
 
+def test_generate_prints_the_batch_size_of_images_that_were_drawn_together(
+    worker: MemoryWorker,
+) -> None:
+    result = run("generate", "a city", "-n", "2", "--batch-size", "2", "--seed", "7", "--out", "a")
+
+    assert "-1.png (seed 8, 1024x1024, batch size 2)\n" in result.stdout
+
+
 def test_generate_prints_how_often_an_embedding_was_used(worker: MemoryWorker) -> None:
     result = run("generate", "a cat", "--embedding", "cat=owner/repo", "--out", ".")
 
