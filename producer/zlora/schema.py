@@ -245,6 +245,8 @@ class GenerateRequest(
     """Seconds that presigned URLs are valid; the operator's choice by default."""
     inline: bool = False
     """Whether the result also contains small images as data URIs; false by default."""
+    previews: bool = False
+    """Whether events show the image that is being drawn, as a small JPEG; false by default."""
     timeout: Annotated[float, Meta(gt=0, le=86_400)] | None = None
     """Seconds from its start in which the job must end; the operator's limit by default."""
 
@@ -622,6 +624,8 @@ class JobStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Number of the delivery, from 1."""
     code: str | None = None
     """Code of the error that a retry is waiting for."""
+    preview: str | None = None
+    """The image that is being drawn, as a small JPEG in a data URI, for `previews`."""
 
 
 class Cancellation(StrEnum):

@@ -278,6 +278,8 @@ class MemoryWorker:
         status: dict[str, Any] = {"phase": phase, "attempt": 1}
         if phase == Phase.DENOISE.progress_name:
             status |= {"step": done, "steps": total}
+            if job.submission.request.get("previews"):
+                status["preview"] = "data:image/jpeg;base64,"
         elif phase == Phase.FETCH.progress_name:
             status |= {"received": done, "expected": total}
         self._set_meta(job, TaskMeta(JobState.PROGRESS.value, status))

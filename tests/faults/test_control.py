@@ -263,3 +263,20 @@ def assert_revoked(scene: Scene, handle: JobHandle) -> None:
     with pytest.raises(JobRevoked):
         handle.result(timeout=1)
     assert not scene.files(handle)
+
+
+def test_previews_are_in_events_and_nowhere_else_and_gone_after_the_job(shared: Shared) -> None:
+    scene, worker = shared
+    words = {}
+    for previews in (False, True):
+        handle = scene.submit(steps=30, step=0.05, fields={"previews": previews})
+        events = list(handle.events(timeout=60))
+        words[previews] = {event.preview for event in events if event.phase == "denoising"}
+        assert events[-1].preview is None
+
+    with scene.broker() as broker:
+        kept = [broker.get(key) or "" for key in broker.scan_iter(_type="string")]
+    assert words == {False: {None}, True: {"data:image/jpeg;base64,"}}
+    assert not [value for value in kept if "image/jpeg" in value]
+    assert "image/jpeg" not in (scene.run_folder(handle) / "manifest.json").read_text()
+    assert "image/jpeg" not in worker.log.read_text()

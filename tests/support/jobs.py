@@ -28,7 +28,7 @@ class Watcher:
     def __init__(self, watch: Watch = lambda *_: None) -> None:
         self._watch = watch
 
-    def __call__(self, phase: Phase, done: int, total: int) -> None:
+    def __call__(self, phase: Phase, done: int, total: int, **_: object) -> None:
         self._watch(phase, done, total)
 
     def raise_if_over(self) -> None:

@@ -254,7 +254,8 @@ def draw_images(
         drawn: dict[int, Image] = {}
         if len(stored) < len(batch):
             seeds = [job.seed + index for index in batch]
-            on_step = step_counter(child, request, progress, batch)
+            preview = model.preview if request.previews else None
+            on_step = step_counter(child, request, progress, batch, preview=preview)
             try:
                 made = model.draw(request, seeds, on_step, text=text, start=start)
             except OutOfMemory as error:
@@ -273,7 +274,12 @@ def draw_images(
 
 
 def step_counter(
-    child: Child, request: GenerateRequest, progress: Progress, batch: range
+    child: Child,
+    request: GenerateRequest,
+    progress: Progress,
+    batch: range,
+    *,
+    preview: Callable[[], str | None] | None = None,
 ) -> Callable[[int], None]:
     """Return a callback for the steps of a batch, which reports steps of all images together.
 
@@ -290,7 +296,7 @@ def step_counter(
             child.spool.nearly_drawn()
         child.meter.stepped((step - counted) * count)
         counted = step
-        progress(Phase.DENOISE, now, total)
+        progress(Phase.DENOISE, now, total, preview=preview)
 
     if done == total - count:
         child.spool.nearly_drawn()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from zlora.cli import connection, job_options, signals
 from zlora.cli.exit_codes import OUTPUT, CommandFailed, Interrupted, writing
@@ -33,8 +34,11 @@ from zlora.schema import Cancellation
     metavar="FOLDER",
     help="Folder for the images.  [default: .]",
 )
+@click.option(
+    "--preview", is_flag=True, help="Show the image while it is drawn, on a terminal with colours."
+)
 @json_option
-def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None:
+def generate(wait: float | None, out: Path, as_json: bool, preview: bool, **given: Any) -> None:
     """Draw PROMPT, wait for the result, and save the images.
 
     Images are saved as FOLDER/<job id>-<index>.<format>. The receipt that is printed says what was
@@ -44,6 +48,8 @@ def generate(wait: float | None, out: Path, as_json: bool, **given: Any) -> None
     --job-id or --idempotency-key names it: another program may wait for it.
     """
     wanted = job_options.read(given)
+    if preview:
+        wanted = wanted._replace(request=msgspec.structs.replace(wanted.request, previews=True))
     is_named = wanted.is_named
     if not is_named:  # Ctrl-C needs the id of a job that may not be submitted yet
         wanted = wanted._replace(job_id=str(uuid.uuid4()))

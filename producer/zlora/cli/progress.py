@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from zlora.cli import signals
+from zlora.cli.picture import picture
 from zlora.cli.printing import terminal
 from zlora.errors import ResultTimeout, ZloraError
 from zlora.handle import JobHandle, has_ended
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _RESULT_TIMEOUT: Final = 10.0  # seconds for the result of a job that has ended
 _UNKNOWN_TIMEOUT: Final = 0.5  # seconds for a worker to confirm that no such job exists
 
+_SHADED: Final = ("256", "truecolor")  # rich's names of terminals with enough colours
 _KB: Final = 1e3
 _MB: Final = 1e6
 
@@ -73,7 +75,18 @@ def _lines() -> Show:
 
 @contextmanager
 def _bar(console: "Console") -> Iterator[Show]:
+    from rich.console import RenderableType
     from rich.progress import BarColumn, Progress, TextColumn
+
+    class PicturedProgress(Progress):
+        """A bar below the preview of the image that is being drawn."""
+
+        picture: RenderableType | None = None
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            if self.picture is not None:
+                yield self.picture
+            yield from super().get_renderables()
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -81,7 +94,7 @@ def _bar(console: "Console") -> Iterator[Show]:
         TextColumn("{task.fields[detail]}", markup=False),
     )
     # Other output must reach stdout and stderr unchanged.
-    with Progress(
+    with PicturedProgress(
         *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
     ) as progress:
         bar = progress.add_task("", total=1, detail="")
@@ -92,6 +105,9 @@ def _bar(console: "Console") -> Iterator[Show]:
                 done, total = status.step or 0, status.steps
             elif status.expected:
                 done, total = status.received or 0, status.expected
+            progress.picture = None
+            if status.preview is not None and console.color_system in _SHADED:
+                progress.picture = picture(status.preview)
             phase, detail = phase_of(status), detail_of(status)
             progress.update(bar, description=phase, completed=done, total=total, detail=detail)
 

@@ -59,6 +59,10 @@ class MergedModel:
         self.draw = pipeline.draw
         self.relative_norms, self.tiled = relative_norms, False
 
+    def preview(self) -> str:
+        """Return a picture without bytes."""
+        return "data:image/jpeg;base64,"
+
     def encode(self, request: GenerateRequest, embeddings: Sequence[Any] = ()) -> EncodedText:
         """Do nothing: the fake reads orders from the prompt."""
         return EncodedText()

@@ -149,6 +149,23 @@ def test_a_job_has_ended_before_submit_returns() -> None:
     assert result.request_sha256 == digest_of(worker.requests["job-1"])
 
 
+@pytest.mark.parametrize("fields", [{}, {"previews": True}], ids=str)
+def test_the_progress_of_a_job_has_previews_if_its_request_asks_for_them(
+    fields: dict[str, Any],
+) -> None:
+    found = list[str | None]()
+
+    def draw(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+        progress("denoising", 1, 2)
+        found.append(opened.job(job_id).status().preview)
+        return fake_result(job_id, request)
+
+    with MemoryWorker(draw=draw).client() as opened:
+        opened.submit({**REQUEST, **fields}).result(timeout=0)
+
+    assert found == ["data:image/jpeg;base64," if fields else None]
+
+
 def test_a_result_has_the_options_of_the_request_and_no_secret() -> None:
     loras = [
         {"file": {"url": SECRET_URL}, "weight": 0.5, "unet_weight": 0.7, "adapter_name": "anime"}

@@ -201,7 +201,7 @@ class BarProgress:
     def __init__(self, bar: Progress, task: TaskID, *, title: str, before: int) -> None:
         self._bar, self._task, self._title, self._before = bar, task, title, before
 
-    def __call__(self, phase: Phase, done: int, total: int) -> None:  # noqa: ARG002 - protocol
+    def __call__(self, phase: Phase, done: int, total: int, **_: object) -> None:  # noqa: ARG002
         """Move the bar."""
         completed = self._before + done if phase is Phase.DENOISE else None
         description = f"{phase.progress_name} {self._title}"
@@ -268,6 +268,7 @@ def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance)
                 num_images=len(provenance.batch),
                 batch_size=provenance.batch_size,
                 recipes="off",
+                previews=False,
             )
         )
     except InvalidRequest as error:

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Final, Protocol
 
@@ -25,8 +26,15 @@ logger = get_task_logger(__name__)
 class Progress(Protocol):
     """Receives the progress of a job; raises an exception if the job must stop."""
 
-    def __call__(self, phase: Phase, done: int, total: int) -> None:
-        """Report that `done` of `total` units of a phase are done."""
+    def __call__(
+        self,
+        phase: Phase,
+        done: int,
+        total: int,
+        *,
+        preview: Callable[[], str | None] | None = None,
+    ) -> None:
+        """Report that `done` of `total` units of a phase are done, with a picture if wanted."""
         ...
 
     def raise_if_over(self) -> None:
@@ -61,8 +69,15 @@ class ProgressReporter:
         self._reports: deque[float] = deque([0.0] * _REPORTS, maxlen=_REPORTS)
         self._first_step: tuple[float, int] | None = None  # monotonic time, and the step done then
 
-    def __call__(self, phase: Phase, done: int, total: int) -> None:
-        """Report, and raise if the job must stop."""
+    def __call__(
+        self,
+        phase: Phase,
+        done: int,
+        total: int,
+        *,
+        preview: Callable[[], str | None] | None = None,
+    ) -> None:
+        """Report, and raise if the job must stop; `preview` is called only for a report."""
         logs.enter(phase.progress_name)
         if self._deadline.has_passed:
             raise self._deadline.error()
@@ -70,7 +85,7 @@ class ProgressReporter:
         if now < self._redis_again:
             return
         try:
-            self._report_or_check(now, phase, done, total)
+            self._report_or_check(now, phase, done, total, preview=preview)
         except RedisError as error:
             self._redis_again = time.monotonic() + _BACKOFF
             logger.warning(
@@ -89,7 +104,15 @@ class ProgressReporter:
         except RedisError as error:
             logger.warning("job %s: no cancel check: Redis: %s", self._job_id, error)
 
-    def _report_or_check(self, now: float, phase: Phase, done: int, total: int) -> None:
+    def _report_or_check(
+        self,
+        now: float,
+        phase: Phase,
+        done: int,
+        total: int,
+        *,
+        preview: Callable[[], str | None] | None,
+    ) -> None:
         """Report if it is time, which also says whether the job goes on; else check if needed."""
         eta = self._eta(now, done, total) if phase is Phase.DENOISE else None
         if now - self._reports[0] < 1 or getattr(self._request, "ignore_result", False):
@@ -99,6 +122,8 @@ class ProgressReporter:
             meta: dict[str, Any] = {"phase": phase.progress_name, "attempt": self._attempt}
             if phase is Phase.DENOISE:
                 meta |= {"step": done, "steps": total, "eta": eta}
+            if preview is not None and (picture := preview()) is not None:
+                meta["preview"] = picture
             if phase is Phase.FETCH:
                 meta |= {"received": done, "expected": total}
             goes_on = self._leases.report(self._backend, self._request, self._token, meta)

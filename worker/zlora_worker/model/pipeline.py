@@ -29,6 +29,7 @@ from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_s
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
+from zlora_worker.model.preview import Previews
 from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
@@ -114,6 +115,7 @@ class Pipeline:
         self._compile_mode = compile_mode
         if compile_mode != "off":
             compile_blocks(pipeline.unet, with_graphs=compile_mode == "graphs")
+        self.previews = Previews(pipeline)
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
         self.tiled = False  # True if the last images were decoded in tiles, which differs slightly
         self._check_all = check_all
@@ -342,11 +344,14 @@ class Pipeline:
             on_step(math.ceil((call + 1) * request.drawn_steps / pipeline.num_timesteps))
             return tensors
 
+        hooks = [self.previews.watch()] if request.previews else []
         # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
         # hook, because the pipeline casts the VAE back after it has decoded.
         finite: list[Tensor] = []
-        hook = self.pipeline.vae.decoder.register_forward_hook(
-            lambda *call: finite.append(torch.isfinite(call[-1]).all())
+        hooks.append(
+            self.pipeline.vae.decoder.register_forward_hook(
+                lambda *call: finite.append(torch.isfinite(call[-1]).all())
+            )
         )
         try:
             output = drawing(
@@ -371,7 +376,9 @@ class Pipeline:
             self._free(error)
             raise self._out_of_memory(error, request) from error
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+            self.previews.forget()
         if not all(map(bool, finite)):
             raise GenerationFailed(
                 "an image has NaN or Inf values: "
@@ -501,6 +508,10 @@ class MergedModel:
     ) -> list[Image.Image]:
         """Draw an image of each seed; see `Pipeline.draw`."""
         return self._pipeline.draw(request, seeds, on_step, text=text, start=start)
+
+    def preview(self) -> str | None:
+        """Return the first image that is being drawn, for `previews`; see `Previews.latest`."""
+        return self._pipeline.previews.latest()
 
     @property
     def tiled(self) -> bool:

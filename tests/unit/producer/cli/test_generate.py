@@ -292,6 +292,11 @@ def test_generate_saves_the_images_and_prints_what_was_used(
     assert list(worker.requests) == ["j"]
 
 
+def test_preview_is_a_field_of_the_request(worker: MemoryWorker) -> None:
+    assert run("generate", "a city", "--preview", "--out", "a").exit_code == 0
+    assert requested(worker) == {"prompt": "a city", "previews": True}
+
+
 def test_generate_prints_the_batch_size_of_images_that_were_drawn_together(
     worker: MemoryWorker,
 ) -> None:

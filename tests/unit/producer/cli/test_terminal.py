@@ -1,5 +1,7 @@
 """The commands on a terminal: bars, tables, and the question after Ctrl-C."""
 
+import base64
+import io
 import os
 import pty
 import re
@@ -15,6 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 from support.played import inside
 from support.processes import clean_environ, wait_until
 from zlora import Client, JobState
@@ -24,6 +27,7 @@ from zlora.testing import fake_result
 ZLORA = str(Path(sys.executable).with_name("zlora"))
 CTRL_C = b"\x03"
 SMALL = ("generate", "a city", "--job-id", "j")
+INLINE = GenerateRequest(prompt="a city", inline=True)
 
 
 class Terminal:
@@ -133,6 +137,27 @@ def test_a_bar_shows_how_far_the_job_is_and_a_table_what_was_used(
     assert "a-folder-with-a-long-name" * 2 + "/j-0.png" in lines
     assert re.search(r"LoRA +weight +rank +modules +relative norm +from", shell.text)
     assert re.search(r"hf://owner/repo +1 +8 +722 in unet +0.0125 +memory", shell.text)
+
+
+@pytest.mark.parametrize("colours", ["truecolor", ""])
+def test_a_preview_is_shown_above_the_bar_if_the_terminal_has_the_colours(
+    client: Client, environ: dict[str, str], terminal: Callable[..., Terminal], colours: str
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "JPEG")
+    preview = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    environ["COLORTERM"] = colours
+    shell = terminal(*SMALL, "--preview")
+    shell.sees("queued")
+
+    progress = {"phase": "denoising", "step": 3, "steps": 28, "eta": 12.3, "preview": preview}
+    set_state(client, JobState.PROGRESS, progress)
+    shown = shell.sees(r"(.*)step 3 of 28")
+    set_state(client, JobState.SUCCESS, to_dict(fake_result("j", INLINE)))
+
+    assert shell.ends() == 0
+    assert ("▀" * 40 in shown) == (colours == "truecolor")
+    assert "▀" not in shell.text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

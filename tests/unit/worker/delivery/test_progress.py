@@ -258,6 +258,28 @@ def test_a_report_of_zero_of_zero_is_accepted(fake_redis: FakeRedis) -> None:
     reporter(fake_redis)(Phase.FETCH, 0, 0)  # must not raise
 
 
+def test_a_preview_is_made_for_a_report_only(clock: Clock, fake_redis: FakeRedis) -> None:
+    """At most twice a second, since it takes time; without one the report has none."""
+    report, made = reporter(fake_redis), list[float]()
+
+    def preview() -> str | None:
+        made.append(clock.now)
+        return "data:" if len(made) > 1 else None
+
+    report(Phase.PARSE, 0, 1)
+    for step in range(100):
+        clock.now += 0.05
+        report(Phase.DENOISE, step, 100, preview=preview)
+
+    denoising = fake_redis.reports[1:]
+    assert made == [found["at"] for found in denoising]
+    assert len(made) <= 11
+    assert [found["meta"].get("preview") for found in denoising] == [
+        None,
+        *["data:"] * (len(made) - 1),
+    ]
+
+
 # --- on a real Redis
 
 

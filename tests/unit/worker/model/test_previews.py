@@ -1,0 +1,117 @@
+"""Previews: pictures of an image while it is drawn, which change nothing in it."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.fakes import a_request, load_pipeline, pixels, settings, upcast_vae
+from zlora_worker.model import loader
+from zlora_worker.model.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def model(model_home: Path) -> Pipeline:
+    return load_pipeline(model_home)
+
+
+def previewed(model: Pipeline, **fields: Any) -> tuple[list[str | None], Image.Image]:
+    """Draw an image; return the preview at each report of a step, and the image."""
+    found = list[str | None]()
+    request = a_request(**{"previews": True, "num_inference_steps": 4} | fields)
+    (image,) = model.draw(request, [7], lambda _step: found.append(model.previews.latest()))
+    return found, image
+
+
+def picture(preview: str | None) -> Image.Image:
+    assert preview
+    assert preview.startswith("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(preview.partition(",")[2]))) as image:
+        return image.convert("RGB")
+
+
+def test_the_last_preview_is_like_the_image(model_home: Path) -> None:
+    """The shipped model draws pictures; its VAE is trained."""
+    demo = loader.load(settings(model_home, ZLORA_MODEL="demo"))
+
+    found, image = previewed(
+        demo, prompt="a red circle on a blue background", num_inference_steps=12
+    )
+
+    last = picture(found[-1])
+    small = image.resize(last.size, Image.Resampling.BOX)
+    likeness = np.corrcoef(np.asarray(last).ravel(), np.asarray(small).ravel())[0, 1]
+    assert (len(found), last.size) == (12, (16, 16))
+    assert likeness > 0.8
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m_karras", "euler", "euler_ancestral"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_the_last_estimate_is_what_is_decoded(
+    model: Pipeline, monkeypatch: pytest.MonkeyPatch, scheduler: str, guidance: float
+) -> None:
+    """These schedulers end with the estimate itself."""
+    estimates, decoded = list[torch.Tensor | None](), list[torch.Tensor]()
+    decode, vae = model.pipeline.vae.decode, model.pipeline.vae
+
+    def seen(latents: torch.Tensor, **options: Any) -> Any:
+        decoded.append(latents[0] * vae.config.scaling_factor)
+        return decode(latents, **options)
+
+    previewed(model)  # the fit decodes, too
+    monkeypatch.setattr(vae, "decode", seen)
+    request = a_request(
+        previews=True, num_inference_steps=3, scheduler=scheduler, guidance_scale=guidance
+    )
+    model.draw(request, [7], lambda _step: estimates.append(model.previews._estimate()))
+
+    assert estimates[-1] is not None
+    torch.testing.assert_close(estimates[-1], decoded[0], rtol=0.02, atol=0.02)
+
+
+def test_previews_change_no_bit_and_leave_nothing_behind(model: Pipeline) -> None:
+    plain = pixels(model, num_inference_steps=4)
+    unet, vae = model.pipeline.unet, model.pipeline.vae
+
+    def fail(_step: int) -> None:
+        raise ZeroDivisionError
+
+    with model.exclusive():
+        _, image = previewed(model)
+    with pytest.raises(ZeroDivisionError):
+        model.draw(a_request(previews=True), [7], fail)
+
+    assert image.tobytes() == plain == pixels(model, num_inference_steps=4)
+    assert not unet._forward_hooks
+    assert not vae.decoder._forward_hooks
+    model.check()
+
+
+def test_a_job_without_previews_has_none_of_another_job(model: Pipeline) -> None:
+    previewed(model)
+    seen = list[str | None]()
+
+    model.draw(a_request(), [7], lambda _step: seen.append(model.previews.latest()))
+
+    assert seen == [None]
+
+
+@upcast_vae
+def test_a_vae_that_needs_fp32_is_fitted_in_it_and_is_what_it_was(model_home: Path) -> None:
+    half = load_pipeline(model_home, ZLORA_DTYPE="float16")
+    types = list[torch.dtype]()
+    hook = half.pipeline.vae.decoder.register_forward_hook(
+        lambda *call: types.append(call[-1].dtype)
+    )
+
+    found, _ = previewed(half)
+
+    hook.remove()
+    assert all(found)
+    assert set(types) == {torch.float32}
+    assert half.pipeline.vae.dtype is torch.float16
+    half.check()

@@ -1,0 +1,121 @@
+"""Small pictures of an image while it is drawn.
+
+What the image would be without its noise is estimated from the last call of the UNet, and shown by
+a linear map from latents to RGB that is fitted on the VAE: no further call of a model is needed.
+"""
+
+import base64
+import io
+import math
+from typing import Any, Final, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+_SIDE: Final = 128  # pixels: of SDXL's native size, one for each latent
+_QUALITY: Final = 75  # of the JPEG, which has a few KB
+# Sides of the latents that the map is fitted on: small enough for a CPU, and smooth as images are.
+_FITTED_SIDE: Final = 16
+_COARSE_SIDE: Final = 6
+
+
+class _Call(NamedTuple):
+    """Arguments and output of the UNet; with guidance, rows without the prompt come first."""
+
+    sample: Tensor
+    timestep: Tensor
+    output: Tensor
+
+
+class Previews:
+    """Previews of one pipeline. The linear map is fitted when the first one is wanted."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline  # diffusers'
+        self._colours: Tensor | None = None  # [channels + 1, 3], the last row is added
+        self._call: _Call | None = None
+
+    def forget(self) -> None:
+        """Free the last call of the UNet."""
+        self._call = None
+
+    def watch(self) -> RemovableHandle:
+        """Keep the last call of the UNet, for `latest`, until the hook is removed."""
+        if self._colours is None:
+            self._colours = self._fit()
+
+        def keep(_module: object, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            self._call = _Call(arguments[0], arguments[1], output[0])
+
+        hook: RemovableHandle = self._pipeline.unet.register_forward_hook(keep)
+        return hook
+
+    def latest(self) -> str | None:
+        """Return the first image that is being drawn, as a JPEG in a data URI.
+
+        Returns None before the first step, and for models whose noise is not that of diffusion (EDM
+        and flow matching).
+        """
+        latents = self._estimate()
+        if latents is None or self._colours is None:
+            return None
+        rgb = latents.float().permute(1, 2, 0) @ self._colours[:-1] + self._colours[-1]
+        pixels = rgb.nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+        image = Image.fromarray(pixels)
+        image.thumbnail((_SIDE, _SIDE))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=_QUALITY)
+        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    def _estimate(self) -> Tensor | None:
+        """Return the latents [channels, height, width] without their noise.
+
+        The UNet's input is x = sqrt(a) * latents + sqrt(1 - a) * noise, however the scheduler
+        scales its own samples; a is interpolated between timesteps.
+        """
+        scheduler, call = self._pipeline.scheduler, self._call
+        alphas: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
+        if call is None or alphas is None:
+            return None
+        timestep = float(call.timestep)
+        lower = int(timestep)
+        pair = alphas[lower : lower + 2].double()
+        a = float(pair[0] + (pair[-1] - pair[0]) * (timestep - lower))
+        sample: Tensor = call.sample[0]
+        output: Tensor = call.output[0]
+        if self._pipeline.do_classifier_free_guidance:
+            prompted = call.output[len(call.output) // 2]
+            output = output + self._pipeline.guidance_scale * (prompted - output)
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        if kind == "v_prediction":
+            return sample * math.sqrt(a) - output * math.sqrt(1 - a)
+        if kind != "epsilon" or a == 0:
+            return None
+        return (sample - output * math.sqrt(1 - a)) / math.sqrt(a)
+
+    def _fit(self) -> Tensor:
+        """Fit RGB in 0..1 to smooth latents that the VAE decodes, by least squares."""
+        vae, pipeline = self._pipeline.vae, self._pipeline
+        shape = (1, vae.config.latent_channels, _COARSE_SIDE, _COARSE_SIDE)
+        coarse = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        size = (_FITTED_SIDE, _FITTED_SIDE)
+        latents = functional.interpolate(coarse, size=size, mode="bicubic").to(vae.device)
+        dtype = vae.dtype
+        if dtype is torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)
+        try:
+            scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+            with torch.no_grad():
+                image = vae.decode(scaled, return_dict=False)[0].float()
+        finally:
+            if vae.dtype is not dtype:
+                vae.to(dtype)
+        small = functional.avg_pool2d(image, pipeline.vae_scale_factor) / 2 + 0.5
+        known = latents[0].flatten(1).T
+        known = torch.cat([known, torch.ones_like(known[:, :1])], dim=1)
+        colours = small[0].clamp(0, 1).flatten(1).T
+        fitted: Tensor = torch.linalg.lstsq(known.cpu(), colours.cpu()).solution
+        return fitted.to(vae.device)
