@@ -21,6 +21,7 @@ from support.fakes import (
     load_pipeline,
     pixels,
     settings,
+    upcast_vae,
     write,
 )
 from support.image_files import SIZE, converted, file_of, half_mask, hostile, picture
@@ -35,7 +36,7 @@ from zlora.errors import (
     LoraNotFound,
     LoraTooLarge,
 )
-from zlora.schema import Asset, GenerateRequest, GenerateResult, LoraSpec, Phase
+from zlora.schema import Asset, GenerateRequest, GenerateResult, LoraSpec, Phase, Upscale
 from zlora_worker.child import Child
 from zlora_worker.image_in_use import ImageInUse, read_files
 from zlora_worker.model import pipeline
@@ -353,6 +354,48 @@ def test_an_image_of_a_batch_does_not_depend_on_its_company(
 
     assert one[0] == two[0]
     assert len({*one, *two}) == 3
+
+
+@pytest.mark.parametrize("fields", [{}, {"upscale": Upscale(factor=1.5)}])
+def test_previews_show_what_is_drawn_from_an_image(
+    model_home: Path, fields: dict[str, Any]
+) -> None:
+    """By the pipeline that draws it: the resident one has drawn nothing before."""
+    model = load_pipeline(model_home)
+    request = a_request(
+        image=Asset(url="job:a#0"), num_inference_steps=STEPS, previews=True, **fields
+    )
+    found: list[str | None] = []
+
+    model.draw(
+        request,
+        [7],
+        lambda _step: found.append(model.previews.latest()),
+        start=StartingImage(picture()),
+    )
+
+    assert len(found) == request.all_steps
+    assert all(preview and preview.startswith("data:image/jpeg") for preview in found)
+
+
+@upcast_vae
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_leaves_the_base_exact(model_home: Path, tmp_path: Path, dtype: str) -> None:
+    """The VAE encodes in fp32, and is cast back."""
+    variables = {"ZLORA_DTYPE": dtype, "ZLORA_BASE_CHECK": "all"}
+    model = load_pipeline(model_home, **variables)
+    child = make_child(model, MemoryStore(), settings(model_home, **lora_cache(tmp_path)))
+    data = file_of(picture())
+    asset = Asset(url="https://files.invalid/a", sha256=hashlib.sha256(data).hexdigest())
+    child.lora_files.file(asset.sha256 or "").write_bytes(data)
+
+    result, image = drawn(child, "job", image=asset, upscale=Upscale(factor=1.5))
+    _, again = drawn(child, "again", image=asset, upscale=Upscale(factor=1.5))
+
+    assert result.base_intact
+    assert result.base_checked == 1.0
+    assert model.pipeline.vae.dtype is getattr(torch, dtype)
+    assert image == again
 
 
 # --- files

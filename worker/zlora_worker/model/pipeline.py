@@ -344,7 +344,7 @@ class Pipeline:
             on_step(math.ceil((call + 1) * request.drawn_steps / pipeline.num_timesteps))
             return tensors
 
-        hooks = [self.previews.watch()] if request.previews else []
+        hooks = [self.previews.watch(drawing)] if request.previews else []
         # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
         # hook, because the pipeline casts the VAE back after it has decoded.
         finite: list[Tensor] = []
