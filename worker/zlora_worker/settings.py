@@ -269,7 +269,7 @@ class Settings:
         default="33554432",
         read=parsers.positive,
         note="Pixels that an image or a mask to start from may have, before it gets the size of "
-        "the job. A pixel takes up to 10 bytes of memory while it is decoded.",
+        "the job. A pixel takes up to 20 bytes of memory while it is decoded.",
     )
     lora_memory_bytes: int = _variable(
         "ZLORA_LORA_MEMORY_BYTES",

@@ -180,6 +180,16 @@ def test_images_of_a_batch_are_enlarged_each_by_itself(model: Pipeline, mode: An
     assert len({*one, *two}) == 3
 
 
+def test_levels_of_a_second_order_scheduler_are_refused(child: Child) -> None:
+    """The second pass would begin at a wrong one."""
+    fields: dict[str, Any] = {"scheduler": "heun", "timesteps": (900, 500)}
+
+    with pytest.raises(InvalidRequest, match="second order") as caught:
+        drawn(child, "job", **fields, num_inference_steps=None, upscale=Upscale(factor=2))
+
+    assert caught.value.details["path"] == "$.timesteps"
+
+
 def test_a_size_beyond_the_bounds_is_refused(child: Child) -> None:
     """That of the image is known to the worker only."""
     wide = run_job(child, "wide", a_request(**SMALL | {"width": 1032, "num_inference_steps": 1}))

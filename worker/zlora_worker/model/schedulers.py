@@ -101,7 +101,10 @@ def _require_family(base: Any, wanted: SchedulerEntry, request: GenerateRequest)
 
 
 def _require_image(cls: Any, request: GenerateRequest) -> None:
-    """Raise `InvalidRequest` if diffusers cannot draw from an image with this class."""
+    """Raise `InvalidRequest` if diffusers cannot draw from an image with this class.
+
+    A request with a strength and no image is a second pass.
+    """
     if request.image is None and request.strength is None:
         return
     if not hasattr(cls, "add_noise"):
