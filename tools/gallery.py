@@ -15,6 +15,7 @@ from typing import Any, Final, get_args
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+from PIL import Image, ImageDraw
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTokenizer
@@ -51,8 +52,10 @@ class Section:
     rows: Mapping[str, Images]
 
 
-def sections(embedding: str) -> list[Section]:
-    """Return the sections of the page; `embedding` is the address of the file."""
+def sections(embedding: str, sketch: str, mask: str) -> list[Section]:
+    """Return the sections of the page; the arguments are addresses of files."""
+    start = {"prompt": _WORDS, "image": {"url": sketch}}
+    part = {"prompt": _CITY, "image": {"url": sketch}, "mask": {"url": mask}, "strength": 1}
     scheduler_images = [
         (name, {"prompt": _CITY, "scheduler": name, "num_inference_steps": 12})
         for name, entry in SCHEDULERS.items()
@@ -102,6 +105,46 @@ def sections(embedding: str) -> list[Section]:
                             "negative_prompt": "<view>",
                             "embeddings": [{"file": {"url": embedding}}],
                         },
+                    ),
+                ]
+            },
+        ),
+        Section(
+            "images",
+            "Images to start from",
+            "The image is a sketch of a sky over dark mountains. The smaller the strength, the "
+            "more of it stays. The mask is a white disc in the middle.",
+            {
+                f"image, strength s; {_WORDS}": [
+                    (f"s = {strength}", start | {"strength": strength})
+                    for strength in (0.1, 0.3, 0.5, 0.7, 0.9, 1)
+                ],
+                f"image and mask, strength 1; {_CITY}": [
+                    ("mask", part),
+                    ("mask_blur 4", part | {"mask_blur": 4}),
+                    ("mask_blur 12", part | {"mask_blur": 12}),
+                    ("mask_invert", part | {"mask_invert": True}),
+                ],
+            },
+        ),
+        Section(
+            "upscale",
+            "A second pass",
+            "`upscale` draws the enlarged image once more. The demo model draws well at 64 x 64 "
+            "pixels only: at 128 x 128 it repeats what it draws, the more the larger the strength.",
+            {
+                f"upscale, factor 2; {_CITY}": [
+                    ("none", {"prompt": _CITY}),
+                    *(
+                        (
+                            f"{mode}, {strength}",
+                            {
+                                "prompt": _CITY,
+                                "upscale": {"factor": 2, "strength": strength, "mode": mode},
+                            },
+                        )
+                        for mode in ("image", "latent")
+                        for strength in (0.2, 0.5)
                     ),
                 ]
             },
@@ -279,6 +322,18 @@ def write_embedding(target: Path) -> None:
     save_file(vectors, target)
 
 
+def write_sketch(sketch: Path, mask: Path) -> None:
+    """Write a sketch of a landscape, and a mask with a disc in its middle."""
+    image = Image.new("RGB", (64, 64), (250, 150, 70))
+    drawing = ImageDraw.Draw(image)
+    drawing.ellipse((38, 10, 54, 26), fill=(255, 235, 150))
+    drawing.polygon([(0, 64), (0, 44), (16, 26), (32, 46), (46, 34), (64, 50), (64, 64)], "#203050")
+    image.save(sketch)
+    disc = Image.new("L", (64, 64), 0)
+    ImageDraw.Draw(disc).ellipse((16, 16, 48, 48), fill=255)
+    disc.save(mask)
+
+
 def write_catalogue(target: Path) -> None:
     """Write a catalogue with the demo model's LoRAs, and one of them for each recipe."""
     entries = {name: ("demo://" + name, "") for name in ("neon-lights", "cyberpunk-style")}
@@ -296,6 +351,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_embedding(folder / "view.safetensors")
+        write_sketch(folder / "sketch.png", folder / "mask.png")
         write_catalogue(folder / "loras.toml")
         environ = {
             **os.environ,
@@ -308,9 +364,10 @@ def main() -> None:
             config.QUEUE: f"gallery-{os.getpid()}",
             "OMP_NUM_THREADS": "1",
         }
-        embedding = (folder / "view.safetensors").as_uri()
+        names = ("view.safetensors", "sketch.png", "mask.png")
+        files = [(folder / name).as_uri() for name in names]
         with EmbeddedStack(environ) as stack, Client.from_env(stack.environ) as client:
-            parts = [draw(section, client, folder) for section in sections(embedding)]
+            parts = [draw(section, client, folder) for section in sections(*files)]
     note = "Drawn by `make gallery` with the [demo model](demo-model.md); do not edit."
     (DOCS / "gallery.md").write_text("\n".join(["# Gallery\n", f"{note}\n", *parts]))
 

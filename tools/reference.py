@@ -30,12 +30,14 @@ from zlora.schema import (
     EmbeddingSpec,
     GenerateRequest,
     GenerateResult,
+    ImageReceipt,
     ImageRef,
     JobState,
     JobStatus,
     LoraReceipt,
     LoraSpec,
     PromptReceipt,
+    Upscale,
 )
 from zlora_worker.settings import reference as setting_rows
 
@@ -100,6 +102,9 @@ def request_page() -> str:
         _fields(LoraSpec, is_input=True),
         "## Embedding",
         _fields(EmbeddingSpec, is_input=True),
+        "## Upscale",
+        _doc(Upscale),
+        _fields(Upscale, is_input=True),
         "## File",
         _plain(f"{_doc(Asset)} [LoRA files](../loras.md) describes the sources."),
         _fields(Asset, is_input=True),
@@ -118,6 +123,9 @@ def request_page() -> str:
         "## Receipt of embeddings",
         _doc(EmbeddingReceipt),
         _fields(EmbeddingReceipt),
+        "## Receipt of an image",
+        _doc(ImageReceipt),
+        _fields(ImageReceipt),
         "## Status",
         f"{_doc(JobStatus)} Fields without a value are absent.",
         _fields(JobStatus),
@@ -374,9 +382,11 @@ _LINKS: Final[dict[type, str]] = {
     Asset: "[file](#file)",
     EmbeddingSpec: "[embedding](#embedding)",
     EmbeddingReceipt: "[receipt](#receipt-of-embeddings)",
+    ImageReceipt: "[receipt](#receipt-of-an-image)",
     ImageRef: "[image](#image)",
     LoraReceipt: "[receipt](#receipt)",
     PromptReceipt: "[prompt receipt](#prompt-receipt)",
+    Upscale: "[upscale](#upscale)",
 }
 
 

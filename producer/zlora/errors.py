@@ -105,7 +105,7 @@ class InvalidJobId(InvalidRequest):
 
 
 class LoraError(ZloraError):
-    """A LoRA or an embedding cannot be used: the parent of all errors of their files."""
+    """A LoRA, an embedding or an image cannot be used: the parent of all errors of their files."""
 
     code = "lora_error"
 

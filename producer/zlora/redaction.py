@@ -18,6 +18,7 @@ _MAX_PATH_END: Final = 35  # characters of the end of a long address
 _HASH_DIGITS: Final = 12  # hex digits; enough to tell a day's prompts apart
 # As `schema.enum_fields`.
 ENUM_FIELDS: Final = (
+    "mode",
     "batch_size",
     "output_format",
     "prompt_syntax",
@@ -27,6 +28,8 @@ ENUM_FIELDS: Final = (
     "url_policy",
 )
 _FILES: Final = {"loras": "lora", "embeddings": "embedding"}  # fields with addresses
+_IMAGES: Final = ("image", "mask")  # fields that are an address each
+_JOB_IMAGE: Final = re.compile(r"job:[A-Za-z0-9_-]{1,64}#[0-9]{1,2}", re.ASCII)  # as in `schema`
 _ENUM_VALUE: Final = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)  # a valid value, or a misspelt one
 _MAX_NESTED: Final = 8  # addresses inside one another; deeper nesting could exhaust the stack
 _MIN_SECRET: Final = 6  # characters; masking shorter secrets would mask ordinary words
@@ -52,8 +55,11 @@ _AUTHORIZATION: Final = re.compile(
 def without_secrets(address: str) -> str:
     """Return an address without credentials, query and fragment.
 
-    Returns `***` if more than eight addresses are nested in one another.
+    Returns `***` if more than eight addresses are nested in one another. The index of a job's image
+    stays.
     """
+    if _JOB_IMAGE.fullmatch(address):
+        return address
     if address.count("://") > _MAX_NESTED:
         return _MASK
     return _public_part(address)
@@ -92,6 +98,8 @@ def shown(request: object, *, prompts: str = "shown") -> str:
         for name, value in request.items():
             if name in _FILES:
                 parts += _files(_FILES[name], value)
+            elif name in _IMAGES and isinstance(value, dict):
+                parts += _files(str(name), [{"file": value}])
             else:
                 parts.append(f"{field_name(name)}={_field(name, value, prompts)}")
         return ", ".join(parts)[:_MAX_LINE]

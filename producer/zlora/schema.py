@@ -39,10 +39,13 @@ TEXT_IS_CONSTANT: Final = (
     "Expected 0, since the LoRA's strength changes over the steps: "
     "prompts are encoded once, before the first step"
 )
+STRENGTH: Final = 0.75  # of an image to start from, likewise; that of A1111's web UI
 MAX_TOKEN: Final = 100  # characters of a word that stands for an embedding
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
 NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exist or is not read
+# Address of the image with this index of an earlier job.
+JOB_IMAGE: Final = re.compile(r"job:([A-Za-z0-9_-]{1,64})#([0-9]{1,2})", re.ASCII)
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
 Token = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN)]
@@ -50,7 +53,9 @@ Address = Annotated[str, Meta(min_length=1, max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
 Share = Annotated[float, Meta(ge=0, le=1)]  # of the steps
-Side = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]  # pixels; 8 is the VAE's factor
+MAX_SIDE: Final = 4096  # pixels
+Side = Annotated[int, Meta(ge=64, le=MAX_SIDE, multiple_of=8)]  # pixels; 8 is the VAE's factor
+Strength = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
 Timesteps = Annotated[
     tuple[Annotated[int, Meta(ge=0, le=999)], ...], Meta(min_length=1, max_length=200)
@@ -99,9 +104,15 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
         """URL of the file, with the schemes `cozy` for a hub and `hf` for `owner/repo`."""
         if self.url and _REPOSITORY.fullmatch(self.url):
             return f"hf://{self.url}"
-        if self.url or (self.ref and "://" in self.ref):
+        if self.url or (self.ref and ("://" in self.ref or JOB_IMAGE.fullmatch(self.ref))):
             return str(self.url or self.ref)
         return f"cozy://{self.cozy_ref or self.ref}"
+
+    @property
+    def job_image(self) -> tuple[str, int] | None:
+        """Job id and index of `job:<id>#<index>`, None for other addresses."""
+        found = JOB_IMAGE.fullmatch(self.address)
+        return (found[1], int(found[2])) if found else None
 
 
 class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -116,7 +127,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     text_encoder_weight: Weight | None = None
     """Strength in both text encoders; `weight` by default, 0 if the strength changes over steps."""
     start: Share = 0.0
-    """Share of the steps before which the LoRA is not in the UNet; 0 by default."""
+    """Share of the drawn steps before which the LoRA is not in the UNet; 0 by default."""
     end: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Share of the steps from which on the LoRA is not in the UNet; 1 by default."""
     weights: (
@@ -204,6 +215,24 @@ class EmbeddingSpec(
             raise ValueError("Expected no `config_sha256` in the file of an embedding")
 
 
+class Upscale(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A second pass, which starts from the enlarged image (hires fix)."""
+
+    factor: Annotated[float, Meta(gt=1, le=4)]
+    """Factor of both sides, up to 4; the sides become multiples of 8."""
+    strength: Strength = 0.5
+    """Share of the steps of the second pass that are drawn, up to 1; 0.5 by default."""
+    steps: Annotated[int, Meta(ge=1, le=200)] | None = None
+    """Denoising steps of the second pass, of which `strength` leaves the last; as the first's."""
+    mode: Literal["image", "latent"] = "image"
+    """What is enlarged: the decoded `image` (the default), or its `latent` before the decoding."""
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of an image that is enlarged."""
+        sides = (8 * round(side * self.factor / 8) for side in (width, height))
+        return next(sides), next(sides)
+
+
 class GenerateRequest(
     Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
@@ -221,14 +250,26 @@ class GenerateRequest(
     """LoRAs to merge into the base model, at most 8; none by default."""
     embeddings: Annotated[tuple[EmbeddingSpec, ...], Meta(max_length=8)] = ()
     """Embeddings (textual inversions) for words of the prompts, at most 8; none by default."""
+    image: Asset | None = None
+    """PNG, JPEG or WebP to start from, also `job:<id>#<index>`, a job's image; none by default."""
+    mask: Asset | None = None
+    """Mask of the image's size (inpainting): what is white is drawn anew; none by default."""
+    strength: Strength | None = None
+    """Share of the steps that are drawn, from nearly 0 to 1 (all is new); 0.75 by default."""
+    mask_blur: Annotated[float, Meta(ge=0, le=256)] = 0
+    """Pixels of the soft edge of the mask, beyond which the image stays exactly; 0 by default."""
+    mask_invert: bool = False
+    """Whether what is black in the mask is drawn anew, not what is white; false by default."""
+    upscale: Upscale | None = None
+    """Second pass at a larger size (hires fix); none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
-    """Denoising steps of each image; 28 by default."""
+    """Denoising steps of each image; 28 by default. With `image`, `strength` times as many."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
     """Strength of the prompt (classifier-free guidance); 7.5 by default."""
     width: Side | None = None
-    """Width in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
+    """Width in pixels, a multiple of 8; by default the image's, else the model's (SDXL: 1024)."""
     height: Side | None = None
-    """Height in pixels, a multiple of 8; the model's native size by default (SDXL: 1024)."""
+    """Height in pixels, a multiple of 8; by default the image's, else the model's (SDXL: 1024)."""
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
     """Seed of the first image, one more for each next one; made from the job id by default."""
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
@@ -298,6 +339,46 @@ class GenerateRequest(
         return STEPS if self.num_inference_steps is None else self.num_inference_steps
 
     @property
+    def images(self) -> dict[str, Asset]:
+        """The image to start from and its mask, by the name of the field."""
+        given = {"image": self.image, "mask": self.mask}
+        return {name: asset for name, asset in given.items() if asset is not None}
+
+    @property
+    def fetched_images(self) -> tuple[Asset, ...]:
+        """Those of the `images` that are not an earlier job's."""
+        return tuple(asset for asset in self.images.values() if asset.job_image is None)
+
+    @property
+    def image_strength(self) -> float:
+        """Share of the steps that are drawn from an image, 0.75 if the request names none."""
+        return STRENGTH if self.strength is None else self.strength
+
+    @property
+    def drawn_steps(self) -> int:
+        """Steps that the first pass draws: from an image to start from, only the last ones."""
+        if self.image is None and self.strength is None:
+            return self.steps
+        return int(self.steps * self.image_strength)  # as diffusers counts
+
+    @property
+    def all_steps(self) -> int:
+        """Steps that are drawn of each image, in both passes."""
+        second = self.second_pass
+        return self.drawn_steps + (second.drawn_steps if second else 0)
+
+    @property
+    def second_pass(self) -> Self | None:
+        """The second pass alone, as a request with a strength; None without `upscale`."""
+        if self.upscale is None:
+            return None
+        changed: dict[str, Any] = {"upscale": None, "image": None}
+        if self.upscale.steps is not None:
+            levels = {"timesteps": None, "sigmas": None}
+            changed |= {"num_inference_steps": self.upscale.steps, **levels}
+        return structs.replace(self, strength=self.upscale.strength, **changed)
+
+    @property
     def noise_levels(self) -> tuple[float, ...]:
         """The `sigmas` with the 0 at their end; empty without `sigmas`."""
         sigmas = self.sigmas or ()
@@ -325,7 +406,7 @@ class GenerateRequest(
         return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
     def with_defaults(self) -> Self:
-        """Return the request with its steps, guidance scale and weights written out."""
+        """Return the request with its steps, guidance scale, weights and strength written out."""
         loras = tuple(
             lora
             if lora.weight is not None or lora.weights is not None
@@ -333,7 +414,11 @@ class GenerateRequest(
             for lora in self.loras
         )
         return structs.replace(
-            self, loras=loras, num_inference_steps=self.steps, guidance_scale=self.guidance
+            self,
+            loras=loras,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            strength=self.image_strength if self.image else None,
         )
 
     @property
@@ -461,6 +546,25 @@ class EmbeddingReceipt(Struct, frozen=True, kw_only=True):
     """What has no effect, such as `<s1>: in no prompt that was read`."""
 
 
+class ImageReceipt(Struct, frozen=True, kw_only=True):
+    """What was used of the image to start from, or of its mask."""
+
+    source: str
+    """Address of the file without query and credentials."""
+    sha256: str
+    """SHA-256 of the file, in hex."""
+    size: int
+    """Size of the file in bytes."""
+    width: int
+    """Width in pixels, turned as its Exif data says."""
+    height: int
+    """Height in pixels, turned as its Exif data says."""
+    tier: Literal["disk", "network", "store"]
+    """Where the file came from: `disk`, `network`, or `store` for an image of an earlier job."""
+    notes: tuple[str, ...] = ()
+    """What was changed before it was used, such as `transparent pixels are white`."""
+
+
 class GenerateResult(Struct, frozen=True, kw_only=True):
     """Images of a job and the receipt. Later versions add fields, and never change one."""
 
@@ -516,6 +620,10 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """How the prompt was read."""
     negative_prompt_receipt: PromptReceipt | None = None
     """How the negative prompt was read; none if it is empty, or not used for lack of guidance."""
+    image_receipt: ImageReceipt | None = None
+    """What was used of the `image`."""
+    mask_receipt: ImageReceipt | None = None
+    """What was used of the `mask`."""
 
 
 class Phase(StrEnum):
@@ -612,6 +720,10 @@ class TolerantEmbeddingSpec(EmbeddingSpec, frozen=True, kw_only=True, forbid_unk
     file: TolerantAsset
 
 
+class TolerantUpscale(Upscale, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """An `Upscale` of a newer version, whose unknown fields are ignored."""
+
+
 class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A `GenerateRequest` of a newer version, whose unknown fields are ignored.
 
@@ -620,6 +732,9 @@ class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown
 
     loras: tuple[TolerantLoraSpec, ...] = ()
     embeddings: tuple[TolerantEmbeddingSpec, ...] = ()
+    image: TolerantAsset | None = None
+    mask: TolerantAsset | None = None
+    upscale: TolerantUpscale | None = None
 
 
 class _TolerantResult(GenerateResult, frozen=True, kw_only=True):
@@ -693,6 +808,7 @@ def parse_request(document: object) -> GenerateRequest:
         expected = f"Expected at most {MAX_LORAS} LoRAs in prompt and `loras`, got {count}"
         raise invalid("$.prompt", request.prompt, expected)
     _check_sampling(request)
+    _check_image(request)
     _check_loras(request)
     return request
 
@@ -779,15 +895,59 @@ def require_steps_of_loras(request: GenerateRequest) -> None:
     for index, spec in enumerate(request.loras):
         if not spec.has_schedule or not spec.is_used:
             continue
-        if not any(weight for _, weight in spec.weights_by_step(request.steps)):
+        if not any(weight for _, weight in spec.weights_by_step(request.drawn_steps)):
             field = "start" if spec.weights is None else "weights"
-            expected = f"Expected a weight at some of the {request.steps} steps, or `weight` 0"
+            steps = f"{request.drawn_steps} steps that are drawn"
+            expected = f"Expected a weight at some of the {steps}, or `weight` 0"
             raise invalid(f"$.loras[{index}].{field}", getattr(spec, field), expected)
 
 
 def weight_at(weights: Sequence[tuple[float, float]], share: float) -> float:
     """Return the last of the weights whose share of the steps is not beyond this one."""
     return next(weight for start, weight in reversed(weights) if start <= share)
+
+
+def _check_image(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if no image could be drawn with these fields."""
+    needs = {"mask": "image", "strength": "image", "mask_blur": "mask", "mask_invert": "mask"}
+    for field, other in needs.items():
+        value = getattr(request, field)
+        if value and getattr(request, other) is None:
+            raise invalid(f"$.{field}", value, f"Expected no `{field}` without `{other}`")
+    for field, asset in request.images.items():
+        if asset.config_sha256 is not None:
+            expected = "Expected no `config_sha256` in the file of an image"
+            raise invalid(f"$.{field}.config_sha256", asset.config_sha256, expected)
+    require_drawn_steps(request)
+    if request.upscale is not None:
+        if request.mask is not None:
+            expected = "Expected no `upscale` with `mask`: it would draw all of the image anew"
+            raise invalid("$.upscale", request.upscale.factor, expected)
+        if request.width is not None and request.height is not None:
+            require_upscaled_size(request)
+
+
+def require_upscaled_size(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if the second pass is too large, for a request with a size."""
+    upscale, width, height = request.upscale, request.width, request.height
+    if upscale is None or width is None or height is None:
+        return
+    if max(upscale.size(width, height)) > MAX_SIDE:
+        expected = f"Expected sides of at most {MAX_SIDE} pixels after it, of {width} x {height}"
+        raise invalid("$.upscale.factor", upscale.factor, expected)
+
+
+def require_drawn_steps(request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if the strength leaves no step to draw."""
+    if request.drawn_steps < 1:
+        expected = (
+            f"Expected {1 / request.steps:.3g} at least, to draw one of {request.steps} steps"
+        )
+        raise invalid("$.strength", request.image_strength, expected)
+    second = request.second_pass
+    if second is not None and second.drawn_steps < 1:
+        expected = f"Expected {1 / second.steps:.3g} at least, to draw one of {second.steps} steps"
+        raise invalid("$.upscale.strength", second.image_strength, expected)
 
 
 def digest_of(request: GenerateRequest) -> str:
@@ -830,7 +990,7 @@ def to_dict(value: Struct) -> dict[str, Any]:
 def enum_fields() -> dict[str, tuple[str, ...]]:
     """Return the fields of a request and its LoRAs that take one of several words, with these."""
     found = {}
-    documents = (GenerateRequest, LoraSpec, Asset)
+    documents = (GenerateRequest, LoraSpec, Asset, Upscale)
     for field in (field for struct in documents for field in structs.fields(struct)):
         kinds = [field.type, *get_args(field.type)]  # a Literal, or a union with one
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]

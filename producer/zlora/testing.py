@@ -42,6 +42,7 @@ from zlora.schema import (
     EmbeddingSpec,
     GenerateRequest,
     GenerateResult,
+    ImageReceipt,
     ImageRef,
     JobState,
     LoraReceipt,
@@ -324,13 +325,16 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
     """
     now, seed = time.time(), request.seed_for(job_id)
     images, loras, receipts = [], [], []
+    width, height = request.width or _NATIVE_SIDE, request.height or _NATIVE_SIDE
+    if request.upscale is not None:
+        width, height = request.upscale.size(width, height)
     for index in range(request.num_images):
         key = image_key(job_id, index, request.output_format)
         content_type = _MEDIA_TYPES[request.output_format]
         image = ImageRef(
             key=key,
-            width=request.width or _NATIVE_SIDE,
-            height=request.height or _NATIVE_SIDE,
+            width=width,
+            height=height,
             content_type=content_type,
             size=0,
             sha256=_EMPTY_SHA256,
@@ -371,6 +375,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         msgspec.structs.replace(spec, file=Asset(url=receipt.source, sha256=receipt.sha256))
         for spec, receipt in zip(request.embeddings, embeddings, strict=True)
     )
+    inputs = {name: _fake_input(file, images[0]) for name, file in request.images.items()}
     return GenerateResult(
         job_id=job_id,
         images=tuple(images),
@@ -384,7 +389,14 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         started_at=now,
         finished_at=now,
         request_sha256=digest_of(request),
-        request=msgspec.structs.replace(request, loras=tuple(loras), embeddings=specs),
+        request=msgspec.structs.replace(
+            request,
+            loras=tuple(loras),
+            embeddings=specs,
+            **{
+                name: Asset(url=found.source, sha256=found.sha256) for name, found in inputs.items()
+            },
+        ),
         base_sha256=_EMPTY_SHA256,
         scheduler=request.scheduler or "none",
         device="none",
@@ -393,6 +405,20 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         negative_prompt_receipt=PromptReceipt(tokens=0, windows=1)
         if request.negative_prompt and request.guidance > 1
         else None,
+        image_receipt=inputs.get("image"),
+        mask_receipt=inputs.get("mask"),
+    )
+
+
+def _fake_input(file: Asset, drawn: ImageRef) -> ImageReceipt:
+    """Return the receipt of an image or a mask, which has the size of the drawn image."""
+    return ImageReceipt(
+        source=without_secrets(file.address),
+        sha256=file.sha256 or _EMPTY_SHA256,
+        size=0,
+        width=drawn.width,
+        height=drawn.height,
+        tier="store" if file.job_image else "disk",
     )
 
 
@@ -411,7 +437,7 @@ def _fake_embedding(spec: EmbeddingSpec, index: int, prompts: str) -> EmbeddingR
 
 
 def _draw_fake(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
-    steps = request.num_images * request.steps
+    steps = request.num_images * request.all_steps
     progress(Phase.DENOISE.progress_name, 0, steps)
     progress(Phase.DENOISE.progress_name, steps, steps)
     return fake_result(job_id, request)

@@ -17,6 +17,7 @@ from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results import encoding
 from zlora_worker.results.metadata import embed_metadata, provenance_of
 from zlora_worker.results.provenance import ImageProvenance
+from zlora_worker.results.store import FolderStore
 from zlora_worker.settings import Settings
 
 
@@ -46,6 +47,7 @@ class Drawing:
                 urls=links(store),
                 job_timeout=60,
                 meter=Meter(),
+                earlier_results=FolderStore(folder),
             )
             run_job(child, job_id, request)
             self._stored[name] = {key: data for key, (data, _) in store.objects.items()}

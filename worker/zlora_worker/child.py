@@ -42,6 +42,9 @@ class Child:
     meter: Meter
     catalogue: Catalogue = field(default_factory=Catalogue)
     pinned_files: ExitStack = field(default_factory=ExitStack)  # they stay on disk, too
+    image_max_bytes: int = 2**26  # of the file of an image to start from
+    image_max_pixels: int = 2**25
+    earlier_results: Store | None = None  # whose images requests can name, if not in `store`
     max_attempts: int = 3  # child processes that a job may end
     max_losses: int = 10  # workers that a job may lose
 
@@ -67,6 +70,8 @@ class Child:
             job_timeout=settings.job_timeout,
             meter=meter,
             catalogue=catalogue,
+            image_max_bytes=settings.image_max_bytes,
+            image_max_pixels=settings.image_max_pixels,
             max_attempts=settings.max_attempts,
             max_losses=settings.max_losses,
         )

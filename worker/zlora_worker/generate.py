@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, get_args
 
+from msgspec import structs
 from PIL.Image import Image
 from zlora.errors import OutOfMemory
 from zlora.lora import recipes
@@ -17,15 +18,19 @@ from zlora.schema import (
     ImageRef,
     Phase,
     digest_of,
+    require_drawn_steps,
     require_steps_of_loras,
+    require_upscaled_size,
 )
 
 from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.embedding_in_use import EmbeddingInUse, embeddings_in_use
 from zlora_worker.fetch.cache import CachedFile
+from zlora_worker.image_in_use import ImageInUse, read_files
 from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
 from zlora_worker.model.pipeline import MergedModel, PipelineState
+from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import EncodedText
 from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
@@ -67,7 +72,7 @@ class Job:
 
 
 def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
-    """Run one job: fetch its LoRAs and embeddings, merge, denoise, restore the base model.
+    """Run one job: fetch its files, merge its LoRAs, denoise, restore the base model.
 
     Return the job in the spool, from which `results.finish` stores its images and manifest. Raises
     a `ZloraError` if the job fails, or what `progress` raises; then the spool has nothing of it.
@@ -82,7 +87,9 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
 
     # fetch
     assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]
-    with open_files(child, job, assets, progress) as files:
+    with open_files(child, job, assets, request.fetched_images, progress) as opened:
+        files, images_opened = opened[: len(assets)], opened[len(assets) :]
+        image_files = read_files(child, request, images_opened)
         timer.end(Phase.FETCH)
         progress(Phase.PARSE, 0, len(files))
         loras = [
@@ -92,27 +99,45 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
         embeddings = embeddings_in_use(child, request.embeddings, files[len(used) :], loras)
     request, recipe_fields, warned = recipes.fill(request, [lora.recipe for lora in loras])
     request = request.with_defaults()
+    require_drawn_steps(request)
     require_steps_of_loras(request)
+    image_in_use = None
+    if image_files:
+        image_in_use = ImageInUse.decode(child, request, image_files)
+        request = image_in_use.request
+    if request.upscale is not None:  # the size of the first pass, which the images do not show
+        width, height = child.model.size(request)
+        request = structs.replace(request, width=width, height=height)
+        require_upscaled_size(request)
     timer.end(Phase.PARSE)
 
-    spooled = spooled_job(child, job, request, loras, embeddings)
+    spooled = spooled_job(child, job, request, loras, embeddings, image=image_in_use)
     with child.spool.open(spooled) as images:
         # merge
         with child.model.with_loras([lora.weighted for lora in loras], request) as model:
             timer.end(Phase.APPLY)
             # denoise
             text = model.encode(request, [each for file in embeddings for each in file.embeddings])
-            draw_images(child, spooled, model=model, text=text, images=images, progress=progress)
+            draw_images(
+                child,
+                spooled,
+                model=model,
+                text=text,
+                start=image_in_use.start if image_in_use else None,
+                images=images,
+                progress=progress,
+            )
             timer.end(Phase.DENOISE)
         # the base model is restored and checked
         timer.end(Phase.RESTORE)
         progress(Phase.UPLOAD, 0, request.num_images)
         adds_words = job.request.trigger_words == "add"
         receipts = (
-            lora.receipt(norm, steps=request.steps, warned=warnings, adds_words=adds_words)
+            lora.receipt(norm, steps=request.drawn_steps, warned=warnings, adds_words=adds_words)
             for lora, norm, warnings in zip(loras, model.relative_norms, warned, strict=True)
         )
         uses = iter(text.uses)
+        input_receipts = image_in_use.receipts if image_in_use else {}
         # the images are passed on
         images.close(
             DrawnJob(
@@ -127,6 +152,8 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
                 recipe_fields=recipe_fields,
                 prompt_receipt=text.prompt_receipt,
                 negative_prompt_receipt=text.negative_receipt,
+                image_receipt=input_receipts.get("image"),
+                mask_receipt=input_receipts.get("mask"),
                 at=time.monotonic(),
             )
         )
@@ -134,11 +161,15 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
 
 
 def open_files(
-    child: Child, job: Job, assets: Sequence[Asset], progress: Progress
+    child: Child, job: Job, assets: Sequence[Asset], images: Sequence[Asset], progress: Progress
 ) -> AbstractContextManager[list[CachedFile]]:
-    """Open the job's files in the cache, which keeps them for as long as the block is open."""
+    """Open the job's files in the cache, which keeps them for as long as the block is open.
+
+    Those of the images follow the others.
+    """
     return child.lora_files.files(
         assets,
+        images=images,
         since=job.started - (job.queued or 0.0),
         on_bytes=lambda received, expected: progress(Phase.FETCH, received, expected),
     )
@@ -150,6 +181,8 @@ def spooled_job(
     request: GenerateRequest,
     loras: list[LoraInUse],
     embeddings: list[EmbeddingInUse],
+    *,
+    image: ImageInUse | None = None,
 ) -> SpooledJob:
     """Return what the sidecar needs to store the job's images, and what draws them again.
 
@@ -178,6 +211,7 @@ def spooled_job(
                     (found.file.source, found.file.sha256, found.only_token)
                     for found in embeddings[: len(request.embeddings)]
                 ],
+                image.receipts if image else {},
             ),
             model=child.model.name,
             base_sha256=child.model.base_sha256,
@@ -198,6 +232,7 @@ def draw_images(
     *,
     model: MergedModel,
     text: EncodedText,
+    start: StartingImage | None,
     images: SpoolWriter,
     progress: Progress,
 ) -> None:
@@ -226,7 +261,7 @@ def draw_images(
             preview = model.preview if request.previews else None
             on_step = step_counter(child, request, progress, batch, preview=preview)
             try:
-                made = model.draw(request, seeds, on_step, text=text)
+                made = model.draw(request, seeds, on_step, text=text, start=start)
             except OutOfMemory as error:
                 if len(batch) == 1:
                     raise
@@ -254,7 +289,7 @@ def step_counter(
 
     The parent takes the next job during the last step.
     """
-    steps, count = request.steps, len(batch)
+    steps, count = request.all_steps, len(batch)
     done, total = batch.start * steps, request.num_images * steps
     counted = 0
 

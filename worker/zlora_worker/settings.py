@@ -258,6 +258,19 @@ class Settings:
         read=parsers.positive,
         note="Bytes that one LoRA file may have.",
     )
+    image_max_bytes: int = _variable(
+        "ZLORA_IMAGE_MAX_BYTES",
+        default="67108864",
+        read=parsers.positive,
+        note="Bytes that the file of an image or a mask to start from may have.",
+    )
+    image_max_pixels: int = _variable(
+        "ZLORA_IMAGE_MAX_PIXELS",
+        default="33554432",
+        read=parsers.positive,
+        note="Pixels that an image or a mask to start from may have, before it gets the size of "
+        "the job. A pixel takes up to 20 bytes of memory while it is decoded.",
+    )
     lora_memory_bytes: int = _variable(
         "ZLORA_LORA_MEMORY_BYTES",
         default="4000000000",

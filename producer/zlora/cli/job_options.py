@@ -16,7 +16,7 @@ from zlora.errors import InvalidRequest
 from zlora.handle import JobHandle
 from zlora.prompt_syntax import PromptSyntax
 from zlora.schedulers import Schedule
-from zlora.schema import GenerateRequest, OutputFormat, enum_fields, parse_request
+from zlora.schema import GenerateRequest, OutputFormat, Upscale, enum_fields, parse_request
 
 _NUMBER: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
 _WEIGHTS: Final = rf"{_NUMBER}@{_NUMBER}"  # from a share of the steps on
@@ -34,6 +34,11 @@ _FIELDS: Final = (  # options that have the name of a field of the request
     "negative_prompt",
     "prompt_syntax",
     "clip_skip",
+    "image",
+    "mask",
+    "strength",
+    "mask_blur",
+    "mask_invert",
     "num_inference_steps",
     "guidance_scale",
     "seed",
@@ -120,6 +125,12 @@ def _embeddings(
     return specs
 
 
+def _image(
+    _ctx: click.Context, _parameter: click.Parameter, address: str | None
+) -> dict[str, str] | None:
+    return None if address is None else _file(address)
+
+
 def _file(address: str) -> dict[str, str]:
     if address.startswith("cozy://"):
         return {"cozy_ref": address.removeprefix("cozy://")}
@@ -176,6 +187,57 @@ _OPTIONS: Final = (
         metavar="[TOKEN=]ADDRESS",
         help="Embedding (textual inversion) for the word TOKEN of the prompts, may be repeated. "
         "ADDRESS is one as of a LoRA; TOKEN is by default the word in the file, or its name.",
+    ),
+    click.option(
+        "--image",
+        callback=_image,
+        metavar="ADDRESS",
+        help="Image to start from: an address as of a LoRA, or `job:<id>#<index>`, an image of an "
+        "earlier job.",
+    ),
+    click.option(
+        "--mask",
+        callback=_image,
+        metavar="ADDRESS",
+        help="Mask of the image's size: what is white is drawn anew.",
+    ),
+    click.option(
+        "--strength",
+        type=float,
+        callback=reject_nan,
+        help="Share of the steps that are drawn from the image, up to 1.  [default: 0.75]",
+    ),
+    click.option(
+        "--mask-blur",
+        type=float,
+        callback=reject_nan,
+        metavar="PIXELS",
+        help="Soften the edge of the mask.",
+    ),
+    click.option(
+        "--mask-invert", is_flag=True, default=None, help="Draw anew what is black in the mask."
+    ),
+    click.option(
+        "--upscale",
+        "upscale_factor",
+        type=float,
+        callback=reject_nan,
+        metavar="FACTOR",
+        help="Draw a second pass at a size larger by FACTOR, up to 4 (hires fix).",
+    ),
+    click.option(
+        "--upscale-strength",
+        type=float,
+        callback=reject_nan,
+        help="Share of the steps that the second pass draws, up to 1.  [default: 0.5]",
+    ),
+    click.option(
+        "--upscale-steps", type=int, help="Denoising steps of the second pass, as --steps."
+    ),
+    click.option(
+        "--upscale-mode",
+        type=click.Choice(enum_fields()["mode"]),
+        help="Enlarge the decoded image, or its latent.  [default: image]",
     ),
     click.option(
         "--negative", "negative_prompt", metavar="TEXT", help="What the image must not show."
@@ -271,6 +333,10 @@ def read(given: dict[str, Any]) -> Order:
     for name in ("loras", "embeddings"):
         if given[name]:
             document[name] = given[name]
+    upscale = {name: given[f"upscale_{name}"] for name in Upscale.__struct_fields__}
+    upscale = {name: value for name, value in upscale.items() if value is not None}
+    if upscale:
+        document["upscale"] = (document.get("upscale") or {}) | upscale
     if "prompt" not in document:
         raise click.UsageError("Missing argument 'PROMPT', or --request with a prompt.")
     options: Options = {

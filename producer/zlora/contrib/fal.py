@@ -24,6 +24,7 @@ _SAME_NAMES: Final = (
     "num_images",
     "scheduler",
     "eta",
+    "strength",
 )
 # Names in our request by fal's; `format` is that of fast-sdxl.
 _OTHER_NAMES: Final = {
@@ -40,11 +41,13 @@ _IGNORED: Final[dict[str, tuple[Any, ...]]] = {
     "safety_checker_version": ("v1", "v2"),  # of the checker that is not enabled
 }
 _TOKENS: Final = ("<s0>", "<s1>")  # of an embedding that names none
+_IMAGES: Final = {"image_url": "image", "mask_url": "mask"}
 _LEVELS: Final = ("timesteps", "sigmas")  # objects with `method` and `array`
 _KNOWN: Final = (
     *_SAME_NAMES,
     *_OTHER_NAMES,
     *_IGNORED,
+    *_IMAGES,
     *_LEVELS,
     "image_size",
     "loras",
@@ -63,7 +66,9 @@ def to_request(document: object) -> GenerateRequest:
         raise invalid("$.format", document["format"], expected)
     ours = {name: document[name] for name in _SAME_NAMES if name in document}
     ours |= {our: document[name] for name, our in _OTHER_NAMES.items() if name in document}
-    ours["width"], ours["height"] = _size(document.get("image_size", DEFAULT_SIZE))
+    ours |= {our: {"url": document[name]} for name, our in _IMAGES.items() if name in document}
+    if "image_size" in document or "image" not in ours:  # else the size is the image's
+        ours["width"], ours["height"] = _size(document.get("image_size", DEFAULT_SIZE))
     if "loras" in document:
         ours["loras"] = _loras(document["loras"])
     if "embeddings" in document:
@@ -173,6 +178,9 @@ def _with_fal_path(error: InvalidRequest, document: Mapping[str, Any]) -> Invali
     """Return the same error with the path in fal's document."""
     path = str(error.details["path"]).replace(".file.url", ".path").replace("].weight", "].scale")
     path = path.replace("].token", "].tokens")
+    for name, our in _IMAGES.items():
+        if path == f"$.{our}" or path.startswith(f"$.{our}."):
+            path = f"$.{name}"
     if path in ("$.width", "$.height"):
         path = f"$.image_size{path[1:]}"
     elif path == "$.inline":
@@ -181,6 +189,9 @@ def _with_fal_path(error: InvalidRequest, document: Mapping[str, Any]) -> Invali
         path = "$.format"
     elif path.startswith(("$.timesteps", "$.sigmas")):
         path = path.replace("[", ".array[")
-    details = {**error.details, "path": path}
+    expected = str(error.details["expected"])
+    for name, our in _IMAGES.items():
+        expected = expected.replace(f"`{our}`", f"`{name}`")
+    details = {**error.details, "path": path, "expected": expected}
     message = f"{path}: {details['expected']}; the value is {details['value']}"
     return InvalidRequest(message, details)

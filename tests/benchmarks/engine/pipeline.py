@@ -66,6 +66,7 @@ class Pipeline(pipeline.Pipeline):
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
+        start: object = None,
     ) -> list[Image.Image]:
         """Sleep until each step would be done, and return given images if their size is right.
 
@@ -75,9 +76,9 @@ class Pipeline(pipeline.Pipeline):
         label = orders.get("label", "")
         for seed in seeds:
             journal.write("begin", label=label, seed=seed)
-        start = time.monotonic()
+        began = time.monotonic()
         for step in range(1, request.steps + 1):
-            time.sleep(max(0.0, start + step * orders["step"] - time.monotonic()))
+            time.sleep(max(0.0, began + step * orders["step"] - time.monotonic()))
             on_step(step)
         for seed in seeds:
             journal.write("end", label=label, seed=seed)

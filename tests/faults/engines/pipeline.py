@@ -128,13 +128,14 @@ class Pipeline:
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
+        start: object = None,
     ) -> list[Image.Image]:
         """Draw an image of each seed, after the steps and the faults that the prompt orders."""
         orders = orders_in(request.prompt)
         label = orders.get("label", "")
         for seed in seeds:
             journal.write("begin", label=label, seed=seed)
-        for step in range(1, request.steps + 1):
+        for step in range(1, request.all_steps + 1):
             time.sleep(orders.get("step", 0.01))
             if orders.get("do") and step == orders.get("at", 1):
                 misbehave(self, orders)

@@ -137,6 +137,15 @@ def test_an_embedding_is_shown_by_its_address() -> None:
     )
 
 
+def test_an_image_is_shown_by_its_address() -> None:
+    data = {"image": {"url": SECRET_URL}, "mask": {"url": "job:portrait-1#3"}, "strength": 0.5}
+
+    assert shown(data) == (
+        "image='https://example.com/x.safetensors', mask='job:portrait-1#3', strength=0.5"
+    )
+    assert shown({"image": SECRET_URL}) == "image='https://example.com/x.safetensors'"
+
+
 def test_a_long_address_keeps_its_host_and_file_name() -> None:
     url = f"https://example.com/{'x' * 500}/anime.safetensors?sig=t0ken"
 

@@ -22,11 +22,13 @@ from zlora.schema import (
     EmbeddingSpec,
     GenerateRequest,
     GenerateResult,
+    ImageReceipt,
     ImageRef,
     JobStatus,
     LoraReceipt,
     LoraSpec,
     OutputFormat,
+    Upscale,
     check_job_id,
     digest_of,
     parse_request,
@@ -653,6 +655,113 @@ def test_png_and_lossless_webp_keep_every_pixel(fields: dict[str, Any], kept: bo
     assert parse_request(document(**fields)).keeps_pixels is kept
 
 
+# --- images to start from
+
+IMAGE: Final = {"url": "https://example.com/a.png"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "expected"),
+    [
+        ({"mask": IMAGE}, "$.mask", "without `image`"),
+        ({"strength": 0.5}, "$.strength", "without `image`"),
+        ({"image": IMAGE, "mask_blur": 4}, "$.mask_blur", "without `mask`"),
+        ({"image": IMAGE, "mask_invert": True}, "$.mask_invert", "without `mask`"),
+        ({"image": IMAGE, "strength": 0}, "$.strength", "> 0"),
+        ({"image": IMAGE, "strength": 1.1}, "$.strength", "<= 1"),
+        ({"image": IMAGE, "strength": NAN}, "$.strength", "0"),
+        ({"image": IMAGE, "mask": IMAGE, "mask_blur": 257}, "$.mask_blur", "<= 256"),
+        ({"image": IMAGE, "mask": IMAGE, "mask_blur": -1}, "$.mask_blur", ">= 0"),
+        ({"image": "https://example.com/a.png"}, "$.image", "object"),
+        ({"image": {}}, "$.image", "exactly one"),
+        ({"image": IMAGE, "mask": {"path": "a"}}, "$.mask", "path"),
+        ({"image": IMAGE | {"config_sha256": "none"}}, "$.image.config_sha256", "no `config_"),
+        ({"image": IMAGE, "strength": 0.03}, "$.strength", "one of 28 steps"),
+        (
+            {"image": IMAGE, "strength": 0.3, "num_inference_steps": 3},
+            "$.strength",
+            "Expected 0.333 at least, to draw one of 3 steps",
+        ),
+        (
+            {"image": IMAGE, "strength": 0.4, "timesteps": [900, 400], "scheduler": "lcm"},
+            "$.strength",
+            "one of 2 steps",
+        ),
+    ],
+    ids=str,
+)
+def test_an_image_that_could_not_be_drawn_is_refused(
+    fields: dict[str, Any], path: str, expected: str
+) -> None:
+    error = refusal(document(**fields))
+
+    assert error.details["path"] == path
+    assert expected in error.details["expected"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "expected"),
+    [
+        ({"upscale": {}}, "$.upscale", "factor"),
+        ({"upscale": {"factor": 1}}, "$.upscale.factor", "> 1"),
+        ({"upscale": {"factor": 4.5}}, "$.upscale.factor", "<= 4"),
+        ({"upscale": {"factor": 2, "mode": "esrgan"}}, "$.upscale.mode", "image, latent"),
+        ({"upscale": {"factor": 2, "by": 3}}, "$.upscale", "by"),
+        ({"upscale": {"factor": 2, "strength": 0}}, "$.upscale.strength", "> 0"),
+        (
+            {"upscale": {"factor": 2, "strength": 0.2, "steps": 4}},
+            "$.upscale.strength",
+            "Expected 0.25 at least, to draw one of 4 steps",
+        ),
+        (
+            {"upscale": {"factor": 4}, "width": 1032, "height": 64},
+            "$.upscale.factor",
+            "at most 4096 pixels",
+        ),
+        ({"upscale": {"factor": 2}, "image": IMAGE, "mask": IMAGE}, "$.upscale", "with `mask`"),
+    ],
+    ids=str,
+)
+def test_a_second_pass_that_could_not_be_drawn_is_refused(
+    fields: dict[str, Any], path: str, expected: str
+) -> None:
+    error = refusal(document(**fields))
+
+    assert error.details["path"] == path
+    assert expected in error.details["expected"]
+
+
+def test_the_second_pass_has_steps_of_its_own_or_those_of_the_first() -> None:
+    levels = {"scheduler": "lcm", "timesteps": [900, 600, 300, 100]}
+    same = parse_request(document(**levels, upscale={"factor": 2}))
+    own = parse_request(document(**levels, upscale={"factor": 2, "steps": 10}))
+
+    assert (same.all_steps, own.all_steps) == (4 + 2, 4 + 5)
+    assert same.second_pass is not None
+    assert own.second_pass is not None
+    assert (same.second_pass.timesteps, own.second_pass.timesteps) == (same.timesteps, None)
+    assert parse_request(document()).second_pass is None
+
+
+def test_the_strength_decides_how_many_steps_are_drawn() -> None:
+    image = parse_request(document(image=IMAGE))
+
+    assert (image.image_strength, image.drawn_steps) == (0.75, 21)
+    assert parse_request(document(image=IMAGE, strength=1)).drawn_steps == 28
+    assert parse_request(document()).drawn_steps == 28
+    assert image.with_defaults().strength == 0.75
+    assert parse_request(document()).with_defaults().strength is None
+
+
+def test_an_image_of_an_earlier_job_has_an_address() -> None:
+    for spelling in ({"url": "job:a-1#12"}, {"ref": "job:a-1#12"}):
+        image = parse_request(document(image=spelling)).image
+        assert image is not None
+        assert (image.address, image.job_image) == ("job:a-1#12", ("a-1", 12))
+    for other in ("job:a", "job:a#", "job:a#-1", "job:a#100", "job:a/b#0", "job:#0", "job:a#0?x"):
+        assert Asset(url=other).job_image is None
+
+
 # --- digests
 
 
@@ -717,21 +826,29 @@ def test_a_digest_never_changes() -> None:
 
 @pytest.fixture
 def result() -> GenerateResult:
-    image = ImageRef(
+    drawn = ImageRef(
         key="k", width=64, height=64, content_type="image/png", size=1, sha256="0" * 64, seed=1
     )
     lora = LoraSpec(file=Asset(url="https://example.com/a"), weight=0.5)
     embedding = EmbeddingSpec(file=Asset(url="https://example.com/b"), token="cat")
+    image = Asset(url="https://example.com/c")
     return GenerateResult(
         job_id="job",
-        images=(image,),
+        images=(drawn,),
         loras=(),
         seed=1,
         timings={},
         base_intact=True,
         model="m",
         versions={},
-        request=GenerateRequest(prompt="a city", loras=(lora,), embeddings=(embedding,)),
+        request=GenerateRequest(
+            prompt="a city",
+            loras=(lora,),
+            embeddings=(embedding,),
+            image=image,
+            mask=image,
+            upscale=Upscale(factor=2),
+        ),
     )
 
 
@@ -745,10 +862,16 @@ def places(document: dict[str, Any]) -> list[dict[str, Any]]:
         request["loras"][0]["file"],
         request["embeddings"][0],
         request["embeddings"][0]["file"],
+        request["image"],
+        request["mask"],
+        request["upscale"],
     ]
 
 
-PLACES = ("result", "image", "request", "lora", "lora-file", "embedding", "embedding-file")
+PLACES = (
+    "result", "image", "request", "lora", "lora-file", "embedding", "embedding-file",
+    "starting-image", "mask", "upscale",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("place", range(len(PLACES)), ids=PLACES)
@@ -774,6 +897,7 @@ def test_the_request_of_a_result_has_the_types_that_are_submitted(result: Genera
     )
     (embedding,) = found.embeddings
     assert (type(embedding), type(embedding.file)) == (EmbeddingSpec, Asset)
+    assert (type(found.image), type(found.mask)) == (Asset, Asset)
 
 
 def test_a_result_of_an_older_version_without_request_is_read(result: GenerateResult) -> None:
@@ -801,8 +925,8 @@ def test_a_known_field_of_a_result_keeps_its_bounds(result: GenerateResult) -> N
 
 
 def test_every_field_is_documented_in_a_sentence() -> None:
-    inputs = (Asset, LoraSpec, EmbeddingSpec, GenerateRequest)
-    results = (ImageRef, LoraReceipt, EmbeddingReceipt, GenerateResult, JobStatus)
+    inputs = (Asset, LoraSpec, EmbeddingSpec, Upscale, GenerateRequest)
+    results = (ImageRef, LoraReceipt, EmbeddingReceipt, ImageReceipt, GenerateResult, JobStatus)
     for cls in inputs + results:
         documented = field_docs(cls)
 

@@ -33,7 +33,7 @@ from zlora.schema import (
     parse_request,
     seed_of,
 )
-from zlora.testing import MemoryWorker, Progress, fake_result
+from zlora.testing import MemoryWorker, Progress, _draw_fake, fake_result
 
 REQUEST = {"prompt": "a portrait"}
 SECRET_URL = "https://us3r:pa55@example.com/x.safetensors?sig=t0ken"
@@ -459,6 +459,44 @@ def test_a_fake_result_has_a_receipt_for_each_embedding() -> None:
     assert second.source == "cozy://owner/x"
     assert result.request is not None
     assert [spec.file.sha256 for spec in result.request.embeddings] == [first.sha256] * 2
+
+
+def test_a_fake_result_has_receipts_of_image_and_mask() -> None:
+    files = {"image": {"url": SECRET_URL}, "mask": {"url": "job:earlier#1"}}
+    request = parse_request({"prompt": "a cat", **files, "width": 512, "height": 256})
+
+    result = fake_result("job", request)
+
+    assert result.image_receipt is not None
+    assert result.mask_receipt is not None
+    assert result.image_receipt.source == "https://example.com/x.safetensors"
+    assert (result.mask_receipt.source, result.mask_receipt.tier) == ("job:earlier#1", "store")
+    assert (result.image_receipt.width, result.image_receipt.height) == (512, 256)
+    assert result.request is not None
+    assert result.request.image is not None
+    assert result.request.image.sha256 == result.image_receipt.sha256
+
+
+def test_a_fake_result_has_the_size_of_the_second_pass() -> None:
+    request = parse_request(
+        {"prompt": "a cat", "width": 512, "height": 256, "upscale": {"factor": 2}}
+    )
+
+    (image,) = fake_result("job", request).images
+
+    assert (image.width, image.height) == (1024, 512)
+
+
+def test_a_fake_job_has_the_steps_that_are_drawn() -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def draw(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+        return _draw_fake(job_id, request, lambda *report: seen.append(report))
+
+    with MemoryWorker(draw=draw).client() as client:
+        client.submit({"prompt": "a cat", "image": {"url": "job:a#0"}, "strength": 0.5})
+
+    assert seen[-1] == ("denoising", 14, 14)
 
 
 def test_a_fake_result_survives_the_wire() -> None:

@@ -15,7 +15,6 @@ from zlora.schema import GenerateRequest, GenerateResult, Phase
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import LeaseLost
 from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.model.text_encoding import EncodedText
 
 # A size and a guidance with which the bits of a row depend on its place too.
 ODD: Final[dict[str, Any]] = {"width": 72, "height": 88, "guidance_scale": 1.0}
@@ -47,11 +46,10 @@ def batches(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
         request: GenerateRequest,
         seeds: Sequence[int],
         on_step: Callable[[int], None],
-        *,
-        text: EncodedText | None = None,
+        **options: Any,
     ) -> list[Image.Image]:
         begun.append([seed - SEED for seed in seeds])
-        return draw(request, seeds, on_step, text=text)
+        return draw(request, seeds, on_step, **options)
 
     monkeypatch.setattr(model, "draw", recorded)
     return begun

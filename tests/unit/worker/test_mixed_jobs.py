@@ -31,6 +31,7 @@ from zlora.errors import (
     EmbeddingMismatch,
     InvalidRequest,
     LoraMismatch,
+    LoraNotAllowed,
     LoraNotFound,
     ZloraError,
 )
@@ -74,6 +75,8 @@ WRONG: Final[tuple[tuple[dict[str, Any], type[ZloraError]], ...]] = (
     ),
     ({"embeddings": [{"file": {"url": "lora://one"}, "token": "zebrafish"}]}, EmbeddingMismatch),
     ({"embeddings": [{"file": {"url": "lora://word"}, "token": "city"}]}, EmbeddingMismatch),
+    ({"image": {"url": "job:none#0"}}, LoraNotFound),
+    ({"image": {"url": "lora://one"}}, LoraNotAllowed),
 )
 
 
@@ -134,6 +137,16 @@ def good(chance: random.Random) -> dict[str, Any]:
         fields["embeddings"] = [{"file": {"url": "lora://word"}, "token": "zebrafish"}]
     if chance.random() < 0.2:
         fields |= {"num_images": 2, "batch_size": 2}
+    if chance.random() < 0.3 and "timesteps" not in fields:
+        fields |= {"image": {"url": "job:start#0"}, "strength": 1.0}
+        if chance.random() < 0.5:
+            fields |= {"mask": {"url": "job:start#0"}, "mask_blur": chance.choice((0, 4))}
+    if chance.random() < 0.1 and not fields.keys() & {"mask", "timesteps"}:
+        fields["upscale"] = {
+            "factor": 1.5,
+            "strength": 1.0,
+            "mode": chance.choice(("image", "latent")),
+        }
     return fields | {"guidance_scale": chance.choice((1.0, 5.0)), "seed": 3}
 
 
@@ -172,6 +185,7 @@ def test_the_base_model_is_the_same_after_jobs_that_mix_everything(
     chance = random.Random(21)
     base, plain = digest(model), pixels(model)
     images: dict[str, str | None] = {}
+    run_job(child, "start", parse_request({"prompt": "a city", "num_inference_steps": 1}))
     for number in range(JOBS):
         fields = good(chance)
         if number % 8 == 3:

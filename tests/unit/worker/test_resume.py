@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,6 @@ from zlora.schema import GenerateRequest, Phase, digest_of
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.model.pipeline import Pipeline
-from zlora_worker.model.text_encoding import EncodedText
 from zlora_worker.results.manifest import load_end, read_result, write_verdict
 
 
@@ -48,11 +48,10 @@ def seeds_drawn(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         request: GenerateRequest,
         seeds: Sequence[int],
         on_step: Callable[[int], None],
-        *,
-        text: EncodedText | None = None,
+        **options: Any,
     ) -> list[Image.Image]:
         drawn.extend(seeds)
-        return draw(request, seeds, on_step, text=text)
+        return draw(request, seeds, on_step, **options)
 
     monkeypatch.setattr(model, "draw", recorded)
     return drawn

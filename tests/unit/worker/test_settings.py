@@ -54,6 +54,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "lora_cache_bytes": ("1000", 1000),
     "lora_max_bytes": ("100", 100),
     "lora_memory_bytes": ("10", 10),
+    "image_max_bytes": ("10", 10),
+    "image_max_pixels": ("10", 10),
     "lora_deadline": ("5", 5),
     "lora_free_bytes": ("0", 0),
     "lora_min_rate": ("1", 1),

@@ -7,9 +7,6 @@ and the modules that need them are imported inside functions.
 import dataclasses
 import io
 import os
-import struct
-import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePath
@@ -176,7 +173,7 @@ def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Repla
     """Draw each image, with a progress bar of all steps if stderr is a terminal."""
     replayer = Replayer(Settings.from_env(), model_named=bool(os.environ.get("ZLORA_MODEL")))
     console = Console(stderr=True)
-    steps = [image.request.steps for image in images]
+    steps = [image.request.all_steps for image in images]
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -258,12 +255,15 @@ def _images_of_manifest(path: Path, data: bytes) -> list[RecordedImage]:
 
 
 def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance) -> RecordedImage:
+    width, height = provenance.width, provenance.height
+    if provenance.request.upscale is not None:  # the image has the size of the second pass
+        width, height = provenance.request.width or width, provenance.request.height or height
     try:
         request = parse_request(
             msgspec.structs.replace(
                 provenance.request.with_defaults(),
-                width=provenance.width,
-                height=provenance.height,
+                width=width,
+                height=height,
                 seed=provenance.seed - (provenance.index - provenance.batch.start),
                 num_images=len(provenance.batch),
                 batch_size=provenance.batch_size,
@@ -297,30 +297,12 @@ def _open_image(path: Path, data: bytes) -> "Image.Image":
 
     All of it is decoded, since the metadata of a PNG may follow its pixels.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    from zlora_worker.results.encoding import FORMATS
+    from zlora_worker.image_decoder import UnusableImage, decode
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd Exif data, which is not read
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if max(image.size) > _MAX_SIDE:
-                _refuse(path, f"more than {_MAX_SIDE} pixels wide or high")
-            image.load()
-            # An alpha channel, an entry of a palette or, in a PNG, one colour.
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            rgba = image.convert("RGBA")
-            opaque = rgba.getchannel("A").getextrema() == (255, 255)
-            return rgba.convert("RGB") if opaque else rgba
-    except UnidentifiedImageError:
-        _refuse(path, f"neither a manifest nor an image ({', '.join(FORMATS)})")
-    except (  # Pillow raises these for files that are damaged, or made to fill the memory
-        AssertionError, EOFError, OSError, SyntaxError, ValueError, struct.error, zlib.error,
-        Image.DecompressionBombError, Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
-        _refuse(path, f"a damaged image: {str(error) or type(error).__name__}")
+        return decode(data, max_side=_MAX_SIDE, max_pixels=_MAX_SIDE**2).image
+    except UnusableImage as error:
+        _refuse(path, str(error))
 
 
 def _refuse(path: Path | str, reason: str) -> NoReturn:
@@ -358,7 +340,7 @@ class Replayer:
         from zlora_worker.monitoring.metrics import Meter
         from zlora_worker.results.finish import finish
         from zlora_worker.results.spool import Spool
-        from zlora_worker.results.store import FolderStore
+        from zlora_worker.results.store import FolderStore, open_store
         from zlora_worker.results.urls import ImageUrls
 
         provenance = image.provenance
@@ -366,6 +348,7 @@ class Replayer:
         with TemporaryDirectory(prefix="zlora-") as folder:
             store, spooled = FolderStore(Path(folder, "store")), Path(folder, "spool")
             spooled.mkdir()
+            names_job = any(asset.job_image for asset in image.request.images.values())
             local = dataclasses.replace(self._settings, urls=(), public_url="")
             child = Child(
                 model=model,
@@ -376,6 +359,9 @@ class Replayer:
                 urls=ImageUrls(store, local),
                 job_timeout=self._settings.job_timeout,
                 meter=Meter(),
+                image_max_bytes=self._settings.image_max_bytes,
+                image_max_pixels=self._settings.image_max_pixels,
+                earlier_results=open_store(self._settings) if names_job else None,
             )
             try:
                 with recorded_conditions(model, threads=provenance.threads, tiled=provenance.tiled):

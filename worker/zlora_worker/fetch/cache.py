@@ -2,7 +2,7 @@
 
 * `files/<sha256>.safetensors`: whole files, which appear by a rename and disappear by an unlink. A
   process that uses a file holds a shared lock on it; its access time is the time of its last use.
-  peft's configurations of LoRAs have such names, too.
+  peft's configurations of LoRAs, and images that jobs start from, have such names, too.
 * `drafts/`: one file for each source that is being downloaded, locked by the downloading process.
 * `locks/`: one lock for each content (sha256) that is being downloaded.
 * `index/`, `failed/`, `verified/`: the records of `CacheIndex`.
@@ -36,7 +36,7 @@ from zlora_worker.fetch.cache_index import CacheIndex, digest_of, source_of
 from zlora_worker.fetch.eviction import DiskBudget, sha256_of, written
 from zlora_worker.fetch.fetcher import Fetcher
 from zlora_worker.fetch.file_lock import hold, is_at, share, try_lock
-from zlora_worker.fetch.transfer import Fetched, OnBytes
+from zlora_worker.fetch.transfer import Fetched, Kind, OnBytes
 from zlora_worker.settings import Settings
 
 _RECENT: Final = 900.0  # seconds; files used within this time are not evicted for a prefetch
@@ -51,7 +51,7 @@ Tier = Literal["disk", "network"]
 
 @dataclass(frozen=True, kw_only=True)
 class CachedFile:
-    """A checked safetensors file; `seconds` is the time that it took to get it.
+    """A checked safetensors file, or an image; `seconds` is the time that it took to get it.
 
     `config` is peft's configuration beside the file, if the file needs it. `config_sha256` is its
     checksum, `none` if the source has no such file, and None if the file needs none.
@@ -101,10 +101,13 @@ class Cache:
         self,
         assets: Sequence[Asset],
         *,
+        images: Sequence[Asset] = (),
         since: float | None = None,
         on_bytes: OnBytes | None = None,
     ) -> Iterator[list[CachedFile]]:
         """Yield the files of assets, downloaded if necessary; none is evicted while the block runs.
+
+        The files of `images`, which are no safetensors files, follow the others.
 
         A source that has answered since `since` (epoch seconds; now by default) is not asked again.
         `on_bytes` is called with the received and the expected bytes of a download; an exception
@@ -115,11 +118,14 @@ class Cache:
         found = []
         with ExitStack() as held:
             with _disk_errors():
-                for asset in assets:
+                for index, asset in enumerate((*assets, *images)):
                     start = time.monotonic()
-                    sha256, tier = self._find(asset, held, since, on_bytes)
+                    kind: Kind = "lora" if index < len(assets) else "image"
+                    sha256, tier = self._find(asset, held, since, on_bytes, kind=kind)
                     path = self.file(sha256)
-                    config_sha256 = self._find_config(asset, path, held, since, on_bytes)
+                    config_sha256 = None
+                    if kind == "lora":
+                        config_sha256 = self._find_config(asset, path, held, since, on_bytes)
                     config = None
                     if config_sha256 not in (None, NO_CONFIG):
                         with self.file(config_sha256).open("rb") as opened:
@@ -138,7 +144,7 @@ class Cache:
                     found.append(file)
             yield found
 
-    def prefetch(self, asset: Asset, *, since: float) -> None:
+    def prefetch(self, asset: Asset, *, since: float, kind: Kind = "lora") -> None:
         """Prefetch a file, unless it is here or another process downloads it.
 
         No file that was used recently is evicted for it. Raises a `LoraError`, which is not
@@ -151,7 +157,9 @@ class Cache:
                 if descriptor is None or self._here(asset, held, since):
                     return
                 if self.index.failure(asset) is None:
-                    self._download(asset, draft, descriptor, held, _ignore, spare=_RECENT)
+                    self._download(
+                        asset, draft, descriptor, held, _ignore, spare=_RECENT, kind=kind
+                    )
 
     def file(self, sha256: str) -> Path:
         """Path of the file with this sha256, whether it exists or not."""
@@ -191,7 +199,7 @@ class Cache:
             raise LoraNotFound(f"{without_secrets(asset.address)}: has no configuration beside it")
         config = Asset(url=address, sha256=pinned)
         try:
-            return self._find(config, held, since, on_bytes, is_config=True)[0]
+            return self._find(config, held, since, on_bytes, kind="config")[0]
         except LoraNotFound:
             if pinned:
                 raise
@@ -204,7 +212,7 @@ class Cache:
         since: float,
         on_bytes: OnBytes,
         *,
-        is_config: bool = False,
+        kind: Kind,
     ) -> tuple[str, Tier]:
         """Sha256 and tier of an asset's file, which is held from then on.
 
@@ -223,9 +231,7 @@ class Cache:
                     if (sha256 := self._known(asset, held, since)) is not None:
                         break
                     try:
-                        return self._download(
-                            asset, draft, descriptor, held, on_bytes, is_config=is_config
-                        )
+                        return self._download(asset, draft, descriptor, held, on_bytes, kind=kind)
                     except CacheFull:
                         raise  # of this machine, not of the source
                     except LoraError as error:
@@ -300,7 +306,7 @@ class Cache:
         on_bytes: OnBytes,
         *,
         spare: float = 0.0,
-        is_config: bool = False,
+        kind: Kind,
     ) -> tuple[str, Tier]:
         """Ask the source, and keep what it sends; `descriptor` is the locked draft."""
         on_bytes(0, 0)  # the source may be silent for long
@@ -327,7 +333,7 @@ class Cache:
                 have=have,
                 on_bytes=on_bytes,
                 make_room=make_room,
-                is_config=is_config,
+                kind=kind,
             )
             tier: Tier = "network" if file.tell() == fetched.size else "disk"
         if asset.sha256 and fetched.sha256 != asset.sha256:

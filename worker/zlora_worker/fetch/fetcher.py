@@ -1,4 +1,4 @@
-"""Fetch the LoRA at an address into a file; remote servers only by the guarded client."""
+"""Fetch the file at an address; remote servers only by the guarded client."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +14,7 @@ from zlora.lora.safetensors_header import SafetensorsStream
 from zlora.redaction import without_secrets
 
 from zlora_worker.fetch.sources import SCHEMES, Download
-from zlora_worker.fetch.transfer import DocumentStream, Fetched, Limits, OnBytes, Transfer
+from zlora_worker.fetch.transfer import DocumentStream, Fetched, Kind, Limits, OnBytes, Transfer
 from zlora_worker.s3_client import SourceBuckets
 from zlora_worker.settings import Settings
 
@@ -70,30 +70,32 @@ class Fetcher:
         have: Callable[[str], Fetched | None] | None = None,
         on_bytes: OnBytes | None = None,
         make_room: Callable[[int], None] | None = None,
-        is_config: bool = False,
+        kind: Kind = "lora",
     ) -> Fetched:
         """Write the file at `address` to `file`, or write nothing if it is here already.
 
         `known` is what the address had the last time, `have` returns the cached file of a sha256,
-        `make_room` is called with the file's size before the file is written. With `is_config` the
-        file is peft's configuration, not a LoRA. Raises a `LoraError` whose message has no secret,
-        and everything that the callbacks raise.
+        `make_room` is called with the file's size before the file is written. `kind` decides how
+        many bytes it may have, and whether they are checked as they arrive. Raises a `LoraError`
+        whose message has no secret, and everything that the callbacks raise.
         """
         name = without_secrets(address)
         address = self._canonical(address, name)
         scheme = scheme_of(address)
         settings, client = self.settings, self._clients[scheme]
-        limits = Limits(
-            max_bytes=MAX_CONFIG if is_config else settings.lora_max_bytes,
-            min_rate=settings.lora_min_rate,
-        )
+        most = {
+            "lora": settings.lora_max_bytes,
+            "config": MAX_CONFIG,
+            "image": settings.image_max_bytes,
+        }
+        limits = Limits(max_bytes=most[kind], min_rate=settings.lora_min_rate)
         transfer = Transfer(
             file,
             name=name,
             limits=limits,
             on_bytes=on_bytes,
             make_room=make_room,
-            stream=DocumentStream if is_config else SafetensorsStream,
+            stream=SafetensorsStream if kind == "lora" else DocumentStream,
         )
         download = Download(
             settings=settings,

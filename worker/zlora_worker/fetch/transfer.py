@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Timer
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Literal
 
 from zlora.errors import LoraTooLarge, NotSafetensors
 from zlora.http.client import HttpError, Response
@@ -20,6 +20,9 @@ _GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's number for gzip alone
 # Weights hardly shrink; zeros shrink to a thousandth, and would cost seconds to write and hash.
 _MAX_RATIO: Final = 50  # decoded bytes for each encoded one, after the first `_FREE` of them
 _FREE: Final = 2**24  # bytes
+
+Kind = Literal["lora", "config", "image"]
+"""What a file is: a LoRA or an embedding, peft's configuration, or an image."""
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes received and expected (0 if unknown); may raise to end the download."""
@@ -43,7 +46,7 @@ class Limits:
 
 
 class DocumentStream:
-    """Stands for a `SafetensorsStream` while a small document arrives, which is not checked."""
+    """Stands for a `SafetensorsStream` while a file arrives that is checked when it is read."""
 
     def __init__(self) -> None:
         self.header: Header | None = None

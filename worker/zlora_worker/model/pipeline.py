@@ -9,10 +9,15 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.functional import interpolate
 from zlora.errors import BaseNotRestored, GenerationFailed, ModelUnavailable, OutOfMemory
 from zlora.schema import GenerateRequest, invalid
 
@@ -26,6 +31,7 @@ from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
 from zlora_worker.model.preview import Previews
 from zlora_worker.model.schedulers import scheduler_for, scheduler_name
+from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
 from zlora_worker.monitoring.logs import said_by
 
@@ -127,6 +133,8 @@ class Pipeline:
         self.digest = BaseDigest(base_sha256=self.base_sha256, sums_sha256=sums_sha256)
         self._decode_whole = pipeline.vae.decode
         pipeline.vae.decode = self._decode
+        self._encode_whole = pipeline.vae.encode
+        pipeline.vae.encode = self._encode
         # Half of the native size: a VAE's default tile is as large as an image of native size.
         pipeline.vae.tile_latent_min_size = tile = pipeline.default_sample_size // 2
         pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
@@ -272,11 +280,15 @@ class Pipeline:
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
+        start: StartingImage | None = None,
     ) -> list[Image.Image]:
         """Draw an RGB image of each seed, all in the same forward passes.
 
         `on_step` receives the number of each finished step, from 1. The last bits of the pixels
         depend on the number of seeds.
+
+        With `start` the images are drawn from that one, by as many steps as `strength` leaves. With
+        `upscale` in the request a second pass starts from each enlarged image.
 
         `text` is what `encode` returned for this request, by default the prompts without
         embeddings. `tiled` says afterwards how the images were decoded. Raises `GenerationFailed`
@@ -285,23 +297,64 @@ class Pipeline:
         """
         self.tiled = False
         text = text or self.encode(request)
-        width, height = self.size(request)
+        second, upscale = request.second_pass, request.upscale
+        if second is None or upscale is None:
+            return _pictures(self._pass(request, seeds, on_step, text=text, start=start))
+        width, height = upscale.size(*self.size(request))
+        enlarged: Any
+        if upscale.mode == "latent":
+            latents = self._pass(
+                request, seeds, on_step, text=text, start=start, output_type="latent"
+            )
+            factor = self.pipeline.vae_scale_factor
+            size = (height // factor, width // factor)
+            enlarged = interpolate(latents.float(), size, mode="bilinear").to(latents.dtype)
+        else:
+            with self._untiled():  # `zlora replay` turns on tiles for the last decode
+                made = _pictures(self._pass(request, seeds, on_step, text=text, start=start))
+            enlarged = [image.resize((width, height), Image.Resampling.LANCZOS) for image in made]
+        first_steps = request.drawn_steps
+        return _pictures(
+            self._pass(
+                second,
+                seeds,
+                lambda step: on_step(first_steps + step),
+                text=text,
+                enlarged=enlarged,
+            )
+        )
+
+    def _pass(
+        self,
+        request: GenerateRequest,
+        seeds: Sequence[int],
+        on_step: Callable[[int], None],
+        *,
+        text: EncodedText,
+        start: StartingImage | None = None,
+        enlarged: Any = None,
+        output_type: str = "pt",
+    ) -> Any:
+        """Draw the images of one pass, or with the output type `latent` their latents.
+
+        `enlarged` has the images or the latents that the second pass starts from.
+        """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        drawing, options = self._drawing(request, start, generators, enlarged)
         seed = seeds[0] if len(seeds) == 1 else list(seeds)
-        self.pipeline.scheduler = scheduler_for(self._scheduler, request, seed=seed)
+        drawing.scheduler = scheduler_for(self._scheduler, request, seed=seed)
 
         def step_end(
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
         ) -> dict[str, Tensor]:
             # A second-order scheduler calls the model about twice for each step.
-            calls = pipeline.num_timesteps
-            on_step(math.ceil((call + 1) * request.steps / calls))
+            calls, steps = pipeline.num_timesteps, request.drawn_steps
+            on_step(math.ceil((call + 1) * steps / calls))
             if call + 1 < calls:  # the calls of one step have the same weights
-                step = (call + 1) * request.steps // calls
-                self.patch.move_to(step / request.steps)
+                self.patch.move_to((call + 1) * steps // calls / steps)
             return tensors
 
-        hooks = [self.previews.watch()] if request.previews else []
+        hooks = [self.previews.watch(drawing)] if request.previews else []
         # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
         # hook, because the pipeline casts the VAE back after it has decoded.
         finite: list[Tensor] = []
@@ -312,7 +365,7 @@ class Pipeline:
         )
         try:
             self.patch.move_to(0.0)
-            output = self.pipeline(
+            output = drawing(
                 prompt_embeds=text.prompt,
                 pooled_prompt_embeds=text.pooled,
                 negative_prompt_embeds=text.negative,
@@ -322,13 +375,11 @@ class Pipeline:
                 sigmas=list(request.noise_levels) or None,
                 eta=request.eta or 0.0,
                 guidance_scale=request.guidance,
-                width=width,
-                height=height,
                 num_images_per_prompt=len(seeds),
-                latents=self._noise(width, height, generators),
                 generator=generators,
                 callback_on_step_end=step_end,
-                output_type="pt",
+                output_type=output_type,
+                **options,
             )
         except (RuntimeError, MemoryError) as error:
             if len(seeds) == 1 or not _is_out_of_memory(error):
@@ -344,7 +395,56 @@ class Pipeline:
                 "an image has NaN or Inf values: "
                 "the weight of a LoRA is too high, or the VAE overflows"
             )
-        return [Image.fromarray(rgb(image).cpu().numpy()) for image in output.images]
+        if start is not None and start.keeps:
+            lay = drawing.image_processor.apply_overlay
+            return [lay(start.mask, start.image, image) for image in _pictures(output.images)]
+        return output.images
+
+    def _drawing(
+        self,
+        request: GenerateRequest,
+        start: StartingImage | None,
+        generators: Sequence[torch.Generator],
+        enlarged: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return diffusers' pipeline for text alone, an image, or an image with a mask.
+
+        Each has the components of the resident one, and no weight of its own. Also return what is
+        an argument of this pipeline only.
+        """
+        if start is None and enlarged is None:
+            width, height = self.size(request)
+            latents = self._noise(width, height, generators)
+            return self.pipeline, {"width": width, "height": height, "latents": latents}
+        rows = len(generators)
+        options: dict[str, Any] = {"image": enlarged, "strength": request.image_strength}
+        if start is not None:
+            options["image"] = [start.image] * rows
+        cls: Any = StableDiffusionXLImg2ImgPipeline
+        if start is not None and start.mask is not None:
+            cls = StableDiffusionXLInpaintPipeline
+            width, height = start.image.size
+            options |= {"mask_image": [start.mask] * rows, "width": width, "height": height}
+        drawing = cls(**self.pipeline.components, add_watermarker=False)
+        drawing.set_progress_bar_config(disable=True)
+        return drawing, options
+
+    def _encode(self, image: Tensor, **options: Any) -> Any:
+        """Replace the VAE's `encode`: whole, also if `zlora replay` has turned on tiles.
+
+        The image that is drawn again was decoded in tiles; its start was encoded whole.
+        """
+        with self._untiled():
+            return self._encode_whole(image, **options)
+
+    @contextmanager
+    def _untiled(self) -> Iterator[None]:
+        vae = self.pipeline.vae
+        tiles, vae.use_tiling = vae.use_tiling, False
+        try:
+            yield
+        finally:
+            vae.use_tiling = tiles
 
     def _decode(self, latents: Tensor, **options: Any) -> Any:
         """Replace the VAE's `decode`: decode in tiles if whole images run out of memory.
@@ -415,9 +515,10 @@ class MergedModel:
         on_step: Callable[[int], None],
         *,
         text: EncodedText | None = None,
+        start: StartingImage | None = None,
     ) -> list[Image.Image]:
         """Draw an image of each seed; see `Pipeline.draw`."""
-        return self._pipeline.draw(request, seeds, on_step, text=text)
+        return self._pipeline.draw(request, seeds, on_step, text=text, start=start)
 
     def preview(self) -> str | None:
         """Return the first image that is being drawn, for `previews`; see `Previews.latest`."""
@@ -427,6 +528,13 @@ class MergedModel:
     def tiled(self) -> bool:
         """True if the last images were decoded in tiles."""
         return self._pipeline.tiled
+
+
+def _pictures(images: Any) -> list[Image.Image]:
+    """Return the images of tensors; others are images already."""
+    if not isinstance(images, Tensor):
+        return list(images)
+    return [Image.fromarray(rgb(image).cpu().numpy()) for image in images]
 
 
 def rgb(image: Tensor) -> Tensor:

@@ -35,15 +35,20 @@ class Previews:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline  # diffusers'
+        self._drawing = pipeline  # the one that draws at present, over the same components
         self._colours: Tensor | None = None  # [channels + 1, 3], the last row is added
         self._call: _Call | None = None
 
     def forget(self) -> None:
         """Free the last call of the UNet."""
-        self._call = None
+        self._call, self._drawing = None, self._pipeline
 
-    def watch(self) -> RemovableHandle:
-        """Keep the last call of the UNet, for `latest`, until the hook is removed."""
+    def watch(self, drawing: Any) -> RemovableHandle:
+        """Keep the last call of the UNet, for `latest`, until the hook is removed.
+
+        `drawing` is the pipeline of diffusers that is going to draw.
+        """
+        self._drawing = drawing
         if self._colours is None:
             self._colours = self._fit()
 
@@ -76,7 +81,7 @@ class Previews:
         The UNet's input is x = sqrt(a) * latents + sqrt(1 - a) * noise, however the scheduler
         scales its own samples; a is interpolated between timesteps.
         """
-        scheduler, call = self._pipeline.scheduler, self._call
+        scheduler, call = self._drawing.scheduler, self._call
         alphas: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
         if call is None or alphas is None:
             return None
@@ -86,9 +91,9 @@ class Previews:
         a = float(pair[0] + (pair[-1] - pair[0]) * (timestep - lower))
         sample: Tensor = call.sample[0]
         output: Tensor = call.output[0]
-        if self._pipeline.do_classifier_free_guidance:
+        if self._drawing.do_classifier_free_guidance:
             prompted = call.output[len(call.output) // 2]
-            output = output + self._pipeline.guidance_scale * (prompted - output)
+            output = output + self._drawing.guidance_scale * (prompted - output)
         kind = scheduler.config.get("prediction_type", "epsilon")
         if kind == "v_prediction":
             return sample * math.sqrt(a) - output * math.sqrt(1 - a)

@@ -44,6 +44,8 @@ def scheduler_for(base: Any, request: GenerateRequest, *, seed: int | list[int])
 
 def scheduler_name(base: Any, request: GenerateRequest) -> str:
     """Return the name that the result has of a request's scheduler; see `scheduler_for`."""
+    if (second := request.second_pass) is not None:
+        _class_and_options(base, second, seed=0)
     cls, options = _class_and_options(base, request, seed=0)
     schedule = request.sampling.schedule if request.sampling else request.schedule
     return recorded_name(cls.__name__, {**base.config, **options}, schedule=schedule)
@@ -60,6 +62,7 @@ def _class_and_options(
         name, schedule = choice
         _require_family(base, choice.entry, request)
         cls = getattr(diffusers, choice.entry.class_name)
+    _require_image(cls, request)
     options: dict[str, Any] = {}
     if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
         options["trained_betas"] = _zero_snr_betas(config)
@@ -95,6 +98,22 @@ def _require_family(base: Any, wanted: SchedulerEntry, request: GenerateRequest)
             f"{_FAMILIES[wanted.family]}"
         )
         raise invalid("$.scheduler", request.scheduler, expected)
+
+
+def _require_image(cls: Any, request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if diffusers cannot draw from an image with this class.
+
+    A request with a strength and no image is a second pass.
+    """
+    if request.image is None and request.strength is None:
+        return
+    if not hasattr(cls, "add_noise"):
+        expected = f"Expected no image: {cls.__name__} cannot add noise to one"
+        raise invalid("$.image", "an image", expected)
+    levels = [field for field in request.given_sampling if field != "eta"]
+    if cls.order > 1 and levels:  # diffusers counts each level as a step, of which each has two
+        expected = f"Expected no `{levels[0]}` with an image: {cls.__name__} is of second order"
+        raise invalid(f"$.{levels[0]}", getattr(request, levels[0]), expected)
 
 
 def _require_possible(

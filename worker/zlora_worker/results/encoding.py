@@ -12,9 +12,9 @@ from PIL import Image
 from zlora.errors import StoreFailed
 from zlora.schema import CONTENT_TYPES, GenerateRequest, OutputFormat
 
+from zlora_worker.image_decoder import FORMATS
 from zlora_worker.monitoring.logs import said_by
 
-FORMATS: Final = tuple(name.upper() for name in CONTENT_TYPES.values())  # as Pillow names them
 _CONTENT_TYPES: Final = {name: media_type for media_type, name in CONTENT_TYPES.items()}
 _QUALITY: Final = 95  # of lossy formats, if the request has none
 

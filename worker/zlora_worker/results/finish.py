@@ -77,6 +77,8 @@ def _result(
         recipe_fields=drawn.recipe_fields,
         prompt_receipt=drawn.prompt_receipt,
         negative_prompt_receipt=drawn.negative_prompt_receipt,
+        image_receipt=drawn.image_receipt,
+        mask_receipt=drawn.mask_receipt,
         tiled=any(image.tiled for image in images),
         attempt=job.attempt,
         started_at=job.started,

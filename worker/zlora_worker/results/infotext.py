@@ -25,6 +25,7 @@ _SOFTWARE: Final = "z-image-lora"
 # Control characters; and in UTF-16 the byte order marks and what is not a character.
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _KEYWORDS: Final = re.compile(r"Negative prompt(?=:)|^Steps(?=:)")
+_UPSCALERS: Final = {"image": "Lanczos", "latent": "Latent"}  # names of the web UI
 _NOT_IN_NAMES: Final = re.compile(r"[:,<>\"\\]")
 
 
@@ -84,6 +85,10 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
     """Return the pairs by their names; those with an empty value are left out of the text."""
     request = provenance.request
     sampler, schedule_type = infotext_names(provenance.scheduler)
+    upscale, size = request.upscale, f"{provenance.width}x{provenance.height}"
+    if upscale is not None:
+        size = f"{request.width or provenance.width}x{request.height or provenance.height}"
+    strength = upscale.strength if upscale else request.image_strength
     eta = "Eta DDIM" if sampler == "DDIM" else "Eta"  # two settings of the web UI
     return {
         "Steps": str(request.steps),
@@ -93,8 +98,13 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
         "Timesteps": ", ".join(map(str, request.timesteps or ())),
         "Sigmas": ", ".join(map(_number, request.sigmas or ())),
         "CFG scale": _number(request.guidance),
+        "Denoising strength": _number(strength) if request.image or upscale else "",
+        "Hires upscale": _number(upscale.factor) if upscale else "",
+        "Hires steps": str(upscale.steps) if upscale and upscale.steps else "",
+        "Hires upscaler": _UPSCALERS[upscale.mode] if upscale else "",
+        "Mask blur": _number(request.mask_blur) if request.mask else "",
         "Seed": str(provenance.seed),
-        "Size": f"{provenance.width}x{provenance.height}",
+        "Size": size,
         "Model hash": (provenance.model_sha256 or provenance.base_sha256)[:_MODEL_DIGITS],
         "Model": _one_line(_file_name(provenance.model))[:_MAX_NAME],
         # The web UI counts from the last layer, of which SDXL never reads the output.

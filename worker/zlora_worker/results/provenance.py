@@ -1,6 +1,6 @@
 """Provenance: everything needed to draw an image again, without secrets."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Final
 
 import msgspec
@@ -13,6 +13,7 @@ from zlora.schema import (
     BatchSize,
     GenerateRequest,
     GenerateResult,
+    ImageReceipt,
     TolerantRequest,
 )
 
@@ -22,8 +23,8 @@ _MAX_BYTES: Final = 2**22  # of a JSON document; that of the longest request has
 class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What all images of a job share; each field is also a field of `GenerateResult`.
 
-    `seed` is that of the first image. In `request` the addresses have no query, and each LoRA and
-    embedding is pinned to the file that was used.
+    `seed` is that of the first image. In `request` the addresses have no query, and each LoRA,
+    embedding and image is pinned to the file that was used.
     """
 
     job_id: Annotated[str, Meta(pattern=rf"^{JOB_ID.pattern}\Z")]
@@ -89,12 +90,14 @@ def pinned(
     request: GenerateRequest,
     files: Iterable[tuple[str, str, str | None]],
     embeddings: Iterable[tuple[str, str, str | None]] = (),
+    images: Mapping[str, ImageReceipt] | None = None,
 ) -> GenerateRequest:
-    """Return the request with each LoRA and each embedding pinned to its file.
+    """Return the request with each LoRA, embedding and image pinned to its file.
 
     `files` has the source without secrets, the sha256, and that of the configuration beside it, of
     each LoRA with a weight in the request's order. Others keep their address. `embeddings` has the
-    source, the sha256, and the word of a file with one embedding.
+    source, the sha256, and the word of a file with one embedding. `images` has the receipts of
+    the image and the mask, by the name of the field.
     """
     used, loras = iter(files), []
     for spec in request.loras:
@@ -110,7 +113,10 @@ def pinned(
         msgspec.structs.replace(spec, file=_pinned_file(source, sha256), token=spec.token or token)
         for spec, (source, sha256, token) in zip(request.embeddings, embeddings, strict=True)
     )
-    return msgspec.structs.replace(request, loras=tuple(loras), embeddings=specs)
+    inputs = {
+        name: _pinned_file(found.source, found.sha256) for name, found in (images or {}).items()
+    }
+    return msgspec.structs.replace(request, loras=tuple(loras), embeddings=specs, **inputs)
 
 
 def _pinned_file(source: str, sha256: str | None, config_sha256: str | None = None) -> Asset:

@@ -24,6 +24,7 @@ from zlora.schema import (
     BatchSize,
     EmbeddingReceipt,
     GenerateRequest,
+    ImageReceipt,
     ImageRef,
     LoraReceipt,
     LoraSpec,
@@ -85,6 +86,8 @@ class DrawnJob(Struct, frozen=True, kw_only=True):
     recipe_fields: dict[str, Any] = {}
     prompt_receipt: PromptReceipt | None = None
     negative_prompt_receipt: PromptReceipt | None = None
+    image_receipt: ImageReceipt | None = None
+    mask_receipt: ImageReceipt | None = None
 
 
 class EndedJob(Struct, frozen=True, kw_only=True):

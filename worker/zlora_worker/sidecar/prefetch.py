@@ -1,4 +1,4 @@
-"""Fetch the LoRAs and embeddings of the next jobs into the disk cache while another job runs.
+"""Fetch the files of the next jobs into the disk cache while another job runs.
 
 The jobs' messages are read and not changed. A job whose files are in the cache does not download
 them again. A failed prefetch fails no job: the job fetches the file itself and reports the error.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import redis
 
     from zlora_worker.fetch.cache import Cache
+    from zlora_worker.fetch.transfer import Kind
 
 _DOWNLOADS: Final = 2  # at once
 _AHEAD: Final = 2  # jobs whose LoRAs the child parses before it takes them
@@ -86,7 +87,8 @@ class Prefetcher:
         self._changed = Condition(self._lock)
         # The next jobs of each list, the highest priority first.
         self._jobs: dict[str, list[_Job]] = {name: [] for name in waiting_lists(queue)}
-        self._checks: dict[tuple[str, Asset], _Check] = {}  # by job id; only jobs that wait now
+        # By job id; only jobs that wait now.
+        self._checks: dict[tuple[str, Asset, Kind], _Check] = {}
         self._failed: dict[str, float] = {}  # addresses, and the time of the next attempt
         self._tidied = time.monotonic()  # opening a cache tidies it
 
@@ -109,9 +111,9 @@ class Prefetcher:
         """Fetch the first file in line that is due; return False if there is none."""
         if (claimed := self._claim()) is None:
             return False
-        asset, since = claimed
+        asset, kind, since = claimed
         try:
-            cache.prefetch(asset, since=since)
+            cache.prefetch(asset, since=since, kind=kind)
         except LoraError as error:
             logger.info("prefetch failed: %s", error)
             with self._lock:
@@ -126,7 +128,7 @@ class Prefetcher:
             self._tidied = time.monotonic()
         cache.tidy()
 
-    def _claim(self) -> tuple[Asset, float] | None:
+    def _claim(self) -> "tuple[Asset, Kind, float] | None":
         """Return a file that no other thread fetches, and the submission time of its job.
 
         A file that was fetched after that time need not be checked at its source again.
@@ -142,16 +144,17 @@ class Prefetcher:
                 [NextLora(spec, job.submitted) for job in jobs[:_AHEAD] for spec in job.loras]
             )
             for job in jobs:
-                for asset in (*(spec.file for spec in job.loras), *job.embeddings):
+                for asset, kind in job.files:
                     # Not before a submission time in the future, by a producer's wrong clock: the
                     # job would check the source again.
                     first = _Check(since=job.submitted, due=job.submitted)
-                    self._checks[job.id, asset] = known.get((job.id, asset), first)
+                    key = (job.id, asset, kind)
+                    self._checks[key] = known.get(key, first)
             for key, check in self._checks.items():
-                _, asset = key
+                _, asset, kind = key
                 if check.due <= now and asset.address not in self._failed:
                     self._checks[key] = check._replace(due=now + _RECHECK)
-                    return asset, check.since
+                    return asset, kind, check.since
         return None
 
 
@@ -169,7 +172,7 @@ class _Job(NamedTuple):
     id: str
     submitted: float
     loras: tuple[LoraSpec, ...]  # those that are used
-    embeddings: tuple[Asset, ...]
+    files: "tuple[tuple[Asset, Kind], ...]"
 
 
 def _catalogue(settings: Settings) -> Catalogue:
@@ -193,12 +196,11 @@ def _job_of(message: QueuedMessage, now: float, catalogue: Catalogue) -> _Job | 
     submitted = message.submitted_at(now)
     if submitted is None:
         submitted = now
-    return _Job(
-        job_id,
-        submitted,
-        loras=tuple(spec for spec in request.loras if spec.is_used),
-        embeddings=tuple(spec.file for spec in request.embeddings),
-    )
+    loras = tuple(spec for spec in request.loras if spec.is_used)
+    assets = (*(spec.file for spec in loras), *(spec.file for spec in request.embeddings))
+    files: list[tuple[Asset, Kind]] = [(asset, "lora") for asset in assets]
+    files += [(asset, "image") for asset in request.fetched_images]
+    return _Job(job_id, submitted, loras=loras, files=tuple(files))
 
 
 def _work(prefetcher: Prefetcher, settings: Settings, beat: Callable[[], None]) -> None:

@@ -81,6 +81,23 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
         (["--scheduler", "ddim", "--eta", "0.5"], {"scheduler": "ddim", "eta": 0.5}),
         (["--format", "webp", "--quality", "80"], {"output_format": "webp", "quality": 80}),
         (["--timeout", "60"], {"timeout": 60.0}),
+        (["--upscale", "2"], {"upscale": {"factor": 2.0}}),
+        (
+            ["--upscale", "2", "--upscale-strength", "0.3", "--upscale-steps", "9"],
+            {"upscale": {"factor": 2.0, "strength": 0.3, "steps": 9}},
+        ),
+        (
+            ["--upscale", "1.5", "--upscale-mode", "latent"],
+            {"upscale": {"factor": 1.5, "mode": "latent"}},
+        ),
+        (
+            ["--image", LORA, "--mask", "job:a#0", "--strength", "0.5", "--mask-blur", "4"],
+            {"image": {"url": LORA}, "mask": {"url": "job:a#0"}, "strength": 0.5, "mask_blur": 4.0},
+        ),
+        (
+            ["--image", "cozy://owner/a", "--mask", LORA, "--mask-invert"],
+            {"image": {"cozy_ref": "owner/a"}, "mask": {"url": LORA}, "mask_invert": True},
+        ),
         (
             ["--recipes", "off", "--trigger-words", "add"],
             {"recipes": "off", "trigger_words": "add"},

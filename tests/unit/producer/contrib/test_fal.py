@@ -131,7 +131,10 @@ def test_an_embedding_has_the_words_that_fal_gives_it() -> None:
 @pytest.mark.parametrize(
     ("fields", "path", "expected"),
     [
-        ({"strength": 0.5}, "$.strength", "prompt"),
+        ({"strange": 0.5}, "$.strange", "prompt"),
+        ({"strength": 0.5}, "$.strength", "without `image_url`"),
+        ({"image_url": 1}, "$.image_url", "str"),
+        ({"image_url": URL, "mask_url": ""}, "$.mask_url", ">= 1"),
         ({"scheduler": "dreamy"}, "$.scheduler", "such as"),
         ({"timesteps": [9]}, "$.timesteps", "`method`"),
         ({"timesteps": {"method": "default", "array": [9]}}, "$.timesteps", "`method`"),
@@ -183,8 +186,20 @@ def test_a_document_without_a_prompt_is_refused(document: Any) -> None:
     assert refusal(document).details["path"] in ("$", "$.prompt")
 
 
+def test_images_have_their_own_size_unless_one_is_named() -> None:
+    document = {"prompt": "x", "image_url": URL, "mask_url": "job:a#0", "strength": 0.5}
+
+    request = to_request(document)
+    sized = to_request({**document, "image_size": "square"})
+
+    assert request.image == Asset(url=URL)
+    assert request.mask == Asset(url="job:a#0")
+    assert (request.strength, request.width, request.height) == (0.5, None, None)
+    assert (sized.width, sized.height) == (512, 512)
+
+
 def test_a_refusal_shows_no_secret_of_an_address() -> None:
-    error = refusal({"prompt": "x", "image_url": URL})
+    error = refusal({"prompt": "x", "control_image_url": URL})
 
     assert "t0ken" not in f"{error} {error.details}"
 

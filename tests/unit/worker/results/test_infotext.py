@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.fakes import a_request, image_provenance
 from zlora.prompt_syntax import parse
 from zlora.schedulers import SCHEDULERS, Schedule, find_scheduler, recorded_name
-from zlora.schema import Asset, EmbeddingSpec, GenerateRequest, LoraSpec, parse_request
+from zlora.schema import Asset, EmbeddingSpec, GenerateRequest, LoraSpec, Upscale, parse_request
 from zlora_worker.results.infotext import infotext
 
 NEGATIVE: Final = "Negative prompt: "
@@ -73,6 +73,27 @@ def test_infotext_has_the_hashes_of_embeddings() -> None:
 
     hashes = 'TI hashes: "badhands: 000000000000, s0: 000000000001, b: 000000000002"'
     assert hashes in written(a_request(embeddings=specs))
+
+
+def test_infotext_has_the_strength_and_the_blur_of_the_web_ui() -> None:
+    image = Asset(url="https://a.invalid/b.png", sha256=digest(0))
+
+    text = written(a_request(num_inference_steps=20, image=image, mask=image, mask_blur=4))
+
+    assert "Steps: 20," in text
+    assert "Denoising strength: 0.75, Mask blur: 4, " in text
+    assert "Mask blur" not in written(a_request(image=image, strength=1))
+
+
+def test_infotext_has_the_second_pass_as_the_web_ui_writes_it() -> None:
+    """The size is that of the first pass."""
+    upscale = Upscale(factor=2, strength=0.4, steps=12, mode="latent")
+
+    text = written(a_request(width=512, height=768, upscale=upscale))
+
+    assert "Denoising strength: 0.4, Hires upscale: 2, Hires steps: 12, " in text
+    assert "Hires upscaler: Latent, Seed: 7, Size: 512x768, " in text
+    assert "Hires upscaler: Lanczos" in written(a_request(upscale=Upscale(factor=2)))
 
 
 def test_infotext_has_the_form_of_the_web_ui() -> None:

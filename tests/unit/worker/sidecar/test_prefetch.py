@@ -147,6 +147,17 @@ def test_embeddings_are_fetched_after_the_loras_of_their_job(line: Line) -> None
     assert line.fetch() == ["a", "e1", "e2", "b"]
 
 
+def test_images_are_fetched_and_those_of_earlier_jobs_are_not(line: Line) -> None:
+    """They are no safetensors files; the job finds them in the store."""
+    files = {"image": {"url": f"{line.host.url}/image"}, "mask": {"url": "job:earlier#0"}}
+    line.host.answer = lambda _: reply(b"an image")
+    line.client.submit(line.request() | files)
+
+    assert line.fetch() == ["image"]
+    with line.cache.files([], images=[Asset(url=f"{line.host.url}/image")], since=0.0) as (file,):
+        assert file.tier == "disk"
+
+
 def test_a_message_that_was_put_back_is_next(line: Line) -> None:
     line.submit("a")
     line.redis.rpush(
