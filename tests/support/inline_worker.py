@@ -31,6 +31,7 @@ from zlora_worker.delivery.outcome import JobDrawn
 from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.generate import Job, spooled_job
+from zlora_worker.job_inputs import JobInputs
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model.pipeline import Machine, Pipeline
 from zlora_worker.monitoring.metrics import Meter
@@ -142,7 +143,8 @@ class InlineWorker:
         assert child is self.runner.child
         self.drawn.append(job)
         loras = [UNREAD for spec in job.request.loras if spec.is_used]
-        with self.spool.open(spooled_job(child, job, job.request, loras, [])) as images:
+        inputs = JobInputs(request=job.request, loras=loras)
+        with self.spool.open(spooled_job(child, job, inputs)) as images:
             self.draw(job, progress)
             for index in range(job.request.num_images):
                 images.add(Image.new("RGB", (8, 8), (index, 0, 0)), tiled=False)

@@ -2,39 +2,24 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
-from msgspec import structs
 from PIL.Image import Image
 from zlora.errors import OutOfMemory
-from zlora.lora import recipes
-from zlora.schema import (
-    Asset,
-    BatchSize,
-    GenerateRequest,
-    ImageRef,
-    Phase,
-    digest_of,
-    require_drawn_steps,
-    require_steps_of_loras,
-    require_upscaled_size,
-)
+from zlora.schema import BatchSize, GenerateRequest, ImageRef, Phase, digest_of
 
 from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
-from zlora_worker.embedding_in_use import EmbeddingInUse, embeddings_in_use
-from zlora_worker.fetch.cache import CachedFile
-from zlora_worker.image_in_use import ImageInUse, read_files
-from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
+from zlora_worker.job_inputs import JobInputs
 from zlora_worker.model.pipeline import MergedModel, PipelineState
-from zlora_worker.model.starting_image import StartingImage
-from zlora_worker.model.text_encoding import EncodedText
 from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
 from zlora_worker.results.uploader import stored_image
+
+if TYPE_CHECKING:  # imports torch, which a child with a fake engine is without
+    from zlora_worker.model.text_encoding import EncodedText
 
 _NEVER: Final = 1e12  # seconds, of jobs without a deadline
 _BATCH_SIZES: Final[tuple[BatchSize, ...]] = get_args(BatchSize)
@@ -79,117 +64,52 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     The base model is restored and checked in any case.
     """
     timer = PhaseTimer(queued=job.queued)
-    request, entries = child.catalogue.resolve(job.request)
-    used = [pair for pair in zip(request.loras, entries, strict=True) if pair[0].is_used]
-    if request.scheduler or request.recipes == "off" or not used:  # else a recipe may set it
-        child.model.scheduler_name(request)  # raises before anything is fetched
-    child.model.require_blocks(request)
-
-    # fetch
-    assets = [*(asset_of(spec) for spec, _ in used), *(spec.file for spec in request.embeddings)]
-    with open_files(child, job, assets, request.fetched_images, progress) as opened:
-        files, images_opened = opened[: len(assets)], opened[len(assets) :]
-        image_files = read_files(child, request, images_opened)
-        timer.end(Phase.FETCH)
-        progress(Phase.PARSE, 0, len(files))
-        loras = [
-            LoraInUse.read(child, spec, file, entry=entry)
-            for (spec, entry), file in zip(used, files[: len(used)], strict=True)
-        ]
-        embeddings = embeddings_in_use(child, request.embeddings, files[len(used) :], loras)
-    request, recipe_fields, warned = recipes.fill(request, [lora.recipe for lora in loras])
-    request = request.with_defaults()
-    require_drawn_steps(request)
-    require_steps_of_loras(request)
-    image_in_use = None
-    if image_files:
-        image_in_use = ImageInUse.decode(child, request, image_files)
-        request = image_in_use.request
-    if request.upscale is not None:  # the size of the first pass, which the images do not show
-        width, height = child.model.size(request)
-        request = structs.replace(request, width=width, height=height)
-        require_upscaled_size(request)
-    timer.end(Phase.PARSE)
-
-    spooled = spooled_job(child, job, request, loras, embeddings, image=image_in_use)
+    # fetch, parse
+    inputs = JobInputs.read(
+        child,
+        job.request,
+        since=job.started - (job.queued or 0.0),
+        progress=progress,
+        end_phase=timer.end,
+    )
+    spooled = spooled_job(child, job, inputs)
     with child.spool.open(spooled) as images:
         # merge
-        with child.model.with_loras([lora.weighted for lora in loras], request) as model:
+        with child.model.with_loras(inputs.weighted_loras, inputs.request) as model:
             timer.end(Phase.APPLY)
             # denoise
-            text = model.encode(request, [each for file in embeddings for each in file.embeddings])
+            text = model.encode(inputs.request, inputs.vectors)
             draw_images(
-                child,
-                spooled,
-                model=model,
-                text=text,
-                start=image_in_use.start if image_in_use else None,
-                images=images,
-                progress=progress,
+                child, spooled, inputs, model=model, text=text, images=images, progress=progress
             )
             timer.end(Phase.DENOISE)
         # the base model is restored and checked
         timer.end(Phase.RESTORE)
-        progress(Phase.UPLOAD, 0, request.num_images)
-        adds_words = job.request.trigger_words == "add"
-        receipts = (
-            lora.receipt(norm, steps=request.drawn_steps, warned=warnings, adds_words=adds_words)
-            for lora, norm, warnings in zip(loras, model.relative_norms, warned, strict=True)
-        )
-        uses = iter(text.uses)
-        input_receipts = image_in_use.receipts if image_in_use else {}
+        progress(Phase.UPLOAD, 0, inputs.request.num_images)
         # the images are passed on
+        image_receipts = inputs.image.receipts if inputs.image else {}
         images.close(
             DrawnJob(
-                loras=tuple(
-                    next(receipts) if spec.is_used else unused_receipt(spec, entry)
-                    for spec, entry in zip(request.loras, entries, strict=True)
-                ),
-                embeddings=tuple(file.receipt(uses) for file in embeddings),
+                loras=inputs.lora_receipts(model.relative_norms),
+                embeddings=inputs.embedding_receipts(text.uses),
                 timings=timer.seconds,
                 base_intact=child.model.state is PipelineState.READY,
                 base_checked=round(child.model.base_checked, 4),
-                recipe_fields=recipe_fields,
+                recipe_fields=inputs.recipe_fields,
                 prompt_receipt=text.prompt_receipt,
                 negative_prompt_receipt=text.negative_receipt,
-                image_receipt=input_receipts.get("image"),
-                mask_receipt=input_receipts.get("mask"),
+                image_receipt=image_receipts.get("image"),
+                mask_receipt=image_receipts.get("mask"),
                 at=time.monotonic(),
             )
         )
     return images
 
 
-def open_files(
-    child: Child, job: Job, assets: Sequence[Asset], images: Sequence[Asset], progress: Progress
-) -> AbstractContextManager[list[CachedFile]]:
-    """Open the job's files in the cache, which keeps them for as long as the block is open.
-
-    Those of the images follow the others.
-    """
-    return child.lora_files.files(
-        assets,
-        images=images,
-        since=job.started - (job.queued or 0.0),
-        on_bytes=lambda received, expected: progress(Phase.FETCH, received, expected),
-    )
-
-
-def spooled_job(
-    child: Child,
-    job: Job,
-    request: GenerateRequest,
-    loras: list[LoraInUse],
-    embeddings: list[EmbeddingInUse],
-    *,
-    image: ImageInUse | None = None,
-) -> SpooledJob:
-    """Return what the sidecar needs to store the job's images, and what draws them again.
-
-    `request` is the job's with what the catalogue and recipes say, and its defaults written out.
-    """
-    machine = child.model.machine
-    files = [lora.file for lora in loras]
+def spooled_job(child: Child, job: Job, inputs: JobInputs) -> SpooledJob:
+    """Return what the sidecar needs to store the job's images, and what draws them again."""
+    machine, request = child.model.machine, inputs.request
+    files = [lora.file for lora in inputs.loras]
     return SpooledJob(
         worker=job.worker,
         has_answer=job.has_answer,
@@ -200,7 +120,7 @@ def spooled_job(
         deadline=job.deadline,
         timeout=job.timeout,
         started=job.started,
-        tensors_sha256=tuple(lora.parsed.tensors_sha256 for lora in loras),
+        tensors_sha256=tuple(lora.parsed.tensors_sha256 for lora in inputs.loras),
         provenance=JobProvenance(
             job_id=job.id,
             seed=job.seed,
@@ -209,9 +129,9 @@ def spooled_job(
                 [(file.source, file.sha256, file.config_sha256) for file in files],
                 [
                     (found.file.source, found.file.sha256, found.only_token)
-                    for found in embeddings[: len(request.embeddings)]
+                    for found in inputs.embeddings[: len(request.embeddings)]
                 ],
-                image.receipts if image else {},
+                inputs.image.receipts if inputs.image else {},
             ),
             model=child.model.name,
             base_sha256=child.model.base_sha256,
@@ -229,10 +149,10 @@ def spooled_job(
 def draw_images(
     child: Child,
     spooled: SpooledJob,
+    inputs: JobInputs,
     *,
     model: MergedModel,
-    text: EncodedText,
-    start: StartingImage | None,
+    text: "EncodedText",
     images: SpoolWriter,
     progress: Progress,
 ) -> None:
@@ -242,7 +162,8 @@ def draw_images(
     last bits of an image depend on the size of its batch, and on its place there. For the same
     reason an attempt goes on with the batches of the one before it.
     """
-    request, job = spooled.request, spooled.provenance
+    request, job = inputs.request, spooled.provenance
+    start = inputs.image.start if inputs.image else None
     size = request.batch_size
     first = 0
     while first < request.num_images:
