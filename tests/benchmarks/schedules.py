@@ -1,15 +1,17 @@
 """Cost of another strength of a LoRA between two steps, side by side with adapters of peft.
 
 The rival keeps its adapters loaded and calls set_adapters between the steps, which makes each step
-slower. Ours merges the set again from the base, or changes pointers if a strength goes to 0 or
-comes back. Two LoRAs: one whose strength changes, of rank 16, beside one of rank 64 that stays.
-Images of LoRAs that stay are drawn with the code of schedules and without it, for its cost.
+slower, as `lora.py` shows. Ours merges the set again from the base, or changes pointers if a
+strength goes to 0 or comes back. Two LoRAs: one whose strength changes, of rank 16, beside one of
+rank 64 that stays. Images of LoRAs that stay are drawn with the code of schedules and without it,
+for its cost.
 
 `--thin` runs a short THIN alone, without it THIN and REAL; see `lora.py`.
 """
 
 import os
 import tempfile
+from collections import deque
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,13 +79,12 @@ def changes(bench: Bench, *, rounds: int) -> list[Row]:
     both = moved(bench, [blinking, staying], shares)
     rival = KeptLoaded(bench.pipeline)
     files = [(bench.files["r16"], 1.0), (bench.files["r64"], 0.5)]
-    theirs, slow = [], []
+    theirs = []
     with rival.loaded(files):
         rival.enter(files)
         for index in range(rounds):
             files[0] = (files[0][0], 0.9 - index / 100)
             theirs.append(bench.timed(partial(rival.weigh, files)))
-            slow.append(bench.step())
             progress(f"{_RIVAL}, round {index + 1} of {rounds}")
     steps = [bench.step() for _ in range(rounds)]
     name, job = bench.name, STEPS * median(steps)
@@ -101,12 +102,8 @@ def changes(bench: Bench, *, rounds: int) -> list[Row]:
             median(found) / job,
             noise=median(found[::2]) / median(found[1::2]),
         )
-        for what, found in (
-            ("another strength", merges),
-            ("0 and back alone", pointers),
-        )
+        for what, found in (("another strength", merges), ("0 and back alone", pointers))
     ]
-    rows.append(compare(f"a step, {name}", "two adapters of peft", slow, steps, steps[::-1]))
     return rows
 
 
@@ -124,10 +121,12 @@ def unchanged(bench: Bench, *, rounds: int) -> Row:
     loras = bench.ours.adapters([(bench.files["r16"], 0.7), (bench.files["r64"], 0.5)])
     patch: Any = bench.engine.patch
     theirs, ours, again = list[float](), list[float](), list[float]()
+    turns = deque((ours, theirs, again))
     with bench.engine.patch.applied(loras):
         text = bench.engine.encode(request)
         for index in range(rounds + 1):
-            for seconds in (ours, theirs, again):
+            turns.rotate()  # each is the first as often as the last
+            for seconds in turns:
                 if seconds is theirs:
                     patch.move_to = lambda _share: None
                 draw = partial(bench.engine.draw, request, [7], lambda _step: None, text=text)
