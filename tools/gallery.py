@@ -5,6 +5,7 @@
 Starts a broker and a worker for the time of the drawing, and submits each request as a user does.
 """
 
+import base64
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTokenizer
-from zlora import Client, config
+from zlora import Client, JobHandle, config
 from zlora.embedded import EmbeddedStack
 from zlora.errors import InvalidRequest
 from zlora.schedulers import SCHEDULERS, Schedule
@@ -29,7 +30,7 @@ DOCS: Final = Path(__file__).parents[1] / "docs"
 _SEED: Final = 7
 _PATIENCE: Final = 300.0  # seconds for one job
 _COLUMNS: Final = 6  # images in a row
-_NOTE: Final = "demo model, 64 x 64 pixels, seed 7; each image is a job of its own"
+_NOTE: Final = "demo model, 64 x 64 pixels, seed 7 unless the caption names another"
 _A1111: Final = {"prompt_syntax": "a1111"}
 _CITY: Final = "a city with skyscrapers at night"
 _WOMAN: Final = "a portrait of a woman with blue hair"
@@ -224,10 +225,21 @@ def sections(embedding: str, sketch: str, mask: str) -> list[Section]:
                 for size in (1, 4)
             },
         ),
+        Section(
+            "previews",
+            "Previews",
+            "With `previews`, events show the image that is being drawn, at most twice a second. "
+            "This job has 80 steps, because the demo model is fast.",
+            {
+                "previews: true": [
+                    ("image", {"prompt": _WOMAN, "previews": True, "num_inference_steps": 80})
+                ]
+            },
+        ),
     ]
 
 
-def draw(section: Section, client: Client) -> str:
+def draw(section: Section, client: Client, folder: Path) -> str:
     """Draw the sheet of a section; return its part of the page."""
     rows = []
     for heading, images in section.rows.items():
@@ -236,6 +248,7 @@ def draw(section: Section, client: Client) -> str:
         ]
         done = []
         for caption, handle in track(handles, description=f"{section.name}: {heading}"):
+            done += previews(handle, folder)
             try:
                 drawn = handle.result(timeout=_PATIENCE).images
             except InvalidRequest:  # the base cannot do this
@@ -248,6 +261,17 @@ def draw(section: Section, client: Client) -> str:
     draw_sheet(rows, DOCS / picture, note=_NOTE)
     alternative = f"Images by the demo model: {section.title.lower()}"
     return f"## {section.title}\n\n{section.text}\n\n![{alternative}]({picture})\n"
+
+
+def previews(handle: JobHandle, folder: Path) -> list[tuple[str, Path]]:
+    """Write the previews of a running job into the folder; return them with their steps."""
+    found = []
+    for status in handle.events(_PATIENCE):
+        if status.preview is not None:
+            path = folder / f"{handle.id}-{status.step}.jpeg"
+            path.write_bytes(base64.b64decode(status.preview.partition(",")[2]))
+            found.append((f"step {status.step} of {status.steps}", path))
+    return found
 
 
 def write_embedding(target: Path) -> None:
@@ -307,7 +331,7 @@ def main() -> None:
         names = ("view.safetensors", "sketch.png", "mask.png")
         files = [(folder / name).as_uri() for name in names]
         with EmbeddedStack(environ) as stack, Client.from_env(stack.environ) as client:
-            parts = [draw(section, client) for section in sections(*files)]
+            parts = [draw(section, client, folder) for section in sections(*files)]
     note = "Drawn by `make gallery` with the [demo model](demo-model.md); do not edit."
     (DOCS / "gallery.md").write_text("\n".join(["# Gallery\n", f"{note}\n", *parts]))
 

@@ -190,6 +190,17 @@ def test_an_image_of_a_batch_is_drawn_in_such_a_batch_at_its_place(
     ]
 
 
+def test_an_image_of_a_job_with_previews_is_drawn_again_without(
+    draw: DrawJob, again: Replays
+) -> None:
+    (path,) = draw(a_request(seed=7, previews=True))
+    (recorded,) = recorded_images(path)
+
+    assert provenance_in(path).request.previews
+    assert not recorded.request.previews
+    assert again(path).verdict == "identical"
+
+
 @pytest.mark.parametrize(
     "fields", [{"index": 6, "batch_size": 8}, {"index": 2**40}, {"seed": 0, "index": 1}], ids=str
 )
