@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 from msgspec import structs
 from PIL.Image import Image
@@ -30,10 +30,12 @@ from zlora_worker.image_in_use import ImageInUse, read_files
 from zlora_worker.lora_in_use import LoraInUse, asset_of, unused_receipt
 from zlora_worker.model.pipeline import MergedModel, PipelineState
 from zlora_worker.model.starting_image import StartingImage
-from zlora_worker.model.text_encoding import EncodedText
 from zlora_worker.results.provenance import JobProvenance, pinned
 from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
 from zlora_worker.results.uploader import stored_image
+
+if TYPE_CHECKING:  # imports torch, which a child with a fake engine is without
+    from zlora_worker.model.text_encoding import EncodedText
 
 _NEVER: Final = 1e12  # seconds, of jobs without a deadline
 _BATCH_SIZES: Final[tuple[BatchSize, ...]] = get_args(BatchSize)
@@ -227,7 +229,7 @@ def draw_images(
     spooled: SpooledJob,
     *,
     model: MergedModel,
-    text: EncodedText,
+    text: "EncodedText",
     start: StartingImage | None,
     images: SpoolWriter,
     progress: Progress,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Self
 
-import numpy as np
 from msgspec import structs
 from PIL import Image, ImageFilter, ImageOps
 from zlora.errors import LoraCorrupt, LoraNotFound, LoraTooLarge
@@ -204,6 +203,8 @@ def _mask(request: GenerateRequest, found: Image.Image) -> Image.Image:
         mask = ImageOps.invert(mask)
     if request.mask_blur:
         mask = mask.filter(ImageFilter.GaussianBlur(request.mask_blur))
+    import numpy as np  # a child with a fake engine is without it
+
     if int(np.asarray(mask)[::_STEP, ::_STEP].max()) < _HALF:
         colour = "black" if request.mask_invert else "white"
         expected = f"Expected a mask with {colour} in it, at least 8 x 8 pixels of it"
