@@ -131,12 +131,12 @@ def require_plain(child: Child, plain: bytes) -> None:
 # --- what is drawn
 
 
-@pytest.mark.parametrize("scheduler", ["euler_ancestral", "heun", "dpmpp_2m_sde", "lcm"])
+@pytest.mark.parametrize("scheduler", ["euler_ancestral", "heun"])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_images_are_those_of_diffusers(
     child: Child, cached: Callable[[bytes], Asset], scheduler: str, with_mask: bool
 ) -> None:
-    """Byte for byte: schedulers that add noise, take two calls a step, or pick their steps."""
+    """Byte for byte: a scheduler that adds noise, and one that takes two calls a step."""
     start, mask = picture(), half_mask() if with_mask else None
     fields: dict[str, Any] = {"image": cached(file_of(start)), "strength": 0.6}
     if mask:
