@@ -1,5 +1,6 @@
 """Jobs with a second pass at a larger size (hires fix) on the tiny model."""
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any, Final
@@ -8,11 +9,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
-from support.fakes import MemoryStore, a_request, load_pipeline, pixels, settings
+from support.fakes import (
+    MemoryStore,
+    a_request,
+    kohya_lora,
+    load_pipeline,
+    pixels,
+    settings,
+    write,
+)
 from support.jobs import Watch, lora_cache, make_child, run_job
 from torch.nn.functional import interpolate
 from zlora.errors import InvalidRequest, JobRevoked
-from zlora.schema import Asset, GenerateResult, Phase, Upscale
+from zlora.schema import Asset, GenerateResult, LoraSpec, Phase, Upscale
 from zlora_worker.child import Child
 from zlora_worker.model import pipeline
 from zlora_worker.model.pipeline import Pipeline, PipelineState
@@ -53,17 +62,30 @@ def require_plain(child: Child, plain: bytes) -> None:
     assert pixels(child.model) == plain
 
 
+@pytest.mark.parametrize("changes", [False, True], ids=["plain", "lora-over-steps"])
 def test_the_second_pass_is_a_job_that_starts_from_the_first_image(
-    child: Child, plain: bytes
+    child: Child, plain: bytes, tmp_path: Path, changes: bool
 ) -> None:
-    """Byte for byte, with its size, strength and steps."""
+    """Byte for byte, with its size, strength and steps, and the strengths of its LoRA."""
     upscale = Upscale(factor=1.5, strength=0.6, steps=6)
-    drawn(child, "first")
+    fields: dict[str, Any] = {}
+    if changes:
+        data = write(tmp_path / "lora.safetensors", kohya_lora()).read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        child.lora_files.file(sha256).write_bytes(data)
+        file = Asset(url="https://loras.invalid/a.safetensors", sha256=sha256)
+        weights = ((0.0, 2.0), (0.5, 0.0))
+        fields = {"loras": (LoraSpec(file=file, weights=weights, text_encoder_weight=0),)}
+    drawn(child, "first", **fields)
 
-    result, image = drawn(child, "both", upscale=upscale)
+    result, image = drawn(child, "both", upscale=upscale, **fields)
+    if changes:
+        assert result.loras[0].unet_weights == ((1, 2.0), (3, 0.0))
+        assert image != drawn(child, "without", upscale=upscale)[1]
     _, second = drawn(
         child,
         "second",
+        **fields,
         image=Asset(url="job:first#0"),
         strength=0.6,
         num_inference_steps=6,
