@@ -41,7 +41,7 @@ from zlora.schema import parse_request
 from zlora_worker.child import Child
 from zlora_worker.model.pipeline import Pipeline
 
-JOBS: Final = int(os.environ.get("ZLORA_MIXED_JOBS", "60"))
+JOBS: Final = int(os.environ.get("ZLORA_MIXED_JOBS", "40"))
 PROMPTS: Final = (
     {"prompt": "a city at night"},
     {"prompt": "a (city:1.3) at [night] BREAK neon", "prompt_syntax": "a1111"},

@@ -139,14 +139,16 @@ def test_each_schedule_is_that_of_diffusers_and_has_other_levels(
     """Schedulers of one class and configuration draw the same."""
     base, entry, levels = model._scheduler, SCHEDULERS[name], set()
     plain = configuration(getattr(diffusers, entry.class_name).from_config(base.config))
-    for schedule in entry.schedules:
+    # To make these two takes diffusers 150 ms.
+    schedules = entry.schedules[:2] if name.startswith("dpm_2") else entry.schedules
+    for schedule in schedules:
         request = a_request(num_inference_steps=STEPS, scheduler=name, schedule=schedule)
         made = scheduler_for(base, request, seed=SEED)
         assert type(made).__name__ == entry.class_name
         assert configuration(made) == plain | of_diffusers(name, schedule)
         made.set_timesteps(STEPS)
         levels.add(tuple(getattr(made, "sigmas", made.timesteps).tolist()))
-    assert len(levels) == len(entry.schedules)
+    assert len(levels) == len(schedules)
 
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))
