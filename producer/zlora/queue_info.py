@@ -1,4 +1,4 @@
-"""What a queue serves: the record that its workers write."""
+"""The record that workers write of their queue: base model, bounds, defaults, names."""
 
 from msgspec import Struct
 
@@ -6,7 +6,7 @@ from zlora.schema import UrlPolicy
 
 
 class QueueInfo(Struct, frozen=True, kw_only=True):
-    """What the workers of a queue serve, as the worker that loaded its model last has written it.
+    """Base model, bounds and defaults of a queue, by the worker that loaded its model last.
 
     All workers of a queue have the same base model and settings. The record is renewed while a
     worker runs, and expires an hour after the last one has ended.
@@ -37,7 +37,7 @@ class QueueInfo(Struct, frozen=True, kw_only=True):
     url_expires_in: int
     """Largest `url_expires_in` of a request in seconds."""
     serves_catalogue_only: bool = False
-    """Whether a request may name LoRAs of the catalogue only."""
+    """True if a request may name only LoRAs and embeddings of the catalogue."""
     catalogue: tuple[str, ...] | None = ()
     """Names of the LoRAs in the catalogue; None for more than 1,000 names."""
     versions: dict[str, str]

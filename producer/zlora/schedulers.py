@@ -303,17 +303,8 @@ def find_scheduler(name: str) -> Choice | None:
 
 def nearest_schedulers(name: str) -> list[str]:
     """Return canonical names that are most like an unknown one."""
-    plain = _plain(name)
-    likeness = {
-        entry: max(
-            difflib.SequenceMatcher(None, plain, text).ratio()
-            for text, choice in _NAMES.items()
-            if choice.name == entry
-        )
-        for entry in SCHEDULERS
-    }
-    best = sorted(likeness, key=lambda entry: -likeness[entry])[:_NEAREST]
-    return [entry for entry in best if likeness[entry] >= _LEAST_LIKENESS]
+    found = difflib.get_close_matches(_plain(name), _NAMES, n=len(_NAMES), cutoff=_LEAST_LIKENESS)
+    return list(dict.fromkeys(_NAMES[text].name for text in found))[:_NEAREST]
 
 
 def of_class(class_name: str, config: Mapping[str, Any]) -> str | None:

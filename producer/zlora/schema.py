@@ -53,8 +53,10 @@ Address = Annotated[str, Meta(min_length=1, max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
 Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
 Share = Annotated[float, Meta(ge=0, le=1)]  # of the steps
-MAX_SIDE: Final = 4096  # pixels
-Side = Annotated[int, Meta(ge=64, le=MAX_SIDE, multiple_of=8)]  # pixels; 8 is the VAE's factor
+MIN_SIDE: Final = 64  # pixels
+MAX_SIDE: Final = 4096
+SIDE_STEP: Final = 8  # the VAE's factor
+Side = Annotated[int, Meta(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_STEP)]
 Strength = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
 Timesteps = Annotated[

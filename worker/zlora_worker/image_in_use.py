@@ -12,7 +12,15 @@ from msgspec import structs
 from PIL import Image, ImageFilter, ImageOps
 from zlora.errors import LoraCorrupt, LoraNotFound, LoraTooLarge
 from zlora.redaction import without_secrets
-from zlora.schema import Asset, GenerateRequest, ImageReceipt, invalid
+from zlora.schema import (
+    MAX_SIDE,
+    MIN_SIDE,
+    SIDE_STEP,
+    Asset,
+    GenerateRequest,
+    ImageReceipt,
+    invalid,
+)
 
 from zlora_worker.child import Child
 from zlora_worker.fetch.cache import CachedFile
@@ -20,7 +28,6 @@ from zlora_worker.image_decoder import UnusableImage, decode
 from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.results.manifest import read_result
 
-_LEAST, _MOST, _STEP = 64, 4096, 8  # pixels of a side of a job, as in `zlora.schema.Side`
 _MAX_SIDE: Final = 65_535  # pixels; JPEG has no longer sides
 _HALF: Final = 128  # of 255: from there on diffusers takes a pixel of a mask for white
 
@@ -181,13 +188,13 @@ def _size(request: GenerateRequest, image: Image.Image) -> tuple[int, int]:
     """
     width, height = request.width, request.height
     if width is None and height is None:
-        width, height = (side - side % _STEP for side in image.size)
+        width, height = (side - side % SIDE_STEP for side in image.size)
     elif height is None:
-        height = _STEP * round(image.height * (width or 0) / image.width / _STEP)
+        height = SIDE_STEP * round(image.height * (width or 0) / image.width / SIDE_STEP)
     elif width is None:
-        width = _STEP * round(image.width * height / image.height / _STEP)
-    if width is None or not all(_LEAST <= side <= _MOST for side in (width, height)):
-        expected = f"Expected sides of {_LEAST} to {_MOST} pixels, or `width` and `height`"
+        width = SIDE_STEP * round(image.width * height / image.height / SIDE_STEP)
+    if width is None or not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
+        expected = f"Expected sides of {MIN_SIDE} to {MAX_SIDE} pixels, or `width` and `height`"
         raise invalid("$.image", _shown(image), expected)
     return width, height
 
@@ -205,7 +212,7 @@ def _mask(request: GenerateRequest, found: Image.Image) -> Image.Image:
         mask = ImageOps.invert(mask)
     if request.mask_blur:
         mask = mask.filter(ImageFilter.GaussianBlur(request.mask_blur))
-    if int(np.asarray(mask)[::_STEP, ::_STEP].max()) < _HALF:
+    if int(np.asarray(mask)[::SIDE_STEP, ::SIDE_STEP].max()) < _HALF:
         colour = "black" if request.mask_invert else "white"
         expected = f"Expected a mask with {colour} in it, at least 8 x 8 pixels of it"
         raise invalid("$.mask", f"a mask of {_shown(found)}", expected)

@@ -83,7 +83,7 @@ class CatalogueRow(
     notes: Annotated[str, Meta(max_length=2000)] = ""
     """Text for people."""
     pinned: bool = False
-    """Whether the LoRA is parsed at the start of a worker and stays in memory; needs `sha256`."""
+    """True to parse the LoRA at the start of a worker and keep it in memory; needs `sha256`."""
 
 
 class CatalogueEntry(CatalogueRow, frozen=True, kw_only=True):

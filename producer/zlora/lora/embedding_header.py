@@ -51,7 +51,7 @@ class HeaderEmbedding(NamedTuple):
 
 
 class EmbeddingFile(NamedTuple):
-    """What a header says of the embeddings of a file; `format` is that of receipts."""
+    """Embeddings that the header of a file has; `format` is that of receipts."""
 
     format: str
     embeddings: tuple[HeaderEmbedding, ...]

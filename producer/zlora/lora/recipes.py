@@ -21,7 +21,7 @@ _TITLES: Final = ("ss_output_name", "modelspec.title")
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
-    """How to draw with a few-step LoRA.
+    """Settings that a few-step LoRA was made for.
 
     `steps` is the best number of steps; `fewest_steps` to `most_steps` draw as well. A guidance
     scale above `most_guidance` spoils the images.

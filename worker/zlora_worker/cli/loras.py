@@ -86,7 +86,9 @@ def show(file: Path, name: str, as_json: bool) -> None:
         return
     facts: dict[str, Any] = {"name": entry.name} | msgspec.to_builtins(entry)
     facts |= {"trigger_words": ", ".join(entry.words)}
-    print_facts([(field.replace("_", " "), str(value)) for field, value in facts.items() if value])
+    print_facts(
+        [(field.replace("_", " "), str(value)) for field, value in facts.items() if value != ""]
+    )
 
 
 @loras.command()

@@ -128,6 +128,7 @@ def test_add_appends_an_entry_that_reads_back(home: Path, file: Path) -> None:
 
     assert (result.exit_code, alias.exit_code, off.exit_code) == (0, 0, 0), result.output
     assert opened(file).find("off").weight == 0
+    assert "weight: 0.0\n" in run("show", "off").output
     assert file.read_text().startswith(before)
     entry = opened(file).find("neon lights")
     assert (entry.source, entry.sha256) == (source.as_uri(), digest(GOOD))
