@@ -23,7 +23,7 @@ from zlora import Client, JobHandle, config
 from zlora.embedded import EmbeddedStack
 from zlora.errors import InvalidRequest
 from zlora.schedulers import SCHEDULERS, Schedule
-from zlora_worker.demo.sheet import Row, draw_sheet
+from zlora_worker.results.sheet import Row, draw_sheet, tile
 from zlora_worker.settings import DEMO_MODEL
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
@@ -292,9 +292,9 @@ def draw(section: Section, client: Client, folder: Path) -> str:
             for image in drawn:
                 shown = f"{caption}, seed {image.seed}" if len(drawn) > 1 else caption
                 done.append((shown, Path(unquote(urlsplit(image.url or "").path))))
-        rows.append(Row(heading, done))
+        rows.append(Row(heading, [(caption, tile(Image.open(path))) for caption, path in done]))
     picture = f"pictures/gallery-{section.name}.png"
-    draw_sheet(rows, DOCS / picture, note=_NOTE)
+    draw_sheet(rows, note=_NOTE).save(DOCS / picture)
     alternative = f"Images by the demo model: {section.title.lower()}"
     return f"## {section.title}\n\n{section.text}\n\n![{alternative}]({picture})\n"
 

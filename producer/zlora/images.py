@@ -27,12 +27,13 @@ def save(
 ) -> list[Path]:
     """Write the images to `<folder>/<job id>-<index>.<format>` and return the files in order.
 
-    `hosts` are those of `read`. Makes the folder, replaces files, and writes each file whole or not
-    at all. Raises `ImageUnavailable`, and `OSError` if the folder cannot be written.
+    The contact sheet of a sweep follows them, as `<folder>/<job id>-sheet.jpeg`. `hosts` are those
+    of `read`. Makes the folder, replaces files, and writes each file whole or not at all. Raises
+    `ImageUnavailable`, and `OSError` if the folder cannot be written.
     """
     files = paths(result, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path, image in zip(files, result.images, strict=True):
+    for path, image in zip(files, _all_images(result).values(), strict=True):
         try:
             data = read(image, hosts=hosts)
         except ImageUnavailable as error:
@@ -46,12 +47,18 @@ def paths(result: GenerateResult, folder: Path) -> list[Path]:
     """Return the files that `save` writes; raise `ImageUnavailable` for an unknown media type."""
     job_id = check_job_id(result.job_id)  # it becomes a part of a path
     found = []
-    for index, image in enumerate(result.images):
+    for name, image in _all_images(result).items():
         if image.content_type not in CONTENT_TYPES:
             key, content_type = printable(image.key), printable(image.content_type)
             raise _unavailable(image, f"{key} is not an image but {content_type}")
-        found.append(folder / f"{job_id}-{index}.{CONTENT_TYPES[image.content_type]}")
+        found.append(folder / f"{job_id}-{name}.{CONTENT_TYPES[image.content_type]}")
     return found
+
+
+def _all_images(result: GenerateResult) -> dict[str, ImageRef]:
+    """Return the images, and the contact sheet of a sweep, by the last part of their names."""
+    found = {str(index): image for index, image in enumerate(result.images)}
+    return found if result.sheet is None else {**found, "sheet": result.sheet}
 
 
 def read(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from zlora import prompt_syntax, unet_blocks
+from zlora import prompt_syntax, sweeps, unet_blocks
 from zlora.errors import InvalidJobId, InvalidRequest, LoraMismatch
 from zlora.prompt_syntax import MAX_WINDOWS, ParsedPrompt, PromptSyntax
 from zlora.redaction import field_name, printable
@@ -70,6 +70,10 @@ LoraTier = Literal["memory", "disk", "network"]
 UrlPolicy = Literal["presigned", "public", "file", "key"]
 # Powers of two, so that a batch that is too large for memory has the images of two smaller ones.
 BatchSize = Literal[1, 2, 4, 8]
+Sweep = Annotated[
+    dict[str, Annotated[tuple[Any, ...], Meta(min_length=1, max_length=sweeps.MAX_CELLS)]],
+    Meta(min_length=1, max_length=8),
+]
 SchedulerName = Annotated[
     str, Meta(min_length=1, max_length=100, extra_json_schema={"examples": list(SCHEDULERS)})
 ]
@@ -274,6 +278,8 @@ class GenerateRequest(
     """Height in pixels, a multiple of 8; by default the image's, else the model's (SDXL: 1024)."""
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
     """Seed of the first image, one more for each next one; made from the job id by default."""
+    sweep: Sweep | None = None
+    """Values of fields by path, as `{"loras[0].weight": [0, 1], "seed": [1, 2]}`: an image each."""
     num_images: Annotated[int, Meta(ge=1, le=MAX_IMAGES)] = 1
     """Number of images; 1 by default."""
     batch_size: BatchSize = 1
@@ -370,6 +376,27 @@ class GenerateRequest(
         return self.drawn_steps + (second.drawn_steps if second else 0)
 
     @property
+    def cells(self) -> tuple[Self, ...]:
+        """Requests of the images of a sweep, in order; without `sweep` the request itself."""
+        if self.sweep is None:
+            return (self,)
+        document = msgspec.to_builtins(structs.replace(self, sweep=None))
+        return tuple(
+            msgspec.convert(sweeps.with_values(document, values), type(self))
+            for values in sweeps.cells(self.sweep)
+        )
+
+    @property
+    def image_count(self) -> int:
+        """Number of images of the job."""
+        return self.num_images if self.sweep is None else sweeps.count(self.sweep)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that are drawn of all images, in both passes."""
+        return self.num_images * sum(cell.all_steps for cell in self.cells)
+
+    @property
     def second_pass(self) -> Self | None:
         """The second pass alone, as a request with a strength; None without `upscale`."""
         if self.upscale is None:
@@ -427,6 +454,19 @@ class GenerateRequest(
     def keeps_pixels(self) -> bool:
         """Whether the files contain exactly the pixels that were drawn."""
         return self.output_format == "png" or self.lossless
+
+
+class SweepCell(Struct, frozen=True, kw_only=True):
+    """What one image of a sweep was drawn from."""
+
+    values: dict[str, Any]
+    """Values of the image, by the paths of the sweep."""
+    request: GenerateRequest
+    """Request that reproduces this image alone, as `request` of the result."""
+    scheduler: str
+    """Scheduler of the image, as in the result."""
+    relative_norms: tuple[float | None, ...] = ()
+    """Relative norm of each LoRA of this request, as in its receipt."""
 
 
 class ImageRef(Struct, frozen=True, kw_only=True):
@@ -573,9 +613,13 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     job_id: str
     """Id of the job."""
     images: tuple[ImageRef, ...]
-    """The images, in order of their seeds."""
+    """The images, in order of their seeds; of a sweep, in order of its `cells`."""
+    cells: tuple[SweepCell, ...] = ()
+    """What each image of a sweep was drawn from; empty for other jobs."""
+    sheet: ImageRef | None = None
+    """Contact sheet of a sweep: its images in small, with their values."""
     loras: tuple[LoraReceipt, ...]
-    """A receipt for each LoRA, in order of the request."""
+    """A receipt for each LoRA, in order of the request; of a sweep, at its greatest norm."""
     embeddings: tuple[EmbeddingReceipt, ...] = ()
     """A receipt for each of the `embeddings`, then for each LoRA whose file has embeddings."""
     seed: int
@@ -619,7 +663,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     recipe_fields: dict[str, Any] = {}
     """Fields of the request that few-step LoRAs have set, with their values."""
     prompt_receipt: PromptReceipt | None = None
-    """How the prompt was read."""
+    """How the prompt was read; of a sweep, that of the first image, as for the next two."""
     negative_prompt_receipt: PromptReceipt | None = None
     """How the negative prompt was read; none if it is empty, or not used for lack of guidance."""
     image_receipt: ImageReceipt | None = None
@@ -739,8 +783,13 @@ class TolerantRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown
     upscale: TolerantUpscale | None = None
 
 
+class _TolerantCell(SweepCell, frozen=True, kw_only=True):
+    request: TolerantRequest
+
+
 class _TolerantResult(GenerateResult, frozen=True, kw_only=True):
     request: TolerantRequest | None = None
+    cells: tuple[_TolerantCell, ...] = ()
 
 
 def parse_result(document: bytes | str | dict[str, Any]) -> GenerateResult:
@@ -770,9 +819,24 @@ def is_token(text: str) -> bool:
     return 0 < len(text) <= MAX_TOKEN and text.isprintable() and not any(map(str.isspace, text))
 
 
+def used_loras(cells: Iterable[GenerateRequest]) -> tuple[LoraSpec, ...]:
+    """Return the LoRAs with a weight, of all images of a job: each file once, with each alpha."""
+    found: dict[tuple[object, ...], LoraSpec] = {}
+    for cell in cells:
+        for spec in cell.loras:
+            if spec.is_used:
+                found.setdefault((spec.file, spec.alpha), spec)
+    return tuple(found.values())
+
+
 def image_key(job_id: str, index: int, output_format: OutputFormat) -> str:
     """Object key of a job's image with this index; raise `InvalidJobId`."""
     return f"runs/{check_job_id(job_id)}/outputs/{index}.{output_format}"
+
+
+def sheet_key(job_id: str) -> str:
+    """Object key of the contact sheet of a sweep; raise `InvalidJobId`."""
+    return f"runs/{check_job_id(job_id)}/outputs/sheet.jpeg"
 
 
 def manifest_key(job_id: str) -> str:
@@ -799,6 +863,7 @@ def parse_request(document: object) -> GenerateRequest:
         raise InvalidRequest(f"$: {error}", details) from None
     try:
         request = msgspec.convert(data, GenerateRequest)
+        request = _with_checked_sweep(request)
         msgspec.json.encode(request)  # fails for half a surrogate pair, which JSON can spell
     except msgspec.ValidationError as error:
         raise _explained(str(error), data) from None
@@ -813,6 +878,53 @@ def parse_request(document: object) -> GenerateRequest:
     _check_image(request)
     _check_loras(request)
     return request
+
+
+def _with_checked_sweep(request: GenerateRequest) -> GenerateRequest:
+    """Return the request with the values of its sweep as the fields have them, such as 1.0 for 1.
+
+    Raises `InvalidRequest` if one of the images could not be a job of its own.
+    """
+    if request.sweep is None:
+        return request
+    path = "$.sweep"
+    for name in request.sweep:
+        if not sweeps.is_path(name):
+            fields = ", ".join(sweeps.FIELDS[1:])
+            expected = f"Expected paths such as loras[0].weight, or one of {fields}"
+            raise invalid(path, field_name(name), expected)
+        if any(other.startswith((f"{name}.", f"{name}[")) for other in request.sweep):
+            raise invalid(path, name, "Expected no path that is within the value of another one")
+    if (count := request.image_count) > sweeps.MAX_CELLS:
+        raise invalid(path, count, f"Expected at most {sweeps.MAX_CELLS} images in all")
+    if request.num_images > 1 or request.batch_size > 1:
+        field = "num_images" if request.num_images > 1 else "batch_size"
+        raise invalid(f"$.{field}", getattr(request, field), "Expected 1 with `sweep`")
+    document = msgspec.to_builtins(structs.replace(request, sweep=None))
+    # By what was given, which may be neither hashable nor of one type.
+    values: dict[str, dict[str, Any]] = {name: {} for name in request.sweep}
+    files: set[object] = set()
+    for cell in sweeps.cells(request.sweep):
+        try:
+            found = parse_request(sweeps.with_values(document, cell))
+        except LookupError:
+            raise invalid(path, ", ".join(cell), "Expected paths of LoRAs of the request") from None
+        except InvalidRequest as error:
+            details = error.details
+            expected = f"{details['expected']} at {details['path']} of an image"
+            message = f"{path}: {expected}; the value is {details['value']}"
+            raise InvalidRequest(message, details | {"path": path, "expected": expected}) from None
+        files |= {spec.file for spec in found.loras}
+        files |= {tag.name for tag in prompt_syntax.parse(found.prompt, found.prompt_syntax).loras}
+        for name, value in cell.items():
+            values[name][repr(value)] = msgspec.to_builtins(sweeps.value_at(found, name))
+    if len(files) > sweeps.MAX_FILES:
+        raise invalid(path, len(files), f"Expected at most {sweeps.MAX_FILES} different LoRAs")
+    checked = {
+        name: tuple(values[name][repr(value)] for value in given)
+        for name, given in request.sweep.items()
+    }
+    return structs.replace(request, sweep=checked)
 
 
 def _check_prompt(path: str, text: str, syntax: PromptSyntax) -> ParsedPrompt:

@@ -19,20 +19,24 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
     """
     if request.timeout is not None and request.timeout > info.timeout:
         raise _refused("timeout", request.timeout, f"up to {info.timeout}")
-    if request.sampling is not None and request.sampling.name not in info.schedulers:
-        names = ", ".join(info.schedulers)
-        reason = f"{request.sampling.entry.class_name} is not for its base ({info.scheduler})"
-        raise _refused("scheduler", request.scheduler, f"one of {names}: {reason}")
     if request.url_policy is not None and request.url_policy not in info.url_policies:
         raise _refused("url_policy", request.url_policy, f"one of {', '.join(info.url_policies)}")
     if request.url_expires_in is not None and request.url_expires_in > info.url_expires_in:
         raise _refused("url_expires_in", request.url_expires_in, f"up to {info.url_expires_in}")
-    _require_own_scheduler(request, info)
-    _require_names(request, info)
+    for cell in request.cells:
+        _require_schedulers(cell, info)
+        _require_names(cell, info)
 
 
-def _require_own_scheduler(request: GenerateRequest, info: QueueInfo) -> None:
-    """Raise `InvalidRequest` for a field that the model's own scheduler does not take."""
+def _require_schedulers(request: GenerateRequest, info: QueueInfo) -> None:
+    """Raise `InvalidRequest` for a scheduler that is not for the base.
+
+    And for a field that the model's own scheduler, if the request names none, does not take.
+    """
+    if request.sampling is not None and request.sampling.name not in info.schedulers:
+        names = ", ".join(info.schedulers)
+        reason = f"{request.sampling.entry.class_name} is not for its base ({info.scheduler})"
+        raise _refused("scheduler", request.scheduler, f"one of {names}: {reason}")
     own = find_scheduler(info.scheduler)
     may_have_recipe = request.recipes == "auto" and (request.loras or _has_tags(request))
     if request.scheduler is not None or own is None or may_have_recipe:

@@ -323,12 +323,14 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
 
     URLs begin with `https://pictures.invalid/`, which never resolves (RFC 2606).
     """
-    now, seed = time.time(), request.seed_for(job_id)
+    now, seed = time.time(), request.cells[0].seed_for(job_id)
     images, loras, receipts = [], [], []
     width, height = request.width or _NATIVE_SIDE, request.height or _NATIVE_SIDE
     if request.upscale is not None:
         width, height = request.upscale.size(width, height)
-    for index in range(request.num_images):
+    cells = request.cells
+    for index in range(request.image_count):
+        cell_seed = cells[index].seed_for(job_id) if request.sweep else seed + index
         key = image_key(job_id, index, request.output_format)
         content_type = _MEDIA_TYPES[request.output_format]
         image = ImageRef(
@@ -338,7 +340,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
             content_type=content_type,
             size=0,
             sha256=_EMPTY_SHA256,
-            seed=seed + index,
+            seed=cell_seed,
             url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
             pixels_sha256=_EMPTY_SHA256,
             batch_size=request.batch_size,
@@ -437,7 +439,7 @@ def _fake_embedding(spec: EmbeddingSpec, index: int, prompts: str) -> EmbeddingR
 
 
 def _draw_fake(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
-    steps = request.num_images * request.all_steps
+    steps = request.total_steps
     progress(Phase.DENOISE.progress_name, 0, steps)
     progress(Phase.DENOISE.progress_name, steps, steps)
     return fake_result(job_id, request)

@@ -143,8 +143,8 @@ class InlineWorker:
         assert child is self.runner.child
         self.drawn.append(job)
         loras = [UNREAD for spec in job.request.loras if spec.is_used]
-        inputs = JobInputs(request=job.request, loras=loras)
-        with self.spool.open(spooled_job(child, job, inputs)) as images:
+        inputs = JobInputs(request=job.request, images=range(job.request.num_images), loras=loras)
+        with self.spool.open(spooled_job(child, job, [inputs])) as images:
             self.draw(job, progress)
             for index in range(job.request.num_images):
                 images.add(Image.new("RGB", (8, 8), (index, 0, 0)), tiled=False)

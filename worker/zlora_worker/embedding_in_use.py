@@ -39,9 +39,14 @@ class EmbeddingInUse:
         return cls(file=file, format=found.format, embeddings=found.embeddings)
 
     @property
+    def tokens(self) -> tuple[str, ...]:
+        """The words that stand for the embeddings."""
+        return tuple(embedding.token for embedding in self.embeddings)
+
+    @property
     def only_token(self) -> str | None:
         """The word of a file of one embedding, which may be the name of the file."""
-        return self.embeddings[0].token if len(self.embeddings) == 1 else None
+        return self.tokens[0] if len(self.tokens) == 1 else None
 
     def receipt(self, uses: Iterator[int]) -> EmbeddingReceipt:
         """Return what was used; the next numbers of `uses` count how often the prompts have it."""

@@ -2,19 +2,30 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Final, get_args
 
+from msgspec import structs
 from PIL.Image import Image
+from zlora import sweeps
 from zlora.errors import OutOfMemory
-from zlora.schema import BatchSize, GenerateRequest, ImageRef, Phase, digest_of
+from zlora.schema import (
+    BatchSize,
+    GenerateRequest,
+    ImageRef,
+    LoraReceipt,
+    Phase,
+    SweepCell,
+    digest_of,
+)
 
 from zlora_worker.child import VERSIONS, Child
 from zlora_worker.delivery.progress import Progress
-from zlora_worker.job_inputs import JobInputs
+from zlora_worker.job_inputs import JobInputs, read_inputs, strongest_receipts
 from zlora_worker.model.pipeline import MergedModel, PipelineState
-from zlora_worker.results.provenance import JobProvenance, pinned
+from zlora_worker.results.provenance import JobProvenance, unpinned
 from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolWriter
 from zlora_worker.results.uploader import stored_image
 
@@ -52,8 +63,8 @@ class Job:
 
     @property
     def seed(self) -> int:
-        """Seed of the first image; each further image has the next one."""
-        return self.request.seed_for(self.id)
+        """Seed of the first image; without a sweep, each further image has the next one."""
+        return self.request.cells[0].seed_for(self.id)
 
 
 def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
@@ -65,37 +76,50 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     """
     timer = PhaseTimer(queued=job.queued)
     # fetch, parse
-    inputs = JobInputs.read(
+    cells = read_inputs(
         child,
         job.request,
         since=job.started - (job.queued or 0.0),
         progress=progress,
         end_phase=timer.end,
     )
-    spooled = spooled_job(child, job, inputs)
+    first = cells[0]  # the only one of a job without a sweep
+    spooled = spooled_job(child, job, cells)
     with child.spool.open(spooled) as images:
-        # merge
-        with child.model.with_loras(inputs.weighted_loras, inputs.request) as model:
-            timer.end(Phase.APPLY)
-            # denoise
-            text = model.encode(inputs.request, inputs.vectors)
-            draw_images(
-                child, spooled, inputs, model=model, text=text, images=images, progress=progress
-            )
-            timer.end(Phase.DENOISE)
-        # the base model is restored and checked
-        timer.end(Phase.RESTORE)
-        progress(Phase.UPLOAD, 0, inputs.request.num_images)
+        texts: dict[tuple[object, ...], EncodedText] = {}
+        receipts: list[tuple[LoraReceipt, ...]] = []
+        steps = StepCounter(child, progress, cells)
+        # cells with the same LoRAs follow one another
+        for _, group in groupby(cells, key=lambda cell: cell.lora_key):
+            same = list(group)
+            # merge
+            with child.model.with_loras(same[0].weighted_loras, same[0].request) as model:
+                timer.end(Phase.APPLY)
+                # denoise
+                for cell in same:
+                    if (text := texts.get(cell.text_key)) is None:
+                        text = model.encode(cell.request, cell.vectors)
+                        texts[cell.text_key] = text
+                    draw_images(child, spooled, cell, model, text=text, images=images, steps=steps)
+                timer.end(Phase.DENOISE)
+            # the base model is restored and checked
+            timer.end(Phase.RESTORE)
+            receipts += [cell.lora_receipts(model.relative_norms) for cell in same]
+        progress(Phase.UPLOAD, 0, spooled.request.image_count)
         # the images are passed on
-        image_receipts = inputs.image.receipts if inputs.image else {}
+        text = texts[first.text_key]
+        image_receipts = first.image.receipts if first.image else {}
         images.close(
             DrawnJob(
-                loras=inputs.lora_receipts(model.relative_norms),
-                embeddings=inputs.embedding_receipts(text.uses),
+                loras=strongest_receipts(cells, receipts),
+                relative_norms=tuple(
+                    tuple(receipt.relative_norm for receipt in of_cell) for of_cell in receipts
+                ),
+                embeddings=first.embedding_receipts(text.uses),
                 timings=timer.seconds,
                 base_intact=child.model.state is PipelineState.READY,
                 base_checked=round(child.model.base_checked, 4),
-                recipe_fields=inputs.recipe_fields,
+                recipe_fields=first.recipe_fields,
                 prompt_receipt=text.prompt_receipt,
                 negative_prompt_receipt=text.negative_receipt,
                 image_receipt=image_receipts.get("image"),
@@ -106,10 +130,22 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     return images
 
 
-def spooled_job(child: Child, job: Job, inputs: JobInputs) -> SpooledJob:
+def spooled_job(child: Child, job: Job, cells: Sequence[JobInputs]) -> SpooledJob:
     """Return what the sidecar needs to store the job's images, and what draws them again."""
-    machine, request = child.model.machine, inputs.request
-    files = [lora.file for lora in inputs.loras]
+    machine, request = child.model.machine, cells[0].pinned_request
+    of_cells: tuple[SweepCell, ...] = ()
+    if job.request.sweep is not None:
+        request = unpinned(job.request)
+        of_cells = tuple(
+            SweepCell(
+                values=values,
+                request=structs.replace(
+                    cell.pinned_request, seed=cell.request.seed_for(job.id), sweep=None
+                ),
+                scheduler=child.model.scheduler_name(cell.request),
+            )
+            for values, cell in zip(sweeps.cells(request.sweep or {}), cells, strict=True)
+        )
     return SpooledJob(
         worker=job.worker,
         has_answer=job.has_answer,
@@ -120,23 +156,18 @@ def spooled_job(child: Child, job: Job, inputs: JobInputs) -> SpooledJob:
         deadline=job.deadline,
         timeout=job.timeout,
         started=job.started,
-        tensors_sha256=tuple(lora.parsed.tensors_sha256 for lora in inputs.loras),
+        tensors_sha256=tuple(
+            tuple(lora.parsed.tensors_sha256 for lora in cell.loras) for cell in cells
+        ),
         provenance=JobProvenance(
             job_id=job.id,
             seed=job.seed,
-            request=pinned(
-                request,
-                [(file.source, file.sha256, file.config_sha256) for file in files],
-                [
-                    (found.file.source, found.file.sha256, found.only_token)
-                    for found in inputs.embeddings[: len(request.embeddings)]
-                ],
-                inputs.image.receipts if inputs.image else {},
-            ),
+            request=request,
+            cells=of_cells,
             model=child.model.name,
             base_sha256=child.model.base_sha256,
             model_sha256=child.model.file_sha256,
-            scheduler=child.model.scheduler_name(request),
+            scheduler=child.model.scheduler_name(cells[0].request),
             device=machine.device,
             dtype=machine.dtype,
             threads=machine.threads,
@@ -150,11 +181,11 @@ def draw_images(
     child: Child,
     spooled: SpooledJob,
     inputs: JobInputs,
-    *,
     model: MergedModel,
+    *,
     text: "EncodedText",
     images: SpoolWriter,
-    progress: Progress,
+    steps: "StepCounter",
 ) -> None:
     """Draw the images that are not stored yet, in batches that are halved if memory is short.
 
@@ -165,9 +196,9 @@ def draw_images(
     request, job = inputs.request, spooled.provenance
     start = inputs.image.start if inputs.image else None
     size = request.batch_size
-    first = 0
-    while first < request.num_images:
-        batch = range(first, min(first + size, request.num_images))
+    first = inputs.images.start
+    while first < inputs.images.stop:
+        batch = range(first, min(first + size, inputs.images.stop))
         stored: dict[int, ImageRef] = {}
         for index in batch if spooled.is_resumed else ():
             if (found := stored_image(child.store, job, index)) is not None:
@@ -178,9 +209,8 @@ def draw_images(
             continue
         drawn: dict[int, Image] = {}
         if len(stored) < len(batch):
-            seeds = [job.seed + index for index in batch]
-            preview = model.preview if request.previews else None
-            on_step = step_counter(child, request, progress, batch, preview=preview)
+            seeds = [job.seed_of(index) for index in batch]
+            on_step = steps.of(inputs, batch, preview=model.preview)
             try:
                 made = model.draw(request, seeds, on_step, text=text, start=start)
             except OutOfMemory as error:
@@ -198,34 +228,38 @@ def draw_images(
         first = batch.stop
 
 
-def step_counter(
-    child: Child,
-    request: GenerateRequest,
-    progress: Progress,
-    batch: range,
-    *,
-    preview: Callable[[], str | None] | None = None,
-) -> Callable[[int], None]:
-    """Return a callback for the steps of a batch, which reports steps of all images together.
+class StepCounter:
+    """Reports the steps of all images of a job together.
 
     The parent takes the next job during the last step.
     """
-    steps, count = request.all_steps, len(batch)
-    done, total = batch.start * steps, request.num_images * steps
-    counted = 0
 
-    def on_step(step: int) -> None:
-        nonlocal counted
-        now = done + step * count
-        if now == total - count:
-            child.spool.nearly_drawn()
-        child.meter.stepped((step - counted) * count)
-        counted = step
-        progress(Phase.DENOISE, now, total, preview=preview)
+    def __init__(self, child: Child, progress: Progress, cells: Sequence[JobInputs]) -> None:
+        self._child, self._progress = child, progress
+        self._steps = {index: cell.request.all_steps for cell in cells for index in cell.images}
+        self._total = sum(self._steps.values())
 
-    if done == total - count:
-        child.spool.nearly_drawn()
-    return on_step
+    def of(
+        self, inputs: JobInputs, batch: range, *, preview: Callable[[], str | None]
+    ) -> Callable[[int], None]:
+        """Return a callback for the steps of a batch; `preview` is reported if it is wanted."""
+        count, total = len(batch), self._total
+        done = sum(steps for index, steps in self._steps.items() if index < batch.start)
+        counted = 0
+
+        def on_step(step: int) -> None:
+            nonlocal counted
+            now = done + step * count
+            if now == total - count:
+                self._child.spool.nearly_drawn()
+            self._child.meter.stepped((step - counted) * count)
+            counted = step
+            wanted = preview if inputs.request.previews else None
+            self._progress(Phase.DENOISE, now, total, preview=wanted)
+
+        if done == total - count:
+            self._child.spool.nearly_drawn()
+        return on_step
 
 
 class PhaseTimer:

@@ -96,10 +96,9 @@ def _require_size(child: Child, source: str, size: int) -> None:
 class ImageInUse:
     """The image of a job with its mask, from their files to their receipts.
 
-    `request` is the job's with the size that is drawn.
+    The size of `start` is that of the job.
     """
 
-    request: GenerateRequest
     start: StartingImage
     receipts: dict[str, ImageReceipt]  # by the name of the field
 
@@ -125,7 +124,6 @@ class ImageInUse:
                 raise invalid("$.mask", _shown(found), expected)
             mask = _mask(request, found)
         return cls(
-            request=request,
             start=StartingImage(_resized(picture, width, height), mask, request.mask_blur > 0),
             receipts={
                 name: ImageReceipt(

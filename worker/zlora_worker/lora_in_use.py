@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 import msgspec
@@ -53,20 +53,24 @@ class LoraInUse:
         """
         start = time.perf_counter()
         parsed, from_memory = parse(child, spec, file)
-        if spec.strict:
-            require_whole(parsed, source=file.source)
-        spec.require_constant_text(parsed.modules, file.source)
         tier: LoraTier = file.tier
         if from_memory and tier == "disk":
             tier = "memory"
-        return cls(
+        found = cls(
             spec=spec,
             file=file,
             parsed=parsed,
             tier=tier,
             seconds=time.perf_counter() - start,
-            entry=entry,
         )
+        return found.with_spec(spec, entry=entry)
+
+    def with_spec(self, spec: LoraSpec, *, entry: CatalogueEntry | None) -> Self:
+        """Return the LoRA as another image of the job uses it; raise `LoraMismatch` as `read`."""
+        if spec.strict:
+            require_whole(self.parsed, source=self.file.source)
+        spec.require_constant_text(self.parsed.modules, self.file.source)
+        return replace(self, spec=spec, entry=entry)
 
     @property
     def weighted(self) -> WeightedLora:

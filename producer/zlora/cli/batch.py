@@ -348,8 +348,10 @@ class ResultsFile:
                 job_id, request = records[-1].job_id, line.request
                 names = [
                     f"{job_id}-{index}.{request.output_format}"  # as `images.save` has them
-                    for index in range(request.num_images)
+                    for index in range(request.image_count)
                 ]
+                if request.sweep is not None:
+                    names.append(f"{job_id}-sheet.jpeg")
                 if not all((folder / name).exists() for name in names):
                     jobs.append(BatchJob(line, job_id, is_drawn=True))
         return jobs

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zlora.cli.printing import print_facts, terminal
-from zlora.redaction import on_one_line
+from zlora.redaction import on_one_line, printable
 from zlora.schema import GenerateResult, LoraReceipt
 
 _TABLE_WIDTH: Final = 80  # columns; a narrower terminal gets a line for each LoRA
@@ -20,12 +20,7 @@ def document(result: GenerateResult, files: Sequence[Path]) -> dict[str, Any]:
 
 def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     """Print the result; `files` are the images that were saved, all or none."""
-    places = [str(file) for file in files] or [image.url or image.key for image in result.images]
-    facts = [("job", result.job_id)]
-    for image, place in zip(result.images, places, strict=True):
-        batch = f", batch size {image.batch_size}" if image.batch_size > 1 else ""
-        shown = f"{place} (seed {image.seed}, {image.width}x{image.height}{batch})"
-        facts.append(("image", shown))
+    facts = [("job", result.job_id), *_image_facts(result, files)]
     timings = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.timings.items())
     facts.append(("seconds", timings))
     facts.append(("base intact", "yes" if result.base_intact else "no"))
@@ -62,6 +57,24 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     for receipt in result.loras:
         table.add_row(*(Text(on_one_line(cell)) for cell in _cells(receipt)))
     console.print(table)
+
+
+def _image_facts(result: GenerateResult, files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return where each image is, and what it has of its own; then the sheet of a sweep."""
+    images = [*result.images, *filter(None, [result.sheet])]
+    places = [str(file) for file in files] or [image.url or image.key for image in images]
+    facts = []
+    for index, (image, place) in enumerate(zip(result.images, places, strict=False)):
+        notes = [f"seed {image.seed}", f"{image.width}x{image.height}"]
+        if image.batch_size > 1:
+            notes.append(f"batch size {image.batch_size}")
+        if result.cells:
+            values = result.cells[index].values
+            notes += [f"{path} {printable(value)}" for path, value in values.items()]
+        facts.append(("image", f"{place} ({', '.join(notes)})"))
+    if result.sheet is not None:
+        facts.append(("sheet", f"{places[-1]} ({result.sheet.width}x{result.sheet.height})"))
+    return facts
 
 
 def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -106,10 +107,15 @@ class Preflight:
         Addresses that only a worker opens, files that require a token, and LoRAs with the weight 0
         are not checked.
         """
-        for index, spec in enumerate(request.loras):
+        checked = set[tuple[object, ...]]()
+        for index, spec in chain.from_iterable(enumerate(cell.loras) for cell in request.cells):
+            # All that the check depends on: images of a sweep mostly have the same files.
+            key = (spec.file, spec.strict, spec.has_schedule, spec.text_encoder_weight is None)
+            if not spec.is_used or key in checked:
+                continue
+            checked.add(key)
             try:
-                if spec.is_used:
-                    self._check(spec, base=base or base_model.SDXL)
+                self._check(spec, base=base or base_model.SDXL)
             except LoraError as error:
                 error.add_details(index=index)
                 raise

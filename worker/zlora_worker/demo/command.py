@@ -208,7 +208,9 @@ def _table(finished: Sequence[FinishedVariant]) -> Table:
 
 def _draw_sheet(finished: Sequence[FinishedVariant], target: Path) -> None:
     """Draw a row for each document: without LoRAs first, with all of its LoRAs last."""
-    from zlora_worker.demo.sheet import Row, draw_sheet  # Pillow
+    from PIL import Image
+
+    from zlora_worker.results.sheet import Row, draw_sheet, tile
 
     rows = []
     for name in DOCUMENTS:
@@ -218,5 +220,9 @@ def _draw_sheet(finished: Sequence[FinishedVariant], target: Path) -> None:
         if len(request.loras) > 1:
             caption = "all together"
         images = [(one.variant.caption, one.path) for one in others]
-        rows.append(Row(request.prompt, [*images, (caption, document.path)]))
-    draw_sheet(rows, target, note=_NOTE)
+        tiles = [
+            (text, tile(Image.open(path))) for text, path in (*images, (caption, document.path))
+        ]
+        rows.append(Row(request.prompt, tiles))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(rows, note=_NOTE).save(target)

@@ -4,11 +4,14 @@ import time
 from collections.abc import Callable
 
 import msgspec
-from zlora.errors import ZloraError
+from PIL import Image
+from zlora.errors import StoreFailed, ZloraError
 from zlora.schema import GenerateResult, ImageRef, Phase
 
+from zlora_worker.results.encoding import open_image
 from zlora_worker.results.manifest import write_result
-from zlora_worker.results.spool import DrawnJob, SpooledJob, SpoolEntry
+from zlora_worker.results.sheet import sweep_sheet, tile
+from zlora_worker.results.spool import DrawnJob, SpooledImage, SpooledJob, SpoolEntry
 from zlora_worker.results.store import Store
 from zlora_worker.results.uploader import ImageUploader
 
@@ -40,7 +43,8 @@ def finish(
         is_resumed=job.is_resumed,
         tensors_sha256=job.tensors_sha256,
     ) as uploader:
-        for index in range(job.request.num_images):
+        tiles: list[Image.Image] = []
+        for index in range(job.request.image_count):
             while (image := entry.image(index)) is None:
                 _require_child(entry)
                 wait()
@@ -48,14 +52,20 @@ def finish(
                 uploader.add_stored(image)
             else:
                 uploader.add(image.image, tiled=image.tiled, batch_size=image.batch_size)
+            if job.request.sweep is not None:
+                tiles.append(_tile(store, image))
         while (drawn := entry.drawn()) is None:
             _require_child(entry)
             wait()
         on_drawn()
         images = uploader.images(check)
+        sheet = None
+        if tiles:
+            check()
+            sheet = uploader.add_sheet(sweep_sheet(job.provenance.cells, tiles))
     # images first, the manifest last
     check()
-    return write_result(store, _result(job, drawn, images, uploader.seconds))
+    return write_result(store, _result(job, drawn, images, sheet, uploader.seconds))
 
 
 def _require_child(entry: SpoolEntry) -> None:
@@ -63,12 +73,33 @@ def _require_child(entry: SpoolEntry) -> None:
         raise Abandoned(entry.name)
 
 
+def _tile(store: Store, image: SpooledImage | ImageRef) -> Image.Image:
+    """Return an image of a sweep in small; raise `StoreFailed`."""
+    if isinstance(image, SpooledImage):
+        return tile(image.image)
+    data = store.get(image.key)
+    if data is None:
+        raise StoreFailed(f"{image.key} was stored by an earlier attempt, and is gone now")
+    return tile(open_image(data))
+
+
 def _result(
-    job: SpooledJob, drawn: DrawnJob, images: tuple[ImageRef, ...], seconds: dict[str, float]
+    job: SpooledJob,
+    drawn: DrawnJob,
+    images: tuple[ImageRef, ...],
+    sheet: ImageRef | None,
+    seconds: dict[str, float],
 ) -> GenerateResult:
     tail = round(time.monotonic() - drawn.at, 6)
+    shared = msgspec.structs.asdict(job.provenance)
+    if job.provenance.cells:
+        shared["cells"] = tuple(
+            msgspec.structs.replace(cell, relative_norms=norms)
+            for cell, norms in zip(job.provenance.cells, drawn.relative_norms, strict=True)
+        )
     return GenerateResult(
         images=images,
+        sheet=sheet,
         loras=drawn.loras,
         embeddings=drawn.embeddings,
         timings=drawn.timings | {Phase.TAIL: tail} | seconds,
@@ -84,5 +115,5 @@ def _result(
         started_at=job.started,
         finished_at=time.time(),
         request_sha256=job.request_sha256,
-        **msgspec.structs.asdict(job.provenance),
+        **shared,
     )

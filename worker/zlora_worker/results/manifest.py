@@ -13,17 +13,26 @@ from threading import Event
 import msgspec
 from zlora import errors
 from zlora.errors import Conflict, InternalError, StoreFailed, ZloraError
-from zlora.schema import GenerateRequest, GenerateResult, image_key, manifest_key, parse_result
+from zlora.schema import (
+    GenerateRequest,
+    GenerateResult,
+    image_key,
+    manifest_key,
+    parse_result,
+    sheet_key,
+)
 
 from zlora_worker.results.store import Store
 
 
 def image_keys(job_id: str, request: GenerateRequest, *, token: str = "") -> list[str]:
-    """Return the object keys of a job's images.
+    """Return the object keys of a job's images, and after them that of the sheet of a sweep.
 
     With the token of an attempt, return the keys that this attempt uses if others are taken.
     """
-    keys = [image_key(job_id, index, request.output_format) for index in range(request.num_images)]
+    keys = [image_key(job_id, index, request.output_format) for index in range(request.image_count)]
+    if request.sweep is not None:
+        keys.append(sheet_key(job_id))
     if token:
         keys = [f"-{token}.".join(key.rsplit(".", 1)) for key in keys]
     return keys

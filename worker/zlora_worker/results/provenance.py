@@ -1,7 +1,7 @@
 """Provenance: everything needed to draw an image again, without secrets."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -14,9 +14,11 @@ from zlora.schema import (
     GenerateRequest,
     GenerateResult,
     ImageReceipt,
+    SweepCell,
     TolerantRequest,
 )
 
+_MASK: Final = "***"  # of an address of which nothing else is left
 _MAX_BYTES: Final = 2**22  # of a JSON document; that of the longest request has about a tenth
 
 
@@ -24,12 +26,14 @@ class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What all images of a job share; each field is also a field of `GenerateResult`.
 
     `seed` is that of the first image. In `request` the addresses have no query, and each LoRA,
-    embedding and image is pinned to the file that was used.
+    embedding and image is pinned to the file that was used. Of a sweep, this holds for the requests
+    of `cells`, one for each image.
     """
 
     job_id: Annotated[str, Meta(pattern=rf"^{JOB_ID.pattern}\Z")]
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)]
     request: GenerateRequest
+    cells: tuple[SweepCell, ...] = ()
     model: str
     base_sha256: str
     model_sha256: str | None = None
@@ -40,11 +44,20 @@ class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     compile: str = "off"
     versions: dict[str, str]
 
+    def request_of(self, index: int) -> GenerateRequest:
+        """Request of an image: of a sweep, that of the image alone."""
+        return self.cells[index].request if self.cells else self.request
+
+    def seed_of(self, index: int) -> int:
+        """Seed of an image."""
+        if not self.cells:
+            return self.seed + index
+        return self.request_of(index).seed_for(self.job_id)
+
     def for_image(
         self,
         index: int,
         *,
-        seed: int,
         width: int,
         height: int,
         pixels_sha256: str | None,
@@ -52,7 +65,13 @@ class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
         batch_size: BatchSize,
     ) -> "ImageProvenance":
         """Return the provenance of one image of this job."""
-        shared = msgspec.structs.asdict(self) | {"seed": seed}
+        shared = msgspec.structs.asdict(self) | {
+            "request": self.request_of(index),
+            "cells": (),
+            "seed": self.seed_of(index),
+        }
+        if self.cells:
+            shared["scheduler"] = self.cells[index].scheduler
         return ImageProvenance(
             **shared,
             index=index,
@@ -119,6 +138,24 @@ def pinned(
     return msgspec.structs.replace(request, loras=tuple(loras), embeddings=specs, **inputs)
 
 
+def unpinned(request: GenerateRequest) -> GenerateRequest:
+    """Return the request of a sweep without secrets; which files were used is in its cells."""
+    return msgspec.convert(_without_secrets(msgspec.to_builtins(request)), GenerateRequest)
+
+
+def _without_secrets(value: Any, field: str = "") -> Any:
+    """Return JSON data whose addresses have no secrets, also within the values of a sweep."""
+    if isinstance(value, dict):
+        return {
+            name: _without_secrets(each, name.rpartition(".")[2]) for name, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_without_secrets(each, field) for each in value]
+    if field in ("url", "ref", "cozy_ref") and isinstance(value, str):
+        return without_secrets(value) or _MASK
+    return label(value) if field == "adapter_name" else value
+
+
 def _pinned_file(source: str, sha256: str | None, config_sha256: str | None = None) -> Asset:
     pins = {"sha256": sha256, "config_sha256": config_sha256}
     try:
@@ -141,7 +178,6 @@ def image_provenances(result: GenerateResult) -> list[ImageProvenance]:
     return [
         job.for_image(
             index,
-            seed=image.seed,
             width=image.width,
             height=image.height,
             pixels_sha256=image.pixels_sha256,

@@ -60,7 +60,7 @@ class SpooledJob(Struct, frozen=True, kw_only=True):
     timeout: float
     started: float  # epoch seconds
     has_answer: bool  # whether Celery's backend stores how the job ends
-    tensors_sha256: tuple[str, ...]
+    tensors_sha256: tuple[tuple[str, ...], ...]  # of the LoRAs with a weight, by cell
     provenance: JobProvenance
 
     @property
@@ -83,6 +83,7 @@ class DrawnJob(Struct, frozen=True, kw_only=True):
     base_intact: bool
     base_checked: float
     at: float  # of `time.monotonic`
+    relative_norms: tuple[tuple[float | None, ...], ...] = ()  # of the LoRAs, by cell
     recipe_fields: dict[str, Any] = {}
     prompt_receipt: PromptReceipt | None = None
     negative_prompt_receipt: PromptReceipt | None = None

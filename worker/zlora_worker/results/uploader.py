@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import msgspec
 from PIL import Image
 from zlora.errors import StoreFailed
-from zlora.schema import BatchSize, ImageRef, Phase
+from zlora.schema import BatchSize, GenerateRequest, ImageRef, Phase
 
 from zlora_worker.results import encoding
 from zlora_worker.results.infotext import infotext
@@ -25,6 +25,8 @@ from zlora_worker.signals import run_to_completion
 
 _THREADS: Final = 4  # images that are encoded and stored at a time; an upload mostly waits
 _NICENESS: Final = 10  # of the threads, from 0 to 19
+_SHEET: Final = GenerateRequest(prompt="", output_format="jpeg", quality=90)  # how it is encoded
+_SHEET_TYPE: Final = encoding.content_type("jpeg")
 _POLL: Final = 0.3  # seconds between two calls of `on_wait`
 # Seconds that leaving waits for uploads; a request that is not answered takes 10.
 _LEAVE_TIMEOUT: Final = 12.0
@@ -49,12 +51,12 @@ class ImageUploader:
         *,
         token: str,
         is_resumed: bool = False,
-        tensors_sha256: Sequence[str] = (),
+        tensors_sha256: Sequence[Sequence[str]] = ((),),
     ) -> None:
         """Store the images of the attempt with this `token`.
 
         `is_resumed` says that images of an earlier attempt may be used. `tensors_sha256` are the
-        LoRAs', for `infotext`.
+        LoRAs', for `infotext`: of each cell of a sweep, else of all images.
         """
         self._store, self._job, self._tensors_sha256 = store, provenance, tensors_sha256
         self._is_resumed = is_resumed
@@ -89,6 +91,22 @@ class ImageUploader:
         work = self._threads.submit(self._store_image, index, image, tiled, batch_size)
         self._refs.append(work)
 
+    def add_sheet(self, sheet: Image.Image) -> ImageRef:
+        """Store the contact sheet of a sweep."""
+        data = encoding.encode(sheet, _SHEET)
+        for key in (self._keys[-1], self._own_keys[-1]):
+            if put_if_absent(self._store, key, data, _SHEET_TYPE, stop=self._stop) == data:
+                break
+        return ImageRef(
+            key=key,
+            width=sheet.width,
+            height=sheet.height,
+            content_type=_SHEET_TYPE,
+            size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            seed=self._job.seed,
+        )
+
     def images(self, on_wait: Callable[[], None] = lambda: None) -> tuple[ImageRef, ...]:
         """Wait until all images are stored, and return them.
 
@@ -121,16 +139,16 @@ class ImageUploader:
         start = time.perf_counter()
         provenance = self._job.for_image(
             index,
-            seed=self._job.seed + index,
             width=image.width,
             height=image.height,
             pixels_sha256=encoding.pixels_sha256(image),
             tiled=tiled,
             batch_size=batch_size,
         )
-        request, metadata = self._job.request, dict[str, Any]()
+        request, metadata = provenance.request, dict[str, Any]()
         if request.embed_metadata:
-            text = infotext(provenance, self._tensors_sha256)
+            cell = index if self._job.cells else 0
+            text = infotext(provenance, self._tensors_sha256[cell])
             metadata = embed_metadata(provenance, text, request.output_format)
         data = encoding.encode(image, request, **metadata)
 
@@ -178,7 +196,6 @@ def _ref_of_stored(job: JobProvenance, index: int, data: bytes) -> ImageRef | No
                 pixels_sha256 = found.pixels_sha256 if found else None
             provenance = job.for_image(
                 index,
-                seed=job.seed + index,
                 width=image.width,
                 height=image.height,
                 pixels_sha256=pixels_sha256,
@@ -188,7 +205,8 @@ def _ref_of_stored(job: JobProvenance, index: int, data: bytes) -> ImageRef | No
     except StoreFailed as error:
         logger.warning("%s is not used again: %s", key, error)
         return None
-    if found is not None and (found.request != job.request or found.base_sha256 != job.base_sha256):
+    request, base = job.request_of(index), job.base_sha256
+    if found is not None and (found.request != request or found.base_sha256 != base):
         return None
     return _ref(key, data, provenance)
 

@@ -70,7 +70,8 @@ class ImageUrls:
         size = sum(image.size for image in images)
         if request.inline and size <= self._settings.inline_bytes:
             images = [self._with_data_uri(image) for image in images]
-        return msgspec.structs.replace(result, images=tuple(images))
+        sheet = self._with_url(result.sheet, request) if result.sheet else None
+        return msgspec.structs.replace(result, images=tuple(images), sheet=sheet)
 
     def _policy(self, request: GenerateRequest) -> UrlPolicy:
         """Return the request's policy, or the default if the operator no longer offers it."""

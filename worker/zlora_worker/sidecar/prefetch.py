@@ -16,7 +16,7 @@ from zlora.broker.keys import waiting_lists
 from zlora.broker.message import QueuedMessage
 from zlora.errors import InvalidSetting, LoraError, ZloraError
 from zlora.lora.catalogue import Catalogue
-from zlora.schema import JOB_ID, TASK_NAME, Asset, LoraSpec, parse_request
+from zlora.schema import JOB_ID, TASK_NAME, Asset, LoraSpec, parse_request, used_loras
 
 from zlora_worker.results.spool import NextLora, Spool
 from zlora_worker.settings import Settings
@@ -190,14 +190,16 @@ def _job_of(message: QueuedMessage, now: float, catalogue: Catalogue) -> _Job | 
     if message.headers.task != TASK_NAME or not JOB_ID.fullmatch(job_id):
         return None
     try:
-        request, _ = catalogue.resolve(parse_request(message.argument()))
+        request = parse_request(message.argument())
+        cells = [catalogue.resolve(cell).request for cell in request.cells]
     except (ZloraError, ValueError):
         return None
     submitted = message.submitted_at(now)
     if submitted is None:
         submitted = now
-    loras = tuple(spec for spec in request.loras if spec.is_used)
-    assets = (*(spec.file for spec in loras), *(spec.file for spec in request.embeddings))
+    loras = used_loras(cells)
+    embeddings = cells[0].embeddings
+    assets = (*(spec.file for spec in loras), *(spec.file for spec in embeddings))
     files: list[tuple[Asset, Kind]] = [(asset, "lora") for asset in assets]
     files += [(asset, "image") for asset in request.fetched_images]
     return _Job(job_id, submitted, loras=loras, files=tuple(files))

@@ -13,10 +13,10 @@ from support.fakes import pixels
 from torch import Tensor
 from zlora_worker.demo.command import DOCUMENTS, read_document
 from zlora_worker.demo.server import TOKEN, serving
-from zlora_worker.demo.sheet import Row, draw_sheet
 from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.reader import require_whole
 from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.results.sheet import TILE, Row, draw_sheet, tile
 from zlora_worker.settings import DEMO_LORAS, DEMO_MODEL
 
 
@@ -143,22 +143,17 @@ def test_only_loras_are_served(host: str, path: str) -> None:
         assert session.send(request, timeout=10).status_code == 404
 
 
-def test_a_contact_sheet_shows_every_image(tmp_path: Path) -> None:
+def test_a_contact_sheet_shows_every_image() -> None:
     """Rows are below each other, and the images of a row beside each other."""
     colours = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
-    for name in colours:
-        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
-    rows = [
-        Row("one", [("a", tmp_path / "red.png"), ("b", tmp_path / "lime.png")]),
-        Row("two", [("c", tmp_path / "blue.png")]),
-    ]
+    red, lime, blue = (tile(Image.new("RGB", (64, 64), name)) for name in colours)
+    rows = [Row("one", [("a", red), ("b", lime)]), Row("two", [("c", blue)])]
 
-    draw_sheet(rows, tmp_path / "new" / "sheet.png", note="note")
+    sheet = draw_sheet(rows, note="note")
 
-    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
-        boxes = {name: _box(sheet, colour) for name, colour in colours.items()}
+    boxes = {name: _box(sheet, colour) for name, colour in colours.items()}
     assert {(right - left, bottom - top) for left, top, right, bottom in boxes.values()} == {
-        (192, 192)
+        (TILE, TILE)
     }
     assert boxes["red"][2] < boxes["lime"][0]
     assert boxes["red"][1] == boxes["lime"][1]

@@ -27,7 +27,7 @@ def a_job(num_images: int = 2) -> SpooledJob:
         timeout=1e12,
         started=0.0,
         has_answer=True,
-        tensors_sha256=(),
+        tensors_sha256=((),),
         provenance=job_provenance(a_request(num_images=num_images)),
     )
 
