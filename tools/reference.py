@@ -15,7 +15,7 @@ from typing import Any, Final, cast, get_args
 
 import click
 import msgspec
-from zlora import errors
+from zlora import errors, sweeps
 from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
@@ -37,6 +37,7 @@ from zlora.schema import (
     LoraReceipt,
     LoraSpec,
     PromptReceipt,
+    SweepCell,
     Upscale,
 )
 from zlora_worker.settings import reference as setting_rows
@@ -105,6 +106,15 @@ def request_page() -> str:
         "## Upscale",
         _doc(Upscale),
         _fields(Upscale, is_input=True),
+        "## Sweep",
+        _plain(
+            f"Each combination of the values is an image, at most {sweeps.MAX_CELLS} in all, which "
+            f"have at most {sweeps.MAX_FILES} different LoRAs. [Sweeps](../sweeps.md) has "
+            "examples. The images are in the order of these paths, the last of which changes "
+            "first: `loras[0].weight` and all fields of [LoRAs](#lora), "
+            + ", ".join(f"`{field}`" for field in sweeps.FIELDS[1:])
+            + ". `upscale.factor` is a path, too."
+        ),
         "## File",
         _plain(f"{_doc(Asset)} [LoRA files](../loras.md) describes the sources."),
         _fields(Asset, is_input=True),
@@ -114,6 +124,9 @@ def request_page() -> str:
         f"Keys of `timings`: {phases}. `tail` is the time from the last image to the last upload.",
         "## Image",
         _fields(ImageRef),
+        "## Cell",
+        _doc(SweepCell),
+        _fields(SweepCell),
         "## Receipt",
         _doc(LoraReceipt),
         _fields(LoraReceipt),
@@ -386,6 +399,7 @@ _LINKS: Final[dict[type, str]] = {
     ImageRef: "[image](#image)",
     LoraReceipt: "[receipt](#receipt)",
     PromptReceipt: "[prompt receipt](#prompt-receipt)",
+    SweepCell: "[cell](#cell)",
     Upscale: "[upscale](#upscale)",
 }
 

@@ -51,7 +51,8 @@ _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # o
 Token = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN)]
 Address = Annotated[str, Meta(min_length=1, max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in lower-case hex
-Weight = Annotated[float, Meta(ge=-4, le=4)]  # NaN and Inf are outside of the bounds
+MAX_WEIGHT: Final = 4
+Weight = Annotated[float, Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]  # neither NaN nor Inf
 Share = Annotated[float, Meta(ge=0, le=1)]  # of the steps
 MIN_SIDE: Final = 64  # pixels
 MAX_SIDE: Final = 4096
@@ -661,11 +662,11 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     compile: str = "off"
     """The worker's `ZLORA_COMPILE`, on which the last bits of the pixels depend."""
     recipe_fields: dict[str, Any] = {}
-    """Fields of the request that few-step LoRAs have set, with their values."""
+    """Values that few-step LoRAs have set, by field; of a sweep, those of the first image."""
     prompt_receipt: PromptReceipt | None = None
-    """How the prompt was read; of a sweep, that of the first image, as for the next two."""
+    """How the prompt was read; of a sweep, that of the first image."""
     negative_prompt_receipt: PromptReceipt | None = None
-    """How the negative prompt was read; none if it is empty, or not used for lack of guidance."""
+    """As for the prompt; none if the negative one is empty, or not used for lack of guidance."""
     image_receipt: ImageReceipt | None = None
     """What was used of the `image`."""
     mask_receipt: ImageReceipt | None = None

@@ -22,8 +22,9 @@ from threading import RLock
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from msgspec import structs
 
-from zlora import webhook
+from zlora import sweeps, webhook
 from zlora.async_client import AsyncClient
 from zlora.broker.job_store import NoManifest, QueueStatus, Submission, verdict_of
 from zlora.broker.protocol import NewJob, TaskMeta
@@ -46,12 +47,15 @@ from zlora.schema import (
     ImageRef,
     JobState,
     LoraReceipt,
+    OutputFormat,
     Phase,
     PromptReceipt,
+    SweepCell,
     digest_of,
     image_key,
     parse_request,
     parse_result,
+    sheet_key,
 )
 
 __all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "fake_result"]
@@ -330,23 +334,15 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         width, height = request.upscale.size(width, height)
     cells = request.cells
     for index in range(request.image_count):
-        cell_seed = cells[index].seed_for(job_id) if request.sweep else seed + index
+        image_seed = seed + index if request.sweep is None else cells[index].seed_for(job_id)
         key = image_key(job_id, index, request.output_format)
-        content_type = _MEDIA_TYPES[request.output_format]
-        image = ImageRef(
-            key=key,
-            width=width,
-            height=height,
-            content_type=content_type,
-            size=0,
-            sha256=_EMPTY_SHA256,
-            seed=cell_seed,
-            url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
-            pixels_sha256=_EMPTY_SHA256,
-            batch_size=request.batch_size,
-            data_uri=f"data:{content_type};base64," if request.inline else None,
-        )
-        images.append(image)
+        image = _fake_image(request, key, request.output_format, image_seed, (width, height))
+        if request.inline:
+            image = structs.replace(image, data_uri=f"data:{image.content_type};base64,")
+        images.append(structs.replace(image, batch_size=request.batch_size))
+    sheet = None
+    if request.sweep is not None:
+        sheet = _fake_image(request, sheet_key(job_id), "jpeg", seed, (width, height))
     for spec in request.loras:
         source = without_secrets(spec.file.address)
         sha256 = spec.file.sha256 or _EMPTY_SHA256
@@ -368,19 +364,21 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         )
         receipts.append(receipt)
         file = Asset(url=source, sha256=sha256, config_sha256=spec.file.config_sha256)
-        loras.append(msgspec.structs.replace(spec, file=file))
+        loras.append(structs.replace(spec, file=file))
     embeddings = [
         _fake_embedding(spec, index, f"{request.prompt} {request.negative_prompt}")
         for index, spec in enumerate(request.embeddings)
     ]
     specs = tuple(
-        msgspec.structs.replace(spec, file=Asset(url=receipt.source, sha256=receipt.sha256))
+        structs.replace(spec, file=Asset(url=receipt.source, sha256=receipt.sha256))
         for spec, receipt in zip(request.embeddings, embeddings, strict=True)
     )
     inputs = {name: _fake_input(file, images[0]) for name, file in request.images.items()}
     return GenerateResult(
         job_id=job_id,
         images=tuple(images),
+        cells=_fake_cells(job_id, request),
+        sheet=sheet,
         loras=tuple(receipts),
         embeddings=tuple(embeddings),
         seed=seed,
@@ -391,7 +389,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         started_at=now,
         finished_at=now,
         request_sha256=digest_of(request),
-        request=msgspec.structs.replace(
+        request=structs.replace(
             request,
             loras=tuple(loras),
             embeddings=specs,
@@ -409,6 +407,41 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         else None,
         image_receipt=inputs.get("image"),
         mask_receipt=inputs.get("mask"),
+    )
+
+
+def _fake_cells(job_id: str, request: GenerateRequest) -> tuple[SweepCell, ...]:
+    """Return what the images of a sweep are drawn from."""
+    if request.sweep is None:
+        return ()
+    return tuple(
+        SweepCell(
+            values=values,
+            request=structs.replace(cell, seed=cell.seed_for(job_id)),
+            scheduler=cell.scheduler or "none",
+            relative_norms=(None,) * len(cell.loras),
+        )
+        for values, cell in zip(sweeps.cells(request.sweep), request.cells, strict=True)
+    )
+
+
+def _fake_image(
+    request: GenerateRequest,
+    key: str,
+    output_format: OutputFormat,
+    seed: int,
+    size: tuple[int, int],
+) -> ImageRef:
+    return ImageRef(
+        key=key,
+        width=size[0],
+        height=size[1],
+        content_type=_MEDIA_TYPES[output_format],
+        size=0,
+        sha256=_EMPTY_SHA256,
+        seed=seed,
+        url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
+        pixels_sha256=_EMPTY_SHA256,
     )
 
 

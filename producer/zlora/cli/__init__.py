@@ -35,6 +35,7 @@ for _command in (
     dead.dead,
     doctor.doctor,
     generate.generate,
+    generate.sweep,
     inspection.info,
     inspection.inspect,
     jobs.result,

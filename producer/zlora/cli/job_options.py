@@ -131,6 +131,37 @@ def _image(
     return None if address is None else _file(address)
 
 
+def _axes(
+    _ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, list[Any]]:
+    """Parse `path=value,value` or `path=[...]`, an array in JSON.
+
+    What is not a number, a truth value or null in JSON is a text.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in texts:
+        path, mark, values = text.partition("=")
+        if not mark or not values.strip():
+            raise click.BadParameter(f"{text!r} is not PATH=VALUE,VALUE, such as seed=1,2,3")
+        if path in axes:
+            raise click.BadParameter(f"{path} is given twice")
+        if values.lstrip().startswith("["):
+            try:
+                axes[path] = json_input.read(values.encode())
+            except InvalidRequest as error:
+                raise click.BadParameter(f"{path}: {error}") from None
+        else:
+            axes[path] = [_value(value.strip()) for value in values.split(",")]
+    return axes
+
+
+def _value(text: str) -> Any:
+    try:
+        return json_input.read(text.encode())
+    except InvalidRequest:
+        return text
+
+
 def _file(address: str) -> dict[str, str]:
     if address.startswith("cozy://"):
         return {"cozy_ref": address.removeprefix("cozy://")}
@@ -255,6 +286,16 @@ _OPTIONS: Final = (
     click.option("-n", "num_images", type=int, help="Number of images."),
     click.option("--batch-size", type=int, help="Images to draw at once: 1, 2, 4 or 8."),
     click.option(
+        "--axis",
+        "axes",
+        multiple=True,
+        callback=_axes,
+        metavar="PATH=VALUE,...",
+        help="Values of a field, by its path in the request, such as `seed=1,2,3` or "
+        "`loras[0].weight=0,0.5,1`; may be repeated. An image is drawn for each combination. "
+        'Texts with commas are an array in JSON: `prompt=["a, b", "c"]`.',
+    ),
+    click.option(
         "--scheduler",
         metavar="NAME",
         help="Sampler, such as `euler_ancestral` or `DPM++ 2M Karras`.",
@@ -333,6 +374,8 @@ def read(given: dict[str, Any]) -> Order:
     for name in ("loras", "embeddings"):
         if given[name]:
             document[name] = given[name]
+    if given["axes"]:
+        document["sweep"] = given["axes"]
     upscale = {name: given[f"upscale_{name}"] for name in Upscale.__struct_fields__}
     upscale = {name: value for name, value in upscale.items() if value is not None}
     if upscale:

@@ -8,29 +8,20 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path, PurePath
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn
 
 import click
 import msgspec
 from msgspec import Struct
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from zlora.cli.exit_codes import writing
 from zlora.cli.printing import has_printed, json_option
-from zlora.errors import GenerationFailed, InvalidRequest, InvalidSetting, LoraError, OutOfMemory
+from zlora.errors import GenerationFailed, InvalidRequest, LoraError, OutOfMemory
 from zlora.files import write_atomically
-from zlora.schema import (
-    MAX_IMAGES,
-    GenerateRequest,
-    GenerateResult,
-    Phase,
-    parse_request,
-    parse_result,
-)
+from zlora.schema import MAX_IMAGES, GenerateRequest, GenerateResult, parse_request, parse_result
+from zlora.sweeps import MAX_CELLS
 
+from zlora_worker.cli.local_worker import BarProgress, LocalWorker, require_packages, step_bar
 from zlora_worker.results.provenance import ImageProvenance, image_provenances
 from zlora_worker.settings import Settings
 
@@ -38,7 +29,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from zlora_worker.delivery.progress import Progress as JobProgress
-    from zlora_worker.model.pipeline import Pipeline
 
 _DRIFTED: Final = 3  # exit status
 _COLOURS: Final = {"identical": "green", "drifted": "yellow", "impossible": "red"}
@@ -143,14 +133,7 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     before anything is drawn if a file has no such metadata, and what `docs/cli.md` says of other
     errors. With --json an array is printed, with an object for each image, also before an error.
     """
-    if not all(map(find_spec, ("torch", "diffusers", "PIL", "ssrfguard"))):
-        raise InvalidSetting(
-            "images are drawn by the worker's code: pip install 'z-image-lora[worker]'",
-            {"name": "worker"},
-        )
-    # Before transformers is imported, which else prints advice on other models.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
+    require_packages()
     replays = list[Replay]()
     try:
         images = [image for path in paths for image in recorded_images(path)]
@@ -172,43 +155,17 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
 def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Replay]:
     """Draw each image, with a progress bar of all steps if stderr is a terminal."""
     replayer = Replayer(Settings.from_env(), model_named=bool(os.environ.get("ZLORA_MODEL")))
-    console = Console(stderr=True)
     steps = [image.request.all_steps for image in images]
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("loading", total=sum(steps))
-
+    with step_bar(sum(steps)) as (bar, task):
         for index, image in enumerate(images):
             title = f"{index + 1} of {len(images)}"
-            shown = BarProgress(progress, task, title=title, before=sum(steps[:index]))
+            shown = BarProgress(bar, task, title=title, before=sum(steps[:index]))
             redrawn = replayer.replay(image, shown)
             yield redrawn.replay  # before its files are written, which may fail
             if out:
                 provenance = image.provenance
                 name = f"{index + 1}-{provenance.job_id}-{provenance.index}"
                 _write(redrawn, out, name, image.request.output_format)
-
-
-class BarProgress:
-    """Shows the progress of one image in a bar over the steps of all."""
-
-    def __init__(self, bar: Progress, task: TaskID, *, title: str, before: int) -> None:
-        self._bar, self._task, self._title, self._before = bar, task, title, before
-
-    def __call__(self, phase: Phase, done: int, total: int, **_: object) -> None:  # noqa: ARG002
-        """Move the bar."""
-        completed = self._before + done if phase is Phase.DENOISE else None
-        description = f"{phase.progress_name} {self._title}"
-        self._bar.update(self._task, description=description, completed=completed)
-
-    def raise_if_over(self) -> None:
-        """Do nothing: Ctrl-C ends a replay."""
 
 
 # Reading: a file to the images that are drawn again
@@ -238,8 +195,9 @@ def _images_of_manifest(path: Path, data: bytes) -> list[RecordedImage]:
     """Return the images of a manifest; their files are looked for where a store folder has them."""
     try:
         result = parse_result(data)
-        if not 0 < len(result.images) <= MAX_IMAGES:
-            _refuse(path, f"expected a manifest of 1 to {MAX_IMAGES} images")
+        most = MAX_CELLS if result.cells else MAX_IMAGES
+        if not 0 < len(result.images) <= most:
+            _refuse(path, f"expected a manifest of 1 to {most} images")
         provenances = image_provenances(result)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         _refuse(path, f"not a manifest to draw from: {error}")
@@ -313,82 +271,27 @@ def _refuse(path: Path | str, reason: str) -> NoReturn:
 
 
 class Replayer:
-    """Draws images as a worker with these settings would; loads a base model when it is needed."""
+    """Draws recorded images again, and compares them."""
 
     def __init__(self, settings: Settings, *, model_named: bool) -> None:
-        """`model_named`: the operator chose the model, and the demo model draws nothing unasked.
-
-        Raises `InvalidSetting`.
-        """
-        from zlora_worker.fetch.cache import Cache
-        from zlora_worker.lora.memory_cache import LoraMemoryCache
-
-        self._settings, self._model_named = settings, model_named
-        self._cache = Cache.open(settings)
-        self._loras = LoraMemoryCache(max_bytes=settings.lora_memory_bytes)
-        self._model: Pipeline | None = None
-        self._loaded = ""  # name of that model in the settings
+        """Take the arguments of `LocalWorker`; raise `InvalidSetting`."""
+        self._worker = LocalWorker(settings, model_named=model_named)
 
     def replay(self, image: RecordedImage, progress: "JobProgress") -> Redrawn:
         """Draw one image and compare it with the recorded one.
 
         Raises `ModelUnavailable`, `BaseNotRestored`, and what `progress` raises.
         """
-        from zlora_worker.child import Child
-        from zlora_worker.generate import Job, generate
-        from zlora_worker.model.conditions import recorded_conditions
-        from zlora_worker.monitoring.metrics import Meter
-        from zlora_worker.results.finish import finish
-        from zlora_worker.results.spool import Spool
-        from zlora_worker.results.store import FolderStore, open_store
-        from zlora_worker.results.urls import ImageUrls
-
         provenance = image.provenance
-        model = self._model_for(provenance)
-        with TemporaryDirectory(prefix="zlora-") as folder:
-            store, spooled = FolderStore(Path(folder, "store")), Path(folder, "spool")
-            spooled.mkdir()
-            names_job = any(asset.job_image for asset in image.request.images.values())
-            local = dataclasses.replace(self._settings, urls=(), public_url="")
-            child = Child(
-                model=model,
-                lora_files=self._cache,
-                loras=self._loras,
-                store=store,
-                spool=Spool(spooled, spooled, max_bytes=self._settings.spool_bytes),
-                urls=ImageUrls(store, local),
-                job_timeout=self._settings.job_timeout,
-                meter=Meter(),
-                image_max_bytes=self._settings.image_max_bytes,
-                image_max_pixels=self._settings.image_max_pixels,
-                earlier_results=open_store(self._settings) if names_job else None,
-            )
-            try:
-                with recorded_conditions(model, threads=provenance.threads, tiled=provenance.tiled):
-                    job = Job(id=provenance.job_id, request=image.request)
-                    images = generate(child, job, progress)
-                result = finish(store, images.entry)
-                assert isinstance(result, GenerateResult)  # noqa: S101 - the store was empty
-            except (LoraError, GenerationFailed, InvalidRequest, OutOfMemory) as error:
-                causes = [f"{error} [{error.code}]"]
-                causes += _other_base(provenance, model.name, model.base_sha256)
-                failed = _outcome(image, verdict="impossible", causes=causes, code=error.code)
-                return Redrawn(failed, None, None, image.pixels())
-            key = result.images[image.place].key
-            return _compare(image, store.get(key) or b"", result)
-
-    def _model_for(self, provenance: ImageProvenance) -> "Pipeline":
-        from zlora_worker.lora.memory_cache import LoraMemoryCache
-        from zlora_worker.model import loader
-
-        settings = self._settings
-        if provenance.model == "demo" and not self._model_named:
-            settings = dataclasses.replace(settings, model="demo", vae="")
-        if self._model is None or self._loaded != settings.model:
-            self._model = None  # first: memory may hold only one model
-            self._model, self._loaded = loader.load(settings), settings.model
-            self._loras = LoraMemoryCache(max_bytes=settings.lora_memory_bytes)  # of one model
-        return self._model
+        model = self._worker.model_for(provenance)
+        try:
+            drawn = self._worker.draw(image.request, provenance, progress)
+        except (LoraError, GenerationFailed, InvalidRequest, OutOfMemory) as error:
+            causes = [f"{error} [{error.code}]"]
+            causes += _other_base(provenance, model.name, model.base_sha256)
+            failed = _outcome(image, verdict="impossible", causes=causes, code=error.code)
+            return Redrawn(failed, None, None, image.pixels())
+        return _compare(image, drawn.files[image.place], drawn.result)
 
 
 def _compare(image: RecordedImage, data: bytes, result: GenerateResult) -> Redrawn:

@@ -175,6 +175,8 @@ def image_provenances(result: GenerateResult) -> list[ImageProvenance]:
         raise ValueError(
             f"the manifest does not say what its images were drawn from: {error}"
         ) from None
+    if job.cells and len(job.cells) != len(result.images):
+        raise ValueError("a sweep has as many cells as images")
     return [
         job.for_image(
             index,

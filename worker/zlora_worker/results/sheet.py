@@ -1,6 +1,7 @@
 """Contact sheets: rows of small images with captions."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,6 +16,7 @@ _COLUMNS: Final = 8
 _GAP: Final = 12  # pixels between tiles
 _LINE: Final = 22  # pixels of a line of text
 _FONT_SIZE: Final = 14
+_OF_LORA: Final = re.compile(r"loras\[([0-9])\]\.((?!file|adapter_name).*)")
 _MAX_TEXT: Final = 400  # characters, of which a sheet of eight columns shows fewer
 
 
@@ -62,18 +64,26 @@ def sweep_sheet(cells: Sequence[SweepCell], tiles: Sequence[Image.Image]) -> Ima
     """Return the sheet of a sweep, whose columns are the values of the last path."""
     *paths, last = cells[0].values
     rows = []
-    for values, group in groupby(
+    for _, group in groupby(
         zip(cells, tiles, strict=True), key=lambda pair: [pair[0].values[path] for path in paths]
     ):
-        heading = ", ".join(
-            f"{path} {_shown(value)}" for path, value in zip(paths, values, strict=True)
-        )
-        named = [(f"{last} {_shown(cell.values[last])}", image) for cell, image in group]
+        row = list(group)
+        heading = ", ".join(_label(row[0][0], path) for path in paths)
+        named = [(_label(cell, last), image) for cell, image in row]
         rows += [
             Row("" if first else heading, named[first : first + _COLUMNS])
             for first in range(0, len(named), _COLUMNS)
         ]
     return draw_sheet(rows)
+
+
+def _label(cell: SweepCell, path: str) -> str:
+    """Return a path with the name of its LoRA, and the value of this image."""
+    name = path
+    if (found := _OF_LORA.fullmatch(path)) is not None:
+        spec = cell.request.loras[int(found[1])]
+        name = f"{spec.adapter_name or _shown({'url': spec.file.address})} {found[2]}"
+    return f"{name} {_shown(cell.values[path])}"
 
 
 def _shown(value: Any) -> str:

@@ -88,7 +88,7 @@ def draw(drawing: Drawing, machine: Settings, tmp_path: Path) -> DrawJob:
 
 def redrawn(image: RecordedImage, model: Pipeline, settings: Settings) -> Redrawn:
     replayer = Replayer(dataclasses.replace(settings, model=model.name), model_named=True)
-    replayer._model, replayer._loaded = model, model.name
+    replayer._worker._model, replayer._worker._loaded = model, model.name
     return replayer.replay(image, Watcher())
 
 
@@ -656,6 +656,10 @@ def without(*names: str) -> Callable[[dict[str, Any]], object]:
     return lambda manifest: {name: value for name, value in manifest.items() if name not in names}
 
 
+def a_cell() -> dict[str, Any]:
+    return {"values": {"seed": 1}, "request": {"prompt": "a"}, "scheduler": "S"}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -665,6 +669,7 @@ def without(*names: str) -> Callable[[dict[str, Any]], object]:
         (without("images"), "not a manifest"),
         (lambda manifest: manifest | {"images": []}, "1 to 8 images"),
         (lambda manifest: manifest | {"images": 9 * manifest["images"]}, "1 to 8 images"),
+        (lambda manifest: manifest | {"cells": [a_cell(), a_cell()]}, "as many cells as images"),
         (lambda manifest: manifest | {"job_id": "../../x"}, "job_id"),
         (lambda manifest: manifest | {"seed": "7"}, "not a manifest"),
     ],
