@@ -35,6 +35,7 @@ SERVED = (
     {"timeout": 60},
     {"url_policy": "presigned", "url_expires_in": 3600},
     {"url_policy": "key"},
+    {"sweep": {"scheduler": ["ddim", "euler"]}},
     {"scheduler": "ddim", "eta": 0.5},
     {"schedule": "karras"},
     {"sigmas": [9, 1]},
@@ -76,6 +77,15 @@ def test_a_request_that_the_queue_does_not_serve_is_refused_before_it_is_queued(
     assert not worker.requests
 
 
+def test_a_sweep_is_refused_if_the_queue_does_not_serve_one_of_its_images() -> None:
+    worker = MemoryWorker(info=INFO)
+
+    with pytest.raises(InvalidRequest, match="HeunDiscreteScheduler"):
+        worker.client().submit({"prompt": "a", "sweep": {"scheduler": ["ddim", "heun"]}})
+
+    assert not worker.requests
+
+
 @pytest.mark.parametrize("fields", REFUSED)
 def test_any_request_is_queued_if_the_queue_is_not_known(fields: dict[str, Any]) -> None:
     worker = MemoryWorker()
@@ -91,6 +101,7 @@ def test_any_request_is_queued_if_the_queue_is_not_known(fields: dict[str, Any])
         {"loras": [{"file": {"url": "lora://neon-light"}}]},
         {"prompt": "a city <lora:neon-light>", "prompt_syntax": "a1111"},
         {"embeddings": [{"file": {"url": "lora://neon-light"}}]},
+        {"sweep": {"loras": [[], [{"file": {"url": "lora://neon-light"}}]]}},
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_names(fields: dict[str, Any]) -> None:

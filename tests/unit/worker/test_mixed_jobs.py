@@ -76,6 +76,8 @@ WRONG: Final[tuple[tuple[dict[str, Any], type[ZloraError]], ...]] = (
     ({"embeddings": [{"file": {"url": "lora://one"}, "token": "zebrafish"}]}, EmbeddingMismatch),
     ({"embeddings": [{"file": {"url": "lora://word"}, "token": "city"}]}, EmbeddingMismatch),
     ({"image": {"url": "job:none#0"}}, LoraNotFound),
+    ({"sweep": {"loras": [[], [{"file": {"url": "lora://mismatched"}}]]}}, LoraMismatch),
+    ({"sweep": {"clip_skip": [0, 11]}}, InvalidRequest),
     ({"image": {"url": "lora://one"}}, LoraNotAllowed),
 )
 
@@ -150,6 +152,18 @@ def good(chance: random.Random) -> dict[str, Any]:
     return fields | {"guidance_scale": chance.choice((1.0, 5.0)), "seed": 3}
 
 
+def swept(chance: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields, some of them with a sweep of two or four images."""
+    if "num_images" in fields or chance.random() > 0.1:
+        return fields
+    axes: dict[str, Any] = {"guidance_scale": [1.0, chance.choice((3, 5))]}
+    if not fields.get("loras"):
+        return fields | {"sweep": axes}
+    axes["loras[0].text_encoder_weight"] = [0, chance.choice((0.5, 1))]
+    one = {"file": {"url": "lora://one"}}
+    return fields | {"loras": [one, *fields["loras"][1:]], "sweep": axes}
+
+
 @contextmanager
 def stopping(seconds: float) -> Iterator[None]:
     """Raise `Stopped` in the block after some seconds of CPU time."""
@@ -187,7 +201,7 @@ def test_the_base_model_is_the_same_after_jobs_that_mix_everything(
     images: dict[str, str | None] = {}
     run_job(child, "start", parse_request({"prompt": "a city", "num_inference_steps": 1}))
     for number in range(JOBS):
-        fields = good(chance)
+        fields = swept(chance, good(chance))
         if number % 8 == 3:
             # Libraries replace `Stopped` by errors of their own, and a fast job ends before.
             with suppress(Exception), stopping(chance.uniform(0.001, 0.05)):

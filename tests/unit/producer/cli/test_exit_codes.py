@@ -111,7 +111,8 @@ def test_control_characters_in_an_error_are_replaced(monkeypatch: pytest.MonkeyP
     ("module", "arguments"),
     [
         ("cli.cache", ["cache", "ls"]),
-        ("cli.replay", ["replay", "x.png"]),
+        ("cli.local_worker", ["replay", "x.png"]),
+        ("cli.local_worker", ["explain", "x.png"]),
         ("demo.command", ["demo"]),
     ],
 )

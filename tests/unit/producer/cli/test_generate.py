@@ -40,7 +40,8 @@ def draw(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateR
     images = tuple(msgspec.structs.replace(image, **found) for image in made.images)
     used = {"ranks": (8, 16), "modules": {"unet": 3}, "relative_norm": 0.0125, "tier": "disk"}
     loras = tuple(msgspec.structs.replace(receipt, **used) for receipt in made.loras)
-    return msgspec.structs.replace(made, images=images, loras=loras)
+    sheet = msgspec.structs.replace(made.sheet, **found) if made.sheet else None
+    return msgspec.structs.replace(made, images=images, loras=loras, sheet=sheet)
 
 
 @pytest.fixture
@@ -58,7 +59,8 @@ def run(*arguments: str, given: str | None = None) -> Result:
 def requested(worker: MemoryWorker) -> dict[str, Any]:
     """Return the only request, without defaults."""
     (request,) = worker.requests.values()
-    return to_dict(request)
+    document: dict[str, Any] = json.loads(json.dumps(to_dict(request)))
+    return document
 
 
 # --- the request
@@ -99,6 +101,20 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
             {"image": {"cozy_ref": "owner/a"}, "mask": {"url": LORA}, "mask_invert": True},
         ),
         (
+            ["--axis", "seed=1,2", "--axis", "guidance_scale=1, 7.5", "--axis", "scheduler=ddim"],
+            {
+                "sweep": {
+                    "seed": [1, 2],
+                    "guidance_scale": [1.0, 7.5],
+                    "scheduler": ["ddim"],
+                }
+            },
+        ),
+        (
+            ["--axis", 'prompt=["a, b", "c"]', "--axis", "scheduler=null,Euler a"],
+            {"sweep": {"prompt": ["a, b", "c"], "scheduler": [None, "Euler a"]}},
+        ),
+        (
             ["--recipes", "off", "--trigger-words", "add"],
             {"recipes": "off", "trigger_words": "add"},
         ),
@@ -112,6 +128,40 @@ def test_an_option_is_a_field_of_the_request(
 
     assert result.exit_code == 0, result.output
     assert requested(worker) == {"prompt": "a city", **fields}
+
+
+@pytest.mark.parametrize(
+    "axis", ["seed", "seed=", "=1", "seed=[1", "seed= ", "loras[0].weight=[NaN]"]
+)
+def test_an_axis_without_values_is_refused(worker: MemoryWorker, axis: str) -> None:
+    for options in (["--axis", axis], ["--axis", "seed=1", "--axis", "seed=2"]):
+        result = run("sweep", "a city", "--lora", LORA, *options)
+        assert result.exit_code in (2, 65)
+    assert not worker.requests
+
+
+def test_a_sweep_saves_its_images_and_its_sheet(worker: MemoryWorker) -> None:
+    """Each image is printed with its values."""
+    axes = ["--axis", "loras[0].weight=0,1", "--axis", "seed=5,6"]
+    result = run("sweep", "a city", "--lora", LORA, *axes, "--job-id", "job", "--out", "images")
+
+    assert result.exit_code == 0, result.output
+    names = ["job-0.png", "job-1.png", "job-2.png", "job-3.png", "job-sheet.jpeg"]
+    assert sorted(path.name for path in Path("images").iterdir()) == names
+    (line,) = [line for line in result.stdout.splitlines() if "job-3.png" in line]
+    assert "loras[0].weight 1.0" in line
+    assert "seed 6" in line
+    assert "sheet: images/job-sheet.jpeg" in result.stdout
+    found = json.loads(run("result", "job", "--out", "again", "--json").stdout)
+    assert found["files"] == [f"again/{name}" for name in names]
+
+
+def test_the_command_sweep_is_for_sweeps(worker: MemoryWorker) -> None:
+    result = run("sweep", "a city")
+
+    assert result.exit_code == 2
+    assert "--axis" in result.output
+    assert not worker.requests
 
 
 @pytest.mark.parametrize(
@@ -198,7 +248,7 @@ def test_an_embedding_may_begin_with_its_word(
 ) -> None:
     run("submit", "a city", "--embedding", text)
 
-    assert requested(worker)["embeddings"] == (spec,)
+    assert requested(worker)["embeddings"] == [spec]
 
 
 @pytest.mark.parametrize("name", ["request.json", "-"])

@@ -43,7 +43,7 @@ from zlora.errors import (
 )
 from zlora.lora.addresses import MAX_LISTING
 from zlora.lora.safetensors_header import MAX_HEADER
-from zlora.schema import Asset, GenerateRequest, LoraSpec
+from zlora.schema import Asset, GenerateRequest, LoraSpec, parse_request
 
 SECRETS: Final = ("s3cret", "us3r", "pa55", "fr4g")
 QUERY: Final = "?sig=s3cret#fr4g"
@@ -752,3 +752,23 @@ def test_inspect_prints_an_error_in_one_line_and_exits_with_its_status(
 
     assert result.exit_code == 66
     assert result.output.strip() == f"Error: {host.url}/a: the server answers 404 [lora_not_found]"
+
+
+def test_each_file_of_a_sweep_is_read_once() -> None:
+    """Also that of a LoRA which only some of the images have."""
+
+    def answer(request: Request) -> bytes:
+        return reply(status=404) if request.target.startswith("/gone") else reply(lora())
+
+    with serving(answer) as host:
+        first, second, gone = ({"url": f"{host.url}/{name}"} for name in ("a", "b", "gone"))
+        document = {"prompt": "a", "loras": [{"file": first}, {"file": first}]}
+        axes = {"loras[0].weight": [0.5, 1, 2], "loras[1].file": [first, second]}
+        preflight(host).check(parse_request(document | {"sweep": axes}))
+        assert len(host.requests) == 2
+
+        axes = {"loras[1].file": [first, gone]}
+        with pytest.raises(LoraNotFound) as raised:
+            preflight(host).check(parse_request(document | {"sweep": axes}))
+
+    assert raised.value.details["index"] == 1

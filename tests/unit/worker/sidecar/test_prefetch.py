@@ -147,6 +147,14 @@ def test_embeddings_are_fetched_after_the_loras_of_their_job(line: Line) -> None
     assert line.fetch() == ["a", "e1", "e2", "b"]
 
 
+def test_each_file_of_a_sweep_is_fetched_once(line: Line) -> None:
+    urls = [{"url": f"{line.host.url}/{name}"} for name in "abc"]
+    axes = {"loras[0].file": urls, "loras[0].weight": [0, 0.5, 1]}
+    line.client.submit(line.request("a") | {"sweep": axes})
+
+    assert line.fetch() == ["a", "b", "c"]
+
+
 def test_images_are_fetched_and_those_of_earlier_jobs_are_not(line: Line) -> None:
     """They are no safetensors files; the job finds them in the store."""
     files = {"image": {"url": f"{line.host.url}/image"}, "mask": {"url": "job:earlier#0"}}
