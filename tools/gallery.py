@@ -6,7 +6,10 @@ Starts a broker and a worker for the time of the drawing, and submits each reque
 """
 
 import base64
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from PIL import Image, ImageDraw
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTokenizer
-from zlora import Client, JobHandle, config
+from zlora import Client, JobHandle, config, images
 from zlora.embedded import EmbeddedStack
 from zlora.errors import InvalidRequest
 from zlora.schedulers import SCHEDULERS, Schedule
@@ -256,6 +259,20 @@ def sections(embedding: str, sketch: str, mask: str) -> list[Section]:
             },
         ),
         Section(
+            "sweeps",
+            "Sweeps",
+            "A sweep draws an image for each combination of some values in one job. The sheet that "
+            "comes with its result is much like this one.",
+            {
+                json.dumps(sweep): [("", _city_with({}) | {"sweep": sweep})]
+                for sweep in (
+                    {"loras[0].weight": [0, 0.25, 0.5, 0.75, 1, 1.5]},
+                    {"num_inference_steps": [2, 4, 8, 12, 20, 28]},
+                    {"guidance_scale": [1, 2, 4], "seed": [1, 2]},
+                )
+            },
+        ),
+        Section(
             "previews",
             "Previews",
             "With `previews`, events show the image that is being drawn, at most twice a second. "
@@ -278,19 +295,22 @@ def _city_with(fields: dict[str, Any]) -> dict[str, Any]:
 def draw(section: Section, client: Client, folder: Path) -> str:
     """Draw the sheet of a section; return its part of the page."""
     rows = []
-    for heading, images in section.rows.items():
+    for heading, requests in section.rows.items():
         handles = [
-            (caption, client.submit({"seed": _SEED, **request})) for caption, request in images
+            (caption, client.submit({"seed": _SEED, **request})) for caption, request in requests
         ]
         done = []
         for caption, handle in track(handles, description=f"{section.name}: {heading}"):
             done += previews(handle, folder)
             try:
-                drawn = handle.result(timeout=_PATIENCE).images
+                result = handle.result(timeout=_PATIENCE)
             except InvalidRequest:  # the base cannot do this
                 continue
-            for image in drawn:
-                shown = f"{caption}, seed {image.seed}" if len(drawn) > 1 else caption
+            for index, image in enumerate(result.images):
+                shown = f"{caption}, seed {image.seed}" if len(result.images) > 1 else caption
+                if result.cells:
+                    values = result.cells[index].values
+                    shown = ", ".join(f"{path} {value}" for path, value in values.items())
                 done.append((shown, Path(unquote(urlsplit(image.url or "").path))))
         rows.append(Row(heading, [(caption, tile(Image.open(path))) for caption, path in done]))
     picture = f"pictures/gallery-{section.name}.png"
@@ -346,6 +366,21 @@ def write_catalogue(target: Path) -> None:
     target.write_text("\n".join(lines) + "\n")
 
 
+def explain(client: Client, environ: Mapping[str, str], folder: Path) -> None:
+    """Draw an image with two LoRAs, and the sheet that `zlora explain` makes of it."""
+    loras = [
+        {"file": {"url": f"demo://{name}"}, "weight": 0.7}
+        for name in ("neon-lights", "cyberpunk-style")
+    ]
+    request = {"prompt": _CITY, "seed": _SEED, "loras": loras}
+    result = client.submit(request, job_id="city").result(_PATIENCE)
+    (image,) = images.save(result, folder)
+    target = DOCS / "pictures" / "explain.png"
+    program = Path(sys.executable).with_name("zlora")
+    command: list[str | Path] = [program, "explain", image, "--out", target]
+    subprocess.run(command, env=dict(environ), check=True)
+
+
 def main() -> None:
     """Draw all sections and write the page."""
     with tempfile.TemporaryDirectory() as name:
@@ -368,6 +403,7 @@ def main() -> None:
         files = [(folder / name).as_uri() for name in names]
         with EmbeddedStack(environ) as stack, Client.from_env(stack.environ) as client:
             parts = [draw(section, client, folder) for section in sections(*files)]
+            explain(client, stack.environ, folder)
     note = "Drawn by `make gallery` with the [demo model](demo-model.md); do not edit."
     (DOCS / "gallery.md").write_text("\n".join(["# Gallery\n", f"{note}\n", *parts]))
 
