@@ -109,7 +109,7 @@ def request_page() -> str:
         "## Sweep",
         _plain(
             f"Each combination of the values is an image, at most {sweeps.MAX_CELLS} in all, which "
-            f"have at most {sweeps.MAX_FILES} different LoRAs. [Sweeps](../sweeps.md) has "
+            f"have at most {sweeps.MAX_LORAS} different LoRAs. [Sweeps](../sweeps.md) has "
             "examples. The images are in the order of these paths, the last of which changes "
             "first: `loras[0].weight` and all fields of [LoRAs](#lora), "
             + ", ".join(f"`{field}`" for field in sweeps.FIELDS[1:])

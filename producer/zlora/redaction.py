@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from zlora.schedulers import find_scheduler
@@ -86,6 +86,19 @@ def label(name: str | None) -> str | None:
     if name and "://" in name:
         return without_secrets(name)
     return name
+
+
+def without_secrets_in(value: Any, field: str = "") -> Any:
+    """Return a request as JSON data whose addresses have no secrets, also those of a sweep."""
+    if isinstance(value, dict):
+        return {
+            name: without_secrets_in(each, name.rpartition(".")[2]) for name, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets_in(each, field) for each in value]
+    if field in ("url", "ref", "cozy_ref") and isinstance(value, str):
+        return without_secrets(value) or _MASK
+    return label(value) if field == "adapter_name" else value
 
 
 def shown(request: object, *, prompts: str = "shown") -> str:

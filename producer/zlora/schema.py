@@ -4,8 +4,9 @@ The line below each field is its documentation, from which `docs/reference/reque
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
@@ -881,6 +882,23 @@ def parse_request(document: object) -> GenerateRequest:
     return request
 
 
+def _check_paths(request: GenerateRequest, paths: Collection[str]) -> None:
+    """Raise `InvalidRequest` if a sweep has wrong paths, or too many images."""
+    for path in paths:
+        if not sweeps.is_path(path):
+            fields = ", ".join(sweeps.FIELDS[1:])
+            expected = f"Expected paths such as loras[0].weight, or one of {fields}"
+            raise invalid("$.sweep", field_name(path), expected)
+        if any(other.startswith((f"{path}.", f"{path}[")) for other in paths):
+            expected = "Expected no path that is within the value of another one"
+            raise invalid("$.sweep", path, expected)
+    if (count := request.image_count) > sweeps.MAX_CELLS:
+        raise invalid("$.sweep", count, f"Expected at most {sweeps.MAX_CELLS} images in all")
+    for field in ("num_images", "batch_size"):
+        if (value := getattr(request, field)) > 1:
+            raise invalid(f"$.{field}", value, "Expected 1 with `sweep`")
+
+
 def _with_checked_sweep(request: GenerateRequest) -> GenerateRequest:
     """Return the request with the values of its sweep as the fields have them, such as 1.0 for 1.
 
@@ -889,42 +907,36 @@ def _with_checked_sweep(request: GenerateRequest) -> GenerateRequest:
     if request.sweep is None:
         return request
     path = "$.sweep"
-    for name in request.sweep:
-        if not sweeps.is_path(name):
-            fields = ", ".join(sweeps.FIELDS[1:])
-            expected = f"Expected paths such as loras[0].weight, or one of {fields}"
-            raise invalid(path, field_name(name), expected)
-        if any(other.startswith((f"{name}.", f"{name}[")) for other in request.sweep):
-            raise invalid(path, name, "Expected no path that is within the value of another one")
-    if (count := request.image_count) > sweeps.MAX_CELLS:
-        raise invalid(path, count, f"Expected at most {sweeps.MAX_CELLS} images in all")
-    if request.num_images > 1 or request.batch_size > 1:
-        field = "num_images" if request.num_images > 1 else "batch_size"
-        raise invalid(f"$.{field}", getattr(request, field), "Expected 1 with `sweep`")
+    _check_paths(request, request.sweep)
     document = msgspec.to_builtins(structs.replace(request, sweep=None))
+    parse_request(document)
     # By what was given, which may be neither hashable nor of one type.
     values: dict[str, dict[str, Any]] = {name: {} for name in request.sweep}
-    files: set[object] = set()
-    for cell in sweeps.cells(request.sweep):
+    loras: set[tuple[object, ...]] = set()
+    for index, cell in enumerate(sweeps.cells(request.sweep)):
         try:
             found = parse_request(sweeps.with_values(document, cell))
         except LookupError:
             raise invalid(path, ", ".join(cell), "Expected paths of LoRAs of the request") from None
         except InvalidRequest as error:
             details = error.details
-            expected = f"{details['expected']} at {details['path']} of an image"
+            expected = f"{details['expected']} at {details['path']} of image {index}"
             message = f"{path}: {expected}; the value is {details['value']}"
-            raise InvalidRequest(message, details | {"path": path, "expected": expected}) from None
-        files |= {spec.file for spec in found.loras}
-        files |= {tag.name for tag in prompt_syntax.parse(found.prompt, found.prompt_syntax).loras}
+            details = details | {"path": path, "expected": expected, "image": index}
+            raise InvalidRequest(message, details) from None
+        loras |= {(spec.file.address, spec.alpha) for spec in found.loras}
+        tags = prompt_syntax.parse(found.prompt, found.prompt_syntax).loras
+        loras |= {(f"lora://{tag.name}", None) for tag in tags}
         for name, value in cell.items():
             values[name][repr(value)] = msgspec.to_builtins(sweeps.value_at(found, name))
-    if len(files) > sweeps.MAX_FILES:
-        raise invalid(path, len(files), f"Expected at most {sweeps.MAX_FILES} different LoRAs")
+    if len(loras) > sweeps.MAX_LORAS:
+        raise invalid(path, len(loras), f"Expected at most {sweeps.MAX_LORAS} different LoRAs")
     checked = {
         name: tuple(values[name][repr(value)] for value in given)
         for name, given in request.sweep.items()
     }
+    if (size := len(json.dumps(document | {"sweep": checked}))) > sweeps.MAX_BYTES:
+        raise invalid(path, size, f"Expected at most {sweeps.MAX_BYTES} bytes of JSON in all")
     return structs.replace(request, sweep=checked)
 
 

@@ -10,10 +10,11 @@ from itertools import product
 from typing import Any, Final
 
 MAX_CELLS: Final = 64  # images of a sweep
-MAX_FILES: Final = 16  # different LoRAs of a sweep, which are all in memory
-# What the images may differ in. Each image has its own value of the last of these fields, and
-# those that follow one another share the values of the first: merging LoRAs costs more than
-# encoding a prompt, and that more than another seed.
+MAX_LORAS: Final = 16  # different LoRAs of a sweep, which are in memory all together
+MAX_BYTES: Final = 500_000  # of a request in JSON; Celery's message is a third larger
+# What the images may differ in. From one image to the next, the values of the last fields change
+# often and those of the first ones seldom: merging LoRAs takes longer than encoding a prompt, and
+# that takes longer than drawing other noise.
 FIELDS: Final = (
     "loras",
     "prompt",

@@ -32,7 +32,7 @@ from zlora.broker.task_meta import expired, revoked
 from zlora.client import Client
 from zlora.errors import Conflict, InternalError, JobExpired, JobRevoked, ZloraError
 from zlora.queue_info import QueueInfo
-from zlora.redaction import label, without_secrets
+from zlora.redaction import label, without_secrets, without_secrets_in
 from zlora.schema import (
     CONTENT_TYPES,
     QUEUE,
@@ -47,7 +47,6 @@ from zlora.schema import (
     ImageRef,
     JobState,
     LoraReceipt,
-    OutputFormat,
     Phase,
     PromptReceipt,
     SweepCell,
@@ -56,6 +55,7 @@ from zlora.schema import (
     parse_request,
     parse_result,
     sheet_key,
+    to_dict,
 )
 
 __all__ = ["Draw", "MemoryWorker", "Posted", "Progress", "fake_result"]
@@ -327,22 +327,30 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
 
     URLs begin with `https://pictures.invalid/`, which never resolves (RFC 2606).
     """
-    now, seed = time.time(), request.cells[0].seed_for(job_id)
+    if request.sweep is not None:
+        return _fake_sweep(job_id, request)
+    now, seed = time.time(), request.seed_for(job_id)
     images, loras, receipts = [], [], []
     width, height = request.width or _NATIVE_SIDE, request.height or _NATIVE_SIDE
     if request.upscale is not None:
         width, height = request.upscale.size(width, height)
-    cells = request.cells
-    for index in range(request.image_count):
-        image_seed = seed + index if request.sweep is None else cells[index].seed_for(job_id)
+    for index in range(request.num_images):
         key = image_key(job_id, index, request.output_format)
-        image = _fake_image(request, key, request.output_format, image_seed, (width, height))
-        if request.inline:
-            image = structs.replace(image, data_uri=f"data:{image.content_type};base64,")
-        images.append(structs.replace(image, batch_size=request.batch_size))
-    sheet = None
-    if request.sweep is not None:
-        sheet = _fake_image(request, sheet_key(job_id), "jpeg", seed, (width, height))
+        content_type = _MEDIA_TYPES[request.output_format]
+        image = ImageRef(
+            key=key,
+            width=width,
+            height=height,
+            content_type=content_type,
+            size=0,
+            sha256=_EMPTY_SHA256,
+            seed=seed + index,
+            url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
+            pixels_sha256=_EMPTY_SHA256,
+            batch_size=request.batch_size,
+            data_uri=f"data:{content_type};base64," if request.inline else None,
+        )
+        images.append(image)
     for spec in request.loras:
         source = without_secrets(spec.file.address)
         sha256 = spec.file.sha256 or _EMPTY_SHA256
@@ -377,8 +385,6 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
     return GenerateResult(
         job_id=job_id,
         images=tuple(images),
-        cells=_fake_cells(job_id, request),
-        sheet=sheet,
         loras=tuple(receipts),
         embeddings=tuple(embeddings),
         seed=seed,
@@ -410,39 +416,42 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
     )
 
 
-def _fake_cells(job_id: str, request: GenerateRequest) -> tuple[SweepCell, ...]:
-    """Return what the images of a sweep are drawn from."""
-    if request.sweep is None:
-        return ()
-    return tuple(
-        SweepCell(
-            values=values,
-            request=structs.replace(cell, seed=cell.seed_for(job_id)),
-            scheduler=cell.scheduler or "none",
-            relative_norms=(None,) * len(cell.loras),
-        )
-        for values, cell in zip(sweeps.cells(request.sweep), request.cells, strict=True)
+def _fake_sweep(job_id: str, request: GenerateRequest) -> GenerateResult:
+    """Return the result of a sweep: the image of each cell, and all their LoRAs."""
+    results = [
+        fake_result(job_id, structs.replace(cell, seed=cell.seed_for(job_id)))
+        for cell in request.cells
+    ]
+    images = [
+        _named(result.images[0], image_key(job_id, index, request.output_format))
+        for index, result in enumerate(results)
+    ]
+    sheet = _named(images[0], sheet_key(job_id))
+    asked = msgspec.convert(without_secrets_in(to_dict(request)), GenerateRequest)
+    return structs.replace(
+        results[0],
+        images=tuple(images),
+        sheet=structs.replace(sheet, content_type=_MEDIA_TYPES["jpeg"], data_uri=None),
+        cells=tuple(
+            SweepCell(
+                values=values,
+                request=result.request or request,
+                scheduler=result.scheduler or "none",
+                relative_norms=tuple(receipt.relative_norm for receipt in result.loras),
+            )
+            for values, result in zip(sweeps.cells(asked.sweep or {}), results, strict=True)
+        ),
+        loras=tuple(
+            {receipt.source: receipt for result in results for receipt in result.loras}.values()
+        ),
+        request=asked,
+        request_sha256=digest_of(request),
     )
 
 
-def _fake_image(
-    request: GenerateRequest,
-    key: str,
-    output_format: OutputFormat,
-    seed: int,
-    size: tuple[int, int],
-) -> ImageRef:
-    return ImageRef(
-        key=key,
-        width=size[0],
-        height=size[1],
-        content_type=_MEDIA_TYPES[output_format],
-        size=0,
-        sha256=_EMPTY_SHA256,
-        seed=seed,
-        url=None if request.url_policy == "key" else f"https://pictures.invalid/{key}",
-        pixels_sha256=_EMPTY_SHA256,
-    )
+def _named(image: ImageRef, key: str) -> ImageRef:
+    url = image.url and f"https://pictures.invalid/{key}"
+    return structs.replace(image, key=key, url=url)
 
 
 def _fake_input(file: Asset, drawn: ImageRef) -> ImageReceipt:

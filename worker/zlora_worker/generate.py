@@ -139,9 +139,7 @@ def spooled_job(child: Child, job: Job, cells: Sequence[JobInputs]) -> SpooledJo
         of_cells = tuple(
             SweepCell(
                 values=values,
-                request=structs.replace(
-                    cell.pinned_request, seed=cell.request.seed_for(job.id), sweep=None
-                ),
+                request=structs.replace(cell.pinned_request, seed=cell.request.seed_for(job.id)),
                 scheduler=child.model.scheduler_name(cell.request),
             )
             for values, cell in zip(sweeps.cells(request.sweep or {}), cells, strict=True)

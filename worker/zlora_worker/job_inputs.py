@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
+from zlora.errors import ZloraError
 from zlora.lora import recipes
-from zlora.lora.catalogue import CatalogueEntry
+from zlora.lora.catalogue import CatalogueEntry, Resolved
 from zlora.schema import (
     Asset,
     EmbeddingReceipt,
@@ -133,13 +135,16 @@ def read_inputs(
     before anything is fetched.
     """
     given = asked.cells
-    resolved = [child.catalogue.resolve(cell) for cell in given]
+    resolved: list[Resolved] = []
+    for index, cell in enumerate(given):
+        with naming_image(asked, index):
+            found = child.catalogue.resolve(cell)
+            request, has_loras = found.request, any(spec.is_used for spec in found.request.loras)
+            if request.scheduler or request.recipes == "off" or not has_loras:
+                child.model.scheduler_name(request)  # else a recipe may set it
+            child.model.require_blocks(request)
+            resolved.append(found)
     cells = [request for request, _ in resolved]
-    for request in cells:
-        may_have_recipe = request.recipes == "auto" and any(spec.is_used for spec in request.loras)
-        if request.scheduler or not may_have_recipe:
-            child.model.scheduler_name(request)
-        child.model.require_blocks(request)
     first = cells[0]  # whose embeddings and image are those of all
 
     # fetch
@@ -161,16 +166,17 @@ def read_inputs(
         loras: list[list[LoraInUse]] = []  # of each cell
         embeddings: list[list[EmbeddingInUse]] = []
         known: dict[tuple[str, ...], list[EmbeddingInUse]] = {}  # by the LoRAs that have some
-        for request, entries in resolved:
+        for index, (request, entries) in enumerate(resolved):
             of_cell: list[LoraInUse] = []
-            for spec, entry in zip(request.loras, entries, strict=True):
-                if not spec.is_used:
-                    continue
-                key = (spec.file, spec.alpha)
-                if key not in parsed:
-                    file = by_asset[asset_of(spec)]
-                    parsed[key] = LoraInUse.read(child, spec, file, entry=entry)
-                of_cell.append(parsed[key].with_spec(spec, entry=entry))
+            with naming_image(asked, index):
+                for spec, entry in zip(request.loras, entries, strict=True):
+                    if not spec.is_used:
+                        continue
+                    key = (spec.file, spec.alpha)
+                    if key not in parsed:
+                        file = by_asset[asset_of(spec)]
+                        parsed[key] = LoraInUse.read(child, spec, file, entry=entry)
+                    of_cell.append(parsed[key].with_spec(spec, entry=entry))
             loras.append(of_cell)
             beside = tuple(lora.file.sha256 for lora in of_cell if lora.parsed.has_embeddings)
             if beside not in known:
@@ -179,24 +185,36 @@ def read_inputs(
             embeddings.append(known[beside])
 
     image = ImageInUse.decode(child, first, image_files) if image_files else None
-    found = []
+    inputs = []
     for index, (request, entries) in enumerate(resolved):
-        whole, fields, warnings = _with_nothing_left_out(child, request, loras[index], image)
-        found.append(
+        with naming_image(asked, index):
+            filled = _with_nothing_left_out(child, request, loras[index], image)
+        inputs.append(
             JobInputs(
-                request=whole,
+                request=filled.request,
                 images=range(index, index + 1) if asked.sweep else range(request.num_images),
                 entries=entries,
                 loras=loras[index],
                 embeddings=embeddings[index],
                 image=image,
-                warnings=warnings,
-                recipe_fields=fields,
+                warnings=filled.warnings,
+                recipe_fields=filled.fields,
                 adds_words=given[index].trigger_words == "add",
             )
         )
     end_phase(Phase.PARSE)
-    return found
+    return inputs
+
+
+@contextmanager
+def naming_image(asked: GenerateRequest, index: int) -> Iterator[None]:
+    """Add the index of an image of a sweep, as `image`, to the details of errors inside."""
+    try:
+        yield
+    except ZloraError as error:
+        if asked.sweep is not None:
+            error.add_details(image=index)
+        raise
 
 
 def _with_nothing_left_out(

@@ -14,7 +14,7 @@ from msgspec import Struct
 from zlora.broker.keys import RECORD_EXPIRES
 
 SUBMITTED_AT: Final = "zlora_submitted_at"  # header: seconds since the epoch, producer's clock
-MAX_MESSAGE_BYTES: Final = 2**20  # larger messages are refused unread; requests have at most 0.6 MB
+MAX_MESSAGE_BYTES: Final = 2**20  # larger messages are refused unread; requests have at most 0.7 MB
 
 
 class _Headers(Struct, frozen=True):

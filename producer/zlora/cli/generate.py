@@ -69,7 +69,7 @@ def sweep(**given: Any) -> None:
     """Draw PROMPT with each combination of the values of each --axis, in one job.
 
     Images are saved as by `generate`, and FOLDER/<job id>-sheet.jpeg shows them all with their
-    values. At most 64 images; each is that of a job of its own, byte for byte.
+    values. At most 64 images; each has the pixels of a job of its own.
     """
     wanted = job_options.read(given)
     if wanted.request.sweep is None:

@@ -28,6 +28,12 @@ _LORA: Final = re.compile(
     rf"|:weights={_WEIGHTS}(?:,{_WEIGHTS})*|:blocks={_FACTORS}(?:,{_FACTORS})*)*)",
     re.ASCII | re.DOTALL | re.IGNORECASE,
 )
+# Names of options that are not those of their fields, as paths of `--axis`.
+_SHORT_PATHS: Final = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "negative": "negative_prompt",
+}
 _SIZE: Final = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
 _FIELDS: Final = (  # options that have the name of a field of the request
     "prompt",
@@ -143,6 +149,7 @@ def _axes(
         path, mark, values = text.partition("=")
         if not mark or not values.strip():
             raise click.BadParameter(f"{text!r} is not PATH=VALUE,VALUE, such as seed=1,2,3")
+        path = _SHORT_PATHS.get(path, path)
         if path in axes:
             raise click.BadParameter(f"{path} is given twice")
         if values.lstrip().startswith("["):
@@ -152,6 +159,8 @@ def _axes(
                 raise click.BadParameter(f"{path}: {error}") from None
         else:
             axes[path] = [_value(value.strip()) for value in values.split(",")]
+        if path.endswith(".file"):
+            axes[path] = [_file(item) if isinstance(item, str) else item for item in axes[path]]
     return axes
 
 
@@ -293,7 +302,8 @@ _OPTIONS: Final = (
         metavar="PATH=VALUE,...",
         help="Values of a field, by its path in the request, such as `seed=1,2,3` or "
         "`loras[0].weight=0,0.5,1`; may be repeated. An image is drawn for each combination. "
-        'Texts with commas are an array in JSON: `prompt=["a, b", "c"]`.',
+        'Texts with commas are an array in JSON: `prompt=["a, b", "c"]`. '
+        "`steps`, `guidance` and `negative` are paths, too, and `loras[0].file` takes addresses.",
     ),
     click.option(
         "--scheduler",
@@ -376,6 +386,8 @@ def read(given: dict[str, Any]) -> Order:
             document[name] = given[name]
     if given["axes"]:
         document["sweep"] = given["axes"]
+        if prompts := given["axes"].get("prompt"):
+            document.setdefault("prompt", prompts[0])
     upscale = {name: given[f"upscale_{name}"] for name in Upscale.__struct_fields__}
     upscale = {name: value for name, value in upscale.items() if value is not None}
     if upscale:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from zlora.cli.printing import print_facts, terminal
-from zlora.redaction import on_one_line, printable
+from zlora.redaction import on_one_line
 from zlora.schema import GenerateResult, LoraReceipt
+from zlora.sweep_labels import labels
 
 _TABLE_WIDTH: Final = 80  # columns; a narrower terminal gets a line for each LoRA
 _HEADINGS: Final = ("LoRA", "weight", "rank", "modules", "relative norm", "from")
@@ -25,8 +26,8 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
     facts.append(("seconds", timings))
     facts.append(("base intact", "yes" if result.base_intact else "no"))
     facts.append(("model", result.model))
-    if result.scheduler is not None:
-        facts.append(("scheduler", result.scheduler))
+    schedulers = dict.fromkeys(cell.scheduler for cell in result.cells) or [result.scheduler]
+    facts.append(("scheduler", ", ".join(filter(None, schedulers))))
     for name, read in (
         ("prompt", result.prompt_receipt),
         ("negative", result.negative_prompt_receipt),
@@ -63,14 +64,14 @@ def _image_facts(result: GenerateResult, files: Sequence[Path]) -> list[tuple[st
     """Return where each image is, and what it has of its own; then the sheet of a sweep."""
     images = [*result.images, *filter(None, [result.sheet])]
     places = [str(file) for file in files] or [image.url or image.key for image in images]
+    own = labels(result.cells) if result.cells else []
     facts = []
     for index, (image, place) in enumerate(zip(result.images, places, strict=False)):
         notes = [f"seed {image.seed}", f"{image.width}x{image.height}"]
         if image.batch_size > 1:
             notes.append(f"batch size {image.batch_size}")
         if result.cells:
-            values = result.cells[index].values
-            notes += [f"{path} {printable(value)}" for path, value in values.items()]
+            notes += [label for path, label in own[index].items() if path != "seed"]
         facts.append(("image", f"{place} ({', '.join(notes)})"))
     if result.sheet is not None:
         facts.append(("sheet", f"{places[-1]} ({result.sheet.width}x{result.sheet.height})"))
@@ -80,7 +81,11 @@ def _image_facts(result: GenerateResult, files: Sequence[Path]) -> list[tuple[st
 def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
     """Return what the receipts say beside the table: recipes, strengths, words and others."""
     facts = []
-    if result.recipe_fields:
+    steps = {cell.request.num_inference_steps for cell in result.cells}
+    if len(steps) > 1:  # a recipe has set them for some of the images, or a path names them
+        counts = ", ".join(str(cell.request.num_inference_steps) for cell in result.cells)
+        facts.append(("steps by image", counts))
+    if result.recipe_fields and not result.cells:
         names = ", ".join(filter(None, (receipt.recipe for receipt in result.loras)))
         values = ", ".join(f"{name} {value}" for name, value in result.recipe_fields.items())
         facts.append(("recipe", f"{names}: {values}"))
@@ -88,10 +93,10 @@ def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
         if receipt.trigger_words:
             words = ", ".join(receipt.trigger_words)
             facts.append(("trigger words", f"{receipt.source}: {words}"))
-        if receipt.unet_weights:
+        if receipt.unet_weights and not result.cells:
             shown = ", ".join(f"{weight:g} from {step}" for step, weight in receipt.unet_weights)
             facts.append(("weight by step", f"{receipt.source}: {shown}"))
-        if receipt.blocks:
+        if receipt.blocks and not result.cells:
             shown = ", ".join(f"{block} {factor:g}" for block, factor in receipt.blocks.items())
             facts.append(("factor by block", f"{receipt.source}: {shown}"))
         facts += [("warning", f"{receipt.source}: {warning}") for warning in receipt.warnings]

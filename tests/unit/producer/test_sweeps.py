@@ -1,9 +1,12 @@
 """Sweeps of requests: their images, their order, and what is refused."""
 
+import base64
+import json
 from typing import Any, Final
 
 import msgspec
 import pytest
+from zlora.broker.message import MAX_MESSAGE_BYTES
 from zlora.errors import InvalidRequest
 from zlora.schema import (
     GenerateRequest,
@@ -14,7 +17,8 @@ from zlora.schema import (
     to_dict,
     used_loras,
 )
-from zlora.sweeps import FIELDS, MAX_CELLS, MAX_FILES
+from zlora.sweep_labels import labels
+from zlora.sweeps import FIELDS, MAX_BYTES, MAX_CELLS, MAX_LORAS
 from zlora.testing import MemoryWorker, fake_result
 
 LORA: Final = {"file": {"url": "https://files.test/one.safetensors"}}
@@ -133,7 +137,7 @@ def test_a_request_without_a_sweep_has_one_cell_and_the_digest_that_it_had() -> 
         {"loras": [[LORA] * 9]},
         {"seed": list(range(MAX_CELLS + 1))},
         {"seed": list(range(13)), "guidance_scale": [1, 2, 3, 4, 5]},
-        {"loras[0].file": [{"url": f"a/{number}"} for number in range(MAX_FILES)]},
+        {"loras[0].file": [{"url": f"a/{number}"} for number in range(MAX_LORAS)]},
         {"\u0130": [1]},
         {"loras[\u0661].weight": [1]},
         {"seed\n": [1]},
@@ -155,8 +159,8 @@ def test_a_sweep_has_one_image_of_each_combination(fields: dict[str, Any]) -> No
 
 def test_a_wrong_value_is_named_with_its_place_and_without_secrets() -> None:
     error = refusal({"loras[1].weight": [0, 9]})
-    assert error.details["value"] == "9"
-    assert "$.loras[1].weight" in error.details["expected"]
+    assert (error.details["value"], error.details["image"]) == ("9", 1)
+    assert "$.loras[1].weight of image 1" in error.details["expected"]
 
     text = str(refusal({"prompt": ["a secret (prompt"]}, prompt_syntax="a1111", clip_skip=101))
     assert "secret" not in text
@@ -164,10 +168,106 @@ def test_a_wrong_value_is_named_with_its_place_and_without_secrets() -> None:
     assert "secret" not in str(refusal({"loras[0].file": [wrong]}))
 
 
-def test_the_greatest_sweep_is_read_in_time_for_a_queue() -> None:
-    axes = {"prompt": ["neon " * 1500 + str(number) for number in range(MAX_CELLS)]}
+def test_what_is_wrong_without_the_sweep_too_is_named_as_in_a_plain_request() -> None:
+    assert refusal({"seed": [1]}, strength=0.5).details["path"] == "$.strength"
 
-    assert len(sweep(axes).cells) == MAX_CELLS
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"prompt": [str(number) + 9_900 * "\u00e9" for number in range(MAX_CELLS)]},
+        {
+            "loras": [
+                [{"file": {"url": f"https://host/{'x' * 1600}{index}"}} for index in range(8)]
+                for _ in range(MAX_CELLS)
+            ]
+        },
+    ],
+    ids=["prompts", "addresses"],
+)
+def test_a_sweep_that_no_message_has_room_for_is_refused(axes: dict[str, Any]) -> None:
+    """A worker drops longer messages unread, and the job would never end."""
+    assert str(MAX_BYTES) in refusal(axes).details["expected"]
+
+
+def test_the_greatest_sweep_fits_into_a_message() -> None:
+    """Celery sends base64 of JSON, in which the request is an argument."""
+    count = MAX_BYTES // MAX_CELLS - 100
+    request = sweep({"prompt": [f"{number}{'x' * count}" for number in range(MAX_CELLS)]})
+
+    body = base64.b64encode(json.dumps([[to_dict(request)], {}, {}]).encode())
+
+    assert len(body) < 0.7 * MAX_MESSAGE_BYTES
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"loras[0].alpha": list(range(1, MAX_LORAS + 2))},
+        {"loras[0].file": [{"url": f"lora://{number}"} for number in range(MAX_LORAS)]},
+    ],
+    ids=["alphas", "files"],
+)
+def test_loras_that_differ_in_alpha_alone_count_too(axes: dict[str, Any]) -> None:
+    """Each is parsed for itself, and is in memory as long as the sweep is drawn."""
+    assert str(MAX_LORAS) in refusal(axes).details["expected"]
+
+
+def test_a_name_in_the_prompt_and_in_the_loras_is_one_lora() -> None:
+    names = [f"lora://{number}" for number in range(MAX_LORAS // 2)]
+    prompts = [f"a <lora:{number}:1>" for number in range(MAX_LORAS // 2)]
+    axes = {"loras[0].file": [{"url": name} for name in names], "prompt": prompts}
+
+    loras = [{"file": {"url": "lora://0"}}]
+    assert sweep(axes, loras=loras, prompt_syntax="a1111").image_count == MAX_CELLS
+
+
+# --- labels
+
+
+def labels_of(axes: dict[str, Any], **fields: Any) -> list[str]:
+    """Return the labels of each image, of a result as a worker makes it."""
+    result = fake_result("job", sweep(axes, **fields))
+    return ["; ".join(own.values()) for own in labels(result.cells)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        ({"seed": [1, 2]}, ["seed 1", "seed 2"]),
+        ({"loras[0].weight": [0, 1.5]}, ["one weight 0", "one weight 1.5"]),
+        (
+            {"loras[0].file": [{"url": "a/b/c.safetensors"}, {"ref": "lora://d"}]},
+            ["loras[0].file c", "loras[0].file d"],
+        ),
+        (
+            {"loras": [[], [LORA], [LORA | {"unet_weight": 0.2}, LORA | {"weight": -1}]]},
+            ["loras none", "loras one 1", "loras one 0.2 (text encoders 1) + one -1"],
+        ),
+        (
+            {"loras[0].blocks": [{"down": 0, "mid": 0.5}, None]},
+            ["one blocks down 0, mid 0.5", "one blocks none"],
+        ),
+        (
+            {"loras[0].weights": [[[0, 1], [0.5, 0.3]], [[0, 1]]]},
+            ["one weights 1@0 0.3@0.5", "one weights 1@0"],
+        ),
+        ({"upscale": [None, {"factor": 2}]}, ["upscale none", "upscale factor 2"]),
+        ({"seed": [1, 2], "guidance_scale": [5]}, ["seed 1", "seed 2"]),
+        ({"seed": [1]}, ["seed 1"]),
+        ({"seed": [1, 1], "eta": [None]}, ["eta none; seed 1"] * 2),
+        (
+            {"prompt": [f"an old town by the sea in {season}" for season in ("May", "June")]},
+            ["prompt ... May", "prompt ... June"],
+        ),
+        ({"prompt": ["a cat", "a dog\n"]}, ["prompt a cat", "prompt a dog"]),
+    ],
+    ids=str,
+)
+def test_a_label_says_what_an_image_has_of_its_own(
+    axes: dict[str, Any], expected: list[str]
+) -> None:
+    assert labels_of(axes) == expected
 
 
 def test_each_file_is_used_once_however_many_images_have_it() -> None:
@@ -210,6 +310,27 @@ def test_a_sweep_in_memory_has_cells_and_a_sheet() -> None:
 
 def a_request() -> GenerateRequest:
     return parse_request({"prompt": "a city"})
+
+
+def test_a_sweep_in_memory_has_no_secret_and_all_loras() -> None:
+    address = "https://user:secret@host/x.safetensors?secret"
+    axes = {"loras": [[], [{"file": {"url": address}}], [LORA]]}
+
+    result = fake_result("job", sweep(axes, loras=[]))
+
+    assert "secret" not in repr(result)
+    assert {receipt.source for receipt in result.loras} == {
+        "https://host/x.safetensors",
+        LORA["file"]["url"],
+    }
+
+
+def test_images_in_memory_have_the_sizes_of_their_second_passes() -> None:
+    request = sweep({"upscale.factor": [1.5, 2]}, width=64, height=64)
+
+    result = fake_result("job", request)
+
+    assert [image.width for image in result.images] == [96, 128]
 
 
 def test_a_result_of_a_newer_version_is_read() -> None:

@@ -20,7 +20,7 @@ from support.fakes import (
     write,
 )
 from support.jobs import lora_cache, make_child, run_job
-from zlora.errors import LoraMismatch, LoraNotFound
+from zlora.errors import LoraMismatch, LoraNotFound, ZloraError
 from zlora.lora.catalogue import Catalogue, CatalogueRow
 from zlora.schema import GenerateRequest, GenerateResult, Phase, parse_request, parse_result
 from zlora_worker.child import Child
@@ -255,7 +255,7 @@ def test_an_image_of_another_cell_is_not_taken_for_a_missing_one(
 def test_the_sheet_shows_the_images_in_rows_of_the_last_path(
     child: Child, store: MemoryStore
 ) -> None:
-    """Each tile is its image, enlarged by a whole factor, and below it is the value."""
+    """Each tile is its image, enlarged by a whole factor, with its caption below it."""
     result = run_job(child, "job", sweep({WEIGHT: [0, 1], "seed": [1, 2, 3]}))
 
     assert result.sheet is not None
@@ -301,11 +301,12 @@ def test_the_images_and_the_sheet_of_a_failed_sweep_are_deleted(
     ],
 )
 def test_one_image_that_cannot_be_drawn_fails_the_sweep_before_any_is_drawn(
-    child: Child, calls: Counter[str], axes: dict[str, Any], error: type[Exception]
+    child: Child, calls: Counter[str], axes: dict[str, Any], error: type[ZloraError]
 ) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error) as raised:
         run_job(child, "job", sweep(axes))
 
+    assert raised.value.details["image"] == 1
     assert not calls
 
 
@@ -327,8 +328,7 @@ def test_secrets_in_the_values_are_in_no_result(child: Child, store: MemoryStore
         assert provenance.request.loras[0].file.sha256 == known.sha256
 
 
-def test_a_sweep_asks_for_each_file_once(child: Child) -> None:
-    """The LoRA is one object in memory, however many images have it."""
+def test_a_lora_is_opened_once_however_many_images_have_it(child: Child) -> None:
     fetches = list[tuple[int, int]]()
 
     def watch(phase: Phase, done: int, total: int) -> None:

@@ -51,7 +51,7 @@ class Difference(Struct, frozen=True, kw_only=True):
         return f"{self.mean:.1f}, {self.changed:.0%}"
 
 
-class Picture:
+class Drawing:
     """An image, and its difference from the image as drawn."""
 
     def __init__(self, image: "Image.Image", as_drawn: "Image.Image") -> None:
@@ -111,14 +111,17 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
 
     IMAGE is a file that a worker has drawn, with its metadata. It is drawn again with the same
     noise: as it was, without each LoRA in turn, without any, and with 0 to 1.5 times the weights of
-    each. One sheet shows these images, and how much each differs from the image as drawn.
+    each, as far as they stay between -4 and 4. One sheet shows these images, and how much each
+    differs from the image as drawn.
 
     Settings, base model and LoRAs are those of `zlora replay`.
     """
     require_packages()
-    target = out or Path(f"{image.stem}-explained.png")
-    recorded, *_ = recorded_images(image)
-    provenance = recorded.provenance
+    target = _checked_target(out or Path(f"{image.stem}-explained.png"), image)
+    found = recorded_images(image)
+    if [each.file for each in found] != [image]:  # a manifest, or a contact sheet
+        raise InvalidRequest(f"{image}: not the file of one image", {"path": str(image)})
+    recorded, provenance = found[0], found[0].provenance
     loras = tuple(spec for spec in recorded.request.loras if spec.is_used)
     if not loras:
         raise InvalidRequest(f"{image}: it was drawn without LoRAs", {"path": str(image)})
@@ -140,8 +143,8 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
         title = f"{request.image_count} images"
         drawn = worker.draw(request, provenance, BarProgress(bar, task, title=title, before=0))
     images = list(map(_decoded, drawn.files))
-    pictures = {key: Picture(images[place], images[0]) for key, place in places.items()}
-    found = Explanation(
+    drawings = {key: Drawing(images[place], images[0]) for key, place in places.items()}
+    explanation = Explanation(
         source=on_one_line(image),
         sheet=on_one_line(target),
         is_identical=drawn.result.images[0].pixels_sha256 == provenance.pixels_sha256,
@@ -150,10 +153,10 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
                 source=without_secrets(spec.file.address),
                 unet_weight=spec.component_weights[0],
                 relative_norm=norm,
-                without=pictures[index, 0].difference,
+                without=drawings[index, 0].difference,
                 ladder=tuple(
-                    Rung(factor=factor, difference=picture.difference)
-                    for (number, factor), picture in pictures.items()
+                    Rung(factor=factor, difference=drawing.difference)
+                    for (number, factor), drawing in drawings.items()
                     if number == index
                 ),
             )
@@ -161,15 +164,25 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
                 zip(loras, drawn.result.cells[0].relative_norms, strict=True)
             )
         ),
-        without_any=pictures[None, 0].difference,
+        without_any=drawings[None, 0].difference,
     )
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, _sheet(found, pictures))
+        write_atomically(target, _sheet(explanation, drawings))
     if as_json:
-        print_json(found)
+        print_json(explanation)
     else:
-        _print(found)
+        _print(explanation)
+
+
+def _checked_target(target: Path, image: Path) -> Path:
+    """Return the file for the sheet, whose folder is made; end the command if it cannot be one."""
+    if target.suffix.lower() != ".png" or target.is_dir():
+        raise click.BadParameter(f"{target} is not the name of a PNG", param_hint="'--out'")
+    if target.exists() and image.exists() and target.samefile(image):
+        raise click.BadParameter(f"{target} is the image itself", param_hint="'--out'")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _variants(loras: Loras) -> tuple[list[Loras], dict[Key, int]]:
@@ -220,18 +233,18 @@ def _decoded(data: bytes) -> "Image.Image":
     return open_image(data).convert("RGB")
 
 
-def _sheet(found: Explanation, pictures: dict[Key, Picture]) -> bytes:
+def _sheet(found: Explanation, drawings: dict[Key, Drawing]) -> bytes:
     """Return the file of the sheet: the image without LoRAs, then a row for each LoRA."""
     from zlora_worker.results.sheet import Row, draw_sheet, tile
 
     names = [_name(lora) for lora in found.loras]
-    tiles = [("as drawn", tile(pictures[None, 1].image))]
+    tiles = [("as drawn", tile(drawings[None, 1].image))]
     if len(names) > 1:
         tiles += [
-            (f"without {name}: {pictures[index, 0].difference}", tile(pictures[index, 0].image))
+            (f"without {name}: {drawings[index, 0].difference}", tile(drawings[index, 0].image))
             for index, name in enumerate(names)
         ]
-    without = pictures[None, 0]
+    without = drawings[None, 0]
     tiles.append((f"without LoRAs: {without.difference}", tile(without.image)))
     rows = [Row(f"{PurePath(found.source).name}, and without its LoRAs", tiles)]
     for index, (name, lora) in enumerate(zip(names, found.loras, strict=True)):
@@ -240,8 +253,8 @@ def _sheet(found: Explanation, pictures: dict[Key, Picture]) -> bytes:
             Row(
                 f"{name}: weight {lora.unet_weight:g} times a factor; relative norm {norm:.4g}",
                 [
-                    (f"x {factor:g}: {picture.difference}", tile(picture.image))
-                    for (number, factor), picture in pictures.items()
+                    (f"x {factor:g}: {drawing.difference}", tile(drawing.image))
+                    for (number, factor), drawing in drawings.items()
                     if number == index
                 ],
             )
@@ -252,9 +265,9 @@ def _sheet(found: Explanation, pictures: dict[Key, Picture]) -> bytes:
 
 
 def _print(found: Explanation) -> None:
-    as_drawn = "identical to the file"
+    as_drawn = "identical to what was recorded"
     if not found.is_identical:
-        as_drawn = "not identical to the file: `zlora replay` says why"
+        as_drawn = "not identical to what was recorded: `zlora replay` says why"
     facts = [("sheet", found.sheet), ("as drawn", as_drawn)]
     for lora in found.loras:
         name, norm = _name(lora), lora.relative_norm or 0

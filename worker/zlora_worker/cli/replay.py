@@ -122,9 +122,9 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
 
     IMAGE is a PNG, JPEG or WebP file that a worker has drawn. MANIFEST is a job's `manifest.json`;
     its images are looked for beside it, in `outputs`, and if one is missing, its recorded hash is
-    compared. The settings are a worker's: the base model is that of ZLORA_MODEL, or the demo model
-    if ZLORA_MODEL is not set and the demo model drew the image. LoRAs come from the cache by their
-    sha256, else from their address.
+    compared. Contact sheets are left out. The settings are a worker's: the base model is that of
+    ZLORA_MODEL, or the demo model if ZLORA_MODEL is not set and the demo model drew the image.
+    LoRAs come from the cache by their sha256, else from their address.
 
     An image is identical if all its pixels are drawn again and its file still has them. With --out,
     a comparison shows each image that drifted, the image drawn now, and their amplified difference.
@@ -137,6 +137,8 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
     replays = list[Replay]()
     try:
         images = [image for path in paths for image in recorded_images(path)]
+        if not images:
+            _refuse(paths[0], "a contact sheet, which has no image to draw again")
         replays.extend(_redraw(images, out))
     finally:  # also before an error or Ctrl-C
         if as_json:
@@ -172,18 +174,21 @@ def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Repla
 
 
 def recorded_images(path: Path) -> list[RecordedImage]:
-    """Return the image of an image file, or the images of a manifest.
+    """Return the image of an image file, or the images of a manifest; none of a contact sheet.
 
     The file may come from anyone: what is read is bounded, and its request is checked as any job's.
     Raises `InvalidRequest` if the file does not say what it was drawn from.
     """
-    from zlora_worker.results.metadata import provenance_of
+    from zlora_worker.results.metadata import is_sheet, provenance_of
 
     data = _read(path)
     if data.lstrip().startswith(b"{"):
         return _images_of_manifest(path, data)
+    image = _open_image(path, data)
+    if is_sheet(image):
+        return []
     try:
-        provenance = provenance_of(_open_image(path, data))
+        provenance = provenance_of(image)
     except msgspec.DecodeError as error:
         _refuse(path, f"its metadata cannot be read: {error}")
     if provenance is None:
@@ -213,6 +218,8 @@ def _images_of_manifest(path: Path, data: bytes) -> list[RecordedImage]:
 
 
 def _recorded_image(source: str, file: Path | None, provenance: ImageProvenance) -> RecordedImage:
+    if provenance.request.sweep is not None:
+        _refuse(source, "the request of an image has no sweep")
     width, height = provenance.width, provenance.height
     if provenance.request.upscale is not None:  # the image has the size of the second pass
         width, height = provenance.request.width or width, provenance.request.height or height

@@ -18,6 +18,8 @@ from zlora_worker.results.provenance import ImageProvenance, parse_provenance
 _INFOTEXT_CHUNK: Final = "parameters"
 _JSON_CHUNK: Final = "zlora"
 
+SHEET_COMMENT: Final = b"z-image-lora: contact sheet"  # in JPEG's own segment for comments
+
 _JPEG_SEGMENT: Final = 65_000  # bytes that a segment holds beside Pillow's own header in it
 # Exif 2.3, 4.6.5: the code of a UserComment; AUTOMATIC1111 writes UTF-16, big end first.
 _UNICODE: Final = b"UNICODE\0"
@@ -63,6 +65,11 @@ def provenance_of(image: Image.Image) -> ImageProvenance | None:
     if document is None:
         document = _in_xmp(image.info.get("xmp"))
     return parse_provenance(document) if isinstance(document, bytes | str) else None
+
+
+def is_sheet(image: Image.Image) -> bool:
+    """Return whether an opened image is the contact sheet of a sweep."""
+    return image.info.get("comment") == SHEET_COMMENT
 
 
 def _in_xmp(packet: object) -> bytes | None:

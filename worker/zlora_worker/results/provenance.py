@@ -1,11 +1,11 @@
 """Provenance: everything needed to draw an image again, without secrets."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
-from zlora.redaction import label, without_secrets
+from zlora.redaction import label, without_secrets, without_secrets_in
 from zlora.schema import (
     JOB_ID,
     MAX_SEED,
@@ -18,7 +18,6 @@ from zlora.schema import (
     TolerantRequest,
 )
 
-_MASK: Final = "***"  # of an address of which nothing else is left
 _MAX_BYTES: Final = 2**22  # of a JSON document; that of the longest request has about a tenth
 
 
@@ -140,20 +139,7 @@ def pinned(
 
 def unpinned(request: GenerateRequest) -> GenerateRequest:
     """Return the request of a sweep without secrets; which files were used is in its cells."""
-    return msgspec.convert(_without_secrets(msgspec.to_builtins(request)), GenerateRequest)
-
-
-def _without_secrets(value: Any, field: str = "") -> Any:
-    """Return JSON data whose addresses have no secrets, also within the values of a sweep."""
-    if isinstance(value, dict):
-        return {
-            name: _without_secrets(each, name.rpartition(".")[2]) for name, each in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_without_secrets(each, field) for each in value]
-    if field in ("url", "ref", "cozy_ref") and isinstance(value, str):
-        return without_secrets(value) or _MASK
-    return label(value) if field == "adapter_name" else value
+    return msgspec.convert(without_secrets_in(msgspec.to_builtins(request)), GenerateRequest)
 
 
 def _pinned_file(source: str, sha256: str | None, config_sha256: str | None = None) -> Asset:
@@ -175,8 +161,10 @@ def image_provenances(result: GenerateResult) -> list[ImageProvenance]:
         raise ValueError(
             f"the manifest does not say what its images were drawn from: {error}"
         ) from None
-    if job.cells and len(job.cells) != len(result.images):
+    if job.request.sweep is not None and len(job.cells) != len(result.images):
         raise ValueError("a sweep has as many cells as images")
+    if job.request.sweep is None and job.cells:
+        raise ValueError("only a sweep has cells")
     return [
         job.for_image(
             index,

@@ -1,22 +1,20 @@
 """Contact sheets: rows of small images with captions."""
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import PurePath
 from typing import Any, Final
 
 from PIL import Image, ImageDraw, ImageFont
 from zlora.schema import SweepCell
+from zlora.sweep_labels import labels
 
 TILE: Final = 256  # pixels of the longer side
 _COLUMNS: Final = 8
+_LEAST_COLUMNS: Final = 3  # room for headings
 _GAP: Final = 12  # pixels between tiles
 _LINE: Final = 22  # pixels of a line of text
 _FONT_SIZE: Final = 14
-_OF_LORA: Final = re.compile(r"loras\[([0-9])\]\.((?!file|adapter_name).*)")
 _MAX_TEXT: Final = 400  # characters, of which a sheet of eight columns shows fewer
 
 
@@ -41,7 +39,7 @@ def tile(image: Image.Image) -> Image.Image:
 
 def draw_sheet(rows: Sequence[Row], *, note: str = "") -> Image.Image:
     """Return the rows below each other, and the note below them."""
-    columns = max(len(row.tiles) for row in rows)
+    columns = max(_LEAST_COLUMNS, *(len(row.tiles) for row in rows))
     tallest = max(image.height for row in rows for _, image in row.tiles)
     height = tallest + 2 * _LINE + _GAP
     size = (_GAP + columns * (TILE + _GAP), _GAP + len(rows) * height + (_LINE if note else 0))
@@ -61,48 +59,19 @@ def draw_sheet(rows: Sequence[Row], *, note: str = "") -> Image.Image:
 
 
 def sweep_sheet(cells: Sequence[SweepCell], tiles: Sequence[Image.Image]) -> Image.Image:
-    """Return the sheet of a sweep, whose columns are the values of the last path."""
-    *paths, last = cells[0].values
+    """Return the sheet of a sweep, whose columns are the values of the last path that differs."""
+    own = labels(cells)
+    *paths, last = own[0]
     rows = []
-    for _, group in groupby(
-        zip(cells, tiles, strict=True), key=lambda pair: [pair[0].values[path] for path in paths]
+    for heading, group in groupby(
+        zip(own, tiles, strict=True), key=lambda pair: ", ".join(pair[0][path] for path in paths)
     ):
-        row = list(group)
-        heading = ", ".join(_label(row[0][0], path) for path in paths)
-        named = [(_label(cell, last), image) for cell, image in row]
+        named = [(words[last], image) for words, image in group]
         rows += [
             Row("" if first else heading, named[first : first + _COLUMNS])
             for first in range(0, len(named), _COLUMNS)
         ]
     return draw_sheet(rows)
-
-
-def _label(cell: SweepCell, path: str) -> str:
-    """Return a path with the name of its LoRA, and the value of this image."""
-    name = path
-    if (found := _OF_LORA.fullmatch(path)) is not None:
-        spec = cell.request.loras[int(found[1])]
-        name = f"{spec.adapter_name or _shown({'url': spec.file.address})} {found[2]}"
-    return f"{name} {_shown(cell.values[path])}"
-
-
-def _shown(value: Any) -> str:
-    """Return a value of a sweep in a few words."""
-    shown = json.dumps(value)
-    match value:
-        case None | []:
-            shown = "none"
-        case float():
-            shown = f"{value:g}"
-        case str():
-            shown = " ".join(value.split())
-        case {"url": str(address)} | {"ref": str(address)} | {"cozy_ref": str(address)}:
-            shown = PurePath(address).name.removesuffix(".safetensors")
-        case {"file": file}:  # of a LoRA
-            shown = f"{_shown(file)} {_shown(float(value.get('weight', 1.0)))}"
-        case [{"file": _}, *_]:
-            shown = " + ".join(map(_shown, value))
-    return shown
 
 
 def _cut(text: str, width: int, font: Any) -> str:

@@ -18,7 +18,7 @@ from zlora.schema import BatchSize, GenerateRequest, ImageRef, Phase
 from zlora_worker.results import encoding
 from zlora_worker.results.infotext import infotext
 from zlora_worker.results.manifest import image_keys, put_if_absent
-from zlora_worker.results.metadata import embed_metadata, provenance_of
+from zlora_worker.results.metadata import SHEET_COMMENT, embed_metadata, provenance_of
 from zlora_worker.results.provenance import ImageProvenance, JobProvenance
 from zlora_worker.results.store import Store
 from zlora_worker.signals import run_to_completion
@@ -93,7 +93,7 @@ class ImageUploader:
 
     def add_sheet(self, sheet: Image.Image) -> ImageRef:
         """Store the contact sheet of a sweep."""
-        data = encoding.encode(sheet, _SHEET)
+        data = encoding.encode(sheet, _SHEET, comment=SHEET_COMMENT)
         for key in (self._keys[-1], self._own_keys[-1]):
             if put_if_absent(self._store, key, data, _SHEET_TYPE, stop=self._stop) == data:
                 break

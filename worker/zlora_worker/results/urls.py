@@ -66,12 +66,16 @@ class ImageUrls:
     def with_urls(self, result: GenerateResult) -> GenerateResult:
         """Return a stored result with URLs made now; raise `StoreFailed` if they cannot be made."""
         request = result.request or GenerateRequest(prompt="")
-        images = [self._with_url(image, request) for image in result.images]
+        sheet = () if result.sheet is None else (result.sheet,)
+        images = [self._with_url(image, request) for image in (*result.images, *sheet)]
         size = sum(image.size for image in images)
         if request.inline and size <= self._settings.inline_bytes:
             images = [self._with_data_uri(image) for image in images]
-        sheet = self._with_url(result.sheet, request) if result.sheet else None
-        return msgspec.structs.replace(result, images=tuple(images), sheet=sheet)
+        return msgspec.structs.replace(
+            result,
+            images=tuple(images[: len(result.images)]),
+            sheet=images[-1] if sheet else None,
+        )
 
     def _policy(self, request: GenerateRequest) -> UrlPolicy:
         """Return the request's policy, or the default if the operator no longer offers it."""

@@ -111,6 +111,23 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
             },
         ),
         (
+            ["--axis", "steps=4,8", "--axis", "guidance=1", "--axis", "negative=a,b"],
+            {
+                "sweep": {
+                    "num_inference_steps": [4, 8],
+                    "guidance_scale": [1.0],
+                    "negative_prompt": ["a", "b"],
+                }
+            },
+        ),
+        (
+            ["--lora", LORA, "--axis", f"loras[0].file={LORA},cozy://a/b"],
+            {
+                "loras": [{"file": {"url": LORA}}],
+                "sweep": {"loras[0].file": [{"url": LORA}, {"cozy_ref": "a/b"}]},
+            },
+        ),
+        (
             ["--axis", 'prompt=["a, b", "c"]', "--axis", "scheduler=null,Euler a"],
             {"sweep": {"prompt": ["a, b", "c"], "scheduler": [None, "Euler a"]}},
         ),
@@ -149,11 +166,15 @@ def test_a_sweep_saves_its_images_and_its_sheet(worker: MemoryWorker) -> None:
     names = ["job-0.png", "job-1.png", "job-2.png", "job-3.png", "job-sheet.jpeg"]
     assert sorted(path.name for path in Path("images").iterdir()) == names
     (line,) = [line for line in result.stdout.splitlines() if "job-3.png" in line]
-    assert "loras[0].weight 1.0" in line
-    assert "seed 6" in line
+    assert "(seed 6, 1024x1024, x weight 1)" in line
     assert "sheet: images/job-sheet.jpeg" in result.stdout
     found = json.loads(run("result", "job", "--out", "again", "--json").stdout)
     assert found["files"] == [f"again/{name}" for name in names]
+
+
+def test_a_prompt_may_be_an_axis_alone(worker: MemoryWorker) -> None:
+    assert run("sweep", "--axis", "prompt=a,b").exit_code == 0
+    assert requested(worker) == {"prompt": "a", "sweep": {"prompt": ["a", "b"]}}
 
 
 def test_the_command_sweep_is_for_sweeps(worker: MemoryWorker) -> None:

@@ -1,6 +1,7 @@
 """The commands on a terminal: bars, tables, and the question after Ctrl-C."""
 
 import base64
+import codecs
 import io
 import os
 import pty
@@ -46,6 +47,7 @@ class Terminal:
         )
         os.close(slave)
         self.text = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode  # a read may cut a character
 
     def sees(self, pattern: str) -> str:
         """Wait for output after what was seen before, and return the first group of the pattern."""
@@ -72,7 +74,9 @@ class Terminal:
     def _read(self) -> str:
         while select.select([self._master], [], [], 0)[0]:
             try:
-                self.text += re.sub(r"\x1b\[[0-9;]*m", "", os.read(self._master, 65_536).decode())
+                self.text += re.sub(
+                    r"\x1b\[[0-9;]*m", "", self._decode(os.read(self._master, 65_536))
+                )
             except OSError:  # the command has closed its terminal
                 break
         return self.text

@@ -108,7 +108,7 @@ def test_weights_beyond_their_bounds_are_left_out(draw: Any, tmp_path: Path) -> 
 
 
 def test_strengths_over_the_steps_are_scaled(draw: Any, tmp_path: Path) -> None:
-    """The recorded request has them, also for an image that was drawn in a batch."""
+    """The recorded request has them."""
     spec = {"weights": [[0, 1], [0.5, 0]], "text_encoder_weight": 0}
     path = draw(job(tmp_path, spec, output_format="webp", quality=60))
     scaled = {"weights": [[0, 0.5], [0.5, 0]], "text_encoder_weight": 0}
@@ -126,7 +126,7 @@ def test_the_output_for_people_has_the_numbers(draw: Any, tmp_path: Path) -> Non
 
     assert result.exit_code == 0, result.output
     for words in (
-        "identical to the file",
+        "identical to what was recorded",
         "lora-0: weight 1, relative norm",
         "x 0.25:",
         "x 1: 0.0",
@@ -143,6 +143,30 @@ def test_an_image_without_loras_is_refused_before_anything_is_drawn(
     assert result.exit_code == 65
     assert "without LoRAs" in result.output
     assert not list(Path().glob("*-explained.png"))
+
+
+@pytest.mark.parametrize("name", ["0.png", "folder", "sheet.jpg", "folder/"])
+def test_a_target_that_cannot_be_is_refused_before_anything_is_drawn(
+    draw: Any, tmp_path: Path, name: str
+) -> None:
+    """Such as the image itself, which has the only metadata."""
+    path = draw(job(tmp_path, {}))
+    (path.parent / "folder").mkdir()
+    before = path.read_bytes()
+
+    result = explained(path, "--out", path.parent / name)
+
+    assert result.exit_code == 2, result.output
+    assert path.read_bytes() == before
+
+
+def test_a_manifest_is_refused_since_it_may_have_many_images(draw: Any, tmp_path: Path) -> None:
+    manifest = draw(job(tmp_path, {})).parents[1] / "manifest.json"
+
+    result = explained(manifest)
+
+    assert result.exit_code == 65
+    assert "not the file of one image" in result.output
 
 
 def test_an_image_without_metadata_is_refused(machine: Settings, tmp_path: Path) -> None:

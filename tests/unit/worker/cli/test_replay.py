@@ -656,8 +656,14 @@ def without(*names: str) -> Callable[[dict[str, Any]], object]:
     return lambda manifest: {name: value for name, value in manifest.items() if name not in names}
 
 
-def a_cell() -> dict[str, Any]:
-    return {"values": {"seed": 1}, "request": {"prompt": "a"}, "scheduler": "S"}
+def a_cell(**fields: Any) -> dict[str, Any]:
+    return {"values": {"seed": 1}, "request": {"prompt": "a", **fields}, "scheduler": "S"}
+
+
+def swept(manifest: dict[str, Any], *cells: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest with a request of a sweep, and these cells."""
+    request = manifest["request"] | {"sweep": {"seed": [1]}}
+    return manifest | {"request": request, "cells": list(cells)}
 
 
 @pytest.mark.parametrize(
@@ -669,7 +675,10 @@ def a_cell() -> dict[str, Any]:
         (without("images"), "not a manifest"),
         (lambda manifest: manifest | {"images": []}, "1 to 8 images"),
         (lambda manifest: manifest | {"images": 9 * manifest["images"]}, "1 to 8 images"),
-        (lambda manifest: manifest | {"cells": [a_cell(), a_cell()]}, "as many cells as images"),
+        (lambda manifest: manifest | {"cells": [a_cell()]}, "only a sweep has cells"),
+        (swept, "as many cells as images"),
+        (lambda manifest: swept(manifest, a_cell(), a_cell()), "as many cells as images"),
+        (lambda manifest: swept(manifest, a_cell(sweep={"seed": [1]})), "has no sweep"),
         (lambda manifest: manifest | {"job_id": "../../x"}, "job_id"),
         (lambda manifest: manifest | {"seed": "7"}, "not a manifest"),
     ],
