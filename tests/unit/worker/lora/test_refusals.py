@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from support import lora_files
-from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
+from support.fakes import TEXT, UNET, Tensors, kohya_lora, peft_lora, write
 from support.lora_files import State, merged_by_hand, require_equal, require_unchanged, snapshot
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors, ZloraError
@@ -29,11 +29,6 @@ KEY: Final = f"{BLOCK}attn2_to_k"  # 32x80: the width of the tiny model's cross-
 KERNEL_NAME: Final = "down_blocks.1.resnets.0.conv1"
 KERNEL: Final = "lora_unet_down_blocks_1_resnets_0_conv1"  # 32x16x3x3
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,6 @@ def base(resident: Pipeline) -> bytes:
     return drawn(resident, [])
 
 
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
 def lora(model: Pipeline, home: Path, name: str, **fields: Any) -> WeightedLora:
     path = tiny_lora(home, name)
     if "schedule" in fields:

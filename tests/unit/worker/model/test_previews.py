@@ -14,11 +14,6 @@ from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
 
 
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
 def previewed(model: Pipeline, **fields: Any) -> tuple[list[str | None], Image.Image]:
     """Draw an image; return the preview at each report of a step, and the image."""
     found = list[str | None]()

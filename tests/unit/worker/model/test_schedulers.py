@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final, get_args
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
-from support.fakes import a_request, load_pipeline
+from support.fakes import a_request
 from zlora.errors import InvalidRequest
 from zlora.schedulers import SCHEDULERS, SIGMA_OPTIONS, SPACINGS, Schedule, find_scheduler
 from zlora_worker.model.pipeline import Pipeline
@@ -27,11 +26,6 @@ LEVELS: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "sigmas": ({"sigmas": SIGMAS}, {"sigmas": [*SIGMAS, 0.0]}),
     "eta": ({"eta": 0.5}, {"eta": 0.5}),
 }
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")
