@@ -589,7 +589,12 @@ def test_strengths_over_steps_and_by_block_are_in_the_receipt_and_a_replay_draws
     file = write(tmp_path / "a.safetensors", peft_lora())
     both = write(tmp_path / "b.safetensors", peft_lora((*UNET, *TEXT), ranks=(4,)))
     constant = pinned(both, weight=0.5)
-    steps: dict[str, Any] = {"num_inference_steps": 4, "seed": 3, "num_images": 2}
+    steps: dict[str, Any] = {
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "seed": 3,
+        "num_images": 2,
+    }
     variants: list[dict[str, Any]] = [
         {},
         {"start": 0.3},

@@ -238,12 +238,14 @@ def test_the_size_is_the_images_unless_the_request_names_one(
     expected: tuple[int, int],
 ) -> None:
     """The image is resized as diffusers does, and the request in the result has the size."""
-    start = picture(size)
+    start, steps = picture(size), 2
 
-    result, image = drawn(child, "job", image=cached(file_of(start)), **fields)
+    result, image = drawn(
+        child, "job", image=cached(file_of(start)), num_inference_steps=steps, **fields
+    )
 
     resized = start.resize(expected, Image.Resampling.LANCZOS)
-    assert image == rounded(by_diffusers(child.model, resized, None))
+    assert image == rounded(by_diffusers(child.model, resized, None, num_inference_steps=steps))
     assert (result.images[0].width, result.images[0].height) == expected
     assert result.request is not None
     assert (result.request.width, result.request.height) == expected
@@ -354,8 +356,9 @@ def test_half_precision_leaves_the_base_exact(model_home: Path, tmp_path: Path, 
     asset = Asset(url="https://files.invalid/a", sha256=hashlib.sha256(data).hexdigest())
     child.lora_files.file(asset.sha256 or "").write_bytes(data)
 
-    result, image = drawn(child, "job", image=asset, upscale=Upscale(factor=1.5))
-    _, again = drawn(child, "again", image=asset, upscale=Upscale(factor=1.5))
+    fields: dict[str, Any] = {"image": asset, "upscale": Upscale(factor=1.5)}
+    result, image = drawn(child, "job", num_inference_steps=2, **fields)
+    _, again = drawn(child, "again", num_inference_steps=2, **fields)
 
     assert result.base_intact
     assert result.base_checked == 1.0
@@ -429,8 +432,9 @@ def decoded(child: Child, request: GenerateRequest) -> ImageInUse:
 
 def test_an_image_of_an_earlier_job_is_named_by_its_index(child: Child, plain: bytes) -> None:
     """Its receipt and the request in the result have its checksum."""
-    first, _ = drawn(child, "first", num_images=2, width=64, height=72)
-    _, second = drawn(child, "again", seed=8, width=64, height=72)
+    small: dict[str, Any] = {"num_inference_steps": 1, "width": SIZE[0], "height": SIZE[1]}
+    first, _ = drawn(child, "first", num_images=2, **small)
+    _, second = drawn(child, "again", seed=8, **small)
 
     result, image = drawn(child, "job", image=Asset(url="job:first#1"))
 

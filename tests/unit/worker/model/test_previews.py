@@ -57,7 +57,7 @@ def test_the_last_estimate_is_what_is_decoded(
         decoded.append(latents[0] * vae.config.scaling_factor)
         return decode(latents, **options)
 
-    previewed(model)  # the fit decodes, too
+    previewed(model, num_inference_steps=1)  # the fit decodes, too
     monkeypatch.setattr(vae, "decode", seen)
     request = a_request(
         previews=True, num_inference_steps=3, scheduler=scheduler, guidance_scale=guidance
