@@ -672,19 +672,22 @@ def test_other_settings_of_the_configuration_are_ignored(model: Pipeline, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("part", "end"),
     [
-        "." * 10**5,
-        "unet." * 10**5,
-        "lora_unet_" * 10**5,
-        "a.lora_A.a" * 10**5,
-        "_oft_R" * 10**5 + ".oft_",
-        "blocks_1_" * 10**5,
-        ".lora" * 10**5,
+        (".", ""),
+        ("unet.", ""),
+        ("lora_unet_", ""),
+        ("a.lora_A.a", ""),
+        ("_oft_R", ".oft_"),
+        ("blocks_1_", ""),
+        (".lora", ""),
     ],
 )
-@pytest.mark.timeout(60)  # a pattern that backtracks would take minutes
-def test_a_long_name_is_refused_at_once(model: Pipeline, tmp_path: Path, name: str) -> None:
+@pytest.mark.timeout(20)  # a pattern that backtracks would take minutes
+def test_a_long_name_is_refused_at_once(
+    model: Pipeline, tmp_path: Path, part: str, end: str
+) -> None:
+    name = part * (200_000 // len(part)) + end
     tensors = {name: torch.ones(2), f"{name}.lora_down.weight": torch.ones(2)}
 
     assert refusal(model, write(tmp_path / "a", tensors))
