@@ -1,15 +1,14 @@
 """Jobs whose images are drawn in batches: sizes, memory, later deliveries, and the next job."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import pytest
 import torch
 from PIL import Image
-from support.fakes import MemoryStore, a_request, load_pipeline, pixels, settings
-from support.jobs import lora_cache, make_child, run_job
+from support.fakes import MemoryStore, a_request, pixels
+from support.jobs import run_job
 from zlora.errors import OutOfMemory
 from zlora.schema import GenerateRequest, GenerateResult, Phase
 from zlora_worker.child import Child
@@ -20,21 +19,6 @@ from zlora_worker.model.pipeline import Pipeline
 ODD: Final[dict[str, Any]] = {"width": 72, "height": 88, "guidance_scale": 1.0}
 SEED: Final = 40
 Room = Callable[[int], None]
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def child(model: Pipeline, store: MemoryStore, model_home: Path, tmp_path: Path) -> Child:
-    return make_child(model, store, settings(model_home, **lora_cache(tmp_path / "loras")))
 
 
 @pytest.fixture

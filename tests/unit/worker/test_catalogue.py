@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.fakes import MemoryStore, a_request, kohya_lora, load_pipeline, settings, write
+from support.fakes import MemoryStore, a_request, kohya_lora, settings, write
 from support.jobs import lora_cache, make_child, run_job
 from zlora.errors import InvalidSetting, LoraNotFound
 from zlora.lora.catalogue import Catalogue, CatalogueRow
@@ -15,12 +15,6 @@ from zlora.schema import Asset, GenerateResult, LoraSpec
 from zlora_worker.child import Child
 from zlora_worker.lora_in_use import hold_pinned
 from zlora_worker.model.pipeline import Pipeline
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
 
 Worker = Callable[..., Child]
 

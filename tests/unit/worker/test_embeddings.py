@@ -14,7 +14,6 @@ from support.fakes import (
     Tensors,
     a_request,
     kohya_lora,
-    load_pipeline,
     pixels,
     settings,
 )
@@ -31,36 +30,18 @@ PROMPT = "zebrafish city at night, ZebraFish"
 
 
 @pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture(scope="module")
 def plain(model: Pipeline) -> bytes:
     """Pixels of a job without an embedding, before any test has used one."""
     return pixels(model, prompt=PROMPT)
 
 
 @pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def child(model: Pipeline, store: MemoryStore, model_home: Path, tmp_path: Path) -> Child:
-    return make_child(model, store, settings(model_home, **lora_cache(tmp_path / "loras")))
-
-
-@pytest.fixture
-def cached(child: Child, tmp_path: Path) -> Callable[..., Asset]:
-    """Return the address of a file that is in the cache; its host does not exist."""
+def cached(cached: Callable[..., Asset], tmp_path: Path) -> Callable[..., Asset]:
+    """Return a function that puts a file of tensors in the cache."""
 
     def put(tensors: Tensors, *, name: str = "zebrafish") -> Asset:
         data = write_embedding(tmp_path / "files", tensors, name=name).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        child.lora_files.file(digest).write_bytes(data)
-        url = f"https://user:pa55@files.invalid/{name}.safetensors?token=s3cret"
-        return Asset(url=url, sha256=digest)
+        return cached(data, name=f"{name}.safetensors")
 
     return put
 
@@ -79,7 +60,31 @@ def require_plain(child: Child, plain: bytes) -> None:
 # --- what is drawn
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.fixture(scope="module", params=[1, 2, 5])
+def oracle(
+    request: pytest.FixtureRequest,
+    model: Pipeline,
+    model_home: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Any, list[Embedding]]:
+    """Return a pipeline of diffusers with two embeddings of so many vectors, and these as ours."""
+    count, folder = request.param, tmp_path_factory.mktemp("embeddings")
+    files = {"zebrafish": sdxl(count, seed=1), "<fish42>": sdxl(count, seed=2)}
+    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model(model_home))
+    embeddings: list[Embedding] = []
+    for token, tensors in files.items():
+        path = write_embedding(folder, tensors, name=f"file-{len(embeddings)}")
+        embeddings += model.embedding_reader.read(path, source="file", token=token).embeddings
+        for suffix, tensor in zip(("", "_2"), tensors.values(), strict=True):
+            oracle.load_textual_inversion(
+                tensor,
+                token=token,
+                text_encoder=getattr(oracle, f"text_encoder{suffix}"),
+                tokenizer=getattr(oracle, f"tokenizer{suffix}"),
+            )
+    return oracle, embeddings
+
+
 @pytest.mark.parametrize(
     "prompts",
     [
@@ -90,25 +95,12 @@ def require_plain(child: Child, plain: bytes) -> None:
     ],
 )
 def test_prompts_are_encoded_as_by_diffusers(
-    model: Pipeline, model_home: Path, tmp_path: Path, count: int, prompts: tuple[str, str]
+    model: Pipeline, oracle: tuple[Any, list[Embedding]], prompts: tuple[str, str]
 ) -> None:
     """Hidden states of both encoders and the pooled vectors, by `load_textual_inversion`."""
-    prompt, negative = prompts
-    files = {"zebrafish": sdxl(count, seed=1), "<fish42>": sdxl(count, seed=2)}
-    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model(model_home))
-    embeddings: list[Embedding] = []
-    for token, tensors in files.items():
-        path = write_embedding(tmp_path, tensors, name=f"file-{len(embeddings)}")
-        embeddings += model.embedding_reader.read(path, source="file", token=token).embeddings
-        for suffix, tensor in zip(("", "_2"), tensors.values(), strict=True):
-            oracle.load_textual_inversion(
-                tensor,
-                token=token,
-                text_encoder=getattr(oracle, f"text_encoder{suffix}"),
-                tokenizer=getattr(oracle, f"tokenizer{suffix}"),
-            )
+    (diffusers, embeddings), (prompt, negative) = oracle, prompts
     with torch.no_grad():
-        expected = oracle.encode_prompt(prompt, negative_prompt=negative or None)
+        expected = diffusers.encode_prompt(prompt, negative_prompt=negative or None)
 
     found = model.encode(a_request(prompt=prompt, negative_prompt=negative), embeddings)
 
@@ -118,7 +110,7 @@ def test_prompts_are_encoded_as_by_diffusers(
             assert not other.any()
         else:
             assert float((one - other).abs().max()) < 1e-5
-    assert found.uses == tuple((f"{prompt} {negative}").count(token) for token in files)
+    assert found.uses == tuple((f"{prompt} {negative}").count(each.token) for each in embeddings)
 
 
 def test_an_embedding_changes_the_image_of_its_job_only(

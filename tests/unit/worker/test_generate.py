@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from support.fakes import (
     MemoryStore,
     a_request,
     kohya_lora,
-    load_pipeline,
     peft_lora,
     pixels,
     settings,
@@ -56,36 +54,12 @@ from zlora_worker.results.store import FolderStore, Store
 PHASES = ["fetch", "parse", "apply", "denoise", "restore", "tail", "encode", "upload"]
 
 
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture(scope="module")
-def unpatched(model: Pipeline) -> bytes:
-    """Pixels of a job without a LoRA, before any test has merged one."""
-    return pixels(model)
-
-
 @pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def child(model: Pipeline, store: MemoryStore, model_home: Path, tmp_path: Path) -> Child:
-    return make_child(model, store, settings(model_home, **lora_cache(tmp_path / "loras")))
-
-
-@pytest.fixture
-def pinned(child: Child, tmp_path: Path) -> Callable[..., LoraSpec]:
-    """Return the spec of a file that is in the cache; its host does not exist."""
+def pinned(cached: Callable[..., Asset]) -> Callable[..., LoraSpec]:
+    """Return a function that puts a LoRA's file in the cache, and returns its spec."""
 
     def put(file: Path, **fields: Any) -> LoraSpec:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        shutil.copy(file, tmp_path / "loras" / "files" / f"{digest}.safetensors")
-        url = f"https://user:pa55@loras.invalid/{file.name}?token=s3cret"
-        return LoraSpec(file=Asset(url=url, sha256=digest), **fields)
+        return LoraSpec(file=cached(file.read_bytes(), name=file.name), **fields)
 
     return put
 
@@ -179,7 +153,7 @@ def test_a_job_delivered_twice_leaves_one_set_of_images(
 
 @pytest.mark.parametrize("room", [0, 1, 2])
 def test_a_failure_of_the_store_leaves_no_manifest_and_an_intact_model(
-    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path, room: int
+    child: Child, plain: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path, room: int
 ) -> None:
     """The store fails at the first image, at the second one, and at the manifest."""
     store = MemoryStore(room)
@@ -192,7 +166,7 @@ def test_a_failure_of_the_store_leaves_no_manifest_and_an_intact_model(
 
     assert "runs/unstored/manifest.json" not in store.objects
     assert child.model.state is PipelineState.READY
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain
 
 
 def test_a_folder_that_cannot_be_written_is_a_store_failure(child: Child, tmp_path: Path) -> None:
@@ -242,14 +216,14 @@ def test_a_prompt_is_read_by_the_text_encoders_with_their_loras(
 
 @pytest.mark.parametrize("fields", [{"prompt": "photo " * 751}, {"clip_skip": 3}])
 def test_a_prompt_that_the_model_cannot_read_fails_its_job_only(
-    child: Child, unpatched: bytes, store: MemoryStore, fields: dict[str, Any]
+    child: Child, plain: bytes, store: MemoryStore, fields: dict[str, Any]
 ) -> None:
     with pytest.raises(InvalidRequest):
         run_job(child, "unread", a_request(**fields))
 
     assert not store.objects
     assert child.model.state is PipelineState.READY
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain
 
 
 # --- progress and receipts
@@ -416,7 +390,7 @@ def test_the_receipt_has_what_was_used_of_each_lora(
 
     one, two = result.loras
     assert [receipt.source for receipt in result.loras] == [
-        f"https://loras.invalid/{file.name}" for file in files
+        f"https://files.invalid/{file.name}" for file in files
     ]
     assert [receipt.sha256 for receipt in result.loras] == [spec.file.sha256 for spec in loras]
     assert [receipt.size for receipt in result.loras] == [file.stat().st_size for file in files]
@@ -609,13 +583,18 @@ def test_a_lora_of_weight_0_is_not_fetched_and_has_a_receipt(
 
 
 def test_strengths_over_steps_and_by_block_are_in_the_receipt_and_a_replay_draws_them(
-    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
+    child: Child, plain: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
-    """Each field changes the image; a scheduled LoRA with a plain one; the next job is plain."""
+    """Each field changes the image; a scheduled LoRA with a constant one; the next job is plain."""
     file = write(tmp_path / "a.safetensors", peft_lora())
     both = write(tmp_path / "b.safetensors", peft_lora((*UNET, *TEXT), ranks=(4,)))
-    plain = pinned(both, weight=0.5)
-    steps: dict[str, Any] = {"num_inference_steps": 4, "seed": 3, "num_images": 2}
+    constant = pinned(both, weight=0.5)
+    steps: dict[str, Any] = {
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "seed": 3,
+        "num_images": 2,
+    }
     variants: list[dict[str, Any]] = [
         {},
         {"start": 0.3},
@@ -625,7 +604,9 @@ def test_strengths_over_steps_and_by_block_are_in_the_receipt_and_a_replay_draws
         {"weight": 1.5, "start": 0.3, "end": 0.8, "blocks": {"IN04": 0.5}},
     ]
     results = [
-        run_job(child, f"job-{number}", a_request(loras=(pinned(file, **fields), plain), **steps))
+        run_job(
+            child, f"job-{number}", a_request(loras=(pinned(file, **fields), constant), **steps)
+        )
         for number, fields in enumerate(variants)
     ]
 
@@ -649,7 +630,7 @@ def test_strengths_over_steps_and_by_block_are_in_the_receipt_and_a_replay_draws
         assert [image.pixels_sha256 for image in again.images] == [
             image.pixels_sha256 for image in result.images
         ]
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain
 
 
 def test_an_image_of_a_resumed_job_has_the_weights_of_its_own_steps(
@@ -691,7 +672,7 @@ def test_a_block_that_the_model_lacks_is_refused_before_anything_is_fetched(
 
 
 def test_changes_of_text_encoders_have_no_schedule(
-    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
+    child: Child, plain: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
     """The file is refused by the name of the weight that uses the rest of it."""
     file = write(tmp_path / "a.safetensors", peft_lora((*UNET, *TEXT)))
@@ -702,7 +683,7 @@ def test_changes_of_text_encoders_have_no_schedule(
     spec = pinned(file, end=0.5, text_encoder_weight=0.0)
     result = run_job(child, "unet", a_request(loras=(spec,)))
     assert result.loras[0].text_encoder_weight == 0.0
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain
 
 
 def test_a_lora_that_no_step_has_is_refused_with_the_steps_of_a_recipe(
@@ -724,7 +705,7 @@ def test_a_lora_that_no_step_has_is_refused_with_the_steps_of_a_recipe(
 @pytest.mark.parametrize("error", [LoraMismatch, NotSafetensors])
 def test_a_lora_that_is_refused_changes_neither_the_store_nor_the_next_job(
     child: Child,
-    unpatched: bytes,
+    plain: bytes,
     pinned: Callable[..., LoraSpec],
     tmp_path: Path,
     error: type[Exception],
@@ -746,14 +727,14 @@ def test_a_lora_that_is_refused_changes_neither_the_store_nor_the_next_job(
     assert store.objects == {}
     assert "s3cret" not in str(raised.value)
     assert child.model.state is PipelineState.READY
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain
 
 
 @pytest.mark.parametrize(
     "fields", [{"scheduler": "FlowMatchEuler"}, {"eta": 0.5, "recipes": "off"}], ids=str
 )
 def test_a_scheduler_that_the_model_lacks_is_refused_before_anything_is_fetched(
-    child: Child, store: MemoryStore, unpatched: bytes, fields: dict[str, Any]
+    child: Child, store: MemoryStore, plain: bytes, fields: dict[str, Any]
 ) -> None:
     unreachable = LoraSpec(file=Asset(url="https://loras.invalid/a.safetensors"))
 
@@ -762,10 +743,10 @@ def test_a_scheduler_that_the_model_lacks_is_refused_before_anything_is_fetched(
 
     assert raised.value.details["path"] == f"$.{next(iter(fields))}"
     assert store.objects == {}
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain
 
 
-def test_the_result_names_the_scheduler_with_its_schedule(child: Child, unpatched: bytes) -> None:
+def test_the_result_names_the_scheduler_with_its_schedule(child: Child, plain: bytes) -> None:
     """The request is kept as it was typed; both names draw the image again."""
     typed, schedule = "DPM++ 2M SDE", {"schedule": "beta"}
     result = run_job(child, "typed", a_request(scheduler=typed, num_inference_steps=2, **schedule))
@@ -780,11 +761,11 @@ def test_the_result_names_the_scheduler_with_its_schedule(child: Child, unpatche
     )
 
     assert named.images[0].pixels_sha256 == result.images[0].pixels_sha256
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain
 
 
 def test_an_error_of_a_progress_report_does_not_change_the_next_job(
-    child: Child, unpatched: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
+    child: Child, plain: bytes, pinned: Callable[..., LoraSpec], tmp_path: Path
 ) -> None:
     """The broker may be down while a LoRA is merged into the model."""
     spec = pinned(write(tmp_path / "a.safetensors", kohya_lora()))
@@ -797,4 +778,4 @@ def test_an_error_of_a_progress_report_does_not_change_the_next_job(
         run_job(child, "unwatched", a_request(loras=(spec,)), report)
 
     assert child.model.state is PipelineState.READY
-    assert pixels(child.model) == unpatched
+    assert pixels(child.model) == plain

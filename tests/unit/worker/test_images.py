@@ -48,39 +48,6 @@ from zlora_worker.results.manifest import write_verdict
 STEPS: Final = 4
 
 
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture(scope="module")
-def plain(model: Pipeline) -> bytes:
-    """Pixels of a job without an image, before any test has used one."""
-    return pixels(model)
-
-
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def child(model: Pipeline, store: MemoryStore, model_home: Path, tmp_path: Path) -> Child:
-    return make_child(model, store, settings(model_home, **lora_cache(tmp_path / "loras")))
-
-
-@pytest.fixture
-def cached(child: Child) -> Callable[[bytes], Asset]:
-    """Return the address of a file that is in the cache; its host does not exist."""
-
-    def put(data: bytes) -> Asset:
-        digest = hashlib.sha256(data).hexdigest()
-        child.lora_files.file(digest).write_bytes(data)
-        return Asset(url="https://user:pa55@files.invalid/a.png?token=s3cret", sha256=digest)
-
-    return put
-
-
 def drawn(
     child: Child, job_id: str, watch: Watch = lambda *_: None, **fields: Any
 ) -> tuple[GenerateResult, bytes]:
@@ -212,7 +179,7 @@ def weights_in_memory() -> dict[int, int]:
 
 
 def test_each_field_changes_the_image_and_the_next_job_is_plain(
-    child: Child, plain: bytes, cached: Callable[[bytes], Asset]
+    child: Child, plain: bytes, cached: Callable[[bytes], Asset], tmp_path: Path
 ) -> None:
     image, mask = cached(file_of(picture())), cached(file_of(half_mask()))
     jobs: list[dict[str, Any]] = [
@@ -225,7 +192,7 @@ def test_each_field_changes_the_image_and_the_next_job_is_plain(
         {"image": image, "mask": mask, "mask_invert": True},
         {"image": image, "mask": mask, "mask_blur": 8},
         {"image": image, "mask": mask, "strength": 0.5},
-        {"image": image, "loras": (LoraSpec(file=cached_lora(child)),)},
+        {"image": image, "loras": (LoraSpec(file=cached(lora_file(tmp_path))),)},
     ]
 
     images = [drawn(child, f"job-{index}", **fields)[1] for index, fields in enumerate(jobs)]
@@ -234,11 +201,8 @@ def test_each_field_changes_the_image_and_the_next_job_is_plain(
     require_plain(child, plain)
 
 
-def cached_lora(child: Child) -> Asset:
-    data = write(child.lora_files.file("x").with_name("made"), kohya_lora()).read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    child.lora_files.file(digest).write_bytes(data)
-    return Asset(url="https://files.invalid/lora.safetensors", sha256=digest)
+def lora_file(folder: Path) -> bytes:
+    return write(folder / "lora.safetensors", kohya_lora()).read_bytes()
 
 
 def test_what_is_black_in_the_mask_stays(
@@ -274,12 +238,14 @@ def test_the_size_is_the_images_unless_the_request_names_one(
     expected: tuple[int, int],
 ) -> None:
     """The image is resized as diffusers does, and the request in the result has the size."""
-    start = picture(size)
+    start, steps = picture(size), 2
 
-    result, image = drawn(child, "job", image=cached(file_of(start)), **fields)
+    result, image = drawn(
+        child, "job", image=cached(file_of(start)), num_inference_steps=steps, **fields
+    )
 
     resized = start.resize(expected, Image.Resampling.LANCZOS)
-    assert image == rounded(by_diffusers(child.model, resized, None))
+    assert image == rounded(by_diffusers(child.model, resized, None, num_inference_steps=steps))
     assert (result.images[0].width, result.images[0].height) == expected
     assert result.request is not None
     assert (result.request.width, result.request.height) == expected
@@ -390,8 +356,9 @@ def test_half_precision_leaves_the_base_exact(model_home: Path, tmp_path: Path, 
     asset = Asset(url="https://files.invalid/a", sha256=hashlib.sha256(data).hexdigest())
     child.lora_files.file(asset.sha256 or "").write_bytes(data)
 
-    result, image = drawn(child, "job", image=asset, upscale=Upscale(factor=1.5))
-    _, again = drawn(child, "again", image=asset, upscale=Upscale(factor=1.5))
+    fields: dict[str, Any] = {"image": asset, "upscale": Upscale(factor=1.5)}
+    result, image = drawn(child, "job", num_inference_steps=2, **fields)
+    _, again = drawn(child, "again", num_inference_steps=2, **fields)
 
     assert result.base_intact
     assert result.base_checked == 1.0
@@ -464,8 +431,9 @@ def decoded(child: Child, request: GenerateRequest) -> ImageInUse:
 
 def test_an_image_of_an_earlier_job_is_named_by_its_index(child: Child, plain: bytes) -> None:
     """Its receipt and the request in the result have its checksum."""
-    first, _ = drawn(child, "first", num_images=2, width=64, height=72)
-    _, second = drawn(child, "again", seed=8, width=64, height=72)
+    small: dict[str, Any] = {"num_inference_steps": 1, "width": SIZE[0], "height": SIZE[1]}
+    first, _ = drawn(child, "first", num_images=2, **small)
+    _, second = drawn(child, "again", seed=8, **small)
 
     result, image = drawn(child, "job", image=Asset(url="job:first#1"))
 
@@ -652,14 +620,11 @@ def test_levels_of_a_second_order_scheduler_are_refused(
 
 
 def test_a_strength_that_leaves_no_step_of_a_recipe_is_refused(
-    child: Child, cached: Callable[[bytes], Asset]
+    child: Child, cached: Callable[..., Asset], tmp_path: Path
 ) -> None:
     """The few-step LoRA sets 4 steps, of which a fifth is none."""
-    asset = cached_lora(child)
-    named = Asset(
-        url="https://files.invalid/sdxl_lightning_4step_lora.safetensors", sha256=asset.sha256
-    )
-    fields: dict[str, Any] = {"image": cached(file_of(picture())), "loras": (LoraSpec(file=named),)}
+    fast = cached(lora_file(tmp_path), name="sdxl_lightning_4step_lora.safetensors")
+    fields: dict[str, Any] = {"image": cached(file_of(picture())), "loras": (LoraSpec(file=fast),)}
 
     with pytest.raises(InvalidRequest, match="to draw one of 4 steps") as caught:
         drawn(child, "job", **fields, num_inference_steps=None, strength=0.2)

@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 from safetensors.torch import save_file
-from support.fakes import MemoryStore, a_request, kohya_lora, load_pipeline, settings, write
+from support.fakes import MemoryStore, a_request, kohya_lora, settings, write
 from support.jobs import lora_cache, make_child, run_job
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow
@@ -21,11 +21,6 @@ SET = {
     "num_inference_steps": 2,
     "guidance_scale": 1.0,
 }
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture

@@ -3,35 +3,19 @@
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from PIL import Image
-from support.fakes import MemoryStore, a_request, load_pipeline, pixels, settings
-from support.jobs import Watch, lora_cache, make_child, run_job
+from support.fakes import MemoryStore, a_request, pixels
+from support.jobs import Watch, run_job
 from zlora.errors import Conflict, InternalError, JobTimeout, StoreFailed
 from zlora.schema import GenerateRequest, Phase, digest_of
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import JobEnded
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.results.manifest import load_end, read_result, write_verdict
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def child(model: Pipeline, store: MemoryStore, model_home: Path, tmp_path: Path) -> Child:
-    return make_child(model, store, settings(model_home, **lora_cache(tmp_path / "loras")))
 
 
 def read(data: bytes) -> Image.Image:

@@ -1,7 +1,7 @@
 """Jobs with a second pass at a larger size (hires fix) on the tiny model."""
 
-import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,15 +10,12 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from support.fakes import (
-    MemoryStore,
     a_request,
     kohya_lora,
-    load_pipeline,
     pixels,
-    settings,
     write,
 )
-from support.jobs import Watch, lora_cache, make_child, run_job
+from support.jobs import Watch, run_job
 from torch.nn.functional import interpolate
 from zlora.errors import InvalidRequest, JobRevoked
 from zlora.schema import Asset, GenerateResult, LoraSpec, Phase, Upscale
@@ -28,23 +25,6 @@ from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.model.schedulers import scheduler_for
 
 SMALL: Final[dict[str, Any]] = {"seed": 7, "num_inference_steps": 4, "width": 64, "height": 72}
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture(scope="module")
-def plain(model: Pipeline) -> bytes:
-    """Pixels of a job of one pass, before any test has drawn two."""
-    return pixels(model)
-
-
-@pytest.fixture
-def child(model: Pipeline, model_home: Path, tmp_path: Path) -> Child:
-    store = MemoryStore()
-    return make_child(model, store, settings(model_home, **lora_cache(tmp_path / "loras")))
 
 
 def drawn(
@@ -64,16 +44,13 @@ def require_plain(child: Child, plain: bytes) -> None:
 
 @pytest.mark.parametrize("changes", [False, True], ids=["plain", "lora-over-steps"])
 def test_the_second_pass_is_a_job_that_starts_from_the_first_image(
-    child: Child, plain: bytes, tmp_path: Path, changes: bool
+    child: Child, plain: bytes, cached: Callable[[bytes], Asset], tmp_path: Path, changes: bool
 ) -> None:
     """Byte for byte, with its size, strength and steps, and the strengths of its LoRA."""
     upscale = Upscale(factor=1.5, strength=0.6, steps=6)
     fields: dict[str, Any] = {}
     if changes:
-        data = write(tmp_path / "lora.safetensors", kohya_lora()).read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        child.lora_files.file(sha256).write_bytes(data)
-        file = Asset(url="https://loras.invalid/a.safetensors", sha256=sha256)
+        file = cached(write(tmp_path / "lora.safetensors", kohya_lora()).read_bytes())
         weights = ((0.0, 2.0), (0.5, 0.0))
         fields = {"loras": (LoraSpec(file=file, weights=weights, text_encoder_weight=0),)}
     drawn(child, "first", **fields)
@@ -191,7 +168,9 @@ def test_a_job_that_is_cancelled_in_its_second_pass_leaves_the_base_exact(
 
 @pytest.mark.parametrize("mode", ["image", "latent"])
 def test_images_of_a_batch_are_enlarged_each_by_itself(model: Pipeline, mode: Any) -> None:
-    request = a_request(**SMALL, upscale=Upscale(factor=1.5, mode=mode))
+    request = a_request(
+        **SMALL | {"num_inference_steps": 2}, upscale=Upscale(factor=1.5, mode=mode)
+    )
 
     def drawn_at_once(*seeds: int) -> list[bytes]:
         return [image.tobytes() for image in model.draw(request, seeds, lambda _step: None)]

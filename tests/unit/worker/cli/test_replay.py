@@ -54,11 +54,6 @@ Replays = Callable[..., Replay]
 
 
 @pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture(scope="module")
 def drawing(model: Pipeline) -> Drawing:
     return Drawing(model)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.utils.other import get_pattern_key
 from support import lora_files
-from support.fakes import UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
+from support.fakes import UNET, Tensors, kohya_lora, peft_lora, write
 from support.lora_files import State, require_equal, require_unchanged, snapshot
 from zlora.errors import LoraMismatch
 from zlora_worker.lora.adapter_config import AdapterConfig
@@ -22,11 +22,6 @@ from zlora_worker.model.pipeline import Pipeline
 SOURCE: Final = "https://example.com/a.safetensors"
 CONFIG: Final = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 SLOW: Final = r"(?:(\w)|(\w)\w|\w(\w)\w)+(?(1)\W|\W\W)"  # tries every way to split a name
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 import torch
 from support import lora_files
-from support.fakes import Tensors, load_pipeline, write
+from support.fakes import Tensors, write
 from support.lora_files import (
     Layer,
     Speller,
@@ -36,11 +36,6 @@ SOURCE: Final = "https://example.com/a.safetensors"
 STRENGTHS: Final = {"unet": 0.6, "text_encoder": -1.5, "text_encoder_2": -1.5}
 WEIGHT: Final = 0.6
 EVERYWHERE, UNET_ALONE = tuple(STRENGTHS), ("unet",)
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from support import lora_files
-from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
+from support.fakes import TEXT, UNET, Tensors, kohya_lora, peft_lora, write
 from support.lora_files import State, merged_by_hand, require_equal, require_unchanged, snapshot
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors, ZloraError
@@ -29,11 +29,6 @@ KEY: Final = f"{BLOCK}attn2_to_k"  # 32x80: the width of the tiny model's cross-
 KERNEL_NAME: Final = "down_blocks.1.resnets.0.conv1"
 KERNEL: Final = "lora_unet_down_blocks_1_resnets_0_conv1"  # 32x16x3x3
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture(scope="module")
@@ -677,19 +672,22 @@ def test_other_settings_of_the_configuration_are_ignored(model: Pipeline, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("part", "end"),
     [
-        "." * 10**5,
-        "unet." * 10**5,
-        "lora_unet_" * 10**5,
-        "a.lora_A.a" * 10**5,
-        "_oft_R" * 10**5 + ".oft_",
-        "blocks_1_" * 10**5,
-        ".lora" * 10**5,
+        (".", ""),
+        ("unet.", ""),
+        ("lora_unet_", ""),
+        ("a.lora_A.a", ""),
+        ("_oft_R", ".oft_"),
+        ("blocks_1_", ""),
+        (".lora", ""),
     ],
 )
-@pytest.mark.timeout(60)  # a pattern that backtracks would take minutes
-def test_a_long_name_is_refused_at_once(model: Pipeline, tmp_path: Path, name: str) -> None:
+@pytest.mark.timeout(20)  # a pattern that backtracks would take minutes
+def test_a_long_name_is_refused_at_once(
+    model: Pipeline, tmp_path: Path, part: str, end: str
+) -> None:
+    name = part * (200_000 // len(part)) + end
     tensors = {name: torch.ones(2), f"{name}.lora_down.weight": torch.ones(2)}
 
     assert refusal(model, write(tmp_path / "a", tensors))

@@ -1,11 +1,10 @@
 """Several images in the same forward passes: what their pixels depend on."""
 
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
-from support.fakes import a_request, difference, load_pipeline, pixels
+from support.fakes import a_request, difference, pixels
 from zlora.errors import OutOfMemory
 from zlora_worker.model.pipeline import Pipeline
 
@@ -25,11 +24,6 @@ NOISY: Final[dict[str, dict[str, float]]] = {
 }
 ODD: Final = {"width": 72, "height": 88}  # whose rows are not aligned in memory
 FAULT: Final = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 def rows(model: Pipeline, *seeds: int, **fields: Any) -> list[bytes]:

@@ -17,11 +17,6 @@ from zlora_worker.model.pipeline import Pipeline
 VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
 def test_a_base_has_the_same_sha256_in_every_layout(
     model: Pipeline, model_home: Path, tmp_path: Path
 ) -> None:

@@ -38,12 +38,6 @@ def tiny(model_home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    """Load the model that the others must equal."""
-    return load_pipeline(model_home)
-
-
-@pytest.fixture(scope="module")
 def single_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the tiny model as one checkpoint in the original layout."""
     return write_single_file(tiny, tmp_path_factory.mktemp("single") / "tiny.safetensors")

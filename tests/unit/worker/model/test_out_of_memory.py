@@ -29,11 +29,6 @@ WIDE: Final = {"width": 128, "height": 64}  # twice the native width
 
 
 @pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
-@pytest.fixture(scope="module")
 def half(model_home: Path) -> Pipeline:
     """Load the model in fp16, whose VAE decodes in fp32."""
     return load_pipeline(model_home, ZLORA_DTYPE="float16")

@@ -36,11 +36,6 @@ SECOND_ORDER: Final = ("dpmpp_sde", "heun", "pndm")
 WEIGHT: Final = "decoder.conv_in.bias"  # of the VAE
 
 
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
 @pytest.fixture
 def disposable(model_home: Path) -> Pipeline:
     """Load a model for one test, which may leave it damaged."""

@@ -14,11 +14,6 @@ from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
 
 
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
-
-
 def previewed(model: Pipeline, **fields: Any) -> tuple[list[str | None], Image.Image]:
     """Draw an image; return the preview at each report of a step, and the image."""
     found = list[str | None]()
@@ -62,7 +57,7 @@ def test_the_last_estimate_is_what_is_decoded(
         decoded.append(latents[0] * vae.config.scaling_factor)
         return decode(latents, **options)
 
-    previewed(model)  # the fit decodes, too
+    previewed(model, num_inference_steps=1)  # the fit decodes, too
     monkeypatch.setattr(vae, "decode", seen)
     request = a_request(
         previews=True, num_inference_steps=3, scheduler=scheduler, guidance_scale=guidance

@@ -2,14 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import pytest
 import torch
 from compel import ReturnedEmbeddingsType
 from compel.embeddings_provider import EmbeddingsProvider, SplitLongTextMode
-from support.fakes import a_request, load_pipeline, pixels
+from support.fakes import a_request, pixels
 from torch import Tensor
 from zlora.errors import InvalidRequest
 from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
@@ -23,11 +22,6 @@ WORDS: Final = "a beautiful, anime portrait of the city at night. neon lights; u
 LONG: Final = "photography, " * 100  # 200 tokens, three windows
 
 Encode: TypeAlias = Callable[..., EncodedText]
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture
