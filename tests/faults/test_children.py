@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from support.processes import wait_until
 from support.scene import Scene, Shared
 from zlora import JobHandle
 from zlora.errors import (
@@ -30,6 +31,23 @@ def test_killed_child_is_replaced_and_its_job_drawn_once(shared: Shared) -> None
     assert scene.begun(handle) == 2
     assert len(scene.events("end", handle)) == 1
     assert scene.child(worker) != first
+
+
+def test_killed_child_leaves_the_images_of_a_sweep_to_the_next(shared: Shared) -> None:
+    """Those that were stored are not drawn again; the result has all, and a sheet."""
+    scene, worker = shared
+    fields = {"sweep": {"seed": [1, 2, 3, 4, 5, 6]}}
+    handle = scene.submit(steps=10, step=0.1, fields=fields)
+    wait_until(lambda: len(scene.events("end", handle)) == 3, "three images are drawn")
+    wait_until(lambda: len(list(scene.folder.glob(f"**/{handle.id}/outputs/2.*"))) == 1, "stored")
+
+    scene.kill(scene.child(worker))
+
+    result = handle.result(timeout=60)
+    assert [image.seed for image in result.images] == [1, 2, 3, 4, 5, 6]
+    assert result.sheet is not None
+    drawn = [event["seed"] for event in scene.events("end", handle)]
+    assert sorted(drawn) == [1, 2, 3, 4, 5, 6]
 
 
 def test_job_that_kills_every_child_is_poisoned_and_the_next_is_drawn(shared: Shared) -> None:

@@ -54,10 +54,12 @@ def path_of(url: str | None) -> Path:
 
 def unlinked(result: GenerateResult) -> GenerateResult:
     """Return a result as its manifest has it, without the URLs that each reader gets."""
-    images = [
-        replace(image, url=None, url_expires_at=None, data_uri=None) for image in result.images
-    ]
-    return replace(result, images=tuple(images))
+    without: dict[str, None] = dict.fromkeys(("url", "url_expires_at", "data_uri"))
+    return replace(
+        result,
+        images=tuple(replace(image, **without) for image in result.images),
+        sheet=result.sheet and replace(result.sheet, **without),
+    )
 
 
 def clean_environ(variables: Mapping[str, str]) -> dict[str, str]:

@@ -318,9 +318,10 @@ def stored_result(objects: Objects, job_id: str) -> GenerateResult | None:
 
 def has_all_images(objects: Objects, result: GenerateResult) -> bool:
     """Return whether all images of a result are stored, with the sha256 that the result has."""
-    stored = [objects.get(image.key) for image in result.images]
+    images = [*result.images, *filter(None, [result.sheet])]
+    stored = [objects.get(image.key) for image in images]
     digests = [data and hashlib.sha256(data).hexdigest() for data in stored]
-    return digests == [image.sha256 for image in result.images]
+    return digests == [image.sha256 for image in images]
 
 
 def is_verdict(manifest: bytes) -> bool:

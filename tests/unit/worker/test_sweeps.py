@@ -14,7 +14,6 @@ from support.fakes import (
     UNET,
     MemoryStore,
     kohya_lora,
-    load_pipeline,
     pixels,
     settings,
     write,
@@ -32,11 +31,6 @@ from zlora_worker.results.provenance import image_provenances
 WEIGHT: Final = "loras[0].weight"
 ONE: Final = {"file": {"url": "lora://one"}}
 FAST: Final = {"file": {"url": "lora://fast"}}
-
-
-@pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ GUIDANCE: Final = 1.0  # none, which is faster
 STEPS: Final = 5  # of fewer, a third-order solver takes none of the third order
 SEED: Final = 7
 NAMES: Final = [name for name, entry in SCHEDULERS.items() if entry.family == "diffusion"]
-TIMESTEPS: Final = (999, 500, 200)
-SIGMAS: Final = (14.0, 4.0, 1.0)
+TIMESTEPS: Final = (999, 700, 400, 200, 100)
+SIGMAS: Final = (14.0, 6.0, 3.0, 1.0, 0.5)
 # Fields of a request, and arguments of diffusers' pipeline.
 LEVELS: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "timesteps": ({"timesteps": TIMESTEPS}, {"timesteps": list(TIMESTEPS)}),
