@@ -202,6 +202,9 @@ def read_inputs(
                 adds_words=given[index].trigger_words == "add",
             )
         )
+    for index, each in enumerate(inputs if asked.sweep else ()):  # before the first is drawn
+        with naming_image(asked, index):
+            child.model.require_text(each.request, each.vectors)
     end_phase(Phase.PARSE)
     return inputs
 

@@ -118,6 +118,9 @@ class Pipeline:
         """Return a name that diffusers does not have."""
         return "FakeScheduler"
 
+    def require_text(self, request: GenerateRequest, embeddings: Sequence[Any] = ()) -> None:
+        """Do nothing: there is no tokenizer."""
+
     def require_blocks(self, request: GenerateRequest) -> None:
         """Do nothing: there are no blocks."""
 

@@ -19,7 +19,7 @@ from support.fakes import (
     write,
 )
 from support.jobs import lora_cache, make_child, run_job
-from zlora.errors import LoraMismatch, LoraNotFound, ZloraError
+from zlora.errors import InvalidRequest, LoraMismatch, LoraNotFound, ZloraError
 from zlora.lora.catalogue import Catalogue, CatalogueRow
 from zlora.schema import GenerateRequest, GenerateResult, Phase, parse_request, parse_result
 from zlora_worker.child import Child
@@ -291,6 +291,8 @@ def test_the_images_and_the_sheet_of_a_failed_sweep_are_deleted(
     ("axes", "error"),
     [
         ({"loras[0].file": [{"url": "lora://one"}, {"url": "lora://none"}]}, LoraNotFound),
+        ({"clip_skip": [0, 50]}, InvalidRequest),
+        ({"prompt": ["a", "b " * 4900]}, InvalidRequest),
         ({"loras[0].start": [0, 0.5]}, LoraMismatch),  # the LoRA changes the text encoders too
     ],
 )

@@ -32,7 +32,7 @@ from zlora_worker.model.embedding_file import EmbeddingReader
 from zlora_worker.model.preview import Previews
 from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 from zlora_worker.model.starting_image import StartingImage
-from zlora_worker.model.text_encoding import Embedding, EncodedText, encode
+from zlora_worker.model.text_encoding import Embedding, EncodedText, encode, read_prompts
 from zlora_worker.monitoring.logs import said_by
 
 COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -268,6 +268,10 @@ class Pipeline:
         Raises `InvalidRequest` if this model cannot draw with it.
         """
         return scheduler_name(self._scheduler, request)
+
+    def require_text(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> None:
+        """Raise `InvalidRequest` if the prompts of a request cannot be encoded."""
+        read_prompts(self.pipeline, request, embeddings)
 
     def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
         """Encode the prompts of a request; see `text_encoding.encode`."""

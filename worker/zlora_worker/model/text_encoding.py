@@ -61,11 +61,22 @@ class EncodedText:
     uses: tuple[int, ...] = ()
 
 
-@torch.no_grad()
-def encode(
+class ReadPrompts(NamedTuple):
+    """Prompts of a request as their tokens: the negative one is left out if it is not encoded.
+
+    `layers` has the layer that is read for each prompt, `plans` its sections by text encoder.
+    """
+
+    encoders: "list[_TextEncoder]"
+    layers: list[int]
+    plans: "list[list[list[_Section]]]"
+    receipts: list[PromptReceipt]
+
+
+def read_prompts(
     pipeline: Any, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
-) -> EncodedText:
-    """Encode the prompts of a request, once for all of its images.
+) -> ReadPrompts:
+    """Read the prompts of a request, without encoding them.
 
     Raises `InvalidRequest` if a prompt has too many windows, or a text encoder too few layers.
     """
@@ -85,8 +96,7 @@ def encode(
     if is_guided and not is_zeros:
         prompts["$.negative_prompt"] = (request.negative_prompt, _PENULTIMATE)
 
-    plans: list[list[list[_Section]]] = []  # of each prompt, by text encoder
-    receipts: list[PromptReceipt] = []
+    read = ReadPrompts(encoders, [layer for _, layer in prompts.values()], [], [])
     for path, (text, _) in prompts.items():
         parsed = parse(text, request.prompt_syntax)
         if parsed.loras:  # they would be ignored here: what resolves them also removes them
@@ -100,13 +110,21 @@ def encode(
         if receipt.windows > MAX_WINDOWS:
             found = f"{receipt.windows} with {receipt.tokens} tokens"
             raise invalid(path, text, f"Expected at most {MAX_WINDOWS} windows, got {found}")
-        plans.append(plan)
-        receipts.append(receipt)
+        read.plans.append(plan)
+        read.receipts.append(receipt)
+    return read
 
+
+@torch.no_grad()
+def encode(
+    pipeline: Any, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
+) -> EncodedText:
+    """Encode the prompts of a request, once for all of its images; raise as `read_prompts`."""
+    encoders, layers, plans, receipts = read_prompts(pipeline, request, embeddings)
     # The UNet reads both prompts at once, so they have equally many windows.
     windows = max(receipt.windows for receipt in receipts)
     encoded: list[Tensor] = []
-    for plan, (_, layer) in zip(plans, prompts.values(), strict=True):
+    for plan, layer in zip(plans, layers, strict=True):
         states = [
             encoder.encode(sections, layer=layer, windows=windows)
             for encoder, sections in zip(encoders, plan, strict=True)
