@@ -15,3 +15,8 @@ class WeightedLora:
     schedule: tuple[tuple[float, float], ...] = ()
     blocks: tuple[tuple[str, float], ...] = ()
     source: str = "the LoRA"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Everything that the merged weights would depend on."""
+        return self.lora.digest, self.unet_weight, self.text_encoder_weight, self.blocks
