@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
@@ -17,21 +17,14 @@ from zlora.errors import ModelUnavailable, NotSafetensors
 from zlora.lora.safetensors_header import read_header
 
 from zlora_worker.model.digests import FileDigest, ModelDigests
-from zlora_worker.model.pipeline import COMPONENTS, Pipeline
+from zlora_worker.model.families.sdxl import SDXL
+from zlora_worker.model.family import Family
+from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import DEMO_MODEL, Settings
 
-# SDXL's published configuration with CLIP's vocabulary.
-SDXL_CONFIG: Final = Path(__file__).with_name("sdxl")
+SDXL_CONFIG: Final = SDXL.config
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_MARKERS: Final = {  # one tensor name of each component in the original layout
-    "unet": "model.diffusion_model.label_emb.0.0.weight",
-    "text_encoder": (
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
-    ),
-    "text_encoder_2": "conditioner.embedders.1.model.positional_embedding",
-    "vae": "first_stage_model.decoder.conv_in.weight",
-}
 # Word in the ValueError that diffusers raises for a repository without fp16 files.
 _NO_VARIANT: Final = "variant"
 # Errors that the loaders raise for files that are missing, damaged or of another model.
@@ -73,7 +66,8 @@ def load(settings: Settings) -> Pipeline:
         if name != "demo" and path.exists():
             name = Path(os.path.abspath(path)).name
         model = Pipeline(
-            _read(settings, path, dtype),
+            _read(settings, path, dtype, SDXL),
+            family=SDXL,
             name=name,
             device=device,
             patch_mode=settings.patch,
@@ -89,19 +83,17 @@ def load(settings: Settings) -> Pipeline:
     return model
 
 
-def _read(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _read(settings: Settings, path: Path, dtype: torch.dtype, family: Family) -> Any:
     """Read the model and its VAE; raise `ModelUnavailable`."""
     try:
-        pipeline = _load_pipeline(settings, path, dtype)
+        pipeline = _load_pipeline(settings, path, dtype, family)
         if settings.vae:
             pipeline.vae = AutoencoderKL.from_pretrained(
                 settings.vae, dtype=dtype, use_safetensors=True
             )
-            _require_whole(pipeline, settings.vae)
+            _require_whole(pipeline, family, settings.vae)
         else:
-            # SDXL's own VAE overflows in fp16 and draws black: decode in fp32, even if the
-            # configuration of a copy says otherwise.
-            pipeline.vae.register_to_config(force_upcast=True)
+            pipeline.vae.register_to_config(force_upcast=family.upcasts_vae)
     except _LOAD_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelUnavailable(
@@ -110,16 +102,16 @@ def _read(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusion
     return pipeline
 
 
-def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype, family: Family) -> Any:
     name, revision = settings.model, settings.hub_revision
     if settings.model_revision and (name == "demo" or path.exists()):
         raise ModelUnavailable("ZLORA_MODEL_REVISION is set, but the model is not a hub id")
     if name == "demo":
-        return _from_folder(DEMO_MODEL, dtype)
+        return _from_folder(DEMO_MODEL, dtype, family)
     if path.is_file():
-        return _from_single_file(path, settings.model_config, dtype)
+        return _from_single_file(path, settings.model_config, dtype, family)
     if path.is_dir():
-        return _from_folder(path, dtype)
+        return _from_folder(path, dtype, family)
     if not _HUB_ID.fullmatch(name) or path.suffix in (".safetensors", ".ckpt"):
         raise ModelUnavailable(
             f"{name}: no such file or folder, and not a hub id such as owner/name"
@@ -127,15 +119,16 @@ def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> Stable
     # Download the files that are not in the hub's cache, then load from that folder.
     if dtype is torch.float16:
         try:
-            return _from_folder(_download(name, revision=revision, variant="fp16"), dtype)
+            folder = _download(name, family, revision=revision, variant="fp16")
+            return _from_folder(folder, dtype, family)
         except ValueError as error:
             if _NO_VARIANT not in str(error):
                 raise
-    return _from_folder(_download(name, revision=revision, variant=None), dtype)
+    return _from_folder(_download(name, family, revision=revision, variant=None), dtype, family)
 
 
-def _download(name: str, *, revision: str | None, variant: str | None) -> Path:
-    folder = StableDiffusionXLPipeline.download(
+def _download(name: str, family: Family, *, revision: str | None, variant: str | None) -> Path:
+    folder = family.text_to_image.download(
         name, revision=revision, variant=variant, use_safetensors=True
     )
     found = Path(folder).name  # a snapshot's folder is named by its commit
@@ -144,29 +137,31 @@ def _download(name: str, *, revision: str | None, variant: str | None) -> Path:
     return Path(folder)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _from_folder(folder: Path, dtype: torch.dtype, family: Family) -> Any:
     if not (folder / "model_index.json").is_file():
         raise ModelUnavailable(
             f"{folder} has no model_index.json: not a pipeline in diffusers' layout"
         )
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in family.text_encoders.values():
         _require_vocabulary(folder / name)
-    has_fp16 = dtype is torch.float16 and any(folder.glob("unet/*.fp16.*safetensors*"))
-    pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(
+    has_fp16 = dtype is torch.float16 and any(
+        folder.glob(f"{family.denoiser}/*.fp16.*safetensors*")
+    )
+    pipeline = family.text_to_image.from_pretrained(
         str(folder),
         dtype=dtype,
         variant="fp16" if has_fp16 else None,
         local_files_only=True,
         use_safetensors=True,
-        add_watermarker=False,
+        **family.pipeline_options,
     )
-    _require_whole(pipeline, str(folder))
-    _require_text_weights(folder, pipeline)
+    _require_whole(pipeline, family, str(folder))
+    _require_text_weights(folder, pipeline, family)
     return pipeline
 
 
-def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """Load an SDXL checkpoint in the original layout.
+def _from_single_file(path: Path, config: str, dtype: torch.dtype, family: Family) -> Any:
+    """Load a checkpoint in the original layout.
 
     Configuration and tokenizers come from files on this machine, never from the hub.
     """
@@ -174,23 +169,22 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiff
         raise ModelUnavailable(
             f"{path}: only .safetensors files are loaded, because other checkpoints can run code"
         )
-    folder = Path(config).expanduser() if config else SDXL_CONFIG
-    tensors = _require_sdxl(path)
-    pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_single_file(
+    folder = Path(config).expanduser() if config else family.config
+    tensors = _require_checkpoint(path, family)
+    pipeline = family.text_to_image.from_single_file(
         str(path),
         config=str(folder),
         local_files_only=True,
         dtype=dtype,
-        tokenizer=_tokenizer(folder, "tokenizer"),
-        tokenizer_2=_tokenizer(folder, "tokenizer_2"),
-        add_watermarker=False,
+        **{name: _tokenizer(folder, name) for name in family.text_encoders.values()},
+        **family.pipeline_options,
     )
-    _require_whole(pipeline, str(path))
+    _require_whole(pipeline, family, str(path))
     _set_prediction(pipeline, tensors)
     return pipeline
 
 
-def _set_prediction(pipeline: StableDiffusionXLPipeline, tensors: Collection[str]) -> None:
+def _set_prediction(pipeline: Any, tensors: Collection[str]) -> None:
     """Configure the scheduler as the empty tensors say by which a single file names its training.
 
     `v_pred` is velocity prediction. `ztsnr` is zero terminal SNR, whose steps must begin at the
@@ -207,24 +201,24 @@ def _set_prediction(pipeline: StableDiffusionXLPipeline, tensors: Collection[str
     pipeline.scheduler = type(scheduler).from_config({**scheduler.config, **options})
 
 
-def _require_whole(pipeline: StableDiffusionXLPipeline, name: str) -> None:
+def _require_whole(pipeline: Any, family: Family, name: str) -> None:
     """Raise `ModelUnavailable` if the loaders left out a component or single weights."""
-    for component in COMPONENTS:
+    for component in family.components:
         module = getattr(pipeline, component, None)
         if module is None:
-            raise ModelUnavailable(f"{name} has no {component}: only SDXL is supported")
+            raise ModelUnavailable(f"{name} has no {component}: only {family.name} is supported")
         if missing := [weight for weight, tensor in module.named_parameters() if tensor.is_meta]:
             raise ModelUnavailable(
                 f"{name} lacks {len(missing)} weights of {component}, such as {missing[0]}"
             )
 
 
-def _require_text_weights(folder: Path, pipeline: StableDiffusionXLPipeline) -> None:
+def _require_text_weights(folder: Path, pipeline: Any, family: Family) -> None:
     """Raise `ModelUnavailable` if the files lack a weight of a text encoder.
 
     transformers would fill it with random numbers. Its releases differ in the prefix of the names.
     """
-    for component in ("text_encoder", "text_encoder_2"):
+    for component in family.text_encoders:
         files = [read_header(path).tensors for path in (folder / component).glob("*.safetensors")]
         stored = {
             key.split(".", start)[-1] for tensors in files for key in tensors for start in range(3)
@@ -240,8 +234,8 @@ def _require_text_weights(folder: Path, pipeline: StableDiffusionXLPipeline) -> 
             )
 
 
-def _require_sdxl(path: Path) -> Collection[str]:
-    """Return the tensor names, or raise `ModelUnavailable` if they are not an SDXL checkpoint's.
+def _require_checkpoint(path: Path, family: Family) -> Collection[str]:
+    """Return the tensor names, or raise `ModelUnavailable` if they are not those of the family.
 
     diffusers would raise a long error, or none.
     """
@@ -249,11 +243,12 @@ def _require_sdxl(path: Path) -> Collection[str]:
         tensors = read_header(path).tensors
     except NotSafetensors as error:
         raise ModelUnavailable(f"{path}: {error}") from None
-    missing = [component for component, name in _MARKERS.items() if name not in tensors]
+    missing = [component for component, name in family.markers.items() if name not in tensors]
     if missing and any("lora" in name for name in tensors):
         raise ModelUnavailable(f"{path} is a LoRA, not a checkpoint")
     if missing:
-        raise ModelUnavailable(f"{path} is not an SDXL checkpoint: it lacks {', '.join(missing)}")
+        lacks = ", ".join(missing)
+        raise ModelUnavailable(f"{path} is not an {family.name} checkpoint: it lacks {lacks}")
     return tensors
 
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
 from zlora.schema import GenerateRequest, PromptReceipt, invalid
 
+from zlora_worker.model.family import Family
+
 _BATCH: Final = 16  # windows that a text encoder reads at once
 # Spellings of tokens after which a window may end, the best ones first.
 _ENDS: Final = (re.compile(r"[.,;:]</w>"), re.compile(r".*</w>", re.DOTALL))
 _TAG: Final = re.compile(r"<(?:lora|lyco):[^<>]+>")
 _TAG_IS_TEXT: Final = "`<lora:...>` is text: only with prompt_syntax a1111 it names a LoRA"
 _LEAST_WEIGHT: Final = 1e-5  # of a fragment that is blended: at 0 its counterpart would be infinite
-_PENULTIMATE: Final = -2  # layer that SDXL was trained on
 _STAND_IN: Final = 0  # token in the place of a vector: not that of the end, by which CLIP pools
 
 
@@ -74,7 +75,7 @@ class ReadPrompts(NamedTuple):
 
 
 def read_prompts(
-    pipeline: Any, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
+    pipeline: Any, family: Family, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
 ) -> ReadPrompts:
     """Read the prompts of a request, without encoding them.
 
@@ -82,7 +83,7 @@ def read_prompts(
     """
     encoders = [
         _TextEncoder(name, getattr(pipeline, name), getattr(pipeline, tokenizer), embeddings)
-        for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+        for name, tokenizer in family.text_encoders.items()
     ]
     layers = min(encoder.layers for encoder in encoders)
     skip = request.clip_skip or 0
@@ -90,11 +91,12 @@ def read_prompts(
         expected = f"Expected less than {layers}, the number of layers of a text encoder"
         raise invalid("$.clip_skip", skip, expected)
     # diffusers skips no layer for the negative prompt.
-    prompts = {"$.prompt": (request.prompt, _PENULTIMATE - skip)}
-    is_guided = request.guidance > 1 and pipeline.unet.config.time_cond_proj_dim is None
+    prompts = {"$.prompt": (request.prompt, family.text_layer - skip)}
+    denoiser = getattr(pipeline, family.denoiser)
+    is_guided = request.guidance > 1 and denoiser.config.time_cond_proj_dim is None
     is_zeros = not request.negative_prompt and pipeline.config.force_zeros_for_empty_prompt
     if is_guided and not is_zeros:
-        prompts["$.negative_prompt"] = (request.negative_prompt, _PENULTIMATE)
+        prompts["$.negative_prompt"] = (request.negative_prompt, family.text_layer)
 
     read = ReadPrompts(encoders, [layer for _, layer in prompts.values()], [], [])
     for path, (text, _) in prompts.items():
@@ -117,11 +119,11 @@ def read_prompts(
 
 @torch.no_grad()
 def encode(
-    pipeline: Any, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
+    pipeline: Any, family: Family, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
 ) -> EncodedText:
     """Encode the prompts of a request, once for all of its images; raise as `read_prompts`."""
-    encoders, layers, plans, receipts = read_prompts(pipeline, request, embeddings)
-    # The UNet reads both prompts at once, so they have equally many windows.
+    encoders, layers, plans, receipts = read_prompts(pipeline, family, request, embeddings)
+    # The denoiser reads both prompts at once, so they have equally many windows.
     windows = max(receipt.windows for receipt in receipts)
     encoded: list[Tensor] = []
     for plan, layer in zip(plans, layers, strict=True):
@@ -172,7 +174,7 @@ class _Section:
 
 
 class _TextEncoder:
-    """One of the two text encoders, with its tokenizer and its vectors of the embeddings."""
+    """A text encoder, with its tokenizer and its vectors of the embeddings."""
 
     def __init__(
         self, name: str, model: Any, tokenizer: Any, embeddings: Sequence[Embedding]
