@@ -11,7 +11,8 @@ from support import single_file
 from support.fakes import Tensors
 from support.tiny_folder import tiny_model
 from torch import Tensor, nn
-from zlora_worker.model.pipeline import ADAPTED, Pipeline
+from zlora_worker.model.families.sdxl import SDXL
+from zlora_worker.model.pipeline import Pipeline
 
 Weight: TypeAlias = tuple[str, str]  # component, and the parameter's name in it
 State: TypeAlias = dict[Weight, Tensor]
@@ -56,7 +57,7 @@ def snapshot(model: Pipeline) -> State:
     """Copy every weight that a LoRA can change."""
     return {
         (component, name): parameter.detach().clone()
-        for component in ADAPTED
+        for component in model.weights.components
         for name, parameter in getattr(model.pipeline, component).named_parameters()
     }
 
@@ -65,7 +66,7 @@ def require_unchanged(model: Pipeline, before: State) -> None:
     """Raise `AssertionError` if any weight differs from its copy in a single bit."""
     assert [
         f"{component}.{name}"
-        for component in ADAPTED
+        for component in model.weights.components
         for name, parameter in getattr(model.pipeline, component).named_parameters()
         if not torch.equal(parameter, before[component, name])
     ] == []
@@ -167,7 +168,7 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
     torch.manual_seed(20260104)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model(home), local_files_only=True)
     saved, changed = {}, {}
-    for component in ADAPTED:
+    for component in SDXL.adapted:
         model = getattr(pipeline, component)
         inject_adapter_in_model(LoraConfig(**{"target_modules": PEFTS_TARGETS} | options), model)
         for name, parameter in model.named_parameters():
@@ -178,7 +179,7 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
         saved[f"{component}_lora_layers"] = get_peft_model_state_dict(model)
         saved[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     pipeline.save_lora_weights(folder, weight_name="a.safetensors", **saved)
-    for component in ADAPTED:
+    for component in SDXL.adapted:
         for name, layer in getattr(pipeline, component).named_modules():
             if isinstance(layer, LoraLayer):
                 layer.scale_layer(weight)

@@ -22,7 +22,6 @@ from zlora_worker.model.family import Family
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import DEMO_MODEL, Settings
 
-SDXL_CONFIG: Final = SDXL.config
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Word in the ValueError that diffusers raises for a repository without fp16 files.

@@ -24,7 +24,6 @@ from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_s
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
-from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.family import Family
 from zlora_worker.model.preview import Previews
 from zlora_worker.model.schedulers import scheduler_for, scheduler_name
@@ -32,7 +31,6 @@ from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode, read_prompts
 from zlora_worker.monitoring.logs import said_by
 
-ADAPTED: Final = SDXL.adapted
 _GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
 _NO_GUIDANCE: Final = 1.0
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
@@ -64,7 +62,7 @@ class Pipeline:
         self,
         pipeline: Any,
         *,
-        family: Family = SDXL,
+        family: Family,
         name: str,
         device: torch.device,
         patch_mode: str = "auto",

@@ -25,6 +25,7 @@ from support.tiny_folder import tiny_lora, tiny_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from zlora.errors import GenerationFailed, ModelUnavailable
 from zlora_worker.model import loader
+from zlora_worker.model.families.sdxl import CONFIG
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.settings import DEMO_MODEL
 
@@ -263,13 +264,12 @@ def test_another_vae_is_used_with_its_own_configuration(
 
 def test_the_packaged_configuration_is_sdxl_at_its_true_size() -> None:
     """Built on the meta device; the counts are the published model's, in millions."""
-    folder = loader.SDXL_CONFIG
     with torch.device("meta"):
         models = [
-            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
-            CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-            CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2")),
-            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIG / "unet")),
+            CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIG / "text_encoder")),
+            CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(CONFIG / "text_encoder_2")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(CONFIG / "vae")),
         ]
 
     millions = [sum(weight.numel() for weight in model.parameters()) / 1e6 for model in models]
@@ -280,7 +280,7 @@ def test_the_packaged_configuration_is_sdxl_at_its_true_size() -> None:
 @pytest.mark.parametrize(("name", "padding"), [("tokenizer", 49407), ("tokenizer_2", 0)])
 def test_the_packaged_tokenizers_are_clips(name: str, padding: int) -> None:
     """Both have the same words; SDXL's second one pads with `!`, the first token."""
-    tokenizer = loader._tokenizer(loader.SDXL_CONFIG, name)
+    tokenizer = loader._tokenizer(CONFIG, name)
 
     tokens = tokenizer("a photo of a cat", padding="max_length").input_ids
 
