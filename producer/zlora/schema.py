@@ -579,7 +579,7 @@ class EmbeddingReceipt(Struct, frozen=True, kw_only=True):
     size: int
     """Size of the file in bytes."""
     format: str
-    """Naming scheme of the tensors: `sdxl`, `pivotal` or `bundle`."""
+    """Naming scheme of the tensors: `sdxl`, `pivotal`, `sd`, `diffusers` or `bundle`."""
     vectors: dict[str, int]
     """Number of vectors by token: each takes the place of one token of the prompt."""
     used: dict[str, int]

@@ -287,9 +287,9 @@ class Reader:
             for component, module in modules
         )
         origin = base_model.detect_by_metadata(header)
-        if origin is None or shows_this_base or self._family in (None, origin.family):
+        if origin is None or shows_this_base or self._family is None:
             return ""
-        return origin.clause
+        return "" if base_model.is_for(origin.family, self._family) else origin.clause
 
     def _detect_base_model(self, header: Header) -> str:
         """Return the base model of the file in words, for a message; empty if it is not known.
@@ -307,7 +307,7 @@ class Reader:
         origin = base_model.detect_by_metadata(header)
         if origin is None:
             origin = base_model.detect_by_blocks(header.tensors)
-        if origin and origin.family != base_model.WIDTHS.get(own):
+        if origin and not base_model.is_for(origin.family, base_model.WIDTHS.get(own)):
             return origin.clause
         return ""
 

@@ -103,7 +103,7 @@ class Pipeline:
         self.pipeline.set_progress_bar_config(disable=True)
         self._denoiser = getattr(pipeline, family.denoiser)
         self.reader = Reader(self.weights, family=family.name)
-        self.embedding_reader = EmbeddingReader(pipeline)
+        self.embedding_reader = EmbeddingReader(pipeline, family)
         if compile_mode == "graphs":
             patch_mode = "inplace"
         self.patch = Patch(self.weights, mode=choose_mode(self.weights, patch_mode))

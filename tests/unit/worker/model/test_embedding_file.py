@@ -14,7 +14,7 @@ SOURCE = "https://files.invalid/folder/zebrafish.safetensors"
 
 @pytest.fixture(scope="module")
 def reader(model_home: Path) -> EmbeddingReader:
-    return EmbeddingReader(load_pipeline(model_home).pipeline)
+    return load_pipeline(model_home).embedding_reader
 
 
 def read(
