@@ -253,7 +253,7 @@ class GenerateRequest(
     prompt_syntax: PromptSyntax = "plain"
     """Syntax of both prompts: `plain` (the default) or `a1111`, with weights and `BREAK`."""
     clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
-    """Layers of the text encoders to skip before the one that SDXL reads; none by default."""
+    """Layers of the text encoders to skip before the one that the model reads; none by default."""
     loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=MAX_LORAS)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
     embeddings: Annotated[tuple[EmbeddingSpec, ...], Meta(max_length=8)] = ()

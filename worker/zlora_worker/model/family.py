@@ -30,12 +30,24 @@ class Family:
     """Text encoders, each with its tokenizer."""
     text_layer: int
     """Hidden states of the text encoders that the denoiser reads, counted from the end."""
+    normalizes_text: bool
+    """True if these hidden states pass through the last norm of their text encoder."""
+    pools_text: bool
+    """True if the denoiser also reads the pooled vector of the last text encoder."""
     upcasts_vae: bool
     """True if the family's own VAE has to be decoded in fp32."""
     markers: Mapping[str, str]
     """A tensor of each component in the layout of single files."""
-    config: Path
-    """Folder with the configuration and the vocabulary of single files."""
+    config: Path | None
+    """Folder with the configuration of single files; None if these do not show which they need."""
+    vocabulary: Path
+    """Folder with the tokenizers of that configuration."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by which a folder in diffusers' layout says that it has a model of this kind."""
+        classes = (self.text_to_image, self.image_to_image, self.inpainting)
+        return tuple(cls.__name__ for cls in classes)
 
     @property
     def adapted(self) -> tuple[str, ...]:

@@ -337,9 +337,12 @@ class Pipeline:
         `enlarged` has the images or the latents that the second pass starts from.
         """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        drawing, options = self._drawing(request, start, generators, enlarged)
         seed = seeds[0] if len(seeds) == 1 else list(seeds)
-        drawing.scheduler = scheduler_for(self._scheduler, request, seed=seed)
+        self.pipeline.scheduler = scheduler_for(self._scheduler, request, seed=seed)
+        drawing, options = self._drawing(request, start, generators, enlarged)
+        if text.pooled is not None:
+            options["pooled_prompt_embeds"] = text.pooled
+            options["negative_pooled_prompt_embeds"] = text.negative_pooled
 
         def step_end(
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
@@ -364,9 +367,7 @@ class Pipeline:
             self.patch.move_to(0.0)
             output = drawing(
                 prompt_embeds=text.prompt,
-                pooled_prompt_embeds=text.pooled,
                 negative_prompt_embeds=text.negative,
-                negative_pooled_prompt_embeds=text.negative_pooled,
                 num_inference_steps=request.steps,
                 timesteps=list(request.timesteps) if request.timesteps else None,
                 sigmas=list(request.noise_levels) or None,

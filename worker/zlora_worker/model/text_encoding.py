@@ -49,12 +49,13 @@ class Embedding:
 class EncodedText:
     """Prompts of a request: hidden states [1, tokens, width] and pooled vectors [1, width].
 
-    If there is no negative prompt its tensors are None, which diffusers takes for zeros. `uses`
-    counts how often the token of each embedding is in the prompts.
+    Pooled vectors are None for a model that reads none. If there is no negative prompt its tensors
+    are None, which diffusers takes for zeros. `uses` counts how often the token of each embedding
+    is in the prompts.
     """
 
     prompt: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
     negative: Tensor | None = None
     negative_pooled: Tensor | None = None
     prompt_receipt: PromptReceipt
@@ -82,7 +83,7 @@ def read_prompts(
     Raises `InvalidRequest` if a prompt has too many windows, or a text encoder too few layers.
     """
     encoders = [
-        _TextEncoder(name, getattr(pipeline, name), getattr(pipeline, tokenizer), embeddings)
+        _TextEncoder(pipeline, name, tokenizer, embeddings, is_normed=family.normalizes_text)
         for name, tokenizer in family.text_encoders.items()
     ]
     layers = min(encoder.layers for encoder in encoders)
@@ -94,7 +95,8 @@ def read_prompts(
     prompts = {"$.prompt": (request.prompt, family.text_layer - skip)}
     denoiser = getattr(pipeline, family.denoiser)
     is_guided = request.guidance > 1 and denoiser.config.time_cond_proj_dim is None
-    is_zeros = not request.negative_prompt and pipeline.config.force_zeros_for_empty_prompt
+    has_zeros = pipeline.config.get("force_zeros_for_empty_prompt", False)
+    is_zeros = has_zeros and not request.negative_prompt
     if is_guided and not is_zeros:
         prompts["$.negative_prompt"] = (request.negative_prompt, family.text_layer)
 
@@ -125,15 +127,18 @@ def encode(
     encoders, layers, plans, receipts = read_prompts(pipeline, family, request, embeddings)
     # The denoiser reads both prompts at once, so they have equally many windows.
     windows = max(receipt.windows for receipt in receipts)
-    encoded: list[Tensor] = []
+    encoded: list[Tensor | None] = []
     for plan, layer in zip(plans, layers, strict=True):
         states = [
             encoder.encode(sections, layer=layer, windows=windows)
             for encoder, sections in zip(encoders, plan, strict=True)
         ]
         encoded.append(torch.concat([hidden for hidden, _ in states], dim=-1))
-        encoded.append(states[-1][1])  # only the last text encoder has a projection
-    tensors = dict(zip(("prompt", "pooled", "negative", "negative_pooled"), encoded, strict=False))
+        # Only the last text encoder has a projection.
+        encoded.append(states[-1][1] if family.pools_text else None)
+    tensors: dict[str, Any] = dict(
+        zip(("prompt", "pooled", "negative", "negative_pooled"), encoded, strict=False)
+    )
     return EncodedText(
         **tensors,
         prompt_receipt=receipts[0],
@@ -177,16 +182,24 @@ class _TextEncoder:
     """A text encoder, with its tokenizer and its vectors of the embeddings."""
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, embeddings: Sequence[Embedding]
+        self,
+        pipeline: Any,
+        name: str,
+        tokenizer: str,
+        embeddings: Sequence[Embedding],
+        *,
+        is_normed: bool,
     ) -> None:
-        self.layers: int = model.config.num_hidden_layers
+        self._model: Any = getattr(pipeline, name)
+        self._tokenizer: Any = getattr(pipeline, tokenizer)
+        self._is_normed = is_normed
+        self.layers: int = self._model.config.num_hidden_layers
         self.ids: dict[str, list[int]] = {}  # of the vectors of each embedding, by its token
-        self._model, self._tokenizer = model, tokenizer
-        self._length: int = tokenizer.model_max_length
+        self._length: int = self._tokenizer.model_max_length
         vectors: list[Tensor] = []
         for embedding in embeddings:
             start, own = len(vectors), embedding.vectors[name]
-            vectors += own.to(model.device, model.dtype)
+            vectors += own.to(self._model.device, self._model.dtype)
             self.ids[embedding.token.lower()] = [-1 - start - row for row in range(len(own))]
         self._vectors = torch.stack(vectors) if vectors else None
         # The longest first, because one token may begin with another.
@@ -312,9 +325,22 @@ class _TextEncoder:
                     None if mask is None else mask[rows].to(device),
                     output_hidden_states=True,
                 )
-            states.append(output.hidden_states[layer])
+            states.append(self._states(output, layer))
             pooled.append(output[0])
         return torch.concat(states), torch.concat(pooled)
+
+    def _states(self, output: Any, layer: int) -> Tensor:
+        """Return the hidden states at one layer as the denoiser reads them."""
+        states: Tensor
+        if not self._is_normed:
+            states = output.hidden_states[layer]
+        elif layer == -1:
+            states = output.last_hidden_state
+        else:
+            # Only some releases of transformers have `text_model` here.
+            model = getattr(self._model, "text_model", self._model)
+            states = model.final_layer_norm(output.hidden_states[layer])
+        return states
 
     @contextmanager
     def _vectors_in(self, ids: Tensor) -> Iterator[Tensor]:

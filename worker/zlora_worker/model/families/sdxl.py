@@ -24,6 +24,8 @@ SDXL: Final = Family(
     denoiser="unet",
     text_encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
     text_layer=-2,
+    normalizes_text=False,
+    pools_text=True,
     # The VAE overflows in fp16 and draws black, even if the configuration of a copy says otherwise.
     upcasts_vae=True,
     markers={
@@ -35,4 +37,5 @@ SDXL: Final = Family(
         "vae": "first_stage_model.decoder.conv_in.weight",
     },
     config=CONFIG,
+    vocabulary=CONFIG,
 )
