@@ -157,6 +157,16 @@ def effect(layer: nn.Module, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     return (answers - bias).T.reshape(tuple(shape)), bias
 
 
+def decomposed(base: Tensor, change: Tensor, scale: Tensor, weight: float) -> Tensor:
+    """Apply `dora_scale` as ComfyUI and A1111 do: the weight scales the whole difference."""
+    changed = base.double() + change.double()
+    sides = [side for side in range(changed.dim()) if scale.shape[side] == 1]
+    normed: Tensor = (
+        changed / torch.linalg.vector_norm(changed, dim=sides, keepdim=True) * scale.double()
+    )
+    return base.double() + weight * (normed - base.double())
+
+
 def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, Any]) -> State:
     """Write a random LoRA of all components as diffusers does; return the weights peft merges."""
     from diffusers import StableDiffusionXLPipeline
@@ -251,6 +261,22 @@ def kohya_of_stability(layer: Layer, names: Names) -> Tensors:
 
 def kohya_of_diffusers(layer: Layer, _names: Names) -> Tensors:
     return _kohya(_flat(_prefixed("lora_unet_", "lora_te{number}_", layer, layer.module)), layer)
+
+
+def kohya_of_one_encoder(layer: Layer, names: Names) -> Tensors:
+    """Spell as kohya's scripts for SD 1.x and 2.x, whose text encoder has no number."""
+    name = _prefixed("lora_unet_", "lora_te_", layer, names.get(layer.module, ""))
+    return _kohya(_flat(name), layer)
+
+
+def kohya_of_one_encoder_in_diffusers(layer: Layer, _names: Names) -> Tensors:
+    """Spell as kohya's scripts for SD 1.x and 2.x with diffusers' names of the UNet's modules."""
+    return _kohya(_flat(_prefixed("lora_unet_", "lora_te_", layer, layer.module)), layer)
+
+
+def onetrainer_of_one_encoder(layer: Layer, _names: Names) -> Tensors:
+    """Spell as OneTrainer for SD 1.x and 2.x."""
+    return _kohya(_prefixed("lora_unet.", "lora_te.", layer, layer.module), layer)
 
 
 def lycoris(layer: Layer, _names: Names) -> Tensors:
