@@ -648,6 +648,8 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Digest of the request (`digest_of`)."""
     request: GenerateRequest | None = None
     """Request that reproduces the images: addresses without query, each LoRA with its sha256."""
+    base: str | None = None
+    """Family of the base model, such as `SDXL`."""
     base_sha256: str | None = None
     """SHA-256 of the weights of the base model in memory."""
     model_sha256: str | None = None

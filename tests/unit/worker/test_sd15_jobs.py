@@ -94,7 +94,7 @@ def test_a_job_with_a_lora_an_embedding_and_a_second_pass(
     assert lora.relative_norm
     (embedding,) = result.embeddings
     assert (embedding.format, embedding.used) == ("sd", {"zebrafish": 1})
-    assert result.base_intact
+    assert (result.base_intact, result.base) == (True, "SD 1.x")
     assert child.model.state is PipelineState.READY
     assert pixels(child.model) == before
 
