@@ -253,7 +253,7 @@ class GenerateRequest(
     prompt_syntax: PromptSyntax = "plain"
     """Syntax of both prompts: `plain` (the default) or `a1111`, with weights and `BREAK`."""
     clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
-    """Layers of the text encoders to skip before the one that SDXL reads; none by default."""
+    """Layers of the text encoders to skip before the one that the model reads; none by default."""
     loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=MAX_LORAS)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
     embeddings: Annotated[tuple[EmbeddingSpec, ...], Meta(max_length=8)] = ()
@@ -579,7 +579,7 @@ class EmbeddingReceipt(Struct, frozen=True, kw_only=True):
     size: int
     """Size of the file in bytes."""
     format: str
-    """Naming scheme of the tensors: `sdxl`, `pivotal` or `bundle`."""
+    """Naming scheme of the tensors: `sdxl`, `pivotal`, `sd`, `diffusers` or `bundle`."""
     vectors: dict[str, int]
     """Number of vectors by token: each takes the place of one token of the prompt."""
     used: dict[str, int]
@@ -648,6 +648,8 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     """Digest of the request (`digest_of`)."""
     request: GenerateRequest | None = None
     """Request that reproduces the images: addresses without query, each LoRA with its sha256."""
+    base: str | None = None
+    """Family of the base model, such as `SDXL`."""
     base_sha256: str | None = None
     """SHA-256 of the weights of the base model in memory."""
     model_sha256: str | None = None

@@ -403,6 +403,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
                 name: Asset(url=found.source, sha256=found.sha256) for name, found in inputs.items()
             },
         ),
+        base="SDXL",
         base_sha256=_EMPTY_SHA256,
         scheduler=request.scheduler or "none",
         device="none",

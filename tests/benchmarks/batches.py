@@ -35,6 +35,7 @@ from support.fakes import difference, settings
 from support.tiny_folder import build_tiny
 from zlora.schema import GenerateRequest
 from zlora_worker.model import loader
+from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.pipeline import Pipeline
 
 SIZE: Final = 4  # images of a job
@@ -53,11 +54,11 @@ def main(*, short: bool) -> None:
         tiny = loader.load(settings(home))
     rows = [*bits(tiny, side=64, guidance=7.5), *bits(tiny, side=72, guidance=1.0)]
     rows.append(speed("tiny, 64 px", tiny, side=64, steps=8, rounds=3 if short else 15))
-    thin = Pipeline(models.build(thin=True), name="THIN", device=_CPU)
+    thin = Pipeline(models.build(thin=True), family=SDXL, name="THIN", device=_CPU)
     rows.append(speed("THIN, 256 px", thin, side=256, steps=4, rounds=2 if short else 9))
     if not short:
         del tiny, thin
-        real = Pipeline(models.build(thin=False), name="REAL", device=_CPU)
+        real = Pipeline(models.build(thin=False), family=SDXL, name="REAL", device=_CPU)
         rows.append(speed("REAL, 256 px", real, side=256, steps=2, rounds=3))
     publish("batches", rows, threads=torch.get_num_threads())
 

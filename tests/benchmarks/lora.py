@@ -41,6 +41,7 @@ from benchmarks.rivals import (
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from zlora_worker.lora.merge import Plan, runs
+from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.pipeline import Pipeline
 
 PROBED = (
@@ -102,7 +103,7 @@ class Bench:
             )
         }
         self.device = device
-        self.engine = Pipeline(pipeline, name=name, device=device)
+        self.engine = Pipeline(pipeline, family=SDXL, name=name, device=device)
         self.ours = Ours(self.engine)
         self._probe = Probe(pipeline, PROBED)
         self._base = self._probe.outputs()

@@ -24,6 +24,7 @@ from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
+from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.pipeline import Pipeline
 
 # Bytes: a fifth of the files of the memory row, so that most are read again.
@@ -82,7 +83,7 @@ def _compared(folder: Path, dtype: torch.dtype, count: int, seed: int) -> list[t
     fuse.leave()
     for name, weight in pipeline.unet.named_parameters():
         weight.data.copy_(kept[name])
-    ours = Ours(Pipeline(pipeline, name="errors", device=torch.device("cpu")))
+    ours = Ours(Pipeline(pipeline, family=SDXL, name="errors", device=torch.device("cpu")))
     ours.enter(loras)
     merged = {name: weight.detach().clone() for name, weight in pipeline.unet.named_parameters()}
     ours.leave()

@@ -30,6 +30,7 @@ from support.fakes import settings
 from support.tiny_folder import build_tiny
 from zlora.schema import GenerateRequest
 from zlora_worker.model import loader
+from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.pipeline import Pipeline
 
 SECONDS: Final = {True: 40, False: 120}  # about, on two cores; True is the short form
@@ -75,7 +76,7 @@ def one_preview(model: Pipeline, *, count: int) -> list[Row]:
 
 def jobs(*, rounds: int) -> Row:
     """Compare the seconds of a job with previews with those of one without."""
-    thin = Pipeline(models.build(thin=True), name="THIN", device=torch.device("cpu"))
+    thin = Pipeline(models.build(thin=True), family=SDXL, name="THIN", device=torch.device("cpu"))
 
     def seconds(*, previews: bool) -> float:
         request = GenerateRequest(

@@ -37,6 +37,7 @@ from support.jobs import lora_cache, make_child, run_job
 from support.tiny_folder import build_tiny
 from zlora.schema import GenerateRequest, parse_request
 from zlora_worker.model import loader
+from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.pipeline import Pipeline
 
 WEIGHTS: Final = (0, 0.25, 0.5, 0.75, 1)
@@ -63,7 +64,7 @@ def main(*, short: bool) -> None:
             lora = models.write_lora(
                 built, folder / f"{thin}.safetensors", rank=16, with_text=True, seed=1
             )
-            model = Pipeline(built, name=what, device=_CPU)
+            model = Pipeline(built, family=SDXL, name=what, device=_CPU)
             steps, rounds = (4, 3) if thin else (2, 1)
             if short:
                 steps, rounds = 1, 1

@@ -62,6 +62,7 @@ class ChildExit(BaseException):
 class UnusedModel(Pipeline):
     """A base model without weights, which is intact or not."""
 
+    family = "SDXL"
     machine = Machine("cpu", "float32", None, "off")
 
     def __init__(self, *, is_intact: bool) -> None:

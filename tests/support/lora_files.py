@@ -11,7 +11,8 @@ from support import single_file
 from support.fakes import Tensors
 from support.tiny_folder import tiny_model
 from torch import Tensor, nn
-from zlora_worker.model.pipeline import ADAPTED, Pipeline
+from zlora_worker.model.families.sdxl import SDXL
+from zlora_worker.model.pipeline import Pipeline
 
 Weight: TypeAlias = tuple[str, str]  # component, and the parameter's name in it
 State: TypeAlias = dict[Weight, Tensor]
@@ -56,7 +57,7 @@ def snapshot(model: Pipeline) -> State:
     """Copy every weight that a LoRA can change."""
     return {
         (component, name): parameter.detach().clone()
-        for component in ADAPTED
+        for component in model.weights.components
         for name, parameter in getattr(model.pipeline, component).named_parameters()
     }
 
@@ -65,7 +66,7 @@ def require_unchanged(model: Pipeline, before: State) -> None:
     """Raise `AssertionError` if any weight differs from its copy in a single bit."""
     assert [
         f"{component}.{name}"
-        for component in ADAPTED
+        for component in model.weights.components
         for name, parameter in getattr(model.pipeline, component).named_parameters()
         if not torch.equal(parameter, before[component, name])
     ] == []
@@ -156,6 +157,16 @@ def effect(layer: nn.Module, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     return (answers - bias).T.reshape(tuple(shape)), bias
 
 
+def decomposed(base: Tensor, change: Tensor, scale: Tensor, weight: float) -> Tensor:
+    """Apply `dora_scale` as ComfyUI and A1111 do: the weight scales the whole difference."""
+    changed = base.double() + change.double()
+    sides = [side for side in range(changed.dim()) if scale.shape[side] == 1]
+    normed: Tensor = (
+        changed / torch.linalg.vector_norm(changed, dim=sides, keepdim=True) * scale.double()
+    )
+    return base.double() + weight * (normed - base.double())
+
+
 def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, Any]) -> State:
     """Write a random LoRA of all components as diffusers does; return the weights peft merges."""
     from diffusers import StableDiffusionXLPipeline
@@ -167,7 +178,7 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
     torch.manual_seed(20260104)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model(home), local_files_only=True)
     saved, changed = {}, {}
-    for component in ADAPTED:
+    for component in SDXL.adapted:
         model = getattr(pipeline, component)
         inject_adapter_in_model(LoraConfig(**{"target_modules": PEFTS_TARGETS} | options), model)
         for name, parameter in model.named_parameters():
@@ -178,7 +189,7 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
         saved[f"{component}_lora_layers"] = get_peft_model_state_dict(model)
         saved[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     pipeline.save_lora_weights(folder, weight_name="a.safetensors", **saved)
-    for component in ADAPTED:
+    for component in SDXL.adapted:
         for name, layer in getattr(pipeline, component).named_modules():
             if isinstance(layer, LoraLayer):
                 layer.scale_layer(weight)
@@ -250,6 +261,22 @@ def kohya_of_stability(layer: Layer, names: Names) -> Tensors:
 
 def kohya_of_diffusers(layer: Layer, _names: Names) -> Tensors:
     return _kohya(_flat(_prefixed("lora_unet_", "lora_te{number}_", layer, layer.module)), layer)
+
+
+def kohya_of_one_encoder(layer: Layer, names: Names) -> Tensors:
+    """Spell as kohya's scripts for SD 1.x and 2.x, whose text encoder has no number."""
+    name = _prefixed("lora_unet_", "lora_te_", layer, names.get(layer.module, ""))
+    return _kohya(_flat(name), layer)
+
+
+def kohya_of_one_encoder_in_diffusers(layer: Layer, _names: Names) -> Tensors:
+    """Spell as kohya's scripts for SD 1.x and 2.x with diffusers' names of the UNet's modules."""
+    return _kohya(_flat(_prefixed("lora_unet_", "lora_te_", layer, layer.module)), layer)
+
+
+def onetrainer_of_one_encoder(layer: Layer, _names: Names) -> Tensors:
+    """Spell as OneTrainer for SD 1.x and 2.x."""
+    return _kohya(_prefixed("lora_unet.", "lora_te.", layer, layer.module), layer)
 
 
 def lycoris(layer: Layer, _names: Names) -> Tensors:

@@ -1,15 +1,17 @@
-"""Factory of one SDXL checkpoint in the original key layout, made from a diffusers folder.
+"""Factory of one checkpoint in the original key layout, made from a diffusers folder.
 
-SDXL models are often distributed as one `.safetensors` file with the module names of Stability's
-code. A real one has 6.9 GB; this module converts the tests' tiny pipeline into the same layout, so
+Models are often distributed as one `.safetensors` file with the module names of Stability's code. A
+real one has up to 6.9 GB; this module converts the tests' tiny pipelines into the same layout, so
 that a test can load it and compare every tensor with its origin.
 
 The layout, by prefix:
 
 ```
 model.diffusion_model.             the UNet, its blocks counted through all levels
-conditioner.embedders.0.           text_encoder, in the names of transformers
-conditioner.embedders.1.model.     text_encoder_2, in the names of open_clip
+conditioner.embedders.0.           SDXL's text_encoder, in the names of transformers
+conditioner.embedders.1.model.     SDXL's text_encoder_2, in the names of open_clip
+cond_stage_model.transformer.      the text encoder of SD 1.x, in the names of transformers
+cond_stage_model.model.            the text encoder of SD 2.x, in the names of open_clip
 first_stage_model.                 the VAE, its decoder's levels counted from the finest
 ```
 """
@@ -55,7 +57,8 @@ OPEN_CLIP_INNER: Final = {
 
 def write_single_file(folder: Path, target: Path) -> Path:
     """Write the diffusers `folder` to `target` as one original checkpoint; return `target`."""
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    known = ("unet", "vae", "text_encoder", "text_encoder_2")
+    parts = [part for part in known if (folder / part).is_dir()]
     configs = {part: json.loads((folder / part / "config.json").read_text()) for part in parts}
     states: dict[str, State] = {}
     for part in parts:
@@ -68,21 +71,29 @@ def write_single_file(folder: Path, target: Path) -> Path:
 
 
 def original_layout(configs: Mapping[str, Mapping[str, Any]], states: Mapping[str, State]) -> State:
-    """Return the tensors of all four models under their original names.
+    """Return the tensors of all models under their original names.
 
     The keys of both mappings are the names of the component folders.
     """
-    if configs["text_encoder"]["hidden_size"] == configs["text_encoder_2"]["hidden_size"]:
-        # diffusers distinguishes the two text encoders by their width only.
-        raise ValueError("the text encoders must differ in hidden_size")
     models = {
         "model.diffusion_model.": _moved(states["unet"], _unet_places(configs["unet"]), UNET_INNER),
         "first_stage_model.": _vae(configs["vae"], states["vae"]),
-        "conditioner.embedders.0.transformer.text_model.": _clip(states["text_encoder"]),
-        "conditioner.embedders.1.model.": _open_clip(
-            configs["text_encoder_2"], states["text_encoder_2"]
-        ),
     }
+    first = configs["text_encoder"]
+    if "text_encoder_2" in configs:
+        if first["hidden_size"] == configs["text_encoder_2"]["hidden_size"]:
+            # diffusers distinguishes the two text encoders by their width only.
+            raise ValueError("the text encoders must differ in hidden_size")
+        models |= {
+            "conditioner.embedders.0.transformer.text_model.": _clip(states["text_encoder"]),
+            "conditioner.embedders.1.model.": _open_clip(
+                configs["text_encoder_2"], states["text_encoder_2"]
+            ),
+        }
+    elif first["hidden_act"] == "quick_gelu":  # OpenAI's CLIP
+        models["cond_stage_model.transformer.text_model."] = _clip(states["text_encoder"])
+    else:
+        models["cond_stage_model.model."] = _open_clip(first, states["text_encoder"])
     return {
         prefix + key: tensor for prefix, model in models.items() for key, tensor in model.items()
     }
@@ -180,7 +191,7 @@ def _vae(config: Mapping[str, Any], state: State) -> State:
 
 
 def _clip(state: State) -> State:
-    """Rename the first text encoder's tensors, and add the `position_ids` of published checkpoints.
+    """Rename a text encoder's tensors, and add the `position_ids` of published checkpoints.
 
     Only some releases of transformers have the prefix `text_model.` here.
     """
@@ -190,16 +201,17 @@ def _clip(state: State) -> State:
 
 
 def _open_clip(config: Mapping[str, Any], state: State) -> State:
-    """Rename the second text encoder's tensors; stack q, k and v, transpose the projection.
+    """Rename a text encoder's tensors; stack q, k and v, transpose the projection.
 
     Published checkpoints contain `logit_scale` from CLIP's training; no text encoder reads it.
     """
     bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     stacked: State = {
         "positional_embedding": bare.pop("embeddings.position_embedding.weight"),
-        "text_projection": bare.pop("text_projection.weight").T,
         "logit_scale": torch.tensor(math.log(100.0)),
     }
+    if "text_projection.weight" in bare:
+        stacked["text_projection"] = bare.pop("text_projection.weight").T
     places = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
     for layer in range(config["num_hidden_layers"]):
         old, new = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"

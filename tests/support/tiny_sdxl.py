@@ -10,6 +10,7 @@ import torch
 from demo_model import architecture
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -18,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 _SEED = 20260101
 _WIDTHS = (32, 48)  # hidden sizes of the text encoders, which differ as in SDXL
-_WORDS = (  # noqa: SIM905 - shorter than a list
+WORDS = (  # noqa: SIM905 - shorter than a list
     "a an and at in of on the with beautiful blurry low quality white "
     "anime cyberpunk neon lights product photography photo picture drawing style "
     "landscape portrait city background sunset sunrise night"
@@ -27,30 +28,33 @@ _WORDS = (  # noqa: SIM905 - shorter than a list
 
 def build(folder: Path) -> None:
     """Write the model to `folder` in diffusers' layout, about 6 MB."""
-    tokenizer = architecture.tokenizer(_WORDS)
+    tokenizer = architecture.tokenizer(WORDS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         pipeline = StableDiffusionXLPipeline(
             vae=_vae(),
-            text_encoder=CLIPTextModel(_text_config(tokenizer, _WIDTHS[0], "quick_gelu")),
-            text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, _WIDTHS[1], "gelu")),
+            text_encoder=CLIPTextModel(text_config(tokenizer, _WIDTHS[0], "quick_gelu")),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, _WIDTHS[1], "gelu")),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=_unet(),
             scheduler=_scheduler(),
             add_watermarker=False,
         )
-    _enliven(pipeline)
+    enliven(pipeline)
     pipeline.save_pretrained(folder)
 
 
-def _text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextConfig:
+def text_config(
+    tokenizer: CLIPTokenizer, width: int, activation: str, *, layers: int = 3
+) -> CLIPTextConfig:
+    """Return the configuration of a text encoder."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=architecture.TOKENS,
         hidden_act=activation,
@@ -100,7 +104,7 @@ def _scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def _enliven(pipeline: StableDiffusionXLPipeline) -> None:
+def enliven(pipeline: DiffusionPipeline) -> None:
     """Increase the effect of prompt and network on the image to that of the noise."""
     for name, weight in pipeline.unet.named_parameters():
         if "attn2.to_v" in name or "attn2.to_out.0.weight" in name or name == "conv_out.weight":

@@ -163,6 +163,7 @@ def spooled_job(child: Child, job: Job, cells: Sequence[JobInputs]) -> SpooledJo
             request=request,
             cells=of_cells,
             model=child.model.name,
+            base=child.model.family,
             base_sha256=child.model.base_sha256,
             model_sha256=child.model.file_sha256,
             scheduler=child.model.scheduler_name(cells[0].request),

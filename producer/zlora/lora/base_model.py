@@ -17,9 +17,9 @@ from zlora.lora.safetensors_header import Header, TensorInfo
 # name is searched for the words of many formats: 15 MB of names would take 20 s.
 _MAX_TENSORS: Final = 20_000
 _MAX_NAME: Final = 300  # characters
-SDXL: Final = "SDXL"
+SD1, SD2, SDXL = "SD 1.x", "SD 2.x", "SDXL"  # families of base models that workers may have
 # Family by the width of cross-attention, which is the width of the text encoders' output.
-WIDTHS: Final = {768: "SD 1.x", 1024: "SD 2.x", 2048: SDXL}
+WIDTHS: Final = {768: SD1, 1024: SD2, 2048: SDXL}
 CROSS_ATTENTION: Final = re.compile(r"attn2[._]to_[kv]$")
 # Parts whose second dimension is the input width of their layer.
 _INPUT_WIDTH_PARTS: Final = frozenset({"down", "hada_w1_b", "diff"})
@@ -56,7 +56,7 @@ _LAYERS: Final = tuple(
     )
 )
 # UNet blocks that have attention in SD 1.x or 2.x, and not in SDXL.
-_OLDER: Final = "SD 1.x or 2.x"
+_OLDER: Final = "SD 1.x or 2.x"  # one of two families that share these blocks
 _OLDER_BLOCKS: Final = re.compile(
     r"(?:down_blocks_0|up_blocks_3)_attentions_\d|input_blocks_[12]_1_|output_blocks_(?:9|1[01])_1_"
 )
@@ -68,8 +68,8 @@ _OLDER_WIDTHS: Final = (  # of blocks that SDXL has with another width
 # Words in `ss_base_model_version` (kohya) and `modelspec.architecture` (Stability's Model Spec).
 _WORDS: Final = (
     (re.compile(r"sdxl|stable-diffusion-xl"), SDXL),
-    (re.compile(r"^sd_?v?1|stable-diffusion-v1"), "SD 1.x"),
-    (re.compile(r"^sd_?v?2|stable-diffusion-v2"), "SD 2.x"),
+    (re.compile(r"^sd_?v?1|stable-diffusion-v1"), SD1),
+    (re.compile(r"^sd_?v?2|stable-diffusion-v2"), SD2),
     (re.compile(r"^sd_?3|stable-diffusion-3"), "Stable Diffusion 3"),
     (re.compile(r"flux"), "Flux"),
 )
@@ -105,6 +105,13 @@ class DetectedBase(NamedTuple):
 
     family: str
     clause: str
+
+
+def is_for(family: str, base: str | None) -> bool:
+    """Return whether a file that was made for `family`, as it is detected, may be for `base`."""
+    if family == _OLDER:
+        return base in (SD1, SD2)
+    return base == family
 
 
 def require_lora(header: Header, name: str) -> None:

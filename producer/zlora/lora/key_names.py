@@ -203,7 +203,7 @@ def component_of(name: str) -> str:
     """Return the component of a tensor by the prefix of its name; `unknown` if it has no prefix."""
     flat = normalized(name)
     found, length = "unknown", 0
-    for component, prefixes in PREFIXES.items():
+    for component, prefixes in (*PREFIXES.items(), ("text_encoder", (SINGLE_TEXT_ENCODER,))):
         for prefix in prefixes:
             if len(prefix) > length and flat.startswith(f"{prefix}_"):
                 found, length = component, len(prefix)

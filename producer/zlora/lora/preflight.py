@@ -36,7 +36,7 @@ from zlora.lora.addresses import (
     scheme_of,
 )
 from zlora.lora.base_model import LoraInfo
-from zlora.lora.embedding_header import is_embedding, read_embeddings
+from zlora.lora.embedding_header import family_of, is_embedding, read_embeddings
 from zlora.redaction import without_secrets
 from zlora.schema import Asset, GenerateRequest, LoraSpec
 
@@ -107,6 +107,7 @@ class Preflight:
         Addresses that only a worker opens, files that require a token, and LoRAs with the weight 0
         are not checked.
         """
+        base = base or base_model.SDXL
         checked = set[tuple[object, ...]]()
         for index, spec in chain.from_iterable(enumerate(cell.loras) for cell in request.cells):
             # All that the check depends on: images of a sweep mostly have the same files.
@@ -115,7 +116,7 @@ class Preflight:
                 continue
             checked.add(key)
             try:
-                self._check(spec, base=base or base_model.SDXL)
+                self._check(spec, base=base)
             except LoraError as error:
                 error.add_details(index=index)
                 raise
@@ -123,7 +124,7 @@ class Preflight:
             address, name = embedding.file.address, without_secrets(embedding.file.address)
             try:
                 if header := self._header(address):
-                    read_embeddings(header, name, token=embedding.token)
+                    read_embeddings(header, name, base=base, token=embedding.token)
             except LoraError as error:
                 error.add_details(index=index, field="embeddings")
                 raise
@@ -145,9 +146,9 @@ class Preflight:
         name = without_secrets(spec.file.address)
         base_model.require_lora(header, name)
         if any(map(is_embedding, header.tensors)):
-            read_embeddings(header, name, beside_lora=True)
+            read_embeddings(header, name, base=base, beside_lora=True)
         detected = base_model.detect_base_model(header)
-        if spec.strict and detected and detected.family != base:
+        if spec.strict and detected and not base_model.is_for(detected.family, base):
             raise LoraMismatch(
                 f"{name}: {detected.clause}; the base model of the queue is {base}",
                 {"base": detected.family},
@@ -199,19 +200,21 @@ def describe(header: "Header", *, source: str, size: int) -> LoraInfo:
     `source` is its address without secrets. Raises `LoraMismatch` or `EmbeddingMismatch` for a file
     that no worker reads.
     """
-    names = header.tensors
-    if not any(map(is_embedding, names)) or any(map(key_names.parse_key, names)):
+    names, base = header.tensors, family_of(header)
+    is_known = base in (base_model.SD1, base_model.SD2) or any(map(is_embedding, names))
+    if not is_known or any(map(key_names.parse_key, names)):
         base_model.require_lora(header, source)
         return base_model.describe(header, source=source, size=size)
-    is_one = not any(name.startswith("bundle_emb.") for name in names)
-    found = read_embeddings(header, source, token="any" if is_one else None)
+    base = base or base_model.SDXL
+    is_one = not any(name.startswith(("bundle_emb.", "<")) for name in names)
+    found = read_embeddings(header, source, base=base, token="any" if is_one else None)
     return LoraInfo(
         source=source,
         size=size,
         format=found.format,
         kinds=(base_model.EMBEDDING,),
         ranks=(),
-        base=base_model.SDXL,
+        base=base,
         trigger_words=() if is_one else tuple(one.words[0] for one in found.embeddings),
         modules={},
     )

@@ -1,4 +1,4 @@
-"""The tests' tiny model has the same bytes in every build; its LoRAs have common spellings."""
+"""The tests' tiny models have the same bytes in every build; their LoRAs have common spellings."""
 
 import hashlib
 import re
@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.fakes import Tensors, load_pipeline, lora_tensors
-from support.tiny_folder import TINY_LORAS, build_tiny, tiny_lora, tiny_lora_folder, tiny_model
+from support.tiny_folder import (
+    TINY_LORAS,
+    build_tiny,
+    tiny_lora,
+    tiny_lora_folder,
+    tiny_model,
+    tiny_sd15,
+)
 from zlora_worker.lora.reader import Reader
 
 
@@ -30,7 +37,7 @@ def test_a_second_build_has_the_same_bytes(model_home: Path, tmp_path: Path) -> 
     build_tiny(tmp_path / "home")
 
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]
-    for folder in (tiny_model, tiny_lora_folder):
+    for folder in (tiny_model, tiny_sd15, tiny_lora_folder):
         assert digests(folder(tmp_path / "home")) == digests(folder(model_home)) != {}
 
 

@@ -25,6 +25,13 @@ from zlora.schema import Asset
 
 from zlora_worker.settings import DEMO_CATALOGUE, Settings
 
+_base_option: Final = click.option(
+    "--base",
+    type=click.Choice((base_model.SDXL, base_model.SD1, base_model.SD2)),
+    default=base_model.SDXL,
+    show_default=True,
+    help="Family of the workers' base model, for which the files must be.",
+)
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)  # that TOML needs no quotes for
 
 
@@ -94,9 +101,10 @@ def show(file: Path, name: str, as_json: bool) -> None:
 @loras.command()
 @click.argument("names", nargs=-1)
 @click.option("--fetch", is_flag=True, help="Download each file into the cache, and hash it.")
+@_base_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, names: Sequence[str], fetch: bool, as_json: bool) -> None:
+def check(ctx: click.Context, names: Sequence[str], fetch: bool, base: str, as_json: bool) -> None:
     """Read the header of each file, or of NAMES; exit status 1 if one cannot be used.
 
     Files that only a worker opens are downloaded into the cache with the worker's settings, as all
@@ -104,13 +112,13 @@ def check(ctx: click.Context, names: Sequence[str], fetch: bool, as_json: bool) 
     """
     catalogue = _opened(ctx.obj)
     entries = [catalogue.find(name) for name in names] or list(catalogue.entries.values())
-    found = [_check(entry, fetch=fetch) for entry in entries]
+    found = [_check(entry, fetch=fetch, base=base) for entry in entries]
     if as_json:
         print_json(found)
     else:
         for one in found:
-            base = one.base or "of a base that its header does not name"
-            told = one.error or f"{one.kind}, {base}, {one.size:,} bytes"
+            made_for = one.base or "of a base that its header does not name"
+            told = one.error or f"{one.kind}, {made_for}, {one.size:,} bytes"
             click.echo(f"{one.name}: {on_one_line(told)}")
     ctx.exit(1 if any(one.error for one in found) else 0)
 
@@ -131,9 +139,20 @@ def check(ctx: click.Context, names: Sequence[str], fetch: bool, as_json: bool) 
 @click.option("--notes", default="", help="Text for people.")
 @click.option("--pinned", is_flag=True, help="Keep the LoRA in the memory of each worker.")
 @click.option("--fetch", is_flag=True, help="Download the file into the cache, and hash it.")
+@_base_option
 @click.option("--no-check", is_flag=True, help="Do not look at the source.")
 @click.pass_obj
-def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fields: Any) -> None:
+def add(
+    file: Path,
+    /,
+    *,
+    name: str,
+    source: str,
+    fetch: bool,
+    base: str,
+    no_check: bool,
+    **fields: Any,
+) -> None:
     """Add NAME for the LoRA at SOURCE, an address or `lora://` and another name.
 
     The header of the file is read first. The file of the catalogue is made if there is none.
@@ -159,7 +178,9 @@ def add(file: Path, /, name: str, source: str, fetch: bool, no_check: bool, **fi
         raise click.UsageError(f"{name}: there is a LoRA of this name already")
     if not no_check and scheme_of(source) != CATALOGUE:
         info, sha256 = _inspect(
-            Asset(url=source, sha256=row.sha256), fetch=fetch or (row.pinned and not row.sha256)
+            Asset(url=source, sha256=row.sha256),
+            fetch=fetch or (row.pinned and not row.sha256),
+            base=base,
         )
         row = structs.replace(row, sha256=row.sha256 or sha256)
         if row.trigger_words is None and info.trigger_words:
@@ -196,10 +217,10 @@ def _summary(entry: CatalogueEntry) -> list[str]:
     return facts
 
 
-def _check(entry: CatalogueEntry, *, fetch: bool) -> Checked:
+def _check(entry: CatalogueEntry, *, fetch: bool, base: str) -> Checked:
     source = without_secrets(entry.source)
     try:
-        info, sha256 = _inspect(entry.asset, fetch=fetch)
+        info, sha256 = _inspect(entry.asset, fetch=fetch, base=base)
     except LoraError as error:
         return Checked(name=entry.name, source=source, code=error.code, error=str(error))
     return Checked(
@@ -213,10 +234,10 @@ def _check(entry: CatalogueEntry, *, fetch: bool) -> Checked:
     )
 
 
-def _inspect(asset: Asset, *, fetch: bool) -> tuple[LoraInfo, str | None]:
+def _inspect(asset: Asset, *, fetch: bool, base: str) -> tuple[LoraInfo, str | None]:
     """Describe the file of an entry; return its sha256 if it was downloaded.
 
-    Raises a `LoraError`, also for a LoRA that was made for another base model.
+    Raises a `LoraError`, also for a LoRA that was made for another base model than `base`.
     """
     from zlora.lora.preflight import Preflight
 
@@ -224,8 +245,8 @@ def _inspect(asset: Asset, *, fetch: bool) -> tuple[LoraInfo, str | None]:
         info, sha256 = Preflight.from_env().inspect(asset), None
     else:
         info, sha256 = _fetched(asset)
-    if info.base not in (None, base_model.SDXL):
-        raise LoraMismatch(f"{info.source}: made for {info.base}, not for {base_model.SDXL}")
+    if info.base is not None and not base_model.is_for(info.base, base):
+        raise LoraMismatch(f"{info.source}: made for {info.base}, not for {base}")
     return info, sha256
 
 

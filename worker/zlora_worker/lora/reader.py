@@ -105,7 +105,8 @@ class _Refusal(Exception):
 class Reader:
     """Reader of LoRA files for one base model."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, *, family: str | None = None) -> None:
+        """Take the weights of the base model, and the name of its family if it is known."""
         self._weights = weights
         self._on_gpu = weights.device.type == "cuda"
         if self._on_gpu:
@@ -117,9 +118,7 @@ class Reader:
             if len(shape) > 1 and base_model.CROSS_ATTENTION.search(module):
                 self._text_width = shape[1]
                 break
-        self.family = base_model.WIDTHS.get(self._text_width)
-        if self.family is None and "text_encoder_2" in weights.components:
-            self.family = base_model.SDXL
+        self._family = family or base_model.WIDTHS.get(self._text_width)
 
     def read(
         self,
@@ -288,9 +287,9 @@ class Reader:
             for component, module in modules
         )
         origin = base_model.detect_by_metadata(header)
-        if origin is None or shows_this_base or self.family in (None, origin.family):
+        if origin is None or shows_this_base or self._family is None:
             return ""
-        return origin.clause
+        return "" if base_model.is_for(origin.family, self._family) else origin.clause
 
     def _detect_base_model(self, header: Header) -> str:
         """Return the base model of the file in words, for a message; empty if it is not known.
@@ -308,7 +307,7 @@ class Reader:
         origin = base_model.detect_by_metadata(header)
         if origin is None:
             origin = base_model.detect_by_blocks(header.tensors)
-        if origin and origin.family != base_model.WIDTHS.get(own):
+        if origin and not base_model.is_for(origin.family, base_model.WIDTHS.get(own)):
             return origin.clause
         return ""
 

@@ -10,6 +10,7 @@ from zlora.lora.embedding_header import HeaderEmbedding
 from zlora.lora.safetensors_header import Header, read_header
 
 from zlora_worker.lora.tensor_file import read_tensor
+from zlora_worker.model.family import Family
 from zlora_worker.model.text_encoding import Embedding
 
 
@@ -23,15 +24,18 @@ class FileEmbeddings(NamedTuple):
 class EmbeddingReader:
     """Reader of embeddings for the text encoders of one base model."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, family: Family) -> None:
         """Take the widths and data types of the encoders, and the words of the tokenizers."""
-        encoders = {name: getattr(pipeline, name) for name in embedding_header.TEXT_ENCODERS}
+        self._base: Final = family.name
+        encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
         self._widths: Final = {
             name: int(encoder.get_input_embeddings().weight.shape[1])
             for name, encoder in encoders.items()
         }
         self._dtypes: Final = {name: encoder.dtype for name, encoder in encoders.items()}
-        self._tokenizers: Final = (pipeline.tokenizer, pipeline.tokenizer_2)
+        self._tokenizers: Final = [
+            getattr(pipeline, name) for name in family.text_encoders.values()
+        ]
 
     def read(
         self, path: Path, *, source: str, token: str | None = None, beside_lora: bool = False
@@ -45,7 +49,12 @@ class EmbeddingReader:
         try:
             header = read_header(path)
             found = embedding_header.read_embeddings(
-                header, source, token=token, widths=self._widths, beside_lora=beside_lora
+                header,
+                source,
+                base=self._base,
+                token=token,
+                widths=self._widths,
+                beside_lora=beside_lora,
             )
             embeddings = [
                 embedding

@@ -1,37 +1,35 @@
 """Loading of the base model: a hub id, a diffusers folder, a single file, or `demo`."""
 
+import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from zlora.errors import ModelUnavailable, NotSafetensors
+from zlora.lora import base_model
 from zlora.lora.safetensors_header import read_header
 
 from zlora_worker.model.digests import FileDigest, ModelDigests
-from zlora_worker.model.pipeline import COMPONENTS, Pipeline
+from zlora_worker.model.families.sdxl import SDXL
+from zlora_worker.model.families.stable_diffusion import SD1, SD2
+from zlora_worker.model.family import Family
+from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import DEMO_MODEL, Settings
 
-# SDXL's published configuration with CLIP's vocabulary.
-SDXL_CONFIG: Final = Path(__file__).with_name("sdxl")
+_FAMILIES: Final = (SDXL, SD1, SD2)
+_INDEX: Final = "model_index.json"
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_MARKERS: Final = {  # one tensor name of each component in the original layout
-    "unet": "model.diffusion_model.label_emb.0.0.weight",
-    "text_encoder": (
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
-    ),
-    "text_encoder_2": "conditioner.embedders.1.model.positional_embedding",
-    "vae": "first_stage_model.decoder.conv_in.weight",
-}
 # Word in the ValueError that diffusers raises for a repository without fp16 files.
 _NO_VARIANT: Final = "variant"
 # Errors that the loaders raise for files that are missing, damaged or of another model.
@@ -72,8 +70,10 @@ def load(settings: Settings) -> Pipeline:
         name = settings.model
         if name != "demo" and path.exists():
             name = Path(os.path.abspath(path)).name
+        family, pipeline = _read(settings, path, dtype)
         model = Pipeline(
-            _read(settings, path, dtype),
+            pipeline,
+            family=family,
             name=name,
             device=device,
             patch_mode=settings.patch,
@@ -89,28 +89,26 @@ def load(settings: Settings) -> Pipeline:
     return model
 
 
-def _read(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _read(settings: Settings, path: Path, dtype: torch.dtype) -> tuple[Family, Any]:
     """Read the model and its VAE; raise `ModelUnavailable`."""
     try:
-        pipeline = _load_pipeline(settings, path, dtype)
+        family, pipeline = _load_pipeline(settings, path, dtype)
         if settings.vae:
             pipeline.vae = AutoencoderKL.from_pretrained(
                 settings.vae, dtype=dtype, use_safetensors=True
             )
-            _require_whole(pipeline, settings.vae)
+            _require_whole(pipeline, family, settings.vae)
         else:
-            # SDXL's own VAE overflows in fp16 and draws black: decode in fp32, even if the
-            # configuration of a copy says otherwise.
-            pipeline.vae.register_to_config(force_upcast=True)
+            pipeline.vae.register_to_config(force_upcast=family.upcasts_vae)
     except _LOAD_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelUnavailable(
             f"{settings.model} cannot be loaded: {lines[0][:_MESSAGE]}"
         ) from error
-    return pipeline
+    return family, pipeline
 
 
-def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> tuple[Family, Any]:
     name, revision = settings.model, settings.hub_revision
     if settings.model_revision and (name == "demo" or path.exists()):
         raise ModelUnavailable("ZLORA_MODEL_REVISION is set, but the model is not a hub id")
@@ -135,8 +133,11 @@ def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> Stable
 
 
 def _download(name: str, *, revision: str | None, variant: str | None) -> Path:
-    folder = StableDiffusionXLPipeline.download(
-        name, revision=revision, variant=variant, use_safetensors=True
+    """Download a model, but first the file that says whether it is supported."""
+    index = Path(hf_hub_download(name, _INDEX, revision=revision))
+    family = _families(json.loads(index.read_bytes()), name)[0]
+    folder = family.text_to_image.download(
+        name, revision=revision, variant=variant, use_safetensors=True, **family.pipeline_options
     )
     found = Path(folder).name  # a snapshot's folder is named by its commit
     if revision and _COMMIT.fullmatch(revision) and found != revision:
@@ -144,29 +145,55 @@ def _download(name: str, *, revision: str | None, variant: str | None) -> Path:
     return Path(folder)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    if not (folder / "model_index.json").is_file():
-        raise ModelUnavailable(
-            f"{folder} has no model_index.json: not a pipeline in diffusers' layout"
-        )
-    for name in ("tokenizer", "tokenizer_2"):
+def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Family, Any]:
+    family = _family_of_folder(folder)
+    for name in family.text_encoders.values():
         _require_vocabulary(folder / name)
-    has_fp16 = dtype is torch.float16 and any(folder.glob("unet/*.fp16.*safetensors*"))
-    pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(
+    has_fp16 = dtype is torch.float16 and any(
+        folder.glob(f"{family.denoiser}/*.fp16.*safetensors*")
+    )
+    pipeline = family.text_to_image.from_pretrained(
         str(folder),
         dtype=dtype,
         variant="fp16" if has_fp16 else None,
         local_files_only=True,
         use_safetensors=True,
-        add_watermarker=False,
+        **family.pipeline_options,
     )
-    _require_whole(pipeline, str(folder))
-    _require_text_weights(folder, pipeline)
-    return pipeline
+    _require_whole(pipeline, family, str(folder))
+    _require_text_weights(folder, pipeline, family)
+    return family, pipeline
 
 
-def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """Load an SDXL checkpoint in the original layout.
+def _families(index: Mapping[str, Any], name: str) -> list[Family]:
+    """Return the families with a pipeline's class; raise `ModelUnavailable` if there is none.
+
+    `index` is the content of the file that names the class and the components.
+    """
+    class_name = index["_class_name"]
+    if found := [family for family in _FAMILIES if class_name in family.class_names]:
+        return found
+    known = ", ".join(dict.fromkeys(family.text_to_image.__name__ for family in _FAMILIES))
+    raise ModelUnavailable(f"{name} is a {class_name}: expected one of {known}")
+
+
+def _family_of_folder(folder: Path) -> Family:
+    """Return the family of a model in diffusers' layout.
+
+    Families with the same class differ in the width of the text. Raises `ModelUnavailable` if the
+    folder has no supported model.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        raise ModelUnavailable(f"{folder} has no {_INDEX}: not a pipeline in diffusers' layout")
+    found = _families(json.loads(index.read_bytes()), str(folder))
+    config = json.loads((folder / found[0].denoiser / "config.json").read_bytes())
+    by_width = base_model.WIDTHS.get(config.get("cross_attention_dim"))
+    return next((family for family in found if family.name == by_width), found[0])
+
+
+def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> tuple[Family, Any]:
+    """Load a checkpoint in the original layout.
 
     Configuration and tokenizers come from files on this machine, never from the hub.
     """
@@ -174,23 +201,30 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> StableDiff
         raise ModelUnavailable(
             f"{path}: only .safetensors files are loaded, because other checkpoints can run code"
         )
-    folder = Path(config).expanduser() if config else SDXL_CONFIG
-    tensors = _require_sdxl(path)
-    pipeline: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_single_file(
+    family, tensors = _family_of_file(path)
+    if config:
+        folder = vocabulary = Path(config).expanduser()
+    elif family.config is None:
+        raise ModelUnavailable(
+            f"{path} does not say which configuration of {family.name} it needs: name the folder "
+            "with that in ZLORA_MODEL_CONFIG"
+        )
+    else:
+        folder, vocabulary = family.config, family.vocabulary
+    pipeline = family.text_to_image.from_single_file(
         str(path),
         config=str(folder),
         local_files_only=True,
         dtype=dtype,
-        tokenizer=_tokenizer(folder, "tokenizer"),
-        tokenizer_2=_tokenizer(folder, "tokenizer_2"),
-        add_watermarker=False,
+        **{name: _tokenizer(vocabulary, name) for name in family.text_encoders.values()},
+        **family.pipeline_options,
     )
-    _require_whole(pipeline, str(path))
+    _require_whole(pipeline, family, str(path))
     _set_prediction(pipeline, tensors)
-    return pipeline
+    return family, pipeline
 
 
-def _set_prediction(pipeline: StableDiffusionXLPipeline, tensors: Collection[str]) -> None:
+def _set_prediction(pipeline: Any, tensors: Collection[str]) -> None:
     """Configure the scheduler as the empty tensors say by which a single file names its training.
 
     `v_pred` is velocity prediction. `ztsnr` is zero terminal SNR, whose steps must begin at the
@@ -207,24 +241,43 @@ def _set_prediction(pipeline: StableDiffusionXLPipeline, tensors: Collection[str
     pipeline.scheduler = type(scheduler).from_config({**scheduler.config, **options})
 
 
-def _require_whole(pipeline: StableDiffusionXLPipeline, name: str) -> None:
-    """Raise `ModelUnavailable` if the loaders left out a component or single weights."""
-    for component in COMPONENTS:
+def _require_whole(pipeline: Any, family: Family, name: str) -> None:
+    """Raise `ModelUnavailable` if a component or single weights are missing, or do not fit."""
+    for component in family.components:
         module = getattr(pipeline, component, None)
         if module is None:
-            raise ModelUnavailable(f"{name} has no {component}: only SDXL is supported")
+            raise ModelUnavailable(f"{name} has no {component}, which a model of {family.name} has")
         if missing := [weight for weight, tensor in module.named_parameters() if tensor.is_meta]:
             raise ModelUnavailable(
                 f"{name} lacks {len(missing)} weights of {component}, such as {missing[0]}"
             )
+    denoiser = getattr(pipeline, family.denoiser).config
+    if not isinstance(denoiser.sample_size, int):
+        raise ModelUnavailable(
+            f"{name}: its {family.denoiser} has the `sample_size` {denoiser.sample_size}, expected "
+            "a number: the native size is a square"
+        )
+    encoders = [getattr(pipeline, encoder) for encoder in family.text_encoders]
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    if denoiser.cross_attention_dim != width:
+        raise ModelUnavailable(
+            f"{name}: its {family.denoiser} reads text of the width {denoiser.cross_attention_dim},"
+            f" its text encoders write the width {width}"
+        )
+    if denoiser.in_channels != pipeline.vae.config.latent_channels:
+        raise ModelUnavailable(
+            f"{name}: its {family.denoiser} reads {denoiser.in_channels} channels, its latents "
+            f"have {pipeline.vae.config.latent_channels}: a model for inpainting, or for images to "
+            "start from, does not draw from text alone"
+        )
 
 
-def _require_text_weights(folder: Path, pipeline: StableDiffusionXLPipeline) -> None:
+def _require_text_weights(folder: Path, pipeline: Any, family: Family) -> None:
     """Raise `ModelUnavailable` if the files lack a weight of a text encoder.
 
     transformers would fill it with random numbers. Its releases differ in the prefix of the names.
     """
-    for component in ("text_encoder", "text_encoder_2"):
+    for component in family.text_encoders:
         files = [read_header(path).tensors for path in (folder / component).glob("*.safetensors")]
         stored = {
             key.split(".", start)[-1] for tensors in files for key in tensors for start in range(3)
@@ -240,25 +293,31 @@ def _require_text_weights(folder: Path, pipeline: StableDiffusionXLPipeline) -> 
             )
 
 
-def _require_sdxl(path: Path) -> Collection[str]:
-    """Return the tensor names, or raise `ModelUnavailable` if they are not an SDXL checkpoint's.
+def _family_of_file(path: Path) -> tuple[Family, Collection[str]]:
+    """Return the family of a checkpoint, and its tensor names; raise `ModelUnavailable`.
 
-    diffusers would raise a long error, or none.
+    For a file that is none diffusers would raise a long error, or none.
     """
     try:
         tensors = read_header(path).tensors
     except NotSafetensors as error:
         raise ModelUnavailable(f"{path}: {error}") from None
-    missing = [component for component, name in _MARKERS.items() if name not in tensors]
-    if missing and any("lora" in name for name in tensors):
+    missing = {
+        family: [component for component, name in family.markers.items() if name not in tensors]
+        for family in _FAMILIES
+    }
+    for family, components in missing.items():
+        if not components:
+            return family, tensors
+    if any("lora" in name for name in tensors):
         raise ModelUnavailable(f"{path} is a LoRA, not a checkpoint")
-    if missing:
-        raise ModelUnavailable(f"{path} is not an SDXL checkpoint: it lacks {', '.join(missing)}")
-    return tensors
+    nearest = min(missing, key=lambda family: len(missing[family]))
+    lacks = ", ".join(missing[nearest])
+    raise ModelUnavailable(f"{path} is not a checkpoint of {nearest.name}: it lacks {lacks}")
 
 
 def _tokenizer(folder: Path, name: str) -> CLIPTokenizer:
-    """Load a tokenizer; SDXL's second one is the first with `!` as its padding."""
+    """Load a tokenizer; a second one that the folder lacks is the first, padded with `!`."""
     options: dict[str, Any] = {}
     if name == "tokenizer_2" and not (folder / name).is_dir():
         name, options = "tokenizer", {"pad_token": "!"}

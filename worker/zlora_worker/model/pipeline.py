@@ -1,4 +1,4 @@
-"""SDXL in memory: merges the LoRAs of one job, draws, restores and checks the base weights."""
+"""A base model in memory: merges LoRAs of one job, draws, restores and checks the base weights."""
 
 import math
 import time
@@ -9,11 +9,6 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 import torch
-from diffusers import (
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
-    StableDiffusionXLPipeline,
-)
 from PIL import Image
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -29,15 +24,12 @@ from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_s
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
+from zlora_worker.model.family import Family
 from zlora_worker.model.preview import Previews
 from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode, read_prompts
 from zlora_worker.monitoring.logs import said_by
-
-COMPONENTS: Final = ("unet", "text_encoder", "text_encoder_2", "vae")
-ADAPTED: Final = COMPONENTS[:3]  # components that LoRAs are made for
-TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
 
 _GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
 _NO_GUIDANCE: Final = 1.0
@@ -64,12 +56,13 @@ class Machine(NamedTuple):
 
 
 class Pipeline:
-    """One SDXL pipeline on one device, with the weights, the patch and the checksum of its base."""
+    """One pipeline on one device, with the weights, the patch and the checksum of its base."""
 
     def __init__(
         self,
-        pipeline: StableDiffusionXLPipeline,
+        pipeline: Any,
         *,
+        family: Family,
         name: str,
         device: torch.device,
         patch_mode: str = "auto",
@@ -77,7 +70,7 @@ class Pipeline:
         check_all: bool = False,
         known: BaseDigest | None = None,
     ) -> None:
-        """Move the pipeline to the device.
+        """Move diffusers' pipeline to the device.
 
         With `check_all` the whole base is compared after each job. `known` is the digest of a base
         that was loaded before: if this one has the same checksum, it is not computed again. What
@@ -85,12 +78,13 @@ class Pipeline:
         """
         self.name, self.device, self.state = name, device, PipelineState.READY
         self.file_sha256: str | None = None  # of the file that all weights come from, if it is one
-        components = {component: getattr(pipeline, component) for component in COMPONENTS}
+        self._family = family
+        components = {component: getattr(pipeline, component) for component in family.components}
         for module in components.values():
             module.requires_grad_(False)  # once: it changes the last bit of an image
         digests = WeightDigests()
         self.weights = Weights(
-            {component: components[component] for component in ADAPTED},
+            {component: components[component] for component in family.adapted},
             device=device,
             on_read=None if known else digests.add,
         )
@@ -107,21 +101,22 @@ class Pipeline:
                     tensor.data = tensor.data.clone()
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.reader = Reader(self.weights)
-        self.embedding_reader = EmbeddingReader(pipeline)
+        self._denoiser = getattr(pipeline, family.denoiser)
+        self.reader = Reader(self.weights, family=family.name)
+        self.embedding_reader = EmbeddingReader(pipeline, family)
         if compile_mode == "graphs":
             patch_mode = "inplace"
         self.patch = Patch(self.weights, mode=choose_mode(self.weights, patch_mode))
         self._compile_mode = compile_mode
         if compile_mode != "off":
-            compile_blocks(pipeline.unet, with_graphs=compile_mode == "graphs")
-        self.previews = Previews(pipeline)
+            compile_blocks(self._denoiser, with_graphs=compile_mode == "graphs")
+        self.previews = Previews(pipeline, self._denoiser)
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
         self.tiled = False  # True if the last images were decoded in tiles, which differs slightly
         self._check_all = check_all
         self._scheduler = pipeline.scheduler
         self._vae_dtype = pipeline.vae.dtype
-        tokenizers = {name: getattr(pipeline, name) for name in TOKENIZERS}
+        tokenizers = {name: getattr(pipeline, name) for name in family.text_encoders.values()}
         self._checksum = WeightChecksum(components, self.weights, tokenizers)
         sums_sha256 = self._checksum.sums_sha256()
         if known is None:
@@ -136,16 +131,16 @@ class Pipeline:
         self._encode_whole = pipeline.vae.encode
         pipeline.vae.encode = self._encode
         # Half of the native size: a VAE's default tile is as large as an image of native size.
-        pipeline.vae.tile_latent_min_size = tile = pipeline.default_sample_size // 2
+        pipeline.vae.tile_latent_min_size = tile = self._denoiser.config.sample_size // 2
         pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
 
     def warm_up(self) -> None:
         """Do now what would make the first job slower than the next ones.
 
         A GPU loads and chooses its kernels when they are first used, by the size of the image. On a
-        CPU the first use costs milliseconds, and an image of SDXL seconds. What is compiled is
-        compiled at its first use, once with guidance and once without, for all sizes. Raises
-        `ModelUnavailable` if that fails.
+        CPU the first use costs milliseconds, and an image seconds. What is compiled is compiled at
+        its first use, once with guidance and once without, for all sizes. Raises `ModelUnavailable`
+        if that fails.
         """
         self.patch.warm_up()
         scales: tuple[float, ...] = (_GUIDANCE,) if self.device.type == "cuda" else ()
@@ -179,9 +174,7 @@ class Pipeline:
             yield MergedModel(self, norms)
 
     @contextmanager
-    def exclusive(
-        self, request: GenerateRequest | None = None
-    ) -> Iterator[StableDiffusionXLPipeline]:
+    def exclusive(self, request: GenerateRequest | None = None) -> Iterator[Any]:
         """Lend diffusers' pipeline to one job; the errors are those of `with_loras`."""
         if not self.is_ready():
             raise BaseNotRestored
@@ -244,18 +237,18 @@ class Pipeline:
 
     def size(self, request: GenerateRequest) -> tuple[int, int]:
         """Width and height in pixels; the default is the model's native size."""
-        native = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        native = self._denoiser.config.sample_size * self.pipeline.vae_scale_factor
         return request.width or native, request.height or native
 
     @property
-    def family(self) -> str | None:
-        """Family of the base model, such as `SDXL`; None if its weights do not show it."""
-        return self.reader.family
+    def family(self) -> str:
+        """Name of the base model's family, such as `SDXL`."""
+        return self._family.name
 
     @property
     def machine(self) -> Machine:
         """Conditions under which this pipeline draws at present."""
-        dtype = str(self.pipeline.unet.dtype).removeprefix("torch.")
+        dtype = str(self._denoiser.dtype).removeprefix("torch.")
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
             return Machine(name, dtype, None, self._compile_mode)
@@ -271,11 +264,11 @@ class Pipeline:
 
     def require_text(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> None:
         """Raise `InvalidRequest` if the prompts of a request cannot be encoded."""
-        read_prompts(self.pipeline, request, embeddings)
+        read_prompts(self.pipeline, self._family, request, embeddings)
 
     def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
         """Encode the prompts of a request; see `text_encoding.encode`."""
-        return encode(self.pipeline, request, embeddings)
+        return encode(self.pipeline, self._family, request, embeddings)
 
     def draw(
         self,
@@ -344,9 +337,12 @@ class Pipeline:
         `enlarged` has the images or the latents that the second pass starts from.
         """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        drawing, options = self._drawing(request, start, generators, enlarged)
         seed = seeds[0] if len(seeds) == 1 else list(seeds)
-        drawing.scheduler = scheduler_for(self._scheduler, request, seed=seed)
+        self.pipeline.scheduler = scheduler_for(self._scheduler, request, seed=seed)
+        drawing, options = self._drawing(request, start, generators, enlarged)
+        if text.pooled is not None:
+            options["pooled_prompt_embeds"] = text.pooled
+            options["negative_pooled_prompt_embeds"] = text.negative_pooled
 
         def step_end(
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
@@ -371,9 +367,7 @@ class Pipeline:
             self.patch.move_to(0.0)
             output = drawing(
                 prompt_embeds=text.prompt,
-                pooled_prompt_embeds=text.pooled,
                 negative_prompt_embeds=text.negative,
-                negative_pooled_prompt_embeds=text.negative_pooled,
                 num_inference_steps=request.steps,
                 timesteps=list(request.timesteps) if request.timesteps else None,
                 sigmas=list(request.noise_levels) or None,
@@ -424,12 +418,12 @@ class Pipeline:
         options: dict[str, Any] = {"image": enlarged, "strength": request.image_strength}
         if start is not None:
             options["image"] = [start.image] * rows
-        cls: Any = StableDiffusionXLImg2ImgPipeline
+        cls = self._family.image_to_image
         if start is not None and start.mask is not None:
-            cls = StableDiffusionXLInpaintPipeline
+            cls = self._family.inpainting
             width, height = start.image.size
             options |= {"mask_image": [start.mask] * rows, "width": width, "height": height}
-        drawing = cls(**self.pipeline.components, add_watermarker=False)
+        drawing = cls(**self.pipeline.components | self._family.pipeline_options)
         drawing.set_progress_bar_config(disable=True)
         return drawing, options
 
@@ -496,9 +490,9 @@ class Pipeline:
     def _noise(self, width: int, height: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Draw the initial latents, in fp32 on the CPU: a seed is the same noise on any device."""
         factor = self.pipeline.vae_scale_factor
-        shape = (1, self.pipeline.unet.config.in_channels, height // factor, width // factor)
+        shape = (1, self._denoiser.config.in_channels, height // factor, width // factor)
         rows = [torch.randn(shape, generator=each, dtype=torch.float32) for each in generators]
-        return torch.cat(rows).to(self.device, self.pipeline.unet.dtype)
+        return torch.cat(rows).to(self.device, self._denoiser.dtype)
 
 
 class MergedModel:

@@ -1,7 +1,7 @@
 """Small pictures of an image while it is drawn.
 
-What the image would be without its noise is estimated from the last call of the UNet, and shown by
-a linear map from latents to RGB that is fitted on the VAE: no further call of a model is needed.
+What the image would be without its noise is estimated from the last call of the denoiser, and shown
+by a linear map from latents to RGB that is fitted on the VAE: no further call of a model is needed.
 """
 
 import base64
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-_SIDE: Final = 128  # pixels: of SDXL's native size, one for each latent
+_SIDE: Final = 128  # pixels, at most: one for each latent of SDXL's native size
 _QUALITY: Final = 75  # of the JPEG, which has a few KB
 # Sides of the latents that the map is fitted on: small enough for a CPU, and smooth as images are.
 _FITTED_SIDE: Final = 16
@@ -23,7 +23,7 @@ _COARSE_SIDE: Final = 6
 
 
 class _Call(NamedTuple):
-    """Arguments and output of the UNet; with guidance, rows without the prompt come first."""
+    """Arguments and output of the denoiser; with guidance, rows without the prompt come first."""
 
     sample: Tensor
     timestep: Tensor
@@ -33,18 +33,18 @@ class _Call(NamedTuple):
 class Previews:
     """Previews of one pipeline. The linear map is fitted when the first one is wanted."""
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline  # diffusers'
+    def __init__(self, pipeline: Any, denoiser: Any) -> None:
+        self._pipeline, self._denoiser = pipeline, denoiser  # diffusers'
         self._drawing = pipeline  # the one that draws at present, over the same components
         self._colours: Tensor | None = None  # [channels + 1, 3], the last row is added
         self._call: _Call | None = None
 
     def forget(self) -> None:
-        """Free the last call of the UNet."""
+        """Free the last call of the denoiser."""
         self._call, self._drawing = None, self._pipeline
 
     def watch(self, drawing: Any) -> RemovableHandle:
-        """Keep the last call of the UNet, for `latest`, until the hook is removed.
+        """Keep the last call of the denoiser, for `latest`, until the hook is removed.
 
         `drawing` is the pipeline of diffusers that is going to draw.
         """
@@ -55,7 +55,7 @@ class Previews:
         def keep(_module: object, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             self._call = _Call(arguments[0], arguments[1], output[0])
 
-        hook: RemovableHandle = self._pipeline.unet.register_forward_hook(keep)
+        hook: RemovableHandle = self._denoiser.register_forward_hook(keep)
         return hook
 
     def latest(self) -> str | None:
@@ -78,7 +78,7 @@ class Previews:
     def _estimate(self) -> Tensor | None:
         """Return the latents [channels, height, width] without their noise.
 
-        The UNet's input is x = sqrt(a) * latents + sqrt(1 - a) * noise, however the scheduler
+        The denoiser's input is x = sqrt(a) * latents + sqrt(1 - a) * noise, however the scheduler
         scales its own samples; a is interpolated between timesteps.
         """
         scheduler, call = self._drawing.scheduler, self._call

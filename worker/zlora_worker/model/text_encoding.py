@@ -22,13 +22,14 @@ from torch import Tensor
 from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
 from zlora.schema import GenerateRequest, PromptReceipt, invalid
 
+from zlora_worker.model.family import Family
+
 _BATCH: Final = 16  # windows that a text encoder reads at once
 # Spellings of tokens after which a window may end, the best ones first.
 _ENDS: Final = (re.compile(r"[.,;:]</w>"), re.compile(r".*</w>", re.DOTALL))
 _TAG: Final = re.compile(r"<(?:lora|lyco):[^<>]+>")
 _TAG_IS_TEXT: Final = "`<lora:...>` is text: only with prompt_syntax a1111 it names a LoRA"
 _LEAST_WEIGHT: Final = 1e-5  # of a fragment that is blended: at 0 its counterpart would be infinite
-_PENULTIMATE: Final = -2  # layer that SDXL was trained on
 _STAND_IN: Final = 0  # token in the place of a vector: not that of the end, by which CLIP pools
 
 
@@ -48,12 +49,13 @@ class Embedding:
 class EncodedText:
     """Prompts of a request: hidden states [1, tokens, width] and pooled vectors [1, width].
 
-    If there is no negative prompt its tensors are None, which diffusers takes for zeros. `uses`
-    counts how often the token of each embedding is in the prompts.
+    Pooled vectors are None for a model that reads none. If there is no negative prompt its tensors
+    are None, which diffusers takes for zeros. `uses` counts how often the token of each embedding
+    is in the prompts.
     """
 
     prompt: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
     negative: Tensor | None = None
     negative_pooled: Tensor | None = None
     prompt_receipt: PromptReceipt
@@ -74,15 +76,15 @@ class ReadPrompts(NamedTuple):
 
 
 def read_prompts(
-    pipeline: Any, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
+    pipeline: Any, family: Family, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
 ) -> ReadPrompts:
     """Read the prompts of a request, without encoding them.
 
     Raises `InvalidRequest` if a prompt has too many windows, or a text encoder too few layers.
     """
     encoders = [
-        _TextEncoder(name, getattr(pipeline, name), getattr(pipeline, tokenizer), embeddings)
-        for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+        _TextEncoder(pipeline, name, tokenizer, embeddings, is_normed=family.normalizes_text)
+        for name, tokenizer in family.text_encoders.items()
     ]
     layers = min(encoder.layers for encoder in encoders)
     skip = request.clip_skip or 0
@@ -90,11 +92,13 @@ def read_prompts(
         expected = f"Expected less than {layers}, the number of layers of a text encoder"
         raise invalid("$.clip_skip", skip, expected)
     # diffusers skips no layer for the negative prompt.
-    prompts = {"$.prompt": (request.prompt, _PENULTIMATE - skip)}
-    is_guided = request.guidance > 1 and pipeline.unet.config.time_cond_proj_dim is None
-    is_zeros = not request.negative_prompt and pipeline.config.force_zeros_for_empty_prompt
+    prompts = {"$.prompt": (request.prompt, family.text_layer - skip)}
+    denoiser = getattr(pipeline, family.denoiser)
+    is_guided = request.guidance > 1 and denoiser.config.time_cond_proj_dim is None
+    has_zeros = pipeline.config.get("force_zeros_for_empty_prompt", False)
+    is_zeros = has_zeros and not request.negative_prompt
     if is_guided and not is_zeros:
-        prompts["$.negative_prompt"] = (request.negative_prompt, _PENULTIMATE)
+        prompts["$.negative_prompt"] = (request.negative_prompt, family.text_layer)
 
     read = ReadPrompts(encoders, [layer for _, layer in prompts.values()], [], [])
     for path, (text, _) in prompts.items():
@@ -117,21 +121,24 @@ def read_prompts(
 
 @torch.no_grad()
 def encode(
-    pipeline: Any, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
+    pipeline: Any, family: Family, request: GenerateRequest, embeddings: Sequence[Embedding] = ()
 ) -> EncodedText:
     """Encode the prompts of a request, once for all of its images; raise as `read_prompts`."""
-    encoders, layers, plans, receipts = read_prompts(pipeline, request, embeddings)
-    # The UNet reads both prompts at once, so they have equally many windows.
+    encoders, layers, plans, receipts = read_prompts(pipeline, family, request, embeddings)
+    # The denoiser reads both prompts at once, so they have equally many windows.
     windows = max(receipt.windows for receipt in receipts)
-    encoded: list[Tensor] = []
+    encoded: list[Tensor | None] = []
     for plan, layer in zip(plans, layers, strict=True):
         states = [
             encoder.encode(sections, layer=layer, windows=windows)
             for encoder, sections in zip(encoders, plan, strict=True)
         ]
         encoded.append(torch.concat([hidden for hidden, _ in states], dim=-1))
-        encoded.append(states[-1][1])  # only the last text encoder has a projection
-    tensors = dict(zip(("prompt", "pooled", "negative", "negative_pooled"), encoded, strict=False))
+        # Only the last text encoder has a projection.
+        encoded.append(states[-1][1] if family.pools_text else None)
+    tensors: dict[str, Any] = dict(
+        zip(("prompt", "pooled", "negative", "negative_pooled"), encoded, strict=False)
+    )
     return EncodedText(
         **tensors,
         prompt_receipt=receipts[0],
@@ -172,19 +179,27 @@ class _Section:
 
 
 class _TextEncoder:
-    """One of the two text encoders, with its tokenizer and its vectors of the embeddings."""
+    """A text encoder, with its tokenizer and its vectors of the embeddings."""
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, embeddings: Sequence[Embedding]
+        self,
+        pipeline: Any,
+        name: str,
+        tokenizer: str,
+        embeddings: Sequence[Embedding],
+        *,
+        is_normed: bool,
     ) -> None:
-        self.layers: int = model.config.num_hidden_layers
+        self._model: Any = getattr(pipeline, name)
+        self._tokenizer: Any = getattr(pipeline, tokenizer)
+        self._is_normed = is_normed
+        self.layers: int = self._model.config.num_hidden_layers
         self.ids: dict[str, list[int]] = {}  # of the vectors of each embedding, by its token
-        self._model, self._tokenizer = model, tokenizer
-        self._length: int = tokenizer.model_max_length
+        self._length: int = self._tokenizer.model_max_length
         vectors: list[Tensor] = []
         for embedding in embeddings:
             start, own = len(vectors), embedding.vectors[name]
-            vectors += own.to(model.device, model.dtype)
+            vectors += own.to(self._model.device, self._model.dtype)
             self.ids[embedding.token.lower()] = [-1 - start - row for row in range(len(own))]
         self._vectors = torch.stack(vectors) if vectors else None
         # The longest first, because one token may begin with another.
@@ -310,9 +325,22 @@ class _TextEncoder:
                     None if mask is None else mask[rows].to(device),
                     output_hidden_states=True,
                 )
-            states.append(output.hidden_states[layer])
+            states.append(self._states(output, layer))
             pooled.append(output[0])
         return torch.concat(states), torch.concat(pooled)
+
+    def _states(self, output: Any, layer: int) -> Tensor:
+        """Return the hidden states at one layer as the denoiser reads them."""
+        states: Tensor
+        if not self._is_normed:
+            states = output.hidden_states[layer]
+        elif layer == -1:
+            states = output.last_hidden_state
+        else:
+            # Only some releases of transformers have `text_model` here.
+            model = getattr(self._model, "text_model", self._model)
+            states = model.final_layer_norm(output.hidden_states[layer])
+        return states
 
     @contextmanager
     def _vectors_in(self, ids: Tensor) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Final
 
 import msgspec
+from zlora.lora.base_model import SD1, SD2
 from zlora.prompt_syntax import escaped
 from zlora.schedulers import infotext_names
 from zlora.schema import LoraSpec
@@ -25,6 +26,9 @@ _SOFTWARE: Final = "z-image-lora"
 # Control characters; and in UTF-16 the byte order marks and what is not a character.
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _KEYWORDS: Final = re.compile(r"Negative prompt(?=:)|^Steps(?=:)")
+# Layer that is read without a `clip_skip`, as the web UI counts: the last one is 1. SDXL reads 2,
+# also in results of earlier versions, which do not have the family.
+_LAST_LAYERS: Final[dict[str | None, int]] = {SD1: 1, SD2: 1}
 _UPSCALERS: Final = {"image": "Lanczos", "latent": "Latent"}  # names of the web UI
 _NOT_IN_NAMES: Final = re.compile(r"[:,<>\"\\]")
 
@@ -89,6 +93,7 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
     if upscale is not None:
         size = f"{request.width or provenance.width}x{request.height or provenance.height}"
     strength = upscale.strength if upscale else request.image_strength
+    layer = _LAST_LAYERS.get(provenance.base, 2)
     eta = "Eta DDIM" if sampler == "DDIM" else "Eta"  # two settings of the web UI
     return {
         "Steps": str(request.steps),
@@ -107,8 +112,7 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
         "Size": size,
         "Model hash": (provenance.model_sha256 or provenance.base_sha256)[:_MODEL_DIGITS],
         "Model": _one_line(_file_name(provenance.model))[:_MAX_NAME],
-        # The web UI counts from the last layer, of which SDXL never reads the output.
-        "Clip skip": str(request.clip_skip + 2) if request.clip_skip else "",
+        "Clip skip": str(request.clip_skip + layer) if request.clip_skip else "",
         "RNG": "CPU",  # the initial noise is made there; the web UI's default is the GPU
     }
 

@@ -34,6 +34,7 @@ class JobProvenance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     request: GenerateRequest
     cells: tuple[SweepCell, ...] = ()
     model: str
+    base: str | None = None
     base_sha256: str
     model_sha256: str | None = None
     scheduler: str

@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 from zlora.errors import LoraMismatch
-from zlora.lora.base_model import LoraInfo, describe, detect_base_model, require_lora
+from zlora.lora.base_model import LoraInfo, describe, detect_base_model, is_for, require_lora
 from zlora.lora.safetensors_header import Header, TensorInfo
 
 SDXL: Final = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -161,6 +161,34 @@ UNETS: Final = {
 @pytest.mark.parametrize(("module", "width"), UNETS.values(), ids=UNETS)
 def test_self_attention_and_feed_forward_of_older_models_are_named(module: str, width: int) -> None:
     assert described(lora(module, width=width)).base == "SD 1.x or 2.x"
+
+
+@pytest.mark.parametrize(
+    ("header", "bases"),
+    [
+        (lora(width=768), ("SD 1.x",)),
+        (lora(width=1024), ("SD 2.x",)),
+        (lora(width=2048), ("SDXL",)),
+        (lora(UNETS["a width of SD"][0], width=320), ("SD 1.x", "SD 2.x")),
+    ],
+)
+def test_a_lora_is_for_a_family_that_it_may_be_made_for(
+    header: Header, bases: tuple[str, ...]
+) -> None:
+    detected = detect_base_model(header)
+
+    assert detected
+    assert bases == tuple(
+        base for base in ("SD 1.x", "SD 2.x", "SDXL") if is_for(detected.family, base)
+    )
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te.text_model.encoder.layers.0.mlp.fc1"],
+)
+def test_a_module_of_the_only_text_encoder_is_counted_as_one(module: str) -> None:
+    assert described(lora(module, width=768)).modules == {"text_encoder": 1}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from zlora.errors import (
 )
 from zlora.lora.addresses import MAX_LISTING
 from zlora.lora.safetensors_header import MAX_HEADER
-from zlora.schema import Asset, GenerateRequest, LoraSpec, parse_request
+from zlora.schema import Asset, EmbeddingSpec, GenerateRequest, LoraSpec, parse_request
 
 SECRETS: Final = ("s3cret", "us3r", "pa55", "fr4g")
 QUERY: Final = "?sig=s3cret#fr4g"
@@ -523,6 +523,26 @@ def test_a_job_with_an_unusable_lora_is_not_queued(
     assert queued(broker) == []
 
 
+@pytest.mark.parametrize(
+    ("body", "base", "other"),
+    [
+        (lora(width=768), "SD 1.x", "SDXL"),
+        (lora(width=1024), "SD 2.x", "SD 1.x"),
+        (lora(width=2048), "SDXL", "SD 1.x"),
+        (lora("lora_unet_input_blocks_1_1_proj_in", width=320), "SD 2.x", "SDXL"),
+    ],
+)
+def test_a_lora_must_be_for_the_base_model_of_the_queue(body: bytes, base: str, other: str) -> None:
+    """The message names both base models."""
+    with serving(ranged(body)) as host:
+        checks, file = preflight(host), Asset(url=f"{host.url}/a.safetensors")
+        request = GenerateRequest(prompt="", loras=(LoraSpec(file=file),))
+
+        checks.check(request, base=base)
+        with pytest.raises(LoraMismatch, match=f"made for SD.*of the queue is {other}"):
+            checks.check(request, base=other)
+
+
 def test_changes_of_text_encoders_have_no_schedule() -> None:
     module = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     with serving(ranged(lora(module, width=768))) as host:
@@ -581,6 +601,46 @@ def test_a_job_with_an_unusable_embedding_is_not_queued(
     assert raised.value.details["field"] == "embeddings"
     said_by(raised.value)
     assert "zlora:job:job-1" in queued(broker)
+
+
+EMBEDDINGS: Final = {
+    "SDXL": {"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)},
+    "SD 1.x": {"emb_params": torch.ones(2, 768)},
+    "SD 2.x": {"<zebra>": torch.ones(1024)},
+}
+
+
+@pytest.mark.parametrize("base", EMBEDDINGS)
+@pytest.mark.parametrize("made_for", EMBEDDINGS)
+def test_an_embedding_must_be_for_the_base_model_of_the_queue(base: str, made_for: str) -> None:
+    with serving(ranged(saved(EMBEDDINGS[made_for]))) as host:
+        file = Asset(url=f"{host.url}/zebra.safetensors")
+        request = GenerateRequest(prompt="", embeddings=(EmbeddingSpec(file=file),))
+        checks = preflight(host)
+
+        if base == made_for:
+            checks.check(request, base=base)
+        else:
+            with pytest.raises(EmbeddingMismatch, match=f"{made_for}.*{base}"):
+                checks.check(request, base=base)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "base", "words"),
+    [
+        *((tensors, base, ()) for base, tensors in list(EMBEDDINGS.items())[:2]),
+        (EMBEDDINGS["SD 2.x"], "SD 2.x", ("<zebra>",)),
+        ({"zebra": torch.ones(1, 768)}, "SD 1.x", ()),
+        ({"<a>": torch.ones(768), "<b>": torch.ones(2, 768)}, "SD 1.x", ("<a>", "<b>")),
+    ],
+)
+def test_an_embedding_is_described_with_its_base_model(
+    tensors: Tensors, base: str, words: tuple[str, ...]
+) -> None:
+    with serving(ranged(saved(tensors))) as host:
+        info = preflight(host).inspect(f"{host.url}/a.safetensors")
+
+    assert (info.base, info.kinds, info.trigger_words) == (base, ("embedding",), words)
 
 
 def test_a_job_with_an_absent_lora_is_not_queued(broker_url: str, broker: Any) -> None:

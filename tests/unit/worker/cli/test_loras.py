@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from support.embedding_files import sdxl, write_embedding
+from support.fakes import write
 from support.servers import by_path, digest, lora_bytes, serving
 from zlora.cli import main
 from zlora.lora.catalogue import Catalogue
@@ -147,6 +149,20 @@ def test_an_embedding_can_be_in_a_catalogue(home: Path) -> None:
 
     assert (added.exit_code, checked.exit_code) == (0, 0), added.output
     assert checked.output.startswith("fish: embedding, SDXL, ")
+
+
+def test_the_base_model_of_a_catalogue_is_named_by_an_option(home: Path) -> None:
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    source = write(home / "a.safetensors", {f"{module}.lora_down.weight": torch.ones(2, 768)})
+    catalogue = ("--catalogue", str(home / "new.toml"))
+
+    refused = run(*catalogue, "add", "one", source.as_uri())
+    added = run(*catalogue, "add", "one", source.as_uri(), "--base", "SD 1.x")
+    checked = [run(*catalogue, "check", "--base", base) for base in ("SDXL", "SD 2.x", "SD 1.x")]
+
+    assert "made for SD 1.x, not for SDXL" in " ".join(refused.output.split())
+    assert added.exit_code == 0, added.output
+    assert [one.exit_code for one in checked] == [1, 1, 0]
 
 
 def test_the_catalogue_of_the_demo_model_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:

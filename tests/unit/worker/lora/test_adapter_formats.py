@@ -16,6 +16,7 @@ from support.lora_files import (
     Layer,
     Speller,
     State,
+    decomposed,
     effect,
     layers_for,
     merged_by_hand,
@@ -23,7 +24,7 @@ from support.lora_files import (
     require_unchanged,
     snapshot,
 )
-from torch import Tensor, nn
+from torch import nn
 from zlora.lora import key_names
 from zlora_worker.lora import adapter_formats
 from zlora_worker.lora.merge import WeightedLora
@@ -442,16 +443,6 @@ def test_norms_are_changed_as_lycoris_changes_them(
     )
 
     require_equal(merged(model, lora, unet=WEIGHT), base, expected)
-
-
-def decomposed(base: Tensor, change: Tensor, scale: Tensor, weight: float) -> Tensor:
-    """Apply `dora_scale` as ComfyUI and A1111 do: the weight scales the whole difference."""
-    changed = base.double() + change.double()
-    sides = [side for side in range(changed.dim()) if scale.shape[side] == 1]
-    normed: Tensor = (
-        changed / torch.linalg.vector_norm(changed, dim=sides, keepdim=True) * scale.double()
-    )
-    return base.double() + weight * (normed - base.double())
 
 
 @pytest.mark.parametrize(("on_out", "weight"), [(True, 1.0), (True, 0.6), (False, -0.5)], ids=str)

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from zlora_worker.lora.key_map import LdmNames
-from zlora_worker.model.loader import SDXL_CONFIG
+from zlora_worker.model.families.sdxl import CONFIG
 
 WAYS: Final = {
     "down_blocks": "input_blocks",
@@ -30,9 +30,7 @@ def block_of(module: str) -> str:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_block_numbers_of_stability_are_those_that_diffusers_converts(layers: int) -> None:
     """SDXL's own UNet has two layers in each block."""
-    config = dict(UNet2DConditionModel.load_config(SDXL_CONFIG / "unet")) | {
-        "layers_per_block": layers
-    }
+    config = dict(UNet2DConditionModel.load_config(CONFIG / "unet")) | {"layers_per_block": layers}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     modules = leaves(unet)

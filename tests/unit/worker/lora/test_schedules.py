@@ -60,6 +60,7 @@ def drawn_by_hand(model: Pipeline, loras: Sequence[WeightedLora]) -> bytes:
     with model.patch.applied(at(loras, 0.0)):
         text = model.encode(request)
     assert text.negative is not None
+    assert text.pooled is not None
     assert text.negative_pooled is not None
     scheduler = scheduler_for(model._scheduler, request, seed=7)
     scheduler.set_timesteps(STEPS, device=model.device)

@@ -14,7 +14,7 @@ SOURCE = "https://files.invalid/folder/zebrafish.safetensors"
 
 @pytest.fixture(scope="module")
 def reader(model_home: Path) -> EmbeddingReader:
-    return EmbeddingReader(load_pipeline(model_home).pipeline)
+    return load_pipeline(model_home).embedding_reader
 
 
 def read(
@@ -185,9 +185,9 @@ def test_the_words_of_clip_are_refused_in_any_spelling() -> None:
     """The real vocabulary, which the tiny model has not."""
     from transformers import CLIPTokenizer
     from zlora_worker.model import embedding_file
-    from zlora_worker.model.loader import SDXL_CONFIG
+    from zlora_worker.model.families.sdxl import CONFIG
 
-    tokenizer = CLIPTokenizer.from_pretrained(SDXL_CONFIG / "tokenizer", local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(CONFIG / "tokenizer", local_files_only=True)
 
     known = ("cat", "Cat", "sks", "!", "<|endoftext|>", "</w>")
     assert [embedding_file.is_known(tokenizer, word) for word in known] == [True] * 5 + [False]

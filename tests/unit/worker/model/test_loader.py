@@ -25,6 +25,7 @@ from support.tiny_folder import tiny_lora, tiny_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from zlora.errors import GenerationFailed, ModelUnavailable
 from zlora_worker.model import loader
+from zlora_worker.model.families.sdxl import CONFIG
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.settings import DEMO_MODEL
 
@@ -143,6 +144,8 @@ def test_a_commit_of_a_hub_id_is_the_one_that_is_loaded(
     with pytest.raises(ModelUnavailable):
         load_pipeline(model_home, ZLORA_MODEL="owner/tiny", ZLORA_MODEL_REVISION="2" * 40)
     sent = hub_cache / "models--owner--tiny" / "snapshots" / ("0" * 40)
+    index = str(sent / "model_index.json")
+    monkeypatch.setattr("zlora_worker.model.loader.hf_hub_download", lambda *_, **__: index)
     monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.download", lambda *_, **__: str(sent))
     with pytest.raises(ModelUnavailable, match=f"the commit {'0' * 40}, not {'2' * 40}"):
         load_pipeline(model_home, ZLORA_MODEL="owner/tiny", ZLORA_MODEL_REVISION="2" * 40)
@@ -263,13 +266,12 @@ def test_another_vae_is_used_with_its_own_configuration(
 
 def test_the_packaged_configuration_is_sdxl_at_its_true_size() -> None:
     """Built on the meta device; the counts are the published model's, in millions."""
-    folder = loader.SDXL_CONFIG
     with torch.device("meta"):
         models = [
-            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
-            CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-            CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2")),
-            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIG / "unet")),
+            CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIG / "text_encoder")),
+            CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(CONFIG / "text_encoder_2")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(CONFIG / "vae")),
         ]
 
     millions = [sum(weight.numel() for weight in model.parameters()) / 1e6 for model in models]
@@ -280,7 +282,7 @@ def test_the_packaged_configuration_is_sdxl_at_its_true_size() -> None:
 @pytest.mark.parametrize(("name", "padding"), [("tokenizer", 49407), ("tokenizer_2", 0)])
 def test_the_packaged_tokenizers_are_clips(name: str, padding: int) -> None:
     """Both have the same words; SDXL's second one pads with `!`, the first token."""
-    tokenizer = loader._tokenizer(loader.SDXL_CONFIG, name)
+    tokenizer = loader._tokenizer(CONFIG, name)
 
     tokens = tokenizer("a photo of a cat", padding="max_length").input_ids
 
@@ -326,20 +328,6 @@ def lora_file(home: Path, _single_file: Path, target: Path) -> None:
     shutil.copy(tiny_lora(home, "anime-style"), target)
 
 
-def sd15_file(_home: Path, single_file: Path, target: Path) -> None:
-    first = "conditioner.embedders.0."
-    tensors: Tensors = load_file(single_file)
-    renamed = {
-        key.replace(first, "cond_stage_model."): tensor
-        for key, tensor in tensors.items()
-        if "label_emb" not in key
-    }
-    write(
-        target,
-        {key: tensor for key, tensor in renamed.items() if not key.startswith("conditioner.")},
-    )
-
-
 def without(*names: str) -> Callable[[Path, Path, Path], None]:
     def make(_home: Path, single_file: Path, target: Path) -> None:
         tensors: Tensors = load_file(single_file)
@@ -370,7 +358,7 @@ def empty_file(_home: Path, _single_file: Path, target: Path) -> None:
     ("make", "reason"),
     [
         (lora_file, "is a LoRA, not a checkpoint"),
-        (sd15_file, "not an SDXL checkpoint: it lacks unet, text_encoder, text_encoder_2"),
+        (without("label_emb.0.0.weight"), "not a checkpoint of SDXL: it lacks unet"),
         (truncated_file, "damaged"),
         (web_page, "web page"),
         (pointer, "git-lfs"),
@@ -469,8 +457,10 @@ def test_a_folder_without_a_pipeline_is_refused(model_home: Path, tmp_path: Path
     assert "has no model_index.json" in refusal(model_home, ZLORA_MODEL=str(tmp_path))
 
 
-def test_a_folder_of_another_pipeline_is_refused(model_home: Path, tmp_path: Path) -> None:
-    """Stable Diffusion 1.5 as diffusers saves it: one text encoder, one tokenizer."""
+def test_a_folder_whose_index_is_of_another_pipeline_is_refused(
+    model_home: Path, tmp_path: Path
+) -> None:
+    """Its index says Stable Diffusion 1.5, with one text encoder; the UNet is SDXL's."""
     folder = copy_model(model_home, tmp_path / "sd")
     index = json.loads((folder / "model_index.json").read_text())
     del index["text_encoder_2"], index["tokenizer_2"]

@@ -172,10 +172,16 @@ def test_brackets_of_a_plain_prompt_are_no_weights_and_those_of_a_prompt_with_we
     assert a1111 == prompt
 
 
-def test_clip_skip_counts_from_the_last_layer() -> None:
-    skipped = [written(a_request(clip_skip=skip)).split("\n")[-1] for skip in (None, 0, 1)]
+@pytest.mark.parametrize(
+    ("base", "shown"), [(None, "3"), ("SDXL", "3"), ("SD 1.x", "2"), ("SD 2.x", "2")]
+)
+def test_clip_skip_counts_from_the_last_layer(base: str | None, shown: str) -> None:
+    """SDXL reads the last but one; results of earlier versions do not have the family."""
+    skipped = [
+        written(a_request(clip_skip=skip), base=base).split("\n")[-1] for skip in (None, 0, 1)
+    ]
 
-    assert [pairs(line).get("Clip skip") for line in skipped] == [None, None, "3"]
+    assert [pairs(line).get("Clip skip") for line in skipped] == [None, None, shown]
 
 
 def test_strengths_over_steps_and_by_block_are_pairs_of_their_own() -> None:

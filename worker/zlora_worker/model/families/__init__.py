@@ -1,0 +1,1 @@
+"""Descriptions of the supported families of base models, one in each file."""
