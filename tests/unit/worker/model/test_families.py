@@ -199,6 +199,7 @@ def test_the_packaged_configuration_is_sd_1_5_at_its_true_size() -> None:
 
 
 def test_the_vocabulary_of_single_files_is_clips() -> None:
+    assert SD1.vocabulary
     tokenizer = loader._tokenizer(SD1.vocabulary, "tokenizer")
 
     tokens = tokenizer("a photo of a cat", padding="max_length").input_ids
