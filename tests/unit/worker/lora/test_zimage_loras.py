@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 import torch
+from benchmarks.zimage_spellings import by_diffusers
 from support.fakes import Tensors, load_pipeline, pixels, write
 from support.lora_files import State, require_unchanged, snapshot
 from support.tiny_folder import tiny_lora, tiny_zimage
@@ -19,6 +20,12 @@ from zlora_worker.model.pipeline import Pipeline
 SOURCE: Final = "https://example.com/a.safetensors"
 TOLERANCE: Final = 1e-6  # of the greatest weight, in fp32
 SIZE: Final = {"width": 64, "height": 64}
+# Files that diffusers refuses, as docs/zimage-loras.md has them.
+BEYOND_DIFFUSERS: Final = (
+    ("kohya", "LoKr"),
+    ("kohya", "LoKr of whole matrices"),
+    *((name, "DoRA of peft") for name in ("kohya", "ComfyUI", "ai-toolkit")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,25 @@ def test_a_kind_is_merged_in_each_spelling(
     require_equal(merged(model, found), base, expected)
     assert found.kinds == (shown,)
     assert found.modules == {"transformer": len(SOME)}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr", "LoKr of whole matrices", "DoRA of peft"])
+@pytest.mark.parametrize("name", ["diffusers", "kohya", "ComfyUI", "ai-toolkit"])
+def test_weights_are_those_of_diffusers_where_it_loads_the_file(
+    model: Pipeline, base: State, weights: Tensors, tmp_path: Path, *, name: str, kind: str
+) -> None:
+    """A second oracle beside the result by hand: its own loader, in fp32."""
+    tensors, changed = written(weights, SPELLINGS[name], KINDS[kind][1], SOME)
+    file = write(tmp_path / "a.safetensors", tensors)
+    if (name, kind) in BEYOND_DIFFUSERS:
+        with pytest.raises(Exception):  # noqa: B017, PT011 - of any kind
+            by_diffusers(model.pipeline, file)
+        return
+
+    theirs = by_diffusers(model.pipeline, file)
+
+    expected = {module: theirs[module].double() for module in changed}
+    require_equal(merged(model, read(model, file)), base, expected)
 
 
 # --- fused layers
