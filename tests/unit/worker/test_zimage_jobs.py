@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 from support.fakes import MemoryStore, Tensors, load_pipeline, pixels, settings, write
 from support.image_files import file_of, half_mask, picture
-from support.jobs import lora_cache, make_child, run_job
+from support.jobs import Watcher, lora_cache, make_child, run_job
+from support.redrawing import Drawing
 from support.tiny_folder import tiny_zimage
 from zlora.errors import EmbeddingMismatch, InvalidRequest, LoraMismatch
 from zlora.schedulers import SCHEDULERS
 from zlora.schema import Asset, GenerateRequest, GenerateResult, digest_of, parse_request, to_dict
 from zlora.served import require_served
 from zlora_worker.child import Child
+from zlora_worker.cli.replay import Replayer, recorded_images
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 
 MODULE: Final = "diffusion_model.layers.0.attention.qkv"
@@ -165,6 +167,28 @@ def test_a_job_from_an_image_with_a_mask(
     right = (48, 0, 64, 80)
     assert image.crop(right).tobytes() == resized.crop(right).tobytes()
     assert image.tobytes() != resized.tobytes()
+
+
+def test_an_image_is_drawn_again_from_its_metadata(
+    model: Pipeline, model_home: Path, tmp_path: Path
+) -> None:
+    variables = {
+        **lora_cache(tmp_path / "loras"),
+        "ZLORA_LORA_ROOTS": str(tmp_path),
+        "ZLORA_STORE": tmp_path.as_uri(),
+        "ZLORA_MODEL": model.name,
+    }
+    machine = settings(model_home, **variables)
+    lora = {"file": {"url": write(tmp_path / "a.safetensors", LORA).as_uri()}, "weight": 0.5}
+    request = parse_request(SMALL | {"loras": [lora], "num_inference_steps": None})
+    (path,) = Drawing(model)(tmp_path, machine, request, "job")
+    replayer = Replayer(machine, model_named=True)
+    replayer._worker._model, replayer._worker._loaded = model, model.name
+
+    (image,) = recorded_images(path)
+    found = replayer.replay(image, Watcher()).replay
+
+    assert (found.verdict, found.causes) == ("identical", ())
 
 
 # --- what is refused by name

@@ -66,7 +66,9 @@ class KeyMap:
                     spelling = normalized(f"{prefix}.{alias}" if prefix else alias)
                     place = Place(component, name, own)
                     if (known := self._places.setdefault(spelling, place)) != place:
-                        raise ValueError(f"two modules are spelt {spelling}: {name} and {known[1]}")
+                        raise ValueError(
+                            f"two modules are spelt {spelling}: {name} and {known.name}"
+                        )
 
     def find(self, spelling: str) -> Place | None:
         """Return the layer with this spelling, or None if the model has no such layer."""
