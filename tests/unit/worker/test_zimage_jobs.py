@@ -258,6 +258,7 @@ HOSTILE: Final[tuple[tuple[dict[str, Any], str], ...]] = (
     ({"sweep": {"clip_skip": [0, 1]}}, "$.clip_skip"),
     ({"sweep": {"guidance_scale": [2, 0]}, "negative_prompt": "blurry"}, "$.negative_prompt"),
     ({"sweep": {"scheduler": ["flow_match_euler", "euler"]}}, "$.scheduler"),
+    ({"sweep": {"prompt": ["a", "x" * 600]}}, "$.prompt"),
 )
 # What only a worker knows: the words of the tokenizer and the blocks of the model.
 WORKERS: Final = ("at most 512 tokens", "Expected blocks")
