@@ -131,7 +131,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     weight: Weight | None = None
     """Strength of the LoRA, from -4 to 4; 1.0 by default."""
     unet_weight: Weight | None = None
-    """Strength in the UNet; `weight` by default."""
+    """Strength in the UNet, or in the transformer of Z-Image; `weight` by default."""
     text_encoder_weight: Weight | None = None
     """Strength in both text encoders; `weight` by default, 0 if the strength changes over steps."""
     start: Share = 0.0
