@@ -2,6 +2,7 @@
 
 from msgspec import Struct
 
+from zlora.base_limits import BaseLimits
 from zlora.schema import UrlPolicy
 
 
@@ -28,6 +29,8 @@ class QueueInfo(Struct, frozen=True, kw_only=True):
     """Steps of requests that say none."""
     guidance_scale: float
     """Guidance scale of requests that say none."""
+    limits: BaseLimits = BaseLimits()
+    """What the base cannot honour of a request."""
     schedulers: tuple[str, ...]
     """Names of the schedulers that a request may choose."""
     timeout: int

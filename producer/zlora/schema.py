@@ -131,7 +131,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     weight: Weight | None = None
     """Strength of the LoRA, from -4 to 4; 1.0 by default."""
     unet_weight: Weight | None = None
-    """Strength in the UNet; `weight` by default."""
+    """Strength in the UNet, or in the transformer of Z-Image; `weight` by default."""
     text_encoder_weight: Weight | None = None
     """Strength in both text encoders; `weight` by default, 0 if the strength changes over steps."""
     start: Share = 0.0
@@ -271,13 +271,13 @@ class GenerateRequest(
     upscale: Upscale | None = None
     """Second pass at a larger size (hires fix); none by default."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
-    """Denoising steps of each image; 28 by default. With `image`, `strength` times as many."""
+    """Denoising steps; the base's default, 28 for SDXL. With `image` `strength` times as many."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
-    """Strength of the prompt (classifier-free guidance); 7.5 by default."""
+    """Strength of the prompt (classifier-free guidance); by default the base's, 7.5 for SDXL."""
     width: Side | None = None
-    """Width in pixels, a multiple of 8; by default the image's, else the model's (SDXL: 1024)."""
+    """Width in pixels, a multiple of 8, or of 16 for Z-Image; by default the image's or model's."""
     height: Side | None = None
-    """Height in pixels, a multiple of 8; by default the image's, else the model's (SDXL: 1024)."""
+    """Height in pixels, a multiple of 8, or of 16 for Z-Image; by default as for `width`."""
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
     """Seed of the first image, one more for each next one; made from the job id by default."""
     sweep: Sweep | None = None
@@ -436,8 +436,12 @@ class GenerateRequest(
         """Strength of the prompt, 7.5 if the request names none."""
         return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
-    def with_defaults(self) -> Self:
-        """Return the request with its steps, guidance scale, weights and strength written out."""
+    def with_defaults(self, *, steps: int = STEPS, guidance_scale: float = GUIDANCE_SCALE) -> Self:
+        """Return the request with its steps, guidance scale, weights and strength written out.
+
+        `steps` and `guidance_scale` are those of a request that names none, by the base model.
+        """
+        names_steps = self.num_inference_steps or self.timesteps or self.sigmas
         loras = tuple(
             lora
             if lora.weight is not None or lora.weights is not None
@@ -447,8 +451,8 @@ class GenerateRequest(
         return structs.replace(
             self,
             loras=loras,
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance,
+            num_inference_steps=self.steps if names_steps else steps,
+            guidance_scale=guidance_scale if self.guidance_scale is None else self.guidance_scale,
             strength=self.image_strength if self.image else None,
         )
 

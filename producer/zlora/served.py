@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+from zlora.base_limits import require_honoured
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow, lora_name
 from zlora.prompt_syntax import parse
@@ -24,6 +25,10 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
     if request.url_expires_in is not None and request.url_expires_in > info.url_expires_in:
         raise _refused("url_expires_in", request.url_expires_in, f"up to {info.url_expires_in}")
     for cell in request.cells:
+        whole = cell.with_defaults(
+            steps=info.num_inference_steps, guidance_scale=info.guidance_scale
+        )
+        require_honoured(whole, info.limits, base=info.base or info.model)
         _require_schedulers(cell, info)
         _require_names(cell, info)
 

@@ -10,7 +10,7 @@ from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue
 from zlora.queue_info import QueueInfo
 from zlora.schedulers import SCHEDULERS
-from zlora.schema import GUIDANCE_SCALE, STEPS, GenerateRequest
+from zlora.schema import GenerateRequest
 
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.lora.memory_cache import LoraMemoryCache
@@ -78,7 +78,7 @@ class Child:
 
     def queue_info(self) -> QueueInfo:
         """Return what this worker serves."""
-        silent = GenerateRequest(prompt="")
+        silent = self.model.with_defaults(GenerateRequest(prompt=""))
         width, height = self.model.size(silent)
         names = tuple(self.catalogue.entries)
         return QueueInfo(
@@ -88,8 +88,9 @@ class Child:
             width=width,
             height=height,
             scheduler=self.model.scheduler_name(silent),
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE_SCALE,
+            num_inference_steps=silent.steps,
+            guidance_scale=silent.guidance,
+            limits=self.model.limits,
             schedulers=tuple(filter(self._has_scheduler, SCHEDULERS)),
             timeout=self.job_timeout,
             url_policies=self.urls.policies,

@@ -114,7 +114,7 @@ class ImageInUse:
             for name, file in files.items()
         }
         picture = decoded["image"].image
-        width, height = _size(request, picture)
+        width, height = _size(request, picture, step=child.model.limits.side_step)
         request = structs.replace(request, width=width, height=height)
         mask = None
         if "mask" in decoded:
@@ -178,19 +178,19 @@ _TURNS: Final = {  # to the upright image, by the value of the Exif tag
 }
 
 
-def _size(request: GenerateRequest, image: Image.Image) -> tuple[int, int]:
-    """Return width and height of the job: the image's, cut to multiples of 8, by default.
+def _size(request: GenerateRequest, image: Image.Image, *, step: int) -> tuple[int, int]:
+    """Return width and height of the job: the image's, cut to multiples of `step`, by default.
 
     If the request names one side, the other keeps the proportions. Raises `InvalidRequest` if a
     side that the request does not name is out of its bounds.
     """
     width, height = request.width, request.height
     if width is None and height is None:
-        width, height = (side - side % SIDE_STEP for side in image.size)
+        width, height = (side - side % step for side in image.size)
     elif height is None:
-        height = SIDE_STEP * round(image.height * (width or 0) / image.width / SIDE_STEP)
+        height = step * round(image.height * (width or 0) / image.width / step)
     elif width is None:
-        width = SIDE_STEP * round(image.width * height / image.height / SIDE_STEP)
+        width = step * round(image.width * height / image.height / step)
     if width is None or not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
         expected = f"Expected sides of {MIN_SIDE} to {MAX_SIDE} pixels, or `width` and `height`"
         raise invalid("$.image", _shown(image), expected)

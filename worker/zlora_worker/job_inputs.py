@@ -70,7 +70,8 @@ class JobInputs:
         request = self.request
         return (
             (request.prompt, request.negative_prompt, request.prompt_syntax, request.clip_skip),
-            request.guidance > 1,  # else the negative prompt is not encoded
+            # Families differ in the guidance scale up to which no negative prompt is encoded.
+            (request.guidance > 0, request.guidance > 1),
             tuple((each.file.sha256, each.tokens) for each in self.embeddings),
             tuple(
                 (lora.parsed.digest, lora.weighted.text_encoder_weight)
@@ -142,7 +143,7 @@ def read_inputs(
             request, has_loras = found.request, any(spec.is_used for spec in found.request.loras)
             if request.scheduler or request.recipes == "off" or not has_loras:
                 child.model.scheduler_name(request)  # else a recipe may set it
-            child.model.require_blocks(request)
+            child.model.require_honoured(request)
             resolved.append(found)
     cells = [request for request, _ in resolved]
     first = cells[0]  # whose embeddings and image are those of all
@@ -228,7 +229,7 @@ def _with_nothing_left_out(
     Raises `InvalidRequest` if that leaves no step to draw, or if a second pass would be too large.
     """
     filled = recipes.fill(request, [lora.recipe for lora in loras])
-    whole = filled.request.with_defaults()
+    whole = child.model.with_defaults(filled.request)
     require_drawn_steps(whole)
     require_steps_of_loras(whole)
     if image is not None:
@@ -238,6 +239,7 @@ def _with_nothing_left_out(
         width, height = child.model.size(whole)
         whole = structs.replace(whole, width=width, height=height)
         require_upscaled_size(whole)
+        child.model.require_honoured(whole)
     return filled._replace(request=whole)
 
 

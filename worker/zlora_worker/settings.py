@@ -66,7 +66,8 @@ class Settings:
     model_config: str = _variable(
         "ZLORA_MODEL_CONFIG",
         note="Folder with configuration and tokenizers for a base model in a single file. "
-        "Default: built-in files for SDXL and SD 1.5. A file of SD 2.x needs one.",
+        "Default: built-in files for SDXL and SD 1.5. A file of SD 2.x needs one. "
+        "A file of Z-Image needs the folder of a whole model.",
     )
     vae: str = _variable(
         "ZLORA_VAE",

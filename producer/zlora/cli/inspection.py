@@ -1,5 +1,7 @@
 """`zlora inspect` and `zlora info`: what a LoRA is and what a queue serves, without a job."""
 
+from typing import Final
+
 import click
 
 from zlora.cli.printing import json_option, print_facts, print_json
@@ -8,6 +10,8 @@ from zlora.errors import ModelUnavailable
 from zlora.lora.preflight import Preflight
 from zlora.queue_info import QueueInfo
 from zlora.schema import Asset
+
+_PROMPTS: Final = {"windows": "windows of 75 tokens", "chat": "one message of a chat"}
 
 
 @click.command()
@@ -59,6 +63,8 @@ def info(as_json: bool) -> None:
             ("model", found.model),
             ("weights", f"sha256 {found.base_sha256}"),
             ("native size", f"{found.width}x{found.height}"),
+            ("sides", f"multiples of {found.limits.side_step}"),
+            ("prompts", _PROMPTS[found.limits.prompts]),
             ("scheduler", f"{found.scheduler} unless a request names one"),
             ("schedulers", ", ".join(found.schedulers)),
             ("steps", f"{found.num_inference_steps} by default"),

@@ -17,7 +17,10 @@ from zlora.lora.safetensors_header import Header, TensorInfo
 # name is searched for the words of many formats: 15 MB of names would take 20 s.
 _MAX_TENSORS: Final = 20_000
 _MAX_NAME: Final = 300  # characters
-SD1, SD2, SDXL = "SD 1.x", "SD 2.x", "SDXL"  # families of base models that workers may have
+# Families of base models that workers may have.
+SD1, SD2, SDXL, Z_IMAGE = "SD 1.x", "SD 2.x", "SDXL", "Z-Image"
+LUMINA: Final = "Lumina 2"
+LUMINA_OR_Z_IMAGE: Final = f"{LUMINA} or {Z_IMAGE}"  # whose layers have the same names
 # Family by the width of cross-attention, which is the width of the text encoders' output.
 WIDTHS: Final = {768: SD1, 1024: SD2, 2048: SDXL}
 CROSS_ATTENTION: Final = re.compile(r"attn2[._]to_[kv]$")
@@ -30,6 +33,7 @@ _ROOT: Final = (
     r"^(?:base_model_model_)?(?:(?:model_)?diffusion_model_|(?:lora_)?transformer_|lora_unet_"
     r"|lycoris_|unet_)?"
 )
+_NEXT_DIT_BLOCK: Final = r"_?(?:layers|context_refiner|noise_refiner)_\d+_"
 _LAYERS: Final = tuple(
     (re.compile(pattern), family)
     for pattern, family in (
@@ -50,10 +54,28 @@ _LAYERS: Final = tuple(
         (rf"{_ROOT}blocks_\d+_(?:self_attn|cross_attn|ffn)_", f"Wan {_SIMILAR}"),
         (rf"{_ROOT}transformer_blocks_\d+_attn_", f"Stable Diffusion 3, Flux {_SIMILAR}"),
         (
-            rf"{_ROOT}(?:layers|\w+_refiner)_\d+_(?:attention|attn|feed_forward)_",
-            f"Lumina, Z-Image {_SIMILAR}",
+            rf"{_ROOT}{_NEXT_DIT_BLOCK}(?:attn_|feed_forward_linear_)",
+            f"Lumina {_SIMILAR}",
         ),
+        (rf"{_ROOT}{_NEXT_DIT_BLOCK}(?:attention|feed_forward|adaLN)_", LUMINA_OR_Z_IMAGE),
+        (rf"{_ROOT}cap_embedder_", LUMINA_OR_Z_IMAGE),
     )
+)
+# Input widths of layers of Z-Image and of Lumina 2, which have the same names in single files.
+_NEXT_DIT_WIDTHS: Final = tuple(
+    (re.compile(rf"{_ROOT}{layer}$"), widths)
+    for layer, widths in (
+        (
+            rf"{_NEXT_DIT_BLOCK}(?:attention_(?:qkv|out)|feed_forward_w[13])",
+            {3840: Z_IMAGE, 2304: LUMINA},
+        ),
+        (r"cap_embedder_\d+", {2560: Z_IMAGE, 2304: LUMINA}),
+        (rf"{_NEXT_DIT_BLOCK}adaLN_modulation_\d+", {256: Z_IMAGE, 1024: LUMINA}),
+    )
+)
+# Names of diffusers that only the transformer of Z-Image has.
+_Z_IMAGE_LAYER: Final = re.compile(
+    rf"{_ROOT}(?:{_NEXT_DIT_BLOCK}attention_to_(?:[qkv]$|out)|all_(?:x_embedder|final_layer)_)"
 )
 # UNet blocks that have attention in SD 1.x or 2.x, and not in SDXL.
 _OLDER: Final = "SD 1.x or 2.x"  # one of two families that share these blocks
@@ -72,6 +94,8 @@ _WORDS: Final = (
     (re.compile(r"^sd_?v?2|stable-diffusion-v2"), SD2),
     (re.compile(r"^sd_?3|stable-diffusion-3"), "Stable Diffusion 3"),
     (re.compile(r"flux"), "Flux"),
+    (re.compile(r"z[-_ ]?image"), Z_IMAGE),
+    (re.compile(r"lumina"), LUMINA),
 )
 EMBEDDING: Final = "embedding"  # kind of a file that has no LoRA
 _DIGITS: Final = re.compile(r"\d+")
@@ -111,6 +135,8 @@ def is_for(family: str, base: str | None) -> bool:
     """Return whether a file that was made for `family`, as it is detected, may be for `base`."""
     if family == _OLDER:
         return base in (SD1, SD2)
+    if family == LUMINA_OR_Z_IMAGE:
+        return base == Z_IMAGE
     return base == family
 
 
@@ -182,6 +208,8 @@ def detect_by_layer_names(header: Header) -> DetectedBase | None:
 
     The header decides between families that share them.
     """
+    if detected := _detect_next_dit(header.tensors):
+        return detected
     layers = {_DIGITS.sub("0", name.replace(".", "_")) for name in header.tensors}
     for pattern, family in _LAYERS:
         if any(map(pattern.search, layers)):
@@ -189,6 +217,23 @@ def detect_by_layer_names(header: Header) -> DetectedBase | None:
             if named and named.family in family:
                 return named
             return DetectedBase(family, f"made for {family}, by the names of its layers")
+    return None
+
+
+def _detect_next_dit(tensors: Mapping[str, TensorInfo]) -> DetectedBase | None:
+    """Return Z-Image or Lumina 2, which share their layers, by a name or a width that shows it."""
+    for name, info in tensors.items():
+        key = key_names.parse_key(name)
+        if key is None:
+            continue
+        module = key_names.normalized(key.module)
+        if _Z_IMAGE_LAYER.search(module):
+            return DetectedBase(Z_IMAGE, f"made for {Z_IMAGE}, by the names of its layers")
+        for layer, widths in _NEXT_DIT_WIDTHS:
+            family = widths.get(_input_width(key, info, re.compile("")) or 0)
+            if family and layer.search(module):
+                width = info.shape[1]
+                return DetectedBase(family, f"made for {family}: width {width} of its layers")
     return None
 
 

@@ -95,6 +95,11 @@ def read_embeddings(
     (`beside_lora`) other tensors are left out. Raises `EmbeddingMismatch` if anything in the file
     cannot be used.
     """
+    if base not in (SD1, SD2, SDXL):
+        raise EmbeddingMismatch(
+            f"{source}: an embedding, which is for text encoders of CLIP; the base model is of "
+            f"{base}, which reads none"
+        )
     found, others = _by_own_name(header, source, base=base, beside_lora=beside_lora)
     if base == SDXL:
         _require_two_encoders(header, others, source)

@@ -13,6 +13,8 @@ PREFIXES: Final[dict[str, tuple[str, ...]]] = {
     "transformer": (
         "transformer",
         "lora_transformer",
+        "lora_unet",
+        "lora_unet_",  # two underscores follow
         "lycoris",
         "diffusion_model",
         "model_diffusion_model",

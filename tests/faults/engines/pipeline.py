@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from faults.engines import journal
 from faults.engines.misbehaviour import misbehave
 from PIL import Image
+from zlora.base_limits import BaseLimits
 from zlora.errors import BaseNotRestored
 from zlora.schema import GenerateRequest
 from zlora_worker.lora.merge import WeightedLora
@@ -121,8 +122,17 @@ class Pipeline:
     def require_text(self, request: GenerateRequest, embeddings: Sequence[Any] = ()) -> None:
         """Do nothing: there is no tokenizer."""
 
-    def require_blocks(self, request: GenerateRequest) -> None:
-        """Do nothing: there are no blocks."""
+    def require_honoured(self, request: GenerateRequest) -> None:
+        """Do nothing: all fields are ignored."""
+
+    def with_defaults(self, request: GenerateRequest) -> GenerateRequest:
+        """Return the request with the defaults of SDXL."""
+        return request.with_defaults()
+
+    @property
+    def limits(self) -> BaseLimits:
+        """Limits of SDXL."""
+        return BaseLimits()
 
     def draw(
         self,

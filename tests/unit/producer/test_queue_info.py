@@ -229,4 +229,6 @@ def test_the_command_prints_the_record(broker_url: str) -> None:
     document = CliRunner().invoke(main, ["info", "--json"], env=environ)
 
     assert "native size: 1024x1024" in lines.output
+    assert "sides: multiples of 8" in lines.output
+    assert "prompts: windows of 75 tokens" in lines.output
     assert msgspec.json.decode(document.output, type=QueueInfo) == INFO

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -40,6 +40,14 @@ class ParsedModule:
     weight: WeightDelta | None
     bias: WeightDelta | None
     bias_part: str = ""  # name of the tensor that changes the bias
+
+    def sliced(self, rows: slice) -> "ParsedModule":
+        """Return the deltas of some outputs; raise `InvalidAdapter` if they need the others."""
+        return replace(
+            self,
+            weight=self.weight and self.weight.sliced(rows),
+            bias=self.bias and self.bias.sliced(rows),
+        )
 
 
 def parse_module(

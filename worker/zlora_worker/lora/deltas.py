@@ -8,7 +8,7 @@ that LyCORIS writes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
@@ -43,6 +43,9 @@ class WeightDelta(Protocol):
 
     def is_zero(self, base: Tensor) -> bool:
         """Return True if the delta leaves `base`, [out, in * kernel] of any type, unchanged."""
+
+    def sliced(self, rows: slice) -> "WeightDelta":
+        """Return the change of some outputs; raise `InvalidAdapter` if it depends on the others."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class LoraDelta:
         up = widened(self.up, self.up.device, self.scale)
         return not (up.any() and all(factor.float().any() for factor in self.tensors[1:]))
 
+    def sliced(self, rows: slice) -> "LoraDelta":
+        return replace(self, up=self.up[rows])
+
 
 @dataclass(frozen=True)
 class LohaDelta:
@@ -114,6 +120,9 @@ class LohaDelta:
 
     def is_zero(self, base: Tensor) -> bool:
         return self.one.is_zero(base) or self.two.is_zero(base)
+
+    def sliced(self, rows: slice) -> "LohaDelta":
+        return LohaDelta(self.one.sliced(rows), self.two.sliced(rows))
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,36 @@ class LokrDelta:
         cpu = torch.device("cpu")
         return not ((self.small.on(cpu) * self.scale).any() and self.large.on(cpu).any())
 
+    def sliced(self, rows: slice) -> "SlicedDelta":
+        return SlicedDelta(self, rows)
+
+
+@dataclass(frozen=True)
+class SlicedDelta:
+    """Some outputs of a delta that can only be computed whole."""
+
+    whole: LokrDelta
+    rows: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.whole.shape
+        return len(range(rows)[self.rows]), columns
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.whole.tensors
+
+    def delta(self, base: Tensor, weight: float) -> Tensor:
+        return self.whole.delta(base, weight)[self.rows]
+
+    def is_zero(self, base: Tensor) -> bool:
+        return not self.delta(base.float(), 1.0).any()
+
+    def sliced(self, rows: slice) -> "SlicedDelta":
+        inner = range(self.whole.shape[0])[self.rows][rows]
+        return SlicedDelta(self.whole, slice(inner.start, inner.stop))
+
 
 @dataclass(frozen=True)
 class FullDelta:
@@ -193,6 +232,9 @@ class FullDelta:
 
     def is_zero(self, base: Tensor) -> bool:  # noqa: ARG002 - the protocol's
         return not widened(self.difference, self.difference.device, self.scale).any()
+
+    def sliced(self, rows: slice) -> "FullDelta":
+        return replace(self, difference=self.difference[rows])
 
 
 @dataclass(frozen=True)
@@ -234,6 +276,14 @@ class DoraDelta:
             return False
         base = base.float()
         return float(self.delta(base, 1.0).norm()) <= _UNTRAINED * float(base.norm())
+
+    def sliced(self, rows: slice) -> "DoraDelta":
+        if self.magnitude.dim() != 2:  # noqa: PLR2004 - one norm for each output
+            raise InvalidAdapter(
+                "has a DoRA with a magnitude for each input, which several layers of the base "
+                "model would share"
+            )
+        return replace(self, inner=self.inner.sliced(rows), magnitude=self.magnitude[rows])
 
 
 class Scratch:

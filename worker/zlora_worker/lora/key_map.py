@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from zlora.lora.key_names import PREFIXES, SINGLE_TEXT_ENCODER, normalized
 
@@ -21,7 +21,26 @@ _LDM_STEM: Final = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+# Names of Z-Image's original code for those of diffusers' classes.
+_ORIGINAL_NAMES: Final = (
+    ("all_final_layer.2-1.", "final_layer."),
+    ("all_x_embedder.2-1", "x_embedder"),
+    (".attention.to_out.0", ".attention.out"),
+    (".attention.norm_q", ".attention.q_norm"),
+    (".attention.norm_k", ".attention.k_norm"),
+)
 _OLD_ATTENTION: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+class Place(NamedTuple):
+    """A layer that a file names: a module of the base model, or several that are one layer there.
+
+    The outputs of such a fused layer are those of its modules, in their order.
+    """
+
+    component: str
+    name: str  # as messages have it: that of the module, or of the fused layer
+    modules: tuple[str, ...]
 
 
 class KeyMap:
@@ -36,21 +55,24 @@ class KeyMap:
         modules = list(modules)
         components = {component for component, _ in modules}
         ldm = LdmNames(name for component, name in modules if component == "unet")
-        self._modules: dict[str, Module] = {}
-        for component, name in modules:
+        self._places: dict[str, Place] = {}
+        places = [Place(component, name, (name,)) for component, name in modules]
+        for component, name, own in [*places, *_fused(modules)]:
             prefixes = PREFIXES.get(component, (component,))
             if component == "text_encoder" and "text_encoder_2" not in components:
                 prefixes += (SINGLE_TEXT_ENCODER,)
             for alias in _aliases(component, name, ldm):
                 for prefix in prefixes:
                     spelling = normalized(f"{prefix}.{alias}" if prefix else alias)
-                    known = self._modules.setdefault(spelling, (component, name))
-                    if known != (component, name):
-                        raise ValueError(f"two modules are spelt {spelling}: {name} and {known[1]}")
+                    place = Place(component, name, own)
+                    if (known := self._places.setdefault(spelling, place)) != place:
+                        raise ValueError(
+                            f"two modules are spelt {spelling}: {name} and {known.name}"
+                        )
 
-    def find(self, spelling: str) -> Module | None:
-        """Return the module with this spelling, or None if the model has no such module."""
-        return self._modules.get(normalized(spelling))
+    def find(self, spelling: str) -> Place | None:
+        """Return the layer with this spelling, or None if the model has no such layer."""
+        return self._places.get(normalized(spelling))
 
 
 class LdmNames:
@@ -107,11 +129,25 @@ class LdmNames:
             self._blocks[f"{level}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
 
 
+def _fused(modules: Iterable[Module]) -> Iterator[Place]:
+    """Yield the layers of Z-Image's original code that have queries, keys and values in one."""
+    for component, name in modules:
+        if component == "transformer" and name.endswith(".attention.to_q"):
+            block = name.removesuffix("to_q")
+            yield Place(component, f"{block}qkv", tuple(f"{block}to_{part}" for part in "qkv"))
+
+
 def _aliases(component: str, name: str, ldm: LdmNames) -> Iterator[str]:
     """Yield the module's own name and its names in older code and other tools."""
     yield name
     if component == "unet" and (other := ldm.of(name)):
         yield other
+    if component == "transformer":
+        original = name
+        for own, other in _ORIGINAL_NAMES:
+            original = original.replace(own, other)
+        if original != name:
+            yield original
     if component in ("unet", "transformer") and name.endswith(".to_out.0"):
         yield f"{name.removesuffix('.to_out.0')}.processor.to_out"
     elif ".attn" in name and (found := re.fullmatch(r"(.+)\.(to_[qkv])", name)):

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors
 from zlora.lora import base_model, key_names
+from zlora.lora.base_model import DetectedBase
 from zlora.lora.embedding_header import is_embedding
 from zlora.lora.recipes import Recipe, recipe_of_header
 from zlora.lora.safetensors_header import Header, read_header
@@ -25,7 +27,7 @@ from zlora_worker.lora.deltas import (
     Scratch,
     WeightDelta,
 )
-from zlora_worker.lora.key_map import KeyMap, Module
+from zlora_worker.lora.key_map import KeyMap, Module, Place
 from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, pin_exactly, read_stacks
 from zlora_worker.lora.weights import Slot, Weights, as_matrices
 
@@ -153,7 +155,7 @@ class Reader:
     ) -> Lora:
         # names
         header = read_header(path)
-        found, unmatched = self._by_module(header)
+        found, unmatched = self._by_place(header)
 
         # tensors
         _require_floats(header, found)
@@ -167,12 +169,22 @@ class Reader:
         # deltas
         try:
             scales = scales_of(header.metadata)
-            modules = self._parse(header, found, tensors, scales)
+            parsed_places = self._parse(header, found, tensors, scales)
             scales.require_alpha_used()
         except ValueError as error:
             raise _Refusal(str(error)) from None
         products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)
         deltas: list[tuple[Slot, WeightDelta]] = []
+        modules: dict[Module, ParsedModule] = {}
+        places: dict[Module, Place] = {}
+        for place, of_modules in parsed_places.items():
+            own = {(place.component, name): place for name in place.modules}
+            if twice := own.keys() & places.keys():
+                raise _Refusal(
+                    f"has {'.'.join(min(twice))} twice: alone, and in a layer with others"
+                )
+            places |= own
+            modules |= zip(own, of_modules, strict=True)
         for module, parsed in modules.items():
             for leaf, delta in (("weight", parsed.weight), ("bias", parsed.bias)):
                 if delta is None:
@@ -184,7 +196,7 @@ class Reader:
                         "the base model's layer has no bias"
                     )
                 if slot is None:
-                    unmatched.append(found[module][parsed.bias_part])
+                    unmatched.append(found[places[module]][parsed.bias_part])
                 elif isinstance(delta, LoraDelta):
                     products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
                 else:
@@ -197,7 +209,7 @@ class Reader:
             kinds=tuple(sorted({parsed.kind for parsed in modules.values()})),
             ranks=tuple(sorted({parsed.rank for parsed in modules.values() if parsed.rank})),
             modules=dict(Counter(component for component, _ in modules)),
-            unmatched=tuple(sorted(unmatched)),
+            unmatched=tuple(sorted(set(unmatched))),
             other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
             trigger_words=base_model.trigger_words(header.metadata),
@@ -210,9 +222,9 @@ class Reader:
         self._require_effect(lora)
         return lora
 
-    def _by_module(self, header: Header) -> tuple[dict[Module, dict[str, str]], list[str]]:
-        """Tensor names by module and part, and the names without a module."""
-        found: dict[Module, dict[str, str]] = defaultdict(dict)
+    def _by_place(self, header: Header) -> tuple[dict[Place, dict[str, str]], list[str]]:
+        """Tensor names by layer and part, and the names without a layer."""
+        found: dict[Place, dict[str, str]] = defaultdict(dict)
         unmatched = []
         for name in header.tensors:
             if is_embedding(name):
@@ -220,17 +232,17 @@ class Reader:
             if kind := key_names.unsupported_kind(name):
                 raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
             key = key_names.parse_key(name)
-            module = self._key_map.find(key.module) if key else None
-            if key is None or module is None:
+            place = self._key_map.find(key.module) if key else None
+            if key is None or place is None:
                 unmatched.append(name)
-            elif key.part in found[module]:
+            elif key.part in found[place]:
                 raise _Refusal(
-                    f"two tensors for one place: {found[module][key.part][:100]} and {name[:100]}"
+                    f"two tensors for one place: {found[place][key.part][:100]} and {name[:100]}"
                 )
             else:
-                found[module][key.part] = name
-        for module in [module for module, parts in found.items() if parts.keys() == {"alpha"}]:
-            unmatched += found.pop(module).values()
+                found[place][key.part] = name
+        for place in [place for place, parts in found.items() if parts.keys() == {"alpha"}]:
+            unmatched += found.pop(place).values()
         if found:
             return found, unmatched
         if not any(map(key_names.parse_key, header.tensors)):
@@ -240,7 +252,7 @@ class Reader:
             or f"none of its modules is in the base model: {key_names.summary(header.tensors)}"
         )
 
-    def _groups(self, header: Header, found: Mapping[Module, Mapping[str, str]]) -> list[list[str]]:
+    def _groups(self, header: Header, found: Mapping[Place, Mapping[str, str]]) -> list[list[str]]:
         """Group tensors of one part, type and shape by stack, in the order of its rows.
 
         In memory in this order, a batch's factors are one tensor each.
@@ -248,8 +260,8 @@ class Reader:
         groups: dict[tuple[int, str, str, tuple[int, ...]], list[tuple[int, str]]] = defaultdict(
             list
         )
-        for module, names in found.items():
-            slot = self._weights.slots[(*module, "weight")]
+        for place, names in found.items():
+            slot = self._weights.slots[place.component, place.modules[0], "weight"]
             for part, name in names.items():
                 info = header.tensors[name]
                 groups[slot.stack, part, info.dtype, info.shape].append((slot.row, name))
@@ -258,24 +270,33 @@ class Reader:
     def _parse(
         self,
         header: Header,
-        found: Mapping[Module, Mapping[str, str]],
+        found: Mapping[Place, Mapping[str, str]],
         tensors: Mapping[str, Tensor],
         scales: Scales,
-    ) -> dict[Module, ParsedModule]:
-        modules = {}
+    ) -> dict[Place, list[ParsedModule]]:
+        """Return the deltas of each module of a layer, in their order."""
+        parsed = {}
         try:
-            for module, names in found.items():
+            for place, names in found.items():
                 parts = {part: tensors[name] for part, name in names.items()}
-                target = self._weights.shape(self._weights.slots[(*module, "weight")])
+                shapes = [
+                    self._weights.shape(self._weights.slots[place.component, name, "weight"])
+                    for name in place.modules
+                ]
+                ends = list(accumulate(shape[0] for shape in shapes))
                 is_peft = any(map(key_names.is_peft, names.values()))
-                scale_of = partial(scales.of, *module, is_peft=is_peft)
-                modules[module] = parse_module(parts, target, scale_of)
+                scale_of = partial(scales.of, place.component, place.name, is_peft=is_peft)
+                whole = parse_module(parts, (ends[-1], *shapes[0][1:]), scale_of)
+                parsed[place] = [whole]
+                if len(ends) > 1:
+                    rows = map(slice, [0, *ends], ends)
+                    parsed[place] = [whole.sliced(part) for part in rows]
         except InvalidAdapter as error:
-            message = f"{'.'.join(module)[:120]} {error}"
+            message = f"{place.component}.{place.name}"[:120] + f" {error}"
             if clause := self._detect_base_model(header):
                 message = f"{clause}; {message}"
             raise _Refusal(message) from None
-        return modules
+        return parsed
 
     def _other_base(self, header: Header, modules: Iterable[Module]) -> str:
         """Return a clause if the header names another base model, and no layer shows this one.
@@ -283,7 +304,8 @@ class Reader:
         The self-attention of some blocks has the same shapes in several families.
         """
         shows_this_base = any(
-            component == "text_encoder_2" or base_model.CROSS_ATTENTION.search(module)
+            component in ("text_encoder_2", "transformer")
+            or base_model.CROSS_ATTENTION.search(module)
             for component, module in modules
         )
         origin = base_model.detect_by_metadata(header)
@@ -296,20 +318,28 @@ class Reader:
 
         For example `made for SD 1.x: cross-attention width 768, the worker's base model has 2048`.
         """
-        if origin := base_model.detect_by_layer_names(header):
-            return origin.clause
         own = self._text_width
         width = base_model.text_width(header.tensors)
-        if width and width != own:
+        origin = base_model.detect_by_layer_names(header)
+        if origin is None and width and width != own:
             family = base_model.WIDTHS.get(width, "another model")
-            widths = f"cross-attention width {width}, the worker's base model has {own}"
-            return f"made for {family}: {widths}"
-        origin = base_model.detect_by_metadata(header)
-        if origin is None:
-            origin = base_model.detect_by_blocks(header.tensors)
-        if origin and not base_model.is_for(origin.family, base_model.WIDTHS.get(own)):
+            clause = f"made for {family}: cross-attention width {width}"
+            if own:
+                return f"{clause}, the worker's base model has {own}"
+            origin = DetectedBase(family, clause)
+        origin = (
+            origin
+            or base_model.detect_by_metadata(header)
+            or base_model.detect_by_blocks(header.tensors)
+        )
+        # A small model of a family has another width, and fits no LoRA of the published ones.
+        if origin is None or base_model.is_for(
+            origin.family, base_model.WIDTHS.get(own) if own else self._family
+        ):
+            return ""
+        if self._family in (None, origin.family):
             return origin.clause
-        return ""
+        return f"{origin.clause}; the worker's base model is {self._family}"
 
     def _require_effect(self, lora: Lora) -> None:
         """Raise `_Refusal` if all deltas are zero, as in a file of a training that never began."""
@@ -340,7 +370,7 @@ def require_whole(lora: Lora, *, source: str) -> None:
         )
 
 
-def _require_floats(header: Header, found: Mapping[Module, Mapping[str, str]]) -> None:
+def _require_floats(header: Header, found: Mapping[Place, Mapping[str, str]]) -> None:
     for names in found.values():
         for name in names.values():
             dtype = header.tensors[name].dtype
@@ -381,7 +411,8 @@ def _batch(stack: int, by_row: Mapping[int, LoraDelta]) -> Batch:
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Stack tensors of one shape: as a view, if they follow each other in one buffer.
 
-    Tensors of several types in one batch do not; they are copied in fp32.
+    Tensors of several types in one batch do not, nor do parts of fused layers; several types are
+    copied in fp32.
     """
     first = tensors[0]
     storage, start = first.untyped_storage().data_ptr(), first.data_ptr()
@@ -393,6 +424,8 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
         for index, tensor in enumerate(tensors)
     ):
         return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+    if all(tensor.dtype == first.dtype for tensor in tensors):
+        return torch.stack(list(tensors))
     return torch.stack([tensor.float() for tensor in tensors])
 
 

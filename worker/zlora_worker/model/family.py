@@ -1,9 +1,13 @@
 """What the loader and the pipeline know of a family of base models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from zlora.base_limits import BaseLimits
+from zlora.schema import GUIDANCE_SCALE, STEPS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,14 +38,42 @@ class Family:
     """True if these hidden states pass through the last norm of their text encoder."""
     pools_text: bool
     """True if the denoiser also reads the pooled vector of the last text encoder."""
+    text_width: str = "cross_attention_dim"
+    """Name in the denoiser's configuration of the width of the text that it reads."""
+    adapts_text_encoders: bool = True
+    """True if LoRAs are made for the text encoders too."""
+    chat_tokens: int | None = None
+    """Tokens that the text encoder reads of a prompt as a chat; None for windows of CLIP."""
     upcasts_vae: bool
     """True if the family's own VAE has to be decoded in fp32."""
     markers: Mapping[str, str]
-    """A tensor of each component in the layout of single files."""
+    """A tensor of each component that single files have, in their layout."""
+    denoiser_class: Any = None
+    """Class of the denoiser if single files have it alone; None if they have all components."""
     config: Path | None
     """Folder with the configuration of single files; None if these do not show which they need."""
-    vocabulary: Path
+    vocabulary: Path | None
     """Folder with the tokenizers of that configuration."""
+    native_side: int | None = None
+    """Native width and height in pixels; None if the denoiser's configuration has them."""
+    steps: int = STEPS
+    """Denoising steps of a request that names none."""
+    guidance_scale: float = GUIDANCE_SCALE
+    """Guidance scale of a request that names none."""
+    no_guidance: float = 1.0
+    """Greatest guidance scale that has no effect."""
+    limits: BaseLimits = field(default_factory=BaseLimits)
+    """What requests cannot have."""
+    schedulers: tuple[str, ...] = ()
+    """Names of the schedulers that diffusers' pipelines draw with; empty for all of the kind."""
+    noising: str = "add_noise"
+    """Method of the scheduler by which diffusers adds noise to an image to start from."""
+    rounds_steps_up: bool = False
+    """True if diffusers draws a step from an image also if the strength leaves only a part."""
+    gpu_dtype: torch.dtype = torch.float16
+    """Data type of the weights on a GPU, unless the operator names another one."""
+    has_fp32_latents: bool = False
+    """True if latents are in fp32, whatever the data type of the weights."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -52,9 +84,9 @@ class Family:
     @property
     def adapted(self) -> tuple[str, ...]:
         """Components that LoRAs are made for."""
-        return (self.denoiser, *self.text_encoders)
+        return (self.denoiser, *(self.text_encoders if self.adapts_text_encoders else ()))
 
     @property
     def components(self) -> tuple[str, ...]:
         """All components with weights."""
-        return (*self.adapted, "vae")
+        return (self.denoiser, *self.text_encoders, "vae")

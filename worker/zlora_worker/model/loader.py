@@ -22,12 +22,15 @@ from zlora.lora.safetensors_header import read_header
 from zlora_worker.model.digests import FileDigest, ModelDigests
 from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.families.stable_diffusion import SD1, SD2
+from zlora_worker.model.families.z_image import Z_IMAGE
 from zlora_worker.model.family import Family
 from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.settings import DEMO_MODEL, Settings
 
-_FAMILIES: Final = (SDXL, SD1, SD2)
+_FAMILIES: Final = (SDXL, SD1, SD2, Z_IMAGE)
 _INDEX: Final = "model_index.json"
+# Prefix of all names in single files of some tools, which others leave out.
+_FILE_PREFIX: Final = "model.diffusion_model."
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Word in the ValueError that diffusers raises for a repository without fp16 files.
@@ -56,12 +59,13 @@ def load(settings: Settings) -> Pipeline:
     transformers.logging.disable_progress_bar()
 
     device = _device(settings.device)
-    if settings.dtype == "auto":
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-    else:
+    dtype: torch.dtype | None = None  # on a GPU that of the family, which is not known yet
+    if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
+    elif device.type != "cuda":
+        dtype = torch.float32
     path = Path(settings.model).expanduser()
-    record = ModelDigests.path(settings, dtype=str(dtype))
+    record = ModelDigests.path(settings, dtype=str(dtype or settings.dtype))
     known = ModelDigests.read(record)
     with ThreadPoolExecutor(1) as beside:
         # Model sites identify a checkpoint by the sha256 of its file.
@@ -89,13 +93,13 @@ def load(settings: Settings) -> Pipeline:
     return model
 
 
-def _read(settings: Settings, path: Path, dtype: torch.dtype) -> tuple[Family, Any]:
+def _read(settings: Settings, path: Path, dtype: torch.dtype | None) -> tuple[Family, Any]:
     """Read the model and its VAE; raise `ModelUnavailable`."""
     try:
         family, pipeline = _load_pipeline(settings, path, dtype)
         if settings.vae:
             pipeline.vae = AutoencoderKL.from_pretrained(
-                settings.vae, dtype=dtype, use_safetensors=True
+                settings.vae, dtype=pipeline.vae.dtype, use_safetensors=True
             )
             _require_whole(pipeline, family, settings.vae)
         else:
@@ -108,7 +112,7 @@ def _read(settings: Settings, path: Path, dtype: torch.dtype) -> tuple[Family, A
     return family, pipeline
 
 
-def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> tuple[Family, Any]:
+def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype | None) -> tuple[Family, Any]:
     name, revision = settings.model, settings.hub_revision
     if settings.model_revision and (name == "demo" or path.exists()):
         raise ModelUnavailable("ZLORA_MODEL_REVISION is set, but the model is not a hub id")
@@ -123,7 +127,7 @@ def _load_pipeline(settings: Settings, path: Path, dtype: torch.dtype) -> tuple[
             f"{name}: no such file or folder, and not a hub id such as owner/name"
         )
     # Download the files that are not in the hub's cache, then load from that folder.
-    if dtype is torch.float16:
+    if dtype in (None, torch.float16):
         try:
             return _from_folder(_download(name, revision=revision, variant="fp16"), dtype)
         except ValueError as error:
@@ -145,8 +149,9 @@ def _download(name: str, *, revision: str | None, variant: str | None) -> Path:
     return Path(folder)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Family, Any]:
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Family, Any]:
     family = _family_of_folder(folder)
+    dtype = dtype or family.gpu_dtype
     for name in family.text_encoders.values():
         _require_vocabulary(folder / name)
     has_fp16 = dtype is torch.float16 and any(
@@ -192,7 +197,7 @@ def _family_of_folder(folder: Path) -> Family:
     return next((family for family in found if family.name == by_width), found[0])
 
 
-def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> tuple[Family, Any]:
+def _from_single_file(path: Path, config: str, dtype: torch.dtype | None) -> tuple[Family, Any]:
     """Load a checkpoint in the original layout.
 
     Configuration and tokenizers come from files on this machine, never from the hub.
@@ -202,6 +207,9 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> tuple[Fami
             f"{path}: only .safetensors files are loaded, because other checkpoints can run code"
         )
     family, tensors = _family_of_file(path)
+    dtype = dtype or family.gpu_dtype
+    if family.denoiser_class is not None:
+        return family, _from_denoiser_file(path, config, family, dtype)
     if config:
         folder = vocabulary = Path(config).expanduser()
     elif family.config is None:
@@ -210,7 +218,7 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> tuple[Fami
             "with that in ZLORA_MODEL_CONFIG"
         )
     else:
-        folder, vocabulary = family.config, family.vocabulary
+        folder, vocabulary = family.config, family.vocabulary or family.config
     pipeline = family.text_to_image.from_single_file(
         str(path),
         config=str(folder),
@@ -222,6 +230,35 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype) -> tuple[Fami
     _require_whole(pipeline, family, str(path))
     _set_prediction(pipeline, tensors)
     return family, pipeline
+
+
+def _from_denoiser_file(path: Path, config: str, family: Family, dtype: torch.dtype) -> Any:
+    """Load a denoiser in the original layout, and all other components from the folder `config`."""
+    if not config:
+        others = ", ".join(name for name in family.components if name not in family.markers)
+        raise ModelUnavailable(
+            f"{path} is a {family.denoiser} of {family.name}: name the folder with {others} and "
+            "the configuration in ZLORA_MODEL_CONFIG"
+        )
+    folder = Path(config).expanduser()
+    if _family_of_folder(folder) is not family:
+        raise ModelUnavailable(f"{path} is of {family.name}, and ZLORA_MODEL_CONFIG is not")
+    for name in family.text_encoders.values():
+        _require_vocabulary(folder / name)
+    denoiser = family.denoiser_class.from_single_file(
+        str(path), config=str(folder / family.denoiser), local_files_only=True, dtype=dtype
+    )
+    pipeline = family.text_to_image.from_pretrained(
+        str(folder),
+        **{family.denoiser: denoiser},
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        **family.pipeline_options,
+    )
+    _require_whole(pipeline, family, str(path))
+    _require_text_weights(folder, pipeline, family)
+    return pipeline
 
 
 def _set_prediction(pipeline: Any, tensors: Collection[str]) -> None:
@@ -252,18 +289,21 @@ def _require_whole(pipeline: Any, family: Family, name: str) -> None:
                 f"{name} lacks {len(missing)} weights of {component}, such as {missing[0]}"
             )
     denoiser = getattr(pipeline, family.denoiser).config
-    if not isinstance(denoiser.sample_size, int):
+    if family.native_side is None and not isinstance(denoiser.sample_size, int):
         raise ModelUnavailable(
             f"{name}: its {family.denoiser} has the `sample_size` {denoiser.sample_size}, expected "
             "a number: the native size is a square"
         )
     encoders = [getattr(pipeline, encoder) for encoder in family.text_encoders]
-    width = sum(encoder.config.hidden_size for encoder in encoders)
-    if denoiser.cross_attention_dim != width:
+    width, reads = sum(encoder.config.hidden_size for encoder in encoders), family.text_width
+    if denoiser[reads] != width:
         raise ModelUnavailable(
-            f"{name}: its {family.denoiser} reads text of the width {denoiser.cross_attention_dim},"
-            f" its text encoders write the width {width}"
+            f"{name}: its {family.denoiser} reads text of the width {denoiser[reads]}, its text "
+            f"encoders write the width {width}"
         )
+    for tokenizer in family.text_encoders.values():
+        if family.chat_tokens and not getattr(pipeline, tokenizer).chat_template:
+            raise ModelUnavailable(f"{name}: its {tokenizer} has no chat template")
     if denoiser.in_channels != pipeline.vae.config.latent_channels:
         raise ModelUnavailable(
             f"{name}: its {family.denoiser} reads {denoiser.in_channels} channels, its latents "
@@ -302,8 +342,9 @@ def _family_of_file(path: Path) -> tuple[Family, Collection[str]]:
         tensors = read_header(path).tensors
     except NotSafetensors as error:
         raise ModelUnavailable(f"{path}: {error}") from None
+    names = {*tensors, *(name.removeprefix(_FILE_PREFIX) for name in tensors)}
     missing = {
-        family: [component for component, name in family.markers.items() if name not in tensors]
+        family: [component for component, name in family.markers.items() if name not in names]
         for family in _FAMILIES
     }
     for family, components in missing.items():
@@ -311,7 +352,7 @@ def _family_of_file(path: Path) -> tuple[Family, Collection[str]]:
             return family, tensors
     if any("lora" in name for name in tensors):
         raise ModelUnavailable(f"{path} is a LoRA, not a checkpoint")
-    nearest = min(missing, key=lambda family: len(missing[family]))
+    nearest = min(missing, key=lambda family: len(missing[family]) / len(family.markers))
     lacks = ", ".join(missing[nearest])
     raise ModelUnavailable(f"{path} is not a checkpoint of {nearest.name}: it lacks {lacks}")
 

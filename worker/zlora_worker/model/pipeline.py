@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.functional import interpolate
+from zlora.base_limits import BaseLimits, require_honoured
 from zlora.errors import BaseNotRestored, GenerationFailed, ModelUnavailable, OutOfMemory
 from zlora.schema import GenerateRequest, invalid
 
@@ -20,6 +21,7 @@ from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch, choose_mode
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
+from zlora_worker.model.chat_prompt import encode_chat, read_chat
 from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_sha256
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
@@ -32,7 +34,6 @@ from zlora_worker.model.text_encoding import Embedding, EncodedText, encode, rea
 from zlora_worker.monitoring.logs import said_by
 
 _GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
-_NO_GUIDANCE: Final = 1.0
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
 # Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -131,8 +132,9 @@ class Pipeline:
         self._encode_whole = pipeline.vae.encode
         pipeline.vae.encode = self._encode
         # Half of the native size: a VAE's default tile is as large as an image of native size.
-        pipeline.vae.tile_latent_min_size = tile = self._denoiser.config.sample_size // 2
-        pipeline.vae.tile_sample_min_size = tile * pipeline.vae_scale_factor
+        factor = pipeline.vae_scale_factor
+        pipeline.vae.tile_latent_min_size = tile = self._native_side // factor // 2
+        pipeline.vae.tile_sample_min_size = tile * factor
 
     def warm_up(self) -> None:
         """Do now what would make the first job slower than the next ones.
@@ -143,9 +145,10 @@ class Pipeline:
         if that fails.
         """
         self.patch.warm_up()
-        scales: tuple[float, ...] = (_GUIDANCE,) if self.device.type == "cuda" else ()
+        own = self._family.guidance_scale
+        scales: tuple[float, ...] = (own,) if self.device.type == "cuda" else ()
         if self._compile_mode != "off":
-            scales = (_GUIDANCE, _NO_GUIDANCE)
+            scales = (_GUIDANCE, self._family.no_guidance)
         # A CUDA graph is run, recorded and replayed.
         steps = 3 if self._compile_mode == "graphs" else 1
         for scale in scales:
@@ -228,8 +231,18 @@ class Pipeline:
             )
         self.state = PipelineState.READY
 
-    def require_blocks(self, request: GenerateRequest) -> None:
-        """Raise `InvalidRequest` if a LoRA of the request names a block that the UNet has not."""
+    def with_defaults(self, request: GenerateRequest) -> GenerateRequest:
+        """Return the request with the steps and the guidance scale of this family written out."""
+        return request.with_defaults(
+            steps=self._family.steps, guidance_scale=self._family.guidance_scale
+        )
+
+    def require_honoured(self, request: GenerateRequest) -> None:
+        """Raise `InvalidRequest` for a field that this base model cannot honour.
+
+        Also for a block that the UNet has not. Schedulers are checked by `scheduler_name`.
+        """
+        require_honoured(self.with_defaults(request), self._family.limits, base=self.family)
         for index, spec in enumerate(request.loras):
             if unknown := self.weights.unet_blocks.unknown(spec.blocks or ()):
                 expected = f"Expected blocks of the base model, not {', '.join(unknown)}"
@@ -237,8 +250,19 @@ class Pipeline:
 
     def size(self, request: GenerateRequest) -> tuple[int, int]:
         """Width and height in pixels; the default is the model's native size."""
-        native = self._denoiser.config.sample_size * self.pipeline.vae_scale_factor
-        return request.width or native, request.height or native
+        return request.width or self._native_side, request.height or self._native_side
+
+    @property
+    def _native_side(self) -> int:
+        if self._family.native_side is not None:
+            return self._family.native_side
+        side: int = self._denoiser.config.sample_size * self.pipeline.vae_scale_factor
+        return side
+
+    @property
+    def limits(self) -> BaseLimits:
+        """What requests cannot have with this base model."""
+        return self._family.limits
 
     @property
     def family(self) -> str:
@@ -260,14 +284,24 @@ class Pipeline:
 
         Raises `InvalidRequest` if this model cannot draw with it.
         """
-        return scheduler_name(self._scheduler, request)
+        family = self._family
+        return scheduler_name(
+            self._scheduler, request, only=family.schedulers, noising=family.noising
+        )
 
     def require_text(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> None:
         """Raise `InvalidRequest` if the prompts of a request cannot be encoded."""
-        read_prompts(self.pipeline, self._family, request, embeddings)
+        request = self.with_defaults(request)
+        if self._family.chat_tokens is not None:
+            read_chat(self.pipeline, self._family, request)
+        else:
+            read_prompts(self.pipeline, self._family, request, embeddings)
 
     def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
-        """Encode the prompts of a request; see `text_encoding.encode`."""
+        """Encode the prompts of a request; see `text_encoding.encode` and `chat_prompt`."""
+        request = self.with_defaults(request)
+        if self._family.chat_tokens is not None:
+            return encode_chat(self.pipeline, self._family, request)
         return encode(self.pipeline, self._family, request, embeddings)
 
     def draw(
@@ -290,8 +324,11 @@ class Pipeline:
         `text` is what `encode` returned for this request, by default the prompts without
         embeddings. `tiled` says afterwards how the images were decoded. Raises `GenerationFailed`
         if an image contains NaN or Inf, `InvalidRequest` if the model cannot draw with the
-        scheduler, and `OutOfMemory` if memory does not suffice for several images at once.
+        scheduler or honour another field, and `OutOfMemory` if memory does not suffice for several
+        images at once.
         """
+        self.require_honoured(request)
+        request = self.with_defaults(request)
         self.tiled = False
         text = text or self.encode(request)
         second, upscale = request.second_pass, request.upscale
@@ -338,11 +375,20 @@ class Pipeline:
         """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         seed = seeds[0] if len(seeds) == 1 else list(seeds)
-        self.pipeline.scheduler = scheduler_for(self._scheduler, request, seed=seed)
+        family = self._family
+        self.pipeline.scheduler = scheduler_for(
+            self._scheduler, request, seed=seed, only=family.schedulers, noising=family.noising
+        )
         drawing, options = self._drawing(request, start, generators, enlarged)
-        if text.pooled is not None:
-            options["pooled_prompt_embeds"] = text.pooled
-            options["negative_pooled_prompt_embeds"] = text.negative_pooled
+        options |= _text_options(text, is_list=family.chat_tokens is not None)
+        # Not all of diffusers' pipelines have these arguments; a scheduler that takes none of them
+        # has refused the request.
+        if request.timesteps:
+            options["timesteps"] = list(request.timesteps)
+        if request.sigmas:
+            options["sigmas"] = list(request.noise_levels)
+        if request.eta:
+            options["eta"] = request.eta
 
         def step_end(
             pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
@@ -366,12 +412,7 @@ class Pipeline:
         try:
             self.patch.move_to(0.0)
             output = drawing(
-                prompt_embeds=text.prompt,
-                negative_prompt_embeds=text.negative,
                 num_inference_steps=request.steps,
-                timesteps=list(request.timesteps) if request.timesteps else None,
-                sigmas=list(request.noise_levels) or None,
-                eta=request.eta or 0.0,
                 guidance_scale=request.guidance,
                 num_images_per_prompt=len(seeds),
                 generator=generators,
@@ -415,7 +456,10 @@ class Pipeline:
             latents = self._noise(width, height, generators)
             return self.pipeline, {"width": width, "height": height, "latents": latents}
         rows = len(generators)
-        options: dict[str, Any] = {"image": enlarged, "strength": request.image_strength}
+        strength = request.image_strength
+        if self._family.rounds_steps_up:
+            strength = _strength_of_whole_steps(request)
+        options: dict[str, Any] = {"image": enlarged, "strength": strength}
         if start is not None:
             options["image"] = [start.image] * rows
         cls = self._family.image_to_image
@@ -492,7 +536,8 @@ class Pipeline:
         factor = self.pipeline.vae_scale_factor
         shape = (1, self._denoiser.config.in_channels, height // factor, width // factor)
         rows = [torch.randn(shape, generator=each, dtype=torch.float32) for each in generators]
-        return torch.cat(rows).to(self.device, self._denoiser.dtype)
+        dtype = torch.float32 if self._family.has_fp32_latents else self._denoiser.dtype
+        return torch.cat(rows).to(self.device, dtype)
 
 
 class MergedModel:
@@ -526,6 +571,24 @@ class MergedModel:
     def tiled(self) -> bool:
         """True if the last images were decoded in tiles."""
         return self._pipeline.tiled
+
+
+def _strength_of_whole_steps(request: GenerateRequest) -> float:
+    """Return the strength of which diffusers draws exactly `drawn_steps`, rounded up or not."""
+    drawn, steps = request.drawn_steps, request.steps
+    return 1.0 if drawn == steps else math.nextafter(drawn / steps, 0)
+
+
+def _text_options(text: EncodedText, *, is_list: bool) -> dict[str, Any]:
+    """Return the prompts as arguments of diffusers' pipelines: tensors, or lists of matrices."""
+    if is_list:
+        negative = None if text.negative is None else list(text.negative)
+        return {"prompt_embeds": list(text.prompt), "negative_prompt_embeds": negative}
+    options = {"prompt_embeds": text.prompt, "negative_prompt_embeds": text.negative}
+    if text.pooled is not None:
+        options["pooled_prompt_embeds"] = text.pooled
+        options["negative_pooled_prompt_embeds"] = text.negative_pooled
+    return options
 
 
 def _pictures(images: Any) -> list[Image.Image]:

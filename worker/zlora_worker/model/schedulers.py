@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from collections.abc import Collection
 from typing import Any, Final
 
 import diffusers
@@ -31,28 +32,44 @@ _INDEXED: Final = ("ddim", "ddpm", "pndm")
 _LEAST_SNR: Final = 2**-24  # with which diffusers replaces zero, as infinite noise has no number
 
 
-def scheduler_for(base: Any, request: GenerateRequest, *, seed: int | list[int]) -> Any:
+def scheduler_for(
+    base: Any,
+    request: GenerateRequest,
+    *,
+    seed: int | list[int],
+    only: Collection[str] = (),
+    noising: str = "add_noise",
+) -> Any:
     """Make the scheduler of a request, without the state of another job.
 
     `base` is the scheduler that the base model came with. `seed` is that of the image, or a list of
-    the seeds of several images that are drawn at once. Raises `InvalidRequest` if a scheduler
-    for that model cannot do what the request says.
+    the seeds of several images that are drawn at once. `only` has the names of the schedulers that
+    can be chosen, of all of the base's kind if it is empty; `noising` is the method that adds noise
+    to an image to start from. Raises `InvalidRequest` if a scheduler for that model cannot do what
+    the request says.
     """
-    cls, options = _class_and_options(base, request, seed=seed)
+    cls, options = _class_and_options(base, request, seed=seed, only=only, noising=noising)
     return cls.from_config(base.config, **options)
 
 
-def scheduler_name(base: Any, request: GenerateRequest) -> str:
+def scheduler_name(
+    base: Any, request: GenerateRequest, *, only: Collection[str] = (), noising: str = "add_noise"
+) -> str:
     """Return the name that the result has of a request's scheduler; see `scheduler_for`."""
     if (second := request.second_pass) is not None:
-        _class_and_options(base, second, seed=0)
-    cls, options = _class_and_options(base, request, seed=0)
+        _class_and_options(base, second, seed=0, only=only, noising=noising)
+    cls, options = _class_and_options(base, request, seed=0, only=only, noising=noising)
     schedule = request.sampling.schedule if request.sampling else request.schedule
     return recorded_name(cls.__name__, {**base.config, **options}, schedule=schedule)
 
 
 def _class_and_options(
-    base: Any, request: GenerateRequest, *, seed: int | list[int]
+    base: Any,
+    request: GenerateRequest,
+    *,
+    seed: int | list[int],
+    only: Collection[str],
+    noising: str,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the class of a request's scheduler, and what differs from the base's configuration."""
     config, choice, schedule = base.config, request.sampling, request.schedule
@@ -61,8 +78,12 @@ def _class_and_options(
     else:
         name, schedule = choice
         _require_family(base, choice.entry, request)
+        if only and name not in only:
+            names = ", ".join(only)
+            expected = f"Expected {names}: the base model's pipeline draws with no other one"
+            raise invalid("$.scheduler", request.scheduler, expected)
         cls = getattr(diffusers, choice.entry.class_name)
-    _require_image(cls, request)
+    _require_image(cls, request, noising)
     options: dict[str, Any] = {}
     if config.get("rescale_betas_zero_snr") and not _knows_zero_snr(cls):
         options["trained_betas"] = _zero_snr_betas(config)
@@ -100,14 +121,14 @@ def _require_family(base: Any, wanted: SchedulerEntry, request: GenerateRequest)
         raise invalid("$.scheduler", request.scheduler, expected)
 
 
-def _require_image(cls: Any, request: GenerateRequest) -> None:
+def _require_image(cls: Any, request: GenerateRequest, noising: str) -> None:
     """Raise `InvalidRequest` if diffusers cannot draw from an image with this class.
 
     A request with a strength and no image is a second pass.
     """
     if request.image is None and request.strength is None:
         return
-    if not hasattr(cls, "add_noise"):
+    if not hasattr(cls, noising):
         expected = f"Expected no image: {cls.__name__} cannot add noise to one"
         raise invalid("$.image", "an image", expected)
     levels = [field for field in request.given_sampling if field != "eta"]

@@ -94,7 +94,7 @@ def read_prompts(
     # diffusers skips no layer for the negative prompt.
     prompts = {"$.prompt": (request.prompt, family.text_layer - skip)}
     denoiser = getattr(pipeline, family.denoiser)
-    is_guided = request.guidance > 1 and denoiser.config.time_cond_proj_dim is None
+    is_guided = request.guidance > family.no_guidance and denoiser.config.time_cond_proj_dim is None
     has_zeros = pipeline.config.get("force_zeros_for_empty_prompt", False)
     is_zeros = has_zeros and not request.negative_prompt
     if is_guided and not is_zeros:
@@ -109,7 +109,7 @@ def read_prompts(
         receipt = PromptReceipt(
             tokens=sum(section.tokens for section in plan[0]),
             windows=max(sum(len(section.ids) for section in sections) for sections in plan),
-            warnings=_warnings(text, request.prompt_syntax),
+            warnings=warnings_of(text, request.prompt_syntax),
         )
         if receipt.windows > MAX_WINDOWS:
             found = f"{receipt.windows} with {receipt.tokens} tokens"
@@ -150,7 +150,8 @@ def encode(
     )
 
 
-def _warnings(text: str, syntax: PromptSyntax) -> tuple[str, ...]:
+def warnings_of(text: str, syntax: PromptSyntax) -> tuple[str, ...]:
+    """Return what the text may have been meant as, for the receipt."""
     if syntax == "plain" and _TAG.search(text):
         return (_TAG_IS_TEXT,)
     return ()

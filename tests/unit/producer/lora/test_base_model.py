@@ -140,7 +140,49 @@ def test_each_layer_of_another_architecture_names_its_family_among_others(
 
     assert base is not None
     assert family in base
-    assert base.endswith("or a similar model") or base in ("AuraFlow", "Stable Diffusion 3")
+    assert base.endswith("or a similar model") or base in (
+        "AuraFlow",
+        "Stable Diffusion 3",
+        "Z-Image",
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "width", "base"),
+    [
+        ("transformer.layers.0.attention.to_q", 96, "Z-Image"),
+        ("lora_unet_layers_0_attention_to_out_0", 96, "Z-Image"),
+        ("lora_unet__layers_0_attention_to_v", 96, "Z-Image"),
+        ("base_model.model.noise_refiner.1.attention.to_k", 96, "Z-Image"),
+        ("all_final_layer.2-1.linear", 96, "Z-Image"),
+        ("diffusion_model.layers.0.attention.qkv", 3840, "Z-Image"),
+        ("diffusion_model.layers.0.attention.qkv", 2304, "Lumina 2"),
+        ("diffusion_model.layers.0.attention.qkv", 96, "Lumina 2 or Z-Image"),
+        ("lora_unet_context_refiner_1_attention_out", 3840, "Z-Image"),
+        ("lora_unet_layers_7_feed_forward_w1", 2304, "Lumina 2"),
+        ("lora_unet__layers_7_feed_forward_w3", 3840, "Z-Image"),
+        ("diffusion_model.layers.7.adaLN_modulation.1", 1024, "Lumina 2"),
+        ("diffusion_model.layers.7.adaLN_modulation.0", 256, "Z-Image"),
+        ("diffusion_model.cap_embedder.1", 2560, "Z-Image"),
+        ("diffusion_model.cap_embedder.1", 2304, "Lumina 2"),
+        ("diffusion_model.cap_embedder.1", 64, "Lumina 2 or Z-Image"),
+    ],
+)
+def test_z_image_and_lumina_are_told_apart_by_names_and_widths(
+    module: str, width: int, base: str
+) -> None:
+    assert described(lora(module, width=width)).base == base
+
+
+@pytest.mark.parametrize(
+    ("text", "base"),
+    [("zimage", "Z-Image"), ("Z-Image-Turbo", "Z-Image"), ("lumina2", "Lumina 2")],
+)
+def test_the_header_decides_between_z_image_and_lumina(text: str, base: str) -> None:
+    module = "diffusion_model.layers.0.attention.qkv"
+    found = lora(module, width=96, metadata={"ss_base_model_version": text})
+
+    assert described(found).base == base
 
 
 UNETS: Final = {
@@ -170,6 +212,9 @@ def test_self_attention_and_feed_forward_of_older_models_are_named(module: str, 
         (lora(width=1024), ("SD 2.x",)),
         (lora(width=2048), ("SDXL",)),
         (lora(UNETS["a width of SD"][0], width=320), ("SD 1.x", "SD 2.x")),
+        (lora("transformer.layers.0.attention.to_q", width=96), ("Z-Image",)),
+        (lora("lora_unet_layers_0_attention_qkv", width=96), ("Z-Image",)),
+        (lora("lora_unet_layers_0_attention_qkv", width=2304), ()),
     ],
 )
 def test_a_lora_is_for_a_family_that_it_may_be_made_for(
@@ -179,7 +224,7 @@ def test_a_lora_is_for_a_family_that_it_may_be_made_for(
 
     assert detected
     assert bases == tuple(
-        base for base in ("SD 1.x", "SD 2.x", "SDXL") if is_for(detected.family, base)
+        base for base in ("SD 1.x", "SD 2.x", "SDXL", "Z-Image") if is_for(detected.family, base)
     )
 
 

@@ -530,6 +530,10 @@ def test_a_job_with_an_unusable_lora_is_not_queued(
         (lora(width=1024), "SD 2.x", "SD 1.x"),
         (lora(width=2048), "SDXL", "SD 1.x"),
         (lora("lora_unet_input_blocks_1_1_proj_in", width=320), "SD 2.x", "SDXL"),
+        (lora(width=2048), "SDXL", "Z-Image"),
+        (lora("transformer.layers.0.attention.to_q", width=3840), "Z-Image", "SDXL"),
+        (lora("lora_unet__layers_0_attention_qkv", width=3840), "Z-Image", "SD 1.x"),
+        (lora("diffusion_model.context_refiner.0.attention.out", width=96), "Z-Image", "SDXL"),
     ],
 )
 def test_a_lora_must_be_for_the_base_model_of_the_queue(body: bytes, base: str, other: str) -> None:
@@ -539,7 +543,7 @@ def test_a_lora_must_be_for_the_base_model_of_the_queue(body: bytes, base: str, 
         request = GenerateRequest(prompt="", loras=(LoraSpec(file=file),))
 
         checks.check(request, base=base)
-        with pytest.raises(LoraMismatch, match=f"made for SD.*of the queue is {other}"):
+        with pytest.raises(LoraMismatch, match=f"made for .*{base[:2]}.*of the queue is {other}"):
             checks.check(request, base=other)
 
 

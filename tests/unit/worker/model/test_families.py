@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from support import tiny_sd
-from support.fakes import Tensors, load_pipeline, pixels, write
+from support.fakes import Tensors, load_pipeline, pixels, settings, write
 from support.single_file import write_single_file
-from support.tiny_folder import tiny_model, tiny_sd15
+from support.tiny_folder import tiny_model, tiny_sd15, tiny_zimage
 from transformers import CLIPTextConfig, CLIPTextModel
 from zlora.errors import ModelUnavailable
 from zlora_worker.model import loader
@@ -158,6 +158,22 @@ def test_a_model_of_the_hub_is_loaded_without_its_safety_checker(
     assert {"safety_checker", "feature_extractor"} <= asked.keys()
 
 
+def test_a_z_image_of_the_hub_is_loaded_in_the_type_of_its_family(
+    model_home: Path, hub_cache: Path
+) -> None:
+    """Its repository has no files in fp16, and needs none."""
+    put_in_hub_cache(hub_cache, tiny_zimage(model_home), "owner/z-image")
+
+    loaded = load_pipeline(model_home, ZLORA_MODEL="owner/z-image", ZLORA_DTYPE="float16")
+    family, folder = loader._load_pipeline(
+        settings(model_home, ZLORA_MODEL="owner/z-image"), Path("owner/z-image"), None
+    )
+
+    assert (loaded.name, loaded.family) == ("owner/z-image", "Z-Image")
+    assert family.name == "Z-Image"
+    assert folder.transformer.dtype is folder.text_encoder.dtype is torch.bfloat16
+
+
 def test_sd_2_is_told_by_the_width_of_its_text(model_home: Path, sd21_folder: Path) -> None:
     model = load_pipeline(model_home, ZLORA_MODEL=str(sd21_folder))
 
@@ -199,6 +215,7 @@ def test_the_packaged_configuration_is_sd_1_5_at_its_true_size() -> None:
 
 
 def test_the_vocabulary_of_single_files_is_clips() -> None:
+    assert SD1.vocabulary
     tokenizer = loader._tokenizer(SD1.vocabulary, "tokenizer")
 
     tokens = tokenizer("a photo of a cat", padding="max_length").input_ids

@@ -1,0 +1,73 @@
+"""What base models of a family cannot honour of a request, which is refused and never ignored."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from zlora.prompt_syntax import parse
+from zlora.schema import SIDE_STEP, GenerateRequest, invalid
+
+
+class BaseLimits(Struct, frozen=True, kw_only=True):
+    """Limits of one base model; the defaults are those of SDXL."""
+
+    side_step: int = SIDE_STEP
+    """Number of which width and height are multiples."""
+    prompts: Literal["windows", "chat"] = "windows"
+    """Windows of CLIP, or one message of a chat, which has no weights and no embeddings."""
+
+
+def require_honoured(request: GenerateRequest, limits: BaseLimits, *, base: str) -> None:
+    """Raise `InvalidRequest` for the first field that the base model cannot honour.
+
+    `base` is its family. The guidance scale of the request has to be written out.
+    """
+    _require_sides(request, limits, base)
+    if limits.prompts == "chat":
+        _require_chat(request, base)
+
+
+def _require_sides(request: GenerateRequest, limits: BaseLimits, base: str) -> None:
+    step = limits.side_step
+    expected = f"multiples of {step}, as {base} draws"
+    for field in ("width", "height"):
+        side = getattr(request, field)
+        if side is not None and side % step:
+            raise invalid(f"$.{field}", side, f"Expected {expected}")
+    upscale, width, height = request.upscale, request.width, request.height
+    if upscale is not None and width is not None and height is not None:
+        larger = upscale.size(width, height)
+        if any(side % step for side in larger):
+            found = f"{larger[0]} x {larger[1]}"
+            expected = f"Expected sides after it that are {expected}, not {found}"
+            raise invalid("$.upscale.factor", upscale.factor, expected)
+
+
+def _require_chat(request: GenerateRequest, base: str) -> None:
+    """Raise `InvalidRequest` for what only text encoders of CLIP have, and for its latents."""
+    if request.clip_skip:
+        expected = f"Expected none: the text encoder of {base} is read at one layer"
+        raise invalid("$.clip_skip", request.clip_skip, expected)
+    if request.embeddings:
+        expected = f"Expected none: {base} reads no embeddings"
+        raise invalid("$.embeddings", len(request.embeddings), expected)
+    for field in ("prompt", "negative_prompt"):
+        text = getattr(request, field)
+        sections = parse(text, request.prompt_syntax).sections
+        if len(sections) > 1 or any(part.weight != 1 for part in sections[0]):
+            expected = f"Expected no weights and no BREAK: {base} reads a prompt as one message"
+            raise invalid(f"$.{field}", text, expected)
+    if request.negative_prompt and request.guidance == 0:
+        expected = f"Expected none without guidance: with `guidance_scale` 0 {base} reads none"
+        raise invalid("$.negative_prompt", request.negative_prompt, expected)
+    for index, spec in enumerate(request.loras):
+        if spec.text_encoder_weight:
+            expected = f"Expected 0 or none: LoRAs of {base} have no text encoder"
+            path = f"$.loras[{index}].text_encoder_weight"
+            raise invalid(path, spec.text_encoder_weight, expected)
+    if request.upscale is not None and request.upscale.mode == "latent":
+        expected = f"Expected image: diffusers does not start from latents of {base}"
+        raise invalid("$.upscale.mode", "latent", expected)
+    if request.previews:
+        expected = f"Expected false: images of {base} have no previews"
+        raise invalid("$.previews", request.previews, expected)

@@ -1,0 +1,316 @@
+"""Whole jobs on Z-Image: from a request to the result, and what is refused by name."""
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from PIL import Image
+from support.fakes import MemoryStore, Tensors, load_pipeline, pixels, settings, write
+from support.image_files import file_of, half_mask, picture
+from support.jobs import Watcher, lora_cache, make_child, run_job
+from support.redrawing import Drawing
+from support.tiny_folder import tiny_zimage
+from zlora.errors import EmbeddingMismatch, InvalidRequest, LoraMismatch
+from zlora.schedulers import SCHEDULERS
+from zlora.schema import Asset, GenerateRequest, GenerateResult, digest_of, parse_request, to_dict
+from zlora.served import require_served
+from zlora_worker.child import Child
+from zlora_worker.cli.replay import Replayer, recorded_images
+from zlora_worker.model.pipeline import Pipeline, PipelineState
+
+MODULE: Final = "diffusion_model.layers.0.attention.qkv"
+LORA: Final[Tensors] = {
+    f"{MODULE}.lora_A.weight": torch.ones(2, 96),
+    f"{MODULE}.lora_B.weight": torch.ones(288, 2),
+}
+SIZE: Final = {"width": 64, "height": 80}
+SMALL: Final[dict[str, Any]] = {"prompt": "a city", "num_inference_steps": 2, "seed": 7, **SIZE}
+URL: Final = {"url": "https://files.invalid/a.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def model(model_home: Path) -> Pipeline:
+    return load_pipeline(model_home, ZLORA_MODEL=str(tiny_zimage(model_home)))
+
+
+@pytest.fixture
+def child(model: Pipeline, model_home: Path, tmp_path: Path) -> Child:
+    store = MemoryStore()
+    return make_child(model, store, settings(model_home, **lora_cache(tmp_path / "loras")))
+
+
+@pytest.fixture
+def cached(child: Child, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Return the address of a file that is in the cache; its host does not exist."""
+
+    def put(data: bytes | Tensors, *, name: str = "zebrafish.safetensors") -> dict[str, str]:
+        if not isinstance(data, bytes):
+            data = write(tmp_path / name, data).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        child.lora_files.file(digest).write_bytes(data)
+        return to_dict(Asset(url=f"https://files.invalid/{name}", sha256=digest))
+
+    return put
+
+
+def drawn(child: Child, job_id: str, **fields: Any) -> tuple[GenerateResult, Image.Image]:
+    result = run_job(child, job_id, parse_request(SMALL | fields))
+    with Image.open(io.BytesIO(child.store.get(result.images[0].key) or b"")) as image:
+        return result, image.convert("RGB")
+
+
+def test_the_record_of_the_queue_says_what_it_serves(child: Child) -> None:
+    info = child.queue_info()
+
+    assert (info.base, info.model) == ("Z-Image", "tiny-zimage")
+    assert info.scheduler == "FlowMatchEulerDiscreteScheduler"
+    assert info.schedulers == ("flow_match_euler",)
+    assert (info.width, info.height) == (1024, 1024)
+    assert (info.num_inference_steps, info.guidance_scale) == (9, 0.0)
+    assert (info.limits.side_step, info.limits.prompts) == (16, "chat")
+
+
+def test_a_job_with_a_lora_and_a_second_pass(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    before = pixels(child.model, **SIZE)
+    fields: dict[str, Any] = {
+        "prompt": "a city",
+        "prompt_syntax": "a1111",
+        "negative_prompt": "blurry",
+        "guidance_scale": 3,
+        "loras": [{"file": cached(LORA), "weight": 0.5}],
+        "upscale": {"factor": 2},
+        "num_inference_steps": 4,
+    }
+
+    result, image = drawn(child, "job", **fields)
+    _, again = drawn(child, "again", **fields)
+    _, plain = drawn(child, "plain", **fields | {"loras": []})
+
+    assert image.size == (128, 160)
+    assert image.tobytes() == again.tobytes() != plain.tobytes()
+    (lora,) = result.loras
+    assert (lora.modules, lora.format) == ({"transformer": 3}, "comfyui")
+    assert lora.relative_norm
+    assert (result.base_intact, result.base) == (True, "Z-Image")
+    assert result.negative_prompt_receipt
+    assert child.model.state is PipelineState.READY
+    assert pixels(child.model, **SIZE) == before
+
+
+def test_a_request_that_names_neither_steps_nor_guidance_has_the_defaults_of_the_base(
+    child: Child,
+) -> None:
+    result, _ = drawn(child, "job", num_inference_steps=None)
+
+    assert result.request
+    assert (result.request.num_inference_steps, result.request.guidance_scale) == (9, 0.0)
+    assert result.negative_prompt_receipt is None
+
+
+def test_the_digest_of_a_request_does_not_depend_on_the_base(child: Child) -> None:
+    """The former defaults have no place in it, as in earlier versions."""
+    silent = GenerateRequest(prompt="a")
+    written = GenerateRequest(prompt="a", num_inference_steps=28, guidance_scale=7.5)
+
+    assert digest_of(silent) == digest_of(written)
+    assert digest_of(silent) != digest_of(child.model.with_defaults(silent))
+
+
+def test_a_lora_whose_weight_changes_over_the_steps(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    spec = {"file": cached(LORA), "end": 0.5}
+
+    result, image = drawn(child, "job", loras=[spec], num_inference_steps=4)
+    _, whole = drawn(child, "whole", loras=[spec | {"end": 1}], num_inference_steps=4)
+
+    assert result.loras[0].unet_weights == ((1, 1.0), (3, 0.0))
+    assert image.tobytes() != whole.tobytes()
+
+
+def test_images_of_a_batch_and_of_a_sweep(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    batch, _ = drawn(child, "batch", num_images=2, batch_size=2)
+    loras = [{"file": cached(LORA)}]
+    sweep, _ = drawn(child, "sweep", loras=loras, sweep={"guidance_scale": [0, 2]})
+
+    assert len({image.pixels_sha256 for image in batch.images}) == 2
+    assert len({image.pixels_sha256 for image in sweep.images}) == 2
+
+
+def test_a_job_from_an_image_with_a_mask(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    """The size of the image is cut to multiples of 16."""
+    start, mask = picture((72, 88)), half_mask((72, 88))
+    fields: dict[str, Any] = {
+        "image": cached(file_of(start), name="a.png"),
+        "mask": cached(file_of(mask), name="b.png"),
+        "mask_blur": 2,
+        "strength": 0.6,
+        "num_inference_steps": 5,
+        "width": None,
+        "height": None,
+    }
+
+    result, image = drawn(child, "job", **fields)
+
+    assert (result.images[0].width, result.images[0].height) == image.size == (64, 80)
+    resized = start.resize((64, 80), Image.Resampling.LANCZOS)
+    right = (48, 0, 64, 80)
+    assert image.crop(right).tobytes() == resized.crop(right).tobytes()
+    assert image.tobytes() != resized.tobytes()
+
+
+def test_an_image_is_drawn_again_from_its_metadata(
+    model: Pipeline, model_home: Path, tmp_path: Path
+) -> None:
+    variables = {
+        **lora_cache(tmp_path / "loras"),
+        "ZLORA_LORA_ROOTS": str(tmp_path),
+        "ZLORA_STORE": tmp_path.as_uri(),
+        "ZLORA_MODEL": model.name,
+    }
+    machine = settings(model_home, **variables)
+    lora = {"file": {"url": write(tmp_path / "a.safetensors", LORA).as_uri()}, "weight": 0.5}
+    request = parse_request(SMALL | {"loras": [lora], "num_inference_steps": None})
+    (path,) = Drawing(model)(tmp_path, machine, request, "job")
+    replayer = Replayer(machine, model_named=True)
+    replayer._worker._model, replayer._worker._loaded = model, model.name
+
+    (image,) = recorded_images(path)
+    found = replayer.replay(image, Watcher()).replay
+
+    assert (found.verdict, found.causes) == ("identical", ())
+
+
+# --- what is refused by name
+
+EMBEDDING: Final = {"file": URL, "token": "zebrafish"}
+HOSTILE: Final[tuple[tuple[dict[str, Any], str], ...]] = (
+    # sides
+    *(({"width": side}, "$.width") for side in (72, 88, 1000, 1016, 1048, 4088, 65, 48, 8192, -16)),
+    *(({"height": side}, "$.height") for side in (72, 504, 1032, 60, 4112)),
+    ({"upscale": {"factor": 1.1}}, "$.upscale.factor"),
+    ({"upscale": {"factor": 1.3}}, "$.upscale.factor"),
+    ({"upscale": {"factor": 4}, "width": 2048}, "$.upscale.factor"),
+    ({"upscale": {"factor": 2, "mode": "latent"}}, "$.upscale.mode"),
+    ({"upscale": {"factor": 2, "strength": 0.1}}, "$.upscale.strength"),
+    # prompts
+    ({"prompt": "x" * 500}, "$.prompt"),
+    ({"prompt": "斑" * 170}, "$.prompt"),
+    ({"negative_prompt": "x" * 500, "guidance_scale": 2}, "$.negative_prompt"),
+    ({"prompt": "x" * 10_001}, "$.prompt"),
+    ({"negative_prompt": "blurry"}, "$.negative_prompt"),
+    ({"negative_prompt": "blurry", "guidance_scale": 0}, "$.negative_prompt"),
+    ({"prompt": "a (city:1.2)", "prompt_syntax": "a1111"}, "$.prompt"),
+    ({"prompt": "a [city]", "prompt_syntax": "a1111"}, "$.prompt"),
+    ({"prompt": "a BREAK b", "prompt_syntax": "a1111"}, "$.prompt"),
+    ({"prompt": "a AND b", "prompt_syntax": "a1111"}, "$.prompt"),
+    (
+        {"negative_prompt": "(blurry:2)", "prompt_syntax": "a1111", "guidance_scale": 2},
+        "$.negative_prompt",
+    ),
+    *(({"clip_skip": skip}, "$.clip_skip") for skip in (1, 2, 100, 101)),
+    ({"embeddings": [EMBEDDING]}, "$.embeddings"),
+    # guidance and steps
+    ({"guidance_scale": -1}, "$.guidance_scale"),
+    ({"guidance_scale": 51}, "$.guidance_scale"),
+    ({"num_inference_steps": 0}, "$.num_inference_steps"),
+    ({"num_inference_steps": 201}, "$.num_inference_steps"),
+    # schedulers
+    *(
+        ({"scheduler": name}, "$.scheduler")
+        for name in (*SCHEDULERS, "DPM++ 2M Karras", "Euler a")
+        if name != "flow_match_euler"
+    ),
+    *(({"schedule": name}, "$.schedule") for name in ("karras", "beta", "trailing", "linspace")),
+    ({"scheduler": "flow_match_euler", "schedule": "karras"}, "$.schedule"),
+    ({"timesteps": [999, 500]}, "$.timesteps"),
+    ({"sigmas": [1.0, 0.5]}, "$.sigmas"),
+    ({"eta": 0.5}, "$.eta"),
+    ({"eta": 0}, "$.eta"),
+    # LoRAs
+    *(
+        (
+            {"loras": [{"file": URL, "text_encoder_weight": weight}]},
+            "$.loras[0].text_encoder_weight",
+        )
+        for weight in (1, 0.5, -1)
+    ),
+    *(
+        ({"loras": [{"file": URL, "blocks": {name: 0.5}}]}, "$.loras[0].blocks")
+        for name in ("mid", "down.1", "IN04", "layers.0")
+    ),
+    # others
+    ({"previews": True}, "$.previews"),
+    ({"mask": URL}, "$.mask"),
+    ({"strength": 0.5}, "$.strength"),
+    ({"image": URL, "strength": 0.2, "num_inference_steps": 4}, "$.strength"),
+    ({"image": URL, "timesteps": [999, 500]}, "$.timesteps"),
+    ({"sweep": {"clip_skip": [0, 1]}}, "$.clip_skip"),
+    ({"sweep": {"guidance_scale": [2, 0]}, "negative_prompt": "blurry"}, "$.negative_prompt"),
+    ({"sweep": {"scheduler": ["flow_match_euler", "euler"]}}, "$.scheduler"),
+    ({"sweep": {"prompt": ["a", "x" * 600]}}, "$.prompt"),
+)
+# What only a worker knows: the words of the tokenizer and the blocks of the model.
+WORKERS: Final = ("at most 512 tokens", "Expected blocks")
+
+
+def test_there_are_at_least_sixty_hostile_requests() -> None:
+    assert len(HOSTILE) >= 60
+
+
+@pytest.mark.parametrize(("fields", "path"), HOSTILE)
+def test_what_the_model_cannot_honour_is_refused_by_name(
+    child: Child, fields: dict[str, Any], path: str
+) -> None:
+    """Before anything is fetched, and before the request is queued if its record shows it."""
+    with pytest.raises(InvalidRequest) as error:
+        drawn(child, "job", **fields)
+    assert error.value.details["path"] == path
+
+    if any(words in str(error.value) for words in WORKERS):
+        return
+    with pytest.raises(InvalidRequest) as early:
+        require_served(parse_request(SMALL | fields), child.queue_info())
+    assert early.value.details["path"] == path
+
+
+def test_a_lora_of_sdxl_is_refused_by_name(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    tensors = {
+        f"{module}.lora_down.weight": torch.ones(2, 2048),
+        f"{module}.lora_up.weight": torch.ones(32, 2),
+    }
+
+    with pytest.raises(LoraMismatch, match=r"made for SDXL.*base model is Z-Image"):
+        drawn(child, "job", loras=[{"file": cached(tensors)}])
+
+
+def test_an_embedding_beside_a_lora_is_refused(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    tensors = LORA | {"bundle_emb.zebrafish.clip_l": torch.ones(2, 64)}
+
+    with pytest.raises(EmbeddingMismatch, match="base model is of Z-Image, which reads none"):
+        drawn(child, "job", loras=[{"file": cached(tensors)}])
+
+
+def test_a_weight_of_zero_in_text_encoders_is_honoured(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    spec = {"file": cached(LORA), "weight": 0.5, "text_encoder_weight": 0}
+
+    result, _ = drawn(child, "job", loras=[spec], clip_skip=0)
+
+    assert result.loras[0].text_encoder_weight == 0
