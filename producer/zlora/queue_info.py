@@ -9,14 +9,16 @@ from zlora.schema import UrlPolicy
 class QueueInfo(Struct, frozen=True, kw_only=True):
     """Base model, bounds and defaults of a queue, by the worker that loaded its model last.
 
-    All workers of a queue have the same base model and settings. The record is renewed while a
+    All workers of a queue have the same base models and settings. The record is renewed while a
     worker runs, and expires an hour after the last one has ended.
     """
 
     base: str | None
     """Family of the base model, such as `SDXL`; LoRAs must be for the same. None if unknown."""
     model: str
-    """Name of the base model."""
+    """Name of the base model of requests that name none."""
+    models: tuple[str, ...] = ()
+    """Names that the `model` of a request may have; empty if the workers do not know that field."""
     base_sha256: str
     """SHA-256 of the weights of the base model in memory."""
     width: int

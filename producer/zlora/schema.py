@@ -28,7 +28,7 @@ from zlora.schedulers import (
 )
 
 TASK_NAME: Final = "zlora.generate"
-QUEUE: Final = "gpu"  # default; one base model per queue
+QUEUE: Final = "gpu"  # default; the same base models for all workers of a queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
 MAX_LORAS: Final = 8
@@ -41,6 +41,7 @@ TEXT_IS_CONSTANT: Final = (
     "prompts are encoded once, before the first step"
 )
 STRENGTH: Final = 0.75  # of an image to start from, likewise; that of A1111's web UI
+MAX_MODEL_NAME: Final = 255  # characters: that of a worker with one base may be a file's name
 MAX_TOKEN: Final = 100  # characters of a word that stands for an embedding
 MAX_URL_SECONDS: Final = 604_800  # seven days: S3 allows no longer signatures
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object keys and paths
@@ -254,6 +255,8 @@ class GenerateRequest(
     """Syntax of both prompts: `plain` (the default) or `a1111`, with weights and `BREAK`."""
     clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
     """Layers of the text encoders to skip before the one that the model reads; none by default."""
+    model: Annotated[str, Meta(min_length=1, max_length=MAX_MODEL_NAME)] | None = None
+    """Name of the base model, one of those that the queue serves; the first of them by default."""
     loras: Annotated[tuple[LoraSpec, ...], Meta(max_length=MAX_LORAS)] = ()
     """LoRAs to merge into the base model, at most 8; none by default."""
     embeddings: Annotated[tuple[EmbeddingSpec, ...], Meta(max_length=8)] = ()
@@ -684,6 +687,7 @@ class Phase(StrEnum):
     """A step of a job, by its name in `timings` and in metrics."""
 
     QUEUED = "queued"
+    CHANGE = "change"  # of the base model, for jobs that name another one than the last job
     FETCH = "fetch"
     PARSE = "parse"
     APPLY = "apply"
@@ -702,6 +706,7 @@ class Phase(StrEnum):
 
 TIMED_PHASES: Final = tuple(phase for phase in Phase if phase is not Phase.WAIT)
 _PROGRESS_NAMES: Final = {
+    Phase.CHANGE: "loading",
     Phase.FETCH: "fetching",
     Phase.PARSE: "loading",
     Phase.DENOISE: "denoising",

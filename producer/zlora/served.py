@@ -18,6 +18,10 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
     catalogue lacks. Files of other addresses, and what the recipe of a LoRA may set, are left to
     the workers.
     """
+    if request.model is not None and request.model not in info.models:
+        names = ", ".join(info.models)
+        expected = f"one of {names}" if names else "no `model`: its workers are of an older version"
+        raise _refused("model", request.model, expected)
     if request.timeout is not None and request.timeout > info.timeout:
         raise _refused("timeout", request.timeout, f"up to {info.timeout}")
     if request.url_policy is not None and request.url_policy not in info.url_policies:
@@ -29,7 +33,8 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
             steps=info.num_inference_steps, guidance_scale=info.guidance_scale
         )
         require_honoured(whole, info.limits, base=info.base or info.model)
-        _require_schedulers(cell, info)
+        if request.model in (None, info.model):  # the record has the schedulers of this one
+            _require_schedulers(cell, info)
         _require_names(cell, info)
 
 

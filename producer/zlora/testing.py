@@ -390,7 +390,7 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         seed=seed,
         timings={phase.value: 0.0 for phase in TIMED_PHASES},
         base_intact=True,
-        model="zlora.testing",
+        model=request.model or "zlora.testing",
         versions={"z-image-lora": version("z-image-lora")},
         started_at=now,
         finished_at=now,

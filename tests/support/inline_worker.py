@@ -62,11 +62,13 @@ class ChildExit(BaseException):
 class UnusedModel(Pipeline):
     """A base model without weights, which is intact or not."""
 
+    name = "m"
+    base_sha256 = "0" * 64
+    file_sha256 = None
     family = "SDXL"
     machine = Machine("cpu", "float32", None, "off")
 
     def __init__(self, *, is_intact: bool) -> None:
-        self.name, self.base_sha256, self.file_sha256 = "m", "0" * 64, None
         self._is_intact = is_intact
 
     def is_ready(self) -> bool:

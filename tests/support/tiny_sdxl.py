@@ -26,11 +26,11 @@ WORDS = (  # noqa: SIM905 - shorter than a list
 ).split()
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, *, seed: int = _SEED) -> None:
     """Write the model to `folder` in diffusers' layout, about 6 MB."""
     tokenizer = architecture.tokenizer(WORDS)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.manual_seed(seed)
         pipeline = StableDiffusionXLPipeline(
             vae=_vae(),
             text_encoder=CLIPTextModel(text_config(tokenizer, _WIDTHS[0], "quick_gelu")),

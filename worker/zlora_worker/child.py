@@ -4,14 +4,15 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue
 from zlora.queue_info import QueueInfo
 from zlora.schedulers import SCHEDULERS
-from zlora.schema import GenerateRequest
+from zlora.schema import GenerateRequest, Phase, invalid
 
+from zlora_worker.delivery.progress import Progress
 from zlora_worker.fetch.cache import Cache
 from zlora_worker.lora.memory_cache import LoraMemoryCache
 from zlora_worker.model import loader
@@ -21,6 +22,9 @@ from zlora_worker.results.spool import Spool
 from zlora_worker.results.store import Store, open_store
 from zlora_worker.results.urls import ImageUrls
 from zlora_worker.settings import Settings
+
+if TYPE_CHECKING:  # imports torch, which a child with a fake engine is without
+    from zlora_worker.model.bases import BaseModels
 
 _MAX_NAMES: Final = 1000  # of LoRAs in the record of the queue
 VERSIONS: Final = {
@@ -40,6 +44,7 @@ class Child:
     urls: ImageUrls
     job_timeout: int  # seconds, the operator's bound
     meter: Meter
+    bases: "BaseModels | None" = None  # None if there is one base only
     catalogue: Catalogue = field(default_factory=Catalogue)
     pinned_files: ExitStack = field(default_factory=ExitStack)  # they stay on disk, too
     image_max_bytes: int = 2**26  # of the file of an image to start from
@@ -60,8 +65,14 @@ class Child:
         lora_files = Cache.open(settings)
         model = loader.load(settings)
         model.warm_up()
+        bases = None
+        if settings.models:
+            from zlora_worker.model.bases import BaseModels
+
+            bases = BaseModels.open(settings, model)
         return cls(
             model=model,
+            bases=bases,
             lora_files=lora_files,
             loras=LoraMemoryCache(max_bytes=settings.lora_memory_bytes),
             store=store,
@@ -76,6 +87,30 @@ class Child:
             max_losses=settings.max_losses,
         )
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that the `model` of a request may have, that of the default first."""
+        return self.bases.names if self.bases else (self.model.name,)
+
+    def select_model(self, name: str | None, progress: Progress) -> bool:
+        """Make the base model of a request the resident one; return whether that was a change.
+
+        Raises `InvalidRequest` for a name that is not served, and `ModelUnavailable` if the base
+        cannot be loaded: then the resident base stays.
+        """
+        names, start = self.model_names, time.perf_counter()
+        if name is not None and name not in names:
+            raise invalid("$.model", name, f"Expected one of {', '.join(names)}")
+        if self.bases is None:
+            return False
+        tier = self.bases.make_resident(
+            name or names[0], waiting=lambda: progress(Phase.CHANGE, 0, 1)
+        )
+        if tier is None:
+            return False
+        self.meter.model_changed(tier, time.perf_counter() - start)
+        return True
+
     def queue_info(self) -> QueueInfo:
         """Return what this worker serves."""
         silent = self.model.with_defaults(GenerateRequest(prompt=""))
@@ -84,6 +119,7 @@ class Child:
         return QueueInfo(
             base=self.model.family,
             model=self.model.name,
+            models=self.model_names,
             base_sha256=self.model.base_sha256,
             width=width,
             height=height,

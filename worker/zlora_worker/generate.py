@@ -75,6 +75,9 @@ def generate(child: Child, job: Job, progress: Progress) -> SpoolWriter:
     The base model is restored and checked in any case.
     """
     timer = PhaseTimer(queued=job.queued)
+    # the base model
+    if child.select_model(job.request.model, progress):
+        timer.end(Phase.CHANGE)
     # fetch, parse
     cells = read_inputs(
         child,

@@ -53,6 +53,8 @@ class LoraInUse:
         """
         start = time.perf_counter()
         parsed, from_memory = parse(child, spec, file)
+        if from_memory and child.bases:  # it may have been read for another base
+            child.model.reader.require_effect(parsed, source=file.source)
         tier: LoraTier = file.tier
         if from_memory and tier == "disk":
             tier = "memory"

@@ -6,7 +6,7 @@ Each raises a `ValueError` that says what was expected.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, cast, get_args
+from typing import Any, Final, NamedTuple, cast, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,12 +15,43 @@ from zlora.schema import MAX_URL_SECONDS, UrlPolicy
 from zlora.webhook import keys_of
 
 _BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)  # what boto3 accepts
+_HUB_ID_AT: Final = re.compile(r"[\w.-]+/[\w.-]+@[\w./-]+", re.ASCII)
+_MAX_NAME: Final = 100  # characters of a base model's name
 _MAX_LOOK_AHEAD: Final = 64  # jobs; the sidecar reads as many messages twice a second
 
 
 def comma_separated(text: str) -> tuple[str, ...]:
     """Return the parts between commas, without empty ones."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+class NamedModel(NamedTuple):
+    """A base model by the name that requests have; `revision` is empty for the hub's default."""
+
+    name: str
+    model: str
+    revision: str
+
+
+def named_models(text: str) -> tuple[NamedModel, ...]:
+    """Parse comma-separated `name=model`, with `@revision` after a hub id."""
+    found: list[NamedModel] = []
+    for part in comma_separated(text):
+        name, mark, model = part.partition("=")
+        if not mark or not model:
+            raise ValueError(f"expected name=model, got {part!r}")
+        if len(name) > _MAX_NAME or not name.isprintable() or not name or " " in name:
+            raise ValueError(
+                f"expected a printable name without spaces, at most {_MAX_NAME} characters, "
+                f"got {name!r}"
+            )
+        if any(name == other.name for other in found):
+            raise ValueError(f"the name {name!r} is given twice")
+        model, revision = model.strip(), ""
+        if _HUB_ID_AT.fullmatch(model) and not Path(model).exists():
+            model, _, revision = model.partition("@")
+        found.append(NamedModel(name, model, revision))
+    return tuple(found)
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -50,7 +50,7 @@ class Settings:
     queue: str = _variable(
         config.QUEUE,
         default=QUEUE,
-        note="Queue that this worker serves. All workers of a queue have the same base model.",
+        note="Queue that this worker serves. All workers of a queue have the same base models.",
     )
     model: str = _variable(
         "ZLORA_MODEL",
@@ -62,6 +62,20 @@ class Settings:
         "ZLORA_MODEL_REVISION",
         note="Commit, branch or tag of a base model on Hugging Face. With a commit, no other one "
         f"is loaded. Default: the commit `{_SDXL_REVISION}` of SDXL 1.0, `main` of other models.",
+    )
+    models: tuple[parsers.NamedModel, ...] = _variable(
+        "ZLORA_MODELS",
+        read=parsers.named_models,
+        note="Base models of one family that requests may name in `model`, the default first, as "
+        "`name=model` separated by commas, instead of `ZLORA_MODEL`. A model is what "
+        "`ZLORA_MODEL` may be; a Hugging Face id may have `@` and a revision. See docs/models.md.",
+    )
+    models_bytes: int = _variable(
+        "ZLORA_MODELS_BYTES",
+        default="16000000000",
+        read=parsers.non_negative,
+        note="Bytes of host memory for copies of the models of `ZLORA_MODELS`. The default holds "
+        "two SDXL models in `float16`. What does not fit is loaded from disk when a job names it.",
     )
     model_config: str = _variable(
         "ZLORA_MODEL_CONFIG",
@@ -447,6 +461,16 @@ class Settings:
         for item in fields(cls):
             if item.metadata:
                 values[item.name] = _read(item.metadata, environ)
+        if values["models"]:
+            for name in ("ZLORA_MODEL", "ZLORA_MODEL_REVISION"):
+                if config.value_of(environ, name):
+                    raise InvalidSetting(
+                        f"{name} and ZLORA_MODELS: expected one of both; a revision follows a "
+                        "model in ZLORA_MODELS after @",
+                        {"name": name},
+                    )
+            first = values["models"][0]
+            values |= {"model": first.model, "model_revision": first.revision}
         if bool(values["lora_s3_key"]) != bool(values["lora_s3_secret"]):
             name = "ZLORA_LORA_S3_SECRET_ACCESS_KEY"
             raise InvalidSetting(
@@ -478,10 +502,14 @@ class Settings:
             return Path(self.lora_cache).expanduser().absolute()
         return self.home / "loras"
 
+    def with_model(self, chosen: parsers.NamedModel) -> Self:
+        """Return the settings of a worker that has only this one of the `models`."""
+        return replace(self, models=(chosen,), model=chosen.model, model_revision=chosen.revision)
+
     @property
     def serves_demo_model(self) -> bool:
-        """Whether the base model is the demo model, which alone fits `demo://` LoRAs."""
-        return self.model == "demo"
+        """Whether a base model is the demo model, which alone fits `demo://` LoRAs."""
+        return "demo" in (self.model, *(each.model for each in self.models))
 
     @property
     def catalogue_file(self) -> Path | None:

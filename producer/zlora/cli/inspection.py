@@ -61,6 +61,7 @@ def info(as_json: bool) -> None:
         [
             ("base", found.base or "unknown"),
             ("model", found.model),
+            ("models", ", ".join(found.models) or "requests cannot name one"),
             ("weights", f"sha256 {found.base_sha256}"),
             ("native size", f"{found.width}x{found.height}"),
             ("sides", f"multiples of {found.limits.side_step}"),

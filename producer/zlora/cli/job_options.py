@@ -39,6 +39,7 @@ _FIELDS: Final = (  # options that have the name of a field of the request
     "prompt",
     "negative_prompt",
     "prompt_syntax",
+    "model",
     "clip_skip",
     "image",
     "mask",
@@ -196,6 +197,11 @@ def reject_nan(
 
 _OPTIONS: Final = (
     click.argument("prompt", required=False),
+    click.option(
+        "--model",
+        metavar="NAME",
+        help="Base model, one of those that the workers serve.  [default: their first]",
+    ),
     click.option(
         "--lora",
         "loras",

@@ -35,7 +35,7 @@ class Pipeline(pipeline.Pipeline):
         components = models.without_numbers(thin=False)
         weights = Weights({name: components[name] for name in ADAPTED})
         for stack in weights.stacks:  # weights without numbers have no norms
-            stack._squared_norms.update(dict.fromkeys(range(len(stack.names)), 1.0))
+            stack.squared_norms.update(dict.fromkeys(range(len(stack.names)), 1.0))
         super().__init__(name=name, reader=Reader(weights))
         self.patch = Patch(weights, mode="shadow")
         one = torch.ones(1, 1, 1)

@@ -17,6 +17,7 @@ from zlora.testing import MemoryWorker
 INFO = QueueInfo(
     base="SDXL",
     model="a model",
+    models=("a model", "another"),
     base_sha256="0" * 64,
     width=1024,
     height=1024,
@@ -38,6 +39,8 @@ SERVED = (
     {"sweep": {"scheduler": ["ddim", "euler"]}},
     {"scheduler": "ddim", "eta": 0.5},
     {"schedule": "karras"},
+    {"model": "another"},
+    {"model": "another", "scheduler": "heun"},  # the record has the schedulers of the first only
     {"sigmas": [9, 1]},
     {"eta": 0.5, "loras": [{"file": {"url": "lora://watercolor"}}]},  # it may have a recipe
     {"loras": [{"file": {"url": "lora://Watercolor"}}]},
@@ -51,6 +54,8 @@ REFUSED = (
     {"eta": 0.5},
     {"eta": 0.5, "loras": [{"file": {"url": "lora://watercolor"}}], "recipes": "off"},
     {"schedule": "lu"},
+    {"model": "a third"},
+    {"scheduler": "heun", "model": "a model"},
 )
 
 
@@ -84,6 +89,21 @@ def test_a_sweep_is_refused_if_the_queue_does_not_serve_one_of_its_images() -> N
         worker.client().submit({"prompt": "a", "sweep": {"scheduler": ["ddim", "heun"]}})
 
     assert not worker.requests
+
+
+def test_a_model_that_is_not_served_is_refused_with_the_list() -> None:
+    worker = MemoryWorker(info=INFO)
+
+    with pytest.raises(InvalidRequest, match="one of a model, another; the value is 'x'"):
+        worker.client().submit({"prompt": "a", "model": "x"})
+
+
+def test_workers_of_an_older_version_know_no_model() -> None:
+    worker = MemoryWorker(info=msgspec.structs.replace(INFO, models=()))
+
+    with pytest.raises(InvalidRequest, match="older version"):
+        worker.client().submit({"prompt": "a", "model": "a model"})
+    worker.client().submit({"prompt": "a"})
 
 
 @pytest.mark.parametrize("fields", REFUSED)

@@ -806,6 +806,7 @@ def test_another_request_has_another_digest() -> None:
         digest(num_images=2),
         digest(batch_size=2),
         digest(timeout=60),
+        digest(model="another"),
         digest(loras=loras),
         digest(loras=loras[::-1]),
         digest(loras=loras[:1]),

@@ -10,6 +10,7 @@ from zlora import config
 from zlora.broker.celery_app import VISIBILITY
 from zlora.errors import InvalidSetting
 from zlora.lora.addresses import HUGGING_FACE
+from zlora_worker.setting_parsers import NamedModel
 from zlora_worker.settings import DEMO_LORAS, Settings, reference
 
 READ: list["Field[Any]"] = [item for item in fields(Settings) if item.metadata]
@@ -39,6 +40,15 @@ VALUES: dict[str, tuple[str, object]] = {
     "metrics": ("127.0.0.1:9808", ("127.0.0.1", 9808)),
     "log": ("json", "json"),
     "prompts": ("hashed", "hashed"),
+    "models": (
+        "a=owner/model@v1, b=demo,c=/models/x@1.safetensors",
+        (
+            NamedModel("a", "owner/model", "v1"),
+            NamedModel("b", "demo", ""),
+            NamedModel("c", "/models/x@1.safetensors", ""),
+        ),
+    ),
+    "models_bytes": ("0", 0),
     "store": ("s3://bucket/prefix", "s3://bucket/prefix"),
     "s3_endpoint": ("http://localhost:9000", "http://localhost:9000"),
     "s3_public_endpoint": ("https://s3.example.com", "https://s3.example.com"),
@@ -354,6 +364,11 @@ def test_an_invalid_secret_from_a_file_is_not_shown(home: dict[str, str], tmp_pa
             )
         ),
         ("COZY_HUB_URL", "http://hub.example.com:99999"),
+        *(
+            ("ZLORA_MODELS", text)
+            for text in ("demo", "=demo", "a=", "a b=demo", "a=demo,a=other", "a" * 101 + "=demo")
+        ),
+        ("ZLORA_MODELS_BYTES", "-1"),
     ],
 )
 def test_an_invalid_value_is_refused_with_the_name_of_its_variable(
@@ -474,6 +489,21 @@ def test_the_reference_has_a_row_for_every_variable() -> None:
 
 
 # --- the catalogue of LoRAs
+
+
+def test_the_first_of_several_models_takes_the_place_of_the_model(home: dict[str, str]) -> None:
+    found = Settings.from_env(home | {"ZLORA_MODELS": "a=owner/model@v1,b=demo"})
+
+    assert (found.model, found.hub_revision) == ("owner/model", "v1")
+    assert found.serves_demo_model
+    other = found.with_model(found.models[1])
+    assert (other.model, other.hub_revision, other.models) == ("demo", None, found.models[1:])
+
+
+@pytest.mark.parametrize("name", ["ZLORA_MODEL", "ZLORA_MODEL_REVISION"])
+def test_one_model_and_several_are_refused(home: dict[str, str], name: str) -> None:
+    with pytest.raises(InvalidSetting, match=f"^{name} and ZLORA_MODELS: expected one"):
+        Settings.from_env(home | {"ZLORA_MODELS": "a=demo", name: "other"})
 
 
 def test_the_demo_model_has_a_catalogue_of_its_loras_unless_another_is_set(tmp_path: Path) -> None:

@@ -143,6 +143,15 @@ def _torch_device(name: str, settings: Settings) -> Check:
 
 
 def _model(name: str, settings: Settings) -> Check:
+    """Find each of the base models; report the first that is not there."""
+    if not settings.models:
+        return _one_model(name, settings)
+    found = [_one_model(name, settings.with_model(chosen)) for chosen in settings.models]
+    told = ok(name, "; ".join(check.told for check in found))
+    return next((check for check in found if check.status != "ok"), told)
+
+
+def _one_model(name: str, settings: Settings) -> Check:
     model, path = settings.model, Path(settings.model).expanduser()
     if model == "demo":
         return ok(name, "demo, which is part of the package")

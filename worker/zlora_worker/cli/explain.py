@@ -19,7 +19,13 @@ from zlora.files import write_atomically
 from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import MAX_WEIGHT, LoraSpec, parse_request
 
-from zlora_worker.cli.local_worker import BarProgress, LocalWorker, require_packages, step_bar
+from zlora_worker.cli.local_worker import (
+    BarProgress,
+    LocalWorker,
+    names_model,
+    require_packages,
+    step_bar,
+)
 from zlora_worker.cli.replay import recorded_images
 from zlora_worker.settings import Settings
 
@@ -138,7 +144,7 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
             lossless=False,
         )
     )
-    worker = LocalWorker(Settings.from_env(), model_named=bool(os.environ.get("ZLORA_MODEL")))
+    worker = LocalWorker(Settings.from_env(), model_named=names_model(os.environ))
     with step_bar(request.total_steps) as (bar, task):
         title = f"{request.image_count} images"
         drawn = worker.draw(request, provenance, BarProgress(bar, task, title=title, before=0))

@@ -6,13 +6,14 @@ commands that use this module at each start, also if only the producer is instal
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from zlora.errors import InvalidSetting
@@ -35,6 +36,11 @@ def require_packages() -> None:
         )
     # Before transformers is imported, which else prints advice on other models.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def names_model(environ: Mapping[str, str]) -> bool:
+    """Return whether the operator has chosen a base model."""
+    return bool(environ.get("ZLORA_MODEL") or environ.get("ZLORA_MODELS"))
 
 
 class DrawnHere(NamedTuple):
@@ -68,7 +74,10 @@ class LocalWorker:
 
         settings = self._settings
         if provenance.model == "demo" and not self._model_named:
-            settings = dataclasses.replace(settings, model="demo", vae="")
+            settings = dataclasses.replace(settings, model="demo", models=(), vae="")
+        for chosen in settings.models:
+            if chosen.name == provenance.model:
+                settings = settings.with_model(chosen)
         if self._model is None or self._loaded != settings.model:
             self._model = None  # first: memory may hold only one model
             self._model, self._loaded = loader.load(settings), settings.model
@@ -111,7 +120,9 @@ class LocalWorker:
                 earlier_results=open_store(self._settings) if names_job else None,
             )
             with recorded_conditions(model, threads=recorded.threads, tiled=recorded.tiled):
-                images = generate(child, Job(id=recorded.job_id, request=request), progress)
+                # `model_for` has chosen the base.
+                here = structs.replace(request, model=None)
+                images = generate(child, Job(id=recorded.job_id, request=here), progress)
             result = finish(store, images.entry)
             assert isinstance(result, GenerateResult)  # noqa: S101 - the store was empty
             return DrawnHere(result, [store.get(image.key) or b"" for image in result.images])

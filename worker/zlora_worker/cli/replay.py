@@ -21,7 +21,13 @@ from zlora.files import write_atomically
 from zlora.schema import MAX_IMAGES, GenerateRequest, GenerateResult, parse_request, parse_result
 from zlora.sweeps import MAX_CELLS
 
-from zlora_worker.cli.local_worker import BarProgress, LocalWorker, require_packages, step_bar
+from zlora_worker.cli.local_worker import (
+    BarProgress,
+    LocalWorker,
+    names_model,
+    require_packages,
+    step_bar,
+)
 from zlora_worker.results.provenance import ImageProvenance, image_provenances
 from zlora_worker.settings import Settings
 
@@ -156,7 +162,7 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
 
 def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Replay]:
     """Draw each image, with a progress bar of all steps if stderr is a terminal."""
-    replayer = Replayer(Settings.from_env(), model_named=bool(os.environ.get("ZLORA_MODEL")))
+    replayer = Replayer(Settings.from_env(), model_named=names_model(os.environ))
     steps = [image.request.all_steps for image in images]
     with step_bar(sum(steps)) as (bar, task):
         for index, image in enumerate(images):

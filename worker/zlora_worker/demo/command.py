@@ -116,6 +116,7 @@ def _environ(host: str) -> dict[str, str]:
     return {
         **os.environ,
         "ZLORA_MODEL": "demo",
+        "ZLORA_MODELS": "",
         "ZLORA_VAE": "",
         "ZLORA_STORE": (config.home(os.environ) / "store").as_uri(),
         "ZLORA_DEVICE": "cpu",

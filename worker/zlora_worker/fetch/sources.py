@@ -215,7 +215,7 @@ def file(download: Download, address: str) -> Fetched:
 
 def demo(download: Download, address: str) -> Fetched:
     """Copy `demo://<name>`, a LoRA of the demo model: part of this package, for that model only."""
-    if download.settings.model != "demo":
+    if not download.settings.serves_demo_model:
         raise LoraNotAllowed(f"{download.name}: only a worker that serves the demo model has this")
     name = address.partition("://")[2]
     files = {path.stem: path for path in DEMO_LORAS.glob("*.safetensors")}

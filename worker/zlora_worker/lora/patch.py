@@ -108,6 +108,16 @@ class Patch:
         except RuntimeError as error:  # of the device
             raise BaseNotRestored(f"the base cannot be restored: {said_by(error)}") from error
 
+    def change_base(self, base: Weights) -> None:
+        """Forget what was merged, before the base is overwritten by another one; may be repeated.
+
+        `base` is a copy of the other one in host memory, the pristine copy of the mode `inplace`.
+        """
+        self._put_back()
+        self._merged, self._pointers = None, []
+        if self.mode == "inplace":
+            self._pristine = {number: stack.matrices() for number, stack in enumerate(base.stacks)}
+
     def _apply(self, loras: Sequence[WeightedLora]) -> Plan:
         key = tuple(sorted(lora.key for lora in loras))
         merged = self._merged

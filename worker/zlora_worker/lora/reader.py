@@ -22,6 +22,7 @@ from zlora_worker.lora.adapter_config import Scales
 from zlora_worker.lora.adapter_formats import ParsedModule, parse_module
 from zlora_worker.lora.deltas import (
     CONTRACTED,
+    DoraDelta,
     InvalidAdapter,
     LoraDelta,
     Scratch,
@@ -144,6 +145,17 @@ class Reader:
             return self._read(path, digest, scales)
         except NotSafetensors as error:
             raise NotSafetensors(f"{source}: {error}", error.details) from None
+        except _Refusal as refusal:
+            raise LoraMismatch(f"{source}: {refusal}") from None
+
+    def require_effect(self, lora: Lora, *, source: str) -> None:
+        """Raise `LoraMismatch` if a LoRA that was read for another base changes nothing in this.
+
+        Only magnitudes of DoRA depend on the weights of the base.
+        """
+        try:
+            if any(isinstance(delta, DoraDelta) for _, delta in lora.deltas):
+                self._require_effect(lora)
         except _Refusal as refusal:
             raise LoraMismatch(f"{source}: {refusal}") from None
 

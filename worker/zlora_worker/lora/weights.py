@@ -25,7 +25,7 @@ class Slot(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class WeightStack:
     """Weights of one component, shape and type in one tensor.
 
@@ -38,7 +38,7 @@ class WeightStack:
     base_views: tuple[Tensor, ...]
     parameters: tuple[nn.Parameter, ...]
     names: tuple[str, ...]
-    _squared_norms: dict[int, float] = field(default_factory=dict, repr=False)
+    squared_norms: dict[int, float] = field(default_factory=dict, repr=False)  # of known rows
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,12 +51,12 @@ class WeightStack:
 
     def squared_norm(self, row: int) -> float:
         """Squared norm of one weight, computed at the first call."""
-        if row not in self._squared_norms:
+        if row not in self.squared_norms:
             parts = (part.float() for part in torch.split(self.base[row].flatten(), _NORM_ELEMENTS))
-            self._squared_norms[row] = float(
+            self.squared_norms[row] = float(
                 torch.stack([torch.dot(part, part) for part in parts]).sum(dtype=torch.float64)
             )
-        return self._squared_norms[row]
+        return self.squared_norms[row]
 
 
 class Weights:
@@ -72,19 +72,21 @@ class Weights:
         *,
         device: torch.device | None = None,
         on_read: Callable[[str, Tensor], None] | None = None,
+        is_pinned: bool = False,
     ) -> None:
         """Move the weights to `device`, by default their own, in several threads.
 
         Weights that lie in a memory-mapped file are read by this, straight into their stacks. While
         a core's caches have a weight, its norm is computed, and `on_read` is called in the same
-        thread with the component and the weight in host memory.
+        thread with the component and the weight in host memory. With `is_pinned` the stacks are in
+        pinned host memory, from which a GPU copies; their norms are computed on the GPU.
         """
         self.stacks: list[WeightStack] = []
         # Keys are component, module and `weight` or `bias`.
         self.slots: dict[tuple[str, str, str], Slot] = {}
         for component, model in components.items():
             for named in _by_shape(model):
-                self._add(component, named, device)
+                self._add(component, named, device, is_pinned=is_pinned)
         self.components = tuple(components)
 
         def move(stack: WeightStack, row: int) -> None:
@@ -92,7 +94,7 @@ class Weights:
             weight, parameter.data = parameter.data, target.copy_(parameter.data)
             if on_read:
                 on_read(stack.component, weight if target.is_cuda else target)
-            if target.device.type == "cpu":
+            if target.device.type == "cpu" and not is_pinned:
                 stack.squared_norm(row)
 
         rows = [(stack, row) for stack in self.stacks for row in range(len(stack.names))]
@@ -107,10 +109,16 @@ class Weights:
             torch.set_num_threads(before)
 
     def _add(
-        self, component: str, named: dict[str, nn.Parameter], device: torch.device | None
+        self,
+        component: str,
+        named: dict[str, nn.Parameter],
+        device: torch.device | None,
+        *,
+        is_pinned: bool,
     ) -> None:
         first = next(iter(named.values())).data
-        base = first.new_empty((len(named), *first.shape), device=device)
+        shape = (len(named), *first.shape)
+        base = first.new_empty(shape, device=device, pin_memory=is_pinned)
         stack = WeightStack(
             component=component,
             base=base,

@@ -56,14 +56,15 @@ class WeightChecksum:
     ) -> None:
         """Sum all weights once; the words of the tokenizers are compared, too."""
         self._components, self._weights = components, weights
-        self._tokenizers = tokenizers or {}
-        self._vocabularies = self._current_vocabularies()
+        self.tokenizers = tokenizers or {}
+        self.vocabularies = self._current_vocabularies()
         self._structure = self._current_structure()
+        self.words = self._current_words()
         self._stacked = {
             f"{stack.component}.{name}" for stack in weights.stacks for name in stack.names
         }
         start = time.perf_counter()
-        self._sums = _sums(self._parts())
+        self.sums = _sums(self._parts())
         self._seconds = time.perf_counter() - start  # for all weights
         self._next = 0  # part at which the next slice begins
 
@@ -78,6 +79,8 @@ class WeightChecksum:
         moved = [
             name for name in self._structure | found if self._structure.get(name) != found.get(name)
         ]
+        words = self._current_words()
+        moved += [name for name in words if words[name] != self.words[name]]
         parts = list(self._parts())
         total = sum(part.nbytes for part in parts)
         chosen = parts
@@ -88,16 +91,21 @@ class WeightChecksum:
         compared = sum(part.nbytes for part in chosen)
         if compared == total:
             self._seconds = time.perf_counter() - start
-        changed = [name for name, found_sum in sums.items() if self._sums.get(name) != found_sum]
+        changed = [name for name, found_sum in sums.items() if self.sums.get(name) != found_sum]
         if compared == total:
             vocabularies = self._current_vocabularies()
             changed += [
-                name for name, sha256 in vocabularies.items() if self._vocabularies[name] != sha256
+                name for name, sha256 in vocabularies.items() if self.vocabularies[name] != sha256
             ]
         return ChecksumResult(
             sorted({*moved, *self._weights.moved_parameters(), *changed}),
             compared / total if total else 1.0,
         )
+
+    def expect(self, other: "WeightChecksum") -> None:
+        """Compare from now on with another base of the same layout; may be repeated."""
+        self.sums, self.tokenizers = other.sums, other.tokenizers
+        self.vocabularies, self.words = other.vocabularies, other.words
 
     def sums_sha256(self) -> str:
         """Sha256 in hex of all sums, with the names, types and shapes of the tensors."""
@@ -106,7 +114,7 @@ class WeightChecksum:
             for component, model in self._components.items()
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
-        lines = [f"{name} {tensors[name]} {self._sums[name]}\n" for name in sorted(self._sums)]
+        lines = [f"{name} {tensors[name]} {self.sums[name]}\n" for name in sorted(self.sums)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _slice(self, parts: list[_Part], budget: float) -> list[_Part]:
@@ -137,19 +145,24 @@ class WeightChecksum:
                 )
             for name, buffer in model.named_buffers(remove_duplicate=False):
                 found[f"{component}.{name}"] = (tuple(buffer.shape), buffer.stride())
-        for name, tokenizer in self._tokenizers.items():
-            found[name] = (
+        return found
+
+    def _current_words(self) -> dict[str, _Identity]:
+        """Tokenizers, and the words that were added to them."""
+        return {
+            name: (
                 id(tokenizer.backend_tokenizer),
                 *sorted(tokenizer.added_tokens_encoder.items()),
                 *sorted(tokenizer.special_tokens_map.items()),
                 tokenizer.model_max_length,
             )
-        return found
+            for name, tokenizer in self.tokenizers.items()
+        }
 
     def _current_vocabularies(self) -> dict[str, str]:
         """Sha256 of all that a tokenizer does, except the truncation and padding of a call."""
         found = {}
-        for name, tokenizer in self._tokenizers.items():
+        for name, tokenizer in self.tokenizers.items():
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
             found[name] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

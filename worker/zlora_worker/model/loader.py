@@ -4,9 +4,9 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from zlora.errors import ModelUnavailable, NotSafetensors
 from zlora.lora import base_model
 from zlora.lora.safetensors_header import read_header
 
+from zlora_worker.model.base import BaseModel
 from zlora_worker.model.digests import FileDigest, ModelDigests
 from zlora_worker.model.families.sdxl import SDXL
 from zlora_worker.model.families.stable_diffusion import SD1, SD2
@@ -53,44 +54,89 @@ def load(settings: Settings) -> Pipeline:
 
     The data folder keeps the model's digests for the next process that loads the same model.
     """
-    # No progress bars in a log; this package checks itself what the libraries only warn of.
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers.logging.disable_progress_bar()
-
     device = _device(settings.device)
-    dtype: torch.dtype | None = None  # on a GPU that of the family, which is not known yet
-    if settings.dtype != "auto":
-        dtype = getattr(torch, settings.dtype)
-    elif device.type != "cuda":
-        dtype = torch.float32
-    path = Path(settings.model).expanduser()
-    record = ModelDigests.path(settings, dtype=str(dtype or settings.dtype))
-    known = ModelDigests.read(record)
-    with ThreadPoolExecutor(1) as beside:
-        # Model sites identify a checkpoint by the sha256 of its file.
-        file = beside.submit(FileDigest.of, path, known=known.file) if path.is_file() else None
-        # Results and images are public: of a path, show the last part only.
-        name = settings.model
-        if name != "demo" and path.exists():
-            name = Path(os.path.abspath(path)).name
-        family, pipeline = _read(settings, path, dtype)
+    with _Loading(settings, device) as loading:
         model = Pipeline(
-            pipeline,
-            family=family,
-            name=name,
+            loading.pipeline,
+            family=loading.family,
+            name=loading.name,
             device=device,
             patch_mode=settings.patch,
             compile_mode=settings.compile,
             check_all=settings.base_check == "all",
-            known=known.base,
+            known=loading.known.base,
         )
-        file_digest = file.result() if file else None
-    model.file_sha256 = file_digest.sha256 if file_digest else None
-    digests = ModelDigests(base=model.digest, file=file_digest)
-    if digests != known:
-        digests.write(record)
+        loading.finish(model.base)
     return model
+
+
+def load_copy(settings: Settings, resident: BaseModel) -> BaseModel:
+    """Load a base model into host memory, from where it can be copied over the resident one.
+
+    Raises `ModelUnavailable` as `load` does, and with both names if it cannot be copied there.
+    """
+    device = resident.weights.device
+    with _Loading(settings, device) as loading:
+        base = BaseModel(
+            loading.pipeline,
+            family=loading.family,
+            name=loading.name,
+            device=torch.device("cpu"),
+            known=loading.known.base,
+            is_pinned=device.type == "cuda",
+        )
+        resident.accept(base)
+        loading.finish(base)
+    return base
+
+
+class _Loading:
+    """A model of diffusers that was read from its files, and its digests of an earlier load."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        """Read the model; raise `ModelUnavailable`."""
+        # No progress bars in a log; this package checks itself what the libraries only warn of.
+        diffusers_logging.set_verbosity_error()
+        diffusers_logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()
+        dtype: torch.dtype | None = None  # on a GPU that of the family, which is not known yet
+        if settings.dtype != "auto":
+            dtype = getattr(torch, settings.dtype)
+        elif device.type != "cuda":
+            dtype = torch.float32
+        path = Path(settings.model).expanduser()
+        # Results and images are public: of a path, show the last part only.
+        self.name = settings.model
+        if settings.models:
+            self.name = settings.models[0].name
+        elif self.name != "demo" and path.exists():
+            self.name = Path(os.path.abspath(path)).name
+        self._record = ModelDigests.path(settings, dtype=str(dtype or settings.dtype))
+        self.known = ModelDigests.read(self._record)
+        self._beside = ThreadPoolExecutor(1)
+        # Model sites identify a checkpoint by the sha256 of its file.
+        self._file: Future[FileDigest] | None = None
+        if path.is_file():
+            self._file = self._beside.submit(FileDigest.of, path, known=self.known.file)
+        try:
+            self.family, self.pipeline = _read(settings, path, dtype)
+        except BaseException:
+            self._beside.shutdown()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def finish(self, base: BaseModel) -> None:
+        """Give the base the digest of its file, and keep its digests for the next process."""
+        file = self._file.result() if self._file else None
+        base.file_sha256 = file.sha256 if file else None
+        digests = ModelDigests(base=base.digest, file=file)
+        if digests != self.known:
+            digests.write(self._record)
+
+    def __exit__(self, *_: object) -> None:
+        self._beside.shutdown()
 
 
 def _read(settings: Settings, path: Path, dtype: torch.dtype | None) -> tuple[Family, Any]:

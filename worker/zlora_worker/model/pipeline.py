@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
+from weakref import WeakSet
 
 import torch
 from PIL import Image
@@ -20,9 +21,8 @@ from zlora.schema import GenerateRequest, invalid
 from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch, choose_mode
 from zlora_worker.lora.reader import Reader
-from zlora_worker.lora.weights import Weights
+from zlora_worker.model.base import BaseModel
 from zlora_worker.model.chat_prompt import encode_chat, read_chat
-from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_sha256
 from zlora_worker.model.compiled_blocks import compile_blocks
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
@@ -32,6 +32,7 @@ from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode, read_prompts
 from zlora_worker.monitoring.logs import said_by
+from zlora_worker.signals import run_to_completion
 
 _GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
@@ -77,30 +78,15 @@ class Pipeline:
         that was loaded before: if this one has the same checksum, it is not computed again. What
         `compile_mode` names is compiled when it first runs, see `warm_up`.
         """
-        self.name, self.device, self.state = name, device, PipelineState.READY
-        self.file_sha256: str | None = None  # of the file that all weights come from, if it is one
+        self.device, self.state = device, PipelineState.READY
         self._family = family
-        components = {component: getattr(pipeline, component) for component in family.components}
-        for module in components.values():
-            module.requires_grad_(False)  # once: it changes the last bit of an image
-        digests = WeightDigests()
-        self.weights = Weights(
-            {component: components[component] for component in family.adapted},
-            device=device,
-            on_read=None if known else digests.add,
-        )
-        stacked = {id(weight) for stack in self.weights.stacks for weight in stack.parameters}
-        for component, module in components.items():
-            for tensor in (*module.parameters(), *module.buffers()):
-                if id(tensor) in stacked:
-                    continue
-                if not known and isinstance(tensor, torch.nn.Parameter):
-                    digests.add(component, tensor)
-                if device.type == "cpu":
-                    # Out of the memory-mapped file, which may change while the worker runs. And its
-                    # alignment there would change the last bits of an image.
-                    tensor.data = tensor.data.clone()
-        self.pipeline = pipeline.to(device)
+        # The one in the modules, and the one whose bytes and facts it has at present.
+        self.resident = BaseModel(pipeline, family=family, name=name, device=device, known=known)
+        self.base = self.resident
+        self._next_base: BaseModel | None = None  # while its bytes are copied
+        self._compared: WeakSet[BaseModel] = WeakSet([self.resident])  # in full, after a copy
+        self.weights = self.resident.weights
+        self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self._denoiser = getattr(pipeline, family.denoiser)
         self.reader = Reader(self.weights, family=family.name)
@@ -115,26 +101,20 @@ class Pipeline:
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
         self.tiled = False  # True if the last images were decoded in tiles, which differs slightly
         self._check_all = check_all
-        self._scheduler = pipeline.scheduler
+        self._scheduler = self.base.scheduler
+        self._checksum = self.resident.checksum
         self._vae_dtype = pipeline.vae.dtype
-        tokenizers = {name: getattr(pipeline, name) for name in family.text_encoders.values()}
-        self._checksum = WeightChecksum(components, self.weights, tokenizers)
-        sums_sha256 = self._checksum.sums_sha256()
-        if known is None:
-            self.base_sha256 = digests.sha256()
-        elif known.sums_sha256 == sums_sha256:
-            self.base_sha256 = known.base_sha256
-        else:
-            self.base_sha256 = weights_sha256(components)
-        self.digest = BaseDigest(base_sha256=self.base_sha256, sums_sha256=sums_sha256)
         self._decode_whole = pipeline.vae.decode
         pipeline.vae.decode = self._decode
         self._encode_whole = pipeline.vae.encode
         pipeline.vae.encode = self._encode
-        # Half of the native size: a VAE's default tile is as large as an image of native size.
-        factor = pipeline.vae_scale_factor
-        pipeline.vae.tile_latent_min_size = tile = self._native_side // factor // 2
-        pipeline.vae.tile_sample_min_size = tile * factor
+        self._set_tiles()
+
+    def _set_tiles(self) -> None:
+        """Set half of the native size: a VAE's default tile is an image of native size."""
+        vae, tile = self.pipeline.vae, self._native_side // self.pipeline.vae_scale_factor // 2
+        vae.tile_latent_min_size = tile
+        vae.tile_sample_min_size = tile * self.pipeline.vae_scale_factor
 
     def warm_up(self) -> None:
         """Do now what would make the first job slower than the next ones.
@@ -198,13 +178,60 @@ class Pipeline:
     def is_ready(self) -> bool:
         """Return True if the pipeline can be lent.
 
-        Repeats restore and check if a signal interrupted them after the last job.
+        Repeats restore and check if a signal interrupted them after the last job, and the copy of
+        another base if a signal interrupted that.
         """
         if self.state is PipelineState.DIRTY:
             with suppress(BaseNotRestored):
                 self._restore()
+                self._copy_next()
                 self.check()
         return self.state is PipelineState.READY
+
+    def change_to(self, base: BaseModel) -> None:
+        """Copy another base of the same layout over the resident one, and draw with it from now on.
+
+        `base` is in host memory. It is compared with its own checksum before it draws for the first
+        time, and like any base after each job. Raises `BaseNotRestored` if the bytes are not those
+        of `base`. If a signal interrupts this method, the copy is completed first, or by
+        `is_ready`: a base of which a part is copied never draws.
+        """
+        if not self.is_ready():
+            raise BaseNotRestored
+        self.state = PipelineState.DIRTY
+        self._next_base = base
+        self._copy_next()
+        if self._check_all or base not in self._compared:
+            self.check()
+            self._compared.add(base)
+        self.state = PipelineState.READY
+
+    def _copy_next(self) -> None:
+        """Copy the bytes of `_next_base`, if it is set, and take over its facts."""
+        try:
+            run_to_completion(self._copy_and_take_over)
+        except RuntimeError as error:  # of the device
+            raise BaseNotRestored(f"the base cannot be changed: {said_by(error)}") from error
+
+    def _copy_and_take_over(self) -> None:
+        if (base := self._next_base) is None:
+            return
+        self.patch.change_base(base.weights)
+        self.resident.copy_from(base)
+        self.resident.set_attributes(self.base, base)
+        self._checksum.expect(base.checksum)
+        for stack, other in zip(self.weights.stacks, base.weights.stacks, strict=True):
+            stack.squared_norms = other.squared_norms
+        if base.options != self.base.options:
+            self.pipeline.register_to_config(**base.options)
+        self._scheduler = base.scheduler
+        # Past diffusers' own setter, which looks up the library of each class again.
+        vars(self.pipeline).update(base.tokenizers, scheduler=base.scheduler)
+        self.embedding_reader = EmbeddingReader(self.pipeline, self._family)
+        self.previews.change_base()
+        self._set_tiles()
+        self.base = base
+        self._next_base = None  # last: until then all of this is repeated
 
     def _restore(self) -> None:
         """Restore everything that a job can leave changed if a signal interrupts it."""
@@ -263,6 +290,21 @@ class Pipeline:
     def limits(self) -> BaseLimits:
         """What requests cannot have with this base model."""
         return self._family.limits
+
+    @property
+    def name(self) -> str:
+        """Name of the base model, as results have it."""
+        return self.base.name
+
+    @property
+    def base_sha256(self) -> str:
+        """Sha256 of the weights in memory."""
+        return self.base.base_sha256
+
+    @property
+    def file_sha256(self) -> str | None:
+        """Sha256 of the file that all weights come from, if it is one."""
+        return self.base.file_sha256
 
     @property
     def family(self) -> str:

@@ -39,6 +39,10 @@ class Previews:
         self._colours: Tensor | None = None  # [channels + 1, 3], the last row is added
         self._call: _Call | None = None
 
+    def change_base(self) -> None:
+        """Fit the map again when a preview is wanted, because the VAE is another one."""
+        self._colours = None
+
     def forget(self) -> None:
         """Free the last call of the denoiser."""
         self._call, self._drawing = None, self._pipeline

@@ -23,6 +23,8 @@ _FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own variable
 # Seconds: from a LoRA in memory to the longest job of the default settings.
 _BUCKETS: Final = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 900)
 _LOAD_BUCKETS: Final = (1, 5, 10, 20, 40, 80, 160, 320, 900, 1800)
+_CHANGE_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+_MODEL_TIERS: Final = ("memory", "disk")
 _WEBHOOK_OUTCOMES: Final = ("sent", "retried", "given_up")
 
 
@@ -56,6 +58,13 @@ class Meter:
             registry=self.registry,
             buckets=_LOAD_BUCKETS,
         )
+        self._changes = Histogram(
+            "zlora_model_change_seconds",
+            "Seconds to change the base model, by where it was found",
+            ("tier",),
+            registry=self.registry,
+            buckets=_CHANGE_BUCKETS,
+        )
         self._deaths = self._counter(
             "child_deaths", "Child processes with a loaded model that were replaced"
         )
@@ -81,6 +90,8 @@ class Meter:
         for tier in TIERS:
             self._files.labels(tier)
             self._bytes.labels(tier)
+        for tier in _MODEL_TIERS:
+            self._changes.labels(tier)
         for outcome in _WEBHOOK_OUTCOMES:
             self._webhooks.labels(outcome)
 
@@ -137,6 +148,10 @@ class Meter:
         """Count a loaded model; `replaces` says whether an earlier child process had one."""
         self._loads.observe(seconds)
         self._deaths.inc(int(replaces))
+
+    def model_changed(self, tier: str, seconds: float) -> None:
+        """Count a change of the base model, whose copy was in `memory` or was read from `disk`."""
+        self._changes.labels(tier).observe(seconds)
 
     def resent(self) -> None:
         """Count a job that was sent again because its message was lost."""

@@ -73,6 +73,7 @@ def requested(worker: MemoryWorker) -> dict[str, Any]:
         (["--negative", "fog"], {"negative_prompt": "fog"}),
         (["--prompt-syntax", "a1111"], {"prompt_syntax": "a1111"}),
         (["--clip-skip", "1"], {"clip_skip": 1}),
+        (["--model", "anime"], {"model": "anime"}),
         (["--steps", "12"], {"num_inference_steps": 12}),
         (["--guidance", "0"], {"guidance_scale": 0.0}),
         (["--size", "1024x768"], {"width": 1024, "height": 768}),

@@ -98,6 +98,7 @@ def test_all_label_values_exist_before_the_first_count(counts: Path) -> None:
     }
     for name in ("zlora_lora_files_total", "zlora_lora_bytes_total"):
         assert set(scraped.named(name)) == {(tier,) for tier in TIERS}
+    assert set(scraped.named("zlora_model_change_seconds_count")) == {("memory",), ("disk",)}
     assert set(scraped.named("zlora_webhooks_total")) == {("sent",), ("retried",), ("given_up",)}
     assert {sample.value for family in scraped.families for sample in family.samples} == {0.0}
 

@@ -1,0 +1,153 @@
+"""The base models that requests may name: one is resident, copies of others are in host memory."""
+
+import _thread
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final, Literal
+
+import torch
+from zlora.errors import BaseNotRestored, ModelUnavailable, ZloraError
+
+from zlora_worker.model import loader
+from zlora_worker.model.base import BaseModel
+from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.monitoring.logs import said_by
+from zlora_worker.settings import Settings
+
+_LOOK: Final = 0.05  # seconds between two looks at a base that is read
+
+Load = Callable[[], BaseModel]  # reads a base into host memory
+
+
+class BaseModels:
+    """Base models of one layout by name, the default first.
+
+    Copies in host memory have `max_bytes` together; the least recently used one goes first. A base
+    without a copy is read from disk; while it is, and if it is larger than the bound, its copy is
+    beyond the bound until it is in the place of the resident base.
+    """
+
+    def __init__(self, model: Pipeline, loads: Mapping[str, Load], *, max_bytes: int) -> None:
+        self._model, self._loads, self._max_bytes = model, loads, max_bytes
+        self._copies: OrderedDict[str, BaseModel] = OrderedDict()
+        self._reading: _Reading | None = None  # also after the job that began it was interrupted
+
+    @classmethod
+    def open(cls, settings: Settings, model: Pipeline) -> "BaseModels":
+        """Read as many bases into host memory as fit, in their order.
+
+        `model` has the first one. Raises `ModelUnavailable`.
+        """
+        loads = {
+            chosen.name: partial(loader.load_copy, settings.with_model(chosen), model.resident)
+            for chosen in settings.models
+        }
+        bases = cls(model, loads, max_bytes=settings.models_bytes)
+        bases.fill()
+        return bases
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that requests may have."""
+        return tuple(self._loads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def fill(self) -> None:
+        """Read as many bases as fit, in their order; raise `ModelUnavailable`."""
+        room = self._max_bytes // self._model.resident.nbytes
+        for name, load in list(self._loads.items())[:room]:
+            self._copies[name] = load()
+        # In place, the copy is also the pristine one: it would be in memory twice.
+        if (first := self._copies.get(self._model.name)) is not None:
+            self._model.change_to(first)
+
+    def make_resident(
+        self, name: str, *, waiting: Callable[[], None]
+    ) -> Literal["memory", "disk"] | None:
+        """Change to the base of this name; return where it was found, None if it was resident.
+
+        `waiting` is called while it is read from disk, and may raise. Raises `ModelUnavailable`
+        with the resident base unchanged, and `BaseNotRestored`.
+        """
+        self._finish_reading(waiting)
+        if not self._model.is_ready():
+            raise BaseNotRestored
+        if name == self._model.name:
+            return None
+        tier: Literal["memory", "disk"] = "memory"
+        if (base := self._copies.get(name)) is None:
+            tier = "disk"
+            self._make_room()
+            reading = _Reading(name, self._loads[name])
+            _thread.start_new_thread(reading.run, (self._begin,))
+            self._reading = reading
+            base = self._finish_reading(waiting)
+            assert base is not None  # noqa: S101 - it is that of `reading`
+        else:
+            self._copies.move_to_end(name)
+        self._model.change_to(base)
+        return tier
+
+    def _begin(self, reading: "_Reading") -> None:
+        """Remember what is read (in its thread), even if a signal interrupts who has started it."""
+        self._reading = reading
+
+    def _finish_reading(self, waiting: Callable[[], None]) -> BaseModel | None:
+        """Wait for the base that is read, if any; keep it if it fits.
+
+        Nothing is drawn meanwhile: the threads of the reader would slow it down, and the bound of
+        host memory would not hold. Raises the error of the reader.
+        """
+        if (reading := self._reading) is None:
+            return None
+        while not reading.has_ended:
+            waiting()
+            time.sleep(_LOOK)
+        torch.set_num_threads(reading.torch_threads)  # the reader may have changed it for all
+        self._reading = None
+        if reading.base is None:
+            if isinstance(reading.error, ZloraError):
+                raise reading.error
+            raise ModelUnavailable(
+                f"{reading.name} cannot be loaded: {type(reading.error).__name__}: "
+                f"{said_by(reading.error)}"
+            ) from reading.error
+        if self.nbytes + reading.base.nbytes <= self._max_bytes:
+            self._copies[reading.name] = reading.base
+        return reading.base
+
+    def _make_room(self) -> None:
+        """Drop the least recently used copies until one more fits, unless it never does."""
+        needed = self._model.resident.nbytes
+        while needed <= self._max_bytes < self.nbytes + needed:
+            self._copies.popitem(last=False)
+
+
+class _Reading:
+    """A base that a thread reads.
+
+    The exception of a signal is raised in the main thread, and would leave locks of the libraries
+    acquired for ever.
+    """
+
+    def __init__(self, name: str, load: Load) -> None:
+        self.name, self._load = name, load
+        self.torch_threads = torch.get_num_threads()
+        self.base: BaseModel | None = None
+        self.error: BaseException = RuntimeError("the thread has not ended")
+        self.has_ended = False
+
+    def run(self, begin: Callable[["_Reading"], None]) -> None:
+        """Read the base (thread)."""
+        begin(self)
+        try:
+            self.base = self._load()
+        except BaseException as error:  # noqa: BLE001 - thread boundary: raised by who waits for it
+            self.error = error
+        self.has_ended = True
