@@ -40,7 +40,7 @@ def test_the_demo_draws_four_documents_and_a_contact_sheet(tmp_path: Path) -> No
             assert image.size == (64, 64)
     with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
         tiles = [
-            sheet.crop((12 + x * 204, 34 + y * 248, 204 + x * 204, 226 + y * 248))
+            sheet.crop((12 + x * 268, 34 + y * 312, 268 + x * 268, 290 + y * 312))
             for y in range(4)
             for x in range(4)
         ]
