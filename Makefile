@@ -14,7 +14,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 BENCHMARKS := bases batches busy fetch gpu lora png previews producer queue results scale schedules starts sweeps
 
 .PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
-.PHONY: gallery mixed
+.PHONY: changes gallery mixed
 .PHONY: bench clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
@@ -34,6 +34,7 @@ help:
 	@echo 'make freezes       twenty minutes of workers that stand still and come back; ARGS="--minutes 3"'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make mixed         300 jobs that mix everything a request can say, with failures'
+	@echo 'make changes       a hundred changes of the base model with failures, for each mode'
 	@echo 'make gallery       draw docs/gallery.md with the demo model'
 	@echo 'make bench         the short form of every benchmark'
 	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
@@ -114,6 +115,10 @@ freezes: $(VENV)/dev.stamp
 # 300 jobs that mix everything a request can say, with failures, on the tests' tiny model; `make test` has a short form.
 mixed: $(VENV)/dev.stamp
 	ZLORA_MIXED_JOBS=300 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/unit/worker/test_mixed_jobs.py
+
+# A hundred changes of the base model with LoRAs, failures and signals, for each mode and amount of host memory.
+changes: $(VENV)/dev.stamp
+	ZLORA_BASE_CHANGES=100 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/unit/worker/test_bases.py
 
 # Draws docs/gallery.md: a sheet of images for each feature, with the demo model, in a minute.
 gallery: $(VENV)/dev.stamp
