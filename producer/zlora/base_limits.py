@@ -1,4 +1,4 @@
-"""What base models of a family cannot honour of a request, which is refused and never ignored."""
+"""Refuse the fields of a request that base models of a family cannot honour."""
 
 from typing import Literal
 

@@ -32,7 +32,7 @@ class QueueInfo(Struct, frozen=True, kw_only=True):
     guidance_scale: float
     """Guidance scale of requests that say none."""
     limits: BaseLimits = BaseLimits()
-    """What the base cannot honour of a request."""
+    """Fields of a request that the base model cannot honour."""
     schedulers: tuple[str, ...]
     """Names of the schedulers that a request may choose."""
     timeout: int

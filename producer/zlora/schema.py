@@ -466,7 +466,7 @@ class GenerateRequest(
 
 
 class SweepCell(Struct, frozen=True, kw_only=True):
-    """What one image of a sweep was drawn from."""
+    """Values and request of one image of a sweep."""
 
     values: dict[str, Any]
     """Values of the image, by the paths of the sweep."""
@@ -573,7 +573,7 @@ class PromptReceipt(Struct, frozen=True, kw_only=True):
     windows: int
     """Number of windows that the text takes."""
     warnings: tuple[str, ...] = ()
-    """What the text may have been meant as, such as LoRA tags in the syntax `plain`."""
+    """Other meanings that the text may have, such as LoRA tags in the syntax `plain`."""
 
 
 class EmbeddingReceipt(Struct, frozen=True, kw_only=True):

@@ -1,15 +1,14 @@
 """Labels of the images of a sweep: what differs between them, in a few words."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, Final
 
 from zlora.redaction import on_one_line
 from zlora.schema import Asset, LoraSpec, SweepCell
+from zlora.sweeps import parts_of, value_at
 
-_OF_LORA: Final = re.compile(r"loras(?:\[([0-9])\])?(?:\.([a-z_]+))?")
 _LONG_START: Final = 20  # characters that texts have in common, which are left out
 
 
@@ -30,19 +29,12 @@ def labels(cells: Sequence[SweepCell]) -> list[dict[str, str]]:
 
 def _named(cell: SweepCell, path: str) -> tuple[str, str]:
     """Return the name of a path, with that of its LoRA, and its value in one image."""
-    loras, name, value = cell.request.loras, path, cell.values[path]
-    found = _OF_LORA.fullmatch(path)
-    if found is None:
-        return name, _words(value)
-    index, field = found.groups()
-    if index is None:
-        value = loras
-    elif field is None:
-        value = loras[int(index)]
-    else:
-        value = getattr(loras[int(index)], field)
-        if field not in ("file", "adapter_name"):
-            name = f"{_lora_name(loras[int(index)])} {field}"
+    root, index, field = parts_of(path)
+    if root != "loras":  # the prompt of the request has no LoRA tags any more
+        return path, _words(cell.values[path])
+    name, value = path, value_at(cell.request, path)
+    if index is not None and field not in (None, "file", "adapter_name"):
+        name = f"{_lora_name(cell.request.loras[index])} {field}"
     return name, _words(value)
 
 

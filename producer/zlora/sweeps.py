@@ -57,7 +57,7 @@ def count(sweep: Mapping[str, Sequence[Any]]) -> int:
 
 def cells(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Return the values of each image: the order does not depend on that of the paths."""
-    paths = sorted(sweep, key=lambda path: (FIELDS.index(_parts(path)[0]), path))
+    paths = sorted(sweep, key=lambda path: (FIELDS.index(parts_of(path)[0]), path))
     return [
         dict(zip(paths, values, strict=True))
         for values in product(*(sweep[path] for path in paths))
@@ -71,7 +71,7 @@ def with_values(document: dict[str, Any], values: Values) -> dict[str, Any]:
     """
     found = dict(document)
     for path, value in values.items():
-        name, index, field = _parts(path)
+        name, index, field = parts_of(path)
         if index is not None:
             found[name] = loras = list(found.get(name, ()))
             loras[index] = {**loras[index], field: value} if field else value
@@ -84,14 +84,15 @@ def with_values(document: dict[str, Any], values: Values) -> dict[str, Any]:
 
 def value_at(request: object, path: str) -> Any:
     """Return the value of a path in a request."""
-    name, index, field = _parts(path)
+    name, index, field = parts_of(path)
     value = getattr(request, name)
     if index is not None:
         value = value[index]
     return value if field is None else getattr(value, field)
 
 
-def _parts(path: str) -> tuple[str, int | None, str | None]:
+def parts_of(path: str) -> tuple[str, int | None, str | None]:
+    """Return the field of the request, the index in `loras`, and the field there, of a path."""
     found = _PATH.fullmatch(path)
     assert found is not None  # noqa: S101 - of a request that was checked
     name, index, field = found.groups()

@@ -61,7 +61,7 @@ def print_receipt(result: GenerateResult, files: Sequence[Path]) -> None:
 
 
 def _image_facts(result: GenerateResult, files: Sequence[Path]) -> list[tuple[str, str]]:
-    """Return where each image is, and what it has of its own; then the sheet of a sweep."""
+    """Return the place and the own values of each image, then the sheet of a sweep."""
     images = [*result.images, *filter(None, [result.sheet])]
     places = [str(file) for file in files] or [image.url or image.key for image in images]
     own = labels(result.cells) if result.cells else []

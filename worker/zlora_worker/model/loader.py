@@ -120,7 +120,7 @@ class _Loading:
             self._file = self._beside.submit(FileDigest.of, path, known=self.known.file)
         try:
             self.family, self.pipeline = _read(settings, path, dtype)
-        except BaseException:
+        except BaseException:  # also a signal's: no thread may go on reading the file
             self._beside.shutdown()
             raise
 
