@@ -51,7 +51,7 @@ $(VENV)/demo.stamp: $(VENV)/python.stamp pyproject.toml
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(RUN)/pip install --quiet --editable '.[worker,local,flower,dev]'
+	$(RUN)/pip install --quiet --editable '.[worker,server,local,flower,dev]'
 	touch $@
 
 demo: $(VENV)/demo.stamp

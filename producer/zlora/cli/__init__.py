@@ -14,7 +14,19 @@ All other modules are the producer's own commands.
 
 import click
 
-from zlora.cli import batch, dead, doctor, generate, inspection, jobs, schema, signals, up, webhooks
+from zlora.cli import (
+    batch,
+    dead,
+    doctor,
+    generate,
+    inspection,
+    jobs,
+    schema,
+    serve,
+    signals,
+    up,
+    webhooks,
+)
 from zlora.cli.commands import Commands
 
 
@@ -40,6 +52,7 @@ for _command in (
     inspection.inspect,
     jobs.result,
     schema.schema,
+    serve.serve,
     jobs.status,
     jobs.submit,
     up.up,

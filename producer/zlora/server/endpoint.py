@@ -1,0 +1,142 @@
+"""An address of an API: what it takes and returns, and the function that answers.
+
+Routes and the OpenAPI document are both made from these.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeVar, get_origin
+
+import msgspec
+from msgspec import Struct, structs
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive
+
+from zlora.errors import InvalidRequest, ZloraError
+from zlora.schema import invalid
+from zlora.server import problems
+from zlora.server.service import Caller, Service
+
+S = TypeVar("S", bound=Struct)
+
+MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
+_BODY_SECONDS: Final = 30.0  # for all of a body
+_MAX_HEADER: Final = 1000  # characters of a header that is an idempotency key or an event's id
+
+
+class Call:
+    """One request to an endpoint, for its caller."""
+
+    def __init__(self, request: Request, caller: Caller, service: Service) -> None:
+        self.request, self.caller, self.service = request, caller, service
+
+    @property
+    def job_id(self) -> str:
+        """The job in the path."""
+        return str(self.request.path_params["job_id"])
+
+    async def document(self) -> Any:
+        """Return the JSON body; raise `InvalidRequest`, `BodyTooLarge` or `BodyTimeout`."""
+        body = await self.request.body()
+        try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            details = {"path": "$", "expected": "a JSON document"}
+            raise InvalidRequest(f"$: Expected a JSON document: {error}", details) from None
+
+    def query(self, kind: type[S]) -> S:
+        """Return the query of the URL; raise `InvalidRequest` for an unknown or wrong parameter."""
+        given = self.request.query_params
+        document: dict[str, Any] = {}
+        for field in structs.fields(kind):
+            values = given.getlist(field.name)
+            if _is_list(field.type):
+                document[field.name] = values
+            elif len(values) > 1:
+                raise invalid(f"?{field.name}", values, "Expected one value")
+            elif values:
+                document[field.name] = values[0]
+        if unknown := set(given) - {field.name for field in structs.fields(kind)}:
+            names = ", ".join(field.name for field in structs.fields(kind))
+            name = min(unknown)
+            raise invalid(f"?{name[:80]}", given[name], f"Expected no parameter but {names}")
+        try:
+            return msgspec.convert(document, kind, strict=False)
+        except msgspec.ValidationError as error:
+            expected, _, place = str(error).partition(" - at `$.")
+            name = place.rstrip("`").partition("[")[0]
+            raise invalid(f"?{name}", given.getlist(name), expected) from None
+
+    def header(self, name: str) -> str | None:
+        """Return a header of up to 1,000 characters; raise `InvalidRequest` for a longer one."""
+        value = self.request.headers.get(name)
+        if value is not None and len(value) > _MAX_HEADER:
+            raise invalid(name, f"{len(value)} characters", f"Expected at most {_MAX_HEADER}")
+        return value
+
+
+Handler = Callable[[Call], Awaitable[Response]]
+
+
+class Endpoint(NamedTuple):
+    """One method of one path."""
+
+    method: str
+    path: str
+    handler: Handler
+    query: type[Struct] | None = None
+    body: Any = None
+    """Type of the JSON body; None for none."""
+    answer: Any = None
+    """Type of the JSON answer; None for another media type."""
+    status: int = 200
+    media_type: str = "application/json"
+    is_public: bool = False
+    """True if no API key is needed."""
+    max_body: int = MAX_BODY
+
+
+class Api(NamedTuple):
+    """Endpoints that answer errors in one way."""
+
+    name: str
+    endpoints: Sequence[Endpoint]
+    error: Callable[[ZloraError], Response] = problems.answer
+
+
+def json_answer(
+    document: object, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    """Return an answer with a JSON document, which no cache keeps."""
+    return Response(
+        msgspec.json.encode(document),
+        status,
+        {"Cache-Control": "no-store", **(headers or {})},
+        media_type="application/json",
+    )
+
+
+def bounded(receive: Receive, max_body: int) -> Receive:
+    """Return a `receive` that raises `BodyTooLarge` or `BodyTimeout` while a body is read."""
+    size, end = 0, asyncio.get_running_loop().time() + _BODY_SECONDS
+
+    async def receive_bounded() -> Message:
+        nonlocal size
+        try:
+            async with asyncio.timeout_at(end):
+                message = await receive()
+        except TimeoutError:
+            reason = f"the body did not arrive within {_BODY_SECONDS:g} s"
+            raise problems.BodyTimeout(reason) from None
+        size += len(message.get("body", b""))
+        if size > max_body:
+            details = {"max_bytes": max_body}
+            raise problems.BodyTooLarge(f"the body has more than {max_body} bytes", details)
+        return message
+
+    return receive_bounded
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is tuple

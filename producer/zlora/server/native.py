@@ -1,0 +1,326 @@
+"""The API `/v1`: requests, results and errors are the library's own documents."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Annotated, Any, Final
+
+from msgspec import Meta, Struct
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+
+from zlora.client import Priority
+from zlora.errors import JobUnknown, ResultTimeout, ZloraError
+from zlora.handle import has_ended
+from zlora.lora.base_model import LoraInfo
+from zlora.queue_info import QueueInfo
+from zlora.schema import (
+    Asset,
+    Cancellation,
+    GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    JobStatus,
+    invalid,
+)
+from zlora.server import events
+from zlora.server.endpoint import Api, Call, Endpoint, json_answer
+from zlora.server.job_index import Entry
+from zlora.server.problems import NotFound
+
+MAX_WAIT: Final = 60.0  # seconds: proxies close connections that are silent for longer
+_MAX_LABELS: Final = 8
+_LABEL_PARTS: Final = 200  # characters of a label's value
+
+Wait = Annotated[float, Meta(ge=0, le=MAX_WAIT)]
+
+
+class SubmitOptions(Struct, frozen=True, kw_only=True):
+    """Query of a submission."""
+
+    priority: Priority = "normal"
+    """A higher priority always comes first."""
+    expires_in: float | None = None
+    """Seconds in which the job must start."""
+    preflight: bool = False
+    """Whether the headers of the LoRAs are checked before the job is queued."""
+    webhook_url: str | None = None
+    """URL to which a worker posts the end of the job."""
+    webhook_events: tuple[str, ...] = ()
+    """Events to post; all by default."""
+    label: tuple[str, ...] = ()
+    """Labels by which jobs are listed, each `name=value`, at most 8."""
+    wait: Wait = 0
+    """Seconds to wait for the end of the job, up to 60."""
+
+
+class ListOptions(Struct, frozen=True, kw_only=True):
+    """Query of a list of jobs."""
+
+    label: tuple[str, ...] = ()
+    """Labels that the jobs have, each `name=value`."""
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    """Jobs in one page."""
+    cursor: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    """`cursor` of the page before."""
+
+
+class WaitOptions(Struct, frozen=True, kw_only=True):
+    """Query of a job or its result."""
+
+    wait: Wait = 0
+    """Seconds to wait for the end of the job, up to 60."""
+
+
+class ImageOptions(Struct, frozen=True, kw_only=True):
+    """Query of an image."""
+
+    proxy: bool = False
+    """Whether the server sends the bytes itself, instead of a redirect to the object store."""
+
+
+class Inspection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of an inspection."""
+
+    file: Asset
+    """Address of the LoRA or the embedding."""
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """Why a job has failed: `code` is for programs, `message` for people."""
+
+    code: str
+    message: str
+    retryable: bool
+    details: dict[str, Any]
+
+
+class Job(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A job, with its result or its error once it has ended."""
+
+    id: str
+    """Id of the job."""
+    api: str
+    """Name of the API by which it came, such as `v1`."""
+    submitted: float
+    """Seconds since the epoch."""
+    status: JobStatus
+    """State of the job, and its progress while it has not ended."""
+    labels: dict[str, str] = {}
+    """Labels of the submission."""
+    result: GenerateResult | None = None
+    """Images and receipt of a job that has succeeded."""
+    error: Failure | None = None
+    """Error of a job that has failed or was cancelled."""
+
+
+class Jobs(Struct, frozen=True, kw_only=True):
+    """A page of jobs, the newest first, without results and errors."""
+
+    jobs: tuple[Job, ...]
+    """The jobs."""
+    cursor: int | None
+    """Beginning of the next page; null if there is none."""
+
+
+class Cancelled(Struct, frozen=True, kw_only=True):
+    """Answer to a cancellation."""
+
+    was: Cancellation
+    """Place of the job when it was cancelled; a finished job stays finished."""
+
+
+async def submit(call: Call) -> Response:
+    """Queue a job.
+
+    With the header `Idempotency-Key` the same request is the same job, however often it is sent.
+    """
+    options = call.query(SubmitOptions)
+    handle = await call.service.submit(
+        call.caller,
+        await call.document(),
+        idempotency_key=call.header("Idempotency-Key"),
+        labels=_labels(options.label),
+        priority=options.priority,
+        expires_in=options.expires_in,
+        preflight=options.preflight,
+        webhook_url=options.webhook_url,
+        webhook_events=options.webhook_events or None,
+    )
+    job = await _job(call, handle.id, wait=options.wait)
+    status = HTTPStatus.OK if has_ended(job.status) else HTTPStatus.ACCEPTED
+    return json_answer(job, status, {"Location": f"/v1/jobs/{handle.id}"})
+
+
+async def list_jobs(call: Call) -> Response:
+    """List the jobs that were submitted with this API key's tenant, the newest first."""
+    options = call.query(ListOptions)
+    page = await call.service.jobs(
+        call.caller, labels=_labels(options.label), limit=options.limit, cursor=options.cursor
+    )
+    jobs = [await _listed(call, job_id, entry) for job_id, entry in page.jobs.items()]
+    return json_answer(Jobs(jobs=tuple(jobs), cursor=page.cursor))
+
+
+async def get_job(call: Call) -> Response:
+    """Return a job, with its result or its error once it has ended."""
+    return json_answer(await _job(call, call.job_id, wait=call.query(WaitOptions).wait))
+
+
+async def get_events(call: Call) -> Response:
+    """Follow a job by server-sent events.
+
+    Events are `status`, `outage`, and at last `end` with the job. A client that connects again
+    with `Last-Event-ID` after the end is answered with 204, and stops.
+    """
+    handle = await call.service.job(call.caller, call.job_id)
+    last_id = call.header("Last-Event-ID") or ""
+    if last_id and has_ended(await handle.status()):
+        ended = await _job(call, call.job_id)
+        if events.event("end", ended).startswith(f"event: end\nid: {last_id}\n".encode()):
+            return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    async def end() -> Job:
+        return await _job(call, call.job_id)
+
+    stream = events.stream(handle, last_id=last_id, end=end)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect them
+    return StreamingResponse(stream, headers=headers, media_type=events.MEDIA_TYPE)
+
+
+async def get_result(call: Call) -> Response:
+    """Return the result of a job, or its error as a problem; 409 while it has not ended."""
+    wait = call.query(WaitOptions).wait
+    return json_answer(await call.service.result(call.caller, call.job_id, wait=wait))
+
+
+async def get_image(call: Call) -> Response:
+    """Return an image of a job by its index: a redirect to a fresh URL, or its bytes.
+
+    The contact sheet of a sweep is the image `sheet`.
+    """
+    options = call.query(ImageOptions)
+    result = await call.service.result(call.caller, call.job_id)
+    image = _image(result, str(call.request.path_params["index"]))
+    if image.url and image.url.startswith(("http://", "https://")) and not options.proxy:
+        return RedirectResponse(image.url, headers={"Cache-Control": "no-store"})
+    etag = f'"{image.sha256}"'
+    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    if call.request.headers.get("If-None-Match") == etag:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    data = await call.service.image_bytes(image)
+    return Response(data, headers=headers, media_type=image.content_type)
+
+
+async def cancel(call: Call) -> Response:
+    """Cancel a job for good; a running one ends after its present step."""
+    return json_answer(Cancelled(was=await call.service.cancel(call.caller, call.job_id)))
+
+
+async def inspect(call: Call) -> Response:
+    """Describe a LoRA or an embedding by its header."""
+    document = await call.document()
+    if not isinstance(document, Mapping) or set(document) != {"file"}:
+        raise invalid("$", document, "Expected an object with `file`")
+    # An asset is checked as that of a request, so that errors have the same form.
+    return json_answer(await call.service.inspect(call.caller, document["file"]))
+
+
+async def get_queue(call: Call) -> Response:
+    """Return what the queue serves: base models, bounds, defaults, names of the catalogue."""
+    info = await call.service.queue_info()
+    if info is None:
+        raise NotFound("no worker of this queue has run in the last hour")
+    return json_answer(info)
+
+
+async def _job(call: Call, job_id: str, *, wait: float = 0) -> Job:
+    """Return a job with its end, after up to `wait` seconds."""
+    entry = await call.service.entry(call.caller, job_id)
+    handle = await call.service.job(call.caller, job_id)
+    result: GenerateResult | None = None
+    error: Failure | None = None
+    try:
+        result = await handle.result(timeout=wait)
+    except (ResultTimeout, JobUnknown):
+        pass
+    except ZloraError as failed:
+        error = Failure(**failed.as_document())
+    return _document(job_id, entry, await handle.status(), result=result, error=error)
+
+
+async def _listed(call: Call, job_id: str, entry: Entry) -> Job:
+    handle = await call.service.job(call.caller, job_id)
+    return _document(job_id, entry, await handle.status())
+
+
+def _document(
+    job_id: str,
+    entry: Entry,
+    status: JobStatus,
+    *,
+    result: GenerateResult | None = None,
+    error: Failure | None = None,
+) -> Job:
+    return Job(
+        id=job_id,
+        api=entry.api,
+        submitted=entry.submitted,
+        labels=entry.labels,
+        status=status,
+        result=result,
+        error=error,
+    )
+
+
+def _labels(given: tuple[str, ...]) -> dict[str, str]:
+    """Parse labels; raise `InvalidRequest`."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, mark, value = text.partition("=")
+        is_name = 0 < len(name) <= 40 and name.replace("_", "").replace("-", "").isalnum()  # noqa: PLR2004
+        if not mark or not is_name or not name.isascii() or len(value) > _LABEL_PARTS:
+            expected = f"Expected name=value, with a value of up to {_LABEL_PARTS} characters"
+            raise invalid("?label", text, expected)
+        found[name] = value
+    if len(found) > _MAX_LABELS:
+        raise invalid("?label", len(found), f"Expected at most {_MAX_LABELS} labels")
+    return found
+
+
+def _image(result: GenerateResult, index: str) -> ImageRef:
+    if index == "sheet" and result.sheet is not None:
+        return result.sheet
+    if not index.isascii() or not index.isdecimal() or int(index) >= len(result.images):
+        raise NotFound(f"the job has no image {index[:20]}")
+    return result.images[int(index)]
+
+
+NATIVE: Final = Api(
+    "v1",
+    (
+        Endpoint(
+            "POST",
+            "/v1/jobs",
+            submit,
+            query=SubmitOptions,
+            body=GenerateRequest,
+            answer=Job,
+            status=HTTPStatus.ACCEPTED,
+        ),
+        Endpoint("GET", "/v1/jobs", list_jobs, query=ListOptions, answer=Jobs),
+        Endpoint("GET", "/v1/jobs/{job_id}", get_job, query=WaitOptions, answer=Job),
+        Endpoint("GET", "/v1/jobs/{job_id}/events", get_events, media_type=events.MEDIA_TYPE),
+        Endpoint(
+            "GET", "/v1/jobs/{job_id}/result", get_result, query=WaitOptions, answer=GenerateResult
+        ),
+        Endpoint(
+            "GET",
+            "/v1/jobs/{job_id}/images/{index}",
+            get_image,
+            query=ImageOptions,
+            media_type="image/*",
+        ),
+        Endpoint("POST", "/v1/jobs/{job_id}/cancel", cancel, answer=Cancelled),
+        Endpoint("POST", "/v1/loras/inspect", inspect, body=Inspection, answer=LoraInfo),
+        Endpoint("GET", "/v1/queue", get_queue, answer=QueueInfo),
+    ),
+)

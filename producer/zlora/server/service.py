@@ -1,0 +1,176 @@
+"""What all APIs do with jobs, each for one tenant."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar, Unpack
+
+from zlora import images
+from zlora.async_client import AsyncClient, AsyncJobHandle
+from zlora.client import Options, job_id_of
+from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobUnknown, ZloraError
+from zlora.lora.base_model import LoraInfo
+from zlora.lora.preflight import Preflight
+from zlora.queue_info import QueueInfo
+from zlora.schema import (
+    Asset,
+    Cancellation,
+    GenerateRequest,
+    GenerateResult,
+    ImageRef,
+    check_job_id,
+    invalid,
+    parse_request,
+)
+from zlora.server.job_index import Entry, JobIndex, Page
+from zlora.server.problems import TooManyJobs
+from zlora.server.tenants import Tenant, require_allowed
+
+T = TypeVar("T")
+
+_THREADS: Final = 8  # for the index; a call takes less than a millisecond
+_SLOW_THREADS: Final = 8  # for the bytes of images and the headers of LoRAs, from other servers
+
+
+class Caller(NamedTuple):
+    """Whom an API works for."""
+
+    name: str
+    tenant: Tenant
+    api: str
+
+
+class Service:
+    """Jobs of the queue, for callers who see their own only."""
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        index: JobIndex,
+        *,
+        preflight: Callable[[], Preflight] = Preflight,
+        image_hosts: frozenset[str] | None = None,
+    ) -> None:
+        self._client, self._index = client, index
+        self._make_preflight, self._image_hosts = preflight, image_hosts
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="zlora-index")
+        self._slow = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="zlora-fetch")
+
+    async def close(self) -> None:
+        """Give connections and threads back."""
+        await self._client.close()
+        self._threads.shutdown(wait=False)
+        self._slow.shutdown(wait=False)
+        self._index.close()
+
+    async def submit(
+        self,
+        caller: Caller,
+        request: GenerateRequest | dict[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncJobHandle:
+        """Queue a request, and record whose it is.
+
+        Raises the errors of `Client.submit`, those of `require_allowed`, and `TooManyJobs`.
+        """
+        request = parse_request(request)
+        require_allowed(request, caller.tenant, await self._info_for(caller.tenant))
+        for path, asset in request.images.items():
+            await self._require_own_image(caller, asset, path)
+        job_id = str(uuid.uuid4())
+        if idempotency_key is not None:  # two tenants may have the same key
+            job_id_of(idempotency_key)  # raises for a wrong one
+            job_id = job_id_of(f"{caller.name}/{idempotency_key}"[:1000])
+        entry = Entry(
+            tenant=caller.name, api=caller.api, submitted=time.time(), labels=dict(labels or {})
+        )
+        most = caller.tenant.max_jobs
+        found = await self._run(partial(self._index.reserve, job_id, entry, max_jobs=most))
+        if found is False:
+            message = f"{most} jobs of this API key are queued or running"
+            raise TooManyJobs(message, {"max_jobs": most})
+        if isinstance(found, Entry) and found.tenant != caller.name:
+            raise Conflict.of(job_id)
+        try:
+            return await self._client.submit(request, job_id=job_id, **options)
+        except BrokerUnavailable:  # the job may run
+            raise
+        except ZloraError:
+            if found is True:
+                await self._run(partial(self._index.release, job_id, entry))
+            raise
+
+    async def entry(self, caller: Caller, job_id: str) -> Entry:
+        """Return what is known of a job; raise `JobUnknown` unless it is the caller's."""
+        found = await self._run(partial(self._index.find, check_job_id(job_id)))
+        if found is None or found.tenant != caller.name:
+            raise JobUnknown(f"no job {job_id} is known", {"job_id": job_id})
+        return found
+
+    async def job(self, caller: Caller, job_id: str) -> AsyncJobHandle:
+        """Return the handle of a job; raise `JobUnknown` unless it is the caller's."""
+        await self.entry(caller, job_id)
+        return self._client.job(job_id)
+
+    async def jobs(
+        self, caller: Caller, *, labels: Mapping[str, str], limit: int, cursor: int
+    ) -> Page:
+        """Return a page of the caller's jobs, the newest first."""
+        return await self._run(
+            partial(self._index.page, caller.name, labels=labels, limit=limit, cursor=cursor)
+        )
+
+    async def result(self, caller: Caller, job_id: str, *, wait: float = 0) -> GenerateResult:
+        """Wait up to `wait` seconds for a result; raise the errors of `JobHandle.result`."""
+        handle = await self.job(caller, job_id)
+        return await handle.result(timeout=wait)
+
+    async def cancel(self, caller: Caller, job_id: str) -> Cancellation:
+        """Cancel a job."""
+        return await (await self.job(caller, job_id)).cancel()
+
+    async def image_bytes(self, image: ImageRef) -> bytes:
+        """Return the bytes of an image; raise `ImageUnavailable`."""
+        read = partial(images.read, image, hosts=self._image_hosts)
+        return await asyncio.get_running_loop().run_in_executor(self._slow, read)
+
+    async def inspect(self, caller: Caller, file: object) -> LoraInfo:
+        """Describe the LoRA at an address, an `Asset`, by its header.
+
+        Raises `InvalidRequest`, with a `path` below `$.file`, or a `LoraError`.
+        """
+        try:
+            request = parse_request({"prompt": "", "loras": [{"file": file}]})
+        except InvalidRequest as error:
+            path = str(error.details["path"]).replace("$.loras[0].file", "$.file")
+            raise InvalidRequest(error.message, {**error.details, "path": path}) from None
+        require_allowed(request, caller.tenant, None)
+
+        def inspect() -> LoraInfo:
+            return self._make_preflight().inspect(request.loras[0].file)
+
+        return await asyncio.get_running_loop().run_in_executor(self._slow, inspect)
+
+    async def queue_info(self) -> QueueInfo | None:
+        """Return what the queue serves, None if that is not known."""
+        return await self._client.queue_info()
+
+    async def _info_for(self, tenant: Tenant) -> QueueInfo | None:
+        return None if tenant.models is None else await self._client.queue_info()
+
+    async def _require_own_image(self, caller: Caller, asset: Asset, path: str) -> None:
+        if (found := asset.job_image) is None:
+            return
+        try:
+            await self.entry(caller, found[0])
+        except JobUnknown:
+            raise invalid(f"$.{path}", asset.address, "Expected an image of your jobs") from None
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)

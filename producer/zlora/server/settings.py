@@ -1,0 +1,81 @@
+"""Settings of `zlora serve`, from the environment."""
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Final, Self
+
+from msgspec import Struct
+
+from zlora import config
+from zlora.config import Connection
+from zlora.errors import InvalidSetting
+from zlora.lora.preflight import Preflight
+from zlora.server import tenants
+
+CORS: Final = "ZLORA_HTTP_ORIGINS"
+DEFAULT_HOST: Final = "127.0.0.1"
+DEFAULT_PORT: Final = 8000
+_LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class ServerSettings(Struct, frozen=True, kw_only=True):
+    """Where the server listens, whom it serves, and its queue."""
+
+    connection: Connection
+    keys: Path | None = None
+    """File of API keys; None if every program on this machine may use the server."""
+    origins: frozenset[str] = frozenset()
+    """Origins of web pages of other sites that may use the server (CORS); `*` for all."""
+    image_hosts: frozenset[str] | None = None
+    """Hosts from which images are fetched; None for all that results name."""
+    preflight: Callable[[], Preflight] = Preflight
+    """Makes what reads the headers of LoRAs, at the first use."""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], *, host: str = DEFAULT_HOST) -> Self:
+        """Read the variables.
+
+        Raises `InvalidSetting` for a wrong value, and for a host that other machines can reach if
+        there are no API keys.
+        """
+        file = config.value_of(environ, tenants.VARIABLE)
+        if not file and not _is_loopback(host):
+            message = f"{tenants.VARIABLE}: without API keys the server listens on 127.0.0.1 only"
+            raise InvalidSetting(message, {"name": tenants.VARIABLE})
+        return cls(
+            connection=Connection.from_env(environ),
+            keys=Path(file) if file else None,
+            origins=config.read_first(environ, CORS, parse=_origins),
+            image_hosts=config.image_hosts(environ),
+            preflight=partial(Preflight.from_env, environ),
+        )
+
+
+def is_local_name(authority: str) -> bool:
+    """Return whether `host` or `host:port` is a name of this machine.
+
+    Without API keys other names are refused: a web page can have its own name resolve to this
+    machine, and would then read what the server answers (DNS rebinding).
+    """
+    name, _, port = authority.rpartition(":")
+    if not name or not port.isdecimal():
+        name = authority
+    return name.lower() in _LOCAL_NAMES
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _origins(text: str) -> frozenset[str]:
+    """Parse comma-separated origins; raise `ValueError`."""
+    found = frozenset(origin.strip().lower() for origin in text.split(",") if origin.strip())
+    for origin in found - {"*"}:
+        if config.web_url(origin) != origin or origin.count("/") != 2:  # noqa: PLR2004 - of ://
+            raise ValueError("expected origins such as https://example.org, comma-separated")
+    return found
