@@ -68,6 +68,3 @@ def _require_chat(request: GenerateRequest, base: str) -> None:
     if request.upscale is not None and request.upscale.mode == "latent":
         expected = f"Expected image: diffusers does not start from latents of {base}"
         raise invalid("$.upscale.mode", "latent", expected)
-    if request.previews:
-        expected = f"Expected false: images of {base} have no previews"
-        raise invalid("$.previews", request.previews, expected)
