@@ -20,6 +20,7 @@ from typing import Final
 from zlora import config
 from zlora.cli.doctor import Check, doubtful, failed, ok, skipped, software
 from zlora.errors import CacheFull, InvalidSetting, ModelUnavailable, NotSafetensors
+from zlora.lora.key_names import DENOISERS
 from zlora.lora.safetensors_header import read_header
 from zlora.redaction import without_secrets
 
@@ -46,7 +47,7 @@ _PUBLISHED: Final = {
     "Tongyi-MAI/Z-Image-Turbo": 10.3,
 }
 _FEWEST: Final = min(_PUBLISHED.values())  # of any model
-_COMPONENTS: Final = ("unet", "transformer", "text_encoder", "text_encoder_2", "vae")
+_COMPONENTS: Final = (*DENOISERS, "text_encoder", "text_encoder_2", "vae")
 _VAE_IN_FILE: Final = "first_stage_model."  # prefix of a component that is not in a denoiser's file
 
 
@@ -194,7 +195,7 @@ def _weights(settings: Settings) -> int:
             others = [
                 file
                 for file in _weight_files(Path(settings.model_config).expanduser())
-                if file.parent.name not in ("unet", "transformer")
+                if file.parent.name not in DENOISERS
             ]
         return sum(map(_numbers, [path, *others]))
     except (NotSafetensors, OSError, ValueError):  # `_model` and the loader say what is wrong
