@@ -133,7 +133,7 @@ def test_no_size_prompt_or_guidance_of_z_image_compiles_anything(
         for (width, height), guidance, prompt in product(
             ((64, 64), (80, 256)), (0.0, 4.0), ("a city", "a city " * 30)
         ):
-            fields = {"width": width, "height": height, "guidance_scale": guidance}
+            fields: dict[str, Any] = {"width": width, "height": height, "guidance_scale": guidance}
             images = [pixels(one, prompt=prompt, **fields) for one in (plain, compiled)]
             assert images[0] == images[1]
 
