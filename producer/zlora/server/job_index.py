@@ -18,38 +18,52 @@ import msgspec
 import redis
 from msgspec import Meta, Struct
 
+from zlora import config
 from zlora.broker.job_store import connect
 from zlora.broker.keys import RECORD_EXPIRES, job_key, unfinished_key
-from zlora.errors import BrokerUnavailable
+from zlora.errors import BrokerUnavailable, InvalidSetting
 
 MAX_JOBS: Final = 10_000  # in a list; the oldest are dropped
 _SUBMITTING: Final = 60  # seconds in which a job that was reserved reaches the queue
 Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}\Z")]
 
-# A reserved job is open until it has been in the queue and has left it.
+# A reserved job is open until it has been in the queue and has left it. Those that have left it are
+# looked for only if the tenant seems to have too many.
 _RESERVE: Final = """
 local owner = redis.call('GET', KEYS[1])
-if owner then return owner end
+if owner and redis.call('EXISTS', ARGV[6] .. ARGV[1]) == 1 then return owner end
 local now = tonumber(redis.call('TIME')[1])
-for _, job in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-  if not redis.call('ZSCORE', KEYS[4], job) then
-    local is_known = redis.call('EXISTS', ARGV[6] .. job) == 1
-    if is_known or now - redis.call('ZSCORE', KEYS[3], job) > tonumber(ARGV[5]) then
-      redis.call('ZREM', KEYS[3], job)
+local most = tonumber(ARGV[3])
+if most > 0 and redis.call('ZCARD', KEYS[3]) >= most then
+  local open = redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES')
+  for index = 1, #open, 2 do
+    local job, reserved = open[index], tonumber(open[index + 1])
+    if not redis.call('ZSCORE', KEYS[4], job) then
+      local is_known = redis.call('EXISTS', ARGV[6] .. job) == 1
+      if is_known or now - reserved > tonumber(ARGV[5]) then
+        redis.call('ZREM', KEYS[3], job)
+      end
     end
   end
+  if redis.call('ZCARD', KEYS[3]) >= most then return 0 end
 end
-local most = tonumber(ARGV[3])
-if most > 0 and redis.call('ZCARD', KEYS[3]) >= most then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
 for index = 2, #KEYS do
   if index ~= 4 then
     redis.call('ZADD', KEYS[index], now, ARGV[1])
+    redis.call('ZREMRANGEBYSCORE', KEYS[index], '-inf', now - ARGV[4])
     redis.call('ZREMRANGEBYRANK', KEYS[index], 0, -1 - ARGV[7])
     redis.call('EXPIRE', KEYS[index], ARGV[4])
   end
 end
 return 1
+"""
+# Only what the same submission has reserved, and only if no other one has queued the job by now.
+_RELEASE: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[2] then return end
+if redis.call('EXISTS', ARGV[3] .. ARGV[1]) == 1 then return end
+redis.call('DEL', KEYS[1])
+for index = 2, #KEYS do redis.call('ZREM', KEYS[index], ARGV[1]) end
 """
 
 
@@ -78,6 +92,7 @@ class JobIndex:
         self._redis, self._queue = connect(broker_url), queue
         self._prefix = f"zlora:http:{queue}"
         self._reserve = self._redis.register_script(_RESERVE)
+        self._release = self._redis.register_script(_RELEASE)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -87,16 +102,10 @@ class JobIndex:
         """Add a job before it is queued; return True if that is done.
 
         Returns False if the tenant has `max_jobs` jobs that have not ended, and the entry of a job
-        that has this id already.
+        that was queued under this id before.
         """
-        labels = [f"{name}={value}" for name, value in entry.labels.items()]
-        keys = [
-            self._job_key(job_id),
-            self._list_key(entry.tenant),
-            f"{self._prefix}:open:{entry.tenant}",
-            unfinished_key(self._queue),
-            *(self._list_key(entry.tenant, label) for label in labels),
-        ]
+        job, jobs, opened, *labels = self._keys(job_id, entry)
+        keys = [job, jobs, opened, unfinished_key(self._queue), *labels]
         arguments: list[bytes | str | int] = [
             job_id,
             msgspec.json.encode(entry),
@@ -114,16 +123,14 @@ class JobIndex:
 
     def release(self, job_id: str, entry: Entry) -> None:
         """Remove a job that was reserved and then refused."""
-        labels = [f"{name}={value}" for name, value in entry.labels.items()]
-        with _reached(), self._redis.pipeline() as pipeline:
-            pipeline.delete(self._job_key(job_id))
-            for key in (
-                self._list_key(entry.tenant),
-                f"{self._prefix}:open:{entry.tenant}",
-                *(self._list_key(entry.tenant, label) for label in labels),
-            ):
-                pipeline.zrem(key, job_id)
-            pipeline.execute()
+        arguments: list[bytes | str] = [job_id, msgspec.json.encode(entry), job_key("")]
+        with _reached():
+            self._release(self._keys(job_id, entry), arguments)
+
+    def unfinished(self) -> int:
+        """Return the number of jobs in the queue that have not ended, of all producers."""
+        with _reached():
+            return cast("int", self._redis.zcard(unfinished_key(self._queue)))
 
     def find(self, job_id: str) -> Entry | None:
         """Return the entry of a job, None if no API has submitted it."""
@@ -153,6 +160,16 @@ class JobIndex:
         }
         return Page(jobs, cursor + limit if len(ids) > limit else None)
 
+    def _keys(self, job_id: str, entry: Entry) -> list[str]:
+        """Keys of a job's entry, the tenant's lists of all and of open jobs, and those by label."""
+        labels = [f"{name}={value}" for name, value in entry.labels.items()]
+        return [
+            self._job_key(job_id),
+            self._list_key(entry.tenant),
+            f"{self._prefix}:open:{entry.tenant}",
+            *(self._list_key(entry.tenant, label) for label in labels),
+        ]
+
     def _job_key(self, job_id: str) -> str:
         return f"{self._prefix}:job:{job_id}"
 
@@ -162,7 +179,11 @@ class JobIndex:
 
 @contextmanager
 def _reached() -> Iterator[None]:
+    """Raise `BrokerUnavailable` if Redis fails, `InvalidSetting` if the user lacks a right."""
     try:
         yield
+    except redis.exceptions.NoPermissionError as error:
+        message = f"{config.BROKER_URL}: its user lacks a right in Redis: {error}"
+        raise InvalidSetting(message, {"name": config.BROKER_URL}) from error
     except redis.RedisError as error:
         raise BrokerUnavailable(f"the broker does not answer: {error}") from error
