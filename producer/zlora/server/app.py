@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zlora.async_client import AsyncClient
+from zlora.broker.uploads import Uploads
 from zlora.errors import InternalError, ZloraError
 from zlora.server import metrics, openapi, problems
 from zlora.server.endpoint import Api, Call, Endpoint, json_answer
@@ -65,6 +66,7 @@ class Server:
         self.service = Service(
             client,
             JobIndex(connection.broker_url, connection.queue),
+            Uploads(connection.broker_url, connection.queue),
             preflight=settings.preflight,
             image_hosts=settings.image_hosts,
         )

@@ -10,18 +10,15 @@
 All of them expire with the records of jobs.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated, Final, NamedTuple, cast
 
 import msgspec
-import redis
 from msgspec import Meta, Struct
 
-from zlora import config
+from zlora.broker.connection import reached
 from zlora.broker.job_store import connect
 from zlora.broker.keys import RECORD_EXPIRES, job_key, unfinished_key
-from zlora.errors import BrokerUnavailable, InvalidSetting
 
 MAX_JOBS: Final = 10_000  # in a list; the oldest are dropped
 _SUBMITTING: Final = 60  # seconds in which a job that was reserved reaches the queue
@@ -115,7 +112,7 @@ class JobIndex:
             job_key(""),
             MAX_JOBS,
         ]
-        with _reached():
+        with reached():
             found = self._reserve(keys, arguments)
         if isinstance(found, str):
             return msgspec.json.decode(found, type=Entry)
@@ -124,17 +121,17 @@ class JobIndex:
     def release(self, job_id: str, entry: Entry) -> None:
         """Remove a job that was reserved and then refused."""
         arguments: list[bytes | str] = [job_id, msgspec.json.encode(entry), job_key("")]
-        with _reached():
+        with reached():
             self._release(self._keys(job_id, entry), arguments)
 
     def unfinished(self) -> int:
         """Return the number of jobs in the queue that have not ended, of all producers."""
-        with _reached():
-            return cast("int", self._redis.zcard(unfinished_key(self._queue)))
+        with reached():
+            return self._redis.zcard(unfinished_key(self._queue))
 
     def find(self, job_id: str) -> Entry | None:
         """Return the entry of a job, None if no API has submitted it."""
-        with _reached():
+        with reached():
             found = self._redis.get(self._job_key(job_id))
         return None if found is None else msgspec.json.decode(found, type=Entry)
 
@@ -144,7 +141,7 @@ class JobIndex:
         `cursor` is that of the page before. Jobs that are submitted meanwhile may show a job twice.
         """
         lists = [self._list_key(tenant, f"{name}={value}") for name, value in labels.items()]
-        with _reached():
+        with reached():
             if len(lists) > 1:
                 found = cast("list[str]", self._redis.zinter(lists, aggregate="MAX"))
                 ids = found[::-1][cursor : cursor + limit + 1]
@@ -175,15 +172,3 @@ class JobIndex:
 
     def _list_key(self, tenant: str, label: str = "") -> str:
         return f"{self._prefix}:jobs:{tenant}" + (f":{label}" if label else "")
-
-
-@contextmanager
-def _reached() -> Iterator[None]:
-    """Raise `BrokerUnavailable` if Redis fails, `InvalidSetting` if the user lacks a right."""
-    try:
-        yield
-    except redis.exceptions.NoPermissionError as error:
-        message = f"{config.BROKER_URL}: its user lacks a right in Redis: {error}"
-        raise InvalidSetting(message, {"name": config.BROKER_URL}) from error
-    except redis.RedisError as error:
-        raise BrokerUnavailable(f"the broker does not answer: {error}") from error

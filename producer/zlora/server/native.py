@@ -9,6 +9,7 @@ from msgspec import Meta, Struct, structs
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from zlora.async_client import AsyncJobHandle
+from zlora.broker.uploads import MAX_BYTES
 from zlora.client import Priority
 from zlora.errors import (
     BrokerUnavailable,
@@ -257,6 +258,15 @@ async def inspect(call: Call) -> Response:
     return json_answer(await call.service.inspect(call.caller, document["file"]))
 
 
+async def upload(call: Call) -> Response:
+    """Keep an image for a day, and return its address for `image` and `mask` of requests.
+
+    The body is the file, PNG, JPEG or WebP. All images of an API key's tenant together have at most
+    64 MiB: the oldest are dropped for new ones.
+    """
+    return json_answer(await call.service.upload(call.caller, await call.request.body()))
+
+
 async def get_queue(call: Call) -> Response:
     """Return what the queue serves, for this API key: base models, bounds, defaults, names."""
     info = await _queue_info(call)
@@ -368,6 +378,7 @@ NATIVE: Final = Api(
         Endpoint("POST", "/v1/jobs/{job_id}/cancel", cancel, answer=Cancelled),
         Endpoint("POST", "/v1/loras/inspect", inspect, body=Inspection, answer=LoraInfo),
         Endpoint("GET", "/v1/loras", list_loras, answer=Catalogue),
+        Endpoint("POST", "/v1/uploads", upload, takes="image/*", answer=Asset, max_body=MAX_BYTES),
         Endpoint("GET", "/v1/queue", get_queue, answer=Queue),
     ),
 )

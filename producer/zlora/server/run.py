@@ -41,7 +41,6 @@ def run(
         proxy_headers=False,
         server_header=False,
         access_log=False,
-        log_level="warning",
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
@@ -49,11 +48,12 @@ def run(
 
 def _max_files() -> int:
     """Return how many files this process may open, once it has asked for as many as it may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_CONNECTIONS + _OTHER_FILES
-    limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
-    return limit
+    if allowed < wanted:
+        allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+    return allowed
 
 
 def _try_certificate(certificate: str, key: str | None) -> None:

@@ -164,8 +164,11 @@ def require_allowed(request: GenerateRequest, tenant: Tenant, info: QueueInfo | 
             raise invalid("$.model", model, expected)
         files = {f"loras[{index}]": spec.file for index, spec in enumerate(cell.loras)}
         files |= {f"embeddings[{index}]": spec.file for index, spec in enumerate(cell.embeddings)}
-        # Whose jobs the images are of, the service checks.
-        others = {place: asset for place, asset in cell.images.items() if not asset.job_image}
+        others = {
+            place: asset
+            for place, asset in cell.images.items()
+            if not asset.job_image and not asset.upload  # the service checks whose it is
+        }
         for place, asset in (files | others).items():
             _require_source(asset, tenant, place)
         for tag in prompt_syntax.parse(cell.prompt, cell.prompt_syntax).loras:
@@ -186,14 +189,12 @@ def _require_source(asset: Asset, tenant: Tenant, place: str) -> None:
 
 def allowed_info(info: QueueInfo, tenant: Tenant) -> QueueInfo:
     """Return what a queue serves, without the names that the tenant may not use."""
-    names = info.catalogue
-    return structs.replace(
-        info,
-        models=tuple(
-            name for name in info.models if tenant.models is None or name in tenant.models
-        ),
-        catalogue=None if names is None else tuple(n for n in names if _may_name(n, tenant)),
-    )
+    models, names = info.models, info.catalogue
+    if tenant.models is not None:
+        models = tuple(name for name in models if name in tenant.models)
+    if names is not None:
+        names = tuple(name for name in names if _may_name(name, tenant))
+    return structs.replace(info, models=models, catalogue=names)
 
 
 def _may_name(name: str, tenant: Tenant) -> bool:
