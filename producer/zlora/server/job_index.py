@@ -19,8 +19,8 @@ from msgspec import Meta, Struct
 from zlora.broker.connection import reached
 from zlora.broker.job_store import connect
 from zlora.broker.keys import RECORD_EXPIRES, job_key, unfinished_key
+from zlora.server.tenants import MAX_JOBS
 
-MAX_JOBS: Final = 10_000  # in a list; the oldest are dropped
 _SUBMITTING: Final = 60  # seconds in which a job that was reserved reaches the queue
 Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}\Z")]
 

@@ -39,7 +39,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
         Raises `InvalidSetting` for a wrong value, and for a host that other machines can reach if
         there are no API keys.
         """
-        file = _key_file(environ)
+        file = key_file(environ)
         if file is None and not _is_loopback(host):
             message = f"{tenants.VARIABLE}: without API keys the server listens on 127.0.0.1 only"
             raise InvalidSetting(message, {"name": tenants.VARIABLE})
@@ -64,7 +64,7 @@ def is_local_name(authority: str) -> bool:
     return _is_loopback(name.removeprefix("[").removesuffix("]").lower())
 
 
-def _key_file(environ: Mapping[str, str]) -> Path | None:
+def key_file(environ: Mapping[str, str]) -> Path | None:
     """Return the file of API keys, which may also be in the folder `ZLORA_SECRETS`."""
     name = tenants.VARIABLE
     if environ.get(f"{name}_FILE"):

@@ -36,6 +36,7 @@ VARIABLE: Final = "ZLORA_API_KEYS"
 LOCAL: Final = "local"  # the tenant of all requests if there are no keys
 _PREFIX: Final = "zl_"  # so that tools that search for leaked secrets know a key
 _ID_LENGTH: Final = 8  # hex digits of a key's SHA-256, by which people name it
+MAX_JOBS: Final = 10_000  # of a tenant, in lists and in `max_jobs`
 _MAX_BYTES: Final = 2**20  # of the file
 TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", re.ASCII)
 
@@ -43,7 +44,7 @@ TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", re.ASCII)
 class Tenant(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the keys of one tenant allow; by default everything."""
 
-    max_jobs: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    max_jobs: Annotated[int, Meta(ge=1, le=MAX_JOBS)] | None = None
     """Jobs that may be queued or running at the same time, up to 10,000."""
     requests_per_minute: Annotated[int, Meta(ge=1)] | None = None
     """Requests in any minute, for all APIs together."""
@@ -79,11 +80,16 @@ class KeyFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if not TENANT_NAME.fullmatch(name):
                 raise ValueError(f"Expected names of tenants of A-Z, a-z, 0-9, _ and -, got {name}")
             for source in tenant.sources or ():
-                parts = urlsplit(source)
-                if not parts.scheme or not parts.netloc or ".." in source:
-                    raise ValueError(f"Expected sources such as hf://owner/, got {source}")
+                check_source(source)
         if strange := [key.id for key in self.keys if key.tenant not in self.tenants]:
             raise ValueError(f"Expected the tenant of key {strange[0]} among the tenants")
+
+
+def check_source(source: str) -> None:
+    """Raise `ValueError` if a text cannot be the beginning of addresses."""
+    parts = urlsplit(source)
+    if not parts.scheme or not parts.netloc or ".." in source:
+        raise ValueError(f"Expected sources such as hf://owner/, got {source}")
 
 
 class ApiKeys:
