@@ -8,7 +8,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
-import httpx
 import pytest
 from support.http_server import Server, running
 from support.processes import wait_until
@@ -64,7 +63,8 @@ def dripped(server: Server, head: bytes, drops: bytes) -> bytes:
 
 def is_served(server: Server) -> bool:
     """Return whether another client is answered."""
-    return httpx.get(f"{server.url}/v1/jobs", trust_env=False, timeout=30).status_code == 200
+    with server.client() as client:
+        return client.get("/v1/jobs").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_deadlines_free_what_was_held(server: Server) -> None:
     """After all of these clients no connection is left, and a large body is taken again."""
     wait_until(lambda: connections(server) == 0, "all connections are ended")
     content = json.dumps({"prompt": "x"}).encode() + b" " * 1_000_000
-    answer = httpx.post(f"{server.url}/v1/jobs", content=content, trust_env=False, timeout=30)
-    assert answer.status_code == 202
+    with server.client() as client:
+        assert client.post("/v1/jobs", content=content).status_code == 202
 
 
 def connections(server: Server) -> int:
