@@ -294,8 +294,11 @@ async def _job(call: Call, job_id: str, *, wait: float = 0) -> Job:
 
 
 async def _ended(handle: AsyncJobHandle, entry: Entry, *, wait: float = 0) -> Job:
+    """Return a job with its end, after up to `wait` seconds."""
     result: GenerateResult | None = None
     error: Failure | None = None
+    if wait == 0 and not has_ended(status := await handle.status()):
+        return _document(handle.id, entry, status)
     try:
         result = await handle.result(timeout=wait)
     except (JobVanished, BrokerUnavailable, InvalidSetting):  # not the job's own error
