@@ -15,6 +15,7 @@ What the web UI also has and this project does not is refused by name: prompt ed
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Final, Literal, NamedTuple
 
@@ -64,6 +65,7 @@ class ParsedPrompt(NamedTuple):
     loras: tuple[LoraTag, ...] = ()
 
 
+@lru_cache(maxsize=128)  # images of a sweep mostly have the same prompt, and it is read often
 def parse(text: str, syntax: PromptSyntax) -> ParsedPrompt:
     """Read a prompt.
 

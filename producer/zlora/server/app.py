@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import cache
 from http import HTTPStatus
 from typing import Final
 
@@ -20,17 +21,22 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zlora.async_client import AsyncClient
-from zlora.errors import BrokerUnavailable, InternalError, ZloraError
+from zlora.broker.uploads import Uploads
+from zlora.errors import InternalError, ZloraError
 from zlora.server import metrics, openapi, problems
-from zlora.server.endpoint import Api, Call, Endpoint, bounded, json_answer
+from zlora.server.endpoint import Api, Call, Endpoint, json_answer
 from zlora.server.job_index import JobIndex
+from zlora.server.load import Load, OpenRequest
 from zlora.server.native import NATIVE
+from zlora.server.problems import HeadersTooLarge
 from zlora.server.rate_limits import RateLimits
 from zlora.server.service import Caller, Service
 from zlora.server.settings import ServerSettings, is_local_name
 from zlora.server.tenants import LOCAL, ApiKeys, Tenant
 
 APIS: Final[tuple[Api, ...]] = (NATIVE,)
+NOBODY: Final = Caller("", Tenant(), "")  # no job is this tenant's
+MAX_HEAD: Final = 16_384  # bytes of the address and all headers of a request
 _CLIENT_GONE: Final = 499  # nginx's status for its log; nobody reads the answer
 _HEADERS: Final = {
     "x-content-type-options": "nosniff",
@@ -47,7 +53,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         """Take the settings; raise `InvalidSetting` if the file of API keys cannot be read."""
-        self.settings = settings
+        self.load = Load()
         connection = settings.connection
         self.keys = ApiKeys(settings.keys) if settings.keys else None
         self.rates = RateLimits(connection.broker_url, connection.queue)
@@ -62,14 +68,15 @@ class Server:
         self.service = Service(
             client,
             JobIndex(connection.broker_url, connection.queue),
+            Uploads(connection.broker_url, connection.queue),
             preflight=settings.preflight,
             image_hosts=settings.image_hosts,
         )
 
-    async def caller(self, api: Api, request: Request) -> Caller:
+    async def caller(self, api: Api, request: Request, opened: OpenRequest) -> Caller:
         """Return whom a request comes from.
 
-        Raises `Unauthorized`, or `TooManyRequests`.
+        Raises `Unauthorized`, `TooManyRequests`, and the errors of `ApiKeys.find`.
         """
         if self.keys is None:
             return Caller(LOCAL, Tenant(), api.name)
@@ -81,6 +88,7 @@ class Server:
             message = "expected the header `Authorization: Bearer <API key>`, with a valid key"
             raise problems.Unauthorized(message)
         name, tenant = found
+        opened.belongs_to(name)
         if tenant.requests_per_minute is not None:
             await self.rates.require(name, tenant.requests_per_minute)
         return Caller(name, tenant, api.name)
@@ -98,14 +106,8 @@ def make_app(settings: ServerSettings) -> Starlette:
 
     routes = [
         Route(endpoint.path, _Entry(server, api, endpoint), methods=[endpoint.method])
-        for api in APIS
+        for api in (*APIS, SERVER)
         for endpoint in api.endpoints
-    ]
-    routes += [
-        Route("/health/live", _live),
-        Route("/health/ready", _ready(server)),
-        Route("/metrics", _metrics),
-        Route("/openapi.json", _openapi(APIS)),
     ]
     middleware = [Middleware(_Headers)]
     if settings.keys is None:
@@ -120,12 +122,14 @@ def make_app(settings: ServerSettings) -> Starlette:
                 expose_headers=["Location", "Retry-After"],
             )
         )
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=middleware,
-        exception_handlers={HTTPException: _http_error, ZloraError: _zlora_error},
+        exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # its redirect goes to whatever the header Host says
+    return app
 
 
 class _Entry:
@@ -136,28 +140,36 @@ class _Entry:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, endpoint = time.perf_counter(), self._endpoint
-        request = Request(scope, bounded(receive, endpoint.max_body))
-        answer = await self._answer(request)
-        labels = (self._api.name, endpoint.path, endpoint.method)
-        metrics.SECONDS.labels(*labels).observe(time.perf_counter() - start)
-        metrics.REQUESTS.labels(*labels, answer.status_code).inc()
-        await answer(scope, receive, send)
+        with self._server.load.request() as opened:
+            request = Request(scope, opened.bounded(scope, receive, endpoint.max_body))
+            answer = await self._answer(request, opened)
+            labels = (self._api.name, endpoint.path, endpoint.method)
+            metrics.SECONDS.labels(*labels).observe(time.perf_counter() - start)
+            metrics.REQUESTS.labels(*labels, answer.status_code).inc()
+            await answer(scope, receive, opened.in_pieces(send))
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request, opened: OpenRequest) -> Response:
+        server = self._server
         try:
-            caller = await self._server.caller(self._api, request)
-            return await self._endpoint.handler(Call(request, caller, self._server.service))
+            if self._endpoint.is_public:
+                caller = NOBODY
+            else:
+                server.load.require_room()
+                caller = await server.caller(self._api, request, opened)
+            answer = await self._endpoint.handler(Call(request, caller, server.service))
+            opened.hold_answer(answer)
         except ZloraError as error:
-            return self._api.error(error)
+            return self._api.error(problems.public(error))
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
         except Exception:  # process boundary: one request must not end the others
             logger.exception("cannot answer %s %s", request.method, self._endpoint.path)
             return self._api.error(InternalError("the server failed; its log has the reason"))
+        return answer
 
 
 class _Headers:
-    """Adds headers to all answers that do not have their own."""
+    """Bounds the headers of requests, and adds headers to answers that do not have their own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -176,7 +188,17 @@ class _Headers:
                 ]
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        app = self._app
+        if scope["type"] == "http" and _head_size(scope) > MAX_HEAD:
+            app = problems.answer(HeadersTooLarge(f"the headers have more than {MAX_HEAD} bytes"))
+        await app(scope, receive, send_with_headers)
+
+
+def _head_size(scope: Scope) -> int:
+    """Return the bytes of address and headers: uvicorn bounds only those that come in pieces."""
+    separators = 4  # bytes of a header: a colon, a space, and the end of the line
+    headers = sum(len(name) + len(value) + separators for name, value in scope["headers"])
+    return headers + len(scope["raw_path"]) + len(scope["query_string"])
 
 
 class _LocalOnly:
@@ -201,32 +223,41 @@ class _LocalOnly:
         await self._app(scope, receive, send)
 
 
-async def _live(_request: Request) -> Response:
+async def live(_call: Call) -> Response:
+    """Say that the process answers."""
     return json_answer({"status": "ok"})
 
 
-def _ready(server: Server) -> Callable[[Request], Awaitable[Response]]:
-    async def ready(_request: Request) -> Response:
-        try:
-            await server.service.queue_info()
-        except BrokerUnavailable as error:
-            return problems.answer(error)
-        return json_answer({"status": "ok"})
-
-    return ready
+async def ready(call: Call) -> Response:
+    """Say that the queue answers, else 503."""
+    await call.service.require_broker()
+    return json_answer({"status": "ok"})
 
 
-async def _metrics(_request: Request) -> Response:
+async def show_metrics(_call: Call) -> Response:
+    """Return metrics for Prometheus: nothing in them names a tenant, a job or a prompt."""
     return Response(generate_latest(metrics.REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
 
-def _openapi(apis: Sequence[Api]) -> Callable[[Request], Awaitable[Response]]:
-    body = msgspec.json.encode(openapi.document(apis))
+async def show_openapi(_call: Call) -> Response:
+    """Return this document."""
+    return Response(_openapi(), media_type="application/json")
 
-    async def document(_request: Request) -> Response:
-        return Response(body, media_type="application/json")
 
-    return document
+@cache
+def _openapi() -> bytes:
+    return msgspec.json.encode(openapi.document((*APIS, SERVER)))
+
+
+SERVER: Final = Api(
+    "server",
+    (
+        Endpoint("GET", "/health/live", live, is_public=True),
+        Endpoint("GET", "/health/ready", ready, is_public=True),
+        Endpoint("GET", "/metrics", show_metrics, is_public=True, media_type="text/plain"),
+        Endpoint("GET", "/openapi.json", show_openapi, is_public=True),
+    ),
+)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -237,8 +268,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
         message = f"{request.method} is not possible here, but {allowed}"
         return problems.answer(problems.MethodNotAllowed(message, {"allowed": allowed}))
     return problems.answer(problems.NotFound(f"there is nothing at {request.url.path[:200]}"))
-
-
-async def _zlora_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ZloraError)  # noqa: S101 - this handler is for that class
-    return problems.answer(error)

@@ -9,9 +9,8 @@ from typing import Any, Final, NamedTuple, TypeVar, get_origin
 
 import msgspec
 from msgspec import Struct, structs
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive
 
 from zlora.errors import InvalidRequest, ZloraError
 from zlora.schema import invalid
@@ -19,9 +18,9 @@ from zlora.server import problems
 from zlora.server.service import Caller, Service
 
 S = TypeVar("S", bound=Struct)
+T = TypeVar("T")
 
 MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
-_BODY_SECONDS: Final = 30.0  # for all of a body
 _MAX_HEADER: Final = 1000  # characters of a header that is an idempotency key or an event's id
 
 
@@ -37,13 +36,31 @@ class Call:
         return str(self.request.path_params["job_id"])
 
     async def document(self) -> Any:
-        """Return the JSON body; raise `InvalidRequest`, `BodyTooLarge` or `BodyTimeout`."""
+        """Return the JSON body.
+
+        Raises `InvalidRequest`, `BodyTooLarge`, `BodyTimeout` or `Overloaded`.
+        """
         body = await self.request.body()
         try:
             return msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             details = {"path": "$", "expected": "a JSON document"}
             raise InvalidRequest(f"$: Expected a JSON document: {error}", details) from None
+
+    async def unless_gone(self, waiting: Awaitable[T]) -> T:
+        """Return what is waited for; raise `ClientDisconnect` if the client leaves first."""
+        await self.request.body()  # what comes after the body is the end of the connection
+        gone: asyncio.Future[Any] = asyncio.ensure_future(self.request.receive())
+        found = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                raise ClientDisconnect
+            return found.result()
+        finally:
+            found.cancel()
+            gone.cancel()
+            await asyncio.wait({found, gone})
 
     def query(self, kind: type[S]) -> S:
         """Return the query of the URL; raise `InvalidRequest` for an unknown or wrong parameter."""
@@ -72,7 +89,8 @@ class Call:
         """Return a header of up to 1,000 characters; raise `InvalidRequest` for a longer one."""
         value = self.request.headers.get(name)
         if value is not None and len(value) > _MAX_HEADER:
-            raise invalid(name, f"{len(value)} characters", f"Expected at most {_MAX_HEADER}")
+            expected = f"Expected at most {_MAX_HEADER} characters"
+            raise invalid(name, f"{len(value)} characters", expected)
         return value
 
 
@@ -88,6 +106,8 @@ class Endpoint(NamedTuple):
     query: type[Struct] | None = None
     body: Any = None
     """Type of the JSON body; None for none."""
+    takes: str = ""
+    """Media type of a body that is not JSON."""
     answer: Any = None
     """Type of the JSON answer; None for another media type."""
     status: int = 200
@@ -110,32 +130,11 @@ def json_answer(
 ) -> Response:
     """Return an answer with a JSON document, which no cache keeps."""
     return Response(
-        msgspec.json.encode(document),
+        problems.encoded(document),
         status,
         {"Cache-Control": "no-store", **(headers or {})},
         media_type="application/json",
     )
-
-
-def bounded(receive: Receive, max_body: int) -> Receive:
-    """Return a `receive` that raises `BodyTooLarge` or `BodyTimeout` while a body is read."""
-    size, end = 0, asyncio.get_running_loop().time() + _BODY_SECONDS
-
-    async def receive_bounded() -> Message:
-        nonlocal size
-        try:
-            async with asyncio.timeout_at(end):
-                message = await receive()
-        except TimeoutError:
-            reason = f"the body did not arrive within {_BODY_SECONDS:g} s"
-            raise problems.BodyTimeout(reason) from None
-        size += len(message.get("body", b""))
-        if size > max_body:
-            details = {"max_bytes": max_body}
-            raise problems.BodyTooLarge(f"the body has more than {max_body} bytes", details)
-        return message
-
-    return receive_bounded
 
 
 def _is_list(kind: Any) -> bool:

@@ -1,8 +1,8 @@
 """The events of a job as a stream of server-sent events (WHATWG HTML, 9.2).
 
 The stream has an event `status` for each new status of the job, and at last one event `end`. The id
-of an event is a digest of its data: a client that connects again with `Last-Event-ID` is not sent
-the same status again.
+of a status is a digest of its data: a client that connects again with `Last-Event-ID` is not sent
+the same status again. The id of the end is `end`: after it there is nothing to follow.
 """
 
 import asyncio
@@ -11,14 +11,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Final
 
-import msgspec
-
 from zlora.async_client import AsyncJobHandle
-from zlora.errors import BrokerUnavailable
+from zlora.errors import ZloraError
 from zlora.handle import has_ended
-from zlora.server.problems import problem_of
+from zlora.server import metrics
+from zlora.server.problems import encoded, problem_of, public
 
 MEDIA_TYPE: Final = "text/event-stream"
+END: Final = "end"  # name and id of the last event
 _HEARTBEAT: Final = 15.0  # seconds after which proxies are shown that the stream lives
 _RETRY: Final = 2000  # milliseconds until a client connects again
 
@@ -28,41 +28,37 @@ async def stream(
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a job until its end, whose data `end` returns.
 
-    If Redis does not answer, the last event is `outage`, and the client connects again.
+    If the job cannot be followed, the last event is `outage`, with the problem as its data and
+    without an id: the client connects again, and still has the id of its last status.
     """
-    yield f"retry: {_RETRY}\n\n".encode()
-    async with aclosing(handle.events()) as statuses:
-        pending = asyncio.ensure_future(anext(statuses))
-        try:
-            while True:
-                done, _ = await asyncio.wait({pending}, timeout=_HEARTBEAT)
-                if not done:
-                    yield b": the job goes on\n\n"
-                    continue
-                status = pending.result()
-                if has_ended(status):
-                    yield event("end", await end())
-                    return
-                if id_of(data := msgspec.json.encode(status)) != last_id:
-                    yield _event("status", data)
-                pending = asyncio.ensure_future(anext(statuses))
-        except BrokerUnavailable as error:
-            yield event("outage", problem_of(error))
-        finally:
-            pending.cancel()
-            await asyncio.wait({pending})  # else `aclose` would find it running
+    yield b"retry: %d\n\n" % _RETRY
+    with metrics.STREAMS.track_inprogress():
+        async with aclosing(handle.events()) as statuses:
+            pending = asyncio.ensure_future(anext(statuses))
+            try:
+                while True:
+                    done, _ = await asyncio.wait({pending}, timeout=_HEARTBEAT)
+                    if not done:
+                        yield b": the job goes on\n\n"
+                        continue
+                    status = pending.result()
+                    if has_ended(status):
+                        yield _event(END, encoded(await end()), END)
+                        return
+                    data = encoded(status)
+                    if (event_id := hashlib.sha256(data).hexdigest()[:16]) != last_id:
+                        yield _event("status", data, event_id)
+                    pending = asyncio.ensure_future(anext(statuses))
+            except ZloraError as error:
+                yield _event("outage", encoded(problem_of(public(error))))
+            finally:
+                pending.cancel()
+                await asyncio.wait({pending})  # else `aclose` would find it running
 
 
-def event(name: str, document: object) -> bytes:
-    """Return one event with a JSON document as its data."""
-    return _event(name, msgspec.json.encode(document))
-
-
-def id_of(data: bytes) -> str:
-    """Return the id of an event with these data."""
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _event(name: str, data: bytes) -> bytes:
+def _event(name: str, data: bytes, event_id: str | None = None) -> bytes:
     # JSON has no newlines, so that one line of data is all of it.
-    return b"event: %b\nid: %b\ndata: %b\n\n" % (name.encode(), id_of(data).encode(), data)
+    lines = [f"event: {name}".encode(), b"data: " + data]
+    if event_id is not None:
+        lines.insert(1, f"id: {event_id}".encode())
+    return b"\n".join(lines) + b"\n\n"

@@ -10,46 +10,58 @@
 All of them expire with the records of jobs.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated, Final, NamedTuple, cast
 
 import msgspec
-import redis
 from msgspec import Meta, Struct
 
+from zlora.broker.connection import reached
 from zlora.broker.job_store import connect
 from zlora.broker.keys import RECORD_EXPIRES, job_key, unfinished_key
-from zlora.errors import BrokerUnavailable
+from zlora.server.tenants import MAX_JOBS
 
-MAX_JOBS: Final = 10_000  # in a list; the oldest are dropped
 _SUBMITTING: Final = 60  # seconds in which a job that was reserved reaches the queue
 Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}\Z")]
 
-# A reserved job is open until it has been in the queue and has left it.
+# A reserved job is open until it has been in the queue and has left it. Those that have left it are
+# looked for only if the tenant seems to have too many.
 _RESERVE: Final = """
 local owner = redis.call('GET', KEYS[1])
-if owner then return owner end
+if owner and redis.call('EXISTS', ARGV[6] .. ARGV[1]) == 1 then return owner end
 local now = tonumber(redis.call('TIME')[1])
-for _, job in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-  if not redis.call('ZSCORE', KEYS[4], job) then
-    local is_known = redis.call('EXISTS', ARGV[6] .. job) == 1
-    if is_known or now - redis.call('ZSCORE', KEYS[3], job) > tonumber(ARGV[5]) then
-      redis.call('ZREM', KEYS[3], job)
+local most = tonumber(ARGV[3])
+local is_open = redis.call('ZSCORE', KEYS[3], ARGV[1])  -- reserved before, and never queued
+if most > 0 and not is_open and redis.call('ZCARD', KEYS[3]) >= most then
+  local open = redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES')
+  for index = 1, #open, 2 do
+    local job, reserved = open[index], tonumber(open[index + 1])
+    if not redis.call('ZSCORE', KEYS[4], job) then
+      local is_known = redis.call('EXISTS', ARGV[6] .. job) == 1
+      if is_known or now - reserved > tonumber(ARGV[5]) then
+        redis.call('ZREM', KEYS[3], job)
+      end
     end
   end
+  if redis.call('ZCARD', KEYS[3]) >= most then return 0 end
 end
-local most = tonumber(ARGV[3])
-if most > 0 and redis.call('ZCARD', KEYS[3]) >= most then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[4])
 for index = 2, #KEYS do
   if index ~= 4 then
     redis.call('ZADD', KEYS[index], now, ARGV[1])
+    redis.call('ZREMRANGEBYSCORE', KEYS[index], '-inf', now - ARGV[4])
     redis.call('ZREMRANGEBYRANK', KEYS[index], 0, -1 - ARGV[7])
     redis.call('EXPIRE', KEYS[index], ARGV[4])
   end
 end
 return 1
+"""
+# Only what the same submission has reserved, and only if no other one has queued the job by now.
+_RELEASE: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[2] then return end
+if redis.call('EXISTS', ARGV[3] .. ARGV[1]) == 1 then return end
+redis.call('DEL', KEYS[1])
+for index = 2, #KEYS do redis.call('ZREM', KEYS[index], ARGV[1]) end
 """
 
 
@@ -78,6 +90,7 @@ class JobIndex:
         self._redis, self._queue = connect(broker_url), queue
         self._prefix = f"zlora:http:{queue}"
         self._reserve = self._redis.register_script(_RESERVE)
+        self._release = self._redis.register_script(_RELEASE)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -87,16 +100,10 @@ class JobIndex:
         """Add a job before it is queued; return True if that is done.
 
         Returns False if the tenant has `max_jobs` jobs that have not ended, and the entry of a job
-        that has this id already.
+        that was queued under this id before.
         """
-        labels = [f"{name}={value}" for name, value in entry.labels.items()]
-        keys = [
-            self._job_key(job_id),
-            self._list_key(entry.tenant),
-            f"{self._prefix}:open:{entry.tenant}",
-            unfinished_key(self._queue),
-            *(self._list_key(entry.tenant, label) for label in labels),
-        ]
+        job, jobs, opened, *labels = self._keys(job_id, entry)
+        keys = [job, jobs, opened, unfinished_key(self._queue), *labels]
         arguments: list[bytes | str | int] = [
             job_id,
             msgspec.json.encode(entry),
@@ -106,7 +113,7 @@ class JobIndex:
             job_key(""),
             MAX_JOBS,
         ]
-        with _reached():
+        with reached():
             found = self._reserve(keys, arguments)
         if isinstance(found, str):
             return msgspec.json.decode(found, type=Entry)
@@ -114,20 +121,18 @@ class JobIndex:
 
     def release(self, job_id: str, entry: Entry) -> None:
         """Remove a job that was reserved and then refused."""
-        labels = [f"{name}={value}" for name, value in entry.labels.items()]
-        with _reached(), self._redis.pipeline() as pipeline:
-            pipeline.delete(self._job_key(job_id))
-            for key in (
-                self._list_key(entry.tenant),
-                f"{self._prefix}:open:{entry.tenant}",
-                *(self._list_key(entry.tenant, label) for label in labels),
-            ):
-                pipeline.zrem(key, job_id)
-            pipeline.execute()
+        arguments: list[bytes | str] = [job_id, msgspec.json.encode(entry), job_key("")]
+        with reached():
+            self._release(self._keys(job_id, entry), arguments)
+
+    def unfinished(self) -> int:
+        """Return the number of jobs in the queue that have not ended, of all producers."""
+        with reached():
+            return self._redis.zcard(unfinished_key(self._queue))
 
     def find(self, job_id: str) -> Entry | None:
         """Return the entry of a job, None if no API has submitted it."""
-        with _reached():
+        with reached():
             found = self._redis.get(self._job_key(job_id))
         return None if found is None else msgspec.json.decode(found, type=Entry)
 
@@ -137,7 +142,7 @@ class JobIndex:
         `cursor` is that of the page before. Jobs that are submitted meanwhile may show a job twice.
         """
         lists = [self._list_key(tenant, f"{name}={value}") for name, value in labels.items()]
-        with _reached():
+        with reached():
             if len(lists) > 1:
                 found = cast("list[str]", self._redis.zinter(lists, aggregate="MAX"))
                 ids = found[::-1][cursor : cursor + limit + 1]
@@ -153,16 +158,18 @@ class JobIndex:
         }
         return Page(jobs, cursor + limit if len(ids) > limit else None)
 
+    def _keys(self, job_id: str, entry: Entry) -> list[str]:
+        """Keys of a job's entry, the tenant's lists of all and of open jobs, and those by label."""
+        labels = [f"{name}={value}" for name, value in entry.labels.items()]
+        return [
+            self._job_key(job_id),
+            self._list_key(entry.tenant),
+            f"{self._prefix}:open:{entry.tenant}",
+            *(self._list_key(entry.tenant, label) for label in labels),
+        ]
+
     def _job_key(self, job_id: str) -> str:
         return f"{self._prefix}:job:{job_id}"
 
     def _list_key(self, tenant: str, label: str = "") -> str:
         return f"{self._prefix}:jobs:{tenant}" + (f":{label}" if label else "")
-
-
-@contextmanager
-def _reached() -> Iterator[None]:
-    try:
-        yield
-    except redis.RedisError as error:
-        raise BrokerUnavailable(f"the broker does not answer: {error}") from error

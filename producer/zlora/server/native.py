@@ -1,14 +1,24 @@
 """The API `/v1`: requests, results and errors are the library's own documents."""
 
+import asyncio
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
+from zlora.async_client import AsyncJobHandle
+from zlora.broker.uploads import MAX_BYTES
 from zlora.client import Priority
-from zlora.errors import JobUnknown, ResultTimeout, ZloraError
+from zlora.errors import (
+    BrokerUnavailable,
+    InvalidSetting,
+    JobUnknown,
+    JobVanished,
+    ResultTimeout,
+    ZloraError,
+)
 from zlora.handle import has_ended
 from zlora.lora.base_model import LoraInfo
 from zlora.queue_info import QueueInfo
@@ -121,6 +131,22 @@ class Jobs(Struct, frozen=True, kw_only=True):
     """Beginning of the next page; null if there is none."""
 
 
+class Catalogue(Struct, frozen=True, kw_only=True):
+    """Names of the catalogue that this API key's tenant may use."""
+
+    names: tuple[str, ...]
+    """Names of LoRAs and embeddings: each is the address `lora://<name>`."""
+    is_complete: bool
+    """False if the catalogue has more than 1,000 names: then none is listed."""
+
+
+class Queue(QueueInfo, frozen=True, kw_only=True):
+    """What a queue serves, and how long it is."""
+
+    unfinished: int
+    """Jobs that are queued or running."""
+
+
 class Cancelled(Struct, frozen=True, kw_only=True):
     """Answer to a cancellation."""
 
@@ -131,7 +157,8 @@ class Cancelled(Struct, frozen=True, kw_only=True):
 async def submit(call: Call) -> Response:
     """Queue a job.
 
-    With the header `Idempotency-Key` the same request is the same job, however often it is sent.
+    With the header `Idempotency-Key` the same request is the same job, however often it is sent:
+    the options and labels of the first time hold.
     """
     options = call.query(SubmitOptions)
     handle = await call.service.submit(
@@ -156,7 +183,12 @@ async def list_jobs(call: Call) -> Response:
     page = await call.service.jobs(
         call.caller, labels=_labels(options.label), limit=options.limit, cursor=options.cursor
     )
-    jobs = [await _listed(call, job_id, entry) for job_id, entry in page.jobs.items()]
+    handles = [call.service.handle(job_id) for job_id in page.jobs]
+    statuses = await asyncio.gather(*(handle.status() for handle in handles))
+    jobs = [
+        _document(job_id, entry, status)
+        for (job_id, entry), status in zip(page.jobs.items(), statuses, strict=True)
+    ]
     return json_answer(Jobs(jobs=tuple(jobs), cursor=page.cursor))
 
 
@@ -171,25 +203,27 @@ async def get_events(call: Call) -> Response:
     Events are `status`, `outage`, and at last `end` with the job. A client that connects again
     with `Last-Event-ID` after the end is answered with 204, and stops.
     """
-    handle = await call.service.job(call.caller, call.job_id)
+    entry = await call.service.entry(call.caller, call.job_id)
+    handle = call.service.handle(call.job_id)
     last_id = call.header("Last-Event-ID") or ""
-    if last_id and has_ended(await handle.status()):
-        ended = await _job(call, call.job_id)
-        if events.event("end", ended).startswith(f"event: end\nid: {last_id}\n".encode()):
-            return Response(status_code=HTTPStatus.NO_CONTENT)
+    if last_id == events.END:
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect them
+    if call.request.method == "HEAD":
+        return Response(headers=headers, media_type=events.MEDIA_TYPE)
 
     async def end() -> Job:
-        return await _job(call, call.job_id)
+        return await _ended(handle, entry)
 
     stream = events.stream(handle, last_id=last_id, end=end)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect them
     return StreamingResponse(stream, headers=headers, media_type=events.MEDIA_TYPE)
 
 
 async def get_result(call: Call) -> Response:
     """Return the result of a job, or its error as a problem; 409 while it has not ended."""
     wait = call.query(WaitOptions).wait
-    return json_answer(await call.service.result(call.caller, call.job_id, wait=wait))
+    result = call.service.result(call.caller, call.job_id, wait=wait)
+    return json_answer(await call.unless_gone(result))
 
 
 async def get_image(call: Call) -> Response:
@@ -204,7 +238,8 @@ async def get_image(call: Call) -> Response:
         return RedirectResponse(image.url, headers={"Cache-Control": "no-store"})
     etag = f'"{image.sha256}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
-    if call.request.headers.get("If-None-Match") == etag:
+    known = call.request.headers.get("If-None-Match", "").split(",")
+    if {etag, "*"} & {tag.strip().removeprefix("W/") for tag in known}:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     data = await call.service.image_bytes(image)
     return Response(data, headers=headers, media_type=image.content_type)
@@ -224,32 +259,56 @@ async def inspect(call: Call) -> Response:
     return json_answer(await call.service.inspect(call.caller, document["file"]))
 
 
+async def upload(call: Call) -> Response:
+    """Keep an image for a day, and return its address for `image` and `mask` of requests.
+
+    The body is the file, PNG, JPEG or WebP. All images of an API key's tenant together have at most
+    64 MiB: the oldest are dropped for new ones.
+    """
+    return json_answer(await call.service.upload(call.caller, await call.request.body()))
+
+
 async def get_queue(call: Call) -> Response:
-    """Return what the queue serves: base models, bounds, defaults, names of the catalogue."""
-    info = await call.service.queue_info()
+    """Return what the queue serves, for this API key: base models, bounds, defaults, names."""
+    info = await _queue_info(call)
+    unfinished = await call.service.unfinished()
+    return json_answer(Queue(**structs.asdict(info), unfinished=unfinished))
+
+
+async def list_loras(call: Call) -> Response:
+    """List the LoRAs and embeddings of the catalogue that this API key may use."""
+    names = (await _queue_info(call)).catalogue
+    return json_answer(Catalogue(names=names or (), is_complete=names is not None))
+
+
+async def _queue_info(call: Call) -> QueueInfo:
+    info = await call.service.queue_info(call.caller)
     if info is None:
         raise NotFound("no worker of this queue has run in the last hour")
-    return json_answer(info)
+    return info
 
 
 async def _job(call: Call, job_id: str, *, wait: float = 0) -> Job:
     """Return a job with its end, after up to `wait` seconds."""
     entry = await call.service.entry(call.caller, job_id)
-    handle = await call.service.job(call.caller, job_id)
+    return await call.unless_gone(_ended(call.service.handle(job_id), entry, wait=wait))
+
+
+async def _ended(handle: AsyncJobHandle, entry: Entry, *, wait: float = 0) -> Job:
+    """Return a job with its end, after up to `wait` seconds."""
     result: GenerateResult | None = None
     error: Failure | None = None
+    if wait == 0 and not has_ended(status := await handle.status()):
+        return _document(handle.id, entry, status)
     try:
         result = await handle.result(timeout=wait)
+    except (JobVanished, BrokerUnavailable, InvalidSetting):  # not the job's own error
+        raise
     except (ResultTimeout, JobUnknown):
         pass
     except ZloraError as failed:
         error = Failure(**failed.as_document())
-    return _document(job_id, entry, await handle.status(), result=result, error=error)
-
-
-async def _listed(call: Call, job_id: str, entry: Entry) -> Job:
-    handle = await call.service.job(call.caller, job_id)
-    return _document(job_id, entry, await handle.status())
+    return _document(handle.id, entry, await handle.status(), result=result, error=error)
 
 
 def _document(
@@ -289,9 +348,10 @@ def _labels(given: tuple[str, ...]) -> dict[str, str]:
 def _image(result: GenerateResult, index: str) -> ImageRef:
     if index == "sheet" and result.sheet is not None:
         return result.sheet
-    if not index.isascii() or not index.isdecimal() or int(index) >= len(result.images):
+    found = {str(number): image for number, image in enumerate(result.images)}.get(index)
+    if found is None:
         raise NotFound(f"the job has no image {index[:20]}")
-    return result.images[int(index)]
+    return found
 
 
 NATIVE: Final = Api(
@@ -321,6 +381,8 @@ NATIVE: Final = Api(
         ),
         Endpoint("POST", "/v1/jobs/{job_id}/cancel", cancel, answer=Cancelled),
         Endpoint("POST", "/v1/loras/inspect", inspect, body=Inspection, answer=LoraInfo),
-        Endpoint("GET", "/v1/queue", get_queue, answer=QueueInfo),
+        Endpoint("GET", "/v1/loras", list_loras, answer=Catalogue),
+        Endpoint("POST", "/v1/uploads", upload, takes="image/*", answer=Asset, max_body=MAX_BYTES),
+        Endpoint("GET", "/v1/queue", get_queue, answer=Queue),
     ),
 )

@@ -1,5 +1,8 @@
 """Errors as HTTP answers: status codes, and problem documents (RFC 9457)."""
 
+import json
+import logging
+import math
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -8,10 +11,12 @@ from msgspec import UNSET, Struct, UnsetType
 from starlette.responses import Response
 
 from zlora import errors
-from zlora.errors import ZloraError
+from zlora.errors import BrokerUnavailable, InvalidSetting, ZloraError
 
 _TYPE: Final = "urn:zlora:error:"
 _RETRY_AFTER: Final = 2  # seconds, for errors that do not say
+
+logger = logging.getLogger(__name__)
 
 
 class Unauthorized(ZloraError):
@@ -38,6 +43,18 @@ class MethodNotAllowed(ZloraError):
     code = "method_not_allowed"
 
 
+class NotHttp(ZloraError):
+    """The request is not HTTP/1.1."""
+
+    code = "not_http"
+
+
+class HeadersTooLarge(ZloraError):
+    """The address and the headers of the request have too many bytes."""
+
+    code = "headers_too_large"
+
+
 class BodyTooLarge(ZloraError):
     """The body of the request has too many bytes."""
 
@@ -51,7 +68,7 @@ class BodyTimeout(ZloraError):
 
 
 class TooManyRequests(ZloraError):
-    """This API key has made too many requests in the last minute.
+    """This API key has made too many requests in the last minute, or has too many open ones.
 
     Details: `retry_after` in seconds.
     """
@@ -67,6 +84,20 @@ class TooManyJobs(ZloraError):
     """
 
     code = "too_many_jobs"
+    retryable = True
+
+
+class Overloaded(ZloraError):
+    """The server has too many requests to answer, or their bodies take too much memory."""
+
+    code = "overloaded"
+    retryable = True
+
+
+class Misconfigured(ZloraError):
+    """A setting of the server, or its rights in Redis, are wrong: its log has the reason."""
+
+    code = "misconfigured"
     retryable = True
 
 
@@ -92,10 +123,14 @@ STATUS: Final[dict[type[ZloraError], HTTPStatus]] = {
     Forbidden: HTTPStatus.FORBIDDEN,
     NotFound: HTTPStatus.NOT_FOUND,
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
+    NotHttp: HTTPStatus.BAD_REQUEST,
+    HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     BodyTimeout: HTTPStatus.REQUEST_TIMEOUT,
     TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,
     TooManyJobs: HTTPStatus.TOO_MANY_REQUESTS,
+    Overloaded: HTTPStatus.SERVICE_UNAVAILABLE,
+    Misconfigured: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 """Statuses by class; a class that is not here has that of its parent, else 500."""
 
@@ -131,6 +166,21 @@ def status_of(error: ZloraError) -> HTTPStatus:
     return next(found, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
+def public(error: ZloraError) -> ZloraError:
+    """Return what clients may know of an error, and log the rest.
+
+    Errors of the connection to Redis and of settings name addresses, files and users of the server.
+    """
+    if isinstance(error, BrokerUnavailable):
+        logger.warning("%s", error)
+        known = {name: error.details[name] for name in ("job_id",) if name in error.details}
+        return BrokerUnavailable("the queue does not answer", known)
+    if isinstance(error, InvalidSetting):
+        logger.error("%s", error)
+        return Misconfigured()
+    return error
+
+
 def problem_of(error: ZloraError) -> Problem:
     """Return the document of an error."""
     details = dict(error.details)
@@ -156,15 +206,26 @@ def headers_of(error: ZloraError) -> dict[str, str]:
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = str(error.details["allowed"])
     if status_of(error) in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        headers["Retry-After"] = str(round(error.retry_after) or _RETRY_AFTER)
+        headers["Retry-After"] = str(math.ceil(error.retry_after) or _RETRY_AFTER)
     return headers
 
 
 def answer(error: ZloraError) -> Response:
     """Return the answer of the API `/v1` to an error."""
     return Response(
-        msgspec.json.encode(problem_of(error)),
+        encoded(problem_of(error)),
         status_of(error),
         headers_of(error),
         media_type="application/problem+json",
     )
+
+
+def encoded(document: object) -> bytes:
+    """Return a document as JSON.
+
+    msgspec refuses half a surrogate pair, which the name of a file in an error may have.
+    """
+    try:
+        return msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(document)).encode()

@@ -1,16 +1,20 @@
 """Runs the application by uvicorn."""
 
+import resource
+import ssl
 from typing import Final
 
 import uvicorn
 
-from zlora.server.app import make_app
+from zlora.errors import InvalidSetting
+from zlora.server.app import MAX_HEAD, make_app
+from zlora.server.protocol import Protocol
 from zlora.server.settings import ServerSettings
 
-_MAX_HEADERS: Final = 16_384  # bytes of all headers together
-_KEEP_ALIVE: Final = 15  # seconds that an idle connection stays open
+KEEP_ALIVE: Final = 15  # seconds that an idle connection stays open
 _GRACE: Final = 10  # seconds for open requests at the end; streams of events are cut then
-_MAX_CONNECTIONS: Final = 4000  # more are answered with 503
+_MAX_CONNECTIONS: Final = 5000  # more are closed
+_OTHER_FILES: Final = 200  # descriptors for Redis, images and LoRAs
 
 
 def run(
@@ -21,15 +25,18 @@ def run(
     certificate: str | None = None,
     key: str | None = None,
 ) -> None:
-    """Serve until a signal ends the process."""
+    """Serve until a signal ends the process; raise `InvalidSetting` for a wrong certificate."""
+    if certificate is not None:
+        _try_certificate(certificate, key)
     uvicorn.run(
         make_app(settings),
         host=host,
         port=port,
-        http="h11",  # httptools has no bound for headers
-        h11_max_incomplete_event_size=_MAX_HEADERS,
-        limit_concurrency=_MAX_CONNECTIONS,
-        timeout_keep_alive=_KEEP_ALIVE,
+        http=Protocol,
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD,
+        limit_concurrency=min(_MAX_CONNECTIONS, _max_files() - _OTHER_FILES),
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=_GRACE,
         proxy_headers=False,
         server_header=False,
@@ -37,3 +44,22 @@ def run(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
+
+
+def _max_files() -> int:
+    """Return how many files this process may open, once it has asked for as many as it may."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_CONNECTIONS + _OTHER_FILES
+    if allowed < wanted:
+        allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+    return allowed
+
+
+def _try_certificate(certificate: str, key: str | None) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:  # without a password OpenSSL would prompt for one
+        context.load_cert_chain(certificate, key, password="")
+    except (ssl.SSLError, OSError) as error:
+        reason = f"--certificate {certificate}: cannot be used: {error}"
+        raise InvalidSetting(reason, {"name": "--certificate"}) from None

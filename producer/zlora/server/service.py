@@ -1,6 +1,7 @@
 """What all APIs do with jobs, each for one tenant."""
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from typing import Any, Final, NamedTuple, TypeVar, Unpack
 
 from zlora import images
 from zlora.async_client import AsyncClient, AsyncJobHandle
+from zlora.broker import uploads
+from zlora.broker.uploads import Uploads
 from zlora.client import Options, job_id_of
 from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobUnknown, ZloraError
 from zlora.lora.base_model import LoraInfo
@@ -26,12 +29,13 @@ from zlora.schema import (
     parse_request,
 )
 from zlora.server.job_index import Entry, JobIndex, Page
-from zlora.server.problems import TooManyJobs
-from zlora.server.tenants import Tenant, require_allowed
+from zlora.server.problems import BodyTooLarge, TooManyJobs
+from zlora.server.tenants import Tenant, allowed_info, require_allowed
 
 T = TypeVar("T")
 
 _THREADS: Final = 8  # for the index; a call takes less than a millisecond
+_READY_SECONDS: Final = 1.0  # for which an answer of Redis counts
 _SLOW_THREADS: Final = 8  # for the bytes of images and the headers of LoRAs, from other servers
 
 
@@ -50,11 +54,13 @@ class Service:
         self,
         client: AsyncClient,
         index: JobIndex,
+        kept: Uploads,
         *,
         preflight: Callable[[], Preflight] = Preflight,
         image_hosts: frozenset[str] | None = None,
     ) -> None:
-        self._client, self._index = client, index
+        self._client, self._index, self._uploads = client, index, kept
+        self._looking, self._looked = asyncio.Lock(), -math.inf  # on the monotonic clock
         self._make_preflight, self._image_hosts = preflight, image_hosts
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="zlora-index")
         self._slow = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="zlora-fetch")
@@ -65,6 +71,7 @@ class Service:
         self._threads.shutdown(wait=False)
         self._slow.shutdown(wait=False)
         self._index.close()
+        self._uploads.close()
 
     async def submit(
         self,
@@ -79,14 +86,14 @@ class Service:
 
         Raises the errors of `Client.submit`, those of `require_allowed`, and `TooManyJobs`.
         """
-        request = parse_request(request)
-        require_allowed(request, caller.tenant, await self._info_for(caller.tenant))
-        for path, asset in request.images.items():
+        info = None if caller.tenant.models is None else await self._client.queue_info()
+        # In a thread, since a large sweep takes a second.
+        checked = await self._run(partial(_checked, request, caller.tenant, info))
+        for path, asset in checked.images.items():
             await self._require_own_image(caller, asset, path)
         job_id = str(uuid.uuid4())
         if idempotency_key is not None:  # two tenants may have the same key
-            job_id_of(idempotency_key)  # raises for a wrong one
-            job_id = job_id_of(f"{caller.name}/{idempotency_key}"[:1000])
+            job_id = job_id_of(f"{caller.name}/{job_id_of(idempotency_key)}")
         entry = Entry(
             tenant=caller.name, api=caller.api, submitted=time.time(), labels=dict(labels or {})
         )
@@ -98,13 +105,18 @@ class Service:
         if isinstance(found, Entry) and found.tenant != caller.name:
             raise Conflict.of(job_id)
         try:
-            return await self._client.submit(request, job_id=job_id, **options)
+            handle = await self._client.submit(checked, job_id=job_id, **options)
         except BrokerUnavailable:  # the job may run
             raise
         except ZloraError:
             if found is True:
                 await self._run(partial(self._index.release, job_id, entry))
             raise
+        if idempotency_key is not None:
+            # The same request may have come twice at the same time, and one of the two have been
+            # refused, and released.
+            await self._run(partial(self._index.reserve, job_id, entry, max_jobs=None))
+        return handle
 
     async def entry(self, caller: Caller, job_id: str) -> Entry:
         """Return what is known of a job; raise `JobUnknown` unless it is the caller's."""
@@ -116,6 +128,10 @@ class Service:
     async def job(self, caller: Caller, job_id: str) -> AsyncJobHandle:
         """Return the handle of a job; raise `JobUnknown` unless it is the caller's."""
         await self.entry(caller, job_id)
+        return self.handle(job_id)
+
+    def handle(self, job_id: str) -> AsyncJobHandle:
+        """Return the handle of a job that is the caller's by its entry."""
         return self._client.job(job_id)
 
     async def jobs(
@@ -140,6 +156,19 @@ class Service:
         read = partial(images.read, image, hosts=self._image_hosts)
         return await asyncio.get_running_loop().run_in_executor(self._slow, read)
 
+    async def upload(self, caller: Caller, data: bytes) -> Asset:
+        """Keep an image of the caller for a day, for the `image` and `mask` of requests.
+
+        Raises `BodyTooLarge` beyond 8 MiB, and `InvalidRequest` for no bytes.
+        """
+        if not data:
+            raise invalid("$", "no bytes", "Expected the bytes of an image")
+        if len(data) > uploads.MAX_BYTES:
+            message = f"the image has more than {uploads.MAX_BYTES} bytes"
+            raise BodyTooLarge(message, {"max_bytes": uploads.MAX_BYTES})
+        sha256 = await self._run(partial(self._uploads.add, caller.name, data))
+        return Asset(url=f"upload:{sha256}")
+
     async def inspect(self, caller: Caller, file: object) -> LoraInfo:
         """Describe the LoRA at an address, an `Asset`, by its header.
 
@@ -157,20 +186,42 @@ class Service:
 
         return await asyncio.get_running_loop().run_in_executor(self._slow, inspect)
 
-    async def queue_info(self) -> QueueInfo | None:
-        """Return what the queue serves, None if that is not known."""
-        return await self._client.queue_info()
+    async def queue_info(self, caller: Caller) -> QueueInfo | None:
+        """Return what the queue serves and the caller may use, None if that is not known."""
+        info = await self._client.queue_info()
+        return None if info is None else allowed_info(info, caller.tenant)
 
-    async def _info_for(self, tenant: Tenant) -> QueueInfo | None:
-        return None if tenant.models is None else await self._client.queue_info()
+    async def unfinished(self) -> int:
+        """Return the number of jobs in the queue, of all tenants, that have not ended."""
+        return await self._run(self._index.unfinished)
+
+    async def require_broker(self) -> None:
+        """Raise `BrokerUnavailable` unless Redis answers, or has answered within a second."""
+        async with self._looking:
+            if time.monotonic() - self._looked >= _READY_SECONDS:
+                await self.unfinished()
+                self._looked = time.monotonic()
 
     async def _require_own_image(self, caller: Caller, asset: Asset, path: str) -> None:
-        if (found := asset.job_image) is None:
-            return
-        try:
-            await self.entry(caller, found[0])
-        except JobUnknown:
-            raise invalid(f"$.{path}", asset.address, "Expected an image of your jobs") from None
+        """Raise `InvalidRequest` for an image of another tenant's job or upload."""
+        if asset.upload is not None:
+            if not await self._run(partial(self._uploads.has, caller.name, asset.upload)):
+                expected = "Expected an image that you have uploaded in the last day"
+                raise invalid(f"$.{path}", asset.address, expected)
+        elif (found := asset.job_image) is not None:
+            try:
+                await self.entry(caller, found[0])
+            except JobUnknown:
+                expected = "Expected an image of your jobs"
+                raise invalid(f"$.{path}", asset.address, expected) from None
 
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _checked(
+    request: GenerateRequest | dict[str, Any], tenant: Tenant, info: QueueInfo | None
+) -> GenerateRequest:
+    found = parse_request(request)
+    require_allowed(found, tenant, info)
+    return found

@@ -17,7 +17,6 @@ from zlora.server import tenants
 CORS: Final = "ZLORA_HTTP_ORIGINS"
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
-_LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True):
@@ -40,13 +39,13 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
         Raises `InvalidSetting` for a wrong value, and for a host that other machines can reach if
         there are no API keys.
         """
-        file = config.value_of(environ, tenants.VARIABLE)
-        if not file and not _is_loopback(host):
+        file = key_file(environ)
+        if file is None and not _is_loopback(host):
             message = f"{tenants.VARIABLE}: without API keys the server listens on 127.0.0.1 only"
             raise InvalidSetting(message, {"name": tenants.VARIABLE})
         return cls(
             connection=Connection.from_env(environ),
-            keys=Path(file) if file else None,
+            keys=file,
             origins=config.read_first(environ, CORS, parse=_origins),
             image_hosts=config.image_hosts(environ),
             preflight=partial(Preflight.from_env, environ),
@@ -62,7 +61,18 @@ def is_local_name(authority: str) -> bool:
     name, _, port = authority.rpartition(":")
     if not name or not port.isdecimal():
         name = authority
-    return name.lower() in _LOCAL_NAMES
+    return _is_loopback(name.removeprefix("[").removesuffix("]").lower())
+
+
+def key_file(environ: Mapping[str, str]) -> Path | None:
+    """Return the file of API keys, which may also be in the folder `ZLORA_SECRETS`."""
+    name = tenants.VARIABLE
+    if environ.get(f"{name}_FILE"):
+        raise InvalidSetting(f"{name}_FILE: expected {name}, the path of the file", {"name": name})
+    if file := environ.get(name):
+        return Path(file)
+    secret = Path(environ.get(config.SECRETS, ""), name)
+    return secret if environ.get(config.SECRETS) and secret.exists() else None
 
 
 def _is_loopback(host: str) -> bool:

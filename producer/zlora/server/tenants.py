@@ -22,7 +22,7 @@ from typing import Annotated, Final
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from zlora import prompt_syntax
 from zlora.errors import InvalidSetting, LoraNotAllowed
@@ -36,6 +36,7 @@ VARIABLE: Final = "ZLORA_API_KEYS"
 LOCAL: Final = "local"  # the tenant of all requests if there are no keys
 _PREFIX: Final = "zl_"  # so that tools that search for leaked secrets know a key
 _ID_LENGTH: Final = 8  # hex digits of a key's SHA-256, by which people name it
+MAX_JOBS: Final = 10_000  # of a tenant, in lists and in `max_jobs`
 _MAX_BYTES: Final = 2**20  # of the file
 TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", re.ASCII)
 
@@ -43,8 +44,8 @@ TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", re.ASCII)
 class Tenant(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the keys of one tenant allow; by default everything."""
 
-    max_jobs: Annotated[int, Meta(ge=1)] | None = None
-    """Jobs that may be queued or running at the same time."""
+    max_jobs: Annotated[int, Meta(ge=1, le=MAX_JOBS)] | None = None
+    """Jobs that may be queued or running at the same time, up to 10,000."""
     requests_per_minute: Annotated[int, Meta(ge=1)] | None = None
     """Requests in any minute, for all APIs together."""
     sources: tuple[str, ...] | None = None
@@ -79,11 +80,16 @@ class KeyFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if not TENANT_NAME.fullmatch(name):
                 raise ValueError(f"Expected names of tenants of A-Z, a-z, 0-9, _ and -, got {name}")
             for source in tenant.sources or ():
-                parts = urlsplit(source)
-                if not parts.scheme or not parts.netloc or ".." in source:
-                    raise ValueError(f"Expected sources such as hf://owner/, got {source}")
+                check_source(source)
         if strange := [key.id for key in self.keys if key.tenant not in self.tenants]:
             raise ValueError(f"Expected the tenant of key {strange[0]} among the tenants")
+
+
+def check_source(source: str) -> None:
+    """Raise `ValueError` if a text cannot be the beginning of addresses."""
+    parts = urlsplit(source)
+    if not parts.scheme or not parts.netloc or ".." in source:
+        raise ValueError(f"Expected sources such as hf://owner/, got {source}")
 
 
 class ApiKeys:
@@ -157,23 +163,25 @@ def require_allowed(request: GenerateRequest, tenant: Tenant, info: QueueInfo | 
 
     `info` has the base model of requests that name none.
     """
-    if tenant.models is not None:
-        model = request.model or (info.model if info else None)
-        if model not in tenant.models:
+    for cell in request.cells:
+        model = cell.model or (info.model if info else None)
+        if tenant.models is not None and model not in tenant.models:
             expected = f"Expected one of {', '.join(tenant.models)}, the models of this API key"
             raise invalid("$.model", model, expected)
-    for cell in request.cells:
         files = {f"loras[{index}]": spec.file for index, spec in enumerate(cell.loras)}
         files |= {f"embeddings[{index}]": spec.file for index, spec in enumerate(cell.embeddings)}
-        for place, asset in (files | cell.images).items():
+        others = {
+            place: asset
+            for place, asset in cell.images.items()
+            if not asset.job_image and not asset.upload  # the service checks whose it is
+        }
+        for place, asset in (files | others).items():
             _require_source(asset, tenant, place)
         for tag in prompt_syntax.parse(cell.prompt, cell.prompt_syntax).loras:
             _require_name(tag.name, tenant, "prompt")
 
 
 def _require_source(asset: Asset, tenant: Tenant, place: str) -> None:
-    if asset.job_image is not None:  # of a job of the same tenant, which the service checks
-        return
     if (name := lora_name(asset.address)) is not None:
         _require_name(name, tenant, place)
     elif tenant.sources is not None and not any(
@@ -185,16 +193,34 @@ def _require_source(asset: Asset, tenant: Tenant, place: str) -> None:
         raise LoraNotAllowed(message, {"path": f"$.{place}"})
 
 
-def _require_name(name: str, tenant: Tenant, place: str) -> None:
+def allowed_info(info: QueueInfo, tenant: Tenant) -> QueueInfo:
+    """Return what a queue serves, without the names that the tenant may not use."""
+    models, names = info.models, info.catalogue
+    if tenant.models is not None:
+        models = tuple(name for name in models if name in tenant.models)
+    if names is not None:
+        names = tuple(name for name in names if _may_name(name, tenant))
+    return structs.replace(info, models=models, catalogue=names)
+
+
+def _may_name(name: str, tenant: Tenant) -> bool:
     patterns = tenant.catalogue
-    if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _require_name(name: str, tenant: Tenant, place: str) -> None:
+    if not _may_name(name, tenant):
         message = f"{name}: not among the names of the catalogue that this API key may use"
         raise LoraNotAllowed(message, {"path": f"$.{place}"})
 
 
 def _is_below(address: str, source: str) -> bool:
     """Return whether an address is a source or below it, and says so in the usual spelling."""
-    found, root = urlsplit(address), urlsplit(source)
+    root = urlsplit(source)
+    try:
+        found = urlsplit(address)
+    except ValueError:  # such as half a pair of brackets
+        return False
     path = unquote(found.path)
     if ".." in path.split("/") or "\\" in path or "%" in path:
         return False

@@ -1,0 +1,130 @@
+"""What requests may hold at the same time: their number, and bytes of bodies and answers."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from zlora.server.problems import BodyTimeout, BodyTooLarge, Overloaded, TooManyRequests
+
+MAX_OPEN: Final = 4000  # requests that are not answered yet, with streams of events
+MAX_OPEN_OF_TENANT: Final = MAX_OPEN // 2  # if there are API keys
+MAX_HELD: Final = 256 * 2**20  # bytes of all bodies and answers in memory
+BODY_SECONDS: Final = 30.0  # for all of a body
+_PIECE: Final = 65_536  # bytes of an answer that are given to a connection at once
+
+
+class Load:
+    """The open requests of the server."""
+
+    def __init__(self) -> None:
+        self._open, self._held = 0, 0
+        self._by_tenant = Counter[str]()
+
+    @contextmanager
+    def request(self) -> Iterator["OpenRequest"]:
+        """Count a request in the block."""
+        self._open += 1
+        opened = OpenRequest(self)
+        try:
+            yield opened
+        finally:
+            self._open -= 1
+            self._held -= opened.held
+            if opened.tenant is not None:
+                self._by_tenant[opened.tenant] -= 1
+
+    def require_room(self) -> None:
+        """Raise `Overloaded` if there are too many requests."""
+        if self._open > MAX_OPEN:
+            raise Overloaded(f"{MAX_OPEN} requests are open")
+
+    def count(self, tenant: str) -> None:
+        """Count a request of a tenant; raise `TooManyRequests` if it has too many."""
+        self._by_tenant[tenant] += 1
+        if self._by_tenant[tenant] > MAX_OPEN_OF_TENANT:
+            message = f"{MAX_OPEN_OF_TENANT} requests of this API key are open"
+            raise TooManyRequests(message)
+
+    def hold(self, size: int) -> None:
+        """Count bytes; raise `Overloaded` if there are too many."""
+        if self._held + size > MAX_HELD:
+            raise Overloaded(f"the bodies of all requests take {MAX_HELD >> 20} MiB")
+        self._held += size
+
+
+class OpenRequest:
+    """One request, with the tenant and the bytes that count for it."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self.tenant: str | None = None
+        self.held = 0
+
+    def belongs_to(self, tenant: str) -> None:
+        """Count the request for a tenant; raise `TooManyRequests`."""
+        self.tenant = tenant
+        self._load.count(tenant)
+
+    def hold(self, size: int) -> None:
+        """Count bytes of the body or the answer until the request ends; raise `Overloaded`."""
+        self._load.hold(size)
+        self.held += size
+
+    def bounded(self, scope: Scope, receive: Receive, max_body: int) -> Receive:
+        """Return a `receive` for a body of up to `max_body` bytes.
+
+        It raises `BodyTooLarge`, `BodyTimeout` or `Overloaded`.
+        """
+        too_large = BodyTooLarge(
+            f"the body has more than {max_body} bytes", {"max_bytes": max_body}
+        )
+        declared = Headers(scope=scope).get("Content-Length", "")
+        end = asyncio.get_running_loop().time() + BODY_SECONDS
+        size, is_complete = 0, False
+
+        async def receive_bounded() -> Message:
+            nonlocal size, is_complete
+            if declared.isdecimal() and int(declared) > max_body:
+                raise too_large
+            try:
+                async with asyncio.timeout_at(None if is_complete else end):
+                    message = await receive()
+            except TimeoutError:
+                reason = f"the body did not arrive within {BODY_SECONDS:g} s"
+                raise BodyTimeout(reason) from None
+            is_complete = not message.get("more_body", False)
+            found = len(message.get("body", b""))
+            size += found
+            if size > max_body:
+                raise too_large
+            self.hold(found)
+            return message
+
+        return receive_bounded
+
+    def hold_answer(self, answer: Response) -> None:
+        """Count the bytes of an answer; raise `Overloaded`."""
+        if len(body := getattr(answer, "body", b"")) > _PIECE:
+            self.hold(len(body))
+
+    def in_pieces(self, send: Send) -> Send:
+        """Return a `send` for large bodies, of which a slow client holds a piece at a time."""
+
+        async def send_pieces(message: Message) -> None:
+            body = message.get("body", b"")
+            if len(body) <= _PIECE:
+                await send(message)
+                return
+            for start in range(0, len(body), _PIECE):
+                piece = body[start : start + _PIECE]
+                is_last = start + _PIECE >= len(body)
+                more_body = message.get("more_body", False) or not is_last
+                await send({"type": message["type"], "body": piece, "more_body": more_body})
+
+        return send_pieces
