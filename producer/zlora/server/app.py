@@ -221,7 +221,7 @@ async def _metrics(_request: Request) -> Response:
 
 
 def _openapi(apis: Sequence[Api]) -> Callable[[Request], Awaitable[Response]]:
-    body = msgspec.json.encode(openapi.document(apis))
+    body = msgspec.json.encode(openapi.document_of(apis))
 
     async def document(_request: Request) -> Response:
         return Response(body, media_type="application/json")
