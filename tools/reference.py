@@ -5,11 +5,8 @@
 A test compares the pages with what these functions return.
 """
 
-import ast
 import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, cast, get_args
 
@@ -19,6 +16,7 @@ from zlora import errors, sweeps
 from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
+from zlora.json_schema import field_docs
 from zlora.lora.recipes import NO_RECIPE, RECIPES
 from zlora.schedulers import SCHEDULE_TYPES, SCHEDULERS, find_scheduler
 from zlora.schema import (
@@ -302,21 +300,6 @@ def cli_page() -> str:
         `--json` and the exit statuses.
         """
     return _page("Command line", text, *_commands(zlora, "zlora", None))
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the documentation of each field: the string below the field in the source."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    body = cast("ast.ClassDef", definition).body
-    found = {}
-    for field, text in pairwise(body):
-        match field, text:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(sentence))),
-            ):
-                found[name] = sentence
-    return found
 
 
 def _commands(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:

@@ -246,7 +246,7 @@ async def show_openapi(_call: Call) -> Response:
 
 @cache
 def _openapi() -> bytes:
-    return msgspec.json.encode(openapi.document((*APIS, SERVER)))
+    return msgspec.json.encode(openapi.document_of((*APIS, SERVER)))
 
 
 SERVER: Final = Api(
