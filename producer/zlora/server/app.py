@@ -24,6 +24,7 @@ from zlora.broker.uploads import Uploads
 from zlora.errors import BrokerUnavailable, InternalError, ZloraError
 from zlora.server import metrics, openapi, problems
 from zlora.server.endpoint import Api, Call, Endpoint, bounded, json_answer
+from zlora.server.fal import FAL
 from zlora.server.job_index import JobIndex
 from zlora.server.native import NATIVE
 from zlora.server.rate_limits import RateLimits
@@ -31,7 +32,7 @@ from zlora.server.service import Caller, Service
 from zlora.server.settings import ServerSettings, is_local_name
 from zlora.server.tenants import LOCAL, ApiKeys, Tenant
 
-APIS: Final[tuple[Api, ...]] = (NATIVE,)
+APIS: Final[tuple[Api, ...]] = (NATIVE, FAL)
 _CLIENT_GONE: Final = 499  # nginx's status for its log; nobody reads the answer
 _HEADERS: Final = {
     "x-content-type-options": "nosniff",
@@ -66,6 +67,8 @@ class Server:
             Uploads(connection.broker_url, connection.queue),
             preflight=settings.preflight,
             image_hosts=settings.image_hosts,
+            base_url=settings.base_url,
+            needs_keys=settings.keys is not None,
         )
 
     async def caller(self, api: Api, request: Request) -> Caller:

@@ -9,12 +9,13 @@ from typing import Any, Final, NamedTuple, TypeVar, get_origin
 
 import msgspec
 from msgspec import Struct, structs
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive
 
+from zlora.async_client import AsyncJobHandle
 from zlora.errors import InvalidRequest, ZloraError
-from zlora.schema import invalid
+from zlora.schema import GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.service import Caller, Service
 
@@ -35,6 +36,34 @@ class Call:
     def job_id(self) -> str:
         """The job in the path."""
         return str(self.request.path_params["job_id"])
+
+    @property
+    def base_url(self) -> str:
+        """URL of this server, as the operator or else the request names it."""
+        return self.service.base_url or str(self.request.base_url).rstrip("/")
+
+    async def result(self, handle: AsyncJobHandle) -> GenerateResult:
+        """Wait for the result of a job; raise the errors of `JobHandle.result`.
+
+        If the client goes before that, the job is cancelled, and `ClientDisconnect` raised.
+        """
+        result = asyncio.ensure_future(handle.result())
+        gone = asyncio.ensure_future(self._gone())
+        try:
+            await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            await handle.cancel()
+            raise ClientDisconnect
+        finally:
+            for wait in (result, gone):
+                wait.cancel()
+            await asyncio.wait({result, gone})
+
+    async def _gone(self) -> None:
+        """Return once the client has closed the connection; the body must have been read."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
 
     async def document(self) -> Any:
         """Return the JSON body; raise `InvalidRequest`, `BodyTooLarge` or `BodyTimeout`."""
@@ -121,10 +150,11 @@ def json_answer(
 
 def bounded(receive: Receive, max_body: int) -> Receive:
     """Return a `receive` that raises `BodyTooLarge` or `BodyTimeout` while a body is read."""
-    size, end = 0, asyncio.get_running_loop().time() + _BODY_SECONDS
+    size = 0
+    end: float | None = asyncio.get_running_loop().time() + _BODY_SECONDS
 
     async def receive_bounded() -> Message:
-        nonlocal size
+        nonlocal size, end
         try:
             async with asyncio.timeout_at(end):
                 message = await receive()
@@ -135,6 +165,8 @@ def bounded(receive: Receive, max_body: int) -> Receive:
         if size > max_body:
             details = {"max_bytes": max_body}
             raise problems.BodyTooLarge(f"the body has more than {max_body} bytes", details)
+        if not message.get("more_body"):
+            end = None  # after the body, a client may be silent until it goes
         return message
 
     return receive_bounded

@@ -16,10 +16,12 @@ import msgspec
 from zlora.async_client import AsyncJobHandle
 from zlora.errors import BrokerUnavailable
 from zlora.handle import has_ended
+from zlora.schema import JobStatus
 from zlora.server.problems import problem_of
 
 MEDIA_TYPE: Final = "text/event-stream"
-_HEARTBEAT: Final = 15.0  # seconds after which proxies are shown that the stream lives
+HEARTBEAT: Final = b": the job goes on\n\n"  # shows proxies that the stream lives
+_SILENCE: Final = 15.0  # seconds until a heartbeat
 _RETRY: Final = 2000  # milliseconds until a client connects again
 
 
@@ -31,23 +33,35 @@ async def stream(
     If Redis does not answer, the last event is `outage`, and the client connects again.
     """
     yield f"retry: {_RETRY}\n\n".encode()
-    async with aclosing(handle.events()) as statuses:
-        pending = asyncio.ensure_future(anext(statuses))
+    try:
+        async for status in statuses(handle):
+            if status is None:
+                yield HEARTBEAT
+            elif has_ended(status):
+                yield event("end", await end())
+            elif id_of(data := msgspec.json.encode(status)) != last_id:
+                yield _event("status", data)
+    except BrokerUnavailable as error:
+        yield event("outage", problem_of(error))
+
+
+async def statuses(handle: AsyncJobHandle) -> AsyncGenerator[JobStatus | None, None]:
+    """Yield each new status of a job until its end, and None after each 15 s without one.
+
+    Raises `BrokerUnavailable`.
+    """
+    async with aclosing(handle.events()) as found:
+        pending = asyncio.ensure_future(anext(found))
         try:
             while True:
-                done, _ = await asyncio.wait({pending}, timeout=_HEARTBEAT)
+                done, _ = await asyncio.wait({pending}, timeout=_SILENCE)
                 if not done:
-                    yield b": the job goes on\n\n"
+                    yield None
                     continue
-                status = pending.result()
+                yield (status := pending.result())
                 if has_ended(status):
-                    yield event("end", await end())
                     return
-                if id_of(data := msgspec.json.encode(status)) != last_id:
-                    yield _event("status", data)
-                pending = asyncio.ensure_future(anext(statuses))
-        except BrokerUnavailable as error:
-            yield event("outage", problem_of(error))
+                pending = asyncio.ensure_future(anext(found))
         finally:
             pending.cancel()
             await asyncio.wait({pending})  # else `aclose` would find it running
@@ -56,6 +70,11 @@ async def stream(
 def event(name: str, document: object) -> bytes:
     """Return one event with a JSON document as its data."""
     return _event(name, msgspec.json.encode(document))
+
+
+def unnamed_event(document: object) -> bytes:
+    """Return an event without name and id, with a JSON document as its data."""
+    return b"data: %b\n\n" % msgspec.json.encode(document)
 
 
 def id_of(data: bytes) -> str:
