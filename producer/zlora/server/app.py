@@ -27,12 +27,13 @@ from zlora.server.endpoint import Api, Call, Endpoint, bounded, json_answer
 from zlora.server.fal import FAL
 from zlora.server.job_index import JobIndex
 from zlora.server.native import NATIVE
+from zlora.server.openai_images import OPENAI
 from zlora.server.rate_limits import RateLimits
 from zlora.server.service import Caller, Service
 from zlora.server.settings import ServerSettings, is_local_name
 from zlora.server.tenants import LOCAL, ApiKeys, Tenant
 
-APIS: Final[tuple[Api, ...]] = (NATIVE, FAL)
+APIS: Final[tuple[Api, ...]] = (NATIVE, FAL, OPENAI)
 _CLIENT_GONE: Final = 499  # nginx's status for its log; nobody reads the answer
 _HEADERS: Final = {
     "x-content-type-options": "nosniff",
