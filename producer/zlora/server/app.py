@@ -25,16 +25,18 @@ from zlora.broker.uploads import Uploads
 from zlora.errors import InternalError, ZloraError
 from zlora.server import metrics, openapi, problems
 from zlora.server.endpoint import Api, Call, Endpoint, json_answer
+from zlora.server.fal import FAL
 from zlora.server.job_index import JobIndex
 from zlora.server.load import Load, OpenRequest
 from zlora.server.native import NATIVE
+from zlora.server.openai_images import OPENAI
 from zlora.server.problems import HeadersTooLarge
 from zlora.server.rate_limits import RateLimits
 from zlora.server.service import Caller, Service
 from zlora.server.settings import ServerSettings, is_local_name
 from zlora.server.tenants import LOCAL, ApiKeys, Tenant
 
-APIS: Final[tuple[Api, ...]] = (NATIVE,)
+APIS: Final[tuple[Api, ...]] = (NATIVE, FAL, OPENAI)
 NOBODY: Final = Caller("", Tenant(), "")  # no job is this tenant's
 MAX_HEAD: Final = 16_384  # bytes of the address and all headers of a request
 _CLIENT_GONE: Final = 499  # nginx's status for its log; nobody reads the answer
@@ -71,6 +73,8 @@ class Server:
             Uploads(connection.broker_url, connection.queue),
             preflight=settings.preflight,
             image_hosts=settings.image_hosts,
+            base_url=settings.base_url,
+            needs_keys=settings.keys is not None,
         )
 
     async def caller(self, api: Api, request: Request, opened: OpenRequest) -> Caller:

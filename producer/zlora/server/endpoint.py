@@ -12,8 +12,9 @@ from msgspec import Struct, structs
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from zlora.async_client import AsyncJobHandle
 from zlora.errors import InvalidRequest, ZloraError
-from zlora.schema import invalid
+from zlora.schema import GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.service import Caller, Service
 
@@ -34,6 +35,22 @@ class Call:
     def job_id(self) -> str:
         """The job in the path."""
         return str(self.request.path_params["job_id"])
+
+    @property
+    def base_url(self) -> str:
+        """URL of this server, as the operator or else the request names it."""
+        return self.service.base_url or str(self.request.base_url).rstrip("/")
+
+    async def result(self, handle: AsyncJobHandle) -> GenerateResult:
+        """Wait for the result of a job; raise the errors of `JobHandle.result`.
+
+        If the client goes before that, the job is cancelled, and `ClientDisconnect` raised.
+        """
+        try:
+            return await self.unless_gone(handle.result())
+        except ClientDisconnect:
+            await handle.cancel()
+            raise
 
     async def document(self) -> Any:
         """Return the JSON body.

@@ -12,22 +12,24 @@ from zlora.json_schema import schemas_of
 from zlora.server.endpoint import Api, Endpoint
 from zlora.server.problems import Problem
 
+_NATIVE: Final = "v1"  # of the API whose operations have names without a prefix
 _REFERENCE: Final = "#/components/schemas/{name}"
-_IN_PATH: Final = re.compile(r"\{(\w+)\}")
+_IN_PATH: Final = re.compile(r"\{(\w+)(?::path)?\}")
 
 
 def document_of(apis: Sequence[Api]) -> dict[str, Any]:
     """Return the document of these APIs."""
-    endpoints = [endpoint for api in apis for endpoint in api.endpoints]
+    endpoints = [(api.name, endpoint) for api in apis for endpoint in api.endpoints]
     kinds = [Problem]
-    for endpoint in endpoints:
+    for _, endpoint in endpoints:
         kinds += [kind for kind in (endpoint.body, endpoint.answer) if kind is not None]
     schemas, components = schemas_of(kinds, ref_template=_REFERENCE)
     by_kind = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
-    for endpoint in endpoints:
-        operation = _operation(endpoint, by_kind)
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
+    for api, endpoint in endpoints:
+        operation = _operation(api, endpoint, by_kind)
+        path = endpoint.path.replace(":path}", "}")  # how Starlette spells slashes in a parameter
+        paths.setdefault(path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {
@@ -43,10 +45,11 @@ def document_of(apis: Sequence[Api]) -> dict[str, Any]:
     }
 
 
-def _operation(endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
+def _operation(api: str, endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
     summary, _, description = inspect.cleandoc(endpoint.handler.__doc__ or "").partition("\n\n")
+    name = endpoint.handler.__name__
     found: dict[str, Any] = {
-        "operationId": endpoint.handler.__name__,
+        "operationId": name if api == _NATIVE else f"{api}_{name}",
         "summary": summary.replace("\n", " "),
         "parameters": [*_in_path(endpoint.path), *_in_query(endpoint)],
     }
