@@ -105,6 +105,8 @@ class Api(NamedTuple):
     name: str
     endpoints: Sequence[Endpoint]
     error: Callable[[ZloraError], Response] = problems.answer
+    takes_basic: bool = False
+    """True if an API key may also be the password of HTTP Basic (RFC 7617)."""
 
 
 def json_answer(

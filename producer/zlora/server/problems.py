@@ -38,6 +38,12 @@ class MethodNotAllowed(ZloraError):
     code = "method_not_allowed"
 
 
+class NotSupported(ZloraError):
+    """This service has nothing that could do this."""
+
+    code = "not_supported"
+
+
 class BodyTooLarge(ZloraError):
     """The body of the request has too many bytes."""
 
@@ -92,6 +98,7 @@ STATUS: Final[dict[type[ZloraError], HTTPStatus]] = {
     Forbidden: HTTPStatus.FORBIDDEN,
     NotFound: HTTPStatus.NOT_FOUND,
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
+    NotSupported: HTTPStatus.NOT_IMPLEMENTED,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     BodyTimeout: HTTPStatus.REQUEST_TIMEOUT,
     TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,

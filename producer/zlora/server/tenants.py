@@ -54,6 +54,12 @@ class Tenant(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unkno
     models: tuple[str, ...] | None = None
     """Names of base models."""
 
+    def may_name(self, name: str) -> bool:
+        """Return whether a LoRA or an embedding of the catalogue may be used by this name."""
+        return self.catalogue is None or any(
+            fnmatchcase(name, pattern) for pattern in self.catalogue
+        )
+
 
 class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One API key of a tenant."""
@@ -186,8 +192,7 @@ def _require_source(asset: Asset, tenant: Tenant, place: str) -> None:
 
 
 def _require_name(name: str, tenant: Tenant, place: str) -> None:
-    patterns = tenant.catalogue
-    if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
+    if not tenant.may_name(name):
         message = f"{name}: not among the names of the catalogue that this API key may use"
         raise LoraNotAllowed(message, {"path": f"$.{place}"})
 
