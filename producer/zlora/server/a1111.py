@@ -224,8 +224,10 @@ async def list_latent_upscale_modes(_call: Call) -> Response:
 async def read_png_info(call: Call) -> Response:
     """Return what the text in a PNG says of how it was drawn."""
     document = await call.document()
-    if not isinstance(document, dict) or not isinstance(document.get("image"), str):
-        raise invalid("$", document, "Expected an object with the text `image`")
+    if not isinstance(document, dict) or set(document) != {"image"}:
+        raise invalid("$", document, "Expected an object with `image`")
+    if not isinstance(document["image"], str):
+        raise invalid("$.image", document["image"], "Expected an image in base64")
     try:
         texts = texts_of(_decoded(document["image"], "$.image"))
     except ValueError as error:
@@ -262,7 +264,6 @@ def _drawn_info(fields: Fields, result: GenerateResult, files: Iterable[bytes]) 
     """Return what the web UI says of the images, as JSON."""
     count = len(result.images)
     seeds = [image.seed for image in result.images]
-    first = result.images[0]
     done = result.request
     clip_skip = (done.clip_skip or 0) if done else 0
     infotexts = [texts_of(file).get(PARAMETERS, "") for file in files]
@@ -277,8 +278,8 @@ def _drawn_info(fields: Fields, result: GenerateResult, files: Iterable[bytes]) 
         "subseed": result.seed,
         "all_subseeds": seeds,
         "subseed_strength": 0,
-        "width": first.width,
-        "height": first.height,
+        "width": fields.width,
+        "height": fields.height,
         "sampler_name": infotext_names(result.scheduler)[0] if result.scheduler else "",
         "cfg_scale": done.guidance if done else fields.cfg_scale,
         "steps": done.steps if done else fields.steps,

@@ -16,7 +16,7 @@ from zlora.lora.base_model import last_layer
 from zlora.queue_info import QueueInfo
 from zlora.redaction import field_name
 from zlora.schedulers import SCHEDULE_TYPES, find_schedule, find_scheduler
-from zlora.schema import BatchSize, invalid
+from zlora.schema import MAX_STEPS, BatchSize, invalid
 
 AUTOMATIC: Final = "automatic"  # schedule type: that of the sampler
 MODEL: Final = "sd_model_checkpoint"
@@ -326,6 +326,9 @@ def _second_pass(fields: Fields) -> dict[str, Any]:
         "mode": UPSCALERS[fields.hr_upscaler],
     }
     if 0 < strength <= 1:  # other strengths are refused with the request
+        if drawn > (most := int(MAX_STEPS * strength)):
+            expected = f"Expected at most {most} drawn steps with this `denoising_strength`"
+            raise invalid("$.hr_second_pass_steps", drawn, expected)
         # The web UI draws all of these steps; a request has a number of which it draws a share.
         steps = math.ceil(drawn / strength)
         upscale["steps"] = steps if int(steps * strength) >= drawn else steps + 1

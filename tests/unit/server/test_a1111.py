@@ -61,7 +61,7 @@ INFO: Final = QueueInfo(
 PICTURE: Final = base64.b64encode(file_of(picture())).decode()
 IMG: Final = {"init_images": [PICTURE], "width": 64, "height": 64}
 MASKED: Final = {**IMG, "mask": PICTURE, "inpainting_fill": 1, "inpaint_full_res": False}
-UPSCALED: Final = {"enable_hr": True, "hr_scale": 1.5}
+UPSCALED: Final = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.7}
 
 # What a value of each field changes: fields to send with it, and what the job then has.
 TXT2IMG: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
@@ -324,7 +324,9 @@ def test_a_setting_has_the_values_of_the_docs(http: httpx.Client, worker: Inline
         ("txt2img", {**UPSCALED, "hr_upscaler": "R-ESRGAN 4x+"}, ["hr_upscaler"]),
         ("txt2img", {**UPSCALED, "hr_scale": 5}, ["hr_scale"]),
         ("txt2img", {**UPSCALED, "denoising_strength": 0}, ["denoising_strength"]),
-        ("txt2img", {**UPSCALED, "hr_second_pass_steps": 201}, ["hr_second_pass_steps"]),
+        ("txt2img", {**UPSCALED, "denoising_strength": 1e-320}, ["hr_second_pass_steps"]),
+        ("txt2img", {**UPSCALED, "hr_second_pass_steps": 141}, ["hr_second_pass_steps"]),
+        ("txt2img", {**UPSCALED, "hr_second_pass_steps": -1}, ["hr_second_pass_steps"]),
         (
             "txt2img",
             {"override_settings": {"sd_model_checkpoint": "third"}},
@@ -346,6 +348,8 @@ def test_a_setting_has_the_values_of_the_docs(http: httpx.Client, worker: Inline
         ("img2img", {**MASKED, "inpaint_full_res": True}, ["inpaint_full_res"]),
         ("img2img", {**MASKED, "mask_blur": -1}, ["mask_blur"]),
         ("img2img", [], []),
+        ("png-info", {"image": PICTURE, "other": 1}, []),
+        ("png-info", {"image": 1}, ["image"]),
     ],
 )
 def test_an_error_names_the_field_as_the_web_ui_does(
