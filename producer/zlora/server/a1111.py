@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 from starlette.responses import Response
 
 from zlora.errors import InvalidRequest, ZloraError
@@ -77,6 +77,8 @@ async def img2img(call: Call) -> Response:
         images["mask"] = await _asset(call, fields.mask, "$.mask")
         images["mask_blur"] = fields.mask_blur
         images["mask_invert"] = fields.inpainting_mask_invert
+    if not fields.include_init_images:  # so that they take no memory during the wait
+        fields = structs.replace(fields, init_images=[], mask=None)
     return await _draw(call, fields, images)
 
 
@@ -249,12 +251,9 @@ async def _draw(call: Call, fields: Fields, images: dict[str, Any]) -> Response:
         )
         result = await handle.result()
     files = await asyncio.gather(*map(call.service.image_bytes, result.images))
-    parameters = to_dict(fields)
-    if isinstance(fields, Img2Img) and not fields.include_init_images:
-        parameters |= {"init_images": None, "mask": None}
     document = {
         "images": [base64.b64encode(file).decode() for file in files] if fields.send_images else [],
-        "parameters": parameters,
+        "parameters": to_dict(fields),
         "info": _drawn_info(fields, result, files),
     }
     return json_answer(document)

@@ -38,7 +38,8 @@ class Call:
 
     async def document(self) -> Any:
         """Return the JSON body; raise `InvalidRequest`, `BodyTooLarge` or `BodyTimeout`."""
-        body = await self.request.body()
+        # `Request.body` would keep all of it while the request waits for a job.
+        body = b"".join([piece async for piece in self.request.stream()])
         try:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -417,7 +417,7 @@ def test_webuiapi_draws_from_an_image_and_a_mask(webui: WebUIApi, worker: Inline
     assert (request.strength, request.mask_blur) == (0.75, 4)
     assert request.image is not None
     assert request.image.upload is not None
-    assert result.parameters["init_images"] is None
+    assert (result.parameters["init_images"], result.parameters["mask"]) == ([], None)
 
 
 def test_the_images_say_how_they_were_drawn(webui: WebUIApi, worker: InlineWorker) -> None:
