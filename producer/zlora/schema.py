@@ -32,6 +32,7 @@ QUEUE: Final = "gpu"  # default; the same base models for all workers of a queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
 MAX_LORAS: Final = 8
+MAX_STEPS: Final = 200  # of one pass
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
@@ -64,10 +65,11 @@ Side = Annotated[int, Meta(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_STEP)]
 Strength = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
 Timesteps = Annotated[
-    tuple[Annotated[int, Meta(ge=0, le=999)], ...], Meta(min_length=1, max_length=200)
+    tuple[Annotated[int, Meta(ge=0, le=999)], ...], Meta(min_length=1, max_length=MAX_STEPS)
 ]
 Sigmas = Annotated[
-    tuple[Annotated[float, Meta(ge=0, le=10_000)], ...], Meta(min_length=1, max_length=201)
+    tuple[Annotated[float, Meta(ge=0, le=10_000)], ...],
+    Meta(min_length=1, max_length=MAX_STEPS + 1),
 ]
 OutputFormat = Literal["png", "jpeg", "webp"]
 LoraTier = Literal["memory", "disk", "network"]
@@ -241,7 +243,7 @@ class Upscale(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unkn
     """Factor of both sides, up to 4; the sides become multiples of 8."""
     strength: Strength = 0.5
     """Share of the steps of the second pass that are drawn, up to 1; 0.5 by default."""
-    steps: Annotated[int, Meta(ge=1, le=200)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
     """Denoising steps of the second pass, of which `strength` leaves the last; as the first's."""
     mode: Literal["image", "latent"] = "image"
     """What is enlarged: the decoded `image` (the default), or its `latent` before the decoding."""
@@ -283,7 +285,7 @@ class GenerateRequest(
     """Whether what is black in the mask is drawn anew, not what is white; false by default."""
     upscale: Upscale | None = None
     """Second pass at a larger size (hires fix); none by default."""
-    num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
+    num_inference_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
     """Denoising steps; the base's default, 28 for SDXL. With `image` `strength` times as many."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
     """Strength of the prompt (classifier-free guidance); by default the base's, 7.5 for SDXL."""

@@ -132,6 +132,15 @@ class DetectedBase(NamedTuple):
     clause: str
 
 
+def last_layer(family: str | None) -> int:
+    """Return the layer of the text encoders that is read without a `clip_skip`.
+
+    It is counted from the last one, which is 1, as A1111's web UI does. SDXL reads 2; so do results
+    of earlier versions, which do not have the family.
+    """
+    return 1 if family in (SD1, SD2) else 2
+
+
 def is_for(family: str, base: str | None) -> bool:
     """Return whether a file that was made for `family`, as it is detected, may be for `base`."""
     if family == _OLDER:

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, TypeVar, get_origin
 
 import msgspec
 from msgspec import Struct, structs
+from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -30,6 +31,7 @@ class Call:
 
     def __init__(self, request: Request, caller: Caller, service: Service) -> None:
         self.request, self.caller, self.service = request, caller, service
+        self._has_read = False
 
     @property
     def job_id(self) -> str:
@@ -52,12 +54,23 @@ class Call:
             await handle.cancel()
             raise
 
+    async def body(self) -> bytes:
+        """Return the body, once; raise `BodyTooLarge`, `BodyTimeout` or `Overloaded`."""
+        self._has_read = True
+        # `Request.body` would keep all of it while the request waits for a job.
+        return b"".join([piece async for piece in self.request.stream()])
+
+    async def form(self, *, max_files: int, max_fields: int) -> FormData:
+        """Return the form in the body, once; raise the errors of `body`."""
+        self._has_read = True
+        return await self.request.form(max_files=max_files, max_fields=max_fields)
+
     async def document(self) -> Any:
         """Return the JSON body.
 
         Raises `InvalidRequest`, `BodyTooLarge`, `BodyTimeout` or `Overloaded`.
         """
-        body = await self.request.body()
+        body = await self.body()
         try:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -66,7 +79,8 @@ class Call:
 
     async def unless_gone(self, waiting: Awaitable[T]) -> T:
         """Return what is waited for; raise `ClientDisconnect` if the client leaves first."""
-        await self.request.body()  # what comes after the body is the end of the connection
+        if not self._has_read:  # what comes after the body is the end of the connection
+            await self.body()
         gone: asyncio.Future[Any] = asyncio.ensure_future(self.request.receive())
         found = asyncio.ensure_future(waiting)
         try:
@@ -140,6 +154,8 @@ class Api(NamedTuple):
     name: str
     endpoints: Sequence[Endpoint]
     error: Callable[[ZloraError], Response] = problems.answer
+    takes_basic: bool = False
+    """True if an API key may also be the password of HTTP Basic (RFC 7617)."""
 
 
 def json_answer(

@@ -101,7 +101,7 @@ async def edit(call: Call) -> Response:
     if not call.request.headers.get("Content-Type", "").startswith("multipart/form-data"):
         raise invalid("Content-Type", "another media type", "Expected multipart/form-data")
     try:
-        form = await call.request.form(max_files=3, max_fields=_MAX_FIELDS)
+        form = await call.form(max_files=3, max_fields=_MAX_FIELDS)
     except HTTPException as error:  # not a form, or too many parts
         raise invalid("$", "the body", f"Expected a form: {error.detail}") from None
     try:
