@@ -22,12 +22,12 @@ AUTOMATIC: Final = "automatic"  # schedule type: that of the sampler
 MODEL: Final = "sd_model_checkpoint"
 CLIP_SKIP: Final = "CLIP_stop_at_last_layers"
 UPSCALERS: Final[dict[str, str]] = {"Latent": "latent", "Lanczos": "image", "None": "image"}
-_LEAST_NOISE: Final = 1  # `eta` of samplers that add noise and have no such setting in diffusers
+_NOISE: Final = 1  # `eta` of samplers that add noise and have no such setting in diffusers
 _INPAINT_ORIGINAL: Final = 1  # `inpainting_fill`: what is masked begins as the image
 
 
 class Fields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields of both."""
+    """Fields that both have."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -290,7 +290,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         if choice is not None and "eta" in choice.entry.takes:
             found["eta"] = fields.eta
         else:
-            require_one("$.eta", fields.eta, (_LEAST_NOISE, None))
+            require_one("$.eta", fields.eta, (_NOISE, None))
     return found
 
 
