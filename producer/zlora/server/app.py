@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zlora.async_client import AsyncClient
 from zlora.errors import BrokerUnavailable, InternalError, ZloraError
-from zlora.server import metrics, openapi, problems
+from zlora.server import metrics, openapi, page, problems
 from zlora.server.endpoint import Api, Call, Endpoint, bounded, json_answer
 from zlora.server.job_index import JobIndex
 from zlora.server.native import NATIVE
@@ -102,6 +102,7 @@ def make_app(settings: ServerSettings) -> Starlette:
         for endpoint in api.endpoints
     ]
     routes += [
+        *page.routes(),
         Route("/health/live", _live),
         Route("/health/ready", _ready(server)),
         Route("/metrics", _metrics),
