@@ -38,7 +38,7 @@ for queue in "$@"; do
     produced="$produced ~zlora:ledger:$queue ~zlora:expiring:$queue ~zlora:outbox:$queue"
     produced="$produced %R~zlora:serves:$queue"
     produced="$produced ~zlora:recall:$queue ~zlora:recall:$queue:* ~zlora:cancel:$queue ~zlora:cancel:$queue:*"
-    served="$served ~zlora:*:$queue"
+    served="$served ~zlora:*:$queue %R~zlora:http:$queue:file:*"
     watched="$watched %R~zlora:*:$queue"
     letters="$letters ~zlora:dead:$queue ~zlora:poisoned:$queue ~zlora:requeued:$queue"
 done

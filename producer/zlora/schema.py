@@ -48,6 +48,7 @@ JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)  # part of object k
 NO_CONFIG: Final = "none"  # stands for the checksum of a file that does not exist or is not read
 # Address of the image with this index of an earlier job.
 JOB_IMAGE: Final = re.compile(r"job:([A-Za-z0-9_-]{1,64})#([0-9]{1,2})", re.ASCII)
+UPLOAD: Final = re.compile(r"upload:([0-9a-f]{64})", re.ASCII)  # of an image that a server took
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # of Hugging Face
 
 Token = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN)]
@@ -113,15 +114,24 @@ class Asset(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
         """URL of the file, with the schemes `cozy` for a hub and `hf` for `owner/repo`."""
         if self.url and _REPOSITORY.fullmatch(self.url):
             return f"hf://{self.url}"
-        if self.url or (self.ref and ("://" in self.ref or JOB_IMAGE.fullmatch(self.ref))):
-            return str(self.url or self.ref)
-        return f"cozy://{self.cozy_ref or self.ref}"
+        if self.url:
+            return self.url
+        ref = self.ref
+        if ref and ("://" in ref or JOB_IMAGE.fullmatch(ref) or UPLOAD.fullmatch(ref)):
+            return ref
+        return f"cozy://{self.cozy_ref or ref}"
 
     @property
     def job_image(self) -> tuple[str, int] | None:
         """Job id and index of `job:<id>#<index>`, None for other addresses."""
         found = JOB_IMAGE.fullmatch(self.address)
         return (found[1], int(found[2])) if found else None
+
+    @property
+    def upload(self) -> str | None:
+        """SHA-256 of `upload:<sha256>`, None for other addresses."""
+        found = UPLOAD.fullmatch(self.address)
+        return found[1] if found else None
 
 
 class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -359,8 +369,12 @@ class GenerateRequest(
 
     @property
     def fetched_images(self) -> tuple[Asset, ...]:
-        """Those of the `images` that are not an earlier job's."""
-        return tuple(asset for asset in self.images.values() if asset.job_image is None)
+        """Those of the `images` that are neither an earlier job's nor uploaded."""
+        return tuple(
+            asset
+            for asset in self.images.values()
+            if asset.job_image is None and asset.upload is None
+        )
 
     @property
     def image_strength(self) -> float:
@@ -611,7 +625,7 @@ class ImageReceipt(Struct, frozen=True, kw_only=True):
     height: int
     """Height in pixels, turned as its Exif data says."""
     tier: Literal["disk", "network", "store"]
-    """Where the file came from: `disk`, `network`, or `store` for an image of an earlier job."""
+    """Where the file came from: `disk`, `network`, or `store` for a job's or an uploaded image."""
     notes: tuple[str, ...] = ()
     """What was changed before it was used, such as `transparent pixels are white`."""
 

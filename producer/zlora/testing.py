@@ -463,7 +463,7 @@ def _fake_input(file: Asset, drawn: ImageRef) -> ImageReceipt:
         size=0,
         width=drawn.width,
         height=drawn.height,
-        tier="store" if file.job_image else "disk",
+        tier="store" if file.job_image or file.upload else "disk",
     )
 
 

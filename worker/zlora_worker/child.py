@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, Self
 
+from zlora.broker.uploads import Uploads
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue
 from zlora.queue_info import QueueInfo
@@ -50,6 +51,7 @@ class Child:
     image_max_bytes: int = 2**26  # of the file of an image to start from
     image_max_pixels: int = 2**25
     earlier_results: Store | None = None  # whose images requests can name, if not in `store`
+    uploads: Uploads | None = None  # images that HTTP servers took; None without a broker
     max_attempts: int = 3  # child processes that a job may end
     max_losses: int = 10  # workers that a job may lose
 
@@ -83,6 +85,7 @@ class Child:
             catalogue=catalogue,
             image_max_bytes=settings.image_max_bytes,
             image_max_pixels=settings.image_max_pixels,
+            uploads=Uploads(settings.broker_url, settings.queue),
             max_attempts=settings.max_attempts,
             max_losses=settings.max_losses,
         )

@@ -50,13 +50,16 @@ def read_files(
 ) -> dict[str, InputFile]:
     """Return the files of the image and the mask by the name of the field.
 
-    `fetched` has those that are not an earlier job's. Raises `LoraTooLarge`, and for an earlier
-    job's image `LoraNotFound`, `LoraCorrupt` and `StoreFailed`.
+    `fetched` has those that are neither an earlier job's nor uploaded. Raises `LoraTooLarge`, for
+    the others also `LoraNotFound` and `LoraCorrupt`, and `StoreFailed` or `BrokerUnavailable`.
     """
     files, rest = {}, iter(fetched)
     for name, asset in request.images.items():
         if asset.job_image is not None:
             files[name] = _of_earlier_job(child, asset)
+            continue
+        if asset.upload is not None:
+            files[name] = _uploaded(child, asset)
             continue
         file = next(rest)
         _require_size(child, file.source, file.size)  # a request may name a cached LoRA here
@@ -79,11 +82,26 @@ def _of_earlier_job(child: Child, asset: Asset) -> InputFile:
     if data is None:
         raise LoraNotFound(f"{source}: the image was deleted")
     sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != (asset.sha256 or found.sha256):
-        raise LoraCorrupt(
-            f"{source}: expected sha256 {asset.sha256 or found.sha256}, the bytes have {sha256}"
-        )
+    _require_sha256(source, sha256, asset.sha256 or found.sha256)
     return InputFile(source, sha256, "store", data)
+
+
+def _uploaded(child: Child, asset: Asset) -> InputFile:
+    assert asset.upload is not None  # noqa: S101 - for mypy
+    source = asset.address
+    data = child.uploads.read(asset.upload) if child.uploads else None
+    if data is None:
+        raise LoraNotFound(f"{source}: not uploaded in the last day, or dropped for newer images")
+    _require_size(child, source, len(data))
+    sha256 = hashlib.sha256(data).hexdigest()
+    for expected in (asset.upload, asset.sha256 or sha256):
+        _require_sha256(source, sha256, expected)
+    return InputFile(source, sha256, "store", data)
+
+
+def _require_sha256(source: str, sha256: str, expected: str) -> None:
+    if sha256 != expected:
+        raise LoraCorrupt(f"{source}: expected sha256 {expected}, the bytes have {sha256}")
 
 
 def _require_size(child: Child, source: str, size: int) -> None:

@@ -7,7 +7,8 @@ of them is the loss of the connection: the callers already wait for that, and th
 resolves the name of the broker again.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, Self
 
 import redis
@@ -17,6 +18,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from zlora import config
+from zlora.errors import BrokerUnavailable
 
 # How Redis begins its answer if the same command succeeds later, on this server or on another one.
 _OUTAGES: Final = (
@@ -51,6 +53,15 @@ _CODES: Final[dict[type[Exception], str]] = {
     redis.OutOfMemoryError: "OOM",
     redis.ReadOnlyError: "READONLY",
 }
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Raise `BrokerUnavailable` if Redis fails inside."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise BrokerUnavailable(f"the broker does not answer: {error}") from error
 
 
 class Primary:

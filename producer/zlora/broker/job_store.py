@@ -205,16 +205,19 @@ class Attempt(Struct, frozen=True, kw_only=True):
     signal: str | None = None
 
 
-def connect(url: str, *, patient: bool = False, seconds: float = IMPATIENCE) -> "redis.Redis":
+def connect(
+    url: str, *, patient: bool = False, seconds: float = IMPATIENCE, decodes: bool = True
+) -> "redis.Redis":
     """Return a client of the broker's Redis, which connects at the first use.
 
-    A patient client waits until Redis answers; any other tries once, for that many seconds.
+    A patient client waits until Redis answers; any other tries once, for that many seconds. Its
+    answers are text, or bytes if it does not decode them.
     """
     options: dict[str, Any] = {
         "socket_timeout": seconds,
         "socket_connect_timeout": seconds,
         "health_check_interval": 5,
-        "decode_responses": True,
+        "decode_responses": decodes,
         "encoding_errors": "replace",  # a message of another program may be any bytes
         "client_name": "z-image-lora",
         "max_connections": MAX_CONNECTIONS,

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zlora.async_client import AsyncClient
+from zlora.broker.uploads import Uploads
 from zlora.errors import BrokerUnavailable, InternalError, ZloraError
 from zlora.server import metrics, openapi, page, problems
 from zlora.server.endpoint import Api, Call, Endpoint, bounded, json_answer
@@ -62,6 +63,7 @@ class Server:
         self.service = Service(
             client,
             JobIndex(connection.broker_url, connection.queue),
+            Uploads(connection.broker_url, connection.queue),
             preflight=settings.preflight,
             image_hosts=settings.image_hosts,
         )

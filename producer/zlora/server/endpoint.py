@@ -88,6 +88,8 @@ class Endpoint(NamedTuple):
     query: type[Struct] | None = None
     body: Any = None
     """Type of the JSON body; None for none."""
+    takes: str = ""
+    """Media type of a body that is not JSON."""
     answer: Any = None
     """Type of the JSON answer; None for another media type."""
     status: int = 200

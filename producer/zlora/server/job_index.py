@@ -10,17 +10,15 @@
 All of them expire with the records of jobs.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated, Final, NamedTuple, cast
 
 import msgspec
-import redis
 from msgspec import Meta, Struct
 
+from zlora.broker.connection import reached
 from zlora.broker.job_store import connect
 from zlora.broker.keys import RECORD_EXPIRES, job_key, unfinished_key
-from zlora.errors import BrokerUnavailable
 
 MAX_JOBS: Final = 10_000  # in a list; the oldest are dropped
 _SUBMITTING: Final = 60  # seconds in which a job that was reserved reaches the queue
@@ -106,7 +104,7 @@ class JobIndex:
             job_key(""),
             MAX_JOBS,
         ]
-        with _reached():
+        with reached():
             found = self._reserve(keys, arguments)
         if isinstance(found, str):
             return msgspec.json.decode(found, type=Entry)
@@ -115,7 +113,7 @@ class JobIndex:
     def release(self, job_id: str, entry: Entry) -> None:
         """Remove a job that was reserved and then refused."""
         labels = [f"{name}={value}" for name, value in entry.labels.items()]
-        with _reached(), self._redis.pipeline() as pipeline:
+        with reached(), self._redis.pipeline() as pipeline:
             pipeline.delete(self._job_key(job_id))
             for key in (
                 self._list_key(entry.tenant),
@@ -127,7 +125,7 @@ class JobIndex:
 
     def find(self, job_id: str) -> Entry | None:
         """Return the entry of a job, None if no API has submitted it."""
-        with _reached():
+        with reached():
             found = self._redis.get(self._job_key(job_id))
         return None if found is None else msgspec.json.decode(found, type=Entry)
 
@@ -137,7 +135,7 @@ class JobIndex:
         `cursor` is that of the page before. Jobs that are submitted meanwhile may show a job twice.
         """
         lists = [self._list_key(tenant, f"{name}={value}") for name, value in labels.items()]
-        with _reached():
+        with reached():
             if len(lists) > 1:
                 found = cast("list[str]", self._redis.zinter(lists, aggregate="MAX"))
                 ids = found[::-1][cursor : cursor + limit + 1]
@@ -158,11 +156,3 @@ class JobIndex:
 
     def _list_key(self, tenant: str, label: str = "") -> str:
         return f"{self._prefix}:jobs:{tenant}" + (f":{label}" if label else "")
-
-
-@contextmanager
-def _reached() -> Iterator[None]:
-    try:
-        yield
-    except redis.RedisError as error:
-        raise BrokerUnavailable(f"the broker does not answer: {error}") from error

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
+from zlora.broker.uploads import MAX_BYTES
 from zlora.client import Priority
 from zlora.errors import JobUnknown, ResultTimeout, ZloraError
 from zlora.handle import has_ended
@@ -224,6 +225,15 @@ async def inspect(call: Call) -> Response:
     return json_answer(await call.service.inspect(call.caller, document["file"]))
 
 
+async def upload(call: Call) -> Response:
+    """Keep an image for a day, and return its address for `image` and `mask` of requests.
+
+    The body is the file, PNG, JPEG or WebP. All images of an API key's tenant together have at most
+    64 MiB: the oldest are dropped for new ones.
+    """
+    return json_answer(await call.service.upload(call.caller, await call.request.body()))
+
+
 async def get_queue(call: Call) -> Response:
     """Return what the queue serves: base models, bounds, defaults, names of the catalogue."""
     info = await call.service.queue_info()
@@ -321,6 +331,7 @@ NATIVE: Final = Api(
         ),
         Endpoint("POST", "/v1/jobs/{job_id}/cancel", cancel, answer=Cancelled),
         Endpoint("POST", "/v1/loras/inspect", inspect, body=Inspection, answer=LoraInfo),
+        Endpoint("POST", "/v1/uploads", upload, takes="image/*", answer=Asset, max_body=MAX_BYTES),
         Endpoint("GET", "/v1/queue", get_queue, answer=QueueInfo),
     ),
 )

@@ -57,8 +57,12 @@ def _operation(endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
         found["description"] = description
     if not endpoint.is_public:
         found["security"] = [{"key": []}]
+    content: dict[str, Any] = {}
     if endpoint.body is not None:
-        content = {"application/json": {"schema": by_kind[endpoint.body]}}
+        content["application/json"] = {"schema": by_kind[endpoint.body]}
+    if endpoint.takes:
+        content[endpoint.takes] = {}
+    if content:
         found["requestBody"] = {"required": True, "content": content}
     schema = by_kind[endpoint.answer] if endpoint.answer is not None else {"type": "string"}
     found["responses"] = {

@@ -5,14 +5,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-import redis
 from limits import RateLimitItemPerMinute
 from limits.storage import RedisStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
 from zlora import config
+from zlora.broker.connection import reached
 from zlora.broker.job_store import connect
-from zlora.errors import BrokerUnavailable
 from zlora.server.problems import TooManyRequests
 
 _THREADS: Final = 4  # a call takes less than a millisecond
@@ -40,14 +39,12 @@ class RateLimits:
         """Count a request; raise `TooManyRequests`, or `BrokerUnavailable`."""
         item = RateLimitItemPerMinute(per_minute)
         loop = asyncio.get_running_loop()
-        try:
+        with reached():
             if await loop.run_in_executor(self._threads, self._limiter.hit, item, tenant):
                 return
             window = await loop.run_in_executor(
                 self._threads, self._limiter.get_window_stats, item, tenant
             )
-        except redis.RedisError as error:
-            raise BrokerUnavailable(f"the broker does not answer: {error}") from error
         seconds = max(1, round(window.reset_time - time.time()))
         message = f"this API key may make {per_minute} requests in a minute"
         raise TooManyRequests(message, {"retry_after": seconds})

@@ -10,6 +10,8 @@ from typing import Any, Final, NamedTuple, TypeVar, Unpack
 
 from zlora import images
 from zlora.async_client import AsyncClient, AsyncJobHandle
+from zlora.broker import uploads
+from zlora.broker.uploads import Uploads
 from zlora.client import Options, job_id_of
 from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobUnknown, ZloraError
 from zlora.lora.base_model import LoraInfo
@@ -26,7 +28,7 @@ from zlora.schema import (
     parse_request,
 )
 from zlora.server.job_index import Entry, JobIndex, Page
-from zlora.server.problems import TooManyJobs
+from zlora.server.problems import BodyTooLarge, TooManyJobs
 from zlora.server.tenants import Tenant, require_allowed
 
 T = TypeVar("T")
@@ -50,11 +52,12 @@ class Service:
         self,
         client: AsyncClient,
         index: JobIndex,
+        kept: Uploads,
         *,
         preflight: Callable[[], Preflight] = Preflight,
         image_hosts: frozenset[str] | None = None,
     ) -> None:
-        self._client, self._index = client, index
+        self._client, self._index, self._uploads = client, index, kept
         self._make_preflight, self._image_hosts = preflight, image_hosts
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="zlora-index")
         self._slow = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="zlora-fetch")
@@ -65,6 +68,7 @@ class Service:
         self._threads.shutdown(wait=False)
         self._slow.shutdown(wait=False)
         self._index.close()
+        self._uploads.close()
 
     async def submit(
         self,
@@ -140,6 +144,19 @@ class Service:
         read = partial(images.read, image, hosts=self._image_hosts)
         return await asyncio.get_running_loop().run_in_executor(self._slow, read)
 
+    async def upload(self, caller: Caller, data: bytes) -> Asset:
+        """Keep an image of the caller for a day, for the `image` and `mask` of requests.
+
+        Raises `BodyTooLarge` beyond 8 MiB, and `InvalidRequest` for no bytes.
+        """
+        if not data:
+            raise invalid("$", "no bytes", "Expected the bytes of an image")
+        if len(data) > uploads.MAX_BYTES:
+            message = f"the image has more than {uploads.MAX_BYTES} bytes"
+            raise BodyTooLarge(message, {"max_bytes": uploads.MAX_BYTES})
+        sha256 = await self._run(partial(self._uploads.add, caller.name, data))
+        return Asset(url=f"upload:{sha256}")
+
     async def inspect(self, caller: Caller, file: object) -> LoraInfo:
         """Describe the LoRA at an address, an `Asset`, by its header.
 
@@ -165,12 +182,17 @@ class Service:
         return None if tenant.models is None else await self._client.queue_info()
 
     async def _require_own_image(self, caller: Caller, asset: Asset, path: str) -> None:
-        if (found := asset.job_image) is None:
-            return
-        try:
-            await self.entry(caller, found[0])
-        except JobUnknown:
-            raise invalid(f"$.{path}", asset.address, "Expected an image of your jobs") from None
+        """Raise `InvalidRequest` for an image of another tenant's job or upload."""
+        if asset.upload is not None:
+            if not await self._run(partial(self._uploads.has, caller.name, asset.upload)):
+                expected = "Expected an image that you have uploaded in the last day"
+                raise invalid(f"$.{path}", asset.address, expected)
+        elif (found := asset.job_image) is not None:
+            try:
+                await self.entry(caller, found[0])
+            except JobUnknown:
+                expected = "Expected an image of your jobs"
+                raise invalid(f"$.{path}", asset.address, expected) from None
 
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

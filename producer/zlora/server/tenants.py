@@ -172,7 +172,7 @@ def require_allowed(request: GenerateRequest, tenant: Tenant, info: QueueInfo | 
 
 
 def _require_source(asset: Asset, tenant: Tenant, place: str) -> None:
-    if asset.job_image is not None:  # of a job of the same tenant, which the service checks
+    if asset.job_image is not None or asset.upload is not None:  # the service checks whose it is
         return
     if (name := lora_name(asset.address)) is not None:
         _require_name(name, tenant, place)

@@ -762,6 +762,17 @@ def test_an_image_of_an_earlier_job_has_an_address() -> None:
         assert Asset(url=other).job_image is None
 
 
+def test_an_uploaded_image_has_an_address() -> None:
+    digest = "0a" * 32
+    for spelling in ({"url": f"upload:{digest}"}, {"ref": f"upload:{digest}"}):
+        request = parse_request(document(image=spelling))
+        assert request.image is not None
+        assert (request.image.address, request.image.upload) == (f"upload:{digest}", digest)
+        assert request.fetched_images == ()
+    for other in ("upload:", f"upload:{digest}0", f"upload:{digest.upper()}", f"x-upload:{digest}"):
+        assert Asset(url=other).upload is None
+
+
 # --- digests
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from zlora.broker.uploads import Uploads
 from zlora.errors import InvalidSetting
 from zlora.schema import GenerateRequest, GenerateResult, Phase
 
@@ -118,6 +119,7 @@ class LocalWorker:
                 image_max_bytes=self._settings.image_max_bytes,
                 image_max_pixels=self._settings.image_max_pixels,
                 earlier_results=open_store(self._settings) if names_job else None,
+                uploads=Uploads(self._settings.broker_url, self._settings.queue),
             )
             with recorded_conditions(model, threads=recorded.threads, tiled=recorded.tiled):
                 # `model_for` has chosen the base.
