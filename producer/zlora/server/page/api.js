@@ -12,8 +12,7 @@ export class Problem extends Error {
     super(document.detail ?? document.message);
     this.code = document.code;
     this.retryable = document.retryable ?? false;
-    this.path = document.path ?? document.details?.path;
-    this.expected = document.expected ?? document.details?.expected;
+    this.path = document.path ?? pathIn(document.details ?? {});
     this.retryAfter = document.retryAfter;
   }
 }
@@ -27,7 +26,7 @@ export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
 export const forgetKey = () => sessionStorage.removeItem(KEY);
 
-/** Send a request; ask for the API key as often as the server wants another one. */
+/** Send a request, with a file or JSON; ask for the API key until the server knows it. */
 export async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
@@ -36,7 +35,7 @@ export async function send(path, { method = "GET", body, headers = {}, signal } 
     try {
       response = await fetch(path, {
         method,
-        body: body === undefined ? undefined : JSON.stringify(body),
+        body: body === undefined || body instanceof Blob ? body : JSON.stringify(body),
         headers: { ...headers, ...authorization },
         signal,
       });
@@ -142,6 +141,11 @@ function missing() {
   note.className = "missing";
   note.textContent = "The image is not in the store any more.";
   return note;
+}
+
+/** Return the path that the details of an error name, such as that of a LoRA by its index. */
+function pathIn({ path, field = "loras", index }) {
+  return path ?? (index === undefined ? undefined : `$.${field}[${index}]`);
 }
 
 async function problemOf(response) {

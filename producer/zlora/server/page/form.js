@@ -1,7 +1,7 @@
 // The form as a request, a request as the form, and errors at their fields.
 
 import { byId, h } from "./dom.js";
-import { fillLoras, offerNames, readLoras } from "./loras.js";
+import { fillLoras, inputNamedIn, offerNames, readLoras } from "./loras.js";
 import { WrongValue, fillSweep, readSweep } from "./sweep.js";
 
 const NUMBERS = {
@@ -37,7 +37,8 @@ export function offerServed(info) {
     const [width, height] = sides(wide / high, info.width * info.height);
     return [`${width} ${height}`, `${wide}:${high} · ${width} × ${height}`];
   });
-  offer("shape", [["", `Own: ${info.width} × ${info.height}`], ...shapes, ["other", "Other"]]);
+  const others = shapes.filter(([value]) => value !== `${info.width} ${info.height}`);
+  offer("shape", [["", `Own: ${info.width} × ${info.height}`], ...others, ["other", "Other"]]);
   const isChat = limits.prompts === "chat"; // one message, which has neither weights nor previews
   byId("syntax-field").hidden = byId("previews-field").hidden = isChat;
 }
@@ -61,11 +62,20 @@ export function setUpForm(onChange) {
     byId("seed").focus();
     onChange();
   });
+  byId("image").addEventListener("input", () => byId("image-shown").replaceChildren());
   byId("image-remove").addEventListener("click", () => {
-    byId("image").value = "";
+    startFrom(undefined);
     byId("image").focus();
     onChange();
   });
+}
+
+/** Set the image to start from; `shown` is an element that shows it, if there is one. */
+export function startFrom(asset, shown) {
+  filledImage = asset;
+  byId("image").value = addressOf(asset) ?? "";
+  byId("image-shown").replaceChildren(...(shown ? [shown] : []));
+  byId("image-group").open ||= asset !== undefined;
 }
 
 /** Return the request of the form; raise `WrongValue`. */
@@ -88,7 +98,7 @@ export function readForm() {
   if (byId("previews").checked && limits.prompts !== "chat") request.previews = true;
   const address = byId("image").value.trim();
   if (address === addressOf(filledImage)) request.image = filledImage;
-  else if (address) request.image = address.startsWith("job:") ? { ref: address } : { url: address };
+  else if (address) request.image = /^(job|upload):/.test(address) ? { ref: address } : { url: address };
   request.sweep = readSweep();
   if (request.sweep || request.num_images === 1) delete request.num_images;
   return request;
@@ -110,9 +120,7 @@ export function fillForm(request) {
     choose(byId(id), rest[field] ?? byId(id).options[0].value);
     delete rest[field];
   }
-  filledImage = image;
-  byId("image").value = addressOf(image) ?? "";
-  byId("image-group").open = image !== undefined;
+  startFrom(image);
   fillLoras(loras ?? []);
   fillSweep(sweep);
   byId("sweep-group").open = sweep !== undefined;
@@ -146,7 +154,7 @@ export function keptDraft() {
 /** Show an error of the API, or a `WrongValue`, at its field; return whether it has one. */
 export function showError(error) {
   clearErrors();
-  const input = error instanceof WrongValue ? error.input : inputAt(error.path);
+  const input = error.input ?? inputAt(error.path) ?? inputNamedIn(error.message);
   if (input === undefined) return false;
   for (let group = input.closest("details"); group; group = group.parentElement.closest("details")) {
     group.open = true;
@@ -178,17 +186,14 @@ export function messageOf(error) {
 /** Return the input for a path such as `$.loras[0].weight`: that of the longest part of it. */
 function inputAt(path) {
   if (!path) return undefined;
-  const all = [...document.querySelectorAll("#form [data-path]")].filter(
-    (input) => path === input.dataset.path || /^[.[]/.test(path.slice(input.dataset.path.length)),
-  );
-  const fitting = all.filter((input) => path.startsWith(input.dataset.path));
-  fitting.sort((one, other) => other.dataset.path.length - one.dataset.path.length);
-  return fitting[0] ?? (path.startsWith("$.") && otherHas(path) ? byId("other") : undefined);
-}
-
-function otherHas(path) {
   const name = /^\$\.(\w+)/.exec(path)?.[1];
-  return name !== undefined && byId("other").value.includes(JSON.stringify(name));
+  if (byId("other").value.includes(JSON.stringify(name))) return byId("other");
+  const inputs = [...document.querySelectorAll("#form [data-path]")].filter(({ dataset }) => {
+    const rest = path.startsWith(dataset.path) ? path.slice(dataset.path.length) : "no";
+    return /^($|[.[])/.test(rest);
+  });
+  inputs.sort((one, other) => other.dataset.path.length - one.dataset.path.length);
+  return inputs[0];
 }
 
 const addressOf = (asset) => asset?.url ?? asset?.ref ?? asset?.cozy_ref;

@@ -27,6 +27,12 @@ export async function openGallery() {
   await loadPage();
 }
 
+/** Show how a job of the gallery is doing by now. */
+export function updateCard(id) {
+  const item = byId("cards").querySelector(`[data-job="${CSS.escape(id)}"]`);
+  if (item) fillCard(item, jobs.get(id));
+}
+
 /** Show the recent jobs below the stage; `selected` is on it. */
 export function showStrip(selected) {
   const ids = jobs.recent.filter((id) => jobs.get(id)).slice(0, MOST_RECENT);
@@ -75,8 +81,11 @@ async function loadPage() {
 }
 
 function card(listed) {
-  const item = h("li", { class: "card" }, h("span", { class: "missing" }, stateOf(listed)));
-  whenSeen(item, async () => fillCard(item, await jobs.load(listed.id)));
+  const item = h("li", { class: "card", "data-job": listed.id }, h("span", { class: "missing" }, stateOf(listed)));
+  whenSeen(item, async () => {
+    await jobs.load(listed.id);
+    updateCard(listed.id); // of a job that was known already
+  });
   return item;
 }
 
@@ -115,9 +124,8 @@ function fillCard(item, job) {
 }
 
 function thumbnail(job, name) {
-  const index = job.result.sheet ? "sheet" : 0;
-  const { width, height } = index === 0 ? job.result.images[0] : job.result.sheet;
-  return showImage(h("img", { width, height, alt: name }), job.id, index);
+  const { width, height } = job.result.sheet ?? job.result.images[0];
+  return showImage(h("img", { width, height, alt: name }), job.id, job.result.sheet ? "sheet" : 0);
 }
 
 /** Call a function once an element is near the screen. */

@@ -85,13 +85,11 @@ class Jobs extends EventTarget {
     for (;;) {
       await new Promise((resolve) => setTimeout(resolve, LOOK));
       if (document.hidden) continue;
-      for (const id of this.recent) {
-        const job = this.#known.get(id);
-        if (job && !hasEnded(job) && job.status.state !== "UNKNOWN" && this.#shown?.id !== id) {
-          await this.#refresh(id).catch((error) => {
-            if (!(error instanceof Problem)) throw error;
-          });
-        }
+      for (const job of this.#known.values()) {
+        if (hasEnded(job) || job.status.state === "UNKNOWN" || this.#shown?.id === job.id) continue;
+        await this.#refresh(job.id).catch((error) => {
+          if (!(error instanceof Problem)) throw error;
+        });
       }
     }
   }

@@ -51,6 +51,11 @@ export const readLoras = () => rows.map((row) => row.read());
 /** Return id and name of each row; the id stays when other rows are removed. */
 export const loraRows = () => rows.map((row) => ({ id: row.id, name: row.name }));
 
+/** Return the input of the LoRA whose address a message begins with, as those of workers do. */
+export function inputNamedIn(message) {
+  return rows.find((row) => message.startsWith(`${row.address.split(/[?#]/, 1)[0]}: `))?.weight;
+}
+
 /** Replace all rows. */
 export function fillLoras(specs) {
   rows = specs.map(makeRow);
@@ -95,14 +100,16 @@ function makeRow(spec) {
   follow();
   const remove = h("button", { type: "button", class: "icon", "aria-label": `Remove ${name}` }, "✕");
   const { file, adapter_name: _label, ...beyond } = rest;
+  const address = file.url ?? file.ref ?? file.cozy_ref;
   const row = {
     id,
     name,
+    address,
     weight: weightInput,
     element: h(
       "li",
       { class: "lora field" },
-      h("span", { class: "lora-name", title: file.url ?? file.ref ?? file.cozy_ref }, name),
+      h("span", { class: "lora-name", title: address }, name),
       remove,
       slider,
       weightInput,

@@ -3,10 +3,10 @@
 import { Problem, forgetKey, get, hasKey, onUnauthorized } from "./api.js";
 import { announce, byId } from "./dom.js";
 import * as form from "./form.js";
-import { openGallery, setUpGallery, showStrip } from "./gallery.js";
+import { openGallery, setUpGallery, showStrip, updateCard } from "./gallery.js";
 import { hasEnded, jobs, recipeOf } from "./jobs.js";
 import { setUpLoras } from "./loras.js";
-import { actions, showJob, showNothing, stateOf } from "./result.js";
+import { actions, imageElement, showJob, showNothing, stateOf } from "./result.js";
 import { WrongValue, countWords, offerFields, setUpSweep } from "./sweep.js";
 
 const LOOK = 2000; // milliseconds between two questions for a worker
@@ -78,13 +78,36 @@ Object.assign(actions, {
   fill,
   cancel: reporting((id) => jobs.cancel(id)),
   save: reporting((save) => save()),
-  startFrom(id, index) {
-    byId("image").value = `job:${id}#${index}`;
-    byId("image-group").open = true;
+  startFrom(job, index) {
+    form.startFrom({ ref: `job:${job.id}#${index}` }, imageElement(job, index));
     onFormChange();
     byId("strength").focus();
   },
 });
+
+const upload = reporting(async (file) => {
+  const asset = await get("/v1/uploads", { method: "POST", body: file });
+  const shown = Object.assign(document.createElement("img"), { alt: file.name, src: URL.createObjectURL(file) });
+  shown.addEventListener("load", () => URL.revokeObjectURL(shown.src), { once: true });
+  form.startFrom(asset, shown);
+  onFormChange();
+});
+
+/** Take images that are chosen, dropped or pasted. */
+function setUpUploads() {
+  const take = (files) => {
+    const file = [...files].find(({ type }) => type.startsWith("image/"));
+    if (file) upload(file);
+    return file !== undefined;
+  };
+  byId("image-file").addEventListener("change", ({ target }) => take(target.files));
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault(); // else the browser would leave the page for the file
+    take(event.dataTransfer.files);
+  });
+  addEventListener("paste", (event) => take(event.clipboardData.files) && event.preventDefault());
+}
 
 /** Show the view and the job that the address names. */
 const route = reporting(async () => {
@@ -113,7 +136,9 @@ const route = reporting(async () => {
 
 jobs.addEventListener("change", ({ detail: id }) => {
   showStrip(selected);
-  if (id === null || id !== selected) return;
+  if (id === null) return;
+  updateCard(id);
+  if (id !== selected) return;
   const job = jobs.get(id);
   showJob(job);
   const state = stateOf(job);
@@ -129,14 +154,12 @@ function askForKey(wasWrong) {
   byId("key-hint").textContent = wasWrong
     ? "The server does not know this key."
     : "This server asks for a key, which stays in this tab until the tab is closed.";
+  byId("change-key").hidden = false;
   input.value = "";
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    const onClose = () => {
-      byId("forget-key").hidden = dialog.returnValue === "";
-      resolve(dialog.returnValue === "" ? null : dialog.returnValue);
-    };
+    const onClose = () => resolve(dialog.returnValue === "" ? null : dialog.returnValue);
     dialog.addEventListener("close", onClose, { once: true });
   });
 }
@@ -148,8 +171,8 @@ function setUpDialogs() {
     dialog.close(byId("key").value.trim());
   });
   byId("key-cancel").addEventListener("click", () => dialog.close(""));
-  byId("forget-key").hidden = !hasKey();
-  byId("forget-key").addEventListener("click", () => {
+  byId("change-key").hidden = !hasKey();
+  byId("change-key").addEventListener("click", () => {
     forgetKey();
     location.assign("#/");
     location.reload();
@@ -157,27 +180,32 @@ function setUpDialogs() {
   const viewer = byId("viewer");
   byId("viewer-close").addEventListener("click", () => viewer.close());
   viewer.addEventListener("click", ({ target }) => target === viewer && viewer.close());
+  viewer.addEventListener("keydown", ({ key }) => {
+    const button = { ArrowLeft: "viewer-previous", ArrowRight: "viewer-next" }[key];
+    if (button && !byId(button).hidden) byId(button).click();
+  });
 }
 
-/** Ask until a worker has said what the queue serves. */
+/** Ask until a worker has said what the queue serves; return whether it may be asked at all. */
 async function learnServed() {
   for (;;) {
     try {
       const info = await get("/v1/queue");
       form.offerServed(info);
       byId("served").textContent = [info.base, ...info.models].filter(Boolean).join(" · ");
-      return;
+      return true;
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       const isStarting = error.code === "not_found";
       byId("served").textContent = isStarting ? "No worker has its model yet …" : error.message;
-      if (!isStarting && !error.retryable) return;
+      if (!isStarting && !error.retryable) return false;
     }
     await new Promise((resolve) => setTimeout(resolve, LOOK));
   }
 }
 
 setUpDialogs();
+setUpUploads();
 onUnauthorized(askForKey);
 setUpLoras(onFormChange);
 setUpSweep(onFormChange);
@@ -198,8 +226,12 @@ addEventListener("hashchange", route);
 
 const draft = form.keptDraft();
 if (draft) form.fillForm(draft);
-await learnServed();
+const isAllowed = await learnServed();
 onFormChange();
-route();
-jobs.loadRecent().catch(showProblem);
+if (isAllowed) {
+  route();
+  jobs.loadRecent().catch(showProblem);
+} else {
+  showNothing();
+}
 jobs.watch();

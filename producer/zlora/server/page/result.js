@@ -14,7 +14,7 @@ export const actions = {};
 
 /** Return one word for the state of a job. */
 export function stateOf(job) {
-  if (job.error?.code === "job_revoked") return "cancelled";
+  if (job.error) return { job_revoked: "cancelled", expired: "expired" }[job.error.code] ?? "failed";
   const words = { SUCCESS: "done", FAILURE: "failed", REVOKED: "cancelled", UNKNOWN: "expired" };
   return words[job.status.state] ?? (job.status.phase === "queued" ? "queued" : "running");
 }
@@ -75,12 +75,23 @@ export function showNothing() {
   byId("receipt").hidden = true;
 }
 
-/** Show an image at its full size. */
+/** Show an image at its full size, with what can be done with it. */
 export function enlarge(job, index) {
-  const { width, height } = imageOf(job, index);
-  const image = h("img", { width, height, alt: altOf(job, index), class: width < 200 ? "small" : "" });
-  byId("viewer-image").replaceChildren(showImage(image, job.id, index));
-  byId("viewer").showModal();
+  const viewer = byId("viewer");
+  byId("viewer-image").replaceChildren(imageElement(job, index));
+  byId("viewer-caption").textContent = `Seed ${job.result.images[index].seed}`;
+  byId("viewer-save").onclick = () => actions.save(() => saveImage(job.id, index, fileName(job, index)));
+  byId("viewer-start").onclick = () => {
+    viewer.close();
+    actions.startFrom(job, index);
+  };
+  const count = job.result.images.length;
+  for (const [id, key, step] of [["viewer-previous", "ArrowLeft", count - 1], ["viewer-next", "ArrowRight", 1]]) {
+    byId(id).hidden = count === 1;
+    byId(id).onclick = () => enlarge(job, (index + step) % count);
+    byId(id).setAttribute("aria-keyshortcuts", key);
+  }
+  if (!viewer.open) viewer.showModal();
 }
 
 function progressView(job) {
@@ -131,10 +142,17 @@ function imagesOf(job) {
   return h("div", { class: "several" }, images.map((image, index) => figure(job, index, `Seed ${image.seed}`)));
 }
 
+/** Return the element of an image, whose text for those who cannot see it is by default its prompt. */
+export function imageElement(job, index, alt) {
+  const { width, height } = job.result.images[index];
+  const text = alt ?? (cut(job.result.request.prompt, 200) || `Image ${index}`);
+  const image = h("img", { width, height, alt: text, class: width < 200 ? "small" : "" });
+  return showImage(image, job.id, index);
+}
+
 function figure(job, index, caption, label) {
-  const { width, height } = imageOf(job, index);
-  const image = h("img", { width, height, alt: label ?? altOf(job, index), class: width < 200 ? "small" : "" });
-  const open = h("button", { type: "button", class: "picture", onclick: () => enlarge(job, index) }, showImage(image, job.id, index));
+  const image = imageElement(job, index, label);
+  const open = h("button", { type: "button", class: "picture", onclick: () => enlarge(job, index) }, image);
   const uses = job.result.cells.length
     ? h("button", { type: "button", class: "use", onclick: () => actions.fill(cellRecipe(job, index)), "aria-label": `Use the values of ${label}` }, "Use")
     : null;
@@ -142,21 +160,23 @@ function figure(job, index, caption, label) {
 }
 
 function toolbar(job) {
-  const recipe = recipeOf(job.result);
   const { result } = job;
-  const button = (text, onclick, title) => h("button", { type: "button", onclick, title }, text);
+  const recipe = recipeOf(result);
   const { seed: _seed, ...withoutSeed } = recipe;
+  const button = (text, onclick, title) => h("button", { type: "button", onclick, title }, text);
   const isSweep = result.cells.length > 0;
-  const extension = result.images[0].content_type.split("/").pop();
+  const isOne = result.images.length === 1;
+  const compared = isSweep ? [] : [`compared_with=${job.id}`];
+  const saveSheet = () => saveImage(job.id, "sheet", `${job.id}-sheet.jpeg`);
   return h(
     "div",
-    { class: "toolbar", role: "toolbar", "aria-label": "What to do with this image" },
-    button("Again", () => actions.draw(recipe, [`compared_with=${job.id}`]), "The same recipe and seed once more"),
-    isSweep && recipe.sweep?.seed ? null : button("Vary seed", () => actions.draw(withoutSeed), "The same recipe with another seed"),
+    { class: "toolbar", role: "group", "aria-label": "What to do with this result" },
+    button("Again", () => actions.draw(recipe, compared), "The same recipe and seed once more"),
+    recipe.sweep?.seed ? null : button("Vary seed", () => actions.draw(withoutSeed), "The same recipe with another seed"),
     button("Use this recipe", () => actions.fill(recipe), "Fill the form with what drew this image"),
-    isSweep ? null : button("Start from it", () => actions.startFrom(job.id, 0), "Draw from this image"),
-    isSweep && result.sheet ? button("Save sheet", () => actions.save(() => saveImage(job.id, "sheet", `${job.id}-sheet.jpeg`))) : null,
-    isSweep ? null : button("Save", () => actions.save(() => saveImage(job.id, 0, `${job.id}.${extension}`))),
+    isOne ? button("Start from it", () => actions.startFrom(job, 0), "Draw from this image") : null,
+    isOne ? button("Save", () => actions.save(() => saveImage(job.id, 0, fileName(job, 0)))) : null,
+    result.sheet ? button("Save sheet", () => actions.save(saveSheet)) : null,
   );
 }
 
@@ -249,8 +269,8 @@ function warningsOf(result) {
 
 function sameness(job, compared) {
   if (job.labels.without) return null;
-  const [one, other] = [job, compared].map(({ result }) => result.images[0].pixels_sha256);
-  return h("p", { class: "details" }, one === other ? "The same pixels." : "Other pixels.");
+  const [one, other] = [job, compared].map(({ result }) => result.images.map((image) => image.pixels_sha256).join());
+  return h("p", { class: "details" }, one === other ? "The same pixels, to the last bit." : "Other pixels.");
 }
 
 function captionOf(job) {
@@ -263,6 +283,4 @@ function cellRecipe(job, index) {
   return { seed: job.result.images[index].seed, ...request };
 }
 
-const imageOf = (job, index) => (index === "sheet" ? job.result.sheet : job.result.images[index]);
-
-const altOf = (job, index) => cut(job.result.request.prompt, 200) || `Image ${index}`;
+const fileName = (job, index) => `${job.id}-${job.result.images[index].key.split("/").pop()}`;
