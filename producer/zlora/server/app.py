@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from zlora.async_client import AsyncClient
 from zlora.broker.uploads import Uploads
 from zlora.errors import InternalError, ZloraError
-from zlora.server import metrics, openapi, problems
+from zlora.server import metrics, openapi, page, problems
 from zlora.server.a1111 import A1111
 from zlora.server.endpoint import Api, Call, Endpoint, json_answer
 from zlora.server.fal import FAL
@@ -128,6 +128,7 @@ def make_app(settings: ServerSettings) -> Starlette:
         for api in (*APIS, SERVER)
         for endpoint in api.endpoints
     ]
+    routes += page.routes()
     middleware = [Middleware(_Headers)]
     if settings.keys is None:
         middleware.append(Middleware(_LocalOnly, origins=settings.origins))
