@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ PUBLIC: Final = "https://images.example.org"
 INFO: Final = QueueInfo(
     base="SDXL",
     model="first",
-    models=("first", "second"),
+    models=("first", "second", "dall-e-mini"),
     base_sha256="0" * 64,
     width=1024,
     height=1024,
@@ -110,7 +111,7 @@ def test_openais_client_is_told_of_a_wrong_key(door: Door) -> None:
 
 def test_a_tenant_sees_and_uses_its_models_only(door: Door) -> None:
     with door.openai("all") as client:
-        assert [model.id for model in client.models.list()] == ["first", "second"]
+        assert [model.id for model in client.models.list()] == list(INFO.models)
         assert client.models.retrieve("first").owned_by == "z-image-lora"
     with door.openai("some") as client:
         assert [model.id for model in client.models.list()] == ["second"]
@@ -119,6 +120,18 @@ def test_a_tenant_sees_and_uses_its_models_only(door: Door) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.images.generate(prompt="x", model="first")
         assert caught.value.param == "model"
+
+
+def test_a_name_of_openais_own_models_stands_for_the_default_unless_it_is_served(
+    door: Door, inline_worker: InlineWorker
+) -> None:
+    used = []
+    with door.openai("all") as client:
+        for model in ("dall-e-3", "dall-e-mini"):
+            inline_worker.draw_while(partial(client.images.generate, prompt="x", model=model))
+            used.append(inline_worker.drawn[-1].request.model)
+
+    assert used == [None, "dall-e-mini"]
 
 
 def test_the_quality_is_a_share_of_the_steps_of_the_base_model(
