@@ -338,10 +338,12 @@ def _read_status(broker: Broker, job_id: str) -> tuple[JobStatus, bool]:
     if queued.is_open:
         phase = Phase.QUEUED.progress_name
         return JobStatus(state=JobState.PENDING, phase=phase, position=queued.position), False
-    if isinstance(queued.verdict, JobRevoked | JobExpired):
-        return JobStatus(state=JobState.REVOKED), False
     if queued.verdict is not None:
-        return JobStatus(state=JobState.FAILURE), False
+        is_revoked = isinstance(queued.verdict, JobRevoked | JobExpired)
+        return JobStatus(state=JobState.REVOKED if is_revoked else JobState.FAILURE), False
+    meta = broker.task_meta(job_id)  # again: the job may have ended between the two looks
+    if meta.state != JobState.PENDING:
+        return status_of(job_id, meta), False
     found = _manifest(broker, job_id)
     if isinstance(found, GenerateResult):
         return JobStatus(state=JobState.SUCCESS), False

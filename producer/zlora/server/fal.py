@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any, Final, Literal, cast
 from urllib.parse import unquote_to_bytes
 
-from msgspec import Struct
+from msgspec import Struct, structs
 from starlette.responses import Response, StreamingResponse
 
 from zlora.async_client import AsyncJobHandle
@@ -21,7 +21,7 @@ from zlora.client import Priority
 from zlora.contrib import fal
 from zlora.errors import InvalidRequest, JobExpired, JobUnknown, ResultTimeout, ZloraError
 from zlora.handle import has_ended
-from zlora.schema import Cancellation, GenerateResult, JobState, JobStatus, invalid, to_dict
+from zlora.schema import Cancellation, GenerateResult, JobState, JobStatus, invalid
 from zlora.server import events, problems
 from zlora.server.endpoint import Api, Call, Endpoint, json_answer
 from zlora.server.problems import NotFound
@@ -152,10 +152,10 @@ async def _submit(
             if isinstance(address, str) and address.startswith("data:"):
                 asset = await call.service.upload(call.caller, _decoded(address, f"$.{name}"))
                 document = {**document, name: asset.address}
-        request = to_dict(fal.to_request(document, app=app))
+        request = fal.to_request(document, app=app)
         # Base models that read a chat have no previews.
         if previews and (info is None or info.limits.prompts != "chat"):
-            request["previews"] = True
+            request = structs.replace(request, previews=True)
         return await call.service.submit(
             call.caller, request, webhook_url=webhook_url, webhook_format="fal", **options
         )

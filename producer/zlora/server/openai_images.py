@@ -100,6 +100,7 @@ async def edit(call: Call) -> Response:
     """
     if not call.request.headers.get("Content-Type", "").startswith("multipart/form-data"):
         raise invalid("Content-Type", "another media type", "Expected multipart/form-data")
+    await call.request.body()  # all of it, so that only the end of the connection is to come
     try:
         form = await call.form(max_files=3, max_fields=_MAX_FIELDS)
     except HTTPException as error:  # not a form, or too many parts
@@ -157,9 +158,9 @@ async def _draw(call: Call, document: dict[str, Any]) -> Response:
     document = {
         name: value for name, value in document.items() if value is not None or name not in _OPENAI
     }
-    form = document.pop("response_format", "b64_json")
-    if form not in ("b64_json", "url"):
-        raise invalid("$.response_format", form, "Expected b64_json or url")
+    answer_format = document.pop("response_format", "b64_json")
+    if answer_format not in ("b64_json", "url"):
+        raise invalid("$.response_format", answer_format, "Expected b64_json or url")
     user = next((document[name] for name in _USERS if document.get(name)), None)
     for name in _USERS:
         value = document.pop(name, "")
@@ -171,7 +172,7 @@ async def _draw(call: Call, document: dict[str, Any]) -> Response:
         handle = await call.service.submit(call.caller, request, labels=labels)
         result = await call.result(handle)
     data = await asyncio.gather(
-        *(_image(call, result, index, form) for index in range(len(result.images)))
+        *(_image(call, result, index, answer_format) for index in range(len(result.images)))
     )
     answer: dict[str, Any] = {
         "created": int(time.time()),
@@ -199,7 +200,9 @@ def _request_of(document: Mapping[str, Any], info: QueueInfo | None) -> dict[str
             if name != our and our in ours:
                 raise invalid(f"$.{our}", ours[our], f"Expected no `{our}` beside `{name}`")
             ours[our] = document[name]
-    if isinstance(model := ours.get("model"), str) and _OPENAI_MODELS.fullmatch(model):
+    model = ours.get("model")
+    is_served = info is not None and model in info.models
+    if isinstance(model, str) and _OPENAI_MODELS.fullmatch(model) and not is_served:
         del ours["model"]
     if "output_compression" in document and ours.get("output_format", "png") == "png":
         expected = "Expected none for png, which keeps every pixel"
@@ -299,10 +302,12 @@ def _painted(data: bytes) -> bytes:
     raise invalid("$.mask", f"a file of {len(data)} bytes", expected)
 
 
-async def _image(call: Call, result: GenerateResult, index: int, form: str) -> dict[str, Any]:
+async def _image(
+    call: Call, result: GenerateResult, index: int, answer_format: str
+) -> dict[str, Any]:
     """Return one image of an answer."""
     image = result.images[index]
-    if form == "url":
+    if answer_format == "url":
         url = await call.service.public_url(result, index, base_url=call.base_url)
         return {"url": url, "seed": image.seed}
     data = await call.service.image_bytes(image)

@@ -205,6 +205,24 @@ def test_an_id_that_was_never_submitted_is_unknown(client: Client, broker_url: s
         wait_until(lambda: "never" in requested, "the sidecar has taken the request")
 
 
+def test_a_job_that_ends_while_its_status_is_read_is_not_unknown(
+    client: Client, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result comes between the look at the result and the look at the record."""
+    job = client.submit(REQUEST)
+    look = inside(client).queue_status
+
+    def look_after_the_end(job_id: str) -> Any:
+        ends(client, job_id)
+        inside(client)._jobs.mark_ended(job_id)
+        return look(job_id)
+
+    monkeypatch.setattr(inside(client), "queue_status", look_after_the_end)
+
+    assert job.status() == JobStatus(state=JobState.SUCCESS)
+    assert not broker.llen(manifest_requests_key("gpu"))
+
+
 @pytest.mark.parametrize("progress", [None, [1], {"step": "three"}], ids=str)
 def test_progress_of_another_program_is_an_internal_error(client: Client, progress: Any) -> None:
     with pytest.raises(InternalError, match="job-1"):
