@@ -19,6 +19,7 @@ zlora.server.protocol.READ_SECONDS = 1.5
 zlora.server.protocol.WRITE_SECONDS = 1.5
 zlora.server.load.BODY_SECONDS = 1.5
 zlora.server.load.MAX_HELD = 4 * 2**20
+zlora.server.load.MAX_OPEN = 30
 zlora.server.run.KEEP_ALIVE = 1
 """
 HEAD: Final = b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\n"
@@ -148,6 +149,25 @@ def answer_of(connection: socket.socket) -> tuple[str, str]:
     while not text.endswith("}"):
         text += connection.recv(65_536).decode()
     return text.split(" ", 2)[1], text
+
+
+def test_open_requests_are_bounded(server: Server) -> None:
+    """Beyond the bound: 503 with Retry-After. Clients that leave make room, before their time."""
+    with server.client() as client:
+        job_id = client.post("/v1/jobs", json={"prompt": "x"}).json()["id"]
+        wait = f"GET /v1/jobs/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        with ExitStack() as stack:
+
+            def is_full() -> bool:
+                stack.enter_context(opened(server)).sendall(wait)
+                return client.get("/v1/jobs").status_code == 503
+
+            wait_until(is_full, "the server is full of requests")
+            refused = client.get("/v1/jobs")
+            assert refused.json()["code"] == "overloaded"
+            assert int(refused.headers["Retry-After"]) > 0
+            assert client.get("/health/live").status_code == 200
+        wait_until(lambda: client.get("/v1/jobs").status_code == 200, "there is room again")
 
 
 def test_deadlines_free_what_was_held(server: Server) -> None:
