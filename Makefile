@@ -24,6 +24,7 @@ help:
 	@echo 'make setup         install everything into .venv'
 	@echo 'make demo          draw with the demo model on this machine'
 	@echo 'make docs          generate docs/reference from the code'
+	@echo 'make types         generate the TypeScript types of the HTTP API'
 	@echo 'make check         ruff, mypy --strict, import-linter'
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
 	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
@@ -54,6 +55,12 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(RUN)/pip install --quiet --editable '.[worker,server,local,flower,dev]'
 	touch $@
 
+# Packages of npm that generate and compile the types of examples/typescript.
+$(VENV)/node.stamp: $(VENV)/dev.stamp examples/typescript/package.json
+	mkdir -p build/typescript && cp examples/typescript/package.json build/typescript
+	PATH="$(CURDIR)/$(RUN):$$PATH" npm install --prefix build/typescript --silent --no-package-lock --no-audit --no-fund
+	touch $@
+
 demo: $(VENV)/demo.stamp
 	$(RUN)/zlora demo
 
@@ -70,13 +77,19 @@ demo-model-report: $(VENV)/dev.stamp
 docs: $(VENV)/dev.stamp
 	$(RUN)/python -P tools/reference.py
 
+# Generates examples/typescript/zlora.d.ts from the OpenAPI document.
+types: $(VENV)/node.stamp
+	$(RUN)/zlora schema openapi > build/typescript/openapi.json
+	PATH="$(CURDIR)/$(RUN):$$PATH" build/typescript/node_modules/.bin/openapi-typescript --default-non-nullable false \
+	    build/typescript/openapi.json --output examples/typescript/zlora.d.ts
+
 check: $(VENV)/dev.stamp
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
-test: check
+test: check $(VENV)/node.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest
 
 # Checks deploy/ and docker-compose.yml, and runs their commands as plain processes; needs no container engine.

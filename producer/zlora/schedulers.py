@@ -301,6 +301,11 @@ def find_scheduler(name: str) -> Choice | None:
     return None
 
 
+def find_schedule(name: str) -> Schedule | None:
+    """Return the schedule of a name, such as `SGM Uniform`, whatever its case and separators."""
+    return _ENDINGS.get(_plain(name))
+
+
 def nearest_schedulers(name: str) -> list[str]:
     """Return canonical names that are most like an unknown one."""
     found = difflib.get_close_matches(_plain(name), _NAMES, n=len(_NAMES), cutoff=_LEAST_LIKENESS)

@@ -32,6 +32,7 @@ QUEUE: Final = "gpu"  # default; the same base models for all workers of a queue
 MAX_SEED: Final = 2**53 - 1  # JSON readers that use doubles corrupt greater integers
 MAX_IMAGES: Final = 8
 MAX_LORAS: Final = 8
+MAX_STEPS: Final = 200  # of one pass
 STEPS: Final = 28  # of a request that says none
 GUIDANCE_SCALE: Final = 7.5  # likewise
 WEIGHT: Final = 1.0  # of a LoRA, likewise
@@ -64,10 +65,11 @@ Side = Annotated[int, Meta(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_STEP)]
 Strength = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(max_length=10_000)]  # characters
 Timesteps = Annotated[
-    tuple[Annotated[int, Meta(ge=0, le=999)], ...], Meta(min_length=1, max_length=200)
+    tuple[Annotated[int, Meta(ge=0, le=999)], ...], Meta(min_length=1, max_length=MAX_STEPS)
 ]
 Sigmas = Annotated[
-    tuple[Annotated[float, Meta(ge=0, le=10_000)], ...], Meta(min_length=1, max_length=201)
+    tuple[Annotated[float, Meta(ge=0, le=10_000)], ...],
+    Meta(min_length=1, max_length=MAX_STEPS + 1),
 ]
 OutputFormat = Literal["png", "jpeg", "webp"]
 LoraTier = Literal["memory", "disk", "network"]
@@ -144,7 +146,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     unet_weight: Weight | None = None
     """Strength in the UNet, or in the transformer of Z-Image; `weight` by default."""
     text_encoder_weight: Weight | None = None
-    """Strength in both text encoders; `weight` by default, 0 if the strength changes over steps."""
+    """Strength in the text encoders; `weight` by default, 0 if the strength changes over steps."""
     start: Share = 0.0
     """Share of the drawn steps before which the LoRA is not in the UNet; 0 by default."""
     end: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -241,7 +243,7 @@ class Upscale(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unkn
     """Factor of both sides, up to 4; the sides become multiples of 8."""
     strength: Strength = 0.5
     """Share of the steps of the second pass that are drawn, up to 1; 0.5 by default."""
-    steps: Annotated[int, Meta(ge=1, le=200)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
     """Denoising steps of the second pass, of which `strength` leaves the last; as the first's."""
     mode: Literal["image", "latent"] = "image"
     """What is enlarged: the decoded `image` (the default), or its `latent` before the decoding."""
@@ -258,7 +260,7 @@ class GenerateRequest(
     """One job. Unknown fields are refused, so that a misspelt field is never a silent default."""
 
     prompt: Text
-    """What to draw, at most 10,000 characters in at most 10 windows of 75 tokens."""
+    """What to draw, up to 10,000 characters, 10 windows of 75 tokens, or 512 tokens for Z-Image."""
     negative_prompt: Text = ""
     """What not to draw, with the same bounds; empty by default."""
     prompt_syntax: PromptSyntax = "plain"
@@ -283,7 +285,7 @@ class GenerateRequest(
     """Whether what is black in the mask is drawn anew, not what is white; false by default."""
     upscale: Upscale | None = None
     """Second pass at a larger size (hires fix); none by default."""
-    num_inference_steps: Annotated[int, Meta(ge=1, le=200)] | None = None
+    num_inference_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
     """Denoising steps; the base's default, 28 for SDXL. With `image` `strength` times as many."""
     guidance_scale: Annotated[float, Meta(ge=0, le=50)] | None = None
     """Strength of the prompt (classifier-free guidance); by default the base's, 7.5 for SDXL."""

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from threading import Lock
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -54,15 +54,20 @@ _MAX_SEEN: Final = 100_000  # messages, about 20 MB
 _SECONDS: Final = re.compile("[0-9]{1,12}", re.ASCII)
 _IP_HOST: Final = re.compile(r"\[[0-9a-fA-F:.]+\](:[0-9]+)?")  # an IPv6 address in a URL
 
+Format = Literal["standard", "fal"]
 Seen = Callable[[str, float], bool]
 """Return whether a key was given before; if not, remember the key for so many seconds."""
 
 
 class Webhook(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where the end of a job is reported; without `events`, every end."""
+    """Where the end of a job is reported; without `events`, every end.
+
+    `format` is that of the body: this project's, or that of fal.ai (`zlora.contrib.fal`).
+    """
 
     url: str
     events: tuple[str, ...] = ()
+    format: Format = "standard"
 
     @property
     def host(self) -> str:
@@ -90,20 +95,24 @@ class Event(Struct, frozen=True, kw_only=True):
     receiver: str | None = None
 
 
-def read(url: object, events: Collection[str] | None = None) -> Webhook:
-    """Return a checked webhook; without `events`, for every end.
+def read(
+    url: object, events: Collection[str] | None = None, *, body: Format = "standard"
+) -> Webhook:
+    """Return a checked webhook with bodies of this format; without `events`, for every end.
 
     Raises `InvalidRequest` with path, value and bound.
     """
     if not isinstance(url, str) or not _is_valid(url):
         expected = f"Expected an http or https URL of up to {_MAX_URL} characters, without a user"
         raise invalid("webhook_url", url, expected)
+    if body not in get_args(Format):
+        raise invalid("webhook_format", body, f"Expected one of {', '.join(get_args(Format))}")
     if events is None:
-        return Webhook(url=url)
+        return Webhook(url=url, format=body)
     is_list = isinstance(events, list | tuple | set | frozenset) and bool(events)
     if not is_list or any(name not in EVENTS for name in events):
         raise invalid("webhook_events", events, f"Expected some of {', '.join(EVENTS)}")
-    return Webhook(url=url, events=tuple(events))
+    return Webhook(url=url, events=tuple(events), format=body)
 
 
 def _is_valid(url: str) -> bool:

@@ -53,6 +53,7 @@ class Stack(NamedTuple):
     api_without_redis: str
     shop: str
     receiver: str
+    http: str
 
     def log(self, server: str) -> str:
         """Return the output of a server."""
@@ -63,7 +64,7 @@ class Stack(NamedTuple):
 def stack(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Start worker and servers at the same time; check at the end that no server failed."""
     folder = tmp_path_factory.mktemp("examples")
-    urls = {name: f"http://127.0.0.1:{free_port()}" for name in SERVERS}
+    urls = {name: f"http://127.0.0.1:{free_port()}" for name in (*SERVERS, "http")}
     environ = environ_of(broker_url, folder)
     scene = Scene(
         folder / "scene",
@@ -84,11 +85,13 @@ def stack(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             redis_url = NO_REDIS if name == "api_without_redis" else broker_url
             log = folder / f"{name}.log"
             started.enter_context(serving(command, environ | {"ZLORA_BROKER_URL": redis_url}, log))
+        serve = ["zlora", "serve", "--port", urls["http"].rpartition(":")[2]]
+        started.enter_context(serving(serve, environ, folder / "http.log"))
         for url in urls.values():
             wait_until(partial(answers, url), f"{url} answers")
         worker.wait_ready()
         yield Stack(scene, environ, folder, **urls)
-    for name in SERVERS:
+    for name in urls:
         assert "Traceback" not in (folder / f"{name}.log").read_text()
 
 
@@ -458,6 +461,42 @@ def test_gather_draws_eight_seeds_in_a_command_and_in_a_notebook(stack: Stack) -
         table = re.findall(r"^ +(\d+) +\d+\.\d\d +\d+\.\d\d$", printed, re.MULTILINE)
         assert sorted(seed for seed, _ in ends) == table == [str(seed) for seed in range(8)]
         assert len({path_of(url).read_bytes() for _, url in ends}) == 8
+
+
+def test_typescript_draws_over_http_and_prints_what_each_lora_changed(
+    stack: Stack, tmp_path: Path
+) -> None:
+    lora = stack.folder / "style.safetensors"
+    lora.write_bytes(lora_bytes())
+    script = ROOT / "examples" / "typescript" / "draw.ts"
+
+    printed = subprocess.run(
+        ["node", str(script), '{"step": 0.05}', lora.as_uri()],
+        cwd=tmp_path,
+        env=stack.environ | {"ZLORA_SERVER": stack.http},
+        encoding="utf-8",
+        capture_output=True,
+        check=True,
+    ).stdout
+
+    *_, change, file = printed.splitlines()
+    assert change.startswith(f"{lora.as_uri()} changes ")
+    assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+    assert "denoising" in printed
+
+
+def test_typescript_types_are_those_of_the_server(stack: Stack, tmp_path: Path) -> None:
+    """`make types` has been run since the API changed, and the example compiles with them."""
+    folder = ROOT / "examples" / "typescript"
+    programs = ROOT / "build" / "typescript" / "node_modules" / ".bin"
+    document, types = tmp_path / "openapi.json", tmp_path / "zlora.d.ts"
+    document.write_text(ran(["zlora", "schema", "openapi"], stack.environ))
+    generate = [str(programs / "openapi-typescript"), "--default-non-nullable", "false"]
+
+    ran([*generate, str(document), "--output", str(types)], stack.environ)
+    ran([str(programs / "tsc"), "--project", str(folder)], stack.environ)
+
+    assert types.read_text() == (folder / "zlora.d.ts").read_text()
 
 
 def test_the_index_names_each_example() -> None:

@@ -1,12 +1,14 @@
 """A worker in this process: its real Celery task on a real broker, without a model."""
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import celery.backends.redis
 import pytest
@@ -57,6 +59,7 @@ UNREAD: Final[Any] = SimpleNamespace(
 )
 
 Draw = Callable[[Job, Progress], None]
+T = TypeVar("T")
 
 
 class ChildExit(BaseException):
@@ -252,6 +255,22 @@ class InlineWorker:
         """Send the message of a job, run the task for it, and return the state."""
         self.send(job_id, request, **options)
         return self.run(self.take())
+
+    def next_request(self) -> dict[str, Any]:
+        """Take the next message, and return its request."""
+        request: dict[str, Any] = self.take().payload[0][0]
+        return request
+
+    def draw_while(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns; it runs in a thread, and the jobs of the queue run here."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(call)
+            while not future.done():
+                if (message := self.take()) is None:
+                    time.sleep(0.02)
+                else:
+                    self.run(message)
+            return future.result()
 
     # What a producer and an operator see
 

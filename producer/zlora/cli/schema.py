@@ -1,15 +1,14 @@
 """`zlora schema`: requests, results and other documents, as JSON Schema."""
 
-import inspect
 import json
 from datetime import datetime
 from typing import Any, Final, Literal
 
 import click
-import msgspec
 from msgspec import Struct
 
 from zlora.cli.printing import json_option, print_json
+from zlora.json_schema import schemas_of
 from zlora.schema import GenerateRequest, GenerateResult, JobStatus
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -52,7 +51,7 @@ _TYPES: Final[dict[str, Any]] = {
 
 
 @click.command()
-@click.argument("document", type=click.Choice(list(_TYPES)), default="request")
+@click.argument("document", type=click.Choice([*_TYPES, "openapi"]), default="request")
 @json_option
 def schema(document: str, as_json: bool) -> None:
     """Print the JSON Schema (2020-12) of DOCUMENT.
@@ -60,8 +59,16 @@ def schema(document: str, as_json: bool) -> None:
     DOCUMENT is `request`, `result`, `event` (the progress of a job), `error`, or `webhook` (the
     body of a webhook). A client checks more than a schema can express, such as that an asset has
     exactly one address. With --json the schema is one line.
+
+    `openapi` is the OpenAPI document of `zlora serve`, from which clients can be generated.
     """
-    found = {"$schema": _DIALECT, **_schema_of(_TYPES[document])}
+    if document == "openapi":
+        from zlora.server.app import APIS, SERVER
+        from zlora.server.openapi import document_of
+
+        found = document_of((*APIS, SERVER))
+    else:
+        found = {"$schema": _DIALECT, **_schema_of(_TYPES[document])}
     if as_json:
         print_json(found)
     else:
@@ -70,22 +77,8 @@ def schema(document: str, as_json: bool) -> None:
 
 def _schema_of(kind: Any) -> dict[str, Any]:
     """Return the schema of a type, with the types that it names under `$defs`."""
-    found = _portable(msgspec.json.schema(kind))
-    own: dict[str, Any] = found["$defs"].pop(kind.__name__)
-    if found["$defs"]:
-        own["$defs"] = found["$defs"]
+    _, components = schemas_of([kind])
+    own: dict[str, Any] = components.pop(kind.__name__)
+    if components:
+        own["$defs"] = components
     return own
-
-
-def _portable(node: Any) -> Any:
-    r"""Unindent descriptions, and spell patterns as in ECMA-262, which has no `\Z`."""
-    if isinstance(node, list):
-        return [_portable(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    found = {name: _portable(value) for name, value in node.items()}
-    if isinstance(found.get("description"), str):
-        found["description"] = inspect.cleandoc(found["description"])
-    if isinstance(found.get("pattern"), str):
-        found["pattern"] = found["pattern"].replace(r"\Z", "$")
-    return found

@@ -31,7 +31,11 @@ _CLIENT: Final = (
 @click.option(
     "--flower-port", default=5555, show_default=True, help="Port of Flower, on this machine only."
 )
-def up(flower: bool, flower_port: int) -> None:
+@click.option("--serve", is_flag=True, help="Start the HTTP server, too: API and web page.")
+@click.option(
+    "--serve-port", default=8000, show_default=True, help="Port of it, on this machine only."
+)
+def up(flower: bool, flower_port: int, serve: bool, serve_port: int) -> None:
     """Run a broker, a worker and a store folder until Ctrl-C.
 
     All of them are on this machine, and clients on this machine find them. If ZLORA_BROKER_URL is
@@ -45,12 +49,18 @@ def up(flower: bool, flower_port: int) -> None:
     start = time.monotonic()
     model = os.environ.get("ZLORA_MODEL") or DEFAULT_MODEL
     try:
-        with EmbeddedStack(os.environ, flower_port=flower_port if flower else None) as stack:
+        with EmbeddedStack(
+            os.environ,
+            flower_port=flower_port if flower else None,
+            serve_port=serve_port if serve else None,
+        ) as stack:
             store = os.environ.get("ZLORA_STORE") or str(stack.home / "store")
             click.echo(f"broker  {without_secrets(stack.broker_url)}")
             click.echo(f"store   {without_secrets(store)}")
             if flower:
                 click.echo(f"Flower  {stack.flower_url}")
+            if serve:
+                click.echo(f"page    {stack.page_url}")
             click.echo(f"logs    {stack.log_folder}")
             click.echo(f"model   {without_secrets(model)}, loading")
             is_ready = False
@@ -59,7 +69,8 @@ def up(flower: bool, flower_port: int) -> None:
                     stack.check()
                     if not is_ready and stack.is_ready():
                         is_ready = True
-                        _print_next(model, time.monotonic() - start)
+                        page = stack.page_url if serve else None
+                        _print_next(model, time.monotonic() - start, page)
                     time.sleep(_LOOK)
             except KeyboardInterrupt:
                 pass
@@ -72,11 +83,13 @@ def up(flower: bool, flower_port: int) -> None:
         raise
 
 
-def _print_next(model: str, seconds: float) -> None:
-    place = "in another terminal"
+def _print_next(model: str, seconds: float, page: str | None) -> None:
+    place = "type in another terminal"
+    if page is not None:
+        place = f"open {page}, or {place}"
     if names := [name for name in _CLIENT if os.environ.get(name)]:
         place += f" with the same {' and '.join(names)}"
     command = 'zlora generate "a city at night"'
     if model == "demo":
         command = 'zlora generate "a portrait in anime style" --lora demo://anime-style'
-    click.echo(f"ready after {seconds:.0f} s; to draw an image, type {place}:\n\n  {command}\n")
+    click.echo(f"ready after {seconds:.0f} s; to draw an image, {place}:\n\n  {command}\n")

@@ -19,6 +19,7 @@ _MAX_TENSORS: Final = 20_000
 _MAX_NAME: Final = 300  # characters
 # Families of base models that workers may have.
 SD1, SD2, SDXL, Z_IMAGE = "SD 1.x", "SD 2.x", "SDXL", "Z-Image"
+FAMILIES: Final = (SDXL, SD1, SD2, Z_IMAGE)
 LUMINA: Final = "Lumina 2"
 LUMINA_OR_Z_IMAGE: Final = f"{LUMINA} or {Z_IMAGE}"  # whose layers have the same names
 # Family by the width of cross-attention, which is the width of the text encoders' output.
@@ -131,6 +132,15 @@ class DetectedBase(NamedTuple):
     clause: str
 
 
+def last_layer(family: str | None) -> int:
+    """Return the layer of the text encoders that is read without a `clip_skip`.
+
+    It is counted from the last one, which is 1, as A1111's web UI does. SDXL reads 2; so do results
+    of earlier versions, which do not have the family.
+    """
+    return 1 if family in (SD1, SD2) else 2
+
+
 def is_for(family: str, base: str | None) -> bool:
     """Return whether a file that was made for `family`, as it is detected, may be for `base`."""
     if family == _OLDER:
@@ -176,6 +186,12 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
         if shapes and shapes[0][0]:
             ranks.add(shapes[0][0])
     detected = detect_base_model(header)
+    # Trainers of transformers write the prefixes of a UNet, too.
+    denoiser = "transformer" if detect_by_layer_names(header) else "unet"
+    components = Counter(
+        denoiser if component in key_names.DENOISERS else component
+        for component in map(key_names.component_of, modules)
+    )
     recipe = recipe_of_header(header.metadata) or recipe_of_address(source)
     return LoraInfo(
         source=source,
@@ -186,7 +202,7 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
         base=detected.family if detected else None,
         trigger_words=trigger_words(header.metadata),
         recipe=recipe.name if recipe else None,
-        modules=dict(Counter(map(key_names.component_of, modules))),
+        modules=dict(components),
     )
 
 

@@ -1,6 +1,7 @@
 """The ASGI application: routes of all APIs, API keys, and what holds for all answers."""
 
 import asyncio
+import base64
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -23,18 +24,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from zlora.async_client import AsyncClient
 from zlora.broker.uploads import Uploads
 from zlora.errors import InternalError, ZloraError
-from zlora.server import metrics, openapi, problems
+from zlora.server import metrics, openapi, page, problems
+from zlora.server.a1111 import A1111
 from zlora.server.endpoint import CLOSING, Api, Call, Endpoint, json_answer
+from zlora.server.fal import FAL
 from zlora.server.job_index import JobIndex
 from zlora.server.load import Load, OpenRequest
 from zlora.server.native import NATIVE
+from zlora.server.openai_images import OPENAI
 from zlora.server.problems import HeadersTooLarge
 from zlora.server.rate_limits import RateLimits
 from zlora.server.service import Caller, Service
 from zlora.server.settings import ServerSettings, is_local_name
 from zlora.server.tenants import LOCAL, ApiKeys, Tenant
 
-APIS: Final[tuple[Api, ...]] = (NATIVE,)
+APIS: Final[tuple[Api, ...]] = (NATIVE, FAL, OPENAI, A1111)
 NOBODY: Final = Caller("", Tenant(), "")  # no job is this tenant's
 MAX_HEAD: Final = 16_384  # bytes of the address and all headers of a request
 _CLIENT_GONE: Final = 499  # nginx's status for its log; nobody reads the answer
@@ -53,7 +57,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         """Take the settings; raise `InvalidSetting` if the file of API keys cannot be read."""
-        self.load = Load()
+        self.load, self._origins = Load(), settings.origins
         connection = settings.connection
         self.keys = ApiKeys(settings.keys) if settings.keys else None
         self.rates = RateLimits(connection.broker_url, connection.queue)
@@ -71,6 +75,8 @@ class Server:
             Uploads(connection.broker_url, connection.queue),
             preflight=settings.preflight,
             image_hosts=settings.image_hosts,
+            base_url=settings.base_url,
+            needs_keys=settings.keys is not None,
         )
 
     async def caller(self, api: Api, request: Request, opened: OpenRequest) -> Caller:
@@ -80,10 +86,8 @@ class Server:
         """
         if self.keys is None:
             return Caller(LOCAL, Tenant(), api.name)
-        kind, _, key = request.headers.get("Authorization", "").partition(" ")
-        found = None
-        if kind.lower() in ("bearer", "key") and key:
-            found = await asyncio.to_thread(self.keys.find, key.strip())
+        key = self._key(api, request)
+        found = await asyncio.to_thread(self.keys.find, key) if key else None
         if found is None:
             message = "expected the header `Authorization: Bearer <API key>`, with a valid key"
             raise problems.Unauthorized(message)
@@ -92,6 +96,21 @@ class Server:
         if tenant.requests_per_minute is not None:
             await self.rates.require(name, tenant.requests_per_minute)
         return Caller(name, tenant, api.name)
+
+    def _key(self, api: Api, request: Request) -> str | None:
+        """Return the API key of a request, None if it has none in a form that the API takes."""
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() in ("bearer", "key"):
+            return given.strip()
+        # Browsers send what they know for Basic by themselves, also for pages of other sites.
+        origin = request.headers.get("Origin")
+        is_own = origin is None or origin.lower() in self._origins
+        if kind.lower() != "basic" or not api.takes_basic or not is_own:
+            return None
+        try:
+            return base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
+        except ValueError:  # no base64, or no UTF-8
+            return None
 
 
 def make_app(settings: ServerSettings) -> Starlette:
@@ -109,6 +128,7 @@ def make_app(settings: ServerSettings) -> Starlette:
         for api in (*APIS, SERVER)
         for endpoint in api.endpoints
     ]
+    routes += page.routes()
     middleware = [Middleware(_Headers)]
     if settings.keys is None:
         middleware.append(Middleware(_LocalOnly, origins=settings.origins))
@@ -246,7 +266,7 @@ async def show_openapi(_call: Call) -> Response:
 
 @cache
 def _openapi() -> bytes:
-    return msgspec.json.encode(openapi.document((*APIS, SERVER)))
+    return msgspec.json.encode(openapi.document_of((*APIS, SERVER)))
 
 
 SERVER: Final = Api(

@@ -9,11 +9,13 @@ from typing import Any, Final, NamedTuple, TypeVar, get_origin
 
 import msgspec
 from msgspec import Struct, structs
+from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from zlora.async_client import AsyncJobHandle
 from zlora.errors import InvalidRequest, ZloraError
-from zlora.schema import invalid
+from zlora.schema import GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.service import Caller, Service
 
@@ -36,13 +38,37 @@ class Call:
         """The job in the path."""
         return str(self.request.path_params["job_id"])
 
+    @property
+    def base_url(self) -> str:
+        """URL of this server, as the operator or else the request names it."""
+        return self.service.base_url or str(self.request.base_url).rstrip("/")
+
+    async def result(self, handle: AsyncJobHandle) -> GenerateResult:
+        """Wait for the result of a job; raise the errors of `JobHandle.result`.
+
+        If the client goes before that, the job is cancelled, and `ClientDisconnect` raised.
+        """
+        try:
+            return await self.unless_gone(handle.result())
+        except ClientDisconnect:
+            await handle.cancel()
+            raise
+
+    async def body(self) -> bytes:
+        """Return the body, once; raise `BodyTooLarge`, `BodyTimeout` or `Overloaded`."""
+        # `Request.body` would keep all of it while the request waits for a job.
+        return b"".join([piece async for piece in self.request.stream()])
+
+    async def form(self, *, max_files: int, max_fields: int) -> FormData:
+        """Return the form in the body, once; raise the errors of `body`."""
+        return await self.request.form(max_files=max_files, max_fields=max_fields)
+
     async def document(self) -> Any:
         """Return the JSON body.
 
         Raises `InvalidRequest`, `BodyTooLarge`, `BodyTimeout` or `Overloaded`.
         """
-        # `Request.body` would keep all of it while the request waits for a job.
-        body = b"".join([piece async for piece in self.request.stream()])
+        body = await self.body()
         try:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -143,6 +169,8 @@ class Api(NamedTuple):
     name: str
     endpoints: Sequence[Endpoint]
     error: Callable[[ZloraError], Response] = problems.answer
+    takes_basic: bool = False
+    """True if an API key may also be the password of HTTP Basic (RFC 7617)."""
 
 
 def json_answer(

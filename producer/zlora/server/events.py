@@ -14,12 +14,14 @@ from typing import Final
 from zlora.async_client import AsyncJobHandle
 from zlora.errors import ZloraError
 from zlora.handle import has_ended
+from zlora.schema import JobStatus
 from zlora.server import metrics
 from zlora.server.problems import encoded, problem_of, public
 
 MEDIA_TYPE: Final = "text/event-stream"
 END: Final = "end"  # name and id of the last event
-_HEARTBEAT: Final = 15.0  # seconds after which proxies are shown that the stream lives
+HEARTBEAT: Final = b": the job goes on\n\n"  # shows proxies that the stream lives
+_SILENCE: Final = 15.0  # seconds until a heartbeat
 _RETRY: Final = 2000  # milliseconds until a client connects again
 
 
@@ -37,32 +39,52 @@ async def stream(
     the server is `closing`.
     """
     yield b"retry: %d\n\n" % _RETRY
+    try:
+        async for status in statuses(handle, closing):
+            if status is None:
+                yield HEARTBEAT
+            elif has_ended(status):
+                yield _event(END, encoded(await end()), END)
+            else:
+                data = encoded(status)
+                if (event_id := hashlib.sha256(data).hexdigest()[:16]) != last_id:
+                    yield _event("status", data, event_id)
+    except ZloraError as error:
+        yield _event("outage", encoded(problem_of(public(error))))
+
+
+async def statuses(
+    handle: AsyncJobHandle, closing: asyncio.Event
+) -> AsyncGenerator[JobStatus | None, None]:
+    """Yield each new status of a job until its end, and None after each 15 s without one.
+
+    Returns before the end if the server is `closing`. Raises the errors of `JobHandle.events`.
+    """
     with metrics.STREAMS.track_inprogress():
-        async with aclosing(handle.events()) as statuses:
-            pending = asyncio.ensure_future(anext(statuses))
+        async with aclosing(handle.events()) as found:
+            pending = asyncio.ensure_future(anext(found))
             over = asyncio.ensure_future(closing.wait())
             try:
                 while not over.done():
                     await asyncio.wait(
-                        {pending, over}, timeout=_HEARTBEAT, return_when=asyncio.FIRST_COMPLETED
+                        {pending, over}, timeout=_SILENCE, return_when=asyncio.FIRST_COMPLETED
                     )
                     if not pending.done():
-                        yield b": the job goes on\n\n"
+                        yield None
                         continue
-                    status = pending.result()
+                    yield (status := pending.result())
                     if has_ended(status):
-                        yield _event(END, encoded(await end()), END)
                         return
-                    data = encoded(status)
-                    if (event_id := hashlib.sha256(data).hexdigest()[:16]) != last_id:
-                        yield _event("status", data, event_id)
-                    pending = asyncio.ensure_future(anext(statuses))
-            except ZloraError as error:
-                yield _event("outage", encoded(problem_of(public(error))))
+                    pending = asyncio.ensure_future(anext(found))
             finally:
                 over.cancel()
                 pending.cancel()
                 await asyncio.wait({pending, over})  # else `aclose` would find it running
+
+
+def unnamed_event(document: object) -> bytes:
+    """Return an event without name and id, with a JSON document as its data."""
+    return b"data: %b\n\n" % encoded(document)
 
 
 def _event(name: str, data: bytes, event_id: str | None = None) -> bytes:

@@ -265,7 +265,7 @@ async def upload(call: Call) -> Response:
     The body is the file, PNG, JPEG or WebP. All images of an API key's tenant together have at most
     64 MiB: the oldest are dropped for new ones.
     """
-    return json_answer(await call.service.upload(call.caller, await call.request.body()))
+    return json_answer(await call.service.upload(call.caller, await call.body()))
 
 
 async def get_queue(call: Call) -> Response:

@@ -6,50 +6,50 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
-import msgspec
 from msgspec import structs
 
+from zlora.json_schema import schemas_of
 from zlora.server.endpoint import Api, Endpoint
 from zlora.server.problems import Problem
 
+_NATIVE: Final = "v1"  # of the API whose operations have names without a prefix
 _REFERENCE: Final = "#/components/schemas/{name}"
-_IN_PATH: Final = re.compile(r"\{(\w+)\}")
+_IN_PATH: Final = re.compile(r"\{(\w+)(?::path)?\}")
 
 
-def document(apis: Sequence[Api]) -> dict[str, Any]:
+def document_of(apis: Sequence[Api]) -> dict[str, Any]:
     """Return the document of these APIs."""
-    endpoints = [endpoint for api in apis for endpoint in api.endpoints]
+    endpoints = [(api.name, endpoint) for api in apis for endpoint in api.endpoints]
     kinds = [Problem]
-    for endpoint in endpoints:
+    for _, endpoint in endpoints:
         kinds += [kind for kind in (endpoint.body, endpoint.answer) if kind is not None]
-    schemas, components = msgspec.json.schema_components(kinds, ref_template=_REFERENCE)
+    schemas, components = schemas_of(kinds, ref_template=_REFERENCE)
     by_kind = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
-    for endpoint in endpoints:
-        operation = _operation(endpoint, by_kind)
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
-    found: dict[str, Any] = portable(
-        {
-            "openapi": "3.1.0",
-            "info": {
-                "title": "z-image-lora",
-                "version": version("z-image-lora"),
-                "description": "A queue for images with LoRAs.",
-            },
-            "paths": paths,
-            "components": {
-                "schemas": components,
-                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            },
-        }
-    )
-    return found
+    for api, endpoint in endpoints:
+        operation = _operation(api, endpoint, by_kind)
+        path = endpoint.path.replace(":path}", "}")  # how Starlette spells slashes in a parameter
+        paths.setdefault(path, {})[endpoint.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "z-image-lora",
+            "version": version("z-image-lora"),
+            "description": "A queue for images with LoRAs.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
 
 
-def _operation(endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
+def _operation(api: str, endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
     summary, _, description = inspect.cleandoc(endpoint.handler.__doc__ or "").partition("\n\n")
+    name = endpoint.handler.__name__
     found: dict[str, Any] = {
-        "operationId": endpoint.handler.__name__,
+        "operationId": name if api == _NATIVE else f"{api}_{name}",
         "summary": summary.replace("\n", " "),
         "parameters": [*_in_path(endpoint.path), *_in_query(endpoint)],
     }
@@ -88,23 +88,14 @@ def _in_path(path: str) -> list[dict[str, Any]]:
 def _in_query(endpoint: Endpoint) -> list[dict[str, Any]]:
     if endpoint.query is None:
         return []
-    (_,), components = msgspec.json.schema_components([endpoint.query], ref_template=_REFERENCE)
+    _, components = schemas_of([endpoint.query], ref_template=_REFERENCE)
     properties = components[endpoint.query.__name__]["properties"]
     return [
-        {"name": field.name, "in": "query", "schema": properties[field.name]}
+        {
+            "name": field.name,
+            "in": "query",
+            "description": properties[field.name].pop("description"),
+            "schema": properties[field.name],
+        }
         for field in structs.fields(endpoint.query)
     ]
-
-
-def portable(node: Any) -> Any:
-    r"""Unindent descriptions, and spell patterns as in ECMA-262, which has no `\Z`."""
-    if isinstance(node, list):
-        return [portable(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    found = {name: portable(value) for name, value in node.items()}
-    if isinstance(found.get("description"), str):
-        found["description"] = inspect.cleandoc(found["description"])
-    if isinstance(found.get("pattern"), str):
-        found["pattern"] = found["pattern"].replace(r"\Z", "$")
-    return found

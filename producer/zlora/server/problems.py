@@ -55,6 +55,12 @@ class HeadersTooLarge(ZloraError):
     code = "headers_too_large"
 
 
+class NotSupported(ZloraError):
+    """This service has nothing that could do this."""
+
+    code = "not_supported"
+
+
 class BodyTooLarge(ZloraError):
     """The body of the request has too many bytes."""
 
@@ -124,6 +130,7 @@ STATUS: Final[dict[type[ZloraError], HTTPStatus]] = {
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
     NotHttp: HTTPStatus.BAD_REQUEST,
     HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    NotSupported: HTTPStatus.NOT_IMPLEMENTED,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     BodyTimeout: HTTPStatus.REQUEST_TIMEOUT,
     TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,

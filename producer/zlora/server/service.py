@@ -1,6 +1,7 @@
 """What all APIs do with jobs, each for one tenant."""
 
 import asyncio
+import base64
 import math
 import time
 import uuid
@@ -58,7 +59,11 @@ class Service:
         *,
         preflight: Callable[[], Preflight] = Preflight,
         image_hosts: frozenset[str] | None = None,
+        base_url: str = "",
+        needs_keys: bool = True,
     ) -> None:
+        """Take `base_url` for links to the server, if requests do not name its host."""
+        self.base_url, self._needs_keys = base_url, needs_keys
         self._client, self._index, self._uploads = client, index, kept
         self._looking, self._looked = asyncio.Lock(), -math.inf  # on the monotonic clock
         self._make_preflight, self._image_hosts = preflight, image_hosts
@@ -156,6 +161,26 @@ class Service:
         """Return the bytes of an image; raise `ImageUnavailable`."""
         read = partial(images.read, image, hosts=self._image_hosts)
         return await asyncio.get_running_loop().run_in_executor(self._slow, read)
+
+    async def public_url(self, result: GenerateResult, index: int, *, base_url: str) -> str:
+        """Return a URL of an image for clients that fetch without an API key.
+
+        That is the result's own, else one of this server if it needs no keys, else a data URI.
+        `base_url` is that of the server. Raises `ImageUnavailable`.
+        """
+        image = result.images[index]
+        if image.url and image.url.startswith(("http://", "https://")):
+            return image.url
+        if not self._needs_keys and image.url:
+            return f"{base_url}/v1/jobs/{result.job_id}/images/{index}"
+        return await self.data_uri(image)
+
+    async def data_uri(self, image: ImageRef) -> str:
+        """Return an image as a data URI; raise `ImageUnavailable`."""
+        if image.data_uri is not None:
+            return image.data_uri
+        data = base64.b64encode(await self.image_bytes(image)).decode()
+        return f"data:{image.content_type};base64,{data}"
 
     async def upload(self, caller: Caller, data: bytes) -> Asset:
         """Keep an image of the caller for a day, for the `image` and `mask` of requests.

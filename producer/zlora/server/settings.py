@@ -15,6 +15,7 @@ from zlora.lora.preflight import Preflight
 from zlora.server import tenants
 
 CORS: Final = "ZLORA_HTTP_ORIGINS"
+BASE_URL: Final = "ZLORA_HTTP_URL"
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 
@@ -27,6 +28,8 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     """File of API keys; None if every program on this machine may use the server."""
     origins: frozenset[str] = frozenset()
     """Origins of web pages of other sites that may use the server (CORS); `*` for all."""
+    base_url: str = ""
+    """URL of the server for its clients, if a proxy before it has another one."""
     image_hosts: frozenset[str] | None = None
     """Hosts from which images are fetched; None for all that results name."""
     preflight: Callable[[], Preflight] = Preflight
@@ -47,6 +50,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
             connection=Connection.from_env(environ),
             keys=file,
             origins=config.read_first(environ, CORS, parse=_origins),
+            base_url=config.read_first(environ, BASE_URL, parse=config.web_url),
             image_hosts=config.image_hosts(environ),
             preflight=partial(Preflight.from_env, environ),
         )

@@ -55,6 +55,12 @@ class Tenant(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unkno
     models: tuple[str, ...] | None = None
     """Names of base models."""
 
+    def may_name(self, name: str) -> bool:
+        """Return whether a LoRA or an embedding of the catalogue may be used by this name."""
+        return self.catalogue is None or any(
+            fnmatchcase(name, pattern) for pattern in self.catalogue
+        )
+
 
 class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One API key of a tenant."""
@@ -199,17 +205,12 @@ def allowed_info(info: QueueInfo, tenant: Tenant) -> QueueInfo:
     if tenant.models is not None:
         models = tuple(name for name in models if name in tenant.models)
     if names is not None:
-        names = tuple(name for name in names if _may_name(name, tenant))
+        names = tuple(name for name in names if tenant.may_name(name))
     return structs.replace(info, models=models, catalogue=names)
 
 
-def _may_name(name: str, tenant: Tenant) -> bool:
-    patterns = tenant.catalogue
-    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def _require_name(name: str, tenant: Tenant, place: str) -> None:
-    if not _may_name(name, tenant):
+    if not tenant.may_name(name):
         message = f"{name}: not among the names of the catalogue that this API key may use"
         raise LoraNotAllowed(message, {"path": f"$.{place}"})
 

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from reference import field_docs
 from support.servers import untimed
 from zlora.errors import InvalidJobId, InvalidRequest
+from zlora.json_schema import field_docs
 from zlora.schedulers import SCHEDULERS
 from zlora.schema import (
     MAX_IMAGES,

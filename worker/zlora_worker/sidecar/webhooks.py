@@ -22,6 +22,7 @@ from zlora.broker.protocol import TaskMeta
 from zlora.broker.task_meta import UNREADABLE, error_of
 from zlora.broker.webhook_outbox import DeadLetter, DeliveryAttempt, EndedJob, Outbox
 from zlora.config import WEBHOOK_SECRET
+from zlora.contrib import fal
 from zlora.errors import InternalError, InvalidJobId, JobUnknown, StoreFailed, ZloraError
 from zlora.redaction import without_secrets
 from zlora.schema import GenerateResult, JobState, parse_result
@@ -161,7 +162,11 @@ class Sender:
             at = job.closed
             if at < _EPOCH:
                 at = self._clock()
-            body = webhook.body_of(job.job_id, end, at=at, url=target.url)
+            body = (
+                fal.webhook_body(job.job_id, end)
+                if target.format == "fal"
+                else webhook.body_of(job.job_id, end, at=at, url=target.url)
+            )
             self._post(job, target, event, body)
 
     def _post(self, job: EndedJob, target: Webhook, event: str, body: bytes) -> None:

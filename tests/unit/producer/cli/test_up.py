@@ -20,6 +20,7 @@ class FakeStack:
 
     broker_url, home, log_folder = "redis://:a-secret@redis:6379/0", Path("/data"), LOGS
     flower_url = "http://zlora:password@127.0.0.1:5555"
+    page_url = "http://127.0.0.1:8000/"
 
     def __init__(self, *_: object, **__: object) -> None:
         self.checks = 0
@@ -66,6 +67,14 @@ def test_the_screen_says_where_which_model_and_what_to_type(
         "",
         "stopping after the running job; Ctrl-C again stops at once",
     ]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_the_screen_says_where_the_page_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(monkeypatch, FakeStack, "--serve", ZLORA_HOME=None, ZLORA_BROKER_URL=None)
+
+    assert "page    http://127.0.0.1:8000/\n" in result.stdout
+    assert "to draw an image, open http://127.0.0.1:8000/, or type in another" in result.stdout
 
 
 @pytest.mark.usefixtures("handlers")

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from zlora.contrib.fal import from_result, to_request
-from zlora.errors import InvalidRequest
+from zlora.contrib.fal import detail_of, from_result, to_request, webhook_body
+from zlora.errors import InvalidRequest, LoraNotFound, OutOfMemory, ZloraError
 from zlora.schema import Asset, GenerateRequest, GenerateResult, LoraSpec, parse_request
 from zlora.testing import fake_result
 
@@ -96,7 +96,7 @@ def test_the_sampling_of_fal_lora_is_converted(
 
 
 def test_defaults_are_ours_except_for_the_size() -> None:
-    """Eight steps, the default of a turbo model, are wrong for SDXL."""
+    """Steps and guidance scale are left to the base model of the queue."""
     assert to_request({"prompt": "x"}) == GenerateRequest(prompt="x", width=1024, height=768)
 
 
@@ -235,6 +235,47 @@ def test_a_request_of_fal_comes_back_as_its_result() -> None:
     assert (answer["prompt"], answer["seed"]) == (Z_IMAGE_TURBO["prompt"], Z_IMAGE_TURBO["seed"])
     assert [(image["width"], image["height"]) for image in answer["images"]] == [(1024, 576)] * 2
     assert {image["url"] for image in answer["images"]} == {"data:image/webp;base64,"}
+
+
+def test_a_webhook_for_a_result_without_urls_says_why_it_has_no_images() -> None:
+    result = fake_result("job-1", parse_request({"prompt": "x", "url_policy": "key"}))
+
+    body = json.loads(webhook_body("job-1", result))
+
+    assert (body["status"], body["payload"]) == ("OK", None)
+    assert "url_policy" in body["payload_error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "place", "kind"),
+    [
+        (InvalidRequest("no", {"path": "$.image.url"}), ["body", "image_url"], "value_error"),
+        (InvalidRequest("no", {"path": "$.width"}), ["body", "image_size", "width"], "value_error"),
+        (InvalidRequest("no", {"path": "?logs"}), ["query", "logs"], "value_error"),
+        (InvalidRequest("no", {"path": "x-fal-hint"}), ["header", "x-fal-hint"], "value_error"),
+        (
+            LoraNotFound("no", {"index": 1, "field": "embeddings"}),
+            ["body", "embeddings", 1, "path"],
+            "file_download_error",
+        ),
+        (OutOfMemory("no"), ["body"], "out_of_memory"),
+    ],
+    ids=str,
+)
+def test_an_error_has_its_place_and_its_type_in_fals_words(
+    error: ZloraError, place: list[Any], kind: str
+) -> None:
+    (detail,) = detail_of(error)
+
+    assert (detail["loc"], detail["type"]) == (place, kind)
+
+
+def test_a_number_of_steps_is_no_default_beside_levels() -> None:
+    levels = {"timesteps": {"method": "array", "array": [900, 5]}}
+
+    assert to_request({"prompt": "x", **levels}, app="fal-ai/lora").num_inference_steps is None
+    default = to_request({"prompt": "x", "timesteps": {"method": "default"}}, app="fal-ai/lora")
+    assert default.num_inference_steps == 30
 
 
 def test_a_result_without_urls_cannot_be_converted() -> None:

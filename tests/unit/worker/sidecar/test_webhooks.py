@@ -1,6 +1,7 @@
 """Webhooks are sent until accepted, or for two hours, and no receiver delays another."""
 
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -29,11 +30,11 @@ from zlora.broker.celery_app import impatient_config
 from zlora.broker.job_store import JobStore, Submission, connect
 from zlora.broker.keys import RECORD_EXPIRES, dead_letters_key, job_key, outbox_key
 from zlora.broker.webhook_outbox import DeadLetter, DeliveryAttempt, EndedJob, Outbox
-from zlora.errors import JobExpired, JobLost, LoraMismatch, StoreFailed, ZloraError
+from zlora.errors import JobExpired, JobLost, LoraMismatch, LoraNotFound, StoreFailed, ZloraError
 from zlora.http.client import HttpClient
 from zlora.http.ssrf_guard import GuardedSession
 from zlora.schema import GenerateResult, ImageRef, manifest_key
-from zlora.webhook import Event, Verifier, Webhook
+from zlora.webhook import Event, Format, Verifier, Webhook
 from zlora_worker.monitoring.metrics import Meter
 from zlora_worker.results.store import FolderStore
 from zlora_worker.results.urls import ImageUrls
@@ -164,11 +165,11 @@ class Place:
         )
         self.app = Celery("test", set_as_current=False, changes=config)
 
-    def job(self, url: str, *events: str) -> str:
+    def job(self, url: str, *events: str, body: Format = "standard") -> str:
         """Submit a job with a webhook."""
         job_id = uuid.uuid4().hex
         self.allowed.add(urlsplit(url).netloc)
-        webhook = Webhook(url=url, events=events)
+        webhook = Webhook(url=url, events=events, format=body)
         submission = Submission(
             request={"prompt": "p"}, priority=5, submitted=time.time(), webhook=webhook
         )
@@ -308,6 +309,28 @@ def test_a_failure_is_sent_with_its_error(place: Place, verdict: ZloraError) -> 
         type(verdict),
         str(verdict),
     )
+
+
+@pytest.mark.parametrize("verdict", [LoraNotFound("404\ud800", {"index": 1}), None])
+def test_a_webhook_in_the_form_of_fal_is_signed_as_any_other(
+    place: Place, verdict: ZloraError | None
+) -> None:
+    with receiving() as receiver:
+        job = place.end(place.job(receiver.url, body="fal"), verdict)
+        place.work()
+
+    (request,) = receiver.requests
+    Oracle(SECRET).verify(request.body, request.headers)
+    body = json.loads(request.body)
+    assert (body.pop("request_id"), body.pop("gateway_request_id")) == (job, job)
+    if verdict is not None:
+        detail = {"loc": ["body", "loras", 1, "path"], "type": "file_download_error"}
+        assert body.pop("payload") == {"detail": [{**detail, "msg": body["error"]}]}
+        assert body == {"status": "ERROR", "error": verdict.message.replace("\ud800", "?")}
+    else:
+        (image,) = body["payload"]["images"]
+        assert image["url"].startswith("file://")
+        assert (body["status"], body["error"], body["payload"]["seed"]) == ("OK", None, 3)
 
 
 def test_a_failure_that_only_celery_stored_is_sent(place: Place) -> None:
