@@ -12,6 +12,7 @@ import reference
 from zlora import config
 from zlora.cli import main as zlora
 from zlora.server import settings as http_settings
+from zlora.server import tenants
 from zlora_worker.settings import reference as setting_rows
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +127,7 @@ def test_variables_and_make_targets_in_a_page_exist(page: Path) -> None:
     text = page.read_text()
     variables = {name for row in setting_rows() for name in row.names} | {"ZLORA_SECRETS"}
     variables |= set(re.findall(r"\$\{(ZLORA_\w+):-", (ROOT / "docker-compose.yml").read_text()))
-    constants = (*vars(config).values(), *vars(http_settings).values())
+    constants = (*vars(config).values(), *vars(http_settings).values(), tenants.VARIABLE)
     variables |= {name for name in constants if str(name).startswith("ZLORA_")}
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     benchmarks = [path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")]

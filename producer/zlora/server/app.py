@@ -26,7 +26,7 @@ from zlora.broker.uploads import Uploads
 from zlora.errors import InternalError, ZloraError
 from zlora.server import metrics, openapi, page, problems
 from zlora.server.a1111 import A1111
-from zlora.server.endpoint import Api, Call, Endpoint, json_answer
+from zlora.server.endpoint import CLOSING, Api, Call, Endpoint, json_answer
 from zlora.server.fal import FAL
 from zlora.server.job_index import JobIndex
 from zlora.server.load import Load, OpenRequest
@@ -118,8 +118,8 @@ def make_app(settings: ServerSettings) -> Starlette:
     server = Server(settings)
 
     @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncGenerator[None, None]:
-        yield
+    async def lifespan(_app: Starlette) -> AsyncGenerator[dict[str, asyncio.Event], None]:
+        yield {CLOSING: asyncio.Event()}
         await server.service.close()
         server.rates.close()
 

@@ -23,6 +23,7 @@ S = TypeVar("S", bound=Struct)
 T = TypeVar("T")
 
 MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
+CLOSING: Final = "closing"  # name of an event in the state of the application (ASGI lifespan)
 _MAX_HEADER: Final = 1000  # characters of a header that is an idempotency key or an event's id
 
 
@@ -31,7 +32,6 @@ class Call:
 
     def __init__(self, request: Request, caller: Caller, service: Service) -> None:
         self.request, self.caller, self.service = request, caller, service
-        self._has_read = False
 
     @property
     def job_id(self) -> str:
@@ -56,13 +56,11 @@ class Call:
 
     async def body(self) -> bytes:
         """Return the body, once; raise `BodyTooLarge`, `BodyTimeout` or `Overloaded`."""
-        self._has_read = True
         # `Request.body` would keep all of it while the request waits for a job.
         return b"".join([piece async for piece in self.request.stream()])
 
     async def form(self, *, max_files: int, max_fields: int) -> FormData:
         """Return the form in the body, once; raise the errors of `body`."""
-        self._has_read = True
         return await self.request.form(max_files=max_files, max_fields=max_fields)
 
     async def document(self) -> Any:
@@ -77,21 +75,38 @@ class Call:
             details = {"path": "$", "expected": "a JSON document"}
             raise InvalidRequest(f"$: Expected a JSON document: {error}", details) from None
 
+    @property
+    def closing(self) -> asyncio.Event:
+        """What is set when the server is about to end, and nothing must wait any longer."""
+        found: asyncio.Event = self.request.scope["state"][CLOSING]
+        return found
+
     async def unless_gone(self, waiting: Awaitable[T]) -> T:
-        """Return what is waited for; raise `ClientDisconnect` if the client leaves first."""
-        if not self._has_read:  # what comes after the body is the end of the connection
-            await self.body()
-        gone: asyncio.Future[Any] = asyncio.ensure_future(self.request.receive())
+        """Return what is waited for.
+
+        Raises `ClientDisconnect` if the client leaves first, `Overloaded` if the server ends.
+        """
+        gone = asyncio.ensure_future(self._gone())
+        closing = asyncio.ensure_future(self.closing.wait())
         found = asyncio.ensure_future(waiting)
+        tasks: set[asyncio.Future[Any]] = {found, gone, closing}
         try:
-            await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not found.done():
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if found.done():
+                return found.result()
+            if gone.done():
+                gone.result()  # raises for a body that is too large or too slow
                 raise ClientDisconnect
-            return found.result()
+            raise problems.Overloaded("the server ends: ask again")
         finally:
-            found.cancel()
-            gone.cancel()
-            await asyncio.wait({found, gone})
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _gone(self) -> None:
+        """Return once the client has left; a body that nobody has read is dropped."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
 
     def query(self, kind: type[S]) -> S:
         """Return the query of the URL; raise `InvalidRequest` for an unknown or wrong parameter."""

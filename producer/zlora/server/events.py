@@ -26,16 +26,21 @@ _RETRY: Final = 2000  # milliseconds until a client connects again
 
 
 async def stream(
-    handle: AsyncJobHandle, *, last_id: str, end: Callable[[], Awaitable[object]]
+    handle: AsyncJobHandle,
+    *,
+    last_id: str,
+    end: Callable[[], Awaitable[object]],
+    closing: asyncio.Event,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a job until its end, whose data `end` returns.
 
     If the job cannot be followed, the last event is `outage`, with the problem as its data and
-    without an id: the client connects again, and still has the id of its last status.
+    without an id: the client connects again, and still has the id of its last status. So it does if
+    the server is `closing`.
     """
     yield b"retry: %d\n\n" % _RETRY
     try:
-        async for status in statuses(handle):
+        async for status in statuses(handle, closing):
             if status is None:
                 yield HEARTBEAT
             elif has_ended(status):
@@ -48,18 +53,23 @@ async def stream(
         yield _event("outage", encoded(problem_of(public(error))))
 
 
-async def statuses(handle: AsyncJobHandle) -> AsyncGenerator[JobStatus | None, None]:
+async def statuses(
+    handle: AsyncJobHandle, closing: asyncio.Event
+) -> AsyncGenerator[JobStatus | None, None]:
     """Yield each new status of a job until its end, and None after each 15 s without one.
 
-    Raises the errors of `JobHandle.events`.
+    Returns before the end if the server is `closing`. Raises the errors of `JobHandle.events`.
     """
     with metrics.STREAMS.track_inprogress():
         async with aclosing(handle.events()) as found:
             pending = asyncio.ensure_future(anext(found))
+            over = asyncio.ensure_future(closing.wait())
             try:
-                while True:
-                    done, _ = await asyncio.wait({pending}, timeout=_SILENCE)
-                    if not done:
+                while not over.done():
+                    await asyncio.wait(
+                        {pending, over}, timeout=_SILENCE, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if not pending.done():
                         yield None
                         continue
                     yield (status := pending.result())
@@ -67,8 +77,9 @@ async def statuses(handle: AsyncJobHandle) -> AsyncGenerator[JobStatus | None, N
                         return
                     pending = asyncio.ensure_future(anext(found))
             finally:
+                over.cancel()
                 pending.cancel()
-                await asyncio.wait({pending})  # else `aclose` would find it running
+                await asyncio.wait({pending, over})  # else `aclose` would find it running
 
 
 def unnamed_event(document: object) -> bytes:

@@ -107,7 +107,7 @@ async def stream_status(call: Call) -> Response:
     handle = await _job(call)
 
     async def changes() -> AsyncGenerator[bytes, None]:
-        async for status in events.statuses(handle):
+        async for status in events.statuses(handle, call.closing):
             if status is None:
                 yield events.HEARTBEAT
             else:
@@ -260,15 +260,16 @@ def _log(message: str, level: Literal["INFO", "WARN", "ERROR"] = "INFO") -> dict
 async def _progress(call: Call, handle: AsyncJobHandle) -> AsyncGenerator[bytes, None]:
     """Yield the progress of a job, with the image that is being drawn, and its end."""
     try:
-        async for status in events.statuses(handle):
+        async for status in events.statuses(handle, call.closing):
             if status is None:
                 yield events.HEARTBEAT
-            elif not has_ended(status):
+            elif has_ended(status):
+                yield events.unnamed_event(await _answer(call, await handle.result(timeout=0)))
+            else:
                 share = (status.step or 0) / status.steps if status.steps else 0.0
                 images = [{"url": status.preview}] if status.preview else []
                 document = {"progress": share, "images": images, "log": _shown(status)}
                 yield events.unnamed_event({"request_id": handle.id, **document})
-        yield events.unnamed_event(await _answer(call, await handle.result(timeout=0)))
     except ZloraError as error:
         detail = fal.detail_of(error)
         yield events.unnamed_event({"error": error.message, "detail": detail})
